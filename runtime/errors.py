@@ -1,0 +1,51 @@
+"""The errors that cross a process border, and what each means to a client.
+
+RequestError     one request cannot be served; it ends that request and nothing else
+CommandRefused   a control command cannot be carried out now; nothing was changed
+StartupError     the server cannot start; its text is the one line the operator sees
+"""
+
+from enum import Enum
+
+
+class Kind(Enum):
+    """What went wrong with a request: HTTP status and the OpenAI-style type name."""
+
+    BAD_REQUEST = (400, "BadRequestError")
+    NOT_FOUND = (404, "NotFoundError")
+    CONFLICT = (409, "ConflictError")
+    TOO_LARGE = (413, "BadRequestError")
+    TOO_MANY = (429, "TooManyRequestsError")
+    INTERNAL = (500, "InternalServerError")
+    UNAVAILABLE = (503, "ServiceUnavailableError")
+
+    @property
+    def status(self) -> int:
+        return self.value[0]
+
+    @property
+    def type_name(self) -> str:
+        return self.value[1]
+
+
+class RequestError(Exception):
+    """One request is refused or has failed; `message` is safe to show to the client."""
+
+    def __init__(self, message: str, kind: Kind = Kind.BAD_REQUEST, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.kind = kind
+        self.field = field
+
+
+class CommandRefused(Exception):
+    """A control command is refused; nothing was changed. `status` is the HTTP status to answer."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+
+
+class StartupError(Exception):
+    """The server cannot start; `str(error)` names the cause and what to do, in one line."""

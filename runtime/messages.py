@@ -1,0 +1,181 @@
+"""Every message of a request's life.
+
+    gateway ── Generate ──► tokenizer ── Tokenized ──► scheduler ── Tokens ──► detokenizer ── Text ──► gateway
+
+A frame on a socket is a list of messages. A hop handles the messages it knows and forwards the rest. Exactly one
+message with `finish` set passes each hop per request; the state behind that hop is dropped there.
+Arrays travel as little-endian bytes: token ids as int32, logprobs and vectors as float32.
+"""
+
+from array import array
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import msgspec
+
+from runtime.errors import Kind, RequestError
+from runtime.sampling import SamplingParams
+
+ABORTED = "Aborted"
+ABORTED_IN_QUEUE = "Abort before prefill"
+
+
+class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Base of everything that travels on the ring; concrete classes carry a `tag`."""
+
+
+class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Which logprobs a request wants besides those of its output tokens."""
+
+    start: int = -1  # first prompt position scored; -1: none of the prompt
+    top: int = 0  # best k per position
+    token_ids: list[int] | None = None  # these ids at every returned position
+    text: bool = False  # decode each token
+
+
+class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a request carries through all hops; a hop opens only what it needs."""
+
+    rid: str
+    params: SamplingParams
+    seed: int = 0  # always set by the gateway; the draw is a function of (seed, position)
+    attempt: int = 0  # raised when the gateway sends the request again after a restart
+    task: Literal["generate", "embed"] = "generate"
+    logprobs: LogprobOptions | None = None
+    stream: bool = False
+    extra_key: str = ""  # namespace of the prefix cache
+    priority: int = 0
+    log_metrics: bool = True
+    return_hidden_states: bool = False
+    return_routed_experts: bool = False
+    dimensions: int | None = None  # embed: cut to this many and normalise again
+    resume_ids: bytes = b""  # output ids that the client already has (replay after a restart)
+
+
+class Chat(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A conversation to be rendered by the model's chat template in the tokenizer."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: dict[str, Any] = {}
+
+
+class Generate(Message, tag="generate", kw_only=True):
+    """Gateway → tokenizer. Exactly one of text, input_ids, embeds and chat is given."""
+
+    request: Request
+    text: str | None = None
+    text_pair: str | None = None  # cross-encoders: the document beside the query
+    input_ids: bytes = b""
+    embeds: bytes = b""  # float32 (positions, hidden)
+    chat: Chat | None = None
+
+
+class Tokenized(Message, tag="tokenized", kw_only=True):
+    """Tokenizer → scheduler."""
+
+    request: Request
+    prompt_ids: bytes
+    token_types: bytes = b""  # int32, for cross-encoders that have them
+    embeds: bytes = b""  # float32 (positions, hidden); prompt_ids are placeholders then
+
+
+class Finish(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Why a request ended."""
+
+    reason: Literal["stop", "length", "abort", "error"]
+    matched: int | str | None = None  # stop: the id, string or pattern
+    length: int | None = None  # length: the limit that was reached
+    message: str = ""  # abort, error
+    status: int = 500  # error: HTTP status
+    type_name: str = ""  # error: OpenAI-style type
+
+    @classmethod
+    def failed(cls, error: RequestError) -> "Finish":
+        return cls(reason="error", message=error.message, status=error.kind.status, type_name=error.kind.type_name)
+
+    @classmethod
+    def internal(cls, message: str) -> "Finish":
+        return cls.failed(RequestError(message, Kind.INTERNAL))
+
+
+class Logprobs(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Logprobs of a run of positions. NaN stands for `none` (a position with no predecessor)."""
+
+    ids: bytes  # int32 (positions,)
+    values: bytes  # float32 (positions,)
+    top_ids: bytes = b""  # int32 (positions, k)
+    top_values: bytes = b""  # float32 (positions, k)
+    asked_values: bytes = b""  # float32 (positions, asked ids)
+    # filled by the detokenizer where the request wants text
+    texts: list[str] | None = None
+    top_texts: list[str] | None = None  # flat, (positions * k)
+    asked_texts: list[str] | None = None  # (asked ids,)
+
+
+class Tokens(Message, tag="tokens", kw_only=True):
+    """Scheduler → detokenizer: what one step made for one request."""
+
+    rid: str
+    attempt: int = 0
+    request: Request | None = None  # with the first message of a request
+    prompt_tail: bytes = b""  # with the first message: the last prompt ids, for incremental decoding
+    ids: bytes = b""  # new output ids
+    logprobs: Logprobs | None = None  # of `ids`
+    input_logprobs: Logprobs | None = None  # once, when the prompt is done
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    retractions: int = 0
+    weight_version: str = ""  # that made `ids`
+    vector: bytes = b""  # embed: float32
+    scalar: bool = False  # embed: the vector is one bare number (cross-encoder)
+    hidden_states: bytes = b""  # float32 (positions, hidden) of this message
+    hidden_size: int = 0
+    routed_experts: bytes = b""  # int32 (tokens - 1, layers, top_k), with finish
+    finish: Finish | None = None
+
+
+class Text(Message, tag="text", kw_only=True):
+    """Detokenizer → gateway: the same step, decoded. `tokens.request` and `tokens.prompt_tail` are dropped."""
+
+    text: str = ""  # new characters
+    tokens: Tokens
+
+
+class Reply(Message, tag="reply", kw_only=True):
+    """The answer to a control command, on its way to the gateway."""
+
+    id: str
+    success: bool = True
+    message: str = ""
+    status: int = 200
+    body: dict[str, Any] | None = None
+
+
+class Facts(Message, tag="facts", kw_only=True):
+    """Scheduler → gateway, once at start: what the loaded model and its memory allow."""
+
+    max_total_num_tokens: int
+    max_req_input_len: int  # longest prompt that can ever be served
+    context_length: int
+    vocab_size: int
+    memory_usage: dict[str, float] = {}
+    extra: dict[str, Any] = {}
+
+
+RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token ids as little-endian int32 bytes."""
+    return array("i", ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> "array[int]":
+    """The reverse of pack_ids; raises ValueError when the length is not a multiple of 4."""
+    ids = array("i")
+    ids.frombytes(data)
+    return ids

@@ -1,0 +1,85 @@
+"""What a model directory says about itself: config.json, generation_config.json, tokenizer files. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+
+DEMO = Path(__file__).parent / "demo"
+DEFAULT_CONTEXT = 2048
+
+
+class ModelInfo(msgspec.Struct, kw_only=True):
+    """The facts that services share about the served model."""
+
+    path: str  # local directory
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    context_length: int
+    eos_ids: list[int]
+    config: dict[str, Any]  # config.json, the text part for models that wrap one
+    generation_config: dict[str, Any] = {}
+    is_embedding: bool = False
+
+
+def local_path(model_path: str) -> Path:
+    """`demo`, or a directory that the launcher has resolved already (hub ids are downloaded by the launcher)."""
+    return DEMO if model_path == "demo" else Path(model_path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where the file is missing. Raises StartupError when it is not valid JSON."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise StartupError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise StartupError(f"{path} must hold a JSON object")
+    return data
+
+
+def eos_ids(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
+    """End-of-sequence ids named by either file."""
+    found: set[int] = set()
+    for source in (config, generation):
+        value = source.get("eos_token_id")
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return sorted(found)
+
+
+def load(config: ServerConfig) -> ModelInfo:
+    """Read the model directory. Raises StartupError with the cause and the flag that mends it."""
+    path = local_path(config.model_path)
+    raw = read_json(path / "config.json")
+    if not raw:
+        raise StartupError(f"no config.json in {path}: --model-path must name a model directory or a hub id")
+    text = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
+    generation = read_json(path / "generation_config.json")
+    architectures = raw.get("architectures") or [""]
+    context = text.get("max_position_embeddings") or DEFAULT_CONTEXT
+    if config.context_length is not None:
+        if config.context_length > context:
+            raise StartupError(
+                f"--context-length {config.context_length} exceeds the model's {context} positions; use at most that"
+            )
+        context = config.context_length
+    return ModelInfo(
+        path=str(path),
+        architecture=architectures[0],
+        model_type=str(text.get("model_type", "")),
+        vocab_size=int(text["vocab_size"]),
+        hidden_size=int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 0),
+        context_length=context,
+        eos_ids=eos_ids(text, generation),
+        config=text,
+        generation_config=generation,
+        is_embedding=config.is_embedding,
+    )

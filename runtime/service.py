@@ -1,0 +1,118 @@
+"""What every service process does at start, and the loop of the text services.
+
+A child is started as `python -m <service>.main <boot file>`. It reads the Boot, sets its title, arms its own death
+with the launcher's (parent-death signal, re-checked parent, lifeline pipe), binds its inbox, loads what it needs and
+writes one Ready line to the ready pipe. Nothing here loads torch.
+"""
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import msgspec
+import setproctitle
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.log import set_up_logging
+from runtime.messages import Message
+from runtime.sockets import Inbox, Outbox
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+EXIT_STARTUP = 64  # a service could not start; the message is in its Ready line
+TITLE = "quartet::{role}"
+
+
+class Boot(msgspec.Struct, kw_only=True):
+    """What the launcher tells a child; written to a file in the private run directory."""
+
+    role: str
+    epoch: int = 0
+    run_dir: str
+    inbox: str  # endpoint this service binds
+    outbox: str  # endpoint it sends to
+    config: ServerConfig
+    ready_fd: int
+    lifeline_fd: int
+    parent_pid: int
+    listen_fd: int = -1  # gateway: the bound HTTP socket
+
+
+class Ready(msgspec.Struct, kw_only=True):
+    """One JSON line on the ready pipe: the service serves, or why it cannot."""
+
+    role: str
+    error: str = ""
+
+
+def boot_from_argv() -> Boot:
+    """Read the boot file named on the command line and become that service."""
+    with open(sys.argv[1], "rb") as file:
+        boot = msgspec.msgpack.decode(file.read(), type=Boot)
+    setproctitle.setproctitle(TITLE.format(role=boot.role))
+    set_up_logging(boot.config)
+    die_with_parent(boot)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    return boot
+
+
+def die_with_parent(boot: Boot) -> None:
+    """End this process when the launcher ends, however it ends. Call from the main thread."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != boot.parent_pid:  # it died before the signal was armed
+        os._exit(1)
+
+    def watch() -> None:
+        os.read(boot.lifeline_fd, 1)  # returns only at end of file: nobody writes
+        os._exit(1)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def report_ready(boot: Boot, error: str = "") -> None:
+    os.write(boot.ready_fd, msgspec.json.encode(Ready(role=boot.role, error=error)) + b"\n")
+    os.close(boot.ready_fd)
+
+
+def run(main: Callable[[Boot], None]) -> NoReturn:
+    """Entry point of a service: boot, run `main`, and turn any escape into a log line and an exit status."""
+    boot = boot_from_argv()
+    try:
+        main(boot)
+    except StartupError as error:
+        report_ready(boot, str(error))
+        os._exit(EXIT_STARTUP)
+    except BaseException:
+        log.error("%s hit an exception: %s", boot.role, traceback.format_exc())
+        os._exit(1)
+    os._exit(0)
+
+
+Handler = Callable[[Any], list[Message]]
+
+
+def text_service_step(handlers: Mapping[type, Handler], batch: list[Any]) -> list[Message]:
+    """One turn of a text service: handle what is ours, forward the rest, keep the order."""
+    out: list[Message] = []
+    for message in batch:
+        handler = handlers.get(type(message))
+        out += handler(message) if handler else [message]
+    return out
+
+
+def run_text_service(boot: Boot, step: Callable[[list[Any]], list[Message]]) -> None:
+    """Serve until killed: everything that waits in the inbox is one batch, its answers are one frame."""
+    inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox)
+    report_ready(boot)
+    while True:
+        outbox.send(step(inbox.recv(timeout_s=None)))

@@ -1,0 +1,163 @@
+"""The ring's sockets: PUSH → PULL over ipc, a list of messages per frame. The only file that knows zmq.
+
+Receivers bind, senders connect. Senders use IMMEDIATE: a frame is queued only where a peer exists. Inner queues are
+unbounded; the gateway's in-flight limit is what bounds the ring. Hostile bytes raise nothing out of `recv`: they are
+counted in `Inbox.rejected`, logged once a minute, and dropped.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from runtime.control import Command
+from runtime.limits import MAX_IPC_MESSAGE_BYTES
+from runtime.messages import Message, RingMessage
+
+log = logging.getLogger(__name__)
+
+IPC_PATH_MAX = 107  # bytes, sun_path without its terminator
+REPORT_EVERY_S = 60.0
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[list[Any]] = msgspec.msgpack.Decoder(list[RingMessage | Command])
+
+
+class FrameTooLarge(ValueError):
+    """A frame exceeds MAX_IPC_MESSAGE_BYTES; the receiver would drop the connection, so it is not sent."""
+
+
+def encode(messages: Sequence[Message]) -> bytes:
+    """One frame. Raises FrameTooLarge."""
+    frame = _encoder.encode(messages)
+    if len(frame) > MAX_IPC_MESSAGE_BYTES:
+        raise FrameTooLarge(f"frame of {len(frame)} bytes, at most {MAX_IPC_MESSAGE_BYTES} are sent")
+    return frame
+
+
+def decode(frame: bytes) -> list[Any]:
+    """The messages of one frame. Raises ValueError or RecursionError on anything that is not such a frame."""
+    return _decoder.decode(frame)
+
+
+def endpoint(run_dir: str, role: str, epoch: int) -> str:
+    """The ipc endpoint of one incarnation of a role. Raises ValueError when the path is too long for a socket."""
+    path = f"{run_dir}/{role}.{epoch}"
+    if len(path.encode()) > IPC_PATH_MAX:
+        raise ValueError(f"socket path {path!r} is longer than {IPC_PATH_MAX} bytes; set a shorter XDG_RUNTIME_DIR")
+    return f"ipc://{path}"
+
+
+def _pull(context: Any, address: str) -> Any:
+    socket = context.socket(zmq.PULL)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_IPC_MESSAGE_BYTES)
+    socket.bind(address)
+    return socket
+
+
+def _push(context: Any, address: str) -> Any:
+    socket = context.socket(zmq.PUSH)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.connect(address)
+    return socket
+
+
+class _Gate:
+    """Decodes frames; counts and drops the ones that are not ours."""
+
+    def __init__(self) -> None:
+        self.rejected = 0
+        self._reported_at = -REPORT_EVERY_S
+
+    def open(self, frame: bytes) -> list[Any]:
+        try:
+            return decode(frame)
+        except (ValueError, RecursionError) as error:  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
+            self.rejected += 1
+            if time.monotonic() - self._reported_at >= REPORT_EVERY_S:
+                self._reported_at = time.monotonic()
+                log.error("dropped a malformed frame of %d bytes (%d so far): %s", len(frame), self.rejected, error)
+            return []
+
+
+class Inbox:
+    """Blocking receiver of a service."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = _pull(zmq.Context.instance(), address)
+        self._gate = _Gate()
+
+    @property
+    def rejected(self) -> int:
+        return self._gate.rejected
+
+    def recv(self, timeout_s: float | None = 0.0) -> list[Any]:
+        """All messages of the frames that wait, in order. Blocks up to timeout_s for the first; None = for ever."""
+        messages: list[Any] = []
+        timeout_ms = -1 if timeout_s is None else int(timeout_s * 1000)
+        while self._socket.poll(timeout_ms if not messages else 0):
+            messages += self._gate.open(self._socket.recv())
+            timeout_ms = 0
+        return messages
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Outbox:
+    """Blocking sender of a service; blocks only while no peer is connected."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = _push(zmq.Context.instance(), address)
+
+    def send(self, messages: Sequence[Message]) -> None:
+        if messages:
+            self._socket.send(encode(messages))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class AsyncInbox:
+    """Receiver inside an event loop (the gateway)."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = _pull(zmq.asyncio.Context.instance(), address)
+        self._gate = _Gate()
+
+    @property
+    def rejected(self) -> int:
+        return self._gate.rejected
+
+    async def recv(self) -> list[Any]:
+        """The messages of the next frame."""
+        return self._gate.open(await self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class AsyncOutbox:
+    """Sender inside an event loop; never waits."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = _push(zmq.Context.instance(), address)
+
+    def send(self, messages: Sequence[Message]) -> bool:
+        """Queue one frame; False when no peer is connected."""
+        try:
+            self._socket.send(encode(messages), zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._socket.close()

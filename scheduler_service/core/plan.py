@@ -1,0 +1,47 @@
+"""What the planner decides for one step, and what the worker gives back."""
+
+from dataclasses import dataclass, field
+
+from runtime.messages import Logprobs
+from scheduler_service.core.request import Sequence
+
+
+@dataclass(slots=True)
+class Slice:
+    """One sequence's share of a step: compute the positions [start, end).
+
+    A decode row has end == start + 1. `samples`: the step draws the token of position `end`. Where an input token
+    is not in `sequence.ids` yet (overlap), the worker takes the one it sampled last for that slot.
+    `score_from`: first prompt position in (start, end] whose logprob is wanted, or -1.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+    score_from: int = -1
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: decode rows first, then prefill chunks. Every position named has its page in `sequence.pages`."""
+
+    slices: list[Slice]
+    retracted: list[Sequence] = field(default_factory=list)  # sent back to the queue by this decision
+
+    @property
+    def tokens(self) -> int:
+        return sum(s.end - s.start for s in self.slices)
+
+
+@dataclass(slots=True)
+class Result:
+    """What one slice produced. `token` is None when the slice did not sample."""
+
+    token: int | None = None
+    logprobs: Logprobs | None = None  # of `token` (one position)
+    input_logprobs: Logprobs | None = None  # of the scored prompt positions of this slice
+    vector: bytes = b""  # embed requests, on their last slice: float32
+    scalar: bool = False
+    hidden_states: bytes = b""
+    error: str = ""  # this request cannot go on (for example NaN logits)

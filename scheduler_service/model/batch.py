@@ -1,0 +1,62 @@
+"""What a model's forward pass sees: a ragged batch of tokens and a way to attend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """The static facts of one layer's attention."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None  # a query at p sees keys in (p - window, p]
+    softcap: float | None = None
+    causal: bool = True
+    sinks: torch.Tensor | None = None  # (heads,)
+
+
+class Attend(Protocol):
+    """Write k and v of the batch's tokens to the KV pool, then attend over each sequence's whole context."""
+
+    def __call__(
+        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """q (tokens, heads, dim), k and v (tokens, kv_heads, dim) → (tokens, heads, dim)."""
+        ...
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's tokens, sequences side by side, no padding."""
+
+    input_ids: torch.Tensor  # (tokens,) int64
+    positions: torch.Tensor  # (tokens,) int64
+    attend: Attend
+    starts: torch.Tensor  # (sequences + 1,) int64, offsets into tokens
+    token_types: torch.Tensor | None = None  # (tokens,) int64
+    embeds: torch.Tensor | None = None  # (tokens, hidden) used where embeds_mask is set
+    embeds_mask: torch.Tensor | None = None  # (tokens,) bool
+    record_experts: Callable[[int, torch.Tensor], None] | None = None  # (layer, topk_ids (tokens, k))
+
+
+class ServedModel(Protocol):
+    """A causal language model as the worker uses it (scheduler_service/model/registry.py builds them)."""
+
+    attention: list[AttentionSpec]  # one per layer that keeps KV; defines the KV pool
+    hidden_size: int
+    vocab_size: int
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Hidden states after the final norm: (tokens, hidden)."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, hidden) → float32 (rows, vocab_size), soft-capped and scaled as the architecture says."""
+        ...
