@@ -77,7 +77,7 @@ def figures(load: Load, traces: list[Trace]) -> dict[str, float]:
     decode = traces[0].arrivals
     return {
         "output_tokens_per_s": sum(len(t.arrivals) for t in traces) / (end - begin),
-        "decode_tokens_per_s": (len(decode) - 1) / (decode[-1] - decode[0]) if len(decode) > 1 else 0.0,
+        "decode_tokens_per_s": (len(decode) - 1) / (decode[-1] - decode[0]) if decode[-1] > decode[0] else 0.0,
         "ttft_p50_s": statistics.median(firsts),
         "ttft_p99_s": firsts[min(len(firsts) - 1, int(0.99 * len(firsts)))],
     }
@@ -206,29 +206,28 @@ def peer_continuous(model: Any, load: Load, prompts: list[list[int]]) -> list[Tr
     with model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=config, warmup=False
     ) as manager:
-        left = set()
+        left: set[str] = set()
         base = time.perf_counter()
         for index, prompt in enumerate(prompts):
             if load.rate:
-                time.sleep(max(0.0, base + index / load.rate - time.perf_counter()))
+                _collect(manager, traces, left, until=base + index / load.rate)
             name = f"{index}"
             traces[name] = Trace(time.perf_counter(), [])
             left.add(name)
             manager.add_request(prompt, request_id=name, max_new_tokens=load.new_tokens, streaming=True)
-            _collect(manager, traces, left, wait=False)
-        while left:
-            _collect(manager, traces, left, wait=True)
+        _collect(manager, traces, left, until=None)
     return list(traces.values())
 
 
-def _collect(manager: Any, traces: dict[str, Trace], left: set[str], wait: bool) -> None:
-    while result := manager.get_result(timeout=0.5 if wait else 0.001):
+def _collect(manager: Any, traces: dict[str, Trace], left: set[str], until: float | None) -> None:
+    """Note the arrival of every token until that moment, or (None) until no request is left."""
+    while (time.perf_counter() < until) if until is not None else left:
+        if (result := manager.get_result(timeout=0.01)) is None:
+            continue
         trace = traces[result.request_id]
         trace.arrivals += [time.perf_counter()] * (len(result.generated_tokens) - len(trace.arrivals))
         if result.is_finished():
             left.discard(result.request_id)
-        if not left:
-            return
 
 
 def peer_main(model_dir: str, dtype: str, mode: str, load_json: str, repeat: int) -> None:
@@ -303,13 +302,22 @@ def run_dtype(dtype: str, loads: list[Load], repeats: int, work: Path, timeout_s
             f"transformers {mode}": median_of([measure_peer(model, dtype, mode, load, r, timeout_s) for r in times])
             for mode in modes
         }
-        rows.append({"dtype": dtype, **compare(load, ours[load.name], peers), "all": {"quartet": ours[load.name], **peers}})
+        rows.append(
+            {"dtype": dtype, **compare(load, ours[load.name], peers), "all": {"quartet": ours[load.name], **peers}}
+        )
         print("  " + json.dumps({k: v for k, v in rows[-1].items() if k != "all"}), flush=True)
     return rows
 
 
 def machine() -> dict[str, Any]:
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "?",
+    )
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
 
 
