@@ -1,6 +1,8 @@
-"""The server's configuration: one frozen struct, and for every field its flag, default and help in one place.
+"""The server's configuration: one frozen struct, and for every field its type, default and help in one place.
 
-Flags, the YAML file and `/get_server_info` are all derived from the fields below.
+Flags, the YAML file, `quartet config show` and `/get_server_info` are derived from the fields below by
+`runtime/flags.py`. Names and types are those of the wire contract. Where a default differs, the help says which.
+`None` and "auto" are answered once, by `runtime/resolve.py`.
 """
 
 from typing import Annotated, Any, Literal
@@ -11,73 +13,120 @@ import msgspec
 class Flag(msgspec.Struct, frozen=True):
     """How a field appears on the command line."""
 
-    help: str
-    group: str = "other"
+    group: str
     aliases: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
+    secret: bool = False  # never shown or echoed
 
 
-def flag(help: str, group: str = "other", *aliases: str, choices: tuple[str, ...] = ()) -> Any:
-    return msgspec.Meta(description=help, extra={"flag": Flag(help, group, aliases, choices)})
+def flag(help: str, group: str, *aliases: str, secret: bool = False) -> Any:
+    """The metadata of a flag field."""
+    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret)})
+
+
+MODEL, HTTP, SCHEDULER, DEVICE, OPERATIONS = "model", "http", "scheduler", "device", "operations"
+LogLevel = Literal["debug", "info", "warning", "error"]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
+PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All settings of a server, by their api names."""
 
-    # model
-    model_path: Annotated[str, flag("directory or hub id of the model", "model", "--model")] = "demo"
-    tokenizer_path: Annotated[str | None, flag("tokenizer directory or hub id (default: the model's)", "model")] = None
-    served_model_name: Annotated[str | None, flag("name in answers and /v1/models (default: model path)", "model")] = (
-        None
+    model_path: Annotated[str, flag("directory or hub id of the model; demo: the embedded one", MODEL, "--model")] = (
+        "demo"
     )
-    revision: Annotated[str | None, flag("hub revision", "model")] = None
-    is_embedding: Annotated[bool, flag("serve /encode, /classify and rerank", "model")] = False
-    context_length: Annotated[int | None, flag("longest sequence in tokens (default: from the model)", "model")] = None
-    dtype: Annotated[str, flag("number format of weights and activations", "model")] = "auto"
-    device: Annotated[str, flag("auto, cpu or cuda", "model", choices=("auto", "cpu", "cuda"))] = "auto"
-    load_format: Annotated[str, flag("auto, safetensors or dummy (random weights)", "model")] = "auto"
-    weight_version: Annotated[str, flag("version string of the loaded weights", "model")] = "default"
-    skip_tokenizer_init: Annotated[bool, flag("ids in, ids out", "model")] = False
-    random_seed: Annotated[int | None, flag("seed of the server's own draws", "model")] = None
-    # http
-    host: Annotated[str, flag("address to listen on", "http")] = "127.0.0.1"
-    port: Annotated[int, flag("port to listen on", "http")] = 30000
-    api_key: Annotated[str | None, flag("key that clients must send as a bearer token", "http")] = None
-    admin_api_key: Annotated[str | None, flag("key for control endpoints", "http")] = None
-    max_inflight_requests: Annotated[int, flag("requests inside the ring before 503", "http")] = 4096
-    drain_timeout: Annotated[float, flag("seconds that running requests get after SIGTERM", "http")] = 30.0
-    stream_interval: Annotated[int, flag("tokens between two streamed chunks", "http")] = 1
-    incremental_streaming_output: Annotated[bool, flag("stream deltas instead of cumulative text", "http")] = False
-    preferred_sampling_params: Annotated[str | None, flag("JSON laid under every request's parameters", "http")] = None
-    # scheduler
-    max_running_requests: Annotated[int | None, flag("requests in a batch (default: by memory)", "scheduler")] = None
-    max_queued_requests: Annotated[int | None, flag("waiting requests before 503", "scheduler")] = None
-    max_total_tokens: Annotated[int | None, flag("size of the KV pool in tokens (default: by memory)", "scheduler")] = (
-        None
-    )
-    mem_fraction_static: Annotated[float | None, flag("share of memory for weights and KV pool", "scheduler")] = None
-    chunked_prefill_size: Annotated[
-        int | None, flag("prompt tokens per step (-1: whole prompts; default: by device)", "scheduler")
+    tokenizer_path: Annotated[
+        str | None, flag("directory or hub id of the tokenizer (default: the model's)", MODEL)
     ] = None
-    max_prefill_tokens: Annotated[int, flag("prompt tokens of one step in all", "scheduler")] = 16384
+    served_model_name: Annotated[
+        str | None, flag("name in answers and /v1/models (default: the model path)", MODEL)
+    ] = None
+    revision: Annotated[str | None, flag("branch, tag or commit of a hub id", MODEL)] = None
+    download_dir: Annotated[str | None, flag("where hub models are kept (default: the hub's own cache)", MODEL)] = None
+    chat_template: Annotated[str | None, flag("file with a chat template (default: the tokenizer's)", MODEL)] = None
+    is_embedding: Annotated[bool, flag("serve /encode, /classify and rerank instead of generation", MODEL)] = False
+    skip_tokenizer_init: Annotated[bool, flag("token ids in, token ids out; load no tokenizer", MODEL)] = False
+    context_length: Annotated[
+        Positive | None, flag("longest sequence in tokens (default: the model's; never more)", MODEL)
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "half", "float16", "bfloat16", "float", "float32"],
+        flag("number format of weights and activations; auto: by model and device", MODEL),
+    ] = "auto"
+    load_format: Annotated[
+        Literal["auto", "safetensors", "dummy"], flag("format of the weights; dummy: random ones", MODEL)
+    ] = "auto"
+    weight_version: Annotated[str, flag("version string of the loaded weights", MODEL)] = "default"
+
+    host: Annotated[str, flag("address to listen on", HTTP)] = "127.0.0.1"
+    port: Annotated[PortNumber, flag("port to listen on; 0: any free one", HTTP)] = 30000
+    api_key: Annotated[str | None, flag("key that clients must send as a bearer token", HTTP, secret=True)] = None
+    admin_api_key: Annotated[str | None, flag("key for the control endpoints", HTTP, secret=True)] = None
+    max_inflight_requests: Annotated[Positive, flag("requests inside the ring before a 503", HTTP)] = 4096
+    drain_timeout: Annotated[Seconds, flag("seconds that running requests get after SIGTERM", HTTP)] = 30.0
+    stream_interval: Annotated[Positive, flag("tokens between two streamed chunks", HTTP)] = 1
+    incremental_streaming_output: Annotated[
+        bool, flag("stream only what is new in each chunk, instead of the text so far", HTTP)
+    ] = False
+    preferred_sampling_params: Annotated[
+        str | None, flag("JSON object of sampling parameters laid under every request's own", HTTP)
+    ] = None
+
+    max_running_requests: Annotated[Positive | None, flag("requests in one batch (default: 256)", SCHEDULER)] = None
+    max_queued_requests: Annotated[
+        Positive | None, flag("waiting requests before a 503 (default: 4 batches, at least 1024)", SCHEDULER)
+    ] = None
+    max_total_tokens: Annotated[
+        Positive | None, flag("size of the KV pool in tokens (default: what memory allows)", SCHEDULER)
+    ] = None
+    mem_fraction_static: Annotated[
+        Share | None, flag("share of memory for weights and KV pool (default: by device)", SCHEDULER)
+    ] = None
+    chunked_prefill_size: Annotated[
+        ChunkSize | None, flag("prompt tokens in one step; -1: whole prompts (default: by device)", SCHEDULER)
+    ] = None
+    max_prefill_tokens: Annotated[Positive, flag("prompt tokens of one step, all requests together", SCHEDULER)] = 16384
     schedule_policy: Annotated[
-        str, flag("order of the waiting queue", "scheduler", choices=("lpm", "fcfs", "priority"))
+        Literal["fcfs", "lpm", "priority"],
+        flag("order of the waiting queue; lpm: longest cached prefix first", SCHEDULER),
     ] = "fcfs"
-    page_size: Annotated[int | None, flag("tokens per KV page (default: 16)", "scheduler")] = None
-    disable_radix_cache: Annotated[bool, flag("do not reuse the KV of shared prefixes", "scheduler")] = False
-    attention_backend: Annotated[str | None, flag("triton or torch_native (default: by device)", "scheduler")] = None
-    decode_log_interval: Annotated[int, flag("decode steps between two log lines", "scheduler")] = 40
-    # operations
-    log_level: Annotated[
-        str, flag("debug, info, warning or error", "operations", choices=("debug", "info", "warning", "error"))
-    ] = "info"
-    log_level_http: Annotated[str | None, flag("log level of access lines", "operations")] = None
-    enable_metrics: Annotated[bool, flag("metrics are always on; accepted for compatibility", "operations")] = True
-    skip_server_warmup: Annotated[bool, flag("do not send a request before reporting ready", "operations")] = False
+    page_size: Annotated[
+        Positive | None, flag("tokens per KV page (default: 16; 1 counts cached tokens exactly)", SCHEDULER)
+    ] = None
+    disable_radix_cache: Annotated[bool, flag("do not reuse the KV of shared prefixes", SCHEDULER)] = False
+    decode_log_interval: Annotated[Positive, flag("decode steps between two log lines", SCHEDULER)] = 40
+    random_seed: Annotated[
+        Natural | None, flag("seed of the server's own draws (default: a random one)", SCHEDULER)
+    ] = None
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], flag("where the model runs", DEVICE)] = "auto"
+    attention_backend: Annotated[
+        Literal["triton", "torch_native"] | None,
+        flag("triton needs a GPU; a CPU falls back to torch_native and says so (default: by device)", DEVICE),
+    ] = None
+    cuda_graph_max_bs: Annotated[
+        Positive | None, flag("largest batch captured as a CUDA graph (GPU only; a CPU captures none)", DEVICE)
+    ] = None
+    disable_cuda_graph: Annotated[bool, flag("capture no CUDA graphs (GPU only; a CPU captures none)", DEVICE)] = False
+
+    log_level: Annotated[LogLevel, flag("least severe lines to log", OPERATIONS)] = "info"
+    log_level_http: Annotated[LogLevel | None, flag("the same for access lines (default: log level)", OPERATIONS)] = (
+        None
+    )
+    enable_metrics: Annotated[bool, flag("serve /metrics", OPERATIONS)] = True
+    skip_server_warmup: Annotated[bool, flag("report ready without a first request", OPERATIONS)] = False
     expert_distribution_recorder_mode: Annotated[
         Literal["stat", "stat_approx", "per_pass", "per_token"] | None,
-        flag("record which experts a MoE model chooses", "operations"),
+        flag("record which experts a MoE model chooses, in this form", OPERATIONS),
     ] = None
+
+    # not flags: the launcher fills them in, the services read them
+    model_dir: str = ""  # local directory of model_path
+    tokenizer_dir: str = ""  # local directory of tokenizer_path
 
     @property
     def name(self) -> str:
