@@ -25,9 +25,7 @@ class AttentionSpec:
 class Attend(Protocol):
     """Write k and v of the batch's tokens to the KV pool, then attend over each sequence's whole context."""
 
-    def __call__(
-        self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q (tokens, heads, dim), k and v (tokens, kv_heads, dim) → (tokens, heads, dim)."""
         ...
 

@@ -1,0 +1,104 @@
+"""The decoder's small operations in plain torch: the specification that faster kernels must agree with."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+GatedActivation = Callable[[torch.Tensor], torch.Tensor]
+Project = Callable[[torch.Tensor], torch.Tensor]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, computed in float32."""
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def rms_norm_plus_one(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x / rms(x) * (1 + weight), rounded once at the end: weights are stored as their distance from one."""
+    return F.rms_norm(x.float(), weight.shape, weight.float() + 1.0, epsilon).to(x.dtype)
+
+
+def rotation(
+    positions: torch.Tensor, frequencies: torch.Tensor, factor: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines of every token's angles, each (tokens, 1, rotary_dim).
+
+    The first half of the sines is negated, so that `rotate` needs no negation of its own.
+    """
+    angles = positions.float().unsqueeze(1) * frequencies  # (tokens, rotary_dim / 2)
+    cos, sin = angles.cos(), angles.sin()
+    cos = torch.cat((cos, cos), dim=-1)
+    sin = torch.cat((-sin, sin), dim=-1)
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x (tokens, heads, dim): pairs (i, i + rotary_dim / 2) turn, what lies beyond stays."""
+    rotary_dim = cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        turned, rest = x.split((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
+        return torch.cat((rotate(turned, cos, sin), rest), dim=-1)
+    swapped = x.roll(rotary_dim // 2, dims=-1)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(first half) * second half of the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gelu(first half) * second half of the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gelu(first half) * second half, with the tanh approximation of gelu."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(x / cap)."""
+    return torch.tanh(x / cap) * cap
+
+
+def choose_experts(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (float32) and ids of each token's experts, both (tokens, top_k), best first."""
+    weights, ids = router_logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, ids
+
+
+def run_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    gate_up: list[Project],
+    down: list[Project],
+    activation: GatedActivation,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts: x (tokens, hidden) → (tokens, hidden).
+
+    Tokens are grouped by expert, so that each expert that was chosen reads its weights once. A token's experts are
+    summed in the order of `ids`: the result does not depend on the rest of the batch.
+    """
+    tokens, top_k = ids.shape
+    order = ids.flatten().argsort(stable=True)
+    grouped = x[order // top_k]  # (tokens * top_k, hidden), by expert
+    counts = ids.flatten().bincount(minlength=len(down)).tolist()
+    outputs = torch.empty_like(grouped)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = activation(gate_up[expert](grouped[start : start + count]))
+            outputs[order[start : start + count]] = down[expert](rows)
+            start += count
+    weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype).unsqueeze(-1)
+    return weighted.sum(dim=1)

@@ -1,0 +1,69 @@
+"""Gemma 2 and 3 (text): norms around each block, scaled embeddings, alternating sliding windows."""
+
+from typing import Any
+
+from scheduler_service.model.families.llama import Config, common, head_dim, windows
+from scheduler_service.model.rope import rope_parameters, rope_spec
+from scheduler_service.model.spec import DecoderSpec, LayerSpec, Names, require
+
+SANDWICH = Names(
+    after_attention="post_attention_layernorm",
+    before_mlp="pre_feedforward_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
+LOCAL_THETA = 10_000.0
+GLOBAL_THETA = 1_000_000.0
+
+
+def gemma2(config: Config, context_length: int) -> DecoderSpec:
+    """Gemma2ForCausalLM: every other layer slides; attention and logits are soft-capped."""
+    layers = tuple(LayerSpec(window) for window in windows(config, lambda layer: layer % 2 == 0))
+    fields = gemma(config, context_length)
+    return DecoderSpec(
+        **{**fields, "layers": layers},
+        attention_softcap=config.get("attn_logit_softcapping", 50.0),
+        logit_softcap=config.get("final_logit_softcapping", 30.0),
+    )
+
+
+def gemma3(config: Config, context_length: int) -> DecoderSpec:
+    """Gemma3ForCausalLM: five of six layers slide and have a rope of their own; queries and keys are normed."""
+    require(config, {"use_bidirectional_attention": False})
+    period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    layers = tuple(
+        LayerSpec(window, rope=1 if window else 0)
+        for window in windows(config, lambda layer: (layer + 1) % period != 0)
+    )
+    global_rope = rope_parameters(config, "full_attention", GLOBAL_THETA)
+    ropes = tuple(
+        rope_spec(parameters, head_dim(config), context_length) for parameters in (global_rope, local_rope(config))
+    )
+    return DecoderSpec(
+        **{**gemma(config, context_length), "layers": layers, "ropes": ropes},
+        query_key_norm=True,
+        attention_softcap=config.get("attn_logit_softcapping"),
+        logit_softcap=config.get("final_logit_softcapping"),
+    )
+
+
+def local_rope(config: Config) -> dict[str, Any]:
+    """The sliding layers' rope: in old configs one number, and `rope_scaling` is not for them."""
+    if config.get("rope_parameters"):
+        return rope_parameters(config, "sliding_attention", LOCAL_THETA)
+    theta = config.get("rope_local_base_freq") or LOCAL_THETA
+    return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0}
+
+
+def gemma(config: Config, context_length: int) -> dict[str, Any]:
+    fields = common({"head_dim": 256, "rope_theta": LOCAL_THETA, **config}, context_length, tied=True)
+    bias = bool(config.get("attention_bias"))
+    return {
+        **fields,
+        "activation": config.get("hidden_activation") or "gelu_pytorch_tanh",
+        "attention_scale": config.get("query_pre_attn_scalar", 256) ** -0.5,
+        "embedding_scale": config["hidden_size"] ** 0.5,
+        "norm": "rms_plus_one",
+        "names": SANDWICH,
+        "qkv_bias": bias,
+        "output_bias": bias,
+    }

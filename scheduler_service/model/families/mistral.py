@@ -1,0 +1,10 @@
+"""Mistral: Llama with a sliding window on every layer."""
+
+from scheduler_service.model.families.llama import Config, common, windows
+from scheduler_service.model.spec import DecoderSpec, LayerSpec
+
+
+def decoder_spec(config: Config, context_length: int) -> DecoderSpec:
+    """MistralForCausalLM."""
+    layers = tuple(LayerSpec(window) for window in windows(config, lambda layer: True))
+    return DecoderSpec(**{**common(config, context_length), "layers": layers})

@@ -1,0 +1,73 @@
+"""From a decoder's spec to the layout of its weights: which checkpoint tensors exist and where each one lives."""
+
+from scheduler_service.model.spec import DecoderSpec, MoeSpec
+from scheduler_service.model.weights import Layout
+
+
+def decoder_layout(spec: DecoderSpec) -> Layout:
+    """Buffers by kind, fused where layers read them together: qkv, and gate with up."""
+    layout = Layout(ignored=frozenset({"lm_head.weight"} if spec.tied else ()))
+    layout.add("embed", (), [("model.embed_tokens.weight", spec.vocab_size)], spec.hidden_size)
+    layout.add("norm", (), [("model.norm.weight", spec.hidden_size)], None)
+    if not spec.tied:
+        layout.add("lm_head", (), [("lm_head.weight", spec.vocab_size)], spec.hidden_size)
+    dense = sparse = 0
+    for index, layer in enumerate(spec.layers):
+        prefix = f"model.layers.{index}."
+        add_attention(layout, spec, index, f"{prefix}self_attn.")
+        add_norms(layout, spec, index, prefix)
+        if layer.moe:
+            add_moe(layout, spec, layer.moe, sparse, f"{prefix}{layer.moe.block}.")
+            sparse += 1
+        else:
+            add_mlp(layout, spec, dense, f"{prefix}mlp.")
+            dense += 1
+    return layout
+
+
+def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str = "weight") -> list[tuple[str, int]]:
+    """(name, rows) of fused tensors; a family that fuses them in the checkpoint has one name for all rows."""
+    sizes = rows if len(names) == len(rows) else (sum(rows),)
+    return [(f"{prefix}{name}.{kind}", size) for name, size in zip(names, sizes, strict=True)]
+
+
+def add_attention(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
+    query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    layout.add("qkv", (layer,), parts(prefix, spec.names.qkv, (query, key, key)), spec.hidden_size)
+    layout.add("output", (layer,), [(f"{prefix}o_proj.weight", spec.hidden_size)], query)
+    if spec.qkv_bias:
+        layout.add("qkv_bias", (layer,), parts(prefix, spec.names.qkv, (query, key, key), "bias"), None)
+    if spec.output_bias:
+        layout.add("output_bias", (layer,), [(f"{prefix}o_proj.bias", spec.hidden_size)], None)
+    if spec.query_key_norm:
+        layout.add("query_norm", (layer,), [(f"{prefix}q_norm.weight", spec.head_dim)], None)
+        layout.add("key_norm", (layer,), [(f"{prefix}k_norm.weight", spec.head_dim)], None)
+
+
+def add_norms(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
+    for place in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
+        if name := getattr(spec.names, place):
+            layout.add(place, (layer,), [(f"{prefix}{name}.weight", spec.hidden_size)], None)
+
+
+def add_mlp(layout: Layout, spec: DecoderSpec, slab: int, prefix: str) -> None:
+    size = spec.intermediate_size
+    layout.add("gate_up", (slab,), parts(prefix, spec.names.gate_up, (size, size)), spec.hidden_size)
+    layout.add("down", (slab,), [(f"{prefix}down_proj.weight", spec.hidden_size)], size)
+    if spec.mlp_bias:
+        layout.add("gate_up_bias", (slab,), parts(prefix, spec.names.gate_up, (size, size), "bias"), None)
+        layout.add("down_bias", (slab,), [(f"{prefix}down_proj.bias", spec.hidden_size)], None)
+
+
+def add_moe(layout: Layout, spec: DecoderSpec, moe: MoeSpec, slab: int, prefix: str) -> None:
+    hidden, size = spec.hidden_size, moe.intermediate_size
+    layout.add("router", (slab,), [(f"{prefix}gate.weight", moe.experts)], hidden)
+    for expert in range(moe.experts):
+        inside = f"{prefix}experts.{expert}."
+        layout.add("expert_gate_up", (slab, expert), parts(inside, moe.gate_up, (size, size)), hidden)
+        layout.add("expert_down", (slab, expert), [(f"{inside}{moe.down}.weight", hidden)], size)
+    if shared := moe.shared_intermediate_size:
+        inside = f"{prefix}shared_expert."
+        layout.add("shared_gate_up", (slab,), parts(inside, ("gate_proj", "up_proj"), (shared, shared)), hidden)
+        layout.add("shared_down", (slab,), [(f"{inside}down_proj.weight", hidden)], shared)
+        layout.add("shared_gate", (slab,), [(f"{prefix}shared_expert_gate.weight", 1)], hidden)

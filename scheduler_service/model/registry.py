@@ -1,0 +1,71 @@
+"""Which family serves an architecture, and the making of a model that is ready to run."""
+
+import logging
+
+import torch
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.model_info import ModelInfo
+from scheduler_service.model.batch import ServedModel
+from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.dtype import resolve_dtype
+from scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
+from scheduler_service.model.layout import decoder_layout
+from scheduler_service.model.spec import DecoderSpec, NotNative
+from scheduler_service.model.weights import Weights
+from scheduler_service.weights.load import available_gb, load_weights
+
+log = logging.getLogger(__name__)
+
+FAMILIES: dict[str, llama.Family] = {
+    "Gemma2ForCausalLM": gemma.gemma2,
+    "Gemma3ForCausalLM": gemma.gemma3,
+    "LlamaForCausalLM": llama.decoder_spec,
+    "MistralForCausalLM": mistral.decoder_spec,
+    "MixtralForCausalLM": mixtral.decoder_spec,
+    "Phi3ForCausalLM": phi3.decoder_spec,
+    "Qwen2ForCausalLM": qwen.qwen2,
+    "Qwen2MoeForCausalLM": qwen.qwen2_moe,
+    "Qwen3ForCausalLM": qwen.qwen3,
+    "Qwen3MoeForCausalLM": qwen.qwen3_moe,
+}
+
+
+def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> ServedModel:
+    """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line."""
+    if info.config.get("quantization_config"):
+        raise StartupError(f"{info.path} is quantized; only float32, float16 and bfloat16 checkpoints are served")
+    dtype = resolve_dtype(config.dtype, info.config, device)
+    available = available_gb(device)
+    log.info("Load weight begin. avail mem=%.2f GB", available)
+    model = load_native(decoder_spec(info), config, info, dtype, device)
+    left = available_gb(device)
+    log.info(
+        "Load weight end. type=%s, dtype=%s, avail mem=%.2f GB, mem usage=%.2f GB.",
+        info.architecture,
+        dtype,
+        left,
+        available - left,
+    )
+    return model
+
+
+def decoder_spec(info: ModelInfo) -> DecoderSpec:
+    """The spec of a model that the generic decoder runs; raises NotNative for any other."""
+    family = FAMILIES.get(info.architecture)
+    if family is None:
+        raise NotNative(f"architecture {info.architecture}")
+    try:
+        return family(info.config, info.context_length)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+
+
+def load_native(
+    spec: DecoderSpec, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    weights = Weights(decoder_layout(spec), dtype, device)
+    model = Decoder(spec, weights)
+    load_weights(weights, config, info)
+    return model

@@ -1,0 +1,85 @@
+"""What a decoder is, told by values alone: families write one of these, the generic decoder runs it."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class NotNative(Exception):
+    """This config asks for something the generic decoder does not do; transformers' own model may run it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """One way of turning queries and keys by position."""
+
+    frequencies: tuple[float, ...]  # radians per position, one for each pair of dimensions
+    factor: float = 1.0  # multiplies cosines and sines
+
+
+@dataclass(frozen=True, slots=True)
+class MoeSpec:
+    """A layer's mixture of experts."""
+
+    experts: int
+    top_k: int
+    intermediate_size: int
+    renormalize: bool  # the chosen experts' weights sum to one
+    shared_intermediate_size: int = 0  # one expert that every token passes, scaled by a sigmoid gate
+    block: str = "mlp"  # checkpoint names below the layer
+    gate_up: tuple[str, str] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one layer has of its own."""
+
+    window: int | None = None  # a query at p sees keys in (p - window, p]
+    rope: int = 0  # index into DecoderSpec.ropes
+    moe: MoeSpec | None = None  # None: a dense feed-forward block
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Checkpoint names that differ between families, below `model.layers.N.`."""
+
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """A causal decoder of the Llama kind."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: tuple[LayerSpec, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    attention_scale: float
+    ropes: tuple[RopeSpec, ...]
+    norm_epsilon: float
+    norm: Literal["rms", "rms_plus_one"] = "rms"
+    query_key_norm: bool = False  # per head, before rope
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    tied: bool = False
+    names: Names = field(default_factory=Names)
+
+
+def require(config: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise NotNative where a config sets a switch that the family does not know how to follow."""
+    for name, value in expected.items():
+        if config.get(name, value) != value:
+            raise NotNative(f"{name}={config[name]!r}")

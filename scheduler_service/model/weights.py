@@ -1,0 +1,97 @@
+"""A model's parameters: a few flat buffers whose pointers never change, and checkpoint names as views into them.
+
+Loading, in-place update, atomic swap and checksums all follow from that: a second `Weights` of the same layout is
+filled while the first one serves, and `copy_from` takes it over with one copy per buffer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a checkpoint's tensor lives: some rows of one slab of a buffer."""
+
+    buffer: str
+    index: tuple[int, ...]  # of the slab: (layer,) or (layer, expert)
+    start: int  # first row
+    shape: tuple[int, ...]  # as the checkpoint has it
+
+
+@dataclass(slots=True)
+class Layout:
+    """The shapes of the buffers and the place of every checkpoint name."""
+
+    buffers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()  # names that a checkpoint may hold though nothing reads them
+
+    def add(self, buffer: str, index: tuple[int, ...], tensors: list[tuple[str, int]], columns: int | None) -> None:
+        """Put tensors, each (name, rows), below one another into one slab; without columns they are vectors."""
+        width = () if columns is None else (columns,)
+        start = 0
+        for name, rows in tensors:
+            assert name not in self.places, name
+            self.places[name] = Place(buffer, index, start, (rows, *width))
+            start += rows
+        slabs = tuple(i + 1 for i in index)
+        known = self.buffers.get(buffer, (*slabs, start, *width))
+        assert known[len(index) :] == (start, *width), (buffer, known, tensors)
+        self.buffers[buffer] = (*map(max, slabs, known), start, *width)
+
+
+class Weights:
+    """The buffers of one layout on one device."""
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
+        self.dtype = dtype
+        self.device = device
+        self.buffers = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in layout.buffers.items()}
+        self.on_update: list[Callable[[], None]] = []  # whatever keeps copies in another form follows here
+
+    def slab(self, buffer: str, *index: int) -> torch.Tensor:
+        """One layer's (or expert's) part of a buffer, all fused tensors together."""
+        return self.buffers[buffer][index]
+
+    def view(self, name: str) -> torch.Tensor:
+        """The tensor of a checkpoint name, in the checkpoint's shape. Raises KeyError for an unknown name."""
+        place = self.layout.places[name]
+        return self.buffers[place.buffer][place.index].narrow(0, place.start, place.shape[0])
+
+    def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Checkpoint name → shape and dtype."""
+        return {name: (place.shape, self.dtype) for name, place in self.layout.places.items()}
+
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def staging(self, device: torch.device | None = None) -> "Weights":
+        """Buffers of the same layout with undefined contents, to be filled while these serve."""
+        return Weights(self.layout, self.dtype, device or self.device)
+
+    def copy_from(self, staged: "Weights") -> None:
+        """Take over all values, one copy per buffer; the pointers stay."""
+        for name, buffer in self.buffers.items():
+            buffer.copy_(staged.buffers[name])
+        self.after_update()
+
+    def after_update(self) -> None:
+        """Call once values have changed."""
+        for follow in self.on_update:
+            follow()
+
+    def fill_random(self, seed: int) -> None:
+        """Normal(0, 0.02), the same for the same seed and layout on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for name in self.layout.places:
+            view = self.view(name)
+            view.copy_(torch.empty(view.shape).normal_(0.0, 0.02, generator=generator))
+
+    def checksum(self, name: str) -> str:
+        """xxh3 (64 bits, hex) of a tensor's bytes in the served dtype."""
+        view = self.view(name).contiguous().cpu()
+        return xxhash.xxh3_64_hexdigest(view.view(torch.uint8).numpy())

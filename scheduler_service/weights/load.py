@@ -1,0 +1,96 @@
+"""Fill a model's weights from its directory.
+
+`check` compares names, shapes and dtypes before a byte is copied; `read` does the copying. Both take any `Weights` of
+the model's layout, so an update can fill a staging copy in a background thread while the live one serves.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.model_info import ModelInfo
+from scheduler_service.model.weights import Weights
+from scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
+from scheduler_service.weights.progress import shown
+
+log = logging.getLogger(__name__)
+
+NAMES_SHOWN = 8  # of a long list of tensors
+DISK_FORMATS = ("auto", "safetensors")
+DUMMY_SEED = 0
+
+
+def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> None:
+    """Fill `weights` by --load-format and let what follows them follow. Raises StartupError."""
+    if config.load_format == "dummy":
+        weights.fill_random(config.random_seed or DUMMY_SEED)
+    elif config.load_format in DISK_FORMATS:
+        load_checkpoint(weights, Path(info.path))
+    else:
+        choices = ", ".join((*DISK_FORMATS, "dummy"))
+        raise StartupError(f"--load-format {config.load_format} is unknown; choose one of {choices}")
+    weights.after_update()
+
+
+def load_checkpoint(weights: Weights, directory: Path) -> None:
+    """Check the directory's checkpoint against `weights`, then read it, with log lines and a progress bar."""
+    log.info("Using model weights format ['*.safetensors']")
+    checkpoint = Checkpoint.open(directory)
+    if not checkpoint.indexed:
+        log.info("No %s found in remote.", INDEX_NAME)
+    check(checkpoint, weights)
+    read(checkpoint, weights, shown(checkpoint.files))
+
+
+def check(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Every tensor of the model must be there, in its shape and a floating dtype; raises CheckpointError if not."""
+    names = weights.names()
+    if missing := [name for name in names if name not in checkpoint.tensors]:
+        raise CheckpointError(f"the checkpoint lacks {some(missing)}")
+    for name, (shape, _) in names.items():
+        stored = checkpoint.tensors[name]
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}"
+            )
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(f"{stored.file}: tensor {name} is {stored.dtype}, which is not supported")
+    if unexpected := sorted(checkpoint.tensors.keys() - names.keys() - weights.layout.ignored):
+        log.warning("The model has no use for %s of the checkpoint.", some(unexpected))
+
+
+def read(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> None:
+    """Copy every tensor to its place, file by file, in the order of the bytes on disk."""
+    names = sorted(weights.names(), key=lambda name: checkpoint.tensors[name].offset)
+    for file in files:
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+        try:
+            for name in names:
+                stored = checkpoint.tensors[name]
+                if stored.file == file:
+                    read_tensor(stored, weights.view(name), descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def some(names: list[str]) -> str:
+    """For example `2 tensors: a, b`."""
+    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(names[:NAMES_SHOWN])}{rest}"
+
+
+def available_gb(device: torch.device) -> float:
+    """Memory that can still be taken on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        found = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(found.split()[1]) / 2**20

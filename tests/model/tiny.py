@@ -1,0 +1,102 @@
+"""Small random models on disk, with a tokenizer, as a server would find them. Needs transformers.
+
+`build("llama", directory, tie_word_embeddings=True)` writes config, weights, tokenizer and generation config.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCAB_SIZE = 320
+BOS, EOS, PAD = 0, 1, 2
+TEXT = ["the quick brown fox jumps over the lazy dog", "hello world, the capital of France is Paris", "1 2 3 4 5"]
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "tie_word_embeddings": False,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True}
+
+# family → (config class of transformers, what it has besides SHAPE)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 24}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "phi3": ("Phi3Config", {}),
+    "gemma2": ("Gemma2Config", {**GEMMA, "sliding_window": 24}),
+    "gemma3": ("Gemma3TextConfig", {**GEMMA, "sliding_window": 24, "sliding_window_pattern": 2}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 80}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # through transformers' own model
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.5}),
+    "stablelm": ("StableLmConfig", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+}
+
+
+def build(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
+    """Write a random model of the family with config fields overridden; returns the directory."""
+    model = random_model(family, dtype=dtype, seed=seed, **overrides)
+    model.save_pretrained(directory)
+    save_tokenizer(directory, model.config.vocab_size)
+    return directory
+
+
+def random_model(
+    family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+) -> transformers.PreTrainedModel:
+    """A random model whose logits differ by whole units, so that its greedy tokens do not hang on rounding."""
+    name, extra = FAMILIES[family]
+    config = getattr(transformers, name)(**{**SHAPE, **extra, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        randomize(model)
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Matrices keep the variance of what passes them; vectors (norms, biases) stray a little from their start."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        else:
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    model.get_input_embeddings().weight.normal_(0.0, 0.5)
+
+
+def save_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A byte-level BPE tokenizer: every text can be encoded, and ids up to 3 are special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<eos>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT * 4, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    fast.save_pretrained(directory)
