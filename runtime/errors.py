@@ -3,6 +3,7 @@
 RequestError     one request cannot be served; it ends that request and nothing else
 CommandRefused   a control command cannot be carried out now; nothing was changed
 StartupError     the server cannot start; its text is the one line the operator sees
+UsageError       the command line or the config file is wrong; likewise one line
 """
 
 from enum import Enum
@@ -49,3 +50,7 @@ class CommandRefused(Exception):
 
 class StartupError(Exception):
     """The server cannot start; `str(error)` names the cause and what to do, in one line."""
+
+
+class UsageError(Exception):
+    """The command line or the config file is wrong; `str(error)` names the flag and the remedy, in one line."""

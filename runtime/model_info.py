@@ -29,8 +29,20 @@ class ModelInfo(msgspec.Struct, kw_only=True):
 
 
 def local_path(model_path: str) -> Path:
-    """`demo`, or a directory that the launcher has resolved already (hub ids are downloaded by the launcher)."""
+    """The directory of `demo` or of a local model (hub ids are downloaded by the launcher, see `model_dir`)."""
     return DEMO if model_path == "demo" else Path(model_path)
+
+
+def model_dir(config: ServerConfig) -> Path:
+    """Where the model's files are: the directory that the launcher found, or model_path itself."""
+    return Path(config.model_dir) if config.model_dir else local_path(config.model_path)
+
+
+def tokenizer_dir(config: ServerConfig) -> Path:
+    """Where the tokenizer's files are: by default beside the model."""
+    if config.tokenizer_dir:
+        return Path(config.tokenizer_dir)
+    return local_path(config.tokenizer_path) if config.tokenizer_path else model_dir(config)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,7 +69,7 @@ def eos_ids(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
 
 def load(config: ServerConfig) -> ModelInfo:
     """Read the model directory. Raises StartupError with the cause and the flag that mends it."""
-    path = local_path(config.model_path)
+    path = model_dir(config)
     raw = read_json(path / "config.json")
     if not raw:
         raise StartupError(f"no config.json in {path}: --model-path must name a model directory or a hub id")

@@ -62,6 +62,7 @@ def boot_from_argv() -> Boot:
     set_up_logging(boot.config)
     die_with_parent(boot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
+    faulthandler.enable()  # a segfault leaves a stack
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     return boot
 
@@ -92,6 +93,8 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     except StartupError as error:
         report_ready(boot, str(error))
         os._exit(EXIT_STARTUP)
+    except SystemExit as error:
+        os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
     except BaseException:
         log.error("%s hit an exception: %s", boot.role, traceback.format_exc())
         os._exit(1)

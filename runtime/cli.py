@@ -1,0 +1,76 @@
+"""The `quartet` command: a table of subcommands, each imported only when it is asked for."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand: `function(arguments) -> exit status` in `module`."""
+
+    module: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "serve": Command("runtime.launch", "main", "start a server (quartet serve --help lists its flags)"),
+    "config": Command("runtime.show", "main", "config show: print every setting and where its value comes from"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    match arguments:
+        case [] | ["-h" | "--help"]:
+            print(usage())
+            return 0
+        case ["--version" | "-V"]:
+            print(f"quartet {version()}")
+            return 0
+        case [name, *rest] if name in COMMANDS:
+            command = COMMANDS[name]
+            function = getattr(importlib.import_module(command.module), command.function)
+            return int(function(rest))
+    return unknown(arguments[0])
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: quartet <command> [flags]",
+            "",
+            "Serves a language model over HTTP. `quartet serve` alone serves the embedded one.",
+            "",
+            *lines,
+            "",
+            "  --help, --version",
+        ]
+    )
+
+
+def version() -> str:
+    from importlib.metadata import version as installed_version
+
+    return installed_version("quartet-serve")
+
+
+def unknown(word: str) -> int:
+    """Say which command or spelling was probably meant."""
+    from difflib import get_close_matches
+
+    if word.startswith("-"):
+        hint = f"put flags after a command: quartet serve {word} ..."
+    else:
+        near = get_close_matches(word, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    print(f"quartet: unknown command {word}; {hint}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""From the command line and a YAML file to a ServerConfig, remembering where each value came from.
+
+Everything here is derived from the fields of `runtime.config.ServerConfig`; a new flag is one field there.
+"""
+
+import argparse
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from runtime.config import Flag, ServerConfig
+from runtime.errors import UsageError
+
+DEFAULT, COMMAND_LINE = "default", "command line"
+UNSUPPORTED = {"--trust-remote-code": "Quartet never runs code that comes with a model"}
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One field of ServerConfig as a flag."""
+
+    name: str
+    help: str
+    flag: Flag
+    default: Any
+    takes: str  # what a value looks like: "integer", "a | b", ...
+
+    @property
+    def spelling(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return (self.spelling, *self.flag.aliases)
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """A configuration and where each of its values came from."""
+
+    config: ServerConfig
+    origins: dict[str, str]  # only of the fields that were given; all others are defaults
+
+    def origin(self, name: str) -> str:
+        return self.origins.get(name, DEFAULT)
+
+
+def settings() -> dict[str, Setting]:
+    """Every flag by its field's name, in the order of the fields."""
+    hints = get_type_hints(ServerConfig, include_extras=True)
+    found = {}
+    for field in msgspec.structs.fields(ServerConfig):
+        kind, *metadata = get_args(hints[field.name]) or (hints[field.name],)
+        meta = next((m for m in metadata if isinstance(m, msgspec.Meta) and m.extra), None)
+        if meta is not None and meta.extra is not None:
+            found[field.name] = Setting(
+                field.name, meta.description or "", meta.extra["flag"], field.default, describe(kind)
+            )
+    return found
+
+
+def describe(kind: Any) -> str:
+    """The values of a field's type, for people."""
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    members = [member for member in get_args(kind) if member is not type(None)]
+    if members and kind not in NAMES:
+        return describe(members[0])
+    return NAMES.get(kind, "text")
+
+
+NAMES: dict[Any, str] = {int: "integer", float: "number", bool: "true | false", str: "text"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """All flags in their groups. Values stay strings; `load` gives them types."""
+    parser = Parser(
+        prog=f"quartet {command}",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {}
+    for setting in settings().values():
+        name = setting.flag.group
+        group = groups.setdefault(name, groups.get(name) or parser.add_argument_group(name))
+        optional_value = {"nargs": "?", "const": "true"} if setting.takes == NAMES[bool] else {}
+        group.add_argument(
+            *setting.spellings,
+            dest=setting.name,
+            metavar=setting.takes.replace(" ", ""),
+            help=help_text(setting),
+            **optional_value,
+        )
+    parser.add_argument("--config", metavar="file.yaml", help="settings from a file; flags given here win")
+    return parser
+
+
+def help_text(setting: Setting) -> str:
+    text = setting.help.replace("%", "%%")
+    stated = setting.default is None or setting.default is False or "default" in text
+    return text if stated else f"{text} (default: {setting.default})"
+
+
+def load(argv: Sequence[str], command: str = "serve") -> Settings:
+    """Parse flags over the file over the defaults. Raises UsageError naming the flag or key and the remedy."""
+    given, rest = build_parser(command).parse_known_args(list(argv))
+    refuse_unknown(rest)
+    flags = vars(given)
+    file = flags.pop("config", None)
+    values = {} if file is None else read_file(Path(file))
+    origins = dict.fromkeys(values, str(file)) | dict.fromkeys(flags, COMMAND_LINE)
+    checked = typed(values, strict=True, label="{} in " + str(file)) | typed(flags, strict=False, label="--{}")
+    return Settings(ServerConfig(**checked), origins)
+
+
+def refuse_unknown(rest: Sequence[str]) -> None:
+    """Raise UsageError for the first argument that is no flag of ours, suggesting the nearest one."""
+    if not rest:
+        return
+    word = rest[0].split("=")[0]
+    if word in UNSUPPORTED:
+        raise UsageError(f"{word} is not supported: {UNSUPPORTED[word]}")
+    if not word.startswith("-"):
+        raise UsageError(f"unexpected argument {word!r}; flags start with --")
+    spellings = ["--config", *(spelling for setting in settings().values() for spelling in setting.spellings)]
+    raise UsageError(f"unknown flag {word}{suggestion(word, spellings)}")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or a pointer to the help when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; `quartet serve --help` lists them all"
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file by field name (dashes or underscores)."""
+    import yaml  # here, so that --help does not pay for it
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"--config {path} must hold `name: value` lines")
+    values = {str(key).replace("-", "_"): value for key, value in data.items()}
+    for key in values.keys() - settings().keys():
+        raise UsageError(f"unknown key {key} in {path}{suggestion(key, settings())}")
+    return values
+
+
+def typed(values: Mapping[str, Any], *, strict: bool, label: str) -> dict[str, Any]:
+    """The values with their fields' types. Raises UsageError naming the first that does not fit."""
+    for name, value in values.items():
+        try:
+            msgspec.convert({name: value}, ServerConfig, strict=strict)
+        except msgspec.ValidationError as error:
+            spelled = label.format(name.replace("_", "-") if label.startswith("--") else name)
+            bound = str(error).split(" - at")[0].rpartition("`")[2]  # " >= 1", where the type is right
+            takes = settings()[name].takes
+            raise UsageError(f"{spelled} takes {takes}{bound if '=' in bound else ''}, not {value!r}") from error
+    config = msgspec.convert(dict(values), ServerConfig, strict=strict)
+    return {name: getattr(config, name) for name in values}
+
+
+def public(config: ServerConfig) -> dict[str, Any]:
+    """Every setting by name, as plain values; secrets are masked."""
+    return {
+        name: "***" if setting.flag.secret and getattr(config, name) else getattr(config, name)
+        for name, setting in settings().items()
+    }

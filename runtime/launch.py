@@ -1,0 +1,152 @@
+"""The table of processes, and one server's life: bind, resolve, start, serve, drain, clean up.
+
+Services are named by strings, so this process never imports torch or any service.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+import msgspec
+import setproctitle
+
+from runtime import flags, hub, run_dir
+from runtime.config import ServerConfig
+from runtime.errors import StartupError, UsageError
+from runtime.log import set_up_logging
+from runtime.resolve import look_at_machine, resolve
+from runtime.service import TITLE
+from runtime.sockets import endpoint
+from runtime.supervisor import ExitStatus, Service, Signals, Supervisor
+
+log = logging.getLogger(__name__)
+
+# In ring order: each sends to the next, the last to the first.
+SERVICES = (
+    Service("gateway", "http_gateway.main", listens=True),
+    Service("tokenizer", "tokenizer_service.main"),
+    Service("scheduler", "scheduler_service.main", threads=0),
+    Service("detokenizer", "detokenizer_service.main"),
+)
+BACKLOG = 2048
+LAST_EPOCH = 999_999
+ANY_ADDRESS = ("0.0.0.0", "::", "")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`quartet serve`: run a server to its end; returns the exit status."""
+    return serve(argv, SERVICES)
+
+
+def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
+    """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
+    try:
+        config = flags.load(argv).config
+        setproctitle.setproctitle(TITLE.format(role="launcher"))
+        set_up_logging(config)
+        return run(config, services)
+    except UsageError as error:
+        return fail(ExitStatus.USAGE, str(error))
+    except StartupError as error:
+        return fail(ExitStatus.STARTUP, str(error))
+    except KeyboardInterrupt:
+        return fail(ExitStatus.INTERRUPTED, "interrupted before the server was up")
+
+
+def run(config: ServerConfig, services: Sequence[Service]) -> int:
+    """Serve until told to stop or until a process dies. Raises StartupError."""
+    resolution = resolve(config, look_at_machine())
+    with listen(config.host, config.port) as listener:
+        port = listener.getsockname()[1]
+        config = msgspec.structs.replace(resolution.config, port=port)
+        with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
+            for note in resolution.notes:
+                log.warning("%s", note)
+            check_path_length(str(directory), services)
+            config = hub.locate(config)
+            with (
+                Signals() as signals,
+                Supervisor(services, config, directory, lifeline_fd, listener.fileno()) as supervisor,
+            ):
+                status = supervisor.run(signals, lambda: announce(config), lambda: stop_listening(listener))
+    return fail(status, supervisor.reason) if supervisor.reason else status
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The HTTP socket, taken before anything slow happens. Raises StartupError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except socket.gaierror as error:
+        raise StartupError(f"--host {host} is no address of this machine: {error.strerror}") from error
+    except OSError as error:
+        raise StartupError(f"cannot listen on {host}:{port}: {cause(error)}") from error
+    return listener
+
+
+def cause(error: OSError) -> str:
+    """Why a bind failed, and what to do about it."""
+    remedies = {
+        errno.EADDRINUSE: "another process has that port; stop it or choose another --port (0: any free one)",
+        errno.EACCES: "ports under 1024 need a privilege; choose another --port",
+        errno.EADDRNOTAVAIL: "--host is no address of this machine; 0.0.0.0 means all of them",
+    }
+    return remedies.get(error.errno or 0, error.strerror or str(error))
+
+
+def check_path_length(directory: str, services: Sequence[Service]) -> None:
+    """Raise StartupError when a socket's path would be too long."""
+    try:
+        for service in services:
+            endpoint(directory, service.role, LAST_EPOCH)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
+def announce(config: ServerConfig) -> None:
+    """Tell supervisors (the log line, systemd) and people (what to try next) that the server serves."""
+    log.info("The server is fired up and ready to roll!")
+    notify(b"READY=1")
+    print(what_next(config), flush=True)
+
+
+def what_next(config: ServerConfig) -> str:
+    """A line to paste into another terminal."""
+    host = "127.0.0.1" if config.host in ANY_ADDRESS else config.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+    path, body = (
+        ("encode", {"text": "Hello"})
+        if config.is_embedding
+        else ("generate", {"text": "What is the capital of France?", "sampling_params": {"temperature": 0}})
+    )
+    key = "-H 'Authorization: Bearer <your key>' " if config.api_key else ""
+    data = msgspec.json.encode(body).decode()
+    return (
+        f"\n{config.name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
+    )
+
+
+def stop_listening(listener: socket.socket) -> None:
+    """Draining begins: the gateway's copy of the socket is the only one left, so that closing it refuses clients."""
+    notify(b"STOPPING=1")
+    log.info("stopping: running requests are finished first; a second signal ends them")
+    listener.close()
+
+
+def notify(state: bytes) -> None:
+    """Tell systemd (Type=notify), where it asks to be told."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+            sender.sendto(state, "\0" + address[1:] if address.startswith("@") else address)
+
+
+def fail(status: ExitStatus, reason: str) -> int:
+    print(f"quartet: {reason}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,146 @@
+"""Answers every "auto" of a configuration once, purely, and refuses settings that contradict each other.
+
+What only the model or the device itself can answer (the KV pool's size, the dtype) is left to the worker.
+"""
+
+import importlib.util
+import ipaddress
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.sampling import SamplingParams
+
+PAGE_SIZE = 16
+MAX_RUNNING_REQUESTS = 256
+MIN_QUEUED_REQUESTS = 1024
+CHUNKED_PREFILL_SIZE = {"cpu": 512, "cuda": 8192}
+ATTENTION_BACKEND = {"cpu": "torch_native", "cuda": "triton"}
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """The facts of this machine that answers depend on."""
+
+    has_gpu: bool = False  # an NVIDIA driver is loaded
+    torch_has_cuda: bool = False  # the installed torch can use it
+
+
+class Resolution(msgspec.Struct, frozen=True):
+    """A configuration without open questions, and what the operator should know about it."""
+
+    config: ServerConfig
+    notes: list[str]
+
+
+def look_at_machine() -> Machine:
+    """Read the facts, without importing torch."""
+    return Machine(has_gpu=Path("/proc/driver/nvidia/version").exists(), torch_has_cuda=torch_has_cuda())
+
+
+def torch_has_cuda() -> bool:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py")
+    return version.is_file() and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def resolve(config: ServerConfig, machine: Machine) -> Resolution:
+    """Fill in what follows from device and other settings. Raises StartupError for a contradiction."""
+    check(config, machine)
+    device = device_of(config, machine)
+    running = config.max_running_requests or MAX_RUNNING_REQUESTS
+    answers: dict[str, Any] = {
+        "device": device,
+        "page_size": config.page_size or PAGE_SIZE,
+        "max_running_requests": running,
+        "max_queued_requests": config.max_queued_requests or max(MIN_QUEUED_REQUESTS, 4 * running),
+        "chunked_prefill_size": config.chunked_prefill_size
+        or min(CHUNKED_PREFILL_SIZE[device], config.max_prefill_tokens),
+        "attention_backend": "torch_native"
+        if device == "cpu"
+        else config.attention_backend or ATTENTION_BACKEND[device],
+    }
+    return Resolution(msgspec.structs.replace(config, **answers), notes(config, device))
+
+
+def device_of(config: ServerConfig, machine: Machine) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if machine.has_gpu and machine.torch_has_cuda else "cpu"
+
+
+Contradiction = tuple[Callable[[ServerConfig, Machine], bool], Callable[[ServerConfig], str]]
+
+CONTRADICTIONS: list[Contradiction] = [
+    (
+        lambda c, m: c.device == "cuda" and not m.torch_has_cuda,
+        lambda c: "--device cuda needs a torch built for CUDA; install one, or use --device cpu",
+    ),
+    (
+        lambda c, m: c.device == "cuda" and not m.has_gpu,
+        lambda c: "--device cuda needs an NVIDIA driver, and none is loaded here; use --device cpu",
+    ),
+    (
+        lambda c, m: c.chunked_prefill_size == 0,
+        lambda c: "--chunked-prefill-size 0 computes nothing; use -1 for whole prompts or a number of tokens",
+    ),
+    (
+        lambda c, m: (c.chunked_prefill_size or 0) > c.max_prefill_tokens,
+        lambda c: (
+            f"--chunked-prefill-size {c.chunked_prefill_size} exceeds --max-prefill-tokens {c.max_prefill_tokens}; "
+            f"use --max-prefill-tokens {c.chunked_prefill_size}"
+        ),
+    ),
+    (
+        lambda c, m: c.max_total_tokens is not None and c.max_total_tokens < (c.page_size or PAGE_SIZE),
+        lambda c: (
+            f"--max-total-tokens {c.max_total_tokens} is less than one page of {c.page_size or PAGE_SIZE} tokens; "
+            f"use --page-size {c.max_total_tokens} or less"
+        ),
+    ),
+    (
+        lambda c, m: c.revision is not None and (c.model_path == "demo" or Path(c.model_path).is_dir()),
+        lambda c: f"--revision is for hub ids, and --model-path {c.model_path} is a directory; leave --revision out",
+    ),
+    (
+        lambda c, m: c.skip_tokenizer_init and (c.tokenizer_path is not None or c.chat_template is not None),
+        lambda c: "--skip-tokenizer-init loads no tokenizer; leave --tokenizer-path and --chat-template out",
+    ),
+]
+
+
+def check(config: ServerConfig, machine: Machine) -> None:
+    """Raise StartupError for the first contradiction."""
+    for holds, message in CONTRADICTIONS:
+        if holds(config, machine):
+            raise StartupError(message(config))
+    if config.preferred_sampling_params is not None:
+        try:
+            msgspec.json.decode(config.preferred_sampling_params, type=SamplingParams)
+        except msgspec.MsgspecError as error:
+            raise StartupError(f"--preferred-sampling-params must be a JSON object of parameters: {error}") from error
+
+
+def notes(config: ServerConfig, device: str) -> list[str]:
+    """What has no effect, or an effect the operator may not expect."""
+    found = []
+    if not is_loopback(config.host) and config.api_key is None:
+        found.append(f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it")
+    if device == "cpu" and config.attention_backend == "triton":
+        found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
+    if device == "cpu" and config.cuda_graph_max_bs is not None:
+        found.append("--cuda-graph-max-bs has no effect on a CPU, which captures no CUDA graphs")
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,93 @@
+"""The private directory of one boot: sockets and boot files live here and leave no trace.
+
+The launcher holds a lock in it for life, so that a directory without a holder is known to be left over. A tiny shell
+process, the janitor, waits at the lifeline pipe: it removes the directory when the launcher is gone, however it went.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from runtime.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+PREFIX = "quartet-"
+# `read` returns at end of file. A socket that appears during `rm` makes it fail, so it is tried again.
+JANITOR = 'trap "" INT TERM HUP; read -r _; n=0; until rm -rf -- "$1" || [ $((n+=1)) -ge 100 ]; do sleep 0.01; done'
+
+
+def base(environment: Mapping[str, str]) -> Path:
+    """Where run directories go: short, local and private if possible."""
+    runtime_dir = environment.get("XDG_RUNTIME_DIR", "")
+    usable = runtime_dir and os.path.isdir(runtime_dir) and os.access(runtime_dir, os.W_OK | os.X_OK)
+    return Path(runtime_dir if usable else "/tmp")
+
+
+@contextlib.contextmanager
+def private(parent: Path) -> Iterator[tuple[Path, int]]:
+    """Make a run directory and sweep those of dead boots. Yields it and the read end of the lifeline pipe."""
+    sweep(parent)
+    boot_id = secrets.token_hex(4)
+    hidden, run_dir = parent / f".{PREFIX}{boot_id}", parent / f"{PREFIX}{boot_id}"
+    try:
+        hidden.mkdir(mode=0o700)
+        lock = take_lock(hidden)
+        hidden.rename(run_dir)  # only now may a sweep see it
+    except OSError as error:
+        raise StartupError(f"cannot make a run directory in {parent}: {error.strerror}; set XDG_RUNTIME_DIR") from error
+    lifeline_read, lifeline_write = os.pipe2(os.O_CLOEXEC)
+    janitor = hire_janitor(run_dir, lifeline_read)
+    try:
+        yield run_dir, lifeline_read
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        os.close(lifeline_write)
+        os.close(lifeline_read)
+        janitor.wait()
+        if lock is not None:
+            os.close(lock)
+
+
+def hire_janitor(run_dir: Path, lifeline_fd: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["quartet::janitor", "-c", JANITOR, "quartet::janitor", str(run_dir)],
+        executable="/bin/sh",
+        stdin=lifeline_fd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        process_group=0,
+    )
+
+
+def sweep(parent: Path) -> None:
+    """Remove the run directories whose launcher is dead and had no janitor left."""
+    for left_over in parent.glob(f"{PREFIX}*"):
+        try:
+            if left_over.stat().st_uid != os.geteuid() or left_over.is_symlink():
+                continue
+            lock = take_lock(left_over)
+        except OSError:  # gone meanwhile, or not ours
+            continue
+        if lock is not None:
+            log.info("removing the left-over run directory %s", left_over)
+            shutil.rmtree(left_over, ignore_errors=True)
+            os.close(lock)
+
+
+def take_lock(directory: Path) -> int | None:
+    """The lock of a run directory, or None when its launcher lives."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
