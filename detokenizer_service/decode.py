@@ -1,0 +1,140 @@
+"""Incremental decoding: token ids come in, characters go out, never half of one.
+
+The text of a request is `decode(prompt tail + output)` without what the prompt tail alone decodes to, and it does not
+depend on how the output was cut into messages. Two ways lead there:
+
+ByteDecoder    byte-level and byte-fallback tokenizers, where a token is a run of bytes: a table and an incremental
+               UTF-8 decoder
+WindowDecoder  all others: decode a short window with and without the new token and take the difference
+
+Where byte-fallback tokens spell invalid UTF-8, the characters that were whole before the fault stay (they may have
+been sent), though decoding the whole at once would lose them too. `spaces_between_special_tokens` changes nothing
+here, as with transformers' own fast tokenizers.
+"""
+
+import codecs
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from detokenizer_service.spelling import Spelling, spelling_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+REPLACEMENT = "\ufffd"
+
+
+class Decoder(Protocol):
+    """The decoding state of one request."""
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The characters that these ids complete."""
+
+    def flush(self) -> str:
+        """What is held back, now that no more ids come; an unfinished character is U+FFFD."""
+
+
+class Pieces(dict[int, bytes]):
+    """Token id → its bytes, made when first asked for; nothing for skipped and unknown ids."""
+
+    def __init__(self, tokenizer: "Tokenizer", spelling: Spelling, skipped: frozenset[int]) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._spelling = spelling
+        self._skipped = skipped
+
+    def __missing__(self, id: int) -> bytes:
+        token = None if id in self._skipped else self._tokenizer.id_to_token(id)
+        piece = self[id] = b"" if token is None else self._spelling.bytes_of(token)
+        return piece
+
+
+class ByteDecoder:
+    """Concatenates the bytes of tokens and cuts them between characters."""
+
+    def __init__(self, pieces: Pieces, spelling: Spelling) -> None:
+        self._piece = pieces.__getitem__
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(spelling.errors)
+        self._strips = spelling.strips_first
+
+    def feed(self, ids: Iterable[int]) -> str:
+        data = b"".join(map(self._piece, ids))
+        if self._strips and data:
+            self._strips = False
+            data = data.removeprefix(b" ")
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowDecoder:
+    """Decodes the tokens last sent together with the new ones; what the former alone give is left out."""
+
+    def __init__(self, tokenizer: "Tokenizer", prompt_tail: Iterable[int], skip: bool, special: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = special if skip else frozenset[int]()
+        self._window = [id for id in prompt_tail if self._visible(id)]
+        self._sent = len(self._window)  # ids of the window whose text has left
+        self._sent_text = self._text().rstrip(REPLACEMENT)
+
+    def feed(self, ids: Iterable[int]) -> str:
+        return "".join([self._step(id) for id in ids if self._visible(id)])  # a token at a time, whatever the message
+
+    def flush(self) -> str:
+        return self._advance(self._text())
+
+    def _step(self, id: int) -> str:
+        self._window.append(id)
+        text = self._text()
+        return "" if text.endswith(REPLACEMENT) else self._advance(text)
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._sent_text) :]
+        if new:
+            self._window = self._window[self._sent :]
+            self._sent = len(self._window)
+            self._sent_text = self._text()
+        return new
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=False)
+
+    def _visible(self, id: int) -> bool:
+        return id not in self._skipped and self._tokenizer.id_to_token(id) is not None
+
+
+class Vocabulary:
+    """A model's tokenizer, as the detokenizer sees it: makes decoders, decodes whole sequences and single tokens."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(id for id, token in added.items() if token.special)
+        self._spelling = spelling_of(tokenizer)
+        self._pieces: dict[bool, Pieces] = {}
+        self._token_texts: dict[int, str] = {}
+
+    def decoder(self, prompt_tail: Iterable[int] = (), skip_special_tokens: bool = True) -> Decoder:
+        """A decoder for the output behind a prompt that ends with these ids."""
+        if self._spelling is None:
+            return WindowDecoder(self._tokenizer, prompt_tail, skip_special_tokens, self._special)
+        decoder = ByteDecoder(self._pieces_for(self._spelling, skip_special_tokens), self._spelling)
+        decoder.feed(prompt_tail)
+        return decoder
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence. Raises OverflowError on a negative id."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, id: int) -> str:
+        """The text of one token by itself, special ones included."""
+        text = self._token_texts.get(id)
+        if text is None:
+            text = self._token_texts[id] = self._tokenizer.decode([id], skip_special_tokens=False)
+        return text
+
+    def _pieces_for(self, spelling: Spelling, skip: bool) -> Pieces:
+        if skip not in self._pieces:
+            self._pieces[skip] = Pieces(self._tokenizer, spelling, self._special if skip else frozenset())
+        return self._pieces[skip]

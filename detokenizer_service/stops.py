@@ -1,0 +1,85 @@
+"""Stop strings and patterns in a growing text: found across token borders, held back while they may come, cut.
+
+The match that starts first in the text wins; of several that start there, the one named first.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from runtime.sampling import SamplingParams
+from runtime.stop_patterns import compile_stop
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Where a stop begins and ends in a text, and what the client called it."""
+
+    start: int
+    end: int
+    name: str
+
+
+class Stops:
+    """The compiled stop conditions of a request, without state: all requests that have the same share them."""
+
+    def __init__(self, strings: tuple[str, ...], patterns: tuple[str, ...]) -> None:
+        self._strings = strings
+        self._beginnings = frozenset(string[:end] for string in strings for end in range(1, len(string)))
+        self._firsts = tuple({string[0] for string in strings if len(string) > 1})
+        self._reach = max((len(string) for string in strings), default=1) - 1  # the longest beginning
+        self._patterns = [(compile_stop(pattern), pattern) for pattern in patterns]
+
+    def search(self, text: str, start: int) -> Match | None:
+        """The first match at or behind `start`."""
+        found = [Match(at, at + len(s), s) for s in self._strings if (at := text.find(s, start)) >= 0]
+        for compiled, pattern in self._patterns:
+            if match := compiled.search(text, start):
+                found.append(Match(match.start(), match.end(), pattern))
+        return min(found, key=lambda match: match.start, default=None)
+
+    def held_from(self, text: str, start: int) -> int:
+        """The first place at or behind `start` from which the text may be the beginning of a match."""
+        for at in range(max(start, len(text) - self._reach), len(text)):
+            if text[at] in self._firsts and text[at:] in self._beginnings:
+                return at
+        return len(text)
+
+
+@lru_cache(maxsize=256)
+def _compiled(strings: tuple[str, ...], patterns: tuple[str, ...]) -> Stops:
+    return Stops(strings, patterns)
+
+
+def stops_of(params: SamplingParams) -> Stops | None:
+    """What ends a request's text, or None. Raises RequestError for a bad pattern (the tokenizer has checked them)."""
+    strings, patterns = tuple(params.stop_strings), tuple(params.stop_patterns)
+    return _compiled(strings, patterns) if strings or patterns else None
+
+
+class Cutter:
+    """Lets the text of one request pass up to its first stop."""
+
+    def __init__(self, stops: Stops, trim: bool) -> None:
+        """`trim`: the stop itself does not pass."""
+        self._stops = stops
+        self._trim = trim
+        self._text = ""  # the last character that passed (patterns may look at it), then what is held back
+        self._passed = 0
+
+    def feed(self, text: str) -> tuple[str, Match | None]:
+        """What may pass of the text so far, and the stop that ends it."""
+        self._text += text
+        match = self._stops.search(self._text, self._passed)
+        if match:
+            return self._text[self._passed : match.start if self._trim else match.end], match
+        return self._pass_up_to(self._stops.held_from(self._text, self._passed)), None
+
+    def flush(self) -> str:
+        """What is held back, now that the text is over."""
+        return self._pass_up_to(len(self._text))
+
+    def _pass_up_to(self, end: int) -> str:
+        passing = self._text[self._passed : end]
+        context = max(end - 1, 0)
+        self._text, self._passed = self._text[context:], end - context
+        return passing

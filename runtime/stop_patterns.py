@@ -1,0 +1,26 @@
+"""Compiles the patterns of `stop_regex`: RE2, so that matching takes linear time whatever a client writes."""
+
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from runtime import limits
+from runtime.errors import RequestError
+
+
+def _options() -> Any:
+    options = re2.Options()
+    options.max_mem = limits.MAX_STOP_REGEX_MEMORY
+    options.log_errors = False
+    return options
+
+
+@lru_cache(maxsize=1024)
+def compile_stop(pattern: str) -> Any:
+    """The compiled pattern. Raises RequestError (400) naming stop_regex when it is not RE2 or would be too large."""
+    try:
+        return re2.compile(pattern, _options())
+    except re2.error as error:
+        cause = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+        raise RequestError(f"stop_regex {pattern!r} does not compile: {cause}.", field="stop_regex") from error

@@ -1,0 +1,87 @@
+"""Loads a model's tokenizer as transformers' AutoTokenizer would, from tokenizer.json and without transformers.
+
+Shared by the two text services. `tokenizers` is imported when a tokenizer is wanted and not before, so the launcher
+may import this module for nothing.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.model_info import local_path, read_json
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONVERTER = "tokenizer_service.convert"  # run as a process: transformers weighs 250 MiB and would stay
+CONVERTER_TIMEOUT_S = 300
+REMEDY = "name a directory that has one with --tokenizer-path, or start with --skip-tokenizer-init"
+
+
+def directory(config: ServerConfig) -> Path:
+    """Where the served model's tokenizer files lie."""
+    return (
+        Path(config.tokenizer_dir) if config.tokenizer_dir else local_path(config.tokenizer_path or config.model_path)
+    )
+
+
+def load(path: Path) -> "Tokenizer":
+    """The tokenizer of a model directory, never padding or cutting. Raises StartupError naming the cause."""
+    file = path / "tokenizer.json"
+    tokenizer = _parse(file.read_text(encoding="utf-8") if file.is_file() else _converted(path), file)
+    settings = read_json(path / "tokenizer_config.json")
+    _add_missing_tokens(tokenizer, settings, read_json(path / "special_tokens_map.json"))
+    tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _parse(source: str, file: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(source)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise StartupError(f"{file} cannot be read as a tokenizer: {error}; {REMEDY}") from error
+
+
+def _converted(path: Path) -> str:
+    """What transformers makes of vocabulary files in an older layout, as tokenizer.json."""
+    command = [sys.executable, "-m", CONVERTER, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERTER_TIMEOUT_S, check=False)
+    if done.returncode != 0:
+        cause = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise StartupError(f"{path} has no tokenizer.json and none can be made from it ({cause}); {REMEDY}")
+    return done.stdout
+
+
+def _add_missing_tokens(tokenizer: "Tokenizer", settings: dict[str, Any], names: dict[str, Any]) -> None:
+    """Add the tokens that only the files beside tokenizer.json declare.
+
+    Their add_bos_token and add_eos_token are not read: beside a tokenizer.json its post-processor alone decides.
+    """
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in _declared_tokens(settings, names):
+        if token.content and token.content not in known:
+            known.add(token.content)
+            tokenizer.add_tokens([token])
+
+
+def _declared_tokens(settings: dict[str, Any], names: dict[str, Any]) -> "list[AddedToken]":
+    from tokenizers import AddedToken
+
+    by_id = settings.get("added_tokens_decoder") or {}
+    tokens = [AddedToken(**entry) for _, entry in sorted(by_id.items(), key=lambda item: int(item[0]))]
+    sources = settings if "added_tokens_decoder" in settings else {**settings, **names}
+    named = [sources.get(name) for name in NAMED_TOKENS]
+    extra = sources.get("extra_special_tokens") or sources.get("additional_special_tokens") or []
+    for token in [*named, *(extra.values() if isinstance(extra, dict) else extra)]:
+        content = token.get("content") if isinstance(token, dict) else token
+        if content:
+            tokens.append(AddedToken(content, special=True, normalized=False))
+    return tokens

@@ -1,0 +1,20 @@
+"""Builds the encoder of the served model from its files."""
+
+from runtime import model_info, tokenizer_files
+from runtime.config import ServerConfig
+from runtime.model_info import ModelInfo
+from tokenizer_service.chat import load_template
+from tokenizer_service.encode import Encoder
+
+
+def load_encoder(config: ServerConfig, info: ModelInfo | None = None) -> Encoder:
+    """Raises StartupError with the cause and the flag that mends it."""
+    info = info or model_info.load(config)
+    if config.skip_tokenizer_init:
+        return Encoder(None, hidden_size=info.hidden_size)
+    return Encoder(
+        tokenizer_files.load(tokenizer_files.directory(config)),
+        template=load_template(info, config),
+        hidden_size=info.hidden_size,
+        token_types=int(info.config.get("type_vocab_size") or 0) > 1,
+    )

@@ -1,0 +1,12 @@
+"""The tokenizer process: text becomes token ids."""
+
+from runtime.service import Boot, run, run_text_service
+from tokenizer_service.load import load_encoder
+
+
+def main(boot: Boot) -> None:
+    run_text_service(boot, load_encoder(boot.config).step)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,41 @@
+"""Finds the text that a request wants encoded, and how."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from runtime.errors import RequestError
+from runtime.messages import Chat, Generate
+from tokenizer_service.pairs import joined
+
+NO_TEMPLATE = "this model has no chat template; start the server with --chat-template or send text"
+NO_PROMPT = "Either text, input_ids or input_embeds should be provided."
+
+
+class Template(Protocol):
+    """The model's chat template."""
+
+    def render(self, chat: Chat) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Text to encode. A rendered chat has its special tokens in it already."""
+
+    text: str | tuple[str, str]
+    special_tokens: bool = True
+
+
+def prompt_of(message: Generate, template: Template | None) -> Prompt | None:
+    """The text of a request, or None where it came as ids or vectors. Raises RequestError (400)."""
+    if message.chat is not None:
+        return rendered(message.chat, template)
+    if message.text is not None:
+        return Prompt(joined(message.text, message.text_pair))
+    return None
+
+
+def rendered(chat: Chat, template: Template | None) -> Prompt:
+    """A conversation in the model's own form. Raises RequestError (400)."""
+    if template is None:
+        raise RequestError(NO_TEMPLATE, field="messages")
+    return Prompt(template.render(chat), special_tokens=False)
