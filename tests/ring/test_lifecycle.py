@@ -1,0 +1,170 @@
+"""What the launcher does with its processes, seen from outside."""
+
+import os
+import select
+import signal
+import socket
+import time
+
+import psutil
+import pytest
+
+from runtime.run_dir import sweep
+from runtime.supervisor import ExitStatus
+
+ROLES = {"gateway", "tokenizer", "scheduler", "detokenizer"}
+LEFT_OVER_S = 1.0  # how long anything may outlive the launcher
+
+
+def assert_gone(processes, run_base):
+    """No process runs and no file is left in the run directory's parent, soon after the launcher's end."""
+    deadline = time.monotonic() + LEFT_OVER_S
+    assert all(ends_by(deadline, process.pid) for process in processes), [process.pid for process in processes]
+    while list(run_base.iterdir()) and time.monotonic() < deadline:
+        os.sched_yield()
+    assert list(run_base.iterdir()) == []
+
+
+def ends_by(deadline, pid):
+    """Whether the process is dead (reaped or not) by then."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0])
+    finally:
+        os.close(pidfd)
+
+
+def test_ps_shows_the_four_titles_and_the_launcher(launch_stand_ins):
+    server = launch_stand_ins()
+    assert server.children().keys() >= ROLES
+    assert psutil.Process(server.process.pid).cmdline()[0] == "quartet::launcher"
+
+
+def test_ready_is_said_once_with_a_line_to_try(launch_stand_ins):
+    server = launch_stand_ins()
+    assert server.log.count("The server is fired up and ready to roll!") == 1
+    assert f"curl -s {server.url}/generate" in server.log
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.0 200 OK")
+
+
+def test_sockets_live_in_a_directory_that_is_private(launch_stand_ins):
+    server = launch_stand_ins()
+    (run_dir,) = server.run_base.iterdir()
+    assert run_dir.stat().st_mode & 0o777 == 0o700
+    assert {f"{role}.0" for role in ROLES} <= {path.name for path in run_dir.iterdir()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_everything_with_status_zero(launch_stand_ins, number):
+    server = launch_stand_ins()
+    processes = list(server.children().values())
+    server.signal(number)
+    assert server.wait(LEFT_OVER_S + 5) == ExitStatus.CLEAN
+    assert_gone(processes, server.run_base)
+
+
+def test_sigkill_of_the_launcher_leaves_nothing_behind(launch_stand_ins):
+    server = launch_stand_ins()
+    processes = list(server.children().values())
+    server.signal(signal.SIGKILL)
+    server.wait()
+    assert_gone(processes, server.run_base)
+
+
+def test_sigkill_of_the_launcher_while_services_load_leaves_nothing_behind(launch_stand_ins):
+    server = launch_stand_ins(services={"scheduler": "tests.stand_ins.never_ready"}, ready=False)
+    server.wait_for("loading for ever")
+    processes = list(server.children().values())
+    server.signal(signal.SIGKILL)
+    server.wait()
+    assert_gone(processes, server.run_base)
+
+
+def test_sigterm_while_services_load_ends_at_once_with_status_zero(launch_stand_ins):
+    server = launch_stand_ins(services={"scheduler": "tests.stand_ins.never_ready"}, ready=False)
+    server.wait_for("loading for ever")
+    processes = list(server.children().values())
+    server.signal(signal.SIGTERM)
+    assert server.wait() == ExitStatus.CLEAN
+    assert_gone(processes, server.run_base)
+
+
+@pytest.mark.parametrize("role", sorted(ROLES))
+def test_a_death_ends_the_server_and_names_the_process_and_its_fate(launch_stand_ins, role):
+    server = launch_stand_ins()
+    children = server.children()
+    children[role].kill()
+    assert server.wait() == ExitStatus.DIED
+    assert f"quartet: the {role} (pid {children[role].pid}) was killed by SIGKILL" in server.output()
+    assert_gone(children.values(), server.run_base)
+
+
+def test_a_second_sigterm_cuts_the_draining_short(launch_stand_ins):
+    server = launch_stand_ins(services={"gateway": "tests.stand_ins.stubborn_gateway"})
+    server.signal()
+    server.wait_for("still at it")
+    server.signal()
+    assert server.wait() == ExitStatus.FORCED
+
+
+def test_a_service_that_cannot_start_is_quoted_in_one_line(launch_stand_ins):
+    server = launch_stand_ins(services={"scheduler": "tests.stand_ins.refuses"}, ready=False)
+    assert server.wait() == ExitStatus.STARTUP
+    assert server.output() == "quartet: no weights in this directory; pass another --model-path\n"
+
+
+def test_a_crash_while_starting_names_the_service_under_its_traceback(launch_stand_ins):
+    server = launch_stand_ins(services={"detokenizer": "tests.stand_ins.crashes"}, ready=False)
+    assert server.wait() == ExitStatus.STARTUP
+    assert "ZeroDivisionError: a bug of the stand-in" in server.output()
+    assert "quartet: the detokenizer ended with status 1 while starting" in server.output()
+
+
+def test_a_port_in_use_is_refused_in_one_line_before_anything_starts(launch_stand_ins):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = launch_stand_ins("--port", str(port), ready=False)
+        assert server.wait() == ExitStatus.STARTUP
+    assert server.output() == (
+        f"quartet: cannot listen on 127.0.0.1:{port}: another process has that port; stop it or choose another "
+        "--port (0: any free one)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "line"),
+    [
+        (["--model-path", "/nowhere/model"], ExitStatus.STARTUP, "--model-path /nowhere/model does not exist"),
+        (["--max-runing-requests", "4"], ExitStatus.USAGE, "did you mean --max-running-requests?"),
+        (["--port", "http"], ExitStatus.USAGE, "--port takes integer, not 'http'"),
+        (["--host", "192.0.2.1"], ExitStatus.STARTUP, "--host is no address of this machine"),
+        (["--chunked-prefill-size", "0"], ExitStatus.STARTUP, "use -1 for whole prompts"),
+    ],
+)
+def test_a_misconfiguration_is_one_line_with_the_remedy(launch_stand_ins, flags, status, line):
+    server = launch_stand_ins(*flags, ready=False)
+    assert server.wait() == status
+    assert server.output().startswith("quartet: ")
+    assert server.output().count("\n") == 1
+    assert line in server.output()
+
+
+def test_a_left_over_run_directory_is_swept_and_a_live_one_is_not(launch_stand_ins):
+    first = launch_stand_ins()
+    (live,) = first.run_base.iterdir()
+    dead = first.run_base / "quartet-dead"
+    dead.mkdir(mode=0o700)
+    (dead / "lock").touch()
+    (dead / "scheduler.0").touch()
+    sweep(first.run_base)
+    assert not dead.exists()
+    assert live.exists()
+
+
+def test_an_open_host_without_a_key_is_warned_about(launch_stand_ins):
+    server = launch_stand_ins("--host", "0.0.0.0")
+    assert server.log.count("no --api-key is set") == 1

@@ -1,0 +1,1 @@
+"""Service modules that stand in for the real ones in tests of the launcher."""

@@ -1,0 +1,12 @@
+"""A service that cannot start, and says why."""
+
+from runtime.errors import StartupError
+from runtime.service import Boot, run
+
+
+def main(boot: Boot) -> None:
+    raise StartupError("no weights in this directory; pass another --model-path")
+
+
+if __name__ == "__main__":
+    run(main)
