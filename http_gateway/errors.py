@@ -1,0 +1,89 @@
+"""The shapes in which clients see an error; one table says which shape a status has on which side of the API.
+
+    (a)  {"error": {"message": …}}                                   native endpoints, the request's own fault
+    (b)  {"object": "error", "message", "type", "param", "code"}     OpenAI endpoints, body schema, refusals of the ring
+    (c)  {"error": {"message", "type", "param", "code"}}             a model that is not served
+    (d)  {"success": false, "message": …}                            control endpoints
+
+Shape (b) also carries a copy of itself under "error", for clients that look there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from runtime.errors import Kind, RequestError
+from runtime.messages import Finish
+
+RETRY_AFTER_S = 1
+OVERLOAD = (Kind.TOO_MANY.status, Kind.UNAVAILABLE.status)
+KIND_OF_STATUS = {kind.status: kind for kind in Kind}
+
+Shape = Callable[[RequestError], Response]
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
+
+
+def flat(message: str, type_name: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """The body of shape (b)."""
+    body = {"object": "error", "message": message, "type": type_name, "param": param, "code": status}
+    return {**body, "error": body}
+
+
+def headers_of(error: RequestError) -> dict[str, str]:
+    if error.kind.status in OVERLOAD:
+        return {"Retry-After": str(RETRY_AFTER_S)}
+    return {"Connection": "close"} if error.kind is Kind.TOO_LARGE else {}
+
+
+def native(error: RequestError) -> Response:
+    """(a) for what the client can mend, (b) for refusals and failures of the server."""
+    status = error.kind.status
+    if status in OVERLOAD or status >= 500:
+        return json_response(flat(error.message, str(status), status), status, headers_of(error))
+    return json_response({"error": {"message": error.message}}, status, headers_of(error))
+
+
+def openai(error: RequestError) -> Response:
+    """(b) throughout."""
+    status = error.kind.status
+    return json_response(flat(error.message, error.kind.type_name, status, error.field), status, headers_of(error))
+
+
+def control(error: RequestError) -> Response:
+    """(d) throughout."""
+    status = error.kind.status
+    return json_response({"success": False, "message": error.message}, status, headers_of(error))
+
+
+def schema(error: Exception) -> Response:
+    """A body that is not JSON or has the wrong types: (b) on every route."""
+    return json_response(flat(f"Invalid request body: {error}", "Bad Request", 400), 400)
+
+
+def model_not_found(model: str) -> Response:
+    """(c)"""
+    error = {
+        "message": f"The model '{model}' does not exist",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+    return json_response({"error": error}, 404)
+
+
+def stream_event(error: RequestError) -> bytes:
+    """An error behind headers that have been sent, as the JSON of an event."""
+    status = error.kind.status
+    type_name = "invalid_request_error" if status < 500 else "internal_server_error"
+    detail = {"message": error.message, "type": type_name, "code": status, "retryable": status in OVERLOAD}
+    return msgspec.json.encode({"error": detail})
+
+
+def of_finish(finish: Finish) -> RequestError:
+    """The error that a terminal message with reason `error` stands for."""
+    return RequestError(finish.message, KIND_OF_STATUS.get(finish.status, Kind.INTERNAL))

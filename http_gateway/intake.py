@@ -1,0 +1,167 @@
+"""From prompts to the requests that travel on the ring: checks, copies, rids, seeds. Shared by every API.
+
+An endpoint makes one Generate per prompt (its rid still empty) and hands them to `fan_out`; `rounds.run` carries out
+the Job that comes of it. An embedding is asked for in the same way, by `task`.
+"""
+
+import secrets
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from runtime import limits, sampling
+from runtime.errors import RequestError
+from runtime.messages import Generate, LogprobOptions, Request, unpack_ids
+from runtime.sampling import GRAMMARS, SamplingParams
+
+PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
+NULL_MEANS_SOMETHING = "max_new_tokens"  # there it is: until the context is full
+
+EMPTY_IDS = "input_ids cannot be empty."
+NEEDS_TOKENIZER = "The tokenizer is not initialized (--skip-tokenizer-init); use input_ids and token ids instead of {}."
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What this server allows."""
+
+    vocab_size: int
+    hidden_size: int
+    tokenizer: bool = True  # text in and out
+    prefix_cache: bool = True
+    priorities: bool = False
+    preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own
+
+
+@dataclass(slots=True)
+class Job:
+    """The requests of one HTTP call, in the order of its answer."""
+
+    requests: list[Generate] = field(default_factory=list)
+    parents: list[str] = field(default_factory=list)  # the rid the client gave for each, or ""
+    warm: list[Generate] = field(default_factory=list)  # run first, so that copies find their prompt in the cache
+    background: bool = False  # goes on when its client has gone
+
+
+def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rules) -> Job:
+    """Check each prompt, then make n requests of it (a, a, b, b) with rids and seeds of their own."""
+    job = Job()
+    for prompt, rid in zip(prompts, rids, strict=True):
+        check(prompt, rules)
+        copies = prompt.request.params.n
+        for copy in range(copies):
+            own = rid if rid is not None and copies == 1 else uuid.uuid4().hex
+            request = msgspec.structs.replace(prompt.request, rid=own, seed=seed(prompt.request.params, copy))
+            job.requests.append(msgspec.structs.replace(prompt, request=request))
+            job.parents.append(rid or "")
+        if copies > 1 and rules.prefix_cache and not scores_prompt(prompt.request):
+            job.warm.append(warming(prompt))
+    check_distinct([generate.request.rid for generate in job.requests])
+    return job
+
+
+def seed(params: SamplingParams, copy: int) -> int:
+    """The request's own seed, moved on by one for each copy so that they differ; or a random one."""
+    if params.sampling_seed is None:
+        return secrets.randbits(63)
+    return (params.sampling_seed + copy + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def scores_prompt(request: Request) -> bool:
+    """Prompt logprobs are computed afresh, past any cached prefix."""
+    return request.logprobs is not None and request.logprobs.start >= 0
+
+
+def warming(prompt: Generate) -> Generate:
+    """The same prompt with no output: it leaves its KV in the prefix cache."""
+    request = Request(
+        rid=uuid.uuid4().hex,
+        params=SamplingParams(max_new_tokens=0),
+        extra_key=prompt.request.extra_key,
+        log_metrics=False,
+    )
+    return msgspec.structs.replace(prompt, request=request)
+
+
+def sampling_params(given: dict[str, Any] | None, preferred: dict[str, Any]) -> SamplingParams:
+    """`given` laid over `preferred`; null means the default. Raises RequestError or msgspec.ValidationError."""
+    asked = {key: value for key, value in (given or {}).items() if value is not None or key == NULL_MEANS_SOMETHING}
+    if unknown := sorted(asked.keys() - PARAMETERS):
+        raise RequestError(f"sampling_params has an unknown field `{unknown[0]}`.", field=unknown[0])
+    return msgspec.convert({**preferred, **asked}, SamplingParams)
+
+
+def check(prompt: Generate, rules: Rules) -> None:
+    """Raise RequestError (400, naming the field) for whatever can be known without the model."""
+    request = prompt.request
+    sampling.check(request.params, rules.vocab_size)
+    refuse_unsupported(request.params)
+    check_ids(prompt.input_ids, rules.vocab_size)
+    if request.logprobs is not None:
+        check_logprobs(request.logprobs, rules.vocab_size)
+    if len(request.extra_key) > limits.MAX_KEY_CHARS:
+        raise RequestError(f"extra_key may have at most {limits.MAX_KEY_CHARS} characters.", field="extra_key")
+    if not rules.tokenizer:
+        check_without_tokenizer(prompt)
+
+
+def refuse_unsupported(params: SamplingParams) -> None:
+    """What the ring cannot do yet."""
+    for name in (*GRAMMARS, "custom_params"):
+        if getattr(params, name) is not None:
+            raise RequestError(f"{name} is not supported yet.", field=name)
+
+
+def check_ids(packed: bytes, vocab_size: int) -> None:
+    if not packed:
+        return
+    ids = unpack_ids(packed)
+    if max(ids) >= vocab_size or min(ids) < 0:
+        bad = [token for token in ids if not 0 <= token < vocab_size][:5]
+        raise RequestError(
+            f"The input_ids {bad} contains values greater than the vocab size ({vocab_size}).", field="input_ids"
+        )
+
+
+def check_logprobs(options: LogprobOptions, vocab_size: int) -> None:
+    most = min(limits.MAX_TOP_LOGPROBS, vocab_size)
+    if not 0 <= options.top <= most:
+        raise RequestError(f"top_logprobs_num must be in [0, {most}], got {options.top}.", field="top_logprobs_num")
+    if options.start < -1:
+        raise RequestError(
+            f"logprob_start_len must be -1 or at least 0, got {options.start}.", field="logprob_start_len"
+        )
+    ids = options.token_ids or []
+    if len(ids) > limits.MAX_TOKEN_IDS_LOGPROB:
+        raise RequestError(
+            f"token_ids_logprob takes at most {limits.MAX_TOKEN_IDS_LOGPROB} ids.", field="token_ids_logprob"
+        )
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is [0, {vocab_size}).",
+                field="token_ids_logprob",
+            )
+
+
+def check_without_tokenizer(prompt: Generate) -> None:
+    params = prompt.request.params
+    asks = {
+        "text": prompt.text is not None or prompt.chat is not None,
+        "stop": bool(params.stop_strings),
+        "stop_regex": bool(params.stop_patterns),
+        "min_new_tokens": params.min_new_tokens > 0,
+        "return_text_in_logprobs": prompt.request.logprobs is not None and prompt.request.logprobs.text,
+    }
+    for name, asked in asks.items():
+        if asked:
+            raise RequestError(NEEDS_TOKENIZER.format(name), field=name)
+
+
+def check_distinct(rids: list[str]) -> None:
+    if len(set(rids)) < len(rids):
+        twice = sorted({rid for rid in rids if rids.count(rid) > 1})
+        raise RequestError(f"Duplicate request IDs detected within the request: {twice}", field="rid")

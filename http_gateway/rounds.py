@@ -1,0 +1,60 @@
+"""Carrying out a Job: its requests go round the ring, what comes back is yielded. Shared by every API."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+from starlette.requests import Request as HTTPRequest
+
+from http_gateway import errors
+from http_gateway.intake import Job
+from http_gateway.ring_client import Delivery, Flight, RingClient
+from runtime.messages import Generate
+
+
+async def run(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGenerator[list[Delivery], None]:
+    """Yield what arrives for the job's requests, by index, until each has ended.
+
+    Raises RequestError for the first request that failed, ClientGone when the client has left; closing the generator
+    (use `aclosing`) aborts whatever still runs.
+    """
+    if job.warm:
+        async with aclosing(fly(ring, http, job.warm, None, job.background)) as steps:
+            async for _ in steps:
+                pass
+    async with aclosing(fly(ring, http, job.requests, job.parents, job.background)) as steps:
+        async for mail in steps:
+            yield mail
+
+
+async def fly(
+    ring: RingClient, http: HTTPRequest, batch: list[Generate], parents: list[str] | None, background: bool
+) -> AsyncGenerator[list[Delivery], None]:
+    with ring.open(batch, parents) as flight:
+        async with watched(http, None if background else flight):
+            while not flight.finished:
+                mail = await flight.next()
+                for _, text in mail:
+                    finish = text.tokens.finish
+                    if finish is not None and finish.reason == "error":
+                        raise errors.of_finish(finish)
+                yield mail
+
+
+@asynccontextmanager
+async def watched(http: HTTPRequest, flight: Flight | None) -> AsyncIterator[None]:
+    """Tell the flight when the client closes its connection; nothing to watch where there is no flight."""
+    if flight is None:
+        yield
+        return
+
+    async def watch(flight: Flight) -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        flight.leave()
+
+    watcher = asyncio.create_task(watch(flight))
+    try:
+        yield
+    finally:
+        watcher.cancel()
