@@ -355,7 +355,7 @@ class _Attend:
 
 
 def _decode(plan: Schedule, q: torch.Tensor, attend: _Attend) -> tuple[torch.Tensor, torch.Tensor]:
-    """All decode rows: q (rows, kv_heads, group, dim) → result of the same shape, log-sum-exp (rows, kv_heads, group)."""
+    """All decode rows: q (rows, kv_heads, group, dim) → the same shape, and log-sum-exp (rows, kv_heads, group)."""
     out = q.new_zeros((plan.parts, *q.shape))
     lse = q.new_full((plan.parts, *q.shape[:3]), -inf, dtype=torch.float32)
     for call in plan.decode:

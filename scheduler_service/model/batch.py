@@ -48,6 +48,7 @@ class ServedModel(Protocol):
     """A causal language model as the worker uses it (scheduler_service/model/registry.py builds them)."""
 
     attention: list[AttentionSpec]  # one per layer that keeps KV; defines the KV pool
+    dtype: torch.dtype  # of activations and KV
     hidden_size: int
     vocab_size: int
 

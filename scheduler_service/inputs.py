@@ -1,0 +1,161 @@
+"""From a plan to what the model and the sampler read: flat arrays over all tokens of the step."""
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels.attention import Ragged, Run, segments
+from scheduler_service.core.plan import Plan, Slice
+from scheduler_service.core.request import Sequence
+from scheduler_service.kv_cache import Placement
+
+TYPES = {"i": torch.int32, "q": torch.int64}
+
+
+@dataclass(slots=True)
+class Inputs:
+    """One step's tokens, sequences side by side."""
+
+    input_ids: torch.Tensor  # (tokens,) int64
+    positions: torch.Tensor  # (tokens,) int64
+    starts: torch.Tensor  # (slices + 1,) int64
+    offsets: list[int]  # the same as Python ints
+    ragged: Ragged
+    placement: Placement
+    token_types: torch.Tensor | None = None  # (tokens,) int64
+    embeds: torch.Tensor | None = None  # (tokens, hidden)
+    embeds_mask: torch.Tensor | None = None  # (tokens,) bool
+
+
+class PageRuns:
+    """The pages of each admitted sequence as runs of consecutive pages, kept up to date as pages are added."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[list[int], list[Run]]] = {}  # slot → pages seen, their runs
+
+    def of(self, sequence: Sequence) -> list[Run]:
+        seen, runs = self.known.setdefault(sequence.slot, ([], []))
+        pages = sequence.pages
+        if pages == seen:
+            return runs
+        if pages[: len(seen)] != seen:  # the planner replaced pages by equal ones of the prefix tree
+            seen, runs = self.known[sequence.slot] = ([], [])
+        for page in pages[len(seen) :]:
+            append_page(runs, page)
+        seen.extend(pages[len(seen) :])
+        return runs
+
+    def forget(self, slot: int) -> None:
+        self.known.pop(slot, None)
+
+
+def append_page(runs: list[Run], page: int) -> None:
+    if runs and sum(runs[-1]) == page:
+        runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+    else:
+        runs.append((page, 1))
+
+
+@dataclass(slots=True)
+class _Columns:
+    """The arrays of a step while they grow slice by slice."""
+
+    page_size: int
+    ids: "array[int]" = field(default_factory=lambda: array("i"))
+    positions: "array[int]" = field(default_factory=lambda: array("q"))
+    slots: "array[int]" = field(default_factory=lambda: array("q"))
+    begun: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=lambda: [0])
+
+    def add_row(self, share: Slice, token: int) -> None:
+        """A decode row."""
+        page_number, offset = divmod(share.start, self.page_size)
+        page = share.sequence.pages[page_number]
+        if not offset and self.page_size > 1:
+            self.begun.append(page)
+        self.ids.append(token)
+        self.positions.append(share.start)
+        self.slots.append(page * self.page_size + offset)
+        self.offsets.append(len(self.ids))
+
+    def add_chunk(self, share: Slice, runs: list[Run]) -> None:
+        """Several tokens of one sequence."""
+        sequence = share.sequence
+        page_number, filled = divmod(share.end, self.page_size)
+        if filled and page_number * self.page_size >= share.start:
+            self.begun.append(sequence.pages[page_number])
+        self.ids.extend(sequence.ids[share.start : share.end])
+        self.positions.extend(range(share.start, share.end))
+        for slot, length in segments(runs, self.page_size, share.start, share.end):
+            self.slots.extend(range(slot, slot + length))
+        self.offsets.append(len(self.ids))
+
+
+def make_inputs(plan: Plan, page_runs: PageRuns, last_tokens: Mapping[int, int], page_size: int) -> Inputs:
+    """Lay a plan's tokens side by side. `last_tokens` (by slot) stands in for ids that are not committed yet."""
+    columns = _Columns(page_size)
+    runs = [page_runs.of(share.sequence) for share in plan.slices]
+    for share, its_runs in zip(plan.slices, runs, strict=True):
+        ids = share.sequence.ids
+        if share.end - share.start == 1:
+            columns.add_row(share, ids[share.start] if share.start < len(ids) else last_tokens[share.sequence.slot])
+        else:
+            columns.add_chunk(share, its_runs)
+    ragged = Ragged(
+        [share.end - share.start for share in plan.slices], [share.end for share in plan.slices], runs, page_size
+    )
+    return Inputs(
+        input_ids=tensor(columns.ids),
+        positions=tensor(columns.positions),
+        starts=torch.tensor(columns.offsets),
+        offsets=columns.offsets,
+        ragged=ragged,
+        placement=Placement(tensor(columns.slots), torch.tensor(columns.begun) if columns.begun else None),
+    )
+
+
+def tensor(numbers: "array[int]") -> torch.Tensor:
+    """An array('i') or array('q') as int64."""
+    return torch.frombuffer(numbers, dtype=TYPES[numbers.typecode]).long()
+
+
+def add_embeds(inputs: Inputs, plan: Plan, hidden_size: int) -> None:
+    """Attach the prompt embeddings that requests brought with them instead of ids."""
+    if not any(share.sequence.embeds for share in plan.slices):
+        return
+    inputs.embeds = torch.zeros(len(inputs.input_ids), hidden_size)  # (tokens, hidden)
+    inputs.embeds_mask = torch.zeros(len(inputs.input_ids), dtype=torch.bool)
+    for share, row in zip(plan.slices, inputs.offsets, strict=False):
+        if not share.sequence.embeds:
+            continue
+        own = torch.frombuffer(bytearray(share.sequence.embeds), dtype=torch.float32).view(-1, hidden_size)
+        part = own[share.start : share.end]  # (prompt tokens of this slice, hidden)
+        inputs.embeds[row : row + len(part)] = part
+        inputs.embeds_mask[row : row + len(part)] = True
+
+
+def add_token_types(inputs: Inputs, plan: Plan) -> None:
+    """Attach the segment ids of cross-encoders."""
+    if not any(share.sequence.token_types for share in plan.slices):
+        return
+    inputs.token_types = torch.zeros_like(inputs.input_ids)
+    for share, row in zip(plan.slices, inputs.offsets, strict=False):
+        types = array("i", share.sequence.token_types)[share.start : share.end]
+        inputs.token_types[row : row + len(types)] = torch.tensor(types)
+
+
+def to_device(inputs: Inputs, device: torch.device) -> None:
+    """Move all tensors of a step."""
+    if device.type == "cpu":
+        return
+    inputs.input_ids = inputs.input_ids.to(device, non_blocking=True)
+    inputs.positions = inputs.positions.to(device, non_blocking=True)
+    inputs.starts = inputs.starts.to(device, non_blocking=True)
+    placement = inputs.placement
+    placement.slots = placement.slots.to(device, non_blocking=True)
+    placement.begun = None if placement.begun is None else placement.begun.to(device, non_blocking=True)
+    inputs.token_types = None if inputs.token_types is None else inputs.token_types.to(device)
+    inputs.embeds = None if inputs.embeds is None else inputs.embeds.to(device)
+    inputs.embeds_mask = None if inputs.embeds_mask is None else inputs.embeds_mask.to(device)

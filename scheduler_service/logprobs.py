@@ -1,0 +1,106 @@
+"""Log-probabilities of output and prompt tokens, packed for the wire. All in float32, NaN where there is none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import nan
+
+import torch
+
+from runtime.messages import LogprobOptions, Logprobs
+from scheduler_service.sampler import largest
+
+BLOCK_BYTES = 64 << 20  # of logits that are alive at once while a prompt is scored
+
+
+@dataclass(slots=True)
+class Scores:
+    """Logprobs of some rows."""
+
+    values: torch.Tensor  # (rows,)
+    top_ids: torch.Tensor  # (rows, top) int32
+    top_values: torch.Tensor  # (rows, top)
+    asked_values: torch.Tensor  # (rows, asked ids)
+
+    def packed(self, ids: torch.Tensor, row: slice, top: int) -> Logprobs:
+        return Logprobs(
+            ids=as_bytes(ids[row], torch.int32),
+            values=as_bytes(self.values[row], torch.float32),
+            top_ids=as_bytes(self.top_ids[row, :top], torch.int32),
+            top_values=as_bytes(self.top_values[row, :top], torch.float32),
+            asked_values=as_bytes(self.asked_values[row], torch.float32),
+        )
+
+
+def as_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
+    """Little-endian bytes in row order."""
+    return bytes(values.to("cpu", dtype).contiguous().numpy().tobytes())
+
+
+def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int]) -> Scores:
+    """Logprobs of ids (rows,), of the best `top` tokens and of the `asked` ones, from logits (rows, vocab)."""
+    norm = torch.logsumexp(logits, 1, keepdim=True)  # (rows, 1)
+    columns = torch.tensor(asked, dtype=torch.int64, device=logits.device)
+    top_values, top_ids = largest(logits, min(top, logits.shape[1])) if top else (logits[:, :0], logits[:, :0])
+    return Scores(
+        values=logits.gather(1, ids.unsqueeze(1)).squeeze(1) - norm.squeeze(1),
+        top_ids=top_ids.to(torch.int32),
+        top_values=top_values - norm,
+        asked_values=logits[:, columns] - norm,
+    )
+
+
+def output_logprobs(
+    logits: torch.Tensor, tokens: list[int], options: list[LogprobOptions | None]
+) -> list[Logprobs | None]:
+    """Logprobs of each row's drawn token, for the rows whose request wants them.
+
+    `logits` (rows, vocab) are those the draw was made from, before top-k, top-p and min-p.
+    """
+    found: list[Logprobs | None] = [None] * len(tokens)
+    for asked in {tuple(option.token_ids or ()) for option in options if option is not None}:
+        rows = [i for i, o in enumerate(options) if o is not None and tuple(o.token_ids or ()) == asked]
+        part = logits if len(rows) == len(tokens) else logits[torch.tensor(rows, device=logits.device)]
+        ids = torch.tensor([tokens[i] for i in rows], device=logits.device)
+        tops = [option.top for i in rows if (option := options[i]) is not None]
+        scores = score(part, ids, max(tops), list(asked))
+        for place, (row, top) in enumerate(zip(rows, tops, strict=True)):
+            found[row] = scores.packed(ids, slice(place, place + 1), top)
+    return found
+
+
+def prompt_logprobs(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    to_logits: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    options: LogprobOptions,
+    leading_none: bool,
+) -> Logprobs:
+    """Logprobs of prompt tokens: row i of hidden (rows, hidden) predicts ids[i], by the model alone (temperature 1).
+
+    With `leading_none` there is one id more than rows, and the first has no logprob.
+    """
+    asked = list(options.token_ids or ())
+    block = max(1, BLOCK_BYTES // (4 * vocab_size))
+    predicted = ids[1:] if leading_none else ids
+    parts = [] if not leading_none else [no_scores(options.top, len(asked))]
+    for first in range(0, len(predicted), block):
+        rows = slice(first, first + block)
+        parts.append(score(to_logits(hidden[rows]), predicted[rows], options.top, asked))
+    joined = Scores(
+        values=torch.cat([part.values for part in parts]),
+        top_ids=torch.cat([part.top_ids for part in parts]),
+        top_values=torch.cat([part.top_values for part in parts]),
+        asked_values=torch.cat([part.asked_values for part in parts]),
+    )
+    return joined.packed(ids, slice(None), options.top)
+
+
+def no_scores(top: int, asked: int) -> Scores:
+    """The one row of a position that nothing predicts."""
+    return Scores(
+        values=torch.full((1,), nan),
+        top_ids=torch.zeros(1, top, dtype=torch.int32),
+        top_values=torch.full((1, top), nan),
+        asked_values=torch.full((1, asked), nan),
+    )

@@ -1,0 +1,281 @@
+"""From logits to tokens, vectorised over a batch of requests that each want something else.
+
+Order of operations: penalties (frequency, presence, minimum length, repetition), allowed-token mask, logit bias,
+temperature, then top-k, top-p and min-p on one and the same distribution, then the draw.
+
+The draw is a pure function of (logits, parameters, seed, position): a uniform number from a counter-based generator
+(key: the seed, counter: the position) picks the token by the inverse of the cumulative distribution, in vocabulary
+order, first among blocks of `BLOCK` tokens, then inside the block. No row looks at another, so a request draws the
+same tokens alone and in company, before and after a retraction. Greedy requests take the first largest logit.
+"""
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntFlag
+from functools import reduce
+from math import inf
+from operator import or_
+
+import torch
+
+from kernels.philox import uniform
+from runtime.sampling import SamplingParams
+from scheduler_service.core.request import Sequence
+
+BLOCK = 256  # tokens whose weights are summed first when drawing
+TOP_BLOCK = 128  # tokens that compete through their largest when searching the top k
+NUCLEUS = 128  # tokens that hold a top-p nucleus as a rule; larger ones need a full sort
+
+
+class Wish(IntFlag):
+    """What a request asks of the sampler beyond a greedy choice."""
+
+    DRAW = 1
+    TOP_K = 2
+    TOP_P = 4
+    MIN_P = 8
+    PENALTY = 16
+    MIN_LENGTH = 32
+    BIAS = 64
+
+
+@dataclass(slots=True)
+class Draws:
+    """What one call chose."""
+
+    tokens: list[int]
+    valid: list[bool]  # False: the row had no finite largest logit
+
+
+@dataclass(slots=True)
+class Row:
+    """The sampler's state of one admitted request."""
+
+    params: SamplingParams
+    wish: Wish
+    seed: int
+    prompt_len: int
+    end_ids: list[int]  # ids that would end the request
+    bias_ids: "array[int]"
+    biases: "array[float]"
+    counted: "array[int]" = field(default_factory=lambda: array("q"))  # distinct output tokens
+    counts: "array[int]" = field(default_factory=lambda: array("q"))  # how often each occurred
+    places: dict[int, int] = field(default_factory=dict)  # token → index into the two arrays
+
+    def add(self, token: int) -> None:
+        """Note an output token."""
+        if self.wish & Wish.PENALTY:
+            self.count((token,))
+
+    def count(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            place = self.places.setdefault(token, len(self.counted))
+            if place == len(self.counted):
+                self.counted.append(token)
+                self.counts.append(0)
+            self.counts[place] += 1
+
+
+def make_row(sequence: Sequence, eos_ids: list[int]) -> Row:
+    """The state follows from the request and its tokens alone, so it is rebuilt after a retraction."""
+    params = sequence.request.params
+    bias = params.logit_bias or {}
+    row = Row(
+        params=params,
+        wish=wish_of(params),
+        seed=signed(sequence.request.seed),
+        prompt_len=sequence.prompt_len,
+        end_ids=sorted({*eos_ids, *(params.stop_token_ids or ())}),
+        bias_ids=array("q", map(int, bias)),
+        biases=array("f", bias.values()),
+    )
+    if row.wish & Wish.PENALTY:
+        row.count(sequence.ids[sequence.prompt_len :])
+    return row
+
+
+def signed(seed: int) -> int:
+    """The lowest 64 bits as an int64."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def wish_of(params: SamplingParams) -> Wish:
+    penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
+    wishes = {
+        Wish.DRAW: not params.greedy,
+        Wish.TOP_K: not params.greedy and params.top_k > 0,
+        Wish.TOP_P: not params.greedy and params.top_p < 1.0,
+        Wish.MIN_P: not params.greedy and params.min_p > 0.0,
+        Wish.PENALTY: bool(penalised),
+        Wish.MIN_LENGTH: params.min_new_tokens > 0,
+        Wish.BIAS: bool(params.logit_bias),
+    }
+    return reduce(or_, (wish for wish, wanted in wishes.items() if wanted), Wish(0))
+
+
+# Adjusting the logits
+
+
+def adjust(logits: torch.Tensor, rows: list[Row], positions: list[int], allowed: torch.Tensor | None = None) -> None:
+    """Penalties, allowed tokens, bias and temperature, in place on logits (rows, vocab).
+
+    `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i.
+    """
+    wishes = reduce(or_, (row.wish for row in rows), Wish(0))
+    if wishes & Wish.PENALTY:
+        penalise(logits, rows)
+    if wishes & Wish.MIN_LENGTH:
+        forbid_the_end(logits, rows, positions)
+    if allowed is not None:
+        logits.masked_fill_(~unpack_bits(allowed, logits.shape[1]), -inf)
+    if wishes & Wish.BIAS:
+        add_bias(logits, rows)
+    if wishes & Wish.DRAW:
+        temperatures = [row.params.temperature if row.wish & Wish.DRAW else 1.0 for row in rows]
+        if any(temperature != 1.0 for temperature in temperatures):
+            logits.div_(torch.tensor(temperatures, device=logits.device).unsqueeze(1))
+
+
+def penalise(logits: torch.Tensor, rows: list[Row]) -> None:
+    """Frequency and presence are subtracted, repetition scales, for tokens of the output."""
+    vocab = logits.shape[1]
+    where, counts, factors = [], [], []
+    for i, row in enumerate(rows):
+        if row.wish & Wish.PENALTY and row.counted:
+            params = row.params
+            where.append(torch.tensor(row.counted) + i * vocab)
+            counts.append(torch.tensor(row.counts))
+            factors.append((params.frequency_penalty, params.presence_penalty, params.repetition_penalty))
+    if not where:
+        return
+    device = logits.device
+    flat = torch.cat(where).to(device)
+    lengths = torch.tensor([len(part) for part in where])
+    frequency, presence, repetition = torch.tensor(factors).repeat_interleave(lengths, 0).to(device).unbind(1)
+    values = logits.view(-1)[flat] - frequency * torch.cat(counts).to(device) - presence
+    logits.view(-1)[flat] = torch.where(values > 0, values / repetition, values * repetition)
+
+
+def forbid_the_end(logits: torch.Tensor, rows: list[Row], positions: list[int]) -> None:
+    """Mask the ids that end a request which has not made its minimum of tokens."""
+    for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
+        if row.end_ids and position - row.prompt_len < row.params.min_new_tokens:
+            logits[i, torch.tensor(row.end_ids, device=logits.device)] = -inf
+
+
+def add_bias(logits: torch.Tensor, rows: list[Row]) -> None:
+    for i, row in enumerate(rows):
+        if row.bias_ids:
+            ids = torch.tensor(row.bias_ids, device=logits.device)
+            logits[i, ids] += torch.tensor(row.biases, device=logits.device)
+
+
+def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
+    """int32 (rows, words) → bool (rows, vocab), lowest bit first."""
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    return (words.unsqueeze(2) >> bits & 1).bool().flatten(1)[:, :vocab]
+
+
+# Choosing the tokens
+
+
+def choose(logits: torch.Tensor, rows: list[Row], positions: list[int], keep_logits: bool = False) -> Draws:
+    """One token per row of adjusted logits (rows, vocab), which are overwritten unless they are to be kept."""
+    best, tokens = logits.max(1)  # a NaN anywhere in a row makes its largest NaN
+    valid = torch.isfinite(best)
+    drawn = [i for i, row in enumerate(rows) if row.wish & Wish.DRAW]
+    if drawn:
+        picked = torch.tensor(drawn, device=logits.device)
+        own = logits[picked] if keep_logits or len(drawn) < len(rows) else logits
+        weights = own.sub_(best[picked].unsqueeze(1)).exp_()
+        its_rows = [rows[i] for i in drawn]
+        filter_weights(weights, its_rows)
+        seeds = torch.tensor([row.seed for row in its_rows])
+        numbers = uniform(seeds, torch.tensor([positions[i] for i in drawn])).to(logits.device)
+        tokens[picked] = draw(weights, numbers)
+    return Draws(tokens.tolist(), valid.tolist())
+
+
+def filter_weights(weights: torch.Tensor, rows: list[Row]) -> None:
+    """Zero what top-k, top-p and min-p leave out, in place. Weights are relative to each row's largest, which is 1."""
+    floor = torch.zeros(len(rows), dtype=weights.dtype, device=weights.device)  # smallest weight that stays
+    for wish, smallest in ((Wish.TOP_K, top_k_floor), (Wish.TOP_P, top_p_floor), (Wish.MIN_P, min_p_floor)):
+        chosen = [i for i, row in enumerate(rows) if row.wish & wish]
+        if not chosen:
+            continue
+        picked = torch.tensor(chosen, device=weights.device)
+        part = weights if len(chosen) == len(rows) else weights[picked]
+        floor[picked] = torch.maximum(floor[picked], smallest(part, [rows[i].params for i in chosen]))
+    if floor.any():
+        weights.masked_fill_(weights < floor.unsqueeze(1), 0.0)
+
+
+def top_k_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """The k-th largest weight of each row; tokens tied with it stay."""
+    ks = [min(p.top_k, weights.shape[1]) for p in params]
+    values, _ = largest(weights, max(ks))
+    return values.gather(1, torch.tensor(ks, device=weights.device).unsqueeze(1) - 1).squeeze(1)
+
+
+def top_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """The smallest weight of the shortest list of best tokens whose share reaches p."""
+    shares = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights.device)
+    wanted = shares * weights.sum(1, dtype=torch.float64)  # (rows,)
+    floor = torch.zeros(len(params), dtype=weights.dtype, device=weights.device)
+    open_rows = torch.arange(len(params), device=weights.device)
+    for size in (NUCLEUS, weights.shape[1]):
+        part = weights if len(open_rows) == len(params) else weights[open_rows]
+        values, _ = largest(part, min(size, weights.shape[1]))  # (rows, size), best first
+        reached = values.cumsum(1, dtype=torch.float64) >= wanted[open_rows].unsqueeze(1)
+        # Rounding may keep even the whole row's sum below the wanted one; then nothing is left out.
+        done = reached[:, -1]
+        last = reached.to(torch.uint8).argmax(1)  # first position that reaches the share
+        floor[open_rows[done]] = values[done].gather(1, last[done].unsqueeze(1)).squeeze(1)
+        open_rows = open_rows[~done]
+        if not len(open_rows):
+            break
+    return floor
+
+
+def min_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    return torch.tensor([p.min_p for p in params], dtype=weights.dtype, device=weights.device)
+
+
+def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row, best first, and their columns: like torch.topk, but quick on wide rows.
+
+    The k blocks with the largest maxima hold the k largest values, so only those blocks are searched.
+    """
+    rows, width = x.shape
+    blocks = width // TOP_BLOCK
+    if k * 4 > blocks:
+        values, columns = x.topk(k, 1)
+        return values, columns
+    covered = blocks * TOP_BLOCK
+    maxima = x[:, :covered].view(rows, blocks, TOP_BLOCK).amax(2)
+    chosen = maxima.topk(k, 1).indices  # (rows, k)
+    columns = (chosen.unsqueeze(2) * TOP_BLOCK + torch.arange(TOP_BLOCK, device=x.device)).flatten(1)
+    rest = torch.arange(covered, width, device=x.device).expand(rows, -1)
+    columns = torch.cat((columns, rest), 1)
+    values, found = x.gather(1, columns).topk(k, 1)
+    return values, columns.gather(1, found)
+
+
+def draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Token of each row of weights (rows, vocab) where the cumulative share passes the row's number in (0, 1)."""
+    rows, vocab = weights.shape
+    whole = vocab // BLOCK * BLOCK
+    sums = weights[:, :whole].view(rows, -1, BLOCK).sum(2) if whole else weights.new_empty(rows, 0)
+    sums = torch.cat((sums, weights[:, whole:].sum(1, keepdim=True)), 1).double()  # (rows, blocks)
+    below = sums.cumsum(1)
+    target = numbers.unsqueeze(1) * below[:, -1:]  # (rows, 1)
+    block = torch.searchsorted(below, target, right=True).clamp_(max=sums.shape[1] - 1)
+    target -= below.gather(1, block) - sums.gather(1, block)  # what is left inside the block
+    columns = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # (rows, BLOCK)
+    inside = weights.gather(1, columns.clamp(max=vocab - 1)) * (columns < vocab)
+    passed = (inside.cumsum(1, dtype=torch.float64) > target) & (inside > 0)
+    # Rounding may leave the target just beyond the block's sum; its last possible token is meant then.
+    last = BLOCK - 1 - (inside > 0).flip(1).to(torch.uint8).argmax(1)
+    offset = torch.where(passed.any(1), passed.to(torch.uint8).argmax(1), last)
+    return columns.gather(1, offset.unsqueeze(1)).squeeze(1)

@@ -1,0 +1,256 @@
+"""The worker: turns a plan into tokens. It owns the model, the KV pool and what each admitted request needs to sample.
+
+    launch(plan)     inputs → forward → prompt logprobs → adjust → choose → logprobs
+    collect(pending) the results, one per slice
+
+It decides nothing about requests: which run, on which pages and when they end is the planner's business.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels.attention import Ragged, paged_attention
+from runtime.config import ServerConfig
+from runtime.messages import Facts, LogprobOptions, Logprobs
+from runtime.model_info import ModelInfo
+from scheduler_service import inputs as step_inputs
+from scheduler_service import sampler
+from scheduler_service.core.plan import Plan, Result, Slice
+from scheduler_service.core.request import Sequence
+from scheduler_service.inputs import Inputs, PageRuns
+from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
+from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
+from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from scheduler_service.model.registry import load_model
+from scheduler_service.weights.load import available_gb
+
+log = logging.getLogger(__name__)
+
+MAX_RUNNING_REQUESTS = 256
+NOT_FINITE = "NaN happened"
+
+Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
+
+
+@dataclass(slots=True)
+class Pending:
+    """A launched step."""
+
+    results: list[Result]
+
+
+@dataclass(slots=True)
+class Slot:
+    """What the worker keeps of one admitted request; rebuilt from the request's tokens after a retraction."""
+
+    row: sampler.Row
+    logprobs: LogprobOptions | None
+    next_scored: int  # first prompt position whose logprob has not been returned
+
+
+@dataclass(slots=True)
+class PagedAttend:
+    """How the model attends during one step."""
+
+    cache: KVCache
+    placement: Placement
+    ragged: Ragged
+
+    def __call__(self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.cache.write(spec.layer, self.placement, k, v)
+        return paged_attention(
+            self.ragged,
+            q,
+            self.cache.keys[spec.layer],
+            self.cache.values[spec.layer],
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            causal=spec.causal,
+            sinks=spec.sinks,
+        )
+
+
+class Worker:
+    """One device's share of the work."""
+
+    def __init__(self, config: ServerConfig, info: ModelInfo, load: Load = load_model) -> None:
+        self.info = info
+        self.weight_version = config.weight_version
+        self.device = choose_device(config.device)
+        free_gb = available_gb(self.device)
+        self.model = load(config, info, self.device)
+        self.weight_gb = max(0.0, free_gb - available_gb(self.device))
+        running = config.max_running_requests or MAX_RUNNING_REQUESTS
+        self.cache = make_kv_cache(
+            config,
+            self.model.attention,
+            self.model.dtype,
+            self.device,
+            most_tokens=running * info.context_length,
+            total_bytes=total_bytes(self.device),
+        )
+        self.page_size = self.cache.page_size
+        self.page_count = self.cache.page_count
+        self.max_running_requests = min(running, self.page_count)
+        self.page_runs = PageRuns()
+        self.slots: dict[int, Slot] = {}
+        self.free_slots = list(range(self.max_running_requests))[::-1]
+        self.last_tokens: dict[int, int] = {}  # by slot: sampled, perhaps not committed yet
+        self.log_limits(config)
+
+    def log_limits(self, config: ServerConfig) -> None:
+        log.info(
+            "max_total_num_tokens=%d, chunked_prefill_size=%s, max_prefill_tokens=%d, max_running_requests=%d, "
+            "context_len=%d, available_%s_mem=%.2f GB",
+            self.page_count * self.page_size,
+            config.chunked_prefill_size,
+            config.max_prefill_tokens,
+            self.max_running_requests,
+            self.info.context_length,
+            "cpu" if self.device.type == "cpu" else "gpu",
+            available_gb(self.device),
+        )
+
+    def facts(self) -> Facts:
+        """What the loaded model and its memory allow."""
+        tokens = self.page_count * self.page_size
+        return Facts(
+            max_total_num_tokens=tokens,
+            max_req_input_len=min(tokens, self.info.context_length) - 1,
+            context_length=self.info.context_length,
+            vocab_size=self.model.vocab_size,
+            memory_usage={
+                "weight": round(self.weight_gb, 2),
+                "kvcache": round(sum(self.cache.gigabytes), 2),
+                "token_capacity": tokens,
+                "graph": 0.0,
+            },
+            extra={"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")},
+        )
+
+    # A request's state
+
+    def admit(self, sequence: Sequence) -> None:
+        """Give a sequence a slot when it is seen for the first time, or again after a retraction."""
+        if sequence.slot >= 0:
+            return
+        sequence.slot = self.free_slots.pop()
+        wanted = sequence.request.logprobs
+        first = sequence.prompt_len if wanted is None or wanted.start < 0 else wanted.start
+        self.slots[sequence.slot] = Slot(
+            row=sampler.make_row(sequence, self.info.eos_ids),
+            logprobs=wanted,
+            next_scored=first + sequence.input_scored,
+        )
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop the state of a sequence that has ended or went back to the queue."""
+        if sequence.slot < 0:
+            return
+        slot, sequence.slot = sequence.slot, -1
+        del self.slots[slot]
+        self.last_tokens.pop(slot, None)
+        self.page_runs.forget(slot)
+        self.free_slots.append(slot)
+
+    # A step
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Pending:
+        """Start a step. On a CPU it is finished when this returns."""
+        for sequence in plan.retracted:
+            self.forget(sequence)
+        for share in plan.slices:
+            self.admit(share.sequence)
+        inputs = step_inputs.make_inputs(plan, self.page_runs, self.last_tokens, self.page_size)
+        step_inputs.add_embeds(inputs, plan, self.model.hidden_size)
+        step_inputs.add_token_types(inputs, plan)
+        step_inputs.to_device(inputs, self.device)
+        hidden = self.forward(inputs)  # (tokens, hidden)
+        results = [Result() for _ in plan.slices]
+        for share, result, row in zip(plan.slices, results, inputs.offsets, strict=False):
+            own = hidden[row : row + share.end - share.start]
+            result.input_logprobs = self.score_prompt(share, own)
+            if share.sequence.request.return_hidden_states:
+                result.hidden_states = as_bytes(own, torch.float32)
+        self.sample(plan, inputs, hidden, results)
+        return Pending(results)
+
+    def collect(self, pending: Pending) -> list[Result]:
+        """Wait for a launched step; its results are in the order of the plan's slices."""
+        return pending.results
+
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        batch = Batch(
+            input_ids=inputs.input_ids,
+            positions=inputs.positions,
+            attend=PagedAttend(self.cache, inputs.placement, inputs.ragged),
+            starts=inputs.starts,
+            token_types=inputs.token_types,
+            embeds=inputs.embeds,
+            embeds_mask=inputs.embeds_mask,
+        )
+        return self.model.forward(batch)
+
+    def score_prompt(self, share: Slice, hidden: torch.Tensor) -> Logprobs | None:
+        """Logprobs of the wanted prompt positions that this slice's hidden states (positions, hidden) predict."""
+        slot, sequence = self.slots[share.sequence.slot], share.sequence
+        first, last = slot.next_scored, min(share.end + 1, sequence.prompt_len)
+        if slot.logprobs is None or first >= last:
+            return None
+        slot.next_scored = last
+        leading_none = first == slot.logprobs.start  # nothing before it is scored
+        predicting = first if leading_none else first - 1
+        assert predicting >= share.start, (predicting, share.start)
+        predictors = hidden[predicting - share.start : last - 1 - share.start]
+        return prompt_logprobs(
+            predictors,
+            torch.tensor(sequence.ids[first:last], device=hidden.device),
+            self.model.logits,
+            self.model.vocab_size,
+            slot.logprobs,
+            leading_none,
+        )
+
+    def sample(self, plan: Plan, inputs: Inputs, hidden: torch.Tensor, results: list[Result]) -> None:
+        """Draw the next token of every slice that ends its sequence, and fill in its result."""
+        sampled = [i for i, share in enumerate(plan.slices) if share.samples]
+        if not sampled:
+            return
+        last_rows = torch.tensor([inputs.offsets[i + 1] - 1 for i in sampled], device=hidden.device)
+        logits = self.model.logits(hidden[last_rows])  # (rows, vocab)
+        slots = [self.slots[plan.slices[i].sequence.slot] for i in sampled]
+        rows = [slot.row for slot in slots]
+        positions = [plan.slices[i].end for i in sampled]
+        sampler.adjust(logits, rows, positions)
+        wants_logprobs = any(slot.logprobs for slot in slots)
+        draws = sampler.choose(logits, rows, positions, keep_logits=wants_logprobs)
+        logprobs: list[Logprobs | None] = [None] * len(rows)
+        if wants_logprobs:
+            logprobs = output_logprobs(logits, draws.tokens, [slot.logprobs for slot in slots])
+        for i, row, token, valid, its_logprobs in zip(sampled, rows, draws.tokens, draws.valid, logprobs, strict=True):
+            if not valid:
+                results[i].error = NOT_FINITE
+                continue
+            results[i].token, results[i].logprobs = token, its_logprobs
+            self.last_tokens[plan.slices[i].sequence.slot] = token
+            row.add(token)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device; `auto` takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def total_bytes(device: torch.device) -> int:
+    """All memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
