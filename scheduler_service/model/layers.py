@@ -40,7 +40,7 @@ def optional_norm(spec: DecoderSpec, weights: Weights, place: str, layer: int) -
 def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Linear:
     """The linear layer of a slab, kept in step with later updates of the weights."""
     layer = Linear(weights.slab(buffer, *index), weights.slab(f"{buffer}_bias", *index) if bias else None)
-    weights.on_update.append(layer.repack)
+    weights.follow(layer, buffer, index)
     return layer
 
 

@@ -4,8 +4,8 @@ Loading, in-place update, atomic swap and checksums all follow from that: a seco
 filled while the first one serves, and `copy_from` takes it over with one copy per buffer.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import xxhash
@@ -43,15 +43,30 @@ class Layout:
         self.buffers[buffer] = (*map(max, slabs, known), start, *width)
 
 
+class Packs(Protocol):
+    """A layer that computes with a copy of its weight in another form."""
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The other form of new values; the layer goes on with the old ones."""
+        ...
+
+    def adopt(self, packed: torch.Tensor | None) -> None:
+        """Compute with these from now on."""
+        ...
+
+
+Packed = list[tuple[Packs, torch.Tensor | None]]
+
+
 class Weights:
-    """The buffers of one layout on one device."""
+    """The buffers of one layout on one device, and the layers that must follow when values change."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
         self.dtype = dtype
         self.device = device
         self.buffers = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in layout.buffers.items()}
-        self.on_update: list[Callable[[], None]] = []  # whatever keeps copies in another form follows here
+        self.followers: list[tuple[Packs, str, tuple[int, ...]]] = []  # layer, buffer, index of its slab
 
     def slab(self, buffer: str, *index: int) -> torch.Tensor:
         """One layer's (or expert's) part of a buffer, all fused tensors together."""
@@ -73,16 +88,24 @@ class Weights:
         """Buffers of the same layout with undefined contents, to be filled while these serve."""
         return Weights(self.layout, self.dtype, device or self.device)
 
-    def copy_from(self, staged: "Weights") -> None:
-        """Take over all values, one copy per buffer; the pointers stay."""
+    def follow(self, layer: Packs, buffer: str, index: tuple[int, ...]) -> None:
+        """From now on `layer` is told when the values of a slab have changed."""
+        self.followers.append((layer, buffer, index))
+
+    def pack(self, staged: "Weights") -> Packed:
+        """What the layers need of staged values, made ahead of the swap; safe in a background thread."""
+        return [(layer, layer.pack(staged.slab(buffer, *index))) for layer, buffer, index in self.followers]
+
+    def copy_from(self, staged: "Weights", packed: Packed | None = None) -> None:
+        """Take over all values, one copy per buffer; the pointers stay. Between two steps only."""
         for name, buffer in self.buffers.items():
             buffer.copy_(staged.buffers[name])
-        self.after_update()
+        self.after_update(packed)
 
-    def after_update(self) -> None:
-        """Call once values have changed."""
-        for follow in self.on_update:
-            follow()
+    def after_update(self, packed: Packed | None = None) -> None:
+        """Call once values have changed; `packed` is what `pack` made of the same values, if it was called."""
+        for layer, form in self.pack(self) if packed is None else packed:
+            layer.adopt(form)
 
     def fill_random(self, seed: int) -> None:
         """Normal(0, 0.02), the same for the same seed and layout on every device."""
