@@ -1,18 +1,19 @@
-"""Logprobs on their way through: cut to the tokens that are kept, and given the tokens' texts where asked."""
+"""Writes tokens beside their ids, for requests that ask for text in logprobs."""
 
 from detokenizer_service.decode import Vocabulary
-from runtime.messages import LogprobOptions, Logprobs, unpack_ids
+from runtime.messages import LogprobOptions, Logprobs, Tokens, unpack_ids
 
 
-def cut(logprobs: Logprobs, kept: int, positions: int) -> None:
-    """Keep the first `kept` of `positions` rows."""
-    for name in ("ids", "values", "top_ids", "top_values", "asked_values"):
-        rows = getattr(logprobs, name)
-        setattr(logprobs, name, rows[: len(rows) // positions * kept])
+def add_texts(tokens: Tokens, options: LogprobOptions | None, vocabulary: Vocabulary) -> None:
+    """Fill the text fields of all logprobs of a step."""
+    if options is None or not options.text:
+        return
+    for logprobs in (tokens.logprobs, tokens.input_logprobs):
+        if logprobs is not None:
+            _fill(logprobs, options, vocabulary)
 
 
-def fill_texts(logprobs: Logprobs, options: LogprobOptions, vocabulary: Vocabulary) -> None:
-    """Write each token beside its id."""
+def _fill(logprobs: Logprobs, options: LogprobOptions, vocabulary: Vocabulary) -> None:
     text = vocabulary.token_text
     logprobs.texts = [text(id) for id in unpack_ids(logprobs.ids)]
     if logprobs.top_ids:

@@ -5,18 +5,21 @@ found in the text. After such a stop an Abort goes on round the ring to the sche
 sends for the request is dropped.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from detokenizer_service.cut import cut, first_rows
 from detokenizer_service.decode import Vocabulary
-from detokenizer_service.logprobs import cut, fill_texts
+from detokenizer_service.logprobs import add_texts
 from detokenizer_service.stream import Stream
 from runtime.control import Abort, Detokenize, Probe
 from runtime.messages import Facts, Finish, Message, Reply, Text, Tokens, unpack_ids
 
-FLOAT_BYTES = 4
+ID_BYTES = 4
 NO_TOKENIZER = "the tokenizer is not initialized (--skip-tokenizer-init)"
+BAD_IDS = "tokens must be ids of the vocabulary."
 
 
 class Counters(msgspec.Struct):
@@ -27,6 +30,15 @@ class Counters(msgspec.Struct):
     dropped: int = 0  # messages of requests that had ended, or of older attempts
 
 
+@dataclass(slots=True)
+class Stopped:
+    """A request that ended here before the scheduler knew; its last message from there is still to come."""
+
+    kept: int  # positions, prompt included
+    made: int
+    text: Text | None  # held until then where it lacks what only that message brings
+
+
 class Detokenizer:
     """The streams that run, and what is done with each message."""
 
@@ -34,74 +46,89 @@ class Detokenizer:
         """No vocabulary: ids in, ids out."""
         self._vocabulary = vocabulary
         self._streams: dict[str, Stream] = {}
-        self._stopped: set[str] = set()  # ended by a stop here; the scheduler's last message is still to come
+        self._stopped: dict[str, Stopped] = {}
         self.counters = Counters()
 
     def step(self, batch: list[Any]) -> list[Message]:
         """Answer what is ours, pass the rest on, keep the order."""
-        out: list[Message] = []
-        for message in batch:
-            match message:
-                case Tokens():
-                    out += self._on_tokens(message)
-                case Detokenize():
-                    out.append(self._reply(message))
-                case _:
-                    self._note(message)
-                    out.append(message)
-        return out
+        return [answer for message in batch for answer in self._answers(message)]
 
-    def _note(self, message: Message) -> None:
+    def _answers(self, message: Message) -> list[Message]:
         match message:
+            case Tokens():
+                return self._on_tokens(message)
+            case Detokenize():
+                return [self._reply(message)]
+            case Facts():
+                return [*self._forget(), message]
             case Probe():
                 counters = msgspec.structs.asdict(self.counters)
                 message.counters["detokenizer"] = {"running": len(self._streams), **counters}
-            case Facts():  # a scheduler has started; what an earlier one ran is over
-                self._streams.clear()
-                self._stopped.clear()
+        return [message]
 
     def _on_tokens(self, tokens: Tokens) -> list[Message]:
-        self.counters.tokens += len(tokens.ids) // FLOAT_BYTES
+        self.counters.tokens += len(tokens.ids) // ID_BYTES
         if self._vocabulary is None or tokens.vector:
             return [_text("", tokens)]
         stream = self._streams.get(tokens.rid)
         if stream is not None and tokens.attempt < stream.request.attempt:
             return self._drop()
         if tokens.request is not None:
-            self._stopped.discard(tokens.rid)
+            self._stopped.pop(tokens.rid, None)
             stream = self._streams[tokens.rid] = Stream(self._vocabulary, tokens.request, tokens.prompt_tail)
         return self._without_stream(tokens) if stream is None else self._decoded(stream, tokens, self._vocabulary)
 
+    def _decoded(self, stream: Stream, tokens: Tokens, vocabulary: Vocabulary) -> list[Message]:
+        """One step of a stream: its text, and an Abort where that ends before the scheduler knows."""
+        ids = unpack_ids(tokens.ids)
+        text, kept, stop = stream.feed(ids, tokens.finish)
+        if stop is not None or tokens.finish is not None:
+            del self._streams[tokens.rid]
+        early = tokens.finish is None
+        if stop is not None:
+            cut(tokens, kept, len(ids))
+            tokens.finish = Finish(reason="stop", matched=stop.name)
+        add_texts(tokens, stream.request.logprobs, vocabulary)
+        last = _text(text, tokens)
+        return [last] if stop is None else self._stop(stream, last, len(ids) - kept, early)
+
+    def _stop(self, stream: Stream, last: Text, surplus: int, early: bool) -> list[Message]:
+        """End a stream whose text has met a stop, `surplus` ids before the last one made."""
+        self.counters.stopped += 1
+        tokens = last.tokens
+        made = tokens.prompt_tokens + stream.made
+        if not early:
+            tokens.routed_experts = first_rows(tokens.routed_experts, made - surplus - 1, made - 1)
+            return [last]
+        waits = stream.request.return_routed_experts
+        self._stopped[tokens.rid] = Stopped(made - surplus, made, last if waits else None)
+        abort = Abort(rid=tokens.rid)
+        return [abort] if waits else [last, abort]
+
     def _without_stream(self, tokens: Tokens) -> list[Message]:
         """The end of a request that never ran goes on; what comes after an end here does not."""
-        if tokens.rid in self._stopped:
-            if tokens.finish is not None:
-                self._stopped.remove(tokens.rid)
+        stopped = self._stopped.get(tokens.rid)
+        if stopped is None:
+            return self._drop() if tokens.finish is None else [_text("", tokens)]
+        stopped.made += len(tokens.ids) // ID_BYTES
+        if tokens.finish is None:
             return self._drop()
-        return self._drop() if tokens.finish is None else [_text("", tokens)]
+        del self._stopped[tokens.rid]
+        if stopped.text is None:
+            return self._drop()
+        stopped.text.tokens.routed_experts = first_rows(tokens.routed_experts, stopped.kept - 1, stopped.made - 1)
+        return [stopped.text]
+
+    def _forget(self) -> list[Message]:
+        """A scheduler has started: what an earlier one ran is over, and brings nothing more."""
+        waiting = [stopped.text for stopped in self._stopped.values() if stopped.text is not None]
+        self._streams.clear()
+        self._stopped.clear()
+        return list(waiting)
 
     def _drop(self) -> list[Message]:
         self.counters.dropped += 1
         return []
-
-    def _decoded(self, stream: Stream, tokens: Tokens, vocabulary: Vocabulary) -> list[Message]:
-        """One step of a stream: its text, and an Abort where the text ends before the scheduler knows."""
-        ids = unpack_ids(tokens.ids)
-        text, taken, match = stream.feed(stream.spoken(ids, tokens.finish))
-        if tokens.finish is not None and match is None:
-            rest, match = stream.flush()
-            text, taken = text + rest, len(ids)
-        aborts: list[Message] = []
-        if match is not None:
-            self.counters.stopped += 1
-            if tokens.finish is None:
-                self._stopped.add(tokens.rid)
-                aborts.append(Abort(rid=tokens.rid))
-            _end_at(tokens, taken, len(ids), Finish(reason="stop", matched=match.name))
-        if tokens.finish is not None:
-            del self._streams[tokens.rid]
-        _add_texts(stream, tokens, vocabulary)
-        return [_text(text, tokens), *aborts]
 
     def _reply(self, command: Detokenize) -> Reply:
         if self._vocabulary is None:
@@ -110,7 +137,7 @@ class Detokenizer:
             sequences = [unpack_ids(ids) for ids in command.ids]
             texts = [self._vocabulary.decode(ids, command.skip_special_tokens) for ids in sequences]
         except (ValueError, OverflowError):
-            return Reply(id=command.id, success=False, message="tokens must be ids of the vocabulary.", status=400)
+            return Reply(id=command.id, success=False, message=BAD_IDS, status=400)
         return Reply(id=command.id, body={"texts": texts})
 
 
@@ -118,24 +145,3 @@ def _text(text: str, tokens: Tokens) -> Text:
     tokens.request = None
     tokens.prompt_tail = b""
     return Text(text=text, tokens=tokens)
-
-
-def _end_at(tokens: Tokens, kept: int, made: int, finish: Finish) -> None:
-    """End a request at the token that completed its stop: what was made behind it is cut off."""
-    tokens.finish = finish
-    if kept == made:
-        return
-    tokens.ids = tokens.ids[: len(tokens.ids) // made * kept]
-    if tokens.logprobs is not None:
-        cut(tokens.logprobs, kept, made)
-    if tokens.hidden_states:
-        tokens.hidden_states = tokens.hidden_states[: -(made - kept) * tokens.hidden_size * FLOAT_BYTES]
-
-
-def _add_texts(stream: Stream, tokens: Tokens, vocabulary: Vocabulary) -> None:
-    options = stream.request.logprobs
-    if options is None or not options.text:
-        return
-    for logprobs in (tokens.logprobs, tokens.input_logprobs):
-        if logprobs is not None:
-            fill_texts(logprobs, options, vocabulary)

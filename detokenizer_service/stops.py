@@ -1,11 +1,16 @@
 """Stop strings and patterns in a growing text: found across token borders, held back while they may come, cut.
 
-The match that starts first in the text wins; of several that start there, the one named first.
+The match that starts first in the text wins; of several that start there, the one named first. Text is held back as
+long as it may be the beginning of a match, and no longer.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import re2
+
+from detokenizer_service.beginnings import beginnings_of
 from runtime.sampling import SamplingParams
 from runtime.stop_patterns import compile_stop
 
@@ -28,6 +33,7 @@ class Stops:
         self._firsts = tuple({string[0] for string in strings if len(string) > 1})
         self._reach = max((len(string) for string in strings), default=1) - 1  # the longest beginning
         self._patterns = [(compile_stop(pattern), pattern) for pattern in patterns]
+        self._tails = [_compiled_tail(pattern) for pattern in patterns]
 
     def search(self, text: str, start: int) -> Match | None:
         """The first match at or behind `start`."""
@@ -39,21 +45,36 @@ class Stops:
 
     def held_from(self, text: str, start: int) -> int:
         """The first place at or behind `start` from which the text may be the beginning of a match."""
+        places: list[int] = [self._string_from(text, start)]
+        places += [tail.search(text, start).start() for tail in self._tails]
+        return min(places)
+
+    def _string_from(self, text: str, start: int) -> int:
         for at in range(max(start, len(text) - self._reach), len(text)):
             if text[at] in self._firsts and text[at:] in self._beginnings:
                 return at
         return len(text)
 
 
+def _compiled_tail(pattern: str) -> Any:
+    """Matches, at the end of every text, the longest tail that may become a match of `pattern`."""
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(rf"(?:{beginnings_of(pattern)})\z", options)
+    except re2.error:  # repeated too often for RE2's size limit: anything may become a match
+        return re2.compile(r"(?s).*\z", options)
+
+
 @lru_cache(maxsize=256)
-def _compiled(strings: tuple[str, ...], patterns: tuple[str, ...]) -> Stops:
+def _shared(strings: tuple[str, ...], patterns: tuple[str, ...]) -> Stops:
     return Stops(strings, patterns)
 
 
 def stops_of(params: SamplingParams) -> Stops | None:
     """What ends a request's text, or None. Raises RequestError for a bad pattern (the tokenizer has checked them)."""
     strings, patterns = tuple(params.stop_strings), tuple(params.stop_patterns)
-    return _compiled(strings, patterns) if strings or patterns else None
+    return _shared(strings, patterns) if strings or patterns else None
 
 
 class Cutter:

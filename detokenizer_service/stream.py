@@ -1,6 +1,7 @@
 """The text side of one running request: its decoder, its stops, and the cut where it ends."""
 
 from array import array
+from collections.abc import Sequence
 
 from detokenizer_service.decode import Vocabulary
 from detokenizer_service.stops import Cutter, Match, stops_of
@@ -11,17 +12,29 @@ class Stream:
     """From a request's first Tokens message to its last. A function of the token list alone, so it can be rebuilt."""
 
     def __init__(self, vocabulary: Vocabulary, request: Request, prompt_tail: bytes) -> None:
-        self.request = request
-        self.attempt = request.attempt
+        """`request.resume_ids` are taken in silence: the client has their text."""
         params = request.params
+        stops = stops_of(params)
+        self.request = request
+        self.made = 0  # output ids so far
         self._trim = not params.no_stop_trim
         self._decoder = vocabulary.decoder(unpack_ids(prompt_tail), params.skip_special_tokens)
-        stops = stops_of(params)
         self._cutter = Cutter(stops, self._trim) if stops else None
-        self.feed(unpack_ids(request.resume_ids))  # the client has this text already
+        self.feed(unpack_ids(request.resume_ids), None)
 
-    def feed(self, ids: "array[int]") -> tuple[str, int, Match | None]:
-        """New text, how many of the ids it took, and the stop that those ids completed."""
+    def feed(self, ids: "array[int]", finish: Finish | None) -> tuple[str, int, Match | None]:
+        """New text, how many of the ids it took, and the stop that completes it. `finish`: these ids are the last."""
+        self.made += len(ids)
+        spoken = ids[:-1] if self._trim and _ends_in_stop_token(ids, finish) else ids
+        text, taken, match = self._pass(spoken)
+        if match is None:
+            taken = len(ids)
+            if finish is not None:
+                rest, match = self._rest()
+                text += rest
+        return text, taken, match
+
+    def _pass(self, ids: Sequence[int]) -> tuple[str, int, Match | None]:
         if self._cutter is None:
             return self._decoder.feed(ids), len(ids), None
         parts = []
@@ -32,17 +45,14 @@ class Stream:
                 return "".join(parts), taken, match
         return "".join(parts), len(ids), None
 
-    def flush(self) -> tuple[str, Match | None]:
-        """What was held back, at the end of the request."""
+    def _rest(self) -> tuple[str, Match | None]:
+        """What was held back."""
         text = self._decoder.flush()
         if self._cutter is None:
             return text, None
         passed, match = self._cutter.feed(text)
         return (passed, match) if match else (passed + self._cutter.flush(), None)
 
-    def spoken(self, ids: "array[int]", finish: Finish | None) -> "array[int]":
-        """The ids whose text the client gets: all but the stop token."""
-        ended = finish is not None and finish.reason == "stop" and isinstance(finish.matched, int)
-        if ended and self._trim and ids and finish is not None and ids[-1] == finish.matched:
-            return ids[:-1]
-        return ids
+
+def _ends_in_stop_token(ids: "array[int]", finish: Finish | None) -> bool:
+    return finish is not None and finish.reason == "stop" and len(ids) > 0 and ids[-1] == finish.matched

@@ -1,0 +1,22 @@
+"""Cuts a step short at the token that completed a stop."""
+
+from runtime.messages import Tokens
+
+FLOAT_BYTES = 4
+
+
+def first_rows(data: bytes, kept: int, rows: int) -> bytes:
+    """The first `kept` of `rows` equal rows."""
+    return data[: len(data) // rows * kept] if rows else data
+
+
+def cut(tokens: Tokens, kept: int, made: int) -> None:
+    """Keep the first `kept` of the `made` output tokens of a step, with all that is told about them."""
+    if kept == made:
+        return
+    tokens.ids = first_rows(tokens.ids, kept, made)
+    if (logprobs := tokens.logprobs) is not None:
+        for name in ("ids", "values", "top_ids", "top_values", "asked_values"):
+            setattr(logprobs, name, first_rows(getattr(logprobs, name), kept, made))
+    if tokens.hidden_states:  # rows of the prompt may come first
+        tokens.hidden_states = tokens.hidden_states[: (kept - made) * tokens.hidden_size * FLOAT_BYTES]
