@@ -1,0 +1,56 @@
+"""The `quartet` command itself."""
+
+import subprocess
+import sys
+
+import pytest
+
+from runtime import cli, show
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in cli.COMMANDS)
+
+
+def test_version_is_the_installed_one(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("quartet 0.")
+
+
+def test_an_unknown_command_suggests_the_right_one(capsys):
+    assert cli.main(["sevre"]) == 2
+    assert capsys.readouterr().err == "quartet: unknown command sevre; did you mean serve?\n"
+
+
+def test_a_flag_before_the_command_is_explained(capsys):
+    assert cli.main(["--port", "1"]) == 2
+    assert "quartet serve --port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["--help"], ["serve", "--help"]])
+def test_help_loads_nothing_slow(command):
+    watched = "{'torch', 'transformers', 'huggingface_hub', 'yaml', 'starlette'}"
+    code = (
+        "import sys, contextlib; from runtime import cli\n"
+        f"with contextlib.suppress(SystemExit): cli.main({command!r})\n"
+        f"sys.exit(', '.join({watched} & sys.modules.keys()) or 0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_config_show_prints_each_value_with_its_origin(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("port: 8000\n")
+    assert show.main(["show", "--config", str(tmp_path / "c.yaml"), "--api-key", "secret", "--device", "cpu"]) == 0
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["port"] == ["8000", str(tmp_path / "c.yaml")]
+    assert rows["api_key"] == ["***", "command line"]
+    assert rows["host"] == ["127.0.0.1", "default"]
+    assert rows["page_size"] == ["16", "chosen for this machine"]
+
+
+def test_config_without_show_says_what_to_type(capsys):
+    assert show.main([]) == 2
+    assert "quartet config show" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""Every open question is answered once; contradictions are refused with their remedy."""
+
+import pytest
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.resolve import Machine, resolve
+
+CPU = Machine()
+GPU = Machine(has_gpu=True, torch_has_cuda=True)
+
+
+def test_a_machine_without_a_gpu_gets_the_answers_of_a_cpu():
+    config = resolve(ServerConfig(), CPU).config
+    assert (config.device, config.attention_backend, config.chunked_prefill_size) == ("cpu", "torch_native", 512)
+    assert (config.page_size, config.max_running_requests, config.max_queued_requests) == (16, 256, 1024)
+
+
+def test_a_machine_with_a_gpu_gets_the_answers_of_a_gpu():
+    config = resolve(ServerConfig(), GPU).config
+    assert (config.device, config.attention_backend, config.chunked_prefill_size) == ("cuda", "triton", 8192)
+
+
+def test_a_gpu_without_a_torch_that_can_use_it_is_not_used():
+    assert resolve(ServerConfig(), Machine(has_gpu=True)).config.device == "cpu"
+
+
+def test_what_was_given_is_kept():
+    given = ServerConfig(page_size=1, max_running_requests=3, max_queued_requests=5, chunked_prefill_size=-1)
+    resolved = resolve(given, GPU).config
+    assert (resolved.page_size, resolved.max_running_requests, resolved.max_queued_requests) == (1, 3, 5)
+    assert resolved.chunked_prefill_size == -1
+
+
+def test_resolving_twice_changes_nothing():
+    once = resolve(ServerConfig(), CPU).config
+    assert resolve(once, CPU).config == once
+
+
+def test_the_default_chunk_stays_within_the_prefill_limit():
+    assert resolve(ServerConfig(max_prefill_tokens=100), CPU).config.chunked_prefill_size == 100
+
+
+def test_triton_on_a_cpu_is_replaced_and_said_so():
+    resolution = resolve(ServerConfig(attention_backend="triton"), CPU)
+    assert resolution.config.attention_backend == "torch_native"
+    assert any("triton needs a GPU" in note for note in resolution.notes)
+
+
+@pytest.mark.parametrize(
+    ("host", "api_key", "warned"),
+    [
+        ("127.0.0.1", None, False),
+        ("::1", None, False),
+        ("localhost", None, False),
+        ("0.0.0.0", None, True),
+        ("0.0.0.0", "k", False),
+        ("example.org", None, True),
+    ],
+)
+def test_an_address_open_to_the_network_needs_a_key_or_is_warned_about(host, api_key, warned):
+    notes = resolve(ServerConfig(host=host, api_key=api_key), CPU).notes
+    assert any("no --api-key is set" in note for note in notes) is warned
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "remedy"),
+    [
+        ({"device": "cuda"}, CPU, "use --device cpu"),
+        ({"device": "cuda"}, Machine(torch_has_cuda=True), "none is loaded here; use --device cpu"),
+        ({"chunked_prefill_size": 0}, CPU, "use -1 for whole prompts"),
+        ({"chunked_prefill_size": 512, "max_prefill_tokens": 256}, CPU, "use --max-prefill-tokens 512"),
+        ({"max_total_tokens": 8}, CPU, "use --page-size 8 or less"),
+        ({"revision": "main"}, CPU, "leave --revision out"),
+        ({"skip_tokenizer_init": True, "chat_template": "t"}, CPU, "leave --tokenizer-path and --chat-template out"),
+        ({"preferred_sampling_params": "{"}, CPU, "must be a JSON object"),
+        ({"preferred_sampling_params": '{"temprature": 1}'}, CPU, "temprature"),
+    ],
+)
+def test_a_contradiction_is_refused_with_the_value_that_mends_it(settings, machine, remedy):
+    with pytest.raises(StartupError) as refused:
+        resolve(ServerConfig(**settings), machine)
+    assert remedy in str(refused.value)
+    assert "\n" not in str(refused.value)
