@@ -12,12 +12,14 @@ class Command(NamedTuple):
     module: str
     function: str
     help: str
+    server_flags: bool = False  # takes the flags of a server, so that their help needs no import of the module
 
 
 COMMANDS = {
-    "serve": Command("runtime.launch", "main", "start a server (quartet serve --help lists its flags)"),
-    "config": Command("runtime.show", "main", "config show: print every setting and where its value comes from"),
+    "serve": Command("runtime.launch", "main", "start a server (quartet serve --help lists its flags)", True),
+    "config": Command("runtime.show", "main", "config show: print every setting and where its value comes from", True),
 }
+HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         case [name, *rest] if name in COMMANDS:
             command = COMMANDS[name]
+            if command.server_flags and not set(rest).isdisjoint(HELP):
+                return print_flags(name)
             function = getattr(importlib.import_module(command.module), command.function)
             return int(function(rest))
     return unknown(arguments[0])
@@ -51,6 +55,13 @@ def usage() -> str:
             "  --help, --version",
         ]
     )
+
+
+def print_flags(command: str) -> int:
+    from runtime.flags import build_parser
+
+    build_parser(command).print_help()
+    return 0
 
 
 def version() -> str:
