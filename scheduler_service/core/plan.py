@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from runtime.messages import Logprobs
+from runtime.messages import Finish, Logprobs
 from scheduler_service.core.request import Sequence
 
 
@@ -26,12 +26,19 @@ class Slice:
 class Plan:
     """One step: decode rows first, then prefill chunks. Every position named has its page in `sequence.pages`."""
 
-    slices: list[Slice]
+    slices: list[Slice] = field(default_factory=list)
     retracted: list[Sequence] = field(default_factory=list)  # sent back to the queue by this decision
+    decodes: int = 0  # how many of the slices, the first ones, are decode rows
+    cached_tokens: int = 0  # found in the prefix tree by the sequences that this step admits
+    usage: float = 0.0  # share of the KV pool held by live requests before this step
+    weight_version: str = ""  # of the weights it runs on; set at launch
 
     @property
     def tokens(self) -> int:
         return sum(s.end - s.start for s in self.slices)
+
+
+NAN_HAPPENED = "NaN happened"  # Result.error of a slice whose logits are not numbers; ends the request with a stop
 
 
 @dataclass(slots=True)
@@ -45,3 +52,18 @@ class Result:
     scalar: bool = False
     hidden_states: bytes = b""
     error: str = ""  # this request cannot go on (for example NaN logits)
+
+
+@dataclass(slots=True)
+class Update:
+    """What a request's consumers must learn: new output, the end, or both."""
+
+    sequence: Sequence
+    first: bool  # nothing was sent for this request before
+    ids: bytes = b""
+    logprobs: Logprobs | None = None
+    input_logprobs: Logprobs | None = None
+    vector: bytes = b""
+    scalar: bool = False
+    hidden_states: bytes = b""
+    finish: Finish | None = None

@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
-from runtime.messages import Finish, Request
+from runtime.messages import Finish, Logprobs, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +31,19 @@ class Sequence:
     opened: bool = False  # its first Tokens message has left
     slot: int = -1  # row of the worker's per-request state, while admitted
     tree_node: object | None = None  # deepest pinned node of the prefix tree, while admitted
-    input_scored: int = 0  # prompt positions whose logprobs have been returned by the worker
+    input_scored: int = 0  # wanted prompt positions up to this one have had their logprobs returned by the worker
+    # the planner's own
+    serial: int = 0  # order of arrival
+    limit: int = 0  # output tokens at most, already clipped to context and pool
+    stop_ids: frozenset[int] = frozenset()
+    prefill_end: int = 0  # the positions to prefill at this admission
+    kept_pages: int = 0  # leading pages that the prefix tree has been offered at this admission
+    awaited: object | None = None  # key under which others wait for the prefix that is being computed here
+    poisoned: bool = False  # its KV is not worth keeping
+    leaving: bool = False  # retracted: goes back to the queue once nothing is in flight
+    scored: list[Logprobs] = field(default_factory=list)  # prompt logprobs not yet sent
+    hidden: list[bytes] = field(default_factory=list)  # hidden states not yet sent
+    hidden_end: int = 0  # positions whose hidden states the worker has returned
 
     @property
     def rid(self) -> str:
@@ -40,3 +52,16 @@ class Sequence:
     @property
     def output_len(self) -> int:
         return len(self.ids) - self.prompt_len
+
+    @property
+    def wants_decode(self) -> bool:
+        """Whether one more decode row may be planned, counting the tokens that are still in flight."""
+        return (
+            self.prefill_end <= self.computed < self.prompt_len + self.limit - 1
+            and self.finish is None
+            and not self.leaving
+        )
+
+    @property
+    def wants_prefill(self) -> bool:
+        return self.computed < self.prefill_end and self.finish is None and not self.leaving

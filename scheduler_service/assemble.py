@@ -1,0 +1,71 @@
+"""Puts the scheduler together from a boot file, the model's facts and a worker, and serves. Loads no torch."""
+
+from typing import Protocol
+
+import msgspec
+
+from runtime.config import ServerConfig
+from runtime.messages import Facts
+from runtime.model_info import ModelInfo
+from runtime.progress import ProgressWord
+from runtime.sampling import SamplingParams
+from runtime.service import Boot, report_ready
+from runtime.sockets import Inbox, Outbox
+from scheduler_service.core.planner import Planner
+from scheduler_service.core.rules import PlannerConfig
+from scheduler_service.scheduler import Scheduler, Worker
+
+DEFAULT_CHUNK = 512  # prompt tokens of a step where the configuration leaves it open: about half a second on a CPU
+
+
+class SizedWorker(Worker, Protocol):
+    """A worker that says what its memory allows."""
+
+    page_size: int
+    page_count: int  # usable pages; page 0 is not among them
+    max_running_requests: int
+
+    def facts(self) -> Facts: ...
+
+
+def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -> PlannerConfig:
+    """The planner's share of the configuration, with what the worker found possible."""
+    encoder = is_encoder(info)
+    chunk = config.chunked_prefill_size
+    return PlannerConfig(
+        page_size=worker.page_size,
+        total_pages=worker.page_count,
+        max_running=min(config.max_running_requests or worker.max_running_requests, worker.max_running_requests),
+        context_length=info.context_length,
+        vocab_size=info.vocab_size,
+        eos_ids=frozenset(info.eos_ids),
+        chunked_prefill_size=-1 if encoder else DEFAULT_CHUNK if chunk is None else chunk,
+        max_prefill_tokens=config.max_prefill_tokens,
+        policy=config.schedule_policy,
+        max_queued=config.max_queued_requests,
+        reuse_prefixes=not (config.disable_radix_cache or encoder),
+        default_new_tokens=SamplingParams().max_new_tokens,
+    )
+
+
+def is_encoder(info: ModelInfo) -> bool:
+    """Every position sees every other: the prompt must be computed whole, and no prefix can be reused."""
+    return info.model_type in ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+
+
+def serve(boot: Boot, info: ModelInfo, worker: SizedWorker) -> None:
+    """Report ready, tell the ring the model's facts, and run until killed."""
+    planner = Planner(planner_config(boot.config, info, worker))
+    scheduler = Scheduler(
+        planner,
+        worker,
+        Inbox(boot.inbox),
+        Outbox(boot.outbox),
+        ProgressWord(boot.run_dir),
+        decode_log_interval=boot.config.decode_log_interval,
+        hidden_size=info.hidden_size,
+    )
+    scheduler.progress.beat(busy=False)
+    report_ready(boot)
+    scheduler.emit([msgspec.structs.replace(worker.facts(), max_req_input_len=planner.config.max_input_len)])
+    scheduler.run()

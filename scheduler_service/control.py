@@ -1,0 +1,121 @@
+"""Control commands: one function each, found by the command's type.
+
+A handler takes the scheduler and the command and returns the messages to send on (a Reply, as a rule). One that must
+wait is a generator: it is advanced once a step and returns its messages at the end. A refusal is `CommandRefused`.
+"""
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from runtime.control import Abort, ControlCommand, FlushCache, Probe
+from runtime.errors import CommandRefused
+from runtime.messages import Message, Reply
+
+if TYPE_CHECKING:
+    from scheduler_service.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+FLUSHED = (
+    "Cache flushed.\nPlease check backend logs for more details. "
+    "(When there are running or waiting requests, the operation will not be performed.)\n"
+)
+FLUSH_FAILED = "Flush cache failed.\n"
+FLUSH_TIMED_OUT = "Timed out waiting for idle state."
+FLUSH_IN_PROGRESS = "Another flush_cache is already in progress."
+
+Waiting = Generator[None, None, list[Message]]
+Handler = Callable[["Scheduler", Any], "list[Message] | Waiting"]
+
+
+class Control:
+    """Carries out commands, at once or over several steps."""
+
+    def __init__(self, handlers: Mapping[type[ControlCommand], Handler]) -> None:
+        self.handlers = handlers
+        self._waiting: list[tuple[ControlCommand, Waiting]] = []
+
+    def __bool__(self) -> bool:
+        """Whether a command waits for its next turn."""
+        return bool(self._waiting)
+
+    def start(self, scheduler: "Scheduler", command: ControlCommand) -> list[Message]:
+        """Run the command's handler up to its end or its first wait."""
+        try:
+            result = self.handlers[type(command)](scheduler, command)
+        except CommandRefused as refusal:
+            return [refused(command, refusal)]
+        return result if isinstance(result, list) else self._turn(command, result)
+
+    def advance(self) -> list[Message]:
+        """Give every waiting command a turn."""
+        turns, self._waiting = self._waiting, []
+        return [message for command, waiting in turns for message in self._turn(command, waiting)]
+
+    def has_waiting(self, kind: type[ControlCommand]) -> bool:
+        """Whether an earlier command of this kind waits."""
+        return any(isinstance(command, kind) for command, _ in self._waiting)
+
+    def _turn(self, command: ControlCommand, waiting: Waiting) -> list[Message]:
+        try:
+            next(waiting)
+        except StopIteration as end:
+            messages: list[Message] = end.value
+            return messages
+        except CommandRefused as refusal:
+            return [refused(command, refusal)]
+        self._waiting.append((command, waiting))
+        return []
+
+
+def refused(command: ControlCommand, refusal: CommandRefused) -> Reply:
+    return Reply(id=command.id, success=False, message=refusal.message, status=refusal.status)
+
+
+def abort(scheduler: "Scheduler", command: Abort) -> list[Message]:
+    """End what the command names; there is no reply, the requests' own last messages tell."""
+    rids = matching(command, scheduler.planner.live)
+    updates = [update for rid in rids for update in scheduler.planner.abort(rid, command.abort_message)]
+    return scheduler.messages(updates)
+
+
+def matching(command: Abort, live: Iterable[str]) -> list[str]:
+    """The live rids that an Abort means: all, a prefix, or one rid and the `rid_<i>` of its batch."""
+    if command.abort_all:
+        return list(live)
+    if not command.rid:
+        log.warning("ignored an abort without a rid")
+        return []
+    if command.prefix:
+        return [rid for rid in live if rid.startswith(command.rid)]
+    child = command.rid + "_"
+    return [rid for rid in live if rid == command.rid or (rid.startswith(child) and rid[len(child) :].isdecimal())]
+
+
+def flush_cache(scheduler: "Scheduler", command: FlushCache) -> Waiting:
+    """Forget the prefix cache as soon as nothing runs or waits, within the command's time."""
+    planner, deadline = scheduler.planner, scheduler.now + command.timeout
+    if scheduler.control.has_waiting(FlushCache):
+        raise CommandRefused(FLUSH_IN_PROGRESS)
+    while not planner.idle:
+        if scheduler.now >= deadline:
+            log.info(
+                "Cache not flushed because there are pending requests. #queue-req: %d, #running-req: %d",
+                len(planner.waiting),
+                len(planner.running),
+            )
+            raise CommandRefused(FLUSH_TIMED_OUT if command.timeout > 0 else FLUSH_FAILED)
+        yield
+    planner.forget_prefixes()
+    log.info("Cache flushed successfully!")
+    return [Reply(id=command.id, message=FLUSHED)]
+
+
+def probe(scheduler: "Scheduler", command: Probe) -> list[Message]:
+    """Add this service's figures and pass the probe on."""
+    command.counters["scheduler"] = scheduler.figures()
+    return [command]
+
+
+HANDLERS: dict[type[ControlCommand], Handler] = {Abort: abort, FlushCache: flush_cache, Probe: probe}

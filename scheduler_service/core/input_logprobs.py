@@ -1,0 +1,45 @@
+"""The prompt's logprobs, put together from the chunks that scored them."""
+
+from array import array
+
+from runtime.messages import Logprobs, pack_ids
+from scheduler_service.core.request import Sequence
+
+NONE = float("nan")  # stands for null: the start position has no scored predecessor
+
+
+def floats(value: float, count: int) -> bytes:
+    return array("f", [value] * count).tobytes()
+
+
+def joined(sequence: Sequence) -> Logprobs | None:
+    """One entry for each prompt position from the start that was asked, the first one null.
+
+    None if not asked, not all scored yet, or sent in an earlier life. What was scored is kept no longer.
+    """
+    options = sequence.request.logprobs
+    if options is None or options.start < 0 or sequence.request.resume_ids:
+        return None
+    if options.start >= sequence.prompt_len:
+        return Logprobs(ids=b"", values=b"")
+    if max(options.start, sequence.input_scored) < sequence.prompt_len - 1:
+        return None
+    parts = [null_entry(sequence.ids[options.start], options.top, len(options.token_ids or ())), *sequence.scored]
+    sequence.scored = []
+    return Logprobs(
+        ids=b"".join(part.ids for part in parts),
+        values=b"".join(part.values for part in parts),
+        top_ids=b"".join(part.top_ids for part in parts),
+        top_values=b"".join(part.top_values for part in parts),
+        asked_values=b"".join(part.asked_values for part in parts),
+    )
+
+
+def null_entry(token: int, top: int, asked: int) -> Logprobs:
+    return Logprobs(
+        ids=pack_ids((token,)),
+        values=floats(NONE, 1),
+        top_ids=pack_ids([0] * top),
+        top_values=floats(NONE, top),
+        asked_values=floats(NONE, asked),
+    )

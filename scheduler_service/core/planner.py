@@ -1,0 +1,360 @@
+"""What the scheduler does next: a pure state machine over requests, pages and slots. No clock, no tensors, no sockets.
+
+    add ──► waiting ──admit──► running (prefill, then decode) ──► released
+               ▲                   │
+               └─────retracted─────┘
+
+A finish is only a mark. `_settle` alone takes a sequence out, when nothing of it is in flight. Everything else reads
+as: `next` turns state into a Plan, `apply` turns the Plan's results into Updates.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from runtime.errors import Kind, RequestError
+from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Finish, Tokenized, pack_ids
+from scheduler_service.core import rules
+from scheduler_service.core.input_logprobs import joined
+from scheduler_service.core.memory import Memory, Verdict
+from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice, Update
+from scheduler_service.core.policy import ORDERS, Growth, retraction_order
+from scheduler_service.core.request import Sequence
+from scheduler_service.core.rules import PlannerConfig
+
+log = logging.getLogger(__name__)
+
+LEAST_PREFILL_SHARE = 4  # decode rows leave at least 1/4 of a step's tokens to prefill
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start."""
+
+    requests: int = 0
+    aborted: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    retractions: int = 0
+    queue_s: float = 0.0  # time that admitted requests have waited, in all
+
+
+class Planner:
+    """Holds every request from its arrival in the scheduler until its last page is back."""
+
+    def __init__(self, config: PlannerConfig) -> None:
+        self.config = config
+        self.memory = Memory(config.page_size, config.total_pages, config.reuse_prefixes)
+        self.order = ORDERS[config.policy]
+        self.growth = Growth()
+        self.stats = Stats()
+        self.waiting: dict[Sequence, None] = {}
+        self.running: dict[Sequence, None] = {}  # in order of admission; finished ones too while in flight
+        self.live: dict[str, Sequence] = {}  # rid → sequence without a finish
+        self.slots = list(range(config.max_running - 1, -1, -1))
+        self.released: list[Sequence] = []  # their worker state is to be forgotten; drained by the scheduler
+        self.paused = False  # plan nothing; requests stay where they are
+        self.generation = 0  # part of the prefix namespace: raised when cached KV is no longer what the model gives
+        self._arrivals = 0
+
+    @property
+    def idle(self) -> bool:
+        return not (self.running or self.waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `next` may give a plan."""
+        return not (self.paused or self.idle)
+
+    # requests in
+
+    def add(self, message: Tokenized, now: float) -> list[Update]:
+        """Queue a request. Raises RequestError when it cannot be served; may end another that it displaces."""
+        rid, attempt = message.request.rid, message.request.attempt
+        rival = self.live.get(rid)
+        if rival and attempt <= rival.request.attempt:
+            log.warning("ignored a duplicate of request %s (attempt %d)", rid, attempt)
+            return []
+        sequence = rules.sequence_of(message, self.config, now)
+        self._arrivals += 1
+        sequence.serial = self._arrivals
+        updates = self._make_place(sequence) + self.abort(rid)
+        self.stats.requests += 1
+        self.live[rid] = sequence
+        self.waiting[sequence] = None
+        if sequence.output_len and (finish := rules.finish_after_last(sequence)):
+            updates.append(self._end_now(sequence, finish))
+        return updates
+
+    def abort(self, rid: str, message: str = "") -> list[Update]:
+        """End one request wherever it is; unknown and finished ones are left alone."""
+        sequence = self.live.get(rid)
+        if sequence is None:
+            return []
+        queued = sequence in self.waiting and not sequence.opened
+        self.stats.aborted += 1
+        reason = message or (ABORTED_IN_QUEUE if queued else ABORTED)
+        return [self._end_now(sequence, Finish(reason="abort", message=reason))]
+
+    def _make_place(self, newcomer: Sequence) -> list[Update]:
+        """Hold the queue limit, by refusing the newcomer or, under the priority policy, a lesser one that waits."""
+        limit = self.config.max_queued
+        if limit is None or len(self.waiting) - len(self.slots) < limit:
+            return []
+        full = RequestError("The request queue is full.", Kind.UNAVAILABLE)
+        self.stats.refused += 1
+        if self.config.policy == "priority":
+            last = min(self.waiting, key=lambda s: (s.request.priority, -s.serial))
+            if last.request.priority < newcomer.request.priority and not last.opened:
+                return [self._end_now(last, Finish.failed(full))]
+        raise full
+
+    # the next step
+
+    def next(self, now: float) -> Plan | None:
+        """The slices of one step: decode rows, then prefill under way, then whoever can be admitted."""
+        if not self.busy:
+            return None
+        plan = Plan(usage=self.memory.usage)
+        self._plan_decodes(plan)
+        budget = self._plan_prefills(plan, self._prefill_budget(plan.decodes))
+        if self.waiting and self.slots and budget > 0 and not plan.retracted:
+            self._admit(plan, budget, now)
+        return plan if plan.slices else None
+
+    def _plan_decodes(self, plan: Plan) -> None:
+        rows = [s for s in self.running if s.wants_decode]
+        page_size = self.config.page_size
+        growing = [s for s in rows if s.computed >= len(s.pages) * page_size]
+        if len(growing) > self.memory.available:
+            rows, growing = self._retract(plan, rows, growing)
+        self.memory.grow(growing)
+        slices = plan.slices
+        for sequence in rows:
+            start = sequence.computed
+            sequence.computed = start + 1
+            sequence.in_flight += 1
+            slices.append(Slice(sequence, start, start + 1, True))
+        plan.decodes = len(rows)
+        if rows:
+            self.growth.decay()
+
+    def _retract(
+        self, plan: Plan, rows: list[Sequence], growing: list[Sequence]
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Send back as many as it takes for the rest to grow; those that must wait for pages in flight sit out.
+
+        Returns (rows, growing) without the ones that sit out or went.
+        """
+        victims = retraction_order(s for s in self.running if s.finish is None and not s.leaving)
+        coming = sum(len(s.pages) for s in self.running if s.finish or s.leaving)  # once their step is back
+        short = set(growing)
+        for victim in victims:
+            if len(short) <= self.memory.available + coming:
+                break
+            short.discard(victim)
+            plan.retracted.append(victim)
+            coming += len(victim.pages) if victim.in_flight else 0
+            self._send_back(victim)
+        if plan.retracted:
+            self.growth.penalise()
+        grown = [s for s in growing if s in short][: self.memory.available]
+        out = {s for s in growing if s not in set(grown)}.union(plan.retracted)
+        return [s for s in rows if s not in out], grown
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """Back to the queue with its output, at once or when its step is back."""
+        sequence.leaving = True
+        sequence.retractions += 1
+        self.stats.retractions += 1
+        self._settle(sequence)
+
+    def _prefill_budget(self, decodes: int) -> int:
+        """Prompt tokens that this step may compute."""
+        chunk = self.config.chunked_prefill_size
+        if chunk < 0:
+            return self.config.max_prefill_tokens
+        return min(max(chunk - decodes, -(-chunk // LEAST_PREFILL_SHARE)), self.config.max_prefill_tokens)
+
+    def _plan_prefills(self, plan: Plan, budget: int) -> int:
+        """Go on with admitted prompts; returns what is left of the budget."""
+        for sequence in [s for s in self.running if s.wants_prefill]:
+            if budget <= 0:
+                break
+            budget -= self._plan_chunk(plan, sequence, budget)
+        return budget
+
+    def _plan_chunk(self, plan: Plan, sequence: Sequence, budget: int) -> int:
+        """The next chunk of one prompt (the whole prompt where chunking is off); returns its length."""
+        start, whole = sequence.computed, sequence.prefill_end
+        end = whole if self.config.chunked_prefill_size < 0 else min(whole, start + budget)
+        samples = end == whole and sequence.limit > 0
+        plan.slices.append(Slice(sequence, start, end, samples, rules.score_from(sequence, start, end)))
+        sequence.computed = end
+        sequence.in_flight += 1
+        return end - start
+
+    def _admit(self, plan: Plan, budget: int, now: float) -> None:
+        """Let requests in, in the policy's order, as long as slots, pages and budget last."""
+        for sequence in self.order(self.waiting, self.memory):
+            if budget <= 0 or not self.slots:
+                return
+            sequence.namespace = f"{self.generation}/{sequence.request.extra_key}"
+            verdict = self.memory.admit(sequence, rules.reusable_tokens(sequence), self._spare_pages(sequence))
+            if verdict is Verdict.NO_ROOM:
+                return
+            if verdict is Verdict.ADMITTED:
+                self._start(plan, sequence, now)
+                budget -= self._plan_chunk(plan, sequence, budget)
+
+    def _start(self, plan: Plan, sequence: Sequence, now: float) -> None:
+        """Bookkeeping of an admission."""
+        del self.waiting[sequence]
+        self.running[sequence] = None
+        sequence.slot = self.slots.pop()
+        sequence.prefill_end = len(sequence.ids)
+        plan.cached_tokens += sequence.computed
+        if not sequence.retractions:
+            sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
+            self.stats.prompt_tokens += sequence.prompt_len
+            self.stats.cached_tokens += sequence.cached_tokens
+            self.stats.queue_s += now - sequence.arrived_at
+
+    def _spare_pages(self, newcomer: Sequence) -> int:
+        """Pages to leave for the growth of the newcomer and of those who run; none when it would be alone."""
+        if not self.running:
+            return 0
+        tokens = self.growth.tokens(newcomer) + sum(map(self.growth.tokens, self.running))
+        return int(tokens / self.config.page_size)
+
+    # results
+
+    def apply(self, plan: Plan, results: list[Result], now: float) -> list[Update]:
+        """Take in what a step gave; what comes for a request that has ended is dropped."""
+        updates = []
+        for part, result in zip(plan.slices, results, strict=True):
+            sequence = part.sequence
+            sequence.in_flight -= 1
+            if sequence.finish is None and (update := self._take_in(part, result)):
+                updates.append(update)
+            if sequence.finish or sequence.leaving:
+                self._settle(sequence)
+        return updates
+
+    def _take_in(self, part: Slice, result: Result) -> Update | None:
+        sequence = part.sequence
+        if result.error:
+            sequence.poisoned = True
+            return self._end(sequence, failure(result.error))
+        if result.input_logprobs:
+            sequence.scored.append(result.input_logprobs)
+            sequence.input_scored = max(sequence.input_scored, min(part.end, sequence.prompt_len - 1))
+        if result.hidden_states:
+            self._collect_hidden(part, result)
+        if part.end <= sequence.prefill_end:
+            self.memory.keep(sequence, part.end)
+        if result.token is None:
+            prompt_done = part.end >= sequence.prefill_end  # and no output is wanted: scoring or an embedding
+            return self._end(sequence, Finish(reason="length", length=0), result) if prompt_done else None
+        sequence.ids.append(result.token)
+        self.stats.generation_tokens += 1
+        finish = rules.finish_after_last(sequence)
+        if finish:
+            return self._end(sequence, finish, result)
+        return self._update(sequence, result)
+
+    def _collect_hidden(self, part: Slice, result: Result) -> None:
+        """Keep the rows of positions that were not returned before a retraction."""
+        width = len(result.hidden_states) // (part.end - part.start)
+        sequence = part.sequence
+        sequence.hidden.append(result.hidden_states[max(0, sequence.hidden_end - part.start) * width :])
+        sequence.hidden_end = max(sequence.hidden_end, part.end)
+
+    def _end(self, sequence: Sequence, finish: Finish, result: Result | None = None) -> Update:
+        """Mark the end and say so, once; whoever calls settles."""
+        sequence.finish = finish
+        del self.live[sequence.rid]
+        update = self._update(sequence, result or Result())
+        update.finish = finish
+        return update
+
+    def _end_now(self, sequence: Sequence, finish: Finish) -> Update:
+        """End a sequence that no result is being taken in for."""
+        update = self._end(sequence, finish)
+        self._settle(sequence)
+        return update
+
+    def _update(self, sequence: Sequence, result: Result) -> Update:
+        update = Update(sequence, not sequence.opened)
+        sequence.opened = True
+        if result.token is not None:
+            update.ids = pack_ids((result.token,))
+            update.logprobs = result.logprobs
+        if result.vector:
+            update.vector, update.scalar = result.vector, result.scalar
+        if sequence.hidden:
+            update.hidden_states = b"".join(sequence.hidden)
+            sequence.hidden.clear()
+        if update.first and sequence.request.logprobs:
+            update.input_logprobs = joined(sequence)
+        return update
+
+    # the one way out
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Take out a sequence that is finished (it is retired) or leaving (back to the queue), once it has landed.
+
+        The only place where pages and slots come back: as long as a launched step names them, they stay.
+        """
+        if sequence.in_flight:
+            return
+        if sequence in self.waiting:
+            del self.waiting[sequence]
+        else:
+            del self.running[sequence]
+            self.memory.release(sequence, 0 if sequence.poisoned else min(sequence.computed, len(sequence.ids)))
+            self.slots.append(sequence.slot)
+            self.released.append(sequence)
+        if sequence.finish is None:
+            sequence.leaving = False
+            sequence.computed = 0
+            self.waiting[sequence] = None
+        if not self.running:
+            self.growth.rest()
+
+    # care
+
+    def forget_prefixes(self) -> None:
+        """Drop what is cached and see to it that what still runs cannot be matched by whoever comes later."""
+        self.generation += 1
+        self.memory.clear()
+
+    def audit(self) -> str:
+        """When idle: what is wrong with the books, or "". Constant time; `check` is the thorough one."""
+        pages, tree = self.memory.pages, self.memory.tree
+        if pages.free + tree.cached == pages.total and tree.cached == tree.evictable and not self.live:
+            return ""
+        return f"free {pages.free} + cached {tree.cached} (pinned {tree.cached - tree.evictable}) of {pages.total}"
+
+    def repair(self) -> None:
+        """Start the books afresh; only when idle, since nothing is kept."""
+        assert self.idle
+        self.memory = Memory(self.config.page_size, self.config.total_pages, self.config.reuse_prefixes)
+        self.slots = list(range(self.config.max_running - 1, -1, -1))
+        self.live.clear()
+
+    def check(self) -> None:
+        """Assert that every page and every slot is in exactly one place."""
+        self.memory.check(self.running)
+        slots = [*self.slots, *(s.slot for s in self.running)]
+        assert sorted(slots) == list(range(self.config.max_running)), slots
+        assert self.live.keys() == {s.rid for s in [*self.waiting, *self.running] if not s.finish}
+        assert not any(s.finish or s.in_flight or s.pages for s in self.waiting)
+
+
+def failure(error: str) -> Finish:
+    """How a request ends that the worker could not go on with."""
+    if error == NAN_HAPPENED:
+        return Finish(reason="stop", matched=NAN_HAPPENED)
+    return Finish.internal(error)

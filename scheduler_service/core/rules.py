@@ -1,0 +1,169 @@
+"""What a request may ask for, and when it ends. Pure: a message in, a Sequence or a RequestError out."""
+
+from array import array
+from dataclasses import dataclass
+
+from runtime.errors import RequestError
+from runtime.messages import Finish, LogprobOptions, Request, Tokenized, unpack_ids
+from scheduler_service.core.request import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerConfig:
+    """The planner's share of the configuration, every default resolved."""
+
+    page_size: int
+    total_pages: int
+    max_running: int
+    context_length: int
+    vocab_size: int
+    eos_ids: frozenset[int] = frozenset()
+    chunked_prefill_size: int = -1  # tokens of one step; -1: whole prompts
+    max_prefill_tokens: int = 16384  # prompt tokens of one step
+    policy: str = "fcfs"
+    max_queued: int | None = None
+    reuse_prefixes: bool = True
+    default_new_tokens: int | None = 128  # a request with this limit may not have chosen it: clipped, never refused
+
+    @property
+    def total_tokens(self) -> int:
+        return self.page_size * self.total_pages
+
+    @property
+    def max_input_len(self) -> int:
+        """The longest prompt that can be served and still give one token."""
+        return min(self.context_length, self.total_tokens) - 1
+
+
+def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequence:
+    """The state of a new request. Raises RequestError with the client's message when it cannot be served."""
+    request = message.request
+    ids, resumed = ids_of(message.prompt_ids), ids_of(request.resume_ids)
+    if not ids:
+        raise RequestError("input_ids cannot be empty.", field="input_ids")
+    if not message.embeds:
+        check_vocabulary(ids, config.vocab_size)
+    check_vocabulary(resumed, config.vocab_size)
+    check_length(request, len(ids), config)
+    if request.logprobs:
+        check_logprobs(request.logprobs, len(ids), config.vocab_size)
+    limit = output_limit(request, len(ids), config)
+    sequence = Sequence(
+        request=request,
+        ids=ids + resumed[:limit],
+        prompt_len=len(ids),
+        arrived_at=now,
+        token_types=message.token_types,
+        embeds=message.embeds,
+        limit=limit,
+        stop_ids=stop_ids(request, config),
+    )
+    if resumed:  # whoever has output already has the prompt's logprobs
+        sequence.input_scored = len(ids)
+    return sequence
+
+
+def ids_of(data: bytes) -> "array[int]":
+    try:
+        return unpack_ids(data)
+    except ValueError as error:
+        raise RequestError("input_ids are not whole int32 values.", field="input_ids") from error
+
+
+def check_vocabulary(ids: "array[int]", vocab_size: int) -> None:
+    if ids and max(ids) >= vocab_size:
+        raise RequestError(
+            f"The input_ids {max(ids)} contains values greater than the vocab size ({vocab_size}).", field="input_ids"
+        )
+    if ids and min(ids) < 0:
+        raise RequestError(f"The input_ids {min(ids)} contains values below zero.", field="input_ids")
+
+
+def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> None:
+    """Prompt, and prompt plus output, against the context and the KV pool."""
+    asked = 0 if request.task == "embed" else request.params.max_new_tokens
+    first = 0 if asked == 0 else 1  # a request for output needs room for one token at least
+    if prompt_len + first > config.context_length:
+        raise RequestError(
+            f"The input ({prompt_len} tokens) is longer than the model's context length "
+            f"({config.context_length} tokens).",
+            field="input_ids",
+        )
+    if prompt_len + first > config.total_tokens:
+        raise RequestError(
+            f"Input length ({prompt_len} tokens) exceeds the maximum allowed length ({config.total_tokens - first} "
+            "tokens). Use a shorter input or enable --allow-auto-truncate.",
+            field="input_ids",
+        )
+    if asked in (None, config.default_new_tokens):
+        return
+    if prompt_len + asked > config.context_length:
+        raise RequestError(
+            f"Requested token count exceeds the model's maximum context length of {config.context_length} tokens. "
+            f"You requested a total of {prompt_len + asked} tokens: {prompt_len} tokens from the input messages and "
+            f"{asked} tokens for the completion. Please reduce the number of tokens in the input messages or the "
+            "completion to fit within the limit.",
+            field="max_new_tokens",
+        )
+
+
+def check_logprobs(options: LogprobOptions, prompt_len: int, vocab_size: int) -> None:
+    if options.start > prompt_len:
+        raise RequestError(
+            f"logprob_start_len, ({options.start}) is higher than the number of input tokens ({prompt_len}). "
+            "Please use a smaller logprob_start_len.",
+            field="logprob_start_len",
+        )
+    for token in options.token_ids or ():
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is [0, {vocab_size}).",
+                field="token_ids_logprob",
+            )
+
+
+def output_limit(request: Request, prompt_len: int, config: PlannerConfig) -> int:
+    """Output tokens at most, so that the sequence fits both the context and, alone, the pool."""
+    if request.task == "embed":
+        return 0
+    room = min(config.context_length, config.total_tokens) - prompt_len
+    asked = request.params.max_new_tokens
+    return room if asked is None else min(asked, room)
+
+
+def stop_ids(request: Request, config: PlannerConfig) -> frozenset[int]:
+    if request.params.ignore_eos:
+        return frozenset()
+    return config.eos_ids.union(own) if (own := request.params.stop_token_ids) else config.eos_ids
+
+
+def finish_after_last(sequence: Sequence) -> Finish | None:
+    """How the request ends with its last token, if it does: a stop counts before the length."""
+    if sequence.output_len and sequence.ids[-1] in sequence.stop_ids:
+        return Finish(reason="stop", matched=sequence.ids[-1])
+    if sequence.output_len >= sequence.limit:
+        return Finish(reason="length", length=sequence.limit)
+    return None
+
+
+def reusable_tokens(sequence: Sequence) -> int:
+    """How long a cached prefix may be used: one token is left to compute, and every position still to be scored."""
+    if sequence.request.return_hidden_states:
+        return 0
+    longest = len(sequence.ids) - 1
+    options = sequence.request.logprobs
+    if options is None or options.start < 0:
+        return longest
+    return min(longest, max(options.start, sequence.input_scored))
+
+
+def score_from(sequence: Sequence, start: int, end: int) -> int:
+    """First prompt position in (start, end] whose logprob is wanted and not yet there, or -1.
+
+    Position `options.start` itself is never scored: the answer has null there.
+    """
+    options = sequence.request.logprobs
+    if options is None or options.start < 0:
+        return -1
+    first = max(start, options.start, sequence.input_scored) + 1
+    return first if first <= min(end, sequence.prompt_len - 1) else -1

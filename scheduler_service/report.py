@@ -1,0 +1,118 @@
+"""The scheduler's log lines and its figures for probes, in the words that operators' tools look for."""
+
+import logging
+from typing import Any
+
+from scheduler_service.core.plan import Plan
+from scheduler_service.core.planner import Planner
+
+log = logging.getLogger(__name__)
+
+
+class Report:
+    """Watches plans and updates go by; writes one line per prefill step and one per `interval` decode steps."""
+
+    def __init__(self, planner: Planner, interval: int, now: float, cuda_graph: bool = False) -> None:
+        self._planner = planner
+        self._interval = interval
+        self._cuda_graph = cuda_graph
+        self._decode_steps = 0  # since the start
+        self._line_at = now
+        self._line_tokens = 0  # generated up to the last line
+        self._retractions = 0  # logged so far
+        self._ratio = planner.growth.ratio
+        self.gen_throughput = 0.0
+        self.cache_hit_rate = 0.0
+
+    def planned(self, plan: Plan | None) -> None:
+        """A step has been decided."""
+        if (total := self._planner.stats.retractions) > self._retractions:
+            log.warning(
+                "KV cache pool is full. Retract requests. #retracted_reqs: %d, #new_token_ratio: %.4f -> %.4f",
+                total - self._retractions,
+                self._ratio,
+                self._planner.growth.ratio,
+            )
+            self._retractions = total
+        self._ratio = self._planner.growth.ratio
+        if plan and len(plan.slices) > plan.decodes:
+            self._prefill_line(plan)
+
+    def committed(self, plan: Plan, now: float) -> None:
+        """A step's results are in."""
+        if not plan.decodes:
+            return
+        self._decode_steps += 1
+        if self._decode_steps % self._interval == 0:
+            self._decode_line(now)
+
+    def figures(self) -> dict[str, Any]:
+        """The scheduler's counters for `Probe`."""
+        planner, stats, memory = self._planner, self._planner.stats, self._planner.memory
+        page_size = planner.config.page_size
+        return {
+            "num_running_reqs": len(planner.running),
+            "num_queue_reqs": len(planner.waiting),
+            "num_waiting_reqs": len(planner.waiting),
+            "num_waiting_uncached_tokens": sum(len(s.ids) for s in planner.waiting),
+            "num_used_tokens": memory.used * page_size,
+            "num_total_tokens": memory.used * page_size + sum(len(s.ids) for s in planner.waiting),
+            "num_active_tokens": self._live_tokens(),
+            "max_total_num_tokens": planner.config.total_tokens,
+            "max_running_requests": planner.config.max_running,
+            "token_usage": memory.usage,
+            "kv_available_tokens": memory.pages.free * page_size,
+            "kv_evictable_tokens": memory.tree.evictable * page_size,
+            "utilization": len(planner.running) / planner.config.max_running,
+            "gen_throughput": self.gen_throughput,
+            "cache_hit_rate": self.cache_hit_rate,
+            "new_token_ratio": planner.growth.ratio,
+            "num_retracted_reqs": sum(1 for s in planner.waiting if s.retractions),
+            "total_retracted_reqs": stats.retractions,
+            "num_paused_reqs": len(planner.running) if planner.paused else 0,
+            "evicted_tokens_total": memory.tree.evicted * page_size,
+            "prompt_tokens_total": stats.prompt_tokens,
+            "cached_tokens_total": stats.cached_tokens,
+            "generation_tokens_total": stats.generation_tokens,
+            "num_requests_total": stats.requests,
+            "num_aborted_requests_total": stats.aborted,
+            "num_refused_requests_total": stats.refused,
+            "queue_time_seconds_total": stats.queue_s,
+            "decode_steps_total": self._decode_steps,
+        }
+
+    def _prefill_line(self, plan: Plan) -> None:
+        prefills = plan.slices[plan.decodes :]
+        new_tokens = sum(part.end - part.start for part in prefills)
+        self.cache_hit_rate = plan.cached_tokens / (new_tokens + plan.cached_tokens)
+        log.info(
+            "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
+            "#running-req: %d, #queue-req: %d, ",
+            len(prefills),
+            new_tokens,
+            plan.cached_tokens,
+            plan.usage,
+            plan.decodes,
+            len(self._planner.waiting),
+        )
+
+    def _decode_line(self, now: float) -> None:
+        generated = self._planner.stats.generation_tokens
+        self.gen_throughput = (generated - self._line_tokens) / max(now - self._line_at, 1e-9)
+        self._line_at, self._line_tokens = now, generated
+        live = self._live_tokens()
+        log.info(
+            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, cuda graph: %s, "
+            "gen throughput (token/s): %.2f, #queue-req: %d, ",
+            len(self._planner.running),
+            live,
+            live / self._planner.config.total_tokens,
+            self._cuda_graph,
+            self.gen_throughput,
+            len(self._planner.waiting),
+        )
+
+    def _live_tokens(self) -> int:
+        """KV tokens of live requests; a shared prefix counts once."""
+        computed = sum(s.computed for s in self._planner.running)
+        return min(computed, self._planner.memory.used * self._planner.config.page_size)

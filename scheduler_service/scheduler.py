@@ -1,0 +1,209 @@
+"""The scheduler's loop: take in messages, decide a step, launch it, send on what earlier steps gave.
+
+`depth` is how many launched steps may be outstanding while the next one is decided: 0 is plain, 1 overlaps the
+decision with the device.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from runtime.control import ControlCommand
+from runtime.errors import RequestError
+from runtime.messages import Finish, Message, Tokenized, Tokens, pack_ids
+from runtime.progress import ProgressWord
+from scheduler_service.control import HANDLERS, Control
+from scheduler_service.core import request
+from scheduler_service.core.plan import Plan, Result, Update
+from scheduler_service.core.planner import Planner
+from scheduler_service.report import Report
+
+log = logging.getLogger(__name__)
+
+IDLE_BEAT_S = 1.0  # an idle scheduler wakes this often, so that its heartbeat moves
+WAITING_BEAT_S = 0.02  # one with a command that waits looks after it this often
+PROMPT_TAIL = 8  # prompt ids that the detokenizer gets, to decode the first output in its context
+
+
+class Worker(Protocol):
+    """The model and its memory, as the scheduler uses them."""
+
+    weight_version: str
+
+    def launch(self, plan: Plan) -> Any:
+        """Start one step; returns what `collect` takes."""
+        ...
+
+    def collect(self, pending: Any) -> list[Result]:
+        """Wait for a step; one Result for each slice of its plan."""
+        ...
+
+    def forget(self, sequence: request.Sequence) -> None:
+        """Drop the state of a sequence that has left the batch."""
+        ...
+
+
+class Receiver(Protocol):
+    def recv(self, timeout_s: float | None = 0.0) -> list[Any]: ...
+
+
+class Sender(Protocol):
+    def send(self, messages: Sequence[Message]) -> None: ...
+
+
+class Scheduler:
+    """One rank's loop over its planner and its worker."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        worker: Worker,
+        inbox: Receiver,
+        outbox: Sender,
+        progress: ProgressWord,
+        *,
+        depth: int = 0,
+        decode_log_interval: int = 40,
+        hidden_size: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.planner = planner
+        self.worker = worker
+        self.inbox = inbox
+        self.outbox = outbox
+        self.progress = progress
+        self.depth = depth
+        self.hidden_size = hidden_size
+        self.clock = clock
+        self.control = Control(HANDLERS)
+        self.report = Report(planner, decode_log_interval, clock())
+        self.in_flight: deque[tuple[Plan, Any]] = deque()
+
+    @property
+    def now(self) -> float:
+        return self.clock()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to compute and nothing outstanding: only a message can change that."""
+        return not (self.planner.busy or self.in_flight)
+
+    def run(self) -> None:
+        while True:
+            self.step()
+
+    def step(self) -> None:
+        """One turn; blocks on the inbox when there is nothing to do."""
+        self.receive()
+        if plan := self.decide():
+            plan.weight_version = self.worker.weight_version
+            self.in_flight.append((plan, self.worker.launch(plan)))
+        while len(self.in_flight) > (self.depth if plan else 0):
+            self.emit(self.commit(*self.in_flight.popleft()))
+
+    def receive(self) -> None:
+        """Handle every message that waits and give waiting commands their turn."""
+        timeout_s = 0.0 if not self.idle else WAITING_BEAT_S if self.control else IDLE_BEAT_S
+        out: list[Message] = []
+        for message in self.inbox.recv(timeout_s):
+            out += self.handle(message)
+        if self.control:
+            out += self.control.advance()
+        self.emit(out)
+
+    def handle(self, message: Message) -> list[Message]:
+        """What one message leads to at once: a request is queued, a command starts, anything else is passed on."""
+        match message:
+            case Tokenized():
+                return self.admit(message)
+            case ControlCommand() if type(message) in self.control.handlers:
+                return self.control.start(self, message)
+            case _:
+                return [message]
+
+    def admit(self, message: Tokenized) -> list[Message]:
+        try:
+            return self.messages(self.planner.add(message, self.now))
+        except RequestError as error:
+            return [rejection(message, error)]
+
+    def decide(self) -> Plan | None:
+        """The next step; the worker forgets who left because of it."""
+        plan = self.planner.next(self.now)
+        self.report.planned(plan)
+        self.forget_released()
+        self.progress.beat(busy=not self.idle)
+        return plan
+
+    def commit(self, plan: Plan, pending: Any) -> list[Message]:
+        """Wait for a step and take its results in."""
+        results = self.worker.collect(pending)
+        updates = self.planner.apply(plan, results, self.now)
+        self.forget_released()
+        self.report.committed(plan, self.now)
+        if self.planner.idle:
+            self.audit()
+        return self.messages(updates, plan.weight_version)
+
+    def emit(self, messages: list[Message]) -> None:
+        """One frame."""
+        if messages:
+            self.outbox.send(messages)
+
+    def messages(self, updates: Iterable[Update], weight_version: str = "") -> list[Message]:
+        """Updates as the detokenizer takes them."""
+        version = weight_version or self.worker.weight_version
+        return [tokens_of(update, version, self.hidden_size) for update in updates]
+
+    def figures(self) -> dict[str, Any]:
+        """This service's counters, for a probe."""
+        return {**self.report.figures(), "weight_version": self.worker.weight_version}
+
+    def forget_released(self) -> None:
+        if released := self.planner.released:
+            for sequence in released:
+                self.worker.forget(sequence)
+            released.clear()
+
+    def audit(self) -> None:
+        """Nothing lives: the books must balance. If they do not, say so and start them afresh."""
+        if fault := self.planner.audit():
+            log.error("KV pool books do not balance while idle (%s); starting with an empty cache", fault)
+            self.planner.repair()
+
+
+def rejection(message: Tokenized, error: RequestError) -> Tokens:
+    """The first and last message of a request that cannot be served."""
+    return Tokens(
+        rid=message.request.rid,
+        attempt=message.request.attempt,
+        request=message.request,
+        prompt_tokens=len(message.prompt_ids) // 4,
+        finish=Finish.failed(error),
+    )
+
+
+def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
+    sequence = update.sequence
+    tokens = Tokens(
+        rid=sequence.request.rid,
+        attempt=sequence.request.attempt,
+        ids=update.ids,
+        logprobs=update.logprobs,
+        input_logprobs=update.input_logprobs,
+        prompt_tokens=sequence.prompt_len,
+        cached_tokens=sequence.cached_tokens,
+        retractions=sequence.retractions,
+        weight_version=weight_version,
+        vector=update.vector,
+        scalar=update.scalar,
+        finish=update.finish,
+    )
+    if update.first:
+        tokens.request = sequence.request
+        tokens.prompt_tail = pack_ids(sequence.ids[max(0, sequence.prompt_len - PROMPT_TAIL) : sequence.prompt_len])
+    if update.hidden_states:
+        tokens.hidden_states, tokens.hidden_size = update.hidden_states, hidden_size
+    return tokens

@@ -1,0 +1,28 @@
+"""A scheduler process without a model: `python -m tests.fake_scheduler <boot file>`.
+
+Everything is real but the worker. For tests of the ring only; tuned through the environment of the test:
+QUARTET_FAKE_STEP_S (seconds per step, default 0), QUARTET_FAKE_PAGES (default 65536), QUARTET_FAKE_RUNNING (256).
+"""
+
+import os
+
+from runtime import model_info
+from runtime.service import Boot, run
+from scheduler_service.assemble import serve
+from tests.fakes import FakeWorker
+
+
+def main(boot: Boot) -> None:
+    info = model_info.load(boot.config)
+    worker = FakeWorker(
+        page_size=boot.config.page_size or 16,
+        page_count=int(os.environ.get("QUARTET_FAKE_PAGES", "65536")),
+        max_running_requests=int(os.environ.get("QUARTET_FAKE_RUNNING", "256")),
+        vocab_size=info.vocab_size,
+        step_s=float(os.environ.get("QUARTET_FAKE_STEP_S", "0")),
+    )
+    serve(boot, info, worker)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,145 @@
+"""Stand-ins for the parts that a test leaves out: deterministic, without torch, without sockets."""
+
+import time
+import zlib
+from array import array
+from collections import deque
+from typing import Any
+
+from runtime.messages import Facts, Logprobs, Message, pack_ids
+from scheduler_service.core.plan import Plan, Result, Slice
+from scheduler_service.core.request import Sequence
+
+FAKE_VECTOR = 4  # length of an embedding
+UNSEEN = -1
+
+
+def next_token(prefix: "array[int]", vocab_size: int, seed: int = 0) -> int:
+    """The fake model: a function of the whole prefix and the seed, never the ids 0 and 1."""
+    return 2 + zlib.crc32(prefix.tobytes(), seed & 0xFFFFFFFF) % (vocab_size - 2)
+
+
+def fake_logprob(token: int) -> float:
+    return -0.5 - token % 7
+
+
+def scored(tokens: "list[int] | array[int]") -> Logprobs:
+    return Logprobs(ids=pack_ids(tokens), values=array("f", map(fake_logprob, tokens)).tobytes())
+
+
+class FakeWorker:
+    """Computes `next_token` through a paged memory of its own, so that a wrong page, slot or order changes the output.
+
+    The memory maps (page, offset) to the token written there; a step reads its whole prefix back through the pages.
+    """
+
+    def __init__(
+        self,
+        page_size: int = 1,
+        page_count: int = 1000,
+        max_running_requests: int = 64,
+        vocab_size: int = 1000,
+        step_s: float = 0.0,
+    ) -> None:
+        self.page_size = page_size
+        self.page_count = page_count
+        self.max_running_requests = max_running_requests
+        self.vocab_size = vocab_size
+        self.step_s = step_s
+        self.weight_version = "default"
+        self.plans: list[Plan] = []
+        self.forgotten: list[str] = []
+        self.faults: dict[str, str] = {}  # rid → Result.error of its next slice
+        self._memory = array("i", [UNSEEN]) * ((page_count + 1) * page_size)
+        self._sampled: dict[int, int] = {}  # slot → token sampled last
+
+    def launch(self, plan: Plan) -> list[Result]:
+        """The step is computed here, in launch order, as a device stream would; `collect` hands it over."""
+        self.plans.append(plan)
+        return [self._compute(part) for part in plan.slices]
+
+    def collect(self, pending: list[Result]) -> list[Result]:
+        if self.step_s:
+            time.sleep(self.step_s)
+        return pending
+
+    def forget(self, sequence: Sequence) -> None:
+        self.forgotten.append(sequence.rid)
+        self._sampled.pop(sequence.slot, None)
+
+    def facts(self) -> Facts:
+        tokens = self.page_size * self.page_count
+        return Facts(
+            max_total_num_tokens=tokens,
+            max_req_input_len=tokens - 1,
+            context_length=tokens,
+            vocab_size=self.vocab_size,
+        )
+
+    def _compute(self, part: Slice) -> Result:
+        sequence = part.sequence
+        for position in range(part.start, part.end):
+            known = position < len(sequence.ids)
+            token = sequence.ids[position] if known else self._sampled[sequence.slot]
+            self._memory[self._cell(sequence, position)] = token
+        if fault := self.faults.pop(sequence.rid, ""):
+            return Result(error=fault)
+        prefix = array("i", (self._memory[self._cell(sequence, position)] for position in range(part.end)))
+        result = Result()
+        if part.score_from >= 0:
+            result.input_logprobs = scored(sequence.ids[part.score_from : min(part.end + 1, sequence.prompt_len)])
+        if part.samples:
+            result.token = next_token(prefix, self.vocab_size, sequence.request.seed)
+            self._sampled[sequence.slot] = result.token
+            if sequence.request.logprobs:
+                result.logprobs = scored([result.token])
+        elif sequence.request.task == "embed" and part.end == len(sequence.ids):
+            result.vector = array("f", [float(len(prefix))] * FAKE_VECTOR).tobytes()
+        return result
+
+    def _cell(self, sequence: Sequence, position: int) -> int:
+        page = sequence.pages[position // self.page_size]
+        assert 0 < page <= self.page_count, page
+        return page * self.page_size + position % self.page_size
+
+
+class FakeInbox:
+    """Frames put in by the test; `waits` records the timeouts of empty receives."""
+
+    def __init__(self) -> None:
+        self.frames: deque[list[Message]] = deque()
+        self.waits: list[float | None] = []
+
+    def put(self, *messages: Message) -> None:
+        self.frames.append(list(messages))
+
+    def recv(self, timeout_s: float | None = 0.0) -> list[Any]:
+        if not self.frames:
+            self.waits.append(timeout_s)
+        messages = [message for frame in self.frames for message in frame]
+        self.frames.clear()
+        return messages
+
+
+class FakeOutbox:
+    """Keeps the frames that were sent."""
+
+    def __init__(self) -> None:
+        self.frames: list[list[Message]] = []
+
+    def send(self, messages: Any) -> None:
+        self.frames.append(list(messages))
+
+    @property
+    def messages(self) -> list[Any]:
+        return [message for frame in self.frames for message in frame]
+
+
+class FakeProgress:
+    """A progress word that counts."""
+
+    def __init__(self) -> None:
+        self.beats: list[bool] = []
+
+    def beat(self, busy: bool) -> None:
+        self.beats.append(busy)
