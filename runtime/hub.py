@@ -33,7 +33,7 @@ def find(flag: str, name: str, config: ServerConfig, patterns: tuple[str, ...]) 
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path.resolve()
     if path.is_file():
         raise StartupError(f"{flag} {name} is a file; name the directory that holds it")

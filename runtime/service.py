@@ -85,13 +85,21 @@ def report_ready(boot: Boot, error: str = "") -> None:
     os.close(boot.ready_fd)
 
 
+def refuse(boot: Boot, error: StartupError) -> None:
+    """Hand the cause to the launcher; into the log where the launcher has stopped listening for it."""
+    try:
+        report_ready(boot, str(error))
+    except OSError:
+        log.error("%s: %s", boot.role, error)
+
+
 def run(main: Callable[[Boot], None]) -> NoReturn:
     """Entry point of a service: boot, run `main`, and turn any escape into a log line and an exit status."""
     boot = boot_from_argv()
     try:
         main(boot)
     except StartupError as error:
-        report_ready(boot, str(error))
+        refuse(boot, error)
         os._exit(EXIT_STARTUP)
     except SystemExit as error:
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))

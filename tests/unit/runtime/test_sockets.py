@@ -1,0 +1,146 @@
+"""Frames on the ring's sockets: what goes in comes out, and hostile bytes come to nothing."""
+
+import socket
+import tempfile
+
+import msgspec
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import sockets
+from runtime.control import Abort, FlushCache, Probe
+from runtime.limits import MAX_IPC_MESSAGE_BYTES
+from runtime.messages import Finish, Generate, Request, Text, Tokenized, Tokens, pack_ids
+from runtime.sampling import SamplingParams
+from runtime.sockets import IPC_PATH_MAX, FrameTooLarge, Inbox, Outbox, decode, encode, endpoint
+
+REQUEST = Request(rid="r", params=SamplingParams(temperature=0), seed=3)
+MESSAGES = [
+    Generate(request=REQUEST, text="hi"),
+    Tokenized(request=REQUEST, prompt_ids=pack_ids([1, 2])),
+    Tokens(rid="r", ids=pack_ids([3]), finish=Finish(reason="stop", matched=3)),
+    Text(text="x", tokens=Tokens(rid="r")),
+    Abort(rid="r"),
+    FlushCache(id="1", timeout=2.0),
+    Probe(id="2", counters={"scheduler": {"running": 1}}),
+]
+NESTED_TOO_DEEP = b"\x91" * 100_000
+HUGE_LENGTHS = [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"]
+
+
+@pytest.fixture
+def address():
+    with tempfile.TemporaryDirectory(prefix="q", dir="/tmp") as directory:
+        yield endpoint(directory, "scheduler", 0)
+
+
+def test_a_frame_is_a_list_that_comes_back_equal_and_in_order():
+    assert decode(encode(MESSAGES)) == MESSAGES
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_raise_value_error_or_recursion_error_only(frame):
+    try:
+        messages = decode(frame)
+    except (ValueError, RecursionError):
+        return
+    assert isinstance(messages, list)
+
+
+@given(st.data())
+def test_a_damaged_frame_raises_value_error_or_recursion_error_only(data):
+    frame = bytearray(encode(MESSAGES))
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(frame)))
+    try:
+        decode(bytes(frame[:cut]))
+    except (ValueError, RecursionError):
+        return
+
+
+@pytest.mark.parametrize("frame", [NESTED_TOO_DEEP, *HUGE_LENGTHS, b"\x91\xa4\xff\xff\xff\xff"])
+def test_known_bombs_are_refused_at_once(frame):
+    with pytest.raises((ValueError, RecursionError)):
+        decode(frame)
+
+
+def test_an_inbox_drops_and_counts_hostile_frames_and_serves_on(address):
+    inbox = Inbox(address)
+    push = zmq.Context.instance().socket(zmq.PUSH)
+    push.setsockopt(zmq.LINGER, 0)
+    push.connect(address)
+    push.send(NESTED_TOO_DEEP)
+    push.send(msgspec.msgpack.encode([{"type": "no such message"}]))
+    push.send(encode(MESSAGES[:1]))
+    received = []
+    while not received:
+        received = inbox.recv(timeout_s=10)
+    assert received == MESSAGES[:1]
+    assert inbox.rejected == 2
+    push.close()
+    inbox.close()
+
+
+def test_a_connection_that_speaks_no_zmq_does_not_disturb_the_others(address):
+    inbox, outbox = Inbox(address), Outbox(address)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(address.removeprefix("ipc://"))
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        outbox.send(MESSAGES)
+        assert inbox.recv(timeout_s=10) == MESSAGES
+    outbox.close()
+    inbox.close()
+
+
+def test_everything_that_waits_is_received_at_once_in_the_order_of_sending(address):
+    inbox, outbox = Inbox(address), Outbox(address)
+    for message in MESSAGES:
+        outbox.send([message])
+    received = inbox.recv(timeout_s=10)
+    while len(received) < len(MESSAGES):
+        received += inbox.recv(timeout_s=10)
+    assert received == MESSAGES
+    outbox.close()
+    inbox.close()
+
+
+def test_an_empty_list_is_not_sent(address):
+    inbox, outbox = Inbox(address), Outbox(address)
+    outbox.send([])
+    outbox.send(MESSAGES[:1])
+    assert inbox.recv(timeout_s=10) == MESSAGES[:1]
+    outbox.close()
+    inbox.close()
+
+
+def test_a_frame_above_the_limit_is_not_sent():
+    too_many = pack_ids([0]) * (MAX_IPC_MESSAGE_BYTES // 4)
+    with pytest.raises(FrameTooLarge):
+        encode([Tokenized(request=REQUEST, prompt_ids=too_many)])
+
+
+def test_an_endpoint_names_role_and_epoch():
+    assert endpoint("/run/q", "scheduler", 7) == "ipc:///run/q/scheduler.7"
+
+
+def test_an_endpoint_that_fits_exactly_is_accepted_and_one_byte_more_is_refused():
+    room = IPC_PATH_MAX - len("/scheduler.0")
+    endpoint("/" + "d" * (room - 1), "scheduler", 0)
+    with pytest.raises(ValueError, match="XDG_RUNTIME_DIR"):
+        endpoint("/" + "d" * room, "scheduler", 0)
+
+
+def test_the_limit_of_a_socket_path_counts_bytes_not_characters():
+    with pytest.raises(ValueError, match="longer than"):
+        endpoint("/" + "é" * (IPC_PATH_MAX // 2), "scheduler", 0)
+
+
+def test_malformed_frames_are_logged_once_a_minute(caplog):
+    gate = sockets._Gate()
+    for _ in range(3):
+        assert gate.open(b"\xff") == []
+    assert gate.rejected == 3
+    assert len([record for record in caplog.records if "malformed" in record.message]) == 1

@@ -1,0 +1,128 @@
+"""The supervisor's decisions about its children. What it does with real processes is in tests/ring."""
+
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from runtime.config import ServerConfig
+from runtime.service import Ready
+from runtime.supervisor import SOURCE_ROOT, Child, ExitStatus, Service, Supervisor, child_environment, end_everything
+
+GATEWAY = Service("gateway", "g", listens=True)
+SCHEDULER = Service("scheduler", "s", threads=0)
+
+
+@pytest.fixture
+def supervisor(tmp_path):
+    return Supervisor([GATEWAY, SCHEDULER], ServerConfig(), tmp_path, lifeline_fd=-1, listen_fd=9)
+
+
+@pytest.fixture
+def dead_child():
+    """A child that ended with a status, after writing lines to its ready pipe."""
+    children = []
+
+    def make(service, code, *lines):
+        read_fd, write_fd = os.pipe()
+        for line in lines:
+            os.write(write_fd, line)
+        os.close(write_fd)
+        process = subprocess.Popen([sys.executable, "-c", code])
+        child = Child(service, process, os.pidfd_open(process.pid), read_fd)
+        process.wait()
+        child.read_ready()
+        children.append(child)
+        return child
+
+    yield make
+    for child in children:
+        child.close()
+
+
+def line(**fields):
+    return msgspec.json.encode(Ready(role="scheduler", **fields)) + b"\n"
+
+
+EXIT_0, EXIT_3 = "pass", "raise SystemExit(3)"
+KILLED = "import os; os.kill(os.getpid(), 9)"
+
+
+def test_a_death_after_ready_ends_the_server_as_died(supervisor, dead_child):
+    end_everything(supervisor, dead_child(SCHEDULER, EXIT_3, line()))
+    assert supervisor.status == ExitStatus.DIED
+    assert "the scheduler (pid" in supervisor.reason
+    assert "ended with status 3" in supervisor.reason
+
+
+def test_even_an_exit_with_status_zero_that_nobody_asked_for_is_a_death(supervisor, dead_child):
+    end_everything(supervisor, dead_child(SCHEDULER, EXIT_0, line()))
+    assert supervisor.status == ExitStatus.DIED
+
+
+def test_a_killed_child_is_described_by_its_signal(supervisor, dead_child):
+    end_everything(supervisor, dead_child(SCHEDULER, KILLED, line()))
+    assert "was killed by SIGKILL (out of memory?)" in supervisor.reason
+
+
+def test_a_gateway_that_ends_cleanly_after_draining_ends_the_server_cleanly(supervisor, dead_child):
+    supervisor.draining_until = 1.0
+    end_everything(supervisor, dead_child(GATEWAY, EXIT_0, line()))
+    assert (supervisor.status, supervisor.reason) == (ExitStatus.CLEAN, "")
+
+
+def test_a_gateway_that_fails_while_draining_is_not_a_clean_end(supervisor, dead_child):
+    supervisor.draining_until = 1.0
+    end_everything(supervisor, dead_child(GATEWAY, EXIT_3, line()))
+    assert supervisor.status == ExitStatus.DIED
+
+
+def test_a_startup_error_is_quoted_as_it_is(supervisor, dead_child):
+    end_everything(supervisor, dead_child(SCHEDULER, EXIT_3, line(error="no weights; use --load-format dummy")))
+    assert (supervisor.status, supervisor.reason) == (ExitStatus.STARTUP, "no weights; use --load-format dummy")
+
+
+def test_a_ready_line_may_come_in_pieces():
+    read_fd, write_fd = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    child = Child(SCHEDULER, process, os.pidfd_open(process.pid), read_fd)
+    whole = line()
+    os.write(write_fd, whole[:5])
+    child.read_ready()
+    assert not child.ready
+    os.write(write_fd, whole[5:])
+    child.read_ready()
+    assert child.ready
+    process.wait()
+    os.close(write_fd)
+    child.close()
+
+
+def test_each_service_sends_to_the_next_and_the_last_to_the_first(supervisor, tmp_path):
+    gateway, scheduler = supervisor.boot(GATEWAY, 0, 5), supervisor.boot(SCHEDULER, 0, 6)
+    assert gateway.outbox == scheduler.inbox == f"ipc://{tmp_path}/scheduler.0"
+    assert scheduler.outbox == gateway.inbox == f"ipc://{tmp_path}/gateway.0"
+
+
+def test_only_the_service_that_listens_gets_the_http_socket(supervisor):
+    assert supervisor.boot(GATEWAY, 0, 5).listen_fd == 9
+    assert supervisor.boot(SCHEDULER, 0, 6).listen_fd == -1
+
+
+def test_children_wait_passively_and_find_our_packages_first():
+    environment = child_environment({"PYTHONPATH": "/mine", "NOTIFY_SOCKET": "/n", "HOME": "/h"}, threads=1)
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["PYTHONPATH"] == f"{SOURCE_ROOT}{os.pathsep}/mine"
+    assert environment["HOME"] == "/h"
+    assert "NOTIFY_SOCKET" not in environment
+
+
+def test_threads_that_the_operator_has_set_are_kept():
+    assert child_environment({"OMP_NUM_THREADS": "5"}, threads=0)["OMP_NUM_THREADS"] == "5"
+
+
+def test_the_scheduler_gets_a_thread_per_usable_core():
+    assert child_environment({}, threads=0)["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
