@@ -1,6 +1,7 @@
 """Logprobs of a message as rows that every API can print."""
 
 from array import array
+from collections.abc import Sequence
 
 from runtime.messages import Logprobs, unpack_ids
 
@@ -17,21 +18,21 @@ def floats(data: bytes) -> list[float | None]:
 def tokens(logprobs: Logprobs) -> list[Triple]:
     """One triple per position."""
     ids, values = unpack_ids(logprobs.ids), floats(logprobs.values)
-    texts = logprobs.texts or [None] * len(ids)
+    texts: Sequence[str | None] = logprobs.texts or [None] * len(ids)
     return list(zip(values, ids, texts, strict=True))
 
 
 def top(logprobs: Logprobs, k: int) -> list[list[Triple] | None]:
     """The best k of each position, best first; None for a position that has none."""
     ids, values = unpack_ids(logprobs.top_ids), floats(logprobs.top_values)
-    texts = logprobs.top_texts or [None] * len(ids)
+    texts: Sequence[str | None] = logprobs.top_texts or [None] * len(ids)
     return in_rows(list(zip(values, ids, texts, strict=True)), k)
 
 
 def asked(logprobs: Logprobs, ids: list[int]) -> list[list[Triple] | None]:
     """The asked ids of each position, in the asked order; None for a position that has none."""
     values = floats(logprobs.asked_values)
-    texts = logprobs.asked_texts or [None] * len(ids)
+    texts: list[str | None] = [*logprobs.asked_texts] if logprobs.asked_texts else [None] * len(ids)
     repeats = len(values) // len(ids)
     return in_rows(list(zip(values, ids * repeats, texts * repeats, strict=True)), len(ids))
 

@@ -57,6 +57,8 @@ class Pending:
     attempt: int = 0
     delivered: bytearray = field(default_factory=bytearray)  # output ids handed to the endpoint, int32
     last_heard_at: float = 0.0  # 0: nothing yet
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def request(self) -> Request:
@@ -133,6 +135,7 @@ class RingClient:
             Reply: self._on_answer,
             Probe: self._on_answer,
             Facts: self._on_facts,
+            Abort: self._on_abort,
         }
 
     # requests
@@ -265,6 +268,8 @@ class RingClient:
             del self._pending[text.tokens.rid]
             self._check_idle()
         entry.delivered += text.tokens.ids
+        if text.tokens.prompt_tokens:
+            entry.prompt_tokens, entry.cached_tokens = text.tokens.prompt_tokens, text.tokens.cached_tokens
         self._meter.heard(entry, text, now)
         entry.last_heard_at = now
         if entry.flight is not None:
@@ -282,10 +287,12 @@ class RingClient:
             self._facts = asyncio.get_running_loop().create_future()
         self._facts.set_result(facts)
 
+    def _on_abort(self, abort: Abort, now: float) -> None:
+        """The detokenizer has met a stop string: the scheduler, further on in the ring, is to end the request."""
+        self._send_aborts([abort])
+
     def _on_other(self, message: Message, now: float) -> None:
         """Something went all the way round and no hop took it: a command is refused, the rest is a fault."""
-        if isinstance(message, Abort):
-            return
         if isinstance(message, ControlCommand):
             name = type(message).__struct_config__.tag
             self._on_answer(Reply(id=message.id, success=False, status=400, message=f"{name} is not supported."), now)

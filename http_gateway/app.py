@@ -1,0 +1,60 @@
+"""The route table and the application made of it."""
+
+from collections.abc import Callable
+from http import HTTPStatus
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from http_gateway import control, errors, health, info, native
+from http_gateway.auth import Access, Keys
+from http_gateway.edge import Edge
+from http_gateway.endpoint import Endpoint, Guarded, unauthorized
+from http_gateway.gateway import Gateway
+
+ENDPOINTS: list[Endpoint] = [*native.ENDPOINTS, *health.ENDPOINTS, *info.ENDPOINTS, *control.ENDPOINTS]
+ANY_ORIGIN = Middleware(
+    CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"], allow_credentials=True
+)
+
+
+def build(gateway: Gateway) -> ASGIApp:
+    """The whole HTTP side of a server."""
+    keys = Keys(gateway.config.api_key, gateway.config.admin_api_key)
+    endpoints = [*ENDPOINTS, info.METRICS] if gateway.config.enable_metrics else ENDPOINTS
+    app = Starlette(
+        routes=[route(endpoint, gateway, keys) for endpoint in endpoints],
+        middleware=[ANY_ORIGIN],
+        exception_handlers={HTTPException: unmatched(keys, {endpoint.path for endpoint in endpoints})},
+    )
+    app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative
+    return Edge(app, gateway.metrics)
+
+
+def route(endpoint: Endpoint, gateway: Gateway, keys: Keys) -> Route:
+    made = Route(endpoint.path, Guarded(endpoint, gateway, keys), methods=endpoint.methods)
+    made.methods = set(endpoint.methods)  # without the HEAD that Route adds to every GET
+    return made
+
+
+def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Response]:
+    """Answers what no route takes: 404, 405, or the path without its trailing slash. A key is needed here too."""
+
+    def handle(http: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException), error
+        path = http.scope["path"]
+        if http.method != "OPTIONS" and not keys.allow(Access.USER, http.scope["headers"]):
+            return unauthorized()
+        if error.status_code == HTTPStatus.NOT_FOUND and path.rstrip("/") in paths:
+            query = http.scope["query_string"].decode("latin-1")
+            return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""), 307)
+        headers = dict(error.headers or {})
+        return errors.json_response({"detail": error.detail}, error.status_code, headers)
+
+    return handle

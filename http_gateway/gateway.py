@@ -1,0 +1,68 @@
+"""What the endpoints share: the server's settings and state, and the ring."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from http_gateway.intake import Rules
+from http_gateway.metrics import Metrics
+from http_gateway.output import Output
+from http_gateway.probes import Census, Progress, SignOfLife
+from http_gateway.ring_client import RingClient
+from runtime.config import ServerConfig
+from runtime.messages import Facts, Request
+from runtime.model_info import ModelInfo
+
+
+class Phase(Enum):
+    STARTING = "the server is starting"
+    UP = "up"
+    DRAINING = "the server is shutting down"
+
+
+@dataclass
+class Gateway:
+    """Handed to every endpoint."""
+
+    config: ServerConfig
+    model: ModelInfo
+    facts: Facts
+    ring: RingClient
+    metrics: Metrics
+    progress: Progress
+    health_timeout_s: float = 20.0
+    phase: Phase = Phase.STARTING
+    started_at: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.rules = rules(self.config, self.model, self.facts)
+        self.model_path = self.config.model_path  # of the weights that serve; an update may change both
+        self.weight_version = self.config.weight_version
+        self.census = Census(self.ring)
+        self.sign_of_life = SignOfLife(
+            self.ring, self.progress, self.health_timeout_s, "embed" if self.model.is_embedding else "generate"
+        )
+
+    def output(self, request: Request, received_at: float) -> Output:
+        return Output(request, received_at, self.weight_version, text=self.rules.tokenizer)
+
+    def learn(self, said: Mapping[str, Any]) -> None:
+        """Take note of what a command's reply says about the weights that serve from now on."""
+        self.model_path = said.get("model_path") or self.model_path
+        self.weight_version = said.get("weight_version") or self.weight_version
+
+
+def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
+    preferred = config.preferred_sampling_params
+    return Rules(
+        vocab_size=facts.vocab_size,
+        hidden_size=model.hidden_size,
+        tokenizer=not config.skip_tokenizer_init,
+        prefix_cache=not config.disable_radix_cache,
+        priorities=config.schedule_policy == "priority",
+        preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
+    )

@@ -1,0 +1,198 @@
+"""The gateway's process: bind the ring, hear what the scheduler has loaded, serve HTTP, warm up, drain at SIGTERM."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+import uvicorn
+import uvloop
+
+from http_gateway import warmup
+from http_gateway.app import build
+from http_gateway.gateway import Gateway, Phase
+from http_gateway.metrics import Metrics
+from http_gateway.ring_client import RingClient
+from runtime import model_info, service
+from runtime.control import Abort
+from runtime.errors import StartupError
+from runtime.messages import ABORTED
+from runtime.progress import ProgressReader
+from runtime.service import Boot, report_ready
+from runtime.sockets import AsyncInbox, AsyncOutbox
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 75  # clients hold pools of idle connections
+ABORT_GRACE_S = 2.0  # after the drain deadline, for aborted requests to come back with what they have
+EXIT_FORCED = 128 + signal.SIGTERM
+HEALTH_TIMEOUT_VARIABLE = "SGLANG_HEALTH_CHECK_TIMEOUT"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but a signal asks `on_terminate` what to do, and `on_started` hears when connections are accepted."""
+
+    def __init__(
+        self, config: uvicorn.Config, on_started: Callable[[], None], on_terminate: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+        self._on_terminate = on_terminate
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGTERM:  # Ctrl-C is the launcher's business
+            self._on_terminate()
+
+
+class Life:
+    """The gateway from its first connection to its exit."""
+
+    def __init__(self, boot: Boot, gateway: Gateway, listener: socket.socket) -> None:
+        self._boot = boot
+        self._gateway = gateway
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._starting: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._server = Server(uvicorn_config(boot, gateway), self._on_started, self._on_terminate)
+
+    async def serve(self) -> None:
+        """Return once drained."""
+        await self._server.serve([self._listener])
+
+    def _on_started(self) -> None:
+        config = self._boot.config
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        port = self._listener.getsockname()[1]
+        uvicorn_log().info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, port)
+        self._starting = self._loop.create_task(self._start(port))
+
+    async def _start(self, port: int) -> None:
+        """Warm up, then say that the server is ready."""
+        config = self._boot.config
+        try:
+            if not config.skip_server_warmup:
+                await asyncio.to_thread(warmup.warm_up, config, config.host, port)
+        except StartupError as error:
+            if self._draining is None:
+                fail(self._boot, error)
+            return
+        if self._draining is None:
+            self._gateway.phase = Phase.UP
+        report_ready(self._boot)
+
+    def _on_terminate(self) -> None:
+        """Runs inside the signal handler."""
+        if self._draining is not None:
+            os._exit(EXIT_FORCED)
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._gateway.phase = Phase.DRAINING
+        self._gateway.ring.closing = True
+        self._draining = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Let running requests finish, abort those that take too long, then stop serving."""
+        ring = self._gateway.ring
+        log.info("Draining: %d requests are running.", ring.unfinished)
+        if not await idle_within(ring, self._boot.config.drain_timeout):
+            log.warning("Drain deadline: aborting %d requests.", ring.unfinished)
+            ring.abort(Abort(abort_all=True, abort_message=ABORTED))
+            if not await idle_within(ring, ABORT_GRACE_S):
+                ring.end_all(ABORTED)
+        self._server.should_exit = True
+
+
+async def idle_within(ring: RingClient, timeout_s: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await ring.idle()
+    except TimeoutError:
+        return False
+    return True
+
+
+def fail(boot: Boot, error: StartupError) -> NoReturn:
+    log.error("%s", error)
+    report_ready(boot, str(error))
+    os._exit(service.EXIT_STARTUP)
+
+
+def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
+    return uvicorn.Config(
+        build(gateway),
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level=boot.config.log_level,
+        access_log=False,  # http_gateway/edge.py writes these lines
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(ABORT_GRACE_S),
+    )
+
+
+def uvicorn_log() -> logging.Logger:
+    return logging.getLogger("uvicorn.error")
+
+
+def set_up_http_logging(boot: Boot) -> None:
+    """uvicorn's lines carry their level, as operators know them; access lines have a level of their own."""
+
+    def with_level(record: logging.LogRecord) -> bool:
+        record.msg = f"{record.levelname + ':':<9} {record.msg}"
+        return True
+
+    uvicorn_log().addFilter(with_level)
+    level = boot.config.log_level_http or boot.config.log_level
+    logging.getLogger("http_gateway.access").setLevel(level.upper())
+
+
+async def serve(boot: Boot) -> None:
+    """The whole life of the process."""
+    config = boot.config
+    set_up_http_logging(boot)
+    model = model_info.load(config)
+    metrics = Metrics(config.name)
+    ring = RingClient(AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox), config.max_inflight_requests, metrics)
+    listening = asyncio.create_task(ring.listen())
+    listening.add_done_callback(end_with_listener)
+    gateway = Gateway(
+        config=config,
+        model=model,
+        facts=await ring.facts(),
+        ring=ring,
+        metrics=metrics,
+        progress=ProgressReader(boot.run_dir),
+        health_timeout_s=float(os.environ.get(HEALTH_TIMEOUT_VARIABLE, "20")),
+    )
+    await Life(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
+
+
+def end_with_listener(listening: "asyncio.Task[None]") -> None:
+    """Without its listener the gateway is deaf: end it rather than let every client wait."""
+    if not listening.cancelled():
+        log.error("the ring's listener ended", exc_info=listening.exception())
+        os._exit(1)
+
+
+def main(boot: Boot) -> None:
+    uvloop.run(serve(boot))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("the gateway is started by `quartet serve`")
+    service.run(main)

@@ -1,0 +1,249 @@
+"""A gateway without sockets: a ring that answers in process, and a client that speaks ASGI.
+
+`FakeRing` is the transport that RingClient is given. What each request gets is decided by `script`, a function from
+the Generate to the messages that come back; tests that want to decide later leave `script` empty and `push`.
+"""
+
+import asyncio
+import json
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from http_gateway.app import build
+from http_gateway.gateway import Gateway, Phase
+from http_gateway.metrics import Metrics
+from http_gateway.ring_client import RingClient
+from runtime.config import ServerConfig
+from runtime.control import Abort, ControlCommand, FlushCache, Probe
+from runtime.messages import Facts, Finish, Generate, Logprobs, Message, Reply, Text, Tokens, pack_ids
+from runtime.model_info import ModelInfo
+
+VOCAB = 1000
+SCHEDULER_COUNTERS = {
+    "num_running_reqs": 2,
+    "num_queue_reqs": 1,
+    "num_used_tokens": 64,
+    "token_usage": 0.5,
+    "gen_throughput": 12.5,
+    "cache_hit_rate": 0.25,
+}
+
+Script = Callable[[Generate], list[Message]]
+
+
+def floats(*values: float) -> bytes:
+    return array("f", values).tobytes()
+
+
+def step(rid: str, ids: Sequence[int] = (), text: str = "", **fields: Any) -> Text:
+    """One step of a request, as the detokenizer sends it."""
+    return Text(text=text, tokens=Tokens(rid=rid, ids=pack_ids(ids), weight_version="v1", **fields))
+
+
+def words(*pieces: str) -> Script:
+    """One token per piece, ids 1, 2, 3, …; the last one ends the request."""
+
+    def script(generate: Generate) -> list[Message]:
+        request = generate.request
+        if request.params.max_new_tokens == 0:
+            return [step(request.rid, prompt_tokens=3, finish=Finish(reason="length", length=0))]
+        steps: list[Message] = []
+        for i, piece in enumerate(pieces, start=1):
+            finish = Finish(reason="stop", matched=i) if i == len(pieces) else None
+            scored = Logprobs(ids=pack_ids([i]), values=floats(-0.5 * i)) if request.logprobs else None
+            steps.append(
+                step(request.rid, [i], piece, prompt_tokens=3, attempt=request.attempt, finish=finish, logprobs=scored)
+            )
+        return steps
+
+    return script
+
+
+def ends(finish: Finish) -> Script:
+    return lambda generate: [step(generate.request.rid, finish=finish)]
+
+
+class FakeRing:
+    """Both ends of the gateway's transport; every message sent is kept in `sent`."""
+
+    def __init__(self, script: Script | None = None) -> None:
+        self.script = script
+        self.sent: list[Any] = []
+        self.connected = True
+        self.answers_commands = True
+        self._frames: asyncio.Queue[list[Message]] = asyncio.Queue()
+        self._changed = asyncio.Event()
+
+    def send(self, messages: Sequence[Message]) -> bool:
+        if not self.connected:
+            return False
+        self.sent += messages
+        self._changed.set()
+        for message in messages:
+            if isinstance(message, Generate) and self.script is not None:
+                for answer in self.script(message):
+                    self.push(answer)
+            elif isinstance(message, ControlCommand) and self.answers_commands:
+                self._answer(message)
+        return True
+
+    def _answer(self, command: ControlCommand) -> None:
+        match command:
+            case Abort():
+                return
+            case Probe():
+                command.counters["scheduler"] = dict(SCHEDULER_COUNTERS)
+                self.push(command)
+            case FlushCache():
+                self.push(Reply(id=command.id))
+            case _:
+                self.push(command)
+
+    def push(self, *messages: Message) -> None:
+        """One frame from the ring."""
+        self._frames.put_nowait(list(messages))
+
+    async def recv(self) -> list[Message]:
+        return await self._frames.get()
+
+    async def sent_of(self, kind: type, count: int = 1) -> list[Any]:
+        """The messages of a kind that were sent, once there are so many."""
+        while True:
+            found = [message for message in self.sent if isinstance(message, kind)]
+            if len(found) >= count:
+                return found
+            self._changed.clear()
+            await self._changed.wait()
+
+
+class FakeProgress:
+    def __init__(self, age_s: float = 0.0, busy: bool = False, beats: int = 0) -> None:
+        self.values = (age_s, busy, beats)
+
+    def age_s(self) -> float:
+        return self.values[0]
+
+    def busy(self) -> bool:
+        return self.values[1]
+
+    def beats(self) -> int:
+        return self.values[2]
+
+
+class Answer:
+    """A response as a client sees it."""
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def events(self) -> list[Any]:
+        """The events of a stream; the last one must be [DONE] and is left out."""
+        lines = [line for line in self.text.split("\n\n") if line]
+        assert lines[-1] == "data: [DONE]", lines
+        assert all(line.startswith("data: ") for line in lines), lines
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+class Client:
+    """Calls an ASGI application directly."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def get(self, path: str, **options: Any) -> Answer:
+        return await self.call("GET", path, **options)
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return await self.call("POST", path, body, **options)
+
+    async def call(
+        self,
+        method: str,
+        target: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        gone: asyncio.Event | None = None,
+    ) -> Answer:
+        """Send a request (bytes as they are, anything else as JSON); the client leaves when `gone` is set."""
+        path, _, query = target.partition("?")
+        raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        given = {"host": "test", "content-type": "application/json", **(headers or {})}
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()],
+            "client": ("127.0.0.1", 40466),
+            "server": ("127.0.0.1", 30000),
+            "scheme": "http",
+            "root_path": "",
+        }
+        pending = [{"type": "http.request", "body": raw, "more_body": False}]
+        sent: list[Any] = []
+        done = asyncio.Event()
+
+        async def receive() -> Any:
+            if pending:
+                return pending.pop()
+            await (gone or done).wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await self._app(scope, receive, send)
+        done.set()
+        if not sent:
+            return Answer(0, {}, b"")  # nobody was there to be answered
+        pairs = {name.decode().lower(): value.decode("latin-1") for name, value in sent[0]["headers"]}
+        return Answer(sent[0]["status"], pairs, b"".join(message.get("body", b"") for message in sent[1:]))
+
+
+class Served:
+    """A gateway that is up, its ring, and a client."""
+
+    def __init__(self, ring: FakeRing, gateway: Gateway) -> None:
+        self.ring = ring
+        self.gateway = gateway
+        self.client = Client(build(gateway))
+
+
+@asynccontextmanager
+async def served(script: Script | None = None, limit: int = 100, **settings: Any) -> AsyncIterator[Served]:
+    """A gateway with these settings on a ring with this script."""
+    transport = FakeRing(script)
+    config = ServerConfig(model_path="qwen/qwen2.5-0.5b-instruct", **settings)
+    metrics = Metrics(config.name)
+    ring = RingClient(transport, transport, limit, metrics)
+    listening = asyncio.create_task(ring.listen())
+    model = ModelInfo(
+        path="/models/x",
+        architecture="Qwen2ForCausalLM",
+        model_type="qwen2",
+        vocab_size=VOCAB,
+        hidden_size=4,
+        context_length=512,
+        eos_ids=[2],
+        config={},
+        is_embedding=config.is_embedding,
+    )
+    facts = Facts(max_total_num_tokens=128, max_req_input_len=120, context_length=512, vocab_size=VOCAB)
+    gateway = Gateway(config, model, facts, ring, metrics, FakeProgress(), phase=Phase.UP)
+    try:
+        yield Served(transport, gateway)
+    finally:
+        listening.cancel()
