@@ -1,7 +1,6 @@
 """From a plan to what the model and the sampler read: flat arrays over all tokens of the step."""
 
 from array import array
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,25 +29,23 @@ class Inputs:
 
 
 class PageRuns:
-    """The pages of each admitted sequence as runs of consecutive pages, kept up to date as pages are added."""
+    """A sequence's pages as runs of consecutive pages, extended as its list of pages grows.
+
+    While a sequence is admitted its list only grows; a new admission brings a new list.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[list[int], list[Run]]] = {}  # slot → pages seen, their runs
+        self.pages: list[int] = []
+        self.seen = 0  # pages of the list that are in `runs`
+        self.runs: list[Run] = []
 
     def of(self, sequence: Sequence) -> list[Run]:
-        seen, runs = self.known.setdefault(sequence.slot, ([], []))
-        pages = sequence.pages
-        if pages == seen:
-            return runs
-        if pages[: len(seen)] != seen:  # the planner replaced pages by equal ones of the prefix tree
-            seen, runs = self.known[sequence.slot] = ([], [])
-        for page in pages[len(seen) :]:
-            append_page(runs, page)
-        seen.extend(pages[len(seen) :])
-        return runs
-
-    def forget(self, slot: int) -> None:
-        self.known.pop(slot, None)
+        if self.pages is not sequence.pages:
+            self.pages, self.seen, self.runs = sequence.pages, 0, []
+        for page in self.pages[self.seen :]:
+            append_page(self.runs, page)
+        self.seen = len(self.pages)
+        return self.runs
 
 
 def append_page(runs: list[Run], page: int) -> None:
@@ -93,14 +90,16 @@ class _Columns:
         self.offsets.append(len(self.ids))
 
 
-def make_inputs(plan: Plan, page_runs: PageRuns, last_tokens: Mapping[int, int], page_size: int) -> Inputs:
-    """Lay a plan's tokens side by side. `last_tokens` (by slot) stands in for ids that are not committed yet."""
+def make_inputs(plan: Plan, runs: list[list[Run]], last_tokens: list[int], page_size: int) -> Inputs:
+    """Lay a plan's tokens side by side.
+
+    By slice: `runs` are its sequence's pages, `last_tokens` stand in for ids that are not committed yet.
+    """
     columns = _Columns(page_size)
-    runs = [page_runs.of(share.sequence) for share in plan.slices]
-    for share, its_runs in zip(plan.slices, runs, strict=True):
+    for share, its_runs, last_token in zip(plan.slices, runs, last_tokens, strict=True):
         ids = share.sequence.ids
         if share.end - share.start == 1:
-            columns.add_row(share, ids[share.start] if share.start < len(ids) else last_tokens[share.sequence.slot])
+            columns.add_row(share, ids[share.start] if share.start < len(ids) else last_token)
         else:
             columns.add_chunk(share, its_runs)
     ragged = Ragged(

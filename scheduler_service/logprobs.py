@@ -1,8 +1,7 @@
-"""Log-probabilities of output and prompt tokens, packed for the wire. All in float32, NaN where there is none."""
+"""Log-probabilities of output and prompt tokens, packed for the wire. All in float32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import nan
 
 import torch
 
@@ -74,19 +73,14 @@ def prompt_logprobs(
     to_logits: Callable[[torch.Tensor], torch.Tensor],
     vocab_size: int,
     options: LogprobOptions,
-    leading_none: bool,
 ) -> Logprobs:
-    """Logprobs of prompt tokens: row i of hidden (rows, hidden) predicts ids[i], by the model alone (temperature 1).
-
-    With `leading_none` there is one id more than rows, and the first has no logprob.
-    """
+    """Logprobs of prompt tokens: row i of hidden (rows, hidden) predicts ids[i], by the model alone (temperature 1)."""
     asked = list(options.token_ids or ())
     block = max(1, BLOCK_BYTES // (4 * vocab_size))
-    predicted = ids[1:] if leading_none else ids
-    parts = [] if not leading_none else [no_scores(options.top, len(asked))]
-    for first in range(0, len(predicted), block):
+    parts = []
+    for first in range(0, len(ids), block):
         rows = slice(first, first + block)
-        parts.append(score(to_logits(hidden[rows]), predicted[rows], options.top, asked))
+        parts.append(score(to_logits(hidden[rows]), ids[rows], options.top, asked))
     joined = Scores(
         values=torch.cat([part.values for part in parts]),
         top_ids=torch.cat([part.top_ids for part in parts]),
@@ -94,13 +88,3 @@ def prompt_logprobs(
         asked_values=torch.cat([part.asked_values for part in parts]),
     )
     return joined.packed(ids, slice(None), options.top)
-
-
-def no_scores(top: int, asked: int) -> Scores:
-    """The one row of a position that nothing predicts."""
-    return Scores(
-        values=torch.full((1,), nan),
-        top_ids=torch.zeros(1, top, dtype=torch.int32),
-        top_values=torch.full((1, top), nan),
-        asked_values=torch.full((1, asked), nan),
-    )

@@ -15,13 +15,12 @@ import torch
 
 from kernels.attention import Ragged, paged_attention
 from runtime.config import ServerConfig
-from runtime.messages import Facts, LogprobOptions, Logprobs
+from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
-from scheduler_service import inputs as step_inputs
 from scheduler_service import sampler
-from scheduler_service.core.plan import Plan, Result, Slice
+from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
 from scheduler_service.core.request import Sequence
-from scheduler_service.inputs import Inputs, PageRuns
+from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
@@ -31,7 +30,6 @@ from scheduler_service.weights.load import available_gb
 log = logging.getLogger(__name__)
 
 MAX_RUNNING_REQUESTS = 256
-NOT_FINITE = "NaN happened"
 
 Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
 
@@ -44,12 +42,12 @@ class Pending:
 
 
 @dataclass(slots=True)
-class Slot:
-    """What the worker keeps of one admitted request; rebuilt from the request's tokens after a retraction."""
+class State:
+    """What the worker keeps of an admitted request. It follows from the request's tokens, so it can be made anew."""
 
     row: sampler.Row
-    logprobs: LogprobOptions | None
-    next_scored: int  # first prompt position whose logprob has not been returned
+    runs: PageRuns
+    last_token: int = 0  # sampled, perhaps not committed yet
 
 
 @dataclass(slots=True)
@@ -97,10 +95,7 @@ class Worker:
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count
         self.max_running_requests = min(running, self.page_count)
-        self.page_runs = PageRuns()
-        self.slots: dict[int, Slot] = {}
-        self.free_slots = list(range(self.max_running_requests))[::-1]
-        self.last_tokens: dict[int, int] = {}  # by slot: sampled, perhaps not committed yet
+        self.states: dict[Sequence, State] = {}
         self.log_limits(config)
 
     def log_limits(self, config: ServerConfig) -> None:
@@ -135,28 +130,16 @@ class Worker:
 
     # A request's state
 
-    def admit(self, sequence: Sequence) -> None:
-        """Give a sequence a slot when it is seen for the first time, or again after a retraction."""
-        if sequence.slot >= 0:
-            return
-        sequence.slot = self.free_slots.pop()
-        wanted = sequence.request.logprobs
-        first = sequence.prompt_len if wanted is None or wanted.start < 0 else wanted.start
-        self.slots[sequence.slot] = Slot(
-            row=sampler.make_row(sequence, self.info.eos_ids),
-            logprobs=wanted,
-            next_scored=first + sequence.input_scored,
-        )
+    def state_of(self, sequence: Sequence) -> State:
+        """The state of a sequence, made when it is seen for the first time, or again after a retraction."""
+        state = self.states.get(sequence)
+        if state is None:
+            state = self.states[sequence] = State(sampler.make_row(sequence, self.info.eos_ids), PageRuns())
+        return state
 
     def forget(self, sequence: Sequence) -> None:
         """Drop the state of a sequence that has ended or went back to the queue."""
-        if sequence.slot < 0:
-            return
-        slot, sequence.slot = sequence.slot, -1
-        del self.slots[slot]
-        self.last_tokens.pop(slot, None)
-        self.page_runs.forget(slot)
-        self.free_slots.append(slot)
+        self.states.pop(sequence, None)
 
     # A step
 
@@ -165,27 +148,33 @@ class Worker:
         """Start a step. On a CPU it is finished when this returns."""
         for sequence in plan.retracted:
             self.forget(sequence)
-        for share in plan.slices:
-            self.admit(share.sequence)
-        inputs = step_inputs.make_inputs(plan, self.page_runs, self.last_tokens, self.page_size)
-        step_inputs.add_embeds(inputs, plan, self.model.hidden_size)
-        step_inputs.add_token_types(inputs, plan)
-        step_inputs.to_device(inputs, self.device)
+        states = [self.state_of(share.sequence) for share in plan.slices]
+        inputs = self.inputs(plan, states)
         hidden = self.forward(inputs)  # (tokens, hidden)
         results = [Result() for _ in plan.slices]
         for share, result, row in zip(plan.slices, results, inputs.offsets, strict=False):
             own = hidden[row : row + share.end - share.start]
-            result.input_logprobs = self.score_prompt(share, own)
+            if share.score_from >= 0:
+                result.input_logprobs = self.score_prompt(share, own)
             if share.sequence.request.return_hidden_states:
                 result.hidden_states = as_bytes(own, torch.float32)
-        self.sample(plan, inputs, hidden, results)
+        self.sample(plan, states, inputs, hidden, results)
         return Pending(results)
 
     def collect(self, pending: Pending) -> list[Result]:
         """Wait for a launched step; its results are in the order of the plan's slices."""
         return pending.results
 
+    def inputs(self, plan: Plan, states: list[State]) -> Inputs:
+        runs = [state.runs.of(share.sequence) for state, share in zip(states, plan.slices, strict=True)]
+        inputs = make_inputs(plan, runs, [state.last_token for state in states], self.page_size)
+        add_embeds(inputs, plan, self.model.hidden_size)
+        add_token_types(inputs, plan)
+        to_device(inputs, self.device)
+        return inputs
+
     def forward(self, inputs: Inputs) -> torch.Tensor:
+        """Hidden states of the step's tokens; their keys and values are in the pool afterwards."""
         batch = Batch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
@@ -197,49 +186,41 @@ class Worker:
         )
         return self.model.forward(batch)
 
-    def score_prompt(self, share: Slice, hidden: torch.Tensor) -> Logprobs | None:
-        """Logprobs of the wanted prompt positions that this slice's hidden states (positions, hidden) predict."""
-        slot, sequence = self.slots[share.sequence.slot], share.sequence
-        first, last = slot.next_scored, min(share.end + 1, sequence.prompt_len)
-        if slot.logprobs is None or first >= last:
-            return None
-        slot.next_scored = last
-        leading_none = first == slot.logprobs.start  # nothing before it is scored
-        predicting = first if leading_none else first - 1
-        assert predicting >= share.start, (predicting, share.start)
-        predictors = hidden[predicting - share.start : last - 1 - share.start]
+    def score_prompt(self, share: Slice, hidden: torch.Tensor) -> Logprobs:
+        """Logprobs of prompt positions, from `score_from` on: hidden (positions of the slice, hidden) predicts them."""
+        sequence = share.sequence
+        assert sequence.request.logprobs is not None
+        first, last = share.score_from, min(share.end + 1, sequence.prompt_len)
         return prompt_logprobs(
-            predictors,
-            torch.tensor(sequence.ids[first:last], device=hidden.device),
+            hidden[first - 1 - share.start : last - 1 - share.start],
+            torch.tensor(sequence.ids[first:last], dtype=torch.int64, device=hidden.device),
             self.model.logits,
             self.model.vocab_size,
-            slot.logprobs,
-            leading_none,
+            sequence.request.logprobs,
         )
 
-    def sample(self, plan: Plan, inputs: Inputs, hidden: torch.Tensor, results: list[Result]) -> None:
+    def sample(
+        self, plan: Plan, states: list[State], inputs: Inputs, hidden: torch.Tensor, results: list[Result]
+    ) -> None:
         """Draw the next token of every slice that ends its sequence, and fill in its result."""
         sampled = [i for i, share in enumerate(plan.slices) if share.samples]
         if not sampled:
             return
         last_rows = torch.tensor([inputs.offsets[i + 1] - 1 for i in sampled], device=hidden.device)
         logits = self.model.logits(hidden[last_rows])  # (rows, vocab)
-        slots = [self.slots[plan.slices[i].sequence.slot] for i in sampled]
-        rows = [slot.row for slot in slots]
+        rows = [states[i].row for i in sampled]
         positions = [plan.slices[i].end for i in sampled]
+        options = [plan.slices[i].sequence.request.logprobs for i in sampled]
         sampler.adjust(logits, rows, positions)
-        wants_logprobs = any(slot.logprobs for slot in slots)
-        draws = sampler.choose(logits, rows, positions, keep_logits=wants_logprobs)
-        logprobs: list[Logprobs | None] = [None] * len(rows)
-        if wants_logprobs:
-            logprobs = output_logprobs(logits, draws.tokens, [slot.logprobs for slot in slots])
-        for i, row, token, valid, its_logprobs in zip(sampled, rows, draws.tokens, draws.valid, logprobs, strict=True):
+        draws = sampler.choose(logits, rows, positions, keep_logits=any(options))
+        logprobs = output_logprobs(logits, draws.tokens, options)
+        for i, token, valid, its_logprobs in zip(sampled, draws.tokens, draws.valid, logprobs, strict=True):
             if not valid:
-                results[i].error = NOT_FINITE
+                results[i].error = NAN_HAPPENED
                 continue
             results[i].token, results[i].logprobs = token, its_logprobs
-            self.last_tokens[plan.slices[i].sequence.slot] = token
-            row.add(token)
+            states[i].last_token = token
+            states[i].row.add(token)
 
 
 def choose_device(name: str) -> torch.device:

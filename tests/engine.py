@@ -1,0 +1,119 @@
+"""Planner and Worker in one process, without sockets: what a scheduler does, for tests that look at numbers."""
+
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime import model_info
+from runtime.config import ServerConfig
+from runtime.messages import Finish, LogprobOptions, Logprobs, Request, Tokenized, pack_ids, unpack_ids
+from runtime.sampling import SamplingParams
+from scheduler_service.core.plan import Update
+from scheduler_service.core.planner import Planner
+from scheduler_service.core.rules import PlannerConfig
+from scheduler_service.worker import Worker
+
+
+def floats(data: bytes) -> list[float]:
+    return list(array("f", data))
+
+
+def joined(left: Logprobs | None, right: Logprobs) -> Logprobs:
+    """Two runs of positions, one behind the other."""
+    if left is None:
+        return right
+    fields = ("ids", "values", "top_ids", "top_values", "asked_values")
+    return Logprobs(**{name: getattr(left, name) + getattr(right, name) for name in fields})
+
+
+@dataclass
+class Answer:
+    """All that a request has produced."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: Logprobs | None = None
+    input_logprobs: Logprobs | None = None
+    hidden_states: list[float] = field(default_factory=list)
+    cached_tokens: int = 0
+    retractions: int = 0
+    finish: Finish | None = None
+
+    def take(self, update: Update) -> None:
+        assert self.finish is None, "an update behind the last one"
+        self.ids += unpack_ids(update.ids)
+        if update.logprobs:
+            self.logprobs = joined(self.logprobs, update.logprobs)
+        if update.input_logprobs:
+            self.input_logprobs = update.input_logprobs
+        self.hidden_states += floats(update.hidden_states)
+        self.cached_tokens = update.sequence.cached_tokens
+        self.retractions = update.sequence.retractions
+        self.finish = update.finish
+
+
+class Engine:
+    """Serves requests step by step on a virtual clock."""
+
+    def __init__(self, directory: Path, *, worker: Worker | None = None, **settings: Any) -> None:
+        settings = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", **settings}
+        self.config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
+        info = model_info.load(self.config)
+        self.worker = worker or Worker(self.config, info)
+        self.planner = Planner(
+            PlannerConfig(
+                page_size=self.worker.page_size,
+                total_pages=self.worker.page_count,
+                max_running=self.worker.max_running_requests,
+                context_length=info.context_length,
+                vocab_size=info.vocab_size,
+                eos_ids=frozenset(info.eos_ids),
+                chunked_prefill_size=self.config.chunked_prefill_size or -1,
+                reuse_prefixes=not self.config.disable_radix_cache,
+            )
+        )
+        self.answers: dict[str, Answer] = {}
+        self.steps = 0
+
+    def add(self, prompt: list[int], params: SamplingParams | None = None, rid: str = "", **request: Any) -> str:
+        rid = rid or f"r{len(self.answers)}"
+        made = Request(rid=rid, params=params or SamplingParams(temperature=0.0), **request)
+        self.answers[rid] = Answer()
+        self.take(self.planner.add(Tokenized(request=made, prompt_ids=pack_ids(prompt)), now=float(self.steps)))
+        return rid
+
+    def take(self, updates: list[Update]) -> None:
+        for update in updates:
+            self.answers[update.sequence.rid].take(update)
+
+    def step(self) -> bool:
+        """One step; False when there was nothing to do."""
+        plan = self.planner.next(float(self.steps))
+        if plan is None:
+            return False
+        results = self.worker.collect(self.worker.launch(plan))
+        self.take(self.planner.apply(plan, results, float(self.steps)))
+        for sequence in self.planner.released:
+            self.worker.forget(sequence)
+        self.planner.released.clear()
+        self.planner.check()
+        self.steps += 1
+        return True
+
+    def run(self) -> None:
+        """Until nothing is left to do; all state must be back then."""
+        while self.step():
+            pass
+        assert self.planner.idle and not self.worker.states, (self.planner.waiting, self.worker.states)
+
+    def generate(
+        self, prompts: list[list[int]], params: list[SamplingParams] | SamplingParams, **request: Any
+    ) -> list[Answer]:
+        """All prompts at once."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        rids = [self.add(prompt, its_params, **request) for prompt, its_params in zip(prompts, each, strict=True)]
+        self.run()
+        return [self.answers[rid] for rid in rids]
+
+
+ALL_LOGPROBS = LogprobOptions(start=0)

@@ -1,0 +1,124 @@
+"""The parity cases: what Quartet answers against what transformers computes for the same tokens.
+
+transformers is teacher-forced: one forward pass over prompt and answer shows for every position which token is the
+best and how likely each is. Equal greedy tokens mean that every answer token is the best one at its place.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from runtime.messages import LogprobOptions
+from runtime.sampling import SamplingParams
+from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
+from tests.model import tiny
+
+NEW_TOKENS = 64
+TOLERANCE = 1e-3
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral")
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+FIRST_WORD = 3  # ids below are special
+
+
+@dataclass
+class Outcome:
+    """How one case of one family came out."""
+
+    tokens_equal: bool
+    error: float  # largest |Δlogprob| over input and output
+    cached_tokens: int
+    retractions: int
+
+
+def prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(FIRST_WORD, tiny.VOCAB_SIZE) for _ in range(length)]
+
+
+def one(directory: Path) -> tuple[list[list[int]], list[Answer]]:
+    prompts = [prompt(random.Random(1), 37)]
+    return prompts, Engine(directory).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
+
+
+def many(directory: Path, **settings: int) -> tuple[list[list[int]], list[Answer]]:
+    rng = random.Random(2)
+    prompts = [prompt(rng, length) for length in (1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 50, 64, 90, 120)]
+    return prompts, Engine(directory, **settings).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
+
+
+def chunked(directory: Path) -> tuple[list[list[int]], list[Answer]]:
+    return many(directory, chunked_prefill_size=16)
+
+
+def prefixed(directory: Path) -> tuple[list[list[int]], list[Answer]]:
+    """A first wave fills the prefix tree; the second finds its prefixes there, and its rows share them."""
+    rng = random.Random(3)
+    engine, common, other = Engine(directory), prompt(rng, 150), prompt(rng, 40)
+    engine.generate([common, other], GREEDY)
+    prompts = [common + prompt(rng, 3 + i) for i in range(5)] + [other + prompt(rng, 9)]
+    starts = [148] * 5 + [39]  # prompt positions from here on are computed again, to be scored
+    rids = [
+        engine.add(ids, GREEDY, logprobs=LogprobOptions(start=start))
+        for ids, start in zip(prompts, starts, strict=True)
+    ]
+    engine.run()
+    return prompts, [engine.answers[rid] for rid in rids]
+
+
+def retracted(directory: Path) -> tuple[list[list[int]], list[Answer]]:
+    return many(directory, max_total_tokens=320, chunked_prefill_size=64)
+
+
+CASES: dict[str, Callable[[Path], tuple[list[list[int]], list[Answer]]]] = {
+    "one request": one,
+    "16 at once": many,
+    "chunks of 16": chunked,
+    "prefix hits": prefixed,
+    "retraction": retracted,
+}
+
+
+class Peer:
+    """transformers' model of the same directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        )
+
+    @torch.inference_mode()
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        """Row p is the distribution of position p + 1: (positions, vocab)."""
+        return torch.log_softmax(self.model(torch.tensor([ids])).logits[0].float(), -1)
+
+
+def compare(peer: Peer, prompts: list[list[int]], answers: list[Answer]) -> Outcome:
+    equal, error = True, 0.0
+    for ids, answer in zip(prompts, answers, strict=True):
+        expected = peer.logprobs(ids + answer.ids)
+        ahead = expected[len(ids) - 1 : -1]  # (new tokens, vocab)
+        equal &= len(answer.ids) == NEW_TOKENS and ahead.argmax(1).tolist() == answer.ids
+        error = max(error, output_error(ahead, answer), input_error(expected, ids, answer))
+    return Outcome(equal, error, sum(a.cached_tokens for a in answers), sum(a.retractions for a in answers))
+
+
+def output_error(ahead: torch.Tensor, answer: Answer) -> float:
+    assert answer.logprobs is not None
+    values = torch.tensor(floats(answer.logprobs.values))
+    return float((ahead.gather(1, torch.tensor(answer.ids).unsqueeze(1)).squeeze(1) - values).abs().max())
+
+
+def input_error(expected: torch.Tensor, ids: list[int], answer: Answer) -> float:
+    """Over the prompt's last positions: as many as the answer has, but for the first, which has no logprob."""
+    assert answer.input_logprobs is not None
+    values = torch.tensor(floats(answer.input_logprobs.values))
+    scored = len(values) - 1
+    if scored < 1:
+        return 0.0
+    assert values[0].isnan() and not values[1:].isnan().any()
+    start = len(ids) - scored
+    its = expected[start - 1 : len(ids) - 1].gather(1, torch.tensor(ids[start:]).unsqueeze(1)).squeeze(1)
+    return float((its - values[1:]).abs().max())

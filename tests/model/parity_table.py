@@ -1,0 +1,56 @@
+"""Prints how Quartet compares with transformers: `python -m tests.model.parity_table [family ...]`.
+
+A cell is the largest |Δlogprob| over input and output; the greedy tokens must be equal as well.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.model import parity, tiny
+
+
+def main(families: list[str]) -> int:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    print(f"fp32, {parity.NEW_TOKENS} new tokens, largest |Δlogprob|; the limit is {parity.TOLERANCE}")
+    print("".join(f"{title:>14}" for title in ("family", *parity.CASES, "cached", "retracted")))
+    failed = 0
+    for family in families:
+        outcomes = run(family)
+        cells = [cell(outcome) for outcome in outcomes]
+        counts = (max(outcome.cached_tokens for outcome in outcomes), max(outcome.retractions for outcome in outcomes))
+        print("".join(f"{text:>14}" for text in (family, *cells, *counts)), flush=True)
+        failed += not all(passed(outcome) for outcome in outcomes)
+    print("all agree" if not failed else f"{failed} families differ")
+    return min(failed, 1)
+
+
+def run(family: str) -> list[parity.Outcome]:
+    with tempfile.TemporaryDirectory() as name:
+        directory = tiny.build(family, Path(name))
+        peer = parity.Peer(directory)
+        with open(os.devnull, "w") as quiet:  # the loader's progress bars
+            stderr, sys.stderr = sys.stderr, quiet
+            try:
+                return [parity.compare(peer, *case(directory)) for case in parity.CASES.values()]
+            finally:
+                sys.stderr = stderr
+
+
+def passed(outcome: parity.Outcome) -> bool:
+    return outcome.tokens_equal and outcome.error <= parity.TOLERANCE
+
+
+def cell(outcome: parity.Outcome) -> str:
+    return f"{outcome.error:.1e}" if outcome.tokens_equal else "TOKENS DIFFER"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or list(parity.FAMILIES)))
