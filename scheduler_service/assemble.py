@@ -15,7 +15,7 @@ from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.scheduler import Scheduler, Worker
 
-DEFAULT_CHUNK = 512  # prompt tokens of a step where the configuration leaves it open: about half a second on a CPU
+WHOLE_PROMPTS = -1
 
 
 class SizedWorker(Worker, Protocol):
@@ -39,7 +39,7 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
         context_length=info.context_length,
         vocab_size=info.vocab_size,
         eos_ids=frozenset(info.eos_ids),
-        chunked_prefill_size=-1 if encoder else DEFAULT_CHUNK if chunk is None else chunk,
+        chunked_prefill_size=WHOLE_PROMPTS if encoder or chunk is None else chunk,
         max_prefill_tokens=config.max_prefill_tokens,
         policy=config.schedule_policy,
         max_queued=config.max_queued_requests,
