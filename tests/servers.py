@@ -27,7 +27,9 @@ STAND_INS = {
 class Server:
     """A launcher process and everything it prints."""
 
-    def __init__(self, flags: tuple[str, ...], services: Mapping[str, str], run_base: Path) -> None:
+    def __init__(
+        self, flags: tuple[str, ...], services: Mapping[str, str], environment: Mapping[str, str], run_base: Path
+    ) -> None:
         self.run_base = run_base
         self._lines: list[str] = []
         self._more = threading.Condition()
@@ -36,7 +38,7 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.launcher", *replaced, "--", "--port", "0", *flags],
             cwd=ROOT,
-            env=os.environ | {"XDG_RUNTIME_DIR": str(run_base), "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"XDG_RUNTIME_DIR": str(run_base), "PYTHONUNBUFFERED": "1"} | dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -102,13 +104,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def launched(*flags: str, services: Mapping[str, str] | None = None, ready: bool = True) -> Iterator[Server]:
+def launched(
+    *flags: str,
+    services: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    ready: bool = True,
+) -> Iterator[Server]:
     """A server started with these flags and, where named, other modules as services; stopped at the end.
 
     `ready`: wait until it serves. The port is free and chosen by the kernel, see `Server.url`.
     """
     run_base = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: socket paths are limited
-    server = Server(flags, services or {}, run_base)
+    server = Server(flags, services or {}, environment or {}, run_base)
     try:
         if ready:
             server.wait_for(READY)

@@ -1,5 +1,6 @@
 """What the launcher does with its processes, seen from outside."""
 
+import json
 import os
 import select
 import signal
@@ -8,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import requests
 
 from runtime.run_dir import sweep
 from runtime.supervisor import ExitStatus
@@ -168,3 +170,48 @@ def test_a_left_over_run_directory_is_swept_and_a_live_one_is_not(launch_stand_i
 def test_an_open_host_without_a_key_is_warned_about(launch_stand_ins):
     server = launch_stand_ins("--host", "0.0.0.0")
     assert server.log.count("no --api-key is set") == 1
+
+
+@pytest.fixture
+def slow_steps():
+    """The environment of a fake scheduler that takes its time."""
+    return {"QUARTET_FAKE_STEP_S": "0.02"}
+
+
+def stream(server, max_new_tokens):
+    """A streaming generation whose first chunk has arrived: the response and the rest of its events."""
+    body = {"text": "Hello", "sampling_params": {"max_new_tokens": max_new_tokens, "ignore_eos": True}, "stream": True}
+    response = requests.post(f"{server.url}/generate", json=body, stream=True, timeout=30)
+    response.raise_for_status()
+    events = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith(b"data: {"))
+    next(events)
+    return events
+
+
+def test_sigterm_lets_a_running_stream_finish(launch_fake, slow_steps):
+    server = launch_fake(environment=slow_steps)
+    events = stream(server, max_new_tokens=40)
+    server.signal()
+    *_, last = events
+    assert last["meta_info"]["completion_tokens"] == 40
+    assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 40}
+    assert server.wait() == ExitStatus.CLEAN
+
+
+def test_a_stream_that_outlasts_the_drain_timeout_is_aborted_and_the_end_is_clean(launch_fake, slow_steps):
+    server = launch_fake("--drain-timeout", "0.1", environment=slow_steps)
+    events = stream(server, max_new_tokens=1900)
+    server.signal()
+    *_, last = events
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    assert server.wait() == ExitStatus.CLEAN
+
+
+def test_a_scheduler_that_dies_under_a_stream_ends_the_stream_and_the_server(launch_fake, slow_steps):
+    server = launch_fake(environment=slow_steps)
+    events = stream(server, max_new_tokens=1900)
+    server.children()["scheduler"].kill()
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        list(events)
+    assert server.wait() == ExitStatus.DIED
+    assert "quartet: the scheduler (pid" in server.output()
