@@ -5,9 +5,11 @@ page_size) of every head. Page 0 is the null page: it holds zeros, no sequence o
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 from runtime.config import ServerConfig
@@ -21,6 +23,17 @@ GB = 1 << 30
 DEFAULT_SHARE = {"cpu": 0.4, "cuda": 0.85}  # of the memory that is free once the weights are loaded
 LARGEST_SHARE = 0.95  # of it, for a size that the operator asked for
 NULL_PAGE = 0
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that cost memory only where they are written to.
+
+    On the CPU `torch.zeros` writes every page at once, gigabytes of them; the system's own zero pages cost nothing.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(size, dtype=numpy.uint8)).view(dtype).view(shape)
 
 
 @dataclass(slots=True)
@@ -46,10 +59,7 @@ class KVCache:
         self.page_count = page_count  # usable ones; the null page comes on top
         tokens = (page_count + 1) * page_size
         self.keys, self.values = (
-            {
-                spec.layer: torch.zeros(spec.kv_heads, tokens, spec.head_dim, dtype=dtype, device=device)
-                for spec in layers
-            }
+            {spec.layer: untouched_zeros((spec.kv_heads, tokens, spec.head_dim), dtype, device) for spec in layers}
             for _ in range(2)
         )
 
