@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+OLDER_LAYOUTS = ("vocab*", "*.model", "*.tiktoken", "tekken.json")
 CONVERTER = "tokenizer_service.convert"  # run as a process: transformers weighs 250 MiB and would stay
 CONVERTER_TIMEOUT_S = 300
 REMEDY = "name a directory that has one with --tokenizer-path, or start with --skip-tokenizer-init"
@@ -52,6 +53,8 @@ def _parse(source: str, file: Path) -> "Tokenizer":
 
 def _converted(path: Path) -> str:
     """What transformers makes of vocabulary files in an older layout, as tokenizer.json."""
+    if not any(file for pattern in OLDER_LAYOUTS for file in path.glob(pattern)):
+        raise StartupError(f"no tokenizer.json in {path}; {REMEDY}")
     command = [sys.executable, "-m", CONVERTER, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERTER_TIMEOUT_S, check=False)
     if done.returncode != 0:

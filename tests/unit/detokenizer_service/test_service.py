@@ -1,0 +1,254 @@
+"""What the detokenizer answers to each message."""
+
+from array import array
+
+import pytest
+
+from detokenizer_service.decode import Vocabulary
+from detokenizer_service.service import Detokenizer
+from runtime.control import Abort, Detokenize, FlushCache, Probe
+from runtime.messages import (
+    Facts,
+    Finish,
+    LogprobOptions,
+    Logprobs,
+    Message,
+    Reply,
+    Request,
+    Text,
+    Tokens,
+    pack_ids,
+    unpack_ids,
+)
+from runtime.sampling import SamplingParams
+from tests.tokenizers_to_try import byte_level
+
+TOKENIZER = byte_level()
+END = TOKENIZER.token_to_id("<|end|>")
+LENGTH = Finish(reason="length", length=9)
+
+
+@pytest.fixture
+def detokenizer() -> Detokenizer:
+    return Detokenizer(Vocabulary(TOKENIZER))
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER.encode(text).ids
+
+
+def request(**params: object) -> Request:
+    return Request(rid="r", params=SamplingParams(**params))  # type: ignore[arg-type]
+
+
+def floats(*values: float) -> bytes:
+    return array("f", values).tobytes()
+
+
+def texts(messages: list[Message]) -> str:
+    return "".join(message.text for message in messages if isinstance(message, Text))
+
+
+def one_by_one(ids: list[int], of: Request, finish: Finish | None = None) -> list[Tokens]:
+    """The messages of a request that makes a token a step."""
+    made = [Tokens(rid=of.rid, attempt=of.attempt, ids=pack_ids([id])) for id in ids]
+    made[0].request = of
+    made[-1].finish = finish
+    return made
+
+
+def test_text_of_a_request_joins_to_the_whole_and_carries_no_request(detokenizer: Detokenizer) -> None:
+    out = detokenizer.step(one_by_one(ids_of("Привет, 😀!"), request(), LENGTH))
+    assert texts(out) == "Привет, 😀!"
+    assert all(isinstance(m, Text) and m.tokens.request is None and not m.tokens.prompt_tail for m in out)
+    assert out[-1].tokens.finish == LENGTH
+
+
+def test_many_tokens_in_one_message_are_one_text(detokenizer: Detokenizer) -> None:
+    ids = pack_ids(ids_of("hello there"))
+    [out] = detokenizer.step([Tokens(rid="r", request=request(), ids=ids, finish=LENGTH)])
+    assert (out.text, out.tokens.ids) == ("hello there", ids)
+
+
+@pytest.mark.parametrize(("trim", "text"), [(True, "hi"), (False, "hi<|end|>")])
+def test_the_stop_token_is_in_the_ids_and_not_in_the_text(detokenizer: Detokenizer, trim: bool, text: str) -> None:
+    of = request(no_stop_trim=not trim, skip_special_tokens=False)
+    ids = [*ids_of("hi"), END]
+    out = detokenizer.step(one_by_one(ids, of, Finish(reason="stop", matched=END)))
+    assert texts(out) == text
+    assert [unpack_ids(m.tokens.ids)[0] for m in out] == ids
+
+
+def test_a_stop_string_ends_the_request_and_tells_the_scheduler(detokenizer: Detokenizer) -> None:
+    out = detokenizer.step(one_by_one(ids_of("one two three"), request(stop=" two")))
+    assert texts(out) == "one"
+    last, abort = out[-2:]
+    assert last.tokens.finish == Finish(reason="stop", matched=" two")
+    assert abort == Abort(rid="r")
+
+
+def test_what_follows_a_stop_is_dropped_and_counted(detokenizer: Detokenizer) -> None:
+    steps = one_by_one(ids_of("one two three four"), request(stop=" two"))
+    first = detokenizer.step(steps)
+    later = detokenizer.step([Tokens(rid="r", finish=Finish(reason="abort", message="Aborted"))])
+    assert later == []
+    made = sum(isinstance(message, Text) for message in first)
+    assert detokenizer.counters.dropped == len(steps) - made + 1
+    assert detokenizer.counters.stopped == 1
+
+
+def test_a_stop_in_the_last_step_overrides_length_without_an_abort(detokenizer: Detokenizer) -> None:
+    out = detokenizer.step(one_by_one(ids_of("ab stop"), request(stop="stop"), LENGTH))
+    assert not any(isinstance(message, Abort) for message in out)
+    assert out[-1].tokens.finish == Finish(reason="stop", matched="stop")
+
+
+def test_tokens_behind_the_stop_are_cut_with_their_logprobs_and_hidden_states(detokenizer: Detokenizer) -> None:
+    ids = [*ids_of("go"), *ids_of(" STOP"), *ids_of(" never")]
+    kept = len(ids_of("go")) + len(ids_of(" STOP"))
+    count = len(ids)
+    logprobs = Logprobs(
+        ids=pack_ids(ids),
+        values=floats(*range(count)),
+        top_ids=pack_ids(range(2 * count)),
+        top_values=floats(*range(2 * count)),
+        asked_values=floats(*range(count)),
+    )
+    step = Tokens(
+        rid="r",
+        request=request(stop="STOP"),
+        ids=pack_ids(ids),
+        logprobs=logprobs,
+        hidden_states=floats(*range(2 * (3 + count))),  # three rows of the prompt come first
+        hidden_size=2,
+    )
+    [last, _] = detokenizer.step([step])
+    assert last.tokens.ids == pack_ids(ids[:kept])
+    assert last.tokens.logprobs.values == floats(*range(kept))
+    assert last.tokens.logprobs.top_ids == pack_ids(range(2 * kept))
+    assert last.tokens.logprobs.asked_values == floats(*range(kept))
+    assert last.tokens.hidden_states == floats(*range(2 * (3 + kept)))
+
+
+def test_one_message_or_many_give_the_same_text_and_ids() -> None:
+    ids = ids_of("The quick brown fox jumps over") * 2
+    for stop in ("fox j", "own", "brown fox jumps overThe"):
+        apart = Detokenizer(Vocabulary(TOKENIZER)).step(one_by_one(ids, request(stop=stop)))
+        [together, _] = Detokenizer(Vocabulary(TOKENIZER)).step(
+            [Tokens(rid="r", request=request(stop=stop), ids=pack_ids(ids))]
+        )
+        assert together.text == texts(apart)
+        assert together.tokens.ids == b"".join(m.tokens.ids for m in apart if isinstance(m, Text))
+
+
+def test_held_text_comes_out_at_the_end(detokenizer: Detokenizer) -> None:
+    out = detokenizer.step(one_by_one(ids_of("so fa"), request(stop="far away"), LENGTH))
+    assert texts(out) == "so fa"
+    assert out[-1].text.endswith("fa"[-1])
+
+
+def test_a_replay_continues_where_the_client_is(detokenizer: Detokenizer) -> None:
+    ids = ids_of("count 😀 to the END of it")
+    for cut in range(1, len(ids)):
+        before = Detokenizer(Vocabulary(TOKENIZER)).step(one_by_one(ids[:cut], request(stop="END")))
+        if any(isinstance(message, Abort) for message in before):
+            break
+        again = Request(rid="r", params=SamplingParams(stop="END"), attempt=1, resume_ids=pack_ids(ids[:cut]))
+        after = detokenizer.step(one_by_one(ids[cut:], again))
+        assert texts(before) + texts(after) == "count 😀 to the "
+    else:
+        pytest.fail("the stop was never met")
+
+
+def test_an_older_attempt_is_dropped(detokenizer: Detokenizer) -> None:
+    again = Request(rid="r", params=SamplingParams(), attempt=1)
+    detokenizer.step([Tokens(rid="r", attempt=1, request=again, ids=pack_ids(ids_of("a")))])
+    assert detokenizer.step([Tokens(rid="r", attempt=0, ids=pack_ids(ids_of("b")))]) == []
+    assert detokenizer.step([Tokens(rid="r", attempt=0, finish=LENGTH)]) == []
+    [out] = detokenizer.step([Tokens(rid="r", attempt=1, ids=pack_ids(ids_of("c")), finish=LENGTH)])
+    assert out.text == "c"
+
+
+def test_a_refused_prompt_passes_though_it_never_ran(detokenizer: Detokenizer) -> None:
+    refused = Tokens(rid="x", finish=Finish(reason="error", message="no", status=400))
+    assert detokenizer.step([refused]) == [Text(tokens=refused)]
+
+
+def test_tokens_of_an_unknown_request_are_dropped(detokenizer: Detokenizer) -> None:
+    assert detokenizer.step([Tokens(rid="x", ids=pack_ids([1]))]) == []
+    assert detokenizer.counters.dropped == 1
+
+
+def test_a_vector_passes_untouched(detokenizer: Detokenizer) -> None:
+    of = Request(rid="r", params=SamplingParams(), task="embed")
+    [out] = detokenizer.step([Tokens(rid="r", request=of, vector=floats(1, 2), finish=LENGTH)])
+    assert (out.text, out.tokens.vector, out.tokens.request) == ("", floats(1, 2), None)
+
+
+def test_logprobs_get_text_where_asked(detokenizer: Detokenizer) -> None:
+    a, b, c = ids_of("a") + ids_of("b") + ids_of("c")
+    of = Request(rid="r", params=SamplingParams(), logprobs=LogprobOptions(start=0, top=1, token_ids=[c], text=True))
+    step = Tokens(
+        rid="r",
+        request=of,
+        ids=pack_ids([a]),
+        logprobs=Logprobs(ids=pack_ids([a]), values=floats(0), top_ids=pack_ids([b]), top_values=floats(0)),
+        input_logprobs=Logprobs(ids=pack_ids([END, b]), values=floats(0, 0)),
+    )
+    [out] = detokenizer.step([step])
+    assert (out.tokens.logprobs.texts, out.tokens.logprobs.top_texts) == (["a"], ["b"])
+    assert out.tokens.logprobs.asked_texts == ["c"]
+    assert out.tokens.input_logprobs.texts == ["<|end|>", "b"]
+
+
+def test_logprobs_get_no_text_unasked(detokenizer: Detokenizer) -> None:
+    of = Request(rid="r", params=SamplingParams(), logprobs=LogprobOptions())
+    step = Tokens(rid="r", request=of, ids=pack_ids([5]), logprobs=Logprobs(ids=pack_ids([5]), values=floats(0)))
+    assert detokenizer.step([step])[0].tokens.logprobs.texts is None
+
+
+def test_routed_experts_come_with_the_end_though_the_text_stopped_before(detokenizer: Detokenizer) -> None:
+    ids = [*ids_of("x"), *ids_of(" STOP"), *ids_of(" y")]
+    kept, made, prompt = len(ids) - len(ids_of(" y")), len(ids), 3
+    of = Request(rid="r", params=SamplingParams(stop="STOP"), return_routed_experts=True)
+    out = detokenizer.step([Tokens(rid="r", request=of, ids=pack_ids(ids), prompt_tokens=prompt)])
+    assert out == [Abort(rid="r")]
+    one_more = Tokens(rid="r", ids=pack_ids([5]), prompt_tokens=prompt)
+    experts = pack_ids(range(2 * (prompt + made + 1 - 1)))
+    end = Tokens(rid="r", routed_experts=experts, finish=Finish(reason="abort"), prompt_tokens=prompt)
+    [last] = detokenizer.step([one_more, end])
+    assert last.tokens.finish == Finish(reason="stop", matched="STOP")
+    assert last.tokens.routed_experts == pack_ids(range(2 * (prompt + kept - 1)))
+
+
+def test_a_new_scheduler_forgets_what_ran_before(detokenizer: Detokenizer) -> None:
+    detokenizer.step([Tokens(rid="r", request=request(), ids=pack_ids(ids_of("a")))])
+    facts = Facts(max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=1)
+    assert detokenizer.step([facts]) == [facts]
+    assert detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))]) == []
+
+
+def test_detokenize_answers_texts(detokenizer: Detokenizer) -> None:
+    command = Detokenize(id="7", ids=[pack_ids(ids_of("hi 你好")), b""], skip_special_tokens=False)
+    assert detokenizer.step([command]) == [Reply(id="7", body={"texts": ["hi 你好", ""]})]
+
+
+@pytest.mark.parametrize("bad", [b"123", pack_ids([-1])])
+def test_detokenize_refuses_what_is_no_id(detokenizer: Detokenizer, bad: bytes) -> None:
+    [reply] = detokenizer.step([Detokenize(id="7", ids=[bad])])
+    assert (reply.success, reply.status) == (False, 400)
+
+
+def test_probe_gets_our_counters_and_others_pass(detokenizer: Detokenizer) -> None:
+    detokenizer.step([Tokens(rid="r", request=request(), ids=pack_ids([5, 6]))])
+    probe, flush = detokenizer.step([Probe(), FlushCache(id="1")])
+    assert probe.counters["detokenizer"] == {"running": 1, "tokens": 2, "stopped": 0, "dropped": 0}
+    assert flush == FlushCache(id="1")
+
+
+def test_without_a_tokenizer_ids_pass_and_nothing_is_decoded() -> None:
+    detokenizer = Detokenizer(None)
+    step = Tokens(rid="r", request=request(), ids=pack_ids([5]))
+    assert detokenizer.step([step]) == [Text(tokens=Tokens(rid="r", ids=pack_ids([5])))]
+    [reply] = detokenizer.step([Detokenize(id="1", ids=[pack_ids([5])])])
+    assert reply.status == 400
