@@ -102,3 +102,33 @@ def run_experts(
             start += count
     weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype).unsqueeze(-1)
     return weighted.sum(dim=1)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of one sequence whose last positions are the queries: q (queries, heads, dim), k and v
+    (keys, kv_heads, dim) → (queries, heads, dim), computed in float32."""
+    queries, heads, dim = q.shape
+    keys, kv_heads, _ = k.shape
+    grouped = q.float().view(queries, kv_heads, heads // kv_heads, dim)
+    scores = torch.einsum("qngd,knd->ngqk", grouped, k.float()) * scale
+    if softcap is not None:
+        scores = soft_cap(scores, softcap)
+    query_at = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
+    key_at = torch.arange(keys, device=q.device)
+    hidden = key_at > query_at
+    if window is not None:
+        hidden |= key_at <= query_at - window
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:  # one more column that takes its share and gives nothing
+        column = sinks.float().view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    shares = scores.softmax(dim=-1)[..., :keys]
+    return torch.einsum("ngqk,knd->qngd", shares, v.float()).reshape(queries, heads, dim).to(q.dtype)

@@ -39,7 +39,10 @@ def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> S
     dtype = resolve_dtype(config.dtype, info.config, device)
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)
-    model = load_native(decoder_spec(info), config, info, dtype, device)
+    try:
+        model: ServedModel = load_native(decoder_spec(info), config, info, dtype, device)
+    except NotNative as reason:
+        model = load_fallback(str(reason), config, info, dtype, device)
     left = available_gb(device)
     log.info(
         "Load weight end. type=%s, dtype=%s, avail mem=%.2f GB, mem usage=%.2f GB.",
@@ -69,3 +72,12 @@ def load_native(
     model = Decoder(spec, weights)
     load_weights(weights, config, info)
     return model
+
+
+def load_fallback(
+    reason: str, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+) -> ServedModel:
+    log.info("No native family for %s: it is loaded with transformers.", reason)
+    from scheduler_service.model.transformers_model import load_transformers_model  # takes seconds, seldom needed
+
+    return load_transformers_model(config, info, dtype, device)

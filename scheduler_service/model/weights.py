@@ -27,6 +27,7 @@ class Layout:
 
     buffers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of buffers that do not have the model's
     ignored: frozenset[str] = frozenset()  # names that a checkpoint may hold though nothing reads them
 
     def add(self, buffer: str, index: tuple[int, ...], tensors: list[tuple[str, int]], columns: int | None) -> None:
@@ -75,11 +76,13 @@ class Weights:
     def view(self, name: str) -> torch.Tensor:
         """The tensor of a checkpoint name, in the checkpoint's shape. Raises KeyError for an unknown name."""
         place = self.layout.places[name]
-        return self.buffers[place.buffer][place.index].narrow(0, place.start, place.shape[0])
+        slab = self.slab(place.buffer, *place.index)
+        return slab.narrow(0, place.start, place.shape[0]) if place.shape else slab
 
     def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Checkpoint name → shape and dtype."""
-        return {name: (place.shape, self.dtype) for name, place in self.layout.places.items()}
+        places = self.layout.places.items()
+        return {name: (place.shape, self.buffers[place.buffer].dtype) for name, place in places}
 
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())

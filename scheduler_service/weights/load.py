@@ -21,30 +21,35 @@ from scheduler_service.weights.progress import shown
 log = logging.getLogger(__name__)
 
 NAMES_SHOWN = 8  # of a long list of tensors
-DISK_FORMATS = ("auto", "safetensors")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DUMMY_SEED = 0
 
 
 def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> None:
     """Fill `weights` by --load-format and let what follows them follow. Raises StartupError."""
-    if config.load_format == "dummy":
+    if is_dummy(config):
         weights.fill_random(config.random_seed or DUMMY_SEED)
-    elif config.load_format in DISK_FORMATS:
-        load_checkpoint(weights, Path(info.path))
     else:
-        choices = ", ".join((*DISK_FORMATS, "dummy"))
-        raise StartupError(f"--load-format {config.load_format} is unknown; choose one of {choices}")
+        checkpoint = open_checkpoint(Path(info.path))
+        check(checkpoint, weights)
+        read(checkpoint, weights, shown(checkpoint.files))
     weights.after_update()
 
 
-def load_checkpoint(weights: Weights, directory: Path) -> None:
-    """Check the directory's checkpoint against `weights`, then read it, with log lines and a progress bar."""
+def is_dummy(config: ServerConfig) -> bool:
+    """Whether --load-format asks for random weights; raises StartupError for one that does not exist."""
+    if config.load_format not in LOAD_FORMATS:
+        raise StartupError(f"--load-format {config.load_format} is unknown; choose one of {', '.join(LOAD_FORMATS)}")
+    return config.load_format == "dummy"
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """The directory's checkpoint, with the log lines that say what was found."""
     log.info("Using model weights format ['*.safetensors']")
     checkpoint = Checkpoint.open(directory)
     if not checkpoint.indexed:
         log.info("No %s found in remote.", INDEX_NAME)
-    check(checkpoint, weights)
-    read(checkpoint, weights, shown(checkpoint.files))
+    return checkpoint
 
 
 def check(checkpoint: Checkpoint, weights: Weights) -> None:
@@ -66,7 +71,20 @@ def check(checkpoint: Checkpoint, weights: Weights) -> None:
 
 def read(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> None:
     """Copy every tensor to its place, file by file, in the order of the bytes on disk."""
-    names = sorted(weights.names(), key=lambda name: checkpoint.tensors[name].offset)
+    read_into(checkpoint, {name: weights.view(name) for name in weights.names()}, files)
+
+
+def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """All floating tensors of a checkpoint under its own names and dtypes, with a progress bar."""
+    stored = checkpoint.tensors.items()
+    state = {name: torch.empty(t.shape, dtype=DTYPES[t.dtype]) for name, t in stored if t.dtype in DTYPES}
+    read_into(checkpoint, state, shown(checkpoint.files))
+    return state
+
+
+def read_into(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: Iterable[Path]) -> None:
+    """Copy tensors to the targets of the same names."""
+    names = sorted(targets, key=lambda name: checkpoint.tensors[name].offset)
     for file in files:
         try:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -74,9 +92,8 @@ def read(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> Non
             raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
         try:
             for name in names:
-                stored = checkpoint.tensors[name]
-                if stored.file == file:
-                    read_tensor(stored, weights.view(name), descriptor)
+                if checkpoint.tensors[name].file == file:
+                    read_tensor(checkpoint.tensors[name], targets[name], descriptor)
         finally:
             os.close(descriptor)
 

@@ -1,8 +1,13 @@
 """A plain `attend` for tests: keys and values in lists, one dense softmax per sequence, everything in float32."""
 
+from pathlib import Path
+
 import torch
 
+from runtime import model_info
+from runtime.config import ServerConfig
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from scheduler_service.model.registry import load_model
 
 
 class DenseAttend:
@@ -37,8 +42,16 @@ def attend_one(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.T
     hidden = key_at > query_at
     if spec.window is not None:
         hidden |= key_at <= query_at - spec.window
-    mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(dim=-1), v)
-    return mixed.to(q.dtype)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if spec.sinks is not None:
+        scores = torch.cat((scores, spec.sinks.float().view(-1, 1, 1).expand(-1, len(q), 1)), dim=-1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1)[..., : len(k)], v).to(q.dtype)
+
+
+def serve(directory: Path, **settings: object) -> ServedModel:
+    """Load a model directory as the scheduler does."""
+    config = ServerConfig(model_path=str(directory), device="cpu", **settings)
+    return load_model(config, model_info.load(config), torch.device("cpu"))
 
 
 class DenseRunner:

@@ -29,6 +29,7 @@ SHAPE: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True}
+SINKS: dict[str, Any] = {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
 # family → (config class of transformers, what it has besides SHAPE)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,10 +47,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", {}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
-    "stablelm": ("StableLmConfig", {}),
     "gpt_neox": ("GPTNeoXConfig", {}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt_oss": ("GptOssConfig", {**SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    # those that cannot be served
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "mamba": ("MambaConfig", {}),
 }
 
 

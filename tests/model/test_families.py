@@ -1,0 +1,247 @@
+"""Every native family gives transformers' numbers in float32, on small random models read from disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.errors import StartupError
+from scheduler_service.model.batch import ServedModel
+from scheduler_service.model.decoder import Decoder
+from tests.model import tiny
+from tests.model.dense import DenseRunner, serve
+
+NATIVE = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+]
+MOE = ["qwen2_moe", "qwen3_moe", "mixtral"]
+LENGTH = 60  # longer than the sliding windows of tiny models
+TOLERANCE = 1e-4
+
+VARIATIONS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+    ("mistral", {"sliding_window": None, "head_dim": 32}),
+    ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 0}),
+    ("phi3", {"sliding_window": 24, "tie_word_embeddings": True}),
+    ("phi3", {"partial_rotary_factor": 0.75, "num_attention_heads": 2}),
+    ("gemma2", {"tie_word_embeddings": False, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("gemma3", {"tie_word_embeddings": False, "final_logit_softcapping": 5.0, "num_hidden_layers": 4}),
+    ("qwen2_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 3}),
+    ("mixtral", {"sliding_window": 24, "tie_word_embeddings": True}),
+]
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    YARN,
+    {**YARN, "attention_factor": 0.7},
+    {**YARN, "mscale": 0.9, "mscale_all_dim": 0.4, "beta_fast": 16, "beta_slow": 2},
+    {**YARN, "truncate": False},
+]
+
+
+def prompt(seed: int = 1, length: int = LENGTH) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, tiny.VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+@torch.inference_mode()
+def expected_logits(family: str, ids: list[int], **overrides: Any) -> torch.Tensor:
+    return tiny.random_model(family, **overrides)(torch.tensor([ids])).logits[0].float()
+
+
+def served(family: str, directory: Path, **overrides: Any) -> ServedModel:
+    return serve(tiny.build(family, directory, **overrides))
+
+
+def assert_parity(model: ServedModel, family: str, **overrides: Any) -> None:
+    ids = prompt()
+    expected = expected_logits(family, ids, **overrides)
+    assert expected.std() > 0.3, "degenerate model"
+    assert (DenseRunner(model).feed([ids]) - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_whole_prompt_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
+    model = served(family, tmp_path)
+    assert isinstance(model, Decoder)
+    assert_parity(model, family)
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_chunks_and_single_tokens_beside_another_sequence_give_the_same_logits(family: str, tmp_path: Path) -> None:
+    ids, other = prompt(), prompt(seed=2, length=40)
+    runner = DenseRunner(served(family, tmp_path))
+    first = runner.feed([ids[:30], other[:17]])
+    steps = [runner.feed([[ids[at]], [other[at - 13]]]) for at in range(30, 40)]
+    last = runner.feed([ids[40:], other[27:]])
+    found = torch.cat([first[:30], *[step[:1] for step in steps], last[:20]])
+    beside = torch.cat([first[30:], *[step[1:] for step in steps], last[20:]])
+    assert (found - expected_logits(family, ids)).abs().max() <= TOLERANCE
+    assert (beside - expected_logits(family, other)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "overrides"), VARIATIONS)
+def test_variations_of_a_family_are_followed(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    model = served(family, tmp_path, **overrides)
+    assert isinstance(model, Decoder)
+    assert_parity(model, family, **overrides)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rope_variants_of_new_configs(rope: dict[str, Any], tmp_path: Path) -> None:
+    overrides = {"rope_parameters": {"rope_theta": 5000.0, **rope}}
+    assert_parity(served("llama", tmp_path, **overrides), "llama", **overrides)
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("type_key", ["type", "rope_type"])
+def test_rope_variants_of_old_configs(rope: dict[str, Any], type_key: str, tmp_path: Path) -> None:
+    overrides = {"rope_parameters": {"rope_theta": 5000.0, **rope}}
+    tiny.build("qwen2", tmp_path, **overrides)
+    scaling = {type_key: rope["rope_type"], **{key: rope[key] for key in rope if key != "rope_type"}}
+    rewrite_config(tmp_path, remove=["rope_parameters"], rope_theta=5000.0, rope_scaling=scaling)
+    assert_parity(serve(tmp_path), "qwen2", **overrides)
+
+
+def test_old_gemma3_config_with_its_two_thetas(tmp_path: Path) -> None:
+    tiny.build("gemma3", tmp_path)
+    rewrite_config(tmp_path, remove=["rope_parameters", "layer_types"], rope_theta=1e6, rope_local_base_freq=1e4)
+    rewrite_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0}, sliding_window_pattern=2)
+    ropes = {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert_parity(serve(tmp_path), "gemma3", rope_parameters=ropes)
+
+
+@pytest.mark.parametrize(("context_length", "length"), [(32, 30), (512, 60)])
+def test_longrope_takes_its_factors_by_the_servers_context_length(
+    context_length: int, length: int, tmp_path: Path
+) -> None:
+    factors = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    overrides = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    model = serve(tiny.build("phi3", tmp_path, **overrides), context_length=context_length)
+    ids = prompt(length=length)
+    found = DenseRunner(model).feed([ids])
+    assert (found - expected_logits("phi3", ids, **overrides)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(family: str, tmp_path: Path) -> None:
+    ids = prompt()
+    exact = expected_logits(family, ids)
+    theirs = (expected_logits(family, ids, dtype=torch.bfloat16) - exact).square().mean().sqrt()
+    model = serve(tiny.build(family, tmp_path), dtype="bfloat16")
+    found = DenseRunner(model).feed([ids])
+    assert found.dtype is torch.float32
+    assert (found - exact).square().mean().sqrt() <= 1.5 * theirs
+
+
+def test_float16_checkpoint_is_served_as_it_is(tmp_path: Path) -> None:
+    model = serve(tiny.build("qwen2", tmp_path, dtype=torch.float16))
+    assert model.dtype is torch.float16
+    ids = prompt()
+    assert (DenseRunner(model).feed([ids]) - expected_logits("qwen2", ids)).abs().max() <= 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3"])
+def test_logits_have_the_same_bits_alone_and_in_any_batch(family: str, dtype: str, tmp_path: Path) -> None:
+    model = serve(tiny.build(family, tmp_path), dtype=dtype)
+    ids = prompt(length=20)
+    together = DenseRunner(model).feed([ids, prompt(2), prompt(3), prompt(4, length=3)])[:20]
+    alone = DenseRunner(model)
+    one_by_one = torch.cat([alone.feed([[token]]) for token in ids])
+    assert torch.equal(DenseRunner(model).feed([ids]), together)
+    assert (one_by_one - together).abs().max() <= (1e-5 if dtype == "float32" else 0.1)  # the test's attend differs
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_embeddings_given_by_the_request_replace_those_of_its_tokens(family: str, tmp_path: Path) -> None:
+    model = served(family, tmp_path)
+    assert isinstance(model, Decoder)
+    ids = prompt()
+    embeds = model.embedding[torch.tensor(ids)] * model.embedding_scale
+    mask = torch.arange(LENGTH) < 25
+    hidden_ids = [5 if masked else token for token, masked in zip(ids, mask.tolist(), strict=True)]
+    found = DenseRunner(model).feed([hidden_ids], embeds=embeds, embeds_mask=mask)
+    assert torch.equal(found, DenseRunner(model).feed([ids]))
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_chosen_experts_are_recorded_for_every_sparse_layer(family: str, tmp_path: Path) -> None:
+    recorded: dict[int, torch.Tensor] = {}
+    ids = prompt()
+    DenseRunner(served(family, tmp_path)).feed([ids], record_experts=recorded.__setitem__)
+    with torch.inference_mode():
+        output = tiny.random_model(family)(torch.tensor([ids]), output_router_logits=True)
+    assert sorted(recorded) == [0, 1]
+    for layer, logits in enumerate(output.router_logits):
+        expected = logits.view(LENGTH, -1).topk(2, dim=-1).indices
+        assert torch.equal(recorded[layer].sort().values, expected.sort().values)
+
+
+def test_dummy_weights_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    one, two, other = (serve(tmp_path, load_format="dummy", random_seed=seed) for seed in (1, 1, 2))
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert one.weights.checksum(name) == two.weights.checksum(name) != other.weights.checksum(name)
+    assert abs(one.weights.view(name).std().item() - 0.02) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"dtype": "int3"}, "--dtype int3 is unknown"),
+        ({"load_format": "gguf"}, "--load-format gguf is unknown"),
+    ],
+)
+def test_unknown_settings_are_named(settings: dict[str, str], complaint: str, tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path)
+    with pytest.raises(StartupError, match=complaint):
+        serve(tmp_path, **settings)
+
+
+def test_quantized_and_incomplete_configs_are_refused_in_one_line(tmp_path: Path) -> None:
+    tiny.build("llama", tmp_path)
+    rewrite_config(tmp_path, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(StartupError, match="is quantized"):
+        serve(tmp_path)
+    rewrite_config(tmp_path, remove=["quantization_config", "num_attention_heads"])
+    with pytest.raises(StartupError, match="does not describe a LlamaForCausalLM: KeyError"):
+        serve(tmp_path)
+
+
+def rewrite_config(directory: Path, remove: list[str] | None = None, **values: Any) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    for name in remove or []:
+        config.pop(name)
+    path.write_text(json.dumps({**config, **values}))
