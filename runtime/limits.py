@@ -22,3 +22,9 @@ MAX_NEW_TOKENS = 1 << 30
 TEMPLATE_CPU_S = 0.1
 TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 16
 TEMPLATE_MIN_OUTPUT_CHARS = 1 << 16
+# grammars: size of a schema, states that counted repetitions unroll to, CPU time of compiling, compiled ones kept
+MAX_GRAMMAR_NODES = 20_000
+MAX_GRAMMAR_STATES = 20_000
+GRAMMAR_CPU_S = 0.1
+GRAMMAR_MEMORY_BYTES = 1 << 30
+GRAMMAR_CACHE_ENTRIES = 256
