@@ -109,9 +109,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         flag("triton needs a GPU; a CPU falls back to torch_native and says so (default: by device)", DEVICE),
     ] = None
     cuda_graph_max_bs: Annotated[
-        Positive | None, flag("largest batch captured as a CUDA graph (GPU only; a CPU captures none)", DEVICE)
+        Positive | None, flag("largest batch captured as a CUDA graph (this version captures none)", DEVICE)
     ] = None
-    disable_cuda_graph: Annotated[bool, flag("capture no CUDA graphs (GPU only; a CPU captures none)", DEVICE)] = False
+    disable_cuda_graph: Annotated[bool, flag("capture no CUDA graphs (this version captures none)", DEVICE)] = False
 
     log_level: Annotated[LogLevel, flag("least severe lines to log", OPERATIONS)] = "info"
     log_level_http: Annotated[LogLevel | None, flag("the same for access lines (default: log level)", OPERATIONS)] = (
@@ -121,7 +121,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     skip_server_warmup: Annotated[bool, flag("report ready without a first request", OPERATIONS)] = False
     expert_distribution_recorder_mode: Annotated[
         Literal["stat", "stat_approx", "per_pass", "per_token"] | None,
-        flag("record which experts a MoE model chooses, in this form", OPERATIONS),
+        flag("record which experts a MoE model chooses (not in this version)", OPERATIONS),
     ] = None
 
     # not flags: the launcher fills them in, the services read them

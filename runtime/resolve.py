@@ -109,6 +109,10 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: f"--revision is for hub ids, and --model-path {c.model_path} is a directory; leave --revision out",
     ),
     (
+        lambda c, m: c.disable_cuda_graph and c.cuda_graph_max_bs is not None,
+        lambda c: "--disable-cuda-graph and --cuda-graph-max-bs contradict each other; leave one of them out",
+    ),
+    (
         lambda c, m: c.skip_tokenizer_init and (c.tokenizer_path is not None or c.chat_template is not None),
         lambda c: "--skip-tokenizer-init loads no tokenizer; leave --tokenizer-path and --chat-template out",
     ),
@@ -134,8 +138,10 @@ def notes(config: ServerConfig, device: str) -> list[str]:
         found.append(f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it")
     if device == "cpu" and config.attention_backend == "triton":
         found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
-    if device == "cpu" and config.cuda_graph_max_bs is not None:
-        found.append("--cuda-graph-max-bs has no effect on a CPU, which captures no CUDA graphs")
+    if config.cuda_graph_max_bs is not None:
+        found.append(f"--cuda-graph-max-bs has no effect: on {device} this version captures no CUDA graphs")
+    if config.expert_distribution_recorder_mode is not None:
+        found.append("--expert-distribution-recorder-mode has no effect: this version does not record experts yet")
     return found
 
 

@@ -48,6 +48,14 @@ def test_triton_on_a_cpu_is_replaced_and_said_so():
 
 
 @pytest.mark.parametrize(
+    "setting", [{"cuda_graph_max_bs": 4}, {"expert_distribution_recorder_mode": "stat"}], ids=lambda s: next(iter(s))
+)
+def test_a_flag_without_effect_is_accepted_and_said_so(setting):
+    (name,) = setting
+    assert [name.replace("_", "-") in note for note in resolve(ServerConfig(**setting), CPU).notes] == [True]
+
+
+@pytest.mark.parametrize(
     ("host", "api_key", "warned"),
     [
         ("127.0.0.1", None, False),
@@ -71,6 +79,7 @@ def test_an_address_open_to_the_network_needs_a_key_or_is_warned_about(host, api
         ({"chunked_prefill_size": 0}, CPU, "use -1 for whole prompts"),
         ({"chunked_prefill_size": 512, "max_prefill_tokens": 256}, CPU, "use --max-prefill-tokens 512"),
         ({"max_total_tokens": 8}, CPU, "use --page-size 8 or less"),
+        ({"disable_cuda_graph": True, "cuda_graph_max_bs": 4}, CPU, "leave one of them out"),
         ({"revision": "main"}, CPU, "leave --revision out"),
         ({"skip_tokenizer_init": True, "chat_template": "t"}, CPU, "leave --tokenizer-path and --chat-template out"),
         ({"preferred_sampling_params": "{"}, CPU, "must be a JSON object"),

@@ -1,0 +1,218 @@
+"""The rules of the design that a machine can hold: who imports whom, what is never executed, what must be owned."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from runtime import control, flags
+from runtime.launch import SERVICES
+from scheduler_service.control import HANDLERS
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("runtime", "tokenizer_service", "scheduler_service", "detokenizer_service", "http_gateway", "kernels")
+SERVICE_PACKAGES = {"tokenizer_service", "scheduler_service", "detokenizer_service", "http_gateway"}
+HEAVY = {"torch", "transformers", "triton", "numpy"}
+OFFLINE = "runtime/demo/"  # training scripts: part of the distribution, of no process
+
+# directory or file → what it must not import: modules by prefix
+FORBIDDEN = {
+    "runtime": {*HEAVY, *SERVICE_PACKAGES, "kernels", "starlette", "uvicorn"},
+    "tokenizer_service": {"torch", "zmq", "kernels", "starlette", *SERVICE_PACKAGES - {"tokenizer_service"}},
+    "detokenizer_service": {"torch", "zmq", "kernels", "starlette", *SERVICE_PACKAGES - {"detokenizer_service"}},
+    "http_gateway": {*HEAVY, "tokenizers", "zmq", "kernels", *SERVICE_PACKAGES - {"http_gateway"}},
+    "scheduler_service": {"zmq", "starlette", "uvicorn", *SERVICE_PACKAGES - {"scheduler_service"}},
+    "scheduler_service/model": {"scheduler_service.core", "runtime.sockets", "runtime.control", "runtime.service"},
+    "kernels": {*SERVICE_PACKAGES, "runtime", "transformers", "zmq"},
+}
+# directory → all it may import besides the standard library
+ALLOWED = {
+    "scheduler_service/core": {"runtime.messages", "runtime.errors", "runtime.control", "scheduler_service.core"},
+    "kernels": {"torch", "triton", "kernels"},
+}
+LAZY = {  # directory → modules that it may import inside functions only
+    "runtime": ("tokenizers", "yaml", "huggingface_hub"),
+    "tokenizer_service": ("transformers",),
+    "detokenizer_service": ("transformers",),
+}
+ZMQ_OWNER = "runtime/sockets.py"
+
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
+UNSAFE_METHODS = {("torch", "load"), ("yaml", "load"), ("os", "system"), ("numpy", "load")}
+
+
+def sources(*places: str) -> Iterator[Path]:
+    """Our Python files under these directories, but for the training scripts."""
+    for place in places or PACKAGES:
+        for path in sorted((ROOT / place).rglob("*.py")):
+            if not name(path).startswith(OFFLINE):
+                yield path
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path, *, only_at_import: bool = False) -> set[str]:
+    """The absolute names that a file imports: `from a.b import c` counts as a.b and a.b.c."""
+    found: set[str] = set()
+    for node in at_import(tree(path)) if only_at_import else ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}:{node.lineno} imports relatively"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: none inside functions, none for the type checker alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            continue
+        yield child
+        yield from at_import(child)
+
+
+def submodules(package: str, modules: set[str]) -> set[str]:
+    """Those of the modules that lie in a package: `from runtime import errors` names both."""
+    return {module for module in modules if within(module, package)}
+
+
+def within(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_packages_import_nothing_that_is_forbidden_to_them(place):
+    excepted = {"runtime": {ZMQ_OWNER}}.get(place, set())
+    broken = [
+        f"{name(path)} imports {module}"
+        for path in sources(place)
+        if name(path) not in excepted
+        for module in imports(path)
+        for prefix in FORBIDDEN[place]
+        if within(module, prefix)
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_pure_packages_import_only_what_is_allowed_to_them(place):
+    allowed = ALLOWED[place]
+    broken = [
+        f"{name(path)} imports {module}"
+        for path in sources(place)
+        for module in imports(path)
+        if module.split(".")[0] not in sys.stdlib_module_names
+        and not any(
+            within(module, prefix) or prefix in imports(path) & submodules(module, allowed) for prefix in allowed
+        )
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize("place", LAZY)
+def test_what_is_slow_to_import_is_imported_only_when_it_is_needed(place):
+    eager = [
+        f"{name(path)} imports {module}"
+        for path in sources(place)
+        for module in imports(path, only_at_import=True)
+        for prefix in LAZY[place]
+        if within(module, prefix)
+    ]
+    assert eager == []
+
+
+def test_zmq_is_known_to_one_file_only():
+    owners = {name(path) for path in sources() for module in imports(path) if within(module, "zmq")}
+    assert owners == {ZMQ_OWNER}
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["runtime.launch", "runtime.cli", *(service.module for service in SERVICES if service.role != "scheduler")],
+)
+def test_the_launcher_and_the_light_services_load_neither_torch_nor_transformers(module):
+    code = f"import sys, {module}; sys.exit(', '.join({{'torch', 'transformers'}} & sys.modules.keys()) or 0)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_kernels_package_is_ours_and_its_init_has_no_code():
+    """Hugging Face publishes a distribution whose module is also called `kernels`; the two cannot live together."""
+    body = tree(ROOT / "kernels/__init__.py").body
+    assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+    assert Path(str(importlib.import_module("kernels").__file__)).parent == ROOT / "kernels"
+    assert set(packages_distributions().get("kernels", [])) <= {"quartet-serve"}
+
+
+def test_nothing_of_ours_can_execute_what_it_reads():
+    broken = []
+    for path in sources():
+        unsafe = imports(path) & UNSAFE_MODULES
+        broken += [f"{name(path)} imports {module}" for module in unsafe]
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and (called := unsafe_call(node)):
+                broken.append(f"{name(path)}:{node.lineno} calls {called}")
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and not is_false(node.value):
+                broken.append(f"{name(path)}:{node.value.lineno} trusts remote code")
+    assert broken == []
+
+
+def unsafe_call(node: ast.Call) -> str:
+    """The name of a call that could execute its argument, or an empty string."""
+    match node.func:
+        case ast.Name(id=called) if called in UNSAFE_CALLS:
+            return called
+        case ast.Attribute(value=ast.Name(id=owner), attr=attribute) if (owner, attribute) in UNSAFE_METHODS:
+            return f"{owner}.{attribute}"
+    return ""
+
+
+def is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def test_services_are_named_by_string_and_exist():
+    for service in SERVICES:
+        assert (ROOT / (service.module.replace(".", "/") + ".py")).is_file(), service.module
+
+
+def test_every_command_has_a_handler():
+    """In the scheduler's table, or in the code of a text service."""
+    text_services = "\n".join(path.read_text() for path in sources("tokenizer_service", "detokenizer_service"))
+    orphans = [
+        command.__name__
+        for command in control.COMMANDS
+        if command not in HANDLERS and not re.search(rf"\b{command.__name__}\b", text_services)
+    ]
+    assert orphans == []
+
+
+def test_every_flag_is_read_somewhere():
+    """A flag that nothing reads would be accepted and ignored. (api names are read as `config.<name>`.)"""
+    code = "\n".join(path.read_text() for path in sources())
+    unread = [setting for setting in flags.settings() if not re.search(rf"\b(config|c|self)\.{setting}\b", code)]
+    assert unread == []
+
+
+def test_commands_of_the_readme_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"^\s*(?:\$ )?make ([\w-]+)", readme, re.MULTILINE))
+    assert {"serve", "test"} <= named <= targets
