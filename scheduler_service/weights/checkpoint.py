@@ -170,21 +170,26 @@ def parse_json(text: bytes) -> dict[str, Any]:
     return data
 
 
-def read_tensor(stored: StoredTensor, target: torch.Tensor, descriptor: int) -> None:
+def read_tensor(stored: StoredTensor, target: torch.Tensor, descriptor: int, chunk_bytes: int = CHUNK_BYTES) -> None:
     """Read a tensor's bytes from an open file into `target`, converting dtype and device on the way."""
     dtype = DTYPES[stored.dtype]
     if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
-        read_exactly(descriptor, memoryview(target.view(-1).view(torch.uint8).numpy()), stored.offset, stored.file)
+        read_exactly(descriptor, bytes_of(target), stored.offset, stored.file)
         return
     assert target.is_contiguous(), stored
     flat = target.view(-1)
-    buffer = torch.empty(min(flat.numel(), CHUNK_BYTES // dtype.itemsize), dtype=dtype)
+    buffer = torch.empty(min(flat.numel(), chunk_bytes // dtype.itemsize), dtype=dtype)
     for start in range(0, flat.numel(), max(1, buffer.numel())):
         part = flat[start : start + buffer.numel()]
         chunk = buffer[: part.numel()]
         offset = stored.offset + start * dtype.itemsize
-        read_exactly(descriptor, memoryview(chunk.view(torch.uint8).numpy()), offset, stored.file)
+        read_exactly(descriptor, bytes_of(chunk), offset, stored.file)
         part.copy_(chunk)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_exactly(descriptor: int, target: memoryview, offset: int, file: Path) -> None:

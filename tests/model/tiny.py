@@ -55,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # those that cannot be served
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
     "mamba": ("MambaConfig", {}),
+    "bert": ("BertConfig", {}),
 }
 
 

@@ -1,0 +1,65 @@
+"""Linear layers: every route gives the product, and the packed one the same bits in any batch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.linear import Linear, can_pack
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    layer = Linear(weight, bias)
+    layer.adopt(layer.pack(weight))
+    return layer
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product_is_that_of_f_linear(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
+    weight = random(96, 2048, dtype=dtype)
+    bias = random(96, dtype=dtype) if with_bias else None
+    x = torch.randn(rows, 2048).to(dtype)
+    found = packed(weight, bias)(x)
+    assert found.dtype is dtype and found.shape == (rows, 96)
+    assert torch.allclose(found, F.linear(x, weight, bias), atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [64, 896, 2048, 4096])
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(dtype: torch.dtype, columns: int) -> None:
+    if not can_pack(dtype):
+        pytest.skip("this CPU multiplies no packed weights of this dtype")
+    layer = packed(random(320, columns, dtype=dtype))
+    x = torch.randn(130, columns).to(dtype)
+    together = layer(x)
+    for rows in (1, 2, 3, 5, 8, 16, 17, 64, 129):
+        assert torch.equal(layer(x[:rows]), together[:rows]), rows
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    layer = packed(random(32, 64, dtype=torch.float32))
+    x = torch.randn(10, 128)
+    assert torch.equal(layer(x[::2, 64:]), layer(x[::2, 64:].contiguous()))
+
+
+def test_new_values_count_from_adopt_on() -> None:
+    weight = random(32, 64, dtype=torch.float32)
+    layer = packed(weight)
+    x = torch.randn(4, 64)
+    form = layer.pack(weight * 2)
+    before = layer(x)
+    layer.adopt(form)
+    assert torch.allclose(layer(x), before * 2, atol=1e-5)
+
+
+def test_a_layer_that_was_never_packed_uses_its_weight() -> None:
+    weight = random(32, 64, dtype=torch.float32)
+    x = torch.randn(4, 64)
+    assert torch.equal(Linear(weight)(x), F.linear(x, weight))
