@@ -19,6 +19,7 @@ from runtime.errors import RequestError
 OWNER = "sglang"  # clients of this API compare it
 FRESH_S = 0.1  # counters younger than this are not asked for again
 LOADS_TIMEOUT_S = 1.0
+STALE_S = 10.0  # counters older than this say nothing any more
 SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues")
 ONE_RING = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "disaggregation_mode": "null", "encoder_only": False}
 
@@ -94,7 +95,7 @@ async def model(gateway: Gateway, http: HTTPRequest) -> Response:
 async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
     """Every setting by its name, and what the scheduler says; without that part when the ring does not answer."""
     counters = await gateway.census.read(FRESH_S)
-    answered = gateway.census.age_s <= FRESH_S + 5.0
+    answered = gateway.census.age_s <= STALE_S
     facts = gateway.facts
     body = {
         **ONE_RING,
@@ -102,7 +103,7 @@ async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
         "status": "ready",
         "max_total_num_tokens": facts.max_total_num_tokens,
         "max_req_input_len": facts.max_req_input_len,
-        "context_length": facts.context_length,
+        "max_model_len": facts.context_length,
         "vocab_size": facts.vocab_size,
         "memory_usage": facts.memory_usage,
         "version": version(),

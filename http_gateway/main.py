@@ -15,6 +15,7 @@ import uvloop
 
 from http_gateway import warmup
 from http_gateway.app import build
+from http_gateway.edge import access_log
 from http_gateway.gateway import Gateway, Phase
 from http_gateway.metrics import Metrics
 from http_gateway.ring_client import RingClient
@@ -73,7 +74,7 @@ class Life:
         config = self._boot.config
         host = f"[{config.host}]" if ":" in config.host else config.host
         port = self._listener.getsockname()[1]
-        uvicorn_log().info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, port)
+        logging.getLogger("uvicorn.error").info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, port)
         self._starting = self._loop.create_task(self._start(port))
 
     async def _start(self, port: int) -> None:
@@ -144,26 +145,10 @@ def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
     )
 
 
-def uvicorn_log() -> logging.Logger:
-    return logging.getLogger("uvicorn.error")
-
-
-def set_up_http_logging(boot: Boot) -> None:
-    """uvicorn's lines carry their level, as operators know them; access lines have a level of their own."""
-
-    def with_level(record: logging.LogRecord) -> bool:
-        record.msg = f"{record.levelname + ':':<9} {record.msg}"
-        return True
-
-    uvicorn_log().addFilter(with_level)
-    level = boot.config.log_level_http or boot.config.log_level
-    logging.getLogger("http_gateway.access").setLevel(level.upper())
-
-
 async def serve(boot: Boot) -> None:
     """The whole life of the process."""
     config = boot.config
-    set_up_http_logging(boot)
+    access_log.setLevel((config.log_level_http or config.log_level).upper())
     model = model_info.load(config)
     metrics = Metrics(config.name)
     ring = RingClient(AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox), config.max_inflight_requests, metrics)

@@ -7,7 +7,6 @@ ring and are shown as they were last said. The text is rendered off the event lo
 import asyncio
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,14 +26,9 @@ TOKEN_BUCKETS = (
     *(0.06, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8),
 )
 
-# Numbers of the scheduler's own counters that count up for ever; all its other numbers are gauges.
-SCHEDULER_TOTALS = (
-    "evicted_tokens_total",
-    "num_retracted_input_tokens_total",
-    "num_retracted_output_tokens_total",
-    "scheduler_idle_seconds_total",
-    "realtime_tokens_total",
-)
+# Counted by the gateway, of requests whose clients want them counted; the scheduler's own are not shown beside them.
+OURS = {"prompt_tokens", "generation_tokens", "cached_tokens", "num_requests", "num_aborted_requests"}
+TOTAL = "_total"
 
 
 class RingCollector:
@@ -42,24 +36,22 @@ class RingCollector:
 
     def __init__(self, model_name: str) -> None:
         self.counters: Counters = {}
-        self._model_name = model_name
+        self._labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
 
     def collect(self) -> Iterator[Metric]:
         for role, numbers in self.counters.items():
             for name, value in numbers.items():
-                if isinstance(value, int | float):
+                if isinstance(value, int | float) and not (role == "scheduler" and name.removesuffix(TOTAL) in OURS):
                     yield self._family(role, name, value)
 
     def _family(self, role: str, name: str, value: float) -> Metric:
-        if role != "scheduler":
-            gauge = GaugeMetricFamily(f"quartet:{role}_{name}", f"{name} of the {role}", labels=["model_name"])
-            gauge.add_metric([self._model_name], value)
-            return gauge
-        labels = ["model_name", "engine_type", "tp_rank", "pp_rank"]
-        kind = CounterMetricFamily if name in SCHEDULER_TOTALS else GaugeMetricFamily
-        family: Any = kind(PREFIX + name, name.replace("_", " "), labels=labels)
-        family.add_metric([self._model_name, "unified", "0", "0"], value)
-        return family  # type: ignore[no-any-return]
+        """A counter where the name ends in _total, else a gauge."""
+        kind = CounterMetricFamily if name.endswith(TOTAL) else GaugeMetricFamily
+        full = PREFIX + name if role == "scheduler" else f"quartet:{role}_{name}"
+        labels = self._labels if role == "scheduler" else {"model_name": self._labels["model_name"]}
+        family = kind(full, f"{name.replace('_', ' ')} ({role})", labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family
 
 
 class Metrics:

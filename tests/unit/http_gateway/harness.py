@@ -5,9 +5,10 @@ the Generate to the messages that come back; tests that want to decide later lea
 """
 
 import asyncio
+import functools
 import json
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -30,7 +31,19 @@ SCHEDULER_COUNTERS = {
     "cache_hit_rate": 0.25,
 }
 
+TEST_TIMEOUT_S = 30.0
+
 Script = Callable[[Generate], list[Message]]
+
+
+def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **fixtures), TEST_TIMEOUT_S))
+
+    return run
 
 
 def floats(*values: float) -> bytes:
