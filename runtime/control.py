@@ -65,7 +65,7 @@ class Detokenize(ControlCommand, tag="detokenize", kw_only=True):
 
 Command = Abort | FlushCache | Probe | Tokenize | Detokenize
 
-COMMANDS: tuple[type[ControlCommand], ...] = Command.__args__  # type: ignore[attr-defined]
+COMMANDS: tuple[type[ControlCommand], ...] = Command.__args__
 
 
 def routes() -> dict[str, type[ControlCommand]]:
