@@ -35,6 +35,8 @@ def load(path: Path) -> "Tokenizer":
     file = path / "tokenizer.json"
     tokenizer = _parse(file.read_text(encoding="utf-8") if file.is_file() else _converted(path), file)
     settings = read_json(path / "tokenizer_config.json")
+    if _is_sentencepiece_llama(tokenizer, settings, read_json(path / "config.json")):
+        _split_as_llama(tokenizer, settings)
     _add_missing_tokens(tokenizer, settings, read_json(path / "special_tokens_map.json"))
     tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     tokenizer.no_truncation()
@@ -61,6 +63,24 @@ def _converted(path: Path) -> str:
         cause = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise StartupError(f"{path} has no tokenizer.json and none can be made from it ({cause}); {REMEDY}")
     return done.stdout
+
+
+def _is_sentencepiece_llama(tokenizer: "Tokenizer", settings: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Llama 1, Llama 2 and their kin, whose spaces transformers splits by a rule of its own, not by tokenizer.json."""
+    named = str(settings.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer"
+    decoder = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+    return named and model.get("model_type") == "llama" and b"ByteLevel" not in decoder
+
+
+def _split_as_llama(tokenizer: "Tokenizer", settings: dict[str, Any]) -> None:
+    from tokenizers import decoders, pre_tokenizers
+
+    prefix = settings.get("add_prefix_space") is not False
+    scheme = ("always" if settings.get("legacy") else "first") if prefix else "never"
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
 
 
 def _add_missing_tokens(tokenizer: "Tokenizer", settings: dict[str, Any], names: dict[str, Any]) -> None:

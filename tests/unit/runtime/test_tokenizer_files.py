@@ -101,6 +101,24 @@ def test_ids_are_those_of_transformers(kind: str, settings: dict[str, object], t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}], ids=str)
+def test_spaces_of_llama_are_those_of_transformers(
+    model_type: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    save(KINDS["byte fallback"](), tmp_path, tokenizer_class="LlamaTokenizer", **settings)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ours = tokenizer_files.load(tmp_path)
+    for text in [*TEXTS, " lead", "<s>a</s> b</s>\nc"]:
+        ids = ours.encode(text).ids
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+
+@pytest.mark.slow
 def test_token_types_of_a_pair_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
