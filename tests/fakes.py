@@ -83,9 +83,12 @@ class FakeWorker:
             token = sequence.ids[position] if known else self._sampled[sequence.slot]
             self._memory[self._cell(sequence, position)] = token
         if fault := self.faults.pop(sequence.rid, ""):
+            self._sampled[sequence.slot] = 0  # an overlapped step may still read it
             return Result(error=fault)
         prefix = array("i", (self._memory[self._cell(sequence, position)] for position in range(part.end)))
         result = Result()
+        if sequence.request.return_hidden_states:
+            result.hidden_states = bytes(part.end - part.start)  # one byte a position
         if part.score_from >= 0:
             result.input_logprobs = scored(sequence.ids[part.score_from : min(part.end + 1, sequence.prompt_len)])
         if part.samples:

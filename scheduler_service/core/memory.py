@@ -15,7 +15,7 @@ from scheduler_service.core.request import Sequence
 
 ROOM_TOKENS = 1024  # neighbouring pages kept for a new sequence's growth, at most
 REGROWTH_TOKENS = 128  # the same for one that had to go on elsewhere
-WAIT_TOKENS = 64  # a shared prefix of this length is worth waiting for
+WAIT_TOKENS = 32  # a shared prefix of this length is worth waiting for
 
 
 class Verdict(Enum):

@@ -82,7 +82,7 @@ class Planner:
         updates = self._make_place(sequence) + self.abort(rid)
         self.stats.requests += 1
         self.live[rid] = sequence
-        self.waiting[sequence] = None
+        self._queue(sequence)
         if sequence.output_len and (finish := rules.finish_after_last(sequence)):
             updates.append(self._end_now(sequence, finish))
         return updates
@@ -96,6 +96,10 @@ class Planner:
         self.stats.aborted += 1
         reason = message or (ABORTED_IN_QUEUE if queued else ABORTED)
         return [self._end_now(sequence, Finish(reason="abort", message=reason))]
+
+    def _queue(self, sequence: Sequence) -> None:
+        self.waiting[sequence] = None
+        sequence.namespace = f"{self.generation}/{sequence.request.extra_key}"
 
     def _make_place(self, newcomer: Sequence) -> list[Update]:
         """Hold the queue limit, by refusing the newcomer or, under the priority policy, a lesser one that waits."""
@@ -200,7 +204,6 @@ class Planner:
         for sequence in self.order(self.waiting, self.memory):
             if budget <= 0 or not self.slots:
                 return
-            sequence.namespace = f"{self.generation}/{sequence.request.extra_key}"
             verdict = self.memory.admit(sequence, rules.reusable_tokens(sequence), self._spare_pages(sequence))
             if verdict is Verdict.NO_ROOM:
                 return
@@ -319,7 +322,7 @@ class Planner:
         if sequence.finish is None:
             sequence.leaving = False
             sequence.computed = 0
-            self.waiting[sequence] = None
+            self._queue(sequence)
         if not self.running:
             self.growth.rest()
 
@@ -329,6 +332,8 @@ class Planner:
         """Drop what is cached and see to it that what still runs cannot be matched by whoever comes later."""
         self.generation += 1
         self.memory.clear()
+        for sequence in self.waiting:
+            self._queue(sequence)
 
     def audit(self) -> str:
         """When idle: what is wrong with the books, or "". Constant time; `check` is the thorough one."""
