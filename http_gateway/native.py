@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
@@ -21,26 +22,50 @@ NOT_GENERATIVE = "This model serves embeddings and does not generate; use /encod
 
 
 class VertexBody(msgspec.Struct):
-    """POST /vertex_generate."""
+    """POST /vertex_generate: the fields of a body for each prompt, and sampling parameters for all."""
 
-    instances: list[dict[str, msgspec.Raw]]
-    parameters: msgspec.Raw = msgspec.Raw(b"null")
+    instances: list[dict[str, Any]]
+    parameters: dict[str, Any] | None = None
 
 
 async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     received_at = time.monotonic()
     body = msgspec.json.decode(await read_body(http), type=GenerateBody)
-    if gateway.model.is_embedding:
-        raise RequestError(NOT_GENERATIVE)
-    header_rank = http.headers.get("x-data-parallel-rank")
-    if header_rank not in (None, "", "0"):
-        raise RequestError(f"X-Data-Parallel-Rank must be 0: there is one rank, got {header_rank}.")
-    job, single = to_job(body, gateway.rules)
+    job, single = admit(gateway, http, body)
     outputs = [gateway.output(item.request, received_at) for item in job.requests]
     if body.stream:
         return EventStream(chunks(gateway, http, job, outputs, single))
     answers = await collect(gateway, http, job, outputs)
-    return Response(answers[0] if single else b"[" + b",".join(answers) + b"]", media_type="application/json")
+    return json_answer(answers[0] if single else listed(answers))
+
+
+async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
+    received_at = time.monotonic()
+    given = msgspec.json.decode(await read_body(http), type=VertexBody)
+    names = {name for instance in given.instances for name in instance}
+    fields = {name: [instance.get(name) for instance in given.instances] for name in names}
+    body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
+    job, _ = admit(gateway, http, body)
+    outputs = [gateway.output(item.request, received_at) for item in job.requests]
+    return json_answer(b'{"predictions":' + listed(await collect(gateway, http, job, outputs)) + b"}")
+
+
+def admit(gateway: Gateway, http: HTTPRequest, body: GenerateBody) -> tuple[Job, bool]:
+    """The Job of a body, and whether one object answers it. Raises RequestError."""
+    if gateway.model.is_embedding:
+        raise RequestError(NOT_GENERATIVE)
+    rank = http.headers.get("x-data-parallel-rank")
+    if rank not in (None, "", "0"):
+        raise RequestError(f"X-Data-Parallel-Rank must be 0: there is one rank, got {rank}.")
+    return to_job(body, gateway.rules)
+
+
+def listed(answers: list[bytes]) -> bytes:
+    return b"[" + b",".join(answers) + b"]"
+
+
+def json_answer(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
 
 
 async def collect(gateway: Gateway, http: HTTPRequest, job: Job, outputs: list[Output]) -> list[bytes]:
@@ -71,4 +96,7 @@ async def chunks(
                     outputs[index].forget()
 
 
-ENDPOINTS = [Endpoint("/generate", generate, ("POST", "PUT"))]
+ENDPOINTS = [
+    Endpoint("/generate", generate, ("POST", "PUT")),
+    Endpoint("/vertex_generate", vertex_generate, ("POST",)),
+]

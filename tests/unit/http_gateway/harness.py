@@ -168,6 +168,39 @@ class Answer:
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
+class Call:
+    """A request on its way. `chunk` waits for the next piece of the body, `answer` for the end."""
+
+    def __init__(self, app: Any, scope: dict[str, Any], body: bytes, gone: asyncio.Event | None) -> None:
+        self._requests = [{"type": "http.request", "body": body, "more_body": False}]
+        self._sent: list[Any] = []
+        self._chunks: asyncio.Queue[bytes] = asyncio.Queue()
+        self._disconnected = gone or asyncio.Event()
+        self._task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> Any:
+        if self._requests:
+            return self._requests.pop()
+        await self._disconnected.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self._sent.append(message)
+        if message["type"] == "http.response.body":
+            self._chunks.put_nowait(message.get("body", b""))
+
+    async def chunk(self) -> bytes:
+        return await self._chunks.get()
+
+    async def answer(self) -> Answer:
+        await self._task
+        if not self._sent:
+            return Answer(0, {}, b"")  # nobody was there to be answered
+        start, *rest = self._sent
+        headers = {name.decode().lower(): value.decode("latin-1") for name, value in start["headers"]}
+        return Answer(start["status"], headers, b"".join(message.get("body", b"") for message in rest))
+
+
 class Client:
     """Calls an ASGI application directly."""
 
@@ -180,14 +213,17 @@ class Client:
     async def post(self, path: str, body: Any = None, **options: Any) -> Answer:
         return await self.call("POST", path, body, **options)
 
-    async def call(
+    async def call(self, method: str, target: str, body: Any = None, **options: Any) -> Answer:
+        return await self.start(method, target, body, **options).answer()
+
+    def start(
         self,
         method: str,
         target: str,
         body: Any = None,
         headers: dict[str, str] | None = None,
         gone: asyncio.Event | None = None,
-    ) -> Answer:
+    ) -> Call:
         """Send a request (bytes as they are, anything else as JSON); the client leaves when `gone` is set."""
         path, _, query = target.partition("?")
         raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
@@ -205,25 +241,7 @@ class Client:
             "scheme": "http",
             "root_path": "",
         }
-        pending = [{"type": "http.request", "body": raw, "more_body": False}]
-        sent: list[Any] = []
-        done = asyncio.Event()
-
-        async def receive() -> Any:
-            if pending:
-                return pending.pop()
-            await (gone or done).wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        await self._app(scope, receive, send)
-        done.set()
-        if not sent:
-            return Answer(0, {}, b"")  # nobody was there to be answered
-        pairs = {name.decode().lower(): value.decode("latin-1") for name, value in sent[0]["headers"]}
-        return Answer(sent[0]["status"], pairs, b"".join(message.get("body", b"") for message in sent[1:]))
+        return Call(self._app, scope, raw, gone)
 
 
 class Served:

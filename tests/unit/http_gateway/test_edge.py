@@ -1,0 +1,65 @@
+"""What every request meets at the edge of the application."""
+
+import logging
+
+import pytest
+
+from tests.unit.http_gateway.harness import asynchronous, served, words
+
+
+@asynchronous
+async def test_unknown_paths_wrong_methods_and_trailing_slashes() -> None:
+    async with served() as server:
+        missing = await server.client.get("/nope")
+        assert (missing.status, missing.json()) == (404, {"detail": "Not Found"})
+        wrong = await server.client.get("/generate")
+        assert (wrong.status, wrong.json()) == (405, {"detail": "Method Not Allowed"})
+        slash = await server.client.get("/get_load/?a=b", headers={"host": "evil.example"})
+        assert (slash.status, slash.headers["location"]) == (307, "/get_load?a=b")
+        assert (await server.client.call("HEAD", "/")).status == 200
+        assert (await server.client.call("HEAD", "/health")).status == 405
+
+
+@asynchronous
+async def test_a_body_over_the_limit_is_a_413_that_names_it() -> None:
+    async with served(words("x")) as server:
+        answer = await server.client.post("/generate", {"text": "a"}, headers={"content-length": str((64 << 20) + 1)})
+        assert answer.status == 413
+        assert str(64 << 20) in answer.json()["error"]["message"]
+
+
+@asynchronous
+async def test_a_head_over_the_limit_is_a_431() -> None:
+    async with served() as server:
+        answer = await server.client.get("/health", headers={"x-big": "x" * (17 << 10)})
+        assert answer.status == 431
+
+
+@asynchronous
+async def test_request_ids_are_echoed_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async with served() as server:
+        with caplog.at_level(logging.INFO, "http_gateway.access"):
+            answer = await server.client.get("/get_model_info?x=1", headers={"x-request-id": "abc-1"})
+            await server.client.get("/health")
+            await server.client.get("/livez")
+        assert answer.headers["x-request-id"] == "abc-1"
+        assert [record.getMessage() for record in caplog.records] == [
+            'INFO:     127.0.0.1:40466 - "GET /get_model_info?x=1 HTTP/1.1" 200 OK request-id=abc-1',
+            'INFO:     127.0.0.1:40466 - "GET /health HTTP/1.1" 200 OK',
+        ]
+
+
+@asynchronous
+async def test_any_origin_may_call() -> None:
+    async with served() as server:
+        answer = await server.client.get("/v1/models", headers={"origin": "http://page.example"})
+        assert answer.headers["access-control-allow-credentials"] == "true"
+        assert answer.headers["access-control-allow-origin"] in ("*", "http://page.example")
+
+
+@asynchronous
+async def test_no_new_requests_while_draining() -> None:
+    async with served(words("x")) as server:
+        server.gateway.ring.closing = True
+        answer = await server.client.post("/generate", {"text": "hi"})
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")

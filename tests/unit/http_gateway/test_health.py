@@ -1,0 +1,70 @@
+"""The health answers."""
+
+import pytest
+
+from http_gateway.gateway import Phase
+from runtime.control import Abort
+from runtime.messages import Finish, Generate
+from tests.unit.http_gateway.harness import FakeProgress, asynchronous, ends, served, step
+
+ONE_TOKEN = ends(Finish(reason="length", length=1))
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/ready", "/health", "/health_generate"])
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.DRAINING])
+@asynchronous
+async def test_no_traffic_is_wanted_while_starting_or_draining(path: str, phase: Phase) -> None:
+    async with served(ONE_TOKEN) as server:
+        server.gateway.phase = phase
+        answer = await server.client.get(path)
+        assert (answer.status, answer.json()["reason"]) == (503, phase.value)
+        assert (await server.client.get("/livez")).status == 200
+
+
+@asynchronous
+async def test_models_answer_before_the_warm_up_ends() -> None:
+    async with served() as server:
+        server.gateway.phase = Phase.STARTING
+        assert (await server.client.get("/v1/models")).status == 200
+
+
+@asynchronous
+async def test_health_asks_nothing_of_the_ring() -> None:
+    async with served() as server:
+        answer = await server.client.get("/health")
+        assert (answer.status, answer.body) == (200, b"")
+        assert server.ring.sent == []
+
+
+@pytest.mark.parametrize(
+    ("progress", "status"),
+    [
+        (FakeProgress(age_s=19, busy=True), 200),
+        (FakeProgress(age_s=21, busy=True), 503),
+        (FakeProgress(age_s=900, busy=False), 200),
+    ],
+)
+@asynchronous
+async def test_health_is_the_age_of_the_progress_word_while_there_is_work(progress: FakeProgress, status: int) -> None:
+    async with served() as server:
+        server.gateway.progress = progress
+        assert (await server.client.get("/health")).status == status
+
+
+@asynchronous
+async def test_health_generate_sends_one_token_for_all_who_ask_at_once() -> None:
+    async with served() as server:
+        calls = [server.client.start("GET", "/health_generate") for _ in range(5)]
+        [probe] = await server.ring.sent_of(Generate)
+        assert (probe.request.params.max_new_tokens, probe.request.log_metrics) == (1, False)
+        server.ring.push(step(probe.request.rid, [1], finish=Finish(reason="length", length=1)))
+        assert {(await call.answer()).status for call in calls} == {200}
+        assert len(await server.ring.sent_of(Generate)) == 1
+
+
+@asynchronous
+async def test_health_generate_without_an_answer_is_503_and_leaves_no_request() -> None:
+    async with served() as server:
+        server.gateway.sign_of_life._timeout_s = 0.001
+        assert (await server.client.get("/health_generate")).status == 503
+        assert len(await server.ring.sent_of(Abort)) == 1
