@@ -31,6 +31,8 @@ PR_SET_PDEATHSIG = 1
 EXIT_STARTUP = 64  # a service could not start; the message is in its Ready line
 TITLE = "quartet::{role}"
 
+_libc = ctypes.CDLL(None)  # loaded here, for arm_death_signal runs between fork and exec
+
 
 class Boot(msgspec.Struct, kw_only=True):
     """What the launcher tells a child; written to a file in the private run directory."""
@@ -67,11 +69,16 @@ def boot_from_argv() -> Boot:
     return boot
 
 
-def die_with_parent(boot: Boot) -> None:
-    """End this process when the launcher ends, however it ends. Call from the main thread."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != boot.parent_pid:  # it died before the signal was armed
+def arm_death_signal(parent_pid: int) -> None:
+    """Have the kernel kill this process when the parent's thread that forked it ends. Call from the main thread."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the signal was armed
         os._exit(1)
+
+
+def die_with_parent(boot: Boot) -> None:
+    """End this process when the launcher ends, however it ends."""
+    arm_death_signal(boot.parent_pid)
 
     def watch() -> None:
         os.read(boot.lifeline_fd, 1)  # returns only at end of file: nobody writes

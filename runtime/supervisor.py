@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import msgspec
 
 from runtime.config import ServerConfig
-from runtime.service import Boot, Ready
+from runtime.service import Boot, Ready, arm_death_signal
 from runtime.sockets import endpoint
 
 log = logging.getLogger(__name__)
@@ -203,6 +204,7 @@ class Supervisor:
                 pass_fds=inherited,
                 env=child_environment(os.environ, service.threads),
                 process_group=0,  # Ctrl-C reaches the launcher alone; it decides
+                preexec_fn=partial(arm_death_signal, os.getpid()),  # an interpreter that still starts dies as well
             )
         finally:
             os.close(ready_write)

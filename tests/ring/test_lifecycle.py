@@ -86,6 +86,17 @@ def test_sigkill_of_the_launcher_while_services_load_leaves_nothing_behind(launc
     assert_gone(processes, server.run_base)
 
 
+def test_sigkill_of_the_launcher_while_interpreters_start_leaves_nothing_behind(launch_stand_ins):
+    server = launch_stand_ins(ready=False)
+    while not list(server.run_base.glob("quartet-*/detokenizer.0.boot")) and server.process.poll() is None:
+        os.sched_yield()
+    processes = psutil.Process(server.process.pid).children()
+    server.signal(signal.SIGKILL)
+    server.wait()
+    assert processes
+    assert_gone(processes, server.run_base)
+
+
 def test_sigterm_while_services_load_ends_at_once_with_status_zero(launch_stand_ins):
     server = launch_stand_ins(services={"scheduler": "tests.stand_ins.never_ready"}, ready=False)
     server.wait_for("loading for ever")
