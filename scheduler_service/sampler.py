@@ -25,7 +25,9 @@ from scheduler_service.core.request import Sequence
 
 BLOCK = 256  # tokens whose weights are summed first when drawing
 TOP_BLOCK = 128  # tokens that compete through their largest when searching the top k
-NUCLEUS = 128  # tokens that hold a top-p nucleus as a rule; larger ones need a full sort
+CACHE_ELEMENTS = 1 << 21  # weights that are worked on at once, so that they stay in the cache
+BIN_SHIFT = 18  # bits dropped from a weight to find its bin: 32 bins for each power of two
+BINS = (0x3F800000 >> BIN_SHIFT) + 1  # weights are at most 1.0
 
 
 class Wish(IntFlag):
@@ -186,14 +188,17 @@ def choose(logits: torch.Tensor, rows: list[Row], positions: list[int], keep_log
     valid = torch.isfinite(best)
     drawn = [i for i, row in enumerate(rows) if row.wish & Wish.DRAW]
     if drawn:
-        picked = torch.tensor(drawn, device=logits.device)
-        own = logits[picked] if keep_logits or len(drawn) < len(rows) else logits
-        weights = own.sub_(best[picked].unsqueeze(1)).exp_()
-        its_rows = [rows[i] for i in drawn]
-        filter_weights(weights, its_rows)
-        seeds = torch.tensor([row.seed for row in its_rows])
+        seeds = torch.tensor([rows[i].seed for i in drawn])
         numbers = uniform(seeds, torch.tensor([positions[i] for i in drawn])).to(logits.device)
-        tokens[picked] = draw(weights, numbers)
+        at_once = max(1, CACHE_ELEMENTS // logits.shape[1])
+        for first in range(0, len(drawn), at_once):
+            some = drawn[first : first + at_once]
+            picked = torch.tensor(some, device=logits.device)
+            adjacent = some[-1] - some[0] == len(some) - 1
+            own = logits[some[0] : some[-1] + 1] if adjacent and not keep_logits else logits[picked]
+            weights = own.sub_(best[picked].unsqueeze(1)).exp_()
+            filter_weights(weights, [rows[i] for i in some])
+            tokens[picked] = draw(weights, numbers[first : first + at_once])
     return Draws(tokens.tolist(), valid.tolist())
 
 
@@ -219,23 +224,31 @@ def top_k_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Te
 
 
 def top_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """The smallest weight of the shortest list of best tokens whose share reaches p."""
+    """The smallest weight of the shortest list of best tokens whose share reaches p.
+
+    A histogram over the leading bits of the weights shows in which bin that weight lies; only that bin is sorted.
+    """
     shares = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights.device)
-    wanted = shares * weights.sum(1, dtype=torch.float64)  # (rows,)
-    floor = torch.zeros(len(params), dtype=weights.dtype, device=weights.device)
-    open_rows = torch.arange(len(params), device=weights.device)
-    for size in (NUCLEUS, weights.shape[1]):
-        part = weights if len(open_rows) == len(params) else weights[open_rows]
-        values, _ = largest(part, min(size, weights.shape[1]))  # (rows, size), best first
-        reached = values.cumsum(1, dtype=torch.float64) >= wanted[open_rows].unsqueeze(1)
-        # Rounding may keep even the whole row's sum below the wanted one; then nothing is left out.
-        done = reached[:, -1]
-        last = reached.to(torch.uint8).argmax(1)  # first position that reaches the share
-        floor[open_rows[done]] = values[done].gather(1, last[done].unsqueeze(1)).squeeze(1)
-        open_rows = open_rows[~done]
-        if not len(open_rows):
-            break
-    return floor
+    bins = weights.view(torch.int32) >> BIN_SHIFT  # (rows, vocab), in the order of the weights
+    sums = weights.new_zeros(len(params), BINS).scatter_add_(1, bins.long(), weights)
+    reached = sums.flip(1).cumsum(1, dtype=torch.float64)  # (rows, BINS), from the best bin on
+    wanted = shares.unsqueeze(1) * reached[:, -1:]  # (rows, 1)
+    place = torch.searchsorted(reached, wanted).clamp_(max=BINS - 1)
+    border = BINS - 1 - place  # (rows, 1): the bin of the smallest weight that stays
+    missing = wanted - reached.gather(1, place) + sums.gather(1, border)
+    inside = bins == border
+    return nth_by_mass(weights[inside], inside.sum(1), missing.squeeze(1))
+
+
+def nth_by_mass(values: torch.Tensor, counts: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Values come in groups of `counts`; where does each group's sum, from its largest on, reach `wanted` (groups,)?"""
+    ends = counts.cumsum(0)
+    group = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts)
+    order = values.argsort(descending=True)
+    values = values[order[group[order].argsort(stable=True)]]  # by group, then from the largest on
+    sums = torch.cat((wanted.new_zeros(1), values.cumsum(0, dtype=torch.float64)))
+    first = torch.searchsorted(sums[1:], sums[ends - counts] + wanted)
+    return values[torch.minimum(first, ends - 1)]
 
 
 def min_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:

@@ -1,0 +1,72 @@
+"""Logprobs against log_softmax, and their packing."""
+
+from array import array
+
+import torch
+
+from runtime.messages import LogprobOptions, Logprobs, unpack_ids
+from scheduler_service import logprobs as module
+from scheduler_service.logprobs import output_logprobs, prompt_logprobs
+
+
+def floats(data: bytes) -> torch.Tensor:
+    return torch.tensor(array("f", data))
+
+
+def close(data: bytes, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(floats(data), expected.flatten(), atol=1e-5, rtol=1e-5)
+
+
+def check(found: Logprobs, logits: torch.Tensor, ids: list[int], options: LogprobOptions) -> None:
+    expected = torch.log_softmax(logits, 1)  # (rows, vocab)
+    assert list(unpack_ids(found.ids)) == ids
+    close(found.values, expected.gather(1, torch.tensor(ids).unsqueeze(1)))
+    best = expected.topk(options.top, 1) if options.top else None
+    close(found.top_values, best.values if best else torch.empty(0))
+    assert list(unpack_ids(found.top_ids)) == (best.indices.flatten().tolist() if best else [])
+    close(found.asked_values, expected[:, options.token_ids or []])
+
+
+def test_each_row_gets_what_its_request_asked_for():
+    logits = torch.randn(5, 700)
+    tokens = [3, 1, 4, 1, 5]
+    options = [
+        LogprobOptions(),
+        None,
+        LogprobOptions(top=3),
+        LogprobOptions(top=1, token_ids=[9, 0]),
+        LogprobOptions(token_ids=[9, 0]),
+    ]
+    found = output_logprobs(logits, tokens, options)
+    assert found[1] is None
+    for row, option in enumerate(options):
+        if option is not None:
+            check(found[row], logits[row : row + 1], [tokens[row]], option)
+
+
+def test_nobody_asking_costs_nothing_and_gives_nothing():
+    assert output_logprobs(torch.empty(2, 0), [0, 0], [None, None]) == [None, None]
+
+
+def test_a_masked_token_has_minus_infinity():
+    logits = torch.zeros(1, 4)
+    logits[0, 2] = -torch.inf
+    (found,) = output_logprobs(logits, [0], [LogprobOptions(token_ids=[2])])
+    assert floats(found.asked_values).tolist() == [-torch.inf]
+    close(found.values, torch.tensor([-1.0986123]))
+
+
+def test_prompt_logprobs_of_blocks_are_those_of_the_whole():
+    head = torch.randn(32, 600)
+    hidden = torch.randn(100, 32)
+    ids = torch.randint(0, 600, (100,))
+    options = LogprobOptions(start=0, top=2, token_ids=[7, 8, 9])
+    sizes = []
+
+    def to_logits(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return rows @ head
+
+    found = prompt_logprobs(hidden, ids, to_logits, module.BLOCK_BYTES // (4 * 30), options)
+    assert sizes == [30, 30, 30, 10]
+    check(found, hidden @ head, ids.tolist(), options)
