@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 DRAIN_GRACE_S = 5.0  # beyond the drain time-out, for the gateway to end by itself
 READY_LINE_BYTES = 64 << 10
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container: "<microseconds or max> <period>"
 
 
 class ExitStatus(IntEnum):
@@ -276,7 +277,16 @@ def child_environment(environment: Mapping[str, str], threads: int) -> dict[str,
     path = [str(SOURCE_ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     ours = {
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the other processes
-        "OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0))),
+        "OMP_NUM_THREADS": str(threads or usable_cores(CPU_QUOTA)),
     }
     inherited = {name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"}
     return ours | inherited | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def usable_cores(quota_file: Path) -> int:
+    """Cores that this process may run on, and that its control group pays for."""
+    cores = len(os.sched_getaffinity(0))
+    if not quota_file.is_file():
+        return cores
+    quota, period = quota_file.read_text().split()
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))

@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -216,3 +217,15 @@ def test_commands_of_the_readme_exist():
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
     named = set(re.findall(r"^\s*(?:\$ )?make ([\w-]+)", readme, re.MULTILINE))
     assert {"serve", "test"} <= named <= targets
+
+
+def test_every_data_file_is_in_the_distribution():
+    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    shipped = {path for package, patterns in globs.items() for glob in patterns for path in (ROOT / package).glob(glob)}
+    data = {
+        path
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert sorted(map(name, data - shipped)) == []

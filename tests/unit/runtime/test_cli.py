@@ -54,3 +54,9 @@ def test_config_show_prints_each_value_with_its_origin(capsys, tmp_path):
 def test_config_without_show_says_what_to_type(capsys):
     assert show.main([]) == 2
     assert "quartet config show" in capsys.readouterr().err
+
+
+def test_the_module_form_takes_the_same_flags():
+    command = [sys.executable, "-m", "runtime.launch_server", "--prot", "1"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (2, "quartet: unknown flag --prot; did you mean --port?\n")

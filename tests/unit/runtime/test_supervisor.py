@@ -9,7 +9,17 @@ import pytest
 
 from runtime.config import ServerConfig
 from runtime.service import Ready
-from runtime.supervisor import SOURCE_ROOT, Child, ExitStatus, Service, Supervisor, child_environment, end_everything
+from runtime.supervisor import (
+    CPU_QUOTA,
+    SOURCE_ROOT,
+    Child,
+    ExitStatus,
+    Service,
+    Supervisor,
+    child_environment,
+    end_everything,
+    usable_cores,
+)
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -125,4 +135,13 @@ def test_threads_that_the_operator_has_set_are_kept():
 
 
 def test_the_scheduler_gets_a_thread_per_usable_core():
-    assert child_environment({}, threads=0)["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    assert child_environment({}, threads=0)["OMP_NUM_THREADS"] == str(usable_cores(CPU_QUOTA))
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), (None, 2)])
+def test_a_container_that_pays_for_fewer_cores_uses_fewer(tmp_path, monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota + "\n")
+    assert usable_cores(file) == cores
