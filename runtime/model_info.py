@@ -76,7 +76,7 @@ def load(config: ServerConfig) -> ModelInfo:
     text = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
     generation = read_json(path / "generation_config.json")
     architectures = raw.get("architectures") or [""]
-    context = text.get("max_position_embeddings") or DEFAULT_CONTEXT
+    context = text.get("max_position_embeddings") or text.get("n_positions") or DEFAULT_CONTEXT
     if config.context_length is not None:
         if config.context_length > context:
             raise StartupError(

@@ -152,6 +152,16 @@ def test_longrope_takes_its_factors_by_the_servers_context_length(
     assert (found - expected_logits("phi3", ids, **overrides)).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("old_name", ["su", "yarn"])
+def test_old_phi3_config_with_longrope_by_another_name(old_name: str, tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    overrides = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    tiny.build("phi3", tmp_path, **overrides)
+    rewrite_config(tmp_path, remove=["rope_parameters"], rope_theta=1e4, rope_scaling={"type": old_name, **factors})
+    assert_parity(serve(tmp_path), "phi3", **overrides)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family: str, tmp_path: Path) -> None:
     ids = prompt()

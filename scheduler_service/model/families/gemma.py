@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from scheduler_service.model.families.llama import Config, common, head_dim, windows
-from scheduler_service.model.rope import rope_parameters, rope_spec
+from scheduler_service.model.families.llama import Config, common, windows
+from scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
 from scheduler_service.model.spec import DecoderSpec, LayerSpec, Names, require
 
 SANDWICH = Names(
@@ -18,7 +18,7 @@ GLOBAL_THETA = 1_000_000.0
 def gemma2(config: Config, context_length: int) -> DecoderSpec:
     """Gemma2ForCausalLM: every other layer slides; attention and logits are soft-capped."""
     layers = tuple(LayerSpec(window) for window in windows(config, lambda layer: layer % 2 == 0))
-    fields = gemma(config, context_length)
+    fields = gemma(config, context_length, rope_parameters(config))
     return DecoderSpec(
         **{**fields, "layers": layers},
         attention_softcap=config.get("attn_logit_softcapping", 50.0),
@@ -34,19 +34,18 @@ def gemma3(config: Config, context_length: int) -> DecoderSpec:
         LayerSpec(window, rope=1 if window else 0)
         for window in windows(config, lambda layer: (layer + 1) % period != 0)
     )
-    global_rope = rope_parameters(config, "full_attention", GLOBAL_THETA)
-    ropes = tuple(
-        rope_spec(parameters, head_dim(config), context_length) for parameters in (global_rope, local_rope(config))
-    )
+    full = rope_parameters(config, "full_attention", GLOBAL_THETA)
+    fields = gemma(config, context_length, full)
+    sliding = rope_spec(local_rope(config), fields["head_dim"], context_length)
     return DecoderSpec(
-        **{**gemma(config, context_length), "layers": layers, "ropes": ropes},
+        **{**fields, "layers": layers, "ropes": (*fields["ropes"], sliding)},
         query_key_norm=True,
         attention_softcap=config.get("attn_logit_softcapping"),
         logit_softcap=config.get("final_logit_softcapping"),
     )
 
 
-def local_rope(config: Config) -> dict[str, Any]:
+def local_rope(config: Config) -> Parameters:
     """The sliding layers' rope: in old configs one number, and `rope_scaling` is not for them."""
     if config.get("rope_parameters"):
         return rope_parameters(config, "sliding_attention", LOCAL_THETA)
@@ -54,8 +53,9 @@ def local_rope(config: Config) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0}
 
 
-def gemma(config: Config, context_length: int) -> dict[str, Any]:
-    fields = common({"head_dim": 256, "rope_theta": LOCAL_THETA, **config}, context_length, tied=True)
+def gemma(config: Config, context_length: int, rope: Parameters) -> dict[str, Any]:
+    """The fields that both generations read alike."""
+    fields = common({"head_dim": 256, **config}, context_length, rope, tied=True)
     bias = bool(config.get("attention_bias"))
     return {
         **fields,

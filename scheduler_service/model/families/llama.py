@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from scheduler_service.model.rope import rope_parameters, rope_spec
+from scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
 from scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
 
 Config = dict[str, Any]
@@ -17,9 +17,12 @@ def decoder_spec(config: Config, context_length: int) -> DecoderSpec:
     return DecoderSpec(**common(config, context_length), qkv_bias=bias, output_bias=bias, mlp_bias=mlp_bias)
 
 
-def common(config: Config, context_length: int, theta: float = 10000.0, tied: bool = False) -> dict[str, Any]:
+def common(
+    config: Config, context_length: int, rope: Parameters | None = None, theta: float = 10000.0, tied: bool = False
+) -> dict[str, Any]:
     """The fields that every family reads alike; `theta` and `tied` are the family's defaults."""
     dim = head_dim(config)
+    rope = rope or rope_parameters(config, theta=theta)
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
@@ -29,7 +32,7 @@ def common(config: Config, context_length: int, theta: float = 10000.0, tied: bo
         "kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "head_dim": dim,
         "attention_scale": dim**-0.5,
-        "ropes": (rope_spec(rope_parameters(config, theta=theta), dim, context_length),),
+        "ropes": (rope_spec(rope, dim, context_length),),
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "activation": config.get("hidden_act") or "silu",
         "tied": config.get("tie_word_embeddings", tied),

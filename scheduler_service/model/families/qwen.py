@@ -1,5 +1,6 @@
 """Qwen 2, 2.5 and 3, dense and mixture of experts."""
 
+from collections.abc import Callable
 from typing import Any
 
 from scheduler_service.model.families.llama import Config, common, sparse_layers, windows
@@ -13,7 +14,7 @@ def qwen2(config: Config, context_length: int) -> DecoderSpec:
 
 def qwen3(config: Config, context_length: int) -> DecoderSpec:
     """Qwen3ForCausalLM: queries and keys are normed per head."""
-    return DecoderSpec(**dense(config, context_length), **qwen3_attention(config))
+    return DecoderSpec(**dense({"head_dim": 128, **config}, context_length), **qwen3_attention(config))
 
 
 def qwen2_moe(config: Config, context_length: int) -> DecoderSpec:
@@ -55,7 +56,7 @@ def moe_windows(config: Config, alternate: bool) -> list[int | None]:
     return qwen_windows(config, lambda layer: not alternate or (layer % 2 == 0 and layer < below))
 
 
-def qwen_windows(config: Config, is_sliding: Any) -> list[int | None]:
+def qwen_windows(config: Config, is_sliding: Callable[[int], bool]) -> list[int | None]:
     """Qwen names a window in every config and switches it on with `use_sliding_window`."""
     if not config.get("use_sliding_window"):
         return [None] * config["num_hidden_layers"]
