@@ -1,16 +1,16 @@
 """Stop strings and patterns in a growing text: found across token borders, held back while they may come, cut.
 
 The match that starts first in the text wins; of several that start there, the one named first. Text is held back as
-long as it may be the beginning of a match, and no longer.
+long as it may be the beginning of a match, and no longer. A match longer than MAX_STOP_SPAN_CHARS may be missed.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import re2
-
 from detokenizer_service.beginnings import beginnings_of
+from runtime import limits
+from runtime.errors import RequestError
 from runtime.sampling import SamplingParams
 from runtime.stop_patterns import compile_stop
 
@@ -33,7 +33,7 @@ class Stops:
         self._firsts = tuple({string[0] for string in strings if len(string) > 1})
         self._reach = max((len(string) for string in strings), default=1) - 1  # the longest beginning
         self._patterns = [(compile_stop(pattern), pattern) for pattern in patterns]
-        self._tails = [_compiled_tail(pattern) for pattern in patterns]
+        self._tails = [_tail(pattern) for pattern in patterns]
 
     def search(self, text: str, start: int) -> Match | None:
         """The first match at or behind `start`."""
@@ -47,7 +47,7 @@ class Stops:
         """The first place at or behind `start` from which the text may be the beginning of a match."""
         places: list[int] = [self._string_from(text, start)]
         places += [tail.search(text, start).start() for tail in self._tails]
-        return min(places)
+        return max(min(places), len(text) - limits.MAX_STOP_SPAN_CHARS)
 
     def _string_from(self, text: str, start: int) -> int:
         for at in range(max(start, len(text) - self._reach), len(text)):
@@ -56,17 +56,15 @@ class Stops:
         return len(text)
 
 
-def _compiled_tail(pattern: str) -> Any:
-    """Matches, at the end of every text, the longest tail that may become a match of `pattern`."""
-    options = re2.Options()
-    options.log_errors = False
+def _tail(pattern: str) -> Any:
+    """Matches, in every text, the longest tail that may become a match of `pattern`."""
     try:
-        return re2.compile(rf"(?:{beginnings_of(pattern)})\z", options)
-    except re2.error:  # repeated too often for RE2's size limit: anything may become a match
-        return re2.compile(r"(?s).*\z", options)
+        return compile_stop(rf"(?:{beginnings_of(pattern)})\z")
+    except RequestError:  # beyond RE2's size limit: anything may become a match
+        return compile_stop(r"(?s).*\z")
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _shared(strings: tuple[str, ...], patterns: tuple[str, ...]) -> Stops:
     return Stops(strings, patterns)
 

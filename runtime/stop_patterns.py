@@ -16,7 +16,7 @@ def _options() -> Any:
     return options
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def compile_stop(pattern: str) -> Any:
     """The compiled pattern. Raises RequestError (400) naming stop_regex when it is not RE2 or would be too large."""
     try:

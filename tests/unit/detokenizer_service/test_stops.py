@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from detokenizer_service.beginnings import beginnings_of
 from detokenizer_service.stops import Cutter, Stops, stops_of
+from runtime import limits
 from runtime.errors import RequestError
 from runtime.sampling import SamplingParams
 
@@ -72,6 +73,11 @@ def test_a_pattern_anchored_at_the_start_matches_there_only() -> None:
 
 def test_an_open_pattern_holds_everything_it_could_take() -> None:
     assert passed(patterns(r"<.*>"), ["a <b ", "c", ">"]) == (["a ", "", ""], "<.*>")
+
+
+def test_what_is_held_for_a_pattern_has_a_limit() -> None:
+    out, _ = passed(patterns(r"(?s)a.*z"), ["a", "b" * limits.MAX_STOP_SPAN_CHARS, "c"])
+    assert [len(text) for text in out] == [0, 1, limits.MAX_STOP_SPAN_CHARS + 1, 0]
 
 
 def test_strings_and_patterns_work_together() -> None:
