@@ -1,0 +1,37 @@
+"""A scheduler between a fake inbox and a fake outbox: its whole loop, one step at a time."""
+
+from typing import Any
+
+from runtime.messages import Tokens
+from scheduler_service.core.planner import Planner
+from scheduler_service.scheduler import Scheduler
+from tests.fakes import FakeInbox, FakeOutbox, FakeProgress, FakeWorker
+from tests.stepper import VOCABULARY, config
+
+PROMPT = [10, 11, 12, 13, 14, 15, 16]
+
+
+class Rig:
+    """A scheduler between a fake inbox and a fake outbox, on a clock that the test moves."""
+
+    def __init__(self, depth: int = 0, **changes: Any) -> None:
+        settings = config(**changes)
+        self.worker = FakeWorker(settings.page_size, settings.total_pages, settings.max_running, VOCABULARY)
+        self.inbox, self.outbox, self.progress = FakeInbox(), FakeOutbox(), FakeProgress()
+        self.time = 0.0
+        self.scheduler = Scheduler(
+            Planner(settings), self.worker, self.inbox, self.outbox, self.progress, depth=depth, clock=self.clock
+        )
+
+    def clock(self) -> float:
+        return self.time
+
+    def run(self) -> None:
+        """Until there is nothing to do, one second a step."""
+        self.scheduler.step()
+        while not self.scheduler.idle:
+            self.time += 1.0
+            self.scheduler.step()
+
+    def tokens(self, rid: str) -> list[Tokens]:
+        return [m for m in self.outbox.messages if isinstance(m, Tokens) and m.rid == rid]

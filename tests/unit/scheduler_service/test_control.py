@@ -1,0 +1,144 @@
+import logging
+
+import pytest
+
+from runtime.control import COMMANDS, Abort, Detokenize, FlushCache, Probe, Tokenize
+from runtime.messages import Reply
+from scheduler_service.control import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED, HANDLERS, matching
+from scheduler_service.scheduler import WAITING_BEAT_S
+from tests.rig import PROMPT, Rig
+from tests.stepper import tokenized
+
+ELSEWHERE = {Tokenize, Detokenize}  # answered by the text services
+
+
+def replies(rig: Rig) -> list[Reply]:
+    return [m for m in rig.outbox.messages if isinstance(m, Reply)]
+
+
+def finishes(rig: Rig, *rids: str) -> list[str | None]:
+    lasts = [rig.tokens(rid)[-1].finish for rid in rids]
+    return [last.reason if last else None for last in lasts]
+
+
+def test_every_command_has_a_handler_or_is_answered_elsewhere() -> None:
+    assert set(COMMANDS) == set(HANDLERS) | ELSEWHERE
+
+
+# abort
+
+
+LIVE = ["a", "ab", "a_0", "a_1", "a_x", "b"]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (Abort(rid="a"), ["a", "a_0", "a_1"]),
+        (Abort(rid="a", prefix=True), ["a", "ab", "a_0", "a_1", "a_x"]),
+        (Abort(abort_all=True), LIVE),
+        (Abort(), []),
+        (Abort(rid="z"), []),
+        (Abort(rid="a_0"), ["a_0"]),
+    ],
+)
+def test_an_abort_means_what_it_names(command: Abort, expected: list[str]) -> None:
+    assert matching(command, LIVE) == expected
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_abort_ends_running_and_waiting_requests_without_a_reply(depth: int) -> None:
+    rig = Rig(depth, max_running=1)
+    rig.inbox.put(tokenized("a_0", PROMPT, 50), tokenized("a_1", PROMPT, 50), tokenized("b", PROMPT, 3))
+    rig.scheduler.step()
+    rig.scheduler.step()
+    rig.inbox.put(Abort(rid="a", abort_message="enough"))
+    rig.run()
+    assert finishes(rig, "a_0", "a_1", "b") == ["abort", "abort", "length"]
+    assert {rig.tokens(rid)[-1].finish.message for rid in ("a_0", "a_1")} == {"enough"}  # type: ignore[union-attr]
+    assert replies(rig) == []
+
+
+# flush
+
+
+def test_an_idle_cache_is_flushed_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", PROMPT, 2))
+    rig.run()
+    assert rig.scheduler.planner.memory.tree.cached > 0
+    rig.inbox.put(FlushCache(id="f"))
+    with caplog.at_level(logging.INFO):
+        rig.run()
+    assert replies(rig) == [Reply(id="f", message=FLUSHED)]
+    assert "Cache flushed successfully!" in caplog.messages
+    assert rig.scheduler.planner.memory.tree.cached == 0
+
+
+def test_a_busy_cache_is_not_flushed_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(max_running=1)
+    rig.inbox.put(tokenized("a", PROMPT, 5), tokenized("b", PROMPT, 5))
+    rig.scheduler.step()
+    rig.inbox.put(FlushCache(id="f"))
+    with caplog.at_level(logging.INFO):
+        rig.scheduler.step()
+    assert replies(rig) == [Reply(id="f", success=False, message=FLUSH_FAILED, status=400)]
+    assert "Cache not flushed because there are pending requests. #queue-req: 1, #running-req: 1" in caplog.messages
+
+
+def test_a_flush_with_time_waits_for_idleness() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", PROMPT, 5), FlushCache(id="f", timeout=100.0))
+    rig.run()
+    rig.scheduler.step()
+    assert replies(rig) == [Reply(id="f", message=FLUSHED)]
+
+
+def test_a_flush_gives_up_when_its_time_is_over_and_the_request_goes_on() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", PROMPT, 20), FlushCache(id="f", timeout=5.0))
+    rig.run()
+    assert replies(rig) == [Reply(id="f", success=False, message=FLUSH_TIMED_OUT, status=400)]
+    assert finishes(rig, "a") == ["length"]
+
+
+def test_only_one_flush_waits_at_a_time() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", PROMPT, 5))
+    rig.inbox.put(FlushCache(id="f", timeout=100.0), FlushCache(id="g", timeout=100.0))
+    rig.run()
+    rig.scheduler.step()
+    assert {(reply.id, reply.message) for reply in replies(rig)} == {("f", FLUSHED), ("g", FLUSH_IN_PROGRESS)}
+
+
+def test_a_paused_scheduler_still_looks_after_a_waiting_command() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", PROMPT, 5))
+    rig.scheduler.step()
+    rig.scheduler.planner.paused = True
+    rig.inbox.put(FlushCache(id="f", timeout=3.0))
+    rig.scheduler.step()
+    rig.scheduler.step()
+    assert rig.inbox.waits == [WAITING_BEAT_S]
+    rig.time += 4.0
+    rig.scheduler.step()
+    assert replies(rig)[0].message == FLUSH_TIMED_OUT
+
+
+# probe
+
+
+def test_a_probe_gathers_the_schedulers_figures_and_travels_on() -> None:
+    rig = Rig(max_running=1)
+    rig.inbox.put(tokenized("a", PROMPT, 50), tokenized("b", PROMPT, 50))
+    for _ in range(3):
+        rig.scheduler.step()
+    rig.inbox.put(Probe(id="p", counters={"tokenizer": {"x": 1}}))
+    rig.scheduler.step()
+    (probe,) = [m for m in rig.outbox.messages if isinstance(m, Probe)]
+    assert probe.counters["tokenizer"] == {"x": 1}
+    figures = probe.counters["scheduler"]
+    assert (figures["num_running_reqs"], figures["num_queue_reqs"]) == (1, 1)
+    assert figures["num_used_tokens"] == 9 and figures["max_total_num_tokens"] == 1000
+    assert figures["prompt_tokens_total"] == 7 and figures["generation_tokens_total"] == 3
+    assert figures["weight_version"] == "default"

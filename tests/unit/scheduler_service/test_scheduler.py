@@ -1,0 +1,122 @@
+import logging
+from typing import Any
+
+import pytest
+
+from runtime.messages import Facts, Reply, unpack_ids
+from scheduler_service.scheduler import IDLE_BEAT_S
+from tests.fakes import FakeWorker
+from tests.rig import PROMPT, Rig
+from tests.stepper import VOCABULARY, expected_output, tokenized
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_request_becomes_one_message_a_step_and_a_last_one(depth: int) -> None:
+    rig = Rig(depth)
+    rig.inbox.put(tokenized("a", PROMPT, 3, attempt=2))
+    rig.run()
+    messages = rig.tokens("a")
+    assert [list(unpack_ids(m.ids)) for m in messages] == [[token] for token in expected_output(PROMPT, 3)]
+    assert [m.finish is not None for m in messages] == [False, False, True]
+    assert {(m.attempt, m.prompt_tokens, m.weight_version) for m in messages} == {(2, 7, "default")}
+
+
+def test_only_the_first_message_carries_the_request_and_the_prompts_tail() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", range(100, 120), 2))
+    rig.run()
+    first, second = rig.tokens("a")
+    assert first.request is not None and first.request.rid == "a"
+    assert list(unpack_ids(first.prompt_tail)) == list(range(112, 120))
+    assert second.request is None and second.prompt_tail == b""
+
+
+def test_all_requests_of_a_step_travel_in_one_frame() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", [10], 2), tokenized("b", [20], 2))
+    rig.run()
+    assert [[m.rid for m in frame] for frame in rig.outbox.frames] == [["a", "b"], ["a", "b"]]
+
+
+def test_a_refused_request_gets_one_message_and_the_others_never_notice() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("bad", [VOCABULARY]), tokenized("good", PROMPT, 2))
+    rig.run()
+    (rejected,) = rig.tokens("bad")
+    assert rejected.finish is not None and (rejected.finish.reason, rejected.finish.status) == ("error", 400)
+    assert rejected.request is not None
+    assert len(rig.tokens("good")) == 2
+
+
+def test_a_message_of_somebody_else_is_passed_on() -> None:
+    rig = Rig()
+    facts = Facts(max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=1)
+    rig.inbox.put(Reply(id="x"), facts)
+    rig.run()
+    assert rig.outbox.messages == [Reply(id="x"), facts]
+
+
+def test_an_idle_scheduler_waits_for_its_inbox_and_still_beats() -> None:
+    rig = Rig()
+    rig.scheduler.step()
+    assert rig.inbox.waits == [IDLE_BEAT_S]
+    assert rig.progress.beats == [False]
+
+
+def test_a_busy_scheduler_does_not_wait_and_beats_busy() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", PROMPT, 3))
+    rig.scheduler.step()
+    rig.scheduler.step()
+    assert rig.inbox.waits == [0.0]
+    assert rig.progress.beats == [True, True]
+
+
+def test_depth_one_decides_the_next_step_before_the_last_is_collected() -> None:
+    rig = Rig(depth=1)
+    rig.inbox.put(tokenized("a", PROMPT, 5))
+    rig.scheduler.step()
+    assert (len(rig.worker.plans), rig.outbox.frames) == (1, [])
+    rig.scheduler.step()
+    assert (len(rig.worker.plans), len(rig.outbox.frames)) == (2, 1)
+
+
+def test_a_token_is_told_the_weights_that_its_step_was_launched_on() -> None:
+    rig = Rig(depth=1)
+    rig.inbox.put(tokenized("a", PROMPT, 3))
+    rig.scheduler.step()
+    rig.worker.weight_version = "v2"
+    rig.run()
+    assert [m.weight_version for m in rig.tokens("a")] == ["default", "v2", "v2"]
+
+
+def test_the_worker_forgets_whoever_left() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", PROMPT, 3))
+    rig.run()
+    assert rig.worker.forgotten == ["a"]
+
+
+def test_an_error_in_the_forward_pass_is_not_swallowed() -> None:
+    rig = Rig()
+
+    def broken(plan: Any) -> Any:
+        raise ZeroDivisionError("device")
+
+    rig.scheduler.worker = type("Broken", (FakeWorker,), {"launch": staticmethod(broken)})()
+    rig.inbox.put(tokenized("a", PROMPT, 3))
+    with pytest.raises(ZeroDivisionError):
+        rig.scheduler.step()
+
+
+def test_lost_pages_are_reported_when_idle_and_serving_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig()
+    rig.scheduler.planner.memory.pages.free -= 3
+    rig.inbox.put(tokenized("a", PROMPT, 2))
+    with caplog.at_level(logging.ERROR):
+        rig.run()
+    assert "do not balance" in caplog.text
+    rig.inbox.put(tokenized("b", PROMPT, 2))
+    rig.run()
+    assert len(rig.tokens("b")) == 2
+    assert rig.scheduler.planner.audit() == ""
