@@ -1,4 +1,4 @@
-"""A planner driven step by step with the fake worker, at any depth of overlap: the scheduler's loop without messages."""
+"""A planner driven step by step with the fake worker, at any depth of overlap: the loop without messages."""
 
 from array import array
 from collections import deque

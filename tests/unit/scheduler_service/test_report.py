@@ -12,7 +12,8 @@ def test_prefill_and_decode_lines_read_as_tools_expect(caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO):
         rig.run()
     assert caplog.messages == [
-        "Prefill batch. #new-seq: 1, #new-token: 7, #cached-token: 0, token usage: 0.00, #running-req: 0, #queue-req: 0, ",
+        "Prefill batch. #new-seq: 1, #new-token: 7, #cached-token: 0, token usage: 0.00, "
+        "#running-req: 0, #queue-req: 0, ",
         "Decode batch. #running-req: 1, #token: 47, token usage: 0.05, cuda graph: False, "
         "gen throughput (token/s): 1.02, #queue-req: 0, ",
     ]

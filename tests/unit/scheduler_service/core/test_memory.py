@@ -43,7 +43,8 @@ def test_whoever_would_compute_what_another_computes_is_told_to_wait() -> None:
     memory = Memory(4, 100, reuse_prefixes=True)
     shared = range(100, 140)
     first = admit(memory, *shared, 1)
-    assert memory.admit(late := sequence(*shared, 2), 40, 0) is Verdict.AWAITS_PREFIX
+    late = sequence(*shared, 2)
+    assert memory.admit(late, 40, 0) is Verdict.AWAITS_PREFIX
     assert late.pages == [] and memory.used == 11
     memory.keep(first, 41)
     assert memory.admit(late, 40, 0) is Verdict.ADMITTED

@@ -144,7 +144,7 @@ def serve(prompts: list[list[int]], **changes: Any) -> tuple[list[list[int]], li
 @pytest.mark.parametrize("depth", [0, 1])
 def test_64_requests_give_the_same_tokens_alone_together_and_retracted(page_size: int, depth: int) -> None:
     draw = random.Random(7)
-    prompts = [draw.choice(STEMS)[: draw.randrange(1, 60)] + [draw.randrange(2, 999)] for _ in range(64)]
+    prompts = [[*draw.choice(STEMS)[: draw.randrange(1, 60)], draw.randrange(2, 999)] for _ in range(64)]
     together = serve(prompts, depth=depth, page_size=page_size, total_pages=9600 // page_size, max_running=64)
     squeezed = serve(prompts, depth=depth, page_size=page_size, total_pages=640 // page_size, max_running=64)
     assert together[2] == 0
