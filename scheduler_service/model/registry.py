@@ -11,6 +11,7 @@ from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.dtype import resolve_dtype
 from scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
+from scheduler_service.model.layers import ACTIVATIONS
 from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.spec import DecoderSpec, NotNative
 from scheduler_service.model.weights import Weights
@@ -60,9 +61,12 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
     if family is None:
         raise NotNative(f"architecture {info.architecture}")
     try:
-        return family(info.config, info.context_length)
+        spec = family(info.config, info.context_length)
     except (KeyError, TypeError, ValueError) as error:
         raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+    if spec.activation not in ACTIVATIONS:
+        raise NotNative(f"{info.architecture} with the activation {spec.activation}")
+    return spec
 
 
 def load_native(

@@ -28,6 +28,14 @@ def test_ragged_chunks_give_the_logits_of_transformers(family: str, tmp_path: Pa
     assert (beside - expected_logits(family, other)).abs().max() <= TOLERANCE
 
 
+def test_native_families_with_an_unknown_activation_come_here(tmp_path: Path) -> None:
+    model = serve(tiny.build("llama", tmp_path, hidden_act="relu"))
+    assert isinstance(model, TransformersModel)
+    ids = prompt()
+    found = DenseRunner(model).feed([ids])
+    assert (found - expected_logits("llama", ids, hidden_act="relu")).abs().max() <= TOLERANCE
+
+
 def test_bfloat16_passes_the_self_check_and_serves(tmp_path: Path) -> None:
     model = serve(tiny.build("granite", tmp_path), dtype="bfloat16")
     assert model.dtype is torch.bfloat16
