@@ -12,13 +12,19 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from http_gateway import control, errors, health, info, native
+from http_gateway import control, embed, errors, health, info, native
 from http_gateway.auth import Access, Keys
 from http_gateway.edge import Edge
 from http_gateway.endpoint import Endpoint, Guarded, unauthorized
 from http_gateway.gateway import Gateway
 
-ENDPOINTS: list[Endpoint] = [*native.ENDPOINTS, *health.ENDPOINTS, *info.ENDPOINTS, *control.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [
+    *native.ENDPOINTS,
+    *embed.ENDPOINTS,
+    *health.ENDPOINTS,
+    *info.ENDPOINTS,
+    *control.ENDPOINTS,
+]
 ANY_ORIGIN = Middleware(
     CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"], allow_credentials=True
 )

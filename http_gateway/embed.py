@@ -1,0 +1,132 @@
+"""POST|PUT /encode and /classify: a vector per prompt; a score, where the model is a reward model or cross-encoder."""
+
+import time
+from array import array
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from http_gateway import rounds
+from http_gateway.endpoint import Endpoint, read_body
+from http_gateway.errors import json_response
+from http_gateway.gateway import Gateway
+from http_gateway.generate_body import asks, pack, read_rids
+from http_gateway.intake import Job, Rules, fan_out
+from http_gateway.output import finish_reason
+from runtime import limits
+from runtime.errors import RequestError
+from runtime.messages import Generate, Request, Text
+from runtime.sampling import SamplingParams
+
+NOT_EMBEDDING = (
+    "This model does not appear to be an embedding model by default. "
+    "Please add `--is-embedding` when launching the server or try another model."
+)
+NOTHING_GIVEN = "At least one of text, input_ids, or image should be provided"
+BOTH_GIVEN = "text and input_ids cannot be provided at the same time"
+REFUSED = ("image_data", "audio_data", "video_data", "lora_path", "return_pooled_hidden_states")
+
+
+class EncodeBody(msgspec.Struct, kw_only=True):
+    """`sampling_params` and whatever is not here are accepted and ignored, as the contract has it."""
+
+    text: str | list[str | list[str]] | None = None  # a list of two: a pair for a cross-encoder
+    input_ids: list[int | list[int]] | None = None
+    rid: Any = None
+    dimensions: int | None = None
+    log_metrics: bool | None = None
+    background: bool | None = None
+    image_data: Any = None
+    audio_data: Any = None
+    video_data: Any = None
+    lora_path: Any = None
+    return_pooled_hidden_states: Any = None
+
+
+def to_job(body: EncodeBody, rules: Rules) -> tuple[Job, bool]:
+    """The Job, and whether one object (not a list) answers it."""
+    for name in REFUSED:
+        if asks(getattr(body, name)):
+            raise RequestError(f"{name} is not supported.", field=name)
+    if body.dimensions is not None and body.dimensions < 1:
+        raise RequestError(f"dimensions must be at least 1, got {body.dimensions}.", field="dimensions")
+    single = isinstance(body.text, str) or bool(body.input_ids and isinstance(body.input_ids[0], int))
+    prompts = read_prompts(body, single, rules)
+    if len(prompts) > limits.MAX_BATCH_PROMPTS:
+        raise RequestError(f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {len(prompts)}.")
+    job = fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
+    job.background = bool(body.background)
+    return job, single
+
+
+def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]:
+    if body.text is not None and body.input_ids is not None:
+        raise RequestError(BOTH_GIVEN, field="text")
+    given: Any = body.text if body.text is not None else body.input_ids
+    if not given:
+        raise RequestError(NOTHING_GIVEN, field="text")
+    items = [given] if single else given
+    if body.input_ids is not None:
+        return [Generate(request=request_of(body), input_ids=pack(ids, rules.vocab_size)) for ids in items]
+    return [text_prompt(item, request_of(body)) for item in items]
+
+
+def text_prompt(item: str | list[str], request: Request) -> Generate:
+    if isinstance(item, str):
+        return Generate(request=request, text=item)
+    if len(item) != 2:
+        raise RequestError(f"A pair has two texts, got {len(item)}.", field="text")
+    return Generate(request=request, text=item[0], text_pair=item[1])
+
+
+def request_of(body: EncodeBody) -> Request:
+    return Request(
+        rid="",
+        params=SamplingParams(max_new_tokens=0),
+        task="embed",
+        dimensions=body.dimensions,
+        log_metrics=body.log_metrics is not False,
+    )
+
+
+async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
+    received_at = time.monotonic()
+    body = msgspec.json.decode(await read_body(http), type=EncodeBody)
+    if not gateway.model.is_embedding:
+        raise RequestError(NOT_EMBEDDING)
+    job, single = to_job(body, gateway.rules)
+    vectors = await embed(gateway, http, job)
+    answers = [{"embedding": vector(text), "meta_info": meta_info(gateway, text, received_at)} for text in vectors]
+    return json_response(answers[0] if single else answers)
+
+
+async def embed(gateway: Gateway, http: HTTPRequest, job: Job) -> list[Text]:
+    """The message that holds each request's vector, in order."""
+    found: dict[int, Text] = {}
+    async with aclosing(rounds.run(gateway.ring, http, job)) as steps:
+        async for mail in steps:
+            found.update((index, text) for index, text in mail if text.tokens.vector or text.tokens.finish is not None)
+    return [found[index] for index in range(len(job.requests))]
+
+
+def vector(text: Text) -> list[float] | float:
+    values = array("f")
+    values.frombytes(text.tokens.vector)
+    return values[0] if text.tokens.scalar else values.tolist()
+
+
+def meta_info(gateway: Gateway, text: Text, received_at: float) -> dict[str, Any]:
+    tokens = text.tokens
+    return {
+        "id": tokens.rid,
+        "finish_reason": finish_reason(tokens.finish) if tokens.finish else None,
+        "prompt_tokens": tokens.prompt_tokens,
+        "weight_version": tokens.weight_version or gateway.weight_version,
+        "e2e_latency": time.monotonic() - received_at,
+    }
+
+
+ENDPOINTS = [Endpoint(path, encode, ("POST", "PUT")) for path in ("/encode", "/classify")]

@@ -1,0 +1,71 @@
+"""/encode and /classify."""
+
+from typing import Any
+
+import pytest
+
+from runtime.messages import Finish, Generate, Message
+from tests.unit.http_gateway.harness import Script, asynchronous, floats, served, step
+
+NOTHING = Finish(reason="length", length=0)
+
+
+def vectors(*values: float, scalar: bool = False) -> Script:
+    def script(generate: Generate) -> list[Message]:
+        vector = floats(*values)
+        return [step(generate.request.rid, prompt_tokens=4, vector=vector, scalar=scalar, finish=NOTHING)]
+
+    return script
+
+
+@pytest.mark.parametrize("path", ["/encode", "/classify"])
+@asynchronous
+async def test_a_vector_per_prompt(path: str) -> None:
+    async with served(vectors(0.5, -0.5), is_embedding=True) as server:
+        body = (await server.client.post(path, {"text": "a", "rid": "r", "model": "any", "sampling_params": {}})).json()
+        assert body["embedding"] == [0.5, -0.5]
+        assert body["meta_info"].pop("e2e_latency") >= 0
+        assert body["meta_info"] == {
+            "id": "r",
+            "finish_reason": {"type": "length", "length": 0},
+            "prompt_tokens": 4,
+            "weight_version": "v1",
+        }
+        assert len((await server.client.post(path, {"input_ids": [[1, 2], [3]]})).json()) == 2
+        assert {item.request.task for item in await server.ring.sent_of(Generate)} == {"embed"}
+
+
+@asynchronous
+async def test_a_pair_is_scored_by_one_number() -> None:
+    async with served(vectors(5.25, scalar=True), is_embedding=True) as server:
+        [body] = (await server.client.post("/encode", {"text": [["query", "document"]]})).json()
+        assert body["embedding"] == 5.25
+        [sent] = await server.ring.sent_of(Generate)
+        assert (sent.text, sent.text_pair) == ("query", "document")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, "At least one of text, input_ids, or image should be provided"),
+        ({"text": "a", "input_ids": [1]}, "text and input_ids cannot be provided at the same time"),
+        ({"text": [["a", "b", "c"]]}, "A pair has two texts, got 3."),
+        ({"text": "a", "image_data": "x"}, "image_data is not supported."),
+        ({"text": "a", "dimensions": 0}, "dimensions must be at least 1"),
+        ({"input_ids": [1000]}, "vocab size (1000)"),
+    ],
+)
+@asynchronous
+async def test_refusals(body: dict[str, Any], words: str) -> None:
+    async with served(is_embedding=True) as server:
+        answer = await server.client.post("/encode", body)
+        assert answer.status == 400
+        assert words in answer.json()["error"]["message"]
+
+
+@asynchronous
+async def test_a_generation_model_has_no_embeddings() -> None:
+    async with served() as server:
+        answer = await server.client.post("/encode", {"text": "a"})
+        assert answer.status == 400
+        assert "--is-embedding" in answer.json()["error"]["message"]
