@@ -73,11 +73,10 @@ class _Parser:
                 parts.append(Part(match[0], ""))
             else:
                 parts += self._item()
-        whole = beginnings = ""
-        for part in reversed(parts):
-            whole = part.whole + whole
+        beginnings = parts[-1].beginnings if parts else ""
+        for part in reversed(parts[:-1]):
             beginnings = f"{part.beginnings}|{part.whole}(?:{beginnings})"
-        return Part(whole, beginnings), flags
+        return Part("".join(part.whole for part in parts), beginnings), flags
 
     def _item(self) -> list[Part]:
         """An atom, group or assertion with what repeats it; the characters of a quotation are one part each."""

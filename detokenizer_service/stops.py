@@ -59,8 +59,8 @@ class Stops:
 def _tail(pattern: str) -> Any:
     """Matches, in every text, the longest tail that may become a match of `pattern`."""
     try:
-        return compile_stop(rf"(?:{beginnings_of(pattern)})\z")
-    except RequestError:  # beyond RE2's size limit: anything may become a match
+        return compile_stop(rf"(?:{beginnings_of(pattern)})\z", 2 * limits.MAX_STOP_REGEX_MEMORY)
+    except RequestError:  # still too large: anything may become a match
         return compile_stop(r"(?s).*\z")
 
 

@@ -9,18 +9,14 @@ from runtime import limits
 from runtime.errors import RequestError
 
 
-def _options() -> Any:
-    options = re2.Options()
-    options.max_mem = limits.MAX_STOP_REGEX_MEMORY
-    options.log_errors = False
-    return options
-
-
 @lru_cache(maxsize=256)
-def compile_stop(pattern: str) -> Any:
+def compile_stop(pattern: str, memory: int = limits.MAX_STOP_REGEX_MEMORY) -> Any:
     """The compiled pattern. Raises RequestError (400) naming stop_regex when it is not RE2 or would be too large."""
+    options = re2.Options()
+    options.max_mem = memory
+    options.log_errors = False
     try:
-        return re2.compile(pattern, _options())
+        return re2.compile(pattern, options)
     except re2.error as error:
         cause = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
         raise RequestError(f"stop_regex {pattern!r} does not compile: {cause}.", field="stop_regex") from error
