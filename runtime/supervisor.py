@@ -77,6 +77,7 @@ class Child:
     ready_fd: int  # our end of its ready pipe
     ready: bool = False
     error: str = ""  # why it cannot start, in its own words
+    silent: bool = False  # it has closed its ready pipe
     _line: bytearray = field(default_factory=bytearray)
 
     @property
@@ -101,9 +102,11 @@ class Child:
     def read_ready(self) -> None:
         """Take what is in the ready pipe; a complete line sets `ready` or `error`."""
         try:
-            self._line += os.read(self.ready_fd, READY_LINE_BYTES)
+            piece = os.read(self.ready_fd, READY_LINE_BYTES)
         except BlockingIOError:
             return
+        self.silent = not piece
+        self._line += piece
         if self._line.endswith(b"\n") and not self.ready:
             answer = msgspec.json.decode(bytes(self._line), type=Ready)
             self.error, self.ready = answer.error, not answer.error
@@ -117,9 +120,11 @@ class Signals:
     """SIGTERM and SIGINT as a count and a file descriptor to poll."""
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    SAME_S = 0.1  # timeout(1) signals a process and then its group: that is one request to stop, not two
 
     def __init__(self) -> None:
         self.count = 0
+        self._last_at = float("-inf")
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def __enter__(self) -> "Signals":
@@ -141,7 +146,9 @@ class Signals:
         os.read(self._read_fd, 4096)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        now = time.monotonic()
+        self.count += now - self._last_at >= self.SAME_S
+        self._last_at = now
 
 
 class Supervisor:
@@ -177,14 +184,18 @@ class Supervisor:
             if signals.count and self.draining_until is None:
                 on_drain()
                 self.drain()
-            elif signals.count > 1:
-                self.end(ExitStatus.FORCED, "ended before the running requests were done")
-            elif self.draining_until is not None and time.monotonic() >= self.draining_until:
-                self.end(ExitStatus.DIED, "the gateway did not drain in time")
-            if self.ready and not announced and self.draining_until is None:
+            if self.draining_until is not None:
+                self.look_at_drain(signals)
+            elif self.ready and not announced:
                 announced = True
                 on_ready()
         return self.status
+
+    def look_at_drain(self, signals: Signals) -> None:
+        if signals.count > 1:
+            self.end(ExitStatus.FORCED, "ended before the running requests were done")
+        elif time.monotonic() >= (self.draining_until or 0.0):
+            self.end(ExitStatus.DIED, "the gateway did not drain in time")
 
     @property
     def ready(self) -> bool:
@@ -233,7 +244,7 @@ class Supervisor:
         poll.register(signals, select.POLLIN)
         for child in self.children.values():
             poll.register(child.pidfd, select.POLLIN)
-            if not child.ready:
+            if not child.ready and not child.silent:
                 poll.register(child.ready_fd, select.POLLIN)
         timeout_s = None if self.draining_until is None else max(0.0, self.draining_until - time.monotonic())
         happened = poll.poll(None if timeout_s is None else timeout_s * 1000)
@@ -250,7 +261,9 @@ class Supervisor:
                 child.service.on_death(self, child)
 
     def end(self, status: ExitStatus, reason: str = "") -> None:
-        self.status, self.reason = status, reason
+        """Decide the end; the first decision stands."""
+        if self.status is None:
+            self.status, self.reason = status, reason
 
     def drain(self) -> None:
         """Ask the gateway to finish what runs; before the server is ready there is nothing to finish."""
