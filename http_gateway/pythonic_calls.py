@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from http_gateway.tool_calls import Event, Events
+from http_gateway.tool_events import Event, Events
 
 OPENING = ("<|python_start|>", "")  # some models put tags around the list
 CLOSING = "<|python_end|>"
@@ -16,7 +16,7 @@ NAMES = {"true": True, "false": False, "null": None}  # JSON's words, which mode
 
 
 class PythonicCalls:
-    """A parser (see http_gateway.tool_calls). A call is announced when its parenthesis closes."""
+    """A parser (see http_gateway.tool_events). A call is announced when its parenthesis closes."""
 
     def __init__(self, known: Iterable[str]) -> None:
         self._known = frozenset(known)
@@ -85,8 +85,6 @@ class PythonicCalls:
             self._step()
             if self._depth == 0:
                 return self._announce()
-            if self._quote == "\\":  # an escape at the end of what has come
-                self._quote = ""
         return False
 
     def _step(self) -> None:
@@ -154,7 +152,9 @@ def python_call(text: str) -> tuple[str, str] | None:
         arguments = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords if keyword.arg}
         if len(arguments) != len(call.keywords):
             return None
-        return ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False)
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        text.encode()  # a lone surrogate has no place on the wire
+        return ast.unparse(call.func), text
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
