@@ -82,6 +82,7 @@ class Schedule:
     parts: int = 1
     decode: list[DecodeCall] = field(default_factory=list)  # rows count among the decode rows
     chunks: list[ChunkCall] = field(default_factory=list)
+    scratch: list[torch.Tensor] = field(default_factory=list)  # for gathered keys and values, kept from layer to layer
 
 
 def paged_attention(
@@ -101,7 +102,7 @@ def paged_attention(
     grouped = q.view(len(q), kv_heads, -1, dim)  # (tokens, kv_heads, group, dim)
     out = torch.empty_like(grouped)
     lse = q.new_empty(grouped.shape[:3], dtype=torch.float32) if sinks is not None else None
-    attend = _Attend(k_pool, v_pool, scale, softcap, ragged.page_size)
+    attend = _Attend(k_pool, v_pool, scale, softcap, ragged.page_size, plan.scratch)
     if plan.decode_rows is not None:
         result, result_lse = _decode(plan, grouped[plan.decode_rows], attend)
         out[plan.decode_rows] = result
@@ -315,6 +316,7 @@ class _Attend:
     scale: float
     softcap: float | None
     page_size: int
+    scratch: list[torch.Tensor]
 
     def keys(self, view: Segment | None, pages: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V (kv_heads, tokens, dim): a view, or whole pages gathered."""
@@ -322,12 +324,22 @@ class _Attend:
             slot, length = view
             return self.k_pool.narrow(1, slot, length), self.v_pool.narrow(1, slot, length)
         assert pages is not None
-        return self.gather(self.k_pool, pages), self.gather(self.v_pool, pages)
+        kv_heads, _, dim = self.k_pool.shape
+        size = kv_heads * len(pages) * self.page_size * dim
+        if not self.scratch or len(self.scratch[0]) < size:
+            # Fresh memory costs more than the copying, so all layers of a step use the same.
+            self.scratch[:] = [self.k_pool.new_empty(size) for _ in range(2)]
+        k, v = (
+            self.gather(pool, pages, scratch[:size])
+            for pool, scratch in zip((self.k_pool, self.v_pool), self.scratch, strict=True)
+        )
+        return k, v
 
-    def gather(self, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    def gather(self, pool: torch.Tensor, pages: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         kv_heads, _, dim = pool.shape
         by_page = pool.view(kv_heads, -1, self.page_size * dim)
-        return by_page.index_select(1, pages).view(kv_heads, -1, dim)
+        torch.index_select(by_page, 1, pages, out=out.view(kv_heads, len(pages), -1))
+        return out.view(kv_heads, -1, dim)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool = False

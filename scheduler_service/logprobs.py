@@ -8,6 +8,7 @@ import torch
 from runtime.messages import LogprobOptions, Logprobs
 from scheduler_service.sampler import largest
 
+ITEM_BYTES = 4  # of an id or a value on the wire
 BLOCK_BYTES = 64 << 20  # of logits that are alive at once while a prompt is scored
 
 
@@ -15,19 +16,40 @@ BLOCK_BYTES = 64 << 20  # of logits that are alive at once while a prompt is sco
 class Scores:
     """Logprobs of some rows."""
 
+    ids: torch.Tensor  # (rows,)
     values: torch.Tensor  # (rows,)
-    top_ids: torch.Tensor  # (rows, top) int32
+    top_ids: torch.Tensor  # (rows, top)
     top_values: torch.Tensor  # (rows, top)
     asked_values: torch.Tensor  # (rows, asked ids)
 
-    def packed(self, ids: torch.Tensor, row: slice, top: int) -> Logprobs:
+    def packed(self) -> Logprobs:
+        """All rows in one."""
         return Logprobs(
-            ids=as_bytes(ids[row], torch.int32),
-            values=as_bytes(self.values[row], torch.float32),
-            top_ids=as_bytes(self.top_ids[row, :top], torch.int32),
-            top_values=as_bytes(self.top_values[row, :top], torch.float32),
-            asked_values=as_bytes(self.asked_values[row], torch.float32),
+            ids=as_bytes(self.ids, torch.int32),
+            values=as_bytes(self.values, torch.float32),
+            top_ids=as_bytes(self.top_ids, torch.int32),
+            top_values=as_bytes(self.top_values, torch.float32),
+            asked_values=as_bytes(self.asked_values, torch.float32),
         )
+
+    def by_row(self, tops: list[int]) -> list[Logprobs]:
+        """Each row on its own, with the best `tops[row]` only."""
+        whole = self.packed()
+        top_bytes, asked_bytes = (ITEM_BYTES * x.shape[1] for x in (self.top_ids, self.asked_values))
+        return [
+            Logprobs(
+                ids=cut(whole.ids, row * ITEM_BYTES, ITEM_BYTES),
+                values=cut(whole.values, row * ITEM_BYTES, ITEM_BYTES),
+                top_ids=cut(whole.top_ids, row * top_bytes, top * ITEM_BYTES),
+                top_values=cut(whole.top_values, row * top_bytes, top * ITEM_BYTES),
+                asked_values=cut(whole.asked_values, row * asked_bytes, asked_bytes),
+            )
+            for row, top in enumerate(tops)
+        ]
+
+
+def cut(data: bytes, start: int, length: int) -> bytes:
+    return data[start : start + length]
 
 
 def as_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
@@ -41,8 +63,9 @@ def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int]) -
     columns = torch.tensor(asked, dtype=torch.int64, device=logits.device)
     top_values, top_ids = largest(logits, min(top, logits.shape[1])) if top else (logits[:, :0], logits[:, :0])
     return Scores(
+        ids=ids,
         values=logits.gather(1, ids.unsqueeze(1)).squeeze(1) - norm.squeeze(1),
-        top_ids=top_ids.to(torch.int32),
+        top_ids=top_ids,
         top_values=top_values - norm,
         asked_values=logits[:, columns] - norm,
     )
@@ -61,9 +84,8 @@ def output_logprobs(
         part = logits if len(rows) == len(tokens) else logits[torch.tensor(rows, device=logits.device)]
         ids = torch.tensor([tokens[i] for i in rows], device=logits.device)
         tops = [option.top for i in rows if (option := options[i]) is not None]
-        scores = score(part, ids, max(tops), list(asked))
-        for place, (row, top) in enumerate(zip(rows, tops, strict=True)):
-            found[row] = scores.packed(ids, slice(place, place + 1), top)
+        for row, logprobs in zip(rows, score(part, ids, max(tops), list(asked)).by_row(tops), strict=True):
+            found[row] = logprobs
     return found
 
 
@@ -81,10 +103,5 @@ def prompt_logprobs(
     for first in range(0, len(ids), block):
         rows = slice(first, first + block)
         parts.append(score(to_logits(hidden[rows]), ids[rows], options.top, asked))
-    joined = Scores(
-        values=torch.cat([part.values for part in parts]),
-        top_ids=torch.cat([part.top_ids for part in parts]),
-        top_values=torch.cat([part.top_values for part in parts]),
-        asked_values=torch.cat([part.asked_values for part in parts]),
-    )
-    return joined.packed(ids, slice(None), options.top)
+    columns = zip(*((p.ids, p.values, p.top_ids, p.top_values, p.asked_values) for p in parts), strict=True)
+    return Scores(*map(torch.cat, columns)).packed()

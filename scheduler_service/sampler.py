@@ -12,7 +12,6 @@ same tokens alone and in company, before and after a retraction. Greedy requests
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import IntFlag
 from functools import reduce
 from math import inf
 from operator import or_
@@ -30,8 +29,8 @@ BIN_SHIFT = 18  # bits dropped from a weight to find its bin: 32 bins for each p
 BINS = (0x3F800000 >> BIN_SHIFT) + 1  # weights are at most 1.0
 
 
-class Wish(IntFlag):
-    """What a request asks of the sampler beyond a greedy choice."""
+class Wish:
+    """What a request asks of the sampler beyond a greedy choice; plain ints, for enums are slow to combine."""
 
     DRAW = 1
     TOP_K = 2
@@ -55,7 +54,7 @@ class Row:
     """The sampler's state of one admitted request."""
 
     params: SamplingParams
-    wish: Wish
+    wish: int  # Wish values, or-ed
     seed: int
     prompt_len: int
     end_ids: list[int]  # ids that would end the request
@@ -102,7 +101,7 @@ def signed(seed: int) -> int:
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def wish_of(params: SamplingParams) -> Wish:
+def wish_of(params: SamplingParams) -> int:
     penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
     wishes = {
         Wish.DRAW: not params.greedy,
@@ -113,7 +112,7 @@ def wish_of(params: SamplingParams) -> Wish:
         Wish.MIN_LENGTH: params.min_new_tokens > 0,
         Wish.BIAS: bool(params.logit_bias),
     }
-    return reduce(or_, (wish for wish, wanted in wishes.items() if wanted), Wish(0))
+    return sum(wish for wish, wanted in wishes.items() if wanted)
 
 
 # Adjusting the logits
@@ -124,7 +123,7 @@ def adjust(logits: torch.Tensor, rows: list[Row], positions: list[int], allowed:
 
     `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i.
     """
-    wishes = reduce(or_, (row.wish for row in rows), Wish(0))
+    wishes = reduce(or_, (row.wish for row in rows), 0)
     if wishes & Wish.PENALTY:
         penalise(logits, rows)
     if wishes & Wish.MIN_LENGTH:
@@ -227,8 +226,14 @@ def top_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Te
     """The smallest weight of the shortest list of best tokens whose share reaches p.
 
     A histogram over the leading bits of the weights shows in which bin that weight lies; only that bin is sorted.
+    A vocabulary that is smaller than the histogram is sorted as a whole.
     """
     shares = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights.device)
+    if weights.shape[1] <= BINS:
+        values = weights.sort(1, descending=True).values
+        mass = values.cumsum(1, dtype=torch.float64)
+        place = torch.searchsorted(mass, shares.unsqueeze(1) * mass[:, -1:]).clamp_(max=weights.shape[1] - 1)
+        return values.gather(1, place).squeeze(1)
     bins = weights.view(torch.int32) >> BIN_SHIFT  # (rows, vocab), in the order of the weights
     sums = weights.new_zeros(len(params), BINS).scatter_add_(1, bins.long(), weights)
     reached = sums.flip(1).cumsum(1, dtype=torch.float64)  # (rows, BINS), from the best bin on
