@@ -64,18 +64,26 @@ def unauthorized() -> Response:
 
 
 async def read_body(http: Request, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The whole body. Raises RequestError (413, naming the limit) as soon as it is known to be longer."""
+    """The whole body. Raises RequestError (413, naming the limit) when it is longer.
+
+    As much again is read and thrown away before that, so that a client still sending gets to see the answer.
+    """
     too_large = RequestError(f"The request body exceeds the limit of {limit} bytes.", Kind.TOO_LARGE)
     declared = http.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
+    if declared.isdecimal() and int(declared) > 2 * limit:
         raise too_large
     parts: list[bytes] = []
     size = 0
     async for part in http.stream():
         size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > 2 * limit:
+            break
+        else:
+            parts.clear()
+    if size > limit:
+        raise too_large
     return b"".join(parts)
 
 

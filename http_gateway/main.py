@@ -18,6 +18,7 @@ from http_gateway.app import build
 from http_gateway.edge import access_log
 from http_gateway.gateway import Gateway, Phase
 from http_gateway.metrics import Metrics
+from http_gateway.protocol import BoundedProtocol
 from http_gateway.ring_client import RingClient
 from runtime import model_info, service
 from runtime.control import Abort
@@ -132,7 +133,7 @@ def fail(boot: Boot, error: StartupError) -> NoReturn:
 def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
     return uvicorn.Config(
         build(gateway),
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
