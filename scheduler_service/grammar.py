@@ -138,6 +138,12 @@ class GrammarCompiler:
             raise RequestError(found.message, found.kind, found.field)
         return found
 
+    def warm(self) -> None:
+        """Load what the first grammar would otherwise wait for; nothing happens for a model without tokenizer.json."""
+        if self._path.is_file():
+            self._load()
+            self._check("start: /a/")
+
     def _compiled(self, kind: str, text: str) -> Grammar | RequestError:
         """The grammar or its refusal: a refused one is remembered too, and costs nothing the second time."""
         try:
@@ -208,6 +214,10 @@ class GrammarPool:
     def pending(self) -> int:
         """Requests that wait for their grammar; the loop must not block for long while there are any."""
         return len(self._waiting)
+
+    def warm(self) -> None:
+        """Let the thread load what grammars need, ahead of the first one."""
+        self._thread.submit(self._compiler.warm)
 
     def submit(self, rid: str, kind: str, text: str) -> None:
         """Start to compile a request's grammar."""

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from http_gateway.tool_calls import REQUIRED, calls_schema, parse
+from http_gateway.tool_events import Function, Tool
 from runtime.errors import RequestError
 from scheduler_service.grammar import GrammarCompiler, GrammarPool, MaskFiller, bitmask_words
 from scheduler_service.grammar_source import check_regex, from_ebnf
@@ -159,6 +161,18 @@ def test_random_output_of_a_regex_matches_it(pattern, tools):
     grammar = tools.compiler.compile("regex", pattern)
     for seed in range(15):
         assert re.fullmatch(pattern, tools.text(tools.sample(grammar, random.Random(seed), patience=8)))
+
+
+def test_what_a_required_tool_choice_makes_a_model_write_is_read_back_as_calls(tools):
+    parameters = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    offered = [Tool(function=Function(name=name, parameters=parameters)) for name in ("first", "second")]
+    grammar = tools.compiler.compile("json_schema", calls_schema(offered))
+    for seed in range(20):
+        text = tools.text(tools.sample(grammar, random.Random(seed), patience=10))
+        content, calls = parse(REQUIRED, offered, text)
+        assert content == "" and len(calls) == len(json.loads(text)) > 0
+        for call in calls:
+            jsonschema.validate(json.loads(call.arguments), parameters)
 
 
 CITIES = """
@@ -429,9 +443,22 @@ def test_a_finished_grammar_allows_the_end_tokens_alone(tools):
     assert tools.allowed(matcher) == {END, TURN}
 
 
+def test_a_warm_compiler_has_loaded_its_tokenizer(tokenizer, vocab_size):
+    compiler = GrammarCompiler(tokenizer.path, vocab_size, [END])
+    compiler.warm()
+    (tokenizer.path / "tokenizer.json").rename(tokenizer.path / "gone.json")
+    try:
+        assert compiler.compile("regex", "a").matcher().accept(tokenizer.encode("a").ids[0])
+    finally:
+        (tokenizer.path / "gone.json").rename(tokenizer.path / "tokenizer.json")
+        compiler.close()
+
+
 def test_a_model_without_tokenizer_json_refuses_grammars(tmp_path):
     with pytest.raises(RequestError, match=r"no tokenizer\.json"):
-        GrammarCompiler(tmp_path, 100, [0]).compile("regex", "a")
+        compiler = GrammarCompiler(tmp_path, 100, [0])
+        compiler.warm()
+        compiler.compile("regex", "a")
 
 
 def test_counted_repetitions_are_added_up_through_groups_and_sets():
