@@ -10,8 +10,8 @@ from http_gateway.tool_events import Event, Events
 
 OPENING = ("<|python_start|>", "")  # some models put tags around the list
 CLOSING = "<|python_end|>"
-HEAD = re.compile(r"\s*([A-Za-z_][\w.]*)\s*\(")
-MAYBE_HEAD = re.compile(r"\s*([A-Za-z_][\w.]*\s*)?")
+HEAD = re.compile(r"\s*([^\W\d][\w.]*)\s*\(")
+MAYBE_HEAD = re.compile(r"\s*([^\W\d][\w.]*\s*)?")
 NAMES = {"true": True, "false": False, "null": None}  # JSON's words, which models mix in
 
 
@@ -24,6 +24,7 @@ class PythonicCalls:
         self._buffer = ""
         self._opening = ""  # what led here since the last call; content if no call follows
         self._ended = False
+        self._name = ""
         self._scanned = 0  # characters of the buffer that the open call's scan has seen
         self._quote = ""
         self._depth = 0
@@ -72,7 +73,7 @@ class PythonicCalls:
             if match[1] not in self._known:
                 self._state = self._text
                 return True
-            self._scanned, self._depth, self._quote = match.end(), 1, ""
+            self._name, self._scanned, self._depth, self._quote = match[1], match.end(), 1, ""
             self._state = self._call
             return True
         if not MAYBE_HEAD.fullmatch(self._buffer):
@@ -106,12 +107,12 @@ class PythonicCalls:
             self._depth -= 1
 
     def _announce(self) -> bool:
-        call = python_call(self._buffer[: self._scanned])
-        if call is None:
+        arguments = json_arguments(self._buffer[: self._scanned])
+        if arguments is None:
             self._state = self._text
             return True
-        self._events.start(call[0])
-        self._events.arguments(call[1])
+        self._events.start(self._name)
+        self._events.arguments(arguments)
         self._buffer, self._opening = self._buffer[self._scanned :], ""
         self._state = self._between
         return True
@@ -143,8 +144,8 @@ class PythonicCalls:
         return True
 
 
-def python_call(text: str) -> tuple[str, str] | None:
-    """(name, arguments as JSON text) of `name(key=literal, ...)`, or None."""
+def json_arguments(text: str) -> str | None:
+    """The arguments of `name(key=literal, ...)` as JSON text, or None where it is anything else."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
@@ -152,9 +153,9 @@ def python_call(text: str) -> tuple[str, str] | None:
         arguments = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords if keyword.arg}
         if len(arguments) != len(call.keywords):
             return None
-        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        text.encode()  # a lone surrogate has no place on the wire
-        return ast.unparse(call.func), text
+        found = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        found.encode()  # a lone surrogate has no place on the wire
+        return found
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

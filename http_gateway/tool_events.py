@@ -25,20 +25,20 @@ class Tool(msgspec.Struct):
         return {"type": self.type, "function": msgspec.to_builtins(self.function)}
 
 
-class Content(NamedTuple):
+class Content(msgspec.Struct, frozen=True):
     """Text that belongs to no call."""
 
     text: str
 
 
-class CallStart(NamedTuple):
+class CallStart(msgspec.Struct, frozen=True):
     """A call begins; its arguments follow."""
 
     index: int
     name: str
 
 
-class Arguments(NamedTuple):
+class Arguments(msgspec.Struct, frozen=True):
     """The next characters of a call's arguments, JSON once they are joined."""
 
     index: int

@@ -1,0 +1,55 @@
+"""`response_format` becomes one of the native grammars."""
+
+import json
+
+import msgspec
+import pytest
+
+from http_gateway.response_format import ResponseFormat, grammar
+from runtime.errors import RequestError
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def wanted(**fields):
+    return grammar(msgspec.convert(fields, ResponseFormat))
+
+
+def test_text_is_free():
+    assert grammar(None) is None
+    assert wanted(type="text") is None
+
+
+def test_a_json_object_is_any_object_unless_a_schema_is_given():
+    assert wanted(type="json_object") == ("json_schema", '{"type": "object"}')
+    assert wanted(type="json_object", schema=SCHEMA) == ("json_schema", json.dumps(SCHEMA))
+
+
+def test_a_json_schema_stands_in_either_place():
+    nested = {"name": "n", "schema": SCHEMA, "strict": True}
+    assert wanted(type="json_schema", json_schema=nested) == ("json_schema", json.dumps(SCHEMA))
+    assert wanted(type="json_schema", schema=SCHEMA) == ("json_schema", json.dumps(SCHEMA))
+
+
+def test_a_json_schema_without_schema_is_refused():
+    for fields in ({}, {"json_schema": {"name": "n"}}):
+        with pytest.raises(RequestError, match="schema_ is required for json_schema response format request"):
+            wanted(type="json_schema", **fields)
+
+
+def test_a_structural_tag_is_handed_on():
+    structures = [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}]
+    kind, text = wanted(type="structural_tag", structures=structures, triggers=["<f"])
+    assert kind == "structural_tag"
+    assert json.loads(text) == {"type": "structural_tag", "structures": structures, "triggers": ["<f"]}
+
+
+def test_a_structural_tag_in_the_other_format_is_refused():
+    with pytest.raises(RequestError, match="structures and triggers"):
+        wanted(type="structural_tag", format={"type": "tag"})
+
+
+def test_a_regex_needs_its_pattern():
+    assert wanted(type="regex", pattern="a+") == ("regex", "a+")
+    with pytest.raises(RequestError, match="pattern"):
+        wanted(type="regex")
