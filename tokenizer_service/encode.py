@@ -4,6 +4,7 @@ Everything that waits is encoded in one call. A prompt that is refused becomes a
 scheduler passes on: the gateway hears of it by the same way as of everything else.
 """
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 ID_BYTES = 4
 FLOAT_BYTES = 4
+LONG_TEXT_CHARS = 1 << 20  # takes about a second to encode; above, see whether it can fit before trying
 EMPTY = "input_ids cannot be empty."
+TOO_LONG = "The input (more than {0} tokens) is longer than the model's context length ({0} tokens)."
 NO_TOKENIZER = "the tokenizer is not initialized (--skip-tokenizer-init); send input_ids"
 NEED_TOKENIZER = ("stop", "stop_regex", "min_new_tokens")  # parameters that mean nothing without one
 
@@ -44,12 +47,14 @@ class Encoder:
         template: Template | None = None,
         hidden_size: int = 0,
         token_types: bool = False,
+        context_length: int | None = None,
     ) -> None:
         """No tokenizer: ids in, ids out. `token_types`: the model tells the two texts of a pair apart."""
         self._tokenizer = tokenizer
         self._template = template
         self._hidden_size = hidden_size
         self._token_types = token_types
+        self._context_length = context_length
         self.counters = Counters()
 
     def step(self, batch: list[Any]) -> list[Message]:
@@ -79,8 +84,8 @@ class Encoder:
         try:
             self._check(message.request.params)
             prompt = prompt_of(message, self._template)
-            if prompt is not None and self._tokenizer is None:
-                raise RequestError(NO_TOKENIZER, field="text")
+            if prompt is not None:
+                self._check_text(prompt)
         except RequestError as error:
             return error
         return prompt
@@ -93,6 +98,21 @@ class Encoder:
                     raise RequestError(f"{field} needs a tokenizer (--skip-tokenizer-init is set)", field=field)
         for pattern in params.stop_patterns:
             compile_stop(pattern)
+
+    def _check_text(self, prompt: Prompt) -> None:
+        """Refuse what cannot be encoded, and what is sure not to fit the context before time is spent on it."""
+        if self._tokenizer is None:
+            raise RequestError(NO_TOKENIZER, field="text")
+        chars = len(prompt.text) if isinstance(prompt.text, str) else sum(map(len, prompt.text))
+        if self._context_length is None or chars <= LONG_TEXT_CHARS:
+            return
+        if chars > self._context_length * self._longest_token_chars:
+            raise RequestError(TOO_LONG.format(self._context_length), field="text")
+
+    @cached_property
+    def _longest_token_chars(self) -> int:
+        assert self._tokenizer is not None
+        return max(map(len, self._tokenizer.get_vocab()))
 
     def _encode(self, prompts: list[Prompt]) -> "list[Encoding | RequestError]":
         """An encoding or a refusal for each prompt, in order; prompts under the same rule share a call."""
@@ -150,11 +170,11 @@ class Encoder:
             return Reply(id=command.id, success=False, message=error.message, status=error.kind.status)
 
     def _ids_of(self, command: Tokenize) -> list[list[int]]:
-        if self._tokenizer is None:
-            raise RequestError(NO_TOKENIZER)
         prompts = [Prompt(text, command.add_special_tokens) for text in command.texts]
         if command.chat is not None:
             prompts.append(rendered(command.chat, self._template))
+        for prompt in prompts:
+            self._check_text(prompt)
         ids = []
         for result in self._encode(prompts):
             if isinstance(result, RequestError):

@@ -17,4 +17,5 @@ def load_encoder(config: ServerConfig, info: ModelInfo | None = None) -> Encoder
         template=load_template(info, config),
         hidden_size=info.hidden_size,
         token_types=int(info.config.get("type_vocab_size") or 0) > 1,
+        context_length=info.context_length,
     )

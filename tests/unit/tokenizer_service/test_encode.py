@@ -9,7 +9,7 @@ from runtime.control import FlushCache, Probe, Tokenize
 from runtime.messages import Chat, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
 from runtime.sampling import SamplingParams
 from tests.tokenizers_to_try import KINDS, byte_level
-from tokenizer_service.encode import Encoder
+from tokenizer_service.encode import LONG_TEXT_CHARS, Encoder
 
 TOKENIZER = byte_level(bos=True)
 
@@ -155,6 +155,20 @@ def test_without_a_tokenizer_ids_pass_and_text_is_refused() -> None:
     )
     assert ids_of(ids) == [1]
     assert "tokenizer is not initialized" in refusal(text)
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
+    encoder = Encoder(TOKENIZER, context_length=8)
+    long, pair, fits = encoder.step(
+        [
+            Generate(request=request(), text=" " * (LONG_TEXT_CHARS + 1)),
+            Generate(request=request(), text="a", text_pair="b" * LONG_TEXT_CHARS),
+            Generate(request=request(), text="a longer text than the context, left to the scheduler"),
+        ]
+    )
+    message = "The input (more than 8 tokens) is longer than the model's context length (8 tokens)."
+    assert refusal(long) == refusal(pair) == message
+    assert isinstance(fits, Tokenized)
 
 
 def test_tokenize_answers_ids(encoder: Encoder) -> None:
