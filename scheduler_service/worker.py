@@ -30,6 +30,7 @@ from scheduler_service.weights.load import available_gb
 log = logging.getLogger(__name__)
 
 MAX_RUNNING_REQUESTS = 256
+NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
 Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
 
@@ -158,6 +159,8 @@ class Worker:
                 result.input_logprobs = self.score_prompt(share, own)
             if share.sequence.request.return_hidden_states:
                 result.hidden_states = as_bytes(own, torch.float32)
+            if share.sequence.request.task == "embed":
+                result.error = NOT_AN_EMBEDDER
         self.sample(plan, states, inputs, hidden, results)
         return Pending(results)
 

@@ -75,11 +75,19 @@ class Engine:
         self.answers: dict[str, Answer] = {}
         self.steps = 0
 
-    def add(self, prompt: list[int], params: SamplingParams | None = None, rid: str = "", **request: Any) -> str:
+    def add(
+        self,
+        prompt: list[int],
+        params: SamplingParams | None = None,
+        rid: str = "",
+        embeds: bytes = b"",
+        **request: Any,
+    ) -> str:
         rid = rid or f"r{len(self.answers)}"
         made = Request(rid=rid, params=params or SamplingParams(temperature=0.0), **request)
         self.answers[rid] = Answer()
-        self.take(self.planner.add(Tokenized(request=made, prompt_ids=pack_ids(prompt)), now=float(self.steps)))
+        message = Tokenized(request=made, prompt_ids=pack_ids(prompt), embeds=embeds)
+        self.take(self.planner.add(message, now=float(self.steps)))
         return rid
 
     def take(self, updates: list[Update]) -> None:

@@ -1,0 +1,161 @@
+"""The worker with a model made by hand: its next token is the last one plus one, its hidden state the token itself."""
+
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.config import ServerConfig
+from runtime.messages import LogprobOptions, Request
+from runtime.model_info import ModelInfo
+from runtime.sampling import SamplingParams
+from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
+from scheduler_service.core.request import Sequence
+from scheduler_service.model.batch import AttentionSpec, Batch
+from scheduler_service.worker import Worker
+from tests.engine import Engine, floats
+from tests.model import tiny
+
+VOCAB = 50
+BROKEN = 13  # behind this token the logits are not numbers
+
+
+class Counter:
+    """Predicts the successor of every token."""
+
+    attention = [AttentionSpec(layer=0, heads=2, kv_heads=1, head_dim=4, scale=0.5)]
+    dtype = torch.float32
+    hidden_size = 2
+    vocab_size = VOCAB
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        q = torch.ones(len(batch.input_ids), 2, 4)
+        k = torch.ones(len(batch.input_ids), 1, 4)
+        assert batch.attend(self.attention[0], q, k, k).shape == q.shape
+        return torch.stack((batch.input_ids, batch.positions), 1).float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(hidden), VOCAB)
+        logits[torch.arange(len(hidden)), (hidden[:, 0].long() + 1) % VOCAB] = 9.0
+        logits[hidden[:, 0] == BROKEN] = torch.nan
+        return logits
+
+
+@pytest.fixture
+def worker() -> Worker:
+    config = ServerConfig(device="cpu", page_size=4, max_total_tokens=400, weight_version="v7")
+    info = ModelInfo(
+        path="",
+        architecture="",
+        model_type="",
+        vocab_size=VOCAB,
+        hidden_size=2,
+        context_length=64,
+        eos_ids=[1],
+        config={},
+    )
+    return Worker(config, info, load=lambda *_: Counter())
+
+
+def sequence(ids: list[int], first_page: int = 1, **request: object) -> Sequence:
+    made = Request(rid="r", params=SamplingParams(temperature=0.0), **request)
+    return Sequence(made, array("i", ids), len(ids), pages=list(range(first_page, first_page + 8)))
+
+
+def step(worker: Worker, *slices: Slice) -> list[Result]:
+    return worker.collect(worker.launch(Plan(list(slices))))
+
+
+def test_facts_tell_what_fits(worker):
+    facts = worker.facts()
+    assert (facts.max_total_num_tokens, facts.max_req_input_len, facts.context_length) == (400, 63, 64)
+    assert facts.memory_usage["token_capacity"] == 400
+    assert (worker.page_count, worker.page_size, worker.weight_version) == (100, 4, "v7")
+
+
+def test_results_are_in_the_order_of_slices_and_only_samplers_have_tokens(worker):
+    results = step(
+        worker,
+        Slice(sequence([4, 5], 1), 1, 2, True),
+        Slice(sequence([6, 7, 8], 9), 0, 2, False),
+        Slice(sequence([9, 10], 17), 0, 2, True),
+    )
+    assert [result.token for result in results] == [6, None, 11]
+
+
+def test_logits_that_are_no_numbers_end_one_request_and_no_other(worker):
+    results = step(worker, Slice(sequence([BROKEN]), 0, 1, True), Slice(sequence([20], 9), 0, 1, True))
+    assert (results[0].error, results[0].token) == (NAN_HAPPENED, None)
+    assert (results[1].error, results[1].token) == ("", 21)
+
+
+def test_a_step_launched_before_the_last_one_is_committed_goes_on_from_its_token(worker):
+    ahead = sequence([4, 5])
+    step(worker, Slice(ahead, 0, 2, True))
+    assert step(worker, Slice(ahead, 2, 3, True))[0].token == 7
+    assert len(ahead.ids) == 2
+
+
+def test_prompt_logprobs_start_where_the_plan_says_and_end_with_the_prompt(worker):
+    prompt = sequence([4, 5, 6, 30, 31], logprobs=LogprobOptions(start=1))
+    first, second = step(worker, Slice(prompt, 0, 3, False, score_from=2)), step(worker, Slice(prompt, 3, 5, True, 4))
+    assert list(array("i", first[0].input_logprobs.ids)) == [6, 30]
+    sure, unlikely = floats(first[0].input_logprobs.values)
+    assert sure > -0.01 and unlikely < -9
+    assert list(array("i", second[0].input_logprobs.ids)) == [31]
+    assert list(array("i", second[0].logprobs.ids)) == [32]
+
+
+def test_hidden_states_cover_the_positions_of_the_slice(worker):
+    (result,) = step(worker, Slice(sequence([4, 5, 6], return_hidden_states=True), 1, 3, False))
+    assert floats(result.hidden_states) == [5, 1, 6, 2]
+
+
+def test_state_goes_when_a_sequence_is_forgotten_or_retracted(worker):
+    done, retracted = sequence([4]), sequence([5], 9)
+    step(worker, Slice(done, 0, 1, True), Slice(retracted, 0, 1, True))
+    worker.forget(done)
+    worker.forget(done)
+    other = sequence([6], 17)
+    worker.launch(Plan([Slice(other, 0, 1, True)], retracted=[retracted]))
+    assert list(worker.states) == [other]
+
+
+def test_an_embedding_is_refused_by_a_model_that_generates(worker):
+    (result,) = step(worker, Slice(sequence([4, 5], task="embed"), 0, 2, False))
+    assert "no embeddings" in result.error
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("settings", [{"page_size": 1}, {"page_size": 16}, {"chunked_prefill_size": 7}], ids=str)
+def test_page_and_chunk_sizes_do_not_change_the_answer(llama, settings):
+    prompts = [list(range(3, 3 + n)) for n in (1, 9, 40)]
+    params = SamplingParams(max_new_tokens=20)
+    expected = [answer.ids for answer in Engine(llama).generate(prompts, params, seed=5)]
+    assert [answer.ids for answer in Engine(llama, **settings).generate(prompts, params, seed=5)] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_served_and_is_close_to_full(llama, dtype):
+    prompt = [list(range(3, 43))]
+    params = SamplingParams(temperature=0.0, max_new_tokens=1)
+    options = LogprobOptions(start=0)
+    full, half = (
+        floats(Engine(llama, dtype=name).generate(prompt, params, logprobs=options)[0].input_logprobs.values)[1:]
+        for name in ("float32", dtype)
+    )
+    assert torch.tensor(half) == pytest.approx(torch.tensor(full), abs=0.3)
+
+
+def test_embeddings_of_the_prompt_answer_as_its_ids_do(llama):
+    engine = Engine(llama, disable_radix_cache=True)
+    ids = list(range(3, 20))
+    table = engine.worker.model.embedding[torch.tensor(ids)]
+    by_ids, by_embeds = engine.add(ids), engine.add([0] * len(ids), embeds=table.numpy().tobytes())
+    engine.run()
+    assert engine.answers[by_embeds].ids == engine.answers[by_ids].ids
