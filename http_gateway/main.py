@@ -29,6 +29,7 @@ from runtime.service import Boot, report_ready
 from runtime.sockets import AsyncInbox, AsyncOutbox
 
 log = logging.getLogger(__name__)
+uvicorn_log = logging.getLogger("uvicorn.error")
 
 KEEP_ALIVE_S = 75  # clients hold pools of idle connections
 ABORT_GRACE_S = 2.0  # after the drain deadline, for aborted requests to come back with what they have
@@ -75,7 +76,7 @@ class Life:
         config = self._boot.config
         host = f"[{config.host}]" if ":" in config.host else config.host
         port = self._listener.getsockname()[1]
-        logging.getLogger("uvicorn.error").info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, port)
+        uvicorn_log.info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, port)
         self._starting = self._loop.create_task(self._start(port))
 
     async def _start(self, port: int) -> None:
@@ -146,9 +147,16 @@ def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
     )
 
 
+def with_level(record: logging.LogRecord) -> bool:
+    """A filter that puts the level before uvicorn's lines, as before the access lines: operators' tools look for it."""
+    record.msg = f"{record.levelname + ':':<9} {record.msg}"
+    return True
+
+
 async def serve(boot: Boot) -> None:
     """The whole life of the process."""
     config = boot.config
+    uvicorn_log.addFilter(with_level)
     access_log.setLevel((config.log_level_http or config.log_level).upper())
     model = model_info.load(config)
     metrics = Metrics(config.name)

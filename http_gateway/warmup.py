@@ -25,14 +25,14 @@ def request(config: ServerConfig) -> tuple[str, dict[str, Any]]:
     return "/generate", {**prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
 
 
-def warm_up(config: ServerConfig, host: str, port: int) -> None:
+def warm_up(config: ServerConfig, host: str, port: int, tries: int = TRIES) -> None:
     """Wait until the server answers, then generate once. Blocks: for a thread. Raises StartupError."""
     path, body = request(config)
     headers = {"Content-Type": "application/json"}
     if config.api_key:
         headers["Authorization"] = f"Bearer {config.api_key}"
     try:
-        wait_for_answer(LOCAL.get(host, host), port, headers)
+        wait_for_answer(LOCAL.get(host, host), port, headers, tries)
         status, answer = call(LOCAL.get(host, host), port, "POST", path, headers, TIMEOUT_S, msgspec.json.encode(body))
     except OSError as error:
         raise StartupError(f"Initialization failed. warmup error: {error}") from error
@@ -40,12 +40,12 @@ def warm_up(config: ServerConfig, host: str, port: int) -> None:
         raise StartupError(f"Initialization failed. warmup error: {path} answered {status}: {answer}")
 
 
-def wait_for_answer(host: str, port: int, headers: dict[str, str]) -> None:
-    for attempt in range(TRIES):
+def wait_for_answer(host: str, port: int, headers: dict[str, str], tries: int) -> None:
+    for attempt in range(tries):
         try:
             status, answer = call(host, port, "GET", "/get_model_info", headers, RETRY_S)
         except OSError:
-            if attempt == TRIES - 1:
+            if attempt == tries - 1:
                 raise
         else:
             if status == http.client.OK:

@@ -127,6 +127,7 @@ def test_the_log_reads_as_operators_know_it(server: Server) -> None:
     assert sorted(order, key=lines.index) == order
     assert lines.count("The server is fired up and ready to roll!") == 1
     assert "] INFO:     127.0.0.1:" in lines
+    assert "] INFO:     Started server process" in lines
 
 
 def test_a_client_that_leaves_frees_its_place(slow_server: Callable[..., Server]) -> None:

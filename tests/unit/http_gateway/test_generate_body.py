@@ -5,11 +5,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from http_gateway.generate_body import REFUSED, GenerateBody, to_job
+from http_gateway.generate_body import FIELDS, REFUSED, GenerateBody, to_job
 from http_gateway.intake import Job, Rules
 from runtime.errors import RequestError
 from runtime.messages import LogprobOptions, unpack_ids
+from runtime.sampling import SamplingParams
 
 RULES = Rules(vocab_size=100, hidden_size=2)
 
@@ -198,3 +201,21 @@ def test_text_is_refused_where_there_is_no_tokenizer(fields: dict[str, Any]) -> 
 def test_wrong_json_types_are_schema_errors() -> None:
     with pytest.raises(msgspec.ValidationError, match="temperature"):
         read(text="a", sampling_params={"temperature": "hot"})
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=3)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+)
+PARAMETERS = st.dictionaries(st.sampled_from(sorted(msgspec.structs.asdict(SamplingParams()))), ANYTHING, max_size=3)
+BODIES = st.dictionaries(st.sampled_from(FIELDS[:16]), ANYTHING | PARAMETERS, max_size=5)
+
+
+@given(BODIES)
+def test_no_body_raises_anything_but_a_refusal_or_a_schema_error(body: dict[str, Any]) -> None:
+    for rules in (RULES, Rules(vocab_size=100, hidden_size=2, prefix_cache=False, tokenizer=False)):
+        try:
+            job, _ = read(rules, **{"text": "a", **body})
+        except (RequestError, msgspec.ValidationError):
+            continue
+        assert job.requests
