@@ -169,6 +169,22 @@ class Facts(Message, tag="facts", kw_only=True):
 RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts
 
 
+def end_of(message: Message, reason: str) -> Message | None:
+    """The terminal message that ends the request a message belongs to; None where it belongs to none."""
+    finish = Finish.internal(reason)
+    match message:
+        case Generate(request=request) | Tokenized(request=request):
+            return Tokens(rid=request.rid, attempt=request.attempt, finish=finish)
+        case Tokens(rid=rid, attempt=attempt):
+            return Tokens(rid=rid, attempt=attempt, finish=finish)
+        case Text(tokens=tokens):
+            return Text(tokens=Tokens(rid=tokens.rid, attempt=tokens.attempt, finish=finish))
+        case Reply(id=id):
+            return Reply(id=id, success=False, status=500, message=reason)
+        case _:
+            return None
+
+
 def pack_ids(ids: Iterable[int]) -> bytes:
     """Token ids as little-endian int32 bytes."""
     return array("i", ids).tobytes()

@@ -7,7 +7,7 @@ counted in `Inbox.rejected`, logged once a minute, and dropped.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from runtime.control import Command
 from runtime.limits import MAX_IPC_MESSAGE_BYTES
-from runtime.messages import Message, RingMessage
+from runtime.messages import Message, RingMessage, end_of
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,28 @@ class FrameTooLarge(ValueError):
     """A frame exceeds MAX_IPC_MESSAGE_BYTES; the receiver would drop the connection, so it is not sent."""
 
 
-def encode(messages: Sequence[Message]) -> bytes:
+def encode(messages: Sequence[Message], limit_bytes: int = MAX_IPC_MESSAGE_BYTES) -> bytes:
     """One frame. Raises FrameTooLarge."""
     frame = _encoder.encode(messages)
-    if len(frame) > MAX_IPC_MESSAGE_BYTES:
-        raise FrameTooLarge(f"frame of {len(frame)} bytes, at most {MAX_IPC_MESSAGE_BYTES} are sent")
+    if len(frame) > limit_bytes:
+        raise FrameTooLarge(f"frame of {len(frame)} bytes, at most {limit_bytes} are sent")
     return frame
+
+
+def frames(messages: Sequence[Message], limit_bytes: int = MAX_IPC_MESSAGE_BYTES) -> Iterator[bytes]:
+    """As few frames as the size limit allows. A message that exceeds it alone gives way to its request's end."""
+    try:
+        yield encode(messages, limit_bytes)
+    except FrameTooLarge as error:
+        if len(messages) > 1:
+            half = len(messages) // 2
+            yield from frames(messages[:half], limit_bytes)
+            yield from frames(messages[half:], limit_bytes)
+        elif ending := end_of(messages[0], f"The request's data is too large for the server: {error}."):
+            log.error("ended a request: %s", error)
+            yield encode([ending])
+        else:
+            raise
 
 
 def decode(frame: bytes) -> list[Any]:
@@ -113,14 +129,15 @@ class Inbox:
 
 
 class Outbox:
-    """Blocking sender of a service; blocks only while no peer is connected."""
+    """Blocking sender of a service; blocks only while no peer is connected. What is too large is split."""
 
     def __init__(self, address: str) -> None:
         self._socket = _push(zmq.Context.instance(), address)
 
     def send(self, messages: Sequence[Message]) -> None:
         if messages:
-            self._socket.send(encode(messages))
+            for frame in frames(messages):
+                self._socket.send(frame)
 
     def close(self) -> None:
         self._socket.close()

@@ -14,7 +14,7 @@ from runtime.control import Abort, FlushCache, Probe
 from runtime.limits import MAX_IPC_MESSAGE_BYTES
 from runtime.messages import Finish, Generate, Request, Text, Tokenized, Tokens, pack_ids
 from runtime.sampling import SamplingParams
-from runtime.sockets import IPC_PATH_MAX, FrameTooLarge, Inbox, Outbox, decode, encode, endpoint
+from runtime.sockets import IPC_PATH_MAX, FrameTooLarge, Inbox, Outbox, decode, encode, endpoint, frames
 
 REQUEST = Request(rid="r", params=SamplingParams(temperature=0), seed=3)
 MESSAGES = [
@@ -120,6 +120,29 @@ def test_a_frame_above_the_limit_is_not_sent():
     too_many = pack_ids([0]) * (MAX_IPC_MESSAGE_BYTES // 4)
     with pytest.raises(FrameTooLarge):
         encode([Tokenized(request=REQUEST, prompt_ids=too_many)])
+
+
+def test_messages_that_exceed_a_frame_together_are_split_and_keep_their_order():
+    messages = [Tokens(rid=str(n), ids=bytes(40)) for n in range(9)]
+    sent = list(frames(messages, limit_bytes=200))
+    assert len(sent) > 1
+    assert all(len(frame) <= 200 for frame in sent)
+    assert [message for frame in sent for message in decode(frame)] == messages
+
+
+def test_a_message_that_exceeds_a_frame_alone_ends_its_request_and_no_other():
+    messages = [Tokens(rid="a"), Tokens(rid="b", attempt=2, hidden_states=bytes(4000)), Tokens(rid="c")]
+    sent = [message for frame in frames(messages, limit_bytes=500) for message in decode(frame)]
+    assert [message.rid for message in sent] == ["a", "b", "c"]
+    ended = sent[1]
+    assert ended.attempt == 2
+    assert ended.finish.reason == "error"
+    assert "too large" in ended.finish.message
+
+
+def test_a_command_that_exceeds_a_frame_is_an_error_of_the_sender():
+    with pytest.raises(FrameTooLarge):
+        list(frames([FlushCache(id="x" * 600)], limit_bytes=500))
 
 
 def test_an_endpoint_names_role_and_epoch():
