@@ -206,3 +206,12 @@ async def test_numbers_beyond_64_bits_are_the_callers_fault() -> None:
     ring = RingClient(FakeRing(), Full(), 10, Metrics("m"))
     with pytest.raises(RequestError, match="out of range"):
         ring.open([asked("a")])
+
+
+@asynchronous
+async def test_endpoints_get_their_turn_while_frames_keep_coming() -> None:
+    async with connected() as (ring, transport):
+        with ring.open([asked("a")]) as flight:
+            for token in range(100):
+                transport.push(step("a", [token]))
+            assert len(await flight.next()) < 100
