@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -94,7 +94,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight"
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(weights, metadata={"format": "pt"}))
     tokenizer.save(str(folder / "tokenizer.json"))
     for name in HAND_WRITTEN:
         if folder.resolve() != DEMO:
