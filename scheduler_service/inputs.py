@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kernels.attention import Ragged, Run, segments
+from kernels.attention_schedule import Ragged, Run, segments
 from scheduler_service.core.plan import Plan, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.kv_cache import Placement

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.attention import Ragged, paged_attention
+from kernels.attention import paged_attention
+from kernels.attention_schedule import Ragged
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
@@ -30,6 +31,7 @@ from scheduler_service.weights.load import available_gb
 log = logging.getLogger(__name__)
 
 MAX_RUNNING_REQUESTS = 256
+ONE_THREAD_HIDDEN_SIZE = 384
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
 Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
@@ -83,6 +85,7 @@ class Worker:
         self.device = choose_device(config.device)
         free_gb = available_gb(self.device)
         self.model = load(config, info, self.device)
+        limit_threads(self.device, self.model.hidden_size)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         running = config.max_running_requests or MAX_RUNNING_REQUESTS
         self.cache = make_kv_cache(
@@ -231,6 +234,12 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def limit_threads(device: torch.device, hidden_size: int) -> None:
+    """Small models run on one thread: waking a second one takes longer than their matrix products."""
+    if device.type == "cpu" and hidden_size <= ONE_THREAD_HIDDEN_SIZE:
+        torch.set_num_threads(1)
 
 
 def total_bytes(device: torch.device) -> int:
