@@ -1,5 +1,6 @@
 """Puts the scheduler together from a boot file, the model's facts and a worker, and serves. Loads no torch."""
 
+import gc
 from typing import Protocol
 
 import msgspec
@@ -68,4 +69,5 @@ def serve(boot: Boot, info: ModelInfo, worker: SizedWorker) -> None:
     scheduler.progress.beat(busy=False)
     report_ready(boot)
     scheduler.emit([msgspec.structs.replace(worker.facts(), max_req_input_len=planner.config.max_input_len)])
+    gc.freeze()  # the model and its libraries stay; no later collection need look at them
     scheduler.run()

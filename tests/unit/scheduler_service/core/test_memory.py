@@ -58,6 +58,13 @@ def test_a_short_shared_beginning_is_not_waited_for() -> None:
     assert memory.admit(sequence(1, 2, 4), 2, 0) is Verdict.ADMITTED
 
 
+def test_room_kept_for_growth_is_free_for_all_once_its_sequence_left() -> None:
+    memory = Memory(1, 100, reuse_prefixes=False)
+    first = admit(memory, 1, 2, 3)
+    memory.release(first, computed=3)
+    assert memory.pages.take(100) == list(range(1, 101))
+
+
 def test_cached_prefixes_make_room_for_new_requests() -> None:
     memory = Memory(1, 10, reuse_prefixes=True)
     memory.release(admit(memory, *range(10, 20)), computed=10)
