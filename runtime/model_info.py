@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from runtime.config import ServerConfig
+from runtime.embedding import Embedding, embedding, is_embedder, usable_positions
 from runtime.errors import StartupError
 
 DEMO = Path(__file__).parent / "demo"
@@ -26,6 +27,7 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     config: dict[str, Any]  # config.json, the text part for models that wrap one
     generation_config: dict[str, Any] = {}
     is_embedding: bool = False
+    embedding: Embedding | None = None  # how it embeds, where it does
 
 
 def local_path(model_path: str) -> Path:
@@ -76,22 +78,25 @@ def load(config: ServerConfig) -> ModelInfo:
     text = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
     generation = read_json(path / "generation_config.json")
     architectures = raw.get("architectures") or [""]
-    context = text.get("max_position_embeddings") or text.get("n_positions") or DEFAULT_CONTEXT
+    positions = text.get("max_position_embeddings") or text.get("n_positions") or DEFAULT_CONTEXT
+    context = usable_positions(text, positions)
     if config.context_length is not None:
         if config.context_length > context:
             raise StartupError(
                 f"--context-length {config.context_length} exceeds the model's {context} positions; use at most that"
             )
         context = config.context_length
+    embeds = config.is_embedding or is_embedder(architectures[0])
     return ModelInfo(
         path=str(path),
         architecture=architectures[0],
         model_type=str(text.get("model_type", "")),
         vocab_size=int(text["vocab_size"]),
-        hidden_size=int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 0),
+        hidden_size=int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or text.get("dim") or 0),
         context_length=context,
         eos_ids=eos_ids(text, generation),
         config=text,
         generation_config=generation,
-        is_embedding=config.is_embedding,
+        is_embedding=embeds,
+        embedding=embedding(path, architectures[0], text) if embeds else None,
     )
