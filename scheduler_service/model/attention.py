@@ -23,6 +23,7 @@ class Attention:
             scale=spec.attention_scale,
             window=spec.layers[layer].window,
             softcap=spec.attention_softcap,
+            causal=spec.causal,
         )
         self.qkv = linear(weights, "qkv", layer, bias=spec.qkv_bias)
         self.output = linear(weights, "output", layer, bias=spec.output_bias)

@@ -1,19 +1,22 @@
 """From a decoder's spec to the layout of its weights: which checkpoint tensors exist and where each one lives."""
 
+from scheduler_service.model.heads import add_head
 from scheduler_service.model.spec import DecoderSpec, MoeSpec
 from scheduler_service.model.weights import Layout
 
 
 def decoder_layout(spec: DecoderSpec) -> Layout:
     """Buffers by kind, fused where layers read them together: qkv, and gate with up."""
-    layout = Layout(ignored=frozenset({"lm_head.weight"} if spec.tied else ()))
-    layout.add("embed", (), [("model.embed_tokens.weight", spec.vocab_size)], spec.hidden_size)
-    layout.add("norm", (), [("model.norm.weight", spec.hidden_size)], None)
-    if not spec.tied:
+    own_lm_head = spec.generates and not spec.tied
+    layout = Layout(ignored=frozenset(() if own_lm_head else {"lm_head.weight"}))
+    layout.add("embed", (), [(f"{spec.prefix}embed_tokens.weight", spec.vocab_size)], spec.hidden_size)
+    layout.add("norm", (), [(f"{spec.prefix}norm.weight", spec.hidden_size)], None)
+    add_head(layout, spec.score_head)
+    if own_lm_head:
         layout.add("lm_head", (), [("lm_head.weight", spec.vocab_size)], spec.hidden_size)
     dense = sparse = 0
     for index, layer in enumerate(spec.layers):
-        prefix = f"model.layers.{index}."
+        prefix = f"{spec.prefix}layers.{index}."
         add_attention(layout, spec, index, f"{prefix}self_attn.")
         add_norms(layout, spec, index, prefix)
         if layer.moe:

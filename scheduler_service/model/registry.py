@@ -10,6 +10,7 @@ from runtime.model_info import ModelInfo
 from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.dtype import resolve_dtype
+from scheduler_service.model.embedders import family_name, load_decoder_embedder, load_encoder
 from scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
 from scheduler_service.model.layers import ACTIVATIONS
 from scheduler_service.model.layout import decoder_layout
@@ -41,8 +42,10 @@ def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> S
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)
     try:
-        model: ServedModel = load_native(decoder_spec(info), config, info, dtype, device)
+        model = load_own(config, info, dtype, device)
     except NotNative as reason:
+        if info.embedding:
+            raise StartupError(f"{info.path} cannot be served for embedding: {reason} is not supported") from reason
         model = load_fallback(str(reason), config, info, dtype, device)
     left = available_gb(device)
     log.info(
@@ -55,9 +58,18 @@ def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> S
     return model
 
 
+def load_own(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> ServedModel:
+    """A model that runs on our own layers; raises NotNative for any other."""
+    if info.embedding is None:
+        return load_native(decoder_spec(info), config, info, dtype, device)
+    if info.embedding.encoder:
+        return load_encoder(config, info, dtype, device)
+    return load_decoder_embedder(decoder_spec(info), config, info, dtype, device)
+
+
 def decoder_spec(info: ModelInfo) -> DecoderSpec:
     """The spec of a model that the generic decoder runs; raises NotNative for any other."""
-    family = FAMILIES.get(info.architecture)
+    family = FAMILIES.get(f"{family_name(info.architecture)}ForCausalLM" if info.embedding else info.architecture)
     if family is None:
         raise NotNative(f"architecture {info.architecture}")
     try:

@@ -52,6 +52,20 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadLayer:
+    """norm(activation(x @ weight.T + bias)), each part where the layer has it."""
+
+    name: str  # in the checkpoint
+    inputs: int
+    outputs: int
+    bias: bool = True
+    activation: str | None = None
+    norm: str | None = None  # in the checkpoint: a layer norm behind the activation
+    norm_bias: bool = False
+    norm_epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSpec:
     """A causal decoder of the Llama kind."""
 
@@ -76,6 +90,10 @@ class DecoderSpec:
     logit_softcap: float | None = None
     tied: bool = False
     names: Names = field(default_factory=Names)
+    prefix: str = "model."  # of all names but the heads'
+    generates: bool = True  # it has a language-model head; embedders go without
+    causal: bool = True
+    score_head: tuple[HeadLayer, ...] = ()
 
 
 def require(config: dict[str, Any], expected: dict[str, Any]) -> None:

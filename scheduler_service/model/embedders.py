@@ -1,0 +1,98 @@
+"""Which model serves an embedding architecture: encoders, and decoders without their language-model head."""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.model_info import ModelInfo
+from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.encoder import GATED, Encoder
+from scheduler_service.model.encoder_layout import encoder_layout
+from scheduler_service.model.encoder_spec import EncoderSpec
+from scheduler_service.model.families import encoders
+from scheduler_service.model.heads import ACTIVATIONS
+from scheduler_service.model.layout import decoder_layout
+from scheduler_service.model.spec import DecoderSpec, HeadLayer
+from scheduler_service.model.weights import Weights
+from scheduler_service.weights.checkpoint import Checkpoint
+from scheduler_service.weights.load import is_dummy, load_weights
+
+FAMILIES: dict[str, encoders.EncoderFamily] = {
+    "Bert": encoders.bert,
+    "Camembert": encoders.roberta,
+    "DistilBert": encoders.distilbert,
+    "ModernBert": encoders.modernbert,
+    "Roberta": encoders.roberta,
+    "XLMRoberta": encoders.roberta,
+}
+SUFFIXES = ("ForSequenceClassification", "ForRewardModel", "ForMaskedLM", "ForCausalLM", "TextModel", "Model")
+WORDS = "embed_tokens.weight"  # of decoders
+
+
+def family_name(architecture: str) -> str:
+    """For example Qwen2 of Qwen2ForSequenceClassification."""
+    return next((architecture.removesuffix(end) for end in SUFFIXES if architecture.endswith(end)), architecture)
+
+
+def load_encoder(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Encoder:
+    """Build an encoder and fill its weights. Raises StartupError."""
+    spec = encoder_spec(info, tensor_names(config, info))
+    weights = Weights(encoder_layout(spec), dtype, device)
+    model = Encoder(spec, weights)
+    load_weights(weights, config, info)
+    return model
+
+
+def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
+    assert info.embedding is not None
+    try:
+        spec = FAMILIES[family_name(info.architecture)](info.config, info.embedding.labels, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+    known = GATED if spec.gated else ACTIVATIONS
+    heads = {layer.activation for layer in spec.head if layer.activation}
+    if unknown := sorted({spec.activation} - set(known)) + sorted(heads - set(ACTIVATIONS)):
+        raise StartupError(f"{info.path}/config.json asks for the activation {unknown[0]}, which is not supported")
+    return spec
+
+
+def load_decoder_embedder(
+    spec: DecoderSpec, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    """The decoder of `spec` without its language-model head, and with a score head where the architecture has one."""
+    assert info.embedding is not None
+    names = tensor_names(config, info)
+    spec = replace(
+        spec,
+        prefix="" if WORDS in names else spec.prefix,
+        generates=False,
+        causal=info.embedding.causal,
+        score_head=score_head(info, spec.hidden_size),
+    )
+    weights = Weights(decoder_layout(spec), dtype, device)
+    model = Decoder(spec, weights)
+    load_weights(weights, config, info)
+    return model
+
+
+def score_head(info: ModelInfo, hidden: int) -> tuple[HeadLayer, ...]:
+    """One matrix for classifiers, two with a relu between for reward models."""
+    assert info.embedding is not None
+    labels = info.embedding.labels
+    if not labels:
+        return ()
+    if info.architecture.endswith("ForRewardModel"):
+        return (
+            HeadLayer(name="score.0", inputs=hidden, outputs=hidden, activation="relu"),
+            HeadLayer(name="score.2", inputs=hidden, outputs=labels),
+        )
+    return (HeadLayer(name="score", inputs=hidden, outputs=labels, bias=False),)
+
+
+def tensor_names(config: ServerConfig, info: ModelInfo) -> Collection[str]:
+    """The names in the checkpoint, which tell how a model was saved; none for random weights."""
+    return () if is_dummy(config) else Checkpoint.open(Path(info.path)).tensors

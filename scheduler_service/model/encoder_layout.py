@@ -1,0 +1,53 @@
+"""From an encoder's spec to the layout of its weights."""
+
+from scheduler_service.model.encoder_spec import EncoderSpec
+from scheduler_service.model.heads import add_head
+from scheduler_service.model.layout import parts
+from scheduler_service.model.weights import Layout
+
+
+def encoder_layout(spec: EncoderSpec) -> Layout:
+    """Buffers by kind; query, key and value of a layer are one matrix."""
+    layout = Layout(ignored=spec.ignored)
+    names, hidden = spec.names, spec.hidden_size
+    tables = (
+        ("words", names.words, spec.vocab_size),
+        ("positions", names.positions, spec.positions),
+        ("types", names.types, spec.token_types),
+    )
+    for buffer, name, rows in tables:
+        if rows:
+            layout.add(buffer, (), [(f"{spec.prefix}{name}.weight", rows)], hidden)
+    add_norm(layout, spec, "embedding_norm", (), f"{spec.prefix}{names.embedding_norm}")
+    if spec.norm_first:
+        add_norm(layout, spec, "final_norm", (), f"{spec.prefix}{names.final_norm}")
+    for index, layer in enumerate(spec.layers):
+        add_layer(layout, spec, index, spec.prefix + names.layer.format(index))
+        if layer.attention_norm:
+            name = spec.prefix + names.layer.format(index) + names.attention_norm
+            add_norm(layout, spec, "attention_norm", (index,), name)
+    add_head(layout, spec.head)
+    return layout
+
+
+def add_norm(layout: Layout, spec: EncoderSpec, buffer: str, index: tuple[int, ...], name: str) -> None:
+    weight, bias = spec.names.norm
+    layout.add(buffer, index, [(f"{name}.{weight}", spec.hidden_size)], None)
+    if spec.norm_bias:
+        layout.add(f"{buffer}_bias", index, [(f"{name}.{bias}", spec.hidden_size)], None)
+
+
+def add_layer(layout: Layout, spec: EncoderSpec, layer: int, prefix: str) -> None:
+    names, hidden, size = spec.names, spec.hidden_size, spec.intermediate_size
+    up = 2 * size if spec.gated else size
+    linears = (
+        ("qkv", names.qkv, (hidden, hidden, hidden), hidden, spec.attention_bias),
+        ("output", (names.output,), (hidden,), hidden, spec.attention_bias),
+        ("up", (names.up,), (up,), hidden, spec.mlp_bias),
+        ("down", (names.down,), (hidden,), size, spec.mlp_bias),
+    )
+    for buffer, tensors, rows, columns, bias in linears:
+        layout.add(buffer, (layer,), parts(prefix, tensors, rows), columns)
+        if bias:
+            layout.add(f"{buffer}_bias", (layer,), parts(prefix, tensors, rows, "bias"), None)
+    add_norm(layout, spec, "mlp_norm", (layer,), f"{prefix}{names.mlp_norm}")

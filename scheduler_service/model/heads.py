@@ -1,0 +1,52 @@
+"""Score heads: what classification and reward models put on top of a pooled hidden state."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kernels.linear import Linear
+from scheduler_service.model.layers import linear
+from scheduler_service.model.spec import HeadLayer
+from scheduler_service.model.weights import Layout, Weights
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def add_head(layout: Layout, layers: tuple[HeadLayer, ...]) -> None:
+    """Give each layer of a head its buffers."""
+    for place, layer in enumerate(layers):
+        layout.add(f"head_{place}", (), [(f"{layer.name}.weight", layer.outputs)], layer.inputs)
+        if layer.bias:
+            layout.add(f"head_{place}_bias", (), [(f"{layer.name}.bias", layer.outputs)], None)
+        if layer.norm:
+            layout.add(f"head_{place}_norm", (), [(f"{layer.norm}.weight", layer.outputs)], None)
+        if layer.norm_bias:
+            layout.add(f"head_{place}_norm_bias", (), [(f"{layer.norm}.bias", layer.outputs)], None)
+
+
+class Head:
+    """Pooled states (rows, hidden) → scores (rows, labels)."""
+
+    def __init__(self, layers: tuple[HeadLayer, ...], weights: Weights) -> None:
+        self.layers = layers
+        self.weights = weights
+        self.linears: list[Linear] = [
+            linear(weights, f"head_{place}", bias=layer.bias) for place, layer in enumerate(layers)
+        ]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for place, (layer, project) in enumerate(zip(self.layers, self.linears, strict=True)):
+            x = project(x)
+            if layer.activation:
+                x = ACTIVATIONS[layer.activation](x)
+            if layer.norm:
+                bias = self.weights.slab(f"head_{place}_norm_bias") if layer.norm_bias else None
+                weight = self.weights.slab(f"head_{place}_norm")
+                x = F.layer_norm(x, (layer.outputs,), weight, bias, layer.norm_epsilon)
+        return x
