@@ -15,7 +15,7 @@ import msgspec
 from runtime import limits, sampling
 from runtime.errors import RequestError
 from runtime.messages import Generate, LogprobOptions, Request, unpack_ids
-from runtime.sampling import GRAMMARS, SamplingParams
+from runtime.sampling import SamplingParams
 
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
 NULL_MEANS_SOMETHING = "max_new_tokens"  # there it is: until the context is full
@@ -109,10 +109,11 @@ def check(prompt: Generate, rules: Rules) -> None:
 
 
 def refuse_unsupported(params: SamplingParams) -> None:
-    """What the ring cannot do yet."""
-    for name in (*GRAMMARS, "custom_params"):
-        if getattr(params, name) is not None:
-            raise RequestError(f"{name} is not supported yet.", field=name)
+    """What the ring cannot do."""
+    if params.custom_params is not None:
+        raise RequestError(
+            "custom_params is not supported: there are no custom logit processors.", field="custom_params"
+        )
 
 
 def check_ids(packed: bytes, vocab_size: int) -> None:

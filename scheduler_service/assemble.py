@@ -12,6 +12,7 @@ from runtime.progress import ProgressWord
 from runtime.sampling import SamplingParams
 from runtime.service import Boot, report_ready
 from runtime.sockets import Inbox, Outbox
+from scheduler_service.constrained import Pool
 from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.scheduler import Scheduler, Worker
@@ -54,8 +55,11 @@ def is_encoder(info: ModelInfo) -> bool:
     return info.model_type in ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 
-def serve(boot: Boot, info: ModelInfo, worker: SizedWorker) -> None:
-    """Report ready, tell the ring the model's facts, and run until killed."""
+def serve(boot: Boot, info: ModelInfo, worker: SizedWorker, grammars: Pool | None = None) -> None:
+    """Report ready, tell the ring the model's facts, and run until killed.
+
+    No `grammars`: requests that want their output constrained are refused.
+    """
     planner = Planner(planner_config(boot.config, info, worker))
     scheduler = Scheduler(
         planner,
@@ -65,6 +69,7 @@ def serve(boot: Boot, info: ModelInfo, worker: SizedWorker) -> None:
         ProgressWord(boot.run_dir),
         decode_log_interval=boot.config.decode_log_interval,
         hidden_size=info.hidden_size,
+        grammars=grammars,
     )
     scheduler.progress.beat(busy=False)
     report_ready(boot)

@@ -75,9 +75,8 @@ def refused(command: ControlCommand, refusal: CommandRefused) -> Reply:
 
 def abort(scheduler: "Scheduler", command: Abort) -> list[Message]:
     """End what the command names; there is no reply, the requests' own last messages tell."""
-    rids = matching(command, scheduler.planner.live)
-    updates = [update for rid in rids for update in scheduler.planner.abort(rid, command.abort_message)]
-    return scheduler.messages(updates)
+    rids = matching(command, scheduler.rids)
+    return [message for rid in rids for message in scheduler.abort(rid, command.abort_message)]
 
 
 def matching(command: Abort, live: Iterable[str]) -> list[str]:

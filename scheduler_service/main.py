@@ -5,14 +5,27 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 from runtime import model_info
+from runtime.config import ServerConfig
+from runtime.model_info import ModelInfo
 from runtime.service import Boot, run
 from scheduler_service.assemble import serve
+from scheduler_service.grammar import GrammarCompiler, GrammarPool
 from scheduler_service.worker import Worker
 
 
 def main(boot: Boot) -> None:
     info = model_info.load(boot.config)
-    serve(boot, info, Worker(boot.config, info))
+    worker = Worker(boot.config, info)
+    serve(boot, info, worker, grammar_pool(boot.config, info, worker.facts().vocab_size))
+
+
+def grammar_pool(config: ServerConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:
+    """Compiles the grammars of a model that generates; made ready beside the start of the rest."""
+    if info.is_embedding:
+        return None
+    pool = GrammarPool(GrammarCompiler(model_info.tokenizer_dir(config), vocab_size, info.eos_ids))
+    pool.warm()
+    return pool
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from functools import reduce
 from math import inf
 from operator import or_
 
+import numpy as np
 import torch
 
 from kernels.philox import uniform
@@ -174,6 +175,9 @@ def add_bias(logits: torch.Tensor, rows: list[Row]) -> None:
 
 def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
     """int32 (rows, words) → bool (rows, vocab), lowest bit first."""
+    if words.device.type == "cpu":
+        bytes_ = words.numpy().view(np.uint8)
+        return torch.from_numpy(np.unpackbits(bytes_, axis=1, count=vocab, bitorder="little").view(np.bool_))
     bits = torch.arange(32, dtype=torch.int32, device=words.device)
     return (words.unsqueeze(2) >> bits & 1).bool().flatten(1)[:, :vocab]
 

@@ -12,18 +12,21 @@ from typing import Any, Protocol
 
 from runtime.control import ControlCommand
 from runtime.errors import RequestError
-from runtime.messages import Finish, Message, Tokenized, Tokens, pack_ids
+from runtime.messages import ABORTED_IN_QUEUE, Finish, Message, Tokenized, Tokens, pack_ids
 from runtime.progress import ProgressWord
+from scheduler_service.constrained import Decided, Pool, WaitingRoom
 from scheduler_service.control import HANDLERS, Control
 from scheduler_service.core import request
 from scheduler_service.core.plan import Plan, Result, Update
 from scheduler_service.core.planner import Planner
+from scheduler_service.grammar import Grammar
 from scheduler_service.report import Report
 
 log = logging.getLogger(__name__)
 
 IDLE_BEAT_S = 1.0  # an idle scheduler wakes this often, so that its heartbeat moves
 WAITING_BEAT_S = 0.02  # one with a command that waits looks after it this often
+GRAMMAR_BEAT_S = 0.001  # and one with a grammar that is being compiled after that
 PROMPT_TAIL = 8  # prompt ids that the detokenizer gets, to decode the first output in its context
 
 
@@ -67,6 +70,7 @@ class Scheduler:
         depth: int = 0,
         decode_log_interval: int = 40,
         hidden_size: int = 0,
+        grammars: Pool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.planner = planner
@@ -78,6 +82,7 @@ class Scheduler:
         self.hidden_size = hidden_size
         self.clock = clock
         self.control = Control(HANDLERS)
+        self.waiting_room = WaitingRoom(grammars)
         self.report = Report(planner, decode_log_interval, clock())
         self.in_flight: deque[tuple[Plan, Any]] = deque()
 
@@ -105,10 +110,11 @@ class Scheduler:
 
     def receive(self) -> None:
         """Handle every message that waits and give waiting commands their turn."""
-        timeout_s = 0.0 if not self.idle else WAITING_BEAT_S if self.control else IDLE_BEAT_S
         out: list[Message] = []
-        for message in self.inbox.recv(timeout_s):
+        for message in self.inbox.recv(self.patience_s):
             out += self.handle(message)
+        for decided in self.waiting_room.decided():
+            out += self.admit_decided(decided)
         if self.control:
             out += self.control.advance()
         self.emit(out)
@@ -123,11 +129,51 @@ class Scheduler:
             case _:
                 return [message]
 
+    @property
+    def patience_s(self) -> float:
+        """How long to wait for a message when there is nothing to do."""
+        if not self.idle:
+            return 0.0
+        if self.waiting_room:
+            return GRAMMAR_BEAT_S
+        return WAITING_BEAT_S if self.control else IDLE_BEAT_S
+
     def admit(self, message: Tokenized) -> list[Message]:
+        """Queue a request; one with a grammar waits until that is compiled."""
         try:
-            return self.messages(self.planner.add(message, self.now))
+            if message.request.params.grammar is None:
+                return self.queue(message)
+            self.waiting_room.hold(message)
         except RequestError as error:
-            return [rejection(message, error)]
+            return [ended(message, Finish.failed(error))]
+        return []
+
+    def admit_decided(self, decided: Decided) -> list[Message]:
+        """Queue a request whose grammar is there, or end it where there is none."""
+        message = decided.message
+        if decided.error is not None:
+            return [ended(message, Finish.failed(decided.error))]
+        if decided.complete:
+            return [ended(message, Finish(reason="stop"))]
+        try:
+            return self.queue(message, decided.grammar)
+        except RequestError as error:
+            return [ended(message, Finish.failed(error))]
+
+    def queue(self, message: Tokenized, grammar: Grammar | None = None) -> list[Message]:
+        return self.messages(self.planner.add(message, self.now, grammar))
+
+    @property
+    def rids(self) -> list[str]:
+        """All requests that have not ended."""
+        return [*self.waiting_room.rids, *self.planner.live]
+
+    def abort(self, rid: str, reason: str = "") -> list[Message]:
+        """End one request wherever it is; unknown ones are left alone."""
+        updates = self.messages(self.planner.abort(rid, reason))
+        if message := self.waiting_room.drop(rid):
+            updates.append(ended(message, Finish(reason="abort", message=reason or ABORTED_IN_QUEUE)))
+        return updates
 
     def decide(self) -> Plan | None:
         """The next step; the worker forgets who left because of it."""
@@ -174,14 +220,14 @@ class Scheduler:
             self.planner.repair()
 
 
-def rejection(message: Tokenized, error: RequestError) -> Tokens:
-    """The first and last message of a request that cannot be served."""
+def ended(message: Tokenized, finish: Finish) -> Tokens:
+    """The first and last message of a request that was never queued."""
     return Tokens(
         rid=message.request.rid,
         attempt=message.request.attempt,
         request=message.request,
         prompt_tokens=len(message.prompt_ids) // 4,
-        finish=Finish.failed(error),
+        finish=finish,
     )
 
 

@@ -16,11 +16,13 @@ import torch
 from kernels.attention import paged_attention
 from kernels.attention_schedule import Ragged
 from runtime.config import ServerConfig
+from runtime.errors import Kind
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
-from scheduler_service import sampler
+from scheduler_service import masks, sampler
 from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
 from scheduler_service.core.request import Sequence
+from scheduler_service.grammar import Grammar, Matcher
 from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 MAX_RUNNING_REQUESTS = 256
 ONE_THREAD_HIDDEN_SIZE = 384
+TOO_COSTLY = "The output cannot be constrained any further: {}"
+NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
 Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
@@ -51,6 +55,22 @@ class State:
     row: sampler.Row
     runs: PageRuns
     last_token: int = 0  # sampled, perhaps not committed yet
+    matcher: Matcher | None = None  # how far it has come in its grammar
+
+    def take(self, token: int) -> None:
+        """Note a sampled token."""
+        self.last_token = token
+        self.row.add(token)
+        if self.matcher is not None:
+            self.matcher.accept(token)
+
+    def fault(self, valid: bool) -> tuple[str, Kind] | None:
+        """Why the token that was just drawn is none. `valid`: some token had a finite largest logit."""
+        if self.matcher is not None and self.matcher.error:
+            return TOO_COSTLY.format(self.matcher.error), Kind.BAD_REQUEST
+        if valid:
+            return None
+        return (NAN_HAPPENED, Kind.INTERNAL) if self.matcher is None else (NOTHING_ALLOWED, Kind.BAD_REQUEST)
 
 
 @dataclass(slots=True)
@@ -100,6 +120,7 @@ class Worker:
         self.page_count = self.cache.page_count
         self.max_running_requests = min(running, self.page_count)
         self.states: dict[Sequence, State] = {}
+        self.masks = masks.Masks(self.model.vocab_size)
         self.log_limits(config)
 
     def log_limits(self, config: ServerConfig) -> None:
@@ -138,7 +159,8 @@ class Worker:
         """The state of a sequence, made when it is seen for the first time, or again after a retraction."""
         state = self.states.get(sequence)
         if state is None:
-            state = self.states[sequence] = State(sampler.make_row(sequence, self.info.eos_ids), PageRuns())
+            row = sampler.make_row(sequence, self.info.eos_ids)
+            state = self.states[sequence] = State(row, PageRuns(), matcher=matcher_of(sequence))
         return state
 
     def forget(self, sequence: Sequence) -> None:
@@ -154,6 +176,8 @@ class Worker:
             self.forget(sequence)
         states = [self.state_of(share.sequence) for share in plan.slices]
         inputs = self.inputs(plan, states)
+        sampled = [i for i, share in enumerate(plan.slices) if share.samples]
+        allowed = self.masks.start([states[i].matcher for i in sampled])
         hidden = self.forward(inputs)  # (tokens, hidden)
         results = [Result() for _ in plan.slices]
         for share, result, row in zip(plan.slices, results, inputs.offsets, strict=False):
@@ -164,7 +188,10 @@ class Worker:
                 result.hidden_states = as_bytes(own, torch.float32)
             if share.sequence.request.task == "embed":
                 result.error = NOT_AN_EMBEDDER
-        self.sample(plan, states, inputs, hidden, results)
+        if sampled:
+            last_rows = torch.tensor([inputs.offsets[i + 1] - 1 for i in sampled], device=hidden.device)
+            logits = self.model.logits(hidden[last_rows])  # (rows, vocab)
+            self.sample(plan, states, sampled, logits, masks.allowed(allowed, self.device), results)
         return Pending(results)
 
     def collect(self, pending: Pending) -> list[Result]:
@@ -206,27 +233,35 @@ class Worker:
         )
 
     def sample(
-        self, plan: Plan, states: list[State], inputs: Inputs, hidden: torch.Tensor, results: list[Result]
+        self,
+        plan: Plan,
+        states: list[State],
+        sampled: list[int],
+        logits: torch.Tensor,
+        allowed: torch.Tensor | None,
+        results: list[Result],
     ) -> None:
-        """Draw the next token of every slice that ends its sequence, and fill in its result."""
-        sampled = [i for i, share in enumerate(plan.slices) if share.samples]
-        if not sampled:
-            return
-        last_rows = torch.tensor([inputs.offsets[i + 1] - 1 for i in sampled], device=hidden.device)
-        logits = self.model.logits(hidden[last_rows])  # (rows, vocab)
+        """Draw the next token of the slices `sampled` from logits (rows, vocab), and fill in their results."""
         rows = [states[i].row for i in sampled]
         positions = [plan.slices[i].end for i in sampled]
         options = [plan.slices[i].sequence.request.logprobs for i in sampled]
-        sampler.adjust(logits, rows, positions)
+        sampler.adjust(logits, rows, positions, allowed)
         draws = sampler.choose(logits, rows, positions, keep_logits=any(options))
         logprobs = output_logprobs(logits, draws.tokens, options)
         for i, token, valid, its_logprobs in zip(sampled, draws.tokens, draws.valid, logprobs, strict=True):
-            if not valid:
-                results[i].error = NAN_HAPPENED
+            result, state = results[i], states[i]
+            if fault := state.fault(valid):
+                result.error, result.error_kind = fault
                 continue
-            results[i].token, results[i].logprobs = token, its_logprobs
-            states[i].last_token = token
-            states[i].row.add(token)
+            result.token, result.logprobs = token, its_logprobs
+            state.take(token)
+            result.complete = state.matcher is not None and state.matcher.finished
+
+
+def matcher_of(sequence: Sequence) -> Matcher | None:
+    """The matcher behind what the sequence has generated, where a grammar constrains it."""
+    grammar = sequence.grammar
+    return grammar.matcher(sequence.ids[sequence.prompt_len :]) if isinstance(grammar, Grammar) else None
 
 
 def choose_device(name: str) -> torch.device:

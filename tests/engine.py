@@ -12,6 +12,7 @@ from runtime.sampling import SamplingParams
 from scheduler_service.core.plan import Update
 from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
+from scheduler_service.grammar import GrammarCompiler
 from scheduler_service.worker import Worker
 
 
@@ -72,6 +73,7 @@ class Engine:
                 reuse_prefixes=not self.config.disable_radix_cache,
             )
         )
+        self.compiler = GrammarCompiler(directory, self.worker.model.vocab_size, info.eos_ids)
         self.answers: dict[str, Answer] = {}
         self.steps = 0
 
@@ -87,7 +89,8 @@ class Engine:
         made = Request(rid=rid, params=params or SamplingParams(temperature=0.0), **request)
         self.answers[rid] = Answer()
         message = Tokenized(request=made, prompt_ids=pack_ids(prompt), embeds=embeds)
-        self.take(self.planner.add(message, now=float(self.steps)))
+        grammar = self.compiler.compile(*made.params.grammar) if made.params.grammar else None
+        self.take(self.planner.add(message, float(self.steps), grammar))
         return rid
 
     def take(self, updates: list[Update]) -> None:

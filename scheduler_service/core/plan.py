@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from runtime.errors import Kind
 from runtime.messages import Finish, Logprobs
 from scheduler_service.core.request import Sequence
 
@@ -51,7 +52,9 @@ class Result:
     vector: bytes = b""  # embed requests, on their last slice: float32
     scalar: bool = False
     hidden_states: bytes = b""
+    complete: bool = False  # the request's grammar allows nothing behind `token`
     error: str = ""  # this request cannot go on (for example NaN logits)
+    error_kind: Kind = Kind.INTERNAL
 
 
 @dataclass(slots=True)

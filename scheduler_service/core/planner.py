@@ -69,7 +69,7 @@ class Planner:
 
     # requests in
 
-    def add(self, message: Tokenized, now: float) -> list[Update]:
+    def add(self, message: Tokenized, now: float, grammar: object | None = None) -> list[Update]:
         """Queue a request. Raises RequestError when it cannot be served; may end another that it displaces."""
         rid, attempt = message.request.rid, message.request.attempt
         rival = self.live.get(rid)
@@ -77,6 +77,7 @@ class Planner:
             log.warning("ignored a duplicate of request %s (attempt %d)", rid, attempt)
             return []
         sequence = rules.sequence_of(message, self.config, now)
+        sequence.grammar = grammar
         self._arrivals += 1
         sequence.serial = self._arrivals
         updates = self._make_place(sequence) + self.abort(rid)
@@ -249,7 +250,7 @@ class Planner:
         sequence = part.sequence
         if result.error:
             sequence.poisoned = True
-            return self._end(sequence, failure(result.error))
+            return self._end(sequence, failure(result))
         if result.input_logprobs:
             sequence.scored.append(result.input_logprobs)
             sequence.input_scored = max(sequence.input_scored, min(part.end, sequence.prompt_len - 1))
@@ -262,7 +263,7 @@ class Planner:
             return self._end(sequence, Finish(reason="length", length=0), result) if prompt_done else None
         sequence.ids.append(result.token)
         self.stats.generation_tokens += 1
-        finish = rules.finish_after_last(sequence)
+        finish = rules.finish_after_last(sequence, result.complete)
         if finish:
             return self._end(sequence, finish, result)
         return self._update(sequence, result)
@@ -358,8 +359,8 @@ class Planner:
         assert not any(s.finish or s.in_flight or s.pages for s in self.waiting)
 
 
-def failure(error: str) -> Finish:
+def failure(result: Result) -> Finish:
     """How a request ends that the worker could not go on with."""
-    if error == NAN_HAPPENED:
+    if result.error == NAN_HAPPENED:
         return Finish(reason="stop", matched=NAN_HAPPENED)
-    return Finish.internal(error)
+    return Finish.failed(RequestError(result.error, result.error_kind))

@@ -44,6 +44,7 @@ class Sequence:
     scored: list[Logprobs] = field(default_factory=list)  # prompt logprobs not yet sent
     hidden: list[bytes] = field(default_factory=list)  # hidden states not yet sent
     hidden_end: int = 0  # positions whose hidden states the worker has returned
+    grammar: object | None = None  # the worker's: what constrains the output
 
     @property
     def rid(self) -> str:

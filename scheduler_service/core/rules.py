@@ -137,10 +137,15 @@ def stop_ids(request: Request, config: PlannerConfig) -> frozenset[int]:
     return config.eos_ids.union(own) if (own := request.params.stop_token_ids) else config.eos_ids
 
 
-def finish_after_last(sequence: Sequence) -> Finish | None:
-    """How the request ends with its last token, if it does: a stop counts before the length."""
+def finish_after_last(sequence: Sequence, complete: bool = False) -> Finish | None:
+    """How the request ends with its last token, if it does: a stop counts before the length.
+
+    `complete`: its grammar allows nothing more.
+    """
     if sequence.output_len and sequence.ids[-1] in sequence.stop_ids:
         return Finish(reason="stop", matched=sequence.ids[-1])
+    if complete:
+        return Finish(reason="stop")
     if sequence.output_len >= sequence.limit:
         return Finish(reason="length", length=sequence.limit)
     return None

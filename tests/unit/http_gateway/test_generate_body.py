@@ -163,7 +163,7 @@ def test_what_is_not_supported_is_named(name: str) -> None:
         ({"text": ["a"], "sampling_params": {"n": 2}, "top_logprobs_num": [1]}, "top_logprobs_num should not be"),
         ({"text": "a", "sampling_params": {"temprature": 1}}, "unknown field `temprature`"),
         ({"text": "a", "sampling_params": {"temperature": -1}}, "temperature must be a non-negative finite number"),
-        ({"text": "a", "sampling_params": {"regex": "a+"}}, "regex"),
+        ({"text": "a", "sampling_params": {"custom_params": {}}}, "custom_params"),
         ({"text": "a", "sampling_params": {"logit_bias": {"100": 1}}}, "logit_bias must has keys in [0, 99], got 100."),
         ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params has 1 items for a batch of 2."),
         ({"text": "a", "return_logprob": [True]}, "return_logprob should not be a list for a single prompt."),

@@ -1,0 +1,83 @@
+"""Requests whose output a grammar constrains: they wait here until it is compiled, and only then are they queued."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from runtime.errors import RequestError
+from runtime.messages import Tokenized, unpack_ids
+from scheduler_service.grammar import Grammar
+
+NO_GRAMMARS = "this server does not constrain output"
+
+
+class Pool(Protocol):
+    """Compiles grammars beside the loop (scheduler_service.grammar.GrammarPool)."""
+
+    def submit(self, rid: str, kind: str, text: str) -> None: ...
+
+    def cancel(self, rid: str) -> None: ...
+
+    def ready(self) -> list[tuple[str, Grammar | RequestError]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A request that need not wait any longer."""
+
+    message: Tokenized
+    grammar: Grammar | None = None
+    error: RequestError | None = None
+    complete: bool = False  # what it has generated before leaves nothing to generate
+
+
+class WaitingRoom:
+    """Constrained requests that are not queued yet, by rid."""
+
+    def __init__(self, pool: Pool | None) -> None:
+        """No pool: constrained requests are refused."""
+        self._pool = pool
+        self._messages: dict[str, Tokenized] = {}
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    @property
+    def rids(self) -> list[str]:
+        return list(self._messages)
+
+    def hold(self, message: Tokenized) -> None:
+        """Let a request wait for its grammar; a later attempt takes an earlier one's place. Raises RequestError."""
+        grammar, rid = message.request.params.grammar, message.request.rid
+        assert grammar is not None, rid
+        if self._pool is None:
+            raise RequestError(NO_GRAMMARS, field=grammar[0])
+        waiting = self._messages.get(rid)
+        if waiting is not None and message.request.attempt <= waiting.request.attempt:
+            return
+        self.drop(rid)
+        self._messages[rid] = message
+        self._pool.submit(rid, *grammar)
+
+    def drop(self, rid: str) -> Tokenized | None:
+        """Take out a request that is not to wait any longer, if it is here."""
+        message = self._messages.pop(rid, None)
+        if message is not None and self._pool is not None:
+            self._pool.cancel(rid)
+        return message
+
+    def decided(self) -> list[Decided]:
+        """The requests whose grammar was compiled or refused since the last call."""
+        if self._pool is None or not self._messages:
+            return []
+        return [decide(self._messages.pop(rid), outcome) for rid, outcome in self._pool.ready()]
+
+
+def decide(message: Tokenized, outcome: Grammar | RequestError) -> Decided:
+    """Check that what a resumed request has generated follows its grammar: the worker takes that for granted."""
+    if isinstance(outcome, RequestError):
+        return Decided(message, error=outcome)
+    try:
+        matcher = outcome.matcher(unpack_ids(message.request.resume_ids))
+    except RequestError as error:
+        return Decided(message, error=error)
+    return Decided(message, outcome, complete=matcher.finished)
