@@ -34,7 +34,7 @@ class Counters(msgspec.Struct):
 class Stopped:
     """A request that ended here before the scheduler knew; its last message from there is still to come."""
 
-    kept: int  # positions, prompt included
+    kept: int  # positions, prompt included, from the first whose experts are wanted
     made: int
     text: Text | None  # held until then where it lacks what only that message brings
 
@@ -96,7 +96,7 @@ class Detokenizer:
         """End a stream whose text has met a stop, `surplus` ids before the last one made."""
         self.counters.stopped += 1
         tokens = last.tokens
-        made = tokens.prompt_tokens + stream.made
+        made = tokens.prompt_tokens + stream.made - stream.request.routed_experts_start_len
         if not early:
             tokens.routed_experts = first_rows(tokens.routed_experts, made - surplus - 1, made - 1)
             return [last]

@@ -16,7 +16,14 @@ from http_gateway.auth import Access
 from http_gateway.endpoint import Endpoint, Handler, read_body
 from http_gateway.gateway import Gateway
 from runtime import control
-from runtime.control import Abort, ControlCommand, FlushCache
+from runtime.control import (
+    Abort,
+    ControlCommand,
+    DumpExpertDistributionRecord,
+    FlushCache,
+    StartExpertDistributionRecord,
+    StopExpertDistributionRecord,
+)
 from runtime.errors import Kind, RequestError
 from runtime.limits import MAX_ADMIN_BODY_BYTES
 from runtime.messages import Message, Reply
@@ -38,7 +45,19 @@ def flushed(reply: Reply) -> Response:
     return PlainTextResponse(f"Flush cache failed.\n{reason}", 400)
 
 
-RENDER: dict[type[ControlCommand], Callable[[Reply], Response]] = {FlushCache: flushed}
+def told(reply: Reply) -> Response:
+    """The message alone, as text; a refusal as a native error."""
+    if reply.success:
+        return PlainTextResponse(reply.message)
+    return errors.native(RequestError(reply.message, errors.KIND_OF_STATUS.get(reply.status, Kind.BAD_REQUEST)))
+
+
+RENDER: dict[type[ControlCommand], Callable[[Reply], Response]] = {
+    FlushCache: flushed,
+    StartExpertDistributionRecord: told,
+    StopExpertDistributionRecord: told,
+    DumpExpertDistributionRecord: told,
+}
 
 
 def plain(reply: Reply) -> Response:

@@ -64,5 +64,6 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
         tokenizer=not config.skip_tokenizer_init,
         prefix_cache=not config.disable_radix_cache,
         priorities=config.schedule_policy == "priority",
+        routed_experts=config.enable_return_routed_experts,
         preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
     )

@@ -18,6 +18,10 @@ from runtime.sampling import SamplingParams
 T = TypeVar("T")
 
 ONE_PROMPT = "Either text, input_ids or input_embeds should be provided."
+ROUTED_EXPERTS_OFF = (
+    "The server is not configured to return routed experts. "
+    "Please set `--enable-return-routed-experts` to enable this feature."
+)
 RIDS_MISMATCH = "The specified rids length mismatch with the batch_size for batch processing."
 
 
@@ -39,6 +43,8 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     top_logprobs_num: int | list[int] | None = None
     token_ids_logprob: list[int | list[int] | None] | None = None
     return_text_in_logprobs: bool | None = None
+    return_routed_experts: bool | list[bool] | None = None
+    routed_experts_start_len: int | list[int] | None = None
     # there is one rank, number 0
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
@@ -54,7 +60,6 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     bootstrap_port: Any = None
     bootstrap_room: Any = None
     return_hidden_states: Any = None
-    return_routed_experts: Any = None
     return_indexer_topk: Any = None
     return_prompt_token_ids: Any = None
     return_entropy: Any = None
@@ -83,6 +88,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     logprobs = read_logprobs(body, size)
     keys, salts = each(body, "extra_key", "", size), each(body, "cache_salt", "", size)
     priorities = read_priorities(body, size, rules)
+    experts, starts = read_routed_experts(body, size, rules)
     for i, prompt in enumerate(prompts):
         prompt.request = Request(
             rid="",
@@ -91,6 +97,8 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             stream=bool(body.stream),
             extra_key=keys[i] + salts[i],
             priority=priorities[i],
+            return_routed_experts=experts[i],
+            routed_experts_start_len=starts[i],
             log_metrics=body.log_metrics is not False,
         )
     job = fan_out(prompts, read_rids(body.rid, size, single), rules)
@@ -257,6 +265,19 @@ def read_priorities(body: GenerateBody, size: int, rules: Rules) -> list[int]:
     if body.priority is not None and not rules.priorities:
         raise RequestError("priority needs a server started with --schedule-policy priority.", field="priority")
     return each(body, "priority", 0, size)
+
+
+def read_routed_experts(body: GenerateBody, size: int, rules: Rules) -> tuple[list[bool], list[int]]:
+    """Whether each prompt wants the experts that its tokens chose, and from which position on."""
+    wanted = each(body, "return_routed_experts", False, size)
+    starts = each(body, "routed_experts_start_len", 0, size)
+    if any(wanted) and not rules.routed_experts:
+        raise RequestError(ROUTED_EXPERTS_OFF, field="return_routed_experts")
+    if min(starts) < 0:
+        raise RequestError(
+            f"routed_experts_start_len must be at least 0, got {min(starts)}.", field="routed_experts_start_len"
+        )
+    return wanted, starts
 
 
 def read_rids(rid: Any, size: int, single: bool) -> list[str | None]:

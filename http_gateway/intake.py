@@ -33,6 +33,7 @@ class Rules:
     tokenizer: bool = True  # text in and out
     prefix_cache: bool = True
     priorities: bool = False
+    routed_experts: bool = False  # requests may ask for the experts that their tokens chose
     preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own
 
 
@@ -57,7 +58,7 @@ def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rule
             request = msgspec.structs.replace(prompt.request, rid=own, seed=seed(prompt.request.params, copy))
             job.requests.append(msgspec.structs.replace(prompt, request=request))
             job.parents.append(rid or "")
-        if copies > 1 and rules.prefix_cache and not scores_prompt(prompt.request):
+        if copies > 1 and rules.prefix_cache and not computes_whole(prompt.request):
             job.warm.append(warming(prompt))
     check_distinct([generate.request.rid for generate in job.requests])
     return job
@@ -70,9 +71,10 @@ def seed(params: SamplingParams, copy: int) -> int:
     return (params.sampling_seed + copy + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def scores_prompt(request: Request) -> bool:
-    """Prompt logprobs are computed afresh, past any cached prefix."""
-    return request.logprobs is not None and request.logprobs.start >= 0
+def computes_whole(request: Request) -> bool:
+    """What a request wants to know of its prompt is computed afresh, past any cached prefix."""
+    scores_prompt = request.logprobs is not None and request.logprobs.start >= 0
+    return scores_prompt or request.return_routed_experts
 
 
 def warming(prompt: Generate) -> Generate:

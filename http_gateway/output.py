@@ -4,6 +4,7 @@ A cumulative stream repeats everything with each chunk. So what has arrived is k
 costs one copy of those bytes, not another encoding of every id and logprob.
 """
 
+import base64
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -68,6 +69,7 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     output_top_logprobs: Raw | UnsetType = UNSET
     input_token_ids_logprobs: Raw | UnsetType = UNSET
     output_token_ids_logprobs: Raw | UnsetType = UNSET
+    routed_experts: str | UnsetType = UNSET
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -131,6 +133,8 @@ class Output:
             self._score("output", tokens.logprobs)
         if tokens.finish is not None:
             self._end(tokens.finish)
+            if self._request.return_routed_experts:
+                meta.routed_experts = base64.b64encode(tokens.routed_experts).decode()
 
     def _count(self, added: int, version: str) -> None:
         meta = self._meta

@@ -28,6 +28,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+BufferSize = Annotated[int, msgspec.Meta(ge=-1)]
 ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
 PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -121,8 +122,26 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     skip_server_warmup: Annotated[bool, flag("report ready without a first request", OPERATIONS)] = False
     expert_distribution_recorder_mode: Annotated[
         Literal["stat", "stat_approx", "per_pass", "per_token"] | None,
-        flag("record which experts a MoE model chooses (not in this version)", OPERATIONS),
+        flag(
+            "record which experts a MoE model chooses, when /start_expert_distribution_record says so: "
+            "sums (stat), by pass or by token; stat_approx is as exact as stat",
+            OPERATIONS,
+        ),
     ] = None
+    expert_distribution_recorder_buffer_size: Annotated[
+        BufferSize | None,
+        flag("forward passes kept between two dumps; -1: all that fit in 1 GiB (default: 1000)", OPERATIONS),
+    ] = None
+    expert_distribution_recorder_dir: Annotated[
+        str | None,
+        flag(
+            "where dumps are written (default: the variable SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, then /tmp)",
+            OPERATIONS,
+        ),
+    ] = None
+    enable_return_routed_experts: Annotated[
+        bool, flag("let requests ask for the experts that each of their tokens chose", OPERATIONS)
+    ] = False
 
     # not flags: the launcher fills them in, the services read them
     model_dir: str = ""  # local directory of model_path

@@ -6,7 +6,7 @@ forward it; the reply is a `Reply` with the same id. The gateway builds a route 
 has a path.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -42,6 +42,182 @@ class FlushCache(ControlCommand, tag="flush_cache", kw_only=True):
     timeout: float = 0.0
 
 
+class StartExpertDistributionRecord(ControlCommand, tag="start_expert_distribution_record", kw_only=True):
+    """Forget what was recorded of the experts' load and record from now on."""
+
+    path = "/start_expert_distribution_record"
+    methods = ("GET", "POST")
+
+
+class StopExpertDistributionRecord(ControlCommand, tag="stop_expert_distribution_record", kw_only=True):
+    """Record no more; what was recorded can still be dumped."""
+
+    path = "/stop_expert_distribution_record"
+    methods = ("GET", "POST")
+
+
+class DumpExpertDistributionRecord(ControlCommand, tag="dump_expert_distribution_record", kw_only=True):
+    """Write what was recorded to files and forget it."""
+
+    path = "/dump_expert_distribution_record"
+    methods = ("GET", "POST")
+
+
+class PauseGeneration(ControlCommand, tag="pause_generation", kw_only=True):
+    """Stop at the next step: requests end (abort), go back to the queue (retract) or freeze as they are (in_place)."""
+
+    path = "/pause_generation"
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class ContinueGeneration(ControlCommand, tag="continue_generation", kw_only=True):
+    """Go on after a pause."""
+
+    path = "/continue_generation"
+    torch_empty_cache: bool = True
+
+
+class WeightChange(ControlCommand, kw_only=True):
+    """What all commands share that change the served weights, and how requests fare at that moment.
+
+    By default requests that run go on, on the keys and values that they have.
+    """
+
+    abort_all_requests: bool = False
+    retract: bool = False  # requests that run go back to the queue and are computed anew
+    flush_cache: bool = True  # free the prefix cache; what is left of it is never matched again in any case
+    weight_version: str | None = None
+    expected_version: str | None = None  # 409 unless this is the version that serves
+    torch_empty_cache: bool = False
+
+
+class UpdateWeightsFromDisk(WeightChange, tag="update_weights_from_disk", kw_only=True):
+    """Serve the weights of a directory or a hub id. The last three fields are sent by clients and change nothing."""
+
+    path = "/update_weights_from_disk"
+    aliases = ("/update_weights",)
+    model_path: str
+    load_format: str | None = None  # default: the server's
+    keep_pause: bool = False  # stay paused afterwards, or become it
+    manifest: dict[str, str] | None = None  # tensor → xxh3 of its bytes in the file
+    is_async: bool = False
+    recapture_cuda_graph: bool = False
+    token_step: int = 0
+
+
+class UpdateWeightsFromTensor(WeightChange, tag="update_weights_from_tensor", kw_only=True):
+    """Serve tensors that come with the request. They are large: the gateway puts them into files of the run directory."""
+
+    path = "/update_weights_from_tensor"
+    serialized_named_tensors: list[msgspec.Raw] = []  # base64 of safetensors bytes, one entry a rank
+    payload_files: list[str] = []  # inside the ring, in place of the entries; set by the gateway alone
+    load_format: str | None = None  # null, "direct" or "flattened_bucket"
+    selector: str = "all"
+
+
+class InitWeightsUpdateGroup(ControlCommand, tag="init_weights_update_group", kw_only=True):
+    """Join the group of processes in which the trainer, its rank 0, will broadcast."""
+
+    path = "/init_weights_update_group"
+    master_address: str
+    master_port: int | str
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: str = "nccl"
+
+
+class DestroyWeightsUpdateGroup(ControlCommand, tag="destroy_weights_update_group", kw_only=True):
+    """Leave such a group."""
+
+    path = "/destroy_weights_update_group"
+    group_name: str = "weight_update_group"
+
+
+class UpdateWeightsFromDistributed(WeightChange, tag="update_weights_from_distributed", kw_only=True):
+    """Serve tensors that the trainer broadcasts while this command is under way."""
+
+    path = "/update_weights_from_distributed"
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str = "weight_update_group"
+    load_format: str | None = None  # null, or "flattened_bucket": all in one broadcast of bytes
+    selector: str = "all"
+
+
+class BeginWeightUpdate(ControlCommand, tag="begin_weight_update", kw_only=True):
+    """From here on tensors are only collected; `end_weight_update` puts them in place together."""
+
+    path = "/begin_weight_update"
+    selector: str = "all"
+
+
+class EndWeightUpdate(WeightChange, tag="end_weight_update", kw_only=True):
+    """Serve what was collected since `begin_weight_update`."""
+
+    path = "/end_weight_update"
+
+
+class UpdateWeightVersion(ControlCommand, tag="update_weight_version", kw_only=True):
+    """Rename the weights that serve."""
+
+    path = "/update_weight_version"
+    new_version: str
+    abort_all_requests: bool = True  # clients rely on this default
+
+
+class GetWeightsByName(ControlCommand, tag="get_weights_by_name", kw_only=True):
+    """The first rows of a tensor."""
+
+    path = "/get_weights_by_name"
+    methods = ("GET", "POST")
+    name: str
+    truncate_size: int = 100
+
+
+class CheckWeights(ControlCommand, tag="weights_checker", kw_only=True):
+    """Compare weights: hash them, keep a copy, compare with that copy, or overwrite them so that an update shows."""
+
+    path = "/weights_checker"
+    methods = ("GET", "POST")
+    action: Literal["checksum", "snapshot", "reset_tensors", "compare"] = "checksum"
+    allow_quant_error: bool = False  # nothing is quantized here
+    skip_tensor_list: list[str] | None = None
+    selector: str = "all"
+
+
+class ReleaseMemory(ControlCommand, tag="release_memory_occupation", kw_only=True):
+    """Give memory back until it is resumed; no tags means all."""
+
+    path = "/release_memory_occupation"
+    methods = ("GET", "POST")
+    tags: list[str] | None = None
+
+
+class ResumeMemory(ControlCommand, tag="resume_memory_occupation", kw_only=True):
+    """Take memory again."""
+
+    path = "/resume_memory_occupation"
+    methods = ("GET", "POST")
+    tags: list[str] | None = None
+
+
+class FreezeGarbage(ControlCommand, tag="freeze_gc", kw_only=True):
+    """Have the scheduler's garbage collector never look at what is there now."""
+
+    path = "/freeze_gc"
+    methods = ("GET", "POST")
+
+
+class SlowDown(ControlCommand, tag="slow_down", kw_only=True):
+    """A test aid: sleep this long in every step; null ends it."""
+
+    path = "/slow_down"
+    methods = ("GET", "POST")
+    forward_sleep_time: float | None = None
+
+
 class Probe(ControlCommand, tag="probe", kw_only=True):
     """Goes once round the ring; every hop adds its counters under its role. Answered by the gateway itself."""
 
@@ -63,7 +239,32 @@ class Detokenize(ControlCommand, tag="detokenize", kw_only=True):
     skip_special_tokens: bool = True
 
 
-Command = Abort | FlushCache | Probe | Tokenize | Detokenize
+Command = (
+    Abort
+    | FlushCache
+    | StartExpertDistributionRecord
+    | StopExpertDistributionRecord
+    | DumpExpertDistributionRecord
+    | Probe
+    | Tokenize
+    | Detokenize
+    | PauseGeneration
+    | ContinueGeneration
+    | UpdateWeightsFromDisk
+    | UpdateWeightsFromTensor
+    | InitWeightsUpdateGroup
+    | DestroyWeightsUpdateGroup
+    | UpdateWeightsFromDistributed
+    | BeginWeightUpdate
+    | EndWeightUpdate
+    | UpdateWeightVersion
+    | GetWeightsByName
+    | CheckWeights
+    | ReleaseMemory
+    | ResumeMemory
+    | FreezeGarbage
+    | SlowDown
+)
 
 COMMANDS: tuple[type[ControlCommand], ...] = Command.__args__
 

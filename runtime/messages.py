@@ -48,6 +48,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     log_metrics: bool = True
     return_hidden_states: bool = False
     return_routed_experts: bool = False
+    routed_experts_start_len: int = 0  # first position whose experts are wanted
     dimensions: int | None = None  # embed: cut to this many and normalise again
     resume_ids: bytes = b""  # output ids that the client already has (replay after a restart)
 
@@ -134,7 +135,7 @@ class Tokens(Message, tag="tokens", kw_only=True):
     scalar: bool = False  # embed: the vector is one bare number (cross-encoder)
     hidden_states: bytes = b""  # float32 (positions, hidden) of this message
     hidden_size: int = 0
-    routed_experts: bytes = b""  # int32 (tokens - 1, layers, top_k), with finish
+    routed_experts: bytes = b""  # int32 (tokens - 1 - start, layers, top_k), with finish
     finish: Finish | None = None
 
 

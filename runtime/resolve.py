@@ -5,6 +5,7 @@ What only the model or the device itself can answer (the KV pool's size, the dty
 
 import importlib.util
 import ipaddress
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ PAGE_SIZE = 16
 MAX_RUNNING_REQUESTS = 256
 MIN_QUEUED_REQUESTS = 1024
 CHUNKED_PREFILL_SIZE = {"cpu": 512, "cuda": 8192}
+RECORDER_DIR = "/tmp"
+RECORDER_DIR_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
+RECORDER_BUFFER_SIZE = 1000
 ATTENTION_BACKEND = {"cpu": "torch_native", "cuda": "triton"}
 
 
@@ -28,6 +32,7 @@ class Machine(msgspec.Struct, frozen=True):
 
     has_gpu: bool = False  # an NVIDIA driver is loaded
     torch_has_cuda: bool = False  # the installed torch can use it
+    recorder_dir: str = RECORDER_DIR  # where recordings of experts go
 
 
 class Resolution(msgspec.Struct, frozen=True):
@@ -39,7 +44,11 @@ class Resolution(msgspec.Struct, frozen=True):
 
 def look_at_machine() -> Machine:
     """Read the facts, without importing torch."""
-    return Machine(has_gpu=Path("/proc/driver/nvidia/version").exists(), torch_has_cuda=torch_has_cuda())
+    return Machine(
+        has_gpu=Path("/proc/driver/nvidia/version").exists(),
+        torch_has_cuda=torch_has_cuda(),
+        recorder_dir=os.environ.get(RECORDER_DIR_VARIABLE) or RECORDER_DIR,
+    )
 
 
 def torch_has_cuda() -> bool:
@@ -65,6 +74,9 @@ def resolve(config: ServerConfig, machine: Machine) -> Resolution:
         "attention_backend": "torch_native"
         if device == "cpu"
         else config.attention_backend or ATTENTION_BACKEND[device],
+        "expert_distribution_recorder_dir": config.expert_distribution_recorder_dir or machine.recorder_dir,
+        "expert_distribution_recorder_buffer_size": config.expert_distribution_recorder_buffer_size
+        or RECORDER_BUFFER_SIZE,
     }
     return Resolution(msgspec.structs.replace(config, **answers), notes(config, device))
 
@@ -89,6 +101,10 @@ CONTRADICTIONS: list[Contradiction] = [
     (
         lambda c, m: c.chunked_prefill_size == 0,
         lambda c: "--chunked-prefill-size 0 computes nothing; use -1 for whole prompts or a number of tokens",
+    ),
+    (
+        lambda c, m: c.expert_distribution_recorder_buffer_size == 0,
+        lambda c: "--expert-distribution-recorder-buffer-size 0 keeps nothing; use -1 for all or a number of passes",
     ),
     (
         lambda c, m: (c.chunked_prefill_size or 0) > c.max_prefill_tokens,
@@ -140,8 +156,6 @@ def notes(config: ServerConfig, device: str) -> list[str]:
         found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
     if config.cuda_graph_max_bs is not None:
         found.append(f"--cuda-graph-max-bs has no effect: on {device} this version captures no CUDA graphs")
-    if config.expert_distribution_recorder_mode is not None:
-        found.append("--expert-distribution-recorder-mode has no effect: this version does not record experts yet")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.control import Abort, ControlCommand, FlushCache, Probe
 from runtime.errors import CommandRefused
 from runtime.messages import Message, Reply
+from scheduler_service import control_experts
 
 if TYPE_CHECKING:
     from scheduler_service.scheduler import Scheduler
@@ -117,4 +118,9 @@ def probe(scheduler: "Scheduler", command: Probe) -> list[Message]:
     return [command]
 
 
-HANDLERS: dict[type[ControlCommand], Handler] = {Abort: abort, FlushCache: flush_cache, Probe: probe}
+HANDLERS: dict[type[ControlCommand], Handler] = {
+    Abort: abort,
+    FlushCache: flush_cache,
+    Probe: probe,
+    **control_experts.HANDLERS,
+}

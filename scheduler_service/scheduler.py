@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from runtime.control import ControlCommand
 from runtime.errors import RequestError
@@ -22,6 +22,9 @@ from scheduler_service.core.planner import Planner
 from scheduler_service.grammar import Grammar
 from scheduler_service.report import Report
 
+if TYPE_CHECKING:
+    from scheduler_service.experts import ExpertRecorder
+
 log = logging.getLogger(__name__)
 
 IDLE_BEAT_S = 1.0  # an idle scheduler wakes this often, so that its heartbeat moves
@@ -34,6 +37,7 @@ class Worker(Protocol):
     """The model and its memory, as the scheduler uses them."""
 
     weight_version: str
+    expert_recorder: "ExpertRecorder | None"  # where the server was told to record
 
     def launch(self, plan: Plan) -> Any:
         """Start one step; returns what `collect` takes."""
@@ -245,6 +249,7 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
         weight_version=weight_version,
         vector=update.vector,
         scalar=update.scalar,
+        routed_experts=update.routed_experts,
         finish=update.finish,
     )
     if update.first:

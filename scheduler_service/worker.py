@@ -22,12 +22,14 @@ from runtime.model_info import ModelInfo
 from scheduler_service import masks, sampler
 from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
 from scheduler_service.core.request import Sequence
+from scheduler_service.experts import Chosen, expert_shape, make_recorder
 from scheduler_service.grammar import Grammar, Matcher
 from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 from scheduler_service.model.registry import load_model
+from scheduler_service.pooling import Pooler
 from scheduler_service.weights.load import available_gb
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,9 @@ class Worker:
         self.device = choose_device(config.device)
         free_gb = available_gb(self.device)
         self.model = load(config, info, self.device)
-        limit_threads(self.device, self.model.hidden_size)
+        if not info.is_embedding:
+            limit_threads(self.device, self.model.hidden_size)
+        self.pooler = Pooler(info.embedding, self.model) if info.embedding else None
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         running = config.max_running_requests or MAX_RUNNING_REQUESTS
         self.cache = make_kv_cache(
@@ -121,6 +125,8 @@ class Worker:
         self.max_running_requests = min(running, self.page_count)
         self.states: dict[Sequence, State] = {}
         self.masks = masks.Masks(self.model.vocab_size)
+        self.expert_shape = expert_shape(config, self.model)
+        self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
 
     def log_limits(self, config: ServerConfig) -> None:
@@ -176,18 +182,23 @@ class Worker:
             self.forget(sequence)
         states = [self.state_of(share.sequence) for share in plan.slices]
         inputs = self.inputs(plan, states)
-        sampled = [i for i, share in enumerate(plan.slices) if share.samples]
+        sampled = [i for i, share in enumerate(plan.slices) if share.samples and self.pooler is None]
         allowed = self.masks.start([states[i].matcher for i in sampled])
-        hidden = self.forward(inputs)  # (tokens, hidden)
+        chosen = self.watch_experts(plan)
+        hidden = self.forward(inputs, chosen)  # (tokens, hidden)
         results = [Result() for _ in plan.slices]
+        if chosen is not None:
+            self.note_experts(plan, inputs, chosen, results)
         for share, result, row in zip(plan.slices, results, inputs.offsets, strict=False):
             own = hidden[row : row + share.end - share.start]
             if share.score_from >= 0:
                 result.input_logprobs = self.score_prompt(share, own)
             if share.sequence.request.return_hidden_states:
                 result.hidden_states = as_bytes(own, torch.float32)
-            if share.sequence.request.task == "embed":
+            if share.sequence.request.task == "embed" and self.pooler is None:
                 result.error = NOT_AN_EMBEDDER
+        if self.pooler is not None:
+            self.pooler.fill(plan, inputs.offsets, hidden, results)
         if sampled:
             last_rows = torch.tensor([inputs.offsets[i + 1] - 1 for i in sampled], device=hidden.device)
             logits = self.model.logits(hidden[last_rows])  # (rows, vocab)
@@ -206,7 +217,7 @@ class Worker:
         to_device(inputs, self.device)
         return inputs
 
-    def forward(self, inputs: Inputs) -> torch.Tensor:
+    def forward(self, inputs: Inputs, chosen: Chosen | None = None) -> torch.Tensor:
         """Hidden states of the step's tokens; their keys and values are in the pool afterwards."""
         batch = Batch(
             input_ids=inputs.input_ids,
@@ -216,8 +227,27 @@ class Worker:
             token_types=inputs.token_types,
             embeds=inputs.embeds,
             embeds_mask=inputs.embeds_mask,
+            record_experts=chosen,
         )
         return self.model.forward(batch)
+
+    def watch_experts(self, plan: Plan) -> Chosen | None:
+        """What collects this step's choices of experts; None where nobody wants them."""
+        if self.expert_shape is None:
+            return None
+        recording = self.expert_recorder is not None and self.expert_recorder.recording
+        wanted = recording or any(share.sequence.request.return_routed_experts for share in plan.slices)
+        return Chosen(self.expert_shape) if wanted else None
+
+    def note_experts(self, plan: Plan, inputs: Inputs, chosen: Chosen, results: list[Result]) -> None:
+        """Record a step's choices of experts, and hand each request its own where it asked for them."""
+        if self.expert_recorder is not None and self.expert_recorder.recording:
+            self.expert_recorder.add(inputs, chosen)
+        asking = [i for i, share in enumerate(plan.slices) if share.sequence.request.return_routed_experts]
+        ids = chosen.ids() if asking else None  # (tokens, layers, top_k)
+        for i in asking:
+            assert ids is not None
+            results[i].routed_experts = as_bytes(ids[inputs.offsets[i] : inputs.offsets[i + 1]], torch.int32)
 
     def score_prompt(self, share: Slice, hidden: torch.Tensor) -> Logprobs:
         """Logprobs of prompt positions, from `score_from` on: hidden (positions of the slice, hidden) predicts them."""

@@ -47,6 +47,7 @@ class FakeWorker:
         self.vocab_size = vocab_size
         self.step_s = step_s
         self.weight_version = "default"
+        self.expert_recorder = None
         self.plans: list[Plan] = []
         self.forgotten: list[str] = []
         self.faults: dict[str, str] = {}  # rid → Result.error of its next slice

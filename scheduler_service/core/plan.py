@@ -52,6 +52,7 @@ class Result:
     vector: bytes = b""  # embed requests, on their last slice: float32
     scalar: bool = False
     hidden_states: bytes = b""
+    routed_experts: bytes = b""  # int32 (positions of the slice, layers, top_k)
     complete: bool = False  # the request's grammar allows nothing behind `token`
     error: str = ""  # this request cannot go on (for example NaN logits)
     error_kind: Kind = Kind.INTERNAL
@@ -69,4 +70,5 @@ class Update:
     vector: bytes = b""
     scalar: bool = False
     hidden_states: bytes = b""
+    routed_experts: bytes = b""  # with finish
     finish: Finish | None = None

@@ -255,7 +255,9 @@ class Planner:
             sequence.scored.append(result.input_logprobs)
             sequence.input_scored = max(sequence.input_scored, min(part.end, sequence.prompt_len - 1))
         if result.hidden_states:
-            self._collect_hidden(part, result)
+            sequence.hidden.add(part.start, part.end, result.hidden_states)
+        if result.routed_experts:
+            sequence.routed.add(part.start, part.end, result.routed_experts)
         if part.end <= sequence.prefill_end:
             self.memory.keep(sequence, part.end)
         if result.token is None:
@@ -268,19 +270,13 @@ class Planner:
             return self._end(sequence, finish, result)
         return self._update(sequence, result)
 
-    def _collect_hidden(self, part: Slice, result: Result) -> None:
-        """Keep the rows of positions that were not returned before a retraction."""
-        width = len(result.hidden_states) // (part.end - part.start)
-        sequence = part.sequence
-        sequence.hidden.append(result.hidden_states[max(0, sequence.hidden_end - part.start) * width :])
-        sequence.hidden_end = max(sequence.hidden_end, part.end)
-
     def _end(self, sequence: Sequence, finish: Finish, result: Result | None = None) -> Update:
         """Mark the end and say so, once; whoever calls settles."""
         sequence.finish = finish
         del self.live[sequence.rid]
         update = self._update(sequence, result or Result())
         update.finish = finish
+        update.routed_experts = rules.routed_experts(sequence)
         return update
 
     def _end_now(self, sequence: Sequence, finish: Finish) -> Update:
@@ -297,9 +293,7 @@ class Planner:
             update.logprobs = result.logprobs
         if result.vector:
             update.vector, update.scalar = result.vector, result.scalar
-        if sequence.hidden:
-            update.hidden_states = b"".join(sequence.hidden)
-            sequence.hidden.clear()
+        update.hidden_states = sequence.hidden.take()
         if update.first and sequence.request.logprobs:
             update.input_logprobs = joined(sequence)
         return update

@@ -6,6 +6,26 @@ from dataclasses import dataclass, field
 from runtime.messages import Finish, Logprobs, Request
 
 
+@dataclass(slots=True)
+class Rows:
+    """What the worker returns for every position, once: a retracted request computes its positions again."""
+
+    parts: list[bytes] = field(default_factory=list)
+    end: int = 0  # positions whose rows have come
+
+    def add(self, start: int, end: int, data: bytes) -> None:
+        """Take the equal rows of positions [start, end), but for those that came before."""
+        width = len(data) // (end - start)
+        self.parts.append(data[max(0, self.end - start) * width :])
+        self.end = max(self.end, end)
+
+    def take(self) -> bytes:
+        """Everything since the last take."""
+        data = b"".join(self.parts)
+        self.parts.clear()
+        return data
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request from its arrival in the scheduler to its retirement.
@@ -42,8 +62,8 @@ class Sequence:
     poisoned: bool = False  # its KV is not worth keeping
     leaving: bool = False  # retracted: goes back to the queue once nothing is in flight
     scored: list[Logprobs] = field(default_factory=list)  # prompt logprobs not yet sent
-    hidden: list[bytes] = field(default_factory=list)  # hidden states not yet sent
-    hidden_end: int = 0  # positions whose hidden states the worker has returned
+    hidden: Rows = field(default_factory=Rows)  # hidden states not yet sent
+    routed: Rows = field(default_factory=Rows)  # chosen experts, sent at the end
     grammar: object | None = None  # the worker's: what constrains the output
 
     @property

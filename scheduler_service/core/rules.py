@@ -153,13 +153,20 @@ def finish_after_last(sequence: Sequence, complete: bool = False) -> Finish | No
 
 def reusable_tokens(sequence: Sequence) -> int:
     """How long a cached prefix may be used: one token is left to compute, and every position still to be scored."""
-    if sequence.request.return_hidden_states:
+    if sequence.request.return_hidden_states or sequence.request.return_routed_experts:
         return 0
     longest = len(sequence.ids) - 1
     options = sequence.request.logprobs
     if options is None or options.start < 0:
         return longest
     return min(longest, max(options.start, sequence.input_scored))
+
+
+def routed_experts(sequence: Sequence) -> bytes:
+    """The experts of all positions but the last, from the first that is wanted; fewer where fewer were computed."""
+    known, data = sequence.routed.end, sequence.routed.take()
+    width = len(data) // known if known else 0
+    return data[sequence.request.routed_experts_start_len * width : (len(sequence.ids) - 1) * width]
 
 
 def score_from(sequence: Sequence, start: int, end: int) -> int:

@@ -30,6 +30,15 @@ class Attend(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The size of a model's mixture of experts; `layers` counts those without experts too."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+
 @dataclass(slots=True)
 class Batch:
     """One step's tokens, sequences side by side, no padding."""

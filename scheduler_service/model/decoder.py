@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.linear import Linear
 from scheduler_service.model.attention import Attention, Rotation
-from scheduler_service.model.batch import AttentionSpec, Batch
+from scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
+from scheduler_service.model.heads import Head
 from scheduler_service.model.layers import Mlp, Norm, linear, optional_norm
 from scheduler_service.model.moe import Moe
 from scheduler_service.model.spec import DecoderSpec
@@ -59,8 +60,19 @@ class Decoder:
         self.rotary = [(torch.tensor(rope.frequencies, device=self.device), rope.factor) for rope in spec.ropes]
         self.layers = [DecoderLayer(spec, weights, layer) for layer in range(len(spec.layers))]
         self.norm = Norm(spec, weights.slab("norm"))
-        self.lm_head: Linear = linear(weights, "embed" if spec.tied else "lm_head")
+        self.lm_head: Linear | None = None
+        if spec.generates:
+            self.lm_head = linear(weights, "embed" if spec.tied else "lm_head")
+        self.head = Head(spec.score_head, weights) if spec.score_head else None
         self.attention: list[AttentionSpec] = [layer.attention.facts for layer in self.layers]
+
+    @property
+    def experts(self) -> ExpertShape | None:
+        """The mixtures that report to `Batch.record_experts`; None for a dense model."""
+        mixtures = [layer.moe for layer in self.spec.layers if layer.moe]
+        if not mixtures:
+            return None
+        return ExpertShape(len(self.layers), max(m.experts for m in mixtures), max(m.top_k for m in mixtures))
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm: (tokens, hidden)."""
@@ -81,6 +93,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, hidden) → float32 (rows, vocab)."""
+        assert self.lm_head is not None, "an embedder predicts no next token"
         logits = self.lm_head(hidden).float()
         cap = self.spec.logit_softcap
         return logits if cap is None else reference.soft_cap(logits, cap)

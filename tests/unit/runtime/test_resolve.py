@@ -4,7 +4,7 @@ import pytest
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
-from runtime.resolve import Machine, resolve
+from runtime.resolve import Machine, look_at_machine, resolve
 
 CPU = Machine()
 GPU = Machine(has_gpu=True, torch_has_cuda=True)
@@ -47,12 +47,23 @@ def test_triton_on_a_cpu_is_replaced_and_said_so():
     assert any("triton needs a GPU" in note for note in resolution.notes)
 
 
+def test_a_flag_without_effect_is_accepted_and_said_so():
+    notes = resolve(ServerConfig(cuda_graph_max_bs=4), CPU).notes
+    assert ["--cuda-graph-max-bs has no effect" in note for note in notes] == [True]
+
+
 @pytest.mark.parametrize(
-    "setting", [{"cuda_graph_max_bs": 4}, {"expert_distribution_recorder_mode": "stat"}], ids=lambda s: next(iter(s))
+    ("flag", "variable", "expected"), [(None, None, "/tmp"), (None, "/env", "/env"), ("/flag", "/env", "/flag")]
 )
-def test_a_flag_without_effect_is_accepted_and_said_so(setting):
-    (name,) = setting
-    assert [name.replace("_", "-") in note for note in resolve(ServerConfig(**setting), CPU).notes] == [True]
+def test_recordings_of_experts_go_where_the_flag_or_else_the_environment_says(flag, variable, expected):
+    machine = Machine(recorder_dir=variable) if variable else CPU
+    config = resolve(ServerConfig(expert_distribution_recorder_dir=flag), machine).config
+    assert config.expert_distribution_recorder_dir == expected
+
+
+def test_the_environment_names_the_directory_of_recordings(monkeypatch):
+    monkeypatch.setenv("SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR", "/elsewhere")
+    assert look_at_machine().recorder_dir == "/elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,7 @@ def test_an_address_open_to_the_network_needs_a_key_or_is_warned_about(host, api
         ({"device": "cuda"}, CPU, "use --device cpu"),
         ({"device": "cuda"}, Machine(torch_has_cuda=True), "none is loaded here; use --device cpu"),
         ({"chunked_prefill_size": 0}, CPU, "use -1 for whole prompts"),
+        ({"expert_distribution_recorder_buffer_size": 0}, CPU, "use -1 for all"),
         ({"chunked_prefill_size": 512, "max_prefill_tokens": 256}, CPU, "use --max-prefill-tokens 512"),
         ({"max_total_tokens": 8}, CPU, "use --page-size 8 or less"),
         ({"disable_cuda_graph": True, "cuda_graph_max_bs": 4}, CPU, "leave one of them out"),
