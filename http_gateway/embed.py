@@ -129,4 +129,4 @@ def meta_info(gateway: Gateway, text: Text, received_at: float) -> dict[str, Any
     }
 
 
-ENDPOINTS = [Endpoint(path, encode, ("POST", "PUT")) for path in ("/encode", "/classify")]
+ENDPOINTS = [Endpoint(path, encode, ("POST", "PUT"), body=EncodeBody) for path in ("/encode", "/classify")]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -32,6 +33,8 @@ class Endpoint:
     methods: tuple[str, ...] = ("GET",)
     access: Access = Access.USER
     shape: errors.Shape = errors.native
+    body: Any = None  # type of the request body, for the API's description
+    answer: Any = None  # and of what is answered
 
 
 class Guarded:

@@ -84,6 +84,13 @@ def stream_event(error: RequestError) -> bytes:
     return msgspec.json.encode({"error": detail})
 
 
+def openai_stream_event(error: RequestError) -> bytes:
+    """The same as the OpenAI endpoints tell it."""
+    status = error.kind.status
+    detail = flat(error.message, error.kind.type_name, status, error.field)["error"]
+    return msgspec.json.encode({"error": detail})
+
+
 def of_finish(finish: Finish) -> RequestError:
     """The error that a terminal message with reason `error` stands for."""
     return RequestError(finish.message, KIND_OF_STATUS.get(finish.status, Kind.INTERNAL))

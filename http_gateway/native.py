@@ -52,12 +52,17 @@ async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
 
 def admit(gateway: Gateway, http: HTTPRequest, body: GenerateBody) -> tuple[Job, bool]:
     """The Job of a body, and whether one object answers it. Raises RequestError."""
+    check_servable(gateway, http)
+    return to_job(body, gateway.rules)
+
+
+def check_servable(gateway: Gateway, http: HTTPRequest) -> None:
+    """Refuse what no body could make right: a model that does not generate, a rank that is not there."""
     if gateway.model.is_embedding:
         raise RequestError(NOT_GENERATIVE)
     rank = http.headers.get("x-data-parallel-rank")
     if rank not in (None, "", "0"):
         raise RequestError(f"X-Data-Parallel-Rank must be 0: there is one rank, got {rank}.")
-    return to_job(body, gateway.rules)
 
 
 def listed(answers: list[bytes]) -> bytes:
@@ -97,6 +102,6 @@ async def chunks(
 
 
 ENDPOINTS = [
-    Endpoint("/generate", generate, ("POST", "PUT")),
-    Endpoint("/vertex_generate", vertex_generate, ("POST",)),
+    Endpoint("/generate", generate, ("POST", "PUT"), body=GenerateBody),
+    Endpoint("/vertex_generate", vertex_generate, ("POST",), body=VertexBody),
 ]

@@ -46,6 +46,11 @@ class ReasoningParser:
         self._read = self._before
         self._begun = False  # the current part has shown a character that is no blank
 
+    @property
+    def thinking(self) -> bool:
+        """Inside the thought, or about to be."""
+        return self._read == self._inside or (self._read == self._before and self._family.starts_inside)
+
     def feed(self, delta: str) -> Split:
         """Take the next characters; give those that are decided."""
         self._buffer += delta

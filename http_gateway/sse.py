@@ -1,7 +1,7 @@
 """Server-sent events: one `data:` line per event, `[DONE]` at the end."""
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from starlette.types import Receive, Scope, Send
@@ -26,8 +26,14 @@ class EventStream:
     is told inside the stream.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        failed: Callable[[RequestError], bytes] = errors.stream_event,
+    ) -> None:
+        """`failed`: what tells an error inside the stream."""
         self._events = events
+        self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events) as events:
@@ -39,5 +45,5 @@ class EventStream:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except RequestError as error:
                 log.info("a stream ended with an error: %s", error.message)
-                await send({"type": "http.response.body", "body": event(errors.stream_event(error)), "more_body": True})
+                await send({"type": "http.response.body", "body": event(self._failed(error)), "more_body": True})
             await send({"type": "http.response.body", "body": DONE, "more_body": False})

@@ -77,6 +77,20 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | None, flag("JSON object of sampling parameters laid under every request's own", HTTP)
     ] = None
 
+    sampling_defaults: Annotated[
+        Literal["model", "openai"],
+        flag("where /v1 requests take what they leave out from: the model's generation_config.json or OpenAI", HTTP),
+    ] = "model"
+    tool_call_parser: Annotated[
+        Literal["hermes", "llama3", "mistral", "pythonic", "qwen", "qwen25"] | None,
+        flag("how the model writes tool calls (default: they stay in the text)", HTTP),
+    ] = None
+    reasoning_parser: Annotated[
+        Literal["deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"] | None,
+        flag("how the model marks its thought (default: it stays in the text)", HTTP),
+    ] = None
+    enable_cache_report: Annotated[bool, flag("say in the usage of /v1 answers how much was cached", HTTP)] = False
+
     max_running_requests: Annotated[Positive | None, flag("requests in one batch (default: 256)", SCHEDULER)] = None
     max_queued_requests: Annotated[
         Positive | None, flag("waiting requests before a 503 (default: 4 batches, at least 1024)", SCHEDULER)
