@@ -101,6 +101,8 @@ def choose_page_count(
 
     `most_tokens` is what all requests together can ever hold; more would lie idle.
     """
+    if not bytes_per_token:  # an encoder keeps no KV: its pages are only counted
+        return max(1, (config.max_total_tokens or most_tokens) // page_size)
     bytes_per_page = page_size * bytes_per_token
     fitting = pages_that_fit(config, bytes_per_page, free_bytes, total_bytes)
     if config.max_total_tokens is None:

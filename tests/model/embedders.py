@@ -1,0 +1,123 @@
+"""Small random embedding models on disk, transformers' answers for them, and ours."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from runtime import model_info
+from runtime.config import ServerConfig
+from runtime.messages import Request, Tokenized, pack_ids
+from runtime.sampling import SamplingParams
+from scheduler_service.assemble import planner_config
+from scheduler_service.core.plan import Update
+from scheduler_service.core.planner import Planner
+from scheduler_service.worker import Worker
+from tests.engine import floats
+from tests.model import tiny
+
+VOCAB_SIZE = tiny.VOCAB_SIZE
+BERT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 200,
+}
+ROBERTA = {**BERT, "type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+DISTIL = {"vocab_size": VOCAB_SIZE, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4}
+DISTIL["max_position_embeddings"] = 200
+MODERN = {**BERT, "local_attention": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0}
+MODERN |= {"sep_token_id": 2}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Bert": BERT,
+    "Roberta": ROBERTA,
+    "XLMRoberta": ROBERTA,
+    "DistilBert": DISTIL,
+    "ModernBert": MODERN,
+    "Llama": tiny.SHAPE,
+    "Mistral": {**tiny.SHAPE, "sliding_window": 24},
+    "Qwen2": tiny.SHAPE,
+    "Qwen3": {**tiny.SHAPE, "head_dim": 16},
+}
+ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
+DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
+
+
+def build(architecture: str, directory: Path, **overrides: Any) -> transformers.PreTrainedModel:
+    """Write a random model of a class of transformers, with a tokenizer; returns transformers' own."""
+    family = next(name for name in CONFIGS if architecture.startswith(name))
+    config = getattr(transformers, f"{family}Config")(**{**CONFIGS[family], **overrides})
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, architecture)(config).eval()
+        tiny.randomize(model)
+    model.save_pretrained(directory)
+    tiny.save_tokenizer(directory, VOCAB_SIZE)
+    return model
+
+
+class Embedder:
+    """Planner and worker of an embedding model in one process."""
+
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        settings = {"dtype": "float32", "page_size": 1, "max_total_tokens": 4096, "device": "cpu", **settings}
+        config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
+        self.info = model_info.load(config)
+        self.worker = Worker(config, self.info)
+        self.planner = Planner(planner_config(config, self.info, self.worker))
+        self.steps: list[tuple[int, int]] = []  # new and cached tokens of each
+        self.updates: dict[str, Update] = {}
+
+    def add(self, ids: Sequence[int], types: Sequence[int] = (), **request: Any) -> str:
+        rid = f"r{len(self.updates) + len(self.planner.live)}"
+        made = Request(**{"rid": rid, "params": SamplingParams(max_new_tokens=0), "task": "embed", **request})
+        message = Tokenized(request=made, prompt_ids=pack_ids(ids), token_types=pack_ids(types))
+        self.planner.add(message, 0.0)
+        return rid
+
+    def run(self) -> None:
+        """Until nothing is left to do; all state must be back then."""
+        while plan := self.planner.next(0.0):
+            self.steps.append((plan.tokens, plan.cached_tokens))
+            for update in self.planner.apply(plan, self.worker.collect(self.worker.launch(plan)), 0.0):
+                self.updates[update.sequence.rid] = update
+            for sequence in self.planner.released:
+                self.worker.forget(sequence)
+            self.planner.released.clear()
+            self.planner.check()
+        assert self.planner.idle and not self.worker.states
+
+    def embed(self, texts: Sequence[Sequence[int]], **request: Any) -> list[torch.Tensor]:
+        """The vectors of texts that arrive together."""
+        rids = [self.add(text, **request) for text in texts]
+        self.run()
+        return [torch.tensor(floats(self.updates[rid].vector)) for rid in rids]
+
+
+def texts(*lengths: int) -> list[list[int]]:
+    """Random ids without special ones, of these lengths."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(4, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def hidden_states(model: transformers.PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
+    """transformers' last hidden states of one text: (tokens, hidden)."""
+    return model(torch.tensor([list(ids)])).last_hidden_state[0]
+
+
+@torch.inference_mode()
+def scores(model: transformers.PreTrainedModel, ids: Sequence[int], types: Sequence[int] = ()) -> torch.Tensor:
+    """transformers' logits of one text or pair: (labels,)."""
+    more = {"token_type_ids": torch.tensor([list(types)])} if types else {}
+    return model(torch.tensor([list(ids)]), **more).logits[0]
+
+
+def cosine(left: torch.Tensor, right: torch.Tensor) -> float:
+    """In float64: the question is about the sixth digit."""
+    return float(torch.nn.functional.cosine_similarity(left.double(), right.double(), dim=0))
