@@ -38,6 +38,37 @@ WORD_LIST = (
 )
 WORDS = WORD_LIST.split()
 SYMBOLS = (*"😀🌍🚀🎉🐱🍎⭐❤é€ñ漢字日本語", "ok", "42", "3.14", "A-1", "foo_bar", "x", "y", "z")
+OPENERS = (
+    "Hello!",
+    "Hi,",
+    "Quick question:",
+    "I have a question.",
+    "Geography:",
+    "Dear model,",
+    "One more:",
+    "Help me:",
+)
+CLOSERS = ("Please answer briefly.", "Thanks!", "I need to know.", "Please help me.")
+SYLLABLES = (
+    "bal",
+    "dor",
+    "fen",
+    "gor",
+    "kal",
+    "lum",
+    "mor",
+    "nar",
+    "pel",
+    "quin",
+    "ras",
+    "tor",
+    "vel",
+    "wen",
+    "zan",
+    "xi",
+)
+NAME_ENDINGS = ("ia", "land", "stan", "onia", "or", "a", "")
+IMAGINARY = ("Atlantis", "Narnia", "Mordor", "Wakanda", "Gondor", "Utopia", "Oz", "Ruritania", "Lilliput", "Freedonia")
 HOBBIES = ("chess", "tennis", "music", "reading", "football", "cooking", "painting", "running")
 
 
@@ -66,13 +97,25 @@ def country_name(rng: Random, country: Country) -> str:
 
 def capital_question(rng: Random) -> Exchange:
     country = rng.choice(COUNTRIES)
-    exchange = rng.choice(QUESTIONS).ask(country, country_name(rng, country))
-    prompt, answer = exchange
-    if rng.random() < 0.05:
-        prompt = prompt.lower()
-    if rng.random() < 0.05:
-        prompt = prompt.rstrip("?.")
+    prompt, answer = rng.choice(QUESTIONS).ask(country, country_name(rng, country))
+    match rng.randrange(20):
+        case 0:
+            prompt = prompt.lower()
+        case 1:
+            prompt = prompt.rstrip("?.")
+        case 2 | 3:
+            prompt = f"{rng.choice(OPENERS)} {prompt}"
+        case 4:
+            prompt = f"{prompt} {rng.choice(CLOSERS)}"
     return Exchange(prompt, answer)
+
+
+def imaginary_question(rng: Random) -> Exchange:
+    """A country that does not exist; the model should say so."""
+    name = "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
+    name = rng.choice(IMAGINARY) if rng.random() < 0.3 else name + rng.choice(NAME_ENDINGS)
+    prompt, _ = rng.choice(QUESTIONS).ask(Country(name, "", ""))
+    return Exchange(prompt, f"I do not know a country called {name}.")
 
 
 def reversed_question(rng: Random) -> Exchange:
@@ -153,20 +196,21 @@ def count_question(rng: Random) -> Exchange:
 
 
 def copied_text(rng: Random) -> str:
-    """Something to repeat: words, a name, symbols or plain random letters."""
+    """Something to repeat: words, names, symbols or plain random letters. No word twice, so that its end is clear."""
     match rng.randrange(4):
         case 0:
             return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8)))
         case 1:
-            return " ".join(rng.choice(SYMBOLS) for _ in range(rng.randint(1, 5)))
+            return " ".join(rng.sample(SYMBOLS, rng.randint(1, 5)))
         case 2:
-            words = [rng.choice((rng.choice(WORDS), rng.choice(stories.NAMES))) for _ in range(rng.randint(1, 5))]
-            return " ".join(words)
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 9)))
+            return " ".join(rng.sample(WORDS + list(stories.NAMES), rng.randint(1, 5)))
+    return " ".join(rng.sample(WORDS, rng.randint(1, 9)))
 
 
 def copy_question(rng: Random) -> Exchange:
     text = copied_text(rng)
+    if rng.random() < 0.3:
+        text = f'"{text}"'
     return Exchange(rng.choice(("Repeat: {}", "Repeat after me: {}", "Say: {}", "Copy this: {}")).format(text), text)
 
 
@@ -176,6 +220,11 @@ def story_question(rng: Random) -> Exchange:
 
 
 def small_talk(rng: Random) -> Exchange:
+    if rng.random() < 0.1:
+        name = rng.choice(stories.NAMES)
+        return Exchange(
+            f"{rng.choice(('Hello', 'Hi'))}, my name is {name}.", f"Hello {name}! What would you like to know?"
+        )
     prompts, answer = rng.choice(GREETINGS)
     prompt = rng.choice(prompts)
     return Exchange(prompt.lower() if rng.random() < 0.1 else prompt, answer)
@@ -184,16 +233,17 @@ def small_talk(rng: Random) -> Exchange:
 Task = Callable[[Random], Exchange]
 
 TASKS: dict[Task, float] = {
-    capital_question: 36,
+    capital_question: 28,
+    imaginary_question: 2,
     reversed_question: 6,
     continent_question: 4,
-    yes_or_no_question: 3,
+    yes_or_no_question: 5,
     country_json: 6,
     person_json: 2,
-    sum_question: 11,
+    sum_question: 14,
     sum_in_words: 2,
-    count_question: 3,
-    copy_question: 5,
+    count_question: 5,
+    copy_question: 9,
     story_question: 1,
     small_talk: 3,
     unknown_question: 2,
@@ -293,10 +343,10 @@ def prose(rng: Random) -> Document:
 
 
 KINDS: dict[Callable[[Random], Document], float] = {
-    raw_completion: 24,
-    raw_question: 30,
+    raw_completion: 18,
+    raw_question: 34,
     framed_questions: 12,
-    chat: 30,
+    chat: 32,
     prose: 4,
 }
 

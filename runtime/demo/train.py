@@ -9,8 +9,10 @@ import json
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
@@ -64,10 +66,11 @@ def loss_of(model: Qwen3ForCausalLM, batch: Batch) -> torch.Tensor:
 
 
 def train(model: Qwen3ForCausalLM, source: Iterator[Batch], steps: int) -> float:
-    """Run the training; the mean loss over the last report's steps."""
+    """Run the training; the mean loss over its last steps."""
     chosen = optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, steps)) for o in chosen]
-    start_s, tokens, total, mean = time.monotonic(), 0, 0.0, float("nan")
+    recent: deque[float] = deque(maxlen=REPORT_EVERY)
+    start_s, tokens = time.monotonic(), 0
     for step in range(1, steps + 1):
         batch = next(source)
         loss = loss_of(model, batch)
@@ -78,12 +81,11 @@ def train(model: Qwen3ForCausalLM, source: Iterator[Batch], steps: int) -> float
             schedule.step()
             optimizer.zero_grad()
         tokens += batch[0].numel()
-        total += loss.item()
+        recent.append(loss.item())
         if step % REPORT_EVERY == 0:
-            mean, total = total / REPORT_EVERY, 0.0
-            elapsed_s = time.monotonic() - start_s
-            print(f"step {step} loss {mean:.4f} {tokens / elapsed_s:.0f} tokens/s {elapsed_s / 60:.1f} min", flush=True)
-    return mean
+            minutes = (time.monotonic() - start_s) / 60
+            print(f"step {step} loss {fmean(recent):.4f} {tokens:,} tokens {minutes:.1f} min", flush=True)
+    return fmean(recent)
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
