@@ -32,8 +32,9 @@ class SizedWorker(Worker, Protocol):
 
 def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -> PlannerConfig:
     """The planner's share of the configuration, with what the worker found possible."""
-    encoder = is_encoder(info)
-    chunk = config.chunked_prefill_size
+    whole = info.embedding is not None and info.embedding.whole_prompts
+    chunk = WHOLE_PROMPTS if config.chunked_prefill_size is None else config.chunked_prefill_size
+    step_tokens = chunk if whole and chunk > 0 else config.max_prefill_tokens
     return PlannerConfig(
         page_size=worker.page_size,
         total_pages=worker.page_count,
@@ -41,18 +42,13 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
         context_length=info.context_length,
         vocab_size=info.vocab_size,
         eos_ids=frozenset(info.eos_ids),
-        chunked_prefill_size=WHOLE_PROMPTS if encoder or chunk is None else chunk,
-        max_prefill_tokens=config.max_prefill_tokens,
+        chunked_prefill_size=WHOLE_PROMPTS if whole else chunk,
+        max_prefill_tokens=step_tokens,  # whole prompts are not cut: a step takes them until it has enough
         policy=config.schedule_policy,
         max_queued=config.max_queued_requests,
-        reuse_prefixes=not (config.disable_radix_cache or encoder),
+        reuse_prefixes=not (config.disable_radix_cache or whole),
         default_new_tokens=SamplingParams().max_new_tokens,
     )
-
-
-def is_encoder(info: ModelInfo) -> bool:
-    """Every position sees every other: the prompt must be computed whole, and no prefix can be reused."""
-    return info.model_type in ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 
 def serve(boot: Boot, info: ModelInfo, worker: SizedWorker, grammars: Pool | None = None) -> None:

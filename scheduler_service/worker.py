@@ -29,7 +29,7 @@ from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 from scheduler_service.model.registry import load_model
-from scheduler_service.pooling import Pooler
+from scheduler_service.pooling import make_pooler
 from scheduler_service.weights.load import available_gb
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Worker:
         self.model = load(config, info, self.device)
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
-        self.pooler = Pooler(info.embedding, self.model) if info.embedding else None
+        self.pooler = make_pooler(info.embedding, self.model)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         running = config.max_running_requests or MAX_RUNNING_REQUESTS
         self.cache = make_kv_cache(
