@@ -18,6 +18,7 @@ from runtime import flags, hub, run_dir
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
 from runtime.log import set_up_logging
+from runtime.model_info import embeds
 from runtime.resolve import look_at_machine, resolve
 from runtime.service import TITLE
 from runtime.sockets import endpoint
@@ -68,6 +69,7 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
                 log.warning("%s", note)
             check_path_length(str(directory), services)
             config = hub.locate(config)
+            config = msgspec.structs.replace(config, is_embedding=embeds(config))
             with (
                 Signals() as signals,
                 Supervisor(services, config, directory, lifeline_fd, listener.fileno()) as supervisor,

@@ -69,6 +69,12 @@ def eos_ids(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
     return sorted(found)
 
 
+def embeds(config: ServerConfig) -> bool:
+    """Whether the model is served for embedding: by the flag, or because its architecture is for nothing else."""
+    architectures = read_json(model_dir(config) / "config.json").get("architectures") or [""]
+    return config.is_embedding or is_embedder(architectures[0])
+
+
 def load(config: ServerConfig) -> ModelInfo:
     """Read the model directory. Raises StartupError with the cause and the flag that mends it."""
     path = model_dir(config)
@@ -86,7 +92,6 @@ def load(config: ServerConfig) -> ModelInfo:
                 f"--context-length {config.context_length} exceeds the model's {context} positions; use at most that"
             )
         context = config.context_length
-    embeds = config.is_embedding or is_embedder(architectures[0])
     return ModelInfo(
         path=str(path),
         architecture=architectures[0],
@@ -97,6 +102,6 @@ def load(config: ServerConfig) -> ModelInfo:
         eos_ids=eos_ids(text, generation),
         config=text,
         generation_config=generation,
-        is_embedding=embeds,
-        embedding=embedding(path, architectures[0], text) if embeds else None,
+        is_embedding=embeds(config),
+        embedding=embedding(path, architectures[0], text) if embeds(config) else None,
     )

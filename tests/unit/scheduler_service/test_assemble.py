@@ -3,21 +3,23 @@ from typing import Any
 import pytest
 
 from runtime.config import ServerConfig
+from runtime.embedding import Embedding
 from runtime.model_info import ModelInfo
 from scheduler_service.assemble import planner_config
 from tests.fakes import FakeWorker
 
 
-def info(model_type: str = "llama") -> ModelInfo:
+def info(embedding: Embedding | None = None) -> ModelInfo:
     return ModelInfo(
         path="",
         architecture="",
-        model_type=model_type,
+        model_type="",
         vocab_size=100,
         hidden_size=8,
         context_length=64,
         eos_ids=[2, 3],
         config={},
+        embedding=embedding,
     )
 
 
@@ -32,14 +34,16 @@ def test_the_planner_gets_what_worker_model_and_configuration_say() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "model_type", "chunk", "reuse"),
+    ("settings", "embedding", "chunk", "step", "reuse"),
     [
-        ({"disable_radix_cache": True, "chunked_prefill_size": 8}, "llama", 8, False),
-        ({"chunked_prefill_size": 8}, "bert", -1, False),
+        ({"disable_radix_cache": True, "chunked_prefill_size": 8}, None, 8, 16384, False),
+        ({"chunked_prefill_size": 8}, Embedding(pooling=("cls",), causal=False), -1, 8, False),
+        ({"chunked_prefill_size": -1}, Embedding(pooling=("mean",)), -1, 16384, False),
+        ({"chunked_prefill_size": 8}, Embedding(pooling=("lasttoken",)), 8, 16384, True),
     ],
 )
 def test_prefixes_are_not_reused_where_told_or_where_every_position_sees_every_other(
-    settings: dict[str, Any], model_type: str, chunk: int, reuse: bool
+    settings: dict[str, Any], embedding: Embedding | None, chunk: int, step: int, reuse: bool
 ) -> None:
-    made = planner_config(ServerConfig(**settings), info(model_type), FakeWorker())
-    assert (made.chunked_prefill_size, made.reuse_prefixes) == (chunk, reuse)
+    made = planner_config(ServerConfig(**settings), info(embedding), FakeWorker())
+    assert (made.chunked_prefill_size, made.max_prefill_tokens, made.reuse_prefixes) == (chunk, step, reuse)
