@@ -42,10 +42,7 @@ def stop(scheduler: "Scheduler", command: StopExpertDistributionRecord) -> list[
 
 def dump(scheduler: "Scheduler", command: DumpExpertDistributionRecord) -> Generator[None, None, list[Message]]:
     """Write the recording to files and forget it; requests run on while they are written."""
-    writing = recorder_of(scheduler).dump()
-    while not writing.done():
-        yield
-    writing.result()
+    yield from recorder_of(scheduler).dump()
     return [Reply(id=command.id, message=DUMPED)]
 
 

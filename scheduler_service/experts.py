@@ -11,8 +11,8 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,13 +145,21 @@ MODES = {
 class ExpertRecorder:
     """Keeps the last `buffer_size` passes (-1: all), at most 1 GiB of them, and writes them to files."""
 
-    def __init__(self, mode: str, shape: ExpertShape, directory: Path, buffer_size: int = DEFAULT_BUFFER_SIZE) -> None:
+    def __init__(
+        self,
+        mode: str,
+        shape: ExpertShape,
+        directory: Path,
+        buffer_size: int = DEFAULT_BUFFER_SIZE,
+        most_bytes: int = MAX_RECORDED_BYTES,
+    ) -> None:
         self.mode = MODES[mode]
         self.shape = shape
         self.directory = directory
         self.recording = False
         self.records: deque[Record] = deque(maxlen=None if buffer_size == UNBOUNDED else buffer_size)
-        self._passes = 0
+        self._most_bytes = most_bytes
+        self.passes = 0  # recorded so far
         self._bytes = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="expert-dump")
 
@@ -159,7 +167,7 @@ class ExpertRecorder:
         """Begin an empty recording."""
         if self.recording:
             log.warning("the expert distribution is being recorded already: what was recorded is dropped")
-        self._reset()
+        self._forget(self.passes)
         self.recording = True
 
     def stop(self) -> None:
@@ -170,34 +178,40 @@ class ExpertRecorder:
 
     def add(self, inputs: Inputs, chosen: Chosen) -> None:
         """Keep one pass, and drop the oldest where there are too many."""
-        self._passes += 1
+        self.passes += 1
         counts = chosen.counts()
         details, nbytes = token_details(inputs, chosen) if self.mode.per_token else ({}, 0)
         if len(self.records) == self.records.maxlen:
             self._drop_oldest()
         self._bytes += nbytes + counts.nbytes
-        self.records.append(Record(self._passes, counts, details, nbytes + counts.nbytes))
-        while self._bytes > MAX_RECORDED_BYTES and len(self.records) > 1:
+        self.records.append(Record(self.passes, counts, details, nbytes + counts.nbytes))
+        while self._bytes > self._most_bytes and len(self.records) > 1:
             self._drop_oldest()
 
-    def dump(self) -> "Future[Path]":
-        """Write what was recorded to a .pt and a .csv file and forget it; the future gives the .pt file's path.
+    def dump(self) -> Generator[None, None, Path]:
+        """Write what was recorded to a .pt and a .csv file, then forget it; returns the .pt file's path.
 
-        The files are written by a thread, so that decoding goes on.
+        A thread writes, so that decoding goes on: every turn of this generator looks whether it is done. Raises
+        CommandRefused when the files cannot be written, and keeps the recording.
         """
         path = self.directory / f"expert_distribution_recorder_{time.time()}{self.mode.suffix}.pt"
         log.info("Write expert distribution to %s", path)
-        records = list(self.records)
-        self._reset()
-        return self._writer.submit(write, path, records, self.mode, self.shape)
+        records, last = list(self.records), self.passes
+        writing = self._writer.submit(write, path, records, self.mode, self.shape)
+        while not writing.done():
+            yield
+        writing.result()
+        self._forget(last)
+        return path
 
     def _drop_oldest(self) -> None:
         self._bytes -= self.records.popleft().nbytes
 
-    def _reset(self) -> None:
+    def _forget(self, last: int) -> None:
+        """Drop the passes up to this one."""
         log.info("Resetting ExpertDistributionRecorder...")
-        self.records.clear()
-        self._bytes = 0
+        while self.records and self.records[0].number <= last:
+            self._drop_oldest()
 
 
 def token_details(inputs: Inputs, chosen: Chosen) -> tuple[dict[str, Any], int]:

@@ -36,6 +36,7 @@ class Answer:
     logprobs: Logprobs | None = None
     input_logprobs: Logprobs | None = None
     hidden_states: list[float] = field(default_factory=list)
+    routed_experts: bytes = b""
     cached_tokens: int = 0
     retractions: int = 0
     finish: Finish | None = None
@@ -48,6 +49,7 @@ class Answer:
         if update.input_logprobs:
             self.input_logprobs = update.input_logprobs
         self.hidden_states += floats(update.hidden_states)
+        self.routed_experts += update.routed_experts
         self.cached_tokens = update.sequence.cached_tokens
         self.retractions = update.sequence.retractions
         self.finish = update.finish
@@ -76,6 +78,7 @@ class Engine:
         self.compiler = GrammarCompiler(directory, self.worker.model.vocab_size, info.eos_ids)
         self.answers: dict[str, Answer] = {}
         self.steps = 0
+        self.computed: list[tuple[str, int, int]] = []  # rid and positions of every slice that ran
 
     def add(
         self,
@@ -102,6 +105,7 @@ class Engine:
         plan = self.planner.next(float(self.steps))
         if plan is None:
             return False
+        self.computed += [(share.sequence.rid, share.start, share.end) for share in plan.slices]
         results = self.worker.collect(self.worker.launch(plan))
         self.take(self.planner.apply(plan, results, float(self.steps)))
         for sequence in self.planner.released:

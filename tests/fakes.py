@@ -90,6 +90,8 @@ class FakeWorker:
         result = Result()
         if sequence.request.return_hidden_states:
             result.hidden_states = bytes(part.end - part.start)  # one byte a position
+        if sequence.request.return_routed_experts:
+            result.routed_experts = pack_ids(range(part.start, part.end))  # a position's row is its number
         if part.score_from >= 0:
             result.input_logprobs = scored(sequence.ids[part.score_from : min(part.end + 1, sequence.prompt_len)])
         if part.samples:

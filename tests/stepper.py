@@ -42,6 +42,7 @@ def tokenized(
     resume: Iterable[int] = (),
     embeds: bytes = b"",
     hidden: bool = False,
+    routed_from: int | None = None,
     **params: Any,
 ) -> Tokenized:
     request = Request(
@@ -55,6 +56,8 @@ def tokenized(
         extra_key=extra_key,
         resume_ids=pack_ids(resume),
         return_hidden_states=hidden,
+        return_routed_experts=routed_from is not None,
+        routed_experts_start_len=routed_from or 0,
     )
     return Tokenized(request=request, prompt_ids=pack_ids(prompt), embeds=embeds)
 

@@ -508,6 +508,30 @@ def test_hidden_states_of_every_position_are_sent_once() -> None:
     assert sizes == [5, 1, 1]
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("routed_from", [0, 3])
+def test_chosen_experts_of_all_positions_but_the_last_come_with_the_end(depth: int, routed_from: int) -> None:
+    stepper = Stepper(depth=depth, chunked_prefill_size=2)
+    stepper.add(tokenized("warm", PROMPT, 1))
+    stepper.run()
+    stepper.add(tokenized("a", PROMPT, 4, routed_from=routed_from))
+    stepper.run()
+    updates = stepper.updates["a"]
+    assert unpack_ids(updates[-1].routed_experts).tolist() == list(range(routed_from, len(PROMPT) + 4 - 1))
+    assert not any(update.routed_experts for update in updates[:-1])
+
+
+@pytest.mark.parametrize(("steps", "computed"), [(0, 0), (1, 2), (3, 5), (5, 7)])
+def test_an_aborted_request_brings_the_experts_of_what_was_computed(steps: int, computed: int) -> None:
+    stepper = Stepper(chunked_prefill_size=2)
+    stepper.add(tokenized("a", PROMPT, 50, routed_from=0))
+    for _ in range(steps):
+        stepper.step()
+    stepper.abort("a")
+    [last] = [update for update in stepper.updates["a"] if update.finish]
+    assert unpack_ids(last.routed_experts).tolist() == list(range(computed))
+
+
 def test_broken_books_are_noticed_and_mended() -> None:
     stepper = Stepper()
     stepper.add(tokenized("a", PROMPT, 2))
