@@ -163,13 +163,16 @@ async def serve(boot: Boot) -> None:
     ring = RingClient(AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox), config.max_inflight_requests, metrics)
     listening = asyncio.create_task(ring.listen())
     listening.add_done_callback(end_with_listener)
+    facts = await ring.facts()
+    await ring.lap()
     gateway = Gateway(
         config=config,
         model=model,
-        facts=await ring.facts(),
+        facts=facts,
         ring=ring,
         metrics=metrics,
         progress=ProgressReader(boot.run_dir),
+        run_dir=boot.run_dir,
         health_timeout_s=float(os.environ.get(HEALTH_TIMEOUT_VARIABLE, "20")),
     )
     await Life(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 # the gateway falls behind, about so many steps of a request become one chunk of its stream.
 FRAMES_A_TURN = 8
 
+LAP_TIMEOUT_S = 5.0
+LAP_RETRY_S = 0.01
+
 Delivery = tuple[int, Text]  # (index of the request in its flight, one step of it)
 
 
@@ -253,6 +256,15 @@ class RingClient:
     async def facts(self) -> Facts:
         """What the loaded model allows; waits until the scheduler has said it."""
         return await asyncio.shield(self._facts)
+
+    async def lap(self) -> None:
+        """Wait until a probe has gone all the way round: every hop is there and connected to the next."""
+        while True:
+            try:
+                await self.probe(LAP_TIMEOUT_S)
+                return
+            except (RequestError, TimeoutError):
+                await asyncio.sleep(LAP_RETRY_S)
 
     # what arrives
 

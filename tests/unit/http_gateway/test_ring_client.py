@@ -8,7 +8,7 @@ import pytest
 
 from http_gateway.metrics import Metrics
 from http_gateway.ring_client import ClientGone, RingClient
-from runtime.control import Abort, FlushCache, Tokenize
+from runtime.control import Abort, FlushCache, Probe, Tokenize
 from runtime.errors import Kind, RequestError
 from runtime.messages import Facts, Finish, Generate, Reply, Request, pack_ids
 from runtime.sampling import SamplingParams
@@ -215,3 +215,16 @@ async def test_endpoints_get_their_turn_while_frames_keep_coming() -> None:
             for token in range(100):
                 transport.push(step("a", [token]))
             assert len(await flight.next()) < 100
+
+
+@asynchronous
+async def test_a_lap_is_complete_only_once_the_tokenizer_is_connected() -> None:
+    async with connected() as (ring, transport):
+        transport.connected = False
+        lap = asyncio.create_task(ring.lap())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not lap.done()
+        transport.connected = True
+        await lap
+        assert [type(message) for message in transport.sent] == [Probe]
