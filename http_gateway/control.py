@@ -1,93 +1,52 @@
 """Control endpoints: one route for every command that has a path, all from one generic handler.
 
-A reply is answered as {"success", "message", …} unless RENDER says what the wire contract wants of it.
+What a client sees of a reply is `http_gateway/replies.py`.
 """
 
+import asyncio
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
-from http_gateway import errors
+from http_gateway import errors, payloads, replies
 from http_gateway.auth import Access
 from http_gateway.endpoint import Endpoint, Handler, read_body
 from http_gateway.gateway import Gateway
 from runtime import control
-from runtime.control import (
-    Abort,
-    ControlCommand,
-    DumpExpertDistributionRecord,
-    FlushCache,
-    StartExpertDistributionRecord,
-    StopExpertDistributionRecord,
-)
+from runtime.control import Abort, ControlCommand, UpdateWeightsFromTensor
 from runtime.errors import Kind, RequestError
 from runtime.limits import MAX_ADMIN_BODY_BYTES
-from runtime.messages import Message, Reply
+from runtime.messages import Reply
 
 log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 600.0  # beyond the time-out that the command itself asks for
 
-FLUSHED = (
-    "Cache flushed.\nPlease check backend logs for more details. "
-    "(When there are running or waiting requests, the operation will not be performed.)\n"
-)
-
-
-def flushed(reply: Reply) -> Response:
-    if reply.success:
-        return PlainTextResponse(FLUSHED)
-    reason = f"{reply.message}\n" if reply.message else ""
-    return PlainTextResponse(f"Flush cache failed.\n{reason}", 400)
-
-
-def told(reply: Reply) -> Response:
-    """The message alone, as text; a refusal as a native error."""
-    if reply.success:
-        return PlainTextResponse(reply.message)
-    return errors.native(RequestError(reply.message, errors.KIND_OF_STATUS.get(reply.status, Kind.BAD_REQUEST)))
-
-
-RENDER: dict[type[ControlCommand], Callable[[Reply], Response]] = {
-    FlushCache: flushed,
-    StartExpertDistributionRecord: told,
-    StopExpertDistributionRecord: told,
-    DumpExpertDistributionRecord: told,
-}
-
-
-def plain(reply: Reply) -> Response:
-    body = {"success": reply.success, "message": reply.message, **(reply.body or {})}
-    status = 400 if not reply.success and reply.status == 200 else reply.status
-    return errors.json_response(body, status)
-
 
 def command_handler(kind: type[ControlCommand]) -> Handler:
     """The handler of one command: decode, send round the ring, answer what comes back."""
-    render = RENDER.get(kind, plain)
 
     async def handle(gateway: Gateway, http: HTTPRequest) -> Response:
-        command = await read_command(kind, http)
-        timeout_s = ANSWER_TIMEOUT_S + float(getattr(command, "timeout", None) or 0)
-        try:
-            reply = await gateway.ring.command(command, timeout_s)
-        except TimeoutError:
-            raise RequestError(f"No answer within {timeout_s:.0f} s.", Kind.INTERNAL) from None
-        return answer(gateway, reply, render)
+        return await carried_out(gateway, await read_command(kind, http))
 
     return handle
 
 
-def answer(gateway: Gateway, message: Message, render: Callable[[Reply], Response]) -> Response:
-    if not isinstance(message, Reply):
-        raise RequestError(f"The ring answered with {type(message).__name__}.", Kind.INTERNAL)
-    if message.success and message.body:
-        gateway.learn(message.body)
-    return render(message)
+async def carried_out(gateway: Gateway, command: ControlCommand) -> Response:
+    """The answer to a command that has been round the ring."""
+    timeout_s = ANSWER_TIMEOUT_S + float(getattr(command, "timeout", None) or 0)
+    try:
+        reply = await gateway.ring.command(command, timeout_s)
+    except TimeoutError:
+        raise RequestError(f"No answer within {timeout_s:.0f} s.", Kind.INTERNAL) from None
+    if not isinstance(reply, Reply):
+        raise RequestError(f"The ring answered with {type(reply).__name__}.", Kind.INTERNAL)
+    if reply.success and reply.body:
+        gateway.learn(reply.body)
+    return replies.render(command, reply)
 
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
@@ -118,7 +77,21 @@ async def abort_request(gateway: Gateway, http: HTTPRequest) -> Response:
     return Response(status_code=200)
 
 
-HANDLERS: dict[type[ControlCommand], Handler] = {Abort: abort_request}  # answered without a reply from the ring
+async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The tensors go into files, the command with their paths round the ring."""
+    command = await read_command(UpdateWeightsFromTensor, http)
+    assert isinstance(command, UpdateWeightsFromTensor), command
+    entries, command.serialized_named_tensors = command.serialized_named_tensors, []
+    with payloads.files(gateway.run_dir, len(entries)) as files:
+        await asyncio.to_thread(payloads.store, entries, files)
+        command.payload_files = [str(file) for file in files]
+        return await carried_out(gateway, command)
+
+
+HANDLERS: dict[type[ControlCommand], Handler] = {
+    Abort: abort_request,  # answered without a reply from the ring
+    UpdateWeightsFromTensor: update_weights_from_tensor,
+}
 
 
 def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:

@@ -35,6 +35,7 @@ class Gateway:
     metrics: Metrics
     progress: Progress
     health_timeout_s: float = 20.0
+    run_dir: str = ""  # where large payloads are put
     phase: Phase = Phase.STARTING
     started_at: float = field(default_factory=time.time)
 
@@ -42,18 +43,27 @@ class Gateway:
         self.rules = rules(self.config, self.model, self.facts)
         self.model_path = self.config.model_path  # of the weights that serve; an update may change both
         self.weight_version = self.config.weight_version
+        self.paused = False  # by /pause_generation
+        self.asleep = False  # by /release_memory_occupation
         self.census = Census(self.ring)
         self.sign_of_life = SignOfLife(
             self.ring, self.progress, self.health_timeout_s, "embed" if self.model.is_embedding else "generate"
         )
 
+    @property
+    def name(self) -> str:
+        """The model's name in answers: as configured, else the path of the weights that serve."""
+        return self.config.served_model_name or self.model_path
+
     def output(self, request: Request, received_at: float) -> Output:
         return Output(request, received_at, self.weight_version, text=self.rules.tokenizer)
 
     def learn(self, said: Mapping[str, Any]) -> None:
-        """Take note of what a command's reply says about the weights that serve from now on."""
+        """Take note of what a command's reply says about the weights that serve, and whether they generate."""
         self.model_path = said.get("model_path") or self.model_path
         self.weight_version = said.get("weight_version") or self.weight_version
+        self.paused = said.get("paused", self.paused)
+        self.asleep = said.get("asleep", self.asleep)
 
 
 def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:

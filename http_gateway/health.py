@@ -1,7 +1,7 @@
 """The three health answers, and the one that really generates.
 
 /livez             the event loop turns
-/readyz            the server takes requests: it has warmed up and does not drain
+/readyz            the server takes requests: it has warmed up, does not drain and is not paused
 /health            and the scheduler moves, by the age of its progress word: no probe, no waiting
 /health_generate   and one token comes back
 """
@@ -20,6 +20,13 @@ from http_gateway.gateway import Gateway, Phase
 def not_ready(gateway: Gateway) -> str:
     """Why the server takes no requests; empty when it does."""
     return "" if gateway.phase is Phase.UP else gateway.phase.value
+
+
+def resting(gateway: Gateway) -> str:
+    """Why requests wait though the server is well; empty when they do not."""
+    if gateway.paused:
+        return "generation is paused"
+    return "memory is released" if gateway.asleep else ""
 
 
 def stuck(gateway: Gateway) -> str:
@@ -44,7 +51,7 @@ async def live(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def ready(gateway: Gateway, http: HTTPRequest) -> Response:
-    return verdict(not_ready(gateway))
+    return verdict(not_ready(gateway) or resting(gateway))
 
 
 async def health(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -52,6 +59,9 @@ async def health(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
+    """While nothing is generated on purpose, the scheduler's heartbeat is the sign of life."""
+    if resting(gateway):
+        return verdict(not_ready(gateway) or stuck(gateway))
     return verdict(not_ready(gateway) or await gateway.sign_of_life.missing())
 
 

@@ -51,7 +51,7 @@ async def get_model_info(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def get_model_info_more(gateway: Gateway, http: HTTPRequest) -> Response:
     more = {
-        "served_model_name": gateway.config.name,
+        "served_model_name": gateway.name,
         "load_format": gateway.config.load_format,
         "model_type": gateway.model.model_type,
         "architectures": [gateway.model.architecture],
@@ -68,7 +68,7 @@ async def weight_version(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 def model_card(gateway: Gateway) -> dict[str, Any]:
-    name = gateway.config.name
+    name = gateway.name
     return {
         "id": name,
         "object": "model",
@@ -86,7 +86,7 @@ async def models(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def model(gateway: Gateway, http: HTTPRequest) -> Response:
     asked = http.path_params["model"]
-    return errors.json_response(model_card(gateway)) if asked == gateway.config.name else errors.model_not_found(asked)
+    return errors.json_response(model_card(gateway)) if asked == gateway.name else errors.model_not_found(asked)
 
 
 # server

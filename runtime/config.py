@@ -62,6 +62,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "safetensors", "dummy"], flag("format of the weights; dummy: random ones", MODEL)
     ] = "auto"
     weight_version: Annotated[str, flag("version string of the loaded weights", MODEL)] = "default"
+    enable_memory_saver: Annotated[
+        bool, flag("let /release_memory_occupation give the memory of weights and KV pool back for a while", MODEL)
+    ] = False
+    enable_weights_cpu_backup: Annotated[
+        bool, flag("keep a copy of released weights, so that they need no update when resumed", MODEL)
+    ] = False
 
     host: Annotated[str, flag("address to listen on", HTTP)] = "127.0.0.1"
     port: Annotated[PortNumber, flag("port to listen on; 0: any free one", HTTP)] = 30000

@@ -106,7 +106,7 @@ class UpdateWeightsFromDisk(WeightChange, tag="update_weights_from_disk", kw_onl
 
 
 class UpdateWeightsFromTensor(WeightChange, tag="update_weights_from_tensor", kw_only=True):
-    """Serve tensors that come with the request. They are large: the gateway puts them into files of the run directory."""
+    """Serve tensors that come with the request. The gateway puts them, for they are large, into files of its own."""
 
     path = "/update_weights_from_tensor"
     serialized_named_tensors: list[msgspec.Raw] = []  # base64 of safetensors bytes, one entry a rank

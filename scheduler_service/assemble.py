@@ -1,7 +1,7 @@
 """Puts the scheduler together from a boot file, the model's facts and a worker, and serves. Loads no torch."""
 
 import gc
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -16,6 +16,10 @@ from scheduler_service.constrained import Pool
 from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.scheduler import Scheduler, Worker
+
+if TYPE_CHECKING:
+    from scheduler_service.memory_saver import MemorySaver
+    from scheduler_service.weights.update import Updates
 
 WHOLE_PROMPTS = -1
 
@@ -51,10 +55,18 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
     )
 
 
-def serve(boot: Boot, info: ModelInfo, worker: SizedWorker, grammars: Pool | None = None) -> None:
+def serve(
+    boot: Boot,
+    info: ModelInfo,
+    worker: SizedWorker,
+    grammars: Pool | None = None,
+    updates: "Updates | None" = None,
+    saver: "MemorySaver | None" = None,
+) -> None:
     """Report ready, tell the ring the model's facts, and run until killed.
 
-    No `grammars`: requests that want their output constrained are refused.
+    No `grammars`: requests that want their output constrained are refused. No `updates`, no `saver`: commands that
+    change the weights, or give memory back, are refused.
     """
     planner = Planner(planner_config(boot.config, info, worker))
     scheduler = Scheduler(
@@ -66,6 +78,8 @@ def serve(boot: Boot, info: ModelInfo, worker: SizedWorker, grammars: Pool | Non
         decode_log_interval=boot.config.decode_log_interval,
         hidden_size=info.hidden_size,
         grammars=grammars,
+        updates=updates,
+        saver=saver,
     )
     scheduler.progress.beat(busy=False)
     report_ready(boot)

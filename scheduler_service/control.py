@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.control import Abort, ControlCommand, FlushCache, Probe
 from runtime.errors import CommandRefused
 from runtime.messages import Message, Reply
-from scheduler_service import control_experts
+from scheduler_service import control_experts, control_groups, control_memory, control_pause, control_weights
 
 if TYPE_CHECKING:
     from scheduler_service.scheduler import Scheduler
@@ -94,11 +94,11 @@ def matching(command: Abort, live: Iterable[str]) -> list[str]:
 
 
 def flush_cache(scheduler: "Scheduler", command: FlushCache) -> Waiting:
-    """Forget the prefix cache as soon as nothing runs or waits, within the command's time."""
+    """Forget the prefix cache as soon as nothing runs or waits, or all of it is paused, within the command's time."""
     planner, deadline = scheduler.planner, scheduler.now + command.timeout
     if scheduler.control.has_waiting(FlushCache):
         raise CommandRefused(FLUSH_IN_PROGRESS)
-    while not planner.idle:
+    while not (planner.idle or planner.paused):
         if scheduler.now >= deadline:
             log.info(
                 "Cache not flushed because there are pending requests. #queue-req: %d, #running-req: %d",
@@ -123,4 +123,8 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
     FlushCache: flush_cache,
     Probe: probe,
     **control_experts.HANDLERS,
+    **control_weights.HANDLERS,
+    **control_groups.HANDLERS,
+    **control_pause.HANDLERS,
+    **control_memory.HANDLERS,
 }

@@ -58,10 +58,20 @@ class KVCache:
         self.page_size = page_size
         self.page_count = page_count  # usable ones; the null page comes on top
         tokens = (page_count + 1) * page_size
+        self._shapes = {spec.layer: (spec.kv_heads, tokens, spec.head_dim) for spec in layers}
+        self._dtype, self._device = dtype, device
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Take the pool's memory, all zeros."""
         self.keys, self.values = (
-            {spec.layer: untouched_zeros((spec.kv_heads, tokens, spec.head_dim), dtype, device) for spec in layers}
+            {layer: untouched_zeros(shape, self._dtype, self._device) for layer, shape in self._shapes.items()}
             for _ in range(2)
         )
+
+    def release(self) -> None:
+        """Give the pool's memory back; nothing may compute until `allocate`."""
+        self.keys, self.values = {}, {}
 
     def write(self, layer: int, placement: Placement, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k and v (tokens, kv_heads, dim) in their places."""

@@ -10,13 +10,19 @@ from runtime.model_info import ModelInfo
 from runtime.service import Boot, run
 from scheduler_service.assemble import serve
 from scheduler_service.grammar import GrammarCompiler, GrammarPool
+from scheduler_service.memory_saver import MemorySaver
+from scheduler_service.weights import record
+from scheduler_service.weights.update import Updates
 from scheduler_service.worker import Worker
 
 
 def main(boot: Boot) -> None:
-    info = model_info.load(boot.config)
-    worker = Worker(boot.config, info)
-    serve(boot, info, worker, grammar_pool(boot.config, info, worker.facts().vocab_size))
+    config = record.restored(boot.config, boot.run_dir)
+    info = model_info.load(config)
+    worker = Worker(config, info)
+    updates = Updates(worker.model.weights, config, boot.run_dir)
+    saver = MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup) if config.enable_memory_saver else None
+    serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size), updates, saver)
 
 
 def grammar_pool(config: ServerConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:

@@ -24,6 +24,8 @@ from scheduler_service.report import Report
 
 if TYPE_CHECKING:
     from scheduler_service.experts import ExpertRecorder
+    from scheduler_service.memory_saver import MemorySaver
+    from scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ class Scheduler:
         decode_log_interval: int = 40,
         hidden_size: int = 0,
         grammars: Pool | None = None,
+        updates: "Updates | None" = None,
+        saver: "MemorySaver | None" = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.planner = planner
@@ -85,6 +89,9 @@ class Scheduler:
         self.depth = depth
         self.hidden_size = hidden_size
         self.clock = clock
+        self.updates = updates  # None: the weights stay as they are
+        self.saver = saver  # None: memory is kept
+        self.step_sleep_s = 0.0  # a test aid
         self.control = Control(HANDLERS)
         self.waiting_room = WaitingRoom(grammars)
         self.report = Report(planner, decode_log_interval, clock())
@@ -108,6 +115,8 @@ class Scheduler:
         self.receive()
         if plan := self.decide():
             plan.weight_version = self.worker.weight_version
+            if self.step_sleep_s:
+                time.sleep(self.step_sleep_s)
             self.in_flight.append((plan, self.worker.launch(plan)))
         while len(self.in_flight) > (self.depth if plan else 0):
             self.emit(self.commit(*self.in_flight.popleft()))
@@ -216,6 +225,11 @@ class Scheduler:
             for sequence in released:
                 self.worker.forget(sequence)
             released.clear()
+
+    def look_at_memory(self) -> None:
+        """Compute nothing while memory is given up, or while weights that were given up have not been written."""
+        released = self.saver is not None and bool(self.saver.released)
+        self.planner.asleep = released or (self.updates is not None and bool(self.updates.lost))
 
     def audit(self) -> None:
         """Nothing lives: the books must balance. If they do not, say so and start them afresh."""

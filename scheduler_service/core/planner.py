@@ -55,6 +55,7 @@ class Planner:
         self.slots = list(range(config.max_running - 1, -1, -1))
         self.released: list[Sequence] = []  # their worker state is to be forgotten; drained by the scheduler
         self.paused = False  # plan nothing; requests stay where they are
+        self.asleep = False  # likewise, because memory is given up or its contents are
         self.generation = 0  # part of the prefix namespace: raised when cached KV is no longer what the model gives
         self._arrivals = 0
 
@@ -65,7 +66,7 @@ class Planner:
     @property
     def busy(self) -> bool:
         """Whether `next` may give a plan."""
-        return not (self.paused or self.idle)
+        return not (self.paused or self.asleep or self.idle)
 
     # requests in
 
@@ -163,6 +164,7 @@ class Planner:
             coming += len(victim.pages) if victim.in_flight else 0
             self._send_back(victim)
         if plan.retracted:
+            self.stats.retractions += len(plan.retracted)
             self.growth.penalise()
         grown = [s for s in growing if s in short][: self.memory.available]
         out = {s for s in growing if s not in set(grown)}.union(plan.retracted)
@@ -172,8 +174,12 @@ class Planner:
         """Back to the queue with its output, at once or when its step is back."""
         sequence.leaving = True
         sequence.retractions += 1
-        self.stats.retractions += 1
         self._settle(sequence)
+
+    def retract_all(self) -> None:
+        """Send everything that runs back to the queue, to be computed anew when it is admitted again."""
+        for sequence in [s for s in self.running if s.finish is None and not s.leaving]:
+            self._send_back(sequence)
 
     def _prefill_budget(self, decodes: int) -> int:
         """Prompt tokens that this step may compute."""
@@ -323,10 +329,11 @@ class Planner:
 
     # care
 
-    def forget_prefixes(self) -> None:
-        """Drop what is cached and see to it that what still runs cannot be matched by whoever comes later."""
+    def forget_prefixes(self, free: bool = True) -> None:
+        """See to it that nothing computed so far is matched by whoever comes later; `free` its pages at once."""
         self.generation += 1
-        self.memory.clear()
+        if free:
+            self.memory.clear()
         for sequence in self.waiting:
             self._queue(sequence)
 

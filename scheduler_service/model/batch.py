@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from scheduler_service.model.weights import Weights
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
@@ -60,6 +62,7 @@ class ServedModel(Protocol):
     dtype: torch.dtype  # of activations and KV
     hidden_size: int
     vocab_size: int
+    weights: Weights  # all parameters, by their names in the checkpoint
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm: (tokens, hidden)."""

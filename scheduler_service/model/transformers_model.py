@@ -89,8 +89,7 @@ class PackedLinear(nn.Module):
 
     def follow(self, weights: Weights, name: str) -> None:
         """Compute with the values in `weights` from now on."""
-        bias = None if self.bias is None else self.bias.data
-        self.route = Linear(weights.view(name), bias)
+        self.route = Linear(self.weight, self.bias)
         weights.follow(self.route, name, ())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -221,7 +220,7 @@ def adopt_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
     for name, parameter in parameters.items():
         weights.view(name).copy_(parameter.data)
         parameter.requires_grad_(False)
-        parameter.data = weights.view(name)
+        weights.lend(parameter, name)
     model.to(device)
     names = {id(parameter): name for name, parameter in parameters.items()}
     for module in model.modules():

@@ -1,9 +1,11 @@
-"""A model's parameters: a few flat buffers whose pointers never change, and checkpoint names as views into them.
+"""A model's parameters: a few flat buffers, and checkpoint names as views into them.
 
 Loading, in-place update, atomic swap and checksums all follow from that: a second `Weights` of the same layout is
-filled while the first one serves, and `copy_from` takes it over with one copy per buffer.
+filled while the first one serves, and `take_over` puts it in place between two steps. On a GPU that is one copy per
+buffer, and pointers never change; on a CPU the two exchange their memory, and every slab that was handed out follows.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +49,8 @@ class Layout:
 class Packs(Protocol):
     """A layer that computes with a copy of its weight in another form."""
 
+    packed: torch.Tensor | None  # that form of the present values
+
     def pack(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The other form of new values; the layer goes on with the old ones."""
         ...
@@ -66,12 +70,44 @@ class Weights:
         self.layout = layout
         self.dtype = dtype
         self.device = device
-        self.buffers = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in layout.buffers.items()}
+        self.buffers = self._allocated()
         self.followers: list[tuple[Packs, str, tuple[int, ...]]] = []  # layer, buffer, index of its slab
+        self._slabs: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._lent: list[tuple[torch.Tensor, str, tuple[int, ...]]] = []
+
+    def _allocated(self) -> dict[str, torch.Tensor]:
+        kinds = self.layout.dtypes
+        return {
+            name: torch.empty(shape, dtype=kinds.get(name, self.dtype), device=self.device)
+            for name, shape in self.layout.buffers.items()
+        }
+
+    def release(self) -> None:
+        """Give all memory back; nothing may compute until `allocate`. What was handed out is empty meanwhile."""
+        self.buffers = {name: buffer.new_empty(0) for name, buffer in self.buffers.items()}
+        for tensor, buffer, _ in self._lent:
+            tensor.data = self.buffers[buffer]
+        for layer, _, _ in self.followers:
+            layer.adopt(None)
+
+    def allocate(self) -> None:
+        """Take memory again, with undefined contents; `after_update` when it has been filled."""
+        self.buffers = self._allocated()
+        for tensor, buffer, index in self._lent:
+            tensor.data = self.buffers[buffer][index]
 
     def slab(self, buffer: str, *index: int) -> torch.Tensor:
-        """One layer's (or expert's) part of a buffer, all fused tensors together."""
-        return self.buffers[buffer][index]
+        """One layer's (or expert's) part of a buffer, all fused tensors together; always the same tensor object."""
+        slab = self._slabs.get((buffer, index))
+        if slab is None:
+            slab = self._slabs[buffer, index] = self.buffers[buffer][index]
+            self._lent.append((slab, buffer, index))
+        return slab
+
+    def lend(self, tensor: torch.Tensor, buffer: str, *index: int) -> None:
+        """Have a tensor made elsewhere share a slab's memory from now on, as if `slab` had returned it."""
+        tensor.data = self.buffers[buffer][index]
+        self._lent.append((tensor, buffer, index))
 
     def view(self, name: str) -> torch.Tensor:
         """The tensor of a checkpoint name, in the checkpoint's shape. Raises KeyError for an unknown name."""
@@ -95,9 +131,35 @@ class Weights:
         """From now on `layer` is told when the values of a slab have changed."""
         self.followers.append((layer, buffer, index))
 
-    def pack(self, staged: "Weights") -> Packed:
-        """What the layers need of staged values, made ahead of the swap; safe in a background thread."""
-        return [(layer, layer.pack(staged.slab(buffer, *index))) for layer, buffer, index in self.followers]
+    def pack(self, staged: "Weights", names: Collection[str] | None = None) -> Packed:
+        """What the layers need of staged values (of `names` only), made ahead of the swap; safe in another thread."""
+        places = self.layout.places
+        changed = {(places[name].buffer, places[name].index) for name in (places if names is None else names)}
+        concerned = [follower for follower in self.followers if follower[1:] in changed]
+        return [(layer, layer.pack(staged.slab(buffer, *index))) for layer, buffer, index in concerned]
+
+    def take_over(self, staged: "Weights", names: Collection[str], packed: Packed) -> Packed:
+        """Serve the staged values of `names`; between two steps only. Returns the packed forms that served so far.
+
+        `staged` must hold whole buffers: where `names` covers a part of one, it has this one's values in the rest.
+        """
+        if self.device.type == "cpu" == staged.device.type:
+            self._exchange(staged, {self.layout.places[name].buffer for name in names})
+        else:
+            for name in names:
+                self.view(name).copy_(staged.view(name), non_blocking=True)
+        before = [(layer, layer.packed) for layer, _ in packed]
+        self.after_update(packed)
+        return before
+
+    def _exchange(self, other: "Weights", buffers: Collection[str]) -> None:
+        """Exchange the memory of some buffers with another `Weights` of the same layout."""
+        for name in buffers:
+            self.buffers[name], other.buffers[name] = other.buffers[name], self.buffers[name]
+        for weights in (self, other):
+            for tensor, buffer, index in weights._lent:
+                if buffer in buffers:
+                    tensor.data = weights.buffers[buffer][index]
 
     def copy_from(self, staged: "Weights", packed: Packed | None = None) -> None:
         """Take over all values, one copy per buffer; the pointers stay. Between two steps only."""

@@ -111,11 +111,11 @@ def test_only_one_flush_waits_at_a_time() -> None:
     assert {(reply.id, reply.message) for reply in replies(rig)} == {("f", FLUSHED), ("g", FLUSH_IN_PROGRESS)}
 
 
-def test_a_paused_scheduler_still_looks_after_a_waiting_command() -> None:
+def test_a_scheduler_without_memory_still_looks_after_a_waiting_command() -> None:
     rig = Rig()
     rig.inbox.put(tokenized("a", PROMPT, 5))
     rig.scheduler.step()
-    rig.scheduler.planner.paused = True
+    rig.scheduler.planner.asleep = True
     rig.inbox.put(FlushCache(id="f", timeout=3.0))
     rig.scheduler.step()
     rig.scheduler.step()

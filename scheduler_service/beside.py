@@ -1,0 +1,39 @@
+"""Long work beside the loop: in a thread of low priority, while the steps go on.
+
+A step on the CPU takes and drops the interpreter's lock hundreds of times. Each time it would wait up to the switch
+interval for a thread that runs Python code, so that interval is made short here; and what runs beside leaves the
+cores to the steps: it has a lower priority. Work on tensors must itself see to it that it uses one thread
+(`scheduler_service/weights/update.py`); nothing here loads torch.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+NICE = 10
+SWITCH_INTERVAL_S = 0.0002
+
+
+def beside(work: Callable[[], Result]) -> Generator[None, None, Result]:
+    """Start `work` in a thread of its own; yields until it has ended, then returns or raises what it did."""
+    done: Future[Result] = Future()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    threading.Thread(target=_run, args=(work, done), name="beside", daemon=True).start()
+    while not done.done():
+        yield
+    return done.result()
+
+
+def _run(work: Callable[[], Result], done: "Future[Result]") -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    try:
+        result = work()
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(result)

@@ -1,0 +1,55 @@
+"""Commands that give memory back for a while and take it again."""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from runtime.control import ControlCommand, ReleaseMemory, ResumeMemory
+from runtime.errors import CommandRefused
+from runtime.messages import Message, Reply
+
+if TYPE_CHECKING:  # loads torch; the object comes with the scheduler
+    from scheduler_service.memory_saver import MemorySaver
+    from scheduler_service.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+OFF = "Memory cannot be released: start the server with --enable-memory-saver."
+BUSY = "Memory cannot be released while requests run: wait for them, abort them or pause with the mode retract."
+CHANGING = "Memory cannot be released while the weights are being changed."
+
+
+def saver_of(scheduler: "Scheduler") -> "MemorySaver":
+    if scheduler.saver is None:
+        raise CommandRefused(OFF)
+    return scheduler.saver
+
+
+def release(scheduler: "Scheduler", command: ReleaseMemory) -> list[Message]:
+    saver = saver_of(scheduler)
+    if scheduler.planner.running or scheduler.in_flight:
+        raise CommandRefused(BUSY)
+    if scheduler.updates is not None and (scheduler.updates.turns or scheduler.updates.session):
+        raise CommandRefused(CHANGING)
+    saver.release(command.tags)
+    if saver.holds_kv_cache:
+        scheduler.planner.forget_prefixes()
+    return report(scheduler, command, "released")
+
+
+def resume(scheduler: "Scheduler", command: ResumeMemory) -> list[Message]:
+    saver_of(scheduler).resume(command.tags)
+    return report(scheduler, command, "resumed")
+
+
+def report(scheduler: "Scheduler", command: ControlCommand, what: str) -> list[Message]:
+    scheduler.look_at_memory()
+    released = sorted(saver_of(scheduler).released)
+    log.info("Memory occupation %s. Still released: %s", what, ", ".join(released) or "nothing")
+    return [Reply(id=command.id, body={"asleep": scheduler.planner.asleep})]
+
+
+HANDLERS: dict[type[ControlCommand], Callable[["Scheduler", Any], Any]] = {
+    ReleaseMemory: release,
+    ResumeMemory: resume,
+}

@@ -1,0 +1,303 @@
+"""Commands that change, name or compare the served weights.
+
+Each has the weights to itself: those that come meanwhile wait for their turn, in order. What takes long runs beside
+the loop; the swap itself happens inside one turn of the handler, so between two steps.
+"""
+
+import logging
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from runtime.control import (
+    Abort,
+    BeginWeightUpdate,
+    CheckWeights,
+    ControlCommand,
+    EndWeightUpdate,
+    GetWeightsByName,
+    UpdateWeightsFromDisk,
+    UpdateWeightsFromDistributed,
+    UpdateWeightsFromTensor,
+    UpdateWeightVersion,
+    WeightChange,
+)
+from runtime.errors import CommandRefused
+from runtime.messages import Message, Reply
+from scheduler_service.beside import beside
+
+if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
+    from scheduler_service.scheduler import Scheduler
+    from scheduler_service.weights.update import Collect, Staged, Updates
+
+log = logging.getLogger(__name__)
+
+Waiting = Generator[None, None, list[Message]]
+Check = Generator[None, None, dict[str, Any]]
+Change = Callable[["Scheduler", "Updates", Any], Waiting]
+
+FIXED = "The weights of this server cannot be changed."
+UPDATED_FROM_DISK = "Succeeded to update model weights."
+UPDATED_FROM_TENSOR = "Success"
+UPDATED_ONLINE = "Succeeded to update parameter online."
+ONLINE_FAILED = "Failed to update parameter online: {}."
+SERVED_SELECTORS = ("all", "target")
+SESSION_OPEN = "A weight update has begun and not ended: call end_weight_update first."
+RELEASED = "The memory of the weights is released: call resume_memory_occupation first."
+NO_SESSION = "end_weight_update without begin_weight_update."
+
+
+def updates_of(scheduler: "Scheduler") -> "Updates":
+    if scheduler.updates is None:
+        raise CommandRefused(FIXED)
+    return scheduler.updates
+
+
+def in_turn(change: Change) -> Callable[["Scheduler", Any], Waiting]:
+    """The handler that carries out `change` when it is its turn."""
+
+    def handle(scheduler: "Scheduler", command: ControlCommand) -> Waiting:
+        updates = updates_of(scheduler)
+        updates.turns.append(command)
+        while updates.turns[0] is not command:
+            yield
+        try:
+            if scheduler.saver is not None and scheduler.saver.holds_weights:
+                raise CommandRefused(RELEASED)
+            return (yield from change(scheduler, updates, command))
+        except CommandRefused as refusal:
+            log.error("%s", refusal.message)
+            raise
+        finally:
+            updates.turns.popleft()
+
+    return handle
+
+
+# from disk
+
+
+def from_disk(scheduler: "Scheduler", updates: "Updates", command: UpdateWeightsFromDisk) -> Waiting:
+    """Stage and check beside the loop, then swap."""
+    load_format = command.load_format or updates.config.load_format
+    log.info("Start update_weights. Load format=%s", load_format)
+    refuse_unless_expected(scheduler, command)
+    refuse_in_session(updates)
+    log.info("Update engine weights online from disk begin. avail mem=%.2f GB", updates.available_gb())
+    staged = yield from beside(partial(updates.from_disk, command.model_path, load_format, command.manifest))
+    frozen = yield from swap(scheduler, updates, staged, command)
+    body = {"num_paused_requests": frozen, "model_path": command.model_path}
+    return [done(scheduler, command, UPDATED_FROM_DISK, body)]
+
+
+def swap(
+    scheduler: "Scheduler", updates: "Updates", staged: "Staged", command: WeightChange
+) -> Generator[None, None, int]:
+    """Put staged values in place, between two steps. Returns how many requests were paused meanwhile."""
+    refuse_unless_expected(scheduler, command)
+    planner = scheduler.planner
+    if command.abort_all_requests:
+        scheduler.emit(abort_all(scheduler))
+    if command.retract:
+        planner.retract_all()
+        scheduler.forget_released()
+    frozen = len(planner.live) if planner.paused or command.retract else 0
+    version = command.weight_version or scheduler.worker.weight_version
+    old = updates.swap(staged, version)
+    scheduler.worker.weight_version = version
+    if getattr(command, "keep_pause", False):
+        planner.paused = True
+    scheduler.look_at_memory()
+    log.info("Update weights end.")
+    planner.forget_prefixes(free=command.flush_cache)
+    if command.flush_cache:
+        log.info("Cache flushed successfully!")
+    yield from beside(partial(updates.settle, old))
+    if command.torch_empty_cache:
+        updates.empty_cache()
+    return frozen
+
+
+def abort_all(scheduler: "Scheduler") -> list[Message]:
+    messages = scheduler.control.handlers[Abort](scheduler, Abort(abort_all=True))
+    assert isinstance(messages, list)
+    return messages
+
+
+def refuse_unless_expected(scheduler: "Scheduler", command: WeightChange) -> None:
+    served = scheduler.worker.weight_version
+    if command.expected_version not in (None, served):
+        raise CommandRefused(f"Weight version {command.expected_version} was expected, {served} is served.", 409)
+
+
+def refuse_in_session(updates: "Updates") -> None:
+    if updates.session is not None:
+        raise CommandRefused(SESSION_OPEN)
+
+
+def done(scheduler: "Scheduler", command: WeightChange, message: str, body: dict[str, Any] | None = None) -> Reply:
+    if command.weight_version is not None:
+        message += f" Weight version updated to {command.weight_version}."
+    known = {"weight_version": scheduler.worker.weight_version, "paused": scheduler.planner.paused}
+    return Reply(id=command.id, message=message, body={**known, **(body or {})})
+
+
+# tensor by tensor
+
+
+def begin(scheduler: "Scheduler", updates: "Updates", command: BeginWeightUpdate) -> Waiting:
+    """Open a session. It changes nothing."""
+    refuse_selector(command.selector)
+    refuse_in_session(updates)
+    updates.open_session()
+    return [Reply(id=command.id, message="Success")]
+    yield
+
+
+def end(scheduler: "Scheduler", updates: "Updates", command: EndWeightUpdate) -> Waiting:
+    """Put in place what the session has collected, if all of it was sound."""
+    session = updates.session
+    if session is None:
+        raise CommandRefused(NO_SESSION)
+    try:
+        if session.broken:
+            raise CommandRefused(f"The weight update was given up, nothing was changed: {session.broken}")
+        command.weight_version = command.weight_version or session.version
+        if session.names:
+            yield from apply_session(scheduler, updates, command)
+    finally:
+        updates.session = None
+    return [done(scheduler, command, "Success")]
+
+
+def apply_session(scheduler: "Scheduler", updates: "Updates", command: WeightChange) -> Generator[None, None, None]:
+    staged = yield from beside(updates.seal)
+    yield from swap(scheduler, updates, staged, command)
+
+
+def collected(
+    scheduler: "Scheduler", updates: "Updates", command: WeightChange, collect: "Collect"
+) -> Generator[None, None, None]:
+    """Take tensors into the session; without one, put them in place at once."""
+    refuse_unless_expected(scheduler, command)
+    implicit = updates.session is None
+    if implicit:
+        updates.open_session()
+    try:
+        yield from beside(collect)
+        if implicit:
+            yield from apply_session(scheduler, updates, command)
+        elif updates.session is not None and command.weight_version is not None:
+            updates.session.version = command.weight_version
+    finally:
+        if implicit:
+            updates.session = None
+
+
+def from_tensor(scheduler: "Scheduler", updates: "Updates", command: UpdateWeightsFromTensor) -> Waiting:
+    """Tensors from the files into which the gateway has put them."""
+    refuse_selector(command.selector)
+    if len(command.payload_files) != 1:
+        found = len(command.payload_files)
+        raise CommandRefused(f"serialized_named_tensors needs one entry for each of 1 ranks, got {found}.")
+    collect = updates.payload(command.payload_files[0], command.load_format)
+    yield from collected(scheduler, updates, command, collect)
+    return [done(scheduler, command, UPDATED_FROM_TENSOR)]
+
+
+def from_distributed(scheduler: "Scheduler", updates: "Updates", command: UpdateWeightsFromDistributed) -> Waiting:
+    """Tensors that the trainer broadcasts."""
+    refuse_selector(command.selector)
+    collect = updates.broadcast(command)
+    try:
+        yield from collected(scheduler, updates, command, collect)
+    except CommandRefused as refusal:
+        if refusal.status != 400:
+            raise
+        reason = refusal.message.removeprefix("Failed to update weights: ").split("\n")[0].rstrip(".")
+        raise CommandRefused(ONLINE_FAILED.format(reason) + " Nothing was changed.") from refusal
+    return [done(scheduler, command, UPDATED_ONLINE)]
+
+
+def refuse_selector(selector: str) -> None:
+    if selector not in SERVED_SELECTORS:
+        raise CommandRefused(f"selector {selector} is not supported: this server has no such model.")
+
+
+# names and values
+
+
+def rename(scheduler: "Scheduler", command: UpdateWeightVersion) -> list[Message]:
+    """The label first; then, if asked, the end of what runs."""
+    scheduler.worker.weight_version = command.new_version
+    updates = abort_all(scheduler) if command.abort_all_requests else []
+    log.info("Weight version updated to %s; %d requests aborted.", command.new_version, len(updates))
+    body = {
+        "new_version": command.new_version,
+        "weight_version": command.new_version,
+        "num_aborted_requests": len(updates),
+    }
+    return [*updates, Reply(id=command.id, message=f"Weight version updated to {command.new_version}", body=body)]
+
+
+def by_name(scheduler: "Scheduler", command: GetWeightsByName) -> list[Message]:
+    released = scheduler.saver is not None and scheduler.saver.holds_weights
+    rows = None if released else updates_of(scheduler).inspection.rows(command.name, max(0, command.truncate_size))
+    if rows is None:
+        raise CommandRefused("Get parameter by name failed")
+    return [Reply(id=command.id, body={"rows": rows})]
+
+
+def check(scheduler: "Scheduler", updates: "Updates", command: CheckWeights) -> Waiting:
+    """One of the four actions, on all tensors but those to skip."""
+    refuse_selector(command.selector)
+    names = updates.inspection.names(command.skip_tensor_list)
+    result: dict[str, Any] = yield from CHECKS[command.action](scheduler, updates, names)
+    digest = result.pop("digest", None)
+    return [Reply(id=command.id, body={"ranks": [{"rank": 0, **result}], "per_engine_checksum": digest})]
+
+
+def checksum(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
+    checksums, digest = yield from beside(partial(updates.inspection.checksums, names))
+    return {"checksums": checksums, "digest": digest}
+
+
+def snapshot(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
+    yield from beside(partial(updates.inspection.keep_snapshot, names))
+    return {"tensors": len(names)}
+
+
+def compare(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
+    differing = yield from beside(partial(updates.inspection.differing, names))
+    if differing is None:
+        raise CommandRefused("There is no snapshot to compare with: call the action snapshot first.")
+    if differing:
+        raise CommandRefused(f"The weights differ from the snapshot in {len(differing)}: {', '.join(differing[:8])}.")
+    return {"tensors": len(names)}
+
+
+def reset(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
+    """Random values, so that whatever a later update leaves out is seen."""
+    refuse_in_session(updates)
+    staged = yield from beside(partial(updates.randomized, names))
+    yield from swap(scheduler, updates, staged, WeightChange())
+    return {"tensors": len(names)}
+
+
+CHECKS: dict[str, Callable[["Scheduler", "Updates", list[str]], Check]] = {
+    "checksum": checksum,
+    "snapshot": snapshot,
+    "compare": compare,
+    "reset_tensors": reset,
+}
+
+HANDLERS: dict[type[ControlCommand], Callable[["Scheduler", Any], Any]] = {
+    UpdateWeightsFromDisk: in_turn(from_disk),
+    UpdateWeightsFromTensor: in_turn(from_tensor),
+    UpdateWeightsFromDistributed: in_turn(from_distributed),
+    BeginWeightUpdate: in_turn(begin),
+    EndWeightUpdate: in_turn(end),
+    UpdateWeightVersion: rename,
+    GetWeightsByName: by_name,
+    CheckWeights: in_turn(check),
+}

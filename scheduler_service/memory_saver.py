@@ -1,0 +1,80 @@
+"""Memory that is given back while a trainer needs it: the weights' and the KV pool's.
+
+Without a backup the weights' contents are given up too: requests then wait until updates have written every tensor
+again, since nothing else may be served.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from runtime.errors import CommandRefused
+from scheduler_service.kv_cache import KVCache
+from scheduler_service.weights.update import Updates
+
+WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
+TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # no graph is captured: its tag frees nothing
+
+
+class MemorySaver:
+    """Releases and resumes by tag; a repeated call changes nothing."""
+
+    def __init__(self, updates: Updates, cache: KVCache, keep_weights: bool) -> None:
+        self.released: set[str] = set()
+        self._updates = updates
+        self._cache = cache
+        self._keep_weights = keep_weights
+        self._backup: dict[str, torch.Tensor] = {}
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there are no weights at the moment."""
+        return WEIGHTS in self.released
+
+    @property
+    def holds_kv_cache(self) -> bool:
+        return KV_CACHE in self.released
+
+    def release(self, tags: Iterable[str] | None) -> None:
+        """Give the memory of these tags (all, without any) back."""
+        for tag in self._named(tags) - self.released:
+            if tag == WEIGHTS:
+                self._release_weights()
+            elif tag == KV_CACHE:
+                self._cache.release()
+            self.released.add(tag)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def resume(self, tags: Iterable[str] | None) -> None:
+        """Take the memory of these tags (all, without any) again."""
+        for tag in self._named(tags) & self.released:
+            if tag == WEIGHTS:
+                self._resume_weights()
+            elif tag == KV_CACHE:
+                self._cache.allocate()
+            self.released.discard(tag)
+
+    def _named(self, tags: Iterable[str] | None) -> set[str]:
+        named = set(tags or TAGS)
+        if unknown := sorted(named.difference(TAGS)):
+            raise CommandRefused(f"The tag {unknown[0]} is unknown; known are {', '.join(TAGS)}.")
+        return named
+
+    def _release_weights(self) -> None:
+        updates = self._updates
+        if self._keep_weights:
+            self._backup = {name: buffer.to("cpu", copy=True) for name, buffer in updates.live.buffers.items()}
+        else:
+            updates.lost = set(updates.live.names())
+        updates.drop_second()
+        updates.live.release()
+
+    def _resume_weights(self) -> None:
+        live = self._updates.live
+        live.allocate()
+        if self._backup:
+            for name, buffer in live.buffers.items():
+                buffer.copy_(self._backup[name])
+            self._backup = {}
+            live.after_update()

@@ -1,0 +1,56 @@
+"""Looking at the weights that serve: hashes, a copy to compare with, the first rows of a tensor."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import xxhash
+
+from scheduler_service.model.weights import Weights
+
+
+class Inspection:
+    """Reads weights; changes nothing. A snapshot stays in memory until the next one."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._snapshot: dict[str, torch.Tensor] | None = None
+
+    def names(self, skipped: Collection[str] | None) -> list[str]:
+        return sorted(name for name in self._weights.names() if not skipped or name not in skipped)
+
+    def checksums(self, names: list[str]) -> tuple[dict[str, str], str]:
+        """xxh3 of each tensor's bytes in the served dtype, and one digest of them all."""
+        checksums = {name: self._weights.checksum(name) for name in names}
+        return checksums, digest_of(checksums)
+
+    def keep_snapshot(self, names: list[str]) -> None:
+        self._snapshot = {name: self._weights.view(name).to("cpu", copy=True) for name in names}
+
+    def differing(self, names: list[str]) -> list[str] | None:
+        """The tensors that are not, bit for bit, as in the snapshot; None without one."""
+        if self._snapshot is None:
+            return None
+        return [name for name in names if not self._unchanged(name, self._snapshot.get(name))]
+
+    def _unchanged(self, name: str, kept: torch.Tensor | None) -> bool:
+        now = self._weights.view(name).cpu()
+        return kept is not None and torch.equal(as_bytes(now), as_bytes(kept))
+
+    def rows(self, name: str, count: int) -> list[Any] | None:
+        """The first `count` rows (or values of a vector) as floats; None for an unknown name."""
+        if name not in self._weights.layout.places:
+            return None
+        rows: list[Any] = self._weights.view(name)[:count].float().cpu().tolist()
+        return rows
+
+
+def as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """NaN is not equal to itself, its bytes are."""
+    return values.contiguous().view(torch.uint8)
+
+
+def digest_of(checksums: dict[str, str]) -> str:
+    """One hash of all; equal wherever the same tensors have the same bytes."""
+    lines = "".join(f"{name} {checksum}\n" for name, checksum in sorted(checksums.items()))
+    return xxhash.xxh3_64_hexdigest(lines.encode())

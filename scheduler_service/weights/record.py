@@ -1,0 +1,67 @@
+"""Which weights were committed last: one small file in the run directory, replaced as a whole.
+
+A scheduler that is started again in the same boot loads these. Weights that came over the wire are on no disk: they
+are recorded with the checkpoint they were laid over, and are gone after a restart; the file says so.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from runtime.config import ServerConfig
+
+log = logging.getLogger(__name__)
+
+NAME = "weights.json"
+
+
+class Committed(msgspec.Struct, kw_only=True):
+    """The weights that serve."""
+
+    model_path: str  # as the client named it
+    model_dir: str  # where that was found
+    weight_version: str
+    load_format: str = "auto"
+    patched: bool = False  # later updates came over the wire, not from that directory
+
+
+def write(run_dir: str, committed: Committed) -> None:
+    """Replace the record; afterwards it survives a crash."""
+    path = Path(run_dir) / NAME
+    fresh = path.with_suffix(".new")
+    with fresh.open("wb") as stream:
+        stream.write(msgspec.json.encode(committed))
+        stream.flush()
+        os.fsync(stream.fileno())
+    fresh.replace(path)
+    descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(run_dir: str) -> Committed | None:
+    """What was committed last in this boot, if anything was."""
+    try:
+        return msgspec.json.decode((Path(run_dir) / NAME).read_bytes(), type=Committed)
+    except FileNotFoundError:
+        return None
+
+
+def restored(config: ServerConfig, run_dir: str) -> ServerConfig:
+    """The configuration of a scheduler that is started (again): it names the weights that were committed last."""
+    committed = read(run_dir)
+    if committed is None:
+        return config
+    if committed.patched:
+        log.warning("Weights that came over the wire are lost; serving those of %s again.", committed.model_path)
+    return msgspec.structs.replace(
+        config,
+        model_path=committed.model_path,
+        model_dir=committed.model_dir,
+        weight_version=committed.weight_version,
+        load_format=committed.load_format,
+    )

@@ -1,0 +1,174 @@
+"""Stage: bring new values into a second set of buffers, and find everything that is wrong with them on the way.
+
+Nothing here touches what is served. Files are read in chunks; each chunk is looked at while it is in the cache: is
+it finite, does it hash as the manifest says. A file must be the same, by identity, size and times, from before its
+header was parsed until after its last byte was read.
+"""
+
+import contextlib
+import functools
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+import xxhash
+
+from scheduler_service.model.weights import Weights
+from scheduler_service.weights import load, manifest
+from scheduler_service.weights.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    CheckpointError,
+    StoredTensor,
+    bytes_of,
+    read_exactly,
+)
+from scheduler_service.weights.manifest import Manifest
+from scheduler_service.weights.progress import shown
+
+CHUNK_BYTES = 8 << 20
+HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # tables, not weights
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Identity = tuple[int, ...]
+Identities = dict[Path, Identity]
+
+
+def on_one_thread(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Leave the other cores to the steps, in whatever thread this is called."""
+
+    @functools.wraps(work)
+    def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        torch.set_num_threads(1)  # of this thread alone
+        with torch.no_grad():
+            return work(*arguments, **named)
+
+    return run
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What changes when a file is written to or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def identities(directory: Path) -> Identities:
+    """All safetensors files of a directory. Raises CheckpointError for what is no regular file."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is no regular file")
+        found[path] = identity(status)
+    return found
+
+
+def check(checkpoint: Checkpoint, weights: Weights, digests: Manifest | None) -> None:
+    """All tensors of the model, in shape and a floating dtype, and no others. Raises CheckpointError."""
+    load.check(checkpoint, weights)
+    known = weights.layout.places.keys() | weights.layout.ignored
+    unexpected = sorted(name for name in checkpoint.tensors if name not in known and not name.endswith(HARMLESS))
+    if unexpected:
+        raise CheckpointError(f"the model has no use for {load.some(unexpected)} of the checkpoint")
+    if digests is not None:
+        manifest.check_names(digests, checkpoint)
+
+
+def read(checkpoint: Checkpoint, before: Identities, target: Weights, digests: Manifest | None) -> None:
+    """Copy all tensors to their places in `target`. Raises CheckpointError; the contents are undefined then."""
+    wanted = target.names().keys() if digests is None else checkpoint.tensors.keys()
+    names = sorted(wanted, key=lambda name: checkpoint.tensors[name].offset)
+    with beside_the_model(target.device):
+        for file in shown(checkpoint.files):
+            own = [name for name in names if checkpoint.tensors[name].file == file]
+            read_file(file, before.get(file), own, checkpoint, target, digests)
+
+
+def read_file(
+    file: Path,
+    before: Identity | None,
+    names: list[str],
+    checkpoint: Checkpoint,
+    target: Weights,
+    digests: Manifest | None,
+) -> None:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    try:
+        for name in names:
+            digest = None if digests is None else xxhash.xxh3_64()
+            place = target.view(name) if name in target.layout.places else None
+            read_tensor(name, checkpoint.tensors[name], place, descriptor, digest)
+            if digests is not None and digest is not None:
+                manifest.check_digest(digests, name, digest.hexdigest())
+        if not before == identity(os.fstat(descriptor)) == identity(file.stat()):
+            raise CheckpointError(f"{file} was changed while it was read")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
+def read_tensor(
+    name: str, stored: StoredTensor, place: torch.Tensor | None, descriptor: int, digest: "xxhash.xxh3_64 | None"
+) -> None:
+    """Read, check and convert one tensor, chunk by chunk; without a place it is only read and hashed."""
+    dtype = DTYPES.get(stored.dtype, torch.uint8)
+    count = stored.nbytes // dtype.itemsize
+    flat = torch.empty(0) if place is None else place.view(-1)
+    direct = place is not None and place.device.type == "cpu" and place.dtype == dtype
+    per_chunk = CHUNK_BYTES // dtype.itemsize
+    scratch = torch.empty(0 if direct else min(count, per_chunk), dtype=dtype)
+    for start in range(0, count, per_chunk):
+        part = flat[start : start + per_chunk]
+        chunk = part if direct else scratch[: min(per_chunk, count - start)]
+        read_exactly(descriptor, bytes_of(chunk), stored.offset + start * dtype.itemsize, stored.file)
+        if digest is not None:
+            digest.update(bytes_of(chunk))
+        if place is None:
+            continue
+        check_finite(name, chunk)
+        if not direct:
+            part.copy_(chunk)
+            check_finite(name, part)  # a large value may have no counterpart in the served dtype
+
+
+def check_finite(name: str, values: torch.Tensor) -> None:
+    """Raise CheckpointError for NaN and infinities, which a minimum and a maximum cannot hide."""
+    if not values.numel():
+        return
+    least, largest = values.aminmax()
+    if not (torch.isfinite(least) and torch.isfinite(largest)):
+        raise CheckpointError(f"tensor {name} holds values that are not finite")
+
+
+def put(name: str, values: torch.Tensor, target: Weights) -> None:
+    """Copy one whole tensor that came in memory to its place. Raises CheckpointError."""
+    place = target.view(name)
+    if tuple(values.shape) != tuple(place.shape):
+        raise CheckpointError(f"tensor {name} has shape {list(values.shape)}, the model needs {list(place.shape)}")
+    if not values.dtype.is_floating_point:
+        raise CheckpointError(f"tensor {name} is {values.dtype}, which is not supported")
+    place.copy_(values)
+    check_finite(name, place)
+
+
+@contextlib.contextmanager
+def beside_the_model(device: torch.device) -> Iterator[None]:
+    """On a GPU: copy on a stream of its own, behind what the model has been given so far."""
+    if device.type != "cuda":
+        yield
+        return
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()

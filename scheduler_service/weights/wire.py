@@ -1,0 +1,135 @@
+"""Weights that come in a request: safetensors bytes, in the file where the gateway has put them.
+
+Two layouts. Plain: the file's tensors are the model's. `flattened_bucket`: the file holds one flat tensor, and under
+the key "metadata" of its `__metadata__` a JSON list of {name, shape, dtype, start_idx, end_idx}; the indices count
+elements of the flat tensor, which are bytes where it is uint8.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+import msgspec
+import torch
+
+from scheduler_service.weights.checkpoint import (
+    DTYPES,
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    CheckpointError,
+    StoredTensor,
+    bytes_of,
+    read_exactly,
+    read_header,
+)
+
+PICKLES = (b"\x80", b"PK\x03\x04")  # a pickle from protocol 2 on; a file of torch.save
+PICKLE_REFUSED = (
+    "the payload is a pickle, and pickles are never loaded; send base64 of safetensors bytes, for example "
+    "base64.b64encode(safetensors.torch.save(dict(named_tensors)))"
+)
+BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+BY_NAME |= {"half": torch.float16, "float": torch.float32, "double": torch.float64}
+FLAT_DTYPES = DTYPES | {"U8": torch.uint8}
+
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+class BucketEntry(msgspec.Struct):
+    """Where one tensor lies in a flattened bucket."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    start_idx: int
+    end_idx: int
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name with or without `torch.`. Raises CheckpointError."""
+    dtype = BY_NAME.get(name.removeprefix("torch."))
+    if dtype is None:
+        raise CheckpointError(f"the dtype {name!r} is not supported; known are {', '.join(BY_NAME)}")
+    return dtype
+
+
+def named_tensors(file: Path) -> Named:
+    """The tensors of a plain payload, one at a time. Raises CheckpointError."""
+    refuse_pickle(file)
+    stored = read_header(file)
+    for name, tensor in stored.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"tensor {name} is {tensor.dtype}, which is not supported")
+        yield name, load(tensor).view(DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def bucket_tensors(file: Path) -> Named:
+    """The tensors of a flattened bucket. Raises CheckpointError."""
+    refuse_pickle(file)
+    stored = read_header(file)
+    if len(stored) != 1:
+        raise CheckpointError(f"a flattened bucket holds one flat tensor, this one holds {len(stored)}")
+    [flat] = stored.values()
+    if flat.dtype not in FLAT_DTYPES or len(flat.shape) != 1:
+        raise CheckpointError(f"the tensor of a flattened bucket is flat, this one is {flat.dtype} {list(flat.shape)}")
+    return split(load(flat).view(FLAT_DTYPES[flat.dtype]), bucket_entries(file))
+
+
+def bucket_entries(file: Path) -> list[BucketEntry]:
+    """The list of tensors in a bucket's header; `read_header` has found that header sound."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(min(MAX_HEADER_BYTES, int.from_bytes(stream.read(LENGTH_BYTES), "little"))))
+    described = header.get("__metadata__", {}).get("metadata")
+    if not isinstance(described, str):
+        raise CheckpointError('the payload has no "metadata" in its safetensors __metadata__')
+    try:
+        return msgspec.json.decode(described, type=list[BucketEntry])
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"the metadata of the bucket is no list of tensors: {error}") from error
+
+
+def split(flat: torch.Tensor, entries: Iterable[BucketEntry]) -> Named:
+    """The tensors that lie in a flat one. Raises CheckpointError where an entry does not fit."""
+    for entry in entries:
+        dtype = dtype_of(entry.dtype)
+        part = flat[max(0, entry.start_idx) : entry.end_idx].contiguous()
+        if entry.start_idx < 0 or part.nbytes != prod(entry.shape) * dtype.itemsize:
+            raise CheckpointError(f"the bucket's indices of tensor {entry.name} do not fit its shape and dtype")
+        raw = part.view(torch.uint8)
+        aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
+        yield entry.name, aligned.view(dtype).view(entry.shape)
+
+
+def entries_of(names: list[str], dtypes: list[str], shapes: list[list[int]]) -> list[BucketEntry]:
+    """The layout of a bucket that holds these tensors one behind the other, as bytes."""
+    entries, end = [], 0
+    for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        start, end = end, end + prod(shape) * dtype_of(dtype).itemsize
+        entries.append(BucketEntry(name, shape, dtype, start, end))
+    return entries
+
+
+def refuse_pickle(file: Path) -> None:
+    with file.open("rb") as stream:
+        begin = stream.read(4)
+    # the length of a safetensors header may begin with the byte of a pickle, but `{` follows it then
+    if begin.startswith(PICKLES) and not begins_like_safetensors(file):
+        raise CheckpointError(PICKLE_REFUSED)
+
+
+def begins_like_safetensors(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(LENGTH_BYTES + 1)[LENGTH_BYTES:] == b"{"
+
+
+def load(stored: StoredTensor) -> torch.Tensor:
+    """A stored tensor's bytes."""
+    target = torch.empty(stored.nbytes, dtype=torch.uint8)
+    descriptor = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        read_exactly(descriptor, bytes_of(target), stored.offset, stored.file)
+    finally:
+        os.close(descriptor)
+    return target
