@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from http_gateway import control, embed, errors, health, info, native
+from http_gateway import control, embed, embeddings, errors, health, info, native, rerank, score
 from http_gateway.auth import Access, Keys
 from http_gateway.edge import Edge
 from http_gateway.endpoint import Endpoint, Guarded, unauthorized
@@ -21,6 +21,9 @@ from http_gateway.gateway import Gateway
 ENDPOINTS: list[Endpoint] = [
     *native.ENDPOINTS,
     *embed.ENDPOINTS,
+    *embeddings.ENDPOINTS,
+    *rerank.ENDPOINTS,
+    *score.ENDPOINTS,
     *health.ENDPOINTS,
     *info.ENDPOINTS,
     *control.ENDPOINTS,

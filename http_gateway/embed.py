@@ -16,17 +16,15 @@ from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks, pack, read_rids
 from http_gateway.intake import Job, Rules, fan_out
 from http_gateway.output import finish_reason
+from http_gateway.tasks import check_dimensions, check_embeds
 from runtime import limits
 from runtime.errors import RequestError
 from runtime.messages import Generate, Request, Text
 from runtime.sampling import SamplingParams
 
-NOT_EMBEDDING = (
-    "This model does not appear to be an embedding model by default. "
-    "Please add `--is-embedding` when launching the server or try another model."
-)
 NOTHING_GIVEN = "At least one of text, input_ids, or image should be provided"
 BOTH_GIVEN = "text and input_ids cannot be provided at the same time"
+NOT_A_CROSS_ENCODER = "This model is no cross-encoder: it reads one text at a time, not pairs."
 REFUSED = ("image_data", "audio_data", "video_data", "lora_path", "return_pooled_hidden_states")
 
 
@@ -51,8 +49,6 @@ def to_job(body: EncodeBody, rules: Rules) -> tuple[Job, bool]:
     for name in REFUSED:
         if asks(getattr(body, name)):
             raise RequestError(f"{name} is not supported.", field=name)
-    if body.dimensions is not None and body.dimensions < 1:
-        raise RequestError(f"dimensions must be at least 1, got {body.dimensions}.", field="dimensions")
     single = isinstance(body.text, str) or bool(body.input_ids and isinstance(body.input_ids[0], int))
     prompts = read_prompts(body, single, rules)
     if len(prompts) > limits.MAX_BATCH_PROMPTS:
@@ -70,8 +66,8 @@ def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]
         raise RequestError(NOTHING_GIVEN, field="text")
     items = [given] if single else given
     if body.input_ids is not None:
-        return [Generate(request=request_of(body), input_ids=pack(ids, rules.vocab_size)) for ids in items]
-    return [text_prompt(item, request_of(body)) for item in items]
+        return [Generate(request=unnamed(body), input_ids=pack(ids, rules.vocab_size)) for ids in items]
+    return [text_prompt(item, unnamed(body)) for item in items]
 
 
 def text_prompt(item: str | list[str], request: Request) -> Generate:
@@ -82,40 +78,53 @@ def text_prompt(item: str | list[str], request: Request) -> Generate:
     return Generate(request=request, text=item[0], text_pair=item[1])
 
 
-def request_of(body: EncodeBody) -> Request:
-    return Request(
-        rid="",
-        params=SamplingParams(max_new_tokens=0),
-        task="embed",
-        dimensions=body.dimensions,
-        log_metrics=body.log_metrics is not False,
-    )
+def unnamed(body: EncodeBody) -> Request:
+    return embed_request(body.dimensions, log_metrics=body.log_metrics is not False)
+
+
+def embed_request(dimensions: int | None = None, *, log_metrics: bool = True) -> Request:
+    """A request for a vector, still without a rid."""
+    params = SamplingParams(max_new_tokens=0)
+    return Request(rid="", params=params, task="embed", dimensions=dimensions, log_metrics=log_metrics)
 
 
 async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
     body = msgspec.json.decode(await read_body(http), type=EncodeBody)
-    if not gateway.model.is_embedding:
-        raise RequestError(NOT_EMBEDDING)
+    embedding = check_embeds(gateway)
+    check_dimensions(gateway, embedding, body.dimensions)
     job, single = to_job(body, gateway.rules)
+    if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
+        raise RequestError(NOT_A_CROSS_ENCODER, field="text")
     vectors = await embed(gateway, http, job)
     answers = [{"embedding": vector(text), "meta_info": meta_info(gateway, text, received_at)} for text in vectors]
     return json_response(answers[0] if single else answers)
 
 
 async def embed(gateway: Gateway, http: HTTPRequest, job: Job) -> list[Text]:
-    """The message that holds each request's vector, in order."""
+    """The message that holds each request's vector, in order. Raises RequestError when one was aborted."""
     found: dict[int, Text] = {}
     async with aclosing(rounds.run(gateway.ring, http, job)) as steps:
         async for mail in steps:
             found.update((index, text) for index, text in mail if text.tokens.vector or text.tokens.finish is not None)
-    return [found[index] for index in range(len(job.requests))]
+    answers = [found[index] for index in range(len(job.requests))]
+    if lost := [text for text in answers if not text.tokens.vector]:
+        finish = lost[0].tokens.finish
+        raise RequestError(f"Request {lost[0].tokens.rid} was aborted: {finish.message if finish else 'no vector'}")
+    return answers
+
+
+def numbers(text: Text) -> list[float]:
+    """A request's vector or scores."""
+    values = array("f")
+    values.frombytes(text.tokens.vector)
+    return values.tolist()
 
 
 def vector(text: Text) -> list[float] | float:
-    values = array("f")
-    values.frombytes(text.tokens.vector)
-    return values[0] if text.tokens.scalar else values.tolist()
+    """The same, a bare number where the model scores pairs."""
+    values = numbers(text)
+    return values[0] if text.tokens.scalar else values
 
 
 def meta_info(gateway: Gateway, text: Text, received_at: float) -> dict[str, Any]:

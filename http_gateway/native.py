@@ -16,9 +16,8 @@ from http_gateway.generate_body import GenerateBody, to_job
 from http_gateway.intake import Job
 from http_gateway.output import Output
 from http_gateway.sse import EventStream, event
+from http_gateway.tasks import check_generates
 from runtime.errors import RequestError
-
-NOT_GENERATIVE = "This model serves embeddings and does not generate; use /encode."
 
 
 class VertexBody(msgspec.Struct):
@@ -58,8 +57,7 @@ def admit(gateway: Gateway, http: HTTPRequest, body: GenerateBody) -> tuple[Job,
 
 def check_servable(gateway: Gateway, http: HTTPRequest) -> None:
     """Refuse what no body could make right: a model that does not generate, a rank that is not there."""
-    if gateway.model.is_embedding:
-        raise RequestError(NOT_GENERATIVE)
+    check_generates(gateway)
     rank = http.headers.get("x-data-parallel-rank")
     if rank not in (None, "", "0"):
         raise RequestError(f"X-Data-Parallel-Rank must be 0: there is one rank, got {rank}.")

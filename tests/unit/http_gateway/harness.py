@@ -18,6 +18,7 @@ from http_gateway.metrics import Metrics
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
 from runtime.control import Abort, ControlCommand, FlushCache, Probe
+from runtime.embedding import Embedding
 from runtime.messages import Facts, Finish, Generate, Logprobs, Message, Reply, Text, Tokens, pack_ids
 from runtime.model_info import ModelInfo
 
@@ -254,8 +255,10 @@ class Served:
 
 
 @asynccontextmanager
-async def served(script: Script | None = None, limit: int = 100, **settings: Any) -> AsyncIterator[Served]:
-    """A gateway with these settings on a ring with this script."""
+async def served(
+    script: Script | None = None, limit: int = 100, embedding: Embedding | None = None, **settings: Any
+) -> AsyncIterator[Served]:
+    """A gateway with these settings on a ring with this script; `embedding`: of a model that embeds."""
     transport = FakeRing(script)
     config = ServerConfig(model_path="qwen/qwen2.5-0.5b-instruct", **settings)
     metrics = Metrics(config.name)
@@ -270,7 +273,8 @@ async def served(script: Script | None = None, limit: int = 100, **settings: Any
         context_length=512,
         eos_ids=[2],
         config={},
-        is_embedding=config.is_embedding,
+        is_embedding=config.is_embedding or embedding is not None,
+        embedding=embedding or (Embedding(pooling=("lasttoken",), normalize=True) if config.is_embedding else None),
     )
     facts = Facts(max_total_num_tokens=128, max_req_input_len=120, context_length=512, vocab_size=VOCAB)
     gateway = Gateway(config, model, facts, ring, metrics, FakeProgress(), phase=Phase.UP)

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from runtime.embedding import Embedding
 from runtime.messages import Finish, Generate, Message
-from tests.unit.http_gateway.harness import Script, asynchronous, floats, served, step
+from tests.unit.http_gateway.harness import Script, asynchronous, ends, floats, served, step
 
+CROSS_ENCODER = Embedding(pooling=("cls",), encoder=True, cross_encoder=True, causal=False, labels=1)
 NOTHING = Finish(reason="length", length=0)
 
 
@@ -37,7 +39,7 @@ async def test_a_vector_per_prompt(path: str) -> None:
 
 @asynchronous
 async def test_a_pair_is_scored_by_one_number() -> None:
-    async with served(vectors(5.25, scalar=True), is_embedding=True) as server:
+    async with served(vectors(5.25, scalar=True), embedding=CROSS_ENCODER) as server:
         [body] = (await server.client.post("/encode", {"text": [["query", "document"]]})).json()
         assert body["embedding"] == 5.25
         [sent] = await server.ring.sent_of(Generate)
@@ -51,7 +53,9 @@ async def test_a_pair_is_scored_by_one_number() -> None:
         ({"text": "a", "input_ids": [1]}, "text and input_ids cannot be provided at the same time"),
         ({"text": [["a", "b", "c"]]}, "A pair has two texts, got 3."),
         ({"text": "a", "image_data": "x"}, "image_data is not supported."),
-        ({"text": "a", "dimensions": 0}, "dimensions must be at least 1"),
+        ({"text": "a", "dimensions": 0}, "dimensions must be in [1, 4], got 0."),
+        ({"text": "a", "dimensions": 2}, "does not support matryoshka representation"),
+        ({"text": [["query", "document"]]}, "no cross-encoder"),
         ({"input_ids": [1000]}, "vocab size (1000)"),
     ],
 )
@@ -61,6 +65,24 @@ async def test_refusals(body: dict[str, Any], words: str) -> None:
         answer = await server.client.post("/encode", body)
         assert answer.status == 400
         assert words in answer.json()["error"]["message"]
+
+
+@asynchronous
+async def test_dimensions_travel_to_the_worker_where_the_model_lists_them() -> None:
+    embedding = Embedding(pooling=("lasttoken",), matryoshka=True, dimensions=(2, 4))
+    async with served(vectors(0.5, -0.5), embedding=embedding) as server:
+        assert (await server.client.post("/encode", {"text": "a", "dimensions": 2})).status == 200
+        [sent] = await server.ring.sent_of(Generate)
+        assert sent.request.dimensions == 2
+        answer = await server.client.post("/encode", {"text": "a", "dimensions": 3})
+        assert (answer.status, "[2, 4]" in answer.text) == (400, True)
+
+
+@asynchronous
+async def test_an_aborted_text_has_no_vector_to_answer_with() -> None:
+    async with served(ends(Finish(reason="abort", message="Aborted")), is_embedding=True) as server:
+        answer = await server.client.post("/encode", {"text": ["a", "b"]})
+        assert (answer.status, "was aborted" in answer.text) == (400, True)
 
 
 @asynchronous
