@@ -18,6 +18,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "serve": Command("runtime.launch", "main", "start a server (quartet serve --help lists its flags)", True),
     "config": Command("runtime.show", "main", "config show: print every setting and where its value comes from", True),
+    "experts": Command("runtime.experts_plot", "main", "experts plot dump.pt: draw a recording of experts"),
 }
 HELP = ("-h", "--help")
 
