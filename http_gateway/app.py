@@ -12,7 +12,21 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from http_gateway import control, embed, embeddings, errors, health, info, native, rerank, score
+from http_gateway import (
+    chat,
+    completions,
+    control,
+    embed,
+    embeddings,
+    errors,
+    health,
+    info,
+    native,
+    parsing,
+    rerank,
+    score,
+    tokens,
+)
 from http_gateway.auth import Access, Keys
 from http_gateway.edge import Edge
 from http_gateway.endpoint import Endpoint, Guarded, unauthorized
@@ -20,6 +34,10 @@ from http_gateway.gateway import Gateway
 
 ENDPOINTS: list[Endpoint] = [
     *native.ENDPOINTS,
+    *completions.ENDPOINTS,
+    *chat.ENDPOINTS,
+    *tokens.ENDPOINTS,
+    *parsing.ENDPOINTS,
     *embed.ENDPOINTS,
     *embeddings.ENDPOINTS,
     *rerank.ENDPOINTS,

@@ -1,0 +1,171 @@
+"""POST /v1/chat/completions: the next turn of a conversation, in OpenAI's shapes."""
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from http_gateway import errors, rounds
+from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of
+from http_gateway.chat_turn import Turn, merged, message_of
+from http_gateway.completions import wants
+from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.gateway import Gateway
+from http_gateway.native import check_servable, json_answer
+from http_gateway.openai_answers import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Delta,
+    Metadata,
+    Usage,
+)
+from http_gateway.openai_output import Draft, chat_logprobs, usage
+from http_gateway.openai_params import DEFAULT_MODEL, job_of
+from http_gateway.openai_types import ChatBody
+from http_gateway.ring_client import Delivery
+from http_gateway.sse import EventStream, event
+from runtime.messages import Text
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Choice:
+    """One choice on its way."""
+
+    def __init__(self, draft: Draft, turn: Turn, with_logprobs: bool) -> None:
+        self.draft = draft
+        self._turn = turn
+        self._with_logprobs = with_logprobs
+        self._untold: list[Delta] = []
+        self._opened = False
+
+    def take(self, text: Text) -> None:
+        self.draft.take(text)
+        self._untold += self._turn.read(text.text, self.draft.finish is not None)
+        if self._turn.thinking:
+            self.draft.reasoning_tokens = self.draft.completion_tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        reason = self.draft.finish_reason
+        return "tool_calls" if reason == "stop" and self._turn.called else reason
+
+    def whole(self, index: int) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=message_of(self._untold),
+            logprobs=self._logprobs(),
+            finish_reason=self.finish_reason,
+            matched_stop=self.draft.matched_stop,
+        )
+
+    def tell(self, index: int) -> Iterator[ChatChunkChoice]:
+        """What is new since the last time: the role first, the reason of the end last, in chunks of their own."""
+        if not self._opened:
+            self._opened = True
+            yield ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
+        deltas, logprobs = merged(self._untold), self._logprobs()
+        self._untold = []
+        if logprobs and logprobs.content and not deltas:
+            deltas = [Delta()]  # tokens whose text is held back
+        for delta in deltas:
+            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs)
+            logprobs = None
+        if self.draft.finish is not None:
+            yield ChatChunkChoice(
+                index=index,
+                delta=Delta(),
+                finish_reason=self.finish_reason,
+                matched_stop=self.draft.matched_stop,
+            )
+
+    def _logprobs(self) -> ChatLogprobs | None:
+        scored = self.draft.scored()
+        return chat_logprobs(scored) if self._with_logprobs else None
+
+
+class Call:
+    """One HTTP call: what it asks for, and what its choices have become."""
+
+    def __init__(self, gateway: Gateway, body: ChatBody) -> None:
+        config = gateway.config
+        choice = choosing(body, config.tool_call_parser)
+        params = chat_params(gateway, body, choice)
+        options = logprob_options(body)
+        prompt = prompt_of(body, choice, gateway.rules.vocab_size)
+        self.id, self.job = job_of(gateway, body, [prompt], True, params, options)
+        self.body = body
+        self.gateway = gateway
+        self.choices = [
+            Choice(Draft(options), make_turn(body, choice, config.reasoning_parser, params), options is not None)
+            for _ in self.job.requests
+        ]
+        self._head: dict[str, Any] = {
+            "id": self.id,
+            "created": int(time.time()),
+            "model": body.model or DEFAULT_MODEL,
+        }
+
+    def usage(self) -> Usage:
+        drafts = [choice.draft for choice in self.choices]
+        return usage(drafts, len(drafts), cache_report=self.gateway.config.enable_cache_report)
+
+    def answer(self) -> ChatCompletion:
+        version = self.choices[0].draft.weight_version or self.gateway.weight_version
+        choices = [choice.whole(index) for index, choice in enumerate(self.choices)]
+        return ChatCompletion(**self._head, choices=choices, usage=self.usage(), metadata=Metadata(version))
+
+    def take(self, mail: list[Delivery]) -> None:
+        for index, text in mail:
+            self.choices[index].take(text)
+
+    def chunks(self, mail: list[Delivery]) -> Iterator[ChatChunk]:
+        """The chunks that are due after these deliveries."""
+        self.take(mail)
+        running = self.usage() if wants(self.body, "continuous_usage_stats") else None
+        for index in dict.fromkeys(index for index, _ in mail):
+            if self.choices[index].draft.due(self.gateway.config.stream_interval):
+                for choice in self.choices[index].tell(index):
+                    yield ChatChunk(**self._head, choices=[choice], usage=running)
+
+    def last_chunk(self) -> ChatChunk:
+        """The usage of all, with no choice."""
+        return ChatChunk(**self._head, choices=[], usage=self.usage())
+
+
+async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """The next turn of a conversation."""
+    require_json(http)
+    body = msgspec.json.decode(await read_body(http), type=ChatBody)
+    check_servable(gateway, http)
+    call = Call(gateway, body)
+    if body.stream:
+        return EventStream(stream(http, call), errors.openai_stream_event)
+    async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            call.take(mail)
+    return json_answer(_encode(call.answer()))
+
+
+async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
+    """The events of a stream."""
+    async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            if events := b"".join(event(_encode(chunk)) for chunk in call.chunks(mail)):
+                yield events
+    if wants(call.body, "include_usage"):
+        yield event(_encode(call.last_chunk()))
+
+
+ENDPOINTS = [
+    Endpoint(
+        "/v1/chat/completions", chat_completions, ("POST",), shape=errors.openai, body=ChatBody, answer=ChatCompletion
+    )
+]

@@ -1,0 +1,124 @@
+"""What a chat request asks for: the conversation to render, the grammar of its tool choice, the parsers of its turn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from http_gateway import reasoning, tool_calls
+from http_gateway.chat_turn import Turn
+from http_gateway.gateway import Gateway
+from http_gateway.generate_body import pack
+from http_gateway.openai_params import params_of, unnamed
+from http_gateway.openai_types import ChatBody, NamedTool
+from http_gateway.tool_events import Tool
+from runtime.errors import RequestError
+from runtime.messages import Chat, Generate, LogprobOptions
+from runtime.sampling import SamplingParams
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+NO_MESSAGES = "Messages cannot be empty."
+NO_TOOLS = "Tools cannot be empty if tool choice is set to required."
+NO_SUCH_TOOL = "Tool '{}' not found in tools list."
+TOO_LARGE = "{} is too large: {}.This model supports at most {} completion tokens."
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """What `tools` and `tool_choice` come to."""
+
+    tools: Sequence[Tool] = ()  # those the template tells of
+    grammar: tuple[str, str] | None = None  # of the calls that are demanded
+    parser: str | None = None  # what reads the calls
+
+    def turn_parser(self) -> Any:
+        return tool_calls.parser(self.parser, self.tools) if self.parser else None
+
+
+def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
+    """Raises RequestError for a choice that cannot be made."""
+    tools, choice = body.tools or [], body.tool_choice
+    if choice is None:
+        choice = "auto" if tools else "none"
+    if choice == "none":
+        return Choosing()
+    if choice == "auto":
+        return Choosing(tools, None, tool_call_parser if tools else None)
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    if name is None and not tools:
+        raise RequestError(NO_TOOLS, field="tools")
+    if name is not None and name not in {tool.function.name for tool in tools}:
+        raise RequestError(NO_SUCH_TOOL.format(name), field="tool_choice")
+    schema = tool_calls.calls_schema(tools, name, body.parallel_tool_calls is not False)
+    return Choosing(tools, ("json_schema", schema), tool_calls.REQUIRED)
+
+
+def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingParams:
+    """The sampling parameters. Without a limit, the turn may fill the context."""
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    most = gateway.facts.context_length
+    if limit is not None and limit > most:
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        raise RequestError(TOO_LARGE.format(name, limit, most), field=name)
+    fallback: dict[str, Any] = {"max_new_tokens": None}
+    if choice.parser is not None and choice.grammar is None:
+        fallback["skip_special_tokens"] = False  # some models write calls between special tokens
+    return params_of(gateway, body, {} if limit is None else {"max_new_tokens": limit}, fallback, choice.grammar)
+
+
+def logprob_options(body: ChatBody) -> LogprobOptions | None:
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true.", field="top_logprobs")
+        return None
+    return LogprobOptions(top=body.top_logprobs or 0, text=True)
+
+
+def prompt_of(body: ChatBody, choice: Choosing, vocab_size: int) -> Generate:
+    """The conversation, to be rendered by the tokenizer; or the ids that the client has rendered itself."""
+    if body.input_ids is not None:
+        return Generate(request=unnamed(), input_ids=pack(body.input_ids, vocab_size))
+    if not body.messages:
+        raise RequestError(NO_MESSAGES, field="messages")
+    continues = bool(body.continue_final_message)
+    chat = Chat(
+        messages=[checked(message) for message in body.messages],
+        tools=[tool.plain() for tool in choice.tools] or None,
+        documents=body.documents,
+        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continues,
+        template_kwargs=template_variables(body),
+    )
+    return Generate(request=unnamed(), chat=chat)
+
+
+def checked(message: dict[str, Any]) -> dict[str, Any]:
+    """The message under a role that templates know: they were written before `developer` took over from `system`."""
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"A message's role must be one of {', '.join(ROLES)}, got {role!r}.", field="messages")
+    if not isinstance(message.get("content"), str | list | None):
+        raise RequestError("A message's content must be a string or a list of parts.", field="messages")
+    return {**message, "role": "system"} if role == "developer" else message
+
+
+def template_variables(body: ChatBody) -> dict[str, Any]:
+    """`reasoning_effort` is told to the template in the words that templates know."""
+    variables: dict[str, Any] = {}
+    if body.reasoning_effort == "none":
+        variables = {"enable_thinking": False, "thinking": False}
+    elif body.reasoning_effort is not None:
+        variables = {"reasoning_effort": body.reasoning_effort}
+    return variables | (body.chat_template_kwargs or {})
+
+
+def make_turn(body: ChatBody, choice: Choosing, family: str | None, params: SamplingParams) -> Turn:
+    """The reader of one choice's output."""
+    thought = reasoning.parser(family) if family and thinks(body, params) else None
+    return Turn(thought, choice.turn_parser(), stream_reasoning=body.stream_reasoning is not False)
+
+
+def thinks(body: ChatBody, params: SamplingParams) -> bool:
+    """Whether the output may begin with a thought that the client wants apart."""
+    variables = template_variables(body)
+    off = variables.get("enable_thinking", variables.get("thinking")) is False
+    return body.separate_reasoning is not False and not off and params.json_schema is None

@@ -1,0 +1,182 @@
+"""POST /v1/completions: text behind a prompt, in OpenAI's shapes."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from http_gateway import errors, rounds
+from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.gateway import Gateway
+from http_gateway.generate_body import pack
+from http_gateway.native import check_servable, json_answer
+from http_gateway.openai_answers import Completion, CompletionChoice, Metadata, Usage
+from http_gateway.openai_output import Draft, completion_logprobs, usage
+from http_gateway.openai_params import DEFAULT_MODEL, job_of, params_of, unnamed
+from http_gateway.openai_types import CompletionBody
+from http_gateway.ring_client import Delivery
+from http_gateway.sse import EventStream, event
+from http_gateway.tokens import detokenize_ids
+from runtime.errors import RequestError
+from runtime.messages import Generate, LogprobOptions, Text
+
+DEFAULT_TOKENS = 16
+EMPTY = "Prompt cannot be empty"
+MIXED = "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids."
+NO_SUFFIX = "suffix is not supported: this server does not fill in the middle."
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass
+class Choice:
+    """One choice on its way: its draft, and the text that was not told yet."""
+
+    draft: Draft
+    text: list[str] = field(default_factory=list)
+
+    def take(self, text: Text) -> None:
+        self.draft.take(text)
+        self.text.append(text.text)
+
+    def tell(self, index: int, with_logprobs: bool) -> CompletionChoice:
+        """What is new since the last time."""
+        text, scored = "".join(self.text), self.draft.scored()
+        self.text.clear()
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=completion_logprobs(scored) if with_logprobs else None,
+            finish_reason=self.draft.finish_reason,
+            matched_stop=self.draft.matched_stop,
+        )
+
+
+class Call:
+    """One HTTP call: what it asks for, and what its choices have become."""
+
+    def __init__(self, gateway: Gateway, body: CompletionBody) -> None:
+        refuse(body)
+        prompts, single = read_prompts(body, gateway.rules.vocab_size)
+        limit = {} if body.max_tokens is None else {"max_new_tokens": body.max_tokens}
+        params = params_of(gateway, body, limit, {"max_new_tokens": DEFAULT_TOKENS})
+        self.body = body
+        self.gateway = gateway
+        self.prompts = prompts
+        self.copies = params.n
+        self.logprobs = logprob_options(body)
+        self.id, self.job = job_of(gateway, body, prompts, single, params, self.logprobs)
+        self.choices = [Choice(Draft(self.logprobs)) for _ in self.job.requests]
+        self.created = int(time.time())
+
+    def usage(self) -> Usage:
+        drafts = [choice.draft for choice in self.choices]
+        return usage(drafts, self.copies, cache_report=self.gateway.config.enable_cache_report)
+
+    def completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
+        model = self.body.model or DEFAULT_MODEL
+        return Completion(id=self.id, created=self.created, model=model, choices=choices, **more)
+
+    def tell(self, index: int) -> CompletionChoice:
+        return self.choices[index].tell(index, self.logprobs is not None)
+
+    def echo(self, texts: Sequence[str]) -> None:
+        """Put each prompt before the output of its choices."""
+        for index, choice in enumerate(self.choices):
+            choice.text.append(texts[index // self.copies])
+
+    def chunks(self, mail: list[Delivery], interval: int) -> list[Completion]:
+        """The chunks that are due after these deliveries."""
+        for index, text in mail:
+            self.choices[index].take(text)
+        due = [i for i in dict.fromkeys(index for index, _ in mail) if self.choices[i].draft.due(interval)]
+        told = [self.tell(index) for index in due]
+        running = self.usage() if wants(self.body, "continuous_usage_stats") else None
+        return [self.completion([choice], usage=running) for choice in told if says_something(choice)]
+
+
+async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """Text behind one prompt or many."""
+    require_json(http)
+    body = msgspec.json.decode(await read_body(http), type=CompletionBody)
+    check_servable(gateway, http)
+    call = Call(gateway, body)
+    if body.echo:
+        call.echo(await prompt_texts(gateway, call.prompts))
+    if body.stream:
+        return EventStream(stream(http, call), errors.openai_stream_event)
+    async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            for index, text in mail:
+                call.choices[index].take(text)
+    told = [call.tell(index) for index in range(len(call.choices))]
+    version = call.choices[0].draft.weight_version or gateway.weight_version
+    return json_answer(_encode(call.completion(told, usage=call.usage(), metadata=Metadata(version))))
+
+
+async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
+    """The events of a stream."""
+    async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            if chunks := call.chunks(mail, call.gateway.config.stream_interval):
+                yield b"".join(event(_encode(chunk)) for chunk in chunks)
+    if wants(call.body, "include_usage"):
+        yield event(_encode(call.completion([], usage=call.usage())))
+
+
+def says_something(choice: CompletionChoice) -> bool:
+    """A step whose text is held back, because it may yet become a stop, is not worth a chunk."""
+    return bool(choice.text or choice.finish_reason or choice.logprobs)
+
+
+def wants(body: Any, option: str) -> bool:
+    return bool(body.stream_options and getattr(body.stream_options, option))
+
+
+def refuse(body: CompletionBody) -> None:
+    if body.suffix:
+        raise RequestError(NO_SUFFIX, field="suffix")
+
+
+def logprob_options(body: CompletionBody) -> LogprobOptions | None:
+    """`true` is what some clients send for: of the token itself."""
+    if body.logprobs is None or body.logprobs is False:
+        return None
+    top = 0 if body.logprobs is True else body.logprobs
+    return LogprobOptions(start=0 if body.echo else -1, top=top, text=True)
+
+
+def read_prompts(body: CompletionBody, vocab_size: int) -> tuple[list[Generate], bool]:
+    """One Generate per prompt, and whether it is only one. Raises RequestError."""
+    given: Any = body.prompt
+    if not given:
+        raise RequestError(EMPTY, field="prompt")
+    single = isinstance(given, str) or isinstance(given[0], int)
+    items = [given] if single else given
+    kind = str if isinstance(items[0], str) else list
+    if not all(isinstance(item, kind) for item in items) or (
+        kind is list and not all(isinstance(token, int) for item in items for token in item)
+    ):
+        raise RequestError(MIXED, field="prompt")
+    if not all(items):
+        raise RequestError(EMPTY, field="prompt")
+    if kind is str:
+        return [Generate(request=unnamed(), text=item) for item in items], single
+    return [Generate(request=unnamed(), input_ids=pack(item, vocab_size)) for item in items], single
+
+
+async def prompt_texts(gateway: Gateway, prompts: list[Generate]) -> list[str]:
+    """The text of each prompt, to be echoed."""
+    if prompts[0].text is not None:
+        return [prompt.text or "" for prompt in prompts]
+    return await detokenize_ids(gateway, [prompt.input_ids for prompt in prompts], skip_special_tokens=True)
+
+
+ENDPOINTS = [
+    Endpoint("/v1/completions", completions, ("POST",), shape=errors.openai, body=CompletionBody, answer=Completion)
+]

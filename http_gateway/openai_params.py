@@ -1,0 +1,108 @@
+"""From the body of an OpenAI request to the ring's own parameters, and to the Job of its prompts."""
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from http_gateway.gateway import Gateway
+from http_gateway.generate_body import asks, read_rids
+from http_gateway.intake import Job, fan_out, sampling_params
+from http_gateway.openai_types import REFUSED, GenerationBody
+from http_gateway.response_format import grammar
+from runtime import limits
+from runtime.errors import RequestError
+from runtime.messages import Generate, LogprobOptions, Request
+from runtime.sampling import GRAMMARS, SamplingParams
+
+DEFAULT_MODEL = "default"
+RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+SAME = tuple(
+    field.name
+    for field in msgspec.structs.fields(SamplingParams)
+    if field.name in {own.name for own in msgspec.structs.fields(GenerationBody)}
+)
+OF_THE_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json says about sampling. Its top_k 0 is our -1: the whole vocabulary."""
+    found = {name: value for name in OF_THE_MODEL if (value := generation_config.get(name)) is not None}
+    return found | ({"top_k": -1} if found.get("top_k") == 0 else {})
+
+
+def params_of(
+    gateway: Gateway,
+    body: GenerationBody,
+    limit: Mapping[str, int | None],
+    fallback: Mapping[str, Any],
+    forced: tuple[str, str] | None = None,
+) -> SamplingParams:
+    """The parameters of a request: what it says over the operator's over the model's over `fallback`.
+
+    `limit`: max_new_tokens, where the request has one. `forced`: the grammar of a demanded tool call.
+    """
+    refuse(body)
+    given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    given |= {new: value for old, new in RENAMED.items() if (value := getattr(body, old)) is not None}
+    for constraint in (grammar(body.response_format), forced):
+        if constraint is not None:
+            add_grammar(given, constraint)
+    from_model = gateway.config.sampling_defaults == "model"
+    under = model_defaults(gateway.model.generation_config) if from_model else {}
+    return sampling_params(given | dict(limit), {**fallback, **under, **gateway.rules.preferred})
+
+
+def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:
+    kind, text = constraint
+    if any(name in given for name in GRAMMARS):
+        raise RequestError(
+            "The output can be constrained by one thing only: response_format, tool_choice, json_schema, regex, ebnf "
+            "or structural_tag.",
+            field=kind,
+        )
+    given[kind] = text
+
+
+def refuse(body: GenerationBody) -> None:
+    for name in REFUSED:
+        if asks(getattr(body, name)):
+            raise RequestError(f"{name} is not supported.", field=name)
+
+
+def job_of(
+    gateway: Gateway,
+    body: GenerationBody,
+    prompts: list[Generate],
+    single: bool,
+    params: SamplingParams,
+    logprobs: LogprobOptions | None,
+) -> tuple[str, Job]:
+    """The id of the answer and the Job: n requests for each prompt, all to be found by that id."""
+    if body.priority and not gateway.rules.priorities:
+        raise RequestError("priority needs a server started with --schedule-policy priority.", field="priority")
+    if len(prompts) > limits.MAX_BATCH_PROMPTS:
+        raise RequestError(f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {len(prompts)}.")
+    for prompt in prompts:
+        prompt.request = Request(
+            rid="",
+            params=params,
+            logprobs=logprobs,
+            stream=bool(body.stream),
+            extra_key=(body.extra_key or "") + (body.cache_salt or ""),
+            priority=body.priority or 0,
+            log_metrics=body.log_metrics is not False,
+        )
+    rid = uuid.uuid4().hex if body.rid is None else body.rid
+    rids = read_rids(rid, len(prompts), single)
+    job = fan_out(prompts, rids, gateway.rules)
+    if isinstance(rid, str):
+        job.parents = [rid] * len(job.requests)
+    job.background = bool(body.background)
+    return rid if isinstance(rid, str) else rid[0], job
+
+
+def unnamed() -> Request:
+    """Stands in a prompt until `job_of` gives it its own."""
+    return Request(rid="", params=SamplingParams())
