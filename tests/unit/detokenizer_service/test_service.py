@@ -221,6 +221,19 @@ def test_routed_experts_come_with_the_end_though_the_text_stopped_before(detoken
     assert last.tokens.routed_experts == pack_ids(range(2 * (prompt + kept - 1)))
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_routed_experts_are_cut_at_the_stop_when_they_begin_later(detokenizer: Detokenizer, early: bool) -> None:
+    ids = [*ids_of("x"), *ids_of(" STOP"), *ids_of(" y")]
+    kept, made, prompt, start = len(ids) - len(ids_of(" y")), len(ids), 3, 2
+    params = SamplingParams(stop="STOP")
+    of = Request(rid="r", params=params, return_routed_experts=True, routed_experts_start_len=start)
+    step = Tokens(rid="r", request=of, ids=pack_ids(ids), prompt_tokens=prompt)
+    end = Tokens(rid="r", prompt_tokens=prompt) if early else step
+    end.routed_experts, end.finish = pack_ids(range(prompt + made - 1 - start)), Finish(reason="length")
+    out = detokenizer.step([step, end] if early else [step])
+    assert out[-1].tokens.routed_experts == pack_ids(range(prompt + kept - 1 - start))
+
+
 def test_a_new_scheduler_forgets_what_ran_before(detokenizer: Detokenizer) -> None:
     detokenizer.step([Tokens(rid="r", request=request(), ids=pack_ids(ids_of("a")))])
     facts = Facts(max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=1)

@@ -219,3 +219,24 @@ def test_no_body_raises_anything_but_a_refusal_or_a_schema_error(body: dict[str,
         except (RequestError, msgspec.ValidationError):
             continue
         assert job.requests
+
+
+WITH_EXPERTS = Rules(vocab_size=100, hidden_size=2, routed_experts=True)
+
+
+def test_routed_experts_are_asked_for_prompt_by_prompt() -> None:
+    job, _ = read(WITH_EXPERTS, text=["a", "b"], return_routed_experts=[True, False], routed_experts_start_len=[5, 0])
+    asked = [(item.request.return_routed_experts, item.request.routed_experts_start_len) for item in job.requests]
+    assert asked == [(True, 5), (False, 0)]
+
+
+def test_copies_that_want_routed_experts_compute_their_prompt_each() -> None:
+    job, _ = read(WITH_EXPERTS, text="a", sampling_params={"n": 2}, return_routed_experts=True)
+    assert job.warm == [] and all(item.request.return_routed_experts for item in job.requests)
+
+
+def test_routed_experts_are_refused_where_the_server_was_not_told_to_return_them() -> None:
+    assert "Please set `--enable-return-routed-experts`" in refusal(text="a", return_routed_experts=True)
+    assert "at least 0" in refusal(WITH_EXPERTS, text="a", return_routed_experts=True, routed_experts_start_len=-1)
+    job, _ = read(text="a", return_routed_experts=False)
+    assert not job.requests[0].request.return_routed_experts

@@ -1,13 +1,14 @@
 """/generate from the client's side, on a ring that answers in process."""
 
 import asyncio
+import base64
 import re
 
 import pytest
 
 from runtime.control import Abort
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Finish, Generate, Logprobs, pack_ids
+from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Finish, Generate, Logprobs, Message, pack_ids
 from tests.unit.http_gateway.harness import asynchronous, ends, floats, served, step, words
 
 NAN = float("nan")
@@ -357,3 +358,17 @@ async def test_vertex_wraps_instances_and_parameters() -> None:
         assert [item["text"] for item in answer.json()["predictions"]] == ["x", "x"]
         assert {item.request.params.max_new_tokens for item in await server.ring.sent_of(Generate)} == {4}
         assert (await server.client.post("/vertex_generate", {"instances": []})).status == 400
+
+
+@asynchronous
+async def test_routed_experts_arrive_in_base64_with_the_end() -> None:
+    end = Finish(reason="length", length=1)
+
+    def script(generate: Generate) -> list[Message]:
+        return [step(generate.request.rid, [1], "a", finish=end, routed_experts=pack_ids([7, 8]))]
+
+    async with served(script, enable_return_routed_experts=True) as server:
+        asking = (await server.client.post("/generate", {"text": "hi", "return_routed_experts": True})).json()
+        silent = (await server.client.post("/generate", {"text": "hi"})).json()
+        assert base64.b64decode(asking["meta_info"]["routed_experts"]) == pack_ids([7, 8])
+        assert "routed_experts" not in silent["meta_info"]
