@@ -22,8 +22,10 @@ from http_gateway import (
     health,
     info,
     native,
+    openapi,
     parsing,
     rerank,
+    responses,
     score,
     tokens,
 )
@@ -36,6 +38,7 @@ ENDPOINTS: list[Endpoint] = [
     *native.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
+    *responses.ENDPOINTS,
     *tokens.ENDPOINTS,
     *parsing.ENDPOINTS,
     *embed.ENDPOINTS,
@@ -54,7 +57,8 @@ ANY_ORIGIN = Middleware(
 def build(gateway: Gateway) -> ASGIApp:
     """The whole HTTP side of a server."""
     keys = Keys(gateway.config.api_key, gateway.config.admin_api_key)
-    endpoints = [*ENDPOINTS, info.METRICS] if gateway.config.enable_metrics else ENDPOINTS
+    endpoints = [*ENDPOINTS, info.METRICS] if gateway.config.enable_metrics else list(ENDPOINTS)
+    endpoints += openapi.endpoints(endpoints)
     app = Starlette(
         routes=[route(endpoint, gateway, keys) for endpoint in endpoints],
         middleware=[ANY_ORIGIN],

@@ -1,0 +1,222 @@
+"""POST /v1/responses: OpenAI's newer API, for text. It is a chat completion under another name; nothing is stored."""
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from http_gateway import errors, rounds
+from http_gateway.chat import Call
+from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.gateway import Gateway
+from http_gateway.generate_body import asks
+from http_gateway.native import check_servable
+from http_gateway.openai_types import ChatBody, Count
+from http_gateway.response_format import ResponseFormat
+from http_gateway.sse import EventStream
+from runtime.errors import Kind, RequestError
+
+NOT_STORED = "Response '{}' is not here: this server stores no responses."
+PARTS = ("text", "input_text", "output_text")
+FAILED, COMPLETED, INCOMPLETE, IN_PROGRESS = "failed", "completed", "incomplete", "in_progress"
+
+
+class TextOptions(msgspec.Struct):
+    format: ResponseFormat | None = None
+
+
+class ResponsesBody(msgspec.Struct, kw_only=True):
+    """POST /v1/responses. `store` is accepted and answered with false."""
+
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    text: TextOptions | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    store: bool | None = None
+    # refused
+    tools: Any = None
+    previous_response_id: Any = None
+    conversation: Any = None
+    background: Any = None
+    prompt: Any = None
+    include: Any = None
+
+
+REFUSED = ("tools", "previous_response_id", "conversation", "background", "prompt", "include")
+
+
+def chat_body(body: ResponsesBody) -> ChatBody:
+    """The chat completion that this request is. Raises RequestError."""
+    for name in REFUSED:
+        if asks(getattr(body, name)):
+            raise RequestError(f"{name} is not supported.", field=name)
+    said = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else list(map(message, body.input))
+    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    return ChatBody(
+        messages=system + said,
+        model=body.model,
+        max_completion_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        stream=body.stream,
+        response_format=body.text.format if body.text else None,
+        separate_reasoning=False,
+    )
+
+
+def message(item: dict[str, Any]) -> dict[str, Any]:
+    """An input item as a chat message."""
+    if item.get("type", "message") != "message":
+        raise RequestError(f"Input items of type {item['type']!r} are not supported: only messages are.", field="input")
+    content = item.get("content")
+    if isinstance(content, list):
+        content = [part_of(part) for part in content]
+    return {"role": item.get("role"), "content": content}
+
+
+def part_of(part: Any) -> dict[str, Any]:
+    if isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise RequestError("Content parts must be text: {type: input_text, text}.", field="input")
+
+
+class Answer:
+    """The response object of a call, in whatever state it is."""
+
+    def __init__(self, body: ResponsesBody, call: Call) -> None:
+        self._body = body
+        self._call = call
+        self._created_at = int(time.time())
+        self.item_id = f"msg_{call.id}"
+
+    def part(self, text: str) -> dict[str, Any]:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+    def item(self, text: str | None, status: str) -> dict[str, Any]:
+        """The one output item; without content until there is a text."""
+        content = [] if text is None else [self.part(text)]
+        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def status(self) -> str:
+        reason = self._call.choices[0].finish_reason
+        return {"stop": COMPLETED, "length": INCOMPLETE}.get(reason or "", FAILED)
+
+    def response(self, status: str, text: str | None = None) -> dict[str, Any]:
+        params = self._call.job.requests[0].request.params
+        body = self._body
+        return {
+            "id": f"resp_{self._call.id}",
+            "object": "response",
+            "created_at": self._created_at,
+            "status": status,
+            "model": body.model or "default",
+            "output": [] if text is None else [self.item(text, status)],
+            "usage": None if text is None else self._usage(),
+            "error": {"code": "server_error", "message": "aborted"} if status == FAILED else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == INCOMPLETE else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "parallel_tool_calls": False,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": params.temperature,
+            "text": {"format": {"type": "text"}} if body.text is None else body.text,
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "user": body.user,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        used = self._call.usage()
+        return {
+            "input_tokens": used.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": self._call.choices[0].draft.cached_tokens},
+            "output_tokens": used.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
+            "total_tokens": used.total_tokens,
+        }
+
+
+async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """A text in answer to a text or a conversation."""
+    require_json(http)
+    body = msgspec.json.decode(await read_body(http), type=ResponsesBody)
+    check_servable(gateway, http)
+    call = Call(gateway, chat_body(body))
+    answer = Answer(body, call)
+    if body.stream:
+        return EventStream(stream(http, call, answer), errors.openai_stream_event)
+    async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            call.take(mail)
+    text = call.choices[0].whole(0).message.content or ""
+    return errors.json_response(answer.response(answer.status(), text))
+
+
+class Numbered:
+    """Events with their place in the stream."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def event(self, kind: str, **fields: Any) -> bytes:
+        data = msgspec.json.encode({"type": kind, "sequence_number": self._next, **fields})
+        self._next += 1
+        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+
+
+async def stream(http: HTTPRequest, call: Call, answer: Answer) -> AsyncGenerator[bytes, None]:
+    """The events of a stream: the response, its item and its text are opened, grow, and are closed."""
+    numbered, text, opened = Numbered(), "", False
+    place = {"item_id": answer.item_id, "output_index": 0, "content_index": 0}
+    async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            if not opened:
+                yield b"".join(opening(numbered, answer, place))
+                opened = True
+            delta = "".join(choice.delta.content or "" for chunk in call.chunks(mail) for choice in chunk.choices)
+            if delta:
+                text += delta
+                yield numbered.event("response.output_text.delta", **place, delta=delta, logprobs=[])
+    yield b"".join(closing(numbered, answer, place, text))
+
+
+def opening(numbered: Numbered, answer: Answer, place: dict[str, Any]) -> Iterator[bytes]:
+    response, item = answer.response(IN_PROGRESS), answer.item(None, IN_PROGRESS)
+    yield numbered.event("response.created", response=response)
+    yield numbered.event("response.in_progress", response=response)
+    yield numbered.event("response.output_item.added", output_index=0, item=item)
+    yield numbered.event("response.content_part.added", **place, part=answer.part(""))
+
+
+def closing(numbered: Numbered, answer: Answer, place: dict[str, Any], text: str) -> Iterator[bytes]:
+    status = answer.status()
+    yield numbered.event("response.output_text.done", **place, text=text, logprobs=[])
+    yield numbered.event("response.content_part.done", **place, part=answer.part(text))
+    yield numbered.event("response.output_item.done", output_index=0, item=answer.item(text, status))
+    yield numbered.event(f"response.{status}", response=answer.response(status, text))
+
+
+async def stored(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A response of before; none is kept."""
+    raise RequestError(NOT_STORED.format(http.path_params["id"]), Kind.NOT_FOUND)
+
+
+ENDPOINTS = [
+    Endpoint("/v1/responses", responses, ("POST",), shape=errors.openai, body=ResponsesBody),
+    Endpoint("/v1/responses/{id}", stored, ("GET", "DELETE"), shape=errors.openai),
+    Endpoint("/v1/responses/{id}/cancel", stored, ("POST",), shape=errors.openai),
+]
