@@ -1,0 +1,68 @@
+"""Norms with the residual sum before them, and gated activations, for batches that cuBLAS multiplies."""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.configs import tile
+from kernels.triton_common import activate, blocks, options, power_of_two, scale_of_norm
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    epsilon: float,
+    plus_one: bool,
+    out: torch.Tensor,
+) -> None:
+    """residual += x (rows, columns) if there is one; out = that sum over its root mean square, times weight."""
+    chosen = tile("add_rms_norm")
+    rows, columns = x.shape
+    _add_rms_norm[(rows,)](
+        x, residual, weight, out, epsilon, columns, power_of_two(columns), plus_one, **options(chosen)
+    )
+
+
+def gated_activation(gate_up: torch.Tensor, activation: str, out: torch.Tensor) -> None:
+    """activation(first half) * second half of gate_up (rows, 2 * size) → out (rows, size)."""
+    chosen = tile("gated_activation")
+    rows, size = out.shape
+    grid = (rows, blocks(size, chosen.columns))
+    _gated_activation[grid](gate_up, out, size, chosen.columns, activation, **options(chosen))
+
+
+@triton.jit
+def _add_rms_norm(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    epsilon,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLUS_ONE: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    mask = columns < COLUMNS
+    place = tl.program_id(0).to(tl.int64) * COLUMNS + columns
+    x = tl.load(x_ptr + place, mask, 0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + place, mask, 0.0).to(tl.float32)
+        stored = x.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + place, stored, mask)
+        x = stored.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, 0) / COLUMNS + epsilon)
+    normed = x * inverse * scale_of_norm(weight_ptr, columns, mask, PLUS_ONE)
+    tl.store(out_ptr + place, normed.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _gated_activation(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < SIZE
+    gate = tl.load(gate_up_ptr + row * 2 * SIZE + columns, mask, 0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * SIZE + SIZE + columns, mask, 0.0).to(tl.float32)
+    gated = activate(gate, ACTIVATION) * up
+    tl.store(out_ptr + row * SIZE + columns, gated.to(out_ptr.dtype.element_ty), mask)

@@ -1,0 +1,14 @@
+"""Every Triton kernel, interpreted, against the torch operation of the same name."""
+
+import pytest
+import torch
+
+from kernels.ops import resolve
+from tests.kernel_cases import SMALL, Case, assert_agree, case_id
+
+TORCH, TRITON = resolve("cpu", "torch"), resolve("cpu", "triton")
+
+
+@pytest.mark.parametrize("case", SMALL, ids=case_id)
+def test_kernel_agrees_with_torch(case: Case) -> None:
+    assert_agree(case, TORCH, TRITON, torch.float32, "cpu", 1e-5)

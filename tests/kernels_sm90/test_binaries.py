@@ -1,0 +1,58 @@
+"""What the compiler makes of every kernel at the shapes of served models, against a committed table.
+
+`python -m tests.kernels_sm90.test_binaries` writes the table anew; read the difference before committing it.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.ops import resolve
+from tests.kernel_cases import SERVED, Case, case_id
+from tests.kernels_sm90.compiler import Binary, use_compiler_only
+
+TABLE = Path(__file__).parent / "binaries.json"
+SPARE_REGISTERS = 24  # another version of the compiler may need a few more
+# What decides a kernel's speed: 16-byte loads, asynchronous copies, and the two generations of tensor-core products.
+INSTRUCTIONS = {
+    "LDG.128": r"LDG\.E[.A-Z0-9]*\.128[.A-Z0-9]*",
+    "LDGSTS": r"LDGSTS[.A-Z0-9]*",
+    "HMMA": r"HMMA[.A-Z0-9]*",
+    "HGMMA": r"HGMMA[.A-Zx0-9]*",
+}
+
+RECORDER = use_compiler_only()
+TRITON = resolve("cuda", "triton")
+
+
+def compiled(case: Case) -> list[Binary]:
+    """The binaries that one call would load."""
+    getattr(TRITON, case.op)(**case.arguments(torch.bfloat16, "meta"))
+    return RECORDER.take()
+
+
+def facts(binary: Binary) -> dict[str, object]:
+    found = [name for name, pattern in INSTRUCTIONS.items() if binary.count(pattern)]
+    return {"registers": binary.registers, "stack": binary.stack, "instructions": found}
+
+
+@pytest.mark.parametrize("case", SERVED, ids=case_id)
+def test_binary_is_as_lean_as_the_table_says(case: Case) -> None:
+    table = json.loads(TABLE.read_text())
+    for binary in compiled(case):
+        expected = table[case.name][binary.kernel]
+        assert binary.stack == expected["stack"] == 0, binary.kernel
+        assert binary.registers <= expected["registers"] + SPARE_REGISTERS, binary.kernel
+        missing = [name for name in expected["instructions"] if not binary.count(INSTRUCTIONS[name])]
+        assert missing == [], binary.kernel
+
+
+def write_table() -> None:
+    table = {case.name: {binary.kernel: facts(binary) for binary in compiled(case)} for case in SERVED}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_table()
