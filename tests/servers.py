@@ -28,17 +28,23 @@ class Server:
     """A launcher process and everything it prints."""
 
     def __init__(
-        self, flags: tuple[str, ...], services: Mapping[str, str], environment: Mapping[str, str], run_base: Path
+        self,
+        flags: tuple[str, ...],
+        services: Mapping[str, str],
+        environment: Mapping[str, str],
+        run_base: Path,
+        directory: Path = ROOT,
     ) -> None:
         self.run_base = run_base
         self._lines: list[str] = []
         self._more = threading.Condition()
         self._ended = False
         replaced = [f"{role}={module}" for role, module in services.items()]
+        ours = {"XDG_RUNTIME_DIR": str(run_base), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.launcher", *replaced, "--", "--port", "0", *flags],
-            cwd=ROOT,
-            env=os.environ | {"XDG_RUNTIME_DIR": str(run_base), "PYTHONUNBUFFERED": "1"} | dict(environment),
+            cwd=directory,
+            env=os.environ | ours | dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -79,6 +85,16 @@ class Server:
             assert seen, f"no {text!r} within {timeout_s} s:\n{''.join(self._lines)}"
             assert text in "".join(self._lines), f"the server ended before {text!r}:\n{''.join(self._lines)}"
 
+    def wait_for_match(self, pattern: str, start: int = 0, timeout_s: float = 20) -> re.Match[str]:
+        """Block until a line from the log's position `start` on matches; fail with what came since then."""
+        line = re.compile(pattern, re.MULTILINE)
+        with self._more:
+            self._more.wait_for(lambda: self._ended or line.search("".join(self._lines), start), timeout_s)
+            log = "".join(self._lines)
+        found = line.search(log, start)
+        assert found, f"no line like {pattern!r} within {timeout_s} s:\n{log[start:]}"
+        return found
+
     def children(self) -> dict[str, psutil.Process]:
         """Role → process, of the services that run."""
         found = psutil.Process(self.process.pid).children()
@@ -109,13 +125,15 @@ def launched(
     services: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
     ready: bool = True,
+    directory: Path = ROOT,
 ) -> Iterator[Server]:
     """A server started with these flags and, where named, other modules as services; stopped at the end.
 
-    `ready`: wait until it serves. The port is free and chosen by the kernel, see `Server.url`.
+    `ready`: wait until it serves. `directory`: where it starts, for relative paths in the flags.
+    The port is free and chosen by the kernel, see `Server.url`.
     """
     run_base = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: socket paths are limited
-    server = Server(flags, services or {}, environment or {}, run_base)
+    server = Server(flags, services or {}, environment or {}, run_base, directory)
     try:
         if ready:
             server.wait_for(READY)
