@@ -49,8 +49,13 @@ def main() -> None:
     parser.add_argument("--url", default=DEFAULT_URL)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, help="the same seed gives the same answer")
     options = parser.parse_args()
-    sampling = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
+    sampling = {
+        "temperature": options.temperature,
+        "max_new_tokens": options.max_new_tokens,
+        "sampling_seed": options.seed,
+    }
     shown = 0
     for chunk in stream(options.url, {"text": options.prompt, "sampling_params": sampling}):
         print(chunk["text"][shown:], end="", flush=True)

@@ -6,10 +6,12 @@ python -m deploy.examples.rl_hot_swap.plot <directory>/history.json picture.png
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 INK, PALE, ACCENT = "#1f3a5f", "#9db4c0", "#d1495b"
 MS = 1000
+LEGEND_ROOM = 1.45  # the height of the axes, in heights of the tallest bar
 
 
 def draw(history: list[dict[str, Any]], picture: Path) -> None:
@@ -19,7 +21,7 @@ def draw(history: list[dict[str, Any]], picture: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
     rewards, costs = figure.subplots(1, 2)
     draw_rewards(rewards, history)
-    draw_costs(costs, [entry["update"] | {"iteration": entry["iteration"]} for entry in history if entry["update"]])
+    draw_costs(costs, [entry["update"] | {"iteration": entry["iteration"]} for entry in history])
     figure.savefig(picture)
 
 
@@ -35,22 +37,15 @@ def draw_rewards(axes: Any, history: list[dict[str, Any]]) -> None:
 
 def draw_costs(axes: Any, updates: list[dict[str, Any]]) -> None:
     iterations = [update["iteration"] for update in updates]
-    axes.bar(
-        iterations, [update["latency_s"] * MS for update in updates], color=PALE, label="update, request to answer"
-    )
-    axes.plot(
-        iterations,
-        [update["largest_gap_s"] * MS for update in updates],
-        "o",
-        color=ACCENT,
-        label="longest gap between two tokens of a stream",
-    )
-    usual = sorted(update["usual_gap_s"] for update in updates)[len(updates) // 2] * MS
-    axes.axhline(usual, color=INK, linewidth=1, label=f"usual gap, {usual:.1f} ms")
+    latencies = [update["latency_s"] * MS for update in updates]
+    gaps = [update["largest_gap_s"] * MS for update in updates]
+    usual = median(update["usual_gap_s"] for update in updates) * MS
+    axes.bar(iterations, latencies, color=PALE, label="update, from request to answer")
+    axes.plot(iterations, gaps, "o", color=ACCENT, label="longest gap between two tokens of a stream")
+    axes.axhline(usual, color=INK, linewidth=1, label=f"usual gap: {usual:.1f} ms")
     streams, complete = (sum(update[name] for update in updates) for name in ("streams", "complete_streams"))
-    title = f"{len(updates)} weight updates under load: {complete} of {streams} streams complete"
-    axes.set(title=title, xlabel="iteration", ylabel="milliseconds", ylim=(0, None))
-    axes.margins(y=0.35)
+    title = f"{len(updates)} weight updates: {complete} of {streams} streams complete"
+    axes.set(title=title, xlabel="iteration", ylabel="milliseconds", ylim=(0, LEGEND_ROOM * max(latencies + gaps)))
     axes.legend(loc="upper right", frameon=False)
     tidy(axes)
 

@@ -60,8 +60,16 @@ def started(model_path: str, log: Path) -> Iterator[Server]:
     try:
         yield Server(address(process, log))
     finally:
-        process.terminate()
+        stop(process)
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
         process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def address(process: "subprocess.Popen[bytes]", log: Path) -> str:

@@ -48,6 +48,9 @@ class Stream(threading.Thread):
             ids, self.meta = chunk["output_ids"], chunk["meta_info"]
         if len(ids) != NEW_TOKENS or self.meta["finish_reason"]["type"] != "length":
             self.fault = f"{len(ids)} of {NEW_TOKENS} tokens: {self.meta['finish_reason']}"
+        runs = self.meta["weight_versions"]
+        if [run["start"] for run in runs] + [NEW_TOKENS] != [0] + [run["end"] for run in runs]:
+            self.fault = f"the versions do not account for every token once: {runs}"
 
     @property
     def versions(self) -> list[str]:
@@ -68,14 +71,14 @@ class Watch:
     start: float = 0.0
     end: float = field(default=float("inf"))
 
-    def report(self) -> dict[str, Any]:
-        """For the history, once all streams have ended."""
+    def report(self, old: str, new: str) -> dict[str, Any]:
+        """For the history, once all streams have ended; `old` and `new` are the versions of the weights."""
         during = [gap for s in self.streams for gap in s.gaps(self.start, self.end)]
         every = [gap for s in self.streams for gap in s.gaps(0, float("inf"))]
         return {
             "streams": len(self.streams),
             "complete_streams": sum(not s.fault for s in self.streams),
-            "streams_across": sum(len(s.versions) > 1 for s in self.streams),
+            "streams_across": sum(s.versions == [old, new] for s in self.streams),
             "faults": [s.fault for s in self.streams if s.fault],
             "largest_gap_s": max(during, default=0.0),
             "usual_gap_s": statistics.median(every) if every else 0.0,

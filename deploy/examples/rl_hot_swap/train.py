@@ -32,7 +32,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--samples", type=int, default=16, help="answers to each of the prompts in one iteration")
     parser.add_argument("--streams", type=int, default=4, help="clients that read during each update")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url", help="a server that runs already")
     parser.add_argument("--out", type=Path, help="directory of the history, the picture, the log and the checkpoints")
@@ -50,7 +50,7 @@ class Trainer:
         self._options = options
         self._out = out
         self._checkpoint: Path | None = None  # the one that is served
-        self._version: str | None = None
+        self._version = ""  # of the weights that serve
         self._shuffle = random.Random(options.seed)
 
     def iterate(self, iteration: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Trainer:
                 "iteration": iteration,
                 "reward": fmean(map(reward, told)),
                 "wishes": {name: fmean(map(wish, told)) for name, wish in WISHES.items()},
-                "example": told[0].text,
+                "example": " ".join(told[0].text.split()),
                 "logprob_disagreement": disagreement,
                 "sampling_s": sampled - began,
                 "learning_s": learned - sampled,
@@ -77,13 +77,13 @@ class Trainer:
         return self.history[-1]
 
     def sample(self, iteration: int) -> list[list[Rollout]]:
-        """A group of rollouts for each prompt, all of them made by the weights that we sent last."""
+        """A group of rollouts for each prompt, all of them made by the weights that were sent last."""
         samples = self._options.samples
         seed = self._options.seed + iteration * samples * len(self.prompts)
         answers = self.server.call("/generate", rollouts.request(self.prompts, samples, seed))
         groups = rollouts.groups(self.prompts, answers)
-        if self._version:
-            check_versions([rollout for group in groups for rollout in group], self._version)
+        self._version = self._version or groups[0][0].versions[0]["version"]  # the first weights are not ours
+        check_versions([rollout for group in groups for rollout in group], self._version)
         return groups
 
     def learn(self, groups: list[list[Rollout]]) -> float:
@@ -105,8 +105,9 @@ class Trainer:
             latency_s = self.server.update_weights(checkpoint, version)
         if self._checkpoint:
             shutil.rmtree(self._checkpoint)
+        report = watch.report(self._version, version)
         self._checkpoint, self._version = checkpoint, version
-        return {"version": version, "latency_s": latency_s, **watch.report()}
+        return {"version": version, "latency_s": latency_s, **report}
 
 
 def check_versions(told: list[Rollout], version: str) -> None:
@@ -164,8 +165,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(line(trainer.iterate(iteration)), flush=True)
     print(summary(trainer.history, time.perf_counter() - began))
     (out / "history.json").write_text(json.dumps(trainer.history, indent=1))
-    plot.draw(trainer.history, out / "rl_hot_swap.png")
-    print(f"history, picture, log and the last checkpoint: {out}")
+    try:
+        plot.draw(trainer.history, out / "rl_hot_swap.png")
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error}; pip install 'quartet-serve[plot]'")
+    print(f"all of it is in {out}")
 
 
 if __name__ == "__main__":
