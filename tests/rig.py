@@ -14,13 +14,20 @@ PROMPT = [10, 11, 12, 13, 14, 15, 16]
 class Rig:
     """A scheduler between a fake inbox and a fake outbox, on a clock that the test moves."""
 
-    def __init__(self, depth: int = 0, **changes: Any) -> None:
+    def __init__(self, depth: int = 0, grammars: Any = None, **changes: Any) -> None:
         settings = config(**changes)
         self.worker = FakeWorker(settings.page_size, settings.total_pages, settings.max_running, VOCABULARY)
         self.inbox, self.outbox, self.progress = FakeInbox(), FakeOutbox(), FakeProgress()
         self.time = 0.0
         self.scheduler = Scheduler(
-            Planner(settings), self.worker, self.inbox, self.outbox, self.progress, depth=depth, clock=self.clock
+            Planner(settings),
+            self.worker,
+            self.inbox,
+            self.outbox,
+            self.progress,
+            depth=depth,
+            grammars=grammars,
+            clock=self.clock,
         )
 
     def clock(self) -> float:
