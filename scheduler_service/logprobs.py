@@ -7,6 +7,7 @@ import torch
 
 from runtime.messages import LogprobOptions, Logprobs
 from scheduler_service.sampler import largest
+from scheduler_service.transfer import fetch, upload
 
 ITEM_BYTES = 4  # of an id or a value on the wire
 BLOCK_BYTES = 64 << 20  # of logits that are alive at once while a prompt is scored
@@ -32,6 +33,10 @@ class Scores:
             asked_values=as_bytes(self.asked_values, torch.float32),
         )
 
+    def fetched(self) -> "Scores":
+        """The same on the host, once an Arrival made afterwards has been waited for."""
+        return Scores(*(fetch(x) for x in (self.ids, self.values, self.top_ids, self.top_values, self.asked_values)))
+
     def by_row(self, tops: list[int]) -> list[Logprobs]:
         """Each row on its own, with the best `tops[row]` only."""
         whole = self.packed()
@@ -48,6 +53,22 @@ class Scores:
         ]
 
 
+@dataclass(slots=True)
+class OutputScores:
+    """Logprobs of a step's drawn tokens, on their way to the host."""
+
+    count: int  # rows of the step
+    parts: list[tuple[list[int], list[int], Scores]]  # rows, the `top` of each, and their scores
+
+    def by_row(self) -> list[Logprobs | None]:
+        """Those of every row; None where nobody asked."""
+        found: list[Logprobs | None] = [None] * self.count
+        for rows, tops, scores in self.parts:
+            for row, logprobs in zip(rows, scores.by_row(tops), strict=True):
+                found[row] = logprobs
+        return found
+
+
 def cut(data: bytes, start: int, length: int) -> bytes:
     return data[start : start + length]
 
@@ -60,7 +81,7 @@ def as_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
 def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int]) -> Scores:
     """Logprobs of ids (rows,), of the best `top` tokens and of the `asked` ones, from logits (rows, vocab)."""
     norm = torch.logsumexp(logits, 1, keepdim=True)  # (rows, 1)
-    columns = torch.tensor(asked, dtype=torch.int64, device=logits.device)
+    columns = upload(asked, logits.device, torch.int64)
     top_values, top_ids = largest(logits, min(top, logits.shape[1])) if top else (logits[:, :0], logits[:, :0])
     return Scores(
         ids=ids,
@@ -71,22 +92,21 @@ def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int]) -
     )
 
 
-def output_logprobs(
-    logits: torch.Tensor, tokens: list[int], options: list[LogprobOptions | None]
-) -> list[Logprobs | None]:
-    """Logprobs of each row's drawn token, for the rows whose request wants them.
+def output_logprobs(logits: torch.Tensor, tokens: torch.Tensor, options: list[LogprobOptions | None]) -> OutputScores:
+    """Logprobs of each row's drawn token (rows,), for the rows whose request wants them.
 
     `logits` (rows, vocab) are those the draw was made from, before top-k, top-p and min-p.
     """
-    found: list[Logprobs | None] = [None] * len(tokens)
+    scored = OutputScores(len(options), [])
     for asked in {tuple(option.token_ids or ()) for option in options if option is not None}:
         rows = [i for i, o in enumerate(options) if o is not None and tuple(o.token_ids or ()) == asked]
-        part = logits if len(rows) == len(tokens) else logits[torch.tensor(rows, device=logits.device)]
-        ids = torch.tensor([tokens[i] for i in rows], device=logits.device)
         tops = [option.top for i in rows if (option := options[i]) is not None]
-        for row, logprobs in zip(rows, score(part, ids, max(tops), list(asked)).by_row(tops), strict=True):
-            found[row] = logprobs
-    return found
+        part, ids = logits, tokens
+        if len(rows) < len(options):
+            picked = upload(rows, logits.device)
+            part, ids = logits[picked], tokens[picked]
+        scored.parts.append((rows, tops, score(part, ids, max(tops), list(asked)).fetched()))
+    return scored
 
 
 def prompt_logprobs(

@@ -22,6 +22,7 @@ import torch
 from kernels.philox import uniform
 from runtime.sampling import SamplingParams
 from scheduler_service.core.request import Sequence
+from scheduler_service.transfer import send, upload
 
 BLOCK = 256  # tokens whose weights are summed first when drawing
 TOP_BLOCK = 128  # tokens that compete through their largest when searching the top k
@@ -44,10 +45,10 @@ class Wish:
 
 @dataclass(slots=True)
 class Draws:
-    """What one call chose."""
+    """What one call chose, on the device of the logits."""
 
-    tokens: list[int]
-    valid: list[bool]  # False: the row had no finite largest logit
+    tokens: torch.Tensor  # (rows,) int64
+    valid: torch.Tensor  # (rows,) bool; False: the row had no finite largest logit
 
 
 @dataclass(slots=True)
@@ -136,7 +137,7 @@ def adjust(logits: torch.Tensor, rows: list[Row], positions: list[int], allowed:
     if wishes & Wish.DRAW:
         temperatures = [row.params.temperature if row.wish & Wish.DRAW else 1.0 for row in rows]
         if any(temperature != 1.0 for temperature in temperatures):
-            logits.div_(torch.tensor(temperatures, device=logits.device).unsqueeze(1))
+            logits.div_(upload(temperatures, logits.device).unsqueeze(1))
 
 
 def penalise(logits: torch.Tensor, rows: list[Row]) -> None:
@@ -152,10 +153,10 @@ def penalise(logits: torch.Tensor, rows: list[Row]) -> None:
     if not where:
         return
     device = logits.device
-    flat = torch.cat(where).to(device)
+    flat = send(torch.cat(where), device)
     lengths = torch.tensor([len(part) for part in where])
-    frequency, presence, repetition = torch.tensor(factors).repeat_interleave(lengths, 0).to(device).unbind(1)
-    values = logits.view(-1)[flat] - frequency * torch.cat(counts).to(device) - presence
+    frequency, presence, repetition = send(torch.tensor(factors).repeat_interleave(lengths, 0), device).unbind(1)
+    values = logits.view(-1)[flat] - frequency * send(torch.cat(counts), device) - presence
     logits.view(-1)[flat] = torch.where(values > 0, values / repetition, values * repetition)
 
 
@@ -163,14 +164,13 @@ def forbid_the_end(logits: torch.Tensor, rows: list[Row], positions: list[int]) 
     """Mask the ids that end a request which has not made its minimum of tokens."""
     for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
         if row.end_ids and position - row.prompt_len < row.params.min_new_tokens:
-            logits[i, torch.tensor(row.end_ids, device=logits.device)] = -inf
+            logits[i, upload(row.end_ids, logits.device)] = -inf
 
 
 def add_bias(logits: torch.Tensor, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         if row.bias_ids:
-            ids = torch.tensor(row.bias_ids, device=logits.device)
-            logits[i, ids] += torch.tensor(row.biases, device=logits.device)
+            logits[i, upload(row.bias_ids, logits.device)] += upload(row.biases, logits.device)
 
 
 def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -192,17 +192,17 @@ def choose(logits: torch.Tensor, rows: list[Row], positions: list[int], keep_log
     drawn = [i for i, row in enumerate(rows) if row.wish & Wish.DRAW]
     if drawn:
         seeds = torch.tensor([rows[i].seed for i in drawn])
-        numbers = uniform(seeds, torch.tensor([positions[i] for i in drawn])).to(logits.device)
+        numbers = send(uniform(seeds, torch.tensor([positions[i] for i in drawn])), logits.device)
         at_once = max(1, CACHE_ELEMENTS // logits.shape[1])
         for first in range(0, len(drawn), at_once):
             some = drawn[first : first + at_once]
-            picked = torch.tensor(some, device=logits.device)
+            picked = upload(some, logits.device)
             adjacent = some[-1] - some[0] == len(some) - 1
             own = logits[some[0] : some[-1] + 1] if adjacent and not keep_logits else logits[picked]
             weights = own.sub_(best[picked].unsqueeze(1)).exp_()
             filter_weights(weights, [rows[i] for i in some])
             tokens[picked] = draw(weights, numbers[first : first + at_once])
-    return Draws(tokens.tolist(), valid.tolist())
+    return Draws(tokens, valid)
 
 
 def filter_weights(weights: torch.Tensor, rows: list[Row]) -> None:
@@ -212,10 +212,12 @@ def filter_weights(weights: torch.Tensor, rows: list[Row]) -> None:
         chosen = [i for i, row in enumerate(rows) if row.wish & wish]
         if not chosen:
             continue
-        picked = torch.tensor(chosen, device=weights.device)
+        picked = upload(chosen, weights.device)
         part = weights if len(chosen) == len(rows) else weights[picked]
         floor[picked] = torch.maximum(floor[picked], smallest(part, [rows[i].params for i in chosen]))
-    if floor.any():
+    if (
+        weights.device.type != "cpu" or floor.any()
+    ):  # looking is cheaper than writing, unless a device must be waited for
         weights.masked_fill_(weights < floor.unsqueeze(1), 0.0)
 
 
@@ -223,17 +225,18 @@ def top_k_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Te
     """The k-th largest weight of each row; tokens tied with it stay."""
     ks = [min(p.top_k, weights.shape[1]) for p in params]
     values, _ = largest(weights, max(ks))
-    return values.gather(1, torch.tensor(ks, device=weights.device).unsqueeze(1) - 1).squeeze(1)
+    return values.gather(1, upload(ks, weights.device).unsqueeze(1) - 1).squeeze(1)
 
 
 def top_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """The smallest weight of the shortest list of best tokens whose share reaches p.
 
     A histogram over the leading bits of the weights shows in which bin that weight lies; only that bin is sorted.
-    A vocabulary that is smaller than the histogram is sorted as a whole.
+    A vocabulary that is smaller than the histogram is sorted as a whole; so is any on a GPU, since how many weights
+    lie in a bin is not known there without waiting.
     """
-    shares = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=weights.device)
-    if weights.shape[1] <= BINS:
+    shares = upload([p.top_p for p in params], weights.device, torch.float64)
+    if weights.shape[1] <= BINS or weights.device.type != "cpu":
         values = weights.sort(1, descending=True).values
         mass = values.cumsum(1, dtype=torch.float64)
         place = torch.searchsorted(mass, shares.unsqueeze(1) * mass[:, -1:]).clamp_(max=weights.shape[1] - 1)
@@ -261,7 +264,7 @@ def nth_by_mass(values: torch.Tensor, counts: torch.Tensor, wanted: torch.Tensor
 
 
 def min_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    return torch.tensor([p.min_p for p in params], dtype=weights.dtype, device=weights.device)
+    return upload([p.min_p for p in params], weights.device, weights.dtype)
 
 
 def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

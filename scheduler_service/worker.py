@@ -3,6 +3,11 @@
     launch(plan)     inputs → forward → prompt logprobs → adjust → choose → logprobs
     collect(pending) the results, one per slice
 
+With `depth` 1 the next step is launched before the tokens of the last one are known here: it takes them on the
+device. Requests whose next token depends on the ones before in a way that only the host can follow (penalties,
+grammars) take part all the same: between such a step's forward pass and its draw, the last step is settled. What
+few requests ask for (prompt logprobs, hidden states, chosen experts, vectors) is waited for when it is computed.
+
 It decides nothing about requests: which run, on which pages and when they end is the planner's business.
 """
 
@@ -16,12 +21,12 @@ import torch
 from kernels.attention import paged_attention
 from kernels.attention_schedule import Ragged
 from runtime.config import ServerConfig
-from runtime.errors import Kind
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
 from scheduler_service import masks, sampler
-from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
+from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
+from scheduler_service.device_state import SlotTokens
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
 from scheduler_service.grammar import Grammar, Matcher
 from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
@@ -29,50 +34,18 @@ from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 from scheduler_service.model.registry import load_model
+from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
+from scheduler_service.transfer import Arrival, fetch, upload
 from scheduler_service.weights.load import available_gb
 
 log = logging.getLogger(__name__)
 
 MAX_RUNNING_REQUESTS = 256
 ONE_THREAD_HIDDEN_SIZE = 384
-TOO_COSTLY = "The output cannot be constrained any further: {}"
-NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
 Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
-
-
-@dataclass(slots=True)
-class Pending:
-    """A launched step."""
-
-    results: list[Result]
-
-
-@dataclass(slots=True)
-class State:
-    """What the worker keeps of an admitted request. It follows from the request's tokens, so it can be made anew."""
-
-    row: sampler.Row
-    runs: PageRuns
-    last_token: int = 0  # sampled, perhaps not committed yet
-    matcher: Matcher | None = None  # how far it has come in its grammar
-
-    def take(self, token: int) -> None:
-        """Note a sampled token."""
-        self.last_token = token
-        self.row.add(token)
-        if self.matcher is not None:
-            self.matcher.accept(token)
-
-    def fault(self, valid: bool) -> tuple[str, Kind] | None:
-        """Why the token that was just drawn is none. `valid`: some token had a finite largest logit."""
-        if self.matcher is not None and self.matcher.error:
-            return TOO_COSTLY.format(self.matcher.error), Kind.BAD_REQUEST
-        if valid:
-            return None
-        return (NAN_HAPPENED, Kind.INTERNAL) if self.matcher is None else (NOTHING_ALLOWED, Kind.BAD_REQUEST)
 
 
 @dataclass(slots=True)
@@ -101,7 +74,10 @@ class PagedAttend:
 class Worker:
     """One device's share of the work."""
 
-    def __init__(self, config: ServerConfig, info: ModelInfo, load: Load = load_model) -> None:
+    def __init__(
+        self, config: ServerConfig, info: ModelInfo, load: Load = load_model, depth: int | None = None
+    ) -> None:
+        """`depth`: see `Scheduler`; without one, steps overlap where there is a device that works on its own."""
         self.info = info
         self.weight_version = config.weight_version
         self.device = choose_device(config.device)
@@ -123,7 +99,10 @@ class Worker:
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count
         self.max_running_requests = min(running, self.page_count)
+        self.depth = (1 if self.device.type == "cuda" else 0) if depth is None else depth
         self.states: dict[Sequence, State] = {}
+        self.unsettled: list[Pending] = []  # in the order of their launch
+        self.tokens = SlotTokens(self.max_running_requests, self.device)
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
@@ -183,10 +162,39 @@ class Worker:
         states = [self.state_of(share.sequence) for share in plan.slices]
         inputs = self.inputs(plan, states)
         sampled = [i for i, share in enumerate(plan.slices) if share.samples and self.pooler is None]
-        allowed = self.masks.start([states[i].matcher for i in sampled])
+        look_back = self.unsettled and any(states[i].looks_back for i in sampled)
+        matchers = [states[i].matcher for i in sampled]
+        allowed = None if look_back else self.masks.start(matchers)
         chosen = self.watch_experts(plan)
         hidden = self.forward(inputs, chosen)  # (tokens, hidden)
-        results = [Result() for _ in plan.slices]
+        pending = Pending([Result() for _ in plan.slices])
+        self.answer(plan, inputs, hidden, chosen, pending.results)
+        if look_back:
+            self.settle()
+            allowed = self.masks.start(matchers)
+        if sampled:
+            last_rows = upload([inputs.offsets[i + 1] - 1 for i in sampled], hidden.device)
+            logits = self.model.logits(hidden[last_rows])  # (rows, vocab)
+            mask = masks.allowed(allowed, self.device)
+            pending.drawn = self.draw(plan, states, sampled, logits, mask)
+            self.unsettled.append(pending)
+        return pending
+
+    def collect(self, pending: Pending) -> list[Result]:
+        """Wait for a launched step; its results are in the order of the plan's slices."""
+        while pending.drawn is not None:
+            self.unsettled.pop(0).settle()
+        return pending.results
+
+    def settle(self) -> None:
+        """Wait for all that was launched."""
+        while self.unsettled:
+            self.unsettled.pop(0).settle()
+
+    def answer(
+        self, plan: Plan, inputs: Inputs, hidden: torch.Tensor, chosen: Chosen | None, results: list[Result]
+    ) -> None:
+        """Fill in what requests want of the forward pass itself; hidden (tokens, hidden) of all slices."""
         if chosen is not None:
             self.note_experts(plan, inputs, chosen, results)
         for share, result, row in zip(plan.slices, results, inputs.offsets, strict=False):
@@ -199,15 +207,6 @@ class Worker:
                 result.error = NOT_AN_EMBEDDER
         if self.pooler is not None:
             self.pooler.fill(plan, inputs.offsets, hidden, results)
-        if sampled:
-            last_rows = torch.tensor([inputs.offsets[i + 1] - 1 for i in sampled], device=hidden.device)
-            logits = self.model.logits(hidden[last_rows])  # (rows, vocab)
-            self.sample(plan, states, sampled, logits, masks.allowed(allowed, self.device), results)
-        return Pending(results)
-
-    def collect(self, pending: Pending) -> list[Result]:
-        """Wait for a launched step; its results are in the order of the plan's slices."""
-        return pending.results
 
     def inputs(self, plan: Plan, states: list[State]) -> Inputs:
         runs = [state.runs.of(share.sequence) for state, share in zip(states, plan.slices, strict=True)]
@@ -215,6 +214,13 @@ class Worker:
         add_embeds(inputs, plan, self.model.hidden_size)
         add_token_types(inputs, plan)
         to_device(inputs, self.device)
+        ahead = [i for i, state in enumerate(states) if state.unseen]
+        if ahead:
+            self.tokens.read(
+                inputs.input_ids,
+                [inputs.offsets[i] for i in ahead],
+                [plan.slices[i].sequence.slot for i in ahead],
+            )
         return inputs
 
     def forward(self, inputs: Inputs, chosen: Chosen | None = None) -> torch.Tensor:
@@ -262,30 +268,26 @@ class Worker:
             sequence.request.logprobs,
         )
 
-    def sample(
+    def draw(
         self,
         plan: Plan,
         states: list[State],
         sampled: list[int],
         logits: torch.Tensor,
         allowed: torch.Tensor | None,
-        results: list[Result],
-    ) -> None:
-        """Draw the next token of the slices `sampled` from logits (rows, vocab), and fill in their results."""
+    ) -> Drawn:
+        """Draw the next token of the slices `sampled` from logits (rows, vocab)."""
         rows = [states[i].row for i in sampled]
-        positions = [plan.slices[i].end for i in sampled]
-        options = [plan.slices[i].sequence.request.logprobs for i in sampled]
+        slices = [plan.slices[i] for i in sampled]
+        positions = [share.end for share in slices]
+        options = [share.sequence.request.logprobs for share in slices]
         sampler.adjust(logits, rows, positions, allowed)
         draws = sampler.choose(logits, rows, positions, keep_logits=any(options))
+        if self.depth:
+            self.tokens.write([share.sequence.slot for share in slices], draws.tokens)
         logprobs = output_logprobs(logits, draws.tokens, options)
-        for i, token, valid, its_logprobs in zip(sampled, draws.tokens, draws.valid, logprobs, strict=True):
-            result, state = results[i], states[i]
-            if fault := state.fault(valid):
-                result.error, result.error_kind = fault
-                continue
-            result.token, result.logprobs = token, its_logprobs
-            state.take(token)
-            result.complete = state.matcher is not None and state.matcher.finished
+        tokens, valid = fetch(draws.tokens), fetch(draws.valid)
+        return Drawn(sampled, [states[i] for i in sampled], tokens, valid, logprobs, Arrival(self.device))
 
 
 def matcher_of(sequence: Sequence) -> Matcher | None:

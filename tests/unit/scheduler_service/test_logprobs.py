@@ -37,7 +37,7 @@ def test_each_row_gets_what_its_request_asked_for():
         LogprobOptions(top=1, token_ids=[9, 0]),
         LogprobOptions(token_ids=[9, 0]),
     ]
-    found = output_logprobs(logits, tokens, options)
+    found = output_logprobs(logits, torch.tensor(tokens), options).by_row()
     assert found[1] is None
     for row, option in enumerate(options):
         if option is not None:
@@ -45,13 +45,13 @@ def test_each_row_gets_what_its_request_asked_for():
 
 
 def test_nobody_asking_costs_nothing_and_gives_nothing():
-    assert output_logprobs(torch.empty(2, 0), [0, 0], [None, None]) == [None, None]
+    assert output_logprobs(torch.empty(2, 0), torch.zeros(2), [None, None]).by_row() == [None, None]
 
 
 def test_a_masked_token_has_minus_infinity():
     logits = torch.zeros(1, 4)
     logits[0, 2] = -torch.inf
-    (found,) = output_logprobs(logits, [0], [LogprobOptions(token_ids=[2])])
+    (found,) = output_logprobs(logits, torch.tensor([0]), [LogprobOptions(token_ids=[2])]).by_row()
     assert floats(found.asked_values).tolist() == [-torch.inf]
     close(found.values, torch.tensor([-1.0986123]))
 

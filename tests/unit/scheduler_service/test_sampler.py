@@ -28,7 +28,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], allowed: torch.Tenso
     adjust(own, rows, positions, allowed)
     draws = choose(own, rows, positions)
     assert all(draws.valid)
-    return draws.tokens
+    return draws.tokens.tolist()
 
 
 # One request at a time, in plain Python
@@ -127,7 +127,7 @@ def test_draws_follow_the_distribution():
     count = 20000
     positions = list(range(count))
     rows = [make_row(sequence(SamplingParams(), seed=11), [])] * count
-    tokens = torch.tensor(choose(weights.log().repeat(count, 1), rows, positions).tokens)
+    tokens = choose(weights.log().repeat(count, 1), rows, positions).tokens
     counts = torch.bincount(tokens, minlength=5)
     assert counts[2] == 0
     expected = weights[weights > 0] * count
@@ -138,10 +138,10 @@ def test_position_and_seed_both_move_the_draw():
     logits = torch.zeros(64, 1000)
     by_position = choose(
         logits.clone(), [make_row(sequence(SamplingParams(), seed=1), [])] * 64, list(range(64))
-    ).tokens
+    ).tokens.tolist()
     by_seed = choose(
         logits.clone(), [make_row(sequence(SamplingParams(), seed=i), []) for i in range(64)], [0] * 64
-    ).tokens
+    ).tokens.tolist()
     assert len(set(by_position)) > 55 and len(set(by_seed)) > 55
 
 
@@ -213,13 +213,13 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(bad, temperatur
     logits[1, 17] = bad
     rows = [make_row(sequence(SamplingParams(temperature=temperature), seed=4), [])] * 3
     draws = choose(logits, rows, [5] * 3)
-    assert draws.valid == [True, False, True]
+    assert draws.valid.tolist() == [True, False, True]
     assert [draws.tokens[0], draws.tokens[2]] == [expected[0], expected[2]]
 
 
 def test_a_row_without_any_allowed_token_is_reported():
     logits = torch.full((1, 300), -math.inf)
-    assert choose(logits, [make_row(sequence(SamplingParams()), [])], [5]).valid == [False]
+    assert choose(logits, [make_row(sequence(SamplingParams()), [])], [5]).valid.tolist() == [False]
 
 
 def test_draw_at_the_edges_never_picks_what_has_no_weight():

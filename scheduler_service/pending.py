@@ -1,0 +1,92 @@
+"""A launched step: what each admitted request keeps from step to step, and what comes back when a step has landed.
+
+The tokens of a step stay on the device until somebody settles it. The next step may be launched before: it reads them
+there. What only the host can do with a token (penalties, grammars) waits for `settle`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime.errors import Kind
+from scheduler_service import sampler
+from scheduler_service.core.plan import NAN_HAPPENED, Result
+from scheduler_service.grammar import Matcher
+from scheduler_service.inputs import PageRuns
+from scheduler_service.logprobs import OutputScores
+from scheduler_service.transfer import Arrival
+
+TOO_COSTLY = "The output cannot be constrained any further: {}"
+NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."
+
+
+@dataclass(slots=True)
+class State:
+    """What the worker keeps of an admitted request. It follows from the request's tokens, so it can be made anew."""
+
+    row: sampler.Row
+    runs: PageRuns
+    last_token: int = 0  # sampled, perhaps not committed yet
+    unseen: int = 0  # tokens sampled after that one which the host has not seen
+    matcher: Matcher | None = None  # how far it has come in its grammar
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether its next token depends on the ones before in a way that only the host can follow."""
+        return self.matcher is not None or bool(self.row.wish & sampler.Wish.PENALTY)
+
+    def take(self, token: int) -> None:
+        """Note a sampled token."""
+        self.last_token = token
+        self.row.add(token)
+        if self.matcher is not None:
+            self.matcher.accept(token)
+
+    def fault(self, valid: bool) -> tuple[str, Kind] | None:
+        """Why the token that was just drawn is none. `valid`: some token had a finite largest logit."""
+        if self.matcher is not None and self.matcher.error:
+            return TOO_COSTLY.format(self.matcher.error), Kind.BAD_REQUEST
+        if valid:
+            return None
+        return (NAN_HAPPENED, Kind.INTERNAL) if self.matcher is None else (NOTHING_ALLOWED, Kind.BAD_REQUEST)
+
+
+@dataclass(slots=True)
+class Drawn:
+    """The tokens of a step, on their way to the host."""
+
+    sampled: list[int]  # the slices that drew one
+    states: list[State]  # theirs
+    tokens: torch.Tensor  # (sampled,) int64
+    valid: torch.Tensor  # (sampled,) bool
+    logprobs: OutputScores
+    arrival: Arrival
+
+    def __post_init__(self) -> None:
+        for state in self.states:
+            state.unseen += 1
+
+
+@dataclass(slots=True)
+class Pending:
+    """A launched step. Its results are complete once it is settled."""
+
+    results: list[Result]
+    drawn: Drawn | None = None  # until then
+
+    def settle(self) -> None:
+        """Wait for the step's tokens and take them in; a second call changes nothing."""
+        drawn, self.drawn = self.drawn, None
+        if drawn is None:
+            return
+        drawn.arrival.wait()
+        columns = drawn.sampled, drawn.states, drawn.tokens.tolist(), drawn.valid.tolist(), drawn.logprobs.by_row()
+        for i, state, token, valid, logprobs in zip(*columns, strict=True):
+            result = self.results[i]
+            state.unseen -= 1
+            if fault := state.fault(valid):
+                result.error, result.error_kind = fault
+                continue
+            result.token, result.logprobs = token, logprobs
+            state.take(token)
+            result.complete = state.matcher is not None and state.matcher.finished

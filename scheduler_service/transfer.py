@@ -1,0 +1,45 @@
+"""Numbers on their way to a device and back, without waiting for it.
+
+A plain copy from the host to a GPU waits for everything the GPU has been given before, and would undo the overlap of
+two steps. What goes through page-locked memory is only put in line. On a CPU nothing is copied at all.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`."""
+    if device.type == "cpu":
+        return tensor
+    # The caching host allocator keeps the page-locked block until the copy has been made.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Python numbers as a tensor on `device`."""
+    return send(torch.tensor(values, dtype=dtype), device)
+
+
+def fetch(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the host's memory; its values are there once an Arrival made afterwards has been waited for."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+class Arrival:
+    """The moment when everything that the device has been given so far is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
