@@ -1,5 +1,6 @@
 """The scheduler process: `python -m scheduler_service.main <boot file>`."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
@@ -15,10 +16,14 @@ from scheduler_service.weights import record
 from scheduler_service.weights.update import Updates
 from scheduler_service.worker import Worker
 
+log = logging.getLogger(__name__)
+
 
 def main(boot: Boot) -> None:
     config = record.restored(boot.config, boot.run_dir)
     info = model_info.load(config)
+    if info.is_embedding:
+        log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
     updates = Updates(worker.model.weights, config, boot.run_dir)
     saver = MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup) if config.enable_memory_saver else None
