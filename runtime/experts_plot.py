@@ -91,7 +91,7 @@ def draw(counts: Counts, title: str, target: Path) -> None:
     except ImportError as error:
         raise UsageError(NEEDS_MATPLOTLIB) from error
     layers, experts = len(counts), len(counts[0])
-    size = min(4 + experts * 0.16, 20), min(2.2 + layers * 0.22, 14)
+    size = min(4 + experts * 0.16, 20), min(max(2.2 + layers * 0.22, 3.2), 14)
     picture = figure.Figure(figsize=size, layout="constrained", dpi=DPI)
     axes = picture.subplots()
     grid = loads(counts)

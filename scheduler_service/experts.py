@@ -30,6 +30,7 @@ NO_EXPERT = -1  # in the rows of layers without experts
 MAX_RECORDED_BYTES = 1 << 30  # of what is kept between two dumps
 DEFAULT_BUFFER_SIZE = 1000  # passes
 UNBOUNDED = -1
+LISTS = ("input_ids", "positions")
 EXTEND, DECODE, MIXED = 1, 2, 3  # kinds of passes, as readers of the files know them
 
 
@@ -117,12 +118,17 @@ def detailed_payload(records: Sequence[Record], shape: ExpertShape) -> dict[str,
                 "rank": 0,
                 "gatherer_key": "primary",
                 "global_physical_count": record.counts.cpu(),
-                **record.details,
+                **{name: as_read(name, value) for name, value in record.details.items()},
             }
             for record in records
         ],
         "last_physical_to_logical_map": torch.arange(shape.experts).repeat(shape.layers, 1),
     }
+
+
+def as_read(name: str, value: Any) -> Any:
+    """A detail as readers of the files expect it; what they expect as a list is kept as a tensor, which is smaller."""
+    return value.tolist() if name in LISTS else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +182,11 @@ class ExpertRecorder:
             log.warning("the expert distribution is not being recorded: nothing to stop")
         self.recording = False
 
-    def add(self, inputs: Inputs, chosen: Chosen) -> None:
-        """Keep one pass, and drop the oldest where there are too many."""
+    def add(self, inputs: Inputs, decodes: int, chosen: Chosen) -> None:
+        """Keep one pass, whose first `decodes` sequences decode, and drop the oldest where there are too many."""
         self.passes += 1
         counts = chosen.counts()
-        details, nbytes = token_details(inputs, chosen) if self.mode.per_token else ({}, 0)
+        details, nbytes = token_details(inputs, decodes, chosen) if self.mode.per_token else ({}, 0)
         if len(self.records) == self.records.maxlen:
             self._drop_oldest()
         self._bytes += nbytes + counts.nbytes
@@ -214,15 +220,15 @@ class ExpertRecorder:
             self._drop_oldest()
 
 
-def token_details(inputs: Inputs, chosen: Chosen) -> tuple[dict[str, Any], int]:
+def token_details(inputs: Inputs, decodes: int, chosen: Chosen) -> tuple[dict[str, Any], int]:
     """Who chose: every token of the pass, with its experts in all layers; and the bytes that this takes."""
     lengths = inputs.starts.diff().tolist()
     ids = chosen.ids().transpose(0, 1).contiguous()  # (layers, tokens, top_k)
     details = {
-        "input_ids": inputs.input_ids.tolist(),
-        "positions": inputs.positions.tolist(),
+        "input_ids": inputs.input_ids.cpu(),
+        "positions": inputs.positions.cpu(),
         "extend_seq_lens": lengths,
-        "forward_mode": DECODE if max(lengths) == 1 else MIXED if min(lengths) == 1 else EXTEND,
+        "forward_mode": EXTEND if not decodes else DECODE if decodes == len(lengths) else MIXED,
         "topk_ids_of_layer": ids,
         "misc_objects": [],
     }

@@ -248,7 +248,7 @@ class Worker:
     def note_experts(self, plan: Plan, inputs: Inputs, chosen: Chosen, results: list[Result]) -> None:
         """Record a step's choices of experts, and hand each request its own where it asked for them."""
         if self.expert_recorder is not None and self.expert_recorder.recording:
-            self.expert_recorder.add(inputs, chosen)
+            self.expert_recorder.add(inputs, plan.decodes, chosen)
         asking = [i for i, share in enumerate(plan.slices) if share.sequence.request.return_routed_experts]
         ids = chosen.ids() if asking else None  # (tokens, layers, top_k)
         for i in asking:

@@ -87,7 +87,7 @@ def test_choices_by_token_have_no_expert_in_dense_layers() -> None:
 def test_the_file_of_stat_has_the_counts_of_every_pass(mode: str, tmp_path: Path) -> None:
     made = recorder(tmp_path, mode)
     for _ in range(3):
-        made.add(inputs(2), chosen())
+        made.add(inputs(2), 0, chosen())
     content = written(made)
     assert content.keys() == {"rank", "logical_count", "average_utilization_rate_over_window"}
     assert (content["rank"], content["average_utilization_rate_over_window"]) == (0, None)
@@ -102,8 +102,8 @@ def test_an_empty_recording_is_one_of_zeros(tmp_path: Path) -> None:
 
 def test_the_csv_beside_the_file_has_the_sums(tmp_path: Path) -> None:
     made = recorder(tmp_path)
-    made.add(inputs(2), chosen())
-    made.add(inputs(2), chosen())
+    made.add(inputs(2), 0, chosen())
+    made.add(inputs(2), 0, chosen())
     path = dump(made)
     rows = list(csv.reader(path.with_suffix(".csv").open()))
     assert rows[0] == ["layer_id", "expert_id", "count"]
@@ -112,12 +112,14 @@ def test_the_csv_beside_the_file_has_the_sums(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted([path, path.with_suffix(".csv")])
 
 
-@pytest.mark.parametrize(("lengths", "forward_mode"), [((2,), 1), ((1, 1), 2), ((1, 3), 3)])
+@pytest.mark.parametrize(
+    ("lengths", "decodes", "forward_mode"), [((2,), 0, 1), ((1, 1), 0, 1), ((1, 1), 2, 2), ((1, 1), 1, 3)]
+)
 def test_a_record_by_token_says_what_kind_of_pass_it_was(
-    lengths: tuple[int, ...], forward_mode: int, tmp_path: Path
+    lengths: tuple[int, ...], decodes: int, forward_mode: int, tmp_path: Path
 ) -> None:
     made = recorder(tmp_path, "per_token")
-    made.add(inputs(*lengths), chosen())
+    made.add(inputs(*lengths), decodes, chosen())
     [record] = written(made)["records"]
     assert (record["forward_pass_id"], record["rank"], record["gatherer_key"]) == (1, 0, "primary")
     assert (record["forward_mode"], record["extend_seq_lens"]) == (forward_mode, list(lengths))
@@ -134,14 +136,14 @@ def test_files_by_pass_are_named_by_rank(tmp_path: Path) -> None:
 def test_the_oldest_passes_are_forgotten_when_the_buffer_is_full(tmp_path: Path) -> None:
     made = recorder(tmp_path, "per_pass", buffer_size=2)
     for _ in range(5):
-        made.add(inputs(2), chosen())
+        made.add(inputs(2), 0, chosen())
     assert [record["forward_pass_id"] for record in written(made)["records"]] == [4, 5]
 
 
 def test_an_unbounded_buffer_keeps_all(tmp_path: Path) -> None:
     made = recorder(tmp_path, buffer_size=-1)
     for _ in range(1500):
-        made.add(inputs(2), chosen())
+        made.add(inputs(2), 0, chosen())
     assert len(written(made)["logical_count"]) == 1500
 
 
@@ -149,7 +151,7 @@ def test_an_unbounded_buffer_keeps_all(tmp_path: Path) -> None:
 def test_an_unbounded_buffer_stays_within_its_bytes(mode: str, tmp_path: Path) -> None:
     made = ExpertRecorder(mode, SHAPE, tmp_path, buffer_size=-1, most_bytes=1000)
     for _ in range(50):
-        made.add(inputs(2), chosen())
+        made.add(inputs(2), 0, chosen())
     kept = sum(record.nbytes for record in made.records)
     assert 800 < kept <= 1000 and made.records[-1].number == 50
 
@@ -159,7 +161,7 @@ def test_a_start_forgets_what_was_recorded_and_a_stop_does_not(
 ) -> None:
     caplog.set_level(logging.INFO)
     made = recorder(tmp_path)
-    made.add(inputs(2), chosen())
+    made.add(inputs(2), 0, chosen())
     made.stop()
     assert (made.recording, len(made.records)) == (False, 1)
     made.start()
@@ -180,21 +182,21 @@ def test_starting_twice_and_stopping_twice_are_warned_about(tmp_path: Path, capl
 def test_a_dump_forgets_what_it_wrote_and_recording_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     made = recorder(tmp_path)
-    made.add(inputs(2), chosen())
+    made.add(inputs(2), 0, chosen())
     path = dump(made)
     assert caplog.messages[1:] == [
         f"Write expert distribution to {path}",
         "Resetting ExpertDistributionRecorder...",
     ]
     assert made.recording
-    made.add(inputs(2), chosen())
+    made.add(inputs(2), 0, chosen())
     assert written(made)["logical_count"].tolist() == [COUNTS]
 
 
 def test_a_dump_that_cannot_be_written_keeps_the_recording(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     made = recorder(tmp_path / "file")
-    made.add(inputs(2), chosen())
+    made.add(inputs(2), 0, chosen())
     with pytest.raises(CommandRefused, match="cannot be written") as refused:
         dump(made)
     assert (refused.value.status, len(made.records)) == (500, 1)
@@ -202,14 +204,14 @@ def test_a_dump_that_cannot_be_written_keeps_the_recording(tmp_path: Path) -> No
 
 def test_passes_that_are_recorded_while_a_dump_is_written_belong_to_the_next(tmp_path: Path) -> None:
     made = recorder(tmp_path, "per_pass")
-    made.add(inputs(2), chosen())
+    made.add(inputs(2), 0, chosen())
     writing = made.dump()
     with contextlib.suppress(StopIteration):
         next(writing)
-        made.add(inputs(2), chosen())
+        made.add(inputs(2), 0, chosen())
         while True:
             next(writing)
-    made.add(inputs(2), chosen())
+    made.add(inputs(2), 0, chosen())
     numbers = [record["forward_pass_id"] for record in written(made)["records"]]
     assert 1 not in numbers and made.passes in numbers and len(numbers) == made.passes - 1
 
