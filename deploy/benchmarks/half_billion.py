@@ -1,6 +1,7 @@
 """A random checkpoint of Qwen2.5-0.5B's shape on disk, for benchmarks: real sizes, no download."""
 
 from pathlib import Path
+from typing import Any
 
 VOCAB = 151936
 TOKENIZER_VOCAB = 1024
@@ -11,9 +12,20 @@ def build(directory: Path, dtype: str, layers: int = 24) -> Path:
     if (directory / "tokenizer.json").exists():
         return directory
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
-    config = Qwen2Config(
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config(layers)).to(getattr(torch, dtype))
+    model.save_pretrained(directory)
+    write_tokenizer(directory)
+    return directory
+
+
+def config(layers: int = 24) -> Any:
+    """transformers' description of the shape."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=896,
         intermediate_size=4864,
@@ -26,11 +38,6 @@ def build(directory: Path, dtype: str, layers: int = 24) -> Path:
         bos_token_id=0,
         eos_token_id=0,
     )
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).to(getattr(torch, dtype))
-    model.save_pretrained(directory)
-    write_tokenizer(directory)
-    return directory
 
 
 def write_tokenizer(directory: Path) -> None:

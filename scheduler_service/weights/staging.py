@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -30,6 +31,7 @@ from scheduler_service.weights.manifest import Manifest
 from scheduler_service.weights.progress import shown
 
 CHUNK_BYTES = 8 << 20
+SETTLED_S = 0.05
 HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # tables, not weights
 
 Arguments = ParamSpec("Arguments")
@@ -56,16 +58,31 @@ def identity(status: os.stat_result) -> Identity:
 
 
 def identities(directory: Path) -> Identities:
-    """All safetensors files of a directory. Raises CheckpointError for what is no regular file."""
+    """All safetensors files of a directory, once they have not been written to for a moment.
+
+    Times on disk advance in steps: a file written to within the same step as now could be written to again unseen.
+    Raises CheckpointError for what is being written, or is no regular file.
+    """
+    found = looked_at(directory)
+    newest_s = max((status.st_mtime for status in found.values()), default=0.0)
+    if 0 <= (age_s := time.time() - newest_s) < SETTLED_S:
+        time.sleep(SETTLED_S - age_s)
+    again = {path: identity(status) for path, status in looked_at(directory).items()}
+    for path, status in found.items():
+        if again.get(path) != identity(status):
+            raise CheckpointError(f"{path} is being written")
+    return again
+
+
+def looked_at(directory: Path) -> dict[Path, os.stat_result]:
     found = {}
     for path in sorted(directory.glob("*.safetensors")):
         try:
-            status = path.stat()
+            found[path] = path.stat()
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(found[path].st_mode):
             raise CheckpointError(f"{path} is no regular file")
-        found[path] = identity(status)
     return found
 
 

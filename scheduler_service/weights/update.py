@@ -128,7 +128,7 @@ class Updates:
             anywhere = msgspec.structs.replace(self.config, revision=None)  # that one is of the model at start
             return hub.find("model_path", model_path, anywhere, (*hub.WEIGHTS, *hub.TOKENIZER))
         except StartupError as error:
-            log.info("%s", error)
+            log.debug("%s", error)
             raise CommandRefused(NOT_OPENED.format(f"{model_path} (repository not found)")) from error
 
     def fill(self, checkpoint: Checkpoint | None, before: staging.Identities, digests: Manifest | None) -> None:

@@ -1,0 +1,111 @@
+"""A whole scheduler with a real, tiny model between a fake inbox and a fake outbox."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from runtime import model_info
+from runtime.config import ServerConfig
+from runtime.control import ControlCommand
+from runtime.messages import Finish, Reply, Tokenized, Tokens, unpack_ids
+from scheduler_service.assemble import planner_config
+from scheduler_service.core.planner import Planner
+from scheduler_service.memory_saver import MemorySaver
+from scheduler_service.scheduler import Scheduler
+from scheduler_service.weights.update import Updates
+from scheduler_service.worker import Worker
+from tests.fakes import FakeInbox, FakeOutbox, FakeProgress
+
+DEADLINE_S = 60.0
+
+
+class Live:
+    """Step it, send it requests and commands, read what came out."""
+
+    def __init__(self, directory: Path, run_dir: Path, depth: int = 0, **settings: Any) -> None:
+        settings = {"dtype": "float32", "page_size": 4, "max_total_tokens": 16384, "device": "cpu", **settings}
+        config = ServerConfig(model_path=str(directory), **settings)
+        info = model_info.load(config)
+        self.worker = Worker(config, info)
+        self.updates = Updates(self.worker.model.weights, config, str(run_dir))
+        saver = MemorySaver(self.updates, self.worker.cache, config.enable_weights_cpu_backup)
+        self.inbox, self.outbox = FakeInbox(), FakeOutbox()
+        self.scheduler = Scheduler(
+            Planner(planner_config(config, info, self.worker)),
+            self.worker,
+            self.inbox,
+            self.outbox,
+            FakeProgress(),
+            depth=depth,
+            updates=self.updates,
+            saver=saver if config.enable_memory_saver else None,
+        )
+        self._next = 0
+
+    @property
+    def planner(self) -> Planner:
+        return self.scheduler.planner
+
+    def send(self, *messages: Tokenized | ControlCommand) -> None:
+        self.inbox.put(*messages)
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.scheduler.step()
+
+    def run(self) -> None:
+        """Until there is nothing to do."""
+        self.step()
+        while not self.scheduler.idle:
+            self.step()
+
+    def call(self, command: ControlCommand) -> Reply:
+        """Step until the command is answered."""
+        return self.wait(self.begin(command))
+
+    def begin(self, command: ControlCommand) -> str:
+        """Send a command without waiting for its answer; returns its id."""
+        self._next += 1
+        command.id = f"c{self._next}"
+        self.send(command)
+        return command.id
+
+    def reply(self, id: str) -> Reply | None:
+        return next((m for m in self.outbox.messages if isinstance(m, Reply) and m.id == id), None)
+
+    def wait(self, id: str) -> Reply:
+        deadline = time.monotonic() + DEADLINE_S
+        while (reply := self.reply(id)) is None:
+            assert time.monotonic() < deadline, f"command {id} is not answered"
+            self.step()
+        return reply
+
+    def tokens(self, rid: str) -> list[Tokens]:
+        return [m for m in self.outbox.messages if isinstance(m, Tokens) and m.rid == rid]
+
+    def output(self, rid: str) -> list[int]:
+        return [id for message in self.tokens(rid) for id in unpack_ids(message.ids)]
+
+    def finish(self, rid: str) -> Finish | None:
+        return self.tokens(rid)[-1].finish if self.tokens(rid) else None
+
+    def by_version(self, rid: str) -> list[tuple[str, int]]:
+        """(weight version, token) of every output token."""
+        return [(message.weight_version, id) for message in self.tokens(rid) for id in unpack_ids(message.ids)]
+
+    def logits(self, prompt: list[int]) -> bytes:
+        """What the served weights say to a prompt, without touching requests or cache: for comparisons bit by bit."""
+        import torch
+
+        from kernels import reference
+        from scheduler_service.model.batch import Batch
+
+        def attend(spec: Any, q: Any, k: Any, v: Any) -> Any:
+            return reference.attention(q, k, v, spec.scale, spec.window, spec.softcap, spec.sinks)
+
+        ids = torch.tensor(prompt)
+        starts = torch.tensor([0, len(prompt)])
+        batch = Batch(input_ids=ids, positions=torch.arange(len(prompt)), attend=attend, starts=starts)
+        with torch.inference_mode():
+            logits = self.worker.model.logits(self.worker.model.forward(batch))
+        return logits.numpy().tobytes()

@@ -1,0 +1,196 @@
+"""Pausing in three ways, and giving memory back for a while."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.control import (
+    CheckWeights,
+    ContinueGeneration,
+    FlushCache,
+    PauseGeneration,
+    ReleaseMemory,
+    ResumeMemory,
+    SlowDown,
+    UpdateWeightsFromDisk,
+)
+from runtime.messages import Reply, unpack_ids
+from tests import checkpoints
+from tests.live import Live
+from tests.rig import PROMPT, Rig
+from tests.stepper import expected_output, tokenized
+
+
+def call(rig: Rig, command: PauseGeneration | ContinueGeneration | FlushCache | SlowDown) -> Reply:
+    """Step until the command is answered, for at most a few steps."""
+    command.id = "call"
+    rig.inbox.put(command)
+    for _ in range(5):
+        rig.scheduler.step()
+        if replies := [m for m in rig.outbox.messages if isinstance(m, Reply)]:
+            rig.outbox.frames = [[m for m in frame if not isinstance(m, Reply)] for frame in rig.outbox.frames]
+            return replies[-1]
+    raise AssertionError(f"{command} is not answered")
+
+
+def output(rig: Rig, rid: str) -> list[int]:
+    return [id for message in rig.tokens(rid) for id in unpack_ids(message.ids)]
+
+
+def busy(depth: int = 0) -> Rig:
+    """Two requests run, one waits."""
+    rig = Rig(depth, max_running=2)
+    rig.inbox.put(*(tokenized(rid, PROMPT, 20) for rid in "abc"))
+    for _ in range(4):
+        rig.scheduler.step()
+    return rig
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_paused_requests_go_on_where_they_stopped(mode: str, depth: int) -> None:
+    rig = busy(depth)
+    assert call(rig, PauseGeneration(mode=mode)).message == "Generation paused successfully."  # type: ignore[arg-type]
+    assert not rig.scheduler.in_flight
+    held = [output(rig, rid) for rid in "abc"]
+    for _ in range(5):
+        rig.scheduler.step()
+    assert [output(rig, rid) for rid in "abc"] == held
+    assert len(rig.scheduler.planner.running) == (0 if mode == "retract" else 2)
+    rig.scheduler.planner.check()
+    assert call(rig, ContinueGeneration()).message == "Generation continued successfully."
+    rig.run()
+    assert all(output(rig, rid) == expected_output(PROMPT, 20) for rid in "abc")
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_pause_may_end_all_requests_with_what_they_have(depth: int) -> None:
+    rig = busy(depth)
+    call(rig, PauseGeneration())
+    assert rig.scheduler.planner.idle
+    lasts = [rig.tokens(rid)[-1].finish for rid in "abc"]
+    assert [last.reason for last in lasts if last] == ["abort"] * 3
+    assert lasts[2].message == "Abort before prefill"  # type: ignore[union-attr]
+    assert rig.scheduler.planner.audit() == ""
+
+
+def test_new_requests_wait_while_paused() -> None:
+    rig = Rig()
+    call(rig, PauseGeneration())
+    rig.inbox.put(tokenized("late", PROMPT, 3))
+    rig.run()
+    assert rig.tokens("late") == [] and len(rig.scheduler.planner.waiting) == 1
+    call(rig, ContinueGeneration())
+    rig.run()
+    assert output(rig, "late") == expected_output(PROMPT, 3)
+
+
+@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+def test_pausing_twice_and_continuing_twice_answer_the_same(mode: str) -> None:
+    rig = busy()
+    pauses = [call(rig, PauseGeneration(mode=mode)) for _ in range(2)]  # type: ignore[arg-type]
+    continues = [call(rig, ContinueGeneration()) for _ in range(2)]
+    assert pauses[0] == pauses[1] and continues[0] == continues[1]
+    rig.run()
+    assert all(rig.tokens(rid)[-1].finish for rid in "abc")
+
+
+@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+def test_the_cache_of_a_paused_server_can_be_flushed(mode: str) -> None:
+    rig = busy()
+    call(rig, PauseGeneration(mode=mode))  # type: ignore[arg-type]
+    assert call(rig, FlushCache()).success
+    call(rig, ContinueGeneration())
+    rig.run()
+    if mode != "abort":
+        assert all(output(rig, rid) == expected_output(PROMPT, 20) for rid in "abc")
+
+
+def test_a_retraction_that_was_asked_for_is_not_reported_as_a_full_pool(caplog: pytest.LogCaptureFixture) -> None:
+    rig = busy()
+    call(rig, PauseGeneration(mode="retract"))
+    call(rig, ContinueGeneration())
+    rig.run()
+    assert "KV cache pool is full" not in caplog.text
+
+
+def test_every_step_can_be_slowed_down() -> None:
+    rig = Rig()
+    call(rig, SlowDown(forward_sleep_time=0.25))
+    assert rig.scheduler.step_sleep_s == 0.25
+    call(rig, SlowDown())
+    assert rig.scheduler.step_sleep_s == 0.0
+
+
+# memory
+
+ALL = ["cuda_graph", "kv_cache", "weights"]
+TOKEN = 50
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return checkpoints.version_model(tmp_path / "model", TOKEN)
+
+
+def saving(model: Path, tmp_path: Path, **settings: object) -> Live:
+    return Live(model, tmp_path, enable_memory_saver=True, **settings)
+
+
+def answered(live: Live, rid: str) -> list[int]:
+    live.send(tokenized(rid, PROMPT, 3))
+    live.run()
+    return live.output(rid)
+
+
+def test_without_the_flag_memory_is_not_released(model: Path, tmp_path: Path) -> None:
+    reply = Live(model, tmp_path).call(ReleaseMemory())
+    assert reply.status == 400 and "--enable-memory-saver" in reply.message
+
+
+def test_released_memory_is_gone_and_comes_back(model: Path, tmp_path: Path) -> None:
+    live = saving(model, tmp_path, enable_weights_cpu_backup=True)
+    before = live.logits(PROMPT)
+    assert live.call(ReleaseMemory()).body == {"asleep": True}
+    assert live.updates.live.nbytes() == 0 and not live.worker.cache.keys
+    assert live.call(ReleaseMemory(tags=["weights"])).success
+    live.send(tokenized("x", PROMPT, 3))
+    live.run()
+    assert live.output("x") == []
+    for _ in range(2):
+        assert live.call(ResumeMemory(tags=ALL)).body == {"asleep": False}
+    live.run()
+    assert live.output("x") == [TOKEN] * 3
+    assert live.logits(PROMPT) == before
+
+
+def test_weights_without_a_backup_must_be_written_before_anything_is_generated(model: Path, tmp_path: Path) -> None:
+    """The trainers' order: release all, resume weights, update, resume the cache."""
+    live = saving(model, tmp_path)
+    live.call(ReleaseMemory())
+    assert live.call(UpdateWeightsFromDisk(model_path=str(model))).status == 400
+    assert live.call(CheckWeights()).status == 400
+    live.call(ResumeMemory(tags=["weights"]))
+    live.call(ResumeMemory(tags=["kv_cache", "cuda_graph"]))
+    assert answered(live, "x") == []
+    live.call(UpdateWeightsFromDisk(model_path=str(checkpoints.version_model(tmp_path / "new", TOKEN + 1))))
+    live.run()
+    assert live.output("x") == [TOKEN + 1] * 3
+
+
+def test_memory_of_running_requests_is_not_released(model: Path, tmp_path: Path) -> None:
+    live = saving(model, tmp_path)
+    live.send(tokenized("x", PROMPT, 100, ignore_eos=True))
+    live.step(3)
+    reply = live.call(ReleaseMemory())
+    assert reply.status == 400 and "while requests run" in reply.message
+    live.call(PauseGeneration(mode="retract"))
+    assert live.call(ReleaseMemory(tags=["kv_cache"])).success
+    live.call(ResumeMemory())
+    live.call(ContinueGeneration())
+    live.run()
+    assert live.output("x") == [TOKEN] * 100
+
+
+def test_an_unknown_tag_is_named(model: Path, tmp_path: Path) -> None:
+    assert "The tag graphs is unknown" in saving(model, tmp_path).call(ReleaseMemory(tags=["graphs"])).message
