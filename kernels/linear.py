@@ -41,15 +41,17 @@ class Linear:
         self.rows_unpacked = 1 if weight.dtype is torch.float16 else 0  # up to so many rows `F.linear` is faster
         self.least_rows = 1  # fewer are computed together with copies of themselves
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """`gelu`: of each number, on its way out of the product where the weight is packed."""
         rows = x.shape[0]
         if self.packed is None or rows <= self.rows_unpacked:
-            return F.linear(x, self.weight, self.bias)
+            plain = F.linear(x, self.weight, self.bias)
+            return F.gelu(plain) if gelu else plain
         x = x.to(self.packed_dtype)
         bias = None if self.bias is None else self.bias.to(self.packed_dtype)
         if rows < self.least_rows:
-            return multiply(x.expand(self.least_rows, -1), self.packed, bias)[:rows].to(self.weight.dtype)
-        return multiply(x, self.packed, bias).to(self.weight.dtype)
+            return multiply(x.expand(self.least_rows, -1), self.packed, bias, gelu)[:rows].to(self.weight.dtype)
+        return multiply(x, self.packed, bias, gelu).to(self.weight.dtype)
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor | None:
         """The packed form of a weight of this layer's shape, or None where this device has none."""
@@ -66,8 +68,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
 
 
-def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
+    after = ("gelu", [], "none") if gelu else ("none", [], "")  # operation, its numbers, its approximation
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, *after)
 
 
 @lru_cache

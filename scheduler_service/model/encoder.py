@@ -56,14 +56,18 @@ class EncoderLayer:
         self.up = linear(weights, "up", layer, bias=spec.mlp_bias)
         self.down = linear(weights, "down", layer, bias=spec.mlp_bias)
         self.activation = (GATED if spec.gated else ACTIVATIONS)[spec.activation]
+        self.plain_gelu = spec.activation == "gelu" and not spec.gated
 
     def __call__(self, x: torch.Tensor, rotation: Rotation | None, groups: list[Group]) -> torch.Tensor:
         if self.norm_first:
             x = x + self.attend(self.attention_norm(x) if self.attention_norm else x, rotation, groups)
-            return x + self.down(self.activation(self.up(self.mlp_norm(x))))
+            return x + self.feed_forward(self.mlp_norm(x))
         assert self.attention_norm is not None
         x = self.attention_norm(x + self.attend(x, rotation, groups))
-        return self.mlp_norm(x + self.down(self.activation(self.up(x))))
+        return self.mlp_norm(x + self.feed_forward(x))
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x, gelu=True) if self.plain_gelu else self.activation(self.up(x)))
 
     def attend(self, x: torch.Tensor, rotation: Rotation | None, groups: list[Group]) -> torch.Tensor:
         tokens, hidden = x.shape

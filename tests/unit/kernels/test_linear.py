@@ -63,3 +63,13 @@ def test_a_layer_that_was_never_packed_uses_its_weight() -> None:
     weight = random(32, 64, dtype=torch.float32)
     x = torch.randn(4, 64)
     assert torch.equal(Linear(weight)(x), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_gelu_on_the_way_out_is_gelu_of_the_product(dtype: torch.dtype, rows: int) -> None:
+    weight, bias = random(96, 256, dtype=dtype), random(96, dtype=dtype)
+    x = torch.randn(rows, 256).to(dtype)
+    expected = F.gelu(F.linear(x, weight, bias))
+    for layer in (packed(weight, bias), Linear(weight, bias)):
+        assert torch.allclose(layer(x, gelu=True), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
