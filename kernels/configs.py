@@ -35,6 +35,7 @@ TILES = {
     "expert_down": Tile(rows=4, columns=512),
     "align": Tile(columns=1024),
     "expert_gemm": Tile(rows=64, columns=64, stages=4),
+    "expert_gemm_wide": Tile(rows=128, columns=64, warps=8, stages=3),
     "expert_sum": Tile(columns=1024),
     "lm_head": Tile(rows=64, columns=64, stages=5),
     "logits": Tile(columns=4096, warps=8),
@@ -44,7 +45,7 @@ TILES = {
 }
 MULTIPROCESSORS = 132  # of an H100 or H200
 KV_SPLIT = 256  # keys of one program of paged decode: fixed, so that a row's sums do not depend on the batch
-EXPERT_BLOCK = 32  # tokens of one program of the grouped product
+EXPERT_BLOCKS = (16, 32, 64)  # tokens of one program of the grouped product: few tokens, more, prompts
 FEW_ROWS = 4  # up to so many tokens the multiply-add units keep up with the memory
 SKINNY_ROWS = 64  # up to so many tokens our own products; beyond, cuBLAS
 

@@ -7,7 +7,7 @@ Nothing is dispatched per call: the fields are the functions themselves.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
@@ -17,7 +17,7 @@ Op = Callable[..., None]
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Every fused operation; kernels/torch_ops.py is the specification of each."""
+    """Every fused operation; the one in torch is its specification."""
 
     add_rms_norm: Op
     gated_activation: Op
@@ -29,30 +29,45 @@ class Ops:
     rope_kv: Op
     paged_decode: Op
     paged_extend: Op
+    router: Op
+    choose_experts: Op
+    expert_gate_up: Op
+    expert_down: Op
+    align_experts: Op
+    expert_gemm: Op
+    expert_sum: Op
 
 
-FAMILIES = {
-    "kernels.triton_norm": ("add_rms_norm", "gated_activation"),
-    "kernels.triton_gemv": ("gemv", "norm_gate_up"),
-    "kernels.triton_skinny": ("skinny", "skinny_gated"),
-    "kernels.triton_rope": ("norm_qkv_rope_kv", "rope_kv"),
+NORM = ("add_rms_norm", "gated_activation")
+FEW_TOKENS = ("gemv", "norm_gate_up")
+SKINNY = ("skinny", "skinny_gated")
+ROPE = ("norm_qkv_rope_kv", "rope_kv")
+MOE_DECODE = ("router", "choose_experts", "expert_gate_up", "expert_down")
+MOE_BATCH = ("align_experts", "expert_gemm", "expert_sum")
+
+# module → the operations it has
+TORCH = {
+    "kernels.torch_ops": (*NORM, *FEW_TOKENS, *SKINNY, *ROPE, "paged_decode", "paged_extend"),
+    "kernels.torch_moe": (*MOE_DECODE, *MOE_BATCH),
+}
+TRITON = {
+    "kernels.triton_norm": NORM,
+    "kernels.triton_gemv": FEW_TOKENS,
+    "kernels.triton_skinny": SKINNY,
+    "kernels.triton_rope": ROPE,
     "kernels.triton_attention_decode": ("paged_decode",),
     "kernels.triton_attention_extend": ("paged_extend",),
+    "kernels.triton_moe_decode": MOE_DECODE,
+    "kernels.triton_moe_batch": MOE_BATCH,
 }
 
 
 def resolve(device_type: str, backend: Backend = "auto") -> Ops:
-    """The operations for a device. Triton's where it has one to run on; "torch" on any device, to find out who errs."""
+    """The operations for a device: Triton's on CUDA, else torch's, unless one is named ("torch", to find out who errs).
+
+    Triton is imported here and nowhere else, so it need not be installed for torch's.
+    """
     if backend == "auto":
         backend = "triton" if device_type == "cuda" else "torch"
-    return triton_ops() if backend == "triton" else torch_ops()
-
-
-def torch_ops() -> Ops:
-    module = import_module("kernels.torch_ops")
-    return Ops(**{field.name: getattr(module, field.name) for field in fields(Ops)})
-
-
-def triton_ops() -> Ops:
-    """Imports triton, so it is called only where that is installed."""
-    return Ops(**{op: getattr(import_module(module), op) for module, ops in FAMILIES.items() for op in ops})
+    families = {"torch": TORCH, "triton": TRITON}[backend]
+    return Ops(**{op: getattr(import_module(module), op) for module, ops in families.items() for op in ops})

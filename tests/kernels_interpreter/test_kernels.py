@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels.ops import resolve
-from tests.kernel_cases import SMALL, Case, assert_agree, case_id
+from tests.kernels.cases import Case, assert_agree, case_id
+from tests.kernels.table import SMALL
 
 TORCH, TRITON = resolve("cpu", "torch"), resolve("cpu", "triton")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kernels.ops import resolve
-from tests.kernel_cases import SERVED, Case, case_id
+from tests.kernels.cases import Case, case_id
+from tests.kernels.table import SERVED
 from tests.kernels_sm90.compiler import Binary, use_compiler_only
 
 TABLE = Path(__file__).parent / "binaries.json"

@@ -1,0 +1,7 @@
+"""All cases: small ones, odd enough to meet every mask, and the shapes of models that are served."""
+
+from tests.kernels import attention, dense, moe
+
+FAMILIES = (dense, attention, moe)
+SMALL = [case for family in FAMILIES for case in family.SMALL]
+SERVED = [case for family in FAMILIES for case in family.SERVED]
