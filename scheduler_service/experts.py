@@ -43,7 +43,8 @@ def expert_shape(config: ServerConfig, model: ServedModel) -> ExpertShape | None
     ):
         if given and shape is None:
             raise StartupError(
-                f"{flag} needs a mixture of experts with a native family, and {config.model_path} is none; leave it out"
+                f"{flag} needs a mixture of experts whose routers can be read, and {config.model_path} is none; "
+                "leave the flag out"
             )
     return shape
 

@@ -22,7 +22,8 @@ from kernels.linear import Linear
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
-from scheduler_service.model.batch import AttentionSpec, Batch
+from scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
+from scheduler_service.model.routers import Routers
 from scheduler_service.model.weights import Layout, Place, Weights
 from scheduler_service.weights.checkpoint import CheckpointError
 from scheduler_service.weights.load import DUMMY_SEED, is_dummy, open_checkpoint, read_state, some
@@ -130,7 +131,13 @@ class TransformersModel:
         self.head._modules = {**model._modules, model.base_model_prefix: Passthrough()}
         text = model.config.get_text_config()
         self.hidden_size, self.vocab_size = text.hidden_size, text.vocab_size
+        self.routers = Routers(self.body, text.num_hidden_layers)
         self.attention: list[AttentionSpec] = []
+
+    @property
+    def experts(self) -> ExpertShape | None:
+        """The mixtures that report to `Batch.record_experts`; None for a dense model."""
+        return self.routers.shape
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm: (tokens, hidden)."""
@@ -139,11 +146,11 @@ class TransformersModel:
             embeds = self.body.get_input_embeddings()(batch.input_ids)
             mixed = torch.where(batch.embeds_mask.unsqueeze(1), batch.embeds.to(embeds.dtype), embeds)
             source = {"inputs_embeds": mixed.unsqueeze(0)}
-        self.paged.batch = batch
+        self.paged.batch, self.routers.report = batch, batch.record_experts
         try:
             output = self.body(**source, position_ids=batch.positions.unsqueeze(0), use_cache=False)
         finally:
-            self.paged.batch = None
+            self.paged.batch, self.routers.report = None, None
         return output.last_hidden_state[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

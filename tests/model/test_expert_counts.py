@@ -22,6 +22,8 @@ MODELS = {
     "qwen2_moe with a dense layer": ("qwen2_moe", {"mlp_only_layers": [0]}, (1,)),
     "qwen3_moe": ("qwen3_moe", {}, (0, 1)),
     "mixtral": ("mixtral", {}, (0, 1)),
+    "olmoe, through transformers": ("olmoe", {}, (0, 1)),
+    "gpt_oss, through transformers": ("gpt_oss", {}, (0, 1)),
 }
 
 
