@@ -27,6 +27,8 @@ from scheduler_service.grammar_source import source
 
 Bitmask = NDArray[np.int32]  # (rows, ceil(vocab / 32)); bit i of a row is set where token i is allowed
 
+PARALLEL_FROM = 64  # rows; one takes microseconds as a rule, handing them to other threads takes a hundred
+
 LIMITS = LLParserLimits(
     max_items_in_row=2_000,
     initial_lexer_fuel=1_000_000,
@@ -79,7 +81,7 @@ class Grammar:
 
 
 class MaskFiller:
-    """Fills the rows of a bitmask, many at once on a few threads."""
+    """Fills the rows of a bitmask; so many that it pays, on a few threads."""
 
     def __init__(self, threads: int) -> None:
         self._executor = LLExecutor(num_threads=threads)
@@ -89,11 +91,12 @@ class MaskFiller:
         pairs = [(matcher.engine, row) for matcher, row in rows]
         count, words = bitmask.shape
         assert bitmask.flags.c_contiguous and all(0 <= row < count for _, row in pairs), bitmask.shape
-        if len(pairs) == 1:  # no hand-over to other threads for one row
-            engine, row = pairs[0]
-            engine.unsafe_compute_mask_ptr(bitmask[row].ctypes.data, words * 4)
-        elif pairs:
-            self._executor.unsafe_compute_mask_ptr(pairs, bitmask.ctypes.data, words * 4, count)
+        address, row_bytes = bitmask.ctypes.data, words * 4
+        if len(pairs) >= PARALLEL_FROM:
+            self._executor.unsafe_compute_mask_ptr(pairs, address, row_bytes, count)
+            return
+        for engine, row in pairs:
+            engine.unsafe_compute_mask_ptr(address + row * row_bytes, row_bytes)
 
 
 def bitmask_words(vocab_size: int) -> int:

@@ -1,7 +1,10 @@
-"""Which tokens the grammars of a step allow: worked out on threads of its own while the model runs."""
+"""Which tokens the grammars of a step allow.
+
+Worked out on the host between the launch of a step and its end: a GPU that was given its forward pass does not wait.
+A thread beside a CPU's forward pass would only take its core away; most masks take less time than to wake it.
+"""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,13 +21,11 @@ class Masks:
     def __init__(self, vocab_size: int) -> None:
         self._words = bitmask_words(vocab_size)
         self._filler = MaskFiller(THREADS)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="masks")
 
-    def start(self, matchers: Sequence[Matcher | None]) -> "Future[Bitmask] | None":
-        """Begin with the masks of a step's rows; None where no row is constrained."""
-        return self._thread.submit(self._fill, matchers) if any(matchers) else None
-
-    def _fill(self, matchers: Sequence[Matcher | None]) -> Bitmask:
+    def start(self, matchers: Sequence[Matcher | None]) -> Bitmask | None:
+        """The masks of a step's rows; None where no row is constrained."""
+        if not any(matchers):
+            return None
         bitmask = np.full((len(matchers), self._words), ALL_ALLOWED, dtype=np.int32)
         self._filler.fill([(matcher, row) for row, matcher in enumerate(matchers) if matcher], bitmask)
         for row, matcher in enumerate(matchers):
@@ -33,6 +34,6 @@ class Masks:
         return bitmask
 
 
-def allowed(masks: "Future[Bitmask] | None", device: torch.device) -> torch.Tensor | None:
-    """Wait for what `start` began: int32 (rows, words), see sampler.adjust."""
-    return None if masks is None else torch.from_numpy(masks.result()).to(device, non_blocking=True)
+def allowed(masks: Bitmask | None, device: torch.device) -> torch.Tensor | None:
+    """The masks as sampler.adjust takes them: int32 (rows, words)."""
+    return None if masks is None else torch.from_numpy(masks).to(device, non_blocking=True)
