@@ -130,9 +130,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         flag("triton needs a GPU; a CPU falls back to torch_native and says so (default: by device)", DEVICE),
     ] = None
     cuda_graph_max_bs: Annotated[
-        Positive | None, flag("largest batch captured as a CUDA graph (this version captures none)", DEVICE)
+        Positive | None,
+        flag("largest batch captured as a CUDA graph (default: 512, or --max-running-requests)", DEVICE),
     ] = None
-    disable_cuda_graph: Annotated[bool, flag("capture no CUDA graphs (this version captures none)", DEVICE)] = False
+    disable_cuda_graph: Annotated[
+        bool, flag("capture no CUDA graphs: every step is launched piece by piece", DEVICE)
+    ] = False
 
     log_level: Annotated[LogLevel, flag("least severe lines to log", OPERATIONS)] = "info"
     log_level_http: Annotated[LogLevel | None, flag("the same for access lines (default: log level)", OPERATIONS)] = (

@@ -154,8 +154,8 @@ def notes(config: ServerConfig, device: str) -> list[str]:
         found.append(f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it")
     if device == "cpu" and config.attention_backend == "triton":
         found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
-    if config.cuda_graph_max_bs is not None:
-        found.append(f"--cuda-graph-max-bs has no effect: on {device} this version captures no CUDA graphs")
+    if device == "cpu" and config.cuda_graph_max_bs is not None:
+        found.append("--cuda-graph-max-bs has no effect: a CPU captures no CUDA graphs")
     return found
 
 

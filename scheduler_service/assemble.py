@@ -30,8 +30,16 @@ class SizedWorker(Worker, Protocol):
     page_size: int
     page_count: int  # usable pages; page 0 is not among them
     max_running_requests: int
+    depth: int  # see Scheduler
+
+    @property
+    def uses_graphs(self) -> bool: ...
 
     def facts(self) -> Facts: ...
+
+    def rest(self) -> bool:
+        """Use a pause of the server, shortly; returns whether there is more to do."""
+        ...
 
 
 def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -> PlannerConfig:
@@ -75,6 +83,9 @@ def serve(
         Inbox(boot.inbox),
         Outbox(boot.outbox),
         ProgressWord(boot.run_dir),
+        depth=worker.depth,
+        rest=worker.rest,
+        cuda_graph=worker.uses_graphs,
         decode_log_interval=boot.config.decode_log_interval,
         hidden_size=info.hidden_size,
         grammars=grammars,

@@ -1,9 +1,13 @@
-"""What stays on the device from step to step, by slot. One more slot than there are requests: padding uses the last."""
+"""What stays on the device from step to step, by slot. One more slot than there are requests: padding uses the last.
 
-from collections.abc import Sequence
+The host sends what is new and nothing else: the tokens it has not seen, pages as they are added.
+"""
+
+from collections.abc import Sequence as Numbers
 
 import torch
 
+from scheduler_service.core.request import Sequence
 from scheduler_service.transfer import upload
 
 
@@ -13,11 +17,43 @@ class SlotTokens:
     def __init__(self, slots: int, device: torch.device) -> None:
         self.values = torch.zeros(slots + 1, dtype=torch.int64, device=device)
 
-    def write(self, slots: Sequence[int], tokens: torch.Tensor) -> None:
+    @property
+    def null_slot(self) -> int:
+        return len(self.values) - 1
+
+    def write(self, slots: Numbers[int], tokens: torch.Tensor) -> None:
         """Keep tokens (rows,)."""
         self.values.index_copy_(0, upload(slots, self.values.device), tokens)
 
-    def read(self, input_ids: torch.Tensor, rows: Sequence[int], slots: Sequence[int]) -> None:
+    def read(self, input_ids: torch.Tensor, rows: Numbers[int], slots: Numbers[int]) -> None:
         """Put the tokens of some slots into rows of input_ids (tokens,)."""
         device = self.values.device
         input_ids.index_copy_(0, upload(rows, device), self.values[upload(slots, device)])
+
+
+class PageTable:
+    """The pages of every slot: (slots + 1, pages of the longest sequence) int32. The null slot has null pages."""
+
+    def __init__(self, slots: int, pages: int, device: torch.device) -> None:
+        self.values = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
+        self._listed: dict[int, tuple[list[int], int]] = {}  # slot → its list of pages, how many of it are here
+
+    def update(self, sequences: Numbers[Sequence]) -> None:
+        """Send the pages that are new since the last update. While a sequence is admitted its list only grows."""
+        places: list[int] = []
+        pages: list[int] = []
+        width = self.values.shape[1]
+        for sequence in sequences:
+            own = sequence.pages
+            known, listed = self._listed.get(sequence.slot, (None, 0))
+            if known is not own:  # a new admission brings a new list
+                listed = 0
+            elif listed == len(own):
+                continue
+            first = sequence.slot * width
+            places.extend(range(first + listed, first + len(own)))
+            pages.extend(own[listed:])
+            self._listed[sequence.slot] = own, len(own)
+        if places:
+            device = self.values.device
+            self.values.view(-1).index_copy_(0, upload(places, device), upload(pages, device, torch.int32))

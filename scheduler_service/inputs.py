@@ -9,6 +9,7 @@ from kernels.attention_schedule import Ragged, Run, segments
 from scheduler_service.core.plan import Plan, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.kv_cache import Placement
+from scheduler_service.transfer import send
 
 TYPES = {"i": torch.int32, "q": torch.int64}
 
@@ -149,12 +150,12 @@ def to_device(inputs: Inputs, device: torch.device) -> None:
     """Move all tensors of a step."""
     if device.type == "cpu":
         return
-    inputs.input_ids = inputs.input_ids.to(device, non_blocking=True)
-    inputs.positions = inputs.positions.to(device, non_blocking=True)
-    inputs.starts = inputs.starts.to(device, non_blocking=True)
+    inputs.input_ids, inputs.positions, inputs.starts = (
+        send(x, device) for x in (inputs.input_ids, inputs.positions, inputs.starts)
+    )
     placement = inputs.placement
-    placement.slots = placement.slots.to(device, non_blocking=True)
-    placement.begun = None if placement.begun is None else placement.begun.to(device, non_blocking=True)
-    inputs.token_types = None if inputs.token_types is None else inputs.token_types.to(device)
-    inputs.embeds = None if inputs.embeds is None else inputs.embeds.to(device)
-    inputs.embeds_mask = None if inputs.embeds_mask is None else inputs.embeds_mask.to(device)
+    placement.slots = send(placement.slots, device)
+    placement.begun = None if placement.begun is None else send(placement.begun, device)
+    inputs.token_types, inputs.embeds, inputs.embeds_mask = (
+        None if x is None else send(x, device) for x in (inputs.token_types, inputs.embeds, inputs.embeds_mask)
+    )

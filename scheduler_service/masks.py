@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from scheduler_service.grammar import Bitmask, MaskFiller, Matcher, bitmask_words
+from scheduler_service.transfer import send
 
 ALL_ALLOWED = -1  # 32 set bits
 THREADS = 2
@@ -36,4 +37,4 @@ class Masks:
 
 def allowed(masks: Bitmask | None, device: torch.device) -> torch.Tensor | None:
     """The masks as sampler.adjust takes them: int32 (rows, words)."""
-    return None if masks is None else torch.from_numpy(masks).to(device, non_blocking=True)
+    return None if masks is None else send(torch.from_numpy(masks), device)

@@ -79,6 +79,8 @@ class Scheduler:
         grammars: Pool | None = None,
         updates: "Updates | None" = None,
         saver: "MemorySaver | None" = None,
+        rest: Callable[[], bool] | None = None,
+        cuda_graph: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.planner = planner
@@ -91,10 +93,12 @@ class Scheduler:
         self.clock = clock
         self.updates = updates  # None: the weights stay as they are
         self.saver = saver  # None: memory is kept
+        self.rest = rest  # what the worker does in a pause, a piece at a time; says whether there is more
+        self.restless = rest is not None  # there may be
         self.step_sleep_s = 0.0  # a test aid
         self.control = Control(HANDLERS)
         self.waiting_room = WaitingRoom(grammars)
-        self.report = Report(planner, decode_log_interval, clock())
+        self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
         self.in_flight: deque[tuple[Plan, Any]] = deque()
 
     @property
@@ -118,6 +122,9 @@ class Scheduler:
             if self.step_sleep_s:
                 time.sleep(self.step_sleep_s)
             self.in_flight.append((plan, self.worker.launch(plan)))
+            self.restless = self.rest is not None
+        elif self.idle and self.rest is not None and self.restless:
+            self.restless = self.rest()
         while len(self.in_flight) > (self.depth if plan else 0):
             self.emit(self.commit(*self.in_flight.popleft()))
 
@@ -145,7 +152,7 @@ class Scheduler:
     @property
     def patience_s(self) -> float:
         """How long to wait for a message when there is nothing to do."""
-        if not self.idle:
+        if not self.idle or self.restless:
             return 0.0
         if self.waiting_room:
             return GRAMMAR_BEAT_S

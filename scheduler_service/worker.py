@@ -20,6 +20,7 @@ import torch
 
 from kernels.attention import paged_attention
 from kernels.attention_schedule import Ragged
+from kernels.ops import Backend
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
@@ -28,11 +29,14 @@ from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.device_state import SlotTokens
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
+from scheduler_service.fused_steps import FusedSteps, make_fused_steps
 from scheduler_service.grammar import Grammar, Matcher
 from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.fused import can_fuse
 from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
@@ -75,9 +79,17 @@ class Worker:
     """One device's share of the work."""
 
     def __init__(
-        self, config: ServerConfig, info: ModelInfo, load: Load = load_model, depth: int | None = None
+        self,
+        config: ServerConfig,
+        info: ModelInfo,
+        load: Load = load_model,
+        depth: int | None = None,
+        backend: Backend | None = None,
     ) -> None:
-        """`depth`: see `Scheduler`; without one, steps overlap where there is a device that works on its own."""
+        """`depth`: see `Scheduler`; without one, steps overlap where there is a device that works on its own.
+
+        `backend`: run on the fused operations of kernels/ops.py; without one, on a GPU if --attention-backend says so.
+        """
         self.info = info
         self.weight_version = config.weight_version
         self.device = choose_device(config.device)
@@ -103,10 +115,32 @@ class Worker:
         self.states: dict[Sequence, State] = {}
         self.unsettled: list[Pending] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
+        self.fused = self.make_fused(config, backend)
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
+
+    def make_fused(self, config: ServerConfig, backend: Backend | None) -> FusedSteps | None:
+        """The fused way of running the model, where there is one."""
+        if backend is None:
+            if self.device.type == "cpu" or config.attention_backend == "torch_native":
+                return None
+            backend = "triton"
+        if not isinstance(self.model, Decoder) or not can_fuse(self.model) or self.pooler is not None:
+            log.info("No fused operations for this model: it runs on plain torch, without CUDA graphs.")
+            return None
+        return make_fused_steps(config, self.model, self.cache, self.tokens, self.info.context_length, backend)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether decode steps are replayed as CUDA graphs."""
+        return self.device.type == "cuda" and self.fused is not None and self.fused.graphs is not None
+
+    def rest(self) -> bool:
+        """Use a pause of the server; returns whether there is more to do."""
+        with torch.inference_mode():
+            return self.fused is not None and self.fused.rest()
 
     def log_limits(self, config: ServerConfig) -> None:
         log.info(
@@ -160,24 +194,38 @@ class Worker:
         for sequence in plan.retracted:
             self.forget(sequence)
         states = [self.state_of(share.sequence) for share in plan.slices]
+        chosen = self.watch_experts(plan)
+        if self.fused is not None and chosen is None and self.fused.decodes(plan):
+            return self.launch_decode(self.fused, plan, states)
         inputs = self.inputs(plan, states)
         sampled = [i for i, share in enumerate(plan.slices) if share.samples and self.pooler is None]
-        look_back = self.unsettled and any(states[i].looks_back for i in sampled)
-        matchers = [states[i].matcher for i in sampled]
-        allowed = None if look_back else self.masks.start(matchers)
-        chosen = self.watch_experts(plan)
-        hidden = self.forward(inputs, chosen)  # (tokens, hidden)
+        its_states = [states[i] for i in sampled]
+        matchers = [state.matcher for state in its_states]
+        allowed = None if self.unsettled else self.masks.start(matchers)
+        hidden = self.forward(plan, inputs, chosen)  # (tokens, hidden)
         pending = Pending([Result() for _ in plan.slices])
         self.answer(plan, inputs, hidden, chosen, pending.results)
-        if look_back:
-            self.settle()
+        if self.unsettled:
+            self.settle_for(its_states)
             allowed = self.masks.start(matchers)
         if sampled:
             last_rows = upload([inputs.offsets[i + 1] - 1 for i in sampled], hidden.device)
-            logits = self.model.logits(hidden[last_rows])  # (rows, vocab)
+            logits = self.to_logits(hidden[last_rows])  # (rows, vocab)
             mask = masks.allowed(allowed, self.device)
             pending.drawn = self.draw(plan, states, sampled, logits, mask)
             self.unsettled.append(pending)
+        return pending
+
+    def launch_decode(self, fused: FusedSteps, plan: Plan, states: list[State]) -> Pending:
+        """The same for a step of decode rows, which may be replayed as a graph."""
+        decoded = fused.decode(plan)
+        self.settle_for(states)
+        mask = masks.allowed(self.masks.start([state.matcher for state in states]), self.device)
+        plain = mask is None and not any(state.row.wish for state in states)
+        draws = sampler.Draws(decoded.tokens, decoded.valid) if plain else None
+        pending = Pending([Result() for _ in plan.slices])
+        pending.drawn = self.draw(plan, states, list(range(len(states))), decoded.logits, mask, draws)
+        self.unsettled.append(pending)
         return pending
 
     def collect(self, pending: Pending) -> list[Result]:
@@ -186,10 +234,11 @@ class Worker:
             self.unsettled.pop(0).settle()
         return pending.results
 
-    def settle(self) -> None:
-        """Wait for all that was launched."""
-        while self.unsettled:
-            self.unsettled.pop(0).settle()
+    def settle_for(self, states: list[State]) -> None:
+        """Wait for all that was launched, if one of these needs to look back."""
+        if any(state.looks_back for state in states):
+            while self.unsettled:
+                self.unsettled.pop(0).settle()
 
     def answer(
         self, plan: Plan, inputs: Inputs, hidden: torch.Tensor, chosen: Chosen | None, results: list[Result]
@@ -223,8 +272,10 @@ class Worker:
             )
         return inputs
 
-    def forward(self, inputs: Inputs, chosen: Chosen | None = None) -> torch.Tensor:
+    def forward(self, plan: Plan, inputs: Inputs, chosen: Chosen | None = None) -> torch.Tensor:
         """Hidden states of the step's tokens; their keys and values are in the pool afterwards."""
+        if self.fused is not None:
+            return self.fused.forward(plan, inputs, chosen)
         batch = Batch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
@@ -236,6 +287,10 @@ class Worker:
             record_experts=chosen,
         )
         return self.model.forward(batch)
+
+    def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, hidden) → float32 (rows, vocab)."""
+        return self.model.logits(hidden) if self.fused is None else self.fused.model.logits(hidden)
 
     def watch_experts(self, plan: Plan) -> Chosen | None:
         """What collects this step's choices of experts; None where nobody wants them."""
@@ -263,7 +318,7 @@ class Worker:
         return prompt_logprobs(
             hidden[first - 1 - share.start : last - 1 - share.start],
             torch.tensor(sequence.ids[first:last], dtype=torch.int64, device=hidden.device),
-            self.model.logits,
+            self.to_logits,
             self.model.vocab_size,
             sequence.request.logprobs,
         )
@@ -275,16 +330,18 @@ class Worker:
         sampled: list[int],
         logits: torch.Tensor,
         allowed: torch.Tensor | None,
+        draws: sampler.Draws | None = None,
     ) -> Drawn:
-        """Draw the next token of the slices `sampled` from logits (rows, vocab)."""
+        """Draw the next token of the slices `sampled` from logits (rows, vocab); `draws`, if that was done already."""
         rows = [states[i].row for i in sampled]
         slices = [plan.slices[i] for i in sampled]
         positions = [share.end for share in slices]
         options = [share.sequence.request.logprobs for share in slices]
-        sampler.adjust(logits, rows, positions, allowed)
-        draws = sampler.choose(logits, rows, positions, keep_logits=any(options))
-        if self.depth:
-            self.tokens.write([share.sequence.slot for share in slices], draws.tokens)
+        if draws is None:
+            sampler.adjust(logits, rows, positions, allowed)
+            draws = sampler.choose(logits, rows, positions, keep_logits=any(options))
+            if self.depth or self.fused is not None:
+                self.tokens.write([share.sequence.slot for share in slices], draws.tokens)
         logprobs = output_logprobs(logits, draws.tokens, options)
         tokens, valid = fetch(draws.tokens), fetch(draws.valid)
         return Drawn(sampled, [states[i] for i in sampled], tokens, valid, logprobs, Arrival(self.device))

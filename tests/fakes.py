@@ -48,11 +48,16 @@ class FakeWorker:
         self.step_s = step_s
         self.weight_version = "default"
         self.expert_recorder = None
+        self.depth = 0
+        self.uses_graphs = False
         self.plans: list[Plan] = []
         self.forgotten: list[str] = []
         self.faults: dict[str, str] = {}  # rid → Result.error of its next slice
         self._memory = array("i", [UNSEEN]) * ((page_count + 1) * page_size)
         self._sampled: dict[int, int] = {}  # slot → token sampled last
+
+    def rest(self) -> bool:
+        return False
 
     def launch(self, plan: Plan) -> list[Result]:
         """The step is computed here, in launch order, as a device stream would; `collect` hands it over."""

@@ -32,6 +32,20 @@ class Attend(Protocol):
         ...
 
 
+class PagedContext(Protocol):
+    """The keys and values of a step's sequences, as the fused decoder (fused.py) reads and writes them."""
+
+    places: torch.Tensor  # (tokens,) int32: where in the pools the tokens' keys and values go
+
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, each (kv_heads, pool tokens, dim)."""
+        ...
+
+    def attend(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
+        """Attend over each sequence's context, which the step's own keys are part of: q (tokens, heads, dim) → out."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
     """The size of a model's mixture of experts; `layers` counts those without experts too."""
@@ -47,7 +61,7 @@ class Batch:
 
     input_ids: torch.Tensor  # (tokens,) int64
     positions: torch.Tensor  # (tokens,) int64
-    attend: Attend
+    attend: Attend | PagedContext  # the latter for the fused decoder
     starts: torch.Tensor  # (sequences + 1,) int64, offsets into tokens
     token_types: torch.Tensor | None = None  # (tokens,) int64
     embeds: torch.Tensor | None = None  # (tokens, hidden) used where embeds_mask is set

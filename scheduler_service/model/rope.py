@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kernels import reference
 from scheduler_service.model.spec import NotNative, RopeSpec
 
 Parameters = dict[str, Any]
@@ -125,3 +126,11 @@ VARIANTS: dict[str, Callable[[torch.Tensor, Parameters], tuple[torch.Tensor, flo
     "yarn": yarn,
     "longrope": longrope,
 }
+
+
+def position_tables(
+    frequencies: torch.Tensor, factor: float, context_length: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines of every position: each (context_length, 1, rotary_dim)."""
+    positions = torch.arange(context_length, device=frequencies.device)
+    return reference.rotation(positions, frequencies, factor, dtype)

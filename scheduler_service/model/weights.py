@@ -71,6 +71,7 @@ class Weights:
         self.dtype = dtype
         self.device = device
         self.buffers = self._allocated()
+        self.allocations = 1  # how often memory was taken: recorded steps know the addresses
         self.followers: list[tuple[Packs, str, tuple[int, ...]]] = []  # layer, buffer, index of its slab
         self._slabs: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._lent: list[tuple[torch.Tensor, str, tuple[int, ...]]] = []
@@ -92,6 +93,7 @@ class Weights:
 
     def allocate(self) -> None:
         """Take memory again, with undefined contents; `after_update` when it has been filled."""
+        self.allocations += 1
         self.buffers = self._allocated()
         for tensor, buffer, index in self._lent:
             tensor.data = self.buffers[buffer][index]

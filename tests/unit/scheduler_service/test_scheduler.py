@@ -120,3 +120,14 @@ def test_lost_pages_are_reported_when_idle_and_serving_goes_on(caplog: pytest.Lo
     rig.run()
     assert len(rig.tokens("b")) == 2
     assert rig.scheduler.planner.audit() == ""
+
+
+def test_a_pause_is_used_piece_by_piece_and_again_after_work() -> None:
+    rig = Rig()
+    rig.scheduler.rest, rig.scheduler.restless = iter([True, False, False]).__next__, True
+    for _ in range(3):
+        rig.scheduler.step()
+    assert rig.inbox.waits == [0.0, 0.0, IDLE_BEAT_S]
+    rig.inbox.put(tokenized("a", PROMPT, 1))
+    rig.scheduler.step()
+    assert rig.scheduler.restless

@@ -1,0 +1,284 @@
+"""Steps on fused operations: what the worker hands to a FusedDecoder, and decode steps on buffers that stay in place.
+
+A decode step needs five numbers a row from the host, sent in one copy. Its tokens it finds on the device, where the
+step before left them, and there it leaves its own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.ops import Backend, Ops
+from runtime.config import ServerConfig
+from scheduler_service.core.plan import Plan
+from scheduler_service.device_state import PageTable, SlotTokens
+from scheduler_service.experts import Chosen
+from scheduler_service.graphs import (
+    MAX_ROWS,
+    CudaRecorder,
+    DecodeGraphs,
+    PlainRecorder,
+    Recorder,
+    length_sizes,
+    row_sizes,
+)
+from scheduler_service.inputs import Inputs
+from scheduler_service.kv_cache import NULL_PAGE, KVCache
+from scheduler_service.model.batch import AttentionSpec, Batch
+from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.fused import FusedDecoder, Workspace
+from scheduler_service.transfer import send, upload
+
+SLOT, POSITION, PLACE, LENGTH = range(4)  # rows of the packed inputs
+
+
+@dataclass(slots=True)
+class Chunks:
+    """The prefill chunks of a step; they come behind its decode rows."""
+
+    table_rows: torch.Tensor  # (chunks,) int32
+    starts: torch.Tensor  # (chunks + 1,) int32, from the first chunk's first token on
+    lengths: torch.Tensor  # (chunks,) int32: context with the chunk itself
+    most_queries: int
+
+
+@dataclass(slots=True)
+class StepContext:
+    """Keys and values of one step, see model.fused.PagedContext."""
+
+    cache: KVCache
+    ops: Ops
+    workspace: Workspace
+    page_table: torch.Tensor  # (slots + 1, pages) int32
+    places: torch.Tensor  # (tokens,) int32
+    table_rows: torch.Tensor  # (decode rows,) int32
+    lengths: torch.Tensor  # (decode rows,) int32
+    longest: int  # of them, or more
+    chunks: Chunks | None = None
+
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache.keys[layer], self.cache.values[layer]
+
+    def attend(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
+        rows = len(self.lengths)
+        if rows:
+            self.attend_rows(spec, q[:rows], out[:rows])
+        if self.chunks is not None:
+            self.attend_chunks(spec, self.chunks, q[rows:], out[rows:])
+
+    def attend_rows(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
+        sizes = self.workspace.decode(len(q), spec.heads, spec.kv_heads, spec.head_dim, self.longest)
+        self.ops.paged_decode(
+            q,
+            *self.pools(spec.layer),
+            self.page_table,
+            self.table_rows,
+            self.lengths,
+            self.cache.page_size,
+            self.longest,
+            spec.scale,
+            spec.window,
+            spec.softcap,
+            spec.sinks,
+            self.workspace.partials(sizes),
+            self.workspace.counters,
+            out,
+        )
+
+    def attend_chunks(self, spec: AttentionSpec, chunks: Chunks, q: torch.Tensor, out: torch.Tensor) -> None:
+        self.ops.paged_extend(
+            q,
+            *self.pools(spec.layer),
+            self.page_table,
+            chunks.table_rows,
+            chunks.starts,
+            chunks.lengths,
+            self.cache.page_size,
+            chunks.most_queries,
+            spec.scale,
+            spec.window,
+            spec.softcap,
+            spec.causal,
+            spec.sinks,
+            out,
+        )
+
+
+class Buffers:
+    """What decode steps of any size read and write; never moved."""
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        self.inputs = torch.zeros(4, rows, dtype=torch.int32, device=device)
+        self.logits = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.valid = torch.zeros(rows, dtype=torch.bool, device=device)
+
+
+@dataclass(slots=True)
+class Decoded:
+    """A decode step on the device: its rows are those of the plan."""
+
+    logits: torch.Tensor  # (rows, vocab) float32
+    tokens: torch.Tensor  # (rows,) int64: the largest logit of each, in the slots already
+    valid: torch.Tensor  # (rows,) bool: that logit is finite
+
+
+class FusedSteps:
+    """Runs plans on a FusedDecoder: decode steps on fixed buffers, all others as they come."""
+
+    def __init__(self, model: FusedDecoder, cache: KVCache, tokens: SlotTokens, context_length: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.tokens = tokens
+        slots = tokens.null_slot
+        pages = -(-context_length // cache.page_size) + 1
+        self.page_table = PageTable(slots, pages, model.device)
+        self.buffers: Buffers | None = None
+        self.graphs: DecodeGraphs | None = None
+        self.context_length = context_length
+        self.allocations = self.count_allocations()
+        model.reserve(max(slots, 1))
+
+    def use_graphs(self, recorder: Recorder, largest: int) -> None:
+        """Run decode steps of up to `largest` rows on fixed buffers, recorded as `recorder` does."""
+        self.model.reserve(largest)
+        self.buffers = Buffers(largest, self.model.vocab_size, self.model.device)
+        self.clear()
+        rows, lengths = row_sizes(largest), length_sizes(self.context_length)
+        self.graphs = DecodeGraphs(self.compute, self.clear, recorder, rows, lengths)
+
+    # any step
+
+    def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
+        """Hidden states of the step's tokens; their keys and values are in the pool afterwards."""
+        self.page_table.update([share.sequence for share in plan.slices])
+        batch = Batch(
+            input_ids=inputs.input_ids,
+            positions=inputs.positions,
+            attend=self.context(plan, inputs),
+            starts=inputs.starts,
+            embeds=inputs.embeds,
+            embeds_mask=inputs.embeds_mask,
+            record_experts=record_experts,
+        )
+        return self.model.forward(batch)
+
+    def context(self, plan: Plan, inputs: Inputs) -> StepContext:
+        device, rows = self.model.device, plan.decodes
+        slots = upload([share.sequence.slot for share in plan.slices], device, torch.int32)
+        ends = [share.end for share in plan.slices]
+        lengths = upload(ends, device, torch.int32)
+        chunks = None
+        if prefills := plan.slices[rows:]:
+            starts = upload([offset - rows for offset in inputs.offsets[rows:]], device, torch.int32)
+            most_queries = max(share.end - share.start for share in prefills)
+            chunks = Chunks(slots[rows:], starts, lengths[rows:], most_queries)
+        return StepContext(
+            self.cache,
+            self.model.ops,
+            self.model.workspace,
+            self.page_table.values,
+            inputs.placement.slots.int(),
+            slots[:rows],
+            lengths[:rows],
+            max(ends[:rows], default=0),
+            chunks,
+        )
+
+    # decode steps
+
+    def decodes(self, plan: Plan) -> bool:
+        """Whether a plan can run on the fixed buffers: one token of every sequence, and nothing wanted but tokens."""
+        return (
+            self.graphs is not None
+            and plan.decodes == len(plan.slices)
+            and self.graphs.covers(plan.decodes)
+            and not any(share.sequence.request.return_hidden_states for share in plan.slices)
+        )
+
+    def decode(self, plan: Plan) -> Decoded:
+        """Launch a decode step."""
+        assert self.graphs is not None and self.buffers is not None
+        if self.allocations != (now := self.count_allocations()):
+            self.graphs.forget()
+            self.allocations = now
+        rows = len(plan.slices)
+        key = self.graphs.key(rows, max(share.end for share in plan.slices))
+        self.graphs.prepare(key)
+        self.page_table.update([share.sequence for share in plan.slices])
+        self.buffers.inputs[:, : key.rows].copy_(
+            send(self.packed(plan, key.rows), self.model.device), non_blocking=True
+        )
+        self.graphs.run(key)
+        tokens, valid = (x[:rows] for x in (self.buffers.tokens, self.buffers.valid))
+        if self.model.device.type == "cpu":  # where nothing is copied on its way to the host
+            tokens, valid = tokens.clone(), valid.clone()
+        return Decoded(self.buffers.logits[:rows], tokens, valid)
+
+    def count_allocations(self) -> tuple[int, int]:
+        """Changes when memory that recorded steps know by its address was given back and taken again."""
+        return self.cache.allocations, self.model.weights.allocations
+
+    def packed(self, plan: Plan, rows: int) -> torch.Tensor:
+        """The host's part of a decode step: int32 (4, rows), the rows beyond the plan's at the null slot."""
+        size, padding = self.cache.page_size, rows - len(plan.slices)
+        slots = [share.sequence.slot for share in plan.slices]
+        starts = [share.start for share in plan.slices]
+        places = [
+            share.sequence.pages[start // size] * size + start % size
+            for share, start in zip(plan.slices, starts, strict=True)
+        ]
+        columns = (
+            slots + [self.tokens.null_slot] * padding,
+            starts + [0] * padding,
+            places + [NULL_PAGE * size] * padding,
+            [start + 1 for start in starts] + [0] * padding,
+        )
+        return torch.tensor(columns, dtype=torch.int32)
+
+    def clear(self) -> None:
+        """Point every row at the null slot."""
+        assert self.buffers is not None
+        self.buffers.inputs.zero_()
+        self.buffers.inputs[SLOT].fill_(self.tokens.null_slot)
+
+    def compute(self, rows: int, longest: int) -> None:
+        """One decode step of `rows` rows on the buffers. Nothing in it depends on the host, so it can be recorded."""
+        assert self.buffers is not None
+        inputs, buffers = self.buffers.inputs[:, :rows], self.buffers
+        slots = inputs[SLOT].long()
+        context = StepContext(
+            self.cache,
+            self.model.ops,
+            self.model.workspace,
+            self.page_table.values,
+            inputs[PLACE],
+            inputs[SLOT],
+            inputs[LENGTH],
+            longest,
+        )
+        batch = Batch(self.tokens.values[slots], inputs[POSITION], context, starts=inputs[SLOT])
+        logits = self.model.logits(self.model.forward(batch), out=buffers.logits[:rows])
+        best, tokens = logits.max(1)
+        buffers.valid[:rows] = torch.isfinite(best)
+        buffers.tokens[:rows] = tokens
+        self.tokens.values.index_copy_(0, slots, tokens)
+
+    def rest(self) -> bool:
+        """Use a pause of the server; returns whether there is more to do."""
+        return self.graphs is not None and self.graphs.rest()
+
+
+def make_fused_steps(
+    config: ServerConfig, model: Decoder, cache: KVCache, tokens: SlotTokens, context_length: int, backend: Backend
+) -> FusedSteps:
+    """Fused steps on a backend of kernels/ops.py, with graphs as the flags say."""
+    fused = FusedDecoder(model, backend, context_length)
+    steps = FusedSteps(fused, cache, tokens, context_length)
+    if not config.disable_cuda_graph and fused.recordable:
+        recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
+        largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
+        steps.use_graphs(recorder, largest)
+        assert steps.graphs is not None
+        steps.graphs.begin(model.device)
+    return steps
