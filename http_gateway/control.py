@@ -51,19 +51,16 @@ async def carried_out(gateway: Gateway, command: ControlCommand) -> Response:
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
     """The command of a body, with what the query string says laid over it."""
-    command = control.from_body(kind, await read_body(http, MAX_ADMIN_BODY_BYTES))
-    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-    for name, value in http.query_params.items():
-        if name in fields:
-            setattr(command, name, from_query(name, value, fields[name]))
-    return command
-
-
-def from_query(name: str, value: str, kind: Any) -> Any:
+    body = await read_body(http, MAX_ADMIN_BODY_BYTES)
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    asked = {name: value for name, value in http.query_params.items() if name in known}
+    if not asked:
+        return control.from_body(kind, body)
+    given = msgspec.json.decode(body, type=dict[str, Any] | None) if body.strip() else None
     try:
-        return msgspec.convert(value, kind, strict=False)
+        return msgspec.convert({**(given or {}), **asked}, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise RequestError(f"{name}: {error}", field=name) from None
+        raise RequestError(str(error)) from None
 
 
 async def abort_request(gateway: Gateway, http: HTTPRequest) -> Response:

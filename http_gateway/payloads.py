@@ -51,7 +51,7 @@ def write(file: Path, text: memoryview) -> None:
     with os.fdopen(descriptor, "wb") as stream:
         for start in range(0, len(text), CHUNK_CHARS):
             try:
-                stream.write(binascii.a2b_base64(text[start : start + CHUNK_CHARS]))
+                stream.write(binascii.a2b_base64(text[start : start + CHUNK_CHARS], strict_mode=True))
             except binascii.Error as error:
                 message = f"serialized_named_tensors is not valid base64: {error}."
                 raise RequestError(message, field="serialized_named_tensors") from error

@@ -147,7 +147,7 @@ class Updates:
         if load_format not in TENSOR_FORMATS:
             known = ", ".join(name or "null" for name in TENSOR_FORMATS)
             raise CommandRefused(f"load_format {load_format} is not supported; choose one of {known}.")
-        return partial(self.collect, partial(TENSOR_FORMATS[load_format], Path(file)))
+        return partial(self.collect, partial(TENSOR_FORMATS[load_format], Path(file)), private=file)
 
     def broadcast(self, command: UpdateWeightsFromDistributed) -> Collect:
         """What takes the tensors that a trainer is about to broadcast into the session; refuses misfits at once."""
@@ -175,15 +175,15 @@ class Updates:
         return wire.entries_of(command.names, command.dtypes, command.shapes)
 
     @on_one_thread
-    def collect(self, tensors: Callable[[], wire.Named]) -> None:
-        """Put tensors into the session's second set. A fault breaks the session."""
+    def collect(self, tensors: Callable[[], wire.Named], private: str = "") -> None:
+        """Put tensors into the session's second set. A fault breaks the session; clients do not see `private` names."""
         session = self.session
         assert session is not None
         try:
             told_as(NOT_LOADED, lambda: self._collect(session, tensors))
         except CommandRefused as refusal:
-            session.broken = refusal.message
-            raise
+            session.broken = refusal.message.replace(private, "the payload") if private else refusal.message
+            raise CommandRefused(session.broken) from refusal
 
     def _collect(self, session: Session, tensors: Callable[[], wire.Named]) -> None:
         with staging.beside_the_model(self.live.device):

@@ -1,0 +1,148 @@
+"""Weights that another process broadcasts over Gloo while requests run."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from runtime.control import DestroyWeightsUpdateGroup, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
+from tests import checkpoints
+from tests.live import Live
+from tests.stepper import tokenized
+
+PROMPT = list(range(10, 31))
+A, B = 100, 200
+GROUP = "weight_update_group"
+NAMES = ["lm_head.weight", "model.norm.weight"]
+
+
+class Trainer:
+    """The other process."""
+
+    def __init__(self, process: "subprocess.Popen[str]", port: int) -> None:
+        self.process = process
+        self.port = port
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def says(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def trainer(file: Path, *options: str) -> Iterator[Trainer]:
+    port = free_port()
+    command = [sys.executable, "-m", "tests.trainer", str(port), "2", GROUP, str(file), *options]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Trainer(process, port)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Live:
+    return Live(checkpoints.version_model(tmp_path / "a", A), tmp_path, weight_version="A")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    tensors = checkpoints.version_tensors(tmp_path / "a", B)
+    save_file({name: tensors[name] for name in NAMES}, tmp_path / "sent")
+    return tmp_path / "sent"
+
+
+def joining(port: int | str, **fields: object) -> InitWeightsUpdateGroup:
+    return InitWeightsUpdateGroup(
+        master_address="127.0.0.1",
+        master_port=port,
+        rank_offset=1,
+        world_size=2,
+        backend="gloo",
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def broadcast(**fields: object) -> UpdateWeightsFromDistributed:
+    shapes = [[checkpoints.VOCAB_SIZE, 64], [64]]
+    return UpdateWeightsFromDistributed(
+        **{"names": NAMES, "dtypes": ["torch.float32", "float32"], "shapes": shapes, **fields}  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_trainer_broadcasts_while_requests_run(live: Live, weights: Path, flat: bool) -> None:
+    live.send(tokenized("x", PROMPT, 400, ignore_eos=True))
+    with trainer(weights, *(["flat"] if flat else [])) as other:
+        joined = live.call(joining(str(other.port)))  # a string, as some trainers send it
+        assert (joined.success, joined.message) == (True, "Succeeded to initialize custom process group.")
+        assert other.says() == "joined"
+        live.send(tokenized("y", PROMPT, 400, ignore_eos=True))
+        live.step(3)
+        id = live.begin(broadcast(weight_version="B", load_format="flattened_bucket" if flat else None))
+        made = len(live.output("y"))
+        live.step(5)
+        assert live.reply(id) is None and len(live.output("y")) == made + 5  # it waits, the loop does not
+        other.go()
+        reply = live.wait(id)
+        assert other.says() == "sent"
+        assert reply.message == "Succeeded to update parameter online. Weight version updated to B."
+        live.run()
+        assert set(live.by_version("y")) == {("A", A), ("B", B)}
+        assert len(live.output("x")) == len(live.output("y")) == 400
+        left = live.call(DestroyWeightsUpdateGroup())
+        assert (left.success, left.message) == (True, "Succeeded to destroy custom process group.")
+
+
+@pytest.mark.slow
+def test_a_trainer_that_dies_changes_nothing(live: Live, weights: Path) -> None:
+    before = live.logits(PROMPT)
+    with trainer(weights) as other:
+        assert live.call(joining(other.port)).success
+        assert other.says() == "joined"
+        id = live.begin(broadcast(weight_version="B"))
+        live.step(2)
+        other.process.kill()
+        reply = live.wait(id)
+    assert reply.status == 400 and reply.message.startswith("Failed to update parameter online: ")
+    assert reply.message.endswith("Nothing was changed.")
+    assert live.logits(PROMPT) == before and live.worker.weight_version == "A"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"rank_offset": 2}, "rank 2 of 2"),
+        ({"master_port": "http"}, "master_port http is no port"),
+        ({"backend": "nccl"}, "needs a GPU"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused_at_once(live: Live, fields: dict[str, object], reason: str) -> None:
+    command = joining(free_port())
+    for name, value in fields.items():
+        setattr(command, name, value)
+    reply = live.call(command)
+    assert reply.status == 400 and reply.message.startswith("Failed to initialize custom process group: ")
+    assert reason in reply.message
+
+
+def test_groups_that_do_not_exist_are_named(live: Live) -> None:
+    assert live.call(DestroyWeightsUpdateGroup()).message == "The group to be destroyed does not exist."
+    assert "there is no group weight_update_group" in live.call(broadcast()).message
