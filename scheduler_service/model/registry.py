@@ -53,7 +53,7 @@ def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> S
         info.architecture,
         dtype,
         left,
-        available - left,
+        max(0.0, available - left),  # on a CPU other processes may have given some back
     )
     return model
 
