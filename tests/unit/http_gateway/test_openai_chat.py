@@ -1,0 +1,357 @@
+"""/v1/chat/completions from the client's side, on a ring that answers in process."""
+
+import json
+from typing import Any
+
+import pytest
+
+from runtime.messages import Finish, Generate, unpack_ids
+from tests.unit.http_gateway.harness import Served, asynchronous, served, step
+from tests.unit.http_gateway.openai_scripts import says
+
+PATH = "/v1/chat/completions"
+USER = {"role": "user", "content": "hi"}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+OTHER = {"type": "function", "function": {"name": "other"}}
+CALL = ("<tool", '_call>{"name": "weather", "arguments"', ': {"city": "U', 'lm"}}</tool_call>')
+
+
+async def ask(server: Served, **body: Any) -> dict[str, Any]:
+    answer = await server.client.post(PATH, {"messages": [USER], **body})
+    assert answer.status == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def chunks_of(server: Served, **body: Any) -> list[dict[str, Any]]:
+    return (await server.client.post(PATH, {"messages": [USER], "stream": True, **body})).events()
+
+
+def generate_of(server: Served) -> Generate:
+    generate = server.ring.sent[-1]
+    assert isinstance(generate, Generate)
+    return generate
+
+
+def joined(chunks: list[dict[str, Any]], key: str) -> str:
+    return "".join(choice["delta"][key] or "" for chunk in chunks for choice in chunk["choices"])
+
+
+@asynchronous
+async def test_the_whole_answer() -> None:
+    async with served(says("Par", "is.")) as server:
+        body = await ask(server, model="any", rid="r")
+        assert isinstance(body.pop("created"), int)
+        assert body == {
+            "id": "r",
+            "object": "chat.completion",
+            "model": "any",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {
+                        "role": "assistant",
+                        "content": "Paris.",
+                        "reasoning_content": None,
+                        "tool_calls": None,
+                    },
+                    "logprobs": None,
+                    "finish_reason": "stop",
+                    "matched_stop": 2,
+                }
+            ],
+            "usage": {
+                "prompt_tokens": 3,
+                "total_tokens": 5,
+                "completion_tokens": 2,
+                "prompt_tokens_details": None,
+                "reasoning_tokens": 0,
+            },
+            "metadata": {"weight_version": "v1"},
+        }
+
+
+@asynchronous
+async def test_the_order_of_a_stream() -> None:
+    async with served() as server:
+        body = {"messages": [USER], "rid": "r", "stream": True, "stream_options": {"include_usage": True}}
+        call = server.client.start("POST", PATH, body)
+        await server.ring.sent_of(Generate)
+        server.ring.push(step("r", [1], "Par", prompt_tokens=3))
+        await call.chunk()
+        server.ring.push(step("r", [2], "is.", finish=Finish(reason="stop", matched=2)))
+        chunks = (await call.answer()).events()
+        nothing = {"role": None, "content": None, "reasoning_content": None, "tool_calls": None}
+        choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+        assert [choice["delta"] for choice in choices] == [
+            nothing | {"role": "assistant", "content": ""},
+            nothing | {"content": "Par"},
+            nothing | {"content": "is."},
+            nothing,
+        ]
+        assert [choice["finish_reason"] for choice in choices] == [None, None, None, "stop"]
+        assert choices[-1]["matched_stop"] == 2
+        assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 2
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+        assert {chunk["id"] for chunk in chunks} == {"r"}
+
+
+@asynchronous
+async def test_every_choice_of_a_stream_is_opened_and_ended() -> None:
+    async with served(says("a", "b")) as server:
+        chunks = await chunks_of(server, n=3)
+        for index in range(3):
+            own = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+            assert own[0]["delta"]["role"] == "assistant"
+            assert "".join(choice["delta"]["content"] or "" for choice in own) == "ab"
+            assert [choice["finish_reason"] for choice in own if choice["finish_reason"]] == ["stop"]
+
+
+@asynchronous
+async def test_the_operator_s_interval_thins_a_stream_out() -> None:
+    async with served(stream_interval=3) as server:
+        call = server.client.start("POST", PATH, {"messages": [USER], "rid": "r", "stream": True})
+        await server.ring.sent_of(Generate)
+        for i in range(6):
+            server.ring.push(step("r", [i], str(i), prompt_tokens=3))
+        server.ring.push(step("r", [6], "6", finish=Finish(reason="length", length=7)))
+        chunks = (await call.answer()).events()
+        assert joined(chunks, "content") == "0123456"
+        assert len(chunks) <= 5
+
+
+# the conversation
+
+
+@asynchronous
+async def test_the_conversation_is_rendered_by_the_tokenizer() -> None:
+    async with served(says("x")) as server:
+        messages = [
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": None, "tool_calls": []},
+        ]
+        await ask(
+            server,
+            messages=messages,
+            tools=[WEATHER],
+            documents=[{"text": "d"}],
+            reasoning_effort="low",
+            chat_template_kwargs={"a": 1},
+        )
+        chat = generate_of(server).chat
+        assert chat is not None and chat.messages == [{"role": "system", "content": "be brief"}, *messages[1:]]
+        assert chat.tools == [WEATHER] and chat.documents == [{"text": "d"}]
+        assert chat.template_kwargs == {"reasoning_effort": "low", "a": 1}
+        assert chat.add_generation_prompt and not chat.continue_final_message
+
+
+@asynchronous
+async def test_no_effort_switches_the_thought_off() -> None:
+    async with served(says("x")) as server:
+        await ask(server, reasoning_effort="none")
+        chat = generate_of(server).chat
+        assert chat is not None and chat.template_kwargs == {"enable_thinking": False, "thinking": False}
+
+
+@asynchronous
+async def test_a_final_message_is_continued_without_a_new_turn() -> None:
+    async with served(says("x")) as server:
+        await ask(server, messages=[USER, {"role": "assistant", "content": "Par"}], continue_final_message=True)
+        chat = generate_of(server).chat
+        assert chat is not None and chat.continue_final_message and not chat.add_generation_prompt
+
+
+@asynchronous
+async def test_ids_that_the_client_has_rendered_are_taken_as_they_are() -> None:
+    async with served(says("x")) as server:
+        await ask(server, messages=[], input_ids=[4, 5])
+        assert generate_of(server).chat is None
+        assert unpack_ids(generate_of(server).input_ids).tolist() == [4, 5]
+
+
+# logprobs
+
+
+@asynchronous
+async def test_logprobs_with_the_best_tokens_beside_each() -> None:
+    async with served(says("a")) as server:
+        body = await ask(server, logprobs=True, top_logprobs=2)
+        [position] = body["choices"][0]["logprobs"]["content"]
+        own = {"token": "t10", "bytes": [116, 49, 48], "logprob": -0.5}
+        assert position == own | {"top_logprobs": [own, {"token": "t11", "bytes": [116, 49, 49], "logprob": -0.5}]}
+
+
+@asynchronous
+async def test_a_stream_tells_each_logprob_once() -> None:
+    async with served(says("a", "", "b")) as server:
+        chunks = await chunks_of(server, logprobs=True)
+        told = [c["logprobs"]["content"] for chunk in chunks for c in chunk["choices"] if c["logprobs"]]
+        assert [position["token"] for part in told for position in part] == ["t10", "t11", "t12"]
+
+
+# tools
+
+
+@asynchronous
+async def test_tool_calls_are_found_where_there_is_a_parser() -> None:
+    async with served(says("Well. ", *CALL), tool_call_parser="hermes") as server:
+        [choice] = (await ask(server, tools=[WEATHER]))["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] == "Well."
+        [call] = choice["message"]["tool_calls"]
+        assert call["id"].startswith("call_") and len(call["id"]) == 29
+        assert (call["index"], call["type"], call["function"]["name"]) == (0, "function", "weather")
+        assert json.loads(call["function"]["arguments"]) == {"city": "Ulm"}
+        assert not generate_of(server).request.params.skip_special_tokens
+
+
+@asynchronous
+async def test_content_is_null_where_there_are_calls_only() -> None:
+    async with served(says(*CALL), tool_call_parser="hermes") as server:
+        assert (await ask(server, tools=[WEATHER]))["choices"][0]["message"]["content"] is None
+
+
+@asynchronous
+async def test_a_streamed_call_is_announced_and_then_grows() -> None:
+    async with served(says(*CALL), tool_call_parser="hermes") as server:
+        chunks = await chunks_of(server, tools=[WEATHER])
+        pieces = [call for c in chunks for choice in c["choices"] for call in choice["delta"]["tool_calls"] or ()]
+        first, *later = pieces
+        assert first["function"] == {"name": "weather", "arguments": ""} and first["id"]
+        assert all(piece["id"] is None and piece["function"]["name"] is None for piece in later)
+        assert json.loads("".join(piece["function"]["arguments"] for piece in pieces)) == {"city": "Ulm"}
+        assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+        assert joined(chunks, "content") == ""
+
+
+@asynchronous
+async def test_without_a_parser_a_call_stays_text() -> None:
+    async with served(says(*CALL)) as server:
+        [choice] = (await ask(server, tools=[WEATHER]))["choices"]
+        assert choice["message"]["content"] == "".join(CALL) and choice["finish_reason"] == "stop"
+
+
+@asynchronous
+async def test_tools_that_may_not_be_called_are_not_told_of() -> None:
+    async with served(says(*CALL), tool_call_parser="hermes") as server:
+        [choice] = (await ask(server, tools=[WEATHER], tool_choice="none"))["choices"]
+        chat = generate_of(server).chat
+        assert chat is not None and chat.tools is None
+        assert choice["message"]["content"] == "".join(CALL)
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [("required", ["weather", "other"]), ({"type": "function", "function": {"name": "other"}}, ["other"])],
+)
+@asynchronous
+async def test_demanded_calls_are_constrained_and_read_without_a_parser(choice: Any, names: list[str]) -> None:
+    async with served(says('[{"name": "other", ', '"parameters": {"a": 1}}]')) as server:
+        [told] = (await ask(server, tools=[WEATHER, OTHER], tool_choice=choice))["choices"]
+        schema = json.loads(generate_of(server).request.params.json_schema or "")
+        assert [call["properties"]["name"]["const"] for call in schema["items"]["anyOf"]] == names
+        [call] = told["message"]["tool_calls"]
+        assert call["function"]["name"] == "other" and json.loads(call["function"]["arguments"]) == {"a": 1}
+        assert told["finish_reason"] == "tool_calls" and told["message"]["content"] is None
+
+
+@asynchronous
+async def test_calls_one_at_a_time() -> None:
+    async with served(says("[]")) as server:
+        await ask(server, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
+        assert json.loads(generate_of(server).request.params.json_schema or "")["maxItems"] == 1
+
+
+@asynchronous
+async def test_a_call_that_was_cut_off_says_so() -> None:
+    cut = says('[{"name": "weather", "parameters": {"ci', finish=Finish(reason="length", length=1))
+    async with served(cut) as server:
+        [choice] = (await ask(server, tools=[WEATHER], tool_choice="required"))["choices"]
+        assert choice["finish_reason"] == "length"
+
+
+# reasoning
+
+
+@asynchronous
+async def test_the_thought_is_told_apart() -> None:
+    async with served(says("<think>", "Well", " then.</think>", "\n\nParis."), reasoning_parser="qwen3") as server:
+        body = await ask(server)
+        message = body["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("Well then.", "Paris.")
+        assert 2 <= body["usage"]["reasoning_tokens"] < 4
+        chunks = await chunks_of(server)
+        assert joined(chunks, "reasoning_content") == "Well then." and joined(chunks, "content") == "Paris."
+
+
+@asynchronous
+async def test_a_thought_may_come_in_one_piece() -> None:
+    async with served(says("<think>a", "b", "c</think>", "d"), reasoning_parser="qwen3") as server:
+        chunks = await chunks_of(server, stream_reasoning=False)
+        thoughts = [c["delta"]["reasoning_content"] for chunk in chunks for c in chunk["choices"]]
+        assert [thought for thought in thoughts if thought] == ["abc"]
+
+
+@pytest.mark.parametrize("more", [{"separate_reasoning": False}, {"chat_template_kwargs": {"enable_thinking": False}}])
+@asynchronous
+async def test_a_thought_stays_in_the_text_where_it_is_wanted_there(more: dict[str, Any]) -> None:
+    async with served(says("<think>a</think>b"), reasoning_parser="qwen3") as server:
+        message = (await ask(server, **more))["choices"][0]["message"]
+        assert message["content"] == "<think>a</think>b" and message["reasoning_content"] is None
+
+
+@asynchronous
+async def test_constrained_output_is_no_thought() -> None:
+    async with served(says('{"a": 1}'), reasoning_parser="deepseek-r1") as server:
+        message = (await ask(server, response_format={"type": "json_object"}))["choices"][0]["message"]
+        assert message["content"] == '{"a": 1}'
+
+
+@asynchronous
+async def test_an_answer_cut_inside_the_thought_has_no_content() -> None:
+    cut = says("<think>a", " b", finish=Finish(reason="length", length=2))
+    async with served(cut, reasoning_parser="qwen3") as server:
+        message = (await ask(server))["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("a b", None)
+
+
+@asynchronous
+async def test_thought_and_calls_together() -> None:
+    pieces = ("<think>which?</think>", *CALL)
+    async with served(says(*pieces), reasoning_parser="qwen3", tool_call_parser="qwen") as server:
+        message = (await ask(server, tools=[WEATHER]))["choices"][0]["message"]
+        assert message["reasoning_content"] == "which?" and message["content"] is None
+        assert message["tool_calls"][0]["function"]["name"] == "weather"
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"messages": []}, "Messages cannot be empty."),
+        ({"tool_choice": "required"}, "Tools cannot be empty if tool choice is set to required."),
+        ({"tools": [WEATHER], "tool_choice": {"function": {"name": "x"}}}, "Tool 'x' not found in tools list."),
+        ({"max_completion_tokens": 513}, "max_completion_tokens is too large: 513.This model supports at most 512"),
+        ({"response_format": {"type": "json_schema"}}, "schema_ is required for json_schema response format request."),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "role must be one of"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content must be a string"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
+        ({"session_params": {"id": "x"}}, "session_params is not supported"),
+        ({"tools": [WEATHER], "tool_choice": "required", "regex": "a"}, "one thing only"),
+    ],
+)
+@asynchronous
+async def test_refusals(body: dict[str, Any], message: str) -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(PATH, {"messages": [USER], **body})
+        assert answer.status == 400 and message in answer.json()["message"], answer.text
+        assert answer.json()["error"]["message"] == answer.json()["message"]

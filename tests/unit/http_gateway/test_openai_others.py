@@ -1,0 +1,188 @@
+"""The smaller endpoints around the OpenAI API: responses, tokenize and detokenize, parsers of text made elsewhere."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from runtime.control import Detokenize, Tokenize
+from runtime.messages import Finish, Generate, Reply, unpack_ids
+from tests.unit.http_gateway.harness import asynchronous, served, step
+from tests.unit.http_gateway.openai_scripts import says
+
+# responses
+
+
+@asynchronous
+async def test_a_response_is_a_turn_in_another_shape() -> None:
+    async with served(says("Par", "is.")) as server:
+        body = (await server.client.post("/v1/responses", {"input": "hi", "instructions": "be brief"})).json()
+        assert body["object"] == "response" and body["status"] == "completed" and body["id"].startswith("resp_")
+        [item] = body["output"]
+        assert item["content"][0]["text"] == "Paris." and item["role"] == "assistant"
+        assert body["usage"]["input_tokens"] == 3 and body["usage"]["output_tokens"] == 2
+        assert body["store"] is False
+        chat = server.ring.sent[0].chat
+        assert [message["role"] for message in chat.messages] == ["system", "user"]
+
+
+@asynchronous
+async def test_input_may_be_a_conversation_in_parts() -> None:
+    async with served(says("x")) as server:
+        said = [
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+            {"role": "user", "content": "c"},
+        ]
+        await server.client.post("/v1/responses", {"input": said})
+        contents = [message["content"] for message in server.ring.sent[0].chat.messages]
+        assert contents == [[{"type": "text", "text": "a"}], [{"type": "text", "text": "b"}], "c"]
+
+
+@asynchronous
+async def test_a_streamed_response_opens_grows_and_closes() -> None:
+    async with served() as server:
+        call = server.client.start("POST", "/v1/responses", {"input": "hi", "stream": True})
+        [generate] = await server.ring.sent_of(Generate)
+        rid = generate.request.rid
+        server.ring.push(step(rid, [1], "Par", prompt_tokens=3))
+        await call.chunk()
+        server.ring.push(step(rid, [2], "is.", finish=Finish(reason="length", length=2)))
+        text = (await call.answer()).text
+        events = [json.loads(line.removeprefix("data: ")) for line in text.split("\n") if line.startswith("data: {")]
+        assert [event["type"].removeprefix("response.") for event in events] == [
+            "created",
+            "in_progress",
+            "output_item.added",
+            "content_part.added",
+            "output_text.delta",
+            "output_text.delta",
+            "output_text.done",
+            "content_part.done",
+            "output_item.done",
+            "incomplete",
+        ]
+        assert [event["sequence_number"] for event in events] == list(range(10))
+        assert events[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+        assert events[6]["text"] == "Paris." and all(f"event: {event['type']}\n" in text for event in events)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"input": "a", "tools": [{"type": "web_search"}]},
+        {"input": "a", "previous_response_id": "resp_1"},
+        {"input": [{"type": "function_call_output", "output": "x"}]},
+        {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+    ],
+)
+@asynchronous
+async def test_what_a_response_cannot_do_is_refused(body: dict[str, Any]) -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post("/v1/responses", body)
+        assert answer.status == 400 and answer.json()["error"]["message"]
+
+
+@asynchronous
+async def test_no_response_is_stored() -> None:
+    async with served() as server:
+        assert (await server.client.get("/v1/responses/resp_1")).status == 404
+        assert (await server.client.post("/v1/responses/resp_1/cancel")).status == 404
+
+
+# tokens
+
+
+async def command(path: str, body: Any, kind: type, reply: dict[str, Any], **failed: Any) -> tuple[Any, Any]:
+    """The command that a body sends round the ring, and the answer once the ring replies."""
+    async with served() as server:
+        server.ring.answers_commands = False
+        call = asyncio.create_task(server.client.post(path, body))
+        [sent] = await server.ring.sent_of(kind)
+        server.ring.push(Reply(id=sent.id, body=reply, **failed))
+        return sent, await call
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/tokenize"])
+@asynchronous
+async def test_tokenize_one_text_and_many(path: str) -> None:
+    sent, answer = await command(path, {"prompt": "a"}, Tokenize, {"tokens": [[1, 2]]})
+    assert sent.texts == ["a"] and sent.add_special_tokens
+    assert answer.json() == {"tokens": [1, 2], "count": 2, "max_model_len": 512}
+    sent, answer = await command(
+        path, {"prompt": ["a", "b"], "add_special_tokens": False}, Tokenize, {"tokens": [[1, 2], [3]]}
+    )
+    assert sent.texts == ["a", "b"] and not sent.add_special_tokens
+    assert answer.json() == {"tokens": [[1, 2], [3]], "count": [2, 1], "max_model_len": 512}
+
+
+@asynchronous
+async def test_tokenize_a_conversation() -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"x": 1}}
+    sent, answer = await command("/tokenize", body, Tokenize, {"tokens": [[1]]})
+    assert sent.chat.messages == body["messages"] and sent.chat.template_kwargs == {"x": 1}
+    assert answer.json()["count"] == 1
+
+
+@asynchronous
+async def test_detokenize_one_list_and_many() -> None:
+    sent, answer = await command("/detokenize", {"tokens": [1, 2]}, Detokenize, {"texts": ["ab"]})
+    assert unpack_ids(sent.ids[0]).tolist() == [1, 2] and sent.skip_special_tokens
+    assert answer.json() == {"text": "ab"}
+    body = {"tokens": [[1], [2]], "skip_special_tokens": False}
+    sent, answer = await command("/v1/detokenize", body, Detokenize, {"texts": ["a", "b"]})
+    assert not sent.skip_special_tokens and answer.json() == {"text": ["a", "b"]}
+
+
+@asynchronous
+async def test_what_a_service_refuses_is_the_client_s_answer() -> None:
+    refused = {"success": False, "message": "no tokenizer", "status": 400}
+    _, answer = await command("/tokenize", {"prompt": "a"}, Tokenize, {}, **refused)
+    assert (answer.status, answer.json()["message"]) == (400, "no tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": "a", "messages": []}),
+        ("/tokenize", {"prompt": ["a"] * 1025}),
+        ("/detokenize", {"tokens": [1, [2]]}),
+        ("/detokenize", {"tokens": [1 << 40]}),
+    ],
+)
+@asynchronous
+async def test_bodies_that_make_no_sense(path: str, body: dict[str, Any]) -> None:
+    async with served() as server:
+        assert (await server.client.post(path, body)).status == 400
+
+
+# parsers
+
+
+@asynchronous
+async def test_parse_function_call() -> None:
+    text = 'Sure. <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    body = {"text": text, "tools": [{"type": "function", "function": {"name": "f"}}], "tool_call_parser": "qwen25"}
+    async with served() as server:
+        answer = await server.client.post("/parse_function_call", body)
+        assert answer.json()["normal_text"] == "Sure."
+        [call] = answer.json()["calls"]
+        assert (call["tool_index"], call["name"], json.loads(call["parameters"])) == (0, "f", {"a": 1})
+
+
+@asynchronous
+async def test_separate_reasoning() -> None:
+    async with served() as server:
+        body = {"text": "<think>a</think>b", "reasoning_parser": "qwen3"}
+        assert (await server.client.post("/separate_reasoning", body)).json() == {"reasoning_text": "a", "text": "b"}
+
+
+@asynchronous
+async def test_parsers_are_the_server_s_own_unless_named_and_must_exist() -> None:
+    async with served(reasoning_parser="deepseek-r1") as server:
+        answer = await server.client.post("/separate_reasoning", {"text": "a</think>b"})
+        assert answer.json() == {"reasoning_text": "a", "text": "b"}
+        answer = await server.client.post("/parse_function_call", {"text": "a", "tools": []})
+        assert answer.status == 400 and "Unsupported tool call parser" in answer.json()["error"]["message"]
