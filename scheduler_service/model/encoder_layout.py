@@ -8,7 +8,7 @@ from scheduler_service.model.weights import Layout
 
 def encoder_layout(spec: EncoderSpec) -> Layout:
     """Buffers by kind; query, key and value of a layer are one matrix."""
-    layout = Layout(ignored=spec.ignored)
+    layout = Layout()
     names, hidden = spec.names, spec.hidden_size
     tables = (
         ("words", names.words, spec.vocab_size),
@@ -27,6 +27,7 @@ def encoder_layout(spec: EncoderSpec) -> Layout:
             name = spec.prefix + names.layer.format(index) + names.attention_norm
             add_norm(layout, spec, "attention_norm", (index,), name)
     add_head(layout, spec.head)
+    layout.ignored = spec.ignored - layout.places.keys()
     return layout
 
 

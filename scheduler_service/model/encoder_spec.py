@@ -56,4 +56,4 @@ class EncoderSpec:
     names: EncoderNames = EncoderNames()
     prefix: str = ""  # of all names but the head's
     head: tuple[HeadLayer, ...] = ()
-    ignored: frozenset[str] = frozenset()  # tensors of the checkpoint that nothing here reads
+    ignored: frozenset[str] = frozenset()  # what a checkpoint may hold besides

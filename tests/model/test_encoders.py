@@ -228,3 +228,13 @@ def test_an_architecture_that_embeds_but_is_not_served_says_so(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["T5EncoderModel"]}))
     with pytest.raises(StartupError, match="cannot be served for embedding: architecture T5EncoderModel"):
         Embedder(tmp_path)
+
+
+def test_what_an_encoder_has_no_use_for_is_known_by_name(tmp_path):
+    """The tensors of a pooler are no fault of a checkpoint, unless the head needs them."""
+    embedders.build("BertModel", tmp_path / "plain")
+    layout = Embedder(tmp_path / "plain").worker.model.weights.layout
+    assert {"pooler.dense.weight", "pooler.dense.bias"} <= layout.ignored
+    embedders.build("BertForSequenceClassification", tmp_path / "scored")
+    layout = Embedder(tmp_path / "scored").worker.model.weights.layout
+    assert not layout.ignored & layout.places.keys() and "bert.pooler.dense.weight" in layout.places

@@ -13,6 +13,7 @@ EncoderFamily = Callable[[Config, int, Tensors], EncoderSpec]
 
 OLDEST_NORM = ("gamma", "beta")
 ROBERTA_PAD = 1
+OTHER_HEADS = ("cls.", "lm_head.", "vocab_", "head.", "decoder.", "classifier.", "pre_classifier.")
 
 BERT_NAMES = EncoderNames()
 DISTIL_NAMES = EncoderNames(
@@ -70,7 +71,7 @@ def distilbert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
         names=DISTIL_NAMES,
         prefix=prefix,
         head=head if labels else (),
-        ignored=unused(tensors, prefix, head if labels else ()),
+        ignored=unused(tensors, prefix),
     )
 
 
@@ -107,7 +108,7 @@ def modernbert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
         names=MODERN_NAMES,
         prefix=prefix,
         head=head,
-        ignored=unused(tensors, prefix, head),
+        ignored=unused(tensors, prefix),
     )
 
 
@@ -135,7 +136,7 @@ def bert_like(config: Config, tensors: Tensors, prefix: str) -> dict[str, Any]:
         "token_types": config.get("type_vocab_size", 2),
         "names": EncoderNames(norm=OLDEST_NORM) if oldest else BERT_NAMES,
         "prefix": prefix,
-        "ignored": unused(tensors, prefix, ()),
+        "ignored": unused(tensors, prefix),
     }
 
 
@@ -181,9 +182,7 @@ def prefix_of(tensors: Tensors, prefix: str, words: str) -> str:
     return prefix if f"{prefix}{words}.weight" in tensors else ""
 
 
-def unused(tensors: Tensors, prefix: str, head: tuple[HeadLayer, ...]) -> frozenset[str]:
+def unused(tensors: Tensors, prefix: str) -> frozenset[str]:
     """Tensors that vectors are made without: language-model heads, poolers, buffers of position numbers."""
-    kept = tuple(layer.name for layer in head)
-    others = ("cls.", "lm_head.", "vocab_", "head.", "decoder.", "classifier.", "pre_classifier.")
-    extra = (f"{prefix}pooler.", f"{prefix}embeddings.position_ids")
-    return frozenset(name for name in tensors if name.startswith((*others, *extra)) and not name.startswith(kept))
+    always = {f"{prefix}{name}" for name in ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")}
+    return frozenset(always.union(name for name in tensors if name.startswith(OTHER_HEADS)))
