@@ -5,6 +5,7 @@ step before left them, and there it leaves its own.
 """
 
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 
@@ -13,6 +14,7 @@ from runtime.config import ServerConfig
 from scheduler_service.core.plan import Plan
 from scheduler_service.device_state import PageTable, SlotTokens
 from scheduler_service.experts import Chosen
+from scheduler_service.fused_sampling import FusedSampler, temperature
 from scheduler_service.graphs import (
     MAX_ROWS,
     CudaRecorder,
@@ -26,7 +28,9 @@ from scheduler_service.inputs import Inputs
 from scheduler_service.kv_cache import NULL_PAGE, KVCache
 from scheduler_service.model.batch import AttentionSpec, Batch
 from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.fused import FusedDecoder, Workspace
+from scheduler_service.model.fused import FusedDecoder
+from scheduler_service.model.products import Workspace
+from scheduler_service.sampler import Draws, Row
 from scheduler_service.transfer import send, upload
 
 SLOT, POSITION, PLACE, LENGTH = range(4)  # rows of the packed inputs
@@ -110,8 +114,11 @@ class Buffers:
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
         self.inputs = torch.zeros(4, rows, dtype=torch.int32, device=device)
         self.logits = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)
+        self.temperatures = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.valid = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.valid = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.drawing: list[Row] = []  # whose temperatures and seeds are in the buffers
 
 
 @dataclass(slots=True)
@@ -119,8 +126,7 @@ class Decoded:
     """A decode step on the device: its rows are those of the plan."""
 
     logits: torch.Tensor  # (rows, vocab) float32
-    tokens: torch.Tensor  # (rows,) int64: the largest logit of each, in the slots already
-    valid: torch.Tensor  # (rows,) bool: that logit is finite
+    draws: Draws | None  # in the slots already; None where the logits are still to be adjusted and drawn from
 
 
 class FusedSteps:
@@ -130,6 +136,7 @@ class FusedSteps:
         self.model = model
         self.cache = cache
         self.tokens = tokens
+        self.sampler = FusedSampler(model)
         slots = tokens.null_slot
         pages = -(-context_length // cache.page_size) + 1
         self.page_table = PageTable(slots, pages, model.device)
@@ -196,8 +203,8 @@ class FusedSteps:
             and not any(share.sequence.request.return_hidden_states for share in plan.slices)
         )
 
-    def decode(self, plan: Plan) -> Decoded:
-        """Launch a decode step."""
+    def decode(self, plan: Plan, samplers: list[Row], drawn: bool) -> Decoded:
+        """Launch a decode step; its tokens are `drawn` with it if no row wants more than a temperature."""
         assert self.graphs is not None and self.buffers is not None
         if self.allocations != (now := self.count_allocations()):
             self.graphs.forget()
@@ -209,11 +216,26 @@ class FusedSteps:
         self.buffers.inputs[:, : key.rows].copy_(
             send(self.packed(plan, key.rows), self.model.device), non_blocking=True
         )
+        self.send_rows(samplers if drawn else [])
         self.graphs.run(key)
-        tokens, valid = (x[:rows] for x in (self.buffers.tokens, self.buffers.valid))
+        logits, tokens = self.buffers.logits[:rows], self.buffers.tokens[:rows]
+        if not drawn:
+            return Decoded(logits, None)
         if self.model.device.type == "cpu":  # where nothing is copied on its way to the host
-            tokens, valid = tokens.clone(), valid.clone()
-        return Decoded(self.buffers.logits[:rows], tokens, valid)
+            tokens = tokens.clone()
+        return Decoded(logits, Draws(tokens, self.buffers.valid[:rows] != 0))
+
+    def send_rows(self, rows: list[Row]) -> None:
+        """Bring temperatures and seeds, unless they are there from the step before. No rows: temperatures of 0."""
+        assert self.buffers is not None
+        buffers, device = self.buffers, self.model.device
+        if len(rows) == len(buffers.drawing) and all(map(is_, rows, buffers.drawing)):
+            return
+        buffers.drawing = rows
+        buffers.temperatures.zero_()
+        if rows:
+            buffers.temperatures[: len(rows)].copy_(upload([temperature(row) for row in rows], device, torch.float32))
+            buffers.seeds[: len(rows)].copy_(upload([row.seed for row in rows], device, torch.int64))
 
     def count_allocations(self) -> tuple[int, int]:
         """Changes when memory that recorded steps know by its address was given back and taken again."""
@@ -246,7 +268,6 @@ class FusedSteps:
         """One decode step of `rows` rows on the buffers. Nothing in it depends on the host, so it can be recorded."""
         assert self.buffers is not None
         inputs, buffers = self.buffers.inputs[:, :rows], self.buffers
-        slots = inputs[SLOT].long()
         context = StepContext(
             self.cache,
             self.model.ops,
@@ -257,12 +278,19 @@ class FusedSteps:
             inputs[LENGTH],
             longest,
         )
-        batch = Batch(self.tokens.values[slots], inputs[POSITION], context, starts=inputs[SLOT])
-        logits = self.model.logits(self.model.forward(batch), out=buffers.logits[:rows])
-        best, tokens = logits.max(1)
-        buffers.valid[:rows] = torch.isfinite(best)
-        buffers.tokens[:rows] = tokens
-        self.tokens.values.index_copy_(0, slots, tokens)
+        input_ids = self.tokens.values.index_select(0, inputs[SLOT])
+        batch = Batch(input_ids, inputs[POSITION], context, starts=inputs[SLOT])
+        self.sampler.draw_plain(
+            self.model.body(batch),
+            buffers.temperatures[:rows],
+            buffers.seeds[:rows],
+            inputs[LENGTH].long(),
+            inputs[SLOT],
+            buffers.logits[:rows],
+            self.tokens.values,
+            buffers.valid[:rows],
+        )
+        torch.index_select(self.tokens.values, 0, inputs[SLOT], out=buffers.tokens[:rows])
 
     def rest(self) -> bool:
         """Use a pause of the server; returns whether there is more to do."""
@@ -275,7 +303,7 @@ def make_fused_steps(
     """Fused steps on a backend of kernels/ops.py, with graphs as the flags say."""
     fused = FusedDecoder(model, backend, context_length)
     steps = FusedSteps(fused, cache, tokens, context_length)
-    if not config.disable_cuda_graph and fused.recordable:
+    if not config.disable_cuda_graph:
         recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
         largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
         steps.use_graphs(recorder, largest)

@@ -29,6 +29,7 @@ from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.device_state import SlotTokens
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
+from scheduler_service.fused_sampling import is_plain
 from scheduler_service.fused_steps import FusedSteps, make_fused_steps
 from scheduler_service.grammar import Grammar, Matcher
 from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
@@ -116,6 +117,7 @@ class Worker:
         self.unsettled: list[Pending] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         self.fused = self.make_fused(config, backend)
+        self.choose = sampler.choose if self.fused is None else self.fused.sampler.choose
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
@@ -199,32 +201,23 @@ class Worker:
             return self.launch_decode(self.fused, plan, states)
         inputs = self.inputs(plan, states)
         sampled = [i for i, share in enumerate(plan.slices) if share.samples and self.pooler is None]
-        its_states = [states[i] for i in sampled]
-        matchers = [state.matcher for state in its_states]
-        allowed = None if self.unsettled else self.masks.start(matchers)
         hidden = self.forward(plan, inputs, chosen)  # (tokens, hidden)
         pending = Pending([Result() for _ in plan.slices])
         self.answer(plan, inputs, hidden, chosen, pending.results)
-        if self.unsettled:
-            self.settle_for(its_states)
-            allowed = self.masks.start(matchers)
         if sampled:
             last_rows = upload([inputs.offsets[i + 1] - 1 for i in sampled], hidden.device)
             logits = self.to_logits(hidden[last_rows])  # (rows, vocab)
-            mask = masks.allowed(allowed, self.device)
-            pending.drawn = self.draw(plan, states, sampled, logits, mask)
+            pending.drawn = self.draw(plan, states, sampled, logits)
             self.unsettled.append(pending)
         return pending
 
     def launch_decode(self, fused: FusedSteps, plan: Plan, states: list[State]) -> Pending:
         """The same for a step of decode rows, which may be replayed as a graph."""
-        decoded = fused.decode(plan)
-        self.settle_for(states)
-        mask = masks.allowed(self.masks.start([state.matcher for state in states]), self.device)
-        plain = mask is None and not any(state.row.wish for state in states)
-        draws = sampler.Draws(decoded.tokens, decoded.valid) if plain else None
+        rows = [state.row for state in states]
+        drawn = all(map(is_plain, rows)) and not any(state.matcher for state in states)
+        decoded = fused.decode(plan, rows, drawn)
         pending = Pending([Result() for _ in plan.slices])
-        pending.drawn = self.draw(plan, states, list(range(len(states))), decoded.logits, mask, draws)
+        pending.drawn = self.draw(plan, states, list(range(len(states))), decoded.logits, decoded.draws)
         self.unsettled.append(pending)
         return pending
 
@@ -329,7 +322,6 @@ class Worker:
         states: list[State],
         sampled: list[int],
         logits: torch.Tensor,
-        allowed: torch.Tensor | None,
         draws: sampler.Draws | None = None,
     ) -> Drawn:
         """Draw the next token of the slices `sampled` from logits (rows, vocab); `draws`, if that was done already."""
@@ -338,8 +330,10 @@ class Worker:
         positions = [share.end for share in slices]
         options = [share.sequence.request.logprobs for share in slices]
         if draws is None:
+            self.settle_for([states[i] for i in sampled])
+            allowed = masks.allowed(self.masks.start([states[i].matcher for i in sampled]), self.device)
             sampler.adjust(logits, rows, positions, allowed)
-            draws = sampler.choose(logits, rows, positions, keep_logits=any(options))
+            draws = self.choose(logits, rows, positions, keep_logits=any(options))
             if self.depth or self.fused is not None:
                 self.tokens.write([share.sequence.slot for share in slices], draws.tokens)
         logprobs = output_logprobs(logits, draws.tokens, options)

@@ -42,7 +42,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build("qwen3", tmp_path_factory.mktemp("fused"))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"]
+)
 def test_fused_operations_answer_as_the_plain_decoder_does(family, tmp_path):
     path = tiny.build(family, tmp_path)
     options = LogprobOptions()
@@ -69,14 +71,10 @@ def test_overlapped_decode_steps_on_buffers_give_the_same_tokens(directory, wish
 
 
 def test_decode_steps_run_on_the_buffers_and_mixed_steps_do_not(directory):
-    engine = fused(directory)
-    sizes: list[int] = []
-    graphs = engine.worker.fused.graphs
-    compute = graphs.compute
-    graphs.compute = lambda rows, longest: (sizes.append(rows), compute(rows, longest))[1]
+    graphs = (engine := fused(directory)).worker.fused.graphs
     graphs.replays.clear()
     engine.generate(PROMPTS, GREEDY)
-    assert sizes == [3] * (GREEDY.max_new_tokens - 1)
+    assert dict(graphs.misses) == {Key(3, 512): GREEDY.max_new_tokens - 1}
 
 
 def test_padding_touches_nothing_but_the_null_slot_and_the_null_page(directory):
@@ -184,3 +182,16 @@ def test_new_weights_are_served_by_steps_that_were_recorded_before(tmp_path):
     engine.planner.forget_prefixes()
     after = [answer.ids for answer in engine.generate(PROMPTS, GREEDY)]
     assert before != after == [answer.ids for answer in other.generate(PROMPTS, GREEDY)]
+
+
+def test_temperatures_are_sent_when_the_batch_changes_and_not_in_between(directory):
+    engine = fused(directory)
+    buffers = engine.worker.fused.buffers
+    short, long = (SamplingParams(temperature=t, max_new_tokens=n, ignore_eos=True) for t, n in ((0.5, 4), (2.0, 8)))
+    for prompt, params in zip(PROMPTS, (short, long), strict=False):
+        engine.add(prompt, params)
+    sent = []
+    while engine.step():
+        if not sent or sent[-1][0] is not buffers.drawing:
+            sent.append((buffers.drawing, buffers.temperatures[:2].tolist()))
+    assert [temperatures for _, temperatures in sent] == [[0.0, 0.0], [0.5, 2.0], [2.0, 0.0]]

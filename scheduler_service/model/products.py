@@ -1,0 +1,101 @@
+"""Matrix products on fused operations, by the route for their number of rows, and the scratch memory they share."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kernels.configs import FEW_ROWS, SKINNY_ROWS
+from kernels.linear import Linear
+from kernels.ops import Backend, Ops
+
+Sizes = Callable[..., tuple[int, int]]  # elements of partial sums and of counters
+
+
+class Workspace:
+    """Scratch memory of operations that add up partial results. They follow one another, so they share it."""
+
+    def __init__(self, backend: Backend, device: torch.device) -> None:
+        self.device = device
+        self.counters = torch.zeros(1, dtype=torch.int32, device=device)
+        self.decode, self.skinny = sizes_of(backend)
+
+    def reserve(self, counters: int) -> None:
+        """Have at least so many counters. Before anything is recorded: recorded work keeps the address."""
+        if counters > len(self.counters):
+            self.counters = torch.zeros(counters, dtype=torch.int32, device=self.device)
+
+    def partials(self, sizes: tuple[int, int]) -> torch.Tensor:
+        assert sizes[1] <= len(self.counters), sizes
+        return torch.empty(sizes[0], dtype=torch.float32, device=self.device)
+
+
+def sizes_of(backend: Backend) -> tuple[Sizes, Sizes]:
+    """What paged decode and the skinny products need; plain torch needs nothing."""
+    if backend == "torch":
+        return lambda *_: (0, 0), lambda *_: (0, 0)
+    from kernels.triton_attention_decode import decode_workspace  # triton is not there on every machine
+    from kernels.triton_skinny import skinny_workspace
+
+    return decode_workspace, skinny_workspace
+
+
+class Products:
+    """x @ weight.T by the route for its number of rows."""
+
+    def __init__(self, ops: Ops, workspace: Workspace) -> None:
+        self.ops = ops
+        self.workspace = workspace
+
+    def reserve(self, linear: Linear, gated: bool = False) -> None:
+        """Have room for the products with this weight."""
+        size = len(linear.weight) // (2 if gated else 1)
+        self.workspace.reserve(self.workspace.skinny(SKINNY_ROWS, size, linear.weight.shape[1], gated)[1])
+
+    def scratch(self, x: torch.Tensor, size: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes = self.workspace.skinny(len(x), size, x.shape[1], gated)
+        return self.workspace.partials(sizes), self.workspace.counters
+
+    def __call__(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        """(tokens, in) → (tokens, out)."""
+        if len(x) > SKINNY_ROWS:
+            return F.linear(x, linear.weight, linear.bias)
+        out = x.new_empty(len(x), len(linear.weight))
+        self.small(x, linear, None, out)
+        return out
+
+    def write(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+        """The same into `out`, which may have another dtype."""
+        if len(x) > SKINNY_ROWS:
+            out.copy_(F.linear(x, linear.weight, linear.bias))
+        else:
+            self.small(x, linear, None, out)
+
+    def add(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> None:
+        """residual (tokens, out) += the product."""
+        if len(x) <= SKINNY_ROWS:
+            self.small(x, linear, residual, residual)
+            return
+        torch.addmm(residual, x, linear.weight.t(), out=residual)
+        if linear.bias is not None:
+            residual.add_(linear.bias)
+
+    def small(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor) -> None:
+        if len(x) <= FEW_ROWS:
+            self.ops.gemv(x, linear.weight, linear.bias, residual, out)
+        else:
+            scratch = self.scratch(x, out.shape[1], gated=False)
+            self.ops.skinny(x, linear.weight, linear.bias, residual, *scratch, out)
+
+    def gated(self, x: torch.Tensor, linear: Linear, activation: str) -> torch.Tensor:
+        """activation(gate) * up of x (tokens, in)."""
+        size = len(linear.weight) // 2
+        out = x.new_empty(len(x), size)
+        if len(x) > SKINNY_ROWS:
+            self.ops.gated_activation(F.linear(x, linear.weight, linear.bias), activation, out)
+        elif len(x) > FEW_ROWS:
+            scratch = self.scratch(x, size, gated=True)
+            self.ops.skinny_gated(x, linear.weight, linear.bias, activation, *scratch, out)
+        else:
+            self.ops.norm_gate_up(x, None, 0.0, False, linear.weight, linear.bias, activation, out)
+        return out
