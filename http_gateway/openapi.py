@@ -112,7 +112,7 @@ def operation(endpoint: Endpoint, method: str, schemas: dict[Any, Schema], compo
 
 
 def title(path: str) -> str:
-    return path.strip("/").replace("_", " ").replace("/", " ").capitalize()
+    return path.strip("/").replace("_", " ").replace("/", " ").capitalize() or "The server's own page"
 
 
 def tag(endpoint: Endpoint) -> str:
