@@ -15,7 +15,7 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-NICE = 10
+NICE = 5
 SWITCH_INTERVAL_S = 0.0002
 
 

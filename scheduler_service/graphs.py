@@ -63,7 +63,8 @@ class CudaRecorder:
 
     def record(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):  # waits for the device first
+        # waits for the device first; weights may be on their way to the device in another thread meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         replay: Work = graph.replay  # keeps the graph alive
         return replay

@@ -26,8 +26,14 @@ def main(boot: Boot) -> None:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
     updates = Updates(worker.model.weights, config, boot.run_dir)
-    saver = MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup) if config.enable_memory_saver else None
-    serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size), updates, saver)
+    grammars = grammar_pool(config, info, worker.facts().vocab_size)
+    serve(boot, info, worker, grammars, updates, memory_saver(config, worker, updates))
+
+
+def memory_saver(config: ServerConfig, worker: Worker, updates: Updates) -> MemorySaver | None:
+    if not config.enable_memory_saver:
+        return None
+    return MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup, on_move=worker.forget_graphs)
 
 
 def grammar_pool(config: ServerConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:

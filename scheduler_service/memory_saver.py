@@ -4,7 +4,7 @@ Without a backup the weights' contents are given up too: requests then wait unti
 again, since nothing else may be served.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -13,17 +13,21 @@ from scheduler_service.kv_cache import KVCache
 from scheduler_service.weights.update import Updates
 
 WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
-TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # no graph is captured: its tag frees nothing
+TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # graphs go when what they name moves: their own tag frees nothing
 
 
 class MemorySaver:
     """Releases and resumes by tag; a repeated call changes nothing."""
 
-    def __init__(self, updates: Updates, cache: KVCache, keep_weights: bool) -> None:
+    def __init__(
+        self, updates: Updates, cache: KVCache, keep_weights: bool, on_move: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_move` is called when memory has got other addresses."""
         self.released: set[str] = set()
         self._updates = updates
         self._cache = cache
         self._keep_weights = keep_weights
+        self._on_move = on_move
         self._backup: dict[str, torch.Tensor] = {}
 
     @property
@@ -54,6 +58,7 @@ class MemorySaver:
             elif tag == KV_CACHE:
                 self._cache.allocate()
             self.released.discard(tag)
+            self._on_move()
 
     def _named(self, tags: Iterable[str] | None) -> set[str]:
         named = set(tags or TAGS)

@@ -123,7 +123,7 @@ class Scheduler:
                 time.sleep(self.step_sleep_s)
             self.in_flight.append((plan, self.worker.launch(plan)))
             self.restless = self.rest is not None
-        elif self.idle and self.rest is not None and self.restless:
+        elif self.idle and self.rest is not None and self.restless and not self.planner.asleep:
             self.restless = self.rest()
         while len(self.in_flight) > (self.depth if plan else 0):
             self.emit(self.commit(*self.in_flight.popleft()))

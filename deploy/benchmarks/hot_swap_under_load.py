@@ -26,7 +26,7 @@ VERSIONS = 3
 FIRST_TOKEN = 100  # version v answers FIRST_TOKEN + v
 ALLOWED_S = 0.100
 BOUNDS_MS = (50, 75, 100, 150, 200, 300, 500, 1000)
-PROMPT_TOKENS = 32
+PROMPT_TOKENS = 4  # so that a stream's beginning does not hold the others up
 WARM_UP_S = 3.0
 QUIET_S = 10.0  # without updates, to know a normal step
 
@@ -66,13 +66,14 @@ def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 class Request:
     """What one streamed request gave, and when."""
 
+    length: int
     ids: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def faults(self, length: int) -> list[str]:
+    def faults(self) -> list[str]:
         """What is wrong with it: ended otherwise, short, or a span that its own tokens contradict."""
-        found = []
+        found, length = [], self.length
         if self.meta.get("finish_reason") != {"type": "length", "length": length}:
             found.append(f"ended by {self.meta.get('finish_reason')}")
         if len(self.ids) != length:
@@ -107,12 +108,15 @@ class Run:
 
     async def stream(self, number: int) -> None:
         """One request after the other until the updates are done."""
-        while not self.ended:
+        for turn in itertools.count():
+            if self.ended:
+                return
+            length = self.new_tokens + (number * 37 + turn * 11) % self.new_tokens  # so that they end one by one
             prompt = [1 + (number * 31 + i) % 1000 for i in range(PROMPT_TOKENS)]
-            params = {"temperature": 0, "max_new_tokens": self.new_tokens, "ignore_eos": True}
+            params = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
             body = {"input_ids": prompt, "sampling_params": params, "stream": True}
             reader, writer = await self.post("/generate", body)
-            request = Request()
+            request = Request(length)
             self.requests.append(request)
             async for line in reader:
                 if line.startswith(b"data: {"):
@@ -160,21 +164,28 @@ def histogram(gaps: list[float]) -> str:
     return "\n".join(f"  {label:>12}  {count:7d}" for label, count in zip(labels, counts, strict=True))
 
 
+def spread(gaps: list[float]) -> str:
+    ordered = sorted(gaps)
+    return f"99 % {ordered[int(0.99 * (len(ordered) - 1))] * 1e3:.0f} ms, largest {ordered[-1] * 1e3:.0f} ms"
+
+
 def report(run: Run, strict: bool) -> bool:
     """Print the figures; False when something is wrong."""
-    faults = [fault for request in run.requests for fault in request.faults(run.new_tokens)]
+    faults = [fault for request in run.requests for fault in request.faults()]
     quiet, under_update = run.gaps()
     normal_s = statistics.median(quiet)
     seconds = [end - begin for begin, end in run.updates]
+    tokens = sum(len(request.ids) for request in run.requests)
     versions = [len(request.meta.get("weight_versions", [])) for request in run.requests]
-    print(f"{len(run.requests)} requests of {run.new_tokens} tokens, {len(run.updates)} updates, faults: {len(faults)}")
-    print("\n".join(faults[:10]))
+    print(f"{len(run.requests)} requests of {tokens} tokens in all, {len(run.updates)} updates, faults: {len(faults)}")
+    for fault in faults[:10]:
+        print(f"  {fault}")
     print(f"versions in one answer: up to {max(versions)}; answers with more than one: {sum(v > 1 for v in versions)}")
     print(f"an update takes {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (longest)")
-    print(f"gaps without updates: median {normal_s * 1e3:.0f} ms, largest {max(quiet) * 1e3:.0f} ms")
+    print(f"gaps without updates: median {normal_s * 1e3:.0f} ms, {spread(quiet)}")
     print(histogram(quiet))
-    print(f"gaps during updates: median {statistics.median(under_update) * 1e3:.0f} ms, ", end="")
-    print(f"largest {max(under_update) * 1e3:.0f} ms (allowed: {(normal_s + ALLOWED_S) * 1e3:.0f} ms)")
+    print(f"gaps during updates: median {statistics.median(under_update) * 1e3:.0f} ms, {spread(under_update)}")
+    print(f"allowed on an idle machine: {(normal_s + ALLOWED_S) * 1e3:.0f} ms")
     print(histogram(under_update))
     return not faults and (not strict or max(under_update) <= normal_s + ALLOWED_S)
 
@@ -183,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Swap weights under load.")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--updates", type=int, default=20)
-    parser.add_argument("--new-tokens", type=int, default=192)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--strict", action="store_true", help="fail when a gap is larger than allowed")

@@ -5,7 +5,7 @@ filled while the first one serves, and `take_over` puts it in place between two 
 buffer, and pointers never change; on a CPU the two exchange their memory, and every slab that was handed out follows.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,31 +70,34 @@ class Weights:
         self.layout = layout
         self.dtype = dtype
         self.device = device
-        self.buffers = self._allocated()
-        self.allocations = 1  # how often memory was taken: recorded steps know the addresses
+        self.buffers = {
+            name: torch.empty(shape, dtype=layout.dtypes.get(name, dtype), device=device)
+            for name, shape in layout.buffers.items()
+        }
         self.followers: list[tuple[Packs, str, tuple[int, ...]]] = []  # layer, buffer, index of its slab
         self._slabs: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._lent: list[tuple[torch.Tensor, str, tuple[int, ...]]] = []
 
-    def _allocated(self) -> dict[str, torch.Tensor]:
-        kinds = self.layout.dtypes
-        return {
-            name: torch.empty(shape, dtype=kinds.get(name, self.dtype), device=self.device)
-            for name, shape in self.layout.buffers.items()
-        }
-
     def release(self) -> None:
-        """Give all memory back; nothing may compute until `allocate`. What was handed out is empty meanwhile."""
-        self.buffers = {name: buffer.new_empty(0) for name, buffer in self.buffers.items()}
-        for tensor, buffer, _ in self._lent:
-            tensor.data = self.buffers[buffer]
+        """Give all memory back; nothing may compute until `allocate`."""
         for layer, _, _ in self.followers:
             layer.adopt(None)
+        if self.device.type == "cpu":  # a storage that numpy has seen cannot be resized
+            self._replace_buffers(lambda buffer: buffer.new_empty(1).expand(buffer.shape))
+            return
+        for buffer in self.buffers.values():
+            buffer.untyped_storage().resize_(0)
 
     def allocate(self) -> None:
-        """Take memory again, with undefined contents; `after_update` when it has been filled."""
-        self.allocations += 1
-        self.buffers = self._allocated()
+        """Take memory again, elsewhere, with undefined contents; `after_update` when it has been filled."""
+        if self.device.type == "cpu":
+            self._replace_buffers(lambda buffer: buffer.new_empty(buffer.shape))
+            return
+        for buffer in self.buffers.values():
+            buffer.untyped_storage().resize_(buffer.nbytes)
+
+    def _replace_buffers(self, new: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.buffers = {name: new(buffer) for name, buffer in self.buffers.items()}
         for tensor, buffer, index in self._lent:
             tensor.data = self.buffers[buffer][index]
 
@@ -148,11 +151,20 @@ class Weights:
         if self.device.type == "cpu" == staged.device.type:
             self._exchange(staged, {self.layout.places[name].buffer for name in names})
         else:
-            for name in names:
-                self.view(name).copy_(staged.view(name), non_blocking=True)
+            self._copy(staged, names)
         before = [(layer, layer.packed) for layer, _ in packed]
         self.after_update(packed)
         return before
+
+    def _copy(self, staged: "Weights", names: Collection[str]) -> None:
+        """Copy whole buffers where all of their tensors are named, else tensor by tensor; asynchronous on a GPU."""
+        places = self.layout.places
+        partly = {place.buffer for name, place in places.items() if name not in names}
+        for buffer in {places[name].buffer for name in names} - partly:
+            self.buffers[buffer].copy_(staged.buffers[buffer], non_blocking=True)
+        for name in names:
+            if places[name].buffer in partly:
+                self.view(name).copy_(staged.view(name), non_blocking=True)
 
     def _exchange(self, other: "Weights", buffers: Collection[str]) -> None:
         """Exchange the memory of some buffers with another `Weights` of the same layout."""

@@ -152,7 +152,8 @@ def test_released_memory_is_gone_and_comes_back(model: Path, tmp_path: Path) -> 
     live = saving(model, tmp_path, enable_weights_cpu_backup=True)
     before = live.logits(PROMPT)
     assert live.call(ReleaseMemory()).body == {"asleep": True}
-    assert live.updates.live.nbytes() == 0 and not live.worker.cache.keys
+    buffers = live.updates.live.buffers.values()
+    assert sum(buffer.untyped_storage().nbytes() for buffer in buffers) < 100 and not live.worker.cache.keys
     assert live.call(ReleaseMemory(tags=["weights"])).success
     live.send(tokenized("x", PROMPT, 3))
     live.run()
