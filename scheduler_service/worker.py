@@ -139,6 +139,11 @@ class Worker:
         """Whether decode steps are replayed as CUDA graphs."""
         return self.device.type == "cuda" and self.fused is not None and self.fused.graphs is not None
 
+    def forget_graphs(self) -> None:
+        """Memory that recorded steps name has moved."""
+        if self.fused is not None and self.fused.graphs is not None:
+            self.fused.graphs.forget()
+
     def rest(self) -> bool:
         """Use a pause of the server; returns whether there is more to do."""
         with torch.inference_mode():
