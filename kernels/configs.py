@@ -16,7 +16,6 @@ class Tile:
     warps: int = 4
     stages: int = 2  # loads ahead of the arithmetic, where the compiler pipelines a loop
     splits: int = 1  # at most so many programs share one output tile and add up in a fixed order
-    dependent: bool = False  # programmatic dependent launch: weights are loaded while the kernel before still runs
 
 
 TILES = {
@@ -39,7 +38,7 @@ TILES = {
     "expert_sum": Tile(columns=1024),
     "lm_head": Tile(rows=64, columns=64, stages=5),
     "logits": Tile(columns=4096, warps=8),
-    "select": Tile(columns=2048, warps=8),
+    "select": Tile(columns=1024, warps=16),
     "prepare": Tile(columns=1024),
     "pages": Tile(columns=1024),
 }

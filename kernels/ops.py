@@ -8,6 +8,7 @@ Nothing is dispatched per call: the fields are the functions themselves.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Literal
 
@@ -36,6 +37,14 @@ class Ops:
     align_experts: Op
     expert_gemm: Op
     expert_sum: Op
+    lm_head_sample: Op
+    apply_bitmask: Op
+    process_logits: Op
+    draw: Op
+    select: Op
+    prepare: Op
+    copy_pages: Op
+    clear_pages: Op
 
 
 NORM = ("add_rms_norm", "gated_activation")
@@ -44,11 +53,16 @@ SKINNY = ("skinny", "skinny_gated")
 ROPE = ("norm_qkv_rope_kv", "rope_kv")
 MOE_DECODE = ("router", "choose_experts", "expert_gate_up", "expert_down")
 MOE_BATCH = ("align_experts", "expert_gemm", "expert_sum")
+HEAD = ("lm_head_sample", "draw")
+SAMPLING = ("apply_bitmask", "process_logits", "select")
+PREPARE = ("prepare", "copy_pages", "clear_pages")
 
 # module → the operations it has
 TORCH = {
     "kernels.torch_ops": (*NORM, *FEW_TOKENS, *SKINNY, *ROPE, "paged_decode", "paged_extend"),
     "kernels.torch_moe": (*MOE_DECODE, *MOE_BATCH),
+    "kernels.torch_sampling": (*HEAD, *SAMPLING),
+    "kernels.torch_prepare": PREPARE,
 }
 TRITON = {
     "kernels.triton_norm": NORM,
@@ -59,15 +73,28 @@ TRITON = {
     "kernels.triton_attention_extend": ("paged_extend",),
     "kernels.triton_moe_decode": MOE_DECODE,
     "kernels.triton_moe_batch": MOE_BATCH,
+    "kernels.triton_lm_head": HEAD,
+    "kernels.triton_sampling": SAMPLING,
+    "kernels.triton_prepare": PREPARE,
 }
 
 
-def resolve(device_type: str, backend: Backend = "auto") -> Ops:
+# Triton kernels of a decode step that can load weights while the kernel before them still runs.
+DEPENDENT = ("norm_qkv_rope_kv", "paged_decode", "gemv", "norm_gate_up")
+
+
+def resolve(device_type: str, backend: Backend = "auto", dependent: bool = False) -> Ops:
     """The operations for a device: Triton's on CUDA, else torch's, unless one is named ("torch", to find out who errs).
 
-    Triton is imported here and nowhere else, so it need not be installed for torch's.
+    Triton is imported here and nowhere else, so it need not be installed for torch's. With `dependent` its kernels of
+    a decode step are launched ahead of their inputs; weights must then change before an earlier kernel of the stream.
     """
     if backend == "auto":
         backend = "triton" if device_type == "cuda" else "torch"
+    if dependent and backend != "triton":
+        raise ValueError("dependent launches need the triton backend")
     families = {"torch": TORCH, "triton": TRITON}[backend]
-    return Ops(**{op: getattr(import_module(module), op) for module, ops in families.items() for op in ops})
+    found = {op: getattr(import_module(module), op) for module, ops in families.items() for op in ops}
+    if dependent:
+        found.update({op: partial(found[op], dependent=True) for op in DEPENDENT})
+    return Ops(**found)

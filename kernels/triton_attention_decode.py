@@ -41,6 +41,8 @@ def paged_decode(
     partials: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
+    *,
+    dependent: bool = False,
 ) -> None:
     """q (rows, heads, dim) against pools (kv_heads, tokens, dim) → out (rows, heads, dim).
 
@@ -79,8 +81,8 @@ def paged_decode(
         page_size,
         chosen.columns,
         KV_SPLIT,
-        chosen.dependent,
-        **options(chosen),
+        dependent,
+        **options(chosen, dependent),
     )
 
 

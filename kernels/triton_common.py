@@ -14,10 +14,14 @@ from kernels.configs import Tile
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 
 
-def options(tile: Tile) -> dict[str, object]:
-    """A tile's launch options. The interpreter knows nothing of dependent launches, so that one is left out if off."""
+def options(tile: Tile, dependent: bool = False) -> dict[str, object]:
+    """A tile's launch options.
+
+    A dependent launch (programmatic dependent launch) begins while the kernel before it still runs: it loads its first
+    weights, then waits. The interpreter knows nothing of that, so the option is left out where it is off.
+    """
     chosen: dict[str, object] = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return {**chosen, "launch_pdl": True} if tile.dependent else chosen
+    return {**chosen, "launch_pdl": True} if dependent else chosen
 
 
 def power_of_two(size: int) -> int:

@@ -18,7 +18,13 @@ from kernels.triton_common import (
 
 
 def gemv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    dependent: bool = False,
 ) -> None:
     """out = x (tokens, in) @ weight.T (out, in) + bias + residual (tokens, out). `out` may be the residual itself."""
     chosen = tile("gemv")
@@ -37,8 +43,8 @@ def gemv(
         power_of_two(tokens),
         chosen.rows,
         column_block(chosen, columns, tokens),
-        chosen.dependent,
-        **options(chosen),
+        dependent,
+        **options(chosen, dependent),
     )
 
 
@@ -51,6 +57,8 @@ def norm_gate_up(
     bias: torch.Tensor | None,
     activation: str,
     out: torch.Tensor,
+    *,
+    dependent: bool = False,
 ) -> None:
     """out (tokens, size) = activation(gate) * up, the halves of norm(x) @ weight.T + bias."""
     chosen = tile("gate_up")
@@ -72,8 +80,8 @@ def norm_gate_up(
         column_block(chosen, columns, tokens),
         plus_one,
         activation,
-        chosen.dependent,
-        **options(chosen),
+        dependent,
+        **options(chosen, dependent),
     )
 
 

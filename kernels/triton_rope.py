@@ -35,6 +35,8 @@ def norm_qkv_rope_kv(
     k_pool: torch.Tensor,
     v_pool: torch.Tensor,
     q: torch.Tensor,
+    *,
+    dependent: bool = False,
 ) -> None:
     """Norm, project (rows of weight: queries, keys, values), norm per head, rotate; for a few tokens.
 
@@ -73,8 +75,8 @@ def norm_qkv_rope_kv(
         pairs,
         column_block(chosen, columns, tokens) if pairs <= chosen.rows else 32,
         plus_one,
-        chosen.dependent,
-        **options(chosen),
+        dependent,
+        **options(chosen, dependent),
     )
 
 

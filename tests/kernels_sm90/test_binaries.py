@@ -4,12 +4,13 @@
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.ops import resolve
+from kernels.ops import DEPENDENT, resolve
 from tests.kernels.cases import Case, case_id
 from tests.kernels.table import SERVED
 from tests.kernels_sm90.compiler import Binary, use_compiler_only
@@ -26,6 +27,7 @@ INSTRUCTIONS = {
 
 RECORDER = use_compiler_only()
 TRITON = resolve("cuda", "triton")
+AHEAD = resolve("cuda", "triton", dependent=True)
 
 
 def compiled(case: Case) -> list[Binary]:
@@ -48,6 +50,20 @@ def test_binary_is_as_lean_as_the_table_says(case: Case) -> None:
         assert binary.registers <= expected["registers"] + SPARE_REGISTERS, binary.kernel
         missing = [name for name in expected["instructions"] if not binary.count(INSTRUCTIONS[name])]
         assert missing == [], binary.kernel
+
+
+@pytest.mark.parametrize("case", [case for case in SERVED if case.op in DEPENDENT], ids=case_id)
+def test_a_dependent_launch_loads_weights_before_it_waits(case: Case) -> None:
+    getattr(AHEAD, case.op)(**case.arguments(torch.bfloat16, "meta"))
+    (binary,) = RECORDER.take()
+    code = binary.code
+    assert binary.stack == 0
+    assert "PREEXIT" in code  # the next kernel may start
+    wait = code.index("ACQBULK")
+    if case.op != "paged_decode":  # which has no weights
+        first_load = re.search(INSTRUCTIONS["LDG.128"], code)
+        assert first_load is not None
+        assert first_load.start() < wait
 
 
 def write_table() -> None:

@@ -1,0 +1,57 @@
+"""A row's result is the same, bit for bit, whatever shares its batch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.ops import resolve
+from tests.kernels import attention, dense, moe, sampling
+from tests.kernels.cases import Arguments, Maker, clone
+
+OPS = resolve("cpu", "triton")
+FLOAT = Maker(torch.float32, "cpu")
+BY_ROW = {"q", "x", "residual", "lengths", "table_rows", "out", "logits", "tops", "masses", "candidates", "tokens"}
+BY_ROW |= {"valid", "temperatures", "seeds", "positions", "top_ks", "top_ps", "min_ps"}
+
+
+def alone(arguments: Arguments, row: int) -> Arguments:
+    """The arguments of one row of a batch."""
+    own: dict[str, Any] = clone(arguments)
+    return {key: x[row : row + 1].contiguous() if key in BY_ROW and x is not None else x for key, x in own.items()}
+
+
+def assert_rows_are_independent(op: str, arguments: Arguments, output: str) -> None:
+    together = clone(arguments)
+    getattr(OPS, op)(**together)
+    for row in range(len(together[output])):
+        by_itself = alone(arguments, row)
+        getattr(OPS, op)(**by_itself)
+        assert torch.equal(by_itself[output][0], together[output][row]), row
+
+
+def test_a_decode_row_does_not_depend_on_the_rows_beside_it() -> None:
+    arguments = attention.paged_decode(FLOAT, heads=4, kv_heads=2, dim=16, lengths=[700, 20, 300], table_rows=True)
+    assert_rows_are_independent("paged_decode", arguments, "out")
+
+
+@pytest.mark.parametrize("tokens", [6, 16])
+def test_a_token_of_a_skinny_product_does_not_depend_on_the_others(tokens: int) -> None:
+    arguments = dense.skinny(FLOAT, tokens=tokens, columns=300, rows=70)
+    assert_rows_are_independent("skinny", arguments, "out")
+
+
+def test_a_chosen_token_does_not_depend_on_the_other_rows() -> None:
+    filters = {"top_ks": [7, 0], "top_ps": [0.8], "min_ps": [0.0]}
+    arguments = sampling.select(FLOAT, rows=3, vocab=600, temperatures=[0.9], **filters)
+    assert_rows_are_independent("select", arguments, "tokens")
+
+
+def test_a_tokens_experts_do_not_depend_on_the_other_tokens() -> None:
+    arguments = moe.expert_gate_up(FLOAT, tokens=3, hidden=48, experts=5, top_k=2, size=10)
+    together = clone(arguments)
+    OPS.expert_gate_up(**together)
+    for row in range(3):
+        by_itself = {**alone(arguments, row), "ids": arguments["ids"][row : row + 1].contiguous()}
+        OPS.expert_gate_up(**by_itself)
+        assert torch.equal(by_itself["out"][0], together["out"][row])
