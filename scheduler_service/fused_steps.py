@@ -143,7 +143,6 @@ class FusedSteps:
         self.buffers: Buffers | None = None
         self.graphs: DecodeGraphs | None = None
         self.context_length = context_length
-        self.allocations = self.count_allocations()
         model.reserve(max(slots, 1))
 
     def use_graphs(self, recorder: Recorder, largest: int) -> None:
@@ -206,9 +205,6 @@ class FusedSteps:
     def decode(self, plan: Plan, samplers: list[Row], drawn: bool) -> Decoded:
         """Launch a decode step; its tokens are `drawn` with it if no row wants more than a temperature."""
         assert self.graphs is not None and self.buffers is not None
-        if self.allocations != (now := self.count_allocations()):
-            self.graphs.forget()
-            self.allocations = now
         rows = len(plan.slices)
         key = self.graphs.key(rows, max(share.end for share in plan.slices))
         self.graphs.prepare(key)
@@ -236,10 +232,6 @@ class FusedSteps:
         if rows:
             buffers.temperatures[: len(rows)].copy_(upload([temperature(row) for row in rows], device, torch.float32))
             buffers.seeds[: len(rows)].copy_(upload([row.seed for row in rows], device, torch.int64))
-
-    def count_allocations(self) -> tuple[int, int]:
-        """Changes when memory that recorded steps know by its address was given back and taken again."""
-        return self.cache.allocations, self.model.weights.allocations
 
     def packed(self, plan: Plan, rows: int) -> torch.Tensor:
         """The host's part of a decode step: int32 (4, rows), the rows beyond the plan's at the null slot."""

@@ -60,12 +60,10 @@ class KVCache:
         tokens = (page_count + 1) * page_size
         self._shapes = {spec.layer: (spec.kv_heads, tokens, spec.head_dim) for spec in layers}
         self._dtype, self._device = dtype, device
-        self.allocations = 0  # how often memory was taken: recorded steps know the addresses
         self.allocate()
 
     def allocate(self) -> None:
         """Take the pool's memory, all zeros."""
-        self.allocations += 1
         self.keys, self.values = (
             {layer: untouched_zeros(shape, self._dtype, self._device) for layer, shape in self._shapes.items()}
             for _ in range(2)

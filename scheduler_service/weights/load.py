@@ -15,6 +15,7 @@ from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
 from scheduler_service.model.weights import Weights
+from scheduler_service.weights import device_staging
 from scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
 from scheduler_service.weights.progress import shown
 
@@ -71,6 +72,11 @@ def check(checkpoint: Checkpoint, weights: Weights) -> None:
 
 def read(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> None:
     """Copy every tensor to its place, file by file, in the order of the bytes on disk."""
+    if weights.device.type == "cuda":
+        names = sorted(weights.names(), key=lambda name: checkpoint.tensors[name].offset)
+        for file in files:
+            device_staging.read(checkpoint, [n for n in names if checkpoint.tensors[n].file == file], weights)
+        return
     read_into(checkpoint, {name: weights.view(name) for name in weights.names()}, files)
 
 

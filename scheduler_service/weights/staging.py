@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights import load, manifest
+from scheduler_service.weights import device_staging, load, manifest
 from scheduler_service.weights.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -101,10 +101,25 @@ def read(checkpoint: Checkpoint, before: Identities, target: Weights, digests: M
     """Copy all tensors to their places in `target`. Raises CheckpointError; the contents are undefined then."""
     wanted = target.names().keys() if digests is None else checkpoint.tensors.keys()
     names = sorted(wanted, key=lambda name: checkpoint.tensors[name].offset)
+    if target.device.type == "cuda":
+        read_to_device(checkpoint, before, names, target, digests)
+        return
     with beside_the_model(target.device):
         for file in shown(checkpoint.files):
             own = [name for name in names if checkpoint.tensors[name].file == file]
             read_file(file, before.get(file), own, checkpoint, target, digests)
+
+
+def read_to_device(
+    checkpoint: Checkpoint, before: Identities, names: list[str], target: Weights, digests: Manifest | None
+) -> None:
+    """The same for buffers on a GPU."""
+    digest = None if digests is None else functools.partial(manifest.check_digest, digests)
+    for file in shown(checkpoint.files):
+        own = [name for name in names if checkpoint.tensors[name].file == file]
+        device_staging.read(checkpoint, own, target, digest)
+        if before.get(file) != identity(file.stat()):
+            raise CheckpointError(f"{file} was changed while it was read")
 
 
 def read_file(

@@ -24,7 +24,7 @@ from runtime.config import ServerConfig
 from runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from runtime.errors import CommandRefused, StartupError
 from scheduler_service.model.weights import Packed, Weights
-from scheduler_service.weights import distributed, load, record, staging, wire
+from scheduler_service.weights import device_staging, distributed, load, record, staging, wire
 from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from scheduler_service.weights.inspection import Inspection
 from scheduler_service.weights.manifest import Manifest
@@ -120,7 +120,16 @@ class Updates:
         before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
         told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
         source = Committed(model_path=model_path, model_dir=str(directory), weight_version="", load_format=load_format)
-        return self.packed(frozenset(self.live.names()), source)
+        return self.packed(self.new_names(), source)
+
+    def new_names(self) -> frozenset[str]:
+        """The tensors that a full second set changes. On a GPU they are compared: what is equal need not be copied."""
+        names = frozenset(self.live.names())
+        if self.live.device.type != "cuda" or self.second.device != self.live.device or self.lost:
+            return names
+        found = device_staging.changed(self.live, self.second, sorted(names))
+        log.info("%d of %d tensors have changed.", len(found), len(names))
+        return found
 
     def locate(self, model_path: str) -> Path:
         """The directory that a client means; downloads what is on the hub."""
