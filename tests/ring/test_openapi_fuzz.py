@@ -1,0 +1,53 @@
+"""Bodies made up from the server's own description: nothing they say is answered by a 5xx, and no process dies."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+
+from http_gateway import openapi
+from http_gateway.app import ENDPOINTS
+from tests.servers import Server, launched
+
+WAIT_S = 60
+EXAMPLES = 20  # for each operation
+MAY_BE_UNAVAILABLE = ("/health", "/health_generate", "/readyz", "/ready")
+
+DESCRIPTION = schemathesis.openapi.from_dict(openapi.document(ENDPOINTS))
+OPERATIONS: dict[str, Any] = {
+    f"{operation.method.upper()} {operation.path}": operation
+    for operation in (found.ok() for found in DESCRIPTION.get_all_operations())
+    if "control" not in operation.tags and operation.path not in MAY_BE_UNAVAILABLE
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    flags = ("--context-length", "128", "--max-total-tokens", "4096", "--log-level", "warning")
+    with launched(*flags) as server:
+        yield server
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@settings(
+    max_examples=EXAMPLES,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_no_body_is_answered_by_a_5xx(name: str, server: Server, data: st.DataObject) -> None:
+    mode = data.draw(st.sampled_from([GenerationMode.POSITIVE, GenerationMode.NEGATIVE]))
+    case = data.draw(OPERATIONS[name].as_strategy(generation_mode=mode))
+    answer = case.call(base_url=server.url, timeout=WAIT_S)
+    assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+
+
+def test_afterwards_every_process_is_the_one_that_was_started(server: Server) -> None:
+    assert requests.get(f"{server.url}/health", timeout=WAIT_S).status_code == 200
+    assert "restart" not in server.log.lower(), server.log
+    assert "Traceback" not in server.log, server.log
