@@ -1,0 +1,143 @@
+"""From hidden states to tokens in plain torch, one operation for each Triton kernel of the same name and signature."""
+
+from math import inf
+
+import torch
+
+from kernels import reference
+from kernels.philox import uniform
+from kernels.torch_ops import linear, normed
+
+
+def lm_head_sample(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    epsilon: float,
+    plus_one: bool,
+    weight: torch.Tensor,
+    softcap: float | None,
+    allowed: torch.Tensor | None,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor | None,
+    logits: torch.Tensor,
+    tops: torch.Tensor,
+    masses: torch.Tensor,
+    counter: torch.Tensor,
+    tokens: torch.Tensor,
+    valid: torch.Tensor,
+) -> None:
+    """A token for each row of x (rows, hidden): tokens[slots[i]], or tokens[i] without slots; valid (rows,) int32.
+
+    `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)); temperatures (rows,), 0 is greedy. logits (rows, vocab),
+    float32, are left as they were drawn from.
+    """
+    made = linear(normed(x, norm_weight, epsilon, plus_one).to(x.dtype), weight)
+    logits.copy_(made if softcap is None else reference.soft_cap(made, softcap))
+    process_logits(logits, None, None, allowed, None, temperatures, tops, masses)
+    draw(
+        logits, tops, masses, -(-logits.shape[1] // tops.shape[1]), temperatures, seeds, positions, slots, tokens, valid
+    )
+
+
+def apply_bitmask(logits: torch.Tensor, allowed: torch.Tensor) -> None:
+    """Minus infinity where a token's bit of `allowed`, int32 (rows, ceil(vocab / 32)), is not set; in place."""
+    bits = torch.arange(32, dtype=torch.int32, device=allowed.device)
+    is_allowed = ((allowed.unsqueeze(2) >> bits) & 1).bool().flatten(1)[:, : logits.shape[1]]
+    logits.masked_fill_(~is_allowed, -inf)
+
+
+def process_logits(
+    logits: torch.Tensor,
+    counts: torch.Tensor | None,
+    penalties: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    temperatures: torch.Tensor,
+    tops: torch.Tensor,
+    masses: torch.Tensor,
+) -> None:
+    """Penalties, mask, bias and temperature, in place on logits (rows, vocab) float32.
+
+    counts (rows, vocab): how often a token is in the row's output; penalties (rows, 3) float32: frequency, presence,
+    repetition. bias (rows, vocab) float32. A temperature of 0 divides by 1. tops and masses are as in the Triton
+    kernel for an equal number of tiles; nothing here reads them.
+    """
+    if counts is not None and penalties is not None:
+        frequency, presence, repetition = penalties.unsqueeze(2).unbind(1)  # (rows, 1)
+        penalised = logits - frequency * counts.float() - presence
+        penalised = torch.where(penalised > 0, penalised / repetition, penalised * repetition)
+        logits.copy_(torch.where(counts > 0, penalised, logits))
+    if allowed is not None:
+        apply_bitmask(logits, allowed)
+    if bias is not None:
+        logits += bias
+    logits /= torch.where(temperatures == 0, 1.0, temperatures).unsqueeze(1)
+
+
+def draw(
+    logits: torch.Tensor,
+    tops: torch.Tensor,
+    masses: torch.Tensor,
+    block: int,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor | None,
+    tokens: torch.Tensor,
+    valid: torch.Tensor,
+) -> None:
+    """A token for each row of adjusted logits (rows, vocab): the first largest at temperature 0, else drawn."""
+    off = torch.zeros_like(temperatures)
+    select(logits, tops, masses, temperatures, off.int(), off + 1, off, seeds, positions, slots, off, tokens, valid)
+
+
+def select(
+    logits: torch.Tensor,
+    tops: torch.Tensor,
+    masses: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor | None,
+    candidates: torch.Tensor,
+    tokens: torch.Tensor,
+    valid: torch.Tensor,
+) -> None:
+    """A token for each row of what `process_logits` left: tokens[slots[i]], or tokens[i] without slots; valid (rows,).
+
+    top_ks (rows,) int32, 0 is off; top_ps (rows,), 1 is off; min_ps (rows,), 0 is off. The filters look at one and the
+    same distribution; a token that is as likely as the last that stays, stays.
+    """
+    best, largest = logits.max(1)
+    valid.copy_(torch.isfinite(best))
+    weights = (logits - best.unsqueeze(1)).exp().double()
+    floors = torch.maximum(min_ps.double(), torch.maximum(top_k_floor(weights, top_ks), top_p_floor(weights, top_ps)))
+    weights = torch.where(weights >= floors.unsqueeze(1), weights, 0.0)
+    cumulative = weights.cumsum(1)
+    target = uniform(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    chosen = torch.where(temperatures == 0, largest, drawn).to(tokens.dtype)
+    if slots is None:
+        tokens.copy_(chosen)
+    else:
+        tokens[slots[slots >= 0].long()] = chosen[slots >= 0]
+
+
+def top_k_floor(weights: torch.Tensor, top_ks: torch.Tensor) -> torch.Tensor:
+    """The k-th largest weight of each row, 0 where the filter is off."""
+    on = (top_ks > 0) & (top_ks < weights.shape[1])
+    places = torch.where(on, top_ks - 1, 0).long().unsqueeze(1)
+    return torch.where(on, weights.sort(1, descending=True).values.gather(1, places).squeeze(1), 0.0)
+
+
+def top_p_floor(weights: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
+    """The smallest weight of the shortest list of best tokens whose share reaches p, 0 where the filter is off."""
+    values = weights.sort(1, descending=True).values
+    mass = values.cumsum(1)
+    places = torch.searchsorted(mass, top_ps.double().unsqueeze(1) * mass[:, -1:]).clamp_(max=weights.shape[1] - 1)
+    return torch.where(top_ps < 1, values.gather(1, places).squeeze(1), 0.0)
