@@ -93,4 +93,4 @@ def openai_stream_event(error: RequestError) -> bytes:
 
 def of_finish(finish: Finish) -> RequestError:
     """The error that a terminal message with reason `error` stands for."""
-    return RequestError(finish.message, KIND_OF_STATUS.get(finish.status, Kind.INTERNAL))
+    return RequestError(finish.message, KIND_OF_STATUS.get(finish.status, Kind.INTERNAL), finish.field)

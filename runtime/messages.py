@@ -93,10 +93,14 @@ class Finish(msgspec.Struct, kw_only=True, omit_defaults=True):
     message: str = ""  # abort, error
     status: int = 500  # error: HTTP status
     type_name: str = ""  # error: OpenAI-style type
+    field: str | None = None  # error: what of the request was at fault
 
     @classmethod
     def failed(cls, error: RequestError) -> "Finish":
-        return cls(reason="error", message=error.message, status=error.kind.status, type_name=error.kind.type_name)
+        kind = error.kind
+        return cls(
+            reason="error", message=error.message, status=kind.status, type_name=kind.type_name, field=error.field
+        )
 
     @classmethod
     def internal(cls, message: str) -> "Finish":

@@ -263,3 +263,11 @@ async def test_a_client_that_leaves_ends_its_requests() -> None:
         [abort] = await server.ring.sent_of(Abort)
         assert abort.rid == "r"
         await call.answer()
+
+
+@asynchronous
+async def test_the_field_at_fault_is_named_from_wherever_it_was_found() -> None:
+    refused = Finish.failed(RequestError("Failed to compile regex grammar", field="regex"))
+    async with served(ends(refused)) as server:
+        answer = await server.client.post(PATH, {"prompt": "a", "regex": "("})
+        assert answer.json()["param"] == "regex"
