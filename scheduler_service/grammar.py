@@ -178,17 +178,20 @@ class GrammarCompiler:
         return self._tokenizer
 
     def _check(self, grammar: str) -> str:
-        """The verdict of the checking process, which is started again if it has gone."""
-        if self._checker is None or self._checker.poll() is not None:
-            self._checker = self._start_checker()
-        assert self._checker.stdin is not None and self._checker.stdout is not None
+        """The verdict of the checking process, which is started again if it has gone.
+
+        Raises RequestError when it goes before it has answered: that says nothing of the grammar, and is not kept.
+        """
         try:
+            if self._checker is None or self._checker.poll() is not None:
+                self._checker = self._start_checker()
+            assert self._checker.stdin is not None and self._checker.stdout is not None
             write_frame(self._checker.stdin, grammar)
             verdict = read_frame(self._checker.stdout)
         except OSError:
             verdict = None
         if verdict is None:
-            raise ValueError("the process that checks grammars has ended")
+            raise RequestError("The process that checks grammars has ended; try again.", Kind.UNAVAILABLE)
         return verdict
 
     def _start_checker(self) -> "subprocess.Popen[bytes]":
