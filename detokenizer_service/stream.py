@@ -55,4 +55,6 @@ class Stream:
 
 
 def _ends_in_stop_token(ids: "array[int]", finish: Finish | None) -> bool:
-    return finish is not None and finish.reason == "stop" and len(ids) > 0 and ids[-1] == finish.matched
+    if finish is None or finish.reason != "stop" or finish.spoken:
+        return False
+    return len(ids) > 0 and ids[-1] == finish.matched

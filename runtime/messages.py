@@ -89,6 +89,7 @@ class Finish(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     reason: Literal["stop", "length", "abort", "error"]
     matched: int | str | None = None  # stop: the id, string or pattern
+    spoken: bool = False  # stop: the matched id completes a grammar and belongs to the text
     length: int | None = None  # length: the limit that was reached
     message: str = ""  # abort, error
     status: int = 500  # error: HTTP status

@@ -145,7 +145,7 @@ def finish_after_last(sequence: Sequence, complete: bool = False) -> Finish | No
     if sequence.output_len and sequence.ids[-1] in sequence.stop_ids:
         return Finish(reason="stop", matched=sequence.ids[-1])
     if complete:
-        return Finish(reason="stop")
+        return Finish(reason="stop", matched=sequence.ids[-1], spoken=True)
     if sequence.output_len >= sequence.limit:
         return Finish(reason="length", length=sequence.limit)
     return None

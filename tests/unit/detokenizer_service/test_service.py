@@ -79,6 +79,13 @@ def test_the_stop_token_is_in_the_ids_and_not_in_the_text(detokenizer: Detokeniz
     assert [unpack_ids(m.tokens.ids)[0] for m in out] == ids
 
 
+def test_the_token_that_completes_a_grammar_is_named_and_stays_in_the_text(detokenizer: Detokenizer) -> None:
+    ids = ids_of("hi there")
+    out = detokenizer.step(one_by_one(ids, request(), Finish(reason="stop", matched=ids[-1], spoken=True)))
+    assert texts(out) == "hi there"
+    assert out[-1].tokens.finish.matched == ids[-1]
+
+
 def test_a_stop_string_ends_the_request_and_tells_the_scheduler(detokenizer: Detokenizer) -> None:
     out = detokenizer.step(one_by_one(ids_of("one two three"), request(stop=" two")))
     assert texts(out) == "one"
