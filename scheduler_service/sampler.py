@@ -131,7 +131,7 @@ def adjust(logits: torch.Tensor, rows: list[Row], positions: list[int], allowed:
     if wishes & Wish.MIN_LENGTH:
         forbid_the_end(logits, rows, positions)
     if allowed is not None:
-        logits.masked_fill_(~unpack_bits(allowed, logits.shape[1]), -inf)
+        logits.masked_fill_(unpack_bits(~allowed, logits.shape[1]), -inf)
     if wishes & Wish.BIAS:
         add_bias(logits, rows)
     if wishes & Wish.DRAW:
