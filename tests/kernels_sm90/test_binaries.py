@@ -16,7 +16,7 @@ from tests.kernels.table import SERVED
 from tests.kernels_sm90.compiler import Binary, use_compiler_only
 
 TABLE = Path(__file__).parent / "binaries.json"
-SPARE_REGISTERS = 24  # another version of the compiler may need a few more
+SPARE_REGISTERS = 32  # the table is triton 3.9's; 3.6 needs up to 32 more in two places, and spills nowhere
 # What decides a kernel's speed: 16-byte loads, asynchronous copies, and the two generations of tensor-core products.
 INSTRUCTIONS = {
     "LDG.128": r"LDG\.E[.A-Z0-9]*\.128[.A-Z0-9]*",
