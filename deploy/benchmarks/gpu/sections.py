@@ -1,0 +1,42 @@
+"""The sections in their order: the code of each, how long it may take, and what it needs."""
+
+from dataclasses import dataclass
+
+from deploy.benchmarks.gpu.packages import ENGINE, SERVER
+
+TRANSFORMERS = ("transformers",)
+TRITON = ("triton",)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A function of a module of this package, run in a process of its own."""
+
+    name: str
+    module: str
+    function: str
+    deadline_s: float
+    needs: tuple[str, ...] = ()  # modules; without them the section is skipped
+    on_gpu: tuple[str, ...] = ()  # and these on a GPU
+    what: str = ""
+
+
+SECTIONS = (
+    Section("ceilings", "ceilings", "run", 25, (), TRITON, "bandwidth, GEMM, cost of a launch"),
+    Section("correctness", "correctness", "run", 75, ENGINE, TRITON, "operations, graphs and draws against torch"),
+    Section("single", "decoding", "single", 75, ENGINE, TRITON, "one stream (G1 to G4)"),
+    Section("batches", "decoding", "batches", 60, ENGINE, TRITON, "64 and 256 streams (G5, G6, G14)"),
+    Section("kernels", "operations", "run", 55, (), TRITON, "single operations beside torch's (G13)"),
+    Section("nano", "decoding", "nano", 45, ENGINE, TRITON, "nano-vllm's benchmark (G7)"),
+    Section("mixed", "decoding", "mixed", 30, ENGINE, TRITON, "prompts, and prompts beside streams (G8)"),
+    Section(
+        "reload", "reload", "run", 35, (*ENGINE, "safetensors"), TRITON, "weights from files, swap under load (G9)"
+    ),
+    Section("start", "reload", "start_up", 35, ENGINE, TRITON, "a fresh process (G10)"),
+    Section("determinism", "decoding", "determinism", 20, ENGINE, TRITON, "alone and in company (G11)"),
+    Section("http", "server", "run", 45, SERVER, TRITON, "the whole server on the loopback"),
+    Section("transformers-static", "peers", "static_cache", 55, TRANSFORMERS, (), "static cache and compile"),
+    Section(
+        "transformers-batching", "peers", "continuous_batching", 45, (*ENGINE, *TRANSFORMERS), TRITON, "generate_batch"
+    ),
+)
