@@ -101,10 +101,12 @@ def run(model: str, streams: int, tokens: int) -> None:
             print(f"  {name:8} {rate:8.1f} tokens/s   {cpu_ms:6.3f} ms of CPU a token")
         rate, cpu = (statistics.median(b[i] / a[i] for a, b in pairs) for i in range(2))
         print(f"  ratio    {rate:8.3f}            {cpu:6.3f}")
-        plain = [first_token_s(server, {}) for _ in range(NEW_SCHEMAS)]
-        fresh = [first_token_s(server, {"json_schema": new_schema(i)}) for i in range(NEW_SCHEMAS)]
-        delays = [(slow - statistics.median(plain)) * 1000 for slow in fresh]
-        print(f"first token without a schema: median {statistics.median(plain) * 1000:.1f} ms")
+        waits = [
+            (first_token_s(server, {}), first_token_s(server, {"json_schema": new_schema(number)}))
+            for number in range(NEW_SCHEMAS)
+        ]
+        delays = [(fresh - plain) * 1000 for plain, fresh in waits]
+        print(f"first token without a schema: median {statistics.median(plain for plain, _ in waits) * 1000:.1f} ms")
         worst = f"worst of {NEW_SCHEMAS} {max(delays):.1f} ms"
         print(f"delay by a new schema: median {statistics.median(delays):.1f} ms, {worst}")
 
