@@ -1,0 +1,134 @@
+"""The execution path on a GPU: recorded steps, overlap, draws and weights, each against the plain way."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.messages import LogprobOptions
+from runtime.sampling import SamplingParams
+from scheduler_service import sampler
+from scheduler_service.weights import device_staging
+from scheduler_service.weights.checkpoint import Checkpoint
+from tests.engine import Answer, Engine, floats
+from tests.model import tiny
+from tests.unit.scheduler_service.test_overlap import PROMPTS, WISHES, Overlapped
+from tests.unit.scheduler_service.test_sampler import sequence
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is at hand"),
+]
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "qwen2_moe")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(request.param, tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build("llama", tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[Callable[[bool], None]]:
+    """Lets a test forbid everything that makes the host wait for the device."""
+    yield lambda forbidden: torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(directory: Path, kind: type[Engine] = Engine, **settings: Any) -> Engine:
+    settings = {"device": "cuda", "dtype": "bfloat16", "page_size": 16, "max_running_requests": 8, **settings}
+    engine = kind(directory, **settings)
+    if kind is Engine:
+        engine.worker.depth = 0
+    return engine
+
+
+def tokens(answers: list[Answer]) -> list[list[int]]:
+    return [answer.ids for answer in answers]
+
+
+def test_recorded_steps_give_what_computed_steps_give(directory):
+    expected = on_gpu(directory, disable_cuda_graph=True).generate(PROMPTS, GREEDY)
+    engine = on_gpu(directory)
+    assert engine.worker.uses_graphs and engine.worker.fused.graphs.replays
+    assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
+
+
+def test_fused_logprobs_are_close_to_those_of_the_cpu(directory):
+    options = LogprobOptions(start=0)
+    params = SamplingParams(temperature=0.0, max_new_tokens=1)
+    expected = Engine(directory).generate(PROMPTS, params, logprobs=options)
+    found = on_gpu(directory).generate(PROMPTS, params, logprobs=options)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert floats(ours.input_logprobs.values)[1:] == pytest.approx(
+            floats(theirs.input_logprobs.values)[1:], abs=0.3
+        )
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_overlapped_steps_give_what_plain_steps_give(llama, wish):
+    plain = on_gpu(llama).generate(PROMPTS, WISHES[wish], seed=5)
+    overlapped = on_gpu(llama, Overlapped).generate(PROMPTS, WISHES[wish], seed=5)
+    assert tokens(overlapped) == tokens(plain)
+
+
+@pytest.mark.parametrize("wish", ["greedy", "seeded", "filtered"])
+def test_launching_a_decode_step_never_waits_for_the_device(llama, wish, no_waiting):
+    engine = on_gpu(llama, Overlapped)
+    for prompt in PROMPTS:
+        engine.add(prompt, WISHES[wish])
+    engine.step()
+    engine.step()
+    plan = engine.planner.next(9.0)
+    no_waiting(True)
+    pending = engine.worker.launch(plan)
+    no_waiting(False)
+    engine.in_flight.append((plan, pending))
+    engine.run()
+
+
+def test_seeded_draws_are_those_of_the_cpu_from_equal_logits(llama):
+    worker = on_gpu(llama).worker
+    logits = torch.randn(40, worker.model.vocab_size, generator=torch.Generator().manual_seed(1)) * 3
+    params = [WISHES["seeded"], WISHES["filtered"], WISHES["greedy"]] * 14
+    rows = [sampler.make_row(sequence(params[i], seed=i), []) for i in range(40)]
+    expected = sampler.choose(logits.clone(), rows, list(range(40))).tokens
+    found = worker.choose(logits.cuda(), rows, list(range(40))).tokens.cpu()
+    assert (found == expected).sum() >= 39  # sums of another order may move a draw at a border
+
+
+def test_new_weights_are_served_by_graphs_that_were_recorded_before(tmp_path):
+    first, second = tiny.build("llama", tmp_path / "a", seed=1), tiny.build("llama", tmp_path / "b", seed=2)
+    engine, other = on_gpu(first), on_gpu(second)
+    before = tokens(engine.generate(PROMPTS, GREEDY))
+    addresses = [buffer.data_ptr() for buffer in engine.worker.model.weights.buffers.values()]
+    weights, staged = engine.worker.model.weights, engine.worker.model.weights.staging()
+    checkpoint = Checkpoint.open(second)
+    device_staging.read(checkpoint, list(weights.names()), staged)
+    weights.take_over(staged, frozenset(weights.names()), weights.pack(staged))
+    engine.planner.forget_prefixes()
+    assert [buffer.data_ptr() for buffer in weights.buffers.values()] == addresses
+    assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(other.generate(PROMPTS, GREEDY)) != before
+
+
+def test_staged_tensors_are_those_of_the_file(llama):
+    weights = on_gpu(llama).worker.model.weights
+    staged = weights.staging()
+    device_staging.read(Checkpoint.open(llama), list(weights.names()), staged, chunk_bytes=4096)
+    assert device_staging.changed(weights, staged, list(weights.names())) == frozenset()
+
+
+def test_retracted_requests_continue_with_the_same_tokens_on_a_gpu(llama):
+    params = SamplingParams(temperature=1.0, max_new_tokens=60, ignore_eos=True)
+    prompts = [list(range(20, 41)), list(range(40, 19, -1)), list(range(21, 42))]
+    expected = on_gpu(llama, page_size=4).generate(prompts, params, seed=3)
+    tight = on_gpu(llama, Overlapped, page_size=4, max_total_tokens=140)
+    answers = tight.generate(prompts, params, seed=3)
+    assert tokens(answers) == tokens(expected) and sum(answer.retractions for answer in answers) > 0
