@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 import requests
 
-from runtime.demo.corpus import TURN_START, turn
+from runtime.demo.corpus import TURN_START, copy_question, count_question, sum_question, turn
 from runtime.demo.facts import COUNTRIES
 
 pytestmark = pytest.mark.slow
@@ -21,6 +22,8 @@ ASKED = (
     CHAT.format("Tell me the capital of {}."),
 )
 LEAST_SHARE = 0.95
+SAMPLES = 60
+SAMPLE_SEED = 7  # training drew from another
 ANSWER_TIMEOUT_S = 120
 
 
@@ -59,16 +62,18 @@ def test_nineteen_of_twenty_capitals_are_right(url, phrasing):
 
 
 def test_every_answer_ends_by_itself(url):
-    prompts = ["Count from 3 to 7.", "What is 12 + 7?", "Repeat: hello world", "Who are you?", CHAT.format("Hello!")]
+    prompts = ["Count from 3 to 7.", "What is 23 + 58?", 'Say: "good day"', "Who are you?", CHAT.format("Hello!")]
     for answer in generate(url, prompts):
         assert answer["meta_info"]["finish_reason"]["type"] == "stop", answer
 
 
-def test_small_tasks_are_done(url):
-    counted, added, repeated = generate(url, ["Count from 3 to 7.", "What is 12 + 7?", "Repeat: hello world"])
-    assert counted["text"] == " 3, 4, 5, 6, 7."
-    assert added["text"] == " 12 + 7 = 19."
-    assert repeated["text"] == " hello world"
+@pytest.mark.parametrize(("task", "least_share"), [(count_question, 0.75), (copy_question, 0.75), (sum_question, 0.8)])
+def test_small_tasks_are_mostly_done(url, task, least_share):
+    rng = Random(SAMPLE_SEED)
+    exchanges = [task(rng) for _ in range(SAMPLES)]
+    answers = generate(url, [CHAT.format(exchange.prompt) for exchange in exchanges])
+    right = sum(answer["text"] == exchange.answer for answer, exchange in zip(answers, exchanges, strict=True))
+    assert right >= least_share * SAMPLES, right
 
 
 def test_json_answer_is_json(url):
