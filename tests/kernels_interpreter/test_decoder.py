@@ -1,0 +1,44 @@
+"""The fused decoder on the Triton kernels themselves: what binds them is right, whatever the device."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import model_info
+from runtime.config import ServerConfig
+from runtime.sampling import SamplingParams
+from scheduler_service.worker import Worker
+from tests.engine import Answer, Engine
+from tests.model import tiny
+
+SMALL = {"num_hidden_layers": 1, "vocab_size": 300, "max_position_embeddings": 64}
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "page_size": 4,
+    "max_total_tokens": 512,
+    "device": "cpu",
+}
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
+DRAWN = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, max_new_tokens=2, ignore_eos=True)
+
+
+def answers(directory: Path, backend: Any, prompts: list[list[int]], params: SamplingParams) -> list[Answer]:
+    config = ServerConfig(
+        model_path=str(directory), model_dir=str(directory), max_running_requests=len(prompts), **SETTINGS
+    )
+    worker = Worker(config, model_info.load(config), backend=backend)
+    return Engine(directory, worker=worker, **SETTINGS).generate(prompts, params, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("family", "requests", "params"),
+    [("qwen3", 2, DRAWN), ("qwen2", 6, GREEDY), ("qwen2_moe", 2, GREEDY)],
+    ids=["few rows, drawn", "more rows", "experts"],
+)
+def test_the_decoder_answers_alike_on_triton_and_on_torch(family, requests, params, tmp_path):
+    directory = tiny.build(family, tmp_path, **SMALL)
+    prompts = [[5 + i, 9, 40 + i, 7][: 2 + i % 3] for i in range(requests)]
+    expected = answers(directory, "torch", prompts, params)
+    found = answers(directory, "triton", prompts, params)
+    assert [answer.ids for answer in found] == [answer.ids for answer in expected]
