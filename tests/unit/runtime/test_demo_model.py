@@ -73,7 +73,7 @@ def test_weights_have_the_shapes_that_the_config_says():
         }
         expected |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in parts.items()}
     assert {name: tensor["shape"] for name, tensor in header.items()} == expected
-    assert {tensor["dtype"] for tensor in header.values()} == {"BF16"} and config["dtype"] == "bfloat16"
+    assert {tensor["dtype"] for tensor in header.values()} == {"BF16"} and config["dtype"] == "float32"
 
 
 def test_weights_are_complete_and_small():
