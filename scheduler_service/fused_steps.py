@@ -112,7 +112,8 @@ class Buffers:
     """What decode steps of any size read and write; never moved."""
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        self.inputs = torch.zeros(4, rows, dtype=torch.int32, device=device)
+        width = -(-rows // 4) * 4  # so that each line begins where 16 bytes can be loaded at once
+        self.inputs = torch.zeros(4, width, dtype=torch.int32, device=device)
         self.logits = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)
         self.temperatures = torch.zeros(rows, dtype=torch.float32, device=device)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)

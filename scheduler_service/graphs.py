@@ -107,6 +107,7 @@ class DecodeGraphs:
     replays: dict[Key, Work] = field(default_factory=dict)
     waiting: deque[Key] = field(default_factory=deque)  # to be recorded when there is time
     misses: Counter[Key] = field(default_factory=Counter)
+    gigabytes: float = 0.0  # that the first sizes took
 
     def covers(self, rows: int) -> bool:
         return rows <= self.rows[-1]
@@ -152,6 +153,7 @@ class DecodeGraphs:
             log.debug("Capturing batches (bs=%d avail_mem=%.2f GB)", size, available_gb(device))
             self.record(Key(size, self.lengths[0]))
         left = available_gb(device)
+        self.gigabytes = max(0.0, available - left)
         log.info(
             "Capture cuda graph end. Time elapsed: %.2f s. mem usage=%.2f GB. avail mem=%.2f GB.",
             time.monotonic() - begun,

@@ -112,7 +112,8 @@ class Worker:
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count
         self.max_running_requests = min(running, self.page_count)
-        self.depth = (1 if self.device.type == "cuda" else 0) if depth is None else depth
+        overlaps = self.device.type == "cuda" and self.pooler is None  # an embedding is read as soon as it is there
+        self.depth = int(overlaps) if depth is None else depth
         self.states: dict[Sequence, State] = {}
         self.unsettled: list[Pending] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
@@ -174,7 +175,7 @@ class Worker:
                 "weight": round(self.weight_gb, 2),
                 "kvcache": round(sum(self.cache.gigabytes), 2),
                 "token_capacity": tokens,
-                "graph": 0.0,
+                "graph": round(self.fused.graphs.gigabytes, 2) if self.fused and self.fused.graphs else 0.0,
             },
             extra={"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")},
         )

@@ -23,20 +23,21 @@ class Section:
 
 SECTIONS = (
     Section("ceilings", "ceilings", "run", 25, (), TRITON, "bandwidth, GEMM, cost of a launch"),
-    Section("correctness", "correctness", "run", 75, ENGINE, TRITON, "operations, graphs and draws against torch"),
-    Section("single", "decoding", "single", 75, ENGINE, TRITON, "one stream (G1 to G4)"),
-    Section("batches", "decoding", "batches", 60, ENGINE, TRITON, "64 and 256 streams (G5, G6, G14)"),
-    Section("kernels", "operations", "run", 55, (), TRITON, "single operations beside torch's (G13)"),
+    Section("compile", "compiling", "run", 60, ENGINE, TRITON, "every kernel of every model, in parallel"),
+    Section("correctness", "correctness", "run", 60, ENGINE, TRITON, "operations, graphs and draws against torch"),
+    Section("single", "decoding", "single", 70, ENGINE, TRITON, "one stream (G1 to G4)"),
+    Section("batches", "decoding", "batches", 55, ENGINE, TRITON, "64 and 256 streams (G5, G6, G14)"),
+    Section("kernels", "operations", "run", 45, (), TRITON, "single operations beside torch's (G13)"),
     Section("nano", "decoding", "nano", 45, ENGINE, TRITON, "nano-vllm's benchmark (G7)"),
     Section("mixed", "decoding", "mixed", 30, ENGINE, TRITON, "prompts, and prompts beside streams (G8)"),
     Section(
-        "reload", "reload", "run", 35, (*ENGINE, "safetensors"), TRITON, "weights from files, swap under load (G9)"
+        "reload", "reload", "run", 30, (*ENGINE, "safetensors"), TRITON, "weights from files, swap under load (G9)"
     ),
-    Section("start", "reload", "start_up", 35, ENGINE, TRITON, "a fresh process (G10)"),
+    Section("start", "reload", "start_up", 30, ENGINE, TRITON, "a fresh process (G10)"),
     Section("determinism", "decoding", "determinism", 20, ENGINE, TRITON, "alone and in company (G11)"),
-    Section("http", "server", "run", 45, SERVER, TRITON, "the whole server on the loopback"),
-    Section("transformers-static", "peers", "static_cache", 55, TRANSFORMERS, (), "static cache and compile"),
+    Section("http", "server", "run", 40, SERVER, TRITON, "the whole server on the loopback"),
+    Section("transformers-static", "peers", "static_cache", 50, TRANSFORMERS, (), "static cache and compile"),
     Section(
-        "transformers-batching", "peers", "continuous_batching", 45, (*ENGINE, *TRANSFORMERS), TRITON, "generate_batch"
+        "transformers-batching", "peers", "continuous_batching", 40, (*ENGINE, *TRANSFORMERS), TRITON, "generate_batch"
     ),
 )
