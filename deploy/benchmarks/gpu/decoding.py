@@ -58,6 +58,7 @@ def single(setting: Setting) -> None:
         graphs = engine.worker.fused and engine.worker.fused.graphs
         if graphs:
             key = graphs.key(1, PROMPT + new)
+            graphs.clear()
             with torch.inference_mode():
                 taken = seconds(lambda: [graphs.run(key) for _ in range(20)], setting.device) / 20  # noqa: B023
             setting.report.figure(f"{name}, recorded step of the null slot alone", taken * 1e6, "us", 1e6 / ceiling)
