@@ -7,6 +7,7 @@ A matcher is a function of the grammar and the output ids, so a retracted or rep
 """
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -24,6 +25,8 @@ from runtime.errors import Kind, RequestError
 from scheduler_service import grammar_check
 from scheduler_service.grammar_check import read_frame, write_frame
 from scheduler_service.grammar_source import source
+
+log = logging.getLogger(__name__)
 
 Bitmask = NDArray[np.int32]  # (rows, ceil(vocab / 32)); bit i of a row is set where token i is allowed
 
@@ -160,7 +163,7 @@ class GrammarCompiler:
                 raise ValueError(engine.get_error())
             if engine.is_stopped() and not engine.is_accepting():
                 raise ValueError("it allows no output at all")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = str(error).replace("<non-verbose/>", "").strip()
             return RequestError(f"Failed to compile {kind} grammar: {reason}", field=kind)
         return Grammar(engine)
@@ -259,4 +262,5 @@ def _outcome(future: "Future[Grammar]") -> Grammar | RequestError:
         return future.result()
     if isinstance(error, RequestError):
         return error
-    raise error
+    log.error("a grammar could not be compiled, for a reason that is not its own", exc_info=error)
+    return RequestError("The grammar could not be compiled.", Kind.INTERNAL)

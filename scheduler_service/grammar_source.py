@@ -6,6 +6,7 @@ large. Those are counted here first. Every function raises ValueError with a mes
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -246,9 +247,15 @@ def _characters(text: str) -> Iterator[str]:
         if escaped is None:
             yield plain
         elif len(escaped) > 1:
-            yield chr(int(escaped[1:], 16))
+            yield _character(int(escaped[1:], 16))
         else:
             yield NAMED_ESCAPES.get(escaped, escaped)
+
+
+def _character(number: int) -> str:
+    if number > sys.maxunicode:
+        raise ValueError(f"there is no character with the number {number:X}")
+    return chr(number)
 
 
 def _set(text: str) -> str:

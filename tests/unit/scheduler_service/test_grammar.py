@@ -242,6 +242,8 @@ def test_random_output_of_a_json_ebnf_is_json(tools):
         ('root ::= "a"{99999999}', "unroll"),
         ('root ::= a{1000}\na ::= b{1000}\nb ::= "x"', "unroll"),
         ("root ::= root", ""),
+        (r'root ::= "\UFFFFFFFF"', "no character"),
+        (r"root ::= [\U00110000]", "no character"),
     ],
 )
 def test_a_bad_ebnf_is_a_400_that_says_why(grammar, message, compiler):
@@ -349,6 +351,12 @@ def test_a_bad_grammar_is_a_400_naming_its_kind(kind, text, compiler):
     with pytest.raises(RequestError, match=f"Failed to compile {kind} grammar: .") as refused:
         compiler.compile(kind, text)
     assert refused.value.field == kind
+
+
+def test_a_schema_is_a_400_at_whatever_depth_a_parser_gives_up(compiler):
+    for depth in range(800, 1000):
+        with pytest.raises(RequestError, match="Failed to compile json_schema grammar: ."):
+            compiler.compile("json_schema", '{"not":' * depth + "{}" + "}" * depth)
 
 
 def test_the_classes_of_a_regex_are_ascii(tools):
@@ -486,6 +494,8 @@ class SlowCompiler:
         self.compiled.append(text)
         if text == "bad":
             raise RequestError("Failed to compile regex grammar: bad")
+        if text == "broken":
+            raise IndexError("a fault of ours")
         return text
 
     def close(self):
@@ -508,6 +518,18 @@ def test_the_pool_gives_back_each_request_once_with_its_grammar_or_its_refusal()
     assert (first, grammar, second) == ("r1", "good", "r2")
     assert isinstance(error, RequestError)
     assert pool.ready() == [] and pool.pending == 0
+    pool.close()
+
+
+def test_a_fault_of_the_compiler_ends_one_request_and_not_the_service():
+    compiler = SlowCompiler()
+    compiler.go.set()
+    pool = GrammarPool(compiler)
+    pool.submit("r1", "regex", "broken")
+    pool.submit("r2", "regex", "good")
+    (_, error), kept = drain(pool)
+    assert isinstance(error, RequestError) and error.kind.status == 500
+    assert kept == ("r2", "good")
     pool.close()
 
 
