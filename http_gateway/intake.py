@@ -44,6 +44,7 @@ class Job:
     requests: list[Generate] = field(default_factory=list)
     parents: list[str] = field(default_factory=list)  # the rid the client gave for each, or ""
     warm: list[Generate] = field(default_factory=list)  # run first, so that copies find their prompt in the cache
+    warmed: list[int] = field(default_factory=list)  # for each of these, which request is its prompt's first copy
     background: bool = False  # goes on when its client has gone
 
 
@@ -53,13 +54,14 @@ def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rule
     for prompt, rid in zip(prompts, rids, strict=True):
         check(prompt, rules)
         copies = prompt.request.params.n
+        if copies > 1 and rules.prefix_cache and not computes_whole(prompt.request):
+            job.warm.append(warming(prompt))
+            job.warmed.append(len(job.requests))
         for copy in range(copies):
             own = rid if rid is not None and copies == 1 else uuid.uuid4().hex
             request = msgspec.structs.replace(prompt.request, rid=own, seed=seed(prompt.request.params, copy))
             job.requests.append(msgspec.structs.replace(prompt, request=request))
             job.parents.append(rid or "")
-        if copies > 1 and rules.prefix_cache and not computes_whole(prompt.request):
-            job.warm.append(warming(prompt))
     check_distinct([generate.request.rid for generate in job.requests])
     return job
 
@@ -83,6 +85,7 @@ def warming(prompt: Generate) -> Generate:
         rid=uuid.uuid4().hex,
         params=SamplingParams(max_new_tokens=0),
         extra_key=prompt.request.extra_key,
+        priority=prompt.request.priority,
         log_metrics=False,
     )
     return msgspec.structs.replace(prompt, request=request)

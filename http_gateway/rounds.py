@@ -1,7 +1,7 @@
 """Carrying out a Job: its requests go round the ring, what comes back is yielded. Shared by every API."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 from starlette.requests import Request as HTTPRequest
@@ -9,6 +9,7 @@ from starlette.requests import Request as HTTPRequest
 from http_gateway import errors
 from http_gateway.intake import Job
 from http_gateway.ring_client import Delivery, Flight, RingClient
+from runtime.control import Abort
 from runtime.messages import Generate
 
 
@@ -18,19 +19,38 @@ async def run(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGenerator[l
     Raises RequestError for the first request that failed, ClientGone when the client has left; closing the generator
     (use `aclosing`) aborts whatever still runs.
     """
-    if job.warm:
-        async with aclosing(fly(ring, http, job.warm, None, job.background)) as steps:
-            async for _ in steps:
-                pass
-    async with aclosing(fly(ring, http, job.requests, job.parents, job.background)) as steps:
+    unwanted = await warm_up(ring, http, job) if job.warm else []
+    async with aclosing(fly(ring, http, job.requests, job.parents, job.background, unwanted)) as steps:
         async for mail in steps:
             yield mail
 
 
+async def warm_up(ring: RingClient, http: HTTPRequest, job: Job) -> list[str]:
+    """Run what goes before the copies. The rids of the copies whose own was aborted: an abort of it means them."""
+    parents = [job.parents[first] for first in job.warmed]
+    unwanted: list[str] = []
+    async with aclosing(fly(ring, http, job.warm, parents, job.background)) as steps:
+        async for mail in steps:
+            for index, text in mail:
+                if text.tokens.finish is not None and text.tokens.finish.reason == "abort":
+                    first = job.warmed[index]
+                    copies = job.requests[first : first + job.requests[first].request.params.n]
+                    unwanted += [copy.request.rid for copy in copies]
+    return unwanted
+
+
 async def fly(
-    ring: RingClient, http: HTTPRequest, batch: list[Generate], parents: list[str] | None, background: bool
+    ring: RingClient,
+    http: HTTPRequest,
+    batch: list[Generate],
+    parents: list[str],
+    background: bool,
+    unwanted: Sequence[str] = (),
 ) -> AsyncGenerator[list[Delivery], None]:
+    """Send the batch, abort at once what is `unwanted` of it, and yield what comes back."""
     with ring.open(batch, parents) as flight:
+        for rid in unwanted:
+            ring.abort(Abort(rid=rid))
         async with watched(http, None if background else flight):
             while not flight.finished:
                 mail = await flight.next()

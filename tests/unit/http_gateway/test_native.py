@@ -67,6 +67,24 @@ async def test_copies_wait_for_the_prompt_to_be_cached_once() -> None:
 
 
 @asynchronous
+async def test_an_abort_while_prompts_are_being_cached_means_their_copies() -> None:
+    async with served() as server:
+        body = {"text": ["a", "b"], "rid": ["p", "q"], "sampling_params": {"n": 2}}
+        call = server.client.start("POST", "/generate", body)
+        first, second = await server.ring.sent_of(Generate, 2)
+        assert (await server.client.post("/abort_request", {"rid": "q"})).status == 200
+        assert [abort.rid for abort in await server.ring.sent_of(Abort)] == [second.request.rid]
+        server.ring.push(step(first.request.rid, finish=Finish(reason="length", length=0)))
+        server.ring.push(step(second.request.rid, finish=Finish(reason="abort", message="Abort before prefill")))
+        copies = (await server.ring.sent_of(Generate, 6))[2:]
+        aborted = (await server.ring.sent_of(Abort, 3))[1:]
+        assert [abort.rid for abort in aborted] == [copy.request.rid for copy in copies[2:]]
+        for copy in copies:
+            server.ring.push(step(copy.request.rid, finish=Finish(reason="stop", matched=1)))
+        assert len((await call.answer()).json()) == 4
+
+
+@asynchronous
 async def test_a_stream_repeats_the_text_so_far() -> None:
     async with served() as server:
         call = server.client.start("POST", "/generate", {"text": "hi", "rid": "r", "stream": True})
