@@ -148,12 +148,15 @@ class RingClient:
 
     # requests
 
-    def open(self, batch: list[Generate], parents: list[str] | None = None) -> Flight:
+    def open(self, batch: list[Generate], parents: list[str] | None = None, *, limited: bool = True) -> Flight:
         """Send requests in one frame. Raises RequestError: draining, too many in flight, a rid in use, too large.
 
-        `parents` are the rids by which the client knows them, where those differ from their own.
+        `parents` are the rids by which the client knows them, where those differ from their own. The limit of what
+        may be in flight is for clients; the gateway's own requests are not `limited`.
         """
         self._admit(batch)
+        if limited:
+            self._check_room(batch)
         self._send(batch)
         now = time.monotonic()
         flight = Flight([generate.request.rid for generate in batch], self._abandon)
@@ -166,6 +169,11 @@ class RingClient:
     def _admit(self, batch: list[Generate]) -> None:
         if self.closing:
             raise RequestError("The server is shutting down.", Kind.UNAVAILABLE)
+        for generate in batch:
+            if generate.request.rid in self._pending:
+                raise RequestError(f"Duplicate request ID detected: {generate.request.rid}", field="rid")
+
+    def _check_room(self, batch: list[Generate]) -> None:
         if len(batch) > self._limit:
             raise RequestError(f"One call may hold at most {self._limit} requests, got {len(batch)}.")
         if len(self._pending) + len(batch) > self._limit:
@@ -173,9 +181,6 @@ class RingClient:
                 f"The server is full: {len(self._pending)} of at most {self._limit} requests are in flight.",
                 Kind.UNAVAILABLE,
             )
-        for generate in batch:
-            if generate.request.rid in self._pending:
-                raise RequestError(f"Duplicate request ID detected: {generate.request.rid}", field="rid")
 
     def _send(self, messages: Sequence[Message]) -> None:
         try:

@@ -63,6 +63,19 @@ async def test_health_generate_sends_one_token_for_all_who_ask_at_once() -> None
 
 
 @asynchronous
+async def test_a_server_that_is_full_is_well() -> None:
+    async with served(limit=1) as server:
+        running = server.client.start("POST", "/generate", {"text": "hi", "rid": "r"})
+        await server.ring.sent_of(Generate)
+        assert (await server.client.post("/generate", {"text": "hi"})).status == 503
+        call = server.client.start("GET", "/health_generate")
+        probe = (await server.ring.sent_of(Generate, 2))[-1]
+        for rid in (probe.request.rid, "r"):
+            server.ring.push(step(rid, [1], finish=Finish(reason="length", length=1)))
+        assert [(await each.answer()).status for each in (call, running)] == [200, 200]
+
+
+@asynchronous
 async def test_health_generate_without_an_answer_is_503_and_leaves_no_request() -> None:
     async with served() as server:
         server.gateway.sign_of_life._timeout_s = 0.001
