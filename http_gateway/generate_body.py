@@ -203,9 +203,9 @@ def read_embeds(body: GenerateBody, rules: Rules) -> list[Generate]:
     return [Generate(request=unnamed(), embeds=pack_rows(rows, rules.hidden_size)) for rows in prompts]
 
 
-def pack_rows(rows: list[list[float]], hidden_size: int) -> bytes:
+def pack_rows(rows: list[Any], hidden_size: int) -> bytes:
     """float32 (positions, hidden)"""
-    if not rows or any(len(row) != hidden_size for row in rows):
+    if not rows or any(not isinstance(row, list) or len(row) != hidden_size for row in rows):
         raise RequestError(f"input_embeds must have rows of {hidden_size} numbers.", field="input_embeds")
     try:
         return b"".join(array("f", row).tobytes() for row in rows)

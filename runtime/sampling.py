@@ -13,6 +13,7 @@ from runtime import limits
 from runtime.errors import RequestError
 
 GREEDY_BELOW = 1e-6  # temperatures under this are greedy
+ID_DIGITS = 10  # of a token id; what is longer is none, and need not be read
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -190,7 +191,7 @@ def check(params: SamplingParams, vocab_size: int) -> None:
         if not holds(params):
             raise RequestError(message(params), field=field)
     for key in params.logit_bias or ():
-        if not (key.isascii() and key.isdigit() and int(key) < vocab_size):
+        if not (key.isascii() and key.isdigit() and len(key) <= ID_DIGITS and int(key) < vocab_size):
             raise RequestError(f"logit_bias must has keys in [0, {vocab_size - 1}], got {key}.", field="logit_bias")
     for token in params.stop_token_ids or ():
         if not 0 <= token < vocab_size:

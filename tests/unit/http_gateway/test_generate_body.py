@@ -119,6 +119,7 @@ def test_embeds_become_float32_rows_where_the_radix_cache_is_off() -> None:
     assert array("f", job.requests[0].embeds).tolist() == [1, 2, 3, 4]
     assert len(read(rules, input_embeds=[[[1, 2]], [[3, 4]]])[0].requests) == 2
     assert "rows of 2 numbers" in refusal(rules, input_embeds=[[1.0]])
+    assert "rows of 2 numbers" in refusal(rules, input_embeds=[[[1.0, 2.0], 3.0]])
     assert "--disable-radix-cache" in refusal(input_embeds=[[1.0, 2.0]])
 
 
@@ -165,6 +166,7 @@ def test_what_is_not_supported_is_named(name: str) -> None:
         ({"text": "a", "sampling_params": {"temperature": -1}}, "temperature must be a non-negative finite number"),
         ({"text": "a", "sampling_params": {"custom_params": {}}}, "custom_params"),
         ({"text": "a", "sampling_params": {"logit_bias": {"100": 1}}}, "logit_bias must has keys in [0, 99], got 100."),
+        ({"text": "a", "sampling_params": {"logit_bias": {"9" * 5000: 1}}}, "logit_bias must has keys in [0, 99], got"),
         ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params has 1 items for a batch of 2."),
         ({"text": "a", "return_logprob": [True]}, "return_logprob should not be a list for a single prompt."),
         ({"text": "a", "return_logprob": True, "top_logprobs_num": 129}, "top_logprobs_num must be in [0, 100]"),
