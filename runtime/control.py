@@ -6,10 +6,11 @@ forward it; the reply is a `Reply` with the same id. The gateway builds a route 
 has a path.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
+from runtime.limits import MAX_STEP_SLEEP_S
 from runtime.messages import Chat, Message
 
 
@@ -39,7 +40,7 @@ class FlushCache(ControlCommand, tag="flush_cache", kw_only=True):
 
     path = "/flush_cache"
     methods = ("GET", "POST")
-    timeout: float = 0.0
+    timeout: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class StartExpertDistributionRecord(ControlCommand, tag="start_expert_distribution_record", kw_only=True):
@@ -215,7 +216,7 @@ class SlowDown(ControlCommand, tag="slow_down", kw_only=True):
 
     path = "/slow_down"
     methods = ("GET", "POST")
-    forward_sleep_time: float | None = None
+    forward_sleep_time: Annotated[float, msgspec.Meta(le=MAX_STEP_SLEEP_S)] | None = None
 
 
 class Probe(ControlCommand, tag="probe", kw_only=True):

@@ -33,6 +33,9 @@ async def test_a_command_with_a_bad_value_is_refused_by_name() -> None:
         assert (answer.status, answer.json()["success"]) == (400, False)
         assert "timeout" in answer.json()["message"]
         assert (await server.client.post("/flush_cache", {"timeout": "soon"})).status == 400
+        assert (await server.client.get("/flush_cache?timeout=nan")).status == 400
+        assert (await server.client.post("/flush_cache", {"timeout": -1})).status == 400
+        assert (await server.client.post("/slow_down", {"forward_sleep_time": 1e300})).status == 400
 
 
 @asynchronous
