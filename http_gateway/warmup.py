@@ -28,19 +28,19 @@ def request(config: ServerConfig) -> tuple[str, dict[str, Any]]:
 def warm_up(config: ServerConfig, host: str, port: int, tries: int = TRIES) -> None:
     """Wait until the server answers, then generate once. Blocks: for a thread. Raises StartupError."""
     path, body = request(config)
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": b"application/json"}
     if config.api_key:
-        headers["Authorization"] = f"Bearer {config.api_key}"
+        headers["Authorization"] = b"Bearer " + config.api_key.encode()  # a str would have to be Latin-1
     try:
         wait_for_answer(LOCAL.get(host, host), port, headers, tries)
         status, answer = call(LOCAL.get(host, host), port, "POST", path, headers, TIMEOUT_S, msgspec.json.encode(body))
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise StartupError(f"Initialization failed. warmup error: {error}") from error
     if status != http.client.OK:
         raise StartupError(f"Initialization failed. warmup error: {path} answered {status}: {answer}")
 
 
-def wait_for_answer(host: str, port: int, headers: dict[str, str], tries: int) -> None:
+def wait_for_answer(host: str, port: int, headers: dict[str, bytes], tries: int) -> None:
     for attempt in range(tries):
         try:
             status, answer = call(host, port, "GET", "/get_model_info", headers, RETRY_S)
@@ -55,7 +55,7 @@ def wait_for_answer(host: str, port: int, headers: dict[str, str], tries: int) -
 
 
 def call(
-    host: str, port: int, method: str, path: str, headers: dict[str, str], timeout_s: float, body: bytes | None = None
+    host: str, port: int, method: str, path: str, headers: dict[str, bytes], timeout_s: float, body: bytes | None = None
 ) -> tuple[int, str]:
     """Status and text of one request."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)

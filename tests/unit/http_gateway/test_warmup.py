@@ -47,6 +47,11 @@ def test_it_waits_for_the_model_info_and_generates_once_with_the_key(server: HTT
     assert b'"The capital city of France is"' in post[3] and b'"max_new_tokens":8' in post[3]
 
 
+def test_a_key_may_have_any_characters(server: HTTPServer) -> None:
+    warmup.warm_up(ServerConfig(api_key="ключ"), "0.0.0.0", server.server_port)
+    assert [asked[2].encode("latin-1").decode() for asked in server.asked] == ["Bearer ключ"] * 2  # type: ignore[attr-defined]
+
+
 def test_an_answer_other_than_200_stops_the_start(server: HTTPServer) -> None:
     server.post_status = 500  # type: ignore[attr-defined]
     with pytest.raises(StartupError, match=r"warmup error: /generate answered 500: because"):
