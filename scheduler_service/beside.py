@@ -3,15 +3,21 @@
 A step on the CPU takes and drops the interpreter's lock hundreds of times. Each time it would wait up to the switch
 interval for a thread that runs Python code, so that interval is made short here; and what runs beside leaves the
 cores to the steps: it has a lower priority. Work on tensors must itself see to it that it uses one thread
-(`scheduler_service/weights/update.py`); nothing here loads torch.
+(`scheduler_service/weights/update.py`); nothing here loads torch. It touches nothing that serves, so what goes wrong
+in it is the command's affair alone.
 """
 
+import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import TypeVar
+
+from runtime.errors import CommandRefused
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -20,13 +26,22 @@ SWITCH_INTERVAL_S = 0.0002
 
 
 def beside(work: Callable[[], Result]) -> Generator[None, None, Result]:
-    """Start `work` in a thread of its own; yields until it has ended, then returns or raises what it did."""
+    """Start `work` in a thread of its own; yields until it has ended, then returns what it did.
+
+    Raises its CommandRefused, and one with status 500 for any other exception.
+    """
     done: Future[Result] = Future()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     threading.Thread(target=_run, args=(work, done), name="beside", daemon=True).start()
     while not done.done():
         yield
-    return done.result()
+    try:
+        return done.result()
+    except CommandRefused:
+        raise
+    except Exception as error:
+        log.exception("a command failed")
+        raise CommandRefused(f"Internal error: {type(error).__name__}: {error}", 500) from error
 
 
 def _run(work: Callable[[], Result], done: "Future[Result]") -> None:

@@ -20,7 +20,10 @@ CONTINUED = "Generation continued successfully."
 
 
 def pause(scheduler: "Scheduler", command: PauseGeneration) -> Waiting:
-    """Plan nothing from now on. Answered when no step is outstanding; the same answer again when paused already."""
+    """Plan nothing from now on. Answered when no step is outstanding; the same answer again when paused already.
+
+    A command to go on that comes before that answer ends the wait, and the answer says that nothing is paused.
+    """
     planner = scheduler.planner
     planner.paused = True
     if command.mode == "abort":
@@ -29,11 +32,11 @@ def pause(scheduler: "Scheduler", command: PauseGeneration) -> Waiting:
         scheduler.emit(aborted)
     elif command.mode == "retract":
         planner.retract_all()
-    while scheduler.in_flight:
+    while scheduler.in_flight and planner.paused:
         yield
     scheduler.forget_released()
     log.info("Generation paused (%s). #running-req: %d, #queue-req: %d", command.mode, *census(scheduler))
-    return [Reply(id=command.id, message=PAUSED, body={"paused": True})]
+    return [Reply(id=command.id, message=PAUSED, body={"paused": planner.paused})]
 
 
 def census(scheduler: "Scheduler") -> tuple[int, int]:

@@ -116,7 +116,7 @@ class Updates:
         if load_format not in load.LOAD_FORMATS:
             reason = f"load format {load_format} is unknown; choose one of {', '.join(load.LOAD_FORMATS)}"
             raise CommandRefused(NO_LOADER.format(reason))
-        directory = self.locate(model_path)
+        directory = told_as(NOT_OPENED, lambda: self.locate(model_path))
         before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
         told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
         source = Committed(model_path=model_path, model_dir=str(directory), weight_version="", load_format=load_format)

@@ -81,7 +81,8 @@ def bucket_entries(file: Path) -> list[BucketEntry]:
     """The list of tensors in a bucket's header; `read_header` has found that header sound."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(min(MAX_HEADER_BYTES, int.from_bytes(stream.read(LENGTH_BYTES), "little"))))
-    described = header.get("__metadata__", {}).get("metadata")
+    metadata = header.get("__metadata__")
+    described = metadata.get("metadata") if isinstance(metadata, dict) else None
     if not isinstance(described, str):
         raise CheckpointError('the payload has no "metadata" in its safetensors __metadata__')
     try:

@@ -355,7 +355,7 @@ def test_a_bad_grammar_is_a_400_naming_its_kind(kind, text, compiler):
 
 def test_a_schema_is_a_400_at_whatever_depth_a_parser_gives_up(compiler):
     for depth in range(800, 1000):
-        with pytest.raises(RequestError, match="Failed to compile json_schema grammar: ."):
+        with pytest.raises(RequestError, match="Failed to compile json_schema grammar"):
             compiler.compile("json_schema", '{"not":' * depth + "{}" + "}" * depth)
 
 

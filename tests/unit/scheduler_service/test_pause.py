@@ -74,6 +74,17 @@ def test_a_pause_may_end_all_requests_with_what_they_have(depth: int) -> None:
     assert rig.scheduler.planner.audit() == ""
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_pause_that_is_ended_before_its_answer_is_answered_and_pauses_nothing(depth: int) -> None:
+    rig = busy(depth)
+    rig.inbox.put(PauseGeneration(id="pause", mode="in_place"), ContinueGeneration(id="continue"))
+    for _ in range(3):
+        rig.scheduler.step()
+    bodies = {m.id: m.body for m in rig.outbox.messages if isinstance(m, Reply)}
+    assert bodies.keys() == {"pause", "continue"} and not rig.scheduler.planner.paused
+    assert list(bodies.values())[-1] == {"paused": False}
+
+
 def test_new_requests_wait_while_paused() -> None:
     rig = Rig()
     call(rig, PauseGeneration())

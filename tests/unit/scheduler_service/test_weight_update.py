@@ -118,6 +118,13 @@ def test_a_wrong_path_is_answered_in_the_words_that_clients_compare(
     assert caplog.messages[2] == message
 
 
+@pytest.mark.parametrize("path", ["a" * 5000, "/proc/1/root/weights", "\0", ""])
+def test_a_path_that_cannot_be_looked_at_is_a_400(live: Live, path: str) -> None:
+    reply = live.call(UpdateWeightsFromDisk(model_path=path))
+    assert not reply.success and reply.status == 400
+    assert reply.message.startswith("Failed to get weights iterator: ")
+
+
 def test_an_unknown_load_format_has_no_loader(live: Live, versions: tuple[Path, Path]) -> None:
     reply = live.call(to_b(versions, load_format="pt"))
     assert reply.status == 400
@@ -341,6 +348,14 @@ def test_a_bad_tensor_changes_nothing_though_others_came_before_it(
     assert live.logits(PROMPT) == before and live.worker.weight_version == "A"
     assert live.call(from_tensor(payload(tmp_path, head(B)))).success
     assert live.logits(PROMPT) != before
+
+
+@pytest.mark.parametrize("metadata", [b"[]", b"{}", b"null", b'{"metadata": 1}', b'{"metadata": "[1]"}'])
+def test_a_bucket_without_its_list_of_tensors_is_refused(live: Live, tmp_path: Path, metadata: bytes) -> None:
+    header = b'{"__metadata__": %s, "flat": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}' % metadata
+    (tmp_path / "bucket").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    reply = live.call(from_tensor([str(tmp_path / "bucket")], load_format="flattened_bucket"))
+    assert reply.status == 400 and "metadata" in reply.message
 
 
 @pytest.mark.parametrize("begin", [b"\x80\x04\x95\x10\x00\x00\x00\x00", b"PK\x03\x04"])
