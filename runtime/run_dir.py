@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from runtime.errors import StartupError
 log = logging.getLogger(__name__)
 
 PREFIX = "quartet-"
+NAME = re.compile(PREFIX + "[0-9a-f]{8}")  # a boot's; anything else that begins alike is not ours to remove
+LOCK = "lock"
 # `read` returns at end of file. A socket that appears during `rm` makes it fail, so it is tried again.
 JANITOR = 'trap "" INT TERM HUP; read -r _; n=0; until rm -rf -- "$1" || [ $((n+=1)) -ge 100 ]; do sleep 0.01; done'
 
@@ -71,7 +74,7 @@ def sweep(parent: Path) -> None:
     """Remove the run directories whose launcher is dead and had no janitor left."""
     for left_over in parent.glob(f"{PREFIX}*"):
         try:
-            if left_over.stat().st_uid != os.geteuid() or left_over.is_symlink():
+            if not is_run_directory(left_over):
                 continue
             lock = take_lock(left_over)
         except OSError:  # gone meanwhile, or not ours
@@ -82,9 +85,15 @@ def sweep(parent: Path) -> None:
             os.close(lock)
 
 
+def is_run_directory(path: Path) -> bool:
+    """A directory that a launcher of this user has made: by name, owner and lock file."""
+    ours = NAME.fullmatch(path.name) and not path.is_symlink() and path.stat().st_uid == os.geteuid()
+    return bool(ours) and (path / LOCK).is_file()
+
+
 def take_lock(directory: Path) -> int | None:
     """The lock of a run directory, or None when its launcher lives."""
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

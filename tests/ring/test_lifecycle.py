@@ -179,7 +179,7 @@ def test_a_misconfiguration_is_one_line_with_the_remedy(launch_stand_ins, flags,
 def test_a_left_over_run_directory_is_swept_and_a_live_one_is_not(launch_stand_ins):
     first = launch_stand_ins()
     (live,) = first.run_base.iterdir()
-    dead = first.run_base / "quartet-dead"
+    dead = first.run_base / "quartet-00dead00"
     dead.mkdir(mode=0o700)
     (dead / "lock").touch()
     (dead / "scheduler.0").touch()

@@ -42,9 +42,21 @@ def test_a_link_named_like_a_run_directory_is_not_followed(tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").touch()
-    (tmp_path / "quartet-link").symlink_to(precious)
+    (precious / "lock").touch()
+    (tmp_path / "quartet-0123abcd").symlink_to(precious)
     run_dir.sweep(tmp_path)
     assert (precious / "file").exists()
+
+
+@pytest.mark.parametrize(("name", "has_lock"), [("quartet-models", True), ("quartet-0123abcd", False)])
+def test_a_directory_that_no_launcher_has_made_is_left_alone(tmp_path, name, has_lock):
+    other = tmp_path / name
+    other.mkdir()
+    if has_lock:
+        (other / "lock").touch()
+    run_dir.sweep(tmp_path)
+    assert other.exists()
+    assert (other / "lock").exists() == has_lock
 
 
 def test_a_parent_that_cannot_be_written_is_refused_with_the_remedy(tmp_path):
