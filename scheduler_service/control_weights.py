@@ -227,17 +227,21 @@ def refuse_selector(selector: str) -> None:
 # names and values
 
 
-def rename(scheduler: "Scheduler", command: UpdateWeightVersion) -> list[Message]:
-    """The label first; then, if asked, the end of what runs."""
+def rename(scheduler: "Scheduler", command: UpdateWeightVersion) -> Waiting:
+    """The label first; then, if asked, the end of what runs. A restart keeps the label."""
     scheduler.worker.weight_version = command.new_version
-    updates = abort_all(scheduler) if command.abort_all_requests else []
-    log.info("Weight version updated to %s; %d requests aborted.", command.new_version, len(updates))
+    aborted = abort_all(scheduler) if command.abort_all_requests else []
+    scheduler.emit(aborted)
+    log.info("Weight version updated to %s; %d requests aborted.", command.new_version, len(aborted))
+    if scheduler.updates is not None:
+        scheduler.updates.relabel(command.new_version)
+        yield from beside(scheduler.updates.note)
     body = {
         "new_version": command.new_version,
         "weight_version": command.new_version,
-        "num_aborted_requests": len(updates),
+        "num_aborted_requests": len(aborted),
     }
-    return [*updates, Reply(id=command.id, message=f"Weight version updated to {command.new_version}", body=body)]
+    return [Reply(id=command.id, message=f"Weight version updated to {command.new_version}", body=body)]
 
 
 def by_name(scheduler: "Scheduler", command: GetWeightsByName) -> list[Message]:

@@ -5,6 +5,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
+import msgspec
+
 from runtime import model_info
 from runtime.config import ServerConfig
 from runtime.model_info import ModelInfo
@@ -21,13 +23,18 @@ log = logging.getLogger(__name__)
 
 def main(boot: Boot) -> None:
     config = record.restored(boot.config, boot.run_dir)
-    info = model_info.load(config)
+    info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
     updates = Updates(worker.model.weights, config, boot.run_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     serve(boot, info, worker, grammars, updates, memory_saver(config, worker, updates))
+
+
+def model_facts(started: ServerConfig, restored: ServerConfig) -> ModelInfo:
+    """The model as it was at start, with the weights of now: their directory need not hold anything else."""
+    return msgspec.structs.replace(model_info.load(started), path=str(model_info.model_dir(restored)))
 
 
 def memory_saver(config: ServerConfig, worker: Worker, updates: Updates) -> MemorySaver | None:

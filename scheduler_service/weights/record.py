@@ -22,9 +22,9 @@ class Committed(msgspec.Struct, kw_only=True):
 
     model_path: str  # as the client named it
     model_dir: str  # where that was found
-    weight_version: str
+    weight_version: str  # what the weights of that directory are called
     load_format: str = "auto"
-    patched: bool = False  # later updates came over the wire, not from that directory
+    patched: bool = False  # later updates came over the wire, not from that directory, and have labels of their own
 
 
 def write(run_dir: str, committed: Committed) -> None:

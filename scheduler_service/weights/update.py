@@ -9,6 +9,7 @@ because fresh memory costs more than anything else in an update.
 """
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ class Updates:
             load_format=config.load_format,
         )
         self._second: Weights | None = None
+        self._noting = threading.Lock()
 
     @property
     def second(self) -> Weights:
@@ -238,21 +240,31 @@ class Updates:
         old = self.live.take_over(staged.weights, staged.names, staged.packed)
         self.lost -= staged.names
         if staged.source is None:
-            self.committed = msgspec.structs.replace(self.committed, weight_version=version, patched=True)
+            self.committed = msgspec.structs.replace(self.committed, patched=True)
         else:
             self.committed = msgspec.structs.replace(staged.source, weight_version=version)
         return old
+
+    def relabel(self, version: str) -> None:
+        """Call the weights that serve otherwise from now on."""
+        if not self.committed.patched:
+            self.committed = msgspec.structs.replace(self.committed, weight_version=version)
 
     # afterwards: beside the loop
 
     @on_one_thread
     def settle(self, old: Packed) -> None:
         """Record what serves, and free what served before."""
+        self.note()
+        old.clear()
+
+    def note(self) -> None:
+        """Record what serves."""
         try:
-            record.write(self.run_dir, self.committed)
+            with self._noting:
+                record.write(self.run_dir, self.committed)
         except OSError as error:
             log.error("Could not record the committed weights: %s. A restart would load the ones before.", error)
-        old.clear()
 
     # groups: beside the loop
 

@@ -4,10 +4,12 @@ import json
 import logging
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from runtime import model_info
 from runtime.config import ServerConfig
 from runtime.control import (
     BeginWeightUpdate,
@@ -19,6 +21,7 @@ from runtime.control import (
     UpdateWeightsFromTensor,
     UpdateWeightVersion,
 )
+from scheduler_service.main import model_facts
 from scheduler_service.weights import record, staging
 from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from scheduler_service.weights.manifest import manifest_of
@@ -255,6 +258,36 @@ def test_what_was_committed_last_is_recorded_for_a_restart(
     assert (config.model_dir, config.weight_version) == (str(versions[1]), "B")
     again = Live(Path(config.model_dir), tmp_path, weight_version=config.weight_version)
     assert again.logits(PROMPT) == live.logits(PROMPT)
+
+
+def test_a_restart_keeps_the_label_that_was_given_last(live: Live, versions: tuple[Path, Path], tmp_path: Path) -> None:
+    live.call(to_b(versions))
+    live.call(UpdateWeightVersion(new_version="B2"))
+    restored = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
+    assert (restored.model_dir, restored.weight_version) == (str(versions[1]), "B2")
+
+
+def test_after_a_restart_lost_tensors_do_not_leave_their_label_behind(
+    live: Live, versions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    live.call(to_b(versions))
+    assert live.call(from_tensor(payload(tmp_path, head(A)), weight_version="C")).success
+    live.call(UpdateWeightVersion(new_version="D"))
+    restored = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
+    assert (restored.model_dir, restored.weight_version) == (str(versions[1]), "B")
+
+
+def test_a_directory_of_nothing_but_weights_can_be_served_after_a_restart(
+    live: Live, versions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for file in versions[1].iterdir():
+        if file.suffix != ".safetensors":
+            file.unlink()
+    assert live.call(to_b(versions)).success
+    started = ServerConfig(model_path=str(versions[0]))
+    facts = model_facts(started, record.restored(started, str(tmp_path)))
+    assert facts.path == str(versions[1])
+    assert msgspec.structs.replace(facts, path=str(versions[0])) == model_info.load(started)
 
 
 def test_a_label_changes_without_touching_the_cache(live: Live) -> None:
