@@ -69,6 +69,7 @@ MAYBE_NAMED_HEAD = re.compile(r"\s*[\w.-]+(\[[\w\]]*(\[\w*\]?)?)?\s*")
 MAYBE_BETWEEN = re.compile(r"[;,]?\s*[<|\w]*")
 FIRST_KEY = re.compile(rf"\s*\{{\s*({STRING})\s*:", re.DOTALL)
 MAX_HEAD_CHARS = 2048  # a longer head is read only when its object is complete
+MAX_WASTED_CHARS = 1 << 20  # read as calls that were none; what is behind them is read as text
 KEYS = frozenset({"name", "arguments", "parameters", "type", "id", "function"})
 
 
@@ -87,6 +88,7 @@ class JsonCalls:
         self._bare_body = False  # name{arguments}: no object around the arguments
         self._value = JsonValue()
         self._scanned = 0  # characters of the buffer that `_value` has seen, while a head is read
+        self._wasted = 0  # characters that `_value` has seen of objects that turned out to be no calls
         self._state: Callable[[], bool] = self._text
 
     def feed(self, delta: str) -> list[Event]:
@@ -98,6 +100,7 @@ class JsonCalls:
         self._ended = True
         self._run()
         while self._state == self._head:  # a head that never came to an end is content
+            self._wasted += len(self._buffer)
             self._reject()
             self._run()
         self._events.finish()
@@ -111,6 +114,9 @@ class JsonCalls:
 
     def _text(self) -> bool:
         dialect, buffer = self._dialect, self._buffer
+        if self._wasted > MAX_WASTED_CHARS:
+            self._content(len(buffer))
+            return False
         if self._at_start and dialect.bare:
             solid = buffer.lstrip()
             if solid.startswith(dialect.bare):
@@ -186,6 +192,7 @@ class JsonCalls:
         """A complete object whose keys stand in another order, or whose arguments are no object."""
         call = whole_call(self._buffer[:end])
         if call is None or call[0] not in self._known:
+            self._wasted += end
             return self._reject()
         self._events.start(call[0])
         self._events.arguments(call[1])

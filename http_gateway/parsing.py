@@ -1,5 +1,7 @@
 """POST /parse_function_call and /separate_reasoning: the parsers of a chat's answer, for text made elsewhere."""
 
+import asyncio
+
 import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
@@ -9,6 +11,7 @@ from http_gateway.endpoint import Endpoint, read_body
 from http_gateway.errors import json_response
 from http_gateway.gateway import Gateway
 from http_gateway.tool_events import Tool
+from runtime.limits import MAX_PARSED_BODY_BYTES
 
 
 class ParseBody(msgspec.Struct):
@@ -40,18 +43,18 @@ class SeparateAnswer(msgspec.Struct):
 
 async def parse_function_call(gateway: Gateway, http: HTTPRequest) -> Response:
     """The tool calls in a text, and what is beside them."""
-    body = msgspec.json.decode(await read_body(http), type=ParseBody)
+    body = msgspec.json.decode(await read_body(http, MAX_PARSED_BODY_BYTES), type=ParseBody)
     name = body.tool_call_parser or gateway.config.tool_call_parser or ""
-    content, calls = tool_calls.parse(name, body.tools, body.text)
+    content, calls = await asyncio.to_thread(tool_calls.parse, name, body.tools, body.text)
     found = [ParsedCall(index, call.name, call.arguments) for index, call in enumerate(calls)]
     return json_response(ParseAnswer(content, found))
 
 
 async def separate_reasoning(gateway: Gateway, http: HTTPRequest) -> Response:
     """The thought in a text, and the answer behind it."""
-    body = msgspec.json.decode(await read_body(http), type=SeparateBody)
+    body = msgspec.json.decode(await read_body(http, MAX_PARSED_BODY_BYTES), type=SeparateBody)
     name = body.reasoning_parser or gateway.config.reasoning_parser or ""
-    thought, answer = reasoning.split(name, body.text)
+    thought, answer = await asyncio.to_thread(reasoning.split, name, body.text)
     return json_response(SeparateAnswer(thought, answer))
 
 

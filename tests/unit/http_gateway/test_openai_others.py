@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from runtime.control import Detokenize, Tokenize
+from runtime.limits import MAX_PARSED_BODY_BYTES
 from runtime.messages import Finish, Generate, Reply, unpack_ids
 from tests.unit.http_gateway.harness import asynchronous, served, step
 from tests.unit.http_gateway.openai_scripts import says
@@ -184,5 +185,7 @@ async def test_parsers_are_the_server_s_own_unless_named_and_must_exist() -> Non
     async with served(reasoning_parser="deepseek-r1") as server:
         answer = await server.client.post("/separate_reasoning", {"text": "a</think>b"})
         assert answer.json() == {"reasoning_text": "a", "text": "b"}
+        long = await server.client.post("/parse_function_call", {"text": "a" * MAX_PARSED_BODY_BYTES, "tools": []})
+        assert (long.status, str(MAX_PARSED_BODY_BYTES) in long.text) == (413, True)
         answer = await server.client.post("/parse_function_call", {"text": "a", "tools": []})
         assert answer.status == 400 and "Unsupported tool call parser" in answer.json()["error"]["message"]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from http_gateway.json_calls import MAX_WASTED_CHARS
 from http_gateway.tool_calls import PARSERS, REQUIRED, calls_schema, parse, parser
 from http_gateway.tool_events import Arguments, CallStart, Content, Function, Tool, call_id, collect
 from runtime.errors import RequestError
@@ -350,3 +351,17 @@ def test_definitions_that_contradict_each_other_are_refused():
     other = Tool(function=Function(name="h", parameters={"$defs": {"P": {"type": "integer"}}}))
     with pytest.raises(RequestError, match="differently"):
         calls_schema([*weather_tools(), other])
+
+
+@pytest.mark.parametrize("wasted", [0, MAX_WASTED_CHARS])
+def test_behind_too_much_that_was_no_call_none_is_looked_for(wasted):
+    no_call = f'<tool_call>{{"type": "{"a" * wasted}"}}'
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    content, calls = parse("hermes", TOOLS, no_call + call)
+    assert (content, len(calls)) == ((no_call + call, 0) if wasted else (no_call, 1))
+    assert stream("hermes", cut(no_call + call, [5, wasted, wasted + 30])) == (content, calls)
+
+
+def test_objects_that_never_end_are_read_a_bounded_number_of_times():
+    text = '<tool_call>{"name": ' * 20_000  # each could be a call up to the end of the text
+    assert parse("hermes", TOOLS, text) == (text, [])
