@@ -1,7 +1,8 @@
 """Commands that give memory back for a while and take it again."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from runtime.control import ControlCommand, ReleaseMemory, ResumeMemory
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 OFF = "Memory cannot be released: start the server with --enable-memory-saver."
 BUSY = "Memory cannot be released while requests run: wait for them, abort them or pause with the mode retract."
 CHANGING = "Memory cannot be released while the weights are being changed."
+FAILED = "Memory cannot be {}: {}."
 
 
 def saver_of(scheduler: "Scheduler") -> "MemorySaver":
@@ -31,19 +33,37 @@ def release(scheduler: "Scheduler", command: ReleaseMemory) -> list[Message]:
         raise CommandRefused(BUSY)
     if scheduler.updates is not None and (scheduler.updates.turns or scheduler.updates.session):
         raise CommandRefused(CHANGING)
-    saver.release(command.tags)
-    if saver.holds_kv_cache:
-        scheduler.planner.forget_prefixes()
+    try:
+        with told("released"):
+            saver.release(command.tags)
+    finally:
+        if saver.holds_kv_cache:
+            scheduler.planner.forget_prefixes()
+        scheduler.look_at_memory()
     return report(scheduler, command, "released")
 
 
 def resume(scheduler: "Scheduler", command: ResumeMemory) -> list[Message]:
-    saver_of(scheduler).resume(command.tags)
+    saver = saver_of(scheduler)
+    try:
+        with told("resumed"):
+            saver.resume(command.tags)
+    finally:
+        scheduler.look_at_memory()
     return report(scheduler, command, "resumed")
 
 
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """A trainer that holds the memory is no reason for the scheduler to end: what was not done can be asked again."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:  # torch says RuntimeError
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise CommandRefused(FAILED.format(what, reason), 503) from error
+
+
 def report(scheduler: "Scheduler", command: ControlCommand, what: str) -> list[Message]:
-    scheduler.look_at_memory()
     released = sorted(saver_of(scheduler).released)
     log.info("Memory occupation %s. Still released: %s", what, ", ".join(released) or "nothing")
     return [Reply(id=command.id, body={"asleep": scheduler.planner.asleep})]

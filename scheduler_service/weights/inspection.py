@@ -41,7 +41,9 @@ class Inspection:
         """The first `count` rows (or values of a vector) as floats; None for an unknown name."""
         if name not in self._weights.layout.places:
             return None
-        rows: list[Any] = self._weights.view(name)[:count].float().cpu().tolist()
+        values = self._weights.view(name)
+        own_rows = values[:count] if values.dim() else values.view(1)
+        rows: list[Any] = own_rows.float().cpu().tolist()
         return rows
 
 

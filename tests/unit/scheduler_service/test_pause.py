@@ -204,5 +204,18 @@ def test_memory_of_running_requests_is_not_released(model: Path, tmp_path: Path)
     assert live.output("x") == [TOKEN] * 100
 
 
+def test_memory_that_another_process_holds_can_be_asked_for_again(model: Path, tmp_path: Path) -> None:
+    live = saving(model, tmp_path, enable_weights_cpu_backup=True)
+    live.call(ReleaseMemory())
+    cache = live.worker.cache
+    wanted, cache._shapes = cache._shapes, {0: (1, 1 << 50, 8)}  # no machine has that much
+    reply = live.call(ResumeMemory())
+    assert reply.status == 503 and reply.message.startswith("Memory cannot be resumed: ")
+    assert live.planner.asleep
+    cache._shapes = wanted
+    assert live.call(ResumeMemory()).body == {"asleep": False}
+    assert answered(live, "x") == [TOKEN] * 3
+
+
 def test_an_unknown_tag_is_named(model: Path, tmp_path: Path) -> None:
     assert "The tag graphs is unknown" in saving(model, tmp_path).call(ReleaseMemory(tags=["graphs"])).message
