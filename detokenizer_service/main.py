@@ -2,7 +2,7 @@
 
 from detokenizer_service.decode import Vocabulary
 from detokenizer_service.service import Detokenizer
-from runtime import tokenizer_files
+from runtime import model_info, tokenizer_files
 from runtime.config import ServerConfig
 from runtime.service import Boot, run, run_text_service
 
@@ -11,7 +11,7 @@ def load_detokenizer(config: ServerConfig) -> Detokenizer:
     """Raises StartupError with the cause and the flag that mends it."""
     if config.skip_tokenizer_init:
         return Detokenizer(None)
-    return Detokenizer(Vocabulary(tokenizer_files.load(tokenizer_files.directory(config))))
+    return Detokenizer(Vocabulary(tokenizer_files.load(model_info.tokenizer_dir(config))))
 
 
 def main(boot: Boot) -> None:

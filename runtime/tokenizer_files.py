@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.config import ServerConfig
 from runtime.errors import StartupError
-from runtime.model_info import local_path, read_json
+from runtime.model_info import read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -21,13 +20,6 @@ OLDER_LAYOUTS = ("vocab*", "*.model", "*.tiktoken", "tekken.json")
 CONVERTER = "tokenizer_service.convert"  # run as a process: transformers weighs 250 MiB and would stay
 CONVERTER_TIMEOUT_S = 300
 REMEDY = "name a directory that has one with --tokenizer-path, or start with --skip-tokenizer-init"
-
-
-def directory(config: ServerConfig) -> Path:
-    """Where the served model's tokenizer files lie."""
-    return (
-        Path(config.tokenizer_dir) if config.tokenizer_dir else local_path(config.tokenizer_path or config.model_path)
-    )
 
 
 def load(path: Path) -> "Tokenizer":

@@ -17,7 +17,7 @@ from runtime import limits
 from runtime.config import ServerConfig
 from runtime.errors import RequestError, StartupError
 from runtime.messages import Chat
-from runtime.model_info import ModelInfo, local_path, read_json
+from runtime.model_info import ModelInfo, read_json, tokenizer_dir
 from tokenizer_service.sandbox import ChatEnvironment
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ChatTemplate:
 
 def load_template(info: ModelInfo, config: ServerConfig) -> ChatTemplate | None:
     """The served model's template, or None where it has none. Raises StartupError when it cannot be read."""
-    directory = local_path(config.tokenizer_path) if config.tokenizer_path else Path(info.path)
+    directory = tokenizer_dir(config) if config.tokenizer_path else Path(info.path)
     tokenizer_config = read_json(directory / "tokenizer_config.json")
     if config.chat_template is not None:
         sources = {"default": _chosen_source(config.chat_template)}

@@ -13,7 +13,7 @@ def load_encoder(config: ServerConfig, info: ModelInfo | None = None) -> Encoder
     if config.skip_tokenizer_init:
         return Encoder(None, hidden_size=info.hidden_size)
     return Encoder(
-        tokenizer_files.load(tokenizer_files.directory(config)),
+        tokenizer_files.load(model_info.tokenizer_dir(config)),
         template=load_template(info, config),
         hidden_size=info.hidden_size,
         token_types=int(info.config.get("type_vocab_size") or 0) > 1,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import tokenizer_files
+from runtime import model_info, tokenizer_files
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from tests.tokenizers_to_try import KINDS, byte_level, save
@@ -23,9 +23,9 @@ TEXTS = [
 
 
 def test_the_directory_is_the_tokenizers_or_else_the_models() -> None:
-    assert tokenizer_files.directory(ServerConfig(model_path="/m")) == Path("/m")
-    assert tokenizer_files.directory(ServerConfig(model_path="/m", tokenizer_path="/t")) == Path("/t")
-    assert tokenizer_files.directory(ServerConfig(model_path="org/m", tokenizer_dir="/cache/m")) == Path("/cache/m")
+    assert model_info.tokenizer_dir(ServerConfig(model_path="/m")) == Path("/m")
+    assert model_info.tokenizer_dir(ServerConfig(model_path="/m", tokenizer_path="/t")) == Path("/t")
+    assert model_info.tokenizer_dir(ServerConfig(model_path="org/m", tokenizer_dir="/cache/m")) == Path("/cache/m")
 
 
 def test_the_module_alone_loads_no_tokenizers() -> None:

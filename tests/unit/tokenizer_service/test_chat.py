@@ -379,6 +379,7 @@ def test_named_templates_come_from_both_places(tmp_path):
 def test_the_tokenizer_path_is_where_templates_are_looked_for(tmp_path):
     write(tmp_path / "tokenizer" / "chat_template.jinja", "there")
     assert loaded(tmp_path, tokenizer_path=str(tmp_path / "tokenizer")) == "there"
+    assert loaded(tmp_path, tokenizer_path="org/name", tokenizer_dir=str(tmp_path / "tokenizer")) == "there"
 
 
 def test_the_chosen_template_is_a_file_or_a_bundled_name(tmp_path):
