@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import msgspec
@@ -114,18 +114,6 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
         log.error("%s hit an exception: %s", boot.role, traceback.format_exc())
         os._exit(1)
     os._exit(0)
-
-
-Handler = Callable[[Any], list[Message]]
-
-
-def text_service_step(handlers: Mapping[type, Handler], batch: list[Any]) -> list[Message]:
-    """One turn of a text service: handle what is ours, forward the rest, keep the order."""
-    out: list[Message] = []
-    for message in batch:
-        handler = handlers.get(type(message))
-        out += handler(message) if handler else [message]
-    return out
 
 
 def run_text_service(boot: Boot, step: Callable[[list[Any]], list[Message]]) -> None:

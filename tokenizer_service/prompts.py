@@ -8,7 +8,6 @@ from runtime.messages import Chat, Generate
 from tokenizer_service.pairs import joined
 
 NO_TEMPLATE = "this model has no chat template; start the server with --chat-template or send text"
-NO_PROMPT = "Either text, input_ids or input_embeds should be provided."
 
 
 class Template(Protocol):

@@ -1,4 +1,4 @@
-"""What every service does at start and at its end, and one turn of a text service."""
+"""What every service does at start and at its end."""
 
 import os
 import subprocess
@@ -8,9 +8,7 @@ import msgspec
 import pytest
 
 from runtime.config import ServerConfig
-from runtime.control import FlushCache
-from runtime.messages import Text, Tokens
-from runtime.service import EXIT_STARTUP, Boot, Ready, report_ready, text_service_step
+from runtime.service import EXIT_STARTUP, Boot, Ready, report_ready
 
 BODIES = {
     "returns": "pass",
@@ -119,12 +117,3 @@ def test_a_boot_survives_its_file():
         parent_pid=5,
     )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(boot), type=Boot) == boot
-
-
-def test_a_turn_handles_what_is_known_and_forwards_the_rest_in_order():
-    def decode(message):
-        return [Text(text=message.rid.upper(), tokens=message), Text(text="!", tokens=message)]
-
-    a, b, flush = Tokens(rid="a"), Tokens(rid="b"), FlushCache()
-    out = text_service_step({Tokens: decode}, [a, flush, b])
-    assert [message.text if isinstance(message, Text) else message for message in out] == ["A", "!", flush, "B", "!"]
