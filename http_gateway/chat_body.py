@@ -7,8 +7,8 @@ from typing import Any
 from http_gateway import reasoning, tool_calls
 from http_gateway.chat_turn import Turn
 from http_gateway.gateway import Gateway
-from http_gateway.generate_body import pack
-from http_gateway.openai_params import params_of, unnamed
+from http_gateway.generate_body import pack, unnamed
+from http_gateway.openai_params import params_of
 from http_gateway.openai_types import ChatBody, NamedTool
 from http_gateway.tool_events import Tool
 from runtime.errors import RequestError

@@ -13,11 +13,11 @@ from starlette.responses import Response
 from http_gateway import errors, rounds
 from http_gateway.endpoint import Endpoint, read_body, require_json
 from http_gateway.gateway import Gateway
-from http_gateway.generate_body import pack
+from http_gateway.generate_body import pack, unnamed
 from http_gateway.native import check_servable, json_answer
 from http_gateway.openai_answers import Completion, CompletionChoice, Metadata, Usage
 from http_gateway.openai_output import Draft, completion_logprobs, usage
-from http_gateway.openai_params import DEFAULT_MODEL, job_of, params_of, unnamed
+from http_gateway.openai_params import DEFAULT_MODEL, job_of, params_of
 from http_gateway.openai_types import CompletionBody
 from http_gateway.ring_client import Delivery
 from http_gateway.sse import EventStream, event

@@ -163,6 +163,7 @@ def read_prompts(body: GenerateBody, rules: Rules) -> list[Generate]:
 
 
 def unnamed() -> Request:
+    """Stands in a prompt until it gets its own."""
     return Request(rid="", params=SamplingParams())
 
 

@@ -101,8 +101,3 @@ def job_of(
         job.parents = [rid] * len(job.requests)
     job.background = bool(body.background)
     return rid if isinstance(rid, str) else rid[0], job
-
-
-def unnamed() -> Request:
-    """Stands in a prompt until `job_of` gives it its own."""
-    return Request(rid="", params=SamplingParams())
