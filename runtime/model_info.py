@@ -69,6 +69,32 @@ def eos_ids(config: dict[str, Any], generation: dict[str, Any]) -> list[int]:
     return sorted(found)
 
 
+class _AddedToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The part of tokenizer.json that is wanted here."""
+
+    added_tokens: list[_AddedToken] = []
+
+
+def tokenizer_eos_ids(directory: Path) -> list[int]:
+    """The id of what a tokenizer's files call eos_token: a chat model's own may be named nowhere else."""
+    settings = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    named = settings.get("eos_token")
+    eos = named.get("content") if isinstance(named, dict) else named
+    file = directory / "tokenizer.json"
+    if not eos or not file.is_file():
+        return []
+    try:
+        tokens = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile).added_tokens
+    except msgspec.DecodeError:  # whoever loads the tokenizer says what is wrong with it
+        return []
+    return [token.id for token in tokens if token.content == eos]
+
+
 def embeds(config: ServerConfig) -> bool:
     """Whether the model is served for embedding: by the flag, or because its architecture is for nothing else."""
     architectures = read_json(model_dir(config) / "config.json").get("architectures") or [""]
@@ -92,14 +118,16 @@ def load(config: ServerConfig) -> ModelInfo:
                 f"--context-length {config.context_length} exceeds the model's {context} positions; use at most that"
             )
         context = config.context_length
+    vocab_size = int(text["vocab_size"])
+    ends = {*eos_ids(text, generation), *tokenizer_eos_ids(tokenizer_dir(config))}
     return ModelInfo(
         path=str(path),
         architecture=architectures[0],
         model_type=str(text.get("model_type", "")),
-        vocab_size=int(text["vocab_size"]),
+        vocab_size=vocab_size,
         hidden_size=int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or text.get("dim") or 0),
         context_length=context,
-        eos_ids=eos_ids(text, generation),
+        eos_ids=sorted(id for id in ends if 0 <= id < vocab_size),
         config=text,
         generation_config=generation,
         is_embedding=embeds(config),
