@@ -44,8 +44,6 @@ async def carried_out(gateway: Gateway, command: ControlCommand) -> Response:
         raise RequestError(f"No answer within {timeout_s:.0f} s.", Kind.INTERNAL) from None
     if not isinstance(reply, Reply):
         raise RequestError(f"The ring answered with {type(reply).__name__}.", Kind.INTERNAL)
-    if reply.success and reply.body:
-        gateway.learn(reply.body)
     return replies.render(command, reply)
 
 

@@ -1,7 +1,6 @@
 """What the endpoints share: the server's settings and state, and the ring."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -14,7 +13,7 @@ from http_gateway.output import Output
 from http_gateway.probes import Census, Progress, SignOfLife
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
-from runtime.messages import Facts, Request
+from runtime.messages import Facts, Reply, Request
 from runtime.model_info import ModelInfo
 
 
@@ -45,6 +44,7 @@ class Gateway:
         self.weight_version = self.config.weight_version
         self.paused = False  # by /pause_generation
         self.asleep = False  # by /release_memory_occupation
+        self.ring.on_reply = self.learn
         self.census = Census(self.ring)
         self.sign_of_life = SignOfLife(
             self.ring, self.progress, self.health_timeout_s, "embed" if self.model.is_embedding else "generate"
@@ -58,8 +58,9 @@ class Gateway:
     def output(self, request: Request, received_at: float) -> Output:
         return Output(request, received_at, self.weight_version, text=self.rules.tokenizer)
 
-    def learn(self, said: Mapping[str, Any]) -> None:
+    def learn(self, reply: Reply) -> None:
         """Take note of what a command's reply says about the weights that serve, and whether they generate."""
+        said = reply.body if reply.success and reply.body else {}
         self.model_path = said.get("model_path") or self.model_path
         self.weight_version = said.get("weight_version") or self.weight_version
         self.paused = said.get("paused", self.paused)

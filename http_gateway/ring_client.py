@@ -128,6 +128,7 @@ class RingClient:
         self.closing = False  # no new requests: the server drains
         self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
         self.last_heard_at = 0.0
+        self.on_reply: Callable[[Reply], None] = lambda reply: None  # hears them all, those for nobody too
         self._inbox = inbox
         self._outbox = outbox
         self._limit = limit
@@ -300,6 +301,8 @@ class RingClient:
             entry.flight.put(entry.index, text)
 
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
+        if isinstance(answer, Reply):
+            self.on_reply(answer)
         waiting = self._waiting.get(answer.id)
         if waiting is None or waiting.done():
             self.stale += 1

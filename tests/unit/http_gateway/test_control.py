@@ -39,6 +39,16 @@ async def test_a_command_with_a_bad_value_is_refused_by_name() -> None:
 
 
 @asynchronous
+async def test_what_an_answer_says_of_the_weights_is_known_though_nobody_waits_for_it_any_more() -> None:
+    async with served() as server:
+        server.ring.push(Reply(id="late", body={"weight_version": "two", "model_path": "/models/two", "paused": True}))
+        assert (await server.client.get("/flush_cache")).status == 200  # behind it on the ring
+        info = (await server.client.get("/get_model_info")).json()
+        assert (info["weight_version"], info["model_path"]) == ("two", "/models/two")
+        assert (await server.client.get("/readyz")).status == 503
+
+
+@asynchronous
 async def test_abort_request_answers_200_with_nothing_whatever_is_known() -> None:
     async with served() as server:
         call = server.client.start("POST", "/generate", {"text": ["a", "b"], "rid": "r"})
