@@ -225,7 +225,8 @@ class Scheduler:
 
     def figures(self) -> dict[str, Any]:
         """This service's counters, for a probe."""
-        return {**self.report.figures(), "weight_version": self.worker.weight_version}
+        waiting_for_grammars = {"num_grammar_queue_reqs": len(self.waiting_room)}
+        return {**self.report.figures(), **waiting_for_grammars, "weight_version": self.worker.weight_version}
 
     def forget_released(self) -> None:
         if released := self.planner.released:

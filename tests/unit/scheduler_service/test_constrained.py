@@ -74,6 +74,7 @@ def test_a_constrained_request_is_queued_when_its_grammar_is_there(rig: Rig, poo
     rig.scheduler.step()
     assert pool.submitted == {"r": ("regex", "a+")}
     assert rig.scheduler.planner.idle and rig.tokens("r") == []
+    assert rig.scheduler.figures()["num_grammar_queue_reqs"] == 1
     grammar = FakeGrammar()
     pool.outcomes.append(("r", grammar))
     rig.scheduler.step()
