@@ -16,10 +16,14 @@ what takes the time. So an answer does not depend on what else is in the batch.
 
 float16 has no packed form on most CPUs: it is packed as float32, and single rows take `F.linear`.
 
+A weight with very many rows, such as a language-model head, is packed in blocks of them, so that packing new values
+beside a running model is never one long stretch of work; putting the blocks' results side by side costs little.
+
 Memory: a packed copy takes as much as the weight (twice as much for float16). The weight itself stays: checkpoints
 are read into it and compared with it. When its values have changed, `adopt(pack(weight))` follows.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -27,6 +31,13 @@ import torch.nn.functional as F
 
 PACKED_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 PACKED_FOR_ROWS = 64  # the hint to oneDNN that served 1 to 256 rows best
+BLOCK_FEATURES = 16384  # rows of a weight that are packed in one go
+
+Packed = tuple[torch.Tensor, ...]  # one for each block of the weight's rows
+
+
+def no_pause() -> None:
+    """What nobody waits for."""
 
 
 class Linear:
@@ -35,7 +46,7 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
-        self.packed: torch.Tensor | None = None
+        self.packed: Packed | None = None
         packable = weight.device.type == "cpu" and can_pack(weight.dtype)
         self.packed_dtype = PACKED_DTYPES[weight.dtype] if packable else None
         self.rows_unpacked = 1 if weight.dtype is torch.float16 else 0  # up to so many rows `F.linear` is faster
@@ -53,24 +64,35 @@ class Linear:
             return multiply(x.expand(self.least_rows, -1), self.packed, bias, gelu)[:rows].to(self.weight.dtype)
         return multiply(x, self.packed, bias, gelu).to(self.weight.dtype)
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """The packed form of a weight of this layer's shape, or None where this device has none."""
-        return None if self.packed_dtype is None else pack(weight.to(self.packed_dtype))
+    def pack(self, weight: torch.Tensor, breathe: Callable[[], None] = no_pause) -> Packed | None:
+        """The packed form of a weight of this layer's shape, or None where this device has none.
 
-    def adopt(self, packed: torch.Tensor | None) -> None:
+        `breathe` is called after each block.
+        """
+        return None if self.packed_dtype is None else pack(weight, self.packed_dtype, breathe)
+
+    def adopt(self, packed: Packed | None) -> None:
         """Use what `pack` made of the weight's present values."""
         if packed is not None and self.packed is None:
             self.least_rows = least_rows(packed, self.weight.shape[1], self.packed_dtype)
         self.packed = packed
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
+def pack(weight: torch.Tensor, dtype: torch.dtype, breathe: Callable[[], None] = no_pause) -> Packed:
+    blocks = []
+    for block in weight.split(BLOCK_FEATURES):
+        blocks.append(torch.ops.mkldnn._reorder_linear_weight(block.to(dtype).contiguous(), PACKED_FOR_ROWS))
+        breathe()
+    return tuple(blocks)
 
 
-def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
+def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
     after = ("gelu", [], "none") if gelu else ("none", [], "")  # operation, its numbers, its approximation
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, *after)
+    linear = torch.ops.mkldnn._linear_pointwise
+    if len(packed) == 1:
+        return linear(x, packed[0], bias, *after)
+    biases = [None] * len(packed) if bias is None else bias.split(BLOCK_FEATURES)
+    return torch.cat([linear(x, block, its, *after) for block, its in zip(packed, biases, strict=True)], 1)
 
 
 @lru_cache
@@ -80,12 +102,12 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
     ones = torch.ones(16, 16, dtype=PACKED_DTYPES[dtype])
     try:
-        return bool((multiply(ones, pack(ones), None) == 16).all())
+        return bool((multiply(ones, pack(ones, ones.dtype), None) == 16).all())
     except RuntimeError:  # oneDNN: this instruction set is missing
         return False
 
 
-def least_rows(packed: torch.Tensor, columns: int, dtype: torch.dtype) -> int:
+def least_rows(packed: Packed, columns: int, dtype: torch.dtype) -> int:
     """1, or 2 where oneDNN adds up a single row of this matrix in another order than a row among others."""
     rows = torch.randn(2, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     return 1 if torch.equal(multiply(rows[:1], packed, None), multiply(rows, packed, None)[:1]) else 2

@@ -1,5 +1,8 @@
 """Long work beside the loop: in a thread of low priority, while the steps go on.
 
+Work that would slow a step on the CPU calls `breathe` between its pieces: it then goes on for a slice of time per
+turn of the loop and no more, so that a step is longer by about that slice, however much there is to do.
+
 A step on the CPU takes and drops the interpreter's lock hundreds of times. Each time it would wait up to the switch
 interval for a thread that runs Python code, so that interval is made short here; and what runs beside leaves the
 cores to the steps: it has a lower priority. Work on tensors must itself see to it that it uses one thread
@@ -11,6 +14,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import TypeVar
@@ -23,6 +27,42 @@ Result = TypeVar("Result")
 
 NICE = 5
 SWITCH_INTERVAL_S = 0.0002
+SLICE_S = 0.03  # of work beside one turn of the loop
+LONGEST_BREATH_S = 1.0  # the loop may be busy with one long step
+
+
+class Turns:
+    """Time that the loop grants to work beside it, a slice a turn."""
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, longest_breath_s: float | None = LONGEST_BREATH_S
+    ) -> None:
+        self._clock = clock
+        self._longest_breath_s = longest_breath_s
+        self._granted = threading.Event()
+        self._until = clock()
+
+    def grant(self) -> None:
+        """One more turn of the loop."""
+        self._until = self._clock() + SLICE_S
+        self._granted.set()
+
+    def breathe(self) -> None:
+        """Go on at once while the slice lasts; else wait for the next."""
+        if self._clock() < self._until:
+            return
+        self._granted.clear()
+        self._granted.wait(self._longest_breath_s)
+
+
+_own = threading.local()  # of a thread that works beside the loop: its turns
+
+
+def breathe() -> None:
+    """Between two pieces of work: leave the cores to the steps where this is beside them; else nothing."""
+    turns: Turns | None = getattr(_own, "turns", None)
+    if turns is not None:
+        turns.breathe()
 
 
 def beside(work: Callable[[], Result]) -> Generator[None, None, Result]:
@@ -31,9 +71,11 @@ def beside(work: Callable[[], Result]) -> Generator[None, None, Result]:
     Raises its CommandRefused, and one with status 500 for any other exception.
     """
     done: Future[Result] = Future()
+    turns = Turns()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    threading.Thread(target=_run, args=(work, done), name="beside", daemon=True).start()
+    threading.Thread(target=_run, args=(work, done, turns), name="beside", daemon=True).start()
     while not done.done():
+        turns.grant()
         yield
     try:
         return done.result()
@@ -44,7 +86,8 @@ def beside(work: Callable[[], Result]) -> Generator[None, None, Result]:
         raise CommandRefused(f"Internal error: {type(error).__name__}: {error}", 500) from error
 
 
-def _run(work: Callable[[], Result], done: "Future[Result]") -> None:
+def _run(work: Callable[[], Result], done: "Future[Result]", turns: Turns) -> None:
+    _own.turns = turns
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
     try:
         result = work()

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 import xxhash
 
+from kernels.linear import no_pause
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -49,18 +51,18 @@ class Layout:
 class Packs(Protocol):
     """A layer that computes with a copy of its weight in another form."""
 
-    packed: torch.Tensor | None  # that form of the present values
+    packed: tuple[torch.Tensor, ...] | None  # that form of the present values
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """The other form of new values; the layer goes on with the old ones."""
+    def pack(self, weight: torch.Tensor, breathe: Callable[[], None]) -> tuple[torch.Tensor, ...] | None:
+        """The other form of new values; the layer goes on with the old ones. Calls `breathe` now and then."""
         ...
 
-    def adopt(self, packed: torch.Tensor | None) -> None:
+    def adopt(self, packed: tuple[torch.Tensor, ...] | None) -> None:
         """Compute with these from now on."""
         ...
 
 
-Packed = list[tuple[Packs, torch.Tensor | None]]
+Packed = list[tuple[Packs, tuple[torch.Tensor, ...] | None]]
 
 
 class Weights:
@@ -136,12 +138,14 @@ class Weights:
         """From now on `layer` is told when the values of a slab have changed."""
         self.followers.append((layer, buffer, index))
 
-    def pack(self, staged: "Weights", names: Collection[str] | None = None) -> Packed:
+    def pack(
+        self, staged: "Weights", names: Collection[str] | None = None, breathe: Callable[[], None] = no_pause
+    ) -> Packed:
         """What the layers need of staged values (of `names` only), made ahead of the swap; safe in another thread."""
         places = self.layout.places
         changed = {(places[name].buffer, places[name].index) for name in (places if names is None else names)}
         concerned = [follower for follower in self.followers if follower[1:] in changed]
-        return [(layer, layer.pack(staged.slab(buffer, *index))) for layer, buffer, index in concerned]
+        return [(layer, layer.pack(staged.slab(buffer, *index), breathe)) for layer, buffer, index in concerned]
 
     def take_over(self, staged: "Weights", names: Collection[str], packed: Packed) -> Packed:
         """Serve the staged values of `names`; between two steps only. Returns the packed forms that served so far.

@@ -17,6 +17,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import xxhash
 
+from scheduler_service.beside import breathe
 from scheduler_service.model.weights import Weights
 from scheduler_service.weights import device_staging, load, manifest
 from scheduler_service.weights.checkpoint import (
@@ -30,7 +31,7 @@ from scheduler_service.weights.checkpoint import (
 from scheduler_service.weights.manifest import Manifest
 from scheduler_service.weights.progress import shown
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 SETTLED_S = 0.05
 HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # tables, not weights
 
@@ -160,6 +161,7 @@ def read_tensor(
     per_chunk = CHUNK_BYTES // dtype.itemsize
     scratch = torch.empty(0 if direct else min(count, per_chunk), dtype=dtype)
     for start in range(0, count, per_chunk):
+        breathe()
         part = flat[start : start + per_chunk]
         chunk = part if direct else scratch[: min(per_chunk, count - start)]
         read_exactly(descriptor, bytes_of(chunk), stored.offset + start * dtype.itemsize, stored.file)
