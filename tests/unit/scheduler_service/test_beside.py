@@ -1,6 +1,7 @@
-"""Work beside the loop: a slice of time per turn, and what it did or why it failed."""
+"""Work in a thread of its own: its slice of each turn of the loop, and what becomes of its faults."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -8,38 +9,47 @@ from runtime.errors import CommandRefused
 from scheduler_service.beside import SLICE_S, Turns, beside, breathe
 
 
-def finish(generator):
-    """Turn the loop until the work has ended."""
-    try:
-        while True:
-            next(generator)
-    except StopIteration as end:
-        return end.value
+def outcome(work: Callable[[], object]) -> object:
+    """What the work returns, once its generator has been advanced to its end."""
+    waiting = beside(work)
+    while True:
+        try:
+            next(waiting)
+        except StopIteration as end:
+            return end.value
 
 
-def test_the_work_is_done_in_another_thread_and_its_result_comes_back():
-    assert finish(beside(threading.get_ident)) != threading.get_ident()
+def raising(error: Exception) -> Callable[[], object]:
+    def work() -> object:
+        raise error
+
+    return work
 
 
-def test_a_refusal_comes_through_and_a_fault_becomes_one():
-    def refuse():
-        raise CommandRefused("no", 409)
+def test_the_result_of_the_work_is_returned() -> None:
+    assert outcome(lambda: 3) == 3
 
-    with pytest.raises(CommandRefused, match="no") as refused:
-        finish(beside(refuse))
+
+def test_a_refusal_stays_what_it_is() -> None:
+    with pytest.raises(CommandRefused, match="no such group") as refused:
+        outcome(raising(CommandRefused("no such group", 409)))
     assert refused.value.status == 409
-    with pytest.raises(CommandRefused) as failed:
-        finish(beside(lambda: 1 // 0))
-    assert failed.value.status == 500
 
 
-def test_a_slice_that_lasts_needs_no_turn():
+@pytest.mark.parametrize("fault", [KeyError("group"), PermissionError(13, "Permission denied"), MemoryError()])
+def test_any_other_fault_is_the_commands_own_and_a_500(fault: Exception) -> None:
+    with pytest.raises(CommandRefused, match=type(fault).__name__) as refused:
+        outcome(raising(fault))
+    assert refused.value.status == 500
+
+
+def test_a_slice_that_lasts_needs_no_turn() -> None:
     turns = Turns(clock=lambda: 10.0)
     turns.grant()
     turns.breathe()  # returns
 
 
-def test_work_whose_slice_is_over_goes_on_with_the_next_turn():
+def test_work_whose_slice_is_over_goes_on_with_the_next_turn() -> None:
     now = [0.0]
     turns = Turns(clock=lambda: now[0], longest_breath_s=None)
     turns.grant()
@@ -53,5 +63,5 @@ def test_work_whose_slice_is_over_goes_on_with_the_next_turn():
         worker.join(0.01)
 
 
-def test_breathing_in_the_loop_itself_waits_for_nobody():
+def test_breathing_in_the_loop_itself_waits_for_nobody() -> None:
     breathe()
