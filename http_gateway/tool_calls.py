@@ -67,7 +67,10 @@ def _call_schema(tool: Tool, definitions: dict[str, dict[str, Any]]) -> dict[str
     """One call. Definitions that the parameters refer to by the schema's root move to that root."""
     parameters = dict(tool.function.parameters or {"type": "object"})
     for place in ("$defs", "definitions"):
-        for key, value in (parameters.pop(place, None) or {}).items():
+        defined = parameters.pop(place, None) or {}
+        if not isinstance(defined, dict):
+            raise RequestError(f"{place} of the parameters of {tool.function.name} must be an object.", field="tools")
+        for key, value in defined.items():
             if definitions.setdefault(place, {}).setdefault(key, value) != value:
                 raise RequestError(f"two tools define {place}/{key} differently.", field="tools")
     return {

@@ -353,6 +353,11 @@ def test_definitions_that_contradict_each_other_are_refused():
         calls_schema([*weather_tools(), other])
 
 
+def test_definitions_that_are_no_object_are_refused():
+    with pytest.raises(RequestError, match="must be an object"):
+        calls_schema([Tool(function=Function(name="h", parameters={"$defs": [1]}))])
+
+
 @pytest.mark.parametrize("wasted", [0, MAX_WASTED_CHARS])
 def test_behind_too_much_that_was_no_call_none_is_looked_for(wasted):
     no_call = f'<tool_call>{{"type": "{"a" * wasted}"}}'
