@@ -200,6 +200,8 @@ def choose(logits: torch.Tensor, rows: list[Row], positions: list[int], keep_log
             adjacent = some[-1] - some[0] == len(some) - 1
             own = logits[some[0] : some[-1] + 1] if adjacent and not keep_logits else logits[picked]
             weights = own.sub_(best[picked].unsqueeze(1)).exp_()
+            if weights.device.type == "cpu" and not (usable := valid[picked]).all():
+                weights[~usable] = 1.0  # NaN has no place in a histogram; on a GPU there is none
             filter_weights(weights, [rows[i] for i in some])
             tokens[picked] = draw(weights, numbers[first : first + at_once])
     return Draws(tokens, valid)
@@ -288,7 +290,10 @@ def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Token of each row of weights (rows, vocab) where the cumulative share passes the row's number in (0, 1)."""
+    """Token of each row of weights (rows, vocab) where the cumulative share passes the row's number in (0, 1).
+
+    A row without weights gives some token of the vocabulary: others look it up before anybody knows that it is none.
+    """
     rows, vocab = weights.shape
     whole = vocab // BLOCK * BLOCK
     sums = weights[:, :whole].view(rows, -1, BLOCK).sum(2) if whole else weights.new_empty(rows, 0)
@@ -303,4 +308,4 @@ def draw(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     # Rounding may leave the target just beyond the block's sum; its last possible token is meant then.
     last = BLOCK - 1 - (inside > 0).flip(1).to(torch.uint8).argmax(1)
     offset = torch.where(passed.any(1), passed.to(torch.uint8).argmax(1), last)
-    return columns.gather(1, offset.unsqueeze(1)).squeeze(1)
+    return columns.gather(1, offset.unsqueeze(1)).squeeze(1).clamp_(max=vocab - 1)

@@ -217,6 +217,19 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(bad, temperatur
     assert [draws.tokens[0], draws.tokens[2]] == [expected[0], expected[2]]
 
 
+@pytest.mark.parametrize("vocab", [300, 10_000])  # sorted as a whole, and through a histogram
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 5}])
+def test_whatever_filters_a_broken_row_its_token_can_be_looked_up_and_others_draw_theirs(vocab, bad, filters):
+    logits = torch.randn(3, vocab)
+    sequences = [sequence(SamplingParams(**filters), seed=4)] * 3
+    expected = sample(logits, sequences)
+    logits[1] = bad
+    draws = choose(logits, [make_row(s, []) for s in sequences], [5] * 3, keep_logits=True)
+    assert draws.valid.tolist() == [True, False, True] and 0 <= draws.tokens[1] < vocab
+    assert [draws.tokens[0], draws.tokens[2]] == [expected[0], expected[2]]
+
+
 def test_a_row_without_any_allowed_token_is_reported():
     logits = torch.full((1, 300), -math.inf)
     assert choose(logits, [make_row(sequence(SamplingParams()), [])], [5]).valid.tolist() == [False]

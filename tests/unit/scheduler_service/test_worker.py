@@ -67,6 +67,16 @@ def step(worker: Worker, *slices: Slice) -> list[Result]:
     return worker.collect(worker.launch(Plan(list(slices))))
 
 
+@pytest.mark.parametrize("params", [{"logit_bias": {"5": 1e300}}, {"repetition_penalty": 1e-300, "top_p": 0.5}])
+def test_parameters_that_overflow_the_logits_end_their_own_request_only(worker, params):
+    request = Request(rid="r", params=SamplingParams(**params), logprobs=LogprobOptions(top=2))
+    wild = Sequence(request, array("i", [4, 11, 10]), 1, pages=[9])
+    tame = sequence([20])
+    broken, fine = step(worker, Slice(wild, 0, 3, True), Slice(tame, 0, 1, True))
+    assert broken.error == NAN_HAPPENED and broken.token is None
+    assert fine.token == 21 and not fine.error
+
+
 def test_facts_tell_what_fits(worker):
     facts = worker.facts()
     assert (facts.max_total_num_tokens, facts.max_req_input_len, facts.context_length) == (400, 63, 64)
