@@ -123,13 +123,16 @@ def tensor(numbers: "array[int]") -> torch.Tensor:
 
 def add_embeds(inputs: Inputs, plan: Plan, hidden_size: int) -> None:
     """Attach the prompt embeddings that requests brought with them instead of ids."""
-    if not any(share.sequence.embeds for share in plan.slices):
+    asked = [
+        (share, row)
+        for share, row in zip(plan.slices, inputs.offsets, strict=False)
+        if share.sequence.embeds and share.start < share.sequence.prompt_len
+    ]
+    if not asked:
         return
     inputs.embeds = torch.zeros(len(inputs.input_ids), hidden_size)  # (tokens, hidden)
     inputs.embeds_mask = torch.zeros(len(inputs.input_ids), dtype=torch.bool)
-    for share, row in zip(plan.slices, inputs.offsets, strict=False):
-        if not share.sequence.embeds:
-            continue
+    for share, row in asked:
         own = torch.frombuffer(bytearray(share.sequence.embeds), dtype=torch.float32).view(-1, hidden_size)
         part = own[share.start : share.end]  # (prompt tokens of this slice, hidden)
         inputs.embeds[row : row + len(part)] = part
