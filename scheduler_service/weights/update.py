@@ -255,9 +255,16 @@ class Updates:
 
     @on_one_thread
     def settle(self, old: Packed) -> None:
-        """Record what serves, and free what served before."""
+        """Record what serves, and free what served before.
+
+        Piece by piece: the interpreter's lock is held while the system takes memory back, and a step needs that lock.
+        """
         self.note()
-        old.clear()
+        while old:
+            blocks = list(old.pop()[1] or ())
+            while blocks:
+                blocks.pop()
+                breathe()
 
     def note(self) -> None:
         """Record what serves."""
