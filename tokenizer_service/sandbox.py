@@ -110,7 +110,7 @@ def _filter(value: nodes.Node, name: str) -> nodes.Filter:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks what the model wrote, for training; serving renders its body and nothing else."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance variable
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
