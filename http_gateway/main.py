@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import NoReturn
 
@@ -153,6 +153,15 @@ def with_level(record: logging.LogRecord) -> bool:
     return True
 
 
+def health_timeout_s(environment: Mapping[str, str]) -> float:
+    """How long /health_generate waits for its token. Raises StartupError."""
+    value = environment.get(HEALTH_TIMEOUT_VARIABLE, "20")
+    try:
+        return float(value)
+    except ValueError as error:
+        raise StartupError(f"{HEALTH_TIMEOUT_VARIABLE} must be a number of seconds, got {value!r}") from error
+
+
 async def serve(boot: Boot) -> None:
     """The whole life of the process."""
     config = boot.config
@@ -173,7 +182,7 @@ async def serve(boot: Boot) -> None:
         metrics=metrics,
         progress=ProgressReader(boot.run_dir),
         run_dir=boot.run_dir,
-        health_timeout_s=float(os.environ.get(HEALTH_TIMEOUT_VARIABLE, "20")),
+        health_timeout_s=health_timeout_s(os.environ),
     )
     await Life(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
 
