@@ -18,12 +18,13 @@ float16 has no packed form on most CPUs: it is packed as float32, and single row
 
 A weight with very many rows, such as a language-model head, is packed in blocks of them, so that packing new values
 beside a running model is never one long stretch of work; putting the blocks' results side by side costs little.
+Smaller blocks would cost more: a product takes 0.1 ms however small it is.
 
 Memory: a packed copy takes as much as the weight (twice as much for float16). The weight itself stays: checkpoints
 are read into it and compared with it. When its values have changed, `adopt(pack(weight))` follows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -54,15 +55,29 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """`gelu`: of each number, on its way out of the product where the weight is packed."""
+        parts = list(self.products(x, gelu))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The same into `out` (rows, out), which may have another dtype, each part while it is in the cache."""
+        column = 0
+        for part in self.products(x):
+            out[:, column : column + part.shape[1]] = part
+            column += part.shape[1]
+
+    def products(self, x: torch.Tensor, gelu: bool = False) -> Iterator[torch.Tensor]:
+        """The columns of the result, block by block of the packed weight."""
         rows = x.shape[0]
         if self.packed is None or rows <= self.rows_unpacked:
             plain = F.linear(x, self.weight, self.bias)
-            return F.gelu(plain) if gelu else plain
+            yield F.gelu(plain) if gelu else plain
+            return
         x = x.to(self.packed_dtype)
         bias = None if self.bias is None else self.bias.to(self.packed_dtype)
         if rows < self.least_rows:
-            return multiply(x.expand(self.least_rows, -1), self.packed, bias, gelu)[:rows].to(self.weight.dtype)
-        return multiply(x, self.packed, bias, gelu).to(self.weight.dtype)
+            x = x.expand(self.least_rows, -1)
+        for part in multiply(x, self.packed, bias, gelu):
+            yield part[:rows].to(self.weight.dtype)
 
     def pack(self, weight: torch.Tensor, breathe: Callable[[], None] = no_pause) -> Packed | None:
         """The packed form of a weight of this layer's shape, or None where this device has none.
@@ -86,13 +101,12 @@ def pack(weight: torch.Tensor, dtype: torch.dtype, breathe: Callable[[], None] =
     return tuple(blocks)
 
 
-def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
+def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, gelu: bool = False) -> Iterator[torch.Tensor]:
+    """The columns of x @ weight.T + bias, block by block."""
     after = ("gelu", [], "none") if gelu else ("none", [], "")  # operation, its numbers, its approximation
-    linear = torch.ops.mkldnn._linear_pointwise
-    if len(packed) == 1:
-        return linear(x, packed[0], bias, *after)
     biases = [None] * len(packed) if bias is None else bias.split(BLOCK_FEATURES)
-    return torch.cat([linear(x, block, its, *after) for block, its in zip(packed, biases, strict=True)], 1)
+    for block, its in zip(packed, biases, strict=True):
+        yield torch.ops.mkldnn._linear_pointwise(x, block, its, *after)
 
 
 @lru_cache
@@ -102,7 +116,7 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
     ones = torch.ones(16, 16, dtype=PACKED_DTYPES[dtype])
     try:
-        return bool((multiply(ones, pack(ones, ones.dtype), None) == 16).all())
+        return all(bool((part == 16).all()) for part in multiply(ones, pack(ones, ones.dtype), None))
     except RuntimeError:  # oneDNN: this instruction set is missing
         return False
 
@@ -110,4 +124,5 @@ def can_pack(dtype: torch.dtype) -> bool:
 def least_rows(packed: Packed, columns: int, dtype: torch.dtype) -> int:
     """1, or 2 where oneDNN adds up a single row of this matrix in another order than a row among others."""
     rows = torch.randn(2, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return 1 if torch.equal(multiply(rows[:1], packed, None), multiply(rows, packed, None)[:1]) else 2
+    both = zip(multiply(rows[:1], packed, None), multiply(rows, packed, None), strict=True)
+    return 1 if all(torch.equal(alone, together[:1]) for alone, together in both) else 2

@@ -64,6 +64,7 @@ class Service:
     module: str
     threads: int = 1  # OpenMP threads; 0: one per usable core
     listens: bool = False  # gets the bound HTTP socket
+    environment: Mapping[str, str] = field(default_factory=dict)  # what the launcher's own does not set
     on_death: Callable[["Supervisor", "Child"], None] = end_everything
 
 
@@ -214,7 +215,7 @@ class Supervisor:
                 [sys.executable, "-P", "-m", service.module, str(boot_file)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=inherited,
-                env=child_environment(os.environ, service.threads),
+                env=child_environment(os.environ, service),
                 process_group=0,  # Ctrl-C reaches the launcher alone; it decides
                 preexec_fn=partial(arm_death_signal, os.getpid()),  # an interpreter that still starts dies as well
             )
@@ -285,12 +286,13 @@ class Supervisor:
         self.children.clear()
 
 
-def child_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
-    """The launcher's environment, plus quiet OpenMP threads and a path on which our packages come first."""
+def child_environment(environment: Mapping[str, str], service: Service) -> dict[str, str]:
+    """The launcher's environment over the service's; quiet OpenMP threads; a path on which our packages come first."""
     path = [str(SOURCE_ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     ours = {
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the other processes
-        "OMP_NUM_THREADS": str(threads or usable_cores(CPU_QUOTA)),
+        "OMP_NUM_THREADS": str(service.threads or usable_cores(CPU_QUOTA)),
+        **service.environment,
     }
     inherited = {name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"}
     return ours | inherited | {"PYTHONPATH": os.pathsep.join(path)}

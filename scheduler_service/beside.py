@@ -1,13 +1,14 @@
-"""Long work beside the loop: in a thread of low priority, while the steps go on.
+"""Long work beside the loop: in a thread of its own, while the steps go on.
 
-Work that would slow a step on the CPU calls `breathe` between its pieces: it then goes on for a slice of time per
-turn of the loop and no more, so that a step is longer by about that slice, however much there is to do.
+Work that would slow a step on the CPU calls `breathe` between its pieces. It then takes turns with the loop: a slice
+of time between two steps and nothing during them, so that a step is later by that slice however much there is to do.
+At the same time, the two would fight for the cores, which a step has all use for, for the lock of the interpreter and
+for that of the process's memory, and a step would be longer by a multiple of what is done meanwhile.
 
-A step on the CPU takes and drops the interpreter's lock hundreds of times. Each time it would wait up to the switch
-interval for a thread that runs Python code, so that interval is made short here; and what runs beside leaves the
-cores to the steps: it has a lower priority. Work on tensors must itself see to it that it uses one thread
-(`scheduler_service/weights/update.py`); nothing here loads torch. It touches nothing that serves, so what goes wrong
-in it is the command's affair alone.
+What waits for a disk or a network, and does not breathe, runs freely. For its sake the interpreter's switch interval
+is made short, since a step takes and drops that lock hundreds of times, and the thread has a lower priority. Work on
+tensors must itself see to it that it uses one thread (`scheduler_service/weights/update.py`); nothing here loads
+torch. It touches nothing that serves, so what goes wrong in it is the command's affair alone.
 """
 
 import logging
@@ -27,12 +28,16 @@ Result = TypeVar("Result")
 
 NICE = 5
 SWITCH_INTERVAL_S = 0.0002
-SLICE_S = 0.03  # of work beside one turn of the loop
+SLICE_S = 0.02  # of work in one turn of the loop
+PATIENCE_S = 0.06  # of the loop, for a piece of work that outlasts its slice
 LONGEST_BREATH_S = 1.0  # the loop may be busy with one long step
 
 
 class Turns:
-    """Time that the loop grants to work beside it, a slice a turn."""
+    """When work beside the loop may go on, and how long the loop waits for it.
+
+    `clock`: seconds. `longest_breath_s`: after so long without a turn the work goes on all the same.
+    """
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, longest_breath_s: float | None = LONGEST_BREATH_S
@@ -40,19 +45,33 @@ class Turns:
         self._clock = clock
         self._longest_breath_s = longest_breath_s
         self._granted = threading.Event()
+        self._resting = threading.Event()
         self._until = clock()
 
     def grant(self) -> None:
-        """One more turn of the loop."""
+        """One more turn of the loop: where the work rests, let it go on for a slice of time, and wait until it rests.
+
+        Work that does something else than it breathes for (it downloads, or is amid a long piece) is left alone.
+        """
+        if not self._resting.is_set():
+            return
+        self._resting.clear()
         self._until = self._clock() + SLICE_S
         self._granted.set()
+        self._resting.wait(PATIENCE_S)
 
     def breathe(self) -> None:
         """Go on at once while the slice lasts; else wait for the next."""
         if self._clock() < self._until:
             return
         self._granted.clear()
-        self._granted.wait(self._longest_breath_s)
+        self._resting.set()
+        if not self._granted.wait(self._longest_breath_s):
+            self._resting.clear()
+
+    def end(self) -> None:
+        """The work is done: nobody need wait for it."""
+        self._resting.set()
 
 
 _own = threading.local()  # of a thread that works beside the loop: its turns
@@ -95,3 +114,5 @@ def _run(work: Callable[[], Result], done: "Future[Result]", turns: Turns) -> No
         done.set_exception(error)
     else:
         done.set_result(result)
+    finally:
+        turns.end()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from runtime.errors import CommandRefused
+from scheduler_service import host_memory
 from scheduler_service.kv_cache import KVCache
 from scheduler_service.weights.update import Updates
 
@@ -47,6 +48,7 @@ class MemorySaver:
             elif tag == KV_CACHE:
                 self._cache.release()
             self.released.add(tag)
+        host_memory.give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

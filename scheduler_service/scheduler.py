@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDLE_BEAT_S = 1.0  # an idle scheduler wakes this often, so that its heartbeat moves
-WAITING_BEAT_S = 0.02  # one with a command that waits looks after it this often
+WAITING_BEAT_S = 0.002  # one with a command that waits looks after it this often
 GRAMMAR_BEAT_S = 0.001  # and one with a grammar that is being compiled after that
 PROMPT_TAIL = 8  # prompt ids that the detokenizer gets, to decode the first output in its context
 

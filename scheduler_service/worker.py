@@ -115,6 +115,7 @@ class Worker:
         overlaps = self.device.type == "cuda" and self.pooler is None  # an embedding is read as soon as it is there
         self.depth = int(overlaps) if depth is None else depth
         self.states: dict[Sequence, State] = {}
+        self.logits_room = torch.empty(0, self.model.vocab_size)
         self.unsettled: list[Pending] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         self.fused = self.make_fused(config, backend)
@@ -212,7 +213,7 @@ class Worker:
         self.answer(plan, inputs, hidden, chosen, pending.results)
         if sampled:
             last_rows = upload([inputs.offsets[i + 1] - 1 for i in sampled], hidden.device)
-            logits = self.to_logits(hidden[last_rows])  # (rows, vocab)
+            logits = self.to_logits(hidden[last_rows], self.room_for_logits(len(sampled)))  # (rows, vocab)
             pending.drawn = self.draw(plan, states, sampled, logits)
             self.unsettled.append(pending)
         return pending
@@ -287,9 +288,18 @@ class Worker:
         )
         return self.model.forward(batch)
 
-    def to_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) → float32 (rows, vocab)."""
-        return self.model.logits(hidden) if self.fused is None else self.fused.model.logits(hidden)
+    def to_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, hidden) → float32 (rows, vocab), into `out` if there is one."""
+        model = self.model if self.fused is None else self.fused.model
+        return model.logits(hidden, out)
+
+    def room_for_logits(self, rows: int) -> torch.Tensor | None:
+        """Where a step on the CPU writes its logits; memory that came anew with every step would cost page faults."""
+        if self.device.type != "cpu":
+            return None  # a step may begin before the one before it has been read
+        if rows > len(self.logits_room):
+            self.logits_room = torch.empty(rows, self.model.vocab_size)
+        return self.logits_room[:rows]
 
     def watch_experts(self, plan: Plan) -> Chosen | None:
         """What collects this step's choices of experts; None where nobody wants them."""

@@ -82,6 +82,9 @@ class ServedModel(Protocol):
         """Hidden states after the final norm: (tokens, hidden)."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) → float32 (rows, vocab_size), soft-capped and scaled as the architecture says."""
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, hidden) → float32 (rows, vocab_size), soft-capped and scaled as the architecture says.
+
+        Into `out` if there is one.
+        """
         ...

@@ -91,12 +91,14 @@ class Decoder:
             return x
         return torch.where(batch.embeds_mask.unsqueeze(1), batch.embeds.to(x.dtype), x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) → float32 (rows, vocab)."""
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, hidden) → float32 (rows, vocab), into `out` if there is one."""
         assert self.lm_head is not None, "an embedder predicts no next token"
-        logits = self.lm_head(hidden).float()
+        if out is None:
+            out = hidden.new_empty(len(hidden), self.vocab_size, dtype=torch.float32)
+        self.lm_head.write(hidden, out)
         cap = self.spec.logit_softcap
-        return logits if cap is None else reference.soft_cap(logits, cap)
+        return out if cap is None else out.copy_(reference.soft_cap(out, cap))
 
 
 def apply(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,7 @@ class Encoder:
             x = x + F.embedding(batch.positions + self.spec.first_position, self.positions)
         return self.embedding_norm(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError("an encoder predicts no next token")
 
 

@@ -153,9 +153,10 @@ class TransformersModel:
             self.paged.batch, self.routers.report = None, None
         return output.last_hidden_state[0]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(rows, hidden) → float32 (rows, vocab), scaled and capped as the model's own head does."""
-        return self.head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0].float()
+        logits: torch.Tensor = self.head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
+        return logits.float() if out is None else out.copy_(logits)
 
 
 def load_transformers_model(

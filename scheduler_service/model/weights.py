@@ -63,6 +63,7 @@ class Packs(Protocol):
 
 
 Packed = list[tuple[Packs, tuple[torch.Tensor, ...] | None]]
+Follower = tuple[Packs, str, tuple[int, ...]]  # layer, buffer, index of its slab
 
 
 class Weights:
@@ -76,7 +77,7 @@ class Weights:
             name: torch.empty(shape, dtype=layout.dtypes.get(name, dtype), device=device)
             for name, shape in layout.buffers.items()
         }
-        self.followers: list[tuple[Packs, str, tuple[int, ...]]] = []  # layer, buffer, index of its slab
+        self.followers: list[Follower] = []
         self._slabs: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._lent: list[tuple[torch.Tensor, str, tuple[int, ...]]] = []
 
@@ -142,10 +143,19 @@ class Weights:
         self, staged: "Weights", names: Collection[str] | None = None, breathe: Callable[[], None] = no_pause
     ) -> Packed:
         """What the layers need of staged values (of `names` only), made ahead of the swap; safe in another thread."""
+        concerned = self.concerned(names)
+        return [(layer, layer.pack(staged.slab(buffer, *index), breathe)) for layer, buffer, index in concerned]
+
+    def packed_sizes(self, names: Collection[str] | None = None) -> list[int]:
+        """Bytes of each tensor that `pack` makes, if it was done before."""
+        blocks = (block for layer, _, _ in self.concerned(names) for block in layer.packed or ())
+        return [block.numel() * block.dtype.itemsize for block in blocks]
+
+    def concerned(self, names: Collection[str] | None) -> list[Follower]:
+        """The layers that follow one of these tensors, or any."""
         places = self.layout.places
         changed = {(places[name].buffer, places[name].index) for name in (places if names is None else names)}
-        concerned = [follower for follower in self.followers if follower[1:] in changed]
-        return [(layer, layer.pack(staged.slab(buffer, *index), breathe)) for layer, buffer, index in concerned]
+        return [follower for follower in self.followers if follower[1:] in changed]
 
     def take_over(self, staged: "Weights", names: Collection[str], packed: Packed) -> Packed:
         """Serve the staged values of `names`; between two steps only. Returns the packed forms that served so far.

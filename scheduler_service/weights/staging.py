@@ -31,7 +31,7 @@ from scheduler_service.weights.checkpoint import (
 from scheduler_service.weights.manifest import Manifest
 from scheduler_service.weights.progress import shown
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20  # a turn's share of work is checked between two
 SETTLED_S = 0.05
 HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # tables, not weights
 

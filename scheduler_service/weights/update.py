@@ -24,6 +24,7 @@ from runtime import hub
 from runtime.config import ServerConfig
 from runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from runtime.errors import CommandRefused, StartupError
+from scheduler_service import host_memory
 from scheduler_service.beside import breathe
 from scheduler_service.model.weights import Packed, Weights
 from scheduler_service.weights import device_staging, distributed, load, record, staging, wire
@@ -222,6 +223,7 @@ class Updates:
         return self.packed(frozenset(self.session.names))
 
     def packed(self, names: frozenset[str], source: Committed | None = None) -> Staged:
+        host_memory.warm(self.live.packed_sizes(names), breathe)
         packed = told_as(NOT_LOADED, lambda: self.live.pack(self.second, names, breathe))
         return Staged(self.second, names, packed, source)
 

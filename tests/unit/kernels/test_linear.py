@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import linear as module
 from kernels.linear import Linear, can_pack
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -73,3 +74,16 @@ def test_gelu_on_the_way_out_is_gelu_of_the_product(dtype: torch.dtype, rows: in
     expected = F.gelu(F.linear(x, weight, bias))
     for layer in (packed(weight, bias), Linear(weight, bias)):
         assert torch.allclose(layer(x, gelu=True), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_is_written_elsewhere_is_the_product_widened(
+    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_FEATURES", 32)
+    layer = packed(random(80, 64, dtype=dtype), random(80, dtype=dtype))  # three blocks where it is packed
+    x = torch.randn(rows, 64).to(dtype)
+    out = torch.full((rows, 80), torch.nan)
+    layer.write(x, out)
+    assert torch.equal(out, layer(x).float())

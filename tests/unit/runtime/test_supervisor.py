@@ -122,7 +122,7 @@ def test_only_the_service_that_listens_gets_the_http_socket(supervisor):
 
 
 def test_children_wait_passively_and_find_our_packages_first():
-    environment = child_environment({"PYTHONPATH": "/mine", "NOTIFY_SOCKET": "/n", "HOME": "/h"}, threads=1)
+    environment = child_environment({"PYTHONPATH": "/mine", "NOTIFY_SOCKET": "/n", "HOME": "/h"}, GATEWAY)
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["PYTHONPATH"] == f"{SOURCE_ROOT}{os.pathsep}/mine"
@@ -130,12 +130,14 @@ def test_children_wait_passively_and_find_our_packages_first():
     assert "NOTIFY_SOCKET" not in environment
 
 
-def test_threads_that_the_operator_has_set_are_kept():
-    assert child_environment({"OMP_NUM_THREADS": "5"}, threads=0)["OMP_NUM_THREADS"] == "5"
+def test_what_the_operator_has_set_is_kept():
+    service = Service("scheduler", "s", environment={"GLIBC_TUNABLES": "ours", "X": "1"})
+    environment = child_environment({"OMP_NUM_THREADS": "5", "GLIBC_TUNABLES": "theirs"}, service)
+    assert (environment["OMP_NUM_THREADS"], environment["GLIBC_TUNABLES"], environment["X"]) == ("5", "theirs", "1")
 
 
 def test_the_scheduler_gets_a_thread_per_usable_core():
-    assert child_environment({}, threads=0)["OMP_NUM_THREADS"] == str(usable_cores(CPU_QUOTA))
+    assert child_environment({}, Service("scheduler", "", threads=0))["OMP_NUM_THREADS"] == str(usable_cores(CPU_QUOTA))
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), (None, 2)])

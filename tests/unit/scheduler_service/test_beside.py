@@ -1,12 +1,13 @@
 """Work in a thread of its own: its slice of each turn of the loop, and what becomes of its faults."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
 from runtime.errors import CommandRefused
-from scheduler_service.beside import SLICE_S, Turns, beside, breathe
+from scheduler_service.beside import PATIENCE_S, SLICE_S, Turns, beside, breathe
 
 
 def outcome(work: Callable[[], object]) -> object:
@@ -43,17 +44,25 @@ def test_any_other_fault_is_the_commands_own_and_a_500(fault: Exception) -> None
     assert refused.value.status == 500
 
 
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_a_slice_that_lasts_needs_no_turn() -> None:
-    turns = Turns(clock=lambda: 10.0)
-    turns.grant()
+    clock = Clock()
+    turns = Turns(clock, longest_breath_s=0.0)
+    clock.now = -1.0
     turns.breathe()  # returns
 
 
-def test_work_whose_slice_is_over_goes_on_with_the_next_turn() -> None:
-    now = [0.0]
-    turns = Turns(clock=lambda: now[0], longest_breath_s=None)
-    turns.grant()
-    now[0] = SLICE_S
+def test_work_rests_from_its_first_breath_on_until_it_is_granted_a_slice() -> None:
+    turns = Turns(Clock(), longest_breath_s=None)
     worker = threading.Thread(target=turns.breathe, daemon=True)
     worker.start()
     worker.join(0.05)
@@ -61,6 +70,52 @@ def test_work_whose_slice_is_over_goes_on_with_the_next_turn() -> None:
     while worker.is_alive():
         turns.grant()
         worker.join(0.01)
+
+
+def test_the_loop_waits_until_the_slice_is_over() -> None:
+    clock, steps = Clock(), []
+    turns = Turns(clock, longest_breath_s=None)
+
+    def work() -> None:
+        for piece in range(4):
+            turns.breathe()
+            steps.append(piece)
+            clock.now += 0.6 * SLICE_S
+        turns.end()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    while worker.is_alive():
+        turns.grant()
+        steps.append("step")
+    done = [step for i, step in enumerate(steps) if (step, i and steps[i - 1]) != ("step", "step")]
+    assert [step for step in done if step != "step"] == [0, 1, 2, 3]
+    assert done[done.index(0) : done.index(3)] == [0, 1, "step", 2]  # two pieces to a slice
+
+
+def test_the_loop_does_not_wait_for_work_that_does_not_rest() -> None:
+    turns = Turns(Clock(), longest_breath_s=None)
+    begun = time.monotonic()
+    for _ in range(1000):
+        turns.grant()
+    assert time.monotonic() - begun < 1000 * PATIENCE_S / 10
+
+
+def test_the_loops_patience_with_a_long_piece_has_an_end() -> None:
+    turns, go_on = Turns(Clock(), longest_breath_s=None), threading.Event()
+
+    def work() -> None:
+        turns.breathe()
+        go_on.wait()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    while not turns._resting.is_set():
+        pass
+    turns.grant()  # returns though the piece goes on
+    assert worker.is_alive()
+    go_on.set()
+    worker.join()
 
 
 def test_breathing_in_the_loop_itself_waits_for_nobody() -> None:

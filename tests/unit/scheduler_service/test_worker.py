@@ -35,8 +35,8 @@ class Counter:
         assert batch.attend(self.attention[0], q, k, k).shape == q.shape
         return torch.stack((batch.input_ids, batch.positions), 1).float()
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = torch.zeros(len(hidden), VOCAB)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        logits = torch.zeros(len(hidden), VOCAB) if out is None else out.zero_()
         logits[torch.arange(len(hidden)), (hidden[:, 0].long() + 1) % VOCAB] = 9.0
         logits[hidden[:, 0] == BROKEN] = torch.nan
         return logits

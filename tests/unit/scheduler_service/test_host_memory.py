@@ -1,0 +1,42 @@
+"""Memory that is touched ahead, in pieces, and given back."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scheduler_service import host_memory
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * host_memory.PAGE_BYTES
+
+
+def test_the_worker_breathes_after_each_piece_of_each_size() -> None:
+    breaths: list[None] = []
+    host_memory.warm([2 * host_memory.PIECE_BYTES, 1, 0], lambda: breaths.append(None))
+    assert len(breaths) == 3
+
+
+def test_all_pages_are_backed_while_it_lasts() -> None:
+    before, most = resident_bytes(), 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, resident_bytes())
+
+    size = 64 * host_memory.PIECE_BYTES
+    host_memory.warm([size], look)
+    assert most - before > size // 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_what_is_free_goes_back_to_the_system() -> None:
+    blocks = [torch.ones(60_000, dtype=torch.uint8) for _ in range(2000)]  # below what malloc maps on its own
+    kept = blocks[-1]
+    held = resident_bytes()
+    del blocks
+    host_memory.give_back()
+    assert held - resident_bytes() > 50_000_000 and kept.sum() == 60_000
