@@ -76,5 +76,6 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
         prefix_cache=not config.disable_radix_cache,
         priorities=config.schedule_policy == "priority",
         routed_experts=config.enable_return_routed_experts,
+        hidden_states=config.enable_return_hidden_states,
         preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
     )

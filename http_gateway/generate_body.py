@@ -22,6 +22,10 @@ ROUTED_EXPERTS_OFF = (
     "The server is not configured to return routed experts. "
     "Please set `--enable-return-routed-experts` to enable this feature."
 )
+HIDDEN_STATES_OFF = (
+    "The server is not configured to return the hidden states. "
+    "Please set `--enable-return-hidden-states` to enable this feature."
+)
 RIDS_MISMATCH = "The specified rids length mismatch with the batch_size for batch processing."
 
 
@@ -43,6 +47,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     top_logprobs_num: int | list[int] | None = None
     token_ids_logprob: list[int | list[int] | None] | None = None
     return_text_in_logprobs: bool | None = None
+    return_hidden_states: bool | list[bool] | None = None
     return_routed_experts: bool | list[bool] | None = None
     routed_experts_start_len: int | list[int] | None = None
     # there is one rank, number 0
@@ -59,7 +64,6 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     bootstrap_host: Any = None
     bootstrap_port: Any = None
     bootstrap_room: Any = None
-    return_hidden_states: Any = None
     return_indexer_topk: Any = None
     return_prompt_token_ids: Any = None
     return_entropy: Any = None
@@ -89,6 +93,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     keys, salts = each(body, "extra_key", "", size), each(body, "cache_salt", "", size)
     priorities = read_priorities(body, size, rules)
     experts, starts = read_routed_experts(body, size, rules)
+    hidden = read_hidden_states(body, size, rules)
     for i, prompt in enumerate(prompts):
         prompt.request = Request(
             rid="",
@@ -97,6 +102,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             stream=bool(body.stream),
             extra_key=keys[i] + salts[i],
             priority=priorities[i],
+            return_hidden_states=hidden[i],
             return_routed_experts=experts[i],
             routed_experts_start_len=starts[i],
             log_metrics=body.log_metrics is not False,
@@ -279,6 +285,13 @@ def read_routed_experts(body: GenerateBody, size: int, rules: Rules) -> tuple[li
             f"routed_experts_start_len must be at least 0, got {min(starts)}.", field="routed_experts_start_len"
         )
     return wanted, starts
+
+
+def read_hidden_states(body: GenerateBody, size: int, rules: Rules) -> list[bool]:
+    wanted = each(body, "return_hidden_states", False, size)
+    if any(wanted) and not rules.hidden_states:
+        raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
+    return wanted
 
 
 def read_rids(rid: Any, size: int, single: bool) -> list[str | None]:

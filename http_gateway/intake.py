@@ -34,6 +34,7 @@ class Rules:
     prefix_cache: bool = True
     priorities: bool = False
     routed_experts: bool = False  # requests may ask for the experts that their tokens chose
+    hidden_states: bool = False  # and for hidden states
     preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own
 
 
@@ -76,7 +77,7 @@ def seed(params: SamplingParams, copy: int) -> int:
 def computes_whole(request: Request) -> bool:
     """What a request wants to know of its prompt is computed afresh, past any cached prefix."""
     scores_prompt = request.logprobs is not None and request.logprobs.start >= 0
-    return scores_prompt or request.return_routed_experts
+    return scores_prompt or request.return_routed_experts or request.return_hidden_states
 
 
 def warming(prompt: Generate) -> Generate:

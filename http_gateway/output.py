@@ -6,6 +6,7 @@ costs one copy of those bytes, not another encoding of every id and logprob.
 
 import base64
 import time
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from http_gateway import logprobs
-from runtime.messages import ABORTED_IN_QUEUE, Finish, Logprobs, Request, Text, unpack_ids
+from runtime.messages import ABORTED_IN_QUEUE, Finish, Logprobs, Request, Text, Tokens, unpack_ids
 
 _encode = msgspec.json.Encoder().encode
 
@@ -70,6 +71,7 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     input_token_ids_logprobs: Raw | UnsetType = UNSET
     output_token_ids_logprobs: Raw | UnsetType = UNSET
     routed_experts: str | UnsetType = UNSET
+    hidden_states: Raw | UnsetType = UNSET
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -112,7 +114,9 @@ class Output:
         self._text = Fragment(b'"') if text else None
         keys = [f"{side}_{name}" for name in logprob_keys(request) for side in ("input", "output")]
         self._logprobs = {key: Fragment(b"[") for key in keys}
+        self._hidden = Fragment(b"[") if request.return_hidden_states else None
         self._meta = MetaInfo(id=request.rid, weight_version=weight_version, weight_versions=[])
+        self._told_prompt = False  # its hidden states have come
         self._told = 0  # completion tokens at the last chunk
 
     def add(self, text: Text) -> None:
@@ -131,6 +135,8 @@ class Output:
         if self._logprobs:
             self._score("input", tokens.input_logprobs)
             self._score("output", tokens.logprobs)
+        if self._hidden is not None and tokens.hidden_states:
+            self._hidden.extend(self._hidden_states(tokens))
         if tokens.finish is not None:
             self._end(tokens.finish)
             if self._request.return_routed_experts:
@@ -157,6 +163,15 @@ class Output:
         if options.token_ids:
             self._logprobs[f"{side}_token_ids_logprobs"].extend(logprobs.asked(given, options.token_ids))
 
+    def _hidden_states(self, tokens: Tokens) -> list[Any]:
+        """The prompt's as one matrix, which comes first; then a vector for each output token that was read again."""
+        numbers, size = array("f", tokens.hidden_states), tokens.hidden_size
+        rows = [numbers[start : start + size].tolist() for start in range(0, len(numbers), size)]
+        if self._told_prompt:
+            return rows
+        self._told_prompt = True
+        return [rows[: tokens.prompt_tokens], *rows[tokens.prompt_tokens :]]
+
     def _end(self, finish: Finish) -> None:
         self.finish = finish
         self._meta.finish_reason = finish_reason(finish)
@@ -174,12 +189,14 @@ class Output:
         meta = self._meta
         for key, fragment in self._logprobs.items():
             setattr(meta, key, fragment.json())
+        if self._hidden is not None:
+            meta.hidden_states = self._hidden.json()
         text = UNSET if self._text is None else self._text.json()
         self._told = meta.completion_tokens
         return _encode(Answer(text=text, output_ids=self._ids.json(), meta_info=meta, index=index))
 
     def forget(self) -> None:
         """Drop what was told: the next answer holds only what is new (counters stay)."""
-        for fragment in (self._ids, self._text, *self._logprobs.values()):
+        for fragment in (self._ids, self._text, self._hidden, *self._logprobs.values()):
             if fragment is not None:
                 fragment.clear()

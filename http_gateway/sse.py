@@ -7,7 +7,8 @@ from contextlib import aclosing
 from starlette.types import Receive, Scope, Send
 
 from http_gateway import errors
-from runtime.errors import RequestError
+from http_gateway.ring_client import ClientGone
+from runtime.errors import Kind, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,20 @@ class EventStream:
             first = await anext(events)
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await send({"type": "http.response.body", "body": first, "more_body": True})
-            try:
-                async for chunk in events:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            except RequestError as error:
-                log.info("a stream ended with an error: %s", error.message)
-                await send({"type": "http.response.body", "body": event(self._failed(error)), "more_body": True})
+            async for chunk in self._told(events):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    async def _told(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The events; what ends them early is the last one."""
+        try:
+            async for chunk in events:
+                yield chunk
+        except RequestError as error:
+            log.info("a stream ended with an error: %s", error.message)
+            yield event(self._failed(error))
+        except ClientGone:
+            raise
+        except Exception as error:
+            log.exception("a stream failed")
+            yield event(self._failed(RequestError(f"Internal error: {type(error).__name__}", Kind.INTERNAL)))

@@ -47,6 +47,7 @@ KV_SPLIT = 256  # keys of one program of paged decode: fixed, so that a row's su
 EXPERT_BLOCKS = (16, 32, 64)  # tokens of one program of the grouped product: few tokens, more, prompts
 FEW_ROWS = 4  # up to so many tokens the multiply-add units keep up with the memory
 SKINNY_ROWS = 64  # up to so many tokens our own products; beyond, cuBLAS
+DEPENDENT_LAUNCHES = False  # in decode steps, until `deploy.benchmarks.gpu_once` has shown on a device that they pay
 
 
 def tile(name: str) -> Tile:

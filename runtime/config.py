@@ -165,6 +165,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_return_routed_experts: Annotated[
         bool, flag("let requests ask for the experts that each of their tokens chose", OPERATIONS)
     ] = False
+    enable_return_hidden_states: Annotated[
+        bool, flag("let requests ask for the hidden states behind the last layer", OPERATIONS)
+    ] = False
 
     # not flags: the launcher fills them in, the services read them
     model_dir: str = ""  # local directory of model_path

@@ -1,6 +1,7 @@
 """Every maximum that Quartet enforces on what comes from outside, in one place."""
 
 MAX_IPC_MESSAGE_BYTES = 256 << 20
+MAX_HIDDEN_STATE_BYTES = 64 << 20  # of one prompt
 MAX_BODY_BYTES = 64 << 20
 MAX_ADMIN_BODY_BYTES = 2 << 30
 MAX_PARSED_BODY_BYTES = 1 << 20  # a text to look for tool calls or a thought in

@@ -11,12 +11,13 @@ tensors must itself see to it that it uses one thread (`scheduler_service/weight
 torch. It touches nothing that serves, so what goes wrong in it is the command's affair alone.
 """
 
+import contextlib
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -82,6 +83,16 @@ def breathe() -> None:
     turns: Turns | None = getattr(_own, "turns", None)
     if turns is not None:
         turns.breathe()
+
+
+@contextlib.contextmanager
+def freely() -> Iterator[None]:
+    """Within it nothing waits for a turn: the steps run on another device, and leave the cores alone."""
+    turns, _own.turns = getattr(_own, "turns", None), None
+    try:
+        yield
+    finally:
+        _own.turns = turns
 
 
 def beside(work: Callable[[], Result]) -> Generator[None, None, Result]:

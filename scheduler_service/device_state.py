@@ -31,6 +31,31 @@ class SlotTokens:
         input_ids.index_copy_(0, upload(rows, device), self.values[upload(slots, device)])
 
 
+class SlotPositions:
+    """The position of the next decode step, for each slot. Recorded steps move it on by themselves."""
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.values = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(slots + 1, dtype=torch.int32, device=device)  # slots that a step passes over
+        self.finished[slots] = 1
+        self._held = [0] * (slots + 1)  # what is on the device once all that was launched is done
+
+    def advance(self, slots: Numbers[int], positions: Numbers[int]) -> None:
+        """Before a recorded step of these slots at these positions: send those that the device does not have."""
+        held = self._held
+        moved = [i for i, slot in enumerate(slots) if held[slot] != positions[i]]
+        if moved:
+            device = self.values.device
+            places = upload([slots[i] for i in moved], device)
+            self.values.index_copy_(0, places, upload([positions[i] for i in moved], device))
+        for slot, position in zip(slots, positions, strict=True):
+            held[slot] = position + 1
+
+    def forget(self) -> None:
+        """A step may not have run: send all positions again."""
+        self._held = [-1] * len(self._held)
+
+
 class PageTable:
     """The pages of every slot: (slots + 1, pages of the longest sequence) int32. The null slot has null pages."""
 

@@ -1,7 +1,8 @@
 """Steps on fused operations: what the worker hands to a FusedDecoder, and decode steps on buffers that stay in place.
 
-A decode step needs five numbers a row from the host, sent in one copy. Its tokens it finds on the device, where the
-step before left them, and there it leaves its own.
+A decode step finds on the device what it needs: its tokens, where the step before left them, its positions, which it
+moves on, and its pages. The host sends what is new: the slots when other requests are in the batch, pages as they are
+added, the position of a request that comes from its prompt.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from kernels.ops import Backend, Ops
 from runtime.config import ServerConfig
 from scheduler_service.core.plan import Plan
-from scheduler_service.device_state import PageTable, SlotTokens
+from scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
 from scheduler_service.experts import Chosen
 from scheduler_service.fused_sampling import FusedSampler, temperature
 from scheduler_service.graphs import (
@@ -25,15 +26,13 @@ from scheduler_service.graphs import (
     row_sizes,
 )
 from scheduler_service.inputs import Inputs
-from scheduler_service.kv_cache import NULL_PAGE, KVCache
+from scheduler_service.kv_cache import KVCache
 from scheduler_service.model.batch import AttentionSpec, Batch
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.fused import FusedDecoder
 from scheduler_service.model.products import Workspace
 from scheduler_service.sampler import Draws, Row
-from scheduler_service.transfer import send, upload
-
-SLOT, POSITION, PLACE, LENGTH = range(4)  # rows of the packed inputs
+from scheduler_service.transfer import upload
 
 
 @dataclass(slots=True)
@@ -54,7 +53,7 @@ class StepContext:
     ops: Ops
     workspace: Workspace
     page_table: torch.Tensor  # (slots + 1, pages) int32
-    places: torch.Tensor  # (tokens,) int32
+    places: torch.Tensor  # (tokens,) int64
     table_rows: torch.Tensor  # (decode rows,) int32
     lengths: torch.Tensor  # (decode rows,) int32
     longest: int  # of them, or more
@@ -112,13 +111,13 @@ class Buffers:
     """What decode steps of any size read and write; never moved."""
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        width = -(-rows // 4) * 4  # so that each line begins where 16 bytes can be loaded at once
-        self.inputs = torch.zeros(4, width, dtype=torch.int32, device=device)
+        self.slots = torch.zeros(rows, dtype=torch.int32, device=device)
         self.logits = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)
         self.temperatures = torch.zeros(rows, dtype=torch.float32, device=device)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.valid = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.running: list[int] = []  # what `slots` begins with
         self.drawing: list[Row] = []  # whose temperatures and seeds are in the buffers
 
 
@@ -141,6 +140,7 @@ class FusedSteps:
         slots = tokens.null_slot
         pages = -(-context_length // cache.page_size) + 1
         self.page_table = PageTable(slots, pages, model.device)
+        self.positions = SlotPositions(slots, model.device)
         self.buffers: Buffers | None = None
         self.graphs: DecodeGraphs | None = None
         self.context_length = context_length
@@ -185,7 +185,7 @@ class FusedSteps:
             self.model.ops,
             self.model.workspace,
             self.page_table.values,
-            inputs.placement.slots.int(),
+            inputs.placement.slots,
             slots[:rows],
             lengths[:rows],
             max(ends[:rows], default=0),
@@ -206,13 +206,12 @@ class FusedSteps:
     def decode(self, plan: Plan, samplers: list[Row], drawn: bool) -> Decoded:
         """Launch a decode step; its tokens are `drawn` with it if no row wants more than a temperature."""
         assert self.graphs is not None and self.buffers is not None
-        rows = len(plan.slices)
+        rows, slots = len(plan.slices), [share.sequence.slot for share in plan.slices]
         key = self.graphs.key(rows, max(share.end for share in plan.slices))
         self.graphs.prepare(key)
         self.page_table.update([share.sequence for share in plan.slices])
-        self.buffers.inputs[:, : key.rows].copy_(
-            send(self.packed(plan, key.rows), self.model.device), non_blocking=True
-        )
+        self.positions.advance(slots, [share.start for share in plan.slices])
+        self.send_slots(slots + [self.tokens.null_slot] * (key.rows - rows))
         self.send_rows(samplers if drawn else [])
         self.graphs.run(key)
         logits, tokens = self.buffers.logits[:rows], self.buffers.tokens[:rows]
@@ -234,56 +233,62 @@ class FusedSteps:
             buffers.temperatures[: len(rows)].copy_(upload([temperature(row) for row in rows], device, torch.float32))
             buffers.seeds[: len(rows)].copy_(upload([row.seed for row in rows], device, torch.int64))
 
-    def packed(self, plan: Plan, rows: int) -> torch.Tensor:
-        """The host's part of a decode step: int32 (4, rows), the rows beyond the plan's at the null slot."""
-        size, padding = self.cache.page_size, rows - len(plan.slices)
-        slots = [share.sequence.slot for share in plan.slices]
-        starts = [share.start for share in plan.slices]
-        places = [
-            share.sequence.pages[start // size] * size + start % size
-            for share, start in zip(plan.slices, starts, strict=True)
-        ]
-        columns = (
-            slots + [self.tokens.null_slot] * padding,
-            starts + [0] * padding,
-            places + [NULL_PAGE * size] * padding,
-            [start + 1 for start in starts] + [0] * padding,
-        )
-        return torch.tensor(columns, dtype=torch.int32)
+    def send_slots(self, slots: list[int]) -> None:
+        """Bring the slots of a step's rows, unless they are there from the step before."""
+        assert self.buffers is not None
+        if self.buffers.running[: len(slots)] != slots:
+            self.buffers.slots[: len(slots)].copy_(upload(slots, self.model.device, torch.int32))
+            self.buffers.running = slots
 
     def clear(self) -> None:
         """Point every row at the null slot."""
         assert self.buffers is not None
-        self.buffers.inputs.zero_()
-        self.buffers.inputs[SLOT].fill_(self.tokens.null_slot)
+        self.buffers.slots.fill_(self.tokens.null_slot)
+        self.buffers.running = []
 
     def compute(self, rows: int, longest: int) -> None:
         """One decode step of `rows` rows on the buffers. Nothing in it depends on the host, so it can be recorded."""
         assert self.buffers is not None
-        inputs, buffers = self.buffers.inputs[:, :rows], self.buffers
-        context = StepContext(
-            self.cache,
-            self.model.ops,
-            self.model.workspace,
+        model, buffers, device = self.model, self.buffers, self.model.device
+        slots = buffers.slots[:rows]
+        input_ids, positions, places = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(3))
+        lengths = torch.empty(rows, dtype=torch.int32, device=device)
+        residual = torch.empty(rows, model.hidden_size, dtype=model.dtype, device=device)
+        cos, sin = (residual.new_empty(rows, 1, model.tables[0].shape[2]) for _ in range(2))
+        model.ops.prepare(
+            slots,
+            self.tokens.values,
+            self.positions.values,
+            self.positions.finished,
             self.page_table.values,
-            inputs[PLACE],
-            inputs[SLOT],
-            inputs[LENGTH],
-            longest,
+            self.cache.page_size,
+            model.model.embedding,
+            model.model.embedding_scale,
+            model.tables[0],
+            input_ids,
+            positions,
+            places,
+            lengths,
+            residual,
+            cos,
+            sin,
         )
-        input_ids = self.tokens.values.index_select(0, inputs[SLOT])
-        batch = Batch(input_ids, inputs[POSITION], context, starts=inputs[SLOT])
+        others = (model.rotation(rope, positions) for rope in range(1, len(model.tables)))
+        context = StepContext(
+            self.cache, model.ops, model.workspace, self.page_table.values, places, slots, lengths, longest
+        )
+        model.run_layers(residual, [(cos, sin), *others], Batch(input_ids, positions, context, starts=slots))
         self.sampler.draw_plain(
-            self.model.body(batch),
+            residual,
             buffers.temperatures[:rows],
             buffers.seeds[:rows],
-            inputs[LENGTH].long(),
-            inputs[SLOT],
+            lengths.long(),
+            slots,
             buffers.logits[:rows],
             self.tokens.values,
             buffers.valid[:rows],
         )
-        torch.index_select(self.tokens.values, 0, inputs[SLOT], out=buffers.tokens[:rows])
+        torch.index_select(self.tokens.values, 0, slots, out=buffers.tokens[:rows])
 
     def rest(self) -> bool:
         """Use a pause of the server; returns whether there is more to do."""
@@ -291,10 +296,16 @@ class FusedSteps:
 
 
 def make_fused_steps(
-    config: ServerConfig, model: Decoder, cache: KVCache, tokens: SlotTokens, context_length: int, backend: Backend
+    config: ServerConfig,
+    model: Decoder,
+    cache: KVCache,
+    tokens: SlotTokens,
+    context_length: int,
+    backend: Backend,
+    dependent: bool = False,
 ) -> FusedSteps:
-    """Fused steps on a backend of kernels/ops.py, with graphs as the flags say."""
-    fused = FusedDecoder(model, backend, context_length)
+    """Fused steps on a backend and with the launches of kernels/ops.py, with graphs as the flags say."""
+    fused = FusedDecoder(model, backend, context_length, dependent)
     steps = FusedSteps(fused, cache, tokens, context_length)
     if not config.disable_cuda_graph:
         recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()

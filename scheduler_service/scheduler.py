@@ -10,14 +10,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from runtime import limits
 from runtime.control import ControlCommand
-from runtime.errors import RequestError
+from runtime.errors import Kind, RequestError
 from runtime.messages import ABORTED_IN_QUEUE, Finish, Message, Tokenized, Tokens, pack_ids
 from runtime.progress import ProgressWord
 from scheduler_service.constrained import Decided, Pool, WaitingRoom
 from scheduler_service.control import HANDLERS, Control
 from scheduler_service.core import request
-from scheduler_service.core.plan import Plan, Result, Update
+from scheduler_service.core.plan import Plan, Result, Slice, Update
 from scheduler_service.core.planner import Planner
 from scheduler_service.grammar import Grammar
 from scheduler_service.report import Report
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 IDLE_BEAT_S = 1.0  # an idle scheduler wakes this often, so that its heartbeat moves
 WAITING_BEAT_S = 0.002  # one with a command that waits looks after it this often
 GRAMMAR_BEAT_S = 0.001  # and one with a grammar that is being compiled after that
+FAILED_ALONE = "The request could not be computed: {}: {}"
+MOST_FAILURES = 8  # in a row, with no success between: then the server ends
 PROMPT_TAIL = 8  # prompt ids that the detokenizer gets, to decode the first output in its context
 
 
@@ -51,6 +54,10 @@ class Worker(Protocol):
 
     def forget(self, sequence: request.Sequence) -> None:
         """Drop the state of a sequence that has left the batch."""
+        ...
+
+    def reset(self) -> None:
+        """After an exception: drop all that was launched and every state. Raises where the device itself has failed."""
         ...
 
 
@@ -100,6 +107,7 @@ class Scheduler:
         self.waiting_room = WaitingRoom(grammars)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
         self.in_flight: deque[tuple[Plan, Any]] = deque()
+        self.failures = 0  # of requests alone, since something succeeded
 
     @property
     def now(self) -> float:
@@ -121,12 +129,12 @@ class Scheduler:
             plan.weight_version = self.worker.weight_version
             if self.step_sleep_s:
                 time.sleep(self.step_sleep_s)
-            self.in_flight.append((plan, self.worker.launch(plan)))
+            self.launch(plan)
             self.restless = self.rest is not None
         elif self.idle and self.rest is not None and self.restless and not self.planner.asleep:
             self.restless = self.rest()
         while len(self.in_flight) > (self.depth if plan else 0):
-            self.emit(self.commit(*self.in_flight.popleft()))
+            self.land()
 
     def receive(self) -> None:
         """Handle every message that waits and give waiting commands their turn."""
@@ -181,6 +189,7 @@ class Scheduler:
             return [ended(message, Finish.failed(error))]
 
     def queue(self, message: Tokenized, grammar: Grammar | None = None) -> list[Message]:
+        check_hidden_states(message, self.hidden_size)
         return self.messages(self.planner.add(message, self.now, grammar))
 
     @property
@@ -203,9 +212,59 @@ class Scheduler:
         self.progress.beat(busy=not self.idle)
         return plan
 
-    def commit(self, plan: Plan, pending: Any) -> list[Message]:
-        """Wait for a step and take its results in."""
-        results = self.worker.collect(pending)
+    def launch(self, plan: Plan) -> None:
+        """Start a step."""
+        try:
+            pending = self.worker.launch(plan)
+        except Exception as error:
+            while self.in_flight:
+                self.land()
+            self.rescue([plan], error)
+        else:
+            self.in_flight.append((plan, pending))
+
+    def land(self) -> None:
+        """Wait for the oldest step, and send on what it gave."""
+        plan, pending = self.in_flight.popleft()
+        try:
+            results = self.worker.collect(pending)
+        except Exception as error:
+            later = [plan for plan, _ in self.in_flight]  # they took their tokens from this one
+            self.in_flight.clear()
+            self.rescue([plan, *later], error)
+        else:
+            self.failures = 0
+            self.emit(self.commit(plan, results))
+
+    def rescue(self, plans: list[Plan], error: Exception) -> None:
+        """Do failed steps again, request by request, so that only those end that fail alone.
+
+        Raises the error when nothing succeeds any more: then the fault lies with us.
+        """
+        log.error("a step failed; its requests are tried one by one", exc_info=error)
+        self.worker.reset()
+        for plan in plans:
+            results = [self.alone(part, i < plan.decodes) for i, part in enumerate(plan.slices)]
+            if self.failures >= MOST_FAILURES:
+                raise error
+            self.emit(self.commit(plan, results))
+
+    def alone(self, part: Slice, decode: bool) -> Result:
+        """One slice of a failed step, in a step of its own."""
+        if part.sequence.finish is not None:
+            return Result()  # which nobody wants any more
+        try:
+            (result,) = self.worker.collect(self.worker.launch(Plan([part], decodes=int(decode))))
+        except Exception as error:
+            self.failures += 1
+            log.exception("request %s failed", part.sequence.rid)
+            self.worker.reset()
+            return Result(error=FAILED_ALONE.format(type(error).__name__, error), error_kind=Kind.INTERNAL)
+        self.failures = 0
+        return result
+
+    def commit(self, plan: Plan, results: list[Result]) -> list[Message]:
+        """Take a step's results in."""
         updates = self.planner.apply(plan, results, self.now)
         self.forget_released()
         self.report.committed(plan, self.now)
@@ -244,6 +303,16 @@ class Scheduler:
         if fault := self.planner.audit():
             log.error("KV pool books do not balance while idle (%s); starting with an empty cache", fault)
             self.planner.repair()
+
+
+def check_hidden_states(message: Tokenized, hidden_size: int) -> None:
+    """Raise RequestError where those of the prompt, which travel in one message, would be too many for it."""
+    wanted = len(message.prompt_ids) * hidden_size  # bytes: four for an id, four for a number
+    if message.request.return_hidden_states and wanted > limits.MAX_HIDDEN_STATE_BYTES:
+        raise RequestError(
+            f"The hidden states of the prompt would take {wanted} bytes; {limits.MAX_HIDDEN_STATE_BYTES} are allowed.",
+            field="return_hidden_states",
+        )
 
 
 def ended(message: Tokenized, finish: Finish) -> Tokens:

@@ -20,6 +20,7 @@ import torch
 
 from kernels.attention import paged_attention
 from kernels.attention_schedule import Ragged
+from kernels.configs import DEPENDENT_LAUNCHES
 from kernels.ops import Backend
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Logprobs
@@ -134,7 +135,9 @@ class Worker:
         if not isinstance(self.model, Decoder) or not can_fuse(self.model) or self.pooler is not None:
             log.info("No fused operations for this model: it runs on plain torch, without CUDA graphs.")
             return None
-        return make_fused_steps(config, self.model, self.cache, self.tokens, self.info.context_length, backend)
+        dependent = backend == "triton" and DEPENDENT_LAUNCHES
+        length = self.info.context_length
+        return make_fused_steps(config, self.model, self.cache, self.tokens, length, backend, dependent)
 
     @property
     def uses_graphs(self) -> bool:
@@ -194,6 +197,15 @@ class Worker:
     def forget(self, sequence: Sequence) -> None:
         """Drop the state of a sequence that has ended or went back to the queue."""
         self.states.pop(sequence, None)
+
+    def reset(self) -> None:
+        """After an exception: drop all that was launched and every state. Raises where the device itself has failed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.states.clear()
+        self.unsettled.clear()
+        if self.fused is not None:
+            self.fused.positions.forget()
 
     # A step
 

@@ -53,8 +53,11 @@ class FakeWorker:
         self.plans: list[Plan] = []
         self.forgotten: list[str] = []
         self.faults: dict[str, str] = {}  # rid → Result.error of its next slice
+        self.raising: dict[str, tuple[str, int]] = {}  # rid → what raises for it, and from which position on
+        self.resets = 0
         self._memory = array("i", [UNSEEN]) * ((page_count + 1) * page_size)
         self._sampled: dict[int, int] = {}  # slot → token sampled last
+        self._launched: list[Slice] = []
 
     def rest(self) -> bool:
         return False
@@ -62,12 +65,25 @@ class FakeWorker:
     def launch(self, plan: Plan) -> list[Result]:
         """The step is computed here, in launch order, as a device stream would; `collect` hands it over."""
         self.plans.append(plan)
+        self._raise_for(plan.slices, "launch")
+        self._launched = plan.slices
         return [self._compute(part) for part in plan.slices]
 
     def collect(self, pending: list[Result]) -> list[Result]:
         if self.step_s:
             time.sleep(self.step_s)
+        self._raise_for(self._launched, "collect")
         return pending
+
+    def reset(self) -> None:
+        self.resets += 1
+        self._sampled.clear()
+
+    def _raise_for(self, slices: list[Slice], where: str) -> None:
+        for part in slices:
+            kind, position = self.raising.get(part.sequence.rid, ("", 0))
+            if kind == where and part.end > position:
+                raise ZeroDivisionError(part.sequence.rid)
 
     def forget(self, sequence: Sequence) -> None:
         self.forgotten.append(sequence.rid)

@@ -45,6 +45,9 @@ class NullWorker:
     def forget(self, sequence: Sequence) -> None:
         pass
 
+    def reset(self) -> None:
+        pass
+
 
 class Source:
     """An inbox that gives all requests at once, then nothing."""

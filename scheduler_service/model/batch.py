@@ -35,7 +35,7 @@ class Attend(Protocol):
 class PagedContext(Protocol):
     """The keys and values of a step's sequences, as the fused decoder (fused.py) reads and writes them."""
 
-    places: torch.Tensor  # (tokens,) int32: where in the pools the tokens' keys and values go
+    places: torch.Tensor  # (tokens,) int64: where in the pools the tokens' keys and values go
 
     def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer, each (kv_heads, pool tokens, dim)."""

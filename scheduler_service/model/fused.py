@@ -16,6 +16,7 @@ from kernels import reference
 from kernels.configs import FEW_ROWS
 from kernels.linear import Linear
 from kernels.ops import Backend, resolve
+from scheduler_service.model.attention import Rotation
 from scheduler_service.model.batch import Batch, PagedContext
 from scheduler_service.model.decoder import Decoder, DecoderLayer
 from scheduler_service.model.fused_moe import FusedMoe
@@ -49,7 +50,7 @@ class FusedLayer:
         else:
             self.moe = FusedMoe(layer.moe, layer.before_mlp, self.plus_one, self.activation, products)
 
-    def __call__(self, residual: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], batch: Batch) -> None:
+    def __call__(self, residual: torch.Tensor, rotation: Rotation, batch: Batch) -> None:
         few = len(residual) <= FEW_ROWS
         context: PagedContext = batch.attend
         attention = self.layer.attention
@@ -67,9 +68,7 @@ class FusedLayer:
             )
             self.add(y, self.layer.mlp.down, self.layer.after_mlp, residual)
 
-    def queries(
-        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], context: PagedContext, in_one: bool
-    ) -> torch.Tensor:
+    def queries(self, x: torch.Tensor, rotation: Rotation, context: PagedContext, in_one: bool) -> torch.Tensor:
         """Rotated queries (tokens, heads, dim); keys and values are in the pool afterwards."""
         attention, pools = self.layer.attention, context.pools(self.facts.layer)
         q = x.new_empty(len(x), self.facts.heads, self.facts.head_dim)
@@ -109,17 +108,19 @@ class FusedLayer:
 
 
 class FusedDecoder:
-    """A ServedModel whose batches attend through a PagedContext."""
+    """A ServedModel whose batches attend through a PagedContext. `dependent`: see kernels.ops.resolve."""
 
-    def __init__(self, model: Decoder, backend: Backend, context_length: int) -> None:
+    def __init__(self, model: Decoder, backend: Backend, context_length: int, dependent: bool = False) -> None:
         self.model = model
         self.spec, self.weights = model.spec, model.weights
         self.attention, self.dtype, self.device = model.attention, model.dtype, model.device
         self.hidden_size, self.vocab_size = model.hidden_size, model.vocab_size
-        self.ops = resolve(model.device.type, backend)
+        self.ops = resolve(model.device.type, backend, dependent)
         self.workspace = Workspace(backend, model.device)
         self.products = Products(self.ops, self.workspace)
-        self.tables = [position_tables(*rotary, context_length, self.dtype) for rotary in model.rotary]
+        self.tables = [
+            torch.cat(position_tables(*rotary, context_length, self.dtype), 1) for rotary in model.rotary
+        ]  # each (context_length, 2, rotary_dim): cosines, signed sines
         rotary_dims = [2 * len(rope.frequencies) for rope in model.spec.ropes]
         self.layers = [
             FusedLayer(model.spec, layer, self.products, rotary_dims[layer.rope] == model.spec.head_dim)
@@ -132,17 +133,21 @@ class FusedDecoder:
         """Have counters for decode steps of so many rows."""
         self.workspace.reserve(rows * self.spec.kv_heads)
 
-    def body(self, batch: Batch) -> torch.Tensor:
-        """The residual stream behind the last layer: (tokens, hidden)."""
-        residual = self.model.embed(batch)
-        rotations = [tuple(table.index_select(0, batch.positions) for table in tables) for tables in self.tables]
-        for layer in self.layers:
-            layer(residual, rotations[layer.layer.rope], batch)
-        return residual
-
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm: (tokens, hidden)."""
-        return self.normed(self.body(batch))
+        residual = self.model.embed(batch)
+        self.run_layers(residual, [self.rotation(i, batch.positions) for i in range(len(self.tables))], batch)
+        return self.normed(residual)
+
+    def rotation(self, rope: int, positions: torch.Tensor) -> Rotation:
+        """Cosines and signed sines of positions (tokens,): each (tokens, 1, rotary_dim)."""
+        cos, sin = (half.index_select(0, positions) for half in self.tables[rope].split(1, 1))
+        return cos, sin
+
+    def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
+        """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
+        for layer in self.layers:
+            layer(residual, rotations[layer.layer.rope], batch)
 
     def normed(self, residual: torch.Tensor) -> torch.Tensor:
         """The final norm."""

@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from runtime.config import ServerConfig
 from runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from runtime.errors import CommandRefused, StartupError
 from scheduler_service import host_memory
-from scheduler_service.beside import breathe
+from scheduler_service.beside import breathe, freely
 from scheduler_service.model.weights import Packed, Weights
 from scheduler_service.weights import device_staging, distributed, load, record, staging, wire
 from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
@@ -150,7 +151,8 @@ class Updates:
             self.second.fill_random(self.config.random_seed or load.DUMMY_SEED)
             return
         staging.check(checkpoint, self.live, digests)
-        staging.read(checkpoint, before, self.second, digests)
+        with nullcontext() if self.live.device.type == "cpu" else freely():
+            staging.read(checkpoint, before, self.second, digests)
 
     def open_session(self) -> None:
         self.session = Session()

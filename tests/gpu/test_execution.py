@@ -9,7 +9,7 @@ import torch
 
 from runtime.messages import LogprobOptions
 from runtime.sampling import SamplingParams
-from scheduler_service import sampler
+from scheduler_service import sampler, worker
 from scheduler_service.weights import device_staging
 from scheduler_service.weights.checkpoint import Checkpoint
 from tests.engine import Answer, Engine, floats
@@ -61,6 +61,12 @@ def test_recorded_steps_give_what_computed_steps_give(directory):
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
 
 
+def test_launches_ahead_of_their_inputs_give_what_launches_in_turn_give(directory, monkeypatch):
+    expected = on_gpu(directory).generate(PROMPTS, GREEDY)
+    monkeypatch.setattr(worker, "DEPENDENT_LAUNCHES", True)
+    assert tokens(on_gpu(directory).generate(PROMPTS, GREEDY)) == tokens(expected)
+
+
 def test_fused_logprobs_are_close_to_those_of_the_cpu(directory):
     options = LogprobOptions(start=0)
     params = SamplingParams(temperature=0.0, max_new_tokens=1)
@@ -95,12 +101,12 @@ def test_launching_a_decode_step_never_waits_for_the_device(llama, wish, no_wait
 
 
 def test_seeded_draws_are_those_of_the_cpu_from_equal_logits(llama):
-    worker = on_gpu(llama).worker
-    logits = torch.randn(40, worker.model.vocab_size, generator=torch.Generator().manual_seed(1)) * 3
+    served = on_gpu(llama).worker
+    logits = torch.randn(40, served.model.vocab_size, generator=torch.Generator().manual_seed(1)) * 3
     params = [WISHES["seeded"], WISHES["filtered"], WISHES["greedy"]] * 14
     rows = [sampler.make_row(sequence(params[i], seed=i), []) for i in range(40)]
     expected = sampler.choose(logits.clone(), rows, list(range(40))).tokens
-    found = worker.choose(logits.cuda(), rows, list(range(40))).tokens.cpu()
+    found = served.choose(logits.cuda(), rows, list(range(40))).tokens.cpu()
     assert (found == expected).sum() >= 39  # sums of another order may move a draw at a border
 
 

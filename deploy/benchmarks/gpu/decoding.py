@@ -6,12 +6,15 @@ import statistics
 import time
 from typing import Any
 
+import msgspec
 import torch
 
 from deploy.benchmarks.gpu.engine import Engine, Run
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.shapes import Cost
 from deploy.benchmarks.gpu.timing import seconds
+from scheduler_service.fused_steps import FusedSteps, make_fused_steps
+from scheduler_service.model.decoder import Decoder
 
 PROMPT = 32
 SINGLE_GOALS = {"qwen2.5-0.5b": 2030, "llama-3.2-1b": 1200, "llama-3.1-8b": 235, "qwen1.5-moe-a2.7b": 600}
@@ -55,14 +58,34 @@ def single(setting: Setting) -> None:
         ceiling = 1 / cost.decode_s(1, PROMPT + new / 2, setting.limits)
         rate = statistics.median((run.tokens - 1) / (run.ended - run.step_ends[0]) for run in runs[1:])
         setting.report.figure(f"{name}, one stream, engine loop", rate, "tok/s", ceiling, goal)
-        graphs = engine.worker.fused and engine.worker.fused.graphs
-        if graphs:
-            key = graphs.key(1, PROMPT + new)
-            graphs.clear()
-            with torch.inference_mode():
-                taken = seconds(lambda: [graphs.run(key) for _ in range(20)], setting.device) / 20  # noqa: B023
+        if fused := engine.worker.fused:
+            taken = recorded_step_s(setting, fused, PROMPT + new)
             setting.report.figure(f"{name}, recorded step of the null slot alone", taken * 1e6, "us", 1e6 / ceiling)
+            if setting.device.type == "cuda":
+                taken = recorded_step_s(setting, ahead(engine), PROMPT + new)
+                setting.report.figure(f"{name}, the same launched ahead", taken * 1e6, "us", 1e6 / ceiling)
         del engine
+
+
+def ahead(engine: Engine) -> FusedSteps:
+    """Steps of the same model with dependent launches (kernels.configs.DEPENDENT_LAUNCHES)."""
+    worker = engine.worker
+    assert isinstance(worker.model, Decoder)
+    length = worker.info.context_length
+    settings = msgspec.structs.replace(engine.config, cuda_graph_max_bs=1)
+    return make_fused_steps(settings, worker.model, worker.cache, worker.tokens, length, "triton", dependent=True)
+
+
+def recorded_step_s(setting: Setting, fused: FusedSteps, longest: int) -> float:
+    """Seconds of one recorded decode step of one row."""
+    graphs = fused.graphs
+    assert graphs is not None
+    key = graphs.key(1, longest)
+    with torch.inference_mode():
+        if key not in graphs.replays:
+            graphs.record(key)
+        graphs.clear()
+        return seconds(lambda: [graphs.run(key) for _ in range(20)], setting.device) / 20
 
 
 def batches(setting: Setting) -> None:

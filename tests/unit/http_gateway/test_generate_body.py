@@ -242,3 +242,12 @@ def test_routed_experts_are_refused_where_the_server_was_not_told_to_return_them
     assert "at least 0" in refusal(WITH_EXPERTS, text="a", return_routed_experts=True, routed_experts_start_len=-1)
     job, _ = read(text="a", return_routed_experts=False)
     assert not job.requests[0].request.return_routed_experts
+
+
+def test_hidden_states_are_asked_for_prompt_by_prompt_and_computed_for_each_copy() -> None:
+    rules = Rules(vocab_size=100, hidden_size=2, hidden_states=True)
+    job, _ = read(rules, text=["a", "b"], return_hidden_states=[True, False])
+    assert [item.request.return_hidden_states for item in job.requests] == [True, False]
+    job, _ = read(rules, text="a", sampling_params={"n": 2}, return_hidden_states=True)
+    assert job.warm == [] and all(item.request.return_hidden_states for item in job.requests)
+    assert "Please set `--enable-return-hidden-states`" in refusal(text="a", return_hidden_states=True)

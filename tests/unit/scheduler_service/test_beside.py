@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from runtime.errors import CommandRefused
-from scheduler_service.beside import PATIENCE_S, SLICE_S, Turns, beside, breathe
+from scheduler_service.beside import PATIENCE_S, SLICE_S, Turns, beside, breathe, freely
 
 
 def outcome(work: Callable[[], object]) -> object:
@@ -116,6 +116,26 @@ def test_the_loops_patience_with_a_long_piece_has_an_end() -> None:
     assert worker.is_alive()
     go_on.set()
     worker.join()
+
+
+def test_work_may_go_on_without_turns_for_a_while() -> None:
+    breaths: list[bool] = []
+
+    def work() -> None:
+        with freely():
+            breathe()  # returns, though nobody grants a turn
+            breaths.append(True)
+        breathe()
+
+    waiting = beside(work)
+    next(waiting)
+    deadline = time.monotonic() + 10
+    while not breaths and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert breaths
+    with pytest.raises(StopIteration):
+        while True:
+            next(waiting)
 
 
 def test_breathing_in_the_loop_itself_waits_for_nobody() -> None:

@@ -1,11 +1,10 @@
 import logging
-from typing import Any
 
 import pytest
 
-from runtime.messages import Facts, Reply, unpack_ids
-from scheduler_service.scheduler import IDLE_BEAT_S
-from tests.fakes import FakeWorker
+from runtime import limits
+from runtime.messages import Facts, Finish, Reply, unpack_ids
+from scheduler_service.scheduler import IDLE_BEAT_S, MOST_FAILURES
 from tests.rig import PROMPT, Rig
 from tests.stepper import VOCABULARY, expected_output, tokenized
 
@@ -46,6 +45,17 @@ def test_a_refused_request_gets_one_message_and_the_others_never_notice() -> Non
     assert rejected.finish is not None and (rejected.finish.reason, rejected.finish.status) == ("error", 400)
     assert rejected.request is not None
     assert len(rig.tokens("good")) == 2
+
+
+def test_hidden_states_that_would_not_fit_into_a_message_are_refused() -> None:
+    rig = Rig()
+    rig.scheduler.hidden_size = limits.MAX_HIDDEN_STATE_BYTES // (4 * len(PROMPT))
+    for rid, prompt in (("fits", PROMPT), ("does not", [*PROMPT, 17])):
+        rig.inbox.put(tokenized(rid, prompt, 2, hidden=True))
+    rig.run()
+    assert rig.tokens("fits")[-1].finish == Finish(reason="length", length=2)
+    (refused,) = rig.tokens("does not")
+    assert refused.finish is not None and refused.finish.field == "return_hidden_states"
 
 
 def test_a_message_of_somebody_else_is_passed_on() -> None:
@@ -97,16 +107,52 @@ def test_the_worker_forgets_whoever_left() -> None:
     assert rig.worker.forgotten == ["a"]
 
 
-def test_an_error_in_the_forward_pass_is_not_swallowed() -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("where", ["launch", "collect"])
+@pytest.mark.parametrize("position", [0, 9])
+def test_a_request_that_breaks_its_step_ends_alone(where: str, position: int, depth: int) -> None:
+    rig = Rig(depth)
+    rig.worker.raising["bad"] = (where, position)
+    rig.inbox.put(*(tokenized(rid, [*PROMPT, i], 6) for i, rid in enumerate(("a", "bad", "b"))))
+    rig.run()
+    for i, rid in ((0, "a"), (2, "b")):
+        ids = [token for message in rig.tokens(rid) for token in unpack_ids(message.ids)]
+        assert ids == expected_output([*PROMPT, i], 6), rid
+        assert rig.tokens(rid)[-1].finish == Finish(reason="length", length=6)
+    *_, last = rig.tokens("bad")
+    assert last.finish is not None and (last.finish.reason, last.finish.status) == ("error", 500)
+    assert "ZeroDivisionError: bad" in last.finish.message
+    assert not rig.scheduler.planner.audit()
+
+
+def test_a_server_on_which_nothing_succeeds_any_more_ends() -> None:
     rig = Rig()
-
-    def broken(plan: Any) -> Any:
-        raise ZeroDivisionError("device")
-
-    rig.scheduler.worker = type("Broken", (FakeWorker,), {"launch": staticmethod(broken)})()
-    rig.inbox.put(tokenized("a", PROMPT, 3))
+    rig.worker.raising = {f"r{i}": ("launch", 0) for i in range(2 * MOST_FAILURES)}
+    rig.inbox.put(*(tokenized(rid, PROMPT, 3) for rid in rig.worker.raising))
     with pytest.raises(ZeroDivisionError):
-        rig.scheduler.step()
+        rig.run()
+
+
+def test_failures_with_successes_between_them_end_nothing() -> None:
+    rig = Rig()
+    for i in range(2 * MOST_FAILURES):
+        rig.worker.raising[f"bad{i}"] = ("launch", 0)
+        rig.inbox.put(tokenized(f"bad{i}", PROMPT, 2), tokenized(f"good{i}", PROMPT, 2))
+        rig.run()
+        assert len(rig.tokens(f"good{i}")) == 2
+
+
+def test_a_device_that_has_failed_ends_the_server_at_once() -> None:
+    rig = Rig()
+    rig.worker.raising["a"] = ("collect", 0)
+
+    def lost() -> None:
+        raise OSError("device lost")
+
+    rig.worker.reset = lost  # type: ignore[method-assign]
+    rig.inbox.put(tokenized("a", PROMPT, 3))
+    with pytest.raises(OSError, match="device lost"):
+        rig.run()
 
 
 def test_lost_pages_are_reported_when_idle_and_serving_goes_on(caplog: pytest.LogCaptureFixture) -> None:
