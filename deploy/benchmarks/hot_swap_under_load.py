@@ -5,8 +5,9 @@
 The models have the shape of a 0.5B one, and every version forces one token: whatever weights made a token, the token
 says so. Printed are what was lost, aborted, shortened or mislabelled (nothing, or the run fails), how long updates
 took, and a histogram of the gaps between two tokens of a stream: without updates (between them, since the speed of a
-machine changes over minutes), and from the moment an update is asked for until it is answered. With `--strict` the
-largest gap of the latter must not exceed 100 ms and one step.
+machine changes over minutes), and from the moment an update is asked for until it is answered; the first update by
+itself, since it also takes the memory for the second set of weights. With `--strict` no gap during an update may exceed
+100 ms and one step.
 """
 
 import argparse
@@ -148,17 +149,17 @@ class Run:
         self.ended = True
         await asyncio.gather(*tasks)
 
-    def gaps(self) -> tuple[list[float], list[float]]:
-        """Gaps between two tokens of a stream: without updates while all streams run, and within an update."""
-        last = self.updates[-1][1]
-        quiet, under_update = [], []
+    def gaps(self) -> tuple[list[float], list[float], list[float]]:
+        """Gaps between two tokens of a stream: without updates while all streams run, in the first, in the others."""
+        (_, first_end), (_, last_end) = self.updates[0], self.updates[-1]
+        quiet, first, others = [], [], []
         for request in self.requests:
             for before, after in itertools.pairwise(request.arrivals):
                 if any(before < end and after > begin for begin, end in self.updates):
-                    under_update.append(after - before)
-                elif self.warm_at < before and after < last:
+                    (first if before < first_end else others).append(after - before)
+                elif self.warm_at < before and after < last_end:
                     quiet.append(after - before)
-        return quiet, under_update
+        return quiet, first, others
 
 
 def histogram(gaps: list[float]) -> str:
@@ -176,7 +177,7 @@ def spread(gaps: list[float]) -> str:
 def report(run: Run, strict: bool) -> bool:
     """Print the figures; False when something is wrong."""
     faults = [fault for request in run.requests for fault in request.faults()]
-    quiet, under_update = run.gaps()
+    quiet, first, others = run.gaps()
     normal_s = statistics.median(quiet)
     seconds = [end - begin for begin, end in run.updates]
     tokens = sum(len(request.ids) for request in run.requests)
@@ -188,10 +189,12 @@ def report(run: Run, strict: bool) -> bool:
     print(f"an update takes {statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s (longest)")
     print(f"gaps without updates: median {normal_s * 1e3:.0f} ms, {spread(quiet)}")
     print(histogram(quiet))
-    print(f"gaps during updates: median {statistics.median(under_update) * 1e3:.0f} ms, {spread(under_update)}")
-    print(f"allowed on an idle machine: {(normal_s + ALLOWED_S) * 1e3:.0f} ms")
-    print(histogram(under_update))
-    return not faults and (not strict or max(under_update) <= normal_s + ALLOWED_S)
+    for name, gaps in (("the first update", first), ("the others", others)):
+        if gaps:
+            print(f"gaps during {name}: median {statistics.median(gaps) * 1e3:.0f} ms, {spread(gaps)}")
+            print(histogram(gaps))
+    print(f"allowed during updates: {(normal_s + ALLOWED_S) * 1e3:.0f} ms")
+    return not faults and (not strict or max(*first, *others) <= normal_s + ALLOWED_S)
 
 
 def main() -> None:
