@@ -89,7 +89,8 @@ class Linear:
     def adopt(self, packed: Packed | None) -> None:
         """Use what `pack` made of the weight's present values."""
         if packed is not None and self.packed is None:
-            self.least_rows = least_rows(packed, self.weight.shape[1], self.packed_dtype)
+            heights = {len(block) for block in self.weight.split(BLOCK_FEATURES)}
+            self.least_rows = max(least_rows(height, self.weight.shape[1], self.packed_dtype) for height in heights)
         self.packed = packed
 
 
@@ -121,8 +122,18 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
 
 
-def least_rows(packed: Packed, columns: int, dtype: torch.dtype) -> int:
-    """1, or 2 where oneDNN adds up a single row of this matrix in another order than a row among others."""
-    rows = torch.randn(2, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    both = zip(multiply(rows[:1], packed, None), multiply(rows, packed, None), strict=True)
-    return 1 if all(torch.equal(alone, together[:1]) for alone, together in both) else 2
+@lru_cache
+def least_rows(features: int, columns: int, dtype: torch.dtype) -> int:
+    """1, or 2 where oneDNN adds up a single row of such a block in another order than a row among others.
+
+    The second half of each sum takes back what the first gave: what remains is the rounding, and that shows the order.
+    """
+    generator, half = torch.Generator().manual_seed(0), columns // 2
+    weight, rows = torch.zeros(features, columns), torch.zeros(2, columns)
+    weight[:, :half] = torch.rand(features, half, generator=generator) - 0.5
+    rows[:, :half] = torch.rand(2, half, generator=generator) - 0.5
+    weight[:, half : 2 * half], rows[:, half : 2 * half] = weight[:, :half], -rows[:, :half]
+    rows = rows.to(dtype)
+    packed = pack(weight.to(dtype), dtype)
+    (alone,), (together,) = multiply(rows[:1], packed, None), multiply(rows, packed, None)
+    return 1 if torch.equal(alone, together[:1]) else 2
