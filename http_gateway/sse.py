@@ -41,8 +41,9 @@ class EventStream:
             first = await anext(events)
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await send({"type": "http.response.body", "body": first, "more_body": True})
-            async for chunk in self._told(events):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async with aclosing(self._told(events)) as told:
+                async for chunk in told:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
     async def _told(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -225,9 +225,11 @@ class Updates:
         return self.packed(frozenset(self.session.names))
 
     def packed(self, names: frozenset[str], source: Committed | None = None) -> Staged:
+        return Staged(self.second, names, told_as(NOT_LOADED, lambda: self._packed(names)), source)
+
+    def _packed(self, names: frozenset[str]) -> Packed:
         host_memory.warm(self.live.packed_sizes(names), breathe)
-        packed = told_as(NOT_LOADED, lambda: self.live.pack(self.second, names, breathe))
-        return Staged(self.second, names, packed, source)
+        return self.live.pack(self.second, names, breathe)
 
     @on_one_thread
     def randomized(self, names: Collection[str]) -> Staged:

@@ -21,6 +21,7 @@ from runtime.control import (
     UpdateWeightsFromTensor,
     UpdateWeightVersion,
 )
+from scheduler_service import host_memory
 from scheduler_service.main import model_facts
 from scheduler_service.weights import record, staging
 from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
@@ -471,3 +472,17 @@ def test_the_first_rows_of_a_tensor_can_be_read(live: Live) -> None:
 def test_a_flush_of_a_busy_server_still_waits(live: Live) -> None:
     running(live, "x", tokens=100)
     assert not live.call(FlushCache()).success
+
+
+def test_memory_that_is_short_for_packing_is_a_refusal_in_the_contracts_words(
+    live: Live, versions: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("no room")
+
+    before = live.logits(PROMPT)
+    monkeypatch.setattr(host_memory, "warm", full)
+    reply = live.call(to_b(versions))
+    assert (reply.success, reply.status) == (False, 400)
+    assert reply.message == "Failed to update weights: no room.\nRolling back to original weights."
+    assert live.logits(PROMPT) == before and live.worker.weight_version == "A"
