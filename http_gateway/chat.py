@@ -14,6 +14,7 @@ from http_gateway.chat_body import chat_params, choosing, logprob_options, make_
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.completions import wants
 from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.native import check_servable, json_answer
 from http_gateway.openai_answers import (
@@ -29,7 +30,6 @@ from http_gateway.openai_answers import (
 from http_gateway.openai_output import Draft, chat_logprobs, usage
 from http_gateway.openai_params import DEFAULT_MODEL, job_of
 from http_gateway.openai_types import ChatBody
-from http_gateway.ring_client import Delivery
 from http_gateway.sse import EventStream, event
 from runtime.messages import Text
 

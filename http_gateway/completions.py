@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from http_gateway import errors, rounds
 from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack, unnamed
 from http_gateway.native import check_servable, json_answer
@@ -19,7 +20,6 @@ from http_gateway.openai_answers import Completion, CompletionChoice, Metadata, 
 from http_gateway.openai_output import Draft, completion_logprobs, usage
 from http_gateway.openai_params import DEFAULT_MODEL, job_of, params_of
 from http_gateway.openai_types import CompletionBody
-from http_gateway.ring_client import Delivery
 from http_gateway.sse import EventStream, event
 from http_gateway.tokens import detokenize_ids
 from runtime.errors import RequestError

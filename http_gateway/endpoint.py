@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from http_gateway import errors
 from http_gateway.auth import Access, Keys
+from http_gateway.flight import ClientGone
 from http_gateway.gateway import Gateway
-from http_gateway.ring_client import ClientGone
 from runtime.errors import Kind, RequestError
 from runtime.limits import MAX_BODY_BYTES
 

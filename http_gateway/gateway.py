@@ -13,7 +13,7 @@ from http_gateway.output import Output
 from http_gateway.probes import Census, Progress, SignOfLife
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
-from runtime.messages import Facts, Reply, Request
+from runtime.messages import Facts, Request
 from runtime.model_info import ModelInfo
 
 
@@ -44,7 +44,9 @@ class Gateway:
         self.weight_version = self.config.weight_version
         self.paused = False  # by /pause_generation
         self.asleep = False  # by /release_memory_occupation
-        self.ring.on_reply = self.learn
+        self.learn(self.facts.state)
+        self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
+        self.ring.on_facts = self.on_facts
         self.census = Census(self.ring)
         self.sign_of_life = SignOfLife(
             self.ring, self.progress, self.health_timeout_s, "embed" if self.model.is_embedding else "generate"
@@ -58,9 +60,13 @@ class Gateway:
     def output(self, request: Request, received_at: float) -> Output:
         return Output(request, received_at, self.weight_version, text=self.rules.tokenizer)
 
-    def learn(self, reply: Reply) -> None:
-        """Take note of what a command's reply says about the weights that serve, and whether they generate."""
-        said = reply.body if reply.success and reply.body else {}
+    def on_facts(self, facts: Facts) -> None:
+        """The scheduler was started again."""
+        self.facts = facts
+        self.learn(facts.state)
+
+    def learn(self, said: dict[str, Any]) -> None:
+        """Take note of what the scheduler says about the weights that serve, and whether they generate."""
         self.model_path = said.get("model_path") or self.model_path
         self.weight_version = said.get("weight_version") or self.weight_version
         self.paused = said.get("paused", self.paused)

@@ -83,7 +83,7 @@ class Life:
         """Warm up, then say that the server is ready."""
         config = self._boot.config
         try:
-            if not config.skip_server_warmup:
+            if not (config.skip_server_warmup or self._boot.epoch):
                 await asyncio.to_thread(warmup.warm_up, config, config.host, port)
         except StartupError as error:
             if self._draining is None:
@@ -172,6 +172,8 @@ async def serve(boot: Boot) -> None:
     ring = RingClient(AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox), config.max_inflight_requests, metrics)
     listening = asyncio.create_task(ring.listen())
     listening.add_done_callback(end_with_listener)
+    if boot.epoch:
+        await ring.introduce()
     facts = await ring.facts()
     await ring.lap()
     gateway = Gateway(

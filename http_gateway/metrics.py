@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from http_gateway.journal import Pending
 from http_gateway.probes import Counters
-from http_gateway.ring_client import Pending
 from runtime.messages import Text
 
 PREFIX = "sglang:"
@@ -73,6 +73,9 @@ class Metrics:
         self._first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", LATENCY_BUCKETS)
         self._between_tokens = self._histogram("inter_token_latency_seconds", "Time between tokens.", TOKEN_BUCKETS)
         self._whole_request = self._histogram("e2e_request_latency_seconds", "Time of a whole request.", E2E_BUCKETS)
+        self._restarts = Counter(
+            "quartet:restarts_total", "Processes that were started again.", ["role"], registry=self._registry
+        )
         self._http_requests = Counter(
             PREFIX + "http_requests_total", "HTTP requests.", ["endpoint", "method"], registry=self._registry
         )
@@ -118,6 +121,9 @@ class Metrics:
         self._cached_tokens.inc(pending.cached_tokens)
         self._generation_tokens.inc(len(pending.delivered) // ID_BYTES)
         self._whole_request.observe(now - pending.sent_at)
+
+    def restarted(self, role: str) -> None:
+        self._restarts.labels(role).inc()
 
     # http
 

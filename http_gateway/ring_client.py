@@ -2,25 +2,28 @@
 
 One listener task reads the inbox and never waits for anybody: what arrives for a request is put into the mailbox of
 its Flight, and the endpoint takes all of it at once when it gets to run, so a slow client costs memory for its own
-text and nothing else. `Pending` is the journal: for every unfinished request it keeps what is needed to send it again
-after a ring process was restarted. A rid stays pending until its terminal message has passed, even when its client
-has gone, so a rid can never name two requests inside the ring.
+text and nothing else. A rid stays pending until its terminal message has passed, even when its client has gone, so a
+rid can never name two requests inside the ring.
+
+When a process of the ring was started again, what may have been lost with the one before is sent once more, as the next
+attempt (`http_gateway/journal.py`). `attempt` counts those restarts, for new requests too: a rid that is used again
+can not be taken for what is left of an earlier one.
 """
 
 import asyncio
 import itertools
 import logging
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Protocol
 
-import msgspec
-
+from http_gateway.flight import Flight
+from http_gateway.journal import GUILTY, Pending, Quarantine
 from runtime.control import Abort, ControlCommand, Probe
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED, Facts, Finish, Generate, Message, Reply, Request, Text, Tokens
+from runtime.messages import ABORTED, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
 from runtime.sockets import FrameTooLarge
 
 log = logging.getLogger(__name__)
@@ -30,13 +33,12 @@ log = logging.getLogger(__name__)
 FRAMES_A_TURN = 8
 
 LAP_TIMEOUT_S = 5.0
-LAP_RETRY_S = 0.01
-
-Delivery = tuple[int, Text]  # (index of the request in its flight, one step of it)
-
-
-class ClientGone(Exception):
-    """The client has closed its connection; nobody is left to answer."""
+INTRODUCE_AGAIN_S = 5.0
+RELAYED_ABORTS = 1024  # the last ones, kept in case the tokenizer dies with them
+COMMAND_LOST = (
+    "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
+    "See /get_model_info, and send it again."
+)
 
 
 class Receiver(Protocol):
@@ -44,81 +46,15 @@ class Receiver(Protocol):
 
 
 class Sender(Protocol):
-    def send(self, messages: Sequence[Message]) -> bool: ...
+    def send(self, messages: Sequence[Message]) -> None: ...
 
 
 class Meter(Protocol):
     """What the gateway counts of each request (http_gateway/metrics.py)."""
 
-    def heard(self, pending: "Pending", text: Text, now: float) -> None: ...
+    def heard(self, pending: Pending, text: Text, now: float) -> None: ...
 
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """The journal entry of one unfinished request."""
-
-    generate: Generate
-    parent: str  # the rid that the client gave, where the request is one of several made from it
-    flight: "Flight | None"  # None: its client has gone, only the terminal message is awaited
-    index: int
-    sent_at: float
-    attempt: int = 0
-    delivered: bytearray = field(default_factory=bytearray)  # output ids handed to the endpoint, int32
-    last_heard_at: float = 0.0  # 0: nothing yet
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-
-    @property
-    def request(self) -> Request:
-        return self.generate.request
-
-
-class Flight:
-    """Requests sent together and the mailbox of what comes back. Leaving the `with` block aborts what still runs."""
-
-    def __init__(self, rids: list[str], abandon: Callable[["Flight"], None]) -> None:
-        self.rids = rids
-        self._abandon = abandon
-        self._mail: list[Delivery] = []
-        self._running = len(rids)
-        self._waiter: asyncio.Future[None] | None = None
-        self._client_gone = False
-
-    def __enter__(self) -> "Flight":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._running:
-            self._abandon(self)
-
-    @property
-    def finished(self) -> bool:
-        """Every request has ended and everything it produced was taken."""
-        return not self._running and not self._mail
-
-    async def next(self) -> list[Delivery]:
-        """All that has arrived since the last call, at least one delivery. Raises ClientGone."""
-        while not self._mail and not self._client_gone:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        if self._client_gone:
-            raise ClientGone
-        mail, self._mail = self._mail, []
-        return mail
-
-    def leave(self) -> None:
-        """The client has gone: wake whoever waits in `next`."""
-        self._client_gone = True
-        self._wake()
-
-    def put(self, index: int, text: Text) -> None:
-        self._mail.append((index, text))
-        self._running -= text.tokens.finish is not None
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def restarted(self, role: str) -> None: ...
 
 
 class RingClient:
@@ -129,12 +65,16 @@ class RingClient:
         self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
         self.last_heard_at = 0.0
         self.on_reply: Callable[[Reply], None] = lambda reply: None  # hears them all, those for nobody too
+        self.on_facts: Callable[[Facts], None] = lambda facts: None  # hears those of a restarted scheduler
         self._inbox = inbox
         self._outbox = outbox
         self._limit = limit
         self._meter = meter
         self._pending: dict[str, Pending] = {}
-        self._waiting: dict[str, asyncio.Future[Message]] = {}  # commands by id
+        self._attempt = 0  # restarts of ring processes so far
+        self._quarantine = Quarantine()
+        self._relayed: deque[Abort] = deque(maxlen=RELAYED_ABORTS)
+        self._waiting: dict[str, tuple[ControlCommand, asyncio.Future[Message]]] = {}  # commands by id
         self._next_command = 0
         self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self._idle = asyncio.Event()
@@ -145,6 +85,7 @@ class RingClient:
             Probe: self._on_answer,
             Facts: self._on_facts,
             Abort: self._on_abort,
+            Restarted: self._on_restarted,
         }
 
     # requests
@@ -158,12 +99,16 @@ class RingClient:
         self._admit(batch)
         if limited:
             self._check_room(batch)
-        self._send(batch)
-        now = time.monotonic()
         flight = Flight([generate.request.rid for generate in batch], self._abandon)
+        entries = []
         for index, generate in enumerate(batch):
             parent = parents[index] if parents else ""
-            self._pending[generate.request.rid] = Pending(generate, parent, flight, index, now)
+            entries.append(Pending(generate, parent, flight, index, time.monotonic(), self._attempt))
+        if self._quarantine.alone is None:
+            self._send([entry.message() for entry in entries])
+            for entry in entries:
+                entry.in_ring = True
+        self._pending.update((entry.request.rid, entry) for entry in entries)
         self._idle.clear()
         return flight
 
@@ -184,41 +129,41 @@ class RingClient:
             )
 
     def _send(self, messages: Sequence[Message]) -> None:
+        """Raises RequestError for what cannot be sent."""
         try:
-            sent = self._outbox.send(messages)
+            self._outbox.send(messages)
         except FrameTooLarge as error:
             raise RequestError(f"The request is too large: {error}.", Kind.TOO_LARGE) from error
         except OverflowError as error:  # an integer of more than 64 bits
             raise RequestError("A number in the request is out of range.") from error
-        if not sent:
-            raise RequestError("The tokenizer is not connected.", Kind.UNAVAILABLE)
 
     def _abandon(self, flight: Flight) -> None:
         left = [entry for rid in flight.rids if (entry := self._pending.get(rid)) and entry.flight is flight]
         for entry in left:
             entry.flight = None
-        self._send_aborts([Abort(rid=entry.request.rid, abort_message=ABORTED) for entry in left])
+        self._unwant([(entry, Abort(rid=entry.request.rid, abort_message=ABORTED)) for entry in left])
+
+    def _unwant(self, aborts: list[tuple[Pending, Abort]]) -> None:
+        """End requests: here what is not in the ring, else in the scheduler."""
+        on_the_way = []
+        for entry, abort in aborts:
+            entry.unwanted = abort
+            if entry.in_ring:
+                on_the_way.append(abort)
+            else:
+                self._end(entry, aborted(abort))
+        self._send_aborts(on_the_way)
 
     def _send_aborts(self, aborts: list[Abort]) -> None:
-        if aborts and not self._outbox.send(aborts):
-            log.warning("could not abort %d requests: the tokenizer is not connected", len(aborts))
+        if aborts:
+            self._outbox.send(aborts)
 
     def abort(self, command: Abort) -> int:
         """Abort one rid (with the requests made from it), all that begin with it, or all; how many were found."""
-        found = [entry.request.rid for entry in self._pending.values() if _names(command, entry)]
-        self._send_aborts([Abort(rid=rid, abort_message=command.abort_message) for rid in found])
+        found = [entry for entry in self._pending.values() if _names(command, entry)]
+        message = command.abort_message
+        self._unwant([(entry, Abort(rid=entry.request.rid, abort_message=message)) for entry in found])
         return len(found)
-
-    def resend(self) -> int:
-        """Send every unfinished request again, to go on behind what was delivered; the ring forgot it in a restart."""
-        self._pending = {rid: entry for rid, entry in self._pending.items() if entry.flight is not None}
-        for entry in self._pending.values():
-            entry.attempt += 1
-        again = [_continued(entry) for entry in self._pending.values()]
-        if again:
-            self._send(again)
-        self._check_idle()
-        return len(again)
 
     @property
     def unfinished(self) -> int:
@@ -234,19 +179,79 @@ class RingClient:
 
     def end_all(self, message: str) -> None:
         """Finish every pending request here and now, without the ring."""
-        finish = Finish(reason="abort", message=message)
-        now = time.monotonic()
         for entry in list(self._pending.values()):
-            self._on_text(Text(tokens=Tokens(rid=entry.request.rid, attempt=entry.attempt, finish=finish)), now)
+            self._end(entry, Finish(reason="abort", message=message))
+
+    def _end(self, entry: Pending, finish: Finish) -> None:
+        """Finish one request here and now."""
+        tokens = Tokens(rid=entry.request.rid, attempt=entry.attempt, finish=finish)
+        self._on_text(Text(tokens=tokens), time.monotonic())
+
+    # restarts
+
+    async def introduce(self) -> None:
+        """Say that this gateway is new, until the scheduler has said its facts."""
+        while not self._facts.done():
+            self._outbox.send([Restarted(role="gateway")])
+            await asyncio.wait([self._facts], timeout=INTRODUCE_AGAIN_S)
+
+    def _on_restarted(self, restarted: Restarted, now: float) -> None:
+        self._recover(restarted.role)
+
+    def _recover(self, role: str) -> None:
+        """A service was started again: send once more what may have been lost with the one before."""
+        self._attempt += 1
+        self._meter.restarted(role)
+        forgotten = role == "scheduler"  # it knows nothing any more, so there is nothing to abort
+        aborts = [] if forgotten else [abort for abort in self._relayed if abort.rid not in self._pending]
+        lost = [entry for entry in self._pending.values() if role != "tokenizer" or not entry.last_heard_at]
+        guilty = self._quarantine.died(lost)
+        for entry in lost:
+            entry.in_ring, entry.attempt = False, self._attempt
+        for entry in list(self._pending.values()):
+            if entry.unwanted or entry is guilty:
+                aborts.append(Abort(rid=entry.request.rid))
+                blamed = Finish.internal(GUILTY.format(role=role))
+                self._end(entry, aborted(entry.unwanted) if entry.unwanted else blamed)
+        if not forgotten:
+            self._send_aborts(aborts)
+        self._recover_commands(forgotten)
+        again = self._pump()
+        log.warning("The %s was started again; %d of %d requests are sent again.", role, again, len(self._pending))
+
+    def _recover_commands(self, forgotten: bool) -> None:
+        """Commands go again, and a scheduler that has seen one knows it; those that a dead one had fail."""
+        for command, answer in self._waiting.values():
+            if not forgotten:
+                self._outbox.send([command])
+            elif not answer.done():
+                answer.set_exception(RequestError(COMMAND_LOST, Kind.UNAVAILABLE))
+
+    def _pump(self) -> int:
+        """Send what is not in the ring and may be; how many that were."""
+        if self._quarantine.alone is None:
+            self._quarantine.advance(self._pending.values())
+        sent = 0
+        for entry in list(self._pending.values()):
+            if entry.in_ring or entry.unwanted or not self._quarantine.admits(entry):
+                continue
+            try:
+                self._send([entry.message()])
+            except RequestError as error:  # with its output it has become too large
+                self._end(entry, Finish.failed(error))
+                continue
+            entry.in_ring = True
+            sent += 1
+        return sent
 
     # commands
 
     async def command(self, command: ControlCommand, timeout_s: float) -> Message:
         """Send a command round the ring and wait for what comes back. Raises TimeoutError and RequestError."""
         self._next_command += 1
-        command.id = str(self._next_command)
+        command.id = f"{os.getpid()}.{self._next_command}"  # a gateway that is started again counts afresh
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._waiting[command.id] = answer
+        self._waiting[command.id] = command, answer
         try:
             self._send([command])
             async with asyncio.timeout(timeout_s):
@@ -269,8 +274,8 @@ class RingClient:
             try:
                 await self.probe(LAP_TIMEOUT_S)
                 return
-            except (RequestError, TimeoutError):
-                await asyncio.sleep(LAP_RETRY_S)
+            except TimeoutError:
+                log.info("the ring is not complete yet")
 
     # what arrives
 
@@ -289,33 +294,43 @@ class RingClient:
         if entry is None or entry.attempt != text.tokens.attempt:
             self.stale += 1
             return
-        if text.tokens.finish is not None:
+        ended = text.tokens.finish is not None
+        if ended:
             del self._pending[text.tokens.rid]
             self._check_idle()
         entry.delivered += text.tokens.ids
+        if entry.last_heard_at:
+            text.tokens.cached_tokens = entry.cached_tokens  # those of its first attempt
         if text.tokens.prompt_tokens:
             entry.prompt_tokens, entry.cached_tokens = text.tokens.prompt_tokens, text.tokens.cached_tokens
         self._meter.heard(entry, text, now)
         entry.last_heard_at = now
         if entry.flight is not None:
             entry.flight.put(entry.index, text)
+        if self._quarantine.clears(entry, ended):
+            self._pump()
 
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
         if isinstance(answer, Reply):
             self.on_reply(answer)
-        waiting = self._waiting.get(answer.id)
+        _, waiting = self._waiting.get(answer.id, (None, None))
         if waiting is None or waiting.done():
             self.stale += 1
             return
         waiting.set_result(answer)
 
     def _on_facts(self, facts: Facts, now: float) -> None:
-        if self._facts.done():
+        if not self._facts.done():
+            self._facts.set_result(facts)
+        elif facts.epoch != self._facts.result().epoch:
             self._facts = asyncio.get_running_loop().create_future()
-        self._facts.set_result(facts)
+            self._facts.set_result(facts)
+            self.on_facts(facts)
+            self._recover("scheduler")
 
     def _on_abort(self, abort: Abort, now: float) -> None:
         """The detokenizer has met a stop string: the scheduler, further on in the ring, is to end the request."""
+        self._relayed.append(abort)
         self._send_aborts([abort])
 
     def _on_other(self, message: Message, now: float) -> None:
@@ -331,6 +346,10 @@ class RingClient:
             self._idle.set()
 
 
+def aborted(abort: Abort) -> Finish:
+    return Finish(reason="abort", message=abort.abort_message or ABORTED)
+
+
 def _names(command: Abort, entry: Pending) -> bool:
     """Does the command mean this request?"""
     if command.abort_all:
@@ -340,8 +359,3 @@ def _names(command: Abort, entry: Pending) -> bool:
     if command.prefix:
         return entry.request.rid.startswith(command.rid) or entry.parent.startswith(command.rid)
     return command.rid in (entry.request.rid, entry.parent)
-
-
-def _continued(entry: Pending) -> Generate:
-    request = msgspec.structs.replace(entry.request, attempt=entry.attempt, resume_ids=bytes(entry.delivered))
-    return msgspec.structs.replace(entry.generate, request=request)

@@ -7,8 +7,9 @@ from contextlib import aclosing, asynccontextmanager
 from starlette.requests import Request as HTTPRequest
 
 from http_gateway import errors
+from http_gateway.flight import Delivery, Flight
 from http_gateway.intake import Job
-from http_gateway.ring_client import Delivery, Flight, RingClient
+from http_gateway.ring_client import RingClient
 from runtime.control import Abort
 from runtime.messages import Generate
 

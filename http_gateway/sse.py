@@ -7,7 +7,7 @@ from contextlib import aclosing
 from starlette.types import Receive, Scope, Send
 
 from http_gateway import errors
-from http_gateway.ring_client import ClientGone
+from http_gateway.flight import ClientGone
 from runtime.errors import Kind, RequestError
 
 log = logging.getLogger(__name__)

@@ -141,6 +141,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level_http: Annotated[LogLevel | None, flag("the same for access lines (default: log level)", OPERATIONS)] = (
         None
     )
+    max_restarts: Annotated[
+        Natural,
+        flag("how often within a minute a process that died is started again before the server ends", OPERATIONS),
+    ] = 3
+    watchdog_timeout: Annotated[
+        Seconds, flag("seconds without a step after which the scheduler is replaced; 0: never", OPERATIONS)
+    ] = 300.0
     enable_metrics: Annotated[bool, flag("serve /metrics", OPERATIONS)] = True
     skip_server_warmup: Annotated[bool, flag("report ready without a first request", OPERATIONS)] = False
     expert_distribution_recorder_mode: Annotated[

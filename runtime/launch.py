@@ -38,7 +38,7 @@ KEEPS_MEMORY = {
 SERVICES = (
     Service("gateway", "http_gateway.main", listens=True),
     Service("tokenizer", "tokenizer_service.main"),
-    Service("scheduler", "scheduler_service.main", threads=0, environment=KEEPS_MEMORY),
+    Service("scheduler", "scheduler_service.main", threads=0, beats=True, environment=KEEPS_MEMORY),
     Service("detokenizer", "detokenizer_service.main"),
 )
 BACKLOG = 2048

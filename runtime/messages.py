@@ -162,17 +162,29 @@ class Reply(Message, tag="reply", kw_only=True):
 
 
 class Facts(Message, tag="facts", kw_only=True):
-    """Scheduler → gateway, once at start: what the loaded model and its memory allow."""
+    """Scheduler → gateway, at its start and at the gateway's: what the loaded model and its memory allow."""
 
+    epoch: int = 0  # of the scheduler: which incarnation speaks
     max_total_num_tokens: int
     max_req_input_len: int  # longest prompt that can ever be served
     context_length: int
     vocab_size: int
     memory_usage: dict[str, float] = {}
     extra: dict[str, Any] = {}
+    state: dict[str, Any] = {}  # what replies to commands say of it: model_path, weight_version, paused, asleep
 
 
-RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts
+class Restarted(Message, tag="restarted", kw_only=True):
+    """First word of a service that was started again: what was on its way through the one before is gone.
+
+    It goes on round the ring to the gateway; the gateway's own goes to the scheduler, which forgets the requests of the
+    gateway before and answers with its Facts. A scheduler says its Facts instead.
+    """
+
+    role: str
+
+
+RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts | Restarted
 
 
 def end_of(message: Message, reason: str) -> Message | None:

@@ -22,7 +22,7 @@ import setproctitle
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.log import set_up_logging
-from runtime.messages import Message
+from runtime.messages import Message, Restarted
 from runtime.sockets import Inbox, Outbox
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Boot(msgspec.Struct, kw_only=True):
     epoch: int = 0
     run_dir: str
     inbox: str  # endpoint this service binds
-    outbox: str  # endpoint it sends to
+    outbox: str  # where it sends to
     config: ServerConfig
     ready_fd: int
     lifeline_fd: int
@@ -120,5 +120,7 @@ def run_text_service(boot: Boot, step: Callable[[list[Any]], list[Message]]) -> 
     """Serve until killed: everything that waits in the inbox is one batch, its answers are one frame."""
     inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox)
     report_ready(boot)
+    if boot.epoch:
+        outbox.send([Restarted(role=boot.role)])
     while True:
         outbox.send(step(inbox.recv(timeout_s=None)))

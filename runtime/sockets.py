@@ -1,13 +1,17 @@
 """The ring's sockets: PUSH → PULL over ipc, a list of messages per frame. The only file that knows zmq.
 
-Receivers bind, senders connect. Senders use IMMEDIATE: a frame is queued only where a peer exists. Inner queues are
-unbounded; the gateway's in-flight limit is what bounds the ring. Hostile bytes raise nothing out of `recv`: they are
+Receivers bind, senders connect. Every incarnation of a service binds a path of its own, `<role>.<epoch>`, so that none
+can take another's traffic; senders connect to `<role>`, a link that the launcher turns to the newest. Senders use
+IMMEDIATE, so that they wait while no peer exists; the gateway, which must not wait, lets frames queue instead. What a
+peer had not handled when it died is gone with it (`http_gateway/journal.py` sends it again). Inner queues have no
+bound; the gateway's in-flight limit is what bounds the ring. Hostile bytes raise nothing out of `recv`: they are
 counted in `Inbox.rejected`, logged once a minute, and dropped.
 """
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,6 +25,7 @@ from runtime.messages import Message, RingMessage, end_of
 log = logging.getLogger(__name__)
 
 IPC_PATH_MAX = 107  # bytes, sun_path without its terminator
+RECONNECT_MS = 10  # between two tries to reach a service that is being started again
 REPORT_EVERY_S = 60.0
 
 _encoder = msgspec.msgpack.Encoder()
@@ -61,11 +66,23 @@ def decode(frame: bytes) -> list[Any]:
 
 
 def endpoint(run_dir: str, role: str, epoch: int) -> str:
-    """The ipc endpoint of one incarnation of a role. Raises ValueError when the path is too long for a socket."""
+    """What one incarnation of a role binds. Raises ValueError when the path is too long for a socket."""
     path = f"{run_dir}/{role}.{epoch}"
     if len(path.encode()) > IPC_PATH_MAX:
         raise ValueError(f"socket path {path!r} is longer than {IPC_PATH_MAX} bytes; set a shorter XDG_RUNTIME_DIR")
     return f"ipc://{path}"
+
+
+def door(run_dir: str, role: str) -> str:
+    """What senders to a role connect to, whichever its incarnation."""
+    return f"ipc://{run_dir}/{role}"
+
+
+def turn_door(run_dir: str, role: str, epoch: int) -> None:
+    """Let the door of a role lead to this incarnation, which need not be there yet."""
+    link, fresh = Path(run_dir) / role, Path(run_dir) / f"{role}.link"
+    fresh.symlink_to(f"{role}.{epoch}")
+    fresh.replace(link)
 
 
 def _pull(context: Any, address: str) -> Any:
@@ -77,11 +94,12 @@ def _pull(context: Any, address: str) -> Any:
     return socket
 
 
-def _push(context: Any, address: str) -> Any:
+def _push(context: Any, address: str, immediate: bool) -> Any:
     socket = context.socket(zmq.PUSH)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.LINGER, 1000)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.IMMEDIATE, immediate)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.connect(address)
     return socket
 
@@ -132,7 +150,7 @@ class Outbox:
     """Blocking sender of a service; blocks only while no peer is connected. What is too large is split."""
 
     def __init__(self, address: str) -> None:
-        self._socket = _push(zmq.Context.instance(), address)
+        self._socket = _push(zmq.Context.instance(), address, immediate=True)
 
     def send(self, messages: Sequence[Message]) -> None:
         if messages:
@@ -163,18 +181,14 @@ class AsyncInbox:
 
 
 class AsyncOutbox:
-    """Sender inside an event loop; never waits."""
+    """Sender inside an event loop; never waits: while no peer is connected, frames are kept for it."""
 
     def __init__(self, address: str) -> None:
-        self._socket = _push(zmq.Context.instance(), address)
+        self._socket = _push(zmq.Context.instance(), address, immediate=False)
 
-    def send(self, messages: Sequence[Message]) -> bool:
-        """Queue one frame; False when no peer is connected."""
-        try:
-            self._socket.send(encode(messages), zmq.DONTWAIT)
-        except zmq.Again:
-            return False
-        return True
+    def send(self, messages: Sequence[Message]) -> None:
+        """Queue one frame."""
+        self._socket.send(encode(messages), zmq.DONTWAIT)
 
     def close(self) -> None:
         self._socket.close()

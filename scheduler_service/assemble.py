@@ -16,6 +16,7 @@ from scheduler_service.constrained import Pool
 from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.scheduler import Scheduler, Worker
+from scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
     from scheduler_service.memory_saver import MemorySaver
@@ -77,12 +78,15 @@ def serve(
     change the weights, or give memory back, are refused.
     """
     planner = Planner(planner_config(boot.config, info, worker))
+    orders = StandingOrders(boot.run_dir)
+    facts = msgspec.structs.replace(worker.facts(), epoch=boot.epoch, max_req_input_len=planner.config.max_input_len)
     scheduler = Scheduler(
         planner,
         worker,
         Inbox(boot.inbox),
         Outbox(boot.outbox),
         ProgressWord(boot.run_dir),
+        facts=facts,
         depth=worker.depth,
         rest=worker.rest,
         cuda_graph=worker.uses_graphs,
@@ -91,9 +95,11 @@ def serve(
         grammars=grammars,
         updates=updates,
         saver=saver,
+        orders=orders,
     )
     scheduler.progress.beat(busy=False)
+    orders.take_up(scheduler)
     report_ready(boot)
-    scheduler.emit([msgspec.structs.replace(worker.facts(), max_req_input_len=planner.config.max_input_len)])
+    scheduler.emit(scheduler.introduce())
     gc.freeze()  # the model and its libraries stay; no later collection need look at them
     scheduler.run()

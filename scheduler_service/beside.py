@@ -1,9 +1,10 @@
 """Long work beside the loop: in a thread of its own, while the steps go on.
 
 Work that would slow a step on the CPU calls `breathe` between its pieces. It then takes turns with the loop: a slice
-of time between two steps and nothing during them, so that a step is later by that slice however much there is to do.
-At the same time, the two would fight for the cores, which a step has all use for, for the lock of the interpreter and
-for that of the process's memory, and a step would be longer by a multiple of what is done meanwhile.
+of time between two steps and nothing during them, so that a step is later by that slice however much there is to do;
+after a step that was slower than usual, by less, since slow steps come in groups. At the same time, the two would
+fight for the cores, which a step has all use for, for the lock of the interpreter and for that of the process's memory,
+and a step would be longer by a multiple of what is done meanwhile.
 
 What waits for a disk or a network, and does not breathe, runs freely. For its sake the interpreter's switch interval
 is made short, since a step takes and drops that lock hundreds of times, and the thread has a lower priority. Work on
@@ -30,8 +31,26 @@ Result = TypeVar("Result")
 NICE = 5
 SWITCH_INTERVAL_S = 0.0002
 SLICE_S = 0.02  # of work in one turn of the loop
+SHORTEST_SLICE_S = 0.005  # less is not worth the cold caches
+STEP_WEIGHT = 0.1  # of the last step in what is usual
+TOLERANCE = 1.15  # times the usual is not slow yet
 PATIENCE_S = 0.06  # of the loop, for a piece of work that outlasts its slice
 LONGEST_BREATH_S = 1.0  # the loop may be busy with one long step
+
+
+class Pace:
+    """How long a slice may be: less by what the last step was too slow by, since a slow one is rarely alone."""
+
+    def __init__(self) -> None:
+        self._usual_s: float | None = None
+
+    def slice_after(self, step_s: float) -> float:
+        """Seconds; may be negative. A slowness that lasts becomes usual."""
+        if self._usual_s is None:
+            self._usual_s = step_s
+        too_slow_s = max(0.0, step_s - TOLERANCE * self._usual_s)
+        self._usual_s += STEP_WEIGHT * (step_s - self._usual_s)
+        return SLICE_S - too_slow_s
 
 
 class Turns:
@@ -48,18 +67,21 @@ class Turns:
         self._granted = threading.Event()
         self._resting = threading.Event()
         self._until = clock()
+        self._pace = Pace()
+        self._granted_at = clock()
 
     def grant(self) -> None:
         """One more turn of the loop: where the work rests, let it go on for a slice of time, and wait until it rests.
 
         Work that does something else than it breathes for (it downloads, or is amid a long piece) is left alone.
         """
-        if not self._resting.is_set():
-            return
-        self._resting.clear()
-        self._until = self._clock() + SLICE_S
-        self._granted.set()
-        self._resting.wait(PATIENCE_S)
+        slice_s = self._pace.slice_after(self._clock() - self._granted_at)
+        if self._resting.is_set() and slice_s >= SHORTEST_SLICE_S:
+            self._resting.clear()
+            self._until = self._clock() + slice_s
+            self._granted.set()
+            self._resting.wait(PATIENCE_S)
+        self._granted_at = self._clock()
 
     def breathe(self) -> None:
         """Go on at once while the slice lasts; else wait for the next."""

@@ -5,6 +5,7 @@ wait is a generator: it is advanced once a step and returns its messages at the 
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ FLUSH_FAILED = "Flush cache failed.\n"
 FLUSH_TIMED_OUT = "Timed out waiting for idle state."
 FLUSH_IN_PROGRESS = "Another flush_cache is already in progress."
 
+ANSWERS_KEPT = 16
+
 Waiting = Generator[None, None, list[Message]]
 Handler = Callable[["Scheduler", Any], "list[Message] | Waiting"]
 
@@ -35,6 +38,7 @@ class Control:
 
     def __init__(self, handlers: Mapping[type[ControlCommand], Handler]) -> None:
         self.handlers = handlers
+        self._answered: OrderedDict[str, Reply] = OrderedDict()  # the last ones, by id
         self._waiting: list[tuple[ControlCommand, Waiting]] = []
 
     def __bool__(self) -> bool:
@@ -42,12 +46,19 @@ class Control:
         return bool(self._waiting)
 
     def start(self, scheduler: "Scheduler", command: ControlCommand) -> list[Message]:
-        """Run the command's handler up to its end or its first wait."""
+        """Run the command's handler up to its end or its first wait.
+
+        One that comes again, since its answer may be lost, is not carried out again.
+        """
+        if command.id and (answer := self._answered.get(command.id)):
+            return [answer]
+        if command.id and any(command.id == known.id for known, _ in self._waiting):
+            return []
         try:
             result = self.handlers[type(command)](scheduler, command)
         except CommandRefused as refusal:
-            return [refused(command, refusal)]
-        return result if isinstance(result, list) else self._turn(command, result)
+            return self._kept([refused(command, refusal)])
+        return self._kept(result) if isinstance(result, list) else self._turn(command, result)
 
     def advance(self) -> list[Message]:
         """Give every waiting command a turn."""
@@ -63,11 +74,20 @@ class Control:
             next(waiting)
         except StopIteration as end:
             messages: list[Message] = end.value
-            return messages
+            return self._kept(messages)
         except CommandRefused as refusal:
-            return [refused(command, refusal)]
+            return self._kept([refused(command, refusal)])
         self._waiting.append((command, waiting))
         return []
+
+    def _kept(self, messages: list[Message]) -> list[Message]:
+        """The same messages; replies among them are remembered for a while."""
+        for message in messages:
+            if isinstance(message, Reply):
+                self._answered[message.id] = message
+        while len(self._answered) > ANSWERS_KEPT:
+            self._answered.popitem(last=False)
+        return messages
 
 
 def refused(command: ControlCommand, refusal: CommandRefused) -> Reply:

@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from runtime import limits
 from runtime.control import ControlCommand
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED_IN_QUEUE, Finish, Message, Tokenized, Tokens, pack_ids
+from runtime.messages import ABORTED_IN_QUEUE, Facts, Finish, Message, Restarted, Tokenized, Tokens, pack_ids
 from runtime.progress import ProgressWord
 from scheduler_service.constrained import Decided, Pool, WaitingRoom
 from scheduler_service.control import HANDLERS, Control
@@ -22,6 +24,7 @@ from scheduler_service.core.plan import Plan, Result, Slice, Update
 from scheduler_service.core.planner import Planner
 from scheduler_service.grammar import Grammar
 from scheduler_service.report import Report
+from scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
     from scheduler_service.experts import ExpertRecorder
@@ -80,12 +83,14 @@ class Scheduler:
         outbox: Sender,
         progress: ProgressWord,
         *,
+        facts: Facts | None = None,
         depth: int = 0,
         decode_log_interval: int = 40,
         hidden_size: int = 0,
         grammars: Pool | None = None,
         updates: "Updates | None" = None,
         saver: "MemorySaver | None" = None,
+        orders: StandingOrders | None = None,
         rest: Callable[[], bool] | None = None,
         cuda_graph: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -95,11 +100,13 @@ class Scheduler:
         self.inbox = inbox
         self.outbox = outbox
         self.progress = progress
+        self.facts = facts
         self.depth = depth
         self.hidden_size = hidden_size
         self.clock = clock
         self.updates = updates  # None: the weights stay as they are
         self.saver = saver  # None: memory is kept
+        self.orders = orders  # None: nothing outlasts this scheduler
         self.rest = rest  # what the worker does in a pause, a piece at a time; says whether there is more
         self.restless = rest is not None  # there may be
         self.step_sleep_s = 0.0  # a test aid
@@ -145,6 +152,8 @@ class Scheduler:
             out += self.admit_decided(decided)
         if self.control:
             out += self.control.advance()
+        if self.orders:
+            self.orders.note(self)
         self.emit(out)
 
     def handle(self, message: Message) -> list[Message]:
@@ -152,10 +161,25 @@ class Scheduler:
         match message:
             case Tokenized():
                 return self.admit(message)
+            case Restarted(role="gateway"):
+                return self.introduce()
             case ControlCommand() if type(message) in self.control.handlers:
                 return self.control.start(self, message)
             case _:
                 return [message]
+
+    def introduce(self) -> list[Message]:
+        """A gateway is new here: nobody waits for the requests of the one before, and it is told what is served."""
+        for rid in self.rids:
+            self.abort(rid)
+        self.forget_released()
+        return [] if self.facts is None else [msgspec.structs.replace(self.facts, state=self.state())]
+
+    def state(self) -> dict[str, Any]:
+        """What a gateway otherwise learns from the replies to commands."""
+        served = {} if self.updates is None else {"model_path": self.updates.committed.model_path}
+        paused, asleep = self.planner.paused, self.planner.asleep
+        return {**served, "weight_version": self.worker.weight_version, "paused": paused, "asleep": asleep}
 
     @property
     def patience_s(self) -> float:

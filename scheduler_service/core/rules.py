@@ -58,8 +58,9 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
         limit=limit,
         stop_ids=stop_ids(request, config),
     )
-    if resumed:  # whoever has output already has the prompt's logprobs
+    if resumed:  # whoever has output already has the prompt's logprobs, and all hidden states but the last
         sequence.input_scored = len(ids)
+        sequence.hidden.end = len(sequence.ids) - 1
     return sequence
 
 

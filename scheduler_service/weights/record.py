@@ -5,11 +5,10 @@ are recorded with the checkpoint they were laid over, and are gone after a resta
 """
 
 import logging
-import os
-from pathlib import Path
 
 import msgspec
 
+from runtime import records
 from runtime.config import ServerConfig
 
 log = logging.getLogger(__name__)
@@ -28,27 +27,13 @@ class Committed(msgspec.Struct, kw_only=True):
 
 
 def write(run_dir: str, committed: Committed) -> None:
-    """Replace the record; afterwards it survives a crash."""
-    path = Path(run_dir) / NAME
-    fresh = path.with_suffix(".new")
-    with fresh.open("wb") as stream:
-        stream.write(msgspec.json.encode(committed))
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.replace(path)
-    descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Replace the record. Raises OSError."""
+    records.write(run_dir, NAME, committed)
 
 
 def read(run_dir: str) -> Committed | None:
     """What was committed last in this boot, if anything was."""
-    try:
-        return msgspec.json.decode((Path(run_dir) / NAME).read_bytes(), type=Committed)
-    except FileNotFoundError:
-        return None
+    return records.read(run_dir, NAME, Committed)
 
 
 def restored(config: ServerConfig, run_dir: str) -> ServerConfig:

@@ -107,13 +107,35 @@ def test_sigterm_while_services_load_ends_at_once_with_status_zero(launch_stand_
 
 
 @pytest.mark.parametrize("role", sorted(ROLES))
-def test_a_death_ends_the_server_and_names_the_process_and_its_fate(launch_stand_ins, role):
-    server = launch_stand_ins()
+def test_without_restarts_a_death_ends_the_server_and_names_the_process_and_its_fate(launch_stand_ins, role):
+    server = launch_stand_ins("--max-restarts", "0")
     children = server.children()
     children[role].kill()
     assert server.wait() == ExitStatus.DIED
     assert f"quartet: the {role} (pid {children[role].pid}) was killed by SIGKILL" in server.output()
     assert_gone(children.values(), server.run_base)
+
+
+@pytest.mark.parametrize("role", sorted(ROLES))
+def test_a_process_that_died_is_started_again_and_only_that_one(launch_stand_ins, role):
+    server = launch_stand_ins()
+    before = server.children()
+    before[role].kill()
+    server.wait_for(f"The {role} serves again")
+    after = server.children()
+    assert {name for name in ROLES if after[name].pid != before[name].pid} == {role}
+    server.signal()
+    assert server.wait() == ExitStatus.CLEAN
+    assert_gone(after.values(), server.run_base)
+
+
+def test_a_process_that_dies_again_and_again_ends_the_server(launch_stand_ins):
+    server = launch_stand_ins("--max-restarts", "1")
+    for count in range(2):
+        server.wait_for("serves again") if count else None
+        server.children()["detokenizer"].kill()
+    assert server.wait() == ExitStatus.DIED
+    assert "quartet: the detokenizer (pid" in server.output()
 
 
 def test_a_second_sigterm_cuts_the_draining_short(launch_stand_ins):
@@ -228,8 +250,8 @@ def test_a_stream_that_outlasts_the_drain_timeout_is_aborted_and_the_end_is_clea
     assert server.wait() == ExitStatus.CLEAN
 
 
-def test_a_scheduler_that_dies_under_a_stream_ends_the_stream_and_the_server(launch_fake, slow_steps):
-    server = launch_fake(environment=slow_steps)
+def test_without_restarts_a_scheduler_that_dies_under_a_stream_ends_the_stream_and_the_server(launch_fake, slow_steps):
+    server = launch_fake("--max-restarts", "0", environment=slow_steps)
     events = stream(server, max_new_tokens=1900)
     server.children()["scheduler"].kill()
     with pytest.raises(requests.exceptions.ChunkedEncodingError):

@@ -85,14 +85,11 @@ class FakeRing:
     def __init__(self, script: Script | None = None) -> None:
         self.script = script
         self.sent: list[Any] = []
-        self.connected = True
         self.answers_commands = True
         self._frames: asyncio.Queue[list[Message]] = asyncio.Queue()
         self._changed = asyncio.Event()
 
-    def send(self, messages: Sequence[Message]) -> bool:
-        if not self.connected:
-            return False
+    def send(self, messages: Sequence[Message]) -> None:
         self.sent += messages
         self._changed.set()
         for message in messages:
@@ -101,7 +98,6 @@ class FakeRing:
                     self.push(answer)
             elif isinstance(message, ControlCommand) and self.answers_commands:
                 self._answer(message)
-        return True
 
     def _answer(self, command: ControlCommand) -> None:
         match command:

@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from http_gateway.flight import ClientGone
 from http_gateway.metrics import Metrics
-from http_gateway.ring_client import ClientGone, RingClient
-from runtime.control import Abort, FlushCache, Probe, Tokenize
+from http_gateway.ring_client import RingClient
+from runtime.control import Abort, FlushCache, Tokenize
 from runtime.errors import Kind, RequestError
-from runtime.messages import Facts, Finish, Generate, Reply, Request, pack_ids
+from runtime.messages import Finish, Generate, Reply, Request
 from runtime.sampling import SamplingParams
 from tests.unit.http_gateway.harness import FakeRing, asynchronous, step
 
@@ -95,39 +96,6 @@ async def test_a_call_of_more_requests_than_fit_is_the_callers_fault() -> None:
 
 
 @asynchronous
-async def test_without_a_tokenizer_nothing_becomes_pending() -> None:
-    async with connected() as (ring, transport):
-        transport.connected = False
-        with pytest.raises(RequestError) as refused:
-            ring.open([asked("a")])
-        assert refused.value.kind is Kind.UNAVAILABLE
-        assert ring.unfinished == 0
-
-
-@asynchronous
-async def test_resend_continues_behind_what_was_delivered_and_old_attempts_are_dropped() -> None:
-    async with connected() as (ring, transport):
-        with ring.open([asked("a")]) as flight:
-            transport.push(step("a", [5, 6], "xy"))
-            await flight.next()
-            assert ring.resend() == 1
-            again = (await transport.sent_of(Generate, 2))[-1]
-            assert (again.request.attempt, again.request.resume_ids) == (1, pack_ids([5, 6]))
-            transport.push(step("a", [7], "stale"), step("a", [7], "z", attempt=1, finish=STOP))
-            assert [text.text for _, text in await flight.next()] == ["z"]
-        assert ring.stale == 1
-
-
-@asynchronous
-async def test_resend_forgets_requests_whose_client_has_gone() -> None:
-    async with connected() as (ring, _):
-        with ring.open([asked("a")]):
-            pass
-        assert ring.resend() == 0
-        await ring.idle()
-
-
-@asynchronous
 async def test_abort_means_the_rid_itself_and_the_requests_made_from_it() -> None:
     async with connected() as (ring, transport):
         with ring.open([asked("a"), asked("ab"), asked("x1"), asked("x2")], ["", "", "x", "x"]):
@@ -179,15 +147,6 @@ async def test_a_command_without_an_answer_times_out_and_leaves_nothing() -> Non
 
 
 @asynchronous
-async def test_facts_are_awaited_and_replaced_by_those_of_a_new_scheduler() -> None:
-    async with connected() as (ring, transport):
-        for vocabulary in (10, 20):
-            transport.push(Facts(max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=vocabulary))
-            while (await ring.facts()).vocab_size != vocabulary:
-                await asyncio.sleep(0)
-
-
-@asynchronous
 async def test_end_all_finishes_requests_without_the_ring() -> None:
     async with connected() as (ring, _):
         with ring.open([asked("a")]) as flight:
@@ -215,16 +174,3 @@ async def test_endpoints_get_their_turn_while_frames_keep_coming() -> None:
             for token in range(100):
                 transport.push(step("a", [token]))
             assert len(await flight.next()) < 100
-
-
-@asynchronous
-async def test_a_lap_is_complete_only_once_the_tokenizer_is_connected() -> None:
-    async with connected() as (ring, transport):
-        transport.connected = False
-        lap = asyncio.create_task(ring.lap())
-        for _ in range(3):
-            await asyncio.sleep(0)
-        assert not lap.done()
-        transport.connected = True
-        await lap
-        assert [type(message) for message in transport.sent] == [Probe]

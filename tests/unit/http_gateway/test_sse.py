@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from http_gateway.ring_client import ClientGone
+from http_gateway.flight import ClientGone
 from http_gateway.sse import DONE, EventStream, event
 from runtime.errors import RequestError
 

@@ -1,8 +1,10 @@
 """The supervisor's decisions about its children. What it does with real processes is in tests/ring."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 
 import msgspec
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from runtime.config import ServerConfig
 from runtime.service import Ready
 from runtime.supervisor import (
+    BUDGET_WINDOW_S,
     CPU_QUOTA,
     SOURCE_ROOT,
     Child,
@@ -18,6 +21,7 @@ from runtime.supervisor import (
     Supervisor,
     child_environment,
     end_everything,
+    start_again,
     usable_cores,
 )
 
@@ -49,7 +53,8 @@ def dead_child():
 
     yield make
     for child in children:
-        child.close()
+        with contextlib.suppress(OSError):  # the supervisor closes those that it replaces
+            child.close()
 
 
 def line(**fields):
@@ -89,6 +94,61 @@ def test_a_gateway_that_fails_while_draining_is_not_a_clean_end(supervisor, dead
     assert supervisor.status == ExitStatus.DIED
 
 
+def up(supervisor, child):
+    """The server serves, and then this child is found dead."""
+    supervisor.was_ready = True
+    supervisor.children[child.role] = child
+    return child
+
+
+def test_a_service_that_dies_is_started_again_as_the_next_epoch(supervisor, dead_child, tmp_path):
+    (tmp_path / "scheduler.0").touch()
+    start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    assert supervisor.status is None
+    assert not supervisor.children and not supervisor.ready
+    assert supervisor._due["scheduler"][1] == 1
+    assert not (tmp_path / "scheduler.0").exists()
+
+
+def test_the_budget_is_each_services_own_and_one_death_more_ends_the_server(supervisor, dead_child):
+    for _ in range(supervisor.config.max_restarts):
+        start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    start_again(supervisor, up(supervisor, dead_child(Service("tokenizer", "t"), KILLED, line())))
+    assert supervisor.status is None
+    start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    assert supervisor.status == ExitStatus.DIED
+
+
+def test_old_deaths_are_forgiven(supervisor, dead_child, monkeypatch):
+    for _ in range(supervisor.config.max_restarts):
+        start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    later = time.monotonic() + BUDGET_WINDOW_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    assert supervisor.status is None
+
+
+def test_repeated_deaths_wait_longer_and_longer(supervisor, dead_child, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    delays = []
+    for _ in range(supervisor.config.max_restarts):
+        start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+        delays.append(supervisor._due["scheduler"][0] - 100.0)
+    assert delays == sorted(delays) and delays[0] == 0.0 < delays[1] < delays[2]
+
+
+def test_a_server_that_was_never_up_is_not_tried_again(supervisor, dead_child):
+    start_again(supervisor, dead_child(SCHEDULER, EXIT_3))
+    assert supervisor.status == ExitStatus.STARTUP
+
+
+def test_what_keeps_a_service_from_starting_again_is_quoted(supervisor, dead_child):
+    supervisor.config = ServerConfig(max_restarts=0)
+    start_again(supervisor, up(supervisor, dead_child(SCHEDULER, EXIT_3, line(error="the checkpoint is gone"))))
+    assert supervisor.status == ExitStatus.DIED
+    assert "the checkpoint is gone" in supervisor.reason
+
+
 def test_a_startup_error_is_quoted_as_it_is(supervisor, dead_child):
     end_everything(supervisor, dead_child(SCHEDULER, EXIT_3, line(error="no weights; use --load-format dummy")))
     assert (supervisor.status, supervisor.reason) == (ExitStatus.STARTUP, "no weights; use --load-format dummy")
@@ -112,8 +172,12 @@ def test_a_ready_line_may_come_in_pieces():
 
 def test_each_service_sends_to_the_next_and_the_last_to_the_first(supervisor, tmp_path):
     gateway, scheduler = supervisor.boot(GATEWAY, 0, 5), supervisor.boot(SCHEDULER, 0, 6)
-    assert gateway.outbox == scheduler.inbox == f"ipc://{tmp_path}/scheduler.0"
-    assert scheduler.outbox == gateway.inbox == f"ipc://{tmp_path}/gateway.0"
+    assert (gateway.outbox, scheduler.outbox) == (f"ipc://{tmp_path}/scheduler", f"ipc://{tmp_path}/gateway")
+
+
+def test_every_incarnation_binds_a_path_of_its_own(supervisor, tmp_path):
+    assert supervisor.boot(SCHEDULER, 0, 5).inbox == f"ipc://{tmp_path}/scheduler.0"
+    assert supervisor.boot(SCHEDULER, 3, 5).inbox == f"ipc://{tmp_path}/scheduler.3"
 
 
 def test_only_the_service_that_listens_gets_the_http_socket(supervisor):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from runtime.errors import CommandRefused
-from scheduler_service.beside import PATIENCE_S, SLICE_S, Turns, beside, breathe, freely
+from scheduler_service.beside import PATIENCE_S, SLICE_S, TOLERANCE, Pace, Turns, beside, breathe, freely
 
 
 def outcome(work: Callable[[], object]) -> object:
@@ -91,6 +91,22 @@ def test_the_loop_waits_until_the_slice_is_over() -> None:
     done = [step for i, step in enumerate(steps) if (step, i and steps[i - 1]) != ("step", "step")]
     assert [step for step in done if step != "step"] == [0, 1, 2, 3]
     assert done[done.index(0) : done.index(3)] == [0, 1, "step", 2]  # two pieces to a slice
+
+
+def test_a_step_slower_than_usual_leaves_less_for_the_slice() -> None:
+    pace = Pace()
+    assert [pace.slice_after(0.1) for _ in range(3)] == [SLICE_S] * 3
+    assert pace.slice_after(0.1 * TOLERANCE + SLICE_S / 4) == pytest.approx(SLICE_S * 3 / 4)
+    assert pace.slice_after(0.3) < 0
+    assert pace.slice_after(0.05) == SLICE_S
+
+
+def test_slowness_that_lasts_becomes_usual() -> None:
+    pace = Pace()
+    pace.slice_after(0.002)
+    slices = [pace.slice_after(0.1) for _ in range(40)]
+    assert slices[0] < 0 and slices == sorted(slices)
+    assert slices[-1] > SLICE_S / 2
 
 
 def test_the_loop_does_not_wait_for_work_that_does_not_rest() -> None:

@@ -1,13 +1,24 @@
 import logging
 
+import msgspec
 import pytest
 
-from runtime.control import COMMANDS, Abort, Detokenize, FlushCache, Probe, Tokenize
-from runtime.messages import Reply
+from runtime.control import (
+    COMMANDS,
+    Abort,
+    ContinueGeneration,
+    Detokenize,
+    FlushCache,
+    PauseGeneration,
+    Probe,
+    SlowDown,
+    Tokenize,
+)
+from runtime.messages import Facts, Reply, Restarted, Tokens
 from scheduler_service.control import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED, HANDLERS, matching
 from scheduler_service.scheduler import WAITING_BEAT_S
 from tests.rig import PROMPT, Rig
-from tests.stepper import tokenized
+from tests.stepper import VOCABULARY, tokenized
 
 ELSEWHERE = {Tokenize, Detokenize}  # answered by the text services
 
@@ -142,3 +153,47 @@ def test_a_probe_gathers_the_schedulers_figures_and_travels_on() -> None:
     assert figures["num_used_tokens"] == 9 and figures["max_total_num_tokens"] == 1000
     assert figures["prompt_tokens_total"] == 7 and figures["generation_tokens_total"] == 3
     assert figures["weight_version"] == "default"
+
+
+# commands that come again
+
+
+def test_a_command_that_comes_again_gets_its_answer_again_and_is_not_carried_out_again() -> None:
+    rig = Rig()
+    rig.inbox.put(SlowDown(id="s", forward_sleep_time=0.5), SlowDown(id="t"), SlowDown(id="s", forward_sleep_time=0.5))
+    rig.scheduler.step()
+    assert rig.scheduler.step_sleep_s == 0.0
+    assert [reply.id for reply in replies(rig)] == ["s", "t", "s"]
+
+
+def test_a_command_that_comes_again_while_it_waits_is_answered_once() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("a", PROMPT, 5), FlushCache(id="f", timeout=100.0), FlushCache(id="f", timeout=100.0))
+    rig.run()
+    rig.scheduler.step()
+    assert [reply.message for reply in replies(rig)] == [FLUSHED]
+
+
+# a gateway that was started again
+
+
+def test_a_new_gateway_is_told_what_is_served_and_old_requests_end_unheard() -> None:
+    rig = Rig(max_running=1)
+    rig.scheduler.facts = Facts(
+        epoch=2, max_total_num_tokens=9, max_req_input_len=8, context_length=8, vocab_size=VOCABULARY
+    )
+    rig.inbox.put(tokenized("running", PROMPT, 50), tokenized("waiting", PROMPT, 50))
+    for _ in range(3):
+        rig.scheduler.step()
+    assert rig.tokens("running")
+    sent = len(rig.outbox.messages)
+    rig.inbox.put(PauseGeneration(id="p", mode="in_place"), Restarted(role="gateway"), tokenized("new", PROMPT, 2))
+    rig.scheduler.step()
+    told = [message for message in rig.outbox.messages[sent:] if not isinstance(message, Tokens | Reply)]
+    state = {"weight_version": "default", "paused": True, "asleep": False}
+    assert told == [msgspec.structs.replace(rig.scheduler.facts, state=state)]
+    rig.inbox.put(ContinueGeneration(id="c"))
+    rig.run()
+    assert finishes(rig, "new") == ["length"]
+    assert finishes(rig, "running") == [None] and not rig.tokens("waiting")
+    rig.scheduler.planner.check()

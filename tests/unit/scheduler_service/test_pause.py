@@ -1,5 +1,6 @@
 """Pausing in three ways, and giving memory back for a while."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,12 @@ from tests.live import Live
 from tests.rig import PROMPT, Rig
 from tests.stepper import expected_output, tokenized
 
+ids = itertools.count()
+
 
 def call(rig: Rig, command: PauseGeneration | ContinueGeneration | FlushCache | SlowDown) -> Reply:
     """Step until the command is answered, for at most a few steps."""
-    command.id = "call"
+    command.id = f"call {next(ids)}"
     rig.inbox.put(command)
     for _ in range(5):
         rig.scheduler.step()
@@ -101,7 +104,8 @@ def test_pausing_twice_and_continuing_twice_answer_the_same(mode: str) -> None:
     rig = busy()
     pauses = [call(rig, PauseGeneration(mode=mode)) for _ in range(2)]  # type: ignore[arg-type]
     continues = [call(rig, ContinueGeneration()) for _ in range(2)]
-    assert pauses[0] == pauses[1] and continues[0] == continues[1]
+    for first, second in (pauses, continues):
+        assert (first.success, first.message, first.body) == (second.success, second.message, second.body)
     rig.run()
     assert all(rig.tokens(rid)[-1].finish for rid in "abc")
 

@@ -1,0 +1,97 @@
+"""What the gateway knows of every unfinished request, so that none is lost with a process of the ring.
+
+An entry holds all that is needed to send a request again, to go on behind what its client has. Whatever comes back for
+an older attempt is dropped, so nothing is said twice.
+
+A request may itself be what ends a process. One that was in the ring at two deaths and made nothing between them is a
+suspect: it runs while all others wait, until it has got beyond the point where it was at the last death. If the process
+dies under it again, it alone fails.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from runtime.control import Abort
+from runtime.messages import Generate, Request
+
+if TYPE_CHECKING:
+    from http_gateway.flight import Flight
+
+ID_BYTES = 4
+SUSPICIOUS_DEATHS = 2
+PROOF_TOKENS = 8  # made since a death: it was not this request's fault
+GUILTY = "The {role} ended three times while it served this request, the last time alone; the request is given up."
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """The journal entry of one unfinished request."""
+
+    generate: Generate
+    parent: str  # the rid that the client gave, where the request is one of several made from it
+    flight: "Flight | None"  # None: its client has gone, only the terminal message is awaited
+    index: int
+    sent_at: float
+    attempt: int = 0
+    in_ring: bool = False  # sent, as far as can be known
+    unwanted: Abort | None = None  # how somebody asked for its end
+    delivered: bytearray = field(default_factory=bytearray)  # output ids handed to the endpoint, int32
+    last_heard_at: float = 0.0  # 0: nothing yet
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    deaths: int = 0  # of processes while this was in the ring and made no progress
+    cleared_at: int = 0  # bytes of `delivered` that are progress
+
+    @property
+    def request(self) -> Request:
+        return self.generate.request
+
+    def message(self) -> Generate:
+        """The request as it is to be sent now."""
+        if not self.attempt and not self.delivered:
+            return self.generate
+        request = msgspec.structs.replace(self.request, attempt=self.attempt, resume_ids=bytes(self.delivered))
+        return msgspec.structs.replace(self.generate, request=request)
+
+
+class Quarantine:
+    """Which suspect runs while all others wait."""
+
+    def __init__(self) -> None:
+        self.alone: Pending | None = None
+        self._suspects: deque[Pending] = deque()
+
+    def died(self, lost: Collection[Pending]) -> Pending | None:
+        """A process has died with these. Returns the request that is to blame, where that is known."""
+        guilty = self.alone if self.alone in lost else None
+        for entry in lost:
+            if entry.in_ring:
+                entry.deaths = 1 if len(entry.delivered) >= entry.cleared_at else entry.deaths + 1
+                entry.cleared_at = len(entry.delivered) + PROOF_TOKENS * ID_BYTES
+            if entry.deaths >= SUSPICIOUS_DEATHS and entry is not guilty and entry not in self._suspects:
+                self._suspects.append(entry)
+        if guilty:
+            self.alone = None
+        return guilty
+
+    def admits(self, entry: Pending) -> bool:
+        """Whether the entry may be sent now."""
+        return self.alone is None or self.alone is entry
+
+    def clears(self, entry: Pending, ended: bool) -> bool:
+        """Something was heard of the entry: whether that ends its time alone."""
+        if entry is not self.alone or not (ended or len(entry.delivered) >= entry.cleared_at):
+            return False
+        self.alone, entry.deaths = None, 0
+        return True
+
+    def advance(self, unfinished: Iterable[Pending]) -> None:
+        """Choose the next suspect that is still there; without one everybody may run."""
+        there = set(unfinished)
+        while self._suspects and self.alone is None:
+            suspect = self._suspects.popleft()
+            self.alone = suspect if suspect in there else None

@@ -1,0 +1,60 @@
+"""Orders that stand until they are taken back: a pause, and memory that is given up.
+
+They are noted in the run directory, so that a scheduler that is started again neither generates what nobody expects
+nor takes the memory that a trainer works in.
+"""
+
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from runtime import records
+from runtime.errors import CommandRefused
+
+if TYPE_CHECKING:
+    from scheduler_service.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+NAME = "standing.json"
+
+
+class Orders(msgspec.Struct, kw_only=True):
+    """What stands."""
+
+    paused: bool = False
+    released: list[str] = []  # tags of /release_memory_occupation, sorted
+
+
+class StandingOrders:
+    """The orders of one boot."""
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._noted = records.read(run_dir, NAME, Orders) or Orders()
+
+    def note(self, scheduler: "Scheduler") -> None:
+        """Record what stands now, where that has changed."""
+        released = sorted(scheduler.saver.released) if scheduler.saver else []
+        orders = Orders(paused=scheduler.planner.paused, released=released)
+        if orders == self._noted:
+            return
+        self._noted = orders
+        try:
+            records.write(self._run_dir, NAME, orders)
+        except OSError as error:
+            log.error("Could not record a pause or its end: %s. A restarted scheduler would not know of it.", error)
+
+    def take_up(self, scheduler: "Scheduler") -> None:
+        """Follow the orders that the scheduler before had been given."""
+        orders = self._noted
+        scheduler.planner.paused = orders.paused
+        if orders.released and scheduler.saver:
+            try:
+                scheduler.saver.release(orders.released)
+            except (CommandRefused, OSError, RuntimeError) as error:
+                log.error("Memory that had been given up is taken again: %s.", error)
+            scheduler.look_at_memory()
+        if orders != Orders():
+            log.warning("Still paused: %s. Memory still released: %s.", orders.paused, orders.released or "none")

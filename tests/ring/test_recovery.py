@@ -1,0 +1,324 @@
+"""Processes of the ring are killed while requests run: every answer is the one that an undisturbed server gives."""
+
+import itertools
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import requests
+
+from runtime.supervisor import ExitStatus
+from tests import checkpoints
+from tests.servers import Server
+
+WAIT_S = 120
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "people": {"type": "integer"}}}
+LENGTH = 120
+FLAGS = ("--dtype", "float32", "--page-size", "4")
+
+
+def body(prompt: str, **params: Any) -> dict[str, Any]:
+    return {"text": prompt, "sampling_params": {"max_new_tokens": LENGTH, "ignore_eos": True, **params}}
+
+
+# Each answer depends on its body alone; together they have every kind of state that a replay must rebuild.
+BODIES = [
+    body("The capital of France is", temperature=0),
+    body("The capital of Japan is", temperature=0.9, sampling_seed=3),
+    body("The capital of Kenya is", temperature=0.9, sampling_seed=4, top_k=20, frequency_penalty=0.7),
+    body("The capital of Peru is", temperature=0.9, sampling_seed=5, presence_penalty=0.5, min_new_tokens=60),
+    body("A city: ", temperature=0.9, sampling_seed=6, json_schema=json.dumps(SCHEMA), ignore_eos=False),
+    body("One two", temperature=0.9, sampling_seed=7, regex="[a-z]{40,60} [0-9]{20}", ignore_eos=False),
+    body("The capital of Egypt is", temperature=0.9, sampling_seed=8, stop=["qzx", " the end of it"], n=2),
+    {**body("The capital of Norway is", temperature=0), "return_logprob": True, "logprob_start_len": 0},
+    {**body("Hello", temperature=0.9, sampling_seed=9), "return_logprob": True, "top_logprobs_num": 2},
+]
+
+
+def answer_of(said: dict[str, Any]) -> dict[str, Any]:
+    """What must not differ between two runs."""
+    meta = said["meta_info"]
+    kept = ("finish_reason", "prompt_tokens", "completion_tokens", "weight_version", "weight_versions")
+    probabilities = {key: rounded(value) for key, value in meta.items() if key.endswith("logprobs")}
+    return {
+        "text": said["text"],
+        "ids": said["output_ids"],
+        **{key: meta.get(key) for key in kept},
+        **probabilities,
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to four digits: a prompt computed at once and one computed step by step differ in the last bits."""
+    if isinstance(value, float):
+        return round(value, 4)
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+class Stream(threading.Thread):
+    """A streamed request, from its first event to its last."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self.url, self.body = url, {**body, "stream": True}
+        self.events: list[dict[str, Any]] = []
+        self.error: Exception | None = None
+        self.more = threading.Condition()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with requests.post(f"{self.url}/generate", json=self.body, stream=True, timeout=WAIT_S) as response:
+                for line in response.iter_lines():
+                    if line.startswith(b"data: {"):
+                        with self.more:
+                            self.events.append(json.loads(line[6:]))
+                            self.more.notify_all()
+        except requests.RequestException as error:
+            self.error = error
+        with self.more:
+            self.more.notify_all()
+
+    def reach(self, tokens: int) -> None:
+        """Wait until it has so many tokens, or has ended."""
+        with self.more:
+            assert self.more.wait_for(lambda: not self.is_alive() or self.made >= tokens, WAIT_S), self.events[-1:]
+
+    @property
+    def made(self) -> int:
+        return self.events[-1]["meta_info"]["completion_tokens"] if self.events else 0
+
+    def answers(self) -> dict[int, dict[str, Any]]:
+        """By index, what the last events said; every event has to carry on where the one before stopped."""
+        self.join(WAIT_S)
+        assert not self.is_alive() and self.error is None, self.error
+        last: dict[int, dict[str, Any]] = {}
+        for event in self.events:
+            index = event.get("index", 0)
+            before = last.get(index, event)
+            assert event["output_ids"][: len(before["output_ids"])] == before["output_ids"]
+            assert event["text"].startswith(before["text"])
+            last[index] = event
+        return {index: answer_of(event) for index, event in last.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch_for_module: Callable[..., Server]) -> list[dict[int, dict[str, Any]]]:
+    server = launch_for_module("--model-path", "demo", *FLAGS)
+    streams = [Stream(server.url, body) for body in BODIES]
+    return [stream.answers() for stream in streams]
+
+
+@pytest.mark.parametrize(
+    "deaths",
+    [
+        [("scheduler", 20)],
+        [("tokenizer", 0)],
+        [("tokenizer", 20)],
+        [("detokenizer", 20)],
+        [("scheduler", 10), ("detokenizer", 30), ("tokenizer", 50), ("scheduler", 80)],
+    ],
+    ids=lambda deaths: "-".join(f"{role}{tokens}" for role, tokens in deaths),
+)
+def test_streams_go_on_as_if_nothing_had_happened(
+    launch: Callable[..., Server], undisturbed: list[dict[int, dict[str, Any]]], deaths: list[tuple[str, int]]
+) -> None:
+    server = launch("--model-path", "demo", *FLAGS)
+    streams = [Stream(server.url, body) for body in BODIES]
+    for count, (role, tokens) in enumerate(deaths, 1):
+        streams[0].reach(tokens)
+        server.children()[role].kill()
+        wait_for_return(server, role, sum(name == role for name, _ in deaths[:count]))
+    assert [stream.answers() for stream in streams] == undisturbed
+    assert requests.get(f"{server.url}/health", timeout=WAIT_S).status_code == 200
+    metrics = requests.get(f"{server.url}/metrics", timeout=WAIT_S).text
+    assert sum(map(float, re.findall(r"^quartet:restarts_total\{.*\} (\S+)$", metrics, re.M))) == len(deaths)
+
+
+def wait_for_return(server: Server, role: str, count: int = 1) -> None:
+    """Until the gateway has heard of the restart for the count-th time."""
+    deadline = time.monotonic() + WAIT_S
+    while server.log.count(f"The {role} was started again") < count:
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.01)
+
+
+def test_openai_clients_notice_nothing(launch: Callable[..., Server]) -> None:
+    server = launch("--model-path", "demo", *FLAGS)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    question: Any = {"model": "demo", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    expected = client.chat.completions.create(**question, temperature=0, max_tokens=60)
+    chunks = client.chat.completions.create(**question, temperature=0, max_tokens=60, stream=True)
+    text = next(chunks).choices[0].delta.content or ""
+    server.children()["scheduler"].kill()
+    text += "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == expected.choices[0].message.content
+
+
+def test_embeddings_arrive_though_the_scheduler_dies(launch: Callable[..., Server]) -> None:
+    server = launch("--model-path", "demo", "--is-embedding", *FLAGS)
+    texts = [f"sentence number {number}" for number in range(40)]
+    ask = lambda: requests.post(f"{server.url}/encode", json={"text": texts}, timeout=WAIT_S).json()  # noqa: E731
+    expected = [item["embedding"] for item in ask()]
+    requests.post(f"{server.url}/slow_down", json={"forward_sleep_time": 0.5}, timeout=WAIT_S)
+    found: list[Any] = []
+    caller = threading.Thread(target=lambda: found.extend(ask()))
+    caller.start()
+    server.wait_for("Prefill batch")
+    server.children()["scheduler"].kill()
+    caller.join(WAIT_S)
+    for item, vector in zip(found, expected, strict=True):
+        assert item["embedding"] == pytest.approx(vector, abs=1e-5)
+
+
+# the culprit
+
+
+def test_a_request_that_ends_the_scheduler_each_time_fails_alone(
+    launch: Callable[..., Server], undisturbed: list[dict[int, dict[str, Any]]]
+) -> None:
+    """The test plays its part: whenever that request is in the ring and makes a token, the scheduler is killed."""
+    server = launch("--model-path", "demo", *FLAGS)
+    others = [Stream(server.url, BODIES[i]) for i in (0, 1)]
+    for stream in others:
+        stream.reach(5)
+    culprit = Stream(server.url, body("Kill", temperature=0))
+    for count in range(1, 4):
+        culprit.reach(count)
+        server.children()["scheduler"].kill()
+        wait_for_return(server, "scheduler", count)
+    culprit.join(WAIT_S)
+    assert [stream.answers() for stream in others] == undisturbed[:2]
+    assert "the request is given up" in json.dumps(culprit.events[-1])
+    assert "The scheduler ended three times while it served this request" in json.dumps(culprit.events[-1])
+
+
+# the scheduler's state
+
+
+def test_the_weights_that_were_committed_last_serve_again(launch: Callable[..., Server], tmp_path: Path) -> None:
+    first, second = (checkpoints.version_model(tmp_path / name, token) for name, token in (("a", 11), ("b", 12)))
+    server = launch("--model-path", str(first), "--skip-tokenizer-init", "--dtype", "float32")
+    update = {"model_path": str(second), "weight_version": "second"}
+    assert requests.post(f"{server.url}/update_weights_from_disk", json=update, timeout=WAIT_S).json()["success"]
+    server.children()["scheduler"].kill()
+    wait_for_return(server, "scheduler")
+    asked = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}}
+    said = requests.post(f"{server.url}/generate", json=asked, timeout=WAIT_S).json()
+    assert (said["output_ids"], said["meta_info"]["weight_version"]) == ([12] * 4, "second")
+    assert requests.get(f"{server.url}/model_info", timeout=WAIT_S).json()["weight_version"] == "second"
+
+
+def test_a_pause_outlasts_the_scheduler_and_the_gateway(launch: Callable[..., Server]) -> None:
+    server = launch("--model-path", "demo", *FLAGS)
+    stream = Stream(server.url, BODIES[0])
+    stream.reach(10)
+    requests.post(f"{server.url}/pause_generation", json={"mode": "in_place"}, timeout=WAIT_S)
+    made = stream.made
+    server.children()["scheduler"].kill()
+    wait_for_return(server, "scheduler")
+    assert requests.get(f"{server.url}/readyz", timeout=WAIT_S).status_code == 503
+    assert stream.made <= made + 1  # what was on its way
+    requests.post(f"{server.url}/continue_generation", json={}, timeout=WAIT_S)
+    assert stream.answers()[0]["completion_tokens"] == LENGTH
+
+
+def test_a_gateway_that_died_serves_again_on_the_same_port(launch: Callable[..., Server]) -> None:
+    server = launch("--model-path", "demo", *FLAGS)
+    url = server.url
+    stream = Stream(url, {**body("Hello", temperature=0), "rid": "mine"})
+    stream.reach(5)
+    requests.post(f"{url}/pause_generation", json={"mode": "in_place"}, timeout=WAIT_S)
+    server.children()["gateway"].kill()
+    stream.join(WAIT_S)
+    assert stream.error is not None  # its connection ended with the process
+    assert requests.get(f"{url}/readyz", timeout=WAIT_S).status_code == 503  # it is told of the pause
+    requests.post(f"{url}/continue_generation", json={}, timeout=WAIT_S)
+    again = Stream(url, {**body("Hello", temperature=0), "rid": "mine"})
+    assert again.answers()[0]["completion_tokens"] == LENGTH
+    load = requests.get(f"{url}/get_server_info", timeout=WAIT_S).json()["internal_states"][0]
+    assert load["num_running_reqs"] == 0  # the old one's is gone
+
+
+def test_a_command_that_the_scheduler_takes_to_its_grave_is_answered(launch: Callable[..., Server]) -> None:
+    server = launch("--model-path", "demo", *FLAGS)
+    stream = Stream(server.url, BODIES[0])
+    stream.reach(5)
+    answers: list[requests.Response] = []
+    flush = threading.Thread(
+        target=lambda: answers.append(requests.post(f"{server.url}/flush_cache?timeout=100", timeout=WAIT_S))
+    )
+    flush.start()
+    time.sleep(0.3)
+    server.children()["scheduler"].kill()
+    flush.join(WAIT_S)
+    assert answers[0].status_code == 503
+    assert "started again" in answers[0].text
+    stream.answers()
+
+
+# a scheduler that does not move
+
+
+def test_a_scheduler_that_hangs_is_replaced_and_its_streams_go_on(
+    launch: Callable[..., Server], undisturbed: list[dict[int, dict[str, Any]]]
+) -> None:
+    server = launch("--model-path", "demo", "--watchdog-timeout", "2", *FLAGS)
+    stream = Stream(server.url, BODIES[0])
+    stream.reach(20)
+    server.children()["scheduler"].send_signal(signal.SIGSTOP)
+    server.wait_for("has not moved for 2 s (--watchdog-timeout)")
+    wait_for_return(server, "scheduler")
+    assert stream.answers() == undisturbed[0]
+
+
+def test_an_idle_scheduler_is_not_taken_for_hung(launch_fake: Callable[..., Server]) -> None:
+    server = launch_fake("--watchdog-timeout", "1.5")
+    time.sleep(4)
+    assert "has not moved" not in server.log
+    server.signal()
+    assert server.wait() == ExitStatus.CLEAN
+
+
+# draining
+
+
+def test_a_death_while_draining_loses_nothing(launch: Callable[..., Server]) -> None:
+    server = launch("--model-path", "demo", *FLAGS)
+    stream = Stream(server.url, BODIES[0])
+    stream.reach(5)
+    server.signal()
+    server.wait_for("Draining")
+    server.children()["scheduler"].kill()
+    assert stream.answers()[0]["completion_tokens"] == LENGTH
+    assert server.wait() == ExitStatus.CLEAN
+
+
+# many deaths
+
+
+def deaths_of_all() -> Iterator[str]:
+    return itertools.cycle(["scheduler", "detokenizer", "tokenizer"])
+
+
+@pytest.mark.slow
+def test_many_requests_and_many_deaths(launch_fake: Callable[..., Server]) -> None:
+    """64 streams on a scheduler without a model, whose tokens are a function of the prompt; deaths without pause."""
+    server = launch_fake("--max-restarts", "1000", environment={"QUARTET_FAKE_STEP_S": "0.01"})
+    asked = [body(f"stream {number}", temperature=0, max_new_tokens=400) for number in range(64)]
+    streams = [Stream(server.url, one) for one in asked]
+    for role in itertools.islice(deaths_of_all(), 9):
+        time.sleep(0.5)
+        if role in (children := server.children()):
+            children[role].kill()
+    found = [stream.answers()[0] for stream in streams]
+    calm = launch_fake()
+    expected = [Stream(calm.url, one).answers()[0] for one in asked]
+    assert found == expected
