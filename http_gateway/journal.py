@@ -3,9 +3,9 @@
 An entry holds all that is needed to send a request again, to go on behind what its client has. Whatever comes back for
 an older attempt is dropped, so nothing is said twice.
 
-A request may itself be what ends a process. One that was in the ring at two deaths and made nothing between them is a
-suspect: it runs while all others wait, until it has got beyond the point where it was at the last death. If the process
-dies under it again, it alone fails.
+A request may itself be what ends a process. One that was in the ring at two deaths of the same service, and made
+nothing to speak of between them, is a suspect: it runs while all others wait, until it has got beyond the point where
+it was at the last death. If that service dies under it again, it alone fails.
 """
 
 from collections import deque
@@ -27,6 +27,14 @@ PROOF_TOKENS = 8  # made since a death: it was not this request's fault
 GUILTY = "The {role} ended three times while it served this request, the last time alone; the request is given up."
 
 
+@dataclass(slots=True)
+class Deaths:
+    """Those of one service in a row, without progress of the request between them."""
+
+    count: int = 0
+    proof_bytes: int = 0  # of `Pending.delivered`: so much is progress
+
+
 @dataclass(slots=True, eq=False)
 class Pending:
     """The journal entry of one unfinished request."""
@@ -43,8 +51,7 @@ class Pending:
     last_heard_at: float = 0.0  # 0: nothing yet
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    deaths: int = 0  # of processes while this was in the ring and made no progress
-    cleared_at: int = 0  # bytes of `delivered` that are progress
+    deaths: dict[str, "Deaths"] = field(default_factory=dict)  # by role, while this was in the ring
 
     @property
     def request(self) -> Request:
@@ -63,17 +70,20 @@ class Quarantine:
 
     def __init__(self) -> None:
         self.alone: Pending | None = None
-        self._suspects: deque[Pending] = deque()
+        self._role = ""  # whose death it is suspected of
+        self._suspects: deque[tuple[Pending, str]] = deque()
 
-    def died(self, lost: Collection[Pending]) -> Pending | None:
-        """A process has died with these. Returns the request that is to blame, where that is known."""
-        guilty = self.alone if self.alone in lost else None
+    def died(self, role: str, lost: Collection[Pending]) -> Pending | None:
+        """A service has died with these. Returns the request that is to blame, where that is known."""
+        guilty = self.alone if self.alone in lost and self._role == role else None
         for entry in lost:
-            if entry.in_ring:
-                entry.deaths = 1 if len(entry.delivered) >= entry.cleared_at else entry.deaths + 1
-                entry.cleared_at = len(entry.delivered) + PROOF_TOKENS * ID_BYTES
-            if entry.deaths >= SUSPICIOUS_DEATHS and entry is not guilty and entry not in self._suspects:
-                self._suspects.append(entry)
+            if entry is guilty or not entry.in_ring:
+                continue
+            deaths = entry.deaths.setdefault(role, Deaths())
+            deaths.count = 1 if len(entry.delivered) >= deaths.proof_bytes else deaths.count + 1
+            deaths.proof_bytes = len(entry.delivered) + PROOF_TOKENS * ID_BYTES
+            if deaths.count >= SUSPICIOUS_DEATHS:
+                self._suspects.append((entry, role))
         if guilty:
             self.alone = None
         return guilty
@@ -84,14 +94,16 @@ class Quarantine:
 
     def clears(self, entry: Pending, ended: bool) -> bool:
         """Something was heard of the entry: whether that ends its time alone."""
-        if entry is not self.alone or not (ended or len(entry.delivered) >= entry.cleared_at):
+        if entry is not self.alone:
             return False
-        self.alone, entry.deaths = None, 0
+        if not ended and len(entry.delivered) < entry.deaths[self._role].proof_bytes:
+            return False
+        self.alone = None
         return True
 
     def advance(self, unfinished: Iterable[Pending]) -> None:
         """Choose the next suspect that is still there; without one everybody may run."""
         there = set(unfinished)
         while self._suspects and self.alone is None:
-            suspect = self._suspects.popleft()
+            suspect, self._role = self._suspects.popleft()
             self.alone = suspect if suspect in there else None

@@ -205,7 +205,7 @@ class RingClient:
         forgotten = role == "scheduler"  # it knows nothing any more, so there is nothing to abort
         aborts = [] if forgotten else [abort for abort in self._relayed if abort.rid not in self._pending]
         lost = [entry for entry in self._pending.values() if role != "tokenizer" or not entry.last_heard_at]
-        guilty = self._quarantine.died(lost)
+        guilty = self._quarantine.died(role, lost)
         for entry in lost:
             entry.in_ring, entry.attempt = False, self._attempt
         for entry in list(self._pending.values()):
