@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import xxhash
@@ -37,7 +37,18 @@ HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cach
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-Identity = tuple[int, ...]
+
+
+class Identity(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    device: int
+    inode: int
+    size: int
+    written_ns: int
+    changed_ns: int
+
+
 Identities = dict[Path, Identity]
 
 
@@ -54,8 +65,7 @@ def on_one_thread(work: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
 
 def identity(status: os.stat_result) -> Identity:
-    """What changes when a file is written to or replaced."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def identities(directory: Path) -> Identities:

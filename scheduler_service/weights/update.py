@@ -124,7 +124,13 @@ class Updates:
         directory = told_as(NOT_OPENED, lambda: self.locate(model_path))
         before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
         told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
-        source = Committed(model_path=model_path, model_dir=str(directory), weight_version="", load_format=load_format)
+        source = Committed(
+            model_path=model_path,
+            model_dir=str(directory),
+            weight_version="",
+            load_format=load_format,
+            files={path.name: [file.size, file.written_ns] for path, file in before.items()},
+        )
         return self.packed(self.new_names(), source)
 
     def new_names(self) -> frozenset[str]:

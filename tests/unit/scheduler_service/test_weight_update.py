@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -21,6 +23,7 @@ from runtime.control import (
     UpdateWeightsFromTensor,
     UpdateWeightVersion,
 )
+from runtime.errors import StartupError
 from scheduler_service import host_memory
 from scheduler_service.main import model_facts
 from scheduler_service.weights import record, staging
@@ -276,6 +279,24 @@ def test_after_a_restart_lost_tensors_do_not_leave_their_label_behind(
     live.call(UpdateWeightVersion(new_version="D"))
     restored = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
     assert (restored.model_dir, restored.weight_version) == (str(versions[1]), "B")
+
+
+def test_a_directory_rewritten_since_its_update_is_served_under_another_version_after_a_restart(
+    live: Live, versions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    live.call(to_b(versions))
+    os.utime(versions[1] / "model.safetensors", ns=(1, 1))
+    restored = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
+    assert (restored.model_dir, restored.weight_version) == (str(versions[1]), "B-rewritten")
+
+
+def test_a_checkpoint_that_is_gone_is_named_and_nothing_else_is_served_in_its_place(
+    live: Live, versions: tuple[Path, Path], tmp_path: Path
+) -> None:
+    live.call(to_b(versions))
+    shutil.rmtree(versions[1])
+    with pytest.raises(StartupError, match=f"version B.* no longer in {versions[1]}"):
+        record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
 
 
 def test_a_directory_of_nothing_but_weights_can_be_served_after_a_restart(
