@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import NoReturn
@@ -201,6 +200,4 @@ def main(boot: Boot) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("the gateway is started by `quartet serve`")
     service.run(main)

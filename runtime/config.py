@@ -145,6 +145,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Natural,
         flag("how often within a minute a process that died is started again before the server ends", OPERATIONS),
     ] = 3
+    disable_standby: Annotated[
+        bool,
+        flag("keep no second scheduler process at hand: 150 MB less, and a restart takes seconds longer", OPERATIONS),
+    ] = False
     watchdog_timeout: Annotated[
         Seconds, flag("seconds without a step after which the scheduler is replaced; 0: never", OPERATIONS)
     ] = 300.0

@@ -15,6 +15,7 @@ import msgspec
 import setproctitle
 
 from runtime import flags, hub, run_dir
+from runtime.child import Service
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
 from runtime.log import set_up_logging
@@ -22,7 +23,7 @@ from runtime.model_info import embeds
 from runtime.resolve import look_at_machine, resolve
 from runtime.service import TITLE
 from runtime.sockets import endpoint
-from runtime.supervisor import ExitStatus, Service, Signals, Supervisor
+from runtime.supervisor import ExitStatus, Signals, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ KEEPS_MEMORY = {
 SERVICES = (
     Service("gateway", "http_gateway.main", listens=True),
     Service("tokenizer", "tokenizer_service.main"),
-    Service("scheduler", "scheduler_service.main", threads=0, beats=True, environment=KEEPS_MEMORY),
+    Service("scheduler", "scheduler_service.main", threads=0, beats=True, standby=True, environment=KEEPS_MEMORY),
     Service("detokenizer", "detokenizer_service.main"),
 )
 BACKLOG = 2048

@@ -1,6 +1,7 @@
 """What every service process does at start, and the loop of the text services.
 
-A child is started as `python -m <service>.main <boot file>`. It reads the Boot, sets its title, arms its own death
+A child is started as `python -m <service>.main`. It reads the name of its boot file from its standard input, where
+that may be long in coming for one that stands by, then the Boot, sets its title, arms its own death
 with the launcher's (parent-death signal, re-checked parent, lifeline pipe), binds its inbox, loads what it needs and
 writes one Ready line to the ready pipe. Nothing here loads torch.
 """
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1
 EXIT_STARTUP = 64  # a service could not start; the message is in its Ready line
 TITLE = "quartet::{role}"
+STANDBY = "standby"
+NOT_BY_HAND = "services are started by `quartet serve`"
 
 _libc = ctypes.CDLL(None)  # loaded here, for arm_death_signal runs between fork and exec
 
@@ -56,9 +59,13 @@ class Ready(msgspec.Struct, kw_only=True):
     error: str = ""
 
 
-def boot_from_argv() -> Boot:
-    """Read the boot file named on the command line and become that service."""
-    with open(sys.argv[1], "rb") as file:
+def boot_from_stdin() -> Boot:
+    """Stand by until a boot file is named, and become that service."""
+    setproctitle.setproctitle(TITLE.format(role=STANDBY))
+    boot_file = sys.stdin.readline().strip()
+    if not boot_file:
+        sys.exit(NOT_BY_HAND)
+    with open(boot_file, "rb") as file:
         boot = msgspec.msgpack.decode(file.read(), type=Boot)
     setproctitle.setproctitle(TITLE.format(role=boot.role))
     set_up_logging(boot.config)
@@ -102,7 +109,7 @@ def refuse(boot: Boot, error: StartupError) -> None:
 
 def run(main: Callable[[Boot], None]) -> NoReturn:
     """Entry point of a service: boot, run `main`, and turn any escape into a log line and an exit status."""
-    boot = boot_from_argv()
+    boot = boot_from_stdin()
     try:
         main(boot)
     except StartupError as error:

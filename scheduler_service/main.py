@@ -1,4 +1,4 @@
-"""The scheduler process: `python -m scheduler_service.main <boot file>`."""
+"""The scheduler process: `python -m scheduler_service.main`."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""A scheduler process without a model: `python -m tests.fake_scheduler <boot file>`.
+"""A scheduler process without a model: `python -m tests.fake_scheduler`.
 
 Everything is real but the worker. For tests of the ring only; tuned through the environment of the test:
 QUARTET_FAKE_STEP_S (seconds per step, default 0), QUARTET_FAKE_PAGES (default 65536), QUARTET_FAKE_RUNNING (256),

@@ -39,7 +39,8 @@ def start(tmp_path):
         (tmp_path / "boot").write_bytes(msgspec.msgpack.encode(boot))
         code = f"import sys\nfrom runtime.service import run, report_ready\ndef main(boot):\n    {body}\nrun(main)"
         ended = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "boot")],
+            [sys.executable, "-c", code],
+            input=f"{tmp_path / 'boot'}\n",
             pass_fds=[ready_write, lifeline_read],
             capture_output=True,
             text=True,

@@ -9,21 +9,10 @@ import time
 import msgspec
 import pytest
 
+from runtime.child import CPU_QUOTA, SOURCE_ROOT, Child, Service, child_environment, usable_cores
 from runtime.config import ServerConfig
 from runtime.service import Ready
-from runtime.supervisor import (
-    BUDGET_WINDOW_S,
-    CPU_QUOTA,
-    SOURCE_ROOT,
-    Child,
-    ExitStatus,
-    Service,
-    Supervisor,
-    child_environment,
-    end_everything,
-    start_again,
-    usable_cores,
-)
+from runtime.supervisor import BUDGET_WINDOW_S, ExitStatus, Supervisor
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -45,7 +34,7 @@ def dead_child():
             os.write(write_fd, line)
         os.close(write_fd)
         process = subprocess.Popen([sys.executable, "-c", code])
-        child = Child(service, process, os.pidfd_open(process.pid), read_fd)
+        child = Child(service, process, os.pidfd_open(process.pid), read_fd, write_fd)
         process.wait()
         child.read_ready()
         children.append(child)
@@ -66,31 +55,31 @@ KILLED = "import os; os.kill(os.getpid(), 9)"
 
 
 def test_a_death_after_ready_ends_the_server_as_died(supervisor, dead_child):
-    end_everything(supervisor, dead_child(SCHEDULER, EXIT_3, line()))
+    supervisor.end_with(dead_child(SCHEDULER, EXIT_3, line()))
     assert supervisor.status == ExitStatus.DIED
     assert "the scheduler (pid" in supervisor.reason
     assert "ended with status 3" in supervisor.reason
 
 
 def test_even_an_exit_with_status_zero_that_nobody_asked_for_is_a_death(supervisor, dead_child):
-    end_everything(supervisor, dead_child(SCHEDULER, EXIT_0, line()))
+    supervisor.end_with(dead_child(SCHEDULER, EXIT_0, line()))
     assert supervisor.status == ExitStatus.DIED
 
 
 def test_a_killed_child_is_described_by_its_signal(supervisor, dead_child):
-    end_everything(supervisor, dead_child(SCHEDULER, KILLED, line()))
+    supervisor.end_with(dead_child(SCHEDULER, KILLED, line()))
     assert "was killed by SIGKILL (out of memory?)" in supervisor.reason
 
 
 def test_a_gateway_that_ends_cleanly_after_draining_ends_the_server_cleanly(supervisor, dead_child):
     supervisor.draining_until = 1.0
-    end_everything(supervisor, dead_child(GATEWAY, EXIT_0, line()))
+    supervisor.end_with(dead_child(GATEWAY, EXIT_0, line()))
     assert (supervisor.status, supervisor.reason) == (ExitStatus.CLEAN, "")
 
 
 def test_a_gateway_that_fails_while_draining_is_not_a_clean_end(supervisor, dead_child):
     supervisor.draining_until = 1.0
-    end_everything(supervisor, dead_child(GATEWAY, EXIT_3, line()))
+    supervisor.end_with(dead_child(GATEWAY, EXIT_3, line()))
     assert supervisor.status == ExitStatus.DIED
 
 
@@ -103,7 +92,7 @@ def up(supervisor, child):
 
 def test_a_service_that_dies_is_started_again_as_the_next_epoch(supervisor, dead_child, tmp_path):
     (tmp_path / "scheduler.0").touch()
-    start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, KILLED, line())))
     assert supervisor.status is None
     assert not supervisor.children and not supervisor.ready
     assert supervisor._due["scheduler"][1] == 1
@@ -112,19 +101,19 @@ def test_a_service_that_dies_is_started_again_as_the_next_epoch(supervisor, dead
 
 def test_the_budget_is_each_services_own_and_one_death_more_ends_the_server(supervisor, dead_child):
     for _ in range(supervisor.config.max_restarts):
-        start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
-    start_again(supervisor, up(supervisor, dead_child(Service("tokenizer", "t"), KILLED, line())))
+        supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    supervisor.look_at_death(up(supervisor, dead_child(Service("tokenizer", "t"), KILLED, line())))
     assert supervisor.status is None
-    start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, KILLED, line())))
     assert supervisor.status == ExitStatus.DIED
 
 
 def test_old_deaths_are_forgiven(supervisor, dead_child, monkeypatch):
     for _ in range(supervisor.config.max_restarts):
-        start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+        supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, KILLED, line())))
     later = time.monotonic() + BUDGET_WINDOW_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, KILLED, line())))
     assert supervisor.status is None
 
 
@@ -132,32 +121,32 @@ def test_repeated_deaths_wait_longer_and_longer(supervisor, dead_child, monkeypa
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     delays = []
     for _ in range(supervisor.config.max_restarts):
-        start_again(supervisor, up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+        supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, KILLED, line())))
         delays.append(supervisor._due["scheduler"][0] - 100.0)
     assert delays == sorted(delays) and delays[0] == 0.0 < delays[1] < delays[2]
 
 
 def test_a_server_that_was_never_up_is_not_tried_again(supervisor, dead_child):
-    start_again(supervisor, dead_child(SCHEDULER, EXIT_3))
+    supervisor.look_at_death(dead_child(SCHEDULER, EXIT_3))
     assert supervisor.status == ExitStatus.STARTUP
 
 
 def test_what_keeps_a_service_from_starting_again_is_quoted(supervisor, dead_child):
     supervisor.config = ServerConfig(max_restarts=0)
-    start_again(supervisor, up(supervisor, dead_child(SCHEDULER, EXIT_3, line(error="the checkpoint is gone"))))
+    supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, EXIT_3, line(error="the checkpoint is gone"))))
     assert supervisor.status == ExitStatus.DIED
     assert "the checkpoint is gone" in supervisor.reason
 
 
 def test_a_startup_error_is_quoted_as_it_is(supervisor, dead_child):
-    end_everything(supervisor, dead_child(SCHEDULER, EXIT_3, line(error="no weights; use --load-format dummy")))
+    supervisor.end_with(dead_child(SCHEDULER, EXIT_3, line(error="no weights; use --load-format dummy")))
     assert (supervisor.status, supervisor.reason) == (ExitStatus.STARTUP, "no weights; use --load-format dummy")
 
 
 def test_a_ready_line_may_come_in_pieces():
     read_fd, write_fd = os.pipe()
     process = subprocess.Popen([sys.executable, "-c", "pass"])
-    child = Child(SCHEDULER, process, os.pidfd_open(process.pid), read_fd)
+    child = Child(SCHEDULER, process, os.pidfd_open(process.pid), read_fd, write_fd)
     whole = line()
     os.write(write_fd, whole[:5])
     child.read_ready()

@@ -1,0 +1,145 @@
+"""One process of the server: how it is started, what it says of itself, how it ended."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from runtime.service import Ready, arm_death_signal
+
+SOURCE_ROOT = Path(__file__).resolve().parents[1]
+READY_LINE_BYTES = 64 << 10
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container: "<microseconds or max> <period>"
+
+
+@dataclass(frozen=True)
+class Service:
+    """One row of the table of processes. Each sends to the next row, the last to the first."""
+
+    role: str
+    module: str
+    threads: int = 1  # OpenMP threads; 0: one per usable core
+    listens: bool = False  # gets the bound HTTP socket
+    environment: Mapping[str, str] = field(default_factory=dict)  # what the launcher's own does not set
+    beats: bool = False  # writes the progress word while it is well
+    standby: bool = False  # a second process has its modules imported, so that a restart is quick
+
+
+@dataclass
+class Child:
+    """One incarnation of a service. Until it is given its boot file it stands by, with its modules imported."""
+
+    service: Service
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    ready_fd: int  # our end of its ready pipe
+    their_ready_fd: int  # the number of the other end, inside the process
+    epoch: int = 0
+    booted_at: float = 0.0
+    ready_at: float = 0.0
+    hung_at: float = 0.0  # when it was told to write its stacks; 0: it is well
+    ready: bool = False
+    error: str = ""  # why it cannot start, in its own words
+    silent: bool = False  # it has closed its ready pipe
+    _line: bytearray = field(default_factory=bytearray)
+
+    @property
+    def role(self) -> str:
+        return self.service.role
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """Role and process, for people."""
+        return self.role, self.process.pid
+
+    @property
+    def exited(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def fate(self) -> str:
+        """How it ended, for people."""
+        status = self.process.returncode
+        if status is None:
+            return "still runs"
+        if status >= 0:
+            return f"ended with status {status}"
+        name = signal.Signals(-status).name
+        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+    def give(self, boot_file: Path, epoch: int) -> None:
+        """Tell it what it is. If it has died meanwhile, its pidfd says so."""
+        self.epoch, self.booted_at = epoch, time.monotonic()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{boot_file}\n".encode())
+            self.process.stdin.close()
+
+    def read_ready(self) -> None:
+        """Take what is in the ready pipe; a complete line sets `ready` or `error`."""
+        try:
+            piece = os.read(self.ready_fd, READY_LINE_BYTES)
+        except BlockingIOError:
+            return
+        self.silent = not piece
+        self._line += piece
+        if self._line.endswith(b"\n") and not self.ready:
+            answer = msgspec.json.decode(bytes(self._line), type=Ready)
+            self.error, self.ready, self.ready_at = answer.error, not answer.error, time.monotonic()
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        os.close(self.ready_fd)
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+
+
+def start(service: Service, inherited: Sequence[int]) -> Child:
+    """Start a process that imports the service's modules and then waits for its boot file.
+
+    `inherited`: descriptors that it keeps. Call from the main thread: its death signal is tied to this thread.
+    """
+    ready_read, ready_write = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(ready_read, False)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", service.module],
+            stdin=subprocess.PIPE,
+            pass_fds=[ready_write, *inherited],
+            env=child_environment(os.environ, service),
+            process_group=0,  # Ctrl-C reaches the launcher alone; it decides
+            preexec_fn=partial(arm_death_signal, os.getpid()),  # an interpreter that still starts dies as well
+        )
+    finally:
+        os.close(ready_write)
+    return Child(service, process, os.pidfd_open(process.pid), ready_read, ready_write)
+
+
+def child_environment(environment: Mapping[str, str], service: Service) -> dict[str, str]:
+    """The launcher's environment over the service's; quiet OpenMP threads; a path on which our packages come first."""
+    path = [str(SOURCE_ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    ours = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the other processes
+        "OMP_NUM_THREADS": str(service.threads or usable_cores(CPU_QUOTA)),
+        **service.environment,
+    }
+    inherited = {name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"}
+    return ours | inherited | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def usable_cores(quota_file: Path) -> int:
+    """Cores that this process may run on, and that its control group pays for."""
+    cores = len(os.sched_getaffinity(0))
+    if not quota_file.is_file():
+        return cores
+    quota, period = quota_file.read_text().split()
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
