@@ -47,6 +47,7 @@ class Detokenizer:
         self._vocabulary = vocabulary
         self._streams: dict[str, Stream] = {}
         self._stopped: dict[str, Stopped] = {}
+        self._epoch: int | None = None  # of the scheduler
         self.counters = Counters()
 
     def step(self, batch: list[Any]) -> list[Message]:
@@ -59,8 +60,8 @@ class Detokenizer:
                 return self._on_tokens(message)
             case Detokenize():
                 return [self._reply(message)]
-            case Facts():
-                return [*self._forget(), message]
+            case Facts(epoch=epoch):
+                self._meet(epoch)
             case Probe():
                 counters = msgspec.structs.asdict(self.counters)
                 message.counters["detokenizer"] = {"running": len(self._streams), **counters}
@@ -102,7 +103,7 @@ class Detokenizer:
             return [last]
         waits = stream.request.return_routed_experts
         self._stopped[tokens.rid] = Stopped(made - surplus, made, last if waits else None)
-        abort = Abort(rid=tokens.rid)
+        abort = Abort(rid=tokens.rid, exact=True)
         return [abort] if waits else [last, abort]
 
     def _without_stream(self, tokens: Tokens) -> list[Message]:
@@ -119,12 +120,12 @@ class Detokenizer:
         stopped.text.tokens.routed_experts = first_rows(tokens.routed_experts, stopped.kept - 1, stopped.made - 1)
         return [stopped.text]
 
-    def _forget(self) -> list[Message]:
-        """A scheduler has started: what an earlier one ran is over, and brings nothing more."""
-        waiting = [stopped.text for stopped in self._stopped.values() if stopped.text is not None]
-        self._streams.clear()
-        self._stopped.clear()
-        return list(waiting)
+    def _meet(self, epoch: int) -> None:
+        """A scheduler says its facts. When it is a new one, what the one before ran is over; it will be sent again."""
+        if self._epoch not in (None, epoch):
+            self._streams.clear()
+            self._stopped.clear()
+        self._epoch = epoch
 
     def _drop(self) -> list[Message]:
         self.counters.dropped += 1

@@ -1,7 +1,7 @@
 """The three health answers, and the one that really generates.
 
 /livez             the event loop turns
-/readyz            the server takes requests: it has warmed up, does not drain and is not paused
+/readyz            the server takes requests: it has warmed up, does not drain, is not paused, and no process is missing
 /health            and the scheduler moves, by the age of its progress word: no probe, no waiting
 /health_generate   and one token comes back
 """
@@ -15,6 +15,9 @@ from http_gateway import errors
 from http_gateway.auth import Access
 from http_gateway.endpoint import Endpoint
 from http_gateway.gateway import Gateway, Phase
+from runtime.sockets import is_open
+
+RING = ("tokenizer", "scheduler", "detokenizer")
 
 
 def not_ready(gateway: Gateway) -> str:
@@ -50,8 +53,14 @@ async def live(gateway: Gateway, http: HTTPRequest) -> Response:
     return Response(status_code=200)
 
 
+def missing(gateway: Gateway) -> str:
+    """Which process is being started again, so that requests wait for it; empty when none is."""
+    absent = [role for role in RING if gateway.run_dir and not is_open(gateway.run_dir, role)]
+    return f"the {absent[0]} is being started again" if absent else ""
+
+
 async def ready(gateway: Gateway, http: HTTPRequest) -> Response:
-    return verdict(not_ready(gateway) or resting(gateway))
+    return verdict(not_ready(gateway) or resting(gateway) or missing(gateway))
 
 
 async def health(gateway: Gateway, http: HTTPRequest) -> Response:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import uvicorn
 import uvloop
 
-from http_gateway import warmup
+from http_gateway import payloads, warmup
 from http_gateway.app import build
 from http_gateway.edge import access_log
 from http_gateway.gateway import Gateway, Phase
@@ -32,6 +32,7 @@ uvicorn_log = logging.getLogger("uvicorn.error")
 
 KEEP_ALIVE_S = 75  # clients hold pools of idle connections
 ABORT_GRACE_S = 2.0  # after the drain deadline, for aborted requests to come back with what they have
+ATTEMPTS_OF_A_GATEWAY = 1 << 20  # more restarts than one lives to see
 EXIT_FORCED = 128 + signal.SIGTERM
 HEALTH_TIMEOUT_VARIABLE = "SGLANG_HEALTH_CHECK_TIMEOUT"
 
@@ -168,10 +169,13 @@ async def serve(boot: Boot) -> None:
     access_log.setLevel((config.log_level_http or config.log_level).upper())
     model = model_info.load(config)
     metrics = Metrics(config.name)
-    ring = RingClient(AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox), config.max_inflight_requests, metrics)
+    least_attempt = boot.epoch * ATTEMPTS_OF_A_GATEWAY
+    inbox, outbox = AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox)
+    ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt)
     listening = asyncio.create_task(ring.listen())
     listening.add_done_callback(end_with_listener)
     if boot.epoch:
+        payloads.sweep(boot.run_dir)
         await ring.introduce()
     facts = await ring.facts()
     await ring.lap()

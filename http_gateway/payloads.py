@@ -13,18 +13,25 @@ import msgspec
 from runtime.errors import Kind, RequestError
 
 CHUNK_CHARS = 1 << 20  # of base64, a multiple of four; between chunks other requests have their turn
+PREFIX = "payload-"
 ESCAPE = re.compile(rb"\\\\")
 
 
 @contextlib.contextmanager
 def files(run_dir: str, count: int) -> Iterator[list[Path]]:
     """Names for so many files; what is there under them is removed at the end."""
-    named = [Path(run_dir) / f"payload-{secrets.token_hex(8)}" for _ in range(count)]
+    named = [Path(run_dir) / f"{PREFIX}{secrets.token_hex(8)}" for _ in range(count)]
     try:
         yield named
     finally:
         for file in named:
             file.unlink(missing_ok=True)
+
+
+def sweep(run_dir: str) -> None:
+    """Remove what a gateway that died has left; a scheduler that reads one still has it open."""
+    for file in Path(run_dir).glob(f"{PREFIX}*"):
+        file.unlink(missing_ok=True)
 
 
 def store(entries: Sequence[msgspec.Raw], files: Sequence[Path]) -> None:

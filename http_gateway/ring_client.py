@@ -6,8 +6,8 @@ text and nothing else. A rid stays pending until its terminal message has passed
 rid can never name two requests inside the ring.
 
 When a process of the ring was started again, what may have been lost with the one before is sent once more, as the next
-attempt (`http_gateway/journal.py`). `attempt` counts those restarts, for new requests too: a rid that is used again
-can not be taken for what is left of an earlier one.
+attempt (`http_gateway/journal.py`), in the order in which it was sent first, commands too. Attempts count those
+restarts, for new requests as well: a rid that is used again cannot be taken for what is left of an earlier one.
 """
 
 import asyncio
@@ -17,10 +17,12 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from http_gateway.flight import Flight
-from http_gateway.journal import GUILTY, Pending, Quarantine
+from http_gateway.journal import Pending, digest
+from http_gateway.quarantine import GUILTY, Quarantine
 from runtime.control import Abort, ControlCommand, Probe
 from runtime.errors import Kind, RequestError
 from runtime.messages import ABORTED, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
@@ -40,6 +42,10 @@ COMMAND_LOST = (
     "See /get_model_info, and send it again."
 )
 
+CONDEMNED = (
+    "A request like this one has ended a process of the server again and again; it is not tried for ten minutes."
+)
+
 
 class Receiver(Protocol):
     async def recv(self) -> list[Any]: ...
@@ -57,10 +63,20 @@ class Meter(Protocol):
     def restarted(self, role: str) -> None: ...
 
 
+@dataclass(slots=True)
+class Waiting:
+    """A command on its way round the ring."""
+
+    command: ControlCommand
+    serial: int
+    answer: asyncio.Future[Message]
+
+
 class RingClient:
     """Owns everything that is on its way round the ring."""
 
-    def __init__(self, inbox: Receiver, outbox: Sender, limit: int, meter: Meter) -> None:
+    def __init__(self, inbox: Receiver, outbox: Sender, limit: int, meter: Meter, least_attempt: int = 0) -> None:
+        """`least_attempt`: beyond all attempts of the gateway before."""
         self.closing = False  # no new requests: the server drains
         self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
         self.last_heard_at = 0.0
@@ -71,11 +87,11 @@ class RingClient:
         self._limit = limit
         self._meter = meter
         self._pending: dict[str, Pending] = {}
-        self._attempt = 0  # restarts of ring processes so far
+        self._least_attempt = self._attempt = least_attempt  # grows with every restart of a ring process
+        self._serials = itertools.count(1)  # of requests, commands and relayed aborts
         self._quarantine = Quarantine()
-        self._relayed: deque[Abort] = deque(maxlen=RELAYED_ABORTS)
-        self._waiting: dict[str, tuple[ControlCommand, asyncio.Future[Message]]] = {}  # commands by id
-        self._next_command = 0
+        self._relayed: deque[tuple[int, Abort]] = deque(maxlen=RELAYED_ABORTS)
+        self._waiting: dict[str, Waiting] = {}  # commands by id
         self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -100,15 +116,15 @@ class RingClient:
         if limited:
             self._check_room(batch)
         flight = Flight([generate.request.rid for generate in batch], self._abandon)
-        entries = []
+        now, entries = time.monotonic(), []
         for index, generate in enumerate(batch):
             parent = parents[index] if parents else ""
-            entries.append(Pending(generate, parent, flight, index, time.monotonic(), self._attempt))
-        if self._quarantine.alone is None:
+            entries.append(Pending(generate, parent, flight, index, next(self._serials), now, self._attempt))
+        if not self._quarantine.alone:
             self._send([entry.message() for entry in entries])
             for entry in entries:
                 entry.in_ring = True
-        self._pending.update((entry.request.rid, entry) for entry in entries)
+        self._pending.update((entry.rid, entry) for entry in entries)
         self._idle.clear()
         return flight
 
@@ -118,6 +134,8 @@ class RingClient:
         for generate in batch:
             if generate.request.rid in self._pending:
                 raise RequestError(f"Duplicate request ID detected: {generate.request.rid}", field="rid")
+            if self._quarantine.condemned(generate, time.monotonic()):
+                raise RequestError(CONDEMNED, Kind.INTERNAL)
 
     def _check_room(self, batch: list[Generate]) -> None:
         if len(batch) > self._limit:
@@ -141,18 +159,18 @@ class RingClient:
         left = [entry for rid in flight.rids if (entry := self._pending.get(rid)) and entry.flight is flight]
         for entry in left:
             entry.flight = None
-        self._unwant([(entry, Abort(rid=entry.request.rid, abort_message=ABORTED)) for entry in left])
+        self._unwant(left, ABORTED)
 
-    def _unwant(self, aborts: list[tuple[Pending, Abort]]) -> None:
+    def _unwant(self, entries: list[Pending], message: str) -> None:
         """End requests: here what is not in the ring, else in the scheduler."""
-        on_the_way = []
-        for entry, abort in aborts:
-            entry.unwanted = abort
+        aborts = []
+        for entry in entries:
+            entry.unwanted = entry.abort(message)
             if entry.in_ring:
-                on_the_way.append(abort)
+                aborts.append(entry.unwanted)
             else:
-                self._end(entry, aborted(abort))
-        self._send_aborts(on_the_way)
+                self._end(entry, aborted(entry.unwanted))
+        self._send_aborts(aborts)
 
     def _send_aborts(self, aborts: list[Abort]) -> None:
         if aborts:
@@ -161,8 +179,7 @@ class RingClient:
     def abort(self, command: Abort) -> int:
         """Abort one rid (with the requests made from it), all that begin with it, or all; how many were found."""
         found = [entry for entry in self._pending.values() if _names(command, entry)]
-        message = command.abort_message
-        self._unwant([(entry, Abort(rid=entry.request.rid, abort_message=message)) for entry in found])
+        self._unwant(found, command.abort_message)
         return len(found)
 
     @property
@@ -192,55 +209,85 @@ class RingClient:
     async def introduce(self) -> None:
         """Say that this gateway is new, until the scheduler has said its facts."""
         while not self._facts.done():
-            self._outbox.send([Restarted(role="gateway")])
+            self._ask_facts()
             await asyncio.wait([self._facts], timeout=INTRODUCE_AGAIN_S)
+
+    def _ask_facts(self) -> None:
+        self._outbox.send([Restarted(role="gateway", least_attempt=self._least_attempt)])
 
     def _on_restarted(self, restarted: Restarted, now: float) -> None:
         self._recover(restarted.role)
+        self._ask_facts()  # those of a scheduler that was started again meanwhile may be lost
 
     def _recover(self, role: str) -> None:
         """A service was started again: send once more what may have been lost with the one before."""
         self._attempt += 1
         self._meter.restarted(role)
-        forgotten = role == "scheduler"  # it knows nothing any more, so there is nothing to abort
-        aborts = [] if forgotten else [abort for abort in self._relayed if abort.rid not in self._pending]
-        lost = [entry for entry in self._pending.values() if role != "tokenizer" or not entry.last_heard_at]
+        lost = [entry for entry in self._pending.values() if role != "tokenizer" or not entry.heard]
         guilty = self._quarantine.died(role, lost)
         for entry in lost:
-            entry.in_ring, entry.attempt = False, self._attempt
-        for entry in list(self._pending.values()):
-            if entry.unwanted or entry is guilty:
-                aborts.append(Abort(rid=entry.request.rid))
-                blamed = Finish.internal(GUILTY.format(role=role))
-                self._end(entry, aborted(entry.unwanted) if entry.unwanted else blamed)
-        if not forgotten:
-            self._send_aborts(aborts)
-        self._recover_commands(forgotten)
-        again = self._pump()
+            entry.withdraw(self._attempt)
+        self._recover_aborts(role, {entry.rid for entry in lost})
+        if guilty:
+            self._blame(guilty, role)
+        commands = self._recover_commands(role)
+        again = self._pump(commands)
         log.warning("The %s was started again; %d of %d requests are sent again.", role, again, len(self._pending))
 
-    def _recover_commands(self, forgotten: bool) -> None:
-        """Commands go again, and a scheduler that has seen one knows it; those that a dead one had fail."""
-        for command, answer in self._waiting.values():
-            if not forgotten:
-                self._outbox.send([command])
-            elif not answer.done():
-                answer.set_exception(RequestError(COMMAND_LOST, Kind.UNAVAILABLE))
-
-    def _pump(self) -> int:
-        """Send what is not in the ring and may be; how many that were."""
-        if self._quarantine.alone is None:
-            self._quarantine.advance(self._pending.values())
-        sent = 0
+    def _recover_aborts(self, role: str, lost: set[str]) -> None:
+        """Ends that were on their way are asked for again; a new scheduler has nothing to end."""
+        aborts = []
+        for serial, abort in self._relayed:
+            entry = self._pending.get(abort.rid)
+            if entry is None or (entry.serial < serial and entry.rid not in lost):
+                aborts.append(abort)
         for entry in list(self._pending.values()):
-            if entry.in_ring or entry.unwanted or not self._quarantine.admits(entry):
+            if entry.unwanted is not None:  # its last message may be lost
+                aborts.append(entry.unwanted)
+                self._end(entry, aborted(entry.unwanted))
+        if role == "scheduler":
+            self._relayed.clear()
+        else:
+            self._send_aborts(aborts)
+
+    def _blame(self, guilty: Pending, role: str) -> None:
+        """End the request that ended a service, and its like."""
+        self._quarantine.condemn(guilty.generate, time.monotonic())
+        found = digest(guilty.generate)
+        for entry in list(self._pending.values()):
+            if entry is guilty or digest(entry.generate) == found:
+                self._send_aborts([entry.abort()])
+                self._end(entry, Finish.internal(GUILTY.format(role=role)))
+
+    def _recover_commands(self, role: str) -> list[Waiting]:
+        """Those that go again: a scheduler that has seen one knows it. What a dead one has seen nobody knows."""
+        again = []
+        for waiting in self._waiting.values():
+            if role != "scheduler" or waiting.command.harmless:
+                again.append(waiting)
+            elif not waiting.answer.done():
+                waiting.answer.set_exception(RequestError(COMMAND_LOST, Kind.UNAVAILABLE))
+        return again
+
+    def _pump(self, commands: Sequence[Waiting] = ()) -> int:
+        """Send the requests that are not in the ring and may be, and commands; how many requests that were."""
+        for entry in self._quarantine.advance(self._pending.values()):
+            self._attempt += 1
+            entry.withdraw(self._attempt)
+            self._send_aborts([entry.abort()])
+        held = [entry for entry in self._pending.values() if not (entry.in_ring or entry.unwanted)]
+        ready: list[Pending | Waiting] = [entry for entry in held if self._quarantine.admits(entry)]
+        sent = 0
+        for item in sorted([*ready, *commands], key=lambda item: item.serial):
+            if isinstance(item, Waiting):
+                self._outbox.send([item.command])
                 continue
             try:
-                self._send([entry.message()])
+                self._send([item.message()])
             except RequestError as error:  # with its output it has become too large
-                self._end(entry, Finish.failed(error))
+                self._end(item, Finish.failed(error))
                 continue
-            entry.in_ring = True
+            item.in_ring = True
             sent += 1
         return sent
 
@@ -248,10 +295,10 @@ class RingClient:
 
     async def command(self, command: ControlCommand, timeout_s: float) -> Message:
         """Send a command round the ring and wait for what comes back. Raises TimeoutError and RequestError."""
-        self._next_command += 1
-        command.id = f"{os.getpid()}.{self._next_command}"  # a gateway that is started again counts afresh
+        serial = next(self._serials)
+        command.id = f"{os.getpid()}.{serial}"  # a gateway that is started again counts afresh
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._waiting[command.id] = command, answer
+        self._waiting[command.id] = Waiting(command, serial, answer)
         try:
             self._send([command])
             async with asyncio.timeout(timeout_s):
@@ -274,8 +321,8 @@ class RingClient:
             try:
                 await self.probe(LAP_TIMEOUT_S)
                 return
-            except TimeoutError:
-                log.info("the ring is not complete yet")
+            except (RequestError, TimeoutError) as error:
+                log.info("The ring is not complete yet: %s", error or "no answer in time")
 
     # what arrives
 
@@ -304,20 +351,27 @@ class RingClient:
         if text.tokens.prompt_tokens:
             entry.prompt_tokens, entry.cached_tokens = text.tokens.prompt_tokens, text.tokens.cached_tokens
         self._meter.heard(entry, text, now)
-        entry.last_heard_at = now
+        entry.last_heard_at, entry.heard = now, True
         if entry.flight is not None:
             entry.flight.put(entry.index, text)
-        if self._quarantine.clears(entry, ended):
+        if self._quarantine.hears(entry, ended):
             self._pump()
 
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
         if isinstance(answer, Reply):
             self.on_reply(answer)
-        _, waiting = self._waiting.get(answer.id, (None, None))
-        if waiting is None or waiting.done():
+        waiting = self._waiting.get(answer.id)
+        if waiting is None or waiting.answer.done():
             self.stale += 1
             return
-        waiting.set_result(answer)
+        waiting.answer.set_result(answer)
+        if isinstance(answer, Reply) and answer.success and waiting.command.ends_requests:
+            self._end_before(waiting.serial)
+
+    def _end_before(self, serial: int) -> None:
+        """A command has ended all requests before it: see to those whose last message was lost, or were held back."""
+        left = [entry for entry in self._pending.values() if entry.serial < serial and not entry.unwanted]
+        self._unwant(left, ABORTED)
 
     def _on_facts(self, facts: Facts, now: float) -> None:
         if not self._facts.done():
@@ -330,7 +384,7 @@ class RingClient:
 
     def _on_abort(self, abort: Abort, now: float) -> None:
         """The detokenizer has met a stop string: the scheduler, further on in the ring, is to end the request."""
-        self._relayed.append(abort)
+        self._relayed.append((next(self._serials), abort))
         self._send_aborts([abort])
 
     def _on_other(self, message: Message, now: float) -> None:
@@ -356,6 +410,8 @@ def _names(command: Abort, entry: Pending) -> bool:
         return True
     if not command.rid:
         return False
+    if command.exact:
+        return command.rid == entry.rid
     if command.prefix:
         return entry.request.rid.startswith(command.rid) or entry.parent.startswith(command.rid)
     return command.rid in (entry.request.rid, entry.parent)

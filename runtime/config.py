@@ -144,7 +144,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_restarts: Annotated[
         Natural,
         flag("how often within a minute a process that died is started again before the server ends", OPERATIONS),
-    ] = 3
+    ] = 5
     disable_standby: Annotated[
         bool,
         flag("keep no second scheduler process at hand: 150 MB less, and a restart takes seconds longer", OPERATIONS),

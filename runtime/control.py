@@ -21,8 +21,14 @@ class ControlCommand(Message, kw_only=True):
     aliases: ClassVar[tuple[str, ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ("POST",)
     admin: ClassVar[bool] = True  # guarded by the admin key where there is one
+    harmless: ClassVar[bool] = False  # it changes nothing, so it may be carried out twice
 
     id: str = ""  # set by the gateway, copied into the Reply
+
+    @property
+    def ends_requests(self) -> bool:
+        """Whether all requests that came before it end with it."""
+        return False
 
 
 class Abort(ControlCommand, tag="abort_request", kw_only=True):
@@ -32,6 +38,7 @@ class Abort(ControlCommand, tag="abort_request", kw_only=True):
     rid: str = ""
     abort_all: bool = False
     prefix: bool = False
+    exact: bool = False  # this rid and not those made from it
     abort_message: str = ""
 
 
@@ -70,6 +77,10 @@ class PauseGeneration(ControlCommand, tag="pause_generation", kw_only=True):
     path = "/pause_generation"
     mode: Literal["abort", "retract", "in_place"] = "abort"
 
+    @property
+    def ends_requests(self) -> bool:
+        return self.mode == "abort"
+
 
 class ContinueGeneration(ControlCommand, tag="continue_generation", kw_only=True):
     """Go on after a pause."""
@@ -90,6 +101,10 @@ class WeightChange(ControlCommand, kw_only=True):
     weight_version: str | None = None
     expected_version: str | None = None  # 409 unless this is the version that serves
     torch_empty_cache: bool = False
+
+    @property
+    def ends_requests(self) -> bool:
+        return self.abort_all_requests
 
 
 class UpdateWeightsFromDisk(WeightChange, tag="update_weights_from_disk", kw_only=True):
@@ -167,6 +182,10 @@ class UpdateWeightVersion(ControlCommand, tag="update_weight_version", kw_only=T
     new_version: str
     abort_all_requests: bool = True  # clients rely on this default
 
+    @property
+    def ends_requests(self) -> bool:
+        return self.abort_all_requests
+
 
 class GetWeightsByName(ControlCommand, tag="get_weights_by_name", kw_only=True):
     """The first rows of a tensor."""
@@ -222,12 +241,14 @@ class SlowDown(ControlCommand, tag="slow_down", kw_only=True):
 class Probe(ControlCommand, tag="probe", kw_only=True):
     """Goes once round the ring; every hop adds its counters under its role. Answered by the gateway itself."""
 
+    harmless = True
     counters: dict[str, dict[str, Any]] = {}
 
 
 class Tokenize(ControlCommand, tag="tokenize", kw_only=True):
     """Answered by the tokenizer: body {"tokens": [[int]]}."""
 
+    harmless = True
     texts: list[str] = []
     chat: Chat | None = None
     add_special_tokens: bool = True
@@ -236,6 +257,7 @@ class Tokenize(ControlCommand, tag="tokenize", kw_only=True):
 class Detokenize(ControlCommand, tag="detokenize", kw_only=True):
     """Answered by the detokenizer: body {"texts": [str]}."""
 
+    harmless = True
     ids: list[bytes] = []
     skip_special_tokens: bool = True
 

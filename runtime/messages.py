@@ -39,7 +39,8 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     rid: str
     params: SamplingParams
     seed: int = 0  # always set by the gateway; the draw is a function of (seed, position)
-    attempt: int = 0  # raised when the gateway sends the request again after a restart
+    attempt: int = 0  # grows with every restart of a process that the gateway hears of
+    again: bool = False  # not the first attempt: the scheduler has admitted it before
     task: Literal["generate", "embed"] = "generate"
     logprobs: LogprobOptions | None = None
     stream: bool = False
@@ -177,11 +178,12 @@ class Facts(Message, tag="facts", kw_only=True):
 class Restarted(Message, tag="restarted", kw_only=True):
     """First word of a service that was started again: what was on its way through the one before is gone.
 
-    It goes on round the ring to the gateway; the gateway's own goes to the scheduler, which forgets the requests of the
+    It goes on round the ring to the gateway; the gateway's own goes to the scheduler, which ends the requests of the
     gateway before and answers with its Facts. A scheduler says its Facts instead.
     """
 
     role: str
+    least_attempt: int = 0  # gateway: of its own requests
 
 
 RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts | Restarted

@@ -18,6 +18,7 @@ from runtime.errors import StartupError
 from runtime.sampling import SamplingParams
 
 PAGE_SIZE = 16
+LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
 MAX_RUNNING_REQUESTS = 256
 MIN_QUEUED_REQUESTS = 1024
 CHUNKED_PREFILL_SIZE = {"cpu": 512, "cuda": 8192}
@@ -127,6 +128,13 @@ CONTRADICTIONS: list[Contradiction] = [
     (
         lambda c, m: c.disable_cuda_graph and c.cuda_graph_max_bs is not None,
         lambda c: "--disable-cuda-graph and --cuda-graph-max-bs contradict each other; leave one of them out",
+    ),
+    (
+        lambda c, m: 0 < c.watchdog_timeout < LEAST_WATCHDOG_TIMEOUT_S,
+        lambda c: (
+            f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a scheduler may take to show that it is well; "
+            f"use 0 (never) or at least {LEAST_WATCHDOG_TIMEOUT_S}"
+        ),
     ),
     (
         lambda c, m: c.skip_tokenizer_init and (c.tokenizer_path is not None or c.chat_template is not None),

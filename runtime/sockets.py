@@ -81,8 +81,14 @@ def door(run_dir: str, role: str) -> str:
 def turn_door(run_dir: str, role: str, epoch: int) -> None:
     """Let the door of a role lead to this incarnation, which need not be there yet."""
     link, fresh = Path(run_dir) / role, Path(run_dir) / f"{role}.link"
+    fresh.unlink(missing_ok=True)
     fresh.symlink_to(f"{role}.{epoch}")
     fresh.replace(link)
+
+
+def is_open(run_dir: str, role: str) -> bool:
+    """Whether the newest incarnation of a role takes messages; while it starts it does not."""
+    return (Path(run_dir) / role).exists()
 
 
 def _pull(context: Any, address: str) -> Any:

@@ -81,6 +81,25 @@ class Signals:
         self._last_at = now
 
 
+class Watch:
+    """How long the scheduler has not moved while it was looked at.
+
+    Time in which nobody looked does not count: then the whole server was frozen (a paused container, a snapshot).
+    """
+
+    def __init__(self) -> None:
+        self._beats = -1
+        self._looked_at = 0.0
+        self._still_s = 0.0
+
+    def still_s(self, beats: int, now: float) -> float:
+        """Seconds without a beat, up to now."""
+        passed_s, self._looked_at = now - self._looked_at, now
+        self._still_s = self._still_s + min(passed_s, 2 * LOOK_EVERY_S) if beats == self._beats else 0.0
+        self._beats = beats
+        return self._still_s
+
+
 class Supervisor:
     """The children of one server, from spawn to the last exit."""
 
@@ -98,6 +117,7 @@ class Supervisor:
         self.draining_until: float | None = None
         self.was_ready = False  # all services were, once
         self._progress = ProgressReader(str(run_dir))
+        self._watch = Watch()
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)  # by role, within the window
         self._due: dict[str, tuple[float, int]] = {}  # by role: when to start it, and as which epoch
         self._standbys: dict[str, Child] = {}
@@ -182,10 +202,25 @@ class Supervisor:
             due_at, epoch = self._due.get(service.role, (float("inf"), 0))
             if now >= due_at:
                 del self._due[service.role]
-                self.children[service.role] = self.spawn(service, epoch)
+                self._start_again(service, epoch)
             if now >= self._standby_due.get(service.role, float("inf")):
                 del self._standby_due[service.role]
-                self._standbys[service.role] = start(service, self.inherited(service))
+                self._stand_by(service)
+
+    def _start_again(self, service: Service, epoch: int) -> None:
+        try:
+            self.children[service.role] = self.spawn(service, epoch)
+        except OSError as error:
+            self.end(ExitStatus.DIED, f"the {service.role} cannot be started again: {error}")
+            return
+        if service.beats:
+            self._watch = Watch()
+
+    def _stand_by(self, service: Service) -> None:
+        try:
+            self._standbys[service.role] = start(service, self.inherited(service))
+        except OSError as error:
+            log.warning("No %s stands by: %s.", service.role, error)
 
     def spawn(self, service: Service, epoch: int = 0) -> Child:
         """Start one incarnation of a service, with the process that stands by for it where there is one."""
@@ -265,7 +300,7 @@ class Supervisor:
         if child.hung_at:
             if now - child.hung_at > DUMP_GRACE_S:
                 child.process.kill()
-        elif timeout_s and min(self._progress.age_s(), now - child.ready_at) > timeout_s:
+        elif timeout_s and self._watch.still_s(self._progress.beats(), now) > timeout_s:
             log.error(
                 "The %s (pid %d) has not moved for %.0f s (--watchdog-timeout); killing it.", *child.name, timeout_s
             )

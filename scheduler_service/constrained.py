@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from runtime.errors import RequestError
-from runtime.messages import Tokenized, unpack_ids
+from runtime.messages import Request, Tokenized, unpack_ids
 from scheduler_service.grammar import Grammar
 
 NO_GRAMMARS = "this server does not constrain output"
@@ -42,8 +42,8 @@ class WaitingRoom:
         return len(self._messages)
 
     @property
-    def rids(self) -> list[str]:
-        return list(self._messages)
+    def requests(self) -> list[Request]:
+        return [message.request for message in self._messages.values()]
 
     def hold(self, message: Tokenized) -> None:
         """Let a request wait for its grammar; a later attempt takes an earlier one's place. Raises RequestError."""

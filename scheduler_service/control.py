@@ -27,7 +27,7 @@ FLUSH_FAILED = "Flush cache failed.\n"
 FLUSH_TIMED_OUT = "Timed out waiting for idle state."
 FLUSH_IN_PROGRESS = "Another flush_cache is already in progress."
 
-ANSWERS_KEPT = 16
+ANSWERS_KEPT = 64
 
 Waiting = Generator[None, None, list[Message]]
 Handler = Callable[["Scheduler", Any], "list[Message] | Waiting"]
@@ -107,6 +107,8 @@ def matching(command: Abort, live: Iterable[str]) -> list[str]:
     if not command.rid:
         log.warning("ignored an abort without a rid")
         return []
+    if command.exact:
+        return [rid for rid in live if rid == command.rid]
     if command.prefix:
         return [rid for rid in live if rid.startswith(command.rid)]
     child = command.rid + "_"

@@ -44,6 +44,7 @@ ONLINE_FAILED = "Failed to update parameter online: {}."
 SERVED_SELECTORS = ("all", "target")
 SESSION_OPEN = "A weight update has begun and not ended: call end_weight_update first."
 RELEASED = "The memory of the weights is released: call resume_memory_occupation first."
+GIVEN_UP = "The weight update was given up, nothing was changed: {}"
 NO_SESSION = "end_weight_update without begin_weight_update."
 
 
@@ -161,7 +162,7 @@ def end(scheduler: "Scheduler", updates: "Updates", command: EndWeightUpdate) ->
         raise CommandRefused(NO_SESSION)
     try:
         if session.broken:
-            raise CommandRefused(f"The weight update was given up, nothing was changed: {session.broken}")
+            raise CommandRefused(GIVEN_UP.format(session.broken))
         command.weight_version = command.weight_version or session.version
         if session.names:
             yield from apply_session(scheduler, updates, command)
@@ -182,7 +183,7 @@ def collected(
     refuse_unless_expected(scheduler, command)
     implicit = updates.session is None
     if implicit:
-        updates.open_session()
+        updates.open_session(implicit=True)
     try:
         yield from beside(collect)
         if implicit:
@@ -200,6 +201,8 @@ def from_tensor(scheduler: "Scheduler", updates: "Updates", command: UpdateWeigh
     if len(command.payload_files) != 1:
         found = len(command.payload_files)
         raise CommandRefused(f"serialized_named_tensors needs one entry for each of 1 ranks, got {found}.")
+    if updates.session is not None and updates.session.broken:  # a broadcast must be taken part in all the same
+        raise CommandRefused(GIVEN_UP.format(updates.session.broken))
     collect = updates.payload(command.payload_files[0], command.load_format)
     yield from collected(scheduler, updates, command, collect)
     return [done(scheduler, command, UPDATED_FROM_TENSOR)]

@@ -15,7 +15,7 @@ import msgspec
 from runtime import limits
 from runtime.control import ControlCommand
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED_IN_QUEUE, Facts, Finish, Message, Restarted, Tokenized, Tokens, pack_ids
+from runtime.messages import ABORTED_IN_QUEUE, Facts, Finish, Message, Request, Restarted, Tokenized, Tokens, pack_ids
 from runtime.progress import ProgressWord
 from scheduler_service.constrained import Decided, Pool, WaitingRoom
 from scheduler_service.control import HANDLERS, Control
@@ -115,6 +115,7 @@ class Scheduler:
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
         self.in_flight: deque[tuple[Plan, Any]] = deque()
         self.failures = 0  # of requests alone, since something succeeded
+        self.least_attempt = 0  # of the gateway that lives
 
     @property
     def now(self) -> float:
@@ -161,19 +162,24 @@ class Scheduler:
         match message:
             case Tokenized():
                 return self.admit(message)
-            case Restarted(role="gateway"):
-                return self.introduce()
+            case Restarted(role="gateway", least_attempt=least):
+                return self.introduce(least)
             case ControlCommand() if type(message) in self.control.handlers:
                 return self.control.start(self, message)
             case _:
                 return [message]
 
-    def introduce(self) -> list[Message]:
-        """A gateway is new here: nobody waits for the requests of the one before, and it is told what is served."""
-        for rid in self.rids:
-            self.abort(rid)
+    def introduce(self, least_attempt: int = 0) -> list[Message]:
+        """Tell the gateway what is served, and end requests of the one before, which made smaller attempts.
+
+        Those that are still on their way are dropped in `admit`.
+        """
+        self.least_attempt = max(self.least_attempt, least_attempt)
+        old = [request.rid for request in self.requests if request.attempt < self.least_attempt]
+        ended = [message for rid in old for message in self.abort(rid)]
         self.forget_released()
-        return [] if self.facts is None else [msgspec.structs.replace(self.facts, state=self.state())]
+        facts = [] if self.facts is None else [msgspec.structs.replace(self.facts, state=self.state())]
+        return [*ended, *facts]
 
     def state(self) -> dict[str, Any]:
         """What a gateway otherwise learns from the replies to commands."""
@@ -192,6 +198,9 @@ class Scheduler:
 
     def admit(self, message: Tokenized) -> list[Message]:
         """Queue a request; one with a grammar waits until that is compiled."""
+        if message.request.attempt < self.least_attempt:
+            log.info("dropped request %s of a gateway that has ended", message.request.rid)
+            return []
         try:
             if message.request.params.grammar is None:
                 return self.queue(message)
@@ -217,9 +226,13 @@ class Scheduler:
         return self.messages(self.planner.add(message, self.now, grammar))
 
     @property
+    def requests(self) -> list[Request]:
+        """All that have not ended."""
+        return [*self.waiting_room.requests, *(sequence.request for sequence in self.planner.live.values())]
+
+    @property
     def rids(self) -> list[str]:
-        """All requests that have not ended."""
-        return [*self.waiting_room.rids, *self.planner.live]
+        return [request.rid for request in self.requests]
 
     def abort(self, rid: str, reason: str = "") -> list[Message]:
         """End one request wherever it is; unknown ones are left alone."""

@@ -1,7 +1,7 @@
-"""Orders that stand until they are taken back: a pause, and memory that is given up.
+"""Orders that stand until they are taken back: a pause, memory that is given up, a weight update that has begun.
 
-They are noted in the run directory, so that a scheduler that is started again neither generates what nobody expects
-nor takes the memory that a trainer works in.
+They are noted in the run directory, so that a scheduler that is started again neither generates what nobody expects,
+nor takes the memory that a trainer works in, nor serves the second half of an update whose first half is lost.
 """
 
 import logging
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME = "standing.json"
+LOST = "the scheduler was started again; what had been collected is lost"
 
 
 class Orders(msgspec.Struct, kw_only=True):
@@ -25,6 +26,7 @@ class Orders(msgspec.Struct, kw_only=True):
 
     paused: bool = False
     released: list[str] = []  # tags of /release_memory_occupation, sorted
+    updating: bool = False  # between /begin_weight_update and its end
 
 
 class StandingOrders:
@@ -37,7 +39,8 @@ class StandingOrders:
     def note(self, scheduler: "Scheduler") -> None:
         """Record what stands now, where that has changed."""
         released = sorted(scheduler.saver.released) if scheduler.saver else []
-        orders = Orders(paused=scheduler.planner.paused, released=released)
+        updating = scheduler.updates is not None and scheduler.updates.in_session
+        orders = Orders(paused=scheduler.planner.paused, released=released, updating=updating)
         if orders == self._noted:
             return
         self._noted = orders
@@ -56,5 +59,7 @@ class StandingOrders:
             except (CommandRefused, OSError, RuntimeError) as error:
                 log.error("Memory that had been given up is taken again: %s.", error)
             scheduler.look_at_memory()
+        if orders.updating and scheduler.updates:
+            scheduler.updates.open_session(broken=LOST)
         if orders != Orders():
             log.warning("Still paused: %s. Memory still released: %s.", orders.paused, orders.released or "none")

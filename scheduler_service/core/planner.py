@@ -81,7 +81,8 @@ class Planner:
         sequence.grammar = grammar
         self._arrivals += 1
         sequence.serial = self._arrivals
-        updates = self._make_place(sequence) + self.abort(rid)
+        updates = [] if message.request.again else self._make_place(sequence)  # one that comes again had its place
+        updates += self.abort(rid)
         self.stats.requests += 1
         self.live[rid] = sequence
         self._queue(sequence)

@@ -67,6 +67,7 @@ class Session:
     names: set[str] = field(default_factory=set)
     version: str | None = None  # the label that its last bucket asked for
     broken: str = ""  # why it cannot be finished
+    implicit: bool = False  # of one command alone, which puts it in place at once
 
 
 class Updates:
@@ -160,8 +161,13 @@ class Updates:
         with nullcontext() if self.live.device.type == "cpu" else freely():
             staging.read(checkpoint, before, self.second, digests)
 
-    def open_session(self) -> None:
-        self.session = Session()
+    def open_session(self, broken: str = "", implicit: bool = False) -> None:
+        self.session = Session(broken=broken, implicit=implicit)
+
+    @property
+    def in_session(self) -> bool:
+        """Between a begin and an end that clients have asked for."""
+        return self.session is not None and not self.session.implicit
 
     def payload(self, file: str, load_format: str | None) -> Collect:
         """What takes the tensors of a file into the session."""

@@ -195,11 +195,33 @@ def test_a_request_that_ends_the_scheduler_each_time_fails_alone(launch_fake: Ca
     deadly = {"input_ids": [77, 5, 6], "sampling_params": {"max_new_tokens": 5}}
     answer = requests.post(f"{server.url}/generate", json=deadly, timeout=WAIT_S)
     assert answer.status_code == 500
-    assert "The scheduler ended three times while it served this request" in answer.text
+    assert "The scheduler ended each time it served this request" in answer.text
     found = [stream.answers()[0] for stream in streams]
     calm = launch_fake()
     assert found == [Stream(calm.url, one).answers()[0] for one in asked]
     assert server.log.count("was killed by SIGSEGV") == 3
+    again = requests.post(f"{server.url}/generate", json=deadly, timeout=WAIT_S)
+    assert again.status_code == 500 and "it is not tried for ten minutes" in again.text
+    assert server.log.count("was killed by SIGSEGV") == 3
+
+
+def test_two_such_requests_at_once_fail_and_the_server_lives(launch_fake: Callable[..., Server]) -> None:
+    server = launch_fake(environment={"QUARTET_FAKE_STEP_S": "0.02", "QUARTET_FAKE_DEADLY": "77"})
+    stream = Stream(server.url, body("stream", sampling_seed=1, max_new_tokens=150))
+    stream.reach(20)
+    found: list[int] = []
+
+    def ask(last: int) -> None:
+        deadly = {"input_ids": [77, 5, last], "sampling_params": {"max_new_tokens": 5}}
+        found.append(requests.post(f"{server.url}/generate", json=deadly, timeout=WAIT_S).status_code)
+
+    callers = [threading.Thread(target=ask, args=(last,)) for last in (6, 7)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(WAIT_S)
+    assert found == [500, 500]
+    assert stream.answers()[0]["completion_tokens"] == 150
 
 
 # the scheduler's state
@@ -251,7 +273,7 @@ def test_a_gateway_that_died_serves_again_on_the_same_port(launch: Callable[...,
 
 def test_a_command_that_the_scheduler_takes_to_its_grave_is_answered(launch: Callable[..., Server]) -> None:
     server = launch("--model-path", "demo", *FLAGS)
-    stream = Stream(server.url, BODIES[0])
+    stream = Stream(server.url, body("Hello", temperature=0, max_new_tokens=1500))
     stream.reach(5)
     answers: list[requests.Response] = []
     flush = threading.Thread(
@@ -272,18 +294,18 @@ def test_a_command_that_the_scheduler_takes_to_its_grave_is_answered(launch: Cal
 def test_a_scheduler_that_hangs_is_replaced_and_its_streams_go_on(
     launch: Callable[..., Server], undisturbed: list[dict[int, dict[str, Any]]]
 ) -> None:
-    server = launch("--model-path", "demo", "--watchdog-timeout", "2", *FLAGS)
+    server = launch("--model-path", "demo", "--watchdog-timeout", "3", *FLAGS)
     stream = Stream(server.url, BODIES[0])
     stream.reach(20)
     server.children()["scheduler"].send_signal(signal.SIGSTOP)
-    server.wait_for("has not moved for 2 s (--watchdog-timeout)")
+    server.wait_for("has not moved for 3 s (--watchdog-timeout)")
     wait_for_return(server, "scheduler")
     assert_same(stream.answers(), undisturbed[0])
 
 
 def test_an_idle_scheduler_is_not_taken_for_hung(launch_fake: Callable[..., Server]) -> None:
-    server = launch_fake("--watchdog-timeout", "1.5")
-    time.sleep(4)
+    server = launch_fake("--watchdog-timeout", "3")
+    time.sleep(5)
     assert "has not moved" not in server.log
     server.signal()
     assert server.wait() == ExitStatus.CLEAN

@@ -91,7 +91,7 @@ def test_a_stop_string_ends_the_request_and_tells_the_scheduler(detokenizer: Det
     assert texts(out) == "one"
     last, abort = out[-2:]
     assert last.tokens.finish == Finish(reason="stop", matched=" two")
-    assert abort == Abort(rid="r")
+    assert abort == Abort(rid="r", exact=True)
 
 
 def test_what_follows_a_stop_is_dropped_and_counted(detokenizer: Detokenizer) -> None:
@@ -219,7 +219,7 @@ def test_routed_experts_come_with_the_end_though_the_text_stopped_before(detoken
     kept, made, prompt = len(ids) - len(ids_of(" y")), len(ids), 3
     of = Request(rid="r", params=SamplingParams(stop="STOP"), return_routed_experts=True)
     out = detokenizer.step([Tokens(rid="r", request=of, ids=pack_ids(ids), prompt_tokens=prompt)])
-    assert out == [Abort(rid="r")]
+    assert out == [Abort(rid="r", exact=True)]
     one_more = Tokens(rid="r", ids=pack_ids([5]), prompt_tokens=prompt)
     experts = pack_ids(range(2 * (prompt + made + 1 - 1)))
     end = Tokens(rid="r", routed_experts=experts, finish=Finish(reason="abort"), prompt_tokens=prompt)
@@ -241,11 +241,29 @@ def test_routed_experts_are_cut_at_the_stop_when_they_begin_later(detokenizer: D
     assert out[-1].tokens.routed_experts == pack_ids(range(prompt + kept - 1 - start))
 
 
+def facts(epoch: int) -> Facts:
+    return Facts(epoch=epoch, max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=1)
+
+
 def test_a_new_scheduler_forgets_what_ran_before(detokenizer: Detokenizer) -> None:
-    detokenizer.step([Tokens(rid="r", request=request(), ids=pack_ids(ids_of("a")))])
-    facts = Facts(max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=1)
-    assert detokenizer.step([facts]) == [facts]
+    detokenizer.step([facts(0), Tokens(rid="r", request=request(), ids=pack_ids(ids_of("a")))])
+    assert detokenizer.step([facts(1)]) == [facts(1)]
     assert detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))]) == []
+
+
+@pytest.mark.parametrize("said_before", [True, False])  # this detokenizer may be newer than the scheduler
+def test_a_scheduler_that_says_its_facts_again_is_the_same(detokenizer: Detokenizer, said_before: bool) -> None:
+    if said_before:
+        detokenizer.step([facts(3)])
+    detokenizer.step([Tokens(rid="r", request=request(), ids=pack_ids(ids_of("a"))), facts(3)])
+    assert texts(detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))])) == "b"
+
+
+def test_what_waits_for_the_last_message_of_a_dead_scheduler_is_not_told_without_it(detokenizer: Detokenizer) -> None:
+    asked = request(stop="b")
+    asked.return_routed_experts = True
+    detokenizer.step([facts(0), Tokens(rid="r", request=asked, ids=pack_ids(ids_of("ab")))])
+    assert detokenizer.step([facts(1)]) == [facts(1)]
 
 
 def test_detokenize_answers_texts(detokenizer: Detokenizer) -> None:

@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 import pytest
 
 from http_gateway.flight import Flight
-from http_gateway.journal import GUILTY, PROOF_TOKENS
 from http_gateway.metrics import Metrics
-from http_gateway.ring_client import COMMAND_LOST, RingClient
-from runtime.control import Abort, FlushCache, PauseGeneration
+from http_gateway.quarantine import GUILTY, PROOF_TOKENS
+from http_gateway.ring_client import COMMAND_LOST, CONDEMNED, RingClient
+from runtime.control import Abort, ControlCommand, FlushCache, PauseGeneration, Tokenize, UpdateWeightVersion
 from runtime.errors import Kind, RequestError
 from runtime.messages import Facts, Finish, Generate, Reply, Request, Restarted, pack_ids
 from runtime.sampling import SamplingParams
@@ -27,7 +27,7 @@ def facts(epoch: int = 0, **state: object) -> Facts:
 
 
 def asked(rid: str) -> Generate:
-    return Generate(request=Request(rid=rid, params=SamplingParams()), text="hi")
+    return Generate(request=Request(rid=rid, params=SamplingParams()), text=f"prompt of {rid}")
 
 
 class Ring:
@@ -53,6 +53,12 @@ class Ring:
         else:
             self.transport.push(Restarted(role=role))
         await self.settle()
+
+    @property
+    def order(self) -> list[str]:
+        """Of the requests and commands sent since the last restart."""
+        named = {Generate: lambda m: m.request.rid, PauseGeneration: lambda m: "pause", FlushCache: lambda m: "flush"}
+        return [named[type(message)](message) for message in self.transport.sent if type(message) in named]
 
     @property
     def sent(self) -> list[tuple[str, int, bytes]]:
@@ -118,6 +124,19 @@ async def test_after_a_tokenizer_only_requests_that_nothing_was_heard_of_are_sen
 
 
 @asynchronous
+async def test_a_request_sent_again_may_be_lost_with_the_tokenizer_though_it_was_heard_of_before() -> None:
+    async with connected() as ring:
+        with ring.open("a") as flight:
+            ring.transport.push(step("a", [5], "x"))
+            await flight.next()
+            await ring.restart("scheduler")
+            await ring.restart("tokenizer")
+            assert ring.sent == [("a", 2, pack_ids([5]))]
+            (again,) = [message for message in ring.transport.sent if isinstance(message, Generate)]
+            assert again.request.again
+
+
+@asynchronous
 async def test_after_a_detokenizer_all_requests_are_sent_again() -> None:
     async with connected() as ring:
         with ring.open("heard", "unheard") as flight:
@@ -171,8 +190,33 @@ async def test_an_abort_of_the_detokenizer_that_may_be_lost_with_the_tokenizer_i
         await ring.settle()
         await ring.restart("tokenizer")
         assert ring.aborts == ["stopped"]
+        await ring.restart("scheduler")
         await ring.restart("tokenizer")
-        assert ring.aborts == ["stopped"]  # aborts of what has ended do no harm
+        assert ring.aborts == []  # there is nothing that it could end
+
+
+@asynchronous
+async def test_a_relayed_abort_is_sent_again_where_its_request_waits_for_the_last_message() -> None:
+    async with connected() as ring:
+        with ring.open("stopped") as flight:
+            ring.transport.push(step("stopped", [5], "x"))
+            await flight.next()
+            ring.transport.push(Abort(rid="stopped", exact=True))
+            await ring.settle()
+            await ring.restart("tokenizer")
+            assert ring.aborts == ["stopped"]
+
+
+@asynchronous
+async def test_a_relayed_abort_does_not_end_a_request_that_took_the_rid_later() -> None:
+    async with connected() as ring:
+        ring.transport.push(Abort(rid="a", exact=True))
+        await ring.settle()
+        with ring.open("a") as flight:
+            ring.transport.push(step("a", [5], "x"))
+            await flight.next()
+            await ring.restart("tokenizer")
+            assert ring.aborts == []
 
 
 @asynchronous
@@ -239,6 +283,61 @@ async def test_a_command_that_may_be_lost_elsewhere_is_sent_again_under_its_id(r
 
 
 @asynchronous
+async def test_a_command_that_changes_nothing_is_simply_asked_again() -> None:
+    async with connected() as ring:
+        ring.transport.answers_commands = False
+        waiting = asyncio.create_task(ring.client.command(Tokenize(texts=["x"]), 5))
+        await ring.settle()
+        await ring.restart("scheduler")
+        (again,) = await ring.transport.sent_of(Tokenize)
+        ring.transport.push(Reply(id=again.id, body={"tokens": [[1]]}))
+        answer = await waiting
+        assert isinstance(answer, Reply) and answer.body == {"tokens": [[1]]}
+
+
+@asynchronous
+async def test_requests_and_commands_are_sent_again_in_their_order() -> None:
+    async with connected() as ring:
+        ring.transport.answers_commands = False
+        with ring.open("before"):
+            waiting = asyncio.create_task(ring.client.command(PauseGeneration(mode="in_place"), 5))
+            await ring.settle()
+            with ring.open("after"):
+                await ring.restart("tokenizer")
+                assert ring.order == ["before", "pause", "after"]
+                waiting.cancel()
+
+
+@asynchronous
+@pytest.mark.parametrize("command", [PauseGeneration(mode="abort"), UpdateWeightVersion(new_version="2")])
+async def test_what_a_command_has_ended_stays_ended_though_the_last_word_is_lost(command: ControlCommand) -> None:
+    async with connected() as ring:
+        ring.transport.answers_commands = False
+        with ring.open("before") as before:
+            waiting = asyncio.create_task(ring.client.command(command, 5))
+            await ring.settle()
+            with ring.open("after"):
+                await ring.restart("detokenizer")
+                ring.transport.push(Reply(id=command.id))
+                await waiting
+                assert ring.aborts == ["before"]
+                ring.transport.push(step("before", attempt=1, finish=Finish(reason="abort", message="Aborted")))
+                [(_, text)] = await before.next()
+                assert text.tokens.finish is not None and text.tokens.finish.reason == "abort"
+
+
+@asynchronous
+async def test_a_lap_goes_on_through_a_restart() -> None:
+    async with connected() as ring:
+        ring.transport.answers_commands = False
+        lap = asyncio.create_task(ring.client.lap())
+        await ring.settle()
+        ring.transport.answers_commands = True
+        await ring.restart("scheduler")
+        await lap
+
+
+@asynchronous
 async def test_the_gateway_learns_what_a_new_scheduler_serves() -> None:
     async with served() as server:
         gateway = server.gateway
@@ -262,6 +361,25 @@ async def test_a_new_gateway_says_so_until_the_scheduler_speaks() -> None:
     assert (await client.facts()).state == {"paused": True}
     assert PauseGeneration not in map(type, transport.sent)
     listening.cancel()
+
+
+@asynchronous
+async def test_a_new_gateway_begins_beyond_the_attempts_of_the_one_before() -> None:
+    transport = FakeRing()
+    client = RingClient(transport, transport, 10, Metrics("m"), least_attempt=1 << 20)
+    introduction = asyncio.create_task(client.introduce())
+    assert await transport.sent_of(Restarted) == [Restarted(role="gateway", least_attempt=1 << 20)]
+    with client.open([asked("a")]):
+        (sent,) = await transport.sent_of(Generate)
+        assert (sent.request.attempt, sent.request.again) == (1 << 20, False)
+    introduction.cancel()
+
+
+@asynchronous
+async def test_after_a_text_service_the_scheduler_is_asked_for_its_facts_for_they_may_be_lost() -> None:
+    async with connected() as ring:
+        await ring.restart("detokenizer")
+        assert [message.role for message in ring.transport.sent if isinstance(message, Restarted)] == ["gateway"]
 
 
 # the culprit
@@ -288,22 +406,59 @@ async def test_who_was_there_at_two_deaths_without_progress_runs_alone_and_fails
 
 
 @asynchronous
-async def test_a_suspect_that_gets_on_alone_is_cleared_and_the_next_one_follows() -> None:
+async def test_suspects_run_in_groups_and_one_by_one_when_a_group_has_died() -> None:
     async with connected() as ring:
-        with ring.open("a", "b", "c") as flight:
-            await ring.restart("scheduler")
-            await ring.restart("scheduler")
-            assert ring.rids == ["a"]
-            ring.transport.push(step("a", range(PROOF_TOKENS), "well", attempt=2))
-            await flight.next()
-            assert ring.rids == ["a", "b"]
-            ring.transport.push(step("b", [2], "", attempt=2, finish=STOP))
-            await flight.next()
+        names = "abcdefg"  # three groups
+        with ring.open(*names) as flight:
+            for _ in range(2):
+                await ring.restart("scheduler")
             assert ring.rids == ["a", "b", "c"]
+            ring.transport.push(*(step(name, range(PROOF_TOKENS), "", attempt=2) for name in "abc"))
+            await flight.next()
+            assert ring.rids == [*"abc", *"def"]
+            assert ring.aborts == ["a", "b", "c"]  # they wait again
+            await ring.restart("scheduler")
+            assert ring.rids == ["d"]
+            attempt = ring.sent[0][1]
+            ring.transport.push(step("d", [2], "", attempt=attempt, finish=STOP))
+            await flight.next()
+            assert ring.rids == ["d", "e"]
             await ring.restart("scheduler")
             [(index, text)] = await flight.next()
-            assert index == 2 and text.tokens.finish is not None and text.tokens.finish.reason == "error"
-            assert ring.rids == ["a"]
+            assert names[index] == "e"
+            assert text.tokens.finish is not None and text.tokens.finish.reason == "error"
+            assert ring.rids == ["f"]
+
+
+@asynchronous
+async def test_who_has_never_made_anything_is_suspected_first() -> None:
+    async with connected() as ring:
+        with ring.open("old") as old, ring.open("new"):
+            ring.transport.push(step("old", [5], "x"))
+            await old.next()
+            for _ in range(2):
+                await ring.restart("scheduler")
+            assert ring.rids == ["new"]
+
+
+@asynchronous
+async def test_the_like_of_a_guilty_request_fails_with_it_and_is_not_accepted_again() -> None:
+    async with connected() as ring:
+        alike = [
+            Generate(request=Request(rid=rid, params=SamplingParams(), seed=i), text="bad")
+            for i, rid in enumerate("ab")
+        ]
+        with ring.client.open(alike) as flight:
+            for _ in range(4):
+                await ring.restart("scheduler")
+            ended = await flight.next()
+            assert [text.tokens.finish.status for _, text in ended if text.tokens.finish] == [500, 500]
+        retry = Generate(request=Request(rid="c", params=SamplingParams(), seed=9), text="bad")
+        with pytest.raises(RequestError, match="not tried for ten minutes") as refused:
+            ring.client.open([retry])
+        assert (refused.value.message, refused.value.kind) == (CONDEMNED, Kind.INTERNAL)
+        with ring.open("innocent"):
+            assert ring.rids == ["innocent"]
 
 
 @asynchronous

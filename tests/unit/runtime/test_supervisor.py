@@ -12,7 +12,7 @@ import pytest
 from runtime.child import CPU_QUOTA, SOURCE_ROOT, Child, Service, child_environment, usable_cores
 from runtime.config import ServerConfig
 from runtime.service import Ready
-from runtime.supervisor import BUDGET_WINDOW_S, ExitStatus, Supervisor
+from runtime.supervisor import BUDGET_WINDOW_S, LOOK_EVERY_S, ExitStatus, Supervisor, Watch
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -200,3 +200,29 @@ def test_a_container_that_pays_for_fewer_cores_uses_fewer(tmp_path, monkeypatch,
     if quota is not None:
         file.write_text(quota + "\n")
     assert usable_cores(file) == cores
+
+
+def test_time_without_a_beat_adds_up_and_a_beat_ends_it():
+    watch = Watch()
+    looks = [watch.still_s(7, 100 + i * LOOK_EVERY_S) for i in range(5)]
+    assert looks == [i * LOOK_EVERY_S for i in range(5)]
+    assert watch.still_s(8, 103) == 0.0
+
+
+def test_time_in_which_nobody_looked_does_not_count():
+    watch = Watch()
+    watch.still_s(7, 100.0)
+    assert watch.still_s(7, 500.0) == 2 * LOOK_EVERY_S
+
+
+def test_a_service_that_cannot_be_started_again_for_want_of_resources_ends_the_server(
+    supervisor, dead_child, monkeypatch
+):
+    def no_process(*_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("runtime.supervisor.start", no_process)
+    supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, KILLED, line())))
+    supervisor.spawn_due()
+    assert supervisor.status == ExitStatus.DIED
+    assert "the scheduler cannot be started again: [Errno 11]" in supervisor.reason

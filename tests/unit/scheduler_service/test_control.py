@@ -177,7 +177,7 @@ def test_a_command_that_comes_again_while_it_waits_is_answered_once() -> None:
 # a gateway that was started again
 
 
-def test_a_new_gateway_is_told_what_is_served_and_old_requests_end_unheard() -> None:
+def test_a_new_gateway_is_told_what_is_served_and_requests_of_the_one_before_end() -> None:
     rig = Rig(max_running=1)
     rig.scheduler.facts = Facts(
         epoch=2, max_total_num_tokens=9, max_req_input_len=8, context_length=8, vocab_size=VOCABULARY
@@ -187,7 +187,8 @@ def test_a_new_gateway_is_told_what_is_served_and_old_requests_end_unheard() -> 
         rig.scheduler.step()
     assert rig.tokens("running")
     sent = len(rig.outbox.messages)
-    rig.inbox.put(PauseGeneration(id="p", mode="in_place"), Restarted(role="gateway"), tokenized("new", PROMPT, 2))
+    rig.inbox.put(PauseGeneration(id="p", mode="in_place"), Restarted(role="gateway", least_attempt=5))
+    rig.inbox.put(tokenized("late", PROMPT, 2), tokenized("new", PROMPT, 2, attempt=5))
     rig.scheduler.step()
     told = [message for message in rig.outbox.messages[sent:] if not isinstance(message, Tokens | Reply)]
     state = {"weight_version": "default", "paused": True, "asleep": False}
@@ -195,5 +196,6 @@ def test_a_new_gateway_is_told_what_is_served_and_old_requests_end_unheard() -> 
     rig.inbox.put(ContinueGeneration(id="c"))
     rig.run()
     assert finishes(rig, "new") == ["length"]
-    assert finishes(rig, "running") == [None] and not rig.tokens("waiting")
+    assert finishes(rig, "running", "waiting") == ["abort", "abort"]
+    assert not rig.tokens("late")
     rig.scheduler.planner.check()

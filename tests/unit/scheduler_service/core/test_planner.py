@@ -420,6 +420,21 @@ def test_a_newer_attempt_takes_the_place_of_an_older_one() -> None:
     assert stepper.output("a") == expected_output(PROMPT, 2)
 
 
+def test_a_full_queue_takes_back_whom_it_had_admitted() -> None:
+    stepper = Stepper(max_running=1, max_queued=1)
+    for rid in "ab":
+        stepper.add(tokenized(rid, PROMPT, 3))
+    with pytest.raises(RequestError, match="queue is full"):
+        stepper.add(tokenized("c", PROMPT, 3))
+    for rid in "de":  # they had their place with the scheduler before
+        message = tokenized(rid, PROMPT, 3, attempt=1)
+        message.request.again = True
+        stepper.add(message)
+    stepper.run()
+    assert [stepper.output(rid) for rid in "abde"] == [expected_output(PROMPT, 3)] * 4
+    stepper.planner.check()
+
+
 def test_a_duplicate_of_a_living_request_is_ignored() -> None:
     stepper = Stepper()
     stepper.add(tokenized("a", PROMPT, 3))
