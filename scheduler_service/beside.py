@@ -2,9 +2,9 @@
 
 Work that would slow a step on the CPU calls `breathe` between its pieces. It then takes turns with the loop: a slice
 of time between two steps and nothing during them, so that a step is later by that slice however much there is to do;
-after a step that was slower than usual, by less, since slow steps come in groups. At the same time, the two would
-fight for the cores, which a step has all use for, for the lock of the interpreter and for that of the process's memory,
-and a step would be longer by a multiple of what is done meanwhile.
+after a step that was slower than usual, by less, since slow steps come in groups; before a step that is known to be
+long, by nothing. At the same time, the two would fight for the cores, which a step has all use for, for the lock of the
+interpreter and for that of the process's memory, and a step would be longer by a multiple of what is done meanwhile.
 
 What waits for a disk or a network, and does not breathe, runs freely. For its sake the interpreter's switch interval
 is made short, since a step takes and drops that lock hundreds of times, and the thread has a lower priority. Work on
@@ -34,6 +34,7 @@ SLICE_S = 0.02  # of work in one turn of the loop
 SHORTEST_SLICE_S = 0.005  # less is not worth the cold caches
 STEP_WEIGHT = 0.1  # of the last step in what is usual
 TOLERANCE = 1.15  # times the usual is not slow yet
+MOST_SKIPPED = 3  # turns in a row before long steps
 PATIENCE_S = 0.06  # of the loop, for a piece of work that outlasts its slice
 LONGEST_BREATH_S = 1.0  # the loop may be busy with one long step
 
@@ -69,14 +70,17 @@ class Turns:
         self._until = clock()
         self._pace = Pace()
         self._granted_at = clock()
+        self._skipped = 0
 
-    def grant(self) -> None:
+    def grant(self, long_step: bool = False) -> None:
         """One more turn of the loop: where the work rests, let it go on for a slice of time, and wait until it rests.
 
         Work that does something else than it breathes for (it downloads, or is amid a long piece) is left alone.
+        `long_step`: the step that comes is longer than others, so that the work waits for the next, a few times.
         """
         slice_s = self._pace.slice_after(self._clock() - self._granted_at)
-        if self._resting.is_set() and slice_s >= SHORTEST_SLICE_S:
+        self._skipped = self._skipped + 1 if long_step and self._skipped < MOST_SKIPPED else 0
+        if self._resting.is_set() and slice_s >= SHORTEST_SLICE_S and not self._skipped:
             self._resting.clear()
             self._until = self._clock() + slice_s
             self._granted.set()
@@ -117,18 +121,20 @@ def freely() -> Iterator[None]:
         _own.turns = turns
 
 
-def beside(work: Callable[[], Result]) -> Generator[None, None, Result]:
+def beside(work: Callable[[], Result]) -> Generator[None, bool | None, Result]:
     """Start `work` in a thread of its own; yields until it has ended, then returns what it did.
 
-    Raises its CommandRefused, and one with status 500 for any other exception.
+    May be sent, with each turn, whether the next step is longer than others. Raises CommandRefused as the work does,
+    and one with status 500 for any other exception.
     """
     done: Future[Result] = Future()
     turns = Turns()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     threading.Thread(target=_run, args=(work, done, turns), name="beside", daemon=True).start()
+    long_step: bool | None = False
     while not done.done():
-        turns.grant()
-        yield
+        turns.grant(bool(long_step))
+        long_step = yield
     try:
         return done.result()
     except CommandRefused:

@@ -29,7 +29,7 @@ FLUSH_IN_PROGRESS = "Another flush_cache is already in progress."
 
 ANSWERS_KEPT = 64
 
-Waiting = Generator[None, None, list[Message]]
+Waiting = Generator[None, bool | None, list[Message]]
 Handler = Callable[["Scheduler", Any], "list[Message] | Waiting"]
 
 
@@ -60,18 +60,18 @@ class Control:
             return self._kept([refused(command, refusal)])
         return self._kept(result) if isinstance(result, list) else self._turn(command, result)
 
-    def advance(self) -> list[Message]:
-        """Give every waiting command a turn."""
+    def advance(self, long_step: bool = False) -> list[Message]:
+        """Give every waiting command a turn. `long_step`: the step that comes is longer than others."""
         turns, self._waiting = self._waiting, []
-        return [message for command, waiting in turns for message in self._turn(command, waiting)]
+        return [message for command, waiting in turns for message in self._turn(command, waiting, long_step)]
 
     def has_waiting(self, kind: type[ControlCommand]) -> bool:
         """Whether an earlier command of this kind waits."""
         return any(isinstance(command, kind) for command, _ in self._waiting)
 
-    def _turn(self, command: ControlCommand, waiting: Waiting) -> list[Message]:
+    def _turn(self, command: ControlCommand, waiting: Waiting, long_step: bool | None = None) -> list[Message]:
         try:
-            next(waiting)
+            waiting.send(long_step)
         except StopIteration as end:
             messages: list[Message] = end.value
             return self._kept(messages)

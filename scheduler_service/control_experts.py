@@ -40,7 +40,7 @@ def stop(scheduler: "Scheduler", command: StopExpertDistributionRecord) -> list[
     return [Reply(id=command.id, message=STOPPED)]
 
 
-def dump(scheduler: "Scheduler", command: DumpExpertDistributionRecord) -> Generator[None, None, list[Message]]:
+def dump(scheduler: "Scheduler", command: DumpExpertDistributionRecord) -> Generator[None, bool | None, list[Message]]:
     """Write the recording to files and forget it; requests run on while they are written."""
     yield from recorder_of(scheduler).dump()
     return [Reply(id=command.id, message=DUMPED)]

@@ -13,7 +13,7 @@ from scheduler_service.control_weights import updates_of
 if TYPE_CHECKING:
     from scheduler_service.scheduler import Scheduler
 
-Waiting = Generator[None, None, list[Message]]
+Waiting = Generator[None, bool | None, list[Message]]
 
 JOINED = "Succeeded to initialize custom process group."
 LEFT = "Succeeded to destroy custom process group."

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Waiting = Generator[None, None, list[Message]]
+Waiting = Generator[None, bool | None, list[Message]]
 
 PAUSED = "Generation paused successfully."
 CONTINUED = "Generation continued successfully."

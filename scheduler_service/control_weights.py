@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
 
 log = logging.getLogger(__name__)
 
-Waiting = Generator[None, None, list[Message]]
-Check = Generator[None, None, dict[str, Any]]
+Waiting = Generator[None, bool | None, list[Message]]
+Check = Generator[None, bool | None, dict[str, Any]]
 Change = Callable[["Scheduler", "Updates", Any], Waiting]
 
 FIXED = "The weights of this server cannot be changed."
@@ -93,7 +93,7 @@ def from_disk(scheduler: "Scheduler", updates: "Updates", command: UpdateWeights
 
 def swap(
     scheduler: "Scheduler", updates: "Updates", staged: "Staged", command: WeightChange
-) -> Generator[None, None, int]:
+) -> Generator[None, bool | None, int]:
     """Put staged values in place, between two steps. Returns how many requests were paused meanwhile."""
     refuse_unless_expected(scheduler, command)
     planner = scheduler.planner
@@ -171,14 +171,16 @@ def end(scheduler: "Scheduler", updates: "Updates", command: EndWeightUpdate) ->
     return [done(scheduler, command, "Success")]
 
 
-def apply_session(scheduler: "Scheduler", updates: "Updates", command: WeightChange) -> Generator[None, None, None]:
+def apply_session(
+    scheduler: "Scheduler", updates: "Updates", command: WeightChange
+) -> Generator[None, bool | None, None]:
     staged = yield from beside(updates.seal)
     yield from swap(scheduler, updates, staged, command)
 
 
 def collected(
     scheduler: "Scheduler", updates: "Updates", command: WeightChange, collect: "Collect"
-) -> Generator[None, None, None]:
+) -> Generator[None, bool | None, None]:
     """Take tensors into the session; without one, put them in place at once."""
     refuse_unless_expected(scheduler, command)
     implicit = updates.session is None

@@ -152,7 +152,7 @@ class Scheduler:
         for decided in self.waiting_room.decided():
             out += self.admit_decided(decided)
         if self.control:
-            out += self.control.advance()
+            out += self.control.advance(self.planner.prefills_next)
         if self.orders:
             self.orders.note(self)
         self.emit(out)

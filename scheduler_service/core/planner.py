@@ -68,6 +68,11 @@ class Planner:
         """Whether `next` may give a plan."""
         return not (self.paused or self.asleep or self.idle)
 
+    @property
+    def prefills_next(self) -> bool:
+        """Whether the next plan has prompts to compute, as far as can be said before it is made."""
+        return bool(self.waiting and self.slots) or any(sequence.wants_prefill for sequence in self.running)
+
     # requests in
 
     def add(self, message: Tokenized, now: float, grammar: object | None = None) -> list[Update]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from runtime.errors import CommandRefused
-from scheduler_service.beside import PATIENCE_S, SLICE_S, TOLERANCE, Pace, Turns, beside, breathe, freely
+from scheduler_service.beside import MOST_SKIPPED, PATIENCE_S, SLICE_S, TOLERANCE, Pace, Turns, beside, breathe, freely
 
 
 def outcome(work: Callable[[], object]) -> object:
@@ -107,6 +107,27 @@ def test_slowness_that_lasts_becomes_usual() -> None:
     slices = [pace.slice_after(0.1) for _ in range(40)]
     assert slices[0] < 0 and slices == sorted(slices)
     assert slices[-1] > SLICE_S / 2
+
+
+def test_work_waits_for_the_end_of_long_steps_a_few_times() -> None:
+    turns, slices = Turns(Clock(), longest_breath_s=None), []
+
+    def work() -> None:
+        while len(slices) < 3:
+            turns.breathe()
+            slices.append(True)
+            turns._until = -1.0  # the slice is over
+        turns.end()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    while not turns._resting.is_set():
+        pass
+    done = []
+    for long_step in [*[True] * (MOST_SKIPPED + 1), True, False]:
+        turns.grant(long_step)
+        done.append(len(slices))
+    assert done == [0] * MOST_SKIPPED + [1, 1, 2]
 
 
 def test_the_loop_does_not_wait_for_work_that_does_not_rest() -> None:
