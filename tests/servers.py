@@ -119,6 +119,15 @@ class Server:
         return self.log
 
 
+def started(module: str, boot_file: Path, *inherited: int) -> subprocess.Popen[bytes]:
+    """One service by itself, as the launcher starts it."""
+    process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, stdin=subprocess.PIPE, pass_fds=inherited)
+    assert process.stdin is not None
+    with process.stdin:
+        process.stdin.write(f"{boot_file}\n".encode())
+    return process
+
+
 @contextlib.contextmanager
 def launched(
     *flags: str,

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from runtime.sampling import SamplingParams
 from runtime.service import Boot, Ready
 from runtime.sockets import Inbox, Outbox, endpoint
 from tests.fakes import next_token
+from tests.servers import started
 
 VOCABULARY = 1000
 WAIT_S = 30.0
@@ -49,9 +48,7 @@ class Process:
         )
         boot_file = run_dir / "boot"
         boot_file.write_bytes(msgspec.msgpack.encode(boot))
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "tests.fake_scheduler", str(boot_file)], pass_fds=(ready_write, lifeline_read)
-        )
+        self.child = started("tests.fake_scheduler", boot_file, ready_write, lifeline_read)
         os.close(ready_write)
         os.close(lifeline_read)
         with os.fdopen(ready_read) as ready:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +17,9 @@ from runtime.control import Abort, Detokenize, FlushCache, Probe, Tokenize
 from runtime.messages import Finish, Generate, Message, Request, Tokens, unpack_ids
 from runtime.sampling import SamplingParams
 from runtime.service import EXIT_STARTUP, Boot, Ready
+from tests.servers import started
 from tests.tokenizers_to_try import byte_level, save
 
-ROOT = Path(__file__).parents[2]
 TOKENIZER = byte_level()
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 8}
 
@@ -53,8 +52,7 @@ class Service:
         )
         file = self.run_dir / f"{role}.boot"
         file.write_bytes(msgspec.msgpack.encode(boot))
-        command = [sys.executable, "-m", f"{role}_service.main", str(file)]
-        process = subprocess.Popen(command, cwd=ROOT, pass_fds=(ready_write, lifeline))
+        process = started(f"{role}_service.main", file, ready_write, lifeline)
         os.close(ready_write)
         os.close(lifeline)
         return process, open(ready_read, "rb")
