@@ -30,8 +30,8 @@ Result = TypeVar("Result")
 
 NICE = 5
 SWITCH_INTERVAL_S = 0.0002
-SLICE_S = 0.015  # of work in one turn of the loop
-SHORTEST_SLICE_S = 0.004  # less is not worth the cold caches
+SLICE_S = 0.02  # of work in one turn of the loop
+SHORTEST_SLICE_S = 0.005  # less is not worth the cold caches
 PIECE_MEMORY = 0.95  # of the longest piece of work lately, by piece
 STEP_WEIGHT = 0.1  # of the last step in what is usual
 TOLERANCE = 1.15  # times the usual is not slow yet
