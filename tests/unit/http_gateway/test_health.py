@@ -1,10 +1,13 @@
 """The health answers."""
 
+from pathlib import Path
+
 import pytest
 
 from http_gateway.gateway import Phase
 from runtime.control import Abort
 from runtime.messages import Finish, Generate
+from runtime.sockets import turn_door
 from tests.unit.http_gateway.harness import FakeProgress, asynchronous, ends, served, step
 
 ONE_TOKEN = ends(Finish(reason="length", length=1))
@@ -81,3 +84,17 @@ async def test_health_generate_without_an_answer_is_503_and_leaves_no_request() 
         server.gateway.sign_of_life._timeout_s = 0.001
         assert (await server.client.get("/health_generate")).status == 503
         assert len(await server.ring.sent_of(Abort)) == 1
+
+
+@asynchronous
+async def test_a_server_that_lacks_a_process_is_well_and_wants_no_traffic(tmp_path: Path) -> None:
+    async with served() as server:
+        server.gateway.run_dir = str(tmp_path)
+        for role in ("tokenizer", "scheduler", "detokenizer"):
+            turn_door(str(tmp_path), role, 0)
+            (tmp_path / f"{role}.0").touch()
+        assert (await server.client.get("/readyz")).status == 200
+        turn_door(str(tmp_path), "scheduler", 1)  # which is not there yet
+        answer = await server.client.get("/readyz")
+        assert (answer.status, answer.json()["reason"]) == (503, "the scheduler is being started again")
+        assert (await server.client.get("/health")).status == 200
