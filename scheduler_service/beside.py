@@ -32,7 +32,6 @@ NICE = 5
 SWITCH_INTERVAL_S = 0.0002
 SLICE_S = 0.02  # of work in one turn of the loop
 SHORTEST_SLICE_S = 0.005  # less is not worth the cold caches
-PIECE_MEMORY = 0.95  # of the longest piece of work lately, by piece
 STEP_WEIGHT = 0.1  # of the last step in what is usual
 TOLERANCE = 1.15  # times the usual is not slow yet
 MOST_SKIPPED = 3  # turns in a row before long steps
@@ -72,8 +71,6 @@ class Turns:
         self._pace = Pace()
         self._granted_at = clock()
         self._skipped = 0
-        self._resumed_at = clock()  # the work
-        self._piece_s = 0.0  # it is like to take so long between two breaths
 
     def grant(self, long_step: bool = False) -> None:
         """One more turn of the loop: where the work rests, let it go on for a slice of time, and wait until it rests.
@@ -91,15 +88,13 @@ class Turns:
         self._granted_at = self._clock()
 
     def breathe(self) -> None:
-        """Go on at once while the slice lasts for one more piece; else wait for the next."""
-        now = self._clock()
-        self._piece_s = max(now - self._resumed_at, PIECE_MEMORY * self._piece_s)
-        if now + self._piece_s >= self._until:
-            self._granted.clear()
-            self._resting.set()
-            if not self._granted.wait(self._longest_breath_s):
-                self._resting.clear()
-        self._resumed_at = self._clock()
+        """Go on at once while the slice lasts; else wait for the next."""
+        if self._clock() < self._until:
+            return
+        self._granted.clear()
+        self._resting.set()
+        if not self._granted.wait(self._longest_breath_s):
+            self._resting.clear()
 
     def end(self) -> None:
         """The work is done: nobody need wait for it."""

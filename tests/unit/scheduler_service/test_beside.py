@@ -80,7 +80,7 @@ def test_the_loop_waits_until_the_slice_is_over() -> None:
         for piece in range(4):
             turns.breathe()
             steps.append(piece)
-            clock.now += 0.4 * SLICE_S  # a third would not fit
+            clock.now += 0.6 * SLICE_S
         turns.end()
 
     worker = threading.Thread(target=work, daemon=True)
