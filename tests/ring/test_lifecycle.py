@@ -187,6 +187,7 @@ def test_a_port_in_use_is_refused_in_one_line_before_anything_starts(launch_stan
         (["--max-runing-requests", "4"], ExitStatus.USAGE, "did you mean --max-running-requests?"),
         (["--port", "http"], ExitStatus.USAGE, "--port takes integer, not 'http'"),
         (["--host", "192.0.2.1"], ExitStatus.STARTUP, "--host is no address of this machine"),
+        (["--watchdog-timeout", "0.5"], ExitStatus.STARTUP, "use 0 (never) or at least 3"),
         (["--chunked-prefill-size", "0"], ExitStatus.STARTUP, "use -1 for whole prompts"),
     ],
 )

@@ -46,6 +46,7 @@ LIVE = ["a", "ab", "a_0", "a_1", "a_x", "b"]
     ("command", "expected"),
     [
         (Abort(rid="a"), ["a", "a_0", "a_1"]),
+        (Abort(rid="a", exact=True), ["a"]),
         (Abort(rid="a", prefix=True), ["a", "ab", "a_0", "a_1", "a_x"]),
         (Abort(abort_all=True), LIVE),
         (Abort(), []),
