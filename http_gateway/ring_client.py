@@ -13,13 +13,12 @@ restarts, for new requests as well: a rid that is used again cannot be taken for
 import asyncio
 import itertools
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+from http_gateway.commands import Commands, Waiting
 from http_gateway.flight import Flight
 from http_gateway.journal import Pending, digest
 from http_gateway.quarantine import GUILTY, Quarantine
@@ -37,11 +36,6 @@ FRAMES_A_TURN = 8
 LAP_TIMEOUT_S = 5.0
 INTRODUCE_AGAIN_S = 5.0
 RELAYED_ABORTS = 1024  # the last ones, kept in case the tokenizer dies with them
-COMMAND_LOST = (
-    "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
-    "See /get_model_info, and send it again."
-)
-
 CONDEMNED = (
     "A request like this one has ended a process of the server again and again; it is not tried for ten minutes."
 )
@@ -63,15 +57,6 @@ class Meter(Protocol):
     def restarted(self, role: str) -> None: ...
 
 
-@dataclass(slots=True)
-class Waiting:
-    """A command on its way round the ring."""
-
-    command: ControlCommand
-    serial: int
-    answer: asyncio.Future[Message]
-
-
 class RingClient:
     """Owns everything that is on its way round the ring."""
 
@@ -91,7 +76,7 @@ class RingClient:
         self._serials = itertools.count(1)  # of requests, commands and relayed aborts
         self._quarantine = Quarantine()
         self._relayed: deque[tuple[int, Abort]] = deque(maxlen=RELAYED_ABORTS)
-        self._waiting: dict[str, Waiting] = {}  # commands by id
+        self._commands = Commands(self._send, self._serials)
         self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -230,8 +215,7 @@ class RingClient:
         self._recover_aborts(role, {entry.rid for entry in lost})
         if guilty:
             self._blame(guilty, role)
-        commands = self._recover_commands(role)
-        again = self._pump(commands)
+        again = self._pump(self._commands.recover(role))
         log.warning("The %s was started again; %d of %d requests are sent again.", role, again, len(self._pending))
 
     def _recover_aborts(self, role: str, lost: set[str]) -> None:
@@ -259,16 +243,6 @@ class RingClient:
                 self._send_aborts([entry.abort()])
                 self._end(entry, Finish.internal(GUILTY.format(role=role)))
 
-    def _recover_commands(self, role: str) -> list[Waiting]:
-        """Those that go again: a scheduler that has seen one knows it. What a dead one has seen nobody knows."""
-        again = []
-        for waiting in self._waiting.values():
-            if role != "scheduler" or waiting.command.harmless:
-                again.append(waiting)
-            elif not waiting.answer.done():
-                waiting.answer.set_exception(RequestError(COMMAND_LOST, Kind.UNAVAILABLE))
-        return again
-
     def _pump(self, commands: Sequence[Waiting] = ()) -> int:
         """Send the requests that are not in the ring and may be, and commands; how many requests that were."""
         for entry in self._quarantine.advance(self._pending.values()):
@@ -295,16 +269,7 @@ class RingClient:
 
     async def command(self, command: ControlCommand, timeout_s: float) -> Message:
         """Send a command round the ring and wait for what comes back. Raises TimeoutError and RequestError."""
-        serial = next(self._serials)
-        command.id = f"{os.getpid()}.{serial}"  # a gateway that is started again counts afresh
-        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._waiting[command.id] = Waiting(command, serial, answer)
-        try:
-            self._send([command])
-            async with asyncio.timeout(timeout_s):
-                return await answer
-        finally:
-            del self._waiting[command.id]
+        return await self._commands.carry_out(command, timeout_s)
 
     async def probe(self, timeout_s: float) -> dict[str, dict[str, Any]]:
         """The counters of every hop, by role. Raises TimeoutError and RequestError."""
@@ -360,12 +325,10 @@ class RingClient:
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
         if isinstance(answer, Reply):
             self.on_reply(answer)
-        waiting = self._waiting.get(answer.id)
-        if waiting is None or waiting.answer.done():
+        waiting = self._commands.answered(answer.id, answer)
+        if waiting is None:
             self.stale += 1
-            return
-        waiting.answer.set_result(answer)
-        if isinstance(answer, Reply) and answer.success and waiting.command.ends_requests:
+        elif isinstance(answer, Reply) and answer.success and waiting.command.ends_requests:
             self._end_before(waiting.serial)
 
     def _end_before(self, serial: int) -> None:

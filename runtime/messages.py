@@ -171,7 +171,6 @@ class Facts(Message, tag="facts", kw_only=True):
     context_length: int
     vocab_size: int
     memory_usage: dict[str, float] = {}
-    extra: dict[str, Any] = {}
     state: dict[str, Any] = {}  # what replies to commands say of it: model_path, weight_version, paused, asleep
 
 

@@ -1,6 +1,9 @@
-"""Small records that outlast a process: one file each in the run directory, replaced as a whole."""
+"""Small records that outlast a process: one file each in the run directory, replaced as a whole.
 
-import os
+Nothing is forced to the disk, so that the scheduler's loop may write them too: a run directory does not outlast the
+machine, and what a killed process has written is there.
+"""
+
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,19 +13,11 @@ Record = TypeVar("Record", bound=msgspec.Struct)
 
 
 def write(run_dir: str, name: str, record: msgspec.Struct) -> None:
-    """Replace the record; afterwards it survives a crash, and before that the old one does. Raises OSError."""
+    """Replace the record: whoever is killed at any moment leaves the old or the new one. Raises OSError."""
     path = Path(run_dir) / name
     fresh = path.with_suffix(".new")
-    with fresh.open("wb") as stream:
-        stream.write(msgspec.json.encode(record))
-        stream.flush()
-        os.fsync(stream.fileno())
+    fresh.write_bytes(msgspec.json.encode(record))
     fresh.replace(path)
-    descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(run_dir: str, name: str, kind: type[Record]) -> Record | None:

@@ -62,4 +62,4 @@ class StandingOrders:
         if orders.updating and scheduler.updates:
             scheduler.updates.open_session(broken=LOST)
         if orders != Orders():
-            log.warning("Still paused: %s. Memory still released: %s.", orders.paused, orders.released or "none")
+            log.warning("Orders that stand: %s", orders)

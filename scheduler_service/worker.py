@@ -181,7 +181,6 @@ class Worker:
                 "token_capacity": tokens,
                 "graph": round(self.fused.graphs.gigabytes, 2) if self.fused and self.fused.graphs else 0.0,
             },
-            extra={"device": str(self.device), "dtype": str(self.model.dtype).removeprefix("torch.")},
         )
 
     # A request's state

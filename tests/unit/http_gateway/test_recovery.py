@@ -6,10 +6,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from http_gateway.commands import COMMAND_LOST
 from http_gateway.flight import Flight
 from http_gateway.metrics import Metrics
 from http_gateway.quarantine import GUILTY, PROOF_TOKENS
-from http_gateway.ring_client import COMMAND_LOST, CONDEMNED, RingClient
+from http_gateway.ring_client import CONDEMNED, RingClient
 from runtime.control import Abort, ControlCommand, FlushCache, PauseGeneration, Tokenize, UpdateWeightVersion
 from runtime.errors import Kind, RequestError
 from runtime.messages import Facts, Finish, Generate, Reply, Request, Restarted, pack_ids
