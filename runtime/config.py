@@ -133,6 +133,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Positive | None,
         flag("largest batch captured as a CUDA graph (default: 512, or --max-running-requests)", DEVICE),
     ] = None
+    cuda_graph_max_prefill_tokens: Annotated[
+        Natural,
+        flag("most prompt tokens of a step that is captured as a CUDA graph too (default: 0, none is)", DEVICE),
+    ] = 0
     disable_cuda_graph: Annotated[
         bool, flag("capture no CUDA graphs: every step is launched piece by piece", DEVICE)
     ] = False

@@ -130,6 +130,12 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: "--disable-cuda-graph and --cuda-graph-max-bs contradict each other; leave one of them out",
     ),
     (
+        lambda c, m: c.disable_cuda_graph and c.cuda_graph_max_prefill_tokens > 0,
+        lambda c: (
+            "--disable-cuda-graph and --cuda-graph-max-prefill-tokens contradict each other; leave one of them out"
+        ),
+    ),
+    (
         lambda c, m: 0 < c.watchdog_timeout < LEAST_WATCHDOG_TIMEOUT_S,
         lambda c: (
             f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a scheduler may take to show that it is well; "
@@ -164,6 +170,8 @@ def notes(config: ServerConfig, device: str) -> list[str]:
         found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
     if device == "cpu" and config.cuda_graph_max_bs is not None:
         found.append("--cuda-graph-max-bs has no effect: a CPU captures no CUDA graphs")
+    if device == "cpu" and config.cuda_graph_max_prefill_tokens:
+        found.append("--cuda-graph-max-prefill-tokens has no effect: a CPU captures no CUDA graphs")
     return found
 
 

@@ -10,16 +10,18 @@ from operator import is_
 
 import torch
 
-from kernels.ops import Backend, Ops
+from kernels.ops import Backend
 from runtime.config import ServerConfig
 from scheduler_service.core.plan import Plan
 from scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
 from scheduler_service.experts import Chosen
+from scheduler_service.fused_prefill import FusedPrefill
 from scheduler_service.fused_sampling import FusedSampler, temperature
 from scheduler_service.graphs import (
     MAX_ROWS,
     CudaRecorder,
-    DecodeGraphs,
+    Graphs,
+    Key,
     PlainRecorder,
     Recorder,
     length_sizes,
@@ -27,84 +29,12 @@ from scheduler_service.graphs import (
 )
 from scheduler_service.inputs import Inputs
 from scheduler_service.kv_cache import KVCache
-from scheduler_service.model.batch import AttentionSpec, Batch
+from scheduler_service.model.batch import Batch
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.fused import FusedDecoder
-from scheduler_service.model.products import Workspace
 from scheduler_service.sampler import Draws, Row
+from scheduler_service.step_context import Chunks, StepContext
 from scheduler_service.transfer import upload
-
-
-@dataclass(slots=True)
-class Chunks:
-    """The prefill chunks of a step; they come behind its decode rows."""
-
-    table_rows: torch.Tensor  # (chunks,) int32
-    starts: torch.Tensor  # (chunks + 1,) int32, from the first chunk's first token on
-    lengths: torch.Tensor  # (chunks,) int32: context with the chunk itself
-    most_queries: int
-
-
-@dataclass(slots=True)
-class StepContext:
-    """Keys and values of one step, see model.fused.PagedContext."""
-
-    cache: KVCache
-    ops: Ops
-    workspace: Workspace
-    page_table: torch.Tensor  # (slots + 1, pages) int32
-    places: torch.Tensor  # (tokens,) int64
-    table_rows: torch.Tensor  # (decode rows,) int32
-    lengths: torch.Tensor  # (decode rows,) int32
-    longest: int  # of them, or more
-    chunks: Chunks | None = None
-
-    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cache.keys[layer], self.cache.values[layer]
-
-    def attend(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
-        rows = len(self.lengths)
-        if rows:
-            self.attend_rows(spec, q[:rows], out[:rows])
-        if self.chunks is not None:
-            self.attend_chunks(spec, self.chunks, q[rows:], out[rows:])
-
-    def attend_rows(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
-        sizes = self.workspace.decode(len(q), spec.heads, spec.kv_heads, spec.head_dim, self.longest)
-        self.ops.paged_decode(
-            q,
-            *self.pools(spec.layer),
-            self.page_table,
-            self.table_rows,
-            self.lengths,
-            self.cache.page_size,
-            self.longest,
-            spec.scale,
-            spec.window,
-            spec.softcap,
-            spec.sinks,
-            self.workspace.partials(sizes),
-            self.workspace.counters,
-            out,
-        )
-
-    def attend_chunks(self, spec: AttentionSpec, chunks: Chunks, q: torch.Tensor, out: torch.Tensor) -> None:
-        self.ops.paged_extend(
-            q,
-            *self.pools(spec.layer),
-            self.page_table,
-            chunks.table_rows,
-            chunks.starts,
-            chunks.lengths,
-            self.cache.page_size,
-            chunks.most_queries,
-            spec.scale,
-            spec.window,
-            spec.softcap,
-            spec.causal,
-            spec.sinks,
-            out,
-        )
 
 
 class Buffers:
@@ -142,23 +72,31 @@ class FusedSteps:
         self.page_table = PageTable(slots, pages, model.device)
         self.positions = SlotPositions(slots, model.device)
         self.buffers: Buffers | None = None
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: Graphs | None = None
+        self.prefill: FusedPrefill | None = None
         self.context_length = context_length
         model.reserve(max(slots, 1))
 
-    def use_graphs(self, recorder: Recorder, largest: int) -> None:
-        """Run decode steps of up to `largest` rows on fixed buffers, recorded as `recorder` does."""
+    def use_graphs(self, recorder: Recorder, largest: int, prompt_tokens: int = 0) -> None:
+        """Run decode steps of up to `largest` rows on fixed buffers, recorded as `recorder` does.
+
+        So too steps with up to `prompt_tokens` of prompts.
+        """
         self.model.reserve(largest)
         self.buffers = Buffers(largest, self.model.vocab_size, self.model.device)
         self.clear()
         rows, lengths = row_sizes(largest), length_sizes(self.context_length)
-        self.graphs = DecodeGraphs(self.compute, self.clear, recorder, rows, lengths)
+        self.graphs = Graphs(self.compute, self.clear, recorder, rows, lengths)
+        if prompt_tokens:
+            self.prefill = FusedPrefill(self.model, self.cache, self.page_table, recorder, lengths, prompt_tokens)
 
     # any step
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
         """Hidden states of the step's tokens; their keys and values are in the pool afterwards."""
         self.page_table.update([share.sequence for share in plan.slices])
+        if self.prefill is not None and record_experts is None and self.prefill.covers(plan, inputs):
+            return self.prefill.forward(plan, inputs)
         batch = Batch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
@@ -246,9 +184,10 @@ class FusedSteps:
         self.buffers.slots.fill_(self.tokens.null_slot)
         self.buffers.running = []
 
-    def compute(self, rows: int, longest: int) -> None:
-        """One decode step of `rows` rows on the buffers. Nothing in it depends on the host, so it can be recorded."""
+    def compute(self, key: Key) -> None:
+        """One decode step of this size on the buffers. Nothing in it depends on the host, so it can be recorded."""
         assert self.buffers is not None
+        rows = key.rows
         model, buffers, device = self.model, self.buffers, self.model.device
         slots = buffers.slots[:rows]
         input_ids, positions, places = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(3))
@@ -275,7 +214,7 @@ class FusedSteps:
         )
         others = (model.rotation(rope, positions) for rope in range(1, len(model.tables)))
         context = StepContext(
-            self.cache, model.ops, model.workspace, self.page_table.values, places, slots, lengths, longest
+            self.cache, model.ops, model.workspace, self.page_table.values, places, slots, lengths, key.longest
         )
         model.run_layers(residual, [(cos, sin), *others], Batch(input_ids, positions, context, starts=slots))
         self.sampler.draw_plain(
@@ -292,7 +231,16 @@ class FusedSteps:
 
     def rest(self) -> bool:
         """Use a pause of the server; returns whether there is more to do."""
-        return self.graphs is not None and self.graphs.rest()
+        if self.graphs is not None and self.graphs.rest():
+            return True
+        return self.prefill is not None and self.prefill.graphs.rest()
+
+    def forget_graphs(self) -> None:
+        """Memory that recorded steps name has moved."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        if self.prefill is not None:
+            self.prefill.graphs.forget()
 
 
 def make_fused_steps(
@@ -310,7 +258,7 @@ def make_fused_steps(
     if not config.disable_cuda_graph:
         recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
         largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
-        steps.use_graphs(recorder, largest)
+        steps.use_graphs(recorder, largest, config.cuda_graph_max_prefill_tokens)
         assert steps.graphs is not None
         steps.graphs.begin(model.device)
     return steps

@@ -1,7 +1,8 @@
-"""Decode steps recorded once per size and replayed: the host then gives one order a step instead of a few hundred.
+"""Steps recorded once per size and replayed: the host then gives one order a step instead of a few hundred.
 
-A step of n rows runs at the next larger recorded size; the rows beyond n point at the null slot and the null page and
-harm nobody. Attention's launch grows with the longest context it must cover, so there are sizes of that, too.
+A step of n decode rows runs at the next larger recorded size; the rows beyond n point at the null slot and the null
+page and harm nobody. Attention's launch grows with the longest context it must cover, so there are sizes of that, too.
+Steps with prompts (fused_prefill.py) have a size of their prompts' tokens besides.
 
 The largest sizes are recorded first, into one pool of memory, which the smaller ones then share. A few sizes are there
 before the server is ready; the rest follow while it is idle, and what is missing meanwhile runs unrecorded, by the
@@ -36,8 +37,9 @@ WARM_UPS = 2  # compile kernels and fill caches of memory before recording
 class Key:
     """The size of a recorded step."""
 
-    rows: int
-    longest: int  # tokens of context that attention covers
+    rows: int  # decode rows
+    longest: int  # tokens of context that their attention covers
+    tokens: int = 0  # of prompts
 
 
 class Recorder(Protocol):
@@ -93,27 +95,28 @@ def smallest(sizes: Sequence[int], least: int) -> int:
 
 
 @dataclass(slots=True)
-class DecodeGraphs:
-    """Recorded decode steps by size.
+class Graphs:
+    """Recorded steps by size.
 
-    `compute(rows, longest)` is a step on the fixed buffers; `clear` points all their rows at the null slot.
+    `compute(key)` is a step on the fixed buffers; `clear` points all their rows at the null slot.
     """
 
-    compute: Callable[[int, int], None]
+    compute: Callable[[Key], None]
     clear: Work
     recorder: Recorder
     rows: list[int]  # sizes, ascending
     lengths: list[int]
+    tokens: list[int] = field(default_factory=lambda: [0])
     replays: dict[Key, Work] = field(default_factory=dict)
     waiting: deque[Key] = field(default_factory=deque)  # to be recorded when there is time
     misses: Counter[Key] = field(default_factory=Counter)
     gigabytes: float = 0.0  # that the first sizes took
 
-    def covers(self, rows: int) -> bool:
-        return rows <= self.rows[-1]
+    def covers(self, rows: int, tokens: int = 0) -> bool:
+        return rows <= self.rows[-1] and tokens <= self.tokens[-1]
 
-    def key(self, rows: int, longest: int) -> Key:
-        return Key(smallest(self.rows, rows), smallest(self.lengths, longest))
+    def key(self, rows: int, longest: int, tokens: int = 0) -> Key:
+        return Key(smallest(self.rows, rows), smallest(self.lengths, longest), smallest(self.tokens, tokens))
 
     def prepare(self, key: Key) -> None:
         """Before a step's inputs are there: record its size if it was missed often enough to be worth the pause."""
@@ -129,7 +132,7 @@ class DecodeGraphs:
         """Do the step whose inputs are in the buffers: replayed, or computed as long as its size is not recorded."""
         replay = self.replays.get(key)
         if replay is None:
-            self.compute(key.rows, key.longest)
+            self.compute(key)
         else:
             replay()
 
@@ -137,8 +140,8 @@ class DecodeGraphs:
         """Record one size; whatever was in the buffers is gone."""
         self.clear()
         for _ in range(WARM_UPS):
-            self.compute(key.rows, key.longest)
-        self.replays[key] = self.recorder.record(lambda: self.compute(key.rows, key.longest))
+            self.compute(key)
+        self.replays[key] = self.recorder.record(lambda: self.compute(key))
         if key in self.waiting:
             self.waiting.remove(key)
 

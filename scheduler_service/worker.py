@@ -146,8 +146,8 @@ class Worker:
 
     def forget_graphs(self) -> None:
         """Memory that recorded steps name has moved."""
-        if self.fused is not None and self.fused.graphs is not None:
-            self.fused.graphs.forget()
+        if self.fused is not None:
+            self.fused.forget_graphs()
 
     def rest(self) -> bool:
         """Use a pause of the server; returns whether there is more to do."""

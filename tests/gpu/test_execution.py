@@ -61,6 +61,16 @@ def test_recorded_steps_give_what_computed_steps_give(directory):
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
 
 
+def test_recorded_steps_with_prompts_give_what_computed_steps_give(directory):
+    expected = on_gpu(directory, disable_cuda_graph=True).generate(PROMPTS, GREEDY)
+    engine = on_gpu(directory, cuda_graph_max_prefill_tokens=64, chunked_prefill_size=40)
+    while engine.worker.rest():
+        pass
+    prefill = engine.worker.fused.prefill
+    assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
+    assert prefill.graphs.replays and prefill.graphs.misses
+
+
 def test_launches_ahead_of_their_inputs_give_what_launches_in_turn_give(directory, monkeypatch):
     expected = on_gpu(directory).generate(PROMPTS, GREEDY)
     monkeypatch.setattr(worker, "DEPENDENT_LAUNCHES", True)

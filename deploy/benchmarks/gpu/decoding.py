@@ -134,29 +134,42 @@ def idle(setting: Setting, engine: Engine, name: str) -> None:
     setting.report.figure(f"{name}, device idle", 100 * (1 - busy / (reached - spans[0][0])), "%", goal=5)
 
 
-def mixed(setting: Setting) -> None:
-    """Prompts alone, the time to a first token, and streams beside long prompts."""
-    engine = made(setting, "qwen2.5-0.5b", context_length=8192)
-    limits, cost = setting.limits, Cost(engine.worker.info.config)
-    length = setting.size(1024, 24)
+def first_token_ms(engine: Engine, length: int) -> float:
+    """The median time to the first token of a prompt that comes alone."""
     firsts = []
     for repeat in range(6):
         engine.add(engine.prompt(length, repeat), 1)
         firsts.append(next(iter(engine.run().first_token_s.values())))
-    first = statistics.median(firsts[1:])
-    setting.report.figure("qwen2.5-0.5b, first token of 1k", first * 1e3, "ms", cost.prefill_s(length, limits) * 1e3, 3)
+    return statistics.median(firsts[1:]) * 1e3
+
+
+def beside_prompts(setting: Setting, engine: Engine, kind: str) -> None:
+    """The gaps that streams see while long prompts come."""
     new = setting.size(400, 12)
     for i in range(setting.size(32, 3)):
-        engine.add(engine.prompt(length, i), new)
+        engine.add(engine.prompt(setting.size(1024, 24), i), new)
     run = Run()
     for step in range(new // 2):
         if step % 40 == 20:
             engine.add(engine.prompt(setting.size(6000, 60), step), 4)
         engine.step(run)
     gaps = sorted(b - a for a, b in zip(run.step_ends, run.step_ends[1:], strict=False))
-    setting.report.figure("streams beside 6k prompts: median gap", statistics.median(gaps) * 1e3, "ms")
-    setting.report.figure("streams beside 6k prompts: largest gap", gaps[-1] * 1e3, "ms")
-    del engine
+    setting.report.figure(f"streams beside 6k prompts, {kind}: median gap", statistics.median(gaps) * 1e3, "ms")
+    setting.report.figure(f"streams beside 6k prompts, {kind}: largest gap", gaps[-1] * 1e3, "ms")
+
+
+def mixed(setting: Setting) -> None:
+    """Prompts alone, the time to a first token, and streams beside long prompts."""
+    limits = setting.limits
+    for most in (0, 2048):
+        engine = made(setting, "qwen2.5-0.5b", context_length=8192, cuda_graph_max_prefill_tokens=most)
+        kind = "recorded" if most else "launched one by one"
+        for length, goal in ((setting.size(1024, 24), 3), (setting.size(128, 12), None)):
+            ceiling = Cost(engine.worker.info.config).prefill_s(length, limits) * 1e3
+            taken = first_token_ms(engine, length)
+            setting.report.figure(f"qwen2.5-0.5b, first token of {length}, {kind}", taken, "ms", ceiling, goal)
+        beside_prompts(setting, engine, kind)
+        del engine
     engine = made(setting, "llama-3.1-8b", context_length=8192, running=16, pool_tokens=65536)
     length, count = setting.size(4096, 24), setting.size(4, 1)
     rates = []

@@ -29,14 +29,14 @@ SECTIONS = (
     Section("batches", "decoding", "batches", 55, ENGINE, TRITON, "64 and 256 streams (G5, G6, G14)"),
     Section("kernels", "operations", "run", 45, (), TRITON, "single operations beside torch's (G13)"),
     Section("nano", "decoding", "nano", 45, ENGINE, TRITON, "nano-vllm's benchmark (G7)"),
-    Section("mixed", "decoding", "mixed", 30, ENGINE, TRITON, "prompts, and prompts beside streams (G8)"),
+    Section("mixed", "decoding", "mixed", 35, ENGINE, TRITON, "prompts, and prompts beside streams (G8)"),
     Section(
         "reload", "reload", "run", 30, (*ENGINE, "safetensors"), TRITON, "weights from files, swap under load (G9)"
     ),
     Section("start", "reload", "start_up", 30, ENGINE, TRITON, "a fresh process (G10)"),
     Section("determinism", "decoding", "determinism", 20, ENGINE, TRITON, "alone and in company (G11)"),
     Section("http", "server", "run", 40, SERVER, TRITON, "the whole server on the loopback"),
-    Section("transformers-static", "peers", "static_cache", 50, TRANSFORMERS, (), "static cache and compile"),
+    Section("transformers-static", "peers", "static_cache", 45, TRANSFORMERS, (), "static cache and compile"),
     Section(
         "transformers-batching", "peers", "continuous_batching", 40, (*ENGINE, *TRANSFORMERS), TRITON, "generate_batch"
     ),

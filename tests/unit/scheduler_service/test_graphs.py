@@ -14,7 +14,7 @@ from runtime import model_info
 from runtime.config import ServerConfig
 from runtime.messages import LogprobOptions
 from runtime.sampling import SamplingParams
-from scheduler_service.graphs import PATIENCE, DecodeGraphs, Key, PlainRecorder, length_sizes, row_sizes
+from scheduler_service.graphs import PATIENCE, Graphs, Key, PlainRecorder, length_sizes, row_sizes
 from scheduler_service.worker import Worker
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
@@ -26,8 +26,9 @@ PROMPTS = [[5, 6, 7], list(range(20, 41)), [(7 * i) % 300 + 4 for i in range(70)
 
 def fused(directory: Path, kind: type[Engine] = Engine, **settings: Any) -> Engine:
     """An engine whose worker runs on the fused operations."""
-    settings = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", **settings}
-    config = ServerConfig(model_path=str(directory), model_dir=str(directory), max_running_requests=12, **settings)
+    own = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", "max_running_requests": 12}
+    settings = {**own, **settings}
+    config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
     worker = Worker(config, model_info.load(config), backend="torch")
     return kind(directory, worker=worker, **settings)
 
@@ -86,7 +87,7 @@ def test_padding_touches_nothing_but_the_null_slot_and_the_null_page(directory):
     steps.tokens.values.fill_(3)
     steps.clear()
     with torch.inference_mode():
-        steps.compute(8, 512)
+        steps.compute(Key(8, 512))
     assert all((pool[:, cache.page_size :] == 7.0).all() for pool in cache.keys.values())
     assert (steps.tokens.values[:-1] == 3).all() and steps.buffers.logits[:8].isfinite().all()
 
@@ -108,10 +109,10 @@ class Noted:
 
     def __init__(self, rows: list[int], lengths: list[int]) -> None:
         self.log: list[tuple[str, Any]] = []
-        self.graphs = DecodeGraphs(self.compute, lambda: self.log.append(("clear", None)), self, rows, lengths)
+        self.graphs = Graphs(self.compute, lambda: self.log.append(("clear", None)), self, rows, lengths)
 
-    def compute(self, rows: int, longest: int) -> None:
-        self.log.append(("compute", Key(rows, longest)))
+    def compute(self, key: Key) -> None:
+        self.log.append(("compute", key))
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         work()

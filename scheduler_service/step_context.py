@@ -1,0 +1,85 @@
+"""The keys and values of one step's sequences, as fused operations attend to them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.ops import Ops
+from scheduler_service.kv_cache import KVCache
+from scheduler_service.model.batch import AttentionSpec
+from scheduler_service.model.products import Workspace
+
+
+@dataclass(slots=True)
+class Chunks:
+    """The prefill chunks of a step; they come behind its decode rows."""
+
+    table_rows: torch.Tensor  # (chunks,) int32
+    starts: torch.Tensor  # (chunks + 1,) int32, from the first chunk's first token on
+    lengths: torch.Tensor  # (chunks,) int32: context with the chunk itself
+    most_queries: int
+    covers_all: bool = True  # False: there may be tokens behind the last chunk
+
+
+@dataclass(slots=True)
+class StepContext:
+    """Keys and values of one step, see model.fused.PagedContext."""
+
+    cache: KVCache
+    ops: Ops
+    workspace: Workspace
+    page_table: torch.Tensor  # (slots + 1, pages) int32
+    places: torch.Tensor  # (tokens,) int64
+    table_rows: torch.Tensor  # (decode rows,) int32
+    lengths: torch.Tensor  # (decode rows,) int32
+    longest: int  # of them, or more
+    chunks: Chunks | None = None
+
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache.keys[layer], self.cache.values[layer]
+
+    def attend(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
+        rows = len(self.lengths)
+        if rows:
+            self.attend_rows(spec, q[:rows], out[:rows])
+        if self.chunks is not None:
+            self.attend_chunks(spec, self.chunks, q[rows:], out[rows:])
+
+    def attend_rows(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
+        sizes = self.workspace.decode(len(q), spec.heads, spec.kv_heads, spec.head_dim, self.longest)
+        self.ops.paged_decode(
+            q,
+            *self.pools(spec.layer),
+            self.page_table,
+            self.table_rows,
+            self.lengths,
+            self.cache.page_size,
+            self.longest,
+            spec.scale,
+            spec.window,
+            spec.softcap,
+            spec.sinks,
+            self.workspace.partials(sizes),
+            self.workspace.counters,
+            out,
+        )
+
+    def attend_chunks(self, spec: AttentionSpec, chunks: Chunks, q: torch.Tensor, out: torch.Tensor) -> None:
+        if not chunks.covers_all:
+            out.zero_()  # what is in no chunk has to be a number all the same
+        self.ops.paged_extend(
+            q,
+            *self.pools(spec.layer),
+            self.page_table,
+            chunks.table_rows,
+            chunks.starts,
+            chunks.lengths,
+            self.cache.page_size,
+            chunks.most_queries,
+            spec.scale,
+            spec.window,
+            spec.softcap,
+            spec.causal,
+            spec.sinks,
+            out,
+        )
