@@ -37,7 +37,7 @@ def paged_attention(
     grouped = q.view(len(q), kv_heads, -1, dim)  # (tokens, kv_heads, group, dim)
     out = torch.empty_like(grouped)
     lse = q.new_empty(grouped.shape[:3], dtype=torch.float32) if sinks is not None else None
-    attend = _Attend(k_pool, v_pool, scale, softcap, ragged.page_size, plan.scratch)
+    attend = Attend(k_pool, v_pool, scale, softcap, ragged.page_size, plan.scratch)
     if plan.decode_rows is not None:
         result, result_lse = _decode(plan, grouped[plan.decode_rows], attend)
         out[plan.decode_rows] = result
@@ -55,7 +55,7 @@ def paged_attention(
 
 
 @dataclass(slots=True)
-class _Attend:
+class Attend:
     """One layer's keys and values and the arithmetic of a single call."""
 
     k_pool: torch.Tensor  # (kv_heads, pool tokens, dim)
@@ -113,7 +113,7 @@ class _Attend:
         return torch.matmul(torch.softmax(scores, -1).to(v.dtype), v), lse
 
 
-def _decode(plan: Schedule, q: torch.Tensor, attend: _Attend) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode(plan: Schedule, q: torch.Tensor, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
     """All decode rows: q (rows, kv_heads, group, dim) → the same shape, and log-sum-exp (rows, kv_heads, group)."""
     out = q.new_zeros((plan.parts, *q.shape))
     lse = q.new_full((plan.parts, *q.shape[:3]), -inf, dtype=torch.float32)
@@ -130,7 +130,7 @@ def _decode(plan: Schedule, q: torch.Tensor, attend: _Attend) -> tuple[torch.Ten
     return merge(out, lse)
 
 
-def _chunk(chunk: ChunkCall, q: torch.Tensor, attend: _Attend) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk(chunk: ChunkCall, q: torch.Tensor, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
     """One prefill chunk: q (queries, kv_heads, group, dim) → result of the same shape and its log-sum-exp."""
     k, v = attend.keys(chunk.view, chunk.pages)
     queries = q.permute(1, 2, 0, 3)  # (kv_heads, group, queries, dim)

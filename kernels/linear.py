@@ -86,6 +86,10 @@ class Linear:
         """
         return None if self.packed_dtype is None else pack(weight, self.packed_dtype, breathe)
 
+    def keep_order(self) -> None:
+        """From now on a row gets the same bits whatever is beside it, for all shapes and dtypes, if not as fast."""
+        self.rows_unpacked, self.least_rows = 0, 2
+
     def adopt(self, packed: Packed | None) -> None:
         """Use what `pack` made of the weight's present values."""
         if packed is not None and self.packed is None:

@@ -129,6 +129,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["triton", "torch_native"] | None,
         flag("triton needs a GPU; a CPU falls back to torch_native and says so (default: by device)", DEVICE),
     ] = None
+    enable_deterministic_inference: Annotated[
+        bool,
+        flag("bits of an answer depend on its request alone, not on what shares its steps; slower", DEVICE),
+    ] = False
     cuda_graph_max_bs: Annotated[
         Positive | None,
         flag("largest batch captured as a CUDA graph (default: 512, or --max-running-requests)", DEVICE),

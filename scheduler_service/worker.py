@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import paged_attention
+from kernels.attention_by_token import paged_attention_by_token
 from kernels.attention_schedule import Ragged
 from kernels.configs import DEPENDENT_LAUNCHES
 from kernels.ops import Backend
@@ -38,6 +39,7 @@ from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.deterministic import make_deterministic
 from scheduler_service.model.fused import can_fuse
 from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
@@ -61,10 +63,11 @@ class PagedAttend:
     cache: KVCache
     placement: Placement
     ragged: Ragged
+    attention: Callable[..., torch.Tensor] = paged_attention
 
     def __call__(self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(spec.layer, self.placement, k, v)
-        return paged_attention(
+        return self.attention(
             self.ragged,
             q,
             self.cache.keys[spec.layer],
@@ -99,6 +102,10 @@ class Worker:
         self.model = load(config, info, self.device)
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
+        self.attention = paged_attention
+        if config.enable_deterministic_inference and self.device.type == "cpu":
+            make_deterministic(self.model)
+            self.attention = paged_attention_by_token
         self.pooler = make_pooler(info.embedding, self.model)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         running = config.max_running_requests or MAX_RUNNING_REQUESTS
@@ -290,7 +297,7 @@ class Worker:
         batch = Batch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
-            attend=PagedAttend(self.cache, inputs.placement, inputs.ragged),
+            attend=PagedAttend(self.cache, inputs.placement, inputs.ragged, self.attention),
             starts=inputs.starts,
             token_types=inputs.token_types,
             embeds=inputs.embeds,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from kernels import reference
-from scheduler_service.model.layers import ACTIVATIONS, Mlp, linear
+from scheduler_service.model.layers import ACTIVATIONS, Mlp, Transform, linear
 from scheduler_service.model.spec import DecoderSpec, MoeSpec
 from scheduler_service.model.weights import Weights
 
@@ -16,6 +16,7 @@ class Moe:
     def __init__(self, spec: DecoderSpec, moe: MoeSpec, weights: Weights, slab: int) -> None:
         self.moe = moe
         self.activation = ACTIVATIONS[spec.activation]
+        self.sigmoid: Transform = torch.sigmoid
         self.router = linear(weights, "router", slab)
         self.gate_up = [linear(weights, "expert_gate_up", slab, expert) for expert in range(moe.experts)]
         self.down = [linear(weights, "expert_down", slab, expert) for expert in range(moe.experts)]
@@ -32,5 +33,5 @@ class Moe:
             record(ids)
         y = reference.run_experts(x, weights, ids, self.gate_up, self.down, self.activation)
         if self.shared is not None:
-            y = torch.addcmul(y, self.shared_gate(x).sigmoid(), self.shared(x))
+            y = torch.addcmul(y, self.sigmoid(self.shared_gate(x)).to(x.dtype), self.shared(x))
         return y
