@@ -117,11 +117,14 @@ def paged_extend(
     """q (tokens, heads, dim) against pools (kv_heads, tokens, dim) → out (tokens, heads, dim).
 
     Sequence i has the tokens starts[i] to starts[i + 1], at most `most_queries`: the last of its lengths[i] positions.
-    Its pages are page_table[table_rows[i]], or page_table[i] without table_rows.
+    Its pages are page_table[table_rows[i]], or page_table[i] without table_rows. With a length of 0 it gets zeros.
     """
     bounds = starts.tolist()
     for row, length in enumerate(lengths.tolist()):
         first, last = bounds[row], bounds[row + 1]
+        if not length:
+            out[first:last] = 0
+            continue
         k, v = context(k_pool, v_pool, page_table, table_rows, row, length, page_size)
         if causal:
             out[first:last] = reference.attention(q[first:last], k, v, scale, window, softcap, sinks)
@@ -207,8 +210,12 @@ def skinny(
     partials: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
+    block: int | None = None,
 ) -> None:
-    """out = x (tokens, in) @ weight.T (out, in) + bias + residual (tokens, out). `out` may be the residual itself."""
+    """out = x (tokens, in) @ weight.T (out, in) + bias + residual (tokens, out). `out` may be the residual itself.
+
+    In the Triton kernel `block` fixes the number of tokens that are multiplied at once.
+    """
     gemv(x, weight, bias, residual, out)
 
 
@@ -220,6 +227,7 @@ def skinny_gated(
     partials: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
+    block: int | None = None,
 ) -> None:
     """out (tokens, size) = activation(gate) * up, the halves of x @ weight.T + bias."""
     norm_gate_up(x, None, 0.0, False, weight, bias, activation, out)

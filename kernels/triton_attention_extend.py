@@ -33,7 +33,7 @@ def paged_extend(
     """q (tokens, heads, dim) against pools (kv_heads, tokens, dim) → out (tokens, heads, dim).
 
     Sequence i has the tokens starts[i] to starts[i + 1], at most `most_queries`: the last of its lengths[i] positions.
-    Its pages are page_table[table_rows[i]], or page_table[i] without table_rows.
+    Its pages are page_table[table_rows[i]], or page_table[i] without table_rows. With a length of 0 it gets zeros.
     """
     chosen = tile("paged_extend")
     _, heads, dim = q.shape
@@ -212,4 +212,5 @@ def _paged_extend(
         shrink = tl.exp(largest - new_largest)
         total = total * shrink + tl.exp(sink - new_largest)
         mixed = mixed * shrink[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # of a sequence without keys, which gets zeros
     tl.store(out_ptr + place, (mixed / total[:, None]).to(out_ptr.dtype.element_ty), mask)

@@ -1,8 +1,10 @@
-"""Products of up to 64 tokens with a weight matrix on the tensor cores.
+"""Products of few tokens with a weight matrix on the tensor cores.
 
 The weights are the wide side of the product (64 rows of one instruction) and the tokens the narrow one, padded to 16,
-32 or 64. The summed dimension is split by the shape of the matrix, never by the number of tokens; the last split of
-a tile to end adds the parts up in their order and finishes.
+32 or 64; more tokens come in blocks of 64. The summed dimension is split by the shape of the matrix, never by the
+number of tokens; the last split of a tile to end adds the parts up in their order and finishes.
+
+With blocks of one and the same size (`block`) a token's result is the same, bit for bit, whatever the others are.
 """
 
 import torch
@@ -23,12 +25,14 @@ def skinny(
     partials: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
+    block: int | None = None,
 ) -> None:
     """out = x (tokens, in) @ weight.T (out, in) + bias + residual (tokens, out). `out` may be the residual itself.
 
-    `partials` (float32) and `counters` (int32, zeros before and after) are as large as `skinny_workspace` says.
+    `partials` (float32) and `counters` (int32, zeros before and after) are as large as `skinny_workspace` says. In
+    blocks of `block` tokens: 16, 32 or 64, or as few as there are.
     """
-    launch(tile("skinny"), x, weight, bias, residual, partials, counters, out, None)
+    launch(tile("skinny"), x, weight, bias, residual, partials, counters, out, None, block)
 
 
 def skinny_gated(
@@ -39,9 +43,10 @@ def skinny_gated(
     partials: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
+    block: int | None = None,
 ) -> None:
     """out (tokens, size) = activation(gate) * up, the halves of x @ weight.T + bias."""
-    launch(tile("skinny_gated"), x, weight, bias, None, partials, counters, out, activation)
+    launch(tile("skinny_gated"), x, weight, bias, None, partials, counters, out, activation, block)
 
 
 def launch(
@@ -54,12 +59,13 @@ def launch(
     counters: torch.Tensor,
     out: torch.Tensor,
     activation: str | None,
+    block: int | None,
 ) -> None:
     tokens, columns = x.shape
-    assert tokens <= SKINNY_ROWS, tokens
     size = out.shape[1]
     splits = split_count(chosen, size, columns)
-    _skinny[(blocks(size, chosen.rows), splits)](
+    block = block or block_of(tokens)
+    _skinny[(blocks(tokens, block), blocks(size, chosen.rows), splits)](
         x,
         weight,
         bias,
@@ -70,7 +76,7 @@ def launch(
         tokens,
         size,
         columns,
-        max(LEAST_TOKENS, power_of_two(tokens)),
+        block,
         chosen.rows,
         chosen.columns,
         splits,
@@ -80,18 +86,23 @@ def launch(
     )
 
 
+def block_of(tokens: int) -> int:
+    """Tokens of one program."""
+    return min(SKINNY_ROWS, max(LEAST_TOKENS, power_of_two(tokens)))
+
+
 def split_count(chosen: Tile, size: int, columns: int) -> int:
     """Enough splits for two programs on each multiprocessor; a fact of the matrix, whatever the number of tokens."""
     wanted = 2 * MULTIPROCESSORS // blocks(size, chosen.rows)
     return max(1, min(wanted, chosen.splits, blocks(columns, chosen.columns)))
 
 
-def skinny_workspace(tokens: int, size: int, columns: int, gated: bool) -> tuple[int, int]:
+def skinny_workspace(tokens: int, size: int, columns: int, gated: bool, block: int | None = None) -> tuple[int, int]:
     """Elements of the partials and of the counters for a product of (tokens, columns) that gives (tokens, size)."""
     chosen = tile("skinny_gated" if gated else "skinny")
-    tiles = blocks(size, chosen.rows)
-    padded = max(LEAST_TOKENS, power_of_two(tokens))
-    return split_count(chosen, size, columns) * (2 if gated else 1) * tiles * chosen.rows * padded, tiles
+    block = block or block_of(tokens)
+    tiles = blocks(size, chosen.rows) * blocks(tokens, block)
+    return split_count(chosen, size, columns) * (2 if gated else 1) * tiles * chosen.rows * block, tiles
 
 
 @triton.jit
@@ -114,10 +125,13 @@ def _skinny(
     ACTIVATION: tl.constexpr,
 ):
     GATED: tl.constexpr = ACTIVATION is not None
-    split = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # Blocks of tokens come first in the grid: they read the same weights, so they run side by side.
+    block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    split = tl.program_id(2)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     within = rows < SIZE
-    tokens = tl.arange(0, TOKENS)
+    columns_of_block = tl.arange(0, TOKENS)
+    tokens = tl.program_id(0) * TOKENS + columns_of_block
     present = tokens < token_count
     weight_rows = weight_ptr + rows.to(tl.int64)[:, None] * COLUMNS
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -139,12 +153,12 @@ def _skinny(
         # Partials are (tiles, splits, one or two, rows, tokens).
         KINDS: tl.constexpr = 2 if GATED else 1
         PART: tl.constexpr = KINDS * ROWS * TOKENS
-        cells = tl.arange(0, ROWS)[:, None] * TOKENS + tokens[None, :]
-        parts = partials_ptr + tl.program_id(0) * SPLITS * PART + cells
+        cells = tl.arange(0, ROWS)[:, None] * TOKENS + columns_of_block[None, :]
+        parts = partials_ptr + block * SPLITS * PART + cells
         tl.store(parts + split * PART, sums)
         if GATED:
             tl.store(parts + split * PART + ROWS * TOKENS, up_sums)
-        if not comes_last(counters_ptr + tl.program_id(0), SPLITS):
+        if not comes_last(counters_ptr + block, SPLITS):
             return
         sums = tl.zeros((ROWS, TOKENS), tl.float32)
         up_sums = tl.zeros((ROWS, TOKENS), tl.float32)

@@ -117,9 +117,8 @@ class FusedPrefill:
         sizes = [key.rows, key.rows, CHUNKS, CHUNKS, CHUNKS + 1]
         slots, lengths, chunk_slots, chunk_lengths, starts = torch.split(self.numbers[: sum(sizes)], sizes)
         return StepContext(
+            self.model,
             self.cache,
-            self.model.ops,
-            self.model.workspace,
             self.page_table.values,
             self.places[: key.rows + key.tokens],
             slots,

@@ -42,7 +42,7 @@ class FusedSampler:
         `logits` (rows, vocab) are left as they were drawn from: with temperatures of 0 as the model gives them.
         """
         model, ops = self.model, self.model.ops
-        if len(residual) > SKINNY_ROWS:
+        if len(residual) > SKINNY_ROWS or model.steady:
             model.logits(model.normed(residual), out=logits)
             tops, masses = self.facts(logits, tile("logits").columns)
             ops.process_logits(logits, None, None, None, None, temperatures, tops, masses)

@@ -119,9 +119,8 @@ class FusedSteps:
             most_queries = max(share.end - share.start for share in prefills)
             chunks = Chunks(slots[rows:], starts, lengths[rows:], most_queries)
         return StepContext(
+            self.model,
             self.cache,
-            self.model.ops,
-            self.model.workspace,
             self.page_table.values,
             inputs.placement.slots,
             slots[:rows],
@@ -213,9 +212,7 @@ class FusedSteps:
             sin,
         )
         others = (model.rotation(rope, positions) for rope in range(1, len(model.tables)))
-        context = StepContext(
-            self.cache, model.ops, model.workspace, self.page_table.values, places, slots, lengths, key.longest
-        )
+        context = StepContext(model, self.cache, self.page_table.values, places, slots, lengths, key.longest)
         model.run_layers(residual, [(cos, sin), *others], Batch(input_ids, positions, context, starts=slots))
         self.sampler.draw_plain(
             residual,
@@ -253,7 +250,7 @@ def make_fused_steps(
     dependent: bool = False,
 ) -> FusedSteps:
     """Fused steps on a backend and with the launches of kernels/ops.py, with graphs as the flags say."""
-    fused = FusedDecoder(model, backend, context_length, dependent)
+    fused = FusedDecoder(model, backend, context_length, dependent, config.enable_deterministic_inference)
     steps = FusedSteps(fused, cache, tokens, context_length)
     if not config.disable_cuda_graph:
         recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.ops import Ops
 from scheduler_service.kv_cache import KVCache
 from scheduler_service.model.batch import AttentionSpec
-from scheduler_service.model.products import Workspace
+from scheduler_service.model.fused import FusedDecoder
 
 
 @dataclass(slots=True)
@@ -25,9 +24,8 @@ class Chunks:
 class StepContext:
     """Keys and values of one step, see model.fused.PagedContext."""
 
+    model: FusedDecoder
     cache: KVCache
-    ops: Ops
-    workspace: Workspace
     page_table: torch.Tensor  # (slots + 1, pages) int32
     places: torch.Tensor  # (tokens,) int64
     table_rows: torch.Tensor  # (decode rows,) int32
@@ -40,14 +38,17 @@ class StepContext:
 
     def attend(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
         rows = len(self.lengths)
-        if rows:
+        if rows and self.model.steady:  # in the one order of sums that chunks have
+            starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
+            self.attend_chunks(spec, Chunks(self.table_rows, starts, self.lengths, 1), q[:rows], out[:rows])
+        elif rows:
             self.attend_rows(spec, q[:rows], out[:rows])
         if self.chunks is not None:
             self.attend_chunks(spec, self.chunks, q[rows:], out[rows:])
 
     def attend_rows(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
-        sizes = self.workspace.decode(len(q), spec.heads, spec.kv_heads, spec.head_dim, self.longest)
-        self.ops.paged_decode(
+        sizes = self.model.workspace.decode(len(q), spec.heads, spec.kv_heads, spec.head_dim, self.longest)
+        self.model.ops.paged_decode(
             q,
             *self.pools(spec.layer),
             self.page_table,
@@ -59,15 +60,15 @@ class StepContext:
             spec.window,
             spec.softcap,
             spec.sinks,
-            self.workspace.partials(sizes),
-            self.workspace.counters,
+            self.model.workspace.partials(sizes),
+            self.model.workspace.counters,
             out,
         )
 
     def attend_chunks(self, spec: AttentionSpec, chunks: Chunks, q: torch.Tensor, out: torch.Tensor) -> None:
         if not chunks.covers_all:
             out.zero_()  # what is in no chunk has to be a number all the same
-        self.ops.paged_extend(
+        self.model.ops.paged_extend(
             q,
             *self.pools(spec.layer),
             self.page_table,

@@ -24,6 +24,7 @@ from kernels.attention_schedule import Ragged
 from kernels.configs import DEPENDENT_LAUNCHES
 from kernels.ops import Backend
 from runtime.config import ServerConfig
+from runtime.errors import StartupError
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
 from scheduler_service import masks, sampler
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 
 MAX_RUNNING_REQUESTS = 256
 ONE_THREAD_HIDDEN_SIZE = 384
+NOT_FUSED = "--enable-deterministic-inference needs the fused operations on a GPU, and {} does not run on them"
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
 Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
@@ -135,12 +137,15 @@ class Worker:
 
     def make_fused(self, config: ServerConfig, backend: Backend | None) -> FusedSteps | None:
         """The fused way of running the model, where there is one."""
-        if backend is None:
-            if self.device.type == "cpu" or config.attention_backend == "torch_native":
-                return None
-            backend = "triton"
-        if not isinstance(self.model, Decoder) or not can_fuse(self.model) or self.pooler is not None:
-            log.info("No fused operations for this model: it runs on plain torch, without CUDA graphs.")
+        if backend is None and self.device.type == "cpu":
+            return None
+        backend = backend or "triton"
+        plain = config.attention_backend == "torch_native"
+        if plain or not isinstance(self.model, Decoder) or not can_fuse(self.model) or self.pooler is not None:
+            if config.enable_deterministic_inference:
+                raise StartupError(NOT_FUSED.format(self.info.architecture))
+            if not plain:
+                log.info("No fused operations for this model: it runs on plain torch, without CUDA graphs.")
             return None
         dependent = backend == "triton" and DEPENDENT_LAUNCHES
         length = self.info.context_length

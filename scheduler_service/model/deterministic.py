@@ -16,7 +16,7 @@ from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.layers import Transform
 
-NOT_OURS = "--enable-deterministic-inference needs a model that runs on our own layers, and {} does not"
+NOT_OURS = "--enable-deterministic-inference needs a causal language model of a native family, and {} is none"
 NOT_PACKED = "--enable-deterministic-inference needs products of packed weights, which this CPU does not have for {}"
 
 
@@ -59,7 +59,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def make_deterministic(model: ServedModel) -> None:
     """Have a model compute in this way. Raises StartupError where it cannot."""
-    if not isinstance(model, Decoder):
+    if not isinstance(model, Decoder) or not model.spec.causal:
         raise StartupError(NOT_OURS.format(type(model).__name__))
     for linear, *_ in model.weights.followers:
         assert isinstance(linear, Linear)

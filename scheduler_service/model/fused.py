@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from kernels import reference
-from kernels.configs import FEW_ROWS
+from kernels.configs import SKINNY_ROWS
 from kernels.linear import Linear
 from kernels.ops import Backend, resolve
 from scheduler_service.model.attention import Rotation
@@ -51,7 +51,7 @@ class FusedLayer:
             self.moe = FusedMoe(layer.moe, layer.before_mlp, self.plus_one, self.activation, products)
 
     def __call__(self, residual: torch.Tensor, rotation: Rotation, batch: Batch) -> None:
-        few = len(residual) <= FEW_ROWS
+        few = self.products.few(residual)
         context: PagedContext = batch.attend
         attention = self.layer.attention
         q = self.queries(residual, rotation, context, few and self.fuses_attention)
@@ -108,16 +108,25 @@ class FusedLayer:
 
 
 class FusedDecoder:
-    """A ServedModel whose batches attend through a PagedContext. `dependent`: see kernels.ops.resolve."""
+    """A ServedModel whose batches attend through a PagedContext."""
 
-    def __init__(self, model: Decoder, backend: Backend, context_length: int, dependent: bool = False) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        backend: Backend,
+        context_length: int,
+        dependent: bool = False,
+        steady: bool = False,
+    ) -> None:
+        """`dependent`: see kernels.ops.resolve. `steady`: a token's bits do not depend on what shares its step."""
         self.model = model
         self.spec, self.weights = model.spec, model.weights
         self.attention, self.dtype, self.device = model.attention, model.dtype, model.device
         self.hidden_size, self.vocab_size = model.hidden_size, model.vocab_size
         self.ops = resolve(model.device.type, backend, dependent)
-        self.workspace = Workspace(backend, model.device)
-        self.products = Products(self.ops, self.workspace)
+        self.steady = steady
+        self.workspace = Workspace(backend, model.device, SKINNY_ROWS if steady else None)
+        self.products = Products(self.ops, self.workspace, steady)
         self.tables = [
             torch.cat(position_tables(*rotary, context_length, self.dtype), 1) for rotary in model.rotary
         ]  # each (context_length, 2, rotary_dim): cosines, signed sines

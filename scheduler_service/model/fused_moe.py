@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.configs import EXPERT_BLOCKS
+from kernels.configs import EXPERT_BLOCKS, STEADY_EXPERT_BLOCK
 from kernels.ops import Ops
 from scheduler_service.model.layers import Norm
 from scheduler_service.model.moe import Moe
@@ -40,7 +40,7 @@ class FusedMoe:
             products.reserve(moe.shared_gate)
 
     def __call__(self, residual: torch.Tensor, record: Record | None) -> None:
-        if residual.shape[0] * self.top_k <= DIRECT_PAIRS:
+        if residual.shape[0] * self.top_k <= DIRECT_PAIRS and not self.products.steady:
             ids = self.add_directly(residual)
         else:
             ids = self.add_grouped(residual)
@@ -84,7 +84,7 @@ class FusedMoe:
         ids, weights = self.choice(x, 0)
         self.ops.choose_experts(logits, self.moe.moe.renormalize, None, None, ids, weights)
         total = ids.numel()
-        block = block_size(total, self.experts)
+        block = STEADY_EXPERT_BLOCK if self.products.steady else block_size(total, self.experts)
         blocks = min(total, total // block + self.experts)  # enough, however the pairs are spread
         pairs = torch.empty(blocks * block, dtype=torch.int32, device=x.device)
         block_experts = torch.empty(blocks, dtype=torch.int32, device=x.device)

@@ -1,11 +1,16 @@
-"""Matrix products on fused operations, by the route for their number of rows, and the scratch memory they share."""
+"""Matrix products on fused operations, by the route for their number of rows, and the scratch memory they share.
+
+The routes differ in the order of their sums. Where that must not depend on the number of rows (`steady`), all rows go
+through the skinny products, in blocks of one size.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from kernels.configs import FEW_ROWS, SKINNY_ROWS
+from kernels.configs import FEW_ROWS, SKINNY_ROWS, STEADY_ROWS
 from kernels.linear import Linear
 from kernels.ops import Backend, Ops
 
@@ -15,10 +20,11 @@ Sizes = Callable[..., tuple[int, int]]  # elements of partial sums and of counte
 class Workspace:
     """Scratch memory of operations that add up partial results. They follow one another, so they share it."""
 
-    def __init__(self, backend: Backend, device: torch.device) -> None:
+    def __init__(self, backend: Backend, device: torch.device, block: int | None = None) -> None:
+        """`block`: rows that a skinny product computes at once, if that is fixed."""
         self.device = device
         self.counters = torch.zeros(1, dtype=torch.int32, device=device)
-        self.decode, self.skinny = sizes_of(backend)
+        self.decode, self.skinny = sizes_of(backend, block)
 
     def reserve(self, counters: int) -> None:
         """Have at least so many counters. Before anything is recorded: recorded work keeps the address."""
@@ -30,27 +36,38 @@ class Workspace:
         return torch.empty(sizes[0], dtype=torch.float32, device=self.device)
 
 
-def sizes_of(backend: Backend) -> tuple[Sizes, Sizes]:
+def sizes_of(backend: Backend, block: int | None) -> tuple[Sizes, Sizes]:
     """What paged decode and the skinny products need; plain torch needs nothing."""
     if backend == "torch":
         return lambda *_: (0, 0), lambda *_: (0, 0)
     from kernels.triton_attention_decode import decode_workspace  # triton is not there on every machine
     from kernels.triton_skinny import skinny_workspace
 
-    return decode_workspace, skinny_workspace
+    return decode_workspace, partial(skinny_workspace, block=block)
 
 
 class Products:
-    """x @ weight.T by the route for its number of rows."""
+    """x @ weight.T by the route for its number of rows; with `steady`, by one route for all."""
 
-    def __init__(self, ops: Ops, workspace: Workspace) -> None:
+    def __init__(self, ops: Ops, workspace: Workspace, steady: bool = False) -> None:
         self.ops = ops
         self.workspace = workspace
+        self.steady = steady
+        self.most_at_once = STEADY_ROWS if steady else SKINNY_ROWS
+        self.block = SKINNY_ROWS if steady else None
 
     def reserve(self, linear: Linear, gated: bool = False) -> None:
         """Have room for the products with this weight."""
         size = len(linear.weight) // (2 if gated else 1)
-        self.workspace.reserve(self.workspace.skinny(SKINNY_ROWS, size, linear.weight.shape[1], gated)[1])
+        self.workspace.reserve(self.workspace.skinny(self.most_at_once, size, linear.weight.shape[1], gated)[1])
+
+    def few(self, x: torch.Tensor) -> bool:
+        """Whether rows are so few that the multiply-add units do."""
+        return len(x) <= FEW_ROWS and not self.steady
+
+    def many(self, x: torch.Tensor) -> bool:
+        """Whether rows are so many that cuBLAS does."""
+        return len(x) > SKINNY_ROWS and not self.steady
 
     def scratch(self, x: torch.Tensor, size: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
         sizes = self.workspace.skinny(len(x), size, x.shape[1], gated)
@@ -58,7 +75,7 @@ class Products:
 
     def __call__(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """(tokens, in) → (tokens, out)."""
-        if len(x) > SKINNY_ROWS:
+        if self.many(x):
             return F.linear(x, linear.weight, linear.bias)
         out = x.new_empty(len(x), len(linear.weight))
         self.small(x, linear, None, out)
@@ -66,14 +83,14 @@ class Products:
 
     def write(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
         """The same into `out`, which may have another dtype."""
-        if len(x) > SKINNY_ROWS:
+        if self.many(x):
             out.copy_(F.linear(x, linear.weight, linear.bias))
         else:
             self.small(x, linear, None, out)
 
     def add(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> None:
         """residual (tokens, out) += the product."""
-        if len(x) <= SKINNY_ROWS:
+        if not self.many(x):
             self.small(x, linear, residual, residual)
             return
         residual.addmm_(x, linear.weight.t())
@@ -81,21 +98,26 @@ class Products:
             residual.add_(linear.bias)
 
     def small(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor) -> None:
-        if len(x) <= FEW_ROWS:
+        if self.few(x):
             self.ops.gemv(x, linear.weight, linear.bias, residual, out)
-        else:
-            scratch = self.scratch(x, out.shape[1], gated=False)
-            self.ops.skinny(x, linear.weight, linear.bias, residual, *scratch, out)
+            return
+        for first in range(0, len(x), self.most_at_once):
+            rows = slice(first, first + self.most_at_once)
+            scratch = self.scratch(x[rows], out.shape[1], gated=False)
+            added = None if residual is None else residual[rows]
+            self.ops.skinny(x[rows], linear.weight, linear.bias, added, *scratch, out[rows], self.block)
 
     def gated(self, x: torch.Tensor, linear: Linear, activation: str) -> torch.Tensor:
         """activation(gate) * up of x (tokens, in)."""
         size = len(linear.weight) // 2
         out = x.new_empty(len(x), size)
-        if len(x) > SKINNY_ROWS:
-            self.ops.gated_activation(F.linear(x, linear.weight, linear.bias), activation, out)
-        elif len(x) > FEW_ROWS:
-            scratch = self.scratch(x, size, gated=True)
-            self.ops.skinny_gated(x, linear.weight, linear.bias, activation, *scratch, out)
-        else:
+        if self.few(x):
             self.ops.norm_gate_up(x, None, 0.0, False, linear.weight, linear.bias, activation, out)
+        elif self.many(x):
+            self.ops.gated_activation(F.linear(x, linear.weight, linear.bias), activation, out)
+        else:
+            for first in range(0, len(x), self.most_at_once):
+                rows = slice(first, first + self.most_at_once)
+                scratch = self.scratch(x[rows], size, gated=True)
+                self.ops.skinny_gated(x[rows], linear.weight, linear.bias, activation, *scratch, out[rows], self.block)
         return out

@@ -73,9 +73,9 @@ def skinny_gated(
 def split_sums(make: Maker, tokens: int, size: int, kinds: int) -> Arguments:
     """Room for the parts of eight splits at most."""
     padded = max(16, 1 << (tokens - 1).bit_length())
-    tiles = -(-size // 64)
+    tiles = -(-size // 64) * -(-tokens // 64)
     return {
-        "partials": make.poisoned(8 * kinds * tiles * 64 * padded, dtype=torch.float32),
+        "partials": make.poisoned(8 * kinds * tiles * 64 * min(64, padded), dtype=torch.float32),
         "counters": make.zeros(tiles),
     }
 
@@ -170,11 +170,13 @@ SMALL = [
         ("out", "counters"),
         {"tokens": 5, "columns": 300, "rows": 70},
         {"tokens": 20, "columns": 100, "rows": 40, "bias": True, "residual": False},
+        {"tokens": 70, "columns": 300, "rows": 70},
     ),
     *cases(
         skinny_gated,
         ("out", "counters"),
         {"tokens": 5, "columns": 300, "size": 70},
+        {"tokens": 70, "columns": 300, "size": 20},
         {"tokens": 17, "columns": 40, "size": 30, "bias": True, "activation": "gelu"},
     ),
     *cases(

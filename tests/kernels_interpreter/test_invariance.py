@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.ops import resolve
+from kernels.triton_skinny import skinny_workspace
 from tests.kernels import attention, dense, moe, sampling
 from tests.kernels.cases import Arguments, Maker, clone
 
@@ -35,10 +36,11 @@ def test_a_decode_row_does_not_depend_on_the_rows_beside_it() -> None:
     assert_rows_are_independent("paged_decode", arguments, "out")
 
 
-@pytest.mark.parametrize("tokens", [6, 16])
-def test_a_token_of_a_skinny_product_does_not_depend_on_the_others(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "block"), [(6, None), (16, None), (5, 64), (70, 64)])
+def test_a_token_of_a_skinny_product_does_not_depend_on_the_others(tokens: int, block: int | None) -> None:
     arguments = dense.skinny(FLOAT, tokens=tokens, columns=300, rows=70)
-    assert_rows_are_independent("skinny", arguments, "out")
+    partials = FLOAT.poisoned(skinny_workspace(tokens, 70, 300, False, block)[0])
+    assert_rows_are_independent("skinny", {**arguments, "partials": partials, "block": block}, "out")
 
 
 def test_a_chosen_token_does_not_depend_on_the_other_rows() -> None:

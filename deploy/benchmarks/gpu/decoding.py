@@ -209,17 +209,31 @@ def nano(setting: Setting) -> None:
 
 
 def determinism(setting: Setting) -> None:
-    """The same requests alone and in company: how many give the same tokens."""
-    engine = made(setting, "qwen3-0.6b", context_length=1024, running=64)
+    """What --enable-deterministic-inference costs, and how many requests give the same tokens alone and in company."""
+    rates = {}
+    for promised in (False, True):
+        engine = made(setting, "qwen3-0.6b", context_length=1024, running=64, enable_deterministic_inference=promised)
+        kind = "deterministic" if promised else "as ever"
+        rates[promised] = compared(setting, engine, kind)
+        del engine
+    setting.report.figure("cost of determinism", 100 * (1 - rates[True] / rates[False]), "%", goal=15)
+
+
+def compared(setting: Setting, engine: Engine, kind: str) -> float:
+    """Some requests alone and among others; returns the tokens per second of all together."""
     count, new = setting.size(48, 5), setting.size(64, 8)
     prompts = [engine.prompt(20 + 7 * i % 200, i) for i in range(count)]
+    rates = []
     for temperature in (0.0, 1.0):
         rids = [engine.add(prompt, new, temperature, seed=i) for i, prompt in enumerate(prompts)]
         run = engine.run()
+        rates.append(run.tokens_per_s)
         together = [run.outputs[rid] for rid in rids]
         alone = []
         for i in range(0, count, 6):
             rid = engine.add(prompts[i], new, temperature, seed=i)
             alone.append(engine.run().outputs[rid] == together[i])
-        kind = "drawn" if temperature else "greedy"
-        setting.report.figure(f"{kind} requests equal alone and among {count}", sum(alone), f"of {len(alone)}")
+        drawn = "drawn" if temperature else "greedy"
+        name = f"{kind}, {drawn} requests equal alone and among {count}"
+        setting.report.figure(name, sum(alone), f"of {len(alone)}")
+    return max(rates)

@@ -34,8 +34,8 @@ SECTIONS = (
         "reload", "reload", "run", 30, (*ENGINE, "safetensors"), TRITON, "weights from files, swap under load (G9)"
     ),
     Section("start", "reload", "start_up", 30, ENGINE, TRITON, "a fresh process (G10)"),
-    Section("determinism", "decoding", "determinism", 20, ENGINE, TRITON, "alone and in company (G11)"),
-    Section("http", "server", "run", 40, SERVER, TRITON, "the whole server on the loopback"),
+    Section("determinism", "decoding", "determinism", 30, ENGINE, TRITON, "alone and in company (G11)"),
+    Section("http", "server", "run", 30, SERVER, TRITON, "the whole server on the loopback"),
     Section("transformers-static", "peers", "static_cache", 45, TRANSFORMERS, (), "static cache and compile"),
     Section(
         "transformers-batching", "peers", "continuous_batching", 40, (*ENGINE, *TRANSFORMERS), TRITON, "generate_batch"

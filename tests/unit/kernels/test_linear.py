@@ -87,3 +87,15 @@ def test_what_is_written_elsewhere_is_the_product_widened(
     out = torch.full((rows, 80), torch.nan)
     layer.write(x, out)
     assert torch.equal(out, layer(x).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(60, 2048), (1, 64), (8, 64), (320, 64), (96, 48), (1152, 896), (896, 4864)])
+def test_a_layer_that_keeps_order_gives_a_row_the_same_bits_in_any_company(shape, dtype):
+    layer = Linear(torch.randn(shape).to(dtype))
+    layer.adopt(layer.pack(layer.weight))
+    layer.keep_order()
+    x = torch.randn(130, shape[1]).to(dtype)
+    whole = layer(x)
+    for rows in (1, 2, 3, 5, 16, 17, 33, 65, 129):
+        assert torch.equal(layer(x[1 : 1 + rows]), whole[1 : 1 + rows])
