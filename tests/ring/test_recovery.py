@@ -146,6 +146,17 @@ def test_streams_go_on_as_if_nothing_had_happened(
     assert sum(map(float, re.findall(r"^quartet:restarts_total\{.*\} (\S+)$", metrics, re.M))) == len(deaths)
 
 
+def test_deterministic_streams_go_on_with_the_same_bits(launch: Callable[..., Server]) -> None:
+    server = launch("--model-path", "demo", "--enable-deterministic-inference", "--dtype", "bfloat16")
+    before = [stream.answers() for stream in [Stream(server.url, body) for body in BODIES]]
+    streams = [Stream(server.url, body) for body in reversed(BODIES)]
+    for count, tokens in enumerate((20, 60), 1):
+        streams[-1].reach(tokens)
+        server.children()["scheduler"].kill()
+        wait_for_return(server, "scheduler", count)
+    assert [stream.answers() for stream in reversed(streams)] == before
+
+
 def wait_for_return(server: Server, role: str, count: int = 1) -> None:
     """Until the gateway has heard of the restart for the count-th time."""
     deadline = time.monotonic() + WAIT_S
