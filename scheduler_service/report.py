@@ -35,12 +35,12 @@ class Report:
             )
             self._retractions = total
         self._ratio = self._planner.growth.ratio
-        if plan and len(plan.slices) > plan.decodes:
+        if plan and plan.prefills:
             self._prefill_line(plan)
 
     def committed(self, plan: Plan, now: float) -> None:
         """A step's results are in."""
-        if not plan.decodes:
+        if not (plan.decodes or plan.verifications):
             return
         self._decode_steps += 1
         if self._decode_steps % self._interval == 0:
@@ -82,7 +82,7 @@ class Report:
         }
 
     def _prefill_line(self, plan: Plan) -> None:
-        prefills = plan.slices[plan.decodes :]
+        prefills = plan.prefills
         new_tokens = sum(part.end - part.start for part in prefills)
         self.cache_hit_rate = plan.cached_tokens / (new_tokens + plan.cached_tokens)
         log.info(
@@ -92,7 +92,7 @@ class Report:
             new_tokens,
             plan.cached_tokens,
             plan.usage,
-            plan.decodes,
+            plan.decodes + plan.verifications,
             len(self._planner.waiting),
         )
 
