@@ -107,6 +107,30 @@ def test_a_step_launched_before_the_last_one_is_committed_goes_on_from_its_token
     assert len(ahead.ids) == 2
 
 
+def test_several_tokens_come_from_one_step_where_drafts_are_right(worker):
+    def verified(drafts: tuple[int, ...]) -> Result:
+        share = Slice(sequence([4, 5], 9, logprobs=LogprobOptions()), 1, 2 + len(drafts), True, drafts=drafts)
+        plan = Plan([Slice(sequence([30, 31]), 1, 2, True), share], decodes=1, verifications=1)
+        plain, drafted = worker.collect(worker.launch(plan))
+        assert plain.tokens == [32]
+        return drafted
+
+    right, half, wrong = verified((6, 7, 8)), verified((6, 9, 10)), verified((9, 7, 8))
+    assert (right.tokens, half.tokens, wrong.tokens) == ([6, 7, 8, 9], [6, 7], [6])
+    assert [array("i", scores.ids)[0] for scores in right.logprobs] == right.tokens
+    assert len(half.logprobs) == 2
+
+
+def test_a_verification_ends_in_front_of_logits_that_are_no_numbers(worker):
+    def verified(first: int, drafts: tuple[int, ...]) -> Result:
+        share = Slice(sequence([first]), 0, 1 + len(drafts), True, drafts=drafts)
+        (result,) = worker.collect(worker.launch(Plan([share], verifications=1)))
+        return result
+
+    assert verified(BROKEN - 2, (BROKEN - 1, BROKEN, BROKEN + 1)).tokens == [BROKEN - 1, BROKEN]
+    assert verified(BROKEN, (BROKEN + 1,)).error == NAN_HAPPENED  # the step that it is left to
+
+
 def test_prompt_logprobs_start_where_the_plan_says_and_end_with_the_prompt(worker):
     prompt = sequence([4, 5, 6, 30, 31], logprobs=LogprobOptions(start=1))
     first, second = step(worker, Slice(prompt, 0, 3, False, score_from=2)), step(worker, Slice(prompt, 3, 5, True, 4))
