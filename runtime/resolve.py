@@ -182,6 +182,13 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: "--speculative-algorithm drafts output, and --is-embedding gives none; leave one of them out",
     ),
     (
+        lambda c, m: c.speculative_algorithm is not None and c.expert_distribution_recorder_mode is not None,
+        lambda c: (
+            "--expert-distribution-recorder-mode would count the experts of drafts that are wrong; "
+            "leave --speculative-algorithm out"
+        ),
+    ),
+    (
         lambda c, m: 0 < c.watchdog_timeout < LEAST_WATCHDOG_TIMEOUT_S,
         lambda c: (
             f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a scheduler may take to show that it is well; "

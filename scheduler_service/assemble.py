@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from scheduler_service.weights.update import Updates
 
 WHOLE_PROMPTS = -1
+MOST_ROWS = {"cpu": 32, "cuda": 64}  # computed by a step with drafts: beyond, each would take time of its own
 
 
 class SizedWorker(Worker, Protocol):
@@ -74,7 +75,7 @@ def draft_options(config: ServerConfig) -> DraftOptions | None:
     shortest = config.speculative_ngram_min_match_window_size
     longest = config.speculative_ngram_max_match_window_size
     assert tokens and shortest and longest, (tokens, shortest, longest)  # resolved
-    return DraftOptions(tokens, shortest, longest)
+    return DraftOptions(tokens, shortest, longest, MOST_ROWS[config.device])
 
 
 def serve(

@@ -21,6 +21,7 @@ class DraftOptions:
     tokens: int  # of a draft, at most
     shortest: int  # run of tokens that must have occurred before
     longest: int  # run that is compared
+    rows: int = 64  # tokens that a step's decoding computes at most, drafts included
 
 
 class Drafter:

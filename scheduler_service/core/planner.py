@@ -134,7 +134,7 @@ class Planner:
         self.memory.grow(growing)
         if rows:
             self.growth.decay()
-        drafted = self._drafts(rows) if self.config.drafts else {}
+        drafted = self._drafts(rows, self.config.drafts.rows - len(rows)) if self.config.drafts else {}
         slices = plan.slices
         for sequence in [s for s in rows if s not in drafted] if drafted else rows:
             start = sequence.computed
@@ -149,9 +149,9 @@ class Planner:
             slices.append(Slice(sequence, start, sequence.computed, True, drafts=draft))
         return len(rows) + sum(map(len, drafted.values()))
 
-    def _drafts(self, rows: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:
+    def _drafts(self, rows: list[Sequence], budget: int) -> dict[Sequence, tuple[int, ...]]:
         """The drafts that a step verifies. A page that somebody needs for the next token is not taken for one."""
-        found = proposed_drafts(rows)
+        found = proposed_drafts(rows, budget)
         for sequence, draft in found.items():
             start = sequence.computed + 1
             found[sequence] = draft[: self.memory.reach(sequence, start + len(draft), len(self.running)) - start]
@@ -281,9 +281,10 @@ class Planner:
             prompt_done = part.end >= sequence.prefill_end  # and no output is wanted: scoring or an embedding
             return self._end(sequence, Finish(reason="length", length=0), result) if prompt_done else None
         decoded = part.start >= sequence.prefill_end
-        finish = (
-            self._accept(part, result) if part.drafts else self._append(sequence, result.tokens[0], result.complete)
-        )
+        if part.drafts:
+            finish = self._accept(part, result)
+        else:
+            finish = self._append(sequence, result.tokens[0], result.complete)
         update = self._end(sequence, finish, result) if finish else self._update(sequence, result)
         if self.config.drafts and decoded:
             update.drafts = Drafts(proposed=len(part.drafts), correct=len(result.tokens) - 1)

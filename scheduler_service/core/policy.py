@@ -6,7 +6,6 @@ from scheduler_service.core.memory import Memory
 from scheduler_service.core.request import Sequence
 
 LPM_QUEUE = 128  # longer queues are served in order: matching each prompt in every step would cost more than it gains
-MOST_ROWS = 64  # computed by one step's decoding, drafts included: each of more would take time of its own
 EXPECTED_TOKENS = 4096  # no request is expected to give more, whatever its limit
 
 
@@ -38,9 +37,8 @@ def retraction_order(running: Iterable[Sequence]) -> list[Sequence]:
     return sorted(running, key=lambda s: (s.request.priority, -s.serial))
 
 
-def proposed_drafts(rows: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:
-    """What some decode rows may verify at once; all drafts are cut to the same length where they are too much."""
-    budget = MOST_ROWS - len(rows)
+def proposed_drafts(rows: list[Sequence], budget: int) -> dict[Sequence, tuple[int, ...]]:
+    """What some decode rows may verify at once, `budget` tokens in all; long drafts are cut to an equal share of it."""
     found: dict[Sequence, tuple[int, ...]] = {}
     for sequence in rows if budget > 0 else ():
         left = sequence.limit - sequence.output_len - 1  # the verification itself gives one token more

@@ -122,6 +122,11 @@ def test_an_address_open_to_the_network_needs_a_key_or_is_warned_about(host, api
             "--speculative-ngram-min-match-window-size 4 exceeds --speculative-ngram-max-match-window-size 3",
         ),
         ({"speculative_algorithm": "NGRAM", "is_embedding": True}, CPU, "leave one of them out"),
+        (
+            {"speculative_algorithm": "NGRAM", "expert_distribution_recorder_mode": "stat"},
+            CPU,
+            "leave --speculative-algorithm out",
+        ),
         ({"preferred_sampling_params": "{"}, CPU, "must be a JSON object"),
         ({"preferred_sampling_params": '{"temprature": 1}'}, CPU, "temprature"),
     ],

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from runtime.messages import Drafts, Finish, LogprobOptions, unpack_ids
-from scheduler_service.core import policy
 from scheduler_service.core.drafts import DraftOptions
 from scheduler_service.core.plan import Plan
 from tests.fakes import looping_token, scored
@@ -167,14 +166,14 @@ def test_a_draft_is_cut_to_the_pages_there_are() -> None:
 
 
 def test_full_batches_share_the_drafts_of_a_step_and_fuller_ones_draft_nothing() -> None:
-    for running in (4, 24, policy.MOST_ROWS):
+    for running in (4, 24, OPTIONS.rows):
         stepper = drafting(total_pages=10_000, max_running=running, drafts=DraftOptions(64, 2, 8))
         for i in range(running):
             stepper.add(tokenized(f"r{i}", LOOP, 60, seed=i))
         stepper.run()
         most = max(plan.tokens for plan in stepper.worker.plans if not plan.prefills)
-        assert running <= most <= policy.MOST_ROWS
-        assert (stepper.planner.stats.proposed_drafts > 0) == (running < policy.MOST_ROWS)
+        assert running <= most <= OPTIONS.rows
+        assert (stepper.planner.stats.proposed_drafts > 0) == (running < OPTIONS.rows)
         for i in range(running):
             assert stepper.output(f"r{i}") == expected(LOOP, 60, i)
 
