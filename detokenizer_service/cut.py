@@ -18,5 +18,7 @@ def cut(tokens: Tokens, kept: int, made: int) -> None:
     if (logprobs := tokens.logprobs) is not None:
         for name in ("ids", "values", "top_ids", "top_values", "asked_values"):
             setattr(logprobs, name, first_rows(getattr(logprobs, name), kept, made))
+    if tokens.drafts is not None:
+        tokens.drafts.correct -= made - kept
     if tokens.hidden_states:  # rows of the prompt may come first
         tokens.hidden_states = tokens.hidden_states[: (kept - made) * tokens.hidden_size * FLOAT_BYTES]

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from http_gateway import logprobs
-from runtime.messages import ABORTED_IN_QUEUE, Finish, Logprobs, Request, Text, Tokens, unpack_ids
+from runtime.messages import ABORTED_IN_QUEUE, Drafts, Finish, Logprobs, Request, Text, Tokens, unpack_ids
 
 _encode = msgspec.json.Encoder().encode
 
@@ -52,6 +52,30 @@ class VersionRun(msgspec.Struct):
     end: int
 
 
+class Speculation(msgspec.Struct):
+    """What came of a request's drafts so far. A step that had none counts as one with none that was right."""
+
+    verified: int = 0  # decode steps
+    proposed: int = 0
+    correct: int = 0
+    histogram: list[int] = []  # steps by how many drafts were right
+
+    def add(self, drafts: Drafts) -> None:
+        self.verified += 1
+        self.proposed += drafts.proposed
+        self.correct += drafts.correct
+        self.histogram += [0] * (drafts.correct + 1 - len(self.histogram))
+        self.histogram[drafts.correct] += 1
+
+    def tell(self, meta: "MetaInfo") -> None:
+        meta.spec_verify_ct = self.verified
+        meta.spec_num_proposed_drafts = self.proposed
+        meta.spec_num_correct_drafts = self.correct
+        meta.spec_correct_drafts_histogram = self.histogram
+        meta.spec_accept_rate = self.correct / self.proposed if self.proposed else 0.0
+        meta.spec_accept_length = meta.completion_tokens / self.verified
+
+
 class MetaInfo(msgspec.Struct, kw_only=True):
     """`meta_info` of an answer. What is UNSET was not asked for and is left out."""
 
@@ -72,6 +96,12 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     output_token_ids_logprobs: Raw | UnsetType = UNSET
     routed_experts: str | UnsetType = UNSET
     hidden_states: Raw | UnsetType = UNSET
+    spec_verify_ct: int | UnsetType = UNSET
+    spec_accept_rate: float | UnsetType = UNSET
+    spec_accept_length: float | UnsetType = UNSET
+    spec_num_correct_drafts: int | UnsetType = UNSET
+    spec_num_proposed_drafts: int | UnsetType = UNSET
+    spec_correct_drafts_histogram: list[int] | UnsetType = UNSET
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -116,6 +146,7 @@ class Output:
         self._logprobs = {key: Fragment(b"[") for key in keys}
         self._hidden = Fragment(b"[") if request.return_hidden_states else None
         self._meta = MetaInfo(id=request.rid, weight_version=weight_version, weight_versions=[])
+        self._speculation: Speculation | None = None  # where the server speculates
         self._told_prompt = False  # its hidden states have come
         self._told = 0  # completion tokens at the last chunk
 
@@ -128,6 +159,9 @@ class Output:
             ids = unpack_ids(tokens.ids).tolist()
             self._ids.extend(ids)
             self._count(len(ids), tokens.weight_version)
+        if tokens.drafts is not None:
+            self._speculation = self._speculation or Speculation()
+            self._speculation.add(tokens.drafts)
         if tokens.prompt_tokens:
             meta.prompt_tokens = tokens.prompt_tokens
         meta.cached_tokens = max(meta.cached_tokens, tokens.cached_tokens)
@@ -191,6 +225,8 @@ class Output:
             setattr(meta, key, fragment.json())
         if self._hidden is not None:
             meta.hidden_states = self._hidden.json()
+        if self._speculation is not None:
+            self._speculation.tell(meta)
         text = UNSET if self._text is None else self._text.json()
         self._told = meta.completion_tokens
         return _encode(Answer(text=text, output_ids=self._ids.json(), meta_info=meta, index=index))

@@ -23,12 +23,20 @@ def flag(help: str, group: str, *aliases: str, secret: bool = False) -> Any:
     return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret)})
 
 
-MODEL, HTTP, SCHEDULER, DEVICE, OPERATIONS = "model", "http", "scheduler", "device", "operations"
+MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
+    "model",
+    "http",
+    "scheduler",
+    "speculation",
+    "device",
+    "operations",
+)
 LogLevel = Literal["debug", "info", "warning", "error"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 BufferSize = Annotated[int, msgspec.Meta(ge=-1)]
+DraftSize = Annotated[int, msgspec.Meta(ge=1, le=64)]
 ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
 PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -122,6 +130,25 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     decode_log_interval: Annotated[Positive, flag("decode steps between two log lines", SCHEDULER)] = 40
     random_seed: Annotated[
         Natural | None, flag("seed of the server's own draws (default: a random one)", SCHEDULER)
+    ] = None
+
+    speculative_algorithm: Annotated[
+        str | None,
+        flag(
+            "NGRAM: draft tokens that followed the same ones earlier in the request's own text, and verify several in "
+            "one step; the answers stay the same (default: no speculation)",
+            SPECULATION,
+        ),
+    ] = None
+    speculative_num_draft_tokens: Annotated[
+        DraftSize | None, flag("tokens of a draft, at most (default: 8)", SPECULATION)
+    ] = None
+    speculative_ngram_min_match_window_size: Annotated[
+        Positive | None, flag("tokens that must have occurred before for a draft to be made (default: 2)", SPECULATION)
+    ] = None
+    speculative_ngram_max_match_window_size: Annotated[
+        Positive | None,
+        flag("tokens up to which occurrences are compared: the longest match is continued (default: 8)", SPECULATION),
     ] = None
 
     device: Annotated[Literal["auto", "cpu", "cuda"], flag("where the model runs", DEVICE)] = "auto"

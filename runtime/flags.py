@@ -15,7 +15,13 @@ from runtime.config import Flag, ServerConfig
 from runtime.errors import UsageError
 
 DEFAULT, COMMAND_LINE = "default", "command line"
-UNSUPPORTED = {"--trust-remote-code": "Quartet never runs code that comes with a model"}
+NO_DRAFT_MODEL = "Quartet runs no draft model; --speculative-algorithm NGRAM needs none"
+UNSUPPORTED = {
+    "--trust-remote-code": "Quartet never runs code that comes with a model",
+    "--speculative-draft-model-path": NO_DRAFT_MODEL,
+    "--speculative-num-steps": NO_DRAFT_MODEL,
+    "--speculative-eagle-topk": NO_DRAFT_MODEL,
+}
 
 
 class Setting(msgspec.Struct, frozen=True):

@@ -123,6 +123,13 @@ class Logprobs(msgspec.Struct, kw_only=True, omit_defaults=True):
     asked_texts: list[str] | None = None  # (asked ids,)
 
 
+class Drafts(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How many tokens of a request a decode step had drafted, and how many of the ids it gave were among them."""
+
+    proposed: int = 0
+    correct: int = 0
+
+
 class Tokens(Message, tag="tokens", kw_only=True):
     """Scheduler → detokenizer: what one step made for one request."""
 
@@ -142,6 +149,7 @@ class Tokens(Message, tag="tokens", kw_only=True):
     hidden_states: bytes = b""  # float32 (positions, hidden) of this message
     hidden_size: int = 0
     routed_experts: bytes = b""  # int32 (tokens - 1 - start, layers, top_k), with finish
+    drafts: Drafts | None = None  # with every decode step of a server that speculates
     finish: Finish | None = None
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import ipaddress
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ CHUNKED_PREFILL_SIZE = {"cpu": 512, "cuda": 8192}
 RECORDER_DIR = "/tmp"
 RECORDER_DIR_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
 RECORDER_BUFFER_SIZE = 1000
+SPECULATIVE_ALGORITHM = "NGRAM"
+DRAFT_TOKENS = 8
+MATCH_WINDOW = (2, 8)  # tokens, at least and at most
 ATTENTION_BACKEND = {"cpu": "torch_native", "cuda": "triton"}
 
 
@@ -78,8 +82,28 @@ def resolve(config: ServerConfig, machine: Machine) -> Resolution:
         "expert_distribution_recorder_dir": config.expert_distribution_recorder_dir or machine.recorder_dir,
         "expert_distribution_recorder_buffer_size": config.expert_distribution_recorder_buffer_size
         or RECORDER_BUFFER_SIZE,
+        **(draft_sizes(config) if config.speculative_algorithm else {}),
     }
     return Resolution(msgspec.structs.replace(config, **answers), notes(config, device))
+
+
+def draft_sizes(config: ServerConfig) -> dict[str, int]:
+    """How long drafts are and what they are looked up by; a window's other end gives way to the one that was given."""
+    least, most = config.speculative_ngram_min_match_window_size, config.speculative_ngram_max_match_window_size
+    return {
+        "speculative_num_draft_tokens": config.speculative_num_draft_tokens or DRAFT_TOKENS,
+        "speculative_ngram_min_match_window_size": least or min(MATCH_WINDOW[0], most or MATCH_WINDOW[0]),
+        "speculative_ngram_max_match_window_size": most or max(MATCH_WINDOW[1], least or MATCH_WINDOW[1]),
+    }
+
+
+def given_draft_flags(config: ServerConfig) -> list[str]:
+    names = (
+        "speculative_num_draft_tokens",
+        "speculative_ngram_min_match_window_size",
+        "speculative_ngram_max_match_window_size",
+    )
+    return ["--" + name.replace("_", "-") for name in names if getattr(config, name) is not None]
 
 
 def device_of(config: ServerConfig, machine: Machine) -> str:
@@ -133,6 +157,41 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c, m: c.disable_cuda_graph and c.cuda_graph_max_prefill_tokens > 0,
         lambda c: (
             "--disable-cuda-graph and --cuda-graph-max-prefill-tokens contradict each other; leave one of them out"
+        ),
+    ),
+    (
+        lambda c, m: c.speculative_algorithm not in (None, SPECULATIVE_ALGORITHM),
+        lambda c: (
+            f"--speculative-algorithm {c.speculative_algorithm} is not supported: Quartet runs no draft model; "
+            f"use {SPECULATIVE_ALGORITHM}, which drafts from a request's own text"
+        ),
+    ),
+    (
+        lambda c, m: c.speculative_algorithm is None and bool(given_draft_flags(c)),
+        lambda c: (
+            f"{given_draft_flags(c)[0]} has no effect without speculation; "
+            f"add --speculative-algorithm {SPECULATIVE_ALGORITHM}, or leave it out"
+        ),
+    ),
+    (
+        lambda c, m: (
+            (c.speculative_ngram_min_match_window_size or 0)
+            > (c.speculative_ngram_max_match_window_size or sys.maxsize)
+        ),
+        lambda c: (
+            f"--speculative-ngram-min-match-window-size {c.speculative_ngram_min_match_window_size} exceeds "
+            f"--speculative-ngram-max-match-window-size {c.speculative_ngram_max_match_window_size}"
+        ),
+    ),
+    (
+        lambda c, m: c.speculative_algorithm is not None and c.is_embedding,
+        lambda c: "--speculative-algorithm drafts output, and --is-embedding gives none; leave one of them out",
+    ),
+    (
+        lambda c, m: c.speculative_algorithm is not None and c.expert_distribution_recorder_mode is not None,
+        lambda c: (
+            "--expert-distribution-recorder-mode would count the experts of drafts that are wrong; "
+            "leave --speculative-algorithm out"
         ),
     ),
     (

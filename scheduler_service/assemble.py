@@ -13,6 +13,7 @@ from runtime.sampling import SamplingParams
 from runtime.service import Boot, report_ready
 from runtime.sockets import Inbox, Outbox
 from scheduler_service.constrained import Pool
+from scheduler_service.core.drafts import DraftOptions
 from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.scheduler import Scheduler, Worker
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from scheduler_service.weights.update import Updates
 
 WHOLE_PROMPTS = -1
+MOST_ROWS = {"cpu": 32, "cuda": 64}  # computed by a step with drafts: beyond, each would take time of its own
 
 
 class SizedWorker(Worker, Protocol):
@@ -60,8 +62,20 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
         policy=config.schedule_policy,
         max_queued=config.max_queued_requests,
         reuse_prefixes=not (config.disable_radix_cache or whole),
+        drafts=draft_options(config),
         default_new_tokens=SamplingParams().max_new_tokens,
     )
+
+
+def draft_options(config: ServerConfig) -> DraftOptions | None:
+    """How drafts are made, where the server speculates."""
+    if config.speculative_algorithm is None:
+        return None
+    tokens = config.speculative_num_draft_tokens
+    shortest = config.speculative_ngram_min_match_window_size
+    longest = config.speculative_ngram_max_match_window_size
+    assert tokens and shortest and longest, (tokens, shortest, longest)  # resolved
+    return DraftOptions(tokens, shortest, longest, MOST_ROWS[config.device])
 
 
 def serve(

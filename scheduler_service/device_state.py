@@ -23,7 +23,7 @@ class SlotTokens:
 
     def write(self, slots: Numbers[int], tokens: torch.Tensor) -> None:
         """Keep tokens (rows,)."""
-        self.values.index_copy_(0, upload(slots, self.values.device), tokens)
+        self.values.index_copy_(0, upload(slots, self.values.device, torch.int64), tokens)
 
     def read(self, input_ids: torch.Tensor, rows: Numbers[int], slots: Numbers[int]) -> None:
         """Put the tokens of some slots into rows of input_ids (tokens,)."""

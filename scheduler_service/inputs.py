@@ -85,6 +85,7 @@ class _Columns:
         if filled and page_number * self.page_size >= share.start:
             self.begun.append(sequence.pages[page_number])
         self.ids.extend(sequence.ids[share.start : share.end])
+        self.ids.extend(share.drafts)
         self.positions.extend(range(share.start, share.end))
         for slot, length in segments(runs, self.page_size, share.start, share.end):
             self.slots.extend(range(slot, slot + length))

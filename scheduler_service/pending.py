@@ -4,17 +4,18 @@ The tokens of a step stay on the device until somebody settles it. The next step
 there. What only the host can do with a token (penalties, grammars) waits for `settle`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from runtime.errors import Kind
 from scheduler_service import sampler
-from scheduler_service.core.plan import NAN_HAPPENED, Result
+from scheduler_service.core.plan import NAN_HAPPENED, Result, Slice
 from scheduler_service.grammar import Matcher
 from scheduler_service.inputs import PageRuns
 from scheduler_service.logprobs import OutputScores
 from scheduler_service.transfer import Arrival
+from scheduler_service.verification import accepted
 
 TOO_COSTLY = "The output cannot be constrained any further: {}"
 NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."
@@ -55,10 +56,11 @@ class State:
 class Drawn:
     """The tokens of a step, on their way to the host."""
 
-    sampled: list[int]  # the slices that drew one
+    sampled: list[int]  # the slices that drew, by their place in the plan
+    slices: list[Slice]  # those
     states: list[State]  # theirs
-    tokens: torch.Tensor  # (sampled,) int64
-    valid: torch.Tensor  # (sampled,) bool
+    tokens: torch.Tensor  # (rows,) int64: one of each slice, and one more for each of its drafts
+    valid: torch.Tensor  # (rows,) bool
     logprobs: OutputScores
     arrival: Arrival
 
@@ -73,6 +75,7 @@ class Pending:
 
     results: list[Result]
     drawn: Drawn | None = None  # until then
+    verified: dict[int, int] = field(default_factory=dict)  # slot → the last token that counts of several drawn
 
     def settle(self) -> None:
         """Wait for the step's tokens and take them in; a second call changes nothing."""
@@ -80,13 +83,20 @@ class Pending:
         if drawn is None:
             return
         drawn.arrival.wait()
-        columns = drawn.sampled, drawn.states, drawn.tokens.tolist(), drawn.valid.tolist(), drawn.logprobs.by_row()
-        for i, state, token, valid, logprobs in zip(*columns, strict=True):
-            result = self.results[i]
+        tokens, valid, logprobs = drawn.tokens.tolist(), drawn.valid.tolist(), drawn.logprobs.by_row()
+        row = 0
+        for i, share, state in zip(drawn.sampled, drawn.slices, drawn.states, strict=True):
+            first, result, drafts = row, self.results[i], share.drafts
+            row += 1 + len(drafts)
             state.unseen -= 1
-            if fault := state.fault(valid):
+            if fault := state.fault(valid[first]):
                 result.error, result.error_kind = fault
                 continue
-            result.token, result.logprobs = token, logprobs
-            state.take(token)
+            end = first + (accepted(drafts, tokens[first:row], valid[first:row]) if drafts else 1)
+            result.tokens = tokens[first:end]
+            result.logprobs = [scores for scores in logprobs[first:end] if scores]
+            for token in result.tokens:
+                state.take(token)
+            if drafts:
+                self.verified[share.sequence.slot] = state.last_token
             result.complete = state.matcher is not None and state.matcher.finished

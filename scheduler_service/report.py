@@ -1,12 +1,34 @@
 """The scheduler's log lines and its figures for probes, in the words that operators' tools look for."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from scheduler_service.core.plan import Plan
 from scheduler_service.core.planner import Planner
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What came of speculation during some decode steps."""
+
+    rows: int = 0  # requests' steps
+    proposed: int = 0  # drafts
+    correct: int = 0
+
+    def since(self, before: "Tally") -> "Tally":
+        return Tally(self.rows - before.rows, self.proposed - before.proposed, self.correct - before.correct)
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens that a request got from a step."""
+        return 1 + self.correct / self.rows if self.rows else 0.0
+
+    @property
+    def accept_rate(self) -> float:
+        return self.correct / self.proposed if self.proposed else 0.0
 
 
 class Report:
@@ -17,8 +39,11 @@ class Report:
         self._interval = interval
         self._cuda_graph = cuda_graph
         self._decode_steps = 0  # since the start
+        self._decode_rows = 0
         self._line_at = now
         self._line_tokens = 0  # generated up to the last line
+        self._line_drafts = Tally()  # the same of speculation
+        self._drafts = Tally()  # between the last two lines
         self._retractions = 0  # logged so far
         self._ratio = planner.growth.ratio
         self.gen_throughput = 0.0
@@ -35,14 +60,15 @@ class Report:
             )
             self._retractions = total
         self._ratio = self._planner.growth.ratio
-        if plan and len(plan.slices) > plan.decodes:
+        if plan and plan.prefills:
             self._prefill_line(plan)
 
     def committed(self, plan: Plan, now: float) -> None:
         """A step's results are in."""
-        if not plan.decodes:
+        if not (plan.decodes or plan.verifications):
             return
         self._decode_steps += 1
+        self._decode_rows += plan.decodes + plan.verifications
         if self._decode_steps % self._interval == 0:
             self._decode_line(now)
 
@@ -79,10 +105,25 @@ class Report:
             "num_refused_requests_total": stats.refused,
             "queue_time_seconds_total": stats.queue_s,
             "decode_steps_total": self._decode_steps,
+            **self._speculation(),
         }
 
+    def _speculation(self) -> dict[str, float]:
+        """How drafts fare, where there are any: between the last two lines, and since the start."""
+        if self._planner.config.drafts is None:
+            return {}
+        return {
+            "spec_accept_length": self._drafts.accept_length,
+            "spec_accept_rate": self._drafts.accept_rate,
+            "avg_spec_accept_length": self._tally().accept_length,
+        }
+
+    def _tally(self) -> "Tally":
+        stats = self._planner.stats
+        return Tally(self._decode_rows, stats.proposed_drafts, stats.correct_drafts)
+
     def _prefill_line(self, plan: Plan) -> None:
-        prefills = plan.slices[plan.decodes :]
+        prefills = plan.prefills
         new_tokens = sum(part.end - part.start for part in prefills)
         self.cache_hit_rate = plan.cached_tokens / (new_tokens + plan.cached_tokens)
         log.info(
@@ -92,7 +133,7 @@ class Report:
             new_tokens,
             plan.cached_tokens,
             plan.usage,
-            plan.decodes,
+            plan.decodes + plan.verifications,
             len(self._planner.waiting),
         )
 
@@ -100,13 +141,16 @@ class Report:
         generated = self._planner.stats.generation_tokens
         self.gen_throughput = (generated - self._line_tokens) / max(now - self._line_at, 1e-9)
         self._line_at, self._line_tokens = now, generated
+        tally = self._tally()
+        self._drafts, self._line_drafts = tally.since(self._line_drafts), tally
         live = self._live_tokens()
         log.info(
-            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, cuda graph: %s, "
+            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, %scuda graph: %s, "
             "gen throughput (token/s): %.2f, #queue-req: %d, ",
             len(self._planner.running),
             live,
             live / self._planner.config.total_tokens,
+            f"accept len: {self._drafts.accept_length:.2f}, " if self._planner.config.drafts else "",
             self._cuda_graph,
             self.gen_throughput,
             len(self._planner.waiting),

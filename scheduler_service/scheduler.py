@@ -291,7 +291,8 @@ class Scheduler:
         if part.sequence.finish is not None:
             return Result()  # which nobody wants any more
         try:
-            (result,) = self.worker.collect(self.worker.launch(Plan([part], decodes=int(decode))))
+            plan = Plan([part], decodes=int(decode), verifications=int(bool(part.drafts)))
+            (result,) = self.worker.collect(self.worker.launch(plan))
         except Exception as error:
             self.failures += 1
             log.exception("request %s failed", part.sequence.rid)
@@ -378,6 +379,7 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
         vector=update.vector,
         scalar=update.scalar,
         routed_experts=update.routed_experts,
+        drafts=update.drafts,
         finish=update.finish,
     )
     if update.first:

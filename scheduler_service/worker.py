@@ -7,12 +7,12 @@ With `depth` 1 the next step is launched before the tokens of the last one are k
 device. Requests whose next token depends on the ones before in a way that only the host can follow (penalties,
 grammars) take part all the same: between such a step's forward pass and its draw, the last step is settled. What
 few requests ask for (prompt logprobs, hidden states, chosen experts, vectors) is waited for when it is computed.
+Where drafts are made from the tokens, all of them must be known first, and `depth` is 0.
 
 It decides nothing about requests: which run, on which pages and when they end is the planner's business.
 """
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ from runtime.model_info import ModelInfo
 from scheduler_service import masks, sampler
 from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
+from scheduler_service.device import choose_device, limit_threads, total_bytes
 from scheduler_service.device_state import SlotTokens
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
 from scheduler_service.fused_sampling import is_plain
@@ -46,12 +47,12 @@ from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
 from scheduler_service.transfer import Arrival, fetch, upload
+from scheduler_service.verification import LogitRows, logit_rows
 from scheduler_service.weights.load import available_gb
 
 log = logging.getLogger(__name__)
 
 MAX_RUNNING_REQUESTS = 256
-ONE_THREAD_HIDDEN_SIZE = 384
 NOT_FUSED = "--enable-deterministic-inference needs the fused operations on a GPU, and {} does not run on them"
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
@@ -122,7 +123,11 @@ class Worker:
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count
         self.max_running_requests = min(running, self.page_count)
-        overlaps = self.device.type == "cuda" and self.pooler is None  # an embedding is read as soon as it is there
+        overlaps = (
+            self.device.type == "cuda"
+            and self.pooler is None  # an embedding is read as soon as it is there
+            and config.speculative_algorithm is None
+        )
         self.depth = int(overlaps) if depth is None else depth
         self.states: dict[Sequence, State] = {}
         self.logits_room = torch.empty(0, self.model.vocab_size)
@@ -235,9 +240,10 @@ class Worker:
         pending = Pending([Result() for _ in plan.slices])
         self.answer(plan, inputs, hidden, chosen, pending.results)
         if sampled:
-            last_rows = upload([inputs.offsets[i + 1] - 1 for i in sampled], hidden.device)
-            logits = self.to_logits(hidden[last_rows], self.room_for_logits(len(sampled)))  # (rows, vocab)
-            pending.drawn = self.draw(plan, states, sampled, logits)
+            rows = logit_rows(plan, sampled)
+            places = upload(rows.places(plan, inputs.offsets), hidden.device)
+            logits = self.to_logits(hidden[places], self.room_for_logits(len(places)))  # (rows, vocab)
+            pending.drawn = self.draw(plan, states, rows, logits)
             self.unsettled.append(pending)
         return pending
 
@@ -247,7 +253,8 @@ class Worker:
         drawn = all(map(is_plain, rows)) and not any(state.matcher for state in states)
         decoded = fused.decode(plan, rows, drawn)
         pending = Pending([Result() for _ in plan.slices])
-        pending.drawn = self.draw(plan, states, list(range(len(states))), decoded.logits, decoded.draws)
+        drawing = logit_rows(plan, list(range(len(states))))
+        pending.drawn = self.draw(plan, states, drawing, decoded.logits, decoded.draws)
         self.unsettled.append(pending)
         return pending
 
@@ -255,6 +262,8 @@ class Worker:
         """Wait for a launched step; its results are in the order of the plan's slices."""
         while pending.drawn is not None:
             self.unsettled.pop(0).settle()
+        if pending.verified and self.fused is not None:
+            self.tokens.write(list(pending.verified), upload(list(pending.verified.values()), self.device))
         return pending.results
 
     def settle_for(self, states: list[State]) -> None:
@@ -359,48 +368,36 @@ class Worker:
         self,
         plan: Plan,
         states: list[State],
-        sampled: list[int],
+        drawing: LogitRows,
         logits: torch.Tensor,
         draws: sampler.Draws | None = None,
     ) -> Drawn:
-        """Draw the next token of the slices `sampled` from logits (rows, vocab); `draws`, if that was done already."""
-        rows = [states[i].row for i in sampled]
-        slices = [plan.slices[i] for i in sampled]
-        positions = [share.end for share in slices]
-        options = [share.sequence.request.logprobs for share in slices]
+        """Draw tokens from logits (rows, vocab), the rows of `drawing`; `draws`, if that was done already."""
+        sampled = drawing.sampled
+        rows = [states[i].row for i in drawing.slices]
+        options = [plan.slices[i].sequence.request.logprobs for i in drawing.slices]
         if draws is None:
             self.settle_for([states[i] for i in sampled])
-            allowed = masks.allowed(self.masks.start([states[i].matcher for i in sampled]), self.device)
-            sampler.adjust(logits, rows, positions, allowed)
-            draws = self.choose(logits, rows, positions, keep_logits=any(options))
+            allowed = masks.allowed(self.masks.start([states[i].matcher for i in drawing.slices]), self.device)
+            sampler.adjust(logits, rows, drawing.positions, allowed)
+            draws = self.choose(logits, rows, drawing.positions, keep_logits=any(options))
             if self.depth or self.fused is not None:
-                self.tokens.write([share.sequence.slot for share in slices], draws.tokens)
+                self.keep_tokens(plan, drawing, draws.tokens)
         logprobs = output_logprobs(logits, draws.tokens, options)
         tokens, valid = fetch(draws.tokens), fetch(draws.valid)
-        return Drawn(sampled, [states[i] for i in sampled], tokens, valid, logprobs, Arrival(self.device))
+        slices, theirs = [plan.slices[i] for i in sampled], [states[i] for i in sampled]
+        return Drawn(sampled, slices, theirs, tokens, valid, logprobs, Arrival(self.device))
+
+    def keep_tokens(self, plan: Plan, drawing: LogitRows, tokens: torch.Tensor) -> None:
+        """Leave tokens (rows,) for the next step, but those of verifications: `collect` sees which of them count."""
+        slices = [plan.slices[i] for i in drawing.slices]
+        if plan.verifications:
+            alone = [row for row, share in enumerate(slices) if not share.drafts]
+            slices, tokens = [slices[row] for row in alone], tokens[upload(alone, self.device, torch.int64)]
+        self.tokens.write([share.sequence.slot for share in slices], tokens)
 
 
 def matcher_of(sequence: Sequence) -> Matcher | None:
     """The matcher behind what the sequence has generated, where a grammar constrains it."""
     grammar = sequence.grammar
     return grammar.matcher(sequence.ids[sequence.prompt_len :]) if isinstance(grammar, Grammar) else None
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of --device; `auto` takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def limit_threads(device: torch.device, hidden_size: int) -> None:
-    """Small models run on one thread: waking a second one takes longer than their matrix products."""
-    if device.type == "cpu" and hidden_size <= ONE_THREAD_HIDDEN_SIZE:
-        torch.set_num_threads(1)
-
-
-def total_bytes(device: torch.device) -> int:
-    """All memory of a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

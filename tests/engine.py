@@ -8,7 +8,9 @@ from typing import Any
 from runtime import model_info
 from runtime.config import ServerConfig
 from runtime.messages import Finish, LogprobOptions, Logprobs, Request, Tokenized, pack_ids, unpack_ids
+from runtime.resolve import Machine, resolve
 from runtime.sampling import SamplingParams
+from scheduler_service.assemble import draft_options
 from scheduler_service.core.plan import Update
 from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
@@ -73,6 +75,7 @@ class Engine:
                 eos_ids=frozenset(info.eos_ids),
                 chunked_prefill_size=self.config.chunked_prefill_size or -1,
                 reuse_prefixes=not self.config.disable_radix_cache,
+                drafts=draft_options(resolve(self.config, Machine()).config),
             )
         )
         self.compiler = GrammarCompiler(directory, self.worker.model.vocab_size, info.eos_ids)

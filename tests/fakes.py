@@ -4,6 +4,7 @@ import time
 import zlib
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from runtime.messages import Facts, Logprobs, Message, pack_ids
@@ -17,6 +18,12 @@ UNSEEN = -1
 def next_token(prefix: "array[int]", vocab_size: int, seed: int = 0) -> int:
     """The fake model: a function of the whole prefix and the seed, never the ids 0 and 1."""
     return 2 + zlib.crc32(prefix.tobytes(), seed & 0xFFFFFFFF) % (vocab_size - 2)
+
+
+def looping_token(prefix: "array[int]", vocab_size: int, seed: int = 0) -> int:
+    """A fake model that counts to seven over and over, but for one token in eight."""
+    surprise = next_token(prefix, vocab_size, seed)
+    return surprise if surprise % 8 == 0 else 2 + (prefix[-1] - 1) % 7
 
 
 def fake_logprob(token: int) -> float:
@@ -40,12 +47,14 @@ class FakeWorker:
         max_running_requests: int = 64,
         vocab_size: int = 1000,
         step_s: float = 0.0,
+        model: Callable[..., int] = next_token,
     ) -> None:
         self.page_size = page_size
         self.page_count = page_count
         self.max_running_requests = max_running_requests
         self.vocab_size = vocab_size
         self.step_s = step_s
+        self.model = model
         self.weight_version = "default"
         self.expert_recorder = None
         self.depth = 0
@@ -101,9 +110,7 @@ class FakeWorker:
     def _compute(self, part: Slice) -> Result:
         sequence = part.sequence
         for position in range(part.start, part.end):
-            known = position < len(sequence.ids)
-            token = sequence.ids[position] if known else self._sampled[sequence.slot]
-            self._memory[self._cell(sequence, position)] = token
+            self._memory[self._cell(sequence, position)] = self._input(part, position)
         if fault := self.faults.pop(sequence.rid, ""):
             self._sampled[sequence.slot] = 0  # an overlapped step may still read it
             return Result(error=fault)
@@ -116,13 +123,29 @@ class FakeWorker:
         if part.score_from >= 0:
             result.input_logprobs = scored(sequence.ids[part.score_from : min(part.end + 1, sequence.prompt_len)])
         if part.samples:
-            result.token = next_token(prefix, self.vocab_size, sequence.request.seed)
-            self._sampled[sequence.slot] = result.token
+            result.tokens = self._draw(part, prefix)
+            self._sampled[sequence.slot] = result.tokens[-1]
             if sequence.request.logprobs:
-                result.logprobs = scored([result.token])
+                result.logprobs = [scored([token]) for token in result.tokens]
         elif sequence.request.task == "embed" and part.end == len(sequence.ids):
             result.vector = array("f", [float(len(prefix))] * FAKE_VECTOR).tobytes()
         return result
+
+    def _input(self, part: Slice, position: int) -> int:
+        ids = part.sequence.ids
+        if position < len(ids):
+            return ids[position]
+        return part.drafts[position - part.end] if part.drafts else self._sampled[part.sequence.slot]
+
+    def _draw(self, part: Slice, prefix: "array[int]") -> list[int]:
+        """The next token, and those behind drafts that were right."""
+        tokens: list[int] = []
+        for draft in (*part.drafts, None):
+            known = len(prefix) - len(part.drafts) + len(tokens)
+            tokens.append(self.model(prefix[:known], self.vocab_size, part.sequence.request.seed))
+            if tokens[-1] != draft:
+                break
+        return tokens
 
     def _cell(self, sequence: Sequence, position: int) -> int:
         page = sequence.pages[position // self.page_size]

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from runtime.messages import Finish, LogprobOptions, Request, Tokenized, pack_ids, unpack_ids
@@ -62,22 +62,26 @@ def tokenized(
     return Tokenized(request=request, prompt_ids=pack_ids(prompt), embeds=embeds)
 
 
-def expected_output(prompt: Iterable[int], count: int, seed: int = 0) -> list[int]:
+def expected_output(
+    prompt: Iterable[int], count: int, seed: int = 0, model: Callable[..., int] = next_token
+) -> list[int]:
     """What the fake model answers."""
     ids = array("i", prompt)
     start = len(ids)
     for _ in range(count):
-        ids.append(next_token(ids, VOCABULARY, seed))
+        ids.append(model(ids, VOCABULARY, seed))
     return list(ids[start:])
 
 
 class Stepper:
     """Collects updates by rid and checks after every step that no page is lost and nothing follows a finish."""
 
-    def __init__(self, depth: int = 0, **changes: Any) -> None:
+    def __init__(self, depth: int = 0, model: Callable[..., int] = next_token, **changes: Any) -> None:
         settings = config(**changes)
         self.planner = Planner(settings)
-        self.worker = FakeWorker(settings.page_size, settings.total_pages, settings.max_running, VOCABULARY)
+        self.worker = FakeWorker(
+            settings.page_size, settings.total_pages, settings.max_running, VOCABULARY, model=model
+        )
         self.depth = depth
         self.in_flight: deque[tuple[Plan, Any]] = deque()
         self.updates: dict[str, list[Update]] = {}

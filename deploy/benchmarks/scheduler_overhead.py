@@ -40,7 +40,7 @@ class NullWorker:
         return plan
 
     def collect(self, pending: Plan) -> list[Result]:
-        return [Result(token=7 if part.samples else None) for part in pending.slices]
+        return [Result(tokens=[7] if part.samples else None) for part in pending.slices]
 
     def forget(self, sequence: Sequence) -> None:
         pass

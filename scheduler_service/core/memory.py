@@ -81,11 +81,20 @@ class Memory:
         return Verdict.ADMITTED
 
     def grow(self, sequences: list[Sequence]) -> None:
-        """One more page for each."""
+        """One more page for each, each time it is named."""
         self._ensure(len(sequences))
         room = REGROWTH_TOKENS // self.page_size
         for sequence in sequences:
             self.pages.grow(sequence.pages, room)
+
+    def reach(self, sequence: Sequence, end: int, spare: int) -> int:
+        """Have pages for the first `end` positions, if that leaves `spare` pages, or for as many as it does.
+
+        Returns how many of the positions have one.
+        """
+        missing = self.pages_for(end) - len(sequence.pages)
+        self.grow([sequence] * min(missing, self.available - spare))
+        return min(end, len(sequence.pages) * self.page_size)
 
     def keep(self, sequence: Sequence, computed: int) -> None:
         """Offer the full pages among the first `computed` positions to the tree; others may use them from now on."""

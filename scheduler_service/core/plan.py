@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from runtime.errors import Kind
-from runtime.messages import Finish, Logprobs
+from runtime.messages import Drafts, Finish, Logprobs
 from scheduler_service.core.request import Sequence
 
 
@@ -14,6 +14,7 @@ class Slice:
     A decode row has end == start + 1. `samples`: the step draws the token of position `end`. Where an input token
     is not in `sequence.ids` yet (overlap), the worker takes the one it sampled last for that slot.
     `score_from`: first prompt position in (start, end] whose logprob is wanted, or -1.
+    `drafts`: the input tokens of the last positions are these, on trial, and the step draws behind each of them too.
     """
 
     sequence: Sequence
@@ -21,15 +22,20 @@ class Slice:
     end: int
     samples: bool
     score_from: int = -1
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class Plan:
-    """One step: decode rows first, then prefill chunks. Every position named has its page in `sequence.pages`."""
+    """One step: decode rows, then those that verify drafts, then prefill chunks.
+
+    Every position named has its page in `sequence.pages`.
+    """
 
     slices: list[Slice] = field(default_factory=list)
     retracted: list[Sequence] = field(default_factory=list)  # sent back to the queue by this decision
     decodes: int = 0  # how many of the slices, the first ones, are decode rows
+    verifications: int = 0  # how many behind those verify drafts
     cached_tokens: int = 0  # found in the prefix tree by the sequences that this step admits
     usage: float = 0.0  # share of the KV pool held by live requests before this step
     weight_version: str = ""  # of the weights it runs on; set at launch
@@ -38,22 +44,26 @@ class Plan:
     def tokens(self) -> int:
         return sum(s.end - s.start for s in self.slices)
 
+    @property
+    def prefills(self) -> list[Slice]:
+        return self.slices[self.decodes + self.verifications :]
+
 
 NAN_HAPPENED = "NaN happened"  # Result.error of a slice whose logits are not numbers; ends the request with a stop
 
 
 @dataclass(slots=True)
 class Result:
-    """What one slice produced. `token` is None when the slice did not sample."""
+    """What one slice produced. `tokens` is None when the slice did not sample."""
 
-    token: int | None = None
-    logprobs: Logprobs | None = None  # of `token` (one position)
+    tokens: list[int] | None = None  # one, and one more for each draft that was right
+    logprobs: list[Logprobs] | None = None  # one position for each of `tokens`
     input_logprobs: Logprobs | None = None  # of the scored prompt positions of this slice
     vector: bytes = b""  # embed requests, on their last slice: float32
     scalar: bool = False
     hidden_states: bytes = b""
     routed_experts: bytes = b""  # int32 (positions of the slice, layers, top_k)
-    complete: bool = False  # the request's grammar allows nothing behind `token`
+    complete: bool = False  # the request's grammar allows nothing behind `tokens`
     error: str = ""  # this request cannot go on (for example NaN logits)
     error_kind: Kind = Kind.INTERNAL
 
@@ -71,4 +81,5 @@ class Update:
     scalar: bool = False
     hidden_states: bytes = b""
     routed_experts: bytes = b""  # with finish
+    drafts: Drafts | None = None  # of a decode step, where the server speculates
     finish: Finish | None = None

@@ -9,35 +9,21 @@ as: `next` turns state into a Plan, `apply` turns the Plan's results into Update
 """
 
 import logging
-from dataclasses import dataclass
 
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Finish, Tokenized, pack_ids
+from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized, pack_ids
 from scheduler_service.core import rules
-from scheduler_service.core.input_logprobs import joined
+from scheduler_service.core.logprobs import in_a_row, joined
 from scheduler_service.core.memory import Memory, Verdict
-from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice, Update
-from scheduler_service.core.policy import ORDERS, Growth, retraction_order
+from scheduler_service.core.plan import Plan, Result, Slice, Update
+from scheduler_service.core.policy import ORDERS, Growth, proposed_drafts, retraction_order
 from scheduler_service.core.request import Sequence
 from scheduler_service.core.rules import PlannerConfig
+from scheduler_service.core.stats import Stats
 
 log = logging.getLogger(__name__)
 
 LEAST_PREFILL_SHARE = 4  # decode rows leave at least 1/4 of a step's tokens to prefill
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counters since the start."""
-
-    requests: int = 0
-    aborted: int = 0
-    refused: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generation_tokens: int = 0
-    retractions: int = 0
-    queue_s: float = 0.0  # time that admitted requests have waited, in all
 
 
 class Planner:
@@ -125,32 +111,51 @@ class Planner:
     # the next step
 
     def next(self, now: float) -> Plan | None:
-        """The slices of one step: decode rows, then prefill under way, then whoever can be admitted."""
+        """The slices of one step: decode rows, then prefill under way, then whoever can be admitted.
+
+        With drafts every step's results must have been applied before the next one is planned.
+        """
         if not self.busy:
             return None
         plan = Plan(usage=self.memory.usage)
-        self._plan_decodes(plan)
-        budget = self._plan_prefills(plan, self._prefill_budget(plan.decodes))
+        rows = self._plan_decodes(plan)
+        budget = self._plan_prefills(plan, self._prefill_budget(rows))
         if self.waiting and self.slots and budget > 0 and not plan.retracted:
             self._admit(plan, budget, now)
         return plan if plan.slices else None
 
-    def _plan_decodes(self, plan: Plan) -> None:
+    def _plan_decodes(self, plan: Plan) -> int:
+        """One token of each that can have its page, more where there is a draft; returns how many are computed."""
         rows = [s for s in self.running if s.wants_decode]
         page_size = self.config.page_size
         growing = [s for s in rows if s.computed >= len(s.pages) * page_size]
         if len(growing) > self.memory.available:
             rows, growing = self._retract(plan, rows, growing)
         self.memory.grow(growing)
+        if rows:
+            self.growth.decay()
+        drafted = self._drafts(rows, self.config.drafts.rows - len(rows)) if self.config.drafts else {}
         slices = plan.slices
-        for sequence in rows:
+        for sequence in [s for s in rows if s not in drafted] if drafted else rows:
             start = sequence.computed
             sequence.computed = start + 1
             sequence.in_flight += 1
             slices.append(Slice(sequence, start, start + 1, True))
-        plan.decodes = len(rows)
-        if rows:
-            self.growth.decay()
+        plan.decodes, plan.verifications = len(slices), len(drafted)
+        for sequence, draft in drafted.items():
+            start = sequence.computed
+            sequence.computed = start + 1 + len(draft)
+            sequence.in_flight += 1
+            slices.append(Slice(sequence, start, sequence.computed, True, drafts=draft))
+        return len(rows) + sum(map(len, drafted.values()))
+
+    def _drafts(self, rows: list[Sequence], budget: int) -> dict[Sequence, tuple[int, ...]]:
+        """The drafts that a step verifies. A page that somebody needs for the next token is not taken for one."""
+        found = proposed_drafts(rows, budget)
+        for sequence, draft in found.items():
+            start = sequence.computed + 1
+            found[sequence] = draft[: self.memory.reach(sequence, start + len(draft), len(self.running)) - start]
+        return {sequence: draft for sequence, draft in found.items() if draft}
 
     def _retract(
         self, plan: Plan, rows: list[Sequence], growing: list[Sequence]
@@ -262,7 +267,7 @@ class Planner:
         sequence = part.sequence
         if result.error:
             sequence.poisoned = True
-            return self._end(sequence, failure(result))
+            return self._end(sequence, rules.failure(result))
         if result.input_logprobs:
             sequence.scored.append(result.input_logprobs)
             sequence.input_scored = max(sequence.input_scored, min(part.end, sequence.prompt_len - 1))
@@ -272,15 +277,39 @@ class Planner:
             sequence.routed.add(part.start, part.end, result.routed_experts)
         if part.end <= sequence.prefill_end:
             self.memory.keep(sequence, part.end)
-        if result.token is None:
+        if result.tokens is None:
             prompt_done = part.end >= sequence.prefill_end  # and no output is wanted: scoring or an embedding
             return self._end(sequence, Finish(reason="length", length=0), result) if prompt_done else None
-        sequence.ids.append(result.token)
+        decoded = part.start >= sequence.prefill_end
+        if part.drafts:
+            finish = self._accept(part, result)
+        else:
+            finish = self._append(sequence, result.tokens[0], result.complete)
+        update = self._end(sequence, finish, result) if finish else self._update(sequence, result)
+        if self.config.drafts and decoded:
+            update.drafts = Drafts(proposed=len(part.drafts), correct=len(result.tokens) - 1)
+        return update
+
+    def _append(self, sequence: Sequence, token: int, complete: bool) -> Finish | None:
+        """Take in a token; returns how it ends the request, if it does."""
+        sequence.ids.append(token)
         self.stats.generation_tokens += 1
-        finish = rules.finish_after_last(sequence, result.complete)
-        if finish:
-            return self._end(sequence, finish, result)
-        return self._update(sequence, result)
+        return rules.finish_after_last(sequence, complete)
+
+    def _accept(self, part: Slice, result: Result) -> Finish | None:
+        """Take in the tokens that a draft has brought, up to one that ends the request; the others leave the result."""
+        sequence, tokens, finish = part.sequence, result.tokens or [], None
+        count, correct = 0, len(tokens) - 1
+        while count < len(tokens) and finish is None:
+            finish = self._append(sequence, tokens[count], False)
+            count += 1
+        result.tokens, result.logprobs = tokens[:count], result.logprobs and result.logprobs[:count]
+        sequence.computed = part.start + count  # what was computed behind it is of drafts that were wrong
+        self.stats.proposed_drafts += len(part.drafts)
+        self.stats.correct_drafts += count - 1
+        if sequence.drafter:
+            sequence.drafter.learn(len(part.drafts), correct)
+        return finish
 
     def _end(self, sequence: Sequence, finish: Finish, result: Result | None = None) -> Update:
         """Mark the end and say so, once; whoever calls settles."""
@@ -300,9 +329,9 @@ class Planner:
     def _update(self, sequence: Sequence, result: Result) -> Update:
         update = Update(sequence, not sequence.opened)
         sequence.opened = True
-        if result.token is not None:
-            update.ids = pack_ids((result.token,))
-            update.logprobs = result.logprobs
+        if result.tokens is not None:
+            update.ids = pack_ids(result.tokens)
+            update.logprobs = in_a_row(result.logprobs) if result.logprobs else None
         if result.vector:
             update.vector, update.scalar = result.vector, result.scalar
         update.hidden_states = sequence.hidden.take()
@@ -364,10 +393,3 @@ class Planner:
         assert sorted(slots) == list(range(self.config.max_running)), slots
         assert self.live.keys() == {s.rid for s in [*self.waiting, *self.running] if not s.finish}
         assert not any(s.finish or s.in_flight or s.pages for s in self.waiting)
-
-
-def failure(result: Result) -> Finish:
-    """How a request ends that the worker could not go on with."""
-    if result.error == NAN_HAPPENED:
-        return Finish(reason="stop", matched=NAN_HAPPENED)
-    return Finish.failed(RequestError(result.error, result.error_kind))

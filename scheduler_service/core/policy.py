@@ -1,4 +1,4 @@
-"""The choices that are a matter of taste: who is admitted first, who is sent back first, how much growth to expect."""
+"""The choices that are a matter of taste: who comes first, who is sent back first, who drafts, how much will grow."""
 
 from collections.abc import Callable, Iterable
 
@@ -35,6 +35,18 @@ ORDERS: dict[str, Callable[[Iterable[Sequence], Memory], list[Sequence]]] = {
 def retraction_order(running: Iterable[Sequence]) -> list[Sequence]:
     """Lowest priority first, the newest first among equals."""
     return sorted(running, key=lambda s: (s.request.priority, -s.serial))
+
+
+def proposed_drafts(rows: list[Sequence], budget: int) -> dict[Sequence, tuple[int, ...]]:
+    """What some decode rows may verify at once, `budget` tokens in all; long drafts are cut to an equal share of it."""
+    found: dict[Sequence, tuple[int, ...]] = {}
+    for sequence in rows if budget > 0 else ():
+        left = sequence.limit - sequence.output_len - 1  # the verification itself gives one token more
+        if sequence.drafter and (draft := sequence.drafter.propose(sequence.ids, min(left, budget))):
+            found[sequence] = draft
+    if sum(map(len, found.values())) > budget:
+        found = {sequence: draft[: budget // len(found)] for sequence, draft in found.items()}
+    return found
 
 
 class Growth:

@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from runtime.messages import Finish, Logprobs, Request
+from scheduler_service.core.drafts import Drafter
 
 
 @dataclass(slots=True)
@@ -65,6 +66,7 @@ class Sequence:
     hidden: Rows = field(default_factory=Rows)  # hidden states not yet sent
     routed: Rows = field(default_factory=Rows)  # chosen experts, sent at the end
     grammar: object | None = None  # the worker's: what constrains the output
+    drafter: Drafter | None = None  # where its tokens are drafted
 
     @property
     def rid(self) -> str:

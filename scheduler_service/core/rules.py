@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from runtime.errors import RequestError
 from runtime.messages import Finish, LogprobOptions, Request, Tokenized, unpack_ids
+from scheduler_service.core.drafts import DraftOptions, drafter_of
+from scheduler_service.core.plan import NAN_HAPPENED, Result
 from scheduler_service.core.request import Sequence
 
 
@@ -23,6 +25,7 @@ class PlannerConfig:
     policy: str = "fcfs"
     max_queued: int | None = None
     reuse_prefixes: bool = True
+    drafts: DraftOptions | None = None  # None: no speculation
     default_new_tokens: int | None = 128  # a request with this limit may not have chosen it: clipped, never refused
 
     @property
@@ -57,6 +60,7 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
         embeds=message.embeds,
         limit=limit,
         stop_ids=stop_ids(request, config),
+        drafter=drafter_of(request, config.drafts),
     )
     if resumed:  # whoever has output already has the prompt's logprobs, and all hidden states but the last
         sequence.input_scored = len(ids)
@@ -150,6 +154,13 @@ def finish_after_last(sequence: Sequence, complete: bool = False) -> Finish | No
     if sequence.output_len >= sequence.limit:
         return Finish(reason="length", length=sequence.limit)
     return None
+
+
+def failure(result: Result) -> Finish:
+    """How a request ends that the worker could not go on with."""
+    if result.error == NAN_HAPPENED:
+        return Finish(reason="stop", matched=NAN_HAPPENED)
+    return Finish.failed(RequestError(result.error, result.error_kind))
 
 
 def reusable_tokens(sequence: Sequence) -> int:

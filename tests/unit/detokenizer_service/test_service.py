@@ -8,6 +8,7 @@ from detokenizer_service.decode import Vocabulary
 from detokenizer_service.service import Detokenizer
 from runtime.control import Abort, Detokenize, FlushCache, Probe
 from runtime.messages import (
+    Drafts,
     Facts,
     Finish,
     LogprobOptions,
@@ -135,6 +136,16 @@ def test_tokens_behind_the_stop_are_cut_with_their_logprobs_and_hidden_states(de
     assert last.tokens.logprobs.top_ids == pack_ids(range(2 * kept))
     assert last.tokens.logprobs.asked_values == floats(*range(kept))
     assert last.tokens.hidden_states == floats(*range(2 * (3 + kept)))
+
+
+def test_drafts_behind_the_stop_do_not_count_as_right(detokenizer: Detokenizer) -> None:
+    ids = ids_of("so far and further")
+    step = Tokens(
+        rid="r", request=request(stop="far"), ids=pack_ids(ids), drafts=Drafts(proposed=30, correct=len(ids) - 1)
+    )
+    [last, _] = detokenizer.step([step])
+    assert last.tokens.drafts == Drafts(proposed=30, correct=len(last.tokens.ids) // 4 - 1)
+    assert len(last.tokens.ids) // 4 < len(ids)
 
 
 def test_one_message_or_many_give_the_same_text_and_ids() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.control import Abort
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Finish, Generate, Logprobs, Message, pack_ids
+from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Generate, Logprobs, Message, pack_ids
 from tests.unit.http_gateway.harness import asynchronous, ends, floats, served, step, words
 
 NAN = float("nan")
@@ -34,6 +34,34 @@ async def test_one_prompt_is_answered_by_one_object() -> None:
                 "num_retractions": 0,
                 "weight_versions": [{"version": "v1", "start": 0, "end": 3}],
             },
+        }
+
+
+@asynchronous
+async def test_what_came_of_drafts_is_told_where_the_server_speculates() -> None:
+    async with served() as server:
+        call = server.client.start("POST", "/generate", {"text": "hi", "rid": "r", "stream": True})
+        await server.ring.sent_of(Generate)
+        end = Finish(reason="length", length=7)
+        for pushed in (
+            step("r", [1], "a", prompt_tokens=3),
+            step("r", [2, 3, 4], "bcd", drafts=Drafts(proposed=4, correct=2)),
+            step("r", [5], "e", drafts=Drafts()),
+            step("r", [6, 7], "fg", drafts=Drafts(proposed=1, correct=1), finish=end),
+        ):
+            server.ring.push(pushed)
+            await call.chunk()
+        first, *_, last = (await call.answer()).events()
+        assert not any(key.startswith("spec_") for key in first["meta_info"])
+        assert last["output_ids"] == [1, 2, 3, 4, 5, 6, 7] and last["text"] == "abcdefg"
+        told = {key: value for key, value in last["meta_info"].items() if key.startswith("spec_")}
+        assert told == {
+            "spec_verify_ct": 3,
+            "spec_accept_rate": 3 / 5,
+            "spec_accept_length": 7 / 3,
+            "spec_num_correct_drafts": 3,
+            "spec_num_proposed_drafts": 5,
+            "spec_correct_drafts_histogram": [1, 1, 1],
         }
 
 

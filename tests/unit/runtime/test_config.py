@@ -54,6 +54,8 @@ def test_a_switch_can_be_turned_off():
         (["--zzz"], "unknown flag --zzz; `quartet serve --help` lists them all"),
         (["demo"], "unexpected argument 'demo'; flags start with --"),
         (["--trust-remote-code"], "--trust-remote-code is not supported: Quartet never runs code"),
+        (["--speculative-draft-model-path", "x"], "is not supported: Quartet runs no draft model"),
+        (["--speculative-num-draft-tokens", "65"], "takes integer <= 64, not '65'"),
         (["--port", "http"], "--port takes integer, not 'http'"),
         (["--port", "65536"], "--port takes integer <= 65535, not '65536'"),
         (["--page-size", "0"], "--page-size takes integer >= 1, not '0'"),

@@ -32,6 +32,21 @@ def test_what_was_given_is_kept():
     assert resolved.chunked_prefill_size == -1
 
 
+@pytest.mark.parametrize(
+    ("given", "window"), [({}, (2, 8)), ({"min": 12}, (12, 12)), ({"max": 1}, (1, 1)), ({"min": 3, "max": 5}, (3, 5))]
+)
+def test_speculation_has_sizes_where_it_is_on_and_its_window_takes_what_was_given(given, window):
+    sizes = {f"speculative_ngram_{end}_match_window_size": size for end, size in given.items()}
+    config = resolve(ServerConfig(speculative_algorithm="NGRAM", **sizes), CPU).config
+    assert config.speculative_num_draft_tokens == 8
+    assert (
+        config.speculative_ngram_min_match_window_size,
+        config.speculative_ngram_max_match_window_size,
+    ) == window
+    assert resolve(config, CPU).config == config
+    assert resolve(ServerConfig(), CPU).config.speculative_num_draft_tokens is None
+
+
 def test_resolving_twice_changes_nothing():
     once = resolve(ServerConfig(), CPU).config
     assert resolve(once, CPU).config == once
@@ -94,6 +109,24 @@ def test_an_address_open_to_the_network_needs_a_key_or_is_warned_about(host, api
         ({"disable_cuda_graph": True, "cuda_graph_max_bs": 4}, CPU, "leave one of them out"),
         ({"revision": "main"}, CPU, "leave --revision out"),
         ({"skip_tokenizer_init": True, "chat_template": "t"}, CPU, "leave --tokenizer-path and --chat-template out"),
+        ({"speculative_algorithm": "EAGLE"}, CPU, "Quartet runs no draft model; use NGRAM"),
+        ({"speculative_num_draft_tokens": 4}, CPU, "--speculative-num-draft-tokens has no effect without speculation"),
+        ({"speculative_ngram_max_match_window_size": 4}, CPU, "add --speculative-algorithm NGRAM"),
+        (
+            {
+                "speculative_algorithm": "NGRAM",
+                "speculative_ngram_min_match_window_size": 4,
+                "speculative_ngram_max_match_window_size": 3,
+            },
+            CPU,
+            "--speculative-ngram-min-match-window-size 4 exceeds --speculative-ngram-max-match-window-size 3",
+        ),
+        ({"speculative_algorithm": "NGRAM", "is_embedding": True}, CPU, "leave one of them out"),
+        (
+            {"speculative_algorithm": "NGRAM", "expert_distribution_recorder_mode": "stat"},
+            CPU,
+            "leave --speculative-algorithm out",
+        ),
         ({"preferred_sampling_params": "{"}, CPU, "must be a JSON object"),
         ({"preferred_sampling_params": '{"temprature": 1}'}, CPU, "temprature"),
     ],

@@ -2,6 +2,8 @@ import logging
 
 import pytest
 
+from scheduler_service.core.drafts import DraftOptions
+from tests.fakes import looping_token
 from tests.rig import PROMPT, Rig
 from tests.stepper import tokenized
 
@@ -17,6 +19,29 @@ def test_prefill_and_decode_lines_read_as_tools_expect(caplog: pytest.LogCapture
         "Decode batch. #running-req: 1, #token: 47, token usage: 0.05, cuda graph: False, "
         "gen throughput (token/s): 1.02, #queue-req: 0, ",
     ]
+
+
+def test_the_decode_line_and_the_figures_tell_how_drafts_fare(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(model=looping_token, drafts=DraftOptions(8, 2, 8))
+    rig.inbox.put(tokenized("a", PROMPT, 300))
+    with caplog.at_level(logging.INFO):
+        rig.run()
+    stats, figures = rig.scheduler.planner.stats, rig.scheduler.figures()
+    assert stats.correct_drafts > 100
+    steps = figures["decode_steps_total"]
+    assert (
+        figures["avg_spec_accept_length"]
+        == pytest.approx(1 + stats.correct_drafts / steps)
+        == pytest.approx(299 / steps)
+    )
+    assert 1 < figures["spec_accept_length"] < 9 and 0 < figures["spec_accept_rate"] < 1
+    lines = [message for message in caplog.messages if message.startswith("Decode")]
+    assert f"accept len: {figures['spec_accept_length']:.2f}, cuda graph: False, " in lines[-1]
+    assert len([message for message in caplog.messages if message.startswith("Prefill")]) == 1
+
+
+def test_figures_of_drafts_are_told_where_there_are_drafts_only() -> None:
+    assert not any("spec" in name for name in Rig().scheduler.figures())
 
 
 def test_the_decode_counter_runs_from_the_start_over_all_requests(caplog: pytest.LogCaptureFixture) -> None:

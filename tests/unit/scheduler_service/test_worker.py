@@ -73,8 +73,8 @@ def test_parameters_that_overflow_the_logits_end_their_own_request_only(worker, 
     wild = Sequence(request, array("i", [4, 11, 10]), 1, pages=[9])
     tame = sequence([20])
     broken, fine = step(worker, Slice(wild, 0, 3, True), Slice(tame, 0, 1, True))
-    assert broken.error == NAN_HAPPENED and broken.token is None
-    assert fine.token == 21 and not fine.error
+    assert broken.error == NAN_HAPPENED and broken.tokens is None
+    assert fine.tokens == [21] and not fine.error
 
 
 def test_facts_tell_what_fits(worker):
@@ -91,20 +91,44 @@ def test_results_are_in_the_order_of_slices_and_only_samplers_have_tokens(worker
         Slice(sequence([6, 7, 8], 9), 0, 2, False),
         Slice(sequence([9, 10], 17), 0, 2, True),
     )
-    assert [result.token for result in results] == [6, None, 11]
+    assert [result.tokens for result in results] == [[6], None, [11]]
 
 
 def test_logits_that_are_no_numbers_end_one_request_and_no_other(worker):
     results = step(worker, Slice(sequence([BROKEN]), 0, 1, True), Slice(sequence([20], 9), 0, 1, True))
-    assert (results[0].error, results[0].token) == (NAN_HAPPENED, None)
-    assert (results[1].error, results[1].token) == ("", 21)
+    assert (results[0].error, results[0].tokens) == (NAN_HAPPENED, None)
+    assert (results[1].error, results[1].tokens) == ("", [21])
 
 
 def test_a_step_launched_before_the_last_one_is_committed_goes_on_from_its_token(worker):
     ahead = sequence([4, 5])
     step(worker, Slice(ahead, 0, 2, True))
-    assert step(worker, Slice(ahead, 2, 3, True))[0].token == 7
+    assert step(worker, Slice(ahead, 2, 3, True))[0].tokens == [7]
     assert len(ahead.ids) == 2
+
+
+def test_several_tokens_come_from_one_step_where_drafts_are_right(worker):
+    def verified(drafts: tuple[int, ...]) -> Result:
+        share = Slice(sequence([4, 5], 9, logprobs=LogprobOptions()), 1, 2 + len(drafts), True, drafts=drafts)
+        plan = Plan([Slice(sequence([30, 31]), 1, 2, True), share], decodes=1, verifications=1)
+        plain, drafted = worker.collect(worker.launch(plan))
+        assert plain.tokens == [32]
+        return drafted
+
+    right, half, wrong = verified((6, 7, 8)), verified((6, 9, 10)), verified((9, 7, 8))
+    assert (right.tokens, half.tokens, wrong.tokens) == ([6, 7, 8, 9], [6, 7], [6])
+    assert [array("i", scores.ids)[0] for scores in right.logprobs] == right.tokens
+    assert len(half.logprobs) == 2
+
+
+def test_a_verification_ends_in_front_of_logits_that_are_no_numbers(worker):
+    def verified(first: int, drafts: tuple[int, ...]) -> Result:
+        share = Slice(sequence([first]), 0, 1 + len(drafts), True, drafts=drafts)
+        (result,) = worker.collect(worker.launch(Plan([share], verifications=1)))
+        return result
+
+    assert verified(BROKEN - 2, (BROKEN - 1, BROKEN, BROKEN + 1)).tokens == [BROKEN - 1, BROKEN]
+    assert verified(BROKEN, (BROKEN + 1,)).error == NAN_HAPPENED  # the step that it is left to
 
 
 def test_prompt_logprobs_start_where_the_plan_says_and_end_with_the_prompt(worker):
@@ -114,7 +138,7 @@ def test_prompt_logprobs_start_where_the_plan_says_and_end_with_the_prompt(worke
     sure, unlikely = floats(first[0].input_logprobs.values)
     assert sure > -0.01 and unlikely < -9
     assert list(array("i", second[0].input_logprobs.ids)) == [31]
-    assert list(array("i", second[0].logprobs.ids)) == [32]
+    assert list(array("i", second[0].logprobs[0].ids)) == [32]
 
 
 def test_hidden_states_cover_the_positions_of_the_slice(worker):

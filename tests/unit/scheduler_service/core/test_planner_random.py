@@ -10,7 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from runtime.errors import RequestError
 from runtime.messages import Finish, LogprobOptions, unpack_ids
+from scheduler_service.core.drafts import DraftOptions
 from scheduler_service.core.plan import NAN_HAPPENED
+from tests.fakes import looping_token, next_token
 from tests.stepper import Stepper, expected_output, tokenized
 
 POOL_TOKENS = 192
@@ -26,10 +28,16 @@ class PlannerMachine(RuleBasedStateMachine):
         chunk=st.sampled_from([-1, 3, 16, 64]),
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         hopeful=st.booleans(),
+        drafts=st.sampled_from([None, DraftOptions(4, 1, 3), DraftOptions(40, 2, 8)]),
     )
-    def build(self, page_size: int, depth: int, chunk: int, policy: str, hopeful: bool) -> None:
+    def build(
+        self, page_size: int, depth: int, chunk: int, policy: str, hopeful: bool, drafts: DraftOptions | None
+    ) -> None:
+        self.model = looping_token if drafts else next_token
         self.stepper = Stepper(
-            depth,
+            0 if drafts else depth,
+            self.model,
+            drafts=drafts,
             page_size=page_size,
             total_pages=POOL_TOKENS // page_size,
             chunked_prefill_size=chunk,
@@ -115,7 +123,7 @@ class PlannerMachine(RuleBasedStateMachine):
         self.stepper.run()
         for rid, (prompt, seed) in self.prompts.items():
             output = self.stepper.output(rid)
-            assert output == expected_output(prompt, len(output), seed)
+            assert output == expected_output(prompt, len(output), seed, self.model)
             assert self.stepper.finish(rid) is not None
             self.check_prompt_logprobs(rid, prompt)
 

@@ -1,4 +1,4 @@
-"""The prompt's logprobs, put together from the chunks that scored them."""
+"""Logprobs put together: the prompt's from the chunks that scored them, those of several output tokens."""
 
 from array import array
 
@@ -26,6 +26,13 @@ def joined(sequence: Sequence) -> Logprobs | None:
         return None
     parts = [null_entry(sequence.ids[options.start], options.top, len(options.token_ids or ())), *sequence.scored]
     sequence.scored = []
+    return in_a_row(parts)
+
+
+def in_a_row(parts: list[Logprobs]) -> Logprobs:
+    """Runs of positions, one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
     return Logprobs(
         ids=b"".join(part.ids for part in parts),
         values=b"".join(part.values for part in parts),

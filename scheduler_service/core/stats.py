@@ -1,0 +1,19 @@
+"""What the planner has done so far, in numbers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start."""
+
+    requests: int = 0
+    aborted: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    proposed_drafts: int = 0  # tokens
+    correct_drafts: int = 0
+    retractions: int = 0
+    queue_s: float = 0.0  # time that admitted requests have waited, in all

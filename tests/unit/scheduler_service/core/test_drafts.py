@@ -1,0 +1,74 @@
+from array import array
+
+import pytest
+
+from runtime.messages import Request
+from runtime.sampling import SamplingParams
+from scheduler_service.core.drafts import FIRST_DRAFT, LONGEST_REST, Drafter, DraftOptions, drafter_of
+
+OPTIONS = DraftOptions(tokens=8, shortest=2, longest=8)
+LOOP = array("i", [1, 2, 3] * 4)
+
+
+def test_drafts_grow_while_they_are_right_and_shrink_while_they_are_wrong():
+    drafter = Drafter(OPTIONS)
+    lengths = []
+    for right in (True, True, True, False, False, True):
+        lengths.append(len(drafter.propose(LOOP, 64)))
+        drafter.learn(lengths[-1], lengths[-1] if right else 0)
+    assert lengths == [FIRST_DRAFT, 4, 8, 8, 4, 2]
+
+
+def test_a_draft_that_was_right_in_part_is_not_halved_below_that_part():
+    drafter = Drafter(OPTIONS)
+    for correct in (2, 4, 7):
+        drafter.learn(len(drafter.propose(LOOP, 64)), correct)
+    assert len(drafter.propose(LOOP, 64)) == 7
+
+
+def test_text_whose_drafts_always_fail_is_hardly_drafted_any_more():
+    drafter = Drafter(OPTIONS)
+    drafted = 0
+    for _ in range(1000):
+        if draft := drafter.propose(LOOP, 64):
+            drafter.learn(len(draft), 0)
+            drafted += len(draft)
+    assert 1000 // (LONGEST_REST + 1) <= drafted < 1000 // LONGEST_REST + 10
+
+
+def test_one_right_draft_ends_the_long_rests():
+    drafter = Drafter(OPTIONS)
+    for _ in range(100):
+        if draft := drafter.propose(LOOP, 64):
+            drafter.learn(len(draft), 0)
+    drafter.learn(1, 1)
+    drafter.learn(2, 0)
+    drafter.learn(1, 0)
+    chances = [bool(drafter.propose(LOOP, 64)) for _ in range(3)]
+    assert sum(chances) >= 1
+
+
+def test_no_draft_is_longer_than_asked():
+    drafter = Drafter(OPTIONS)
+    assert len(drafter.propose(LOOP, 1)) == 1
+    assert drafter.propose(LOOP, 0) == ()
+
+
+@pytest.mark.parametrize(
+    ("params", "request_", "drafted"),
+    [
+        ({}, {}, True),
+        ({"temperature": 0.8, "top_p": 0.5, "min_new_tokens": 9, "logit_bias": {"5": 1.0}}, {}, True),
+        ({"frequency_penalty": 0.5}, {}, False),
+        ({"presence_penalty": -0.5}, {}, False),
+        ({"repetition_penalty": 1.1}, {}, False),
+        ({"regex": "a+"}, {}, False),
+        ({}, {"return_hidden_states": True}, False),
+        ({}, {"return_routed_experts": True}, False),
+        ({}, {"task": "embed"}, False),
+    ],
+)
+def test_drafted_is_what_can_be_verified_several_tokens_at_once(params, request_, drafted):
+    request = Request(rid="r", params=SamplingParams(**params), **request_)
+    assert (drafter_of(request, OPTIONS) is not None) == drafted
+    assert drafter_of(request, None) is None
