@@ -73,20 +73,16 @@ def memory_info(device: Any = None) -> tuple[int, int]:
     return TOTAL_BYTES - Memory.used_bytes, TOTAL_BYTES
 
 
-def nothing(*_: Any, **__: Any) -> None:
-    """What a device without a driver has no use for."""
-
-
-NAMES: dict[str, Any] = {
+NAMES: dict[str, Any] = {  # a function of its own for each: torch._dynamo knows them by identity
     "is_available": lambda: True,
     "device_count": lambda: 1,
     "current_device": lambda: 0,
-    "set_device": nothing,
+    "set_device": lambda device: None,
     "get_device_name": lambda device=None: NAME,
     "get_device_properties": lambda device=None: PROPERTIES,
     "get_device_capability": lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
     "is_bf16_supported": lambda *_, **__: True,
-    "_lazy_init": nothing,
+    "_lazy_init": lambda: None,
     "Stream": Stream,
     "Event": Event,
     "stream": stream,
@@ -102,7 +98,7 @@ NAMES: dict[str, Any] = {
     "mem_get_info": memory_info,
     "memory_allocated": lambda device=None: Memory.used_bytes,
     "memory_reserved": lambda device=None: Memory.used_bytes,
-    "empty_cache": nothing,
+    "empty_cache": lambda: None,
 }
 library = torch.library.Library("_", "IMPL")  # stays as long as the process
 

@@ -54,7 +54,7 @@ class CUDAGraph:
     def replay(self) -> None:
         streams.refuse_capture("CUDAGraph.replay")
         assert self._pool is not None, "nothing was captured"
-        with LOCK:
+        with LOCK, torch.inference_mode():
             for memory, moves in self._named.items():
                 check(memory(), moves)
             self._pool.poison()

@@ -11,6 +11,7 @@ TOTAL_BYTES = 1 << 30  # of the device
 RAW = {torch.uint8: 0xFF, torch.bool: True}  # what is no number of its own shows when it is read as one
 
 
+@torch.inference_mode()
 def poison(tensor: torch.Tensor) -> None:
     """Overwrite with what nobody mistakes for a result: NaN, or integers that are no index."""
     dtype = tensor.dtype

@@ -40,7 +40,7 @@ class Stream:
 
     def land(self, number: int | None = None) -> None:
         """All that was put in line up to a number is done."""
-        with LOCK:
+        with LOCK, torch.inference_mode():
             last = self.submitted if number is None else number
             while self._open and self._open[0][0] <= last:
                 self._open.popleft()[1]()

@@ -152,7 +152,8 @@ def execute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if HERE.capture is not None:
             return HERE.capture.record(func, leaves, spec)
     args, kwargs = tree_unflatten([x.inner if isinstance(x, DeviceTensor) else x for x in leaves], spec)
-    result = func(*args, **kwargs)
+    with torch.inference_mode():  # inner tensors have no history
+        result = func(*args, **kwargs)
     if func.overloadpacket in UNWRITTEN:
         poison(result)
     return wrapped(result, [x for x in leaves if isinstance(x, DeviceTensor)], facts.view)
@@ -163,7 +164,8 @@ def wrapped(result: Any, among: list[DeviceTensor], view: bool) -> Any:
 
     def one(inner: torch.Tensor) -> DeviceTensor:
         if view:
-            return DeviceTensor(inner, among[0].memory)
+            with torch.inference_mode(among[0].is_inference()):  # a view is what its base is
+                return DeviceTensor(inner, among[0].memory)
         for known in among:
             if known.inner is inner:
                 return known if known.shape == inner.shape else DeviceTensor(inner, known.memory)
@@ -205,10 +207,11 @@ def copy(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         return target
     plain = host.dtype == on_device.dtype and host.shape == on_device.shape and host.is_contiguous()
     asynchronous = asynchronous and plain and PINNED.holds(host)
-    if host is source:
-        streams.send(on_device.inner, host, asynchronous)
-    else:
-        streams.fetch(host, on_device.inner, asynchronous)
+    with torch.inference_mode():
+        if host is source:
+            streams.send(on_device.inner, host, asynchronous)
+        else:
+            streams.fetch(host, on_device.inner, asynchronous)
     return target
 
 
