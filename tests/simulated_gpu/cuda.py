@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from tests.simulated_gpu import streams, tensors
 from tests.simulated_gpu.graphs import Capturing, CUDAGraph, Pool
@@ -20,6 +21,7 @@ PROPERTIES = SimpleNamespace(
 )
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # by device type
 CUDA_TYPE, LAZY_TYPE, TYPES = 1, 17, 21
+plain_data = torch.Tensor.data
 plain = {name: getattr(torch, name) for name in ("tensor", "as_tensor", "empty")}
 
 
@@ -59,6 +61,15 @@ def pin(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     if isinstance(tensor, tensors.DeviceTensor):
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
     return tensor if PINNED.holds(tensor) else PINNED.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """`tensor.data = value`, also where that moves the tensor to the device: the object stays the same."""
+    if isinstance(value, tensors.DeviceTensor):
+        moved = tensors.DeviceTensor(value.inner, value.memory)
+        torch.utils.swap_tensors(tensor, torch.nn.Parameter(moved, tensor.requires_grad))
+    else:
+        plain_data.__set__(tensor, value)
 
 
 def current_stream(device: Any = None) -> Stream:
@@ -108,7 +119,9 @@ def install() -> None:
     assert not torch.cuda.is_available(), "there is a device: the simulated one would hide it"
     set_up_guard()
     library.fallback(tensors.make, "CUDA")
+    _device_constructors()  # what `with torch.device(...)` looks for: those from before
     for name, value in NAMES.items():
         setattr(torch.cuda, name, value)
     torch.tensor, torch.as_tensor, torch.empty = on_device(plain["tensor"]), on_device(plain["as_tensor"]), empty
+    torch.nn.Parameter.data = property(plain_data.__get__, set_data)
     torch.Tensor.pin_memory, torch.Tensor.is_pinned = pin, lambda tensor, device=None: PINNED.holds(tensor)

@@ -7,7 +7,7 @@ import weakref
 import numpy
 import torch
 
-TOTAL_BYTES = 1 << 30  # of the device
+TOTAL_BYTES = 4 << 30  # of the device
 RAW = {torch.uint8: 0xFF, torch.bool: True}  # what is no number of its own shows when it is read as one
 
 

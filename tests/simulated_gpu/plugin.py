@@ -21,10 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("the simulated device needs TRITON_INTERPRET=1 before triton is imported")
     config.addinivalue_line("markers", "interpreted: runs Triton's kernels on the simulated device")
-    from tests.simulated_gpu import cuda, launches
+    from tests.simulated_gpu import cuda, launches, plain_kernels
 
     cuda.install()
     launches.install()
+    plain_kernels.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,9 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_in_plain_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.node.get_closest_marker("interpreted") is None:
+def triton_kernels_where_they_are_asked_for(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.node.get_closest_marker("interpreted") is not None:
         from kernels import ops
         from tests.simulated_gpu import plain_kernels
 
-        monkeypatch.setattr(ops, "TRITON", plain_kernels.TABLE)
+        monkeypatch.setattr(ops, "TRITON", plain_kernels.TRITON)
