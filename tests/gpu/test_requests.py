@@ -12,6 +12,7 @@ import torch
 from runtime.control import ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
 from runtime.messages import LogprobOptions
 from runtime.sampling import SamplingParams
+from scheduler_service.graphs import DecodeGraphs
 from scheduler_service.worker import Worker
 from tests import checkpoints
 from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
@@ -148,6 +149,31 @@ def answered(served: Live, rid: str, tokens: int = 12) -> list[int]:
     served.send(tokenized(rid, PROMPTS[1], tokens, temperature=0.0, ignore_eos=True))
     served.run()
     return served.output(rid)
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """Have a method raise once it has done its work."""
+    method, failures = getattr(owner, name), ["a step failed"]
+
+    def failing(*args: Any) -> Any:
+        result = method(*args)
+        if failures:
+            raise RuntimeError(failures.pop())
+        return result
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(DecodeGraphs, "run"), (Worker, "collect")], ids=["launch", "collect"])
+def test_requests_go_on_after_a_step_that_failed(llama, tmp_path, monkeypatch, owner, name):
+    expected = answered(live(llama, tmp_path), "x")
+    served = live(llama, tmp_path)
+    for rid in ("x", "y"):
+        served.send(tokenized(rid, PROMPTS[1], 12, temperature=0.0, ignore_eos=True))
+    served.step(4)
+    fail_once(monkeypatch, owner, name)
+    served.run()
+    assert served.output("x") == served.output("y") == expected
 
 
 @pytest.mark.parametrize("backup", [True, False], ids=["with a backup", "without a backup"])
