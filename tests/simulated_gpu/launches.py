@@ -3,9 +3,8 @@
 Their pointers are checked, which a device does not do: a kernel may only touch the memory of its arguments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 

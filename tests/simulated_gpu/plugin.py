@@ -7,6 +7,7 @@ each operation of each program of a kernel.
 import os
 
 import pytest
+import torch
 
 SKIPPED = {  # part of a test's id → why
     "test_launches_ahead_of_their_inputs": "the interpreter knows no dependent launches",
@@ -20,6 +21,8 @@ SKIPPED = {  # part of a test's id → why
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("the simulated device needs TRITON_INTERPRET=1 before triton is imported")
+    if torch.cuda.is_available():
+        pytest.exit("there is a GPU: its tests need no simulated one", returncode=0)
     config.addinivalue_line("markers", "interpreted: runs Triton's kernels on the simulated device")
     from tests.simulated_gpu import cuda, launches, plain_kernels
 
@@ -38,9 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def triton_kernels_where_they_are_asked_for(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def triton_kernels_where_they_are_asked_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("interpreted") is not None:
         from kernels import ops
         from tests.simulated_gpu import plain_kernels

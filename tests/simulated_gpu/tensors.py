@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Facts:
     returned: tuple[str | None, ...]  # the argument that each result is
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts_of(func: Any) -> Facts:
     arguments, returns = func._schema.arguments, func._schema.returns
     written = tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
