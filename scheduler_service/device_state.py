@@ -40,8 +40,11 @@ class SlotPositions:
         self.finished[slots] = 1
         self._held = [0] * (slots + 1)  # what is on the device once all that was launched is done
 
-    def advance(self, slots: Numbers[int], positions: Numbers[int]) -> None:
-        """Before a recorded step of these slots at these positions: send those that the device does not have."""
+    def advance(self, slots: Numbers[int], positions: Numbers[int]) -> list[int]:
+        """Before a recorded step of these slots at these positions: send those that the device does not have.
+
+        Returns which these were.
+        """
         held = self._held
         moved = [i for i, slot in enumerate(slots) if held[slot] != positions[i]]
         if moved:
@@ -50,6 +53,7 @@ class SlotPositions:
             self.values.index_copy_(0, places, upload([positions[i] for i in moved], device))
         for slot, position in zip(slots, positions, strict=True):
             held[slot] = position + 1
+        return moved
 
     def forget(self) -> None:
         """A step may not have run: send all positions again."""
@@ -62,6 +66,10 @@ class PageTable:
     def __init__(self, slots: int, pages: int, device: torch.device) -> None:
         self.values = torch.zeros(slots + 1, pages, dtype=torch.int32, device=device)
         self._listed: dict[int, tuple[list[int], int]] = {}  # slot → its list of pages, how many of it are here
+
+    def forget(self) -> None:
+        """Pages may not have been sent: send all again."""
+        self._listed.clear()
 
     def update(self, sequences: Numbers[Sequence]) -> None:
         """Send the pages that are new since the last update. While a sequence is admitted its list only grows."""

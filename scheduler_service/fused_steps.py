@@ -12,7 +12,7 @@ import torch
 
 from kernels.ops import Backend
 from runtime.config import ServerConfig
-from scheduler_service.core.plan import Plan
+from scheduler_service.core.plan import Plan, Slice
 from scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
 from scheduler_service.experts import Chosen
 from scheduler_service.fused_prefill import FusedPrefill
@@ -147,7 +147,8 @@ class FusedSteps:
         key = self.graphs.key(rows, max(share.end for share in plan.slices))
         self.graphs.prepare(key)
         self.page_table.update([share.sequence for share in plan.slices])
-        self.positions.advance(slots, [share.start for share in plan.slices])
+        moved = self.positions.advance(slots, [share.start for share in plan.slices])
+        self.send_tokens([plan.slices[i] for i in moved])
         self.send_slots(slots + [self.tokens.null_slot] * (key.rows - rows))
         self.send_rows(samplers if drawn else [])
         self.graphs.run(key)
@@ -157,6 +158,13 @@ class FusedSteps:
         if self.model.device.type == "cpu":  # where nothing is copied on its way to the host
             tokens = tokens.clone()
         return Decoded(logits, Draws(tokens, self.buffers.valid[:rows] != 0))
+
+    def send_tokens(self, shares: list[Slice]) -> None:
+        """Bring the tokens that the host has: a step that failed may have left others in the slots."""
+        known = [share for share in shares if share.start < len(share.sequence.ids)]
+        if known:
+            tokens = [share.sequence.ids[share.start] for share in known]
+            self.tokens.write([share.sequence.slot for share in known], upload(tokens, self.model.device))
 
     def send_rows(self, rows: list[Row]) -> None:
         """Bring temperatures and seeds, unless they are there from the step before. No rows: temperatures of 0."""
@@ -176,6 +184,11 @@ class FusedSteps:
         if self.buffers.running[: len(slots)] != slots:
             self.buffers.slots[: len(slots)].copy_(upload(slots, self.model.device, torch.int32))
             self.buffers.running = slots
+
+    def forget(self) -> None:
+        """After an exception: what is on the device may be of a step that failed."""
+        self.positions.forget()
+        self.page_table.forget()
 
     def clear(self) -> None:
         """Point every row at the null slot."""

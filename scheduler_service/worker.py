@@ -221,7 +221,7 @@ class Worker:
         self.states.clear()
         self.unsettled.clear()
         if self.fused is not None:
-            self.fused.positions.forget()
+            self.fused.forget()
 
     # A step
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from runtime import model_info
 from runtime.config import ServerConfig
 from runtime.messages import Finish, LogprobOptions, Logprobs, Request, Tokenized, pack_ids, unpack_ids
-from runtime.resolve import Machine, resolve
+from runtime.resolve import draft_sizes
 from runtime.sampling import SamplingParams
 from scheduler_service.assemble import draft_options
 from scheduler_service.core.plan import Update
@@ -62,7 +64,9 @@ class Engine:
 
     def __init__(self, directory: Path, *, worker: Worker | None = None, **settings: Any) -> None:
         settings = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", **settings}
-        self.config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
+        config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
+        speculates = config.speculative_algorithm is not None
+        self.config = msgspec.structs.replace(config, **(draft_sizes(config) if speculates else {}))
         info = model_info.load(self.config)
         self.worker = worker or Worker(self.config, info)
         self.planner = Planner(
@@ -75,7 +79,7 @@ class Engine:
                 eos_ids=frozenset(info.eos_ids),
                 chunked_prefill_size=self.config.chunked_prefill_size or -1,
                 reuse_prefixes=not self.config.disable_radix_cache,
-                drafts=draft_options(resolve(self.config, Machine()).config),
+                drafts=draft_options(self.config),
             )
         )
         self.compiler = GrammarCompiler(directory, self.worker.model.vocab_size, info.eos_ids)

@@ -10,7 +10,7 @@ from runtime.control import ControlCommand
 from runtime.messages import Finish, Reply, Tokenized, Tokens, unpack_ids
 from scheduler_service.assemble import planner_config
 from scheduler_service.core.planner import Planner
-from scheduler_service.memory_saver import MemorySaver
+from scheduler_service.main import memory_saver
 from scheduler_service.scheduler import Scheduler
 from scheduler_service.weights.update import Updates
 from scheduler_service.worker import Worker
@@ -28,7 +28,6 @@ class Live:
         info = model_info.load(config)
         self.worker = Worker(config, info)
         self.updates = Updates(self.worker.model.weights, config, str(run_dir))
-        saver = MemorySaver(self.updates, self.worker.cache, config.enable_weights_cpu_backup)
         self.inbox, self.outbox = FakeInbox(), FakeOutbox()
         self.scheduler = Scheduler(
             Planner(planner_config(config, info, self.worker)),
@@ -38,7 +37,7 @@ class Live:
             FakeProgress(),
             depth=depth,
             updates=self.updates,
-            saver=saver if config.enable_memory_saver else None,
+            saver=memory_saver(config, self.worker, self.updates),
         )
         self._next = 0
 

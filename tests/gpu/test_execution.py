@@ -62,13 +62,24 @@ def test_recorded_steps_give_what_computed_steps_give(directory):
 
 
 def test_recorded_steps_with_prompts_give_what_computed_steps_give(directory):
-    expected = on_gpu(directory, disable_cuda_graph=True).generate(PROMPTS, GREEDY)
-    engine = on_gpu(directory, cuda_graph_max_prefill_tokens=64, chunked_prefill_size=40)
+    settings = {"dtype": "float32", "chunked_prefill_size": 40}
+    expected = on_gpu(directory, disable_cuda_graph=True, **settings).generate(PROMPTS, GREEDY)
+    engine = on_gpu(directory, cuda_graph_max_prefill_tokens=64, **settings)
     while engine.worker.rest():
         pass
     prefill = engine.worker.fused.prefill
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
     assert prefill.graphs.replays and prefill.graphs.misses
+
+
+def test_deterministic_answers_have_the_same_bits_alone_and_in_company(directory):
+    settings = {"enable_deterministic_inference": True, "chunked_prefill_size": 40}
+    together = on_gpu(directory, **settings).generate(PROMPTS, GREEDY, logprobs=LogprobOptions(start=0))
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        (alone,) = on_gpu(directory, enable_deterministic_inference=True).generate(
+            [prompt], GREEDY, logprobs=LogprobOptions(start=0)
+        )
+        assert (alone.ids, alone.logprobs.values) == (answer.ids, answer.logprobs.values)
 
 
 def test_launches_ahead_of_their_inputs_give_what_launches_in_turn_give(directory, monkeypatch):
@@ -81,10 +92,11 @@ def test_fused_logprobs_are_close_to_those_of_the_cpu(directory):
     options = LogprobOptions(start=0)
     params = SamplingParams(temperature=0.0, max_new_tokens=1)
     expected = Engine(directory).generate(PROMPTS, params, logprobs=options)
-    found = on_gpu(directory).generate(PROMPTS, params, logprobs=options)
+    # in bfloat16 a router's near tie falls otherwise now and then
+    found = on_gpu(directory, dtype="float32").generate(PROMPTS, params, logprobs=options)
     for ours, theirs in zip(found, expected, strict=True):
         assert floats(ours.input_logprobs.values)[1:] == pytest.approx(
-            floats(theirs.input_logprobs.values)[1:], abs=0.3
+            floats(theirs.input_logprobs.values)[1:], abs=1e-3
         )
 
 
@@ -144,7 +156,8 @@ def test_staged_tensors_are_those_of_the_file(llama):
 def test_retracted_requests_continue_with_the_same_tokens_on_a_gpu(llama):
     params = SamplingParams(temperature=1.0, max_new_tokens=60, ignore_eos=True)
     prompts = [list(range(20, 41)), list(range(40, 19, -1)), list(range(21, 42))]
-    expected = on_gpu(llama, page_size=4).generate(prompts, params, seed=3)
-    tight = on_gpu(llama, Overlapped, page_size=4, max_total_tokens=140)
+    # What was computed one by one is computed at once after a retraction: in bfloat16 that moves draws at a border.
+    expected = on_gpu(llama, page_size=4, dtype="float32").generate(prompts, params, seed=3)
+    tight = on_gpu(llama, Overlapped, page_size=4, dtype="float32", max_total_tokens=140)
     answers = tight.generate(prompts, params, seed=3)
     assert tokens(answers) == tokens(expected) and sum(answer.retractions for answer in answers) > 0

@@ -1,4 +1,4 @@
-"""Starts the two suites of Triton kernels that need a process of their own: the interpreter's and the compiler's."""
+"""Starts the suites that need a process of their own: Triton's interpreter, its compiler, and a simulated GPU."""
 
 import importlib.util
 import os
@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SUITES = {
     "tests/kernels_interpreter": {"TRITON_INTERPRET": "1"},
     "tests/kernels_sm90": {"KERNEL_TARGET": "sm90"},
+    "tests/simulated_gpu": {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "-p tests.simulated_gpu.plugin tests/gpu"},
 }
 SETTINGS = {"TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -22,7 +23,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_suite_of_kernels_passes_in_its_own_process(suite: str) -> None:
+def test_suite_passes_in_its_own_process(suite: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", suite, "-p", "no:cacheprovider"],
         cwd=ROOT,
