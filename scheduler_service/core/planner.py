@@ -280,28 +280,24 @@ class Planner:
         if result.tokens is None:
             prompt_done = part.end >= sequence.prefill_end  # and no output is wanted: scoring or an embedding
             return self._end(sequence, Finish(reason="length", length=0), result) if prompt_done else None
-        decoded = part.start >= sequence.prefill_end
         if part.drafts:
             finish = self._accept(part, result)
         else:
-            finish = self._append(sequence, result.tokens[0], result.complete)
+            sequence.ids.append(result.tokens[0])
+            finish = rules.finish_after_last(sequence, result.complete)
+        self.stats.generation_tokens += len(result.tokens)
         update = self._end(sequence, finish, result) if finish else self._update(sequence, result)
-        if self.config.drafts and decoded:
+        if self.config.drafts and part.start >= sequence.prefill_end:
             update.drafts = Drafts(proposed=len(part.drafts), correct=len(result.tokens) - 1)
         return update
-
-    def _append(self, sequence: Sequence, token: int, complete: bool) -> Finish | None:
-        """Take in a token; returns how it ends the request, if it does."""
-        sequence.ids.append(token)
-        self.stats.generation_tokens += 1
-        return rules.finish_after_last(sequence, complete)
 
     def _accept(self, part: Slice, result: Result) -> Finish | None:
         """Take in the tokens that a draft has brought, up to one that ends the request; the others leave the result."""
         sequence, tokens, finish = part.sequence, result.tokens or [], None
         count, correct = 0, len(tokens) - 1
         while count < len(tokens) and finish is None:
-            finish = self._append(sequence, tokens[count], False)
+            sequence.ids.append(tokens[count])
+            finish = rules.finish_after_last(sequence)
             count += 1
         result.tokens, result.logprobs = tokens[:count], result.logprobs and result.logprobs[:count]
         sequence.computed = part.start + count  # what was computed behind it is of drafts that were wrong

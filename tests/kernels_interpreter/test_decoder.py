@@ -42,3 +42,16 @@ def test_the_decoder_answers_alike_on_triton_and_on_torch(family, requests, para
     expected = answers(directory, "torch", prompts, params)
     found = answers(directory, "triton", prompts, params)
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]
+
+
+def test_drafts_are_verified_on_triton_as_without_them(tmp_path):
+    directory = tiny.build("qwen3", tmp_path, **SMALL)
+    ngram: dict[str, Any] = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 3}
+    params = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True, logit_bias={"9": 50.0})
+    config = ServerConfig(
+        model_path=str(directory), model_dir=str(directory), max_running_requests=1, **SETTINGS, **ngram
+    )
+    worker = Worker(config, model_info.load(config), backend="triton")
+    engine = Engine(directory, worker=worker, **SETTINGS, **ngram)
+    assert engine.generate([[5, 9, 9]], params)[0].ids == [9] * 8
+    assert engine.planner.stats.correct_drafts > 2

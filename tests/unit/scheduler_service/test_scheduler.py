@@ -4,7 +4,9 @@ import pytest
 
 from runtime import limits
 from runtime.messages import Facts, Finish, Reply, unpack_ids
+from scheduler_service.core.drafts import DraftOptions
 from scheduler_service.scheduler import IDLE_BEAT_S, MOST_FAILURES
+from tests.fakes import looping_token
 from tests.rig import PROMPT, Rig
 from tests.stepper import VOCABULARY, expected_output, tokenized
 
@@ -123,6 +125,19 @@ def test_a_request_that_breaks_its_step_ends_alone(where: str, position: int, de
     assert last.finish is not None and (last.finish.reason, last.finish.status) == ("error", 500)
     assert "ZeroDivisionError: bad" in last.finish.message
     assert not rig.scheduler.planner.audit()
+
+
+def test_drafts_of_a_step_that_failed_are_verified_when_it_is_done_again() -> None:
+    loop = [2, 3, 4, 5, 6, 7, 8] * 2
+    rig = Rig(model=looping_token, drafts=DraftOptions(8, 2, 8))
+    rig.worker.raising["bad"] = ("launch", 34)  # in a step in which the other one verifies
+    rig.inbox.put(tokenized("good", loop, 60), tokenized("bad", loop, 60, seed=1))
+    rig.run()
+    ids = [token for message in rig.tokens("good") for token in unpack_ids(message.ids)]
+    assert ids == expected_output(loop, 60, 0, looping_token)
+    again = [plan for plan in rig.worker.plans if len(plan.slices) == 1 and plan.slices[0].sequence.rid == "good"]
+    assert again[0].verifications == 1
+    assert all(plan.verifications == sum(bool(part.drafts) for part in plan.slices) for plan in rig.worker.plans)
 
 
 def test_a_server_on_which_nothing_succeeds_any_more_ends() -> None:
