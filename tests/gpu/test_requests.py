@@ -12,6 +12,7 @@ import torch
 from runtime.control import ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
 from runtime.messages import LogprobOptions
 from runtime.sampling import SamplingParams
+from scheduler_service import device_state
 from scheduler_service.graphs import Graphs
 from scheduler_service.worker import Worker
 from tests import checkpoints
@@ -151,8 +152,8 @@ def answered(served: Live, rid: str, tokens: int = 12) -> list[int]:
     return served.output(rid)
 
 
-def fail_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
-    """Have a method raise once it has done its work."""
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Have a function raise, once, when it has done its work."""
     method, failures = getattr(owner, name), ["a step failed"]
 
     def failing(*args: Any) -> Any:
@@ -164,16 +165,23 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Graphs, "run"), (Worker, "collect")], ids=["launch", "collect"])
+FAILURES = {"replay": (Graphs, "run"), "collect": (Worker, "collect"), "new pages": (device_state, "upload")}
+
+
+@pytest.mark.parametrize(("owner", "name"), FAILURES.values(), ids=FAILURES)
 def test_requests_go_on_after_a_step_that_failed(llama, tmp_path, monkeypatch, owner, name):
-    expected = answered(live(llama, tmp_path), "x")
-    served = live(llama, tmp_path)
-    for rid in ("x", "y"):
-        served.send(tokenized(rid, PROMPTS[1], 12, temperature=0.0, ignore_eos=True))
-    served.step(4)
-    fail_once(monkeypatch, owner, name)
-    served.run()
-    assert served.output("x") == served.output("y") == expected
+    prompts = {"x": PROMPTS[1], "y": PROMPTS[1][::-1]}
+    params = {"max_new_tokens": 20, "temperature": 0.0, "ignore_eos": True}
+    outputs = []
+    for fails in (False, True):
+        served = live(llama, tmp_path)
+        served.send(*(tokenized(rid, prompt, **params) for rid, prompt in prompts.items()))
+        served.step(4)
+        if fails:
+            fail_once(monkeypatch, owner, name)
+        served.run()
+        outputs.append([served.output(rid) for rid in prompts])
+    assert outputs[1] == outputs[0]
 
 
 @pytest.mark.parametrize("backup", [True, False], ids=["with a backup", "without a backup"])

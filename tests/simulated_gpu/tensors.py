@@ -75,6 +75,12 @@ class DeviceTensor(torch.Tensor):
     def __array__(self, dtype: Any = None) -> Any:
         raise TypeError(NO_NUMPY)
 
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(sent(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(sent(index), value)
+
     @property
     def data(self) -> "DeviceTensor":
         return self.detach()
@@ -83,6 +89,13 @@ class DeviceTensor(torch.Tensor):
     def data(self, other: "DeviceTensor") -> None:
         assert self.shape == other.shape and self.dtype == other.dtype, (self.shape, other.shape)
         self.inner, self.memory = other.inner, other.memory
+
+
+def sent(index: Any) -> Any:
+    """An index whose lists are on the device."""
+    if isinstance(index, tuple):
+        return tuple(map(sent, index))
+    return torch.tensor(index).to(CUDA) if isinstance(index, list) else index
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,7 @@ WAITING = {
     "another dtype": lambda x: x.copy_(torch.ones(2, dtype=torch.float64).pin_memory(), non_blocking=True),
     "numbers": lambda x: torch.tensor([1], device="cuda"),
     "indices of the host": lambda x: x[torch.tensor([0])],
+    "a list of indices": lambda x: x[[0, 1]],
     "stream": lambda x: torch.cuda.current_stream().synchronize(),
 }
 
