@@ -6,7 +6,7 @@ import torch
 
 from kernels.configs import SKINNY_ROWS, tile
 from scheduler_service.model.fused import FusedDecoder
-from scheduler_service.sampler import Draws, Row, Wish
+from scheduler_service.sampler import Draws, Row, Wish, adjust_single_tokens
 from scheduler_service.transfer import upload
 
 
@@ -75,8 +75,16 @@ class FusedSampler:
         tops, masses = torch.empty(2, rows, -(-vocab // block), dtype=torch.float32, device=logits.device)
         return tops, masses
 
-    def choose(self, logits: torch.Tensor, rows: list[Row], positions: list[int], keep_logits: bool = False) -> Draws:
-        """One token per row of adjusted logits (rows, vocab), which stay as they are."""
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: list[Row],
+        positions: list[int],
+        allowed: torch.Tensor | None = None,
+        keep_logits: bool = False,
+    ) -> Draws:
+        """One token per row of logits (rows, vocab), which are adjusted in place and kept; see sampler.sample."""
+        adjust_single_tokens(logits, rows, positions)
         device = logits.device
         columns = zip(*map(filters, rows), strict=True)
         kinds = torch.float32, torch.int32, torch.float32, torch.float32
@@ -85,7 +93,7 @@ class FusedSampler:
         )
         tops, masses = self.facts(logits, tile("logits").columns)
         ops = self.model.ops
-        ops.process_logits(logits, None, None, None, None, torch.zeros_like(temperatures), tops, masses)
+        ops.process_logits(logits, None, None, allowed, None, temperatures, tops, masses)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
         valid = torch.empty(len(rows), dtype=torch.int32, device=device)
         ops.select(
@@ -107,10 +115,10 @@ class FusedSampler:
 
 
 def filters(row: Row) -> tuple[float, int, float, float]:
-    """Temperature (it is in the logits already: 1, or 0 for the largest), top-k, top-p and min-p; neutral where off."""
+    """Temperature (0 for the largest), top-k, top-p and min-p; neutral where off."""
     params, wish = row.params, row.wish
     return (
-        1.0 if wish & Wish.DRAW else 0.0,
+        temperature(row),
         params.top_k if wish & Wish.TOP_K else 0,
         params.top_p if wish & Wish.TOP_P else 1.0,
         params.min_p if wish & Wish.MIN_P else 0.0,

@@ -1,6 +1,6 @@
 """From logits to tokens, vectorised over a batch of requests that each want something else.
 
-Order of operations: penalties (frequency, presence, minimum length, repetition), allowed-token mask, logit bias,
+Order of operations: penalties (frequency, presence, minimum length, repetition), logit bias, allowed-token mask,
 temperature, then top-k, top-p and min-p on one and the same distribution, then the draw.
 
 The draw is a pure function of (logits, parameters, seed, position): a uniform number from a counter-based generator
@@ -117,27 +117,43 @@ def wish_of(params: SamplingParams) -> int:
     return sum(wish for wish, wanted in wishes.items() if wanted)
 
 
+def sample(
+    logits: torch.Tensor,
+    rows: list[Row],
+    positions: list[int],
+    allowed: torch.Tensor | None = None,
+    keep_logits: bool = False,
+) -> Draws:
+    """One token per row of logits (rows, vocab), which are adjusted in place, and spoilt unless they are to be kept."""
+    adjust(logits, rows, positions, allowed)
+    return choose(logits, rows, positions, keep_logits)
+
+
 # Adjusting the logits
 
 
 def adjust(logits: torch.Tensor, rows: list[Row], positions: list[int], allowed: torch.Tensor | None = None) -> None:
-    """Penalties, allowed tokens, bias and temperature, in place on logits (rows, vocab).
+    """Penalties, bias, allowed tokens and temperature, in place on logits (rows, vocab).
 
     `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i.
     """
+    adjust_single_tokens(logits, rows, positions)
+    if allowed is not None:
+        logits.masked_fill_(unpack_bits(~allowed, logits.shape[1]), -inf)
+    temperatures = [row.params.temperature if row.wish & Wish.DRAW else 1.0 for row in rows]
+    if any(temperature != 1.0 for temperature in temperatures):
+        logits.div_(upload(temperatures, logits.device).unsqueeze(1))
+
+
+def adjust_single_tokens(logits: torch.Tensor, rows: list[Row], positions: list[int]) -> None:
+    """What concerns a few tokens of some rows: penalties, the minimum length and bias."""
     wishes = reduce(or_, (row.wish for row in rows), 0)
     if wishes & Wish.PENALTY:
         penalise(logits, rows)
     if wishes & Wish.MIN_LENGTH:
         forbid_the_end(logits, rows, positions)
-    if allowed is not None:
-        logits.masked_fill_(unpack_bits(~allowed, logits.shape[1]), -inf)
     if wishes & Wish.BIAS:
         add_bias(logits, rows)
-    if wishes & Wish.DRAW:
-        temperatures = [row.params.temperature if row.wish & Wish.DRAW else 1.0 for row in rows]
-        if any(temperature != 1.0 for temperature in temperatures):
-            logits.div_(upload(temperatures, logits.device).unsqueeze(1))
 
 
 def penalise(logits: torch.Tensor, rows: list[Row]) -> None:

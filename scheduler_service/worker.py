@@ -1,6 +1,6 @@
 """The worker: turns a plan into tokens. It owns the model, the KV pool and what each admitted request needs to sample.
 
-    launch(plan)     inputs → forward → prompt logprobs → adjust → choose → logprobs
+    launch(plan)     inputs → forward → prompt logprobs → sample → logprobs
     collect(pending) the results, one per slice
 
 With `depth` 1 the next step is launched before the tokens of the last one are known here: it takes them on the
@@ -134,7 +134,7 @@ class Worker:
         self.unsettled: list[Pending] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         self.fused = self.make_fused(config, backend)
-        self.choose = sampler.choose if self.fused is None else self.fused.sampler.choose
+        self.sample = sampler.sample if self.fused is None else self.fused.sampler.sample
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
@@ -379,8 +379,7 @@ class Worker:
         if draws is None:
             self.settle_for([states[i] for i in sampled])
             allowed = masks.allowed(self.masks.start([states[i].matcher for i in drawing.slices]), self.device)
-            sampler.adjust(logits, rows, drawing.positions, allowed)
-            draws = self.choose(logits, rows, drawing.positions, keep_logits=any(options))
+            draws = self.sample(logits, rows, drawing.positions, allowed, keep_logits=any(options))
             if self.depth or self.fused is not None:
                 self.keep_tokens(plan, drawing, draws.tokens)
         logprobs = output_logprobs(logits, draws.tokens, options)

@@ -127,8 +127,8 @@ def test_seeded_draws_are_those_of_the_cpu_from_equal_logits(llama):
     logits = torch.randn(40, served.model.vocab_size, generator=torch.Generator().manual_seed(1)) * 3
     params = [WISHES["seeded"], WISHES["filtered"], WISHES["greedy"]] * 14
     rows = [sampler.make_row(sequence(params[i], seed=i), []) for i in range(40)]
-    expected = sampler.choose(logits.clone(), rows, list(range(40))).tokens
-    found = served.choose(logits.cuda(), rows, list(range(40))).tokens.cpu()
+    expected = sampler.sample(logits.clone(), rows, list(range(40))).tokens
+    found = served.sample(logits.cuda(), rows, list(range(40))).tokens.cpu()
     assert (found == expected).sum() >= 39  # sums of another order may move a draw at a border
 
 
