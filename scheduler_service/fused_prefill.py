@@ -135,10 +135,9 @@ class FusedPrefill:
         self.hidden[:size].copy_(self.model.forward(batch))
 
     def clear(self) -> None:
-        """No chunks, and every row at the null slot."""
+        """No chunks, and rows without a context, whatever the size."""
         for buffer in (self.input_ids, self.positions, self.places, self.numbers):
             buffer.zero_()
-        self.numbers[: self.graphs.rows[-1]].fill_(self.null_slot)
 
 
 def padded(numbers: list[int], length: int, filling: int) -> list[int]:
