@@ -109,6 +109,20 @@ def test_chosen_experts_are_those_of_the_cpu(experts):
         assert [sorted(pair) for pair in next(pairs)] == [sorted(pair) for pair in next(pairs)]
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("olmo2", {}), ("llama", {"attention_backend": "torch_native"})],
+    ids=["through transformers", "plain operations"],
+)
+def test_models_without_fused_operations_answer_as_on_the_cpu(family, settings, tmp_path):
+    directory = tiny.build(family, tmp_path)
+    params = [GREEDY, WISHES["penalties"], WISHES["filtered"]]
+    expected = Engine(directory).generate(PROMPTS, params, seed=4)
+    engine = Overlapped(directory, **SETTINGS, **settings)
+    assert engine.worker.fused is None
+    assert [answer.ids for answer in engine.generate(PROMPTS, params, seed=4)] == [answer.ids for answer in expected]
+
+
 def without_waiting(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every launch fail that waits for the device."""
     launch = worker.launch

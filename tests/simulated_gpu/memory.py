@@ -8,7 +8,7 @@ import numpy
 import torch
 
 TOTAL_BYTES = 4 << 30  # of the device
-RAW = {torch.uint8: 0xFF, torch.bool: True}  # what is no number of its own shows when it is read as one
+BYTES = {torch.uint8: 0xFF, torch.bool: True}  # bytes that are read as numbers of another dtype are NaN, or -1
 
 
 @torch.inference_mode()
@@ -18,7 +18,7 @@ def poison(tensor: torch.Tensor) -> None:
     if dtype.is_floating_point or dtype.is_complex:
         tensor.fill_(math.nan)
     else:
-        tensor.fill_(RAW.get(dtype, int.from_bytes(b"\x7f" * dtype.itemsize, "little")))
+        tensor.fill_(BYTES.get(dtype, int.from_bytes(b"\x7f" * dtype.itemsize, "little")))
 
 
 class Memory:
