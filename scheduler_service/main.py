@@ -40,7 +40,7 @@ def model_facts(started: ServerConfig, restored: ServerConfig) -> ModelInfo:
 def memory_saver(config: ServerConfig, worker: Worker, updates: Updates) -> MemorySaver | None:
     if not config.enable_memory_saver:
         return None
-    return MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup, on_move=worker.forget_graphs)
+    return MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup, on_release=worker.forget_graphs)
 
 
 def grammar_pool(config: ServerConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:

@@ -14,21 +14,21 @@ from scheduler_service.kv_cache import KVCache
 from scheduler_service.weights.update import Updates
 
 WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
-TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # graphs go when what they name moves: their own tag frees nothing
+TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # recorded graphs go with any of them: they name the memory of all
 
 
 class MemorySaver:
     """Releases and resumes by tag; a repeated call changes nothing."""
 
     def __init__(
-        self, updates: Updates, cache: KVCache, keep_weights: bool, on_move: Callable[[], None] = lambda: None
+        self, updates: Updates, cache: KVCache, keep_weights: bool, on_release: Callable[[], None] = lambda: None
     ) -> None:
-        """`on_move` is called when memory has got other addresses."""
+        """`on_release` is called before memory goes; when it comes back, it has other addresses."""
         self.released: set[str] = set()
         self._updates = updates
         self._cache = cache
         self._keep_weights = keep_weights
-        self._on_move = on_move
+        self._on_release = on_release
         self._backup: dict[str, torch.Tensor] = {}
 
     @property
@@ -42,7 +42,10 @@ class MemorySaver:
 
     def release(self, tags: Iterable[str] | None) -> None:
         """Give the memory of these tags (all, without any) back."""
-        for tag in self._named(tags) - self.released:
+        leaving = self._named(tags) - self.released
+        if leaving:
+            self._on_release()
+        for tag in leaving:
             if tag == WEIGHTS:
                 self._release_weights()
             elif tag == KV_CACHE:
@@ -60,7 +63,6 @@ class MemorySaver:
             elif tag == KV_CACHE:
                 self._cache.allocate()
             self.released.discard(tag)
-            self._on_move()
 
     def _named(self, tags: Iterable[str] | None) -> set[str]:
         named = set(tags or TAGS)
