@@ -20,12 +20,14 @@ LONG = [DRAW.randrange(4, 300) for _ in range(60)]
 PROMPTS = [
     *([DRAW.randrange(4, 300) for _ in range(length)] for length in (3, 45, 130, 20)),
     *([*LONG, 9, 8, 7, i] for i in range(4, 10)),  # enough of one beginning to be attended to together
+    [7, 8, 9, 10] * 8,
 ]
 PARAMS = [SamplingParams(temperature=i % 2, max_new_tokens=12, ignore_eos=True) for i in range(len(PROMPTS))]
 WAYS: dict[str, dict[str, Any]] = {
     "in chunks": {"chunked_prefill_size": 17},
     "on large pages": {"page_size": 16, "chunked_prefill_size": 50},
     "with little memory": {"max_total_tokens": 540},
+    "with drafts": {"speculative_algorithm": "NGRAM", "speculative_ngram_min_match_window_size": 1},
 }
 
 
@@ -51,6 +53,7 @@ def test_an_answer_has_the_same_bits_alone_and_in_any_company(family, dtype, tmp
         answers = served.generate(PROMPTS, PARAMS, seed=3, logprobs=ALL_LOGPROBS)
         assert list(map(bits, answers)) == expected, way
         assert any(answer.retractions for answer in answers) == (way == "with little memory")
+        assert (served.planner.stats.correct_drafts > 0) == (way == "with drafts")
 
 
 def test_an_answer_that_was_interrupted_goes_on_with_the_same_bits(tmp_path):
