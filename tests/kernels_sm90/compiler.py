@@ -41,6 +41,8 @@ class Recorder:
         self.loaded.append((name, cubin, shared))
         return 0, 0, 0, 0, 1024  # module, function, registers, spills, most threads
 
+    def unload_module(self, module: int) -> None: ...
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED_BYTES}
 
