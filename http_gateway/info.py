@@ -2,7 +2,6 @@
 
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
@@ -15,6 +14,7 @@ from http_gateway.gateway import Gateway
 from http_gateway.probes import Counters
 from runtime import flags
 from runtime.errors import RequestError
+from runtime.version import version
 
 OWNER = "sglang"  # clients of this API compare it
 FRESH_S = 0.1  # counters younger than this are not asked for again
@@ -22,13 +22,6 @@ LOADS_TIMEOUT_S = 1.0
 STALE_S = 10.0  # counters older than this say nothing any more
 SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues")
 ONE_RING = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "disaggregation_mode": "null", "encoder_only": False}
-
-
-def version() -> str:
-    try:
-        return metadata.version("quartet-serve")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "0+source"
 
 
 # model

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from http_gateway.auth import Access
 from http_gateway.endpoint import Endpoint
 from http_gateway.gateway import Gateway
-from http_gateway.info import version
 from http_gateway.openai_answers import Failure
 from runtime.control import ControlCommand
+from runtime.version import version
 
 DISABLED_BY = "DISABLE_OPENAPI_DOC"  # environment variable of the API that this one is compatible with
 PAGE = Path(__file__).parent / "page" / "docs.html"

@@ -25,6 +25,7 @@ TILES = {
     "rope_kv": Tile(rows=8),
     "paged_decode": Tile(rows=16, columns=64, stages=3),
     "paged_extend": Tile(rows=128, columns=64, warps=8, stages=3),
+    "paged_extend_wide": Tile(rows=128, columns=32, warps=8, stages=3),
     "gemv": Tile(rows=4, columns=1024),
     "gate_up": Tile(rows=4, columns=1024),
     "skinny": Tile(rows=64, columns=64, stages=5, splits=8),

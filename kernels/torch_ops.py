@@ -156,8 +156,6 @@ def norm_qkv_rope_kv(
     plus_one: bool,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    query_norm: torch.Tensor | None,
-    key_norm: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     slots: torch.Tensor,
@@ -165,13 +163,13 @@ def norm_qkv_rope_kv(
     v_pool: torch.Tensor,
     q: torch.Tensor,
 ) -> None:
-    """Norm, project (rows of weight: queries, keys, values), norm per head, rotate; for a few tokens.
+    """Norm, project (rows of weight: queries, keys, values), rotate; for a few tokens.
 
     x (tokens, hidden) → q (tokens, heads, dim); keys and values go to the places `slots` (tokens,) of the pools
     (kv_heads, pool tokens, dim). Rotation must cover whole heads.
     """
     qkv = linear(normed(x, norm_weight, epsilon, plus_one), weight, bias)
-    rope_kv(qkv, query_norm, key_norm, epsilon, plus_one, cos, sin, slots, k_pool, v_pool, q)
+    rope_kv(qkv, None, None, epsilon, plus_one, cos, sin, slots, k_pool, v_pool, q)
 
 
 def rope_kv(

@@ -7,8 +7,9 @@ A split is a fixed number of keys from the context's beginning, never a share of
 every batch.
 """
 
+from functools import partial
+
 import torch
-import triton
 import triton.language as tl
 
 from kernels.configs import KV_SPLIT, tile
@@ -23,6 +24,7 @@ from kernels.triton_common import (
     tanh,
     wait_for_inputs,
 )
+from kernels.triton_compile import kernel
 
 
 def paged_decode(
@@ -91,7 +93,7 @@ def decode_workspace(rows: int, heads: int, kv_heads: int, dim: int, longest: in
     return rows * heads * blocks(longest, KV_SPLIT) * (dim + 2), rows * kv_heads
 
 
-@triton.jit
+@partial(kernel, do_not_specialize=["splits"])
 def _paged_decode(
     q_ptr,
     k_ptr,

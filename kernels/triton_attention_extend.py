@@ -5,12 +5,17 @@ new tokens included, lie in the pool already. Whole tiles that every row sees ne
 at the edges of a window do.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.configs import tile
 from kernels.triton_common import NEGATIVE_INFINITY, blocks, head_stride, options, power_of_two, tanh
+from kernels.triton_compile import kernel
+
+WIDE_DIM = 128  # beyond, a tile of 64 keys would not fit the registers
 
 
 def paged_extend(
@@ -35,8 +40,8 @@ def paged_extend(
     Sequence i has the tokens starts[i] to starts[i + 1], at most `most_queries`: the last of its lengths[i] positions.
     Its pages are page_table[table_rows[i]], or page_table[i] without table_rows. With a length of 0 it gets zeros.
     """
-    chosen = tile("paged_extend")
     _, heads, dim = q.shape
+    chosen = tile("paged_extend_wide" if dim > WIDE_DIM else "paged_extend")
     kv_heads = len(k_pool)
     group = heads // kv_heads
     grid = (blocks(most_queries * group, chosen.rows), len(lengths), kv_heads)
@@ -118,7 +123,7 @@ def _attend(
     return largest, total, mixed
 
 
-@triton.jit
+@partial(kernel, do_not_specialize_on_alignment=["table_rows_ptr", "starts_ptr", "lengths_ptr"])
 def _paged_extend(
     q_ptr,
     k_ptr,

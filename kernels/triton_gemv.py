@@ -1,7 +1,6 @@
 """Products of up to four tokens with a weight matrix: a pure stream of weights through the multiply-add units."""
 
 import torch
-import triton
 import triton.language as tl
 
 from kernels.configs import FEW_ROWS, tile
@@ -15,6 +14,7 @@ from kernels.triton_common import (
     row_products,
     start_next_kernel,
 )
+from kernels.triton_compile import kernel
 
 
 def gemv(
@@ -85,7 +85,7 @@ def norm_gate_up(
     )
 
 
-@triton.jit
+@kernel
 def _gemv(
     x_ptr,
     weight_ptr,
@@ -115,7 +115,7 @@ def _gemv(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@kernel
 def _norm_gate_up(
     x_ptr,
     norm_ptr,

@@ -4,8 +4,9 @@ A program makes the logits of 64 tokens for all rows, and the two numbers that `
 last program to end picks; for more, a second launch does, one program per row.
 """
 
+from functools import partial
+
 import torch
-import triton
 import triton.language as tl
 
 from kernels.configs import FEW_ROWS, SKINNY_ROWS, tile
@@ -18,6 +19,7 @@ from kernels.triton_common import (
     scale_of_norm,
     tanh,
 )
+from kernels.triton_compile import kernel
 from kernels.triton_draw import pick, store_choice
 
 LEAST_ROWS = 16
@@ -120,7 +122,7 @@ def draw(
     )
 
 
-@triton.jit
+@kernel
 def _draw(
     logits_ptr,
     tops_ptr,
@@ -145,7 +147,7 @@ def _draw(
     store_choice(token, valid, row, slots_ptr, tokens_ptr, valid_ptr)
 
 
-@triton.jit
+@partial(kernel, do_not_specialize_on_alignment=["row_count"])
 def _lm_head(
     x_ptr,
     norm_ptr,

@@ -8,12 +8,14 @@ Pairs are numbered token * top_k + place. Their order within an expert is that o
 depend on which program came first.
 """
 
+from functools import partial
+
 import torch
-import triton
 import triton.language as tl
 
 from kernels.configs import tile
 from kernels.triton_common import activate, blocks, options, power_of_two
+from kernels.triton_compile import kernel
 
 
 def align_experts(
@@ -105,7 +107,7 @@ def expert_sum(
     )
 
 
-@triton.jit
+@partial(kernel, do_not_specialize=["block_count"])
 def _align_experts(
     ids_ptr,
     pairs_ptr,
@@ -151,7 +153,7 @@ def _align_experts(
             tl.store(block_experts_ptr + places, tl.full((CHUNK,), -1, tl.int32), places < block_count)
 
 
-@triton.jit
+@partial(kernel, do_not_specialize=["total"])
 def _expert_gemm(
     x_ptr,
     pairs_ptr,
@@ -194,7 +196,7 @@ def _expert_gemm(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), within[:, None] & present[None, :])
 
 
-@triton.jit
+@kernel
 def _expert_sum(
     y_ptr,
     weights_ptr,

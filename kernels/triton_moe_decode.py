@@ -23,6 +23,7 @@ from kernels.triton_common import (
     row_product_pairs,
     row_products,
 )
+from kernels.triton_compile import kernel
 
 
 def router(
@@ -217,7 +218,7 @@ def _choose(
         tl.atomic_add(counts_ptr + ids, tl.zeros((BLOCK_K,), tl.int32) + tl.load(recording_ptr), mask, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def _choose_experts(
     logits_ptr,
     counts_ptr,
@@ -240,7 +241,7 @@ def _choose_experts(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _router(
     x_ptr,
     norm_ptr,
@@ -297,7 +298,7 @@ def _router(
         tl.store(own_weights_ptr + TOP_K, tl.sigmoid(logit))
 
 
-@triton.jit
+@kernel
 def _expert_gate_up(
     x_ptr,
     norm_ptr,
@@ -340,7 +341,7 @@ def _expert_gate_up(
     tl.store(out_ptr + out_place, y.to(out_ptr.dtype.element_ty), within)
 
 
-@triton.jit
+@kernel
 def _expert_down(
     inner_ptr,
     ids_ptr,

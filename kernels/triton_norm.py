@@ -1,11 +1,11 @@
 """Norms with the residual sum before them, and gated activations, for batches that cuBLAS multiplies."""
 
 import torch
-import triton
 import triton.language as tl
 
 from kernels.configs import tile
 from kernels.triton_common import activate, blocks, options, power_of_two, scale_of_norm
+from kernels.triton_compile import kernel
 
 
 def add_rms_norm(
@@ -32,7 +32,7 @@ def gated_activation(gate_up: torch.Tensor, activation: str, out: torch.Tensor) 
     _gated_activation[grid](gate_up, out, size, chosen.columns, activation, **options(chosen))
 
 
-@triton.jit
+@kernel
 def _add_rms_norm(
     x_ptr,
     residual_ptr,
@@ -57,7 +57,7 @@ def _add_rms_norm(
     tl.store(out_ptr + place, normed.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@kernel
 def _gated_activation(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

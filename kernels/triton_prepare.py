@@ -5,11 +5,11 @@ needs nothing from the host: the last step's tokens and the positions are on the
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from kernels.configs import tile
 from kernels.triton_common import blocks, head_stride, options, power_of_two
+from kernels.triton_compile import kernel
 
 
 def prepare(
@@ -82,7 +82,7 @@ def launch_pages(pool: torch.Tensor, sources: torch.Tensor | None, targets: torc
     _move_pages[grid](pool, sources, targets, head_stride(pool), elements, chosen.columns, **options(chosen))
 
 
-@triton.jit
+@kernel
 def _prepare(
     slots_ptr,
     last_tokens_ptr,
@@ -131,7 +131,7 @@ def _prepare(
     tl.store(sin_ptr + row * ROTARY + dims, tl.load(own_rotary_ptr + ROTARY + dims, dims < ROTARY), dims < ROTARY)
 
 
-@triton.jit
+@kernel
 def _move_pages(pool_ptr, sources_ptr, targets_ptr, head_stride, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr):
     number = tl.program_id(0)
     head_ptr = pool_ptr + tl.program_id(1).to(tl.int64) * head_stride

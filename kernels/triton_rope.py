@@ -4,7 +4,6 @@ Cosines and sines come as `reference.rotation` makes them: (tokens, 1, rotary_di
 """
 
 import torch
-import triton
 import triton.language as tl
 
 from kernels.configs import FEW_ROWS, tile
@@ -18,6 +17,7 @@ from kernels.triton_common import (
     scale_of_norm,
     start_next_kernel,
 )
+from kernels.triton_compile import kernel
 
 
 def norm_qkv_rope_kv(
@@ -27,8 +27,6 @@ def norm_qkv_rope_kv(
     plus_one: bool,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    query_norm: torch.Tensor | None,
-    key_norm: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     slots: torch.Tensor,
@@ -38,7 +36,7 @@ def norm_qkv_rope_kv(
     *,
     dependent: bool = False,
 ) -> None:
-    """Norm, project (rows of weight: queries, keys, values), norm per head, rotate; for a few tokens.
+    """Norm, project (rows of weight: queries, keys, values), rotate; for a few tokens.
 
     x (tokens, hidden) → q (tokens, heads, dim); keys and values go to the places `slots` (tokens,) of the pools
     (kv_heads, pool tokens, dim). Rotation must cover whole heads.
@@ -49,16 +47,13 @@ def norm_qkv_rope_kv(
     assert tokens <= FEW_ROWS, tokens
     assert cos.shape[-1] == dim, (cos.shape, dim)
     half = dim // 2
-    # A norm per head needs the whole head in one program.
-    pairs = power_of_two(half) if query_norm is not None else min(chosen.rows, power_of_two(half))
+    pairs = min(chosen.rows, power_of_two(half))
     _norm_qkv_rope_kv[(heads + 2 * len(k_pool), blocks(half, pairs))](
         x,
         norm_weight,
         epsilon,
         weight,
         bias,
-        query_norm,
-        key_norm,
         cos,
         sin,
         slots,
@@ -73,7 +68,7 @@ def norm_qkv_rope_kv(
         columns,
         power_of_two(tokens),
         pairs,
-        column_block(chosen, columns, tokens) if pairs <= chosen.rows else 32,
+        column_block(chosen, columns, tokens),
         plus_one,
         dependent,
         **options(chosen, dependent),
@@ -124,15 +119,13 @@ def rope_kv(
     )
 
 
-@triton.jit
+@kernel
 def _norm_qkv_rope_kv(
     x_ptr,
     norm_ptr,
     epsilon,
     weight_ptr,
     bias_ptr,
-    query_norm_ptr,
-    key_norm_ptr,
     cos_ptr,
     sin_ptr,
     slots_ptr,
@@ -169,12 +162,6 @@ def _norm_qkv_rope_kv(
     mask = token_mask[:, None] & within[None, :]
     is_value = head >= HEADS + KV_HEADS
     if not is_value:
-        if query_norm_ptr is not None:
-            head_norm_ptr = query_norm_ptr if head < HEADS else key_norm_ptr
-            squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-            inverse = tl.rsqrt(squares / DIM + epsilon)[:, None]
-            first = first * inverse * scale_of_norm(head_norm_ptr, pairs, within, PLUS_ONE)[None, :]
-            second = second * inverse * scale_of_norm(head_norm_ptr, pairs + HALF, within, PLUS_ONE)[None, :]
         angles = tokens[:, None] * DIM + pairs[None, :]
         cos = tl.load(cos_ptr + angles, mask, 0.0).to(tl.float32)
         sin = tl.load(sin_ptr + angles + HALF, mask, 0.0).to(tl.float32)
@@ -192,7 +179,7 @@ def _norm_qkv_rope_kv(
     tl.store(target + HALF, second.to(q_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@kernel
 def _rope_kv(
     qkv_ptr,
     query_norm_ptr,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kernels.configs import tile
 from kernels.triton_common import NEGATIVE_INFINITY, blocks, options, power_of_two
+from kernels.triton_compile import kernel
 from kernels.triton_draw import first_beyond, pick, store_choice, tile_facts, uniform
 
 PIVOTS = tl.constexpr(16)
@@ -111,7 +112,7 @@ def is_allowed(allowed_ptr, row, tokens, mask, VOCAB: tl.constexpr):
     return ((word >> (tokens % 32)) & 1) != 0
 
 
-@triton.jit
+@kernel
 def _apply_bitmask(logits_ptr, allowed_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -121,7 +122,7 @@ def _apply_bitmask(logits_ptr, allowed_ptr, VOCAB: tl.constexpr, BLOCK: tl.const
     tl.store(logits_ptr + row.to(tl.int64) * VOCAB + tokens, minus_infinity, forbidden)
 
 
-@triton.jit
+@kernel
 def _process_logits(
     logits_ptr,
     counts_ptr,
@@ -222,7 +223,7 @@ def find_floor(
     return low
 
 
-@triton.jit
+@kernel
 def _select(
     logits_ptr,
     tops_ptr,

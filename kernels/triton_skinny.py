@@ -7,12 +7,14 @@ number of tokens; the last split of a tile to end adds the parts up in their ord
 With blocks of one and the same size (`block`) a token's result is the same, bit for bit, whatever the others are.
 """
 
+from functools import partial
+
 import torch
-import triton
 import triton.language as tl
 
 from kernels.configs import MULTIPROCESSORS, SKINNY_ROWS, Tile, tile
 from kernels.triton_common import activate, blocks, comes_last, options, power_of_two
+from kernels.triton_compile import kernel
 
 LEAST_TOKENS = 16
 
@@ -105,7 +107,7 @@ def skinny_workspace(tokens: int, size: int, columns: int, gated: bool, block: i
     return split_count(chosen, size, columns) * (2 if gated else 1) * tiles * chosen.rows * block, tiles
 
 
-@triton.jit
+@partial(kernel, do_not_specialize=["token_count"])
 def _skinny(
     x_ptr,
     weight_ptr,

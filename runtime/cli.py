@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from runtime.version import version
+
 
 class Command(NamedTuple):
     """A subcommand: `function(arguments) -> exit status` in `module`."""
@@ -63,12 +65,6 @@ def print_flags(command: str) -> int:
 
     build_parser(command).print_help()
     return 0
-
-
-def version() -> str:
-    from importlib.metadata import version as installed_version
-
-    return installed_version("quartet-serve")
 
 
 def unknown(word: str) -> int:

@@ -72,7 +72,9 @@ class FusedSampler:
     def facts(self, logits: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for what the draw wants to know of every `block` logits."""
         rows, vocab = logits.shape
-        tops, masses = torch.empty(2, rows, -(-vocab // block), dtype=torch.float32, device=logits.device)
+        tiles = -(-vocab // block)
+        # Two tensors, for kernels are compiled for the alignment of each.
+        tops, masses = (torch.empty(rows, tiles, dtype=torch.float32, device=logits.device) for _ in range(2))
         return tops, masses
 
     def sample(

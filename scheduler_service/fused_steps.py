@@ -253,6 +253,25 @@ class FusedSteps:
             self.prefill.graphs.forget()
 
 
+def build_steps(
+    config: ServerConfig,
+    model: Decoder,
+    cache: KVCache,
+    tokens: SlotTokens,
+    context_length: int,
+    backend: Backend,
+    dependent: bool = False,
+) -> FusedSteps:
+    """Fused steps on a backend and with the launches of kernels/ops.py, ready to record graphs as the flags say."""
+    fused = FusedDecoder(model, backend, context_length, dependent, config.enable_deterministic_inference)
+    steps = FusedSteps(fused, cache, tokens, context_length)
+    if not config.disable_cuda_graph:
+        recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
+        largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
+        steps.use_graphs(recorder, largest, config.cuda_graph_max_prefill_tokens)
+    return steps
+
+
 def make_fused_steps(
     config: ServerConfig,
     model: Decoder,
@@ -262,13 +281,8 @@ def make_fused_steps(
     backend: Backend,
     dependent: bool = False,
 ) -> FusedSteps:
-    """Fused steps on a backend and with the launches of kernels/ops.py, with graphs as the flags say."""
-    fused = FusedDecoder(model, backend, context_length, dependent, config.enable_deterministic_inference)
-    steps = FusedSteps(fused, cache, tokens, context_length)
-    if not config.disable_cuda_graph:
-        recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
-        largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
-        steps.use_graphs(recorder, largest, config.cuda_graph_max_prefill_tokens)
-        assert steps.graphs is not None
+    """The same with the first graphs recorded."""
+    steps = build_steps(config, model, cache, tokens, context_length, backend, dependent)
+    if steps.graphs is not None:
         steps.graphs.begin(model.device)
     return steps

@@ -23,6 +23,7 @@ GB = 1 << 30
 DEFAULT_SHARE = {"cpu": 0.4, "cuda": 0.85}  # of the memory that is free once the weights are loaded
 LARGEST_SHARE = 0.95  # of it, for a size that the operator asked for
 NULL_PAGE = 0
+DEFAULT_PAGE_SIZE = 16
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -141,7 +142,7 @@ def make_kv_cache(
     total_bytes: int,
 ) -> KVCache:
     """Size and allocate the pool for a model whose weights are loaded already."""
-    page_size = config.page_size or 16
+    page_size = config.page_size or DEFAULT_PAGE_SIZE
     free_bytes = int(available_gb(device) * GB)
     count = choose_page_count(config, page_size, token_bytes(layers, dtype), most_tokens, free_bytes, total_bytes)
     cache = KVCache(layers, count, page_size, dtype, device)

@@ -12,8 +12,8 @@ import torch
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on `device`."""
-    if device.type == "cpu":
-        return tensor
+    if device.type != "cuda":
+        return tensor.to(device)
     # The caching host allocator keeps the page-locked block until the copy has been made.
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -28,6 +28,7 @@ from runtime.errors import StartupError
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
 from scheduler_service import masks, sampler
+from scheduler_service.compile_ahead import start_compiling
 from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.device import choose_device, limit_threads, total_bytes
@@ -102,6 +103,8 @@ class Worker:
         self.weight_version = config.weight_version
         self.device = choose_device(config.device)
         free_gb = available_gb(self.device)
+        running = config.max_running_requests or MAX_RUNNING_REQUESTS
+        kernels = start_compiling(config, info, self.device, running, backend)
         self.model = load(config, info, self.device)
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
@@ -111,7 +114,6 @@ class Worker:
             self.attention = paged_attention_by_token
         self.pooler = make_pooler(info.embedding, self.model)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
-        running = config.max_running_requests or MAX_RUNNING_REQUESTS
         self.cache = make_kv_cache(
             config,
             self.model.attention,
@@ -133,6 +135,8 @@ class Worker:
         self.logits_room = torch.empty(0, self.model.vocab_size)
         self.unsettled: list[Pending] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
+        if kernels is not None:
+            kernels.result()
         self.fused = self.make_fused(config, backend)
         self.sample = sampler.sample if self.fused is None else self.fused.sampler.sample
         self.masks = masks.Masks(self.model.vocab_size)

@@ -39,7 +39,9 @@ class FusedLayer:
         self.activation = ACTIVATIONS[spec.activation]
         self.products = products
         self.ops = products.ops
-        self.fuses_attention = whole_heads and layer.before_attention is not None
+        # A norm per head would need the whole head in one program: too few programs to read the weights at full speed.
+        plain_heads = whole_heads and layer.attention.query_norm is None
+        self.fuses_attention = plain_heads and layer.before_attention is not None
         self.fuses_mlp = layer.moe is None and layer.before_mlp is not None and layer.after_mlp is None
         for linear in (layer.attention.qkv, layer.attention.output):
             products.reserve(linear)
@@ -72,16 +74,15 @@ class FusedLayer:
         """Rotated queries (tokens, heads, dim); keys and values are in the pool afterwards."""
         attention, pools = self.layer.attention, context.pools(self.facts.layer)
         q = x.new_empty(len(x), self.facts.heads, self.facts.head_dim)
-        norms = (norm and norm.weight for norm in (attention.query_norm, attention.key_norm))
-        rest = (*norms, *rotation, context.places, *pools, q)
+        rest = (*rotation, context.places, *pools, q)
         qkv = attention.qkv
         if in_one:
             norm = self.layer.before_attention.weight
             self.ops.norm_qkv_rope_kv(x, norm, self.epsilon, self.plus_one, qkv.weight, qkv.bias, *rest)
         else:
             projected = self.products(self.normed(x, self.layer.before_attention), qkv)
-            query_norm, key_norm, *rest = rest
-            self.ops.rope_kv(projected, query_norm, key_norm, self.epsilon, self.plus_one, *rest)
+            norms = (norm and norm.weight for norm in (attention.query_norm, attention.key_norm))
+            self.ops.rope_kv(projected, *norms, self.epsilon, self.plus_one, *rest)
         return q
 
     def add_mlp_of_few(self, residual: torch.Tensor, mlp: Mlp) -> None:

@@ -133,5 +133,7 @@ SERVED = [
         {"heads": 14, "kv_heads": 2, "dim": 64, "queries": [200, 1], "lengths": [200, 900]},
         {"heads": 32, "kv_heads": 8, "dim": 128, "queries": [200, 8], "lengths": [600, 900]},
         {"heads": 32, "kv_heads": 8, "dim": 128, "queries": [300], "lengths": [600], "window": 256, "sinks": True},
+        {"heads": 8, "kv_heads": 4, "dim": 256, "queries": [200], "lengths": [600], "window": 512, "softcap": 50.0},
+        {"heads": 4, "kv_heads": 1, "dim": 256, "queries": [200], "lengths": [600]},
     ),
 ]

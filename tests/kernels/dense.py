@@ -80,13 +80,11 @@ def split_sums(make: Maker, tokens: int, size: int, kinds: int) -> Arguments:
     }
 
 
-def rotated(make: Maker, tokens: int, heads: int, kv_heads: int, dim: int, rotary_dim: int, norms: bool) -> Arguments:
-    """What follows the projection to queries, keys and values, in the order of the arguments."""
+def rotated(make: Maker, tokens: int, heads: int, kv_heads: int, dim: int, rotary_dim: int) -> Arguments:
+    """What follows the projection to queries, keys and values and their norms, in the order of the arguments."""
     cos, sin = make.normal(tokens, 1, rotary_dim // 2), make.normal(tokens, 1, rotary_dim // 2)
     pool_tokens = 3 * tokens + 2
     return {
-        "query_norm": make.near_one(dim) if norms else None,
-        "key_norm": make.near_one(dim) if norms else None,
         "cos": torch.cat((cos, cos), 2),
         "sin": torch.cat((-sin, sin), 2),
         "slots": make.given(list(range(1, 3 * tokens, 3))[::-1], dtype=torch.int64),
@@ -106,7 +104,6 @@ def norm_qkv_rope_kv(
     norm: bool = True,
     plus_one: bool = False,
     bias: bool = False,
-    head_norms: bool = False,
 ) -> Arguments:
     rows = (heads + 2 * kv_heads) * dim
     return {
@@ -116,7 +113,7 @@ def norm_qkv_rope_kv(
         "plus_one": plus_one,
         "weight": make.weight(rows, hidden),
         "bias": make.normal(rows) if bias else None,
-        **rotated(make, tokens, heads, kv_heads, dim, dim, head_norms),
+        **rotated(make, tokens, heads, kv_heads, dim, dim),
     }
 
 
@@ -134,7 +131,9 @@ def rope_kv(
         "qkv": make.normal(tokens, (heads + 2 * kv_heads) * dim),
         "epsilon": EPSILON,
         "plus_one": plus_one,
-        **rotated(make, tokens, heads, kv_heads, dim, rotary_dim or dim, head_norms),
+        "query_norm": make.near_one(dim) if head_norms else None,
+        "key_norm": make.near_one(dim) if head_norms else None,
+        **rotated(make, tokens, heads, kv_heads, dim, rotary_dim or dim),
     }
 
 
@@ -183,7 +182,7 @@ SMALL = [
         norm_qkv_rope_kv,
         ("q", "k_pool", "v_pool"),
         {"tokens": 1, "hidden": 48, "heads": 4, "kv_heads": 2, "dim": 24, "bias": True},
-        {"tokens": 3, "hidden": 80, "heads": 2, "kv_heads": 1, "dim": 32, "head_norms": True, "plus_one": True},
+        {"tokens": 3, "hidden": 80, "heads": 2, "kv_heads": 1, "dim": 32, "plus_one": True},
         {"tokens": 2, "hidden": 48, "heads": 2, "kv_heads": 1, "dim": 16, "norm": False},
     ),
     *cases(
@@ -235,7 +234,7 @@ SERVED = [
         ("q", "k_pool", "v_pool"),
         {"tokens": 1, "hidden": 896, "heads": 14, "kv_heads": 2, "dim": 64, "bias": True},
         {"tokens": 1, "hidden": 4096, "heads": 32, "kv_heads": 8, "dim": 128},
-        {"tokens": 1, "hidden": 1024, "heads": 16, "kv_heads": 8, "dim": 128, "head_norms": True},
+        {"tokens": 2, "hidden": 2048, "heads": 32, "kv_heads": 8, "dim": 64},
         {"tokens": 4, "hidden": 4096, "heads": 32, "kv_heads": 8, "dim": 128},
     ),
     *cases(

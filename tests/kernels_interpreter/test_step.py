@@ -67,7 +67,7 @@ class Engine:
         )  # fmt: skip
         for layer, (keys, values) in zip(model.layers, self.pools, strict=True):
             ops.norm_qkv_rope_kv(
-                x, layer.attention_norm, EPSILON, False, layer.qkv, None, None, None,
+                x, layer.attention_norm, EPSILON, False, layer.qkv, None,
                 cos, sin, kv_slots, keys, values, q,
             )  # fmt: skip
             ops.paged_decode(

@@ -6,6 +6,7 @@ The wrappers run as they do on a GPU, on tensors of the "meta" device, so what i
 import re
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,6 +41,8 @@ class Recorder:
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         self.loaded.append((name, cubin, shared))
         return 0, 0, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module: int) -> None: ...
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED_BYTES}
@@ -76,7 +79,9 @@ class CompileOnly:
         return GPUTarget("cuda", 90, 32)
 
 
+@cache
 def use_compiler_only() -> Recorder:
+    """Put the stand-in in the driver's place: one for the whole process."""
     stand_in = CompileOnly()
     driver.set_active(stand_in)  # type: ignore[arg-type]
     return stand_in.utils

@@ -1,6 +1,7 @@
-"""Kernels are compiled before anything is measured: one layer of each model, in as many processes as there are sizes.
+"""Kernels are compiled before anything is measured: one layer of each model, each in a process of its own.
 
-What is compiled is kept on disk, where the sections that follow find it.
+A start compiles in threads already (scheduler_service/compile_ahead.py); requests compile what it left out. All is kept
+on disk, where the sections that follow find it.
 """
 
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.shapes import REHEARSAL, SHAPES
 
-RUNNING = (4, 256)  # requests at once: the first compiles the kernels of a few rows alone
+RUNNING = 256  # requests at once
 
 
 def run(setting: Setting) -> None:
@@ -20,25 +21,24 @@ def run(setting: Setting) -> None:
     begun = time.perf_counter()
     kind = "rehearsal" if setting.rehearsal else "real"
     command = [sys.executable, "-m", "deploy.benchmarks.gpu.compiling", setting.device.type, kind]
-    running = RUNNING[: setting.size(2, 1)]
-    processes = {(name, rows): subprocess.Popen([*command, name, str(rows)]) for name in names for rows in running}
+    processes = {name: subprocess.Popen([*command, name]) for name in names}
     faults = []
-    for (name, rows), process in processes.items():
+    for name, process in processes.items():
         code = process.wait()
         taken = time.perf_counter() - begun
-        setting.report.put(**{f"{name}, {rows} requests": f"ended with {code} after {taken:.1f} s at most"})
-        faults += [f"{name} with {rows} requests: ended with {code}"] if code else []
+        setting.report.put(**{name: f"ended with {code} after {taken:.1f} s at most"})
+        faults += [f"{name}: ended with {code}"] if code else []
     setting.report.figure("all kernels of all models compiled", time.perf_counter() - begun, "s")
     if faults:
         raise SystemExit("; ".join(faults))
 
 
-def compile_one(device: str, kind: str, name: str, running: int) -> None:
+def compile_one(device: str, kind: str, name: str) -> None:
     """Serve a few requests with one layer of a model."""
     from deploy.benchmarks.gpu.engine import Engine
 
     shape = {**(REHEARSAL if kind == "rehearsal" else SHAPES)[name], "num_hidden_layers": 1}
-    engine = Engine(shape, torch.device(device), 4096, running, 65536)
+    engine = Engine(shape, torch.device(device), 4096, RUNNING, 65536)
     for temperature in (0.0, 0.6):
         for length in (3, 32, 200):
             engine.add(engine.prompt(length), 3, temperature)
@@ -46,4 +46,4 @@ def compile_one(device: str, kind: str, name: str, running: int) -> None:
 
 
 if __name__ == "__main__":
-    compile_one(*sys.argv[1:4], int(sys.argv[4]))
+    compile_one(*sys.argv[1:4])

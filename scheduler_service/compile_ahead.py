@@ -1,0 +1,151 @@
+"""Compiles the kernels of a model while its weights are read, many kernels at once.
+
+Its first steps are computed on the "meta" device: tensors there have shapes, types and alignments, but no memory, so
+the same code asks for the same kernels and nothing runs.
+"""
+
+import logging
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from kernels.configs import DEPENDENT_LAUNCHES, EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
+from kernels.ops import Backend
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.messages import Request
+from runtime.model_info import ModelInfo
+from runtime.sampling import SamplingParams
+from scheduler_service.core.plan import Plan, Slice
+from scheduler_service.core.request import Sequence
+from scheduler_service.device_state import SlotTokens
+from scheduler_service.fused_steps import FusedSteps, build_steps
+from scheduler_service.inputs import make_inputs, to_device
+from scheduler_service.kv_cache import DEFAULT_PAGE_SIZE, KVCache
+from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.dtype import resolve_dtype
+from scheduler_service.model.fused import can_fuse
+from scheduler_service.model.layout import decoder_layout
+from scheduler_service.model.registry import decoder_spec
+from scheduler_service.model.spec import DecoderSpec, NotNative
+from scheduler_service.model.weights import Weights
+from scheduler_service.sampler import make_row
+
+log = logging.getLogger(__name__)
+
+META = torch.device("meta")
+MOST_THREADS = 16
+UNCOMPILED = "A kernel cannot be compiled for this GPU ({}); --attention-backend torch_native does without"
+SOME_PAGES = 64  # how many there are decides no kernel
+ROWS = (1, 2, FEW_ROWS, 16, 32, SKINNY_ROWS, SKINNY_ROWS + 1)  # the most that each kernel of products takes
+
+
+def start_compiling(
+    config: ServerConfig, info: ModelInfo, device: torch.device, slots: int, backend: Backend | None = None
+) -> "Future[None] | None":
+    """Compile beside the caller what the model's first steps launch; None where no kernels of ours are needed.
+
+    `slots`: requests at once. The result raises StartupError for a kernel that cannot be compiled.
+    """
+    plain = backend == "torch" or config.attention_backend == "torch_native"
+    if device.type != "cuda" or info.embedding is not None or plain:
+        return None
+    from kernels.triton_compile import COMPILES_AHEAD  # triton is not there on every machine
+
+    if not COMPILES_AHEAD:
+        log.info("This Triton compiles kernels one after the other, when they are needed.")
+        return None
+    beside = ThreadPoolExecutor(1, "compile-ahead")
+    compiled = beside.submit(compile_first_steps, config, info, resolve_dtype(config.dtype, info.config, device), slots)
+    beside.shutdown(wait=False)
+    return compiled
+
+
+def compile_first_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots: int) -> None:
+    """Compile what a model's first steps launch, if it runs on fused operations. Raises StartupError."""
+    from kernels.triton_compile import CompileError
+
+    steps = blank_steps(config, info, dtype, slots)
+    if steps is None:
+        return
+    try:
+        compile_ahead(steps)
+    except CompileError as error:
+        raise StartupError(UNCOMPILED.format(error)) from error
+
+
+def compile_ahead(steps: FusedSteps) -> None:
+    """Compile what the first steps launch; `steps` are on the meta device. Raises CompileError."""
+    from kernels.triton_compile import compiling
+
+    begun = time.monotonic()
+    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    with torch.inference_mode(), compiling(threads) as compilers:
+        first_steps(steps)
+    log.info("Compiled %d kernels with %d threads in %.2f s", compilers.kernels, threads, time.monotonic() - begun)
+
+
+def blank_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots: int) -> FusedSteps | None:
+    """Steps without memory of the model that `info` describes, where it runs on fused operations."""
+    try:
+        spec = one_of_each_layer(decoder_spec(info))
+    except NotNative:
+        return None
+    model = Decoder(spec, Weights(decoder_layout(spec), dtype, META))
+    if not can_fuse(model):
+        return None
+    cache = KVCache(model.attention, SOME_PAGES, config.page_size or DEFAULT_PAGE_SIZE, dtype, META)
+    return build_steps(config, model, cache, SlotTokens(slots, META), info.context_length, "triton", DEPENDENT_LAUNCHES)
+
+
+def one_of_each_layer(spec: DecoderSpec) -> DecoderSpec:
+    return replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
+
+
+def first_steps(steps: FusedSteps) -> None:
+    """Decode steps and prompts of each kind of size, and the draws that follow them."""
+    graphs = steps.graphs
+    for tokens in sizes(steps):
+        if graphs is not None and graphs.covers(tokens):
+            steps.compute(graphs.key(tokens, 1))
+        draw(steps, compute_prompt(steps, tokens)[: steps.tokens.null_slot])
+    if graphs is not None:
+        steps.compute(graphs.key(graphs.rows[-1], 1))
+
+
+def sizes(steps: FusedSteps) -> Iterator[int]:
+    """Numbers of tokens, one of each way to compute them. In a mixture, more pairs go in larger blocks."""
+    yield from ROWS
+    for moe in {layer.moe for layer in steps.model.spec.layers if layer.moe}:
+        for block in EXPERT_BLOCKS:
+            most = block * moe.experts // moe.top_k
+            yield from (most - 1, most)  # in whole vectors of pairs or not
+
+
+def compute_prompt(steps: FusedSteps, tokens: int) -> torch.Tensor:
+    """Hidden states (tokens, hidden) of a prompt."""
+    sequence = blank_sequence(tokens)
+    size = steps.cache.page_size
+    sequence.pages = [0] * -(-tokens // size)
+    plan = Plan([Slice(sequence, 0, tokens, samples=True)])
+    inputs = make_inputs(plan, [[(0, len(sequence.pages))]], [0], size)
+    to_device(inputs, META)
+    return steps.forward(plan, inputs)
+
+
+def draw(steps: FusedSteps, hidden: torch.Tensor) -> None:
+    """Tokens from hidden states (rows, hidden), for requests with wishes, with grammars and without."""
+    logits = steps.model.logits(hidden)
+    rows = [make_row(blank_sequence(1), [])] * len(hidden)
+    masks = torch.empty(len(rows), -(-logits.shape[1] // 32), dtype=torch.int32, device=META)
+    for allowed in (None, masks):
+        steps.sampler.sample(logits, rows, [1] * len(rows), allowed)
+
+
+def blank_sequence(tokens: int) -> Sequence:
+    return Sequence(Request(rid="", params=SamplingParams()), array("i", [0]) * tokens, tokens, slot=0)

@@ -1,0 +1,148 @@
+"""What a start compiles ahead, against what its steps then launch; and kernels that cannot be compiled."""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from triton import knobs
+
+from deploy.benchmarks.gpu.engine import model_info
+from deploy.benchmarks.gpu.shapes import REHEARSAL, SHAPES
+from kernels import triton_compile
+from kernels.ops import TRITON
+from kernels.triton_compile import CompileError, Kernel, compiling, kernel
+from runtime.config import ServerConfig
+from runtime.messages import Request
+from runtime.sampling import SamplingParams
+from scheduler_service.compile_ahead import META, start_compiling
+from scheduler_service.core.plan import Plan, Slice
+from scheduler_service.core.request import Sequence
+from scheduler_service.device_state import SlotTokens
+from scheduler_service.fused_steps import FusedSteps, make_fused_steps
+from scheduler_service.inputs import make_inputs, to_device
+from scheduler_service.kv_cache import KVCache
+from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.layout import decoder_layout
+from scheduler_service.model.registry import decoder_spec
+from scheduler_service.model.weights import Weights
+from scheduler_service.sampler import make_row
+from tests.kernels_sm90.compiler import use_compiler_only
+
+RECORDER = use_compiler_only()
+CONTEXT, SLOTS, PAGE = 4096, 96, 16
+TINY = {"torch_dtype": "bfloat16", "max_position_embeddings": CONTEXT}
+MODELS = {
+    "tiny with head norms": {**REHEARSAL["qwen3-0.6b"], **TINY},
+    "tiny with experts": {**REHEARSAL["qwen1.5-moe-a2.7b"], **TINY},
+    "half a billion": {**SHAPES["qwen2.5-0.5b"], "num_hidden_layers": 2},
+}
+# decode rows, and the lengths of the prompts beside them
+STEPS = [(1, []), (3, []), (7, []), (70, []), (0, [1]), (0, [21]), (3, [5, 40]), (5, [300]), (90, [9])]
+CONFIG = ServerConfig(cuda_graph_max_prefill_tokens=64)
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Kernels by name, as they are compiled with empty caches."""
+    for module in map(import_module, TRITON):
+        for value in vars(module).values():
+            if isinstance(value, Kernel):
+                value.device_caches.clear()
+    counts: Counter[str] = Counter()
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: counts.update([fn.name]))
+    yield counts
+    RECORDER.loaded.clear()
+
+
+def whole_steps(config: dict[str, Any]) -> FusedSteps:
+    """Steps of all layers with the first graphs recorded, on another number of pages, as a server makes them."""
+    spec = decoder_spec(model_info(config, CONTEXT))
+    model = Decoder(spec, Weights(decoder_layout(spec), torch.bfloat16, META))
+    cache = KVCache(model.attention, 1000, PAGE, torch.bfloat16, META)
+    return make_fused_steps(CONFIG, model, cache, SlotTokens(SLOTS, META), CONTEXT, "triton")
+
+
+def sequence(slot: int, tokens: int) -> Sequence:
+    request = Request(rid=str(slot), params=SamplingParams(top_k=5))
+    pages = list(range(1, 2 - -tokens // PAGE))
+    return Sequence(request, array("i", [1]) * (tokens + 1), tokens, slot=slot, pages=pages)
+
+
+def step(steps: FusedSteps, rows: int, prompts: list[int]) -> None:
+    """Decode rows at different positions beside prompts, then a draw of one token for each."""
+    slices = [Slice(one, 19 + i, 20 + i, True) for i, one in enumerate(sequence(i, 20 + i) for i in range(rows))]
+    slices += [Slice(sequence(rows + i, tokens), 0, tokens, True) for i, tokens in enumerate(prompts)]
+    plan = Plan(slices, decodes=rows)
+    samplers = [make_row(share.sequence, []) for share in slices]
+    if steps.decodes(plan):
+        logits = steps.decode(plan, samplers, drawn=False).logits
+    else:
+        inputs = make_inputs(plan, [[(1, len(s.sequence.pages))] for s in slices], [0] * len(slices), PAGE)
+        to_device(inputs, META)
+        last = torch.tensor(inputs.offsets[1:], device=META)
+        logits = steps.model.logits(steps.forward(plan, inputs)[last])
+    masks = torch.empty(len(samplers), -(-logits.shape[1] // 32), dtype=torch.int32, device=META)
+    for allowed in (None, masks):
+        steps.sampler.sample(logits, samplers, [1] * len(samplers), allowed)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_steps_find_every_kernel_compiled(name: str, compiled: Counter[str]) -> None:
+    kernels = start_compiling(CONFIG, model_info(MODELS[name], CONTEXT), torch.device("cuda"), SLOTS)
+    assert kernels is not None
+    kernels.result()
+    assert compiled.total() == len(RECORDER.loaded) > 30
+    compiled.clear()
+    steps = whole_steps(MODELS[name])
+    for rows, prompts in STEPS:
+        step(steps, rows, prompts)
+    while steps.rest():
+        pass
+    assert not compiled
+
+
+@kernel
+def _right(x_ptr):
+    tl.store(x_ptr, 1.0)
+
+
+@kernel
+def _wrong(x_ptr):
+    tl.static_assert(False, "not like this")
+
+
+def test_a_kernel_that_cannot_be_compiled_is_named_and_others_are_compiled(compiled: Counter[str]) -> None:
+    x = torch.empty(1, device=META)
+    with pytest.raises(CompileError, match=r"^_wrong: (.|\n)*not like this"), compiling(2):
+        _wrong[(1,)](x)
+        _right[(1,)](x)
+    assert compiled.total() == 1
+    _right[(1,)](x)
+    assert compiled.total() == 1
+
+
+def test_a_step_that_raises_leaves_nothing_behind(compiled: Counter[str]) -> None:
+    with pytest.raises(ZeroDivisionError), compiling(2):
+        raise ZeroDivisionError
+    with compiling(2) as compilers:
+        _right[(1,)](torch.empty(1, device=META, dtype=torch.float64))
+    assert compilers.kernels == 1
+
+
+def test_what_needs_no_kernels_is_not_compiled(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    info, gpu = model_info(MODELS["half a billion"], CONTEXT), torch.device("cuda")
+    assert start_compiling(CONFIG, info, torch.device("cpu"), SLOTS) is None
+    assert start_compiling(CONFIG, info, gpu, SLOTS, "torch") is None
+    assert start_compiling(ServerConfig(attention_backend="torch_native"), info, gpu, SLOTS) is None
+    monkeypatch.setattr(triton_compile, "COMPILES_AHEAD", False)
+    with caplog.at_level("INFO"):
+        assert start_compiling(CONFIG, info, gpu, SLOTS) is None
+    assert "one after the other" in caplog.text
