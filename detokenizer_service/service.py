@@ -103,7 +103,7 @@ class Detokenizer:
             return [last]
         waits = stream.request.return_routed_experts
         self._stopped[tokens.rid] = Stopped(made - surplus, made, last if waits else None)
-        abort = Abort(rid=tokens.rid, exact=True)
+        abort = Abort(rid=tokens.rid, exact=True, attempt=tokens.attempt)
         return [abort] if waits else [last, abort]
 
     def _without_stream(self, tokens: Tokens) -> list[Message]:

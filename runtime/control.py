@@ -39,6 +39,7 @@ class Abort(ControlCommand, tag="abort_request", kw_only=True):
     abort_all: bool = False
     prefix: bool = False
     exact: bool = False  # this rid and not those made from it
+    attempt: int | None = None  # the last one meant: where a process died meanwhile, a later one goes on
     abort_message: str = ""
 
 

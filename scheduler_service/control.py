@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.control import Abort, ControlCommand, FlushCache, Probe
 from runtime.errors import CommandRefused
-from runtime.messages import Message, Reply
+from runtime.messages import Message, Reply, Request
 from scheduler_service import control_experts, control_groups, control_memory, control_pause, control_weights
 
 if TYPE_CHECKING:
@@ -96,8 +96,13 @@ def refused(command: ControlCommand, refusal: CommandRefused) -> Reply:
 
 def abort(scheduler: "Scheduler", command: Abort) -> list[Message]:
     """End what the command names; there is no reply, the requests' own last messages tell."""
-    rids = matching(command, scheduler.rids)
+    rids = matching(command, [request.rid for request in scheduler.requests if meant(command, request)])
     return [message for rid in rids for message in scheduler.abort(rid, command.abort_message)]
+
+
+def meant(command: Abort, request: Request) -> bool:
+    """Whether this attempt is one that the command knows of."""
+    return command.attempt is None or request.attempt <= command.attempt
 
 
 def matching(command: Abort, live: Iterable[str]) -> list[str]:

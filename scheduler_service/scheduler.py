@@ -230,10 +230,6 @@ class Scheduler:
         """All that have not ended."""
         return [*self.waiting_room.requests, *(sequence.request for sequence in self.planner.live.values())]
 
-    @property
-    def rids(self) -> list[str]:
-        return [request.rid for request in self.requests]
-
     def abort(self, rid: str, reason: str = "") -> list[Message]:
         """End one request wherever it is; unknown ones are left alone."""
         updates = self.messages(self.planner.abort(rid, reason))

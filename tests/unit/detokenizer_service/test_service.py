@@ -91,7 +91,7 @@ def test_a_stop_string_ends_the_request_and_tells_the_scheduler(detokenizer: Det
     assert texts(out) == "one"
     last, abort = out[-2:]
     assert last.tokens.finish == Finish(reason="stop", matched=" two")
-    assert abort == Abort(rid="r", exact=True)
+    assert abort == Abort(rid="r", exact=True, attempt=0)
 
 
 def test_what_follows_a_stop_is_dropped_and_counted(detokenizer: Detokenizer) -> None:
@@ -219,7 +219,7 @@ def test_routed_experts_come_with_the_end_though_the_text_stopped_before(detoken
     kept, made, prompt = len(ids) - len(ids_of(" y")), len(ids), 3
     of = Request(rid="r", params=SamplingParams(stop="STOP"), return_routed_experts=True)
     out = detokenizer.step([Tokens(rid="r", request=of, ids=pack_ids(ids), prompt_tokens=prompt)])
-    assert out == [Abort(rid="r", exact=True)]
+    assert out == [Abort(rid="r", exact=True, attempt=0)]
     one_more = Tokens(rid="r", ids=pack_ids([5]), prompt_tokens=prompt)
     experts = pack_ids(range(2 * (prompt + made + 1 - 1)))
     end = Tokens(rid="r", routed_experts=experts, finish=Finish(reason="abort"), prompt_tokens=prompt)

@@ -58,6 +58,14 @@ def test_an_abort_means_what_it_names(command: Abort, expected: list[str]) -> No
     assert matching(command, LIVE) == expected
 
 
+def test_a_stop_found_in_an_earlier_attempt_does_not_end_a_later_one() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("later", PROMPT, 5, attempt=2), tokenized("same", PROMPT, 5, attempt=1))
+    rig.inbox.put(*(Abort(rid=rid, exact=True, attempt=1) for rid in ("later", "same")))
+    rig.run()
+    assert finishes(rig, "later", "same") == ["length", "abort"]
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_abort_ends_running_and_waiting_requests_without_a_reply(depth: int) -> None:
     rig = Rig(depth, max_running=1)
