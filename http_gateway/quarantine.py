@@ -76,7 +76,8 @@ class Quarantine:
             self._running = []
             return []
         before, self._running = self._running, list(self.alone)
-        return [entry for entry in before if entry in there and entry.in_ring and entry not in self.alone]
+        waiting = there.difference(self.alone)
+        return [entry for entry in before if entry in waiting and entry.in_ring and not entry.unwanted]
 
     def condemn(self, generate: Generate, now: float) -> None:
         """Accept nothing like it for a while."""

@@ -519,3 +519,20 @@ async def test_a_suspect_that_nobody_wants_any_more_ends_and_is_not_sent_again()
             await ring.restart("scheduler")
             assert ring.rids == ["other"]
             assert ring.aborts == []
+
+
+@asynchronous
+async def test_a_suspect_that_nobody_wants_any_more_ends_though_it_proves_itself_meanwhile() -> None:
+    async with connected() as ring:
+        with ring.open("next"):
+            with ring.open("left"):
+                ring.transport.push(step("next", [5], "x"))
+                await ring.settle()
+                await ring.restart("scheduler")
+                await ring.restart("scheduler")
+                assert ring.rids == ["left"]
+            proof = step("left", range(PROOF_TOKENS), "x", attempt=2)
+            ring.transport.push(proof, step("left", attempt=2, finish=Finish(reason="abort")))
+            await ring.settle()
+            assert ring.rids == ["left", "next"]
+            assert ring.client.unfinished == 1
