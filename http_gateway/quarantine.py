@@ -46,7 +46,13 @@ class Quarantine:
         if not (self.alone and role == self._role):
             fresh = [entry for entry in suspects if not entry.delivered]
             older = [entry for entry in suspects if entry.delivered]
-            self._groups.extend((role, group) for group in [*grouped(fresh), *grouped(older)])
+            groups = [(role, group) for group in [*grouped(fresh), *grouped(older)]]
+            if groups and self.alone:  # who runs alone ends another service as well, and would for ever
+                groups.append((self._role, self.alone))
+                self._groups.extendleft(reversed(groups))
+                self.alone = []
+            else:
+                self._groups.extend(groups)
             return None
         self.alone, self._running = [], []
         if len(present) == 1:

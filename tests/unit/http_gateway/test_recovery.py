@@ -536,3 +536,15 @@ async def test_a_suspect_that_nobody_wants_any_more_ends_though_it_proves_itself
             await ring.settle()
             assert ring.rids == ["left", "next"]
             assert ring.client.unfinished == 1
+
+
+@asynchronous
+async def test_a_suspect_of_one_service_that_ends_another_is_found() -> None:
+    async with connected() as ring:
+        with ring.open("bad", "good") as flight:
+            for role in ["scheduler", "scheduler", *["detokenizer"] * 3]:
+                await ring.restart(role)
+            [(index, text)] = await flight.next()
+            assert index == 0 and text.tokens.finish is not None
+            assert text.tokens.finish.message == GUILTY.format(role="detokenizer")
+            assert ring.rids == ["good"]
