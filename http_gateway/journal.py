@@ -54,12 +54,12 @@ class Pending:
     def rid(self) -> str:
         return self.generate.request.rid
 
-    def message(self) -> Generate:
-        """The request as it is to be sent now."""
-        if not self.attempt:
+    def message(self, epoch: int) -> Generate:
+        """The request as it is to be sent now, to the scheduler of this epoch."""
+        if not self.attempt:  # nothing was ever started again
             return self.generate
         request = msgspec.structs.replace(
-            self.request, attempt=self.attempt, again=self.again, resume_ids=bytes(self.delivered)
+            self.request, attempt=self.attempt, epoch=epoch, again=self.again, resume_ids=bytes(self.delivered)
         )
         return msgspec.structs.replace(self.generate, request=request)
 

@@ -106,7 +106,7 @@ class RingClient:
             parent = parents[index] if parents else ""
             entries.append(Pending(generate, parent, flight, index, next(self._serials), now, self._attempt))
         if not self._quarantine.alone:
-            self._send([entry.message() for entry in entries])
+            self._send([entry.message(self._commands.epoch) for entry in entries])
             for entry in entries:
                 entry.in_ring = True
         self._pending.update((entry.rid, entry) for entry in entries)
@@ -257,7 +257,7 @@ class RingClient:
                 self._outbox.send([item.command])
                 continue
             try:
-                self._send([item.message()])
+                self._send([item.message(self._commands.epoch)])
             except RequestError as error:  # with its output it has become too large
                 self._end(item, Finish.failed(error))
                 continue
@@ -339,7 +339,9 @@ class RingClient:
     def _on_facts(self, facts: Facts, now: float) -> None:
         if not self._facts.done():
             self._facts.set_result(facts)
-        elif facts.epoch != self._facts.result().epoch:
+            self._commands.epoch = facts.epoch
+        elif facts.epoch > self._commands.epoch:  # the words of one that has died may come behind its successor's
+            self._commands.epoch = facts.epoch
             self._facts = asyncio.get_running_loop().create_future()
             self._facts.set_result(facts)
             self.on_facts(facts)

@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import Abort, ControlCommand, FlushCache, Probe
-from runtime.errors import CommandRefused
+from runtime.control import COMMAND_LOST, Abort, ControlCommand, FlushCache, Probe
+from runtime.errors import CommandRefused, Kind
 from runtime.messages import Message, Reply, Request
 from scheduler_service import control_experts, control_groups, control_memory, control_pause, control_weights
 
@@ -52,6 +52,8 @@ class Control:
         """
         if command.id and (answer := self._answered.get(command.id)):
             return [answer]
+        if command.epoch not in (None, scheduler.epoch):  # it was meant for the scheduler before
+            return [refused(command, CommandRefused(COMMAND_LOST, Kind.UNAVAILABLE.status))]
         if command.id and any(command.id == known.id for known, _ in self._waiting):
             return []
         try:

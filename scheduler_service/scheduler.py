@@ -122,6 +122,11 @@ class Scheduler:
         return self.clock()
 
     @property
+    def epoch(self) -> int:
+        """Which incarnation of the scheduler this is."""
+        return self.facts.epoch if self.facts else 0
+
+    @property
     def idle(self) -> bool:
         """Nothing to compute and nothing outstanding: only a message can change that."""
         return not (self.planner.busy or self.in_flight)
@@ -200,6 +205,9 @@ class Scheduler:
         """Queue a request; one with a grammar waits until that is compiled."""
         if message.request.attempt < self.least_attempt:
             log.info("dropped request %s of a gateway that has ended", message.request.rid)
+            return []
+        if message.request.epoch < self.epoch:
+            log.info("dropped request %s, sent to the scheduler before: it comes again", message.request.rid)
             return []
         try:
             if message.request.params.grammar is None:

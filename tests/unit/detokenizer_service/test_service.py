@@ -251,11 +251,29 @@ def test_a_new_scheduler_forgets_what_ran_before(detokenizer: Detokenizer) -> No
     assert detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))]) == []
 
 
+def sent_to(epoch: int) -> Request:
+    asked = request()
+    asked.epoch = epoch
+    return asked
+
+
+def test_what_a_dead_scheduler_said_opens_no_stream_behind_its_successors_first_word(detokenizer: Detokenizer) -> None:
+    late = Tokens(rid="late", request=sent_to(1), ids=pack_ids(ids_of("a")))
+    assert detokenizer.step([facts(2), late]) == [facts(2)]
+    [probe] = detokenizer.step([Probe()])
+    assert probe.counters["detokenizer"]["running"] == 0
+
+
+def test_the_words_of_a_dead_scheduler_end_nothing_of_its_successor(detokenizer: Detokenizer) -> None:
+    detokenizer.step([facts(2), Tokens(rid="r", request=sent_to(2), ids=pack_ids(ids_of("a"))), facts(1)])
+    assert texts(detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))])) == "b"
+
+
 @pytest.mark.parametrize("said_before", [True, False])  # this detokenizer may be newer than the scheduler
 def test_a_scheduler_that_says_its_facts_again_is_the_same(detokenizer: Detokenizer, said_before: bool) -> None:
     if said_before:
         detokenizer.step([facts(3)])
-    detokenizer.step([Tokens(rid="r", request=request(), ids=pack_ids(ids_of("a"))), facts(3)])
+    detokenizer.step([Tokens(rid="r", request=sent_to(3), ids=pack_ids(ids_of("a"))), facts(3)])
     assert texts(detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))])) == "b"
 
 

@@ -6,12 +6,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from http_gateway.commands import COMMAND_LOST
 from http_gateway.flight import Flight
 from http_gateway.metrics import Metrics
 from http_gateway.quarantine import GUILTY, PROOF_TOKENS
 from http_gateway.ring_client import CONDEMNED, RingClient
-from runtime.control import Abort, ControlCommand, FlushCache, PauseGeneration, Tokenize, UpdateWeightVersion
+from runtime.control import COMMAND_LOST, Abort, ControlCommand, FlushCache, PauseGeneration, Tokenize, UpdateWeightVersion
 from runtime.errors import Kind, RequestError
 from runtime.messages import Facts, Finish, Generate, Reply, Request, Restarted, pack_ids
 from runtime.sampling import SamplingParams
@@ -110,6 +109,33 @@ async def test_facts_of_the_same_scheduler_are_no_restart() -> None:
             ring.transport.push(facts())
             await ring.settle()
             assert ring.sent == []
+
+
+@asynchronous
+async def test_the_facts_of_a_dead_scheduler_behind_its_successors_are_no_restart() -> None:
+    async with connected() as ring:
+        with ring.open("a"):
+            ring.epoch = 1
+            await ring.restart("scheduler")
+            ring.transport.sent.clear()
+            ring.transport.push(facts(1), facts(2))
+            await ring.settle()
+            assert ring.sent == []
+
+
+@asynchronous
+async def test_requests_and_commands_name_the_scheduler_that_they_are_sent_to() -> None:
+    async with connected() as ring:
+        ring.transport.answers_commands = False
+        await ring.restart("scheduler")
+        tasks = [asyncio.create_task(ring.client.command(c, 5)) for c in (FlushCache(), Tokenize())]
+        with ring.open("a"):
+            await ring.settle()
+            [generate] = [message for message in ring.transport.sent if isinstance(message, Generate)]
+            [flush, tokenize] = [message for message in ring.transport.sent if isinstance(message, ControlCommand)]
+            assert (generate.request.epoch, flush.epoch, tokenize.epoch) == (1, 1, None)
+        for task in tasks:
+            task.cancel()
 
 
 @asynchronous
