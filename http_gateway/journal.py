@@ -39,6 +39,7 @@ class Pending:
     again: bool = False  # this is not its first attempt
     in_ring: bool = False  # the attempt was sent, as far as can be known
     heard: bool = False  # and something has come back
+    known: bool = False  # the scheduler may have an attempt of it, this one or an earlier one
     unwanted: Abort | None = None  # how somebody asked for its end
     delivered: bytearray = field(default_factory=bytearray)  # output ids handed to the endpoint, int32
     last_heard_at: float = 0.0  # 0: nothing yet

@@ -75,6 +75,7 @@ class RingClient:
         self._least_attempt = self._attempt = least_attempt  # grows with every restart of a ring process
         self._serials = itertools.count(1)  # of requests, commands and relayed aborts
         self._quarantine = Quarantine()
+        self._clearing = "none"  # id of the probe behind which the ring is clear for suspects
         self._relayed: deque[tuple[int, Abort]] = deque(maxlen=RELAYED_ABORTS)
         self._commands = Commands(self._send, self._serials)
         self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
@@ -108,7 +109,7 @@ class RingClient:
         if not self._quarantine.alone:
             self._send([entry.message(self._commands.epoch) for entry in entries])
             for entry in entries:
-                entry.in_ring = True
+                entry.in_ring = entry.known = True
         self._pending.update((entry.rid, entry) for entry in entries)
         self._idle.clear()
         return flight
@@ -212,6 +213,7 @@ class RingClient:
         guilty = self._quarantine.died(role, lost)
         for entry in lost:
             entry.withdraw(self._attempt)
+            entry.known = entry.known and role != "scheduler"
         self._recover_aborts(role, {entry.rid for entry in lost})
         if guilty:
             self._blame(guilty, role)
@@ -248,8 +250,9 @@ class RingClient:
         for entry in self._quarantine.advance(self._pending.values()):
             self._attempt += 1
             entry.withdraw(self._attempt)
-            self._send_aborts([entry.abort()])
         held = [entry for entry in self._pending.values() if not (entry.in_ring or entry.unwanted)]
+        if self._quarantine.alone and not self._quarantine.cleared:
+            self._clear(held)
         ready: list[Pending | Waiting] = [entry for entry in held if self._quarantine.admits(entry)]
         sent = 0
         for item in sorted([*ready, *commands], key=lambda item: item.serial):
@@ -261,9 +264,15 @@ class RingClient:
             except RequestError as error:  # with its output it has become too large
                 self._end(item, Finish.failed(error))
                 continue
-            item.in_ring = True
+            item.in_ring = item.known = True
             sent += 1
         return sent
+
+    def _clear(self, held: list[Pending]) -> None:
+        """Before suspects run: end what is left in the ring of those held back, and send a probe behind it."""
+        probe = Probe(id=f"clear.{next(self._serials)}")
+        self._clearing = probe.id
+        self._outbox.send([*(entry.abort() for entry in held if entry.known), probe])
 
     # commands
 
@@ -325,6 +334,10 @@ class RingClient:
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
         if isinstance(answer, Reply):
             self.on_reply(answer)
+        if answer.id == self._clearing:
+            self._quarantine.cleared = True
+            self._pump()
+            return
         waiting = self._commands.answered(answer.id, answer)
         if waiting is None:
             self.stale += 1

@@ -574,3 +574,19 @@ async def test_a_suspect_of_one_service_that_ends_another_is_found() -> None:
             assert index == 0 and text.tokens.finish is not None
             assert text.tokens.finish.message == GUILTY.format(role="detokenizer")
             assert ring.rids == ["good"]
+
+
+@asynchronous
+async def test_a_suspect_runs_when_a_probe_has_come_round_behind_the_end_of_all_others() -> None:
+    async with connected() as ring:
+        ring.transport.answers_commands = False
+        with ring.open("suspect", "other"):
+            for _ in range(3):  # the last of them before the ring is clear, so that nobody is to blame
+                await ring.restart("detokenizer")
+            *aborts, probe = [message for message in ring.transport.sent if isinstance(message, ControlCommand)]
+            assert [abort.rid for abort in aborts if isinstance(abort, Abort)] == ["suspect", "other"]
+            assert ring.rids == []
+            ring.transport.push(probe)
+            await ring.settle()
+            assert ring.rids == ["suspect"]
+            assert ring.client.unfinished == 2
