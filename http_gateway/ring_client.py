@@ -66,7 +66,7 @@ class RingClient:
         self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
         self.last_heard_at = 0.0
         self.on_reply: Callable[[Reply], None] = lambda reply: None  # hears them all, those for nobody too
-        self.on_facts: Callable[[Facts], None] = lambda facts: None  # hears those of a restarted scheduler
+        self.on_facts: Callable[[Facts], None] = lambda facts: None  # hears them, those of a restarted scheduler too
         self._inbox = inbox
         self._outbox = outbox
         self._limit = limit
@@ -195,15 +195,16 @@ class RingClient:
     async def introduce(self) -> None:
         """Say that this gateway is new, until the scheduler has said its facts."""
         while not self._facts.done():
-            self._ask_facts()
+            self.ask_facts()
             await asyncio.wait([self._facts], timeout=INTRODUCE_AGAIN_S)
 
-    def _ask_facts(self) -> None:
+    def ask_facts(self) -> None:
+        """Have the scheduler say its facts; `on_facts` hears them."""
         self._outbox.send([Restarted(role="gateway", least_attempt=self._least_attempt)])
 
     def _on_restarted(self, restarted: Restarted, now: float) -> None:
         self._recover(restarted.role)
-        self._ask_facts()  # those of a scheduler that was started again meanwhile may be lost
+        self.ask_facts()  # those of a scheduler that was started again meanwhile may be lost
 
     def _recover(self, role: str) -> None:
         """A service was started again: send once more what may have been lost with the one before."""
@@ -350,14 +351,16 @@ class RingClient:
         self._unwant(left, ABORTED)
 
     def _on_facts(self, facts: Facts, now: float) -> None:
-        if not self._facts.done():
-            self._facts.set_result(facts)
-            self._commands.epoch = facts.epoch
-        elif facts.epoch > self._commands.epoch:  # the words of one that has died may come behind its successor's
-            self._commands.epoch = facts.epoch
+        known = self._commands.epoch
+        if facts.epoch < known:  # the words of one that has died may come behind its successor's
+            return
+        restarted = self._facts.done() and facts.epoch > known
+        if self._facts.done():
             self._facts = asyncio.get_running_loop().create_future()
-            self._facts.set_result(facts)
-            self.on_facts(facts)
+        self._facts.set_result(facts)
+        self._commands.epoch = facts.epoch
+        self.on_facts(facts)
+        if restarted:
             self._recover("scheduler")
 
     def _on_abort(self, abort: Abort, now: float) -> None:

@@ -377,6 +377,16 @@ async def test_the_gateway_learns_what_a_new_scheduler_serves() -> None:
 
 
 @asynchronous
+async def test_the_gateway_learns_from_the_facts_of_the_same_scheduler_too() -> None:
+    async with served() as server:
+        server.ring.push(facts(0, weight_version="v7", paused=True))
+        while server.gateway.weight_version != "v7":
+            await asyncio.sleep(0)
+        assert server.gateway.paused
+        assert "restarts_total{" not in (await server.client.get("/metrics")).text
+
+
+@asynchronous
 async def test_a_new_gateway_says_so_until_the_scheduler_speaks() -> None:
     transport = FakeRing()
     client = RingClient(transport, transport, 10, Metrics("m"))
