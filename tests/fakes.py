@@ -116,13 +116,16 @@ class FakeWorker:
         if part.score_from >= 0:
             result.input_logprobs = scored(sequence.ids[part.score_from : min(part.end + 1, sequence.prompt_len)])
         if part.samples:
-            result.token = next_token(prefix, self.vocab_size, sequence.request.seed)
+            result.token = self._draw(prefix, sequence)
             self._sampled[sequence.slot] = result.token
             if sequence.request.logprobs:
                 result.logprobs = scored([result.token])
         elif sequence.request.task == "embed" and part.end == len(sequence.ids):
             result.vector = array("f", [float(len(prefix))] * FAKE_VECTOR).tobytes()
         return result
+
+    def _draw(self, prefix: "array[int]", sequence: Sequence) -> int:
+        return next_token(prefix, self.vocab_size, sequence.request.seed)
 
     def _cell(self, sequence: Sequence, position: int) -> int:
         page = sequence.pages[position // self.page_size]

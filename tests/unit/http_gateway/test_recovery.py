@@ -10,7 +10,15 @@ from http_gateway.flight import Flight
 from http_gateway.metrics import Metrics
 from http_gateway.quarantine import GUILTY, PROOF_TOKENS
 from http_gateway.ring_client import CONDEMNED, RingClient
-from runtime.control import COMMAND_LOST, Abort, ControlCommand, FlushCache, PauseGeneration, Tokenize, UpdateWeightVersion
+from runtime.control import (
+    COMMAND_LOST,
+    Abort,
+    ControlCommand,
+    FlushCache,
+    PauseGeneration,
+    Tokenize,
+    UpdateWeightVersion,
+)
 from runtime.errors import Kind, RequestError
 from runtime.messages import Facts, Finish, Generate, Reply, Request, Restarted, pack_ids
 from runtime.sampling import SamplingParams
