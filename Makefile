@@ -21,7 +21,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit tests/test_architecture.py
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit tests/simulated_ring tests/test_architecture.py
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

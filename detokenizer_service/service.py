@@ -47,7 +47,7 @@ class Detokenizer:
         self._vocabulary = vocabulary
         self._streams: dict[str, Stream] = {}
         self._stopped: dict[str, Stopped] = {}
-        self._epoch: int | None = None  # of the scheduler
+        self._epoch = 0  # of the scheduler
         self.counters = Counters()
 
     def step(self, batch: list[Any]) -> list[Message]:
@@ -75,6 +75,9 @@ class Detokenizer:
         if stream is not None and tokens.attempt < stream.request.attempt:
             return self._drop()
         if tokens.request is not None:
+            self._meet(tokens.request.epoch)
+            if tokens.request.epoch < self._epoch:  # of a dead scheduler, behind the first word of its successor
+                return self._drop()
             self._stopped.pop(tokens.rid, None)
             stream = self._streams[tokens.rid] = Stream(self._vocabulary, tokens.request, tokens.prompt_tail)
         return self._without_stream(tokens) if stream is None else self._decoded(stream, tokens, self._vocabulary)
@@ -103,7 +106,7 @@ class Detokenizer:
             return [last]
         waits = stream.request.return_routed_experts
         self._stopped[tokens.rid] = Stopped(made - surplus, made, last if waits else None)
-        abort = Abort(rid=tokens.rid, exact=True)
+        abort = Abort(rid=tokens.rid, exact=True, attempt=tokens.attempt)
         return [abort] if waits else [last, abort]
 
     def _without_stream(self, tokens: Tokens) -> list[Message]:
@@ -121,11 +124,11 @@ class Detokenizer:
         return [stopped.text]
 
     def _meet(self, epoch: int) -> None:
-        """A scheduler says its facts. When it is a new one, what the one before ran is over; it will be sent again."""
-        if self._epoch not in (None, epoch):
+        """A scheduler speaks. When it is a new one, what the one before ran is over; it will be sent again."""
+        if epoch > self._epoch:
+            self._epoch = epoch
             self._streams.clear()
             self._stopped.clear()
-        self._epoch = epoch
 
     def _drop(self) -> list[Message]:
         self.counters.dropped += 1

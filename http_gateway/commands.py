@@ -5,14 +5,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from runtime.control import ControlCommand
+from runtime.control import COMMAND_LOST, ControlCommand
 from runtime.errors import Kind, RequestError
 from runtime.messages import Message
-
-COMMAND_LOST = (
-    "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
-    "See /get_model_info, and send it again."
-)
 
 
 @dataclass(slots=True)
@@ -32,11 +27,13 @@ class Commands:
         self._send = send
         self._serials = serials
         self._waiting: dict[str, Waiting] = {}
+        self.epoch = 0  # of the scheduler, as far as is known
 
     async def carry_out(self, command: ControlCommand, timeout_s: float) -> Message:
         """Send a command round the ring and wait for what comes back. Raises TimeoutError and RequestError."""
         serial = next(self._serials)
         command.id = f"{os.getpid()}.{serial}"  # a gateway that is started again counts afresh
+        command.epoch = None if command.harmless else self.epoch
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[command.id] = Waiting(command, serial, answer)
         try:

@@ -61,7 +61,7 @@ class Gateway:
         return Output(request, received_at, self.weight_version, text=self.rules.tokenizer)
 
     def on_facts(self, facts: Facts) -> None:
-        """The scheduler was started again."""
+        """The scheduler was started again, or asked."""
         self.facts = facts
         self.learn(facts.state)
 

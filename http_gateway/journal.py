@@ -39,6 +39,7 @@ class Pending:
     again: bool = False  # this is not its first attempt
     in_ring: bool = False  # the attempt was sent, as far as can be known
     heard: bool = False  # and something has come back
+    known: bool = False  # the scheduler may have an attempt of it, this one or an earlier one
     unwanted: Abort | None = None  # how somebody asked for its end
     delivered: bytearray = field(default_factory=bytearray)  # output ids handed to the endpoint, int32
     last_heard_at: float = 0.0  # 0: nothing yet
@@ -54,12 +55,12 @@ class Pending:
     def rid(self) -> str:
         return self.generate.request.rid
 
-    def message(self) -> Generate:
-        """The request as it is to be sent now."""
-        if not self.attempt:
+    def message(self, epoch: int) -> Generate:
+        """The request as it is to be sent now, to the scheduler of this epoch."""
+        if not self.attempt:  # nothing was ever started again
             return self.generate
         request = msgspec.structs.replace(
-            self.request, attempt=self.attempt, again=self.again, resume_ids=bytes(self.delivered)
+            self.request, attempt=self.attempt, epoch=epoch, again=self.again, resume_ids=bytes(self.delivered)
         )
         return msgspec.structs.replace(self.generate, request=request)
 

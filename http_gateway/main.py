@@ -178,7 +178,6 @@ async def serve(boot: Boot) -> None:
         payloads.sweep(boot.run_dir)
         await ring.introduce()
     facts = await ring.facts()
-    await ring.lap()
     gateway = Gateway(
         config=config,
         model=model,
@@ -189,6 +188,8 @@ async def serve(boot: Boot) -> None:
         run_dir=boot.run_dir,
         health_timeout_s=health_timeout_s(os.environ),
     )
+    ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
+    await ring.lap()
     await Life(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
 
 

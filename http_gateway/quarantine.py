@@ -4,7 +4,8 @@ A request that was in the ring at two deaths of the same service, and made nothi
 suspect. Suspects run while all others wait: first those that have never made anything; in groups, about as many as a
 group has members, so that many innocent ones do not take long; each until it has got beyond the point where it was at
 the last death. When the service dies under a group, its members run one by one; when it dies under one request, that
-one is guilty. Its like is not accepted for a while, for clients try again.
+one is guilty. Its like is not accepted for a while, for clients try again. So that nobody pays for what others have
+left in the ring, a group is sent when a probe has come round behind the end of all others.
 """
 
 import math
@@ -30,6 +31,7 @@ class Quarantine:
 
     def __init__(self) -> None:
         self.alone: list[Pending] = []  # unproven; empty: everybody may run
+        self.cleared = False  # nothing of the others is in the ring any more: those may be sent
         self._role = ""  # whose death those are suspected of
         self._running: list[Pending] = []  # of the same group, proven ones too
         self._groups: deque[Group] = deque()
@@ -43,10 +45,17 @@ class Quarantine:
             deaths.count = 1 if len(entry.delivered) >= deaths.proof_bytes else deaths.count + 1
             deaths.proof_bytes = len(entry.delivered) + PROOF_TOKENS * ID_BYTES
         suspects = [entry for entry in present if entry.deaths[role].count >= SUSPICIOUS_DEATHS]
-        if not (self.alone and role == self._role):
+        ran, self.cleared = self.cleared, False
+        if not (self.alone and ran and role == self._role):
             fresh = [entry for entry in suspects if not entry.delivered]
             older = [entry for entry in suspects if entry.delivered]
-            self._groups.extend((role, group) for group in [*grouped(fresh), *grouped(older)])
+            groups = [(role, group) for group in [*grouped(fresh), *grouped(older)]]
+            if groups and self.alone:  # who runs alone ends another service as well, and would for ever
+                groups.append((self._role, self.alone))
+                self._groups.extendleft(reversed(groups))
+                self.alone = []
+            else:
+                self._groups.extend(groups)
             return None
         self.alone, self._running = [], []
         if len(present) == 1:
@@ -56,7 +65,7 @@ class Quarantine:
 
     def admits(self, entry: Pending) -> bool:
         """Whether the entry may be sent now."""
-        return not self.alone or entry in self.alone
+        return not self.alone or (self.cleared and entry in self.alone)
 
     def hears(self, entry: Pending, ended: bool) -> bool:
         """Something came for the entry: whether that was the last that its group had to prove."""
@@ -70,13 +79,15 @@ class Quarantine:
         """With nobody alone, choose the next group; returns who still runs of the last one and has to wait again."""
         there = set(unfinished)
         while self._groups and not self.alone:
+            self.cleared = False
             self._role, group = self._groups.popleft()
             self.alone = [entry for entry in group if entry in there and not entry.unwanted]
         if not self.alone:
             self._running = []
             return []
         before, self._running = self._running, list(self.alone)
-        return [entry for entry in before if entry in there and entry.in_ring and entry not in self.alone]
+        waiting = there.difference(self.alone)
+        return [entry for entry in before if entry in waiting and entry.in_ring and not entry.unwanted]
 
     def condemn(self, generate: Generate, now: float) -> None:
         """Accept nothing like it for a while."""

@@ -66,7 +66,7 @@ class RingClient:
         self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
         self.last_heard_at = 0.0
         self.on_reply: Callable[[Reply], None] = lambda reply: None  # hears them all, those for nobody too
-        self.on_facts: Callable[[Facts], None] = lambda facts: None  # hears those of a restarted scheduler
+        self.on_facts: Callable[[Facts], None] = lambda facts: None  # hears them, those of a restarted scheduler too
         self._inbox = inbox
         self._outbox = outbox
         self._limit = limit
@@ -75,6 +75,7 @@ class RingClient:
         self._least_attempt = self._attempt = least_attempt  # grows with every restart of a ring process
         self._serials = itertools.count(1)  # of requests, commands and relayed aborts
         self._quarantine = Quarantine()
+        self._clearing = "none"  # id of the probe behind which the ring is clear for suspects
         self._relayed: deque[tuple[int, Abort]] = deque(maxlen=RELAYED_ABORTS)
         self._commands = Commands(self._send, self._serials)
         self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
@@ -106,9 +107,9 @@ class RingClient:
             parent = parents[index] if parents else ""
             entries.append(Pending(generate, parent, flight, index, next(self._serials), now, self._attempt))
         if not self._quarantine.alone:
-            self._send([entry.message() for entry in entries])
+            self._send([entry.message(self._commands.epoch) for entry in entries])
             for entry in entries:
-                entry.in_ring = True
+                entry.in_ring = entry.known = True
         self._pending.update((entry.rid, entry) for entry in entries)
         self._idle.clear()
         return flight
@@ -194,15 +195,16 @@ class RingClient:
     async def introduce(self) -> None:
         """Say that this gateway is new, until the scheduler has said its facts."""
         while not self._facts.done():
-            self._ask_facts()
+            self.ask_facts()
             await asyncio.wait([self._facts], timeout=INTRODUCE_AGAIN_S)
 
-    def _ask_facts(self) -> None:
+    def ask_facts(self) -> None:
+        """Have the scheduler say its facts; `on_facts` hears them."""
         self._outbox.send([Restarted(role="gateway", least_attempt=self._least_attempt)])
 
     def _on_restarted(self, restarted: Restarted, now: float) -> None:
         self._recover(restarted.role)
-        self._ask_facts()  # those of a scheduler that was started again meanwhile may be lost
+        self.ask_facts()  # those of a scheduler that was started again meanwhile may be lost
 
     def _recover(self, role: str) -> None:
         """A service was started again: send once more what may have been lost with the one before."""
@@ -212,6 +214,7 @@ class RingClient:
         guilty = self._quarantine.died(role, lost)
         for entry in lost:
             entry.withdraw(self._attempt)
+            entry.known = entry.known and role != "scheduler"
         self._recover_aborts(role, {entry.rid for entry in lost})
         if guilty:
             self._blame(guilty, role)
@@ -248,8 +251,9 @@ class RingClient:
         for entry in self._quarantine.advance(self._pending.values()):
             self._attempt += 1
             entry.withdraw(self._attempt)
-            self._send_aborts([entry.abort()])
         held = [entry for entry in self._pending.values() if not (entry.in_ring or entry.unwanted)]
+        if self._quarantine.alone and not self._quarantine.cleared:
+            self._clear(held)
         ready: list[Pending | Waiting] = [entry for entry in held if self._quarantine.admits(entry)]
         sent = 0
         for item in sorted([*ready, *commands], key=lambda item: item.serial):
@@ -257,13 +261,19 @@ class RingClient:
                 self._outbox.send([item.command])
                 continue
             try:
-                self._send([item.message()])
+                self._send([item.message(self._commands.epoch)])
             except RequestError as error:  # with its output it has become too large
                 self._end(item, Finish.failed(error))
                 continue
-            item.in_ring = True
+            item.in_ring = item.known = True
             sent += 1
         return sent
+
+    def _clear(self, held: list[Pending]) -> None:
+        """Before suspects run: end what is left in the ring of those held back, and send a probe behind it."""
+        probe = Probe(id=f"clear.{next(self._serials)}")
+        self._clearing = probe.id
+        self._outbox.send([*(entry.abort() for entry in held if entry.known), probe])
 
     # commands
 
@@ -325,6 +335,10 @@ class RingClient:
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
         if isinstance(answer, Reply):
             self.on_reply(answer)
+        if answer.id == self._clearing:
+            self._quarantine.cleared = True
+            self._pump()
+            return
         waiting = self._commands.answered(answer.id, answer)
         if waiting is None:
             self.stale += 1
@@ -337,12 +351,16 @@ class RingClient:
         self._unwant(left, ABORTED)
 
     def _on_facts(self, facts: Facts, now: float) -> None:
-        if not self._facts.done():
-            self._facts.set_result(facts)
-        elif facts.epoch != self._facts.result().epoch:
+        known = self._commands.epoch
+        if facts.epoch < known:  # the words of one that has died may come behind its successor's
+            return
+        restarted = self._facts.done() and facts.epoch > known
+        if self._facts.done():
             self._facts = asyncio.get_running_loop().create_future()
-            self._facts.set_result(facts)
-            self.on_facts(facts)
+        self._facts.set_result(facts)
+        self._commands.epoch = facts.epoch
+        self.on_facts(facts)
+        if restarted:
             self._recover("scheduler")
 
     def _on_abort(self, abort: Abort, now: float) -> None:

@@ -13,6 +13,11 @@ import msgspec
 from runtime.limits import MAX_STEP_SLEEP_S
 from runtime.messages import Chat, Message
 
+COMMAND_LOST = (
+    "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
+    "See /get_model_info, and send it again."
+)
+
 
 class ControlCommand(Message, kw_only=True):
     """Base of all commands. `path` is None for those that no client may send."""
@@ -24,6 +29,7 @@ class ControlCommand(Message, kw_only=True):
     harmless: ClassVar[bool] = False  # it changes nothing, so it may be carried out twice
 
     id: str = ""  # set by the gateway, copied into the Reply
+    epoch: int | None = None  # set by the gateway: of the scheduler that is to carry it out; None: any
 
     @property
     def ends_requests(self) -> bool:
@@ -39,6 +45,7 @@ class Abort(ControlCommand, tag="abort_request", kw_only=True):
     abort_all: bool = False
     prefix: bool = False
     exact: bool = False  # this rid and not those made from it
+    attempt: int | None = None  # the last one meant: where a process died meanwhile, a later one goes on
     abort_message: str = ""
 
 

@@ -9,9 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import Abort, ControlCommand, FlushCache, Probe
-from runtime.errors import CommandRefused
-from runtime.messages import Message, Reply
+from runtime.control import COMMAND_LOST, Abort, ControlCommand, FlushCache, Probe
+from runtime.errors import CommandRefused, Kind
+from runtime.messages import Message, Reply, Request
 from scheduler_service import control_experts, control_groups, control_memory, control_pause, control_weights
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Control:
         """
         if command.id and (answer := self._answered.get(command.id)):
             return [answer]
+        if command.epoch not in (None, scheduler.epoch):  # it was meant for the scheduler before
+            return [refused(command, CommandRefused(COMMAND_LOST, Kind.UNAVAILABLE.status))]
         if command.id and any(command.id == known.id for known, _ in self._waiting):
             return []
         try:
@@ -96,8 +98,13 @@ def refused(command: ControlCommand, refusal: CommandRefused) -> Reply:
 
 def abort(scheduler: "Scheduler", command: Abort) -> list[Message]:
     """End what the command names; there is no reply, the requests' own last messages tell."""
-    rids = matching(command, scheduler.rids)
+    rids = matching(command, [request.rid for request in scheduler.requests if meant(command, request)])
     return [message for rid in rids for message in scheduler.abort(rid, command.abort_message)]
+
+
+def meant(command: Abort, request: Request) -> bool:
+    """Whether this attempt is one that the command knows of."""
+    return command.attempt is None or request.attempt <= command.attempt
 
 
 def matching(command: Abort, live: Iterable[str]) -> list[str]:

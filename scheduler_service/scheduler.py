@@ -122,6 +122,11 @@ class Scheduler:
         return self.clock()
 
     @property
+    def epoch(self) -> int:
+        """Which incarnation of the scheduler this is."""
+        return self.facts.epoch if self.facts else 0
+
+    @property
     def idle(self) -> bool:
         """Nothing to compute and nothing outstanding: only a message can change that."""
         return not (self.planner.busy or self.in_flight)
@@ -201,6 +206,9 @@ class Scheduler:
         if message.request.attempt < self.least_attempt:
             log.info("dropped request %s of a gateway that has ended", message.request.rid)
             return []
+        if message.request.epoch < self.epoch:
+            log.info("dropped request %s, sent to the scheduler before: it comes again", message.request.rid)
+            return []
         try:
             if message.request.params.grammar is None:
                 return self.queue(message)
@@ -229,10 +237,6 @@ class Scheduler:
     def requests(self) -> list[Request]:
         """All that have not ended."""
         return [*self.waiting_room.requests, *(sequence.request for sequence in self.planner.live.values())]
-
-    @property
-    def rids(self) -> list[str]:
-        return [request.rid for request in self.requests]
 
     def abort(self, rid: str, reason: str = "") -> list[Message]:
         """End one request wherever it is; unknown ones are left alone."""

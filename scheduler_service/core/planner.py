@@ -104,7 +104,8 @@ class Planner:
         self.stats.refused += 1
         if self.config.policy == "priority":
             last = min(self.waiting, key=lambda s: (s.request.priority, -s.serial))
-            if last.request.priority < newcomer.request.priority and not last.opened:
+            admitted = last.opened or last.request.again
+            if last.request.priority < newcomer.request.priority and not admitted:
                 return [self._end_now(last, Finish.failed(full))]
         raise full
 

@@ -92,7 +92,7 @@ def test_a_stop_string_ends_the_request_and_tells_the_scheduler(detokenizer: Det
     assert texts(out) == "one"
     last, abort = out[-2:]
     assert last.tokens.finish == Finish(reason="stop", matched=" two")
-    assert abort == Abort(rid="r", exact=True)
+    assert abort == Abort(rid="r", exact=True, attempt=0)
 
 
 def test_what_follows_a_stop_is_dropped_and_counted(detokenizer: Detokenizer) -> None:
@@ -230,7 +230,7 @@ def test_routed_experts_come_with_the_end_though_the_text_stopped_before(detoken
     kept, made, prompt = len(ids) - len(ids_of(" y")), len(ids), 3
     of = Request(rid="r", params=SamplingParams(stop="STOP"), return_routed_experts=True)
     out = detokenizer.step([Tokens(rid="r", request=of, ids=pack_ids(ids), prompt_tokens=prompt)])
-    assert out == [Abort(rid="r", exact=True)]
+    assert out == [Abort(rid="r", exact=True, attempt=0)]
     one_more = Tokens(rid="r", ids=pack_ids([5]), prompt_tokens=prompt)
     experts = pack_ids(range(2 * (prompt + made + 1 - 1)))
     end = Tokens(rid="r", routed_experts=experts, finish=Finish(reason="abort"), prompt_tokens=prompt)
@@ -262,11 +262,29 @@ def test_a_new_scheduler_forgets_what_ran_before(detokenizer: Detokenizer) -> No
     assert detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))]) == []
 
 
+def sent_to(epoch: int) -> Request:
+    asked = request()
+    asked.epoch = epoch
+    return asked
+
+
+def test_what_a_dead_scheduler_said_opens_no_stream_behind_its_successors_first_word(detokenizer: Detokenizer) -> None:
+    late = Tokens(rid="late", request=sent_to(1), ids=pack_ids(ids_of("a")))
+    assert detokenizer.step([facts(2), late]) == [facts(2)]
+    [probe] = detokenizer.step([Probe()])
+    assert probe.counters["detokenizer"]["running"] == 0
+
+
+def test_the_words_of_a_dead_scheduler_end_nothing_of_its_successor(detokenizer: Detokenizer) -> None:
+    detokenizer.step([facts(2), Tokens(rid="r", request=sent_to(2), ids=pack_ids(ids_of("a"))), facts(1)])
+    assert texts(detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))])) == "b"
+
+
 @pytest.mark.parametrize("said_before", [True, False])  # this detokenizer may be newer than the scheduler
 def test_a_scheduler_that_says_its_facts_again_is_the_same(detokenizer: Detokenizer, said_before: bool) -> None:
     if said_before:
         detokenizer.step([facts(3)])
-    detokenizer.step([Tokens(rid="r", request=request(), ids=pack_ids(ids_of("a"))), facts(3)])
+    detokenizer.step([Tokens(rid="r", request=sent_to(3), ids=pack_ids(ids_of("a"))), facts(3)])
     assert texts(detokenizer.step([Tokens(rid="r", ids=pack_ids(ids_of("b")))])) == "b"
 
 

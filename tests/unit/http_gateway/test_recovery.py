@@ -6,12 +6,19 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from http_gateway.commands import COMMAND_LOST
 from http_gateway.flight import Flight
 from http_gateway.metrics import Metrics
 from http_gateway.quarantine import GUILTY, PROOF_TOKENS
 from http_gateway.ring_client import CONDEMNED, RingClient
-from runtime.control import Abort, ControlCommand, FlushCache, PauseGeneration, Tokenize, UpdateWeightVersion
+from runtime.control import (
+    COMMAND_LOST,
+    Abort,
+    ControlCommand,
+    FlushCache,
+    PauseGeneration,
+    Tokenize,
+    UpdateWeightVersion,
+)
 from runtime.errors import Kind, RequestError
 from runtime.messages import Facts, Finish, Generate, Reply, Request, Restarted, pack_ids
 from runtime.sampling import SamplingParams
@@ -110,6 +117,33 @@ async def test_facts_of_the_same_scheduler_are_no_restart() -> None:
             ring.transport.push(facts())
             await ring.settle()
             assert ring.sent == []
+
+
+@asynchronous
+async def test_the_facts_of_a_dead_scheduler_behind_its_successors_are_no_restart() -> None:
+    async with connected() as ring:
+        with ring.open("a"):
+            ring.epoch = 1
+            await ring.restart("scheduler")
+            ring.transport.sent.clear()
+            ring.transport.push(facts(1), facts(2))
+            await ring.settle()
+            assert ring.sent == []
+
+
+@asynchronous
+async def test_requests_and_commands_name_the_scheduler_that_they_are_sent_to() -> None:
+    async with connected() as ring:
+        ring.transport.answers_commands = False
+        await ring.restart("scheduler")
+        tasks = [asyncio.create_task(ring.client.command(c, 5)) for c in (FlushCache(), Tokenize())]
+        with ring.open("a"):
+            await ring.settle()
+            [generate] = [message for message in ring.transport.sent if isinstance(message, Generate)]
+            [flush, tokenize] = [message for message in ring.transport.sent if isinstance(message, ControlCommand)]
+            assert (generate.request.epoch, flush.epoch, tokenize.epoch) == (1, 1, None)
+        for task in tasks:
+            task.cancel()
 
 
 @asynchronous
@@ -351,6 +385,16 @@ async def test_the_gateway_learns_what_a_new_scheduler_serves() -> None:
 
 
 @asynchronous
+async def test_the_gateway_learns_from_the_facts_of_the_same_scheduler_too() -> None:
+    async with served() as server:
+        server.ring.push(facts(0, weight_version="v7", paused=True))
+        while server.gateway.weight_version != "v7":
+            await asyncio.sleep(0)
+        assert server.gateway.paused
+        assert "restarts_total{" not in (await server.client.get("/metrics")).text
+
+
+@asynchronous
 async def test_a_new_gateway_says_so_until_the_scheduler_speaks() -> None:
     transport = FakeRing()
     client = RingClient(transport, transport, 10, Metrics("m"))
@@ -519,3 +563,48 @@ async def test_a_suspect_that_nobody_wants_any_more_ends_and_is_not_sent_again()
             await ring.restart("scheduler")
             assert ring.rids == ["other"]
             assert ring.aborts == []
+
+
+@asynchronous
+async def test_a_suspect_that_nobody_wants_any_more_ends_though_it_proves_itself_meanwhile() -> None:
+    async with connected() as ring:
+        with ring.open("next"):
+            with ring.open("left"):
+                ring.transport.push(step("next", [5], "x"))
+                await ring.settle()
+                await ring.restart("scheduler")
+                await ring.restart("scheduler")
+                assert ring.rids == ["left"]
+            proof = step("left", range(PROOF_TOKENS), "x", attempt=2)
+            ring.transport.push(proof, step("left", attempt=2, finish=Finish(reason="abort")))
+            await ring.settle()
+            assert ring.rids == ["left", "next"]
+            assert ring.client.unfinished == 1
+
+
+@asynchronous
+async def test_a_suspect_of_one_service_that_ends_another_is_found() -> None:
+    async with connected() as ring:
+        with ring.open("bad", "good") as flight:
+            for role in ["scheduler", "scheduler", *["detokenizer"] * 3]:
+                await ring.restart(role)
+            [(index, text)] = await flight.next()
+            assert index == 0 and text.tokens.finish is not None
+            assert text.tokens.finish.message == GUILTY.format(role="detokenizer")
+            assert ring.rids == ["good"]
+
+
+@asynchronous
+async def test_a_suspect_runs_when_a_probe_has_come_round_behind_the_end_of_all_others() -> None:
+    async with connected() as ring:
+        ring.transport.answers_commands = False
+        with ring.open("suspect", "other"):
+            for _ in range(3):  # the last of them before the ring is clear, so that nobody is to blame
+                await ring.restart("detokenizer")
+            *aborts, probe = [message for message in ring.transport.sent if isinstance(message, ControlCommand)]
+            assert [abort.rid for abort in aborts if isinstance(abort, Abort)] == ["suspect", "other"]
+            assert ring.rids == []
+            ring.transport.push(probe)
+            await ring.settle()
+            assert ring.rids == ["suspect"]
+            assert ring.client.unfinished == 2

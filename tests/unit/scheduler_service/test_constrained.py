@@ -105,7 +105,7 @@ def test_a_refused_grammar_ends_the_request_before_it_is_queued(rig: Rig, pool: 
     rig.scheduler.step()
     [tokens] = rig.tokens("r")
     assert tokens.finish is not None and (tokens.finish.status, tokens.finish.message) == (400, "Failed to compile")
-    assert rig.worker.plans == [] and rig.scheduler.rids == []
+    assert rig.worker.plans == [] and rig.scheduler.requests == []
 
 
 def test_without_a_pool_it_is_refused() -> None:
@@ -119,7 +119,7 @@ def test_an_abort_reaches_a_request_that_waits_for_its_grammar(rig: Rig, pool: F
     rig.inbox.put(request())
     rig.inbox.put(Abort(abort_all=True))
     rig.scheduler.step()
-    assert pool.cancelled == ["r"] and rig.scheduler.rids == []
+    assert pool.cancelled == ["r"] and rig.scheduler.requests == []
     assert (finish := last(rig).finish) is not None and (finish.reason, finish.message) == ("abort", ABORTED_IN_QUEUE)
 
 

@@ -1,9 +1,11 @@
 import logging
+from typing import Any
 
 import msgspec
 import pytest
 
 from runtime.control import (
+    COMMAND_LOST,
     COMMANDS,
     Abort,
     ContinueGeneration,
@@ -56,6 +58,14 @@ LIVE = ["a", "ab", "a_0", "a_1", "a_x", "b"]
 )
 def test_an_abort_means_what_it_names(command: Abort, expected: list[str]) -> None:
     assert matching(command, LIVE) == expected
+
+
+def test_a_stop_found_in_an_earlier_attempt_does_not_end_a_later_one() -> None:
+    rig = Rig()
+    rig.inbox.put(tokenized("later", PROMPT, 5, attempt=2), tokenized("same", PROMPT, 5, attempt=1))
+    rig.inbox.put(*(Abort(rid=rid, exact=True, attempt=1) for rid in ("later", "same")))
+    rig.run()
+    assert finishes(rig, "later", "same") == ["length", "abort"]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -175,21 +185,40 @@ def test_a_command_that_comes_again_while_it_waits_is_answered_once() -> None:
     assert [reply.message for reply in replies(rig)] == [FLUSHED]
 
 
-# a gateway that was started again
+# started again
 
 
-def test_a_new_gateway_is_told_what_is_served_and_requests_of_the_one_before_end() -> None:
-    rig = Rig(max_running=1)
+def test_what_was_sent_to_the_scheduler_before_is_left_alone() -> None:
+    rig = started_again()
+    rig.inbox.put(tokenized("before", PROMPT, 2, epoch=1), tokenized("now", PROMPT, 2, epoch=2))
+    rig.inbox.put(PauseGeneration(id="before", epoch=1), FlushCache(id="now", epoch=2, timeout=100.0))
+    rig.run()
+    rig.scheduler.step()
+    assert not rig.tokens("before") and finishes(rig, "now") == ["length"]
+    assert [(r.id, r.success, r.status, r.message) for r in replies(rig)] == [
+        ("before", False, 503, COMMAND_LOST),
+        ("now", True, 200, FLUSHED),
+    ]
+
+
+def started_again(**changes: Any) -> Rig:
+    """A scheduler of epoch 2."""
+    rig = Rig(**changes)
     rig.scheduler.facts = Facts(
         epoch=2, max_total_num_tokens=9, max_req_input_len=8, context_length=8, vocab_size=VOCABULARY
     )
-    rig.inbox.put(tokenized("running", PROMPT, 50), tokenized("waiting", PROMPT, 50))
+    return rig
+
+
+def test_a_new_gateway_is_told_what_is_served_and_requests_of_the_one_before_end() -> None:
+    rig = started_again(max_running=1)
+    rig.inbox.put(tokenized("running", PROMPT, 50, epoch=2), tokenized("waiting", PROMPT, 50, epoch=2))
     for _ in range(3):
         rig.scheduler.step()
     assert rig.tokens("running")
     sent = len(rig.outbox.messages)
     rig.inbox.put(PauseGeneration(id="p", mode="in_place"), Restarted(role="gateway", least_attempt=5))
-    rig.inbox.put(tokenized("late", PROMPT, 2), tokenized("new", PROMPT, 2, attempt=5))
+    rig.inbox.put(tokenized("late", PROMPT, 2, epoch=2), tokenized("new", PROMPT, 2, attempt=5, epoch=2))
     rig.scheduler.step()
     told = [message for message in rig.outbox.messages[sent:] if not isinstance(message, Tokens | Reply)]
     state = {"weight_version": "default", "paused": True, "asleep": False}

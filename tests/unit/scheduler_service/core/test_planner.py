@@ -490,6 +490,19 @@ def test_a_full_queue_refuses_the_next_request() -> None:
     assert set(stepper.updates) == {"a", "b"}
 
 
+def test_a_full_queue_drops_none_that_comes_again_after_a_death() -> None:
+    stepper = Stepper(max_running=1, max_queued=1, policy="priority")
+    stepper.add(tokenized("a", [10], 5))
+    stepper.step()
+    comes_again = tokenized("b", [11], 5, attempt=1)
+    comes_again.request.again = True
+    stepper.add(comes_again)
+    with pytest.raises(RequestError, match="full"):
+        stepper.add(tokenized("c", [12], 5, priority=9))
+    stepper.run()
+    assert stepper.finish("b").reason == "length"
+
+
 def test_a_full_queue_drops_a_lesser_request_under_the_priority_policy() -> None:
     stepper = Stepper(max_running=1, max_queued=1, policy="priority")
     stepper.add(tokenized("a", [10], 5))

@@ -1,0 +1,195 @@
+"""What must hold once a run has come to rest."""
+
+from array import array
+from typing import TYPE_CHECKING
+
+from detokenizer_service.stream import Stream
+from http_gateway.quarantine import GUILTY, SUSPICIOUS_DEATHS
+from http_gateway.ring_client import CONDEMNED
+from runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
+from runtime.errors import RequestError
+from runtime.messages import Generate, Reply, Text, unpack_ids
+from tests.fakes import FAKE_VECTOR, fake_logprob
+from tests.simulated_ring.load import VOCAB_SIZE, Call, Order, tokenizer, vocabulary
+from tests.simulated_ring.services import ROLES, drawn
+
+if TYPE_CHECKING:
+    from tests.simulated_ring.simulation import Simulation
+
+PROMPT_TAIL = 8
+
+
+class Fault(AssertionError):
+    """The ring did what it must not do."""
+
+
+def hold(condition: object, *said: object) -> None:
+    if not condition:
+        raise Fault(" ".join(map(str, said)))
+
+
+def check(simulation: "Simulation") -> None:
+    for call in simulation.calls:
+        check_call(simulation, call)
+    for order in simulation.operator.orders:
+        check_order(simulation, order)
+    check_leftovers(simulation)
+
+
+# requests
+
+
+def check_call(simulation: "Simulation", call: Call) -> None:
+    """Each request has ended once, and as it would have without a death."""
+    if call.orphaned:
+        return
+    hold(call.done or call.left or call.refusal, "never ended:", [g.request.rid for g in call.batch])
+    if call.refusal:
+        check_refusal(call, call.refusal)
+        return
+    for generate, texts in zip(call.batch, call.texts, strict=True):
+        check_answer(simulation, call, generate, texts)
+
+
+def check_refusal(call: Call, refusal: RequestError) -> None:
+    known = ("Duplicate request ID", "The server is full") + ((CONDEMNED,) if call.poison else ())
+    hold(refusal.message.startswith(known), "refused:", refusal.message)
+
+
+def check_answer(simulation: "Simulation", call: Call, generate: Generate, texts: list[Text]) -> None:
+    rid = generate.request.rid
+    ends = [i for i, text in enumerate(texts) if text.tokens.finish]
+    hold(ends == [len(texts) - 1] if call.done else len(ends) < 2, rid, "ended at", ends, "of", len(texts))
+    check_tokens(generate, texts)
+    if ends:
+        check_end(simulation, call, generate, texts)
+
+
+def check_tokens(generate: Generate, texts: list[Text]) -> None:
+    """Every token is the one that the weights of its label give, and is scored; the prompt is scored once."""
+    request = generate.request
+    ids = prompt_of(generate)
+    for text in texts:
+        made = unpack_ids(text.tokens.ids)
+        for token in made:
+            expected = drawn(ids, request.seed, text.tokens.weight_version, VOCAB_SIZE)
+            hold(token == expected, request.rid, "has token", token, "for", expected, "at", len(ids))
+            ids.append(token)
+        if request.logprobs and made:
+            found = text.tokens.logprobs
+            hold(found and found.ids == text.tokens.ids, request.rid, "has tokens without logprobs")
+            values = array("f", map(fake_logprob, made)).tobytes()
+            hold(found is not None and found.values == values, request.rid, "has wrong logprobs")
+    scored = [text.tokens.input_logprobs for text in texts if text.tokens.input_logprobs]
+    made_any = any(text.tokens.ids for text in texts)
+    wanted = request.logprobs is not None and request.logprobs.start >= 0 and request.task == "generate"
+    hold(len(scored) <= 1, request.rid, "has its prompt scored", len(scored), "times")
+    if wanted and made_any:
+        hold(len(scored) == 1, request.rid, "lacks its prompt's logprobs")
+
+
+def prompt_of(generate: Generate) -> "array[int]":
+    if generate.text is None:
+        return unpack_ids(generate.input_ids)
+    return array("i", tokenizer().encode(generate.text).ids)
+
+
+def check_end(simulation: "Simulation", call: Call, generate: Generate, texts: list[Text]) -> None:
+    """The finish is the one that the tokens lead to, or one that somebody asked for."""
+    finish = texts[-1].tokens.finish
+    assert finish is not None
+    request = generate.request
+    whole = "".join(text.text for text in texts)
+    ids = [token for text in texts for token in unpack_ids(text.tokens.ids)]
+    ended_by_command = any(order.may_end(call) for order in simulation.operator.orders)
+    if finish.reason == "abort":
+        hold(call.unwanted or ended_by_command, request.rid, "was aborted by nobody:", finish.message)
+        return
+    if finish.reason == "error":
+        check_error(simulation, call, request.rid, finish.message, bool(ids))
+        return
+    hold(not is_poison(call, generate), request.rid, "has poisoned nobody")
+    if request.task == "embed":
+        vector = array("f", [float(len(prompt_of(generate)))] * FAKE_VECTOR).tobytes()
+        hold([t.tokens.vector for t in texts] == [vector], request.rid, "has another vector")
+        return
+    tail = prompt_of(generate)[-PROMPT_TAIL:]
+    stream = Stream(vocabulary(), request, tail.tobytes())
+    expected = ""
+    stops = request.params.stop_token_ids or []
+    for i, token in enumerate(ids):
+        last = i == len(ids) - 1
+        text, _, match = stream.feed(array("i", [token]), finish if last else None)
+        expected += text
+        if not last:
+            hold(match is None and token not in stops, request.rid, "goes on behind a stop")
+        elif match is not None:
+            hold(finish.matched == match.name, request.rid, "stops at", finish.matched, "for", match.name)
+        elif token in stops:
+            hold(finish.matched == token, request.rid, "stops at", finish.matched, "for", token)
+        else:
+            hold(finish.reason == "length" and len(ids) == request.params.max_new_tokens, request.rid, finish)
+    hold(whole == expected, request.rid, "has the text", repr(whole), "for", repr(expected))
+    hold(ids or request.params.max_new_tokens == 0, request.rid, "has ended without a token")
+
+
+def is_poison(call: Call, generate: Generate) -> bool:
+    return bool(call.poison) and generate is call.batch[0]
+
+
+def check_error(simulation: "Simulation", call: Call, rid: str, message: str, has_output: bool) -> None:
+    guilty = {GUILTY.format(role=role): role for role in ROLES}
+    if message in guilty:
+        role = guilty[message]
+        by_chance = simulation.kills[role] and simulation.deaths[role] > SUSPICIOUS_DEATHS
+        hold(call.poison == role or by_chance, rid, "is innocent:", message)
+        return
+    hold(message == "The request queue is full." and simulation.config.max_queued, rid, "failed:", message)
+    hold(not has_output, rid, "was admitted and then refused")
+
+
+# commands
+
+
+def check_order(simulation: "Simulation", order: Order) -> None:
+    """Answered, or a 503 that says why; what was refused has not been done."""
+    if order.orphaned:
+        return
+    name = type(order.command).__name__
+    hold(order.answer or order.error, name, "was never answered")
+    said = order.error if order.error is not None else order.answer
+    if isinstance(said, RequestError | Reply) and said.message == COMMAND_LOST:
+        hold(simulation.deaths["scheduler"], name, "was lost with nobody")
+        return
+    hold(order.error is None, name, "failed:", repr(order.error))
+    done = [epoch for epoch, id in simulation.carried_out if id == order.command.id]
+    hold(len(set(done)) == len(done), name, "was carried out twice by one scheduler")
+    if isinstance(order.command, UpdateWeightsFromDisk) and isinstance(order.answer, Reply):
+        hold(order.answer.success == bool(done), name, "was carried out", len(done), "times:", order.answer.message)
+
+
+# what is left
+
+
+def check_leftovers(simulation: "Simulation") -> None:
+    processes = simulation.processes
+    hold(set(processes) == set(ROLES), "not all are there:", list(processes))
+    ring, gateway = processes["gateway"].ring, processes["gateway"].gateway
+    hold(not ring._pending, "left in the journal:", list(ring._pending))
+    hold(not ring._commands._waiting, "commands wait")
+    hold(not ring._quarantine.alone, "somebody is still alone")
+    detokenizer = processes["detokenizer"].detokenizer
+    hold(not detokenizer._streams, "streams left:", list(detokenizer._streams))
+    hold(not detokenizer._stopped, "stopped streams left:", list(detokenizer._stopped))
+    process = processes["scheduler"]
+    planner = process.scheduler.planner
+    hold(planner.idle and not planner.live, "the scheduler still has", list(planner.live))
+    hold(not process.scheduler.in_flight and not process.worker._sampled, "steps or states are left")
+    hold(planner.audit() == "", planner.audit())
+    planner.check()
+    hold(not planner.paused and not gateway.paused, "still paused:", planner.paused, gateway.paused)
+    serves, shown = process.worker.weight_version, gateway.weight_version
+    hold(serves == shown == simulation.disk.weight_version, "serves", serves, "shows", shown)
+    hold(
+        simulation.watch.weight_version in (None, serves), simulation.watch.weight_version, "was promised, not", serves
+    )

@@ -1,0 +1,157 @@
+"""The gateway's end of the ring in an event loop of its own, and who hears what reaches it."""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from http_gateway.gateway import Gateway
+from http_gateway.journal import Pending
+from http_gateway.main import ATTEMPTS_OF_A_GATEWAY
+from http_gateway.ring_client import RingClient
+from runtime.config import ServerConfig
+from runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
+from runtime.messages import Message, Reply, Text
+from runtime.model_info import ModelInfo
+from runtime.sockets import decode, encode
+from tests.simulated_ring.checks import hold
+from tests.simulated_ring.clock import Agenda, TurnLoop
+from tests.simulated_ring.load import VOCAB_SIZE, Call, Operator
+from tests.simulated_ring.services import FIRST_VERSION, GATEWAY, Killed, Process
+
+MOST_INFLIGHT = 60
+SERIALS_OF_A_GATEWAY = 1_000_000
+CONFIG = ServerConfig(model_path="model")
+MODEL = ModelInfo(
+    path="/models/x",
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    vocab_size=VOCAB_SIZE,
+    hidden_size=4,
+    context_length=512,
+    eos_ids=[],
+    config={},
+)
+
+
+class Watch:
+    """Sees every text and reply that reaches the gateway, in order, and knows what the operator was promised."""
+
+    def __init__(self, operator: Operator) -> None:
+        self.paused = False  # for sure: a pause was answered, and nothing was sent since that ends it
+        self.weight_version: str | None = FIRST_VERSION  # for sure: an update was answered, and none was sent since
+        self._operator = operator
+
+    def heard(self, pending: Pending, text: Text, now: float) -> None:
+        """As http_gateway.metrics.Metrics."""
+        tokens = text.tokens
+        hold(not (tokens.ids and self.paused), tokens.rid, "goes on in a pause")
+        if tokens.ids and self.weight_version is not None:
+            right = tokens.weight_version == self.weight_version
+            hold(right, tokens.rid, "has a token of", tokens.weight_version, "while", self.weight_version, "serves")
+
+    def restarted(self, role: str) -> None:
+        """The trace shows it."""
+
+    def sends(self, command: ControlCommand) -> None:
+        match command:
+            case ContinueGeneration():
+                self.paused = False
+            case UpdateWeightsFromDisk():
+                self.weight_version = None
+
+    def on_reply(self, reply: Reply) -> None:
+        order = next((o for o in self._operator.orders if o.command.id == reply.id and o.under_way), None)
+        match order and order.command:
+            case PauseGeneration() if reply.success:
+                self.paused = True
+            case UpdateWeightsFromDisk(weight_version=version) if reply.success:
+                self.weight_version = version
+
+
+class GatewayProcess(Process):
+    """As `http_gateway.main.serve` has it, without HTTP: clients are tasks of its loop."""
+
+    def __init__(self, agenda: Agenda, watch: Watch, **place: Any) -> None:
+        super().__init__(role=GATEWAY, **place)
+        self.loop = TurnLoop(agenda)
+        self.up = False  # clients are let in
+        self.dead = False
+        self.calls: list[Call] = []
+        self._watch = watch
+        self._arrived: asyncio.Future[None] | None = None
+        self._inbox.on_arrival = self._on_arrival
+        self.loop.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        least_attempt = self.epoch * ATTEMPTS_OF_A_GATEWAY
+        self.ring = ring = RingClient(self, Sender(self), MOST_INFLIGHT, self._watch, least_attempt)
+        serials = itertools.count(1 + self.epoch * SERIALS_OF_A_GATEWAY)  # in place of a process number of its own
+        ring._serials = ring._commands._serials = serials
+        self.loop.create_task(ring.listen())
+        if self.epoch:
+            await ring.introduce()
+        facts = await ring.facts()
+        self.gateway = Gateway(CONFIG, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
+        self._learn, ring.on_reply = ring.on_reply, self._on_reply
+        ring.ask_facts()
+        await ring.lap()
+        self.up = True
+
+    def _on_reply(self, reply: Reply) -> None:
+        self._learn(reply)
+        self._watch.on_reply(reply)
+
+    @property
+    def at_rest(self) -> bool:
+        return not (self.loop.ready or self._inbox.waiting)
+
+    def turn(self) -> bool:
+        """One turn of its loop. Raises what a task has raised."""
+        turned = self.loop.turn()
+        if self.dead:
+            raise Killed(GATEWAY)
+        for task in self.loop.ended:
+            if (error := task.exception()) is not None:
+                raise error
+        self.loop.ended.clear()
+        return turned
+
+    def point(self) -> None:
+        try:
+            super().point()
+        except Killed:
+            self.dead = True  # and raised in `turn`: a task would swallow it
+
+    async def recv(self) -> list[Any]:  # type: ignore[override]
+        """The messages of the next frame, as AsyncInbox has it."""
+        while not (frame := self._inbox.take()):
+            self._arrived = self.loop.create_future()
+            await self._arrived
+        messages = decode(frame)
+        self._note(self.role, "takes", messages)
+        self.point()
+        return messages
+
+    def _on_arrival(self) -> None:
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+
+    def post(self, messages: Sequence[Message]) -> None:
+        """As AsyncOutbox: never waits. A task of a dead gateway that is still dropped somewhere sends nothing."""
+        frame = encode(messages)
+        if not self.dead:
+            self.point()
+        if not self.dead:
+            self._note(self.role, "sends", messages)
+            self._outbox.send(frame)
+
+
+class Sender:
+    """The gateway's way out; its own `send` is that of a service, which blocks."""
+
+    def __init__(self, process: GatewayProcess) -> None:
+        self._process = process
+
+    def send(self, messages: Sequence[Message]) -> None:
+        self._process.post(messages)

@@ -1,0 +1,274 @@
+"""The processes of the ring: the real services, with links for sockets and a plan for their deaths.
+
+Whatever a process does to the world outside it (it reads, sends, writes a record, launches a step) is a point at which
+it may die: what it did before has happened, what it would have done after has not.
+"""
+
+import zlib
+from array import array
+from collections.abc import Callable, Generator
+from collections.abc import Sequence as Frame
+from random import Random
+from typing import Any
+
+import msgspec
+
+from detokenizer_service.decode import Vocabulary
+from detokenizer_service.service import Detokenizer
+from runtime.control import UpdateWeightsFromDisk
+from runtime.errors import CommandRefused
+from runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
+from runtime.sockets import decode, encode
+from scheduler_service import control_weights
+from scheduler_service.control import HANDLERS, Control
+from scheduler_service.core.plan import Plan, Result
+from scheduler_service.core.planner import Planner
+from scheduler_service.core.rules import PlannerConfig
+from scheduler_service.scheduler import Scheduler
+from scheduler_service.standing import StandingOrders
+from tests.fakes import FakeWorker, next_token
+from tests.simulated_ring.clock import Agenda
+from tests.simulated_ring.links import Link
+from tokenizer_service.encode import Encoder
+
+TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY = "tokenizer", "scheduler", "detokenizer", "gateway"
+ROLES = (TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY)
+POISON = {TOKENIZER: 397, SCHEDULER: 398, DETOKENIZER: 399}  # the last id of a prompt that ends this role
+MOST_STAGING_TURNS = 6
+FIRST_VERSION = "v0"
+
+Note = Callable[[str, str, Frame[Message]], None]  # (sender, verb, messages) for the trace
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+class Process:
+    """One incarnation of a service, from its first bind to its death."""
+
+    def __init__(self, role: str, epoch: int, inbox: Link, outbox: Link, note: Note) -> None:
+        self.role, self.epoch = role, epoch
+        self.spoken = False  # its first word has left
+        self.points_left: int | None = None  # until its death
+        self._inbox, self._outbox = inbox, outbox
+        self._note = note
+
+    def turn(self) -> bool:
+        """Do one thing, if there is any. Raises Killed."""
+        if self._outbox.blocks:
+            return False
+        if not self.spoken:
+            self.spoken = True
+            self.introduce()
+            return True
+        return self.work()
+
+    def introduce(self) -> None:
+        raise NotImplementedError
+
+    def work(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def at_rest(self) -> bool:
+        return self.spoken and not self._inbox.waiting
+
+    def point(self) -> None:
+        if self.points_left is not None:
+            self.points_left -= 1
+            if self.points_left <= 0:
+                raise Killed(self.role)
+
+    # the sockets, as Inbox and Outbox have them
+
+    def recv(self, timeout_s: float | None = 0.0) -> list[Any]:
+        messages: list[Any] = []
+        while frame := self._inbox.take():
+            messages += decode(frame)
+        if messages:
+            self._note(self.role, "takes", messages)
+            self.point()
+        return messages
+
+    def send(self, messages: Frame[Message]) -> None:
+        if messages:
+            self.point()
+            self._note(self.role, "sends", messages)
+            self._outbox.send(encode(messages))
+            self.point()
+
+
+class TextService(Process):
+    """As `runtime.service.run_text_service` has it."""
+
+    def introduce(self) -> None:
+        if self.epoch:
+            self.send([Restarted(role=self.role)])
+
+    def work(self) -> bool:
+        batch = self.recv()
+        if batch:
+            self.send(self.step(batch))
+        return bool(batch)
+
+    def step(self, batch: list[Any]) -> list[Message]:
+        raise NotImplementedError
+
+
+class TokenizerProcess(TextService):
+    def __init__(self, encoder: Encoder, **place: Any) -> None:
+        super().__init__(role=TOKENIZER, **place)
+        self.encoder = encoder
+
+    def step(self, batch: list[Any]) -> list[Message]:
+        if any(isinstance(m, Generate) and is_poison(m.input_ids, TOKENIZER) for m in batch):
+            raise Killed(TOKENIZER)
+        return self.encoder.step(batch)
+
+
+class DetokenizerProcess(TextService):
+    def __init__(self, vocabulary: Vocabulary, **place: Any) -> None:
+        super().__init__(role=DETOKENIZER, **place)
+        self.detokenizer = Detokenizer(vocabulary)
+
+    def step(self, batch: list[Any]) -> list[Message]:
+        if any(isinstance(m, Tokens) and is_poison(m.prompt_tail, DETOKENIZER) for m in batch):
+            raise Killed(DETOKENIZER)
+        return self.detokenizer.step(batch)
+
+
+def is_poison(prompt: bytes, role: str) -> bool:
+    return bool(prompt) and unpack_ids(prompt)[-1] == POISON[role]
+
+
+class Worker(FakeWorker):
+    """The fake model, whose tokens depend on the weights that serve. Some prompts are too much for it."""
+
+    def __init__(self, point: Callable[[], None], version: str, **settings: Any) -> None:
+        super().__init__(model=self._token, **settings)
+        self.weight_version = version
+        self._point = point
+
+    def launch(self, plan: Plan) -> list[Result]:
+        for part in plan.slices:
+            if part.sequence.ids[part.sequence.prompt_len - 1] == POISON[SCHEDULER]:
+                raise Killed(SCHEDULER)
+        self._point()
+        self.plans.clear()
+        self.forgotten.clear()
+        return super().launch(plan)
+
+    def _token(self, prefix: "array[int]", vocab_size: int, seed: int) -> int:
+        return drawn(prefix, seed, self.weight_version, vocab_size)
+
+
+def drawn(prefix: "array[int]", seed: int, weight_version: str, vocab_size: int) -> int:
+    """The token behind a prefix, under these weights."""
+    return next_token(prefix, vocab_size, zlib.crc32(weight_version.encode(), seed))
+
+
+class Orders(StandingOrders):
+    """Standing orders whose scheduler may die before or after it has noted them."""
+
+    def __init__(self, run_dir: str, point: Callable[[], None]) -> None:
+        super().__init__(run_dir)
+        self._point = point
+
+    def note(self, scheduler: Scheduler) -> None:
+        self._point()
+        super().note(scheduler)
+        self._point()
+
+
+class Disk:
+    """What outlasts a scheduler besides its standing orders: which weights were committed last."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self.weight_version = FIRST_VERSION
+
+
+class Progress:
+    def beat(self, busy: bool) -> None:
+        """Nobody looks."""
+
+
+class SchedulerProcess(Process):
+    """As `scheduler_service.assemble.serve` has it; weights are swapped by a handler without files and threads."""
+
+    def __init__(
+        self,
+        config: PlannerConfig,
+        depth: int,
+        disk: Disk,
+        agenda: Agenda,
+        random: Random,
+        carried_out: list[tuple[int, str]],
+        **place: Any,
+    ) -> None:
+        super().__init__(role=SCHEDULER, **place)
+        self.disk, self.random, self.carried_out = disk, random, carried_out
+        self.worker = Worker(
+            self.point,
+            disk.weight_version,
+            page_size=config.page_size,
+            page_count=config.total_pages,
+            max_running_requests=config.max_running,
+            vocab_size=config.vocab_size,
+        )
+        orders = Orders(disk.run_dir, self.point)
+        facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch)
+        self.scheduler = Scheduler(
+            Planner(config),
+            self.worker,
+            self,
+            self,
+            Progress(),  # type: ignore[arg-type]
+            facts=facts,
+            depth=depth,
+            orders=orders,
+            clock=lambda: agenda.now,
+        )
+        self.scheduler.control = Control({**HANDLERS, UpdateWeightsFromDisk: self.update_weights})
+        orders.take_up(self.scheduler)
+
+    @property
+    def at_rest(self) -> bool:
+        return super().at_rest and self.scheduler.idle and not self.scheduler.control
+
+    def introduce(self) -> None:
+        self.scheduler.emit(self.scheduler.introduce())
+
+    def work(self) -> bool:
+        if self.at_rest:
+            return False
+        self.scheduler.step()
+        return True
+
+    def update_weights(
+        self, scheduler: Scheduler, command: UpdateWeightsFromDisk
+    ) -> Generator[None, bool | None, list[Message]]:
+        """What `control_weights.from_disk` does, without weights: staged beside the loop, swapped, then recorded."""
+        yield from self._beside()
+        control_weights.refuse_unless_expected(scheduler, command)
+        if command.model_path == "broken":
+            raise CommandRefused("nothing was changed")
+        if command.abort_all_requests:
+            scheduler.emit(control_weights.abort_all(scheduler))
+        if command.retract:
+            scheduler.planner.retract_all()
+            scheduler.forget_released()
+        self.carried_out.append((self.epoch, command.id))
+        self.worker.weight_version = command.weight_version or self.worker.weight_version
+        scheduler.planner.forget_prefixes(free=command.flush_cache)
+        yield from self._beside()
+        self.point()
+        self.disk.weight_version = self.worker.weight_version
+        self.point()
+        reply: list[Message] = [Reply(id=command.id, body={"weight_version": self.worker.weight_version})]
+        return reply
+
+    def _beside(self) -> Generator[None, bool | None, None]:
+        for _ in range(self.random.randint(1, MOST_STAGING_TURNS)):
+            yield

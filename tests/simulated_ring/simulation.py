@@ -1,0 +1,317 @@
+"""One run of the whole ring in one thread, on a virtual clock, everything random drawn from one seed.
+
+The services are the real ones, apart from their sockets (`links.py`), the model (`tests/fakes.py`), the weights (a
+label, of which the tokens are a function) and the supervisor. Clients, an operator and deaths keep the ring busy for a
+while; then everything must come to rest within a number of turns, and `checks.py` looks at what has become of each
+request and command, and at what is left behind.
+
+Left out: HTTP; the supervisor's budget, hangs and the watchdog; draining; grammars, which a pool of threads compiles;
+work beside the scheduler's loop; released memory and updates over the wire; frames above the size limit. A process
+loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is started
+again, frames of the one before have arrived or are lost, and its peers have noticed its death.
+"""
+
+import asyncio
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from http_gateway.ring_client import _names as names
+from runtime.control import Abort, ContinueGeneration, ControlCommand
+from runtime.messages import Message, Reply
+from scheduler_service.core.rules import PlannerConfig
+from tests.simulated_ring import services
+from tests.simulated_ring.checks import Fault, check
+from tests.simulated_ring.clock import Action, Agenda
+from tests.simulated_ring.gateway import GatewayProcess, Watch
+from tests.simulated_ring.links import Link
+from tests.simulated_ring.load import VOCAB_SIZE, Call, Clients, Operator, Order, tokenizer, vocabulary
+from tests.simulated_ring.services import (
+    GATEWAY,
+    ROLES,
+    DetokenizerProcess,
+    Disk,
+    Killed,
+    Process,
+    SchedulerProcess,
+    TokenizerProcess,
+)
+from tests.simulated_ring.trace import line
+from tokenizer_service.encode import Encoder
+
+TURN_S = 0.0005  # the mean time of a turn
+MOST_TURNS = 60_000
+LOOK_EVERY = 24  # turns in which nothing happened
+HORIZON_S = 1.0  # of the load and the deaths
+MOST_POINTS = 8  # of a process until a death that is due
+COME_AGAIN_S = 0.05  # clients that find no gateway
+BIRTHS_S = (0.02, 0.05, 0.2)
+WEIGHTS = (1, 1, 4, 4, 16)  # how often it is an actor's turn
+DYING = ROLES[:3]
+
+
+class Simulation:
+    """Draws a server, its load and its deaths from the seed, and runs them."""
+
+    def __init__(self, seed: int, trace: Callable[[str], None] | None = None) -> None:
+        self.random = random = Random(seed)
+        self.agenda = Agenda()
+        self.turns = 0
+        self.deaths_are_over = False
+        self.kills: Counter[str] = Counter()  # by chance, not by a poison
+        self.deaths: Counter[str] = Counter()
+        self.calls: list[Call] = []
+        self.carried_out: list[tuple[int, str]] = []  # which scheduler has put which update in place
+        self.clients, self.operator = Clients(random), Operator(random)
+        self.watch = Watch(self.operator)
+        self.config, self.depth = planner_config(random), random.choice([0, 1])
+        self.links = {role: Link(random, keeps=role == GATEWAY) for role in ROLES}  # by sender
+        self.processes: dict[str, Any] = {}
+        self._trace = trace
+        self._order = 0
+        self._actors: list[Callable[[], bool]] = [link.turn for link in self.links.values()]
+        self._actors += [self._actor(role) for role in ROLES]
+
+    def run(self) -> None:
+        """From the first process to the last check. Raises Fault, and whatever a service should not have raised."""
+        with tempfile.TemporaryDirectory() as run_dir:
+            self.disk = Disk(run_dir)
+            for role in ROLES:
+                self._start(role, 0)
+            self._shuffle()
+            self._run_until(lambda: self._open_gateway is not None)
+            self._plan()
+            self._run_until(lambda: self.deaths_are_over)
+            self._weights = list(range(1, len(self._actors) + 1))
+            self._come_to_rest()
+            check(self)
+
+    # what is drawn
+
+    def _plan(self) -> None:
+        random = self.random
+        for _ in range(random.randint(2, 14)):
+            self._sometime(lambda: self._arrive(self.clients.call()))
+        if random.random() < 0.2:
+            poisoned = random.choice(DYING)
+            for _ in range(random.randint(1, 2)):
+                self._sometime(lambda: self._arrive(self.clients.call(poisoned)))
+        for _ in range(random.choice([0, 0, 1, 3])):
+            self._sometime(self._abort_some)
+        for _ in range(random.choice([0, 1, 1, 2, 3, 5])):
+            self._sometime(self._kill_some)
+        for _ in range(random.randint(0, 4)):
+            self._sometime(self._shuffle)
+        self._employ_operator(random.choice([0, 0, 2, 6]))
+        self.agenda.after(HORIZON_S, self._end_deaths)
+
+    def _sometime(self, action: Action) -> None:
+        self.agenda.after(self.random.uniform(0, HORIZON_S), action)
+
+    def _shuffle(self) -> None:
+        """Some are slow now and others quick."""
+        weights = [self.random.choice(WEIGHTS) for _ in self._actors]
+        self._weights = [sum(weights[: i + 1]) for i in range(len(weights))]
+
+    # clients and the operator
+
+    @property
+    def _open_gateway(self) -> GatewayProcess | None:
+        gateway = self.processes.get(GATEWAY)
+        return gateway if gateway is not None and gateway.up else None
+
+    def _arrive(self, call: Call) -> None:
+        if (gateway := self._open_gateway) is None:
+            self.agenda.after(COME_AGAIN_S, lambda: self._arrive(call))
+            return
+        self.calls.append(call)
+        gateway.calls.append(call)
+        gateway.loop.create_task(call.fly(gateway.ring, self._next_order))
+
+    def _abort_some(self) -> None:
+        """As /abort_request: a call, a part of one, several, or all."""
+        live = [call for call in self.calls if call.under_way]
+        if (gateway := self._open_gateway) is None or not live:
+            return
+        call = self.random.choice(live)
+        rid = call.batch[-1].request.rid
+        commands = [
+            Abort(rid=call.parent or rid),
+            Abort(rid=rid),
+            Abort(rid=rid[:2], prefix=True),
+            Abort(abort_all=True),
+        ]
+        gateway.loop.call_soon(self._abort, gateway, self.random.choice(commands))
+
+    def _abort(self, gateway: GatewayProcess, command: Abort) -> None:
+        named = {entry.rid for entry in gateway.ring._pending.values() if names(command, entry)}
+        for call in gateway.calls:
+            if call.under_way and named.intersection(generate.request.rid for generate in call.batch):
+                call.unwanted = True
+        gateway.ring.abort(command)
+
+    def _employ_operator(self, commands: int) -> None:
+        if (gateway := self._open_gateway) is None:
+            self.agenda.after(COME_AGAIN_S, lambda: self._employ_operator(commands))
+            return
+        gateway.loop.create_task(self._operate(gateway, commands))
+
+    async def _operate(self, gateway: GatewayProcess, commands: int) -> None:
+        for _ in range(commands):
+            await asyncio.sleep(self.random.uniform(0, HORIZON_S / 4))
+            await self._command(gateway, self.operator.draw())
+
+    async def _command(self, gateway: GatewayProcess, command: ControlCommand) -> Order:
+        self.watch.sends(command)
+        return await self.operator.carry_out(gateway.ring, command, self._next_order)
+
+    def _next_order(self) -> int:
+        """The place of a request, a command or an answer among all others."""
+        self._order += 1
+        return self._order
+
+    # deaths and births
+
+    def _kill_some(self) -> None:
+        self._kill(self.random.choice([*DYING, *ROLES]))
+
+    def _kill(self, role: str) -> None:
+        """Now, or at one of its next points."""
+        process = self.processes.get(role)
+        if process is None or self.deaths_are_over:
+            return
+        self.kills[role] += 1
+        if self.random.random() < 0.2:
+            self._die(role)
+        else:
+            process.points_left = self.random.randint(1, MOST_POINTS)
+
+    def _die(self, role: str) -> None:
+        process = self.processes.pop(role)
+        self.note(role, "dies", [])
+        self.deaths[role] += 1
+        if isinstance(process, GatewayProcess):
+            self._orphan(process)
+        self.links[role].sender_died()
+        self._inbox_of(role).receiver_died()
+        delay = self.random.choice(BIRTHS_S)
+        self.agenda.after(delay, lambda: self._start(role, process.epoch + 1))
+        if self.random.random() < 0.15:
+            other = self.random.choice(DYING)
+            self.agenda.after(delay * self.random.uniform(0, 1.5), lambda: self._kill(other))
+
+    def _orphan(self, gateway: GatewayProcess) -> None:
+        """Its clients and the operator are cut off."""
+        gateway.dead = True
+        for call in gateway.calls:
+            call.orphaned = call.under_way
+        for order in self.operator.orders:
+            order.orphaned = order.orphaned or order.under_way
+        gateway.loop.abandon()
+
+    def _start(self, role: str, epoch: int) -> None:
+        inbox, outbox = self._inbox_of(role), self.links[role]
+        self.processes[role] = self._process(role, epoch=epoch, inbox=inbox, outbox=outbox, note=self.note)
+        outbox.sender_is_there = True
+        inbox.receiver_came()
+        self.note(role, "starts", [])
+
+    def _process(self, role: str, **place: Any) -> Process:
+        match role:
+            case services.TOKENIZER:
+                return TokenizerProcess(Encoder(tokenizer()), **place)
+            case services.SCHEDULER:
+                disk, agenda, random = self.disk, self.agenda, self.random
+                return SchedulerProcess(self.config, self.depth, disk, agenda, random, self.carried_out, **place)
+            case services.DETOKENIZER:
+                return DetokenizerProcess(vocabulary(), **place)
+            case _:
+                return GatewayProcess(self.agenda, self.watch, **place)
+
+    def _inbox_of(self, role: str) -> Link:
+        return self.links[ROLES[ROLES.index(role) - 1]]
+
+    def _end_deaths(self) -> None:
+        """Whoever is about to die does so now."""
+        self.deaths_are_over = True
+        for role, process in list(self.processes.items()):
+            if process.points_left is not None:
+                self._die(role)
+
+    # time
+
+    def _actor(self, role: str) -> Callable[[], bool]:
+        def turn() -> bool:
+            process = self.processes.get(role)
+            if process is None:
+                return False
+            try:
+                return process.turn()
+            except Killed:
+                self._die(role)
+                return True
+
+        return turn
+
+    def _run_until(self, done: Callable[[], bool]) -> None:
+        """Turns of random actors; when nothing can happen, what is due next. Returns when nothing is due either."""
+        idle, random, agenda = 0, self.random, self.agenda
+        while not done():
+            self.turns += 1
+            if self.turns > MOST_TURNS:
+                raise Fault(f"the ring does not come to rest in {MOST_TURNS} turns")
+            agenda.now += random.random() * 2 * TURN_S
+            agenda.run_due()
+            (actor,) = random.choices(self._actors, cum_weights=self._weights)
+            idle = 0 if actor() else idle + 1
+            if idle and idle % LOOK_EVERY == 0 and self.at_rest:
+                if not agenda:
+                    return
+                agenda.skip_to_next()
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing happens before something is due."""
+        links = all(link.at_rest for link in self.links.values())
+        return links and all(process.at_rest for process in self.processes.values())
+
+    def _come_to_rest(self) -> None:
+        """Let everything end, what a pause holds up as well."""
+        while True:
+            self._run_until(lambda: False)
+            match self.operator.orders[-1:]:
+                case [Order(command=ContinueGeneration(), answer=Reply(success=True))]:
+                    return
+            gateway = self.processes[GATEWAY]
+            gateway.loop.create_task(self._command(gateway, ContinueGeneration()))
+
+    def note(self, role: str, verb: str, messages: Sequence[Message]) -> None:
+        if self._trace is not None:
+            for text in [line(message) for message in messages] or [""]:
+                self._trace(f"{self.agenda.now:9.5f} {role:>11} {verb:6} {text}".rstrip())
+
+
+def planner_config(random: Random) -> PlannerConfig:
+    return PlannerConfig(
+        page_size=random.choice([1, 1, 2, 4]),
+        total_pages=random.choice([64, 100, 400]),
+        max_running=random.choice([1, 2, 4, 8]),
+        context_length=500,
+        vocab_size=VOCAB_SIZE,
+        chunked_prefill_size=random.choice([-1, 8]),
+        max_queued=random.choice([None, None, 2, 6]),
+        policy=random.choice(["fcfs", "priority", "lpm"]),
+    )
+
+
+def run(seed: int, trace: Callable[[str], None] | None = None) -> str | None:
+    """What is wrong with this seed's run, if anything is."""
+    try:
+        Simulation(seed, trace).run()
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+    return None
