@@ -26,7 +26,7 @@ from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.scheduler import Scheduler
 from scheduler_service.standing import StandingOrders
-from tests.fakes import FakeWorker, next_token
+from tests.fakes import FakeWorker, looping_token
 from tests.simulated_ring.clock import Agenda
 from tests.simulated_ring.links import Link
 from tokenizer_service.encode import Encoder
@@ -165,7 +165,7 @@ class Worker(FakeWorker):
 
 def drawn(prefix: "array[int]", seed: int, weight_version: str, vocab_size: int) -> int:
     """The token behind a prefix, under these weights."""
-    return next_token(prefix, vocab_size, zlib.crc32(weight_version.encode(), seed))
+    return looping_token(prefix, vocab_size, zlib.crc32(weight_version.encode(), seed))
 
 
 class Orders(StandingOrders):

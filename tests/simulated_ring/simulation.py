@@ -22,6 +22,7 @@ from typing import Any
 from http_gateway.ring_client import _names as names
 from runtime.control import Abort, ContinueGeneration, ControlCommand
 from runtime.messages import Message, Reply
+from scheduler_service.core.drafts import DraftOptions
 from scheduler_service.core.rules import PlannerConfig
 from tests.simulated_ring import services
 from tests.simulated_ring.checks import Fault, check
@@ -67,7 +68,8 @@ class Simulation:
         self.carried_out: list[tuple[int, str]] = []  # which scheduler has put which update in place
         self.clients, self.operator = Clients(random), Operator(random)
         self.watch = Watch(self.operator)
-        self.config, self.depth = planner_config(random), random.choice([0, 1])
+        self.config = planner_config(random)
+        self.depth = 0 if self.config.drafts else random.choice([0, 1])
         self.links = {role: Link(random, keeps=role == GATEWAY) for role in ROLES}  # by sender
         self.processes: dict[str, Any] = {}
         self._trace = trace
@@ -304,6 +306,7 @@ def planner_config(random: Random) -> PlannerConfig:
         chunked_prefill_size=random.choice([-1, 8]),
         max_queued=random.choice([None, None, 2, 6]),
         policy=random.choice(["fcfs", "priority", "lpm"]),
+        drafts=random.choice([None, None, DraftOptions(tokens=4, shortest=1, longest=3)]),
     )
 
 
