@@ -18,6 +18,7 @@ from tests.simulated_ring.checks import hold
 from tests.simulated_ring.clock import Agenda, TurnLoop
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Operator
 from tests.simulated_ring.services import FIRST_VERSION, GATEWAY, Killed, Process
+from tests.simulated_ring.trace import serial
 
 MOST_INFLIGHT = 60
 SERIALS_OF_A_GATEWAY = 1_000_000
@@ -40,12 +41,14 @@ class Watch:
     def __init__(self, operator: Operator) -> None:
         self.paused = False  # for sure: a pause was answered, and nothing was sent since that ends it
         self.weight_version: str | None = FIRST_VERSION  # for sure: an update was answered, and none was sent since
+        self.ended_before = 0  # serial of a pause that has ended all requests before it
         self._operator = operator
 
     def heard(self, pending: Pending, text: Text, now: float) -> None:
         """As http_gateway.metrics.Metrics."""
         tokens = text.tokens
         hold(not (tokens.ids and self.paused), tokens.rid, "goes on in a pause")
+        hold(not (tokens.ids and pending.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
         if tokens.ids and self.weight_version is not None:
             right = tokens.weight_version == self.weight_version
             hold(right, tokens.rid, "has a token of", tokens.weight_version, "while", self.weight_version, "serves")
@@ -63,8 +66,9 @@ class Watch:
     def on_reply(self, reply: Reply) -> None:
         order = next((o for o in self._operator.orders if o.command.id == reply.id and o.under_way), None)
         match order and order.command:
-            case PauseGeneration() if reply.success:
+            case PauseGeneration() as pause if reply.success:
                 self.paused = True
+                self.ended_before = int(serial(reply.id)) if pause.ends_requests else self.ended_before
             case UpdateWeightsFromDisk(weight_version=version) if reply.success:
                 self.weight_version = version
 

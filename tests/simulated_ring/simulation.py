@@ -103,11 +103,11 @@ class Simulation:
                 self._sometime(lambda: self._arrive(self.clients.call(poisoned)))
         for _ in range(random.choice([0, 0, 1, 3])):
             self._sometime(self._abort_some)
-        for _ in range(random.choice([0, 1, 1, 2, 3, 5])):
+        for _ in range(random.choice([0, 1, 2, 3, 5, 8])):
             self._sometime(self._kill_some)
         for _ in range(random.randint(0, 4)):
             self._sometime(self._shuffle)
-        self._employ_operator(random.choice([0, 0, 2, 6]))
+        self._employ_operator(random.choice([0, 2, 6, 12]))
         self.agenda.after(HORIZON_S, self._end_deaths)
 
     def _sometime(self, action: Action) -> None:
@@ -163,7 +163,7 @@ class Simulation:
 
     async def _operate(self, gateway: GatewayProcess, commands: int) -> None:
         for _ in range(commands):
-            await asyncio.sleep(self.random.uniform(0, HORIZON_S / 4))
+            await asyncio.sleep(self.random.uniform(0, HORIZON_S / 6))
             await self._command(gateway, self.operator.draw())
 
     async def _command(self, gateway: GatewayProcess, command: ControlCommand) -> Order:
@@ -201,7 +201,7 @@ class Simulation:
         self._inbox_of(role).receiver_died()
         delay = self.random.choice(BIRTHS_S)
         self.agenda.after(delay, lambda: self._start(role, process.epoch + 1))
-        if self.random.random() < 0.15:
+        if self.random.random() < 0.25:
             other = self.random.choice(DYING)
             self.agenda.after(delay * self.random.uniform(0, 1.5), lambda: self._kill(other))
 
