@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels.configs import DEPENDENT_LAUNCHES, EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
+from kernels.configs import EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
 from kernels.ops import Backend
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
@@ -24,7 +24,7 @@ from runtime.sampling import SamplingParams
 from scheduler_service.core.plan import Plan, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.device_state import SlotTokens
-from scheduler_service.fused_steps import FusedSteps, build_steps
+from scheduler_service.fused_steps import FusedSteps, make_fused_steps
 from scheduler_service.inputs import make_inputs, to_device
 from scheduler_service.kv_cache import DEFAULT_PAGE_SIZE, KVCache
 from scheduler_service.model.decoder import Decoder
@@ -100,7 +100,7 @@ def blank_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots
     if not can_fuse(model):
         return None
     cache = KVCache(model.attention, SOME_PAGES, config.page_size or DEFAULT_PAGE_SIZE, dtype, META)
-    return build_steps(config, model, cache, SlotTokens(slots, META), info.context_length, "triton", DEPENDENT_LAUNCHES)
+    return make_fused_steps(config, model, cache, SlotTokens(slots, META), info.context_length, "triton")
 
 
 def one_of_each_layer(spec: DecoderSpec) -> DecoderSpec:

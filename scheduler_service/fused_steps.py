@@ -5,13 +5,17 @@ moves on, and its pages. The host sends what is new: the slots when other reques
 added, the position of a request that comes from its prompt.
 """
 
+import logging
 from dataclasses import dataclass
 from operator import is_
 
 import torch
 
+from kernels.configs import DEPENDENT_LAUNCHES
 from kernels.ops import Backend
 from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.model_info import ModelInfo
 from scheduler_service.core.plan import Plan, Slice
 from scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
 from scheduler_service.experts import Chosen
@@ -29,12 +33,16 @@ from scheduler_service.graphs import (
 )
 from scheduler_service.inputs import Inputs
 from scheduler_service.kv_cache import KVCache
-from scheduler_service.model.batch import Batch
+from scheduler_service.model.batch import Batch, ServedModel
 from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.fused import FusedDecoder
+from scheduler_service.model.fused import FusedDecoder, can_fuse
 from scheduler_service.sampler import Draws, Row
 from scheduler_service.step_context import Chunks, StepContext
 from scheduler_service.transfer import upload
+
+log = logging.getLogger(__name__)
+
+NOT_FUSED = "--enable-deterministic-inference needs the fused operations on a GPU, and {} does not run on them"
 
 
 class Buffers:
@@ -245,31 +253,17 @@ class FusedSteps:
             return True
         return self.prefill is not None and self.prefill.graphs.rest()
 
+    def begin(self) -> None:
+        """Record what is to be there before the first step."""
+        if self.graphs is not None:
+            self.graphs.begin(self.model.device)
+
     def forget_graphs(self) -> None:
         """Memory that recorded steps name has moved."""
         if self.graphs is not None:
             self.graphs.forget()
         if self.prefill is not None:
             self.prefill.graphs.forget()
-
-
-def build_steps(
-    config: ServerConfig,
-    model: Decoder,
-    cache: KVCache,
-    tokens: SlotTokens,
-    context_length: int,
-    backend: Backend,
-    dependent: bool = False,
-) -> FusedSteps:
-    """Fused steps on a backend and with the launches of kernels/ops.py, ready to record graphs as the flags say."""
-    fused = FusedDecoder(model, backend, context_length, dependent, config.enable_deterministic_inference)
-    steps = FusedSteps(fused, cache, tokens, context_length)
-    if not config.disable_cuda_graph:
-        recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
-        largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
-        steps.use_graphs(recorder, largest, config.cuda_graph_max_prefill_tokens)
-    return steps
 
 
 def make_fused_steps(
@@ -279,10 +273,41 @@ def make_fused_steps(
     tokens: SlotTokens,
     context_length: int,
     backend: Backend,
-    dependent: bool = False,
+    dependent: bool | None = None,
 ) -> FusedSteps:
-    """The same with the first graphs recorded."""
-    steps = build_steps(config, model, cache, tokens, context_length, backend, dependent)
-    if steps.graphs is not None:
-        steps.graphs.begin(model.device)
+    """Fused steps on a backend and with the launches of kernels/ops.py, ready to record graphs as the flags say."""
+    if dependent is None:
+        dependent = backend == "triton" and DEPENDENT_LAUNCHES
+    fused = FusedDecoder(model, backend, context_length, dependent, config.enable_deterministic_inference)
+    steps = FusedSteps(fused, cache, tokens, context_length)
+    if not config.disable_cuda_graph:
+        recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
+        largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
+        steps.use_graphs(recorder, largest, config.cuda_graph_max_prefill_tokens)
+    return steps
+
+
+def fused_steps_of(
+    config: ServerConfig,
+    info: ModelInfo,
+    model: ServedModel,
+    cache: KVCache,
+    tokens: SlotTokens,
+    backend: Backend | None,
+) -> FusedSteps | None:
+    """The fused way of running a model, ready for its first step; None where there is none. Raises StartupError.
+
+    Without a backend: on a GPU if --attention-backend says so.
+    """
+    if backend is None and tokens.values.device.type == "cpu":
+        return None
+    plain = config.attention_backend == "torch_native"
+    if plain or info.embedding is not None or not isinstance(model, Decoder) or not can_fuse(model):
+        if config.enable_deterministic_inference:
+            raise StartupError(NOT_FUSED.format(info.architecture))
+        if not plain:
+            log.info("No fused operations for this model: it runs on plain torch, without CUDA graphs.")
+        return None
+    steps = make_fused_steps(config, model, cache, tokens, info.context_length, backend or "triton")
+    steps.begin()
     return steps

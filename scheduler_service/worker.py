@@ -21,10 +21,8 @@ import torch
 from kernels.attention import paged_attention
 from kernels.attention_by_token import paged_attention_by_token
 from kernels.attention_schedule import Ragged
-from kernels.configs import DEPENDENT_LAUNCHES
 from kernels.ops import Backend
 from runtime.config import ServerConfig
-from runtime.errors import StartupError
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
 from scheduler_service import masks, sampler
@@ -35,15 +33,13 @@ from scheduler_service.device import choose_device, limit_threads, total_bytes
 from scheduler_service.device_state import SlotTokens
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
 from scheduler_service.fused_sampling import is_plain
-from scheduler_service.fused_steps import FusedSteps, make_fused_steps
+from scheduler_service.fused_steps import FusedSteps, fused_steps_of
 from scheduler_service.grammar import Grammar, Matcher
 from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
-from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.deterministic import make_deterministic
-from scheduler_service.model.fused import can_fuse
 from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
@@ -54,7 +50,6 @@ from scheduler_service.weights.load import available_gb
 log = logging.getLogger(__name__)
 
 MAX_RUNNING_REQUESTS = 256
-NOT_FUSED = "--enable-deterministic-inference needs the fused operations on a GPU, and {} does not run on them"
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
 Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
@@ -137,28 +132,12 @@ class Worker:
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
-        self.fused = self.make_fused(config, backend)
+        self.fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, backend)
         self.sample = sampler.sample if self.fused is None else self.fused.sampler.sample
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
-
-    def make_fused(self, config: ServerConfig, backend: Backend | None) -> FusedSteps | None:
-        """The fused way of running the model, where there is one."""
-        if backend is None and self.device.type == "cpu":
-            return None
-        backend = backend or "triton"
-        plain = config.attention_backend == "torch_native"
-        if plain or not isinstance(self.model, Decoder) or not can_fuse(self.model) or self.pooler is not None:
-            if config.enable_deterministic_inference:
-                raise StartupError(NOT_FUSED.format(self.info.architecture))
-            if not plain:
-                log.info("No fused operations for this model: it runs on plain torch, without CUDA graphs.")
-            return None
-        dependent = backend == "triton" and DEPENDENT_LAUNCHES
-        length = self.info.context_length
-        return make_fused_steps(config, self.model, self.cache, self.tokens, length, backend, dependent)
 
     @property
     def uses_graphs(self) -> bool:

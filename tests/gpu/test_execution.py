@@ -9,7 +9,7 @@ import torch
 
 from runtime.messages import LogprobOptions
 from runtime.sampling import SamplingParams
-from scheduler_service import sampler, worker
+from scheduler_service import fused_steps, sampler
 from scheduler_service.weights import device_staging
 from scheduler_service.weights.checkpoint import Checkpoint
 from tests.engine import Answer, Engine, floats
@@ -84,7 +84,7 @@ def test_deterministic_answers_have_the_same_bits_alone_and_in_company(directory
 
 def test_launches_ahead_of_their_inputs_give_what_launches_in_turn_give(directory, monkeypatch):
     expected = on_gpu(directory).generate(PROMPTS, GREEDY)
-    monkeypatch.setattr(worker, "DEPENDENT_LAUNCHES", True)
+    monkeypatch.setattr(fused_steps, "DEPENDENT_LAUNCHES", True)
     assert tokens(on_gpu(directory).generate(PROMPTS, GREEDY)) == tokens(expected)
 
 

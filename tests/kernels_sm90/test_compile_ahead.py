@@ -66,7 +66,9 @@ def whole_steps(config: dict[str, Any]) -> FusedSteps:
     spec = decoder_spec(model_info(config, CONTEXT))
     model = Decoder(spec, Weights(decoder_layout(spec), torch.bfloat16, META))
     cache = KVCache(model.attention, 1000, PAGE, torch.bfloat16, META)
-    return make_fused_steps(CONFIG, model, cache, SlotTokens(SLOTS, META), CONTEXT, "triton")
+    steps = make_fused_steps(CONFIG, model, cache, SlotTokens(SLOTS, META), CONTEXT, "triton")
+    steps.begin()
+    return steps
 
 
 def sequence(slot: int, tokens: int) -> Sequence:
