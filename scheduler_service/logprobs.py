@@ -80,7 +80,7 @@ def as_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
 
 def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int]) -> Scores:
     """Logprobs of ids (rows,), of the best `top` tokens and of the `asked` ones, from logits (rows, vocab)."""
-    norm = torch.logsumexp(logits, 1, keepdim=True)  # (rows, 1)
+    norm = log_of_sums(logits)  # (rows, 1)
     columns = upload(asked, logits.device, torch.int64)
     top_values, top_ids = largest(logits, min(top, logits.shape[1])) if top else (logits[:, :0], logits[:, :0])
     return Scores(
@@ -90,6 +90,18 @@ def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int]) -
         top_values=top_values - norm,
         asked_values=logits[:, columns] - norm,
     )
+
+
+def log_of_sums(logits: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp(row))) of logits (rows, vocab): (rows, 1), the same bits for a row whatever rows are beside it.
+
+    torch has several threads add up a row that is alone, and one for each row of several; a GPU splits rows by how
+    many there are, which float64 makes too small to be seen.
+    """
+    if logits.device.type != "cpu":
+        return torch.logsumexp(logits.double(), 1, keepdim=True).to(logits.dtype)
+    several = logits if len(logits) > 1 else logits.expand(2, -1)
+    return torch.logsumexp(several, 1, keepdim=True)[: len(logits)]
 
 
 def output_logprobs(logits: torch.Tensor, tokens: torch.Tensor, options: list[LogprobOptions | None]) -> OutputScores:

@@ -6,7 +6,7 @@ import torch
 
 from runtime.messages import LogprobOptions, Logprobs, unpack_ids
 from scheduler_service import logprobs as module
-from scheduler_service.logprobs import output_logprobs, prompt_logprobs
+from scheduler_service.logprobs import log_of_sums, output_logprobs, prompt_logprobs
 
 
 def floats(data: bytes) -> torch.Tensor:
@@ -70,3 +70,14 @@ def test_prompt_logprobs_of_blocks_are_those_of_the_whole():
     found = prompt_logprobs(hidden, ids, to_logits, module.BLOCK_BYTES // (4 * 30), options)
     assert sizes == [30, 30, 30, 10]
     check(found, hidden @ head, ids.tolist(), options)
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others_however_many_threads_there_are():
+    logits, threads = torch.randn(12, 152_000) * 3, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = log_of_sums(logits)
+        assert all(torch.equal(log_of_sums(logits[i : i + 1]), together[i : i + 1]) for i in range(12))
+        assert all(torch.equal(log_of_sums(logits[i : i + 3]), together[i : i + 3]) for i in range(10))
+    finally:
+        torch.set_num_threads(threads)
