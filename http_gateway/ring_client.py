@@ -203,8 +203,8 @@ class RingClient:
         self._outbox.send([Restarted(role="gateway", least_attempt=self._least_attempt)])
 
     def _on_restarted(self, restarted: Restarted, now: float) -> None:
+        self.ask_facts()  # those of a scheduler that was started again meanwhile may be lost; first hear of that death
         self._recover(restarted.role)
-        self.ask_facts()  # those of a scheduler that was started again meanwhile may be lost
 
     def _recover(self, role: str) -> None:
         """A service was started again: send once more what may have been lost with the one before."""

@@ -427,6 +427,14 @@ async def test_after_a_text_service_the_scheduler_is_asked_for_its_facts_for_the
         assert [message.role for message in ring.transport.sent if isinstance(message, Restarted)] == ["gateway"]
 
 
+@asynchronous
+async def test_the_scheduler_is_asked_for_its_facts_before_anything_is_sent_again() -> None:
+    async with connected() as ring:
+        with ring.open("a"):
+            await ring.restart("detokenizer")
+            assert [type(message) for message in ring.transport.sent] == [Restarted, Generate]
+
+
 # the culprit
 
 
