@@ -10,9 +10,13 @@ on two cores, cycling through the layers of a model so that no matrix stays in a
     9728 x 896 fp32, 1       2,500        2,300    1,270
     9728 x 896 fp32, 64     18,500            -    5,700
 
-A packed product also gives each row the same bits whatever rows are beside it, and for any number of threads, but
-for single rows of some shapes; those are computed twice, side by side, which costs nothing: reading the weight is
-what takes the time. So an answer does not depend on what else is in the batch.
+How many rows share a product may change the order of its sums, and so the last bits. Without AMX it does so for single
+rows of some shapes alone; those are computed twice, side by side, which costs nothing: reading the weight is what takes
+the time. With AMX, bfloat16 rows are added up in one way among 1 to 32 and in others among more. A layer that keeps
+order (`keep_order`) multiplies only certain numbers of rows at once, for which a probe has found one order on this
+machine: at most 64, with AMX 32. One AVX-512 core takes, for 512 rows of 9728 x 896 (ms):
+
+    fp32: whole 51, by 64 rows 54    bf16: 79, 79    bf16 with AMX: whole 7.5, by 32 rows 15, without AMX 79
 
 float16 has no packed form on most CPUs: it is packed as float32, and single rows take `F.linear`.
 
@@ -33,6 +37,7 @@ import torch.nn.functional as F
 PACKED_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 PACKED_FOR_ROWS = 64  # the hint to oneDNN that served 1 to 256 rows best
 BLOCK_FEATURES = 16384  # rows of a weight that are packed in one go
+ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # so many rows share a product where order is kept
 
 Packed = tuple[torch.Tensor, ...]  # one for each block of the weight's rows
 
@@ -51,7 +56,8 @@ class Linear:
         packable = weight.device.type == "cpu" and can_pack(weight.dtype)
         self.packed_dtype = PACKED_DTYPES[weight.dtype] if packable else None
         self.rows_unpacked = 1 if weight.dtype is torch.float16 else 0  # up to so many rows `F.linear` is faster
-        self.least_rows = 1  # fewer are computed together with copies of themselves
+        self.least_rows = 1  # fewer are computed together with others, of zeros
+        self.row_counts: tuple[int, ...] = ()  # where order is kept: ascending, no other numbers of rows are multiplied
 
     def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """`gelu`: of each number, on its way out of the product where the weight is packed."""
@@ -72,12 +78,22 @@ class Linear:
             plain = F.linear(x, self.weight, self.bias)
             yield F.gelu(plain) if gelu else plain
             return
-        x = x.to(self.packed_dtype)
+        x, sizes = x.to(self.packed_dtype), self.sizes(rows)
+        if (missing := sum(sizes) - rows) > 0:
+            x = F.pad(x, (0, 0, 0, missing))
         bias = None if self.bias is None else self.bias.to(self.packed_dtype)
-        if rows < self.least_rows:
-            x = x.expand(self.least_rows, -1)
-        for part in multiply(x, self.packed, bias, gelu):
+        pieces = [multiply(piece, self.packed, bias, gelu) for piece in x.split(sizes)]
+        for parts in zip(*pieces, strict=True):
+            part = parts[0] if len(parts) == 1 else torch.cat(parts)
             yield part[:rows].to(self.weight.dtype)
+
+    def sizes(self, rows: int) -> list[int]:
+        """The numbers of rows to multiply one after the other; in sum `rows` or more."""
+        if not self.row_counts:
+            return [max(rows, self.least_rows)]
+        full, rest = divmod(rows, self.row_counts[-1])
+        last = [count for count in self.row_counts if count >= rest][:1] if rest else []
+        return [self.row_counts[-1]] * full + last
 
     def pack(self, weight: torch.Tensor, breathe: Callable[[], None] = no_pause) -> Packed | None:
         """The packed form of a weight of this layer's shape, or None where this device has none.
@@ -87,14 +103,26 @@ class Linear:
         return None if self.packed_dtype is None else pack(weight, self.packed_dtype, breathe)
 
     def keep_order(self) -> None:
-        """From now on a row gets the same bits whatever is beside it, for all shapes and dtypes, if not as fast."""
-        self.rows_unpacked, self.least_rows = 0, 2
+        """From now on a row gets the same bits whatever is beside it, for all shapes and dtypes, if not as fast.
+
+        Call when the weight was packed and the number of threads is settled.
+        """
+        assert self.packed_dtype is not None, "only packed weights can be multiplied so"
+        self.rows_unpacked = 0
+        threads, columns = torch.get_num_threads(), self.weight.shape[1]
+        ordered = [counts_in_order(height, columns, self.packed_dtype, threads) for height in self.heights()]
+        self.row_counts = tuple(sorted(set(ROW_COUNTS).intersection(*ordered))) or (1,)
+
+    def heights(self) -> set[int]:
+        """How many rows of the weight the packed blocks have."""
+        return {len(block) for block in self.weight.split(BLOCK_FEATURES)}
 
     def adopt(self, packed: Packed | None) -> None:
         """Use what `pack` made of the weight's present values."""
         if packed is not None and self.packed is None:
-            heights = {len(block) for block in self.weight.split(BLOCK_FEATURES)}
-            self.least_rows = max(least_rows(height, self.weight.shape[1], self.packed_dtype) for height in heights)
+            self.least_rows = max(
+                least_rows(height, self.weight.shape[1], self.packed_dtype) for height in self.heights()
+            )
         self.packed = packed
 
 
@@ -128,16 +156,35 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @lru_cache
 def least_rows(features: int, columns: int, dtype: torch.dtype) -> int:
-    """1, or 2 where oneDNN adds up a single row of such a block in another order than a row among others.
+    """1, or 2 where oneDNN adds up a single row of such a block in another order than a row among others."""
+    packed, row = order_probe(features, columns, dtype)
+    (alone,), (together,) = multiply(row, packed, None), multiply(row.repeat(2, 1), packed, None)
+    return 1 if torch.equal(alone, together[:1]) else 2
 
-    The second half of each sum takes back what the first gave: what remains is the rounding, and that shows the order.
+
+@lru_cache
+def counts_in_order(features: int, columns: int, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+    """Those of ROW_COUNTS for which oneDNN adds up every row of such a block in one order, with so many threads.
+
+    Two rows set the order, or a single one where even two differ: it has no others beside it.
+    """
+    assert threads == torch.get_num_threads(), threads
+    packed, row = order_probe(features, columns, dtype)
+    results = {count: next(multiply(row.repeat(count, 1), packed, None)) for count in ROW_COUNTS}
+    standard = results[2][:1]
+    return tuple(count for count, result in results.items() if bool((result == standard).all())) or (1,)
+
+
+def order_probe(features: int, columns: int, dtype: torch.dtype) -> tuple[Packed, torch.Tensor]:
+    """A packed weight and a row (1, columns) whose product shows in which order it was added up.
+
+    Each number occurs once with its negative, in any places: what remains of a sum is its rounding.
     """
     generator, half = torch.Generator().manual_seed(0), columns // 2
-    weight, rows = torch.zeros(features, columns), torch.zeros(2, columns)
-    weight[:, :half] = torch.rand(features, half, generator=generator) - 0.5
-    rows[:, :half] = torch.rand(2, half, generator=generator) - 0.5
-    weight[:, half : 2 * half], rows[:, half : 2 * half] = weight[:, :half], -rows[:, :half]
-    rows = rows.to(dtype)
-    packed = pack(weight.to(dtype), dtype)
-    (alone,), (together,) = multiply(rows[:1], packed, None), multiply(rows, packed, None)
-    return 1 if torch.equal(alone, together[:1]) else 2
+    places = torch.randperm(columns, generator=generator)
+    first, second = places[:half], places[half : 2 * half]
+    weight, row = torch.zeros(features, columns), torch.zeros(1, columns)
+    weight[:, first] = torch.rand(features, half, generator=generator) - 0.5
+    row[:, first] = torch.rand(1, half, generator=generator) - 0.5
+    weight[:, second], row[:, second] = weight[:, first], -row[:, first]
+    return pack(weight.to(dtype), dtype), row.to(dtype)
