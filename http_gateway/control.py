@@ -13,12 +13,11 @@ from starlette.responses import Response
 
 from http_gateway import errors, payloads, replies
 from http_gateway.auth import Access
-from http_gateway.endpoint import Endpoint, Handler, read_body
+from http_gateway.endpoint import Endpoint, Handler, of_commands, of_weights, read_body
 from http_gateway.gateway import Gateway
 from runtime import control
-from runtime.control import Abort, ControlCommand, UpdateWeightsFromTensor
+from runtime.control import ONE_PAYLOAD_A_RANK, RANKS, Abort, ControlCommand, UpdateWeightsFromTensor
 from runtime.errors import Kind, RequestError
-from runtime.limits import MAX_ADMIN_BODY_BYTES
 from runtime.messages import Reply
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ async def carried_out(gateway: Gateway, command: ControlCommand) -> Response:
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
     """The command of a body, with what the query string says laid over it."""
-    body = await read_body(http, MAX_ADMIN_BODY_BYTES)
+    body = await read_body(http)
     known = {field.name for field in msgspec.structs.fields(kind)}
     asked = {name: value for name, value in http.query_params.items() if name in known}
     if not asked:
@@ -77,6 +76,8 @@ async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Res
     command = await read_command(UpdateWeightsFromTensor, http)
     assert isinstance(command, UpdateWeightsFromTensor), command
     entries, command.serialized_named_tensors = command.serialized_named_tensors, []
+    if len(entries) != RANKS:
+        raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field="serialized_named_tensors")
     with payloads.files(gateway.run_dir, len(entries)) as files:
         await asyncio.to_thread(payloads.store, entries, files)
         command.payload_files = [str(file) for file in files]
@@ -93,7 +94,8 @@ def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
     access = Access.ADMIN if kind.admin else Access.USER
     handler = HANDLERS.get(kind) or command_handler(kind)
     shape = errors.native if kind is Abort else errors.control
-    return Endpoint(path, handler, kind.methods, access, shape, body=kind)
+    bounds = of_weights if kind is UpdateWeightsFromTensor else of_commands
+    return Endpoint(path, handler, kind.methods, access, shape, body=kind, bounds=bounds)
 
 
 ENDPOINTS = [endpoint_of(path, kind) for path, kind in control.routes().items()]

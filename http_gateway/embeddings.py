@@ -107,7 +107,8 @@ def to_job(given: Any, rid: Any, dimensions: int | None, rules: Rules) -> Job:
     kind = type(items[0])
     if kind not in KINDS or any(type(item) is not kind for item in items):
         raise RequestError(MIXED.format(KINDS.get(kind, "strings")), field="input")
-    prompts = [to_prompt(index, item, embed_request(dimensions), rules) for index, item in enumerate(items)]
+    request = embed_request(dimensions)
+    prompts = [to_prompt(index, item, request, rules) for index, item in enumerate(items)]
     return fan_out(prompts, read_rids(rid, len(prompts), single), rules)
 
 

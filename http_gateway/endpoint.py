@@ -12,16 +12,54 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from http_gateway import errors
 from http_gateway.auth import Access, Keys
+from http_gateway.counting import ValueCounter
 from http_gateway.flight import ClientGone
 from http_gateway.gateway import Gateway
+from runtime.config import ServerConfig
 from runtime.errors import Kind, RequestError
-from runtime.limits import MAX_BODY_BYTES
+from runtime.limits import MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
 
 log = logging.getLogger(__name__)
 
 ROUTE = "quartet.route"  # scope key: path of the route that matched, for counting
+BOUNDS = "quartet.bounds"  # scope key: Bounds of the request's body
+
+MAX_LENGTH_DIGITS = 20  # of a Content-Length that is read as a number
 
 Handler = Callable[[Gateway, Request], Awaitable[ASGIApp]]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a request's body may hold."""
+
+    size: int  # bytes
+    flag: str  # that says so; "" where none does
+    values: int
+
+    def check(self, size: int, values: int) -> None:
+        """Raise RequestError (413, naming the limit) for a body that has so much already."""
+        if size > self.size:
+            by = f" ({self.flag})" if self.flag else ""
+            raise RequestError(f"The request body exceeds the limit of {self.size} bytes{by}.", Kind.TOO_LARGE)
+        if values > self.values:
+            raise RequestError(
+                f"The request body holds more than {self.values} strings, lists and objects; "
+                "send it as several requests.",
+                Kind.TOO_LARGE,
+            )
+
+
+def of_requests(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_body_size, "--max-body-size", MAX_BODY_VALUES)
+
+
+def of_commands(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_body_size, "--max-body-size", MAX_CONTROL_BODY_VALUES)
+
+
+def of_weights(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_weight_body_size, "--max-weight-body-size", MAX_CONTROL_BODY_VALUES)
 
 
 @dataclass(frozen=True)
@@ -35,6 +73,7 @@ class Endpoint:
     shape: errors.Shape = errors.native
     body: Any = None  # type of the request body, for the API's description
     answer: Any = None  # and of what is answered
+    bounds: Callable[[ServerConfig], Bounds] = of_requests
 
 
 class Guarded:
@@ -48,6 +87,7 @@ class Guarded:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoint
         scope[ROUTE] = endpoint.path
+        scope[BOUNDS] = endpoint.bounds(self._gateway.config)
         if not self._keys.allow(endpoint.access, scope["headers"]):
             await unauthorized()(scope, receive, send)
             return
@@ -66,27 +106,35 @@ def unauthorized() -> Response:
     return errors.json_response({"error": "Unauthorized"}, 401)
 
 
-async def read_body(http: Request, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The whole body. Raises RequestError (413, naming the limit) when it is longer.
+async def read_body(http: Request, size: int | None = None) -> bytes:
+    """The whole body. Raises RequestError (413, naming the limit) when it is longer than the route's limit or `size`.
 
-    As much again is read and thrown away before that, so that a client still sending gets to see the answer.
+    What it holds is counted as it arrives. As much as the limit again is read and thrown away before the refusal, so
+    that a client still sending gets to see the answer.
     """
-    too_large = RequestError(f"The request body exceeds the limit of {limit} bytes.", Kind.TOO_LARGE)
+    bounds: Bounds = http.scope[BOUNDS]
+    if size is not None and size < bounds.size:
+        bounds = Bounds(size, "", bounds.values)
     declared = http.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > 2 * limit:
-        raise too_large
+    if declared.isdecimal() and len(declared) < MAX_LENGTH_DIGITS and int(declared) > 2 * bounds.size:
+        bounds.check(int(declared), 0)
     parts: list[bytes] = []
-    size = 0
+    counter, received = ValueCounter(), 0
+    refusal: RequestError | None = None
     async for part in http.stream():
-        size += len(part)
-        if size <= limit:
+        received += len(part)
+        if refusal is None:
+            counter.feed(part)
             parts.append(part)
-        elif size > 2 * limit:
+            try:
+                bounds.check(received, counter.values)
+            except RequestError as error:
+                refusal = error
+                parts.clear()
+        if received > 2 * bounds.size:
             break
-        else:
-            parts.clear()
-    if size > limit:
-        raise too_large
+    if refusal is not None:
+        raise refusal
     return b"".join(parts)
 
 

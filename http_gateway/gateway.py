@@ -13,6 +13,7 @@ from http_gateway.output import Output
 from http_gateway.probes import Census, Progress, SignOfLife
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
+from runtime.limits import CALL_BYTES_PER_BODY_BYTE
 from runtime.messages import Facts, Request
 from runtime.model_info import ModelInfo
 
@@ -83,5 +84,7 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
         priorities=config.schedule_policy == "priority",
         routed_experts=config.enable_return_routed_experts,
         hidden_states=config.enable_return_hidden_states,
+        most_requests=config.max_inflight_requests,
+        most_bytes=CALL_BYTES_PER_BODY_BYTE * config.max_body_size,
         preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
     )

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from http_gateway import rounds
 from http_gateway.endpoint import Endpoint, read_body
 from http_gateway.gateway import Gateway
-from http_gateway.generate_body import GenerateBody, to_job
+from http_gateway.generate_body import FIELDS, GenerateBody, check_batch, to_job
 from http_gateway.intake import Job
 from http_gateway.output import Output
 from http_gateway.sse import EventStream, event
@@ -41,7 +41,8 @@ async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStrea
 async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
     given = msgspec.json.decode(await read_body(http), type=VertexBody)
-    names = {name for instance in given.instances for name in instance}
+    check_batch(len(given.instances), "instances")
+    names = {name for instance in given.instances for name in instance if name in FIELDS}
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}
     body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
     job, _ = admit(gateway, http, body)

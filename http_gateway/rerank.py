@@ -73,7 +73,8 @@ def check(body: RerankBody) -> None:
 
 def to_job(body: RerankBody, rules: Rules) -> Job:
     """A pair for each document."""
-    pairs = [Generate(request=embed_request(), text=body.query, text_pair=text) for text in body.documents]
+    request = embed_request()
+    pairs = [Generate(request=request, text=body.query, text_pair=text) for text in body.documents]
     return fan_out(pairs, [None] * len(pairs), rules)
 
 

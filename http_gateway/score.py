@@ -62,11 +62,11 @@ def check(body: ScoreBody) -> None:
 def to_job(body: ScoreBody, rules: Rules) -> Job:
     """One prompt per item; the distribution behind it is that of the one token asked for."""
     items = [body.items] if isinstance(body.items, str) else body.items
+    options = LogprobOptions(token_ids=body.label_token_ids)
+    params = SamplingParams(max_new_tokens=1, temperature=1.0, ignore_eos=True)
+    request = Request(rid="", params=params, logprobs=options)
     prompts = []
     for item in items:
-        options = LogprobOptions(token_ids=body.label_token_ids)
-        params = SamplingParams(max_new_tokens=1, temperature=1.0, ignore_eos=True)
-        request = Request(rid="", params=params, logprobs=options)
         parts = (item, body.query) if body.item_first else (body.query, item)
         prompts.append(to_prompt(parts, request, rules))
     return fan_out(prompts, [None] * len(prompts), rules)

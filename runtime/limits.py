@@ -2,8 +2,11 @@
 
 MAX_IPC_MESSAGE_BYTES = 256 << 20
 MAX_HIDDEN_STATE_BYTES = 64 << 20  # of one prompt
-MAX_BODY_BYTES = 64 << 20
-MAX_ADMIN_BODY_BYTES = 2 << 30
+# bodies of requests: their sizes are flags (runtime/config.py); what they hold is counted before it is built
+MAX_BODY_VALUES = 100_000  # strings, lists and objects; a million bytes of them cost as much as eight of text
+MAX_CONTROL_BODY_VALUES = 1_000_000  # of a command: names, types and shapes of all tensors of a large model
+CALL_BYTES_PER_BODY_BYTE = 4  # what all requests of a call may take on the ring, for each byte that a body may have
+MAX_CALL_VALUES = 200_000  # ids and strings in the parameters of all requests of a call together
 MAX_PARSED_BODY_BYTES = 1 << 20  # a text to look for tool calls or a thought in
 MAX_HEADER_BYTES = 16 << 10
 HEADER_DEADLINE_S = 10.0
