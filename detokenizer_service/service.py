@@ -5,6 +5,7 @@ found in the text. After such a stop an Abort goes on round the ring to the sche
 sends for the request is dropped.
 """
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,11 @@ from detokenizer_service.cut import cut, first_rows
 from detokenizer_service.decode import Vocabulary
 from detokenizer_service.logprobs import add_texts
 from detokenizer_service.stream import Stream
+from detokenizer_service.whole_texts import WholeTexts
 from runtime.control import Abort, Detokenize, Probe
-from runtime.messages import Facts, Finish, Message, Reply, Text, Tokens, unpack_ids
+from runtime.messages import Facts, Finish, Message, Text, Tokens, unpack_ids
 
 ID_BYTES = 4
-NO_TOKENIZER = "the tokenizer is not initialized (--skip-tokenizer-init)"
-BAD_IDS = "tokens must be ids of the vocabulary."
 
 
 class Counters(msgspec.Struct):
@@ -42,24 +42,30 @@ class Stopped:
 class Detokenizer:
     """The streams that run, and what is done with each message."""
 
-    def __init__(self, vocabulary: Vocabulary | None) -> None:
-        """No vocabulary: ids in, ids out."""
+    def __init__(self, vocabulary: Vocabulary | None, executor: Executor | None = None) -> None:
+        """No vocabulary: ids in, ids out. `executor` decodes long sequences; a thread by default."""
         self._vocabulary = vocabulary
+        self._whole_texts = WholeTexts(vocabulary, executor)
         self._streams: dict[str, Stream] = {}
         self._stopped: dict[str, Stopped] = {}
         self._epoch = 0  # of the scheduler
         self.counters = Counters()
 
+    @property
+    def patience_s(self) -> float | None:
+        """How long the next step may wait for messages; None: nothing is left to do."""
+        return self._whole_texts.patience_s
+
     def step(self, batch: list[Any]) -> list[Message]:
-        """Answer what is ours, pass the rest on, keep the order."""
-        return [answer for message in batch for answer in self._answers(message)]
+        """Answer what is ours, pass the rest on, keep the order; only long sequences of ids are decoded beside it."""
+        return [*self._whole_texts.done(), *(answer for message in batch for answer in self._answers(message))]
 
     def _answers(self, message: Message) -> list[Message]:
         match message:
             case Tokens():
                 return self._on_tokens(message)
             case Detokenize():
-                return [self._reply(message)]
+                return [*self._whole_texts.take(message)]
             case Facts(epoch=epoch):
                 self._meet(epoch)
             case Probe():
@@ -133,16 +139,6 @@ class Detokenizer:
     def _drop(self) -> list[Message]:
         self.counters.dropped += 1
         return []
-
-    def _reply(self, command: Detokenize) -> Reply:
-        if self._vocabulary is None:
-            return Reply(id=command.id, success=False, message=NO_TOKENIZER, status=400)
-        try:
-            sequences = [unpack_ids(ids) for ids in command.ids]
-            texts = [self._vocabulary.decode(ids, command.skip_special_tokens) for ids in sequences]
-        except (ValueError, OverflowError):
-            return Reply(id=command.id, success=False, message=BAD_IDS, status=400)
-        return Reply(id=command.id, body={"texts": texts})
 
 
 def _text(text: str, tokens: Tokens) -> Text:

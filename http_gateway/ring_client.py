@@ -103,7 +103,9 @@ class RingClient:
             self._check_room(batch)
         flight = Flight([generate.request.rid for generate in batch], self._abandon)
         now, entries = time.monotonic(), []
+        call = next(self._serials)
         for index, generate in enumerate(batch):
+            generate.request.call = call
             parent = parents[index] if parents else ""
             entries.append(Pending(generate, parent, flight, index, next(self._serials), now, self._attempt))
         if not self._quarantine.alone:

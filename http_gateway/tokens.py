@@ -13,7 +13,7 @@ from http_gateway.tool_events import Tool
 from runtime import limits
 from runtime.control import ControlCommand, Detokenize, Tokenize
 from runtime.errors import Kind, RequestError
-from runtime.messages import Chat, Reply, pack_ids
+from runtime.messages import Chat, Reply, pack_ids, unpack_ids
 
 TIMEOUT_S = 60.0
 ONE_SOURCE = "Either prompt or messages should be provided."
@@ -49,7 +49,7 @@ class DetokenizeAnswer(msgspec.Struct):
 async def tokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     """The ids of a text, of many, or of a conversation in the model's form."""
     body = msgspec.json.decode(await read_body(http), type=TokenizeBody)
-    found = (await ask(gateway, command_of(body)))["tokens"]
+    found = [unpack_ids(ids).tolist() for ids in (await ask(gateway, command_of(body)))["tokens"]]
     single = not isinstance(body.prompt, list)
     tokens = found[0] if single else found
     count = len(found[0]) if single else [len(ids) for ids in found]
@@ -79,6 +79,7 @@ async def detokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     many = bool(body.tokens) and isinstance(body.tokens[0], list)
     lists: list[Any] = body.tokens if many else [body.tokens]
     check_count(lists, "tokens")
+    check_ids_count(sum(len(ids) for ids in lists if isinstance(ids, list)))
     texts = await detokenize_ids(gateway, [packed(ids) for ids in lists], body.skip_special_tokens is not False)
     return errors.json_response({"text": texts if many else texts[0]})
 
@@ -93,6 +94,13 @@ def packed(ids: Any) -> bytes:
 def check_count(items: list[Any], field: str) -> None:
     if len(items) > limits.MAX_BATCH_PROMPTS:
         raise RequestError(f"{field} may have at most {limits.MAX_BATCH_PROMPTS} items, got {len(items)}.", field=field)
+
+
+def check_ids_count(count: int) -> None:
+    if count > limits.MAX_DETOKENIZED:
+        raise RequestError(
+            f"At most {limits.MAX_DETOKENIZED} ids are decoded in one call, got {count}.", field="tokens"
+        )
 
 
 async def detokenize_ids(gateway: Gateway, ids: list[bytes], skip_special_tokens: bool) -> list[str]:

@@ -255,7 +255,7 @@ class Probe(ControlCommand, tag="probe", kw_only=True):
 
 
 class Tokenize(ControlCommand, tag="tokenize", kw_only=True):
-    """Answered by the tokenizer: body {"tokens": [[int]]}."""
+    """Answered by the tokenizer: body {"tokens": [int32 ids as bytes]}."""
 
     harmless = True
     texts: list[str] = []

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 import setproctitle
@@ -123,11 +123,22 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     os._exit(0)
 
 
-def run_text_service(boot: Boot, step: Callable[[list[Any]], list[Message]]) -> None:
+class Service(Protocol):
+    """A text service, as its loop sees it."""
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long the next step may wait for messages; None: there is nothing to do without one."""
+
+    def step(self, batch: list[Any]) -> list[Message]:
+        """What the messages lead to, in order. An empty batch goes on with what was put off."""
+
+
+def run_text_service(boot: Boot, service: Service) -> None:
     """Serve until killed: everything that waits in the inbox is one batch, its answers are one frame."""
     inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox)
     report_ready(boot)
     if boot.epoch:
         outbox.send([Restarted(role=boot.role)])
     while True:
-        outbox.send(step(inbox.recv(timeout_s=None)))
+        outbox.send(service.step(inbox.recv(timeout_s=service.patience_s)))

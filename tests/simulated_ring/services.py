@@ -18,6 +18,7 @@ from detokenizer_service.service import Detokenizer
 from runtime.control import UpdateWeightsFromDisk
 from runtime.errors import CommandRefused
 from runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
+from runtime.service import Service
 from runtime.sockets import decode, encode
 from scheduler_service import control_weights
 from scheduler_service.control import HANDLERS, Control
@@ -26,7 +27,7 @@ from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.scheduler import Scheduler
 from scheduler_service.standing import StandingOrders
-from tests.fakes import FakeWorker, looping_token
+from tests.fakes import AtOnce, FakeWorker, looping_token
 from tests.simulated_ring.clock import Agenda
 from tests.simulated_ring.links import Link
 from tokenizer_service.encode import Encoder
@@ -108,12 +109,21 @@ class TextService(Process):
 
     def work(self) -> bool:
         batch = self.recv()
-        if batch:
-            self.send(self.step(batch))
-        return bool(batch)
+        if not batch and self.service.patience_s is None:
+            return False
+        self.send(self.step(batch))
+        return True
+
+    @property
+    def at_rest(self) -> bool:
+        return super().at_rest and self.service.patience_s is None
+
+    @property
+    def service(self) -> Service:
+        raise NotImplementedError
 
     def step(self, batch: list[Any]) -> list[Message]:
-        raise NotImplementedError
+        return self.service.step(batch)
 
 
 class TokenizerProcess(TextService):
@@ -121,21 +131,29 @@ class TokenizerProcess(TextService):
         super().__init__(role=TOKENIZER, **place)
         self.encoder = encoder
 
+    @property
+    def service(self) -> Service:
+        return self.encoder
+
     def step(self, batch: list[Any]) -> list[Message]:
         if any(isinstance(m, Generate) and is_poison(m.input_ids, TOKENIZER) for m in batch):
             raise Killed(TOKENIZER)
-        return self.encoder.step(batch)
+        return super().step(batch)
 
 
 class DetokenizerProcess(TextService):
     def __init__(self, vocabulary: Vocabulary, **place: Any) -> None:
         super().__init__(role=DETOKENIZER, **place)
-        self.detokenizer = Detokenizer(vocabulary)
+        self.detokenizer = Detokenizer(vocabulary, AtOnce())
+
+    @property
+    def service(self) -> Service:
+        return self.detokenizer
 
     def step(self, batch: list[Any]) -> list[Message]:
         if any(isinstance(m, Tokens) and is_poison(m.prompt_tail, DETOKENIZER) for m in batch):
             raise Killed(DETOKENIZER)
-        return self.detokenizer.step(batch)
+        return super().step(batch)
 
 
 def is_poison(prompt: bytes, role: str) -> bool:
