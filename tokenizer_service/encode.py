@@ -30,7 +30,7 @@ from runtime.messages import (
     pack_ids,
 )
 from runtime.sampling import SamplingParams
-from runtime.stop_patterns import compile_stop
+from runtime.stop_patterns import check_stops
 from tokenizer_service.jobs import Job, Key, Pace, Piece, chars_of, key_of
 from tokenizer_service.long_texts import LongText, LongTexts, TooManyTokens, cannot_be_tokenized, encode_whole
 from tokenizer_service.pairs import types_of
@@ -276,8 +276,7 @@ class Encoder:
             for field in NEED_TOKENIZER:
                 if getattr(params, field):
                     raise RequestError(f"{field} needs a tokenizer (--skip-tokenizer-init is set)", field=field)
-        for pattern in params.stop_patterns:
-            compile_stop(pattern)
+        check_stops(params.stop_patterns)
 
     def _check_text(self, prompt: Prompt) -> None:
         """Refuse what cannot be encoded, and what is sure not to fit the context before time is spent on it."""

@@ -174,3 +174,13 @@ def test_what_cannot_become_a_match_is_no_beginning(pattern: str, not_beginnings
 
 def test_a_flag_holds_for_the_branches_behind_it() -> None:
     assert passed(patterns(r"(?i)ab|cd"), ["C", "D"]) == (["", ""], r"(?i)ab|cd")
+
+
+def test_large_patterns_hold_back_less_text_so_that_a_search_is_bounded() -> None:
+    held = {}
+    for pattern in (r"(?s)a.*z", "(?:a{30}){30}"):
+        cutter = Cutter(stops_of(SamplingParams(stop_regex=pattern)), trim=True)  # type: ignore[arg-type]
+        passed = "".join(cutter.feed("a" * 100)[0] for _ in range(8))
+        held[pattern] = 800 - len(passed)
+    assert held[r"(?s)a.*z"] == 800
+    assert 100 < held["(?:a{30}){30}"] < 800

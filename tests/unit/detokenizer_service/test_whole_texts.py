@@ -77,4 +77,4 @@ def test_more_text_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ids_that_are_none_are_refused_beside_the_loop_too() -> None:
-    assert reply(asked("1", LONG + [-1])).message == whole_texts.BAD_IDS
+    assert reply(asked("1", [*LONG, -1])).message == whole_texts.BAD_IDS

@@ -197,3 +197,11 @@ def test_probe_gets_our_counters(encoder: Encoder) -> None:
     [probe] = encoder.step([Probe()])
     assert probe.counters["tokenizer"]["prompts"] == 1
     assert probe.counters["tokenizer"]["refused"] == 1
+
+
+def test_stop_patterns_that_are_large_together_are_refused(encoder: Encoder) -> None:
+    patterns = [f"(?:{letter}{{30}}){{30}}" for letter in "abcdefghij"]
+    [one] = encoder.step([Generate(request=request(stop_regex=patterns[:1]), text="hi")])
+    [all_of_them] = encoder.step([Generate(request=request(stop_regex=patterns), text="hi")])
+    assert isinstance(one, Tokenized)
+    assert refusal(all_of_them).startswith("The patterns of stop_regex are too large together")
