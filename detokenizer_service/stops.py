@@ -50,7 +50,8 @@ class Stops:
         """The first place at or behind `start` from which the text may be the beginning of a match."""
         places: list[int] = [self._string_from(text, start)]
         places += [tail.search(text, start).start() for tail in self._tails]
-        return max(min(places), len(text) - max(self._span, self._reach))
+        latest: int = len(text) - max(self._span, self._reach)
+        return max(min(places), latest)
 
     def _string_from(self, text: str, start: int) -> int:
         for at in range(max(start, len(text) - self._reach), len(text)):
