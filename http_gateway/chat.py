@@ -13,7 +13,7 @@ from http_gateway import errors, rounds
 from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.completions import wants
-from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.endpoint import Endpoint, beside, read_body, require_json
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.native import check_servable, json_answer
@@ -145,7 +145,7 @@ async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | Ev
     require_json(http)
     body = msgspec.json.decode(await read_body(http), type=ChatBody)
     check_servable(gateway, http)
-    call = Call(gateway, body)
+    call = await beside(http, Call, gateway, body)
     if body.stream:
         return EventStream(stream(http, call), errors.openai_stream_event)
     async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:

@@ -11,7 +11,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import errors, rounds
-from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.endpoint import Endpoint, beside, read_body, require_json
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack, unnamed
@@ -105,7 +105,7 @@ async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventSt
     require_json(http)
     body = msgspec.json.decode(await read_body(http), type=CompletionBody)
     check_servable(gateway, http)
-    call = Call(gateway, body)
+    call = await beside(http, Call, gateway, body)
     if body.echo:
         call.echo(await prompt_texts(gateway, call.prompts))
     if body.stream:

@@ -10,7 +10,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import rounds
-from http_gateway.endpoint import Endpoint, read_body
+from http_gateway.endpoint import Endpoint, beside, read_body
 from http_gateway.errors import json_response
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks, check_batch, pack, read_rids
@@ -92,7 +92,7 @@ async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     body = msgspec.json.decode(await read_body(http), type=EncodeBody)
     embedding = check_embeds(gateway)
     check_dimensions(gateway, embedding, body.dimensions)
-    job, single = to_job(body, gateway.rules)
+    job, single = await beside(http, to_job, body, gateway.rules)
     if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
         raise RequestError(NOT_A_CROSS_ENCODER, field="text")
     vectors = await embed(gateway, http, job)

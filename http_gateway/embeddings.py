@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from http_gateway import errors
 from http_gateway.embed import embed, embed_request, numbers
-from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.endpoint import Endpoint, beside, read_body, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks, pack, read_rids
 from http_gateway.intake import Job, Rules, fan_out
@@ -62,7 +62,8 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     check_dimensions(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
-    texts = await embed(gateway, http, to_job(body.input, body.rid, body.dimensions, gateway.rules))
+    job = await beside(http, to_job, body.input, body.rid, body.dimensions, gateway.rules)
+    texts = await embed(gateway, http, job)
     data = [
         {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
         for index, text in enumerate(texts)
@@ -77,7 +78,7 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
     embedding = check_embeds(gateway)
     if not embedding.labels:
         raise RequestError(NO_LABELS)
-    texts = await embed(gateway, http, to_job(body.input, body.rid, None, gateway.rules))
+    texts = await embed(gateway, http, await beside(http, to_job, body.input, body.rid, None, gateway.rules))
     names = gateway.model.config.get("id2label") or {}
     data = [classified(index, probabilities(numbers(text), embedding), names) for index, text in enumerate(texts)]
     answer = {

@@ -1,9 +1,10 @@
 """A row of the route table, and what stands around its handler: the key, the error shapes, the client that leaves."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -17,15 +18,19 @@ from http_gateway.flight import ClientGone
 from http_gateway.gateway import Gateway
 from runtime.config import ServerConfig
 from runtime.errors import Kind, RequestError
-from runtime.limits import MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
+from runtime.limits import BODY_BYTES_PER_MEMBER, MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
 
 log = logging.getLogger(__name__)
 
 ROUTE = "quartet.route"  # scope key: path of the route that matched, for counting
 BOUNDS = "quartet.bounds"  # scope key: Bounds of the request's body
 
+SIZE = "quartet.size"  # scope key: bytes of the body that was read
+LARGE_BODY = 1 << 18  # what is made of larger ones is made beside the loop
+
 MAX_LENGTH_DIGITS = 20  # of a Content-Length that is read as a number
 
+Made = TypeVar("Made")
 Handler = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
 
@@ -37,12 +42,23 @@ class Bounds:
     flag: str  # that says so; "" where none does
     values: int
 
-    def check(self, size: int, values: int) -> None:
+    @property
+    def members(self) -> int:
+        """Of lists and objects, numbers for example."""
+        return self.size // BODY_BYTES_PER_MEMBER
+
+    def check(self, size: int, counter: ValueCounter) -> None:
         """Raise RequestError (413, naming the limit) for a body that has so much already."""
         if size > self.size:
             by = f" ({self.flag})" if self.flag else ""
             raise RequestError(f"The request body exceeds the limit of {self.size} bytes{by}.", Kind.TOO_LARGE)
-        if values > self.values:
+        if counter.commas > self.members:
+            raise RequestError(
+                f"The request body holds more than {self.members} numbers and other members of lists (one for each "
+                f"{BODY_BYTES_PER_MEMBER} bytes of its limit); send it as several requests.",
+                Kind.TOO_LARGE,
+            )
+        if counter.values > self.values:
             raise RequestError(
                 f"The request body holds more than {self.values} strings, lists and objects; "
                 "send it as several requests.",
@@ -115,11 +131,11 @@ async def read_body(http: Request, size: int | None = None) -> bytes:
     bounds: Bounds = http.scope[BOUNDS]
     if size is not None and size < bounds.size:
         bounds = Bounds(size, "", bounds.values)
+    counter, received = ValueCounter(), 0
     declared = http.headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < MAX_LENGTH_DIGITS and int(declared) > 2 * bounds.size:
-        bounds.check(int(declared), 0)
+        bounds.check(int(declared), counter)
     parts: list[bytes] = []
-    counter, received = ValueCounter(), 0
     refusal: RequestError | None = None
     async for part in http.stream():
         received += len(part)
@@ -127,7 +143,7 @@ async def read_body(http: Request, size: int | None = None) -> bytes:
             counter.feed(part)
             parts.append(part)
             try:
-                bounds.check(received, counter.values)
+                bounds.check(received, counter)
             except RequestError as error:
                 refusal = error
                 parts.clear()
@@ -135,7 +151,15 @@ async def read_body(http: Request, size: int | None = None) -> bytes:
             break
     if refusal is not None:
         raise refusal
+    http.scope[SIZE] = received
     return b"".join(parts)
+
+
+async def beside(http: Request, make: Callable[..., Made], *given: Any) -> Made:
+    """What `make` makes of the body that was read. A large one is worked on in a thread, so that others get turns."""
+    if http.scope.get(SIZE, 0) < LARGE_BODY:
+        return make(*given)
+    return await asyncio.to_thread(make, *given)
 
 
 def require_json(http: Request) -> None:

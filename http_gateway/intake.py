@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ import msgspec
 from runtime import limits, sampling
 from runtime.errors import Kind, RequestError
 from runtime.limits import CALL_BYTES_PER_BODY_BYTE
-from runtime.messages import Generate, LogprobOptions, Request, unpack_ids
+from runtime.messages import Generate, LogprobOptions, Request, first_outside, unpack_ids
 from runtime.sampling import SamplingParams
 
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
@@ -193,8 +194,8 @@ def check_ids(packed: bytes, vocab_size: int) -> None:
     if not packed:
         return
     ids = unpack_ids(packed)
-    if max(ids) >= vocab_size or min(ids) < 0:
-        bad = [token for token in ids if not 0 <= token < vocab_size][:5]
+    if first_outside(ids, vocab_size) is not None:
+        bad = list(islice((token for token in ids if not 0 <= token < vocab_size), 5))
         raise RequestError(
             f"The input_ids {bad} contains values greater than the vocab size ({vocab_size}).", field="input_ids"
         )

@@ -10,7 +10,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import rounds
-from http_gateway.endpoint import Endpoint, read_body
+from http_gateway.endpoint import Endpoint, beside, read_body
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import FIELDS, GenerateBody, check_batch, to_job
 from http_gateway.intake import Job
@@ -30,7 +30,7 @@ class VertexBody(msgspec.Struct):
 async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     received_at = time.monotonic()
     body = msgspec.json.decode(await read_body(http), type=GenerateBody)
-    job, single = admit(gateway, http, body)
+    job, single = await beside(http, admit, gateway, http, body)
     outputs = [gateway.output(item.request, received_at) for item in job.requests]
     if body.stream:
         return EventStream(chunks(gateway, http, job, outputs, single))
@@ -45,7 +45,7 @@ async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     names = {name for instance in given.instances for name in instance if name in FIELDS}
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}
     body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
-    job, _ = admit(gateway, http, body)
+    job, _ = await beside(http, admit, gateway, http, body)
     outputs = [gateway.output(item.request, received_at) for item in job.requests]
     return json_answer(b'{"predictions":' + listed(await collect(gateway, http, job, outputs)) + b"}")
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from http_gateway import errors, rounds
 from http_gateway.embeddings import usage
-from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.endpoint import Endpoint, beside, read_body, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack
 from http_gateway.intake import Job, Rules, fan_out
@@ -40,7 +40,7 @@ async def score(gateway: Gateway, http: HTTPRequest) -> Response:
     body = msgspec.json.decode(await read_body(http), type=ScoreBody)
     check_generates(gateway)
     check(body)
-    texts = await first_tokens(gateway, http, to_job(body, gateway.rules))
+    texts = await first_tokens(gateway, http, await beside(http, to_job, body, gateway.rules))
     scores = [shares(label_logprobs(text), bool(body.apply_softmax)) for text in texts]
     answer = {"scores": scores, "model": gateway.config.name, "usage": usage(texts), "object": "scoring"}
     return errors.json_response(answer)

@@ -7,7 +7,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import errors
-from http_gateway.endpoint import Endpoint, read_body
+from http_gateway.endpoint import Endpoint, beside, read_body
 from http_gateway.gateway import Gateway
 from http_gateway.tool_events import Tool
 from runtime import limits
@@ -49,7 +49,7 @@ class DetokenizeAnswer(msgspec.Struct):
 async def tokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     """The ids of a text, of many, or of a conversation in the model's form."""
     body = msgspec.json.decode(await read_body(http), type=TokenizeBody)
-    found = [unpack_ids(ids).tolist() for ids in (await ask(gateway, command_of(body)))["tokens"]]
+    found = [unpack_ids(ids).tolist() for ids in (await ask(gateway, await beside(http, command_of, body)))["tokens"]]
     single = not isinstance(body.prompt, list)
     tokens = found[0] if single else found
     count = len(found[0]) if single else [len(ids) for ids in found]
@@ -80,7 +80,8 @@ async def detokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     lists: list[Any] = body.tokens if many else [body.tokens]
     check_count(lists, "tokens")
     check_ids_count(sum(len(ids) for ids in lists if isinstance(ids, list)))
-    texts = await detokenize_ids(gateway, [packed(ids) for ids in lists], body.skip_special_tokens is not False)
+    ids = await beside(http, lambda: list(map(packed, lists)))
+    texts = await detokenize_ids(gateway, ids, body.skip_special_tokens is not False)
     return errors.json_response({"text": texts if many else texts[0]})
 
 

@@ -16,6 +16,7 @@ import msgspec
 from runtime.errors import Kind, RequestError
 from runtime.sampling import SamplingParams
 
+IDS_AT_ONCE = 1 << 14  # that one operation goes over
 ABORTED = "Aborted"
 ABORTED_IN_QUEUE = "Abort before prefill"
 
@@ -216,7 +217,12 @@ def end_of(message: Message, reason: str) -> Message | None:
 
 def pack_ids(ids: Iterable[int]) -> bytes:
     """Token ids as little-endian int32 bytes."""
-    return array("i", ids).tobytes()
+    if not isinstance(ids, list) or len(ids) <= IDS_AT_ONCE:
+        return array("i", ids).tobytes()
+    packed = array("i")
+    for start in range(0, len(ids), IDS_AT_ONCE):  # other threads get their turns between
+        packed.extend(ids[start : start + IDS_AT_ONCE])
+    return packed.tobytes()
 
 
 def unpack_ids(data: bytes) -> "array[int]":
@@ -224,3 +230,12 @@ def unpack_ids(data: bytes) -> "array[int]":
     ids = array("i")
     ids.frombytes(data)
     return ids
+
+
+def first_outside(ids: "array[int]", vocab_size: int) -> int | None:
+    """The first id that is not of the vocabulary."""
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        part = ids[start : start + IDS_AT_ONCE]
+        if max(part) >= vocab_size or min(part) < 0:
+            return next(token for token in part if not 0 <= token < vocab_size)
+    return None

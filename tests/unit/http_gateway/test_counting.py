@@ -10,10 +10,14 @@ from http_gateway.counting import ValueCounter
 
 
 def counted(body: bytes, size: int = 1 << 16) -> int:
+    return counter_of(body, size).values
+
+
+def counter_of(body: bytes, size: int = 1 << 16) -> ValueCounter:
     counter = ValueCounter()
     for start in range(0, len(body), size):
         counter.feed(body[start : start + size])
-    return counter.values
+    return counter
 
 
 def values_of(value: Any) -> int:
@@ -23,6 +27,14 @@ def values_of(value: Any) -> int:
     if isinstance(value, list):
         return 1 + sum(map(values_of, value))
     return int(isinstance(value, str))
+
+
+def commas_of(value: Any) -> int:
+    """Commas between members."""
+    if not isinstance(value, dict | list):
+        return 0
+    members = list(value.values()) if isinstance(value, dict) else value
+    return max(len(members) - 1, 0) + sum(map(commas_of, members))
 
 
 CASES = {
@@ -62,7 +74,8 @@ def test_random_bodies_are_counted_right() -> None:
 
     for _ in range(300):
         made = value(4)
-        assert counted(json.dumps(made).encode(), draw.randint(1, 9)) == values_of(made)
+        counter = counter_of(json.dumps(made).encode(), draw.randint(1, 9))
+        assert (counter.values, counter.commas) == (values_of(made), commas_of(made))
 
 
 def test_bytes_that_are_no_json_are_counted_too() -> None:

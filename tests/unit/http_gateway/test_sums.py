@@ -9,7 +9,7 @@ from http_gateway import intake, native
 from http_gateway.generate_body import GenerateBody, to_job
 from http_gateway.intake import Rules
 from runtime.limits import MAX_BODY_VALUES
-from runtime.messages import Generate
+from runtime.messages import Generate, unpack_ids
 from tests.unit.http_gateway.harness import asynchronous, served, words
 
 NESTED = "[" + ",".join(["[1]"] * (MAX_BODY_VALUES + 1)) + "]"
@@ -110,3 +110,24 @@ async def test_keys_that_no_field_has_are_not_looked_up_in_every_instance(monkey
     async with served() as server:
         await server.client.post("/vertex_generate", {"instances": instances})
     assert columns == [{"text", "sampling_params"}]
+
+
+@asynchronous
+async def test_more_numbers_than_a_body_of_that_size_should_have_are_a_413() -> None:
+    async with served(words("x"), max_body_size=1 << 16) as server:
+        fine = await server.client.post("/generate", {"input_ids": [1] * (1 << 13)})
+        many = await server.client.post("/generate", {"input_ids": [1] * ((1 << 13) + 2)})
+        assert (fine.status, many.status) == (200, 413)
+        assert "more than 8192 numbers" in many.text
+
+
+@asynchronous
+async def test_what_is_made_of_a_large_body_is_made_beside_the_loop() -> None:
+    async with served(words("x")) as server:
+        for size in (10, 100_000):
+            ids = [i % 1000 for i in range(size)]
+            assert (await server.client.post("/generate", {"input_ids": ids})).status == 200
+            sent = server.ring.sent[-1]
+            assert unpack_ids(sent.input_ids).tolist() == ids
+        refused = await server.client.post("/generate", {"input_ids": [*range(999), 5000] * 100})
+        assert (refused.status, "[5000, 5000" in refused.text) == (400, True)
