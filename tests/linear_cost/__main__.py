@@ -15,7 +15,7 @@ from tests.servers import Server, launched
 MOST_RATIO = 2.3  # of the costs of a size and of half of it
 MOST_GAP = 3  # times the largest gap of a quiet server
 FLOOR_S = 0.02  # costs below are noise
-TRIES = 4  # of a measurement that looks bad: other programs run on the machine too
+TRIES = 8  # of a measurement that looks bad: other programs run on the machine too
 QUIET_S = 6.0
 EMBEDS = ("/encode", "/classify", "/v1/embeddings", "/v1/classify", "/v1/rerank")
 
