@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -123,10 +123,15 @@ def unauthorized() -> Response:
 
 
 async def read_body(http: Request, size: int | None = None) -> bytes:
-    """The whole body. Raises RequestError (413, naming the limit) when it is longer than the route's limit or `size`.
+    """The whole body. Raises RequestError (413, naming the limit) when it is beyond the route's limits or `size`."""
+    return b"".join([part async for part in body_parts(http, size)])
 
-    What it holds is counted as it arrives. As much as the limit again is read and thrown away before the refusal, so
-    that a client still sending gets to see the answer.
+
+async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[bytes]:
+    """The body as it arrives, counted. Raises RequestError (413) as soon as it is too much.
+
+    As much as the limit again is read and thrown away before the refusal, so that a client still sending gets to see
+    the answer.
     """
     bounds: Bounds = http.scope[BOUNDS]
     if size is not None and size < bounds.size:
@@ -135,24 +140,22 @@ async def read_body(http: Request, size: int | None = None) -> bytes:
     declared = http.headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < MAX_LENGTH_DIGITS and int(declared) > 2 * bounds.size:
         bounds.check(int(declared), counter)
-    parts: list[bytes] = []
     refusal: RequestError | None = None
     async for part in http.stream():
         received += len(part)
         if refusal is None:
             counter.feed(part)
-            parts.append(part)
             try:
                 bounds.check(received, counter)
             except RequestError as error:
                 refusal = error
-                parts.clear()
+            else:
+                yield part
         if received > 2 * bounds.size:
             break
     if refusal is not None:
         raise refusal
     http.scope[SIZE] = received
-    return b"".join(parts)
 
 
 async def beside(http: Request, make: Callable[..., Made], *given: Any) -> Made:
