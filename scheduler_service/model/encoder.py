@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import reference
-from scheduler_service.model.attention import Rotation
+from scheduler_service.model.backend import Rotation
 from scheduler_service.model.batch import AttentionSpec, Batch
 from scheduler_service.model.encoder_spec import EncoderSpec
 from scheduler_service.model.heads import ACTIVATIONS, Head
