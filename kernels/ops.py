@@ -20,7 +20,7 @@ Op = Callable[..., None]
 class Ops:
     """Every fused operation; the one in torch is its specification."""
 
-    add_rms_norm: Op
+    rms_norm: Op
     gated_activation: Op
     gemv: Op
     norm_gate_up: Op
@@ -38,24 +38,21 @@ class Ops:
     expert_gemm: Op
     expert_sum: Op
     lm_head_sample: Op
-    apply_bitmask: Op
     process_logits: Op
     draw: Op
     select: Op
     prepare: Op
-    copy_pages: Op
-    clear_pages: Op
 
 
-NORM = ("add_rms_norm", "gated_activation")
+NORM = ("rms_norm", "gated_activation")
 FEW_TOKENS = ("gemv", "norm_gate_up")
 SKINNY = ("skinny", "skinny_gated")
 ROPE = ("norm_qkv_rope_kv", "rope_kv")
 MOE_DECODE = ("router", "choose_experts", "expert_gate_up", "expert_down")
 MOE_BATCH = ("align_experts", "expert_gemm", "expert_sum")
 HEAD = ("lm_head_sample", "draw")
-SAMPLING = ("apply_bitmask", "process_logits", "select")
-PREPARE = ("prepare", "copy_pages", "clear_pages")
+SAMPLING = ("process_logits", "select")
+PREPARE = ("prepare",)
 
 # module → the operations it has
 TORCH = {

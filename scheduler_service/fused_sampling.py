@@ -47,7 +47,7 @@ class FusedSampler:
         if len(residual) > SKINNY_ROWS or self.backend.deterministic:
             model.logits(model.normed(residual), out=logits)
             tops, masses = self.facts(logits, tile("logits").columns)
-            ops.process_logits(logits, None, None, None, None, temperatures, tops, masses)
+            ops.process_logits(logits, None, temperatures, tops, masses)
             block = tile("logits").columns
             ops.draw(logits, tops, masses, block, temperatures, seeds, positions, slots, tokens, valid)
             return
@@ -60,7 +60,6 @@ class FusedSampler:
             norm.plus_one,
             lm_head.weight,
             model.spec.logit_softcap,
-            None,
             temperatures,
             seeds,
             positions,
@@ -98,7 +97,7 @@ class FusedSampler:
         )
         tops, masses = self.facts(logits, tile("logits").columns)
         ops = self.backend.ops
-        ops.process_logits(logits, None, None, allowed, None, temperatures, tops, masses)
+        ops.process_logits(logits, allowed, temperatures, tops, masses)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
         valid = torch.empty(len(rows), dtype=torch.int32, device=device)
         ops.select(

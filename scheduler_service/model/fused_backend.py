@@ -76,7 +76,7 @@ class FusedBackend:
         if norm is None:
             return x
         out = torch.empty_like(x)
-        self.ops.add_rms_norm(x, None, norm.weight, norm.epsilon, norm.plus_one, out)
+        self.ops.rms_norm(x, norm.weight, norm.epsilon, norm.plus_one, out)
         return out
 
     def attend(

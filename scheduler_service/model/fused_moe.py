@@ -51,8 +51,6 @@ class FusedMoe:
             moe.spec.renormalize,
             logits,
             self.products.workspace.counters,
-            None,
-            None,
             ids,
             weights,
         )
@@ -66,12 +64,12 @@ class FusedMoe:
     def add_grouped(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
         """For more tokens."""
         x = torch.empty_like(residual)
-        self.ops.add_rms_norm(residual, None, norm.weight, norm.epsilon, norm.plus_one, x)
+        self.ops.rms_norm(residual, norm.weight, norm.epsilon, norm.plus_one, x)
         experts = moe.spec.experts
         logits = x.new_empty(len(x), experts, dtype=torch.float32)
         self.products.write(x, moe.router, logits)
         ids, weights = room_for_choice(x, moe.spec.top_k, 0)
-        self.ops.choose_experts(logits, moe.spec.renormalize, None, None, ids, weights)
+        self.ops.choose_experts(logits, moe.spec.renormalize, ids, weights)
         total = ids.numel()
         block = STEADY_EXPERT_BLOCK if self.products.steady else block_size(total, experts)
         blocks = min(total, total // block + experts)  # enough, however the pairs are spread
