@@ -136,7 +136,8 @@ def pack(weight: torch.Tensor, dtype: torch.dtype, breathe: Callable[[], None] =
 
 def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, gelu: bool = False) -> Iterator[torch.Tensor]:
     """The columns of x @ weight.T + bias, block by block."""
-    after = ("gelu", [], "none") if gelu else ("none", [], "")  # operation, its numbers, its approximation
+    no_numbers: list[float] = []
+    after = ("gelu", no_numbers, "none") if gelu else ("none", no_numbers, "")  # operation, numbers, approximation
     biases = [None] * len(packed) if bias is None else bias.split(BLOCK_FEATURES)
     for block, its in zip(packed, biases, strict=True):
         yield torch.ops.mkldnn._linear_pointwise(x, block, its, *after)

@@ -21,7 +21,7 @@ import torch
 from kernels.attention import paged_attention
 from kernels.attention_by_token import paged_attention_by_token
 from kernels.attention_schedule import Ragged
-from kernels.ops import Backend
+from kernels.ops import Implementation
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
@@ -39,7 +39,6 @@ from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_typ
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
-from scheduler_service.model.deterministic import make_deterministic
 from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
@@ -88,24 +87,24 @@ class Worker:
         info: ModelInfo,
         load: Load = load_model,
         depth: int | None = None,
-        backend: Backend | None = None,
+        implementation: Implementation | None = None,
     ) -> None:
         """`depth`: see `Scheduler`; without one, steps overlap where there is a device that works on its own.
 
-        `backend`: run on the fused operations of kernels/ops.py; without one, on a GPU if --attention-backend says so.
+        `implementation`: run on the fused operations of kernels/ops.py; without one, on a GPU if --attention-backend
+        says so.
         """
         self.info = info
         self.weight_version = config.weight_version
         self.device = choose_device(config.device)
         free_gb = available_gb(self.device)
         running = config.max_running_requests or MAX_RUNNING_REQUESTS
-        kernels = start_compiling(config, info, self.device, running, backend)
+        kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
         self.attention = paged_attention
         if config.enable_deterministic_inference and self.device.type == "cpu":
-            make_deterministic(self.model)
             self.attention = paged_attention_by_token
         self.pooler = make_pooler(info.embedding, self.model)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
@@ -132,7 +131,7 @@ class Worker:
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
-        self.fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, backend)
+        self.fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
         self.sample = sampler.sample if self.fused is None else self.fused.sampler.sample
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)

@@ -101,7 +101,7 @@ def yarn_attention_factor(parameters: Parameters, factor: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if parameters.get("attention_factor") is not None:
-        return parameters["attention_factor"]
+        return float(parameters["attention_factor"])
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
         return scale(parameters["mscale"]) / scale(parameters["mscale_all_dim"])
     return scale(1.0)

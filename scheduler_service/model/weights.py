@@ -210,4 +210,4 @@ class Weights:
     def checksum(self, name: str) -> str:
         """xxh3 (64 bits, hex) of a tensor's bytes in the served dtype."""
         view = self.view(name).contiguous().cpu()
-        return xxhash.xxh3_64_hexdigest(view.view(torch.uint8).numpy())
+        return xxhash.xxh3_64_hexdigest(view.view(torch.uint8).numpy().data)

@@ -69,7 +69,7 @@ class Reader:
         pinned = self.device.type == "cuda"
         self.chunks = [Chunk(torch.empty(self.chunk_bytes, dtype=torch.uint8, pin_memory=pinned)) for _ in range(2)]
         if pinned:
-            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.default_stream(self.device))  # the last swap may still read the target
 
     def read(self, pieces: "SimpleQueue[Piece]", stop: threading.Event) -> None:

@@ -211,7 +211,7 @@ def beside_the_model(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.default_stream(device))
     with torch.cuda.stream(stream):
         yield
