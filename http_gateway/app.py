@@ -81,7 +81,7 @@ def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Res
         assert isinstance(error, HTTPException), error
         path = http.scope["path"]
         if http.method != "OPTIONS" and not keys.allow(Access.USER, http.scope["headers"]):
-            return unauthorized()
+            return unauthorized(keys.wanted(Access.USER))
         if error.status_code == HTTPStatus.NOT_FOUND and path.rstrip("/") in paths:
             query = http.scope["query_string"].decode("latin-1")
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""), 307)

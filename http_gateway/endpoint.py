@@ -49,7 +49,7 @@ class Guarded:
         endpoint = self._endpoint
         scope[ROUTE] = endpoint.path
         if not self._keys.allow(endpoint.access, scope["headers"]):
-            await unauthorized()(scope, receive, send)
+            await unauthorized(self._keys.wanted(endpoint.access))(scope, receive, send)
             return
         try:
             response = await endpoint.handler(self._gateway, Request(scope, receive, send))
@@ -62,8 +62,9 @@ class Guarded:
             log.info("Request is disconnected from the client side. Aborted %s %s", scope["method"], endpoint.path)
 
 
-def unauthorized() -> Response:
-    return errors.json_response({"error": "Unauthorized"}, 401)
+def unauthorized(wanted: str) -> Response:
+    """`wanted`: which key is missing, for people."""
+    return errors.json_response({"error": "Unauthorized", "message": wanted}, 401, {"WWW-Authenticate": "Bearer"})
 
 
 async def read_body(http: Request, limit: int = MAX_BODY_BYTES) -> bytes:

@@ -16,11 +16,12 @@ class Flag(msgspec.Struct, frozen=True):
     group: str
     aliases: tuple[str, ...] = ()
     secret: bool = False  # never shown or echoed
+    variable: str = ""  # environment variable that gives the value where neither flag nor file does
 
 
-def flag(help: str, group: str, *aliases: str, secret: bool = False) -> Any:
+def flag(help: str, group: str, *aliases: str, secret: bool = False, variable: str = "") -> Any:
     """The metadata of a flag field."""
-    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret)})
+    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret, variable)})
 
 
 MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
@@ -79,8 +80,23 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, flag("address to listen on", HTTP)] = "127.0.0.1"
     port: Annotated[PortNumber, flag("port to listen on; 0: any free one", HTTP)] = 30000
-    api_key: Annotated[str | None, flag("key that clients must send as a bearer token", HTTP, secret=True)] = None
-    admin_api_key: Annotated[str | None, flag("key for the control endpoints", HTTP, secret=True)] = None
+    api_key: Annotated[
+        str | None,
+        flag(
+            "key that clients must send as a bearer token; several are separated by commas",
+            HTTP,
+            secret=True,
+            variable="QUARTET_API_KEY",
+        ),
+    ] = None
+    api_key_file: Annotated[
+        str | None, flag("file with such keys, one a line; lines that begin with # are comments", HTTP)
+    ] = None
+    admin_api_key: Annotated[
+        str | None,
+        flag("key for the control endpoints, likewise", HTTP, secret=True, variable="QUARTET_ADMIN_API_KEY"),
+    ] = None
+    admin_api_key_file: Annotated[str | None, flag("file with such keys", HTTP)] = None
     max_inflight_requests: Annotated[Positive, flag("requests inside the ring before a 503", HTTP)] = 4096
     drain_timeout: Annotated[Seconds, flag("seconds that running requests get after SIGTERM", HTTP)] = 30.0
     stream_interval: Annotated[Positive, flag("tokens between two streamed chunks", HTTP)] = 1

@@ -5,12 +5,14 @@ Everything here is derived from the fields of `runtime.config.ServerConfig`; a n
 
 import argparse
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from runtime import keys
 from runtime.config import Flag, ServerConfig
 from runtime.errors import UsageError
 
@@ -104,6 +106,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
             dest=setting.name,
             metavar=setting.takes.replace(" ", ""),
             help=help_text(setting),
+            action="append" if setting.flag.secret else "store",  # a key that is given twice counts twice
             **optional_value,
         )
     parser.add_argument("--config", metavar="file.yaml", help="settings from a file; flags given here win")
@@ -112,23 +115,51 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 def help_text(setting: Setting) -> str:
     text = setting.help.replace("%", "%%")
+    if setting.flag.variable:
+        text += f" (or the variable {setting.flag.variable})"
     stated = setting.default is None or setting.default is False or "default" in text
     return text if stated else f"{text} (default: {setting.default})"
 
 
-def load(argv: Sequence[str], command: str = "serve") -> Settings:
-    """Parse flags over the file over the defaults. Raises UsageError naming the flag or key and the remedy."""
+def load(
+    argv: Sequence[str], command: str = "serve", environment: Mapping[str, str] = MappingProxyType({})
+) -> Settings:
+    """Parse flags over the file over the environment over the defaults, and gather the keys.
+
+    Raises UsageError naming the flag, key or variable and the remedy.
+    """
     given, rest = build_parser(command).parse_known_args(list(argv))
-    refuse_unknown(rest)
-    flags = vars(given)
+    refuse_unknown(rest, argv)
+    flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in vars(given).items()}
     file = flags.pop("config", None)
     values = {} if file is None else read_file(Path(file))
-    origins = dict.fromkeys(values, str(file)) | dict.fromkeys(flags, COMMAND_LINE)
-    checked = typed(values, strict=True, label="{} in " + str(file)) | typed(flags, strict=False, label="--{}")
-    return Settings(ServerConfig(**checked), origins)
+    variables = {name: value for name, (_, value) in from_environment(environment).items()}
+    origins = {name: f"variable {variable}" for name, (variable, _) in from_environment(environment).items()}
+    origins |= dict.fromkeys(values, str(file)) | dict.fromkeys(flags, COMMAND_LINE)
+    checked = typed(variables, strict=False, label="{}", spell=lambda name: settings()[name].flag.variable)
+    checked |= typed(values, strict=True, label="{} in " + str(file))
+    checked |= typed(flags, strict=False, label="--{}", spell=dashed)
+    return Settings(keys.gathered(ServerConfig(**checked)), origins)
 
 
-def refuse_unknown(rest: Sequence[str]) -> None:
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Field → variable and value, of those that the environment gives."""
+    variables = {name: setting.flag.variable for name, setting in settings().items() if setting.flag.variable}
+    return {name: (variable, environment[variable]) for name, variable in variables.items() if variable in environment}
+
+
+def forget_secrets(environment: MutableMapping[str, str]) -> None:
+    """Drop the variables that hold keys, so that no process started from here inherits them."""
+    for setting in settings().values():
+        if setting.flag.secret and setting.flag.variable:
+            environment.pop(setting.flag.variable, None)
+
+
+def refuse_unknown(rest: Sequence[str], argv: Sequence[str]) -> None:
     """Raise UsageError for the first argument that is no flag of ours, suggesting the nearest one."""
     if not rest:
         return
@@ -136,9 +167,16 @@ def refuse_unknown(rest: Sequence[str]) -> None:
     if word in UNSUPPORTED:
         raise UsageError(f"{word} is not supported: {UNSUPPORTED[word]}")
     if not word.startswith("-"):
+        flag = next((word for word in reversed(argv[: argv.index(rest[0])]) if word.startswith("--")), "")
+        if flag.split("=")[0] in secret_spellings():  # it may be a key, so it is not repeated here
+            raise UsageError(f"unexpected argument behind {flag.split('=')[0]}; several keys are separated by commas")
         raise UsageError(f"unexpected argument {word!r}; flags start with --")
     spellings = ["--config", *(spelling for setting in settings().values() for spelling in setting.spellings)]
     raise UsageError(f"unknown flag {word}{suggestion(word, spellings)}")
+
+
+def secret_spellings() -> set[str]:
+    return {spelling for setting in settings().values() if setting.flag.secret for spelling in setting.spellings}
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -167,16 +205,17 @@ def read_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def typed(values: Mapping[str, Any], *, strict: bool, label: str) -> dict[str, Any]:
+def typed(values: Mapping[str, Any], *, strict: bool, label: str, spell: Callable[[str], str] = str) -> dict[str, Any]:
     """The values with their fields' types. Raises UsageError naming the first that does not fit."""
     for name, value in values.items():
         try:
             msgspec.convert({name: value}, ServerConfig, strict=strict)
         except msgspec.ValidationError as error:
-            spelled = label.format(name.replace("_", "-") if label.startswith("--") else name)
             bound = str(error).split(" - at")[0].rpartition("`")[2]  # " >= 1", where the type is right
             takes = settings()[name].takes
-            raise UsageError(f"{spelled} takes {takes}{bound if '=' in bound else ''}, not {value!r}") from error
+            shown = "what it was given" if settings()[name].flag.secret else repr(value)
+            refused = f"{label.format(spell(name))} takes {takes}{bound if '=' in bound else ''}, not {shown}"
+            raise UsageError(refused) from error
     config = msgspec.convert(dict(values), ServerConfig, strict=strict)
     return {name: getattr(config, name) for name in values}
 

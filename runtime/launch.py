@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
 def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
     """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
     try:
-        config = flags.load(argv).config
+        config = flags.load(argv, environment=os.environ).config
+        flags.forget_secrets(os.environ)
         setproctitle.setproctitle(TITLE.format(role="launcher"))
         set_up_logging(config)
         return run(config, services)

@@ -1,5 +1,6 @@
 """`quartet config show [flags]`: every setting, its value, and where the value comes from."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if list(argv[:1]) != ["show"]:
             raise UsageError("the command is `quartet config show`, followed by the flags of `quartet serve`")
-        settings = flags.load(argv[1:], command="config show")
+        settings = flags.load(argv[1:], command="config show", environment=os.environ)
         resolution = resolve(settings.config, look_at_machine())
     except (UsageError, StartupError) as error:
         print(f"quartet: {error}", file=sys.stderr)
