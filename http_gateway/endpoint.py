@@ -14,6 +14,7 @@ from http_gateway import errors
 from http_gateway.auth import Access, Keys
 from http_gateway.flight import ClientGone
 from http_gateway.gateway import Gateway
+from http_gateway.visitors import SAFE_METHODS, Visitors, refusal
 from runtime.errors import Kind, RequestError
 from runtime.limits import MAX_BODY_BYTES
 
@@ -33,6 +34,7 @@ class Endpoint:
     methods: tuple[str, ...] = ("GET",)
     access: Access = Access.USER
     shape: errors.Shape = errors.native
+    changes_state: bool = False  # with GET too
     body: Any = None  # type of the request body, for the API's description
     answer: Any = None  # and of what is answered
 
@@ -40,14 +42,19 @@ class Endpoint:
 class Guarded:
     """An endpoint as an ASGI application."""
 
-    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys) -> None:
+    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys, visitors: Visitors) -> None:
         self._endpoint = endpoint
         self._gateway = gateway
         self._keys = keys
+        self._visitors = visitors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoint
         scope[ROUTE] = endpoint.path
+        changes = endpoint.changes_state or scope["method"] not in SAFE_METHODS
+        if changes and (page := self._visitors.foreign(scope["headers"])):
+            await refusal(page)(scope, receive, send)
+            return
         if not self._keys.allow(endpoint.access, scope["headers"]):
             await unauthorized(self._keys.wanted(endpoint.access))(scope, receive, send)
             return

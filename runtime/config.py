@@ -16,12 +16,13 @@ class Flag(msgspec.Struct, frozen=True):
     group: str
     aliases: tuple[str, ...] = ()
     secret: bool = False  # never shown or echoed
+    several: bool = False  # takes a list: separated by commas, by repeating the flag, or a list of the file
     variable: str = ""  # environment variable that gives the value where neither flag nor file does
 
 
-def flag(help: str, group: str, *aliases: str, secret: bool = False, variable: str = "") -> Any:
+def flag(help: str, group: str, *aliases: str, secret: bool = False, several: bool = False, variable: str = "") -> Any:
     """The metadata of a flag field."""
-    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret, variable)})
+    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret, several, variable)})
 
 
 MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
@@ -86,6 +87,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             "key that clients must send as a bearer token; several are separated by commas",
             HTTP,
             secret=True,
+            several=True,
             variable="QUARTET_API_KEY",
         ),
     ] = None
@@ -94,9 +96,33 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     admin_api_key: Annotated[
         str | None,
-        flag("key for the control endpoints, likewise", HTTP, secret=True, variable="QUARTET_ADMIN_API_KEY"),
+        flag(
+            "key for the control endpoints, likewise",
+            HTTP,
+            secret=True,
+            several=True,
+            variable="QUARTET_ADMIN_API_KEY",
+        ),
     ] = None
     admin_api_key_file: Annotated[str | None, flag("file with such keys", HTTP)] = None
+    cors_allow_origins: Annotated[
+        str | None,
+        flag(
+            "origins (scheme://host[:port], separated by commas) whose web pages may call the server besides its own "
+            "and those of this machine; *: any, without credentials",
+            HTTP,
+            several=True,
+        ),
+    ] = None
+    allowed_hosts: Annotated[
+        str | None,
+        flag(
+            "names (separated by commas) that requests may give the server, for a proxy in front; *: any "
+            "(default: any, but on loopback only its own)",
+            HTTP,
+            several=True,
+        ),
+    ] = None
     max_inflight_requests: Annotated[Positive, flag("requests inside the ring before a 503", HTTP)] = 4096
     drain_timeout: Annotated[Seconds, flag("seconds that running requests get after SIGTERM", HTTP)] = 30.0
     stream_interval: Annotated[Positive, flag("tokens between two streamed chunks", HTTP)] = 1
@@ -232,6 +258,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
 
     # not flags: the launcher fills them in, the services read them
+    listen_address: str = ""  # what `host` stands for
     model_dir: str = ""  # local directory of model_path
     tokenizer_dir: str = ""  # local directory of tokenizer_path
 

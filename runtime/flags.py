@@ -106,7 +106,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
             dest=setting.name,
             metavar=setting.takes.replace(" ", ""),
             help=help_text(setting),
-            action="append" if setting.flag.secret else "store",  # a key that is given twice counts twice
+            action="append" if setting.flag.several else "store",
             **optional_value,
         )
     parser.add_argument("--config", metavar="file.yaml", help="settings from a file; flags given here win")
@@ -202,6 +202,9 @@ def read_file(path: Path) -> dict[str, Any]:
     values = {str(key).replace("-", "_"): value for key, value in data.items()}
     for key in values.keys() - settings().keys():
         raise UsageError(f"unknown key {key} in {path}{suggestion(key, settings())}")
+    for name, value in values.items():
+        if settings()[name].flag.several and isinstance(value, list):
+            values[name] = ",".join(map(str, value))
     return values
 
 

@@ -12,25 +12,27 @@ from runtime.config import ServerConfig
 from runtime.errors import UsageError
 from runtime.limits import MAX_API_KEY_BYTES, MAX_API_KEY_FILE_BYTES
 
-SETTINGS = {"api_key": "api_key_file", "admin_api_key": "admin_api_key_file"}
-
 
 def gathered(config: ServerConfig) -> ServerConfig:
     """The configuration with the keys of its files among its keys. Raises UsageError; its text names no key."""
-    found = {}
-    for name, file_name in SETTINGS.items():
-        flag = "--" + name.replace("_", "-")
-        given, file = getattr(config, name), getattr(config, file_name)
-        keys = [] if given is None else split(given, flag)
-        if file is not None:
-            keys += read_file(file, f"{flag}-file")
-        found[name] = ",".join(dict.fromkeys(keys)) or None
-    return msgspec.structs.replace(config, **found)
+    return msgspec.structs.replace(
+        config,
+        api_key=together(config.api_key, config.api_key_file, "--api-key"),
+        admin_api_key=together(config.admin_api_key, config.admin_api_key_file, "--admin-api-key"),
+    )
 
 
 def without(config: ServerConfig) -> ServerConfig:
     """The configuration as processes get it that check no key."""
-    return msgspec.structs.replace(config, **dict.fromkeys(SETTINGS, None))
+    return msgspec.structs.replace(config, api_key=None, admin_api_key=None)
+
+
+def together(given: str | None, file: str | None, flag: str) -> str | None:
+    """All keys of one kind, separated by commas; None where there is none."""
+    keys = [] if given is None else split(given, flag)
+    if file is not None:
+        keys += read_file(file, f"{flag}-file")
+    return ",".join(dict.fromkeys(keys)) or None
 
 
 def split(text: str, source: str) -> list[str]:

@@ -72,8 +72,8 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
     """Serve until told to stop or until a process dies. Raises StartupError."""
     resolution = resolve(config, look_at_machine())
     with listen(config.host, config.port) as listener:
-        port = listener.getsockname()[1]
-        config = msgspec.structs.replace(resolution.config, port=port)
+        address, port = listener.getsockname()[:2]
+        config = msgspec.structs.replace(resolution.config, port=port, listen_address=address)
         with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
             for note in resolution.notes:
                 log.warning("%s", note)

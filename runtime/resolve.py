@@ -4,7 +4,6 @@ What only the model or the device itself can answer (the KV pool's size, the dty
 """
 
 import importlib.util
-import ipaddress
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ import msgspec
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.sampling import SamplingParams
+from runtime.sites import allowed_hosts, allowed_origins, is_loopback
 
 PAGE_SIZE = 16
 LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
@@ -209,10 +209,12 @@ CONTRADICTIONS: list[Contradiction] = [
 
 
 def check(config: ServerConfig, machine: Machine) -> None:
-    """Raise StartupError for the first contradiction."""
+    """Raise StartupError for the first contradiction, UsageError for a list that cannot be read."""
     for holds, message in CONTRADICTIONS:
         if holds(config, machine):
             raise StartupError(message(config))
+    allowed_origins(config.cors_allow_origins)
+    allowed_hosts(config.allowed_hosts)
     if config.preferred_sampling_params is not None:
         try:
             msgspec.json.decode(config.preferred_sampling_params, type=SamplingParams)
@@ -232,10 +234,3 @@ def notes(config: ServerConfig, device: str) -> list[str]:
     if device == "cpu" and config.cuda_graph_max_prefill_tokens:
         found.append("--cuda-graph-max-prefill-tokens has no effect: a CPU captures no CUDA graphs")
     return found
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -14,7 +14,7 @@ async def test_unknown_paths_wrong_methods_and_trailing_slashes() -> None:
         assert (missing.status, missing.json()) == (404, {"detail": "Not Found"})
         wrong = await server.client.get("/generate")
         assert (wrong.status, wrong.json()) == (405, {"detail": "Method Not Allowed"})
-        slash = await server.client.get("/get_load/?a=b", headers={"host": "evil.example"})
+        slash = await server.client.get("/get_load/?a=b", headers={"host": "localhost"})
         assert (slash.status, slash.headers["location"]) == (307, "/get_load?a=b")
         assert (await server.client.call("HEAD", "/")).status == 200
         assert (await server.client.call("HEAD", "/health")).status == 405
@@ -50,14 +50,6 @@ async def test_request_ids_are_echoed_and_logged(caplog: pytest.LogCaptureFixtur
             'INFO:     127.0.0.1:40466 - "GET /get_model_info?x=1 HTTP/1.1" 200 OK request-id=abc-1',
             'INFO:     127.0.0.1:40466 - "GET /health HTTP/1.1" 200 OK',
         ]
-
-
-@asynchronous
-async def test_any_origin_may_call() -> None:
-    async with served() as server:
-        answer = await server.client.get("/v1/models", headers={"origin": "http://page.example"})
-        assert answer.headers["access-control-allow-credentials"] == "true"
-        assert answer.headers["access-control-allow-origin"] in ("*", "http://page.example")
 
 
 @asynchronous

@@ -126,7 +126,7 @@ def test_help_names_every_flag_with_a_text_and_a_default():
 
 def test_every_field_is_a_flag_but_those_that_the_launcher_fills_in():
     hidden = set(ServerConfig.__struct_fields__) - flags.settings().keys()
-    assert hidden == {"model_dir", "tokenizer_dir"}
+    assert hidden == {"listen_address", "model_dir", "tokenizer_dir"}
 
 
 def test_secrets_are_masked_when_shown():
