@@ -18,7 +18,7 @@ from runtime import flags, hub, run_dir
 from runtime.child import Service
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
-from runtime.log import set_up_logging
+from runtime.log import plain, say, set_up_logging
 from runtime.model_info import embeds
 from runtime.resolve import look_at_machine, resolve
 from runtime.service import TITLE
@@ -126,7 +126,7 @@ def announce(config: ServerConfig) -> None:
     """Tell supervisors (the log line, systemd) and people (what to try next) that the server serves."""
     log.info("The server is fired up and ready to roll!")
     notify(b"READY=1")
-    print(what_next(config), flush=True)
+    say(what_next(config), sys.stdout)
 
 
 def what_next(config: ServerConfig) -> str:
@@ -140,9 +140,8 @@ def what_next(config: ServerConfig) -> str:
     )
     key = "-H 'Authorization: Bearer <your key>' " if config.api_key else ""
     data = msgspec.json.encode(body).decode()
-    return (
-        f"\n{config.name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
-    )
+    name = plain(config.name)
+    return f"\n{name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
 
 
 def stop_listening(listener: socket.socket) -> None:
@@ -160,5 +159,5 @@ def notify(state: bytes) -> None:
 
 
 def fail(status: ExitStatus, reason: str) -> int:
-    print(f"quartet: {reason}", file=sys.stderr, flush=True)
+    say(f"quartet: {plain(reason)}", sys.stderr)
     return status

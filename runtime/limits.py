@@ -7,6 +7,7 @@ MAX_ADMIN_BODY_BYTES = 2 << 30
 MAX_PARSED_BODY_BYTES = 1 << 20  # a text to look for tool calls or a thought in
 MAX_HEADER_BYTES = 16 << 10
 HEADER_DEADLINE_S = 10.0
+MAX_LOG_CHARS = 16 << 10  # of one message
 MAX_API_KEY_BYTES = 4 << 10
 MAX_API_KEY_FILE_BYTES = 1 << 20
 MAX_BATCH_PROMPTS = 1024

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from runtime import flags
 from runtime.errors import StartupError, UsageError
+from runtime.log import plain, say
 from runtime.resolve import look_at_machine, resolve
 
 
@@ -17,14 +18,14 @@ def main(argv: Sequence[str]) -> int:
         settings = flags.load(argv[1:], command="config show", environment=os.environ)
         resolution = resolve(settings.config, look_at_machine())
     except (UsageError, StartupError) as error:
-        print(f"quartet: {error}", file=sys.stderr)
+        say(f"quartet: {plain(str(error))}", sys.stderr)
         return 2
     rows = list(origins(settings, flags.public(resolution.config)))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, origin in rows:
-        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+        say(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}", sys.stdout)
     for note in resolution.notes:
-        print(f"\nnote: {note}")
+        say(f"\nnote: {plain(note)}", sys.stdout)
     return 0
 
 
@@ -35,4 +36,4 @@ def origins(settings: flags.Settings, resolved: dict[str, object]) -> Iterator[t
         origin = settings.origin(name)
         if value != given[name]:
             origin = "chosen for this machine" if name not in settings.origins else f"{origin}, adapted to this machine"
-        yield name, "-" if value is None else str(value), origin
+        yield name, "-" if value is None else plain(str(value)), plain(origin)
