@@ -55,11 +55,13 @@ def main(argv: Sequence[str]) -> int:
 def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
     """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
     try:
-        config = flags.load(argv, environment=os.environ).config
+        settings = flags.load(argv, environment=os.environ)
         flags.forget_secrets(os.environ)
         setproctitle.setproctitle(TITLE.format(role="launcher"))
-        set_up_logging(config)
-        return run(config, services)
+        set_up_logging(settings.config)
+        for note in settings.notes:
+            log.info("%s", note)
+        return run(settings.config, services)
     except UsageError as error:
         return fail(ExitStatus.USAGE, str(error))
     except StartupError as error:

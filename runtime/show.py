@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, origin in rows:
         say(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}", sys.stdout)
-    for note in resolution.notes:
+    for note in [*settings.notes, *resolution.notes]:
         say(f"\nnote: {plain(note)}", sys.stdout)
     return 0
 
