@@ -42,6 +42,7 @@ DraftSize = Annotated[int, msgspec.Meta(ge=1, le=64)]
 ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
 PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+TimeLimit = Annotated[float, msgspec.Meta(ge=-1)]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,6 +166,38 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["fcfs", "lpm", "priority"],
         flag("order of the waiting queue; lpm: longest cached prefix first", SCHEDULER),
     ] = "fcfs"
+    enable_priority_scheduling: Annotated[bool, flag("the same as --schedule-policy priority", SCHEDULER)] = False
+    schedule_low_priority_values_first: Annotated[
+        bool, flag("lower values of a request's priority come first, instead of higher ones", SCHEDULER)
+    ] = False
+    priority_scheduling_preemption_threshold: Annotated[
+        Natural,
+        flag(
+            "a waiting request without room sends running ones back to the queue whose priorities are lower by more "
+            "than this; they go on later where they were",
+            SCHEDULER,
+        ),
+    ] = 10
+    disable_priority_preemption: Annotated[
+        bool, flag("send no running request back for one of higher priority", SCHEDULER)
+    ] = False
+    req_waiting_timeout: Annotated[
+        TimeLimit,
+        flag(
+            "seconds after which a request that waits to be started ends with a 503; -1 or 0: never",
+            SCHEDULER,
+            variable="SGLANG_REQ_WAITING_TIMEOUT",
+        ),
+    ] = -1.0
+    req_running_timeout: Annotated[
+        TimeLimit,
+        flag(
+            "seconds after which a request that was started ends with a 503, time in which it was sent back to the "
+            "queue included; -1 or 0: never",
+            SCHEDULER,
+            variable="SGLANG_REQ_RUNNING_TIMEOUT",
+        ),
+    ] = -1.0
     page_size: Annotated[
         Positive | None, flag("tokens per KV page (default: 16; 1 counts cached tokens exactly)", SCHEDULER)
     ] = None

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from runtime import environment as environments
 from runtime import foreign_flags, keys
 from runtime.config import Flag, ServerConfig
 from runtime.errors import UsageError
@@ -133,6 +134,7 @@ def load(
     values, file_notes = ({}, []) if file is None else read_file(Path(file))
     found = from_environment(environment)
     variables = {name: value for name, (_, value) in found.items()}
+    notes += environments.notes(environment, variables_of_settings())
     notes += file_notes + [note for source in (variables, values, flags) for note in translate(source)]
     origins = {name: f"variable {found[name][0]}" for name in variables}
     origins |= dict.fromkeys(values, str(file)) | dict.fromkeys(flags, COMMAND_LINE)
@@ -210,6 +212,10 @@ def spelled(word: str, before: Sequence[str]) -> str:
 
 def dashed(name: str) -> str:
     return name.replace("_", "-")
+
+
+def variables_of_settings() -> set[str]:
+    return {setting.flag.variable for setting in settings().values() if setting.flag.variable}
 
 
 def from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:

@@ -60,7 +60,7 @@ def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
         setproctitle.setproctitle(TITLE.format(role="launcher"))
         set_up_logging(settings.config)
         for note in settings.notes:
-            log.info("%s", note)
+            log.warning("%s", note)
         return run(settings.config, services)
     except UsageError as error:
         return fail(ExitStatus.USAGE, str(error))

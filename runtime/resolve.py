@@ -74,6 +74,7 @@ def resolve(config: ServerConfig, machine: Machine) -> Resolution:
         "page_size": config.page_size or PAGE_SIZE,
         "max_running_requests": running,
         "max_queued_requests": config.max_queued_requests or max(MIN_QUEUED_REQUESTS, 4 * running),
+        "schedule_policy": "priority" if config.enable_priority_scheduling else config.schedule_policy,
         "chunked_prefill_size": config.chunked_prefill_size
         or min(CHUNKED_PREFILL_SIZE[device], config.max_prefill_tokens),
         "attention_backend": "torch_native"
@@ -144,6 +145,10 @@ CONTRADICTIONS: list[Contradiction] = [
             f"--max-total-tokens {c.max_total_tokens} is less than one page of {c.page_size or PAGE_SIZE} tokens; "
             f"use --page-size {c.max_total_tokens} or less"
         ),
+    ),
+    (
+        lambda c, m: c.enable_priority_scheduling and c.schedule_policy == "lpm",
+        lambda c: "--enable-priority-scheduling and --schedule-policy lpm contradict each other; leave one of them out",
     ),
     (
         lambda c, m: c.revision is not None and (c.model_path == "demo" or Path(c.model_path).is_dir()),
@@ -225,8 +230,11 @@ def check(config: ServerConfig, machine: Machine) -> None:
 def notes(config: ServerConfig, device: str) -> list[str]:
     """What has no effect, or an effect the operator may not expect."""
     found = []
+    scheduling = ("priority" if config.enable_priority_scheduling else "", config.schedule_policy)
     if not is_loopback(config.host) and config.api_key is None:
         found.append(f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it")
+    if config.schedule_low_priority_values_first and "priority" not in scheduling:
+        found.append("--schedule-low-priority-values-first has no effect without --enable-priority-scheduling")
     if device == "cpu" and config.attention_backend == "triton":
         found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
     if device == "cpu" and config.cuda_graph_max_bs is not None:
