@@ -93,7 +93,7 @@ def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
     access = Access.ADMIN if kind.admin else Access.USER
     handler = HANDLERS.get(kind) or command_handler(kind)
     shape = errors.native if kind is Abort else errors.control
-    return Endpoint(path, handler, kind.methods, access, shape, body=kind)
+    return Endpoint(path, handler, kind.methods, access, shape, changes_state=True, body=kind)
 
 
 ENDPOINTS = [endpoint_of(path, kind) for path, kind in control.routes().items()]

@@ -16,11 +16,13 @@ class Flag(msgspec.Struct, frozen=True):
     group: str
     aliases: tuple[str, ...] = ()
     secret: bool = False  # never shown or echoed
+    several: bool = False  # takes a list: separated by commas, by repeating the flag, or a list of the file
+    variable: str = ""  # environment variable that gives the value where neither flag nor file does
 
 
-def flag(help: str, group: str, *aliases: str, secret: bool = False) -> Any:
+def flag(help: str, group: str, *aliases: str, secret: bool = False, several: bool = False, variable: str = "") -> Any:
     """The metadata of a flag field."""
-    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret)})
+    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret, several, variable)})
 
 
 MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
@@ -40,6 +42,7 @@ DraftSize = Annotated[int, msgspec.Meta(ge=1, le=64)]
 ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
 PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+TimeLimit = Annotated[float, msgspec.Meta(ge=-1)]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,8 +82,48 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, flag("address to listen on", HTTP)] = "127.0.0.1"
     port: Annotated[PortNumber, flag("port to listen on; 0: any free one", HTTP)] = 30000
-    api_key: Annotated[str | None, flag("key that clients must send as a bearer token", HTTP, secret=True)] = None
-    admin_api_key: Annotated[str | None, flag("key for the control endpoints", HTTP, secret=True)] = None
+    api_key: Annotated[
+        str | None,
+        flag(
+            "key that clients must send as a bearer token; several are separated by commas",
+            HTTP,
+            secret=True,
+            several=True,
+            variable="QUARTET_API_KEY",
+        ),
+    ] = None
+    api_key_file: Annotated[
+        str | None, flag("file with such keys, one a line; lines that begin with # are comments", HTTP)
+    ] = None
+    admin_api_key: Annotated[
+        str | None,
+        flag(
+            "key for the control endpoints, likewise",
+            HTTP,
+            secret=True,
+            several=True,
+            variable="QUARTET_ADMIN_API_KEY",
+        ),
+    ] = None
+    admin_api_key_file: Annotated[str | None, flag("file with such keys", HTTP)] = None
+    cors_allow_origins: Annotated[
+        str | None,
+        flag(
+            "origins (scheme://host[:port], separated by commas) whose web pages may call the server besides its own "
+            "and those of this machine; *: any, without credentials",
+            HTTP,
+            several=True,
+        ),
+    ] = None
+    allowed_hosts: Annotated[
+        str | None,
+        flag(
+            "names (separated by commas) that requests may give the server, for a proxy in front; *: any "
+            "(default: any, but on loopback only its own)",
+            HTTP,
+            several=True,
+        ),
+    ] = None
     max_inflight_requests: Annotated[Positive, flag("requests inside the ring before a 503", HTTP)] = 4096
     drain_timeout: Annotated[Seconds, flag("seconds that running requests get after SIGTERM", HTTP)] = 30.0
     stream_interval: Annotated[Positive, flag("tokens between two streamed chunks", HTTP)] = 1
@@ -123,6 +166,38 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["fcfs", "lpm", "priority"],
         flag("order of the waiting queue; lpm: longest cached prefix first", SCHEDULER),
     ] = "fcfs"
+    enable_priority_scheduling: Annotated[bool, flag("the same as --schedule-policy priority", SCHEDULER)] = False
+    schedule_low_priority_values_first: Annotated[
+        bool, flag("lower values of a request's priority come first, instead of higher ones", SCHEDULER)
+    ] = False
+    priority_scheduling_preemption_threshold: Annotated[
+        Natural,
+        flag(
+            "a waiting request without room sends running ones back to the queue whose priorities are lower by more "
+            "than this; they go on later where they were",
+            SCHEDULER,
+        ),
+    ] = 10
+    disable_priority_preemption: Annotated[
+        bool, flag("send no running request back for one of higher priority", SCHEDULER)
+    ] = False
+    req_waiting_timeout: Annotated[
+        TimeLimit,
+        flag(
+            "seconds after which a request that waits to be started ends with a 503; -1 or 0: never",
+            SCHEDULER,
+            variable="SGLANG_REQ_WAITING_TIMEOUT",
+        ),
+    ] = -1.0
+    req_running_timeout: Annotated[
+        TimeLimit,
+        flag(
+            "seconds after which a request that was started ends with a 503, time in which it was sent back to the "
+            "queue included; -1 or 0: never",
+            SCHEDULER,
+            variable="SGLANG_REQ_RUNNING_TIMEOUT",
+        ),
+    ] = -1.0
     page_size: Annotated[
         Positive | None, flag("tokens per KV page (default: 16; 1 counts cached tokens exactly)", SCHEDULER)
     ] = None
@@ -216,6 +291,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
 
     # not flags: the launcher fills them in, the services read them
+    listen_address: str = ""  # what `host` stands for
     model_dir: str = ""  # local directory of model_path
     tokenizer_dir: str = ""  # local directory of tokenizer_path
 

@@ -18,7 +18,7 @@ from runtime import flags, hub, run_dir
 from runtime.child import Service
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
-from runtime.log import set_up_logging
+from runtime.log import plain, say, set_up_logging
 from runtime.model_info import embeds
 from runtime.resolve import look_at_machine, resolve
 from runtime.service import TITLE
@@ -55,10 +55,13 @@ def main(argv: Sequence[str]) -> int:
 def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
     """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
     try:
-        config = flags.load(argv).config
+        settings = flags.load(argv, environment=os.environ)
+        flags.forget_secrets(os.environ)
         setproctitle.setproctitle(TITLE.format(role="launcher"))
-        set_up_logging(config)
-        return run(config, services)
+        set_up_logging(settings.config)
+        for note in settings.notes:
+            log.warning("%s", note)
+        return run(settings.config, services)
     except UsageError as error:
         return fail(ExitStatus.USAGE, str(error))
     except StartupError as error:
@@ -71,8 +74,8 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
     """Serve until told to stop or until a process dies. Raises StartupError."""
     resolution = resolve(config, look_at_machine())
     with listen(config.host, config.port) as listener:
-        port = listener.getsockname()[1]
-        config = msgspec.structs.replace(resolution.config, port=port)
+        address, port = listener.getsockname()[:2]
+        config = msgspec.structs.replace(resolution.config, port=port, listen_address=address)
         with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
             for note in resolution.notes:
                 log.warning("%s", note)
@@ -125,7 +128,7 @@ def announce(config: ServerConfig) -> None:
     """Tell supervisors (the log line, systemd) and people (what to try next) that the server serves."""
     log.info("The server is fired up and ready to roll!")
     notify(b"READY=1")
-    print(what_next(config), flush=True)
+    say(what_next(config), sys.stdout)
 
 
 def what_next(config: ServerConfig) -> str:
@@ -139,9 +142,8 @@ def what_next(config: ServerConfig) -> str:
     )
     key = "-H 'Authorization: Bearer <your key>' " if config.api_key else ""
     data = msgspec.json.encode(body).decode()
-    return (
-        f"\n{config.name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
-    )
+    name = plain(config.name)
+    return f"\n{name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
 
 
 def stop_listening(listener: socket.socket) -> None:
@@ -159,5 +161,5 @@ def notify(state: bytes) -> None:
 
 
 def fail(status: ExitStatus, reason: str) -> int:
-    print(f"quartet: {reason}", file=sys.stderr, flush=True)
+    say(f"quartet: {plain(reason)}", sys.stderr)
     return status

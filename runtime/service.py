@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -118,7 +117,7 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     except SystemExit as error:
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
     except BaseException:
-        log.error("%s hit an exception: %s", boot.role, traceback.format_exc())
+        log.exception("%s hit an exception:", boot.role)
         os._exit(1)
     os._exit(0)
 

@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 
 import msgspec
 
+from runtime import keys
 from runtime.child import Child, Service, start
 from runtime.config import ServerConfig
 from runtime.progress import ProgressReader
@@ -230,6 +231,7 @@ class Supervisor:
             child = None
         child = child or start(service, self.inherited(service))
         boot_file = self.run_dir / f"{service.role}.{epoch}.boot"
+        boot_file.touch(mode=0o600)  # the gateway's holds the keys
         boot_file.write_bytes(msgspec.msgpack.encode(self.boot(service, epoch, child.their_ready_fd)))
         turn_door(str(self.run_dir), service.role, epoch)
         child.give(boot_file, epoch)
@@ -250,7 +252,7 @@ class Supervisor:
             run_dir=run_dir,
             inbox=endpoint(run_dir, service.role, epoch),
             outbox=door(run_dir, following.role),
-            config=self.config,
+            config=self.config if service.listens else keys.without(self.config),
             ready_fd=ready_fd,
             lifeline_fd=self.lifeline_fd,
             parent_pid=os.getpid(),

@@ -60,11 +60,22 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
         chunked_prefill_size=WHOLE_PROMPTS if whole else chunk,
         max_prefill_tokens=step_tokens,  # whole prompts are not cut: a step takes them until it has enough
         policy=config.schedule_policy,
+        low_values_first=config.schedule_low_priority_values_first,
+        preemption_threshold=preemption_threshold(config),
+        waiting_timeout_s=config.req_waiting_timeout if config.req_waiting_timeout > 0 else None,
+        running_timeout_s=config.req_running_timeout if config.req_running_timeout > 0 else None,
         max_queued=config.max_queued_requests,
         reuse_prefixes=not (config.disable_radix_cache or whole),
         drafts=draft_options(config),
         default_new_tokens=SamplingParams().max_new_tokens,
     )
+
+
+def preemption_threshold(config: ServerConfig) -> int | None:
+    """By how much priorities must differ for one request to preempt another; None where none does."""
+    if config.schedule_policy != "priority" or config.disable_priority_preemption:
+        return None
+    return config.priority_scheduling_preemption_threshold
 
 
 def draft_options(config: ServerConfig) -> DraftOptions | None:

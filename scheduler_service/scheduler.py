@@ -156,6 +156,7 @@ class Scheduler:
             out += self.handle(message)
         for decided in self.waiting_room.decided():
             out += self.admit_decided(decided)
+        out += self.messages(self.planner.expire(self.now))
         if self.control:
             out += self.control.advance(self.planner.prefills_next)
         if self.orders:

@@ -23,6 +23,10 @@ class PlannerConfig:
     chunked_prefill_size: int = -1  # tokens of one step; -1: whole prompts
     max_prefill_tokens: int = 16384  # prompt tokens of one step
     policy: str = "fcfs"
+    low_values_first: bool = False  # of priorities
+    preemption_threshold: int | None = None  # a difference of priorities beyond it preempts; None: nothing does
+    waiting_timeout_s: float | None = None
+    running_timeout_s: float | None = None
     max_queued: int | None = None
     reuse_prefixes: bool = True
     drafts: DraftOptions | None = None  # None: no speculation
@@ -61,6 +65,7 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
         limit=limit,
         stop_ids=stop_ids(request, config),
         drafter=drafter_of(request, config.drafts),
+        priority=-request.priority if config.low_values_first else request.priority,
     )
     if resumed:  # whoever has output already has the prompt's logprobs, and all hidden states but the last
         sequence.input_scored = len(ids)

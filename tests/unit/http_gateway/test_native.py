@@ -124,6 +124,8 @@ async def test_a_stream_repeats_the_text_so_far() -> None:
             await call.chunk()
         answer = await call.answer()
         assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-cache, no-transform"  # so that no proxy holds events back
+        assert answer.headers["x-accel-buffering"] == "no"
         events = answer.events()
         assert [event["text"] for event in events] == ['a"\n', 'a"\né', 'a"\néc']
         assert [event["output_ids"] for event in events] == [[0], [0, 1], [0, 1, 2]]
