@@ -44,6 +44,7 @@ class Gateway:
         self.weight_version = self.config.weight_version
         self.paused = False  # by /pause_generation
         self.asleep = False  # by /release_memory_occupation
+        self.lacks: list[str] = []  # what was released and is needed; none while asleep: weights have to be written
         self.learn(self.facts.state)
         self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
@@ -71,6 +72,7 @@ class Gateway:
         self.weight_version = said.get("weight_version") or self.weight_version
         self.paused = said.get("paused", self.paused)
         self.asleep = said.get("asleep", self.asleep)
+        self.lacks = said.get("lacks", self.lacks)
 
 
 def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:

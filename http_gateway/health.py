@@ -29,7 +29,9 @@ def resting(gateway: Gateway) -> str:
     """Why requests wait though the server is well; empty when they do not."""
     if gateway.paused:
         return "generation is paused"
-    return "memory is released" if gateway.asleep else ""
+    if gateway.lacks:
+        return f"memory is released: {', '.join(gateway.lacks)}"
+    return "the weights were released, and no update has written all of them since" if gateway.asleep else ""
 
 
 def stuck(gateway: Gateway) -> str:
@@ -43,9 +45,12 @@ def stuck(gateway: Gateway) -> str:
     return ""
 
 
-def verdict(reason: str) -> Response:
+def verdict(reason: str, resting: str = "") -> Response:
+    """503 with a reason, or 200. A server that is well and rests on purpose says why nothing is generated."""
     if reason:
         return errors.json_response({"status": "unhealthy", "reason": reason}, 503, {"Retry-After": "1"})
+    if resting:
+        return errors.json_response({"status": "resting", "reason": resting})
     return Response(status_code=200)
 
 
@@ -64,13 +69,17 @@ async def ready(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def health(gateway: Gateway, http: HTTPRequest) -> Response:
-    return verdict(not_ready(gateway) or stuck(gateway))
+    return verdict(not_ready(gateway) or stuck(gateway), resting(gateway))
 
 
 async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
-    """While nothing is generated on purpose, the scheduler's heartbeat is the sign of life."""
-    if resting(gateway):
-        return verdict(not_ready(gateway) or stuck(gateway))
+    """While nothing is generated on purpose, the scheduler's heartbeat is the sign of life: trainers' watchdogs end
+    servers that say 503 while their memory is lent. Once it is all back, nothing but weights is waited for, and
+    whoever wants to generate has to hear that.
+    """
+    if why := resting(gateway):
+        unwritten = gateway.asleep and not (gateway.lacks or gateway.paused)
+        return verdict(not_ready(gateway) or stuck(gateway) or (why if unwritten else ""), why)
     return verdict(not_ready(gateway) or await gateway.sign_of_life.missing())
 
 

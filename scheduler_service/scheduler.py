@@ -189,8 +189,16 @@ class Scheduler:
     def state(self) -> dict[str, Any]:
         """What a gateway otherwise learns from the replies to commands."""
         served = {} if self.updates is None else {"model_path": self.updates.committed.model_path}
-        paused, asleep = self.planner.paused, self.planner.asleep
-        return {**served, "weight_version": self.worker.weight_version, "paused": paused, "asleep": asleep}
+        return {
+            **served,
+            "weight_version": self.worker.weight_version,
+            "paused": self.planner.paused,
+            **self.sleep(),
+        }
+
+    def sleep(self) -> dict[str, Any]:
+        """Whether nothing is computed for want of memory or of weights; `lacks` are the tags whose release is why."""
+        return {"asleep": self.planner.asleep, "lacks": self.saver.lacks if self.saver else []}
 
     @property
     def patience_s(self) -> float:
@@ -337,8 +345,8 @@ class Scheduler:
 
     def look_at_memory(self) -> None:
         """Compute nothing while memory is given up, or while weights that were given up have not been written."""
-        released = self.saver is not None and bool(self.saver.released)
-        self.planner.asleep = released or (self.updates is not None and bool(self.updates.lost))
+        lacks = self.saver is not None and bool(self.saver.lacks)
+        self.planner.asleep = lacks or (self.updates is not None and bool(self.updates.lost))
 
     def audit(self) -> None:
         """Nothing lives: the books must balance. If they do not, say so and start them afresh."""

@@ -1,6 +1,7 @@
 """The health answers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,26 @@ async def test_health_generate_without_an_answer_is_503_and_leaves_no_request() 
         server.gateway.sign_of_life._timeout_s = 0.001
         assert (await server.client.get("/health_generate")).status == 503
         assert len(await server.ring.sent_of(Abort)) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "reason"),
+    [
+        ({"paused": True}, 200, "generation is paused"),
+        ({"asleep": True, "lacks": ["weights", "kv_cache"]}, 200, "memory is released: weights, kv_cache"),
+        ({"asleep": True, "lacks": []}, 503, "no update has written all of them since"),
+        ({"asleep": False, "lacks": []}, 200, ""),
+    ],
+)
+@asynchronous
+async def test_health_says_why_nothing_can_be_generated(state: dict[str, Any], status: int, reason: str) -> None:
+    async with served(ONE_TOKEN) as server:
+        server.gateway.learn(state)
+        probe = await server.client.get("/health_generate")
+        assert probe.status == status
+        for answer in (probe, await server.client.get("/health")):
+            assert reason in answer.json()["reason"] if reason else answer.body == b""
+        assert (await server.client.get("/readyz")).status == (503 if reason else 200)
 
 
 @asynchronous
