@@ -1,6 +1,7 @@
 """What the endpoints share: the server's settings and state, and the ring."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -21,6 +22,16 @@ class Phase(Enum):
     STARTING = "the server is starting"
     UP = "up"
     DRAINING = "the server is shutting down"
+
+
+class News(msgspec.Struct):
+    """What the scheduler's facts and replies may say of the server's state; other keys are for clients."""
+
+    model_path: str | None = None
+    weight_version: str | None = None
+    paused: bool | None = None
+    asleep: bool | None = None
+    lacks: list[str] | None = None
 
 
 @dataclass
@@ -44,7 +55,7 @@ class Gateway:
         self.weight_version = self.config.weight_version
         self.paused = False  # by /pause_generation
         self.asleep = False  # by /release_memory_occupation
-        self.lacks: list[str] = []  # what was released and is needed; none while asleep: weights have to be written
+        self.lacks: Sequence[str] = ()  # what was released and is needed; none while asleep: weights are to be written
         self.learn(self.facts.state)
         self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
@@ -63,16 +74,20 @@ class Gateway:
 
     def on_facts(self, facts: Facts) -> None:
         """The scheduler was started again, or asked."""
-        self.facts = facts
         self.learn(facts.state)
+        self.facts = facts
 
     def learn(self, said: dict[str, Any]) -> None:
-        """Take note of what the scheduler says about the weights that serve, and whether they generate."""
-        self.model_path = said.get("model_path") or self.model_path
-        self.weight_version = said.get("weight_version") or self.weight_version
-        self.paused = said.get("paused", self.paused)
-        self.asleep = said.get("asleep", self.asleep)
-        self.lacks = said.get("lacks", self.lacks)
+        """Take note of what the scheduler says about the weights that serve, and whether they generate.
+
+        Raises ValueError, and has learnt nothing, where that is not what a scheduler says.
+        """
+        news = msgspec.convert(said, News)
+        self.model_path = news.model_path or self.model_path
+        self.weight_version = news.weight_version or self.weight_version
+        self.paused = self.paused if news.paused is None else news.paused
+        self.asleep = self.asleep if news.asleep is None else news.asleep
+        self.lacks = self.lacks if news.lacks is None else news.lacks
 
 
 def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:

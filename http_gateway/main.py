@@ -22,7 +22,7 @@ from http_gateway.ring_client import RingClient
 from runtime import model_info, service
 from runtime.control import Abort
 from runtime.errors import StartupError
-from runtime.messages import ABORTED
+from runtime.messages import ABORTED, ATTEMPT_BITS
 from runtime.progress import ProgressReader
 from runtime.service import Boot, report_ready
 from runtime.sockets import AsyncInbox, AsyncOutbox
@@ -32,7 +32,7 @@ uvicorn_log = logging.getLogger("uvicorn.error")
 
 KEEP_ALIVE_S = 75  # clients hold pools of idle connections
 ABORT_GRACE_S = 2.0  # after the drain deadline, for aborted requests to come back with what they have
-ATTEMPTS_OF_A_GATEWAY = 1 << 20  # more restarts than one lives to see
+ATTEMPTS_OF_A_GATEWAY = 1 << ATTEMPT_BITS
 EXIT_FORCED = 128 + signal.SIGTERM
 HEALTH_TIMEOUT_VARIABLE = "SGLANG_HEALTH_CHECK_TIMEOUT"
 
@@ -171,7 +171,7 @@ async def serve(boot: Boot) -> None:
     metrics = Metrics(config.name)
     least_attempt = boot.epoch * ATTEMPTS_OF_A_GATEWAY
     inbox, outbox = AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox)
-    ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt)
+    ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt, service.announced(boot))
     listening = asyncio.create_task(ring.listen())
     listening.add_done_callback(end_with_listener)
     if boot.epoch:

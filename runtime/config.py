@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from runtime.limits import MAX_DRAFTED_TOKENS
+
 
 class Flag(msgspec.Struct, frozen=True):
     """How a field appears on the command line."""
@@ -36,7 +38,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 BufferSize = Annotated[int, msgspec.Meta(ge=-1)]
-DraftSize = Annotated[int, msgspec.Meta(ge=1, le=64)]
+DraftSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_DRAFTED_TOKENS)]
 ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
 PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]

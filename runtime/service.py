@@ -15,16 +15,18 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from functools import partial
+from typing import NoReturn
 
 import msgspec
 import setproctitle
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
+from runtime.guard import Announced, Guard, Service
 from runtime.log import set_up_logging
-from runtime.messages import Message, Restarted
-from runtime.sockets import Inbox, Outbox
+from runtime.messages import Restarted
+from runtime.sockets import Inbox, Outbox, newest_epoch
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +125,17 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     os._exit(0)
 
 
-def run_text_service(boot: Boot, step: Callable[[list[Any]], list[Message]]) -> None:
+def announced(boot: Boot) -> Announced:
+    """The incarnations that the launcher has started."""
+    return Announced(partial(newest_epoch, boot.run_dir))
+
+
+def run_text_service(boot: Boot, service: Service) -> None:
     """Serve until killed: everything that waits in the inbox is one batch, its answers are one frame."""
     inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox)
+    guard = Guard(boot.role, announced(boot), service.give_up)
     report_ready(boot)
     if boot.epoch:
         outbox.send([Restarted(role=boot.role)])
     while True:
-        outbox.send(step(inbox.recv(timeout_s=None)))
+        outbox.send(guard.batch(service, inbox.recv(timeout_s=None)))

@@ -10,7 +10,7 @@ from runtime.messages import Facts
 from runtime.model_info import ModelInfo
 from runtime.progress import ProgressWord
 from runtime.sampling import SamplingParams
-from runtime.service import Boot, report_ready
+from runtime.service import Boot, announced, report_ready
 from runtime.sockets import Inbox, Outbox
 from scheduler_service.constrained import Pool
 from scheduler_service.core.drafts import DraftOptions
@@ -110,6 +110,7 @@ def serve(
         updates=updates,
         saver=saver,
         orders=orders,
+        announced=announced(boot),
     )
     scheduler.progress.beat(busy=False)
     orders.take_up(scheduler)
