@@ -1,7 +1,7 @@
 """What the endpoints share: the server's settings and state, and the ring."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -11,7 +11,7 @@ import msgspec
 from http_gateway.intake import Rules
 from http_gateway.metrics import Metrics
 from http_gateway.output import Output
-from http_gateway.probes import Census, Progress, SignOfLife
+from http_gateway.probes import Census, Progress, Pulse, SignOfLife
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Request
@@ -44,6 +44,7 @@ class Gateway:
     ring: RingClient
     metrics: Metrics
     progress: Progress
+    hops: Mapping[str, Pulse] = field(default_factory=dict)  # by role, of the services that go on without HTTP
     health_timeout_s: float = 20.0
     run_dir: str = ""  # where large payloads are put
     phase: Phase = Phase.STARTING

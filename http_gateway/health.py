@@ -2,11 +2,12 @@
 
 /livez             the event loop turns
 /readyz            the server takes requests: it has warmed up, does not drain, is not paused, and no process is missing
-/health            and the scheduler moves, by the age of its progress word: no probe, no waiting
+/health            and every process runs and the scheduler moves, by their progress words: no probe, no waiting
 /health_generate   and one token comes back
 """
 
 import time
+from math import inf
 
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
@@ -15,9 +16,10 @@ from http_gateway import errors
 from http_gateway.auth import Access
 from http_gateway.endpoint import Endpoint
 from http_gateway.gateway import Gateway, Phase
+from runtime.messages import GATEWAY, ROLES
 from runtime.sockets import is_open
 
-RING = ("tokenizer", "scheduler", "detokenizer")
+FROZEN_S = 5.0  # without a pulse, which comes once a second
 
 
 def not_ready(gateway: Gateway) -> str:
@@ -35,13 +37,24 @@ def resting(gateway: Gateway) -> str:
 
 
 def stuck(gateway: Gateway) -> str:
-    """Why the scheduler counts as dead; empty when it moves, or has nothing to do."""
+    """Why a process counts as dead; empty when all run, and the scheduler moves or has nothing to do."""
+    if reason := frozen(gateway):
+        return reason
     limit_s = gateway.health_timeout_s
     age_s = gateway.progress.age_s()
     oldest = gateway.ring.oldest_sent_at
     waited_s = 0.0 if oldest is None else time.monotonic() - oldest
     if age_s > limit_s and (gateway.progress.busy() or waited_s > limit_s):
         return f"the scheduler has not moved for {age_s:.0f} s"
+    return ""
+
+
+def frozen(gateway: Gateway) -> str:
+    """Which process is there and does not run; empty when none is. One that is being started again is not there."""
+    for role, pulse in gateway.hops.items():
+        age_s = pulse.pulse_age_s()
+        if FROZEN_S < age_s < inf and (not gateway.run_dir or is_open(gateway.run_dir, role)):
+            return f"the {role} has not run for {age_s:.0f} s"
     return ""
 
 
@@ -60,12 +73,12 @@ async def live(gateway: Gateway, http: HTTPRequest) -> Response:
 
 def missing(gateway: Gateway) -> str:
     """Which process is being started again, so that requests wait for it; empty when none is."""
-    absent = [role for role in RING if gateway.run_dir and not is_open(gateway.run_dir, role)]
+    absent = [role for role in ROLES if role != GATEWAY and gateway.run_dir and not is_open(gateway.run_dir, role)]
     return f"the {absent[0]} is being started again" if absent else ""
 
 
 async def ready(gateway: Gateway, http: HTTPRequest) -> Response:
-    return verdict(not_ready(gateway) or resting(gateway) or missing(gateway))
+    return verdict(not_ready(gateway) or resting(gateway) or missing(gateway) or frozen(gateway))
 
 
 async def health(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -80,7 +93,7 @@ async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     if why := resting(gateway):
         unwritten = gateway.asleep and not (gateway.lacks or gateway.paused)
         return verdict(not_ready(gateway) or stuck(gateway) or (why if unwritten else ""), why)
-    return verdict(not_ready(gateway) or await gateway.sign_of_life.missing())
+    return verdict(not_ready(gateway) or frozen(gateway) or await gateway.sign_of_life.missing())
 
 
 ENDPOINTS = [

@@ -22,8 +22,8 @@ from http_gateway.ring_client import RingClient
 from runtime import model_info, service
 from runtime.control import Abort
 from runtime.errors import StartupError
-from runtime.messages import ABORTED, ATTEMPT_BITS
-from runtime.progress import ProgressReader
+from runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
+from runtime.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
 from runtime.service import Boot, report_ready
 from runtime.sockets import AsyncInbox, AsyncOutbox
 
@@ -174,6 +174,8 @@ async def serve(boot: Boot) -> None:
     ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt, service.announced(boot))
     listening = asyncio.create_task(ring.listen())
     listening.add_done_callback(end_with_listener)
+    beating = asyncio.create_task(beat(ring, ProgressWord(boot.run_dir, boot.role)))
+    beating.add_done_callback(end_with_listener)
     if boot.epoch:
         payloads.sweep(boot.run_dir)
         await ring.introduce()
@@ -184,13 +186,21 @@ async def serve(boot: Boot) -> None:
         facts=facts,
         ring=ring,
         metrics=metrics,
-        progress=ProgressReader(boot.run_dir),
+        progress=ProgressReader(boot.run_dir, SCHEDULER),
+        hops={role: ProgressReader(boot.run_dir, role) for role in ROLES if role != GATEWAY},
         run_dir=boot.run_dir,
         health_timeout_s=health_timeout_s(os.environ),
     )
     ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
     await ring.lap()
     await Life(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
+
+
+async def beat(ring: RingClient, progress: ProgressWord) -> None:
+    """Show for ever that the event loop turns."""
+    while True:
+        progress.beat(busy=ring.unfinished > 0)
+        await asyncio.sleep(IDLE_BEAT_S)
 
 
 def end_with_listener(listening: "asyncio.Task[None]") -> None:

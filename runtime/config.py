@@ -187,7 +187,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         flag("keep no second scheduler process at hand: 150 MB less, and a restart takes seconds longer", OPERATIONS),
     ] = False
     watchdog_timeout: Annotated[
-        Seconds, flag("seconds without a step after which the scheduler is replaced; 0: never", OPERATIONS)
+        Seconds,
+        flag(
+            "seconds without a step after which a process is replaced (10 at most if it does not run at all); 0: never",
+            OPERATIONS,
+        ),
     ] = 300.0
     enable_metrics: Annotated[bool, flag("serve /metrics", OPERATIONS)] = True
     skip_server_warmup: Annotated[bool, flag("report ready without a first request", OPERATIONS)] = False

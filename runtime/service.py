@@ -26,6 +26,7 @@ from runtime.errors import StartupError
 from runtime.guard import Announced, Guard, Service
 from runtime.log import set_up_logging
 from runtime.messages import Restarted
+from runtime.progress import IDLE_BEAT_S, ProgressWord
 from runtime.sockets import Inbox, Outbox, newest_epoch
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     """Entry point of a service: boot, run `main`, and turn any escape into a log line and an exit status."""
     boot = boot_from_stdin()
     try:
+        ProgressWord(boot.run_dir, boot.role).start_pulse()
         main(boot)
     except StartupError as error:
         refuse(boot, error)
@@ -132,10 +134,14 @@ def announced(boot: Boot) -> Announced:
 
 def run_text_service(boot: Boot, service: Service) -> None:
     """Serve until killed: everything that waits in the inbox is one batch, its answers are one frame."""
-    inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox)
+    progress = ProgressWord(boot.run_dir, boot.role)
+    inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox, progress.wait)
     guard = Guard(boot.role, announced(boot), service.give_up)
     report_ready(boot)
     if boot.epoch:
         outbox.send([Restarted(role=boot.role)])
     while True:
-        outbox.send(guard.batch(service, inbox.recv(timeout_s=None)))
+        batch = inbox.recv(timeout_s=IDLE_BEAT_S)
+        progress.beat(busy=bool(batch))
+        if batch:
+            outbox.send(guard.batch(service, batch))

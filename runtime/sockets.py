@@ -10,7 +10,7 @@ counted in `Inbox.rejected`, logged once a minute, and dropped; of a frame only 
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 IPC_PATH_MAX = 107  # bytes, sun_path without its terminator
 RECONNECT_MS = 10  # between two tries to reach a service that is being started again
+WAIT_MS = 1000
 REPORT_EVERY_S = 60.0
 LOGGED_CHARS = 200  # of an error
 TOO_LARGE = "The request's data is too large for the server: {}."
@@ -206,13 +207,24 @@ class Inbox:
 class Outbox:
     """Blocking sender of a service; blocks only while no peer is connected. What is too large is split."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, on_wait: Callable[[], None] = lambda: None) -> None:
+        """`on_wait` is called once a second while there is no peer."""
         self._socket = _push(zmq.Context.instance(), address, immediate=True)
+        self._on_wait = on_wait
 
     def send(self, messages: Sequence[Message]) -> None:
         if messages:
             for frame in frames(messages):
-                self._socket.send(frame)
+                self._send(frame)
+
+    def _send(self, frame: bytes) -> None:
+        while True:
+            try:
+                self._socket.send(frame, zmq.DONTWAIT)
+                return
+            except zmq.Again:
+                self._on_wait()
+                self._socket.poll(WAIT_MS, zmq.POLLOUT)
 
     def close(self) -> None:
         self._socket.close()

@@ -94,12 +94,13 @@ def serve(
     planner = Planner(planner_config(boot.config, info, worker))
     orders = StandingOrders(boot.run_dir)
     facts = msgspec.structs.replace(worker.facts(), epoch=boot.epoch, max_req_input_len=planner.config.max_input_len)
+    progress = ProgressWord(boot.run_dir, boot.role)
     scheduler = Scheduler(
         planner,
         worker,
         Inbox(boot.inbox),
-        Outbox(boot.outbox),
-        ProgressWord(boot.run_dir),
+        Outbox(boot.outbox, progress.wait),
+        progress,
         facts=facts,
         depth=worker.depth,
         rest=worker.rest,
@@ -112,7 +113,7 @@ def serve(
         orders=orders,
         announced=announced(boot),
     )
-    scheduler.progress.beat(busy=False)
+    progress.beat(busy=False)
     orders.take_up(scheduler)
     report_ready(boot)
     scheduler.emit(scheduler.introduce())

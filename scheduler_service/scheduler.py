@@ -29,7 +29,7 @@ from runtime.messages import (
     Tokens,
     pack_ids,
 )
-from runtime.progress import ProgressWord
+from runtime.progress import IDLE_BEAT_S, ProgressWord
 from scheduler_service.constrained import Pool, WaitingRoom, is_complete
 from scheduler_service.control import HANDLERS, Control
 from scheduler_service.core import request
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_BEAT_S = 1.0  # an idle scheduler wakes this often, so that its heartbeat moves
 WAITING_BEAT_S = 0.002  # one with a command that waits looks after it this often
 GRAMMAR_BEAT_S = 0.001  # and one with a grammar that is being compiled after that
 FAILED_ALONE = "The request could not be computed: {}: {}"

@@ -1,5 +1,6 @@
 """The health answers."""
 
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,37 @@ async def test_health_says_why_nothing_can_be_generated(state: dict[str, Any], s
         for answer in (probe, await server.client.get("/health")):
             assert reason in answer.json()["reason"] if reason else answer.body == b""
         assert (await server.client.get("/readyz")).status == (503 if reason else 200)
+
+
+class Frozen:
+    def __init__(self, age_s: float) -> None:
+        self._age_s = age_s
+
+    def pulse_age_s(self) -> float:
+        return self._age_s
+
+
+@pytest.mark.parametrize("role", ["tokenizer", "scheduler", "detokenizer"])
+@asynchronous
+async def test_health_tells_at_once_when_a_process_does_not_run(role: str) -> None:
+    async with served(ONE_TOKEN) as server:
+        for age_s, status in ((1.0, 200), (6.0, 503), (inf, 200)):
+            server.gateway.hops = {role: Frozen(age_s)}
+            for path in ("/health", "/readyz", "/health_generate"):
+                answer = await server.client.get(path)
+                assert answer.status == status
+                assert status == 200 or answer.json()["reason"] == f"the {role} has not run for 6 s"
+        assert (await server.client.get("/livez")).status == 200
+
+
+@asynchronous
+async def test_a_process_that_is_started_again_is_missing_and_not_frozen(tmp_path: Path) -> None:
+    async with served(ONE_TOKEN) as server:
+        server.gateway.run_dir = str(tmp_path)
+        server.gateway.hops = {"tokenizer": Frozen(6.0)}
+        turn_door(str(tmp_path), "tokenizer", 1)
+        assert (await server.client.get("/health")).status == 200
+        assert (await server.client.get("/readyz")).json()["reason"] == "the tokenizer is being started again"
 
 
 @asynchronous
