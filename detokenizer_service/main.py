@@ -15,7 +15,7 @@ def load_detokenizer(config: ServerConfig) -> Detokenizer:
 
 
 def main(boot: Boot) -> None:
-    run_text_service(boot, load_detokenizer(boot.config).step)
+    run_text_service(boot, load_detokenizer(boot.config))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ class Service:
     threads: int = 1  # OpenMP threads; 0: one per usable core
     listens: bool = False  # gets the bound HTTP socket
     environment: Mapping[str, str] = field(default_factory=dict)  # what the launcher's own does not set
-    beats: bool = False  # writes the progress word while it is well
     standby: bool = False  # a second process has its modules imported, so that a restart is quick
 
 

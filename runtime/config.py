@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from runtime.limits import MAX_DRAFTED_TOKENS
+
 
 class Flag(msgspec.Struct, frozen=True):
     """How a field appears on the command line."""
@@ -38,7 +40,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 BufferSize = Annotated[int, msgspec.Meta(ge=-1)]
-DraftSize = Annotated[int, msgspec.Meta(ge=1, le=64)]
+DraftSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_DRAFTED_TOKENS)]
 ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
 PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -260,7 +262,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         flag("keep no second scheduler process at hand: 150 MB less, and a restart takes seconds longer", OPERATIONS),
     ] = False
     watchdog_timeout: Annotated[
-        Seconds, flag("seconds without a step after which the scheduler is replaced; 0: never", OPERATIONS)
+        Seconds,
+        flag(
+            "seconds without a step after which a process is replaced (10 at most if it does not run at all); 0: never",
+            OPERATIONS,
+        ),
     ] = 300.0
     enable_metrics: Annotated[bool, flag("serve /metrics", OPERATIONS)] = True
     skip_server_warmup: Annotated[bool, flag("report ready without a first request", OPERATIONS)] = False

@@ -19,6 +19,7 @@ from runtime.child import Service
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
 from runtime.log import plain, say, set_up_logging
+from runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
 from runtime.model_info import embeds
 from runtime.resolve import look_at_machine, resolve
 from runtime.service import TITLE
@@ -37,10 +38,10 @@ KEEPS_MEMORY = {
 
 # In ring order: each sends to the next, the last to the first.
 SERVICES = (
-    Service("gateway", "http_gateway.main", listens=True),
-    Service("tokenizer", "tokenizer_service.main"),
-    Service("scheduler", "scheduler_service.main", threads=0, beats=True, standby=True, environment=KEEPS_MEMORY),
-    Service("detokenizer", "detokenizer_service.main"),
+    Service(GATEWAY, "http_gateway.main", listens=True),
+    Service(TOKENIZER, "tokenizer_service.main"),
+    Service(SCHEDULER, "scheduler_service.main", threads=0, standby=True, environment=KEEPS_MEMORY),
+    Service(DETOKENIZER, "detokenizer_service.main"),
 )
 BACKLOG = 2048
 LAST_EPOCH = 999_999

@@ -16,6 +16,9 @@ import msgspec
 from runtime.errors import Kind, RequestError
 from runtime.sampling import SamplingParams
 
+GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER = "gateway", "tokenizer", "scheduler", "detokenizer"
+ROLES = (GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER)  # in ring order
+ATTEMPT_BITS = 20  # a gateway's attempts begin at its epoch shifted by so many: more restarts than one lives to see
 ABORTED = "Aborted"
 ABORTED_IN_QUEUE = "Abort before prefill"
 
@@ -195,22 +198,6 @@ class Restarted(Message, tag="restarted", kw_only=True):
 
 
 RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts | Restarted
-
-
-def end_of(message: Message, reason: str) -> Message | None:
-    """The terminal message that ends the request a message belongs to; None where it belongs to none."""
-    finish = Finish.internal(reason)
-    match message:
-        case Generate(request=request) | Tokenized(request=request):
-            return Tokens(rid=request.rid, attempt=request.attempt, finish=finish)
-        case Tokens(rid=rid, attempt=attempt):
-            return Tokens(rid=rid, attempt=attempt, finish=finish)
-        case Text(tokens=tokens):
-            return Text(tokens=Tokens(rid=tokens.rid, attempt=tokens.attempt, finish=finish))
-        case Reply(id=id):
-            return Reply(id=id, success=False, status=500, message=reason)
-        case _:
-            return None
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:

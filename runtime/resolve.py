@@ -202,7 +202,7 @@ CONTRADICTIONS: list[Contradiction] = [
     (
         lambda c, m: 0 < c.watchdog_timeout < LEAST_WATCHDOG_TIMEOUT_S,
         lambda c: (
-            f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a scheduler may take to show that it is well; "
+            f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a process may take to show that it is well; "
             f"use 0 (never) or at least {LEAST_WATCHDOG_TIMEOUT_S}"
         ),
     ),

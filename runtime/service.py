@@ -14,16 +14,19 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from functools import partial
+from typing import NoReturn
 
 import msgspec
 import setproctitle
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
+from runtime.guard import Announced, Guard, Service
 from runtime.log import set_up_logging
-from runtime.messages import Message, Restarted
-from runtime.sockets import Inbox, Outbox
+from runtime.messages import Restarted
+from runtime.progress import IDLE_BEAT_S, ProgressWord
+from runtime.sockets import Inbox, Outbox, newest_epoch
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +113,7 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     """Entry point of a service: boot, run `main`, and turn any escape into a log line and an exit status."""
     boot = boot_from_stdin()
     try:
+        ProgressWord(boot.run_dir, boot.role).start_pulse()
         main(boot)
     except StartupError as error:
         refuse(boot, error)
@@ -122,11 +126,21 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     os._exit(0)
 
 
-def run_text_service(boot: Boot, step: Callable[[list[Any]], list[Message]]) -> None:
+def announced(boot: Boot) -> Announced:
+    """The incarnations that the launcher has started."""
+    return Announced(partial(newest_epoch, boot.run_dir))
+
+
+def run_text_service(boot: Boot, service: Service) -> None:
     """Serve until killed: everything that waits in the inbox is one batch, its answers are one frame."""
-    inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox)
+    progress = ProgressWord(boot.run_dir, boot.role)
+    inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox, progress.wait)
+    guard = Guard(boot.role, announced(boot), service.give_up)
     report_ready(boot)
     if boot.epoch:
         outbox.send([Restarted(role=boot.role)])
     while True:
-        outbox.send(step(inbox.recv(timeout_s=None)))
+        batch = inbox.recv(timeout_s=IDLE_BEAT_S)
+        progress.beat(busy=bool(batch))
+        if batch:
+            outbox.send(guard.batch(service, batch))

@@ -10,7 +10,7 @@ from runtime.messages import Facts
 from runtime.model_info import ModelInfo
 from runtime.progress import ProgressWord
 from runtime.sampling import SamplingParams
-from runtime.service import Boot, report_ready
+from runtime.service import Boot, announced, report_ready
 from runtime.sockets import Inbox, Outbox
 from scheduler_service.constrained import Pool
 from scheduler_service.core.drafts import DraftOptions
@@ -105,12 +105,13 @@ def serve(
     planner = Planner(planner_config(boot.config, info, worker))
     orders = StandingOrders(boot.run_dir)
     facts = msgspec.structs.replace(worker.facts(), epoch=boot.epoch, max_req_input_len=planner.config.max_input_len)
+    progress = ProgressWord(boot.run_dir, boot.role)
     scheduler = Scheduler(
         planner,
         worker,
         Inbox(boot.inbox),
-        Outbox(boot.outbox),
-        ProgressWord(boot.run_dir),
+        Outbox(boot.outbox, progress.wait),
+        progress,
         facts=facts,
         depth=worker.depth,
         rest=worker.rest,
@@ -121,8 +122,9 @@ def serve(
         updates=updates,
         saver=saver,
         orders=orders,
+        announced=announced(boot),
     )
-    scheduler.progress.beat(busy=False)
+    progress.beat(busy=False)
     orders.take_up(scheduler)
     report_ready(boot)
     scheduler.emit(scheduler.introduce())

@@ -139,7 +139,7 @@ def refuse_in_session(updates: "Updates") -> None:
 def done(scheduler: "Scheduler", command: WeightChange, message: str, body: dict[str, Any] | None = None) -> Reply:
     if command.weight_version is not None:
         message += f" Weight version updated to {command.weight_version}."
-    known = {"weight_version": scheduler.worker.weight_version, "paused": scheduler.planner.paused}
+    known = {"weight_version": scheduler.worker.weight_version, "paused": scheduler.planner.paused, **scheduler.sleep()}
     return Reply(id=command.id, message=message, body={**known, **(body or {})})
 
 

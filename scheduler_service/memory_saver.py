@@ -15,6 +15,7 @@ from scheduler_service.weights.update import Updates
 
 WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
 TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # recorded graphs go with any of them: they name the memory of all
+NEEDED = (WEIGHTS, KV_CACHE)  # for every step; a graph is recorded again when a step wants it
 
 
 class MemorySaver:
@@ -39,6 +40,11 @@ class MemorySaver:
     @property
     def holds_kv_cache(self) -> bool:
         return KV_CACHE in self.released
+
+    @property
+    def lacks(self) -> list[str]:
+        """Released tags without which nothing can be computed."""
+        return [tag for tag in NEEDED if tag in self.released]
 
     def release(self, tags: Iterable[str] | None) -> None:
         """Give the memory of these tags (all, without any) back."""

@@ -11,6 +11,7 @@ import msgspec
 
 from runtime.control import Probe, Tokenize
 from runtime.errors import RequestError
+from runtime.guard import end_of
 from runtime.messages import Finish, Generate, Message, Reply, Tokenized, Tokens, pack_ids
 from runtime.sampling import SamplingParams
 from runtime.stop_patterns import compile_stop
@@ -40,6 +41,8 @@ class Counters(msgspec.Struct):
 class Encoder:
     """The tokenizer service's work for one model."""
 
+    whole_batches = True  # nothing is kept between two of them
+
     def __init__(
         self,
         tokenizer: "Tokenizer | None",
@@ -61,6 +64,12 @@ class Encoder:
         """Answer what is ours, pass the rest on, keep the order."""
         tokenized = iter(self.tokenize([message for message in batch if isinstance(message, Generate)]))
         return [next(tokenized) if isinstance(message, Generate) else self._command(message) for message in batch]
+
+    def give_up(self, message: Any, finish: Finish) -> list[Message]:
+        """The end of a request one of whose messages could not be handled."""
+        self.counters.refused += isinstance(message, Generate)
+        ending = end_of(message, finish)
+        return [ending] if ending else []
 
     def tokenize(self, batch: list[Generate]) -> list[Message]:
         """One message per request, in order; all texts among them are encoded together."""

@@ -5,7 +5,7 @@ from tokenizer_service.load import load_encoder
 
 
 def main(boot: Boot) -> None:
-    run_text_service(boot, load_encoder(boot.config).step)
+    run_text_service(boot, load_encoder(boot.config))
 
 
 if __name__ == "__main__":

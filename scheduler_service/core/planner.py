@@ -94,7 +94,12 @@ class Planner:
         queued = sequence in self.waiting and not sequence.opened
         self.stats.aborted += 1
         reason = message or (ABORTED_IN_QUEUE if queued else ABORTED)
-        return [self._end_now(sequence, Finish(reason="abort", message=reason))]
+        return self.end(rid, Finish(reason="abort", message=reason))
+
+    def end(self, rid: str, finish: Finish) -> list[Update]:
+        """End one request wherever it is, for this reason."""
+        sequence = self.live.get(rid)
+        return [self._end_now(sequence, finish)] if sequence else []
 
     def expire(self, now: float) -> list[Update]:
         """End who has waited or run for too long; call it at every turn of the loop."""

@@ -124,6 +124,8 @@ def check_logprobs(options: LogprobOptions, prompt_len: int, vocab_size: int) ->
             "Please use a smaller logprob_start_len.",
             field="logprob_start_len",
         )
+    if options.start < -1 or options.top < 0:
+        raise RequestError("logprob_start_len and top_logprobs_num must not be negative.", field="logprobs")
     for token in options.token_ids or ():
         if not 0 <= token < vocab_size:
             raise RequestError(

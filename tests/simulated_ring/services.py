@@ -17,6 +17,7 @@ from detokenizer_service.decode import Vocabulary
 from detokenizer_service.service import Detokenizer
 from runtime.control import UpdateWeightsFromDisk
 from runtime.errors import CommandRefused
+from runtime.guard import Announced, Guard, Service
 from runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
 from runtime.sockets import decode, encode
 from scheduler_service import control_weights
@@ -36,6 +37,7 @@ ROLES = (TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY)
 POISON = {TOKENIZER: 397, SCHEDULER: 398, DETOKENIZER: 399}  # the last id of a prompt that ends this role
 MOST_STAGING_TURNS = 6
 FIRST_VERSION = "v0"
+ID_BYTES = 4
 
 Note = Callable[[str, str, Frame[Message]], None]  # (sender, verb, messages) for the trace
 
@@ -47,10 +49,15 @@ class Killed(BaseException):
 class Process:
     """One incarnation of a service, from its first bind to its death."""
 
-    def __init__(self, role: str, epoch: int, inbox: Link, outbox: Link, note: Note) -> None:
+    def __init__(
+        self, role: str, epoch: int, inbox: Link, outbox: Link, note: Note, newest: Callable[[str], int]
+    ) -> None:
+        """`newest`: the epoch of a role's last incarnation."""
         self.role, self.epoch = role, epoch
+        self.announced = Announced(newest)
         self.spoken = False  # its first word has left
         self.points_left: int | None = None  # until its death
+        self.hung = False  # it does nothing any more, until the supervisor ends it
         self._inbox, self._outbox = inbox, outbox
         self._note = note
 
@@ -102,44 +109,46 @@ class Process:
 class TextService(Process):
     """As `runtime.service.run_text_service` has it."""
 
+    def __init__(self, service: Service, **place: Any) -> None:
+        super().__init__(**place)
+        self.service = service
+        self.guard = Guard(self.role, self.announced, service.give_up)
+
     def introduce(self) -> None:
         if self.epoch:
             self.send([Restarted(role=self.role)])
 
     def work(self) -> bool:
         batch = self.recv()
+        if any(self.is_deadly(message) for message in batch):
+            raise Killed(self.role)
         if batch:
-            self.send(self.step(batch))
+            self.send(self.guard.batch(self.service, batch))
         return bool(batch)
 
-    def step(self, batch: list[Any]) -> list[Message]:
+    def is_deadly(self, message: Message) -> bool:
         raise NotImplementedError
 
 
 class TokenizerProcess(TextService):
     def __init__(self, encoder: Encoder, **place: Any) -> None:
-        super().__init__(role=TOKENIZER, **place)
-        self.encoder = encoder
+        super().__init__(role=TOKENIZER, service=encoder, **place)
 
-    def step(self, batch: list[Any]) -> list[Message]:
-        if any(isinstance(m, Generate) and is_poison(m.input_ids, TOKENIZER) for m in batch):
-            raise Killed(TOKENIZER)
-        return self.encoder.step(batch)
+    def is_deadly(self, message: Message) -> bool:
+        return isinstance(message, Generate) and is_poison(message.input_ids, TOKENIZER)
 
 
 class DetokenizerProcess(TextService):
     def __init__(self, vocabulary: Vocabulary, **place: Any) -> None:
-        super().__init__(role=DETOKENIZER, **place)
         self.detokenizer = Detokenizer(vocabulary)
+        super().__init__(role=DETOKENIZER, service=self.detokenizer, **place)
 
-    def step(self, batch: list[Any]) -> list[Message]:
-        if any(isinstance(m, Tokens) and is_poison(m.prompt_tail, DETOKENIZER) for m in batch):
-            raise Killed(DETOKENIZER)
-        return self.detokenizer.step(batch)
+    def is_deadly(self, message: Message) -> bool:
+        return isinstance(message, Tokens) and is_poison(message.prompt_tail, DETOKENIZER)
 
 
 def is_poison(prompt: bytes, role: str) -> bool:
-    return bool(prompt) and unpack_ids(prompt)[-1] == POISON[role]
+    return len(prompt) >= ID_BYTES and len(prompt) % ID_BYTES == 0 and unpack_ids(prompt)[-1] == POISON[role]
 
 
 class Worker(FakeWorker):
@@ -228,6 +237,7 @@ class SchedulerProcess(Process):
             facts=facts,
             depth=depth,
             orders=orders,
+            announced=self.announced,
             clock=lambda: agenda.now,
         )
         self.scheduler.control = Control({**HANDLERS, UpdateWeightsFromDisk: self.update_weights})
