@@ -30,9 +30,14 @@ MAX_STEP_SLEEP_S = 3600
 TEMPLATE_CPU_S = 0.1
 TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 16
 TEMPLATE_MIN_OUTPUT_CHARS = 1 << 16
-# grammars: size of a schema, states that counted repetitions unroll to, CPU time of compiling, compiled ones kept
+# grammars: size of a schema, states that counted repetitions unroll to, length once translated; CPU time of checking
+# one in its first turn and in a second; what else that may take; how many are compiled at once, compiled ones kept
 MAX_GRAMMAR_NODES = 20_000
 MAX_GRAMMAR_STATES = 20_000
+MAX_GRAMMAR_SOURCE_CHARS = 4 << 20
+GRAMMAR_FIRST_CPU_S = 0.02
 GRAMMAR_CPU_S = 0.1
 GRAMMAR_MEMORY_BYTES = 1 << 30
+GRAMMAR_STACK_BYTES = 1 << 20
+GRAMMAR_WORKERS = 2
 GRAMMAR_CACHE_ENTRIES = 256

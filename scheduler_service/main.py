@@ -12,7 +12,8 @@ from runtime.config import ServerConfig
 from runtime.model_info import ModelInfo
 from runtime.service import Boot, run
 from scheduler_service.assemble import serve
-from scheduler_service.grammar import GrammarCompiler, GrammarPool
+from scheduler_service.grammar import GrammarCompiler
+from scheduler_service.grammar_pool import GrammarPool
 from scheduler_service.memory_saver import MemorySaver
 from scheduler_service.weights import record
 from scheduler_service.weights.update import Updates
