@@ -164,7 +164,7 @@ def end(scheduler: "Scheduler", updates: "Updates", command: EndWeightUpdate) ->
         if session.broken:
             raise CommandRefused(GIVEN_UP.format(session.broken))
         command.weight_version = command.weight_version or session.version
-        if session.names:
+        if session.names or session.aliases:
             yield from apply_session(scheduler, updates, command)
     finally:
         updates.session = None

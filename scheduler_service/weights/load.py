@@ -13,9 +13,11 @@ import torch
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
+from runtime.files import open_regular
 from runtime.model_info import ModelInfo
+from runtime.shorten import short
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights import device_staging
+from scheduler_service.weights import device_staging, ties
 from scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
 from scheduler_service.weights.progress import shown
 
@@ -31,7 +33,7 @@ def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> Non
     if is_dummy(config):
         weights.fill_random(config.random_seed or DUMMY_SEED)
     else:
-        checkpoint = open_checkpoint(Path(info.path))
+        checkpoint = ties.completed(open_checkpoint(Path(info.path)), weights.layout)
         check(checkpoint, weights)
         read(checkpoint, weights, shown(checkpoint.files))
     weights.after_update()
@@ -93,7 +95,7 @@ def read_into(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: I
     names = sorted(targets, key=lambda name: checkpoint.tensors[name].offset)
     for file in files:
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(file)
         except OSError as error:
             raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
         try:
@@ -107,7 +109,7 @@ def read_into(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: I
 def some(names: list[str]) -> str:
     """For example `2 tensors: a, b`."""
     rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(names[:NAMES_SHOWN])}{rest}"
+    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(map(short, names[:NAMES_SHOWN]))}{rest}"
 
 
 def available_gb(device: torch.device) -> float:

@@ -7,12 +7,13 @@ as `manifest` of /update_weights_from_disk. A trainer can make it while it saves
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
 
+from runtime.files import opened
+from runtime.shorten import short
 from scheduler_service.weights.checkpoint import CHUNK_BYTES, Checkpoint, CheckpointError, StoredTensor, read_exactly
 from scheduler_service.weights.load import some
 
@@ -29,7 +30,13 @@ def check_names(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
 def check_digest(manifest: Manifest, name: str, digest: str) -> None:
     if (expected := manifest[name].lower()) != digest:
-        raise CheckpointError(f"tensor {name} hashes to {digest}, the manifest says {expected}")
+        raise CheckpointError(f"tensor {name} hashes to {digest}, the manifest says {short(expected)}")
+
+
+def check_listed(manifest: Manifest, name: str, digest: str) -> None:
+    """The same, for the tensors that the checkpoint itself holds."""
+    if name in manifest:
+        check_digest(manifest, name, digest)
 
 
 def manifest_of(directory: Path) -> dict[str, str]:
@@ -41,14 +48,11 @@ def manifest_of(directory: Path) -> dict[str, str]:
 def digest_of(stored: StoredTensor) -> str:
     digest = xxhash.xxh3_64()
     buffer = memoryview(bytearray(min(stored.nbytes, CHUNK_BYTES)))
-    descriptor = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with opened(stored.file) as descriptor:
         for start in range(0, stored.nbytes, CHUNK_BYTES):
             chunk = buffer[: min(CHUNK_BYTES, stored.nbytes - start)]
             read_exactly(descriptor, chunk, stored.offset + start, stored.file)
             digest.update(chunk)
-    finally:
-        os.close(descriptor)
     return digest.hexdigest()
 
 
