@@ -26,6 +26,7 @@ MAX_KEY_CHARS = 1024
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
+MAX_SHOWN_WEIGHTS = 1 << 22  # numbers of one tensor in an answer
 # chat templates: CPU time of a render, and the length of what it makes (English: four to five characters a token)
 TEMPLATE_CPU_S = 0.1
 TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 16

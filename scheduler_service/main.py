@@ -28,7 +28,7 @@ def main(boot: Boot) -> None:
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
-    updates = Updates(worker.model.weights, config, boot.run_dir)
+    updates = Updates(worker.model.weights, config, boot.run_dir, info)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     serve(boot, info, worker, grammars, updates, memory_saver(config, worker, updates))
 

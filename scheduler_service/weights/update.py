@@ -25,11 +25,22 @@ from runtime import hub
 from runtime.config import ServerConfig
 from runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from runtime.errors import CommandRefused, StartupError
+from runtime.model_info import ModelInfo
 from runtime.shorten import short
 from scheduler_service import host_memory
 from scheduler_service.beside import breathe, freely
 from scheduler_service.model.weights import Packed, Weights
-from scheduler_service.weights import device_staging, distributed, load, manifest, record, staging, ties, wire
+from scheduler_service.weights import (
+    device_staging,
+    distributed,
+    load,
+    manifest,
+    record,
+    same_model,
+    staging,
+    ties,
+    wire,
+)
 from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from scheduler_service.weights.inspection import Inspection
 from scheduler_service.weights.manifest import Manifest
@@ -75,8 +86,10 @@ class Session:
 class Updates:
     """Everything about changing the weights of one model, except when."""
 
-    def __init__(self, live: Weights, config: ServerConfig, run_dir: str) -> None:
+    def __init__(self, live: Weights, config: ServerConfig, run_dir: str, info: ModelInfo | None = None) -> None:
+        """`info`: of the model as it was at the start; without it nothing is compared with an update's config.json."""
         self.live = live
+        self.info = info
         self.config = config
         self.run_dir = run_dir
         self.inspection = Inspection(live)
@@ -125,6 +138,7 @@ class Updates:
             reason = f"load format {short(load_format)} is unknown; choose one of {', '.join(load.LOAD_FORMATS)}"
             raise CommandRefused(NO_LOADER.format(reason))
         directory = told_as(NOT_OPENED, lambda: self.locate(model_path))
+        told_as(NOT_LOADED, lambda: self.check_config(directory))
         before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
         told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
         source = Committed(
@@ -135,6 +149,11 @@ class Updates:
             files={path.name: [file.size, file.written_ns] for path, file in before.items()},
         )
         return self.packed(self.new_names(), source)
+
+    def check_config(self, directory: Path) -> None:
+        """Raise CheckpointError where a directory describes another model."""
+        if self.info is not None:
+            same_model.check(self.info, directory, self.config)
 
     def new_names(self) -> frozenset[str]:
         """The tensors that a full second set changes. On a GPU they are compared: what is equal need not be copied."""

@@ -19,6 +19,7 @@ from scheduler_service.weights.checkpoint import (
     DTYPES,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
+    MAX_RANK,
     MAX_TENSORS,
     CheckpointError,
     Shape,
@@ -113,6 +114,8 @@ def entries_of(names: list[str], dtypes: list[str], shapes: list[list[int]]) -> 
     """The layout of a bucket that holds these tensors one behind the other, as bytes."""
     entries, end = [], 0
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        if len(shape) > MAX_RANK:
+            raise CheckpointError(f"tensor {short(name)} has {len(shape)} dimensions, at most {MAX_RANK} are possible")
         start, end = end, end + prod(shape) * dtype_of(dtype).itemsize
         entries.append(BucketEntry(name, shape, dtype, start, end))
     return entries
