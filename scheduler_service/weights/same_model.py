@@ -52,8 +52,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
 }
 FREE = ("tied", "prefix", "ignored")  # the tensors tell
-NOT_THE_MODEL = ("architectures", "torch_dtype", "dtype", "max_position_embeddings", "n_positions", "id2label")
-NOT_THE_MODEL += ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "sentence_transformers")
+NOT_THE_MODEL = frozenset(
+    {
+        *("architectures", "torch_dtype", "dtype", "max_position_embeddings", "n_positions", "id2label"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "sentence_transformers"),
+    }
+)
 
 
 def check(served: ModelInfo, directory: Path, config: ServerConfig) -> None:
