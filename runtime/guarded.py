@@ -7,7 +7,7 @@ worker takes one order after the other, each under the kernel's own timer; one t
 or crashes, ends the worker, and the keeper forks the next. Both die with the process that started them.
 
 A module that does such work calls `serve` in its `main`; whoever wants it done makes a `Guarded` of that module's
-name. Orders and answers are bytes. Nothing here loads a library.
+name. Orders and answers are bytes, and so is what the keeper prepares itself with. Nothing here loads a library.
 """
 
 import contextlib
@@ -31,9 +31,11 @@ ORDER = struct.Struct("<QdI")  # number, CPU seconds, bytes that follow
 ANSWER = struct.Struct("<QbI")  # number, a verdict, bytes that follow
 NUMBER = struct.Struct("<Q")
 DONE, OUT_OF_TIME, CRASHED = 0, 1, 2
+PREPARE_CPU_S = 10.0
 WALL_S = 30.0  # for one order: a process that is stopped, or that the machine never runs, is given up
 
 Handle = Callable[[bytes], bytes]
+Prepare = Callable[[bytes], Handle]
 
 
 class GuardedFailure(Exception):
@@ -55,10 +57,10 @@ class Gone(GuardedFailure):
 class Guarded:
     """The process of one module, started with the first order and again after `end`. One order at a time."""
 
-    def __init__(self, module: str, *arguments: str, wall_s: float = WALL_S) -> None:
-        """`arguments`: of the module's command line, behind the pid that `serve` is called with."""
+    def __init__(self, module: str, setup: bytes = b"", wall_s: float = WALL_S) -> None:
+        """`setup`: what the module's `prepare` gets."""
         self._module = module
-        self._arguments = arguments
+        self._setup = setup
         self._wall_s = wall_s
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = False  # the process was killed
@@ -104,11 +106,13 @@ class Guarded:
             if self._process is None or self._ended or self._process.poll() is not None:
                 self._close()
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", self._module, str(os.getpid()), *self._arguments],
+                    [sys.executable, "-P", "-m", self._module, str(os.getpid())],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     env=os.environ | {"PYTHONPATH": python_path()},
                 )
+                assert self._process.stdin is not None
+                self._process.stdin.write(NUMBER.pack(len(self._setup)) + self._setup)
             return self._process
 
     def end(self) -> None:
@@ -153,20 +157,25 @@ def read_exactly(stream: IO[bytes], size: int) -> bytes:
 # the other side
 
 
-def serve(parent_pid: int, handle: Handle, memory_bytes: int, stack_bytes: int | None = None) -> None:
+def serve(parent_pid: int, prepare: Prepare, memory_bytes: int, stack_bytes: int | None = None) -> None:
     """Be the keeper: carry out orders from stdin and answer on stdout until stdin ends.
 
-    `memory_bytes`: of address space that the worker may take. `stack_bytes`: of its stack, where the work goes on
-    later in a thread that has no more.
+    `memory_bytes`: of address space that keeper and worker each may take. `stack_bytes`: of the worker's stack, where
+    the work goes on later in a thread that has no more.
     """
     arm_death_signal(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
+    limit(resource.RLIMIT_AS, memory_bytes)
+    limit(resource.RLIMIT_CORE, 0)
+    signal.setitimer(signal.ITIMER_PROF, PREPARE_CPU_S)  # SIGPROF ends the process: no handler is set
+    handle = prepare(read_setup())
+    signal.setitimer(signal.ITIMER_PROF, 0)
     current = mmap.mmap(-1, NUMBER.size)  # shared with the worker: the number of its order, 0 between two
     keeper = os.getpid()
     while True:
         worker = os.fork()
         if worker == 0:
-            work(keeper, handle, current, memory_bytes, stack_bytes)
+            work(keeper, handle, current, stack_bytes)
         _, status = os.waitpid(worker, 0)
         (number,) = NUMBER.unpack(current[:])
         if status == 0 or (not number and os.WIFEXITED(status)):
@@ -177,12 +186,21 @@ def serve(parent_pid: int, handle: Handle, memory_bytes: int, stack_bytes: int |
             current[:] = NUMBER.pack(0)
 
 
-def work(keeper: int, handle: Handle, current: mmap.mmap, memory_bytes: int, stack_bytes: int | None) -> NoReturn:
+def read_setup() -> bytes:
+    """What comes first on stdin; not a byte of the orders behind it."""
+    with os.fdopen(0, "rb", buffering=0, closefd=False) as stream:
+        (left,) = NUMBER.unpack(stream.read(NUMBER.size) or bytes(NUMBER.size))
+        pieces = []
+        while left and (piece := stream.read(left)):
+            pieces.append(piece)
+            left -= len(piece)
+    return b"".join(pieces)
+
+
+def work(keeper: int, handle: Handle, current: mmap.mmap, stack_bytes: int | None) -> NoReturn:
     """Be the worker: it ends with the input, or in an order that it cannot carry out. Never returns."""
     try:
         arm_death_signal(keeper)
-        limit(resource.RLIMIT_AS, memory_bytes)
-        limit(resource.RLIMIT_CORE, 0)
         if stack_bytes is not None:
             limit(resource.RLIMIT_STACK, stack_bytes)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a library's last words are an attacker's
@@ -191,7 +209,7 @@ def work(keeper: int, handle: Handle, current: mmap.mmap, memory_bytes: int, sta
             number, cpu_s, length = ORDER.unpack(head)
             order = stream.read(length)
             current[:] = NUMBER.pack(number)
-            signal.setitimer(signal.ITIMER_PROF, cpu_s)  # SIGPROF ends the worker: no handler is set
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)
             answer = handle(order)
             signal.setitimer(signal.ITIMER_PROF, 0)
             write_all(1, ANSWER.pack(number, DONE, len(answer)) + answer)

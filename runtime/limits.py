@@ -29,6 +29,7 @@ MAX_STEP_SLEEP_S = 3600
 MAX_SHOWN_WEIGHTS = 1 << 22  # numbers of one tensor in an answer
 # chat templates: CPU time of a render, and the length of what it makes (English: four to five characters a token)
 TEMPLATE_CPU_S = 0.1
+TEMPLATE_MEMORY_BYTES = 1 << 30
 TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 16
 TEMPLATE_MIN_OUTPUT_CHARS = 1 << 16
 # grammars: size of a schema, states that counted repetitions unroll to, length once translated; CPU time of checking

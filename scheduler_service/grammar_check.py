@@ -55,7 +55,7 @@ def shortened(problem: str) -> str:
 
 
 def main() -> None:
-    guarded.serve(int(sys.argv[1]), handle, limits.GRAMMAR_MEMORY_BYTES, limits.GRAMMAR_STACK_BYTES)
+    guarded.serve(int(sys.argv[1]), lambda setup: handle, limits.GRAMMAR_MEMORY_BYTES, limits.GRAMMAR_STACK_BYTES)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,21 @@ def test_an_order_of_any_size_is_answered(guarded: Guarded, size: int) -> None:
     assert guarded.run(b"x" * size, 1.0) == b"x" * size
 
 
+def test_the_process_is_prepared_with_what_it_is_given_each_time_it_starts() -> None:
+    guarded = Guarded(WORK, setup=b"s" * (1 << 20))
+    for _ in range(2):
+        assert guarded.run(b"setup", 1.0) == b"s" * (1 << 20)
+        guarded.end()
+    guarded.close()
+
+
+def test_a_preparation_that_takes_too_much_time_is_ended() -> None:
+    guarded = Guarded("tests.stand_ins.guarded_impatient", setup=b"endless")
+    with pytest.raises(Gone):
+        guarded.run(b"order", 1.0)
+    guarded.close()
+
+
 def test_an_order_that_takes_too_much_time_is_ended_and_the_next_one_is_answered(guarded: Guarded) -> None:
     keeper, _ = pids(guarded)
     with pytest.raises(OutOfTime):
