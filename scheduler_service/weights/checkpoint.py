@@ -63,6 +63,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     nbytes: int
+    origin: Path | None = None  # where `file` was made of another
+
+    @property
+    def shown(self) -> Path:
+        """The file that people know."""
+        return self.origin or self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,7 @@ class Checkpoint:
     files: list[Path]
     tensors: dict[str, StoredTensor]
     indexed: bool  # the directory has an index file
+    scratch: tuple[object, ...] = ()  # what keeps files of ours alive that have no name
 
     @classmethod
     def open(cls, directory: Path) -> "Checkpoint":
@@ -95,7 +102,9 @@ def shard_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_NAME]
     if files := sorted(directory.glob("*.safetensors")):
         return files
-    raise CheckpointError(f"no *.safetensors file in {directory}: only the safetensors format is read")
+    raise CheckpointError(
+        f"no *.safetensors file in {directory}: only checkpoints in the safetensors or *.bin format are read"
+    )
 
 
 def read_index(directory: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from runtime.files import open_regular
 from runtime.model_info import ModelInfo
 from runtime.shorten import short
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights import device_staging, ties
+from scheduler_service.weights import device_staging, pickled, ties
 from scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
 from scheduler_service.weights.progress import shown
 
@@ -36,6 +36,7 @@ def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> Non
         checkpoint = ties.completed(open_checkpoint(Path(info.path)), weights.layout)
         check(checkpoint, weights)
         read(checkpoint, weights, shown(checkpoint.files))
+        pickled.forget()
     weights.after_update()
 
 
@@ -48,9 +49,9 @@ def is_dummy(config: ServerConfig) -> bool:
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The directory's checkpoint, with the log lines that say what was found."""
-    log.info("Using model weights format ['*.safetensors']")
-    checkpoint = Checkpoint.open(directory)
-    if not checkpoint.indexed:
+    checkpoint = pickled.checkpoint_of(directory)
+    log.info("Using model weights format ['*.%s']", "bin" if checkpoint.scratch else "safetensors")
+    if not checkpoint.indexed and not checkpoint.scratch:
         log.info("No %s found in remote.", INDEX_NAME)
     return checkpoint
 
@@ -64,10 +65,10 @@ def check(checkpoint: Checkpoint, weights: Weights) -> None:
         stored = checkpoint.tensors[name]
         if stored.shape != shape:
             raise CheckpointError(
-                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}"
+                f"{stored.shown}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}"
             )
         if stored.dtype not in DTYPES:
-            raise CheckpointError(f"{stored.file}: tensor {name} is {stored.dtype}, which is not supported")
+            raise CheckpointError(f"{stored.shown}: tensor {name} is {stored.dtype}, which is not supported")
     if unexpected := sorted(checkpoint.tensors.keys() - names.keys() - weights.layout.ignored):
         log.warning("The model has no use for %s of the checkpoint.", some(unexpected))
 

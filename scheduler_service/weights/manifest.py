@@ -16,6 +16,7 @@ from runtime.files import opened
 from runtime.shorten import short
 from scheduler_service.weights.checkpoint import CHUNK_BYTES, Checkpoint, CheckpointError, StoredTensor, read_exactly
 from scheduler_service.weights.load import some
+from scheduler_service.weights.pickled import checkpoint_of
 
 Manifest = Mapping[str, str]
 
@@ -41,7 +42,7 @@ def check_listed(manifest: Manifest, name: str, digest: str) -> None:
 
 def manifest_of(directory: Path) -> dict[str, str]:
     """The manifest of all tensors in a directory. Raises CheckpointError."""
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = checkpoint_of(directory)
     return {name: digest_of(tensor) for name, tensor in sorted(checkpoint.tensors.items())}
 
 

@@ -30,6 +30,7 @@ from scheduler_service.weights.checkpoint import (
     read_exactly,
 )
 from scheduler_service.weights.manifest import Manifest
+from scheduler_service.weights.pickled import pickled_files
 from scheduler_service.weights.progress import shown
 
 CHUNK_BYTES = 1 << 20  # a turn's share of work is checked between two
@@ -70,7 +71,7 @@ def identity(status: os.stat_result) -> Identity:
 
 
 def identities(directory: Path) -> Identities:
-    """All safetensors files of a directory, once they have not been written to for a moment.
+    """All files of a directory's weights, once they have not been written to for a moment.
 
     Times on disk advance in steps: a file written to within the same step as now could be written to again unseen.
     Raises CheckpointError for what is being written, or is no regular file.
@@ -88,7 +89,7 @@ def identities(directory: Path) -> Identities:
 
 def looked_at(directory: Path) -> dict[Path, os.stat_result]:
     found = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in pickled_files(directory) or sorted(directory.glob("*.safetensors")):
         try:
             found[path] = path.stat()
         except OSError as error:

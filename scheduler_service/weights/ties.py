@@ -18,6 +18,7 @@ from scheduler_service.model.layout import HEAD
 from scheduler_service.model.spec import DecoderSpec
 from scheduler_service.model.weights import Layout
 from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor, read_exactly
+from scheduler_service.weights.pickled import checkpoint_of
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ DIFFERENT = (
 
 def settled(spec: DecoderSpec, directory: Path) -> DecoderSpec:
     """The spec with a head of its own if and only if the checkpoint has one. Raises CheckpointError."""
-    tensors = Checkpoint.open(directory).tensors
+    tensors = checkpoint_of(directory).tensors
     embeddings = f"{spec.prefix}embed_tokens.weight"
     if not spec.generates or embeddings not in tensors:
         return spec

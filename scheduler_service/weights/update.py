@@ -35,6 +35,7 @@ from scheduler_service.weights import (
     distributed,
     load,
     manifest,
+    pickled,
     record,
     same_model,
     staging,
@@ -139,14 +140,17 @@ class Updates:
             raise CommandRefused(NO_LOADER.format(reason))
         directory = told_as(NOT_OPENED, lambda: self.locate(model_path))
         told_as(NOT_LOADED, lambda: self.check_config(directory))
-        before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
-        told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
+        try:
+            before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
+            told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
+        finally:
+            pickled.forget()
         source = Committed(
             model_path=model_path,
             model_dir=str(directory),
             weight_version="",
             load_format=load_format,
-            files={path.name: [file.size, file.written_ns] for path, file in before.items()},
+            files={path.name: [f.size, f.written_ns] for path, f in before.items() if path.parent == directory},
         )
         return self.packed(self.new_names(), source)
 
@@ -349,7 +353,9 @@ def opened(directory: Path, load_format: str) -> tuple[staging.Identities, Check
     if load_format == "dummy":
         return {}, None
     before = staging.identities(directory)
-    return before, load.open_checkpoint(directory)
+    checkpoint = load.open_checkpoint(directory)
+    own = {file: staging.identity(file.stat()) for file in checkpoint.files} if checkpoint.scratch else {}
+    return before | own, checkpoint
 
 
 def told_as(form: str, work: Callable[[], Result]) -> Result:

@@ -255,8 +255,8 @@ def test_bad_indexes_are_refused(index: str, complaint: str, tmp_path: Path) -> 
 
 
 def test_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="only the safetensors format is read"):
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="only checkpoints in the safetensors"):
         Checkpoint.open(tmp_path)
 
 
