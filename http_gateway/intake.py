@@ -52,6 +52,8 @@ class Job:
 def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rules) -> Job:
     """Check each prompt, then make n requests of it (a, a, b, b) with rids and seeds of their own."""
     job = Job()
+    alone = len(prompts) == 1 and prompts[0].request.params.n == 1
+    call = "" if alone else uuid.uuid4().hex
     for prompt, rid in zip(prompts, rids, strict=True):
         check(prompt, rules)
         copies = prompt.request.params.n
@@ -60,7 +62,8 @@ def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rule
             job.warmed.append(len(job.requests))
         for copy in range(copies):
             own = rid if rid is not None and copies == 1 else uuid.uuid4().hex
-            request = msgspec.structs.replace(prompt.request, rid=own, seed=seed(prompt.request.params, copy))
+            own_seed = seed(prompt.request.params, copy)
+            request = msgspec.structs.replace(prompt.request, rid=own, call=call, seed=own_seed)
             job.requests.append(msgspec.structs.replace(prompt, request=request))
             job.parents.append(rid or "")
     check_distinct([generate.request.rid for generate in job.requests])

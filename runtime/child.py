@@ -13,7 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.service import Ready, arm_death_signal
+from runtime.parent_death import arm_death_signal
+from runtime.service import Ready
 
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 READY_LINE_BYTES = 64 << 10

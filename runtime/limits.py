@@ -27,13 +27,20 @@ MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
 MAX_DRAFTED_TOKENS = 64  # of one request in one step
+MAX_SHOWN_WEIGHTS = 1 << 22  # numbers of one tensor in an answer
 # chat templates: CPU time of a render, and the length of what it makes (English: four to five characters a token)
 TEMPLATE_CPU_S = 0.1
+TEMPLATE_MEMORY_BYTES = 1 << 30
 TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 16
 TEMPLATE_MIN_OUTPUT_CHARS = 1 << 16
-# grammars: size of a schema, states that counted repetitions unroll to, CPU time of compiling, compiled ones kept
+# grammars: size of a schema, states that counted repetitions unroll to, length once translated; CPU time of checking
+# one in its first turn and in a second; what else that may take; how many are compiled at once, compiled ones kept
 MAX_GRAMMAR_NODES = 20_000
 MAX_GRAMMAR_STATES = 20_000
+MAX_GRAMMAR_SOURCE_CHARS = 4 << 20
+GRAMMAR_FIRST_CPU_S = 0.02
 GRAMMAR_CPU_S = 0.1
 GRAMMAR_MEMORY_BYTES = 1 << 30
+GRAMMAR_STACK_BYTES = 1 << 20
+GRAMMAR_WORKERS = 2
 GRAMMAR_CACHE_ENTRIES = 256

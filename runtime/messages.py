@@ -41,6 +41,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     rid: str
     params: SamplingParams
+    call: str = ""  # the HTTP call that it came with, where others came with the same
     seed: int = 0  # always set by the gateway; the draw is a function of (seed, position)
     attempt: int = 0  # grows with every restart of a process that the gateway hears of
     epoch: int = 0  # of the scheduler that it is sent to; a later one leaves it alone, for it will be sent again

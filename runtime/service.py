@@ -6,7 +6,6 @@ with the launcher's (parent-death signal, re-checked parent, lifeline pipe), bin
 writes one Ready line to the ready pipe. Nothing here loads torch.
 """
 
-import ctypes
 import faulthandler
 import logging
 import os
@@ -25,18 +24,16 @@ from runtime.errors import StartupError
 from runtime.guard import Announced, Guard, Service
 from runtime.log import set_up_logging
 from runtime.messages import Restarted
+from runtime.parent_death import arm_death_signal
 from runtime.progress import IDLE_BEAT_S, ProgressWord
 from runtime.sockets import Inbox, Outbox, newest_epoch
 
 log = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
 EXIT_STARTUP = 64  # a service could not start; the message is in its Ready line
 TITLE = "quartet::{role}"
 STANDBY = "standby"
 NOT_BY_HAND = "services are started by `quartet serve`"
-
-_libc = ctypes.CDLL(None)  # loaded here, for arm_death_signal runs between fork and exec
 
 
 class Boot(msgspec.Struct, kw_only=True):
@@ -76,13 +73,6 @@ def boot_from_stdin() -> Boot:
     faulthandler.enable()  # a segfault leaves a stack
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     return boot
-
-
-def arm_death_signal(parent_pid: int) -> None:
-    """Have the kernel kill this process when the parent's thread that forked it ends. Call from the main thread."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the signal was armed
-        os._exit(1)
 
 
 def die_with_parent(boot: Boot) -> None:

@@ -11,9 +11,9 @@ NO_GRAMMARS = "this server does not constrain output"
 
 
 class Pool(Protocol):
-    """Compiles grammars beside the loop (scheduler_service.grammar.GrammarPool)."""
+    """Compiles grammars beside the loop (scheduler_service.grammar_pool.GrammarPool)."""
 
-    def submit(self, rid: str, kind: str, text: str) -> None: ...
+    def submit(self, rid: str, kind: str, text: str, call: str = "") -> None: ...
 
     def cancel(self, rid: str) -> None: ...
 
@@ -46,7 +46,7 @@ class WaitingRoom:
             return
         self.drop(rid)
         self._messages[rid] = message
-        self._pool.submit(rid, *grammar)
+        self._pool.submit(rid, *grammar, message.request.call)
 
     def drop(self, rid: str) -> Tokenized | None:
         """Take out a request that is not to wait any longer, if it is here."""

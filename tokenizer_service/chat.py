@@ -16,6 +16,7 @@ from jinja2 import nodes
 from runtime import limits
 from runtime.config import ServerConfig
 from runtime.errors import RequestError, StartupError
+from runtime.files import MAX_TEMPLATE_BYTES, present, read_small_text
 from runtime.messages import Chat
 from runtime.model_info import ModelInfo, read_json, tokenizer_dir
 from tokenizer_service.sandbox import ChatEnvironment
@@ -106,18 +107,18 @@ def bundled() -> dict[str, Path]:
 
 def _chosen_source(name: str) -> str:
     """The text of `--chat-template`: a file, or the name of a bundled template."""
-    path = Path(name) if Path(name).is_file() else bundled().get(name)
+    path = Path(name) if present(Path(name)) else bundled().get(name)
     if path is None:
         raise StartupError(f"--chat-template {name!r} is neither a file nor one of: {', '.join(bundled())}")
-    return path.read_text(encoding="utf-8")
+    return read_small_text(path, MAX_TEMPLATE_BYTES)
 
 
 def _sources_of(directory: Path) -> dict[str, str]:
     """Template files beside the tokenizer."""
     files = {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if (directory / "chat_template.jinja").is_file():
+    if present(directory / "chat_template.jinja"):
         files["default"] = directory / "chat_template.jinja"
-    return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    return {name: read_small_text(file, MAX_TEMPLATE_BYTES) for name, file in files.items()}
 
 
 class _Named(msgspec.Struct):

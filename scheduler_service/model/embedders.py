@@ -20,8 +20,8 @@ from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.spec import DecoderSpec, HeadLayer
 from scheduler_service.model.torch_backend import TorchBackend
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights.checkpoint import Checkpoint
 from scheduler_service.weights.load import is_dummy, load_weights
+from scheduler_service.weights.pickled import checkpoint_of
 
 FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Bert": encoders.bert,
@@ -100,4 +100,4 @@ def score_head(info: ModelInfo, hidden: int) -> tuple[HeadLayer, ...]:
 
 def tensor_names(config: ServerConfig, info: ModelInfo) -> Collection[str]:
     """The names in the checkpoint, which tell how a model was saved; none for random weights."""
-    return () if is_dummy(config) else Checkpoint.open(Path(info.path)).tensors
+    return () if is_dummy(config) else checkpoint_of(Path(info.path)).tensors

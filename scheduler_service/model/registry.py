@@ -1,6 +1,7 @@
 """Which family serves an architecture, and the making of a model that is ready to run."""
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,8 @@ from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.spec import DecoderSpec, NotNative
 from scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights.load import available_gb, load_weights
+from scheduler_service.weights import ties
+from scheduler_service.weights.load import available_gb, is_dummy, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
 def load_native(
     spec: DecoderSpec, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
+    if not is_dummy(config):
+        spec = ties.settled(spec, Path(info.path))
     weights = Weights(decoder_layout(spec), dtype, device)
     steady = is_asked_for(config, device)
     model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, steady))

@@ -193,9 +193,22 @@ def build(config: ServerConfig, info: ModelInfo, dtype: torch.dtype) -> transfor
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, OSError) as error:
         cause = " ".join(str(error).split())[:300]
         raise StartupError(f"transformers cannot build {info.architecture} from {info.path}: {cause}") from error
+    tie_missing(model, report["missing_keys"])
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"the checkpoint in {info.path} lacks {some(missing)}")
     return model
+
+
+def tie_missing(model: transformers.PreTrainedModel, missing: set[str]) -> None:
+    """Where the checkpoint lacks nothing but tensors that such models have in common, they are what is missing."""
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    if missing and missing <= set(tied) and not missing & set(tied.values()):
+        log.warning(
+            "config.json does not say so, but the model is tied: the checkpoint has no %s.", some(sorted(missing))
+        )
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = True
+        model.tie_weights()
+        missing.clear()
 
 
 def model_class(settings: transformers.PreTrainedConfig, info: ModelInfo) -> Any:
@@ -224,6 +237,9 @@ def adopt_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
     """Move all parameters into buffers of ours; the model computes on these from now on."""
     parameters = dict(model.named_parameters())
     layout = Layout(ignored=frozenset(model.state_dict().keys() - parameters.keys()))
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    every = model.named_parameters(remove_duplicate=False)
+    layout.ties = {name: names[id(parameter)] for name, parameter in every if name not in parameters}
     for name, parameter in parameters.items():
         layout.buffers[name] = tuple(parameter.shape)
         layout.places[name] = Place(name, (), 0, tuple(parameter.shape))
@@ -234,7 +250,6 @@ def adopt_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
         parameter.requires_grad_(False)
         weights.lend(parameter, name)
     model.to(device)
-    names = {id(parameter): name for name, parameter in parameters.items()}
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.follow(weights, names[id(module.weight)])

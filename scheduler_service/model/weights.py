@@ -33,6 +33,7 @@ class Layout:
     places: dict[str, Place] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of buffers that do not have the model's
     ignored: frozenset[str] = frozenset()  # names that a checkpoint may hold though nothing reads them
+    ties: dict[str, str] = field(default_factory=dict)  # name → the one it has its values from, where it has none
 
     def add(self, buffer: str, index: tuple[int, ...], tensors: list[tuple[str, int]], columns: int | None) -> None:
         """Put tensors, each (name, rows), below one another into one slab; without columns they are vectors."""

@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 import torch
 import xxhash
 
+from runtime.files import open_regular
 from scheduler_service.model.weights import Weights
 from scheduler_service.transfer import Arrival
 from scheduler_service.weights.checkpoint import (
@@ -123,7 +124,7 @@ def taken(pieces: "SimpleQueue[Piece]", stop: threading.Event) -> Iterator[Piece
 def opened(file: Path, descriptors: dict[Path, int]) -> int:
     if file not in descriptors:
         try:
-            descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptors[file] = open_regular(file)
         except OSError as error:
             raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     return descriptors[file]

@@ -13,9 +13,11 @@ import torch
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
+from runtime.files import open_regular
 from runtime.model_info import ModelInfo
+from runtime.shorten import short
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights import device_staging
+from scheduler_service.weights import device_staging, pickled, ties
 from scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
 from scheduler_service.weights.progress import shown
 
@@ -31,9 +33,10 @@ def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> Non
     if is_dummy(config):
         weights.fill_random(config.random_seed or DUMMY_SEED)
     else:
-        checkpoint = open_checkpoint(Path(info.path))
+        checkpoint = ties.completed(open_checkpoint(Path(info.path)), weights.layout)
         check(checkpoint, weights)
         read(checkpoint, weights, shown(checkpoint.files))
+        pickled.forget()
     weights.after_update()
 
 
@@ -46,9 +49,9 @@ def is_dummy(config: ServerConfig) -> bool:
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The directory's checkpoint, with the log lines that say what was found."""
-    log.info("Using model weights format ['*.safetensors']")
-    checkpoint = Checkpoint.open(directory)
-    if not checkpoint.indexed:
+    checkpoint = pickled.checkpoint_of(directory)
+    log.info("Using model weights format ['*.%s']", "bin" if checkpoint.scratch else "safetensors")
+    if not checkpoint.indexed and not checkpoint.scratch:
         log.info("No %s found in remote.", INDEX_NAME)
     return checkpoint
 
@@ -62,10 +65,10 @@ def check(checkpoint: Checkpoint, weights: Weights) -> None:
         stored = checkpoint.tensors[name]
         if stored.shape != shape:
             raise CheckpointError(
-                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}"
+                f"{stored.shown}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}"
             )
         if stored.dtype not in DTYPES:
-            raise CheckpointError(f"{stored.file}: tensor {name} is {stored.dtype}, which is not supported")
+            raise CheckpointError(f"{stored.shown}: tensor {name} is {stored.dtype}, which is not supported")
     if unexpected := sorted(checkpoint.tensors.keys() - names.keys() - weights.layout.ignored):
         log.warning("The model has no use for %s of the checkpoint.", some(unexpected))
 
@@ -93,7 +96,7 @@ def read_into(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: I
     names = sorted(targets, key=lambda name: checkpoint.tensors[name].offset)
     for file in files:
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(file)
         except OSError as error:
             raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
         try:
@@ -107,7 +110,7 @@ def read_into(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: I
 def some(names: list[str]) -> str:
     """For example `2 tensors: a, b`."""
     rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(names[:NAMES_SHOWN])}{rest}"
+    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(map(short, names[:NAMES_SHOWN]))}{rest}"
 
 
 def available_gb(device: torch.device) -> float:
