@@ -112,6 +112,11 @@ class Linear:
         """
         return None if self.packed_dtype is None else pack(weight, self.packed_dtype, breathe)
 
+    @property
+    def packed_bytes(self) -> int:
+        """What the packed form takes."""
+        return 0 if self.packed_dtype is None else self.weight.numel() * self.packed_dtype.itemsize
+
     def keep_order(self) -> None:
         """From now on a row gets the same bits whatever is beside it, for all shapes and dtypes, if not as fast.
 

@@ -7,6 +7,7 @@ import torch
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
+from scheduler_service.device import available_gb
 from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.dtype import resolve_dtype
@@ -16,7 +17,7 @@ from scheduler_service.model.layers import ACTIVATIONS
 from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.spec import DecoderSpec, NotNative
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights.load import available_gb, load_weights
+from scheduler_service.weights.load import load_weights
 
 log = logging.getLogger(__name__)
 
