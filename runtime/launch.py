@@ -19,6 +19,7 @@ from runtime.child import Service
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
 from runtime.log import plain, say, set_up_logging
+from runtime.memory import Memory, in_words, look
 from runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
 from runtime.model_info import embeds
 from runtime.resolve import look_at_machine, resolve
@@ -44,6 +45,7 @@ SERVICES = (
     Service(DETOKENIZER, "detokenizer_service.main"),
 )
 BACKLOG = 2048
+PROCESSES_BYTES = 400 << 20  # what the four processes and the launcher take before a model is loaded
 LAST_EPOCH = 999_999
 ANY_ADDRESS = ("0.0.0.0", "::", "")
 
@@ -83,12 +85,22 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
             check_path_length(str(directory), services)
             config = hub.locate(config)
             config = msgspec.structs.replace(config, is_embedding=embeds(config))
+            check_memory(look())
             with (
                 Signals() as signals,
                 Supervisor(services, config, directory, lifeline_fd, listener.fileno()) as supervisor,
             ):
                 status = supervisor.run(signals, lambda: announce(config), lambda: stop_listening(listener))
     return fail(status, supervisor.reason) if supervisor.reason else status
+
+
+def check_memory(memory: Memory) -> None:
+    """Raise StartupError where the processes have no room even without a model: the kernel would end one of them."""
+    if memory.available < PROCESSES_BYTES:
+        raise StartupError(
+            f"{in_words(memory.available)} may still be used by {memory.limit}, and the processes alone take "
+            f"{in_words(PROCESSES_BYTES)}; allow the server more memory"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:

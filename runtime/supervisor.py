@@ -22,6 +22,7 @@ import msgspec
 from runtime import keys
 from runtime.child import Child, Service, start
 from runtime.config import ServerConfig
+from runtime.memory import in_words, look
 from runtime.progress import ProgressReader
 from runtime.service import Boot
 from runtime.sockets import door, endpoint, turn_door
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 DRAIN_GRACE_S = 5.0  # beyond the drain time-out, for the gateway to end by itself
 BUDGET_WINDOW_S = 60.0  # `max_restarts` deaths of a service within this time are forgiven
 STANDBY_AFTER_S = 5.0  # a start, when there is time for it
+STANDBY_BYTES = 512 << 20  # must be left for one to stand by: it takes up to 250 MB, and the others grow
 BACK_OFF_S = (0.0, 0.2, 1.0)  # before the first restart within the window, the second, all others
 LOOK_EVERY_S = 0.5  # at the progress words
 FROZEN_S = 10.0  # without a pulse, whatever the step: only a process that is stopped or held up has none
@@ -235,6 +237,11 @@ class Supervisor:
             self.end(ExitStatus.DIED, f"the {service.role} cannot be started again: {error}")
 
     def _stand_by(self, service: Service) -> None:
+        memory = look()
+        if memory.available < STANDBY_BYTES:
+            left = in_words(memory.available)
+            log.warning("No %s stands by: %s may still be used by %s.", service.role, left, memory.limit)
+            return
         try:
             self._standbys[service.role] = start(service, self.inherited(service))
         except OSError as error:

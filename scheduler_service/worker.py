@@ -29,7 +29,7 @@ from scheduler_service import masks, sampler
 from scheduler_service.compile_ahead import start_compiling
 from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
-from scheduler_service.device import choose_device, limit_threads, total_bytes
+from scheduler_service.device import available_gb, choose_device, limit_threads
 from scheduler_service.device_state import SlotTokens
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
 from scheduler_service.fused_sampling import is_plain
@@ -44,7 +44,6 @@ from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
 from scheduler_service.transfer import Arrival, fetch, upload
 from scheduler_service.verification import LogitRows, logit_rows
-from scheduler_service.weights.load import available_gb
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +113,8 @@ class Worker:
             self.model.dtype,
             self.device,
             most_tokens=running * info.context_length,
-            total_bytes=total_bytes(self.device),
+            context_length=info.context_length,
+            second_set_bytes=self.model.weights.served_bytes(),
         )
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count

@@ -8,6 +8,7 @@ import torch
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
+from scheduler_service.device import available_gb
 from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for, keep_order
@@ -19,7 +20,7 @@ from scheduler_service.model.spec import DecoderSpec, NotNative
 from scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from scheduler_service.model.weights import Weights
 from scheduler_service.weights import ties
-from scheduler_service.weights.load import available_gb, is_dummy, load_weights
+from scheduler_service.weights.load import is_dummy, load_weights
 
 log = logging.getLogger(__name__)
 

@@ -54,6 +54,11 @@ class Packs(Protocol):
 
     packed: tuple[torch.Tensor, ...] | None  # that form of the present values
 
+    @property
+    def packed_bytes(self) -> int:
+        """What that form takes."""
+        ...
+
     def pack(self, weight: torch.Tensor, breathe: Callable[[], None]) -> tuple[torch.Tensor, ...] | None:
         """The other form of new values; the layer goes on with the old ones. Calls `breathe` now and then."""
         ...
@@ -131,6 +136,10 @@ class Weights:
 
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def served_bytes(self) -> int:
+        """What these weights take while they serve: the buffers and the packed forms."""
+        return self.nbytes() + sum(layer.packed_bytes for layer, _, _ in self.followers)
 
     def staging(self, device: torch.device | None = None) -> "Weights":
         """Buffers of the same layout with undefined contents, to be filled while these serve."""

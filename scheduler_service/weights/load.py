@@ -16,6 +16,7 @@ from runtime.errors import StartupError
 from runtime.files import open_regular
 from runtime.model_info import ModelInfo
 from runtime.shorten import short
+from scheduler_service.device import shortage
 from scheduler_service.model.weights import Weights
 from scheduler_service.weights import device_staging, pickled, ties
 from scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
@@ -30,6 +31,8 @@ DUMMY_SEED = 0
 
 def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> None:
     """Fill `weights` by --load-format and let what follows them follow. Raises StartupError."""
+    if weights.device.type == "cpu":  # a GPU has said so already
+        check_room(weights.served_bytes(), weights.device)
     if is_dummy(config):
         weights.fill_random(config.random_seed or DUMMY_SEED)
     else:
@@ -38,6 +41,15 @@ def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> Non
         read(checkpoint, weights, shown(checkpoint.files))
         pickled.forget()
     weights.after_update()
+
+
+def check_room(wanted: int, device: torch.device) -> None:
+    """Raise StartupError where so many bytes of weights have no room; the kernel would end the process later."""
+    if reason := shortage(wanted, device):
+        raise StartupError(
+            f"no room for the model's weights and the copies that are computed with: {reason}; "
+            "allow the server more memory, or serve a smaller model"
+        )
 
 
 def is_dummy(config: ServerConfig) -> bool:
@@ -86,6 +98,7 @@ def read(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> Non
 def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """All floating tensors of a checkpoint under its own names and dtypes, with a progress bar."""
     stored = checkpoint.tensors.items()
+    check_room(sum(tensor.nbytes for _, tensor in stored), torch.device("cpu"))
     state = {name: torch.empty(t.shape, dtype=DTYPES[t.dtype]) for name, t in stored if t.dtype in DTYPES}
     read_into(checkpoint, state, shown(checkpoint.files))
     return state
@@ -111,12 +124,3 @@ def some(names: list[str]) -> str:
     """For example `2 tensors: a, b`."""
     rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(map(short, names[:NAMES_SHOWN]))}{rest}"
-
-
-def available_gb(device: torch.device) -> float:
-    """Memory that can still be taken on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**30
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-    return int(found.split()[1]) / 2**20

@@ -29,6 +29,7 @@ from runtime.model_info import ModelInfo
 from runtime.shorten import short
 from scheduler_service import host_memory
 from scheduler_service.beside import breathe, freely
+from scheduler_service.device import available_gb, shortage
 from scheduler_service.model.weights import Packed, Weights
 from scheduler_service.weights import (
     device_staging,
@@ -109,8 +110,12 @@ class Updates:
 
     @property
     def second(self) -> Weights:
-        """The second set of buffers; on the host where the device has no room for it."""
+        """The second set of buffers; on the host where the device has no room for it.
+
+        Raises CommandRefused where the host has none, which would end this process rather than raise an error.
+        """
         if self._second is None:
+            self._check_room()
             try:
                 self._second = self.live.staging()
             except torch.OutOfMemoryError:
@@ -118,8 +123,13 @@ class Updates:
                 self._second = self.live.staging(torch.device("cpu"))
         return self._second
 
+    def _check_room(self) -> None:
+        live = self.live
+        if live.device.type == "cpu" and (reason := shortage(live.served_bytes(), live.device)):
+            raise CommandRefused(NOT_LOADED.format(f"there is no room for a second set of weights: {reason}"))
+
     def available_gb(self) -> float:
-        return load.available_gb(self.live.device)
+        return available_gb(self.live.device)
 
     def empty_cache(self) -> None:
         """Give the device memory back that is only kept in reserve."""

@@ -10,7 +10,7 @@ import time
 import msgspec
 import pytest
 
-from runtime.child import CPU_QUOTA, SOURCE_ROOT, Child, Service, child_environment, usable_cores
+from runtime.child import SOURCE_ROOT, Child, Service, child_environment, usable_cores
 from runtime.config import ServerConfig
 from runtime.launch import SERVICES
 from runtime.progress import ProgressWord
@@ -193,16 +193,37 @@ def test_what_the_operator_has_set_is_kept():
 
 
 def test_the_scheduler_gets_a_thread_per_usable_core():
-    assert child_environment({}, Service("scheduler", "", threads=0))["OMP_NUM_THREADS"] == str(usable_cores(CPU_QUOTA))
+    assert child_environment({}, Service("scheduler", "", threads=0))["OMP_NUM_THREADS"] == str(usable_cores())
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), (None, 2)])
-def test_a_container_that_pays_for_fewer_cores_uses_fewer(tmp_path, monkeypatch, quota, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    file = tmp_path / "cpu.max"
-    if quota is not None:
-        file.write_text(quota + "\n")
-    assert usable_cores(file) == cores
+GROUPS = {  # where a control group's limit of CPU time is written
+    2: ("0::/box", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"),
+    1: ("3:cpu,cpuacct:/box", "36 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct"),
+}
+
+
+@pytest.mark.parametrize(
+    ("version", "files", "cores"),
+    [
+        (2, {"box/cpu.max": "max 100000"}, 4),
+        (2, {"box/cpu.max": "200000 100000"}, 2),
+        (2, {"box/cpu.max": "50000 100000"}, 1),
+        (2, {"box/cpu.max": "max 100000", "cpu.max": "100000 100000"}, 1),
+        (2, {}, 4),
+        (1, {"box/cpu.cfs_quota_us": "-1", "box/cpu.cfs_period_us": "100000"}, 4),
+        (1, {"box/cpu.cfs_quota_us": "150000", "box/cpu.cfs_period_us": "50000"}, 3),
+    ],
+)
+def test_a_container_that_pays_for_fewer_cores_uses_fewer(tmp_path, monkeypatch, version, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    (tmp_path / "proc/self").mkdir(parents=True)
+    for name, line in zip(("cgroup", "mountinfo"), GROUPS[version], strict=True):
+        (tmp_path / "proc/self" / name).write_text(f"{line}\n")
+    mount = tmp_path / ("sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/cpu")
+    (mount / "box").mkdir(parents=True)
+    for name, text in files.items():
+        (mount / name).write_text(f"{text}\n")
+    assert usable_cores(tmp_path) == cores
 
 
 def test_time_without_a_beat_adds_up_and_a_beat_ends_it():

@@ -13,6 +13,7 @@ from runtime.sampling import SamplingParams
 from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.model.batch import AttentionSpec, Batch
+from scheduler_service.model.weights import Layout, Weights
 from scheduler_service.worker import Worker
 from tests.engine import Engine, floats
 from tests.model import tiny
@@ -26,6 +27,7 @@ class Counter:
 
     attention = [AttentionSpec(layer=0, heads=2, kv_heads=1, head_dim=4, scale=0.5)]
     dtype = torch.float32
+    weights = Weights(Layout(), torch.float32, torch.device("cpu"))
     hidden_size = 2
     vocab_size = VOCAB
 
