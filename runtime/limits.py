@@ -26,10 +26,10 @@ MAX_KEY_CHARS = 1024
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
-# chat templates: CPU time of a render, and the length of what it makes (English: four to five characters a token)
+# chat templates: CPU time of a render, at least and by message; what it makes is bounded by the context
 TEMPLATE_CPU_S = 0.1
-TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 16
-TEMPLATE_MIN_OUTPUT_CHARS = 1 << 16
+TEMPLATE_CPU_S_PER_MESSAGE = 0.00025
+TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 128  # the longest tokens of real vocabularies: runs of blanks
 # grammars: size of a schema, states that counted repetitions unroll to, CPU time of compiling, compiled ones kept
 MAX_GRAMMAR_NODES = 20_000
 MAX_GRAMMAR_STATES = 20_000

@@ -97,12 +97,18 @@ class Finish(msgspec.Struct, kw_only=True, omit_defaults=True):
     status: int = 500  # error: HTTP status
     type_name: str = ""  # error: OpenAI-style type
     field: str | None = None  # error: what of the request was at fault
+    code: str | None = None  # error: OpenAI's word for it
 
     @classmethod
     def failed(cls, error: RequestError) -> "Finish":
         kind = error.kind
         return cls(
-            reason="error", message=error.message, status=kind.status, type_name=kind.type_name, field=error.field
+            reason="error",
+            message=error.message,
+            status=kind.status,
+            type_name=kind.type_name,
+            field=error.field,
+            code=error.code,
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from runtime.control import Probe, Tokenize
-from runtime.errors import RequestError
+from runtime.errors import RequestError, too_long
 from runtime.messages import Finish, Generate, Message, Reply, Tokenized, Tokens, pack_ids
 from runtime.sampling import SamplingParams
 from runtime.stop_patterns import compile_stop
@@ -107,7 +107,7 @@ class Encoder:
         if self._context_length is None or chars <= LONG_TEXT_CHARS:
             return
         if chars > self._context_length * self._longest_token_chars:
-            raise RequestError(TOO_LONG.format(self._context_length), field="text")
+            raise too_long(TOO_LONG.format(self._context_length), "text")
 
     @cached_property
     def _longest_token_chars(self) -> int:

@@ -319,3 +319,24 @@ def test_without_a_tokenizer_ids_pass_and_nothing_is_decoded() -> None:
     assert detokenizer.step([step]) == [Text(tokens=Tokens(rid="r", ids=pack_ids([5])))]
     [reply] = detokenizer.step([Detokenize(id="1", ids=[pack_ids([5])])])
     assert reply.status == 400
+
+
+@pytest.mark.parametrize("stop", [{"stop": "END"}, {"stop_regex": "E?ND"}])
+def test_no_stop_ends_a_request_before_its_least_number_of_tokens(detokenizer: Detokenizer, stop: dict) -> None:
+    ids = ids_of("a END b END c END")
+    out = detokenizer.step(one_by_one(ids, request(min_new_tokens=len(ids) - 3, **stop), LENGTH))
+    told = [message for message in out if isinstance(message, Text)]
+    assert texts(told) == "a END b END c "
+    assert sum(len(unpack_ids(text.tokens.ids)) for text in told) >= len(ids) - 3
+    assert told[-1].tokens.finish.reason == "stop"
+
+
+def test_the_least_number_of_tokens_counts_those_of_before_a_restart(detokenizer: Detokenizer) -> None:
+    ids = ids_of("a END b END c")
+    for cut in range(1, len(ids)):
+        params = SamplingParams(stop="END", min_new_tokens=len(ids_of("a END b")))
+        again = Request(rid="r", params=params, attempt=1, resume_ids=pack_ids(ids[:cut]))
+        before = Detokenizer(Vocabulary(TOKENIZER)).step(one_by_one(ids[:cut], Request(rid="r", params=params)))
+        if any(isinstance(message, Abort) for message in before):
+            break
+        assert texts(before) + texts(detokenizer.step(one_by_one(ids[cut:], again, LENGTH))) == "a END b "
