@@ -17,6 +17,7 @@ class Stream:
         stops = stops_of(params)
         self.request = request
         self.made = 0  # output ids so far
+        self.trimmed = False  # the last id was a stop token, which is no text
         self._least = params.min_new_tokens
         self._trim = not params.no_stop_trim
         self._decoder = vocabulary.decoder(unpack_ids(prompt_tail), params.skip_special_tokens)
@@ -27,9 +28,12 @@ class Stream:
         """New text, how many of the ids it took, and the stop that completes it. `finish`: these ids are the last."""
         before = self.made
         self.made += len(ids)
-        spoken = ids[:-1] if self._trim and _ends_in_stop_token(ids, finish) else ids
+        self.trimmed = self._trim and _ends_in_stop_token(ids, finish)
+        spoken = ids[:-1] if self.trimmed else ids
         text, taken, match = self._pass(spoken, before)
-        if match is None:
+        if match is not None:
+            self.trimmed = False  # that id is cut off whole
+        else:
             taken = len(ids)
             if finish is not None:
                 rest, match = self._rest()

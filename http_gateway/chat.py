@@ -74,7 +74,7 @@ class Choice:
         deltas, logprobs = merged(self._untold), self._logprobs()
         self._untold = []
         if logprobs and logprobs.content and not deltas:
-            deltas = [Delta()]  # tokens whose text is held back
+            deltas = [Delta(content="")]  # tokens without text, or whose text is held back
         for delta in deltas:
             yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs)
             logprobs = None

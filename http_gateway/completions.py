@@ -17,7 +17,7 @@ from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack, unnamed
 from http_gateway.native import check_servable, json_answer
 from http_gateway.openai_answers import Completion, CompletionChoice, Metadata, Usage
-from http_gateway.openai_output import Draft, completion_logprobs, usage
+from http_gateway.openai_output import Draft, Offsets, completion_logprobs, usage
 from http_gateway.openai_params import DEFAULT_MODEL, job_of, params_of
 from http_gateway.openai_types import CompletionBody
 from http_gateway.sse import EventStream, event
@@ -39,6 +39,7 @@ class Choice:
 
     draft: Draft
     text: list[str] = field(default_factory=list)
+    offsets: Offsets = field(default_factory=Offsets)
 
     def take(self, text: Text) -> None:
         self.draft.take(text)
@@ -51,7 +52,7 @@ class Choice:
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=completion_logprobs(scored) if with_logprobs else None,
+            logprobs=completion_logprobs(scored, self.offsets) if with_logprobs else None,
             finish_reason=self.draft.finish_reason,
             matched_stop=self.draft.matched_stop,
         )
@@ -88,7 +89,9 @@ class Call:
     def echo(self, texts: Sequence[str]) -> None:
         """Put each prompt before the output of its choices."""
         for index, choice in enumerate(self.choices):
-            choice.text.append(texts[index // self.copies])
+            prompt = texts[index // self.copies]
+            choice.text.append(prompt)
+            choice.offsets = Offsets(prompt)
 
     def chunks(self, mail: list[Delivery], interval: int) -> list[Completion]:
         """The chunks that are due after these deliveries."""
@@ -171,10 +174,10 @@ def read_prompts(body: CompletionBody, vocab_size: int) -> tuple[list[Generate],
 
 
 async def prompt_texts(gateway: Gateway, prompts: list[Generate]) -> list[str]:
-    """The text of each prompt, to be echoed."""
+    """The text of each prompt, to be echoed: without the start of a character that the output will complete."""
     if prompts[0].text is not None:
         return [prompt.text or "" for prompt in prompts]
-    return await detokenize_ids(gateway, [prompt.input_ids for prompt in prompts], skip_special_tokens=True)
+    return await detokenize_ids(gateway, [prompt.input_ids for prompt in prompts], open_end=True)
 
 
 ENDPOINTS = [

@@ -26,9 +26,9 @@ class Metadata(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
-    text_offset: list[int]  # not computed: always -1
+    text_offset: list[int]  # characters of the choice's text, all its chunks joined, before the token
     token_logprobs: list[float | None]
-    tokens: list[str | None]
+    tokens: list[str]
     top_logprobs: list[dict[str, float | None] | None]
 
 

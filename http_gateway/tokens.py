@@ -95,9 +95,12 @@ def check_count(items: list[Any], field: str) -> None:
         raise RequestError(f"{field} may have at most {limits.MAX_BATCH_PROMPTS} items, got {len(items)}.", field=field)
 
 
-async def detokenize_ids(gateway: Gateway, ids: list[bytes], skip_special_tokens: bool) -> list[str]:
-    """The text of each list of ids. Raises RequestError."""
-    found = await ask(gateway, Detokenize(ids=ids, skip_special_tokens=skip_special_tokens))
+async def detokenize_ids(
+    gateway: Gateway, ids: list[bytes], skip_special_tokens: bool = True, *, open_end: bool = False
+) -> list[str]:
+    """The text of each list of ids; `open_end`: without an unfinished last character. Raises RequestError."""
+    command = Detokenize(ids=ids, skip_special_tokens=skip_special_tokens, open_end=open_end)
+    found = await ask(gateway, command)
     texts: list[str] = found["texts"]
     return texts
 

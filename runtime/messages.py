@@ -125,9 +125,10 @@ class Logprobs(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_values: bytes = b""  # float32 (positions, k)
     asked_values: bytes = b""  # float32 (positions, asked ids)
     # filled by the detokenizer where the request wants text
-    texts: list[str] | None = None
-    top_texts: list[str] | None = None  # flat, (positions * k)
-    asked_texts: list[str] | None = None  # (asked ids,)
+    texts: list[bytes] | None = None  # UTF-8; of a token that is part of a character, its part
+    top_texts: list[bytes] | None = None  # flat, (positions * k)
+    asked_texts: list[bytes] | None = None  # (asked ids,)
+    unspoken: list[int] = []  # positions whose token has no part in the answer's text
 
 
 class Drafts(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -214,9 +214,9 @@ def test_logprobs_get_text_where_asked(detokenizer: Detokenizer) -> None:
         input_logprobs=Logprobs(ids=pack_ids([END, b]), values=floats(0, 0)),
     )
     [out] = detokenizer.step([step])
-    assert (out.tokens.logprobs.texts, out.tokens.logprobs.top_texts) == (["a"], ["b"])
-    assert out.tokens.logprobs.asked_texts == ["c"]
-    assert out.tokens.input_logprobs.texts == ["<|end|>", "b"]
+    assert (out.tokens.logprobs.texts, out.tokens.logprobs.top_texts) == ([b"a"], [b"b"])
+    assert out.tokens.logprobs.asked_texts == [b"c"]
+    assert out.tokens.input_logprobs.texts == [b"<|end|>", b"b"]
 
 
 def test_logprobs_get_no_text_unasked(detokenizer: Detokenizer) -> None:
@@ -340,3 +340,19 @@ def test_the_least_number_of_tokens_counts_those_of_before_a_restart(detokenizer
         if any(isinstance(message, Abort) for message in before):
             break
         assert texts(before) + texts(detokenizer.step(one_by_one(ids[cut:], again, LENGTH))) == "a END b "
+
+
+def test_logprobs_name_half_characters_by_their_bytes_and_mark_what_is_no_text(detokenizer: Detokenizer) -> None:
+    ids = [*ids_of("😀"), TOKENIZER.token_to_id("<|end|>")]
+    asked = Request(rid="r", params=SamplingParams(), logprobs=LogprobOptions(text=True))
+    scores = Logprobs(ids=pack_ids(ids), values=floats(*([-1.0] * len(ids))))
+    end = Finish(reason="stop", matched=ids[-1])
+    [out] = detokenizer.step([Tokens(rid="r", request=asked, ids=pack_ids(ids), logprobs=scores, finish=end)])
+    assert b"".join(out.tokens.logprobs.texts[:-1]) == "😀".encode()
+    assert out.tokens.logprobs.unspoken == [len(ids) - 1]
+
+
+def test_detokenize_leaves_an_open_end_to_what_follows(detokenizer: Detokenizer) -> None:
+    ids = ids_of("a 😀")
+    command = Detokenize(id="7", ids=[pack_ids(ids[:-1]), pack_ids(ids)], open_end=True)
+    assert detokenizer.step([command]) == [Reply(id="7", body={"texts": ["a ", "a 😀"]})]

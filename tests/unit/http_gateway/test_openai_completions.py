@@ -125,7 +125,7 @@ async def test_logprobs_of_the_output() -> None:
     async with served(says("a", "b")) as server:
         body = (await server.client.post(PATH, {"prompt": "hi", "logprobs": 2})).json()
         assert body["choices"][0]["logprobs"] == {
-            "text_offset": [-1, -1],
+            "text_offset": [0, 3],
             "token_logprobs": [-0.5, -0.5],
             "tokens": ["t10", "t11"],
             "top_logprobs": [{"t10": -0.5, "t11": -0.5}, {"t11": -0.5, "t12": -0.5}],
