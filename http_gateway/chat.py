@@ -9,11 +9,11 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors, rounds
+from http_gateway import bodies, errors, rounds
 from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.completions import wants
-from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.endpoint import Endpoint, require_json
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.native import check_servable, json_answer
@@ -28,7 +28,7 @@ from http_gateway.openai_answers import (
     Usage,
 )
 from http_gateway.openai_output import Draft, chat_logprobs, usage
-from http_gateway.openai_params import DEFAULT_MODEL, job_of
+from http_gateway.openai_params import DEFAULT_MODEL, SAID, job_of
 from http_gateway.openai_types import ChatBody
 from http_gateway.sse import EventStream, event
 from runtime.messages import Text
@@ -143,7 +143,7 @@ class Call:
 async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """The next turn of a conversation."""
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=ChatBody)
+    body = await bodies.read(http, ChatBody)
     check_servable(gateway, http)
     call = Call(gateway, body)
     if body.stream:
@@ -164,8 +164,9 @@ async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
         yield event(_encode(call.last_chunk()))
 
 
+SHAPE = errors.saying(
+    errors.openai, {**SAID, "top_logprobs_num": "top_logprobs", "text": "messages", "prompt": "messages"}
+)
 ENDPOINTS = [
-    Endpoint(
-        "/v1/chat/completions", chat_completions, ("POST",), shape=errors.openai, body=ChatBody, answer=ChatCompletion
-    )
+    Endpoint("/v1/chat/completions", chat_completions, ("POST",), shape=SHAPE, body=ChatBody, answer=ChatCompletion)
 ]

@@ -10,15 +10,15 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors, rounds
-from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway import bodies, errors, rounds
+from http_gateway.endpoint import Endpoint, require_json
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack, unnamed
 from http_gateway.native import check_servable, json_answer
 from http_gateway.openai_answers import Completion, CompletionChoice, Metadata, Usage
 from http_gateway.openai_output import Draft, Offsets, completion_logprobs, usage
-from http_gateway.openai_params import DEFAULT_MODEL, job_of, params_of
+from http_gateway.openai_params import DEFAULT_MODEL, SAID, job_of, params_of
 from http_gateway.openai_types import CompletionBody
 from http_gateway.sse import EventStream, event
 from http_gateway.tokens import detokenize_ids
@@ -106,7 +106,7 @@ class Call:
 async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """Text behind one prompt or many."""
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=CompletionBody)
+    body = await bodies.read(http, CompletionBody)
     check_servable(gateway, http)
     call = Call(gateway, body)
     if body.echo:
@@ -180,6 +180,5 @@ async def prompt_texts(gateway: Gateway, prompts: list[Generate]) -> list[str]:
     return await detokenize_ids(gateway, [prompt.input_ids for prompt in prompts], open_end=True)
 
 
-ENDPOINTS = [
-    Endpoint("/v1/completions", completions, ("POST",), shape=errors.openai, body=CompletionBody, answer=Completion)
-]
+SHAPE = errors.saying(errors.openai, {**SAID, "top_logprobs_num": "logprobs", "input_ids": "prompt", "text": "prompt"})
+ENDPOINTS = [Endpoint("/v1/completions", completions, ("POST",), shape=SHAPE, body=CompletionBody, answer=Completion)]

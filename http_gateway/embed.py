@@ -9,8 +9,8 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import rounds
-from http_gateway.endpoint import Endpoint, read_body
+from http_gateway import bodies, rounds
+from http_gateway.endpoint import Endpoint
 from http_gateway.errors import json_response
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks, pack, read_rids
@@ -90,7 +90,7 @@ def embed_request(dimensions: int | None = None, *, log_metrics: bool = True) ->
 
 async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
-    body = msgspec.json.decode(await read_body(http), type=EncodeBody)
+    body = await bodies.read(http, EncodeBody)
     embedding = check_embeds(gateway)
     check_dimensions(gateway, embedding, body.dimensions)
     job, single = to_job(body, gateway.rules)

@@ -10,9 +10,9 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors
+from http_gateway import bodies, errors
 from http_gateway.embed import embed, embed_request, numbers
-from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.endpoint import Endpoint, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks, pack, read_rids
 from http_gateway.intake import Job, Rules, fan_out
@@ -57,7 +57,7 @@ class ClassifyBody(msgspec.Struct, kw_only=True):
 
 async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=EmbeddingsBody)
+    body = await bodies.read(http, EmbeddingsBody)
     embedding = check_embeds(gateway)
     check_dimensions(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
@@ -73,7 +73,7 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=ClassifyBody)
+    body = await bodies.read(http, ClassifyBody)
     embedding = check_embeds(gateway)
     if not embedding.labels:
         raise RequestError(NO_LABELS)
@@ -166,7 +166,8 @@ def classified(index: int, shares: list[float], names: dict[str, str]) -> dict[s
     return {"index": index, "label": label, "probs": shares, "num_classes": len(shares)}
 
 
+SHAPE = errors.saying(errors.openai, {"input_ids": "input", "text": "input", "prompt": "input"})
 ENDPOINTS = [
-    Endpoint("/v1/embeddings", embeddings, ("POST",), shape=errors.openai, body=EmbeddingsBody),
-    Endpoint("/v1/classify", classify, ("POST",), shape=errors.openai, body=ClassifyBody),
+    Endpoint("/v1/embeddings", embeddings, ("POST",), shape=SHAPE, body=EmbeddingsBody),
+    Endpoint("/v1/classify", classify, ("POST",), shape=SHAPE, body=ClassifyBody),
 ]

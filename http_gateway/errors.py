@@ -8,7 +8,8 @@
 Shape (b) also carries a copy of itself under "error", for clients that look there.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -53,6 +54,20 @@ def native(error: RequestError) -> Response:
 def openai(error: RequestError) -> Response:
     """(b) throughout."""
     return json_response(described(error), error.kind.status, headers_of(error))
+
+
+def saying(shape: Shape, names: Mapping[str, str]) -> Shape:
+    """The same shape for an API that has other names for what the ring calls by its own: an error blames those."""
+
+    def renamed(error: RequestError) -> Response:
+        message = error.message
+        for ours, theirs in names.items():
+            if "_" in ours or ours == error.field:  # other names are plain words too
+                message = re.sub(rf"\b{ours}\b", theirs, message)
+        field = names.get(error.field or "", error.field)
+        return shape(RequestError(message, error.kind, field, error.code))
+
+    return renamed
 
 
 def described(error: RequestError) -> dict[str, Any]:

@@ -228,7 +228,7 @@ READERS = {"text": read_text, "input_ids": read_ids, "input_embeds": read_embeds
 
 def read_params(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
     given: list[dict[str, Any]] = each(body, "sampling_params", {}, size)
-    params = [sampling_params(item, rules.preferred) for item in given]
+    params = [sampling_params(item, rules) for item in given]
     if len({item.n for item in params}) > 1:
         raise RequestError("The parallel_sample_num should be the same for all samples in sample params.", field="n")
     if params[0].n > 1:

@@ -92,12 +92,20 @@ def warming(prompt: Generate) -> Generate:
     return msgspec.structs.replace(prompt, request=request)
 
 
-def sampling_params(given: dict[str, Any] | None, preferred: dict[str, Any]) -> SamplingParams:
-    """`given` laid over `preferred`; null means the default. Raises RequestError or msgspec.ValidationError."""
+def sampling_params(given: dict[str, Any] | None, rules: Rules) -> SamplingParams:
+    """`given` laid over what the server prefers; null means the default. Raises RequestError or ValidationError."""
     asked = {key: value for key, value in (given or {}).items() if value is not None or key == NULL_MEANS_SOMETHING}
     if unknown := sorted(asked.keys() - PARAMETERS):
         raise RequestError(f"sampling_params has an unknown field `{unknown[0]}`.", field=unknown[0])
-    return msgspec.convert({**preferred, **asked}, SamplingParams)
+    merged = {**rules.preferred, **asked}
+    if isinstance(ids := merged.get("stop_token_ids"), list):
+        merged["stop_token_ids"] = [token for token in ids if not is_foreign(token, rules.vocab_size)]
+    return msgspec.convert(merged, SamplingParams)
+
+
+def is_foreign(token: Any, vocab_size: int) -> bool:
+    """A stop id of another tokenizer, or none at all: clients send both, and the model never writes them."""
+    return token is None or (type(token) is int and not 0 <= token < vocab_size)
 
 
 def check(prompt: Generate, rules: Rules) -> None:

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from runtime.sampling import GRAMMARS, SamplingParams
 
 DEFAULT_MODEL = "default"
 RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+SAID = {ours: theirs for theirs, ours in RENAMED.items()} | {"max_new_tokens": "max_tokens"}  # in errors
 SAME = tuple(
     field.name
     for field in msgspec.structs.fields(SamplingParams)
@@ -51,7 +53,8 @@ def params_of(
             add_grammar(given, constraint)
     from_model = gateway.config.sampling_defaults == "model"
     under = model_defaults(gateway.model.generation_config) if from_model else {}
-    return sampling_params(given | dict(limit), {**fallback, **under, **gateway.rules.preferred})
+    preferred = {**fallback, **under, **gateway.rules.preferred}
+    return sampling_params(given | dict(limit), replace(gateway.rules, preferred=preferred))
 
 
 def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:

@@ -7,9 +7,9 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors
+from http_gateway import bodies, errors
 from http_gateway.embed import NOT_A_CROSS_ENCODER, embed, embed_request, meta_info, numbers
-from http_gateway.endpoint import Endpoint, read_body, require_json
+from http_gateway.endpoint import Endpoint, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.intake import Job, Rules, fan_out
 from http_gateway.tasks import check_embeds
@@ -38,7 +38,7 @@ class RerankBody(msgspec.Struct, kw_only=True):
 async def rerank(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=RerankBody)
+    body = await bodies.read(http, RerankBody)
     embedding = check_embeds(gateway)
     check(body)
     if not embedding.cross_encoder or embedding.labels != 1:
@@ -77,4 +77,5 @@ def to_job(body: RerankBody, rules: Rules) -> Job:
     return fan_out(pairs, [None] * len(pairs), rules)
 
 
-ENDPOINTS = [Endpoint("/v1/rerank", rerank, ("POST", "PUT"), shape=errors.openai, body=RerankBody)]
+SHAPE = errors.saying(errors.openai, {"text": "documents", "prompt": "documents"})
+ENDPOINTS = [Endpoint("/v1/rerank", rerank, ("POST", "PUT"), shape=SHAPE, body=RerankBody)]

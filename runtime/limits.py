@@ -11,6 +11,7 @@ MAX_LOG_CHARS = 16 << 10  # of one message
 MAX_API_KEY_BYTES = 4 << 10
 MAX_API_KEY_FILE_BYTES = 1 << 20
 MAX_BATCH_PROMPTS = 1024
+MAX_COMPARED_FIELDS = 16  # of a body, unknown ones, that are compared with the known ones
 MAX_N = 64
 MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_BYTES = 256

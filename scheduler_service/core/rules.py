@@ -97,13 +97,13 @@ def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> No
         raise too_long(
             f"The input ({prompt_len} tokens) is longer than the model's context length "
             f"({config.context_length} tokens).",
-            field="input_ids",
+            field="prompt",
         )
     if prompt_len + first > config.total_tokens:
         raise too_long(
             f"Input length ({prompt_len} tokens) exceeds the maximum allowed length ({config.total_tokens - first} "
             "tokens). Use a shorter input or enable --allow-auto-truncate.",
-            field="input_ids",
+            field="prompt",
         )
     if asked in (None, config.default_new_tokens):
         return

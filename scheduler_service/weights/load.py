@@ -49,7 +49,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     log.info("Using model weights format ['*.safetensors']")
     checkpoint = Checkpoint.open(directory)
     if not checkpoint.indexed:
-        log.info("No %s found in remote.", INDEX_NAME)
+        log.info("No %s found in %s.", INDEX_NAME, directory)
     return checkpoint
 
 

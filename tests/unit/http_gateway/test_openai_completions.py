@@ -185,7 +185,7 @@ async def test_an_echo_of_token_ids_is_their_text() -> None:
         ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
         ({"prompt": "a", "lora_path": "x"}, "lora_path is not supported"),
         ({"prompt": "a", "temperature": -1}, "temperature must be a non-negative finite number"),
-        ({"prompt": "a", "logprobs": 1000}, "top_logprobs_num must be in"),
+        ({"prompt": "a", "logprobs": 1000}, "logprobs must be in"),
         ({"prompt": "a", "n": 0}, "n must be in"),
         ({"prompt": "a", "priority": 1}, "--schedule-policy priority"),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "schema_ is required"),
