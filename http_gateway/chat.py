@@ -14,6 +14,7 @@ from http_gateway.chat_body import chat_params, choosing, logprob_options, make_
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.completions import wants
 from http_gateway.endpoint import Endpoint, require_json
+from http_gateway.extras import Extras
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.native import check_servable, json_answer
@@ -39,8 +40,9 @@ _encode = msgspec.json.Encoder().encode
 class Choice:
     """One choice on its way."""
 
-    def __init__(self, draft: Draft, turn: Turn, with_logprobs: bool) -> None:
+    def __init__(self, draft: Draft, turn: Turn, with_logprobs: bool, extras: Extras) -> None:
         self.draft = draft
+        self.extras = extras
         self._turn = turn
         self._with_logprobs = with_logprobs
         self._untold: list[Delta] = []
@@ -48,6 +50,7 @@ class Choice:
 
     def take(self, text: Text) -> None:
         self.draft.take(text)
+        self.extras.take(text)
         self._untold += self._turn.read(text.text, self.draft.finish is not None)
         if self._turn.thinking:
             self.draft.reasoning_tokens = self.draft.completion_tokens
@@ -64,6 +67,8 @@ class Choice:
             logprobs=self._logprobs(),
             finish_reason=self.finish_reason,
             matched_stop=self.draft.matched_stop,
+            **self.extras.tell(),
+            **self.extras.end(),
         )
 
     def tell(self, index: int) -> Iterator[ChatChunkChoice]:
@@ -71,20 +76,28 @@ class Choice:
         if not self._opened:
             self._opened = True
             yield ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
-        deltas, logprobs = merged(self._untold), self._logprobs()
+        deltas, logprobs, beside = merged(self._untold), self._logprobs(), self.extras.tell()
         self._untold = []
-        if logprobs and logprobs.content and not deltas:
+        if not deltas and (beside or (logprobs and logprobs.content)):
             deltas = [Delta(content="")]  # tokens without text, or whose text is held back
         for delta in deltas:
-            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs)
-            logprobs = None
+            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, **beside)
+            logprobs, beside = None, {}
         if self.draft.finish is not None:
-            yield ChatChunkChoice(
-                index=index,
-                delta=Delta(),
-                finish_reason=self.finish_reason,
-                matched_stop=self.draft.matched_stop,
-            )
+            yield from self._end(index)
+
+    def _end(self, index: int) -> Iterator[ChatChunkChoice]:
+        beside = self.extras.end()
+        hidden = beside.pop("hidden_states", None)
+        yield ChatChunkChoice(
+            index=index,
+            delta=Delta(),
+            finish_reason=self.finish_reason,
+            matched_stop=self.draft.matched_stop,
+            **beside,
+        )
+        if hidden is not None:
+            yield ChatChunkChoice(index=index, delta=Delta(hidden_states=hidden))
 
     def _logprobs(self) -> ChatLogprobs | None:
         scored = self.draft.scored()
@@ -103,9 +116,15 @@ class Call:
         self.id, self.job = job_of(gateway, body, [prompt], True, params, options)
         self.body = body
         self.gateway = gateway
+        received_at = time.monotonic()
         self.choices = [
-            Choice(Draft(options), make_turn(body, choice, config.reasoning_parser, params), options is not None)
-            for _ in self.job.requests
+            Choice(
+                Draft(options),
+                make_turn(body, choice, config.reasoning_parser, params),
+                options is not None,
+                Extras(gateway, body, item.request, received_at),
+            )
+            for item in self.job.requests
         ]
         self._head: dict[str, Any] = {
             "id": self.id,

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from http_gateway import bodies, errors, rounds
 from http_gateway.endpoint import Endpoint, require_json
+from http_gateway.extras import Extras
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack, unnamed
@@ -38,11 +39,13 @@ class Choice:
     """One choice on its way: its draft, and the text that was not told yet."""
 
     draft: Draft
+    extras: Extras
     text: list[str] = field(default_factory=list)
     offsets: Offsets = field(default_factory=Offsets)
 
     def take(self, text: Text) -> None:
         self.draft.take(text)
+        self.extras.take(text)
         self.text.append(text.text)
 
     def tell(self, index: int, with_logprobs: bool) -> CompletionChoice:
@@ -55,6 +58,8 @@ class Choice:
             logprobs=completion_logprobs(scored, self.offsets) if with_logprobs else None,
             finish_reason=self.draft.finish_reason,
             matched_stop=self.draft.matched_stop,
+            **self.extras.tell(),
+            **(self.extras.end() if self.draft.finish is not None else {}),
         )
 
 
@@ -72,7 +77,10 @@ class Call:
         self.copies = params.n
         self.logprobs = logprob_options(body)
         self.id, self.job = job_of(gateway, body, prompts, single, params, self.logprobs)
-        self.choices = [Choice(Draft(self.logprobs)) for _ in self.job.requests]
+        received_at = time.monotonic()
+        self.choices = [
+            Choice(Draft(self.logprobs), Extras(gateway, body, item.request, received_at)) for item in self.job.requests
+        ]
         self.created = int(time.time())
 
     def usage(self) -> Usage:
@@ -134,7 +142,7 @@ async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
 
 def says_something(choice: CompletionChoice) -> bool:
     """A step whose text is held back, because it may yet become a stop, is not worth a chunk."""
-    return bool(choice.text or choice.finish_reason or choice.logprobs)
+    return bool(choice.text or choice.finish_reason or choice.logprobs or choice.token_ids or choice.prompt_token_ids)
 
 
 def wants(body: Any, option: str) -> bool:

@@ -49,6 +49,15 @@ def spelt_top(logprobs: Logprobs, k: int) -> list[list[Spelt] | None]:
     return in_rows(list(zip(values, unpack_ids(logprobs.top_ids), logprobs.top_texts or (), strict=True)), k)
 
 
+def supports(logprobs: Logprobs) -> list[list[int]]:
+    """The ids that each token could have been."""
+    ids, found, start = unpack_ids(logprobs.support_ids), [], 0
+    for count in unpack_ids(logprobs.support_counts):
+        found.append(ids[start : start + count].tolist())
+        start += count
+    return found
+
+
 def as_texts(spelt: Sequence[bytes] | None, count: int) -> list[str | None]:
     """Tokens as text; None where no text was asked for. Part of a character is U+FFFD."""
     return [None] * count if not spelt else [token.decode(errors="replace") for token in spelt]

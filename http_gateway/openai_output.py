@@ -65,6 +65,7 @@ class Draft:
     """The output of one request on its way."""
 
     def __init__(self, options: LogprobOptions | None) -> None:
+        """`options`: of the logprobs that are to be told."""
         self.finish: Finish | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -84,7 +85,7 @@ class Draft:
         self.weight_version = tokens.weight_version or self.weight_version
         self.finish = tokens.finish
         for part in (tokens.input_logprobs, tokens.logprobs):
-            if part is not None:
+            if part is not None and self._options is not None:
                 self._scored += self._positions(part, part is tokens.input_logprobs)
 
     def _positions(self, part: Logprobs, prompt: bool) -> Iterable[Scored]:

@@ -58,16 +58,18 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     log_metrics: bool | None = None
     background: bool | None = None
+    # beside each choice
+    return_token_ids: bool | None = None  # ids of the output, with completions of the prompt too
+    return_prompt_token_ids: bool | None = None
+    return_hidden_states: bool | Literal["last"] | None = None  # behind the last token
+    return_meta_info: bool | None = None  # the native one
+    return_entropy: bool | None = None  # told in meta_info, as is the mask
+    return_sampling_mask: bool | None = None
     # refused
     lora_path: Any = None
     session_params: Any = None
     custom_logit_processor: Any = None
-    return_hidden_states: Any = None
     return_routed_experts: Any = None
-    return_token_ids: Any = None
-    return_prompt_token_ids: Any = None
-    return_meta_info: Any = None
-    return_entropy: Any = None
     return_bytes: Any = None
     bootstrap_host: Any = None
     bootstrap_port: Any = None

@@ -21,6 +21,7 @@ MAX_STOP_SPAN_CHARS = 16384  # text held back for one match of a stop_regex
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 128
+MAX_SUPPORT_TOKENS = 1024  # that a token could have been, told for every token
 MAX_TOKEN_IDS_LOGPROB = 1024
 MAX_RID_CHARS = 256
 MAX_KEY_CHARS = 1024

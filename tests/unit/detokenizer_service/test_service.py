@@ -121,6 +121,10 @@ def test_tokens_behind_the_stop_are_cut_with_their_logprobs_and_hidden_states(de
         top_ids=pack_ids(range(2 * count)),
         top_values=floats(*range(2 * count)),
         asked_values=floats(*range(count)),
+        entropies=floats(*range(count)),
+        support_counts=pack_ids(range(count)),
+        support_ids=pack_ids(range(sum(range(count)))),
+        support_values=floats(*range(count)),
     )
     step = Tokens(
         rid="r",
@@ -135,6 +139,8 @@ def test_tokens_behind_the_stop_are_cut_with_their_logprobs_and_hidden_states(de
     assert last.tokens.logprobs.values == floats(*range(kept))
     assert last.tokens.logprobs.top_ids == pack_ids(range(2 * kept))
     assert last.tokens.logprobs.asked_values == floats(*range(kept))
+    assert last.tokens.logprobs.entropies == last.tokens.logprobs.support_values == floats(*range(kept))
+    assert last.tokens.logprobs.support_ids == pack_ids(range(sum(range(kept))))
     assert last.tokens.hidden_states == floats(*range(2 * (3 + kept)))
 
 
