@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from http_gateway.intake import EMPTY_IDS, Job, Rules, fan_out, sampling_params
+from http_gateway.truncation import Truncating, wished
 from runtime import limits
 from runtime.errors import RequestError
 from runtime.messages import Generate, LogprobOptions, Request, pack_ids
@@ -29,7 +30,7 @@ HIDDEN_STATES_OFF = (
 RIDS_MISMATCH = "The specified rids length mismatch with the batch_size for batch processing."
 
 
-class GenerateBody(msgspec.Struct, kw_only=True):
+class GenerateBody(Truncating, kw_only=True):
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     input_embeds: list[list[float | list[float]]] | None = None
@@ -101,6 +102,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     priorities = read_priorities(body, size, rules)
     experts, starts = read_routed_experts(body, size, rules)
     hidden = read_hidden_states(body, size, rules)
+    truncation = wished(body, "left")
     for i, prompt in enumerate(prompts):
         prompt.request = Request(
             rid="",
@@ -115,6 +117,8 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             routed_experts_start_len=starts[i],
             log_metrics=body.log_metrics is not False,
         )
+        if truncation is not None:
+            truncation.apply(prompt.request, rules)
     job = fan_out(prompts, read_rids(body.rid, size, single), rules)
     if isinstance(body.rid, str):
         job.parents = [body.rid] * len(job.requests)

@@ -35,6 +35,8 @@ class Rules:
     priorities: bool = False
     routed_experts: bool = False  # requests may ask for the experts that their tokens chose
     hidden_states: bool = False  # and for hidden states
+    longest_prompt: int = 1 << 30  # tokens that fit the context and the pool
+    auto_truncate: bool = False  # longer prompts are cut unasked
     preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own
 
 
@@ -61,10 +63,18 @@ def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rule
         for copy in range(copies):
             own = rid if rid is not None and copies == 1 else uuid.uuid4().hex
             request = msgspec.structs.replace(prompt.request, rid=own, seed=seed(prompt.request.params, copy))
+            request.truncate = request.truncate or longest(request, rules)
             job.requests.append(msgspec.structs.replace(prompt, request=request))
             job.parents.append(rid or "")
     check_distinct([generate.request.rid for generate in job.requests])
     return job
+
+
+def longest(request: Request, rules: Rules) -> int | None:
+    """Where a prompt is cut unasked: --allow-auto-truncate."""
+    if not rules.auto_truncate:
+        return None
+    return rules.longest_prompt - (0 if request.task == "embed" else 1)
 
 
 def seed(params: SamplingParams, copy: int) -> int:
@@ -88,6 +98,8 @@ def warming(prompt: Generate) -> Generate:
         extra_key=prompt.request.extra_key,
         priority=prompt.request.priority,
         log_metrics=False,
+        truncate=prompt.request.truncate,
+        truncate_side=prompt.request.truncate_side,
     )
     return msgspec.structs.replace(prompt, request=request)
 

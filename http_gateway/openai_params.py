@@ -12,6 +12,7 @@ from http_gateway.generate_body import HIDDEN_STATES_OFF, asks, read_rids, with_
 from http_gateway.intake import Job, fan_out, sampling_params
 from http_gateway.openai_types import REFUSED, CompletionBody, GenerationBody
 from http_gateway.response_format import grammar
+from http_gateway.truncation import wished
 from runtime import limits
 from runtime.errors import RequestError
 from runtime.messages import Generate, LogprobOptions, Request
@@ -92,6 +93,7 @@ def job_of(
     if hidden and not gateway.rules.hidden_states:
         raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
     options = with_distribution(logprobs, bool(body.return_entropy), bool(body.return_sampling_mask), params)
+    truncation = wished(body, "left")
     for prompt in prompts:
         prompt.request = Request(
             rid="",
@@ -104,6 +106,8 @@ def job_of(
             return_prompt_ids=bool(body.return_prompt_token_ids or (completion and body.return_token_ids)),
             log_metrics=body.log_metrics is not False,
         )
+        if truncation is not None:
+            truncation.apply(prompt.request, gateway.rules)
     rid = uuid.uuid4().hex if body.rid is None else body.rid
     rids = read_rids(rid, len(prompts), single)
     job = fan_out(prompts, rids, gateway.rules)

@@ -10,6 +10,7 @@ import msgspec
 
 from http_gateway.response_format import ResponseFormat
 from http_gateway.tool_events import Tool
+from http_gateway.truncation import Truncating
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -19,7 +20,7 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None  # the usage so far in every chunk
 
 
-class GenerationBody(msgspec.Struct, kw_only=True):
+class GenerationBody(Truncating, kw_only=True):
     """The fields that completions and chat completions share."""
 
     model: str | None = None

@@ -30,6 +30,7 @@ class PlannerConfig:
     max_queued: int | None = None
     reuse_prefixes: bool = True
     drafts: DraftOptions | None = None  # None: no speculation
+    clips_output: bool = False  # output that would not fit the context is made shorter, rather than refused
     default_new_tokens: int | None = 128  # a request with this limit may not have chosen it: clipped, never refused
 
     @property
@@ -105,7 +106,7 @@ def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> No
             "tokens). Use a shorter input or enable --allow-auto-truncate.",
             field="prompt",
         )
-    if asked in (None, config.default_new_tokens):
+    if asked in (None, config.default_new_tokens) or config.clips_output:
         return
     if prompt_len + asked > config.context_length:
         raise too_long(
