@@ -127,7 +127,7 @@ class Detokenizer:
         if stop is not None:
             cut(tokens, kept, len(ids))
             tokens.finish = Finish(reason="stop", matched=stop.name)
-        add_texts(tokens, stream.request.logprobs, vocabulary)
+        add_texts(tokens, stream, vocabulary)
         last = _text(text, tokens)
         return [last] if stop is None else self._stop(stream, last, len(ids) - kept, early)
 
@@ -174,7 +174,8 @@ class Detokenizer:
             return Reply(id=command.id, success=False, message=NO_TOKENIZER, status=400)
         try:
             sequences = [unpack_ids(ids) for ids in command.ids]
-            texts = [self._vocabulary.decode(ids, command.skip_special_tokens) for ids in sequences]
+            decode = self._vocabulary.decode_open if command.open_end else self._vocabulary.decode
+            texts = [decode(ids, command.skip_special_tokens) for ids in sequences]
         except (ValueError, OverflowError):
             return Reply(id=command.id, success=False, message=BAD_IDS, status=400)
         return Reply(id=command.id, body={"texts": texts})

@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors, payloads, replies
+from http_gateway import bodies, errors, payloads, replies
 from http_gateway.auth import Access
 from http_gateway.endpoint import Endpoint, Handler, read_body
 from http_gateway.gateway import Gateway
@@ -51,6 +51,8 @@ async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> Control
     """The command of a body, with what the query string says laid over it."""
     body = await read_body(http, MAX_ADMIN_BODY_BYTES)
     known = {field.name for field in msgspec.structs.fields(kind)}
+    if body.strip() not in (b"", b"null"):
+        bodies.refuse_misspelt(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), kind)
     asked = {name: value for name, value in http.query_params.items() if name in known}
     if not asked:
         return control.from_body(kind, body)

@@ -101,5 +101,7 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
         priorities=config.schedule_policy == "priority",
         routed_experts=config.enable_return_routed_experts,
         hidden_states=config.enable_return_hidden_states,
+        longest_prompt=min(facts.context_length, facts.max_total_num_tokens),
+        auto_truncate=config.allow_auto_truncate,
         preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
     )

@@ -98,7 +98,7 @@ async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
 
 ENDPOINTS = [
     Endpoint("/", live, ("GET", "HEAD")),
-    Endpoint("/ping", live),
+    Endpoint("/ping", live, access=Access.PUBLIC),
     Endpoint("/livez", live, access=Access.PUBLIC),
     Endpoint("/readyz", ready, access=Access.PUBLIC),
     Endpoint("/ready", ready, access=Access.PUBLIC),

@@ -35,6 +35,8 @@ class Rules:
     priorities: bool = False
     routed_experts: bool = False  # requests may ask for the experts that their tokens chose
     hidden_states: bool = False  # and for hidden states
+    longest_prompt: int = 1 << 30  # tokens that fit the context and the pool
+    auto_truncate: bool = False  # longer prompts are cut unasked
     preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own
 
 
@@ -64,10 +66,18 @@ def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rule
             own = rid if rid is not None and copies == 1 else uuid.uuid4().hex
             own_seed = seed(prompt.request.params, copy)
             request = msgspec.structs.replace(prompt.request, rid=own, call=call, seed=own_seed)
+            request.truncate = request.truncate or longest(request, rules)
             job.requests.append(msgspec.structs.replace(prompt, request=request))
             job.parents.append(rid or "")
     check_distinct([generate.request.rid for generate in job.requests])
     return job
+
+
+def longest(request: Request, rules: Rules) -> int | None:
+    """Where a prompt is cut unasked: --allow-auto-truncate."""
+    if not rules.auto_truncate:
+        return None
+    return rules.longest_prompt - (0 if request.task == "embed" else 1)
 
 
 def seed(params: SamplingParams, copy: int) -> int:
@@ -91,16 +101,26 @@ def warming(prompt: Generate) -> Generate:
         extra_key=prompt.request.extra_key,
         priority=prompt.request.priority,
         log_metrics=False,
+        truncate=prompt.request.truncate,
+        truncate_side=prompt.request.truncate_side,
     )
     return msgspec.structs.replace(prompt, request=request)
 
 
-def sampling_params(given: dict[str, Any] | None, preferred: dict[str, Any]) -> SamplingParams:
-    """`given` laid over `preferred`; null means the default. Raises RequestError or msgspec.ValidationError."""
+def sampling_params(given: dict[str, Any] | None, rules: Rules) -> SamplingParams:
+    """`given` laid over what the server prefers; null means the default. Raises RequestError or ValidationError."""
     asked = {key: value for key, value in (given or {}).items() if value is not None or key == NULL_MEANS_SOMETHING}
     if unknown := sorted(asked.keys() - PARAMETERS):
         raise RequestError(f"sampling_params has an unknown field `{unknown[0]}`.", field=unknown[0])
-    return msgspec.convert({**preferred, **asked}, SamplingParams)
+    merged = {**rules.preferred, **asked}
+    if isinstance(ids := merged.get("stop_token_ids"), list):
+        merged["stop_token_ids"] = [token for token in ids if not is_foreign(token, rules.vocab_size)]
+    return msgspec.convert(merged, SamplingParams)
+
+
+def is_foreign(token: Any, vocab_size: int) -> bool:
+    """A stop id of another tokenizer, or none at all: clients send both, and the model never writes them."""
+    return token is None or (type(token) is int and not 0 <= token < vocab_size)
 
 
 def check(prompt: Generate, rules: Rules) -> None:

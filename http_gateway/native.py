@@ -9,8 +9,8 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import rounds
-from http_gateway.endpoint import Endpoint, read_body
+from http_gateway import bodies, rounds
+from http_gateway.endpoint import Endpoint
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import GenerateBody, to_job
 from http_gateway.intake import Job
@@ -29,7 +29,7 @@ class VertexBody(msgspec.Struct):
 
 async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     received_at = time.monotonic()
-    body = msgspec.json.decode(await read_body(http), type=GenerateBody)
+    body = await bodies.read(http, GenerateBody)
     job, single = admit(gateway, http, body)
     outputs = [gateway.output(item.request, received_at) for item in job.requests]
     if body.stream:
@@ -40,8 +40,9 @@ async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStrea
 
 async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
-    given = msgspec.json.decode(await read_body(http), type=VertexBody)
+    given = await bodies.read(http, VertexBody)
     names = {name for instance in given.instances for name in instance}
+    bodies.refuse_misspelt(names, GenerateBody)
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}
     body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
     job, _ = admit(gateway, http, body)

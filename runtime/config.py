@@ -132,6 +132,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     incremental_streaming_output: Annotated[
         bool, flag("stream only what is new in each chunk, instead of the text so far", HTTP)
     ] = False
+    allow_auto_truncate: Annotated[
+        bool, flag("cut the end of a prompt that is too long, and output that would not fit, rather than refuse", HTTP)
+    ] = False
     preferred_sampling_params: Annotated[
         str | None, flag("JSON object of sampling parameters laid under every request's own", HTTP)
     ] = None

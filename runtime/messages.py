@@ -34,6 +34,9 @@ class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     top: int = 0  # best k per position
     token_ids: list[int] | None = None  # these ids at every returned position
     text: bool = False  # decode each token
+    told: bool = True  # the logprobs themselves, and not only what follows
+    entropy: bool = False  # of the distribution that each output token was drawn from, before top-k, top-p and min-p
+    support: bool = False  # the tokens that each could have been, behind those
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -53,8 +56,11 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     priority: int = 0
     log_metrics: bool = True
     return_hidden_states: bool = False
+    return_prompt_ids: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0  # first position whose experts are wanted
+    truncate: int | None = None  # tokens of the prompt at most: a longer one is cut, where others would be refused
+    truncate_side: Literal["left", "right"] = "right"  # what is cut off
     dimensions: int | None = None  # embed: cut to this many and normalise again
     resume_ids: bytes = b""  # output ids that the client already has (replay after a restart)
 
@@ -101,12 +107,18 @@ class Finish(msgspec.Struct, kw_only=True, omit_defaults=True):
     status: int = 500  # error: HTTP status
     type_name: str = ""  # error: OpenAI-style type
     field: str | None = None  # error: what of the request was at fault
+    code: str | None = None  # error: OpenAI's word for it
 
     @classmethod
     def failed(cls, error: RequestError) -> "Finish":
         kind = error.kind
         return cls(
-            reason="error", message=error.message, status=kind.status, type_name=kind.type_name, field=error.field
+            reason="error",
+            message=error.message,
+            status=kind.status,
+            type_name=kind.type_name,
+            field=error.field,
+            code=error.code,
         )
 
     @classmethod
@@ -122,10 +134,16 @@ class Logprobs(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_ids: bytes = b""  # int32 (positions, k)
     top_values: bytes = b""  # float32 (positions, k)
     asked_values: bytes = b""  # float32 (positions, asked ids)
+    # of output positions
+    entropies: bytes = b""  # float32 (positions,), in nats
+    support_counts: bytes = b""  # int32 (positions,)
+    support_ids: bytes = b""  # int32: the ids of each position's support, side by side
+    support_values: bytes = b""  # float32 (positions,): the token's logprob among its support
     # filled by the detokenizer where the request wants text
-    texts: list[str] | None = None
-    top_texts: list[str] | None = None  # flat, (positions * k)
-    asked_texts: list[str] | None = None  # (asked ids,)
+    texts: list[bytes] | None = None  # UTF-8; of a token that is part of a character, its part
+    top_texts: list[bytes] | None = None  # flat, (positions * k)
+    asked_texts: list[bytes] | None = None  # (asked ids,)
+    unspoken: list[int] = []  # positions whose token has no part in the answer's text
 
 
 class Drafts(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -142,6 +160,7 @@ class Tokens(Message, tag="tokens", kw_only=True):
     attempt: int = 0
     request: Request | None = None  # with the first message of a request
     prompt_tail: bytes = b""  # with the first message: the last prompt ids, for incremental decoding
+    prompt_ids: bytes = b""  # with the first message: all of them, where they were asked for
     ids: bytes = b""  # new output ids
     logprobs: Logprobs | None = None  # of `ids`
     input_logprobs: Logprobs | None = None  # once, when the prompt is done

@@ -67,6 +67,7 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
         max_queued=config.max_queued_requests,
         reuse_prefixes=not (config.disable_radix_cache or whole),
         drafts=draft_options(config),
+        clips_output=config.allow_auto_truncate,
         default_new_tokens=SamplingParams().max_new_tokens,
     )
 

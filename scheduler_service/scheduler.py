@@ -424,6 +424,8 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
     )
     if update.first:
         tokens.request = sequence.request
+        if sequence.request.return_prompt_ids:
+            tokens.prompt_ids = pack_ids(sequence.ids[: sequence.prompt_len])
         tokens.prompt_tail = pack_ids(sequence.ids[max(0, sequence.prompt_len - PROMPT_TAIL) : sequence.prompt_len])
     if update.hidden_states:
         tokens.hidden_states, tokens.hidden_size = update.hidden_states, hidden_size

@@ -364,7 +364,7 @@ class Worker:
             draws = self.sample(logits, rows, drawing.positions, allowed, keep_logits=any(options))
             if self.depth or self.fused is not None:
                 self.keep_tokens(plan, drawing, draws.tokens)
-        logprobs = output_logprobs(logits, draws.tokens, options)
+        logprobs = output_logprobs(logits, draws.tokens, options, rows)
         tokens, valid = fetch(draws.tokens), fetch(draws.valid)
         slices, theirs = [plan.slices[i] for i in sampled], [states[i] for i in sampled]
         return Drawn(sampled, slices, theirs, tokens, valid, logprobs, Arrival(self.device))

@@ -4,19 +4,21 @@ Everything that waits is encoded in one call. A prompt that is refused becomes a
 scheduler passes on: the gateway hears of it by the same way as of everything else.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from runtime.control import Probe, Tokenize
-from runtime.errors import RequestError
+from runtime.errors import RequestError, too_long
 from runtime.guard import end_of
-from runtime.messages import Finish, Generate, Message, Reply, Tokenized, Tokens, pack_ids
+from runtime.messages import Finish, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids
 from runtime.sampling import SamplingParams
 from runtime.stop_patterns import compile_stop
 from tokenizer_service.pairs import types_of
 from tokenizer_service.prompts import Prompt, Template, prompt_of, rendered
+from tokenizer_service.shorten import cut_ids, picked, places_kept
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -95,6 +97,7 @@ class Encoder:
             prompt = prompt_of(message, self._template)
             if prompt is not None:
                 self._check_text(prompt)
+                prompt = self._pre_cut(prompt, message.request)
         except RequestError as error:
             return error
         return prompt
@@ -112,11 +115,21 @@ class Encoder:
         """Refuse what cannot be encoded, and what is sure not to fit the context before time is spent on it."""
         if self._tokenizer is None:
             raise RequestError(NO_TOKENIZER, field="text")
+        if prompt.truncated:
+            return
         chars = len(prompt.text) if isinstance(prompt.text, str) else sum(map(len, prompt.text))
         if self._context_length is None or chars <= LONG_TEXT_CHARS:
             return
         if chars > self._context_length * self._longest_token_chars:
-            raise RequestError(TOO_LONG.format(self._context_length), field="text")
+            raise too_long(TOO_LONG.format(self._context_length), "text")
+
+    def _pre_cut(self, prompt: Prompt, request: Request) -> Prompt:
+        """The prompt without text that is sure to be cut off, before time is spent on it."""
+        if request.truncate is None or isinstance(prompt.text, tuple) or len(prompt.text) <= LONG_TEXT_CHARS:
+            return prompt
+        chars = max(request.truncate * self._longest_token_chars, 1)
+        text = prompt.text[:chars] if request.truncate_side == "right" else prompt.text[-chars:]
+        return replace(prompt, text=text)
 
     @cached_property
     def _longest_token_chars(self) -> int:
@@ -153,8 +166,9 @@ class Encoder:
     def _tokenized(self, message: Generate, encoded: "Encoding | RequestError | None") -> Tokenized:
         if isinstance(encoded, RequestError):
             raise encoded
-        ids = self._given_ids(message) if encoded is None else pack_ids(encoded.ids)
-        types = types_of(encoded) if encoded is not None and self._token_types else b""
+        kept = places_kept(message.request, encoded)
+        ids = self._given_ids(message) if encoded is None else pack_ids(picked(encoded.ids, kept))
+        types = types_of(picked(encoded.type_ids, kept)) if encoded is not None and self._token_types else b""
         if not ids:
             raise RequestError(EMPTY, field="input_ids")
         self.counters.prompts += 1
@@ -166,7 +180,7 @@ class Encoder:
         if not message.embeds:
             if len(message.input_ids) % ID_BYTES:
                 raise RequestError("input_ids must be 32-bit integers.", field="input_ids")
-            return message.input_ids
+            return cut_ids(message.input_ids, message.request)
         positions, rest = divmod(len(message.embeds), FLOAT_BYTES * max(self._hidden_size, 1))
         if rest:
             raise RequestError(f"input_embeds must have rows of {self._hidden_size} numbers.", field="input_embeds")

@@ -75,11 +75,12 @@ class GuardedTemplate:
     def render(self, chat: Chat) -> str:
         """The prompt. Raises RequestError."""
         order = msgspec.msgpack.encode(chat)
-        cpu_s = SLACK * limits.TEMPLATE_CPU_S + len(order) / BYTES_PER_S
+        allowed_s = limits.template_cpu_s(len(chat.messages))
+        cpu_s = SLACK * allowed_s + len(order) / BYTES_PER_S
         try:
             rendered = msgspec.msgpack.decode(self._answer(order, cpu_s), type=Rendered)
         except OutOfTime as error:
-            took = f"more than {limits.TEMPLATE_CPU_S * 1000:.0f} ms"
+            took = f"more than {allowed_s * 1000:.0f} ms"
             raise RequestError(f"the chat template failed: it took {took}", field="messages") from error
         except Crashed as error:
             raise RequestError("the chat template failed: it took too much memory", field="messages") from error

@@ -38,6 +38,10 @@ REFUSED_FILTERS = ("urlize", "xmlattr", "pprint")
 REFUSED_METHODS = frozenset({"expandtabs", "translate", "maketrans", "format_map"})
 
 
+class TextTooLong(TemplateError):
+    """A render made a text of more characters than it may."""
+
+
 class Meter(threading.local):
     """What is left of one render's budget. Raises TemplateError once it is spent."""
 
@@ -57,7 +61,7 @@ class Meter(threading.local):
 
     def size(self, chars: int) -> None:
         if chars > self.max_chars:
-            raise TemplateError(f"the chat template made a text of more than {self.max_chars} characters")
+            raise TextTooLong(f"the chat template made a text of more than {self.max_chars} characters")
 
     def loop(self, items: Iterable[Any]) -> Iterator[Any]:
         """The same items, one tick each."""

@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass
 
-from runtime.errors import RequestError
+from runtime.errors import RequestError, too_long
 from runtime.messages import Finish, LogprobOptions, Request, Tokenized, unpack_ids
 from scheduler_service.core.drafts import DraftOptions, drafter_of
 from scheduler_service.core.plan import NAN_HAPPENED, Result
@@ -30,6 +30,7 @@ class PlannerConfig:
     max_queued: int | None = None
     reuse_prefixes: bool = True
     drafts: DraftOptions | None = None  # None: no speculation
+    clips_output: bool = False  # output that would not fit the context is made shorter, rather than refused
     default_new_tokens: int | None = 128  # a request with this limit may not have chosen it: clipped, never refused
 
     @property
@@ -94,21 +95,21 @@ def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> No
     asked = 0 if request.task == "embed" else request.params.max_new_tokens
     first = 0 if asked == 0 else 1  # a request for output needs room for one token at least
     if prompt_len + first > config.context_length:
-        raise RequestError(
+        raise too_long(
             f"The input ({prompt_len} tokens) is longer than the model's context length "
             f"({config.context_length} tokens).",
-            field="input_ids",
+            field="prompt",
         )
     if prompt_len + first > config.total_tokens:
-        raise RequestError(
+        raise too_long(
             f"Input length ({prompt_len} tokens) exceeds the maximum allowed length ({config.total_tokens - first} "
             "tokens). Use a shorter input or enable --allow-auto-truncate.",
-            field="input_ids",
+            field="prompt",
         )
-    if asked in (None, config.default_new_tokens):
+    if asked in (None, config.default_new_tokens) or config.clips_output:
         return
     if prompt_len + asked > config.context_length:
-        raise RequestError(
+        raise too_long(
             f"Requested token count exceeds the model's maximum context length of {config.context_length} tokens. "
             f"You requested a total of {prompt_len + asked} tokens: {prompt_len} tokens from the input messages and "
             f"{asked} tokens for the completion. Please reduce the number of tokens in the input messages or the "

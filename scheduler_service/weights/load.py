@@ -64,7 +64,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     checkpoint = pickled.checkpoint_of(directory)
     log.info("Using model weights format ['*.%s']", "bin" if checkpoint.scratch else "safetensors")
     if not checkpoint.indexed and not checkpoint.scratch:
-        log.info("No %s found in remote.", INDEX_NAME)
+        log.info("No %s found in %s.", INDEX_NAME, directory)
     return checkpoint
 
 

@@ -293,7 +293,7 @@ def test_log_lines_and_progress_bar(
         load.load_weights(fused_weights(), config, model_info.load(config))
     assert [record.getMessage() for record in caplog.records] == [
         "Using model weights format ['*.safetensors']",
-        "No model.safetensors.index.json found in remote.",
+        f"No model.safetensors.index.json found in {tmp_path}.",
     ]
     bar = capsys.readouterr().err.splitlines()
     assert bar[0].startswith("Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]")

@@ -65,7 +65,9 @@ def test_a_hostile_template_ends_its_request_alone(template: GuardedTemplate, nu
     try:
         assert len(template.render(chat(str(number)))) < 1 << 20
     except RequestError as error:
-        assert error.kind is Kind.BAD_REQUEST and error.message.startswith("the chat template failed")
+        assert error.kind is Kind.BAD_REQUEST and error.message.startswith(
+            ("the chat template failed", "the chat template made")
+        )
     assert template.render(chat("good")) == "<good>"
 
 
