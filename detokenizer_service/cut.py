@@ -1,8 +1,10 @@
 """Cuts a step short at the token that completed a stop."""
 
-from runtime.messages import Tokens
+from runtime.messages import Tokens, unpack_ids
 
+ID_BYTES = 4
 FLOAT_BYTES = 4
+ROWS = ("ids", "values", "top_ids", "top_values", "asked_values", "entropies", "support_counts", "support_values")
 
 
 def first_rows(data: bytes, kept: int, rows: int) -> bytes:
@@ -16,8 +18,9 @@ def cut(tokens: Tokens, kept: int, made: int) -> None:
         return
     tokens.ids = first_rows(tokens.ids, kept, made)
     if (logprobs := tokens.logprobs) is not None:
-        for name in ("ids", "values", "top_ids", "top_values", "asked_values"):
+        for name in ROWS:
             setattr(logprobs, name, first_rows(getattr(logprobs, name), kept, made))
+        logprobs.support_ids = logprobs.support_ids[: sum(unpack_ids(logprobs.support_counts)) * ID_BYTES]
     if tokens.drafts is not None:
         tokens.drafts.correct -= made - kept
     if tokens.hidden_states:  # rows of the prompt may come first

@@ -113,7 +113,7 @@ class Vocabulary:
         self._special = frozenset(id for id, token in added.items() if token.special)
         self._spelling = spelling_of(tokenizer)
         self._pieces: dict[bool, Pieces] = {}
-        self._token_texts: dict[int, str] = {}
+        self._token_bytes: dict[int, bytes] = {}
 
     def decoder(self, prompt_tail: Iterable[int] = (), skip_special_tokens: bool = True) -> Decoder:
         """A decoder for the output behind a prompt that ends with these ids."""
@@ -128,12 +128,21 @@ class Vocabulary:
         [text] = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)  # without the lock
         return text
 
-    def token_text(self, id: int) -> str:
-        """The text of one token by itself, special ones included."""
-        text = self._token_texts.get(id)
-        if text is None:
-            text = self._token_texts[id] = self._tokenizer.decode([id], skip_special_tokens=False)
-        return text
+    def token_bytes(self, id: int) -> bytes:
+        """What one token adds to a text, in UTF-8, special ones included. Known exactly where tokens are bytes."""
+        if self._spelling is not None:
+            return self._pieces_for(self._spelling, skip=False)[id]
+        found = self._token_bytes.get(id)
+        if found is None:
+            found = self._token_bytes[id] = self._tokenizer.decode([id], skip_special_tokens=False).encode()
+        return found
+
+    def is_special(self, id: int) -> bool:
+        return id in self._special
+
+    def decode_open(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of a sequence that goes on: a character whose bytes are not all there is left to what follows."""
+        return self.decoder(skip_special_tokens=skip_special_tokens).feed(ids)
 
     def _pieces_for(self, spelling: Spelling, skip: bool) -> Pieces:
         if skip not in self._pieces:

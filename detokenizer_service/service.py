@@ -17,9 +17,11 @@ from detokenizer_service.logprobs import add_texts
 from detokenizer_service.stream import Stream
 from detokenizer_service.whole_texts import WholeTexts
 from runtime.control import Abort, Detokenize, Probe
+from runtime.guard import end_of
 from runtime.messages import Facts, Finish, Message, Text, Tokens, unpack_ids
 
 ID_BYTES = 4
+NO_BEGINNING = "Internal error: the beginning of the answer was lost."
 
 
 class Counters(msgspec.Struct):
@@ -42,6 +44,8 @@ class Stopped:
 class Detokenizer:
     """The streams that run, and what is done with each message."""
 
+    whole_batches = False  # a stream must not be fed twice
+
     def __init__(self, vocabulary: Vocabulary | None, executor: Executor | None = None) -> None:
         """No vocabulary: ids in, ids out. `executor` decodes long sequences; a thread by default."""
         self._vocabulary = vocabulary
@@ -59,6 +63,37 @@ class Detokenizer:
     def step(self, batch: list[Any]) -> list[Message]:
         """Answer what is ours, pass the rest on, keep the order; only long sequences of ids are decoded beside it."""
         return [*self._whole_texts.done(), *(answer for message in batch for answer in self._answers(message))]
+
+    def give_up(self, message: Any, finish: Finish) -> list[Message]:
+        """End a request one of whose messages could not be handled; what still comes for it is dropped."""
+        if isinstance(message, Tokens):
+            return self._give_up_tokens(message, finish)
+        match end_of(message, finish):
+            case Tokens() as tokens:
+                return [_text("", tokens)]
+            case None:
+                return []
+            case ending:
+                return [ending]
+
+    def _give_up_tokens(self, tokens: Tokens, finish: Finish) -> list[Message]:
+        rid, stream = tokens.rid, self._streams.get(tokens.rid)
+        if stream is not None and tokens.attempt < stream.request.attempt:
+            return self._drop()
+        last = tokens.finish is not None
+        stopped = self._stopped.get(rid)
+        if stopped is not None and tokens.request is None:
+            if last:
+                del self._stopped[rid]
+            if not last or stopped.text is None:  # its client has heard the end
+                return self._drop()
+        self._streams.pop(rid, None)
+        ended = Text(tokens=Tokens(rid=rid, attempt=tokens.attempt, finish=finish))
+        if last:
+            return [ended]
+        if self._vocabulary is not None:  # whoever decodes nothing keeps nothing, and passes on all that comes
+            self._stopped[rid] = Stopped(0, 0, None)
+        return [ended, Abort(rid=rid, exact=True, attempt=tokens.attempt)]
 
     def _answers(self, message: Message) -> list[Message]:
         match message:
@@ -98,7 +133,7 @@ class Detokenizer:
         if stop is not None:
             cut(tokens, kept, len(ids))
             tokens.finish = Finish(reason="stop", matched=stop.name)
-        add_texts(tokens, stream.request.logprobs, vocabulary)
+        add_texts(tokens, stream, vocabulary)
         last = _text(text, tokens)
         return [last] if stop is None else self._stop(stream, last, len(ids) - kept, early)
 
@@ -119,7 +154,7 @@ class Detokenizer:
         """The end of a request that never ran goes on; what comes after an end here does not."""
         stopped = self._stopped.get(tokens.rid)
         if stopped is None:
-            return self._drop() if tokens.finish is None else [_text("", tokens)]
+            return self._drop() if tokens.finish is None else [_text("", without_beginning(tokens))]
         stopped.made += len(tokens.ids) // ID_BYTES
         if tokens.finish is None:
             return self._drop()
@@ -139,6 +174,13 @@ class Detokenizer:
     def _drop(self) -> list[Message]:
         self.counters.dropped += 1
         return []
+
+
+def without_beginning(tokens: Tokens) -> Tokens:
+    """The end of a request that has no stream here: right for one that failed before it ran, else half is missing."""
+    if tokens.finish is not None and tokens.finish.reason in ("error", "abort"):
+        return tokens
+    return Tokens(rid=tokens.rid, attempt=tokens.attempt, finish=Finish.internal(NO_BEGINNING))
 
 
 def _text(text: str, tokens: Tokens) -> Text:

@@ -38,11 +38,18 @@ class Stops:
         program = sum(compiled.programsize for compiled in [*self._tails, *(found for found, _ in self._patterns)])
         self._span = min(limits.MAX_STOP_SPAN_CHARS, limits.MAX_STOP_SEARCH // max(program, 1))
 
-    def search(self, text: str, start: int) -> Match | None:
-        """The first match at or behind `start`."""
-        found = [Match(at, at + len(s), s) for s in self._strings if (at := text.find(s, start)) >= 0]
+    def search(self, text: str, start: int, ends_behind: int = 0) -> Match | None:
+        """The first match at or behind `start` that ends behind `ends_behind`."""
+        found = []
+        for string in self._strings:
+            at = text.find(string, max(start, ends_behind - len(string) + 1))
+            if at >= 0:
+                found.append(Match(at, at + len(string), string))
         for compiled, pattern in self._patterns:
-            if match := compiled.search(text, start):
+            match = compiled.search(text, start)
+            if match and match.end() <= ends_behind:
+                match = next((later for later in compiled.finditer(text, start) if later.end() > ends_behind), None)
+            if match:
                 found.append(Match(match.start(), match.end(), pattern))
         return min(found, key=lambda match: match.start, default=None)
 
@@ -88,11 +95,15 @@ class Cutter:
         self._trim = trim
         self._text = ""  # the last character that passed (patterns may look at it), then what is held back
         self._passed = 0
+        self._spared = 0  # a stop that is complete before this place ends nothing
 
-    def feed(self, text: str) -> tuple[str, Match | None]:
-        """What may pass of the text so far, and the stop that ends it."""
+    def feed(self, text: str, spared: bool = False) -> tuple[str, Match | None]:
+        """What may pass of the text so far, and the stop that ends it. `spared`: no stop may be completed here."""
         self._text += text
-        match = self._stops.search(self._text, self._passed)
+        if spared:
+            self._spared = len(self._text)
+            return self._pass_up_to(self._stops.held_from(self._text, self._passed)), None
+        match = self._stops.search(self._text, self._passed, self._spared)
         if match:
             return self._text[self._passed : match.start if self._trim else match.end], match
         return self._pass_up_to(self._stops.held_from(self._text, self._passed)), None
@@ -105,4 +116,5 @@ class Cutter:
         passing = self._text[self._passed : end]
         context = max(end - 1, 0)
         self._text, self._passed = self._text[context:], end - context
+        self._spared = max(self._spared - context, 0)
         return passing

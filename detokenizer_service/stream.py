@@ -17,6 +17,8 @@ class Stream:
         stops = stops_of(params)
         self.request = request
         self.made = 0  # output ids so far
+        self.trimmed = False  # the last id was a stop token, which is no text
+        self._least = params.min_new_tokens
         self._trim = not params.no_stop_trim
         self._decoder = vocabulary.decoder(unpack_ids(prompt_tail), params.skip_special_tokens)
         self._cutter = Cutter(stops, self._trim) if stops else None
@@ -24,22 +26,27 @@ class Stream:
 
     def feed(self, ids: "array[int]", finish: Finish | None) -> tuple[str, int, Match | None]:
         """New text, how many of the ids it took, and the stop that completes it. `finish`: these ids are the last."""
+        before = self.made
         self.made += len(ids)
-        spoken = ids[:-1] if self._trim and _ends_in_stop_token(ids, finish) else ids
-        text, taken, match = self._pass(spoken)
-        if match is None:
+        self.trimmed = self._trim and _ends_in_stop_token(ids, finish)
+        spoken = ids[:-1] if self.trimmed else ids
+        text, taken, match = self._pass(spoken, before)
+        if match is not None:
+            self.trimmed = False  # that id is cut off whole
+        else:
             taken = len(ids)
             if finish is not None:
                 rest, match = self._rest()
                 text += rest
         return text, taken, match
 
-    def _pass(self, ids: Sequence[int]) -> tuple[str, int, Match | None]:
+    def _pass(self, ids: Sequence[int], before: int) -> tuple[str, int, Match | None]:
+        """The text of ids that stand behind `before` others: no stop is one before the least number of tokens."""
         if self._cutter is None:
             return self._decoder.feed(ids), len(ids), None
         parts = []
         for taken, id in enumerate(ids, 1):  # a token at a time: the one that completes a stop is the last
-            text, match = self._cutter.feed(self._decoder.feed((id,)))
+            text, match = self._cutter.feed(self._decoder.feed((id,)), spared=before + taken < self._least)
             parts.append(text)
             if match:
                 return "".join(parts), taken, match
@@ -50,7 +57,7 @@ class Stream:
         text = self._decoder.flush()
         if self._cutter is None:
             return text, None
-        passed, match = self._cutter.feed(text)
+        passed, match = self._cutter.feed(text, spared=self.made < self._least)
         return (passed, match) if match else (passed + self._cutter.flush(), None)
 
 

@@ -63,11 +63,12 @@ def reply_to(command: Detokenize, vocabulary: Vocabulary) -> Reply:
     """The texts of all sequences, or why there are none."""
     if (count := id_count(command)) > limits.MAX_DETOKENIZED:
         return refused(command, TOO_MANY_IDS.format(limits.MAX_DETOKENIZED, count))
+    decode = vocabulary.decode_open if command.open_end else vocabulary.decode
     texts: list[str] = []
     chars = 0
     try:
         for ids in command.ids:
-            texts.append(vocabulary.decode(unpack_ids(ids), command.skip_special_tokens))
+            texts.append(decode(unpack_ids(ids), command.skip_special_tokens))
             chars += len(texts[-1])
             if chars > limits.MAX_DETOKENIZED_CHARS:
                 return refused(command, TOO_MUCH_TEXT.format(limits.MAX_DETOKENIZED_CHARS))

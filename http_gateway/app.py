@@ -6,7 +6,6 @@ from http import HTTPStatus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
@@ -33,6 +32,7 @@ from http_gateway.auth import Access, Keys
 from http_gateway.edge import Edge
 from http_gateway.endpoint import Endpoint, Guarded, unauthorized
 from http_gateway.gateway import Gateway
+from http_gateway.visitors import Cors, KnownHosts, Visitors
 
 ENDPOINTS: list[Endpoint] = [
     *native.ENDPOINTS,
@@ -49,27 +49,24 @@ ENDPOINTS: list[Endpoint] = [
     *info.ENDPOINTS,
     *control.ENDPOINTS,
 ]
-ANY_ORIGIN = Middleware(
-    CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"], allow_credentials=True
-)
 
 
 def build(gateway: Gateway) -> ASGIApp:
     """The whole HTTP side of a server."""
-    keys = Keys(gateway.config.api_key, gateway.config.admin_api_key)
+    keys, visitors = Keys(gateway.config.api_key, gateway.config.admin_api_key), Visitors(gateway.config)
     endpoints = [*ENDPOINTS, info.METRICS] if gateway.config.enable_metrics else list(ENDPOINTS)
     endpoints += openapi.endpoints(endpoints)
     app = Starlette(
-        routes=[route(endpoint, gateway, keys) for endpoint in endpoints],
-        middleware=[ANY_ORIGIN],
+        routes=[route(endpoint, gateway, keys, visitors) for endpoint in endpoints],
+        middleware=[Middleware(Cors, visitors=visitors)],
         exception_handlers={HTTPException: unmatched(keys, {endpoint.path for endpoint in endpoints})},
     )
     app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative
-    return Edge(app, gateway.metrics)
+    return Edge(KnownHosts(app, visitors), gateway.metrics)
 
 
-def route(endpoint: Endpoint, gateway: Gateway, keys: Keys) -> Route:
-    made = Route(endpoint.path, Guarded(endpoint, gateway, keys), methods=endpoint.methods)
+def route(endpoint: Endpoint, gateway: Gateway, keys: Keys, visitors: Visitors) -> Route:
+    made = Route(endpoint.path, Guarded(endpoint, gateway, keys, visitors), methods=endpoint.methods)
     made.methods = set(endpoint.methods)  # without the HEAD that Route adds to every GET
     return made
 
@@ -81,7 +78,7 @@ def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Res
         assert isinstance(error, HTTPException), error
         path = http.scope["path"]
         if http.method != "OPTIONS" and not keys.allow(Access.USER, http.scope["headers"]):
-            return unauthorized()
+            return unauthorized(keys.wanted(Access.USER))
         if error.status_code == HTTPStatus.NOT_FOUND and path.rstrip("/") in paths:
             query = http.scope["query_string"].decode("latin-1")
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""), 307)

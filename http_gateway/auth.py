@@ -10,7 +10,11 @@ import hmac
 from collections.abc import Sequence
 from enum import Enum
 
+from runtime import keys
+
 HeaderList = Sequence[tuple[bytes, bytes]]
+
+SENT_AS = "sent as `Authorization: Bearer <key>`"
 
 
 class Access(Enum):
@@ -23,19 +27,39 @@ def digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def digests(setting: str | None, flag: str) -> list[bytes]:
+    """Of each key as clients may encode it: most send UTF-8, some libraries Latin-1. Raises UsageError."""
+    found = []
+    for key in [] if setting is None else keys.split(setting, flag):
+        found.append(digest(key.encode()))
+        if not key.isascii() and (latin := key.encode("latin-1", "ignore")).decode("latin-1") == key:
+            found.append(digest(latin))
+    return found
+
+
 class Keys:
     """The server's keys, kept as digests."""
 
     def __init__(self, user: str | None, admin: str | None) -> None:
-        self._user = digest(user.encode()) if user else None
-        self._admin = digest(admin.encode()) if admin else None
+        self._user = digests(user, "--api-key")
+        self._admin = digests(admin, "--admin-api-key")
 
     def allow(self, access: Access, headers: HeaderList) -> bool:
-        """Does the request carry the key that this access needs? Works on the raw bytes of the headers."""
+        """Does the request carry a key that opens this access? Works on the raw bytes of the headers."""
         if access is Access.PUBLIC:
             return True
-        needed = self._user if access is Access.USER else self._admin or self._user
-        return needed is None or hmac.compare_digest(digest(bearer(headers)), needed)
+        accepted = self._user if access is Access.USER else self._admin or self._user
+        given = digest(bearer(headers))
+        matches = sum(hmac.compare_digest(given, one) for one in accepted)  # all are compared, whichever matches
+        return matches > 0 or not accepted
+
+    def wanted(self, access: Access) -> str:
+        """Which key a refused request should have carried, for people."""
+        if access is Access.ADMIN and self._admin:
+            other = "; the ordinary key does not open it" if self._user else ""
+            return f"This path needs the admin key (--admin-api-key), {SENT_AS}{other}."
+        other = "; the admin key does not open it" if self._admin else ""
+        return f"This path needs the server's key (--api-key), {SENT_AS}{other}."
 
 
 def bearer(headers: HeaderList) -> bytes:

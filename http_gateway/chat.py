@@ -9,11 +9,12 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors, rounds
+from http_gateway import bodies, errors, rounds
 from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.completions import wants
-from http_gateway.endpoint import Endpoint, beside, read_body, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
+from http_gateway.extras import Extras
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.native import check_servable, json_answer
@@ -28,7 +29,7 @@ from http_gateway.openai_answers import (
     Usage,
 )
 from http_gateway.openai_output import Draft, chat_logprobs, usage
-from http_gateway.openai_params import DEFAULT_MODEL, job_of
+from http_gateway.openai_params import DEFAULT_MODEL, SAID, job_of
 from http_gateway.openai_types import ChatBody
 from http_gateway.sse import EventStream, event
 from runtime.messages import Text
@@ -39,8 +40,9 @@ _encode = msgspec.json.Encoder().encode
 class Choice:
     """One choice on its way."""
 
-    def __init__(self, draft: Draft, turn: Turn, with_logprobs: bool) -> None:
+    def __init__(self, draft: Draft, turn: Turn, with_logprobs: bool, extras: Extras) -> None:
         self.draft = draft
+        self.extras = extras
         self._turn = turn
         self._with_logprobs = with_logprobs
         self._untold: list[Delta] = []
@@ -48,6 +50,7 @@ class Choice:
 
     def take(self, text: Text) -> None:
         self.draft.take(text)
+        self.extras.take(text)
         self._untold += self._turn.read(text.text, self.draft.finish is not None)
         if self._turn.thinking:
             self.draft.reasoning_tokens = self.draft.completion_tokens
@@ -64,6 +67,8 @@ class Choice:
             logprobs=self._logprobs(),
             finish_reason=self.finish_reason,
             matched_stop=self.draft.matched_stop,
+            **self.extras.tell(),
+            **self.extras.end(),
         )
 
     def tell(self, index: int) -> Iterator[ChatChunkChoice]:
@@ -71,20 +76,28 @@ class Choice:
         if not self._opened:
             self._opened = True
             yield ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
-        deltas, logprobs = merged(self._untold), self._logprobs()
+        deltas, logprobs, beside = merged(self._untold), self._logprobs(), self.extras.tell()
         self._untold = []
-        if logprobs and logprobs.content and not deltas:
-            deltas = [Delta()]  # tokens whose text is held back
+        if not deltas and (beside or (logprobs and logprobs.content)):
+            deltas = [Delta(content="")]  # tokens without text, or whose text is held back
         for delta in deltas:
-            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs)
-            logprobs = None
+            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, **beside)
+            logprobs, beside = None, {}
         if self.draft.finish is not None:
-            yield ChatChunkChoice(
-                index=index,
-                delta=Delta(),
-                finish_reason=self.finish_reason,
-                matched_stop=self.draft.matched_stop,
-            )
+            yield from self._end(index)
+
+    def _end(self, index: int) -> Iterator[ChatChunkChoice]:
+        beside = self.extras.end()
+        hidden = beside.pop("hidden_states", None)
+        yield ChatChunkChoice(
+            index=index,
+            delta=Delta(),
+            finish_reason=self.finish_reason,
+            matched_stop=self.draft.matched_stop,
+            **beside,
+        )
+        if hidden is not None:
+            yield ChatChunkChoice(index=index, delta=Delta(hidden_states=hidden))
 
     def _logprobs(self) -> ChatLogprobs | None:
         scored = self.draft.scored()
@@ -103,9 +116,15 @@ class Call:
         self.id, self.job = job_of(gateway, body, [prompt], True, params, options)
         self.body = body
         self.gateway = gateway
+        received_at = time.monotonic()
         self.choices = [
-            Choice(Draft(options), make_turn(body, choice, config.reasoning_parser, params), options is not None)
-            for _ in self.job.requests
+            Choice(
+                Draft(options),
+                make_turn(body, choice, config.reasoning_parser, params),
+                options is not None,
+                Extras(gateway, body, item.request, received_at),
+            )
+            for item in self.job.requests
         ]
         self._head: dict[str, Any] = {
             "id": self.id,
@@ -143,7 +162,7 @@ class Call:
 async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """The next turn of a conversation."""
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=ChatBody)
+    body = await bodies.read(http, ChatBody)
     check_servable(gateway, http)
     call = await beside(http, Call, gateway, body)
     if body.stream:
@@ -164,8 +183,9 @@ async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
         yield event(_encode(call.last_chunk()))
 
 
+SHAPE = errors.saying(
+    errors.openai, {**SAID, "top_logprobs_num": "top_logprobs", "text": "messages", "prompt": "messages"}
+)
 ENDPOINTS = [
-    Endpoint(
-        "/v1/chat/completions", chat_completions, ("POST",), shape=errors.openai, body=ChatBody, answer=ChatCompletion
-    )
+    Endpoint("/v1/chat/completions", chat_completions, ("POST",), shape=SHAPE, body=ChatBody, answer=ChatCompletion)
 ]

@@ -18,6 +18,7 @@ from runtime.sampling import SamplingParams
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 NO_MESSAGES = "Messages cannot be empty."
 NO_TOOLS = "Tools cannot be empty if tool choice is set to required."
+NO_TEMPLATES = "chat_template is not supported: conversations are rendered by the server's own (--chat-template)."
 NO_SUCH_TOOL = "Tool '{}' not found in tools list."
 TOO_LARGE = "{} is too large: {}.This model supports at most {} completion tokens."
 
@@ -75,6 +76,8 @@ def logprob_options(body: ChatBody) -> LogprobOptions | None:
 
 def prompt_of(body: ChatBody, choice: Choosing, vocab_size: int) -> Generate:
     """The conversation, to be rendered by the tokenizer; or the ids that the client has rendered itself."""
+    if body.chat_template is not None or "chat_template" in (body.chat_template_kwargs or {}):
+        raise RequestError(NO_TEMPLATES, field="chat_template")
     if body.input_ids is not None:
         return Generate(request=unnamed(), input_ids=pack(body.input_ids, vocab_size))
     if not body.messages:
@@ -96,7 +99,8 @@ def checked(message: dict[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
         raise RequestError(f"A message's role must be one of {', '.join(ROLES)}, got {role!r}.", field="messages")
-    if not isinstance(message.get("content"), str | list | None):
+    content = message.get("content")
+    if not isinstance(content, str | list | None) or (content is None and role == "user"):
         raise RequestError("A message's content must be a string or a list of parts.", field="messages")
     return {**message, "role": "system"} if role == "developer" else message
 

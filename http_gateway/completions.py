@@ -10,15 +10,16 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors, rounds
-from http_gateway.endpoint import Endpoint, beside, read_body, require_json
+from http_gateway import bodies, errors, rounds
+from http_gateway.endpoint import Endpoint, beside, require_json
+from http_gateway.extras import Extras
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack, unnamed
 from http_gateway.native import check_servable, json_answer
 from http_gateway.openai_answers import Completion, CompletionChoice, Metadata, Usage
-from http_gateway.openai_output import Draft, completion_logprobs, usage
-from http_gateway.openai_params import DEFAULT_MODEL, job_of, params_of
+from http_gateway.openai_output import Draft, Offsets, completion_logprobs, usage
+from http_gateway.openai_params import DEFAULT_MODEL, SAID, job_of, params_of
 from http_gateway.openai_types import CompletionBody
 from http_gateway.sse import EventStream, event
 from http_gateway.tokens import detokenize_ids
@@ -38,10 +39,13 @@ class Choice:
     """One choice on its way: its draft, and the text that was not told yet."""
 
     draft: Draft
+    extras: Extras
     text: list[str] = field(default_factory=list)
+    offsets: Offsets = field(default_factory=Offsets)
 
     def take(self, text: Text) -> None:
         self.draft.take(text)
+        self.extras.take(text)
         self.text.append(text.text)
 
     def tell(self, index: int, with_logprobs: bool) -> CompletionChoice:
@@ -51,9 +55,11 @@ class Choice:
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=completion_logprobs(scored) if with_logprobs else None,
+            logprobs=completion_logprobs(scored, self.offsets) if with_logprobs else None,
             finish_reason=self.draft.finish_reason,
             matched_stop=self.draft.matched_stop,
+            **self.extras.tell(),
+            **(self.extras.end() if self.draft.finish is not None else {}),
         )
 
 
@@ -71,7 +77,10 @@ class Call:
         self.copies = params.n
         self.logprobs = logprob_options(body)
         self.id, self.job = job_of(gateway, body, prompts, single, params, self.logprobs)
-        self.choices = [Choice(Draft(self.logprobs)) for _ in self.job.requests]
+        received_at = time.monotonic()
+        self.choices = [
+            Choice(Draft(self.logprobs), Extras(gateway, body, item.request, received_at)) for item in self.job.requests
+        ]
         self.created = int(time.time())
 
     def usage(self) -> Usage:
@@ -88,7 +97,9 @@ class Call:
     def echo(self, texts: Sequence[str]) -> None:
         """Put each prompt before the output of its choices."""
         for index, choice in enumerate(self.choices):
-            choice.text.append(texts[index // self.copies])
+            prompt = texts[index // self.copies]
+            choice.text.append(prompt)
+            choice.offsets = Offsets(prompt)
 
     def chunks(self, mail: list[Delivery], interval: int) -> list[Completion]:
         """The chunks that are due after these deliveries."""
@@ -103,7 +114,7 @@ class Call:
 async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """Text behind one prompt or many."""
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=CompletionBody)
+    body = await bodies.read(http, CompletionBody)
     check_servable(gateway, http)
     call = await beside(http, Call, gateway, body)
     if body.echo:
@@ -131,7 +142,7 @@ async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
 
 def says_something(choice: CompletionChoice) -> bool:
     """A step whose text is held back, because it may yet become a stop, is not worth a chunk."""
-    return bool(choice.text or choice.finish_reason or choice.logprobs)
+    return bool(choice.text or choice.finish_reason or choice.logprobs or choice.token_ids or choice.prompt_token_ids)
 
 
 def wants(body: Any, option: str) -> bool:
@@ -171,12 +182,11 @@ def read_prompts(body: CompletionBody, vocab_size: int) -> tuple[list[Generate],
 
 
 async def prompt_texts(gateway: Gateway, prompts: list[Generate]) -> list[str]:
-    """The text of each prompt, to be echoed."""
+    """The text of each prompt, to be echoed: without the start of a character that the output will complete."""
     if prompts[0].text is not None:
         return [prompt.text or "" for prompt in prompts]
-    return await detokenize_ids(gateway, [prompt.input_ids for prompt in prompts], skip_special_tokens=True)
+    return await detokenize_ids(gateway, [prompt.input_ids for prompt in prompts], open_end=True)
 
 
-ENDPOINTS = [
-    Endpoint("/v1/completions", completions, ("POST",), shape=errors.openai, body=CompletionBody, answer=Completion)
-]
+SHAPE = errors.saying(errors.openai, {**SAID, "top_logprobs_num": "logprobs", "input_ids": "prompt", "text": "prompt"})
+ENDPOINTS = [Endpoint("/v1/completions", completions, ("POST",), shape=SHAPE, body=CompletionBody, answer=Completion)]

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors, payloads, replies
+from http_gateway import bodies, errors, payloads, replies
 from http_gateway.auth import Access
 from http_gateway.counting import ValueCounter
 from http_gateway.endpoint import Endpoint, Handler, body_parts, of_commands, of_weights, read_body
@@ -54,6 +54,8 @@ async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> Control
 def command_of(kind: type[ControlCommand], http: HTTPRequest, body: bytes) -> ControlCommand:
     """What a body says, with what the query string says laid over it."""
     known = {field.name for field in msgspec.structs.fields(kind)}
+    if body.strip() not in (b"", b"null"):
+        bodies.refuse_misspelt(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), kind)
     asked = {name: value for name, value in http.query_params.items() if name in known}
     if not asked:
         return control.from_body(kind, body)
@@ -103,7 +105,7 @@ def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
     handler = HANDLERS.get(kind) or command_handler(kind)
     shape = errors.native if kind is Abort else errors.control
     bounds = of_weights if kind is UpdateWeightsFromTensor else of_commands
-    return Endpoint(path, handler, kind.methods, access, shape, body=kind, bounds=bounds)
+    return Endpoint(path, handler, kind.methods, access, shape, changes_state=True, body=kind, bounds=bounds)
 
 
 ENDPOINTS = [endpoint_of(path, kind) for path, kind in control.routes().items()]

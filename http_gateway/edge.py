@@ -62,9 +62,9 @@ class Edge:
 
 
 def access_line(scope: Scope, status: int, request_id: bytes) -> str:
+    """Without the query string, which may hold what is nobody's business; a quote would end the request's part."""
     host, port = scope.get("client") or ("-", 0)
-    query = scope["query_string"]
-    path = (scope["raw_path"] + (b"?" + query if query else b"")).decode("latin-1")
+    path = scope["raw_path"].decode("latin-1").replace('"', "%22")
     known = f" request-id={request_id.decode('latin-1')}" if request_id else ""
     method, protocol = scope["method"], scope["http_version"]
     return f'INFO:     {host}:{port} - "{method} {path} HTTP/{protocol}" {status} {PHRASES.get(status, "")}{known}'

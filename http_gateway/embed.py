@@ -5,18 +5,18 @@ from array import array
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import rounds
-from http_gateway.endpoint import Endpoint, beside, read_body
+from http_gateway import bodies, rounds
+from http_gateway.endpoint import Endpoint, beside
 from http_gateway.errors import json_response
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks, check_batch, pack, read_rids
 from http_gateway.intake import Job, Rules, fan_out
 from http_gateway.output import finish_reason
-from http_gateway.tasks import check_dimensions, check_embeds
+from http_gateway.tasks import check_embeds, cut_to
+from http_gateway.truncation import Truncating, Truncation, wished
 from runtime.errors import RequestError
 from runtime.messages import Generate, Request, Text
 from runtime.sampling import SamplingParams
@@ -27,7 +27,7 @@ NOT_A_CROSS_ENCODER = "This model is no cross-encoder: it reads one text at a ti
 REFUSED = ("image_data", "audio_data", "video_data", "lora_path", "return_pooled_hidden_states")
 
 
-class EncodeBody(msgspec.Struct, kw_only=True):
+class EncodeBody(Truncating, kw_only=True):
     """`sampling_params` and whatever is not here are accepted and ignored, as the contract has it."""
 
     text: str | list[str | list[str]] | None = None  # a list of two: a pair for a cross-encoder
@@ -63,7 +63,7 @@ def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]
         raise RequestError(NOTHING_GIVEN, field="text")
     items = [given] if single else given
     check_batch(len(items), "text" if body.text is not None else "input_ids")
-    request = unnamed(body)  # which all of them share until they get their rids
+    request = unnamed(body, rules)  # which all of them share until they get their rids
     if body.input_ids is not None:
         return [Generate(request=request, input_ids=pack(ids, rules.vocab_size)) for ids in items]
     return [text_prompt(item, request) for item in items]
@@ -77,21 +77,26 @@ def text_prompt(item: str | list[str], request: Request) -> Generate:
     return Generate(request=request, text=item[0], text_pair=item[1])
 
 
-def unnamed(body: EncodeBody) -> Request:
-    return embed_request(body.dimensions, log_metrics=body.log_metrics is not False)
+def unnamed(body: EncodeBody, rules: Rules) -> Request:
+    return embed_request(rules, body.dimensions, wished(body, "right"), log_metrics=body.log_metrics is not False)
 
 
-def embed_request(dimensions: int | None = None, *, log_metrics: bool = True) -> Request:
+def embed_request(
+    rules: Rules, dimensions: int | None = None, truncation: Truncation | None = None, *, log_metrics: bool = True
+) -> Request:
     """A request for a vector, still without a rid."""
     params = SamplingParams(max_new_tokens=0)
-    return Request(rid="", params=params, task="embed", dimensions=dimensions, log_metrics=log_metrics)
+    request = Request(rid="", params=params, task="embed", dimensions=dimensions, log_metrics=log_metrics)
+    if truncation is not None:
+        truncation.apply(request, rules)
+    return request
 
 
 async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
-    body = msgspec.json.decode(await read_body(http), type=EncodeBody)
+    body = await bodies.read(http, EncodeBody)
     embedding = check_embeds(gateway)
-    check_dimensions(gateway, embedding, body.dimensions)
+    body.dimensions = cut_to(gateway, embedding, body.dimensions)
     job, single = await beside(http, to_job, body, gateway.rules)
     if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
         raise RequestError(NOT_A_CROSS_ENCODER, field="text")

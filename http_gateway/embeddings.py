@@ -10,13 +10,14 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors
+from http_gateway import bodies, errors
 from http_gateway.embed import embed, embed_request, numbers
-from http_gateway.endpoint import Endpoint, beside, read_body, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks, pack, read_rids
 from http_gateway.intake import Job, Rules, fan_out
-from http_gateway.tasks import check_dimensions, check_embeds
+from http_gateway.tasks import check_embeds, cut_to
+from http_gateway.truncation import Truncating, wished
 from runtime import limits
 from runtime.embedding import Embedding
 from runtime.errors import RequestError
@@ -36,7 +37,7 @@ class TextInput(msgspec.Struct):
     image: Any = None
 
 
-class EmbeddingsBody(msgspec.Struct, kw_only=True):
+class EmbeddingsBody(Truncating, kw_only=True):
     """POST /v1/embeddings. Fields that are not here are ignored."""
 
     input: str | list[Any]
@@ -47,7 +48,7 @@ class EmbeddingsBody(msgspec.Struct, kw_only=True):
     lora_path: Any = None
 
 
-class ClassifyBody(msgspec.Struct, kw_only=True):
+class ClassifyBody(Truncating, kw_only=True):
     """POST /v1/classify. Fields that are not here are ignored."""
 
     input: str | list[Any]
@@ -57,13 +58,12 @@ class ClassifyBody(msgspec.Struct, kw_only=True):
 
 async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=EmbeddingsBody)
+    body = await bodies.read(http, EmbeddingsBody)
     embedding = check_embeds(gateway)
-    check_dimensions(gateway, embedding, body.dimensions)
+    dimensions = cut_to(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
-    job = await beside(http, to_job, body.input, body.rid, body.dimensions, gateway.rules)
-    texts = await embed(gateway, http, job)
+    texts = await embed(gateway, http, await beside(http, to_job, body, dimensions, gateway.rules))
     data = [
         {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
         for index, text in enumerate(texts)
@@ -74,11 +74,11 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=ClassifyBody)
+    body = await bodies.read(http, ClassifyBody)
     embedding = check_embeds(gateway)
     if not embedding.labels:
         raise RequestError(NO_LABELS)
-    texts = await embed(gateway, http, await beside(http, to_job, body.input, body.rid, None, gateway.rules))
+    texts = await embed(gateway, http, await beside(http, to_job, body, None, gateway.rules))
     names = gateway.model.config.get("id2label") or {}
     data = [classified(index, probabilities(numbers(text), embedding), names) for index, text in enumerate(texts)]
     answer = {
@@ -95,8 +95,10 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
 # input
 
 
-def to_job(given: Any, rid: Any, dimensions: int | None, rules: Rules) -> Job:
+def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: Rules) -> Job:
     """One request per item of `input`."""
+    given: Any = body.input
+    truncation = wished(body, "right")
     single = isinstance(given, str) or bool(given and isinstance(given[0], int))
     items = [given] if single else given
     if not items or given == "":
@@ -108,9 +110,9 @@ def to_job(given: Any, rid: Any, dimensions: int | None, rules: Rules) -> Job:
     kind = type(items[0])
     if kind not in KINDS or any(type(item) is not kind for item in items):
         raise RequestError(MIXED.format(KINDS.get(kind, "strings")), field="input")
-    request = embed_request(dimensions)
+    request = embed_request(rules, dimensions, truncation)
     prompts = [to_prompt(index, item, request, rules) for index, item in enumerate(items)]
-    return fan_out(prompts, read_rids(rid, len(prompts), single), rules)
+    return fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
 
 
 def to_prompt(index: int, item: Any, request: Request, rules: Rules) -> Generate:
@@ -168,7 +170,8 @@ def classified(index: int, shares: list[float], names: dict[str, str]) -> dict[s
     return {"index": index, "label": label, "probs": shares, "num_classes": len(shares)}
 
 
+SHAPE = errors.saying(errors.openai, {"input_ids": "input", "text": "input", "prompt": "input"})
 ENDPOINTS = [
-    Endpoint("/v1/embeddings", embeddings, ("POST",), shape=errors.openai, body=EmbeddingsBody),
-    Endpoint("/v1/classify", classify, ("POST",), shape=errors.openai, body=ClassifyBody),
+    Endpoint("/v1/embeddings", embeddings, ("POST",), shape=SHAPE, body=EmbeddingsBody),
+    Endpoint("/v1/classify", classify, ("POST",), shape=SHAPE, body=ClassifyBody),
 ]

@@ -16,6 +16,7 @@ from http_gateway.auth import Access, Keys
 from http_gateway.counting import ValueCounter
 from http_gateway.flight import ClientGone
 from http_gateway.gateway import Gateway
+from http_gateway.visitors import SAFE_METHODS, Visitors, refusal
 from runtime.config import ServerConfig
 from runtime.errors import Kind, RequestError
 from runtime.limits import BODY_BYTES_PER_MEMBER, MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
@@ -87,6 +88,7 @@ class Endpoint:
     methods: tuple[str, ...] = ("GET",)
     access: Access = Access.USER
     shape: errors.Shape = errors.native
+    changes_state: bool = False  # with GET too
     body: Any = None  # type of the request body, for the API's description
     answer: Any = None  # and of what is answered
     bounds: Callable[[ServerConfig], Bounds] = of_requests
@@ -95,17 +97,22 @@ class Endpoint:
 class Guarded:
     """An endpoint as an ASGI application."""
 
-    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys) -> None:
+    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys, visitors: Visitors) -> None:
         self._endpoint = endpoint
         self._gateway = gateway
         self._keys = keys
+        self._visitors = visitors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoint
         scope[ROUTE] = endpoint.path
         scope[BOUNDS] = endpoint.bounds(self._gateway.config)
+        changes = endpoint.changes_state or scope["method"] not in SAFE_METHODS
+        if changes and (page := self._visitors.foreign(scope["headers"])):
+            await refusal(page)(scope, receive, send)
+            return
         if not self._keys.allow(endpoint.access, scope["headers"]):
-            await unauthorized()(scope, receive, send)
+            await unauthorized(self._keys.wanted(endpoint.access))(scope, receive, send)
             return
         try:
             response = await endpoint.handler(self._gateway, Request(scope, receive, send))
@@ -118,8 +125,9 @@ class Guarded:
             log.info("Request is disconnected from the client side. Aborted %s %s", scope["method"], endpoint.path)
 
 
-def unauthorized() -> Response:
-    return errors.json_response({"error": "Unauthorized"}, 401)
+def unauthorized(wanted: str) -> Response:
+    """`wanted`: which key is missing, for people."""
+    return errors.json_response({"error": "Unauthorized", "message": wanted}, 401, {"WWW-Authenticate": "Bearer"})
 
 
 async def read_body(http: Request, size: int | None = None) -> bytes:

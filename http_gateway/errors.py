@@ -8,7 +8,8 @@
 Shape (b) also carries a copy of itself under "error", for clients that look there.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -28,10 +29,12 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-def flat(message: str, type_name: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """The body of shape (b)."""
+def flat(
+    message: str, type_name: str, status: int, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The body of shape (b). OpenAI's `code`, where the error has one, stands in the copy for that API's clients."""
     body = {"object": "error", "message": message, "type": type_name, "param": param, "code": status}
-    return {**body, "error": body}
+    return {**body, "error": {**body, "code": code or status}}
 
 
 def headers_of(error: RequestError) -> dict[str, str]:
@@ -50,8 +53,25 @@ def native(error: RequestError) -> Response:
 
 def openai(error: RequestError) -> Response:
     """(b) throughout."""
-    status = error.kind.status
-    return json_response(flat(error.message, error.kind.type_name, status, error.field), status, headers_of(error))
+    return json_response(described(error), error.kind.status, headers_of(error))
+
+
+def saying(shape: Shape, names: Mapping[str, str]) -> Shape:
+    """The same shape for an API that has other names for what the ring calls by its own: an error blames those."""
+
+    def renamed(error: RequestError) -> Response:
+        message = error.message
+        for ours, theirs in names.items():
+            if "_" in ours or ours == error.field:  # other names are plain words too
+                message = re.sub(rf"\b{ours}\b", theirs, message)
+        field = names.get(error.field or "", error.field)
+        return shape(RequestError(message, error.kind, field, error.code))
+
+    return renamed
+
+
+def described(error: RequestError) -> dict[str, Any]:
+    return flat(error.message, error.kind.type_name, error.kind.status, error.field, error.code)
 
 
 def control(error: RequestError) -> Response:
@@ -86,11 +106,9 @@ def stream_event(error: RequestError) -> bytes:
 
 def openai_stream_event(error: RequestError) -> bytes:
     """The same as the OpenAI endpoints tell it."""
-    status = error.kind.status
-    detail = flat(error.message, error.kind.type_name, status, error.field)["error"]
-    return msgspec.json.encode({"error": detail})
+    return msgspec.json.encode({"error": described(error)["error"]})
 
 
 def of_finish(finish: Finish) -> RequestError:
     """The error that a terminal message with reason `error` stands for."""
-    return RequestError(finish.message, KIND_OF_STATUS.get(finish.status, Kind.INTERNAL), finish.field)
+    return RequestError(finish.message, KIND_OF_STATUS.get(finish.status, Kind.INTERNAL), finish.field, finish.code)

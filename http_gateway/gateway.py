@@ -1,6 +1,7 @@
 """What the endpoints share: the server's settings and state, and the ring."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 from http_gateway.intake import Rules
 from http_gateway.metrics import Metrics
 from http_gateway.output import Output
-from http_gateway.probes import Census, Progress, SignOfLife
+from http_gateway.probes import Census, Progress, Pulse, SignOfLife
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
 from runtime.limits import CALL_BYTES_PER_BODY_BYTE
@@ -24,6 +25,16 @@ class Phase(Enum):
     DRAINING = "the server is shutting down"
 
 
+class News(msgspec.Struct):
+    """What the scheduler's facts and replies may say of the server's state; other keys are for clients."""
+
+    model_path: str | None = None
+    weight_version: str | None = None
+    paused: bool | None = None
+    asleep: bool | None = None
+    lacks: list[str] | None = None
+
+
 @dataclass
 class Gateway:
     """Handed to every endpoint."""
@@ -34,6 +45,7 @@ class Gateway:
     ring: RingClient
     metrics: Metrics
     progress: Progress
+    hops: Mapping[str, Pulse] = field(default_factory=dict)  # by role, of the services that go on without HTTP
     health_timeout_s: float = 20.0
     run_dir: str = ""  # where large payloads are put
     phase: Phase = Phase.STARTING
@@ -45,6 +57,7 @@ class Gateway:
         self.weight_version = self.config.weight_version
         self.paused = False  # by /pause_generation
         self.asleep = False  # by /release_memory_occupation
+        self.lacks: Sequence[str] = ()  # what was released and is needed; none while asleep: weights are to be written
         self.learn(self.facts.state)
         self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
@@ -63,15 +76,20 @@ class Gateway:
 
     def on_facts(self, facts: Facts) -> None:
         """The scheduler was started again, or asked."""
-        self.facts = facts
         self.learn(facts.state)
+        self.facts = facts
 
     def learn(self, said: dict[str, Any]) -> None:
-        """Take note of what the scheduler says about the weights that serve, and whether they generate."""
-        self.model_path = said.get("model_path") or self.model_path
-        self.weight_version = said.get("weight_version") or self.weight_version
-        self.paused = said.get("paused", self.paused)
-        self.asleep = said.get("asleep", self.asleep)
+        """Take note of what the scheduler says about the weights that serve, and whether they generate.
+
+        Raises ValueError, and has learnt nothing, where that is not what a scheduler says.
+        """
+        news = msgspec.convert(said, News)
+        self.model_path = news.model_path or self.model_path
+        self.weight_version = news.weight_version or self.weight_version
+        self.paused = self.paused if news.paused is None else news.paused
+        self.asleep = self.asleep if news.asleep is None else news.asleep
+        self.lacks = self.lacks if news.lacks is None else news.lacks
 
 
 def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
@@ -86,5 +104,7 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
         hidden_states=config.enable_return_hidden_states,
         most_requests=config.max_inflight_requests,
         most_bytes=CALL_BYTES_PER_BODY_BYTE * config.max_body_size,
+        longest_prompt=min(facts.context_length, facts.max_total_num_tokens),
+        auto_truncate=config.allow_auto_truncate,
         preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
     )

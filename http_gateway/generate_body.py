@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from http_gateway.intake import EMPTY_IDS, Job, Rules, fan_out, sampling_params
+from http_gateway.truncation import Truncating, wished
 from runtime import limits
 from runtime.errors import RequestError
 from runtime.messages import Generate, LogprobOptions, Request, pack_ids
@@ -30,7 +31,7 @@ HIDDEN_STATES_OFF = (
 RIDS_MISMATCH = "The specified rids length mismatch with the batch_size for batch processing."
 
 
-class GenerateBody(msgspec.Struct, kw_only=True):
+class GenerateBody(Truncating, kw_only=True):
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     input_embeds: list[list[float | list[float]]] | None = None
@@ -51,6 +52,10 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     return_hidden_states: bool | list[bool] | None = None
     return_routed_experts: bool | list[bool] | None = None
     routed_experts_start_len: int | list[int] | None = None
+    return_prompt_token_ids: bool | None = None
+    return_entropy: bool | list[bool] | None = None
+    return_sampling_mask: bool | list[bool] | None = None
+    require_reasoning: bool | list[bool] | None = None
     # there is one rank, number 0
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
@@ -66,13 +71,9 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     bootstrap_port: Any = None
     bootstrap_room: Any = None
     return_indexer_topk: Any = None
-    return_prompt_token_ids: Any = None
-    return_entropy: Any = None
-    return_sampling_mask: Any = None
     sampling_logprobs_mode: Any = None
     return_flat_raw_top_logprobs: Any = None
     return_flat_raw_top_logprobs_b64: Any = None
-    require_reasoning: Any = None
     max_thinking_tokens: Any = None
     watermark: Any = None
     custom_labels: Any = None
@@ -80,7 +81,13 @@ class GenerateBody(msgspec.Struct, kw_only=True):
 
 FIELDS = [field.name for field in msgspec.structs.fields(GenerateBody)]
 REFUSED = FIELDS[FIELDS.index("image_data") :]
-REFUSED_PER_COPY = ("return_logprob", "logprob_start_len", "top_logprobs_num")
+REFUSED_PER_COPY = (
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "return_entropy",
+    "return_sampling_mask",
+)
 
 
 def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
@@ -90,11 +97,13 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     single = is_single(body)
     size = len(prompts)
     params = read_params(body, size, rules)
-    logprobs = read_logprobs(body, size)
+    logprobs = read_logprobs(body, params)
+    check_reasoning(body, params)
     keys, salts = each(body, "extra_key", "", size), each(body, "cache_salt", "", size)
     priorities = read_priorities(body, size, rules)
     experts, starts = read_routed_experts(body, size, rules)
     hidden = read_hidden_states(body, size, rules)
+    truncation = wished(body, "left")
     for i, prompt in enumerate(prompts):
         prompt.request = Request(
             rid="",
@@ -104,10 +113,13 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             extra_key=keys[i] + salts[i],
             priority=priorities[i],
             return_hidden_states=hidden[i],
+            return_prompt_ids=bool(body.return_prompt_token_ids),
             return_routed_experts=experts[i],
             routed_experts_start_len=starts[i],
             log_metrics=body.log_metrics is not False,
         )
+        if truncation is not None:
+            truncation.apply(prompt.request, rules)
     job = fan_out(prompts, read_rids(body.rid, size, single), rules)
     if isinstance(body.rid, str):
         job.parents = [body.rid] * len(job.requests)
@@ -234,9 +246,9 @@ READERS = {"text": read_text, "input_ids": read_ids, "input_embeds": read_embeds
 def read_params(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
     given: list[dict[str, Any]] = each(body, "sampling_params", {}, size)
     if isinstance(body.sampling_params, list):
-        params = [sampling_params(item, rules.preferred) for item in given]
+        params = [sampling_params(item, rules) for item in given]
     else:
-        params = [sampling_params(given[0], rules.preferred)] * size  # read and checked once
+        params = [sampling_params(given[0], rules)] * size  # read and checked once
     if len({item.n for item in params}) > 1:
         raise RequestError("The parallel_sample_num should be the same for all samples in sample params.", field="n")
     if params[0].n > 1:
@@ -252,10 +264,11 @@ def refuse_lists_for_copies(body: GenerateBody) -> None:
         raise RequestError(f"{lists[0]} should not be a list when n is greater than 1.", field=lists[0])
 
 
-def read_logprobs(body: GenerateBody, size: int) -> list[LogprobOptions | None]:
+def read_logprobs(body: GenerateBody, params: list[SamplingParams]) -> list[LogprobOptions | None]:
+    """What each prompt wants to know of the distributions that its tokens were drawn from."""
+    size = len(params)
     wanted = each(body, "return_logprob", False, size)
-    if not any(wanted):
-        return [None] * size
+    entropies, supports = each(body, "return_entropy", False, size), each(body, "return_sampling_mask", False, size)
     starts = each(body, "logprob_start_len", -1, size)
     tops = each(body, "top_logprobs_num", 0, size)
     tokens = read_asked_tokens(body, size)
@@ -266,10 +279,36 @@ def read_logprobs(body: GenerateBody, size: int) -> list[LogprobOptions | None]:
         return LogprobOptions(start=start, top=top, token_ids=tokens[index] or None, text=text)
 
     shared = size > 1 and tokens[0] is tokens[1]  # prompts that ask for the same share their options
-    return [
+    found = [
         options(start, top, 0 if shared else index) if want else None
         for index, (want, start, top) in enumerate(zip(wanted, starts, tops, strict=True))
     ]
+    return [with_distribution(*each_of) for each_of in zip(found, entropies, supports, params, strict=True)]
+
+
+def with_distribution(
+    options: LogprobOptions | None, entropy: bool, support: bool, params: SamplingParams
+) -> LogprobOptions | None:
+    """The same options, and these figures of the distribution. Raises RequestError for a support without a bound."""
+    if not (entropy or support):
+        return options
+    if support and not (params.greedy or 1 <= params.top_k <= limits.MAX_SUPPORT_TOKENS):
+        raise RequestError(
+            f"return_sampling_mask needs a top_k in [1, {limits.MAX_SUPPORT_TOKENS}], or temperature 0: "
+            "else the mask may be the whole vocabulary.",
+            field="return_sampling_mask",
+        )
+    return msgspec.structs.replace(options or LogprobOptions(told=False), entropy=entropy, support=support)
+
+
+def check_reasoning(body: GenerateBody, params: list[SamplingParams]) -> None:
+    """A thought before a constrained output is the chat API's; without a constraint there is nothing to do for it."""
+    wanted = each(body, "require_reasoning", False, len(params))
+    if any(want and own.grammar is not None for want, own in zip(wanted, params, strict=True)):
+        raise RequestError(
+            "require_reasoning is not supported with a constrained output: use /v1/chat/completions.",
+            field="require_reasoning",
+        )
 
 
 def read_asked_tokens(body: GenerateBody, size: int) -> list[list[int] | None]:

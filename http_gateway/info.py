@@ -16,12 +16,23 @@ from runtime import flags
 from runtime.errors import RequestError
 from runtime.version import version
 
-OWNER = "sglang"  # clients of this API compare it
+OWNER = "quartet"
 FRESH_S = 0.1  # counters younger than this are not asked for again
 LOADS_TIMEOUT_S = 1.0
 STALE_S = 10.0  # counters older than this say nothing any more
 SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues")
-ONE_RING = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "disaggregation_mode": "null", "encoder_only": False}
+ONE_RING = {
+    "tp_size": 1,
+    "pp_size": 1,
+    "dp_size": 1,
+    "ep_size": 1,
+    "nnodes": 1,
+    "node_rank": 0,
+    "base_gpu_id": 0,
+    "gpu_id_step": 1,
+    "disaggregation_mode": "null",
+    "encoder_only": False,
+}
 
 
 # model
@@ -177,15 +188,19 @@ async def loads(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def get_load(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A list with one entry for each rank, as routers read it; there is one."""
     core = load(gateway, await gateway.census.read(FRESH_S, LOADS_TIMEOUT_S))
     return errors.json_response(
-        {
-            "load": core["num_reqs"],
-            "dp_rank": 0,
-            "num_reqs": core["num_reqs"],
-            "num_waiting_reqs": core["num_waiting_reqs"],
-            "num_tokens": core["num_total_tokens"],
-        }
+        [
+            {
+                "dp_rank": 0,
+                "load": core["num_reqs"],
+                "num_reqs": core["num_reqs"],
+                "num_waiting_reqs": core["num_waiting_reqs"],
+                "num_tokens": core["num_total_tokens"],
+                "ts_tic": time.monotonic(),
+            }
+        ]
     )
 
 

@@ -40,6 +40,8 @@ class Rules:
     hidden_states: bool = False  # and for hidden states
     most_requests: int = 4096  # of one call, copies included
     most_bytes: int = CALL_BYTES_PER_BODY_BYTE * (8 << 20)  # that they take on the ring together
+    longest_prompt: int = 1 << 30  # tokens that fit the context and the pool
+    auto_truncate: bool = False  # longer prompts are cut unasked
     preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own
 
 
@@ -62,6 +64,8 @@ def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rule
     check_all(prompts, rules)
     check_sum(prompts, rules)
     job = Job()
+    alone = len(prompts) == 1 and prompts[0].request.params.n == 1
+    call = "" if alone else uuid.uuid4().hex
     for prompt, rid in zip(prompts, rids, strict=True):
         copies = prompt.request.params.n
         if copies > 1 and rules.prefix_cache and not computes_whole(prompt.request):
@@ -69,7 +73,9 @@ def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rule
             job.warmed.append(len(job.requests))
         for copy in range(copies):
             own = rid if rid is not None and copies == 1 else uuid.uuid4().hex
-            request = msgspec.structs.replace(prompt.request, rid=own, seed=seed(prompt.request.params, copy))
+            own_seed = seed(prompt.request.params, copy)
+            request = msgspec.structs.replace(prompt.request, rid=own, call=call, seed=own_seed)
+            request.truncate = request.truncate or longest(request, rules)
             job.requests.append(msgspec.structs.replace(prompt, request=request))
             job.parents.append(rid or "")
     check_distinct([generate.request.rid for generate in job.requests])
@@ -132,6 +138,13 @@ def prompt_bytes(prompt: Generate) -> int:
     return texts + chat + len(prompt.input_ids) + len(prompt.embeds)
 
 
+def longest(request: Request, rules: Rules) -> int | None:
+    """Where a prompt is cut unasked: --allow-auto-truncate."""
+    if not rules.auto_truncate:
+        return None
+    return rules.longest_prompt - (0 if request.task == "embed" else 1)
+
+
 def seed(params: SamplingParams, copy: int) -> int:
     """The request's own seed, moved on by one for each copy so that they differ; or a random one."""
     if params.sampling_seed is None:
@@ -153,16 +166,26 @@ def warming(prompt: Generate) -> Generate:
         extra_key=prompt.request.extra_key,
         priority=prompt.request.priority,
         log_metrics=False,
+        truncate=prompt.request.truncate,
+        truncate_side=prompt.request.truncate_side,
     )
     return msgspec.structs.replace(prompt, request=request)
 
 
-def sampling_params(given: dict[str, Any] | None, preferred: dict[str, Any]) -> SamplingParams:
-    """`given` laid over `preferred`; null means the default. Raises RequestError or msgspec.ValidationError."""
+def sampling_params(given: dict[str, Any] | None, rules: Rules) -> SamplingParams:
+    """`given` laid over what the server prefers; null means the default. Raises RequestError or ValidationError."""
     asked = {key: value for key, value in (given or {}).items() if value is not None or key == NULL_MEANS_SOMETHING}
     if unknown := sorted(asked.keys() - PARAMETERS):
         raise RequestError(f"sampling_params has an unknown field `{unknown[0]}`.", field=unknown[0])
-    return msgspec.convert({**preferred, **asked}, SamplingParams)
+    merged = {**rules.preferred, **asked}
+    if isinstance(ids := merged.get("stop_token_ids"), list):
+        merged["stop_token_ids"] = [token for token in ids if not is_foreign(token, rules.vocab_size)]
+    return msgspec.convert(merged, SamplingParams)
+
+
+def is_foreign(token: Any, vocab_size: int) -> bool:
+    """A stop id of another tokenizer, or none at all: clients send both, and the model never writes them."""
+    return token is None or (type(token) is int and not 0 <= token < vocab_size)
 
 
 def check(prompt: Generate, rules: Rules) -> None:

@@ -22,8 +22,8 @@ from http_gateway.ring_client import RingClient
 from runtime import model_info, service
 from runtime.control import Abort
 from runtime.errors import StartupError
-from runtime.messages import ABORTED
-from runtime.progress import ProgressReader
+from runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
+from runtime.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
 from runtime.service import Boot, report_ready
 from runtime.sockets import AsyncInbox, AsyncOutbox
 
@@ -32,7 +32,7 @@ uvicorn_log = logging.getLogger("uvicorn.error")
 
 KEEP_ALIVE_S = 75  # clients hold pools of idle connections
 ABORT_GRACE_S = 2.0  # after the drain deadline, for aborted requests to come back with what they have
-ATTEMPTS_OF_A_GATEWAY = 1 << 20  # more restarts than one lives to see
+ATTEMPTS_OF_A_GATEWAY = 1 << ATTEMPT_BITS
 EXIT_FORCED = 128 + signal.SIGTERM
 HEALTH_TIMEOUT_VARIABLE = "SGLANG_HEALTH_CHECK_TIMEOUT"
 
@@ -171,9 +171,11 @@ async def serve(boot: Boot) -> None:
     metrics = Metrics(config.name)
     least_attempt = boot.epoch * ATTEMPTS_OF_A_GATEWAY
     inbox, outbox = AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox)
-    ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt)
+    ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt, service.announced(boot))
     listening = asyncio.create_task(ring.listen())
     listening.add_done_callback(end_with_listener)
+    beating = asyncio.create_task(beat(ring, ProgressWord(boot.run_dir, boot.role)))
+    beating.add_done_callback(end_with_listener)
     if boot.epoch:
         payloads.sweep(boot.run_dir)
         await ring.introduce()
@@ -184,13 +186,21 @@ async def serve(boot: Boot) -> None:
         facts=facts,
         ring=ring,
         metrics=metrics,
-        progress=ProgressReader(boot.run_dir),
+        progress=ProgressReader(boot.run_dir, SCHEDULER),
+        hops={role: ProgressReader(boot.run_dir, role) for role in ROLES if role != GATEWAY},
         run_dir=boot.run_dir,
         health_timeout_s=health_timeout_s(os.environ),
     )
     ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
     await ring.lap()
     await Life(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
+
+
+async def beat(ring: RingClient, progress: ProgressWord) -> None:
+    """Show for ever that the event loop turns."""
+    while True:
+        progress.beat(busy=ring.unfinished > 0)
+        await asyncio.sleep(IDLE_BEAT_S)
 
 
 def end_with_listener(listening: "asyncio.Task[None]") -> None:

@@ -9,8 +9,8 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import rounds
-from http_gateway.endpoint import Endpoint, beside, read_body
+from http_gateway import bodies, rounds
+from http_gateway.endpoint import Endpoint, beside
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import FIELDS, GenerateBody, check_batch, to_job
 from http_gateway.intake import Job
@@ -29,7 +29,7 @@ class VertexBody(msgspec.Struct):
 
 async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     received_at = time.monotonic()
-    body = msgspec.json.decode(await read_body(http), type=GenerateBody)
+    body = await bodies.read(http, GenerateBody)
     job, single = await beside(http, admit, gateway, http, body)
     outputs = [gateway.output(item.request, received_at) for item in job.requests]
     if body.stream:
@@ -40,9 +40,11 @@ async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStrea
 
 async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
-    given = msgspec.json.decode(await read_body(http), type=VertexBody)
+    given = await bodies.read(http, VertexBody)
     check_batch(len(given.instances), "instances")
-    names = {name for instance in given.instances for name in instance if name in FIELDS}
+    given_names = {name for instance in given.instances for name in instance}
+    bodies.refuse_misspelt(given_names, GenerateBody)
+    names = given_names.intersection(FIELDS)
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}
     body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
     job, _ = await beside(http, admit, gateway, http, body)

@@ -5,6 +5,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from http_gateway.output import MetaInfo
+
 
 class CachedTokens(msgspec.Struct):
     cached_tokens: int
@@ -22,17 +24,26 @@ class Metadata(msgspec.Struct):
     weight_version: str
 
 
+class Extras(msgspec.Struct, kw_only=True):
+    """What stands beside a choice where it was asked for; left out where it was not."""
+
+    token_ids: list[int] | UnsetType = UNSET  # of the output; in a stream, the new ones
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    hidden_states: list[float] | UnsetType = UNSET  # behind the last token
+    meta_info: MetaInfo | UnsetType = UNSET
+
+
 # completions
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
-    text_offset: list[int]  # not computed: always -1
+    text_offset: list[int]  # characters of the choice's text, all its chunks joined, before the token
     token_logprobs: list[float | None]
-    tokens: list[str | None]
+    tokens: list[str]
     top_logprobs: list[dict[str, float | None] | None]
 
 
-class CompletionChoice(msgspec.Struct, kw_only=True):
+class CompletionChoice(Extras, kw_only=True):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -83,6 +94,7 @@ class Delta(msgspec.Struct, kw_only=True):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
+    hidden_states: list[float] | UnsetType = UNSET
 
 
 class ScoredToken(msgspec.Struct, kw_only=True):
@@ -102,7 +114,7 @@ class ChatLogprobs(msgspec.Struct):
     content: list[ScoredPosition]
 
 
-class ChatChoice(msgspec.Struct, kw_only=True):
+class ChatChoice(Extras, kw_only=True):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
@@ -110,7 +122,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     matched_stop: int | str | None = None
 
 
-class ChatChunkChoice(msgspec.Struct, kw_only=True):
+class ChatChunkChoice(Extras, kw_only=True):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None

@@ -2,15 +2,17 @@
 
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from http_gateway.gateway import Gateway
-from http_gateway.generate_body import asks, read_rids
+from http_gateway.generate_body import HIDDEN_STATES_OFF, asks, read_rids, with_distribution
 from http_gateway.intake import Job, fan_out, sampling_params
-from http_gateway.openai_types import REFUSED, GenerationBody
+from http_gateway.openai_types import REFUSED, CompletionBody, GenerationBody
 from http_gateway.response_format import grammar
+from http_gateway.truncation import wished
 from runtime import limits
 from runtime.errors import RequestError
 from runtime.messages import Generate, LogprobOptions, Request
@@ -18,6 +20,7 @@ from runtime.sampling import GRAMMARS, SamplingParams
 
 DEFAULT_MODEL = "default"
 RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+SAID = {ours: theirs for theirs, ours in RENAMED.items()} | {"max_new_tokens": "max_tokens"}  # in errors
 SAME = tuple(
     field.name
     for field in msgspec.structs.fields(SamplingParams)
@@ -51,7 +54,8 @@ def params_of(
             add_grammar(given, constraint)
     from_model = gateway.config.sampling_defaults == "model"
     under = model_defaults(gateway.model.generation_config) if from_model else {}
-    return sampling_params(given | dict(limit), {**fallback, **under, **gateway.rules.preferred})
+    preferred = {**fallback, **under, **gateway.rules.preferred}
+    return sampling_params(given | dict(limit), replace(gateway.rules, preferred=preferred))
 
 
 def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:
@@ -84,16 +88,26 @@ def job_of(
         raise RequestError("priority needs a server started with --schedule-policy priority.", field="priority")
     if len(prompts) > limits.MAX_BATCH_PROMPTS:
         raise RequestError(f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {len(prompts)}.")
+    completion = isinstance(body, CompletionBody)  # there the ids of the prompt come with those of the output
+    hidden = bool(body.return_hidden_states)
+    if hidden and not gateway.rules.hidden_states:
+        raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
+    options = with_distribution(logprobs, bool(body.return_entropy), bool(body.return_sampling_mask), params)
+    truncation = wished(body, "left")
     for prompt in prompts:
         prompt.request = Request(
             rid="",
             params=params,
-            logprobs=logprobs,
+            logprobs=options,
             stream=bool(body.stream),
             extra_key=(body.extra_key or "") + (body.cache_salt or ""),
             priority=body.priority or 0,
+            return_hidden_states=hidden,
+            return_prompt_ids=bool(body.return_prompt_token_ids or (completion and body.return_token_ids)),
             log_metrics=body.log_metrics is not False,
         )
+        if truncation is not None:
+            truncation.apply(prompt.request, gateway.rules)
     rid = uuid.uuid4().hex if body.rid is None else body.rid
     rids = read_rids(rid, len(prompts), single)
     job = fan_out(prompts, rids, gateway.rules)

@@ -10,6 +10,7 @@ import msgspec
 
 from http_gateway.response_format import ResponseFormat
 from http_gateway.tool_events import Tool
+from http_gateway.truncation import Truncating
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -19,7 +20,7 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None  # the usage so far in every chunk
 
 
-class GenerationBody(msgspec.Struct, kw_only=True):
+class GenerationBody(Truncating, kw_only=True):
     """The fields that completions and chat completions share."""
 
     model: str | None = None
@@ -41,7 +42,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     min_p: float | None = None
     min_tokens: int | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int | None] | None = None
     stop_regex: str | list[str] | None = None
     no_stop_trim: bool | None = None
     ignore_eos: bool | None = None
@@ -58,16 +59,18 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     log_metrics: bool | None = None
     background: bool | None = None
+    # beside each choice
+    return_token_ids: bool | None = None  # ids of the output, with completions of the prompt too
+    return_prompt_token_ids: bool | None = None
+    return_hidden_states: bool | Literal["last"] | None = None  # behind the last token
+    return_meta_info: bool | None = None  # the native one
+    return_entropy: bool | None = None  # told in meta_info, as is the mask
+    return_sampling_mask: bool | None = None
     # refused
     lora_path: Any = None
     session_params: Any = None
     custom_logit_processor: Any = None
-    return_hidden_states: Any = None
     return_routed_experts: Any = None
-    return_token_ids: Any = None
-    return_prompt_token_ids: Any = None
-    return_meta_info: Any = None
-    return_entropy: Any = None
     return_bytes: Any = None
     bootstrap_host: Any = None
     bootstrap_port: Any = None
@@ -109,10 +112,11 @@ class ChatBody(GenerationBody, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
     documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None  # refused: a template is code
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

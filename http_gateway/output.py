@@ -94,6 +94,9 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     output_top_logprobs: Raw | UnsetType = UNSET
     input_token_ids_logprobs: Raw | UnsetType = UNSET
     output_token_ids_logprobs: Raw | UnsetType = UNSET
+    output_token_entropy: Raw | UnsetType = UNSET
+    output_token_sampling_mask: Raw | UnsetType = UNSET
+    output_token_sampling_logprobs: Raw | UnsetType = UNSET
     routed_experts: str | UnsetType = UNSET
     hidden_states: Raw | UnsetType = UNSET
     spec_verify_ct: int | UnsetType = UNSET
@@ -109,6 +112,7 @@ class Answer(msgspec.Struct, kw_only=True):
 
     text: Raw | UnsetType = UNSET
     output_ids: Raw
+    prompt_token_ids: Raw | UnsetType = UNSET
     meta_info: MetaInfo
     index: int | UnsetType = UNSET
 
@@ -127,10 +131,19 @@ def finish_reason(finish: Finish) -> dict[str, Any]:
 def logprob_keys(request: Request) -> list[str]:
     """The suffixes of the logprob arrays that the request wants."""
     options = request.logprobs
-    if options is None:
+    if options is None or not options.told:
         return []
     wanted = {"token_logprobs": True, "top_logprobs": options.top > 0, "token_ids_logprobs": bool(options.token_ids)}
     return [name for name, asked in wanted.items() if asked]
+
+
+def distribution_keys(request: Request) -> list[str]:
+    """The arrays that tell of the distributions that output tokens were drawn from."""
+    options = request.logprobs
+    if options is None:
+        return []
+    masks = ["output_token_sampling_mask", "output_token_sampling_logprobs"] if options.support else []
+    return masks + (["output_token_entropy"] if options.entropy else [])
 
 
 class Output:
@@ -144,6 +157,8 @@ class Output:
         self._text = Fragment(b'"') if text else None
         keys = [f"{side}_{name}" for name in logprob_keys(request) for side in ("input", "output")]
         self._logprobs = {key: Fragment(b"[") for key in keys}
+        self._distributions = {key: Fragment(b"[") for key in distribution_keys(request)}
+        self._prompt: Raw | UnsetType = UNSET  # its ids
         self._hidden = Fragment(b"[") if request.return_hidden_states else None
         self._meta = MetaInfo(id=request.rid, weight_version=weight_version, weight_versions=[])
         self._speculation: Speculation | None = None  # where the server speculates
@@ -169,6 +184,10 @@ class Output:
         if self._logprobs:
             self._score("input", tokens.input_logprobs)
             self._score("output", tokens.logprobs)
+        if self._distributions and tokens.logprobs is not None:
+            self._describe(tokens.logprobs)
+        if tokens.prompt_ids:
+            self._prompt = Raw(_encode(unpack_ids(tokens.prompt_ids).tolist()))
         if self._hidden is not None and tokens.hidden_states:
             self._hidden.extend(self._hidden_states(tokens))
         if tokens.finish is not None:
@@ -197,6 +216,15 @@ class Output:
         if options.token_ids:
             self._logprobs[f"{side}_token_ids_logprobs"].extend(logprobs.asked(given, options.token_ids))
 
+    def _describe(self, given: Logprobs) -> None:
+        rows: dict[str, Sequence[Any]] = {
+            "output_token_entropy": logprobs.floats(given.entropies),
+            "output_token_sampling_mask": logprobs.supports(given),
+            "output_token_sampling_logprobs": logprobs.floats(given.support_values),
+        }
+        for key, fragment in self._distributions.items():
+            fragment.extend(rows[key])
+
     def _hidden_states(self, tokens: Tokens) -> list[Any]:
         """The prompt's as one matrix, which comes first; then a vector for each output token that was read again."""
         numbers, size = array("f", tokens.hidden_states), tokens.hidden_size
@@ -220,19 +248,34 @@ class Output:
 
     def answer(self, index: int | UnsetType = UNSET) -> bytes:
         """The JSON of everything so far."""
+        meta = self.meta_info()
+        text = UNSET if self._text is None else self._text.json()
+        self._told = meta.completion_tokens
+        return _encode(
+            Answer(
+                text=text,
+                output_ids=self._ids.json(),
+                prompt_token_ids=self._prompt,
+                meta_info=meta,
+                index=index,
+            )
+        )
+
+    def meta_info(self) -> MetaInfo:
+        """All but the text and the ids."""
         meta = self._meta
-        for key, fragment in self._logprobs.items():
+        for key, fragment in (self._logprobs | self._distributions).items():
             setattr(meta, key, fragment.json())
         if self._hidden is not None:
             meta.hidden_states = self._hidden.json()
         if self._speculation is not None:
             self._speculation.tell(meta)
-        text = UNSET if self._text is None else self._text.json()
-        self._told = meta.completion_tokens
-        return _encode(Answer(text=text, output_ids=self._ids.json(), meta_info=meta, index=index))
+        return meta
 
     def forget(self) -> None:
         """Drop what was told: the next answer holds only what is new (counters stay)."""
-        for fragment in (self._ids, self._text, self._hidden, *self._logprobs.values()):
+        self._prompt = UNSET
+        told = (*self._logprobs.values(), *self._distributions.values())
+        for fragment in (self._ids, self._text, self._hidden, *told):
             if fragment is not None:
                 fragment.clear()

@@ -32,6 +32,12 @@ class Progress(Protocol):
     def beats(self) -> int: ...
 
 
+class Pulse(Protocol):
+    """Whether the process of a service runs (runtime/progress.py)."""
+
+    def pulse_age_s(self) -> float: ...
+
+
 class Census:
     """What every hop last said of itself."""
 

@@ -1,10 +1,12 @@
 """uvicorn's HTTP/1.1 protocol with bounds on the head of a request, which the parser itself has not.
 
 A head may have so many bytes and take so long; a connection that sends nothing is closed like an idle one. Without
-this a header without end is kept in memory, and half-open requests are held for ever.
+this a header without end is kept in memory, and half-open requests are held for ever. A target in absolute form names
+the host instead of the Host header (RFC 9112, 3.2.2).
 """
 
 import asyncio
+import re
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -12,6 +14,7 @@ from runtime.limits import HEADER_DEADLINE_S, MAX_HEADER_BYTES
 
 TOO_LARGE = b"431 Request Header Fields Too Large"
 TOO_SLOW = b"408 Request Timeout"
+ABSOLUTE = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")  # a target as proxies get it, which names its own host
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -45,6 +48,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._disarm()
+        if (named := ABSOLUTE.match(self.url)) and sum(name == b"host" for name, _ in self.headers) < 2:
+            self.headers[:] = [header for header in self.headers if header[0] != b"host"]  # which does not count then
+            self.headers.append((b"host", named[1]))
         super().on_headers_complete()
 
     def _arm(self, seconds: float) -> None:

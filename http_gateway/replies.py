@@ -1,6 +1,7 @@
 """What a client sees of a command's Reply: {"success", "message", …}, unless RENDER has what the wire contract wants.
 
-A reply's body also tells the gateway itself something (`Gateway.learn`); only what is named here is shown.
+A sentence that a client reads has one owner, the handler that carries the command out: nothing is put before or behind
+it here. A reply's body also tells the gateway itself something (`Gateway.learn`); only what is named here is shown.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,6 @@ from runtime.messages import Reply
 
 Render = Callable[[Reply], Response]
 
-FLUSHED = (
-    "Cache flushed.\nPlease check backend logs for more details. "
-    "(When there are running or waiting requests, the operation will not be performed.)\n"
-)
-
 
 def render(command: ControlCommand, reply: Reply) -> Response:
     return RENDER.get(type(command), plain)(reply)
@@ -35,11 +31,9 @@ def plain(reply: Reply) -> Response:
     return errors.json_response(body, status_of(reply))
 
 
-def flushed(reply: Reply) -> Response:
-    if reply.success:
-        return PlainTextResponse(FLUSHED)
-    reason = f"{reply.message}\n" if reply.message else ""
-    return PlainTextResponse(f"Flush cache failed.\n{reason}", 400)
+def spoken(reply: Reply) -> Response:
+    """The message alone, as text, whether the command was carried out or refused."""
+    return PlainTextResponse(reply.message, status_of(reply))
 
 
 def told(reply: Reply) -> Response:
@@ -84,7 +78,7 @@ def rows_of_tensor(reply: Reply) -> Response:
 
 
 RENDER: dict[type[ControlCommand], Render] = {
-    control.FlushCache: flushed,
+    control.FlushCache: spoken,
     control.StartExpertDistributionRecord: told,
     control.StopExpertDistributionRecord: told,
     control.DumpExpertDistributionRecord: told,

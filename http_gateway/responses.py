@@ -9,9 +9,9 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors, rounds
+from http_gateway import bodies, errors, rounds
 from http_gateway.chat import Call
-from http_gateway.endpoint import Endpoint, beside, read_body, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks
 from http_gateway.native import check_servable
@@ -153,7 +153,7 @@ class Answer:
 async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """A text in answer to a text or a conversation."""
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=ResponsesBody)
+    body = await bodies.read(http, ResponsesBody)
     check_servable(gateway, http)
     call = await beside(http, Call, gateway, chat_body(body))
     answer = Answer(body, call)
@@ -215,8 +215,18 @@ async def stored(gateway: Gateway, http: HTTPRequest) -> Response:
     raise RequestError(NOT_STORED.format(http.path_params["id"]), Kind.NOT_FOUND)
 
 
+SHAPE = errors.saying(
+    errors.openai,
+    {
+        "max_new_tokens": "max_output_tokens",
+        "max_completion_tokens": "max_output_tokens",
+        "messages": "input",
+        "text": "input",
+        "prompt": "input",
+    },
+)
 ENDPOINTS = [
-    Endpoint("/v1/responses", responses, ("POST",), shape=errors.openai, body=ResponsesBody),
+    Endpoint("/v1/responses", responses, ("POST",), shape=SHAPE, body=ResponsesBody),
     Endpoint("/v1/responses/{id}", stored, ("GET", "DELETE"), shape=errors.openai),
     Endpoint("/v1/responses/{id}/cancel", stored, ("POST",), shape=errors.openai),
 ]

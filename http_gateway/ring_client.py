@@ -16,6 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from http_gateway.commands import Commands, Waiting
@@ -24,7 +25,8 @@ from http_gateway.journal import Pending, digest
 from http_gateway.quarantine import GUILTY, Quarantine
 from runtime.control import Abort, ControlCommand, Probe
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
+from runtime.guard import Announced, Guard, end_of
+from runtime.messages import ABORTED, GATEWAY, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
 from runtime.sockets import FrameTooLarge
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ FRAMES_A_TURN = 8
 LAP_TIMEOUT_S = 5.0
 INTRODUCE_AGAIN_S = 5.0
 RELAYED_ABORTS = 1024  # the last ones, kept in case the tokenizer dies with them
+NOT_TAKEN = "Internal error: no service took the request."
 CONDEMNED = (
     "A request like this one has ended a process of the server again and again; it is not tried for ten minutes."
 )
@@ -60,13 +63,22 @@ class Meter(Protocol):
 class RingClient:
     """Owns everything that is on its way round the ring."""
 
-    def __init__(self, inbox: Receiver, outbox: Sender, limit: int, meter: Meter, least_attempt: int = 0) -> None:
+    def __init__(
+        self,
+        inbox: Receiver,
+        outbox: Sender,
+        limit: int,
+        meter: Meter,
+        least_attempt: int = 0,
+        announced: Announced | None = None,
+    ) -> None:
         """`least_attempt`: beyond all attempts of the gateway before."""
         self.closing = False  # no new requests: the server drains
         self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
         self.last_heard_at = 0.0
         self.on_reply: Callable[[Reply], None] = lambda reply: None  # hears them all, those for nobody too
         self.on_facts: Callable[[Facts], None] = lambda facts: None  # hears them, those of a restarted scheduler too
+        self.guard = Guard(GATEWAY, announced or Announced(), self._give_up)
         self._inbox = inbox
         self._outbox = outbox
         self._limit = limit
@@ -103,9 +115,7 @@ class RingClient:
             self._check_room(batch)
         flight = Flight([generate.request.rid for generate in batch], self._abandon)
         now, entries = time.monotonic(), []
-        call = next(self._serials)
         for index, generate in enumerate(batch):
-            generate.request.call = call
             parent = parents[index] if parents else ""
             entries.append(Pending(generate, parent, flight, index, next(self._serials), now, self._attempt))
         if not self._quarantine.alone:
@@ -286,7 +296,9 @@ class RingClient:
     async def probe(self, timeout_s: float) -> dict[str, dict[str, Any]]:
         """The counters of every hop, by role. Raises TimeoutError and RequestError."""
         answer = await self.command(Probe(), timeout_s)
-        return answer.counters if isinstance(answer, Probe) else {}
+        if not isinstance(answer, Probe):
+            return {}
+        return {**answer.counters, GATEWAY: {"failed_messages_total": self.guard.failed}}
 
     async def facts(self) -> Facts:
         """What the loaded model allows; waits until the scheduler has said it."""
@@ -308,10 +320,25 @@ class RingClient:
         for frame in itertools.count(1):
             messages = await self._inbox.recv()
             now = self.last_heard_at = time.monotonic()
-            for message in messages:
-                self._receive.get(type(message), self._on_other)(message, now)
+            self.guard.each(messages, partial(self._hear, now))
             if frame % FRAMES_A_TURN == 0:
                 await asyncio.sleep(0)
+
+    def _hear(self, now: float, message: Message) -> list[Message]:
+        self._receive.get(type(message), self._on_other)(message, now)
+        return []
+
+    def _give_up(self, message: Message, finish: Finish) -> list[Message]:
+        """End the request or the command whose message could not be handled."""
+        match end_of(message, finish):
+            case Text(tokens=tokens) | (Tokens() as tokens):
+                entry = self._pending.get(tokens.rid)
+                if entry is not None and entry.attempt == tokens.attempt:
+                    self._send_aborts([entry.abort()])
+                    self._end(entry, finish)
+            case Reply() as reply:
+                self._on_answer(reply, time.monotonic())
+        return []
 
     def _on_text(self, text: Text, now: float) -> None:
         entry = self._pending.get(text.tokens.rid)
@@ -327,10 +354,10 @@ class RingClient:
             text.tokens.cached_tokens = entry.cached_tokens  # those of its first attempt
         if text.tokens.prompt_tokens:
             entry.prompt_tokens, entry.cached_tokens = text.tokens.prompt_tokens, text.tokens.cached_tokens
-        self._meter.heard(entry, text, now)
-        entry.last_heard_at, entry.heard = now, True
         if entry.flight is not None:
             entry.flight.put(entry.index, text)
+        self._meter.heard(entry, text, now)
+        entry.last_heard_at, entry.heard = now, True
         if self._quarantine.hears(entry, ended):
             self._pump()
 
@@ -356,12 +383,12 @@ class RingClient:
         known = self._commands.epoch
         if facts.epoch < known:  # the words of one that has died may come behind its successor's
             return
+        self.on_facts(facts)  # first: where it raises, nothing has been believed
         restarted = self._facts.done() and facts.epoch > known
         if self._facts.done():
             self._facts = asyncio.get_running_loop().create_future()
         self._facts.set_result(facts)
         self._commands.epoch = facts.epoch
-        self.on_facts(facts)
         if restarted:
             self._recover("scheduler")
 
@@ -377,6 +404,7 @@ class RingClient:
             self._on_answer(Reply(id=message.id, success=False, status=400, message=f"{name} is not supported."), now)
             return
         log.error("a %s message came back to the gateway; no service took it", type(message).__name__)
+        self._give_up(message, Finish.internal(NOT_TAKEN))
 
     def _check_idle(self) -> None:
         if not self._pending:

@@ -8,9 +8,9 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors, rounds
+from http_gateway import bodies, errors, rounds
 from http_gateway.embeddings import usage
-from http_gateway.endpoint import Endpoint, beside, read_body, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack
 from http_gateway.intake import Job, Rules, fan_out
@@ -37,7 +37,7 @@ class ScoreBody(msgspec.Struct, kw_only=True):
 
 async def score(gateway: Gateway, http: HTTPRequest) -> Response:
     require_json(http)
-    body = msgspec.json.decode(await read_body(http), type=ScoreBody)
+    body = await bodies.read(http, ScoreBody)
     check_generates(gateway)
     check(body)
     texts = await first_tokens(gateway, http, await beside(http, to_job, body, gateway.rules))
@@ -108,4 +108,8 @@ def shares(logprobs: list[float], among_labels: bool) -> list[float]:
     return [value / sum(found) for value in found] if among_labels else found
 
 
-ENDPOINTS = [Endpoint("/v1/score", score, ("POST",), shape=errors.openai, body=ScoreBody)]
+SHAPE = errors.saying(
+    errors.openai,
+    {"token_ids_logprob": "label_token_ids", "input_ids": "items", "text": "items", "prompt": "items"},
+)
+ENDPOINTS = [Endpoint("/v1/score", score, ("POST",), shape=SHAPE, body=ScoreBody)]

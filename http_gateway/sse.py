@@ -13,7 +13,11 @@ from runtime.errors import Kind, RequestError
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),  # a proxy that compresses would hold events back
+    (b"x-accel-buffering", b"no"),  # the same for nginx, which buffers answers by default
+]
 
 
 def event(payload: bytes) -> bytes:

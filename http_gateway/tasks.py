@@ -27,13 +27,15 @@ def check_embeds(gateway: Gateway) -> Embedding:
     return gateway.model.embedding
 
 
-def check_dimensions(gateway: Gateway, embedding: Embedding, dimensions: int | None) -> None:
-    """Raise RequestError where vectors cannot be cut to so many dimensions."""
+def cut_to(gateway: Gateway, embedding: Embedding, dimensions: int | None) -> int | None:
+    """The dimensions to cut vectors to; None where they stay as they are. Raises RequestError where that cannot be."""
     if dimensions is None:
-        return
+        return None
     size = gateway.model.hidden_size * len(embedding.pooling)
     if not 1 <= dimensions <= size:
         raise RequestError(f"dimensions must be in [1, {size}], got {dimensions}.", field="dimensions")
+    if dimensions == size:
+        return None
     if not embedding.matryoshka:
         raise RequestError(NOT_MATRYOSHKA.format(gateway.config.name), field="dimensions")
     if embedding.dimensions and dimensions not in embedding.dimensions:
@@ -41,3 +43,4 @@ def check_dimensions(gateway: Gateway, embedding: Embedding, dimensions: int | N
             f"dimensions must be one of {list(embedding.dimensions)} for this model, got {dimensions}.",
             field="dimensions",
         )
+    return dimensions

@@ -6,28 +6,29 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors
+from http_gateway import bodies, errors
+from http_gateway.chat_body import choosing, prompt_of
 from http_gateway.endpoint import Endpoint, beside, read_body
 from http_gateway.gateway import Gateway
-from http_gateway.tool_events import Tool
+from http_gateway.openai_types import ChatBody
 from runtime import limits
 from runtime.control import ControlCommand, Detokenize, Tokenize
 from runtime.errors import Kind, RequestError
-from runtime.messages import Chat, Reply, pack_ids, unpack_ids
+from runtime.messages import Reply, pack_ids, unpack_ids
 
 TIMEOUT_S = 60.0
+NULL = b"null"
 ONE_SOURCE = "Either prompt or messages should be provided."
 BAD_IDS = "tokens must be a list of token ids, or a list of such lists."
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
+    """A prompt, or a conversation with all that a chat completion takes: it is read and rendered as one."""
+
     model: str | None = None
     prompt: str | list[str] | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[Tool] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
+    messages: list[dict[str, Any]] | None = None
 
 
 class TokenizeAnswer(msgspec.Struct, kw_only=True):
@@ -48,26 +49,45 @@ class DetokenizeAnswer(msgspec.Struct):
 
 async def tokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     """The ids of a text, of many, or of a conversation in the model's form."""
-    body = msgspec.json.decode(await read_body(http), type=TokenizeBody)
-    found = [unpack_ids(ids).tolist() for ids in (await ask(gateway, await beside(http, command_of, body)))["tokens"]]
-    single = not isinstance(body.prompt, list)
+    raw = await read_body(http)
+    if has_messages(raw):
+        chat = bodies.decode(raw, ChatBody)
+        found, single = [await ids_of_chat(gateway, http, chat)], True
+    else:
+        body = bodies.decode(raw, TokenizeBody)
+        command = await beside(http, command_of, body)
+        found, single = await tokens_of(gateway, command), not isinstance(body.prompt, list)
     tokens = found[0] if single else found
     count = len(found[0]) if single else [len(ids) for ids in found]
     return errors.json_response({"tokens": tokens, "count": count, "max_model_len": gateway.facts.context_length})
 
 
-def command_of(body: TokenizeBody) -> Tokenize:
-    if (body.prompt is None) == (body.messages is None):
+def has_messages(raw: bytes) -> bool:
+    """Whether a body is a conversation. Raises RequestError for one that is a prompt too."""
+    given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    prompt, messages = (bytes(given.get(name, NULL)) != NULL for name in ("prompt", "messages"))
+    if prompt and messages:
         raise RequestError(ONE_SOURCE, field="prompt")
-    if body.messages is not None:
-        return Tokenize(
-            chat=Chat(
-                messages=body.messages,
-                tools=[tool.plain() for tool in body.tools] if body.tools else None,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                template_kwargs=body.chat_template_kwargs or {},
-            )
-        )
+    return messages
+
+
+async def ids_of_chat(gateway: Gateway, http: HTTPRequest, body: ChatBody) -> list[int]:
+    """The prompt of a chat completion."""
+    choice = choosing(body, gateway.config.tool_call_parser)
+    prompt = await beside(http, prompt_of, body, choice, gateway.rules.vocab_size)
+    if prompt.chat is None:
+        return unpack_ids(prompt.input_ids).tolist()
+    return (await tokens_of(gateway, Tokenize(chat=prompt.chat)))[0]
+
+
+async def tokens_of(gateway: Gateway, command: Tokenize) -> list[list[int]]:
+    """The ids of each text of a command."""
+    return [unpack_ids(ids).tolist() for ids in (await ask(gateway, command))["tokens"]]
+
+
+def command_of(body: TokenizeBody) -> Tokenize:
+    if body.prompt is None:
+        raise RequestError(ONE_SOURCE, field="prompt")
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt or []
     check_count(texts, "prompt")
     return Tokenize(texts=texts, add_special_tokens=body.add_special_tokens is not False)
@@ -75,7 +95,7 @@ def command_of(body: TokenizeBody) -> Tokenize:
 
 async def detokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     """The text of token ids, or of many lists of them."""
-    body = msgspec.json.decode(await read_body(http), type=DetokenizeBody)
+    body = await bodies.read(http, DetokenizeBody)
     many = bool(body.tokens) and isinstance(body.tokens[0], list)
     lists: list[Any] = body.tokens if many else [body.tokens]
     check_count(lists, "tokens")
@@ -104,9 +124,12 @@ def check_ids_count(count: int) -> None:
         )
 
 
-async def detokenize_ids(gateway: Gateway, ids: list[bytes], skip_special_tokens: bool) -> list[str]:
-    """The text of each list of ids. Raises RequestError."""
-    found = await ask(gateway, Detokenize(ids=ids, skip_special_tokens=skip_special_tokens))
+async def detokenize_ids(
+    gateway: Gateway, ids: list[bytes], skip_special_tokens: bool = True, *, open_end: bool = False
+) -> list[str]:
+    """The text of each list of ids; `open_end`: without an unfinished last character. Raises RequestError."""
+    command = Detokenize(ids=ids, skip_special_tokens=skip_special_tokens, open_end=open_end)
+    found = await ask(gateway, command)
     texts: list[str] = found["texts"]
     return texts
 

@@ -30,7 +30,7 @@ def warm_up(config: ServerConfig, host: str, port: int, tries: int = TRIES) -> N
     path, body = request(config)
     headers = {"Content-Type": b"application/json"}
     if config.api_key:
-        headers["Authorization"] = b"Bearer " + config.api_key.encode()  # a str would have to be Latin-1
+        headers["Authorization"] = b"Bearer " + config.api_key.split(",")[0].encode()  # a str would have to be Latin-1
     try:
         wait_for_answer(LOCAL.get(host, host), port, headers, tries)
         status, answer = call(LOCAL.get(host, host), port, "POST", path, headers, TIMEOUT_S, msgspec.json.encode(body))

@@ -93,9 +93,10 @@ class Attend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q (batch, heads, rows, dim), k and v (batch, heads, keys, dim) → result and its log-sum-exp."""
         if self.softcap is None and q.device.type == "cpu":
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, causal, attn_mask=mask, scale=self.scale
             )
+            return result, lse
         return self.explicit(q, k, v, mask, causal)
 
     def explicit(
@@ -137,13 +138,13 @@ def _chunk(chunk: ChunkCall, q: torch.Tensor, attend: Attend) -> tuple[torch.Ten
     results = []
     for block in chunk.blocks:
         rows = queries[:, :, block.first : block.last]
-        keys = (x[:, block.low : block.high] for x in (k, v))  # (kv_heads, keys, dim)
+        keys, values = k[:, block.low : block.high], v[:, block.low : block.high]  # (kv_heads, keys, dim)
         if block.mask is None and not block.causal:
-            folded, lse = attend(rows.flatten(1, 2).unsqueeze(0), *(x.unsqueeze(0) for x in keys), None)
+            folded, lse = attend(rows.flatten(1, 2).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), None)
             results.append((folded.view(rows.shape), lse.view(rows.shape[:3])))
         else:
-            spread = (x.unsqueeze(1).expand(-1, rows.shape[1], -1, -1) for x in keys)  # no copy: stride 0
-            results.append(attend(rows, *spread, block.mask, block.causal))
+            spread = [x.unsqueeze(1).expand(-1, rows.shape[1], -1, -1) for x in (keys, values)]  # no copy: stride 0
+            results.append(attend(rows, spread[0], spread[1], block.mask, block.causal))
     disjoint = len(results) > 1 and chunk.blocks[1].first > 0
     if len(results) == 1:
         out, lse = results[0]

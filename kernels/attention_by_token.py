@@ -33,8 +33,8 @@ def paged_attention_by_token(
         k, v = context(attend, runs, length)
         for last in range(length - queries + 1, length + 1):
             first = 0 if window is None else max(0, last - window)
-            keys = (x[:, first:last].unsqueeze(0) for x in (k, v))
-            result, lse = attend(grouped[row].unsqueeze(0), *keys, None)  # (1, kv_heads, group, dim)
+            keys, values = k[:, first:last].unsqueeze(0), v[:, first:last].unsqueeze(0)
+            result, lse = attend(grouped[row].unsqueeze(0), keys, values, None)  # (1, kv_heads, group, dim)
             if sinks is not None:
                 kept = torch.sigmoid(lse - sinks.float().view(1, kv_heads, -1))
                 result = result * kept.unsqueeze(-1).to(result.dtype)

@@ -19,7 +19,7 @@ class Tile:
 
 
 TILES = {
-    "add_rms_norm": Tile(warps=4),
+    "rms_norm": Tile(warps=4),
     "gated_activation": Tile(columns=1024),
     "qkv_rope_kv": Tile(rows=4, columns=1024),
     "rope_kv": Tile(rows=8),
@@ -41,7 +41,6 @@ TILES = {
     "logits": Tile(columns=4096, warps=8),
     "select": Tile(columns=1024, warps=16),
     "prepare": Tile(columns=1024),
-    "pages": Tile(columns=1024),
 }
 MULTIPROCESSORS = 132  # of an H100 or H200
 KV_SPLIT = 256  # keys of one program of paged decode: fixed, so that a row's sums do not depend on the batch

@@ -24,6 +24,9 @@ A weight with very many rows, such as a language-model head, is packed in blocks
 beside a running model is never one long stretch of work; putting the blocks' results side by side costs little.
 Smaller blocks would cost more: a product takes 0.1 ms however small it is.
 
+oneDNN compiles and keeps a kernel of up to 2 MB for every number of rows that it meets, which takes it 1 to 9 ms each.
+So rows are filled up to one of a few sizes (`row_size`), and no mix of prompt lengths makes a process grow.
+
 Memory: a packed copy takes as much as the weight (twice as much for float16). The weight itself stays: checkpoints
 are read into it and compared with it. When its values have changed, `adopt(pack(weight))` follows.
 """
@@ -38,8 +41,15 @@ PACKED_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, t
 PACKED_FOR_ROWS = 64  # the hint to oneDNN that served 1 to 256 rows best
 BLOCK_FEATURES = 16384  # rows of a weight that are packed in one go
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # so many rows share a product where order is kept
+SIZES_A_DOUBLING = 8  # numbers of rows that products are computed with, between one power of two and the next
 
 Packed = tuple[torch.Tensor, ...]  # one for each block of the weight's rows
+
+
+def row_size(rows: int) -> int:
+    """The number of rows that a product of so many is computed with: 1 to 8, 9, 10, ... 16, 18, ... 32, 36, ..."""
+    step = max(1, (1 << (rows - 1).bit_length()) // (2 * SIZES_A_DOUBLING)) if rows > 1 else 1
+    return -(-rows // step) * step
 
 
 def no_pause() -> None:
@@ -90,7 +100,7 @@ class Linear:
     def sizes(self, rows: int) -> list[int]:
         """The numbers of rows to multiply one after the other; in sum `rows` or more."""
         if not self.row_counts:
-            return [max(rows, self.least_rows)]
+            return [max(row_size(rows), self.least_rows)]
         full, rest = divmod(rows, self.row_counts[-1])
         last = [count for count in self.row_counts if count >= rest][:1] if rest else []
         return [self.row_counts[-1]] * full + last
@@ -101,6 +111,11 @@ class Linear:
         `breathe` is called after each block.
         """
         return None if self.packed_dtype is None else pack(weight, self.packed_dtype, breathe)
+
+    @property
+    def packed_bytes(self) -> int:
+        """What the packed form takes."""
+        return 0 if self.packed_dtype is None else self.weight.numel() * self.packed_dtype.itemsize
 
     def keep_order(self) -> None:
         """From now on a row gets the same bits whatever is beside it, for all shapes and dtypes, if not as fast.
@@ -136,7 +151,8 @@ def pack(weight: torch.Tensor, dtype: torch.dtype, breathe: Callable[[], None] =
 
 def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, gelu: bool = False) -> Iterator[torch.Tensor]:
     """The columns of x @ weight.T + bias, block by block."""
-    after = ("gelu", [], "none") if gelu else ("none", [], "")  # operation, its numbers, its approximation
+    no_numbers: list[float] = []
+    after = ("gelu", no_numbers, "none") if gelu else ("none", no_numbers, "")  # operation, numbers, approximation
     biases = [None] * len(packed) if bias is None else bias.split(BLOCK_FEATURES)
     for block, its in zip(packed, biases, strict=True):
         yield torch.ops.mkldnn._linear_pointwise(x, block, its, *after)

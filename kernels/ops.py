@@ -12,7 +12,7 @@ from functools import partial
 from importlib import import_module
 from typing import Literal
 
-Backend = Literal["auto", "torch", "triton"]
+Implementation = Literal["auto", "torch", "triton"]
 Op = Callable[..., None]
 
 
@@ -20,7 +20,7 @@ Op = Callable[..., None]
 class Ops:
     """Every fused operation; the one in torch is its specification."""
 
-    add_rms_norm: Op
+    rms_norm: Op
     gated_activation: Op
     gemv: Op
     norm_gate_up: Op
@@ -38,24 +38,21 @@ class Ops:
     expert_gemm: Op
     expert_sum: Op
     lm_head_sample: Op
-    apply_bitmask: Op
     process_logits: Op
     draw: Op
     select: Op
     prepare: Op
-    copy_pages: Op
-    clear_pages: Op
 
 
-NORM = ("add_rms_norm", "gated_activation")
+NORM = ("rms_norm", "gated_activation")
 FEW_TOKENS = ("gemv", "norm_gate_up")
 SKINNY = ("skinny", "skinny_gated")
 ROPE = ("norm_qkv_rope_kv", "rope_kv")
 MOE_DECODE = ("router", "choose_experts", "expert_gate_up", "expert_down")
 MOE_BATCH = ("align_experts", "expert_gemm", "expert_sum")
 HEAD = ("lm_head_sample", "draw")
-SAMPLING = ("apply_bitmask", "process_logits", "select")
-PREPARE = ("prepare", "copy_pages", "clear_pages")
+SAMPLING = ("process_logits", "select")
+PREPARE = ("prepare",)
 
 # module → the operations it has
 TORCH = {
@@ -83,17 +80,17 @@ TRITON = {
 DEPENDENT = ("norm_qkv_rope_kv", "paged_decode", "gemv", "norm_gate_up")
 
 
-def resolve(device_type: str, backend: Backend = "auto", dependent: bool = False) -> Ops:
+def resolve(device_type: str, implementation: Implementation = "auto", dependent: bool = False) -> Ops:
     """The operations for a device: Triton's on CUDA, else torch's, unless one is named ("torch", to find out who errs).
 
     Triton is imported here and nowhere else, so it need not be installed for torch's. With `dependent` its kernels of
     a decode step are launched ahead of their inputs; weights must then change before an earlier kernel of the stream.
     """
-    if backend == "auto":
-        backend = "triton" if device_type == "cuda" else "torch"
-    if dependent and backend != "triton":
+    if implementation == "auto":
+        implementation = "triton" if device_type == "cuda" else "torch"
+    if dependent and implementation != "triton":
         raise ValueError("dependent launches need the triton backend")
-    families = {"torch": TORCH, "triton": TRITON}[backend]
+    families = {"torch": TORCH, "triton": TRITON}[implementation]
     found = {op: getattr(import_module(module), op) for module, ops in families.items() for op in ops}
     if dependent:
         found.update({op: partial(found[op], dependent=True) for op in DEPENDENT})

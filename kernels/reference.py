@@ -1,6 +1,6 @@
 """The decoder's small operations in plain torch: the specification that faster kernels must agree with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +80,8 @@ def run_experts(
     x: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
-    gate_up: list[Project],
-    down: list[Project],
+    gate_up: Sequence[Project],
+    down: Sequence[Project],
     activation: GatedActivation,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts: x (tokens, hidden) → (tokens, hidden).

@@ -16,19 +16,17 @@ def router(
     renormalize: bool,
     logits: torch.Tensor,
     counters: torch.Tensor,
-    counts: torch.Tensor | None,
-    recording: torch.Tensor | None,
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
     """Choose experts for norm(x) (tokens, hidden): ids (tokens, top_k) int32, best first, and weights (float32).
 
-    With shared_gate (1, hidden) weights have one more column, its sigmoid. `counts` (experts,) int32 grows by
-    recording[0] for each choice. `logits` is left with the logits of the experts and of the shared gate.
+    With shared_gate (1, hidden) weights have one more column, its sigmoid. `logits` is left with the logits of the
+    experts and of the shared gate.
     """
     rows = weight if shared_gate is None else torch.cat((weight, shared_gate))
     logits.copy_(linear(normed(x, norm_weight, epsilon, plus_one), rows))
-    choose_experts(logits[:, : len(weight)], renormalize, counts, recording, ids, weights)
+    choose_experts(logits[:, : len(weight)], renormalize, ids, weights)
     if shared_gate is not None:
         weights[:, -1] = logits[:, -1].sigmoid()
 
@@ -36,8 +34,6 @@ def router(
 def choose_experts(
     logits: torch.Tensor,
     renormalize: bool,
-    counts: torch.Tensor | None,
-    recording: torch.Tensor | None,
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
@@ -46,8 +42,6 @@ def choose_experts(
     chosen_weights, chosen = reference.choose_experts(logits, top_k, renormalize)
     ids.copy_(chosen)
     weights[:, :top_k] = chosen_weights
-    if counts is not None and recording is not None:
-        counts += recording * chosen.flatten().bincount(minlength=len(counts)).to(counts.dtype)
 
 
 def expert_gate_up(

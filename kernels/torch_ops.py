@@ -26,17 +26,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
-def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    epsilon: float,
-    plus_one: bool,
-    out: torch.Tensor,
-) -> None:
-    """residual += x (rows, columns) if there is one; out = that sum over its root mean square, times weight."""
-    if residual is not None:
-        x = residual.copy_(residual.float() + x.float())
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, plus_one: bool, out: torch.Tensor) -> None:
+    """out = x (rows, columns) over its root mean square, times weight."""
     out.copy_(normed(x, weight, epsilon, plus_one))
 
 

@@ -1,4 +1,4 @@
-"""A decode step's first operation and the moves of whole pages in plain torch, with the Triton kernels' signatures."""
+"""A decode step's first operation in plain torch, with the Triton kernel's signature."""
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +39,3 @@ def prepare(
     cos.copy_(rotary[positions.long(), :1])
     sin.copy_(rotary[positions.long(), 1:])
     next_positions[held[runs]] += 1
-
-
-def copy_pages(pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, page_size: int) -> None:
-    """Pages `sources` of a pool (kv_heads, tokens, dim) to `targets`, pair by pair; no target is a source."""
-    by_page = pool.view(len(pool), -1, page_size * pool.shape[2])
-    by_page[:, targets.long()] = by_page[:, sources.long()]
-
-
-def clear_pages(pool: torch.Tensor, pages: torch.Tensor, page_size: int) -> None:
-    """Zeros in these pages of a pool (kv_heads, tokens, dim): what an earlier owner left must not reach anyone."""
-    pool.view(len(pool), -1, page_size * pool.shape[2])[:, pages.long()] = 0

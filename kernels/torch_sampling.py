@@ -16,7 +16,6 @@ def lm_head_sample(
     plus_one: bool,
     weight: torch.Tensor,
     softcap: float | None,
-    allowed: torch.Tensor | None,
     temperatures: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
@@ -30,49 +29,32 @@ def lm_head_sample(
 ) -> None:
     """A token for each row of x (rows, hidden): tokens[slots[i]], or tokens[i] without slots; valid (rows,) int32.
 
-    `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)); temperatures (rows,), 0 is greedy. logits (rows, vocab),
-    float32, are left as they were drawn from.
+    temperatures (rows,), 0 is greedy. logits (rows, vocab), float32, are left as they were drawn from.
     """
     made = linear(normed(x, norm_weight, epsilon, plus_one).to(x.dtype), weight)
     logits.copy_(made if softcap is None else reference.soft_cap(made, softcap))
-    process_logits(logits, None, None, allowed, None, temperatures, tops, masses)
+    process_logits(logits, None, temperatures, tops, masses)
     draw(
         logits, tops, masses, -(-logits.shape[1] // tops.shape[1]), temperatures, seeds, positions, slots, tokens, valid
     )
 
 
-def apply_bitmask(logits: torch.Tensor, allowed: torch.Tensor) -> None:
-    """Minus infinity where a token's bit of `allowed`, int32 (rows, ceil(vocab / 32)), is not set; in place."""
-    bits = torch.arange(32, dtype=torch.int32, device=allowed.device)
-    is_allowed = ((allowed.unsqueeze(2) >> bits) & 1).bool().flatten(1)[:, : logits.shape[1]]
-    logits.masked_fill_(~is_allowed, -inf)
-
-
 def process_logits(
     logits: torch.Tensor,
-    counts: torch.Tensor | None,
-    penalties: torch.Tensor | None,
     allowed: torch.Tensor | None,
-    bias: torch.Tensor | None,
     temperatures: torch.Tensor,
     tops: torch.Tensor,
     masses: torch.Tensor,
 ) -> None:
-    """Penalties, mask, bias and temperature, in place on logits (rows, vocab) float32.
+    """Mask and temperature, in place on logits (rows, vocab) float32.
 
-    counts (rows, vocab): how often a token is in the row's output; penalties (rows, 3) float32: frequency, presence,
-    repetition. bias (rows, vocab) float32. A temperature of 0 divides by 1. tops and masses are as in the Triton
-    kernel for an equal number of tiles; nothing here reads them.
+    A token is allowed where its bit of `allowed`, int32 (rows, ceil(vocab / 32)), is set. A temperature of 0 divides
+    by 1. tops and masses are as in the Triton kernel for an equal number of tiles; nothing here reads them.
     """
-    if counts is not None and penalties is not None:
-        frequency, presence, repetition = penalties.unsqueeze(2).unbind(1)  # (rows, 1)
-        penalised = logits - frequency * counts.float() - presence
-        penalised = torch.where(penalised > 0, penalised / repetition, penalised * repetition)
-        logits.copy_(torch.where(counts > 0, penalised, logits))
     if allowed is not None:
-        apply_bitmask(logits, allowed)
-    if bias is not None:
-        logits += bias
+        bits = torch.arange(32, dtype=torch.int32, device=allowed.device)
+        is_allowed = ((allowed.unsqueeze(2) >> bits) & 1).bool().flatten(1)[:, : logits.shape[1]]
+        logits.masked_fill_(~is_allowed, -inf)
     logits /= torch.where(temperatures == 0, 1.0, temperatures).unsqueeze(1)
 
 

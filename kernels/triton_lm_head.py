@@ -1,4 +1,4 @@
-"""From hidden states to tokens in one launch, for batches that want nothing but a temperature and a mask.
+"""From hidden states to tokens in one launch, for batches that want nothing but a temperature.
 
 A program makes the logits of 64 tokens for all rows, and the two numbers that `pick` needs of them. For a few rows the
 last program to end picks; for more, a second launch does, one program per row.
@@ -32,7 +32,6 @@ def lm_head_sample(
     plus_one: bool,
     weight: torch.Tensor,
     softcap: float | None,
-    allowed: torch.Tensor | None,
     temperatures: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
@@ -46,9 +45,9 @@ def lm_head_sample(
 ) -> None:
     """A token for each row of x (rows, hidden): tokens[slots[i]], or tokens[i] without slots; valid (rows,) int32.
 
-    `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)); temperatures (rows,), 0 is greedy. logits (rows, vocab),
-    float32, are left as they were drawn from; tops and masses (rows, ceil(vocab / 64)), float32, and counter (1,),
-    int32, zero before and after, are working space. Up to 64 rows.
+    temperatures (rows,), 0 is greedy. logits (rows, vocab), float32, are left as they were drawn from; tops and
+    masses (rows, ceil(vocab / 64)), float32, and counter (1,), int32, zero before and after, are working space. Up
+    to 64 rows.
     """
     chosen = tile("lm_head")
     rows, columns = x.shape
@@ -60,7 +59,6 @@ def lm_head_sample(
         norm_weight,
         epsilon,
         weight,
-        allowed,
         temperatures,
         seeds,
         positions,
@@ -153,7 +151,6 @@ def _lm_head(
     norm_ptr,
     epsilon,
     weight_ptr,
-    allowed_ptr,
     temperatures_ptr,
     seeds_ptr,
     positions_ptr,
@@ -206,10 +203,6 @@ def _lm_head(
     if SOFTCAP:
         sums = softcap * tanh(sums / softcap)
     cells = known[:, None] & present[None, :]
-    if allowed_ptr is not None:
-        words = (VOCAB + 31) // 32
-        word = tl.load(allowed_ptr + rows[None, :] * words + (tokens // 32)[:, None], cells, 0)
-        sums = tl.where(((word >> (tokens % 32)[:, None]) & 1) != 0, sums, NEGATIVE_INFINITY)
     temperatures = tl.load(temperatures_ptr + rows, present, 0.0)
     sums = sums / tl.where(temperatures == 0.0, 1.0, temperatures)[None, :]
     tl.store(logits_ptr + rows.to(tl.int64)[None, :] * VOCAB + tokens[:, None], sums, cells)

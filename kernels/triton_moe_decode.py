@@ -1,6 +1,6 @@
 """A mixture of experts for a few tokens: the router, then each chosen expert's rows straight from its weights.
 
-    router          norm, a logit per expert, softmax, the best few, how often each expert was chosen
+    router          norm, a logit per expert, softmax, the best few
     expert_gate_up  norm, gate and up rows of each chosen expert and of the shared one, in one launch
     expert_down     the weighted sum over the experts in the order of their choice, the shared one, the residual
 
@@ -36,16 +36,13 @@ def router(
     renormalize: bool,
     logits: torch.Tensor,
     counters: torch.Tensor,
-    counts: torch.Tensor | None,
-    recording: torch.Tensor | None,
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
     """Choose experts for norm(x) (tokens, hidden): ids (tokens, top_k) int32, best first, and weights (float32).
 
-    With shared_gate (1, hidden) weights have one more column, its sigmoid. `counts` (experts,) int32 grows by
-    recording[0] for each choice. `logits` (tokens, experts and shared gate; float32) and `counters` (tokens,; int32,
-    zeros before and after) are working space.
+    With shared_gate (1, hidden) weights have one more column, its sigmoid. `logits` (tokens, experts and shared
+    gate; float32) and `counters` (tokens,; int32, zeros before and after) are working space.
     """
     chosen = tile("router")
     tokens, columns = x.shape
@@ -59,8 +56,6 @@ def router(
         shared_gate,
         logits,
         counters,
-        counts,
-        recording,
         ids,
         weights,
         logits.stride(0),
@@ -81,8 +76,6 @@ def router(
 def choose_experts(
     logits: torch.Tensor,
     renormalize: bool,
-    counts: torch.Tensor | None,
-    recording: torch.Tensor | None,
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
@@ -92,8 +85,6 @@ def choose_experts(
     top_k = ids.shape[1]
     _choose_experts[(tokens,)](
         logits,
-        counts,
-        recording,
         ids,
         weights,
         weights.stride(0),
@@ -187,8 +178,6 @@ def expert_down(
 def _choose(
     logits,
     experts,
-    counts_ptr,
-    recording_ptr,
     ids_ptr,
     weights_ptr,
     EXPERTS: tl.constexpr,
@@ -214,15 +203,11 @@ def _choose(
     mask = places < TOP_K
     tl.store(ids_ptr + places, ids, mask)
     tl.store(weights_ptr + places, weights, mask)
-    if counts_ptr is not None:
-        tl.atomic_add(counts_ptr + ids, tl.zeros((BLOCK_K,), tl.int32) + tl.load(recording_ptr), mask, sem="relaxed")
 
 
 @kernel
 def _choose_experts(
     logits_ptr,
-    counts_ptr,
-    recording_ptr,
     ids_ptr,
     weights_ptr,
     weights_stride,
@@ -236,7 +221,7 @@ def _choose_experts(
     experts = tl.arange(0, BLOCK_EXPERTS)
     logits = tl.load(logits_ptr + token * EXPERTS + experts, experts < EXPERTS, NEGATIVE_INFINITY).to(tl.float32)
     _choose(
-        logits, experts, counts_ptr, recording_ptr, ids_ptr + token * TOP_K, weights_ptr + token * weights_stride,
+        logits, experts, ids_ptr + token * TOP_K, weights_ptr + token * weights_stride,
         EXPERTS, TOP_K, BLOCK_K, RENORMALIZE,
     )  # fmt: skip
 
@@ -250,8 +235,6 @@ def _router(
     shared_gate_ptr,
     logits_ptr,
     counters_ptr,
-    counts_ptr,
-    recording_ptr,
     ids_ptr,
     weights_ptr,
     logits_stride,
@@ -290,7 +273,7 @@ def _router(
     logits = tl.load(own_logits_ptr + experts, experts < EXPERTS, NEGATIVE_INFINITY, cache_modifier=".cg")
     own_weights_ptr = weights_ptr + token * weights_stride
     _choose(
-        logits, experts, counts_ptr, recording_ptr, ids_ptr + token * TOP_K, own_weights_ptr,
+        logits, experts, ids_ptr + token * TOP_K, own_weights_ptr,
         EXPERTS, TOP_K, BLOCK_K, RENORMALIZE,
     )  # fmt: skip
     if shared_gate_ptr is not None:

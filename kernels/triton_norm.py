@@ -1,4 +1,4 @@
-"""Norms with the residual sum before them, and gated activations, for batches that cuBLAS multiplies."""
+"""Norms and gated activations, for batches that cuBLAS multiplies."""
 
 import torch
 import triton.language as tl
@@ -8,20 +8,11 @@ from kernels.triton_common import activate, blocks, options, power_of_two, scale
 from kernels.triton_compile import kernel
 
 
-def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    epsilon: float,
-    plus_one: bool,
-    out: torch.Tensor,
-) -> None:
-    """residual += x (rows, columns) if there is one; out = that sum over its root mean square, times weight."""
-    chosen = tile("add_rms_norm")
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, plus_one: bool, out: torch.Tensor) -> None:
+    """out = x (rows, columns) over its root mean square, times weight."""
+    chosen = tile("rms_norm")
     rows, columns = x.shape
-    _add_rms_norm[(rows,)](
-        x, residual, weight, out, epsilon, columns, power_of_two(columns), plus_one, **options(chosen)
-    )
+    _rms_norm[(rows,)](x, weight, out, epsilon, columns, power_of_two(columns), plus_one, **options(chosen))
 
 
 def gated_activation(gate_up: torch.Tensor, activation: str, out: torch.Tensor) -> None:
@@ -33,9 +24,8 @@ def gated_activation(gate_up: torch.Tensor, activation: str, out: torch.Tensor) 
 
 
 @kernel
-def _add_rms_norm(
+def _rms_norm(
     x_ptr,
-    residual_ptr,
     weight_ptr,
     out_ptr,
     epsilon,
@@ -47,11 +37,6 @@ def _add_rms_norm(
     mask = columns < COLUMNS
     place = tl.program_id(0).to(tl.int64) * COLUMNS + columns
     x = tl.load(x_ptr + place, mask, 0.0).to(tl.float32)
-    if residual_ptr is not None:
-        x += tl.load(residual_ptr + place, mask, 0.0).to(tl.float32)
-        stored = x.to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + place, stored, mask)
-        x = stored.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, 0) / COLUMNS + epsilon)
     normed = x * inverse * scale_of_norm(weight_ptr, columns, mask, PLUS_ONE)
     tl.store(out_ptr + place, normed.to(out_ptr.dtype.element_ty), mask)

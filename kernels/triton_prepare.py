@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 
 from kernels.configs import tile
-from kernels.triton_common import blocks, head_stride, options, power_of_two
+from kernels.triton_common import blocks, options, power_of_two
 from kernels.triton_compile import kernel
 
 
@@ -65,23 +65,6 @@ def prepare(
     )
 
 
-def copy_pages(pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, page_size: int) -> None:
-    """Pages `sources` of a pool (kv_heads, tokens, dim) to `targets`, pair by pair; no target is a source."""
-    launch_pages(pool, sources, targets, page_size)
-
-
-def clear_pages(pool: torch.Tensor, pages: torch.Tensor, page_size: int) -> None:
-    """Zeros in these pages of a pool (kv_heads, tokens, dim): what an earlier owner left must not reach anyone."""
-    launch_pages(pool, None, pages, page_size)
-
-
-def launch_pages(pool: torch.Tensor, sources: torch.Tensor | None, targets: torch.Tensor, page_size: int) -> None:
-    chosen = tile("pages")
-    elements = page_size * pool.shape[2]
-    grid = (len(targets), len(pool), blocks(elements, chosen.columns))
-    _move_pages[grid](pool, sources, targets, head_stride(pool), elements, chosen.columns, **options(chosen))
-
-
 @kernel
 def _prepare(
     slots_ptr,
@@ -129,15 +112,3 @@ def _prepare(
     own_rotary_ptr = rotary_ptr + position * 2 * ROTARY
     tl.store(cos_ptr + row * ROTARY + dims, tl.load(own_rotary_ptr + dims, dims < ROTARY), dims < ROTARY)
     tl.store(sin_ptr + row * ROTARY + dims, tl.load(own_rotary_ptr + ROTARY + dims, dims < ROTARY), dims < ROTARY)
-
-
-@kernel
-def _move_pages(pool_ptr, sources_ptr, targets_ptr, head_stride, ELEMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    number = tl.program_id(0)
-    head_ptr = pool_ptr + tl.program_id(1).to(tl.int64) * head_stride
-    offsets = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < ELEMENTS
-    values = tl.zeros((BLOCK,), pool_ptr.dtype.element_ty)
-    if sources_ptr is not None:
-        values = tl.load(head_ptr + tl.load(sources_ptr + number).to(tl.int64) * ELEMENTS + offsets, mask, 0.0)
-    tl.store(head_ptr + tl.load(targets_ptr + number).to(tl.int64) * ELEMENTS + offsets, values, mask)

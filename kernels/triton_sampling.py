@@ -18,37 +18,24 @@ PIVOTS = tl.constexpr(16)
 BITS_OF_ONE = tl.constexpr(0x3F800000)  # weights are relative to the largest, which is 1
 
 
-def apply_bitmask(logits: torch.Tensor, allowed: torch.Tensor) -> None:
-    """Minus infinity where a token's bit of `allowed`, int32 (rows, ceil(vocab / 32)), is not set; in place."""
-    chosen = tile("logits")
-    rows, vocab = logits.shape
-    _apply_bitmask[(rows, blocks(vocab, chosen.columns))](logits, allowed, vocab, chosen.columns, **options(chosen))
-
-
 def process_logits(
     logits: torch.Tensor,
-    counts: torch.Tensor | None,
-    penalties: torch.Tensor | None,
     allowed: torch.Tensor | None,
-    bias: torch.Tensor | None,
     temperatures: torch.Tensor,
     tops: torch.Tensor,
     masses: torch.Tensor,
 ) -> None:
-    """Penalties, mask, bias and temperature, in place on logits (rows, vocab) float32.
+    """Mask and temperature, in place on logits (rows, vocab) float32.
 
-    counts (rows, vocab): how often a token is in the row's output; penalties (rows, 3) float32: frequency, presence,
-    repetition. bias (rows, vocab) float32. A temperature of 0 divides by 1. tops and masses (rows, ceil(vocab /
-    LOGITS_BLOCK)), float32, are what `draw` and `select` want to know of the result.
+    A token is allowed where its bit of `allowed`, int32 (rows, ceil(vocab / 32)), is set. A temperature of 0 divides
+    by 1. tops and masses (rows, ceil(vocab / LOGITS_BLOCK)), float32, are what `draw` and `select` want to know of the
+    result.
     """
     chosen = tile("logits")
     rows, vocab = logits.shape
     _process_logits[(rows, blocks(vocab, chosen.columns))](
         logits,
-        counts,
-        penalties,
         allowed,
-        bias,
         temperatures,
         tops,
         masses,
@@ -113,22 +100,9 @@ def is_allowed(allowed_ptr, row, tokens, mask, VOCAB: tl.constexpr):
 
 
 @kernel
-def _apply_bitmask(logits_ptr, allowed_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = tokens < VOCAB
-    forbidden = mask & ~is_allowed(allowed_ptr, row, tokens, mask, VOCAB)
-    minus_infinity = tl.full((BLOCK,), NEGATIVE_INFINITY, logits_ptr.dtype.element_ty)
-    tl.store(logits_ptr + row.to(tl.int64) * VOCAB + tokens, minus_infinity, forbidden)
-
-
-@kernel
 def _process_logits(
     logits_ptr,
-    counts_ptr,
-    penalties_ptr,
     allowed_ptr,
-    bias_ptr,
     temperatures_ptr,
     tops_ptr,
     masses_ptr,
@@ -140,18 +114,8 @@ def _process_logits(
     mask = tokens < VOCAB
     place = row.to(tl.int64) * VOCAB + tokens
     logits = tl.load(logits_ptr + place, mask, NEGATIVE_INFINITY)
-    if counts_ptr is not None:
-        counts = tl.load(counts_ptr + place, mask, 0).to(tl.float32)
-        frequency = tl.load(penalties_ptr + row * 3)
-        presence = tl.load(penalties_ptr + row * 3 + 1)
-        repetition = tl.load(penalties_ptr + row * 3 + 2)
-        penalised = logits - frequency * counts - presence
-        penalised = tl.where(penalised > 0, penalised / repetition, penalised * repetition)
-        logits = tl.where(counts > 0, penalised, logits)
     if allowed_ptr is not None:
         logits = tl.where(is_allowed(allowed_ptr, row, tokens, mask, VOCAB), logits, NEGATIVE_INFINITY)
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + place, mask, 0.0)
     temperature = tl.load(temperatures_ptr + row)
     logits = logits / tl.where(temperature == 0.0, 1.0, temperature)
     tl.store(logits_ptr + place, logits, mask)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.service import Ready, arm_death_signal
+from runtime import control_group
+from runtime.control_group import Directory
+from runtime.parent_death import arm_death_signal
+from runtime.service import Ready
 
 SOURCE_ROOT = Path(__file__).resolve().parents[1]
 READY_LINE_BYTES = 64 << 10
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container: "<microseconds or max> <period>"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,6 @@ class Service:
     threads: int = 1  # OpenMP threads; 0: one per usable core
     listens: bool = False  # gets the bound HTTP socket
     environment: Mapping[str, str] = field(default_factory=dict)  # what the launcher's own does not set
-    beats: bool = False  # writes the progress word while it is well
     standby: bool = False  # a second process has its modules imported, so that a restart is quick
 
 
@@ -129,17 +130,26 @@ def child_environment(environment: Mapping[str, str], service: Service) -> dict[
     path = [str(SOURCE_ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     ours = {
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the other processes
-        "OMP_NUM_THREADS": str(service.threads or usable_cores(CPU_QUOTA)),
+        "OMP_NUM_THREADS": str(service.threads or usable_cores()),
         **service.environment,
     }
     inherited = {name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"}
     return ours | inherited | {"PYTHONPATH": os.pathsep.join(path)}
 
 
-def usable_cores(quota_file: Path) -> int:
-    """Cores that this process may run on, and that its control group pays for."""
-    cores = len(os.sched_getaffinity(0))
-    if not quota_file.is_file():
-        return cores
-    quota, period = quota_file.read_text().split()
-    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may run on, and that its control groups pay for."""
+    cores = [len(os.sched_getaffinity(0))]
+    for group in control_group.directories("cpu", root):
+        quota, period = cpu_time(group)
+        if quota is not None and period:
+            cores.append(max(1, round(quota / period)))
+    return min(cores)
+
+
+def cpu_time(group: Directory) -> tuple[int | None, int | None]:
+    """Microseconds of CPU time that a group gets within so many."""
+    if group.version == 1:
+        return group.number("cpu.cfs_quota_us"), group.number("cpu.cfs_period_us")
+    words = group.words("cpu.max")  # "<microseconds or max> <period>"
+    return (int(words[0]), int(words[1])) if len(words) == 2 and all(map(str.isdigit, words)) else (None, None)

@@ -76,7 +76,9 @@ def unknown(word: str) -> int:
     else:
         near = get_close_matches(word, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-    print(f"quartet: unknown command {word}; {hint}", file=sys.stderr)
+    from runtime.log import plain, say
+
+    say(plain(f"quartet: unknown command {word}; {hint}"), sys.stderr)
     return 2
 
 

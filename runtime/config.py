@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from runtime.limits import MAX_DRAFTED_TOKENS
+
 
 class Flag(msgspec.Struct, frozen=True):
     """How a field appears on the command line."""
@@ -16,11 +18,13 @@ class Flag(msgspec.Struct, frozen=True):
     group: str
     aliases: tuple[str, ...] = ()
     secret: bool = False  # never shown or echoed
+    several: bool = False  # takes a list: separated by commas, by repeating the flag, or a list of the file
+    variable: str = ""  # environment variable that gives the value where neither flag nor file does
 
 
-def flag(help: str, group: str, *aliases: str, secret: bool = False) -> Any:
+def flag(help: str, group: str, *aliases: str, secret: bool = False, several: bool = False, variable: str = "") -> Any:
     """The metadata of a flag field."""
-    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret)})
+    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret, several, variable)})
 
 
 MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
@@ -36,10 +40,11 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 BufferSize = Annotated[int, msgspec.Meta(ge=-1)]
-DraftSize = Annotated[int, msgspec.Meta(ge=1, le=64)]
+DraftSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_DRAFTED_TOKENS)]
 ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
 PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
+TimeLimit = Annotated[float, msgspec.Meta(ge=-1)]
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,8 +84,48 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, flag("address to listen on", HTTP)] = "127.0.0.1"
     port: Annotated[PortNumber, flag("port to listen on; 0: any free one", HTTP)] = 30000
-    api_key: Annotated[str | None, flag("key that clients must send as a bearer token", HTTP, secret=True)] = None
-    admin_api_key: Annotated[str | None, flag("key for the control endpoints", HTTP, secret=True)] = None
+    api_key: Annotated[
+        str | None,
+        flag(
+            "key that clients must send as a bearer token; several are separated by commas",
+            HTTP,
+            secret=True,
+            several=True,
+            variable="QUARTET_API_KEY",
+        ),
+    ] = None
+    api_key_file: Annotated[
+        str | None, flag("file with such keys, one a line; lines that begin with # are comments", HTTP)
+    ] = None
+    admin_api_key: Annotated[
+        str | None,
+        flag(
+            "key for the control endpoints, likewise",
+            HTTP,
+            secret=True,
+            several=True,
+            variable="QUARTET_ADMIN_API_KEY",
+        ),
+    ] = None
+    admin_api_key_file: Annotated[str | None, flag("file with such keys", HTTP)] = None
+    cors_allow_origins: Annotated[
+        str | None,
+        flag(
+            "origins (scheme://host[:port], separated by commas) whose web pages may call the server besides its own "
+            "and those of this machine; *: any, without credentials",
+            HTTP,
+            several=True,
+        ),
+    ] = None
+    allowed_hosts: Annotated[
+        str | None,
+        flag(
+            "names (separated by commas) that requests may give the server, for a proxy in front; *: any "
+            "(default: any, but on loopback only its own)",
+            HTTP,
+            several=True,
+        ),
+    ] = None
     max_inflight_requests: Annotated[Positive, flag("requests inside the ring before a 503", HTTP)] = 4096
     max_body_size: Annotated[
         Positive, flag("bytes of a request's body before a 413, but for weights; JSON, so escapes count", HTTP)
@@ -92,6 +137,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     stream_interval: Annotated[Positive, flag("tokens between two streamed chunks", HTTP)] = 1
     incremental_streaming_output: Annotated[
         bool, flag("stream only what is new in each chunk, instead of the text so far", HTTP)
+    ] = False
+    allow_auto_truncate: Annotated[
+        bool, flag("cut the end of a prompt that is too long, and output that would not fit, rather than refuse", HTTP)
     ] = False
     preferred_sampling_params: Annotated[
         str | None, flag("JSON object of sampling parameters laid under every request's own", HTTP)
@@ -129,6 +177,38 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["fcfs", "lpm", "priority"],
         flag("order of the waiting queue; lpm: longest cached prefix first", SCHEDULER),
     ] = "fcfs"
+    enable_priority_scheduling: Annotated[bool, flag("the same as --schedule-policy priority", SCHEDULER)] = False
+    schedule_low_priority_values_first: Annotated[
+        bool, flag("lower values of a request's priority come first, instead of higher ones", SCHEDULER)
+    ] = False
+    priority_scheduling_preemption_threshold: Annotated[
+        Natural,
+        flag(
+            "a waiting request without room sends running ones back to the queue whose priorities are lower by more "
+            "than this; they go on later where they were",
+            SCHEDULER,
+        ),
+    ] = 10
+    disable_priority_preemption: Annotated[
+        bool, flag("send no running request back for one of higher priority", SCHEDULER)
+    ] = False
+    req_waiting_timeout: Annotated[
+        TimeLimit,
+        flag(
+            "seconds after which a request that waits to be started ends with a 503; -1 or 0: never",
+            SCHEDULER,
+            variable="SGLANG_REQ_WAITING_TIMEOUT",
+        ),
+    ] = -1.0
+    req_running_timeout: Annotated[
+        TimeLimit,
+        flag(
+            "seconds after which a request that was started ends with a 503, time in which it was sent back to the "
+            "queue included; -1 or 0: never",
+            SCHEDULER,
+            variable="SGLANG_REQ_RUNNING_TIMEOUT",
+        ),
+    ] = -1.0
     page_size: Annotated[
         Positive | None, flag("tokens per KV page (default: 16; 1 counts cached tokens exactly)", SCHEDULER)
     ] = None
@@ -191,7 +271,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         flag("keep no second scheduler process at hand: 150 MB less, and a restart takes seconds longer", OPERATIONS),
     ] = False
     watchdog_timeout: Annotated[
-        Seconds, flag("seconds without a step after which the scheduler is replaced; 0: never", OPERATIONS)
+        Seconds,
+        flag(
+            "seconds without a step after which a process is replaced (10 at most if it does not run at all); 0: never",
+            OPERATIONS,
+        ),
     ] = 300.0
     enable_metrics: Annotated[bool, flag("serve /metrics", OPERATIONS)] = True
     skip_server_warmup: Annotated[bool, flag("report ready without a first request", OPERATIONS)] = False
@@ -222,6 +306,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = False
 
     # not flags: the launcher fills them in, the services read them
+    listen_address: str = ""  # what `host` stands for
     model_dir: str = ""  # local directory of model_path
     tokenizer_dir: str = ""  # local directory of tokenizer_path
 

@@ -269,6 +269,7 @@ class Detokenize(ControlCommand, tag="detokenize", kw_only=True):
     harmless = True
     ids: list[bytes] = []
     skip_special_tokens: bool = True
+    open_end: bool = False  # more will follow: leave out a last character whose bytes are not all there
 
 
 Command = (

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from runtime.errors import StartupError
+from runtime.files import MAX_SETTINGS_BYTES, present, read_small
 
 Json = Mapping[str, Any]
 Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
@@ -116,20 +117,20 @@ def with_modules(found: Embedding, path: Path) -> Embedding:
 
 def read_modules(path: Path) -> list[Module]:
     file = path / "modules.json"
-    if not file.is_file():
+    if not present(file):
         return []
     try:
-        return msgspec.json.decode(file.read_bytes(), type=list[Module])
+        return msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=list[Module])
     except msgspec.DecodeError as error:
         raise StartupError(f"{file} is not a list of modules: {error}") from error
 
 
 def read_pooling(file: Path) -> tuple[Pooling, ...]:
     try:
-        config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        config = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=dict[str, Any])
         modes = config.get("pooling_mode") or [mode for key, mode in LEGACY_POOLING.items() if config.get(key)]
         pooling = msgspec.convert([modes] if isinstance(modes, str) else modes, tuple[Pooling, ...])
-    except (OSError, msgspec.DecodeError) as error:
+    except (StartupError, msgspec.DecodeError) as error:
         raise StartupError(f"{file} does not name a pooling that is served: {error}") from error
     if not pooling:
         raise StartupError(f"{file} names no pooling")

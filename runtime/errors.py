@@ -32,11 +32,20 @@ class Kind(Enum):
 class RequestError(Exception):
     """One request is refused or has failed; `message` is safe to show to the client."""
 
-    def __init__(self, message: str, kind: Kind = Kind.BAD_REQUEST, field: str | None = None) -> None:
+    def __init__(
+        self, message: str, kind: Kind = Kind.BAD_REQUEST, field: str | None = None, code: str | None = None
+    ) -> None:
+        """`code`: OpenAI's word for it, by which clients of that API tell one error from another."""
         super().__init__(message)
         self.message = message
         self.kind = kind
         self.field = field
+        self.code = code
+
+
+def too_long(message: str, field: str) -> RequestError:
+    """The request cannot fit the context: clients that see the code shorten their conversation."""
+    return RequestError(message, field=field, code="context_length_exceeded")
 
 
 class CommandRefused(Exception):

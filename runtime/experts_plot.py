@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from runtime.errors import UsageError
+from runtime.log import plain, say
 
 HEADER = ["layer_id", "expert_id", "count"]
 PALETTE = ["#f7fbff", "#6baed6", "#08306b"]
@@ -31,10 +32,10 @@ def main(argv: Sequence[str]) -> int:
         target = arguments.output or arguments.dump.with_suffix(".png")
         draw(counts, arguments.dump.stem, target)
     except UsageError as error:
-        print(f"quartet: {error}", file=sys.stderr)
+        say(f"quartet: {plain(str(error))}", sys.stderr)
         return 2
     layers, experts = len(counts), len(counts[0])
-    print(f"{target}: {layers} layers x {experts} experts, {sum(map(sum, counts))} choices")
+    say(f"{target}: {layers} layers x {experts} experts, {sum(map(sum, counts))} choices", sys.stdout)
     return 0
 
 

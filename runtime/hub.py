@@ -14,6 +14,7 @@ from runtime.model_info import DEMO
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where a model has no others
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -60,6 +61,9 @@ def download(flag: str, name: str, config: ServerConfig, patterns: tuple[str, ..
             f"{flag} {name} is no directory here and could not be fetched from the hub ({reason(error)}); "
             "check the name and the network, or download it and pass its directory"
         ) from error
+    wants_weights = set(WEIGHTS) <= set(patterns) and not set(PICKLED) <= set(patterns)
+    if wants_weights and not any(Path(found).glob("*.safetensors")):
+        return download(flag, name, config, (*patterns, *PICKLED))
     return Path(found)
 
 

@@ -18,7 +18,9 @@ from runtime import flags, hub, run_dir
 from runtime.child import Service
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
-from runtime.log import set_up_logging
+from runtime.log import plain, say, set_up_logging
+from runtime.memory import Memory, in_words, look
+from runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
 from runtime.model_info import embeds
 from runtime.resolve import look_at_machine, resolve
 from runtime.service import TITLE
@@ -37,12 +39,13 @@ KEEPS_MEMORY = {
 
 # In ring order: each sends to the next, the last to the first.
 SERVICES = (
-    Service("gateway", "http_gateway.main", listens=True),
-    Service("tokenizer", "tokenizer_service.main"),
-    Service("scheduler", "scheduler_service.main", threads=0, beats=True, standby=True, environment=KEEPS_MEMORY),
-    Service("detokenizer", "detokenizer_service.main"),
+    Service(GATEWAY, "http_gateway.main", listens=True),
+    Service(TOKENIZER, "tokenizer_service.main"),
+    Service(SCHEDULER, "scheduler_service.main", threads=0, standby=True, environment=KEEPS_MEMORY),
+    Service(DETOKENIZER, "detokenizer_service.main"),
 )
 BACKLOG = 2048
+PROCESSES_BYTES = 400 << 20  # what the four processes and the launcher take before a model is loaded
 LAST_EPOCH = 999_999
 ANY_ADDRESS = ("0.0.0.0", "::", "")
 
@@ -55,10 +58,13 @@ def main(argv: Sequence[str]) -> int:
 def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
     """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
     try:
-        config = flags.load(argv).config
+        settings = flags.load(argv, environment=os.environ)
+        flags.forget_secrets(os.environ)
         setproctitle.setproctitle(TITLE.format(role="launcher"))
-        set_up_logging(config)
-        return run(config, services)
+        set_up_logging(settings.config)
+        for note in settings.notes:
+            log.warning("%s", note)
+        return run(settings.config, services)
     except UsageError as error:
         return fail(ExitStatus.USAGE, str(error))
     except StartupError as error:
@@ -71,20 +77,30 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
     """Serve until told to stop or until a process dies. Raises StartupError."""
     resolution = resolve(config, look_at_machine())
     with listen(config.host, config.port) as listener:
-        port = listener.getsockname()[1]
-        config = msgspec.structs.replace(resolution.config, port=port)
+        address, port = listener.getsockname()[:2]
+        config = msgspec.structs.replace(resolution.config, port=port, listen_address=address)
         with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
             for note in resolution.notes:
                 log.warning("%s", note)
             check_path_length(str(directory), services)
             config = hub.locate(config)
             config = msgspec.structs.replace(config, is_embedding=embeds(config))
+            check_memory(look())
             with (
                 Signals() as signals,
                 Supervisor(services, config, directory, lifeline_fd, listener.fileno()) as supervisor,
             ):
                 status = supervisor.run(signals, lambda: announce(config), lambda: stop_listening(listener))
     return fail(status, supervisor.reason) if supervisor.reason else status
+
+
+def check_memory(memory: Memory) -> None:
+    """Raise StartupError where the processes have no room even without a model: the kernel would end one of them."""
+    if memory.available < PROCESSES_BYTES:
+        raise StartupError(
+            f"{in_words(memory.available)} may still be used by {memory.limit}, and the processes alone take "
+            f"{in_words(PROCESSES_BYTES)}; allow the server more memory"
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -125,7 +141,7 @@ def announce(config: ServerConfig) -> None:
     """Tell supervisors (the log line, systemd) and people (what to try next) that the server serves."""
     log.info("The server is fired up and ready to roll!")
     notify(b"READY=1")
-    print(what_next(config), flush=True)
+    say(what_next(config), sys.stdout)
 
 
 def what_next(config: ServerConfig) -> str:
@@ -139,9 +155,8 @@ def what_next(config: ServerConfig) -> str:
     )
     key = "-H 'Authorization: Bearer <your key>' " if config.api_key else ""
     data = msgspec.json.encode(body).decode()
-    return (
-        f"\n{config.name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
-    )
+    name = plain(config.name)
+    return f"\n{name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
 
 
 def stop_listening(listener: socket.socket) -> None:
@@ -159,5 +174,5 @@ def notify(state: bytes) -> None:
 
 
 def fail(status: ExitStatus, reason: str) -> int:
-    print(f"quartet: {reason}", file=sys.stderr, flush=True)
+    say(f"quartet: {plain(reason)}", sys.stderr)
     return status

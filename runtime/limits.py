@@ -14,7 +14,11 @@ MAX_CALL_VALUES = 200_000  # ids and strings in the parameters of all requests o
 MAX_PARSED_BODY_BYTES = 1 << 20  # a text to look for tool calls or a thought in
 MAX_HEADER_BYTES = 16 << 10
 HEADER_DEADLINE_S = 10.0
+MAX_LOG_CHARS = 16 << 10  # of one message
+MAX_API_KEY_BYTES = 4 << 10
+MAX_API_KEY_FILE_BYTES = 1 << 20
 MAX_BATCH_PROMPTS = 1024
+MAX_COMPARED_FIELDS = 16  # of a body, unknown ones, that are compared with the known ones
 MAX_N = 64
 MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_BYTES = 256
@@ -26,19 +30,33 @@ MAX_STOP_SEARCH = 1 << 20  # instructions times characters of one search: larger
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 128
+MAX_SUPPORT_TOKENS = 1024  # that a token could have been, told for every token
 MAX_TOKEN_IDS_LOGPROB = 1024
 MAX_RID_CHARS = 256
 MAX_KEY_CHARS = 1024
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
-# chat templates: CPU time of a render, and the length of what it makes (English: four to five characters a token)
+MAX_DRAFTED_TOKENS = 64  # of one request in one step
+MAX_SHOWN_WEIGHTS = 1 << 22  # numbers of one tensor in an answer
+# chat templates: CPU time of a render, at least and by message; what it makes is bounded by the context
 TEMPLATE_CPU_S = 0.1
-TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 16
-TEMPLATE_MIN_OUTPUT_CHARS = 1 << 16
-# grammars: size of a schema, states that counted repetitions unroll to, CPU time of compiling, compiled ones kept
+TEMPLATE_CPU_S_PER_MESSAGE = 0.00025
+TEMPLATE_MEMORY_BYTES = 1 << 30
+TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 128  # the longest tokens of real vocabularies: runs of blanks
+# grammars: size of a schema, states that counted repetitions unroll to, length once translated; CPU time of checking
+# one in its first turn and in a second; what else that may take; how many are compiled at once, compiled ones kept
 MAX_GRAMMAR_NODES = 20_000
 MAX_GRAMMAR_STATES = 20_000
+MAX_GRAMMAR_SOURCE_CHARS = 4 << 20
+GRAMMAR_FIRST_CPU_S = 0.02
 GRAMMAR_CPU_S = 0.1
 GRAMMAR_MEMORY_BYTES = 1 << 30
+GRAMMAR_STACK_BYTES = 1 << 20
+GRAMMAR_WORKERS = 2
 GRAMMAR_CACHE_ENTRIES = 256
+
+
+def template_cpu_s(messages: int) -> float:
+    """CPU time that the render of a conversation may take."""
+    return max(TEMPLATE_CPU_S, TEMPLATE_CPU_S_PER_MESSAGE * messages)

@@ -1,19 +1,72 @@
-"""Log lines in the form that operators' tools expect: `[YYYY-MM-DD HH:MM:SS] message`."""
+"""Log lines in the form that operators' tools expect: `[YYYY-MM-DD HH:MM:SS] message`.
 
+Messages quote what clients and files say, so a message is made one line of harmless characters here, whoever writes
+it: a new line, an escape sequence or text that runs backwards is shown as `\\n`, `\\x1b`, `\\u202e`. Only the lines of
+a traceback stay lines; they are indented, so that none of them reads as one of the log.
+"""
+
+import contextlib
 import logging
+import re
 import sys
+from typing import TextIO
 
 from runtime.config import ServerConfig
+from runtime.limits import MAX_LOG_CHARS
 
 FORMAT = "[%(asctime)s] %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 CHATTY = ("asyncio", "httpcore", "httpx", "huggingface_hub", "urllib3", "filelock")  # libraries, at debug and info
+INDENT = "    "
+# control characters, separators of lines and paragraphs, marks that turn the direction of text, invisible ones, and
+# halves of surrogate pairs, which no stream can write
+HARMFUL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+
+
+def plain(text: str) -> str:
+    """The text as one line that a terminal shows and does not obey."""
+    return HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(text: str, stream: TextIO | None) -> None:
+    """Print for people, line by line; where nobody can read it any more, that is no reason to end."""
+    with contextlib.suppress(OSError, ValueError):
+        print("\n".join(map(plain, text.split("\n"))), file=stream, flush=True)
+
+
+class Formatter(logging.Formatter):
+    """One record, one line, and the traceback indented below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = plain(record.message[:MAX_LOG_CHARS])
+        cut = len(record.message) - MAX_LOG_CHARS
+        record.message = text if cut <= 0 else f"{text} ... ({cut} more characters)"
+        return super().formatMessage(record)
+
+    def formatException(self, ei: "logging._SysExcInfoType") -> str:
+        return indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        return indented(stack_info)
+
+
+def indented(text: str) -> str:
+    return "\n".join(INDENT + plain(line) for line in text[-MAX_LOG_CHARS:].split("\n"))
+
+
+class Handler(logging.StreamHandler[TextIO]):
+    """Writes to stderr. A line that cannot be written (a full disk, a closed pipe) is lost and ends nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def set_up_logging(config: ServerConfig) -> None:
     """Send everything to stderr at the configured level; of chatty libraries only warnings."""
-    logging.basicConfig(
-        level=config.log_level.upper(), format=FORMAT, datefmt=DATE_FORMAT, stream=sys.stderr, force=True
-    )
+    handler = Handler(sys.stderr)
+    handler.setFormatter(Formatter(FORMAT, DATE_FORMAT))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)

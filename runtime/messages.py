@@ -16,6 +16,9 @@ import msgspec
 from runtime.errors import Kind, RequestError
 from runtime.sampling import SamplingParams
 
+GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER = "gateway", "tokenizer", "scheduler", "detokenizer"
+ROLES = (GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER)  # in ring order
+ATTEMPT_BITS = 20  # a gateway's attempts begin at its epoch shifted by so many: more restarts than one lives to see
 IDS_AT_ONCE = 1 << 14  # that one operation goes over
 ABORTED = "Aborted"
 ABORTED_IN_QUEUE = "Abort before prefill"
@@ -32,6 +35,9 @@ class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     top: int = 0  # best k per position
     token_ids: list[int] | None = None  # these ids at every returned position
     text: bool = False  # decode each token
+    told: bool = True  # the logprobs themselves, and not only what follows
+    entropy: bool = False  # of the distribution that each output token was drawn from, before top-k, top-p and min-p
+    support: bool = False  # the tokens that each could have been, behind those
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -39,7 +45,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     rid: str
     params: SamplingParams
-    call: int = 0  # the same for all requests that were sent together, and no other's: calls take turns
+    call: str = ""  # the HTTP call that it came with, where others came with the same
     seed: int = 0  # always set by the gateway; the draw is a function of (seed, position)
     attempt: int = 0  # grows with every restart of a process that the gateway hears of
     epoch: int = 0  # of the scheduler that it is sent to; a later one leaves it alone, for it will be sent again
@@ -51,8 +57,11 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     priority: int = 0
     log_metrics: bool = True
     return_hidden_states: bool = False
+    return_prompt_ids: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0  # first position whose experts are wanted
+    truncate: int | None = None  # tokens of the prompt at most: a longer one is cut, where others would be refused
+    truncate_side: Literal["left", "right"] = "right"  # what is cut off
     dimensions: int | None = None  # embed: cut to this many and normalise again
     resume_ids: bytes = b""  # output ids that the client already has (replay after a restart)
 
@@ -99,12 +108,18 @@ class Finish(msgspec.Struct, kw_only=True, omit_defaults=True):
     status: int = 500  # error: HTTP status
     type_name: str = ""  # error: OpenAI-style type
     field: str | None = None  # error: what of the request was at fault
+    code: str | None = None  # error: OpenAI's word for it
 
     @classmethod
     def failed(cls, error: RequestError) -> "Finish":
         kind = error.kind
         return cls(
-            reason="error", message=error.message, status=kind.status, type_name=kind.type_name, field=error.field
+            reason="error",
+            message=error.message,
+            status=kind.status,
+            type_name=kind.type_name,
+            field=error.field,
+            code=error.code,
         )
 
     @classmethod
@@ -120,10 +135,16 @@ class Logprobs(msgspec.Struct, kw_only=True, omit_defaults=True):
     top_ids: bytes = b""  # int32 (positions, k)
     top_values: bytes = b""  # float32 (positions, k)
     asked_values: bytes = b""  # float32 (positions, asked ids)
+    # of output positions
+    entropies: bytes = b""  # float32 (positions,), in nats
+    support_counts: bytes = b""  # int32 (positions,)
+    support_ids: bytes = b""  # int32: the ids of each position's support, side by side
+    support_values: bytes = b""  # float32 (positions,): the token's logprob among its support
     # filled by the detokenizer where the request wants text
-    texts: list[str] | None = None
-    top_texts: list[str] | None = None  # flat, (positions * k)
-    asked_texts: list[str] | None = None  # (asked ids,)
+    texts: list[bytes] | None = None  # UTF-8; of a token that is part of a character, its part
+    top_texts: list[bytes] | None = None  # flat, (positions * k)
+    asked_texts: list[bytes] | None = None  # (asked ids,)
+    unspoken: list[int] = []  # positions whose token has no part in the answer's text
 
 
 class Drafts(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -140,6 +161,7 @@ class Tokens(Message, tag="tokens", kw_only=True):
     attempt: int = 0
     request: Request | None = None  # with the first message of a request
     prompt_tail: bytes = b""  # with the first message: the last prompt ids, for incremental decoding
+    prompt_ids: bytes = b""  # with the first message: all of them, where they were asked for
     ids: bytes = b""  # new output ids
     logprobs: Logprobs | None = None  # of `ids`
     input_logprobs: Logprobs | None = None  # once, when the prompt is done
@@ -197,22 +219,6 @@ class Restarted(Message, tag="restarted", kw_only=True):
 
 
 RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts | Restarted
-
-
-def end_of(message: Message, reason: str) -> Message | None:
-    """The terminal message that ends the request a message belongs to; None where it belongs to none."""
-    finish = Finish.internal(reason)
-    match message:
-        case Generate(request=request) | Tokenized(request=request):
-            return Tokens(rid=request.rid, attempt=request.attempt, finish=finish)
-        case Tokens(rid=rid, attempt=attempt):
-            return Tokens(rid=rid, attempt=attempt, finish=finish)
-        case Text(tokens=tokens):
-            return Text(tokens=Tokens(rid=tokens.rid, attempt=tokens.attempt, finish=finish))
-        case Reply(id=id):
-            return Reply(id=id, success=False, status=500, message=reason)
-        case _:
-            return None
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:

@@ -1,17 +1,21 @@
 """What a model directory says about itself: config.json, generation_config.json, tokenizer files. No torch."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from runtime import files, model_ranges
 from runtime.config import ServerConfig
 from runtime.embedding import Embedding, embedding, is_embedder, usable_positions
 from runtime.errors import StartupError
+from runtime.model_ranges import BadValue
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_CONTEXT = 2048
+STRETCHING = ("linear", "dynamic", "yarn")
 
 
 class ModelInfo(msgspec.Struct, kw_only=True):
@@ -48,13 +52,15 @@ def tokenizer_dir(config: ServerConfig) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where the file is missing. Raises StartupError when it is not valid JSON."""
-    if not path.is_file():
+    """A JSON object, or {} where the file is missing. Raises StartupError for one that cannot be read."""
+    if not files.present(path):
         return {}
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(files.read_small_text(path, files.MAX_SETTINGS_BYTES))
     except ValueError as error:
         raise StartupError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise StartupError(f"{path} is nested too deeply") from error
     if not isinstance(data, dict):
         raise StartupError(f"{path} must hold a JSON object")
     return data
@@ -89,40 +95,78 @@ def tokenizer_eos_ids(directory: Path) -> list[int]:
     if not eos or not file.is_file():
         return []
     try:
-        tokens = msgspec.json.decode(file.read_bytes(), type=_TokenizerFile).added_tokens
-    except msgspec.DecodeError:  # whoever loads the tokenizer says what is wrong with it
+        content = files.read_small(file, files.MAX_TOKENIZER_BYTES)
+        tokens = msgspec.json.decode(content, type=_TokenizerFile).added_tokens
+    except (msgspec.DecodeError, RecursionError):  # whoever loads the tokenizer says what is wrong with it
         return []
     return [token.id for token in tokens if token.content == eos]
 
 
 def embeds(config: ServerConfig) -> bool:
     """Whether the model is served for embedding: by the flag, or because its architecture is for nothing else."""
-    architectures = read_json(model_dir(config) / "config.json").get("architectures") or [""]
-    return config.is_embedding or is_embedder(architectures[0])
+    return config.is_embedding or is_embedder(read_config(model_dir(config)).architecture)
+
+
+class ModelConfig(NamedTuple):
+    """A config.json whose values were found sane."""
+
+    architecture: str
+    text: dict[str, Any]  # the text part, for models that wrap one
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The config.json of a directory. Raises StartupError, naming the field where a value cannot be."""
+    raw = read_json(path / "config.json")
+    text = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
+    try:
+        text = model_ranges.checked(text)
+        architectures = raw.get("architectures") or [""]
+        model_ranges.check("architectures", architectures, model_ranges.FIELDS["architectures"])
+    except BadValue as error:
+        raise StartupError(f"{path / 'config.json'}: {error}") from error
+    return ModelConfig(architectures[0], text)
+
+
+def positions_of(config: Mapping[str, Any]) -> int:
+    """How many tokens a model was made for; ropes that are stretched beyond their training reach further by a factor.
+
+    Not so where the config's own number includes it: where it also tells that of pretraining, and in Gemma 3.
+    """
+    positions: int = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type")
+    told = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if kind in STRETCHING and not told and not str(config.get("model_type", "")).startswith("gemma3"):
+        return min(int(positions * (rope.get("factor") or 1)), model_ranges.MAX_POSITIONS)
+    return positions
 
 
 def load(config: ServerConfig) -> ModelInfo:
     """Read the model directory. Raises StartupError with the cause and the flag that mends it."""
     path = model_dir(config)
-    raw = read_json(path / "config.json")
-    if not raw:
+    if not files.present(path / "config.json"):
         raise StartupError(f"no config.json in {path}: --model-path must name a model directory or a hub id")
-    text = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
+    architecture, text = read_config(path)
     generation = read_json(path / "generation_config.json")
-    architectures = raw.get("architectures") or [""]
-    positions = text.get("max_position_embeddings") or text.get("n_positions") or DEFAULT_CONTEXT
-    context = usable_positions(text, positions)
+    context = usable_positions(text, positions_of(text))
     if config.context_length is not None:
         if config.context_length > context:
             raise StartupError(
                 f"--context-length {config.context_length} exceeds the model's {context} positions; use at most that"
             )
         context = config.context_length
-    vocab_size = int(text["vocab_size"])
+    if (vocab_size := text.get("vocab_size")) is None:
+        raise StartupError(
+            f"{path / 'config.json'}: vocab_size is not there; it must be {model_ranges.FIELDS['vocab_size']}"
+        )
+    try:
+        model_ranges.walk_ids(generation)
+    except BadValue as error:
+        raise StartupError(f"{path / 'generation_config.json'}: {error}") from error
     ends = {*eos_ids(text, generation), *tokenizer_eos_ids(tokenizer_dir(config))}
     return ModelInfo(
         path=str(path),
-        architecture=architectures[0],
+        architecture=architecture,
         model_type=str(text.get("model_type", "")),
         vocab_size=vocab_size,
         hidden_size=int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or text.get("dim") or 0),
@@ -131,5 +175,5 @@ def load(config: ServerConfig) -> ModelInfo:
         config=text,
         generation_config=generation,
         is_embedding=embeds(config),
-        embedding=embedding(path, architectures[0], text) if embeds(config) else None,
+        embedding=embedding(path, architecture, text) if embeds(config) else None,
     )

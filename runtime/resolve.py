@@ -4,7 +4,6 @@ What only the model or the device itself can answer (the KV pool's size, the dty
 """
 
 import importlib.util
-import ipaddress
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ import msgspec
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.sampling import SamplingParams
+from runtime.sites import allowed_hosts, allowed_origins, is_loopback
 
 PAGE_SIZE = 16
 LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
@@ -74,6 +74,7 @@ def resolve(config: ServerConfig, machine: Machine) -> Resolution:
         "page_size": config.page_size or PAGE_SIZE,
         "max_running_requests": running,
         "max_queued_requests": config.max_queued_requests or max(MIN_QUEUED_REQUESTS, 4 * running),
+        "schedule_policy": "priority" if config.enable_priority_scheduling else config.schedule_policy,
         "chunked_prefill_size": config.chunked_prefill_size
         or min(CHUNKED_PREFILL_SIZE[device], config.max_prefill_tokens),
         "attention_backend": "torch_native"
@@ -146,6 +147,10 @@ CONTRADICTIONS: list[Contradiction] = [
         ),
     ),
     (
+        lambda c, m: c.enable_priority_scheduling and c.schedule_policy == "lpm",
+        lambda c: "--enable-priority-scheduling and --schedule-policy lpm contradict each other; leave one of them out",
+    ),
+    (
         lambda c, m: c.revision is not None and (c.model_path == "demo" or Path(c.model_path).is_dir()),
         lambda c: f"--revision is for hub ids, and --model-path {c.model_path} is a directory; leave --revision out",
     ),
@@ -197,7 +202,7 @@ CONTRADICTIONS: list[Contradiction] = [
     (
         lambda c, m: 0 < c.watchdog_timeout < LEAST_WATCHDOG_TIMEOUT_S,
         lambda c: (
-            f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a scheduler may take to show that it is well; "
+            f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a process may take to show that it is well; "
             f"use 0 (never) or at least {LEAST_WATCHDOG_TIMEOUT_S}"
         ),
     ),
@@ -209,10 +214,12 @@ CONTRADICTIONS: list[Contradiction] = [
 
 
 def check(config: ServerConfig, machine: Machine) -> None:
-    """Raise StartupError for the first contradiction."""
+    """Raise StartupError for the first contradiction, UsageError for a list that cannot be read."""
     for holds, message in CONTRADICTIONS:
         if holds(config, machine):
             raise StartupError(message(config))
+    allowed_origins(config.cors_allow_origins)
+    allowed_hosts(config.allowed_hosts)
     if config.preferred_sampling_params is not None:
         try:
             msgspec.json.decode(config.preferred_sampling_params, type=SamplingParams)
@@ -223,8 +230,11 @@ def check(config: ServerConfig, machine: Machine) -> None:
 def notes(config: ServerConfig, device: str) -> list[str]:
     """What has no effect, or an effect the operator may not expect."""
     found = []
+    scheduling = ("priority" if config.enable_priority_scheduling else "", config.schedule_policy)
     if not is_loopback(config.host) and config.api_key is None:
         found.append(f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it")
+    if config.schedule_low_priority_values_first and "priority" not in scheduling:
+        found.append("--schedule-low-priority-values-first has no effect without --enable-priority-scheduling")
     if device == "cpu" and config.attention_backend == "triton":
         found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
     if device == "cpu" and config.cuda_graph_max_bs is not None:
@@ -232,10 +242,3 @@ def notes(config: ServerConfig, device: str) -> list[str]:
     if device == "cpu" and config.cuda_graph_max_prefill_tokens:
         found.append("--cuda-graph-max-prefill-tokens has no effect: a CPU captures no CUDA graphs")
     return found
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -193,6 +193,3 @@ def check(params: SamplingParams, vocab_size: int) -> None:
     for key in params.logit_bias or ():
         if not (key.isascii() and key.isdigit() and len(key) <= ID_DIGITS and int(key) < vocab_size):
             raise RequestError(f"logit_bias must has keys in [0, {vocab_size - 1}], got {key}.", field="logit_bias")
-    for token in params.stop_token_ids or ():
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"stop_token_ids must be in [0, {vocab_size - 1}], got {token}.", field="stop_token_ids")

@@ -6,35 +6,34 @@ with the launcher's (parent-death signal, re-checked parent, lifeline pipe), bin
 writes one Ready line to the ready pipe. Nothing here loads torch.
 """
 
-import ctypes
 import faulthandler
 import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from functools import partial
+from typing import NoReturn
 
 import msgspec
 import setproctitle
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
+from runtime.guard import Announced, Guard, Service
 from runtime.log import set_up_logging
-from runtime.messages import Message, Restarted
-from runtime.sockets import Inbox, Outbox
+from runtime.messages import Restarted
+from runtime.parent_death import arm_death_signal
+from runtime.progress import IDLE_BEAT_S, ProgressWord
+from runtime.sockets import Inbox, Outbox, newest_epoch
 
 log = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
 EXIT_STARTUP = 64  # a service could not start; the message is in its Ready line
 TITLE = "quartet::{role}"
 STANDBY = "standby"
 NOT_BY_HAND = "services are started by `quartet serve`"
-
-_libc = ctypes.CDLL(None)  # loaded here, for arm_death_signal runs between fork and exec
 
 
 class Boot(msgspec.Struct, kw_only=True):
@@ -76,13 +75,6 @@ def boot_from_stdin() -> Boot:
     return boot
 
 
-def arm_death_signal(parent_pid: int) -> None:
-    """Have the kernel kill this process when the parent's thread that forked it ends. Call from the main thread."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the signal was armed
-        os._exit(1)
-
-
 def die_with_parent(boot: Boot) -> None:
     """End this process when the launcher ends, however it ends."""
     arm_death_signal(boot.parent_pid)
@@ -111,6 +103,7 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     """Entry point of a service: boot, run `main`, and turn any escape into a log line and an exit status."""
     boot = boot_from_stdin()
     try:
+        ProgressWord(boot.run_dir, boot.role).start_pulse()
         main(boot)
     except StartupError as error:
         refuse(boot, error)
@@ -118,27 +111,27 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     except SystemExit as error:
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
     except BaseException:
-        log.error("%s hit an exception: %s", boot.role, traceback.format_exc())
+        log.exception("%s hit an exception:", boot.role)
         os._exit(1)
     os._exit(0)
 
 
-class Service(Protocol):
-    """A text service, as its loop sees it."""
-
-    @property
-    def patience_s(self) -> float | None:
-        """How long the next step may wait for messages; None: there is nothing to do without one."""
-
-    def step(self, batch: list[Any]) -> list[Message]:
-        """What the messages lead to, in order. An empty batch goes on with what was put off."""
+def announced(boot: Boot) -> Announced:
+    """The incarnations that the launcher has started."""
+    return Announced(partial(newest_epoch, boot.run_dir))
 
 
 def run_text_service(boot: Boot, service: Service) -> None:
     """Serve until killed: everything that waits in the inbox is one batch, its answers are one frame."""
-    inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox)
+    progress = ProgressWord(boot.run_dir, boot.role)
+    inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox, progress.wait)
+    guard = Guard(boot.role, announced(boot), service.give_up)
     report_ready(boot)
     if boot.epoch:
         outbox.send([Restarted(role=boot.role)])
     while True:
-        outbox.send(service.step(inbox.recv(timeout_s=service.patience_s)))
+        patience_s = service.patience_s
+        batch = inbox.recv(timeout_s=IDLE_BEAT_S if patience_s is None else patience_s)
+        progress.beat(busy=bool(batch) or patience_s is not None)
+        if batch or patience_s is not None:
+            outbox.send(guard.batch(service, batch))

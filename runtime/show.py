@@ -1,10 +1,12 @@
 """`quartet config show [flags]`: every setting, its value, and where the value comes from."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
 from runtime import flags
 from runtime.errors import StartupError, UsageError
+from runtime.log import plain, say
 from runtime.resolve import look_at_machine, resolve
 
 
@@ -13,17 +15,17 @@ def main(argv: Sequence[str]) -> int:
     try:
         if list(argv[:1]) != ["show"]:
             raise UsageError("the command is `quartet config show`, followed by the flags of `quartet serve`")
-        settings = flags.load(argv[1:], command="config show")
+        settings = flags.load(argv[1:], command="config show", environment=os.environ)
         resolution = resolve(settings.config, look_at_machine())
     except (UsageError, StartupError) as error:
-        print(f"quartet: {error}", file=sys.stderr)
+        say(f"quartet: {plain(str(error))}", sys.stderr)
         return 2
     rows = list(origins(settings, flags.public(resolution.config)))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, origin in rows:
-        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
-    for note in resolution.notes:
-        print(f"\nnote: {note}")
+        say(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}", sys.stdout)
+    for note in [*settings.notes, *resolution.notes]:
+        say(f"\nnote: {plain(note)}", sys.stdout)
     return 0
 
 
@@ -34,4 +36,4 @@ def origins(settings: flags.Settings, resolved: dict[str, object]) -> Iterator[t
         origin = settings.origin(name)
         if value != given[name]:
             origin = "chosen for this machine" if name not in settings.origins else f"{origin}, adapted to this machine"
-        yield name, "-" if value is None else str(value), origin
+        yield name, "-" if value is None else plain(str(value)), plain(origin)

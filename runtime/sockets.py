@@ -5,12 +5,12 @@ can take another's traffic; senders connect to `<role>`, a link that the launche
 IMMEDIATE, so that they wait while no peer exists; the gateway, which must not wait, lets frames queue instead. What a
 peer had not handled when it died is gone with it (`http_gateway/journal.py` sends it again). Inner queues have no
 bound; the gateway's in-flight limit is what bounds the ring. Hostile bytes raise nothing out of `recv`: they are
-counted in `Inbox.rejected`, logged once a minute, and dropped.
+counted in `Inbox.rejected`, logged once a minute, and dropped; of a frame only the messages that are wrong.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,28 @@ import zmq
 import zmq.asyncio
 
 from runtime.control import Command
+from runtime.guard import end_of
 from runtime.limits import MAX_IPC_MESSAGE_BYTES
-from runtime.messages import Message, RingMessage, end_of
+from runtime.messages import Finish, Message, Reply, RingMessage, Tokens
 
 log = logging.getLogger(__name__)
 
 IPC_PATH_MAX = 107  # bytes, sun_path without its terminator
 RECONNECT_MS = 10  # between two tries to reach a service that is being started again
+WAIT_MS = 1000
 REPORT_EVERY_S = 60.0
+LOGGED_CHARS = 200  # of an error
+TOO_LARGE = "The request's data is too large for the server: {}."
+UNDECODABLE = (ValueError, RecursionError)  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
+UNREADABLE = b"?"  # the ids of a message that could not be decoded: no guard lets them pass
+NOT_READABLE = "Internal error: the command could not be decoded."
+NOT_SENDABLE = "Internal error: what the request has led to cannot be sent ({})."
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[list[Any]] = msgspec.msgpack.Decoder(list[RingMessage | Command])
+_one: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(RingMessage | Command)
+_parts: msgspec.msgpack.Decoder[list[msgspec.Raw]] = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_anything = msgspec.msgpack.Decoder()
 
 
 class FrameTooLarge(ValueError):
@@ -45,19 +56,20 @@ def encode(messages: Sequence[Message], limit_bytes: int = MAX_IPC_MESSAGE_BYTES
 
 
 def frames(messages: Sequence[Message], limit_bytes: int = MAX_IPC_MESSAGE_BYTES) -> Iterator[bytes]:
-    """As few frames as the size limit allows. A message that exceeds it alone gives way to its request's end."""
+    """As few frames as the size limit allows. A message that cannot be sent alone gives way to its request's end."""
     try:
         yield encode(messages, limit_bytes)
-    except FrameTooLarge as error:
+    except (ValueError, OverflowError, TypeError, RecursionError) as error:  # too large; lone surrogates; and the like
         if len(messages) > 1:
             half = len(messages) // 2
             yield from frames(messages[:half], limit_bytes)
             yield from frames(messages[half:], limit_bytes)
-        elif ending := end_of(messages[0], f"The request's data is too large for the server: {error}."):
-            log.error("ended a request: %s", error)
+            return
+        log.error("a %s message cannot be sent: %s", type(messages[0]).__name__, str(error)[:LOGGED_CHARS])
+        large = isinstance(error, FrameTooLarge)
+        reason = TOO_LARGE.format(error) if large else NOT_SENDABLE.format(type(error).__name__)
+        if ending := end_of(messages[0], Finish.internal(reason)):
             yield encode([ending])
-        else:
-            raise
 
 
 def decode(frame: bytes) -> list[Any]:
@@ -84,6 +96,14 @@ def turn_door(run_dir: str, role: str, epoch: int) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(f"{role}.{epoch}")
     fresh.replace(link)
+
+
+def newest_epoch(run_dir: str, role: str) -> int:
+    """Of the last incarnation of a role that the launcher has started; nobody else can announce one."""
+    try:
+        return int((Path(run_dir) / role).readlink().suffix[1:])
+    except (OSError, ValueError):  # nothing was started there
+        return 0
 
 
 def is_open(run_dir: str, role: str) -> bool:
@@ -118,14 +138,46 @@ class _Gate:
         self._reported_at = -REPORT_EVERY_S
 
     def open(self, frame: bytes) -> list[Any]:
+        """The frame's messages. In the place of one that cannot be decoded stands what ends its request."""
         try:
             return decode(frame)
-        except (ValueError, RecursionError) as error:  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
-            self.rejected += 1
-            if time.monotonic() - self._reported_at >= REPORT_EVERY_S:
-                self._reported_at = time.monotonic()
-                log.error("dropped a malformed frame of %d bytes (%d so far): %s", len(frame), self.rejected, error)
+        except UNDECODABLE as error:
+            self._reject(frame, error)
+        try:
+            return [message for part in _parts.decode(frame) for message in self._open_part(part)]
+        except UNDECODABLE:
             return []
+
+    def _open_part(self, part: bytes) -> list[Any]:
+        try:
+            return [_one.decode(part)]
+        except UNDECODABLE:
+            return unreadable(part)
+
+    def _reject(self, frame: bytes, error: Exception) -> None:
+        self.rejected += 1
+        if time.monotonic() - self._reported_at >= REPORT_EVERY_S:
+            self._reported_at = time.monotonic()
+            told = repr(str(error)[:LOGGED_CHARS])
+            log.error("a malformed frame of %d bytes (%d so far): %s", len(frame), self.rejected, told)
+
+
+def unreadable(part: bytes) -> list[Message]:
+    """What ends the request or the command that a message names which is of no type of ours."""
+    try:
+        found = _anything.decode(part)
+        if not isinstance(found, dict):
+            return []
+        told = next((found[key] for key in ("request", "tokens") if isinstance(found.get(key), dict)), found)
+        match told:
+            case {"rid": str(rid), **rest}:
+                attempt = rest.get("attempt", 0)
+                return [Tokens(rid=rid, attempt=attempt if isinstance(attempt, int) else 0, ids=UNREADABLE)]
+            case {"id": str(id)}:
+                return [Reply(id=id, success=False, status=500, message=NOT_READABLE)]
+    except UNDECODABLE:
+        pass  # it names nobody
+    return []
 
 
 class Inbox:
@@ -155,13 +207,24 @@ class Inbox:
 class Outbox:
     """Blocking sender of a service; blocks only while no peer is connected. What is too large is split."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, on_wait: Callable[[], None] = lambda: None) -> None:
+        """`on_wait` is called once a second while there is no peer."""
         self._socket = _push(zmq.Context.instance(), address, immediate=True)
+        self._on_wait = on_wait
 
     def send(self, messages: Sequence[Message]) -> None:
         if messages:
             for frame in frames(messages):
-                self._socket.send(frame)
+                self._send(frame)
+
+    def _send(self, frame: bytes) -> None:
+        while True:
+            try:
+                self._socket.send(frame, zmq.DONTWAIT)
+                return
+            except zmq.Again:
+                self._on_wait()
+                self._socket.poll(WAIT_MS, zmq.POLLOUT)
 
     def close(self) -> None:
         self._socket.close()

@@ -2,7 +2,7 @@
 
 One `poll` waits for everything that can happen: a signal, a Ready line, the end of a child (seen through its pidfd, so
 at once), the time to start one again. A service that dies is started again until its budget is spent, as the next
-epoch; where importing its modules takes long, a process that has done so stands by. A scheduler that lives but does not
+epoch; where importing its modules takes long, a process that has done so stands by. A service that lives but does not
 move is killed, which makes it a death like any other.
 """
 
@@ -19,8 +19,10 @@ from types import FrameType, TracebackType
 
 import msgspec
 
+from runtime import keys
 from runtime.child import Child, Service, start
 from runtime.config import ServerConfig
+from runtime.memory import in_words, look
 from runtime.progress import ProgressReader
 from runtime.service import Boot
 from runtime.sockets import door, endpoint, turn_door
@@ -30,8 +32,10 @@ log = logging.getLogger(__name__)
 DRAIN_GRACE_S = 5.0  # beyond the drain time-out, for the gateway to end by itself
 BUDGET_WINDOW_S = 60.0  # `max_restarts` deaths of a service within this time are forgiven
 STANDBY_AFTER_S = 5.0  # a start, when there is time for it
+STANDBY_BYTES = 512 << 20  # must be left for one to stand by: it takes up to 250 MB, and the others grow
 BACK_OFF_S = (0.0, 0.2, 1.0)  # before the first restart within the window, the second, all others
-LOOK_EVERY_S = 0.5  # at the progress word
+LOOK_EVERY_S = 0.5  # at the progress words
+FROZEN_S = 10.0  # without a pulse, whatever the step: only a process that is stopped or held up has none
 DUMP_GRACE_S = 1.0  # between the signal that has a hung process write its stacks and the one that kills it
 
 
@@ -82,22 +86,41 @@ class Signals:
 
 
 class Watch:
-    """How long the scheduler has not moved while it was looked at.
+    """How long a count has not moved while it was looked at.
 
-    Time in which nobody looked does not count: then the whole server was frozen (a paused container, a snapshot).
+    Time in which nobody looked does not count: then the whole server was frozen (a paused container, a machine that
+    slept, a snapshot), and this process as well.
     """
 
     def __init__(self) -> None:
-        self._beats = -1
+        self._count = -1
         self._looked_at = 0.0
         self._still_s = 0.0
 
-    def still_s(self, beats: int, now: float) -> float:
+    def still_s(self, count: int, now: float) -> float:
         """Seconds without a beat, up to now."""
         passed_s, self._looked_at = now - self._looked_at, now
-        self._still_s = self._still_s + min(passed_s, 2 * LOOK_EVERY_S) if beats == self._beats else 0.0
-        self._beats = beats
+        self._still_s = self._still_s + min(passed_s, 2 * LOOK_EVERY_S) if count == self._count else 0.0
+        self._count = count
         return self._still_s
+
+
+class Vigil:
+    """One incarnation of a service under watch, from its Ready line on."""
+
+    def __init__(self, progress: ProgressReader) -> None:
+        self._progress = progress
+        self._steps, self._pulse = Watch(), Watch()
+
+    def hang(self, timeout_s: float, now: float) -> str:
+        """What is wrong, for people; empty while the service is well. What has never moved is not judged."""
+        beats, pulses = self._progress.beats(), self._progress.pulses()
+        frozen_s = min(timeout_s, FROZEN_S)
+        stands = self._steps.still_s(beats, now) > timeout_s and beats
+        frozen = self._pulse.still_s(pulses, now) > frozen_s and pulses
+        if stands or (frozen and frozen_s == timeout_s):
+            return f"has not moved for {timeout_s:.0f} s (--watchdog-timeout)"
+        return f"has not moved for {frozen_s:.0f} s (none of its threads runs)" if frozen else ""
 
 
 class Supervisor:
@@ -116,8 +139,7 @@ class Supervisor:
         self.reason = ""  # the line that explains a status other than CLEAN
         self.draining_until: float | None = None
         self.was_ready = False  # all services were, once
-        self._progress = ProgressReader(str(run_dir))
-        self._watch = Watch()
+        self._vigils: dict[str, Vigil] = {}  # by role, of children that are ready
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)  # by role, within the window
         self._due: dict[str, tuple[float, int]] = {}  # by role: when to start it, and as which epoch
         self._standbys: dict[str, Child] = {}
@@ -191,6 +213,7 @@ class Supervisor:
         """Forget a dead child and start its service again after a while."""
         child.close()
         del self.children[child.role]
+        self._vigils.pop(child.role, None)
         for left in (f"{child.role}.{child.epoch}", f"{child.role}.{child.epoch}.boot"):
             (self.run_dir / left).unlink(missing_ok=True)
         self._due[child.role] = time.monotonic() + delay_s, child.epoch + 1
@@ -212,11 +235,13 @@ class Supervisor:
             self.children[service.role] = self.spawn(service, epoch)
         except OSError as error:
             self.end(ExitStatus.DIED, f"the {service.role} cannot be started again: {error}")
-            return
-        if service.beats:
-            self._watch = Watch()
 
     def _stand_by(self, service: Service) -> None:
+        memory = look()
+        if memory.available < STANDBY_BYTES:
+            left = in_words(memory.available)
+            log.warning("No %s stands by: %s may still be used by %s.", service.role, left, memory.limit)
+            return
         try:
             self._standbys[service.role] = start(service, self.inherited(service))
         except OSError as error:
@@ -230,6 +255,7 @@ class Supervisor:
             child = None
         child = child or start(service, self.inherited(service))
         boot_file = self.run_dir / f"{service.role}.{epoch}.boot"
+        boot_file.touch(mode=0o600)  # the gateway's holds the keys
         boot_file.write_bytes(msgspec.msgpack.encode(self.boot(service, epoch, child.their_ready_fd)))
         turn_door(str(self.run_dir), service.role, epoch)
         child.give(boot_file, epoch)
@@ -250,7 +276,7 @@ class Supervisor:
             run_dir=run_dir,
             inbox=endpoint(run_dir, service.role, epoch),
             outbox=door(run_dir, following.role),
-            config=self.config,
+            config=self.config if service.listens else keys.without(self.config),
             ready_fd=ready_fd,
             lifeline_fd=self.lifeline_fd,
             parent_pid=os.getpid(),
@@ -268,10 +294,7 @@ class Supervisor:
         times = [*(due_at for due_at, _ in self._due.values()), *self._standby_due.values()]
         if self.draining_until is not None:
             times.append(self.draining_until)
-        if (
-            any(child.service.beats and child.ready for child in self.children.values())
-            and self.config.watchdog_timeout
-        ):
+        if self.config.watchdog_timeout and any(child.ready for child in self.children.values()):
             times.append(time.monotonic() + LOOK_EVERY_S)
         timeout_ms = max(0.0, min(times) - time.monotonic()) * 1000 if times else None
         happened = poll.poll(timeout_ms)
@@ -290,7 +313,7 @@ class Supervisor:
             if child.exited and self.status is None:
                 child.read_ready()  # its last words may have come after the first look
                 self.look_at_death(child)
-            elif child.service.beats and child.ready:
+            elif child.ready:
                 self.look_at_progress(child)
         self.spawn_due()
 
@@ -300,10 +323,11 @@ class Supervisor:
         if child.hung_at:
             if now - child.hung_at > DUMP_GRACE_S:
                 child.process.kill()
-        elif timeout_s and self._watch.still_s(self._progress.beats(), now) > timeout_s:
-            log.error(
-                "The %s (pid %d) has not moved for %.0f s (--watchdog-timeout); killing it.", *child.name, timeout_s
-            )
+            return
+        if child.role not in self._vigils:
+            self._vigils[child.role] = Vigil(ProgressReader(str(self.run_dir), child.role))
+        if timeout_s and (hang := self._vigils[child.role].hang(timeout_s, now)):
+            log.error("The %s (pid %d) %s; killing it.", *child.name, hang)
             child.hung_at = now
             child.process.send_signal(signal.SIGABRT)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import StartupError
+from runtime.files import MAX_TOKENIZER_BYTES, present, read_small_text
 from runtime.model_info import read_json
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ REMEDY = "name a directory that has one with --tokenizer-path, or start with --s
 def load(path: Path) -> "Tokenizer":
     """The tokenizer of a model directory, never padding or cutting. Raises StartupError naming the cause."""
     file = path / "tokenizer.json"
-    tokenizer = _parse(file.read_text(encoding="utf-8") if file.is_file() else _converted(path), file)
+    tokenizer = _parse(read_small_text(file, MAX_TOKENIZER_BYTES) if present(file) else _converted(path), file)
     settings = read_json(path / "tokenizer_config.json")
     if _is_sentencepiece_llama(tokenizer, settings, read_json(path / "config.json")):
         _split_as_llama(tokenizer, settings)

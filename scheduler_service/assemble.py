@@ -10,7 +10,7 @@ from runtime.messages import Facts
 from runtime.model_info import ModelInfo
 from runtime.progress import ProgressWord
 from runtime.sampling import SamplingParams
-from runtime.service import Boot, report_ready
+from runtime.service import Boot, announced, report_ready
 from runtime.sockets import Inbox, Outbox
 from scheduler_service.constrained import Pool
 from scheduler_service.core.drafts import DraftOptions
@@ -60,11 +60,23 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
         chunked_prefill_size=WHOLE_PROMPTS if whole else chunk,
         max_prefill_tokens=step_tokens,  # whole prompts are not cut: a step takes them until it has enough
         policy=config.schedule_policy,
+        low_values_first=config.schedule_low_priority_values_first,
+        preemption_threshold=preemption_threshold(config),
+        waiting_timeout_s=config.req_waiting_timeout if config.req_waiting_timeout > 0 else None,
+        running_timeout_s=config.req_running_timeout if config.req_running_timeout > 0 else None,
         max_queued=config.max_queued_requests,
         reuse_prefixes=not (config.disable_radix_cache or whole),
         drafts=draft_options(config),
+        clips_output=config.allow_auto_truncate,
         default_new_tokens=SamplingParams().max_new_tokens,
     )
+
+
+def preemption_threshold(config: ServerConfig) -> int | None:
+    """By how much priorities must differ for one request to preempt another; None where none does."""
+    if config.schedule_policy != "priority" or config.disable_priority_preemption:
+        return None
+    return config.priority_scheduling_preemption_threshold
 
 
 def draft_options(config: ServerConfig) -> DraftOptions | None:
@@ -94,12 +106,13 @@ def serve(
     planner = Planner(planner_config(boot.config, info, worker))
     orders = StandingOrders(boot.run_dir)
     facts = msgspec.structs.replace(worker.facts(), epoch=boot.epoch, max_req_input_len=planner.config.max_input_len)
+    progress = ProgressWord(boot.run_dir, boot.role)
     scheduler = Scheduler(
         planner,
         worker,
         Inbox(boot.inbox),
-        Outbox(boot.outbox),
-        ProgressWord(boot.run_dir),
+        Outbox(boot.outbox, progress.wait),
+        progress,
         facts=facts,
         depth=worker.depth,
         rest=worker.rest,
@@ -110,8 +123,9 @@ def serve(
         updates=updates,
         saver=saver,
         orders=orders,
+        announced=announced(boot),
     )
-    scheduler.progress.beat(busy=False)
+    progress.beat(busy=False)
     orders.take_up(scheduler)
     report_ready(boot)
     scheduler.emit(scheduler.introduce())

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from kernels.configs import EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
-from kernels.ops import Backend
+from kernels.ops import Implementation
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.messages import Request
@@ -29,10 +29,11 @@ from scheduler_service.inputs import make_inputs, to_device
 from scheduler_service.kv_cache import DEFAULT_PAGE_SIZE, KVCache
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.dtype import resolve_dtype
-from scheduler_service.model.fused import can_fuse
+from scheduler_service.model.fused_backend import can_fuse
 from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.registry import decoder_spec
 from scheduler_service.model.spec import DecoderSpec, NotNative
+from scheduler_service.model.torch_backend import TorchBackend
 from scheduler_service.model.weights import Weights
 from scheduler_service.sampler import make_row
 
@@ -46,13 +47,17 @@ ROWS = (1, 2, FEW_ROWS, 16, 32, SKINNY_ROWS, SKINNY_ROWS + 1)  # the most that e
 
 
 def start_compiling(
-    config: ServerConfig, info: ModelInfo, device: torch.device, slots: int, backend: Backend | None = None
+    config: ServerConfig,
+    info: ModelInfo,
+    device: torch.device,
+    slots: int,
+    implementation: Implementation | None = None,
 ) -> "Future[None] | None":
     """Compile beside the caller what the model's first steps launch; None where no kernels of ours are needed.
 
     `slots`: requests at once. The result raises StartupError for a kernel that cannot be compiled.
     """
-    plain = backend == "torch" or config.attention_backend == "torch_native"
+    plain = implementation == "torch" or config.attention_backend == "torch_native"
     if device.type != "cuda" or info.embedding is not None or plain:
         return None
     from kernels.triton_compile import COMPILES_AHEAD  # triton is not there on every machine
@@ -96,9 +101,9 @@ def blank_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots
         spec = one_of_each_layer(decoder_spec(info))
     except NotNative:
         return None
-    model = Decoder(spec, Weights(decoder_layout(spec), dtype, META))
-    if not can_fuse(model):
+    if not can_fuse(spec):
         return None
+    model = Decoder(spec, Weights(decoder_layout(spec), dtype, META), TorchBackend(spec.ropes, dtype, META))
     cache = KVCache(model.attention, SOME_PAGES, config.page_size or DEFAULT_PAGE_SIZE, dtype, META)
     return make_fused_steps(config, model, cache, SlotTokens(slots, META), info.context_length, "triton")
 

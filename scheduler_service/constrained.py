@@ -1,33 +1,23 @@
 """Requests whose output a grammar constrains: they wait here until it is compiled, and only then are they queued."""
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from runtime.errors import RequestError
 from runtime.messages import Request, Tokenized, unpack_ids
 from scheduler_service.grammar import Grammar
 
+Decided = tuple[Tokenized, Grammar | RequestError]  # a request that need not wait any longer, and its grammar
 NO_GRAMMARS = "this server does not constrain output"
 
 
 class Pool(Protocol):
-    """Compiles grammars beside the loop (scheduler_service.grammar.GrammarPool)."""
+    """Compiles grammars beside the loop (scheduler_service.grammar_pool.GrammarPool)."""
 
-    def submit(self, rid: str, kind: str, text: str) -> None: ...
+    def submit(self, rid: str, kind: str, text: str, call: str = "") -> None: ...
 
     def cancel(self, rid: str) -> None: ...
 
     def ready(self) -> list[tuple[str, Grammar | RequestError]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Decided:
-    """A request that need not wait any longer."""
-
-    message: Tokenized
-    grammar: Grammar | None = None
-    error: RequestError | None = None
-    complete: bool = False  # what it has generated before leaves nothing to generate
 
 
 class WaitingRoom:
@@ -56,7 +46,7 @@ class WaitingRoom:
             return
         self.drop(rid)
         self._messages[rid] = message
-        self._pool.submit(rid, *grammar)
+        self._pool.submit(rid, *grammar, message.request.call)
 
     def drop(self, rid: str) -> Tokenized | None:
         """Take out a request that is not to wait any longer, if it is here."""
@@ -69,15 +59,12 @@ class WaitingRoom:
         """The requests whose grammar was compiled or refused since the last call."""
         if self._pool is None or not self._messages:
             return []
-        return [decide(self._messages.pop(rid), outcome) for rid, outcome in self._pool.ready()]
+        return [(self._messages.pop(rid), outcome) for rid, outcome in self._pool.ready()]
 
 
-def decide(message: Tokenized, outcome: Grammar | RequestError) -> Decided:
-    """Check that what a resumed request has generated follows its grammar: the worker takes that for granted."""
-    if isinstance(outcome, RequestError):
-        return Decided(message, error=outcome)
-    try:
-        matcher = outcome.matcher(unpack_ids(message.request.resume_ids))
-    except RequestError as error:
-        return Decided(message, error=error)
-    return Decided(message, outcome, complete=matcher.finished)
+def is_complete(message: Tokenized, grammar: Grammar) -> bool:
+    """Whether what a resumed request has generated leaves nothing to generate.
+
+    Raises RequestError where that does not follow the grammar: the worker takes it for granted.
+    """
+    return grammar.matcher(unpack_ids(message.request.resume_ids)).finished

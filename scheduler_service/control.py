@@ -9,7 +9,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import COMMAND_LOST, Abort, ControlCommand, FlushCache, Probe
+from runtime.control import (
+    COMMAND_LOST,
+    Abort,
+    ControlCommand,
+    FlushCache,
+    Probe,
+    ReleaseMemory,
+    ResumeMemory,
+    WeightChange,
+)
 from runtime.errors import CommandRefused, Kind
 from runtime.messages import Message, Reply, Request
 from scheduler_service import control_experts, control_groups, control_memory, control_pause, control_weights
@@ -27,10 +36,17 @@ FLUSH_FAILED = "Flush cache failed.\n"
 FLUSH_TIMED_OUT = "Timed out waiting for idle state."
 FLUSH_IN_PROGRESS = "Another flush_cache is already in progress."
 
+FAILED = "Internal error: the command failed ({})."
+
 ANSWERS_KEPT = 64
+CHANGES = (WeightChange, ReleaseMemory, ResumeMemory)  # commands that change what serves
 
 Waiting = Generator[None, bool | None, list[Message]]
 Handler = Callable[["Scheduler", Any], "list[Message] | Waiting"]
+
+
+class HalfDone(BaseException):
+    """What serves may be changed by half: this process ends, and the next one serves what was committed last."""
 
 
 class Control:
@@ -60,6 +76,9 @@ class Control:
             result = self.handlers[type(command)](scheduler, command)
         except CommandRefused as refusal:
             return self._kept([refused(command, refusal)])
+        except Exception as error:
+            end_where_half_done(command, error)
+            raise
         return self._kept(result) if isinstance(result, list) else self._turn(command, result)
 
     def advance(self, long_step: bool = False) -> list[Message]:
@@ -79,6 +98,10 @@ class Control:
             return self._kept(messages)
         except CommandRefused as refusal:
             return self._kept([refused(command, refusal)])
+        except Exception as error:
+            end_where_half_done(command, error)
+            log.exception("a %s command failed", type(command).__name__)
+            return self._kept([refused(command, CommandRefused(FAILED.format(type(error).__name__), 500))])
         self._waiting.append((command, waiting))
         return []
 
@@ -90,6 +113,12 @@ class Control:
         while len(self._answered) > ANSWERS_KEPT:
             self._answered.popitem(last=False)
         return messages
+
+
+def end_where_half_done(command: ControlCommand, error: Exception) -> None:
+    """Raise HalfDone where a failure may have left half of a change in what serves."""
+    if isinstance(command, CHANGES):
+        raise HalfDone(f"{type(command).__name__} failed in its midst") from error
 
 
 def refused(command: ControlCommand, refusal: CommandRefused) -> Reply:

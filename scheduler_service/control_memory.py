@@ -66,7 +66,7 @@ def told(what: str) -> Iterator[None]:
 def report(scheduler: "Scheduler", command: ControlCommand, what: str) -> list[Message]:
     released = sorted(saver_of(scheduler).released)
     log.info("Memory occupation %s. Still released: %s", what, ", ".join(released) or "nothing")
-    return [Reply(id=command.id, body={"asleep": scheduler.planner.asleep})]
+    return [Reply(id=command.id, body=scheduler.sleep())]
 
 
 HANDLERS: dict[type[ControlCommand], Callable[["Scheduler", Any], Any]] = {

@@ -141,7 +141,7 @@ def refuse_in_session(updates: "Updates") -> None:
 def done(scheduler: "Scheduler", command: WeightChange, message: str, body: dict[str, Any] | None = None) -> Reply:
     if command.weight_version is not None:
         message += f" Weight version updated to {command.weight_version}."
-    known = {"weight_version": scheduler.worker.weight_version, "paused": scheduler.planner.paused}
+    known = {"weight_version": scheduler.worker.weight_version, "paused": scheduler.planner.paused, **scheduler.sleep()}
     return Reply(id=command.id, message=message, body={**known, **(body or {})})
 
 
@@ -166,7 +166,7 @@ def end(scheduler: "Scheduler", updates: "Updates", command: EndWeightUpdate) ->
         if session.broken:
             raise CommandRefused(GIVEN_UP.format(session.broken))
         command.weight_version = command.weight_version or session.version
-        if session.names:
+        if session.names or session.aliases:
             yield from apply_session(scheduler, updates, command)
     finally:
         updates.session = None
@@ -250,9 +250,9 @@ def rename(scheduler: "Scheduler", command: UpdateWeightVersion) -> Waiting:
     return [Reply(id=command.id, message=f"Weight version updated to {command.new_version}", body=body)]
 
 
-def by_name(scheduler: "Scheduler", command: GetWeightsByName) -> list[Message]:
-    released = scheduler.saver is not None and scheduler.saver.holds_weights
-    rows = None if released else updates_of(scheduler).inspection.rows(command.name, max(0, command.truncate_size))
+def by_name(scheduler: "Scheduler", updates: "Updates", command: GetWeightsByName) -> Waiting:
+    """The first rows of a tensor; in turn, for they are read while steps go on."""
+    rows = yield from beside(partial(updates.inspection.rows, command.name, max(0, command.truncate_size)))
     if rows is None:
         raise CommandRefused("Get parameter by name failed")
     return [Reply(id=command.id, body={"rows": rows})]
@@ -308,6 +308,6 @@ HANDLERS: dict[type[ControlCommand], Callable[["Scheduler", Any], Any]] = {
     BeginWeightUpdate: in_turn(begin),
     EndWeightUpdate: in_turn(end),
     UpdateWeightVersion: rename,
-    GetWeightsByName: by_name,
+    GetWeightsByName: in_turn(by_name),
     CheckWeights: in_turn(check),
 }

@@ -1,8 +1,9 @@
 """The device that a worker runs on: which one, its memory, and how many threads it is given."""
 
-import os
-
 import torch
+
+from runtime import memory
+from runtime.memory import GB, Memory, in_words
 
 ONE_THREAD_HIDDEN_SIZE = 384
 
@@ -20,8 +21,22 @@ def limit_threads(device: torch.device, hidden_size: int) -> None:
         torch.set_num_threads(1)
 
 
-def total_bytes(device: torch.device) -> int:
-    """All memory of a device."""
+def look_at_memory(device: torch.device) -> Memory:
+    """What may still be taken on a device, and what there is in all."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(int(free), int(total), "the device's memory")
+    return memory.look()
+
+
+def available_gb(device: torch.device) -> float:
+    """Memory that can still be taken on a device."""
+    return look_at_memory(device).available / GB
+
+
+def shortage(wanted: int, device: torch.device) -> str:
+    """Why so many bytes cannot be taken on a device, in words; empty where they can."""
+    found = look_at_memory(device)
+    if wanted <= found.available:
+        return ""
+    return f"{in_words(wanted)} are needed, and {in_words(found.available)} may still be used by {found.limit}"

@@ -15,7 +15,8 @@ from scheduler_service.graphs import Graphs, Key, Recorder
 from scheduler_service.inputs import Inputs
 from scheduler_service.kv_cache import KVCache
 from scheduler_service.model.batch import Batch
-from scheduler_service.model.fused import FusedDecoder
+from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.fused_backend import FusedBackend
 from scheduler_service.step_context import Chunks, StepContext
 from scheduler_service.transfer import upload
 
@@ -45,7 +46,8 @@ class FusedPrefill:
 
     def __init__(
         self,
-        model: FusedDecoder,
+        model: Decoder,
+        backend: FusedBackend,
         cache: KVCache,
         page_table: PageTable,
         recorder: Recorder,
@@ -53,7 +55,8 @@ class FusedPrefill:
         largest: int,
     ) -> None:
         """`lengths`: the contexts that are recorded for the decode rows beside, ascending."""
-        self.model = model
+        self.model = model  # on this backend
+        self.backend = backend
         self.cache = cache
         self.page_table = page_table
         device, self.null_slot = model.device, len(page_table.values) - 1
@@ -117,7 +120,7 @@ class FusedPrefill:
         sizes = [key.rows, key.rows, CHUNKS, CHUNKS, CHUNKS + 1]
         slots, lengths, chunk_slots, chunk_lengths, starts = torch.split(self.numbers[: sum(sizes)], sizes)
         return StepContext(
-            self.model,
+            self.backend,
             self.cache,
             self.page_table.values,
             self.places[: key.rows + key.tokens],

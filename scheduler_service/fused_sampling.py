@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from kernels.configs import SKINNY_ROWS, tile
-from scheduler_service.model.fused import FusedDecoder
+from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.fused_backend import FusedBackend
 from scheduler_service.sampler import Draws, Row, Wish, adjust_single_tokens
 from scheduler_service.transfer import upload
 
@@ -22,9 +23,10 @@ def temperature(row: Row) -> float:
 
 @dataclass(slots=True)
 class FusedSampler:
-    """Draws tokens from what a FusedDecoder computes."""
+    """Draws tokens from what a model computes on a FusedBackend."""
 
-    model: FusedDecoder
+    model: Decoder
+    backend: FusedBackend
 
     def draw_plain(
         self,
@@ -41,30 +43,30 @@ class FusedSampler:
 
         `logits` (rows, vocab) are left as they were drawn from: with temperatures of 0 as the model gives them.
         """
-        model, ops = self.model, self.model.ops
-        if len(residual) > SKINNY_ROWS or model.steady:
+        model, ops = self.model, self.backend.ops
+        if len(residual) > SKINNY_ROWS or self.backend.deterministic:
             model.logits(model.normed(residual), out=logits)
             tops, masses = self.facts(logits, tile("logits").columns)
-            ops.process_logits(logits, None, None, None, None, temperatures, tops, masses)
+            ops.process_logits(logits, None, temperatures, tops, masses)
             block = tile("logits").columns
             ops.draw(logits, tops, masses, block, temperatures, seeds, positions, slots, tokens, valid)
             return
-        norm, spec = model.model.norm, model.spec
+        norm, lm_head = model.norm, model.lm_head
+        assert lm_head is not None
         ops.lm_head_sample(
             residual,
             norm.weight,
             norm.epsilon,
-            spec.norm == "rms_plus_one",
-            model.lm_head.weight,
-            spec.logit_softcap,
-            None,
+            norm.plus_one,
+            lm_head.weight,
+            model.spec.logit_softcap,
             temperatures,
             seeds,
             positions,
             slots,
             logits,
             *self.facts(logits, tile("lm_head").rows),
-            model.workspace.counters,
+            self.backend.workspace.counters,
             tokens,
             valid,
         )
@@ -94,8 +96,8 @@ class FusedSampler:
             upload(column, device, kind) for column, kind in zip(columns, kinds, strict=True)
         )
         tops, masses = self.facts(logits, tile("logits").columns)
-        ops = self.model.ops
-        ops.process_logits(logits, None, None, allowed, None, temperatures, tops, masses)
+        ops = self.backend.ops
+        ops.process_logits(logits, allowed, temperatures, tops, masses)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
         valid = torch.empty(len(rows), dtype=torch.int32, device=device)
         ops.select(

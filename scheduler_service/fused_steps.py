@@ -1,4 +1,4 @@
-"""Steps on fused operations: what the worker hands to a FusedDecoder, and decode steps on buffers that stay in place.
+"""Steps on fused operations: what the worker hands to a model on them, and decode steps on buffers that stay in place.
 
 A decode step finds on the device what it needs: its tokens, where the step before left them, its positions, which it
 moves on, and its pages. The host sends what is new: the slots when other requests are in the batch, pages as they are
@@ -12,7 +12,7 @@ from operator import is_
 import torch
 
 from kernels.configs import DEPENDENT_LAUNCHES
-from kernels.ops import Backend
+from kernels.ops import Implementation
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
@@ -35,7 +35,7 @@ from scheduler_service.inputs import Inputs
 from scheduler_service.kv_cache import KVCache
 from scheduler_service.model.batch import Batch, ServedModel
 from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.fused import FusedDecoder, can_fuse
+from scheduler_service.model.fused_backend import FusedBackend, can_fuse
 from scheduler_service.sampler import Draws, Row
 from scheduler_service.step_context import Chunks, StepContext
 from scheduler_service.transfer import upload
@@ -68,13 +68,17 @@ class Decoded:
 
 
 class FusedSteps:
-    """Runs plans on a FusedDecoder: decode steps on fixed buffers, all others as they come."""
+    """Runs plans on a FusedBackend: decode steps on fixed buffers, all others as they come."""
 
-    def __init__(self, model: FusedDecoder, cache: KVCache, tokens: SlotTokens, context_length: int) -> None:
+    def __init__(
+        self, model: Decoder, backend: FusedBackend, cache: KVCache, tokens: SlotTokens, context_length: int
+    ) -> None:
+        """`model` is on the backend already."""
         self.model = model
+        self.backend = backend
         self.cache = cache
         self.tokens = tokens
-        self.sampler = FusedSampler(model)
+        self.sampler = FusedSampler(model, backend)
         slots = tokens.null_slot
         pages = -(-context_length // cache.page_size) + 1
         self.page_table = PageTable(slots, pages, model.device)
@@ -83,20 +87,26 @@ class FusedSteps:
         self.graphs: Graphs | None = None
         self.prefill: FusedPrefill | None = None
         self.context_length = context_length
-        model.reserve(max(slots, 1))
+        self.reserve(max(slots, 1))
 
     def use_graphs(self, recorder: Recorder, largest: int, prompt_tokens: int = 0) -> None:
         """Run decode steps of up to `largest` rows on fixed buffers, recorded as `recorder` does.
 
         So too steps with up to `prompt_tokens` of prompts.
         """
-        self.model.reserve(largest)
+        self.reserve(largest)
         self.buffers = Buffers(largest, self.model.vocab_size, self.model.device)
         self.clear()
         rows, lengths = row_sizes(largest), length_sizes(self.context_length)
         self.graphs = Graphs(self.compute, self.clear, recorder, rows, lengths)
         if prompt_tokens:
-            self.prefill = FusedPrefill(self.model, self.cache, self.page_table, recorder, lengths, prompt_tokens)
+            self.prefill = FusedPrefill(
+                self.model, self.backend, self.cache, self.page_table, recorder, lengths, prompt_tokens
+            )
+
+    def reserve(self, rows: int) -> None:
+        """Have counters for decode steps of so many rows."""
+        self.backend.workspace.reserve(rows * self.model.spec.kv_heads)
 
     # any step
 
@@ -127,7 +137,7 @@ class FusedSteps:
             most_queries = max(share.end - share.start for share in prefills)
             chunks = Chunks(slots[rows:], starts, lengths[rows:], most_queries)
         return StepContext(
-            self.model,
+            self.backend,
             self.cache,
             self.page_table.values,
             inputs.placement.slots,
@@ -208,22 +218,22 @@ class FusedSteps:
         """One decode step of this size on the buffers. Nothing in it depends on the host, so it can be recorded."""
         assert self.buffers is not None
         rows = key.rows
-        model, buffers, device = self.model, self.buffers, self.model.device
+        model, backend, buffers, device = self.model, self.backend, self.buffers, self.model.device
         slots = buffers.slots[:rows]
         input_ids, positions, places = (torch.empty(rows, dtype=torch.int64, device=device) for _ in range(3))
         lengths = torch.empty(rows, dtype=torch.int32, device=device)
         residual = torch.empty(rows, model.hidden_size, dtype=model.dtype, device=device)
-        cos, sin = (residual.new_empty(rows, 1, model.tables[0].shape[2]) for _ in range(2))
-        model.ops.prepare(
+        cos, sin = (residual.new_empty(rows, 1, backend.tables[0].shape[2]) for _ in range(2))
+        backend.ops.prepare(
             slots,
             self.tokens.values,
             self.positions.values,
             self.positions.finished,
             self.page_table.values,
             self.cache.page_size,
-            model.model.embedding,
-            model.model.embedding_scale,
-            model.tables[0],
+            model.embedding,
+            model.embedding_scale,
+            backend.tables[0],
             input_ids,
             positions,
             places,
@@ -232,8 +242,8 @@ class FusedSteps:
             cos,
             sin,
         )
-        others = (model.rotation(rope, positions) for rope in range(1, len(model.tables)))
-        context = StepContext(model, self.cache, self.page_table.values, places, slots, lengths, key.longest)
+        others = (backend.rotation(rope, positions) for rope in range(1, len(backend.tables)))
+        context = StepContext(backend, self.cache, self.page_table.values, places, slots, lengths, key.longest)
         model.run_layers(residual, [(cos, sin), *others], Batch(input_ids, positions, context, starts=slots))
         self.sampler.draw_plain(
             residual,
@@ -272,14 +282,15 @@ def make_fused_steps(
     cache: KVCache,
     tokens: SlotTokens,
     context_length: int,
-    backend: Backend,
+    implementation: Implementation,
     dependent: bool | None = None,
 ) -> FusedSteps:
-    """Fused steps on a backend and with the launches of kernels/ops.py, ready to record graphs as the flags say."""
+    """Fused steps of a model, ready to record graphs as the flags say; `implementation` as in kernels/ops.py."""
     if dependent is None:
-        dependent = backend == "triton" and DEPENDENT_LAUNCHES
-    fused = FusedDecoder(model, backend, context_length, dependent, config.enable_deterministic_inference)
-    steps = FusedSteps(fused, cache, tokens, context_length)
+        dependent = implementation == "triton" and DEPENDENT_LAUNCHES
+    spec, steady = model.spec, config.enable_deterministic_inference
+    backend = FusedBackend(spec.ropes, model.dtype, model.device, implementation, context_length, dependent, steady)
+    steps = FusedSteps(model.on(backend), backend, cache, tokens, context_length)
     if not config.disable_cuda_graph:
         recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
         largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
@@ -293,21 +304,21 @@ def fused_steps_of(
     model: ServedModel,
     cache: KVCache,
     tokens: SlotTokens,
-    backend: Backend | None,
+    implementation: Implementation | None,
 ) -> FusedSteps | None:
     """The fused way of running a model, ready for its first step; None where there is none. Raises StartupError.
 
-    Without a backend: on a GPU if --attention-backend says so.
+    Without an implementation: on a GPU if --attention-backend says so.
     """
-    if backend is None and tokens.values.device.type == "cpu":
+    if implementation is None and tokens.values.device.type == "cpu":
         return None
     plain = config.attention_backend == "torch_native"
-    if plain or info.embedding is not None or not isinstance(model, Decoder) or not can_fuse(model):
+    if plain or info.embedding is not None or not isinstance(model, Decoder) or not can_fuse(model.spec):
         if config.enable_deterministic_inference:
             raise StartupError(NOT_FUSED.format(info.architecture))
         if not plain:
             log.info("No fused operations for this model: it runs on plain torch, without CUDA graphs.")
         return None
-    steps = make_fused_steps(config, model, cache, tokens, info.context_length, backend or "triton")
+    steps = make_fused_steps(config, model, cache, tokens, info.context_length, implementation or "triton")
     steps.begin()
     return steps

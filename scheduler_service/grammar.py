@@ -1,32 +1,28 @@
-"""Constrained output: grammars compiled beside the scheduler's loop, and the matchers that mask its logits.
+"""Constrained output: compiled grammars, and the matchers that mask the logits.
 
-    GrammarPool.submit(rid, kind, text) ──► worker thread: source → check → compile ──► GrammarPool.ready()
+    GrammarCompiler.compile(kind, text) ──► checked in another process, then compiled ──► Grammar
     Grammar.matcher(output ids) ──► Matcher: mask a row, accept a token, finished
 
 A matcher is a function of the grammar and the output ids, so a retracted or replayed request rebuilds its own.
 """
 
+import hashlib
 import json
-import logging
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from runtime import limits
 from runtime.errors import Kind, RequestError
+from runtime.guarded import Crashed, Gone, Guarded, OutOfTime
 from scheduler_service import grammar_check
-from scheduler_service.grammar_check import read_frame, write_frame
-from scheduler_service.grammar_source import source
-
-log = logging.getLogger(__name__)
+from scheduler_service.grammar_check import Order, Verdict
 
 Bitmask = NDArray[np.int32]  # (rows, ceil(vocab / 32)); bit i of a row is set where token i is allowed
 
@@ -106,8 +102,15 @@ def bitmask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
+class TakesLong(Exception):
+    """A grammar was not checked in its first, short turn."""
+
+
+Outcome = Grammar | RequestError | TakesLong
+
+
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer. Everything is loaded at the first use; safe to call from one thread."""
+    """Compiles grammars for one tokenizer. Everything is loaded at the first use; safe to call from several threads."""
 
     def __init__(
         self,
@@ -123,144 +126,111 @@ class GrammarCompiler:
         self._cache_entries = cache_entries
         self._tokenizer: LLTokenizer | None = None
         self._special_tokens: dict[str, int] = {}
-        self._checker: subprocess.Popen[bytes] | None = None
-        self._kept: OrderedDict[tuple[str, str], Grammar | RequestError] = OrderedDict()
+        self._checker = checker()
+        self._kept: OrderedDict[bytes, Outcome] = OrderedDict()
+        self._keeping = threading.Lock()
+        self._loading = threading.Lock()
         self.hits = 0
         self.misses = 0
 
     def compile(self, kind: str, text: str) -> Grammar:
         """The grammar, from the cache if it was met before. Raises RequestError (400)."""
-        key = kind, text
-        if key in self._kept:
-            self.hits += 1
-            self._kept.move_to_end(key)
-        else:
-            self.misses += 1
-            self._kept[key] = self._compiled(kind, text)
-            while len(self._kept) > self._cache_entries:
-                self._kept.popitem(last=False)
-        found = self._kept[key]
+        try:
+            return self.attempt(kind, text, self._checker)
+        except TakesLong:
+            return self.attempt(kind, text, self._checker, patient=True)
+
+    def attempt(self, kind: str, text: str, checker: Guarded, *, patient: bool = False) -> Grammar:
+        """The same with a process of the caller's, and at first with little patience.
+
+        Raises RequestError, or TakesLong where the check did not end in its first turn.
+        """
+        key = hashlib.sha256(f"{kind} {text}".encode()).digest()
+        with self._keeping:
+            found = self._kept.get(key)
+            if isinstance(found, TakesLong) and patient:
+                found = None
+            elif found is not None:
+                self.hits += 1
+                self._kept.move_to_end(key)
+            else:
+                self.misses += 1
+        if found is None:
+            found = self._outcome(kind, text, checker, patient)
+            self._keep(key, found)
         if isinstance(found, RequestError):
             raise RequestError(found.message, found.kind, found.field)
+        if isinstance(found, TakesLong):
+            raise TakesLong
         return found
 
-    def warm(self) -> None:
-        """Load what the first grammar would otherwise wait for; nothing happens for a model without tokenizer.json."""
-        if self._path.is_file():
-            self._load()
-            self._check("start: /a/")
+    def _keep(self, key: bytes, outcome: Outcome) -> None:
+        with self._keeping:
+            self._kept[key] = outcome
+            self._kept.move_to_end(key)
+            while len(self._kept) > self._cache_entries:
+                self._kept.popitem(last=False)
 
-    def _compiled(self, kind: str, text: str) -> Grammar | RequestError:
+    def _outcome(self, kind: str, text: str, checker: Guarded, patient: bool) -> Outcome:
         """The grammar or its refusal: a refused one is remembered too, and costs nothing the second time."""
+        cpu_s = limits.GRAMMAR_CPU_S if patient else limits.GRAMMAR_FIRST_CPU_S
         try:
             tokenizer = self._load()
-            grammar = source(kind, text, self._special_tokens)
-            if problem := self._check(grammar):
-                raise ValueError(problem)
+            grammar = self._checked(kind, text, checker, cpu_s)
             engine = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
             engine.compute_bitmask()  # some grammars fail only here; the first step then finds its states made
             if engine.is_error():
                 raise ValueError(engine.get_error())
             if engine.is_stopped() and not engine.is_accepting():
                 raise ValueError("it allows no output at all")
+        except OutOfTime:
+            if not patient:
+                return TakesLong()
+            return refused(kind, f"it takes more than {cpu_s * 1000:.0f} ms to compile")
+        except Crashed:
+            return refused(kind, "it takes too much memory to compile")
         except (ValueError, RecursionError) as error:
-            reason = str(error).replace("<non-verbose/>", "").strip()
-            return RequestError(f"Failed to compile {kind} grammar: {reason}", field=kind)
+            return refused(kind, grammar_check.shortened(str(error)))
         return Grammar(engine)
 
     def _load(self) -> LLTokenizer:
-        if self._tokenizer is None:
-            if not self._path.is_file():
-                raise ValueError("this model has no tokenizer.json, so output cannot be constrained")
-            data = self._path.read_text(encoding="utf-8")
-            self._tokenizer = LLTokenizer(data, n_vocab=self._vocab_size, eos_token=self._eos_ids or None)
-            added = json.loads(data).get("added_tokens") or []
-            self._special_tokens = {
-                token["content"]: token["id"] for token in added if self._tokenizer.is_special_token(token["id"])
-            }
-        return self._tokenizer
+        with self._loading:
+            if self._tokenizer is None:
+                if not self._path.is_file():
+                    raise ValueError("this model has no tokenizer.json, so output cannot be constrained")
+                data = self._path.read_text(encoding="utf-8")
+                self._tokenizer = LLTokenizer(data, n_vocab=self._vocab_size, eos_token=self._eos_ids or None)
+                added = json.loads(data).get("added_tokens") or []
+                self._special_tokens = {
+                    token["content"]: token["id"] for token in added if self._tokenizer.is_special_token(token["id"])
+                }
+            return self._tokenizer
 
-    def _check(self, grammar: str) -> str:
-        """The verdict of the checking process, which is started again if it has gone.
+    def _checked(self, kind: str, text: str, checker: Guarded, cpu_s: float) -> str:
+        """The grammar as the engine takes it, read and tried in the checking process.
 
-        Raises RequestError when it goes before it has answered: that says nothing of the grammar, and is not kept.
+        Raises ValueError, OutOfTime or Crashed; and RequestError, which is not kept, when that process is ended before
+        it has answered.
         """
+        special_tokens = self._special_tokens if kind == "structural_tag" else {}
+        order = msgspec.msgpack.encode(Order(kind, text, special_tokens))
         try:
-            if self._checker is None or self._checker.poll() is not None:
-                self._checker = self._start_checker()
-            assert self._checker.stdin is not None and self._checker.stdout is not None
-            write_frame(self._checker.stdin, grammar)
-            verdict = read_frame(self._checker.stdout)
-        except OSError:
-            verdict = None
-        if verdict is None:
-            raise RequestError("The process that checks grammars has ended; try again.", Kind.UNAVAILABLE)
-        return verdict
-
-    def _start_checker(self) -> "subprocess.Popen[bytes]":
-        budget = [str(limits.GRAMMAR_CPU_S), str(limits.GRAMMAR_MEMORY_BYTES)]
-        command = [sys.executable, "-P", grammar_check.__file__, *budget]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            verdict = msgspec.msgpack.decode(checker.run(order, cpu_s), type=Verdict)
+        except Gone as error:
+            raise RequestError("The process that checks grammars has ended; try again.", Kind.UNAVAILABLE) from error
+        if verdict.problem:
+            raise ValueError(verdict.problem)
+        return verdict.grammar
 
     def close(self) -> None:
         """End the checking process."""
-        if self._checker is not None:
-            self._checker.communicate()
-            self._checker = None
+        self._checker.close()
 
 
-class GrammarPool:
-    """Compiles in a thread while the scheduler's loop runs; the loop asks `ready` once a step."""
-
-    def __init__(self, compiler: GrammarCompiler) -> None:
-        self._compiler = compiler
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-        self._waiting: dict[str, Future[Grammar]] = {}
-        self._done: list[tuple[str, Future[Grammar]]] = []
-        self._lock = threading.Lock()
-
-    @property
-    def pending(self) -> int:
-        """Requests that wait for their grammar; the loop must not block for long while there are any."""
-        return len(self._waiting)
-
-    def warm(self) -> None:
-        """Let the thread load what grammars need, ahead of the first one."""
-        self._thread.submit(self._compiler.warm)
-
-    def submit(self, rid: str, kind: str, text: str) -> None:
-        """Start to compile a request's grammar."""
-        future = self._thread.submit(self._compiler.compile, kind, text)
-        self._waiting[rid] = future
-        future.add_done_callback(lambda done: self._note(rid, done))
-
-    def _note(self, rid: str, future: "Future[Grammar]") -> None:
-        with self._lock:
-            self._done.append((rid, future))
-
-    def cancel(self, rid: str) -> None:
-        """Forget a request that was aborted; unknown ones are ignored."""
-        future = self._waiting.pop(rid, None)
-        if future is not None:
-            future.cancel()
-
-    def ready(self) -> list[tuple[str, Grammar | RequestError]]:
-        """The requests whose grammar was decided since the last call, each with it or with its refusal."""
-        with self._lock:
-            done, self._done = self._done, []
-        mine = [(rid, future) for rid, future in done if self._waiting.get(rid) is future]
-        return [(rid, _outcome(self._waiting.pop(rid))) for rid, _ in mine]
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._compiler.close()
+def checker() -> Guarded:
+    """A process of one's own for checking grammars; started with the first one."""
+    return Guarded(grammar_check.MODULE)
 
 
-def _outcome(future: "Future[Grammar]") -> Grammar | RequestError:
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, RequestError):
-        return error
-    log.error("a grammar could not be compiled, for a reason that is not its own", exc_info=error)
-    return RequestError("The grammar could not be compiled.", Kind.INTERNAL)
+def refused(kind: str, reason: str) -> RequestError:
+    return RequestError(f"Failed to compile {kind} grammar: {reason}", field=kind)

@@ -83,6 +83,8 @@ def check_regex(text: str) -> None:
                 size.close()
             case "{" if piece[1]:
                 size.repeat(int(piece[2] or piece[1]))
+            case "[" if len(piece[0]) == 1:  # else each further one would be looked for to the end of the text
+                raise ValueError("a character set is not closed")
             case "*" | "+" | "?" | "|":
                 pass
             case _:
@@ -134,7 +136,7 @@ EBNF_PIECES = re.compile(
       | (?P<define>::=)
       | (?P<literal>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')
       | (?P<set>\[(?:\\.|[^\]\\])*\])
-      | (?P<count>\{\s*(?P<least>\d+)\s*(?P<comma>,\s*(?P<most>\d+)?)?\s*\})
+      | (?P<count>\{\s*+(?P<least>\d++)\s*+(?P<comma>,\s*+(?P<most>\d++)?+)?+\s*+\})
       | (?P<sign>[|()*+?.])""",
     re.VERBOSE | re.DOTALL,
 )

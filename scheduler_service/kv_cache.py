@@ -6,35 +6,39 @@ page_size) of every head. Page 0 is the null page: it holds zeros, no sequence o
 
 import logging
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy
 import torch
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
+from runtime.memory import GB
+from scheduler_service.device import available_gb, look_at_memory
 from scheduler_service.model.batch import AttentionSpec
-from scheduler_service.weights.load import available_gb
+from scheduler_service.pool_size import Need, Room, choose_page_count
 
 log = logging.getLogger(__name__)
 
-GB = 1 << 30
-DEFAULT_SHARE = {"cpu": 0.4, "cuda": 0.85}  # of the memory that is free once the weights are loaded
-LARGEST_SHARE = 0.95  # of it, for a size that the operator asked for
 NULL_PAGE = 0
 DEFAULT_PAGE_SIZE = 16
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that cost memory only where they are written to.
+    """Zeros that cost memory only where they are written to, on the CPU.
 
-    On the CPU `torch.zeros` writes every page at once, gigabytes of them; the system's own zero pages cost nothing.
+    `torch.zeros` would write every page at once. This is memory of its own, not the C library's: small pages, which are
+    touched as they are filled, and which go back to the system when the tensor goes. Raises OSError where there is no
+    room for as many addresses.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(numpy.zeros(size, dtype=numpy.uint8)).view(dtype).view(shape)
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass(slots=True)
@@ -95,59 +99,30 @@ def token_bytes(layers: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
     return sum(2 * spec.kv_heads * spec.head_dim for spec in layers) * dtype.itemsize
 
 
-def pages_that_fit(config: ServerConfig, bytes_per_page: int, free_bytes: int, total_bytes: int) -> int:
-    """Pages that the memory share of the configuration holds, beside the weights that are loaded already."""
-    if config.mem_fraction_static is None:
-        kind = "cpu" if config.device == "cpu" else "cuda"
-        budget = free_bytes * DEFAULT_SHARE[kind]
-    else:
-        budget = free_bytes - total_bytes * (1 - config.mem_fraction_static)
-    return int(budget / bytes_per_page) - 1
-
-
-def choose_page_count(
-    config: ServerConfig, page_size: int, bytes_per_token: int, most_tokens: int, free_bytes: int, total_bytes: int
-) -> int:
-    """Usable pages of the pool. Raises StartupError when not one page fits.
-
-    `most_tokens` is what all requests together can ever hold; more would lie idle.
-    """
-    if not bytes_per_token:  # an encoder keeps no KV: its pages are only counted
-        return max(1, (config.max_total_tokens or most_tokens) // page_size)
-    bytes_per_page = page_size * bytes_per_token
-    fitting = pages_that_fit(config, bytes_per_page, free_bytes, total_bytes)
-    if config.max_total_tokens is None:
-        count = min(fitting, -(-most_tokens // page_size))
-        advice = "free some memory or raise --mem-fraction-static"
-    else:
-        count = config.max_total_tokens // page_size
-        largest = int(free_bytes * LARGEST_SHARE / bytes_per_page) - 1
-        if count > largest:
-            log.warning(
-                "--max-total-tokens %d does not fit; the KV pool gets %d", count * page_size, largest * page_size
-            )
-            count = largest
-        advice = f"--max-total-tokens must be at least the page size, {page_size}"
-    if count < 1:
-        raise StartupError(f"no room for a KV pool ({bytes_per_token} bytes per token): {advice}")
-    return count
-
-
 def make_kv_cache(
     config: ServerConfig,
     layers: Sequence[AttentionSpec],
     dtype: torch.dtype,
     device: torch.device,
     most_tokens: int,
-    total_bytes: int,
+    context_length: int,
+    second_set_bytes: int,
 ) -> KVCache:
-    """Size and allocate the pool for a model whose weights are loaded already."""
+    """Size and allocate the pool for a model whose weights are loaded already. Raises StartupError.
+
+    `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`.
+    """
     page_size = config.page_size or DEFAULT_PAGE_SIZE
-    free_bytes = int(available_gb(device) * GB)
-    count = choose_page_count(config, page_size, token_bytes(layers, dtype), most_tokens, free_bytes, total_bytes)
-    cache = KVCache(layers, count, page_size, dtype, device)
+    room = Room(look_at_memory(device), second_set_bytes)
+    need = Need(page_size, token_bytes(layers, dtype), most_tokens, context_length)
+    count, reason = choose_page_count(config, need, room)
+    try:
+        cache = KVCache(layers, count, page_size, dtype, device)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        raise StartupError(f"no room for a KV pool of {count * page_size} tokens: {error}") from error
     log.info(
         "KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB", count * page_size, *cache.gigabytes
     )
+    log.info("The KV pool's size is %s. Its memory is taken when it is first used.", reason)
     log.info("Memory pool end. avail mem=%.2f GB", available_gb(device))
     return cache

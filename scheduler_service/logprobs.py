@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.messages import LogprobOptions, Logprobs
-from scheduler_service.sampler import largest
+from runtime.messages import LogprobOptions, Logprobs, pack_ids
+from scheduler_service.sampler import Row, Wish, filter_weights, largest
 from scheduler_service.transfer import fetch, upload
 
 ITEM_BYTES = 4  # of an id or a value on the wire
@@ -22,6 +22,7 @@ class Scores:
     top_ids: torch.Tensor  # (rows, top)
     top_values: torch.Tensor  # (rows, top)
     asked_values: torch.Tensor  # (rows, asked ids)
+    entropies: torch.Tensor  # (rows,); (0,) where nobody asked
 
     def packed(self) -> Logprobs:
         """All rows in one."""
@@ -31,11 +32,16 @@ class Scores:
             top_ids=as_bytes(self.top_ids, torch.int32),
             top_values=as_bytes(self.top_values, torch.float32),
             asked_values=as_bytes(self.asked_values, torch.float32),
+            entropies=as_bytes(self.entropies, torch.float32),
         )
 
     def fetched(self) -> "Scores":
         """The same on the host, once an Arrival made afterwards has been waited for."""
-        return Scores(*(fetch(x) for x in (self.ids, self.values, self.top_ids, self.top_values, self.asked_values)))
+        return Scores(*map(fetch, self.columns))
+
+    @property
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        return self.ids, self.values, self.top_ids, self.top_values, self.asked_values, self.entropies
 
     def by_row(self, tops: list[int]) -> list[Logprobs]:
         """Each row on its own, with the best `tops[row]` only."""
@@ -48,9 +54,24 @@ class Scores:
                 top_ids=cut(whole.top_ids, row * top_bytes, top * ITEM_BYTES),
                 top_values=cut(whole.top_values, row * top_bytes, top * ITEM_BYTES),
                 asked_values=cut(whole.asked_values, row * asked_bytes, asked_bytes),
+                entropies=cut(whole.entropies, row * ITEM_BYTES, ITEM_BYTES),
             )
             for row, top in enumerate(tops)
         ]
+
+
+@dataclass(slots=True)
+class Support:
+    """The tokens that a row's draw chose from."""
+
+    row: int
+    ids: torch.Tensor  # (tokens,)
+    value: torch.Tensor  # (): the drawn token's logprob among them
+
+    def add_to(self, logprobs: Logprobs) -> None:
+        logprobs.support_counts = pack_ids((len(self.ids),))
+        logprobs.support_ids = as_bytes(self.ids, torch.int32)
+        logprobs.support_values = as_bytes(self.value, torch.float32)
 
 
 @dataclass(slots=True)
@@ -59,6 +80,7 @@ class OutputScores:
 
     count: int  # rows of the step
     parts: list[tuple[list[int], list[int], Scores]]  # rows, the `top` of each, and their scores
+    supports: list[Support]
 
     def by_row(self) -> list[Logprobs | None]:
         """Those of every row; None where nobody asked."""
@@ -66,7 +88,15 @@ class OutputScores:
         for rows, tops, scores in self.parts:
             for row, logprobs in zip(rows, scores.by_row(tops), strict=True):
                 found[row] = logprobs
+        for support in self.supports:
+            support.add_to(scored(found, support.row))
         return found
+
+
+def scored(found: list[Logprobs | None], row: int) -> Logprobs:
+    logprobs = found[row]
+    assert logprobs is not None, row
+    return logprobs
 
 
 def cut(data: bytes, start: int, length: int) -> bytes:
@@ -78,7 +108,7 @@ def as_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
     return bytes(values.to("cpu", dtype).contiguous().numpy().tobytes())
 
 
-def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int]) -> Scores:
+def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int], entropy: bool = False) -> Scores:
     """Logprobs of ids (rows,), of the best `top` tokens and of the `asked` ones, from logits (rows, vocab)."""
     norm = log_of_sums(logits)  # (rows, 1)
     columns = upload(asked, logits.device, torch.int64)
@@ -89,7 +119,15 @@ def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int]) -
         top_ids=top_ids,
         top_values=top_values - norm,
         asked_values=logits[:, columns] - norm,
+        entropies=entropies(logits - norm) if entropy else norm[:0, 0],
     )
+
+
+def entropies(logprobs: torch.Tensor) -> torch.Tensor:
+    """In nats, of each row of logprobs (rows, vocab); what is impossible adds nothing."""
+    terms = logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
+    several = terms if len(terms) > 1 else terms.expand(2, -1)  # a row alone would be added up in another order
+    return -several.sum(1)[: len(terms)]
 
 
 def log_of_sums(logits: torch.Tensor) -> torch.Tensor:
@@ -104,21 +142,37 @@ def log_of_sums(logits: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(several, 1, keepdim=True)[: len(logits)]
 
 
-def output_logprobs(logits: torch.Tensor, tokens: torch.Tensor, options: list[LogprobOptions | None]) -> OutputScores:
+def output_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, options: list[LogprobOptions | None], rows: list[Row]
+) -> OutputScores:
     """Logprobs of each row's drawn token (rows,), for the rows whose request wants them.
 
     `logits` (rows, vocab) are those the draw was made from, before top-k, top-p and min-p.
     """
-    scored = OutputScores(len(options), [])
+    wanted = [i for i, option in enumerate(options) if option is not None and option.support]
+    scored = OutputScores(len(options), [], [support_of(logits, tokens, i, rows[i]) for i in wanted])
     for asked in {tuple(option.token_ids or ()) for option in options if option is not None}:
-        rows = [i for i, o in enumerate(options) if o is not None and tuple(o.token_ids or ()) == asked]
-        tops = [option.top for i in rows if (option := options[i]) is not None]
+        own = [i for i, o in enumerate(options) if o is not None and tuple(o.token_ids or ()) == asked]
+        tops = [option.top for i in own if (option := options[i]) is not None]
+        entropy = any(option.entropy for i in own if (option := options[i]) is not None)
         part, ids = logits, tokens
-        if len(rows) < len(options):
-            picked = upload(rows, logits.device)
+        if len(own) < len(options):
+            picked = upload(own, logits.device)
             part, ids = logits[picked], tokens[picked]
-        scored.parts.append((rows, tops, score(part, ids, max(tops), list(asked)).fetched()))
+        scored.parts.append((own, tops, score(part, ids, max(tops), list(asked), entropy).fetched()))
     return scored
+
+
+def support_of(logits: torch.Tensor, tokens: torch.Tensor, row: int, wishes: Row) -> Support:
+    """What a row's draw chose from: its token alone where it takes the best. A device is waited for."""
+    if not wishes.wish & Wish.DRAW:
+        return Support(row, fetch(tokens[row : row + 1]), torch.zeros(()))
+    weights = (logits[row : row + 1] - logits[row].max()).exp()
+    filter_weights(weights, [wishes])
+    weights[0, tokens[row]].clamp_(min=torch.finfo(weights.dtype).tiny)  # it was drawn, whatever the last bit says
+    ids = weights[0].nonzero().squeeze(1)
+    share = weights[0, tokens[row]] / weights.sum()
+    return Support(row, fetch(ids), fetch(share.log()))
 
 
 def prompt_logprobs(
@@ -135,5 +189,5 @@ def prompt_logprobs(
     for first in range(0, len(ids), block):
         rows = slice(first, first + block)
         parts.append(score(to_logits(hidden[rows]), ids[rows], options.top, asked))
-    columns = zip(*((p.ids, p.values, p.top_ids, p.top_values, p.asked_values) for p in parts), strict=True)
+    columns = zip(*(part.columns for part in parts), strict=True)
     return Scores(*map(torch.cat, columns)).packed()

@@ -12,7 +12,8 @@ from runtime.config import ServerConfig
 from runtime.model_info import ModelInfo
 from runtime.service import Boot, run
 from scheduler_service.assemble import serve
-from scheduler_service.grammar import GrammarCompiler, GrammarPool
+from scheduler_service.grammar import GrammarCompiler
+from scheduler_service.grammar_pool import GrammarPool
 from scheduler_service.memory_saver import MemorySaver
 from scheduler_service.weights import record
 from scheduler_service.weights.update import Updates
@@ -27,7 +28,7 @@ def main(boot: Boot) -> None:
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
-    updates = Updates(worker.model.weights, config, boot.run_dir)
+    updates = Updates(worker.model.weights, config, boot.run_dir, info)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     serve(boot, info, worker, grammars, updates, memory_saver(config, worker, updates))
 

@@ -10,11 +10,13 @@ import torch
 
 from runtime.errors import CommandRefused
 from scheduler_service import host_memory
+from scheduler_service.device import shortage
 from scheduler_service.kv_cache import KVCache
 from scheduler_service.weights.update import Updates
 
 WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
 TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # recorded graphs go with any of them: they name the memory of all
+NEEDED = (WEIGHTS, KV_CACHE)  # for every step; a graph is recorded again when a step wants it
 
 
 class MemorySaver:
@@ -40,6 +42,11 @@ class MemorySaver:
     def holds_kv_cache(self) -> bool:
         return KV_CACHE in self.released
 
+    @property
+    def lacks(self) -> list[str]:
+        """Released tags without which nothing can be computed."""
+        return [tag for tag in NEEDED if tag in self.released]
+
     def release(self, tags: Iterable[str] | None) -> None:
         """Give the memory of these tags (all, without any) back."""
         leaving = self._named(tags) - self.released
@@ -56,8 +63,11 @@ class MemorySaver:
             torch.cuda.empty_cache()
 
     def resume(self, tags: Iterable[str] | None) -> None:
-        """Take the memory of these tags (all, without any) again."""
-        for tag in self._named(tags) & self.released:
+        """Take the memory of these tags (all, without any) again. Raises CommandRefused where others have it."""
+        returning = self._named(tags) & self.released
+        if WEIGHTS in returning:
+            self._check_room()
+        for tag in returning:
             if tag == WEIGHTS:
                 self._resume_weights()
             elif tag == KV_CACHE:
@@ -69,6 +79,12 @@ class MemorySaver:
         if unknown := sorted(named.difference(TAGS)):
             raise CommandRefused(f"The tag {unknown[0]} is unknown; known are {', '.join(TAGS)}.")
         return named
+
+    def _check_room(self) -> None:
+        """The KV pool is touched little by little; weights are written at once."""
+        live = self._updates.live
+        if live.device.type == "cpu" and (reason := shortage(live.served_bytes(), live.device)):
+            raise CommandRefused(f"There is no room for the weights: {reason}.", status=503)
 
     def _release_weights(self) -> None:
         updates = self._updates

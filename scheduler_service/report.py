@@ -45,6 +45,7 @@ class Report:
         self._line_drafts = Tally()  # the same of speculation
         self._drafts = Tally()  # between the last two lines
         self._retractions = 0  # logged so far
+        self._preemptions = 0
         self._ratio = planner.growth.ratio
         self.gen_throughput = 0.0
         self.cache_hit_rate = 0.0
@@ -59,6 +60,9 @@ class Report:
                 self._planner.growth.ratio,
             )
             self._retractions = total
+        if (total := self._planner.stats.preemptions) > self._preemptions:
+            log.info("Preempt requests of lower priority. #preempted_reqs: %d", total - self._preemptions)
+            self._preemptions = total
         self._ratio = self._planner.growth.ratio
         if plan and plan.prefills:
             self._prefill_line(plan)
@@ -95,6 +99,7 @@ class Report:
             "new_token_ratio": planner.growth.ratio,
             "num_retracted_reqs": sum(1 for s in planner.waiting if s.retractions),
             "total_retracted_reqs": stats.retractions,
+            "total_preempted_reqs": stats.preemptions,
             "num_paused_reqs": len(planner.running) if planner.paused else 0,
             "evicted_tokens_total": memory.tree.evicted * page_size,
             "prompt_tokens_total": stats.prompt_tokens,

@@ -8,16 +8,29 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from runtime import limits
+from runtime import limits, sampling
 from runtime.control import ControlCommand
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED_IN_QUEUE, Facts, Finish, Message, Request, Restarted, Tokenized, Tokens, pack_ids
-from runtime.progress import ProgressWord
-from scheduler_service.constrained import Decided, Pool, WaitingRoom
+from runtime.guard import Announced, Guard, end_of
+from runtime.messages import (
+    ABORTED_IN_QUEUE,
+    SCHEDULER,
+    Facts,
+    Finish,
+    Message,
+    Request,
+    Restarted,
+    Tokenized,
+    Tokens,
+    pack_ids,
+)
+from runtime.progress import IDLE_BEAT_S, ProgressWord
+from scheduler_service.constrained import Pool, WaitingRoom, is_complete
 from scheduler_service.control import HANDLERS, Control
 from scheduler_service.core import request
 from scheduler_service.core.plan import Plan, Result, Slice, Update
@@ -33,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_BEAT_S = 1.0  # an idle scheduler wakes this often, so that its heartbeat moves
 WAITING_BEAT_S = 0.002  # one with a command that waits looks after it this often
 GRAMMAR_BEAT_S = 0.001  # and one with a grammar that is being compiled after that
 FAILED_ALONE = "The request could not be computed: {}: {}"
@@ -93,6 +105,7 @@ class Scheduler:
         orders: StandingOrders | None = None,
         rest: Callable[[], bool] | None = None,
         cuda_graph: bool = False,
+        announced: Announced | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.planner = planner
@@ -110,6 +123,7 @@ class Scheduler:
         self.rest = rest  # what the worker does in a pause, a piece at a time; says whether there is more
         self.restless = rest is not None  # there may be
         self.step_sleep_s = 0.0  # a test aid
+        self.guard = Guard(SCHEDULER, announced or Announced(), self.give_up)
         self.control = Control(HANDLERS)
         self.waiting_room = WaitingRoom(grammars)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
@@ -151,11 +165,10 @@ class Scheduler:
 
     def receive(self) -> None:
         """Handle every message that waits and give waiting commands their turn."""
-        out: list[Message] = []
-        for message in self.inbox.recv(self.patience_s):
-            out += self.handle(message)
-        for decided in self.waiting_room.decided():
-            out += self.admit_decided(decided)
+        out = self.guard.each(self.inbox.recv(self.patience_s), self.handle)
+        for message, grammar in self.waiting_room.decided():
+            out += self.guard.each([message], partial(self.admit_decided, grammar))
+        out += self.messages(self.planner.expire(self.now))
         if self.control:
             out += self.control.advance(self.planner.prefills_next)
         if self.orders:
@@ -189,8 +202,16 @@ class Scheduler:
     def state(self) -> dict[str, Any]:
         """What a gateway otherwise learns from the replies to commands."""
         served = {} if self.updates is None else {"model_path": self.updates.committed.model_path}
-        paused, asleep = self.planner.paused, self.planner.asleep
-        return {**served, "weight_version": self.worker.weight_version, "paused": paused, "asleep": asleep}
+        return {
+            **served,
+            "weight_version": self.worker.weight_version,
+            "paused": self.planner.paused,
+            **self.sleep(),
+        }
+
+    def sleep(self) -> dict[str, Any]:
+        """Whether nothing is computed for want of memory or of weights; `lacks` are the tags whose release is why."""
+        return {"asleep": self.planner.asleep, "lacks": self.saver.lacks if self.saver else []}
 
     @property
     def patience_s(self) -> float:
@@ -217,19 +238,30 @@ class Scheduler:
             return [ended(message, Finish.failed(error))]
         return []
 
-    def admit_decided(self, decided: Decided) -> list[Message]:
+    def admit_decided(self, grammar: Grammar | RequestError, message: Tokenized) -> list[Message]:
         """Queue a request whose grammar is there, or end it where there is none."""
-        message = decided.message
-        if decided.error is not None:
-            return [ended(message, Finish.failed(decided.error))]
-        if decided.complete:
-            return [ended(message, Finish(reason="stop"))]
         try:
-            return self.queue(message, decided.grammar)
+            if isinstance(grammar, RequestError):
+                raise grammar
+            if is_complete(message, grammar):
+                return [ended(message, Finish(reason="stop"))]
+            return self.queue(message, grammar)
         except RequestError as error:
             return [ended(message, Finish.failed(error))]
 
+    def give_up(self, message: Any, finish: Finish) -> list[Message]:
+        """End a request one of whose messages could not be handled."""
+        ending = end_of(message, finish)
+        if isinstance(message, Tokenized):
+            rid, attempt = message.request.rid, message.request.attempt
+            if any(request.attempt == attempt for request in self.requests if request.rid == rid):
+                self.waiting_room.drop(rid)
+                if updates := self.messages(self.planner.end(rid, finish)):
+                    return updates
+        return [ending] if ending else []
+
     def queue(self, message: Tokenized, grammar: Grammar | None = None) -> list[Message]:
+        sampling.check(message.request.params, self.planner.config.vocab_size)  # as the gateway has, so it never raises
         check_hidden_states(message, self.hidden_size)
         return self.messages(self.planner.add(message, self.now, grammar))
 
@@ -326,8 +358,12 @@ class Scheduler:
 
     def figures(self) -> dict[str, Any]:
         """This service's counters, for a probe."""
-        waiting_for_grammars = {"num_grammar_queue_reqs": len(self.waiting_room)}
-        return {**self.report.figures(), **waiting_for_grammars, "weight_version": self.worker.weight_version}
+        return {
+            **self.report.figures(),
+            "num_grammar_queue_reqs": len(self.waiting_room),
+            "weight_version": self.worker.weight_version,
+            "failed_messages_total": self.guard.failed,
+        }
 
     def forget_released(self) -> None:
         if released := self.planner.released:
@@ -337,8 +373,8 @@ class Scheduler:
 
     def look_at_memory(self) -> None:
         """Compute nothing while memory is given up, or while weights that were given up have not been written."""
-        released = self.saver is not None and bool(self.saver.released)
-        self.planner.asleep = released or (self.updates is not None and bool(self.updates.lost))
+        lacks = self.saver is not None and bool(self.saver.lacks)
+        self.planner.asleep = lacks or (self.updates is not None and bool(self.updates.lost))
 
     def audit(self) -> None:
         """Nothing lives: the books must balance. If they do not, say so and start them afresh."""
@@ -388,6 +424,8 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
     )
     if update.first:
         tokens.request = sequence.request
+        if sequence.request.return_prompt_ids:
+            tokens.prompt_ids = pack_ids(sequence.ids[: sequence.prompt_len])
         tokens.prompt_tail = pack_ids(sequence.ids[max(0, sequence.prompt_len - PROMPT_TAIL) : sequence.prompt_len])
     if update.hidden_states:
         tokens.hidden_states, tokens.hidden_size = update.hidden_states, hidden_size

@@ -6,7 +6,7 @@ import torch
 
 from scheduler_service.kv_cache import KVCache
 from scheduler_service.model.batch import AttentionSpec
-from scheduler_service.model.fused import FusedDecoder
+from scheduler_service.model.fused_backend import FusedBackend
 
 
 @dataclass(slots=True)
@@ -22,9 +22,9 @@ class Chunks:
 
 @dataclass(slots=True)
 class StepContext:
-    """Keys and values of one step, see model.fused.PagedContext."""
+    """Keys and values of one step, see model.batch.PagedContext."""
 
-    model: FusedDecoder
+    backend: FusedBackend
     cache: KVCache
     page_table: torch.Tensor  # (slots + 1, pages) int32
     places: torch.Tensor  # (tokens,) int64
@@ -38,7 +38,7 @@ class StepContext:
 
     def attend(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
         rows = len(self.lengths)
-        if rows and self.model.steady:  # in the one order of sums that chunks have
+        if rows and self.backend.deterministic:  # in the one order of sums that chunks have
             starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
             self.attend_chunks(spec, Chunks(self.table_rows, starts, self.lengths, 1), q[:rows], out[:rows])
         elif rows:
@@ -47,8 +47,8 @@ class StepContext:
             self.attend_chunks(spec, self.chunks, q[rows:], out[rows:])
 
     def attend_rows(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
-        sizes = self.model.workspace.decode(len(q), spec.heads, spec.kv_heads, spec.head_dim, self.longest)
-        self.model.ops.paged_decode(
+        sizes = self.backend.workspace.decode(len(q), spec.heads, spec.kv_heads, spec.head_dim, self.longest)
+        self.backend.ops.paged_decode(
             q,
             *self.pools(spec.layer),
             self.page_table,
@@ -60,15 +60,15 @@ class StepContext:
             spec.window,
             spec.softcap,
             spec.sinks,
-            self.model.workspace.partials(sizes),
-            self.model.workspace.counters,
+            self.backend.workspace.partials(sizes),
+            self.backend.workspace.counters,
             out,
         )
 
     def attend_chunks(self, spec: AttentionSpec, chunks: Chunks, q: torch.Tensor, out: torch.Tensor) -> None:
         if not chunks.covers_all:
             out.zero_()  # what is in no chunk has to be a number all the same
-        self.model.ops.paged_extend(
+        self.backend.ops.paged_extend(
             q,
             *self.pools(spec.layer),
             self.page_table,

@@ -21,7 +21,7 @@ import torch
 from kernels.attention import paged_attention
 from kernels.attention_by_token import paged_attention_by_token
 from kernels.attention_schedule import Ragged
-from kernels.ops import Backend
+from kernels.ops import Implementation
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
@@ -29,7 +29,7 @@ from scheduler_service import masks, sampler
 from scheduler_service.compile_ahead import start_compiling
 from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
-from scheduler_service.device import choose_device, limit_threads, total_bytes
+from scheduler_service.device import available_gb, choose_device, limit_threads
 from scheduler_service.device_state import SlotTokens
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
 from scheduler_service.fused_sampling import is_plain
@@ -39,13 +39,11 @@ from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_typ
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
-from scheduler_service.model.deterministic import make_deterministic
 from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
 from scheduler_service.transfer import Arrival, fetch, upload
 from scheduler_service.verification import LogitRows, logit_rows
-from scheduler_service.weights.load import available_gb
 
 log = logging.getLogger(__name__)
 
@@ -88,24 +86,24 @@ class Worker:
         info: ModelInfo,
         load: Load = load_model,
         depth: int | None = None,
-        backend: Backend | None = None,
+        implementation: Implementation | None = None,
     ) -> None:
         """`depth`: see `Scheduler`; without one, steps overlap where there is a device that works on its own.
 
-        `backend`: run on the fused operations of kernels/ops.py; without one, on a GPU if --attention-backend says so.
+        `implementation`: run on the fused operations of kernels/ops.py; without one, on a GPU if --attention-backend
+        says so.
         """
         self.info = info
         self.weight_version = config.weight_version
         self.device = choose_device(config.device)
         free_gb = available_gb(self.device)
         running = config.max_running_requests or MAX_RUNNING_REQUESTS
-        kernels = start_compiling(config, info, self.device, running, backend)
+        kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
         self.attention = paged_attention
         if config.enable_deterministic_inference and self.device.type == "cpu":
-            make_deterministic(self.model)
             self.attention = paged_attention_by_token
         self.pooler = make_pooler(info.embedding, self.model)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
@@ -115,7 +113,8 @@ class Worker:
             self.model.dtype,
             self.device,
             most_tokens=running * info.context_length,
-            total_bytes=total_bytes(self.device),
+            context_length=info.context_length,
+            second_set_bytes=self.model.weights.served_bytes(),
         )
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count
@@ -132,7 +131,7 @@ class Worker:
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
-        self.fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, backend)
+        self.fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
         self.sample = sampler.sample if self.fused is None else self.fused.sampler.sample
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
@@ -365,7 +364,7 @@ class Worker:
             draws = self.sample(logits, rows, drawing.positions, allowed, keep_logits=any(options))
             if self.depth or self.fused is not None:
                 self.keep_tokens(plan, drawing, draws.tokens)
-        logprobs = output_logprobs(logits, draws.tokens, options)
+        logprobs = output_logprobs(logits, draws.tokens, options, rows)
         tokens, valid = fetch(draws.tokens), fetch(draws.valid)
         slices, theirs = [plan.slices[i] for i in sampled], [states[i] for i in sampled]
         return Drawn(sampled, slices, theirs, tokens, valid, logprobs, Arrival(self.device))

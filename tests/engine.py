@@ -13,6 +13,7 @@ from runtime.messages import Finish, LogprobOptions, Logprobs, Request, Tokenize
 from runtime.resolve import draft_sizes
 from runtime.sampling import SamplingParams
 from scheduler_service.assemble import draft_options
+from scheduler_service.core.logprobs import in_a_row
 from scheduler_service.core.plan import Update
 from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
@@ -28,8 +29,7 @@ def joined(left: Logprobs | None, right: Logprobs) -> Logprobs:
     """Two runs of positions, one behind the other."""
     if left is None:
         return right
-    fields = ("ids", "values", "top_ids", "top_values", "asked_values")
-    return Logprobs(**{name: getattr(left, name) + getattr(right, name) for name in fields})
+    return in_a_row([left, right])
 
 
 @dataclass

@@ -27,7 +27,7 @@ class Live:
         config = ServerConfig(model_path=str(directory), **settings)
         info = model_info.load(config)
         self.worker = Worker(config, info)
-        self.updates = Updates(self.worker.model.weights, config, str(run_dir))
+        self.updates = Updates(self.worker.model.weights, config, str(run_dir), info)
         self.inbox, self.outbox = FakeInbox(), FakeOutbox()
         self.scheduler = Scheduler(
             Planner(planner_config(config, info, self.worker)),

@@ -44,6 +44,7 @@ LAZY = {  # directory → modules that it may import inside functions only
 }
 ZMQ_OWNER = "runtime/sockets.py"
 
+PICKLE_READER = "scheduler_service.weights.convert_bin"
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 UNSAFE_METHODS = {("torch", "load"), ("yaml", "load"), ("os", "system"), ("numpy", "load")}
@@ -163,16 +164,24 @@ def test_the_kernels_package_is_ours_and_its_init_has_no_code():
 
 
 def test_nothing_of_ours_can_execute_what_it_reads():
-    broken = []
+    """But for one short-lived process, which nobody imports."""
+    broken = [f"{name(path)} imports the reader of pickles" for path in sources() if PICKLE_READER in imports(path)]
     for path in sources():
         unsafe = imports(path) & UNSAFE_MODULES
         broken += [f"{name(path)} imports {module}" for module in unsafe]
         for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Call) and (called := unsafe_call(node)):
+            if isinstance(node, ast.Call) and (called := unsafe_call(node)) and not reads_tensors_only(path, node):
                 broken.append(f"{name(path)}:{node.lineno} calls {called}")
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and not is_false(node.value):
                 broken.append(f"{name(path)}:{node.value.lineno} trusts remote code")
     assert broken == []
+
+
+def reads_tensors_only(path: Path, node: ast.Call) -> bool:
+    """A call of torch.load in the process that is there for it, and that builds tensors and nothing else."""
+    options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+    place = PICKLE_READER.replace(".", "/") + ".py"
+    return unsafe_call(node) == "torch.load" and name(path) == place and options.get("weights_only") == "True"
 
 
 def unsafe_call(node: ast.Call) -> str:

@@ -5,7 +5,8 @@ The template is a file of the model (or one named by `--chat-template`), written
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,20 +16,30 @@ from jinja2 import nodes
 
 from runtime import limits
 from runtime.config import ServerConfig
-from runtime.errors import RequestError, StartupError
+from runtime.errors import RequestError, StartupError, too_long
+from runtime.files import MAX_TEMPLATE_BYTES, present, read_small_text
 from runtime.messages import Chat
 from runtime.model_info import ModelInfo, read_json, tokenizer_dir
-from tokenizer_service.sandbox import ChatEnvironment
+from tokenizer_service.sandbox import ChatEnvironment, TextTooLong
 
 log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PROTECTED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+TOO_LONG = "{}: longer than the model's context length ({} tokens)."
 CUT_HERE = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of a final message that is to be continued
 
 ContentFormat = Literal["string", "openai"]
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """How a template reads an assistant's turn that calls tools."""
+
+    null_content: bool = False  # it knows such a turn by its content being none
+    text_arguments: bool = False  # it joins the arguments to strings, rather than print an object as JSON
 
 
 class ChatTemplate:
@@ -38,7 +49,7 @@ class ChatTemplate:
         self,
         sources: Mapping[str, str],
         special_tokens: Mapping[str, str],
-        max_chars: int,
+        context_length: int,
         environment: ChatEnvironment | None = None,
     ) -> None:
         """`sources`: template by name, `default` among them. Raises jinja2.TemplateError on a bad one."""
@@ -46,14 +57,16 @@ class ChatTemplate:
         self._sources = dict(sources)
         self._compiled = {name: self._environment.from_string(source) for name, source in sources.items()}
         self._special_tokens = dict(special_tokens)
-        self._max_chars = max_chars
+        self._context_length = context_length
         self.content_format = content_format(self._environment.parse(self._sources["default"]))
+        self._habits = {name: habits(self._environment.parse(source)) for name, source in sources.items()}
 
     def render(self, chat: Chat) -> str:
         """The prompt. Raises RequestError (400) with the template engine's message."""
         _check(chat)
-        messages = [_message(message, self.content_format) for message in chat.messages]
+        self._check_count(chat)
         name = "tool_use" if chat.tools is not None and "tool_use" in self._compiled else "default"
+        messages = [_message(message, self.content_format, self._habits[name]) for message in chat.messages]
         final = _mark_final(messages, self._sources[name]) if chat.continue_final_message else None
         variables = {
             **self._special_tokens,
@@ -63,14 +76,23 @@ class ChatTemplate:
             "documents": chat.documents,
             "add_generation_prompt": chat.add_generation_prompt,
         }
-        self._environment.meter.start(limits.TEMPLATE_CPU_S, self._max_chars)
+        max_chars = limits.TEMPLATE_CHARS_PER_CONTEXT_TOKEN * self._context_length
+        self._environment.meter.start(limits.template_cpu_s(len(messages)), max_chars)
         try:
             prompt = self._compiled[name].render(variables)
+        except TextTooLong as error:
+            raise too_long(TOO_LONG.format(error, self._context_length), "messages") from error
         except Exception as error:  # template code may raise anything; all of it is this request's fault
             raise RequestError(
                 f"the chat template failed: {error or type(error).__name__}", field="messages"
             ) from error
         return prompt if final is None else _cut(prompt, final)
+
+    def _check_count(self, chat: Chat) -> None:
+        """Refuse more messages than the context has tokens, before time is spent on them."""
+        if len(chat.messages) > self._context_length:
+            made = f"the conversation has {len(chat.messages)} messages"
+            raise too_long(TOO_LONG.format(made, self._context_length), "messages")
 
 
 def load_template(info: ModelInfo, config: ServerConfig) -> ChatTemplate | None:
@@ -89,9 +111,8 @@ def load_template(info: ModelInfo, config: ServerConfig) -> ChatTemplate | None:
             f"{directory} has chat templates named {sorted(sources)} but no default; use --chat-template"
         )
     tokens = special_tokens(read_json(directory / "special_tokens_map.json"), tokenizer_config)
-    max_chars = max(limits.TEMPLATE_CHARS_PER_CONTEXT_TOKEN * info.context_length, limits.TEMPLATE_MIN_OUTPUT_CHARS)
     try:
-        template = ChatTemplate(sources, tokens, max_chars)
+        template = ChatTemplate(sources, tokens, info.context_length)
     except (jinja2.TemplateError, RecursionError) as error:
         raise StartupError(f"the chat template of {directory} cannot be compiled: {error}") from error
     origin = "default HuggingFace chat template" if config.chat_template is None else f"template {config.chat_template}"
@@ -106,18 +127,18 @@ def bundled() -> dict[str, Path]:
 
 def _chosen_source(name: str) -> str:
     """The text of `--chat-template`: a file, or the name of a bundled template."""
-    path = Path(name) if Path(name).is_file() else bundled().get(name)
+    path = Path(name) if present(Path(name)) else bundled().get(name)
     if path is None:
         raise StartupError(f"--chat-template {name!r} is neither a file nor one of: {', '.join(bundled())}")
-    return path.read_text(encoding="utf-8")
+    return read_small_text(path, MAX_TEMPLATE_BYTES)
 
 
 def _sources_of(directory: Path) -> dict[str, str]:
     """Template files beside the tokenizer."""
     files = {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if (directory / "chat_template.jinja").is_file():
+    if present(directory / "chat_template.jinja"):
         files["default"] = directory / "chat_template.jinja"
-    return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    return {name: read_small_text(file, MAX_TEMPLATE_BYTES) for name, file in files.items()}
 
 
 class _Named(msgspec.Struct):
@@ -162,14 +183,35 @@ def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
     """Whether an expression is a message's content, seen through filters and names."""
     while isinstance(node, nodes.Filter):
         node = node.node
+    return _is_field(node, "content") or (isinstance(node, nodes.Name) and node.name in names)
+
+
+def _is_field(node: nodes.Node | None, field: str) -> bool:
+    """Whether an expression is `x.field` or `x["field"]`."""
     match node:
-        case nodes.Getattr(attr="content"):
-            return True
-        case nodes.Getitem(arg=nodes.Const(value="content")):
-            return True
-        case nodes.Name(name=name):
-            return name in names
+        case nodes.Getattr(attr=name) | nodes.Getitem(arg=nodes.Const(value=name)):
+            return name == field
     return False
+
+
+def habits(tree: nodes.Template) -> Habits:
+    """What a template's own code says of its habits."""
+    tests = list(tree.find_all(nodes.Test))
+    used: list[nodes.Node | None] = [test.node for test in tests]
+    used += [filtered.node for filtered in tree.find_all(nodes.Filter)]
+    used += [item.node for item in tree.find_all(nodes.Getitem)]
+    used += [attribute.node for attribute in tree.find_all(nodes.Getattr)]
+    as_object = any(_is_field(node, "arguments") for node in used)
+    return Habits(
+        null_content=any(test.name == "none" and _is_field(test.node, "content") for test in tests),
+        text_arguments=not as_object and any(_is_field(part, "arguments") for part in _joined(tree)),
+    )
+
+
+def _joined(tree: nodes.Template) -> Iterator[nodes.Node]:
+    """The operands of `+` and `~`."""
+    for node in tree.find_all((nodes.Add, nodes.Concat, nodes.List)):  # the sandbox makes a list of what `~` joins
+        yield from node.iter_child_nodes()
 
 
 def _check(chat: Chat) -> None:
@@ -183,22 +225,28 @@ def _check(chat: Chat) -> None:
         raise RequestError(f"chat_template_kwargs may not set {taken[0]}.", field="chat_template_kwargs")
 
 
-def _message(message: Message, form: ContentFormat) -> Message:
-    """A message as templates expect it: no nulls, content in the template's format, reasoning under its names."""
-    plain = {key: value for key, value in message.items() if value is not None}
+def _message(message: Message, form: ContentFormat, habits: Habits) -> Message:
+    """A message as templates expect it: no nulls, content in the template's format, reasoning under its names.
+
+    No content is an empty one: most templates add it to a string.
+    """
+    whole = message if message.get("content") is not None else {**message, "content": ""}
+    plain = {key: value for key, value in whole.items() if value is not None}
     if isinstance(content := plain.get("content"), list):
         texts = [_text_of(part) for part in content]
         plain["content"] = " ".join(texts) if form == "string" else [{"type": "text", "text": text} for text in texts]
     if isinstance(plain.get("tool_calls"), list):
-        plain["tool_calls"] = [_tool_call(call) for call in plain["tool_calls"]]
+        plain["tool_calls"] = [_tool_call(call, habits.text_arguments) for call in plain["tool_calls"]]
+        if habits.null_content and plain["tool_calls"] and not plain["content"]:
+            plain["content"] = None
     reasoning = next((plain[key] for key in REASONING_FIELDS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
-def _tool_call(call: Any) -> Any:
+def _tool_call(call: Any, text_arguments: bool) -> Any:
     """The call with its arguments as an object: clients send them as JSON text, templates print them with tojson."""
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str) or text_arguments:
         return call
     try:
         arguments = msgspec.json.decode(function["arguments"] or "{}", type=dict[str, Any])

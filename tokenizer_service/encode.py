@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,15 @@ import msgspec
 
 from runtime import limits
 from runtime.control import Abort, Probe, Tokenize
-from runtime.errors import Kind, RequestError
+from runtime.errors import Kind, RequestError, too_long
+from runtime.guard import end_of
 from runtime.messages import (
     ABORTED_IN_QUEUE,
     Finish,
     Generate,
     Message,
     Reply,
+    Request,
     Restarted,
     Tokenized,
     Tokens,
@@ -35,6 +38,7 @@ from tokenizer_service.jobs import Job, Key, Pace, Piece, chars_of, key_of
 from tokenizer_service.long_texts import LongText, LongTexts, TooManyTokens, cannot_be_tokenized, encode_whole
 from tokenizer_service.pairs import types_of
 from tokenizer_service.prompts import Prompt, Template, prompt_of, rendered
+from tokenizer_service.shorten import cut_ids, picked, places_kept
 from tokenizer_service.turns import Turns
 
 if TYPE_CHECKING:
@@ -65,6 +69,8 @@ class Counters(msgspec.Struct):
 
 class Encoder:
     """The tokenizer service's work for one model."""
+
+    whole_batches = True  # a message that is taken in again takes its own place
 
     def __init__(
         self,
@@ -115,6 +121,14 @@ class Encoder:
             job.place = None
         late, self._late = self._late, []
         return late + [message for place in places for message in place]
+
+    def give_up(self, message: Any, finish: Finish) -> list[Message]:
+        """The end of a request one of whose messages could not be handled."""
+        if isinstance(message, Generate | Tokenize):
+            self._drop(key_of(message))
+        self.counters.refused += isinstance(message, Generate)
+        ending = end_of(message, finish)
+        return [ending] if ending else []
 
     # what comes
 
@@ -215,13 +229,17 @@ class Encoder:
             self._long = piece, self._long_texts.start(text)
 
     def _most_tokens(self, piece: Piece) -> int | None:
-        return self._context_length if isinstance(piece.job.message, Generate) else limits.MAX_TOKENIZED
+        """With how many tokens a text is refused; None: with no number, for what is too much is cut off."""
+        if isinstance(piece.job.message, Tokenize):
+            return limits.MAX_TOKENIZED
+        return None if piece.prompt and piece.prompt.truncated else self._context_length
 
     def _explained(self, piece: Piece, result: "Encoding | RequestError | None") -> "Encoding | RequestError | None":
         if not isinstance(result, TooManyTokens):
             return result
-        text = TOO_LONG if isinstance(piece.job.message, Generate) else TOO_MANY
-        return RequestError(text.format(self._most_tokens(piece)), field="text")
+        if isinstance(piece.job.message, Generate):
+            return too_long(TOO_LONG.format(self._context_length), "text")
+        return RequestError(TOO_MANY.format(limits.MAX_TOKENIZED), field="text")
 
     def _settle(self, piece: Piece, result: "Encoding | RequestError | None") -> None:
         """One text is done; its job ends with the last, or with the first that is refused."""
@@ -248,6 +266,7 @@ class Encoder:
                 prompt = self._text_of(message, piece.index)
             if prompt is not None:
                 self._check_text(prompt)
+                prompt = self._pre_cut(prompt, message.request) if isinstance(message, Generate) else prompt
         except RequestError as error:
             return error
         except Exception as error:
@@ -282,11 +301,21 @@ class Encoder:
         """Refuse what cannot be encoded, and what is sure not to fit the context before time is spent on it."""
         if self._tokenizer is None:
             raise RequestError(NO_TOKENIZER, field="text")
+        if prompt.truncated:
+            return
         chars = chars_of(prompt)
         if self._context_length is None or chars <= VERY_LONG_CHARS:
             return
         if chars > self._context_length * self._longest_token_chars:
-            raise RequestError(TOO_LONG.format(self._context_length), field="text")
+            raise too_long(TOO_LONG.format(self._context_length), "text")
+
+    def _pre_cut(self, prompt: Prompt, request: Request) -> Prompt:
+        """The prompt without text that is sure to be cut off, before time is spent on it."""
+        if request.truncate is None or isinstance(prompt.text, tuple) or len(prompt.text) <= VERY_LONG_CHARS:
+            return prompt
+        chars = max(request.truncate * self._longest_token_chars, 1)
+        text = prompt.text[:chars] if request.truncate_side == "right" else prompt.text[-chars:]
+        return replace(prompt, text=text)
 
     @cached_property
     def _longest_token_chars(self) -> int:
@@ -323,8 +352,9 @@ class Encoder:
     def _tokenized(self, message: Generate, encoded: "Encoding | RequestError | None") -> Tokenized:
         if isinstance(encoded, RequestError):
             raise encoded
-        ids = self._given_ids(message) if encoded is None else pack_ids(encoded.ids)
-        types = types_of(encoded) if encoded is not None and self._token_types else b""
+        kept = places_kept(message.request, encoded)
+        ids = self._given_ids(message) if encoded is None else pack_ids(picked(encoded.ids, kept))
+        types = types_of(picked(encoded.type_ids, kept)) if encoded is not None and self._token_types else b""
         if not ids:
             raise RequestError(EMPTY, field="input_ids")
         self.counters.prompts += 1
@@ -336,7 +366,7 @@ class Encoder:
         if not message.embeds:
             if len(message.input_ids) % ID_BYTES:
                 raise RequestError("input_ids must be 32-bit integers.", field="input_ids")
-            return message.input_ids
+            return cut_ids(message.input_ids, message.request)
         positions, rest = divmod(len(message.embeds), FLOAT_BYTES * max(self._hidden_size, 1))
         if rest:
             raise RequestError(f"input_embeds must have rows of {self._hidden_size} numbers.", field="input_embeds")

@@ -3,8 +3,8 @@
 from runtime import model_info, tokenizer_files
 from runtime.config import ServerConfig
 from runtime.model_info import ModelInfo
-from tokenizer_service.chat import load_template
 from tokenizer_service.encode import Encoder
+from tokenizer_service.guarded_template import started_template
 
 
 def load_encoder(config: ServerConfig, info: ModelInfo | None = None) -> Encoder:
@@ -14,7 +14,7 @@ def load_encoder(config: ServerConfig, info: ModelInfo | None = None) -> Encoder
         return Encoder(None, hidden_size=info.hidden_size)
     return Encoder(
         tokenizer_files.load(model_info.tokenizer_dir(config)),
-        template=load_template(info, config),
+        template=started_template(info, config),
         hidden_size=info.hidden_size,
         token_types=int(info.config.get("type_vocab_size") or 0) > 1,
         context_length=info.context_length,

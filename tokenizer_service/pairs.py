@@ -1,11 +1,8 @@
 """Query and document side by side, as cross-encoders read them."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from runtime.messages import pack_ids
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
 
 
 def joined(text: str, pair: str | None) -> str | tuple[str, str]:
@@ -13,7 +10,6 @@ def joined(text: str, pair: str | None) -> str | tuple[str, str]:
     return text if pair is None else (text, pair)
 
 
-def types_of(encoding: "Encoding") -> bytes:
+def types_of(types: Sequence[int]) -> bytes:
     """int32 per token: 0 in the first text, 1 in the second; empty where all are 0."""
-    types = encoding.type_ids
     return pack_ids(types) if any(types) else b""

@@ -1,6 +1,6 @@
 """Finds the text that a request wants encoded, and how."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from runtime.errors import RequestError
@@ -22,14 +22,16 @@ class Prompt:
 
     text: str | tuple[str, str]
     special_tokens: bool = True
+    truncated: bool = False  # it may be longer than the context, for it will be cut
 
 
 def prompt_of(message: Generate, template: Template | None) -> Prompt | None:
     """The text of a request, or None where it came as ids or vectors. Raises RequestError (400)."""
+    truncated = message.request.truncate is not None
     if message.chat is not None:
-        return rendered(message.chat, template)
+        return replace(rendered(message.chat, template), truncated=truncated)
     if message.text is not None:
-        return Prompt(joined(message.text, message.text_pair))
+        return Prompt(joined(message.text, message.text_pair), truncated=truncated)
     return None
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from string import Formatter
 from typing import Any
 
 import jinja2.ext
@@ -29,10 +30,16 @@ MAX_INDENT = 32
 MAX_INTEGER_BITS = 4096
 # A width of 10,000 or more, or one taken from an argument, in `%` formats and in str.format.
 WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
-WIDE_BRACES = re.compile(r"\{[^}]*(\d{5}|:[^}]*\{)")
+WIDE_FIELD = re.compile(r"\d{5}|\{")
+
+TOO_WIDE = "a width in a format is too large for the chat template's sandbox"
 
 REFUSED_FILTERS = ("urlize", "xmlattr", "pprint")
 REFUSED_METHODS = frozenset({"expandtabs", "translate", "maketrans", "format_map"})
+
+
+class TextTooLong(TemplateError):
+    """A render made a text of more characters than it may."""
 
 
 class Meter(threading.local):
@@ -54,7 +61,7 @@ class Meter(threading.local):
 
     def size(self, chars: int) -> None:
         if chars > self.max_chars:
-            raise TemplateError(f"the chat template made a text of more than {self.max_chars} characters")
+            raise TextTooLong(f"the chat template made a text of more than {self.max_chars} characters")
 
     def loop(self, items: Iterable[Any]) -> Iterator[Any]:
         """The same items, one tick each."""
@@ -135,9 +142,16 @@ def _check_name(name: Any) -> None:
         raise SecurityError(f"a namespace in a chat template has no attribute {name!r}")
 
 
-def _check_width(pattern: re.Pattern[str], text: str) -> None:
-    if pattern.search(text):
-        raise TemplateError("a width in a format is too large for the chat template's sandbox")
+def _check_percent(text: str) -> None:
+    if WIDE_PERCENT.search(text):
+        raise TemplateError(TOO_WIDE)
+
+
+def _check_braces(text: str) -> None:
+    """Read as str.format does, once from the left; what it cannot read is its own error."""
+    for _, field, spec, _ in Formatter().parse(text):
+        if WIDE_FIELD.search(field or "") or WIDE_FIELD.search(spec or ""):
+            raise TemplateError(TOO_WIDE)
 
 
 def _raise_exception(message: str) -> None:
@@ -193,7 +207,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             if name == "replace":
                 self.meter.replace(str(value), *rest[:2])
             if name == "format":
-                _check_width(WIDE_PERCENT, str(value))
+                _check_percent(str(value))
             return self.meter.result(function(*args[:leading], value, *args[leading + 1 :], **kwargs))
 
         return metered
@@ -204,7 +218,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
         if wrapped is not None:
-            _check_width(WIDE_BRACES, value.__self__)
+            _check_braces(value.__self__)
         return wrapped
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,7 +235,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         """`+`, `*`, `**` and `%`: the operators whose result can be far larger than what goes in."""
         self.meter.tick()
         if operator == "%" and isinstance(left, str):
-            _check_width(WIDE_PERCENT, left)
+            _check_percent(left)
         if operator in ("*", "**"):
             self._check_product(operator, left, right)
         return self.meter.result(super().call_binop(context, operator, left, right))

@@ -1,10 +1,22 @@
 """Logprobs put together: the prompt's from the chunks that scored them, those of several output tokens."""
 
 from array import array
+from typing import Any
 
 from runtime.messages import Logprobs, pack_ids
 from scheduler_service.core.request import Sequence
 
+COLUMNS = (
+    "ids",
+    "values",
+    "top_ids",
+    "top_values",
+    "asked_values",
+    "entropies",
+    "support_counts",
+    "support_ids",
+    "support_values",
+)
 NONE = float("nan")  # stands for null: the start position has no scored predecessor
 
 
@@ -33,13 +45,8 @@ def in_a_row(parts: list[Logprobs]) -> Logprobs:
     """Runs of positions, one behind the other."""
     if len(parts) == 1:
         return parts[0]
-    return Logprobs(
-        ids=b"".join(part.ids for part in parts),
-        values=b"".join(part.values for part in parts),
-        top_ids=b"".join(part.top_ids for part in parts),
-        top_values=b"".join(part.top_values for part in parts),
-        asked_values=b"".join(part.asked_values for part in parts),
-    )
+    columns: dict[str, Any] = {name: b"".join([getattr(part, name) for part in parts]) for name in COLUMNS}
+    return Logprobs(**columns)
 
 
 def null_entry(token: int, top: int, asked: int) -> Logprobs:

@@ -80,6 +80,15 @@ class Memory:
         self._announce(sequence, len(sequence.ids))
         return Verdict.ADMITTED
 
+    def missing(self, sequence: Sequence, reusable: int) -> int | None:
+        """Pages that `admit` would lack (below zero: that it would leave); None where it would await a prefix."""
+        node, prefix = self._pin_prefix(sequence, reusable)
+        awaits = node is not None and self._next_key(node, sequence, len(prefix), reusable) in self._coming
+        missing = self.pages_for(len(sequence.ids)) - len(prefix) - self.available
+        if node:
+            self.tree.unpin(node)
+        return None if awaits else missing
+
     def grow(self, sequences: list[Sequence]) -> None:
         """One more page for each, each time it is named."""
         self._ensure(len(sequences))

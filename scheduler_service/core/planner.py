@@ -9,14 +9,17 @@ as: `next` turns state into a Plan, `apply` turns the Plan's results into Update
 """
 
 import logging
+from collections.abc import Collection
 
 from runtime.errors import Kind, RequestError
 from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized, pack_ids
 from scheduler_service.core import rules
+from scheduler_service.core.deadlines import Deadlines
 from scheduler_service.core.logprobs import in_a_row, joined
 from scheduler_service.core.memory import Memory, Verdict
 from scheduler_service.core.plan import Plan, Result, Slice, Update
 from scheduler_service.core.policy import ORDERS, Growth, proposed_drafts, retraction_order
+from scheduler_service.core.preemption import lesser, victims
 from scheduler_service.core.request import Sequence
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.core.stats import Stats
@@ -34,6 +37,7 @@ class Planner:
         self.memory = Memory(config.page_size, config.total_pages, config.reuse_prefixes)
         self.order = ORDERS[config.policy]
         self.growth = Growth()
+        self.deadlines = Deadlines(config.waiting_timeout_s, config.running_timeout_s)
         self.stats = Stats()
         self.waiting: dict[Sequence, None] = {}
         self.running: dict[Sequence, None] = {}  # in order of admission; finished ones too while in flight
@@ -76,6 +80,7 @@ class Planner:
         updates += self.abort(rid)
         self.stats.requests += 1
         self.live[rid] = sequence
+        self.deadlines.start(sequence)
         self._queue(sequence)
         if sequence.output_len and (finish := rules.finish_after_last(sequence)):
             updates.append(self._end_now(sequence, finish))
@@ -89,7 +94,19 @@ class Planner:
         queued = sequence in self.waiting and not sequence.opened
         self.stats.aborted += 1
         reason = message or (ABORTED_IN_QUEUE if queued else ABORTED)
-        return [self._end_now(sequence, Finish(reason="abort", message=reason))]
+        return self.end(rid, Finish(reason="abort", message=reason))
+
+    def end(self, rid: str, finish: Finish) -> list[Update]:
+        """End one request wherever it is, for this reason."""
+        sequence = self.live.get(rid)
+        return [self._end_now(sequence, finish)] if sequence else []
+
+    def expire(self, now: float) -> list[Update]:
+        """End who has waited or run for too long; call it at every turn of the loop."""
+        self.deadlines.tick(now, self.paused or self.asleep)
+        late = self.deadlines.late(self.live.values())
+        self.stats.aborted += len(late)
+        return [self._end_now(sequence, Finish.failed(error)) for sequence, error in late]
 
     def _queue(self, sequence: Sequence) -> None:
         self.waiting[sequence] = None
@@ -103,9 +120,9 @@ class Planner:
         full = RequestError("The request queue is full.", Kind.UNAVAILABLE)
         self.stats.refused += 1
         if self.config.policy == "priority":
-            last = min(self.waiting, key=lambda s: (s.request.priority, -s.serial))
+            last = min(self.waiting, key=lambda s: (s.priority, -s.serial))
             admitted = last.opened or last.request.again
-            if last.request.priority < newcomer.request.priority and not admitted:
+            if last.priority < newcomer.priority and not admitted:
                 return [self._end_now(last, Finish.failed(full))]
         raise full
 
@@ -119,6 +136,8 @@ class Planner:
         if not self.busy:
             return None
         plan = Plan(usage=self.memory.usage)
+        if self.config.preemption_threshold is not None and self.waiting:
+            self._preempt(self.config.preemption_threshold)
         rows = self._plan_decodes(plan)
         budget = self._plan_prefills(plan, self._prefill_budget(rows))
         if self.waiting and self.slots and budget > 0 and not plan.retracted:
@@ -182,6 +201,20 @@ class Planner:
         out = {s for s in growing if s not in set(grown)}.union(plan.retracted)
         return [s for s in rows if s not in out], grown
 
+    def _preempt(self, threshold: int) -> None:
+        """Send requests of lower priority back where the first of the queue has no room without that."""
+        first = min(self.waiting, key=lambda s: (-s.priority, s.serial))
+        candidates = lesser(first, self.running, threshold)
+        missing = self.memory.missing(first, rules.reusable_tokens(first)) if candidates else None
+        if missing is None:
+            return
+        chosen = victims(
+            candidates, self.running, len(self.slots), missing, lambda staying: self._growth_pages(first, staying)
+        )
+        self.stats.preemptions += len(chosen)
+        for victim in chosen:
+            self._send_back(victim)
+
     def _send_back(self, sequence: Sequence) -> None:
         """Back to the queue with its output, at once or when its step is back."""
         sequence.leaving = True
@@ -223,7 +256,9 @@ class Planner:
         for sequence in self.order(self.waiting, self.memory):
             if budget <= 0 or not self.slots:
                 return
-            verdict = self.memory.admit(sequence, rules.reusable_tokens(sequence), self._spare_pages(sequence))
+            verdict = self.memory.admit(
+                sequence, rules.reusable_tokens(sequence), self._growth_pages(sequence, self.running)
+            )
             if verdict is Verdict.NO_ROOM:
                 return
             if verdict is Verdict.ADMITTED:
@@ -237,17 +272,19 @@ class Planner:
         sequence.slot = self.slots.pop()
         sequence.prefill_end = len(sequence.ids)
         plan.cached_tokens += sequence.computed
-        if not sequence.retractions:
+        if not sequence.started:
+            sequence.started = True
+            self.deadlines.start(sequence)
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
             self.stats.prompt_tokens += sequence.prompt_len
             self.stats.cached_tokens += sequence.cached_tokens
             self.stats.queue_s += now - sequence.arrived_at
 
-    def _spare_pages(self, newcomer: Sequence) -> int:
-        """Pages to leave for the growth of the newcomer and of those who run; none when it would be alone."""
-        if not self.running:
+    def _growth_pages(self, newcomer: Sequence, others: Collection[Sequence]) -> int:
+        """Pages to leave for the growth of the newcomer and of the others; none when it would be alone."""
+        if not others:
             return 0
-        tokens = self.growth.tokens(newcomer) + sum(map(self.growth.tokens, self.running))
+        tokens = self.growth.tokens(newcomer) + sum(map(self.growth.tokens, others))
         return int(tokens / self.config.page_size)
 
     # results

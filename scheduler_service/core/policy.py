@@ -22,7 +22,7 @@ def by_longest_prefix(waiting: Iterable[Sequence], memory: Memory) -> list[Seque
 
 
 def by_priority(waiting: Iterable[Sequence], memory: Memory) -> list[Sequence]:
-    return sorted(waiting, key=lambda s: (-s.request.priority, s.serial))
+    return sorted(waiting, key=lambda s: (-s.priority, s.serial))
 
 
 ORDERS: dict[str, Callable[[Iterable[Sequence], Memory], list[Sequence]]] = {
@@ -34,7 +34,7 @@ ORDERS: dict[str, Callable[[Iterable[Sequence], Memory], list[Sequence]]] = {
 
 def retraction_order(running: Iterable[Sequence]) -> list[Sequence]:
     """Lowest priority first, the newest first among equals."""
-    return sorted(running, key=lambda s: (s.request.priority, -s.serial))
+    return sorted(running, key=lambda s: (s.priority, -s.serial))
 
 
 def proposed_drafts(rows: list[Sequence], budget: int) -> dict[Sequence, tuple[int, ...]]:

@@ -55,6 +55,9 @@ class Sequence:
     input_scored: int = 0  # wanted prompt positions up to this one have had their logprobs returned by the worker
     # the planner's own
     serial: int = 0  # order of arrival
+    priority: int = 0  # greater ones come first
+    started: bool = False  # it was admitted once
+    since_s: float = 0.0  # when that was, or when it came, by the clock of `Deadlines`
     limit: int = 0  # output tokens at most, already clipped to context and pool
     stop_ids: frozenset[int] = frozenset()
     prefill_end: int = 0  # the positions to prefill at this admission

@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass
 
-from runtime.errors import RequestError
+from runtime.errors import RequestError, too_long
 from runtime.messages import Finish, LogprobOptions, Request, Tokenized, unpack_ids
 from scheduler_service.core.drafts import DraftOptions, drafter_of
 from scheduler_service.core.plan import NAN_HAPPENED, Result
@@ -23,9 +23,14 @@ class PlannerConfig:
     chunked_prefill_size: int = -1  # tokens of one step; -1: whole prompts
     max_prefill_tokens: int = 16384  # prompt tokens of one step
     policy: str = "fcfs"
+    low_values_first: bool = False  # of priorities
+    preemption_threshold: int | None = None  # a difference of priorities beyond it preempts; None: nothing does
+    waiting_timeout_s: float | None = None
+    running_timeout_s: float | None = None
     max_queued: int | None = None
     reuse_prefixes: bool = True
     drafts: DraftOptions | None = None  # None: no speculation
+    clips_output: bool = False  # output that would not fit the context is made shorter, rather than refused
     default_new_tokens: int | None = 128  # a request with this limit may not have chosen it: clipped, never refused
 
     @property
@@ -61,6 +66,7 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
         limit=limit,
         stop_ids=stop_ids(request, config),
         drafter=drafter_of(request, config.drafts),
+        priority=-request.priority if config.low_values_first else request.priority,
     )
     if resumed:  # whoever has output already has the prompt's logprobs, and all hidden states but the last
         sequence.input_scored = len(ids)
@@ -89,21 +95,21 @@ def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> No
     asked = 0 if request.task == "embed" else request.params.max_new_tokens
     first = 0 if asked == 0 else 1  # a request for output needs room for one token at least
     if prompt_len + first > config.context_length:
-        raise RequestError(
+        raise too_long(
             f"The input ({prompt_len} tokens) is longer than the model's context length "
             f"({config.context_length} tokens).",
-            field="input_ids",
+            field="prompt",
         )
     if prompt_len + first > config.total_tokens:
-        raise RequestError(
+        raise too_long(
             f"Input length ({prompt_len} tokens) exceeds the maximum allowed length ({config.total_tokens - first} "
             "tokens). Use a shorter input or enable --allow-auto-truncate.",
-            field="input_ids",
+            field="prompt",
         )
-    if asked in (None, config.default_new_tokens):
+    if asked in (None, config.default_new_tokens) or config.clips_output:
         return
     if prompt_len + asked > config.context_length:
-        raise RequestError(
+        raise too_long(
             f"Requested token count exceeds the model's maximum context length of {config.context_length} tokens. "
             f"You requested a total of {prompt_len + asked} tokens: {prompt_len} tokens from the input messages and "
             f"{asked} tokens for the completion. Please reduce the number of tokens in the input messages or the "
@@ -119,6 +125,8 @@ def check_logprobs(options: LogprobOptions, prompt_len: int, vocab_size: int) ->
             "Please use a smaller logprob_start_len.",
             field="logprob_start_len",
         )
+    if options.start < -1 or options.top < 0:
+        raise RequestError("logprob_start_len and top_logprobs_num must not be negative.", field="logprobs")
     for token in options.token_ids or ():
         if not 0 <= token < vocab_size:
             raise RequestError(

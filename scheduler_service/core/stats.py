@@ -16,4 +16,5 @@ class Stats:
     proposed_drafts: int = 0  # tokens
     correct_drafts: int = 0
     retractions: int = 0
+    preemptions: int = 0
     queue_s: float = 0.0  # time that admitted requests have waited, in all

@@ -1,54 +1,22 @@
-"""The generic decoder: any model of the Llama kind, from its spec and its weights."""
+"""The generic decoder: any model of the Llama kind, from its spec, its weights and a backend."""
 
-from functools import partial
+import copy
 
 import torch
 import torch.nn.functional as F
 
-from kernels import reference
-from kernels.linear import Linear
-from scheduler_service.model.attention import Attention, Rotation
+from scheduler_service.model.backend import Backend, Rotation
 from scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
 from scheduler_service.model.heads import Head
-from scheduler_service.model.layers import Mlp, Norm, linear, optional_norm
-from scheduler_service.model.moe import Moe
+from scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, linear, norm_of
 from scheduler_service.model.spec import DecoderSpec
 from scheduler_service.model.weights import Weights
-
-
-class DecoderLayer:
-    """x + attention(x), then x + feed_forward(x), with norms before and after each as the spec says."""
-
-    def __init__(self, spec: DecoderSpec, weights: Weights, layer: int) -> None:
-        self.layer = layer
-        self.rope = spec.layers[layer].rope
-        norm = partial(optional_norm, spec, weights, layer=layer)
-        self.before_attention, self.after_attention = norm("before_attention"), norm("after_attention")
-        self.before_mlp, self.after_mlp = norm("before_mlp"), norm("after_mlp")
-        self.attention = Attention(spec, weights, layer)
-        self.moe: Moe | None = None
-        same_kind = [bool(before.moe) for before in spec.layers[:layer]].count(bool(spec.layers[layer].moe))
-        if moe := spec.layers[layer].moe:
-            self.moe = Moe(spec, moe, weights, same_kind)
-        else:
-            self.mlp = Mlp.dense(spec, weights, same_kind)
-
-    def __call__(self, x: torch.Tensor, rotation: Rotation, batch: Batch) -> torch.Tensor:
-        y = self.attention(apply(self.before_attention, x), rotation, batch)
-        x = x + apply(self.after_attention, y)
-        y = self.feed_forward(apply(self.before_mlp, x), batch)
-        return x + apply(self.after_mlp, y)
-
-    def feed_forward(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if self.moe is None:
-            return self.mlp(x)
-        return self.moe(x, partial(batch.record_experts, self.layer) if batch.record_experts else None)
 
 
 class Decoder:
     """A causal language model as the worker uses it."""
 
-    def __init__(self, spec: DecoderSpec, weights: Weights) -> None:
+    def __init__(self, spec: DecoderSpec, weights: Weights, backend: Backend) -> None:
         self.spec = spec
         self.weights = weights
         self.dtype = weights.dtype
@@ -57,14 +25,20 @@ class Decoder:
         self.vocab_size = spec.vocab_size
         self.embedding = weights.slab("embed")  # (vocab, hidden)
         self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
-        self.rotary = [(torch.tensor(rope.frequencies, device=self.device), rope.factor) for rope in spec.ropes]
-        self.layers = [DecoderLayer(spec, weights, layer) for layer in range(len(spec.layers))]
-        self.norm = Norm(spec, weights.slab("norm"))
-        self.lm_head: Linear | None = None
-        if spec.generates:
-            self.lm_head = linear(weights, "embed" if spec.tied else "lm_head")
+        self.layers = [decoder_layer(spec, weights, index) for index in range(len(spec.layers))]
+        self.norm = norm_of(spec, weights, "norm")
+        self.lm_head = linear(weights, "embed" if spec.tied else "lm_head") if spec.generates else None
         self.head = Head(spec.score_head, weights) if spec.score_head else None
-        self.attention: list[AttentionSpec] = [layer.attention.facts for layer in self.layers]
+        self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers]
+        self.backend = backend
+        backend.reserve(self.layers, self.lm_head)
+
+    def on(self, backend: Backend) -> "Decoder":
+        """The same model, with the same weights, on another backend."""
+        model = copy.copy(self)
+        model.backend = backend
+        backend.reserve(model.layers, model.lm_head)
+        return model
 
     @property
     def experts(self) -> ExpertShape | None:
@@ -76,11 +50,9 @@ class Decoder:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm: (tokens, hidden)."""
-        x = self.embed(batch)
-        rotations = [reference.rotation(batch.positions, *rotary, self.dtype) for rotary in self.rotary]
-        for layer in self.layers:
-            x = layer(x, rotations[layer.rope], batch)
-        return self.norm(x)
+        residual = self.embed(batch)
+        self.run_layers(residual, self.backend.rotations(batch.positions), batch)
+        return self.normed(residual)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings, or the request's own where it brought some: (tokens, hidden)."""
@@ -91,15 +63,33 @@ class Decoder:
             return x
         return torch.where(batch.embeds_mask.unsqueeze(1), batch.embeds.to(x.dtype), x)
 
+    def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
+        """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
+        for layer in self.layers:
+            self.run_layer(layer, residual, rotations[layer.rope], batch)
+
+    def run_layer(self, layer: DecoderLayer, residual: torch.Tensor, rotation: Rotation, batch: Batch) -> None:
+        """residual += attention, then residual += feed-forward, with the layer's norms before and after each."""
+        compute = self.backend
+        mixed = compute.attend(residual, layer.before_attention, layer.attention, rotation, batch.attend)
+        compute.add_product(residual, mixed, layer.attention.output, layer.after_attention)
+        block = layer.feed_forward
+        if isinstance(block, Moe):
+            chosen = compute.add_experts(residual, layer.before_mlp, block, layer.after_mlp)
+            if batch.record_experts:
+                batch.record_experts(layer.index, chosen)
+            return
+        inner = compute.gate_up(residual, layer.before_mlp, block.gate_up, block.activation)
+        compute.add_product(residual, inner, block.down, layer.after_mlp)
+
+    def normed(self, residual: torch.Tensor) -> torch.Tensor:
+        """The final norm."""
+        return self.backend.normed(residual, self.norm)
+
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(rows, hidden) → float32 (rows, vocab), into `out` if there is one."""
         assert self.lm_head is not None, "an embedder predicts no next token"
         if out is None:
             out = hidden.new_empty(len(hidden), self.vocab_size, dtype=torch.float32)
-        self.lm_head.write(hidden, out)
-        cap = self.spec.logit_softcap
-        return out if cap is None else out.copy_(reference.soft_cap(out, cap))
-
-
-def apply(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
-    return x if norm is None else norm(x)
+        self.backend.write_logits(hidden, self.lm_head, self.spec.logit_softcap, out)
+        return out

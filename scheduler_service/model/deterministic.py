@@ -12,13 +12,14 @@ from collections.abc import Callable
 import torch
 
 from kernels.linear import Linear
+from runtime.config import ServerConfig
 from runtime.errors import StartupError
-from scheduler_service.model.batch import ServedModel
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.layers import Transform
+from scheduler_service.model.weights import Weights
 
-NOT_OURS = "--enable-deterministic-inference needs a causal language model of a native family, and {} is none"
+NOT_NATIVE = "--enable-deterministic-inference needs a causal language model of a native family, and {} is none"
 NOT_PACKED = "--enable-deterministic-inference needs products of packed weights, which this CPU does not have for {}"
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,7 @@ def gated(activation: Transform) -> Transform:
     return transform
 
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Transform] = {
     "silu": gated(silu),
     "gelu": gated(gelu),
     "gelu_new": gated(gelu_tanh),
@@ -58,21 +59,15 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def make_deterministic(model: ServedModel) -> None:
-    """Have a model compute in this way. Raises StartupError where it cannot."""
-    if not isinstance(model, Decoder) or not model.spec.causal:
-        raise StartupError(NOT_OURS.format(type(model).__name__))
-    for linear, *_ in model.weights.followers:
+def is_asked_for(config: ServerConfig, device: torch.device) -> bool:
+    """Whether models on this device have to compute in this way; on a GPU the fused operations see to it."""
+    return config.enable_deterministic_inference and device.type == "cpu"
+
+
+def keep_order(weights: Weights) -> None:
+    """Have all products of loaded weights keep the order of their sums. Raises StartupError where they cannot."""
+    for linear, *_ in weights.followers:
         assert isinstance(linear, Linear)
         if linear.packed is None:
-            raise StartupError(NOT_PACKED.format(model.dtype))
+            raise StartupError(NOT_PACKED.format(weights.dtype))
         linear.keep_order()
-    activation = ACTIVATIONS[model.spec.activation]
-    for layer in model.layers:
-        if layer.moe is None:
-            layer.mlp.activation = activation
-            continue
-        layer.moe.activation = activation
-        layer.moe.sigmoid = sigmoid
-        if layer.moe.shared is not None:
-            layer.moe.shared.activation = activation

@@ -10,6 +10,7 @@ from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
 from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.deterministic import is_asked_for, keep_order
 from scheduler_service.model.encoder import GATED, Encoder
 from scheduler_service.model.encoder_layout import encoder_layout
 from scheduler_service.model.encoder_spec import EncoderSpec
@@ -17,9 +18,10 @@ from scheduler_service.model.families import encoders
 from scheduler_service.model.heads import ACTIVATIONS
 from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.spec import DecoderSpec, HeadLayer
+from scheduler_service.model.torch_backend import TorchBackend
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights.checkpoint import Checkpoint
 from scheduler_service.weights.load import is_dummy, load_weights
+from scheduler_service.weights.pickled import checkpoint_of
 
 FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Bert": encoders.bert,
@@ -74,8 +76,11 @@ def load_decoder_embedder(
         score_head=score_head(info, spec.hidden_size),
     )
     weights = Weights(decoder_layout(spec), dtype, device)
-    model = Decoder(spec, weights)
+    steady = is_asked_for(config, device)
+    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, steady))
     load_weights(weights, config, info)
+    if steady:
+        keep_order(weights)
     return model
 
 
@@ -95,4 +100,4 @@ def score_head(info: ModelInfo, hidden: int) -> tuple[HeadLayer, ...]:
 
 def tensor_names(config: ServerConfig, info: ModelInfo) -> Collection[str]:
     """The names in the checkpoint, which tell how a model was saved; none for random weights."""
-    return () if is_dummy(config) else Checkpoint.open(Path(info.path)).tensors
+    return () if is_dummy(config) else checkpoint_of(Path(info.path)).tensors

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import reference
-from scheduler_service.model.attention import Rotation
+from scheduler_service.model.backend import Rotation
 from scheduler_service.model.batch import AttentionSpec, Batch
 from scheduler_service.model.encoder_spec import EncoderSpec
 from scheduler_service.model.heads import ACTIVATIONS, Head
@@ -78,8 +78,8 @@ class EncoderLayer:
         mixed = torch.empty_like(x)
         for group in groups:
             rows = slice(group.start, group.start + group.texts * group.length)
-            own = qkv[rows].view(group.texts, group.length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            out = F.scaled_dot_product_attention(*own, attn_mask=near(self.window, group.length, x.device))
+            q, k, v = qkv[rows].view(group.texts, group.length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=near(self.window, group.length, x.device))
             mixed[rows] = out.transpose(1, 2).reshape(-1, hidden)  # (tokens of the group, hidden)
         return self.output(mixed)
 

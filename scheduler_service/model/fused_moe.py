@@ -4,120 +4,99 @@ For a few tokens each chosen expert's rows are read straight from its weights. F
 grouped by expert first. Neither waits to learn how many tokens an expert got, so both can be recorded.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from kernels.configs import EXPERT_BLOCKS, STEADY_EXPERT_BLOCK
-from kernels.ops import Ops
-from scheduler_service.model.layers import Norm
-from scheduler_service.model.moe import Moe
+from scheduler_service.model.layers import Moe, Norm
 from scheduler_service.model.products import Products
 
 DIRECT_PAIRS = 64  # (token, expert) pairs up to which nothing is grouped
-Record = Callable[[torch.Tensor], None]
+Choice = tuple[torch.Tensor, torch.Tensor]  # ids (tokens, top_k) int32 of experts, their weights in float32
 
 
 class FusedMoe:
-    """Adds what the experts say of norm(residual) to the residual stream."""
+    """Adds moe(norm(residual)) to the residual stream."""
 
-    def __init__(self, moe: Moe, norm: Norm, plus_one: bool, activation: str, products: Products) -> None:
-        self.moe = moe
-        self.norm = norm
-        self.plus_one = plus_one
-        self.activation = activation
+    def __init__(self, products: Products) -> None:
         self.products = products
-        self.ops: Ops = products.ops
-        self.experts, self.top_k = moe.moe.experts, moe.moe.top_k
-        self.gate_up = whole([linear.weight for linear in moe.gate_up])  # (experts, 2 * size, hidden)
-        self.down = whole([linear.weight for linear in moe.down])  # (experts, hidden, size)
-        self.shared_gate = moe.shared_gate.weight if moe.shared is not None else None
-        products.reserve(moe.router)
-        products.workspace.reserve(DIRECT_PAIRS)
-        if moe.shared is not None:
-            products.reserve(moe.shared.gate_up, gated=True)
-            products.reserve(moe.shared.down)
-            products.reserve(moe.shared_gate)
+        self.ops = products.ops
 
-    def __call__(self, residual: torch.Tensor, record: Record | None) -> None:
-        if residual.shape[0] * self.top_k <= DIRECT_PAIRS and not self.products.steady:
-            ids = self.add_directly(residual)
-        else:
-            ids = self.add_grouped(residual)
-        if record:
-            record(ids)
+    def reserve(self, moe: Moe) -> None:
+        """Have room for the products of this mixture."""
+        self.products.reserve(moe.router)
+        self.products.workspace.reserve(DIRECT_PAIRS)
+        if moe.shared is not None and moe.shared_gate is not None:
+            self.products.reserve(moe.shared.gate_up, gated=True)
+            self.products.reserve(moe.shared.down)
+            self.products.reserve(moe.shared_gate)
 
-    def add_directly(self, residual: torch.Tensor) -> torch.Tensor:
-        """For a few tokens; returns the chosen experts (tokens, top_k)."""
-        norm = self.norm.weight, self.norm.epsilon, self.plus_one
-        shared = self.moe.shared
+    def add(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
+        """residual += moe(norm(residual)), in place; returns the chosen experts (tokens, top_k)."""
+        directly = residual.shape[0] * moe.spec.top_k <= DIRECT_PAIRS and not self.products.steady
+        return (self.add_directly if directly else self.add_grouped)(residual, norm, moe, activation)
+
+    def add_directly(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
+        """For a few tokens."""
+        norms = norm.weight, norm.epsilon, norm.plus_one
+        shared = moe.shared
         extra = 0 if shared is None else 1
-        tokens, size = len(residual), self.down.shape[2]
-        logits = residual.new_empty(tokens, self.experts + extra, dtype=torch.float32)
-        ids, weights = self.choice(residual, extra)
+        tokens, size = len(residual), moe.all_down.shape[2]
+        logits = residual.new_empty(tokens, moe.spec.experts + extra, dtype=torch.float32)
+        ids, weights = room_for_choice(residual, moe.spec.top_k, extra)
         self.ops.router(
             residual,
-            *norm,
-            self.moe.router.weight,
-            self.shared_gate,
-            self.moe.moe.renormalize,
+            *norms,
+            moe.router.weight,
+            None if moe.shared_gate is None else moe.shared_gate.weight,
+            moe.spec.renormalize,
             logits,
             self.products.workspace.counters,
-            None,
-            None,
             ids,
             weights,
         )
         shared_size = 0 if shared is None else len(shared.gate_up.weight) // 2
-        inner = residual.new_empty(tokens, self.top_k * size + shared_size)
+        inner = residual.new_empty(tokens, moe.spec.top_k * size + shared_size)
         shared_gate_up, shared_down = (None, None) if shared is None else (shared.gate_up.weight, shared.down.weight)
-        self.ops.expert_gate_up(residual, *norm, ids, self.gate_up, shared_gate_up, self.activation, inner)
-        self.ops.expert_down(inner, ids, weights, self.down, shared_down, residual, residual)
+        self.ops.expert_gate_up(residual, *norms, ids, moe.all_gate_up, shared_gate_up, activation, inner)
+        self.ops.expert_down(inner, ids, weights, moe.all_down, shared_down, residual, residual)
         return ids
 
-    def add_grouped(self, residual: torch.Tensor) -> torch.Tensor:
-        """For more tokens; returns the chosen experts (tokens, top_k)."""
+    def add_grouped(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
+        """For more tokens."""
         x = torch.empty_like(residual)
-        self.ops.add_rms_norm(residual, None, self.norm.weight, self.norm.epsilon, self.plus_one, x)
-        logits = x.new_empty(len(x), self.experts, dtype=torch.float32)
-        self.products.write(x, self.moe.router, logits)
-        ids, weights = self.choice(x, 0)
-        self.ops.choose_experts(logits, self.moe.moe.renormalize, None, None, ids, weights)
+        self.ops.rms_norm(residual, norm.weight, norm.epsilon, norm.plus_one, x)
+        experts = moe.spec.experts
+        logits = x.new_empty(len(x), experts, dtype=torch.float32)
+        self.products.write(x, moe.router, logits)
+        ids, weights = room_for_choice(x, moe.spec.top_k, 0)
+        self.ops.choose_experts(logits, moe.spec.renormalize, ids, weights)
         total = ids.numel()
-        block = STEADY_EXPERT_BLOCK if self.products.steady else block_size(total, self.experts)
-        blocks = min(total, total // block + self.experts)  # enough, however the pairs are spread
+        block = STEADY_EXPERT_BLOCK if self.products.steady else block_size(total, experts)
+        blocks = min(total, total // block + experts)  # enough, however the pairs are spread
         pairs = torch.empty(blocks * block, dtype=torch.int32, device=x.device)
         block_experts = torch.empty(blocks, dtype=torch.int32, device=x.device)
-        self.ops.align_experts(ids, self.experts, block, pairs, block_experts)
-        inner = x.new_empty(total, self.down.shape[2])
-        self.ops.expert_gemm(x, pairs, block_experts, block, self.gate_up, self.activation, inner)
+        self.ops.align_experts(ids, experts, block, pairs, block_experts)
+        inner = x.new_empty(total, moe.all_down.shape[2])
+        self.ops.expert_gemm(x, pairs, block_experts, block, moe.all_gate_up, activation, inner)
         y = x.new_empty(total, x.shape[1])
-        self.ops.expert_gemm(inner, pairs, block_experts, block, self.down, None, y)
-        self.ops.expert_sum(y, weights, *self.shared(x), residual, residual)
+        self.ops.expert_gemm(inner, pairs, block_experts, block, moe.all_down, None, y)
+        self.ops.expert_sum(y, weights, *self.shared(x, moe, activation), residual, residual)
         return ids
 
-    def choice(self, x: torch.Tensor, extra: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for chosen experts and their weights."""
-        ids = torch.empty(len(x), self.top_k, dtype=torch.int32, device=x.device)
-        return ids, x.new_empty(len(x), self.top_k + extra, dtype=torch.float32)
-
-    def shared(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What the expert of all tokens says, and the logit of its gate (tokens, 1)."""
-        shared = self.moe.shared
-        if shared is None:
+    def shared(self, x: torch.Tensor, moe: Moe, activation: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the expert of all tokens gives, and the logit of its gate (tokens, 1)."""
+        if moe.shared is None or moe.shared_gate is None:
             return None, None
-        inner = self.products.gated(x, shared.gate_up, self.activation)
-        return self.products(inner, shared.down), self.products(x, self.moe.shared_gate)
+        inner = self.products.gated(x, moe.shared.gate_up, activation)
+        return self.products(inner, moe.shared.down), self.products(x, moe.shared_gate)
+
+
+def room_for_choice(x: torch.Tensor, top_k: int, extra: int) -> Choice:
+    """Memory for the experts of x (tokens, hidden), and for `extra` weights more than experts."""
+    ids = torch.empty(len(x), top_k, dtype=torch.int32, device=x.device)
+    return ids, x.new_empty(len(x), top_k + extra, dtype=torch.float32)
 
 
 def block_size(pairs: int, experts: int) -> int:
     """Pairs of one program: about what an expert gets."""
     return next((block for block in EXPERT_BLOCKS if pairs <= block * experts), EXPERT_BLOCKS[-1])
-
-
-def whole(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Neighbouring slabs of one buffer as one tensor that shares their memory."""
-    first = parts[0]
-    step = first.numel()
-    assert all(part.data_ptr() == first.data_ptr() + i * step * first.element_size() for i, part in enumerate(parts))
-    return first.as_strided((len(parts), *first.shape), (step, *first.stride()))

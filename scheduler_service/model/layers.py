@@ -1,40 +1,72 @@
-"""The blocks of a decoder layer besides attention: norms and the feed-forward block."""
+"""What the layers of a decoder are made of: weights and sizes. A backend (backend.py) computes with them."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from kernels import reference
 from kernels.linear import Linear
-from scheduler_service.model.spec import DecoderSpec
+from scheduler_service.model.batch import AttentionSpec
+from scheduler_service.model.spec import DecoderSpec, MoeSpec
 from scheduler_service.model.weights import Weights
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
 
-NORMS = {"rms": reference.rms_norm, "rms_plus_one": reference.rms_norm_plus_one}
-ACTIVATIONS = {
-    "silu": reference.silu_and_mul,
-    "gelu": reference.gelu_and_mul,
-    "gelu_new": reference.gelu_tanh_and_mul,
-    "gelu_pytorch_tanh": reference.gelu_tanh_and_mul,
-}
-
-
+@dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm over the last dimension."""
+    """A root-mean-square norm over the last dimension."""
 
-    def __init__(self, spec: DecoderSpec, weight: torch.Tensor) -> None:
-        self.function = NORMS[spec.norm]
-        self.weight = weight
-        self.epsilon = spec.norm_epsilon
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x, self.weight, self.epsilon)
+    weight: torch.Tensor  # (size,)
+    epsilon: float
+    plus_one: bool  # the weight is stored as its distance from one
 
 
-def optional_norm(spec: DecoderSpec, weights: Weights, place: str, layer: int) -> Norm | None:
-    """The norm of a place in the layer, if the family has one there."""
-    return Norm(spec, weights.slab(place, layer)) if getattr(spec.names, place) else None
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Self-attention of one layer. The rows of `qkv` are queries, keys and values."""
+
+    spec: AttentionSpec
+    qkv: Linear
+    output: Linear
+    query_norm: Norm | None  # per head, before the rotation
+    key_norm: Norm | None
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """down(activation(gate(x)) * up(x)), with gate and up in one matrix."""
+
+    gate_up: Linear
+    down: Linear
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """A mixture of experts: a router, the experts and, where the family has one, an expert that every token passes."""
+
+    spec: MoeSpec
+    router: Linear
+    gate_up: list[Linear]  # by expert
+    down: list[Linear]
+    all_gate_up: torch.Tensor  # the same weights as one tensor (experts, 2 * size, hidden)
+    all_down: torch.Tensor  # (experts, hidden, size)
+    activation: str
+    shared: Mlp | None
+    shared_gate: Linear | None  # (1, hidden); its sigmoid scales what the shared expert gives
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer: attention, then a feed-forward block, with norms before and after each as the family has them."""
+
+    index: int
+    rope: int  # which of the model's rotations
+    attention: Attention
+    feed_forward: Mlp | Moe
+    before_attention: Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    after_mlp: Norm | None
 
 
 def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Linear:
@@ -44,18 +76,70 @@ def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Li
     return layer
 
 
-class Mlp:
-    """down(activation(gate(x)) * up(x)), with gate and up in one matrix."""
+def norm_of(spec: DecoderSpec, weights: Weights, buffer: str, *index: int) -> Norm:
+    return Norm(weights.slab(buffer, *index), spec.norm_epsilon, spec.norm == "rms_plus_one")
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
-        self.gate_up = gate_up
-        self.down = down
-        self.activation = ACTIVATIONS[activation]
 
-    @classmethod
-    def dense(cls, spec: DecoderSpec, weights: Weights, slab: int) -> "Mlp":
-        gate_up = linear(weights, "gate_up", slab, bias=spec.mlp_bias)
-        return cls(gate_up, linear(weights, "down", slab, bias=spec.mlp_bias), spec.activation)
+def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLayer:
+    """The layer of that index."""
+    own = spec.layers[index]
+    same_kind = [bool(before.moe) for before in spec.layers[:index]].count(bool(own.moe))
+    mixture = moe(spec, own.moe, weights, same_kind) if own.moe else None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.gate_up(x)))
+    def norm(place: str) -> Norm | None:
+        return norm_of(spec, weights, place, index) if getattr(spec.names, place) else None
+
+    return DecoderLayer(
+        index=index,
+        rope=own.rope,
+        attention=attention(spec, weights, index),
+        feed_forward=mixture or dense_mlp(spec, weights, same_kind),
+        before_attention=norm("before_attention"),
+        after_attention=norm("after_attention"),
+        before_mlp=norm("before_mlp"),
+        after_mlp=norm("after_mlp"),
+    )
+
+
+def attention(spec: DecoderSpec, weights: Weights, layer: int) -> Attention:
+    return Attention(
+        spec=AttentionSpec(
+            layer=layer,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            scale=spec.attention_scale,
+            window=spec.layers[layer].window,
+            softcap=spec.attention_softcap,
+            causal=spec.causal,
+        ),
+        qkv=linear(weights, "qkv", layer, bias=spec.qkv_bias),
+        output=linear(weights, "output", layer, bias=spec.output_bias),
+        query_norm=norm_of(spec, weights, "query_norm", layer) if spec.query_key_norm else None,
+        key_norm=norm_of(spec, weights, "key_norm", layer) if spec.query_key_norm else None,
+    )
+
+
+def dense_mlp(spec: DecoderSpec, weights: Weights, slab: int) -> Mlp:
+    gate_up = linear(weights, "gate_up", slab, bias=spec.mlp_bias)
+    return Mlp(gate_up, linear(weights, "down", slab, bias=spec.mlp_bias), spec.activation)
+
+
+def moe(spec: DecoderSpec, mixture: MoeSpec, weights: Weights, slab: int) -> Moe:
+    expert = partial(linear, weights)
+    has_shared = bool(mixture.shared_intermediate_size)
+    return Moe(
+        spec=mixture,
+        router=linear(weights, "router", slab),
+        gate_up=[expert("expert_gate_up", slab, number) for number in range(mixture.experts)],
+        down=[expert("expert_down", slab, number) for number in range(mixture.experts)],
+        all_gate_up=weights.slab("expert_gate_up", slab),
+        all_down=weights.slab("expert_down", slab),
+        activation=spec.activation,
+        shared=shared_expert(spec, weights, slab) if has_shared else None,
+        shared_gate=linear(weights, "shared_gate", slab) if has_shared else None,
+    )
+
+
+def shared_expert(spec: DecoderSpec, weights: Weights, slab: int) -> Mlp:
+    return Mlp(linear(weights, "shared_gate_up", slab), linear(weights, "shared_down", slab), spec.activation)

@@ -4,16 +4,20 @@ from scheduler_service.model.heads import add_head
 from scheduler_service.model.spec import DecoderSpec, MoeSpec
 from scheduler_service.model.weights import Layout
 
+HEAD = "lm_head.weight"
+
 
 def decoder_layout(spec: DecoderSpec) -> Layout:
     """Buffers by kind, fused where layers read them together: qkv, and gate with up."""
     own_lm_head = spec.generates and not spec.tied
-    layout = Layout(ignored=frozenset(() if own_lm_head else {"lm_head.weight"}))
+    layout = Layout(ignored=frozenset(() if own_lm_head else {HEAD}))
+    if spec.generates:
+        layout.ties[HEAD] = f"{spec.prefix}embed_tokens.weight"
     layout.add("embed", (), [(f"{spec.prefix}embed_tokens.weight", spec.vocab_size)], spec.hidden_size)
     layout.add("norm", (), [(f"{spec.prefix}norm.weight", spec.hidden_size)], None)
     add_head(layout, spec.score_head)
     if own_lm_head:
-        layout.add("lm_head", (), [("lm_head.weight", spec.vocab_size)], spec.hidden_size)
+        layout.add("lm_head", (), [(HEAD, spec.vocab_size)], spec.hidden_size)
     dense = sparse = 0
     for index, layer in enumerate(spec.layers):
         prefix = f"{spec.prefix}layers.{index}."

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kernels.configs import FEW_ROWS, SKINNY_ROWS, STEADY_ROWS
 from kernels.linear import Linear
-from kernels.ops import Backend, Ops
+from kernels.ops import Implementation, Ops
 
 Sizes = Callable[..., tuple[int, int]]  # elements of partial sums and of counters
 
@@ -20,11 +20,11 @@ Sizes = Callable[..., tuple[int, int]]  # elements of partial sums and of counte
 class Workspace:
     """Scratch memory of operations that add up partial results. They follow one another, so they share it."""
 
-    def __init__(self, backend: Backend, device: torch.device, block: int | None = None) -> None:
+    def __init__(self, implementation: Implementation, device: torch.device, block: int | None = None) -> None:
         """`block`: rows that a skinny product computes at once, if that is fixed."""
         self.device = device
         self.counters = torch.zeros(1, dtype=torch.int32, device=device)
-        self.decode, self.skinny = sizes_of(backend, block)
+        self.decode, self.skinny = sizes_of(implementation, block)
 
     def reserve(self, counters: int) -> None:
         """Have at least so many counters. Before anything is recorded: recorded work keeps the address."""
@@ -36,9 +36,9 @@ class Workspace:
         return torch.empty(sizes[0], dtype=torch.float32, device=self.device)
 
 
-def sizes_of(backend: Backend, block: int | None) -> tuple[Sizes, Sizes]:
+def sizes_of(implementation: Implementation, block: int | None) -> tuple[Sizes, Sizes]:
     """What paged decode and the skinny products need; plain torch needs nothing."""
-    if backend == "torch":
+    if implementation == "torch":
         return lambda *_: (0, 0), lambda *_: (0, 0)
     from kernels.triton_attention_decode import decode_workspace  # triton is not there on every machine
     from kernels.triton_skinny import skinny_workspace

@@ -1,22 +1,26 @@
 """Which family serves an architecture, and the making of a model that is ready to run."""
 
 import logging
+from pathlib import Path
 
 import torch
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
+from scheduler_service.device import available_gb
 from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for, keep_order
 from scheduler_service.model.dtype import resolve_dtype
 from scheduler_service.model.embedders import family_name, load_decoder_embedder, load_encoder
 from scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
-from scheduler_service.model.layers import ACTIVATIONS
 from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.spec import DecoderSpec, NotNative
+from scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights.load import available_gb, load_weights
+from scheduler_service.weights import ties
+from scheduler_service.weights.load import is_dummy, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> S
     try:
         model = load_own(config, info, dtype, device)
     except NotNative as reason:
+        if is_asked_for(config, device):
+            raise StartupError(NOT_NATIVE.format(info.architecture)) from reason
         if info.embedding:
             raise StartupError(f"{info.path} cannot be served for embedding: {reason} is not supported") from reason
         model = load_fallback(str(reason), config, info, dtype, device)
@@ -62,6 +68,8 @@ def load_own(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: 
     """A model that runs on our own layers; raises NotNative for any other."""
     if info.embedding is None:
         return load_native(decoder_spec(info), config, info, dtype, device)
+    if is_asked_for(config, device) and not info.embedding.causal:
+        raise StartupError(NOT_NATIVE.format(info.architecture))
     if info.embedding.encoder:
         return load_encoder(config, info, dtype, device)
     return load_decoder_embedder(decoder_spec(info), config, info, dtype, device)
@@ -84,9 +92,14 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
 def load_native(
     spec: DecoderSpec, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
+    if not is_dummy(config):
+        spec = ties.settled(spec, Path(info.path))
     weights = Weights(decoder_layout(spec), dtype, device)
-    model = Decoder(spec, weights)
+    steady = is_asked_for(config, device)
+    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, steady))
     load_weights(weights, config, info)
+    if steady:
+        keep_order(weights)
     return model
 
 

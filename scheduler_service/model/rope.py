@@ -3,7 +3,9 @@
 Two variants depend on the length of the sequence in transformers. A server shares keys between sequences, so ours
 depend on the server's context length alone:
 
-* dynamic: transformers changes nothing up to `max_position_embeddings`, and no server serves more, so it is `default`.
+* dynamic: the base that belongs to the server's context length where that exceeds `max_position_embeddings`, else the
+  config's own, for every sequence. transformers picks by each sequence's length: set `--context-length` to
+  `max_position_embeddings` for the same numbers as its short sequences.
 * longrope: the long factors where the context length exceeds the original one, else the short ones, for every
   sequence. transformers picks by each sequence's length: set `--context-length` to the original length for the same
   numbers as its short sequences.
@@ -58,6 +60,18 @@ def default(wavelengths: torch.Tensor, parameters: Parameters) -> tuple[torch.Te
     return 1.0 / wavelengths, 1.0
 
 
+def dynamic(wavelengths: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, float]:
+    """The base grows with what the context has more than the positions of pretraining (NTK)."""
+    stretch = parameters["context_length"] / parameters["max_position_embeddings"]
+    if stretch <= 1:
+        return default(wavelengths, parameters)
+    factor, pairs = parameters["factor"], len(wavelengths)
+    grown = (factor * stretch - (factor - 1)) ** (
+        torch.arange(pairs) / (pairs - 1)
+    )  # dim / (dim - 2), of a base's power
+    return 1.0 / (wavelengths * grown), 1.0
+
+
 def linear(wavelengths: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, float]:
     """Positions are squeezed by the factor."""
     return 1.0 / wavelengths / parameters["factor"], 1.0
@@ -101,7 +115,7 @@ def yarn_attention_factor(parameters: Parameters, factor: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if parameters.get("attention_factor") is not None:
-        return parameters["attention_factor"]
+        return float(parameters["attention_factor"])
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
         return scale(parameters["mscale"]) / scale(parameters["mscale_all_dim"])
     return scale(1.0)
@@ -121,7 +135,7 @@ def longrope(wavelengths: torch.Tensor, parameters: Parameters) -> tuple[torch.T
 VARIANTS: dict[str, Callable[[torch.Tensor, Parameters], tuple[torch.Tensor, float]]] = {
     "default": default,
     "linear": linear,
-    "dynamic": default,
+    "dynamic": dynamic,
     "llama3": llama3,
     "yarn": yarn,
     "longrope": longrope,

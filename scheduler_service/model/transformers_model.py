@@ -11,7 +11,7 @@ import copy
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from kernels.linear import Linear
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
-from scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
+from scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from scheduler_service.model.routers import Routers
 from scheduler_service.model.weights import Layout, Place, Weights
 from scheduler_service.weights.checkpoint import CheckpointError
@@ -46,7 +46,7 @@ class PagedAttention:
 
     def __call__(
         self,
-        module: nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -60,9 +60,10 @@ class PagedAttention:
         if value_dim < spec.head_dim:  # the KV pool has one width for keys and values
             value = nn.functional.pad(value, (0, spec.head_dim - value_dim))
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (tokens, heads, dim)
-        return self.batch.attend(spec, q, k, v)[..., :value_dim].unsqueeze(0), None
+        attend = cast(Attend, self.batch.attend)
+        return attend(spec, q, k, v)[..., :value_dim].unsqueeze(0), None
 
-    def learn(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, options: Any) -> AttentionSpec:
+    def learn(self, module: Any, query: torch.Tensor, key: torch.Tensor, options: Any) -> AttentionSpec:
         """The facts of a layer, read off its first call."""
         _, heads, _, head_dim = query.shape
         spec = AttentionSpec(
@@ -95,7 +96,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.route is not None
-        return self.route(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        y: torch.Tensor = self.route(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return y
 
 
 class BodyOutput(tuple[torch.Tensor]):
@@ -126,7 +128,7 @@ class TransformersModel:
         self.weights = weights
         self.dtype, self.device = weights.dtype, weights.device
         self.paged = paged
-        self.body: nn.Module = getattr(model, model.base_model_prefix)
+        self.body: Any = getattr(model, model.base_model_prefix)
         self.head = copy.copy(model)
         self.head._modules = {**model._modules, model.base_model_prefix: Passthrough()}
         text = model.config.get_text_config()
@@ -151,7 +153,8 @@ class TransformersModel:
             output = self.body(**source, position_ids=batch.positions.unsqueeze(0), use_cache=False)
         finally:
             self.paged.batch, self.routers.report = None, None
-        return output.last_hidden_state[0]
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(rows, hidden) → float32 (rows, vocab), scaled and capped as the model's own head does."""
@@ -181,22 +184,36 @@ def build(config: ServerConfig, info: ModelInfo, dtype: torch.dtype) -> transfor
         kind = model_class(settings, info)
         if is_dummy(config):
             torch.manual_seed(config.random_seed or DUMMY_SEED)
-            return kind._from_config(settings, **options)
+            return cast(transformers.PreTrainedModel, kind._from_config(settings, **options))
         state = read_state(open_checkpoint(Path(info.path)))
-        model, report = kind.from_pretrained(
+        loaded: tuple[transformers.PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
             None, config=settings, state_dict=state, output_loading_info=True, **options
         )
+        model, report = loaded
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, OSError) as error:
         cause = " ".join(str(error).split())[:300]
         raise StartupError(f"transformers cannot build {info.architecture} from {info.path}: {cause}") from error
+    tie_missing(model, report["missing_keys"])
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"the checkpoint in {info.path} lacks {some(missing)}")
     return model
 
 
-def model_class(settings: transformers.PreTrainedConfig, info: ModelInfo) -> type[transformers.PreTrainedModel]:
+def tie_missing(model: transformers.PreTrainedModel, missing: set[str]) -> None:
+    """Where the checkpoint lacks nothing but tensors that such models have in common, they are what is missing."""
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    if missing and missing <= set(tied) and not missing & set(tied.values()):
+        log.warning(
+            "config.json does not say so, but the model is tied: the checkpoint has no %s.", some(sorted(missing))
+        )
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = True
+        model.tie_weights()
+        missing.clear()
+
+
+def model_class(settings: transformers.PreTrainedConfig, info: ModelInfo) -> Any:
     """The class that runs these settings; raises StartupError for what no attention function could put right."""
-    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(settings), None)
+    kind: Any = transformers.AutoModelForCausalLM._model_mapping.get(type(settings), None)
     if kind is None:
         raise StartupError(f"{info.architecture} is not a causal language model that Quartet can serve")
     kind = kind[0] if isinstance(kind, tuple) else kind
@@ -220,6 +237,9 @@ def adopt_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
     """Move all parameters into buffers of ours; the model computes on these from now on."""
     parameters = dict(model.named_parameters())
     layout = Layout(ignored=frozenset(model.state_dict().keys() - parameters.keys()))
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    every = model.named_parameters(remove_duplicate=False)
+    layout.ties = {name: names[id(parameter)] for name, parameter in every if name not in parameters}
     for name, parameter in parameters.items():
         layout.buffers[name] = tuple(parameter.shape)
         layout.places[name] = Place(name, (), 0, tuple(parameter.shape))
@@ -230,7 +250,6 @@ def adopt_weights(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
         parameter.requires_grad_(False)
         weights.lend(parameter, name)
     model.to(device)
-    names = {id(parameter): name for name, parameter in parameters.items()}
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.follow(weights, names[id(module.weight)])
@@ -251,16 +270,16 @@ def self_check(model: transformers.PreTrainedModel, served: TransformersModel, i
         raise StartupError(f"{info.architecture} is not served: it fails with our attention: {cause}") from error
     served.attention = [served.paged.specs[layer] for layer in sorted(served.paged.specs)]
     layers = model.config.get_text_config().num_hidden_layers
-    error = ((found - expected).norm() / expected.norm()).item()
-    if len(served.attention) != layers or not error <= TOLERANCE[served.dtype]:
+    distance = ((found - expected).norm() / expected.norm()).item()
+    if len(served.attention) != layers or not distance <= TOLERANCE[served.dtype]:
         raise StartupError(
             f"{info.architecture} is not served: with our attention in {len(served.attention)} of {layers} layers "
-            f"its logits differ from transformers' own by {error:.2g}"
+            f"its logits differ from transformers' own by {distance:.2g}"
         )
     log.warning(
         "%s runs through transformers' own model: correct, but slower than a native family (self-check error %.1e).",
         info.architecture,
-        error,
+        distance,
     )
 
 

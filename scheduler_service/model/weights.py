@@ -33,6 +33,7 @@ class Layout:
     places: dict[str, Place] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of buffers that do not have the model's
     ignored: frozenset[str] = frozenset()  # names that a checkpoint may hold though nothing reads them
+    ties: dict[str, str] = field(default_factory=dict)  # name → the one it has its values from, where it has none
 
     def add(self, buffer: str, index: tuple[int, ...], tensors: list[tuple[str, int]], columns: int | None) -> None:
         """Put tensors, each (name, rows), below one another into one slab; without columns they are vectors."""
@@ -52,6 +53,11 @@ class Packs(Protocol):
     """A layer that computes with a copy of its weight in another form."""
 
     packed: tuple[torch.Tensor, ...] | None  # that form of the present values
+
+    @property
+    def packed_bytes(self) -> int:
+        """What that form takes."""
+        ...
 
     def pack(self, weight: torch.Tensor, breathe: Callable[[], None]) -> tuple[torch.Tensor, ...] | None:
         """The other form of new values; the layer goes on with the old ones. Calls `breathe` now and then."""
@@ -130,6 +136,10 @@ class Weights:
 
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def served_bytes(self) -> int:
+        """What these weights take while they serve: the buffers and the packed forms."""
+        return self.nbytes() + sum(layer.packed_bytes for layer, _, _ in self.followers)
 
     def staging(self, device: torch.device | None = None) -> "Weights":
         """Buffers of the same layout with undefined contents, to be filled while these serve."""
@@ -210,4 +220,4 @@ class Weights:
     def checksum(self, name: str) -> str:
         """xxh3 (64 bits, hex) of a tensor's bytes in the served dtype."""
         view = self.view(name).contiguous().cpu()
-        return xxhash.xxh3_64_hexdigest(view.view(torch.uint8).numpy())
+        return xxhash.xxh3_64_hexdigest(view.view(torch.uint8).numpy().data)

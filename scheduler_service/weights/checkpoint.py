@@ -1,6 +1,7 @@
 """A model's safetensors files, described by their headers and read into memory of our own, never mapped.
 
-A header is untrusted: it must be small, valid, and account for every byte of its file exactly once.
+A header is untrusted: it must be small, valid, and account for every byte of its file exactly once. What it may say is
+bounded before anything is computed from it, since reading it holds the lock of the interpreter.
 """
 
 import json
@@ -9,15 +10,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
 
 from runtime.errors import StartupError
+from runtime.files import opened, present, read_small
+from runtime.shorten import short
 
 MAX_HEADER_BYTES = 8 << 20
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 32 << 20
+MAX_TENSORS = 1 << 18  # of a checkpoint; the largest public ones have 140,000
+MAX_VALUES = 1 << 20  # of a header: numbers, names and lists
+MAX_RANK = 8
+MAX_NAME_CHARS = 512
+MAX_SIZE = (1 << 63) - 1
 LENGTH_BYTES = 8
 CHUNK_BYTES = 32 << 20
 INDEX_NAME = "model.safetensors.index.json"
@@ -33,12 +41,17 @@ class CheckpointError(StartupError):
     """A checkpoint cannot be read or does not fit the model; the text names the file or the tensor."""
 
 
+Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)]
+Shape = Annotated[list[Size], msgspec.Meta(max_length=MAX_RANK)]
+Dtype = Annotated[str, msgspec.Meta(max_length=32)]
+
+
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor's entry in a file's header."""
 
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
+    dtype: Dtype
+    shape: Shape
+    data_offsets: tuple[Size, Size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     nbytes: int
+    origin: Path | None = None  # where `file` was made of another
+
+    @property
+    def shown(self) -> Path:
+        """The file that people know."""
+        return self.origin or self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +78,7 @@ class Checkpoint:
     files: list[Path]
     tensors: dict[str, StoredTensor]
     indexed: bool  # the directory has an index file
+    scratch: tuple[object, ...] = ()  # what keeps files of ours alive that have no name
 
     @classmethod
     def open(cls, directory: Path) -> "Checkpoint":
@@ -69,8 +89,9 @@ class Checkpoint:
         for file in files:
             for name, tensor in read_header(file).items():
                 if name in tensors:
-                    raise CheckpointError(f"tensor {name} is in both {tensors[name].file} and {file}")
+                    raise CheckpointError(f"tensor {short(name)} is in both {tensors[name].file} and {file}")
                 tensors[name] = tensor
+            check_count(directory, len(tensors))
         check_index(directory, weight_map, tensors)
         return cls(files, tensors, indexed=bool(weight_map))
 
@@ -81,37 +102,53 @@ def shard_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_NAME]
     if files := sorted(directory.glob("*.safetensors")):
         return files
-    raise CheckpointError(f"no *.safetensors file in {directory}: only the safetensors format is read")
+    raise CheckpointError(
+        f"no *.safetensors file in {directory}: only checkpoints in the safetensors or *.bin format are read"
+    )
 
 
 def read_index(directory: Path) -> dict[str, str]:
     """Tensor name → file name; empty where the directory has no index."""
-    path = directory / INDEX_NAME
-    if not path.is_file():
+    return read_weight_map(directory / INDEX_NAME, ".safetensors")
+
+
+def read_weight_map(path: Path, suffix: str) -> dict[str, str]:
+    """Tensor name → name of a file beside this index, all with one suffix; empty where there is no index."""
+    if not present(path):
         return {}
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_INDEX_BYTES} bytes")
     try:
-        weight_map = msgspec.convert(parse_json(path.read_bytes())["weight_map"], dict[str, str])
+        content = read_small(path, MAX_INDEX_BYTES)
+    except StartupError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        check_count(path, content.count(b":") // 2)  # as many as it could have, were half of them in names
+        weight_map = msgspec.convert(parse_json(content)["weight_map"], dict[str, str])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not an index of safetensors files: {error}") from error
+        raise CheckpointError(f"{path} is not an index of {suffix[1:]} files: {short(error)}") from error
     for name in set(weight_map.values()):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names the file {name!r}, which is not a safetensors file beside it")
+        if Path(name).name != name or not name.endswith(suffix):
+            raise CheckpointError(f"{path} names the file {short(name)!r}, which is not a {suffix[1:]} file beside it")
     return weight_map
+
+
+def check_count(where: Path, tensors: int) -> None:
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(f"{where} has more than {MAX_TENSORS} tensors")
 
 
 def check_index(directory: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise CheckpointError(f"{directory / INDEX_NAME} says that {name} is in {file}, which does not hold it")
+            raise CheckpointError(
+                f"{directory / INDEX_NAME} says that {short(name)} is in {short(file)}, which does not hold it"
+            )
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. Raises CheckpointError unless header and data fill the file exactly."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with opened(file) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
+            size = os.fstat(descriptor).st_size
             length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
             if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
                 limit = min(MAX_HEADER_BYTES, max(0, size - LENGTH_BYTES))
@@ -120,11 +157,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     try:
-        entries = parse_json(header)
-        entries.pop("__metadata__", None)
-        parsed = msgspec.convert(entries, dict[str, Header])
+        parsed = parse_header(header)
     except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: bad header: {error}") from error
+        raise CheckpointError(f"{file}: bad header: {short(error)}") from error
     check_extents(file, parsed, size - LENGTH_BYTES - length)
     data = LENGTH_BYTES + length
     return {
@@ -134,18 +169,37 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
+def parse_header(header: bytes) -> dict[str, Header]:
+    """The entries of a header, each within bounds. Raises ValueError."""
+    if header.count(b",") > MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES} values")
+    entries = parse_json(header)
+    entries.pop("__metadata__", None)
+    parsed = {}
+    for name, entry in entries.items():  # one by one: other threads get their turn between two
+        if len(name) > MAX_NAME_CHARS:
+            raise ValueError(f"the name {short(name)} is longer than {MAX_NAME_CHARS} characters")
+        try:
+            parsed[name] = msgspec.convert(entry, Header)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"tensor {short(name)}: {short(error)}") from error
+    return parsed
+
+
 def check_extents(file: Path, entries: dict[str, Header], data_bytes: int) -> None:
     """Tensors must lie end to end, each as long as its shape and dtype say."""
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
         if entry.dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"{file}: tensor {name} has the unknown dtype {entry.dtype!r}")
+            raise CheckpointError(f"{file}: tensor {short(name)} has the unknown dtype {entry.dtype!r}")
         if begin != position:
-            raise CheckpointError(f"{file}: tensor {name} begins at byte {begin} of the data, expected {position}")
-        if min(entry.shape, default=1) < 0 or end - begin != prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
             raise CheckpointError(
-                f"{file}: tensor {name} takes {end - begin} bytes, not those of {entry.dtype} {entry.shape}"
+                f"{file}: tensor {short(name)} begins at byte {begin} of the data, expected {position}"
+            )
+        if end - begin != prod(entry.shape) * DTYPE_BYTES[entry.dtype]:
+            raise CheckpointError(
+                f"{file}: tensor {short(name)} takes {end - begin} bytes, not those of {entry.dtype} {entry.shape}"
             )
         position = end
     if position != data_bytes:
@@ -160,7 +214,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
             if key in found:
-                raise ValueError(f"the key {key!r} occurs twice")
+                raise ValueError(f"the key {short(key)!r} occurs twice")
             found[key] = value
         return found
 

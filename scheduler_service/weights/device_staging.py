@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 import torch
 import xxhash
 
+from runtime.files import open_regular
 from scheduler_service.model.weights import Weights
 from scheduler_service.transfer import Arrival
 from scheduler_service.weights.checkpoint import (
@@ -69,7 +70,7 @@ class Reader:
         pinned = self.device.type == "cuda"
         self.chunks = [Chunk(torch.empty(self.chunk_bytes, dtype=torch.uint8, pin_memory=pinned)) for _ in range(2)]
         if pinned:
-            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(self.device)
             self.stream.wait_stream(torch.cuda.default_stream(self.device))  # the last swap may still read the target
 
     def read(self, pieces: "SimpleQueue[Piece]", stop: threading.Event) -> None:
@@ -123,7 +124,7 @@ def taken(pieces: "SimpleQueue[Piece]", stop: threading.Event) -> Iterator[Piece
 def opened(file: Path, descriptors: dict[Path, int]) -> int:
     if file not in descriptors:
         try:
-            descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptors[file] = open_regular(file)
         except OSError as error:
             raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     return descriptors[file]

@@ -6,7 +6,13 @@ from typing import Any
 import torch
 import xxhash
 
+from runtime import limits
+from runtime.errors import CommandRefused
+from runtime.shorten import short
+from scheduler_service.beside import breathe
 from scheduler_service.model.weights import Weights
+
+ROWS_AT_ONCE = 64
 
 
 class Inspection:
@@ -17,7 +23,8 @@ class Inspection:
         self._snapshot: dict[str, torch.Tensor] | None = None
 
     def names(self, skipped: Collection[str] | None) -> list[str]:
-        return sorted(name for name in self._weights.names() if not skipped or name not in skipped)
+        left_out = frozenset(skipped or ())
+        return sorted(name for name in self._weights.names() if name not in left_out)
 
     def checksums(self, names: list[str]) -> tuple[dict[str, str], str]:
         """xxh3 of each tensor's bytes in the served dtype, and one digest of them all."""
@@ -38,12 +45,21 @@ class Inspection:
         return kept is not None and torch.equal(as_bytes(now), as_bytes(kept))
 
     def rows(self, name: str, count: int) -> list[Any] | None:
-        """The first `count` rows (or values of a vector) as floats; None for an unknown name."""
+        """The first `count` rows (or values of a vector) as floats; None for an unknown name. Raises CommandRefused."""
         if name not in self._weights.layout.places:
             return None
         values = self._weights.view(name)
         own_rows = values[:count] if values.dim() else values.view(1)
-        rows: list[Any] = own_rows.float().cpu().tolist()
+        if own_rows.numel() > limits.MAX_SHOWN_WEIGHTS:
+            per_row = own_rows.numel() // len(own_rows)
+            most = limits.MAX_SHOWN_WEIGHTS // per_row
+            raise CommandRefused(
+                f"truncate_size {short(count)} is too large: at most {most} rows of {per_row} are shown."
+            )
+        rows: list[Any] = []
+        for start in range(0, len(own_rows), ROWS_AT_ONCE):
+            breathe()
+            rows += own_rows[start : start + ROWS_AT_ONCE].float().cpu().tolist()
         return rows
 
 

@@ -13,9 +13,12 @@ import torch
 
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
+from runtime.files import open_regular
 from runtime.model_info import ModelInfo
+from runtime.shorten import short
+from scheduler_service.device import shortage
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights import device_staging
+from scheduler_service.weights import device_staging, pickled, ties
 from scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
 from scheduler_service.weights.progress import shown
 
@@ -28,13 +31,25 @@ DUMMY_SEED = 0
 
 def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> None:
     """Fill `weights` by --load-format and let what follows them follow. Raises StartupError."""
+    if weights.device.type == "cpu":  # a GPU has said so already
+        check_room(weights.served_bytes(), weights.device)
     if is_dummy(config):
         weights.fill_random(config.random_seed or DUMMY_SEED)
     else:
-        checkpoint = open_checkpoint(Path(info.path))
+        checkpoint = ties.completed(open_checkpoint(Path(info.path)), weights.layout)
         check(checkpoint, weights)
         read(checkpoint, weights, shown(checkpoint.files))
+        pickled.forget()
     weights.after_update()
+
+
+def check_room(wanted: int, device: torch.device) -> None:
+    """Raise StartupError where so many bytes of weights have no room; the kernel would end the process later."""
+    if reason := shortage(wanted, device):
+        raise StartupError(
+            f"no room for the model's weights and the copies that are computed with: {reason}; "
+            "allow the server more memory, or serve a smaller model"
+        )
 
 
 def is_dummy(config: ServerConfig) -> bool:
@@ -46,10 +61,10 @@ def is_dummy(config: ServerConfig) -> bool:
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The directory's checkpoint, with the log lines that say what was found."""
-    log.info("Using model weights format ['*.safetensors']")
-    checkpoint = Checkpoint.open(directory)
-    if not checkpoint.indexed:
-        log.info("No %s found in remote.", INDEX_NAME)
+    checkpoint = pickled.checkpoint_of(directory)
+    log.info("Using model weights format ['*.%s']", "bin" if checkpoint.scratch else "safetensors")
+    if not checkpoint.indexed and not checkpoint.scratch:
+        log.info("No %s found in %s.", INDEX_NAME, directory)
     return checkpoint
 
 
@@ -62,10 +77,10 @@ def check(checkpoint: Checkpoint, weights: Weights) -> None:
         stored = checkpoint.tensors[name]
         if stored.shape != shape:
             raise CheckpointError(
-                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}"
+                f"{stored.shown}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}"
             )
         if stored.dtype not in DTYPES:
-            raise CheckpointError(f"{stored.file}: tensor {name} is {stored.dtype}, which is not supported")
+            raise CheckpointError(f"{stored.shown}: tensor {name} is {stored.dtype}, which is not supported")
     if unexpected := sorted(checkpoint.tensors.keys() - names.keys() - weights.layout.ignored):
         log.warning("The model has no use for %s of the checkpoint.", some(unexpected))
 
@@ -83,6 +98,7 @@ def read(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> Non
 def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """All floating tensors of a checkpoint under its own names and dtypes, with a progress bar."""
     stored = checkpoint.tensors.items()
+    check_room(sum(tensor.nbytes for _, tensor in stored), torch.device("cpu"))
     state = {name: torch.empty(t.shape, dtype=DTYPES[t.dtype]) for name, t in stored if t.dtype in DTYPES}
     read_into(checkpoint, state, shown(checkpoint.files))
     return state
@@ -93,7 +109,7 @@ def read_into(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: I
     names = sorted(targets, key=lambda name: checkpoint.tensors[name].offset)
     for file in files:
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(file)
         except OSError as error:
             raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
         try:
@@ -107,13 +123,4 @@ def read_into(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: I
 def some(names: list[str]) -> str:
     """For example `2 tensors: a, b`."""
     rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(names[:NAMES_SHOWN])}{rest}"
-
-
-def available_gb(device: torch.device) -> float:
-    """Memory that can still be taken on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**30
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-    return int(found.split()[1]) / 2**20
+    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(map(short, names[:NAMES_SHOWN]))}{rest}"

@@ -7,14 +7,16 @@ as `manifest` of /update_weights_from_disk. A trainer can make it while it saves
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
 
+from runtime.files import opened
+from runtime.shorten import short
 from scheduler_service.weights.checkpoint import CHUNK_BYTES, Checkpoint, CheckpointError, StoredTensor, read_exactly
 from scheduler_service.weights.load import some
+from scheduler_service.weights.pickled import checkpoint_of
 
 Manifest = Mapping[str, str]
 
@@ -29,26 +31,29 @@ def check_names(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
 def check_digest(manifest: Manifest, name: str, digest: str) -> None:
     if (expected := manifest[name].lower()) != digest:
-        raise CheckpointError(f"tensor {name} hashes to {digest}, the manifest says {expected}")
+        raise CheckpointError(f"tensor {name} hashes to {digest}, the manifest says {short(expected)}")
+
+
+def check_listed(manifest: Manifest, name: str, digest: str) -> None:
+    """The same, for the tensors that the checkpoint itself holds."""
+    if name in manifest:
+        check_digest(manifest, name, digest)
 
 
 def manifest_of(directory: Path) -> dict[str, str]:
     """The manifest of all tensors in a directory. Raises CheckpointError."""
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = checkpoint_of(directory)
     return {name: digest_of(tensor) for name, tensor in sorted(checkpoint.tensors.items())}
 
 
 def digest_of(stored: StoredTensor) -> str:
     digest = xxhash.xxh3_64()
     buffer = memoryview(bytearray(min(stored.nbytes, CHUNK_BYTES)))
-    descriptor = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with opened(stored.file) as descriptor:
         for start in range(0, stored.nbytes, CHUNK_BYTES):
             chunk = buffer[: min(CHUNK_BYTES, stored.nbytes - start)]
             read_exactly(descriptor, chunk, stored.offset + start, stored.file)
             digest.update(chunk)
-    finally:
-        os.close(descriptor)
     return digest.hexdigest()
 
 

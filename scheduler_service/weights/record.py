@@ -13,6 +13,7 @@ import msgspec
 from runtime import records
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
+from scheduler_service.weights.pickled import pickled_files
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def read(run_dir: str) -> Committed | None:
 
 def files_of(directory: Path) -> dict[str, list[int]]:
     """The checkpoint's files as `Committed.files` has them."""
-    found = {path.name: path.stat() for path in sorted(directory.glob("*.safetensors"))}
+    files = pickled_files(directory) or sorted(directory.glob("*.safetensors"))
+    found = {path.name: path.stat() for path in files if path.exists()}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 

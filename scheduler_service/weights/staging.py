@@ -17,9 +17,10 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 import xxhash
 
+from runtime.files import open_regular
 from scheduler_service.beside import breathe
 from scheduler_service.model.weights import Weights
-from scheduler_service.weights import device_staging, load, manifest
+from scheduler_service.weights import device_staging, load, manifest, ties
 from scheduler_service.weights.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -29,6 +30,7 @@ from scheduler_service.weights.checkpoint import (
     read_exactly,
 )
 from scheduler_service.weights.manifest import Manifest
+from scheduler_service.weights.pickled import pickled_files
 from scheduler_service.weights.progress import shown
 
 CHUNK_BYTES = 1 << 20  # a turn's share of work is checked between two
@@ -69,7 +71,7 @@ def identity(status: os.stat_result) -> Identity:
 
 
 def identities(directory: Path) -> Identities:
-    """All safetensors files of a directory, once they have not been written to for a moment.
+    """All files of a directory's weights, once they have not been written to for a moment.
 
     Times on disk advance in steps: a file written to within the same step as now could be written to again unseen.
     Raises CheckpointError for what is being written, or is no regular file.
@@ -87,7 +89,7 @@ def identities(directory: Path) -> Identities:
 
 def looked_at(directory: Path) -> dict[Path, os.stat_result]:
     found = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in pickled_files(directory) or sorted(directory.glob("*.safetensors")):
         try:
             found[path] = path.stat()
         except OSError as error:
@@ -97,20 +99,19 @@ def looked_at(directory: Path) -> dict[Path, os.stat_result]:
     return found
 
 
-def check(checkpoint: Checkpoint, weights: Weights, digests: Manifest | None) -> None:
+def check(checkpoint: Checkpoint, weights: Weights) -> None:
     """All tensors of the model, in shape and a floating dtype, and no others. Raises CheckpointError."""
     load.check(checkpoint, weights)
     known = weights.layout.places.keys() | weights.layout.ignored
     unexpected = sorted(name for name in checkpoint.tensors if name not in known and not name.endswith(HARMLESS))
     if unexpected:
         raise CheckpointError(f"the model has no use for {load.some(unexpected)} of the checkpoint")
-    if digests is not None:
-        manifest.check_names(digests, checkpoint)
+    ties.check(checkpoint, weights.layout)
 
 
 def read(checkpoint: Checkpoint, before: Identities, target: Weights, digests: Manifest | None) -> None:
     """Copy all tensors to their places in `target`. Raises CheckpointError; the contents are undefined then."""
-    wanted = target.names().keys() if digests is None else checkpoint.tensors.keys()
+    wanted = target.names().keys() | ({} if digests is None else digests).keys()
     names = sorted(wanted, key=lambda name: checkpoint.tensors[name].offset)
     if target.device.type == "cuda":
         read_to_device(checkpoint, before, names, target, digests)
@@ -125,7 +126,7 @@ def read_to_device(
     checkpoint: Checkpoint, before: Identities, names: list[str], target: Weights, digests: Manifest | None
 ) -> None:
     """The same for buffers on a GPU."""
-    digest = None if digests is None else functools.partial(manifest.check_digest, digests)
+    digest = None if digests is None else functools.partial(manifest.check_listed, digests)
     for file in shown(checkpoint.files):
         own = [name for name in names if checkpoint.tensors[name].file == file]
         device_staging.read(checkpoint, own, target, digest)
@@ -142,12 +143,12 @@ def read_file(
     digests: Manifest | None,
 ) -> None:
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_regular(file)
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     try:
         for name in names:
-            digest = None if digests is None else xxhash.xxh3_64()
+            digest = xxhash.xxh3_64() if digests is not None and name in digests else None
             place = target.view(name) if name in target.layout.places else None
             read_tensor(name, checkpoint.tensors[name], place, descriptor, digest)
             if digests is not None and digest is not None:
@@ -211,7 +212,7 @@ def beside_the_model(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.default_stream(device))
     with torch.cuda.stream(stream):
         yield

@@ -25,10 +25,24 @@ from runtime import hub
 from runtime.config import ServerConfig
 from runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from runtime.errors import CommandRefused, StartupError
+from runtime.model_info import ModelInfo
+from runtime.shorten import short
 from scheduler_service import host_memory
 from scheduler_service.beside import breathe, freely
+from scheduler_service.device import available_gb, shortage
 from scheduler_service.model.weights import Packed, Weights
-from scheduler_service.weights import device_staging, distributed, load, record, staging, wire
+from scheduler_service.weights import (
+    device_staging,
+    distributed,
+    load,
+    manifest,
+    pickled,
+    record,
+    same_model,
+    staging,
+    ties,
+    wire,
+)
 from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from scheduler_service.weights.inspection import Inspection
 from scheduler_service.weights.manifest import Manifest
@@ -65,6 +79,7 @@ class Session:
     """Tensors collected so far; where only a part of a buffer is new, the rest was copied from what serves."""
 
     names: set[str] = field(default_factory=set)
+    aliases: dict[str, torch.Tensor] = field(default_factory=dict)  # what must equal the tensors they are tied to
     version: str | None = None  # the label that its last bucket asked for
     broken: str = ""  # why it cannot be finished
     implicit: bool = False  # of one command alone, which puts it in place at once
@@ -73,8 +88,10 @@ class Session:
 class Updates:
     """Everything about changing the weights of one model, except when."""
 
-    def __init__(self, live: Weights, config: ServerConfig, run_dir: str) -> None:
+    def __init__(self, live: Weights, config: ServerConfig, run_dir: str, info: ModelInfo | None = None) -> None:
+        """`info`: of the model as it was at the start; without it nothing is compared with an update's config.json."""
         self.live = live
+        self.info = info
         self.config = config
         self.run_dir = run_dir
         self.inspection = Inspection(live)
@@ -93,8 +110,12 @@ class Updates:
 
     @property
     def second(self) -> Weights:
-        """The second set of buffers; on the host where the device has no room for it."""
+        """The second set of buffers; on the host where the device has no room for it.
+
+        Raises CommandRefused where the host has none, which would end this process rather than raise an error.
+        """
         if self._second is None:
+            self._check_room()
             try:
                 self._second = self.live.staging()
             except torch.OutOfMemoryError:
@@ -102,8 +123,13 @@ class Updates:
                 self._second = self.live.staging(torch.device("cpu"))
         return self._second
 
+    def _check_room(self) -> None:
+        live = self.live
+        if live.device.type == "cpu" and (reason := shortage(live.served_bytes(), live.device)):
+            raise CommandRefused(NOT_LOADED.format(f"there is no room for a second set of weights: {reason}"))
+
     def available_gb(self) -> float:
-        return load.available_gb(self.live.device)
+        return available_gb(self.live.device)
 
     def empty_cache(self) -> None:
         """Give the device memory back that is only kept in reserve."""
@@ -120,19 +146,28 @@ class Updates:
     def from_disk(self, model_path: str, load_format: str, digests: Manifest | None) -> Staged:
         """All weights of a directory or a hub id."""
         if load_format not in load.LOAD_FORMATS:
-            reason = f"load format {load_format} is unknown; choose one of {', '.join(load.LOAD_FORMATS)}"
+            reason = f"load format {short(load_format)} is unknown; choose one of {', '.join(load.LOAD_FORMATS)}"
             raise CommandRefused(NO_LOADER.format(reason))
         directory = told_as(NOT_OPENED, lambda: self.locate(model_path))
-        before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
-        told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
+        told_as(NOT_LOADED, lambda: self.check_config(directory))
+        try:
+            before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
+            told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
+        finally:
+            pickled.forget()
         source = Committed(
             model_path=model_path,
             model_dir=str(directory),
             weight_version="",
             load_format=load_format,
-            files={path.name: [file.size, file.written_ns] for path, file in before.items()},
+            files={path.name: [f.size, f.written_ns] for path, f in before.items() if path.parent == directory},
         )
         return self.packed(self.new_names(), source)
+
+    def check_config(self, directory: Path) -> None:
+        """Raise CheckpointError where a directory describes another model."""
+        if self.info is not None:
+            same_model.check(self.info, directory, self.config)
 
     def new_names(self) -> frozenset[str]:
         """The tensors that a full second set changes. On a GPU they are compared: what is equal need not be copied."""
@@ -150,14 +185,17 @@ class Updates:
             return hub.find("model_path", model_path, anywhere, (*hub.WEIGHTS, *hub.TOKENIZER))
         except StartupError as error:
             log.debug("%s", error)
-            raise CommandRefused(NOT_OPENED.format(f"{model_path} (repository not found)")) from error
+            raise CommandRefused(NOT_OPENED.format(f"{short(model_path, 500)} (repository not found)")) from error
 
     def fill(self, checkpoint: Checkpoint | None, before: staging.Identities, digests: Manifest | None) -> None:
         """Fill the second set; without a checkpoint with random values."""
         if checkpoint is None:
             self.second.fill_random(self.config.random_seed or load.DUMMY_SEED)
             return
-        staging.check(checkpoint, self.live, digests)
+        if digests is not None:
+            manifest.check_names(digests, checkpoint)
+        checkpoint = ties.completed(checkpoint, self.live.layout)
+        staging.check(checkpoint, self.live)
         with nullcontext() if self.live.device.type == "cpu" else freely():
             staging.read(checkpoint, before, self.second, digests)
 
@@ -173,22 +211,27 @@ class Updates:
         """What takes the tensors of a file into the session."""
         if load_format not in TENSOR_FORMATS:
             known = ", ".join(name or "null" for name in TENSOR_FORMATS)
-            raise CommandRefused(f"load_format {load_format} is not supported; choose one of {known}.")
+            raise CommandRefused(f"load_format {short(load_format)} is not supported; choose one of {known}.")
         return partial(self.collect, partial(TENSOR_FORMATS[load_format], Path(file)), private=file)
 
     def broadcast(self, command: UpdateWeightsFromDistributed) -> Collect:
         """What takes the tensors that a trainer is about to broadcast into the session; refuses misfits at once."""
         group = self.groups.get(command.group_name)
         if group is None:
-            raise CommandRefused(ONLINE_FAILED.format(f"there is no group {command.group_name}; initialize it first"))
+            raise CommandRefused(
+                ONLINE_FAILED.format(f"there is no group {short(command.group_name)}; initialize it first")
+            )
         if command.load_format not in BROADCAST_FORMATS:
-            raise CommandRefused(ONLINE_FAILED.format(f"load_format {command.load_format} is not supported"))
+            raise CommandRefused(ONLINE_FAILED.format(f"load_format {short(command.load_format)} is not supported"))
         entries = told_as(ONLINE_FAILED, lambda: self.expected(command))
         in_one = command.load_format == "flattened_bucket"
         return partial(self.collect, partial(distributed.receive_named, group, entries, self.live.device, in_one))
 
     def expected(self, command: UpdateWeightsFromDistributed) -> list[wire.BucketEntry]:
         """The tensors of a broadcast. Raises CheckpointError where they do not fit the model."""
+        most = len(self.live.layout.places) + len(self.live.layout.ignored)
+        if len(command.names) > most:
+            raise CheckpointError(f"there are {len(command.names)} names, the model has {most}")
         if not len(command.names) == len(command.dtypes) == len(command.shapes):
             raise CheckpointError("names, dtypes and shapes differ in length")
         known = self.live.names()
@@ -196,9 +239,9 @@ class Updates:
             if name in self.live.layout.ignored:
                 continue
             if name not in known:
-                raise CheckpointError(f"the model has no tensor {name}")
+                raise CheckpointError(f"the model has no tensor {short(name)}")
             if tuple(shape) != known[name][0]:
-                raise CheckpointError(f"tensor {name} has shape {shape}, the model needs {list(known[name][0])}")
+                raise CheckpointError(f"tensor {name} has shape {short(shape)}, the model needs {list(known[name][0])}")
         return wire.entries_of(command.names, command.dtypes, command.shapes)
 
     @on_one_thread
@@ -216,9 +259,11 @@ class Updates:
         with staging.beside_the_model(self.live.device):
             for name, values in tensors():
                 if name in self.live.layout.ignored:
+                    if name in self.live.layout.ties:
+                        session.aliases[name] = values
                     continue
                 if name not in self.live.layout.places:
-                    raise CheckpointError(f"the model has no tensor {name}")
+                    raise CheckpointError(f"the model has no tensor {short(name)}")
                 self._complete_buffer(session, name)
                 staging.put(name, values, self.second)
                 session.names.add(name)
@@ -233,8 +278,17 @@ class Updates:
     @on_one_thread
     def seal(self) -> Staged:
         """What the session has collected, ready to be put in place."""
-        assert self.session is not None
-        return self.packed(frozenset(self.session.names))
+        session = self.session
+        assert session is not None
+        told_as(NOT_LOADED, lambda: self._check_aliases(session))
+        return self.packed(frozenset(session.names))
+
+    def _check_aliases(self, session: Session) -> None:
+        """Nothing that a trainer sends may be dropped in silence: one tensor of ours is to be two of theirs."""
+        for alias, values in session.aliases.items():
+            name = self.live.layout.ties[alias]
+            serves = self.second if name in session.names else self.live
+            ties.check_values(alias, values, name, serves.view(name))
 
     def packed(self, names: frozenset[str], source: Committed | None = None) -> Staged:
         return Staged(self.second, names, told_as(NOT_LOADED, lambda: self._packed(names)), source)
@@ -297,7 +351,7 @@ class Updates:
     def join_group(self, command: InitWeightsUpdateGroup) -> None:
         """Meet a trainer. Raises CommandRefused."""
         if command.group_name in self.groups:
-            raise distributed.failed_to_join(f"the group {command.group_name} exists already")
+            raise distributed.failed_to_join(f"the group {short(command.group_name)} exists already")
         self.groups[command.group_name] = distributed.join(distributed.Place.of(command))
 
     def leave_group(self, name: str) -> None:
@@ -309,7 +363,9 @@ def opened(directory: Path, load_format: str) -> tuple[staging.Identities, Check
     if load_format == "dummy":
         return {}, None
     before = staging.identities(directory)
-    return before, load.open_checkpoint(directory)
+    checkpoint = load.open_checkpoint(directory)
+    own = {file: staging.identity(file.stat()) for file in checkpoint.files} if checkpoint.scratch else {}
+    return before | own, checkpoint
 
 
 def told_as(form: str, work: Callable[[], Result]) -> Result:

@@ -6,7 +6,6 @@ elements of the flat tensor, which are bytes where it is uint8.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -14,11 +13,17 @@ from pathlib import Path
 import msgspec
 import torch
 
+from runtime.files import opened
+from runtime.shorten import short
 from scheduler_service.weights.checkpoint import (
     DTYPES,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
+    MAX_RANK,
+    MAX_TENSORS,
     CheckpointError,
+    Shape,
+    Size,
     StoredTensor,
     bytes_of,
     read_exactly,
@@ -41,17 +46,17 @@ class BucketEntry(msgspec.Struct):
     """Where one tensor lies in a flattened bucket."""
 
     name: str
-    shape: list[int]
+    shape: Shape
     dtype: str
-    start_idx: int
-    end_idx: int
+    start_idx: Size
+    end_idx: Size
 
 
 def dtype_of(name: str) -> torch.dtype:
     """The dtype of a name with or without `torch.`. Raises CheckpointError."""
     dtype = BY_NAME.get(name.removeprefix("torch."))
     if dtype is None:
-        raise CheckpointError(f"the dtype {name!r} is not supported; known are {', '.join(BY_NAME)}")
+        raise CheckpointError(f"the dtype {short(name)!r} is not supported; known are {', '.join(BY_NAME)}")
     return dtype
 
 
@@ -61,7 +66,7 @@ def named_tensors(file: Path) -> Named:
     stored = read_header(file)
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"tensor {name} is {tensor.dtype}, which is not supported")
+            raise CheckpointError(f"tensor {short(name)} is {tensor.dtype}, which is not supported")
         yield name, load(tensor).view(DTYPES[tensor.dtype]).view(tensor.shape)
 
 
@@ -86,6 +91,8 @@ def bucket_entries(file: Path) -> list[BucketEntry]:
     if not isinstance(described, str):
         raise CheckpointError('the payload has no "metadata" in its safetensors __metadata__')
     try:
+        if described.count("{") > MAX_TENSORS:
+            raise CheckpointError(f"the bucket describes more than {MAX_TENSORS} tensors")
         return msgspec.json.decode(described, type=list[BucketEntry])
     except msgspec.DecodeError as error:
         raise CheckpointError(f"the metadata of the bucket is no list of tensors: {error}") from error
@@ -97,7 +104,7 @@ def split(flat: torch.Tensor, entries: Iterable[BucketEntry]) -> Named:
         dtype = dtype_of(entry.dtype)
         part = flat[max(0, entry.start_idx) : entry.end_idx].contiguous()
         if entry.start_idx < 0 or part.nbytes != prod(entry.shape) * dtype.itemsize:
-            raise CheckpointError(f"the bucket's indices of tensor {entry.name} do not fit its shape and dtype")
+            raise CheckpointError(f"the bucket's indices of tensor {short(entry.name)} do not fit its shape and dtype")
         raw = part.view(torch.uint8)
         aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
         yield entry.name, aligned.view(dtype).view(entry.shape)
@@ -107,6 +114,8 @@ def entries_of(names: list[str], dtypes: list[str], shapes: list[list[int]]) -> 
     """The layout of a bucket that holds these tensors one behind the other, as bytes."""
     entries, end = [], 0
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        if len(shape) > MAX_RANK:
+            raise CheckpointError(f"tensor {short(name)} has {len(shape)} dimensions, at most {MAX_RANK} are possible")
         start, end = end, end + prod(shape) * dtype_of(dtype).itemsize
         entries.append(BucketEntry(name, shape, dtype, start, end))
     return entries
@@ -128,9 +137,6 @@ def begins_like_safetensors(file: Path) -> bool:
 def load(stored: StoredTensor) -> torch.Tensor:
     """A stored tensor's bytes."""
     target = torch.empty(stored.nbytes, dtype=torch.uint8)
-    descriptor = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with opened(stored.file) as descriptor:
         read_exactly(descriptor, bytes_of(target), stored.offset, stored.file)
-    finally:
-        os.close(descriptor)
     return target

@@ -5,10 +5,9 @@ import torch
 from tests.kernels.cases import EPSILON, Arguments, Maker, cases
 
 
-def add_rms_norm(make: Maker, rows: int, columns: int, residual: bool = True, plus_one: bool = False) -> Arguments:
+def rms_norm(make: Maker, rows: int, columns: int, plus_one: bool = False) -> Arguments:
     return {
         "x": make.normal(rows, columns),
-        "residual": make.normal(rows, columns) if residual else None,
         "weight": make.near_one(columns),
         "epsilon": EPSILON,
         "plus_one": plus_one,
@@ -139,10 +138,10 @@ def rope_kv(
 
 SMALL = [
     *cases(
-        add_rms_norm,
-        ("out", "residual"),
+        rms_norm,
+        ("out",),
         {"rows": 3, "columns": 96},
-        {"rows": 2, "columns": 64, "residual": False, "plus_one": True},
+        {"rows": 2, "columns": 64, "plus_one": True},
     ),
     *cases(
         gated_activation,
@@ -195,8 +194,8 @@ SMALL = [
 ]
 SERVED = [
     *cases(
-        add_rms_norm,
-        ("out", "residual"),
+        rms_norm,
+        ("out",),
         {"rows": 64, "columns": 896},
         {"rows": 64, "columns": 4096},
     ),

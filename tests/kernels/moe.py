@@ -25,7 +25,6 @@ def router(
     norm: bool = True,
     shared: bool = False,
     renormalize: bool = False,
-    counts: bool = False,
 ) -> Arguments:
     return {
         "x": make.normal(tokens, hidden),
@@ -37,21 +36,15 @@ def router(
         "renormalize": renormalize,
         "logits": make.poisoned(tokens, experts + shared, dtype=torch.float32),
         "counters": make.zeros(tokens),
-        "counts": make.integers(0, 9, experts) if counts else None,
-        "recording": make.given([3]) if counts else None,
         "ids": make.poisoned(tokens, top_k, dtype=torch.int32),
         "weights": make.poisoned(tokens, top_k + shared, dtype=torch.float32),
     }
 
 
-def choose_experts(
-    make: Maker, tokens: int, experts: int, top_k: int, renormalize: bool = False, counts: bool = True
-) -> Arguments:
+def choose_experts(make: Maker, tokens: int, experts: int, top_k: int, renormalize: bool = False) -> Arguments:
     return {
         "logits": make.normal(tokens, experts, dtype=torch.float32),
         "renormalize": renormalize,
-        "counts": make.zeros(experts) if counts else None,
-        "recording": make.given([1]) if counts else None,
         "ids": make.poisoned(tokens, top_k, dtype=torch.int32),
         "weights": make.poisoned(tokens, top_k, dtype=torch.float32),
     }
@@ -153,19 +146,19 @@ def expert_sum(
     }
 
 
-ROUTED = ("ids", "weights", "counts")
+ROUTED = ("ids", "weights")
 SMALL = [
     *cases(
         router,
         (*ROUTED, "logits", "counters"),
-        {"tokens": 2, "hidden": 48, "experts": 12, "top_k": 3, "shared": True, "counts": True},
+        {"tokens": 2, "hidden": 48, "experts": 12, "top_k": 3, "shared": True},
         {"tokens": 1, "hidden": 1100, "experts": 8, "top_k": 2, "norm": False, "renormalize": True},
     ),
     *cases(
         choose_experts,
         ROUTED,
         {"tokens": 3, "experts": 12, "top_k": 3},
-        {"tokens": 2, "experts": 8, "top_k": 4, "renormalize": True, "counts": False},
+        {"tokens": 2, "experts": 8, "top_k": 4, "renormalize": True},
     ),
     *cases(
         expert_gate_up,
@@ -204,7 +197,7 @@ SERVED = [
     *cases(
         router,
         (*ROUTED, "logits", "counters"),
-        {"tokens": 1, "hidden": 2048, "experts": 60, "top_k": 4, "shared": True, "counts": True},
+        {"tokens": 1, "hidden": 2048, "experts": 60, "top_k": 4, "shared": True},
     ),
     *cases(choose_experts, ROUTED, {"tokens": 64, "experts": 60, "top_k": 4}),
     *cases(

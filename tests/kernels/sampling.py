@@ -35,7 +35,6 @@ def lm_head_sample(
     temperatures: list[float],
     norm: bool = True,
     softcap: float | None = None,
-    allowed: bool = False,
     slots: bool = False,
 ) -> Arguments:
     tiles = -(-vocab // HEAD_BLOCK)
@@ -46,7 +45,6 @@ def lm_head_sample(
         "plus_one": False,
         "weight": make.normal(vocab, hidden, scale=3 * hidden**-0.5),
         "softcap": softcap,
-        "allowed": mask(make, rows, vocab) if allowed else None,
         "logits": make.poisoned(rows, vocab, dtype=torch.float32),
         "tops": make.poisoned(rows, tiles, dtype=torch.float32),
         "masses": make.poisoned(rows, tiles, dtype=torch.float32),
@@ -59,21 +57,11 @@ def logits_of(make: Maker, rows: int, vocab: int) -> torch.Tensor:
     return make.normal(rows, vocab, scale=3.0, dtype=torch.float32)
 
 
-def apply_bitmask(make: Maker, rows: int, vocab: int) -> Arguments:
-    return {"logits": logits_of(make, rows, vocab), "allowed": mask(make, rows, vocab)}
-
-
-def process_logits(
-    make: Maker, rows: int, vocab: int, penalties: bool = False, allowed: bool = False, bias: bool = False
-) -> Arguments:
+def process_logits(make: Maker, rows: int, vocab: int, allowed: bool = False) -> Arguments:
     tiles = -(-vocab // LOGITS_BLOCK)
-    counts = make.integers(-3, 3, rows, vocab)
     return {
         "logits": logits_of(make, rows, vocab),
-        "counts": counts.clamp(min=0) if penalties else None,
-        "penalties": make.normal(rows, 3, dtype=torch.float32).abs() + 0.5 if penalties else None,
         "allowed": mask(make, rows, vocab) if allowed else None,
-        "bias": make.normal(rows, vocab, dtype=torch.float32) if bias else None,
         "temperatures": make.given(([0.7, 0.0, 1.3] * rows)[:rows], torch.float32),
         "tops": make.poisoned(rows, tiles, dtype=torch.float32),
         "masses": make.poisoned(rows, tiles, dtype=torch.float32),
@@ -146,23 +134,6 @@ def prepare(make: Maker, rows: int, hidden: int, vocab: int, rotary_dim: int, sc
     }
 
 
-def copy_pages(make: Maker, kv_heads: int, dim: int, page_size: int) -> Arguments:
-    return {
-        "pool": make.normal(kv_heads, 9 * page_size, dim),
-        "sources": make.given([2, 5], torch.int64),
-        "targets": make.given([7, 1], torch.int64),
-        "page_size": page_size,
-    }
-
-
-def clear_pages(make: Maker, kv_heads: int, dim: int, page_size: int) -> Arguments:
-    return {
-        "pool": make.normal(kv_heads, 9 * page_size, dim),
-        "pages": make.given([7, 1], torch.int64),
-        "page_size": page_size,
-    }
-
-
 CHOSEN = ("tokens", "valid")
 PREPARED = ("next_positions", "input_ids", "positions", "kv_slots", "lengths", "x", "cos", "sin")
 MIXED = {"temperatures": [0.8, 0.0, 1.2]}
@@ -170,14 +141,13 @@ SMALL = [
     *cases(
         lm_head_sample,
         (*CHOSEN, "logits", "counter"),
-        {"rows": 3, "hidden": 48, "vocab": 300, **MIXED, "allowed": True, "slots": True},
+        {"rows": 3, "hidden": 48, "vocab": 300, **MIXED, "slots": True},
         {"rows": 6, "hidden": 100, "vocab": 150, **MIXED, "softcap": 2.0, "norm": False},
     ),
-    *cases(apply_bitmask, ("logits",), {"rows": 2, "vocab": 300}),
     *cases(
         process_logits,
         ("logits",),
-        {"rows": 3, "vocab": 5000, "penalties": True, "allowed": True, "bias": True},
+        {"rows": 3, "vocab": 5000, "allowed": True},
         {"rows": 2, "vocab": 300},
     ),
     *cases(
@@ -194,8 +164,6 @@ SMALL = [
         {"rows": 3, "vocab": 5000, **MIXED, "top_ks": [9, 0], "top_ps": [0.7, 1.0], "min_ps": [0.0, 0.1]},
     ),
     *cases(prepare, PREPARED, {"rows": 4, "hidden": 1200, "vocab": 9, "rotary_dim": 6, "scale": 3.0}),
-    *cases(copy_pages, ("pool",), {"kv_heads": 2, "dim": 24, "page_size": 4}),
-    *cases(clear_pages, ("pool",), {"kv_heads": 2, "dim": 24, "page_size": 4}),
 ]
 FILTERS = {"temperatures": [1.0], "top_ks": [40, 0], "top_ps": [0.9], "min_ps": [0.05]}
 SERVED = [
@@ -203,13 +171,10 @@ SERVED = [
         lm_head_sample,
         (*CHOSEN, "counter"),
         {"rows": 1, "hidden": 896, "vocab": 151936, **MIXED},
-        {"rows": 64, "hidden": 4096, "vocab": 128256, **MIXED, "allowed": True},
+        {"rows": 64, "hidden": 4096, "vocab": 128256, **MIXED},
     ),
-    *cases(apply_bitmask, ("logits",), {"rows": 8, "vocab": 151936}),
-    *cases(process_logits, ("logits",), {"rows": 8, "vocab": 151936, "penalties": True, "allowed": True, "bias": True}),
+    *cases(process_logits, ("logits",), {"rows": 8, "vocab": 151936, "allowed": True}),
     *cases(draw, CHOSEN, {"rows": 64, "vocab": 151936, **MIXED}),
     *cases(select, CHOSEN, {"rows": 8, "vocab": 151936, **FILTERS}),
     *cases(prepare, PREPARED, {"rows": 64, "hidden": 896, "vocab": 151936, "rotary_dim": 64}),
-    *cases(copy_pages, ("pool",), {"kv_heads": 8, "dim": 128, "page_size": 16}),
-    *cases(clear_pages, ("pool",), {"kv_heads": 8, "dim": 128, "page_size": 16}),
 ]

@@ -23,11 +23,11 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, max_new_tokens=2, ignore_eos=True)
 
 
-def answers(directory: Path, backend: Any, prompts: list[list[int]], params: SamplingParams) -> list[Answer]:
+def answers(directory: Path, implementation: Any, prompts: list[list[int]], params: SamplingParams) -> list[Answer]:
     config = ServerConfig(
         model_path=str(directory), model_dir=str(directory), max_running_requests=len(prompts), **SETTINGS
     )
-    worker = Worker(config, model_info.load(config), backend=backend)
+    worker = Worker(config, model_info.load(config), implementation=implementation)
     return Engine(directory, worker=worker, **SETTINGS).generate(prompts, params, seed=7)
 
 
@@ -51,7 +51,7 @@ def test_drafts_are_verified_on_triton_as_without_them(tmp_path):
     config = ServerConfig(
         model_path=str(directory), model_dir=str(directory), max_running_requests=1, **SETTINGS, **ngram
     )
-    worker = Worker(config, model_info.load(config), backend="triton")
+    worker = Worker(config, model_info.load(config), implementation="triton")
     engine = Engine(directory, worker=worker, **SETTINGS, **ngram)
     assert engine.generate([[5, 9, 9]], params)[0].ids == [9] * 8
     assert engine.planner.stats.correct_drafts > 2

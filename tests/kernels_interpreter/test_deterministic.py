@@ -20,7 +20,7 @@ PARAMS = [SamplingParams(temperature=t, max_new_tokens=2, ignore_eos=True) for t
 def answers(directory: Path, prompts: list[list[int]], params: list[SamplingParams], **settings: Any) -> list[Answer]:
     settings = {**SETTINGS, "enable_deterministic_inference": True, **settings}
     config = ServerConfig(model_path=str(directory), model_dir=str(directory), max_running_requests=5, **settings)
-    worker = Worker(config, model_info.load(config), backend="triton")
+    worker = Worker(config, model_info.load(config), implementation="triton")
     return Engine(directory, worker=worker, **settings).generate(prompts, params, seed=7, logprobs=ALL_LOGPROBS)
 
 

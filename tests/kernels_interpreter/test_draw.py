@@ -63,7 +63,7 @@ def choose_by_kernels(
     rows, vocab = logits.shape
     temperatures = torch.tensor([0.0 if each.greedy else each.temperature for each in params])
     tops, masses = (torch.empty(rows, -(-vocab // LOGITS_BLOCK)) for _ in range(2))
-    ops.process_logits(logits, None, None, None, None, temperatures, tops, masses)
+    ops.process_logits(logits, None, temperatures, tops, masses)
     tokens, valid = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int32)
     ops.select(
         logits,
@@ -92,7 +92,7 @@ def test_a_row_without_a_finite_largest_logit_is_reported_and_its_neighbours_are
     tops, masses = torch.empty(4, 1), torch.empty(4, 1)
     zeros = torch.zeros(4)
     tokens, valid = torch.empty(4, dtype=torch.int64), torch.empty(4, dtype=torch.int32)
-    ops.process_logits(logits, None, None, None, None, zeros, tops, masses)
+    ops.process_logits(logits, None, zeros, tops, masses)
     ops.draw(logits, tops, masses, LOGITS_BLOCK, zeros, zeros.long(), zeros.long(), None, tokens, valid)
     assert valid.tolist() == [0, 0, 0, 1]
     assert tokens[3] == 5

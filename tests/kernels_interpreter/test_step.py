@@ -79,7 +79,7 @@ class Engine:
             ops.gemv(inner, layer.down, None, x, x)
         logits, tops, masses = torch.empty(rows, VOCAB), torch.empty(rows, 2), torch.empty(rows, 2)
         ops.lm_head_sample(
-            x, model.norm, EPSILON, False, model.embedding, None, None, torch.tensor([0.0, 0.0, 0.8]), self.seeds,
+            x, model.norm, EPSILON, False, model.embedding, None, torch.tensor([0.0, 0.0, 0.8]), self.seeds,
             positions, self.slots, logits, tops, masses, torch.zeros(1, dtype=torch.int32), self.last_tokens, valid,
         )  # fmt: skip
         assert valid.all()

@@ -30,6 +30,7 @@ from scheduler_service.kv_cache import KVCache
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.registry import decoder_spec
+from scheduler_service.model.torch_backend import TorchBackend
 from scheduler_service.model.weights import Weights
 from scheduler_service.sampler import make_row
 from tests.kernels_sm90.compiler import use_compiler_only
@@ -64,7 +65,8 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counte
 def whole_steps(config: dict[str, Any]) -> FusedSteps:
     """Steps of all layers with the first graphs recorded, on another number of pages, as a server makes them."""
     spec = decoder_spec(model_info(config, CONTEXT))
-    model = Decoder(spec, Weights(decoder_layout(spec), torch.bfloat16, META))
+    torch_backend = TorchBackend(spec.ropes, torch.bfloat16, META)
+    model = Decoder(spec, Weights(decoder_layout(spec), torch.bfloat16, META), torch_backend)
     cache = KVCache(model.attention, 1000, PAGE, torch.bfloat16, META)
     steps = make_fused_steps(CONFIG, model, cache, SlotTokens(SLOTS, META), CONTEXT, "triton")
     steps.begin()

@@ -49,7 +49,6 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 3.0},
-    {"rope_type": "dynamic", "factor": 2.0},
     {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -110,6 +109,19 @@ def test_variations_of_a_family_are_followed(family: str, overrides: dict[str, A
     model = served(family, tmp_path, **overrides)
     assert isinstance(model, Decoder)
     assert_parity(model, family, **overrides)
+
+
+@pytest.mark.parametrize("factor", [2.0, 3.0])
+def test_a_dynamic_rope_is_that_of_a_sequence_as_long_as_the_context(factor: float, tmp_path: Path) -> None:
+    rope = {"rope_theta": 5000.0, "rope_type": "dynamic", "factor": factor}
+    overrides = {"rope_parameters": rope, "max_position_embeddings": round(LENGTH / factor)}
+    assert_parity(served("llama", tmp_path, **overrides), "llama", **overrides)
+
+
+def test_a_dynamic_rope_is_the_plain_one_in_a_context_that_training_reached(tmp_path: Path) -> None:
+    rope = {"rope_theta": 5000.0, "rope_type": "dynamic", "factor": 2.0}
+    directory = tiny.build("llama", tmp_path, rope_parameters=rope)
+    assert_parity(serve(directory, context_length=512), "llama", rope_parameters=rope)
 
 
 @pytest.mark.parametrize("rope", ROPES)

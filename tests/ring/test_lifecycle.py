@@ -45,6 +45,16 @@ def test_ps_shows_the_four_titles_and_the_launcher(launch_stand_ins):
     assert psutil.Process(server.process.pid).cmdline()[0] == "quartet::launcher"
 
 
+def test_no_title_no_environment_and_no_log_line_shows_a_key(launch_stand_ins):
+    server = launch_stand_ins("--api-key", "s3cr3t-user", environment={"QUARTET_ADMIN_API_KEY": "s3cr3t-admin"})
+    launcher = psutil.Process(server.process.pid)
+    children = launcher.children(recursive=True)
+    assert len(children) >= len(ROLES)
+    assert not [process for process in [launcher, *children] if "s3cr3t" in " ".join(process.cmdline())]
+    assert not [process for process in children if "s3cr3t" in " ".join(process.environ().values())]
+    assert "s3cr3t" not in server.log
+
+
 def test_ready_is_said_once_with_a_line_to_try(launch_stand_ins):
     server = launch_stand_ins()
     assert server.log.count("The server is fired up and ready to roll!") == 1

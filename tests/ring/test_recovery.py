@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import requests
 
+from runtime.messages import ROLES
 from runtime.supervisor import ExitStatus
 from tests import checkpoints
 from tests.servers import Server
@@ -312,6 +314,45 @@ def test_a_scheduler_that_hangs_is_replaced_and_its_streams_go_on(
     server.wait_for("has not moved for 3 s (--watchdog-timeout)")
     wait_for_return(server, "scheduler")
     assert_same(stream.answers(), undisturbed[0])
+
+
+@pytest.mark.parametrize("role", ["tokenizer", "detokenizer"])
+def test_a_text_service_that_hangs_is_replaced_and_streams_go_on(launch_fake: Callable[..., Server], role: str) -> None:
+    server = launch_fake("--watchdog-timeout", "3", environment={"QUARTET_FAKE_STEP_S": "0.05"})
+    stream = Stream(server.url, body("stream", sampling_seed=1, max_new_tokens=60))
+    stream.reach(5)
+    server.children()[role].send_signal(signal.SIGSTOP)
+    server.wait_for(f"The {role} (pid")
+    wait_for_return(server, role)
+    late = Stream(server.url, body("stream", sampling_seed=1, max_new_tokens=60))
+    assert stream.answers() == late.answers()
+
+
+def test_a_gateway_that_hangs_is_replaced(launch_fake: Callable[..., Server]) -> None:
+    server = launch_fake("--watchdog-timeout", "3")
+    server.children()["gateway"].send_signal(signal.SIGSTOP)
+    server.wait_for("The gateway serves again")
+    stream = Stream(server.url, body("stream", sampling_seed=1, max_new_tokens=5))
+    assert stream.answers()[0]["completion_tokens"] == 5
+
+
+def test_a_server_that_was_stopped_as_a_whole_goes_on_as_it_was(launch_fake: Callable[..., Server]) -> None:
+    """As a debugger, a cgroup freezer or a laptop that sleeps stop it."""
+    server = launch_fake("--watchdog-timeout", "3", environment={"QUARTET_FAKE_STEP_S": "0.05"})
+    before = server.children()
+    stream = Stream(server.url, body("stream", sampling_seed=1, max_new_tokens=60))
+    stream.reach(5)
+    processes = [psutil.Process(server.process.pid), *before.values()]
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    for process in reversed(processes):
+        process.send_signal(signal.SIGCONT)
+    assert stream.answers()[0]["completion_tokens"] == 60
+    time.sleep(2)
+    after = server.children()
+    assert all(after[role].pid == before[role].pid for role in ROLES)
+    assert "killing it" not in server.log
 
 
 def test_an_idle_scheduler_is_not_taken_for_hung(launch_fake: Callable[..., Server]) -> None:

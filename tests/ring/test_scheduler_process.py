@@ -133,7 +133,7 @@ def test_an_abort_ends_a_running_request_with_one_last_message(process: Process)
 
 
 def test_the_progress_word_can_be_read_from_outside(process: Process) -> None:
-    reader = ProgressReader(process.run_dir)
+    reader = ProgressReader(process.run_dir, "scheduler")
     assert reader.beats() >= 1
     assert reader.age_s() < WAIT_S
 

@@ -19,6 +19,7 @@ from runtime.sampling import SamplingParams
 from runtime.service import EXIT_STARTUP, Boot, Ready
 from tests.servers import started
 from tests.tokenizers_to_try import byte_level, save
+from tests.wrong_messages import wrong_messages
 
 TOKENIZER = byte_level()
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 8}
@@ -73,6 +74,12 @@ class Service:
             assert more, f"heard {len(heard)} of {count} messages"
             heard += more
         assert len(heard) == count
+        return heard
+
+    def hear_some(self) -> list[Any]:
+        """At least one message."""
+        heard = self._heard.recv(timeout_s=20)
+        assert heard, "silence"
         return heard
 
     def end(self) -> None:
@@ -140,6 +147,20 @@ def test_bytes_that_are_no_frame_are_dropped_and_the_service_goes_on(
             service.send_bytes(frame)
         service.send(FlushCache(id="alive"))
         assert [message.id for message in service.hear(1)] == ["alive"]
+        assert service.process.poll() is None
+
+
+def test_wrong_messages_end_no_service_and_the_right_ones_among_them_are_answered(
+    start: Callable[..., Service], model: Path
+) -> None:
+    tokenizer, detokenizer = start("tokenizer", model), start("detokenizer", model)
+    for service in (tokenizer, detokenizer):
+        for number, message in enumerate(wrong_messages(1, 200)):
+            service.send(message, FlushCache(id=f"alive {number}"))
+        heard: list[str] = []
+        while not heard or heard[-1] != "alive 199":
+            heard += [m.id for m in service.hear_some() if isinstance(m, FlushCache) and m.id.startswith("alive ")]
+        assert heard == [f"alive {number}" for number in range(200)]
         assert service.process.poll() is None
 
 

@@ -89,7 +89,7 @@ class GatewayProcess(Process):
 
     async def _serve(self) -> None:
         least_attempt = self.epoch * ATTEMPTS_OF_A_GATEWAY
-        self.ring = ring = RingClient(self, Sender(self), MOST_INFLIGHT, self._watch, least_attempt)
+        self.ring = ring = RingClient(self, Sender(self), MOST_INFLIGHT, self._watch, least_attempt, self.announced)
         serials = itertools.count(1 + self.epoch * SERIALS_OF_A_GATEWAY)  # in place of a process number of its own
         ring._serials = ring._commands._serials = serials
         self.loop.create_task(ring.listen())

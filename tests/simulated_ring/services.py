@@ -17,8 +17,8 @@ from detokenizer_service.decode import Vocabulary
 from detokenizer_service.service import Detokenizer
 from runtime.control import UpdateWeightsFromDisk
 from runtime.errors import CommandRefused
+from runtime.guard import Announced, Guard, Service
 from runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
-from runtime.service import Service
 from runtime.sockets import decode, encode
 from scheduler_service import control_weights
 from scheduler_service.control import HANDLERS, Control
@@ -37,6 +37,7 @@ ROLES = (TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY)
 POISON = {TOKENIZER: 397, SCHEDULER: 398, DETOKENIZER: 399}  # the last id of a prompt that ends this role
 MOST_STAGING_TURNS = 6
 FIRST_VERSION = "v0"
+ID_BYTES = 4
 
 Note = Callable[[str, str, Frame[Message]], None]  # (sender, verb, messages) for the trace
 
@@ -48,10 +49,15 @@ class Killed(BaseException):
 class Process:
     """One incarnation of a service, from its first bind to its death."""
 
-    def __init__(self, role: str, epoch: int, inbox: Link, outbox: Link, note: Note) -> None:
+    def __init__(
+        self, role: str, epoch: int, inbox: Link, outbox: Link, note: Note, newest: Callable[[str], int]
+    ) -> None:
+        """`newest`: the epoch of a role's last incarnation."""
         self.role, self.epoch = role, epoch
+        self.announced = Announced(newest)
         self.spoken = False  # its first word has left
         self.points_left: int | None = None  # until its death
+        self.hung = False  # it does nothing any more, until the supervisor ends it
         self._inbox, self._outbox = inbox, outbox
         self._note = note
 
@@ -103,61 +109,51 @@ class Process:
 class TextService(Process):
     """As `runtime.service.run_text_service` has it."""
 
+    def __init__(self, service: Service, **place: Any) -> None:
+        super().__init__(**place)
+        self.service = service
+        self.guard = Guard(self.role, self.announced, service.give_up)
+
     def introduce(self) -> None:
         if self.epoch:
             self.send([Restarted(role=self.role)])
 
     def work(self) -> bool:
         batch = self.recv()
+        if any(self.is_deadly(message) for message in batch):
+            raise Killed(self.role)
         if not batch and self.service.patience_s is None:
             return False
-        self.send(self.step(batch))
+        self.send(self.guard.batch(self.service, batch))
         return True
 
     @property
     def at_rest(self) -> bool:
         return super().at_rest and self.service.patience_s is None
 
-    @property
-    def service(self) -> Service:
+    def is_deadly(self, message: Message) -> bool:
         raise NotImplementedError
-
-    def step(self, batch: list[Any]) -> list[Message]:
-        return self.service.step(batch)
 
 
 class TokenizerProcess(TextService):
     def __init__(self, encoder: Encoder, **place: Any) -> None:
-        super().__init__(role=TOKENIZER, **place)
-        self.encoder = encoder
+        super().__init__(role=TOKENIZER, service=encoder, **place)
 
-    @property
-    def service(self) -> Service:
-        return self.encoder
-
-    def step(self, batch: list[Any]) -> list[Message]:
-        if any(isinstance(m, Generate) and is_poison(m.input_ids, TOKENIZER) for m in batch):
-            raise Killed(TOKENIZER)
-        return super().step(batch)
+    def is_deadly(self, message: Message) -> bool:
+        return isinstance(message, Generate) and is_poison(message.input_ids, TOKENIZER)
 
 
 class DetokenizerProcess(TextService):
     def __init__(self, vocabulary: Vocabulary, **place: Any) -> None:
-        super().__init__(role=DETOKENIZER, **place)
         self.detokenizer = Detokenizer(vocabulary, AtOnce())
+        super().__init__(role=DETOKENIZER, service=self.detokenizer, **place)
 
-    @property
-    def service(self) -> Service:
-        return self.detokenizer
-
-    def step(self, batch: list[Any]) -> list[Message]:
-        if any(isinstance(m, Tokens) and is_poison(m.prompt_tail, DETOKENIZER) for m in batch):
-            raise Killed(DETOKENIZER)
-        return super().step(batch)
+    def is_deadly(self, message: Message) -> bool:
+        return isinstance(message, Tokens) and is_poison(message.prompt_tail, DETOKENIZER)
 
 
 def is_poison(prompt: bytes, role: str) -> bool:
-    return bool(prompt) and unpack_ids(prompt)[-1] == POISON[role]
+    return len(prompt) >= ID_BYTES and len(prompt) % ID_BYTES == 0 and unpack_ids(prompt)[-1] == POISON[role]
 
 
 class Worker(FakeWorker):
@@ -246,6 +242,7 @@ class SchedulerProcess(Process):
             facts=facts,
             depth=depth,
             orders=orders,
+            announced=self.announced,
             clock=lambda: agenda.now,
         )
         self.scheduler.control = Control({**HANDLERS, UpdateWeightsFromDisk: self.update_weights})

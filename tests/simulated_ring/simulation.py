@@ -5,7 +5,9 @@ label, of which the tokens are a function) and the supervisor. Clients, an opera
 while; then everything must come to rest within a number of turns, and `checks.py` looks at what has become of each
 request and command, and at what is left behind.
 
-Left out: HTTP; the supervisor's budget, hangs and the watchdog; draining; grammars, which a pool of threads compiles;
+Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`).
+
+Left out: HTTP; the supervisor's budget and how it finds a hang; draining; grammars, which a pool of threads compiles;
 work beside the scheduler's loop; released memory and updates over the wire; frames above the size limit. A process
 loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is started
 again, frames of the one before have arrived or are lost, and its peers have noticed its death.
@@ -20,8 +22,9 @@ from random import Random
 from typing import Any
 
 from http_gateway.ring_client import _names as names
-from runtime.control import Abort, ContinueGeneration, ControlCommand
-from runtime.messages import Message, Reply
+from runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
+from runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens
+from runtime.sockets import encode
 from scheduler_service.core.drafts import DraftOptions
 from scheduler_service.core.rules import PlannerConfig
 from tests.fakes import AtOnce
@@ -42,6 +45,7 @@ from tests.simulated_ring.services import (
     TokenizerProcess,
 )
 from tests.simulated_ring.trace import line
+from tests.wrong_messages import MESSAGES, wrong
 from tokenizer_service.encode import Encoder
 from tokenizer_service.jobs import Pace
 
@@ -52,6 +56,8 @@ HORIZON_S = 1.0  # of the load and the deaths
 MOST_POINTS = 8  # of a process until a death that is due
 COME_AGAIN_S = 0.05  # clients that find no gateway
 BIRTHS_S = (0.02, 0.05, 0.2)
+HANGS_S = (0.01, 0.1)  # until a process that does not move is killed
+FORGERIES = [m for m in MESSAGES if isinstance(m, Generate | Tokenized | Tokens | Text | Tokenize | Detokenize | Probe)]
 WEIGHTS = (1, 1, 4, 4, 16)  # how often it is an actor's turn
 DYING = ROLES[:3]
 
@@ -74,6 +80,7 @@ class Simulation:
         self.depth = 0 if self.config.drafts else random.choice([0, 1])
         self.links = {role: Link(random, keeps=role == GATEWAY) for role in ROLES}  # by sender
         self.processes: dict[str, Any] = {}
+        self.epochs = dict.fromkeys(ROLES, 0)
         self._trace = trace
         self._order = 0
         self._actors: list[Callable[[], bool]] = [link.turn for link in self.links.values()]
@@ -109,6 +116,8 @@ class Simulation:
             self._sometime(self._kill_some)
         for _ in range(random.randint(0, 4)):
             self._sometime(self._shuffle)
+        for _ in range(random.choice([0, 0, 0, 1, 4])):
+            self._sometime(self._forge)
         self._employ_operator(random.choice([0, 2, 6, 12]))
         self.agenda.after(HORIZON_S, self._end_deaths)
 
@@ -177,6 +186,14 @@ class Simulation:
         self._order += 1
         return self._order
 
+    def _forge(self) -> None:
+        """A service sends what none should, of a request that nobody has made."""
+        role = self.random.choice(ROLES)
+        message = wrong(self.random, self.random.choice(FORGERIES))
+        if message is not None and self.links[role].sender_is_there:
+            self.note(role, "forges", [message])
+            self.links[role].send(encode([message]))
+
     # deaths and births
 
     def _kill_some(self) -> None:
@@ -190,8 +207,16 @@ class Simulation:
         self.kills[role] += 1
         if self.random.random() < 0.2:
             self._die(role)
+        elif self.random.random() < 0.15:
+            process.hung = True
+            self.agenda.after(self.random.choice(HANGS_S), lambda: self._end_hang(role, process))
         else:
             process.points_left = self.random.randint(1, MOST_POINTS)
+
+    def _end_hang(self, role: str, process: Process) -> None:
+        """The supervisor has had enough."""
+        if self.processes.get(role) is process:
+            self._die(role)
 
     def _die(self, role: str) -> None:
         process = self.processes.pop(role)
@@ -217,8 +242,9 @@ class Simulation:
         gateway.loop.abandon()
 
     def _start(self, role: str, epoch: int) -> None:
-        inbox, outbox = self._inbox_of(role), self.links[role]
-        self.processes[role] = self._process(role, epoch=epoch, inbox=inbox, outbox=outbox, note=self.note)
+        inbox, outbox, self.epochs[role] = self._inbox_of(role), self.links[role], epoch
+        place = {"inbox": inbox, "outbox": outbox, "note": self.note, "newest": self.epochs.__getitem__}
+        self.processes[role] = self._process(role, epoch=epoch, **place)
         outbox.sender_is_there = True
         inbox.receiver_came()
         self.note(role, "starts", [])
@@ -242,7 +268,7 @@ class Simulation:
         """Whoever is about to die does so now."""
         self.deaths_are_over = True
         for role, process in list(self.processes.items()):
-            if process.points_left is not None:
+            if process.points_left is not None or process.hung:
                 self._die(role)
 
     # time
@@ -250,7 +276,7 @@ class Simulation:
     def _actor(self, role: str) -> Callable[[], bool]:
         def turn() -> bool:
             process = self.processes.get(role)
-            if process is None:
+            if process is None or process.hung:
                 return False
             try:
                 return process.turn()
@@ -280,7 +306,7 @@ class Simulation:
     def at_rest(self) -> bool:
         """Nothing happens before something is due."""
         links = all(link.at_rest for link in self.links.values())
-        return links and all(process.at_rest for process in self.processes.values())
+        return links and all(process.hung or process.at_rest for process in self.processes.values())
 
     def _come_to_rest(self) -> None:
         """Let everything end, what a pause holds up as well."""

@@ -1,10 +1,23 @@
 """A service that forwards everything."""
 
+from typing import Any
+
+from runtime.messages import Finish, Message
 from runtime.service import Boot, run, run_text_service
 
 
+class Hop:
+    whole_batches = True
+
+    def step(self, batch: list[Any]) -> list[Message]:
+        return batch
+
+    def give_up(self, message: Any, finish: Finish) -> list[Message]:
+        return []
+
+
 def main(boot: Boot) -> None:
-    run_text_service(boot, lambda batch: batch)
+    run_text_service(boot, Hop())
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ CASES: dict[str, Callable[[int], Work]] = {
     },
     **{f"{kind} tokens are decoded one by one": decoding(kind) for kind in KINDS},
     "text that holds nothing back is searched for stops": stopping(stop=["xyz", "b c"], stop_regex=["x+y"]),
-    "text that is held back is searched for a pattern": stopping(span=64, stop_regex=r"(?s)a.*z"),
+    "text that is held back is searched for a pattern": stopping(span=64, stop_regex=r"(?s)a.*b.*y"),
     "text that is held back is searched for a large pattern": stopping(span=64, stop_regex=r"(?:[ab ]{20}){30}z"),
     "an answer is collected": collecting,
     "an index of drafts grows": drafting,

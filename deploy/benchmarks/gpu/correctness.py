@@ -84,7 +84,7 @@ def draws(setting: Setting) -> list[str]:
     tops, masses = torch.empty(2, rows, -(-5000 // 4096), device=device)
     ones, valid = torch.ones(rows, device=device), torch.empty(rows, dtype=torch.int32, device=device)
     ops, places = resolve(device.type), torch.arange(rows, device=device)
-    ops.process_logits(own, None, None, None, None, ones, tops, masses)
+    ops.process_logits(own, None, ones, tops, masses)
     ops.draw(own, tops, masses, 4096, ones, places, places, None, tokens, valid)
     same = int((tokens.cpu() == expected).sum())
     setting.report.figure("seeded draws equal to the CPU's", same, f"of {rows}")

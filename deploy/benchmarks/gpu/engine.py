@@ -23,6 +23,7 @@ from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.dtype import DTYPES
 from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.registry import decoder_spec
+from scheduler_service.model.torch_backend import TorchBackend
 from scheduler_service.model.weights import Weights
 from scheduler_service.pending import Pending
 from scheduler_service.worker import Worker
@@ -48,7 +49,7 @@ def random_model(settings: ServerConfig, info: ModelInfo, device: torch.device) 
     """Weights that are never zeros: multiplying zeros is faster than multiplying numbers."""
     spec = decoder_spec(info)
     weights = Weights(decoder_layout(spec), DTYPES[info.config["torch_dtype"]], device)
-    model = Decoder(spec, weights)
+    model = Decoder(spec, weights, TorchBackend(spec.ropes, weights.dtype, device))
     for buffer in weights.buffers.values():
         buffer.normal_(0.0, SCALE)
     weights.after_update()
@@ -94,8 +95,8 @@ class Engine:
         tokens = {} if pool_tokens is None else {"max_total_tokens": pool_tokens}
         self.config = ServerConfig(device=device.type, max_running_requests=running, **tokens, **settings)
         info = model_info(config, context_length)
-        backend = "torch" if device.type == "cpu" else None  # a rehearsal takes the same way
-        self.worker = Worker(self.config, info, load=random_model, backend=backend)
+        implementation = "torch" if device.type == "cpu" else None  # a rehearsal takes the same way
+        self.worker = Worker(self.config, info, load=random_model, implementation=implementation)
         self.vocab_size = config["vocab_size"]
         self.planner = Planner(
             PlannerConfig(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.timing import seconds_of_each
 from kernels.linear import Linear
-from kernels.ops import Backend, Ops, resolve
+from kernels.ops import Implementation, Ops, resolve
 from scheduler_service.model.products import Products, Workspace
 
 HALF = torch.bfloat16
@@ -39,7 +39,7 @@ def products(setting: Setting) -> None:
         rows, columns = setting.size(rows, 128), setting.size(columns, 64)
         copies = setting.size(max(2, CACHE_BYTES // (2 * rows * columns)), 2)
         layers = [layer(rows, columns, setting.device) for _ in range(copies)]
-        product = Products(own_ops(setting), Workspace(backend(setting), setting.device))
+        product = Products(own_ops(setting), Workspace(implementation(setting), setting.device))
         product.reserve(layers[0])
         best = 2 * rows * columns / setting.limits.bytes_per_s
         for tokens in (1, 4, 8, 16, 32, 64):
@@ -51,7 +51,7 @@ def products(setting: Setting) -> None:
             setting.report.figure(line, taken * 1e6, "us", best * 1e6, note=f"cuBLAS {theirs * 1e6:.1f}")
 
 
-def backend(setting: Setting) -> Backend:
+def implementation(setting: Setting) -> Implementation:
     return "torch" if setting.device.type == "cpu" else "triton"
 
 
@@ -85,7 +85,7 @@ def decode(
 ) -> None:
     """One query a sequence over its paged context, against the time to read that context."""
     device, (heads, kv_heads, dim) = setting.device, shape
-    workspace = Workspace(backend(setting), device)
+    workspace = Workspace(implementation(setting), device)
     workspace.reserve(sequences * kv_heads)
     partials = workspace.partials(workspace.decode(sequences, heads, kv_heads, dim, context))
     q = torch.randn(sequences, heads, dim, device=device).to(HALF)

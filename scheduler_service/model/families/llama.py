@@ -40,7 +40,7 @@ def common(
 
 
 def head_dim(config: Config) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def windows(config: Config, is_sliding: Callable[[int], bool], default: int | None = 4096) -> list[int | None]:

@@ -121,6 +121,10 @@ def test_tokens_behind_the_stop_are_cut_with_their_logprobs_and_hidden_states(de
         top_ids=pack_ids(range(2 * count)),
         top_values=floats(*range(2 * count)),
         asked_values=floats(*range(count)),
+        entropies=floats(*range(count)),
+        support_counts=pack_ids(range(count)),
+        support_ids=pack_ids(range(sum(range(count)))),
+        support_values=floats(*range(count)),
     )
     step = Tokens(
         rid="r",
@@ -135,6 +139,8 @@ def test_tokens_behind_the_stop_are_cut_with_their_logprobs_and_hidden_states(de
     assert last.tokens.logprobs.values == floats(*range(kept))
     assert last.tokens.logprobs.top_ids == pack_ids(range(2 * kept))
     assert last.tokens.logprobs.asked_values == floats(*range(kept))
+    assert last.tokens.logprobs.entropies == last.tokens.logprobs.support_values == floats(*range(kept))
+    assert last.tokens.logprobs.support_ids == pack_ids(range(sum(range(kept))))
     assert last.tokens.hidden_states == floats(*range(2 * (3 + kept)))
 
 
@@ -214,9 +220,9 @@ def test_logprobs_get_text_where_asked(detokenizer: Detokenizer) -> None:
         input_logprobs=Logprobs(ids=pack_ids([END, b]), values=floats(0, 0)),
     )
     [out] = detokenizer.step([step])
-    assert (out.tokens.logprobs.texts, out.tokens.logprobs.top_texts) == (["a"], ["b"])
-    assert out.tokens.logprobs.asked_texts == ["c"]
-    assert out.tokens.input_logprobs.texts == ["<|end|>", "b"]
+    assert (out.tokens.logprobs.texts, out.tokens.logprobs.top_texts) == ([b"a"], [b"b"])
+    assert out.tokens.logprobs.asked_texts == [b"c"]
+    assert out.tokens.input_logprobs.texts == [b"<|end|>", b"b"]
 
 
 def test_logprobs_get_no_text_unasked(detokenizer: Detokenizer) -> None:
@@ -319,3 +325,40 @@ def test_without_a_tokenizer_ids_pass_and_nothing_is_decoded() -> None:
     assert detokenizer.step([step]) == [Text(tokens=Tokens(rid="r", ids=pack_ids([5])))]
     [reply] = detokenizer.step([Detokenize(id="1", ids=[pack_ids([5])])])
     assert reply.status == 400
+
+
+@pytest.mark.parametrize("stop", [{"stop": "END"}, {"stop_regex": "E?ND"}])
+def test_no_stop_ends_a_request_before_its_least_number_of_tokens(detokenizer: Detokenizer, stop: dict) -> None:
+    ids = ids_of("a END b END c END")
+    out = detokenizer.step(one_by_one(ids, request(min_new_tokens=len(ids) - 3, **stop), LENGTH))
+    told = [message for message in out if isinstance(message, Text)]
+    assert texts(told) == "a END b END c "
+    assert sum(len(unpack_ids(text.tokens.ids)) for text in told) >= len(ids) - 3
+    assert told[-1].tokens.finish.reason == "stop"
+
+
+def test_the_least_number_of_tokens_counts_those_of_before_a_restart(detokenizer: Detokenizer) -> None:
+    ids = ids_of("a END b END c")
+    for cut in range(1, len(ids)):
+        params = SamplingParams(stop="END", min_new_tokens=len(ids_of("a END b")))
+        again = Request(rid="r", params=params, attempt=1, resume_ids=pack_ids(ids[:cut]))
+        before = Detokenizer(Vocabulary(TOKENIZER)).step(one_by_one(ids[:cut], Request(rid="r", params=params)))
+        if any(isinstance(message, Abort) for message in before):
+            break
+        assert texts(before) + texts(detokenizer.step(one_by_one(ids[cut:], again, LENGTH))) == "a END b "
+
+
+def test_logprobs_name_half_characters_by_their_bytes_and_mark_what_is_no_text(detokenizer: Detokenizer) -> None:
+    ids = [*ids_of("😀"), TOKENIZER.token_to_id("<|end|>")]
+    asked = Request(rid="r", params=SamplingParams(), logprobs=LogprobOptions(text=True))
+    scores = Logprobs(ids=pack_ids(ids), values=floats(*([-1.0] * len(ids))))
+    end = Finish(reason="stop", matched=ids[-1])
+    [out] = detokenizer.step([Tokens(rid="r", request=asked, ids=pack_ids(ids), logprobs=scores, finish=end)])
+    assert b"".join(out.tokens.logprobs.texts[:-1]) == "😀".encode()
+    assert out.tokens.logprobs.unspoken == [len(ids) - 1]
+
+
+def test_detokenize_leaves_an_open_end_to_what_follows(detokenizer: Detokenizer) -> None:
+    ids = ids_of("a 😀")
+    command = Detokenize(id="7", ids=[pack_ids(ids[:-1]), pack_ids(ids)], open_end=True)
+    assert detokenizer.step([command]) == [Reply(id="7", body={"texts": ["a ", "a 😀"]})]

@@ -184,3 +184,31 @@ def test_large_patterns_hold_back_less_text_so_that_a_search_is_bounded() -> Non
         held[pattern] = 800 - len(passed)
     assert held[r"(?s)a.*z"] == 800
     assert 100 < held["(?:a{30}){30}"] < 800
+
+
+def spared_first(stops: Stops, spared: list[str], pieces: list[str]) -> tuple[list[str], str | None]:
+    """What passes where nothing may stop the first pieces, and the name of the stop behind them."""
+    cutter, out = Cutter(stops, trim=True), []
+    for place, piece in enumerate([*spared, *pieces]):
+        text, match = cutter.feed(piece, spared=place < len(spared))
+        out.append(text)
+        if match:
+            return out, match.name
+    return [*out, cutter.flush()], None
+
+
+@pytest.mark.parametrize("stops", [strings("END"), patterns("E+ND")])
+def test_a_stop_that_may_not_stop_yet_is_text(stops: Stops) -> None:
+    out, name = spared_first(stops, ["a E", "ND b"], [" c EN", "D d"])
+    assert ("".join(out), name is not None) == ("a END b c ", True)
+
+
+@pytest.mark.parametrize("stops", [strings("END"), patterns("E+ND")])
+def test_a_stop_that_begins_too_early_and_is_complete_in_time_stops(stops: Stops) -> None:
+    out, name = spared_first(stops, ["a END E", "N"], ["D b"])
+    assert ("".join(out), name is not None) == ("a END ", True)
+
+
+@pytest.mark.parametrize("stops", [strings("ab", "abcd"), patterns("ab", "abcd")])
+def test_held_text_with_a_stop_from_before_is_no_stop_later(stops: Stops) -> None:
+    assert spared_first(stops, ["xab"], ["c", "x"]) == (["x", "", "abcx", ""], None)

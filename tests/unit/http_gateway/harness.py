@@ -224,7 +224,7 @@ class Client:
         """Send a request (bytes as they are, anything else as JSON); the client leaves when `gone` is set."""
         path, _, query = target.partition("?")
         raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        given = {"host": "test", "content-type": "application/json", **(headers or {})}
+        given = {"host": "127.0.0.1:30000", "content-type": "application/json", **(headers or {})}
         scope = {
             "type": "http",
             "http_version": "1.1",

@@ -44,10 +44,10 @@ def scores(ids: Sequence[int], generate: Generate, first: float = -0.5) -> Logpr
     return Logprobs(
         ids=pack_ids(ids),
         values=floats(first, *([-0.5] * (len(ids) - 1))),
-        texts=[f"t{token}" for token in ids],
+        texts=[b"t%d" % token for token in ids],
         top_ids=pack_ids(tops),
         top_values=floats(*([first] * options.top + [-0.5] * (len(tops) - options.top))),
-        top_texts=[f"t{token}" for token in tops],
+        top_texts=[b"t%d" % token for token in tops],
     )
 
 

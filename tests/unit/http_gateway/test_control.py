@@ -1,29 +1,65 @@
 """Control endpoints: one per command."""
 
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from http_gateway.app import ENDPOINTS
 from http_gateway.auth import Access
 from runtime import control
-from runtime.control import Abort, FlushCache
+from runtime.control import COMMAND_LOST, Abort, FlushCache
 from runtime.messages import Finish, Generate, Reply
+from scheduler_service.control import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED
 from tests.unit.http_gateway.harness import asynchronous, served, step
+
+FLUSH_TEXTS = [
+    (Reply(id="", message=FLUSHED), 200),
+    (Reply(id="", success=False, message=FLUSH_FAILED, status=400), 400),
+    (Reply(id="", success=False, message=FLUSH_TIMED_OUT, status=400), 400),
+    (Reply(id="", success=False, message=FLUSH_IN_PROGRESS, status=400), 400),
+    (Reply(id="", success=False, message=COMMAND_LOST, status=503), 503),
+]
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(("reply", "status"), FLUSH_TEXTS)
 @asynchronous
-async def test_flush_cache_in_the_contracts_words(method: str) -> None:
+async def test_flush_cache_says_what_the_scheduler_says_and_nothing_else(
+    method: str, reply: Reply, status: int
+) -> None:
     async with served() as server:
-        done = await server.client.call(method, "/flush_cache?timeout=2.5")
-        assert (done.status, done.text.startswith("Cache flushed.\nPlease check backend logs")) == (200, True)
+        server.ring.answers_commands = False
+        call = server.client.start(method, "/flush_cache?timeout=2.5")
         [command] = await server.ring.sent_of(FlushCache)
         assert command.timeout == 2.5
-        server.ring.answers_commands = False
-        call = server.client.start(method, "/flush_cache")
-        refused = (await server.ring.sent_of(FlushCache, 2))[-1]
-        server.ring.push(Reply(id=refused.id, success=False, status=400, message="2 requests run"))
+        server.ring.push(msgspec.structs.replace(reply, id=command.id))
         answer = await call.answer()
-        assert (answer.status, answer.text) == (400, "Flush cache failed.\n2 requests run\n")
+        assert (answer.status, answer.text) == (status, reply.message)
+
+
+@pytest.mark.parametrize("path", [path for path, command in control.routes().items() if command is not Abort])
+@asynchronous
+async def test_a_refusal_is_told_once_by_every_command(path: str, tmp_path: Path) -> None:
+    bodies: dict[str, dict[str, object]] = {
+        "/update_weights_from_disk": {"model_path": "m"},
+        "/update_weights": {"model_path": "m"},
+        "/init_weights_update_group": {
+            "master_address": "a", "master_port": 1, "rank_offset": 1, "world_size": 2
+        },
+        "/update_weights_from_distributed": {"names": [], "dtypes": [], "shapes": []},
+        "/update_weight_version": {"new_version": "v"},
+        "/update_weights_from_tensor": {"serialized_named_tensors": ["QUJD"]},
+        "/get_weights_by_name": {"name": "w"},
+    }  # fmt: skip
+    async with served() as server:
+        server.gateway.run_dir = str(tmp_path)
+        server.ring.answers_commands = False
+        call = server.client.start("POST", path, bodies.get(path, {}))
+        [command] = await server.ring.sent_of(control.routes()[path])
+        server.ring.push(Reply(id=command.id, success=False, message="It cannot be done", status=409))
+        answer = await call.answer()
+        assert answer.status >= 400 and answer.text.count("It cannot be done") == 1
 
 
 @asynchronous

@@ -14,7 +14,7 @@ async def test_unknown_paths_wrong_methods_and_trailing_slashes() -> None:
         assert (missing.status, missing.json()) == (404, {"detail": "Not Found"})
         wrong = await server.client.get("/generate")
         assert (wrong.status, wrong.json()) == (405, {"detail": "Method Not Allowed"})
-        slash = await server.client.get("/get_load/?a=b", headers={"host": "evil.example"})
+        slash = await server.client.get("/get_load/?a=b", headers={"host": "localhost"})
         assert (slash.status, slash.headers["location"]) == (307, "/get_load?a=b")
         assert (await server.client.call("HEAD", "/")).status == 200
         assert (await server.client.call("HEAD", "/health")).status == 405
@@ -61,17 +61,9 @@ async def test_request_ids_are_echoed_and_logged(caplog: pytest.LogCaptureFixtur
             await server.client.get("/livez")
         assert answer.headers["x-request-id"] == "abc-1"
         assert [record.getMessage() for record in caplog.records] == [
-            'INFO:     127.0.0.1:40466 - "GET /get_model_info?x=1 HTTP/1.1" 200 OK request-id=abc-1',
+            'INFO:     127.0.0.1:40466 - "GET /get_model_info HTTP/1.1" 200 OK request-id=abc-1',
             'INFO:     127.0.0.1:40466 - "GET /health HTTP/1.1" 200 OK',
         ]
-
-
-@asynchronous
-async def test_any_origin_may_call() -> None:
-    async with served() as server:
-        answer = await server.client.get("/v1/models", headers={"origin": "http://page.example"})
-        assert answer.headers["access-control-allow-credentials"] == "true"
-        assert answer.headers["access-control-allow-origin"] in ("*", "http://page.example")
 
 
 @asynchronous
@@ -80,3 +72,13 @@ async def test_no_new_requests_while_draining() -> None:
         server.gateway.ring.closing = True
         answer = await server.client.post("/generate", {"text": "hi"})
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+
+
+@asynchronous
+async def test_query_strings_are_not_logged_and_a_quote_ends_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    async with served() as server:
+        with caplog.at_level(logging.INFO, "http_gateway.access"):
+            await server.client.get('/nope"x?api_key=s3cr3t')
+            await server.client.get("/get_load/?token=s3cr3t")
+        assert "s3cr3t" not in caplog.text
+        assert '"GET /nope%22x HTTP/1.1" 404' in caplog.text

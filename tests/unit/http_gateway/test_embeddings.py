@@ -191,6 +191,52 @@ async def test_rerank_needs_both_fields_and_a_cross_encoder() -> None:
         assert "no cross-encoder" in answer.json()["message"]
 
 
+# /rerank and /v2/rerank
+
+
+@pytest.mark.parametrize(("path", "documents_told"), [("/rerank", True), ("/v2/rerank", False)])
+@asynchronous
+async def test_ranking_in_the_shape_of_jina_and_cohere(path: str, documents_told: bool) -> None:
+    async with served(lengths, embedding=CROSS_ENCODER) as server:
+        body = {"query": "q", "documents": ["aa", {"text": "cccc"}, "b"], "top_n": 2, "model": "any"}
+        answer = (await server.client.post(path, body)).json()
+        assert answer["id"] and answer["usage"]["total_tokens"] == 12
+        best, second = answer["results"]
+        assert (best["index"], second["index"]) == (1, 0)
+        assert best["relevance_score"] == pytest.approx(1 / (1 + math.exp(-4.0)))
+        assert best.get("document") == ({"text": "cccc"} if documents_told else None)
+        told = (await server.client.post(path, {**body, "return_documents": not documents_told})).json()["results"]
+        assert ("document" in told[0]) is not documents_told
+
+
+@asynchronous
+async def test_scores_too_large_to_tell_apart_keep_their_order() -> None:
+    def far(generate: Generate) -> list[Message]:
+        score = 800.0 + len(generate.text_pair or "")
+        rid, end = generate.request.rid, Finish(reason="length", length=0)
+        return [step(rid, prompt_tokens=4, vector=floats(score), scalar=True, finish=end)]
+
+    async with served(far, embedding=CROSS_ENCODER) as server:
+        answer = (await server.client.post("/rerank", {"query": "q", "documents": ["a", "ccc", "bb"]})).json()
+        assert [result["index"] for result in answer["results"]] == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"query": "", "documents": ["a"]}, "query"),
+        ({"query": "q", "documents": []}, "documents"),
+        ({"query": "q", "documents": ["a", {"text": " "}]}, "documents"),
+        ({"query": "q", "documents": ["a"], "top_n": 0}, "top_n"),
+    ],
+)
+@asynchronous
+async def test_ranking_refuses_and_names_the_field(body: dict[str, Any], field: str) -> None:
+    async with served(embedding=CROSS_ENCODER) as server:
+        answer = await server.client.post("/v2/rerank", body)
+        assert (answer.status, answer.json()["param"]) == (400, field)
+
+
 # /v1/score
 
 

@@ -1,6 +1,8 @@
 """The health answers."""
 
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +86,57 @@ async def test_health_generate_without_an_answer_is_503_and_leaves_no_request() 
         server.gateway.sign_of_life._timeout_s = 0.001
         assert (await server.client.get("/health_generate")).status == 503
         assert len(await server.ring.sent_of(Abort)) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "reason"),
+    [
+        ({"paused": True}, 200, "generation is paused"),
+        ({"asleep": True, "lacks": ["weights", "kv_cache"]}, 200, "memory is released: weights, kv_cache"),
+        ({"asleep": True, "lacks": []}, 503, "no update has written all of them since"),
+        ({"asleep": False, "lacks": []}, 200, ""),
+    ],
+)
+@asynchronous
+async def test_health_says_why_nothing_can_be_generated(state: dict[str, Any], status: int, reason: str) -> None:
+    async with served(ONE_TOKEN) as server:
+        server.gateway.learn(state)
+        probe = await server.client.get("/health_generate")
+        assert probe.status == status
+        for answer in (probe, await server.client.get("/health")):
+            assert reason in answer.json()["reason"] if reason else answer.body == b""
+        assert (await server.client.get("/readyz")).status == (503 if reason else 200)
+
+
+class Frozen:
+    def __init__(self, age_s: float) -> None:
+        self._age_s = age_s
+
+    def pulse_age_s(self) -> float:
+        return self._age_s
+
+
+@pytest.mark.parametrize("role", ["tokenizer", "scheduler", "detokenizer"])
+@asynchronous
+async def test_health_tells_at_once_when_a_process_does_not_run(role: str) -> None:
+    async with served(ONE_TOKEN) as server:
+        for age_s, status in ((1.0, 200), (6.0, 503), (inf, 200)):
+            server.gateway.hops = {role: Frozen(age_s)}
+            for path in ("/health", "/readyz", "/health_generate"):
+                answer = await server.client.get(path)
+                assert answer.status == status
+                assert status == 200 or answer.json()["reason"] == f"the {role} has not run for 6 s"
+        assert (await server.client.get("/livez")).status == 200
+
+
+@asynchronous
+async def test_a_process_that_is_started_again_is_missing_and_not_frozen(tmp_path: Path) -> None:
+    async with served(ONE_TOKEN) as server:
+        server.gateway.run_dir = str(tmp_path)
+        server.gateway.hops = {"tokenizer": Frozen(6.0)}
+        turn_door(str(tmp_path), "tokenizer", 1)
+        assert (await server.client.get("/health")).status == 200
+        assert (await server.client.get("/readyz")).json()["reason"] == "the tokenizer is being started again"
 
 
 @asynchronous

@@ -40,7 +40,7 @@ async def test_server_info_has_settings_facts_and_counters_and_no_keys(path: str
 async def test_models_are_listed_and_found_by_names_with_slashes() -> None:
     async with served() as server:
         [card] = (await server.client.get("/v1/models")).json()["data"]
-        assert (card["id"], card["root"], card["owned_by"], card["max_model_len"]) == (MODEL, MODEL, "sglang", 512)
+        assert (card["id"], card["root"], card["owned_by"], card["max_model_len"]) == (MODEL, MODEL, "quartet", 512)
         assert (await server.client.get(f"/v1/models/{MODEL}")).json() == card
         missing = await server.client.get("/v1/models/nope")
         assert missing.status == 404
@@ -64,7 +64,16 @@ async def test_loads_come_in_sections() -> None:
         assert (await server.client.get("/v1/loads?dp_rank=1")).json()["loads"] == []
         text = (await server.client.get("/v1/loads?format=prometheus")).text
         assert 'sglang:num_running_reqs{dp_rank="0"} 2\n' in text
-        assert (await server.client.get("/get_load")).json()["load"] == 3
+        [rank] = (await server.client.get("/get_load")).json()
+        assert (rank["dp_rank"], rank["num_reqs"], rank["num_waiting_reqs"], rank["num_tokens"]) == (0, 3, 1, 64)
+
+
+@asynchronous
+async def test_server_information_has_the_numbers_of_one_ring() -> None:
+    async with served() as server:
+        said = (await server.client.get("/get_server_info")).json()
+        wanted = {"nnodes": 1, "node_rank": 0, "gpu_id_step": 1, "base_gpu_id": 0, "ep_size": 1, "tp_size": 1}
+        assert {name: said[name] for name in wanted} == wanted
 
 
 @asynchronous

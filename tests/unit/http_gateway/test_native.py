@@ -124,6 +124,8 @@ async def test_a_stream_repeats_the_text_so_far() -> None:
             await call.chunk()
         answer = await call.answer()
         assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-cache, no-transform"  # so that no proxy holds events back
+        assert answer.headers["x-accel-buffering"] == "no"
         events = answer.events()
         assert [event["text"] for event in events] == ['a"\n', 'a"\né', 'a"\néc']
         assert [event["output_ids"] for event in events] == [[0], [0, 1], [0, 1, 2]]
@@ -203,9 +205,9 @@ async def test_logprob_arrays() -> None:
             top_ids=pack_ids([0, 0, 8, 9]),
             top_values=floats(NAN, NAN, -1.0, -2.0),
             asked_values=floats(NAN, NAN, -3.0, -4.0),
-            texts=["t7", "t8"],
-            top_texts=["", "", "t8", "t9"],
-            asked_texts=["t5", "t6"],
+            texts=[b"t7", b"t8"],
+            top_texts=[b"", b"", b"t8", b"t9"],
+            asked_texts=[b"t5", b"t6"],
         )
         output = Logprobs(
             ids=pack_ids([1]),
@@ -213,9 +215,9 @@ async def test_logprob_arrays() -> None:
             top_ids=pack_ids([1, 2]),
             top_values=floats(-0.25, float("-inf")),
             asked_values=floats(-5.0, -6.0),
-            texts=["t1"],
-            top_texts=["t1", "t2"],
-            asked_texts=["t5", "t6"],
+            texts=[b"t1"],
+            top_texts=[b"t1", b"t2"],
+            asked_texts=[b"t5", b"t6"],
         )
         server.ring.push(
             step("r", [1], "x", input_logprobs=prompt, logprobs=output, finish=Finish(reason="length", length=1))

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from runtime.errors import too_long
 from runtime.messages import Finish, Generate, unpack_ids
-from tests.unit.http_gateway.harness import Served, asynchronous, served, step
+from tests.unit.http_gateway.harness import Served, asynchronous, ends, served, step
 from tests.unit.http_gateway.openai_scripts import says
 
 PATH = "/v1/chat/completions"
@@ -355,3 +356,26 @@ async def test_refusals(body: dict[str, Any], message: str) -> None:
         answer = await server.client.post(PATH, {"messages": [USER], **body})
         assert answer.status == 400 and message in answer.json()["message"], answer.text
         assert answer.json()["error"]["message"] == answer.json()["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_a_conversation_that_exceeds_the_context_is_told_by_its_code(stream: bool) -> None:
+    finish = Finish.failed(
+        too_long("The input (9 tokens) is longer than the model's context length (8 tokens).", "text")
+    )
+    async with served(ends(finish)) as server:
+        answer = await server.client.post(PATH, {"messages": [USER], "stream": stream})
+        assert (answer.status, answer.json()["code"]) == (400, 400)
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("effort", ["none", "minimal", "low", "medium", "high", "xhigh", "max"])
+@asynchronous
+async def test_every_reasoning_effort_of_the_api_is_taken(effort: str) -> None:
+    async with served(says("ok")) as server:
+        await ask(server, reasoning_effort=effort)
+        sent = generate_of(server).chat
+        assert sent is not None
+        told = sent.template_kwargs.get("reasoning_effort")
+        assert told == (None if effort == "none" else effort)

@@ -125,7 +125,7 @@ async def test_logprobs_of_the_output() -> None:
     async with served(says("a", "b")) as server:
         body = (await server.client.post(PATH, {"prompt": "hi", "logprobs": 2})).json()
         assert body["choices"][0]["logprobs"] == {
-            "text_offset": [-1, -1],
+            "text_offset": [0, 3],
             "token_logprobs": [-0.5, -0.5],
             "tokens": ["t10", "t11"],
             "top_logprobs": [{"t10": -0.5, "t11": -0.5}, {"t11": -0.5, "t12": -0.5}],
@@ -185,7 +185,7 @@ async def test_an_echo_of_token_ids_is_their_text() -> None:
         ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
         ({"prompt": "a", "lora_path": "x"}, "lora_path is not supported"),
         ({"prompt": "a", "temperature": -1}, "temperature must be a non-negative finite number"),
-        ({"prompt": "a", "logprobs": 1000}, "top_logprobs_num must be in"),
+        ({"prompt": "a", "logprobs": 1000}, "logprobs must be in"),
         ({"prompt": "a", "n": 0}, "n must be in"),
         ({"prompt": "a", "priority": 1}, "--schedule-policy priority"),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "schema_ is required"),

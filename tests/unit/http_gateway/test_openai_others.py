@@ -129,6 +129,82 @@ async def test_tokenize_a_conversation() -> None:
     assert answer.json()["count"] == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+        {"messages": [{"role": "developer", "content": "b"}, {"role": "user", "content": "a"}]},
+        {"reasoning_effort": "none"},
+        {"reasoning_effort": "high", "chat_template_kwargs": {"x": 1}},
+        {"messages": [{"role": "assistant", "content": "a"}], "continue_final_message": True},
+        {"documents": [{"title": "t", "text": "x"}]},
+        {"add_generation_prompt": False},
+        {"max_tokens": 3, "temperature": 0.5},
+    ],
+)
+@asynchronous
+async def test_tokenize_renders_what_a_chat_completion_renders(options: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], **options}
+    sent, _ = await command("/tokenize", body, Tokenize, {"tokens": [pack_ids([1])]})
+    async with served(says("x")) as server:
+        assert (await server.client.post("/v1/chat/completions", body)).status == 200
+        [generate] = await server.ring.sent_of(Generate)
+        assert sent.chat == generate.chat
+
+
+@asynchronous
+async def test_tokenize_of_ids_is_those_ids() -> None:
+    async with served() as server:
+        answer = await server.client.post("/tokenize", {"messages": [], "input_ids": [5, 6]})
+        assert answer.json()["tokens"] == [5, 6]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/chat/completions"])
+@pytest.mark.parametrize("where", [{"chat_template": "x"}, {"chat_template_kwargs": {"chat_template": "x"}}])
+@asynchronous
+async def test_a_template_of_the_client_is_refused(path: str, where: dict[str, Any]) -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(path, {"messages": [{"role": "user", "content": "a"}], **where})
+        assert (answer.status, answer.json()["param"]) == (400, "chat_template")
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/chat/completions"])
+@asynchronous
+async def test_a_user_says_something(path: str) -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(path, {"messages": [{"role": "user", "content": None}]})
+        assert (answer.status, answer.json()["param"]) == (400, "messages")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [10**6]}, "label_token_ids"),
+        ("/v1/score", {"query": [1], "items": [[10**6]], "label_token_ids": [1]}, "items"),
+        ("/v1/completions", {"prompt": "a", "min_tokens": -1}, "min_tokens"),
+        ("/v1/completions", {"prompt": "a", "seed": 2**70}, "seed"),
+        ("/v1/completions", {"prompt": [10**6]}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "logprobs": 1000}, "logprobs"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "seed": 2**70}, "seed"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 1000},
+            "top_logprobs",
+        ),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 10**6}, "max_output_tokens"),
+        ("/v1/responses", {"input": []}, "input"),
+    ],
+)
+@asynchronous
+async def test_an_error_blames_a_field_that_was_sent(path: str, body: dict[str, Any], param: str) -> None:
+    async with served(says("x")) as server:
+        said = (await server.client.post(path, body)).json()
+        assert (said["code"], said["param"]) == (400, param), said
+        assert param in said["message"] or param == "input", said
+
+
 @asynchronous
 async def test_detokenize_one_list_and_many() -> None:
     sent, answer = await command("/detokenize", {"tokens": [1, 2]}, Detokenize, {"texts": ["ab"]})

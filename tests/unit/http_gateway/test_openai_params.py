@@ -7,7 +7,7 @@ import pytest
 
 from runtime.messages import Generate
 from runtime.sampling import SamplingParams
-from tests.unit.http_gateway.harness import Served, asynchronous, served
+from tests.unit.http_gateway.harness import VOCAB, Served, asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -15,7 +15,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 async def params_of(server: Served, path: str, **body: Any) -> SamplingParams:
-    prompt = {"prompt": "hi"} if path == COMPLETIONS else {"messages": MESSAGES}
+    prompt = {"prompt": "hi"} if path != CHAT else {"messages": MESSAGES}
     answer = await server.client.post(path, prompt | body)
     assert answer.status == 200, answer.text
     generates = [message for message in server.ring.sent if isinstance(message, Generate)]
@@ -60,6 +60,25 @@ async def test_every_parameter_arrives_by_its_native_name(path: str) -> None:
         params = await params_of(server, path, **given)
         arrived = {name: getattr(params, renamed.get(name, name)) for name in given}
         assert arrived == given
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/generate"])
+@asynchronous
+async def test_stop_ids_of_other_tokenizers_are_left_out(path: str) -> None:
+    ids = [4, None, VOCAB, -1, 10**30, VOCAB - 1]
+    given = (
+        {"sampling_params": {"stop_token_ids": ids}, "text": "hi"} if path == "/generate" else {"stop_token_ids": ids}
+    )
+    async with served(says("x")) as server:
+        assert (await params_of(server, path, **given)).stop_token_ids == [4, VOCAB - 1]
+
+
+@asynchronous
+async def test_stop_ids_that_are_no_numbers_are_refused() -> None:
+    async with served(says("x")) as server:
+        body = {"text": "hi", "sampling_params": {"stop_token_ids": ["4"]}}
+        answer = await server.client.post("/generate", body)
+        assert (answer.status, "stop_token_ids" in answer.text) == (400, True)
 
 
 @asynchronous

@@ -102,3 +102,24 @@ async def test_a_whole_head_has_no_deadline_and_a_long_body_is_no_head() -> None
     while protocol.tasks:
         await asyncio.sleep(0)
     assert transport.written.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("target", "hosts", "seen"),
+    [
+        (b"/", [b"a"], [b"a"]),
+        (b"http://b:1/path", [b"a"], [b"b:1"]),
+        (b"HTTP://b?x", [b"a"], [b"b"]),
+        (b"http://b/", [], [b"b"]),
+        (b"http://b/", [b"a", b"b"], [b"a", b"b"]),  # refused, whatever the target says
+        (b"/http://b/", [b"a"], [b"a"]),
+    ],
+)
+@asynchronous
+async def test_a_target_in_absolute_form_names_the_host(target: bytes, hosts: list[bytes], seen: list[bytes]) -> None:
+    protocol, _, _ = connected()
+    lines = [b"GET " + target + b" HTTP/1.1", *(b"Host: " + host for host in hosts)]
+    protocol.data_received(b"\r\n".join([*lines, b"", b""]))
+    assert [value for name, value in protocol.scope["headers"] if name == b"host"] == seen
+    while protocol.tasks:
+        await asyncio.sleep(0)

@@ -1,11 +1,13 @@
 """Linear layers: every route gives the product, and the packed one the same bits in any batch."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels import linear as module
-from kernels.linear import Linear, can_pack
+from kernels.linear import Linear, can_pack, multiply, row_size
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -151,3 +153,27 @@ def test_the_probe_sees_rows_that_are_added_up_in_another_order(dtype, monkeypat
     monkeypatch.setattr(module, "multiply", multiply)
     counts = module.counts_in_order.__wrapped__(64, 600, dtype, torch.get_num_threads())
     assert set(counts) <= {1, 2, 3, 4, 6, 8, 12} and max(counts) == 12
+
+
+def test_products_of_all_numbers_of_rows_are_computed_with_a_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: set[int] = set()
+
+    def noting(x: torch.Tensor, *rest: object) -> Iterator[torch.Tensor]:
+        sizes.add(len(x))
+        return multiply(x, *rest)
+
+    layer = packed(random(8, 16, dtype=torch.float32))
+    x = torch.randn(1024, 16)
+    monkeypatch.setattr(module, "multiply", noting)
+    for rows in range(1, 1025):
+        assert len(layer(x[:rows])) == rows
+    assert len(sizes) <= 64
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 16, 512])
+def test_full_steps_and_small_batches_are_filled_with_nothing(rows: int) -> None:
+    assert row_size(rows) == rows
+
+
+def test_rows_that_fill_a_product_up_are_an_eighth_at_most() -> None:
+    assert all(rows <= row_size(rows) <= rows * 9 / 8 for rows in range(1, 5000))

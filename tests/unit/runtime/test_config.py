@@ -62,6 +62,8 @@ def test_a_switch_can_be_turned_off():
         (["--device", "tpu"], "--device takes auto | cpu | cuda, not 'tpu'"),
         (["--is-embedding", "perhaps"], "--is-embedding takes true | false, not 'perhaps'"),
         (["--port"], "--port"),
+        (["--watchdog-timeout", "nan"], "--watchdog-timeout takes number >= 0.0, not 'nan'"),
+        (["--drain-timeout", "inf"], "--drain-timeout takes a finite number, not 'inf'"),
     ],
 )
 def test_a_wrong_flag_is_refused_with_the_remedy(argv, message):
@@ -69,11 +71,6 @@ def test_a_wrong_flag_is_refused_with_the_remedy(argv, message):
         flags.load(argv)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_a_prefix_of_a_flag_is_not_that_flag():
-    with pytest.raises(UsageError, match="unknown flag --max-running"):
-        flags.load(["--max-running", "3"])
 
 
 def test_a_file_gives_settings_and_the_command_line_wins(tmp_path):
@@ -126,7 +123,7 @@ def test_help_names_every_flag_with_a_text_and_a_default():
 
 def test_every_field_is_a_flag_but_those_that_the_launcher_fills_in():
     hidden = set(ServerConfig.__struct_fields__) - flags.settings().keys()
-    assert hidden == {"model_dir", "tokenizer_dir"}
+    assert hidden == {"listen_address", "model_dir", "tokenizer_dir"}
 
 
 def test_secrets_are_masked_when_shown():

@@ -5,14 +5,14 @@ from runtime.progress import ProgressReader, ProgressWord
 
 
 def test_nothing_written_is_infinitely_old_and_not_busy(tmp_path: Path) -> None:
-    reader = ProgressReader(str(tmp_path))
+    reader = ProgressReader(str(tmp_path), "scheduler")
     assert (reader.age_s(), reader.busy(), reader.beats()) == (inf, False, 0)
 
 
 def test_a_reader_opened_before_the_writer_sees_its_beats(tmp_path: Path) -> None:
-    reader = ProgressReader(str(tmp_path))
+    reader = ProgressReader(str(tmp_path), "scheduler")
     assert reader.age_s() == inf
-    word = ProgressWord(str(tmp_path))
+    word = ProgressWord(str(tmp_path), "scheduler")
     assert reader.age_s() == inf
     word.beat(busy=True)
     assert reader.age_s() < 60
@@ -22,11 +22,30 @@ def test_a_reader_opened_before_the_writer_sees_its_beats(tmp_path: Path) -> Non
 
 
 def test_a_restarted_writer_goes_on_counting(tmp_path: Path) -> None:
-    ProgressWord(str(tmp_path)).beat(busy=True)
-    ProgressWord(str(tmp_path)).beat(busy=True)
-    assert ProgressReader(str(tmp_path)).beats() == 2
+    ProgressWord(str(tmp_path), "scheduler").beat(busy=True)
+    ProgressWord(str(tmp_path), "scheduler").beat(busy=True)
+    assert ProgressReader(str(tmp_path), "scheduler").beats() == 2
+
+
+def test_pulses_tell_that_the_process_runs_and_beats_that_its_loop_does(tmp_path: Path) -> None:
+    word, reader = ProgressWord(str(tmp_path), "scheduler"), ProgressReader(str(tmp_path), "scheduler")
+    assert (reader.pulses(), reader.pulse_age_s()) == (0, inf)
+    word.pulse()
+    assert (reader.pulses(), reader.beats(), reader.age_s()) == (1, 0, inf)
+    assert reader.pulse_age_s() < 60
+
+
+def test_whoever_waits_for_another_process_is_busy_and_moves(tmp_path: Path) -> None:
+    word, reader = ProgressWord(str(tmp_path), "scheduler"), ProgressReader(str(tmp_path), "scheduler")
+    word.wait()
+    assert (reader.beats(), reader.busy()) == (1, True)
+
+
+def test_each_service_has_a_word_of_its_own(tmp_path: Path) -> None:
+    ProgressWord(str(tmp_path), "scheduler").beat(busy=True)
+    assert ProgressReader(str(tmp_path), "tokenizer").beats() == 0
 
 
 def test_the_file_is_private(tmp_path: Path) -> None:
-    ProgressWord(str(tmp_path))
-    assert (tmp_path / "progress").stat().st_mode & 0o777 == 0o600
+    ProgressWord(str(tmp_path), "scheduler")
+    assert (tmp_path / "scheduler.progress").stat().st_mode & 0o777 == 0o600

@@ -136,3 +136,18 @@ def test_a_contradiction_is_refused_with_the_value_that_mends_it(settings, machi
         resolve(ServerConfig(**settings), machine)
     assert remedy in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_priority_scheduling_is_the_priority_policy():
+    assert resolve(ServerConfig(enable_priority_scheduling=True), CPU).config.schedule_policy == "priority"
+    with pytest.raises(StartupError, match="contradict each other"):
+        resolve(ServerConfig(enable_priority_scheduling=True, schedule_policy="lpm"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "noted"),
+    [({}, True), ({"enable_priority_scheduling": True}, False), ({"schedule_policy": "priority"}, False)],
+)
+def test_the_order_of_priorities_has_no_effect_without_their_policy_and_that_is_said(settings, noted):
+    notes = resolve(ServerConfig(schedule_low_priority_values_first=True, **settings), CPU).notes
+    assert any("--schedule-low-priority-values-first has no effect" in note for note in notes) is noted

@@ -70,7 +70,7 @@ def test_a_startup_error_travels_in_the_ready_line(start):
 def test_a_bug_is_logged_with_its_traceback_and_ends_with_status_one(start):
     status, line, printed = start(BODIES["crashes"])
     assert (status, line) == (1, b"")
-    assert "tokenizer hit an exception: Traceback" in printed
+    assert "tokenizer hit an exception:\n    Traceback" in printed
     assert "ZeroDivisionError" in printed
 
 

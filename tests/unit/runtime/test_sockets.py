@@ -14,7 +14,19 @@ from runtime.control import Abort, FlushCache, Probe
 from runtime.limits import MAX_IPC_MESSAGE_BYTES
 from runtime.messages import Finish, Generate, Request, Text, Tokenized, Tokens, pack_ids
 from runtime.sampling import SamplingParams
-from runtime.sockets import IPC_PATH_MAX, FrameTooLarge, Inbox, Outbox, decode, encode, endpoint, frames
+from runtime.sockets import (
+    IPC_PATH_MAX,
+    UNREADABLE,
+    FrameTooLarge,
+    Inbox,
+    Outbox,
+    decode,
+    encode,
+    endpoint,
+    frames,
+    newest_epoch,
+    turn_door,
+)
 
 REQUEST = Request(rid="r", params=SamplingParams(temperature=0), seed=3)
 MESSAGES = [
@@ -140,9 +152,50 @@ def test_a_message_that_exceeds_a_frame_alone_ends_its_request_and_no_other():
     assert "too large" in ended.finish.message
 
 
-def test_a_command_that_exceeds_a_frame_is_an_error_of_the_sender():
-    with pytest.raises(FrameTooLarge):
-        list(frames([FlushCache(id="x" * 600)], limit_bytes=500))
+def test_a_command_that_exceeds_a_frame_is_refused_and_what_has_no_end_is_dropped():
+    large = Probe(id="c", counters={"a": {"x": "x" * 600}})
+    nobodys = Abort(rid="x" * 600)
+    sent = [message for frame in frames([FlushCache(id="a"), large, nobodys], 500) for message in decode(frame)]
+    assert [(message.id, getattr(message, "success", None)) for message in sent] == [("a", None), ("c", False)]
+
+
+def test_a_message_that_cannot_be_written_ends_its_request_and_no_other():
+    messages = [Tokens(rid="a"), Text(text="\ud800", tokens=Tokens(rid="b")), Tokens(rid="c")]
+    a, b, c = [message for frame in frames(messages) for message in decode(frame)]
+    assert (a.rid, c.rid) == ("a", "c")
+    assert (b.tokens.rid, b.tokens.finish.status) == ("b", 500)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "stands_for"),
+    [
+        ({"type": "tokens", "rid": "b", "attempt": 2, "ids": 7}, [Tokens(rid="b", attempt=2, ids=UNREADABLE)]),
+        ({"type": "tokens", "rid": "b", "attempt": "x"}, [Tokens(rid="b", ids=UNREADABLE)]),
+        ({"type": "text", "tokens": {"rid": "b"}, "text": 5}, [Tokens(rid="b", ids=UNREADABLE)]),
+        ({"type": "generate", "request": {"rid": "b"}}, [Tokens(rid="b", ids=UNREADABLE)]),
+        ({"type": "no such", "rid": 5, "id": 6}, []),
+        ({"type": "facts", "epoch": "x"}, []),
+        (["tokens"], []),
+        (5, []),
+    ],
+)
+def test_a_message_that_cannot_be_decoded_ends_its_request_and_loses_no_other(wrong, stands_for):
+    before, after = Tokens(rid="a"), Tokens(rid="c")
+    frame = msgspec.msgpack.encode([before, wrong, after])
+    gate = sockets._Gate()
+    assert gate.open(frame) == [before, *stands_for, after]
+    assert gate.rejected == 1
+
+
+def test_a_command_that_cannot_be_decoded_is_answered():
+    [reply] = sockets._Gate().open(msgspec.msgpack.encode([{"type": "flush_cache", "id": "c", "timeout": "x"}]))
+    assert (reply.id, reply.success, reply.status) == ("c", False, 500)
+
+
+def test_the_newest_epoch_is_the_one_that_the_launcher_has_turned_the_door_to(tmp_path):
+    assert newest_epoch(str(tmp_path), "scheduler") == 0
+    turn_door(str(tmp_path), "scheduler", 12)
+    assert newest_epoch(str(tmp_path), "scheduler") == 12
 
 
 def test_an_endpoint_names_role_and_epoch():

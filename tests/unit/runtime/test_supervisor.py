@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,10 +10,12 @@ import time
 import msgspec
 import pytest
 
-from runtime.child import CPU_QUOTA, SOURCE_ROOT, Child, Service, child_environment, usable_cores
+from runtime.child import SOURCE_ROOT, Child, Service, child_environment, usable_cores
 from runtime.config import ServerConfig
+from runtime.launch import SERVICES
+from runtime.progress import ProgressWord
 from runtime.service import Ready
-from runtime.supervisor import BUDGET_WINDOW_S, LOOK_EVERY_S, ExitStatus, Supervisor, Watch
+from runtime.supervisor import BUDGET_WINDOW_S, LOOK_EVERY_S, ExitStatus, Supervisor, Vigil, Watch
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -190,16 +193,37 @@ def test_what_the_operator_has_set_is_kept():
 
 
 def test_the_scheduler_gets_a_thread_per_usable_core():
-    assert child_environment({}, Service("scheduler", "", threads=0))["OMP_NUM_THREADS"] == str(usable_cores(CPU_QUOTA))
+    assert child_environment({}, Service("scheduler", "", threads=0))["OMP_NUM_THREADS"] == str(usable_cores())
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("100000 100000", 1), ("50000 100000", 1), (None, 2)])
-def test_a_container_that_pays_for_fewer_cores_uses_fewer(tmp_path, monkeypatch, quota, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    file = tmp_path / "cpu.max"
-    if quota is not None:
-        file.write_text(quota + "\n")
-    assert usable_cores(file) == cores
+GROUPS = {  # where a control group's limit of CPU time is written
+    2: ("0::/box", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"),
+    1: ("3:cpu,cpuacct:/box", "36 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct"),
+}
+
+
+@pytest.mark.parametrize(
+    ("version", "files", "cores"),
+    [
+        (2, {"box/cpu.max": "max 100000"}, 4),
+        (2, {"box/cpu.max": "200000 100000"}, 2),
+        (2, {"box/cpu.max": "50000 100000"}, 1),
+        (2, {"box/cpu.max": "max 100000", "cpu.max": "100000 100000"}, 1),
+        (2, {}, 4),
+        (1, {"box/cpu.cfs_quota_us": "-1", "box/cpu.cfs_period_us": "100000"}, 4),
+        (1, {"box/cpu.cfs_quota_us": "150000", "box/cpu.cfs_period_us": "50000"}, 3),
+    ],
+)
+def test_a_container_that_pays_for_fewer_cores_uses_fewer(tmp_path, monkeypatch, version, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    (tmp_path / "proc/self").mkdir(parents=True)
+    for name, line in zip(("cgroup", "mountinfo"), GROUPS[version], strict=True):
+        (tmp_path / "proc/self" / name).write_text(f"{line}\n")
+    mount = tmp_path / ("sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/cpu")
+    (mount / "box").mkdir(parents=True)
+    for name, text in files.items():
+        (mount / name).write_text(f"{text}\n")
+    assert usable_cores(tmp_path) == cores
 
 
 def test_time_without_a_beat_adds_up_and_a_beat_ends_it():
@@ -213,6 +237,82 @@ def test_time_in_which_nobody_looked_does_not_count():
     watch = Watch()
     watch.still_s(7, 100.0)
     assert watch.still_s(7, 500.0) == 2 * LOOK_EVERY_S
+
+
+class Counts:
+    """A progress word whose counts the test sets."""
+
+    def __init__(self, beats=1, pulses=1):
+        self.counts = [beats, pulses]
+
+    def beats(self):
+        return self.counts[0]
+
+    def pulses(self):
+        return self.counts[1]
+
+
+def hang_after(counts, timeout_s, looks_s, moves=()):
+    """What a vigil says after looks at these times; `moves` go on counting: 0 the beats, 1 the pulses."""
+    vigil, said = Vigil(counts), ""
+    for now in looks_s:
+        for index in moves:
+            counts.counts[index] += 1
+        said = vigil.hang(timeout_s, now)
+    return said
+
+
+def seconds(count):
+    return [100 + i * LOOK_EVERY_S for i in range(int(count / LOOK_EVERY_S) + 2)]
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "for_s", "moves", "hang"),
+    [
+        (300, 20, (0, 1), ""),
+        (300, 20, (1,), ""),  # a long step
+        (300, 301, (1,), "has not moved for 300 s (--watchdog-timeout)"),
+        (300, 9, (), ""),
+        (300, 11, (), "has not moved for 10 s (none of its threads runs)"),
+        (3, 4, (), "has not moved for 3 s (--watchdog-timeout)"),
+        (3, 4, (0,), "has not moved for 3 s (--watchdog-timeout)"),
+    ],
+)
+def test_a_process_may_take_long_for_a_step_but_must_run(timeout_s, for_s, moves, hang):
+    assert hang_after(Counts(), timeout_s, seconds(for_s), moves) == hang
+
+
+def test_a_process_that_has_never_shown_itself_is_not_judged():
+    assert hang_after(Counts(beats=0, pulses=0), 3, seconds(60)) == ""
+
+
+def test_a_server_that_was_frozen_as_a_whole_is_not_hung():
+    looks = [100 + i * LOOK_EVERY_S for i in range(4)]
+    looks += [look + 3600 for look in looks]  # a laptop that slept, a paused machine, a stopped process group
+    assert hang_after(Counts(), 10, looks) == ""
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_is_watched(supervisor, service, monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    supervisor.config = ServerConfig(watchdog_timeout=3)
+    word = ProgressWord(str(supervisor.run_dir), service.role)
+    word.beat(busy=False)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    read_fd, write_fd = os.pipe()
+    child = Child(service, process, os.pidfd_open(process.pid), read_fd, write_fd, ready=True)
+    supervisor.children[service.role] = child
+    try:
+        while not child.hung_at:
+            now += LOOK_EVERY_S
+            supervisor.look_at_progress(child)
+        assert process.wait(30) == -signal.SIGABRT
+    finally:
+        process.kill()
+        process.wait()
+        os.close(write_fd)
+        child.close()
 
 
 def test_a_service_that_cannot_be_started_again_for_want_of_resources_ends_the_server(

@@ -34,7 +34,7 @@ class FakePool:
         self.cancelled: list[str] = []
         self.outcomes: list[tuple[str, Any]] = []
 
-    def submit(self, rid: str, kind: str, text: str) -> None:
+    def submit(self, rid: str, kind: str, text: str, call: str = "") -> None:
         self.submitted[rid] = kind, text
 
     def cancel(self, rid: str) -> None:

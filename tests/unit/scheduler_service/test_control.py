@@ -221,7 +221,7 @@ def test_a_new_gateway_is_told_what_is_served_and_requests_of_the_one_before_end
     rig.inbox.put(tokenized("late", PROMPT, 2, epoch=2), tokenized("new", PROMPT, 2, attempt=5, epoch=2))
     rig.scheduler.step()
     told = [message for message in rig.outbox.messages[sent:] if not isinstance(message, Tokens | Reply)]
-    state = {"weight_version": "default", "paused": True, "asleep": False}
+    state = {"weight_version": "default", "paused": True, "asleep": False, "lacks": []}
     assert told == [msgspec.structs.replace(rig.scheduler.facts, state=state)]
     rig.inbox.put(ContinueGeneration(id="c"))
     rig.run()

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import threading
 
 import jsonschema
 import numpy as np
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from http_gateway.tool_calls import REQUIRED, calls_schema, parse
 from http_gateway.tool_events import Function, Tool
 from runtime.errors import RequestError
-from scheduler_service.grammar import GrammarCompiler, GrammarPool, MaskFiller, bitmask_words
+from scheduler_service.grammar import GrammarCompiler, MaskFiller, bitmask_words
 from scheduler_service.grammar_source import check_regex, from_ebnf
 
 END, TURN, CALL = 0, 1, 2  # special tokens
@@ -374,8 +373,7 @@ def test_after_a_bomb_the_next_grammar_compiles(tools):
 
 def test_the_checker_is_started_again_when_it_has_died(tools):
     assert tools.takes("regex", "x1", "x1")
-    tools.compiler._checker.kill()
-    tools.compiler._checker.wait()
+    tools.compiler._checker.end()
     assert tools.takes("regex", "x2", "x2")
 
 
@@ -451,22 +449,9 @@ def test_a_finished_grammar_allows_the_end_tokens_alone(tools):
     assert tools.allowed(matcher) == {END, TURN}
 
 
-def test_a_warm_compiler_has_loaded_its_tokenizer(tokenizer, vocab_size):
-    compiler = GrammarCompiler(tokenizer.path, vocab_size, [END])
-    compiler.warm()
-    (tokenizer.path / "tokenizer.json").rename(tokenizer.path / "gone.json")
-    try:
-        assert compiler.compile("regex", "a").matcher().accept(tokenizer.encode("a").ids[0])
-    finally:
-        (tokenizer.path / "gone.json").rename(tokenizer.path / "tokenizer.json")
-        compiler.close()
-
-
 def test_a_model_without_tokenizer_json_refuses_grammars(tmp_path):
     with pytest.raises(RequestError, match=r"no tokenizer\.json"):
-        compiler = GrammarCompiler(tmp_path, 100, [0])
-        compiler.warm()
-        compiler.compile("regex", "a")
+        GrammarCompiler(tmp_path, 100, [0]).compile("regex", "a")
 
 
 def test_counted_repetitions_are_added_up_through_groups_and_sets():
@@ -478,80 +463,3 @@ def test_counted_repetitions_are_added_up_through_groups_and_sets():
 def test_a_long_grammar_is_translated_in_linear_time():
     rules = "".join(f"r{i} ::= r{i + 1} | [a-z]\n" for i in range(5000))
     assert from_ebnf(f'root ::= r0\n{rules}r5000 ::= "x"').count("\n") > 5000
-
-
-class SlowCompiler:
-    """Compiles when told to."""
-
-    def __init__(self):
-        self.go = threading.Event()
-        self.begun = threading.Event()
-        self.compiled = []
-
-    def compile(self, kind, text):
-        self.begun.set()
-        assert self.go.wait(10)
-        self.compiled.append(text)
-        if text == "bad":
-            raise RequestError("Failed to compile regex grammar: bad")
-        if text == "broken":
-            raise IndexError("a fault of ours")
-        return text
-
-    def close(self):
-        pass
-
-
-def drain(pool):
-    pool._thread.submit(lambda: None).result()  # one thread, in order: everything before is decided
-    return pool.ready()
-
-
-def test_the_pool_gives_back_each_request_once_with_its_grammar_or_its_refusal():
-    compiler = SlowCompiler()
-    pool = GrammarPool(compiler)
-    pool.submit("r1", "regex", "good")
-    pool.submit("r2", "regex", "bad")
-    assert pool.ready() == [] and pool.pending == 2
-    compiler.go.set()
-    (first, grammar), (second, error) = drain(pool)
-    assert (first, grammar, second) == ("r1", "good", "r2")
-    assert isinstance(error, RequestError)
-    assert pool.ready() == [] and pool.pending == 0
-    pool.close()
-
-
-def test_a_fault_of_the_compiler_ends_one_request_and_not_the_service():
-    compiler = SlowCompiler()
-    compiler.go.set()
-    pool = GrammarPool(compiler)
-    pool.submit("r1", "regex", "broken")
-    pool.submit("r2", "regex", "good")
-    (_, error), kept = drain(pool)
-    assert isinstance(error, RequestError) and error.kind.status == 500
-    assert kept == ("r2", "good")
-    pool.close()
-
-
-def test_a_cancelled_request_never_comes_back():
-    compiler = SlowCompiler()
-    pool = GrammarPool(compiler)
-    pool.submit("running", "regex", "a")
-    compiler.begun.wait(10)
-    pool.submit("waiting", "regex", "b")
-    pool.submit("kept", "regex", "c")
-    pool.cancel("running")
-    pool.cancel("waiting")
-    pool.cancel("unknown")
-    compiler.go.set()
-    assert drain(pool) == [("kept", "c")]
-    assert compiler.compiled == ["a", "c"]
-    pool.close()
-
-
-def test_the_pool_compiles_with_the_real_compiler(tools):
-    pool = GrammarPool(tools.compiler)
-    pool.submit("r", "json_schema", '{"type": "integer"}')
-    [(rid, grammar)] = drain(pool)
-    assert rid == "r" and int(tools.text(tools.sample(grammar, random.Random(1), patience=3))) is not None
-    pool._thread.shutdown()

@@ -29,7 +29,7 @@ def fused(directory: Path, kind: type[Engine] = Engine, **settings: Any) -> Engi
     own = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", "max_running_requests": 12}
     settings = {**own, **settings}
     config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
-    worker = Worker(config, model_info.load(config), backend="torch")
+    worker = Worker(config, model_info.load(config), implementation="torch")
     return kind(directory, worker=worker, **settings)
 
 

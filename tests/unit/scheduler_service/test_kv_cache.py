@@ -1,11 +1,10 @@
-"""The KV pool: its size, and what writing does to it."""
+"""The KV pool: where it lies, and what writing does to it."""
 
-import pytest
+from pathlib import Path
+
 import torch
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from scheduler_service.kv_cache import GB, KVCache, Placement, choose_page_count, token_bytes
+from scheduler_service.kv_cache import GB, KVCache, Placement, token_bytes, untouched_zeros
 from scheduler_service.model.batch import AttentionSpec
 
 CPU = torch.device("cpu")
@@ -13,37 +12,6 @@ CPU = torch.device("cpu")
 
 def spec(layer: int, kv_heads: int = 2, dim: int = 4) -> AttentionSpec:
     return AttentionSpec(layer=layer, heads=4, kv_heads=kv_heads, head_dim=dim, scale=0.5)
-
-
-def count(free_gb: float = 10.0, most_tokens: int = 10**9, bytes_per_token: int = 1 << 10, **settings) -> int:
-    config = ServerConfig(device="cpu", **settings)
-    return choose_page_count(config, 16, bytes_per_token, most_tokens, int(free_gb * GB), 16 * GB)
-
-
-def test_the_default_is_a_share_of_what_is_free():
-    assert count(10.0) * 16 * 1024 == pytest.approx(4.0 * GB, rel=1e-3)
-
-
-def test_no_more_than_all_requests_can_hold():
-    assert count(most_tokens=1000) == 63
-
-
-def test_the_memory_share_counts_what_is_taken_already():
-    assert count(10.0, mem_fraction_static=0.5) * 16 * 1024 == pytest.approx(2.0 * GB, rel=1e-3)
-
-
-def test_an_explicit_size_is_rounded_down_to_whole_pages():
-    assert count(max_total_tokens=1000) == 62
-
-
-def test_an_explicit_size_that_does_not_fit_is_cut_to_what_does():
-    assert count(1.0, max_total_tokens=10**9) * 16 * 1024 < GB
-
-
-@pytest.mark.parametrize("settings", [{"max_total_tokens": 15}, {"mem_fraction_static": 0.1}])
-def test_no_room_for_one_page_is_an_error_that_names_the_flag(settings):
-    with pytest.raises(StartupError, match=next(iter(settings)).replace("_", "-")):
-        count(**settings)
 
 
 def test_bytes_of_a_token_add_up_over_layers():
@@ -74,3 +42,21 @@ def test_a_page_that_is_begun_loses_what_an_earlier_owner_left():
     page = cache.keys[0][:, 8:12]
     assert (page[:, 0] == 1).all() and (page[:, 1:] == 0).all()
     assert cache.keys[0][:, 4:8].isnan().all()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_pool_takes_memory_only_where_it_is_written_and_gives_all_of_it_back():
+    before, size = resident_bytes(), 256 << 20
+    pool = untouched_zeros((1, size // 256, 64), torch.float32, CPU)
+    assert not pool[:, ::4096].any() and resident_bytes() - before < size // 8
+    pool.fill_(1)
+    assert resident_bytes() - before > size * 0.9
+    del pool
+    assert resident_bytes() - before < size // 8
+
+
+def test_a_pool_of_nothing_is_no_error():
+    assert untouched_zeros((0, 16, 4), torch.float32, CPU).shape == (0, 16, 4)

@@ -5,8 +5,18 @@ from array import array
 import torch
 
 from runtime.messages import LogprobOptions, Logprobs, unpack_ids
+from runtime.sampling import SamplingParams
 from scheduler_service import logprobs as module
 from scheduler_service.logprobs import log_of_sums, output_logprobs, prompt_logprobs
+from scheduler_service.sampler import Row, wish_of
+
+
+def row_of(**params: float) -> Row:
+    given = SamplingParams(**params)
+    return Row(given, wish_of(given), seed=0, prompt_len=1, end_ids=[], bias_ids=array("q"), biases=array("f"))
+
+
+ROW = row_of(temperature=1.0)
 
 
 def floats(data: bytes) -> torch.Tensor:
@@ -37,7 +47,7 @@ def test_each_row_gets_what_its_request_asked_for():
         LogprobOptions(top=1, token_ids=[9, 0]),
         LogprobOptions(token_ids=[9, 0]),
     ]
-    found = output_logprobs(logits, torch.tensor(tokens), options).by_row()
+    found = output_logprobs(logits, torch.tensor(tokens), options, [ROW] * 5).by_row()
     assert found[1] is None
     for row, option in enumerate(options):
         if option is not None:
@@ -45,13 +55,13 @@ def test_each_row_gets_what_its_request_asked_for():
 
 
 def test_nobody_asking_costs_nothing_and_gives_nothing():
-    assert output_logprobs(torch.empty(2, 0), torch.zeros(2), [None, None]).by_row() == [None, None]
+    assert output_logprobs(torch.empty(2, 0), torch.zeros(2), [None, None], [ROW] * 2).by_row() == [None, None]
 
 
 def test_a_masked_token_has_minus_infinity():
     logits = torch.zeros(1, 4)
     logits[0, 2] = -torch.inf
-    (found,) = output_logprobs(logits, torch.tensor([0]), [LogprobOptions(token_ids=[2])]).by_row()
+    (found,) = output_logprobs(logits, torch.tensor([0]), [LogprobOptions(token_ids=[2])], [ROW]).by_row()
     assert floats(found.asked_values).tolist() == [-torch.inf]
     close(found.values, torch.tensor([-1.0986123]))
 
@@ -81,3 +91,28 @@ def test_a_row_has_the_same_bits_alone_and_among_others_however_many_threads_the
         assert all(torch.equal(log_of_sums(logits[i : i + 3]), together[i : i + 3]) for i in range(10))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_entropy_is_that_of_the_whole_distribution():
+    logits = torch.randn(3, 700)
+    logits[1, 5:] = -torch.inf
+    options = [LogprobOptions(entropy=True)] * 3
+    found = output_logprobs(logits, torch.tensor([1, 2, 3]), options, [ROW] * 3).by_row()
+    for row, scores in enumerate(found):
+        close(scores.entropies, torch.distributions.Categorical(logits=logits[row]).entropy())
+
+
+def test_support_is_what_the_filters_leave():
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).log()
+    for params, ids in (({"top_k": 3}, [0, 1, 2]), ({"top_k": 4, "top_p": 0.6}, [0, 1]), ({"min_p": 0.4}, [0, 1, 2])):
+        (found,) = output_logprobs(
+            logits, torch.tensor([1]), [LogprobOptions(support=True)], [row_of(**params)]
+        ).by_row()
+        assert (list(unpack_ids(found.support_counts)), list(unpack_ids(found.support_ids))) == ([len(ids)], ids)
+        close(found.support_values, torch.tensor([3.0 / sum(4.0 - i for i in ids)]).log())
+
+
+def test_support_of_the_best_token_is_that_token():
+    options = [LogprobOptions(support=True)]
+    (found,) = output_logprobs(torch.randn(1, 9), torch.tensor([7]), options, [row_of(temperature=0.0)]).by_row()
+    assert (list(unpack_ids(found.support_ids)), floats(found.support_values).tolist()) == ([7], [0.0])

@@ -148,6 +148,9 @@ def model(tmp_path: Path) -> Path:
     return checkpoints.version_model(tmp_path / "model", TOKEN)
 
 
+AWAKE = {"asleep": False, "lacks": []}
+
+
 def saving(model: Path, tmp_path: Path, **settings: object) -> Live:
     return Live(model, tmp_path, enable_memory_saver=True, **settings)
 
@@ -166,7 +169,7 @@ def test_without_the_flag_memory_is_not_released(model: Path, tmp_path: Path) ->
 def test_released_memory_is_gone_and_comes_back(model: Path, tmp_path: Path) -> None:
     live = saving(model, tmp_path, enable_weights_cpu_backup=True)
     before = live.logits(PROMPT)
-    assert live.call(ReleaseMemory()).body == {"asleep": True}
+    assert live.call(ReleaseMemory()).body == {"asleep": True, "lacks": ["weights", "kv_cache"]}
     buffers = live.updates.live.buffers.values()
     assert sum(buffer.untyped_storage().nbytes() for buffer in buffers) < 100 and not live.worker.cache.keys
     assert live.call(ReleaseMemory(tags=["weights"])).success
@@ -174,7 +177,7 @@ def test_released_memory_is_gone_and_comes_back(model: Path, tmp_path: Path) -> 
     live.run()
     assert live.output("x") == []
     for _ in range(2):
-        assert live.call(ResumeMemory(tags=ALL)).body == {"asleep": False}
+        assert live.call(ResumeMemory(tags=ALL)).body == AWAKE
     live.run()
     assert live.output("x") == [TOKEN] * 3
     assert live.logits(PROMPT) == before
@@ -192,6 +195,59 @@ def test_weights_without_a_backup_must_be_written_before_anything_is_generated(m
     live.call(UpdateWeightsFromDisk(model_path=str(checkpoints.version_model(tmp_path / "new", TOKEN + 1))))
     live.run()
     assert live.output("x") == [TOKEN + 1] * 3
+
+
+def test_recorded_graphs_alone_keep_nothing_asleep(model: Path, tmp_path: Path) -> None:
+    """A step that wants a graph records it again. Trainers resume weights and cache, and leave this tag out."""
+    live = saving(model, tmp_path, enable_weights_cpu_backup=True)
+    assert live.call(ReleaseMemory(tags=["cuda_graph"])).body == AWAKE
+    assert answered(live, "first") == [TOKEN] * 3
+    live.call(ReleaseMemory())
+    assert live.call(ResumeMemory(tags=["weights"])).body == {"asleep": True, "lacks": ["kv_cache"]}
+    assert live.call(ResumeMemory(tags=["kv_cache"])).body == AWAKE
+    assert answered(live, "second") == [TOKEN] * 3
+
+
+SUBSETS = [list(tags) for size in range(1, 4) for tags in itertools.permutations(ALL, size)]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("released", [None, [], *SUBSETS])
+def test_whatever_was_released_in_whatever_order_comes_back_tag_by_tag(
+    model: Path, tmp_path: Path, released: list[str] | None, twice: bool
+) -> None:
+    live = saving(model, tmp_path, enable_weights_cpu_backup=True)
+    before = live.logits(PROMPT)
+    for _ in range(1 + twice):
+        assert live.call(ReleaseMemory(tags=released)).success
+    gone = [tag for tag in ("weights", "kv_cache") if tag in (released or ALL)]
+    for tag in reversed(released or ALL):
+        assert live.planner.asleep == bool(gone)
+        for _ in range(1 + twice):
+            gone = [other for other in gone if other != tag]
+            assert live.call(ResumeMemory(tags=[tag])).body == {"asleep": bool(gone), "lacks": gone}
+    assert answered(live, "x") == [TOKEN] * 3
+    assert live.logits(PROMPT) == before
+
+
+@pytest.mark.parametrize("tags", [["weights", "graphs"], ["graphs"], [""]])
+def test_an_unknown_tag_changes_nothing_though_known_ones_stand_beside_it(
+    model: Path, tmp_path: Path, tags: list[str]
+) -> None:
+    live = saving(model, tmp_path)
+    for command in (ReleaseMemory(tags=tags), ResumeMemory(tags=tags)):
+        reply = live.call(command)
+        assert reply.status == 400 and "is unknown" in reply.message
+    assert not live.scheduler.saver.released  # type: ignore[union-attr]
+    assert answered(live, "x") == [TOKEN] * 3
+
+
+def test_the_update_that_writes_what_was_given_up_says_that_the_server_is_awake(model: Path, tmp_path: Path) -> None:
+    live = saving(model, tmp_path)
+    live.call(ReleaseMemory())
+    assert live.call(ResumeMemory()).body == {"asleep": True, "lacks": []}
+    body = live.call(UpdateWeightsFromDisk(model_path=str(model))).body
+    assert body is not None and (body["asleep"], body["lacks"]) == (False, [])
 
 
 def test_memory_of_running_requests_is_not_released(model: Path, tmp_path: Path) -> None:
@@ -217,7 +273,7 @@ def test_memory_that_another_process_holds_can_be_asked_for_again(model: Path, t
     assert reply.status == 503 and reply.message.startswith("Memory cannot be resumed: ")
     assert live.planner.asleep
     cache._shapes = wanted
-    assert live.call(ResumeMemory()).body == {"asleep": False}
+    assert live.call(ResumeMemory()).body == AWAKE
     assert answered(live, "x") == [TOKEN] * 3
 
 

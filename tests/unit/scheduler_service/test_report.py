@@ -75,3 +75,16 @@ def test_retractions_are_logged_with_the_ratio(caplog: pytest.LogCaptureFixture)
     assert caplog.messages[0].startswith(
         "KV cache pool is full. Retract requests. #retracted_reqs: 1, #new_token_ratio: 0.1000 -> 0.3"
     )
+
+
+def test_preemptions_are_logged_apart_from_retractions(caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(max_running=1, policy="priority", preemption_threshold=0)
+    rig.inbox.put(tokenized("low", [10, 11], 20))
+    rig.scheduler.step()
+    rig.inbox.put(tokenized("high", [20, 21], 2, priority=1))
+    with caplog.at_level(logging.INFO):
+        rig.run()
+    assert "Preempt requests of lower priority. #preempted_reqs: 1" in caplog.messages
+    assert not any("KV cache pool is full" in message for message in caplog.messages)
+    figures = rig.scheduler.figures()
+    assert (figures["total_preempted_reqs"], figures["total_retracted_reqs"]) == (1, 0)

@@ -36,7 +36,7 @@ def fused(directory: Path, **settings: Any) -> Engine:
     """The same on the fused operations, whose decode steps take their tokens from the slots."""
     settings = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", **NGRAM, **settings}
     config = ServerConfig(model_path=str(directory), model_dir=str(directory), max_running_requests=12, **settings)
-    return Engine(directory, worker=Worker(config, model_info.load(config), backend="torch"), **settings)
+    return Engine(directory, worker=Worker(config, model_info.load(config), implementation="torch"), **settings)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from runtime.control import BeginWeightUpdate, ContinueGeneration, EndWeightUpdate, PauseGeneration, ReleaseMemory
+from runtime.control import (
+    BeginWeightUpdate,
+    ContinueGeneration,
+    EndWeightUpdate,
+    PauseGeneration,
+    ReleaseMemory,
+    ResumeMemory,
+)
 from scheduler_service.standing import LOST, StandingOrders
 from tests import checkpoints
 from tests.live import Live
@@ -38,6 +45,14 @@ def test_memory_that_was_given_up_is_given_up_again(model: Path, tmp_path: Path)
     again = started(model, tmp_path).scheduler
     assert again.saver is not None and again.saver.released == {"kv_cache"}
     assert again.planner.asleep
+
+
+def test_graphs_that_were_given_up_keep_no_later_scheduler_asleep(model: Path, tmp_path: Path) -> None:
+    live = started(model, tmp_path)
+    live.call(ReleaseMemory())
+    live.call(ResumeMemory(tags=["weights"]))
+    live.call(ResumeMemory(tags=["kv_cache"]))
+    assert not started(model, tmp_path).planner.asleep
 
 
 def test_an_update_that_had_begun_cannot_be_ended_without_its_first_half(model: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_log_says_what_the_contract_says(
         "Start update_weights. Load format=auto",
         "Update engine weights online from disk begin",
         "Using model weights format ['*.safetensors']",
-        "No model.safetensors.index.json found in remote.",
+        f"No model.safetensors.index.json found in {versions[1]}.",
         "Update weights end.",
         "Cache flushed successfully!",
     ]

@@ -1,9 +1,13 @@
 """Reading checkpoints: what is read, and how each kind of damage is reported."""
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +152,7 @@ DAMAGE: list[tuple[str, dict[str, Any], str]] = [
     ("repeated tensor", {"header": b'{"a": {}, "a": {}}'}, "the key 'a' occurs twice"),
     ("unknown dtype", {"header": {"a": entry(0, 8, [2], "F33")}, "data": bytes(8)}, "unknown dtype 'F33'"),
     ("size and shape differ", {"header": {"a": entry(0, 8, [3])}, "data": bytes(8)}, "takes 8 bytes, not those of F32"),
-    ("negative shape", {"header": {"a": entry(0, 8, [-1, -2])}, "data": bytes(8)}, "takes 8 bytes, not those of F32"),
+    ("negative shape", {"header": {"a": entry(0, 8, [-1, -2])}, "data": bytes(8)}, "tensor a: Expected `int` >= 0"),
     ("hole", {"header": {**ONE, "b": entry(12, 20, [2])}, "data": bytes(20)}, "b begins at byte 12 of the data, exp"),
     ("overlap", {"header": {**ONE, "b": entry(4, 12, [2])}, "data": bytes(12)}, "b begins at byte 4 of the data, exp"),
     (
@@ -167,6 +171,68 @@ def test_damaged_files_are_refused_by_name(case: str, file: dict[str, Any], comp
     with pytest.raises(CheckpointError, match=complaint) as refusal:
         Checkpoint.open(tmp_path)
     assert "model.safetensors" in str(refusal.value)
+
+
+def many(count: int, prefix: str) -> bytes:
+    """A header of so many empty tensors."""
+    return json.dumps({f"{prefix}{number}": entry(0, 0, [0]) for number in range(count)}).encode()
+
+
+EXCESS: list[tuple[str, bytes, str]] = [
+    ("rank", json.dumps({"a": entry(0, 8, [1 << 62] * 60_000)}).encode(), "tensor a: Expected `array` of length <= 8"),
+    ("rank of ones", json.dumps({"a": entry(0, 4, [1] * 9)}).encode(), "length <= 8"),
+    ("a size beyond 63 bits", json.dumps({"a": entry(0, 8, [1 << 63])}).encode(), "bad header: tensor a: "),
+    ("a number of 5,000 digits", b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b"]}}", "bad header"),
+    ("values", b'{"a": [' + b"1," * checkpoints.MAX_VALUES + b"1, 2]}", "more than 1048576 values"),
+    ("name", json.dumps({"n" * 600: ONE["a"]}).encode(), "is longer than 512 characters"),
+    ("a name of 8 MB", json.dumps({"n" * (8 << 20): ONE["a"]}).encode()[: 8 << 20], "bad header"),
+    ("dtype", json.dumps({"a": entry(0, 8, [2], "F" * 1000)}).encode(), "length <= 32"),
+    ("offset", json.dumps({"a": entry(0, 1 << 70, [2])}).encode(), "bad header: tensor a: "),
+]
+
+
+@pytest.mark.parametrize(("case", "header", "complaint"), EXCESS, ids=[case for case, _, _ in EXCESS])
+def test_a_header_that_says_too_much_is_refused_in_one_short_line(
+    case: str, header: bytes, complaint: str, tmp_path: Path
+) -> None:
+    write_raw(tmp_path / "model.safetensors", header, bytes(8))
+    before = time.process_time()
+    with pytest.raises(CheckpointError, match=complaint) as refusal:
+        Checkpoint.open(tmp_path)
+    assert len(str(refusal.value)) < len(str(tmp_path)) + 400 and "\n" not in str(refusal.value)
+    assert time.process_time() - before < 1.0, "its cost does not grow with what it claims"
+
+
+def test_a_checkpoint_of_too_many_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "MAX_TENSORS", 5)
+    write_raw(tmp_path / "a.safetensors", many(4, "a"))
+    assert len(Checkpoint.open(tmp_path).tensors) == 4
+    write_raw(tmp_path / "b.safetensors", many(4, "b"))
+    with pytest.raises(CheckpointError, match="more than 5 tensors"):
+        Checkpoint.open(tmp_path)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def unix_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(path.parent):
+        listener.bind(path.name)
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [pipe, unix_socket, Path.mkdir, zeros])
+@pytest.mark.parametrize("name", ["model.safetensors", checkpoints.INDEX_NAME])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(
+    make: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"cannot read .*{name}"):
+        Checkpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +255,8 @@ def test_bad_indexes_are_refused(index: str, complaint: str, tmp_path: Path) -> 
 
 
 def test_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="only the safetensors format is read"):
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="only checkpoints in the safetensors"):
         Checkpoint.open(tmp_path)
 
 
@@ -227,7 +293,7 @@ def test_log_lines_and_progress_bar(
         load.load_weights(fused_weights(), config, model_info.load(config))
     assert [record.getMessage() for record in caplog.records] == [
         "Using model weights format ['*.safetensors']",
-        "No model.safetensors.index.json found in remote.",
+        f"No model.safetensors.index.json found in {tmp_path}.",
     ]
     bar = capsys.readouterr().err.splitlines()
     assert bar[0].startswith("Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]")

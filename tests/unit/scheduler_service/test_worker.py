@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from http_gateway.logprobs import supports
 from runtime.config import ServerConfig
 from runtime.messages import LogprobOptions, Request
 from runtime.model_info import ModelInfo
@@ -13,6 +14,7 @@ from runtime.sampling import SamplingParams
 from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.model.batch import AttentionSpec, Batch
+from scheduler_service.model.weights import Layout, Weights
 from scheduler_service.worker import Worker
 from tests.engine import Engine, floats
 from tests.model import tiny
@@ -26,6 +28,7 @@ class Counter:
 
     attention = [AttentionSpec(layer=0, heads=2, kv_heads=1, head_dim=4, scale=0.5)]
     dtype = torch.float32
+    weights = Weights(Layout(), torch.float32, torch.device("cpu"))
     hidden_size = 2
     vocab_size = VOCAB
 
@@ -193,3 +196,20 @@ def test_embeddings_of_the_prompt_answer_as_its_ids_do(llama):
     by_ids, by_embeds = engine.add(ids), engine.add([0] * len(ids), embeds=table.numpy().tobytes())
     engine.run()
     assert engine.answers[by_embeds].ids == engine.answers[by_ids].ids
+
+
+@pytest.mark.parametrize("speculates", [False, True])
+def test_entropy_and_support_come_with_every_token(speculates: bool, tmp_path: Path) -> None:
+    settings = {"speculative_algorithm": "NGRAM"} if speculates else {}
+    engine = Engine(tiny.build("qwen3", tmp_path), **settings)
+    options = LogprobOptions(told=False, entropy=True, support=True)
+    params = SamplingParams(temperature=0.9, top_k=6, top_p=0.9, max_new_tokens=12)
+    answer, greedy = engine.generate(
+        [[3, 4, 5, 3, 4, 5, 3, 4]] * 2, [params, SamplingParams(temperature=0.0, max_new_tokens=12)], logprobs=options
+    )
+    for found in (answer, greedy):
+        assert found.logprobs is not None
+        assert len(floats(found.logprobs.entropies)) == len(floats(found.logprobs.support_values)) == 12
+    rows = supports(answer.logprobs)
+    assert all(token in row and len(row) <= 6 for token, row in zip(answer.ids, rows, strict=True))
+    assert supports(greedy.logprobs) == [[token] for token in greedy.ids]

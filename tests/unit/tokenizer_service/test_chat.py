@@ -79,8 +79,8 @@ def hugging_face():
     return render
 
 
-def template(source, max_chars=100_000, **named):
-    return ChatTemplate({"default": source, **named}, TOKENS, max_chars)
+def template(source, context_length=1000, **named):
+    return ChatTemplate({"default": source, **named}, TOKENS, context_length)
 
 
 def outcome(render):
@@ -101,6 +101,7 @@ def ours(source, messages, tools=None, documents=None, **options):
 @pytest.mark.parametrize("name", sorted(bundled()))
 def test_bundled_templates_render_as_hugging_face_does(name, conversation, hugging_face):
     source, messages = bundled()[name].read_text(), CONVERSATIONS[conversation]
+    spelt_out = [{**message, "content": message["content"] or ""} for message in messages]
     agreed = 0
     for options in (
         {"add_generation_prompt": True},
@@ -109,7 +110,7 @@ def test_bundled_templates_render_as_hugging_face_does(name, conversation, huggi
         {"add_generation_prompt": True, "enable_thinking": False},
         {"add_generation_prompt": False, "continue_final_message": True},
     ):
-        theirs = outcome(lambda options=options: hugging_face(source, messages, **options))
+        theirs = outcome(lambda options=options: hugging_face(source, spelt_out, **options))
         mine = outcome(lambda options=options: ours(source, messages, **options))
         if isinstance(theirs, str):
             assert mine == theirs, options
@@ -312,7 +313,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_is_refused_within_the_budget(bomb):
-    with pytest.raises(RequestError, match="the chat template failed") as refused:
+    with pytest.raises(RequestError, match=r"the chat template (failed|made a text)") as refused:
         ours(BOMBS[bomb], [turn("user", "x")])
     assert refused.value.kind.status == 400
 
@@ -327,10 +328,51 @@ def test_time_is_counted_from_the_start_of_each_render():
 
 
 def test_a_prompt_that_no_context_can_hold_is_refused():
-    small = template("{{ messages[0].content }}", max_chars=10)
-    assert small.render(Chat(messages=[turn("user", "a" * 10)])) == "a" * 10
-    with pytest.raises(RequestError, match="more than 10 characters"):
-        small.render(Chat(messages=[turn("user", "a" * 11)]))
+    small = template("{{ messages[0].content }}", context_length=2)
+    assert small.render(Chat(messages=[turn("user", "a" * 256)])) == "a" * 256
+    with pytest.raises(RequestError, match=r"more than 256 characters: .* context length \(2 tokens\)") as refused:
+        small.render(Chat(messages=[turn("user", "a" * 257)]))
+    assert (refused.value.code, refused.value.field) == ("context_length_exceeded", "messages")
+
+
+def test_more_messages_than_the_context_has_tokens_are_refused_unrendered():
+    small = template("{{ raise_exception('rendered') }}", context_length=2)
+    with pytest.raises(RequestError, match=r"3 messages: longer than the model's context length") as refused:
+        small.render(Chat(messages=[turn("user", "a")] * 3))
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_a_long_conversation_gets_time_by_its_messages():
+    ticks = iter([0.0, *(n * 0.0002 for n in range(2001)), 0.4, 0.45])
+    environment = ChatEnvironment(clock=lambda: next(ticks))
+    source = "{% for m in messages %}{% if m.role == '' %}{{ m.role }}{% endif %}{% endfor %}"
+    patient = ChatTemplate({"default": source}, {}, 2000, environment)
+    assert patient.render(Chat(messages=[turn("user", "x")] * 2000)) == ""
+
+
+NULL_TEMPLATE = (  # DeepSeek V3's way: a turn that calls tools is one whose content is none
+    "{% for m in messages %}{% if m['content'] is none %}{% for c in m['tool_calls'] %}"
+    "{{ c['function']['name'] + ':' + c['function']['arguments'] }};{% endfor %}"
+    "{% else %}{{ m['role'] + '=' + m['content'] }};{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}, {"content": ""}])
+def test_a_turn_with_calls_and_no_content_has_an_empty_one(content):
+    messages = [
+        {"role": "assistant", "tool_calls": [call("f", x="é")], **content},
+        {"role": "tool", "tool_call_id": "1"},
+    ]
+    source = "{% for m in messages %}{{ m['role'] + '=' + m['content'] }};{% endfor %}"
+    assert ours(source, messages) == "assistant=;tool=;"
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}, {"content": ""}])
+def test_a_template_that_knows_calls_by_null_content_gets_them(content):
+    asked = call("f")
+    asked["function"]["arguments"] = '{"x": "é"}'
+    messages = [{"role": "assistant", "tool_calls": [asked], **content}, {"role": "tool", "content": None}]
+    assert ours(NULL_TEMPLATE, messages) == 'f:{"x": "é"};tool=;'
 
 
 def info(path):

@@ -29,9 +29,19 @@ class PlannerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         hopeful=st.booleans(),
         drafts=st.sampled_from([None, DraftOptions(4, 1, 3), DraftOptions(40, 2, 8)]),
+        preemption=st.fixed_dictionaries(
+            {"preemption_threshold": st.sampled_from([None, 0, 1]), "low_values_first": st.booleans()}
+        ),
     )
     def build(
-        self, page_size: int, depth: int, chunk: int, policy: str, hopeful: bool, drafts: DraftOptions | None
+        self,
+        page_size: int,
+        depth: int,
+        chunk: int,
+        policy: str,
+        hopeful: bool,
+        drafts: DraftOptions | None,
+        preemption: dict[str, Any],
     ) -> None:
         self.model = looping_token if drafts else next_token
         self.stepper = Stepper(
@@ -46,6 +56,8 @@ class PlannerMachine(RuleBasedStateMachine):
             max_running=5,
             max_queued=12,
             context_length=150,
+            running_timeout_s=30,
+            **preemption,
         )
         if hopeful:
             self.stepper.planner.growth.START = 0.0
@@ -100,6 +112,11 @@ class PlannerMachine(RuleBasedStateMachine):
     def fail(self, pick: int) -> None:
         if live := list(self.stepper.planner.live):
             self.stepper.worker.faults[live[pick % len(live)]] = NAN_HAPPENED
+
+    @rule()
+    def expire(self) -> None:
+        self.stepper.take(self.stepper.planner.expire(float(self.stepper.steps)))
+        self.stepper.forget()
 
     @rule()
     def flush(self) -> None:

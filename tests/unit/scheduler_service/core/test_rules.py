@@ -41,6 +41,22 @@ def test_prompt_and_output_over_the_context_are_refused_with_the_sum() -> None:
     )
 
 
+def test_output_that_does_not_fit_is_clipped_where_the_operator_wants_it() -> None:
+    clipping = config(context_length=10, total_pages=100, clips_output=True)
+    assert sequence_of(tokenized("a", range(6), 5), clipping, 0.0).limit == 4
+
+
+def test_what_exceeds_the_context_is_told_by_its_code() -> None:
+    for message, settings in (
+        (tokenized("a", range(10), None), WIDE),
+        (tokenized("a", range(6), 5), WIDE),
+        (tokenized("a", range(8), 1), SMALL),
+    ):
+        with pytest.raises(RequestError) as caught:
+            sequence_of(message, settings, 0.0)
+        assert caught.value.code == "context_length_exceeded"
+
+
 def test_the_default_limit_is_clipped_because_nobody_may_have_asked_for_it() -> None:
     assert sequence_of(tokenized("a", range(6), 128), WIDE, 0.0).limit == 4
 

@@ -1,0 +1,15 @@
+"""Texts from outside that get into messages and logs: as long as a line can bear, and nothing but printable."""
+
+MAX_CHARS = 120
+TAIL_CHARS = 30
+
+
+def short(text: object, max_chars: int = MAX_CHARS) -> str:
+    """The text, its middle left out where it is long, control characters escaped."""
+    whole = str(text)
+    if len(whole) > max_chars:
+        tail = min(TAIL_CHARS, max_chars // 4)
+        whole = f"{whole[: max_chars - tail]}…{whole[-tail:]} ({len(whole)} characters)"
+    if whole.isprintable():
+        return whole
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in whole)

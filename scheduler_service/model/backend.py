@@ -1,0 +1,63 @@
+"""How a decoder computes: the operations of a layer, as one kind of device does them best.
+
+The decoder (decoder.py) says which operations follow one another, once. A backend decides how they are done and which
+of them share a kernel. It is a value: a model runs on the one it is given, and nothing asks for the device again.
+
+`TorchBackend` runs torch's own operations on any device, with packed weights on a CPU. `FusedBackend` runs the fused
+operations of `kernels/ops.py` on a GPU.
+"""
+
+from typing import Protocol
+
+import torch
+
+from kernels.linear import Linear
+from scheduler_service.model.batch import Attend, PagedContext
+from scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
+
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines, each (tokens, 1, rotary_dim)
+
+
+class Backend(Protocol):
+    """The operations of a decoder. The residual stream (tokens, hidden) is changed in place."""
+
+    deterministic: bool  # the bits of a token's result do not depend on what shares its step
+
+    def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
+        """Make ready for computing with these weights; before the first step."""
+        ...
+
+    def rotations(self, positions: torch.Tensor) -> list[Rotation]:
+        """For each rope of the model, the rotation of the tokens at `positions` (tokens,)."""
+        ...
+
+    def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """norm(x); x itself without a norm."""
+        ...
+
+    def attend(
+        self,
+        residual: torch.Tensor,
+        norm: Norm | None,
+        attention: Attention,
+        rotation: Rotation,
+        context: Attend | PagedContext,
+    ) -> torch.Tensor:
+        """Project norm(residual), rotate, write keys and values to the context, attend: (tokens, heads * head_dim)."""
+        ...
+
+    def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
+        """residual += norm(linear(x))."""
+        ...
+
+    def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
+        """activation(gate) * up, the halves of gate_up(norm(residual)): (tokens, size)."""
+        ...
+
+    def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
+        """residual += after(moe(before(residual))); the chosen experts (tokens, top_k), best first."""
+        ...
+
+    def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
+        """out (rows, vocab) float32 = lm_head(hidden (rows, hidden)), soft-capped."""
+        ...

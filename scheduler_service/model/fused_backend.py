@@ -1,0 +1,154 @@
+"""The operations of a decoder on fused operations: the same answers, in a few launches a layer.
+
+    up to 4 tokens     norm+QKV+rotate+write, attend, output+residual, norm+gate/up+activate, down+residual
+    up to 64           norm, skinny QKV, rotate+write, attend, skinny output+residual, norm, skinny gate/up, skinny down
+    more               the same with cuBLAS for the four products
+
+Nothing here waits for the device and no shape depends on a value, so a forward pass can be recorded in a graph.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from kernels import reference
+from kernels.configs import SKINNY_ROWS
+from kernels.linear import Linear
+from kernels.ops import Implementation, resolve
+from scheduler_service.model.backend import Rotation
+from scheduler_service.model.batch import Attend, PagedContext
+from scheduler_service.model.fused_moe import FusedMoe
+from scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
+from scheduler_service.model.products import Products, Workspace
+from scheduler_service.model.rope import position_tables
+from scheduler_service.model.spec import DecoderSpec, RopeSpec
+
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class FusedBackend:
+    """A model.backend.Backend whose contexts are PagedContexts."""
+
+    def __init__(
+        self,
+        ropes: Sequence[RopeSpec],
+        dtype: torch.dtype,
+        device: torch.device,
+        implementation: Implementation,
+        context_length: int,
+        dependent: bool = False,
+        deterministic: bool = False,
+    ) -> None:
+        """`implementation`, `dependent`: see kernels.ops.resolve."""
+        self.deterministic = deterministic
+        self.ops = resolve(device.type, implementation, dependent)
+        self.workspace = Workspace(implementation, device, SKINNY_ROWS if deterministic else None)
+        self.products = Products(self.ops, self.workspace, deterministic)
+        self.moe = FusedMoe(self.products)
+        self.tables = [
+            torch.cat(position_tables(frequencies(rope, device), rope.factor, context_length, dtype), 1)
+            for rope in ropes
+        ]  # each (context_length, 2, rotary_dim): cosines, signed sines
+
+    def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
+        for layer in layers:
+            self.products.reserve(layer.attention.qkv)
+            self.products.reserve(layer.attention.output)
+            block = layer.feed_forward
+            if isinstance(block, Moe):
+                self.moe.reserve(block)
+            else:
+                self.products.reserve(block.gate_up, gated=True)
+                self.products.reserve(block.down)
+        if lm_head is not None:
+            self.products.reserve(lm_head)
+
+    def rotations(self, positions: torch.Tensor) -> list[Rotation]:
+        return [self.rotation(rope, positions) for rope in range(len(self.tables))]
+
+    def rotation(self, rope: int, positions: torch.Tensor) -> Rotation:
+        """Cosines and signed sines of positions (tokens,): each (tokens, 1, rotary_dim)."""
+        cos, sin = (half.index_select(0, positions) for half in self.tables[rope].split(1, 1))
+        return cos, sin
+
+    def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        if norm is None:
+            return x
+        out = torch.empty_like(x)
+        self.ops.rms_norm(x, norm.weight, norm.epsilon, norm.plus_one, out)
+        return out
+
+    def attend(
+        self,
+        residual: torch.Tensor,
+        norm: Norm | None,
+        attention: Attention,
+        rotation: Rotation,
+        context: Attend | PagedContext,
+    ) -> torch.Tensor:
+        paged = cast(PagedContext, context)
+        q = self.queries(residual, norm, attention, rotation, paged)
+        mixed = torch.empty_like(q)
+        paged.attend(attention.spec, q, mixed)
+        return mixed.flatten(1)
+
+    def queries(
+        self, x: torch.Tensor, norm: Norm | None, attention: Attention, rotation: Rotation, context: PagedContext
+    ) -> torch.Tensor:
+        """Rotated queries (tokens, heads, dim); keys and values are in the pool afterwards."""
+        spec, qkv = attention.spec, attention.qkv
+        q = x.new_empty(len(x), spec.heads, spec.head_dim)
+        rest = (*rotation, context.places, *context.pools(spec.layer), q)
+        # A norm per head would need the whole head in one program: too few programs to read the weights at full speed.
+        plain_heads = attention.query_norm is None and rotation[0].shape[2] == spec.head_dim
+        if norm is not None and plain_heads and self.products.few(x):
+            self.ops.norm_qkv_rope_kv(x, norm.weight, norm.epsilon, norm.plus_one, qkv.weight, qkv.bias, *rest)
+            return q
+        projected = self.products(self.normed(x, norm), qkv)
+        query_norm, key_norm = attention.query_norm, attention.key_norm
+        if query_norm is None or key_norm is None:
+            self.ops.rope_kv(projected, None, None, 0.0, False, *rest)
+        else:
+            norms = query_norm.weight, key_norm.weight, query_norm.epsilon, query_norm.plus_one
+            self.ops.rope_kv(projected, *norms, *rest)
+        return q
+
+    def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
+        if norm is None:
+            self.products.add(x, linear, residual)
+        else:
+            residual.add_(self.normed(self.products(x, linear), norm))
+
+    def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
+        if norm is not None and self.products.few(residual):
+            y = residual.new_empty(len(residual), len(gate_up.weight) // 2)
+            norms = norm.weight, norm.epsilon, norm.plus_one
+            self.ops.norm_gate_up(residual, *norms, gate_up.weight, gate_up.bias, ACTIVATIONS[activation], y)
+            return y
+        return self.products.gated(self.normed(residual, norm), gate_up, ACTIVATIONS[activation])
+
+    def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
+        assert before is not None and after is None, "see can_fuse"
+        return self.moe.add(residual, before, moe, ACTIVATIONS[moe.activation])
+
+    def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
+        self.products.write(hidden, lm_head, out)
+        if softcap is not None:
+            out.copy_(reference.soft_cap(out, softcap))
+
+
+def frequencies(rope: RopeSpec, device: torch.device) -> torch.Tensor:
+    """Radians per position, one for each pair of dimensions."""
+    return torch.tensor(rope.frequencies, device=device)
+
+
+def can_fuse(spec: DecoderSpec) -> bool:
+    """Whether the fused operations cover a model."""
+    plain_mixtures = spec.names.before_mlp is not None and spec.names.after_mlp is None
+    return (
+        spec.generates
+        and spec.causal
+        and spec.activation in ACTIVATIONS
+        and (plain_mixtures or not any(layer.moe for layer in spec.layers))
+    )

@@ -1,0 +1,89 @@
+"""The operations of a decoder in torch, on any device; on a CPU with packed weights."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+
+from kernels import reference
+from kernels.linear import Linear
+from scheduler_service.model.backend import Rotation
+from scheduler_service.model.batch import Attend, PagedContext
+from scheduler_service.model.deterministic import ACTIVATIONS as STEADY_ACTIVATIONS
+from scheduler_service.model.deterministic import sigmoid as steady_sigmoid
+from scheduler_service.model.layers import Attention, DecoderLayer, Mlp, Moe, Norm
+from scheduler_service.model.spec import RopeSpec
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": reference.silu_and_mul,
+    "gelu": reference.gelu_and_mul,
+    "gelu_new": reference.gelu_tanh_and_mul,
+    "gelu_pytorch_tanh": reference.gelu_tanh_and_mul,
+}
+
+
+class TorchBackend:
+    """A model.backend.Backend whose contexts are functions (model.batch.Attend)."""
+
+    def __init__(
+        self, ropes: Sequence[RopeSpec], dtype: torch.dtype, device: torch.device, deterministic: bool = False
+    ) -> None:
+        self.deterministic = deterministic
+        self.dtype = dtype
+        self.ropes = [(torch.tensor(rope.frequencies, device=device), rope.factor) for rope in ropes]
+        self.activations = STEADY_ACTIVATIONS if deterministic else ACTIVATIONS
+        self.sigmoid = steady_sigmoid if deterministic else torch.sigmoid
+
+    def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
+        """Nothing: every operation takes the memory that it needs."""
+
+    def rotations(self, positions: torch.Tensor) -> list[Rotation]:
+        return [reference.rotation(positions, *rope, self.dtype) for rope in self.ropes]
+
+    def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        if norm is None:
+            return x
+        function = reference.rms_norm_plus_one if norm.plus_one else reference.rms_norm
+        return function(x, norm.weight, norm.epsilon)
+
+    def attend(
+        self,
+        residual: torch.Tensor,
+        norm: Norm | None,
+        attention: Attention,
+        rotation: Rotation,
+        context: Attend | PagedContext,
+    ) -> torch.Tensor:
+        spec, tokens = attention.spec, len(residual)
+        heads, kv_heads = spec.heads, spec.kv_heads
+        projected = attention.qkv(self.normed(residual, norm)).view(tokens, heads + 2 * kv_heads, spec.head_dim)
+        query_key, value = projected.split((heads + kv_heads, kv_heads), dim=1)  # (tokens, heads, dim)
+        if attention.query_norm is not None or attention.key_norm is not None:
+            query, key = query_key.split((heads, kv_heads), dim=1)
+            normed = self.normed(query, attention.query_norm), self.normed(key, attention.key_norm)
+            query_key = torch.cat(normed, dim=1)
+        query, key = reference.rotate(query_key, *rotation).split((heads, kv_heads), dim=1)
+        return cast(Attend, context)(spec, query, key, value).reshape(tokens, -1)
+
+    def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
+        residual.add_(self.normed(linear(x), norm))
+
+    def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
+        return self.activations[activation](gate_up(self.normed(residual, norm)))
+
+    def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
+        x = self.normed(residual, before)
+        weights, ids = reference.choose_experts(moe.router(x), moe.spec.top_k, moe.spec.renormalize)
+        y = reference.run_experts(x, weights, ids, moe.gate_up, moe.down, self.activations[moe.activation])
+        if moe.shared is not None and moe.shared_gate is not None:
+            y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
+        residual.add_(self.normed(y, after))
+        return ids
+
+    def mlp(self, x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
+        return mlp.down(self.gate_up(x, None, mlp.gate_up, mlp.activation))
+
+    def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
+        lm_head.write(hidden, out)
+        if softcap is not None:
+            out.copy_(reference.soft_cap(out, softcap))

@@ -1,0 +1,112 @@
+"""How many pages the KV pool gets: by what memory allows, what requests can need, and what the operator asked for."""
+
+import logging
+from dataclasses import dataclass
+
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.memory import GB, Memory, in_words
+
+log = logging.getLogger(__name__)
+
+# Without a word from the operator. On a CPU the memory is shared with whatever else the machine is for; on a GPU it is
+# ours.
+CPU_SHARE = 0.25  # of what is left beside the other processes and a weight update
+CPU_MOST_BYTES = 4 * GB
+CPU_LEAST_SHARE = 0.5  # of what is left, where one request of full length needs that
+GPU_SHARE = 0.85  # of what is free
+GPU_LARGEST_SHARE = 0.95  # for a size that the operator asked for
+MOST = in_words(CPU_MOST_BYTES)
+OTHERS_BYTES = 512 << 20  # what the other processes will still take, and steps: buffers, compiled kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What there is once the weights are loaded."""
+
+    memory: Memory
+    second_set: int = 0  # bytes that a weight update takes
+
+    @property
+    def others(self) -> int:
+        """Bytes that are not for the pool; where there is little, the processes must do with half of it."""
+        return min(OTHERS_BYTES, self.memory.available // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What requests can use."""
+
+    page_size: int
+    bytes_per_token: int
+    most_tokens: int  # of all requests together; more would lie idle
+    context_length: int
+
+    @property
+    def bytes_per_page(self) -> int:
+        return self.page_size * self.bytes_per_token
+
+
+def choose_page_count(config: ServerConfig, need: Need, room: Room) -> tuple[int, str]:
+    """Usable pages of the pool, and why so many. Raises StartupError when not one page fits."""
+    if not need.bytes_per_token:  # an encoder keeps no KV: its pages are only counted
+        return max(1, (config.max_total_tokens or need.most_tokens) // need.page_size), "only a count of tokens"
+    if config.max_total_tokens is not None:
+        count, reason = asked_for(config, need, room)
+        advice = "allow the server more memory, or serve a smaller model"
+    else:
+        budget, reason = by_default(config, need, room)
+        count = int(budget / need.bytes_per_page) - 1
+        advice = "free some memory or raise --mem-fraction-static"
+        if (most := -(-need.most_tokens // need.page_size)) <= count:
+            count, reason = most, "all that --max-running-requests of full length can hold"
+    if count < 1:
+        raise StartupError(
+            f"no room for a KV pool ({need.bytes_per_token} bytes per token): {in_words(room.memory.available)} may "
+            f"still be used by {room.memory.limit}; {advice}"
+        )
+    return count, reason
+
+
+def asked_for(config: ServerConfig, need: Need, room: Room) -> tuple[int, str]:
+    """Pages of --max-total-tokens, or as many of them as fit."""
+    assert config.max_total_tokens is not None
+    available = room.memory.available
+    most = available - room.others if config.device == "cpu" else available * GPU_LARGEST_SHARE
+    count, largest = config.max_total_tokens // need.page_size, int(most / need.bytes_per_page) - 1
+    if count <= largest:
+        return count, "that of --max-total-tokens"
+    log.warning(
+        "--max-total-tokens %d does not fit: %s may still be used by %s; the KV pool gets %d",
+        count * need.page_size,
+        in_words(available),
+        room.memory.limit,
+        largest * need.page_size,
+    )
+    return largest, "as much of --max-total-tokens as fits"
+
+
+def by_default(config: ServerConfig, need: Need, room: Room) -> tuple[float, str]:
+    """Bytes for the pool and its null page, and why so many."""
+    memory = room.memory
+    if config.mem_fraction_static is not None:
+        budget = memory.available - memory.total * (1 - config.mem_fraction_static)
+        return budget, f"what --mem-fraction-static {config.mem_fraction_static:g} leaves beside the weights"
+    if config.device != "cpu":
+        return memory.available * GPU_SHARE, f"{GPU_SHARE:.0%} of what is free (--mem-fraction-static, by default)"
+    return on_a_cpu(need, room)
+
+
+def on_a_cpu(need: Need, room: Room) -> tuple[float, str]:
+    """A share of what is left, and not more than a server needs that others share a machine with."""
+    left = room.memory.available - room.others
+    if room.second_set < left:
+        left -= room.second_set
+    else:
+        log.warning("A weight update needs %s more than there is room for.", in_words(room.second_set - left))
+    least = min(left * CPU_LEAST_SHARE, (need.context_length + 2 * need.page_size) * need.bytes_per_token)
+    budget = max(least, min(left * CPU_SHARE, CPU_MOST_BYTES))
+    return budget, (
+        f"{in_words(int(budget))} of the {in_words(left)} that {room.memory.limit} leaves for it: a quarter, {MOST} at "
+        "most, but enough for one request of full length; --max-total-tokens or --mem-fraction-static choose another"
+    )

@@ -1,0 +1,122 @@
+"""The process that reads checkpoint files of torch.save and writes their tensors as safetensors; the only user of
+torch.load here. Started by scheduler_service.weights.pickled, it ends when that is done.
+
+A pickle is a program. `weights_only` lets it build tensors and nothing else, and this process has a limit for memory,
+time and output, holds nothing of a server, and writes to descriptors that it is given.
+
+    python -m scheduler_service.weights.convert_bin PARENT_PID [FILE DESCRIPTOR]...
+
+It prints nothing when all went well, else one line that says which file could not be read, and why.
+"""
+
+import json
+import os
+import resource
+import struct
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from runtime.files import opened
+from runtime.guarded import limit
+from runtime.parent_death import arm_death_signal
+from runtime.shorten import short
+from scheduler_service.weights.checkpoint import (
+    DTYPES,
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_NAME_CHARS,
+    MAX_RANK,
+    MAX_TENSORS,
+)
+from scheduler_service.weights.pickled import BASE_MEMORY_BYTES, output_limit, time_limit_s
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES |= {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
+NAMES |= {torch.int64: "I64"}
+
+
+class Refused(ValueError):
+    """The file is not what it should be."""
+
+
+def converted(file: Path, descriptor: int) -> None:
+    """Write the tensors of a file to a descriptor. Raises Refused and whatever torch.load raises."""
+    with opened(file) as found:  # a regular file, which torch.load then opens by its name
+        size = os.fstat(found).st_size
+        mapped = zipfile.is_zipfile(os.fdopen(os.dup(found), "rb"))
+    tensors = checked(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), output_limit(size))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        entries[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    header = json.dumps(entries).encode()
+    if len(header) > MAX_HEADER_BYTES:
+        raise Refused(f"it holds too many tensors: {len(tensors)}")
+    with os.fdopen(descriptor, "wb") as output:
+        output.write(struct.pack("<Q", len(header)) + header)
+        for tensor in tensors.values():
+            output.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def checked(state: Any, most_bytes: int) -> dict[str, torch.Tensor]:
+    """The tensors by name, when there is nothing else."""
+    if not isinstance(state, dict) or not state:
+        raise Refused("it does not hold tensors by name")
+    if len(state) > MAX_TENSORS:
+        raise Refused(f"it holds more than {MAX_TENSORS} tensors")
+    total = 0
+    for name, tensor in state.items():
+        if not isinstance(name, str) or len(name) > MAX_NAME_CHARS:
+            raise Refused(f"{short(name)} is no name of a tensor")
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise Refused(f"{short(name)} is no plain tensor")
+        if tensor.dtype not in NAMES or tensor.is_quantized or tensor.dim() > MAX_RANK:
+            raise Refused(
+                f"tensor {short(name)} is {tensor.dtype} of {tensor.dim()} dimensions, which is not supported"
+            )
+        total += tensor.nbytes
+    if total > most_bytes:
+        raise Refused(f"its tensors take {total} bytes, far more than the file")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def main() -> None:
+    arm_death_signal(int(sys.argv[1]))
+    torch.set_num_threads(1)
+    files = [Path(name) for name in sys.argv[2::2]]
+    set_limits([file.stat().st_size for file in files])
+    for file, descriptor in zip(files, map(int, sys.argv[3::2]), strict=True):
+        try:
+            with torch.no_grad():
+                converted(file, descriptor)
+        except Refused as error:
+            fail(file, str(error))
+        except Exception as error:  # what is wrong with a pickle can be anything
+            fail(file, f"{type(error).__name__}: {error}")
+
+
+def set_limits(sizes: list[int]) -> None:
+    """What files of these sizes may cost, one after the other."""
+    limit(resource.RLIMIT_AS, BASE_MEMORY_BYTES + 3 * max(sizes))
+    limit(resource.RLIMIT_FSIZE, output_limit(max(sizes)) + MAX_HEADER_BYTES + LENGTH_BYTES)
+    limit(resource.RLIMIT_CPU, round(time_limit_s(sum(sizes))))
+    limit(resource.RLIMIT_CORE, 0)
+
+
+def fail(file: Path, reason: str) -> NoReturn:
+    first = (reason.strip().splitlines() or ["no reason given"])[0]
+    print(f"{file}: {short(first, 300)}", flush=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Whether the config.json beside new weights describes the model that serves.
+
+Shapes do not tell: another base of the rotary frequencies or another epsilon makes another model of the same tensors.
+What is compared is what the configs mean, not how they are written, for trainers save them in forms of their own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from runtime import model_info
+from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.files import present
+from runtime.model_info import ModelInfo
+from runtime.model_ranges import FIELDS, ROPES
+from runtime.shorten import short
+from scheduler_service.model.embedders import encoder_spec
+from scheduler_service.model.encoder_spec import EncoderSpec
+from scheduler_service.model.registry import decoder_spec
+from scheduler_service.model.spec import DecoderSpec, NotNative
+from scheduler_service.weights.checkpoint import CheckpointError
+
+Spec = DecoderSpec | EncoderSpec
+
+# field of a spec → the fields of config.json that it comes from
+SOURCES: dict[str, tuple[str, ...]] = {
+    "heads": ("num_attention_heads", "n_heads"),
+    "kv_heads": ("num_key_value_heads", "num_attention_heads"),
+    "attention_scale": ("query_pre_attn_scalar", "head_dim"),
+    "ropes": ("rope_theta", *ROPES, "partial_rotary_factor", "rope_local_base_freq", "max_position_embeddings"),
+    "norm_epsilon": ("rms_norm_eps", "layer_norm_eps", "norm_eps"),
+    "activation": ("hidden_act", "hidden_activation", "activation"),
+    "attention_softcap": ("attn_logit_softcapping",),
+    "logit_softcap": ("final_logit_softcapping",),
+    "qkv_bias": ("attention_bias", "qkv_bias"),
+    "output_bias": ("attention_bias",),
+    "layers": (
+        "num_hidden_layers",
+        "sliding_window",
+        "layer_types",
+        "use_sliding_window",
+        "max_window_layers",
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "norm_topk_prob",
+        "moe_intermediate_size",
+    ),
+}
+FREE = ("tied", "prefix", "ignored")  # the tensors tell
+NOT_THE_MODEL = frozenset(
+    {
+        *("architectures", "torch_dtype", "dtype", "max_position_embeddings", "n_positions", "id2label"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "sentence_transformers"),
+    }
+)
+
+
+def check(served: ModelInfo, directory: Path, config: ServerConfig) -> None:
+    """Raise CheckpointError, with the field and both values, where a directory's config.json is of another model."""
+    if not present(directory / "config.json"):
+        return
+    there = msgspec.structs.replace(
+        config, model_path=str(directory), model_dir=str(directory), tokenizer_dir="", context_length=None
+    )
+    try:
+        new = model_info.load(there)
+        new = msgspec.structs.replace(new, context_length=served.context_length)
+        difference = next(differences(served, new), None)
+    except StartupError as error:
+        raise CheckpointError(str(error)) from error
+    if difference is not None:
+        name, old, now = difference
+        raise CheckpointError(
+            f"config.json of the new weights says {name} is {short(now)}, the model that serves has {short(old)}"
+        )
+
+
+def differences(served: ModelInfo, new: ModelInfo) -> Iterator[tuple[str, Any, Any]]:
+    """(name of the field, value that serves, new value), in no order that means something."""
+    if new.architecture and new.architecture != served.architecture:
+        yield "architectures", served.architecture, new.architecture
+        return
+    try:
+        old_spec, new_spec = spec_of(served), spec_of(new)
+    except NotNative:
+        yield from written_differently(served.config, new.config)
+        return
+    for field in fields(old_spec):
+        old, now = getattr(old_spec, field.name), getattr(new_spec, field.name)
+        if field.name not in FREE and old != now:
+            yield named(field.name, old, now, served.config, new.config)
+
+
+def spec_of(info: ModelInfo) -> Spec:
+    """Raises NotNative for what transformers' own code serves."""
+    if info.embedding is not None and info.embedding.encoder:
+        return encoder_spec(info, ())
+    return decoder_spec(info)
+
+
+def named(field: str, old: Any, now: Any, old_config: Any, new_config: Any) -> tuple[str, Any, Any]:
+    """What of the configs makes a spec's field differ; the field itself where nothing written does."""
+    for name in SOURCES.get(field, (field,)):
+        if old_config.get(name) != new_config.get(name):
+            return name, old_config.get(name), new_config.get(name)
+    return field, old, now
+
+
+def written_differently(old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Listed fields that both configs have, with other values."""
+    for name in FIELDS:
+        if name not in NOT_THE_MODEL and None not in (old.get(name), new.get(name)) and old[name] != new[name]:
+            yield name, old[name], new[name]

@@ -1,0 +1,222 @@
+"""Grammars beside the loop: each request hears once, hostile ones delay nobody else, an abort ends the work."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from runtime import limits
+from runtime.errors import RequestError
+from runtime.guarded import Gone, Guarded
+from runtime.model_info import DEMO
+from scheduler_service.grammar import GrammarCompiler, TakesLong
+from scheduler_service.grammar_pool import FairQueue, GrammarPool, Waiting
+from scheduler_service.grammar_source import from_ebnf, from_regex
+
+BLANKS = 'root ::= "a"{1' + " " * 60_000 + "x"
+
+
+class ScriptedCompiler:
+    """Compiles each text when told to; `slow` ones need a second turn."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.begun = threading.Event()
+        self.turns: list[tuple[str, bool]] = []
+
+    def attempt(self, kind: str, text: str, checker: Any, *, patient: bool = False) -> Any:
+        self.begun.set()
+        assert self.go.wait(10)
+        self.turns.append((text, patient))
+        if text.startswith("slow") and not patient:
+            raise TakesLong
+        if text == "bad":
+            raise RequestError("Failed to compile regex grammar: bad")
+        if text == "broken":
+            raise IndexError("a fault of ours")
+        return text
+
+    def close(self) -> None:
+        pass
+
+
+class Checker:
+    """No process; remembers that it was ended."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def end(self) -> None:
+        self.ended.set()
+
+    def close(self) -> None:
+        pass
+
+
+def scripted(workers: int = 1) -> tuple[GrammarPool, ScriptedCompiler]:
+    compiler = ScriptedCompiler()
+    return GrammarPool(compiler, workers, Checker), compiler  # type: ignore[arg-type]
+
+
+def decided(pool: GrammarPool, count: int) -> dict[str, Any]:
+    """The next `count` outcomes, in order."""
+    found: dict[str, Any] = {}
+    until = time.monotonic() + 20
+    while len(found) < count and time.monotonic() < until:
+        found |= dict(pool.ready())
+        time.sleep(0.001)
+    assert len(found) == count, found
+    return found
+
+
+def test_the_pool_gives_back_each_request_once_with_its_grammar_or_its_refusal() -> None:
+    pool, compiler = scripted()
+    pool.submit("r1", "regex", "good")
+    pool.submit("r2", "regex", "bad")
+    assert pool.ready() == [] and pool.pending == 2
+    compiler.go.set()
+    found = decided(pool, 2)
+    assert found["r1"] == "good" and isinstance(found["r2"], RequestError)
+    assert pool.ready() == [] and pool.pending == 0
+    pool.close()
+
+
+def test_a_fault_of_the_compiler_ends_one_request_and_not_the_service() -> None:
+    pool, compiler = scripted()
+    compiler.go.set()
+    pool.submit("r1", "regex", "broken")
+    pool.submit("r2", "regex", "good")
+    found = decided(pool, 2)
+    assert found["r1"].kind.status == 500 and found["r2"] == "good"
+    pool.close()
+
+
+def test_a_cancelled_request_never_comes_back_and_its_work_is_ended() -> None:
+    pool, compiler = scripted()
+    pool.submit("running", "regex", "a")
+    assert compiler.begun.wait(10)
+    pool.submit("waiting", "regex", "b")
+    pool.submit("kept", "regex", "c")
+    pool.cancel("waiting")
+    assert not pool._checkers[0].ended.is_set()  # type: ignore[attr-defined]
+    pool.cancel("running")
+    pool.cancel("unknown")
+    assert pool._checkers[0].ended.is_set()  # type: ignore[attr-defined]
+    compiler.go.set()
+    assert decided(pool, 1) == {"kept": "c"}
+    assert [text for text, _ in compiler.turns] == ["a", "c"]
+    pool.close()
+
+
+def test_what_takes_long_waits_until_first_turns_are_over() -> None:
+    pool, compiler = scripted()
+    pool.submit("r1", "regex", "slow")
+    pool.submit("r2", "regex", "quick")
+    compiler.go.set()
+    decided(pool, 2)
+    assert compiler.turns == [("slow", False), ("quick", False), ("slow", True)]
+    pool.close()
+
+
+def queued(queue: FairQueue, prefers_patient: bool = False) -> list[str]:
+    found = []
+    while (waiting := queue.take(prefers_patient)) is not None:
+        found.append(waiting.rid)
+    return found
+
+
+def test_calls_take_turns_however_many_grammars_each_brings() -> None:
+    queue = FairQueue()
+    for number in range(4):
+        queue.put(Waiting(f"many-{number}", "regex", "", call="many"))
+    queue.put(Waiting("one", "regex", "", call="one"))
+    queue.put(Waiting("two", "regex", "", call="two"))
+    assert queued(queue) == ["many-0", "one", "two", "many-1", "many-2", "many-3"]
+
+
+def test_each_worker_has_a_turn_that_it_prefers_and_takes_the_other_where_there_is_none() -> None:
+    queue = FairQueue()
+    queue.put(Waiting("first", "regex", "", call="a"))
+    queue.put(Waiting("second", "regex", "", call="a", patient=True))
+    assert queued(queue, prefers_patient=True) == ["second", "first"]
+
+
+def test_an_innocent_grammar_waits_for_one_first_turn_of_a_call_that_brings_a_thousand_hostile_ones() -> None:
+    pool, compiler = scripted()
+    pool.submit("h0", "regex", "slow 0", call="hostile")
+    assert compiler.begun.wait(10)
+    for number in range(1, 1000):
+        pool.submit(f"h{number}", "regex", f"slow {number}", call="hostile")
+    pool.submit("innocent", "regex", "good", call="innocent")
+    compiler.go.set()
+    decided(pool, 1001)
+    assert compiler.turns.index(("good", False)) <= 2
+    pool.close()
+
+
+# with the real compiler
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Any:
+    compiler = GrammarCompiler(DEMO, 4096, [0])
+    yield compiler
+    compiler.close()
+
+
+def test_a_text_that_is_costly_to_read_is_read_in_the_checking_process(compiler: GrammarCompiler) -> None:
+    """CPU time of this process, not wall time: reading it here once took seconds."""
+    before_s = time.process_time()
+    with pytest.raises(RequestError, match="Failed to compile ebnf grammar"):
+        compiler.compile("ebnf", BLANKS)
+    assert time.process_time() - before_s < 0.5
+
+
+def test_aborting_a_request_kills_the_process_that_checks_its_grammar(compiler: GrammarCompiler) -> None:
+    gone: list[BaseException] = []
+    begun = threading.Event()
+
+    class Watched(Guarded):
+        def run(self, order: bytes, cpu_s: float) -> bytes:
+            begun.set()
+            try:
+                return super().run(b"loop", 60.0)
+            except Gone as error:
+                gone.append(error)
+                raise
+
+    pool = GrammarPool(compiler, workers=1, new_checker=lambda: Watched("tests.stand_ins.guarded_work"))
+    pool.submit("r", "regex", "never seen before")
+    assert begun.wait(10)
+    while pool._checkers[0].pid is None:
+        time.sleep(0.001)
+    pool.cancel("r")
+    pool.close()
+    assert len(gone) == 1 and pool.ready() == []
+
+
+def test_the_pool_compiles_with_the_real_compiler(compiler: GrammarCompiler) -> None:
+    pool = GrammarPool(compiler)
+    pool.warm()
+    pool.submit("r", "json_schema", '{"type": "integer"}')
+    pool.submit("bad", "ebnf", BLANKS)
+    found = decided(pool, 2)
+    assert found["r"].matcher() is not None
+    assert "line 1: unexpected '{1" in str(found["bad"])
+    pool.close()
+
+
+@pytest.mark.parametrize("kind", ["ebnf", "regex"])
+def test_reading_a_grammar_costs_in_proportion_to_its_length(kind: str) -> None:
+    """CPU time over doublings; quadratic reading would quadruple."""
+    texts = {"ebnf": lambda n: 'root ::= "a"{1' + " " * n + "x", "regex": lambda n: "[" * n}
+    read = {"ebnf": from_ebnf, "regex": from_regex}[kind]
+    costs = []
+    for size in (1 << 14, 1 << 15, 1 << 16, limits.MAX_GRAMMAR_BYTES):
+        before = time.thread_time()
+        for _ in range(3):
+            with pytest.raises(ValueError, match=r"unexpected|not closed"):
+                read(texts[kind](size))
+        costs.append(time.thread_time() - before)
+    assert costs[-1] < 40 * max(costs[0], 1e-3), costs

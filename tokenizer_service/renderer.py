@@ -1,0 +1,53 @@
+"""The process that compiles and renders chat templates; tokenizer_service.guarded_template starts it."""
+
+import logging
+import sys
+
+import msgspec
+
+from runtime import guarded, limits
+from runtime.errors import RequestError, StartupError
+from runtime.messages import Chat
+from tokenizer_service.chat import ChatTemplate, load_template
+from tokenizer_service.guarded_template import Rendered, Setup, Started, packed
+
+
+class Notes(logging.Handler):
+    """Keeps what is logged, for the process that has a log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def prepared(setup: bytes) -> guarded.Handle:
+    """Compile the template, once for all workers. The first order, which is empty, asks how it went."""
+    notes = Notes()
+    logging.basicConfig(level=logging.INFO, handlers=[notes])
+    given = msgspec.msgpack.decode(setup, type=Setup)
+    template, error = None, ""
+    try:
+        template = load_template(given.info, given.config)
+    except StartupError as refusal:
+        error = str(refusal)
+    started = msgspec.msgpack.encode(Started(template is not None, error, notes.lines))
+    return lambda order: rendered(template, order) if order and template else started
+
+
+def rendered(template: ChatTemplate, order: bytes) -> bytes:
+    try:
+        answer = Rendered(template.render(msgspec.msgpack.decode(order, type=Chat)))
+    except RequestError as error:
+        answer = Rendered(error=packed(error))
+    return msgspec.msgpack.encode(answer)
+
+
+def main() -> None:
+    guarded.serve(int(sys.argv[1]), prepared, limits.TEMPLATE_MEMORY_BYTES)
+
+
+if __name__ == "__main__":
+    main()
