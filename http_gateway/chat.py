@@ -10,7 +10,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import errors, rounds
-from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of
+from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of, thought_of
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.completions import wants
 from http_gateway.endpoint import Endpoint, read_body, require_json
@@ -48,6 +48,8 @@ class Choice:
 
     def take(self, text: Text) -> None:
         self.draft.take(text)
+        if text.place is not None:
+            self._turn.begin(text.place)
         self._untold += self._turn.read(text.text, self.draft.finish is not None)
         if self._turn.thinking:
             self.draft.reasoning_tokens = self.draft.completion_tokens
@@ -101,11 +103,13 @@ class Call:
         options = logprob_options(body)
         prompt = prompt_of(body, choice, gateway.rules.vocab_size)
         self.id, self.job = job_of(gateway, body, [prompt], True, params, options)
+        thought = thought_of(body, config.reasoning_parser, params)
+        for request in self.job.requests:
+            request.request.thought = thought
         self.body = body
         self.gateway = gateway
         self.choices = [
-            Choice(Draft(options), make_turn(body, choice, config.reasoning_parser, params), options is not None)
-            for _ in self.job.requests
+            Choice(Draft(options), make_turn(body, choice, thought), options is not None) for _ in self.job.requests
         ]
         self._head: dict[str, Any] = {
             "id": self.id,

@@ -6,6 +6,7 @@ from typing import Protocol
 from runtime.errors import RequestError
 from runtime.messages import Request, Tokenized, unpack_ids
 from scheduler_service.grammar import Grammar
+from scheduler_service.grammar_source import behind_thought
 
 NO_GRAMMARS = "this server does not constrain output"
 
@@ -56,7 +57,7 @@ class WaitingRoom:
             return
         self.drop(rid)
         self._messages[rid] = message
-        self._pool.submit(rid, *grammar)
+        self._pool.submit(rid, *wanted(message.request, *grammar))
 
     def drop(self, rid: str) -> Tokenized | None:
         """Take out a request that is not to wait any longer, if it is here."""
@@ -70,6 +71,13 @@ class WaitingRoom:
         if self._pool is None or not self._messages:
             return []
         return [decide(self._messages.pop(rid), outcome) for rid, outcome in self._pool.ready()]
+
+
+def wanted(request: Request, kind: str, text: str) -> tuple[str, str]:
+    """The grammar of the whole output: a schema is for what stands behind the model's thought."""
+    if request.thought is None or kind != "json_schema":
+        return kind, text
+    return kind, behind_thought(text, request.thought)
 
 
 def decide(message: Tokenized, outcome: Grammar | RequestError) -> Decided:
