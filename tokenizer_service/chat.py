@@ -18,6 +18,7 @@ from runtime.config import ServerConfig
 from runtime.errors import RequestError, StartupError
 from runtime.messages import Chat
 from runtime.model_info import ModelInfo, read_json, tokenizer_dir
+from tokenizer_service import call_ids
 from tokenizer_service.sandbox import ChatEnvironment
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class ChatTemplate:
         _check(chat)
         messages = [_message(message, self.content_format) for message in chat.messages]
         name = "tool_use" if chat.tools is not None and "tool_use" in self._compiled else "default"
+        if call_ids.insists(self._sources[name]):
+            messages = [call_ids.fitted(message) for message in messages]
         final = _mark_final(messages, self._sources[name]) if chat.continue_final_message else None
         variables = {
             **self._special_tokens,
@@ -201,7 +204,7 @@ def _tool_call(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = msgspec.json.decode(function["arguments"] or "{}", type=dict[str, Any])
+        arguments = msgspec.json.decode(function["arguments"] or "{}", type=dict[str, Any] | None) or {}
     except (ValueError, RecursionError):  # not an object: the template shall print what the client sent
         return call
     return {**call, "function": {**function, "arguments": arguments}}
