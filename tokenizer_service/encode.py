@@ -13,12 +13,13 @@ import msgspec
 from runtime.control import Probe, Tokenize
 from runtime.errors import RequestError, too_long
 from runtime.guard import end_of
-from runtime.messages import Finish, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids
+from runtime.messages import Finish, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
 from runtime.sampling import SamplingParams
 from runtime.stop_patterns import compile_stop
 from tokenizer_service.pairs import types_of
 from tokenizer_service.prompts import Prompt, Template, prompt_of, rendered
 from tokenizer_service.shorten import cut_ids, picked, places_kept
+from tokenizer_service.thoughts import TAIL_TOKENS, place_of
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -171,9 +172,19 @@ class Encoder:
         types = types_of(picked(encoded.type_ids, kept)) if encoded is not None and self._token_types else b""
         if not ids:
             raise RequestError(EMPTY, field="input_ids")
+        self._place(message, ids)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(ids) // ID_BYTES
         return Tokenized(request=message.request, prompt_ids=ids, token_types=types, embeds=message.embeds)
+
+    def _place(self, message: Generate, ids: bytes) -> None:
+        """See in the end of the prompt where it leaves the model's thought."""
+        thought = message.request.thought
+        if thought is None or self._tokenizer is None:
+            return
+        tail = self._tokenizer.decode(unpack_ids(ids[-ID_BYTES * TAIL_TOKENS :]).tolist(), skip_special_tokens=False)
+        place = place_of(tail, thought, message.chat)
+        message.request.thought = msgspec.structs.replace(thought, place=place)
 
     def _given_ids(self, message: Generate) -> bytes:
         """The ids of a prompt that is not text; vectors stand at placeholder ids."""
