@@ -11,7 +11,7 @@ from runtime.model_info import ModelInfo
 from scheduler_service.device import available_gb
 from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for, keep_order
+from scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from scheduler_service.model.dtype import resolve_dtype
 from scheduler_service.model.embedders import family_name, load_decoder_embedder, load_encoder
 from scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
@@ -95,11 +95,8 @@ def load_native(
     if not is_dummy(config):
         spec = ties.settled(spec, Path(info.path))
     weights = Weights(decoder_layout(spec), dtype, device)
-    steady = is_asked_for(config, device)
-    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, steady))
+    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)
-    if steady:
-        keep_order(weights)
     return model
 
 
