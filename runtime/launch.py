@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 import setproctitle
 
-from runtime import flags, hub, run_dir
+from runtime import flags, hub, run_dir, streams
 from runtime.child import Service
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
@@ -57,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
 
 def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
     """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
+    streams.keep_standard()
     try:
+        streams.check_open_files()
         settings = flags.load(argv, environment=os.environ)
         flags.forget_secrets(os.environ)
         setproctitle.setproctitle(TITLE.format(role="launcher"))
@@ -69,6 +71,8 @@ def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
         return fail(ExitStatus.USAGE, str(error))
     except StartupError as error:
         return fail(ExitStatus.STARTUP, str(error))
+    except (OSError, MemoryError) as error:
+        return fail(ExitStatus.STARTUP, f"the server cannot start: {streams.cause(error)}")
     except KeyboardInterrupt:
         return fail(ExitStatus.INTERRUPTED, "interrupted before the server was up")
 
