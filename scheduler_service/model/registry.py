@@ -20,7 +20,7 @@ from scheduler_service.model.spec import DecoderSpec, NotNative
 from scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from scheduler_service.model.weights import Weights
 from scheduler_service.weights import ties
-from scheduler_service.weights.load import is_dummy, load_weights
+from scheduler_service.weights.load import check_format, is_dummy, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> S
     """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line."""
     if info.config.get("quantization_config"):
         raise StartupError(f"{info.path} is quantized; only float32, float16 and bfloat16 checkpoints are served")
+    check_format(config.load_format, Path(info.path))
     dtype = resolve_dtype(config.dtype, info.config, device)
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)

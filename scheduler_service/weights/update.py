@@ -362,6 +362,7 @@ def opened(directory: Path, load_format: str) -> tuple[staging.Identities, Check
     """The checkpoint of a directory, and what its files were before their headers were read."""
     if load_format == "dummy":
         return {}, None
+    load.check_format(load_format, directory)
     before = staging.identities(directory)
     checkpoint = load.open_checkpoint(directory)
     own = {file: staging.identity(file.stat()) for file in checkpoint.files} if checkpoint.scratch else {}

@@ -13,7 +13,9 @@ import requests
 
 from runtime.run_dir import sweep
 from runtime.supervisor import ExitStatus, Signals
+from tests.servers import launched
 
+HELPERS = {"scheduler_service.grammar_check", "tokenizer_service.renderer"}
 ROLES = {"gateway", "tokenizer", "scheduler", "detokenizer"}
 LEFT_OVER_S = 1.0  # how long anything may outlive the launcher
 
@@ -85,6 +87,23 @@ def test_sigkill_of_the_launcher_leaves_nothing_behind(launch_stand_ins):
     server.signal(signal.SIGKILL)
     server.wait()
     assert_gone(processes, server.run_base)
+
+
+@pytest.mark.parametrize("killed", ["launcher", "scheduler and tokenizer"])
+def test_processes_that_services_have_work_done_in_die_with_them(killed):
+    with launched() as server:
+        answer = {"text": "x", "sampling_params": {"regex": "[ab]", "max_new_tokens": 2}}
+        assert requests.post(f"{server.url}/generate", json=answer, timeout=60).status_code == 200
+        descendants = psutil.Process(server.process.pid).children(recursive=True)
+        helpers = [process for process in descendants if HELPERS & set(process.cmdline())]
+        assert {word for process in helpers for word in process.cmdline()} >= HELPERS
+        if killed == "launcher":
+            server.signal(signal.SIGKILL)
+        else:
+            for role in ("scheduler", "tokenizer"):
+                server.children()[role].kill()
+        deadline = time.monotonic() + LEFT_OVER_S
+        assert all(ends_by(deadline, process.pid) for process in helpers)
 
 
 def test_sigkill_of_the_launcher_while_services_load_leaves_nothing_behind(launch_stand_ins):
