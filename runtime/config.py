@@ -158,7 +158,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Positive | None, flag("waiting requests before a 503 (default: 4 batches, at least 1024)", SCHEDULER)
     ] = None
     max_total_tokens: Annotated[
-        Positive | None, flag("size of the KV pool in tokens (default: what memory allows)", SCHEDULER)
+        Positive | None, flag("size of the KV pool in tokens (default: by memory, on a CPU 4 GB at most)", SCHEDULER)
     ] = None
     mem_fraction_static: Annotated[
         Share | None, flag("share of memory for weights and KV pool (default: by device)", SCHEDULER)
