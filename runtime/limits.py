@@ -30,6 +30,7 @@ MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
 MAX_DRAFTED_TOKENS = 64  # of one request in one step
 MAX_SHOWN_WEIGHTS = 1 << 22  # numbers of one tensor in an answer
+MAX_PROFILE_STEPS = 1000
 # chat templates: CPU time of a render, at least and by message; what it makes is bounded by the context
 TEMPLATE_CPU_S = 0.1
 TEMPLATE_CPU_S_PER_MESSAGE = 0.00025
