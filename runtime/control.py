@@ -17,6 +17,7 @@ COMMAND_LOST = (
     "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
     "See /get_model_info, and send it again."
 )
+ONLINE_FAILED = "Failed to update parameter online: {}."
 
 
 class ControlCommand(Message, kw_only=True):

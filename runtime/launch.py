@@ -22,6 +22,7 @@ from runtime.log import plain, say, set_up_logging
 from runtime.memory import Memory, in_words, look
 from runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
 from runtime.model_info import embeds
+from runtime.parent import exit_with_parent
 from runtime.resolve import look_at_machine, resolve
 from runtime.service import TITLE
 from runtime.sockets import endpoint
@@ -66,6 +67,8 @@ def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
         set_up_logging(settings.config)
         for note in settings.notes:
             log.warning("%s", note)
+        if settings.config.exit_with_parent is not None:
+            exit_with_parent(settings.config.exit_with_parent)
         return run(settings.config, services)
     except UsageError as error:
         return fail(ExitStatus.USAGE, str(error))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from runtime.control import Probe, Tokenize
-from runtime.errors import RequestError, too_long
+from runtime.errors import EMPTY_IDS, RequestError, not_whole_rows, too_long
 from runtime.guard import end_of
 from runtime.messages import Finish, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
 from runtime.sampling import SamplingParams
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 ID_BYTES = 4
 FLOAT_BYTES = 4
 LONG_TEXT_CHARS = 1 << 20  # takes about a second to encode; above, see whether it can fit before trying
-EMPTY = "input_ids cannot be empty."
 TOO_LONG = "The input (more than {0} tokens) is longer than the model's context length ({0} tokens)."
 NO_TOKENIZER = "the tokenizer is not initialized (--skip-tokenizer-init); send input_ids"
 NEED_TOKENIZER = ("stop", "stop_regex", "min_new_tokens")  # parameters that mean nothing without one
@@ -171,7 +170,7 @@ class Encoder:
         ids = self._given_ids(message) if encoded is None else pack_ids(picked(encoded.ids, kept))
         types = types_of(picked(encoded.type_ids, kept)) if encoded is not None and self._token_types else b""
         if not ids:
-            raise RequestError(EMPTY, field="input_ids")
+            raise RequestError(EMPTY_IDS, field="input_ids")
         self._place(message, ids)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(ids) // ID_BYTES
@@ -194,7 +193,7 @@ class Encoder:
             return cut_ids(message.input_ids, message.request)
         positions, rest = divmod(len(message.embeds), FLOAT_BYTES * max(self._hidden_size, 1))
         if rest:
-            raise RequestError(f"input_embeds must have rows of {self._hidden_size} numbers.", field="input_embeds")
+            raise not_whole_rows(self._hidden_size)
         return bytes(ID_BYTES * positions)
 
     def _reply(self, command: Tokenize) -> Reply:
