@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FLAGS ?=
 
-.PHONY: serve test check format clean
+.PHONY: serve test check numbers format clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
@@ -16,6 +16,10 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+numbers: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit/kernels tests/unit/scheduler_service/test_deterministic.py \
+		tests/model/test_parity.py
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -184,6 +184,7 @@ def without_beginning(tokens: Tokens) -> Tokens:
 
 
 def _text(text: str, tokens: Tokens) -> Text:
+    thought = tokens.request.thought if tokens.request is not None else None
     tokens.request = None
     tokens.prompt_tail = b""
-    return Text(text=text, tokens=tokens)
+    return Text(text=text, place=thought.place if thought is not None else None, tokens=tokens)

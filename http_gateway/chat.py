@@ -10,7 +10,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import bodies, errors, rounds
-from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of
+from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of, thought_of
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.completions import wants
 from http_gateway.endpoint import Endpoint, beside, require_json
@@ -51,6 +51,8 @@ class Choice:
     def take(self, text: Text) -> None:
         self.draft.take(text)
         self.extras.take(text)
+        if text.place is not None:
+            self._turn.begin(text.place)
         self._untold += self._turn.read(text.text, self.draft.finish is not None)
         if self._turn.thinking:
             self.draft.reasoning_tokens = self.draft.completion_tokens
@@ -114,13 +116,16 @@ class Call:
         options = logprob_options(body)
         prompt = prompt_of(body, choice, gateway.rules.vocab_size)
         self.id, self.job = job_of(gateway, body, [prompt], True, params, options)
+        thought = thought_of(body, config.reasoning_parser, params)
+        for request in self.job.requests:
+            request.request.thought = thought
         self.body = body
         self.gateway = gateway
         received_at = time.monotonic()
         self.choices = [
             Choice(
                 Draft(options),
-                make_turn(body, choice, config.reasoning_parser, params),
+                make_turn(body, choice, thought),
                 options is not None,
                 Extras(gateway, body, item.request, received_at),
             )

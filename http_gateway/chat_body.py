@@ -1,19 +1,22 @@
 """What a chat request asks for: the conversation to render, the grammar of its tool choice, the parsers of its turn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from http_gateway import reasoning, tool_calls
+from http_gateway.call_formats import REQUIRED, CallFormat, call_id
 from http_gateway.chat_turn import Turn
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack, unnamed
 from http_gateway.openai_params import params_of
 from http_gateway.openai_types import ChatBody, NamedTool
+from http_gateway.output_reader import OutputReader
+from http_gateway.thoughts import Marks
 from http_gateway.tool_events import Tool
 from runtime.errors import RequestError
-from runtime.messages import Chat, Generate, LogprobOptions
-from runtime.sampling import SamplingParams
+from runtime.messages import Chat, Generate, LogprobOptions, Thought
+from runtime.sampling import GRAMMARS, SamplingParams
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 NO_MESSAGES = "Messages cannot be empty."
@@ -28,11 +31,8 @@ class Choosing:
     """What `tools` and `tool_choice` come to."""
 
     tools: Sequence[Tool] = ()  # those the template tells of
-    grammar: tuple[str, str] | None = None  # of the calls that are demanded
-    parser: str | None = None  # what reads the calls
-
-    def turn_parser(self) -> Any:
-        return tool_calls.parser(self.parser, self.tools) if self.parser else None
+    grammar: tuple[str, str] | None = None  # of the calls that are demanded, or of those that must be strict
+    format: CallFormat | None = None  # how the calls are written
 
 
 def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
@@ -42,15 +42,26 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
         choice = "auto" if tools else "none"
     if choice == "none":
         return Choosing()
+    own = tool_calls.format_of(tool_call_parser) if tool_call_parser else None
     if choice == "auto":
-        return Choosing(tools, None, tool_call_parser if tools else None)
+        if own is None or not tools:
+            return Choosing(tools)
+        strict = None if constrained(body) else tool_calls.strict_calls(own, tools)
+        return Choosing(tools, strict, own)
     name = choice.function.name if isinstance(choice, NamedTool) else None
     if name is None and not tools:
         raise RequestError(NO_TOOLS, field="tools")
-    if name is not None and name not in {tool.function.name for tool in tools}:
+    if name is not None and name not in tool_calls.names_of(tools):
         raise RequestError(NO_SUCH_TOOL.format(name), field="tool_choice")
     schema = tool_calls.calls_schema(tools, name, body.parallel_tool_calls is not False)
-    return Choosing(tools, ("json_schema", schema), tool_calls.REQUIRED)
+    demanded = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
+    return Choosing(tools, ("json_schema", schema), demanded)
+
+
+def constrained(body: ChatBody) -> bool:
+    """Whether the client says itself what the output must look like."""
+    wanted = body.response_format is not None and body.response_format.type != "text"
+    return wanted or any(getattr(body, kind) is not None for kind in GRAMMARS)
 
 
 def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingParams:
@@ -61,7 +72,7 @@ def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingP
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         raise RequestError(TOO_LARGE.format(name, limit, most), field=name)
     fallback: dict[str, Any] = {"max_new_tokens": None}
-    if choice.parser is not None and choice.grammar is None:
+    if choice.format is not None and not choice.format.alone:
         fallback["skip_special_tokens"] = False  # some models write calls between special tokens
     return params_of(gateway, body, {} if limit is None else {"max_new_tokens": limit}, fallback, choice.grammar)
 
@@ -115,14 +126,37 @@ def template_variables(body: ChatBody) -> dict[str, Any]:
     return variables | (body.chat_template_kwargs or {})
 
 
-def make_turn(body: ChatBody, choice: Choosing, family: str | None, params: SamplingParams) -> Turn:
-    """The reader of one choice's output."""
-    thought = reasoning.parser(family) if family and thinks(body, params) else None
-    return Turn(thought, choice.turn_parser(), stream_reasoning=body.stream_reasoning is not False)
+def make_turn(body: ChatBody, choice: Choosing, thought: Thought | None) -> Turn:
+    """The reader of one choice's output. `thought`: as in the request."""
+    calls = choice.format
+    separate = body.separate_reasoning is not False
+    if thought is not None and not separate and not (calls and calls.alone):
+        thought = None  # it is to stay in the content, tags and all
+    if thought is None and calls is None:
+        return Turn()
+    marks = Marks(thought.opening, thought.closing) if thought else None
+    known = tool_calls.names_of(choice.tools)
+    return Turn(
+        OutputReader(marks, thought.place if thought else "before", calls, known),
+        stream_reasoning=body.stream_reasoning is not False,
+        separate_reasoning=separate,
+        most_calls=1 if body.parallel_tool_calls is False else None,
+        new_id=calls.new_id if calls else call_id,
+    )
 
 
-def thinks(body: ChatBody, params: SamplingParams) -> bool:
-    """Whether the output may begin with a thought that the client wants apart."""
+def thought_of(body: ChatBody, family: str | None, params: SamplingParams) -> Thought | None:
+    """What the output may begin with, on a server that knows how its model thinks.
+
+    A regex or an EBNF constrains the whole output. There is a thought in it only where it spells one of the tags.
+    """
     variables = template_variables(body)
-    off = variables.get("enable_thinking", variables.get("thinking")) is False
-    return body.separate_reasoning is not False and not off and params.json_schema is None
+    if family is None or variables.get("enable_thinking", variables.get("thinking")) is False:
+        return None
+    found = reasoning.family(family)
+    marks = found.marks
+    if params.grammar is not None and params.grammar[0] in ("regex", "ebnf"):
+        plain = params.grammar[1].replace("\\", "")
+        if marks.opening not in plain and marks.closing not in plain:
+            return None
+    return Thought(opening=marks.opening, closing=marks.closing, place=found.place)

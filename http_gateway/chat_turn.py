@@ -3,71 +3,84 @@
 A turn does not know whether it is streamed: what it reads becomes deltas, and a message is its deltas joined.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 
+from msgspec import UNSET
+
+from http_gateway.call_formats import call_id
 from http_gateway.openai_answers import CalledFunction, ChatMessage, Delta, ToolCall
-from http_gateway.reasoning import ReasoningParser, Split
-from http_gateway.tool_events import Arguments, CallStart, Content, Event, Parser, call_id
+from http_gateway.output_reader import OutputReader
+from http_gateway.tool_events import Arguments, CallStart, Content, Event, Thought
+from runtime.messages import Place
 
 
 class Turn:
     """Reads one output."""
 
     def __init__(
-        self, reasoning: ReasoningParser | None = None, tools: Parser | None = None, *, stream_reasoning: bool = True
+        self,
+        reader: OutputReader | None = None,
+        *,
+        stream_reasoning: bool = True,
+        separate_reasoning: bool = True,
+        most_calls: int | None = None,
+        new_id: Callable[[], str] = call_id,
     ) -> None:
-        """No parser: what it would find stays in the content. The thought comes in one piece unless streamed."""
+        """No reader: all is content. A thought that is not streamed comes in one piece. Further calls are dropped."""
         self.called = False  # a tool call was found
-        self._reasoning = reasoning
-        self._tools = tools
+        self._reader = reader
         self._stream_reasoning = stream_reasoning
-        self._thought = ""  # kept back until it is whole
+        self._separate_reasoning = separate_reasoning
+        self._most_calls = most_calls
+        self._new_id = new_id
+        self._thought: list[str] = []  # kept back until it is whole
+        self._begun = False
 
     @property
     def thinking(self) -> bool:
-        return self._reasoning is not None and self._reasoning.thinking
+        return self._reader is not None and self._reader.thinking
+
+    def begin(self, place: Place) -> None:
+        """Where the prompt has left the model's thought; said again after a restart, and known by then."""
+        if self._reader is not None and not self._begun:
+            self._reader.begin(place)
 
     def read(self, text: str, last: bool) -> list[Delta]:
         """The deltas that the next characters decide; `last`: no more will come."""
-        return [delta for split in self._splits(text, last) for delta in self._deltas(split)] + self._end(last)
-
-    def _splits(self, text: str, last: bool) -> Iterator[Split]:
-        if self._reasoning is None:
-            yield Split(content=text)
-            return
-        yield self._reasoning.feed(text)
+        if self._reader is None:
+            return [Delta(content=text)] if text else []
+        self._begun = self._begun or bool(text)
+        events = self._reader.feed(text)
         if last:
-            yield self._reasoning.finish()
+            events += self._reader.finish()
+        deltas = [delta for event in events for delta in self._deltas_of(event)]
+        return deltas + (self._whole_thought() if last else [])
 
-    def _deltas(self, split: Split) -> Iterator[Delta]:
-        self._thought += split.reasoning
-        if self._thought and (self._stream_reasoning or not self.thinking):
-            yield Delta(reasoning_content=self._thought)
-            self._thought = ""
-        if split.content:
-            yield from self._content(split.content)
+    def _deltas_of(self, event: Event) -> list[Delta]:
+        match event:
+            case Thought(text) if self._separate_reasoning:
+                self._thought.append(text)
+                return self._whole_thought() if self._stream_reasoning else []
+            case Thought(text):
+                return [Delta(content=text)]
+        delta = self._delta_of(event)
+        return self._whole_thought() + ([] if delta is None else [delta])
 
-    def _content(self, text: str) -> Iterator[Delta]:
-        if self._tools is None:
-            yield Delta(content=text)
-        else:
-            yield from map(self._delta_of, self._tools.feed(text))
+    def _whole_thought(self) -> list[Delta]:
+        thought, self._thought = "".join(self._thought), []
+        return [Delta(reasoning_content=thought)] if thought else []
 
-    def _end(self, last: bool) -> list[Delta]:
-        if not last:
-            return []
-        rest = [Delta(reasoning_content=self._thought)] if self._thought else []
-        return rest + ([self._delta_of(event) for event in self._tools.finish()] if self._tools else [])
-
-    def _delta_of(self, event: Event) -> Delta:
+    def _delta_of(self, event: Content | CallStart | Arguments) -> Delta | None:
         match event:
             case Content(text):
                 return Delta(content=text)
+            case CallStart(index) | Arguments(index) if self._most_calls is not None and index >= self._most_calls:
+                return None
             case CallStart(index, name):
                 self.called = True
-                return Delta(tool_calls=[ToolCall(id=call_id(), index=index, function=CalledFunction(name, ""))])
+                return Delta(tool_calls=[ToolCall(id=self._new_id(), index=index, function=CalledFunction("", name))])
             case Arguments(index, text):
-                return Delta(tool_calls=[ToolCall(id=None, index=index, function=CalledFunction(None, text))])
+                return Delta(tool_calls=[ToolCall(index=index, type=UNSET, function=CalledFunction(text))])
 
 
 def merged(deltas: Iterable[Delta]) -> list[Delta]:
@@ -85,7 +98,7 @@ def join(left: Delta, right: Delta) -> bool:
         left.content += right.content
     elif left.reasoning_content is not None and right.reasoning_content is not None:
         left.reasoning_content += right.reasoning_content
-    elif left.tool_calls and right.tool_calls and right.tool_calls[0].id is None and left.tool_calls[0].id is None:
+    elif left.tool_calls and right.tool_calls and right.tool_calls[0].id is UNSET and left.tool_calls[0].id is UNSET:
         left.tool_calls[0].function.arguments += right.tool_calls[0].function.arguments
     else:
         return False
@@ -94,18 +107,22 @@ def join(left: Delta, right: Delta) -> bool:
 
 def message_of(deltas: Iterable[Delta]) -> ChatMessage:
     """The whole message; its content is null where there are calls only."""
-    content, thought = "", ""
+    content, thought = list[str](), list[str]()
     calls: list[ToolCall] = []
+    arguments: list[list[str]] = []
     for delta in deltas:
-        content += delta.content or ""
-        thought += delta.reasoning_content or ""
+        content.append(delta.content or "")
+        thought.append(delta.reasoning_content or "")
         for piece in delta.tool_calls or ():
-            if piece.id is not None:
+            if piece.id is not UNSET:
                 calls.append(piece)
-            else:
-                calls[piece.index].function.arguments += piece.function.arguments
+                arguments.append([])
+            arguments[piece.index].append(piece.function.arguments)
+    for call, parts in zip(calls, arguments, strict=True):
+        call.function.arguments = "".join(parts)
+    said, thought_of = "".join(content), "".join(thought)
     return ChatMessage(
-        content=content or (None if calls or thought else ""),
-        reasoning_content=thought or None,
+        content=said or (None if calls or thought_of else ""),
+        reasoning_content=thought_of or None,
         tool_calls=calls or None,
     )

@@ -1,10 +1,14 @@
 """Requests sent together, and the mailbox of what comes back for them."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from types import TracebackType
 
+from runtime.limits import MAX_UNREAD_STEPS
 from runtime.messages import Text
+
+log = logging.getLogger(__name__)
 
 Delivery = tuple[int, Text]  # (index of the request in its flight, one step of it)
 
@@ -21,6 +25,7 @@ class Flight:
         self._abandon = abandon
         self._mail: list[Delivery] = []
         self._running = len(rids)
+        self._most_unread = MAX_UNREAD_STEPS * len(rids)
         self._waiter: asyncio.Future[None] | None = None
         self._client_gone = False
 
@@ -49,11 +54,20 @@ class Flight:
     def leave(self) -> None:
         """The client has gone: wake whoever waits in `next`."""
         self._client_gone = True
+        self._mail.clear()
         self._wake()
 
     def put(self, index: int, text: Text) -> None:
+        """Deliver a step. A client that takes none of them, so that they pile up, counts as gone."""
+        if self._client_gone:
+            return
         self._mail.append((index, text))
         self._running -= text.tokens.finish is not None
+        if len(self._mail) > self._most_unread:
+            log.warning("A client takes nothing of its answer; its %d requests are aborted.", len(self.rids))
+            self._abandon(self)
+            self.leave()
+            return
         self._wake()
 
     def _wake(self) -> None:

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from http_gateway.intake import EMPTY_IDS, Job, Rules, fan_out, sampling_params
+from http_gateway.intake import Job, Rules, fan_out, sampling_params
 from http_gateway.truncation import Truncating, wished
 from runtime import limits
-from runtime.errors import RequestError
+from runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
 from runtime.messages import Generate, LogprobOptions, Request, pack_ids
 from runtime.sampling import SamplingParams
 
@@ -230,7 +230,7 @@ def read_embeds(body: GenerateBody, rules: Rules) -> list[Generate]:
 def pack_rows(rows: list[Any], hidden_size: int) -> bytes:
     """float32 (positions, hidden)"""
     if not rows or any(not isinstance(row, list) or len(row) != hidden_size for row in rows):
-        raise RequestError(f"input_embeds must have rows of {hidden_size} numbers.", field="input_embeds")
+        raise not_whole_rows(hidden_size)
     try:
         return b"".join(array("f", row).tobytes() for row in rows)
     except (TypeError, OverflowError):

@@ -103,5 +103,5 @@ ENDPOINTS = [
     Endpoint("/readyz", ready, access=Access.PUBLIC),
     Endpoint("/ready", ready, access=Access.PUBLIC),
     Endpoint("/health", health, access=Access.PUBLIC),
-    Endpoint("/health_generate", health_generate, access=Access.PUBLIC),
+    Endpoint("/health_generate", health_generate, access=Access.PUBLIC, changes_state=True),  # it has a token computed
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from runtime import limits, sampling
-from runtime.errors import Kind, RequestError
+from runtime.errors import Kind, RequestError, outside_vocabulary, scored_outside_vocabulary
 from runtime.limits import CALL_BYTES_PER_BODY_BYTE
 from runtime.messages import Generate, LogprobOptions, Request, first_outside, unpack_ids
 from runtime.sampling import SamplingParams
@@ -23,7 +23,6 @@ from runtime.sampling import SamplingParams
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
 NULL_MEANS_SOMETHING = "max_new_tokens"  # there it is: until the context is full
 
-EMPTY_IDS = "input_ids cannot be empty."
 NEEDS_TOKENIZER = "The tokenizer is not initialized (--skip-tokenizer-init); use input_ids and token ids instead of {}."
 
 
@@ -219,9 +218,7 @@ def check_ids(packed: bytes, vocab_size: int) -> None:
     ids = unpack_ids(packed)
     if first_outside(ids, vocab_size) is not None:
         bad = list(islice((token for token in ids if not 0 <= token < vocab_size), 5))
-        raise RequestError(
-            f"The input_ids {bad} contains values greater than the vocab size ({vocab_size}).", field="input_ids"
-        )
+        raise outside_vocabulary(bad, vocab_size)
 
 
 def check_logprobs(options: LogprobOptions, vocab_size: int) -> None:
@@ -239,10 +236,7 @@ def check_logprobs(options: LogprobOptions, vocab_size: int) -> None:
         )
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise RequestError(
-                f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is [0, {vocab_size}).",
-                field="token_ids_logprob",
-            )
+            raise scored_outside_vocabulary(token, vocab_size)
 
 
 def check_without_tokenizer(prompt: Generate) -> None:

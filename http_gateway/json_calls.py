@@ -1,278 +1,258 @@
-"""Tool calls whose body is a JSON object, as Hermes, Qwen, Llama and Mistral models write them."""
+"""One tool call that is written as a JSON object: {"name": ..., "arguments": {...}} in any order and with more keys."""
 
 import json
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from typing import Any
 
 import msgspec
 
-from http_gateway.held_back import held_back
-from http_gateway.tool_events import Event, Events
+from http_gateway.json_text import JsonText, Piece
+from http_gateway.tool_events import CALL, NO_CALL, Events, Outcome
 
-
-class JsonValue:
-    """Follows one JSON object through a stream, by its brackets and strings."""
-
-    def __init__(self, depth: int = 0) -> None:
-        self.depth = depth
-        self._in_string = False
-        self._escaped = False
-
-    def take(self, text: str) -> int | None:
-        """How many characters of `text` end the object, or None while it goes on."""
-        for at, character in enumerate(text):
-            if self._in_string:
-                self._string(character)
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self.depth += 1
-            elif character in "}]":
-                self.depth -= 1
-                if self.depth <= 0:
-                    return at + 1
-        return None
-
-    def _string(self, character: str) -> None:
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._in_string = False
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How a family of models writes calls whose body is a JSON object."""
-
-    opening: str = ""  # the tag before a call; with none, calls stand at the beginning of the output
-    bare: str = ""  # what opens a call at the beginning of the output, with no tag
-    array: bool = False  # calls stand in a JSON array
-    closing: str = ""  # the tag behind a call
-    between: re.Pattern[str] | None = None  # from one call to the next
-    named: bool = False  # the tag may also be followed by name{arguments}
-
-
-DIALECTS = {
-    "hermes": Dialect("<tool_call>", closing="</tool_call>"),
-    "llama3": Dialect("<|python_tag|>", bare="{", between=re.compile(r"\s*[;,]?\s*(<\|python_tag\|>)?\s*(?=\{)")),
-    "mistral": Dialect("[TOOL_CALLS]", array=True, named=True, between=re.compile(r"\s*,\s*(?=\{)")),
-    "required": Dialect(bare="[", array=True, between=re.compile(r"\s*,\s*(?=\{)")),
-}
-
-STRING = r'"(?:[^"\\]|\\.)*"'
-HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*({STRING})\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)', re.DOTALL)
-NAMED_HEAD = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
-MAYBE_NAMED_HEAD = re.compile(r"\s*[\w.-]+(\[[\w\]]*(\[\w*\]?)?)?\s*")
-MAYBE_BETWEEN = re.compile(r"[;,]?\s*[<|\w]*")
-FIRST_KEY = re.compile(rf"\s*\{{\s*({STRING})\s*:", re.DOTALL)
-MAX_HEAD_CHARS = 2048  # a longer head is read only when its object is complete
-MAX_WASTED_CHARS = 1 << 20  # read as calls that were none; what is behind them is read as text
 KEYS = frozenset({"name", "arguments", "parameters", "type", "id", "function"})
+ARGUMENTS = ("arguments", "parameters")
+MAX_KEY_CHARS = 256
+CHARS_PER_ESCAPE = 6  # a character of a name may be written as \u00dc
 
 
-class JsonCalls:
-    """The parser of every dialect in `DIALECTS`: text, then a call's head, its arguments, its end."""
+class JsonCall:
+    """Reads one call, and tells of it as soon as its name and the opening of its arguments are known.
 
-    def __init__(self, dialect: Dialect, known: Iterable[str]) -> None:
-        self._dialect = dialect
-        self._known = frozenset(known)
-        self._events = Events()
-        self._buffer = ""
-        self._opening = ""  # what led to the head that is being read; content if that turns out to be none
-        self._ended = False
-        self._at_start = True
-        self._in_array = False
-        self._bare_body = False  # name{arguments}: no object around the arguments
-        self._value = JsonValue()
-        self._scanned = 0  # characters of the buffer that `_value` has seen, while a head is read
-        self._wasted = 0  # characters that `_value` has seen of objects that turned out to be no calls
-        self._state: Callable[[], bool] = self._text
+    `outcome` says when it is over. What was read before it was `announced` is in `raw`, as it was written.
+    """
 
-    def feed(self, delta: str) -> list[Event]:
-        self._buffer += delta
-        self._run()
-        return self._events.take()
+    def __init__(self, known: Collection[str], events: Events, closing: str, name: str | None = None) -> None:
+        """`closing`: the tag behind a call, which may come too early. `name`: given where only arguments follow."""
+        self.outcome: Outcome | None = None
+        self.raw: list[str] = []
+        self.announced = False
+        self._known = known
+        self._events = events
+        self._closing = closing
+        self._json = JsonText()
+        self._name = name
+        self._base = 1  # the depth of the object that holds the keys
+        self._key = ""
+        self._keys = 0
+        self._collected: list[str] = []  # of a string
+        self._collected_chars = 0
+        self._held: list[str] | None = None  # arguments that came before the name
+        self._step: Callable[[Piece], bool] = self._opening
+        if name is not None:
+            self._base, self._step = 0, self._bare_opening
 
-    def finish(self) -> list[Event]:
-        self._ended = True
-        self._run()
-        while self._state == self._head:  # a head that never came to an end is content
-            self._wasted += len(self._buffer)
-            self._reject()
-            self._run()
-        self._events.finish()
-        return self._events.take()
+    def take(self, text: str, at: int) -> int:
+        """Read on from `at`; where what follows is not of this call, or the text ends."""
+        start = at
+        while at < len(text) and self.outcome is None:
+            piece = self._json.next(text, at)
+            if piece.kind == "strange" and not self.announced:
+                self.outcome = NO_CALL
+            elif self._step(piece):
+                at = piece.end
+        if not self.announced:
+            self.raw.append(text[start:at])
+        return at
 
-    def _run(self) -> None:
-        while self._buffer and self._state():
-            pass
+    # Each step takes one piece; False: it is not of this call, or must be looked at by another step.
 
-    # Each state reads from the buffer; it returns False when it needs more, True when another turn may help.
+    def _opening(self, piece: Piece) -> bool:
+        self._step = self._key_or_end
+        return True
 
-    def _text(self) -> bool:
-        dialect, buffer = self._dialect, self._buffer
-        if self._wasted > MAX_WASTED_CHARS:
-            self._content(len(buffer))
+    def _key_or_end(self, piece: Piece) -> bool:
+        return self._close() if piece.kind == "close" else self._before_key(piece)
+
+    def _before_key(self, piece: Piece) -> bool:
+        if piece.kind == "quote":
+            self._collect(self._in_key)
+            return True
+        return blank(piece) or self._over()
+
+    def _in_key(self, piece: Piece) -> bool:
+        if piece.kind == "string":
+            return self._more(piece, MAX_KEY_CHARS)
+        key = self._string()
+        if key is None or (self._keys == 0 and key not in KEYS):
+            return self._over()
+        self._key, self._keys, self._step = key, self._keys + 1, self._colon
+        return True
+
+    def _colon(self, piece: Piece) -> bool:
+        if piece.text == ":":
+            self._step = self._value
+            return True
+        return blank(piece) or self._over()
+
+    def _value(self, piece: Piece) -> bool:
+        """The first piece of a key's value."""
+        if blank(piece):
+            return True
+        if self.announced or self._key not in KEYS:
+            self._step = self._skip
+            return self._skip(piece)
+        if self._key == "name":
+            return self._collect(self._in_name) if piece.kind == "quote" else self._over()
+        if self._key == "function" and piece.text == "{" and self._base == 1:
+            self._base, self._step = 2, self._key_or_end
+            return True
+        if self._key in ARGUMENTS:
+            return self._arguments(piece)
+        self._step = self._skip
+        return self._skip(piece)
+
+    def _in_name(self, piece: Piece) -> bool:
+        if piece.kind == "string":
+            return self._more(piece, CHARS_PER_ESCAPE * max(map(len, self._known), default=0))
+        self._name = self._string()
+        if self._name not in self._known:
+            return self._over()
+        self._step = self._next
+        return self._announce_held()
+
+    def _arguments(self, piece: Piece) -> bool:
+        if piece.text == "{":
+            self._step = self._in_arguments
+            if self._name is None:
+                self._held = []
+            else:
+                self._announce()
+            return self._in_arguments(piece)
+        if piece.kind == "quote":
+            return self._collect(self._in_text)
+        if piece.kind == "plain":
+            self._collect(self._in_word)
+            return self._in_word(piece)
+        return self._over()
+
+    def _bare_opening(self, piece: Piece) -> bool:
+        self._announce()
+        self._step = self._in_arguments
+        return self._in_arguments(piece)
+
+    def _in_arguments(self, piece: Piece) -> bool:
+        """Arguments stream through as they come."""
+        if piece.kind == "strange" and piece.text.startswith(self._closing[:1] or "\0"):
+            self._tell(self._json.closers[: self._json.depth - self._base])  # the end of the call, too early
+            self.outcome = CALL
             return False
-        if self._at_start and dialect.bare:
-            solid = buffer.lstrip()
-            if solid.startswith(dialect.bare):
-                return self._open("", len(buffer) - len(solid))
-            if not solid and not self._ended:
-                return False
-        at = buffer.find(dialect.opening) if dialect.opening else -1
-        if at >= 0:
-            self._content(at)
-            return self._open(dialect.opening, 0)
-        held = held_back(buffer, dialect.opening) if dialect.opening and not self._ended else 0
-        self._content(len(buffer) - held)
+        self._tell(piece.text)
+        if piece.kind == "close" and self._json.depth == self._base:
+            if self._base == 0:
+                self.outcome = CALL
+            self._step = self._next
+        return True
+
+    def _in_text(self, piece: Piece) -> bool:
+        """Arguments as a string that holds JSON."""
+        if piece.kind == "string":
+            self._collected.append(piece.text)
+            return True
+        arguments = object_text(self._string() or "{}")
+        return self._over() if arguments is None else self._have(arguments)
+
+    def _in_word(self, piece: Piece) -> bool:
+        """Arguments as a bare word: null means none."""
+        if piece.kind == "plain":
+            return self._more(piece._replace(text=piece.text.strip()), len("null"))
+        if "".join(self._collected) != "null":
+            return self._over()
+        self._have("{}")
         return False
 
-    def _content(self, count: int) -> None:
-        text, self._buffer = self._buffer[:count], self._buffer[count:]
-        self._events.content(text)
-        self._at_start = self._at_start and not text.strip()
-
-    def _open(self, tag: str, blanks: int) -> bool:
-        self._content(blanks)
-        self._at_start = False
-        self._in_array = False
-        self._read_head(tag, len(tag))
+    def _skip(self, piece: Piece) -> bool:
+        """The value of a key that nobody asked for."""
+        depth = self._json.depth
+        if piece.kind == "close" and depth < self._base:
+            return self._close()
+        if piece.kind == "mark" and depth == self._base:
+            if piece.text == ":":
+                return self._over()
+            self._step = self._before_key
         return True
 
-    def _read_head(self, opening: str, count: int) -> None:
-        """A call should follow the next `count` characters."""
-        self._opening, self._buffer = opening, self._buffer[count:]
-        self._value, self._scanned = JsonValue(), 0
-        self._state = self._head
-
-    def _head(self) -> bool:
-        solid = self._buffer.lstrip()
-        if not solid:
-            return False
-        if self._dialect.array and not self._in_array and solid[0] == "[":
-            opened = len(self._buffer) - len(solid) + 1
-            self._read_head(self._opening + self._buffer[:opened], opened)
-            self._in_array = True
+    def _next(self, piece: Piece) -> bool:
+        """Behind a value. Models forget the last brackets at times: a call that was told of is over then."""
+        if piece.kind == "close":
+            return self._close()
+        if piece.text == ",":
+            self._step = self._key_or_end if self.announced else self._before_key
             return True
-        if solid[0] != "{":
-            return self._named_head()
-        if match := HEAD.match(self._buffer, 0, MAX_HEAD_CHARS):
-            return self._announce(json_string(match[1]), match.end())
-        key = FIRST_KEY.match(self._buffer, 0, MAX_HEAD_CHARS)
-        if key and json_string(key[1]) not in KEYS:
-            return self._reject()
-        end = self._value.take(self._buffer[self._scanned :])
-        if end is None:
-            self._scanned = len(self._buffer)
-            return False
-        return self._whole(self._scanned + end)
+        return blank(piece) or self._over()
 
-    def _named_head(self) -> bool:
-        if not self._dialect.named or self._in_array:
-            return self._reject()
-        if match := NAMED_HEAD.match(self._buffer):
-            self._bare_body = True
-            return self._announce(match[1], match.end())
-        return False if MAYBE_NAMED_HEAD.fullmatch(self._buffer) else self._reject()
-
-    def _announce(self, name: str | None, end: int) -> bool:
-        if name not in self._known:
-            self._bare_body = False
-            return self._reject()
-        self._events.start(name)
-        self._buffer = self._buffer[end:]
-        self._value, self._state = JsonValue(), self._arguments
-        return True
-
-    def _whole(self, end: int) -> bool:
-        """A complete object whose keys stand in another order, or whose arguments are no object."""
-        call = whole_call(self._buffer[:end])
-        if call is None or call[0] not in self._known:
-            self._wasted += end
-            return self._reject()
-        self._events.start(call[0])
-        self._events.arguments(call[1])
-        self._buffer, self._state = self._buffer[end:], self._between
-        return True
-
-    def _reject(self) -> bool:
-        """No call after all: what led here is content, and the rest is read as text."""
-        self._events.content(self._opening)
-        self._opening, self._state = "", self._text
-        return True
-
-    def _arguments(self) -> bool:
-        end = self._value.take(self._buffer)
-        self._events.arguments(self._buffer[:end])
-        if end is None:
-            self._buffer = ""
-            return False
-        self._buffer = self._buffer[end:]
-        self._state = self._between if self._bare_body else self._close
-        self._bare_body = False
-        return True
+    # What the steps have in common.
 
     def _close(self) -> bool:
-        """The end of the object around the arguments; models forget it at times."""
-        solid = self._buffer.lstrip()
-        if not solid:
-            return False
-        if solid[0] == ",":  # more keys: nobody asked for them
-            self._value, self._state = JsonValue(depth=1), self._skip
+        """The end of the object that holds the keys."""
+        if self._base > 1:
+            self._base, self._step = 1, self._next
+            return True
+        if not self.announced:
+            if self._name is None:
+                return self._over()
+            self._announce()
+            self._tell("{}")
+        self.outcome = CALL
+        return True
+
+    def _over(self) -> bool:
+        self.outcome = CALL if self.announced else NO_CALL
+        return False
+
+    def _collect(self, step: Callable[[Piece], bool]) -> bool:
+        self._collected, self._collected_chars, self._step = [], 0, step
+        return True
+
+    def _more(self, piece: Piece, most_chars: int) -> bool:
+        self._collected.append(piece.text)
+        self._collected_chars += len(piece.text)
+        return True if self._collected_chars <= most_chars else self._over()
+
+    def _string(self) -> str | None:
+        """The string that was collected, or None where it is none."""
+        try:
+            return msgspec.json.decode(f'"{"".join(self._collected)}"', type=str)
+        except ValueError:
+            return None
+
+    def _have(self, arguments: str) -> bool:
+        """The arguments are there at once."""
+        self._step = self._next
+        self._held = [arguments]
+        return self._name is None or self._announce_held()
+
+    def _announce_held(self) -> bool:
+        if self._held is None:
+            return True
+        arguments = "".join(self._held)
+        if object_text(arguments) is None:
+            return self._over()
+        self._held = None
+        self._announce()
+        self._tell(arguments)
+        return True
+
+    def _announce(self) -> None:
+        assert self._name is not None
+        self._events.start(self._name)
+        self.announced = True
+        self.raw = []
+
+    def _tell(self, text: str) -> None:
+        if self._held is None:
+            self._events.arguments(text)
         else:
-            self._buffer = solid.removeprefix("}")
-            self._state = self._between
-        return True
-
-    def _skip(self) -> bool:
-        end = self._value.take(self._buffer)
-        self._buffer = self._buffer[end:] if end else ""
-        if end:
-            self._state = self._between
-        return bool(end)
-
-    def _between(self) -> bool:
-        """Behind a call: its closing tag, the next call, or text again."""
-        dialect, solid = self._dialect, self._buffer.lstrip()
-        if dialect.between and (match := dialect.between.match(self._buffer)):
-            self._read_head(match[0], match.end())
-            return True
-        last = dialect.closing or ("]" if self._in_array else "")
-        if last and solid.startswith(last):
-            self._buffer, self._state = solid[len(last) :], self._text
-            return True
-        if not self._ended and (last.startswith(solid) or (dialect.between and MAYBE_BETWEEN.fullmatch(solid))):
-            return False
-        self._state = self._text
-        return True
+            self._held.append(text)
 
 
-def json_string(text: str) -> str | None:
-    """The string that a JSON literal spells, or None."""
+def blank(piece: Piece) -> bool:
+    return piece.kind == "plain" and piece.text.isspace()
+
+
+def object_text(text: str) -> str | None:
+    """A JSON object as JSON text, or None where it is something else."""
     try:
-        return msgspec.json.decode(text, type=str)
-    except ValueError:
-        return None
-
-
-def whole_call(text: str) -> tuple[str, str] | None:
-    """(name, arguments as JSON text) of an object that is a call, or None."""
-    try:
-        value = msgspec.json.decode(text)
+        value: Any = msgspec.json.decode(text, type=dict[str, Any])
     except (ValueError, RecursionError):
         return None
-    if isinstance(value.get("function"), dict):
-        value = value["function"]
-    name, arguments = value.get("name"), value.get("arguments", value.get("parameters"))
-    if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments or "{}")
-        except (ValueError, RecursionError):
-            return None
-    if not isinstance(name, str) or not isinstance(arguments, dict | None):
-        return None
-    return name, json.dumps(arguments or {}, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False)

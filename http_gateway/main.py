@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ import uvloop
 
 from http_gateway import payloads, warmup
 from http_gateway.app import build
+from http_gateway.crowd import Crowd, connections_that_fit
 from http_gateway.edge import access_log
 from http_gateway.gateway import Gateway, Phase
 from http_gateway.metrics import Metrics
@@ -134,7 +136,7 @@ def fail(boot: Boot, error: StartupError) -> NoReturn:
 def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
     return uvicorn.Config(
         build(gateway),
-        http=BoundedProtocol,
+        http=partial(BoundedProtocol, crowd=Crowd(connections_that_fit())),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,

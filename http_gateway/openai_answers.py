@@ -67,16 +67,16 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class CalledFunction(msgspec.Struct):
-    name: str | None
     arguments: str
+    name: str | UnsetType = UNSET
 
 
 class ToolCall(msgspec.Struct, kw_only=True):
-    """A call, or a piece of one: later pieces have neither id nor name."""
+    """A call, or a piece of one: later pieces have nothing but their index and more of the arguments."""
 
-    id: str | None
+    id: str | UnsetType = UNSET
     index: int
-    type: Literal["function"] = "function"
+    type: Literal["function"] | UnsetType = "function"
     function: CalledFunction
 
 

@@ -45,9 +45,10 @@ async def parse_function_call(gateway: Gateway, http: HTTPRequest) -> Response:
     """The tool calls in a text, and what is beside them."""
     body = msgspec.json.decode(await read_body(http, MAX_PARSED_BODY_BYTES), type=ParseBody)
     name = body.tool_call_parser or gateway.config.tool_call_parser or ""
-    content, calls = await asyncio.to_thread(tool_calls.parse, name, body.tools, body.text)
-    found = [ParsedCall(index, call.name, call.arguments) for index, call in enumerate(calls)]
-    return json_response(ParseAnswer(content, found))
+    form = tool_calls.format_of(name)
+    whole = await asyncio.to_thread(tool_calls.parse, form, body.tools, body.text)
+    found = [ParsedCall(index, call.name, call.arguments) for index, call in enumerate(whole.calls)]
+    return json_response(ParseAnswer(whole.content, found))
 
 
 async def separate_reasoning(gateway: Gateway, http: HTTPRequest) -> Response:

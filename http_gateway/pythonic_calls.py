@@ -1,183 +1,219 @@
-"""Tool calls written as a Python list: `[get_weather(city="Ulm", days=3), stop()]`. Read, never run."""
+"""One tool call that is written in Python: `get_weather(city="Ulm", days=3)`. Read, never run."""
 
-import ast
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Collection
 from typing import Any
 
-from http_gateway.tool_events import Event, Events
+from http_gateway.tool_events import CALL, NO_CALL, Events, Outcome
 
-OPENING = ("<|python_start|>", "")  # some models put tags around the list
-CLOSING = "<|python_end|>"
-HEAD = re.compile(r"\s*([^\W\d][\w.]*)\s*\(")
-MAYBE_HEAD = re.compile(r"\s*([^\W\d][\w.]*\s*)?")
-NAMES = {"true": True, "false": False, "null": None}  # JSON's words, which models mix in
+NAME_CHARS = re.compile(r"[\w.]+")
+BLANKS = re.compile(r"\s+")
+OUTSIDE = re.compile(r"[^\[\]{}()'\"]+")
+INSIDE = {quote: re.compile(rf"[^\\{quote}]+") for quote in "'\""}
+TOKEN = re.compile(
+    r"""\s*(?:(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
+      | (?P<number>-?\s*(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d+)?(?![\w.]))
+      | (?P<word>[^\W\d]\w*)
+      | (?P<sign>[\[\](){}:,=]))""",
+    re.VERBOSE | re.DOTALL,
+)
+ESCAPE = re.compile(
+    r"\\(?:x(?P<x>[0-9a-fA-F]{2})|u(?P<u>[0-9a-fA-F]{4})|U(?P<U>[0-9a-fA-F]{8})|(?P<o>[0-7]{1,3})|(?P<c>.))", re.DOTALL
+)
+ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\n": ""}
+UNCHANGED = "\\'\""
+WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
+CLOSERS = {"[": "]", "(": ")", "{": "}"}
+MAX_DEPTH = 64
 
 
-class PythonicCalls:
-    """A parser (see http_gateway.tool_events). A call is announced when its parenthesis closes."""
+class PythonCall:
+    """Reads one call; it is told of when its parenthesis closes. See JsonCall for `outcome` and `raw`."""
 
-    def __init__(self, known: Iterable[str]) -> None:
-        self._known = frozenset(known)
-        self._events = Events()
-        self._buffer = ""
-        self._opening = ""  # what led here since the last call; content if no call follows
-        self._ended = False
+    def __init__(self, known: Collection[str], events: Events) -> None:
+        self.outcome: Outcome | None = None
+        self.raw: list[str] = []
+        self.announced = False
+        self._known = known
+        self._events = events
         self._name = ""
-        self._scanned = 0  # characters of the buffer that the open call's scan has seen
-        self._quote = ""
+        self._named = False  # nothing but blanks may stand before the parenthesis
+        self._body: list[str] | None = None  # what stands in the parenthesis, once that is open
         self._depth = 0
-        self._state: Callable[[], bool] = self._start
+        self._quote = ""
+        self._escaped = False
 
-    def feed(self, delta: str) -> list[Event]:
-        self._buffer += delta
-        while self._state():
-            pass
-        return self._events.take()
+    def take(self, text: str, at: int) -> int:
+        """Read on from `at`; where what follows is not of this call, or the text ends."""
+        start = at
+        while at < len(text) and self.outcome is None:
+            at = self._in_name(text, at) if self._body is None else self._in_body(text, at, self._body)
+        self.raw.append(text[start:at])
+        return at
 
-    def finish(self) -> list[Event]:
-        self._ended = True
-        while self._state():
-            pass
-        self._events.content(self._opening + self._buffer)
-        self._events.finish()
-        return self._events.take()
+    def _in_name(self, text: str, at: int) -> int:
+        match = None if self._named else NAME_CHARS.match(text, at)
+        if match and len(self._name) + len(match[0]) <= max(map(len, self._known), default=0):
+            self._name += match[0]
+            return match.end()
+        if self._name and (blanks := BLANKS.match(text, at)):
+            self._named = True
+            return blanks.end()
+        if text[at] == "(" and self._name in self._known:
+            self._depth, self._body = 1, []
+            return at + 1
+        self.outcome = NO_CALL
+        return at
 
-    def _move(self, count: int) -> None:
-        """Structure that is content unless a call follows."""
-        self._opening += self._buffer[:count]
-        self._buffer = self._buffer[count:]
+    def _in_body(self, text: str, at: int, body: list[str]) -> int:
+        end = self._run(text, at)
+        if self._depth:
+            body.append(text[at:end])
+        else:
+            self._tell("".join(body))
+        return end
 
-    def _start(self) -> bool:
-        """The output is a list of calls, or it is text."""
-        solid = self._buffer.lstrip()
-        blanks = len(self._buffer) - len(solid)
-        for tag in OPENING:
-            if solid.startswith(f"{tag}["):
-                self._move(blanks + len(tag) + 1)
-                self._state = self._head
-                return True
-        if any(f"{tag}[".startswith(solid) for tag in OPENING):
-            return False
-        self._state = self._text
-        return True
-
-    def _text(self) -> bool:
-        self._events.content(self._opening + self._buffer)
-        self._opening = self._buffer = ""
-        return False
-
-    def _head(self) -> bool:
-        if match := HEAD.match(self._buffer):
-            if match[1] not in self._known:
-                self._state = self._text
-                return True
-            self._name, self._scanned, self._depth, self._quote = match[1], match.end(), 1, ""
-            self._state = self._call
-            return True
-        if not MAYBE_HEAD.fullmatch(self._buffer):
-            self._state = self._text
-            return True
-        return False
-
-    def _call(self) -> bool:
-        while self._scanned < len(self._buffer):
-            self._step()
-            if self._depth == 0:
-                return self._announce()
-        return False
-
-    def _step(self) -> None:
-        """Look at one character of the open call, or at an escape and the character behind it."""
-        character = self._buffer[self._scanned]
-        self._scanned += 1
-        if self._quote:
-            if self._quote[0] == "\\":
-                self._quote = self._quote[1:]
-            elif character == "\\":
-                self._quote = "\\" + self._quote
-            elif character == self._quote:
+    def _run(self, text: str, at: int) -> int:
+        """Where the next run of characters of one kind ends."""
+        character = text[at]
+        if self._escaped:
+            self._escaped = False
+        elif self._quote:
+            if match := INSIDE[self._quote].match(text, at):
+                return match.end()
+            if character == "\\":
+                self._escaped = True
+            else:
                 self._quote = ""
+        elif match := OUTSIDE.match(text, at):
+            return match.end()
         elif character in "'\"":
             self._quote = character
-        elif character in "([{":
-            self._depth += 1
-        elif character in ")]}":
-            self._depth -= 1
-
-    def _announce(self) -> bool:
-        arguments = json_arguments(self._buffer[: self._scanned])
-        if arguments is None:
-            self._state = self._text
-            return True
-        self._events.start(self._name)
-        self._events.arguments(arguments)
-        self._buffer, self._opening = self._buffer[self._scanned :], ""
-        self._state = self._between
-        return True
-
-    def _between(self) -> bool:
-        solid = self._buffer.lstrip()
-        if not solid:
-            if self._ended:
-                self._buffer = ""
-            return False
-        self._move(len(self._buffer) - len(solid) + 1)
-        if solid[0] == ",":
-            self._state = self._head
-        elif solid[0] == "]":
-            self._opening = ""
-            self._state = self._end
         else:
-            self._state = self._text
-        return True
+            self._depth += 1 if character in CLOSERS else -1
+        return at + 1
 
-    def _end(self) -> bool:
-        """Behind the list: the closing tag, or text."""
-        solid = self._buffer.lstrip()
-        if CLOSING.startswith(solid) and solid != CLOSING and not self._ended:
-            return False
-        if solid.startswith(CLOSING):
-            self._buffer = solid[len(CLOSING) :]
-        self._state = self._text
-        return True
+    def _tell(self, body: str) -> None:
+        arguments = json_arguments(body)
+        self.outcome = NO_CALL if arguments is None else CALL
+        if arguments is not None:
+            self.announced = True
+            self._events.start(self._name)
+            self._events.arguments(arguments)
 
 
-def json_arguments(text: str) -> str | None:
-    """The arguments of `name(key=literal, ...)` as JSON text, or None where it is anything else."""
+def json_arguments(body: str) -> str | None:
+    """The arguments `key=literal, ...` as JSON text, or None where they are anything else."""
     try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            return None
-        arguments = {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords if keyword.arg}
-        if len(arguments) != len(call.keywords):
-            return None
-        found = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        found = json.dumps(Literals(body).arguments(), ensure_ascii=False, allow_nan=False)
         found.encode()  # a lone surrogate has no place on the wire
-        return found
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (ValueError, OverflowError):
         return None
+    return found
 
 
-def _literal(node: ast.expr) -> Any:
-    """The JSON value that a Python literal spells. Raises ValueError for anything else."""
-    match node:
-        case ast.Constant(value=str() | int() | float() | bool() | None as value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_literal(item) for item in items]
-        case ast.Dict(keys=keys, values=values):
-            return {_key(key): _literal(value) for key, value in zip(keys, values, strict=True)}
-        case ast.Name(id=name) if name in NAMES:
-            return NAMES[name]
-    raise ValueError(f"not a literal: {type(node).__name__}")
+class Literals:
+    """A reader of Python literals, from left to right. Its methods raise ValueError for anything else."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text.rstrip()
+        self._at = 0
+        self._depth = 0
+
+    def arguments(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while self._at < len(self._text):
+            name = self._token()
+            if name.lastgroup != "word" or name[name.lastgroup] in found:
+                raise ValueError("an argument needs a name of its own")
+            self._expect("=")
+            found[name["word"]] = self._value(self._token())
+            if self._at < len(self._text):
+                self._expect(",")
+        return found
+
+    def _token(self) -> re.Match[str]:
+        match = TOKEN.match(self._text, self._at)
+        if match is None:
+            raise ValueError(f"no literal at {self._at}")
+        self._at = match.end()
+        return match
+
+    def _expect(self, sign: str) -> None:
+        if self._token()["sign"] != sign:
+            raise ValueError(f"{sign} is missing at {self._at}")
+
+    def _value(self, token: re.Match[str]) -> Any:
+        match token.lastgroup:
+            case "string":
+                return self._strings(token["string"])
+            case "number":
+                return number(token["number"])
+            case "word" if token["word"] in WORDS:
+                return WORDS[token["word"]]
+            case "sign" if token["sign"] in CLOSERS:
+                return self._nested(token["sign"])
+        raise ValueError(f"not a literal at {self._at}")
+
+    def _strings(self, first: str) -> str:
+        """A string, and those that stand right behind it: Python joins them."""
+        parts = [unquoted(first)]
+        while (match := TOKEN.match(self._text, self._at)) and match["string"]:
+            self._at = match.end()
+            parts.append(unquoted(match["string"]))
+        return "".join(parts)
+
+    def _nested(self, opener: str) -> Any:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        found = self._dict() if opener == "{" else self._list(CLOSERS[opener])
+        self._depth -= 1
+        return found
+
+    def _list(self, closer: str) -> Any:
+        items: list[Any] = []
+        comma = False
+        while (token := self._token())["sign"] != closer:
+            items.append(self._value(token))
+            comma = (behind := self._token())["sign"] == ","
+            if behind["sign"] == closer:
+                break
+            if not comma:
+                raise ValueError(f"a comma is missing at {self._at}")
+        return items[0] if closer == ")" and len(items) == 1 and not comma else items
+
+    def _dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        while (token := self._token())["sign"] != "}":
+            if token.lastgroup != "string":
+                raise ValueError("a key must be a string")
+            key = self._strings(token["string"])
+            self._expect(":")
+            found[key] = self._value(self._token())
+            behind = self._token()["sign"]
+            if behind == "}":
+                break
+            if behind != ",":
+                raise ValueError(f"a comma is missing at {self._at}")
+        return found
 
 
-def _key(node: ast.expr | None) -> str:
-    match node:
-        case ast.Constant(value=str() as value):
-            return value
-    raise ValueError("a key must be a string")
+def number(text: str) -> int | float:
+    plain = "".join(text.split()).replace("_", "")
+    return float(plain) if set(plain) & set(".eE") else int(plain)
+
+
+def unquoted(literal: str) -> str:
+    """What a string literal spells; an unknown escape stands for itself, as in Python."""
+    return ESCAPE.sub(spelled, literal[1:-1])
+
+
+def spelled(escape: re.Match[str]) -> str:
+    if code := escape["x"] or escape["u"] or escape["U"]:
+        return chr(int(code, 16))
+    if escape["o"]:
+        return chr(int(escape["o"], 8))
+    character = escape["c"]
+    return character if character in UNCHANGED else ESCAPED.get(character, escape[0])

@@ -95,4 +95,6 @@ RENDER: dict[type[ControlCommand], Render] = {
     control.ResumeMemory: content(nothing),
     control.FreezeGarbage: told,
     control.SlowDown: content(nothing),
+    control.StartProfile: told,
+    control.StopProfile: told,
 }

@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's newer API, for text. It is a chat completion under another name; nothing is stored."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -15,14 +15,17 @@ from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks
 from http_gateway.native import check_servable
+from http_gateway.openai_answers import ChatMessage, Delta
 from http_gateway.openai_types import ChatBody, Count
 from http_gateway.response_format import ResponseFormat
+from http_gateway.response_items import IN_PROGRESS, Item, Kind, Numbered, Output, Told
 from http_gateway.sse import EventStream
-from runtime.errors import Kind, RequestError
+from runtime.errors import Kind as ErrorKind
+from runtime.errors import RequestError
 
 NOT_STORED = "Response '{}' is not here: this server stores no responses."
 PARTS = ("text", "input_text", "output_text")
-FAILED, COMPLETED, INCOMPLETE, IN_PROGRESS = "failed", "completed", "incomplete", "in_progress"
+FAILED, COMPLETED, INCOMPLETE = "failed", "completed", "incomplete"
 
 
 class TextOptions(msgspec.Struct):
@@ -70,7 +73,6 @@ def chat_body(body: ResponsesBody) -> ChatBody:
         top_p=body.top_p,
         stream=body.stream,
         response_format=body.text.format if body.text else None,
-        separate_reasoning=False,
     )
 
 
@@ -97,21 +99,13 @@ class Answer:
         self._body = body
         self._call = call
         self._created_at = int(time.time())
-        self.item_id = f"msg_{call.id}"
-
-    def part(self, text: str) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def item(self, text: str | None, status: str) -> dict[str, Any]:
-        """The one output item; without content until there is a text."""
-        content = [] if text is None else [self.part(text)]
-        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def status(self) -> str:
         reason = self._call.choices[0].finish_reason
         return {"stop": COMPLETED, "length": INCOMPLETE}.get(reason or "", FAILED)
 
-    def response(self, status: str, text: str | None = None) -> dict[str, Any]:
+    def response(self, status: str, items: Sequence[Item] | None = None) -> dict[str, Any]:
+        """`items`: of an answer that is over."""
         params = self._call.job.requests[0].request.params
         body = self._body
         return {
@@ -120,8 +114,8 @@ class Answer:
             "created_at": self._created_at,
             "status": status,
             "model": body.model or "default",
-            "output": [] if text is None else [self.item(text, status)],
-            "usage": None if text is None else self._usage(),
+            "output": [item.body(status if item is items[-1] else COMPLETED) for item in items] if items else [],
+            "usage": None if items is None else self._usage(),
             "error": {"code": "server_error", "message": "aborted"} if status == FAILED else None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == INCOMPLETE else None,
             "instructions": body.instructions,
@@ -162,57 +156,48 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
     async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
         async for mail in steps:
             call.take(mail)
-    text = call.choices[0].whole(0).message.content or ""
-    return errors.json_response(answer.response(answer.status(), text))
+    message = call.choices[0].whole(0).message
+    output = Output(call.id)
+    for kind, text in texts_of(message):
+        output.take(kind, text)
+    output.end()
+    return errors.json_response(answer.response(answer.status(), output.items))
 
 
-class Numbered:
-    """Events with their place in the stream."""
-
-    def __init__(self) -> None:
-        self._next = 0
-
-    def event(self, kind: str, **fields: Any) -> bytes:
-        data = msgspec.json.encode({"type": kind, "sequence_number": self._next, **fields})
-        self._next += 1
-        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+def texts_of(part: ChatMessage | Delta) -> Iterator[tuple[Kind, str]]:
+    """The texts of a message, or of what is new of one."""
+    if part.reasoning_content:
+        yield "reasoning", part.reasoning_content
+    if part.content:
+        yield "message", part.content
 
 
 async def stream(http: HTTPRequest, call: Call, answer: Answer) -> AsyncGenerator[bytes, None]:
-    """The events of a stream: the response, its item and its text are opened, grow, and are closed."""
-    numbered, text, opened = Numbered(), "", False
-    place = {"item_id": answer.item_id, "output_index": 0, "content_index": 0}
+    """The events of a stream: the response and its items are opened, grow, and are closed."""
+    numbered, output, opened = Numbered(), Output(call.id), False
+    told = Told(numbered, output)
     async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
         async for mail in steps:
             if not opened:
-                yield b"".join(opening(numbered, answer, place))
+                response = answer.response(IN_PROGRESS)
+                yield numbered.event("response.created", response=response)
+                yield numbered.event("response.in_progress", response=response)
                 opened = True
-            delta = "".join(choice.delta.content or "" for chunk in call.chunks(mail) for choice in chunk.choices)
-            if delta:
-                text += delta
-                yield numbered.event("response.output_text.delta", **place, delta=delta, logprobs=[])
-    yield b"".join(closing(numbered, answer, place, text))
-
-
-def opening(numbered: Numbered, answer: Answer, place: dict[str, Any]) -> Iterator[bytes]:
-    response, item = answer.response(IN_PROGRESS), answer.item(None, IN_PROGRESS)
-    yield numbered.event("response.created", response=response)
-    yield numbered.event("response.in_progress", response=response)
-    yield numbered.event("response.output_item.added", output_index=0, item=item)
-    yield numbered.event("response.content_part.added", **place, part=answer.part(""))
-
-
-def closing(numbered: Numbered, answer: Answer, place: dict[str, Any], text: str) -> Iterator[bytes]:
+            for chunk in call.chunks(mail):
+                for choice in chunk.choices:
+                    for kind, text in texts_of(choice.delta):
+                        output.take(kind, text)
+            if events := b"".join(told.news()):
+                yield events
+    output.end()
     status = answer.status()
-    yield numbered.event("response.output_text.done", **place, text=text, logprobs=[])
-    yield numbered.event("response.content_part.done", **place, part=answer.part(text))
-    yield numbered.event("response.output_item.done", output_index=0, item=answer.item(text, status))
-    yield numbered.event(f"response.{status}", response=answer.response(status, text))
+    response = answer.response(status, output.items)
+    yield b"".join((*told.news(), *told.close(status), numbered.event(f"response.{status}", response=response)))
 
 
 async def stored(gateway: Gateway, http: HTTPRequest) -> Response:
     """A response of before; none is kept."""
-    raise RequestError(NOT_STORED.format(http.path_params["id"]), Kind.NOT_FOUND)
+    raise RequestError(NOT_STORED.format(http.path_params["id"]), ErrorKind.NOT_FOUND)
 
 
 SHAPE = errors.saying(

@@ -1,47 +1,33 @@
-"""Finds tool calls in a model's output, piece by piece as it streams.
-
-A parser turns text into events. The events of a whole output, joined, do not depend on where it was cut. What is no
-well-formed call of a known tool stays content, to the last character; blanks beside a call belong to nobody and are
-dropped. Once a call's name and the opening of its arguments are read it is announced, and what follows streams
-through as it comes.
-"""
+"""Tool calls by the names of their formats: what reads them, and the grammars of calls that are demanded."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from http_gateway.json_calls import DIALECTS, JsonCalls
-from http_gateway.pythonic_calls import PythonicCalls
-from http_gateway.tool_events import Parsed, Parser, Tool, collect
+from http_gateway.call_formats import FORMATS, CallFormat
+from http_gateway.output_reader import OutputReader
+from http_gateway.tool_events import Parsed, Tool, collect
 from runtime.errors import RequestError
 
-REQUIRED = "required"  # the parser of what `calls_schema` makes a model write
-
-PARSERS: dict[str, Callable[[Iterable[str]], Parser]] = {
-    "hermes": lambda known: JsonCalls(DIALECTS["hermes"], known),
-    "llama3": lambda known: JsonCalls(DIALECTS["llama3"], known),
-    "mistral": lambda known: JsonCalls(DIALECTS["mistral"], known),
-    "pythonic": PythonicCalls,
-    "qwen": lambda known: JsonCalls(DIALECTS["hermes"], known),
-    "qwen25": lambda known: JsonCalls(DIALECTS["hermes"], known),
-}
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
-def parser(name: str, tools: Sequence[Tool]) -> Parser:
-    """A parser by its `--tool-call-parser` name, or REQUIRED. Raises RequestError."""
-    known = [tool.function.name for tool in tools]
-    if name == REQUIRED:
-        return JsonCalls(DIALECTS["required"], known)
-    if name not in PARSERS:
+def format_of(name: str) -> CallFormat:
+    """A format by its `--tool-call-parser` name. Raises RequestError."""
+    if name not in FORMATS:
         raise RequestError(
-            f"Unsupported tool call parser {name!r}, use one of: {', '.join(PARSERS)}.", field="tool_call_parser"
+            f"Unsupported tool call parser {name!r}, use one of: {', '.join(FORMATS)}.", field="tool_call_parser"
         )
-    return PARSERS[name](known)
+    return FORMATS[name]
 
 
-def parse(name: str, tools: Sequence[Tool], text: str) -> Parsed:
+def names_of(tools: Sequence[Tool]) -> list[str]:
+    return [tool.function.name for tool in tools]
+
+
+def parse(calls: CallFormat, tools: Sequence[Tool], text: str) -> Parsed:
     """Content and calls of a whole output."""
-    reading = parser(name, tools)
+    reading = OutputReader(calls=calls, known=names_of(tools))
     return collect([*reading.feed(text), *reading.finish()])
 
 
@@ -49,33 +35,46 @@ def calls_schema(tools: Sequence[Tool], name: str | None = None, parallel: bool 
     """JSON schema of the calls that `tool_choice` demands: any of the tools, or the named one. Raises RequestError."""
     if not tools:
         raise RequestError("Tools cannot be empty if tool choice is set to required.", field="tools")
-    chosen = [tool for tool in tools if name in (None, tool.function.name)]
+    chosen = [(index, tool) for index, tool in enumerate(tools) if name in (None, tool.function.name)]
     if not chosen:
         raise RequestError(f"Tool '{name}' not found in tools list.", field="tool_choice")
-    definitions: dict[str, dict[str, Any]] = {}
     schema: dict[str, Any] = {
         "type": "array",
         "minItems": 1,
-        "items": {"anyOf": [_call_schema(tool, definitions) for tool in chosen]},
+        "items": {"anyOf": [call_schema(tool, index) for index, tool in chosen]},
     }
     if name is not None or not parallel:
         schema["maxItems"] = 1
-    return json.dumps(schema | definitions)
+    return json.dumps(schema)
 
 
-def _call_schema(tool: Tool, definitions: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One call. Definitions that the parameters refer to by the schema's root move to that root."""
-    parameters = dict(tool.function.parameters or {"type": "object"})
-    for place in ("$defs", "definitions"):
-        defined = parameters.pop(place, None) or {}
-        if not isinstance(defined, dict):
-            raise RequestError(f"{place} of the parameters of {tool.function.name} must be an object.", field="tools")
-        for key, value in defined.items():
-            if definitions.setdefault(place, {}).setdefault(key, value) != value:
-                raise RequestError(f"two tools define {place}/{key} differently.", field="tools")
+def call_schema(tool: Tool, index: int) -> dict[str, Any]:
+    """One call."""
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.function.name}, "parameters": parameters},
+        "properties": {"name": {"const": tool.function.name}, "parameters": parameters_schema(tool, index)},
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
+
+
+def parameters_schema(tool: Tool, index: int) -> dict[str, Any]:
+    """The schema of a tool's parameters, as a resource of its own: its references start at its own root."""
+    parameters = NO_PARAMETERS if tool.function.parameters is None else tool.function.parameters
+    return {"$id": f"tool:{index}", **parameters}
+
+
+def strict_calls(calls: CallFormat, tools: Sequence[Tool]) -> tuple[str, str] | None:
+    """The grammar under which a call, once the model begins one, fits its tool; None where no tool is strict."""
+    if calls.frame is None or not any(tool.function.strict for tool in tools):
+        return None
+    frame = calls.frame
+    structures = [
+        {
+            "begin": f"{frame.begin}{json.dumps(tool.function.name, ensure_ascii=False)}{frame.middle}",
+            "schema": parameters_schema(tool, index) if tool.function.strict else {"type": "object"},
+            "end": frame.end,
+        }
+        for index, tool in enumerate(tools)
+    ]
+    return "structural_tag", json.dumps({"structures": structures, "triggers": [calls.opening]})

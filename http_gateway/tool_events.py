@@ -1,8 +1,7 @@
-"""What a tool parser tells the endpoint: content, the start of a call, a piece of its arguments."""
+"""What the reader of an output tells the endpoint: thought, content, the start of a call, a piece of its arguments."""
 
-import secrets
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -25,8 +24,14 @@ class Tool(msgspec.Struct):
         return {"type": self.type, "function": msgspec.to_builtins(self.function)}
 
 
+class Thought(msgspec.Struct, frozen=True):
+    """Text of the model's thought."""
+
+    text: str
+
+
 class Content(msgspec.Struct, frozen=True):
-    """Text that belongs to no call."""
+    """Text that belongs to no thought and to no call."""
 
     text: str
 
@@ -45,55 +50,64 @@ class Arguments(msgspec.Struct, frozen=True):
     text: str
 
 
-Event = Content | CallStart | Arguments
+Event = Thought | Content | CallStart | Arguments
 
 
-class Parser(Protocol):
-    """Reads one output."""
-
-    def feed(self, delta: str) -> list[Event]:
-        """Take the next characters; give the events they decide."""
-
-    def finish(self) -> list[Event]:
-        """The output is over: give what was held back."""
-
-
-def call_id() -> str:
-    """A fresh id of a call."""
-    return f"call_{secrets.token_hex(12)}"
+Outcome = Literal["call", "no call"]  # of reading what may be a call
+CALL: Outcome = "call"
+NO_CALL: Outcome = "no call"
 
 
 class Events:
-    """Collects events; keeps blanks back until it is known whether they stand beside a call."""
+    """Collects events; keeps blanks back until it is known whether they stand beside a call or a thought's tags."""
 
     def __init__(self) -> None:
         self.calls = 0
-        self._blanks = ""
-        self._beside_call = False  # nothing but blanks since the last call
+        self._blanks: list[str] = []
+        self._drop_blanks = False  # at the end: nothing but blanks since the last call
+        self._bare = False  # nothing but blanks since a tag of the thought: they belong to nobody
         self._made: list[Event] = []
 
-    def content(self, text: str) -> None:
-        text = self._blanks + text
-        solid = text.rstrip()
-        self._blanks = text[len(solid) :]
+    def content(self, text: str, hold: bool = True) -> None:
+        """`hold`: a call or a tag may follow, so blanks at the end wait."""
+        self._text(text, Content, hold)
+
+    def thought(self, text: str) -> None:
+        self._text(text, Thought, True)
+
+    def _text(self, text: str, kind: type[Content] | type[Thought], hold: bool) -> None:
+        if self._bare:
+            text = text.lstrip()
+            self._bare = not text
+        solid = text.rstrip() if hold else text
         if solid:
-            self._made.append(Content(solid))
-            self._beside_call = False
+            self._made.append(kind("".join(self._blanks) + solid))
+            self._blanks = []
+            self._drop_blanks = False
+        if len(solid) < len(text):
+            self._blanks.append(text[len(solid) :])
+
+    def tag(self) -> None:
+        """A tag of the thought: blanks on both sides of it are dropped."""
+        self._blanks = []
+        self._bare = True
 
     def start(self, name: str) -> None:
-        self._blanks = ""
+        self._blanks = []
+        self._bare = False
         self._made.append(CallStart(self.calls, name))
         self.calls += 1
-        self._beside_call = True
+        self._drop_blanks = True
 
     def arguments(self, text: str) -> None:
         if text:
             self._made.append(Arguments(self.calls - 1, text))
 
-    def finish(self) -> None:
-        if self._blanks and not self._beside_call:
-            self._made.append(Content(self._blanks))
-        self._blanks = ""
+    def finish(self, keep_blanks: bool) -> None:
+        """The output is over. `keep_blanks`: it ends in content."""
+        if self._blanks and keep_blanks and not self._drop_blanks:
+            self._made.append(Content("".join(self._blanks)))
+        self._blanks = []
 
     def take(self) -> list[Event]:
         made, self._made = self._made, []
@@ -106,22 +120,27 @@ class Call(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """A whole output: its content, and its calls in order."""
+    """A whole output: its content, its calls in order, its thought."""
 
     content: str
     calls: list[Call]
+    thought: str = ""
 
 
 def collect(events: Iterable[Event]) -> Parsed:
     """The output that these events describe."""
-    content, names, arguments = "", list[str](), list[str]()
+    content, thought, names = list[str](), list[str](), list[str]()
+    arguments: list[list[str]] = []
     for event in events:
         match event:
             case Content(text):
-                content += text
+                content.append(text)
+            case Thought(text):
+                thought.append(text)
             case CallStart(_, name):
                 names.append(name)
-                arguments.append("")
+                arguments.append([])
             case Arguments(index, text):
-                arguments[index] += text
-    return Parsed(content, [Call(*pair) for pair in zip(names, arguments, strict=True)])
+                arguments[index].append(text)
+    calls = [Call(name, "".join(parts)) for name, parts in zip(names, arguments, strict=True)]
+    return Parsed("".join(content), calls, "".join(thought))

@@ -14,7 +14,8 @@ How many rows share a product may change the order of its sums, and so the last 
 rows of some shapes alone; those are computed twice, side by side, which costs nothing: reading the weight is what takes
 the time. With AMX, bfloat16 rows are added up in one way among 1 to 32 and in others among more. A layer that keeps
 order (`keep_order`) multiplies only certain numbers of rows at once, for which a probe has found one order on this
-machine: at most 64, with AMX 32. One AVX-512 core takes, for 512 rows of 9728 x 896 (ms):
+machine: at most 64, with AMX 32. Without a packed form (bfloat16 without AVX-512) the same goes for `F.linear`.
+One AVX-512 core takes, for 512 rows of 9728 x 896 (ms):
 
     fp32: whole 51, by 64 rows 54    bf16: 79, 79    bf16 with AMX: whole 7.5, by 32 rows 15, without AMX 79
 
@@ -43,7 +44,7 @@ BLOCK_FEATURES = 16384  # rows of a weight that are packed in one go
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # so many rows share a product where order is kept
 SIZES_A_DOUBLING = 8  # numbers of rows that products are computed with, between one power of two and the next
 
-Packed = tuple[torch.Tensor, ...]  # one for each block of the weight's rows
+Blocks = tuple[torch.Tensor, ...]  # of the weight's rows; packed, or as they are
 
 
 def row_size(rows: int) -> int:
@@ -62,7 +63,7 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
-        self.packed: Packed | None = None
+        self.packed: Blocks | None = None
         packable = weight.device.type == "cpu" and can_pack(weight.dtype)
         self.packed_dtype = PACKED_DTYPES[weight.dtype] if packable else None
         self.rows_unpacked = 1 if weight.dtype is torch.float16 else 0  # up to so many rows `F.linear` is faster
@@ -82,20 +83,27 @@ class Linear:
             column += part.shape[1]
 
     def products(self, x: torch.Tensor, gelu: bool = False) -> Iterator[torch.Tensor]:
-        """The columns of the result, block by block of the packed weight."""
+        """The columns of the result, block by block of the weight."""
         rows = x.shape[0]
-        if self.packed is None or rows <= self.rows_unpacked:
+        if rows == 0 or not (self.row_counts or (self.packed is not None and rows > self.rows_unpacked)):
             plain = F.linear(x, self.weight, self.bias)
             yield F.gelu(plain) if gelu else plain
             return
-        x, sizes = x.to(self.packed_dtype), self.sizes(rows)
+        blocks, dtype = self.factors()
+        x, sizes = x.to(dtype), self.sizes(rows)
         if (missing := sum(sizes) - rows) > 0:
             x = F.pad(x, (0, 0, 0, missing))
-        bias = None if self.bias is None else self.bias.to(self.packed_dtype)
-        pieces = [multiply(piece, self.packed, bias, gelu) for piece in x.split(sizes)]
+        bias = None if self.bias is None else self.bias.to(dtype)
+        pieces = [multiply(piece, blocks, bias, gelu) for piece in x.split(sizes)]
         for parts in zip(*pieces, strict=True):
             part = parts[0] if len(parts) == 1 else torch.cat(parts)
             yield part[:rows].to(self.weight.dtype)
+
+    def factors(self) -> tuple[Blocks, torch.dtype]:
+        """The blocks of the weight to multiply with, packed ones where there are any, and their number format."""
+        if self.packed is not None and self.packed_dtype is not None:
+            return self.packed, self.packed_dtype
+        return self.weight.split(BLOCK_FEATURES), self.weight.dtype
 
     def sizes(self, rows: int) -> list[int]:
         """The numbers of rows to multiply one after the other; in sum `rows` or more."""
@@ -105,7 +113,7 @@ class Linear:
         last = [count for count in self.row_counts if count >= rest][:1] if rest else []
         return [self.row_counts[-1]] * full + last
 
-    def pack(self, weight: torch.Tensor, breathe: Callable[[], None] = no_pause) -> Packed | None:
+    def pack(self, weight: torch.Tensor, breathe: Callable[[], None] = no_pause) -> Blocks | None:
         """The packed form of a weight of this layer's shape, or None where this device has none.
 
         `breathe` is called after each block.
@@ -122,17 +130,16 @@ class Linear:
 
         Call when the weight was packed and the number of threads is settled.
         """
-        assert self.packed_dtype is not None, "only packed weights can be multiplied so"
-        self.rows_unpacked = 0
-        threads, columns = torch.get_num_threads(), self.weight.shape[1]
-        ordered = [counts_in_order(height, columns, self.packed_dtype, threads) for height in self.heights()]
+        _, dtype = self.factors()
+        kind = (self.weight.shape[1], dtype, self.packed is not None, torch.get_num_threads())
+        ordered = [counts_in_order(height, *kind) for height in self.heights()]
         self.row_counts = tuple(sorted(set(ROW_COUNTS).intersection(*ordered))) or (1,)
 
     def heights(self) -> set[int]:
-        """How many rows of the weight the packed blocks have."""
+        """How many rows of the weight its blocks have."""
         return {len(block) for block in self.weight.split(BLOCK_FEATURES)}
 
-    def adopt(self, packed: Packed | None) -> None:
+    def adopt(self, packed: Blocks | None) -> None:
         """Use what `pack` made of the weight's present values."""
         if packed is not None and self.packed is None:
             self.least_rows = max(
@@ -141,7 +148,7 @@ class Linear:
         self.packed = packed
 
 
-def pack(weight: torch.Tensor, dtype: torch.dtype, breathe: Callable[[], None] = no_pause) -> Packed:
+def pack(weight: torch.Tensor, dtype: torch.dtype, breathe: Callable[[], None] = no_pause) -> Blocks:
     blocks = []
     for block in weight.split(BLOCK_FEATURES):
         blocks.append(torch.ops.mkldnn._reorder_linear_weight(block.to(dtype).contiguous(), PACKED_FOR_ROWS))
@@ -149,13 +156,16 @@ def pack(weight: torch.Tensor, dtype: torch.dtype, breathe: Callable[[], None] =
     return tuple(blocks)
 
 
-def multiply(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, gelu: bool = False) -> Iterator[torch.Tensor]:
-    """The columns of x @ weight.T + bias, block by block."""
+def multiply(x: torch.Tensor, blocks: Blocks, bias: torch.Tensor | None, gelu: bool = False) -> Iterator[torch.Tensor]:
+    """The columns of x @ weight.T + bias, block by block, which are packed or not."""
     no_numbers: list[float] = []
     after = ("gelu", no_numbers, "none") if gelu else ("none", no_numbers, "")  # operation, numbers, approximation
-    biases = [None] * len(packed) if bias is None else bias.split(BLOCK_FEATURES)
-    for block, its in zip(packed, biases, strict=True):
-        yield torch.ops.mkldnn._linear_pointwise(x, block, its, *after)
+    biases = [None] * len(blocks) if bias is None else bias.split(BLOCK_FEATURES)
+    for block, its in zip(blocks, biases, strict=True):
+        if block.is_mkldnn:
+            yield torch.ops.mkldnn._linear_pointwise(x, block, its, *after)
+        else:
+            yield F.gelu(F.linear(x, block, its)) if gelu else F.linear(x, block, its)
 
 
 @lru_cache
@@ -173,26 +183,26 @@ def can_pack(dtype: torch.dtype) -> bool:
 @lru_cache
 def least_rows(features: int, columns: int, dtype: torch.dtype) -> int:
     """1, or 2 where oneDNN adds up a single row of such a block in another order than a row among others."""
-    packed, row = order_probe(features, columns, dtype)
-    (alone,), (together,) = multiply(row, packed, None), multiply(row.repeat(2, 1), packed, None)
+    blocks, row = order_probe(features, columns, dtype, packed=True)
+    (alone,), (together,) = multiply(row, blocks, None), multiply(row.repeat(2, 1), blocks, None)
     return 1 if torch.equal(alone, together[:1]) else 2
 
 
 @lru_cache
-def counts_in_order(features: int, columns: int, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
-    """Those of ROW_COUNTS for which oneDNN adds up every row of such a block in one order, with so many threads.
+def counts_in_order(features: int, columns: int, dtype: torch.dtype, packed: bool, threads: int) -> tuple[int, ...]:
+    """Those of ROW_COUNTS for which every row is added up in one order in products with such a block.
 
     Two rows set the order, or a single one where even two differ: it has no others beside it.
     """
     assert threads == torch.get_num_threads(), threads
-    packed, row = order_probe(features, columns, dtype)
-    results = {count: next(multiply(row.repeat(count, 1), packed, None)) for count in ROW_COUNTS}
+    blocks, row = order_probe(features, columns, dtype, packed)
+    results = {count: next(multiply(row.repeat(count, 1), blocks, None)) for count in ROW_COUNTS}
     standard = results[2][:1]
     return tuple(count for count, result in results.items() if bool((result == standard).all())) or (1,)
 
 
-def order_probe(features: int, columns: int, dtype: torch.dtype) -> tuple[Packed, torch.Tensor]:
-    """A packed weight and a row (1, columns) whose product shows in which order it was added up.
+def order_probe(features: int, columns: int, dtype: torch.dtype, packed: bool) -> tuple[Blocks, torch.Tensor]:
+    """One block of a weight and a row (1, columns) whose product shows in which order it was added up.
 
     Each number occurs once with its negative, in any places: what remains of a sum is its rounding.
     """
@@ -203,4 +213,5 @@ def order_probe(features: int, columns: int, dtype: torch.dtype) -> tuple[Packed
     weight[:, first] = torch.rand(features, half, generator=generator) - 0.5
     row[:, first] = torch.rand(1, half, generator=generator) - 0.5
     weight[:, second], row[:, second] = weight[:, first], -row[:, first]
-    return pack(weight.to(dtype), dtype), row.to(dtype)
+    weight = weight.to(dtype)
+    return pack(weight, dtype) if packed else (weight,), row.to(dtype)

@@ -120,9 +120,19 @@ def start(service: Service, inherited: Sequence[int]) -> Child:
             process_group=0,  # Ctrl-C reaches the launcher alone; it decides
             preexec_fn=partial(arm_death_signal, os.getpid()),  # an interpreter that still starts dies as well
         )
+    except OSError:
+        os.close(ready_read)
+        raise
     finally:
         os.close(ready_write)
-    return Child(service, process, os.pidfd_open(process.pid), ready_read, ready_write)
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:  # nobody would see its end
+        process.kill()
+        process.communicate()
+        os.close(ready_read)
+        raise
+    return Child(service, process, pidfd, ready_read, ready_write)
 
 
 def child_environment(environment: Mapping[str, str], service: Service) -> dict[str, str]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from runtime import streams
 from runtime.version import version
 
 
@@ -26,8 +27,17 @@ HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one subcommand and return its exit status. Whoever reads what it prints may have left."""
+    streams.keep_standard()
+    try:
+        return dispatch(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:
+        return 0
+    finally:
+        streams.settle()
+
+
+def dispatch(arguments: list[str]) -> int:
     match arguments:
         case [] | ["-h" | "--help"]:
             print(usage())

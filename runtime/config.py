@@ -19,12 +19,13 @@ class Flag(msgspec.Struct, frozen=True):
     aliases: tuple[str, ...] = ()
     secret: bool = False  # never shown or echoed
     several: bool = False  # takes a list: separated by commas, by repeating the flag, or a list of the file
+    bare: str = ""  # the value of the flag without one
     variable: str = ""  # environment variable that gives the value where neither flag nor file does
 
 
-def flag(help: str, group: str, *aliases: str, secret: bool = False, several: bool = False, variable: str = "") -> Any:
-    """The metadata of a flag field."""
-    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, secret, several, variable)})
+def flag(help: str, group: str, *aliases: str, **more: Any) -> Any:
+    """The metadata of a flag field; `more` are fields of Flag."""
+    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, **more)})
 
 
 MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
@@ -164,7 +165,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Positive | None, flag("waiting requests before a 503 (default: 4 batches, at least 1024)", SCHEDULER)
     ] = None
     max_total_tokens: Annotated[
-        Positive | None, flag("size of the KV pool in tokens (default: what memory allows)", SCHEDULER)
+        Positive | None, flag("size of the KV pool in tokens (default: by memory, on a CPU 4 GB at most)", SCHEDULER)
     ] = None
     mem_fraction_static: Annotated[
         Share | None, flag("share of memory for weights and KV pool (default: by device)", SCHEDULER)
@@ -277,6 +278,15 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             OPERATIONS,
         ),
     ] = 300.0
+    exit_with_parent: Annotated[
+        Natural | None,
+        flag(
+            "stop when the process that started the server ends (shells are seen through); with a process id: when "
+            "that ancestor does, and refuse to start when it has",
+            OPERATIONS,
+            bare="0",
+        ),
+    ] = None
     enable_metrics: Annotated[bool, flag("serve /metrics", OPERATIONS)] = True
     skip_server_warmup: Annotated[bool, flag("report ready without a first request", OPERATIONS)] = False
     expert_distribution_recorder_mode: Annotated[

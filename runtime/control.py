@@ -19,6 +19,7 @@ COMMAND_LOST = (
     "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
     "See /get_model_info, and send it again."
 )
+ONLINE_FAILED = "Failed to update parameter online: {}."
 
 
 class ControlCommand(Message, kw_only=True):
@@ -247,6 +248,27 @@ class SlowDown(ControlCommand, tag="slow_down", kw_only=True):
     forward_sleep_time: Annotated[float, msgspec.Meta(le=MAX_STEP_SLEEP_S)] | None = None
 
 
+class StartProfile(ControlCommand, tag="start_profile", kw_only=True):
+    """Record the steps with torch's profiler, until told to stop or for `num_steps`."""
+
+    path = "/start_profile"
+    methods = ("GET", "POST")
+    output_dir: str | None = None  # default: SGLANG_TORCH_PROFILER_DIR, else the directory for temporary files
+    num_steps: int | None = None
+    activities: list[str] | None = None  # CPU, GPU; default: both where there is a GPU
+    with_stack: bool | None = None
+    record_shapes: bool | None = None
+    start_step: int | None = None  # refused
+    profile_by_stage: bool | None = None  # refused
+
+
+class StopProfile(ControlCommand, tag="stop_profile", kw_only=True):
+    """End the recording and write its trace."""
+
+    path = "/stop_profile"
+    methods = ("GET", "POST")
+
+
 class Probe(ControlCommand, tag="probe", kw_only=True):
     """Goes once round the ring; every hop adds its counters under its role. Answered by the gateway itself."""
 
@@ -297,6 +319,8 @@ Command = (
     | ResumeMemory
     | FreezeGarbage
     | SlowDown
+    | StartProfile
+    | StopProfile
 )
 
 COMMANDS: tuple[type[ControlCommand], ...] = Command.__args__

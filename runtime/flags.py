@@ -98,7 +98,8 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     for setting in settings().values():
         name = setting.flag.group
         group = groups.setdefault(name, groups.get(name) or parser.add_argument_group(name))
-        optional_value = {"nargs": "?", "const": "true"} if setting.takes == NAMES[bool] else {}
+        bare = "true" if setting.takes == NAMES[bool] else setting.flag.bare
+        optional_value = {"nargs": "?", "const": bare} if bare else {}
         group.add_argument(
             *setting.spellings,
             dest=setting.name,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 import setproctitle
 
-from runtime import flags, hub, run_dir
+from runtime import flags, hub, run_dir, streams
 from runtime.child import Service
 from runtime.config import ServerConfig
 from runtime.errors import StartupError, UsageError
@@ -22,6 +22,7 @@ from runtime.log import plain, say, set_up_logging
 from runtime.memory import Memory, in_words, look
 from runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
 from runtime.model_info import embeds
+from runtime.parent import exit_with_parent
 from runtime.resolve import look_at_machine, resolve
 from runtime.service import TITLE
 from runtime.sockets import endpoint
@@ -57,18 +58,24 @@ def main(argv: Sequence[str]) -> int:
 
 def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
     """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
+    streams.keep_standard()
     try:
+        streams.check_open_files()
         settings = flags.load(argv, environment=os.environ)
         flags.forget_secrets(os.environ)
         setproctitle.setproctitle(TITLE.format(role="launcher"))
         set_up_logging(settings.config)
         for note in settings.notes:
             log.warning("%s", note)
+        if settings.config.exit_with_parent is not None:
+            exit_with_parent(settings.config.exit_with_parent)
         return run(settings.config, services)
     except UsageError as error:
         return fail(ExitStatus.USAGE, str(error))
     except StartupError as error:
         return fail(ExitStatus.STARTUP, str(error))
+    except (OSError, MemoryError) as error:
+        return fail(ExitStatus.STARTUP, f"the server cannot start: {streams.cause(error)}")
     except KeyboardInterrupt:
         return fail(ExitStatus.INTERRUPTED, "interrupted before the server was up")
 

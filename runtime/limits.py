@@ -17,6 +17,12 @@ HEADER_DEADLINE_S = 10.0
 MAX_LOG_CHARS = 16 << 10  # of one message
 MAX_API_KEY_BYTES = 4 << 10
 MAX_API_KEY_FILE_BYTES = 1 << 20
+MAX_CONNECTIONS = 8192  # open at once, and no more than the process's descriptors allow
+# a client's body comes at a least rate, after a while in hand; an answer is read within a time per buffer of 64 KB
+BODY_GRACE_S = 10.0
+LEAST_BODY_RATE = 4096  # bytes a second
+READ_STALL_S = 60.0
+MAX_UNREAD_STEPS = 1 << 16  # of a request, that its client has not taken
 MAX_BATCH_PROMPTS = 1024
 MAX_COMPARED_FIELDS = 16  # of a body, unknown ones, that are compared with the known ones
 MAX_N = 64
@@ -39,6 +45,7 @@ MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
 MAX_DRAFTED_TOKENS = 64  # of one request in one step
 MAX_SHOWN_WEIGHTS = 1 << 22  # numbers of one tensor in an answer
+MAX_PROFILE_STEPS = 1000
 # chat templates: CPU time of a render, at least and by message; what it makes is bounded by the context
 TEMPLATE_CPU_S = 0.1
 TEMPLATE_CPU_S_PER_MESSAGE = 0.00025

@@ -5,7 +5,6 @@ it: a new line, an escape sequence or text that runs backwards is shown as `\\n`
 a traceback stay lines; they are indented, so that none of them reads as one of the log.
 """
 
-import contextlib
 import logging
 import re
 import sys
@@ -13,6 +12,7 @@ from typing import TextIO
 
 from runtime.config import ServerConfig
 from runtime.limits import MAX_LOG_CHARS
+from runtime.streams import give_up
 
 FORMAT = "[%(asctime)s] %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -32,8 +32,14 @@ def plain(text: str) -> str:
 
 def say(text: str, stream: TextIO | None) -> None:
     """Print for people, line by line; where nobody can read it any more, that is no reason to end."""
-    with contextlib.suppress(OSError, ValueError):
+    if stream is None:
+        return
+    try:
         print("\n".join(map(plain, text.split("\n"))), file=stream, flush=True)
+    except BrokenPipeError:
+        give_up(stream)
+    except (OSError, ValueError):
+        pass
 
 
 class Formatter(logging.Formatter):

@@ -40,6 +40,17 @@ class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     support: bool = False  # the tokens that each could have been, behind those
 
 
+Place = Literal["before", "inside", "past"]  # of the model's thought
+
+
+class Thought(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How the model marks a thought, where its output may begin with one."""
+
+    opening: str
+    closing: str
+    place: Place = "before"  # where the output begins; the tokenizer knows better where the prompt's end shows it
+
+
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What a request carries through all hops; a hop opens only what it needs."""
 
@@ -64,6 +75,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     truncate_side: Literal["left", "right"] = "right"  # what is cut off
     dimensions: int | None = None  # embed: cut to this many and normalise again
     resume_ids: bytes = b""  # output ids that the client already has (replay after a restart)
+    thought: Thought | None = None  # a JSON schema constrains what stands behind it
 
 
 class Chat(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -182,6 +194,7 @@ class Text(Message, tag="text", kw_only=True):
     """Detokenizer → gateway: the same step, decoded. `tokens.request` and `tokens.prompt_tail` are dropped."""
 
     text: str = ""  # new characters
+    place: Place | None = None  # with the first message of a request that may think: where its output begins
     tokens: Tokens
 
 

@@ -41,7 +41,7 @@ class ProgressWord:
     def __init__(self, run_dir: str, role: str) -> None:
         path = _path(run_dir, role)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        os.ftruncate(descriptor, WORDS * WORD_BYTES)
+        os.posix_fallocate(descriptor, 0, WORDS * WORD_BYTES)  # on a full disk this fails, and not the first beat
         os.close(descriptor)
         self._words = _map(path)
 

@@ -44,18 +44,31 @@ def private(parent: Path) -> Iterator[tuple[Path, int]]:
         lock = take_lock(hidden)
         hidden.rename(run_dir)  # only now may a sweep see it
     except OSError as error:
+        shutil.rmtree(hidden, ignore_errors=True)
         raise StartupError(f"cannot make a run directory in {parent}: {error.strerror}; set XDG_RUNTIME_DIR") from error
-    lifeline_read, lifeline_write = os.pipe2(os.O_CLOEXEC)
-    janitor = hire_janitor(run_dir, lifeline_read)
     try:
-        yield run_dir, lifeline_read
+        with watched(run_dir) as lifeline_fd:
+            yield run_dir, lifeline_fd
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
-        os.close(lifeline_write)
-        os.close(lifeline_read)
-        janitor.wait()
         if lock is not None:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def watched(run_dir: Path) -> Iterator[int]:
+    """Have a janitor remove the directory whatever happens here. Yields the read end of the lifeline pipe."""
+    lifeline_read, lifeline_write = os.pipe2(os.O_CLOEXEC)
+    janitor = None
+    try:
+        janitor = hire_janitor(run_dir, lifeline_read)
+        yield lifeline_read
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)  # before the janitor does, which takes its time
+        os.close(lifeline_write)
+        os.close(lifeline_read)
+        if janitor is not None:
+            janitor.wait()
 
 
 def hire_janitor(run_dir: Path, lifeline_fd: int) -> subprocess.Popen[bytes]:

@@ -19,20 +19,23 @@ from typing import NoReturn
 import msgspec
 import setproctitle
 
+from runtime import streams
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.guard import Announced, Guard, Service
-from runtime.log import set_up_logging
+from runtime.log import plain, say, set_up_logging
 from runtime.messages import Restarted
 from runtime.parent_death import arm_death_signal
 from runtime.progress import IDLE_BEAT_S, ProgressWord
-from runtime.sockets import Inbox, Outbox, newest_epoch
+from runtime.sockets import Inbox, Outbox, SocketError, newest_epoch
 
 log = logging.getLogger(__name__)
 
 EXIT_STARTUP = 64  # a service could not start; the message is in its Ready line
 TITLE = "quartet::{role}"
 STANDBY = "standby"
+SYSTEM_ERRORS = (OSError, MemoryError, SocketError)  # before the service serves: the system refuses it something
+REPORTED = -1  # Boot.ready_fd, once the launcher has been told
 NOT_BY_HAND = "services are started by `quartet serve`"
 
 
@@ -89,6 +92,7 @@ def die_with_parent(boot: Boot) -> None:
 def report_ready(boot: Boot, error: str = "") -> None:
     os.write(boot.ready_fd, msgspec.json.encode(Ready(role=boot.role, error=error)) + b"\n")
     os.close(boot.ready_fd)
+    boot.ready_fd = REPORTED
 
 
 def refuse(boot: Boot, error: StartupError) -> None:
@@ -101,7 +105,11 @@ def refuse(boot: Boot, error: StartupError) -> None:
 
 def run(main: Callable[[Boot], None]) -> NoReturn:
     """Entry point of a service: boot, run `main`, and turn any escape into a log line and an exit status."""
-    boot = boot_from_stdin()
+    try:
+        boot = boot_from_stdin()
+    except (OSError, MemoryError, msgspec.DecodeError) as error:  # the launcher says whose end this is
+        say(f"quartet: a process cannot start: {plain(streams.cause(error))}", sys.stderr)
+        os._exit(EXIT_STARTUP)
     try:
         ProgressWord(boot.run_dir, boot.role).start_pulse()
         main(boot)
@@ -110,7 +118,11 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
         os._exit(EXIT_STARTUP)
     except SystemExit as error:
         os._exit(error.code if isinstance(error.code, int) else int(error.code is not None))
-    except BaseException:
+    except BaseException as error:
+        if boot.ready_fd != REPORTED and isinstance(error, SYSTEM_ERRORS):
+            log.debug("%s cannot start", boot.role, exc_info=True)
+            refuse(boot, StartupError(f"the {boot.role} cannot start: {streams.cause(error)}"))
+            os._exit(EXIT_STARTUP)
         log.exception("%s hit an exception:", boot.role)
         os._exit(1)
     os._exit(0)

@@ -25,6 +25,8 @@ from runtime.messages import Finish, Message, Reply, RingMessage, Tokens
 
 log = logging.getLogger(__name__)
 
+SocketError = zmq.ZMQError
+
 IPC_PATH_MAX = 107  # bytes, sun_path without its terminator
 RECONNECT_MS = 10  # between two tries to reach a service that is being started again
 WAIT_MS = 1000

@@ -30,7 +30,10 @@ def load(path: Path) -> "Tokenizer":
     settings = read_json(path / "tokenizer_config.json")
     if _is_sentencepiece_llama(tokenizer, settings, read_json(path / "config.json")):
         _split_as_llama(tokenizer, settings)
-    _add_missing_tokens(tokenizer, settings, read_json(path / "special_tokens_map.json"))
+    try:
+        _add_missing_tokens(tokenizer, settings, read_json(path / "special_tokens_map.json"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise StartupError(f"the tokens that files beside {file} declare cannot be read: {error}; {REMEDY}") from error
     tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -51,7 +54,12 @@ def _converted(path: Path) -> str:
     if not any(file for pattern in OLDER_LAYOUTS for file in path.glob(pattern)):
         raise StartupError(f"no tokenizer.json in {path}; {REMEDY}")
     command = [sys.executable, "-m", CONVERTER, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERTER_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CONVERTER_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise StartupError(
+            f"{path} has no tokenizer.json, and making one took more than {CONVERTER_TIMEOUT_S} s; {REMEDY}"
+        ) from error
     if done.returncode != 0:
         cause = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise StartupError(f"{path} has no tokenizer.json and none can be made from it ({cause}); {REMEDY}")

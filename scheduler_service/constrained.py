@@ -5,6 +5,7 @@ from typing import Protocol
 from runtime.errors import RequestError
 from runtime.messages import Request, Tokenized, unpack_ids
 from scheduler_service.grammar import Grammar
+from scheduler_service.grammar_source import behind_thought
 
 Decided = tuple[Tokenized, Grammar | RequestError]  # a request that need not wait any longer, and its grammar
 NO_GRAMMARS = "this server does not constrain output"
@@ -46,7 +47,7 @@ class WaitingRoom:
             return
         self.drop(rid)
         self._messages[rid] = message
-        self._pool.submit(rid, *grammar, message.request.call)
+        self._pool.submit(rid, *wanted(message.request, *grammar), message.request.call)
 
     def drop(self, rid: str) -> Tokenized | None:
         """Take out a request that is not to wait any longer, if it is here."""
@@ -68,3 +69,10 @@ def is_complete(message: Tokenized, grammar: Grammar) -> bool:
     Raises RequestError where that does not follow the grammar: the worker takes it for granted.
     """
     return grammar.matcher(unpack_ids(message.request.resume_ids)).finished
+
+
+def wanted(request: Request, kind: str, text: str) -> tuple[str, str]:
+    """The grammar of the whole output: a schema is for what stands behind the model's thought."""
+    if request.thought is None or kind != "json_schema":
+        return kind, text
+    return kind, behind_thought(text, request.thought)

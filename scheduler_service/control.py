@@ -21,7 +21,14 @@ from runtime.control import (
 )
 from runtime.errors import CommandRefused, Kind
 from runtime.messages import Message, Reply, Request
-from scheduler_service import control_experts, control_groups, control_memory, control_pause, control_weights
+from scheduler_service import (
+    control_experts,
+    control_groups,
+    control_memory,
+    control_pause,
+    control_profile,
+    control_weights,
+)
 
 if TYPE_CHECKING:
     from scheduler_service.scheduler import Scheduler
@@ -184,5 +191,6 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
     **control_weights.HANDLERS,
     **control_groups.HANDLERS,
     **control_pause.HANDLERS,
+    **control_profile.HANDLERS,
     **control_memory.HANDLERS,
 }

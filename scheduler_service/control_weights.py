@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.control import (
     ONE_PAYLOAD_A_RANK,
+    ONLINE_FAILED,
     RANKS,
     Abort,
     BeginWeightUpdate,
@@ -42,7 +43,6 @@ FIXED = "The weights of this server cannot be changed."
 UPDATED_FROM_DISK = "Succeeded to update model weights."
 UPDATED_FROM_TENSOR = "Success"
 UPDATED_ONLINE = "Succeeded to update parameter online."
-ONLINE_FAILED = "Failed to update parameter online: {}."
 SERVED_SELECTORS = ("all", "target")
 SESSION_OPEN = "A weight update has begun and not ended: call end_weight_update first."
 RELEASED = "The memory of the weights is released: call resume_memory_occupation first."

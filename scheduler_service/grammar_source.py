@@ -14,6 +14,8 @@ import msgspec
 from llguidance import LLMatcher, regex_to_lark
 
 from runtime import limits
+from runtime.messages import Thought
+from scheduler_service.json_schema import normalized
 
 # Bounded, so that a model cannot fill its answer with blanks; wide enough for indented output.
 JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "lenient": False}
@@ -21,25 +23,57 @@ JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x
 SpecialTokens = Mapping[str, int]  # text → id, of tokens that no text encodes to
 
 
+THOUGHT = "thought:"  # begins a line before a schema; no JSON does
+
+
 def source(kind: str, text: str, special_tokens: SpecialTokens) -> str:
     """The engine's grammar for a constraint of this kind. Raises ValueError."""
+    if kind == "json_schema":
+        return from_json_schema(text, special_tokens)
     if kind == "structural_tag":
         return from_structural_tag(text, special_tokens)
     return SOURCES[kind](text)
 
 
-def from_json_schema(text: str) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(checked_schema(text)))
+def from_json_schema(text: str, special_tokens: SpecialTokens) -> str:
+    """Behind a thought where the text says so, see `behind_thought`."""
+    if not text.startswith(THOUGHT):
+        return LLMatcher.grammar_from_json_schema(json.dumps(checked_schema(text)))
+    head, _, schema = text.removeprefix(THOUGHT).partition("\n")
+    return _behind(msgspec.json.decode(head, type=Thought), json.dumps(checked_schema(schema)), special_tokens)
+
+
+def behind_thought(schema: str, thought: Thought) -> str:
+    """The text of a constraint: a thought, or none where the model need not have one, then what the schema wants."""
+    return schema if thought.place == "past" else f"{THOUGHT}{msgspec.json.encode(thought).decode()}\n{schema}"
+
+
+def _behind(thought: Thought, schema: str, special_tokens: SpecialTokens) -> str:
+    closing = thought.closing
+    if closing in special_tokens:
+        end = [f"thought: TEXT <[{special_tokens[closing]}]>", r"TEXT: /(.|\n)*/"]
+    else:
+        end = [f"thought[lazy]: TEXT {json.dumps(closing)}", r"TEXT: /(.|\n)*/"]
+    before = "" if thought.place == "inside" else f"{_spelled(thought.opening, special_tokens)} "
+    start = f"{before}thought BLANKS" if thought.place == "inside" else f"(BLANKS {before}thought BLANKS)?"
+    blanks = r"BLANKS: /[ \n\r\t]{0,8}/"
+    lines = ["%llguidance {}", f"start: {start} answer", f"answer: %json {schema}", *end, blanks]
+    return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
 
 
 def checked_schema(text: str) -> dict[str, Any]:
-    """The schema with our options in it, once its size and its patterns are found bearable."""
+    """The schema for the engine with our options in it, once its size and its patterns are found bearable."""
     try:
         schema = msgspec.json.decode(text)
     except RecursionError as error:
         raise ValueError("the schema is nested too deeply") from error
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema must be an object")
+    _check_size(schema)
+    return {**normalized(schema), "x-guidance": JSON_OPTIONS}
+
+
+def _check_size(schema: dict[str, Any]) -> None:
     nodes = 0
     waiting: list[Any] = [schema]
     while waiting:
@@ -52,7 +86,6 @@ def checked_schema(text: str) -> dict[str, Any]:
             waiting += node.values()
         elif isinstance(node, list):
             waiting += node
-    return {**schema, "x-guidance": JSON_OPTIONS}
 
 
 def _check_patterns(node: dict[str, Any]) -> None:
@@ -328,7 +361,6 @@ def _spelled(text: str, special_tokens: SpecialTokens) -> str:
 
 
 SOURCES: dict[str, Callable[[str], str]] = {
-    "json_schema": from_json_schema,
     "regex": from_regex,
     "ebnf": from_ebnf,
 }

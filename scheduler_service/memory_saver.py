@@ -63,7 +63,7 @@ class MemorySaver:
             torch.cuda.empty_cache()
 
     def resume(self, tags: Iterable[str] | None) -> None:
-        """Take the memory of these tags (all, without any) again. Raises CommandRefused where others have it."""
+        """Take the memory of these tags (all, without any) again. Raises MemoryError where others have it."""
         returning = self._named(tags) & self.released
         if WEIGHTS in returning:
             self._check_room()
@@ -84,7 +84,7 @@ class MemorySaver:
         """The KV pool is touched little by little; weights are written at once."""
         live = self._updates.live
         if live.device.type == "cpu" and (reason := shortage(live.served_bytes(), live.device)):
-            raise CommandRefused(f"There is no room for the weights: {reason}.", status=503)
+            raise MemoryError(f"there is no room for the weights: {reason}")
 
     def _release_weights(self) -> None:
         updates = self._updates

@@ -40,6 +40,7 @@ from scheduler_service.report import Report
 from scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
+    from scheduler_service.control_profile import Profile
     from scheduler_service.experts import ExpertRecorder
     from scheduler_service.memory_saver import MemorySaver
     from scheduler_service.weights.update import Updates
@@ -124,6 +125,7 @@ class Scheduler:
         self.restless = rest is not None  # there may be
         self.step_sleep_s = 0.0  # a test aid
         self.guard = Guard(SCHEDULER, announced or Announced(), self.give_up)
+        self.profile: Profile | None = None  # a recording under way
         self.control = Control(HANDLERS)
         self.waiting_room = WaitingRoom(grammars)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
@@ -157,6 +159,8 @@ class Scheduler:
             if self.step_sleep_s:
                 time.sleep(self.step_sleep_s)
             self.launch(plan)
+            if self.profile is not None and self.profile.stepped():
+                self.profile = None
             self.restless = self.rest is not None
         elif self.idle and self.rest is not None and self.restless and not self.planner.asleep:
             self.restless = self.rest()

@@ -39,6 +39,7 @@ from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_typ
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from scheduler_service.model.deterministic import is_asked_for, keep_order
 from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
@@ -103,7 +104,8 @@ class Worker:
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
         self.attention = paged_attention
-        if config.enable_deterministic_inference and self.device.type == "cpu":
+        if is_asked_for(config, self.device):
+            keep_order(self.model.weights)  # with as many threads as will compute
             self.attention = paged_attention_by_token
         self.pooler = make_pooler(info.embedding, self.model)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))

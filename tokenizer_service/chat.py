@@ -20,6 +20,7 @@ from runtime.errors import RequestError, StartupError, too_long
 from runtime.files import MAX_TEMPLATE_BYTES, present, read_small_text
 from runtime.messages import Chat
 from runtime.model_info import ModelInfo, read_json, tokenizer_dir
+from tokenizer_service import call_ids
 from tokenizer_service.sandbox import ChatEnvironment, TextTooLong
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class ChatTemplate:
         self._check_count(chat)
         name = "tool_use" if chat.tools is not None and "tool_use" in self._compiled else "default"
         messages = [_message(message, self.content_format, self._habits[name]) for message in chat.messages]
+        if call_ids.insists(self._sources[name]):
+            messages = [call_ids.fitted(message) for message in messages]
         final = _mark_final(messages, self._sources[name]) if chat.continue_final_message else None
         variables = {
             **self._special_tokens,
@@ -249,7 +252,7 @@ def _tool_call(call: Any, text_arguments: bool) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str) or text_arguments:
         return call
     try:
-        arguments = msgspec.json.decode(function["arguments"] or "{}", type=dict[str, Any])
+        arguments = msgspec.json.decode(function["arguments"] or "{}", type=dict[str, Any] | None) or {}
     except (ValueError, RecursionError):  # not an object: the template shall print what the client sent
         return call
     return {**call, "function": {**function, "arguments": arguments}}

@@ -18,7 +18,7 @@ import msgspec
 
 from runtime import limits
 from runtime.control import Abort, Probe, Tokenize
-from runtime.errors import Kind, RequestError, too_long
+from runtime.errors import EMPTY_IDS, Kind, RequestError, not_whole_rows, too_long
 from runtime.guard import end_of
 from runtime.messages import (
     ABORTED_IN_QUEUE,
@@ -31,6 +31,7 @@ from runtime.messages import (
     Tokenized,
     Tokens,
     pack_ids,
+    unpack_ids,
 )
 from runtime.sampling import SamplingParams
 from runtime.stop_patterns import check_stops
@@ -39,6 +40,7 @@ from tokenizer_service.long_texts import LongText, LongTexts, TooManyTokens, can
 from tokenizer_service.pairs import types_of
 from tokenizer_service.prompts import Prompt, Template, prompt_of, rendered
 from tokenizer_service.shorten import cut_ids, picked, places_kept
+from tokenizer_service.thoughts import TAIL_TOKENS, place_of
 from tokenizer_service.turns import Turns
 
 if TYPE_CHECKING:
@@ -50,7 +52,6 @@ ID_BYTES = 4
 FLOAT_BYTES = 4
 VERY_LONG_CHARS = 1 << 20  # above, the longest token of the vocabulary tells what cannot fit
 LONG_BEAT_S = 0.002  # how often to look after a long text when nothing else is there to do
-EMPTY = "input_ids cannot be empty."
 TOO_LONG = "The input (more than {0} tokens) is longer than the model's context length ({0} tokens)."
 TOO_MANY = "The texts have more than {} tokens; send them in several calls."
 INTERNAL = "Internal error: the text could not be tokenized ({})."
@@ -356,10 +357,20 @@ class Encoder:
         ids = self._given_ids(message) if encoded is None else pack_ids(picked(encoded.ids, kept))
         types = types_of(picked(encoded.type_ids, kept)) if encoded is not None and self._token_types else b""
         if not ids:
-            raise RequestError(EMPTY, field="input_ids")
+            raise RequestError(EMPTY_IDS, field="input_ids")
+        self._place(message, ids)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(ids) // ID_BYTES
         return Tokenized(request=message.request, prompt_ids=ids, token_types=types, embeds=message.embeds)
+
+    def _place(self, message: Generate, ids: bytes) -> None:
+        """See in the end of the prompt where it leaves the model's thought."""
+        thought = message.request.thought
+        if thought is None or self._tokenizer is None:
+            return
+        tail = self._tokenizer.decode(unpack_ids(ids[-ID_BYTES * TAIL_TOKENS :]).tolist(), skip_special_tokens=False)
+        place = place_of(tail, thought, message.chat)
+        message.request.thought = msgspec.structs.replace(thought, place=place)
 
     def _given_ids(self, message: Generate) -> bytes:
         """The ids of a prompt that is not text; vectors stand at placeholder ids."""
@@ -369,7 +380,7 @@ class Encoder:
             return cut_ids(message.input_ids, message.request)
         positions, rest = divmod(len(message.embeds), FLOAT_BYTES * max(self._hidden_size, 1))
         if rest:
-            raise RequestError(f"input_embeds must have rows of {self._hidden_size} numbers.", field="input_embeds")
+            raise not_whole_rows(self._hidden_size)
         return bytes(ID_BYTES * positions)
 
     def _reply(self, job: Job) -> Reply:

@@ -219,19 +219,19 @@ def look(launcher: int) -> tuple[dict[str, int], dict[str, int]]:
     for process in (parent, *parent.children(recursive=True)):
         try:
             title = title_of(process)
-            resident[title] = process.memory_info().rss
-            descriptors[title] = process.num_fds()
-        except psutil.Error:  # a grammar's fork that has ended meanwhile
+            if title and title not in resident:  # a grammar is tried in a fork of the process that checks them
+                resident[title], descriptors[title] = process.memory_info().rss, process.num_fds()
+        except psutil.Error:  # it has ended meanwhile
             continue
     return dict(sorted(resident.items())), descriptors
 
 
 def title_of(process: psutil.Process) -> str:
-    """`quartet::scheduler`, or the script of a process that has no title."""
+    """`quartet::scheduler`, or the script of a process that has no title; empty for one that ends."""
     words = process.cmdline()
     if words and words[0].startswith("quartet::"):
         return words[0]
-    return next((Path(word).stem for word in words if word.endswith(".py")), str(process.name()))
+    return next((Path(word).stem for word in words if word.endswith(".py")), str(process.name()) if words else "")
 
 
 def short(title: str) -> str:

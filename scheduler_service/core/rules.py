@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass
 
-from runtime.errors import RequestError, too_long
+from runtime.errors import EMPTY_IDS, RequestError, outside_vocabulary, scored_outside_vocabulary, too_long
 from runtime.messages import Finish, LogprobOptions, Request, Tokenized, unpack_ids
 from scheduler_service.core.drafts import DraftOptions, drafter_of
 from scheduler_service.core.plan import NAN_HAPPENED, Result
@@ -48,7 +48,7 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
     request = message.request
     ids, resumed = ids_of(message.prompt_ids), ids_of(request.resume_ids)
     if not ids:
-        raise RequestError("input_ids cannot be empty.", field="input_ids")
+        raise RequestError(EMPTY_IDS, field="input_ids")
     check_length(request, len(ids), config)  # first: what is too long is looked at no further
     if not message.embeds:
         check_vocabulary(ids, config.vocab_size)
@@ -83,9 +83,7 @@ def ids_of(data: bytes) -> "array[int]":
 
 def check_vocabulary(ids: "array[int]", vocab_size: int) -> None:
     if ids and max(ids) >= vocab_size:
-        raise RequestError(
-            f"The input_ids {max(ids)} contains values greater than the vocab size ({vocab_size}).", field="input_ids"
-        )
+        raise outside_vocabulary(max(ids), vocab_size)
     if ids and min(ids) < 0:
         raise RequestError(f"The input_ids {min(ids)} contains values below zero.", field="input_ids")
 
@@ -129,10 +127,7 @@ def check_logprobs(options: LogprobOptions, prompt_len: int, vocab_size: int) ->
         raise RequestError("logprob_start_len and top_logprobs_num must not be negative.", field="logprobs")
     for token in options.token_ids or ():
         if not 0 <= token < vocab_size:
-            raise RequestError(
-                f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is [0, {vocab_size}).",
-                field="token_ids_logprob",
-            )
+            raise scored_outside_vocabulary(token, vocab_size)
 
 
 def output_limit(request: Request, prompt_len: int, config: PlannerConfig) -> int:

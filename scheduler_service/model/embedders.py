@@ -10,7 +10,7 @@ from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from runtime.model_info import ModelInfo
 from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.deterministic import is_asked_for, keep_order
+from scheduler_service.model.deterministic import is_asked_for
 from scheduler_service.model.encoder import GATED, Encoder
 from scheduler_service.model.encoder_layout import encoder_layout
 from scheduler_service.model.encoder_spec import EncoderSpec
@@ -76,11 +76,8 @@ def load_decoder_embedder(
         score_head=score_head(info, spec.hidden_size),
     )
     weights = Weights(decoder_layout(spec), dtype, device)
-    steady = is_asked_for(config, device)
-    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, steady))
+    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)
-    if steady:
-        keep_order(weights)
     return model
 
 

@@ -11,7 +11,7 @@ from runtime.model_info import ModelInfo
 from scheduler_service.device import available_gb
 from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for, keep_order
+from scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from scheduler_service.model.dtype import resolve_dtype
 from scheduler_service.model.embedders import family_name, load_decoder_embedder, load_encoder
 from scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
@@ -20,7 +20,7 @@ from scheduler_service.model.spec import DecoderSpec, NotNative
 from scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from scheduler_service.model.weights import Weights
 from scheduler_service.weights import ties
-from scheduler_service.weights.load import is_dummy, load_weights
+from scheduler_service.weights.load import check_format, is_dummy, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> S
     """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line."""
     if info.config.get("quantization_config"):
         raise StartupError(f"{info.path} is quantized; only float32, float16 and bfloat16 checkpoints are served")
+    check_format(config.load_format, Path(info.path))
     dtype = resolve_dtype(config.dtype, info.config, device)
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)
@@ -95,11 +96,8 @@ def load_native(
     if not is_dummy(config):
         spec = ties.settled(spec, Path(info.path))
     weights = Weights(decoder_layout(spec), dtype, device)
-    steady = is_asked_for(config, device)
-    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, steady))
+    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)
-    if steady:
-        keep_order(weights)
     return model
 
 

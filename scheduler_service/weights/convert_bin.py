@@ -6,7 +6,7 @@ time and output, holds nothing of a server, and writes to descriptors that it is
 
     python -m scheduler_service.weights.convert_bin PARENT_PID [FILE DESCRIPTOR]...
 
-It prints nothing when all went well, else one line that says which file could not be read, and why.
+Nothing comes from it when all went well, else one line that says which file could not be read, and why.
 """
 
 import json
@@ -114,7 +114,7 @@ def set_limits(sizes: list[int]) -> None:
 
 def fail(file: Path, reason: str) -> NoReturn:
     first = (reason.strip().splitlines() or ["no reason given"])[0]
-    print(f"{file}: {short(first, 300)}", flush=True)
+    os.write(1, f"{file}: {short(first, 300)}\n".encode(errors="replace"))
     os._exit(1)
 
 

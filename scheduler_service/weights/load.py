@@ -59,6 +59,14 @@ def is_dummy(config: ServerConfig) -> bool:
     return config.load_format == "dummy"
 
 
+def check_format(load_format: str, directory: Path) -> None:
+    """Raise CheckpointError where only safetensors files are wanted and there are none."""
+    if load_format == "safetensors" and pickled.pickled_files(directory):
+        raise CheckpointError(
+            f"{directory} has pickled *.bin files only, and the load format is safetensors; choose auto"
+        )
+
+
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The directory's checkpoint, with the log lines that say what was found."""
     checkpoint = pickled.checkpoint_of(directory)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+from runtime.log import say
+
 Item = TypeVar("Item")
 LABEL = "Loading safetensors checkpoint shards"
 
@@ -12,10 +14,10 @@ LABEL = "Loading safetensors checkpoint shards"
 def shown(items: Sequence[Item]) -> Iterator[Item]:
     """Yield the items and print a line before the first and after each."""
     begun = time.monotonic()
-    print(line(0, len(items), 0.0), file=sys.stderr, flush=True)
+    say(line(0, len(items), 0.0), sys.stderr)
     for done, item in enumerate(items, start=1):
         yield item
-        print(line(done, len(items), time.monotonic() - begun), file=sys.stderr, flush=True)
+        say(line(done, len(items), time.monotonic() - begun), sys.stderr)
 
 
 def line(done: int, total: int, elapsed_s: float) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from runtime import hub
 from runtime.config import ServerConfig
-from runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
+from runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from runtime.errors import CommandRefused, StartupError
 from runtime.model_info import ModelInfo
 from runtime.shorten import short
@@ -58,7 +58,6 @@ Collect = Callable[[], None]
 NOT_OPENED = "Failed to get weights iterator: {}."
 NOT_LOADED = "Failed to update weights: {}.\nRolling back to original weights."
 NO_LOADER = "Failed to get model loader: {}."
-ONLINE_FAILED = "Failed to update parameter online: {}."
 TENSOR_FORMATS = {None: wire.named_tensors, "direct": wire.named_tensors, "flattened_bucket": wire.bucket_tensors}
 BROADCAST_FORMATS = (None, "flattened_bucket")
 FAULTS = (CheckpointError, OSError, MemoryError, RuntimeError)  # torch says RuntimeError when memory is short
@@ -362,6 +361,7 @@ def opened(directory: Path, load_format: str) -> tuple[staging.Identities, Check
     """The checkpoint of a directory, and what its files were before their headers were read."""
     if load_format == "dummy":
         return {}, None
+    load.check_format(load_format, directory)
     before = staging.identities(directory)
     checkpoint = load.open_checkpoint(directory)
     own = {file: staging.identity(file.stat()) for file in checkpoint.files} if checkpoint.scratch else {}

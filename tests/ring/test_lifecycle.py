@@ -1,10 +1,15 @@
 """What the launcher does with its processes, seen from outside."""
 
+import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 
 import psutil
@@ -13,7 +18,9 @@ import requests
 
 from runtime.run_dir import sweep
 from runtime.supervisor import ExitStatus, Signals
+from tests.servers import READY, ROOT, STAND_INS, launched
 
+HELPERS = {"scheduler_service.grammar_check", "tokenizer_service.renderer"}
 ROLES = {"gateway", "tokenizer", "scheduler", "detokenizer"}
 LEFT_OVER_S = 1.0  # how long anything may outlive the launcher
 
@@ -85,6 +92,23 @@ def test_sigkill_of_the_launcher_leaves_nothing_behind(launch_stand_ins):
     server.signal(signal.SIGKILL)
     server.wait()
     assert_gone(processes, server.run_base)
+
+
+@pytest.mark.parametrize("killed", ["launcher", "scheduler and tokenizer"])
+def test_processes_that_services_have_work_done_in_die_with_them(killed):
+    with launched() as server:
+        answer = {"text": "x", "sampling_params": {"regex": "[ab]", "max_new_tokens": 2}}
+        assert requests.post(f"{server.url}/generate", json=answer, timeout=60).status_code == 200
+        descendants = psutil.Process(server.process.pid).children(recursive=True)
+        helpers = [process for process in descendants if HELPERS & set(process.cmdline())]
+        assert {word for process in helpers for word in process.cmdline()} >= HELPERS
+        if killed == "launcher":
+            server.signal(signal.SIGKILL)
+        else:
+            for role in ("scheduler", "tokenizer"):
+                server.children()[role].kill()
+        deadline = time.monotonic() + LEFT_OVER_S
+        assert all(ends_by(deadline, process.pid) for process in helpers)
 
 
 def test_sigkill_of_the_launcher_while_services_load_leaves_nothing_behind(launch_stand_ins):
@@ -224,6 +248,87 @@ def test_a_left_over_run_directory_is_swept_and_a_live_one_is_not(launch_stand_i
 def test_an_open_host_without_a_key_is_warned_about(launch_stand_ins):
     server = launch_stand_ins("--host", "0.0.0.0")
     assert server.log.count("no --api-key is set") == 1
+
+
+# a server that a program has started
+
+
+PROGRAM = """
+import subprocess, sys, threading, time
+starting = threading.Thread(target=subprocess.Popen, args=(sys.argv[1:],))
+starting.start()
+starting.join()  # the thread that has started the server ends; the program goes on
+time.sleep(600)
+"""
+SHELL = ["sh", "-c", 'cd . && "$@"; exit $?', "sh"]
+
+
+@pytest.fixture
+def program(model, tmp_path):
+    """Start a program that starts a server; returns the program, and the server's processes once it serves."""
+    programs = []
+
+    def start(*flags, through=()):
+        run_base = tempfile.mkdtemp(prefix="q", dir="/tmp")
+        roles = [f"{role}={module}" for role, module in STAND_INS.items()]
+        serve = [sys.executable, "-m", "tests.launcher", *roles, "--", "--port", "0", "--model-path", model, *flags]
+        ours = {"XDG_RUNTIME_DIR": run_base, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *through, *serve],
+            cwd=ROOT,
+            env=os.environ | ours,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        programs.append((process, run_base))
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if READY in line:
+                break
+        else:
+            raise AssertionError("".join(lines))
+        return process, psutil.Process(process.pid).children(recursive=True)
+
+    yield start
+    for process, run_base in programs:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.stdout.close()
+        process.wait()
+        shutil.rmtree(run_base, ignore_errors=True)
+
+
+@pytest.mark.parametrize("through", [[], SHELL, ["sh", "-c", '"$@"; true', "sh", *SHELL]])
+def test_with_its_parent_a_server_ends_however_that_ends(program, through):
+    process, processes = program("--exit-with-parent", through=through)
+    assert "quartet::launcher" in {p.cmdline()[0] for p in processes if p.is_running() and p.cmdline()}
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    servers = [p for p in processes if p.pid != process.pid]
+    assert all(ends_by(deadline, p.pid) for p in servers)
+
+
+def test_the_end_of_the_thread_that_started_a_server_is_not_its_parents(program):
+    _, processes = program("--exit-with-parent")
+    time.sleep(1)
+    assert all(p.is_running() for p in processes if p.name() != "sh")
+
+
+def test_a_parent_that_has_ended_already_is_nobody_to_serve_for(launch_stand_ins):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    server = launch_stand_ins("--exit-with-parent", dead.stdout.decode().strip(), ready=False)
+    assert server.wait() == ExitStatus.STARTUP
+    assert "is no ancestor of this one (any more), so there is nobody to serve for" in server.output()
+
+
+def test_an_ancestor_may_be_named(launch_stand_ins):
+    server = launch_stand_ins("--exit-with-parent", str(os.getpid()))
+    server.signal()
+    assert server.wait() == ExitStatus.CLEAN
 
 
 @pytest.fixture

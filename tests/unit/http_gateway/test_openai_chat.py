@@ -1,12 +1,14 @@
 """/v1/chat/completions from the client's side, on a ring that answers in process."""
 
 import json
+import re
 from typing import Any
 
+import msgspec
 import pytest
 
 from runtime.errors import too_long
-from runtime.messages import Finish, Generate, unpack_ids
+from runtime.messages import Finish, Generate, Message, Place, Text, Thought, unpack_ids
 from tests.unit.http_gateway.harness import Served, asynchronous, ends, served, step
 from tests.unit.http_gateway.openai_scripts import says
 
@@ -226,7 +228,9 @@ async def test_a_streamed_call_is_announced_and_then_grows() -> None:
         pieces = [call for c in chunks for choice in c["choices"] for call in choice["delta"]["tool_calls"] or ()]
         first, *later = pieces
         assert first["function"] == {"name": "weather", "arguments": ""} and first["id"]
-        assert all(piece["id"] is None and piece["function"]["name"] is None for piece in later)
+        assert all(
+            piece.keys() == {"index", "function"} and piece["function"].keys() == {"arguments"} for piece in later
+        )
         assert json.loads("".join(piece["function"]["arguments"] for piece in pieces)) == {"city": "Ulm"}
         assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
         assert joined(chunks, "content") == ""
@@ -275,7 +279,56 @@ async def test_a_call_that_was_cut_off_says_so() -> None:
     cut = says('[{"name": "weather", "parameters": {"ci', finish=Finish(reason="length", length=1))
     async with served(cut) as server:
         [choice] = (await ask(server, tools=[WEATHER], tool_choice="required"))["choices"]
-        assert choice["finish_reason"] == "length"
+        assert choice["finish_reason"] == "length" and not choice["message"]["content"]
+
+
+@asynchronous
+async def test_calls_behind_the_one_that_is_allowed_are_dropped() -> None:
+    async with served(says(*CALL, "\n", *CALL, " so"), tool_call_parser="hermes") as server:
+        for streamed in (False, True):
+            if streamed:
+                chunks = await chunks_of(server, tools=[WEATHER], parallel_tool_calls=False)
+                deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+                pieces = [call for delta in deltas for call in delta["tool_calls"] or ()]
+            else:
+                answer = await ask(server, tools=[WEATHER], parallel_tool_calls=False)
+                pieces = answer["choices"][0]["message"]["tool_calls"]
+            assert {piece["index"] for piece in pieces} == {0}
+            assert json.loads("".join(piece["function"]["arguments"] for piece in pieces)) == {"city": "Ulm"}
+
+
+@asynchronous
+async def test_ids_of_calls_fit_the_templates_of_the_server_s_family() -> None:
+    demanded = '[{"name": "weather", "parameters": {}}]'
+    for text, choice in (("[TOOL_CALLS]" + demanded, "auto"), (demanded, "required")):
+        async with served(says(text), tool_call_parser="mistral") as server:
+            [call] = (await ask(server, tools=[WEATHER], tool_choice=choice))["choices"][0]["message"]["tool_calls"]
+            assert re.fullmatch("[a-zA-Z0-9]{9}", call["id"])
+
+
+STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+
+
+@pytest.mark.parametrize("family", ["hermes", "llama3", "mistral"])
+@asynchronous
+async def test_calls_of_strict_tools_are_constrained_once_the_model_begins_one(family: str) -> None:
+    async with served(says("x"), tool_call_parser=family) as server:
+        await ask(server, tools=[STRICT, OTHER])
+        tag = json.loads(generate_of(server).request.params.structural_tag or "")
+        strict, free = tag["structures"]
+        assert strict["schema"]["properties"] == {"city": {"type": "string"}} and '"weather"' in strict["begin"]
+        assert free["schema"] == {"type": "object"} and '"other"' in free["begin"]
+        assert strict["begin"].startswith(tag["triggers"][0])
+
+
+@pytest.mark.parametrize("more", [{"tools": [WEATHER]}, {"regex": "x"}, {"response_format": {"type": "json_object"}}])
+@asynchronous
+async def test_calls_are_not_constrained_without_strict_tools_nor_under_the_client_s_own_grammar(
+    more: dict[str, Any],
+) -> None:
+    async with served(says("x"), tool_call_parser="hermes") as server:
+        await ask(server, **{"tools": [STRICT], **more})
+        assert generate_of(server).request.params.structural_tag is None
 
 
 # reasoning
@@ -308,11 +361,73 @@ async def test_a_thought_stays_in_the_text_where_it_is_wanted_there(more: dict[s
         assert message["content"] == "<think>a</think>b" and message["reasoning_content"] is None
 
 
+@pytest.mark.parametrize("more", [{"response_format": {"type": "json_object"}}, {"json_schema": "{}"}])
 @asynchronous
-async def test_constrained_output_is_no_thought() -> None:
+async def test_a_schema_constrains_what_stands_behind_the_thought(more: dict[str, Any]) -> None:
+    async with served(says("plan</think>\n", '{"a": 1}'), reasoning_parser="deepseek-r1") as server:
+        message = (await ask(server, **more))["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("plan", '{"a": 1}')
+        assert generate_of(server).request.thought == Thought(opening="<think>", closing="</think>", place="inside")
+
+
+@pytest.mark.parametrize("more", [{"reasoning_effort": "none"}, {"chat_template_kwargs": {"thinking": False}}])
+@asynchronous
+async def test_a_thought_that_is_switched_off_is_not_waited_for(more: dict[str, Any]) -> None:
     async with served(says('{"a": 1}'), reasoning_parser="deepseek-r1") as server:
-        message = (await ask(server, response_format={"type": "json_object"}))["choices"][0]["message"]
-        assert message["content"] == '{"a": 1}'
+        message = (await ask(server, response_format={"type": "json_object"}, **more))["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == (None, '{"a": 1}')
+        assert generate_of(server).request.thought is None
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "thought", "content"),
+    [
+        ({"regex": "yes|no"}, "yes", None, "yes"),
+        ({"ebnf": 'root ::= "yes"'}, "yes", None, "yes"),
+        ({"response_format": {"type": "regex", "pattern": "yes"}}, "yes", None, "yes"),
+        ({"regex": r".*<\/think>.*"}, "so</think>yes", "so", "yes"),
+    ],
+)
+@asynchronous
+async def test_a_regex_constrains_the_whole_output_and_spells_a_thought_or_has_none(
+    grammar: dict[str, Any], text: str, thought: str | None, content: str
+) -> None:
+    async with served(says(text), reasoning_parser="deepseek-r1") as server:
+        message = (await ask(server, **grammar))["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == (thought, content)
+
+
+@pytest.mark.parametrize("place", ["before", "inside", "past"])
+@asynchronous
+async def test_the_end_of_the_prompt_says_where_the_output_begins(place: Place) -> None:
+    def script(generate: Generate) -> list[Message]:
+        first, *later = says("plan", "</think>", " yes")(generate)
+        assert isinstance(first, Text)
+        return [msgspec.structs.replace(first, place=place), *later]
+
+    async with served(script, reasoning_parser="qwen3") as server:
+        message = (await ask(server))["choices"][0]["message"]
+        expected = ("plan", "yes") if place == "inside" else (None, "plan</think> yes")
+        assert (message["reasoning_content"], message["content"]) == expected
+
+
+@asynchronous
+async def test_a_call_in_a_thought_that_was_not_closed_is_a_call() -> None:
+    async with served(
+        says("<think>I call ", "it. ", *CALL), reasoning_parser="qwen3", tool_call_parser="qwen"
+    ) as server:
+        message = (await ask(server, tools=[WEATHER]))["choices"][0]["message"]
+        assert message["reasoning_content"] == "I call it." and message["content"] is None
+        assert message["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@asynchronous
+async def test_a_thought_may_talk_of_tags_of_calls() -> None:
+    text = '<think>A <tool_call> would be {...}, or <tool_call>{"</think>Hello.'
+    async with served(says(text), reasoning_parser="qwen3", tool_call_parser="qwen") as server:
+        message = (await ask(server, tools=[WEATHER]))["choices"][0]["message"]
+        thought = 'A <tool_call> would be {...}, or <tool_call>{"'
+        assert (message["reasoning_content"], message["content"]) == (thought, "Hello.")
 
 
 @asynchronous

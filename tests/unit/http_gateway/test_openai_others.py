@@ -69,6 +69,34 @@ async def test_a_streamed_response_opens_grows_and_closes() -> None:
         assert events[6]["text"] == "Paris." and all(f"event: {event['type']}\n" in text for event in events)
 
 
+@asynchronous
+async def test_a_thought_is_an_item_of_its_own_before_the_message() -> None:
+    async with served(says("<think>pl", "an</think>\n", "Par", "is."), reasoning_parser="qwen3") as server:
+        thought, item = (await server.client.post("/v1/responses", {"input": "hi"})).json()["output"]
+        assert thought["type"] == "reasoning" and thought["summary"] == []
+        assert thought["content"] == [{"type": "reasoning_text", "text": "plan"}]
+        assert item["content"][0]["text"] == "Paris." and item["id"] != thought["id"]
+        events = (await server.client.post("/v1/responses", {"input": "hi", "stream": True})).text.split("\n")
+        told = [json.loads(line.removeprefix("data: ")) for line in events if line.startswith("data: {")]
+        opening = ["output_item.added", "content_part.added"]
+        closing = ["content_part.done", "output_item.done"]
+        assert [event["type"].removeprefix("response.") for event in told] == [
+            *("created", "in_progress", *opening, "reasoning_text.delta", "reasoning_text.done", *closing),
+            *(*opening, "output_text.delta", "output_text.done", *closing, "completed"),
+        ]
+        assert [event["output_index"] for event in told if "output_index" in event] == [0] * 6 + [1] * 6
+        assert [item["type"] for item in told[-1]["response"]["output"]] == ["reasoning", "message"]
+
+
+@asynchronous
+async def test_a_response_cut_off_inside_the_thought_has_no_message() -> None:
+    cut = says("<think>a", " b", finish=Finish(reason="length", length=2))
+    async with served(cut, reasoning_parser="qwen3") as server:
+        body = (await server.client.post("/v1/responses", {"input": "hi"})).json()
+        [item] = body["output"]
+        assert (item["type"], item["status"], body["status"]) == ("reasoning", "incomplete", "incomplete")
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -6,12 +6,12 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from http_gateway import reasoning, tool_calls
+from http_gateway.call_formats import FORMATS
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.openai_answers import ChatMessage, Delta
-from http_gateway.tool_events import Function, Tool
+from http_gateway.output_reader import OutputReader
+from http_gateway.thoughts import Marks
 
-TOOLS = [Tool(function=Function(name="f")), Tool(function=Function(name="g"))]
 PIECES = (
     "<think>",
     "</think>",
@@ -28,7 +28,8 @@ PIECES = (
 
 
 def new_turn(streamed: bool = True) -> Turn:
-    return Turn(reasoning.parser("qwen3"), tool_calls.parser("hermes", TOOLS), stream_reasoning=streamed)
+    reader = OutputReader(Marks(), calls=FORMATS["hermes"], known=["f", "g"])
+    return Turn(reader, stream_reasoning=streamed)
 
 
 def plain(message: ChatMessage) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import http_gateway
-from http_gateway import openapi, reasoning, tool_calls
+from http_gateway import call_formats, openapi, reasoning
 from http_gateway.app import ENDPOINTS
 from runtime.config import ServerConfig
 from tests.unit.http_gateway.harness import asynchronous, served
@@ -68,7 +68,7 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "known"), [("tool_call_parser", tool_calls.PARSERS), ("reasoning_parser", reasoning.FAMILIES)]
+    ("flag", "known"), [("tool_call_parser", call_formats.FORMATS), ("reasoning_parser", reasoning.FAMILIES)]
 )
 def test_the_flags_name_the_parsers_that_there_are(flag: str, known: dict[str, Any]) -> None:
     literal = get_args(get_type_hints(ServerConfig)[flag])[0]

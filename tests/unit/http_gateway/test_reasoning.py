@@ -6,14 +6,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from http_gateway.reasoning import FAMILIES, parser, split
+from http_gateway.output_reader import OutputReader
+from http_gateway.reasoning import FAMILIES, family, split
+from http_gateway.tool_events import collect
 from runtime.errors import RequestError
+
+
+def parser(name):
+    return OutputReader(family(name).marks, family(name).place)
+
+
+def told(events):
+    whole = collect(events)
+    return whole.thought, whole.content
 
 
 def stream(name, pieces):
     reading = parser(name)
-    parts = [*map(reading.feed, pieces), reading.finish()]
-    return "".join(part.reasoning for part in parts), "".join(part.content for part in parts)
+    return told([event for piece in pieces for event in reading.feed(piece)] + reading.finish())
 
 
 @pytest.mark.parametrize(
@@ -48,10 +58,10 @@ def test_thought_and_answer(name, text, reasoning, content):
 
 def test_a_thought_streams_as_it_is_written():
     reading = parser("qwen3")
-    assert reading.feed("<think>\nI ") == ("I", "")
-    assert reading.feed("am</") == (" am", "")
-    assert reading.feed("think> so") == ("", "so")
-    assert reading.feed(" be it") == ("", " be it")
+    assert told(reading.feed("<think>\nI ")) == ("I", "")
+    assert told(reading.feed("am</")) == (" am", "")
+    assert told(reading.feed("think> so")) == ("", "so")
+    assert told(reading.feed(" be it")) == ("", " be it")
 
 
 PIECES = st.sampled_from(["<think>", "</think>", "◁think▷", "◁/think▷", "<", "</", "think>", "\n", " ", "日", "word"])
@@ -69,14 +79,14 @@ def test_no_cut_changes_what_an_output_means(name, pieces, places):
     assert stream(name, pieces) == whole
     edges = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
     assert stream(name, [text[a:b] for a, b in itertools.pairwise(edges)]) == whole
-    family = FAMILIES[name]
+    marks = FAMILIES[name].marks
 
     def bare(part):
-        return "".join(part.replace(family.opening, "").replace(family.closing, "").split())
+        return "".join(part.replace(marks.opening, "").replace(marks.closing, "").split())
 
     assert bare(whole.reasoning) + bare(whole.content) == bare(text)
 
 
 def test_an_unknown_family_is_refused_with_the_list_of_known_ones():
     with pytest.raises(RequestError, match="deepseek-r1, deepseek-v3, glm45, kimi, qwen3, qwen3-thinking, step3"):
-        parser("nope")
+        family("nope")

@@ -47,6 +47,24 @@ async def test_everything_that_waits_is_taken_at_once_and_in_order() -> None:
 
 
 @asynchronous
+async def test_steps_that_nobody_takes_pile_up_to_a_bound_and_end_their_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("http_gateway.flight.MAX_UNREAD_STEPS", 100)
+    async with connected() as (ring, transport):
+        with ring.open([asked("a"), asked("b")]) as flight, ring.open([asked("c")]) as other:
+            for _ in range(201):
+                transport.push(step("a", [1], "x"))
+            aborts = await transport.sent_of(Abort, 2)
+            assert [abort.rid for abort in aborts] == ["a", "b"]
+            transport.push(step("b", [1], "x"), step("c", [1], "x", finish=STOP))
+            assert len(await other.next()) == 1
+            assert not flight._mail
+            with pytest.raises(ClientGone):
+                await flight.next()
+
+
+@asynchronous
 async def test_leaving_a_flight_aborts_only_what_still_runs() -> None:
     async with connected() as (ring, transport):
         with ring.open([asked("a"), asked("b")]) as flight:

@@ -10,19 +10,30 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from http_gateway.json_calls import MAX_WASTED_CHARS
-from http_gateway.tool_calls import PARSERS, REQUIRED, calls_schema, parse, parser
-from http_gateway.tool_events import Arguments, CallStart, Content, Function, Tool, call_id, collect
+from http_gateway import tool_calls
+from http_gateway.call_formats import FORMATS, REQUIRED, call_id, short_call_id
+from http_gateway.output_reader import OutputReader
+from http_gateway.tool_calls import calls_schema, format_of
+from http_gateway.tool_events import Arguments, CallStart, Content, Function, Tool, collect
 from runtime.errors import RequestError
 
 NAMES = ["f", "get_weather", "Über"]
 TOOLS = [Tool(function=Function(name=name)) for name in NAMES]
+READ = FORMATS | {"required": REQUIRED}
+
+
+def parser(name, tools=TOOLS):
+    return OutputReader(calls=READ[name], known=tool_calls.names_of(tools))
+
+
+def parse(name, tools, text):
+    return tool_calls.parse(READ[name], tools, text)[:2]
 
 
 def stream(name, pieces, tools=TOOLS):
     reading = parser(name, tools)
     events = [event for piece in pieces for event in reading.feed(piece)]
-    return collect(events + reading.finish())
+    return collect(events + reading.finish())[:2]
 
 
 def cut(text, places):
@@ -42,7 +53,7 @@ WRITTEN = {
     "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, '
     '{"name": "get_weather", "arguments": {"city": "Zürich}"}}]',
     "pythonic": '[f(a=1), get_weather(city="Zürich}")]',
-    REQUIRED: '[{"name": "f", "parameters": {"a": 1}}, {"name": "get_weather", "parameters": {"city": "Zürich}"}}]',
+    "required": '[{"name": "f", "parameters": {"a": 1}}, {"name": "get_weather", "parameters": {"city": "Zürich}"}}]',
 }
 
 
@@ -66,7 +77,7 @@ def test_every_single_cut_gives_the_same_events(name):
 
 @pytest.mark.parametrize("name", sorted(WRITTEN.keys() - {"pythonic"}))
 def test_arguments_stream_while_they_are_written(name):
-    reading = parser(name, TOOLS)
+    reading = parser(name)
     events = [event for character in WRITTEN[name] for event in reading.feed(character)]
     assert events[0] == CallStart(0, "f")
     assert len([event for event in events if isinstance(event, Arguments) and event.index == 1]) > 5
@@ -86,20 +97,20 @@ def test_llama_calls_need_no_tag_at_the_beginning_of_the_output():
         '{"type": "function", "name": "f", "parameters": {"x": {"y": []}}}',
         '{"type": "function", "function": {"name": "f", "parameters": {"x": {"y": []}}}}',
     ):
-        assert [json.loads(call.arguments) for call in parse("llama3", TOOLS, text).calls] == [{"x": {"y": []}}], text
+        assert [json.loads(call.arguments) for call in parse("llama3", TOOLS, text)[1]] == [{"x": {"y": []}}], text
 
 
 def test_mistral_calls_may_name_the_function_before_its_arguments():
     text = '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]get_weather[CALL_ID]abc123XYZ[ARGS]{"b": 2}'
     whole = parse("mistral", TOOLS, text)
-    assert [(call.name, call.arguments) for call in whole.calls] == [("f", '{"a": 1}'), ("get_weather", '{"b": 2}')]
-    assert whole.content == ""
+    assert [(call.name, call.arguments) for call in whole[1]] == [("f", '{"a": 1}'), ("get_weather", '{"b": 2}')]
+    assert whole[0] == ""
     assert all(stream("mistral", cut(text, [at])) == whole for at in range(len(text)))
 
 
 def test_python_literals_become_json():
     text = """[f(a='it\\'s', b=[True, None, -1.5, (1, 2)], c={"k": false, "l": null}, d="x)]")]"""
-    [call] = parse("pythonic", TOOLS, text).calls
+    [call] = parse("pythonic", TOOLS, text)[1]
     assert json.loads(call.arguments) == {
         "a": "it's",
         "b": [True, None, -1.5, [1, 2]],
@@ -179,7 +190,7 @@ NO_CALLS = {
         "<|python_start|>",
         "text [f()]",
     ],
-    REQUIRED: ["[]", "[1]", "{}", "[", '[{"name": "stranger", "parameters": {}}]'],
+    "required": ["[]", "[1]", "{}", '[{"name": "stranger", "parameters": {}}]'],
 }
 
 
@@ -205,7 +216,7 @@ def test_an_output_cut_inside_the_arguments_keeps_what_was_written():
 
 
 def test_content_is_not_held_back_without_need():
-    reading = parser("hermes", TOOLS)
+    reading = parser("hermes")
     assert reading.feed("Hello <b") == [Content("Hello <b")]
     assert reading.feed(" <tool") == []
     assert reading.feed("box>") == [Content(" <toolbox>")]
@@ -239,15 +250,15 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    name=st.sampled_from([*sorted(PARSERS), REQUIRED]),
+    name=st.sampled_from([*sorted(READ)]),
     text=st.lists(PIECES | st.text(max_size=8), max_size=8).map("".join),
     places=st.lists(st.integers(0, 10_000), max_size=30),
 )
 def test_no_cut_changes_what_an_output_means(name, text, places):
     whole = parse(name, TOOLS, text)
     assert stream(name, cut(text, places)) == whole
-    if not whole.calls:
-        assert whole.content == text
+    if not whole[1]:
+        assert whole[0] == text
 
 
 ARGUMENTS = st.recursive(
@@ -285,7 +296,7 @@ def written(name, calls):
 
 @settings(max_examples=120, deadline=None)
 @given(
-    name=st.sampled_from([*sorted(PARSERS), REQUIRED]),
+    name=st.sampled_from([*sorted(READ)]),
     calls=CALLS,
     places=st.lists(st.integers(0, 10_000), max_size=30),
 )
@@ -298,12 +309,12 @@ def test_streamed_arguments_joined_are_what_the_model_meant(name, calls, places)
 
 def test_a_long_call_with_its_keys_in_another_order_is_read_in_linear_time():
     text = '<tool_call>{"arguments": {"a": "' + "x" * 50_000 + '"}, "name": "f"}</tool_call>'
-    assert len(stream("hermes", text).calls[0].arguments) > 50_000
+    assert len(stream("hermes", text)[1][0].arguments) > 50_000
 
 
 def test_an_unknown_parser_is_refused_with_the_list_of_known_ones():
     with pytest.raises(RequestError, match="hermes, llama3, mistral, pythonic, qwen, qwen25"):
-        parser("nope", TOOLS)
+        format_of("nope")
 
 
 def test_call_ids_look_as_clients_expect_and_differ():
@@ -323,7 +334,7 @@ def weather_tools():
 def test_the_schema_of_required_calls_admits_calls_of_the_tools_and_nothing_else():
     schema = json.loads(calls_schema(weather_tools()))
     validator = jsonschema.Draft202012Validator(schema)
-    assert validator.is_valid([{"name": "f", "parameters": {"p": "x"}}, {"name": "g", "parameters": {"any": 1}}])
+    assert validator.is_valid([{"name": "f", "parameters": {"p": "x"}}, {"name": "g", "parameters": {}}])
     for bad in ([], [{"name": "h", "parameters": {}}], [{"name": "f", "parameters": {"p": 1}}], [{"name": "f"}]):
         assert not validator.is_valid(bad), bad
 
@@ -347,26 +358,78 @@ def test_a_tool_choice_that_cannot_be_met_is_refused():
         calls_schema(TOOLS, name="x")
 
 
-def test_definitions_that_contradict_each_other_are_refused():
-    other = Tool(function=Function(name="h", parameters={"$defs": {"P": {"type": "integer"}}}))
-    with pytest.raises(RequestError, match="differently"):
-        calls_schema([*weather_tools(), other])
+def test_tools_have_definitions_of_their_own():
+    def tool(name, kind):
+        parameters = {
+            "type": "object",
+            "properties": {"x": {"$ref": "#/$defs/Item"}},
+            "$defs": {"Item": {"type": kind}},
+        }
+        return Tool(function=Function(name=name, parameters=parameters))
+
+    schema = json.loads(calls_schema([tool("f", "boolean"), tool("g", "null")]))
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid([{"name": "f", "parameters": {"x": True}}, {"name": "g", "parameters": {"x": None}}])
+    assert not validator.is_valid([{"name": "f", "parameters": {"x": None}}])
 
 
-def test_definitions_that_are_no_object_are_refused():
-    with pytest.raises(RequestError, match="must be an object"):
-        calls_schema([Tool(function=Function(name="h", parameters={"$defs": [1]}))])
+def test_a_tool_without_parameters_takes_none():
+    schema = json.loads(calls_schema([TOOLS[0]]))
+    assert schema["items"]["anyOf"][0]["properties"]["parameters"]["properties"] == {}
 
 
-@pytest.mark.parametrize("wasted", [0, MAX_WASTED_CHARS])
-def test_behind_too_much_that_was_no_call_none_is_looked_for(wasted):
-    no_call = f'<tool_call>{{"type": "{"a" * wasted}"}}'
-    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    content, calls = parse("hermes", TOOLS, no_call + call)
-    assert (content, len(calls)) == ((no_call + call, 0) if wasted else (no_call, 1))
-    assert stream("hermes", cut(no_call + call, [5, wasted, wasted + 30])) == (content, calls)
+def test_two_objects_in_one_tag_are_two_calls():
+    one, two = (json.dumps({"name": "f", "arguments": {"a": n}}) for n in (1, 2))
+    for between in ("\n", "", ", "):
+        text = f"<tool_call>\n{one}{between}{two}\n</tool_call> so"
+        assert parse("hermes", TOOLS, text) == (" so", [("f", '{"a": 1}'), ("f", '{"a": 2}')])
+    assert parse("hermes", TOOLS, f"<tool_call>[{one}, {two}]</tool_call>")[1] == [("f", '{"a": 1}'), ("f", '{"a": 2}')]
 
 
-def test_objects_that_never_end_are_read_a_bounded_number_of_times():
-    text = '<tool_call>{"name": ' * 20_000  # each could be a call up to the end of the text
-    assert parse("hermes", TOOLS, text) == (text, [])
+def test_what_is_no_call_behind_a_call_in_one_tag_is_content():
+    text = '<tool_call>{"name": "f", "arguments": {}} {"x": 1}</tool_call>'
+    assert parse("hermes", TOOLS, text) == (' {"x": 1}</tool_call>', [("f", "{}")])
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("U\nlm", "U\nlm"),
+        ("tab\there", "tab\there"),
+        ("\x00\x1f\r", "\x00\x1f\r"),
+        ("C:\\dir", "C:\\dir"),
+        ("it\\'s", "it's"),
+        ("\\u00e9 \\u12", "é \\u12"),
+        ("line\\\nbreak", "line\\\nbreak"),
+    ],
+)
+@pytest.mark.parametrize("name", ["hermes", "llama3", "mistral", "required"])
+def test_strings_that_json_does_not_allow_are_mended(name, written, meant):
+    call = '{"name": "f", "parameters": {"a": "' + written + '"}}'
+    text = {"hermes": f"<tool_call>{call}</tool_call>", "mistral": f"[TOOL_CALLS][{call}]", "required": f"[{call}]"}
+    text = text.get(name, call)
+    content, [found] = parse(name, TOOLS, text)
+    assert (content, json.loads(found.arguments)) == ("", {"a": meant})
+    assert stream(name, text) == (content, [found])
+
+
+def test_a_python_string_may_hold_a_raw_line_break():
+    [call] = parse("pythonic", TOOLS, "[f(a='U\nlm')]")[1]
+    assert json.loads(call.arguments) == {"a": "U\nlm"}
+
+
+def test_arguments_whose_brackets_were_forgotten_are_closed_at_the_closing_tag():
+    text = '<tool_call>{"name": "f", "arguments": {"a": [1</tool_call> so'
+    assert parse("hermes", TOOLS, text) == (" so", [("f", '{"a": [1]}')])
+
+
+def test_the_beginning_of_a_demanded_call_is_never_content():
+    text = '[{"name": "f", "parameters": {"a": 1}}, {"name": "get_weather", "parameters": {}}]'
+    for end in range(len(text)):
+        content, calls = parse("required", TOOLS, text[:end])
+        assert content == "" and len(calls) <= 2, text[:end]
+
+
+def test_ids_of_calls_are_what_templates_of_the_family_take():
+    assert FORMATS["mistral"].new_id is short_call_id
+    assert re.fullmatch("[a-zA-Z0-9]{9}", short_call_id())

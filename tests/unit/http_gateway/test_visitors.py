@@ -92,6 +92,12 @@ def test_every_route_of_a_command_is_known_to_change_something() -> None:
 
 
 @asynchronous
+async def test_a_foreign_page_makes_no_probe_that_generates() -> None:
+    assert (await posted({"sec-fetch-site": "cross-site"}, "/health_generate", "GET")).status == 403
+    assert (await posted({}, "/health", "GET")).status == 200
+
+
+@asynchronous
 async def test_a_foreign_page_may_look_but_cannot_read_what_it_gets() -> None:
     answer = await posted({"origin": FOREIGN, "sec-fetch-site": "cross-site"}, "/v1/models", "GET")
     assert answer.status == 200

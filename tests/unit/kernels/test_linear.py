@@ -151,7 +151,7 @@ def test_the_probe_sees_rows_that_are_added_up_in_another_order(dtype, monkeypat
 
     real = module.multiply
     monkeypatch.setattr(module, "multiply", multiply)
-    counts = module.counts_in_order.__wrapped__(64, 600, dtype, torch.get_num_threads())
+    counts = module.counts_in_order.__wrapped__(64, 600, dtype, True, torch.get_num_threads())
     assert set(counts) <= {1, 2, 3, 4, 6, 8, 12} and max(counts) == 12
 
 

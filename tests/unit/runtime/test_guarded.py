@@ -79,8 +79,9 @@ def test_what_was_ended_from_another_thread_is_gone_and_starts_again(guarded: Gu
 
 
 def test_a_process_that_never_answers_is_given_up() -> None:
-    guarded = Guarded(WORK, wall_s=0.3)
+    guarded = Guarded(WORK)
     assert guarded.run(b"first", 1.0) == b"first"
+    guarded._wall_s = 0.1
     with pytest.raises(Gone):
         guarded.run(b"stop", 60.0)
     guarded.close()

@@ -56,3 +56,23 @@ def test_nobody_is_told_where_nobody_asks(monkeypatch):
 def test_a_run_directory_too_deep_for_sockets_is_refused_with_the_remedy():
     with pytest.raises(StartupError, match="set a shorter XDG_RUNTIME_DIR"):
         launch.check_path_length("/" + "d" * 100, launch.SERVICES)
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/m/config.json"), "Permission denied: /m/config.json"),
+        (OSError(28, "No space left on device"), "No space left on device; free some space"),
+        (MemoryError(), "there is not enough memory"),
+    ],
+)
+def test_what_the_system_refuses_the_launcher_is_one_line_and_the_status_of_a_start(monkeypatch, capsys, refused, said):
+    def run(*_):
+        raise refused
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "set_up_logging", lambda _: None)
+    monkeypatch.setattr("setproctitle.setproctitle", lambda _: None)
+    assert launch.serve([], ()) == launch.ExitStatus.STARTUP
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"quartet: the server cannot start: {said}")

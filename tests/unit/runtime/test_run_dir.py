@@ -68,3 +68,14 @@ def test_xdg_runtime_dir_is_used_where_it_exists(tmp_path):
     assert run_dir.base({"XDG_RUNTIME_DIR": str(tmp_path)}) == tmp_path
     assert str(run_dir.base({"XDG_RUNTIME_DIR": str(tmp_path / "missing")})) == "/tmp"
     assert str(run_dir.base({})) == "/tmp"
+
+
+@pytest.mark.parametrize("failing", ["runtime.run_dir.take_lock", "runtime.run_dir.hire_janitor"])
+def test_a_directory_that_cannot_be_made_whole_leaves_nothing_behind(tmp_path, monkeypatch, failing):
+    def refuse(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(failing, refuse)
+    with pytest.raises((OSError, StartupError), match="Too many open files"), run_dir.private(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

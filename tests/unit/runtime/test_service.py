@@ -74,6 +74,44 @@ def test_a_bug_is_logged_with_its_traceback_and_ends_with_status_one(start):
     assert "ZeroDivisionError" in printed
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("PermissionError(13, 'Permission denied', '/m/tokenizer.json')", "Permission denied: /m/tokenizer.json"),
+        ("OSError(28, 'No space left on device')", "No space left on device; free some space"),
+        ("OSError(24, 'Too many open files')", "Too many open files; raise the limit of open files (ulimit -n)"),
+        ("OSError(27, 'File too large')", "File too large; raise the limit of a file's size (ulimit -f)"),
+        ("MemoryError()", "there is not enough memory"),
+        ("__import__('zmq').ZMQError(24)", "Too many open files; raise the limit of open files (ulimit -n)"),
+    ],
+)
+def test_what_the_system_refuses_before_the_service_serves_is_one_line_and_no_traceback(start, raised, said):
+    status, line, printed = start(f"raise {raised}")
+    assert status == EXIT_STARTUP
+    error = msgspec.json.decode(line, type=Ready).error
+    assert error.startswith(f"the tokenizer cannot start: {said}")
+    assert printed == ""
+
+
+def test_what_the_system_refuses_later_is_a_death_with_its_traceback(start):
+    status, _, printed = start("report_ready(boot); raise OSError(28, 'No space left on device')")
+    assert status == 1
+    assert "Traceback" in printed
+
+
+def test_a_boot_file_that_cannot_be_read_is_one_line(start, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", "from runtime.service import run; run(print)"],
+        input=f"{tmp_path / 'gone'}\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (EXIT_STARTUP, 1)
+    assert "No such file or directory" in ended.stderr
+
+
 def test_an_exit_status_asked_for_is_kept(start):
     assert start(BODIES["exits"])[0] == 7
 

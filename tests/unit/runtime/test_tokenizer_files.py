@@ -62,6 +62,23 @@ def test_a_broken_tokenizer_json_names_the_file(tmp_path: Path) -> None:
         tokenizer_files.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": {"1": {"content": 5}}},
+        {"added_tokens_decoder": {"one": {"content": "<x>"}}},
+        {"added_tokens_decoder": ["<x>"]},
+        {"eos_token": 5},
+        {"extra_special_tokens": 5},
+    ],
+)
+def test_tokens_declared_in_a_wrong_way_are_refused_with_the_remedy(settings: object, tmp_path: Path) -> None:
+    save(byte_level(), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(StartupError, match=r"cannot be read: .*--tokenizer-path"):
+        tokenizer_files.load(tmp_path)
+
+
 def test_a_token_that_only_the_config_declares_is_added(tmp_path: Path) -> None:
     save(byte_level(), tmp_path, pad_token="<pad!>", additional_special_tokens=["<tool>"])
     loaded = tokenizer_files.load(tmp_path)

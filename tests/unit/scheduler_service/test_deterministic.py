@@ -56,14 +56,25 @@ def test_an_answer_has_the_same_bits_alone_and_in_any_company(family, dtype, tmp
         assert (served.planner.stats.correct_drafts > 0) == (way == "with drafts")
 
 
-def test_an_answer_that_was_interrupted_goes_on_with_the_same_bits(tmp_path):
+PENALTIES = [
+    SamplingParams(temperature=0.9, max_new_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0.9, max_new_tokens=12, ignore_eos=True, top_k=20, frequency_penalty=0.7),
+    SamplingParams(temperature=0.9, max_new_tokens=12, ignore_eos=True, presence_penalty=0.5, repetition_penalty=1.3),
+    SamplingParams(temperature=0, max_new_tokens=12, min_new_tokens=10, frequency_penalty=-1.5),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("params", PENALTIES)
+def test_an_answer_that_was_interrupted_goes_on_with_the_same_bits(params, dtype, tmp_path):
     directory = tiny.build("qwen3", tmp_path)
-    whole = engine(directory, dtype="bfloat16").generate(PROMPTS[:1], PARAMS[1], seed=3, logprobs=ALL_LOGPROBS)[0]
-    again = engine(directory, dtype="bfloat16")
-    rid = again.add(PROMPTS[0], PARAMS[1], seed=3, logprobs=ALL_LOGPROBS, resume_ids=pack_ids(whole.ids[:5]))
-    again.run()
-    assert again.answers[rid].ids == whole.ids[5:]
-    assert again.answers[rid].logprobs.values == whole.logprobs.values[5 * 4 :]
+    whole = engine(directory, dtype=dtype).generate(PROMPTS[:1], params, seed=3, logprobs=ALL_LOGPROBS)[0]
+    for cut in (1, 5, 11):
+        again = engine(directory, dtype=dtype)
+        rid = again.add(PROMPTS[0], params, seed=3, logprobs=ALL_LOGPROBS, resume_ids=pack_ids(whole.ids[:cut]))
+        again.run()
+        assert again.answers[rid].ids == whole.ids[cut:]
+        assert again.answers[rid].logprobs.values == whole.logprobs.values[cut * 4 :]
 
 
 @pytest.mark.parametrize(

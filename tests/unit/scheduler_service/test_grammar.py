@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from http_gateway.tool_calls import REQUIRED, calls_schema, parse
+from http_gateway.call_formats import REQUIRED
+from http_gateway.tool_calls import calls_schema, parse
 from http_gateway.tool_events import Function, Tool
 from runtime.errors import RequestError
 from scheduler_service.grammar import GrammarCompiler, MaskFiller, bitmask_words
@@ -168,7 +169,7 @@ def test_what_a_required_tool_choice_makes_a_model_write_is_read_back_as_calls(t
     grammar = tools.compiler.compile("json_schema", calls_schema(offered))
     for seed in range(20):
         text = tools.text(tools.sample(grammar, random.Random(seed), patience=10))
-        content, calls = parse(REQUIRED, offered, text)
+        content, calls, _ = parse(REQUIRED, offered, text)
         assert content == "" and len(calls) == len(json.loads(text)) > 0
         for call in calls:
             jsonschema.validate(json.loads(call.arguments), parameters)

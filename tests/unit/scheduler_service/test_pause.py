@@ -15,6 +15,7 @@ from runtime.control import (
     SlowDown,
     UpdateWeightsFromDisk,
 )
+from runtime.memory import Memory
 from runtime.messages import Reply, unpack_ids
 from tests import checkpoints
 from tests.live import Live
@@ -274,6 +275,22 @@ def test_memory_that_another_process_holds_can_be_asked_for_again(model: Path, t
     assert live.planner.asleep
     cache._shapes = wanted
     assert live.call(ResumeMemory()).body == AWAKE
+    assert answered(live, "x") == [TOKEN] * 3
+
+
+def test_weights_do_not_come_back_where_they_would_end_the_process(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = saving(model, tmp_path, enable_weights_cpu_backup=True)
+    live.call(ReleaseMemory())
+    with monkeypatch.context() as others:
+        others.setattr("runtime.memory.look", lambda: Memory(1 << 10, 1 << 30, "a limit"))
+        reply = live.call(ResumeMemory())
+    assert reply.status == 503 and reply.message.startswith(
+        "Memory cannot be resumed: there is no room for the weights"
+    )
+    assert live.planner.asleep
+    assert live.call(ResumeMemory()).body == {"asleep": False}
     assert answered(live, "x") == [TOKEN] * 3
 
 

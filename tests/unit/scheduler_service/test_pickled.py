@@ -109,6 +109,15 @@ def test_an_update_from_pickled_files_is_as_good_as_another(tmp_path: Path) -> N
     assert live.updates.committed.files == record.files_of(directory)
 
 
+def test_a_server_that_wants_safetensors_alone_refuses_them(tmp_path: Path) -> None:
+    source = checkpoints.random_model(tmp_path / "source", seed=1)
+    directory = as_bin(source, tmp_path / "bin")
+    with pytest.raises(CheckpointError, match=r"pickled \*\.bin files only"):
+        Engine(directory, load_format="safetensors")
+    reply = Live(source, tmp_path).call(UpdateWeightsFromDisk(model_path=str(directory), load_format="safetensors"))
+    assert reply.status == 400 and "choose auto" in reply.message
+
+
 def test_a_broken_update_from_pickled_files_changes_nothing(tmp_path: Path) -> None:
     live = Live(checkpoints.random_model(tmp_path / "a", seed=1), tmp_path)
     before = live.worker.model.weights.checksum(HEAD)

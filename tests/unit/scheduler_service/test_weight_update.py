@@ -24,6 +24,7 @@ from runtime.control import (
     UpdateWeightVersion,
 )
 from runtime.errors import StartupError
+from runtime.memory import Memory
 from scheduler_service import host_memory
 from scheduler_service.main import model_facts
 from scheduler_service.weights import record, staging
@@ -507,3 +508,16 @@ def test_memory_that_is_short_for_packing_is_a_refusal_in_the_contracts_words(
     assert (reply.success, reply.status) == (False, 400)
     assert reply.message == "Failed to update weights: no room.\nRolling back to original weights."
     assert live.logits(PROMPT) == before and live.worker.weight_version == "A"
+
+
+def test_an_update_whose_second_set_has_no_room_is_refused_before_the_kernel_ends_the_process(
+    live: Live, versions: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = live.logits(PROMPT)
+    with monkeypatch.context() as others:
+        others.setattr("runtime.memory.look", lambda: Memory(1 << 10, 1 << 30, "a limit"))
+        reply = live.call(to_b(versions))
+    assert (reply.success, reply.status) == (False, 400)
+    assert "no room for a second set of weights: " in reply.message and "used by a limit." in reply.message
+    assert live.logits(PROMPT) == before
+    assert live.call(to_b(versions)).success

@@ -17,6 +17,9 @@ from safetensors.torch import save_file
 
 from runtime import model_info
 from runtime.config import ServerConfig
+from runtime.errors import StartupError
+from runtime.memory import Memory
+from scheduler_service.model.layers import linear
 from scheduler_service.model.weights import Layout, Weights
 from scheduler_service.weights import checkpoint as checkpoints
 from scheduler_service.weights import load, progress
@@ -310,3 +313,27 @@ def test_log_lines_and_progress_bar(
 )
 def test_progress_lines(done: int, elapsed_s: float, tail: str) -> None:
     assert progress.line(done, 4, elapsed_s) == f"Loading safetensors checkpoint shards: {tail}"
+
+
+@pytest.mark.parametrize("read", ["load_weights", "read_state"])
+def test_weights_without_room_are_refused_before_they_are_read(
+    read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(tensors(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"vocab_size": 3, "architectures": ["X"]}')
+    config = ServerConfig(model_path=str(tmp_path))
+    monkeypatch.setattr("runtime.memory.look", lambda: Memory(5, 1 << 30, "a limit"))
+    with pytest.raises(StartupError, match=r"no room for the model's weights.* 0 MB may still be used by a limit; "):
+        if read == "load_weights":
+            load.load_weights(fused_weights(), config, model_info.load(config))
+        else:
+            load.read_state(Checkpoint.open(tmp_path))
+
+
+def test_what_weights_take_counts_the_copies_that_are_computed_with() -> None:
+    weights = fused_weights()
+    alone = weights.served_bytes()
+    layer = linear(weights, "qk", 0)
+    assert alone == weights.nbytes() and weights.served_bytes() == alone + layer.packed_bytes
+    layer.adopt(layer.pack(layer.weight))
+    assert layer.packed_bytes == sum(block.numel() * block.dtype.itemsize for block in layer.packed or ())

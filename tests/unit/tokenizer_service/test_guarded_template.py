@@ -71,6 +71,16 @@ def test_a_hostile_template_ends_its_request_alone(template: GuardedTemplate, nu
     assert template.render(chat("good")) == "<good>"
 
 
+def test_a_long_conversation_has_the_time_that_it_needs(tmp_path: Path) -> None:
+    template = started(tmp_path, "{% for m in messages %}{{ m.role | upper | trim ~ m.content | trim }}{% endfor %}")
+    messages = [{"role": "user", "content": "x"}] * 2000
+    assert template.render(Chat(messages=messages)) == "USERx" * 2000
+    with pytest.raises(RequestError) as refusal:
+        template.render(Chat(messages=messages * 2))
+    assert refusal.value.code == "context_length_exceeded"
+    template.close()
+
+
 def test_a_renderer_that_was_killed_is_started_again(template: GuardedTemplate) -> None:
     template._process.end()
     assert template.render(chat("again")) == "<again>"

@@ -1,0 +1,74 @@
+"""How families of models write tool calls: one declaration each. `output_reader` reads them all."""
+
+import secrets
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+ID_CHARS = string.ascii_letters + string.digits
+
+
+def call_id() -> str:
+    """A fresh id of a call, as clients of OpenAI's API know it."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def short_call_id() -> str:
+    """A fresh id of nine letters and digits: Mistral's templates refuse any other."""
+    return "".join(secrets.choice(ID_CHARS) for _ in range(9))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How one call stands in the text, for grammars that constrain its arguments."""
+
+    begin: str  # before the name
+    middle: str  # between the name and the arguments
+    end: str
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """What leads to a call, what a call looks like, what may follow it."""
+
+    body: Literal["json", "python"] = "json"
+    opening: str = ""  # the tag before calls, anywhere in the output
+    closing: str = ""  # the tag behind them
+    bare: tuple[str, ...] = ()  # what leads to calls at the beginning of the answer alone
+    bracket: str = "{"  # what follows a bare beginning
+    separators: str = ""  # of two calls; between others there are blanks at most
+    named: bool = False  # the tag may also be followed by name{arguments}
+    alone: bool = False  # there is nothing but calls: the beginning of one is never content
+    frame: Frame | None = None
+    new_id: Callable[[], str] = call_id
+
+
+HERMES = CallFormat(
+    opening="<tool_call>",
+    closing="</tool_call>",
+    separators=",",
+    frame=Frame('<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>"),
+)
+FORMATS = {
+    "hermes": HERMES,
+    "llama3": CallFormat(
+        opening="<|python_tag|>",
+        bare=("",),
+        separators=";,",
+        frame=Frame('<|python_tag|>{"name": ', ', "parameters": ', "}"),
+    ),
+    "mistral": CallFormat(
+        opening="[TOOL_CALLS]",
+        separators=",",
+        named=True,
+        frame=Frame('[TOOL_CALLS] [{"name": ', ', "arguments": ', "}]"),
+        new_id=short_call_id,
+    ),
+    "pythonic": CallFormat(
+        body="python", closing="<|python_end|>", bare=("<|python_start|>", ""), bracket="[", separators=","
+    ),
+    "qwen": HERMES,
+    "qwen25": HERMES,
+}
+REQUIRED = CallFormat(bare=("",), bracket="[", separators=",", alone=True)  # what `calls_schema` asks for

@@ -1,0 +1,66 @@
+"""/start_profile and /stop_profile as the scheduler carries them out."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime.control import StartProfile, StopProfile
+from runtime.limits import MAX_PROFILE_STEPS
+from runtime.messages import Reply
+from scheduler_service.control_profile import DIRECTORY_BY, NOT_RUNNING, RUNNING, STARTED, STOPPED
+from tests.rig import Rig
+from tests.stepper import tokenized
+
+
+def answer(rig: Rig, command: StartProfile | StopProfile) -> Reply:
+    rig.inbox.put(command)
+    rig.scheduler.receive()
+    reply = rig.outbox.messages[-1]
+    assert isinstance(reply, Reply)
+    return reply
+
+
+def traces(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*-TP-0.trace.json.gz"))
+
+
+def test_a_profile_is_recorded_and_written(tmp_path: Path) -> None:
+    rig = Rig()
+    assert answer(rig, StartProfile(id="1", output_dir=str(tmp_path / "new"), activities=["CPU"])).message == STARTED
+    assert answer(rig, StartProfile(id="2")).message == RUNNING
+    assert answer(rig, StopProfile(id="3")).message == STOPPED
+    [file] = traces(tmp_path / "new")
+    assert "traceEvents" in json.loads(gzip.decompress(file.read_bytes()))
+    refused = answer(rig, StopProfile(id="4"))
+    assert (refused.success, refused.status, refused.message) == (False, 400, NOT_RUNNING)
+
+
+def test_a_profile_of_some_steps_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DIRECTORY_BY, str(tmp_path))
+    rig = Rig()
+    assert answer(rig, StartProfile(id="1", num_steps=2)).success
+    rig.inbox.put(tokenized("a", range(5), 6))
+    rig.scheduler.step()
+    assert rig.scheduler.profile is not None and not traces(tmp_path)
+    rig.scheduler.step()
+    assert rig.scheduler.profile is None and len(traces(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_steps": 0}, "num_steps"),
+        ({"num_steps": MAX_PROFILE_STEPS + 1}, "num_steps"),
+        ({"activities": ["MEM"]}, "activities"),
+        ({"start_step": 3}, "start_step"),
+        ({"profile_by_stage": True}, "profile_by_stage"),
+        ({"output_dir": "/dev/null/x"}, "output_dir"),
+    ],
+)
+def test_what_a_profile_cannot_be_is_refused(fields: dict[str, object], named: str) -> None:
+    rig = Rig()
+    refused = answer(rig, StartProfile(id="1", **fields))  # type: ignore[arg-type]
+    assert (refused.success, refused.status) == (False, 400)
+    assert named in refused.message and rig.scheduler.profile is None
