@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -159,9 +160,12 @@ def health_timeout_s(environment: Mapping[str, str]) -> float:
     """How long /health_generate waits for its token. Raises StartupError."""
     value = environment.get(HEALTH_TIMEOUT_VARIABLE, "20")
     try:
-        return float(value)
-    except ValueError as error:
-        raise StartupError(f"{HEALTH_TIMEOUT_VARIABLE} must be a number of seconds, got {value!r}") from error
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise StartupError(f"{HEALTH_TIMEOUT_VARIABLE} must be a number of seconds, got {value!r}")
+    return seconds
 
 
 async def serve(boot: Boot) -> None:
