@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 
+from http_gateway import reasoning
 from http_gateway.intake import Rules
 from http_gateway.metrics import Metrics
 from http_gateway.output import Output
 from http_gateway.probes import Census, Progress, Pulse, SignOfLife
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
-from runtime.messages import Facts, Request
+from runtime.messages import Facts, Request, Thought
 from runtime.model_info import ModelInfo
 
 
@@ -103,5 +104,14 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
         hidden_states=config.enable_return_hidden_states,
         longest_prompt=min(facts.context_length, facts.max_total_num_tokens),
         auto_truncate=config.allow_auto_truncate,
+        thought=thought(config.reasoning_parser),
         preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
     )
+
+
+def thought(family: str | None) -> Thought | None:
+    """How a family of models thinks."""
+    if family is None:
+        return None
+    found = reasoning.family(family)
+    return Thought(opening=found.marks.opening, closing=found.marks.closing, place=found.place)

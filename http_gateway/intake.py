@@ -14,7 +14,7 @@ import msgspec
 
 from runtime import limits, sampling
 from runtime.errors import RequestError, outside_vocabulary, scored_outside_vocabulary
-from runtime.messages import Generate, LogprobOptions, Request, unpack_ids
+from runtime.messages import Generate, LogprobOptions, Request, Thought, unpack_ids
 from runtime.sampling import SamplingParams
 
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
@@ -34,6 +34,7 @@ class Rules:
     priorities: bool = False
     routed_experts: bool = False  # requests may ask for the experts that their tokens chose
     hidden_states: bool = False  # and for hidden states
+    thought: Thought | None = None  # how the model thinks, where the server knows
     longest_prompt: int = 1 << 30  # tokens that fit the context and the pool
     auto_truncate: bool = False  # longer prompts are cut unasked
     preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own
