@@ -22,7 +22,7 @@ from http_gateway.gateway import Gateway, Phase
 from http_gateway.metrics import Metrics
 from http_gateway.protocol import BoundedProtocol
 from http_gateway.ring_client import RingClient
-from runtime import model_info, service
+from runtime import model_info, service, stopwatch
 from runtime.control import Abort
 from runtime.errors import StartupError
 from runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
@@ -87,7 +87,9 @@ class Life:
         config = self._boot.config
         try:
             if not (config.skip_server_warmup or self._boot.epoch):
+                stopwatch.mark("application and the others' start")
                 await asyncio.to_thread(warmup.warm_up, config, config.host, port)
+                stopwatch.mark("warm-up")
         except StartupError as error:
             if self._draining is None:
                 fail(self._boot, error)
