@@ -4,6 +4,7 @@ A turn does not know whether it is streamed: what it reads becomes deltas, and a
 """
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 from msgspec import UNSET
 
@@ -80,29 +81,41 @@ class Turn:
                 self.called = True
                 return Delta(tool_calls=[ToolCall(id=self._new_id(), index=index, function=CalledFunction("", name))])
             case Arguments(index, text):
-                return Delta(tool_calls=[ToolCall(index=index, type=UNSET, function=CalledFunction(text))])
+                return Delta(tool_calls=[continued(index, text)])
 
 
 def merged(deltas: Iterable[Delta]) -> list[Delta]:
     """The same deltas, with neighbours of one kind joined."""
-    made: list[Delta] = []
-    for delta in deltas:
-        if not (made and join(made[-1], delta)):
-            made.append(delta)
-    return made
+    return [joined(list(group)) for _, group in groupby(deltas, key=kind_of)]
 
 
-def join(left: Delta, right: Delta) -> bool:
-    """Put `right` behind `left` where both go on with the same thing."""
-    if left.content is not None and right.content is not None:
-        left.content += right.content
-    elif left.reasoning_content is not None and right.reasoning_content is not None:
-        left.reasoning_content += right.reasoning_content
-    elif left.tool_calls and right.tool_calls and right.tool_calls[0].id is UNSET and left.tool_calls[0].id is UNSET:
-        left.tool_calls[0].function.arguments += right.tool_calls[0].function.arguments
-    else:
-        return False
-    return True
+def kind_of(delta: Delta) -> object:
+    """Equal for neighbours that go on with the same thing."""
+    if delta.content is not None:
+        return "content"
+    if delta.reasoning_content is not None:
+        return "thought"
+    if delta.tool_calls and delta.tool_calls[0].id is UNSET:
+        return delta.tool_calls[0].index
+    return id(delta)
+
+
+def joined(deltas: list[Delta]) -> Delta:
+    """One delta of several that are of one kind."""
+    first = deltas[0]
+    if len(deltas) == 1:
+        return first
+    if first.content is not None:
+        return Delta(content="".join(delta.content or "" for delta in deltas))
+    if first.reasoning_content is not None:
+        return Delta(reasoning_content="".join(delta.reasoning_content or "" for delta in deltas))
+    pieces = [piece for delta in deltas for piece in delta.tool_calls or ()]
+    return Delta(tool_calls=[continued(pieces[0].index, "".join(piece.function.arguments for piece in pieces))])
+
+
+def continued(index: int, arguments: str) -> ToolCall:
+    """A later piece of a call."""
+    return ToolCall(index=index, type=UNSET, function=CalledFunction(arguments))
 
 
 def message_of(deltas: Iterable[Delta]) -> ChatMessage:

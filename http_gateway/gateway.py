@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from http_gateway import reasoning
 from http_gateway.intake import Rules
 from http_gateway.metrics import Metrics
 from http_gateway.output import Output
@@ -15,7 +16,7 @@ from http_gateway.probes import Census, Progress, Pulse, SignOfLife
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
 from runtime.limits import CALL_BYTES_PER_BODY_BYTE
-from runtime.messages import Facts, Request
+from runtime.messages import Facts, Request, Thought
 from runtime.model_info import ModelInfo
 
 
@@ -106,5 +107,14 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
         most_bytes=CALL_BYTES_PER_BODY_BYTE * config.max_body_size,
         longest_prompt=min(facts.context_length, facts.max_total_num_tokens),
         auto_truncate=config.allow_auto_truncate,
+        thought=thought(config.reasoning_parser),
         preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
     )
+
+
+def thought(family: str | None) -> Thought | None:
+    """How a family of models thinks."""
+    if family is None:
+        return None
+    found = reasoning.family(family)
+    return Thought(opening=found.marks.opening, closing=found.marks.closing, place=found.place)

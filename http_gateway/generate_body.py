@@ -14,7 +14,7 @@ from http_gateway.intake import Job, Rules, fan_out, sampling_params
 from http_gateway.truncation import Truncating, wished
 from runtime import limits
 from runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
-from runtime.messages import Generate, LogprobOptions, Request, pack_ids
+from runtime.messages import Generate, LogprobOptions, Request, Thought, pack_ids
 from runtime.sampling import SamplingParams
 
 T = TypeVar("T")
@@ -27,6 +27,9 @@ ROUTED_EXPERTS_OFF = (
 HIDDEN_STATES_OFF = (
     "The server is not configured to return the hidden states. "
     "Please set `--enable-return-hidden-states` to enable this feature."
+)
+NO_THOUGHT = (
+    "require_reasoning before a constrained output needs a json_schema, and a server started with --reasoning-parser."
 )
 RIDS_MISMATCH = "The specified rids length mismatch with the batch_size for batch processing."
 
@@ -98,7 +101,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     size = len(prompts)
     params = read_params(body, size, rules)
     logprobs = read_logprobs(body, params)
-    check_reasoning(body, params)
+    thoughts = read_thoughts(body, params, rules)
     keys, salts = each(body, "extra_key", "", size), each(body, "cache_salt", "", size)
     priorities = read_priorities(body, size, rules)
     experts, starts = read_routed_experts(body, size, rules)
@@ -112,6 +115,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             stream=bool(body.stream),
             extra_key=keys[i] + salts[i],
             priority=priorities[i],
+            thought=thoughts[i],
             return_hidden_states=hidden[i],
             return_prompt_ids=bool(body.return_prompt_token_ids),
             return_routed_experts=experts[i],
@@ -301,14 +305,16 @@ def with_distribution(
     return msgspec.structs.replace(options or LogprobOptions(told=False), entropy=entropy, support=support)
 
 
-def check_reasoning(body: GenerateBody, params: list[SamplingParams]) -> None:
-    """A thought before a constrained output is the chat API's; without a constraint there is nothing to do for it."""
+def read_thoughts(body: GenerateBody, params: list[SamplingParams], rules: Rules) -> list[Thought | None]:
+    """The thought before each constrained output, where it is asked for; else the constraint begins at once."""
     wanted = each(body, "require_reasoning", False, len(params))
-    if any(want and own.grammar is not None for want, own in zip(wanted, params, strict=True)):
-        raise RequestError(
-            "require_reasoning is not supported with a constrained output: use /v1/chat/completions.",
-            field="require_reasoning",
-        )
+    found = [
+        rules.thought if want and own.grammar is not None else None for want, own in zip(wanted, params, strict=True)
+    ]
+    for want, own in zip(wanted, params, strict=True):
+        if want and own.grammar is not None and (rules.thought is None or own.json_schema is None):
+            raise RequestError(NO_THOUGHT, field="require_reasoning")
+    return found
 
 
 def read_asked_tokens(body: GenerateBody, size: int) -> list[list[int] | None]:

@@ -17,7 +17,7 @@ import msgspec
 from runtime import limits, sampling
 from runtime.errors import Kind, RequestError, outside_vocabulary, scored_outside_vocabulary
 from runtime.limits import CALL_BYTES_PER_BODY_BYTE
-from runtime.messages import Generate, LogprobOptions, Request, first_outside, unpack_ids
+from runtime.messages import Generate, LogprobOptions, Request, Thought, first_outside, unpack_ids
 from runtime.sampling import SamplingParams
 
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
@@ -39,6 +39,7 @@ class Rules:
     hidden_states: bool = False  # and for hidden states
     most_requests: int = 4096  # of one call, copies included
     most_bytes: int = CALL_BYTES_PER_BODY_BYTE * (8 << 20)  # that they take on the ring together
+    thought: Thought | None = None  # how the model thinks, where the server knows
     longest_prompt: int = 1 << 30  # tokens that fit the context and the pool
     auto_truncate: bool = False  # longer prompts are cut unasked
     preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own

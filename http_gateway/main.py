@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from http_gateway.gateway import Gateway, Phase
 from http_gateway.metrics import Metrics
 from http_gateway.protocol import BoundedProtocol
 from http_gateway.ring_client import RingClient
-from runtime import model_info, service
+from runtime import model_info, service, stopwatch
 from runtime.control import Abort
 from runtime.errors import StartupError
 from runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
@@ -86,7 +87,9 @@ class Life:
         config = self._boot.config
         try:
             if not (config.skip_server_warmup or self._boot.epoch):
+                stopwatch.mark("application and the others' start")
                 await asyncio.to_thread(warmup.warm_up, config, config.host, port)
+                stopwatch.mark("warm-up")
         except StartupError as error:
             if self._draining is None:
                 fail(self._boot, error)
@@ -159,9 +162,12 @@ def health_timeout_s(environment: Mapping[str, str]) -> float:
     """How long /health_generate waits for its token. Raises StartupError."""
     value = environment.get(HEALTH_TIMEOUT_VARIABLE, "20")
     try:
-        return float(value)
-    except ValueError as error:
-        raise StartupError(f"{HEALTH_TIMEOUT_VARIABLE} must be a number of seconds, got {value!r}") from error
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise StartupError(f"{HEALTH_TIMEOUT_VARIABLE} must be a number of seconds, got {value!r}")
+    return seconds
 
 
 async def serve(boot: Boot) -> None:

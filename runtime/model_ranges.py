@@ -99,11 +99,12 @@ FIELDS: dict[str, Kind] = {
     "architectures": Each(TEXT, 16),
     "model_type": TEXT,
     "vocab_size": Int(1, 1 << 24),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "hidden_dim"), WIDTH),
-    **dict.fromkeys(("moe_intermediate_size", "n_inner", "ffn_dim"), WIDTH),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "hidden_dim", "n_inner", "ffn_dim"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), Each(WIDTH, MAX_LAYERS, alone=True)),
     "shared_expert_intermediate_size": Int(0, 1 << 22),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), LAYERS),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "head_dim"), HEADS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "head_dim"), HEADS),
+    "num_key_value_heads": Each(HEADS, MAX_LAYERS, alone=True),  # in some models each layer has its own
     **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), POSITIONS),
     **dict.fromkeys(("sliding_window", "max_window_layers"), Int(0, MAX_POSITIONS)),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), EXPERTS),
@@ -146,7 +147,9 @@ def checked(config: Config) -> dict[str, Any]:
     """The config with whole numbers as integers. Raises BadValue."""
     found = dict(config)
     for name, value in walk(config):
-        if isinstance(FIELDS.get(name), Int) and isinstance(value, float):
+        kind = FIELDS[name]
+        single = kind.kind if isinstance(kind, Each) else kind
+        if isinstance(single, Int) and isinstance(value, float):
             found[name] = int(value)
     check_together(found)
     return found
@@ -188,7 +191,7 @@ def check(name: str, value: Any, kind: Kind) -> None:
 def check_together(config: Config) -> None:
     """What must fit to each other."""
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if heads and kv_heads and heads % kv_heads:
+    if heads and isinstance(kv_heads, int) and heads % kv_heads:
         raise BadValue(f"num_attention_heads is {heads}, which is no multiple of num_key_value_heads, {kv_heads}")
     hidden = config.get("hidden_size")
     if heads and hidden and not config.get("head_dim") and heads > hidden:

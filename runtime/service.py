@@ -28,6 +28,7 @@ from runtime.messages import Restarted
 from runtime.parent_death import arm_death_signal
 from runtime.progress import IDLE_BEAT_S, ProgressWord
 from runtime.sockets import Inbox, Outbox, SocketError, newest_epoch
+from runtime.stopwatch import STOPWATCH
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,10 @@ class Ready(msgspec.Struct, kw_only=True):
 
 def boot_from_stdin() -> Boot:
     """Stand by until a boot file is named, and become that service."""
+    STOPWATCH.mark("imports")
     setproctitle.setproctitle(TITLE.format(role=STANDBY))
     boot_file = sys.stdin.readline().strip()
+    STOPWATCH.skip_wait()
     if not boot_file:
         sys.exit(NOT_BY_HAND)
     with open(boot_file, "rb") as file:
@@ -90,6 +93,10 @@ def die_with_parent(boot: Boot) -> None:
 
 
 def report_ready(boot: Boot, error: str = "") -> None:
+    """Tell the launcher that this service serves, or why it cannot; the log, where the start has spent its time."""
+    if not error:
+        STOPWATCH.mark("the rest")
+        log.info("The %s has started within %s.", boot.role, STOPWATCH.story())
     os.write(boot.ready_fd, msgspec.json.encode(Ready(role=boot.role, error=error)) + b"\n")
     os.close(boot.ready_fd)
     boot.ready_fd = REPORTED

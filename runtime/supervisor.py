@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_GRACE_S = 5.0  # beyond the drain time-out, for the gateway to end by itself
 BUDGET_WINDOW_S = 60.0  # `max_restarts` deaths of a service within this time are forgiven
-STANDBY_AFTER_S = 5.0  # a start, when there is time for it
+STANDBY_AFTER_S = 3.0  # once it serves: a start competes with nobody for the cores, nor does its warm-up
 STANDBY_BYTES = 512 << 20  # must be left for one to stand by: it takes up to 250 MB, and the others grow
 BACK_OFF_S = (0.0, 0.2, 1.0)  # before the first restart within the window, the second, all others
 LOOK_EVERY_S = 0.5  # at the progress words
@@ -236,6 +236,9 @@ class Supervisor:
         except OSError as error:
             self.end(ExitStatus.DIED, f"the {service.role} cannot be started again: {error}")
 
+    def _wants_standby(self, service: Service) -> bool:
+        return bool(service.standby and self.config.max_restarts and not self.config.disable_standby)
+
     def _stand_by(self, service: Service) -> None:
         memory = look()
         if memory.available < STANDBY_BYTES:
@@ -259,8 +262,6 @@ class Supervisor:
         boot_file.write_bytes(msgspec.msgpack.encode(self.boot(service, epoch, child.their_ready_fd)))
         turn_door(str(self.run_dir), service.role, epoch)
         child.give(boot_file, epoch)
-        if service.standby and self.config.max_restarts and not self.config.disable_standby:
-            self._standby_due[service.role] = time.monotonic() + STANDBY_AFTER_S
         return child
 
     def inherited(self, service: Service) -> list[int]:
@@ -305,6 +306,8 @@ class Supervisor:
         for child in self.children.values():
             if not child.ready:
                 child.read_ready()
+                if child.ready and self._wants_standby(child.service):
+                    self._standby_due[child.role] = child.ready_at + STANDBY_AFTER_S
                 if child.ready and child.epoch:
                     log.info(
                         "The %s serves again (pid %d, after %.1f s).", *child.name, child.ready_at - child.booted_at

@@ -23,6 +23,7 @@ from runtime.errors import Kind, RequestError
 from runtime.guarded import Crashed, Gone, Guarded, OutOfTime
 from scheduler_service import grammar_check
 from scheduler_service.grammar_check import Order, Verdict
+from scheduler_service.grammar_source import needs_tokens
 
 Bitmask = NDArray[np.int32]  # (rows, ceil(vocab / 32)); bit i of a row is set where token i is allowed
 
@@ -212,7 +213,7 @@ class GrammarCompiler:
         Raises ValueError, OutOfTime or Crashed; and RequestError, which is not kept, when that process is ended before
         it has answered.
         """
-        special_tokens = self._special_tokens if kind == "structural_tag" else {}
+        special_tokens = self._special_tokens if needs_tokens(kind, text) else {}
         order = msgspec.msgpack.encode(Order(kind, text, special_tokens))
         try:
             verdict = msgspec.msgpack.decode(checker.run(order, cpu_s), type=Verdict)

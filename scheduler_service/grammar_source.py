@@ -22,7 +22,6 @@ JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x
 
 SpecialTokens = Mapping[str, int]  # text → id, of tokens that no text encodes to
 
-
 THOUGHT = "thought:"  # begins a line before a schema; no JSON does
 
 
@@ -33,6 +32,11 @@ def source(kind: str, text: str, special_tokens: SpecialTokens) -> str:
     if kind == "structural_tag":
         return from_structural_tag(text, special_tokens)
     return SOURCES[kind](text)
+
+
+def needs_tokens(kind: str, text: str) -> bool:
+    """Whether the grammar names special tokens."""
+    return kind == "structural_tag" or text.startswith(THOUGHT)
 
 
 def from_json_schema(text: str, special_tokens: SpecialTokens) -> str:

@@ -22,6 +22,7 @@ from kernels.attention import paged_attention
 from kernels.attention_by_token import paged_attention_by_token
 from kernels.attention_schedule import Ragged
 from kernels.ops import Implementation
+from runtime import stopwatch
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
@@ -101,6 +102,7 @@ class Worker:
         running = config.max_running_requests or MAX_RUNNING_REQUESTS
         kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
+        stopwatch.mark("model")
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
         self.attention = paged_attention
@@ -118,6 +120,7 @@ class Worker:
             context_length=info.context_length,
             second_set_bytes=self.model.weights.served_bytes(),
         )
+        stopwatch.mark("KV pool")
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count
         self.max_running_requests = min(running, self.page_count)

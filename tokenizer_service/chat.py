@@ -31,6 +31,8 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 TOO_LONG = "{}: longer than the model's context length ({} tokens)."
 CUT_HERE = "CONTINUE_FINAL_MESSAGE_TAG "  # marks the end of a final message that is to be continued
 
+NO_ARGUMENTS = ("", "null")  # as some clients echo a call that had none
+
 ContentFormat = Literal["string", "openai"]
 Message = dict[str, Any]
 
@@ -249,12 +251,14 @@ def _message(message: Message, form: ContentFormat, habits: Habits) -> Message:
 def _tool_call(call: Any, text_arguments: bool) -> Any:
     """The call with its arguments as an object: clients send them as JSON text, templates print them with tojson."""
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str) or text_arguments:
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
-    try:
-        arguments = msgspec.json.decode(function["arguments"] or "{}", type=dict[str, Any] | None) or {}
-    except (ValueError, RecursionError):  # not an object: the template shall print what the client sent
-        return call
+    arguments: Any = "{}" if function["arguments"].strip() in NO_ARGUMENTS else function["arguments"]
+    if not text_arguments:
+        try:
+            arguments = msgspec.json.decode(arguments, type=dict[str, Any])
+        except (ValueError, RecursionError):  # not an object: the template shall print what the client sent
+            return call
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -370,6 +370,12 @@ class Encoder:
             return
         tail = self._tokenizer.decode(unpack_ids(ids[-ID_BYTES * TAIL_TOKENS :]).tolist(), skip_special_tokens=False)
         place = place_of(tail, thought, message.chat)
+        if (
+            place == "before"
+            and message.request.params.json_schema
+            and self._tokenizer.token_to_id(thought.opening) is None
+        ):
+            place = "past"  # whoever learned to think has a token for it: a schema drives no other model into a thought
         message.request.thought = msgspec.structs.replace(thought, place=place)
 
     def _given_ids(self, message: Generate) -> bytes:

@@ -85,6 +85,8 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
         spec = family(info.config, info.context_length)
     except (KeyError, TypeError, ValueError) as error:
         raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+    if not (isinstance(spec.intermediate_size, int) and isinstance(spec.kv_heads, int)):
+        raise NotNative(f"{info.architecture} whose layers differ in size")
     if spec.activation not in ACTIVATIONS:
         raise NotNative(f"{info.architecture} with the activation {spec.activation}")
     return spec

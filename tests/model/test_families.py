@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from runtime import model_info
+from runtime.config import ServerConfig
 from runtime.errors import StartupError
 from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.decoder import Decoder
+from scheduler_service.model.registry import decoder_spec
+from scheduler_service.model.spec import NotNative
+from tests import checkpoints
 from tests.model import tiny
 from tests.model.dense import DenseRunner, serve
 
@@ -267,3 +272,10 @@ def rewrite_config(directory: Path, remove: list[str] | None = None, **values: A
     for name in remove or []:
         config.pop(name)
     path.write_text(json.dumps({**config, **values}))
+
+
+@pytest.mark.parametrize("sizes", [{"intermediate_size": [96, 48]}, {"num_key_value_heads": [1, 2]}])
+def test_a_model_whose_layers_differ_in_size_is_not_for_our_layers(sizes: dict[str, Any], tmp_path: Path) -> None:
+    directory = checkpoints.write_config(tmp_path / "model", **sizes)
+    with pytest.raises(NotNative, match="layers differ in size"):
+        decoder_spec(model_info.load(ServerConfig(model_path=str(directory))))

@@ -131,9 +131,17 @@ async def test_hidden_states_need_the_flag() -> None:
 
 
 @asynchronous
-async def test_a_required_thought_is_refused_before_a_constraint_alone() -> None:
-    async with served(script) as server:
-        body = {"text": "hi", "require_reasoning": True}
-        assert (await server.client.post("/generate", body)).status == 200
+async def test_a_required_thought_stands_before_what_a_schema_constrains() -> None:
+    body = {"text": "hi", "require_reasoning": True}
+    schema = {"sampling_params": {"json_schema": "{}"}}
+    async with served(script, reasoning_parser="qwen3") as server:
+        assert (await server.client.post("/generate", {**body, **schema})).status == 200
+        assert server.ring.sent[-1].request.thought.closing == "</think>"
+        assert (await server.client.post("/generate", {"text": "hi", **schema})).status == 200
+        assert server.ring.sent[-1].request.thought is None
         answer = await server.client.post("/generate", {**body, "sampling_params": {"regex": "a"}})
         assert answer.status == 400 and "require_reasoning" in answer.text
+    async with served(script) as server:
+        assert (await server.client.post("/generate", body)).status == 200
+        answer = await server.client.post("/generate", {**body, **schema})
+        assert answer.status == 400 and "--reasoning-parser" in answer.text

@@ -77,3 +77,20 @@ def cost(name, kind, size, step):
 def test_four_times_the_text_takes_four_times_the_work(name, kind, step):
     small, large = (cost(name, kind, size, step) for size in SIZES[step])
     assert large <= max(MOST_TIMES * small, LEAST_S), (small, large)
+
+
+def test_a_dropped_call_in_an_unclosed_thought_keeps_its_text_in_the_thought():
+    reader = OutputReader(Marks(), "inside", FORMATS["hermes"], KNOWN)
+    text = 'I might <tool_call>{"name": "stranger", "arguments": {}}</tool_call> so</think>\nNo.'
+    whole = collect([*reader.feed(text), *reader.finish()])
+    assert (whole.thought, whole.content, whole.calls) == (text.partition("</think>")[0], "No.", [])
+
+
+def test_a_closing_tag_inside_what_looked_like_a_call_still_closes_the_thought():
+    text = 'say <tool_call>{"name": "</think>\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    for step in (1, 7, len(text)):
+        reader = OutputReader(Marks(), "inside", FORMATS["hermes"], KNOWN)
+        events = [event for at in range(0, len(text), step) for event in reader.feed(text[at : at + step])]
+        whole = collect(events + reader.finish())
+        assert whole.thought == 'say <tool_call>{"name": "' and whole.content == ""
+        assert whole.calls == [("f", '{"a": 1}')]

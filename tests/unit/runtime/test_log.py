@@ -120,7 +120,4 @@ def test_nothing_prints_around_the_log():
 
 
 SERVICES = ("http_gateway", "tokenizer_service", "scheduler_service", "detokenizer_service")
-PRINTING = {  # a tool, and a process whose output is read by the one that started it
-    "scheduler_service/weights/manifest.py",
-    "scheduler_service/weights/convert_bin.py",
-}
+PRINTING = {"scheduler_service/weights/manifest.py"}  # a tool

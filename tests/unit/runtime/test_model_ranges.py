@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-from runtime import model_info
+from runtime import model_info, model_ranges
 from runtime.config import ServerConfig
 from runtime.errors import StartupError
 
@@ -33,7 +34,8 @@ BAD: list[tuple[str, Any]] = [
     *(("hidden_size", value) for value in (0, -8, 1 << 40)),
     *(("head_dim", value) for value in (0, -1, 1 << 30)),
     *(("num_attention_heads", value) for value in (0, "two", 10**9)),
-    *(("num_key_value_heads", value) for value in (0, 3)),
+    *(("num_key_value_heads", value) for value in (0, 3, [2, 0], [2] * 2000)),
+    *(("intermediate_size", value) for value in (0, "8", [8, -8], {})),
     *(("max_position_embeddings", value) for value in (0, -1, 1 << 40)),
     *(("rope_theta", value) for value in (0, -1, 1, NAN, INFINITE, "1e4", [1.0])),
     *(("rms_norm_eps", value) for value in (-1e-6, NAN, 5, "1e-6")),
@@ -103,6 +105,30 @@ def test_the_ends_of_a_generation_config_are_looked_at(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "<end>"}')
     with pytest.raises(StartupError, match=r"generation_config\.json: eos_token_id is '<end>'"):
         loaded(tmp_path)
+
+
+def test_sizes_may_differ_by_layer(tmp_path: Path) -> None:
+    assert loaded(tmp_path, intermediate_size=[8, 16], num_key_value_heads=[1, 2]).hidden_size == 8
+
+
+TEXT_MODELS = [
+    "llama",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3n_text",
+    "mixtral",
+    "phi3",
+    "gpt2",
+    "bert",
+    "deepseek_v3",
+    "falcon",
+]
+
+
+@pytest.mark.parametrize("kind", [*TEXT_MODELS, "modernbert", "xlm-roberta", "ernie4_5_vl_moe_text", "gpt_oss", "t5"])
+def test_the_configs_that_transformers_writes_are_taken(kind: str) -> None:
+    config = json.loads(transformers.CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+    assert model_ranges.checked(config).keys() == config.keys()
 
 
 def test_null_counts_as_absent_and_whole_numbers_as_integers(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 from runtime.child import SOURCE_ROOT, Child, Service, child_environment, usable_cores
 from runtime.config import ServerConfig
 from runtime.launch import SERVICES
+from runtime.memory import Memory
 from runtime.progress import ProgressWord
 from runtime.service import Ready
-from runtime.supervisor import BUDGET_WINDOW_S, LOOK_EVERY_S, ExitStatus, Supervisor, Vigil, Watch
+from runtime.supervisor import BUDGET_WINDOW_S, LOOK_EVERY_S, STANDBY_BYTES, ExitStatus, Supervisor, Vigil, Watch
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -326,3 +327,15 @@ def test_a_service_that_cannot_be_started_again_for_want_of_resources_ends_the_s
     supervisor.spawn_due()
     assert supervisor.status == ExitStatus.DIED
     assert "the scheduler cannot be started again: [Errno 11]" in supervisor.reason
+
+
+def test_no_process_stands_by_where_memory_is_short(supervisor, monkeypatch, caplog):
+    started = []
+    monkeypatch.setattr("runtime.supervisor.start", lambda service, _: started.append(service.role))
+    for left in (STANDBY_BYTES - 1, STANDBY_BYTES):
+        monkeypatch.setattr("runtime.supervisor.look", lambda left=left: Memory(left, 1 << 34, "a limit"))
+        supervisor._standby_due["scheduler"] = 0.0
+        supervisor.spawn_due()
+        assert started == ([] if left < STANDBY_BYTES else ["scheduler"])
+    assert "No scheduler stands by: 512 MB may still be used by a limit." in caplog.text
+    supervisor._standbys.clear()

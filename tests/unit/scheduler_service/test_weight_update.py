@@ -82,6 +82,8 @@ def test_running_requests_go_on_over_a_swap_and_every_token_tells_its_version(
     assert reply.body == {
         "weight_version": "B",
         "paused": False,
+        "asleep": False,
+        "lacks": [],
         "num_paused_requests": 0,
         "model_path": str(versions[1]),
     }

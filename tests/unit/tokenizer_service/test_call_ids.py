@@ -61,3 +61,9 @@ def test_a_call_without_arguments_has_none_however_they_were_sent(sent):
     called = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": sent}}]
     template = ChatTemplate({"default": "{{ messages[0].tool_calls[0].function.arguments | tojson }}"}, {}, 1 << 16)
     assert template.render(Chat(messages=[{"role": "assistant", "content": "", "tool_calls": called}])) == "{}"
+
+
+def test_a_template_that_joins_arguments_to_text_sees_none_too():
+    called = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "null"}}]
+    template = ChatTemplate({"default": "{{ 'call ' + messages[0].tool_calls[0].function.arguments }}"}, {}, 1 << 16)
+    assert template.render(Chat(messages=[{"role": "assistant", "content": "", "tool_calls": called}])) == "call {}"

@@ -1,8 +1,12 @@
 """The end of a prompt shows where it leaves the model's thought."""
 
 import pytest
+from tokenizers import Tokenizer, models
 
-from runtime.messages import Chat, Thought
+from runtime.messages import Chat, Generate, Request, Thought, Tokenized
+from runtime.sampling import SamplingParams
+from tests.tokenizers_to_try import byte_level
+from tokenizer_service.encode import Encoder
 from tokenizer_service.thoughts import place_of
 
 THOUGHT = Thought(opening="<think>", closing="</think>", place="before")
@@ -38,3 +42,15 @@ def test_without_a_tag_the_family_knows_best():
 def test_a_final_message_that_is_continued_may_hold_an_open_thought(content, place):
     chat = Chat(messages=[{"role": "assistant", "content": content}], continue_final_message=True)
     assert place_of("First I", THOUGHT, chat) == place
+
+
+@pytest.mark.parametrize(("learned", "place"), [(True, "before"), (False, "past")])
+def test_a_schema_drives_no_model_into_a_thought_that_has_no_token_for_one(learned, place):
+    tokenizer = byte_level()
+    if not learned:
+        tokenizer = Tokenizer(models.BPE(vocab={"h": 0, "i": 1}, merges=[]))
+    thought = Thought(opening="<think>", closing="</think>")
+    request = Request(rid="r", params=SamplingParams(json_schema="{}"), thought=thought)
+    [message] = Encoder(tokenizer).step([Generate(request=request, text="hi")])
+    assert isinstance(message, Tokenized) and message.request.thought.place == place
+    assert thought.place == "before"  # the gateway's own stays as it was
