@@ -125,7 +125,8 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Raises OverflowError on a negative id."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        [text] = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)  # without the lock
+        return text
 
     def token_bytes(self, id: int) -> bytes:
         """What one token adds to a text, in UTF-8, special ones included. Known exactly where tokens are bytes."""

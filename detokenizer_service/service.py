@@ -5,6 +5,7 @@ found in the text. After such a stop an Abort goes on round the ring to the sche
 sends for the request is dropped.
 """
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,13 @@ from detokenizer_service.cut import cut, first_rows
 from detokenizer_service.decode import Vocabulary
 from detokenizer_service.logprobs import add_texts
 from detokenizer_service.stream import Stream
+from detokenizer_service.whole_texts import WholeTexts
 from runtime.control import Abort, Detokenize, Probe
 from runtime.guard import end_of
-from runtime.messages import Facts, Finish, Message, Reply, Text, Tokens, unpack_ids
+from runtime.messages import Facts, Finish, Message, Text, Tokens, unpack_ids
 
 ID_BYTES = 4
-NO_TOKENIZER = "the tokenizer is not initialized (--skip-tokenizer-init)"
 NO_BEGINNING = "Internal error: the beginning of the answer was lost."
-BAD_IDS = "tokens must be ids of the vocabulary."
 
 
 class Counters(msgspec.Struct):
@@ -46,17 +46,23 @@ class Detokenizer:
 
     whole_batches = False  # a stream must not be fed twice
 
-    def __init__(self, vocabulary: Vocabulary | None) -> None:
-        """No vocabulary: ids in, ids out."""
+    def __init__(self, vocabulary: Vocabulary | None, executor: Executor | None = None) -> None:
+        """No vocabulary: ids in, ids out. `executor` decodes long sequences; a thread by default."""
         self._vocabulary = vocabulary
+        self._whole_texts = WholeTexts(vocabulary, executor)
         self._streams: dict[str, Stream] = {}
         self._stopped: dict[str, Stopped] = {}
         self._epoch = 0  # of the scheduler
         self.counters = Counters()
 
+    @property
+    def patience_s(self) -> float | None:
+        """How long the next step may wait for messages; None: nothing is left to do."""
+        return self._whole_texts.patience_s
+
     def step(self, batch: list[Any]) -> list[Message]:
-        """Answer what is ours, pass the rest on, keep the order."""
-        return [answer for message in batch for answer in self._answers(message)]
+        """Answer what is ours, pass the rest on, keep the order; only long sequences of ids are decoded beside it."""
+        return [*self._whole_texts.done(), *(answer for message in batch for answer in self._answers(message))]
 
     def give_up(self, message: Any, finish: Finish) -> list[Message]:
         """End a request one of whose messages could not be handled; what still comes for it is dropped."""
@@ -94,7 +100,7 @@ class Detokenizer:
             case Tokens():
                 return self._on_tokens(message)
             case Detokenize():
-                return [self._reply(message)]
+                return [*self._whole_texts.take(message)]
             case Facts(epoch=epoch):
                 self._meet(epoch)
             case Probe():
@@ -168,17 +174,6 @@ class Detokenizer:
     def _drop(self) -> list[Message]:
         self.counters.dropped += 1
         return []
-
-    def _reply(self, command: Detokenize) -> Reply:
-        if self._vocabulary is None:
-            return Reply(id=command.id, success=False, message=NO_TOKENIZER, status=400)
-        try:
-            sequences = [unpack_ids(ids) for ids in command.ids]
-            decode = self._vocabulary.decode_open if command.open_end else self._vocabulary.decode
-            texts = [decode(ids, command.skip_special_tokens) for ids in sequences]
-        except (ValueError, OverflowError):
-            return Reply(id=command.id, success=False, message=BAD_IDS, status=400)
-        return Reply(id=command.id, body={"texts": texts})
 
 
 def without_beginning(tokens: Tokens) -> Tokens:

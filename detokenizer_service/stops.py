@@ -1,7 +1,8 @@
 """Stop strings and patterns in a growing text: found across token borders, held back while they may come, cut.
 
 The match that starts first in the text wins; of several that start there, the one named first. Text is held back as
-long as it may be the beginning of a match, and no longer. A match longer than MAX_STOP_SPAN_CHARS may be missed.
+long as it may be the beginning of a match, and no longer. What is held back is searched again with every token, so a
+match longer than MAX_STOP_SPAN_CHARS may be missed; one of large patterns, which cost more to search for, earlier.
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Stops:
         self._reach = max((len(string) for string in strings), default=1) - 1  # the longest beginning
         self._patterns = [(compile_stop(pattern), pattern) for pattern in patterns]
         self._tails = [_tail(pattern) for pattern in patterns]
+        program = sum(compiled.programsize for compiled in [*self._tails, *(found for found, _ in self._patterns)])
+        self._span = min(limits.MAX_STOP_SPAN_CHARS, limits.MAX_STOP_SEARCH // max(program, 1))
 
     def search(self, text: str, start: int, ends_behind: int = 0) -> Match | None:
         """The first match at or behind `start` that ends behind `ends_behind`."""
@@ -54,7 +57,8 @@ class Stops:
         """The first place at or behind `start` from which the text may be the beginning of a match."""
         places: list[int] = [self._string_from(text, start)]
         places += [tail.search(text, start).start() for tail in self._tails]
-        return max(min(places), len(text) - limits.MAX_STOP_SPAN_CHARS)
+        latest: int = len(text) - max(self._span, self._reach)
+        return max(min(places), latest)
 
     def _string_from(self, text: str, start: int) -> int:
         for at in range(max(start, len(text) - self._reach), len(text)):

@@ -13,7 +13,7 @@ from http_gateway import bodies, errors, rounds
 from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of, thought_of
 from http_gateway.chat_turn import Turn, merged, message_of
 from http_gateway.completions import wants
-from http_gateway.endpoint import Endpoint, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.extras import Extras
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
@@ -169,7 +169,7 @@ async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | Ev
     require_json(http)
     body = await bodies.read(http, ChatBody)
     check_servable(gateway, http)
-    call = Call(gateway, body)
+    call = await beside(http, Call, gateway, body)
     if body.stream:
         return EventStream(stream(http, call), errors.openai_stream_event)
     async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:

@@ -11,7 +11,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import bodies, errors, rounds
-from http_gateway.endpoint import Endpoint, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.extras import Extras
 from http_gateway.flight import Delivery
 from http_gateway.gateway import Gateway
@@ -116,7 +116,7 @@ async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventSt
     require_json(http)
     body = await bodies.read(http, CompletionBody)
     check_servable(gateway, http)
-    call = Call(gateway, body)
+    call = await beside(http, Call, gateway, body)
     if body.echo:
         call.echo(await prompt_texts(gateway, call.prompts))
     if body.stream:

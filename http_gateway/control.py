@@ -3,7 +3,6 @@
 What a client sees of a reply is `http_gateway/replies.py`.
 """
 
-import asyncio
 import logging
 from typing import Any
 
@@ -13,12 +12,12 @@ from starlette.responses import Response
 
 from http_gateway import bodies, errors, payloads, replies
 from http_gateway.auth import Access
-from http_gateway.endpoint import Endpoint, Handler, read_body
+from http_gateway.counting import ValueCounter
+from http_gateway.endpoint import Endpoint, Handler, body_parts, of_commands, of_weights, read_body
 from http_gateway.gateway import Gateway
 from runtime import control
-from runtime.control import Abort, ControlCommand, UpdateWeightsFromTensor
+from runtime.control import ONE_PAYLOAD_A_RANK, RANKS, Abort, ControlCommand, UpdateWeightsFromTensor
 from runtime.errors import Kind, RequestError
-from runtime.limits import MAX_ADMIN_BODY_BYTES
 from runtime.messages import Reply
 
 log = logging.getLogger(__name__)
@@ -48,8 +47,12 @@ async def carried_out(gateway: Gateway, command: ControlCommand) -> Response:
 
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
-    """The command of a body, with what the query string says laid over it."""
-    body = await read_body(http, MAX_ADMIN_BODY_BYTES)
+    """The command of a body."""
+    return command_of(kind, http, await read_body(http))
+
+
+def command_of(kind: type[ControlCommand], http: HTTPRequest, body: bytes) -> ControlCommand:
+    """What a body says, with what the query string says laid over it."""
     known = {field.name for field in msgspec.structs.fields(kind)}
     if body.strip() not in (b"", b"null"):
         bodies.refuse_misspelt(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), kind)
@@ -75,13 +78,19 @@ async def abort_request(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Response:
-    """The tensors go into files, the command with their paths round the ring."""
-    command = await read_command(UpdateWeightsFromTensor, http)
-    assert isinstance(command, UpdateWeightsFromTensor), command
-    entries, command.serialized_named_tensors = command.serialized_named_tensors, []
-    with payloads.files(gateway.run_dir, len(entries)) as files:
-        await asyncio.to_thread(payloads.store, entries, files)
-        command.payload_files = [str(file) for file in files]
+    """The tensors go into files as they arrive, the command with their paths round the ring."""
+    skeleton_bounds = of_commands(gateway.config)
+    with payloads.Upload(gateway.run_dir) as upload:
+        async for part in body_parts(http):
+            await upload.feed(part)
+            skeleton_bounds.check(len(upload.skeleton), ValueCounter())
+        command = command_of(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
+        assert isinstance(command, UpdateWeightsFromTensor), command
+        entries, command.serialized_named_tensors = command.serialized_named_tensors, []
+        if len(entries) != RANKS:
+            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
+        command.payload_files = [str(upload.file_of(bytes(entry))) for entry in entries]
+        upload.check_marks(len(entries))
         return await carried_out(gateway, command)
 
 
@@ -95,7 +104,8 @@ def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
     access = Access.ADMIN if kind.admin else Access.USER
     handler = HANDLERS.get(kind) or command_handler(kind)
     shape = errors.native if kind is Abort else errors.control
-    return Endpoint(path, handler, kind.methods, access, shape, changes_state=True, body=kind)
+    bounds = of_weights if kind is UpdateWeightsFromTensor else of_commands
+    return Endpoint(path, handler, kind.methods, access, shape, changes_state=True, body=kind, bounds=bounds)
 
 
 ENDPOINTS = [endpoint_of(path, kind) for path, kind in control.routes().items()]

@@ -9,15 +9,14 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import bodies, rounds
-from http_gateway.endpoint import Endpoint
+from http_gateway.endpoint import Endpoint, beside
 from http_gateway.errors import json_response
 from http_gateway.gateway import Gateway
-from http_gateway.generate_body import asks, pack, read_rids
+from http_gateway.generate_body import asks, check_batch, pack, read_rids
 from http_gateway.intake import Job, Rules, fan_out
 from http_gateway.output import finish_reason
 from http_gateway.tasks import check_embeds, cut_to
 from http_gateway.truncation import Truncating, Truncation, wished
-from runtime import limits
 from runtime.errors import RequestError
 from runtime.messages import Generate, Request, Text
 from runtime.sampling import SamplingParams
@@ -51,8 +50,6 @@ def to_job(body: EncodeBody, rules: Rules) -> tuple[Job, bool]:
             raise RequestError(f"{name} is not supported.", field=name)
     single = isinstance(body.text, str) or bool(body.input_ids and isinstance(body.input_ids[0], int))
     prompts = read_prompts(body, single, rules)
-    if len(prompts) > limits.MAX_BATCH_PROMPTS:
-        raise RequestError(f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {len(prompts)}.")
     job = fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
     job.background = bool(body.background)
     return job, single
@@ -65,9 +62,11 @@ def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]
     if not given:
         raise RequestError(NOTHING_GIVEN, field="text")
     items = [given] if single else given
+    check_batch(len(items), "text" if body.text is not None else "input_ids")
+    request = unnamed(body, rules)  # which all of them share until they get their rids
     if body.input_ids is not None:
-        return [Generate(request=unnamed(body, rules), input_ids=pack(ids, rules.vocab_size)) for ids in items]
-    return [text_prompt(item, unnamed(body, rules)) for item in items]
+        return [Generate(request=request, input_ids=pack(ids, rules.vocab_size)) for ids in items]
+    return [text_prompt(item, request) for item in items]
 
 
 def text_prompt(item: str | list[str], request: Request) -> Generate:
@@ -98,7 +97,7 @@ async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     body = await bodies.read(http, EncodeBody)
     embedding = check_embeds(gateway)
     body.dimensions = cut_to(gateway, embedding, body.dimensions)
-    job, single = to_job(body, gateway.rules)
+    job, single = await beside(http, to_job, body, gateway.rules)
     if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
         raise RequestError(NOT_A_CROSS_ENCODER, field="text")
     vectors = await embed(gateway, http, job)

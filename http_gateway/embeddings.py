@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from http_gateway import bodies, errors
 from http_gateway.embed import embed, embed_request, numbers
-from http_gateway.endpoint import Endpoint, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks, pack, read_rids
 from http_gateway.intake import Job, Rules, fan_out
@@ -63,7 +63,7 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     dimensions = cut_to(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
-    texts = await embed(gateway, http, to_job(body, dimensions, gateway.rules))
+    texts = await embed(gateway, http, await beside(http, to_job, body, dimensions, gateway.rules))
     data = [
         {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
         for index, text in enumerate(texts)
@@ -78,7 +78,7 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
     embedding = check_embeds(gateway)
     if not embedding.labels:
         raise RequestError(NO_LABELS)
-    texts = await embed(gateway, http, to_job(body, None, gateway.rules))
+    texts = await embed(gateway, http, await beside(http, to_job, body, None, gateway.rules))
     names = gateway.model.config.get("id2label") or {}
     data = [classified(index, probabilities(numbers(text), embedding), names) for index, text in enumerate(texts)]
     answer = {
@@ -110,9 +110,8 @@ def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: R
     kind = type(items[0])
     if kind not in KINDS or any(type(item) is not kind for item in items):
         raise RequestError(MIXED.format(KINDS.get(kind, "strings")), field="input")
-    prompts = [
-        to_prompt(index, item, embed_request(rules, dimensions, truncation), rules) for index, item in enumerate(items)
-    ]
+    request = embed_request(rules, dimensions, truncation)
+    prompts = [to_prompt(index, item, request, rules) for index, item in enumerate(items)]
     return fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
 
 

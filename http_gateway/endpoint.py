@@ -1,9 +1,10 @@
 """A row of the route table, and what stands around its handler: the key, the error shapes, the client that leaves."""
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -12,17 +13,70 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from http_gateway import errors
 from http_gateway.auth import Access, Keys
+from http_gateway.counting import ValueCounter
 from http_gateway.flight import ClientGone
 from http_gateway.gateway import Gateway
 from http_gateway.visitors import SAFE_METHODS, Visitors, refusal
+from runtime.config import ServerConfig
 from runtime.errors import Kind, RequestError
-from runtime.limits import MAX_BODY_BYTES
+from runtime.limits import BODY_BYTES_PER_MEMBER, MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
 
 log = logging.getLogger(__name__)
 
 ROUTE = "quartet.route"  # scope key: path of the route that matched, for counting
+BOUNDS = "quartet.bounds"  # scope key: Bounds of the request's body
 
+SIZE = "quartet.size"  # scope key: bytes of the body that was read
+LARGE_BODY = 1 << 18  # what is made of larger ones is made beside the loop
+
+MAX_LENGTH_DIGITS = 20  # of a Content-Length that is read as a number
+
+Made = TypeVar("Made")
 Handler = Callable[[Gateway, Request], Awaitable[ASGIApp]]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a request's body may hold."""
+
+    size: int  # bytes
+    flag: str  # that says so; "" where none does
+    values: int
+
+    @property
+    def members(self) -> int:
+        """Of lists and objects, numbers for example."""
+        return self.size // BODY_BYTES_PER_MEMBER
+
+    def check(self, size: int, counter: ValueCounter) -> None:
+        """Raise RequestError (413, naming the limit) for a body that has so much already."""
+        if size > self.size:
+            by = f" ({self.flag})" if self.flag else ""
+            raise RequestError(f"The request body exceeds the limit of {self.size} bytes{by}.", Kind.TOO_LARGE)
+        if counter.commas > self.members:
+            raise RequestError(
+                f"The request body holds more than {self.members} numbers and other members of lists (one for each "
+                f"{BODY_BYTES_PER_MEMBER} bytes of its limit); send it as several requests.",
+                Kind.TOO_LARGE,
+            )
+        if counter.values > self.values:
+            raise RequestError(
+                f"The request body holds more than {self.values} strings, lists and objects; "
+                "send it as several requests.",
+                Kind.TOO_LARGE,
+            )
+
+
+def of_requests(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_body_size, "--max-body-size", MAX_BODY_VALUES)
+
+
+def of_commands(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_body_size, "--max-body-size", MAX_CONTROL_BODY_VALUES)
+
+
+def of_weights(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_weight_body_size, "--max-weight-body-size", MAX_CONTROL_BODY_VALUES)
 
 
 @dataclass(frozen=True)
@@ -37,6 +91,7 @@ class Endpoint:
     changes_state: bool = False  # with GET too
     body: Any = None  # type of the request body, for the API's description
     answer: Any = None  # and of what is answered
+    bounds: Callable[[ServerConfig], Bounds] = of_requests
 
 
 class Guarded:
@@ -51,6 +106,7 @@ class Guarded:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoint
         scope[ROUTE] = endpoint.path
+        scope[BOUNDS] = endpoint.bounds(self._gateway.config)
         changes = endpoint.changes_state or scope["method"] not in SAFE_METHODS
         if changes and (page := self._visitors.foreign(scope["headers"])):
             await refusal(page)(scope, receive, send)
@@ -74,28 +130,47 @@ def unauthorized(wanted: str) -> Response:
     return errors.json_response({"error": "Unauthorized", "message": wanted}, 401, {"WWW-Authenticate": "Bearer"})
 
 
-async def read_body(http: Request, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The whole body. Raises RequestError (413, naming the limit) when it is longer.
+async def read_body(http: Request, size: int | None = None) -> bytes:
+    """The whole body. Raises RequestError (413, naming the limit) when it is beyond the route's limits or `size`."""
+    return b"".join([part async for part in body_parts(http, size)])
 
-    As much again is read and thrown away before that, so that a client still sending gets to see the answer.
+
+async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[bytes]:
+    """The body as it arrives, counted. Raises RequestError (413) as soon as it is too much.
+
+    As much as the limit again is read and thrown away before the refusal, so that a client still sending gets to see
+    the answer.
     """
-    too_large = RequestError(f"The request body exceeds the limit of {limit} bytes.", Kind.TOO_LARGE)
+    bounds: Bounds = http.scope[BOUNDS]
+    if size is not None and size < bounds.size:
+        bounds = Bounds(size, "", bounds.values)
+    counter, received = ValueCounter(), 0
     declared = http.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > 2 * limit:
-        raise too_large
-    parts: list[bytes] = []
-    size = 0
+    if declared.isdecimal() and len(declared) < MAX_LENGTH_DIGITS and int(declared) > 2 * bounds.size:
+        bounds.check(int(declared), counter)
+    refusal: RequestError | None = None
     async for part in http.stream():
-        size += len(part)
-        if size <= limit:
-            parts.append(part)
-        elif size > 2 * limit:
+        received += len(part)
+        if refusal is None:
+            counter.feed(part)
+            try:
+                bounds.check(received, counter)
+            except RequestError as error:
+                refusal = error
+            else:
+                yield part
+        if received > 2 * bounds.size:
             break
-        else:
-            parts.clear()
-    if size > limit:
-        raise too_large
-    return b"".join(parts)
+    if refusal is not None:
+        raise refusal
+    http.scope[SIZE] = received
+
+
+async def beside(http: Request, make: Callable[..., Made], *given: Any) -> Made:
+    """What `make` makes of the body that was read. A large one is worked on in a thread, so that others get turns."""
+    if http.scope.get(SIZE, 0) < LARGE_BODY:
+        return make(*given)
+    return await asyncio.to_thread(make, *given)
 
 
 def require_json(http: Request) -> None:

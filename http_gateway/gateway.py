@@ -15,6 +15,7 @@ from http_gateway.output import Output
 from http_gateway.probes import Census, Progress, Pulse, SignOfLife
 from http_gateway.ring_client import RingClient
 from runtime.config import ServerConfig
+from runtime.limits import CALL_BYTES_PER_BODY_BYTE
 from runtime.messages import Facts, Request, Thought
 from runtime.model_info import ModelInfo
 
@@ -102,6 +103,8 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
         priorities=config.schedule_policy == "priority",
         routed_experts=config.enable_return_routed_experts,
         hidden_states=config.enable_return_hidden_states,
+        most_requests=config.max_inflight_requests,
+        most_bytes=CALL_BYTES_PER_BODY_BYTE * config.max_body_size,
         longest_prompt=min(facts.context_length, facts.max_total_num_tokens),
         auto_truncate=config.allow_auto_truncate,
         thought=thought(config.reasoning_parser),

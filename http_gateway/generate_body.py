@@ -5,6 +5,7 @@ checked by hand, to answer in the words that clients compare, or refused when th
 """
 
 from array import array
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -174,14 +175,18 @@ def read_prompts(body: GenerateBody, rules: Rules) -> list[Generate]:
     given = [name for name in ("text", "input_ids", "input_embeds") if getattr(body, name) is not None]
     if len(given) != 1:
         raise RequestError(ONE_PROMPT, field=given[0] if given else "text")
-    prompts = READERS[given[0]](body, rules)
+    name = given[0]
+    check_batch(1 if is_single(body) else len(getattr(body, name)), name)
+    prompts = READERS[name](body, rules)
     if not prompts:
-        raise RequestError(f"{given[0]} cannot be empty.", field=given[0])
-    if len(prompts) > limits.MAX_BATCH_PROMPTS:
-        raise RequestError(
-            f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {len(prompts)}.", field=given[0]
-        )
+        raise RequestError(f"{name} cannot be empty.", field=name)
     return prompts
+
+
+def check_batch(size: int, field: str) -> None:
+    """Before anything is made of the prompts."""
+    if size > limits.MAX_BATCH_PROMPTS:
+        raise RequestError(f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {size}.", field=field)
 
 
 def unnamed() -> Request:
@@ -244,7 +249,10 @@ READERS = {"text": read_text, "input_ids": read_ids, "input_embeds": read_embeds
 
 def read_params(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
     given: list[dict[str, Any]] = each(body, "sampling_params", {}, size)
-    params = [sampling_params(item, rules) for item in given]
+    if isinstance(body.sampling_params, list):
+        params = [sampling_params(item, rules) for item in given]
+    else:
+        params = [sampling_params(given[0], rules)] * size  # read and checked once
     if len({item.n for item in params}) > 1:
         raise RequestError("The parallel_sample_num should be the same for all samples in sample params.", field="n")
     if params[0].n > 1:
@@ -269,9 +277,15 @@ def read_logprobs(body: GenerateBody, params: list[SamplingParams]) -> list[Logp
     tops = each(body, "top_logprobs_num", 0, size)
     tokens = read_asked_tokens(body, size)
     text = bool(body.return_text_in_logprobs)
+
+    @cache
+    def options(start: int, top: int, index: int) -> LogprobOptions:
+        return LogprobOptions(start=start, top=top, token_ids=tokens[index] or None, text=text)
+
+    shared = size > 1 and tokens[0] is tokens[1]  # prompts that ask for the same share their options
     found = [
-        LogprobOptions(start=start, top=top, token_ids=asked or None, text=text) if want else None
-        for want, start, top, asked in zip(wanted, starts, tops, tokens, strict=True)
+        options(start, top, 0 if shared else index) if want else None
+        for index, (want, start, top) in enumerate(zip(wanted, starts, tops, strict=True))
     ]
     return [with_distribution(*each_of) for each_of in zip(found, entropies, supports, params, strict=True)]
 

@@ -6,15 +6,18 @@ the Job that comes of it. An embedding is asked for in the same way, by `task`.
 
 import secrets
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import msgspec
 
 from runtime import limits, sampling
-from runtime.errors import RequestError, outside_vocabulary, scored_outside_vocabulary
-from runtime.messages import Generate, LogprobOptions, Request, Thought, unpack_ids
+from runtime.errors import Kind, RequestError, outside_vocabulary, scored_outside_vocabulary
+from runtime.limits import CALL_BYTES_PER_BODY_BYTE
+from runtime.messages import Generate, LogprobOptions, Request, Thought, first_outside, unpack_ids
 from runtime.sampling import SamplingParams
 
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
@@ -34,6 +37,8 @@ class Rules:
     priorities: bool = False
     routed_experts: bool = False  # requests may ask for the experts that their tokens chose
     hidden_states: bool = False  # and for hidden states
+    most_requests: int = 4096  # of one call, copies included
+    most_bytes: int = CALL_BYTES_PER_BODY_BYTE * (8 << 20)  # that they take on the ring together
     thought: Thought | None = None  # how the model thinks, where the server knows
     longest_prompt: int = 1 << 30  # tokens that fit the context and the pool
     auto_truncate: bool = False  # longer prompts are cut unasked
@@ -52,12 +57,16 @@ class Job:
 
 
 def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rules) -> Job:
-    """Check each prompt, then make n requests of it (a, a, b, b) with rids and seeds of their own."""
+    """Check each prompt, then make n requests of it (a, a, b, b) with rids and seeds of their own.
+
+    What the call comes to is counted before it is built: requests, values in their parameters, bytes on the ring.
+    """
+    check_all(prompts, rules)
+    check_sum(prompts, rules)
     job = Job()
     alone = len(prompts) == 1 and prompts[0].request.params.n == 1
     call = "" if alone else uuid.uuid4().hex
     for prompt, rid in zip(prompts, rids, strict=True):
-        check(prompt, rules)
         copies = prompt.request.params.n
         if copies > 1 and rules.prefix_cache and not computes_whole(prompt.request):
             job.warm.append(warming(prompt))
@@ -71,6 +80,62 @@ def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rule
             job.parents.append(rid or "")
     check_distinct([generate.request.rid for generate in job.requests])
     return job
+
+
+def check_all(prompts: Sequence[Generate], rules: Rules) -> None:
+    """Check each prompt; parameters that several share are looked at once."""
+    known: set[tuple[int, int]] = set()
+    for prompt in prompts:
+        shared = (id(prompt.request.params), id(prompt.request.logprobs))
+        if shared not in known:
+            known.add(shared)
+            check_parameters(prompt.request, rules)
+        check(prompt, rules)
+
+
+def check_sum(prompts: Sequence[Generate], rules: Rules) -> None:
+    """Refuse a call that comes to more requests, values or bytes than one call may have."""
+    requests = sum(prompt.request.params.n for prompt in prompts)
+    if requests > rules.most_requests:
+        raise RequestError(f"One call may hold at most {rules.most_requests} requests, got {requests}.")
+    if requests < 2:
+        return
+    sizes: dict[tuple[int, int], tuple[int, int]] = {}
+    values = size = 0
+    for prompt in prompts:
+        request = prompt.request
+        shared = (id(request.params), id(request.logprobs))
+        if shared not in sizes:
+            sizes[shared] = (values_of(request), len(msgspec.msgpack.encode(request)))
+        own_values, own_size = sizes[shared]
+        values += own_values * request.params.n
+        size += (own_size + prompt_bytes(prompt)) * request.params.n
+    if values > limits.MAX_CALL_VALUES:
+        raise RequestError(
+            f"The parameters of the {requests} requests of this call hold {values} ids and strings (logit_bias, stop, "
+            f"stop_token_ids, token_ids_logprob); at most {limits.MAX_CALL_VALUES} are taken.",
+            Kind.TOO_LARGE,
+        )
+    if size > rules.most_bytes:
+        raise RequestError(
+            f"The {requests} requests of this call take {size} bytes with their prompts and parameters; at most "
+            f"{rules.most_bytes} are sent ({CALL_BYTES_PER_BODY_BYTE} times --max-body-size).",
+            Kind.TOO_LARGE,
+        )
+
+
+def values_of(request: Request) -> int:
+    """What of a request is looked at one by one wherever it passes."""
+    params, asked = request.params, request.logprobs
+    ids = len(params.logit_bias or ()) + len(params.stop_token_ids or ())
+    return ids + len(params.stop_strings) + len(params.stop_patterns) + len((asked and asked.token_ids) or ())
+
+
+def prompt_bytes(prompt: Generate) -> int:
+    """The bytes that a prompt takes in each request, about."""
+    texts = sum(len(text) if text.isascii() else len(text.encode()) for text in (prompt.text, prompt.text_pair) if text)
+    chat = 0 if prompt.chat is None else len(msgspec.msgpack.encode(prompt.chat))
+    return texts + chat + len(prompt.input_ids) + len(prompt.embeds)
 
 
 def longest(request: Request, rules: Rules) -> int | None:
@@ -126,15 +191,18 @@ def is_foreign(token: Any, vocab_size: int) -> bool:
 def check(prompt: Generate, rules: Rules) -> None:
     """Raise RequestError (400, naming the field) for whatever can be known without the model."""
     request = prompt.request
-    sampling.check(request.params, rules.vocab_size)
-    refuse_unsupported(request.params)
     check_ids(prompt.input_ids, rules.vocab_size)
-    if request.logprobs is not None:
-        check_logprobs(request.logprobs, rules.vocab_size)
     if len(request.extra_key) > limits.MAX_KEY_CHARS:
         raise RequestError(f"extra_key may have at most {limits.MAX_KEY_CHARS} characters.", field="extra_key")
     if not rules.tokenizer:
         check_without_tokenizer(prompt)
+
+
+def check_parameters(request: Request, rules: Rules) -> None:
+    sampling.check(request.params, rules.vocab_size)
+    refuse_unsupported(request.params)
+    if request.logprobs is not None:
+        check_logprobs(request.logprobs, rules.vocab_size)
 
 
 def refuse_unsupported(params: SamplingParams) -> None:
@@ -149,8 +217,8 @@ def check_ids(packed: bytes, vocab_size: int) -> None:
     if not packed:
         return
     ids = unpack_ids(packed)
-    if max(ids) >= vocab_size or min(ids) < 0:
-        bad = [token for token in ids if not 0 <= token < vocab_size][:5]
+    if first_outside(ids, vocab_size) is not None:
+        bad = list(islice((token for token in ids if not 0 <= token < vocab_size), 5))
         raise outside_vocabulary(bad, vocab_size)
 
 
@@ -188,5 +256,5 @@ def check_without_tokenizer(prompt: Generate) -> None:
 
 def check_distinct(rids: list[str]) -> None:
     if len(set(rids)) < len(rids):
-        twice = sorted({rid for rid in rids if rids.count(rid) > 1})
+        twice = sorted(rid for rid, count in Counter(rids).items() if count > 1)
         raise RequestError(f"Duplicate request IDs detected within the request: {twice}", field="rid")

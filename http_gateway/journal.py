@@ -77,6 +77,8 @@ class Pending:
 
 def digest(generate: Generate) -> bytes:
     """Equal for requests that ask for the same, whatever they are called."""
-    anonymous = msgspec.structs.replace(generate.request, rid="", seed=0, attempt=0, again=False, resume_ids=b"")
+    anonymous = msgspec.structs.replace(
+        generate.request, rid="", call="", seed=0, attempt=0, again=False, resume_ids=b""
+    )
     content = msgspec.msgpack.encode(msgspec.structs.replace(generate, request=anonymous))
     return hashlib.blake2b(content, digest_size=16).digest()

@@ -10,9 +10,9 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from http_gateway import bodies, rounds
-from http_gateway.endpoint import Endpoint
+from http_gateway.endpoint import Endpoint, beside
 from http_gateway.gateway import Gateway
-from http_gateway.generate_body import GenerateBody, to_job
+from http_gateway.generate_body import FIELDS, GenerateBody, check_batch, to_job
 from http_gateway.intake import Job
 from http_gateway.output import Output
 from http_gateway.sse import EventStream, event
@@ -30,7 +30,7 @@ class VertexBody(msgspec.Struct):
 async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     received_at = time.monotonic()
     body = await bodies.read(http, GenerateBody)
-    job, single = admit(gateway, http, body)
+    job, single = await beside(http, admit, gateway, http, body)
     outputs = [gateway.output(item.request, received_at) for item in job.requests]
     if body.stream:
         return EventStream(chunks(gateway, http, job, outputs, single))
@@ -41,11 +41,13 @@ async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStrea
 async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
     given = await bodies.read(http, VertexBody)
-    names = {name for instance in given.instances for name in instance}
-    bodies.refuse_misspelt(names, GenerateBody)
+    check_batch(len(given.instances), "instances")
+    given_names = {name for instance in given.instances for name in instance}
+    bodies.refuse_misspelt(given_names, GenerateBody)
+    names = given_names.intersection(FIELDS)
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}
     body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
-    job, _ = admit(gateway, http, body)
+    job, _ = await beside(http, admit, gateway, http, body)
     outputs = [gateway.output(item.request, received_at) for item in job.requests]
     return json_answer(b'{"predictions":' + listed(await collect(gateway, http, job, outputs)) + b"}")
 

@@ -1,31 +1,30 @@
-"""Large payloads of control requests: put into files of the private run directory, for the ring carries only paths."""
+"""Large payloads of control requests: put into files of the private run directory, for the ring carries only paths.
 
+A body with weights is never held as a whole. Its long strings are decoded from base64 into files while they arrive, and
+a mark stands for each in what is left of the body, which is as small as any other.
+"""
+
+import asyncio
 import binascii
-import contextlib
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
 
-import msgspec
-
+from runtime.control import ONE_PAYLOAD_A_RANK, RANKS
 from runtime.errors import Kind, RequestError
 
-CHUNK_CHARS = 1 << 20  # of base64, a multiple of four; between chunks other requests have their turn
+LONG_STRING_BYTES = 1 << 16  # a longer string is a payload
+WRITE_CHARS = 1 << 20  # of base64, a multiple of four, that one write decodes; between writes others have their turn
+BACKSLASH = ord("\\")
+ESCAPE_BYTES = 6  # the longest
 PREFIX = "payload-"
-ESCAPE = re.compile(rb"\\\\")
-
-
-@contextlib.contextmanager
-def files(run_dir: str, count: int) -> Iterator[list[Path]]:
-    """Names for so many files; what is there under them is removed at the end."""
-    named = [Path(run_dir) / f"{PREFIX}{secrets.token_hex(8)}" for _ in range(count)]
-    try:
-        yield named
-    finally:
-        for file in named:
-            file.unlink(missing_ok=True)
+FIELD = "serialized_named_tensors"
+ESCAPE = re.compile(rb"\\(?:(/)|u00([0-9a-fA-F]{2}))")  # of a slash, a plus or an equals sign, as some encoders have it
+NO_BASE64 = f"{FIELD} is not valid base64: {{}}."
+ELSEWHERE = f"Only the entries of {FIELD} may be longer than {LONG_STRING_BYTES} bytes."
 
 
 def sweep(run_dir: str) -> None:
@@ -34,31 +33,154 @@ def sweep(run_dir: str) -> None:
         file.unlink(missing_ok=True)
 
 
-def store(entries: Sequence[msgspec.Raw], files: Sequence[Path]) -> None:
-    """Decode JSON strings of base64 into a file each. Raises RequestError: no base64, or no room on the disk."""
-    try:
-        for file, entry in zip(files, entries, strict=True):
-            write(file, base64_text(entry))
-    except OSError as error:
-        raise RequestError(f"The payload could not be stored: {error.strerror}.", Kind.INTERNAL) from error
+class Upload:
+    """A body on its way into `skeleton` and files. Leaving the `with` block removes the files."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.skeleton = bytearray()  # the body with a mark in place of each long string
+        self.files: dict[str, Path] = {}  # by mark
+        self._run_dir = run_dir
+        self._name = secrets.token_hex(8)  # a mark is no string that a client can have sent
+        self._string: bytearray | None = None  # the one that is being read, as long as it is short
+        self._payload: Payload | None = None  # likewise, when it is long
+
+    def __enter__(self) -> "Upload":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._payload is not None:
+            self._payload.close()
+        for file in self.files.values():
+            file.unlink(missing_ok=True)
+
+    async def feed(self, part: bytes) -> None:
+        """Take the next bytes. Raises RequestError: no base64, or no room on the disk."""
+        at = 0
+        while at < len(part):
+            if self._payload is not None:
+                at = await self._read_payload(self._payload, part, at)
+            elif self._string is not None:
+                at = self._read_string(self._string, part, at)
+            else:
+                at = self._read_structure(part, at)
+
+    def _read_structure(self, part: bytes, at: int) -> int:
+        """Up to the beginning of a string."""
+        quote = part.find(b'"', at)
+        end = len(part) if quote < 0 else quote + 1
+        self.skeleton += part[at:end]
+        self._string = bytearray() if quote >= 0 else None
+        return end
+
+    def _read_string(self, string: bytearray, part: bytes, at: int) -> int:
+        quote = part.find(b'"', at)
+        string += part[at : len(part) if quote < 0 else quote]
+        closed = quote >= 0 and backslashes_at_end(string) % 2 == 0
+        if len(string) > LONG_STRING_BYTES:
+            self._begin_payload(string)
+            return len(part) if quote < 0 else quote
+        if quote < 0:
+            return len(part)
+        if closed:
+            self.skeleton += string + b'"'
+            self._string = None
+        else:
+            string += b'"'
+        return quote + 1
+
+    def _begin_payload(self, string: bytearray) -> None:
+        if len(self.files) == RANKS:
+            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, "more"), field=FIELD)
+        mark = f"{PREFIX}{self._name}.{len(self.files)}"
+        file = self.files[mark] = Path(self._run_dir) / mark
+        self.skeleton += mark.encode() + b'"'
+        self._string, self._payload = None, Payload(file)
+        self._payload.text += string
+
+    async def _read_payload(self, payload: "Payload", part: bytes, at: int) -> int:
+        quote = part.find(b'"', at)
+        payload.text += part[at : len(part) if quote < 0 else quote]
+        if quote < 0:
+            if len(payload.text) >= WRITE_CHARS:
+                await asyncio.to_thread(payload.write)
+            return len(part)
+        await asyncio.to_thread(payload.finish)
+        self._payload = None
+        return quote + 1
+
+    def file_of(self, entry: bytes) -> Path:
+        """The file of an entry of the skeleton: JSON of a mark, or of a short string, which gets its file now."""
+        if len(entry) < 2 or not entry.startswith(b'"'):
+            raise RequestError(f"{FIELD} is a list of base64 strings.", field=FIELD)
+        text = entry[1:-1].decode(errors="replace")
+        if text not in self.files:
+            self.files[text] = file = Path(self._run_dir) / f"{PREFIX}{self._name}.{len(self.files)}"
+            payload = Payload(file)
+            payload.text += entry[1:-1]
+            payload.finish()
+        return self.files[text]
+
+    def check_marks(self, used: int) -> None:
+        """Raise RequestError where a long string stands anywhere but in the `used` entries."""
+        if len(self.files) != used:
+            raise RequestError(ELSEWHERE, field=FIELD)
 
 
-def base64_text(entry: msgspec.Raw) -> memoryview:
-    """The characters of a JSON string."""
-    text = memoryview(entry)
-    if len(text) < 2 or bytes(text[:1]) != b'"':
-        raise RequestError("serialized_named_tensors is a list of base64 strings.", field="serialized_named_tensors")
-    if ESCAPE.search(text):  # some encoders escape the slash
-        return memoryview(msgspec.json.decode(entry, type=str).encode())
-    return text[1:-1]
+class Payload:
+    """A file that base64 text is decoded into."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises RequestError."""
+        self.text = bytearray()  # not decoded yet
+        self._stream: BinaryIO | None = None
+        self._file = file
+
+    def write(self) -> None:
+        """Decode what is whole of the text. Raises RequestError."""
+        last = self.text.rfind(b"\\", len(self.text) - ESCAPE_BYTES + 1)
+        held = self.text[last:] if last >= 0 else b""  # an escape that may not be whole
+        text = unescaped(self.text[: len(self.text) - len(held)])
+        whole = len(text) - len(text) % 4
+        self.text = text[whole:] + held
+        self._decode(text[:whole])
+
+    def finish(self) -> None:
+        """Decode the rest. Raises RequestError."""
+        self._decode(unescaped(self.text))
+        self.close()
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _decode(self, text: bytearray) -> None:
+        try:
+            if self._stream is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                self._stream = os.fdopen(os.open(self._file, flags, 0o600), "wb", buffering=0)
+            for start in range(0, len(text), WRITE_CHARS):
+                write_all(self._stream, binascii.a2b_base64(text[start : start + WRITE_CHARS], strict_mode=True))
+        except binascii.Error as error:
+            raise RequestError(NO_BASE64.format(error), field=FIELD) from error
+        except OSError as error:
+            raise RequestError(f"The payload could not be stored: {error.strerror}.", Kind.INTERNAL) from error
 
 
-def write(file: Path, text: memoryview) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        for start in range(0, len(text), CHUNK_CHARS):
-            try:
-                stream.write(binascii.a2b_base64(text[start : start + CHUNK_CHARS], strict_mode=True))
-            except binascii.Error as error:
-                message = f"serialized_named_tensors is not valid base64: {error}."
-                raise RequestError(message, field="serialized_named_tensors") from error
+def backslashes_at_end(string: bytearray) -> int:
+    count = 0
+    while count < len(string) and string[-1 - count] == BACKSLASH:
+        count += 1
+    return count
+
+
+def write_all(stream: BinaryIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
+def unescaped(text: bytearray) -> bytearray:
+    if b"\\" not in text:
+        return text
+    return ESCAPE.sub(lambda found: found[1] or bytes.fromhex(found[2].decode()), text)  # type: ignore[return-value]

@@ -140,11 +140,8 @@ def check(query: str, documents: Sequence[str], top_n: int | None) -> None:
 
 def to_job(body: RerankBody | RankBody, documents: Sequence[str], rules: Rules) -> Job:
     """A pair for each document."""
-    truncation = wished(body, "right")
-    pairs = [
-        Generate(request=embed_request(rules, truncation=truncation), text=body.query, text_pair=text)
-        for text in documents
-    ]
+    request = embed_request(rules, truncation=wished(body, "right"))
+    pairs = [Generate(request=request, text=body.query, text_pair=text) for text in documents]
     return fan_out(pairs, [None] * len(pairs), rules)
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from http_gateway import bodies, errors, rounds
 from http_gateway.chat import Call
-from http_gateway.endpoint import Endpoint, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import asks
 from http_gateway.native import check_servable
@@ -149,7 +149,7 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
     require_json(http)
     body = await bodies.read(http, ResponsesBody)
     check_servable(gateway, http)
-    call = Call(gateway, chat_body(body))
+    call = await beside(http, Call, gateway, chat_body(body))
     answer = Answer(body, call)
     if body.stream:
         return EventStream(stream(http, call, answer), errors.openai_stream_event)

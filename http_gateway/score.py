@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from http_gateway import bodies, errors, rounds
 from http_gateway.embeddings import usage
-from http_gateway.endpoint import Endpoint, require_json
+from http_gateway.endpoint import Endpoint, beside, require_json
 from http_gateway.gateway import Gateway
 from http_gateway.generate_body import pack
 from http_gateway.intake import Job, Rules, fan_out
@@ -40,7 +40,7 @@ async def score(gateway: Gateway, http: HTTPRequest) -> Response:
     body = await bodies.read(http, ScoreBody)
     check_generates(gateway)
     check(body)
-    texts = await first_tokens(gateway, http, to_job(body, gateway.rules))
+    texts = await first_tokens(gateway, http, await beside(http, to_job, body, gateway.rules))
     scores = [shares(label_logprobs(text), bool(body.apply_softmax)) for text in texts]
     answer = {"scores": scores, "model": gateway.config.name, "usage": usage(texts), "object": "scoring"}
     return errors.json_response(answer)
@@ -62,11 +62,11 @@ def check(body: ScoreBody) -> None:
 def to_job(body: ScoreBody, rules: Rules) -> Job:
     """One prompt per item; the distribution behind it is that of the one token asked for."""
     items = [body.items] if isinstance(body.items, str) else body.items
+    options = LogprobOptions(token_ids=body.label_token_ids)
+    params = SamplingParams(max_new_tokens=1, temperature=1.0, ignore_eos=True)
+    request = Request(rid="", params=params, logprobs=options)
     prompts = []
     for item in items:
-        options = LogprobOptions(token_ids=body.label_token_ids)
-        params = SamplingParams(max_new_tokens=1, temperature=1.0, ignore_eos=True)
-        request = Request(rid="", params=params, logprobs=options)
         parts = (item, body.query) if body.item_first else (body.query, item)
         prompts.append(to_prompt(parts, request, rules))
     return fan_out(prompts, [None] * len(prompts), rules)

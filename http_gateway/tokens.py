@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from http_gateway import bodies, errors
 from http_gateway.chat_body import choosing, prompt_of
-from http_gateway.endpoint import Endpoint, read_body
+from http_gateway.endpoint import Endpoint, beside, read_body
 from http_gateway.gateway import Gateway
 from http_gateway.openai_types import ChatBody
 from runtime import limits
@@ -51,10 +51,12 @@ async def tokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     """The ids of a text, of many, or of a conversation in the model's form."""
     raw = await read_body(http)
     if has_messages(raw):
-        found, single = [await ids_of_chat(gateway, bodies.decode(raw, ChatBody))], True
+        chat = bodies.decode(raw, ChatBody)
+        found, single = [await ids_of_chat(gateway, http, chat)], True
     else:
         body = bodies.decode(raw, TokenizeBody)
-        found, single = (await ask(gateway, command_of(body)))["tokens"], not isinstance(body.prompt, list)
+        command = await beside(http, command_of, body)
+        found, single = await tokens_of(gateway, command), not isinstance(body.prompt, list)
     tokens = found[0] if single else found
     count = len(found[0]) if single else [len(ids) for ids in found]
     return errors.json_response({"tokens": tokens, "count": count, "max_model_len": gateway.facts.context_length})
@@ -69,13 +71,18 @@ def has_messages(raw: bytes) -> bool:
     return messages
 
 
-async def ids_of_chat(gateway: Gateway, body: ChatBody) -> list[int]:
+async def ids_of_chat(gateway: Gateway, http: HTTPRequest, body: ChatBody) -> list[int]:
     """The prompt of a chat completion."""
-    prompt = prompt_of(body, choosing(body, gateway.config.tool_call_parser), gateway.rules.vocab_size)
+    choice = choosing(body, gateway.config.tool_call_parser)
+    prompt = await beside(http, prompt_of, body, choice, gateway.rules.vocab_size)
     if prompt.chat is None:
         return unpack_ids(prompt.input_ids).tolist()
-    found: list[list[int]] = (await ask(gateway, Tokenize(chat=prompt.chat)))["tokens"]
-    return found[0]
+    return (await tokens_of(gateway, Tokenize(chat=prompt.chat)))[0]
+
+
+async def tokens_of(gateway: Gateway, command: Tokenize) -> list[list[int]]:
+    """The ids of each text of a command."""
+    return [unpack_ids(ids).tolist() for ids in (await ask(gateway, command))["tokens"]]
 
 
 def command_of(body: TokenizeBody) -> Tokenize:
@@ -92,7 +99,9 @@ async def detokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     many = bool(body.tokens) and isinstance(body.tokens[0], list)
     lists: list[Any] = body.tokens if many else [body.tokens]
     check_count(lists, "tokens")
-    texts = await detokenize_ids(gateway, [packed(ids) for ids in lists], body.skip_special_tokens is not False)
+    check_ids_count(sum(len(ids) for ids in lists if isinstance(ids, list)))
+    ids = await beside(http, lambda: list(map(packed, lists)))
+    texts = await detokenize_ids(gateway, ids, body.skip_special_tokens is not False)
     return errors.json_response({"text": texts if many else texts[0]})
 
 
@@ -106,6 +115,13 @@ def packed(ids: Any) -> bytes:
 def check_count(items: list[Any], field: str) -> None:
     if len(items) > limits.MAX_BATCH_PROMPTS:
         raise RequestError(f"{field} may have at most {limits.MAX_BATCH_PROMPTS} items, got {len(items)}.", field=field)
+
+
+def check_ids_count(count: int) -> None:
+    if count > limits.MAX_DETOKENIZED:
+        raise RequestError(
+            f"At most {limits.MAX_DETOKENIZED} ids are decoded in one call, got {count}.", field="tokens"
+        )
 
 
 async def detokenize_ids(

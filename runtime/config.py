@@ -128,6 +128,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     max_inflight_requests: Annotated[Positive, flag("requests inside the ring before a 503", HTTP)] = 4096
+    max_body_size: Annotated[
+        Positive, flag("bytes of a request's body before a 413, but for weights; JSON, so escapes count", HTTP)
+    ] = 8 << 20
+    max_weight_body_size: Annotated[
+        Positive, flag("the same for /update_weights_from_tensor, whose body holds weights", HTTP)
+    ] = 2 << 30
     drain_timeout: Annotated[Seconds, flag("seconds that running requests get after SIGTERM", HTTP)] = 30.0
     stream_interval: Annotated[Positive, flag("tokens between two streamed chunks", HTTP)] = 1
     incremental_streaming_output: Annotated[

@@ -13,6 +13,8 @@ import msgspec
 from runtime.limits import MAX_STEP_SLEEP_S
 from runtime.messages import Chat, Message
 
+RANKS = 1  # of the model, each with a payload of its own in /update_weights_from_tensor
+ONE_PAYLOAD_A_RANK = "serialized_named_tensors needs one entry for each of {} ranks, got {}."
 COMMAND_LOST = (
     "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
     "See /get_model_info, and send it again."
@@ -275,7 +277,7 @@ class Probe(ControlCommand, tag="probe", kw_only=True):
 
 
 class Tokenize(ControlCommand, tag="tokenize", kw_only=True):
-    """Answered by the tokenizer: body {"tokens": [[int]]}."""
+    """Answered by the tokenizer: body {"tokens": [int32 ids as bytes]}."""
 
     harmless = True
     texts: list[str] = []

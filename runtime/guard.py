@@ -74,8 +74,16 @@ class Service(Protocol):
 
     whole_batches: bool  # a batch may be handled again, message by message, when it failed as a whole
 
+    @property
+    def patience_s(self) -> float | None:
+        """How long the next step may wait for messages; None: there is nothing to do without one."""
+        ...
+
     def step(self, batch: list[Any]) -> list[Message]:
-        """What the messages lead to, in order. Raises whatever a bad one makes it raise."""
+        """What the messages lead to, in order; an empty batch goes on with what was put off.
+
+        Raises whatever a bad message makes it raise.
+        """
         ...
 
     def give_up(self, message: Any, finish: Finish) -> list[Message]:
@@ -95,7 +103,7 @@ class Guard:
 
     def batch(self, service: Service, messages: list[Any]) -> list[Message]:
         """A text service's answer to everything that waited."""
-        if service.whole_batches:
+        if service.whole_batches or not messages:
             try:
                 for message in messages:
                     self.check(message)

@@ -2,8 +2,15 @@
 
 MAX_IPC_MESSAGE_BYTES = 256 << 20
 MAX_HIDDEN_STATE_BYTES = 64 << 20  # of one prompt
-MAX_BODY_BYTES = 64 << 20
-MAX_ADMIN_BODY_BYTES = 2 << 30
+# bodies of requests: their sizes are flags (runtime/config.py); what they hold is counted before it is built
+MAX_BODY_VALUES = 100_000  # strings, lists and objects; a million bytes of them cost as much as eight of text
+MAX_CONTROL_BODY_VALUES = 1_000_000  # of a command: names, types and shapes of all tensors of a large model
+BODY_BYTES_PER_MEMBER = 8  # of lists and objects: a body may hold so many of them as its limit has times these bytes
+CALL_BYTES_PER_BODY_BYTE = 4  # what all requests of a call may take on the ring, for each byte that a body may have
+MAX_TOKENIZED = 1 << 20  # tokens in one answer of /tokenize
+MAX_DETOKENIZED = 1 << 20  # ids of one call of /detokenize
+MAX_DETOKENIZED_CHARS = 16 << 20  # of the text that they are
+MAX_CALL_VALUES = 200_000  # ids and strings in the parameters of all requests of a call together
 MAX_PARSED_BODY_BYTES = 1 << 20  # a text to look for tool calls or a thought in
 MAX_HEADER_BYTES = 16 << 10
 HEADER_DEADLINE_S = 10.0
@@ -23,7 +30,9 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_BYTES = 256
 MAX_STOP_REGEX_BYTES = 256
 MAX_STOP_REGEX_MEMORY = 1 << 20
+MAX_STOP_REGEX_PROGRAM = 8192  # instructions of all compiled patterns of a request; a search may try each at each place
 MAX_STOP_SPAN_CHARS = 16384  # text held back for one match of a stop_regex
+MAX_STOP_SEARCH = 1 << 20  # instructions times characters of one search: larger patterns span less text
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 128

@@ -19,6 +19,7 @@ from runtime.sampling import SamplingParams
 GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER = "gateway", "tokenizer", "scheduler", "detokenizer"
 ROLES = (GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER)  # in ring order
 ATTEMPT_BITS = 20  # a gateway's attempts begin at its epoch shifted by so many: more restarts than one lives to see
+IDS_AT_ONCE = 1 << 14  # that one operation goes over
 ABORTED = "Aborted"
 ABORTED_IN_QUEUE = "Abort before prefill"
 
@@ -235,7 +236,12 @@ RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts | Restarted
 
 def pack_ids(ids: Iterable[int]) -> bytes:
     """Token ids as little-endian int32 bytes."""
-    return array("i", ids).tobytes()
+    if not isinstance(ids, list) or len(ids) <= IDS_AT_ONCE:
+        return array("i", ids).tobytes()
+    packed = array("i")
+    for start in range(0, len(ids), IDS_AT_ONCE):  # other threads get their turns between
+        packed.extend(ids[start : start + IDS_AT_ONCE])
+    return packed.tobytes()
 
 
 def unpack_ids(data: bytes) -> "array[int]":
@@ -243,3 +249,12 @@ def unpack_ids(data: bytes) -> "array[int]":
     ids = array("i")
     ids.frombytes(data)
     return ids
+
+
+def first_outside(ids: "array[int]", vocab_size: int) -> int | None:
+    """The first id that is not of the vocabulary."""
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        part = ids[start : start + IDS_AT_ONCE]
+        if max(part) >= vocab_size or min(part) < 0:
+            return next(token for token in part if not 0 <= token < vocab_size)
+    return None

@@ -149,7 +149,8 @@ def run_text_service(boot: Boot, service: Service) -> None:
     if boot.epoch:
         outbox.send([Restarted(role=boot.role)])
     while True:
-        batch = inbox.recv(timeout_s=IDLE_BEAT_S)
-        progress.beat(busy=bool(batch))
-        if batch:
+        patience_s = service.patience_s
+        batch = inbox.recv(timeout_s=IDLE_BEAT_S if patience_s is None else patience_s)
+        progress.beat(busy=bool(batch) or patience_s is not None)
+        if batch or patience_s is not None:
             outbox.send(guard.batch(service, batch))

@@ -10,7 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runtime.control import (
+    ONE_PAYLOAD_A_RANK,
     ONLINE_FAILED,
+    RANKS,
     Abort,
     BeginWeightUpdate,
     CheckWeights,
@@ -200,9 +202,8 @@ def collected(
 def from_tensor(scheduler: "Scheduler", updates: "Updates", command: UpdateWeightsFromTensor) -> Waiting:
     """Tensors from the files into which the gateway has put them."""
     refuse_selector(command.selector)
-    if len(command.payload_files) != 1:
-        found = len(command.payload_files)
-        raise CommandRefused(f"serialized_named_tensors needs one entry for each of 1 ranks, got {found}.")
+    if len(command.payload_files) != RANKS:
+        raise CommandRefused(ONE_PAYLOAD_A_RANK.format(RANKS, len(command.payload_files)))
     if updates.session is not None and updates.session.broken:  # a broadcast must be taken part in all the same
         raise CommandRefused(GIVEN_UP.format(updates.session.broken))
     collect = updates.payload(command.payload_files[0], command.load_format)

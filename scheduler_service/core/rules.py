@@ -49,10 +49,10 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
     ids, resumed = ids_of(message.prompt_ids), ids_of(request.resume_ids)
     if not ids:
         raise RequestError(EMPTY_IDS, field="input_ids")
+    check_length(request, len(ids), config)  # first: what is too long is looked at no further
     if not message.embeds:
         check_vocabulary(ids, config.vocab_size)
     check_vocabulary(resumed, config.vocab_size)
-    check_length(request, len(ids), config)
     if request.logprobs:
         check_logprobs(request.logprobs, len(ids), config.vocab_size)
     limit = output_limit(request, len(ids), config)

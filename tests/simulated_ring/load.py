@@ -185,7 +185,7 @@ class Operator:
             case "continue":
                 return ContinueGeneration()
             case "text":
-                return Tokenize(texts=["The quick"])
+                return Tokenize(texts=["The quick", "brown", " 世界"][: random.randint(1, 3)])
             case "ids":
                 return Detokenize(ids=[pack_ids([5, 6, 7])])
             case _:

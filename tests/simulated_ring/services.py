@@ -27,7 +27,7 @@ from scheduler_service.core.planner import Planner
 from scheduler_service.core.rules import PlannerConfig
 from scheduler_service.scheduler import Scheduler
 from scheduler_service.standing import StandingOrders
-from tests.fakes import FakeWorker, looping_token
+from tests.fakes import AtOnce, FakeWorker, looping_token
 from tests.simulated_ring.clock import Agenda
 from tests.simulated_ring.links import Link
 from tokenizer_service.encode import Encoder
@@ -122,9 +122,14 @@ class TextService(Process):
         batch = self.recv()
         if any(self.is_deadly(message) for message in batch):
             raise Killed(self.role)
-        if batch:
-            self.send(self.guard.batch(self.service, batch))
-        return bool(batch)
+        if not batch and self.service.patience_s is None:
+            return False
+        self.send(self.guard.batch(self.service, batch))
+        return True
+
+    @property
+    def at_rest(self) -> bool:
+        return super().at_rest and self.service.patience_s is None
 
     def is_deadly(self, message: Message) -> bool:
         raise NotImplementedError
@@ -140,7 +145,7 @@ class TokenizerProcess(TextService):
 
 class DetokenizerProcess(TextService):
     def __init__(self, vocabulary: Vocabulary, **place: Any) -> None:
-        self.detokenizer = Detokenizer(vocabulary)
+        self.detokenizer = Detokenizer(vocabulary, AtOnce())
         super().__init__(role=DETOKENIZER, service=self.detokenizer, **place)
 
     def is_deadly(self, message: Message) -> bool:

@@ -27,6 +27,7 @@ from runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens
 from runtime.sockets import encode
 from scheduler_service.core.drafts import DraftOptions
 from scheduler_service.core.rules import PlannerConfig
+from tests.fakes import AtOnce
 from tests.simulated_ring import services
 from tests.simulated_ring.checks import Fault, check
 from tests.simulated_ring.clock import Action, Agenda
@@ -46,6 +47,7 @@ from tests.simulated_ring.services import (
 from tests.simulated_ring.trace import line
 from tests.wrong_messages import MESSAGES, wrong
 from tokenizer_service.encode import Encoder
+from tokenizer_service.jobs import Pace
 
 TURN_S = 0.0005  # the mean time of a turn
 MOST_TURNS = 60_000
@@ -250,7 +252,7 @@ class Simulation:
     def _process(self, role: str, **place: Any) -> Process:
         match role:
             case services.TOKENIZER:
-                return TokenizerProcess(Encoder(tokenizer()), **place)
+                return TokenizerProcess(encoder(self.random), **place)
             case services.SCHEDULER:
                 disk, agenda, random = self.disk, self.agenda, self.random
                 return SchedulerProcess(self.config, self.depth, disk, agenda, random, self.carried_out, **place)
@@ -320,6 +322,12 @@ class Simulation:
         if self._trace is not None:
             for text in [line(message) for message in messages] or [""]:
                 self._trace(f"{self.agenda.now:9.5f} {role:>11} {verb:6} {text}".rstrip())
+
+
+def encoder(random: Random) -> Encoder:
+    """Slow ones encode a text in a step, or all but the shortest beside it."""
+    pace = Pace(step_chars=random.choice([1, 8, 1 << 16]), long_chars=random.choice([4, 12, 1 << 16]))
+    return Encoder(tokenizer(), pace=pace, executor=AtOnce(), clock=lambda: 0.0)
 
 
 def planner_config(random: Random) -> PlannerConfig:

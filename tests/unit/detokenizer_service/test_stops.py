@@ -176,6 +176,16 @@ def test_a_flag_holds_for_the_branches_behind_it() -> None:
     assert passed(patterns(r"(?i)ab|cd"), ["C", "D"]) == (["", ""], r"(?i)ab|cd")
 
 
+def test_large_patterns_hold_back_less_text_so_that_a_search_is_bounded() -> None:
+    held = {}
+    for pattern in (r"(?s)a.*z", "(?:a{30}){30}"):
+        cutter = Cutter(stops_of(SamplingParams(stop_regex=pattern)), trim=True)  # type: ignore[arg-type]
+        passed = "".join(cutter.feed("a" * 100)[0] for _ in range(8))
+        held[pattern] = 800 - len(passed)
+    assert held[r"(?s)a.*z"] == 800
+    assert 100 < held["(?:a{30}){30}"] < 800
+
+
 def spared_first(stops: Stops, spared: list[str], pieces: list[str]) -> tuple[list[str], str | None]:
     """What passes where nothing may stop the first pieces, and the name of the stop behind them."""
     cutter, out = Cutter(stops, trim=True), []

@@ -1,5 +1,7 @@
 """Control endpoints: one per command."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -38,7 +40,7 @@ async def test_flush_cache_says_what_the_scheduler_says_and_nothing_else(
 
 @pytest.mark.parametrize("path", [path for path, command in control.routes().items() if command is not Abort])
 @asynchronous
-async def test_a_refusal_is_told_once_by_every_command(path: str) -> None:
+async def test_a_refusal_is_told_once_by_every_command(path: str, tmp_path: Path) -> None:
     bodies: dict[str, dict[str, object]] = {
         "/update_weights_from_disk": {"model_path": "m"},
         "/update_weights": {"model_path": "m"},
@@ -47,9 +49,11 @@ async def test_a_refusal_is_told_once_by_every_command(path: str) -> None:
         },
         "/update_weights_from_distributed": {"names": [], "dtypes": [], "shapes": []},
         "/update_weight_version": {"new_version": "v"},
+        "/update_weights_from_tensor": {"serialized_named_tensors": ["QUJD"]},
         "/get_weights_by_name": {"name": "w"},
     }  # fmt: skip
     async with served() as server:
+        server.gateway.run_dir = str(tmp_path)
         server.ring.answers_commands = False
         call = server.client.start("POST", path, bodies.get(path, {}))
         [command] = await server.ring.sent_of(control.routes()[path])

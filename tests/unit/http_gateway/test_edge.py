@@ -20,15 +20,29 @@ async def test_unknown_paths_wrong_methods_and_trailing_slashes() -> None:
         assert (await server.client.call("HEAD", "/health")).status == 405
 
 
-@pytest.mark.parametrize(("size", "status"), [(64 << 20, 200), ((64 << 20) + 1, 413), (200 << 20, 413)])
+@pytest.mark.parametrize(
+    ("settings", "size", "status"),
+    [
+        ({}, 8 << 20, 200),
+        ({}, (8 << 20) + 1, 413),
+        ({}, 200 << 20, 413),
+        ({"max_body_size": 64}, 64, 200),
+        ({"max_body_size": 64}, 65, 413),
+    ],
+)
 @asynchronous
-async def test_a_body_over_the_limit_is_a_413_that_names_it(size: int, status: int) -> None:
-    async with served(words("x")) as server:
+async def test_a_body_over_the_limit_is_a_413_that_names_it_and_its_flag(
+    settings: dict[str, int], size: int, status: int
+) -> None:
+    async with served(words("x"), **settings) as server:
         body = b'{"text":"a"}'
-        sent = body + b" " * (size - len(body)) if size < (65 << 20) else body
+        sent = body + b" " * (size - len(body)) if size < (9 << 20) else body
         answer = await server.client.post("/generate", sent, headers={"content-length": str(size)})
         assert answer.status == status
-        assert status == 200 or str(64 << 20) in answer.json()["error"]["message"]
+        if status != 200:
+            limit = settings.get("max_body_size", 8 << 20)
+            expected = f"The request body exceeds the limit of {limit} bytes (--max-body-size)."
+            assert answer.json()["error"]["message"] == expected
 
 
 @asynchronous

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.control import Detokenize, Tokenize
 from runtime.limits import MAX_PARSED_BODY_BYTES
-from runtime.messages import Finish, Generate, Reply, unpack_ids
+from runtime.messages import Finish, Generate, Reply, pack_ids, unpack_ids
 from tests.unit.http_gateway.harness import asynchronous, served, step
 from tests.unit.http_gateway.openai_scripts import says
 
@@ -136,11 +136,14 @@ async def command(path: str, body: Any, kind: type, reply: dict[str, Any], **fai
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/tokenize"])
 @asynchronous
 async def test_tokenize_one_text_and_many(path: str) -> None:
-    sent, answer = await command(path, {"prompt": "a"}, Tokenize, {"tokens": [[1, 2]]})
+    sent, answer = await command(path, {"prompt": "a"}, Tokenize, {"tokens": [pack_ids([1, 2])]})
     assert sent.texts == ["a"] and sent.add_special_tokens
     assert answer.json() == {"tokens": [1, 2], "count": 2, "max_model_len": 512}
     sent, answer = await command(
-        path, {"prompt": ["a", "b"], "add_special_tokens": False}, Tokenize, {"tokens": [[1, 2], [3]]}
+        path,
+        {"prompt": ["a", "b"], "add_special_tokens": False},
+        Tokenize,
+        {"tokens": [pack_ids([1, 2]), pack_ids([3])]},
     )
     assert sent.texts == ["a", "b"] and not sent.add_special_tokens
     assert answer.json() == {"tokens": [[1, 2], [3]], "count": [2, 1], "max_model_len": 512}
@@ -149,7 +152,7 @@ async def test_tokenize_one_text_and_many(path: str) -> None:
 @asynchronous
 async def test_tokenize_a_conversation() -> None:
     body = {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"x": 1}}
-    sent, answer = await command("/tokenize", body, Tokenize, {"tokens": [[1]]})
+    sent, answer = await command("/tokenize", body, Tokenize, {"tokens": [pack_ids([1])]})
     assert sent.chat.messages == body["messages"] and sent.chat.template_kwargs == {"x": 1}
     assert answer.json()["count"] == 1
 
@@ -172,7 +175,7 @@ async def test_tokenize_a_conversation() -> None:
 @asynchronous
 async def test_tokenize_renders_what_a_chat_completion_renders(options: dict[str, Any]) -> None:
     body = {"messages": [{"role": "user", "content": "a"}], **options}
-    sent, _ = await command("/tokenize", body, Tokenize, {"tokens": [[1]]})
+    sent, _ = await command("/tokenize", body, Tokenize, {"tokens": [pack_ids([1])]})
     async with served(says("x")) as server:
         assert (await server.client.post("/v1/chat/completions", body)).status == 200
         [generate] = await server.ring.sent_of(Generate)

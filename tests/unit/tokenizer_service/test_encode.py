@@ -1,5 +1,6 @@
 """What the tokenizer service answers to each message."""
 
+import itertools
 from array import array
 
 import pytest
@@ -9,9 +10,10 @@ from runtime.control import FlushCache, Probe, Tokenize
 from runtime.messages import Chat, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
 from runtime.sampling import SamplingParams
 from tests.tokenizers_to_try import KINDS, byte_level
-from tokenizer_service.encode import LONG_TEXT_CHARS, Encoder
+from tokenizer_service.encode import VERY_LONG_CHARS, Encoder
 
 TOKENIZER = byte_level(bos=True)
+SERIALS = itertools.count(1)
 
 
 class Bracketed:
@@ -26,7 +28,8 @@ def encoder() -> Encoder:
     return Encoder(TOKENIZER, template=Bracketed(), hidden_size=2)
 
 
-def request(rid: str = "r", **params: object) -> Request:
+def request(rid: str = "", **params: object) -> Request:
+    rid = rid or f"r{next(SERIALS)}"  # two that wait never have the same
     return Request(rid=rid, params=SamplingParams(**params), attempt=3)  # type: ignore[arg-type]
 
 
@@ -161,8 +164,8 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
     encoder = Encoder(TOKENIZER, context_length=8)
     long, pair, fits = encoder.step(
         [
-            Generate(request=request(), text=" " * (LONG_TEXT_CHARS + 1)),
-            Generate(request=request(), text="a", text_pair="b" * LONG_TEXT_CHARS),
+            Generate(request=request(), text=" " * (VERY_LONG_CHARS + 1)),
+            Generate(request=request(), text="a", text_pair="b" * VERY_LONG_CHARS),
             Generate(request=request(), text="a longer text than the context, left to the scheduler"),
         ]
     )
@@ -173,11 +176,13 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
 
 def test_tokenize_answers_ids(encoder: Encoder) -> None:
     plain = TOKENIZER.encode("hello", add_special_tokens=False).ids
-    assert encoder.step([Tokenize(id="1", texts=["hello"])]) == [Reply(id="1", body={"tokens": [[0, *plain]]})]
+    assert encoder.step([Tokenize(id="1", texts=["hello"])]) == [
+        Reply(id="1", body={"tokens": [pack_ids([0, *plain])]})
+    ]
     [bare] = encoder.step([Tokenize(id="2", texts=["hello", ""], add_special_tokens=False)])
-    assert bare.body == {"tokens": [plain, []]}
+    assert bare.body == {"tokens": [pack_ids(plain), b""]}
     [chat] = encoder.step([Tokenize(id="3", chat=Chat(messages=[{"content": "x"}]))])
-    assert chat.body == {"tokens": [TOKENIZER.encode("<|begin|>[x]", add_special_tokens=False).ids]}
+    assert chat.body == {"tokens": [pack_ids(TOKENIZER.encode("<|begin|>[x]", add_special_tokens=False).ids)]}
 
 
 def test_tokenize_that_cannot_be_done_says_why() -> None:
@@ -192,3 +197,11 @@ def test_probe_gets_our_counters(encoder: Encoder) -> None:
     [probe] = encoder.step([Probe()])
     assert probe.counters["tokenizer"]["prompts"] == 1
     assert probe.counters["tokenizer"]["refused"] == 1
+
+
+def test_stop_patterns_that_are_large_together_are_refused(encoder: Encoder) -> None:
+    patterns = [f"(?:{letter}{{30}}){{30}}" for letter in "abcdefghij"]
+    [one] = encoder.step([Generate(request=request(stop_regex=patterns[:1]), text="hi")])
+    [all_of_them] = encoder.step([Generate(request=request(stop_regex=patterns), text="hi")])
+    assert isinstance(one, Tokenized)
+    assert refusal(all_of_them).startswith("The patterns of stop_regex are too large together")

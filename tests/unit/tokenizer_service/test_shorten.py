@@ -75,7 +75,7 @@ def test_a_cut_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(("side", "kept"), [("right", slice(0, 5)), ("left", slice(-5, None))])
 def test_a_long_text_is_cut_before_it_is_encoded(side: str, kept: slice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "LONG_TEXT_CHARS", 10)
+    monkeypatch.setattr(encode, "VERY_LONG_CHARS", 10)
     request = Request(rid="r", params=SamplingParams(), truncate=5, truncate_side=side)  # type: ignore[arg-type]
     encoder = Encoder(TOKENIZER, context_length=8)
     text = "abcdefgh" * 10_000

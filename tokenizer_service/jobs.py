@@ -1,0 +1,59 @@
+"""What waits in the tokenizer: messages whose texts are still to be encoded, piece by piece."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from threading import Event
+from typing import TYPE_CHECKING
+
+from runtime.control import Tokenize
+from runtime.errors import RequestError
+from runtime.messages import Generate, Message
+from tokenizer_service.prompts import Prompt
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+Key = tuple[type, str]  # of a message that waits: its kind, and its rid or id
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How much one step does."""
+
+    step_chars: int = 1 << 16
+    step_s: float = 0.02  # after which a step begins nothing new
+    long_chars: int = 1 << 16  # of a text that is encoded beside the loop
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A message that waits, and what has come of its texts."""
+
+    message: Generate | Tokenize
+    place: list[Message] | None  # where its answer belongs among those of the step it came in; None: that is over
+    results: "list[Encoding | RequestError | None]"
+    missing: int
+    unwanted: Event = field(default_factory=Event)
+
+    @property
+    def call(self) -> Hashable:
+        """What takes turns with others."""
+        message = self.message
+        return message.id if isinstance(message, Tokenize) else message.request.call or message.request.rid
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """One text of a job."""
+
+    job: Job
+    index: int
+    prompt: Prompt | None = None
+
+
+def key_of(message: Generate | Tokenize) -> Key:
+    return type(message), message.id if isinstance(message, Tokenize) else message.request.rid
+
+
+def chars_of(prompt: Prompt) -> int:
+    return len(prompt.text) if isinstance(prompt.text, str) else sum(map(len, prompt.text))
