@@ -8,6 +8,7 @@ from runtime.service import Boot, run, run_text_service
 
 class Hop:
     whole_batches = True
+    patience_s = None
 
     def step(self, batch: list[Any]) -> list[Message]:
         return batch
