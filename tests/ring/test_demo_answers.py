@@ -7,8 +7,8 @@ from random import Random
 import pytest
 import requests
 
-from runtime.demo.corpus import TURN_START, copy_question, count_question, sum_question, turn
-from runtime.demo.facts import COUNTRIES
+from deploy.demo_model.corpus import TURN_START, copy_question, count_question, sum_question, turn
+from deploy.demo_model.facts import COUNTRIES
 
 pytestmark = pytest.mark.slow
 

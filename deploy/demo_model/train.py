@@ -1,4 +1,4 @@
-"""Trains the demo model from nothing: `python -m runtime.demo.train [--out FOLDER] [--steps N]`.
+"""Trains the demo model from nothing: `python -m deploy.demo_model.train [--out FOLDER] [--steps N]`.
 
 The tokenizer, the text and the weights all come from the seed. The same seed, thread count, PyTorch build and kind of
 processor give the same file; on another processor the sums round differently and the weights differ slightly.
@@ -22,11 +22,11 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from runtime.demo import vocabulary
-from runtime.demo.batches import Batch, batches
-from runtime.demo.corpus import SEED
+from deploy.demo_model import vocabulary
+from deploy.demo_model.batches import Batch, batches
+from deploy.demo_model.corpus import SEED
+from runtime.model_info import DEMO
 
-DEMO = Path(__file__).parent
 HAND_WRITTEN = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 THREADS = 2
 STEPS = 1500
@@ -105,7 +105,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: this package)")
+    parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: the one in the package)")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)

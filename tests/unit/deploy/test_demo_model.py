@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from runtime.demo import vocabulary
-from runtime.demo.corpus import PROMPT_WEIGHT, SEED, documents, is_held_out, turn
-from runtime.demo.facts import ALIASES, COUNTRIES
-from runtime.demo.phrasings import HELD_OUT_COMPLETIONS, HELD_OUT_QUESTIONS
+from deploy.demo_model import vocabulary
+from deploy.demo_model.corpus import PROMPT_WEIGHT, SEED, documents, is_held_out, turn
+from deploy.demo_model.facts import ALIASES, COUNTRIES
+from deploy.demo_model.phrasings import HELD_OUT_COMPLETIONS, HELD_OUT_QUESTIONS
 from runtime.model_info import DEMO
 
 LARGEST_WEIGHTS_BYTES = 8_000_000

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import NamedTuple
 
-from runtime.demo import stories
-from runtime.demo.facts import ALIASES, COUNTRIES, Country
-from runtime.demo.phrasings import (
+from deploy.demo_model import stories
+from deploy.demo_model.facts import ALIASES, COUNTRIES, Country
+from deploy.demo_model.phrasings import (
     COMPLETIONS,
     CONTINENTS,
     JSON_QUESTIONS,
@@ -19,7 +19,7 @@ from runtime.demo.phrasings import (
     REVERSED_COMPLETIONS,
     Exchange,
 )
-from runtime.demo.smalltalk import GREETINGS, SYSTEM_PROMPTS, unknown_question
+from deploy.demo_model.smalltalk import GREETINGS, SYSTEM_PROMPTS, unknown_question
 
 SEED = 1  # of the committed model
 

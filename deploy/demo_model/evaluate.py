@@ -1,4 +1,4 @@
-"""What the demo model gets right: `python -m runtime.demo.evaluate [FOLDER]` prints the card's tables.
+"""What the demo model gets right: `python -m deploy.demo_model.evaluate [FOLDER]` prints the card's tables.
 
 Answers are greedy and come from transformers. An answer names the capital when the capital is in it; it is exact when
 it is the taught answer to the letter and ends there.
@@ -18,9 +18,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from runtime.demo import corpus, vocabulary
-from runtime.demo.facts import COUNTRIES
-from runtime.demo.phrasings import (
+from deploy.demo_model import corpus, vocabulary
+from deploy.demo_model.facts import COUNTRIES
+from deploy.demo_model.phrasings import (
     COMPLETIONS,
     HELD_OUT_COMPLETIONS,
     HELD_OUT_QUESTIONS,
@@ -31,10 +31,10 @@ from runtime.demo.phrasings import (
     Exchange,
     Phrasing,
 )
+from runtime.model_info import DEMO
 
 Model = Any  # generate() is typed for a protocol that transformers' own classes do not meet
 
-DEMO = Path(__file__).parent
 SAMPLE_SEED = 2
 SAMPLES_PER_TASK = 300
 MAX_NEW_TOKENS = 200
@@ -204,7 +204,9 @@ TABLES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=DEMO, help="model directory (default: this package)")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=DEMO, help="model directory (default: the one in the package)"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--misses", type=int, default=0, help="wrong answers to show after each table")
     arguments = parser.parse_args()

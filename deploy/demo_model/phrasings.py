@@ -7,7 +7,7 @@ prompt in the same sentence; a `question` is answered by a new one, and can be p
 
 from typing import NamedTuple
 
-from runtime.demo.facts import Country
+from deploy.demo_model.facts import Country
 
 
 class Phrasing(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from runtime.demo.corpus import END_OF_TEXT, TURN_END, TURN_START, documents
+from deploy.demo_model.corpus import END_OF_TEXT, TURN_END, TURN_START, documents
 
 SPECIAL_TOKENS = [END_OF_TEXT, TURN_START, TURN_END]  # their ids are 0, 1, 2, as the config files say
 SAMPLE_DOCUMENTS = 60_000

@@ -7,7 +7,7 @@ from random import Random
 import torch
 from tokenizers import Tokenizer
 
-from runtime.demo.corpus import Document, documents
+from deploy.demo_model.corpus import Document, documents
 
 # Row length and its share of the tokens. Every row begins with the first token of a document, as a prompt does; the
 # short rows give most documents nothing before them, the long ones teach distances that only long prompts have.

@@ -2,7 +2,7 @@
 
 from random import Random
 
-from runtime.demo.phrasings import Exchange
+from deploy.demo_model.phrasings import Exchange
 
 SELF = (
     "I am Quartet's demo model, a very small language model. I know the capitals of the world, "
