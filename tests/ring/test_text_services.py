@@ -14,7 +14,7 @@ import zmq
 from runtime import sockets
 from runtime.config import ServerConfig
 from runtime.control import Abort, Detokenize, FlushCache, Probe, Tokenize
-from runtime.messages import Finish, Generate, Message, Request, Tokens, unpack_ids
+from runtime.messages import Finish, Generate, Message, Request, Tokens, pack_ids, unpack_ids
 from runtime.sampling import SamplingParams
 from runtime.service import EXIT_STARTUP, Boot, Ready
 from tests.servers import started
@@ -170,7 +170,7 @@ def test_commands_are_answered_by_the_service_they_are_for(start: Callable[..., 
     reply, passed = tokenizer.hear(2)
     detokenizer.send(reply, passed)
     assert [message.id for message in detokenizer.hear(2)] == ["t", "d"]
-    assert reply.body == {"tokens": [TOKENIZER.encode("hi").ids]}
+    assert reply.body == {"tokens": [pack_ids(TOKENIZER.encode("hi").ids)]}
 
 
 def test_a_bad_request_is_refused_and_its_neighbours_are_served(start: Callable[..., Service], model: Path) -> None:
