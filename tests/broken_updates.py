@@ -4,6 +4,7 @@ Staging touches no disk. What does is the payload of /update_weights_from_tensor
 the full disk is tried there.
 """
 
+import asyncio
 import base64
 import resource
 import sys
@@ -115,12 +116,12 @@ def rewritten(live: Live, directory: Path) -> Reply:
 
 def full_disk(live: Live, directory: Path) -> Reply:
     """The gateway's answer when its file cannot grow."""
-    entry = msgspec.Raw(msgspec.json.encode(base64.b64encode(save(checkpoints.random_tensors(directory, 2))).decode()))
+    body = msgspec.json.encode([base64.b64encode(save(checkpoints.random_tensors(directory, 2))).decode()])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT_BYTES, hard))
     try:
-        with payloads.files(str(directory), 1) as files:
-            payloads.store([entry], files)
+        with payloads.Upload(str(directory)) as upload:
+            asyncio.run(upload.feed(body))
     except RequestError as error:
         return Reply(id="", success=False, message=error.message, status=error.kind.status)
     finally:
