@@ -19,7 +19,7 @@ from runtime.errors import RequestError
 Body = TypeVar("Body")
 
 MISSPELT = "Unknown field `{}`: did you mean `{}`?"
-SHORTEST = 4  # characters of a name that is compared
+SHORTEST = 4  # characters of a name that is compared; of a shorter one, only its last letter may be missing
 LONG = 8  # from here on two mistakes are seen through
 # Fields of other servers and clients that look like ours and mean something else.
 FOREIGN = frozenset({"inputs", "message", "mode", "models", "prompts", "seeds", "tags", "texts", "users"})
@@ -54,6 +54,8 @@ def names_of(kind: type) -> tuple[str, ...]:
 def is_misspelt(name: str, known: str) -> bool:
     """Whether a name is a known one but for a mistake or, in a long name, two."""
     shorter = min(len(name), len(known))
+    if shorter == SHORTEST - 1 and known[:-1] == name:
+        return True
     if shorter < SHORTEST or abs(len(name) - len(known)) > 2 or is_sibling(name, known):
         return False
     if plain(name) == plain(known):

@@ -1,6 +1,7 @@
 """uvicorn's HTTP/1.1 protocol with bounds on what a client may hold without sending or reading.
 
 head    has so many bytes and takes so long; a connection that sends nothing is closed like an idle one
+trailer has as many bytes as a head, and so have the extensions of a chunk
 body    arrives at a least rate, with some seconds in hand; time in which the server does not read is not the client's
 answer  is read at a least rate: a client that reads nothing for a minute is cut off, and its request ends
 many    requests in one write are parsed a few at a time, as their forerunners are answered
@@ -73,6 +74,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_left = 0  # as far as its length was announced
         self._body_bytes = 0
         self._body_began = 0.0
+        self._framing_bytes = 0  # of a chunked body, since the last byte of the body itself
         self._late = False
         self._deadline: asyncio.TimerHandle | None = None  # of what is to arrive
         self._stall: asyncio.TimerHandle | None = None  # of what is to be read
@@ -118,13 +120,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self.flow.release()
 
     def _parse_piece(self, piece: bytes) -> None:
-        """A head that begins in a piece has fewer bytes than that in it; it is counted from the next piece on."""
+        """What begins in a piece, a head or a trailer, has fewer bytes than that in it; it is counted from the next on.
+
+        The extensions of a chunk and the trailer behind the last one are bounded as heads are: the parser joins them
+        in quadratic time, and time for a body is given by the bytes of the body.
+        """
         head = self._heads if self._in_head else -1
+        body = self._heads if self._in_body else -1
+        self._framing_bytes += len(piece)
         super().data_received(piece)
         if self._in_head and self._heads == head:
             self._head_bytes += len(piece)
-            if self._head_bytes > MAX_HEADER_BYTES:
-                self._refuse(TOO_LARGE)
+        if not (self._in_body and self._heads == body):
+            self._framing_bytes = 0
+        if max(self._head_bytes, self._framing_bytes) > MAX_HEADER_BYTES:
+            self._refuse(TOO_LARGE)
 
     def on_message_begin(self) -> None:
         self._crowd.note(self, idle=False)
@@ -135,6 +145,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
+        self._head_bytes = 0
         length = next((value for name, value in self.headers if name == CONTENT_LENGTH), b"")
         self._body_left = int(length) if length.isdigit() else 0
         self._body_bytes, self._body_began, self._late = 0, self.loop.time(), False
@@ -145,6 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
         self._body_bytes += len(body)
         self._body_left -= len(body)
         super().on_body(body)

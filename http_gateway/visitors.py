@@ -34,6 +34,7 @@ class Visitors:
         hosts = sites.allowed_hosts(config.allowed_hosts)
         local = sites.is_loopback(config.listen_address or config.host)
         self.checks_hosts = sites.ANY not in hosts and bool(local or hosts)
+        self._any_address = not local  # probes of an orchestrator name no other, and no page has one for its name
         self._hosts = hosts | {sites.canonical(config.host.lower())} | ANY_ADDRESS
 
     @property
@@ -76,6 +77,8 @@ class Visitors:
         if named is None:
             return 400, "The Host header is not host[:port]."
         if named.host in self._hosts or sites.is_loopback(named.host):
+            return 0, ""
+        if self._any_address and sites.is_address(named.host):
             return 0, ""
         return 403, f"The host {named.host} is not known here; start the server with --allowed-hosts {named.host}"
 

@@ -122,7 +122,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         flag(
             "names (separated by commas) that requests may give the server, for a proxy in front; *: any "
-            "(default: any, but on loopback only its own)",
+            "(default: any, but on loopback only its own); addresses always count where it does not listen on loopback",
             HTTP,
             several=True,
         ),

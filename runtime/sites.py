@@ -53,6 +53,15 @@ def origin(text: str) -> Origin | None:
     return Origin(found[1], named) if found and named else None
 
 
+def is_address(host: str) -> bool:
+    """Whether a canonical host is an address, rather than a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Whether a name or address always means this machine."""
     host = canonical(host.lower())

@@ -169,7 +169,9 @@ class Scheduler:
 
     def receive(self) -> None:
         """Handle every message that waits and give waiting commands their turn."""
-        out = self.guard.each(self.inbox.recv(self.patience_s), self.handle)
+        arrived = self.inbox.recv(self.patience_s)
+        self.planner.tell_time(self.now)  # the wait for them counts against none of them
+        out = self.guard.each(arrived, self.handle)
         for message, grammar in self.waiting_room.decided():
             out += self.guard.each([message], partial(self.admit_decided, grammar))
         out += self.messages(self.planner.expire(self.now))

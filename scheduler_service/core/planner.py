@@ -101,9 +101,13 @@ class Planner:
         sequence = self.live.get(rid)
         return [self._end_now(sequence, finish)] if sequence else []
 
+    def tell_time(self, now: float) -> None:
+        """Time has passed up to now, in this state: call it before anything that changes it or starts a limit."""
+        self.deadlines.tick(now, self.paused or self.asleep)
+
     def expire(self, now: float) -> list[Update]:
         """End who has waited or run for too long; call it at every turn of the loop."""
-        self.deadlines.tick(now, self.paused or self.asleep)
+        self.tell_time(now)
         late = self.deadlines.late(self.live.values())
         self.stats.aborted += len(late)
         return [self._end_now(sequence, Finish.failed(error)) for sequence, error in late]

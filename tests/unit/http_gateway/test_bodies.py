@@ -9,7 +9,7 @@ from http_gateway import bodies
 from http_gateway.app import ENDPOINTS
 from http_gateway.generate_body import GenerateBody
 from http_gateway.openai_types import ChatBody, CompletionBody
-from runtime.control import ControlCommand
+from runtime.control import ControlCommand, ReleaseMemory
 from runtime.errors import RequestError
 from tests.unit.http_gateway.harness import asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
@@ -49,11 +49,16 @@ def misspelt(name: str, kind: type = ChatBody) -> str:
         ("tool", "tools"),
         ("respones_format", "response_format"),
         ("Stop", "stop"),
+        ("sto", "stop"),
         ("chat_template_kwarg", "chat_template_kwargs"),
     ],
 )
 def test_a_field_that_is_a_known_one_written_wrongly_is_refused_with_both_names(name: str, meant: str) -> None:
     assert misspelt(name) == f"Unknown field `{name}`: did you mean `{meant}`?"
+
+
+def test_a_command_is_not_carried_out_on_everything_for_want_of_a_letter() -> None:
+    assert misspelt("tag", ReleaseMemory) == "Unknown field `tag`: did you mean `tags`?"
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,37 @@ async def test_a_head_without_end_is_cut_off() -> None:
     assert transport.closed
 
 
+CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("framing", [b"0\r\nX: ", b"1\r\na\r\n0\r\nX: ", b"5;"])
+@asynchronous
+async def test_what_frames_a_body_is_bounded_like_a_head(framing: bytes) -> None:
+    protocol, transport, _ = connected(never_answers)
+    protocol.data_received(CHUNKED + framing)
+    for _ in range(MAX_HEADER_BYTES // 1000 - 1):
+        protocol.data_received(b"x" * 1000)
+    assert not transport.closed
+    protocol.data_received(b"x" * (10 * PIECE_BYTES))
+    assert transport.written.startswith(b"HTTP/1.1 431 ")
+    assert transport.closed
+
+
+@asynchronous
+async def test_many_lines_of_a_trailer_are_bounded_too() -> None:
+    protocol, transport, _ = connected(never_answers)
+    protocol.data_received(CHUNKED + b"0\r\n" + b"X: y\r\n" * (1 << 20))
+    assert transport.closed
+    assert len(protocol.headers) < 2 * MAX_HEADER_BYTES // len(b"X: y\r\n")
+
+
+@asynchronous
+async def test_a_body_of_many_small_chunks_is_no_frame_without_a_body() -> None:
+    protocol, transport, _ = connected(never_answers)
+    protocol.data_received(CHUNKED + b"1;x=y\r\na\r\n" * (4 * MAX_HEADER_BYTES) + b"0\r\n\r\n")
+    assert not transport.closed and not transport.written
+
+
 @pytest.mark.parametrize(("first", "seconds"), [(b"", KEEP_ALIVE_S), (b"GET / HTT", HEADER_DEADLINE_S)])
 @asynchronous
 async def test_half_open_requests_are_not_held_for_ever(first: bytes, seconds: float) -> None:

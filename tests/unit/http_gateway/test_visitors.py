@@ -221,6 +221,9 @@ async def test_two_host_headers_are_refused() -> None:
         ({"host": "0.0.0.0"}, "any.example", 200),
         ({"host": "::"}, "any.example", 200),
         ({"host": "0.0.0.0", "allowed_hosts": "llm.example"}, "any.example", 403),
+        ({"host": "0.0.0.0", "allowed_hosts": "llm.example"}, "10.1.2.3:30000", 200),  # a probe of Kubernetes
+        ({"host": "0.0.0.0", "allowed_hosts": "llm.example"}, "[2001:db8::1]:30000", 200),
+        ({"allowed_hosts": "llm.example"}, "10.1.2.3:30000", 403),
         ({"host": "0.0.0.0", "allowed_hosts": "llm.example"}, "llm.example", 200),
         ({"host": "box.lan", "listen_address": "127.0.1.1"}, "box.lan:30000", 200),
         ({"host": "box.lan", "listen_address": "127.0.1.1"}, "evil.example", 403),

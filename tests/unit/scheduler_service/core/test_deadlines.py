@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from runtime.control import ContinueGeneration
 from runtime.errors import Kind
+from runtime.messages import Finish
 from scheduler_service.core.deadlines import RAN, WAITED
 from tests.rig import PROMPT, Rig
 from tests.stepper import Stepper, expected_output, tokenized
@@ -94,3 +96,25 @@ def test_the_loop_tells_the_client() -> None:
     (told,) = rig.tokens("waits")
     assert told.finish is not None and (told.finish.status, told.finish.message) == (503, WAITED)
     assert told.request is not None  # its first word, so that the detokenizer knows it
+
+
+@pytest.mark.parametrize("limit", ["waiting_timeout_s", "running_timeout_s"])
+def test_time_before_a_request_came_is_not_counted_against_it(limit: str) -> None:
+    rig = Rig(max_running=1, **{limit: 0.5})
+    rig.scheduler.step()
+    rig.time = 1.0  # an idle loop has waited for it
+    rig.inbox.put(tokenized("a", PROMPT, 1))
+    rig.scheduler.step()
+    assert [told.finish and told.finish.reason for told in rig.tokens("a")] == ["length"]
+
+
+def test_a_pause_that_ends_with_a_message_counts_against_nobody() -> None:
+    rig = Rig(max_running=1, running_timeout_s=5)
+    rig.inbox.put(tokenized("a", PROMPT, 4))
+    rig.scheduler.step()
+    rig.scheduler.planner.paused = True
+    rig.scheduler.step()
+    rig.time = 100.0
+    rig.inbox.put(ContinueGeneration(id="on"))
+    rig.run()
+    assert rig.tokens("a")[-1].finish == Finish(reason="length", length=4)
