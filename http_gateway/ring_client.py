@@ -14,11 +14,11 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from http_gateway.aborts import Relayed, aborted, names
 from http_gateway.commands import Commands, Waiting
 from http_gateway.flight import Flight
 from http_gateway.journal import Pending, digest
@@ -37,7 +37,6 @@ FRAMES_A_TURN = 8
 
 LAP_TIMEOUT_S = 5.0
 INTRODUCE_AGAIN_S = 5.0
-RELAYED_ABORTS = 1024  # the last ones, kept in case the tokenizer dies with them
 NOT_TAKEN = "Internal error: no service took the request."
 CONDEMNED = (
     "A request like this one has ended a process of the server again and again; it is not tried for ten minutes."
@@ -88,7 +87,7 @@ class RingClient:
         self._serials = itertools.count(1)  # of requests, commands and relayed aborts
         self._quarantine = Quarantine()
         self._clearing = "none"  # id of the probe behind which the ring is clear for suspects
-        self._relayed: deque[tuple[int, Abort]] = deque(maxlen=RELAYED_ABORTS)
+        self._relayed = Relayed()
         self._commands = Commands(self._send, self._serials)
         self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self._idle = asyncio.Event()
@@ -176,7 +175,7 @@ class RingClient:
 
     def abort(self, command: Abort) -> int:
         """Abort one rid (with the requests made from it), all that begin with it, or all; how many were found."""
-        found = [entry for entry in self._pending.values() if _names(command, entry)]
+        found = [entry for entry in self._pending.values() if names(command, entry)]
         self._unwant(found, command.abort_message)
         return len(found)
 
@@ -235,11 +234,7 @@ class RingClient:
 
     def _recover_aborts(self, role: str, lost: set[str]) -> None:
         """Ends that were on their way are asked for again; a new scheduler has nothing to end."""
-        aborts = []
-        for serial, abort in self._relayed:
-            entry = self._pending.get(abort.rid)
-            if entry is None or (entry.serial < serial and entry.rid not in lost):
-                aborts.append(abort)
+        aborts = self._relayed.still_meant(self._pending, lost)
         for entry in list(self._pending.values()):
             if entry.unwanted is not None:  # its last message may be lost
                 aborts.append(entry.unwanted)
@@ -348,7 +343,8 @@ class RingClient:
         ended = text.tokens.finish is not None
         if ended:
             del self._pending[text.tokens.rid]
-            self._check_idle()
+            if not self._pending:
+                self._idle.set()
         entry.delivered += text.tokens.ids
         if entry.last_heard_at:
             text.tokens.cached_tokens = entry.cached_tokens  # those of its first attempt
@@ -394,7 +390,7 @@ class RingClient:
 
     def _on_abort(self, abort: Abort, now: float) -> None:
         """The detokenizer has met a stop string: the scheduler, further on in the ring, is to end the request."""
-        self._relayed.append((next(self._serials), abort))
+        self._relayed.note(next(self._serials), abort)
         self._send_aborts([abort])
 
     def _on_other(self, message: Message, now: float) -> None:
@@ -405,24 +401,3 @@ class RingClient:
             return
         log.error("a %s message came back to the gateway; no service took it", type(message).__name__)
         self._give_up(message, Finish.internal(NOT_TAKEN))
-
-    def _check_idle(self) -> None:
-        if not self._pending:
-            self._idle.set()
-
-
-def aborted(abort: Abort) -> Finish:
-    return Finish(reason="abort", message=abort.abort_message or ABORTED)
-
-
-def _names(command: Abort, entry: Pending) -> bool:
-    """Does the command mean this request?"""
-    if command.abort_all:
-        return True
-    if not command.rid:
-        return False
-    if command.exact:
-        return command.rid == entry.rid
-    if command.prefix:
-        return entry.request.rid.startswith(command.rid) or entry.parent.startswith(command.rid)
-    return command.rid in (entry.request.rid, entry.parent)

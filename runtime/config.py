@@ -274,7 +274,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     watchdog_timeout: Annotated[
         Seconds,
         flag(
-            "seconds without a step after which a process is replaced (10 at most if it does not run at all); 0: never",
+            "seconds without a step after which a process is replaced (10 at most if it is stopped); 0: never",
             OPERATIONS,
         ),
     ] = 300.0

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.errors import StartupError
+from runtime.vitals import fields_of
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,4 @@ def name_of(pid: int) -> str:
 
 
 def _stat(pid: int) -> tuple[str, list[str]]:
-    """Name, and the fields behind it: state, parent, ... The name may hold spaces and brackets."""
-    head, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    return head.partition("(")[2], rest.split()
+    return fields_of(Path("/proc") / str(pid))

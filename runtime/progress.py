@@ -5,8 +5,8 @@ reads. Two things are told apart:
 
 beats   of the service's own loop: once a turn, and once a second while it waits. They stop while one step takes long,
         and `busy` says whether it had work at the last one.
-pulses  of a thread beside it, once a second. They stop only where the process does not run at all, or where something
-        keeps the interpreter from every other thread.
+pulses  of a thread beside it, once a second. They stop where the process does not run, or hardly, and where something
+        keeps the interpreter from every other thread. Which it is, `runtime/vigil.py` finds out.
 
 Times are CLOCK_MONOTONIC in nanoseconds, the same clock in every process. Each word is stored whole; a reader may see
 the words of two neighbouring beats, which is harmless.

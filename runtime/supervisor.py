@@ -14,18 +14,20 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import msgspec
 
-from runtime import keys
+from runtime import keys, vitals
 from runtime.child import Child, Service, start
 from runtime.config import ServerConfig
 from runtime.memory import in_words, look
 from runtime.progress import ProgressReader
 from runtime.service import Boot
 from runtime.sockets import door, endpoint, turn_door
+from runtime.vigil import LOOK_EVERY_S, Vigil
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,6 @@ BUDGET_WINDOW_S = 60.0  # `max_restarts` deaths of a service within this time ar
 STANDBY_AFTER_S = 3.0  # once it serves: a start competes with nobody for the cores, nor does its warm-up
 STANDBY_BYTES = 512 << 20  # must be left for one to stand by: it takes up to 250 MB, and the others grow
 BACK_OFF_S = (0.0, 0.2, 1.0)  # before the first restart within the window, the second, all others
-LOOK_EVERY_S = 0.5  # at the progress words
-FROZEN_S = 10.0  # without a pulse, whatever the step: only a process that is stopped or held up has none
 DUMP_GRACE_S = 1.0  # between the signal that has a hung process write its stacks and the one that kills it
 
 
@@ -83,44 +83,6 @@ class Signals:
         now = time.monotonic()
         self.count += now - self._last_at >= self.SAME_S
         self._last_at = now
-
-
-class Watch:
-    """How long a count has not moved while it was looked at.
-
-    Time in which nobody looked does not count: then the whole server was frozen (a paused container, a machine that
-    slept, a snapshot), and this process as well.
-    """
-
-    def __init__(self) -> None:
-        self._count = -1
-        self._looked_at = 0.0
-        self._still_s = 0.0
-
-    def still_s(self, count: int, now: float) -> float:
-        """Seconds without a beat, up to now."""
-        passed_s, self._looked_at = now - self._looked_at, now
-        self._still_s = self._still_s + min(passed_s, 2 * LOOK_EVERY_S) if count == self._count else 0.0
-        self._count = count
-        return self._still_s
-
-
-class Vigil:
-    """One incarnation of a service under watch, from its Ready line on."""
-
-    def __init__(self, progress: ProgressReader) -> None:
-        self._progress = progress
-        self._steps, self._pulse = Watch(), Watch()
-
-    def hang(self, timeout_s: float, now: float) -> str:
-        """What is wrong, for people; empty while the service is well. What has never moved is not judged."""
-        beats, pulses = self._progress.beats(), self._progress.pulses()
-        frozen_s = min(timeout_s, FROZEN_S)
-        stands = self._steps.still_s(beats, now) > timeout_s and beats
-        frozen = self._pulse.still_s(pulses, now) > frozen_s and pulses
-        if stands or (frozen and frozen_s == timeout_s):
-            return f"has not moved for {timeout_s:.0f} s (--watchdog-timeout)"
-        return f"has not moved for {frozen_s:.0f} s (none of its threads runs)" if frozen else ""
 
 
 class Supervisor:
@@ -328,7 +290,8 @@ class Supervisor:
                 child.process.kill()
             return
         if child.role not in self._vigils:
-            self._vigils[child.role] = Vigil(ProgressReader(str(self.run_dir), child.role))
+            progress = ProgressReader(str(self.run_dir), child.role)
+            self._vigils[child.role] = Vigil(progress, partial(vitals.look, child.process.pid))
         if timeout_s and (hang := self._vigils[child.role].hang(timeout_s, now)):
             log.error("The %s (pid %d) %s; killing it.", *child.name, hang)
             child.hung_at = now

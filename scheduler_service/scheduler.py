@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from runtime import limits, sampling
+from runtime import sampling
 from runtime.control import ControlCommand
 from runtime.errors import Kind, RequestError
 from runtime.guard import Announced, Guard, end_of
@@ -26,10 +26,9 @@ from runtime.messages import (
     Request,
     Restarted,
     Tokenized,
-    Tokens,
-    pack_ids,
 )
 from runtime.progress import IDLE_BEAT_S, ProgressWord
+from scheduler_service.answers import check_hidden_states, ended, tokens_of
 from scheduler_service.constrained import Pool, WaitingRoom, is_complete
 from scheduler_service.control import HANDLERS, Control
 from scheduler_service.core import request
@@ -51,7 +50,6 @@ WAITING_BEAT_S = 0.002  # one with a command that waits looks after it this ofte
 GRAMMAR_BEAT_S = 0.001  # and one with a grammar that is being compiled after that
 FAILED_ALONE = "The request could not be computed: {}: {}"
 MOST_FAILURES = 8  # in a row, with no success between: then the server ends
-PROMPT_TAIL = 8  # prompt ids that the detokenizer gets, to decode the first output in its context
 
 
 class Worker(Protocol):
@@ -387,52 +385,3 @@ class Scheduler:
         if fault := self.planner.audit():
             log.error("KV pool books do not balance while idle (%s); starting with an empty cache", fault)
             self.planner.repair()
-
-
-def check_hidden_states(message: Tokenized, hidden_size: int) -> None:
-    """Raise RequestError where those of the prompt, which travel in one message, would be too many for it."""
-    wanted = len(message.prompt_ids) * hidden_size  # bytes: four for an id, four for a number
-    if message.request.return_hidden_states and wanted > limits.MAX_HIDDEN_STATE_BYTES:
-        raise RequestError(
-            f"The hidden states of the prompt would take {wanted} bytes; {limits.MAX_HIDDEN_STATE_BYTES} are allowed.",
-            field="return_hidden_states",
-        )
-
-
-def ended(message: Tokenized, finish: Finish) -> Tokens:
-    """The first and last message of a request that was never queued."""
-    return Tokens(
-        rid=message.request.rid,
-        attempt=message.request.attempt,
-        request=message.request,
-        prompt_tokens=len(message.prompt_ids) // 4,
-        finish=finish,
-    )
-
-
-def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
-    sequence = update.sequence
-    tokens = Tokens(
-        rid=sequence.request.rid,
-        attempt=sequence.request.attempt,
-        ids=update.ids,
-        logprobs=update.logprobs,
-        input_logprobs=update.input_logprobs,
-        prompt_tokens=sequence.prompt_len,
-        cached_tokens=sequence.cached_tokens,
-        retractions=sequence.retractions,
-        weight_version=weight_version,
-        vector=update.vector,
-        scalar=update.scalar,
-        routed_experts=update.routed_experts,
-        drafts=update.drafts,
-        finish=update.finish,
-    )
-    if update.first:
-        tokens.request = sequence.request
-        if sequence.request.return_prompt_ids:
-            tokens.prompt_ids = pack_ids(sequence.ids[: sequence.prompt_len])
-        tokens.prompt_tail = pack_ids(sequence.ids[max(0, sequence.prompt_len - PROMPT_TAIL) : sequence.prompt_len])
-    if update.hidden_states:
-        tokens.hidden_states, tokens.hidden_size = update.hidden_states, hidden_size
-    return tokens

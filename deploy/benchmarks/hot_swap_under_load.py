@@ -105,8 +105,10 @@ class Run:
     async def post(self, path: str, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24)
         data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-        writer.write(head.encode() + b"Connection: close\r\n\r\n" + data)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        if b" 200 " not in (status := await reader.readline()):
+            raise SystemExit(f"{path}: {status.decode()}{(await reader.read()).decode()}")
         return reader, writer
 
     async def stream(self, number: int) -> None:

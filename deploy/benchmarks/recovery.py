@@ -25,7 +25,7 @@ import psutil
 from deploy.benchmarks.serve_vs_transformers import Server
 
 ROLES = ("scheduler", "detokenizer", "tokenizer")
-BETWEEN_S = 7.0  # kills; a process stands by for the next scheduler after five
+BETWEEN_S = 7.0  # kills; a process stands by for the next scheduler three seconds after this one serves
 PLACES = ("France", "Japan", "Kenya", "Peru", "Norway", "Egypt", "Chile", "Nepal")
 
 
@@ -44,9 +44,11 @@ async def streamed(port: int, number: int, new_tokens: int) -> Answer:
     body = {"text": f"{number}: the capital of {PLACES[number % len(PLACES)]}", "sampling_params": params}
     data = json.dumps({**body, "stream": True}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-    writer.write(head.encode() + b"Connection: close\r\n\r\n" + data)
+    head = "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     answer = Answer()
+    if b" 200 " not in (status := await reader.readline()):
+        raise SystemExit(f"{status.decode()}{(await reader.read()).decode()}")
     async for line in reader:
         if line.startswith(b"data: {"):
             chunk: dict[str, Any] = json.loads(line[6:])

@@ -45,7 +45,7 @@ async def stream(host: str, port: int, prompt: str, tokens: int) -> bytes:
     """The raw answer to one streamed request of exactly so many tokens."""
     params = {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 0}
     body = json.dumps({"text": prompt, "stream": True, "sampling_params": params}).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     reader, writer = await asyncio.open_connection(host, port, limit=1 << 24)
     writer.write(head.encode() + body)
     answer = await reader.read()

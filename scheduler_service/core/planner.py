@@ -12,10 +12,9 @@ import logging
 from collections.abc import Collection
 
 from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized, pack_ids
-from scheduler_service.core import rules
+from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized
+from scheduler_service.core import outcome, rules
 from scheduler_service.core.deadlines import Deadlines
-from scheduler_service.core.logprobs import in_a_row, joined
 from scheduler_service.core.memory import Memory, Verdict
 from scheduler_service.core.plan import Plan, Result, Slice, Update
 from scheduler_service.core.policy import ORDERS, Growth, proposed_drafts, retraction_order
@@ -310,50 +309,28 @@ class Planner:
         if result.error:
             sequence.poisoned = True
             return self._end(sequence, rules.failure(result))
-        if result.input_logprobs:
-            sequence.scored.append(result.input_logprobs)
-            sequence.input_scored = max(sequence.input_scored, min(part.end, sequence.prompt_len - 1))
-        if result.hidden_states:
-            sequence.hidden.add(part.start, part.end, result.hidden_states)
-        if result.routed_experts:
-            sequence.routed.add(part.start, part.end, result.routed_experts)
+        outcome.keep_scores(part, result)
         if part.end <= sequence.prefill_end:
             self.memory.keep(sequence, part.end)
         if result.tokens is None:
             prompt_done = part.end >= sequence.prefill_end  # and no output is wanted: scoring or an embedding
             return self._end(sequence, Finish(reason="length", length=0), result) if prompt_done else None
         if part.drafts:
-            finish = self._accept(part, result)
+            finish = outcome.accept(part, result, self.stats)
         else:
             sequence.ids.append(result.tokens[0])
             finish = rules.finish_after_last(sequence, result.complete)
         self.stats.generation_tokens += len(result.tokens)
-        update = self._end(sequence, finish, result) if finish else self._update(sequence, result)
+        update = self._end(sequence, finish, result) if finish else outcome.update_of(sequence, result)
         if self.config.drafts and part.start >= sequence.prefill_end:
             update.drafts = Drafts(proposed=len(part.drafts), correct=len(result.tokens) - 1)
         return update
-
-    def _accept(self, part: Slice, result: Result) -> Finish | None:
-        """Take in the tokens that a draft has brought, up to one that ends the request; the others leave the result."""
-        sequence, tokens, finish = part.sequence, result.tokens or [], None
-        count, correct = 0, len(tokens) - 1
-        while count < len(tokens) and finish is None:
-            sequence.ids.append(tokens[count])
-            finish = rules.finish_after_last(sequence)
-            count += 1
-        result.tokens, result.logprobs = tokens[:count], result.logprobs and result.logprobs[:count]
-        sequence.computed = part.start + count  # what was computed behind it is of drafts that were wrong
-        self.stats.proposed_drafts += len(part.drafts)
-        self.stats.correct_drafts += count - 1
-        if sequence.drafter:
-            sequence.drafter.learn(len(part.drafts), correct)
-        return finish
 
     def _end(self, sequence: Sequence, finish: Finish, result: Result | None = None) -> Update:
         """Mark the end and say so, once; whoever calls settles."""
         sequence.finish = finish
         del self.live[sequence.rid]
-        update = self._update(sequence, result or Result())
+        update = outcome.update_of(sequence, result or Result())
         update.finish = finish
         update.routed_experts = rules.routed_experts(sequence)
         return update
@@ -362,19 +339,6 @@ class Planner:
         """End a sequence that no result is being taken in for."""
         update = self._end(sequence, finish)
         self._settle(sequence)
-        return update
-
-    def _update(self, sequence: Sequence, result: Result) -> Update:
-        update = Update(sequence, not sequence.opened)
-        sequence.opened = True
-        if result.tokens is not None:
-            update.ids = pack_ids(result.tokens)
-            update.logprobs = in_a_row(result.logprobs) if result.logprobs else None
-        if result.vector:
-            update.vector, update.scalar = result.vector, result.scalar
-        update.hidden_states = sequence.hidden.take()
-        if update.first and sequence.request.logprobs:
-            update.input_logprobs = joined(sequence)
         return update
 
     # the one way out

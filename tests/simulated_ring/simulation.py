@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from http_gateway.ring_client import _names as names
+from http_gateway.aborts import names
 from runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
 from runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens
 from runtime.sockets import encode

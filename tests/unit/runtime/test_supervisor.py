@@ -10,13 +10,15 @@ import time
 import msgspec
 import pytest
 
+from runtime import vitals
 from runtime.child import SOURCE_ROOT, Child, Service, child_environment, usable_cores
 from runtime.config import ServerConfig
 from runtime.launch import SERVICES
 from runtime.memory import Memory
 from runtime.progress import ProgressWord
 from runtime.service import Ready
-from runtime.supervisor import BUDGET_WINDOW_S, LOOK_EVERY_S, STANDBY_BYTES, ExitStatus, Supervisor, Vigil, Watch
+from runtime.supervisor import BUDGET_WINDOW_S, STANDBY_BYTES, ExitStatus, Supervisor
+from runtime.vigil import FROZEN_S, LOOK_EVERY_S
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -227,93 +229,68 @@ def test_a_container_that_pays_for_fewer_cores_uses_fewer(tmp_path, monkeypatch,
     assert usable_cores(tmp_path) == cores
 
 
-def test_time_without_a_beat_adds_up_and_a_beat_ends_it():
-    watch = Watch()
-    looks = [watch.still_s(7, 100 + i * LOOK_EVERY_S) for i in range(5)]
-    assert looks == [i * LOOK_EVERY_S for i in range(5)]
-    assert watch.still_s(8, 103) == 0.0
+@pytest.fixture
+def served(supervisor):
+    """Real processes that serve as far as the supervisor knows."""
+    children, ends = [], []
+
+    def make(service, code):
+        word = ProgressWord(str(supervisor.run_dir), service.role)
+        word.beat(busy=False)
+        word.pulse()
+        process = subprocess.Popen([sys.executable, "-c", code])
+        read_fd, write_fd = os.pipe()
+        child = Child(service, process, os.pidfd_open(process.pid), read_fd, write_fd, ready=True)
+        supervisor.children[service.role] = child
+        children.append(child)
+        ends.append(write_fd)
+        return child
+
+    yield make
+    for child, write_fd in zip(children, ends, strict=True):
+        child.process.kill()
+        child.process.wait()
+        os.close(write_fd)
+        child.close()
 
 
-def test_time_in_which_nobody_looked_does_not_count():
-    watch = Watch()
-    watch.still_s(7, 100.0)
-    assert watch.still_s(7, 500.0) == 2 * LOOK_EVERY_S
-
-
-class Counts:
-    """A progress word whose counts the test sets."""
-
-    def __init__(self, beats=1, pulses=1):
-        self.counts = [beats, pulses]
-
-    def beats(self):
-        return self.counts[0]
-
-    def pulses(self):
-        return self.counts[1]
-
-
-def hang_after(counts, timeout_s, looks_s, moves=()):
-    """What a vigil says after looks at these times; `moves` go on counting: 0 the beats, 1 the pulses."""
-    vigil, said = Vigil(counts), ""
-    for now in looks_s:
-        for index in moves:
-            counts.counts[index] += 1
-        said = vigil.hang(timeout_s, now)
-    return said
-
-
-def seconds(count):
-    return [100 + i * LOOK_EVERY_S for i in range(int(count / LOOK_EVERY_S) + 2)]
-
-
-@pytest.mark.parametrize(
-    ("timeout_s", "for_s", "moves", "hang"),
-    [
-        (300, 20, (0, 1), ""),
-        (300, 20, (1,), ""),  # a long step
-        (300, 301, (1,), "has not moved for 300 s (--watchdog-timeout)"),
-        (300, 9, (), ""),
-        (300, 11, (), "has not moved for 10 s (none of its threads runs)"),
-        (3, 4, (), "has not moved for 3 s (--watchdog-timeout)"),
-        (3, 4, (0,), "has not moved for 3 s (--watchdog-timeout)"),
-    ],
-)
-def test_a_process_may_take_long_for_a_step_but_must_run(timeout_s, for_s, moves, hang):
-    assert hang_after(Counts(), timeout_s, seconds(for_s), moves) == hang
-
-
-def test_a_process_that_has_never_shown_itself_is_not_judged():
-    assert hang_after(Counts(beats=0, pulses=0), 3, seconds(60)) == ""
-
-
-def test_a_server_that_was_frozen_as_a_whole_is_not_hung():
-    looks = [100 + i * LOOK_EVERY_S for i in range(4)]
-    looks += [look + 3600 for look in looks]  # a laptop that slept, a paused machine, a stopped process group
-    assert hang_after(Counts(), 10, looks) == ""
+def look_for(supervisor, child, seconds, monkeypatch):
+    """Look at a child for so long, on a clock of the test's; returns when it was found to hang."""
+    begin = now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    while not child.hung_at and now - begin < seconds:
+        now += LOOK_EVERY_S
+        supervisor.look_at_progress(child)
+    monkeypatch.undo()
+    return child.hung_at and child.hung_at - begin
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_every_service_is_watched(supervisor, service, monkeypatch):
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    supervisor.config = ServerConfig(watchdog_timeout=3)
-    word = ProgressWord(str(supervisor.run_dir), service.role)
-    word.beat(busy=False)
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    read_fd, write_fd = os.pipe()
-    child = Child(service, process, os.pidfd_open(process.pid), read_fd, write_fd, ready=True)
-    supervisor.children[service.role] = child
-    try:
-        while not child.hung_at:
-            now += LOOK_EVERY_S
-            supervisor.look_at_progress(child)
-        assert process.wait(30) == -signal.SIGABRT
-    finally:
-        process.kill()
-        process.wait()
-        os.close(write_fd)
-        child.close()
+@pytest.mark.parametrize("timeout_s", [3, 300])
+def test_every_service_that_is_stopped_is_found_within_ten_seconds(supervisor, service, timeout_s, served, monkeypatch):
+    supervisor.config = ServerConfig(watchdog_timeout=timeout_s)
+    child = served(service, "import time; time.sleep(600)")
+    child.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.process.pid, os.WSTOPPED)
+    limit_s = min(timeout_s, FROZEN_S)
+    assert limit_s < look_for(supervisor, child, 60, monkeypatch) <= limit_s + 3 * LOOK_EVERY_S
+    assert vitals.look(child.process.pid).state is vitals.State.STOPPED  # SIGABRT waits for it; SIGKILL does not
+    child.hung_at -= 60
+    supervisor.look_at_progress(child)
+    assert child.process.wait(60) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_no_service_that_computes_without_a_pulse_is_killed_before_the_time_out(
+    supervisor, service, served, monkeypatch
+):
+    child = served(service, "sum(range(10**15))")  # in C, and holds the interpreter
+    while vitals.look(child.process.pid).state is not vitals.State.RUNNABLE:
+        time.sleep(0.01)
+    time.sleep(0.5)  # the interpreter has started
+    limit_s = supervisor.config.watchdog_timeout
+    assert limit_s < look_for(supervisor, child, 2 * limit_s, monkeypatch) <= limit_s + 3 * LOOK_EVERY_S
+    assert child.process.wait(60) == -signal.SIGABRT
 
 
 def test_a_service_that_cannot_be_started_again_for_want_of_resources_ends_the_server(

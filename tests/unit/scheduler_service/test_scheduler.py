@@ -2,7 +2,6 @@ import logging
 
 import pytest
 
-from runtime import limits
 from runtime.messages import Facts, Finish, Reply, unpack_ids
 from scheduler_service.core.drafts import DraftOptions
 from scheduler_service.scheduler import IDLE_BEAT_S, MOST_FAILURES
@@ -22,16 +21,6 @@ def test_a_request_becomes_one_message_a_step_and_a_last_one(depth: int) -> None
     assert {(m.attempt, m.prompt_tokens, m.weight_version) for m in messages} == {(2, 7, "default")}
 
 
-def test_only_the_first_message_carries_the_request_and_the_prompts_tail() -> None:
-    rig = Rig()
-    rig.inbox.put(tokenized("a", range(100, 120), 2))
-    rig.run()
-    first, second = rig.tokens("a")
-    assert first.request is not None and first.request.rid == "a"
-    assert list(unpack_ids(first.prompt_tail)) == list(range(112, 120))
-    assert second.request is None and second.prompt_tail == b""
-
-
 def test_all_requests_of_a_step_travel_in_one_frame() -> None:
     rig = Rig()
     rig.inbox.put(tokenized("a", [10], 2), tokenized("b", [20], 2))
@@ -47,17 +36,6 @@ def test_a_refused_request_gets_one_message_and_the_others_never_notice() -> Non
     assert rejected.finish is not None and (rejected.finish.reason, rejected.finish.status) == ("error", 400)
     assert rejected.request is not None
     assert len(rig.tokens("good")) == 2
-
-
-def test_hidden_states_that_would_not_fit_into_a_message_are_refused() -> None:
-    rig = Rig()
-    rig.scheduler.hidden_size = limits.MAX_HIDDEN_STATE_BYTES // (4 * len(PROMPT))
-    for rid, prompt in (("fits", PROMPT), ("does not", [*PROMPT, 17])):
-        rig.inbox.put(tokenized(rid, prompt, 2, hidden=True))
-    rig.run()
-    assert rig.tokens("fits")[-1].finish == Finish(reason="length", length=2)
-    (refused,) = rig.tokens("does not")
-    assert refused.finish is not None and refused.finish.field == "return_hidden_states"
 
 
 def test_a_message_of_somebody_else_is_passed_on() -> None:

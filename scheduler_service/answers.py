@@ -1,0 +1,58 @@
+"""The messages in which the scheduler answers requests: what a step gave, or an end. The detokenizer takes them."""
+
+from runtime import limits
+from runtime.errors import RequestError
+from runtime.messages import Finish, Tokenized, Tokens, pack_ids
+from scheduler_service.core.plan import Update
+
+PROMPT_TAIL = 8  # prompt ids that the detokenizer gets, to decode the first output in its context
+
+
+def check_hidden_states(message: Tokenized, hidden_size: int) -> None:
+    """Raise RequestError where those of the prompt, which travel in one message, would be too many for it."""
+    wanted = len(message.prompt_ids) * hidden_size  # bytes: four for an id, four for a number
+    if message.request.return_hidden_states and wanted > limits.MAX_HIDDEN_STATE_BYTES:
+        raise RequestError(
+            f"The hidden states of the prompt would take {wanted} bytes; {limits.MAX_HIDDEN_STATE_BYTES} are allowed.",
+            field="return_hidden_states",
+        )
+
+
+def ended(message: Tokenized, finish: Finish) -> Tokens:
+    """The first and last message of a request that was never queued."""
+    return Tokens(
+        rid=message.request.rid,
+        attempt=message.request.attempt,
+        request=message.request,
+        prompt_tokens=len(message.prompt_ids) // 4,
+        finish=finish,
+    )
+
+
+def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
+    """What a step gave a request; the first message carries the request, too."""
+    sequence = update.sequence
+    tokens = Tokens(
+        rid=sequence.request.rid,
+        attempt=sequence.request.attempt,
+        ids=update.ids,
+        logprobs=update.logprobs,
+        input_logprobs=update.input_logprobs,
+        prompt_tokens=sequence.prompt_len,
+        cached_tokens=sequence.cached_tokens,
+        retractions=sequence.retractions,
+        weight_version=weight_version,
+        vector=update.vector,
+        scalar=update.scalar,
+        routed_experts=update.routed_experts,
+        drafts=update.drafts,
+        finish=update.finish,
+    )
+    if update.first:
+        tokens.request = sequence.request
+        if sequence.request.return_prompt_ids:
+            tokens.prompt_ids = pack_ids(sequence.ids[: sequence.prompt_len])
+        tokens.prompt_tail = pack_ids(sequence.ids[max(0, sequence.prompt_len - PROMPT_TAIL) : sequence.prompt_len])
+    if update.hidden_states:
+        tokens.hidden_states, tokens.hidden_size = update.hidden_states, hidden_size
+    return tokens
