@@ -20,7 +20,6 @@ from scheduler_service.core.plan import Plan, Slice
 from scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
 from scheduler_service.experts import Chosen
 from scheduler_service.fused_prefill import FusedPrefill
-from scheduler_service.fused_sampling import FusedSampler, temperature
 from scheduler_service.graphs import (
     MAX_ROWS,
     CudaRecorder,
@@ -36,7 +35,8 @@ from scheduler_service.kv_cache import KVCache
 from scheduler_service.model.batch import Batch, ServedModel
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.fused_backend import FusedBackend, can_fuse
-from scheduler_service.sampler import Draws, Row
+from scheduler_service.model.fused_sampling import PlainDraws
+from scheduler_service.sampling.rows import Draws, DrawSettings
 from scheduler_service.step_context import Chunks, StepContext
 from scheduler_service.transfer import upload
 
@@ -56,7 +56,7 @@ class Buffers:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.valid = torch.zeros(rows, dtype=torch.int32, device=device)
         self.running: list[int] = []  # what `slots` begins with
-        self.drawing: list[Row] = []  # whose temperatures and seeds are in the buffers
+        self.drawing: list[DrawSettings] = []  # whose temperatures and seeds are in the buffers
 
 
 @dataclass(slots=True)
@@ -78,7 +78,6 @@ class FusedSteps:
         self.backend = backend
         self.cache = cache
         self.tokens = tokens
-        self.sampler = FusedSampler(model, backend)
         slots = tokens.null_slot
         pages = -(-context_length // cache.page_size) + 1
         self.page_table = PageTable(slots, pages, model.device)
@@ -158,8 +157,8 @@ class FusedSteps:
             and not any(share.sequence.request.return_hidden_states for share in plan.slices)
         )
 
-    def decode(self, plan: Plan, samplers: list[Row], drawn: bool) -> Decoded:
-        """Launch a decode step; its tokens are `drawn` with it if no row wants more than a temperature."""
+    def decode(self, plan: Plan, settings: list[DrawSettings] | None) -> Decoded:
+        """Launch a decode step. Its tokens are drawn with it by `settings`, all of them plain; None: they are not."""
         assert self.graphs is not None and self.buffers is not None
         rows, slots = len(plan.slices), [share.sequence.slot for share in plan.slices]
         key = self.graphs.key(rows, max(share.end for share in plan.slices))
@@ -168,10 +167,10 @@ class FusedSteps:
         moved = self.positions.advance(slots, [share.start for share in plan.slices])
         self.send_tokens([plan.slices[i] for i in moved])
         self.send_slots(slots + [self.tokens.null_slot] * (key.rows - rows))
-        self.send_rows(samplers if drawn else [])
+        self.send_settings(settings or [])
         self.graphs.run(key)
         logits, tokens = self.buffers.logits[:rows], self.buffers.tokens[:rows]
-        if not drawn:
+        if settings is None:
             return Decoded(logits, None)
         if self.model.device.type == "cpu":  # where nothing is copied on its way to the host
             tokens = tokens.clone()
@@ -184,7 +183,7 @@ class FusedSteps:
             tokens = [share.sequence.ids[share.start] for share in known]
             self.tokens.write([share.sequence.slot for share in known], upload(tokens, self.model.device))
 
-    def send_rows(self, rows: list[Row]) -> None:
+    def send_settings(self, rows: list[DrawSettings]) -> None:
         """Bring temperatures and seeds, unless they are there from the step before. No rows: temperatures of 0."""
         assert self.buffers is not None
         buffers, device = self.buffers, self.model.device
@@ -193,7 +192,7 @@ class FusedSteps:
         buffers.drawing = rows
         buffers.temperatures.zero_()
         if rows:
-            buffers.temperatures[: len(rows)].copy_(upload([temperature(row) for row in rows], device, torch.float32))
+            buffers.temperatures[: len(rows)].copy_(upload([row.temperature for row in rows], device, torch.float32))
             buffers.seeds[: len(rows)].copy_(upload([row.seed for row in rows], device, torch.int64))
 
     def send_slots(self, slots: list[int]) -> None:
@@ -245,16 +244,17 @@ class FusedSteps:
         others = (backend.rotation(rope, positions) for rope in range(1, len(backend.tables)))
         context = StepContext(backend, self.cache, self.page_table.values, places, slots, lengths, key.longest)
         model.run_layers(residual, [(cos, sin), *others], Batch(input_ids, positions, context, starts=slots))
-        self.sampler.draw_plain(
-            residual,
-            buffers.temperatures[:rows],
-            buffers.seeds[:rows],
-            lengths.long(),
-            slots,
-            buffers.logits[:rows],
-            self.tokens.values,
-            buffers.valid[:rows],
+        plain = PlainDraws(
+            temperatures=buffers.temperatures[:rows],
+            seeds=buffers.seeds[:rows],
+            positions=lengths.long(),
+            slots=slots,
+            logits=buffers.logits[:rows],
+            tokens=self.tokens.values,
+            valid=buffers.valid[:rows],
         )
+        assert model.norm is not None and model.lm_head is not None
+        backend.draw(residual, model.norm, model.lm_head, model.spec.logit_softcap, plain)
         torch.index_select(self.tokens.values, 0, slots, out=buffers.tokens[:rows])
 
     def rest(self) -> bool:

@@ -26,24 +26,28 @@ from runtime import stopwatch
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
-from scheduler_service import masks, sampler
+from scheduler_service import masks
 from scheduler_service.compile_ahead import start_compiling
 from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.device import available_gb, choose_device, limit_threads
 from scheduler_service.device_state import SlotTokens
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
-from scheduler_service.fused_sampling import is_plain
 from scheduler_service.fused_steps import FusedSteps, fused_steps_of
 from scheduler_service.grammar import Grammar, Matcher
 from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
 from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.deterministic import is_asked_for, keep_order
 from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
+from scheduler_service.sampling import choose
+from scheduler_service.sampling.adjust import adjust_single_tokens
+from scheduler_service.sampling.rows import Draws, sampling_rows
+from scheduler_service.sampling.state import make_row
 from scheduler_service.transfer import Arrival, fetch, upload
 from scheduler_service.verification import LogitRows, logit_rows
 
@@ -137,7 +141,8 @@ class Worker:
         if kernels is not None:
             kernels.result()
         self.fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
-        self.sample = sampler.sample if self.fused is None else self.fused.sampler.sample
+        model = self.model if self.fused is None else self.fused.model
+        self.sample = model.sample if isinstance(model, Decoder) else choose.sample
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
@@ -193,7 +198,7 @@ class Worker:
         """The state of a sequence, made when it is seen for the first time, or again after a retraction."""
         state = self.states.get(sequence)
         if state is None:
-            row = sampler.make_row(sequence, self.info.eos_ids)
+            row = make_row(sequence, self.info.eos_ids)
             state = self.states[sequence] = State(row, PageRuns(), matcher=matcher_of(sequence))
         return state
 
@@ -236,9 +241,9 @@ class Worker:
 
     def launch_decode(self, fused: FusedSteps, plan: Plan, states: list[State]) -> Pending:
         """The same for a step of decode rows, which may be replayed as a graph."""
-        rows = [state.row for state in states]
-        drawn = all(map(is_plain, rows)) and not any(state.matcher for state in states)
-        decoded = fused.decode(plan, rows, drawn)
+        settings = [state.row.settings for state in states]
+        drawn = all(one.plain for one in settings) and not any(state.matcher for state in states)
+        decoded = fused.decode(plan, settings if drawn else None)
         pending = Pending([Result() for _ in plan.slices])
         drawing = logit_rows(plan, list(range(len(states))))
         pending.drawn = self.draw(plan, states, drawing, decoded.logits, decoded.draws)
@@ -357,16 +362,17 @@ class Worker:
         states: list[State],
         drawing: LogitRows,
         logits: torch.Tensor,
-        draws: sampler.Draws | None = None,
+        draws: Draws | None = None,
     ) -> Drawn:
         """Draw tokens from logits (rows, vocab), the rows of `drawing`; `draws`, if that was done already."""
         sampled = drawing.sampled
-        rows = [states[i].row for i in drawing.slices]
+        rows = sampling_rows([states[i].row.settings for i in drawing.slices], drawing.positions)
         options = [plan.slices[i].sequence.request.logprobs for i in drawing.slices]
         if draws is None:
             self.settle_for([states[i] for i in sampled])
             allowed = masks.allowed(self.masks.start([states[i].matcher for i in drawing.slices]), self.device)
-            draws = self.sample(logits, rows, drawing.positions, allowed, keep_logits=any(options))
+            adjust_single_tokens(logits, [states[i].row for i in drawing.slices], drawing.positions)
+            draws = self.sample(logits, rows, allowed, keep_logits=any(options))
             if self.depth or self.fused is not None:
                 self.keep_tokens(plan, drawing, draws.tokens)
         logprobs = output_logprobs(logits, draws.tokens, options, rows)

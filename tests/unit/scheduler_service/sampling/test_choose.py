@@ -11,7 +11,11 @@ from kernels.philox import uniform
 from runtime.messages import Request
 from runtime.sampling import SamplingParams
 from scheduler_service.core.request import Sequence
-from scheduler_service.sampler import adjust, choose, draw, largest, make_row, unpack_bits
+from scheduler_service.sampling import choose as module
+from scheduler_service.sampling.adjust import adjust_single_tokens
+from scheduler_service.sampling.choose import draw, largest, mask_and_temper, unpack_bits
+from scheduler_service.sampling.rows import Draws, sampling_rows
+from scheduler_service.sampling.state import Row, make_row
 
 EOS = 3
 
@@ -19,6 +23,16 @@ EOS = 3
 def sequence(params: SamplingParams, output: list[int] = (), seed: int = 0, prompt: int = 5) -> Sequence:
     request = Request(rid="r", params=params, seed=seed)
     return Sequence(request, array("i", [7] * prompt) + array("i", output), prompt)
+
+
+def adjust(logits: torch.Tensor, rows: list[Row], positions: list[int], allowed: torch.Tensor | None = None) -> None:
+    """All that is done to the logits before the draw."""
+    adjust_single_tokens(logits, rows, positions)
+    mask_and_temper(logits, sampling_rows([row.settings for row in rows], positions), allowed)
+
+
+def choose(logits: torch.Tensor, rows: list[Row], positions: list[int], keep_logits: bool = False) -> Draws:
+    return module.choose(logits, sampling_rows([row.settings for row in rows], positions), keep_logits)
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], allowed: torch.Tensor | None = None) -> list[int]:
