@@ -59,7 +59,7 @@ def tokens(answers: list[Answer]) -> list[list[int]]:
 def test_recorded_steps_give_what_computed_steps_give(directory):
     expected = on_gpu(directory, disable_cuda_graph=True).generate(PROMPTS, GREEDY)
     engine = on_gpu(directory)
-    assert engine.worker.uses_graphs and engine.worker.fused.graphs.replays
+    assert engine.worker.uses_graphs and engine.worker.steps.graphs.replays
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
 
 
@@ -69,7 +69,7 @@ def test_recorded_steps_with_prompts_give_what_computed_steps_give(directory):
     engine = on_gpu(directory, cuda_graph_max_prefill_tokens=64, **settings)
     while engine.worker.rest():
         pass
-    prefill = engine.worker.fused.prefill
+    prefill = engine.worker.steps.prefill
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
     assert prefill.graphs.replays and prefill.graphs.misses
 
@@ -130,7 +130,7 @@ def test_seeded_draws_are_those_of_the_cpu_from_equal_logits(llama):
     params = [WISHES["seeded"], WISHES["filtered"], WISHES["greedy"]] * 14
     rows = sampling_rows([settings_of(params[i], seed=i) for i in range(40)], list(range(40)))
     expected = choose.sample(logits.clone(), rows).tokens
-    found = served.sample(logits.cuda(), rows).tokens.cpu()
+    found = served.steps.sample(logits.cuda(), rows).tokens.cpu()
     assert (found == expected).sum() >= 39  # sums of another order may move a draw at a border
 
 

@@ -88,7 +88,7 @@ def step(steps: FusedSteps, rows: int, prompts: list[int]) -> None:
     params = [share.sequence.request.params for share in slices]
     rows_drawn = sampling_rows([settings_of(each, seed=0) for each in params], [1] * len(slices))
     if steps.decodes(plan):
-        logits = steps.decode(plan, None).logits
+        logits = steps.replay(plan, None).logits
     else:
         inputs = make_inputs(plan, [[(1, len(s.sequence.pages))] for s in slices], [0] * len(slices), PAGE)
         to_device(inputs, META)
