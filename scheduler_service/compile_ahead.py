@@ -35,7 +35,8 @@ from scheduler_service.model.registry import decoder_spec
 from scheduler_service.model.spec import DecoderSpec, NotNative
 from scheduler_service.model.torch_backend import TorchBackend
 from scheduler_service.model.weights import Weights
-from scheduler_service.sampler import make_row
+from scheduler_service.sampling.rows import sampling_rows
+from scheduler_service.sampling.state import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +147,10 @@ def compute_prompt(steps: FusedSteps, tokens: int) -> torch.Tensor:
 def draw(steps: FusedSteps, hidden: torch.Tensor) -> None:
     """Tokens from hidden states (rows, hidden), for requests with wishes, with grammars and without."""
     logits = steps.model.logits(hidden)
-    rows = [make_row(blank_sequence(1), [])] * len(hidden)
+    rows = sampling_rows([settings_of(SamplingParams(), 0)] * len(hidden), [1] * len(hidden))
     masks = torch.empty(len(rows), -(-logits.shape[1] // 32), dtype=torch.int32, device=META)
     for allowed in (None, masks):
-        steps.sampler.sample(logits, rows, [1] * len(rows), allowed)
+        steps.model.sample(logits, rows, allowed)
 
 
 def blank_sequence(tokens: int) -> Sequence:

@@ -120,14 +120,14 @@ class FusedPrefill:
         sizes = [key.rows, key.rows, CHUNKS, CHUNKS, CHUNKS + 1]
         slots, lengths, chunk_slots, chunk_lengths, starts = torch.split(self.numbers[: sum(sizes)], sizes)
         return StepContext(
-            self.backend,
-            self.cache,
-            self.page_table.values,
-            self.places[: key.rows + key.tokens],
-            slots,
-            lengths,
-            key.longest,
-            Chunks(chunk_slots, starts, chunk_lengths, key.tokens, covers_all=False),
+            backend=self.backend,
+            cache=self.cache,
+            page_table=self.page_table.values,
+            places=self.places[: key.rows + key.tokens],
+            table_rows=slots,
+            lengths=lengths,
+            longest=key.longest,
+            chunks=Chunks(chunk_slots, starts, chunk_lengths, key.tokens, covers_all=False),
         )
 
     def compute(self, key: Key) -> None:

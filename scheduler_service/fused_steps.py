@@ -6,7 +6,6 @@ added, the position of a request that comes from its prompt.
 """
 
 import logging
-from dataclasses import dataclass
 from operator import is_
 
 import torch
@@ -20,7 +19,6 @@ from scheduler_service.core.plan import Plan, Slice
 from scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
 from scheduler_service.experts import Chosen
 from scheduler_service.fused_prefill import FusedPrefill
-from scheduler_service.fused_sampling import FusedSampler, temperature
 from scheduler_service.graphs import (
     MAX_ROWS,
     CudaRecorder,
@@ -36,8 +34,10 @@ from scheduler_service.kv_cache import KVCache
 from scheduler_service.model.batch import Batch, ServedModel
 from scheduler_service.model.decoder import Decoder
 from scheduler_service.model.fused_backend import FusedBackend, can_fuse
-from scheduler_service.sampler import Draws, Row
+from scheduler_service.model.fused_sampling import PlainDraws
+from scheduler_service.sampling.rows import Draws, DrawSettings
 from scheduler_service.step_context import Chunks, StepContext
+from scheduler_service.steps import Computed, Step, Steps
 from scheduler_service.transfer import upload
 
 log = logging.getLogger(__name__)
@@ -56,29 +56,21 @@ class Buffers:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.valid = torch.zeros(rows, dtype=torch.int32, device=device)
         self.running: list[int] = []  # what `slots` begins with
-        self.drawing: list[Row] = []  # whose temperatures and seeds are in the buffers
+        self.drawing: list[DrawSettings] = []  # whose temperatures and seeds are in the buffers
 
 
-@dataclass(slots=True)
-class Decoded:
-    """A decode step on the device: its rows are those of the plan."""
-
-    logits: torch.Tensor  # (rows, vocab) float32
-    draws: Draws | None  # in the slots already; None where the logits are still to be adjusted and drawn from
-
-
-class FusedSteps:
+class FusedSteps(Steps):
     """Runs plans on a FusedBackend: decode steps on fixed buffers, all others as they come."""
+
+    reads_slots = True
+    model: Decoder
 
     def __init__(
         self, model: Decoder, backend: FusedBackend, cache: KVCache, tokens: SlotTokens, context_length: int
     ) -> None:
         """`model` is on the backend already."""
-        self.model = model
+        super().__init__(model, cache, tokens)
         self.backend = backend
-        self.cache = cache
-        self.tokens = tokens
-        self.sampler = FusedSampler(model, backend)
         slots = tokens.null_slot
         pages = -(-context_length // cache.page_size) + 1
         self.page_table = PageTable(slots, pages, model.device)
@@ -111,7 +103,6 @@ class FusedSteps:
     # any step
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
-        """Hidden states of the step's tokens; their keys and values are in the pool afterwards."""
         self.page_table.update([share.sequence for share in plan.slices])
         if self.prefill is not None and record_experts is None and self.prefill.covers(plan, inputs):
             return self.prefill.forward(plan, inputs)
@@ -137,14 +128,14 @@ class FusedSteps:
             most_queries = max(share.end - share.start for share in prefills)
             chunks = Chunks(slots[rows:], starts, lengths[rows:], most_queries)
         return StepContext(
-            self.backend,
-            self.cache,
-            self.page_table.values,
-            inputs.placement.slots,
-            slots[:rows],
-            lengths[:rows],
-            max(ends[:rows], default=0),
-            chunks,
+            backend=self.backend,
+            cache=self.cache,
+            page_table=self.page_table.values,
+            places=inputs.placement.slots,
+            table_rows=slots[:rows],
+            lengths=lengths[:rows],
+            longest=max(ends[:rows], default=0),
+            chunks=chunks,
         )
 
     # decode steps
@@ -158,8 +149,15 @@ class FusedSteps:
             and not any(share.sequence.request.return_hidden_states for share in plan.slices)
         )
 
-    def decode(self, plan: Plan, samplers: list[Row], drawn: bool) -> Decoded:
-        """Launch a decode step; its tokens are `drawn` with it if no row wants more than a temperature."""
+    def decode(self, step: Step) -> Computed | None:
+        if step.experts is not None or not self.decodes(step.plan):
+            return None
+        settings = [state.row.settings for state in step.states]
+        drawn = all(one.plain for one in settings) and not any(state.matcher for state in step.states)
+        return self.replay(step.plan, settings if drawn else None)
+
+    def replay(self, plan: Plan, settings: list[DrawSettings] | None) -> Computed:
+        """Launch a decode step. Its tokens are drawn with it by `settings`, all of them plain; None: they are not."""
         assert self.graphs is not None and self.buffers is not None
         rows, slots = len(plan.slices), [share.sequence.slot for share in plan.slices]
         key = self.graphs.key(rows, max(share.end for share in plan.slices))
@@ -168,14 +166,14 @@ class FusedSteps:
         moved = self.positions.advance(slots, [share.start for share in plan.slices])
         self.send_tokens([plan.slices[i] for i in moved])
         self.send_slots(slots + [self.tokens.null_slot] * (key.rows - rows))
-        self.send_rows(samplers if drawn else [])
+        self.send_settings(settings or [])
         self.graphs.run(key)
         logits, tokens = self.buffers.logits[:rows], self.buffers.tokens[:rows]
-        if not drawn:
-            return Decoded(logits, None)
+        if settings is None:
+            return Computed(logits=logits)
         if self.model.device.type == "cpu":  # where nothing is copied on its way to the host
             tokens = tokens.clone()
-        return Decoded(logits, Draws(tokens, self.buffers.valid[:rows] != 0))
+        return Computed(logits=logits, draws=Draws(tokens, self.buffers.valid[:rows] != 0))
 
     def send_tokens(self, shares: list[Slice]) -> None:
         """Bring the tokens that the host has: a step that failed may have left others in the slots."""
@@ -184,7 +182,7 @@ class FusedSteps:
             tokens = [share.sequence.ids[share.start] for share in known]
             self.tokens.write([share.sequence.slot for share in known], upload(tokens, self.model.device))
 
-    def send_rows(self, rows: list[Row]) -> None:
+    def send_settings(self, rows: list[DrawSettings]) -> None:
         """Bring temperatures and seeds, unless they are there from the step before. No rows: temperatures of 0."""
         assert self.buffers is not None
         buffers, device = self.buffers, self.model.device
@@ -193,7 +191,7 @@ class FusedSteps:
         buffers.drawing = rows
         buffers.temperatures.zero_()
         if rows:
-            buffers.temperatures[: len(rows)].copy_(upload([temperature(row) for row in rows], device, torch.float32))
+            buffers.temperatures[: len(rows)].copy_(upload([row.temperature for row in rows], device, torch.float32))
             buffers.seeds[: len(rows)].copy_(upload([row.seed for row in rows], device, torch.int64))
 
     def send_slots(self, slots: list[int]) -> None:
@@ -204,7 +202,6 @@ class FusedSteps:
             self.buffers.running = slots
 
     def forget(self) -> None:
-        """After an exception: what is on the device may be of a step that failed."""
         self.positions.forget()
         self.page_table.forget()
 
@@ -245,20 +242,28 @@ class FusedSteps:
         others = (backend.rotation(rope, positions) for rope in range(1, len(backend.tables)))
         context = StepContext(backend, self.cache, self.page_table.values, places, slots, lengths, key.longest)
         model.run_layers(residual, [(cos, sin), *others], Batch(input_ids, positions, context, starts=slots))
-        self.sampler.draw_plain(
-            residual,
-            buffers.temperatures[:rows],
-            buffers.seeds[:rows],
-            lengths.long(),
-            slots,
-            buffers.logits[:rows],
-            self.tokens.values,
-            buffers.valid[:rows],
+        plain = PlainDraws(
+            temperatures=buffers.temperatures[:rows],
+            seeds=buffers.seeds[:rows],
+            positions=lengths.long(),
+            slots=slots,
+            logits=buffers.logits[:rows],
+            tokens=self.tokens.values,
+            valid=buffers.valid[:rows],
         )
+        assert model.norm is not None and model.lm_head is not None
+        backend.draw(residual, model.norm, model.lm_head, model.spec.logit_softcap, plain)
         torch.index_select(self.tokens.values, 0, slots, out=buffers.tokens[:rows])
 
+    @property
+    def uses_graphs(self) -> bool:
+        return self.device.type == "cuda" and self.graphs is not None
+
+    @property
+    def graph_gigabytes(self) -> float:
+        return self.graphs.gigabytes if self.graphs is not None else 0.0
+
     def rest(self) -> bool:
-        """Use a pause of the server; returns whether there is more to do."""
         if self.graphs is not None and self.graphs.rest():
             return True
         return self.prefill is not None and self.prefill.graphs.rest()
@@ -269,7 +274,6 @@ class FusedSteps:
             self.graphs.begin(self.model.device)
 
     def forget_graphs(self) -> None:
-        """Memory that recorded steps name has moved."""
         if self.graphs is not None:
             self.graphs.forget()
         if self.prefill is not None:

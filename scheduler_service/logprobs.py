@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from runtime.messages import LogprobOptions, Logprobs, pack_ids
-from scheduler_service.sampler import Row, Wish, filter_weights, largest
+from scheduler_service.sampling.choose import filter_weights, largest
+from scheduler_service.sampling.rows import SamplingRows
 from scheduler_service.transfer import fetch, upload
 
 ITEM_BYTES = 4  # of an id or a value on the wire
@@ -143,14 +144,14 @@ def log_of_sums(logits: torch.Tensor) -> torch.Tensor:
 
 
 def output_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, options: list[LogprobOptions | None], rows: list[Row]
+    logits: torch.Tensor, tokens: torch.Tensor, options: list[LogprobOptions | None], rows: SamplingRows
 ) -> OutputScores:
     """Logprobs of each row's drawn token (rows,), for the rows whose request wants them.
 
     `logits` (rows, vocab) are those the draw was made from, before top-k, top-p and min-p.
     """
     wanted = [i for i, option in enumerate(options) if option is not None and option.support]
-    scored = OutputScores(len(options), [], [support_of(logits, tokens, i, rows[i]) for i in wanted])
+    scored = OutputScores(len(options), [], [support_of(logits, tokens, i, rows) for i in wanted])
     for asked in {tuple(option.token_ids or ()) for option in options if option is not None}:
         own = [i for i, o in enumerate(options) if o is not None and tuple(o.token_ids or ()) == asked]
         tops = [option.top for i in own if (option := options[i]) is not None]
@@ -163,12 +164,12 @@ def output_logprobs(
     return scored
 
 
-def support_of(logits: torch.Tensor, tokens: torch.Tensor, row: int, wishes: Row) -> Support:
+def support_of(logits: torch.Tensor, tokens: torch.Tensor, row: int, rows: SamplingRows) -> Support:
     """What a row's draw chose from: its token alone where it takes the best. A device is waited for."""
-    if not wishes.wish & Wish.DRAW:
+    if not rows.temperatures[row]:
         return Support(row, fetch(tokens[row : row + 1]), torch.zeros(()))
     weights = (logits[row : row + 1] - logits[row].max()).exp()
-    filter_weights(weights, [wishes])
+    filter_weights(weights, rows, [row])
     weights[0, tokens[row]].clamp_(min=torch.finfo(weights.dtype).tiny)  # it was drawn, whatever the last bit says
     ids = weights[0].nonzero().squeeze(1)
     share = weights[0, tokens[row]] / weights.sum()

@@ -36,5 +36,5 @@ class Masks:
 
 
 def allowed(masks: Bitmask | None, device: torch.device) -> torch.Tensor | None:
-    """The masks as sampler.adjust takes them: int32 (rows, words)."""
+    """The masks as Backend.sample takes them: int32 (rows, words)."""
     return None if masks is None else send(torch.from_numpy(masks), device)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 from runtime.errors import Kind
-from scheduler_service import sampler
 from scheduler_service.core.plan import NAN_HAPPENED, Result, Slice
 from scheduler_service.grammar import Matcher
 from scheduler_service.inputs import PageRuns
 from scheduler_service.logprobs import OutputScores
+from scheduler_service.sampling.rows import Feature
+from scheduler_service.sampling.state import Row
 from scheduler_service.transfer import Arrival
 from scheduler_service.verification import accepted
 
@@ -25,7 +26,7 @@ NOTHING_ALLOWED = "No token is left that both the grammar and the other paramete
 class State:
     """What the worker keeps of an admitted request. It follows from the request's tokens, so it can be made anew."""
 
-    row: sampler.Row
+    row: Row
     runs: PageRuns
     last_token: int = 0  # sampled, perhaps not committed yet
     unseen: int = 0  # tokens sampled after that one which the host has not seen
@@ -34,7 +35,7 @@ class State:
     @property
     def looks_back(self) -> bool:
         """Whether its next token depends on the ones before in a way that only the host can follow."""
-        return self.matcher is not None or bool(self.row.wish & sampler.Wish.PENALTY)
+        return self.matcher is not None or bool(self.row.features & Feature.PENALTY)
 
     def take(self, token: int) -> None:
         """Note a sampled token."""

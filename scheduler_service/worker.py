@@ -1,6 +1,6 @@
 """The worker: turns a plan into tokens. It owns the model, the KV pool and what each admitted request needs to sample.
 
-    launch(plan)     inputs → forward → prompt logprobs → sample → logprobs
+    launch(plan)     compute the step (steps.py) → what requests want of it → draw → logprobs
     collect(pending) the results, one per slice
 
 With `depth` 1 the next step is launched before the tokens of the last one are known here: it takes them on the
@@ -14,36 +14,38 @@ It decides nothing about requests: which run, on which pages and when they end i
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from kernels.attention import paged_attention
 from kernels.attention_by_token import paged_attention_by_token
-from kernels.attention_schedule import Ragged
 from kernels.ops import Implementation
 from runtime import stopwatch
 from runtime.config import ServerConfig
 from runtime.messages import Facts, Logprobs
 from runtime.model_info import ModelInfo
-from scheduler_service import masks, sampler
+from scheduler_service import masks
 from scheduler_service.compile_ahead import start_compiling
 from scheduler_service.core.plan import Plan, Result, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.device import available_gb, choose_device, limit_threads
 from scheduler_service.device_state import SlotTokens
+from scheduler_service.eager_steps import EagerSteps
 from scheduler_service.experts import Chosen, expert_shape, make_recorder
-from scheduler_service.fused_sampling import is_plain
-from scheduler_service.fused_steps import FusedSteps, fused_steps_of
+from scheduler_service.fused_steps import fused_steps_of
 from scheduler_service.grammar import Grammar, Matcher
-from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs, to_device
-from scheduler_service.kv_cache import KVCache, Placement, make_kv_cache
+from scheduler_service.inputs import Inputs, PageRuns
+from scheduler_service.kv_cache import make_kv_cache
 from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
-from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from scheduler_service.model.batch import ServedModel
 from scheduler_service.model.deterministic import is_asked_for, keep_order
 from scheduler_service.model.registry import load_model
 from scheduler_service.pending import Drawn, Pending, State
 from scheduler_service.pooling import make_pooler
+from scheduler_service.sampling.adjust import adjust_single_tokens
+from scheduler_service.sampling.rows import sampling_rows
+from scheduler_service.sampling.state import make_row
+from scheduler_service.steps import Computed, Step, Steps
 from scheduler_service.transfer import Arrival, fetch, upload
 from scheduler_service.verification import LogitRows, logit_rows
 
@@ -53,30 +55,6 @@ MAX_RUNNING_REQUESTS = 256
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
 Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
-
-
-@dataclass(slots=True)
-class PagedAttend:
-    """How the model attends during one step."""
-
-    cache: KVCache
-    placement: Placement
-    ragged: Ragged
-    attention: Callable[..., torch.Tensor] = paged_attention
-
-    def __call__(self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        self.cache.write(spec.layer, self.placement, k, v)
-        return self.attention(
-            self.ragged,
-            q,
-            self.cache.keys[spec.layer],
-            self.cache.values[spec.layer],
-            scale=spec.scale,
-            window=spec.window,
-            softcap=spec.softcap,
-            causal=spec.causal,
-            sinks=spec.sinks,
-        )
 
 
 class Worker:
@@ -105,10 +83,10 @@ class Worker:
         stopwatch.mark("model")
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
-        self.attention = paged_attention
+        attention = paged_attention
         if is_asked_for(config, self.device):
             keep_order(self.model.weights)  # with as many threads as will compute
-            self.attention = paged_attention_by_token
+            attention = paged_attention_by_token
         self.pooler = make_pooler(info.embedding, self.model)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         self.cache = make_kv_cache(
@@ -131,32 +109,35 @@ class Worker:
         )
         self.depth = int(overlaps) if depth is None else depth
         self.states: dict[Sequence, State] = {}
-        self.logits_room = torch.empty(0, self.model.vocab_size)
         self.unsettled: list[Pending] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
-        self.fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
-        self.sample = sampler.sample if self.fused is None else self.fused.sampler.sample
+        fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
+        self.steps: Steps = fused or EagerSteps(self.model, self.cache, self.tokens, attention)
         self.masks = masks.Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
 
     @property
+    def keeps_tokens(self) -> bool:
+        """Whether the next step takes drawn tokens from the slots."""
+        return bool(self.depth) or self.steps.reads_slots
+
+    @property
     def uses_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs."""
-        return self.device.type == "cuda" and self.fused is not None and self.fused.graphs is not None
+        return self.steps.uses_graphs
 
     def forget_graphs(self) -> None:
         """Memory that recorded steps name has moved."""
-        if self.fused is not None:
-            self.fused.forget_graphs()
+        self.steps.forget_graphs()
 
     def rest(self) -> bool:
         """Use a pause of the server; returns whether there is more to do."""
         with torch.inference_mode():
-            return self.fused is not None and self.fused.rest()
+            return self.steps.rest()
 
     def log_limits(self, config: ServerConfig) -> None:
         log.info(
@@ -183,7 +164,7 @@ class Worker:
                 "weight": round(self.weight_gb, 2),
                 "kvcache": round(sum(self.cache.gigabytes), 2),
                 "token_capacity": tokens,
-                "graph": round(self.fused.graphs.gigabytes, 2) if self.fused and self.fused.graphs else 0.0,
+                "graph": round(self.steps.graph_gigabytes, 2),
             },
         )
 
@@ -193,7 +174,7 @@ class Worker:
         """The state of a sequence, made when it is seen for the first time, or again after a retraction."""
         state = self.states.get(sequence)
         if state is None:
-            row = sampler.make_row(sequence, self.info.eos_ids)
+            row = make_row(sequence, self.info.eos_ids)
             state = self.states[sequence] = State(row, PageRuns(), matcher=matcher_of(sequence))
         return state
 
@@ -207,8 +188,7 @@ class Worker:
             torch.cuda.synchronize(self.device)
         self.states.clear()
         self.unsettled.clear()
-        if self.fused is not None:
-            self.fused.forget()
+        self.steps.forget()
 
     # A step
 
@@ -217,39 +197,26 @@ class Worker:
         """Start a step. On a CPU it is finished when this returns."""
         for sequence in plan.retracted:
             self.forget(sequence)
-        states = [self.state_of(share.sequence) for share in plan.slices]
-        chosen = self.watch_experts(plan)
-        if self.fused is not None and chosen is None and self.fused.decodes(plan):
-            return self.launch_decode(self.fused, plan, states)
-        inputs = self.inputs(plan, states)
-        sampled = [i for i, share in enumerate(plan.slices) if share.samples and self.pooler is None]
-        hidden = self.forward(plan, inputs, chosen)  # (tokens, hidden)
+        step = self.describe(plan)
+        computed = self.steps.run(step)
         pending = Pending([Result() for _ in plan.slices])
-        self.answer(plan, inputs, hidden, chosen, pending.results)
-        if sampled:
-            rows = logit_rows(plan, sampled)
-            places = upload(rows.places(plan, inputs.offsets), hidden.device)
-            logits = self.to_logits(hidden[places], self.room_for_logits(len(places)))  # (rows, vocab)
-            pending.drawn = self.draw(plan, states, rows, logits)
+        self.answer(step, computed, pending.results)
+        if step.drawing.sampled:
+            pending.drawn = self.draw(step, computed)
             self.unsettled.append(pending)
         return pending
 
-    def launch_decode(self, fused: FusedSteps, plan: Plan, states: list[State]) -> Pending:
-        """The same for a step of decode rows, which may be replayed as a graph."""
-        rows = [state.row for state in states]
-        drawn = all(map(is_plain, rows)) and not any(state.matcher for state in states)
-        decoded = fused.decode(plan, rows, drawn)
-        pending = Pending([Result() for _ in plan.slices])
-        drawing = logit_rows(plan, list(range(len(states))))
-        pending.drawn = self.draw(plan, states, drawing, decoded.logits, decoded.draws)
-        self.unsettled.append(pending)
-        return pending
+    def describe(self, plan: Plan) -> Step:
+        """What is to be computed for a plan."""
+        states = [self.state_of(share.sequence) for share in plan.slices]
+        sampled = [i for i, share in enumerate(plan.slices) if share.samples and self.pooler is None]
+        return Step(plan, states, logit_rows(plan, sampled), self.watch_experts(plan))
 
     def collect(self, pending: Pending) -> list[Result]:
         """Wait for a launched step; its results are in the order of the plan's slices."""
         while pending.drawn is not None:
             self.unsettled.pop(0).settle()
-        if pending.verified and self.fused is not None:
+        if pending.verified and self.keeps_tokens:
             self.tokens.write(list(pending.verified), upload(list(pending.verified.values()), self.device))
         return pending.results
 
@@ -259,12 +226,13 @@ class Worker:
             while self.unsettled:
                 self.unsettled.pop(0).settle()
 
-    def answer(
-        self, plan: Plan, inputs: Inputs, hidden: torch.Tensor, chosen: Chosen | None, results: list[Result]
-    ) -> None:
-        """Fill in what requests want of the forward pass itself; hidden (tokens, hidden) of all slices."""
-        if chosen is not None:
-            self.note_experts(plan, inputs, chosen, results)
+    def answer(self, step: Step, computed: Computed, results: list[Result]) -> None:
+        """Fill in what requests want of the forward pass itself."""
+        plan, inputs, hidden = step.plan, computed.inputs, computed.hidden
+        if inputs is None or hidden is None:
+            return  # a decode step of requests that want nothing but tokens
+        if step.experts is not None:
+            self.note_experts(plan, inputs, step.experts, results)
         for share, result, row in zip(plan.slices, results, inputs.offsets, strict=False):
             own = hidden[row : row + share.end - share.start]
             if share.score_from >= 0:
@@ -275,50 +243,6 @@ class Worker:
                 result.error = NOT_AN_EMBEDDER
         if self.pooler is not None:
             self.pooler.fill(plan, inputs.offsets, hidden, results)
-
-    def inputs(self, plan: Plan, states: list[State]) -> Inputs:
-        runs = [state.runs.of(share.sequence) for state, share in zip(states, plan.slices, strict=True)]
-        inputs = make_inputs(plan, runs, [state.last_token for state in states], self.page_size)
-        add_embeds(inputs, plan, self.model.hidden_size)
-        add_token_types(inputs, plan)
-        to_device(inputs, self.device)
-        ahead = [i for i, state in enumerate(states) if state.unseen]
-        if ahead:
-            self.tokens.read(
-                inputs.input_ids,
-                [inputs.offsets[i] for i in ahead],
-                [plan.slices[i].sequence.slot for i in ahead],
-            )
-        return inputs
-
-    def forward(self, plan: Plan, inputs: Inputs, chosen: Chosen | None = None) -> torch.Tensor:
-        """Hidden states of the step's tokens; their keys and values are in the pool afterwards."""
-        if self.fused is not None:
-            return self.fused.forward(plan, inputs, chosen)
-        batch = Batch(
-            input_ids=inputs.input_ids,
-            positions=inputs.positions,
-            attend=PagedAttend(self.cache, inputs.placement, inputs.ragged, self.attention),
-            starts=inputs.starts,
-            token_types=inputs.token_types,
-            embeds=inputs.embeds,
-            embeds_mask=inputs.embeds_mask,
-            record_experts=chosen,
-        )
-        return self.model.forward(batch)
-
-    def to_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(rows, hidden) → float32 (rows, vocab), into `out` if there is one."""
-        model = self.model if self.fused is None else self.fused.model
-        return model.logits(hidden, out)
-
-    def room_for_logits(self, rows: int) -> torch.Tensor | None:
-        """Where a step on the CPU writes its logits; memory that came anew with every step would cost page faults."""
-        if self.device.type != "cpu":
-            return None  # a step may begin before the one before it has been read
-        if rows > len(self.logits_room):
-            self.logits_room = torch.empty(rows, self.model.vocab_size)
-        return self.logits_room[:rows]
 
     def watch_experts(self, plan: Plan) -> Chosen | None:
         """What collects this step's choices of experts; None where nobody wants them."""
@@ -346,33 +270,29 @@ class Worker:
         return prompt_logprobs(
             hidden[first - 1 - share.start : last - 1 - share.start],
             torch.tensor(sequence.ids[first:last], dtype=torch.int64, device=hidden.device),
-            self.to_logits,
+            self.steps.to_logits,
             self.model.vocab_size,
             sequence.request.logprobs,
         )
 
-    def draw(
-        self,
-        plan: Plan,
-        states: list[State],
-        drawing: LogitRows,
-        logits: torch.Tensor,
-        draws: sampler.Draws | None = None,
-    ) -> Drawn:
-        """Draw tokens from logits (rows, vocab), the rows of `drawing`; `draws`, if that was done already."""
-        sampled = drawing.sampled
-        rows = [states[i].row for i in drawing.slices]
+    def draw(self, step: Step, computed: Computed) -> Drawn:
+        """Draw the tokens of a step, unless that was done with it, and score them."""
+        plan, drawing, draws = step.plan, step.drawing, computed.draws
+        logits = self.steps.logits(step, computed)  # (rows, vocab)
+        states = [step.states[i] for i in drawing.slices]  # by row
+        rows = sampling_rows([state.row.settings for state in states], drawing.positions)
         options = [plan.slices[i].sequence.request.logprobs for i in drawing.slices]
         if draws is None:
-            self.settle_for([states[i] for i in sampled])
-            allowed = masks.allowed(self.masks.start([states[i].matcher for i in drawing.slices]), self.device)
-            draws = self.sample(logits, rows, drawing.positions, allowed, keep_logits=any(options))
-            if self.depth or self.fused is not None:
+            self.settle_for(states)
+            allowed = masks.allowed(self.masks.start([state.matcher for state in states]), self.device)
+            adjust_single_tokens(logits, [state.row for state in states], drawing.positions)
+            draws = self.steps.sample(logits, rows, allowed, keep_logits=any(options))
+            if self.keeps_tokens:
                 self.keep_tokens(plan, drawing, draws.tokens)
         logprobs = output_logprobs(logits, draws.tokens, options, rows)
         tokens, valid = fetch(draws.tokens), fetch(draws.valid)
-        slices, theirs = [plan.slices[i] for i in sampled], [states[i] for i in sampled]
-        return Drawn(sampled, slices, theirs, tokens, valid, logprobs, Arrival(self.device))
+        slices, theirs = [plan.slices[i] for i in drawing.sampled], [step.states[i] for i in drawing.sampled]
+        return Drawn(drawing.sampled, slices, theirs, tokens, valid, logprobs, Arrival(self.device))
 
     def keep_tokens(self, plan: Plan, drawing: LogitRows, tokens: torch.Tensor) -> None:
         """Leave tokens (rows,) for the next step, but those of verifications: `collect` sees which of them count."""

@@ -14,6 +14,7 @@ import torch
 from kernels.linear import Linear
 from scheduler_service.model.batch import Attend, PagedContext
 from scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
+from scheduler_service.sampling.rows import Draws, SamplingRows
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines, each (tokens, 1, rotary_dim)
 
@@ -60,4 +61,14 @@ class Backend(Protocol):
 
     def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
         """out (rows, vocab) float32 = lm_head(hidden (rows, hidden)), soft-capped."""
+        ...
+
+    def sample(
+        self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> Draws:
+        """One token per row of logits (rows, vocab): mask, temperature, filters and the draw.
+
+        `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i. Logits are
+        masked and divided by the temperature in place; with `keep_logits` they are left as they were drawn from.
+        """
         ...

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from scheduler_service.model.weights import Weights
+from scheduler_service.sampling.rows import Draws, SamplingRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +88,10 @@ class ServedModel(Protocol):
 
         Into `out` if there is one.
         """
+        ...
+
+    def sample(
+        self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> Draws:
+        """One token per row of logits (rows, vocab): see model.backend.Backend.sample."""
         ...

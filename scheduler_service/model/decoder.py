@@ -11,6 +11,7 @@ from scheduler_service.model.heads import Head
 from scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, linear, norm_of
 from scheduler_service.model.spec import DecoderSpec
 from scheduler_service.model.weights import Weights
+from scheduler_service.sampling.rows import Draws, SamplingRows
 
 
 class Decoder:
@@ -93,3 +94,9 @@ class Decoder:
             out = hidden.new_empty(len(hidden), self.vocab_size, dtype=torch.float32)
         self.backend.write_logits(hidden, self.lm_head, self.spec.logit_softcap, out)
         return out
+
+    def sample(
+        self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> Draws:
+        """One token per row of logits (rows, vocab): see Backend.sample."""
+        return self.backend.sample(logits, rows, allowed, keep_logits)

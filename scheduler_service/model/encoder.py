@@ -17,6 +17,7 @@ from scheduler_service.model.encoder_spec import EncoderSpec
 from scheduler_service.model.heads import ACTIVATIONS, Head
 from scheduler_service.model.layers import linear
 from scheduler_service.model.weights import Weights
+from scheduler_service.sampling.rows import Draws, SamplingRows
 
 GATED = {"gelu": reference.gelu_and_mul, "silu": reference.silu_and_mul}
 
@@ -129,6 +130,11 @@ class Encoder:
         return self.embedding_norm(x)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        raise NotImplementedError("an encoder predicts no next token")
+
+    def sample(
+        self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> Draws:
         raise NotImplementedError("an encoder predicts no next token")
 
 

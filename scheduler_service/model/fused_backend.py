@@ -19,10 +19,12 @@ from kernels.ops import Implementation, resolve
 from scheduler_service.model.backend import Rotation
 from scheduler_service.model.batch import Attend, PagedContext
 from scheduler_service.model.fused_moe import FusedMoe
+from scheduler_service.model.fused_sampling import FusedSampling, PlainDraws
 from scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
 from scheduler_service.model.products import Products, Workspace
 from scheduler_service.model.rope import position_tables
 from scheduler_service.model.spec import DecoderSpec, RopeSpec
+from scheduler_service.sampling.rows import Draws, SamplingRows
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -46,6 +48,7 @@ class FusedBackend:
         self.workspace = Workspace(implementation, device, SKINNY_ROWS if deterministic else None)
         self.products = Products(self.ops, self.workspace, deterministic)
         self.moe = FusedMoe(self.products)
+        self.sampling = FusedSampling(self.products)
         self.tables = [
             torch.cat(position_tables(frequencies(rope, device), rope.factor, context_length, dtype), 1)
             for rope in ropes
@@ -136,6 +139,21 @@ class FusedBackend:
         self.products.write(hidden, lm_head, out)
         if softcap is not None:
             out.copy_(reference.soft_cap(out, softcap))
+
+    def sample(
+        self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> Draws:
+        return self.sampling.sample(logits, rows, allowed)
+
+    def draw(
+        self, residual: torch.Tensor, norm: Norm, lm_head: Linear, softcap: float | None, plain: PlainDraws
+    ) -> None:
+        """A token for each row of the residual stream (rows, hidden); can be recorded."""
+        if len(residual) > SKINNY_ROWS or self.deterministic:
+            self.write_logits(self.normed(residual, norm), lm_head, softcap, plain.logits)
+            self.sampling.draw(plain)
+        else:
+            self.sampling.draw_with_head(residual, norm, lm_head, softcap, plain)
 
 
 def frequencies(rope: RopeSpec, device: torch.device) -> torch.Tensor:

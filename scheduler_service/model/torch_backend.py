@@ -13,6 +13,8 @@ from scheduler_service.model.deterministic import ACTIVATIONS as STEADY_ACTIVATI
 from scheduler_service.model.deterministic import sigmoid as steady_sigmoid
 from scheduler_service.model.layers import Attention, DecoderLayer, Mlp, Moe, Norm
 from scheduler_service.model.spec import RopeSpec
+from scheduler_service.sampling import choose
+from scheduler_service.sampling.rows import Draws, SamplingRows
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": reference.silu_and_mul,
@@ -87,3 +89,8 @@ class TorchBackend:
         lm_head.write(hidden, out)
         if softcap is not None:
             out.copy_(reference.soft_cap(out, softcap))
+
+    def sample(
+        self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> Draws:
+        return choose.sample(logits, rows, allowed, keep_logits)

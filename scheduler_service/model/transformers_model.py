@@ -25,6 +25,8 @@ from runtime.model_info import ModelInfo
 from scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from scheduler_service.model.routers import Routers
 from scheduler_service.model.weights import Layout, Place, Weights
+from scheduler_service.sampling import choose
+from scheduler_service.sampling.rows import Draws, SamplingRows
 from scheduler_service.weights.checkpoint import CheckpointError
 from scheduler_service.weights.load import DUMMY_SEED, is_dummy, open_checkpoint, read_state, some
 
@@ -160,6 +162,11 @@ class TransformersModel:
         """(rows, hidden) → float32 (rows, vocab), scaled and capped as the model's own head does."""
         logits: torch.Tensor = self.head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
         return logits.float() if out is None else out.copy_(logits)
+
+    def sample(
+        self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> Draws:
+        return choose.sample(logits, rows, allowed, keep_logits)
 
 
 def load_transformers_model(

@@ -9,13 +9,15 @@ import torch
 
 from runtime.messages import LogprobOptions
 from runtime.sampling import SamplingParams
-from scheduler_service import fused_steps, sampler
+from scheduler_service import fused_steps
+from scheduler_service.sampling import choose
+from scheduler_service.sampling.rows import sampling_rows
+from scheduler_service.sampling.state import settings_of
 from scheduler_service.weights import device_staging
 from scheduler_service.weights.checkpoint import Checkpoint
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_overlap import PROMPTS, WISHES, Overlapped
-from tests.unit.scheduler_service.test_sampler import sequence
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,7 +59,7 @@ def tokens(answers: list[Answer]) -> list[list[int]]:
 def test_recorded_steps_give_what_computed_steps_give(directory):
     expected = on_gpu(directory, disable_cuda_graph=True).generate(PROMPTS, GREEDY)
     engine = on_gpu(directory)
-    assert engine.worker.uses_graphs and engine.worker.fused.graphs.replays
+    assert engine.worker.uses_graphs and engine.worker.steps.graphs.replays
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
 
 
@@ -67,7 +69,7 @@ def test_recorded_steps_with_prompts_give_what_computed_steps_give(directory):
     engine = on_gpu(directory, cuda_graph_max_prefill_tokens=64, **settings)
     while engine.worker.rest():
         pass
-    prefill = engine.worker.fused.prefill
+    prefill = engine.worker.steps.prefill
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
     assert prefill.graphs.replays and prefill.graphs.misses
 
@@ -126,9 +128,9 @@ def test_seeded_draws_are_those_of_the_cpu_from_equal_logits(llama):
     served = on_gpu(llama).worker
     logits = torch.randn(40, served.model.vocab_size, generator=torch.Generator().manual_seed(1)) * 3
     params = [WISHES["seeded"], WISHES["filtered"], WISHES["greedy"]] * 14
-    rows = [sampler.make_row(sequence(params[i], seed=i), []) for i in range(40)]
-    expected = sampler.sample(logits.clone(), rows, list(range(40))).tokens
-    found = served.sample(logits.cuda(), rows, list(range(40))).tokens.cpu()
+    rows = sampling_rows([settings_of(params[i], seed=i) for i in range(40)], list(range(40)))
+    expected = choose.sample(logits.clone(), rows).tokens
+    found = served.steps.sample(logits.cuda(), rows).tokens.cpu()
     assert (found == expected).sum() >= 39  # sums of another order may move a draw at a border
 
 

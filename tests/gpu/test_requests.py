@@ -13,6 +13,7 @@ from runtime.control import ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
 from runtime.messages import LogprobOptions
 from runtime.sampling import SamplingParams
 from scheduler_service import device_state
+from scheduler_service.eager_steps import EagerSteps
 from scheduler_service.graphs import Graphs
 from scheduler_service.worker import Worker
 from tests import checkpoints
@@ -119,7 +120,7 @@ def test_models_without_fused_operations_answer_as_on_the_cpu(family, settings, 
     params = [GREEDY, WISHES["penalties"], WISHES["filtered"]]
     expected = Engine(directory).generate(PROMPTS, params, seed=4)
     engine = Overlapped(directory, **SETTINGS, **settings)
-    assert engine.worker.fused is None
+    assert isinstance(engine.worker.steps, EagerSteps)
     assert [answer.ids for answer in engine.generate(PROMPTS, params, seed=4)] == [answer.ids for answer in expected]
 
 
@@ -204,14 +205,14 @@ def test_memory_that_was_released_serves_again_elsewhere(llama, tmp_path, backup
     expected = answered(served, "before")
     free, _ = torch.cuda.mem_get_info()
     assert served.call(ReleaseMemory()).success
-    assert torch.cuda.mem_get_info()[0] > free and not served.worker.fused.graphs.replays
+    assert torch.cuda.mem_get_info()[0] > free and not served.worker.steps.graphs.replays
     assert served.call(ResumeMemory()).success
     if not backup:
         assert served.call(UpdateWeightsFromDisk(model_path=str(llama))).success
     assert answered(served, "computed") == expected
     while served.worker.rest():
         pass
-    assert served.worker.fused.graphs.replays
+    assert served.worker.steps.graphs.replays
     assert answered(served, "recorded") == expected
 
 

@@ -1,7 +1,5 @@
 """The kernels' draws are those of the CPU: the same numbers, and the same tokens from equal logits."""
 
-from array import array
-
 import torch
 import triton
 import triton.language as tl
@@ -9,10 +7,10 @@ import triton.language as tl
 from kernels import philox
 from kernels.ops import resolve
 from kernels.triton_draw import uniform
-from runtime.messages import Request
 from runtime.sampling import SamplingParams
-from scheduler_service import sampler
-from scheduler_service.core.request import Sequence
+from scheduler_service.sampling.choose import sample
+from scheduler_service.sampling.rows import sampling_rows
+from scheduler_service.sampling.state import settings_of
 from tests.kernels.cases import Maker
 from tests.kernels.sampling import LOGITS_BLOCK
 
@@ -45,13 +43,9 @@ def test_select_chooses_the_tokens_that_the_cpu_sampler_chooses() -> None:
     make = Maker(torch.float32, "cpu")
     params, rows, vocab = PARAMS * 3, len(PARAMS) * 3, 5000
     logits = make.normal(rows, vocab, scale=3.0)
-    requests = [Request(rid="r", params=each, seed=seed) for seed, each in enumerate(params)]
-    states = [sampler.make_row(Sequence(request, array("i", [7] * 5), 5), []) for request in requests]
     positions = list(range(100, 100 + rows))
-
-    on_cpu = logits.clone()
-    sampler.adjust(on_cpu, states, positions)
-    expected = torch.as_tensor(sampler.choose(on_cpu, states, positions).tokens)
+    settings = [settings_of(each, seed) for seed, each in enumerate(params)]
+    expected = sample(logits.clone(), sampling_rows(settings, positions)).tokens
     assert choose_by_kernels(logits, params, list(range(rows)), positions).tolist() == expected.tolist()
 
 

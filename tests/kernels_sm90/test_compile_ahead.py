@@ -32,7 +32,8 @@ from scheduler_service.model.layout import decoder_layout
 from scheduler_service.model.registry import decoder_spec
 from scheduler_service.model.torch_backend import TorchBackend
 from scheduler_service.model.weights import Weights
-from scheduler_service.sampler import make_row
+from scheduler_service.sampling.rows import sampling_rows
+from scheduler_service.sampling.state import settings_of
 from tests.kernels_sm90.compiler import use_compiler_only
 
 RECORDER = use_compiler_only()
@@ -84,17 +85,18 @@ def step(steps: FusedSteps, rows: int, prompts: list[int]) -> None:
     slices = [Slice(one, 19 + i, 20 + i, True) for i, one in enumerate(sequence(i, 20 + i) for i in range(rows))]
     slices += [Slice(sequence(rows + i, tokens), 0, tokens, True) for i, tokens in enumerate(prompts)]
     plan = Plan(slices, decodes=rows)
-    samplers = [make_row(share.sequence, []) for share in slices]
+    params = [share.sequence.request.params for share in slices]
+    rows_drawn = sampling_rows([settings_of(each, seed=0) for each in params], [1] * len(slices))
     if steps.decodes(plan):
-        logits = steps.decode(plan, samplers, drawn=False).logits
+        logits = steps.replay(plan, None).logits
     else:
         inputs = make_inputs(plan, [[(1, len(s.sequence.pages))] for s in slices], [0] * len(slices), PAGE)
         to_device(inputs, META)
         last = torch.tensor(inputs.offsets[1:], device=META)
         logits = steps.model.logits(steps.forward(plan, inputs)[last])
-    masks = torch.empty(len(samplers), -(-logits.shape[1] // 32), dtype=torch.int32, device=META)
+    masks = torch.empty(len(slices), -(-logits.shape[1] // 32), dtype=torch.int32, device=META)
     for allowed in (None, masks):
-        steps.sampler.sample(logits, samplers, [1] * len(samplers), allowed)
+        steps.model.sample(logits, rows_drawn, allowed)
 
 
 @pytest.mark.parametrize("name", MODELS)

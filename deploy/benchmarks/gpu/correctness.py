@@ -68,17 +68,16 @@ def graphs_and_draws(setting: Setting) -> list[str]:
 
 def draws(setting: Setting) -> list[str]:
     """Seeded draws from equal logits: the device's and the CPU's."""
-    from array import array
-
     from kernels.ops import resolve
     from runtime.sampling import SamplingParams
-    from scheduler_service import sampler
+    from scheduler_service.sampling.choose import sample
+    from scheduler_service.sampling.rows import sampling_rows
+    from scheduler_service.sampling.state import settings_of
 
     rows = 64
     logits = torch.randn(rows, 5000, generator=torch.Generator().manual_seed(3)) * 3
-    params = SamplingParams()
-    states = [sampler.Row(params, sampler.Wish.DRAW, seed, 0, [], array("q"), array("f")) for seed in range(rows)]
-    expected = sampler.choose(logits.clone(), states, list(range(rows))).tokens
+    settings = [settings_of(SamplingParams(), seed) for seed in range(rows)]
+    expected = sample(logits.clone(), sampling_rows(settings, list(range(rows)))).tokens
     device = setting.device
     own, tokens = logits.to(device), torch.empty(rows, dtype=torch.int64, device=device)
     tops, masses = torch.empty(2, rows, -(-5000 // 4096), device=device)

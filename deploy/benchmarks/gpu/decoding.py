@@ -58,7 +58,8 @@ def single(setting: Setting) -> None:
         ceiling = 1 / cost.decode_s(1, PROMPT + new / 2, setting.limits)
         rate = statistics.median((run.tokens - 1) / (run.ended - run.step_ends[0]) for run in runs[1:])
         setting.report.figure(f"{name}, one stream, engine loop", rate, "tok/s", ceiling, goal)
-        if fused := engine.worker.fused:
+        fused = engine.worker.steps
+        if isinstance(fused, FusedSteps):
             taken = recorded_step_s(setting, fused, PROMPT + new)
             setting.report.figure(f"{name}, recorded step of the null slot alone", taken * 1e6, "us", 1e6 / ceiling)
             if setting.device.type == "cuda":

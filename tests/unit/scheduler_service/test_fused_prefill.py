@@ -20,13 +20,13 @@ LARGEST = 64
 def recorded(directory: Path, kind: type[Engine] = Engine, **settings: Any) -> Engine:
     """An engine that runs steps with up to LARGEST prompt tokens on buffers."""
     engine = fused(directory, kind, cuda_graph_max_prefill_tokens=LARGEST, **settings)
-    assert engine.worker.fused.prefill is not None
+    assert engine.worker.steps.prefill is not None
     return engine
 
 
 def sizes(engine: Engine) -> list[Key]:
     """The sizes that steps had."""
-    return sorted(engine.worker.fused.prefill.graphs.misses)
+    return sorted(engine.worker.steps.prefill.graphs.misses)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_prompts_that_bring_embeddings_run_as_they_come(directory):
 
 def test_padding_touches_nothing_but_the_null_page(directory):
     engine = recorded(directory)
-    prefill, cache = engine.worker.fused.prefill, engine.worker.cache
+    prefill, cache = engine.worker.steps.prefill, engine.worker.cache
     for pool in cache.keys.values():
         pool.fill_(7.0)
     prefill.page_table.values[: prefill.null_slot].fill_(3)
@@ -118,12 +118,12 @@ def test_a_step_is_padded_whatever_the_one_before_left(directory):
     alone = recorded(directory).generate([PROMPTS[0]], GREEDY, logprobs=LogprobOptions())[0]
     engine = recorded(directory)
     engine.generate([PROMPTS[1], PROMPTS[2][:30]], GREEDY)
-    engine.worker.fused.prefill.hidden.fill_(float("nan"))
+    engine.worker.steps.prefill.hidden.fill_(float("nan"))
     assert engine.generate([PROMPTS[0]], GREEDY, logprobs=LogprobOptions())[0].ids == alone.ids
 
 
 def test_the_sizes_wait_to_be_recorded_the_largest_first_and_are_recorded_anew_when_memory_has_moved(directory):
-    fused_steps = recorded(directory).worker.fused
+    fused_steps = recorded(directory).worker.steps
     graphs = fused_steps.prefill.graphs
     assert [key.tokens for key in graphs.waiting] == [64, 32, 16]
     while fused_steps.rest():

@@ -14,6 +14,7 @@ from runtime import model_info
 from runtime.config import ServerConfig
 from runtime.messages import LogprobOptions
 from runtime.sampling import SamplingParams
+from scheduler_service.fused_steps import FusedSteps
 from scheduler_service.graphs import PATIENCE, Graphs, Key, PlainRecorder, length_sizes, row_sizes
 from scheduler_service.worker import Worker
 from tests.engine import Answer, Engine, floats
@@ -52,7 +53,7 @@ def test_fused_operations_answer_as_the_plain_decoder_does(family, tmp_path):
     tokens, values = outcome(Engine(path).generate(PROMPTS, GREEDY, logprobs=options))
     engine = fused(path, chunked_prefill_size=32)
     fused_tokens, fused_values = outcome(engine.generate(PROMPTS, GREEDY, logprobs=options))
-    assert engine.worker.fused is not None
+    assert isinstance(engine.worker.steps, FusedSteps)
     assert fused_tokens == tokens
     torch.testing.assert_close(fused_values, values, atol=1e-4, rtol=1e-4)
 
@@ -72,7 +73,7 @@ def test_overlapped_decode_steps_on_buffers_give_the_same_tokens(directory, wish
 
 
 def test_decode_steps_run_on_the_buffers_and_mixed_steps_do_not(directory):
-    graphs = (engine := fused(directory)).worker.fused.graphs
+    graphs = (engine := fused(directory)).worker.steps.graphs
     graphs.replays.clear()
     engine.generate(PROMPTS, GREEDY)
     assert dict(graphs.misses) == {Key(3, 512): GREEDY.max_new_tokens - 1}
@@ -80,7 +81,7 @@ def test_decode_steps_run_on_the_buffers_and_mixed_steps_do_not(directory):
 
 def test_padding_touches_nothing_but_the_null_slot_and_the_null_page(directory):
     engine = fused(directory)
-    steps, cache = engine.worker.fused, engine.worker.cache
+    steps, cache = engine.worker.steps, engine.worker.cache
     for pool in cache.keys.values():
         pool.fill_(7.0)
     steps.page_table.values.zero_()
@@ -160,9 +161,9 @@ def test_what_was_recorded_is_dropped_when_addresses_change_and_recorded_again_l
 
 
 def test_no_graphs_are_made_when_they_are_switched_off_and_their_sizes_end_where_the_flag_says(directory):
-    assert fused(directory, disable_cuda_graph=True).worker.fused.graphs is None
+    assert fused(directory, disable_cuda_graph=True).worker.steps.graphs is None
     small = fused(directory, cuda_graph_max_bs=2)
-    assert small.worker.fused.graphs.rows == [1, 2]
+    assert small.worker.steps.graphs.rows == [1, 2]
     tokens = [answer.ids for answer in small.generate(PROMPTS, GREEDY)]  # three rows: beyond the largest size
     assert tokens == [answer.ids for answer in Engine(directory).generate(PROMPTS, GREEDY)]
 
@@ -187,7 +188,7 @@ def test_new_weights_are_served_by_steps_that_were_recorded_before(tmp_path):
 
 def test_temperatures_are_sent_when_the_batch_changes_and_not_in_between(directory):
     engine = fused(directory)
-    buffers = engine.worker.fused.buffers
+    buffers = engine.worker.steps.buffers
     short, long = (SamplingParams(temperature=t, max_new_tokens=n, ignore_eos=True) for t, n in ((0.5, 4), (2.0, 8)))
     for prompt, params in zip(PROMPTS, (short, long), strict=False):
         engine.add(prompt, params)

@@ -8,15 +8,12 @@ from runtime.messages import LogprobOptions, Logprobs, unpack_ids
 from runtime.sampling import SamplingParams
 from scheduler_service import logprobs as module
 from scheduler_service.logprobs import log_of_sums, output_logprobs, prompt_logprobs
-from scheduler_service.sampler import Row, wish_of
+from scheduler_service.sampling.rows import SamplingRows, sampling_rows
+from scheduler_service.sampling.state import settings_of
 
 
-def row_of(**params: float) -> Row:
-    given = SamplingParams(**params)
-    return Row(given, wish_of(given), seed=0, prompt_len=1, end_ids=[], bias_ids=array("q"), biases=array("f"))
-
-
-ROW = row_of(temperature=1.0)
+def rows_of(count: int = 1, **params: float) -> SamplingRows:
+    return sampling_rows([settings_of(SamplingParams(**params), seed=0)] * count, [1] * count)
 
 
 def floats(data: bytes) -> torch.Tensor:
@@ -47,7 +44,7 @@ def test_each_row_gets_what_its_request_asked_for():
         LogprobOptions(top=1, token_ids=[9, 0]),
         LogprobOptions(token_ids=[9, 0]),
     ]
-    found = output_logprobs(logits, torch.tensor(tokens), options, [ROW] * 5).by_row()
+    found = output_logprobs(logits, torch.tensor(tokens), options, rows_of(5)).by_row()
     assert found[1] is None
     for row, option in enumerate(options):
         if option is not None:
@@ -55,13 +52,13 @@ def test_each_row_gets_what_its_request_asked_for():
 
 
 def test_nobody_asking_costs_nothing_and_gives_nothing():
-    assert output_logprobs(torch.empty(2, 0), torch.zeros(2), [None, None], [ROW] * 2).by_row() == [None, None]
+    assert output_logprobs(torch.empty(2, 0), torch.zeros(2), [None, None], rows_of(2)).by_row() == [None, None]
 
 
 def test_a_masked_token_has_minus_infinity():
     logits = torch.zeros(1, 4)
     logits[0, 2] = -torch.inf
-    (found,) = output_logprobs(logits, torch.tensor([0]), [LogprobOptions(token_ids=[2])], [ROW]).by_row()
+    (found,) = output_logprobs(logits, torch.tensor([0]), [LogprobOptions(token_ids=[2])], rows_of()).by_row()
     assert floats(found.asked_values).tolist() == [-torch.inf]
     close(found.values, torch.tensor([-1.0986123]))
 
@@ -97,7 +94,7 @@ def test_entropy_is_that_of_the_whole_distribution():
     logits = torch.randn(3, 700)
     logits[1, 5:] = -torch.inf
     options = [LogprobOptions(entropy=True)] * 3
-    found = output_logprobs(logits, torch.tensor([1, 2, 3]), options, [ROW] * 3).by_row()
+    found = output_logprobs(logits, torch.tensor([1, 2, 3]), options, rows_of(3)).by_row()
     for row, scores in enumerate(found):
         close(scores.entropies, torch.distributions.Categorical(logits=logits[row]).entropy())
 
@@ -106,7 +103,7 @@ def test_support_is_what_the_filters_leave():
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).log()
     for params, ids in (({"top_k": 3}, [0, 1, 2]), ({"top_k": 4, "top_p": 0.6}, [0, 1]), ({"min_p": 0.4}, [0, 1, 2])):
         (found,) = output_logprobs(
-            logits, torch.tensor([1]), [LogprobOptions(support=True)], [row_of(**params)]
+            logits, torch.tensor([1]), [LogprobOptions(support=True)], rows_of(**params)
         ).by_row()
         assert (list(unpack_ids(found.support_counts)), list(unpack_ids(found.support_ids))) == ([len(ids)], ids)
         close(found.support_values, torch.tensor([3.0 / sum(4.0 - i for i in ids)]).log())
@@ -114,5 +111,5 @@ def test_support_is_what_the_filters_leave():
 
 def test_support_of_the_best_token_is_that_token():
     options = [LogprobOptions(support=True)]
-    (found,) = output_logprobs(torch.randn(1, 9), torch.tensor([7]), options, [row_of(temperature=0.0)]).by_row()
+    (found,) = output_logprobs(torch.randn(1, 9), torch.tensor([7]), options, rows_of(temperature=0.0)).by_row()
     assert (list(unpack_ids(found.support_ids)), floats(found.support_values).tolist()) == ([7], [0.0])

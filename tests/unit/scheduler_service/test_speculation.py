@@ -202,7 +202,7 @@ def test_a_plain_plan_is_recorded_and_one_that_verifies_is_not(directory):
     engine.worker.launch = lambda plan: plans.append(plan) or launch(plan)
     engine.generate(PROMPTS, GREEDY)
     decodes = [plan for plan in plans if not plan.prefills]
-    ran = engine.worker.fused.graphs.misses
+    ran = engine.worker.steps.graphs.misses
     assert sum(plan.verifications > 0 for plan in decodes) > 3
     assert sum(ran.values()) <= sum(not plan.verifications for plan in decodes)
     assert engine.worker.depth == 0

@@ -15,6 +15,8 @@ from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
 from scheduler_service.core.request import Sequence
 from scheduler_service.model.batch import AttentionSpec, Batch
 from scheduler_service.model.weights import Layout, Weights
+from scheduler_service.sampling import choose
+from scheduler_service.sampling.rows import Draws, SamplingRows
 from scheduler_service.worker import Worker
 from tests.engine import Engine, floats
 from tests.model import tiny
@@ -43,6 +45,11 @@ class Counter:
         logits[torch.arange(len(hidden)), (hidden[:, 0].long() + 1) % VOCAB] = 9.0
         logits[hidden[:, 0] == BROKEN] = torch.nan
         return logits
+
+    def sample(
+        self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
+    ) -> Draws:
+        return choose.sample(logits, rows, allowed, keep_logits)
 
 
 @pytest.fixture

@@ -9,19 +9,15 @@ order, first among blocks of `BLOCK` tokens, then inside the block. No row looks
 same tokens alone and in company, before and after a retraction. Greedy requests take the first largest logit.
 """
 
-from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import reduce
+from collections.abc import Callable
 from math import inf
-from operator import or_
+from typing import Any
 
 import numpy as np
 import torch
 
 from kernels.philox import uniform
-from runtime.sampling import SamplingParams
-from scheduler_service.core.request import Sequence
+from scheduler_service.sampling.rows import Draws, Feature, SamplingRows
 from scheduler_service.transfer import send, upload
 
 BLOCK = 256  # tokens whose weights are summed first when drawing
@@ -30,163 +26,27 @@ CACHE_ELEMENTS = 1 << 21  # weights that are worked on at once, so that they sta
 BIN_SHIFT = 18  # bits dropped from a weight to find its bin: 32 bins for each power of two
 BINS = (0x3F800000 >> BIN_SHIFT) + 1  # weights are at most 1.0
 
-
-class Wish:
-    """What a request asks of the sampler beyond a greedy choice; plain ints, for enums are slow to combine."""
-
-    DRAW = 1
-    TOP_K = 2
-    TOP_P = 4
-    MIN_P = 8
-    PENALTY = 16
-    MIN_LENGTH = 32
-    BIAS = 64
-
-
-@dataclass(slots=True)
-class Draws:
-    """What one call chose, on the device of the logits."""
-
-    tokens: torch.Tensor  # (rows,) int64
-    valid: torch.Tensor  # (rows,) bool; False: the row had no finite largest logit
-
-
-@dataclass(slots=True)
-class Row:
-    """The sampler's state of one admitted request."""
-
-    params: SamplingParams
-    wish: int  # Wish values, or-ed
-    seed: int
-    prompt_len: int
-    end_ids: list[int]  # ids that would end the request
-    bias_ids: "array[int]"
-    biases: "array[float]"
-    counted: "array[int]" = field(default_factory=lambda: array("q"))  # distinct output tokens
-    counts: "array[int]" = field(default_factory=lambda: array("q"))  # how often each occurred
-    places: dict[int, int] = field(default_factory=dict)  # token → index into the two arrays
-
-    def add(self, token: int) -> None:
-        """Note an output token."""
-        if self.wish & Wish.PENALTY:
-            self.count((token,))
-
-    def count(self, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            place = self.places.setdefault(token, len(self.counted))
-            if place == len(self.counted):
-                self.counted.append(token)
-                self.counts.append(0)
-            self.counts[place] += 1
-
-
-def make_row(sequence: Sequence, eos_ids: list[int]) -> Row:
-    """The state follows from the request and its tokens alone, so it is rebuilt after a retraction."""
-    params = sequence.request.params
-    bias = params.logit_bias or {}
-    row = Row(
-        params=params,
-        wish=wish_of(params),
-        seed=signed(sequence.request.seed),
-        prompt_len=sequence.prompt_len,
-        end_ids=sorted({*eos_ids, *(params.stop_token_ids or ())}),
-        bias_ids=array("q", map(int, bias)),
-        biases=array("f", bias.values()),
-    )
-    if row.wish & Wish.PENALTY:
-        row.count(sequence.ids[sequence.prompt_len :])
-    return row
-
-
-def signed(seed: int) -> int:
-    """The lowest 64 bits as an int64."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def wish_of(params: SamplingParams) -> int:
-    penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
-    wishes = {
-        Wish.DRAW: not params.greedy,
-        Wish.TOP_K: not params.greedy and params.top_k > 0,
-        Wish.TOP_P: not params.greedy and params.top_p < 1.0,
-        Wish.MIN_P: not params.greedy and params.min_p > 0.0,
-        Wish.PENALTY: bool(penalised),
-        Wish.MIN_LENGTH: params.min_new_tokens > 0,
-        Wish.BIAS: bool(params.logit_bias),
-    }
-    return sum(wish for wish, wanted in wishes.items() if wanted)
+Floor = Callable[[torch.Tensor, list[Any]], torch.Tensor]  # (weights, by row: a value) → smallest weights that stay
 
 
 def sample(
-    logits: torch.Tensor,
-    rows: list[Row],
-    positions: list[int],
-    allowed: torch.Tensor | None = None,
-    keep_logits: bool = False,
+    logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
 ) -> Draws:
-    """One token per row of logits (rows, vocab), which are adjusted in place, and spoilt unless they are to be kept."""
-    adjust(logits, rows, positions, allowed)
-    return choose(logits, rows, positions, keep_logits)
+    """One token per row of logits (rows, vocab): see model.backend.Backend.sample."""
+    mask_and_temper(logits, rows, allowed)
+    return choose(logits, rows, keep_logits)
 
 
-# Adjusting the logits
-
-
-def adjust(logits: torch.Tensor, rows: list[Row], positions: list[int], allowed: torch.Tensor | None = None) -> None:
-    """Penalties, bias, allowed tokens and temperature, in place on logits (rows, vocab).
+def mask_and_temper(logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None) -> None:
+    """Allowed tokens and temperature, in place on logits (rows, vocab).
 
     `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i.
     """
-    adjust_single_tokens(logits, rows, positions)
     if allowed is not None:
         logits.masked_fill_(unpack_bits(~allowed, logits.shape[1]), -inf)
-    temperatures = [row.params.temperature if row.wish & Wish.DRAW else 1.0 for row in rows]
-    if any(temperature != 1.0 for temperature in temperatures):
-        logits.div_(upload(temperatures, logits.device).unsqueeze(1))
-
-
-def adjust_single_tokens(logits: torch.Tensor, rows: list[Row], positions: list[int]) -> None:
-    """What concerns a few tokens of some rows: penalties, the minimum length and bias."""
-    wishes = reduce(or_, (row.wish for row in rows), 0)
-    if wishes & Wish.PENALTY:
-        penalise(logits, rows)
-    if wishes & Wish.MIN_LENGTH:
-        forbid_the_end(logits, rows, positions)
-    if wishes & Wish.BIAS:
-        add_bias(logits, rows)
-
-
-def penalise(logits: torch.Tensor, rows: list[Row]) -> None:
-    """Frequency and presence are subtracted, repetition scales, for tokens of the output."""
-    vocab = logits.shape[1]
-    where, counts, factors = [], [], []
-    for i, row in enumerate(rows):
-        if row.wish & Wish.PENALTY and row.counted:
-            params = row.params
-            where.append(torch.tensor(row.counted) + i * vocab)
-            counts.append(torch.tensor(row.counts))
-            factors.append((params.frequency_penalty, params.presence_penalty, params.repetition_penalty))
-    if not where:
-        return
-    device = logits.device
-    flat = send(torch.cat(where), device)
-    lengths = torch.tensor([len(part) for part in where])
-    frequency, presence, repetition = send(torch.tensor(factors).repeat_interleave(lengths, 0), device).unbind(1)
-    values = logits.view(-1)[flat] - frequency * send(torch.cat(counts), device) - presence
-    logits.view(-1)[flat] = torch.where(values > 0, values / repetition, values * repetition)
-
-
-def forbid_the_end(logits: torch.Tensor, rows: list[Row], positions: list[int]) -> None:
-    """Mask the ids that end a request which has not made its minimum of tokens."""
-    for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
-        if row.end_ids and position - row.prompt_len < row.params.min_new_tokens:
-            logits[i, upload(row.end_ids, logits.device)] = -inf
-
-
-def add_bias(logits: torch.Tensor, rows: list[Row]) -> None:
-    for i, row in enumerate(rows):
-        if row.bias_ids:
-            logits[i, upload(row.bias_ids, logits.device)] += upload(row.biases, logits.device)
+    divisors = [temperature or 1.0 for temperature in rows.temperatures]
+    if any(divisor != 1.0 for divisor in divisors):
+        logits.div_(upload(divisors, logits.device).unsqueeze(1))
 
 
 def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -201,14 +61,13 @@ def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
 # Choosing the tokens
 
 
-def choose(logits: torch.Tensor, rows: list[Row], positions: list[int], keep_logits: bool = False) -> Draws:
+def choose(logits: torch.Tensor, rows: SamplingRows, keep_logits: bool = False) -> Draws:
     """One token per row of adjusted logits (rows, vocab), which are overwritten unless they are to be kept."""
     best, tokens = logits.max(1)  # a NaN anywhere in a row makes its largest NaN
     valid = torch.isfinite(best)
-    drawn = [i for i, row in enumerate(rows) if row.wish & Wish.DRAW]
-    if drawn:
-        seeds = torch.tensor([rows[i].seed for i in drawn])
-        numbers = send(uniform(seeds, torch.tensor([positions[i] for i in drawn])), logits.device)
+    if drawn := rows.drawing():
+        seeds = torch.tensor([rows.seeds[i] for i in drawn])
+        numbers = send(uniform(seeds, torch.tensor([rows.positions[i] for i in drawn])), logits.device)
         at_once = max(1, CACHE_ELEMENTS // logits.shape[1])
         for first in range(0, len(drawn), at_once):
             some = drawn[first : first + at_once]
@@ -218,49 +77,57 @@ def choose(logits: torch.Tensor, rows: list[Row], positions: list[int], keep_log
             weights = own.sub_(best[picked].unsqueeze(1)).exp_()
             if weights.device.type == "cpu" and not (usable := valid[picked]).all():
                 weights[~usable] = 1.0  # NaN has no place in a histogram; on a GPU there is none
-            filter_weights(weights, [rows[i] for i in some])
+            filter_weights(weights, rows, some)
             tokens[picked] = draw(weights, numbers[first : first + at_once])
     return Draws(tokens, valid)
 
 
-def filter_weights(weights: torch.Tensor, rows: list[Row]) -> None:
-    """Zero what top-k, top-p and min-p leave out, in place. Weights are relative to each row's largest, which is 1."""
-    floor = torch.zeros(len(rows), dtype=weights.dtype, device=weights.device)  # smallest weight that stays
-    for wish, smallest in ((Wish.TOP_K, top_k_floor), (Wish.TOP_P, top_p_floor), (Wish.MIN_P, min_p_floor)):
-        chosen = [i for i, row in enumerate(rows) if row.wish & wish]
+def filter_weights(weights: torch.Tensor, rows: SamplingRows, some: list[int]) -> None:
+    """Zero what top-k, top-p and min-p leave out of weights, in place: (len(some), vocab), of the rows `some`.
+
+    Weights are relative to each row's largest, which is 1.
+    """
+    floor = torch.zeros(len(some), dtype=weights.dtype, device=weights.device)  # smallest weight that stays
+    filters: tuple[tuple[int, Floor, list[int] | list[float]], ...] = (
+        (Feature.TOP_K, top_k_floor, rows.top_ks),
+        (Feature.TOP_P, top_p_floor, rows.top_ps),
+        (Feature.MIN_P, min_p_floor, rows.min_ps),
+    )
+    for feature, smallest, values in filters:
+        chosen = rows.using(feature, some)
         if not chosen:
             continue
         picked = upload(chosen, weights.device)
-        part = weights if len(chosen) == len(rows) else weights[picked]
-        floor[picked] = torch.maximum(floor[picked], smallest(part, [rows[i].params for i in chosen]))
+        part = weights if len(chosen) == len(some) else weights[picked]
+        floor[picked] = torch.maximum(floor[picked], smallest(part, [values[some[i]] for i in chosen]))
     if (
         weights.device.type != "cpu" or floor.any()
     ):  # looking is cheaper than writing, unless a device must be waited for
         weights.masked_fill_(weights < floor.unsqueeze(1), 0.0)
 
 
-def top_k_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+def top_k_floor(weights: torch.Tensor, top_ks: list[int]) -> torch.Tensor:
     """The k-th largest weight of each row; tokens tied with it stay."""
-    ks = [min(p.top_k, weights.shape[1]) for p in params]
+    ks = [min(top_k, weights.shape[1]) for top_k in top_ks]
     values, _ = largest(weights, max(ks))
     return values.gather(1, upload(ks, weights.device).unsqueeze(1) - 1).squeeze(1)
 
 
-def top_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+def top_p_floor(weights: torch.Tensor, top_ps: list[float]) -> torch.Tensor:
     """The smallest weight of the shortest list of best tokens whose share reaches p.
 
     A histogram over the leading bits of the weights shows in which bin that weight lies; only that bin is sorted.
     A vocabulary that is smaller than the histogram is sorted as a whole; so is any on a GPU, since how many weights
     lie in a bin is not known there without waiting.
     """
-    shares = upload([p.top_p for p in params], weights.device, torch.float64)
+    shares = upload(top_ps, weights.device, torch.float64)
     if weights.shape[1] <= BINS or weights.device.type != "cpu":
         values = weights.sort(1, descending=True).values
         mass = values.cumsum(1, dtype=torch.float64)
         place = torch.searchsorted(mass, shares.unsqueeze(1) * mass[:, -1:]).clamp_(max=weights.shape[1] - 1)
         return values.gather(1, place).squeeze(1)
     bins = weights.view(torch.int32) >> BIN_SHIFT  # (rows, vocab), in the order of the weights
-    sums = weights.new_zeros(len(params), BINS).scatter_add_(1, bins.long(), weights)
+    sums = weights.new_zeros(len(top_ps), BINS).scatter_add_(1, bins.long(), weights)
     reached = sums.flip(1).cumsum(1, dtype=torch.float64)  # (rows, BINS), from the best bin on
     wanted = shares.unsqueeze(1) * reached[:, -1:]  # (rows, 1)
     place = torch.searchsorted(reached, wanted).clamp_(max=BINS - 1)
@@ -281,8 +148,8 @@ def nth_by_mass(values: torch.Tensor, counts: torch.Tensor, wanted: torch.Tensor
     return values[torch.minimum(first, ends - 1)]
 
 
-def min_p_floor(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    return upload([p.min_p for p in params], weights.device, weights.dtype)
+def min_p_floor(weights: torch.Tensor, min_ps: list[float]) -> torch.Tensor:
+    return upload(min_ps, weights.device, weights.dtype)
 
 
 def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

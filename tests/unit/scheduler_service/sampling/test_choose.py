@@ -11,7 +11,11 @@ from kernels.philox import uniform
 from runtime.messages import Request
 from runtime.sampling import SamplingParams
 from scheduler_service.core.request import Sequence
-from scheduler_service.sampler import adjust, choose, draw, largest, make_row, unpack_bits
+from scheduler_service.sampling import choose as module
+from scheduler_service.sampling.adjust import adjust_single_tokens
+from scheduler_service.sampling.choose import draw, largest, mask_and_temper, unpack_bits
+from scheduler_service.sampling.rows import Draws, sampling_rows
+from scheduler_service.sampling.state import Row, make_row
 
 EOS = 3
 
@@ -19,6 +23,16 @@ EOS = 3
 def sequence(params: SamplingParams, output: list[int] = (), seed: int = 0, prompt: int = 5) -> Sequence:
     request = Request(rid="r", params=params, seed=seed)
     return Sequence(request, array("i", [7] * prompt) + array("i", output), prompt)
+
+
+def adjust(logits: torch.Tensor, rows: list[Row], positions: list[int], allowed: torch.Tensor | None = None) -> None:
+    """All that is done to the logits before the draw."""
+    adjust_single_tokens(logits, rows, positions)
+    mask_and_temper(logits, sampling_rows([row.settings for row in rows], positions), allowed)
+
+
+def choose(logits: torch.Tensor, rows: list[Row], positions: list[int], keep_logits: bool = False) -> Draws:
+    return module.choose(logits, sampling_rows([row.settings for row in rows], positions), keep_logits)
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], allowed: torch.Tensor | None = None) -> list[int]:
@@ -167,33 +181,6 @@ def test_top_p_of_a_flat_distribution_keeps_the_larger_part_of_the_vocabulary():
     logits = torch.linspace(0, 0.01, 3000).repeat(200, 1)
     tokens = sample(logits, [sequence(SamplingParams(top_p=0.5), seed=i) for i in range(200)])
     assert min(tokens) > 1480 and max(tokens) - min(tokens) > 1200
-
-
-def test_penalties_count_the_output_and_not_the_prompt():
-    logits = torch.zeros(2, 10)
-    logits[:, 7] = 1.0  # the prompt's token
-    params = SamplingParams(temperature=0.0, presence_penalty=2.0)
-    assert sample(logits, [sequence(params), sequence(params, output=[7])]) == [7, 0]
-
-
-def test_penalties_are_the_same_counted_one_by_one_or_from_the_token_list():
-    params = SamplingParams(frequency_penalty=0.3, repetition_penalty=1.2)
-    output = [1, 2, 2, 9, 1]
-    grown, rebuilt = make_row(sequence(params), []), make_row(sequence(params, output), [])
-    for token in output:
-        grown.add(token)
-    logits = torch.randn(1, 12)
-    left, right = logits.clone(), logits.clone()
-    adjust(left, [grown], [10])
-    adjust(right, [rebuilt], [10])
-    assert torch.equal(left, right)
-
-
-def test_the_end_is_masked_until_the_minimum_is_reached():
-    logits = torch.zeros(2, 10)
-    logits[:, EOS], logits[:, 8] = 5.0, 4.0
-    params = SamplingParams(temperature=0.0, min_new_tokens=2, stop_token_ids=[8])
-    assert sample(logits, [sequence(params, [1]), sequence(params, [1, 1])]) == [0, EOS]
 
 
 def test_allowed_tokens_bound_the_draw_but_a_bias_cannot_lift_the_mask():

@@ -1,0 +1,65 @@
+"""Steps computed operation by operation, of any model on any device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels.attention import paged_attention
+from kernels.attention_schedule import Ragged
+from scheduler_service.core.plan import Plan
+from scheduler_service.device_state import SlotTokens
+from scheduler_service.experts import Chosen
+from scheduler_service.inputs import Inputs
+from scheduler_service.kv_cache import KVCache, Placement
+from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from scheduler_service.steps import Steps
+
+Attention = Callable[..., torch.Tensor]  # as kernels.attention.paged_attention
+
+
+@dataclass(slots=True)
+class PagedAttend:
+    """How the model attends during one step."""
+
+    cache: KVCache
+    placement: Placement
+    ragged: Ragged
+    attention: Attention
+
+    def __call__(self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.cache.write(spec.layer, self.placement, k, v)
+        return self.attention(
+            self.ragged,
+            q,
+            self.cache.keys[spec.layer],
+            self.cache.values[spec.layer],
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
+            causal=spec.causal,
+            sinks=spec.sinks,
+        )
+
+
+class EagerSteps(Steps):
+    """Runs plans on a model as they come."""
+
+    def __init__(
+        self, model: ServedModel, cache: KVCache, tokens: SlotTokens, attention: Attention = paged_attention
+    ) -> None:
+        super().__init__(model, cache, tokens)
+        self.attention = attention
+
+    def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
+        batch = Batch(
+            input_ids=inputs.input_ids,
+            positions=inputs.positions,
+            attend=PagedAttend(self.cache, inputs.placement, inputs.ragged, self.attention),
+            starts=inputs.starts,
+            token_types=inputs.token_types,
+            embeds=inputs.embeds,
+            embeds_mask=inputs.embeds_mask,
+            record_experts=record_experts,
+        )
+        return self.model.forward(batch)

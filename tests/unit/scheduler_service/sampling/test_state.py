@@ -1,0 +1,37 @@
+"""From a request's parameters to the settings of its rows."""
+
+import pytest
+
+from runtime.sampling import SamplingParams
+from scheduler_service.sampling.rows import Feature, sampling_rows
+from scheduler_service.sampling.state import settings_of
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0, "top_p": 0.5, "min_p": 0.1}, {"top_k": 1, "top_p": 0.5}])
+def test_a_greedy_request_uses_neither_temperature_nor_filters(params):
+    settings = settings_of(SamplingParams(**params), seed=7)
+    assert settings.plain and settings == (0, 0.0, 0, 1.0, 0.0, 7)
+
+
+def test_a_filter_that_is_off_has_its_neutral_value():
+    assert settings_of(SamplingParams(temperature=0.5), seed=0) == (Feature.DRAW, 0.5, 0, 1.0, 0.0, 0)
+    filtered = settings_of(SamplingParams(top_k=4, top_p=0.9, min_p=0.2), seed=0)
+    assert filtered == (Feature.DRAW | Feature.TOP_K | Feature.TOP_P | Feature.MIN_P, 1.0, 4, 0.9, 0.2, 0)
+    assert not filtered.plain
+
+
+@pytest.mark.parametrize("params", [{"presence_penalty": 1.0}, {"min_new_tokens": 3}, {"logit_bias": {"4": 1.0}}])
+def test_what_changes_single_tokens_is_not_plain(params):
+    assert not settings_of(SamplingParams(**params), seed=0).plain
+
+
+def test_of_a_seed_the_lowest_64_bits_count():
+    params = SamplingParams()
+    assert settings_of(params, (1 << 64) - 1).seed == -1
+    assert settings_of(params, 1 << 63).seed == -(1 << 63)
+
+
+def test_rows_keep_the_order_of_their_requests():
+    rows = sampling_rows([settings_of(SamplingParams(top_k=k), seed=k) for k in (2, -1, 5)], [10, 20, 30])
+    assert (rows.seeds, rows.positions, rows.top_ks) == ([2, -1, 5], [10, 20, 30], [2, 0, 5])
+    assert rows.using(Feature.TOP_K, [1, 2]) == [1] and rows.drawing() == [0, 1, 2]
