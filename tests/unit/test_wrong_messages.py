@@ -27,6 +27,7 @@ from runtime.messages import (
     pack_ids,
 )
 from runtime.sampling import SamplingParams
+from scheduler_service import control_profile
 from tests import checkpoints
 from tests.live import Live
 from tests.rig import PROMPT, Rig
@@ -41,6 +42,23 @@ ROUNDS, TOGETHER = 20, 2 * len(MESSAGES)
 HELLO = TOKENIZER.encode("Hello there, all of you.").ids
 NOBODY = Announced(lambda role: 0)  # nothing was ever started again
 LENGTH = Finish(reason="length", length=len(HELLO))
+
+
+class Recorder:
+    """Stands in for torch's profiler, which crashes at the end of a process that still records."""
+
+    def __init__(self, **options: Any) -> None: ...
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def export_chrome_trace(self, file: str) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def no_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_profile, "profile", Recorder)
 
 
 def rounds(test: Callable[..., Any]) -> Callable[..., Any]:
