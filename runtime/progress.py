@@ -18,11 +18,14 @@ import threading
 import time
 from pathlib import Path
 
-WORDS = 5
+from runtime import vitals
+
+WORDS = 6
 WORD_BYTES = 8
-BEATS, BEAT_NS, BUSY, PULSES, PULSE_NS = range(WORDS)
+BEATS, BEAT_NS, BUSY, PULSES, PULSE_NS, PID = range(WORDS)
 IDLE_BEAT_S = 1.0  # a service that waits wakes this often, so that its beats go on
 PULSE_S = 1.0
+SILENT_S = 2.0  # without a pulse: from then on the kernel is asked whether the process runs
 
 
 def _path(run_dir: str, role: str) -> Path:
@@ -44,6 +47,7 @@ class ProgressWord:
         os.posix_fallocate(descriptor, 0, WORDS * WORD_BYTES)  # on a full disk this fails, and not the first beat
         os.close(descriptor)
         self._words = _map(path)
+        self._words[PID] = os.getpid()
 
     def beat(self, busy: bool) -> None:
         """Say: I have just moved; `busy` when there is work left."""
@@ -91,8 +95,16 @@ class ProgressReader:
         return self._age_s(self.beats(), BEAT_NS)
 
     def pulse_age_s(self) -> float:
-        """Seconds since the process was last seen to run."""
-        return self._age_s(self.pulses(), PULSE_NS)
+        """Seconds since the process was last seen to run: by its pulse or, where that is late, by the kernel.
+
+        A process that has to wait for a core, or whose C code keeps the interpreter, has no pulse and is not dead.
+        """
+        age_s = self._age_s(self.pulses(), PULSE_NS)
+        if not SILENT_S < age_s < float("inf"):
+            return age_s
+        seen = vitals.look(self._word(PID))
+        runs = seen is not None and seen.state in (vitals.State.RUNNABLE, vitals.State.BLOCKED)
+        return 0.0 if runs else age_s
 
     def busy(self) -> bool:
         """Whether it had work at its last beat: an old beat means a long step then, not a lost wake-up."""

@@ -1,7 +1,13 @@
+import os
+import signal
+import subprocess
+import sys
 from math import inf
 from pathlib import Path
 
-from runtime.progress import ProgressReader, ProgressWord
+import pytest
+
+from runtime.progress import PID, PULSE_NS, ProgressReader, ProgressWord
 
 
 def test_nothing_written_is_infinitely_old_and_not_busy(tmp_path: Path) -> None:
@@ -33,6 +39,23 @@ def test_pulses_tell_that_the_process_runs_and_beats_that_its_loop_does(tmp_path
     word.pulse()
     assert (reader.pulses(), reader.beats(), reader.age_s()) == (1, 0, inf)
     assert reader.pulse_age_s() < 60
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_late_pulse_counts_only_where_the_kernel_says_that_the_process_does_not_run(
+    stopped: bool, tmp_path: Path
+) -> None:
+    word, reader = ProgressWord(str(tmp_path), "scheduler"), ProgressReader(str(tmp_path), "scheduler")
+    word.pulse()
+    word._words[PULSE_NS] -= int(60e9)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        word._words[PID] = busy.pid
+        if stopped:
+            busy.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, busy.pid, os.WSTOPPED)
+        age_s = reader.pulse_age_s()
+        busy.kill()
+    assert (age_s > 50) == stopped
 
 
 def test_whoever_waits_for_another_process_is_busy_and_moves(tmp_path: Path) -> None:
