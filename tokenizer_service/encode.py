@@ -1,7 +1,8 @@
 """Turns prompts into token ids. Knows no sockets: a batch of messages in, the messages that go on out.
 
 One step does a bounded amount of work: the texts that wait take turns by the call that they belong to, as many as fit
-into a step are encoded together, and long ones beside the loop (`long_texts.py`). So commands and aborts, and requests
+into a step are encoded together, and long ones beside the loop (`long_texts.py`). Long conversations are rendered one a
+step, behind everything else. So commands and aborts, and requests
 that have no text, overtake texts that wait; an abort ends a request that waits here. A prompt that is refused becomes a
 terminal Tokens message, which the scheduler passes on: the gateway hears of it by the same way as of everything else.
 """
@@ -35,7 +36,7 @@ from runtime.messages import (
 )
 from runtime.sampling import SamplingParams
 from runtime.stop_patterns import check_stops
-from tokenizer_service.jobs import Job, Key, Pace, Piece, chars_of, key_of
+from tokenizer_service.jobs import Job, Key, Pace, Piece, chars_of, is_heavy, key_of
 from tokenizer_service.long_texts import LongText, LongTexts, TooManyTokens, cannot_be_tokenized, encode_whole
 from tokenizer_service.pairs import types_of
 from tokenizer_service.prompts import Prompt, Template, prompt_of, rendered
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 ID_BYTES = 4
 FLOAT_BYTES = 4
+MOST_PASSED_OVER = 8  # steps that a long conversation waits while others have their turns
 VERY_LONG_CHARS = 1 << 20  # above, the longest token of the vocabulary tells what cannot fit
 LONG_BEAT_S = 0.002  # how often to look after a long text when nothing else is there to do
 TOO_LONG = "The input (more than {0} tokens) is longer than the model's context length ({0} tokens)."
@@ -99,6 +101,8 @@ class Encoder:
         self._jobs: dict[Key, Job] = {}
         self._turns: Turns[Piece] = Turns()
         self._long_turns: Turns[Piece] = Turns()
+        self._heavy_turns: Turns[Piece] = Turns()  # conversations that take long to render
+        self._passed_over = 0  # steps in which none of them had its turn, for others had
         self._long_texts = None if tokenizer is None else LongTexts(tokenizer, executor)
         self._long: tuple[Piece, Future[Encoding | RequestError | None]] | None = None  # under way
         self._late: list[Message] = []  # answers to messages of earlier steps
@@ -107,7 +111,7 @@ class Encoder:
     @property
     def patience_s(self) -> float | None:
         """How long the next step may wait for messages; None: nothing is left to do."""
-        if self._turns:
+        if self._turns or self._heavy_turns:
             return 0.0
         return LONG_BEAT_S if self._long or self._long_turns else None
 
@@ -199,21 +203,44 @@ class Encoder:
         """Encode what fits into a step, and see to the long text."""
         ends_at, chars = self._clock() + self._pace.step_s, 0
         ready: list[Piece] = []
+        others = False
         while self._turns and chars < self._pace.step_chars and self._clock() < ends_at:
             piece = self._turns.next()
             if piece.job.unwanted.is_set():
                 continue
-            prepared = self._prepared(piece)
-            if not isinstance(prepared, Prompt):
-                self._settle(piece, prepared)
-            elif (size := chars_of(prepared)) > self._pace.long_chars:
-                self._long_turns.add(piece.job.call, piece)
-            else:
-                ready.append(piece)
-                chars += size
+            if is_heavy(piece, self._pace.long_chars):
+                self._heavy_turns.add(piece.job.call, piece)
+                continue
+            others = True
+            chars += self._begin(piece, ready)
+        if not others or self._passed_over >= MOST_PASSED_OVER:
+            self._begin_heavy(ready)
+        elif self._heavy_turns:
+            self._passed_over += 1
         for piece, result in zip(ready, self._encode([piece.prompt for piece in ready if piece.prompt]), strict=True):
             self._settle(piece, result)
         self._advance_long()
+
+    def _begin(self, piece: Piece, ready: list[Piece]) -> int:
+        """Prepare a text and put it where it is encoded; returns how many of its characters are `ready`'s."""
+        prepared = self._prepared(piece)
+        if not isinstance(prepared, Prompt):
+            self._settle(piece, prepared)
+        elif (size := chars_of(prepared)) > self._pace.long_chars:
+            self._long_turns.add(piece.job.call, piece)
+        else:
+            ready.append(piece)
+            return size
+        return 0
+
+    def _begin_heavy(self, ready: list[Piece]) -> None:
+        """One conversation that takes long to render: whoever comes meanwhile waits for no second one."""
+        self._passed_over = 0
+        while self._heavy_turns:
+            piece = self._heavy_turns.next()
+            if not piece.job.unwanted.is_set():
+                self._begin(piece, ready)
+                return
 
     def _advance_long(self) -> None:
         """Take the long text in that is done, and begin the next."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from runtime.control import Tokenize
 from runtime.errors import RequestError
 from runtime.messages import Generate, Message
@@ -12,6 +14,8 @@ from tokenizer_service.prompts import Prompt
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+
+CHARS_PER_MESSAGE = 256  # that take about as long to encode as a message to render
 
 Key = tuple[type, str]  # of a message that waits: its kind, and its rid or id
 
@@ -53,6 +57,20 @@ class Piece:
 
 def key_of(message: Generate | Tokenize) -> Key:
     return type(message), message.id if isinstance(message, Tokenize) else message.request.rid
+
+
+def is_heavy(piece: Piece, limit: int) -> bool:
+    """Whether a piece is a conversation that takes as long to render as a text of so many characters to encode."""
+    message = piece.job.message
+    is_last = isinstance(message, Generate) or piece.index == len(message.texts)
+    chat = message.chat if is_last else None
+    if chat is None:
+        return False
+    size = CHARS_PER_MESSAGE * len(chat.messages)
+    try:
+        return size > limit or size + len(msgspec.msgpack.encode(chat)) > limit
+    except (ValueError, OverflowError, RecursionError):  # it will be refused, for the same reason
+        return False
 
 
 def chars_of(prompt: Prompt) -> int:

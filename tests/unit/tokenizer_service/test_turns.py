@@ -14,7 +14,7 @@ from runtime.sampling import SamplingParams
 from tests.fakes import AtOnce
 from tests.tokenizers_to_try import KINDS
 from tokenizer_service import long_texts
-from tokenizer_service.encode import Encoder
+from tokenizer_service.encode import MOST_PASSED_OVER, Encoder
 from tokenizer_service.jobs import Pace
 from tokenizer_service.turns import Turns
 
@@ -101,6 +101,51 @@ def test_texts_of_one_step_are_encoded_in_one_call_up_to_its_size() -> None:
     out = steps(encoder, [prompt(f"r{i}", text="x" * 30, call=1) for i in range(10)])
     assert [len(names) for names in out] == [4, 4, 2]
     assert counting.most == 120
+
+
+class Renders:
+    """A template that notes how many messages it was given."""
+
+    def __init__(self) -> None:
+        self.rendered: list[int] = []
+
+    def render(self, chat: Chat) -> str:
+        self.rendered.append(len(chat.messages))
+        return "hello"
+
+
+def conversation(rid: str, messages: int = 1, content: str = "a", call: str = "") -> Generate:
+    request = Request(rid=rid, params=SamplingParams(), call=call)
+    return Generate(request=request, chat=Chat(messages=[{"role": "user", "content": content}] * messages))
+
+
+@pytest.mark.parametrize("heavy", [{"messages": 1000}, {"content": "a" * 100_000}])
+def test_long_conversations_are_rendered_one_a_step_and_behind_the_others(heavy: dict[str, Any]) -> None:
+    encoder = Encoder(TOKENIZER, template=Renders(), executor=AtOnce())
+    batch: list[Message] = [
+        *(conversation(f"long{i}", **heavy) for i in range(3)),
+        conversation("short"),
+        prompt("text"),
+    ]
+    assert steps(encoder, batch, [prompt("next")]) == [["short", "text"], ["next"], ["long0"], ["long1"], ["long2"]]
+
+
+def test_a_long_conversation_has_its_turn_however_many_others_come() -> None:
+    encoder = Encoder(TOKENIZER, template=Renders())
+    out = steps(encoder, [conversation("long", 1000)], *([prompt()] for _ in range(20)))
+    assert out[0] == ["long"]
+    out = steps(encoder, [conversation("long", 1000), prompt()], *([prompt()] for _ in range(20)))
+    assert [number for number, names in enumerate(out) if "long" in names] == [MOST_PASSED_OVER]
+
+
+def test_a_long_conversation_that_was_aborted_is_not_rendered() -> None:
+    template = Renders()
+    encoder = Encoder(TOKENIZER, template=template)
+    assert steps(encoder, [conversation("long", 1000), prompt("a")], [Abort(rid="long")]) == [
+        ["a"],
+        ["end of long", "Abort"],
+    ]
+    assert template.rendered == []
 
 
 def test_commands_and_requests_without_text_overtake_texts_that_wait() -> None:
