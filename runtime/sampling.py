@@ -3,6 +3,7 @@
 A new parameter is one field here and the place that uses it; it rides inside every message unopened.
 """
 
+import json
 from collections.abc import Callable
 from math import isfinite
 from typing import Any
@@ -67,6 +68,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+WRITTEN_IN_JSON = {"json_schema", "structural_tag"}
+
+
+def read(given: dict[str, Any]) -> SamplingParams:
+    """Parameters by name; a grammar written in JSON may be its text or the object itself.
+
+    Raises RequestError or msgspec.ValidationError.
+    """
+    texts = {name: as_json(name, given[name]) for name in given.keys() & WRITTEN_IN_JSON}
+    return msgspec.convert(given | texts, SamplingParams)
+
+
+def as_json(name: str, value: Any) -> Any:
+    """The text of an object; anything else as it is. Raises RequestError."""
+    try:
+        return json.dumps(value) if isinstance(value, dict) else value
+    except RecursionError:
+        raise RequestError(f"{name} is nested too deeply.", field=name) from None
 
 
 def as_list(value: str | list[str] | None) -> list[str]:
