@@ -76,14 +76,15 @@ def read(given: dict[str, Any]) -> SamplingParams:
 
     Raises RequestError or msgspec.ValidationError.
     """
-    texts = {name: as_json(name, given[name]) for name in given.keys() & WRITTEN_IN_JSON}
+    objects = {name: given[name] for name in WRITTEN_IN_JSON if isinstance(given.get(name), dict)}
+    texts = {name: as_json(name, value) for name, value in objects.items()}
     return msgspec.convert(given | texts, SamplingParams)
 
 
-def as_json(name: str, value: Any) -> Any:
-    """The text of an object; anything else as it is. Raises RequestError."""
+def as_json(name: str, value: dict[str, Any]) -> str:
+    """The text of an object. Raises RequestError, naming the field, where it is deeper than can be written."""
     try:
-        return json.dumps(value) if isinstance(value, dict) else value
+        return json.dumps(value)
     except RecursionError:
         raise RequestError(f"{name} is nested too deeply.", field=name) from None
 
