@@ -329,7 +329,7 @@ def read_asked_tokens(body: GenerateBody, size: int) -> list[list[int] | None]:
 
 def read_priorities(body: GenerateBody, size: int, rules: Rules) -> list[int]:
     if body.priority is not None and not rules.priorities:
-        raise RequestError("priority needs a server started with --schedule-policy priority.", field="priority")
+        raise RequestError("priority needs a server started with --enable-priority-scheduling.", field="priority")
     return each(body, "priority", 0, size)
 
 

@@ -180,7 +180,7 @@ def sampling_params(given: dict[str, Any] | None, rules: Rules) -> SamplingParam
     merged = {**rules.preferred, **asked}
     if isinstance(ids := merged.get("stop_token_ids"), list):
         merged["stop_token_ids"] = [token for token in ids if not is_foreign(token, rules.vocab_size)]
-    return msgspec.convert(merged, SamplingParams)
+    return sampling.read(merged)
 
 
 def is_foreign(token: Any, vocab_size: int) -> bool:

@@ -28,7 +28,7 @@ from runtime.errors import StartupError
 from runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
 from runtime.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
 from runtime.service import Boot, report_ready
-from runtime.sockets import AsyncInbox, AsyncOutbox
+from runtime.sockets import AsyncInbox, AsyncOutbox, newest_epoch
 
 log = logging.getLogger(__name__)
 uvicorn_log = logging.getLogger("uvicorn.error")
@@ -176,7 +176,7 @@ async def serve(boot: Boot) -> None:
     uvicorn_log.addFilter(with_level)
     access_log.setLevel((config.log_level_http or config.log_level).upper())
     model = model_info.load(config)
-    metrics = Metrics(config.name)
+    metrics = Metrics(config.name, partial(newest_epoch, boot.run_dir))
     least_attempt = boot.epoch * ATTEMPTS_OF_A_GATEWAY
     inbox, outbox = AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox)
     ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt, service.announced(boot))

@@ -6,14 +6,14 @@ ring and are shown as they were last said. The text is rendered off the event lo
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from http_gateway.journal import Pending
 from http_gateway.probes import Counters
-from runtime.messages import Text
+from runtime.messages import ROLES, Text
 
 PREFIX = "sglang:"
 KEPT_S = 0.1
@@ -54,16 +54,30 @@ class RingCollector:
         return family
 
 
+class RestartCollector:
+    """How often each process was started again: its epoch, which the launcher keeps."""
+
+    def __init__(self, newest_epoch: Callable[[str], int]) -> None:
+        self._newest_epoch = newest_epoch
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily("quartet:restarts", "Processes that were started again.", labels=["role"])
+        for role in ROLES:
+            family.add_metric([role], self._newest_epoch(role))
+        yield family
+
+
 class Metrics:
-    """Everything the gateway counts."""
+    """Everything the gateway counts. `newest_epoch`: of a role, as the launcher announces it."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, newest_epoch: Callable[[str], int]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._ring = RingCollector(model_name)
         self._registry.register(self._ring)
+        self._registry.register(RestartCollector(newest_epoch))
         self._model_name = model_name
         self._prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of finished requests.")
         self._generation_tokens = self._counter("generation_tokens_total", "Output tokens of finished requests.")
@@ -73,9 +87,6 @@ class Metrics:
         self._first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", LATENCY_BUCKETS)
         self._between_tokens = self._histogram("inter_token_latency_seconds", "Time between tokens.", TOKEN_BUCKETS)
         self._whole_request = self._histogram("e2e_request_latency_seconds", "Time of a whole request.", E2E_BUCKETS)
-        self._restarts = Counter(
-            "quartet:restarts_total", "Processes that were started again.", ["role"], registry=self._registry
-        )
         self._http_requests = Counter(
             PREFIX + "http_requests_total", "HTTP requests.", ["endpoint", "method"], registry=self._registry
         )
@@ -121,9 +132,6 @@ class Metrics:
         self._cached_tokens.inc(pending.cached_tokens)
         self._generation_tokens.inc(len(pending.delivered) // ID_BYTES)
         self._whole_request.observe(now - pending.sent_at)
-
-    def restarted(self, role: str) -> None:
-        self._restarts.labels(role).inc()
 
     # http
 

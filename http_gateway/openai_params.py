@@ -85,7 +85,7 @@ def job_of(
 ) -> tuple[str, Job]:
     """The id of the answer and the Job: n requests for each prompt, all to be found by that id."""
     if body.priority and not gateway.rules.priorities:
-        raise RequestError("priority needs a server started with --schedule-policy priority.", field="priority")
+        raise RequestError("priority needs a server started with --enable-priority-scheduling.", field="priority")
     if len(prompts) > limits.MAX_BATCH_PROMPTS:
         raise RequestError(f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {len(prompts)}.")
     completion = isinstance(body, CompletionBody)  # there the ids of the prompt come with those of the output

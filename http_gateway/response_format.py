@@ -1,11 +1,11 @@
 """What `response_format` of an OpenAI request asks for, as one of the native grammars."""
 
-import json
 from typing import Any, Literal
 
 import msgspec
 
 from runtime.errors import RequestError
+from runtime.sampling import as_json
 
 
 class JsonSchema(msgspec.Struct):
@@ -39,7 +39,7 @@ def grammar(wanted: ResponseFormat | None) -> tuple[str, str] | None:
         if wanted.pattern is None:
             raise RequestError("pattern is required for regex response format request.", field="response_format")
         return "regex", wanted.pattern
-    return "json_schema", json.dumps(_schema(wanted))
+    return "json_schema", as_json("response_format", _schema(wanted))
 
 
 def _schema(wanted: ResponseFormat) -> dict[str, Any]:
@@ -53,4 +53,5 @@ def _schema(wanted: ResponseFormat) -> dict[str, Any]:
 def _structural_tag(wanted: ResponseFormat) -> str:
     if wanted.format is not None or wanted.structures is None or wanted.triggers is None:
         raise RequestError("structural_tag takes structures and triggers.", field="response_format")
-    return json.dumps({"type": "structural_tag", "structures": wanted.structures, "triggers": wanted.triggers})
+    tag = {"type": "structural_tag", "structures": wanted.structures, "triggers": wanted.triggers}
+    return as_json("response_format", tag)

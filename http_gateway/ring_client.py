@@ -56,8 +56,6 @@ class Meter(Protocol):
 
     def heard(self, pending: Pending, text: Text, now: float) -> None: ...
 
-    def restarted(self, role: str) -> None: ...
-
 
 class RingClient:
     """Owns everything that is on its way round the ring."""
@@ -220,7 +218,6 @@ class RingClient:
     def _recover(self, role: str) -> None:
         """A service was started again: send once more what may have been lost with the one before."""
         self._attempt += 1
-        self._meter.restarted(role)
         lost = [entry for entry in self._pending.values() if role != "tokenizer" or not entry.heard]
         guilty = self._quarantine.died(role, lost)
         for entry in lost:

@@ -1,12 +1,12 @@
 """The `quartet` command: a table of subcommands, each imported only when it is asked for."""
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from runtime import streams
-from runtime.version import version
 
 
 class Command(NamedTuple):
@@ -24,15 +24,21 @@ COMMANDS = {
     "experts": Command("runtime.experts_plot", "main", "experts plot dump.pt: draw a recording of experts"),
 }
 HELP = ("-h", "--help")
+INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status. Whoever reads what it prints may have left."""
-    streams.keep_standard()
+    """Run one subcommand and return its exit status. Whoever reads what it prints may have left.
+
+    Ctrl-C ends it without a word, also while the subcommand is imported.
+    """
     try:
+        streams.keep_standard()
         return dispatch(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:
         return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
     finally:
         streams.settle()
 
@@ -43,6 +49,8 @@ def dispatch(arguments: list[str]) -> int:
             print(usage())
             return 0
         case ["--version" | "-V"]:
+            from runtime.version import version  # what it imports takes longer than all else here
+
             print(f"quartet {version()}")
             return 0
         case [name, *rest] if name in COMMANDS:

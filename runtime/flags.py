@@ -142,7 +142,9 @@ def load(
     checked = typed(variables, strict=False, label="{}", spell=lambda name: settings()[name].flag.variable)
     checked |= typed(values, strict=True, label="{} in " + str(file))
     checked |= typed(flags, strict=False, label="--{}", spell=dashed)
-    return Settings(keys.gathered(ServerConfig(**checked)), origins, notes)
+    places = {name: variable for name, (variable, _) in found.items()} | {name: f"{name} in {file}" for name in values}
+    places = {name: place for name, place in places.items() if name not in flags}
+    return Settings(keys.gathered(ServerConfig(**checked), places), origins, notes)
 
 
 def sorted_out(argv: Sequence[str]) -> tuple[list[str], list[str]]:

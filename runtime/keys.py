@@ -4,6 +4,7 @@ A setting holds one key or several, separated by commas, which no bearer token c
 line; blank lines and lines that begin with # are left out.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -13,12 +14,15 @@ from runtime.errors import UsageError
 from runtime.limits import MAX_API_KEY_BYTES, MAX_API_KEY_FILE_BYTES
 
 
-def gathered(config: ServerConfig) -> ServerConfig:
-    """The configuration with the keys of its files among its keys. Raises UsageError; its text names no key."""
+def gathered(config: ServerConfig, places: Mapping[str, str]) -> ServerConfig:
+    """The configuration with the keys of its files among its keys. Raises UsageError; its text names no key.
+
+    `places`: where a setting was given, if not as a flag, as the user finds it again.
+    """
     return msgspec.structs.replace(
         config,
-        api_key=together(config.api_key, config.api_key_file, "--api-key"),
-        admin_api_key=together(config.admin_api_key, config.admin_api_key_file, "--admin-api-key"),
+        api_key=together(config.api_key, config.api_key_file, "api_key", places),
+        admin_api_key=together(config.admin_api_key, config.admin_api_key_file, "admin_api_key", places),
     )
 
 
@@ -27,9 +31,10 @@ def without(config: ServerConfig) -> ServerConfig:
     return msgspec.structs.replace(config, api_key=None, admin_api_key=None)
 
 
-def together(given: str | None, file: str | None, flag: str) -> str | None:
+def together(given: str | None, file: str | None, setting: str, places: Mapping[str, str]) -> str | None:
     """All keys of one kind, separated by commas; None where there is none."""
-    keys = [] if given is None else split(given, flag)
+    flag = "--" + setting.replace("_", "-")
+    keys = [] if given is None else split(given, places.get(setting, flag))
     if file is not None:
         keys += read_file(file, f"{flag}-file")
     return ",".join(dict.fromkeys(keys)) or None

@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
+from runtime import sampling
 from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.sampling import SamplingParams
-from runtime.sites import allowed_hosts, allowed_origins, is_loopback
+from runtime.errors import RequestError, StartupError
+from runtime.sites import ANY, allowed_hosts, allowed_origins, is_loopback
 
 PAGE_SIZE = 16
 LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
@@ -222,9 +222,20 @@ def check(config: ServerConfig, machine: Machine) -> None:
     allowed_hosts(config.allowed_hosts)
     if config.preferred_sampling_params is not None:
         try:
-            msgspec.json.decode(config.preferred_sampling_params, type=SamplingParams)
-        except msgspec.MsgspecError as error:
+            sampling.read(msgspec.json.decode(config.preferred_sampling_params, type=dict[str, Any]))
+        except (msgspec.MsgspecError, RequestError) as error:
             raise StartupError(f"--preferred-sampling-params must be a JSON object of parameters: {error}") from error
+
+
+def open_to_all(config: ServerConfig) -> str:
+    """Who can use a server that other machines reach and that asks for no key."""
+    warning = f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it"
+    if ANY not in (hosts := allowed_hosts(config.allowed_hosts)) and hosts:
+        return warning
+    return (
+        f"{warning}, and so can any web page, under a name of its own that leads here; "
+        "--api-key prevents both, --allowed-hosts the web pages"
+    )
 
 
 def notes(config: ServerConfig, device: str) -> list[str]:
@@ -232,7 +243,7 @@ def notes(config: ServerConfig, device: str) -> list[str]:
     found = []
     scheduling = ("priority" if config.enable_priority_scheduling else "", config.schedule_policy)
     if not is_loopback(config.host) and config.api_key is None:
-        found.append(f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it")
+        found.append(open_to_all(config))
     if config.schedule_low_priority_values_first and "priority" not in scheduling:
         found.append("--schedule-low-priority-values-first has no effect without --enable-priority-scheduling")
     if device == "cpu" and config.attention_backend == "triton":

@@ -3,6 +3,7 @@
 A new parameter is one field here and the place that uses it; it rides inside every message unopened.
 """
 
+import json
 from collections.abc import Callable
 from math import isfinite
 from typing import Any
@@ -67,6 +68,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+WRITTEN_IN_JSON = {"json_schema", "structural_tag"}
+
+
+def read(given: dict[str, Any]) -> SamplingParams:
+    """Parameters by name; a grammar written in JSON may be its text or the object itself.
+
+    Raises RequestError or msgspec.ValidationError.
+    """
+    objects = {name: given[name] for name in WRITTEN_IN_JSON if isinstance(given.get(name), dict)}
+    texts = {name: as_json(name, value) for name, value in objects.items()}
+    return msgspec.convert(given | texts, SamplingParams)
+
+
+def as_json(name: str, value: dict[str, Any]) -> str:
+    """The text of an object. Raises RequestError, naming the field, where it is deeper than can be written."""
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        raise RequestError(f"{name} is nested too deeply.", field=name) from None
 
 
 def as_list(value: str | list[str] | None) -> list[str]:

@@ -46,8 +46,8 @@ class ExitStatus(IntEnum):
     USAGE = 2  # wrong flag or config file
     STARTUP = 64  # the server could not start; one line says why
     DIED = 70  # a process died or did not drain in time
-    INTERRUPTED = 130  # Ctrl-C before the processes were started
-    FORCED = 143  # a second SIGTERM cut the draining short
+    INTERRUPTED = 130  # Ctrl-C before the processes were started, or as the second signal, cutting the draining short
+    FORCED = 143  # SIGTERM as the second signal
 
 
 class Signals:
@@ -58,6 +58,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.count = 0
+        self.last = 0  # the signal that was counted last
         self._last_at = float("-inf")
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -81,7 +82,9 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        self.count += now - self._last_at >= self.SAME_S
+        if now - self._last_at >= self.SAME_S:
+            self.count += 1
+            self.last = number
         self._last_at = now
 
 
@@ -132,7 +135,8 @@ class Supervisor:
 
     def look_at_drain(self, signals: Signals) -> None:
         if signals.count > 1:
-            self.end(ExitStatus.FORCED, "ended before the running requests were done")
+            status = ExitStatus.INTERRUPTED if signals.last == signal.SIGINT else ExitStatus.FORCED
+            self.end(status, "ended before the running requests were done")
         elif time.monotonic() >= (self.draining_until or 0.0):
             self.end(ExitStatus.DIED, "the gateway did not drain in time")
 

@@ -5,6 +5,7 @@ python -m deploy.examples.stream_client "Tell me a story." [--url http://127.0.0
 
 import argparse
 import json
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ def stream(url: str, body: dict[str, Any], timeout_s: float = 120) -> Iterator[d
                     yield checked(json.loads(event))
     except urllib.error.HTTPError as error:
         raise StreamError(error.read().decode()) from error
+    except urllib.error.URLError as error:
+        raise StreamError(f"no server at {url} ({error.reason}); start one with `make serve`") from error
     raise StreamError("the stream ended without [DONE]")
 
 
@@ -43,7 +46,7 @@ def checked(chunk: dict[str, Any]) -> dict[str, Any]:
     return chunk
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--url", default=DEFAULT_URL)
@@ -57,11 +60,16 @@ def main() -> None:
         "sampling_seed": options.seed,
     }
     shown = 0
-    for chunk in stream(options.url, {"text": options.prompt, "sampling_params": sampling}):
-        print(chunk["text"][shown:], end="", flush=True)
-        shown = len(chunk["text"])
+    try:
+        for chunk in stream(options.url, {"text": options.prompt, "sampling_params": sampling}):
+            print(chunk["text"][shown:], end="", flush=True)
+            shown = len(chunk["text"])
+    except StreamError as error:
+        print(error, file=sys.stderr)
+        return 1
     print()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -172,15 +172,23 @@ def test_a_process_that_dies_again_and_again_ends_the_server(launch_stand_ins):
     assert "quartet: the detokenizer (pid" in server.output()
 
 
-def test_a_second_sigterm_cuts_the_draining_short(launch_stand_ins):
+@pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, ExitStatus.FORCED),
+        (signal.SIGINT, signal.SIGINT, ExitStatus.INTERRUPTED),
+        (signal.SIGINT, signal.SIGTERM, ExitStatus.FORCED),
+    ],
+)
+def test_a_second_signal_cuts_the_draining_short_and_tells_its_name(launch_stand_ins, first, second, status):
     server = launch_stand_ins(services={"gateway": "tests.stand_ins.stubborn_gateway"})
-    server.signal()
+    server.signal(first)
     server.wait_for("still at it")
     again_at = time.monotonic() + Signals.SAME_S  # sooner it would count as the same request
     while time.monotonic() < again_at:
         os.sched_yield()
-    server.signal()
-    assert server.wait() == ExitStatus.FORCED
+    server.signal(second)
+    assert server.wait() == status
 
 
 def test_two_signals_at_once_are_one_request_to_stop(launch_stand_ins):

@@ -336,6 +336,20 @@ def test_a_gateway_that_hangs_is_replaced(launch_fake: Callable[..., Server]) ->
     assert stream.answers()[0]["completion_tokens"] == 5
 
 
+def test_a_new_gateway_counts_its_own_restart_and_those_before_it(launch_fake: Callable[..., Server]) -> None:
+    server = launch_fake()
+    for role in ("detokenizer", "gateway"):
+        server.children()[role].kill()
+        server.wait_for(f"The {role} serves again")
+    metrics = requests.get(f"{server.url}/metrics", timeout=WAIT_S).text
+    assert dict(re.findall(r'^quartet:restarts_total\{role="(.*)"\} (\S+)$', metrics, re.M)) == {
+        "gateway": "1.0",
+        "tokenizer": "0.0",
+        "scheduler": "0.0",
+        "detokenizer": "1.0",
+    }
+
+
 def test_a_server_that_was_stopped_as_a_whole_goes_on_as_it_was(launch_fake: Callable[..., Server]) -> None:
     """As a debugger, a cgroup freezer or a laptop that sleeps stop it."""
     server = launch_fake("--watchdog-timeout", "3", environment={"QUARTET_FAKE_STEP_S": "0.05"})

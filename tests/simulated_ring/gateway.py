@@ -53,9 +53,6 @@ class Watch:
             right = tokens.weight_version == self.weight_version
             hold(right, tokens.rid, "has a token of", tokens.weight_version, "while", self.weight_version, "serves")
 
-    def restarted(self, role: str) -> None:
-        """The trace shows it."""
-
     def sends(self, command: ControlCommand) -> None:
         match command:
             case ContinueGeneration():

@@ -79,6 +79,11 @@ def ends(finish: Finish) -> Script:
     return lambda generate: [step(generate.request.rid, finish=finish)]
 
 
+def never_again(role: str) -> int:
+    """The epoch of a role that was never started again."""
+    return 0
+
+
 class FakeRing:
     """Both ends of the gateway's transport; every message sent is kept in `sent`."""
 
@@ -257,7 +262,7 @@ async def served(
     """A gateway with these settings on a ring with this script; `embedding`: of a model that embeds."""
     transport = FakeRing(script)
     config = ServerConfig(model_path="qwen/qwen2.5-0.5b-instruct", **settings)
-    metrics = Metrics(config.name)
+    metrics = Metrics(config.name, never_again)
     ring = RingClient(transport, transport, limit, metrics)
     listening = asyncio.create_task(ring.listen())
     model = ModelInfo(

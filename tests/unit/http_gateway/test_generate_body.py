@@ -1,5 +1,6 @@
 """Bodies of /generate: shapes, broadcasting, copies, and the words of every refusal."""
 
+import json
 from array import array
 from typing import Any
 
@@ -112,6 +113,21 @@ def test_preferred_parameters_lie_under_the_requests_own() -> None:
     assert (params.temperature, params.top_p) == (0.7, 0.9)
 
 
+@pytest.mark.parametrize("name", ["json_schema", "structural_tag"])
+def test_a_grammar_written_in_json_may_be_the_object_itself(name: str) -> None:
+    grammar = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
+    job, _ = read(text="a", sampling_params={name: grammar})
+    assert job.requests[0].request.params.grammar == (name, json.dumps(grammar))
+    preferring = Rules(vocab_size=100, hidden_size=2, preferred={name: grammar})
+    assert read(preferring, text="a")[0].requests[0].request.params.grammar == (name, json.dumps(grammar))
+
+
+@pytest.mark.parametrize("name", ["json_schema", "structural_tag"])
+def test_a_list_is_no_grammar(name: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=name):
+        read(text="a", sampling_params={name: [{}]})
+
+
 def test_embeds_become_float32_rows_where_the_radix_cache_is_off() -> None:
     rules = Rules(vocab_size=100, hidden_size=2, prefix_cache=False)
     job, single = read(rules, input_embeds=[[1.0, 2.0], [3.0, 4.0]])
@@ -176,7 +192,7 @@ def test_what_is_not_supported_is_named(name: str) -> None:
             "token_ids_logprob contains out-of-vocabulary token id 100; valid range is [0, 100).",
         ),
         ({"text": "a", "data_parallel_rank": 1}, "data_parallel_rank must be 0"),
-        ({"text": "a", "priority": 1}, "--schedule-policy priority"),
+        ({"text": "a", "priority": 1}, "--enable-priority-scheduling"),
         ({"text": "a", "extra_key": "k" * 1025}, "extra_key may have at most 1024 characters."),
         ({"text": ["a"] * 1025}, "at most 1024 prompts"),
     ],

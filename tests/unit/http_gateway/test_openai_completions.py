@@ -187,7 +187,7 @@ async def test_an_echo_of_token_ids_is_their_text() -> None:
         ({"prompt": "a", "temperature": -1}, "temperature must be a non-negative finite number"),
         ({"prompt": "a", "logprobs": 1000}, "logprobs must be in"),
         ({"prompt": "a", "n": 0}, "n must be in"),
-        ({"prompt": "a", "priority": 1}, "--schedule-policy priority"),
+        ({"prompt": "a", "priority": 1}, "--enable-priority-scheduling"),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "schema_ is required"),
         ({"prompt": "a", "regex": "a", "response_format": {"type": "json_object"}}, "one thing only"),
         ({"prompt": [100_000]}, "greater than the vocab size"),

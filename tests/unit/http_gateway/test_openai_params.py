@@ -147,6 +147,7 @@ async def test_response_formats_become_grammars() -> None:
             assert params.grammar is not None
             assert (params.grammar[0], json.loads(params.grammar[1])) == (kind, expected)
         assert (await params_of(server, CHAT, response_format={"type": "text"})).grammar is None
+        assert (await params_of(server, CHAT, json_schema=schema)).grammar == ("json_schema", json.dumps(schema))
 
 
 @asynchronous

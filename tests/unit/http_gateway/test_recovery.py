@@ -23,7 +23,7 @@ from runtime.errors import Kind, RequestError
 from runtime.messages import Facts, Finish, Generate, Reply, Request, Restarted, pack_ids
 from runtime.sampling import SamplingParams
 from runtime.sockets import FrameTooLarge
-from tests.unit.http_gateway.harness import FakeRing, asynchronous, served, step
+from tests.unit.http_gateway.harness import FakeRing, asynchronous, never_again, served, step
 
 STOP = Finish(reason="stop", matched=2)
 
@@ -43,7 +43,7 @@ class Ring:
 
     def __init__(self) -> None:
         self.transport = FakeRing()
-        self.metrics = Metrics("m")
+        self.metrics = Metrics("m", never_again)
         self.client = RingClient(self.transport, self.transport, 100, self.metrics)
         self.epoch = 0
 
@@ -380,8 +380,6 @@ async def test_the_gateway_learns_what_a_new_scheduler_serves() -> None:
         while gateway.weight_version != "v7":
             await asyncio.sleep(0)
         assert gateway.paused
-        answer = await server.client.get("/metrics")
-        assert 'quartet:restarts_total{role="scheduler"} 1.0' in answer.text
 
 
 @asynchronous
@@ -391,13 +389,12 @@ async def test_the_gateway_learns_from_the_facts_of_the_same_scheduler_too() -> 
         while server.gateway.weight_version != "v7":
             await asyncio.sleep(0)
         assert server.gateway.paused
-        assert "restarts_total{" not in (await server.client.get("/metrics")).text
 
 
 @asynchronous
 async def test_a_new_gateway_says_so_until_the_scheduler_speaks() -> None:
     transport = FakeRing()
-    client = RingClient(transport, transport, 10, Metrics("m"))
+    client = RingClient(transport, transport, 10, Metrics("m", never_again))
     listening = asyncio.create_task(client.listen())
     introduction = asyncio.create_task(client.introduce())
     assert await transport.sent_of(Restarted) == [Restarted(role="gateway")]
@@ -411,7 +408,7 @@ async def test_a_new_gateway_says_so_until_the_scheduler_speaks() -> None:
 @asynchronous
 async def test_a_new_gateway_begins_beyond_the_attempts_of_the_one_before() -> None:
     transport = FakeRing()
-    client = RingClient(transport, transport, 10, Metrics("m"), least_attempt=1 << 20)
+    client = RingClient(transport, transport, 10, Metrics("m", never_again), least_attempt=1 << 20)
     introduction = asyncio.create_task(client.introduce())
     assert await transport.sent_of(Restarted) == [Restarted(role="gateway", least_attempt=1 << 20)]
     with client.open([asked("a")]):

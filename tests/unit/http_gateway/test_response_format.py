@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from http_gateway.response_format import ResponseFormat, grammar
+from runtime import sampling
 from runtime.errors import RequestError
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -29,6 +30,20 @@ def test_a_json_schema_stands_in_either_place():
     nested = {"name": "n", "schema": SCHEMA, "strict": True}
     assert wanted(type="json_schema", json_schema=nested) == ("json_schema", json.dumps(SCHEMA))
     assert wanted(type="json_schema", schema=SCHEMA) == ("json_schema", json.dumps(SCHEMA))
+
+
+def test_a_schema_too_deep_to_be_written_is_refused():
+    deep = {}
+    for _ in range(5000):
+        deep = {"items": deep}
+    for given in (
+        ResponseFormat("json_schema", schema_=deep),
+        ResponseFormat("structural_tag", structures=[deep], triggers=["a"]),
+    ):
+        with pytest.raises(RequestError, match="response_format is nested too deeply"):
+            grammar(given)
+    with pytest.raises(RequestError, match="json_schema is nested too deeply"):
+        sampling.read({"json_schema": deep})
 
 
 def test_a_json_schema_without_schema_is_refused():

@@ -13,7 +13,7 @@ from runtime.control import Abort, FlushCache, Tokenize
 from runtime.errors import Kind, RequestError
 from runtime.messages import Finish, Generate, Reply, Request
 from runtime.sampling import SamplingParams
-from tests.unit.http_gateway.harness import FakeRing, asynchronous, step
+from tests.unit.http_gateway.harness import FakeRing, asynchronous, never_again, step
 
 STOP = Finish(reason="stop", matched=2)
 
@@ -25,7 +25,7 @@ def asked(rid: str) -> Generate:
 @asynccontextmanager
 async def connected(limit: int = 10) -> AsyncIterator[tuple[RingClient, FakeRing]]:
     transport = FakeRing()
-    ring = RingClient(transport, transport, limit, Metrics("m"))
+    ring = RingClient(transport, transport, limit, Metrics("m", never_again))
     listening = asyncio.create_task(ring.listen())
     yield ring, transport
     listening.cancel()
@@ -180,7 +180,7 @@ async def test_numbers_beyond_64_bits_are_the_callers_fault() -> None:
         def send(self, messages: object) -> bool:
             raise OverflowError("can't serialize ints >= 2**64")
 
-    ring = RingClient(FakeRing(), Full(), 10, Metrics("m"))
+    ring = RingClient(FakeRing(), Full(), 10, Metrics("m", never_again))
     with pytest.raises(RequestError, match="out of range"):
         ring.open([asked("a")])
 

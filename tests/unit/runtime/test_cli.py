@@ -1,11 +1,13 @@
 """The `quartet` command itself."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from runtime import cli, show
+from runtime.supervisor import ExitStatus
 from runtime.version import version
 
 
@@ -56,6 +58,20 @@ def test_config_show_prints_each_value_with_its_origin(capsys, tmp_path):
 def test_config_without_show_says_what_to_type(capsys):
     assert show.main([]) == 2
     assert "quartet config show" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(capsys, monkeypatch, command):
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: signal.raise_signal(signal.SIGINT))
+    assert cli.main([command]) == cli.INTERRUPTED == ExitStatus.INTERRUPTED
+    assert capsys.readouterr() == ("", "")
+
+
+def test_little_is_imported_before_ctrl_c_is_heard():
+    code = "import sys, runtime.cli; print(*sorted(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    ours = {name for name in ran.stdout.split() if name.startswith("runtime.")}
+    assert ours == {"runtime.cli", "runtime.streams", "runtime.errors"}
 
 
 def test_the_module_form_takes_the_same_flags():

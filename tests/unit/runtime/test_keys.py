@@ -30,12 +30,18 @@ def test_a_blank_key_is_refused_and_its_flag_named(flag, blank):
 
 def test_an_unset_variable_that_was_passed_on_is_refused():
     with pytest.raises(UsageError, match="is a variable unset"):
-        load(environment={"QUARTET_API_KEY": ""})
+        load("--api-key", "", environment={"QUARTET_API_KEY": "k"})
+
+
+@pytest.mark.parametrize("variable", ["QUARTET_API_KEY", "QUARTET_ADMIN_API_KEY"])
+def test_a_blank_variable_is_refused_and_named_itself(variable):
+    with pytest.raises(UsageError, match=f"^{variable} holds an empty key.* Leave {variable} out"):
+        load(environment={variable: ""})
 
 
 def test_a_blank_key_in_the_settings_file_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text('api_key: ""\n')
-    with pytest.raises(UsageError, match="holds an empty key"):
+    with pytest.raises(UsageError, match=r"^api_key in .*c\.yaml holds an empty key"):
         load("--config", str(tmp_path / "c.yaml"))
 
 

@@ -1,5 +1,7 @@
 """Every open question is answered once; contradictions are refused with their remedy."""
 
+import json
+
 import pytest
 
 from runtime.config import ServerConfig
@@ -95,6 +97,18 @@ def test_the_environment_names_the_directory_of_recordings(monkeypatch):
 def test_an_address_open_to_the_network_needs_a_key_or_is_warned_about(host, api_key, warned):
     notes = resolve(ServerConfig(host=host, api_key=api_key), CPU).notes
     assert any("no --api-key is set" in note for note in notes) is warned
+
+
+@pytest.mark.parametrize(("hosts", "told"), [(None, True), ("*", True), ("llm.example.org", False)])
+def test_the_warning_tells_of_web_pages_where_any_host_is_answered(hosts, told):
+    notes = resolve(ServerConfig(host="0.0.0.0", allowed_hosts=hosts), CPU).notes
+    (warning,) = [note for note in notes if "no --api-key is set" in note]
+    assert ("any web page" in warning) is ("--allowed-hosts" in warning) is told
+
+
+@pytest.mark.parametrize("schema", [{"type": "object"}, '{"type": "object"}'])
+def test_preferred_parameters_take_a_schema_as_text_or_as_the_object(schema):
+    resolve(ServerConfig(preferred_sampling_params=json.dumps({"json_schema": schema})), CPU)
 
 
 @pytest.mark.parametrize(
