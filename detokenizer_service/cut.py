@@ -1,6 +1,6 @@
 """Cuts a step short at the token that completed a stop."""
 
-from runtime.messages import Tokens, unpack_ids
+from quartet.runtime.messages import Tokens, unpack_ids
 
 ID_BYTES = 4
 FLOAT_BYTES = 4

@@ -16,7 +16,7 @@ import codecs
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
-from detokenizer_service.spelling import Spelling, spelling_of
+from quartet.detokenizer_service.spelling import Spelling, spelling_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,8 +1,8 @@
 """Writes tokens beside their ids, for requests that ask for text in logprobs."""
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.stream import Stream
-from runtime.messages import LogprobOptions, Logprobs, Tokens, unpack_ids
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.stream import Stream
+from quartet.runtime.messages import LogprobOptions, Logprobs, Tokens, unpack_ids
 
 
 def add_texts(tokens: Tokens, stream: Stream, vocabulary: Vocabulary) -> None:

@@ -1,10 +1,10 @@
 """The detokenizer process: token ids become text."""
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.service import Detokenizer
-from runtime import model_info, tokenizer_files
-from runtime.config import ServerConfig
-from runtime.service import Boot, run, run_text_service
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.service import Detokenizer
+from quartet.runtime import model_info, tokenizer_files
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.service import Boot, run, run_text_service
 
 
 def load_detokenizer(config: ServerConfig) -> Detokenizer:

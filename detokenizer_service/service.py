@@ -11,14 +11,14 @@ from typing import Any
 
 import msgspec
 
-from detokenizer_service.cut import cut, first_rows
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.logprobs import add_texts
-from detokenizer_service.stream import Stream
-from detokenizer_service.whole_texts import WholeTexts
-from runtime.control import Abort, Detokenize, Probe
-from runtime.guard import end_of
-from runtime.messages import Facts, Finish, Message, Text, Tokens, unpack_ids
+from quartet.detokenizer_service.cut import cut, first_rows
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.logprobs import add_texts
+from quartet.detokenizer_service.stream import Stream
+from quartet.detokenizer_service.whole_texts import WholeTexts
+from quartet.runtime.control import Abort, Detokenize, Probe
+from quartet.runtime.guard import end_of
+from quartet.runtime.messages import Facts, Finish, Message, Text, Tokens, unpack_ids
 
 ID_BYTES = 4
 NO_BEGINNING = "Internal error: the beginning of the answer was lost."

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from detokenizer_service.beginnings import beginnings_of
-from runtime import limits
-from runtime.errors import RequestError
-from runtime.sampling import SamplingParams
-from runtime.stop_patterns import compile_stop
+from quartet.detokenizer_service.beginnings import beginnings_of
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.stop_patterns import compile_stop
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 from array import array
 from collections.abc import Sequence
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.stops import Cutter, Match, stops_of
-from runtime.messages import Finish, Request, unpack_ids
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.stops import Cutter, Match, stops_of
+from quartet.runtime.messages import Finish, Request, unpack_ids
 
 
 class Stream:

@@ -7,10 +7,10 @@ Python's lock.
 from collections import deque
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
-from detokenizer_service.decode import Vocabulary
-from runtime import limits
-from runtime.control import Detokenize
-from runtime.messages import Reply, unpack_ids
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.runtime import limits
+from quartet.runtime.control import Detokenize
+from quartet.runtime.messages import Reply, unpack_ids
 
 ID_BYTES = 4
 FEW_IDS = 4096  # decoded at once, in about a millisecond

@@ -3,9 +3,9 @@
 from collections import deque
 from collections.abc import Collection, Mapping
 
-from http_gateway.journal import Pending
-from runtime.control import Abort
-from runtime.messages import ABORTED, Finish
+from quartet.http_gateway.journal import Pending
+from quartet.runtime.control import Abort
+from quartet.runtime.messages import ABORTED, Finish
 
 RELAYED_ABORTS = 1024  # the last ones, kept in case the tokenizer dies with them
 

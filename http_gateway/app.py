@@ -11,7 +11,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from http_gateway import (
+from quartet.http_gateway import (
     chat,
     completions,
     control,
@@ -28,11 +28,11 @@ from http_gateway import (
     score,
     tokens,
 )
-from http_gateway.auth import Access, Keys
-from http_gateway.edge import Edge
-from http_gateway.endpoint import Endpoint, Guarded, unauthorized
-from http_gateway.gateway import Gateway
-from http_gateway.visitors import Cors, KnownHosts, Visitors
+from quartet.http_gateway.auth import Access, Keys
+from quartet.http_gateway.edge import Edge
+from quartet.http_gateway.endpoint import Endpoint, Guarded, unauthorized
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.visitors import Cors, KnownHosts, Visitors
 
 ENDPOINTS: list[Endpoint] = [
     *native.ENDPOINTS,

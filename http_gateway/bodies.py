@@ -12,9 +12,9 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import Request as HTTPRequest
 
-from http_gateway.endpoint import read_body
-from runtime import limits
-from runtime.errors import RequestError
+from quartet.http_gateway.endpoint import read_body
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
 
 Body = TypeVar("Body")
 

@@ -9,16 +9,16 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, errors, rounds
-from http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of, thought_of
-from http_gateway.chat_turn import Turn, merged, message_of
-from http_gateway.completions import wants
-from http_gateway.endpoint import Endpoint, beside, require_json
-from http_gateway.extras import Extras
-from http_gateway.flight import Delivery
-from http_gateway.gateway import Gateway
-from http_gateway.native import check_servable, json_answer
-from http_gateway.openai_answers import (
+from quartet.http_gateway import bodies, errors, rounds
+from quartet.http_gateway.chat_body import chat_params, choosing, logprob_options, make_turn, prompt_of, thought_of
+from quartet.http_gateway.chat_turn import Turn, merged, message_of
+from quartet.http_gateway.completions import wants
+from quartet.http_gateway.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.extras import Extras
+from quartet.http_gateway.flight import Delivery
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.native import check_servable, json_answer
+from quartet.http_gateway.openai_answers import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -28,11 +28,11 @@ from http_gateway.openai_answers import (
     Metadata,
     Usage,
 )
-from http_gateway.openai_output import Draft, chat_logprobs, usage
-from http_gateway.openai_params import DEFAULT_MODEL, SAID, job_of
-from http_gateway.openai_types import ChatBody
-from http_gateway.sse import EventStream, event
-from runtime.messages import Text
+from quartet.http_gateway.openai_output import Draft, chat_logprobs, usage
+from quartet.http_gateway.openai_params import DEFAULT_MODEL, SAID, job_of
+from quartet.http_gateway.openai_types import ChatBody
+from quartet.http_gateway.sse import EventStream, event
+from quartet.runtime.messages import Text
 
 _encode = msgspec.json.Encoder().encode
 

@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from http_gateway import reasoning, tool_calls
-from http_gateway.call_formats import REQUIRED, CallFormat, call_id
-from http_gateway.chat_turn import Turn
-from http_gateway.gateway import Gateway
-from http_gateway.generate_body import pack, unnamed
-from http_gateway.openai_params import params_of
-from http_gateway.openai_types import ChatBody, NamedTool
-from http_gateway.output_reader import OutputReader
-from http_gateway.thoughts import Marks
-from http_gateway.tool_events import Tool
-from runtime.errors import RequestError
-from runtime.messages import Chat, Generate, LogprobOptions, Thought
-from runtime.sampling import GRAMMARS, SamplingParams
+from quartet.http_gateway import reasoning, tool_calls
+from quartet.http_gateway.call_formats import REQUIRED, CallFormat, call_id
+from quartet.http_gateway.chat_turn import Turn
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.generate_body import pack, unnamed
+from quartet.http_gateway.openai_params import params_of
+from quartet.http_gateway.openai_types import ChatBody, NamedTool
+from quartet.http_gateway.output_reader import OutputReader
+from quartet.http_gateway.thoughts import Marks
+from quartet.http_gateway.tool_events import Tool
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Chat, Generate, LogprobOptions, Thought
+from quartet.runtime.sampling import GRAMMARS, SamplingParams
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 NO_MESSAGES = "Messages cannot be empty."

@@ -8,11 +8,11 @@ from itertools import groupby
 
 from msgspec import UNSET
 
-from http_gateway.call_formats import call_id
-from http_gateway.openai_answers import CalledFunction, ChatMessage, Delta, ToolCall
-from http_gateway.output_reader import OutputReader
-from http_gateway.tool_events import Arguments, CallStart, Content, Event, Thought
-from runtime.messages import Place
+from quartet.http_gateway.call_formats import call_id
+from quartet.http_gateway.openai_answers import CalledFunction, ChatMessage, Delta, ToolCall
+from quartet.http_gateway.output_reader import OutputReader
+from quartet.http_gateway.tool_events import Arguments, CallStart, Content, Event, Thought
+from quartet.runtime.messages import Place
 
 
 class Turn:

@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from runtime.control import COMMAND_LOST, ControlCommand
-from runtime.errors import Kind, RequestError
-from runtime.messages import Message
+from quartet.runtime.control import COMMAND_LOST, ControlCommand
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Message
 
 
 @dataclass(slots=True)

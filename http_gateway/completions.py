@@ -10,21 +10,21 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, errors, rounds
-from http_gateway.endpoint import Endpoint, beside, require_json
-from http_gateway.extras import Extras
-from http_gateway.flight import Delivery
-from http_gateway.gateway import Gateway
-from http_gateway.generate_body import pack, unnamed
-from http_gateway.native import check_servable, json_answer
-from http_gateway.openai_answers import Completion, CompletionChoice, Metadata, Usage
-from http_gateway.openai_output import Draft, Offsets, completion_logprobs, usage
-from http_gateway.openai_params import DEFAULT_MODEL, SAID, job_of, params_of
-from http_gateway.openai_types import CompletionBody
-from http_gateway.sse import EventStream, event
-from http_gateway.tokens import detokenize_ids
-from runtime.errors import RequestError
-from runtime.messages import Generate, LogprobOptions, Text
+from quartet.http_gateway import bodies, errors, rounds
+from quartet.http_gateway.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.extras import Extras
+from quartet.http_gateway.flight import Delivery
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.generate_body import pack, unnamed
+from quartet.http_gateway.native import check_servable, json_answer
+from quartet.http_gateway.openai_answers import Completion, CompletionChoice, Metadata, Usage
+from quartet.http_gateway.openai_output import Draft, Offsets, completion_logprobs, usage
+from quartet.http_gateway.openai_params import DEFAULT_MODEL, SAID, job_of, params_of
+from quartet.http_gateway.openai_types import CompletionBody
+from quartet.http_gateway.sse import EventStream, event
+from quartet.http_gateway.tokens import detokenize_ids
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, LogprobOptions, Text
 
 DEFAULT_TOKENS = 16
 EMPTY = "Prompt cannot be empty"

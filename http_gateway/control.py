@@ -10,15 +10,15 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, errors, payloads, replies
-from http_gateway.auth import Access
-from http_gateway.counting import ValueCounter
-from http_gateway.endpoint import Endpoint, Handler, body_parts, of_commands, of_weights, read_body
-from http_gateway.gateway import Gateway
-from runtime import control
-from runtime.control import ONE_PAYLOAD_A_RANK, RANKS, Abort, ControlCommand, UpdateWeightsFromTensor
-from runtime.errors import Kind, RequestError
-from runtime.messages import Reply
+from quartet.http_gateway import bodies, errors, payloads, replies
+from quartet.http_gateway.auth import Access
+from quartet.http_gateway.counting import ValueCounter
+from quartet.http_gateway.endpoint import Endpoint, Handler, body_parts, of_commands, of_weights, read_body
+from quartet.http_gateway.gateway import Gateway
+from quartet.runtime import control
+from quartet.runtime.control import ONE_PAYLOAD_A_RANK, RANKS, Abort, ControlCommand, UpdateWeightsFromTensor
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Reply
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from http_gateway import errors
-from runtime.errors import Kind, RequestError
-from runtime.limits import MAX_CONNECTIONS
+from quartet.http_gateway import errors
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.limits import MAX_CONNECTIONS
 
 ROOM = 8  # connections beyond the limit, for monitors
 SPARE_DESCRIPTORS = 8  # for files, and for connections that are closed as soon as they are there

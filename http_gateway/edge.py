@@ -8,9 +8,9 @@ from typing import Any
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from http_gateway.endpoint import ROUTE
-from http_gateway.metrics import Metrics
-from runtime.limits import MAX_HEADER_BYTES, MAX_RID_CHARS
+from quartet.http_gateway.endpoint import ROUTE
+from quartet.http_gateway.metrics import Metrics
+from quartet.runtime.limits import MAX_HEADER_BYTES, MAX_RID_CHARS
 
 access_log = logging.getLogger("http_gateway.access")
 

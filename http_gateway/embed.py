@@ -8,18 +8,18 @@ from typing import Any
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, rounds
-from http_gateway.endpoint import Endpoint, beside
-from http_gateway.errors import json_response
-from http_gateway.gateway import Gateway
-from http_gateway.generate_body import asks, check_batch, pack, read_rids
-from http_gateway.intake import Job, Rules, fan_out
-from http_gateway.output import finish_reason
-from http_gateway.tasks import check_embeds, cut_to
-from http_gateway.truncation import Truncating, Truncation, wished
-from runtime.errors import RequestError
-from runtime.messages import Generate, Request, Text
-from runtime.sampling import SamplingParams
+from quartet.http_gateway import bodies, rounds
+from quartet.http_gateway.endpoint import Endpoint, beside
+from quartet.http_gateway.errors import json_response
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.generate_body import asks, check_batch, pack, read_rids
+from quartet.http_gateway.intake import Job, Rules, fan_out
+from quartet.http_gateway.output import finish_reason
+from quartet.http_gateway.tasks import check_embeds, cut_to
+from quartet.http_gateway.truncation import Truncating, Truncation, wished
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, Request, Text
+from quartet.runtime.sampling import SamplingParams
 
 NOTHING_GIVEN = "At least one of text, input_ids, or image should be provided"
 BOTH_GIVEN = "text and input_ids cannot be provided at the same time"

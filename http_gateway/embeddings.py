@@ -10,18 +10,18 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, errors
-from http_gateway.embed import embed, embed_request, numbers
-from http_gateway.endpoint import Endpoint, beside, require_json
-from http_gateway.gateway import Gateway
-from http_gateway.generate_body import asks, pack, read_rids
-from http_gateway.intake import Job, Rules, fan_out
-from http_gateway.tasks import check_embeds, cut_to
-from http_gateway.truncation import Truncating, wished
-from runtime import limits
-from runtime.embedding import Embedding
-from runtime.errors import RequestError
-from runtime.messages import Generate, Request, Text
+from quartet.http_gateway import bodies, errors
+from quartet.http_gateway.embed import embed, embed_request, numbers
+from quartet.http_gateway.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.generate_body import asks, pack, read_rids
+from quartet.http_gateway.intake import Job, Rules, fan_out
+from quartet.http_gateway.tasks import check_embeds, cut_to
+from quartet.http_gateway.truncation import Truncating, wished
+from quartet.runtime import limits
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, Request, Text
 
 EMPTY = "Input cannot be empty"
 EMPTY_AT = "Input at index {} cannot be empty or whitespace only"

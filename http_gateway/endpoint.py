@@ -11,15 +11,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from http_gateway import errors
-from http_gateway.auth import Access, Keys
-from http_gateway.counting import ValueCounter
-from http_gateway.flight import ClientGone
-from http_gateway.gateway import Gateway
-from http_gateway.visitors import SAFE_METHODS, Visitors, refusal
-from runtime.config import ServerConfig
-from runtime.errors import Kind, RequestError
-from runtime.limits import BODY_BYTES_PER_MEMBER, MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
+from quartet.http_gateway import errors
+from quartet.http_gateway.auth import Access, Keys
+from quartet.http_gateway.counting import ValueCounter
+from quartet.http_gateway.flight import ClientGone
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.visitors import SAFE_METHODS, Visitors, refusal
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.limits import BODY_BYTES_PER_MEMBER, MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
 
 log = logging.getLogger(__name__)
 

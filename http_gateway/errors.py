@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from runtime.errors import Kind, RequestError
-from runtime.messages import Finish
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Finish
 
 RETRY_AFTER_S = 1
 OVERLOAD = (Kind.TOO_MANY.status, Kind.UNAVAILABLE.status)

@@ -6,9 +6,9 @@ Ids of the prompt's and the output's tokens, the hidden state behind the last on
 from array import array
 from typing import Any
 
-from http_gateway.gateway import Gateway
-from http_gateway.openai_types import GenerationBody
-from runtime.messages import Request, Text, unpack_ids
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.openai_types import GenerationBody
+from quartet.runtime.messages import Request, Text, unpack_ids
 
 DISTRIBUTIONS = ("return_entropy", "return_sampling_mask")  # which are told in meta_info
 

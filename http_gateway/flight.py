@@ -5,8 +5,8 @@ import logging
 from collections.abc import Callable
 from types import TracebackType
 
-from runtime.limits import MAX_UNREAD_STEPS
-from runtime.messages import Text
+from quartet.runtime.limits import MAX_UNREAD_STEPS
+from quartet.runtime.messages import Text
 
 log = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import msgspec
 
-from http_gateway import reasoning
-from http_gateway.intake import Rules
-from http_gateway.metrics import Metrics
-from http_gateway.output import Output
-from http_gateway.probes import Census, Progress, Pulse, SignOfLife
-from http_gateway.ring_client import RingClient
-from runtime.config import ServerConfig
-from runtime.limits import CALL_BYTES_PER_BODY_BYTE
-from runtime.messages import Facts, Request, Thought
-from runtime.model_info import ModelInfo
+from quartet.http_gateway import reasoning
+from quartet.http_gateway.intake import Rules
+from quartet.http_gateway.metrics import Metrics
+from quartet.http_gateway.output import Output
+from quartet.http_gateway.probes import Census, Progress, Pulse, SignOfLife
+from quartet.http_gateway.ring_client import RingClient
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
+from quartet.runtime.messages import Facts, Request, Thought
+from quartet.runtime.model_info import ModelInfo
 
 
 class Phase(Enum):

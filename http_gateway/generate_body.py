@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from http_gateway.intake import Job, Rules, fan_out, sampling_params
-from http_gateway.truncation import Truncating, wished
-from runtime import limits
-from runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
-from runtime.messages import Generate, LogprobOptions, Request, Thought, pack_ids
-from runtime.sampling import SamplingParams
+from quartet.http_gateway.intake import Job, Rules, fan_out, sampling_params
+from quartet.http_gateway.truncation import Truncating, wished
+from quartet.runtime import limits
+from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
+from quartet.runtime.messages import Generate, LogprobOptions, Request, Thought, pack_ids
+from quartet.runtime.sampling import SamplingParams
 
 T = TypeVar("T")
 

@@ -12,12 +12,12 @@ from math import inf
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import errors
-from http_gateway.auth import Access
-from http_gateway.endpoint import Endpoint
-from http_gateway.gateway import Gateway, Phase
-from runtime.messages import GATEWAY, ROLES
-from runtime.sockets import is_open
+from quartet.http_gateway import errors
+from quartet.http_gateway.auth import Access
+from quartet.http_gateway.endpoint import Endpoint
+from quartet.http_gateway.gateway import Gateway, Phase
+from quartet.runtime.messages import GATEWAY, ROLES
+from quartet.runtime.sockets import is_open
 
 FROZEN_S = 5.0  # without a pulse, which comes once a second
 

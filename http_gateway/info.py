@@ -7,14 +7,14 @@ from typing import Any
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse, Response
 
-from http_gateway import errors
-from http_gateway.auth import Access
-from http_gateway.endpoint import Endpoint
-from http_gateway.gateway import Gateway
-from http_gateway.probes import Counters
-from runtime import flags
-from runtime.errors import RequestError
-from runtime.version import version
+from quartet.http_gateway import errors
+from quartet.http_gateway.auth import Access
+from quartet.http_gateway.endpoint import Endpoint
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.probes import Counters
+from quartet.runtime import flags
+from quartet.runtime.errors import RequestError
+from quartet.runtime.version import version
 
 OWNER = "quartet"
 FRESH_S = 0.1  # counters younger than this are not asked for again

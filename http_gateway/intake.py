@@ -14,11 +14,11 @@ from typing import Any
 
 import msgspec
 
-from runtime import limits, sampling
-from runtime.errors import Kind, RequestError, outside_vocabulary, scored_outside_vocabulary
-from runtime.limits import CALL_BYTES_PER_BODY_BYTE
-from runtime.messages import Generate, LogprobOptions, Request, Thought, first_outside, unpack_ids
-from runtime.sampling import SamplingParams
+from quartet.runtime import limits, sampling
+from quartet.runtime.errors import Kind, RequestError, outside_vocabulary, scored_outside_vocabulary
+from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
+from quartet.runtime.messages import Generate, LogprobOptions, Request, Thought, first_outside, unpack_ids
+from quartet.runtime.sampling import SamplingParams
 
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
 NULL_MEANS_SOMETHING = "max_new_tokens"  # there it is: until the context is full

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from runtime.control import Abort
-from runtime.messages import Generate, Request
+from quartet.runtime.control import Abort
+from quartet.runtime.messages import Generate, Request
 
 if TYPE_CHECKING:
-    from http_gateway.flight import Flight
+    from quartet.http_gateway.flight import Flight
 
 
 @dataclass(slots=True)

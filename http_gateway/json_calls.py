@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from http_gateway.json_text import JsonText, Piece
-from http_gateway.tool_events import CALL, NO_CALL, Events, Outcome
+from quartet.http_gateway.json_text import JsonText, Piece
+from quartet.http_gateway.tool_events import CALL, NO_CALL, Events, Outcome
 
 KEYS = frozenset({"name", "arguments", "parameters", "type", "id", "function"})
 ARGUMENTS = ("arguments", "parameters")

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Sequence
 from typing import TypeVar
 
-from runtime.messages import Logprobs, unpack_ids
+from quartet.runtime.messages import Logprobs, unpack_ids
 
 Triple = tuple[float | None, int, str | None]  # (logprob, token id, token text where it was asked for)
 Spelt = tuple[float | None, int, bytes]  # the same with the token's bytes, which may be part of a character

@@ -14,21 +14,21 @@ from typing import NoReturn
 import uvicorn
 import uvloop
 
-from http_gateway import payloads, warmup
-from http_gateway.app import build
-from http_gateway.crowd import Crowd, connections_that_fit
-from http_gateway.edge import access_log
-from http_gateway.gateway import Gateway, Phase
-from http_gateway.metrics import Metrics
-from http_gateway.protocol import BoundedProtocol
-from http_gateway.ring_client import RingClient
-from runtime import model_info, service, stopwatch
-from runtime.control import Abort
-from runtime.errors import StartupError
-from runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
-from runtime.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
-from runtime.service import Boot, report_ready
-from runtime.sockets import AsyncInbox, AsyncOutbox, newest_epoch
+from quartet.http_gateway import payloads, warmup
+from quartet.http_gateway.app import build
+from quartet.http_gateway.crowd import Crowd, connections_that_fit
+from quartet.http_gateway.edge import access_log
+from quartet.http_gateway.gateway import Gateway, Phase
+from quartet.http_gateway.metrics import Metrics
+from quartet.http_gateway.protocol import BoundedProtocol
+from quartet.http_gateway.ring_client import RingClient
+from quartet.runtime import model_info, service, stopwatch
+from quartet.runtime.control import Abort
+from quartet.runtime.errors import StartupError
+from quartet.runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
+from quartet.runtime.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
+from quartet.runtime.service import Boot, report_ready
+from quartet.runtime.sockets import AsyncInbox, AsyncOutbox, newest_epoch
 
 log = logging.getLogger(__name__)
 uvicorn_log = logging.getLogger("uvicorn.error")

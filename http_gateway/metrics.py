@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from http_gateway.journal import Pending
-from http_gateway.probes import Counters
-from runtime.messages import ROLES, Text
+from quartet.http_gateway.journal import Pending
+from quartet.http_gateway.probes import Counters
+from quartet.runtime.messages import ROLES, Text
 
 PREFIX = "sglang:"
 KEPT_S = 0.1

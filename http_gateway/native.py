@@ -9,15 +9,15 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, rounds
-from http_gateway.endpoint import Endpoint, beside
-from http_gateway.gateway import Gateway
-from http_gateway.generate_body import FIELDS, GenerateBody, check_batch, to_job
-from http_gateway.intake import Job
-from http_gateway.output import Output
-from http_gateway.sse import EventStream, event
-from http_gateway.tasks import check_generates
-from runtime.errors import RequestError
+from quartet.http_gateway import bodies, rounds
+from quartet.http_gateway.endpoint import Endpoint, beside
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.generate_body import FIELDS, GenerateBody, check_batch, to_job
+from quartet.http_gateway.intake import Job
+from quartet.http_gateway.output import Output
+from quartet.http_gateway.sse import EventStream, event
+from quartet.http_gateway.tasks import check_generates
+from quartet.runtime.errors import RequestError
 
 
 class VertexBody(msgspec.Struct):

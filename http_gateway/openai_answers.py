@@ -5,7 +5,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from http_gateway.output import MetaInfo
+from quartet.http_gateway.output import MetaInfo
 
 
 class CachedTokens(msgspec.Struct):

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
-from http_gateway import logprobs
-from http_gateway.logprobs import Spelt
-from http_gateway.openai_answers import (
+from quartet.http_gateway import logprobs
+from quartet.http_gateway.logprobs import Spelt
+from quartet.http_gateway.openai_answers import (
     CachedTokens,
     ChatLogprobs,
     CompletionLogprobs,
@@ -15,7 +15,7 @@ from http_gateway.openai_answers import (
     ScoredToken,
     Usage,
 )
-from runtime.messages import Finish, LogprobOptions, Logprobs, Text
+from quartet.runtime.messages import Finish, LogprobOptions, Logprobs, Text
 
 ID_BYTES = 4
 

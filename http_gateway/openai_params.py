@@ -7,16 +7,16 @@ from typing import Any
 
 import msgspec
 
-from http_gateway.gateway import Gateway
-from http_gateway.generate_body import HIDDEN_STATES_OFF, asks, read_rids, with_distribution
-from http_gateway.intake import Job, fan_out, sampling_params
-from http_gateway.openai_types import REFUSED, CompletionBody, GenerationBody
-from http_gateway.response_format import grammar
-from http_gateway.truncation import wished
-from runtime import limits
-from runtime.errors import RequestError
-from runtime.messages import Generate, LogprobOptions, Request
-from runtime.sampling import GRAMMARS, SamplingParams
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.generate_body import HIDDEN_STATES_OFF, asks, read_rids, with_distribution
+from quartet.http_gateway.intake import Job, fan_out, sampling_params
+from quartet.http_gateway.openai_types import REFUSED, CompletionBody, GenerationBody
+from quartet.http_gateway.response_format import grammar
+from quartet.http_gateway.truncation import wished
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, LogprobOptions, Request
+from quartet.runtime.sampling import GRAMMARS, SamplingParams
 
 DEFAULT_MODEL = "default"
 RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}

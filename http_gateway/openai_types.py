@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from http_gateway.response_format import ResponseFormat
-from http_gateway.tool_events import Tool
-from http_gateway.truncation import Truncating
+from quartet.http_gateway.response_format import ResponseFormat
+from quartet.http_gateway.tool_events import Tool
+from quartet.http_gateway.truncation import Truncating
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 

@@ -10,12 +10,12 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway.auth import Access
-from http_gateway.endpoint import Endpoint
-from http_gateway.gateway import Gateway
-from http_gateway.openai_answers import Failure
-from runtime.control import ControlCommand
-from runtime.version import version
+from quartet.http_gateway.auth import Access
+from quartet.http_gateway.endpoint import Endpoint
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.openai_answers import Failure
+from quartet.runtime.control import ControlCommand
+from quartet.runtime.version import version
 
 DISABLED_BY = "DISABLE_OPENAPI_DOC"  # environment variable of the API that this one is compatible with
 PAGE = Path(__file__).parent / "page" / "docs.html"

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from http_gateway import logprobs
-from runtime.messages import ABORTED_IN_QUEUE, Drafts, Finish, Logprobs, Request, Text, Tokens, unpack_ids
+from quartet.http_gateway import logprobs
+from quartet.runtime.messages import ABORTED_IN_QUEUE, Drafts, Finish, Logprobs, Request, Text, Tokens, unpack_ids
 
 _encode = msgspec.json.Encoder().encode
 

@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from http_gateway.call_formats import CallFormat
-from http_gateway.held_back import held_back
-from http_gateway.json_calls import JsonCall
-from http_gateway.pythonic_calls import PythonCall
-from http_gateway.thoughts import Marks
-from http_gateway.tool_events import CALL, Event, Events
-from runtime.messages import Place
+from quartet.http_gateway.call_formats import CallFormat
+from quartet.http_gateway.held_back import held_back
+from quartet.http_gateway.json_calls import JsonCall
+from quartet.http_gateway.pythonic_calls import PythonCall
+from quartet.http_gateway.thoughts import Marks
+from quartet.http_gateway.tool_events import CALL, Event, Events
+from quartet.runtime.messages import Place
 
 BLANKS = re.compile(r"\s+")
 NAMED_CHARS = re.compile(r"[\w.\-\[\]]+")

@@ -6,12 +6,12 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import reasoning, tool_calls
-from http_gateway.endpoint import Endpoint, read_body
-from http_gateway.errors import json_response
-from http_gateway.gateway import Gateway
-from http_gateway.tool_events import Tool
-from runtime.limits import MAX_PARSED_BODY_BYTES
+from quartet.http_gateway import reasoning, tool_calls
+from quartet.http_gateway.endpoint import Endpoint, read_body
+from quartet.http_gateway.errors import json_response
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.tool_events import Tool
+from quartet.runtime.limits import MAX_PARSED_BODY_BYTES
 
 
 class ParseBody(msgspec.Struct):

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from runtime.control import ONE_PAYLOAD_A_RANK, RANKS
-from runtime.errors import Kind, RequestError
+from quartet.runtime.control import ONE_PAYLOAD_A_RANK, RANKS
+from quartet.runtime.errors import Kind, RequestError
 
 LONG_STRING_BYTES = 1 << 16  # a longer string is a payload
 WRITE_CHARS = 1 << 20  # of base64, a multiple of four, that one write decodes; between writes others have their turn

@@ -10,10 +10,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from http_gateway.ring_client import RingClient
-from runtime.errors import RequestError
-from runtime.messages import Generate, Request, pack_ids
-from runtime.sampling import SamplingParams
+from quartet.http_gateway.ring_client import RingClient
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, Request, pack_ids
+from quartet.runtime.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from http_gateway.crowd import Crowd, monitors_only
-from runtime.limits import BODY_GRACE_S, HEADER_DEADLINE_S, LEAST_BODY_RATE, MAX_HEADER_BYTES, READ_STALL_S
+from quartet.http_gateway.crowd import Crowd, monitors_only
+from quartet.runtime.limits import BODY_GRACE_S, HEADER_DEADLINE_S, LEAST_BODY_RATE, MAX_HEADER_BYTES, READ_STALL_S
 
 TOO_LARGE = b"431 Request Header Fields Too Large"
 TOO_SLOW = b"408 Request Timeout"

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from http_gateway.tool_events import CALL, NO_CALL, Events, Outcome
+from quartet.http_gateway.tool_events import CALL, NO_CALL, Events, Outcome
 
 NAME_CHARS = re.compile(r"[\w.]+")
 BLANKS = re.compile(r"\s+")

@@ -12,8 +12,8 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable
 
-from http_gateway.journal import Deaths, Pending, digest
-from runtime.messages import Generate
+from quartet.http_gateway.journal import Deaths, Pending, digest
+from quartet.runtime.messages import Generate
 
 ID_BYTES = 4
 SUSPICIOUS_DEATHS = 2

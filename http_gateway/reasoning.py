@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from http_gateway.output_reader import OutputReader
-from http_gateway.thoughts import Family, Marks
-from http_gateway.tool_events import collect
-from runtime.errors import RequestError
+from quartet.http_gateway.output_reader import OutputReader
+from quartet.http_gateway.thoughts import Family, Marks
+from quartet.http_gateway.tool_events import collect
+from quartet.runtime.errors import RequestError
 
 FAMILIES = {
     "deepseek-r1": Family(place="inside"),

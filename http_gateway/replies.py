@@ -9,11 +9,11 @@ from typing import Any
 
 from starlette.responses import PlainTextResponse, Response
 
-from http_gateway import errors
-from runtime import control
-from runtime.control import ControlCommand
-from runtime.errors import Kind, RequestError
-from runtime.messages import Reply
+from quartet.http_gateway import errors
+from quartet.runtime import control
+from quartet.runtime.control import ControlCommand
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Reply
 
 Render = Callable[[Reply], Response]
 

@@ -14,18 +14,18 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, errors
-from http_gateway.embed import NOT_A_CROSS_ENCODER, embed, embed_request, meta_info, numbers
-from http_gateway.embeddings import probabilities, usage
-from http_gateway.endpoint import Endpoint, Handler, require_json
-from http_gateway.gateway import Gateway
-from http_gateway.intake import Job, Rules, fan_out
-from http_gateway.tasks import check_embeds
-from http_gateway.truncation import Truncating, wished
-from runtime import limits
-from runtime.embedding import Embedding
-from runtime.errors import RequestError
-from runtime.messages import Generate, Text
+from quartet.http_gateway import bodies, errors
+from quartet.http_gateway.embed import NOT_A_CROSS_ENCODER, embed, embed_request, meta_info, numbers
+from quartet.http_gateway.embeddings import probabilities, usage
+from quartet.http_gateway.endpoint import Endpoint, Handler, require_json
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.intake import Job, Rules, fan_out
+from quartet.http_gateway.tasks import check_embeds
+from quartet.http_gateway.truncation import Truncating, wished
+from quartet.runtime import limits
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, Text
 
 EMPTY_QUERY = "Query cannot be empty"
 BLANK_QUERY = "Query cannot be empty or whitespace only"

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from runtime.errors import RequestError
-from runtime.sampling import as_json
+from quartet.runtime.errors import RequestError
+from quartet.runtime.sampling import as_json
 
 
 class JsonSchema(msgspec.Struct):

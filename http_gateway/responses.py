@@ -9,19 +9,19 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, errors, rounds
-from http_gateway.chat import Call
-from http_gateway.endpoint import Endpoint, beside, require_json
-from http_gateway.gateway import Gateway
-from http_gateway.generate_body import asks
-from http_gateway.native import check_servable
-from http_gateway.openai_answers import ChatMessage, Delta
-from http_gateway.openai_types import ChatBody, Count
-from http_gateway.response_format import ResponseFormat
-from http_gateway.response_items import IN_PROGRESS, Item, Kind, Numbered, Output, Told
-from http_gateway.sse import EventStream
-from runtime.errors import Kind as ErrorKind
-from runtime.errors import RequestError
+from quartet.http_gateway import bodies, errors, rounds
+from quartet.http_gateway.chat import Call
+from quartet.http_gateway.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.generate_body import asks
+from quartet.http_gateway.native import check_servable
+from quartet.http_gateway.openai_answers import ChatMessage, Delta
+from quartet.http_gateway.openai_types import ChatBody, Count
+from quartet.http_gateway.response_format import ResponseFormat
+from quartet.http_gateway.response_items import IN_PROGRESS, Item, Kind, Numbered, Output, Told
+from quartet.http_gateway.sse import EventStream
+from quartet.runtime.errors import Kind as ErrorKind
+from quartet.runtime.errors import RequestError
 
 NOT_STORED = "Response '{}' is not here: this server stores no responses."
 PARTS = ("text", "input_text", "output_text")

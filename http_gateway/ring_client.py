@@ -18,16 +18,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from http_gateway.aborts import Relayed, aborted, names
-from http_gateway.commands import Commands, Waiting
-from http_gateway.flight import Flight
-from http_gateway.journal import Pending, digest
-from http_gateway.quarantine import GUILTY, Quarantine
-from runtime.control import Abort, ControlCommand, Probe
-from runtime.errors import Kind, RequestError
-from runtime.guard import Announced, Guard, end_of
-from runtime.messages import ABORTED, GATEWAY, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
-from runtime.sockets import FrameTooLarge
+from quartet.http_gateway.aborts import Relayed, aborted, names
+from quartet.http_gateway.commands import Commands, Waiting
+from quartet.http_gateway.flight import Flight
+from quartet.http_gateway.journal import Pending, digest
+from quartet.http_gateway.quarantine import GUILTY, Quarantine
+from quartet.runtime.control import Abort, ControlCommand, Probe
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.guard import Announced, Guard, end_of
+from quartet.runtime.messages import ABORTED, GATEWAY, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
+from quartet.runtime.sockets import FrameTooLarge
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from contextlib import aclosing, asynccontextmanager
 
 from starlette.requests import Request as HTTPRequest
 
-from http_gateway import errors
-from http_gateway.flight import Delivery, Flight
-from http_gateway.intake import Job
-from http_gateway.ring_client import RingClient
-from runtime.control import Abort
-from runtime.messages import Generate
+from quartet.http_gateway import errors
+from quartet.http_gateway.flight import Delivery, Flight
+from quartet.http_gateway.intake import Job
+from quartet.http_gateway.ring_client import RingClient
+from quartet.runtime.control import Abort
+from quartet.runtime.messages import Generate
 
 
 async def run(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGenerator[list[Delivery], None]:

@@ -8,17 +8,17 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, errors, rounds
-from http_gateway.embeddings import usage
-from http_gateway.endpoint import Endpoint, beside, require_json
-from http_gateway.gateway import Gateway
-from http_gateway.generate_body import pack
-from http_gateway.intake import Job, Rules, fan_out
-from http_gateway.tasks import check_generates
-from runtime import limits
-from runtime.errors import RequestError
-from runtime.messages import Generate, LogprobOptions, Request, Text
-from runtime.sampling import SamplingParams
+from quartet.http_gateway import bodies, errors, rounds
+from quartet.http_gateway.embeddings import usage
+from quartet.http_gateway.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.generate_body import pack
+from quartet.http_gateway.intake import Job, Rules, fan_out
+from quartet.http_gateway.tasks import check_generates
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, LogprobOptions, Request, Text
+from quartet.runtime.sampling import SamplingParams
 
 ONE_KIND = "query and items must both be texts or both be token ids"
 

@@ -6,9 +6,9 @@ from contextlib import aclosing
 
 from starlette.types import Receive, Scope, Send
 
-from http_gateway import errors
-from http_gateway.flight import ClientGone
-from runtime.errors import Kind, RequestError
+from quartet.http_gateway import errors
+from quartet.http_gateway.flight import ClientGone
+from quartet.runtime.errors import Kind, RequestError
 
 log = logging.getLogger(__name__)
 

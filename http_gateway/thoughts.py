@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from runtime.messages import Place
+from quartet.runtime.messages import Place
 
 
 @dataclass(frozen=True)

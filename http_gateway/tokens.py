@@ -6,15 +6,15 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from http_gateway import bodies, errors
-from http_gateway.chat_body import choosing, prompt_of
-from http_gateway.endpoint import Endpoint, beside, read_body
-from http_gateway.gateway import Gateway
-from http_gateway.openai_types import ChatBody
-from runtime import limits
-from runtime.control import ControlCommand, Detokenize, Tokenize
-from runtime.errors import Kind, RequestError
-from runtime.messages import Reply, pack_ids, unpack_ids
+from quartet.http_gateway import bodies, errors
+from quartet.http_gateway.chat_body import choosing, prompt_of
+from quartet.http_gateway.endpoint import Endpoint, beside, read_body
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.openai_types import ChatBody
+from quartet.runtime import limits
+from quartet.runtime.control import ControlCommand, Detokenize, Tokenize
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Reply, pack_ids, unpack_ids
 
 TIMEOUT_S = 60.0
 NULL = b"null"

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from http_gateway.call_formats import FORMATS, CallFormat
-from http_gateway.output_reader import OutputReader
-from http_gateway.tool_events import Parsed, Tool, collect
-from runtime.errors import RequestError
+from quartet.http_gateway.call_formats import FORMATS, CallFormat
+from quartet.http_gateway.output_reader import OutputReader
+from quartet.http_gateway.tool_events import Parsed, Tool, collect
+from quartet.runtime.errors import RequestError
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 

@@ -10,9 +10,9 @@ from typing import Literal
 
 import msgspec
 
-from http_gateway.intake import Rules
-from runtime.errors import RequestError
-from runtime.messages import Request
+from quartet.http_gateway.intake import Rules
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Request
 
 SIDES: dict[str, Literal["left", "right"]] = {"left": "left", "right": "right", "START": "left", "END": "right"}
 NONE = "NONE"

@@ -13,10 +13,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from http_gateway import errors
-from http_gateway.auth import HeaderList
-from runtime import sites
-from runtime.config import ServerConfig
+from quartet.http_gateway import errors
+from quartet.http_gateway.auth import HeaderList
+from quartet.runtime import sites
+from quartet.runtime.config import ServerConfig
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 ANY_ADDRESS = frozenset({"0.0.0.0", "::"})  # as a name they lead to this machine

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
 
 PROMPT = "The capital city of France is"
 PROMPT_IDS = [10, 11, 12]

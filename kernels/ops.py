@@ -56,23 +56,23 @@ PREPARE = ("prepare",)
 
 # module → the operations it has
 TORCH = {
-    "kernels.torch_ops": (*NORM, *FEW_TOKENS, *SKINNY, *ROPE, "paged_decode", "paged_extend"),
-    "kernels.torch_moe": (*MOE_DECODE, *MOE_BATCH),
-    "kernels.torch_sampling": (*HEAD, *SAMPLING),
-    "kernels.torch_prepare": PREPARE,
+    "quartet.kernels.torch_ops": (*NORM, *FEW_TOKENS, *SKINNY, *ROPE, "paged_decode", "paged_extend"),
+    "quartet.kernels.torch_moe": (*MOE_DECODE, *MOE_BATCH),
+    "quartet.kernels.torch_sampling": (*HEAD, *SAMPLING),
+    "quartet.kernels.torch_prepare": PREPARE,
 }
 TRITON = {
-    "kernels.triton_norm": NORM,
-    "kernels.triton_gemv": FEW_TOKENS,
-    "kernels.triton_skinny": SKINNY,
-    "kernels.triton_rope": ROPE,
-    "kernels.triton_attention_decode": ("paged_decode",),
-    "kernels.triton_attention_extend": ("paged_extend",),
-    "kernels.triton_moe_decode": MOE_DECODE,
-    "kernels.triton_moe_batch": MOE_BATCH,
-    "kernels.triton_lm_head": HEAD,
-    "kernels.triton_sampling": SAMPLING,
-    "kernels.triton_prepare": PREPARE,
+    "quartet.kernels.triton_norm": NORM,
+    "quartet.kernels.triton_gemv": FEW_TOKENS,
+    "quartet.kernels.triton_skinny": SKINNY,
+    "quartet.kernels.triton_rope": ROPE,
+    "quartet.kernels.triton_attention_decode": ("paged_decode",),
+    "quartet.kernels.triton_attention_extend": ("paged_extend",),
+    "quartet.kernels.triton_moe_decode": MOE_DECODE,
+    "quartet.kernels.triton_moe_batch": MOE_BATCH,
+    "quartet.kernels.triton_lm_head": HEAD,
+    "quartet.kernels.triton_sampling": SAMPLING,
+    "quartet.kernels.triton_prepare": PREPARE,
 }
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from kernels import reference
-from kernels.torch_ops import ACTIVATIONS, linear, normed
+from quartet.kernels import reference
+from quartet.kernels.torch_ops import ACTIVATIONS, linear, normed
 
 
 def router(

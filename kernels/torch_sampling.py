@@ -4,9 +4,9 @@ from math import inf
 
 import torch
 
-from kernels import reference
-from kernels.philox import uniform
-from kernels.torch_ops import linear, normed
+from quartet.kernels import reference
+from quartet.kernels.philox import uniform
+from quartet.kernels.torch_ops import linear, normed
 
 
 def lm_head_sample(

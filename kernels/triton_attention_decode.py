@@ -12,8 +12,8 @@ from functools import partial
 import torch
 import triton.language as tl
 
-from kernels.configs import KV_SPLIT, tile
-from kernels.triton_common import (
+from quartet.kernels.configs import KV_SPLIT, tile
+from quartet.kernels.triton_common import (
     NEGATIVE_INFINITY,
     blocks,
     comes_last,
@@ -24,7 +24,7 @@ from kernels.triton_common import (
     tanh,
     wait_for_inputs,
 )
-from kernels.triton_compile import kernel
+from quartet.kernels.triton_compile import kernel
 
 
 def paged_decode(

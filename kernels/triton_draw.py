@@ -8,7 +8,7 @@ the tiles, then inside one. A temperature of 0 asks for the first largest logit.
 import triton
 import triton.language as tl
 
-from kernels.triton_common import NEGATIVE_INFINITY
+from quartet.kernels.triton_common import NEGATIVE_INFINITY
 
 
 @triton.jit

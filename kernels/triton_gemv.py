@@ -3,8 +3,8 @@
 import torch
 import triton.language as tl
 
-from kernels.configs import FEW_ROWS, tile
-from kernels.triton_common import (
+from quartet.kernels.configs import FEW_ROWS, tile
+from quartet.kernels.triton_common import (
     activate,
     blocks,
     column_block,
@@ -14,7 +14,7 @@ from kernels.triton_common import (
     row_products,
     start_next_kernel,
 )
-from kernels.triton_compile import kernel
+from quartet.kernels.triton_compile import kernel
 
 
 def gemv(

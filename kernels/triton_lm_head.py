@@ -9,8 +9,8 @@ from functools import partial
 import torch
 import triton.language as tl
 
-from kernels.configs import FEW_ROWS, SKINNY_ROWS, tile
-from kernels.triton_common import (
+from quartet.kernels.configs import FEW_ROWS, SKINNY_ROWS, tile
+from quartet.kernels.triton_common import (
     NEGATIVE_INFINITY,
     blocks,
     comes_last,
@@ -19,8 +19,8 @@ from kernels.triton_common import (
     scale_of_norm,
     tanh,
 )
-from kernels.triton_compile import kernel
-from kernels.triton_draw import pick, store_choice
+from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton_draw import pick, store_choice
 
 LEAST_ROWS = 16
 

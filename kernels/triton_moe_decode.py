@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.configs import tile
-from kernels.triton_common import (
+from quartet.kernels.configs import tile
+from quartet.kernels.triton_common import (
     NEGATIVE_INFINITY,
     activate,
     blocks,
@@ -23,7 +23,7 @@ from kernels.triton_common import (
     row_product_pairs,
     row_products,
 )
-from kernels.triton_compile import kernel
+from quartet.kernels.triton_compile import kernel
 
 
 def router(

@@ -6,8 +6,8 @@ Cosines and sines come as `reference.rotation` makes them: (tokens, 1, rotary_di
 import torch
 import triton.language as tl
 
-from kernels.configs import FEW_ROWS, tile
-from kernels.triton_common import (
+from quartet.kernels.configs import FEW_ROWS, tile
+from quartet.kernels.triton_common import (
     blocks,
     column_block,
     head_stride,
@@ -17,7 +17,7 @@ from kernels.triton_common import (
     scale_of_norm,
     start_next_kernel,
 )
-from kernels.triton_compile import kernel
+from quartet.kernels.triton_compile import kernel
 
 
 def norm_qkv_rope_kv(

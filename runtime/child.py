@@ -13,12 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from runtime import control_group
-from runtime.control_group import Directory
-from runtime.parent_death import arm_death_signal
-from runtime.service import Ready
+from quartet.runtime import control_group
+from quartet.runtime.control_group import Directory
+from quartet.runtime.parent_death import arm_death_signal
+from quartet.runtime.python_path import python_path
+from quartet.runtime.service import Ready
 
-SOURCE_ROOT = Path(__file__).resolve().parents[1]
 READY_LINE_BYTES = 64 << 10
 
 
@@ -137,14 +137,13 @@ def start(service: Service, inherited: Sequence[int]) -> Child:
 
 def child_environment(environment: Mapping[str, str], service: Service) -> dict[str, str]:
     """The launcher's environment over the service's; quiet OpenMP threads; a path on which our packages come first."""
-    path = [str(SOURCE_ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     ours = {
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the other processes
         "OMP_NUM_THREADS": str(service.threads or usable_cores()),
         **service.environment,
     }
     inherited = {name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"}
-    return ours | inherited | {"PYTHONPATH": os.pathsep.join(path)}
+    return ours | inherited | {"PYTHONPATH": python_path(environment)}
 
 
 def usable_cores(root: Path = Path("/")) -> int:

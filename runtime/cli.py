@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from runtime import streams
+from quartet.runtime import streams
 
 
 class Command(NamedTuple):
@@ -19,9 +19,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "serve": Command("runtime.launch", "main", "start a server (quartet serve --help lists its flags)", True),
-    "config": Command("runtime.show", "main", "config show: print every setting and where its value comes from", True),
-    "experts": Command("runtime.experts_plot", "main", "experts plot dump.pt: draw a recording of experts"),
+    "serve": Command("quartet.runtime.launch", "main", "start a server (quartet serve --help lists its flags)", True),
+    "config": Command(
+        "quartet.runtime.show", "main", "config show: print each setting and where its value comes from", True
+    ),
+    "experts": Command("quartet.runtime.experts_plot", "main", "experts plot dump.pt: draw a recording of experts"),
 }
 HELP = ("-h", "--help")
 INTERRUPTED = 128 + signal.SIGINT  # as shells report it
@@ -49,7 +51,7 @@ def dispatch(arguments: list[str]) -> int:
             print(usage())
             return 0
         case ["--version" | "-V"]:
-            from runtime.version import version  # what it imports takes longer than all else here
+            from quartet.runtime.version import version  # what it imports takes longer than all else here
 
             print(f"quartet {version()}")
             return 0
@@ -79,7 +81,7 @@ def usage() -> str:
 
 
 def print_flags(command: str) -> int:
-    from runtime.flags import build_parser
+    from quartet.runtime.flags import build_parser
 
     build_parser(command).print_help()
     return 0
@@ -94,7 +96,7 @@ def unknown(word: str) -> int:
     else:
         near = get_close_matches(word, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-    from runtime.log import plain, say
+    from quartet.runtime.log import plain, say
 
     say(plain(f"quartet: unknown command {word}; {hint}"), sys.stderr)
     return 2

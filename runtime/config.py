@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from runtime.limits import MAX_DRAFTED_TOKENS
+from quartet.runtime.limits import MAX_DRAFTED_TOKENS
 
 
 class Flag(msgspec.Struct, frozen=True):

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from runtime.limits import MAX_STEP_SLEEP_S
-from runtime.messages import Chat, Message
+from quartet.runtime.limits import MAX_STEP_SLEEP_S
+from quartet.runtime.messages import Chat, Message
 
 RANKS = 1  # of the model, each with a payload of its own in /update_weights_from_tensor
 ONE_PAYLOAD_A_RANK = "serialized_named_tensors needs one entry for each of {} ranks, got {}."

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from runtime.errors import StartupError
-from runtime.files import MAX_SETTINGS_BYTES, present, read_small
+from quartet.runtime.errors import StartupError
+from quartet.runtime.files import MAX_SETTINGS_BYTES, present, read_small
 
 Json = Mapping[str, Any]
 Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]

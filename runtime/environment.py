@@ -1,7 +1,7 @@
 """Environment variables of SGLang that start scripts and images set: which count here, and what is said of the others.
 
-Those that give a setting its value are named by the fields of `runtime.config.ServerConfig`. Pure: names and values in,
-lines for the operator out.
+Those that give a setting its value are named by the fields of `ServerConfig` (runtime/config.py). Pure: names
+and values in, lines for the operator out.
 """
 
 import re

@@ -12,8 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
-from runtime.errors import UsageError
-from runtime.log import plain, say
+from quartet.runtime.errors import UsageError
+from quartet.runtime.log import plain, say
 
 HEADER = ["layer_id", "expert_id", "count"]
 PALETTE = ["#f7fbff", "#6baed6", "#08306b"]

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.errors import StartupError
+from quartet.runtime.errors import StartupError
 
 MAX_SETTINGS_BYTES = 8 << 20  # config.json and its like
 MAX_TOKENIZER_BYTES = 256 << 20  # tokenizer.json

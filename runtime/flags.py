@@ -1,6 +1,6 @@
 """From the command line and a YAML file to a ServerConfig, remembering where each value came from.
 
-Everything here is derived from the fields of `runtime.config.ServerConfig`; a new flag is one field there.
+Everything here is derived from the fields of `quartet.runtime.config.ServerConfig`; a new flag is one field there.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from runtime import environment as environments
-from runtime import foreign_flags, keys
-from runtime.config import Flag, ServerConfig
-from runtime.errors import UsageError
+from quartet.runtime import environment as environments
+from quartet.runtime import foreign_flags, keys
+from quartet.runtime.config import Flag, ServerConfig
+from quartet.runtime.errors import UsageError
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 OTHERS = ("--config", "--help", "-h")  # flags that are no settings

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from runtime.control import ControlCommand, Probe
-from runtime.limits import MAX_DRAFTED_TOKENS
-from runtime.messages import (
+from quartet.runtime.control import ControlCommand, Probe
+from quartet.runtime.limits import MAX_DRAFTED_TOKENS
+from quartet.runtime.messages import (
     ATTEMPT_BITS,
     GATEWAY,
     ROLES,

@@ -21,12 +21,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, NoReturn
 
-from runtime.parent_death import arm_death_signal
+from quartet.runtime.parent_death import arm_death_signal
+from quartet.runtime.python_path import python_path
 
-SOURCE_ROOT = Path(__file__).resolve().parents[1]
 ORDER = struct.Struct("<QdI")  # number, CPU seconds, bytes that follow
 ANSWER = struct.Struct("<QbI")  # number, a verdict, bytes that follow
 NUMBER = struct.Struct("<Q")
@@ -109,7 +108,7 @@ class Guarded:
                     [sys.executable, "-P", "-m", self._module, str(os.getpid())],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    env=os.environ | {"PYTHONPATH": python_path()},
+                    env=os.environ | {"PYTHONPATH": python_path(os.environ)},
                 )
                 assert self._process.stdin is not None
                 self._process.stdin.write(NUMBER.pack(len(self._setup)) + self._setup)
@@ -139,11 +138,6 @@ class Guarded:
                 with contextlib.suppress(OSError):  # what was not sent is not wanted any more
                     stream.close()
         self._process, self._ended = None, False
-
-
-def python_path() -> str:
-    """A path on which our packages come first."""
-    return os.pathsep.join([str(SOURCE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 
 
 def read_exactly(stream: IO[bytes], size: int) -> bytes:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.model_info import DEMO
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_info import DEMO
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

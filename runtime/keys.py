@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.config import ServerConfig
-from runtime.errors import UsageError
-from runtime.limits import MAX_API_KEY_BYTES, MAX_API_KEY_FILE_BYTES
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import UsageError
+from quartet.runtime.limits import MAX_API_KEY_BYTES, MAX_API_KEY_FILE_BYTES
 
 
 def gathered(config: ServerConfig, places: Mapping[str, str]) -> ServerConfig:

@@ -14,19 +14,19 @@ from collections.abc import Sequence
 import msgspec
 import setproctitle
 
-from runtime import flags, hub, run_dir, streams
-from runtime.child import Service
-from runtime.config import ServerConfig
-from runtime.errors import StartupError, UsageError
-from runtime.log import plain, say, set_up_logging
-from runtime.memory import Memory, in_words, look
-from runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
-from runtime.model_info import embeds
-from runtime.parent import exit_with_parent
-from runtime.resolve import look_at_machine, resolve
-from runtime.service import TITLE
-from runtime.sockets import endpoint
-from runtime.supervisor import ExitStatus, Signals, Supervisor
+from quartet.runtime import flags, hub, run_dir, streams
+from quartet.runtime.child import Service
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError, UsageError
+from quartet.runtime.log import plain, say, set_up_logging
+from quartet.runtime.memory import Memory, in_words, look
+from quartet.runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
+from quartet.runtime.model_info import embeds
+from quartet.runtime.parent import exit_with_parent
+from quartet.runtime.resolve import look_at_machine, resolve
+from quartet.runtime.service import TITLE
+from quartet.runtime.sockets import endpoint
+from quartet.runtime.supervisor import ExitStatus, Signals, Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ KEEPS_MEMORY = {
 
 # In ring order: each sends to the next, the last to the first.
 SERVICES = (
-    Service(GATEWAY, "http_gateway.main", listens=True),
-    Service(TOKENIZER, "tokenizer_service.main"),
-    Service(SCHEDULER, "scheduler_service.main", threads=0, standby=True, environment=KEEPS_MEMORY),
-    Service(DETOKENIZER, "detokenizer_service.main"),
+    Service(GATEWAY, "quartet.http_gateway.main", listens=True),
+    Service(TOKENIZER, "quartet.tokenizer_service.main"),
+    Service(SCHEDULER, "quartet.scheduler_service.main", threads=0, standby=True, environment=KEEPS_MEMORY),
+    Service(DETOKENIZER, "quartet.detokenizer_service.main"),
 )
 BACKLOG = 2048
 PROCESSES_BYTES = 400 << 20  # what the four processes and the launcher take before a model is loaded

@@ -10,9 +10,9 @@ import re
 import sys
 from typing import TextIO
 
-from runtime.config import ServerConfig
-from runtime.limits import MAX_LOG_CHARS
-from runtime.streams import give_up
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.limits import MAX_LOG_CHARS
+from quartet.runtime.streams import give_up
 
 FORMAT = "[%(asctime)s] %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import control_group
-from runtime.control_group import Directory
+from quartet.runtime import control_group
+from quartet.runtime.control_group import Directory
 
 GB = 1 << 30
 UNKNOWN = "no limit that could be found"

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from runtime.errors import Kind, RequestError
-from runtime.sampling import SamplingParams
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.sampling import SamplingParams
 
 GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER = "gateway", "tokenizer", "scheduler", "detokenizer"
 ROLES = (GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER)  # in ring order

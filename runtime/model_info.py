@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from runtime import files, model_ranges
-from runtime.config import ServerConfig
-from runtime.embedding import Embedding, embedding, is_embedder, usable_positions
-from runtime.errors import StartupError
-from runtime.model_ranges import BadValue
+from quartet.runtime import files, model_ranges
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.embedding import Embedding, embedding, is_embedder, usable_positions
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_ranges import BadValue
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_CONTEXT = 2048

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.shorten import short
+from quartet.runtime.shorten import short
 
 Config = Mapping[str, Any]
 MAX_LAYERS = 1024

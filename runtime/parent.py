@@ -16,8 +16,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.errors import StartupError
-from runtime.vitals import fields_of
+from quartet.runtime.errors import StartupError
+from quartet.runtime.vitals import fields_of
 
 log = logging.getLogger(__name__)
 

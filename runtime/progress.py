@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from runtime import vitals
+from quartet.runtime import vitals
 
 WORDS = 6
 WORD_BYTES = 8

@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from runtime import sampling
-from runtime.config import ServerConfig
-from runtime.errors import RequestError, StartupError
-from runtime.sites import ANY, allowed_hosts, allowed_origins, is_loopback
+from quartet.runtime import sampling
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import RequestError, StartupError
+from quartet.runtime.sites import ANY, allowed_hosts, allowed_origins, is_loopback
 
 PAGE_SIZE = 16
 LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from runtime.errors import StartupError
+from quartet.runtime.errors import StartupError
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from runtime import limits
-from runtime.errors import RequestError
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
 
 GREEDY_BELOW = 1e-6  # temperatures under this are greedy
 ID_DIGITS = 10  # of a token id; what is longer is none, and need not be read

@@ -19,16 +19,16 @@ from typing import NoReturn
 import msgspec
 import setproctitle
 
-from runtime import streams
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.guard import Announced, Guard, Service
-from runtime.log import plain, say, set_up_logging
-from runtime.messages import Restarted
-from runtime.parent_death import arm_death_signal
-from runtime.progress import IDLE_BEAT_S, ProgressWord
-from runtime.sockets import Inbox, Outbox, SocketError, newest_epoch
-from runtime.stopwatch import STOPWATCH
+from quartet.runtime import streams
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.guard import Announced, Guard, Service
+from quartet.runtime.log import plain, say, set_up_logging
+from quartet.runtime.messages import Restarted
+from quartet.runtime.parent_death import arm_death_signal
+from quartet.runtime.progress import IDLE_BEAT_S, ProgressWord
+from quartet.runtime.sockets import Inbox, Outbox, SocketError, newest_epoch
+from quartet.runtime.stopwatch import STOPWATCH
 
 log = logging.getLogger(__name__)
 

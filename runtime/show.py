@@ -4,10 +4,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from runtime import flags
-from runtime.errors import StartupError, UsageError
-from runtime.log import plain, say
-from runtime.resolve import look_at_machine, resolve
+from quartet.runtime import flags
+from quartet.runtime.errors import StartupError, UsageError
+from quartet.runtime.log import plain, say
+from quartet.runtime.resolve import look_at_machine, resolve
 
 
 def main(argv: Sequence[str]) -> int:

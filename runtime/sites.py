@@ -8,7 +8,7 @@ import ipaddress
 import re
 from typing import NamedTuple
 
-from runtime.errors import UsageError
+from quartet.runtime.errors import UsageError
 
 ANY = "*"
 AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@,\s\\]+))(?::(\d{0,5}))?")

@@ -18,10 +18,10 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from runtime.control import Command
-from runtime.guard import end_of
-from runtime.limits import MAX_IPC_MESSAGE_BYTES
-from runtime.messages import Finish, Message, Reply, RingMessage, Tokens
+from quartet.runtime.control import Command
+from quartet.runtime.guard import end_of
+from quartet.runtime.limits import MAX_IPC_MESSAGE_BYTES
+from quartet.runtime.messages import Finish, Message, Reply, RingMessage, Tokens
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import re2
 
-from runtime import limits
-from runtime.errors import RequestError
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
 
 
 @lru_cache(maxsize=256)

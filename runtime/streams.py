@@ -10,7 +10,7 @@ import resource
 import sys
 from typing import TextIO
 
-from runtime.errors import StartupError
+from quartet.runtime.errors import StartupError
 
 STANDARD = (0, 1, 2)
 LEAST_OPEN_FILES = 48  # the gateway has 30 when nobody is connected

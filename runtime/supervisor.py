@@ -20,14 +20,14 @@ from types import FrameType, TracebackType
 
 import msgspec
 
-from runtime import keys, vitals
-from runtime.child import Child, Service, start
-from runtime.config import ServerConfig
-from runtime.memory import in_words, look
-from runtime.progress import ProgressReader
-from runtime.service import Boot
-from runtime.sockets import door, endpoint, turn_door
-from runtime.vigil import LOOK_EVERY_S, Vigil
+from quartet.runtime import keys, vitals
+from quartet.runtime.child import Child, Service, start
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.memory import in_words, look
+from quartet.runtime.progress import ProgressReader
+from quartet.runtime.service import Boot
+from quartet.runtime.sockets import door, endpoint, turn_door
+from quartet.runtime.vigil import LOOK_EVERY_S, Vigil
 
 log = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import StartupError
-from runtime.files import MAX_TOKENIZER_BYTES, present, read_small_text
-from runtime.model_info import read_json
+from quartet.runtime.errors import StartupError
+from quartet.runtime.files import MAX_TOKENIZER_BYTES, present, read_small_text
+from quartet.runtime.model_info import read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 OLDER_LAYOUTS = ("vocab*", "*.model", "*.tiktoken", "tekken.json")
-CONVERTER = "tokenizer_service.convert"  # run as a process: transformers weighs 250 MiB and would stay
+CONVERTER = "quartet.tokenizer_service.convert"  # run as a process: transformers weighs 250 MiB and would stay
 CONVERTER_TIMEOUT_S = 300
 REMEDY = "name a directory that has one with --tokenizer-path, or start with --skip-tokenizer-init"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
-from runtime.vitals import State, Vitals
+from quartet.runtime.vitals import State, Vitals
 
 LOOK_EVERY_S = 0.5  # at the progress words
 FROZEN_S = 10.0  # so long a process may be stopped or asleep without a pulse

@@ -1,9 +1,9 @@
 """The messages in which the scheduler answers requests: what a step gave, or an end. The detokenizer takes them."""
 
-from runtime import limits
-from runtime.errors import RequestError
-from runtime.messages import Finish, Tokenized, Tokens, pack_ids
-from scheduler_service.core.plan import Update
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Finish, Tokenized, Tokens, pack_ids
+from quartet.scheduler_service.core.plan import Update
 
 PROMPT_TAIL = 8  # prompt ids that the detokenizer gets, to decode the first output in its context
 

@@ -5,23 +5,23 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from runtime.config import ServerConfig
-from runtime.messages import Facts
-from runtime.model_info import ModelInfo
-from runtime.progress import ProgressWord
-from runtime.sampling import SamplingParams
-from runtime.service import Boot, announced, report_ready
-from runtime.sockets import Inbox, Outbox
-from scheduler_service.constrained import Pool
-from scheduler_service.core.drafts import DraftOptions
-from scheduler_service.core.planner import Planner
-from scheduler_service.core.rules import PlannerConfig
-from scheduler_service.scheduler import Scheduler, Worker
-from scheduler_service.standing import StandingOrders
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.messages import Facts
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.progress import ProgressWord
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.service import Boot, announced, report_ready
+from quartet.runtime.sockets import Inbox, Outbox
+from quartet.scheduler_service.constrained import Pool
+from quartet.scheduler_service.core.drafts import DraftOptions
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.scheduler import Scheduler, Worker
+from quartet.scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
-    from scheduler_service.memory_saver import MemorySaver
-    from scheduler_service.weights.update import Updates
+    from quartet.scheduler_service.memory_saver import MemorySaver
+    from quartet.scheduler_service.weights.update import Updates
 
 WHOLE_PROMPTS = -1
 MOST_ROWS = {"cpu": 32, "cuda": 64}  # computed by a step with drafts: beyond, each would take time of its own

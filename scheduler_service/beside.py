@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
-from runtime.errors import CommandRefused
+from quartet.runtime.errors import CommandRefused
 
 log = logging.getLogger(__name__)
 

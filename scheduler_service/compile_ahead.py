@@ -14,29 +14,29 @@ from dataclasses import replace
 
 import torch
 
-from kernels.configs import EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
-from kernels.ops import Implementation
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.messages import Request
-from runtime.model_info import ModelInfo
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import Plan, Slice
-from scheduler_service.core.request import Sequence
-from scheduler_service.device_state import SlotTokens
-from scheduler_service.fused_steps import FusedSteps, make_fused_steps
-from scheduler_service.inputs import make_inputs, to_device
-from scheduler_service.kv_cache import DEFAULT_PAGE_SIZE, KVCache
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.dtype import resolve_dtype
-from scheduler_service.model.fused_backend import can_fuse
-from scheduler_service.model.layout import decoder_layout
-from scheduler_service.model.registry import decoder_spec
-from scheduler_service.model.spec import DecoderSpec, NotNative
-from scheduler_service.model.torch_backend import TorchBackend
-from scheduler_service.model.weights import Weights
-from scheduler_service.sampling.rows import sampling_rows
-from scheduler_service.sampling.state import settings_of
+from quartet.kernels.configs import EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
+from quartet.kernels.ops import Implementation
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.messages import Request
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan, Slice
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.device_state import SlotTokens
+from quartet.scheduler_service.fused_steps import FusedSteps, make_fused_steps
+from quartet.scheduler_service.inputs import make_inputs, to_device
+from quartet.scheduler_service.kv_cache import DEFAULT_PAGE_SIZE, KVCache
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.dtype import resolve_dtype
+from quartet.scheduler_service.model.fused_backend import can_fuse
+from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.registry import decoder_spec
+from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
+from quartet.scheduler_service.model.torch_backend import TorchBackend
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.sampling.rows import sampling_rows
+from quartet.scheduler_service.sampling.state import settings_of
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def start_compiling(
     plain = implementation == "torch" or config.attention_backend == "torch_native"
     if device.type != "cuda" or info.embedding is not None or plain:
         return None
-    from kernels.triton_compile import COMPILES_AHEAD  # triton is not there on every machine
+    from quartet.kernels.triton_compile import COMPILES_AHEAD  # triton is not there on every machine
 
     if not COMPILES_AHEAD:
         log.info("This Triton compiles kernels one after the other, when they are needed.")
@@ -74,7 +74,7 @@ def start_compiling(
 
 def compile_first_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots: int) -> None:
     """Compile what a model's first steps launch, if it runs on fused operations. Raises StartupError."""
-    from kernels.triton_compile import CompileError
+    from quartet.kernels.triton_compile import CompileError
 
     steps = blank_steps(config, info, dtype, slots)
     if steps is None:
@@ -87,7 +87,7 @@ def compile_first_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtyp
 
 def compile_ahead(steps: FusedSteps) -> None:
     """Compile what the first steps launch; `steps` are on the meta device. Raises CompileError."""
-    from kernels.triton_compile import compiling
+    from quartet.kernels.triton_compile import compiling
 
     begun = time.monotonic()
     threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)

@@ -2,17 +2,17 @@
 
 from typing import Protocol
 
-from runtime.errors import RequestError
-from runtime.messages import Request, Tokenized, unpack_ids
-from scheduler_service.grammar import Grammar
-from scheduler_service.grammar_source import behind_thought
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Request, Tokenized, unpack_ids
+from quartet.scheduler_service.grammar import Grammar
+from quartet.scheduler_service.grammar_source import behind_thought
 
 Decided = tuple[Tokenized, Grammar | RequestError]  # a request that need not wait any longer, and its grammar
 NO_GRAMMARS = "this server does not constrain output"
 
 
 class Pool(Protocol):
-    """Compiles grammars beside the loop (scheduler_service.grammar_pool.GrammarPool)."""
+    """Compiles grammars beside the loop (quartet.scheduler_service.grammar_pool.GrammarPool)."""
 
     def submit(self, rid: str, kind: str, text: str, call: str = "") -> None: ...
 

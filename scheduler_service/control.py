@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import (
+from quartet.runtime.control import (
     COMMAND_LOST,
     Abort,
     ControlCommand,
@@ -19,9 +19,9 @@ from runtime.control import (
     ResumeMemory,
     WeightChange,
 )
-from runtime.errors import CommandRefused, Kind
-from runtime.messages import Message, Reply, Request
-from scheduler_service import (
+from quartet.runtime.errors import CommandRefused, Kind
+from quartet.runtime.messages import Message, Reply, Request
+from quartet.scheduler_service import (
     control_experts,
     control_groups,
     control_memory,
@@ -31,7 +31,7 @@ from scheduler_service import (
 )
 
 if TYPE_CHECKING:
-    from scheduler_service.scheduler import Scheduler
+    from quartet.scheduler_service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

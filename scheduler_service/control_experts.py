@@ -3,18 +3,18 @@
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import (
+from quartet.runtime.control import (
     ControlCommand,
     DumpExpertDistributionRecord,
     StartExpertDistributionRecord,
     StopExpertDistributionRecord,
 )
-from runtime.errors import CommandRefused
-from runtime.messages import Message, Reply
+from quartet.runtime.errors import CommandRefused
+from quartet.runtime.messages import Message, Reply
 
 if TYPE_CHECKING:
-    from scheduler_service.experts import ExpertRecorder
-    from scheduler_service.scheduler import Scheduler
+    from quartet.scheduler_service.experts import ExpertRecorder
+    from quartet.scheduler_service.scheduler import Scheduler
 
 STARTED = "Start recording the expert distribution.\n"
 STOPPED = "Stop recording the expert distribution.\n"

@@ -4,14 +4,14 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import ControlCommand, DestroyWeightsUpdateGroup, InitWeightsUpdateGroup
-from runtime.errors import CommandRefused
-from runtime.messages import Message, Reply
-from scheduler_service.beside import beside
-from scheduler_service.control_weights import updates_of
+from quartet.runtime.control import ControlCommand, DestroyWeightsUpdateGroup, InitWeightsUpdateGroup
+from quartet.runtime.errors import CommandRefused
+from quartet.runtime.messages import Message, Reply
+from quartet.scheduler_service.beside import beside
+from quartet.scheduler_service.control_weights import updates_of
 
 if TYPE_CHECKING:
-    from scheduler_service.scheduler import Scheduler
+    from quartet.scheduler_service.scheduler import Scheduler
 
 Waiting = Generator[None, bool | None, list[Message]]
 

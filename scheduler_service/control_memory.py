@@ -5,13 +5,13 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import ControlCommand, ReleaseMemory, ResumeMemory
-from runtime.errors import CommandRefused
-from runtime.messages import Message, Reply
+from quartet.runtime.control import ControlCommand, ReleaseMemory, ResumeMemory
+from quartet.runtime.errors import CommandRefused
+from quartet.runtime.messages import Message, Reply
 
 if TYPE_CHECKING:  # loads torch; the object comes with the scheduler
-    from scheduler_service.memory_saver import MemorySaver
-    from scheduler_service.scheduler import Scheduler
+    from quartet.scheduler_service.memory_saver import MemorySaver
+    from quartet.scheduler_service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

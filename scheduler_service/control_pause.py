@@ -5,11 +5,11 @@ import logging
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import Abort, ContinueGeneration, ControlCommand, FreezeGarbage, PauseGeneration, SlowDown
-from runtime.messages import Message, Reply
+from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, FreezeGarbage, PauseGeneration, SlowDown
+from quartet.runtime.messages import Message, Reply
 
 if TYPE_CHECKING:
-    from scheduler_service.scheduler import Scheduler
+    from quartet.scheduler_service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from runtime.control import ControlCommand, StartProfile, StopProfile
-from runtime.errors import CommandRefused
-from runtime.limits import MAX_PROFILE_STEPS
-from runtime.messages import Message, Reply
+from quartet.runtime.control import ControlCommand, StartProfile, StopProfile
+from quartet.runtime.errors import CommandRefused
+from quartet.runtime.limits import MAX_PROFILE_STEPS
+from quartet.runtime.messages import Message, Reply
 
 if TYPE_CHECKING:
-    from scheduler_service.scheduler import Scheduler
+    from quartet.scheduler_service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

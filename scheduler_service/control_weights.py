@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from runtime.control import (
+from quartet.runtime.control import (
     ONE_PAYLOAD_A_RANK,
     ONLINE_FAILED,
     RANKS,
@@ -25,13 +25,13 @@ from runtime.control import (
     UpdateWeightVersion,
     WeightChange,
 )
-from runtime.errors import CommandRefused
-from runtime.messages import Message, Reply
-from scheduler_service.beside import beside
+from quartet.runtime.errors import CommandRefused
+from quartet.runtime.messages import Message, Reply
+from quartet.scheduler_service.beside import beside
 
 if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
-    from scheduler_service.scheduler import Scheduler
-    from scheduler_service.weights.update import Collect, Staged, Updates
+    from quartet.scheduler_service.scheduler import Scheduler
+    from quartet.scheduler_service.weights.update import Collect, Staged, Updates
 
 log = logging.getLogger(__name__)
 

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.attention import paged_attention
-from kernels.attention_schedule import Ragged
-from scheduler_service.core.plan import Plan
-from scheduler_service.device_state import SlotTokens
-from scheduler_service.experts import Chosen
-from scheduler_service.inputs import Inputs
-from scheduler_service.kv_cache import KVCache, Placement
-from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
-from scheduler_service.steps import Steps
+from quartet.kernels.attention import paged_attention
+from quartet.kernels.attention_schedule import Ragged
+from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.device_state import SlotTokens
+from quartet.scheduler_service.experts import Chosen
+from quartet.scheduler_service.inputs import Inputs
+from quartet.scheduler_service.kv_cache import KVCache, Placement
+from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from quartet.scheduler_service.steps import Steps
 
-Attention = Callable[..., torch.Tensor]  # as kernels.attention.paged_attention
+Attention = Callable[..., torch.Tensor]  # as quartet.kernels.attention.paged_attention
 
 
 @dataclass(slots=True)

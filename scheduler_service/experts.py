@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from runtime.config import ServerConfig
-from runtime.errors import CommandRefused, StartupError
-from scheduler_service.inputs import Inputs
-from scheduler_service.model.batch import ExpertShape, ServedModel
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import CommandRefused, StartupError
+from quartet.scheduler_service.inputs import Inputs
+from quartet.scheduler_service.model.batch import ExpertShape, ServedModel
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ from operator import is_
 
 import torch
 
-from kernels.configs import DEPENDENT_LAUNCHES
-from kernels.ops import Implementation
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.model_info import ModelInfo
-from scheduler_service.core.plan import Plan, Slice
-from scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
-from scheduler_service.experts import Chosen
-from scheduler_service.fused_prefill import FusedPrefill
-from scheduler_service.graphs import (
+from quartet.kernels.configs import DEPENDENT_LAUNCHES
+from quartet.kernels.ops import Implementation
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_info import ModelInfo
+from quartet.scheduler_service.core.plan import Plan, Slice
+from quartet.scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
+from quartet.scheduler_service.experts import Chosen
+from quartet.scheduler_service.fused_prefill import FusedPrefill
+from quartet.scheduler_service.graphs import (
     MAX_ROWS,
     CudaRecorder,
     Graphs,
@@ -29,16 +29,16 @@ from scheduler_service.graphs import (
     length_sizes,
     row_sizes,
 )
-from scheduler_service.inputs import Inputs
-from scheduler_service.kv_cache import KVCache
-from scheduler_service.model.batch import Batch, ServedModel
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.fused_backend import FusedBackend, can_fuse
-from scheduler_service.model.fused_sampling import PlainDraws
-from scheduler_service.sampling.rows import Draws, DrawSettings
-from scheduler_service.step_context import Chunks, StepContext
-from scheduler_service.steps import Computed, Step, Steps
-from scheduler_service.transfer import upload
+from quartet.scheduler_service.inputs import Inputs
+from quartet.scheduler_service.kv_cache import KVCache
+from quartet.scheduler_service.model.batch import Batch, ServedModel
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.fused_backend import FusedBackend, can_fuse
+from quartet.scheduler_service.model.fused_sampling import PlainDraws
+from quartet.scheduler_service.sampling.rows import Draws, DrawSettings
+from quartet.scheduler_service.step_context import Chunks, StepContext
+from quartet.scheduler_service.steps import Computed, Step, Steps
+from quartet.scheduler_service.transfer import upload
 
 log = logging.getLogger(__name__)
 

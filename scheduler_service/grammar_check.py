@@ -1,7 +1,7 @@
 """A small process that reads a client's grammar before the scheduler does, and that may die of it.
 
 Some texts keep a parser or the engine busy for hours, and a thread cannot be stopped. So everything that looks at a
-grammar's text happens here first, in a process with a budget (`runtime.guarded`): it is translated for the engine and
+grammar's text happens here first, in a process with a budget (runtime/guarded.py): it is translated for the engine and
 tried. What comes back was bearable once and is so again in the scheduler.
 """
 
@@ -10,11 +10,11 @@ import sys
 import msgspec
 from llguidance import LLMatcher, LLParserLimits
 
-from runtime import guarded, limits
-from scheduler_service.grammar_source import source
+from quartet.runtime import guarded, limits
+from quartet.scheduler_service.grammar_source import source
 
 MAX_PROBLEM_CHARS = 500
-MODULE = "scheduler_service.grammar_check"
+MODULE = "quartet.scheduler_service.grammar_check"
 
 
 class Order(msgspec.Struct):

@@ -14,10 +14,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime import limits
-from runtime.errors import Kind, RequestError
-from runtime.guarded import Guarded
-from scheduler_service.grammar import Grammar, GrammarCompiler, TakesLong, checker
+from quartet.runtime import limits
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.guarded import Guarded
+from quartet.scheduler_service.grammar import Grammar, GrammarCompiler, TakesLong, checker
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class GrammarPool:
     # in the threads
 
     def _work(self, number: int, own: Guarded) -> None:
-        """Until the pool is closed. The checking process dies with this thread (see runtime.parent_death)."""
+        """Until the pool is closed. The checking process dies with this thread (see quartet.runtime.parent_death)."""
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (waiting := self._take(bool(number % 2), own)) is not None:
             outcome = self._outcome(waiting, own)

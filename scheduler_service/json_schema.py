@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime import limits
-from scheduler_service.schema_refs import Node, Place, References
+from quartet.runtime import limits
+from quartet.scheduler_service.schema_refs import Node, Place, References
 
 MAX_DEPTH = 96
 # Other formats are annotations.

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.memory import GB
-from scheduler_service.device import available_gb, look_at_memory
-from scheduler_service.model.batch import AttentionSpec
-from scheduler_service.pool_size import Need, Room, choose_page_count
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.memory import GB
+from quartet.scheduler_service.device import available_gb, look_at_memory
+from quartet.scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.pool_size import Need, Room, choose_page_count
 
 log = logging.getLogger(__name__)
 

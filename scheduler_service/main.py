@@ -1,4 +1,4 @@
-"""The scheduler process: `python -m scheduler_service.main`."""
+"""The scheduler process: `python -m quartet.scheduler_service.main`."""
 
 import logging
 import os
@@ -7,17 +7,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 import msgspec
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.model_info import ModelInfo
-from runtime.service import Boot, run
-from scheduler_service.assemble import serve
-from scheduler_service.grammar import GrammarCompiler
-from scheduler_service.grammar_pool import GrammarPool
-from scheduler_service.memory_saver import MemorySaver
-from scheduler_service.weights import record
-from scheduler_service.weights.update import Updates
-from scheduler_service.worker import Worker
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.service import Boot, run
+from quartet.scheduler_service.assemble import serve
+from quartet.scheduler_service.grammar import GrammarCompiler
+from quartet.scheduler_service.grammar_pool import GrammarPool
+from quartet.scheduler_service.memory_saver import MemorySaver
+from quartet.scheduler_service.weights import record
+from quartet.scheduler_service.weights.update import Updates
+from quartet.scheduler_service.worker import Worker
 
 log = logging.getLogger(__name__)
 

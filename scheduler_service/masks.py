@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from scheduler_service.grammar import Bitmask, MaskFiller, Matcher, bitmask_words
-from scheduler_service.transfer import send
+from quartet.scheduler_service.grammar import Bitmask, MaskFiller, Matcher, bitmask_words
+from quartet.scheduler_service.transfer import send
 
 ALL_ALLOWED = -1  # 32 set bits
 THREADS = 2

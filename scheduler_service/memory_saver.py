@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from runtime.errors import CommandRefused
-from scheduler_service import host_memory
-from scheduler_service.device import shortage
-from scheduler_service.kv_cache import KVCache
-from scheduler_service.weights.update import Updates
+from quartet.runtime.errors import CommandRefused
+from quartet.scheduler_service import host_memory
+from quartet.scheduler_service.device import shortage
+from quartet.scheduler_service.kv_cache import KVCache
+from quartet.scheduler_service.weights.update import Updates
 
 WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
 TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # recorded graphs go with any of them: they name the memory of all

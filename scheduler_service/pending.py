@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runtime.errors import Kind
-from scheduler_service.core.plan import NAN_HAPPENED, Result, Slice
-from scheduler_service.grammar import Matcher
-from scheduler_service.inputs import PageRuns
-from scheduler_service.logprobs import OutputScores
-from scheduler_service.sampling.rows import Feature
-from scheduler_service.sampling.state import Row
-from scheduler_service.transfer import Arrival
-from scheduler_service.verification import accepted
+from quartet.runtime.errors import Kind
+from quartet.scheduler_service.core.plan import NAN_HAPPENED, Result, Slice
+from quartet.scheduler_service.grammar import Matcher
+from quartet.scheduler_service.inputs import PageRuns
+from quartet.scheduler_service.logprobs import OutputScores
+from quartet.scheduler_service.sampling.rows import Feature
+from quartet.scheduler_service.sampling.state import Row
+from quartet.scheduler_service.transfer import Arrival
+from quartet.scheduler_service.verification import accepted
 
 TOO_COSTLY = "The output cannot be constrained any further: {}"
 NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."

@@ -3,9 +3,9 @@
 import logging
 from dataclasses import dataclass
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.memory import GB, Memory, in_words
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.memory import GB, Memory, in_words
 
 log = logging.getLogger(__name__)
 

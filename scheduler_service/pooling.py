@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from runtime.embedding import Embedding
-from runtime.errors import Kind, StartupError
-from scheduler_service.core.plan import Plan, Result
-from scheduler_service.logprobs import as_bytes
-from scheduler_service.model.batch import ServedModel
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.encoder import Encoder
-from scheduler_service.model.heads import Head
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.errors import Kind, StartupError
+from quartet.scheduler_service.core.plan import Plan, Result
+from quartet.scheduler_service.logprobs import as_bytes
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.encoder import Encoder
+from quartet.scheduler_service.model.heads import Head
 
 NOT_FINITE = "the model's answer to this text is not a finite number"
 GENERATES_NOT = "this model serves embeddings and does not generate"

@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from scheduler_service.core.plan import Plan
-from scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.core.planner import Planner
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from runtime import sampling
-from runtime.control import ControlCommand
-from runtime.errors import Kind, RequestError
-from runtime.guard import Announced, Guard, end_of
-from runtime.messages import (
+from quartet.runtime import sampling
+from quartet.runtime.control import ControlCommand
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.guard import Announced, Guard, end_of
+from quartet.runtime.messages import (
     ABORTED_IN_QUEUE,
     SCHEDULER,
     Facts,
@@ -27,22 +27,22 @@ from runtime.messages import (
     Restarted,
     Tokenized,
 )
-from runtime.progress import IDLE_BEAT_S, ProgressWord
-from scheduler_service.answers import check_hidden_states, ended, tokens_of
-from scheduler_service.constrained import Pool, WaitingRoom, is_complete
-from scheduler_service.control import HANDLERS, Control
-from scheduler_service.core import request
-from scheduler_service.core.plan import Plan, Result, Slice, Update
-from scheduler_service.core.planner import Planner
-from scheduler_service.grammar import Grammar
-from scheduler_service.report import Report
-from scheduler_service.standing import StandingOrders
+from quartet.runtime.progress import IDLE_BEAT_S, ProgressWord
+from quartet.scheduler_service.answers import check_hidden_states, ended, tokens_of
+from quartet.scheduler_service.constrained import Pool, WaitingRoom, is_complete
+from quartet.scheduler_service.control import HANDLERS, Control
+from quartet.scheduler_service.core import request
+from quartet.scheduler_service.core.plan import Plan, Result, Slice, Update
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.grammar import Grammar
+from quartet.scheduler_service.report import Report
+from quartet.scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
-    from scheduler_service.control_profile import Profile
-    from scheduler_service.experts import ExpertRecorder
-    from scheduler_service.memory_saver import MemorySaver
-    from scheduler_service.weights.update import Updates
+    from quartet.scheduler_service.control_profile import Profile
+    from quartet.scheduler_service.experts import ExpertRecorder
+    from quartet.scheduler_service.memory_saver import MemorySaver
+    from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
 

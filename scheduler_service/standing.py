@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from runtime import records
-from runtime.errors import CommandRefused
+from quartet.runtime import records
+from quartet.runtime.errors import CommandRefused
 
 if TYPE_CHECKING:
-    from scheduler_service.scheduler import Scheduler
+    from quartet.scheduler_service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from scheduler_service.kv_cache import KVCache
-from scheduler_service.model.batch import AttentionSpec
-from scheduler_service.model.fused_backend import FusedBackend
+from quartet.scheduler_service.kv_cache import KVCache
+from quartet.scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.model.fused_backend import FusedBackend
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ was drawn behind a wrong token is dropped, the rest is kept, and the output is t
 from collections.abc import Sequence as Run
 from dataclasses import dataclass
 
-from scheduler_service.core.plan import Plan, Slice
+from quartet.scheduler_service.core.plan import Plan, Slice
 
 
 @dataclass(slots=True)

@@ -17,37 +17,37 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.attention import paged_attention
-from kernels.attention_by_token import paged_attention_by_token
-from kernels.ops import Implementation
-from runtime import stopwatch
-from runtime.config import ServerConfig
-from runtime.messages import Facts, Logprobs
-from runtime.model_info import ModelInfo
-from scheduler_service import masks
-from scheduler_service.compile_ahead import start_compiling
-from scheduler_service.core.plan import Plan, Result, Slice
-from scheduler_service.core.request import Sequence
-from scheduler_service.device import available_gb, choose_device, limit_threads
-from scheduler_service.device_state import SlotTokens
-from scheduler_service.eager_steps import EagerSteps
-from scheduler_service.experts import Chosen, expert_shape, make_recorder
-from scheduler_service.fused_steps import fused_steps_of
-from scheduler_service.grammar import Grammar, Matcher
-from scheduler_service.inputs import Inputs, PageRuns
-from scheduler_service.kv_cache import make_kv_cache
-from scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
-from scheduler_service.model.batch import ServedModel
-from scheduler_service.model.deterministic import is_asked_for, keep_order
-from scheduler_service.model.registry import load_model
-from scheduler_service.pending import Drawn, Pending, State
-from scheduler_service.pooling import make_pooler
-from scheduler_service.sampling.adjust import adjust_single_tokens
-from scheduler_service.sampling.rows import sampling_rows
-from scheduler_service.sampling.state import make_row
-from scheduler_service.steps import Computed, Step, Steps
-from scheduler_service.transfer import Arrival, fetch, upload
-from scheduler_service.verification import LogitRows, logit_rows
+from quartet.kernels.attention import paged_attention
+from quartet.kernels.attention_by_token import paged_attention_by_token
+from quartet.kernels.ops import Implementation
+from quartet.runtime import stopwatch
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.messages import Facts, Logprobs
+from quartet.runtime.model_info import ModelInfo
+from quartet.scheduler_service import masks
+from quartet.scheduler_service.compile_ahead import start_compiling
+from quartet.scheduler_service.core.plan import Plan, Result, Slice
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.device import available_gb, choose_device, limit_threads
+from quartet.scheduler_service.device_state import SlotTokens
+from quartet.scheduler_service.eager_steps import EagerSteps
+from quartet.scheduler_service.experts import Chosen, expert_shape, make_recorder
+from quartet.scheduler_service.fused_steps import fused_steps_of
+from quartet.scheduler_service.grammar import Grammar, Matcher
+from quartet.scheduler_service.inputs import Inputs, PageRuns
+from quartet.scheduler_service.kv_cache import make_kv_cache
+from quartet.scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.deterministic import is_asked_for, keep_order
+from quartet.scheduler_service.model.registry import load_model
+from quartet.scheduler_service.pending import Drawn, Pending, State
+from quartet.scheduler_service.pooling import make_pooler
+from quartet.scheduler_service.sampling.adjust import adjust_single_tokens
+from quartet.scheduler_service.sampling.rows import sampling_rows
+from quartet.scheduler_service.sampling.state import make_row
+from quartet.scheduler_service.steps import Computed, Step, Steps
+from quartet.scheduler_service.transfer import Arrival, fetch, upload
+from quartet.scheduler_service.verification import LogitRows, logit_rows
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ import msgspec
 import torch
 from safetensors.torch import save
 
-from http_gateway import payloads
-from runtime.control import UpdateWeightsFromDisk
-from runtime.errors import RequestError
-from runtime.messages import Reply
-from scheduler_service.weights.manifest import manifest_of
+from quartet.http_gateway import payloads
+from quartet.runtime.control import UpdateWeightsFromDisk
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Reply
+from quartet.scheduler_service.weights.manifest import manifest_of
 from tests import checkpoints
 from tests.live import Live
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from scheduler_service.model.layout import decoder_layout
-from scheduler_service.model.registry import decoder_spec
-from scheduler_service.model.weights import Layout
-from scheduler_service.weights.checkpoint import INDEX_NAME
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.registry import decoder_spec
+from quartet.scheduler_service.model.weights import Layout
+from quartet.scheduler_service.weights.checkpoint import INDEX_NAME
 
 VOCAB_SIZE = 320
 CONFIG: dict[str, Any] = {

@@ -7,18 +7,18 @@ from typing import Any
 
 import msgspec
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.messages import Finish, LogprobOptions, Logprobs, Request, Tokenized, pack_ids, unpack_ids
-from runtime.resolve import draft_sizes
-from runtime.sampling import SamplingParams
-from scheduler_service.assemble import draft_options
-from scheduler_service.core.logprobs import in_a_row
-from scheduler_service.core.plan import Update
-from scheduler_service.core.planner import Planner
-from scheduler_service.core.rules import PlannerConfig
-from scheduler_service.grammar import GrammarCompiler
-from scheduler_service.worker import Worker
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.messages import Finish, LogprobOptions, Logprobs, Request, Tokenized, pack_ids, unpack_ids
+from quartet.runtime.resolve import draft_sizes
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.assemble import draft_options
+from quartet.scheduler_service.core.logprobs import in_a_row
+from quartet.scheduler_service.core.plan import Update
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.grammar import GrammarCompiler
+from quartet.scheduler_service.worker import Worker
 
 
 def floats(data: bytes) -> list[float]:

@@ -9,10 +9,10 @@ import os
 import signal
 from typing import Any
 
-from runtime import model_info
-from runtime.service import Boot, run
-from scheduler_service.assemble import serve
-from scheduler_service.core.plan import Plan
+from quartet.runtime import model_info
+from quartet.runtime.service import Boot, run
+from quartet.scheduler_service.assemble import serve
+from quartet.scheduler_service.core.plan import Plan
 from tests.fakes import FakeWorker
 
 

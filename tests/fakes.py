@@ -8,9 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from runtime.messages import Facts, Logprobs, Message, pack_ids
-from scheduler_service.core.plan import Plan, Result, Slice
-from scheduler_service.core.request import Sequence
+from quartet.runtime.messages import Facts, Logprobs, Message, pack_ids
+from quartet.scheduler_service.core.plan import Plan, Result, Slice
+from quartet.scheduler_service.core.request import Sequence
 
 FAKE_VECTOR = 4  # length of an embedding
 UNSEEN = -1

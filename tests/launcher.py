@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 
-from runtime.launch import SERVICES, serve
+from quartet.runtime.launch import SERVICES, serve
 
 
 def main(arguments: list[str]) -> int:

@@ -4,16 +4,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.control import ControlCommand
-from runtime.messages import Finish, Reply, Tokenized, Tokens, unpack_ids
-from scheduler_service.assemble import planner_config
-from scheduler_service.core.planner import Planner
-from scheduler_service.main import memory_saver
-from scheduler_service.scheduler import Scheduler
-from scheduler_service.weights.update import Updates
-from scheduler_service.worker import Worker
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.control import ControlCommand
+from quartet.runtime.messages import Finish, Reply, Tokenized, Tokens, unpack_ids
+from quartet.scheduler_service.assemble import planner_config
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.main import memory_saver
+from quartet.scheduler_service.scheduler import Scheduler
+from quartet.scheduler_service.weights.update import Updates
+from quartet.scheduler_service.worker import Worker
 from tests.fakes import FakeInbox, FakeOutbox, FakeProgress
 
 DEADLINE_S = 60.0
@@ -96,8 +96,8 @@ class Live:
         """What the served weights say to a prompt, without touching requests or cache: for comparisons bit by bit."""
         import torch
 
-        from kernels import reference
-        from scheduler_service.model.batch import Batch
+        from quartet.kernels import reference
+        from quartet.scheduler_service.model.batch import Batch
 
         def attend(spec: Any, q: Any, k: Any, v: Any) -> Any:
             return reference.attention(q, k, v, spec.scale, spec.window, spec.softcap, spec.sinks)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from runtime.messages import Tokens
-from scheduler_service.core.planner import Planner
-from scheduler_service.scheduler import Scheduler
+from quartet.runtime.messages import Tokens
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.scheduler import Scheduler
 from tests.fakes import FakeInbox, FakeOutbox, FakeProgress, FakeWorker, next_token
 from tests.stepper import VOCABULARY, config
 

@@ -5,11 +5,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from runtime.messages import Finish, LogprobOptions, Request, Tokenized, pack_ids, unpack_ids
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import Plan, Update
-from scheduler_service.core.planner import Planner
-from scheduler_service.core.rules import PlannerConfig
+from quartet.runtime.messages import Finish, LogprobOptions, Request, Tokenized, pack_ids, unpack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan, Update
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.rules import PlannerConfig
 from tests.fakes import FakeWorker, next_token
 
 VOCABULARY = 1000

@@ -1,20 +1,18 @@
 """The rules of the design that a machine can hold: who imports whom, what is never executed, what must be owned."""
 
 import ast
-import importlib
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
-from runtime import control, flags
-from runtime.launch import SERVICES
-from scheduler_service.control import HANDLERS
+from quartet.runtime import control, flags
+from quartet.runtime.launch import SERVICES
+from quartet.scheduler_service.control import HANDLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("runtime", "tokenizer_service", "scheduler_service", "detokenizer_service", "http_gateway", "kernels")
@@ -28,12 +26,22 @@ FORBIDDEN = {
     "detokenizer_service": {"torch", "zmq", "kernels", "starlette", *SERVICE_PACKAGES - {"detokenizer_service"}},
     "http_gateway": {*HEAVY, "tokenizers", "zmq", "kernels", *SERVICE_PACKAGES - {"http_gateway"}},
     "scheduler_service": {"zmq", "starlette", "uvicorn", *SERVICE_PACKAGES - {"scheduler_service"}},
-    "scheduler_service/model": {"scheduler_service.core", "runtime.sockets", "runtime.control", "runtime.service"},
+    "scheduler_service/model": {
+        "scheduler_service.core",
+        "runtime.sockets",
+        "runtime.control",
+        "runtime.service",
+    },
     "kernels": {*SERVICE_PACKAGES, "runtime", "transformers", "zmq"},
 }
 # directory → all it may import besides the standard library
 ALLOWED = {
-    "scheduler_service/core": {"runtime.messages", "runtime.errors", "runtime.control", "scheduler_service.core"},
+    "scheduler_service/core": {
+        "runtime.messages",
+        "runtime.errors",
+        "runtime.control",
+        "scheduler_service.core",
+    },
     "kernels": {"torch", "triton", "kernels"},
 }
 LAZY = {  # directory → modules that it may import inside functions only
@@ -64,6 +72,11 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path, *, only_at_import: bool = False) -> set[str]:
+    """`imported`, with our own modules named as they lie in the repository, without the root that all share."""
+    return {module.removeprefix("quartet.") for module in imported(path, only_at_import=only_at_import)}
+
+
+def imported(path: Path, *, only_at_import: bool = False) -> set[str]:
     """The absolute names that a file imports: `from a.b import c` counts as a.b and a.b.c."""
     found: set[str] = set()
     for node in at_import(tree(path)) if only_at_import else ast.walk(tree(path)):
@@ -144,7 +157,11 @@ def test_zmq_is_known_to_one_file_only():
 
 @pytest.mark.parametrize(
     "module",
-    ["runtime.launch", "runtime.cli", *(service.module for service in SERVICES if service.role != "scheduler")],
+    [
+        "quartet.runtime.launch",
+        "quartet.runtime.cli",
+        *(service.module for service in SERVICES if service.role != "scheduler"),
+    ],
 )
 def test_the_launcher_and_the_light_services_load_neither_torch_nor_transformers(module):
     code = f"import sys, {module}; sys.exit(', '.join({{'torch', 'transformers'}} & sys.modules.keys()) or 0)"
@@ -152,12 +169,24 @@ def test_the_launcher_and_the_light_services_load_neither_torch_nor_transformers
     assert ran.returncode == 0, ran.stderr
 
 
-def test_the_kernels_package_is_ours_and_its_init_has_no_code():
-    """Hugging Face publishes a distribution whose module is also called `kernels`; the two cannot live together."""
-    body = tree(ROOT / "kernels/__init__.py").body
-    assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
-    assert Path(str(importlib.import_module("kernels").__file__)).parent == ROOT / "kernels"
-    assert set(packages_distributions().get("kernels", [])) <= {"quartet-serve"}
+def test_our_modules_are_imported_by_one_root():
+    """`kernels` and `runtime` are names of other people's distributions too."""
+    broken = [
+        f"{name(path)} imports {module}"
+        for path in sources(*PACKAGES, "quartet", "tests", "deploy")
+        for module in imported(path)
+        if module.split(".")[0] in PACKAGES
+    ]
+    assert broken == []
+
+
+def test_every_package_is_installed_under_that_root():
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {name(path.parent).replace("/", ".") for path in sources() if path.name == "__init__.py"}
+    without = {name(path.parent).replace("/", ".") for path in sources()} - folders
+    assert without == set(), "folders with modules and no __init__.py"
+    assert sorted(installed["packages"]) == sorted({"quartet"} | {f"quartet.{folder}" for folder in folders})
+    assert installed["package-dir"] == {"quartet": "quartet"} | {f"quartet.{top}": top for top in PACKAGES}
 
 
 def test_nothing_of_ours_can_execute_what_it_reads():
@@ -197,7 +226,8 @@ def is_false(node: ast.expr) -> bool:
 
 def test_services_are_named_by_string_and_exist():
     for service in SERVICES:
-        assert (ROOT / (service.module.replace(".", "/") + ".py")).is_file(), service.module
+        path = service.module.removeprefix("quartet.").replace(".", "/") + ".py"
+        assert (ROOT / path).is_file(), service.module
 
 
 def test_every_command_has_a_handler():
@@ -227,7 +257,12 @@ def test_commands_of_the_readme_exist():
 
 def test_every_data_file_is_in_the_distribution():
     globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    shipped = {path for package, patterns in globs.items() for glob in patterns for path in (ROOT / package).glob(glob)}
+    shipped = {
+        path
+        for package, patterns in globs.items()
+        for glob in patterns
+        for path in (ROOT / package.removeprefix("quartet.").replace(".", "/")).glob(glob)
+    }
     data = {
         path
         for package in PACKAGES

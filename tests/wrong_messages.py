@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 import msgspec
 
-from runtime import control
-from runtime.messages import (
+from quartet.runtime import control
+from quartet.runtime.messages import (
     Chat,
     Drafts,
     Facts,
@@ -30,8 +30,8 @@ from runtime.messages import (
     Tokens,
     pack_ids,
 )
-from runtime.sampling import SamplingParams
-from runtime.sockets import decode, encode
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.sockets import decode, encode
 
 RID = "the wrong one"
 BYTES = [b"", b"abc", b"\xff" * 4, b"\xff\xff\xff\x7f", bytes(4), bytes(7), bytes(4000), pack_ids([3, 4])]

@@ -1,7 +1,7 @@
 """Chat templates: a conversation becomes the prompt that the model was trained on, as Hugging Face renders it.
 
 The template is a file of the model (or one named by `--chat-template`), written by people we do not know; it runs in
-`tokenizer_service.sandbox` under a budget. What a client sends is data for it and never code.
+`quartet.tokenizer_service.sandbox` under a budget. What a client sends is data for it and never code.
 """
 
 import logging
@@ -14,14 +14,14 @@ import jinja2
 import msgspec
 from jinja2 import nodes
 
-from runtime import limits
-from runtime.config import ServerConfig
-from runtime.errors import RequestError, StartupError, too_long
-from runtime.files import MAX_TEMPLATE_BYTES, present, read_small_text
-from runtime.messages import Chat
-from runtime.model_info import ModelInfo, read_json, tokenizer_dir
-from tokenizer_service import call_ids
-from tokenizer_service.sandbox import ChatEnvironment, TextTooLong
+from quartet.runtime import limits
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import RequestError, StartupError, too_long
+from quartet.runtime.files import MAX_TEMPLATE_BYTES, present, read_small_text
+from quartet.runtime.messages import Chat
+from quartet.runtime.model_info import ModelInfo, read_json, tokenizer_dir
+from quartet.tokenizer_service import call_ids
+from quartet.tokenizer_service.sandbox import ChatEnvironment, TextTooLong
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Prints the tokenizer.json that transformers would use for a model directory without one. The only user of it here.
 
-Run as `python -m tokenizer_service.convert <directory>`; the text services start it and read its output.
+Run as `python -m quartet.tokenizer_service.convert <directory>`; the text services start it and read its output.
 """
 
 import sys

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from runtime import limits
-from runtime.control import Abort, Probe, Tokenize
-from runtime.errors import EMPTY_IDS, Kind, RequestError, not_whole_rows, too_long
-from runtime.guard import end_of
-from runtime.messages import (
+from quartet.runtime import limits
+from quartet.runtime.control import Abort, Probe, Tokenize
+from quartet.runtime.errors import EMPTY_IDS, Kind, RequestError, not_whole_rows, too_long
+from quartet.runtime.guard import end_of
+from quartet.runtime.messages import (
     ABORTED_IN_QUEUE,
     Finish,
     Generate,
@@ -34,15 +34,15 @@ from runtime.messages import (
     pack_ids,
     unpack_ids,
 )
-from runtime.sampling import SamplingParams
-from runtime.stop_patterns import check_stops
-from tokenizer_service.jobs import Job, Key, Pace, Piece, chars_of, is_heavy, key_of
-from tokenizer_service.long_texts import LongText, LongTexts, TooManyTokens, cannot_be_tokenized, encode_whole
-from tokenizer_service.pairs import types_of
-from tokenizer_service.prompts import Prompt, Template, prompt_of, rendered
-from tokenizer_service.shorten import cut_ids, picked, places_kept
-from tokenizer_service.thoughts import TAIL_TOKENS, place_of
-from tokenizer_service.turns import Turns
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.stop_patterns import check_stops
+from quartet.tokenizer_service.jobs import Job, Key, Pace, Piece, chars_of, is_heavy, key_of
+from quartet.tokenizer_service.long_texts import LongText, LongTexts, TooManyTokens, cannot_be_tokenized, encode_whole
+from quartet.tokenizer_service.pairs import types_of
+from quartet.tokenizer_service.prompts import Prompt, Template, prompt_of, rendered
+from quartet.tokenizer_service.shorten import cut_ids, picked, places_kept
+from quartet.tokenizer_service.thoughts import TAIL_TOKENS, place_of
+from quartet.tokenizer_service.turns import Turns
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

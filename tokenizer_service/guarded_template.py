@@ -1,7 +1,7 @@
 """The chat template in a process of its own, as the tokenizer sees it.
 
 The sandbox meters what a template does, but format strings, filters and the compiler itself are code in C that no
-meter interrupts. So templates are compiled and rendered where the kernel ends them (`runtime.guarded`), and whatever
+meter interrupts. So templates are compiled and rendered where the kernel ends them (runtime/guarded.py), and whatever
 they do, the tokenizer goes on. Nothing here loads jinja2.
 """
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import msgspec
 
-from runtime import limits
-from runtime.config import ServerConfig
-from runtime.errors import Kind, RequestError, StartupError
-from runtime.guarded import Crashed, Gone, Guarded, OutOfTime
-from runtime.messages import Chat
-from runtime.model_info import ModelInfo
+from quartet.runtime import limits
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import Kind, RequestError, StartupError
+from quartet.runtime.guarded import Crashed, Gone, Guarded, OutOfTime
+from quartet.runtime.messages import Chat
+from quartet.runtime.model_info import ModelInfo
 
 log = logging.getLogger(__name__)
 
-MODULE = "tokenizer_service.renderer"
+MODULE = "quartet.tokenizer_service.renderer"
 WALL_S = 10.0
 START_CPU_S = 1.0
 SLACK = 2.0  # the sandbox, which says more, should be the first to notice
@@ -67,7 +67,7 @@ def started_template(info: ModelInfo, config: ServerConfig) -> "GuardedTemplate 
 
 
 class GuardedTemplate:
-    """Renders conversations; see tokenizer_service.prompts.Template."""
+    """Renders conversations; see quartet.tokenizer_service.prompts.Template."""
 
     def __init__(self, process: Guarded) -> None:
         self._process = process

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from runtime.control import Tokenize
-from runtime.errors import RequestError
-from runtime.messages import Generate, Message
-from tokenizer_service.prompts import Prompt
+from quartet.runtime.control import Tokenize
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, Message
+from quartet.tokenizer_service.prompts import Prompt
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

@@ -1,10 +1,10 @@
 """Builds the encoder of the served model from its files."""
 
-from runtime import model_info, tokenizer_files
-from runtime.config import ServerConfig
-from runtime.model_info import ModelInfo
-from tokenizer_service.encode import Encoder
-from tokenizer_service.guarded_template import started_template
+from quartet.runtime import model_info, tokenizer_files
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.model_info import ModelInfo
+from quartet.tokenizer_service.encode import Encoder
+from quartet.tokenizer_service.guarded_template import started_template
 
 
 def load_encoder(config: ServerConfig, info: ModelInfo | None = None) -> Encoder:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import RequestError
-from tokenizer_service.prompts import Prompt
+from quartet.runtime.errors import RequestError
+from quartet.tokenizer_service.prompts import Prompt
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

@@ -1,7 +1,7 @@
 """The tokenizer process: text becomes token ids."""
 
-from runtime.service import Boot, run, run_text_service
-from tokenizer_service.load import load_encoder
+from quartet.runtime.service import Boot, run, run_text_service
+from quartet.tokenizer_service.load import load_encoder
 
 
 def main(boot: Boot) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from runtime.messages import pack_ids
+from quartet.runtime.messages import pack_ids
 
 
 def joined(text: str, pair: str | None) -> str | tuple[str, str]:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from runtime.errors import RequestError
-from runtime.messages import Chat, Generate
-from tokenizer_service.pairs import joined
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Chat, Generate
+from quartet.tokenizer_service.pairs import joined
 
 NO_TEMPLATE = "this model has no chat template; start the server with --chat-template or send text"
 

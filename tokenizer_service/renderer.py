@@ -1,15 +1,15 @@
-"""The process that compiles and renders chat templates; tokenizer_service.guarded_template starts it."""
+"""The process that compiles and renders chat templates; quartet.tokenizer_service.guarded_template starts it."""
 
 import logging
 import sys
 
 import msgspec
 
-from runtime import guarded, limits
-from runtime.errors import RequestError, StartupError
-from runtime.messages import Chat
-from tokenizer_service.chat import ChatTemplate, load_template
-from tokenizer_service.guarded_template import Rendered, Setup, Started, packed
+from quartet.runtime import guarded, limits
+from quartet.runtime.errors import RequestError, StartupError
+from quartet.runtime.messages import Chat
+from quartet.tokenizer_service.chat import ChatTemplate, load_template
+from quartet.tokenizer_service.guarded_template import Rendered, Setup, Started, packed
 
 
 class Notes(logging.Handler):

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runtime.messages import Request
+from quartet.runtime.messages import Request
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

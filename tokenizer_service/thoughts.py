@@ -1,6 +1,6 @@
 """Where a prompt leaves the model's thought: many templates open it for the model, or close it at once."""
 
-from runtime.messages import Chat, Place, Thought
+from quartet.runtime.messages import Chat, Place, Thought
 
 TAIL_TOKENS = 32  # of the prompt; enough for the tags and what stands around them
 

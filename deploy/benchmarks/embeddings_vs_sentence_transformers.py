@@ -50,7 +50,7 @@ class Server:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        command = [sys.executable, "-m", "runtime.launch_server", "--model-path", str(MODEL), "--port", "0"]
+        command = [sys.executable, "-m", "quartet.launch_server", "--model-path", str(MODEL), "--port", "0"]
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + READY_TIMEOUT_S

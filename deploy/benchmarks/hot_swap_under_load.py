@@ -55,10 +55,10 @@ def build_version(directory: Path, version: int, layers: int, dtype: str) -> Pat
 
 
 def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    from runtime import model_info
-    from runtime.config import ServerConfig
-    from scheduler_service.model.layout import decoder_layout
-    from scheduler_service.model.registry import decoder_spec
+    from quartet.runtime import model_info
+    from quartet.runtime.config import ServerConfig
+    from quartet.scheduler_service.model.layout import decoder_layout
+    from quartet.scheduler_service.model.registry import decoder_spec
 
     layout = decoder_layout(decoder_spec(model_info.load(ServerConfig(model_path=str(directory)))))
     return {name: place.shape for name, place in layout.places.items()}

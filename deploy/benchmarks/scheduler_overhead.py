@@ -16,15 +16,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from runtime.messages import Message, Request, Tokenized, pack_ids
-from runtime.sampling import SamplingParams
-from runtime.sockets import encode
-from scheduler_service.core.plan import Plan, Result
-from scheduler_service.core.planner import Planner
-from scheduler_service.core.prefix_tree import PrefixTree
-from scheduler_service.core.request import Sequence
-from scheduler_service.core.rules import PlannerConfig
-from scheduler_service.scheduler import Scheduler
+from quartet.runtime.messages import Message, Request, Tokenized, pack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.sockets import encode
+from quartet.scheduler_service.core.plan import Plan, Result
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.prefix_tree import PrefixTree
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.scheduler import Scheduler
 
 GOAL_MS = 2.0
 PROMPT_LEN = 100

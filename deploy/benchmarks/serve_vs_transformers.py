@@ -97,7 +97,7 @@ class Server:
 
     def __init__(self, model: Path, dtype: str, log: Path, *flags: str) -> None:
         self.port = free_port()
-        command = [sys.executable, "-m", "runtime.launch_server", "--model-path", str(model), "--dtype", dtype]
+        command = [sys.executable, "-m", "quartet.launch_server", "--model-path", str(model), "--dtype", dtype]
         command += ["--port", str(self.port), "--max-total-tokens", "98304", "--max-running-requests", "128", *flags]
         self.log = log.open("w")
         self.process = subprocess.Popen(command, stderr=self.log, stdout=self.log)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deploy.benchmarks import half_billion
-from runtime.messages import Request
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import Plan, Slice
-from scheduler_service.core.request import Sequence
-from scheduler_service.worker import Worker
+from quartet.runtime.messages import Request
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan, Slice
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.worker import Worker
 from tests.engine import Engine
 
 HALF_BILLION = Path("/tmp/quartet-half-billion")

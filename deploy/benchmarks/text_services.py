@@ -16,17 +16,17 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.service import Detokenizer
-from runtime import sockets, tokenizer_files
-from runtime.messages import Finish, Generate, LogprobOptions, Logprobs, Request, Tokens, pack_ids
-from runtime.sampling import SamplingParams
-from tokenizer_service.encode import Encoder
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.service import Detokenizer
+from quartet.runtime import sockets, tokenizer_files
+from quartet.runtime.messages import Finish, Generate, LogprobOptions, Logprobs, Request, Tokens, pack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.tokenizer_service.encode import Encoder
 
 ROOT = Path(__file__).parents[2]
 STREAMS = 64
 PROMPT_TOKENS = 1024
-STEP_MODULES = {"tokenizer": "tokenizer_service.encode", "detokenizer": "detokenizer_service.service"}
+STEP_MODULES = {"tokenizer": "quartet.tokenizer_service.encode", "detokenizer": "quartet.detokenizer_service.service"}
 
 
 def corpus() -> str:

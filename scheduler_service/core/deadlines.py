@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from runtime.errors import Kind, RequestError
-from scheduler_service.core.request import Sequence
+from quartet.runtime.errors import Kind, RequestError
+from quartet.scheduler_service.core.request import Sequence
 
 WAITED = "Request waiting timeout reached."
 RAN = "Request running timeout reached."

@@ -7,8 +7,8 @@ was right. Nothing depends on drafts but how many tokens a step gives, so they m
 from array import array
 from dataclasses import dataclass
 
-from runtime.messages import Request
-from scheduler_service.core.ngrams import NGrams
+from quartet.runtime.messages import Request
+from quartet.scheduler_service.core.ngrams import NGrams
 
 FIRST_DRAFT = 2  # tokens of a request's first draft
 LONGEST_REST = 16  # chances passed over between two tries, where drafts keep failing

@@ -3,8 +3,8 @@
 from array import array
 from typing import Any
 
-from runtime.messages import Logprobs, pack_ids
-from scheduler_service.core.request import Sequence
+from quartet.runtime.messages import Logprobs, pack_ids
+from quartet.scheduler_service.core.request import Sequence
 
 COLUMNS = (
     "ids",

@@ -9,9 +9,9 @@ leaves, because its page list only ever grows while it is admitted.
 from collections.abc import Iterable
 from enum import Enum, auto
 
-from scheduler_service.core.pages import PageAllocator
-from scheduler_service.core.prefix_tree import Node, PrefixTree
-from scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.pages import PageAllocator
+from quartet.scheduler_service.core.prefix_tree import Node, PrefixTree
+from quartet.scheduler_service.core.request import Sequence
 
 ROOM_TOKENS = 1024  # neighbouring pages kept for a new sequence's growth, at most
 REGROWTH_TOKENS = 128  # the same for one that had to go on elsewhere

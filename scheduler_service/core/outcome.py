@@ -1,11 +1,11 @@
 """What a step's result leaves with its sequence, and what the request is told of it. No queue, no pages, no slots."""
 
-from runtime.messages import Finish, pack_ids
-from scheduler_service.core import rules
-from scheduler_service.core.logprobs import in_a_row, joined
-from scheduler_service.core.plan import Result, Slice, Update
-from scheduler_service.core.request import Sequence
-from scheduler_service.core.stats import Stats
+from quartet.runtime.messages import Finish, pack_ids
+from quartet.scheduler_service.core import rules
+from quartet.scheduler_service.core.logprobs import in_a_row, joined
+from quartet.scheduler_service.core.plan import Result, Slice, Update
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.stats import Stats
 
 
 def keep_scores(part: Slice, result: Result) -> None:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from runtime.errors import Kind
-from runtime.messages import Drafts, Finish, Logprobs
-from scheduler_service.core.request import Sequence
+from quartet.runtime.errors import Kind
+from quartet.runtime.messages import Drafts, Finish, Logprobs
+from quartet.scheduler_service.core.request import Sequence
 
 
 @dataclass(slots=True)

@@ -11,17 +11,17 @@ as: `next` turns state into a Plan, `apply` turns the Plan's results into Update
 import logging
 from collections.abc import Collection
 
-from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized
-from scheduler_service.core import outcome, rules
-from scheduler_service.core.deadlines import Deadlines
-from scheduler_service.core.memory import Memory, Verdict
-from scheduler_service.core.plan import Plan, Result, Slice, Update
-from scheduler_service.core.policy import ORDERS, Growth, proposed_drafts, retraction_order
-from scheduler_service.core.preemption import lesser, victims
-from scheduler_service.core.request import Sequence
-from scheduler_service.core.rules import PlannerConfig
-from scheduler_service.core.stats import Stats
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized
+from quartet.scheduler_service.core import outcome, rules
+from quartet.scheduler_service.core.deadlines import Deadlines
+from quartet.scheduler_service.core.memory import Memory, Verdict
+from quartet.scheduler_service.core.plan import Plan, Result, Slice, Update
+from quartet.scheduler_service.core.policy import ORDERS, Growth, proposed_drafts, retraction_order
+from quartet.scheduler_service.core.preemption import lesser, victims
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.core.stats import Stats
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
-from scheduler_service.core.memory import Memory
-from scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.memory import Memory
+from quartet.scheduler_service.core.request import Sequence
 
 LPM_QUEUE = 128  # longer queues are served in order: matching each prompt in every step would cost more than it gains
 EXPECTED_TOKENS = 4096  # no request is expected to give more, whatever its limit

@@ -6,8 +6,8 @@ displaced comes behind in the queue, so two requests never take each other's pla
 
 from collections.abc import Callable, Collection
 
-from scheduler_service.core.policy import retraction_order
-from scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.policy import retraction_order
+from quartet.scheduler_service.core.request import Sequence
 
 
 def lesser(first: Sequence, running: Collection[Sequence], threshold: int) -> list[Sequence]:

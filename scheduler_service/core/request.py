@@ -3,8 +3,8 @@
 from array import array
 from dataclasses import dataclass, field
 
-from runtime.messages import Finish, Logprobs, Request
-from scheduler_service.core.drafts import Drafter
+from quartet.runtime.messages import Finish, Logprobs, Request
+from quartet.scheduler_service.core.drafts import Drafter
 
 
 @dataclass(slots=True)

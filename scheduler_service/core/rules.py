@@ -3,11 +3,11 @@
 from array import array
 from dataclasses import dataclass
 
-from runtime.errors import EMPTY_IDS, RequestError, outside_vocabulary, scored_outside_vocabulary, too_long
-from runtime.messages import Finish, LogprobOptions, Request, Tokenized, unpack_ids
-from scheduler_service.core.drafts import DraftOptions, drafter_of
-from scheduler_service.core.plan import NAN_HAPPENED, Result
-from scheduler_service.core.request import Sequence
+from quartet.runtime.errors import EMPTY_IDS, RequestError, outside_vocabulary, scored_outside_vocabulary, too_long
+from quartet.runtime.messages import Finish, LogprobOptions, Request, Tokenized, unpack_ids
+from quartet.scheduler_service.core.drafts import DraftOptions, drafter_of
+from quartet.scheduler_service.core.plan import NAN_HAPPENED, Result
+from quartet.scheduler_service.core.request import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

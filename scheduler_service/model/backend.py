@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 
-from kernels.linear import Linear
-from scheduler_service.model.batch import Attend, PagedContext
-from scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
-from scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.kernels.linear import Linear
+from quartet.scheduler_service.model.batch import Attend, PagedContext
+from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
+from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines, each (tokens, 1, rotary_dim)
 

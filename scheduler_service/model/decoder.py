@@ -5,13 +5,13 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from scheduler_service.model.backend import Backend, Rotation
-from scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
-from scheduler_service.model.heads import Head
-from scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, linear, norm_of
-from scheduler_service.model.spec import DecoderSpec
-from scheduler_service.model.weights import Weights
-from scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.scheduler_service.model.backend import Backend, Rotation
+from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
+from quartet.scheduler_service.model.heads import Head
+from quartet.scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, linear, norm_of
+from quartet.scheduler_service.model.spec import DecoderSpec
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 
 class Decoder:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.linear import Linear
-from runtime.config import ServerConfig
-from scheduler_service.model.weights import Weights
+from quartet.kernels.linear import Linear
+from quartet.runtime.config import ServerConfig
+from quartet.scheduler_service.model.weights import Weights
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from runtime.errors import StartupError
+from quartet.runtime.errors import StartupError
 
 log = logging.getLogger(__name__)
 

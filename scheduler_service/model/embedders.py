@@ -6,22 +6,22 @@ from pathlib import Path
 
 import torch
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.model_info import ModelInfo
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.deterministic import is_asked_for
-from scheduler_service.model.encoder import GATED, Encoder
-from scheduler_service.model.encoder_layout import encoder_layout
-from scheduler_service.model.encoder_spec import EncoderSpec
-from scheduler_service.model.families import encoders
-from scheduler_service.model.heads import ACTIVATIONS
-from scheduler_service.model.layout import decoder_layout
-from scheduler_service.model.spec import DecoderSpec, HeadLayer
-from scheduler_service.model.torch_backend import TorchBackend
-from scheduler_service.model.weights import Weights
-from scheduler_service.weights.load import is_dummy, load_weights
-from scheduler_service.weights.pickled import checkpoint_of
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_info import ModelInfo
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.deterministic import is_asked_for
+from quartet.scheduler_service.model.encoder import GATED, Encoder
+from quartet.scheduler_service.model.encoder_layout import encoder_layout
+from quartet.scheduler_service.model.encoder_spec import EncoderSpec
+from quartet.scheduler_service.model.families import encoders
+from quartet.scheduler_service.model.heads import ACTIVATIONS
+from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.spec import DecoderSpec, HeadLayer
+from quartet.scheduler_service.model.torch_backend import TorchBackend
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.weights.load import is_dummy, load_weights
+from quartet.scheduler_service.weights.pickled import checkpoint_of
 
 FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Bert": encoders.bert,

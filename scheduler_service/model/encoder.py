@@ -10,14 +10,14 @@ from itertools import groupby, pairwise
 import torch
 import torch.nn.functional as F
 
-from kernels import reference
-from scheduler_service.model.backend import Rotation
-from scheduler_service.model.batch import AttentionSpec, Batch
-from scheduler_service.model.encoder_spec import EncoderSpec
-from scheduler_service.model.heads import ACTIVATIONS, Head
-from scheduler_service.model.layers import linear
-from scheduler_service.model.weights import Weights
-from scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.kernels import reference
+from quartet.scheduler_service.model.backend import Rotation
+from quartet.scheduler_service.model.batch import AttentionSpec, Batch
+from quartet.scheduler_service.model.encoder_spec import EncoderSpec
+from quartet.scheduler_service.model.heads import ACTIVATIONS, Head
+from quartet.scheduler_service.model.layers import linear
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 GATED = {"gelu": reference.gelu_and_mul, "silu": reference.silu_and_mul}
 

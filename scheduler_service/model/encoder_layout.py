@@ -1,9 +1,9 @@
 """From an encoder's spec to the layout of its weights."""
 
-from scheduler_service.model.encoder_spec import EncoderSpec
-from scheduler_service.model.heads import add_head
-from scheduler_service.model.layout import parts
-from scheduler_service.model.weights import Layout
+from quartet.scheduler_service.model.encoder_spec import EncoderSpec
+from quartet.scheduler_service.model.heads import add_head
+from quartet.scheduler_service.model.layout import parts
+from quartet.scheduler_service.model.weights import Layout
 
 
 def encoder_layout(spec: EncoderSpec) -> Layout:

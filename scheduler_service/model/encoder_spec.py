@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from scheduler_service.model.spec import HeadLayer, RopeSpec
+from quartet.scheduler_service.model.spec import HeadLayer, RopeSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,19 +12,19 @@ from typing import cast
 
 import torch
 
-from kernels import reference
-from kernels.configs import SKINNY_ROWS
-from kernels.linear import Linear
-from kernels.ops import Implementation, resolve
-from scheduler_service.model.backend import Rotation
-from scheduler_service.model.batch import Attend, PagedContext
-from scheduler_service.model.fused_moe import FusedMoe
-from scheduler_service.model.fused_sampling import FusedSampling, PlainDraws
-from scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
-from scheduler_service.model.products import Products, Workspace
-from scheduler_service.model.rope import position_tables
-from scheduler_service.model.spec import DecoderSpec, RopeSpec
-from scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.kernels import reference
+from quartet.kernels.configs import SKINNY_ROWS
+from quartet.kernels.linear import Linear
+from quartet.kernels.ops import Implementation, resolve
+from quartet.scheduler_service.model.backend import Rotation
+from quartet.scheduler_service.model.batch import Attend, PagedContext
+from quartet.scheduler_service.model.fused_moe import FusedMoe
+from quartet.scheduler_service.model.fused_sampling import FusedSampling, PlainDraws
+from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
+from quartet.scheduler_service.model.products import Products, Workspace
+from quartet.scheduler_service.model.rope import position_tables
+from quartet.scheduler_service.model.spec import DecoderSpec, RopeSpec
+from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -42,7 +42,7 @@ class FusedBackend:
         dependent: bool = False,
         deterministic: bool = False,
     ) -> None:
-        """`implementation`, `dependent`: see kernels.ops.resolve."""
+        """`implementation`, `dependent`: see quartet.kernels.ops.resolve."""
         self.deterministic = deterministic
         self.ops = resolve(device.type, implementation, dependent)
         self.workspace = Workspace(implementation, device, SKINNY_ROWS if deterministic else None)

@@ -6,9 +6,9 @@ grouped by expert first. Neither waits to learn how many tokens an expert got, s
 
 import torch
 
-from kernels.configs import EXPERT_BLOCKS, STEADY_EXPERT_BLOCK
-from scheduler_service.model.layers import Moe, Norm
-from scheduler_service.model.products import Products
+from quartet.kernels.configs import EXPERT_BLOCKS, STEADY_EXPERT_BLOCK
+from quartet.scheduler_service.model.layers import Moe, Norm
+from quartet.scheduler_service.model.products import Products
 
 DIRECT_PAIRS = 64  # (token, expert) pairs up to which nothing is grouped
 Choice = tuple[torch.Tensor, torch.Tensor]  # ids (tokens, top_k) int32 of experts, their weights in float32

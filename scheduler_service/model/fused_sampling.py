@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.configs import tile
-from kernels.linear import Linear
-from scheduler_service.model.layers import Norm
-from scheduler_service.model.products import Products
-from scheduler_service.sampling.rows import Draws, SamplingRows
-from scheduler_service.transfer import upload
+from quartet.kernels.configs import tile
+from quartet.kernels.linear import Linear
+from quartet.scheduler_service.model.layers import Norm
+from quartet.scheduler_service.model.products import Products
+from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.scheduler_service.transfer import upload
 
 
 @dataclass(slots=True)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from kernels.linear import Linear
-from scheduler_service.model.layers import linear
-from scheduler_service.model.spec import HeadLayer
-from scheduler_service.model.weights import Layout, Weights
+from quartet.kernels.linear import Linear
+from quartet.scheduler_service.model.layers import linear
+from quartet.scheduler_service.model.spec import HeadLayer
+from quartet.scheduler_service.model.weights import Layout, Weights
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,

@@ -5,10 +5,10 @@ from functools import partial
 
 import torch
 
-from kernels.linear import Linear
-from scheduler_service.model.batch import AttentionSpec
-from scheduler_service.model.spec import DecoderSpec, MoeSpec
-from scheduler_service.model.weights import Weights
+from quartet.kernels.linear import Linear
+from quartet.scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
+from quartet.scheduler_service.model.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """From a decoder's spec to the layout of its weights: which checkpoint tensors exist and where each one lives."""
 
-from scheduler_service.model.heads import add_head
-from scheduler_service.model.spec import DecoderSpec, MoeSpec
-from scheduler_service.model.weights import Layout
+from quartet.scheduler_service.model.heads import add_head
+from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
+from quartet.scheduler_service.model.weights import Layout
 
 HEAD = "lm_head.weight"
 

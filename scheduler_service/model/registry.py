@@ -5,22 +5,22 @@ from pathlib import Path
 
 import torch
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.model_info import ModelInfo
-from scheduler_service.device import available_gb
-from scheduler_service.model.batch import ServedModel
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
-from scheduler_service.model.dtype import resolve_dtype
-from scheduler_service.model.embedders import family_name, load_decoder_embedder, load_encoder
-from scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
-from scheduler_service.model.layout import decoder_layout
-from scheduler_service.model.spec import DecoderSpec, NotNative
-from scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
-from scheduler_service.model.weights import Weights
-from scheduler_service.weights import ties
-from scheduler_service.weights.load import check_format, is_dummy, load_weights
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_info import ModelInfo
+from quartet.scheduler_service.device import available_gb
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
+from quartet.scheduler_service.model.dtype import resolve_dtype
+from quartet.scheduler_service.model.embedders import family_name, load_decoder_embedder, load_encoder
+from quartet.scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
+from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
+from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.weights import ties
+from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,8 @@ def load_fallback(
     reason: str, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> ServedModel:
     log.info("No native family for %s: it is loaded with transformers.", reason)
-    from scheduler_service.model.transformers_model import load_transformers_model  # takes seconds, seldom needed
+    from quartet.scheduler_service.model.transformers_model import (
+        load_transformers_model,  # takes seconds, seldom needed
+    )
 
     return load_transformers_model(config, info, dtype, device)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from kernels import reference
-from scheduler_service.model.spec import NotNative, RopeSpec
+from quartet.kernels import reference
+from quartet.scheduler_service.model.spec import NotNative, RopeSpec
 
 Parameters = dict[str, Any]
 LENGTH_BOUND = ("llama3", "yarn", "longrope")  # variants that need the length of pretraining

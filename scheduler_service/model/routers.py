@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scheduler_service.model.batch import ExpertShape
+from quartet.scheduler_service.model.batch import ExpertShape
 
 ROUTER = re.compile("top_?k_?router$", re.IGNORECASE)
 LAYER = re.compile(r"\blayers\.(\d+)\.")

@@ -5,16 +5,16 @@ from typing import cast
 
 import torch
 
-from kernels import reference
-from kernels.linear import Linear
-from scheduler_service.model.backend import Rotation
-from scheduler_service.model.batch import Attend, PagedContext
-from scheduler_service.model.deterministic import ACTIVATIONS as STEADY_ACTIVATIONS
-from scheduler_service.model.deterministic import sigmoid as steady_sigmoid
-from scheduler_service.model.layers import Attention, DecoderLayer, Mlp, Moe, Norm
-from scheduler_service.model.spec import RopeSpec
-from scheduler_service.sampling import choose
-from scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.kernels import reference
+from quartet.kernels.linear import Linear
+from quartet.scheduler_service.model.backend import Rotation
+from quartet.scheduler_service.model.batch import Attend, PagedContext
+from quartet.scheduler_service.model.deterministic import ACTIVATIONS as STEADY_ACTIVATIONS
+from quartet.scheduler_service.model.deterministic import sigmoid as steady_sigmoid
+from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Mlp, Moe, Norm
+from quartet.scheduler_service.model.spec import RopeSpec
+from quartet.scheduler_service.sampling import choose
+from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": reference.silu_and_mul,

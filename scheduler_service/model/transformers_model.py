@@ -17,18 +17,18 @@ import torch
 import transformers
 from torch import nn
 
-from kernels import reference
-from kernels.linear import Linear
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.model_info import ModelInfo
-from scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
-from scheduler_service.model.routers import Routers
-from scheduler_service.model.weights import Layout, Place, Weights
-from scheduler_service.sampling import choose
-from scheduler_service.sampling.rows import Draws, SamplingRows
-from scheduler_service.weights.checkpoint import CheckpointError
-from scheduler_service.weights.load import DUMMY_SEED, is_dummy, open_checkpoint, read_state, some
+from quartet.kernels import reference
+from quartet.kernels.linear import Linear
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_info import ModelInfo
+from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
+from quartet.scheduler_service.model.routers import Routers
+from quartet.scheduler_service.model.weights import Layout, Place, Weights
+from quartet.scheduler_service.sampling import choose
+from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.scheduler_service.weights.checkpoint import CheckpointError
+from quartet.scheduler_service.weights.load import DUMMY_SEED, is_dummy, open_checkpoint, read_state, some
 
 log = logging.getLogger(__name__)
 

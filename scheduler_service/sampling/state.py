@@ -4,9 +4,9 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from runtime.sampling import SamplingParams
-from scheduler_service.core.request import Sequence
-from scheduler_service.sampling.rows import DrawSettings, Feature
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.sampling.rows import DrawSettings, Feature
 
 
 @dataclass(slots=True)

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import msgspec
 import torch
 
-from runtime.errors import StartupError
-from runtime.files import opened, present, read_small
-from runtime.shorten import short
+from quartet.runtime.errors import StartupError
+from quartet.runtime.files import opened, present, read_small
+from quartet.runtime.shorten import short
 
 MAX_HEADER_BYTES = 8 << 20
 MAX_INDEX_BYTES = 32 << 20

@@ -1,10 +1,10 @@
 """The process that reads checkpoint files of torch.save and writes their tensors as safetensors; the only user of
-torch.load here. Started by scheduler_service.weights.pickled, it ends when that is done.
+torch.load here. Started by quartet.scheduler_service.weights.pickled, it ends when that is done.
 
 A pickle is a program. `weights_only` lets it build tensors and nothing else, and this process has a limit for memory,
 time and output, holds nothing of a server, and writes to descriptors that it is given.
 
-    python -m scheduler_service.weights.convert_bin PARENT_PID [FILE DESCRIPTOR]...
+    python -m quartet.scheduler_service.weights.convert_bin PARENT_PID [FILE DESCRIPTOR]...
 
 Nothing comes from it when all went well, else one line that says which file could not be read, and why.
 """
@@ -20,11 +20,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from runtime.files import opened
-from runtime.guarded import limit
-from runtime.parent_death import arm_death_signal
-from runtime.shorten import short
-from scheduler_service.weights.checkpoint import (
+from quartet.runtime.files import opened
+from quartet.runtime.guarded import limit
+from quartet.runtime.parent_death import arm_death_signal
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -32,7 +32,7 @@ from scheduler_service.weights.checkpoint import (
     MAX_RANK,
     MAX_TENSORS,
 )
-from scheduler_service.weights.pickled import BASE_MEMORY_BYTES, output_limit, time_limit_s
+from quartet.scheduler_service.weights.pickled import BASE_MEMORY_BYTES, output_limit, time_limit_s
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NAMES |= {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}

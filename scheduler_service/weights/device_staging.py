@@ -17,10 +17,10 @@ from queue import Empty, SimpleQueue
 import torch
 import xxhash
 
-from runtime.files import open_regular
-from scheduler_service.model.weights import Weights
-from scheduler_service.transfer import Arrival
-from scheduler_service.weights.checkpoint import (
+from quartet.runtime.files import open_regular
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.transfer import Arrival
+from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
     Checkpoint,
     CheckpointError,

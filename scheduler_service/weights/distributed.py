@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-from runtime.control import InitWeightsUpdateGroup
-from runtime.errors import CommandRefused
-from scheduler_service.weights import wire
+from quartet.runtime.control import InitWeightsUpdateGroup
+from quartet.runtime.errors import CommandRefused
+from quartet.scheduler_service.weights import wire
 
 TRAINER = 0
 TIMEOUT = timedelta(seconds=300)

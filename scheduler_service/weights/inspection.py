@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import xxhash
 
-from runtime import limits
-from runtime.errors import CommandRefused
-from runtime.shorten import short
-from scheduler_service.beside import breathe
-from scheduler_service.model.weights import Weights
+from quartet.runtime import limits
+from quartet.runtime.errors import CommandRefused
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.beside import breathe
+from quartet.scheduler_service.model.weights import Weights
 
 ROWS_AT_ONCE = 64
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.files import open_regular
-from runtime.model_info import ModelInfo
-from runtime.shorten import short
-from scheduler_service.device import shortage
-from scheduler_service.model.weights import Weights
-from scheduler_service.weights import device_staging, pickled, ties
-from scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
-from scheduler_service.weights.progress import shown
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.files import open_regular
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.device import shortage
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.weights import device_staging, pickled, ties
+from quartet.scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
+from quartet.scheduler_service.weights.progress import shown
 
 log = logging.getLogger(__name__)
 

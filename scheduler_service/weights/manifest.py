@@ -1,7 +1,7 @@
 """What a checkpoint's tensors must hash to: tensor name → xxh3 (64 bits, 16 hex digits) of its bytes in the file.
 
-`python -m scheduler_service.weights.manifest DIRECTORY` prints the manifest of a directory as JSON, ready to be sent
-as `manifest` of /update_weights_from_disk. A trainer can make it while it saves:
+`python -m quartet.scheduler_service.weights.manifest DIRECTORY` prints the manifest of a directory as JSON,
+ready to be sent as `manifest` of /update_weights_from_disk. A trainer can make it while it saves:
 `{name: xxhash.xxh3_64_hexdigest(tensor.cpu().contiguous().view(torch.uint8).numpy()) for name, tensor in ...}`.
 """
 
@@ -12,11 +12,17 @@ from pathlib import Path
 
 import xxhash
 
-from runtime.files import opened
-from runtime.shorten import short
-from scheduler_service.weights.checkpoint import CHUNK_BYTES, Checkpoint, CheckpointError, StoredTensor, read_exactly
-from scheduler_service.weights.load import some
-from scheduler_service.weights.pickled import checkpoint_of
+from quartet.runtime.files import opened
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.weights.checkpoint import (
+    CHUNK_BYTES,
+    Checkpoint,
+    CheckpointError,
+    StoredTensor,
+    read_exactly,
+)
+from quartet.scheduler_service.weights.load import some
+from quartet.scheduler_service.weights.pickled import checkpoint_of
 
 Manifest = Mapping[str, str]
 

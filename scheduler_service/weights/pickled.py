@@ -11,10 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.files import present
-from runtime.guarded import python_path
-from runtime.shorten import short
-from scheduler_service.weights.checkpoint import (
+from quartet.runtime.files import present
+from quartet.runtime.python_path import python_path
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.weights.checkpoint import (
     Checkpoint,
     CheckpointError,
     StoredTensor,
@@ -25,7 +25,7 @@ from scheduler_service.weights.checkpoint import (
 
 log = logging.getLogger(__name__)
 
-CONVERTER = "scheduler_service.weights.convert_bin"
+CONVERTER = "quartet.scheduler_service.weights.convert_bin"
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
 SHARDS = "pytorch_model-*.bin"
@@ -135,7 +135,7 @@ def convert(files: list[Path]) -> list[Scratch]:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             pass_fds=[own.descriptor for own in scratches],
-            env=os.environ | {"PYTHONPATH": python_path()},
+            env=os.environ | {"PYTHONPATH": python_path(os.environ)},
             timeout=2 * time_limit_s(size),
             check=False,
         )

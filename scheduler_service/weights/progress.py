@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-from runtime.log import say
+from quartet.runtime.log import say
 
 Item = TypeVar("Item")
 LABEL = "Loading safetensors checkpoint shards"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from runtime import records
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from scheduler_service.weights.pickled import pickled_files
+from quartet.runtime import records
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.scheduler_service.weights.pickled import pickled_files
 
 log = logging.getLogger(__name__)
 

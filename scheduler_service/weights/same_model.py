@@ -11,18 +11,18 @@ from typing import Any
 
 import msgspec
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.files import present
-from runtime.model_info import ModelInfo
-from runtime.model_ranges import FIELDS, ROPES
-from runtime.shorten import short
-from scheduler_service.model.embedders import encoder_spec
-from scheduler_service.model.encoder_spec import EncoderSpec
-from scheduler_service.model.registry import decoder_spec
-from scheduler_service.model.spec import DecoderSpec, NotNative
-from scheduler_service.weights.checkpoint import CheckpointError
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.files import present
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_ranges import FIELDS, ROPES
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.model.embedders import encoder_spec
+from quartet.scheduler_service.model.encoder_spec import EncoderSpec
+from quartet.scheduler_service.model.registry import decoder_spec
+from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
+from quartet.scheduler_service.weights.checkpoint import CheckpointError
 
 Spec = DecoderSpec | EncoderSpec
 

@@ -17,11 +17,11 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 import xxhash
 
-from runtime.files import open_regular
-from scheduler_service.beside import breathe
-from scheduler_service.model.weights import Weights
-from scheduler_service.weights import device_staging, load, manifest, ties
-from scheduler_service.weights.checkpoint import (
+from quartet.runtime.files import open_regular
+from quartet.scheduler_service.beside import breathe
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.weights import device_staging, load, manifest, ties
+from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
     Checkpoint,
     CheckpointError,
@@ -29,9 +29,9 @@ from scheduler_service.weights.checkpoint import (
     bytes_of,
     read_exactly,
 )
-from scheduler_service.weights.manifest import Manifest
-from scheduler_service.weights.pickled import pickled_files
-from scheduler_service.weights.progress import shown
+from quartet.scheduler_service.weights.manifest import Manifest
+from quartet.scheduler_service.weights.pickled import pickled_files
+from quartet.scheduler_service.weights.progress import shown
 
 CHUNK_BYTES = 1 << 20  # a turn's share of work is checked between two
 SETTLED_S = 0.05

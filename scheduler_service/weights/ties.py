@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from runtime.files import opened
-from scheduler_service.beside import breathe
-from scheduler_service.model.layout import HEAD
-from scheduler_service.model.spec import DecoderSpec
-from scheduler_service.model.weights import Layout
-from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor, read_exactly
-from scheduler_service.weights.pickled import checkpoint_of
+from quartet.runtime.files import opened
+from quartet.scheduler_service.beside import breathe
+from quartet.scheduler_service.model.layout import HEAD
+from quartet.scheduler_service.model.spec import DecoderSpec
+from quartet.scheduler_service.model.weights import Layout
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor, read_exactly
+from quartet.scheduler_service.weights.pickled import checkpoint_of
 
 log = logging.getLogger(__name__)
 

@@ -21,17 +21,17 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from runtime import hub
-from runtime.config import ServerConfig
-from runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
-from runtime.errors import CommandRefused, StartupError
-from runtime.model_info import ModelInfo
-from runtime.shorten import short
-from scheduler_service import host_memory
-from scheduler_service.beside import breathe, freely
-from scheduler_service.device import available_gb, shortage
-from scheduler_service.model.weights import Packed, Weights
-from scheduler_service.weights import (
+from quartet.runtime import hub
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
+from quartet.runtime.errors import CommandRefused, StartupError
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.shorten import short
+from quartet.scheduler_service import host_memory
+from quartet.scheduler_service.beside import breathe, freely
+from quartet.scheduler_service.device import available_gb, shortage
+from quartet.scheduler_service.model.weights import Packed, Weights
+from quartet.scheduler_service.weights import (
     device_staging,
     distributed,
     load,
@@ -43,11 +43,11 @@ from scheduler_service.weights import (
     ties,
     wire,
 )
-from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
-from scheduler_service.weights.inspection import Inspection
-from scheduler_service.weights.manifest import Manifest
-from scheduler_service.weights.record import Committed
-from scheduler_service.weights.staging import on_one_thread
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
+from quartet.scheduler_service.weights.inspection import Inspection
+from quartet.scheduler_service.weights.manifest import Manifest
+from quartet.scheduler_service.weights.record import Committed
+from quartet.scheduler_service.weights.staging import on_one_thread
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from runtime.files import opened
-from runtime.shorten import short
-from scheduler_service.weights.checkpoint import (
+from quartet.runtime.files import opened
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,

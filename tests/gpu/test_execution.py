@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.messages import LogprobOptions
-from runtime.sampling import SamplingParams
-from scheduler_service import fused_steps
-from scheduler_service.sampling import choose
-from scheduler_service.sampling.rows import sampling_rows
-from scheduler_service.sampling.state import settings_of
-from scheduler_service.weights import device_staging
-from scheduler_service.weights.checkpoint import Checkpoint
+from quartet.runtime.messages import LogprobOptions
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service import fused_steps
+from quartet.scheduler_service.sampling import choose
+from quartet.scheduler_service.sampling.rows import sampling_rows
+from quartet.scheduler_service.sampling.state import settings_of
+from quartet.scheduler_service.weights import device_staging
+from quartet.scheduler_service.weights.checkpoint import Checkpoint
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_overlap import PROMPTS, WISHES, Overlapped

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.ops import resolve
+from quartet.kernels.ops import resolve
 from tests.kernels.cases import Case, assert_agree, case_id
 from tests.kernels.table import SERVED, SMALL
 

@@ -9,13 +9,13 @@ import numpy
 import pytest
 import torch
 
-from runtime.control import ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
-from runtime.messages import LogprobOptions
-from runtime.sampling import SamplingParams
-from scheduler_service import device_state
-from scheduler_service.eager_steps import EagerSteps
-from scheduler_service.graphs import Graphs
-from scheduler_service.worker import Worker
+from quartet.runtime.control import ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
+from quartet.runtime.messages import LogprobOptions
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service import device_state
+from quartet.scheduler_service.eager_steps import EagerSteps
+from quartet.scheduler_service.graphs import Graphs
+from quartet.scheduler_service.worker import Worker
 from tests import checkpoints
 from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.live import Live

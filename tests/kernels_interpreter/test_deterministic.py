@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.sampling import SamplingParams
-from scheduler_service.worker import Worker
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.worker import Worker
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.kernels_interpreter.test_decoder import SETTINGS, SMALL
 from tests.model import tiny

@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import philox
-from kernels.ops import resolve
-from kernels.triton_draw import uniform
-from runtime.sampling import SamplingParams
-from scheduler_service.sampling.choose import sample
-from scheduler_service.sampling.rows import sampling_rows
-from scheduler_service.sampling.state import settings_of
+from quartet.kernels import philox
+from quartet.kernels.ops import resolve
+from quartet.kernels.triton_draw import uniform
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.sampling.choose import sample
+from quartet.scheduler_service.sampling.rows import sampling_rows
+from quartet.scheduler_service.sampling.state import settings_of
 from tests.kernels.cases import Maker
 from tests.kernels.sampling import LOGITS_BLOCK
 

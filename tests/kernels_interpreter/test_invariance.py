@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.ops import resolve
-from kernels.triton_skinny import skinny_workspace
+from quartet.kernels.ops import resolve
+from quartet.kernels.triton_skinny import skinny_workspace
 from tests.kernels import attention, dense, moe, sampling
 from tests.kernels.cases import Arguments, Maker, clone
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.ops import resolve
+from quartet.kernels.ops import resolve
 from tests.kernels import attention, dense, moe
 from tests.kernels.cases import Case, assert_agree, case_id
 from tests.kernels.table import SMALL

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kernels.ops import Ops, resolve
-from kernels.triton_attention_decode import decode_workspace
+from quartet.kernels.ops import Ops, resolve
+from quartet.kernels.triton_attention_decode import decode_workspace
 from tests.kernels.cases import EPSILON, Maker
 
 LAYERS, HIDDEN, SIZE, VOCAB = 1, 32, 16, 100

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from kernels.ops import DEPENDENT, resolve
+from quartet.kernels.ops import DEPENDENT, resolve
 from tests.kernels.cases import Case, case_id
 from tests.kernels.table import SERVED
 from tests.kernels_sm90.compiler import Binary, use_compiler_only

@@ -14,26 +14,26 @@ from triton import knobs
 
 from deploy.benchmarks.gpu.engine import model_info
 from deploy.benchmarks.gpu.shapes import REHEARSAL, SHAPES
-from kernels import triton_compile
-from kernels.ops import TRITON
-from kernels.triton_compile import CompileError, Kernel, compiling, kernel
-from runtime.config import ServerConfig
-from runtime.messages import Request
-from runtime.sampling import SamplingParams
-from scheduler_service.compile_ahead import META, start_compiling
-from scheduler_service.core.plan import Plan, Slice
-from scheduler_service.core.request import Sequence
-from scheduler_service.device_state import SlotTokens
-from scheduler_service.fused_steps import FusedSteps, make_fused_steps
-from scheduler_service.inputs import make_inputs, to_device
-from scheduler_service.kv_cache import KVCache
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.layout import decoder_layout
-from scheduler_service.model.registry import decoder_spec
-from scheduler_service.model.torch_backend import TorchBackend
-from scheduler_service.model.weights import Weights
-from scheduler_service.sampling.rows import sampling_rows
-from scheduler_service.sampling.state import settings_of
+from quartet.kernels import triton_compile
+from quartet.kernels.ops import TRITON
+from quartet.kernels.triton_compile import CompileError, Kernel, compiling, kernel
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.messages import Request
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.compile_ahead import META, start_compiling
+from quartet.scheduler_service.core.plan import Plan, Slice
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.device_state import SlotTokens
+from quartet.scheduler_service.fused_steps import FusedSteps, make_fused_steps
+from quartet.scheduler_service.inputs import make_inputs, to_device
+from quartet.scheduler_service.kv_cache import KVCache
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.registry import decoder_spec
+from quartet.scheduler_service.model.torch_backend import TorchBackend
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.sampling.rows import sampling_rows
+from quartet.scheduler_service.sampling.state import settings_of
 from tests.kernels_sm90.compiler import use_compiler_only
 
 RECORDER = use_compiler_only()

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from http_gateway.app import ENDPOINTS
-from http_gateway.endpoint import Endpoint
-from runtime.sampling import SamplingParams
+from quartet.http_gateway.app import ENDPOINTS
+from quartet.http_gateway.endpoint import Endpoint
+from quartet.runtime.sampling import SamplingParams
 
 Path = tuple[str | int, ...]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
-from scheduler_service.model.registry import load_model
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from quartet.scheduler_service.model.registry import load_model
 
 
 class DenseAttend:

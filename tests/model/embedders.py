@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import transformers
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.messages import Request, Tokenized, pack_ids
-from runtime.sampling import SamplingParams
-from scheduler_service.assemble import planner_config
-from scheduler_service.core.plan import Update
-from scheduler_service.core.planner import Planner
-from scheduler_service.worker import Worker
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.messages import Request, Tokenized, pack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.assemble import planner_config
+from quartet.scheduler_service.core.plan import Update
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.worker import Worker
 from tests.engine import floats
 from tests.model import tiny
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from runtime.messages import LogprobOptions
-from runtime.sampling import SamplingParams
+from quartet.runtime.messages import LogprobOptions
+from quartet.runtime.sampling import SamplingParams
 from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.model import tiny
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from runtime.errors import RequestError, StartupError
-from runtime.sampling import SamplingParams
-from scheduler_service.weights.checkpoint import Checkpoint
-from scheduler_service.weights.load import read
+from quartet.runtime.errors import RequestError, StartupError
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.weights.checkpoint import Checkpoint
+from quartet.scheduler_service.weights.load import read
 from tests.model import embedders
 from tests.model.embedders import DECODERS, ENCODERS, Embedder, cosine, hidden_states, scores, texts
 

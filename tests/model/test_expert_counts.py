@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from runtime.sampling import SamplingParams
+from quartet.runtime.sampling import SamplingParams
 from tests.engine import Engine
 from tests.model import tiny
 from tests.model.parity import prompt

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from scheduler_service.model.batch import ServedModel
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.registry import decoder_spec
-from scheduler_service.model.spec import NotNative
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.registry import decoder_spec
+from quartet.scheduler_service.model.spec import NotNative
 from tests import checkpoints
 from tests.model import tiny
 from tests.model.dense import DenseRunner, serve

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime.embedding import Embedding
-from runtime.errors import StartupError
-from scheduler_service.pooling import POOLINGS, Pooler, activation_of
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.errors import StartupError
+from quartet.scheduler_service.pooling import POOLINGS, Pooler, activation_of
 from tests.model import embedders
 from tests.model.embedders import Embedder, cosine, texts
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.sampling import SamplingParams
+from quartet.runtime.sampling import SamplingParams
 from tests.engine import Answer, Engine
 from tests.model import parity, tiny
 

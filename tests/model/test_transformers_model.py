@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.errors import StartupError
-from scheduler_service.model.transformers_model import PackedLinear, TransformersModel
+from quartet.runtime.errors import StartupError
+from quartet.scheduler_service.model.transformers_model import PackedLinear, TransformersModel
 from tests.model import tiny
 from tests.model.dense import DenseRunner, serve
 from tests.model.test_families import TOLERANCE, expected_logits, prompt

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from runtime import tokenizer_files
+from quartet.runtime import tokenizer_files
 from tests.model import embedders, tiny
 from tests.model.embedders import cosine, texts
 from tests.servers import Server

@@ -16,11 +16,11 @@ import psutil
 import pytest
 import requests
 
-from runtime.run_dir import sweep
-from runtime.supervisor import ExitStatus, Signals
+from quartet.runtime.run_dir import sweep
+from quartet.runtime.supervisor import ExitStatus, Signals
 from tests.servers import READY, ROOT, STAND_INS, launched
 
-HELPERS = {"scheduler_service.grammar_check", "tokenizer_service.renderer"}
+HELPERS = {"quartet.scheduler_service.grammar_check", "quartet.tokenizer_service.renderer"}
 ROLES = {"gateway", "tokenizer", "scheduler", "detokenizer"}
 LEFT_OVER_S = 1.0  # how long anything may outlive the launcher
 

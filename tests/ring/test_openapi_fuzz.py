@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
-from http_gateway import openapi
-from http_gateway.app import ENDPOINTS
+from quartet.http_gateway import openapi
+from quartet.http_gateway.app import ENDPOINTS
 from tests.servers import Server, launched
 
 WAIT_S = 60

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from runtime.config import ServerConfig
-from runtime.control import Abort, FlushCache, Probe
-from runtime.messages import Facts, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
-from runtime.progress import ProgressReader
-from runtime.sampling import SamplingParams
-from runtime.service import Boot, Ready
-from runtime.sockets import Inbox, Outbox, endpoint
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.control import Abort, FlushCache, Probe
+from quartet.runtime.messages import Facts, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
+from quartet.runtime.progress import ProgressReader
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.service import Boot, Ready
+from quartet.runtime.sockets import Inbox, Outbox, endpoint
 from tests.fakes import next_token
 from tests.servers import started
 

@@ -11,8 +11,8 @@ import pytest
 import requests
 from tokenizers import Tokenizer
 
-from runtime.messages import pack_ids
-from runtime.sampling import SamplingParams
+from quartet.runtime.messages import pack_ids
+from quartet.runtime.sampling import SamplingParams
 from tests.engine import Answer, Engine
 from tests.model import tiny
 from tests.servers import Server

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 import zmq
 
-from runtime import sockets
-from runtime.config import ServerConfig
-from runtime.control import Abort, Detokenize, FlushCache, Probe, Tokenize
-from runtime.messages import Finish, Generate, Message, Request, Tokens, pack_ids, unpack_ids
-from runtime.sampling import SamplingParams
-from runtime.service import EXIT_STARTUP, Boot, Ready
+from quartet.runtime import sockets
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.control import Abort, Detokenize, FlushCache, Probe, Tokenize
+from quartet.runtime.messages import Finish, Generate, Message, Request, Tokens, pack_ids, unpack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.service import EXIT_STARTUP, Boot, Ready
 from tests.servers import started
 from tests.tokenizers_to_try import byte_level, save
 from tests.wrong_messages import wrong_messages

@@ -1,7 +1,7 @@
 """The operations of kernels/ops.py in plain torch, each launched as one kernel: quick enough for whole requests.
 
-`kernels.ops` looks its functions up here by name. How they are launched is not tested then; that they may be captured,
-and what surrounds them, is.
+`kernels/ops.py` looks its functions up here by name. How they are launched is not tested then; that they may be
+captured, and what surrounds them, is.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kernels import ops
+from quartet.kernels import ops
 from tests.simulated_gpu.launches import inner, refuse_hosts
 from tests.simulated_gpu.streams import HERE
 from tests.simulated_gpu.tensors import refuse_released

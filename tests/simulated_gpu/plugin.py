@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def triton_kernels_where_they_are_asked_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("interpreted") is not None:
-        from kernels import ops
+        from quartet.kernels import ops
         from tests.simulated_gpu import plain_kernels
 
         monkeypatch.setattr(ops, "TRITON", plain_kernels.TRITON)

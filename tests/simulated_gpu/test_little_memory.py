@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.control import ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
+from quartet.runtime.control import ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
 from tests import checkpoints
 from tests.live import Live
 from tests.simulated_gpu import memory

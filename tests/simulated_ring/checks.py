@@ -3,12 +3,12 @@
 from array import array
 from typing import TYPE_CHECKING
 
-from detokenizer_service.stream import Stream
-from http_gateway.quarantine import GUILTY, SUSPICIOUS_DEATHS
-from http_gateway.ring_client import CONDEMNED
-from runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
-from runtime.errors import RequestError
-from runtime.messages import Generate, Reply, Text, unpack_ids
+from quartet.detokenizer_service.stream import Stream
+from quartet.http_gateway.quarantine import GUILTY, SUSPICIOUS_DEATHS
+from quartet.http_gateway.ring_client import CONDEMNED
+from quartet.runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, Reply, Text, unpack_ids
 from tests.fakes import FAKE_VECTOR, fake_logprob
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Order, tokenizer, vocabulary
 from tests.simulated_ring.services import ROLES, drawn

@@ -5,15 +5,15 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from http_gateway.gateway import Gateway
-from http_gateway.journal import Pending
-from http_gateway.main import ATTEMPTS_OF_A_GATEWAY
-from http_gateway.ring_client import RingClient
-from runtime.config import ServerConfig
-from runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
-from runtime.messages import Message, Reply, Text
-from runtime.model_info import ModelInfo
-from runtime.sockets import decode, encode
+from quartet.http_gateway.gateway import Gateway
+from quartet.http_gateway.journal import Pending
+from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
+from quartet.http_gateway.ring_client import RingClient
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
+from quartet.runtime.messages import Message, Reply, Text
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.sockets import decode, encode
 from tests.simulated_ring.checks import hold
 from tests.simulated_ring.clock import Agenda, TurnLoop
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Operator
@@ -45,7 +45,7 @@ class Watch:
         self._operator = operator
 
     def heard(self, pending: Pending, text: Text, now: float) -> None:
-        """As http_gateway.metrics.Metrics."""
+        """As quartet.http_gateway.metrics.Metrics."""
         tokens = text.tokens
         hold(not (tokens.ids and self.paused), tokens.rid, "goes on in a pause")
         hold(not (tokens.ids and pending.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
@@ -71,7 +71,7 @@ class Watch:
 
 
 class GatewayProcess(Process):
-    """As `http_gateway.main.serve` has it, without HTTP: clients are tasks of its loop."""
+    """As `quartet.http_gateway.main.serve` has it, without HTTP: clients are tasks of its loop."""
 
     def __init__(self, agenda: Agenda, watch: Watch, **place: Any) -> None:
         super().__init__(role=GATEWAY, **place)

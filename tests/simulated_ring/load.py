@@ -7,9 +7,9 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from detokenizer_service.decode import Vocabulary
-from http_gateway.ring_client import RingClient
-from runtime.control import (
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.http_gateway.ring_client import RingClient
+from quartet.runtime.control import (
     ContinueGeneration,
     ControlCommand,
     Detokenize,
@@ -19,9 +19,9 @@ from runtime.control import (
     Tokenize,
     UpdateWeightsFromDisk,
 )
-from runtime.errors import RequestError
-from runtime.messages import Generate, LogprobOptions, Message, Request, Text, pack_ids
-from runtime.sampling import SamplingParams
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, LogprobOptions, Message, Request, Text, pack_ids
+from quartet.runtime.sampling import SamplingParams
 from tests.simulated_ring.services import POISON
 from tests.tokenizers_to_try import KINDS
 

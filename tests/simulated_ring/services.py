@@ -13,24 +13,24 @@ from typing import Any
 
 import msgspec
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.service import Detokenizer
-from runtime.control import UpdateWeightsFromDisk
-from runtime.errors import CommandRefused
-from runtime.guard import Announced, Guard, Service
-from runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
-from runtime.sockets import decode, encode
-from scheduler_service import control_weights
-from scheduler_service.control import HANDLERS, Control
-from scheduler_service.core.plan import Plan, Result
-from scheduler_service.core.planner import Planner
-from scheduler_service.core.rules import PlannerConfig
-from scheduler_service.scheduler import Scheduler
-from scheduler_service.standing import StandingOrders
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.service import Detokenizer
+from quartet.runtime.control import UpdateWeightsFromDisk
+from quartet.runtime.errors import CommandRefused
+from quartet.runtime.guard import Announced, Guard, Service
+from quartet.runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
+from quartet.runtime.sockets import decode, encode
+from quartet.scheduler_service import control_weights
+from quartet.scheduler_service.control import HANDLERS, Control
+from quartet.scheduler_service.core.plan import Plan, Result
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.scheduler import Scheduler
+from quartet.scheduler_service.standing import StandingOrders
+from quartet.tokenizer_service.encode import Encoder
 from tests.fakes import AtOnce, FakeWorker, looping_token
 from tests.simulated_ring.clock import Agenda
 from tests.simulated_ring.links import Link
-from tokenizer_service.encode import Encoder
 
 TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY = "tokenizer", "scheduler", "detokenizer", "gateway"
 ROLES = (TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY)
@@ -107,7 +107,7 @@ class Process:
 
 
 class TextService(Process):
-    """As `runtime.service.run_text_service` has it."""
+    """As `quartet.runtime.service.run_text_service` has it."""
 
     def __init__(self, service: Service, **place: Any) -> None:
         super().__init__(**place)

@@ -21,12 +21,14 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from http_gateway.aborts import names
-from runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
-from runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens
-from runtime.sockets import encode
-from scheduler_service.core.drafts import DraftOptions
-from scheduler_service.core.rules import PlannerConfig
+from quartet.http_gateway.aborts import names
+from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
+from quartet.runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens
+from quartet.runtime.sockets import encode
+from quartet.scheduler_service.core.drafts import DraftOptions
+from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.tokenizer_service.encode import Encoder
+from quartet.tokenizer_service.jobs import Pace
 from tests.fakes import AtOnce
 from tests.simulated_ring import services
 from tests.simulated_ring.checks import Fault, check
@@ -46,8 +48,6 @@ from tests.simulated_ring.services import (
 )
 from tests.simulated_ring.trace import line
 from tests.wrong_messages import MESSAGES, wrong
-from tokenizer_service.encode import Encoder
-from tokenizer_service.jobs import Pace
 
 TURN_S = 0.0005  # the mean time of a turn
 MOST_TURNS = 60_000

@@ -1,7 +1,18 @@
 """A message in a few words, the same in every run of a seed."""
 
-from runtime.control import Abort, ControlCommand
-from runtime.messages import Facts, Generate, Message, Reply, Request, Restarted, Text, Tokenized, Tokens, unpack_ids
+from quartet.runtime.control import Abort, ControlCommand
+from quartet.runtime.messages import (
+    Facts,
+    Generate,
+    Message,
+    Reply,
+    Request,
+    Restarted,
+    Text,
+    Tokenized,
+    Tokens,
+    unpack_ids,
+)
 
 ID_BYTES = 4
 

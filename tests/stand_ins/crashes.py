@@ -1,6 +1,6 @@
 """A service with a bug that shows before it is ready."""
 
-from runtime.service import Boot, run
+from quartet.runtime.service import Boot, run
 
 
 def main(boot: Boot) -> None:

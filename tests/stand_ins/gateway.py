@@ -3,8 +3,8 @@
 import signal
 import socket
 
-from runtime.service import Boot, report_ready, run
-from runtime.sockets import Inbox
+from quartet.runtime.service import Boot, report_ready, run
+from quartet.runtime.sockets import Inbox
 
 
 def main(boot: Boot) -> None:

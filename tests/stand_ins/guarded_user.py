@@ -2,7 +2,7 @@
 
 import threading
 
-from runtime.guarded import Guarded
+from quartet.runtime.guarded import Guarded
 
 
 def use(guarded: Guarded) -> None:

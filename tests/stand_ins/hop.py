@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from runtime.messages import Finish, Message
-from runtime.service import Boot, run, run_text_service
+from quartet.runtime.messages import Finish, Message
+from quartet.runtime.service import Boot, run, run_text_service
 
 
 class Hop:

@@ -3,7 +3,7 @@
 import logging
 import signal
 
-from runtime.service import Boot, run
+from quartet.runtime.service import Boot, run
 
 
 def main(boot: Boot) -> None:

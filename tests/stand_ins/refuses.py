@@ -1,7 +1,7 @@
 """A service that cannot start, and says why."""
 
-from runtime.errors import StartupError
-from runtime.service import Boot, run
+from quartet.runtime.errors import StartupError
+from quartet.runtime.service import Boot, run
 
 
 def main(boot: Boot) -> None:

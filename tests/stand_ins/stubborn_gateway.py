@@ -3,7 +3,7 @@
 import logging
 import signal
 
-from runtime.service import Boot, report_ready, run
+from quartet.runtime.service import Boot, report_ready, run
 
 
 def main(boot: Boot) -> None:

@@ -12,21 +12,21 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.stops import Cutter, stops_of
-from http_gateway.counting import ValueCounter
-from http_gateway.generate_body import GenerateBody, to_job
-from http_gateway.intake import Rules, check_distinct
-from http_gateway.output import Output
-from runtime import limits
-from runtime.errors import RequestError
-from runtime.messages import Generate, LogprobOptions, Logprobs, Request, Text, Tokens, pack_ids
-from runtime.sampling import SamplingParams
-from scheduler_service.core.ngrams import NGrams
-from scheduler_service.core.prefix_tree import PrefixTree
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.stops import Cutter, stops_of
+from quartet.http_gateway.counting import ValueCounter
+from quartet.http_gateway.generate_body import GenerateBody, to_job
+from quartet.http_gateway.intake import Rules, check_distinct
+from quartet.http_gateway.output import Output
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, LogprobOptions, Logprobs, Request, Text, Tokens, pack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.ngrams import NGrams
+from quartet.scheduler_service.core.prefix_tree import PrefixTree
+from quartet.tokenizer_service.encode import Encoder
 from tests.fakes import AtOnce
 from tests.tokenizers_to_try import KINDS
-from tokenizer_service.encode import Encoder
 
 GROWTH = 16
 MOST = 40  # times the cost: room for a logarithm and for what caches do

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.service import NO_BEGINNING, Detokenizer
-from runtime.control import (
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.service import NO_BEGINNING, Detokenizer
+from quartet.runtime.control import (
     Abort,
     ContinueGeneration,
     FlushCache,
@@ -19,8 +19,8 @@ from runtime.control import (
     SlowDown,
     StopProfile,
 )
-from runtime.guard import EVERY_EPOCH, Announced, Guard, Malformed
-from runtime.messages import (
+from quartet.runtime.guard import EVERY_EPOCH, Announced, Guard, Malformed
+from quartet.runtime.messages import (
     ATTEMPT_BITS,
     Drafts,
     Facts,
@@ -36,8 +36,9 @@ from runtime.messages import (
     Tokens,
     pack_ids,
 )
-from runtime.sampling import SamplingParams
-from scheduler_service import control_profile
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service import control_profile
+from quartet.tokenizer_service.encode import Encoder
 from tests import checkpoints
 from tests.live import Live
 from tests.rig import PROMPT, Rig
@@ -45,7 +46,6 @@ from tests.stepper import expected_output, tokenized
 from tests.tokenizers_to_try import byte_level
 from tests.unit.http_gateway.harness import asynchronous, served, step
 from tests.wrong_messages import MESSAGES, RID, wrong_messages
-from tokenizer_service.encode import Encoder
 
 TOKENIZER = byte_level()
 ROUNDS, TOGETHER = 20, 2 * len(MESSAGES)

@@ -6,7 +6,7 @@ import torch
 
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.timing import seconds, seconds_of_each
-from kernels.ops import resolve
+from quartet.kernels.ops import resolve
 
 GB = 1 << 30
 

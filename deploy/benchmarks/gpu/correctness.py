@@ -68,11 +68,11 @@ def graphs_and_draws(setting: Setting) -> list[str]:
 
 def draws(setting: Setting) -> list[str]:
     """Seeded draws from equal logits: the device's and the CPU's."""
-    from kernels.ops import resolve
-    from runtime.sampling import SamplingParams
-    from scheduler_service.sampling.choose import sample
-    from scheduler_service.sampling.rows import sampling_rows
-    from scheduler_service.sampling.state import settings_of
+    from quartet.kernels.ops import resolve
+    from quartet.runtime.sampling import SamplingParams
+    from quartet.scheduler_service.sampling.choose import sample
+    from quartet.scheduler_service.sampling.rows import sampling_rows
+    from quartet.scheduler_service.sampling.state import settings_of
 
     rows = 64
     logits = torch.randn(rows, 5000, generator=torch.Generator().manual_seed(3)) * 3
@@ -92,7 +92,7 @@ def draws(setting: Setting) -> list[str]:
 
 def check_part(device: str, parts: int, part: int, path: Path) -> None:
     """One process's share of the cases; a line for each."""
-    from kernels.ops import resolve
+    from quartet.kernels.ops import resolve
     from tests.kernels.cases import assert_agree
     from tests.kernels.table import SERVED, SMALL
 

@@ -13,8 +13,8 @@ from deploy.benchmarks.gpu.engine import Engine, Run
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.shapes import Cost
 from deploy.benchmarks.gpu.timing import seconds
-from scheduler_service.fused_steps import FusedSteps, make_fused_steps
-from scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.fused_steps import FusedSteps, make_fused_steps
+from quartet.scheduler_service.model.decoder import Decoder
 
 PROMPT = 32
 SINGLE_GOALS = {"qwen2.5-0.5b": 2030, "llama-3.2-1b": 1200, "llama-3.1-8b": 235, "qwen1.5-moe-a2.7b": 600}
@@ -69,7 +69,7 @@ def single(setting: Setting) -> None:
 
 
 def ahead(engine: Engine) -> FusedSteps:
-    """Steps of the same model with dependent launches (kernels.configs.DEPENDENT_LAUNCHES)."""
+    """Steps of the same model with dependent launches (quartet.kernels.configs.DEPENDENT_LAUNCHES)."""
     worker = engine.worker
     assert isinstance(worker.model, Decoder)
     length = worker.info.context_length

@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 
-from runtime.config import ServerConfig
-from runtime.messages import Request, Tokenized, pack_ids
-from runtime.model_info import ModelInfo
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import Plan
-from scheduler_service.core.planner import Planner
-from scheduler_service.core.rules import PlannerConfig
-from scheduler_service.model.batch import ServedModel
-from scheduler_service.model.decoder import Decoder
-from scheduler_service.model.dtype import DTYPES
-from scheduler_service.model.layout import decoder_layout
-from scheduler_service.model.registry import decoder_spec
-from scheduler_service.model.torch_backend import TorchBackend
-from scheduler_service.model.weights import Weights
-from scheduler_service.pending import Pending
-from scheduler_service.worker import Worker
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.messages import Request, Tokenized, pack_ids
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.dtype import DTYPES
+from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.registry import decoder_spec
+from quartet.scheduler_service.model.torch_backend import TorchBackend
+from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.pending import Pending
+from quartet.scheduler_service.worker import Worker
 
 SCALE = 0.02
 SPARE_TOKENS = 4096

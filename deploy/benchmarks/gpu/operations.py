@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.timing import seconds_of_each
-from kernels.linear import Linear
-from kernels.ops import Implementation, Ops, resolve
-from scheduler_service.model.products import Products, Workspace
+from quartet.kernels.linear import Linear
+from quartet.kernels.ops import Implementation, Ops, resolve
+from quartet.scheduler_service.model.products import Products, Workspace
 
 HALF = torch.bfloat16
 MATRICES = {

@@ -41,8 +41,8 @@ def save(engine: Engine, directory: Path) -> Path:
 
 def read_alone(setting: Setting, engine: Engine, file: Path) -> None:
     """Into the second set of buffers, by number of threads; the first time page-locks the memory."""
-    from scheduler_service.weights import device_staging
-    from scheduler_service.weights.checkpoint import Checkpoint
+    from quartet.scheduler_service.weights import device_staging
+    from quartet.scheduler_service.weights.checkpoint import Checkpoint
 
     weights = engine.worker.model.weights
     second = weights.staging()
@@ -61,7 +61,7 @@ def read_alone(setting: Setting, engine: Engine, file: Path) -> None:
 
 def swap_under_load(setting: Setting, engine: Engine, directory: Path) -> None:
     """Streams run while new weights are staged and put in place; what they feel is the largest gap."""
-    from scheduler_service.weights.update import Updates
+    from quartet.scheduler_service.weights.update import Updates
 
     with tempfile.TemporaryDirectory() as run_dir:
         updates = Updates(engine.worker.model.weights, engine.config, run_dir)

@@ -42,7 +42,7 @@ def served(setting: Setting, directory: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "runtime.launch_server", "--model-path", str(directory), "--load-format", "dummy"]
+    command = [sys.executable, "-m", "quartet.launch_server", "--model-path", str(directory), "--load-format", "dummy"]
     command += [
         "--port",
         str(port),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.model_info import local_path
+from quartet.runtime.model_info import local_path
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
@@ -54,7 +54,7 @@ def started(model_path: str, log: Path) -> Iterator[Server]:
 
     It computes in float32 like the trainer, so that the logprobs of the two can be compared closely.
     """
-    command = [sys.executable, "-m", "runtime.launch_server", "--model-path", model_path]
+    command = [sys.executable, "-m", "quartet.launch_server", "--model-path", model_path]
     with log.open("w") as lines:
         process = subprocess.Popen([*command, "--port", "0", "--dtype", "float32"], stdout=lines, stderr=lines)
     try:

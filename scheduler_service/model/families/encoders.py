@@ -3,9 +3,9 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from scheduler_service.model.encoder_spec import EncoderLayerSpec, EncoderNames, EncoderSpec
-from scheduler_service.model.rope import rope_parameters, rope_spec
-from scheduler_service.model.spec import HeadLayer, require
+from quartet.scheduler_service.model.encoder_spec import EncoderLayerSpec, EncoderNames, EncoderSpec
+from quartet.scheduler_service.model.rope import rope_parameters, rope_spec
+from quartet.scheduler_service.model.spec import HeadLayer, require
 
 Config = dict[str, Any]
 Tensors = Collection[str]  # names in the checkpoint; empty where there is none

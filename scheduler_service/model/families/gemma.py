@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from scheduler_service.model.families.llama import Config, common, windows
-from scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
-from scheduler_service.model.spec import DecoderSpec, LayerSpec, Names, require
+from quartet.scheduler_service.model.families.llama import Config, common, windows
+from quartet.scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, Names, require
 
 SANDWICH = Names(
     after_attention="post_attention_layernorm",

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
-from scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
+from quartet.scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
 
 Config = dict[str, Any]
 Family = Callable[[Config, int], DecoderSpec]

@@ -1,7 +1,7 @@
 """Mistral: Llama with a sliding window on every layer."""
 
-from scheduler_service.model.families.llama import Config, common, windows
-from scheduler_service.model.spec import DecoderSpec, LayerSpec
+from quartet.scheduler_service.model.families.llama import Config, common, windows
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec
 
 
 def decoder_spec(config: Config, context_length: int) -> DecoderSpec:

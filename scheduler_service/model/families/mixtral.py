@@ -1,7 +1,7 @@
 """Mixtral: Mistral with a mixture of experts in every layer."""
 
-from scheduler_service.model.families.llama import Config, common, windows
-from scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
+from quartet.scheduler_service.model.families.llama import Config, common, windows
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
 
 
 def decoder_spec(config: Config, context_length: int) -> DecoderSpec:

@@ -1,8 +1,8 @@
 """Phi-3 and Phi-4-mini: Llama with fused matrices in the checkpoint, longrope and partly rotated heads."""
 
-from scheduler_service.model.families.llama import Config, common, windows
-from scheduler_service.model.rope import rope_parameters
-from scheduler_service.model.spec import DecoderSpec, LayerSpec, Names
+from quartet.scheduler_service.model.families.llama import Config, common, windows
+from quartet.scheduler_service.model.rope import rope_parameters
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, Names
 
 LONGROPE_NAMES = ("su", "yarn")  # what early checkpoints call it
 TRAINED_LENGTH = 4096  # where the config does not say

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from scheduler_service.model.families.llama import Config, common, sparse_layers, windows
-from scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
+from quartet.scheduler_service.model.families.llama import Config, common, sparse_layers, windows
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
 
 
 def qwen2(config: Config, context_length: int) -> DecoderSpec:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.spelling import spelling_of
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.spelling import spelling_of
 from tests.tokenizers_to_try import KINDS, LINES
 
 REPLACEMENT = "\ufffd"

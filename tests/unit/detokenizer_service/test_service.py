@@ -4,10 +4,10 @@ from array import array
 
 import pytest
 
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.service import Detokenizer
-from runtime.control import Abort, Detokenize, FlushCache, Probe
-from runtime.messages import (
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.service import Detokenizer
+from quartet.runtime.control import Abort, Detokenize, FlushCache, Probe
+from quartet.runtime.messages import (
     Drafts,
     Facts,
     Finish,
@@ -21,7 +21,7 @@ from runtime.messages import (
     pack_ids,
     unpack_ids,
 )
-from runtime.sampling import SamplingParams
+from quartet.runtime.sampling import SamplingParams
 from tests.tokenizers_to_try import byte_level
 
 TOKENIZER = byte_level()

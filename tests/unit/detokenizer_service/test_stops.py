@@ -5,11 +5,11 @@ import re2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detokenizer_service.beginnings import beginnings_of
-from detokenizer_service.stops import Cutter, Stops, stops_of
-from runtime import limits
-from runtime.errors import RequestError
-from runtime.sampling import SamplingParams
+from quartet.detokenizer_service.beginnings import beginnings_of
+from quartet.detokenizer_service.stops import Cutter, Stops, stops_of
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+from quartet.runtime.sampling import SamplingParams
 
 
 def passed(stops: Stops, pieces: list[str], trim: bool = True) -> tuple[list[str], str | None]:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from detokenizer_service import whole_texts
-from detokenizer_service.decode import Vocabulary
-from detokenizer_service.service import Detokenizer
-from detokenizer_service.whole_texts import FEW_IDS
-from runtime import limits
-from runtime.control import Detokenize
-from runtime.messages import Message, Reply, pack_ids
+from quartet.detokenizer_service import whole_texts
+from quartet.detokenizer_service.decode import Vocabulary
+from quartet.detokenizer_service.service import Detokenizer
+from quartet.detokenizer_service.whole_texts import FEW_IDS
+from quartet.runtime import limits
+from quartet.runtime.control import Detokenize
+from quartet.runtime.messages import Message, Reply, pack_ids
 from tests.fakes import AtOnce
 from tests.tokenizers_to_try import KINDS
 

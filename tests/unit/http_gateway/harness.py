@@ -12,15 +12,15 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from http_gateway.app import build
-from http_gateway.gateway import Gateway, Phase
-from http_gateway.metrics import Metrics
-from http_gateway.ring_client import RingClient
-from runtime.config import ServerConfig
-from runtime.control import Abort, ControlCommand, FlushCache, Probe
-from runtime.embedding import Embedding
-from runtime.messages import Facts, Finish, Generate, Logprobs, Message, Reply, Text, Tokens, pack_ids
-from runtime.model_info import ModelInfo
+from quartet.http_gateway.app import build
+from quartet.http_gateway.gateway import Gateway, Phase
+from quartet.http_gateway.metrics import Metrics
+from quartet.http_gateway.ring_client import RingClient
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.control import Abort, ControlCommand, FlushCache, Probe
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.messages import Facts, Finish, Generate, Logprobs, Message, Reply, Text, Tokens, pack_ids
+from quartet.runtime.model_info import ModelInfo
 
 VOCAB = 1000
 SCHEDULER_COUNTERS = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from runtime.messages import Finish, Generate, Logprobs, Message, pack_ids
+from quartet.runtime.messages import Finish, Generate, Logprobs, Message, pack_ids
 from tests.unit.http_gateway.harness import Script, floats, step
 
 NAN = float("nan")

@@ -1,10 +1,10 @@
 import pytest
 
-from http_gateway.aborts import RELAYED_ABORTS, Relayed, aborted, names
-from http_gateway.journal import Pending
-from runtime.control import Abort
-from runtime.messages import ABORTED, Finish, Generate, Request
-from runtime.sampling import SamplingParams
+from quartet.http_gateway.aborts import RELAYED_ABORTS, Relayed, aborted, names
+from quartet.http_gateway.journal import Pending
+from quartet.runtime.control import Abort
+from quartet.runtime.messages import ABORTED, Finish, Generate, Request
+from quartet.runtime.sampling import SamplingParams
 
 
 def pending(rid: str, parent: str = "", serial: int = 1) -> Pending:

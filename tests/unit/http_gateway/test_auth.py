@@ -2,10 +2,10 @@
 
 import pytest
 
-from http_gateway.app import ENDPOINTS
-from http_gateway.auth import Access
-from runtime.errors import UsageError
-from runtime.messages import Finish
+from quartet.http_gateway.app import ENDPOINTS
+from quartet.http_gateway.auth import Access
+from quartet.runtime.errors import UsageError
+from quartet.runtime.messages import Finish
 from tests.unit.http_gateway.harness import asynchronous, ends, served
 
 ONE_TOKEN = ends(Finish(reason="length", length=1))

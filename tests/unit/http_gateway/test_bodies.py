@@ -5,12 +5,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from http_gateway import bodies
-from http_gateway.app import ENDPOINTS
-from http_gateway.generate_body import GenerateBody
-from http_gateway.openai_types import ChatBody, CompletionBody
-from runtime.control import ControlCommand, ReleaseMemory
-from runtime.errors import RequestError
+from quartet.http_gateway import bodies
+from quartet.http_gateway.app import ENDPOINTS
+from quartet.http_gateway.generate_body import GenerateBody
+from quartet.http_gateway.openai_types import ChatBody, CompletionBody
+from quartet.runtime.control import ControlCommand, ReleaseMemory
+from quartet.runtime.errors import RequestError
 from tests.unit.http_gateway.harness import asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
 

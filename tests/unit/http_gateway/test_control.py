@@ -5,12 +5,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from http_gateway.app import ENDPOINTS
-from http_gateway.auth import Access
-from runtime import control
-from runtime.control import COMMAND_LOST, Abort, FlushCache
-from runtime.messages import Finish, Generate, Reply
-from scheduler_service.control import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED
+from quartet.http_gateway.app import ENDPOINTS
+from quartet.http_gateway.auth import Access
+from quartet.runtime import control
+from quartet.runtime.control import COMMAND_LOST, Abort, FlushCache
+from quartet.runtime.messages import Finish, Generate, Reply
+from quartet.scheduler_service.control import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED
 from tests.unit.http_gateway.harness import asynchronous, served, step
 
 FLUSH_TEXTS = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from http_gateway.counting import ValueCounter
+from quartet.http_gateway.counting import ValueCounter
 
 
 def counted(body: bytes, size: int = 1 << 16) -> int:

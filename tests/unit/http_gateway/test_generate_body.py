@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from http_gateway.generate_body import FIELDS, REFUSED, GenerateBody, to_job
-from http_gateway.intake import Job, Rules
-from runtime.errors import RequestError
-from runtime.messages import LogprobOptions, unpack_ids
-from runtime.sampling import SamplingParams
+from quartet.http_gateway.generate_body import FIELDS, REFUSED, GenerateBody, to_job
+from quartet.http_gateway.intake import Job, Rules
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import LogprobOptions, unpack_ids
+from quartet.runtime.sampling import SamplingParams
 
 RULES = Rules(vocab_size=100, hidden_size=2)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from http_gateway.gateway import Phase
-from runtime.control import Abort
-from runtime.messages import Finish, Generate
-from runtime.sockets import turn_door
+from quartet.http_gateway.gateway import Phase
+from quartet.runtime.control import Abort
+from quartet.runtime.messages import Finish, Generate
+from quartet.runtime.sockets import turn_door
 from tests.unit.http_gateway.harness import FakeProgress, asynchronous, ends, served, step
 
 ONE_TOKEN = ends(Finish(reason="length", length=1))

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from runtime.control import Probe
+from quartet.runtime.control import Probe
 from tests.unit.http_gateway.harness import asynchronous, served, words
 
 MODEL = "qwen/qwen2.5-0.5b-instruct"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from http_gateway.main import health_timeout_s
-from runtime.errors import StartupError
+from quartet.http_gateway.main import health_timeout_s
+from quartet.runtime.errors import StartupError
 
 
 def test_the_health_timeout_is_twenty_seconds_unless_said_otherwise() -> None:

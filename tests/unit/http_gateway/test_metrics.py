@@ -3,9 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-from http_gateway.metrics import Metrics
-from runtime.messages import ROLES
-from runtime.sockets import newest_epoch, turn_door
+from quartet.http_gateway.metrics import Metrics
+from quartet.runtime.messages import ROLES
+from quartet.runtime.sockets import newest_epoch, turn_door
 from tests.unit.http_gateway.harness import asynchronous
 
 

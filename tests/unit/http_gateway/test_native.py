@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from runtime.control import Abort
-from runtime.errors import Kind, RequestError
-from runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Generate, Logprobs, Message, pack_ids
+from quartet.runtime.control import Abort
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Generate, Logprobs, Message, pack_ids
 from tests.unit.http_gateway.harness import asynchronous, ends, floats, served, step, words
 
 NAN = float("nan")

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime.errors import too_long
-from runtime.messages import Finish, Generate, Message, Place, Text, Thought, unpack_ids
+from quartet.runtime.errors import too_long
+from quartet.runtime.messages import Finish, Generate, Message, Place, Text, Thought, unpack_ids
 from tests.unit.http_gateway.harness import Served, asynchronous, ends, served, step
 from tests.unit.http_gateway.openai_scripts import says
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from runtime.control import Abort, Detokenize
-from runtime.errors import Kind, RequestError
-from runtime.messages import Finish, Generate, Reply, unpack_ids
+from quartet.runtime.control import Abort, Detokenize
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Finish, Generate, Reply, unpack_ids
 from tests.unit.http_gateway.harness import asynchronous, ends, served, step
 from tests.unit.http_gateway.openai_scripts import says
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from runtime.messages import Finish, Generate, Logprobs, Message, pack_ids
+from quartet.runtime.messages import Finish, Generate, Logprobs, Message, pack_ids
 from tests.unit.http_gateway.harness import asynchronous, floats, served, step
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

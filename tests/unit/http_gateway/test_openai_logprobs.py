@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from http_gateway.openai_output import Offsets, Scored
-from runtime.control import Detokenize
-from runtime.messages import Finish, Generate, Logprobs, Message, Reply, pack_ids
+from quartet.http_gateway.openai_output import Offsets, Scored
+from quartet.runtime.control import Detokenize
+from quartet.runtime.messages import Finish, Generate, Logprobs, Message, Reply, pack_ids
 from tests.unit.http_gateway.harness import Script, asynchronous, floats, served, step
 from tests.unit.http_gateway.openai_scripts import says
 

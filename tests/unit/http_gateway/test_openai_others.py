@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from runtime.control import Detokenize, Tokenize
-from runtime.limits import MAX_PARSED_BODY_BYTES
-from runtime.messages import Finish, Generate, Reply, pack_ids, unpack_ids
+from quartet.runtime.control import Detokenize, Tokenize
+from quartet.runtime.limits import MAX_PARSED_BODY_BYTES
+from quartet.runtime.messages import Finish, Generate, Reply, pack_ids, unpack_ids
 from tests.unit.http_gateway.harness import asynchronous, served, step
 from tests.unit.http_gateway.openai_scripts import says
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from runtime.messages import Generate
-from runtime.sampling import SamplingParams
+from quartet.runtime.messages import Generate
+from quartet.runtime.sampling import SamplingParams
 from tests.unit.http_gateway.harness import VOCAB, Served, asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
 

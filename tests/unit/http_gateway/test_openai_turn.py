@@ -6,11 +6,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from http_gateway.call_formats import FORMATS
-from http_gateway.chat_turn import Turn, merged, message_of
-from http_gateway.openai_answers import ChatMessage, Delta
-from http_gateway.output_reader import OutputReader
-from http_gateway.thoughts import Marks
+from quartet.http_gateway.call_formats import FORMATS
+from quartet.http_gateway.chat_turn import Turn, merged, message_of
+from quartet.http_gateway.openai_answers import ChatMessage, Delta
+from quartet.http_gateway.output_reader import OutputReader
+from quartet.http_gateway.thoughts import Marks
 
 PIECES = (
     "<think>",

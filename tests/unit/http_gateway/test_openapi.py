@@ -6,10 +6,10 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-import http_gateway
-from http_gateway import call_formats, openapi, reasoning
-from http_gateway.app import ENDPOINTS
-from runtime.config import ServerConfig
+from quartet import http_gateway
+from quartet.http_gateway import call_formats, openapi, reasoning
+from quartet.http_gateway.app import ENDPOINTS
+from quartet.runtime.config import ServerConfig
 from tests.unit.http_gateway.harness import asynchronous, served
 
 PAGE = Path(http_gateway.__path__[0]) / "page" / "docs.html"

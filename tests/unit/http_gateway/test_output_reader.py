@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from http_gateway.call_formats import FORMATS, REQUIRED
-from http_gateway.output_reader import OutputReader
-from http_gateway.thoughts import Marks
-from http_gateway.tool_events import collect
+from quartet.http_gateway.call_formats import FORMATS, REQUIRED
+from quartet.http_gateway.output_reader import OutputReader
+from quartet.http_gateway.thoughts import Marks
+from quartet.http_gateway.tool_events import collect
 
 KNOWN = ["f", "get_weather"]
 CALL = '{"name": "f", "parameters": {"a": 1}}'

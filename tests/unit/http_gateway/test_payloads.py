@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from http_gateway import payloads
-from http_gateway.payloads import LONG_STRING_BYTES, Upload
-from runtime.errors import RequestError
+from quartet.http_gateway import payloads
+from quartet.http_gateway.payloads import LONG_STRING_BYTES, Upload
+from quartet.runtime.errors import RequestError
 
 DATA = random.Random(3).randbytes(3 * LONG_STRING_BYTES)
 TEXT = base64.b64encode(DATA).decode()

@@ -14,9 +14,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from http_gateway.crowd import ROOM, SPARE_DESCRIPTORS, Crowd
-from http_gateway.protocol import LAST_CHANCE_S, MOST_PIPELINED, PIECE_BYTES, BoundedProtocol
-from runtime.limits import (
+from quartet.http_gateway.crowd import ROOM, SPARE_DESCRIPTORS, Crowd
+from quartet.http_gateway.protocol import LAST_CHANCE_S, MOST_PIPELINED, PIECE_BYTES, BoundedProtocol
+from quartet.runtime.limits import (
     BODY_GRACE_S,
     HEADER_DEADLINE_S,
     LEAST_BODY_RATE,
@@ -422,7 +422,7 @@ def test_beyond_the_limit_the_oldest_gives_way_to_the_next() -> None:
 
 
 def test_descriptors_bound_the_connections() -> None:
-    code = "from http_gateway.crowd import connections_that_fit as fit; print(fit())"
+    code = "from quartet.http_gateway.crowd import connections_that_fit as fit; print(fit())"
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); {code}"
     said = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=True).stdout
     assert 1 <= int(said) <= 64 - SPARE_DESCRIPTORS - ROOM

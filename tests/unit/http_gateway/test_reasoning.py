@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from http_gateway.output_reader import OutputReader
-from http_gateway.reasoning import FAMILIES, family, split
-from http_gateway.tool_events import collect
-from runtime.errors import RequestError
+from quartet.http_gateway.output_reader import OutputReader
+from quartet.http_gateway.reasoning import FAMILIES, family, split
+from quartet.http_gateway.tool_events import collect
+from quartet.runtime.errors import RequestError
 
 
 def parser(name):

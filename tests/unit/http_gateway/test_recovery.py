@@ -6,11 +6,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from http_gateway.flight import Flight
-from http_gateway.metrics import Metrics
-from http_gateway.quarantine import GUILTY, PROOF_TOKENS
-from http_gateway.ring_client import CONDEMNED, RingClient
-from runtime.control import (
+from quartet.http_gateway.flight import Flight
+from quartet.http_gateway.metrics import Metrics
+from quartet.http_gateway.quarantine import GUILTY, PROOF_TOKENS
+from quartet.http_gateway.ring_client import CONDEMNED, RingClient
+from quartet.runtime.control import (
     COMMAND_LOST,
     Abort,
     ControlCommand,
@@ -19,10 +19,10 @@ from runtime.control import (
     Tokenize,
     UpdateWeightVersion,
 )
-from runtime.errors import Kind, RequestError
-from runtime.messages import Facts, Finish, Generate, Reply, Request, Restarted, pack_ids
-from runtime.sampling import SamplingParams
-from runtime.sockets import FrameTooLarge
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Facts, Finish, Generate, Reply, Request, Restarted, pack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.sockets import FrameTooLarge
 from tests.unit.http_gateway.harness import FakeRing, asynchronous, never_again, served, step
 
 STOP = Finish(reason="stop", matched=2)

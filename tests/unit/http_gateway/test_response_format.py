@@ -5,9 +5,9 @@ import json
 import msgspec
 import pytest
 
-from http_gateway.response_format import ResponseFormat, grammar
-from runtime import sampling
-from runtime.errors import RequestError
+from quartet.http_gateway.response_format import ResponseFormat, grammar
+from quartet.runtime import sampling
+from quartet.runtime.errors import RequestError
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 

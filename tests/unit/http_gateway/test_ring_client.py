@@ -6,13 +6,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from http_gateway.flight import ClientGone
-from http_gateway.metrics import Metrics
-from http_gateway.ring_client import RingClient
-from runtime.control import Abort, FlushCache, Tokenize
-from runtime.errors import Kind, RequestError
-from runtime.messages import Finish, Generate, Reply, Request
-from runtime.sampling import SamplingParams
+from quartet.http_gateway.flight import ClientGone
+from quartet.http_gateway.metrics import Metrics
+from quartet.http_gateway.ring_client import RingClient
+from quartet.runtime.control import Abort, FlushCache, Tokenize
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Finish, Generate, Reply, Request
+from quartet.runtime.sampling import SamplingParams
 from tests.unit.http_gateway.harness import FakeRing, asynchronous, never_again, step
 
 STOP = Finish(reason="stop", matched=2)
@@ -50,7 +50,7 @@ async def test_everything_that_waits_is_taken_at_once_and_in_order() -> None:
 async def test_steps_that_nobody_takes_pile_up_to_a_bound_and_end_their_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("http_gateway.flight.MAX_UNREAD_STEPS", 100)
+    monkeypatch.setattr("quartet.http_gateway.flight.MAX_UNREAD_STEPS", 100)
     async with connected() as (ring, transport):
         with ring.open([asked("a"), asked("b")]) as flight, ring.open([asked("c")]) as other:
             for _ in range(201):

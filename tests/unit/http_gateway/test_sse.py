@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from http_gateway.flight import ClientGone
-from http_gateway.sse import DONE, EventStream, event
-from runtime.errors import RequestError
+from quartet.http_gateway.flight import ClientGone
+from quartet.http_gateway.sse import DONE, EventStream, event
+from quartet.runtime.errors import RequestError
 
 
 async def two_events_then(fault: Exception) -> AsyncGenerator[bytes, None]:

@@ -5,11 +5,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from http_gateway import intake, native
-from http_gateway.generate_body import GenerateBody, to_job
-from http_gateway.intake import Rules
-from runtime.limits import MAX_BODY_VALUES
-from runtime.messages import Generate, unpack_ids
+from quartet.http_gateway import intake, native
+from quartet.http_gateway.generate_body import GenerateBody, to_job
+from quartet.http_gateway.intake import Rules
+from quartet.runtime.limits import MAX_BODY_VALUES
+from quartet.runtime.messages import Generate, unpack_ids
 from tests.unit.http_gateway.harness import asynchronous, served, words
 
 NESTED = "[" + ",".join(["[1]"] * (MAX_BODY_VALUES + 1)) + "]"

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from http_gateway import tool_calls
-from http_gateway.call_formats import FORMATS, REQUIRED, call_id, short_call_id
-from http_gateway.output_reader import OutputReader
-from http_gateway.tool_calls import calls_schema, format_of
-from http_gateway.tool_events import Arguments, CallStart, Content, Function, Tool, collect
-from runtime.errors import RequestError
+from quartet.http_gateway import tool_calls
+from quartet.http_gateway.call_formats import FORMATS, REQUIRED, call_id, short_call_id
+from quartet.http_gateway.output_reader import OutputReader
+from quartet.http_gateway.tool_calls import calls_schema, format_of
+from quartet.http_gateway.tool_events import Arguments, CallStart, Content, Function, Tool, collect
+from quartet.runtime.errors import RequestError
 
 NAMES = ["f", "get_weather", "Über"]
 TOOLS = [Tool(function=Function(name=name)) for name in NAMES]

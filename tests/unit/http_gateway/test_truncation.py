@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from runtime.embedding import Embedding
-from runtime.messages import Generate
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.messages import Generate
 from tests.unit.http_gateway.harness import asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
 from tests.unit.http_gateway.test_embed import CROSS_ENCODER, vectors

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from http_gateway.app import ENDPOINTS
-from runtime import control
-from runtime.errors import UsageError
+from quartet.http_gateway.app import ENDPOINTS
+from quartet.runtime import control
+from quartet.runtime.errors import UsageError
 from tests.unit.http_gateway.harness import Answer, asynchronous, served, words
 
 OWN = "127.0.0.1:30000"

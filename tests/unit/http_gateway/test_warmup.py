@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from http_gateway import warmup
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
+from quartet.http_gateway import warmup
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
 
 
 class Recorder(BaseHTTPRequestHandler):

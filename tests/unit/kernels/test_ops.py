@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import ops, torch_ops
+from quartet.kernels import ops, torch_ops
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from runtime import cli, show
-from runtime.supervisor import ExitStatus
-from runtime.version import version
+from quartet.runtime import cli, show
+from quartet.runtime.supervisor import ExitStatus
+from quartet.runtime.version import version
 
 
 def test_help_lists_the_commands(capsys):
@@ -68,13 +68,14 @@ def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(capsys, 
 
 
 def test_little_is_imported_before_ctrl_c_is_heard():
-    code = "import sys, runtime.cli; print(*sorted(sys.modules))"
+    code = "import sys, quartet.runtime.cli; print(*sorted(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    ours = {name for name in ran.stdout.split() if name.startswith("runtime.")}
-    assert ours == {"runtime.cli", "runtime.streams", "runtime.errors"}
+    ours = {name for name in ran.stdout.split() if name.startswith("quartet.runtime.")}
+    assert ours == {"quartet.runtime.cli", "quartet.runtime.streams", "quartet.runtime.errors"}
 
 
-def test_the_module_form_takes_the_same_flags():
-    command = [sys.executable, "-m", "runtime.launch_server", "--prot", "1"]
+@pytest.mark.parametrize("module", ["quartet.launch_server", "runtime.launch_server"])
+def test_the_module_forms_take_the_same_flags(module):
+    command = [sys.executable, "-m", module, "--prot", "1"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stderr) == (2, "quartet: unknown flag --prot; did you mean --port?\n")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime.embedding import Embedding, embedding, is_embedder, usable_positions
-from runtime.errors import StartupError
+from quartet.runtime.embedding import Embedding, embedding, is_embedder, usable_positions
+from quartet.runtime.errors import StartupError
 
 
 def write_modules(path: Path, *names: str, pooling: Any = None) -> None:

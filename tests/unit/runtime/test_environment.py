@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from runtime import flags
-from runtime.environment import HONOURED, WITHOUT_EFFECT
-from runtime.errors import UsageError
+from quartet.runtime import flags
+from quartet.runtime.environment import HONOURED, WITHOUT_EFFECT
+from quartet.runtime.errors import UsageError
 
 
 def load(**environment):

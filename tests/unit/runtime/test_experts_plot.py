@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import cli
-from runtime.experts_plot import loads
+from quartet.runtime import cli
+from quartet.runtime.experts_plot import loads
 
 PNG = b"\x89PNG"
 TABLE = "layer_id,expert_id,count\n0,0,3\n0,1,1\n1,0,0\n1,1,0\n"

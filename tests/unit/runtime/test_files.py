@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime import model_info, tokenizer_files
-from runtime.config import ServerConfig
-from runtime.embedding import read_modules
-from runtime.errors import StartupError
-from runtime.files import read_small, read_small_text
-from runtime.shorten import short
-from tokenizer_service.chat import load_template
+from quartet.runtime import model_info, tokenizer_files
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.embedding import read_modules
+from quartet.runtime.errors import StartupError
+from quartet.runtime.files import read_small, read_small_text
+from quartet.runtime.shorten import short
+from quartet.tokenizer_service.chat import load_template
 
 
 def unix_socket(path: Path) -> None:

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from runtime import flags, show
-from runtime.config import ServerConfig
-from runtime.errors import UsageError
-from runtime.foreign_flags import FLAGS, VALUES
+from quartet.runtime import flags, show
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import UsageError
+from quartet.runtime.foreign_flags import FLAGS, VALUES
 
 
 def load(*argv):

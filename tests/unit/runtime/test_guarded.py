@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from runtime.guarded import Crashed, Gone, Guarded, OutOfTime
+from quartet.runtime.guarded import Crashed, Gone, Guarded, OutOfTime
 from tests.servers import ROOT
 
 WORK = "tests.stand_ins.guarded_work"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from runtime import hub, model_info
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
+from quartet.runtime import hub, model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
 
 
 @pytest.fixture

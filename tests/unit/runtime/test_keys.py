@@ -7,12 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from runtime import flags, keys, show
-from runtime.config import ServerConfig
-from runtime.errors import UsageError
-from runtime.launch import SERVICES
-from runtime.service import Boot
-from runtime.supervisor import Supervisor
+from quartet.runtime import flags, keys, show
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import UsageError
+from quartet.runtime.launch import SERVICES
+from quartet.runtime.service import Boot
+from quartet.runtime.supervisor import Supervisor
 
 SECRET = "s3cr3t"
 
@@ -146,7 +146,7 @@ def test_only_the_gateway_is_told_the_keys_and_no_other_user_can_read_its_boot_f
     config = ServerConfig(api_key=SECRET, admin_api_key=SECRET)
     read_fd, write_fd = os.pipe()
     with Supervisor(SERVICES, config, tmp_path, read_fd, read_fd) as supervisor:
-        monkeypatch.setattr("runtime.supervisor.start", lambda service, inherited: Silent())
+        monkeypatch.setattr("quartet.runtime.supervisor.start", lambda service, inherited: Silent())
         monkeypatch.setattr(supervisor, "stop", lambda: None)
         old = os.umask(0)
         try:

@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
-from runtime import launch
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
+from quartet.runtime import launch
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from runtime import launch, log
-from runtime.config import ServerConfig
-from runtime.limits import MAX_LOG_CHARS
+from quartet.runtime import launch, log
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.limits import MAX_LOG_CHARS
 from tests.servers import ROOT
 
 FORGED = "v1\n[2026-01-01 00:00:00] The server is fired up and ready to roll!"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.memory import look
+from quartet.runtime.memory import look
 
 MB = 1 << 20
 UNLIMITED = resource.RLIM_INFINITY

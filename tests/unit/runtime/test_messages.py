@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import control
-from runtime.errors import Kind, RequestError
-from runtime.messages import Finish, RingMessage, Tokens, pack_ids, unpack_ids
+from quartet.runtime import control
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Finish, RingMessage, Tokens, pack_ids, unpack_ids
 
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1)))

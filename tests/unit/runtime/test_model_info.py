@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime import model_info
-from runtime.config import ServerConfig
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 8, "eos_token_id": 1}
 TOKENIZER = {"added_tokens": [{"id": 1, "content": "<end>"}, {"id": 7, "content": "<turn>", "special": True}]}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import transformers
 
-from runtime import model_info, model_ranges
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
+from quartet.runtime import model_info, model_ranges
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from runtime import parent
-from runtime.errors import StartupError
-from runtime.parent import DIRECT, ancestors, name_of, parent_of, to_watch
+from quartet.runtime import parent
+from quartet.runtime.errors import StartupError
+from quartet.runtime.parent import DIRECT, ancestors, name_of, parent_of, to_watch
 
 NAMES = {10: "python", 20: "bash", 30: "sh", 40: "node", 1: "systemd"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.progress import PID, PULSE_NS, ProgressReader, ProgressWord
+from quartet.runtime.progress import PID, PULSE_NS, ProgressReader, ProgressWord
 
 
 def test_nothing_written_is_infinitely_old_and_not_busy(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.resolve import Machine, look_at_machine, resolve
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.resolve import Machine, look_at_machine, resolve
 
 CPU = Machine()
 GPU = Machine(has_gpu=True, torch_has_cuda=True)

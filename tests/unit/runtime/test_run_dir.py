@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from runtime import run_dir
-from runtime.errors import StartupError
+from quartet.runtime import run_dir
+from quartet.runtime.errors import StartupError
 
 
 def test_the_directory_is_private_and_gone_afterwards(tmp_path):
@@ -70,7 +70,7 @@ def test_xdg_runtime_dir_is_used_where_it_exists(tmp_path):
     assert str(run_dir.base({})) == "/tmp"
 
 
-@pytest.mark.parametrize("failing", ["runtime.run_dir.take_lock", "runtime.run_dir.hire_janitor"])
+@pytest.mark.parametrize("failing", ["quartet.runtime.run_dir.take_lock", "quartet.runtime.run_dir.hire_janitor"])
 def test_a_directory_that_cannot_be_made_whole_leaves_nothing_behind(tmp_path, monkeypatch, failing):
     def refuse(*_):
         raise OSError(24, "Too many open files")

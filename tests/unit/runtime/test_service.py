@@ -7,12 +7,12 @@ import sys
 import msgspec
 import pytest
 
-from runtime.config import ServerConfig
-from runtime.service import EXIT_STARTUP, Boot, Ready, report_ready
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.service import EXIT_STARTUP, Boot, Ready, report_ready
 
 BODIES = {
     "returns": "pass",
-    "refuses": "from runtime.errors import StartupError; raise StartupError('too big; use --page-size 1')",
+    "refuses": "from quartet.runtime.errors import StartupError; raise StartupError('too big; use --page-size 1')",
     "crashes": "1 / 0",
     "exits": "sys.exit(7)",
     "orphaned": "pass",
@@ -37,7 +37,9 @@ def start(tmp_path):
             parent_pid=parent_pid or os.getpid(),
         )
         (tmp_path / "boot").write_bytes(msgspec.msgpack.encode(boot))
-        code = f"import sys\nfrom runtime.service import run, report_ready\ndef main(boot):\n    {body}\nrun(main)"
+        code = (
+            f"import sys\nfrom quartet.runtime.service import run, report_ready\ndef main(boot):\n    {body}\nrun(main)"
+        )
         ended = subprocess.run(
             [sys.executable, "-c", code],
             input=f"{tmp_path / 'boot'}\n",
@@ -101,7 +103,7 @@ def test_what_the_system_refuses_later_is_a_death_with_its_traceback(start):
 
 def test_a_boot_file_that_cannot_be_read_is_one_line(start, tmp_path):
     ended = subprocess.run(
-        [sys.executable, "-c", "from runtime.service import run; run(print)"],
+        [sys.executable, "-c", "from quartet.runtime.service import run; run(print)"],
         input=f"{tmp_path / 'gone'}\n",
         capture_output=True,
         text=True,

@@ -9,12 +9,12 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import sockets
-from runtime.control import Abort, FlushCache, Probe
-from runtime.limits import MAX_IPC_MESSAGE_BYTES
-from runtime.messages import Finish, Generate, Request, Text, Tokenized, Tokens, pack_ids
-from runtime.sampling import SamplingParams
-from runtime.sockets import (
+from quartet.runtime import sockets
+from quartet.runtime.control import Abort, FlushCache, Probe
+from quartet.runtime.limits import MAX_IPC_MESSAGE_BYTES
+from quartet.runtime.messages import Finish, Generate, Request, Text, Tokenized, Tokens, pack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.sockets import (
     IPC_PATH_MAX,
     UNREADABLE,
     FrameTooLarge,

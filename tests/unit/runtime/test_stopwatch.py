@@ -2,7 +2,7 @@
 
 import time
 
-from runtime.stopwatch import Stopwatch, age_s
+from quartet.runtime.stopwatch import Stopwatch, age_s
 
 
 def test_a_process_grows_older_with_the_clock():

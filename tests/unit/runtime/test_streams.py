@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from runtime import streams
-from runtime.errors import StartupError
+from quartet.runtime import streams
+from quartet.runtime.errors import StartupError
 from tests.servers import ROOT
 
 
@@ -15,7 +15,7 @@ def command(*arguments, **options):
     """The `quartet` command in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "runtime.cli", *arguments], env=environment, timeout=60, check=False, **options
+        [sys.executable, "-m", "quartet.runtime.cli", *arguments], env=environment, timeout=60, check=False, **options
     )
 
 

@@ -10,15 +10,16 @@ import time
 import msgspec
 import pytest
 
-from runtime import vitals
-from runtime.child import SOURCE_ROOT, Child, Service, child_environment, usable_cores
-from runtime.config import ServerConfig
-from runtime.launch import SERVICES
-from runtime.memory import Memory
-from runtime.progress import ProgressWord
-from runtime.service import Ready
-from runtime.supervisor import BUDGET_WINDOW_S, STANDBY_BYTES, ExitStatus, Supervisor
-from runtime.vigil import FROZEN_S, LOOK_EVERY_S
+from quartet.runtime import vitals
+from quartet.runtime.child import Child, Service, child_environment, usable_cores
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.launch import SERVICES
+from quartet.runtime.memory import Memory
+from quartet.runtime.progress import ProgressWord
+from quartet.runtime.python_path import IMPORT_ROOT
+from quartet.runtime.service import Ready
+from quartet.runtime.supervisor import BUDGET_WINDOW_S, STANDBY_BYTES, ExitStatus, Supervisor
+from quartet.runtime.vigil import FROZEN_S, LOOK_EVERY_S
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -184,7 +185,7 @@ def test_children_wait_passively_and_find_our_packages_first():
     environment = child_environment({"PYTHONPATH": "/mine", "NOTIFY_SOCKET": "/n", "HOME": "/h"}, GATEWAY)
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["OMP_NUM_THREADS"] == "1"
-    assert environment["PYTHONPATH"] == f"{SOURCE_ROOT}{os.pathsep}/mine"
+    assert environment["PYTHONPATH"] == f"{IMPORT_ROOT}{os.pathsep}/mine"
     assert environment["HOME"] == "/h"
     assert "NOTIFY_SOCKET" not in environment
 
@@ -299,7 +300,7 @@ def test_a_service_that_cannot_be_started_again_for_want_of_resources_ends_the_s
     def no_process(*_):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr("runtime.supervisor.start", no_process)
+    monkeypatch.setattr("quartet.runtime.supervisor.start", no_process)
     supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, KILLED, line())))
     supervisor.spawn_due()
     assert supervisor.status == ExitStatus.DIED
@@ -308,9 +309,9 @@ def test_a_service_that_cannot_be_started_again_for_want_of_resources_ends_the_s
 
 def test_no_process_stands_by_where_memory_is_short(supervisor, monkeypatch, caplog):
     started = []
-    monkeypatch.setattr("runtime.supervisor.start", lambda service, _: started.append(service.role))
+    monkeypatch.setattr("quartet.runtime.supervisor.start", lambda service, _: started.append(service.role))
     for left in (STANDBY_BYTES - 1, STANDBY_BYTES):
-        monkeypatch.setattr("runtime.supervisor.look", lambda left=left: Memory(left, 1 << 34, "a limit"))
+        monkeypatch.setattr("quartet.runtime.supervisor.look", lambda left=left: Memory(left, 1 << 34, "a limit"))
         supervisor._standby_due["scheduler"] = 0.0
         supervisor.spawn_due()
         assert started == ([] if left < STANDBY_BYTES else ["scheduler"])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime import model_info, tokenizer_files
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
+from quartet.runtime import model_info, tokenizer_files
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
 from tests.tokenizers_to_try import KINDS, byte_level, save
 
 TEXTS = [
@@ -29,7 +29,7 @@ def test_the_directory_is_the_tokenizers_or_else_the_models() -> None:
 
 
 def test_the_module_alone_loads_no_tokenizers() -> None:
-    code = "import sys, runtime.tokenizer_files; sys.exit('tokenizers' in sys.modules)"
+    code = "import sys, quartet.runtime.tokenizer_files; sys.exit('tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

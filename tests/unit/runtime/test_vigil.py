@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime import vitals
-from runtime.progress import ProgressReader
-from runtime.vigil import FROZEN_S, LOOK_EVERY_S, Sign, Vigil, Watch, sign
-from runtime.vitals import State, Vitals
+from quartet.runtime import vitals
+from quartet.runtime.progress import ProgressReader
+from quartet.runtime.vigil import FROZEN_S, LOOK_EVERY_S, Sign, Vigil, Watch, sign
+from quartet.runtime.vitals import State, Vitals
 
 STOPPED, ASLEEP, BLOCKED, RUNNABLE = State.STOPPED, State.ASLEEP, State.BLOCKED, State.RUNNABLE
 WAIT_S = 60.0
@@ -162,7 +162,7 @@ def test_a_server_that_was_frozen_as_a_whole_is_not_hung() -> None:
 
 HOLDER = """
 import sys, time
-from runtime.progress import ProgressWord
+from quartet.runtime.progress import ProgressWord
 word = ProgressWord(sys.argv[1], "scheduler")
 word.beat(busy=True)
 word.start_pulse()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.vitals import State, Vitals, look
+from quartet.runtime.vitals import State, Vitals, look
 
 WAIT_S = 60.0
 ASLEEP, SPINNING = "import time; time.sleep(600)", "sum(range(10**15))"

@@ -1,6 +1,6 @@
-from runtime import limits
-from runtime.messages import Finish, unpack_ids
-from scheduler_service.answers import ended
+from quartet.runtime import limits
+from quartet.runtime.messages import Finish, unpack_ids
+from quartet.scheduler_service.answers import ended
 from tests.rig import PROMPT, Rig
 from tests.stepper import tokenized
 

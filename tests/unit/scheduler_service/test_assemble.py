@@ -2,10 +2,10 @@ from typing import Any
 
 import pytest
 
-from runtime.config import ServerConfig
-from runtime.embedding import Embedding
-from runtime.model_info import ModelInfo
-from scheduler_service.assemble import planner_config
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.model_info import ModelInfo
+from quartet.scheduler_service.assemble import planner_config
 from tests.fakes import FakeWorker
 
 

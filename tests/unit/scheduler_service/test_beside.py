@@ -6,8 +6,18 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime.errors import CommandRefused
-from scheduler_service.beside import MOST_SKIPPED, PATIENCE_S, SLICE_S, TOLERANCE, Pace, Turns, beside, breathe, freely
+from quartet.runtime.errors import CommandRefused
+from quartet.scheduler_service.beside import (
+    MOST_SKIPPED,
+    PATIENCE_S,
+    SLICE_S,
+    TOLERANCE,
+    Pace,
+    Turns,
+    beside,
+    breathe,
+    freely,
+)
 
 
 def outcome(work: Callable[[], object]) -> object:

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from runtime.control import Abort
-from runtime.errors import RequestError
-from runtime.messages import ABORTED_IN_QUEUE, Request, Tokenized, Tokens, pack_ids
-from runtime.sampling import SamplingParams
-from scheduler_service.scheduler import GRAMMAR_BEAT_S
+from quartet.runtime.control import Abort
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import ABORTED_IN_QUEUE, Request, Tokenized, Tokens, pack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.scheduler import GRAMMAR_BEAT_S
 from tests.rig import PROMPT, Rig
 
 

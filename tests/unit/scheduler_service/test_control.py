@@ -4,7 +4,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime.control import (
+from quartet.runtime.control import (
     COMMAND_LOST,
     COMMANDS,
     Abort,
@@ -16,9 +16,16 @@ from runtime.control import (
     SlowDown,
     Tokenize,
 )
-from runtime.messages import Facts, Reply, Restarted, Tokens
-from scheduler_service.control import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED, HANDLERS, matching
-from scheduler_service.scheduler import WAITING_BEAT_S
+from quartet.runtime.messages import Facts, Reply, Restarted, Tokens
+from quartet.scheduler_service.control import (
+    FLUSH_FAILED,
+    FLUSH_IN_PROGRESS,
+    FLUSH_TIMED_OUT,
+    FLUSHED,
+    HANDLERS,
+    matching,
+)
+from quartet.scheduler_service.scheduler import WAITING_BEAT_S
 from tests.rig import PROMPT, Rig
 from tests.stepper import VOCABULARY, tokenized
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from runtime.errors import StartupError
-from runtime.messages import pack_ids
-from runtime.sampling import SamplingParams
-from scheduler_service.model import deterministic
+from quartet.runtime.errors import StartupError
+from quartet.runtime.messages import pack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.model import deterministic
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.model import tiny
 

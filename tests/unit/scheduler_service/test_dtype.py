@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.errors import StartupError
-from scheduler_service.model.dtype import resolve_dtype
+from quartet.runtime.errors import StartupError
+from quartet.scheduler_service.model.dtype import resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

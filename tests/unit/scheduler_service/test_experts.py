@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.attention_schedule import Ragged
-from runtime.config import ServerConfig
-from runtime.control import (
+from quartet.kernels.attention_schedule import Ragged
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.control import (
     DumpExpertDistributionRecord,
     StartExpertDistributionRecord,
     StopExpertDistributionRecord,
 )
-from runtime.errors import CommandRefused, StartupError
-from runtime.messages import Reply
-from scheduler_service.control_experts import DUMPED, OFF, STARTED, STOPPED
-from scheduler_service.experts import Chosen, ExpertRecorder, expert_shape, make_recorder
-from scheduler_service.inputs import Inputs
-from scheduler_service.kv_cache import Placement
-from scheduler_service.model.batch import ExpertShape
+from quartet.runtime.errors import CommandRefused, StartupError
+from quartet.runtime.messages import Reply
+from quartet.scheduler_service.control_experts import DUMPED, OFF, STARTED, STOPPED
+from quartet.scheduler_service.experts import Chosen, ExpertRecorder, expert_shape, make_recorder
+from quartet.scheduler_service.inputs import Inputs
+from quartet.scheduler_service.kv_cache import Placement
+from quartet.scheduler_service.model.batch import ExpertShape
 from tests.rig import PROMPT, Rig
 from tests.stepper import tokenized
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.messages import LogprobOptions
-from scheduler_service.fused_prefill import CHUNKS, row_sizes, token_sizes
-from scheduler_service.graphs import Key
+from quartet.runtime.messages import LogprobOptions
+from quartet.scheduler_service.fused_prefill import CHUNKS, row_sizes, token_sizes
+from quartet.scheduler_service.graphs import Key
 from tests.engine import ALL_LOGPROBS, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_graphs import GREEDY, PROMPTS, fused, outcome

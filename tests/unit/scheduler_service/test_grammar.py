@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from http_gateway.call_formats import REQUIRED
-from http_gateway.tool_calls import calls_schema, parse
-from http_gateway.tool_events import Function, Tool
-from runtime.errors import RequestError
-from scheduler_service.grammar import GrammarCompiler, MaskFiller, bitmask_words
-from scheduler_service.grammar_source import check_regex, from_ebnf
+from quartet.http_gateway.call_formats import REQUIRED
+from quartet.http_gateway.tool_calls import calls_schema, parse
+from quartet.http_gateway.tool_events import Function, Tool
+from quartet.runtime.errors import RequestError
+from quartet.scheduler_service.grammar import GrammarCompiler, MaskFiller, bitmask_words
+from quartet.scheduler_service.grammar_source import check_regex, from_ebnf
 
 END, TURN, CALL = 0, 1, 2  # special tokens
 PADDING = 41  # the model's vocabulary is larger than the tokenizer's

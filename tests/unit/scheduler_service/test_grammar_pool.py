@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from runtime import limits
-from runtime.errors import RequestError
-from runtime.guarded import Gone, Guarded
-from runtime.model_info import DEMO
-from scheduler_service.grammar import GrammarCompiler, TakesLong
-from scheduler_service.grammar_pool import FairQueue, GrammarPool, Waiting
-from scheduler_service.grammar_source import from_ebnf, from_regex
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+from quartet.runtime.guarded import Gone, Guarded
+from quartet.runtime.model_info import DEMO
+from quartet.scheduler_service.grammar import GrammarCompiler, TakesLong
+from quartet.scheduler_service.grammar_pool import FairQueue, GrammarPool, Waiting
+from quartet.scheduler_service.grammar_source import from_ebnf, from_regex
 
 BLANKS = 'root ::= "a"{1' + " " * 60_000 + "x"
 

@@ -4,11 +4,11 @@ from array import array
 
 import torch
 
-from runtime.messages import Request
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import Plan, Slice
-from scheduler_service.core.request import Sequence
-from scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs
+from quartet.runtime.messages import Request
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan, Slice
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs
 
 PAGE = 4
 

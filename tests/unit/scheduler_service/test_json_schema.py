@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from http_gateway.tool_calls import calls_schema
-from http_gateway.tool_events import Function, Tool
-from scheduler_service.grammar import LIMITS
-from scheduler_service.grammar_source import source
+from quartet.http_gateway.tool_calls import calls_schema
+from quartet.http_gateway.tool_events import Function, Tool
+from quartet.scheduler_service.grammar import LIMITS
+from quartet.scheduler_service.grammar_source import source
 
 BYTES = LLTokenizer("byte")
 PATIENCE = 80  # bytes, after which a walk takes the shortest way out

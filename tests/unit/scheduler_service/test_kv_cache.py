@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from scheduler_service.kv_cache import GB, KVCache, Placement, token_bytes, untouched_zeros
-from scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.kv_cache import GB, KVCache, Placement, token_bytes, untouched_zeros
+from quartet.scheduler_service.model.batch import AttentionSpec
 
 CPU = torch.device("cpu")
 

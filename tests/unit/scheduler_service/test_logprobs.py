@@ -4,12 +4,12 @@ from array import array
 
 import torch
 
-from runtime.messages import LogprobOptions, Logprobs, unpack_ids
-from runtime.sampling import SamplingParams
-from scheduler_service import logprobs as module
-from scheduler_service.logprobs import log_of_sums, output_logprobs, prompt_logprobs
-from scheduler_service.sampling.rows import SamplingRows, sampling_rows
-from scheduler_service.sampling.state import settings_of
+from quartet.runtime.messages import LogprobOptions, Logprobs, unpack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service import logprobs as module
+from quartet.scheduler_service.logprobs import log_of_sums, output_logprobs, prompt_logprobs
+from quartet.scheduler_service.sampling.rows import SamplingRows, sampling_rows
+from quartet.scheduler_service.sampling.state import settings_of
 
 
 def rows_of(count: int = 1, **params: float) -> SamplingRows:

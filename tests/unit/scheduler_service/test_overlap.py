@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from runtime.messages import LogprobOptions
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import Plan
-from scheduler_service.pending import Pending
+from quartet.runtime.messages import LogprobOptions
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.pending import Pending
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.model import tiny
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.control import UpdateWeightsFromDisk
-from scheduler_service.weights import pickled, record
-from scheduler_service.weights.checkpoint import CheckpointError
-from scheduler_service.weights.convert_bin import Refused, checked
-from scheduler_service.weights.manifest import manifest_of
-from scheduler_service.weights.pickled import INDEX_NAME, SINGLE_NAME, checkpoint_of
+from quartet.runtime.control import UpdateWeightsFromDisk
+from quartet.scheduler_service.weights import pickled, record
+from quartet.scheduler_service.weights.checkpoint import CheckpointError
+from quartet.scheduler_service.weights.convert_bin import Refused, checked
+from quartet.scheduler_service.weights.manifest import manifest_of
+from quartet.scheduler_service.weights.pickled import INDEX_NAME, SINGLE_NAME, checkpoint_of
 from tests import checkpoints
 from tests.engine import Engine
 from tests.live import Live

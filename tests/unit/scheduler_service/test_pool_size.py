@@ -4,10 +4,10 @@ import logging
 
 import pytest
 
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.memory import GB, Memory
-from scheduler_service.pool_size import OTHERS_BYTES, Need, Room, choose_page_count
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.memory import GB, Memory
+from quartet.scheduler_service.pool_size import OTHERS_BYTES, Need, Room, choose_page_count
 
 KIB = 1 << 10
 PAGE = 16 * KIB  # bytes, of 16 tokens

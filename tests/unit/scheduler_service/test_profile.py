@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.control import StartProfile, StopProfile
-from runtime.limits import MAX_PROFILE_STEPS
-from runtime.messages import Reply
-from scheduler_service.control_profile import DIRECTORY_BY, NOT_RUNNING, RUNNING, STARTED, STOPPED
+from quartet.runtime.control import StartProfile, StopProfile
+from quartet.runtime.limits import MAX_PROFILE_STEPS
+from quartet.runtime.messages import Reply
+from quartet.scheduler_service.control_profile import DIRECTORY_BY, NOT_RUNNING, RUNNING, STARTED, STOPPED
 from tests.rig import Rig
 from tests.stepper import tokenized
 

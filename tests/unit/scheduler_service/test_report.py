@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from scheduler_service.core.drafts import DraftOptions
+from quartet.scheduler_service.core.drafts import DraftOptions
 from tests.fakes import looping_token
 from tests.rig import PROMPT, Rig
 from tests.stepper import tokenized

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from runtime import limits
-from runtime.control import GetWeightsByName, UpdateWeightsFromDisk, UpdateWeightsFromDistributed
-from runtime.errors import CommandRefused
-from scheduler_service.weights.inspection import Inspection
-from scheduler_service.weights.update import Updates
+from quartet.runtime import limits
+from quartet.runtime.control import GetWeightsByName, UpdateWeightsFromDisk, UpdateWeightsFromDistributed
+from quartet.runtime.errors import CommandRefused
+from quartet.scheduler_service.weights.inspection import Inspection
+from quartet.scheduler_service.weights.update import Updates
 from tests import checkpoints
 from tests.live import Live
 

@@ -2,9 +2,9 @@ import logging
 
 import pytest
 
-from runtime.messages import Facts, Finish, Reply, unpack_ids
-from scheduler_service.core.drafts import DraftOptions
-from scheduler_service.scheduler import IDLE_BEAT_S, MOST_FAILURES
+from quartet.runtime.messages import Facts, Finish, Reply, unpack_ids
+from quartet.scheduler_service.core.drafts import DraftOptions
+from quartet.scheduler_service.scheduler import IDLE_BEAT_S, MOST_FAILURES
 from tests.fakes import looping_token
 from tests.rig import PROMPT, Rig
 from tests.stepper import VOCABULARY, expected_output, tokenized

@@ -9,13 +9,13 @@ import msgspec
 import pytest
 import torch
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.messages import LogprobOptions, Logprobs, pack_ids, unpack_ids
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import Plan
-from scheduler_service.verification import accepted
-from scheduler_service.worker import Worker
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.messages import LogprobOptions, Logprobs, pack_ids, unpack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.verification import accepted
+from quartet.scheduler_service.worker import Worker
 from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_overlap import WISHES as PLAIN_WISHES

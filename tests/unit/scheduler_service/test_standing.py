@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.control import (
+from quartet.runtime.control import (
     BeginWeightUpdate,
     ContinueGeneration,
     EndWeightUpdate,
@@ -12,7 +12,7 @@ from runtime.control import (
     ReleaseMemory,
     ResumeMemory,
 )
-from scheduler_service.standing import LOST, StandingOrders
+from quartet.scheduler_service.standing import LOST, StandingOrders
 from tests import checkpoints
 from tests.live import Live
 

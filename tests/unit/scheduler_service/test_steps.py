@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import Plan
-from scheduler_service.eager_steps import EagerSteps
-from scheduler_service.fused_steps import FusedSteps
-from scheduler_service.steps import Computed, Step
-from scheduler_service.worker import Worker
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.eager_steps import EagerSteps
+from quartet.scheduler_service.fused_steps import FusedSteps
+from quartet.scheduler_service.steps import Computed, Step
+from quartet.scheduler_service.worker import Worker
 from tests.engine import Engine
 from tests.model import tiny
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from runtime.messages import Request, Thought
-from runtime.sampling import SamplingParams
-from scheduler_service.constrained import wanted
-from scheduler_service.grammar import GrammarCompiler
+from quartet.runtime.messages import Request, Thought
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.constrained import wanted
+from quartet.scheduler_service.grammar import GrammarCompiler
 from tests.tokenizers_to_try import byte_level
 
 SCHEMA = json.dumps({"enum": ["a", "b"]})

@@ -9,10 +9,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save, save_file
 
-from runtime.control import UpdateWeightsFromDisk, UpdateWeightsFromTensor
-from runtime.messages import LogprobOptions, Reply
-from runtime.sampling import SamplingParams
-from scheduler_service.weights.manifest import manifest_of
+from quartet.runtime.control import UpdateWeightsFromDisk, UpdateWeightsFromTensor
+from quartet.runtime.messages import LogprobOptions, Reply
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.weights.manifest import manifest_of
 from tests import checkpoints
 from tests.engine import Engine
 from tests.live import Live

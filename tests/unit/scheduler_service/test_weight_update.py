@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.control import (
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.control import (
     BeginWeightUpdate,
     CheckWeights,
     EndWeightUpdate,
@@ -23,13 +23,13 @@ from runtime.control import (
     UpdateWeightsFromTensor,
     UpdateWeightVersion,
 )
-from runtime.errors import StartupError
-from runtime.memory import Memory
-from scheduler_service import host_memory
-from scheduler_service.main import model_facts
-from scheduler_service.weights import record, staging
-from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
-from scheduler_service.weights.manifest import manifest_of
+from quartet.runtime.errors import StartupError
+from quartet.runtime.memory import Memory
+from quartet.scheduler_service import host_memory
+from quartet.scheduler_service.main import model_facts
+from quartet.scheduler_service.weights import record, staging
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
+from quartet.scheduler_service.weights.manifest import manifest_of
 from tests import checkpoints
 from tests.broken_updates import CASES, ROLLED_BACK, UPDATE, Case, outcome
 from tests.live import Live
@@ -517,7 +517,7 @@ def test_an_update_whose_second_set_has_no_room_is_refused_before_the_kernel_end
 ) -> None:
     before = live.logits(PROMPT)
     with monkeypatch.context() as others:
-        others.setattr("runtime.memory.look", lambda: Memory(1 << 10, 1 << 30, "a limit"))
+        others.setattr("quartet.runtime.memory.look", lambda: Memory(1 << 10, 1 << 30, "a limit"))
         reply = live.call(to_b(versions))
     assert (reply.success, reply.status) == (False, 400)
     assert "no room for a second set of weights: " in reply.message and "used by a limit." in reply.message

@@ -3,8 +3,8 @@
 import torch
 import xxhash
 
-from kernels.linear import Linear
-from scheduler_service.model.weights import Layout, Weights
+from quartet.kernels.linear import Linear
+from quartet.scheduler_service.model.weights import Layout, Weights
 
 CPU = torch.device("cpu")
 

@@ -15,15 +15,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.errors import StartupError
-from runtime.memory import Memory
-from scheduler_service.model.layers import linear
-from scheduler_service.model.weights import Layout, Weights
-from scheduler_service.weights import checkpoint as checkpoints
-from scheduler_service.weights import load, progress
-from scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.memory import Memory
+from quartet.scheduler_service.model.layers import linear
+from quartet.scheduler_service.model.weights import Layout, Weights
+from quartet.scheduler_service.weights import checkpoint as checkpoints
+from quartet.scheduler_service.weights import load, progress
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 
 Header = dict[str, Any]
 CPU = torch.device("cpu")
@@ -322,7 +322,7 @@ def test_weights_without_room_are_refused_before_they_are_read(
     save_file(tensors(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"vocab_size": 3, "architectures": ["X"]}')
     config = ServerConfig(model_path=str(tmp_path))
-    monkeypatch.setattr("runtime.memory.look", lambda: Memory(5, 1 << 30, "a limit"))
+    monkeypatch.setattr("quartet.runtime.memory.look", lambda: Memory(5, 1 << 30, "a limit"))
     with pytest.raises(StartupError, match=r"no room for the model's weights.* 0 MB may still be used by a limit; "):
         if read == "load_weights":
             load.load_weights(fused_weights(), config, model_info.load(config))

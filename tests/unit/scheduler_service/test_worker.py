@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from http_gateway.logprobs import supports
-from runtime.config import ServerConfig
-from runtime.messages import LogprobOptions, Request
-from runtime.model_info import ModelInfo
-from runtime.sampling import SamplingParams
-from scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
-from scheduler_service.core.request import Sequence
-from scheduler_service.model.batch import AttentionSpec, Batch
-from scheduler_service.model.weights import Layout, Weights
-from scheduler_service.sampling import choose
-from scheduler_service.sampling.rows import Draws, SamplingRows
-from scheduler_service.worker import Worker
+from quartet.http_gateway.logprobs import supports
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.messages import LogprobOptions, Request
+from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.model.batch import AttentionSpec, Batch
+from quartet.scheduler_service.model.weights import Layout, Weights
+from quartet.scheduler_service.sampling import choose
+from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.scheduler_service.worker import Worker
 from tests.engine import Engine, floats
 from tests.model import tiny
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from runtime.messages import Chat
-from tokenizer_service.call_ids import insists, short
-from tokenizer_service.chat import ChatTemplate
+from quartet.runtime.messages import Chat
+from quartet.tokenizer_service.call_ids import insists, short
+from quartet.tokenizer_service.chat import ChatTemplate
 
 MISTRAL = """
 {%- for message in messages %}

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.config import ServerConfig
-from runtime.errors import RequestError, StartupError
-from runtime.messages import Chat
-from runtime.model_info import ModelInfo
-from tokenizer_service.chat import ChatTemplate, bundled, load_template, special_tokens
-from tokenizer_service.sandbox import ChatEnvironment
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import RequestError, StartupError
+from quartet.runtime.messages import Chat
+from quartet.runtime.model_info import ModelInfo
+from quartet.tokenizer_service.chat import ChatTemplate, bundled, load_template, special_tokens
+from quartet.tokenizer_service.sandbox import ChatEnvironment
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 

@@ -6,11 +6,11 @@ from array import array
 import pytest
 from tokenizers import Tokenizer, models
 
-from runtime.control import FlushCache, Probe, Tokenize
-from runtime.messages import Chat, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
-from runtime.sampling import SamplingParams
+from quartet.runtime.control import FlushCache, Probe, Tokenize
+from quartet.runtime.messages import Chat, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.tokenizer_service.encode import VERY_LONG_CHARS, Encoder
 from tests.tokenizers_to_try import KINDS, byte_level
-from tokenizer_service.encode import VERY_LONG_CHARS, Encoder
 
 TOKENIZER = byte_level(bos=True)
 SERIALS = itertools.count(1)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime import model_info
-from runtime.config import ServerConfig
-from runtime.errors import Kind, RequestError, StartupError
-from runtime.messages import Chat
-from tokenizer_service.guarded_template import GuardedTemplate, packed, started_template, unpacked
+from quartet.runtime import model_info
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import Kind, RequestError, StartupError
+from quartet.runtime.messages import Chat
+from quartet.tokenizer_service.guarded_template import GuardedTemplate, packed, started_template, unpacked
 
 HOSTILE = [
     '("{" * 3000 ~ ":" * 3000).format(1)',

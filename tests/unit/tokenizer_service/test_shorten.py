@@ -6,11 +6,11 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from runtime.messages import Generate, Request, Tokenized, pack_ids, unpack_ids
-from runtime.sampling import SamplingParams
+from quartet.runtime.messages import Generate, Request, Tokenized, pack_ids, unpack_ids
+from quartet.runtime.sampling import SamplingParams
+from quartet.tokenizer_service import encode
+from quartet.tokenizer_service.encode import Encoder
 from tests.tokenizers_to_try import byte_level
-from tokenizer_service import encode
-from tokenizer_service.encode import Encoder
 
 TOKENIZER = byte_level()
 WORDS = " ".join(f"w{n}" for n in range(40))

@@ -3,11 +3,11 @@
 import pytest
 from tokenizers import Tokenizer, models
 
-from runtime.messages import Chat, Generate, Request, Thought, Tokenized
-from runtime.sampling import SamplingParams
+from quartet.runtime.messages import Chat, Generate, Request, Thought, Tokenized
+from quartet.runtime.sampling import SamplingParams
+from quartet.tokenizer_service.encode import Encoder
+from quartet.tokenizer_service.thoughts import place_of
 from tests.tokenizers_to_try import byte_level
-from tokenizer_service.encode import Encoder
-from tokenizer_service.thoughts import place_of
 
 THOUGHT = Thought(opening="<think>", closing="</think>", place="before")
 

@@ -7,16 +7,27 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from runtime.control import Abort, FlushCache, Probe, Tokenize
-from runtime.limits import MAX_TOKENIZED
-from runtime.messages import Chat, Finish, Generate, Message, Reply, Request, Restarted, Tokenized, Tokens, unpack_ids
-from runtime.sampling import SamplingParams
+from quartet.runtime.control import Abort, FlushCache, Probe, Tokenize
+from quartet.runtime.limits import MAX_TOKENIZED
+from quartet.runtime.messages import (
+    Chat,
+    Finish,
+    Generate,
+    Message,
+    Reply,
+    Request,
+    Restarted,
+    Tokenized,
+    Tokens,
+    unpack_ids,
+)
+from quartet.runtime.sampling import SamplingParams
+from quartet.tokenizer_service import long_texts
+from quartet.tokenizer_service.encode import MOST_PASSED_OVER, Encoder
+from quartet.tokenizer_service.jobs import Pace
+from quartet.tokenizer_service.turns import Turns
 from tests.fakes import AtOnce
 from tests.tokenizers_to_try import KINDS
-from tokenizer_service import long_texts
-from tokenizer_service.encode import MOST_PASSED_OVER, Encoder
-from tokenizer_service.jobs import Pace
-from tokenizer_service.turns import Turns
 
 TOKENIZER = KINDS["byte level"]()
 ONE_TEXT = Pace(step_chars=1)  # a step

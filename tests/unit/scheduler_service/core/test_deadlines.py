@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from runtime.control import ContinueGeneration
-from runtime.errors import Kind
-from runtime.messages import Finish
-from scheduler_service.core.deadlines import RAN, WAITED
+from quartet.runtime.control import ContinueGeneration
+from quartet.runtime.errors import Kind
+from quartet.runtime.messages import Finish
+from quartet.scheduler_service.core.deadlines import RAN, WAITED
 from tests.rig import PROMPT, Rig
 from tests.stepper import Stepper, expected_output, tokenized
 

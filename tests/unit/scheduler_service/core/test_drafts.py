@@ -2,9 +2,9 @@ from array import array
 
 import pytest
 
-from runtime.messages import Request
-from runtime.sampling import SamplingParams
-from scheduler_service.core.drafts import FIRST_DRAFT, LONGEST_REST, Drafter, DraftOptions, drafter_of
+from quartet.runtime.messages import Request
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.drafts import FIRST_DRAFT, LONGEST_REST, Drafter, DraftOptions, drafter_of
 
 OPTIONS = DraftOptions(tokens=8, shortest=2, longest=8)
 LOOP = array("i", [1, 2, 3] * 4)

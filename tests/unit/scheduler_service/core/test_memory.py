@@ -1,9 +1,9 @@
 from array import array
 
-from runtime.messages import Request
-from runtime.sampling import SamplingParams
-from scheduler_service.core.memory import Memory, Verdict
-from scheduler_service.core.request import Sequence
+from quartet.runtime.messages import Request
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.memory import Memory, Verdict
+from quartet.scheduler_service.core.request import Sequence
 
 
 def sequence(*ids: int) -> Sequence:

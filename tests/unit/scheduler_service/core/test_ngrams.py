@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler_service.core import ngrams
-from scheduler_service.core.ngrams import NGrams
+from quartet.scheduler_service.core import ngrams
+from quartet.scheduler_service.core.ngrams import NGrams
 
 TEXTS = st.lists(st.integers(0, 4), max_size=120)
 WINDOWS = st.tuples(st.integers(1, 5), st.integers(0, 6)).map(lambda sizes: (sizes[0], sum(sizes)))

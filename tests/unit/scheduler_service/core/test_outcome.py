@@ -1,8 +1,8 @@
-from runtime.messages import unpack_ids
-from scheduler_service.core import outcome, rules
-from scheduler_service.core.plan import Result, Slice
-from scheduler_service.core.request import Sequence
-from scheduler_service.core.stats import Stats
+from quartet.runtime.messages import unpack_ids
+from quartet.scheduler_service.core import outcome, rules
+from quartet.scheduler_service.core.plan import Result, Slice
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.stats import Stats
 from tests.stepper import config, tokenized
 
 

@@ -3,7 +3,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler_service.core.pages import NULL_PAGE, PageAllocator, runs_of
+from quartet.scheduler_service.core.pages import NULL_PAGE, PageAllocator, runs_of
 
 
 def test_runs_of_finds_ascending_stretches_in_order() -> None:

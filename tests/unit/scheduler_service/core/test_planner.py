@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from runtime.errors import Kind, RequestError
-from runtime.messages import Finish, LogprobOptions, unpack_ids
-from scheduler_service.core.plan import NAN_HAPPENED
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Finish, LogprobOptions, unpack_ids
+from quartet.scheduler_service.core.plan import NAN_HAPPENED
 from tests.stepper import Stepper, expected_output, tokenized
 
 PROMPT = [10, 11, 12, 13, 14]

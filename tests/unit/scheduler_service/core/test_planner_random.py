@@ -8,10 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from runtime.errors import RequestError
-from runtime.messages import Finish, LogprobOptions, unpack_ids
-from scheduler_service.core.drafts import DraftOptions
-from scheduler_service.core.plan import NAN_HAPPENED
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Finish, LogprobOptions, unpack_ids
+from quartet.scheduler_service.core.drafts import DraftOptions
+from quartet.scheduler_service.core.plan import NAN_HAPPENED
 from tests.fakes import looping_token, next_token
 from tests.stepper import Stepper, expected_output, tokenized
 

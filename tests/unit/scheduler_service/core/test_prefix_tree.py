@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler_service.core.prefix_tree import PrefixTree
+from quartet.scheduler_service.core.prefix_tree import PrefixTree
 
 NAMESPACE = b"0/"
 

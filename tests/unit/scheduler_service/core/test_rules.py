@@ -1,9 +1,9 @@
 import pytest
 
-from runtime.errors import RequestError
-from runtime.messages import LogprobOptions, Request, Tokenized
-from runtime.sampling import SamplingParams
-from scheduler_service.core.rules import PlannerConfig, sequence_of
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import LogprobOptions, Request, Tokenized
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.rules import PlannerConfig, sequence_of
 from tests.stepper import config, tokenized
 
 

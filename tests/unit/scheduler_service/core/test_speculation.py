@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from runtime.messages import Drafts, Finish, LogprobOptions, unpack_ids
-from scheduler_service.core.drafts import DraftOptions
-from scheduler_service.core.plan import Plan
+from quartet.runtime.messages import Drafts, Finish, LogprobOptions, unpack_ids
+from quartet.scheduler_service.core.drafts import DraftOptions
+from quartet.scheduler_service.core.plan import Plan
 from tests.fakes import looping_token, scored
 from tests.stepper import Stepper, expected_output, tokenized
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from runtime.sampling import SamplingParams
-from scheduler_service.sampling.state import make_row
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.sampling.state import make_row
 from tests.unit.scheduler_service.sampling.test_choose import EOS, adjust, sample, sequence
 
 

@@ -7,15 +7,15 @@ from array import array
 import pytest
 import torch
 
-from kernels.philox import uniform
-from runtime.messages import Request
-from runtime.sampling import SamplingParams
-from scheduler_service.core.request import Sequence
-from scheduler_service.sampling import choose as module
-from scheduler_service.sampling.adjust import adjust_single_tokens
-from scheduler_service.sampling.choose import draw, largest, mask_and_temper, unpack_bits
-from scheduler_service.sampling.rows import Draws, sampling_rows
-from scheduler_service.sampling.state import Row, make_row
+from quartet.kernels.philox import uniform
+from quartet.runtime.messages import Request
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.sampling import choose as module
+from quartet.scheduler_service.sampling.adjust import adjust_single_tokens
+from quartet.scheduler_service.sampling.choose import draw, largest, mask_and_temper, unpack_bits
+from quartet.scheduler_service.sampling.rows import Draws, sampling_rows
+from quartet.scheduler_service.sampling.state import Row, make_row
 
 EOS = 3
 

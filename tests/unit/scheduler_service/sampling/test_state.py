@@ -2,9 +2,9 @@
 
 import pytest
 
-from runtime.sampling import SamplingParams
-from scheduler_service.sampling.rows import Feature, sampling_rows
-from scheduler_service.sampling.state import settings_of
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.sampling.rows import Feature, sampling_rows
+from quartet.scheduler_service.sampling.state import settings_of
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0, "top_p": 0.5, "min_p": 0.1}, {"top_k": 1, "top_p": 0.5}])
