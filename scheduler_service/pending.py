@@ -10,7 +10,7 @@ import torch
 
 from quartet.runtime.errors import Kind
 from quartet.scheduler_service.core.plan import NAN_HAPPENED, Result, Slice
-from quartet.scheduler_service.grammar import Matcher
+from quartet.scheduler_service.grammar.matchers import Matcher
 from quartet.scheduler_service.inputs import PageRuns
 from quartet.scheduler_service.logprobs import OutputScores
 from quartet.scheduler_service.sampling.rows import Feature

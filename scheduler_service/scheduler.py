@@ -29,12 +29,12 @@ from quartet.runtime.messages import (
 )
 from quartet.runtime.progress import IDLE_BEAT_S, ProgressWord
 from quartet.scheduler_service.answers import check_hidden_states, ended, tokens_of
-from quartet.scheduler_service.constrained import Pool, WaitingRoom, is_complete
 from quartet.scheduler_service.control import HANDLERS, Control
 from quartet.scheduler_service.core import request
 from quartet.scheduler_service.core.plan import Plan, Result, Slice, Update
 from quartet.scheduler_service.core.planner import Planner
-from quartet.scheduler_service.grammar import Grammar
+from quartet.scheduler_service.grammar.constrained import Pool, WaitingRoom, is_complete
+from quartet.scheduler_service.grammar.matchers import Grammar
 from quartet.scheduler_service.report import Report
 from quartet.scheduler_service.standing import StandingOrders
 

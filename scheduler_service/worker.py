@@ -24,7 +24,6 @@ from quartet.runtime import stopwatch
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Facts, Logprobs
 from quartet.runtime.model_info import ModelInfo
-from quartet.scheduler_service import masks
 from quartet.scheduler_service.compile_ahead import start_compiling
 from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
@@ -33,7 +32,8 @@ from quartet.scheduler_service.device_state import SlotTokens
 from quartet.scheduler_service.eager_steps import EagerSteps
 from quartet.scheduler_service.experts import Chosen, expert_shape, make_recorder
 from quartet.scheduler_service.fused_steps import fused_steps_of
-from quartet.scheduler_service.grammar import Grammar, Matcher
+from quartet.scheduler_service.grammar import masks
+from quartet.scheduler_service.grammar.matchers import Grammar, Matcher
 from quartet.scheduler_service.inputs import Inputs, PageRuns
 from quartet.scheduler_service.kv_cache import make_kv_cache
 from quartet.scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs

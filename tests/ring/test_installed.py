@@ -1,4 +1,4 @@
-"""An installed Quartet, from a wheel and from a source archive: outside the repository, beside Hugging Face's `kernels`.
+"""An installed Quartet, from a wheel and a source archive: outside the repository, beside Hugging Face's `kernels`.
 
 The environments are fresh. What Quartet depends on is lent to them by this one, at the end of their path, which does
 not make this one's own Quartet visible: links of an editable installation work in their own environment only.

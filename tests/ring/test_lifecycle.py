@@ -20,7 +20,7 @@ from quartet.runtime.run_dir import sweep
 from quartet.runtime.supervisor import ExitStatus, Signals
 from tests.servers import READY, ROOT, STAND_INS, launched
 
-HELPERS = {"quartet.scheduler_service.grammar_check", "quartet.tokenizer_service.renderer"}
+HELPERS = {"quartet.scheduler_service.grammar.check", "quartet.tokenizer_service.renderer"}
 ROLES = {"gateway", "tokenizer", "scheduler", "detokenizer"}
 LEFT_OVER_S = 1.0  # how long anything may outlive the launcher
 

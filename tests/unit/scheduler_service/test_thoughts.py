@@ -6,8 +6,8 @@ import pytest
 
 from quartet.runtime.messages import Request, Thought
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.constrained import wanted
-from quartet.scheduler_service.grammar import GrammarCompiler
+from quartet.scheduler_service.grammar.constrained import wanted
+from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from tests.tokenizers_to_try import byte_level
 
 SCHEMA = json.dumps({"enum": ["a", "b"]})

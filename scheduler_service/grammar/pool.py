@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.guarded import Guarded
-from quartet.scheduler_service.grammar import Grammar, GrammarCompiler, TakesLong, checker
+from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler, TakesLong, checker
 
 log = logging.getLogger(__name__)
 

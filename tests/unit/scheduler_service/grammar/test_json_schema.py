@@ -12,8 +12,8 @@ from llguidance import LLMatcher, LLTokenizer
 
 from quartet.http_gateway.tool_calls import calls_schema
 from quartet.http_gateway.tool_events import Function, Tool
-from quartet.scheduler_service.grammar import LIMITS
-from quartet.scheduler_service.grammar_source import source
+from quartet.scheduler_service.grammar.matchers import LIMITS
+from quartet.scheduler_service.grammar.source import source
 
 BYTES = LLTokenizer("byte")
 PATIENCE = 80  # bytes, after which a walk takes the shortest way out

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quartet.runtime import limits
-from quartet.scheduler_service.schema_refs import Node, Place, References
+from quartet.scheduler_service.grammar.schema_refs import Node, Place, References
 
 MAX_DEPTH = 96
 # Other formats are annotations.

@@ -13,8 +13,8 @@ from quartet.http_gateway.call_formats import REQUIRED
 from quartet.http_gateway.tool_calls import calls_schema, parse
 from quartet.http_gateway.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
-from quartet.scheduler_service.grammar import GrammarCompiler, MaskFiller, bitmask_words
-from quartet.scheduler_service.grammar_source import check_regex, from_ebnf
+from quartet.scheduler_service.grammar.matchers import GrammarCompiler, MaskFiller, bitmask_words
+from quartet.scheduler_service.grammar.source import check_regex, from_ebnf
 
 END, TURN, CALL = 0, 1, 2  # special tokens
 PADDING = 41  # the model's vocabulary is larger than the tokenizer's

@@ -4,15 +4,15 @@ from typing import Protocol
 
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Request, Tokenized, unpack_ids
-from quartet.scheduler_service.grammar import Grammar
-from quartet.scheduler_service.grammar_source import behind_thought
+from quartet.scheduler_service.grammar.matchers import Grammar
+from quartet.scheduler_service.grammar.source import behind_thought
 
 Decided = tuple[Tokenized, Grammar | RequestError]  # a request that need not wait any longer, and its grammar
 NO_GRAMMARS = "this server does not constrain output"
 
 
 class Pool(Protocol):
-    """Compiles grammars beside the loop (quartet.scheduler_service.grammar_pool.GrammarPool)."""
+    """Compiles grammars beside the loop (quartet.scheduler_service.grammar.pool.GrammarPool)."""
 
     def submit(self, rid: str, kind: str, text: str, call: str = "") -> None: ...
 

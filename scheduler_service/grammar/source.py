@@ -15,7 +15,7 @@ from llguidance import LLMatcher, regex_to_lark
 
 from quartet.runtime import limits
 from quartet.runtime.messages import Thought
-from quartet.scheduler_service.json_schema import normalized
+from quartet.scheduler_service.grammar.json_schema import normalized
 
 # Bounded, so that a model cannot fill its answer with blanks; wide enough for indented output.
 JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}", "lenient": False}

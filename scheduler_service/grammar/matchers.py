@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.guarded import Crashed, Gone, Guarded, OutOfTime
-from quartet.scheduler_service import grammar_check
-from quartet.scheduler_service.grammar_check import Order, Verdict
-from quartet.scheduler_service.grammar_source import needs_tokens
+from quartet.scheduler_service.grammar import check as grammar_check
+from quartet.scheduler_service.grammar.check import Order, Verdict
+from quartet.scheduler_service.grammar.source import needs_tokens
 
 Bitmask = NDArray[np.int32]  # (rows, ceil(vocab / 32)); bit i of a row is set where token i is allowed
 

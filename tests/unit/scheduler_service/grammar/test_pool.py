@@ -10,9 +10,9 @@ from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.guarded import Gone, Guarded
 from quartet.runtime.model_info import DEMO
-from quartet.scheduler_service.grammar import GrammarCompiler, TakesLong
-from quartet.scheduler_service.grammar_pool import FairQueue, GrammarPool, Waiting
-from quartet.scheduler_service.grammar_source import from_ebnf, from_regex
+from quartet.scheduler_service.grammar.matchers import GrammarCompiler, TakesLong
+from quartet.scheduler_service.grammar.pool import FairQueue, GrammarPool, Waiting
+from quartet.scheduler_service.grammar.source import from_ebnf, from_regex
 
 BLANKS = 'root ::= "a"{1' + " " * 60_000 + "x"
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from quartet.scheduler_service.grammar import Bitmask, MaskFiller, Matcher, bitmask_words
+from quartet.scheduler_service.grammar.matchers import Bitmask, MaskFiller, Matcher, bitmask_words
 from quartet.scheduler_service.transfer import send
 
 ALL_ALLOWED = -1  # 32 set bits

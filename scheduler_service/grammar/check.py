@@ -11,10 +11,10 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits
 
 from quartet.runtime import guarded, limits
-from quartet.scheduler_service.grammar_source import source
+from quartet.scheduler_service.grammar.source import source
 
 MAX_PROBLEM_CHARS = 500
-MODULE = "quartet.scheduler_service.grammar_check"
+MODULE = "quartet.scheduler_service.grammar.check"
 
 
 class Order(msgspec.Struct):
