@@ -27,7 +27,7 @@ from quartet.runtime.control import (
 )
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
-from quartet.scheduler_service.beside import beside
+from quartet.scheduler_service.host.background import beside
 
 if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
     from quartet.scheduler_service.scheduler import Scheduler

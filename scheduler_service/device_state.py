@@ -8,7 +8,7 @@ from collections.abc import Sequence as Numbers
 import torch
 
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.transfer import upload
+from quartet.scheduler_service.host.transfer import upload
 
 
 class SlotTokens:

@@ -29,6 +29,7 @@ from quartet.scheduler_service.graphs import (
     length_sizes,
     row_sizes,
 )
+from quartet.scheduler_service.host.transfer import upload
 from quartet.scheduler_service.inputs import Inputs
 from quartet.scheduler_service.kv_cache import KVCache
 from quartet.scheduler_service.model.batch import Batch, ServedModel
@@ -38,7 +39,6 @@ from quartet.scheduler_service.model.fused_sampling import PlainDraws
 from quartet.scheduler_service.sampling.rows import Draws, DrawSettings
 from quartet.scheduler_service.step_context import Chunks, StepContext
 from quartet.scheduler_service.steps import Computed, Step, Steps
-from quartet.scheduler_service.transfer import upload
 
 log = logging.getLogger(__name__)
 

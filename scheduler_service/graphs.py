@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from quartet.scheduler_service.device import available_gb
+from quartet.scheduler_service.host.device import available_gb
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from quartet.runtime.messages import LogprobOptions, Logprobs, pack_ids
+from quartet.scheduler_service.host.transfer import fetch, upload
 from quartet.scheduler_service.sampling.choose import filter_weights, largest
 from quartet.scheduler_service.sampling.rows import SamplingRows
-from quartet.scheduler_service.transfer import fetch, upload
 
 ITEM_BYTES = 4  # of an id or a value on the wire
 BLOCK_BYTES = 64 << 20  # of logits that are alive at once while a prompt is scored

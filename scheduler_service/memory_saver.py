@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from quartet.runtime.errors import CommandRefused
-from quartet.scheduler_service import host_memory
-from quartet.scheduler_service.device import shortage
+from quartet.scheduler_service.host import memory as host_memory
+from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.kv_cache import KVCache
 from quartet.scheduler_service.weights.update import Updates
 

@@ -12,12 +12,12 @@ import torch
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.device_state import SlotTokens
 from quartet.scheduler_service.experts import Chosen
+from quartet.scheduler_service.host.transfer import upload
 from quartet.scheduler_service.inputs import Inputs, add_embeds, add_token_types, make_inputs, to_device
 from quartet.scheduler_service.kv_cache import KVCache
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.pending import State
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
-from quartet.scheduler_service.transfer import upload
 from quartet.scheduler_service.verification import LogitRows
 
 

@@ -27,13 +27,14 @@ from quartet.runtime.model_info import ModelInfo
 from quartet.scheduler_service.compile_ahead import start_compiling
 from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.device import available_gb, choose_device, limit_threads
 from quartet.scheduler_service.device_state import SlotTokens
 from quartet.scheduler_service.eager_steps import EagerSteps
 from quartet.scheduler_service.experts import Chosen, expert_shape, make_recorder
 from quartet.scheduler_service.fused_steps import fused_steps_of
 from quartet.scheduler_service.grammar import masks
 from quartet.scheduler_service.grammar.matchers import Grammar, Matcher
+from quartet.scheduler_service.host.device import available_gb, choose_device, limit_threads
+from quartet.scheduler_service.host.transfer import Arrival, fetch, upload
 from quartet.scheduler_service.inputs import Inputs, PageRuns
 from quartet.scheduler_service.kv_cache import make_kv_cache
 from quartet.scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
@@ -46,7 +47,6 @@ from quartet.scheduler_service.sampling.adjust import adjust_single_tokens
 from quartet.scheduler_service.sampling.rows import sampling_rows
 from quartet.scheduler_service.sampling.state import make_row
 from quartet.scheduler_service.steps import Computed, Step, Steps
-from quartet.scheduler_service.transfer import Arrival, fetch, upload
 from quartet.scheduler_service.verification import LogitRows, logit_rows
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from quartet.scheduler_service.grammar.matchers import Bitmask, MaskFiller, Matcher, bitmask_words
-from quartet.scheduler_service.transfer import send
+from quartet.scheduler_service.host.transfer import send
 
 ALL_ALLOWED = -1  # 32 set bits
 THREADS = 2

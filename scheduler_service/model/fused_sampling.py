@@ -6,10 +6,10 @@ import torch
 
 from quartet.kernels.configs import tile
 from quartet.kernels.linear import Linear
+from quartet.scheduler_service.host.transfer import upload
 from quartet.scheduler_service.model.layers import Norm
 from quartet.scheduler_service.model.products import Products
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
-from quartet.scheduler_service.transfer import upload
 
 
 @dataclass(slots=True)

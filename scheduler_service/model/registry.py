@@ -8,7 +8,7 @@ import torch
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_info import ModelInfo
-from quartet.scheduler_service.device import available_gb
+from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for

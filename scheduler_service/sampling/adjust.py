@@ -6,9 +6,9 @@ from operator import or_
 
 import torch
 
+from quartet.scheduler_service.host.transfer import send, upload
 from quartet.scheduler_service.sampling.rows import Feature
 from quartet.scheduler_service.sampling.state import Row
-from quartet.scheduler_service.transfer import send, upload
 
 
 def adjust_single_tokens(logits: torch.Tensor, rows: list[Row], positions: list[int]) -> None:

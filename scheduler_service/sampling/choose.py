@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from quartet.kernels.philox import uniform
+from quartet.scheduler_service.host.transfer import send, upload
 from quartet.scheduler_service.sampling.rows import Draws, Feature, SamplingRows
-from quartet.scheduler_service.transfer import send, upload
 
 BLOCK = 256  # tokens whose weights are summed first when drawing
 TOP_BLOCK = 128  # tokens that compete through their largest when searching the top k

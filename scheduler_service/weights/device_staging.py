@@ -18,8 +18,8 @@ import torch
 import xxhash
 
 from quartet.runtime.files import open_regular
+from quartet.scheduler_service.host.transfer import Arrival
 from quartet.scheduler_service.model.weights import Weights
-from quartet.scheduler_service.transfer import Arrival
 from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
     Checkpoint,

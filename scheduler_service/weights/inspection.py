@@ -9,7 +9,7 @@ import xxhash
 from quartet.runtime import limits
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.shorten import short
-from quartet.scheduler_service.beside import breathe
+from quartet.scheduler_service.host.background import breathe
 from quartet.scheduler_service.model.weights import Weights
 
 ROWS_AT_ONCE = 64

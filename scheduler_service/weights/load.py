@@ -16,7 +16,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.files import open_regular
 from quartet.runtime.model_info import ModelInfo
 from quartet.runtime.shorten import short
-from quartet.scheduler_service.device import shortage
+from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights import device_staging, pickled, ties
 from quartet.scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor

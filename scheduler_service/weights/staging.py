@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from quartet.runtime.files import open_regular
-from quartet.scheduler_service.beside import breathe
+from quartet.scheduler_service.host.background import breathe
 from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights import device_staging, load, manifest, ties
 from quartet.scheduler_service.weights.checkpoint import (

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from quartet.runtime.files import opened
-from quartet.scheduler_service.beside import breathe
+from quartet.scheduler_service.host.background import breathe
 from quartet.scheduler_service.model.layout import HEAD
 from quartet.scheduler_service.model.spec import DecoderSpec
 from quartet.scheduler_service.model.weights import Layout

@@ -27,9 +27,9 @@ from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, Updat
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_info import ModelInfo
 from quartet.runtime.shorten import short
-from quartet.scheduler_service import host_memory
-from quartet.scheduler_service.beside import breathe, freely
-from quartet.scheduler_service.device import available_gb, shortage
+from quartet.scheduler_service.host import memory as host_memory
+from quartet.scheduler_service.host.background import breathe, freely
+from quartet.scheduler_service.host.device import available_gb, shortage
 from quartet.scheduler_service.model.weights import Packed, Weights
 from quartet.scheduler_service.weights import (
     device_staging,

@@ -25,7 +25,7 @@ from quartet.runtime.control import (
 )
 from quartet.runtime.errors import StartupError
 from quartet.runtime.memory import Memory
-from quartet.scheduler_service import host_memory
+from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.main import model_facts
 from quartet.scheduler_service.weights import record, staging
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from quartet.runtime.errors import CommandRefused
-from quartet.scheduler_service.beside import (
+from quartet.scheduler_service.host.background import (
     MOST_SKIPPED,
     PATIENCE_S,
     SLICE_S,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quartet.scheduler_service import host_memory
+from quartet.scheduler_service.host import memory as host_memory
 
 
 def resident_bytes() -> int:
