@@ -18,7 +18,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 numbers: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit/kernels tests/unit/scheduler_service/test_deterministic.py \
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit/kernels tests/unit/scheduler_service/model/test_deterministic.py \
 		tests/model/test_parity.py
 
 check: $(VENV)/.installed-test

@@ -20,7 +20,7 @@ from quartet.scheduler_service.scheduler import Scheduler, Worker
 from quartet.scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
-    from quartet.scheduler_service.memory_saver import MemorySaver
+    from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.weights.update import Updates
 
 WHOLE_PROMPTS = -1

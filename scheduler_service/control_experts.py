@@ -13,7 +13,7 @@ from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
 
 if TYPE_CHECKING:
-    from quartet.scheduler_service.experts import ExpertRecorder
+    from quartet.scheduler_service.execution.experts import ExpertRecorder
     from quartet.scheduler_service.scheduler import Scheduler
 
 STARTED = "Start recording the expert distribution.\n"

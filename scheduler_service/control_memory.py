@@ -10,7 +10,7 @@ from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
 
 if TYPE_CHECKING:  # loads torch; the object comes with the scheduler
-    from quartet.scheduler_service.memory_saver import MemorySaver
+    from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)

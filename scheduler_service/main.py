@@ -12,12 +12,12 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_info import ModelInfo
 from quartet.runtime.service import Boot, run
 from quartet.scheduler_service.assemble import serve
+from quartet.scheduler_service.execution.memory_saver import MemorySaver
+from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
-from quartet.scheduler_service.memory_saver import MemorySaver
 from quartet.scheduler_service.weights import record
 from quartet.scheduler_service.weights.update import Updates
-from quartet.scheduler_service.worker import Worker
 
 log = logging.getLogger(__name__)
 

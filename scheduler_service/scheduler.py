@@ -40,8 +40,8 @@ from quartet.scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.control_profile import Profile
-    from quartet.scheduler_service.experts import ExpertRecorder
-    from quartet.scheduler_service.memory_saver import MemorySaver
+    from quartet.scheduler_service.execution.experts import ExpertRecorder
+    from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from quartet.scheduler_service.core.logprobs import in_a_row
 from quartet.scheduler_service.core.plan import Update
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
-from quartet.scheduler_service.worker import Worker
 
 
 def floats(data: bytes) -> list[float]:

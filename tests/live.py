@@ -10,10 +10,10 @@ from quartet.runtime.control import ControlCommand
 from quartet.runtime.messages import Finish, Reply, Tokenized, Tokens, unpack_ids
 from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.main import memory_saver
 from quartet.scheduler_service.scheduler import Scheduler
 from quartet.scheduler_service.weights.update import Updates
-from quartet.scheduler_service.worker import Worker
 from tests.fakes import FakeInbox, FakeOutbox, FakeProgress
 
 DEADLINE_S = 60.0

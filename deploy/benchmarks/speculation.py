@@ -22,7 +22,7 @@ from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.worker import Worker
+from quartet.scheduler_service.execution.worker import Worker
 from tests.engine import Engine
 
 HALF_BILLION = Path("/tmp/quartet-half-billion")

@@ -9,7 +9,7 @@ import torch
 
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service import fused_steps
+from quartet.scheduler_service.execution import fused_steps
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import sampling_rows
 from quartet.scheduler_service.sampling.state import settings_of

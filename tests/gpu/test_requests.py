@@ -12,10 +12,10 @@ import torch
 from quartet.runtime.control import ReleaseMemory, ResumeMemory, UpdateWeightsFromDisk
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service import device_state
-from quartet.scheduler_service.eager_steps import EagerSteps
-from quartet.scheduler_service.graphs import Graphs
-from quartet.scheduler_service.worker import Worker
+from quartet.scheduler_service.execution import device_state
+from quartet.scheduler_service.execution.eager_steps import EagerSteps
+from quartet.scheduler_service.execution.graphs import Graphs
+from quartet.scheduler_service.execution.worker import Worker
 from tests import checkpoints
 from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.live import Live

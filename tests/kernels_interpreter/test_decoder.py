@@ -8,7 +8,7 @@ import pytest
 from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.worker import Worker
+from quartet.scheduler_service.execution.worker import Worker
 from tests.engine import Answer, Engine
 from tests.model import tiny
 

@@ -20,13 +20,13 @@ from quartet.kernels.triton_compile import CompileError, Kernel, compiling, kern
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.compile_ahead import META, start_compiling
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.device_state import SlotTokens
-from quartet.scheduler_service.fused_steps import FusedSteps, make_fused_steps
-from quartet.scheduler_service.inputs import make_inputs, to_device
-from quartet.scheduler_service.kv_cache import KVCache
+from quartet.scheduler_service.execution.compile_ahead import META, start_compiling
+from quartet.scheduler_service.execution.device_state import SlotTokens
+from quartet.scheduler_service.execution.fused_steps import FusedSteps, make_fused_steps
+from quartet.scheduler_service.execution.inputs import make_inputs, to_device
+from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.registry import decoder_spec

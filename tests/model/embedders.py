@@ -14,7 +14,7 @@ from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.plan import Update
 from quartet.scheduler_service.core.planner import Planner
-from quartet.scheduler_service.worker import Worker
+from quartet.scheduler_service.execution.worker import Worker
 from tests.engine import floats
 from tests.model import tiny
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from quartet.runtime.embedding import Embedding
 from quartet.runtime.errors import StartupError
-from quartet.scheduler_service.pooling import POOLINGS, Pooler, activation_of
+from quartet.scheduler_service.execution.pooling import POOLINGS, Pooler, activation_of
 from tests.model import embedders
 from tests.model.embedders import Embedder, cosine, texts
 

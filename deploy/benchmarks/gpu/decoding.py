@@ -13,7 +13,7 @@ from deploy.benchmarks.gpu.engine import Engine, Run
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.shapes import Cost
 from deploy.benchmarks.gpu.timing import seconds
-from quartet.scheduler_service.fused_steps import FusedSteps, make_fused_steps
+from quartet.scheduler_service.execution.fused_steps import FusedSteps, make_fused_steps
 from quartet.scheduler_service.model.decoder import Decoder
 
 PROMPT = 32

@@ -18,6 +18,8 @@ from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.execution.launched import Pending
+from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.dtype import DTYPES
@@ -25,8 +27,6 @@ from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.registry import decoder_spec
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.model.weights import Weights
-from quartet.scheduler_service.pending import Pending
-from quartet.scheduler_service.worker import Worker
 
 SCALE = 0.02
 SPARE_TOKENS = 4096

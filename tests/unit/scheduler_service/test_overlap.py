@@ -10,7 +10,7 @@ import pytest
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.pending import Pending
+from quartet.scheduler_service.execution.launched import Pending
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.model import tiny
 

@@ -21,7 +21,7 @@ import torch
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import CommandRefused, StartupError
-from quartet.scheduler_service.inputs import Inputs
+from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.model.batch import ExpertShape, ServedModel
 
 log = logging.getLogger(__name__)

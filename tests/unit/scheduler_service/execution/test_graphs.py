@@ -14,9 +14,9 @@ from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.fused_steps import FusedSteps
-from quartet.scheduler_service.graphs import PATIENCE, Graphs, Key, PlainRecorder, length_sizes, row_sizes
-from quartet.scheduler_service.worker import Worker
+from quartet.scheduler_service.execution.fused_steps import FusedSteps
+from quartet.scheduler_service.execution.graphs import PATIENCE, Graphs, Key, PlainRecorder, length_sizes, row_sizes
+from quartet.scheduler_service.execution.worker import Worker
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_overlap import WISHES, Overlapped

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from quartet.runtime.embedding import Embedding
 from quartet.runtime.errors import Kind, StartupError
 from quartet.scheduler_service.core.plan import Plan, Result
-from quartet.scheduler_service.logprobs import as_bytes
+from quartet.scheduler_service.execution.logprobs import as_bytes
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.encoder import Encoder

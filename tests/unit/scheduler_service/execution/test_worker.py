@@ -13,11 +13,11 @@ from quartet.runtime.model_info import ModelInfo
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch
 from quartet.scheduler_service.model.weights import Layout, Weights
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
-from quartet.scheduler_service.worker import Worker
 from tests.engine import Engine, floats
 from tests.model import tiny
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.device_state import SlotTokens
-from quartet.scheduler_service.experts import Chosen
+from quartet.scheduler_service.execution.device_state import SlotTokens
+from quartet.scheduler_service.execution.experts import Chosen
+from quartet.scheduler_service.execution.inputs import Inputs, add_embeds, add_token_types, make_inputs, to_device
+from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.launched import State
+from quartet.scheduler_service.execution.verification import LogitRows
 from quartet.scheduler_service.host.transfer import upload
-from quartet.scheduler_service.inputs import Inputs, add_embeds, add_token_types, make_inputs, to_device
-from quartet.scheduler_service.kv_cache import KVCache
 from quartet.scheduler_service.model.batch import ServedModel
-from quartet.scheduler_service.pending import State
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
-from quartet.scheduler_service.verification import LogitRows
 
 
 @dataclass(slots=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from quartet.runtime.errors import CommandRefused
+from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.host.device import shortage
-from quartet.scheduler_service.kv_cache import KVCache
 from quartet.scheduler_service.weights.update import Updates
 
 WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"

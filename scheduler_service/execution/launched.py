@@ -10,13 +10,13 @@ import torch
 
 from quartet.runtime.errors import Kind
 from quartet.scheduler_service.core.plan import NAN_HAPPENED, Result, Slice
+from quartet.scheduler_service.execution.inputs import PageRuns
+from quartet.scheduler_service.execution.logprobs import OutputScores
+from quartet.scheduler_service.execution.verification import accepted
 from quartet.scheduler_service.grammar.matchers import Matcher
 from quartet.scheduler_service.host.transfer import Arrival
-from quartet.scheduler_service.inputs import PageRuns
-from quartet.scheduler_service.logprobs import OutputScores
 from quartet.scheduler_service.sampling.rows import Feature
 from quartet.scheduler_service.sampling.state import Row
-from quartet.scheduler_service.verification import accepted
 
 TOO_COSTLY = "The output cannot be constrained any further: {}"
 NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."

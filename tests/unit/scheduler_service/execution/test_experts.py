@@ -19,9 +19,9 @@ from quartet.runtime.control import (
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.messages import Reply
 from quartet.scheduler_service.control_experts import DUMPED, OFF, STARTED, STOPPED
-from quartet.scheduler_service.experts import Chosen, ExpertRecorder, expert_shape, make_recorder
-from quartet.scheduler_service.inputs import Inputs
-from quartet.scheduler_service.kv_cache import Placement
+from quartet.scheduler_service.execution.experts import Chosen, ExpertRecorder, expert_shape, make_recorder
+from quartet.scheduler_service.execution.inputs import Inputs
+from quartet.scheduler_service.execution.kv_cache import Placement
 from quartet.scheduler_service.model.batch import ExpertShape
 from tests.rig import PROMPT, Rig
 from tests.stepper import tokenized

@@ -14,8 +14,8 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions, Logprobs, pack_ids, unpack_ids
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.verification import accepted
-from quartet.scheduler_service.worker import Worker
+from quartet.scheduler_service.execution.verification import accepted
+from quartet.scheduler_service.execution.worker import Worker
 from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_overlap import WISHES as PLAIN_WISHES

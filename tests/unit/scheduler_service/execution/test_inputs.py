@@ -8,7 +8,7 @@ from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs
+from quartet.scheduler_service.execution.inputs import Inputs, PageRuns, add_embeds, add_token_types, make_inputs
 
 PAGE = 4
 

@@ -24,30 +24,30 @@ from quartet.runtime import stopwatch
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Facts, Logprobs
 from quartet.runtime.model_info import ModelInfo
-from quartet.scheduler_service.compile_ahead import start_compiling
 from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.device_state import SlotTokens
-from quartet.scheduler_service.eager_steps import EagerSteps
-from quartet.scheduler_service.experts import Chosen, expert_shape, make_recorder
-from quartet.scheduler_service.fused_steps import fused_steps_of
+from quartet.scheduler_service.execution.compile_ahead import start_compiling
+from quartet.scheduler_service.execution.device_state import SlotTokens
+from quartet.scheduler_service.execution.eager_steps import EagerSteps
+from quartet.scheduler_service.execution.experts import Chosen, expert_shape, make_recorder
+from quartet.scheduler_service.execution.fused_steps import fused_steps_of
+from quartet.scheduler_service.execution.inputs import Inputs, PageRuns
+from quartet.scheduler_service.execution.kv_cache import make_kv_cache
+from quartet.scheduler_service.execution.launched import Drawn, Pending, State
+from quartet.scheduler_service.execution.logprobs import as_bytes, output_logprobs, prompt_logprobs
+from quartet.scheduler_service.execution.pooling import make_pooler
+from quartet.scheduler_service.execution.steps import Computed, Step, Steps
+from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
 from quartet.scheduler_service.grammar import masks
 from quartet.scheduler_service.grammar.matchers import Grammar, Matcher
 from quartet.scheduler_service.host.device import available_gb, choose_device, limit_threads
 from quartet.scheduler_service.host.transfer import Arrival, fetch, upload
-from quartet.scheduler_service.inputs import Inputs, PageRuns
-from quartet.scheduler_service.kv_cache import make_kv_cache
-from quartet.scheduler_service.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.deterministic import is_asked_for, keep_order
 from quartet.scheduler_service.model.registry import load_model
-from quartet.scheduler_service.pending import Drawn, Pending, State
-from quartet.scheduler_service.pooling import make_pooler
 from quartet.scheduler_service.sampling.adjust import adjust_single_tokens
 from quartet.scheduler_service.sampling.rows import sampling_rows
 from quartet.scheduler_service.sampling.state import make_row
-from quartet.scheduler_service.steps import Computed, Step, Steps
-from quartet.scheduler_service.verification import LogitRows, logit_rows
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from quartet.scheduler_service.kv_cache import GB, KVCache, Placement, token_bytes, untouched_zeros
+from quartet.scheduler_service.execution.kv_cache import GB, KVCache, Placement, token_bytes, untouched_zeros
 from quartet.scheduler_service.model.batch import AttentionSpec
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import torch
 
 from quartet.runtime.messages import LogprobOptions, Logprobs, unpack_ids
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service import logprobs as module
-from quartet.scheduler_service.logprobs import log_of_sums, output_logprobs, prompt_logprobs
+from quartet.scheduler_service.execution import logprobs as module
+from quartet.scheduler_service.execution.logprobs import log_of_sums, output_logprobs, prompt_logprobs
 from quartet.scheduler_service.sampling.rows import SamplingRows, sampling_rows
 from quartet.scheduler_service.sampling.state import settings_of
 

@@ -11,10 +11,10 @@ from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.eager_steps import EagerSteps
-from quartet.scheduler_service.fused_steps import FusedSteps
-from quartet.scheduler_service.steps import Computed, Step
-from quartet.scheduler_service.worker import Worker
+from quartet.scheduler_service.execution.eager_steps import EagerSteps
+from quartet.scheduler_service.execution.fused_steps import FusedSteps
+from quartet.scheduler_service.execution.steps import Computed, Step
+from quartet.scheduler_service.execution.worker import Worker
 from tests.engine import Engine
 from tests.model import tiny
 

@@ -8,12 +8,12 @@ import torch
 from quartet.kernels.attention import paged_attention
 from quartet.kernels.attention_schedule import Ragged
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.device_state import SlotTokens
-from quartet.scheduler_service.experts import Chosen
-from quartet.scheduler_service.inputs import Inputs
-from quartet.scheduler_service.kv_cache import KVCache, Placement
+from quartet.scheduler_service.execution.device_state import SlotTokens
+from quartet.scheduler_service.execution.experts import Chosen
+from quartet.scheduler_service.execution.inputs import Inputs
+from quartet.scheduler_service.execution.kv_cache import KVCache, Placement
+from quartet.scheduler_service.execution.steps import Steps
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
-from quartet.scheduler_service.steps import Steps
 
 Attention = Callable[..., torch.Tensor]  # as quartet.kernels.attention.paged_attention
 

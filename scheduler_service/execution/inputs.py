@@ -8,8 +8,8 @@ import torch
 from quartet.kernels.attention_schedule import Ragged, Run, segments
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.execution.kv_cache import Placement
 from quartet.scheduler_service.host.transfer import send
-from quartet.scheduler_service.kv_cache import Placement
 
 TYPES = {"i": torch.int32, "q": torch.int64}
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quartet.scheduler_service.kv_cache import KVCache
+from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.model.batch import AttentionSpec
 from quartet.scheduler_service.model.fused_backend import FusedBackend
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from quartet.runtime.messages import LogprobOptions
-from quartet.scheduler_service.fused_prefill import CHUNKS, row_sizes, token_sizes
-from quartet.scheduler_service.graphs import Key
+from quartet.scheduler_service.execution.fused_prefill import CHUNKS, row_sizes, token_sizes
+from quartet.scheduler_service.execution.graphs import Key
 from tests.engine import ALL_LOGPROBS, Engine, floats
 from tests.model import tiny
-from tests.unit.scheduler_service.test_graphs import GREEDY, PROMPTS, fused, outcome
+from tests.unit.scheduler_service.execution.test_graphs import GREEDY, PROMPTS, fused, outcome
 from tests.unit.scheduler_service.test_overlap import WISHES, Overlapped
 
 LARGEST = 64

@@ -10,15 +10,15 @@ A small model is what this is for: its prompts are computed faster than some hun
 import torch
 
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.device_state import PageTable
-from quartet.scheduler_service.graphs import Graphs, Key, Recorder
+from quartet.scheduler_service.execution.device_state import PageTable
+from quartet.scheduler_service.execution.graphs import Graphs, Key, Recorder
+from quartet.scheduler_service.execution.inputs import Inputs
+from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.step_context import Chunks, StepContext
 from quartet.scheduler_service.host.transfer import upload
-from quartet.scheduler_service.inputs import Inputs
-from quartet.scheduler_service.kv_cache import KVCache
 from quartet.scheduler_service.model.batch import Batch
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.fused_backend import FusedBackend
-from quartet.scheduler_service.step_context import Chunks, StepContext
 
 CHUNKS = 16  # at most, in a recorded step
 ROWS = (0, 8, 32, 128)  # decode rows beside them

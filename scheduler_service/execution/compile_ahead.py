@@ -23,10 +23,10 @@ from quartet.runtime.model_info import ModelInfo
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.device_state import SlotTokens
-from quartet.scheduler_service.fused_steps import FusedSteps, make_fused_steps
-from quartet.scheduler_service.inputs import make_inputs, to_device
-from quartet.scheduler_service.kv_cache import DEFAULT_PAGE_SIZE, KVCache
+from quartet.scheduler_service.execution.device_state import SlotTokens
+from quartet.scheduler_service.execution.fused_steps import FusedSteps, make_fused_steps
+from quartet.scheduler_service.execution.inputs import make_inputs, to_device
+from quartet.scheduler_service.execution.kv_cache import DEFAULT_PAGE_SIZE, KVCache
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.dtype import resolve_dtype
 from quartet.scheduler_service.model.fused_backend import can_fuse

@@ -16,10 +16,10 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_info import ModelInfo
 from quartet.scheduler_service.core.plan import Plan, Slice
-from quartet.scheduler_service.device_state import PageTable, SlotPositions, SlotTokens
-from quartet.scheduler_service.experts import Chosen
-from quartet.scheduler_service.fused_prefill import FusedPrefill
-from quartet.scheduler_service.graphs import (
+from quartet.scheduler_service.execution.device_state import PageTable, SlotPositions, SlotTokens
+from quartet.scheduler_service.execution.experts import Chosen
+from quartet.scheduler_service.execution.fused_prefill import FusedPrefill
+from quartet.scheduler_service.execution.graphs import (
     MAX_ROWS,
     CudaRecorder,
     Graphs,
@@ -29,16 +29,16 @@ from quartet.scheduler_service.graphs import (
     length_sizes,
     row_sizes,
 )
+from quartet.scheduler_service.execution.inputs import Inputs
+from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.step_context import Chunks, StepContext
+from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.host.transfer import upload
-from quartet.scheduler_service.inputs import Inputs
-from quartet.scheduler_service.kv_cache import KVCache
 from quartet.scheduler_service.model.batch import Batch, ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.fused_backend import FusedBackend, can_fuse
 from quartet.scheduler_service.model.fused_sampling import PlainDraws
 from quartet.scheduler_service.sampling.rows import Draws, DrawSettings
-from quartet.scheduler_service.step_context import Chunks, StepContext
-from quartet.scheduler_service.steps import Computed, Step, Steps
 
 log = logging.getLogger(__name__)
 
