@@ -12,12 +12,12 @@ from quartet.runtime.progress import ProgressWord
 from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.service import Boot, announced, report_ready
 from quartet.runtime.sockets import Inbox, Outbox
+from quartet.scheduler_service.control.durable_state import StandingOrders
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.grammar.constrained import Pool
 from quartet.scheduler_service.scheduler import Scheduler, Worker
-from quartet.scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.execution.memory_saver import MemorySaver

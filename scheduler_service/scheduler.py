@@ -29,17 +29,17 @@ from quartet.runtime.messages import (
 )
 from quartet.runtime.progress import IDLE_BEAT_S, ProgressWord
 from quartet.scheduler_service.answers import check_hidden_states, ended, tokens_of
-from quartet.scheduler_service.control import HANDLERS, Control
+from quartet.scheduler_service.control.durable_state import StandingOrders
+from quartet.scheduler_service.control.handlers import HANDLERS, Control
 from quartet.scheduler_service.core import request
 from quartet.scheduler_service.core.plan import Plan, Result, Slice, Update
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.grammar.constrained import Pool, WaitingRoom, is_complete
 from quartet.scheduler_service.grammar.matchers import Grammar
 from quartet.scheduler_service.report import Report
-from quartet.scheduler_service.standing import StandingOrders
 
 if TYPE_CHECKING:
-    from quartet.scheduler_service.control_profile import Profile
+    from quartet.scheduler_service.control.profile import Profile
     from quartet.scheduler_service.execution.experts import ExpertRecorder
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.weights.update import Updates

@@ -12,7 +12,7 @@ import pytest
 
 from quartet.runtime import control, flags
 from quartet.runtime.launch import SERVICES
-from quartet.scheduler_service.control import HANDLERS
+from quartet.scheduler_service.control.handlers import HANDLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("runtime", "tokenizer_service", "scheduler_service", "detokenizer_service", "http_gateway", "kernels")

@@ -20,13 +20,13 @@ from quartet.runtime.errors import CommandRefused
 from quartet.runtime.guard import Announced, Guard, Service
 from quartet.runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
 from quartet.runtime.sockets import decode, encode
-from quartet.scheduler_service import control_weights
-from quartet.scheduler_service.control import HANDLERS, Control
+from quartet.scheduler_service.control import weights as control_weights
+from quartet.scheduler_service.control.durable_state import StandingOrders
+from quartet.scheduler_service.control.handlers import HANDLERS, Control
 from quartet.scheduler_service.core.plan import Plan, Result
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.scheduler import Scheduler
-from quartet.scheduler_service.standing import StandingOrders
 from quartet.tokenizer_service.encode import Encoder
 from tests.fakes import AtOnce, FakeWorker, looping_token
 from tests.simulated_ring.clock import Agenda

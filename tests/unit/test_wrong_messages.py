@@ -37,7 +37,7 @@ from quartet.runtime.messages import (
     pack_ids,
 )
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service import control_profile
+from quartet.scheduler_service.control import profile as control_profile
 from quartet.tokenizer_service.encode import Encoder
 from tests import checkpoints
 from tests.live import Live

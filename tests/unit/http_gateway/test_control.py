@@ -10,7 +10,7 @@ from quartet.http_gateway.auth import Access
 from quartet.runtime import control
 from quartet.runtime.control import COMMAND_LOST, Abort, FlushCache
 from quartet.runtime.messages import Finish, Generate, Reply
-from quartet.scheduler_service.control import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED
+from quartet.scheduler_service.control.handlers import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED
 from tests.unit.http_gateway.harness import asynchronous, served, step
 
 FLUSH_TEXTS = [

@@ -18,7 +18,7 @@ from quartet.runtime.control import (
 )
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.messages import Reply
-from quartet.scheduler_service.control_experts import DUMPED, OFF, STARTED, STOPPED
+from quartet.scheduler_service.control.experts import DUMPED, OFF, STARTED, STOPPED
 from quartet.scheduler_service.execution.experts import Chosen, ExpertRecorder, expert_shape, make_recorder
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import Placement

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from quartet.runtime.control import ControlCommand, DestroyWeightsUpdateGroup, InitWeightsUpdateGroup
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
-from quartet.scheduler_service.control_weights import updates_of
+from quartet.scheduler_service.control.weights import updates_of
 from quartet.scheduler_service.host.background import beside
 
 if TYPE_CHECKING:

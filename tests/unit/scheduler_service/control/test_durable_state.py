@@ -12,7 +12,7 @@ from quartet.runtime.control import (
     ReleaseMemory,
     ResumeMemory,
 )
-from quartet.scheduler_service.standing import LOST, StandingOrders
+from quartet.scheduler_service.control.durable_state import LOST, StandingOrders
 from tests import checkpoints
 from tests.live import Live
 

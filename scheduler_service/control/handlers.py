@@ -21,14 +21,12 @@ from quartet.runtime.control import (
 )
 from quartet.runtime.errors import CommandRefused, Kind
 from quartet.runtime.messages import Message, Reply, Request
-from quartet.scheduler_service import (
-    control_experts,
-    control_groups,
-    control_memory,
-    control_pause,
-    control_profile,
-    control_weights,
-)
+from quartet.scheduler_service.control import experts as control_experts
+from quartet.scheduler_service.control import memory as control_memory
+from quartet.scheduler_service.control import pause as control_pause
+from quartet.scheduler_service.control import process_groups as control_groups
+from quartet.scheduler_service.control import profile as control_profile
+from quartet.scheduler_service.control import weights as control_weights
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.scheduler import Scheduler

@@ -17,7 +17,7 @@ from quartet.runtime.control import (
     Tokenize,
 )
 from quartet.runtime.messages import Facts, Reply, Restarted, Tokens
-from quartet.scheduler_service.control import (
+from quartet.scheduler_service.control.handlers import (
     FLUSH_FAILED,
     FLUSH_IN_PROGRESS,
     FLUSH_TIMED_OUT,

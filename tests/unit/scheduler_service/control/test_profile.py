@@ -9,7 +9,7 @@ import pytest
 from quartet.runtime.control import StartProfile, StopProfile
 from quartet.runtime.limits import MAX_PROFILE_STEPS
 from quartet.runtime.messages import Reply
-from quartet.scheduler_service.control_profile import DIRECTORY_BY, NOT_RUNNING, RUNNING, STARTED, STOPPED
+from quartet.scheduler_service.control.profile import DIRECTORY_BY, NOT_RUNNING, RUNNING, STARTED, STOPPED
 from tests.rig import Rig
 from tests.stepper import tokenized
 
