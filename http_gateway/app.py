@@ -11,28 +11,17 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from quartet.http_gateway import (
-    chat,
-    completions,
-    control,
-    embed,
-    embeddings,
-    errors,
-    health,
-    info,
-    native,
-    openapi,
-    parsing,
-    rerank,
-    responses,
-    score,
-    tokens,
-)
-from quartet.http_gateway.auth import Access, Keys
-from quartet.http_gateway.edge import Edge
-from quartet.http_gateway.endpoint import Endpoint, Guarded, unauthorized
-from quartet.http_gateway.gateway import Gateway
-from quartet.http_gateway.visitors import Cors, KnownHosts, Visitors
+from quartet.http_gateway.admin import control, health, info, openapi, parsing
+from quartet.http_gateway.embedding import embeddings, rerank, score
+from quartet.http_gateway.embedding import encode as embed
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.auth import Access, Keys
+from quartet.http_gateway.http.visitors import Cors, KnownHosts, Visitors
+from quartet.http_gateway.native import generate as native
+from quartet.http_gateway.openai import chat, completions, responses, tokens
+from quartet.http_gateway.routes.edge import Edge
+from quartet.http_gateway.routes.endpoint import Endpoint, Guarded, unauthorized
+from quartet.http_gateway.routes.gateway import Gateway
 
 ENDPOINTS: list[Endpoint] = [
     *native.ENDPOINTS,

@@ -14,14 +14,14 @@ from typing import NoReturn
 import uvicorn
 import uvloop
 
-from quartet.http_gateway import payloads, warmup
+from quartet.http_gateway.admin import payloads, warmup
 from quartet.http_gateway.app import build
-from quartet.http_gateway.crowd import Crowd, connections_that_fit
-from quartet.http_gateway.edge import access_log
-from quartet.http_gateway.gateway import Gateway, Phase
-from quartet.http_gateway.metrics import Metrics
-from quartet.http_gateway.protocol import BoundedProtocol
-from quartet.http_gateway.ring_client import RingClient
+from quartet.http_gateway.http.crowd import Crowd, connections_that_fit
+from quartet.http_gateway.http.metrics import Metrics
+from quartet.http_gateway.http.protocol import BoundedProtocol
+from quartet.http_gateway.ring.ring_client import RingClient
+from quartet.http_gateway.routes.edge import access_log
+from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.runtime import model_info, service, stopwatch
 from quartet.runtime.control import Abort
 from quartet.runtime.errors import StartupError
@@ -144,7 +144,7 @@ def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
         lifespan="on",
         log_config=None,
         log_level=boot.config.log_level,
-        access_log=False,  # http_gateway/edge.py writes these lines
+        access_log=False,  # http_gateway/routes/edge.py writes these lines
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -3,7 +3,7 @@
 Receivers bind, senders connect. Every incarnation of a service binds a path of its own, `<role>.<epoch>`, so that none
 can take another's traffic; senders connect to `<role>`, a link that the launcher turns to the newest. Senders use
 IMMEDIATE, so that they wait while no peer exists; the gateway, which must not wait, lets frames queue instead. What a
-peer had not handled when it died is gone with it (`http_gateway/journal.py` sends it again). Inner queues have no
+peer had not handled when it died is gone with it (`http_gateway/ring/journal.py` sends it again). Inner queues have no
 bound; the gateway's in-flight limit is what bounds the ring. Hostile bytes raise nothing out of `recv`: they are
 counted in `Inbox.rejected`, logged once a minute, and dropped; of a frame only the messages that are wrong.
 """

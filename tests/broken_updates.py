@@ -18,7 +18,7 @@ import msgspec
 import torch
 from safetensors.torch import save
 
-from quartet.http_gateway import payloads
+from quartet.http_gateway.admin import payloads
 from quartet.runtime.control import UpdateWeightsFromDisk
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Reply

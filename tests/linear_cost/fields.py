@@ -9,7 +9,7 @@ import msgspec
 from msgspec import inspect
 
 from quartet.http_gateway.app import ENDPOINTS
-from quartet.http_gateway.endpoint import Endpoint
+from quartet.http_gateway.routes.endpoint import Endpoint
 from quartet.runtime.sampling import SamplingParams
 
 Path = tuple[str | int, ...]

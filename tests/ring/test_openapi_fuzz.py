@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
-from quartet.http_gateway import openapi
+from quartet.http_gateway.admin import openapi
 from quartet.http_gateway.app import ENDPOINTS
 from tests.servers import Server, launched
 

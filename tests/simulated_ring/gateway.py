@@ -5,10 +5,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from quartet.http_gateway.gateway import Gateway
-from quartet.http_gateway.journal import Pending
 from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
-from quartet.http_gateway.ring_client import RingClient
+from quartet.http_gateway.ring.journal import Pending
+from quartet.http_gateway.ring.ring_client import RingClient
+from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
 from quartet.runtime.messages import Message, Reply, Text
@@ -45,7 +45,7 @@ class Watch:
         self._operator = operator
 
     def heard(self, pending: Pending, text: Text, now: float) -> None:
-        """As quartet.http_gateway.metrics.Metrics."""
+        """As quartet.http_gateway.http.metrics.Metrics."""
         tokens = text.tokens
         hold(not (tokens.ids and self.paused), tokens.rid, "goes on in a pause")
         hold(not (tokens.ids and pending.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")

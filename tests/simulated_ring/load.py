@@ -8,7 +8,7 @@ from random import Random
 from tokenizers import Tokenizer
 
 from quartet.detokenizer_service.decode import Vocabulary
-from quartet.http_gateway.ring_client import RingClient
+from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.runtime.control import (
     ContinueGeneration,
     ControlCommand,

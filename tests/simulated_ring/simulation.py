@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from quartet.http_gateway.aborts import names
+from quartet.http_gateway.ring.aborts import names
 from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
 from quartet.runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens
 from quartet.runtime.sockets import encode

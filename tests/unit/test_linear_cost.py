@@ -14,10 +14,10 @@ import pytest
 
 from quartet.detokenizer_service.decode import Vocabulary
 from quartet.detokenizer_service.stops import Cutter, stops_of
-from quartet.http_gateway.counting import ValueCounter
-from quartet.http_gateway.generate_body import GenerateBody, to_job
-from quartet.http_gateway.intake import Rules, check_distinct
-from quartet.http_gateway.output import Output
+from quartet.http_gateway.generation.intake import Rules, check_distinct
+from quartet.http_gateway.generation.output import Output
+from quartet.http_gateway.http.counting import ValueCounter
+from quartet.http_gateway.native.generate_body import GenerateBody, to_job
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, LogprobOptions, Logprobs, Request, Text, Tokens, pack_ids

@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from quartet.http_gateway.app import build
-from quartet.http_gateway.gateway import Gateway, Phase
-from quartet.http_gateway.metrics import Metrics
-from quartet.http_gateway.ring_client import RingClient
+from quartet.http_gateway.http.metrics import Metrics
+from quartet.http_gateway.ring.ring_client import RingClient
+from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import Abort, ControlCommand, FlushCache, Probe
 from quartet.runtime.embedding import Embedding

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quartet.http_gateway.logprobs import supports
+from quartet.http_gateway.generation.logprobs import supports
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions, Request
 from quartet.runtime.model_info import ModelInfo

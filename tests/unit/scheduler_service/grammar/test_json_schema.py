@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from quartet.http_gateway.tool_calls import calls_schema
-from quartet.http_gateway.tool_events import Function, Tool
+from quartet.http_gateway.parsers.tool_calls import calls_schema
+from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.scheduler_service.grammar.matchers import LIMITS
 from quartet.scheduler_service.grammar.source import source
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from quartet.http_gateway.call_formats import REQUIRED
-from quartet.http_gateway.tool_calls import calls_schema, parse
-from quartet.http_gateway.tool_events import Function, Tool
+from quartet.http_gateway.parsers.call_formats import REQUIRED
+from quartet.http_gateway.parsers.tool_calls import calls_schema, parse
+from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler, MaskFiller, bitmask_words
 from quartet.scheduler_service.grammar.source import check_regex, from_ebnf

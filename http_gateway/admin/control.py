@@ -1,0 +1,113 @@
+"""Control endpoints: one route for every command that has a path, all from one generic handler.
+
+What a client sees of a reply is `http_gateway/admin/replies.py`.
+"""
+
+import logging
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from quartet.http_gateway.admin import payloads, replies
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.auth import Access
+from quartet.http_gateway.http.counting import ValueCounter
+from quartet.http_gateway.routes import bodies
+from quartet.http_gateway.routes.endpoint import Endpoint, Handler, body_parts, of_commands, of_weights, read_body
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime import control
+from quartet.runtime.control import ONE_PAYLOAD_A_RANK, RANKS, Abort, ControlCommand, UpdateWeightsFromTensor
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Reply
+
+log = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT_S = 600.0  # beyond the time-out that the command itself asks for
+
+
+def command_handler(kind: type[ControlCommand]) -> Handler:
+    """The handler of one command: decode, send round the ring, answer what comes back."""
+
+    async def handle(gateway: Gateway, http: HTTPRequest) -> Response:
+        return await carried_out(gateway, await read_command(kind, http))
+
+    return handle
+
+
+async def carried_out(gateway: Gateway, command: ControlCommand) -> Response:
+    """The answer to a command that has been round the ring."""
+    timeout_s = ANSWER_TIMEOUT_S + float(getattr(command, "timeout", None) or 0)
+    try:
+        reply = await gateway.ring.command(command, timeout_s)
+    except TimeoutError:
+        raise RequestError(f"No answer within {timeout_s:.0f} s.", Kind.INTERNAL) from None
+    if not isinstance(reply, Reply):
+        raise RequestError(f"The ring answered with {type(reply).__name__}.", Kind.INTERNAL)
+    return replies.render(command, reply)
+
+
+async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
+    """The command of a body."""
+    return command_of(kind, http, await read_body(http))
+
+
+def command_of(kind: type[ControlCommand], http: HTTPRequest, body: bytes) -> ControlCommand:
+    """What a body says, with what the query string says laid over it."""
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    if body.strip() not in (b"", b"null"):
+        bodies.refuse_misspelt(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), kind)
+    asked = {name: value for name, value in http.query_params.items() if name in known}
+    if not asked:
+        return control.from_body(kind, body)
+    given = msgspec.json.decode(body, type=dict[str, Any] | None) if body.strip() else None
+    try:
+        return msgspec.convert({**(given or {}), **asked}, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise RequestError(str(error)) from None
+
+
+async def abort_request(gateway: Gateway, http: HTTPRequest) -> Response:
+    """200 with an empty body, whether or not such a request is known."""
+    command = await read_command(Abort, http)
+    assert isinstance(command, Abort), command
+    if not command.rid and not command.abort_all:
+        log.warning("abort_request with neither a rid nor abort_all: nothing is aborted")
+    found = gateway.ring.abort(command)
+    log.info("abort_request: %d requests", found)
+    return Response(status_code=200)
+
+
+async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The tensors go into files as they arrive, the command with their paths round the ring."""
+    skeleton_bounds = of_commands(gateway.config)
+    with payloads.Upload(gateway.run_dir) as upload:
+        async for part in body_parts(http):
+            await upload.feed(part)
+            skeleton_bounds.check(len(upload.skeleton), ValueCounter())
+        command = command_of(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
+        assert isinstance(command, UpdateWeightsFromTensor), command
+        entries, command.serialized_named_tensors = command.serialized_named_tensors, []
+        if len(entries) != RANKS:
+            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
+        command.payload_files = [str(upload.file_of(bytes(entry))) for entry in entries]
+        upload.check_marks(len(entries))
+        return await carried_out(gateway, command)
+
+
+HANDLERS: dict[type[ControlCommand], Handler] = {
+    Abort: abort_request,  # answered without a reply from the ring
+    UpdateWeightsFromTensor: update_weights_from_tensor,
+}
+
+
+def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
+    access = Access.ADMIN if kind.admin else Access.USER
+    handler = HANDLERS.get(kind) or command_handler(kind)
+    shape = errors.native if kind is Abort else errors.control
+    bounds = of_weights if kind is UpdateWeightsFromTensor else of_commands
+    return Endpoint(path, handler, kind.methods, access, shape, changes_state=True, body=kind, bounds=bounds)
+
+
+ENDPOINTS = [endpoint_of(path, kind) for path, kind in control.routes().items()]

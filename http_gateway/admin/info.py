@@ -1,0 +1,226 @@
+"""What the server says about itself: model, settings, load, metrics."""
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import PlainTextResponse, Response
+
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.auth import Access
+from quartet.http_gateway.ring.probes import Counters
+from quartet.http_gateway.routes.endpoint import Endpoint
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime import flags
+from quartet.runtime.errors import RequestError
+from quartet.runtime.version import version
+
+OWNER = "quartet"
+FRESH_S = 0.1  # counters younger than this are not asked for again
+LOADS_TIMEOUT_S = 1.0
+STALE_S = 10.0  # counters older than this say nothing any more
+SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues")
+ONE_RING = {
+    "tp_size": 1,
+    "pp_size": 1,
+    "dp_size": 1,
+    "ep_size": 1,
+    "nnodes": 1,
+    "node_rank": 0,
+    "base_gpu_id": 0,
+    "gpu_id_step": 1,
+    "disaggregation_mode": "null",
+    "encoder_only": False,
+}
+
+
+# model
+
+
+def model_info(gateway: Gateway) -> dict[str, Any]:
+    return {
+        "model_path": gateway.model_path,
+        "tokenizer_path": gateway.config.tokenizer_path or gateway.config.model_path,
+        "is_generation": not gateway.model.is_embedding,
+        "preferred_sampling_params": gateway.config.preferred_sampling_params,
+        "weight_version": gateway.weight_version,
+    }
+
+
+async def get_model_info(gateway: Gateway, http: HTTPRequest) -> Response:
+    """These five keys and no other: clients compare the set."""
+    return errors.json_response(model_info(gateway))
+
+
+async def get_model_info_more(gateway: Gateway, http: HTTPRequest) -> Response:
+    more = {
+        "served_model_name": gateway.name,
+        "load_format": gateway.config.load_format,
+        "model_type": gateway.model.model_type,
+        "architectures": [gateway.model.architecture],
+        "has_image_understanding": False,
+        "has_audio_understanding": False,
+        "disaggregation_mode": "null",
+        "max_model_len": gateway.facts.context_length,
+    }
+    return errors.json_response({**model_info(gateway), **more})
+
+
+async def weight_version(gateway: Gateway, http: HTTPRequest) -> Response:
+    return errors.json_response({"weight_version": gateway.weight_version})
+
+
+def model_card(gateway: Gateway) -> dict[str, Any]:
+    name = gateway.name
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(gateway.started_at),
+        "owned_by": OWNER,
+        "root": name,
+        "parent": None,
+        "max_model_len": gateway.facts.context_length,
+    }
+
+
+async def models(gateway: Gateway, http: HTTPRequest) -> Response:
+    return errors.json_response({"object": "list", "data": [model_card(gateway)]})
+
+
+async def model(gateway: Gateway, http: HTTPRequest) -> Response:
+    asked = http.path_params["model"]
+    return errors.json_response(model_card(gateway)) if asked == gateway.name else errors.model_not_found(asked)
+
+
+# server
+
+
+async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
+    """Every setting by its name, and what the scheduler says; without that part when the ring does not answer."""
+    counters = await gateway.census.read(FRESH_S)
+    answered = gateway.census.age_s <= STALE_S
+    facts = gateway.facts
+    body = {
+        **ONE_RING,
+        **flags.public(gateway.config),
+        "status": "ready",
+        "max_total_num_tokens": facts.max_total_num_tokens,
+        "max_req_input_len": facts.max_req_input_len,
+        "max_model_len": facts.context_length,
+        "vocab_size": facts.vocab_size,
+        "memory_usage": facts.memory_usage,
+        "version": version(),
+        "weight_version": gateway.weight_version,
+        "uptime_s": time.time() - gateway.started_at,
+        "internal_states": [internal_state(gateway, counters)] if answered else [],
+    }
+    return errors.json_response(body)
+
+
+def internal_state(gateway: Gateway, counters: Counters) -> dict[str, Any]:
+    scheduler = counters.get("scheduler", {})
+    return {
+        "last_gen_throughput": scheduler.get("gen_throughput", 0.0),
+        "memory_usage": gateway.facts.memory_usage,
+        "load": scheduler.get("num_running_reqs", 0) + scheduler.get("num_queue_reqs", 0),
+        "effective_max_running_requests_per_dp": gateway.config.max_running_requests,
+        **scheduler,
+        "ring": {role: own for role, own in counters.items() if role != "scheduler"},
+    }
+
+
+# load
+
+
+def load(gateway: Gateway, counters: Counters) -> dict[str, Any]:
+    """The core section of /v1/loads."""
+    scheduler = counters.get("scheduler", {})
+    pool = gateway.facts.max_total_num_tokens
+    used = scheduler.get("num_used_tokens", 0)
+    return {
+        "timestamp": time.time(),
+        "dp_rank": 0,
+        "num_running_reqs": scheduler.get("num_running_reqs", 0),
+        "num_waiting_reqs": scheduler.get("num_queue_reqs", 0),
+        "num_reqs": scheduler.get("num_running_reqs", 0) + scheduler.get("num_queue_reqs", 0),
+        "num_waiting_uncached_tokens": scheduler.get("num_waiting_uncached_tokens", 0),
+        "num_used_tokens": used,
+        "num_total_tokens": used + scheduler.get("num_waiting_uncached_tokens", 0),
+        "num_active_tokens": scheduler.get("num_active_tokens", used),
+        "max_total_num_tokens": pool,
+        "max_running_requests": gateway.config.max_running_requests,
+        "token_usage": scheduler.get("token_usage", used / pool if pool else 0.0),
+        "gen_throughput": scheduler.get("gen_throughput", 0.0),
+        "cache_hit_rate": scheduler.get("cache_hit_rate", 0.0),
+        "utilization": scheduler.get("utilization", 0.0),
+    }
+
+
+def sections(gateway: Gateway, counters: Counters) -> dict[str, Any]:
+    """The sections that this server has something to say in."""
+    scheduler = counters.get("scheduler", {})
+    return {
+        "memory": {**gateway.facts.memory_usage, "token_capacity": gateway.facts.max_total_num_tokens},
+        "queues": {"waiting": scheduler.get("num_queue_reqs", 0), "in_flight": gateway.ring.unfinished},
+    }
+
+
+async def loads(gateway: Gateway, http: HTTPRequest) -> Response:
+    asked = [name.strip() for name in http.query_params.get("include", "core").split(",")]
+    if unknown := [name for name in asked if name not in (*SECTIONS, "all")]:
+        raise RequestError(f"Unknown section '{unknown[0]}'; known are all, {', '.join(SECTIONS)}.", field="include")
+    counters = await gateway.census.read(FRESH_S, LOADS_TIMEOUT_S)
+    core = load(gateway, counters)
+    if http.query_params.get("format") == "prometheus":
+        return PlainTextResponse(
+            "".join(f'sglang:{key}{{dp_rank="0"}} {core[key]}\n' for key in core if key not in ("timestamp", "dp_rank"))
+        )
+    more = {name: body for name, body in sections(gateway, counters).items() if name in asked or "all" in asked}
+    body = {
+        "timestamp": datetime.now(UTC).isoformat(),
+        "version": version(),
+        "accelerator": gateway.config.device,
+        "num_accelerators": 1,
+        "loads": [core | more] if http.query_params.get("dp_rank", "0") == "0" else [],
+    }
+    return errors.json_response(body)
+
+
+async def get_load(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A list with one entry for each rank, as routers read it; there is one."""
+    core = load(gateway, await gateway.census.read(FRESH_S, LOADS_TIMEOUT_S))
+    return errors.json_response(
+        [
+            {
+                "dp_rank": 0,
+                "load": core["num_reqs"],
+                "num_reqs": core["num_reqs"],
+                "num_waiting_reqs": core["num_waiting_reqs"],
+                "num_tokens": core["num_total_tokens"],
+                "ts_tic": time.monotonic(),
+            }
+        ]
+    )
+
+
+async def metrics(gateway: Gateway, http: HTTPRequest) -> Response:
+    """Answered even when the scheduler hangs: with the counters it last said."""
+    await gateway.census.read(FRESH_S, LOADS_TIMEOUT_S)
+    text = await gateway.metrics.text(gateway.census.last)
+    return Response(text, media_type=gateway.metrics.content_type)
+
+
+ENDPOINTS = [
+    Endpoint("/get_model_info", get_model_info),
+    Endpoint("/model_info", get_model_info_more),
+    Endpoint("/get_weight_version", weight_version),
+    Endpoint("/weight_version", weight_version),
+    Endpoint("/get_server_info", server_info),
+    Endpoint("/server_info", server_info),
+    Endpoint("/get_load", get_load),
+    Endpoint("/v1/loads", loads, shape=errors.openai),
+    Endpoint("/v1/models", models, shape=errors.openai),
+    Endpoint("/v1/models/{model:path}", model, shape=errors.openai),
+]
+METRICS = Endpoint("/metrics", metrics, access=Access.PUBLIC)

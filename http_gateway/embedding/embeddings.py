@@ -1,0 +1,178 @@
+"""POST /v1/embeddings and /v1/classify: vectors, and the probabilities of a classifier's labels."""
+
+import base64
+import math
+import time
+import uuid
+from typing import Any, Literal
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from quartet.http_gateway.embedding.encode import embed, embed_request, numbers
+from quartet.http_gateway.generation.intake import Job, Rules, fan_out
+from quartet.http_gateway.generation.truncation import Truncating, wished
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.native.generate_body import asks, pack, read_rids
+from quartet.http_gateway.routes import bodies
+from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.http_gateway.routes.tasks import check_embeds, cut_to
+from quartet.runtime import limits
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, Request, Text
+
+EMPTY = "Input cannot be empty"
+EMPTY_AT = "Input at index {} cannot be empty or whitespace only"
+MIXED = "All items in input list must be {}"
+NO_LABELS = "This model has no labels to classify by; use /v1/embeddings."
+KINDS = {str: "strings", int: "integers", list: "lists of integers", dict: "objects with a text"}
+
+
+class TextInput(msgspec.Struct):
+    """An item of a multimodal input; only its text is served."""
+
+    text: str | None = None
+    image: Any = None
+
+
+class EmbeddingsBody(Truncating, kw_only=True):
+    """POST /v1/embeddings. Fields that are not here are ignored."""
+
+    input: str | list[Any]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    rid: Any = None
+    lora_path: Any = None
+
+
+class ClassifyBody(Truncating, kw_only=True):
+    """POST /v1/classify. Fields that are not here are ignored."""
+
+    input: str | list[Any]
+    model: str | None = None
+    rid: Any = None
+
+
+async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
+    require_json(http)
+    body = await bodies.read(http, EmbeddingsBody)
+    embedding = check_embeds(gateway)
+    dimensions = cut_to(gateway, embedding, body.dimensions)
+    if asks(body.lora_path):
+        raise RequestError("lora_path is not supported.", field="lora_path")
+    texts = await embed(gateway, http, await beside(http, to_job, body, dimensions, gateway.rules))
+    data = [
+        {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
+        for index, text in enumerate(texts)
+    ]
+    answer = {"object": "list", "data": data, "model": gateway.config.name, "usage": usage(texts)}
+    return errors.json_response(answer)
+
+
+async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
+    require_json(http)
+    body = await bodies.read(http, ClassifyBody)
+    embedding = check_embeds(gateway)
+    if not embedding.labels:
+        raise RequestError(NO_LABELS)
+    texts = await embed(gateway, http, await beside(http, to_job, body, None, gateway.rules))
+    names = gateway.model.config.get("id2label") or {}
+    data = [classified(index, probabilities(numbers(text), embedding), names) for index, text in enumerate(texts)]
+    answer = {
+        "id": f"classify-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": gateway.config.name,
+        "data": data,
+        "usage": usage(texts),
+    }
+    return errors.json_response(answer)
+
+
+# input
+
+
+def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: Rules) -> Job:
+    """One request per item of `input`."""
+    given: Any = body.input
+    truncation = wished(body, "right")
+    single = isinstance(given, str) or bool(given and isinstance(given[0], int))
+    items = [given] if single else given
+    if not items or given == "":
+        raise RequestError(EMPTY, field="input")
+    if len(items) > limits.MAX_BATCH_PROMPTS:
+        raise RequestError(f"input may have at most {limits.MAX_BATCH_PROMPTS} items, got {len(items)}.", field="input")
+    if single and isinstance(given, str):
+        check_text(given, "Input cannot be empty or whitespace only")
+    kind = type(items[0])
+    if kind not in KINDS or any(type(item) is not kind for item in items):
+        raise RequestError(MIXED.format(KINDS.get(kind, "strings")), field="input")
+    request = embed_request(rules, dimensions, truncation)
+    prompts = [to_prompt(index, item, request, rules) for index, item in enumerate(items)]
+    return fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
+
+
+def to_prompt(index: int, item: Any, request: Request, rules: Rules) -> Generate:
+    if isinstance(item, list):
+        if any(type(token) is not int for token in item):
+            raise RequestError(MIXED.format("integers"), field="input")
+        if not item:
+            raise RequestError(EMPTY_AT.format(index), field="input")
+        return Generate(request=request, input_ids=pack(item, rules.vocab_size))
+    if isinstance(item, dict):
+        item = text_of(item)
+    check_text(item, EMPTY_AT.format(index))
+    return Generate(request=request, text=item)
+
+
+def text_of(item: dict[str, Any]) -> str:
+    given = msgspec.convert(item, TextInput)
+    if given.image is not None:
+        raise RequestError("image is not supported.", field="input")
+    return given.text or ""
+
+
+def check_text(text: str, message: str) -> None:
+    if not text.strip():
+        raise RequestError(message, field="input")
+
+
+# answer
+
+
+def encoded(text: Text, form: str | None) -> list[float] | str:
+    """A vector as numbers, or the base64 of its little-endian float32 bytes."""
+    return base64.b64encode(text.tokens.vector).decode() if form == "base64" else numbers(text)
+
+
+def usage(texts: list[Text]) -> dict[str, Any]:
+    tokens = sum(text.tokens.prompt_tokens for text in texts)
+    return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
+
+
+def probabilities(scores: list[float], embedding: Embedding) -> list[float]:
+    """A share for each label. Scores that the model's own activation has made into shares stay as they are."""
+    if embedding.activation and not embedding.activation.endswith(".Identity"):
+        return scores
+    if len(scores) == 1:
+        return [1 / (1 + math.exp(-scores[0]))] if scores[0] > -700 else [0.0]
+    largest = max(scores)
+    shares = [math.exp(score - largest) for score in scores]
+    return [share / sum(shares) for share in shares]
+
+
+def classified(index: int, shares: list[float], names: dict[str, str]) -> dict[str, Any]:
+    best = max(range(len(shares)), key=shares.__getitem__)
+    label = names.get(str(best), f"LABEL_{best}")
+    return {"index": index, "label": label, "probs": shares, "num_classes": len(shares)}
+
+
+SHAPE = errors.saying(errors.openai, {"input_ids": "input", "text": "input", "prompt": "input"})
+ENDPOINTS = [
+    Endpoint("/v1/embeddings", embeddings, ("POST",), shape=SHAPE, body=EmbeddingsBody),
+    Endpoint("/v1/classify", classify, ("POST",), shape=SHAPE, body=ClassifyBody),
+]

@@ -1,0 +1,146 @@
+"""POST|PUT /encode and /classify: a vector per prompt; a score, where the model is a reward model or cross-encoder."""
+
+import time
+from array import array
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from quartet.http_gateway.generation import rounds
+from quartet.http_gateway.generation.intake import Job, Rules, fan_out
+from quartet.http_gateway.generation.output import finish_reason
+from quartet.http_gateway.generation.truncation import Truncating, Truncation, wished
+from quartet.http_gateway.http.errors import json_response
+from quartet.http_gateway.native.generate_body import asks, check_batch, pack, read_rids
+from quartet.http_gateway.routes import bodies
+from quartet.http_gateway.routes.endpoint import Endpoint, beside
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.http_gateway.routes.tasks import check_embeds, cut_to
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, Request, Text
+from quartet.runtime.sampling import SamplingParams
+
+NOTHING_GIVEN = "At least one of text, input_ids, or image should be provided"
+BOTH_GIVEN = "text and input_ids cannot be provided at the same time"
+NOT_A_CROSS_ENCODER = "This model is no cross-encoder: it reads one text at a time, not pairs."
+REFUSED = ("image_data", "audio_data", "video_data", "lora_path", "return_pooled_hidden_states")
+
+
+class EncodeBody(Truncating, kw_only=True):
+    """`sampling_params` and whatever is not here are accepted and ignored, as the contract has it."""
+
+    text: str | list[str | list[str]] | None = None  # a list of two: a pair for a cross-encoder
+    input_ids: list[int | list[int]] | None = None
+    rid: Any = None
+    dimensions: int | None = None
+    log_metrics: bool | None = None
+    background: bool | None = None
+    image_data: Any = None
+    audio_data: Any = None
+    video_data: Any = None
+    lora_path: Any = None
+    return_pooled_hidden_states: Any = None
+
+
+def to_job(body: EncodeBody, rules: Rules) -> tuple[Job, bool]:
+    """The Job, and whether one object (not a list) answers it."""
+    for name in REFUSED:
+        if asks(getattr(body, name)):
+            raise RequestError(f"{name} is not supported.", field=name)
+    single = isinstance(body.text, str) or bool(body.input_ids and isinstance(body.input_ids[0], int))
+    prompts = read_prompts(body, single, rules)
+    job = fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
+    job.background = bool(body.background)
+    return job, single
+
+
+def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]:
+    if body.text is not None and body.input_ids is not None:
+        raise RequestError(BOTH_GIVEN, field="text")
+    given: Any = body.text if body.text is not None else body.input_ids
+    if not given:
+        raise RequestError(NOTHING_GIVEN, field="text")
+    items = [given] if single else given
+    check_batch(len(items), "text" if body.text is not None else "input_ids")
+    request = unnamed(body, rules)  # which all of them share until they get their rids
+    if body.input_ids is not None:
+        return [Generate(request=request, input_ids=pack(ids, rules.vocab_size)) for ids in items]
+    return [text_prompt(item, request) for item in items]
+
+
+def text_prompt(item: str | list[str], request: Request) -> Generate:
+    if isinstance(item, str):
+        return Generate(request=request, text=item)
+    if len(item) != 2:
+        raise RequestError(f"A pair has two texts, got {len(item)}.", field="text")
+    return Generate(request=request, text=item[0], text_pair=item[1])
+
+
+def unnamed(body: EncodeBody, rules: Rules) -> Request:
+    return embed_request(rules, body.dimensions, wished(body, "right"), log_metrics=body.log_metrics is not False)
+
+
+def embed_request(
+    rules: Rules, dimensions: int | None = None, truncation: Truncation | None = None, *, log_metrics: bool = True
+) -> Request:
+    """A request for a vector, still without a rid."""
+    params = SamplingParams(max_new_tokens=0)
+    request = Request(rid="", params=params, task="embed", dimensions=dimensions, log_metrics=log_metrics)
+    if truncation is not None:
+        truncation.apply(request, rules)
+    return request
+
+
+async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
+    received_at = time.monotonic()
+    body = await bodies.read(http, EncodeBody)
+    embedding = check_embeds(gateway)
+    body.dimensions = cut_to(gateway, embedding, body.dimensions)
+    job, single = await beside(http, to_job, body, gateway.rules)
+    if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
+        raise RequestError(NOT_A_CROSS_ENCODER, field="text")
+    vectors = await embed(gateway, http, job)
+    answers = [{"embedding": vector(text), "meta_info": meta_info(gateway, text, received_at)} for text in vectors]
+    return json_response(answers[0] if single else answers)
+
+
+async def embed(gateway: Gateway, http: HTTPRequest, job: Job) -> list[Text]:
+    """The message that holds each request's vector, in order. Raises RequestError when one was aborted."""
+    found: dict[int, Text] = {}
+    async with aclosing(rounds.run(gateway.ring, http, job)) as steps:
+        async for mail in steps:
+            found.update((index, text) for index, text in mail if text.tokens.vector or text.tokens.finish is not None)
+    answers = [found[index] for index in range(len(job.requests))]
+    if lost := [text for text in answers if not text.tokens.vector]:
+        finish = lost[0].tokens.finish
+        raise RequestError(f"Request {lost[0].tokens.rid} was aborted: {finish.message if finish else 'no vector'}")
+    return answers
+
+
+def numbers(text: Text) -> list[float]:
+    """A request's vector or scores."""
+    values = array("f")
+    values.frombytes(text.tokens.vector)
+    return values.tolist()
+
+
+def vector(text: Text) -> list[float] | float:
+    """The same, a bare number where the model scores pairs."""
+    values = numbers(text)
+    return values[0] if text.tokens.scalar else values
+
+
+def meta_info(gateway: Gateway, text: Text, received_at: float) -> dict[str, Any]:
+    tokens = text.tokens
+    return {
+        "id": tokens.rid,
+        "finish_reason": finish_reason(tokens.finish) if tokens.finish else None,
+        "prompt_tokens": tokens.prompt_tokens,
+        "weight_version": tokens.weight_version or gateway.weight_version,
+        "e2e_latency": time.monotonic() - received_at,
+    }
+
+
+ENDPOINTS = [Endpoint(path, encode, ("POST", "PUT"), body=EncodeBody) for path in ("/encode", "/classify")]

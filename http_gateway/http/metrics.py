@@ -1,0 +1,153 @@
+"""Prometheus metrics by the names that dashboards of this API know.
+
+Requests are measured here, where their text arrives; the scheduler's gauges and counters come from a probe of the
+ring and are shown as they were last said. The text is rendered off the event loop and kept for a moment.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from quartet.http_gateway.ring.journal import Pending
+from quartet.http_gateway.ring.probes import Counters
+from quartet.runtime.messages import ROLES, Text
+
+PREFIX = "sglang:"
+KEPT_S = 0.1
+ID_BYTES = 4
+
+LATENCY_BUCKETS = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
+E2E_BUCKETS = (*LATENCY_BUCKETS, 600, 1200, 1800, 2400)
+TOKEN_BUCKETS = (
+    *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04),
+    *(0.06, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8),
+)
+
+# Counted by the gateway, of requests whose clients want them counted; the scheduler's own are not shown beside them.
+OURS = {"prompt_tokens", "generation_tokens", "cached_tokens", "num_requests", "num_aborted_requests"}
+TOTAL = "_total"
+
+
+class RingCollector:
+    """The numbers that the hops said in the last probe."""
+
+    def __init__(self, model_name: str) -> None:
+        self.counters: Counters = {}
+        self._labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
+
+    def collect(self) -> Iterator[Metric]:
+        for role, numbers in self.counters.items():
+            for name, value in numbers.items():
+                if isinstance(value, int | float) and not (role == "scheduler" and name.removesuffix(TOTAL) in OURS):
+                    yield self._family(role, name, value)
+
+    def _family(self, role: str, name: str, value: float) -> Metric:
+        """A counter where the name ends in _total, else a gauge."""
+        kind = CounterMetricFamily if name.endswith(TOTAL) else GaugeMetricFamily
+        full = PREFIX + name if role == "scheduler" else f"quartet:{role}_{name}"
+        labels = self._labels if role == "scheduler" else {"model_name": self._labels["model_name"]}
+        family = kind(full, f"{name.replace('_', ' ')} ({role})", labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family
+
+
+class RestartCollector:
+    """How often each process was started again: its epoch, which the launcher keeps."""
+
+    def __init__(self, newest_epoch: Callable[[str], int]) -> None:
+        self._newest_epoch = newest_epoch
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily("quartet:restarts", "Processes that were started again.", labels=["role"])
+        for role in ROLES:
+            family.add_metric([role], self._newest_epoch(role))
+        yield family
+
+
+class Metrics:
+    """Everything the gateway counts. `newest_epoch`: of a role, as the launcher announces it."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self, model_name: str, newest_epoch: Callable[[str], int]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
+        self._ring = RingCollector(model_name)
+        self._registry.register(self._ring)
+        self._registry.register(RestartCollector(newest_epoch))
+        self._model_name = model_name
+        self._prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of finished requests.")
+        self._generation_tokens = self._counter("generation_tokens_total", "Output tokens of finished requests.")
+        self._cached_tokens = self._counter("cached_tokens_total", "Prompt tokens found in the prefix cache.")
+        self._requests = self._counter("num_requests_total", "Finished requests.")
+        self._aborted = self._counter("num_aborted_requests_total", "Aborted requests.")
+        self._first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", LATENCY_BUCKETS)
+        self._between_tokens = self._histogram("inter_token_latency_seconds", "Time between tokens.", TOKEN_BUCKETS)
+        self._whole_request = self._histogram("e2e_request_latency_seconds", "Time of a whole request.", E2E_BUCKETS)
+        self._http_requests = Counter(
+            PREFIX + "http_requests_total", "HTTP requests.", ["endpoint", "method"], registry=self._registry
+        )
+        self._http_responses = Counter(
+            PREFIX + "http_responses_total",
+            "HTTP responses.",
+            ["endpoint", "status_code", "method"],
+            registry=self._registry,
+        )
+        self.http_active = Gauge(
+            PREFIX + "http_requests_active", "HTTP requests being served.", registry=self._registry
+        )
+        self._text = b""
+        self._rendered_at = -float("inf")
+        self._lock = asyncio.Lock()
+
+    def _counter(self, name: str, help: str) -> Counter:
+        return Counter(PREFIX + name, help, ["model_name"], registry=self._registry).labels(self._model_name)
+
+    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(PREFIX + name, help, ["model_name"], buckets=buckets, registry=self._registry)
+        return family.labels(self._model_name)
+
+    # requests
+
+    def heard(self, pending: Pending, text: Text, now: float) -> None:
+        """One step of a request has arrived and is entered in `pending`, all but the time."""
+        if not pending.request.log_metrics:
+            return
+        tokens = text.tokens
+        if added := len(tokens.ids) // ID_BYTES:
+            if pending.last_heard_at:
+                self._between_tokens.observe((now - pending.last_heard_at) / added)
+            else:
+                self._first_token.observe(now - pending.sent_at)
+        if tokens.finish is not None:
+            self._finished(pending, text, now)
+
+    def _finished(self, pending: Pending, text: Text, now: float) -> None:
+        self._requests.inc()
+        self._aborted.inc(text.tokens.finish is not None and text.tokens.finish.reason == "abort")
+        self._prompt_tokens.inc(pending.prompt_tokens)
+        self._cached_tokens.inc(pending.cached_tokens)
+        self._generation_tokens.inc(len(pending.delivered) // ID_BYTES)
+        self._whole_request.observe(now - pending.sent_at)
+
+    # http
+
+    def received(self, endpoint: str, method: str) -> None:
+        self._http_requests.labels(endpoint, method).inc()
+
+    def answered(self, endpoint: str, status: int, method: str) -> None:
+        self._http_responses.labels(endpoint, str(status), method).inc()
+
+    # text
+
+    async def text(self, counters: Counters) -> bytes:
+        """The exposition format, at most KEPT_S old."""
+        async with self._lock:
+            if time.monotonic() - self._rendered_at > KEPT_S:
+                self._ring.counters = counters
+                self._text = await asyncio.to_thread(generate_latest, self._registry)
+                self._rendered_at = time.monotonic()
+        return self._text

@@ -1,0 +1,205 @@
+"""POST /v1/chat/completions: the next turn of a conversation, in OpenAI's shapes."""
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from quartet.http_gateway.generation import rounds
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.sse import EventStream, event
+from quartet.http_gateway.native.generate import check_servable, json_answer
+from quartet.http_gateway.openai.answers import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Delta,
+    Metadata,
+    Usage,
+)
+from quartet.http_gateway.openai.chat_body import (
+    chat_params,
+    choosing,
+    logprob_options,
+    make_turn,
+    prompt_of,
+    thought_of,
+)
+from quartet.http_gateway.openai.chat_turn import Turn, merged, message_of
+from quartet.http_gateway.openai.completions import wants
+from quartet.http_gateway.openai.extras import Extras
+from quartet.http_gateway.openai.output import Draft, chat_logprobs, usage
+from quartet.http_gateway.openai.params import DEFAULT_MODEL, SAID, job_of
+from quartet.http_gateway.openai.types import ChatBody
+from quartet.http_gateway.ring.flight import Delivery
+from quartet.http_gateway.routes import bodies
+from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime.messages import Text
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Choice:
+    """One choice on its way."""
+
+    def __init__(self, draft: Draft, turn: Turn, with_logprobs: bool, extras: Extras) -> None:
+        self.draft = draft
+        self.extras = extras
+        self._turn = turn
+        self._with_logprobs = with_logprobs
+        self._untold: list[Delta] = []
+        self._opened = False
+
+    def take(self, text: Text) -> None:
+        self.draft.take(text)
+        self.extras.take(text)
+        if text.place is not None:
+            self._turn.begin(text.place)
+        self._untold += self._turn.read(text.text, self.draft.finish is not None)
+        if self._turn.thinking:
+            self.draft.reasoning_tokens = self.draft.completion_tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        reason = self.draft.finish_reason
+        return "tool_calls" if reason == "stop" and self._turn.called else reason
+
+    def whole(self, index: int) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=message_of(self._untold),
+            logprobs=self._logprobs(),
+            finish_reason=self.finish_reason,
+            matched_stop=self.draft.matched_stop,
+            **self.extras.tell(),
+            **self.extras.end(),
+        )
+
+    def tell(self, index: int) -> Iterator[ChatChunkChoice]:
+        """What is new since the last time: the role first, the reason of the end last, in chunks of their own."""
+        if not self._opened:
+            self._opened = True
+            yield ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
+        deltas, logprobs, beside = merged(self._untold), self._logprobs(), self.extras.tell()
+        self._untold = []
+        if not deltas and (beside or (logprobs and logprobs.content)):
+            deltas = [Delta(content="")]  # tokens without text, or whose text is held back
+        for delta in deltas:
+            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, **beside)
+            logprobs, beside = None, {}
+        if self.draft.finish is not None:
+            yield from self._end(index)
+
+    def _end(self, index: int) -> Iterator[ChatChunkChoice]:
+        beside = self.extras.end()
+        hidden = beside.pop("hidden_states", None)
+        yield ChatChunkChoice(
+            index=index,
+            delta=Delta(),
+            finish_reason=self.finish_reason,
+            matched_stop=self.draft.matched_stop,
+            **beside,
+        )
+        if hidden is not None:
+            yield ChatChunkChoice(index=index, delta=Delta(hidden_states=hidden))
+
+    def _logprobs(self) -> ChatLogprobs | None:
+        scored = self.draft.scored()
+        return chat_logprobs(scored) if self._with_logprobs else None
+
+
+class Call:
+    """One HTTP call: what it asks for, and what its choices have become."""
+
+    def __init__(self, gateway: Gateway, body: ChatBody) -> None:
+        config = gateway.config
+        choice = choosing(body, config.tool_call_parser)
+        params = chat_params(gateway, body, choice)
+        options = logprob_options(body)
+        prompt = prompt_of(body, choice, gateway.rules.vocab_size)
+        self.id, self.job = job_of(gateway, body, [prompt], True, params, options)
+        thought = thought_of(body, config.reasoning_parser, params)
+        for request in self.job.requests:
+            request.request.thought = thought
+        self.body = body
+        self.gateway = gateway
+        received_at = time.monotonic()
+        self.choices = [
+            Choice(
+                Draft(options),
+                make_turn(body, choice, thought),
+                options is not None,
+                Extras(gateway, body, item.request, received_at),
+            )
+            for item in self.job.requests
+        ]
+        self._head: dict[str, Any] = {
+            "id": self.id,
+            "created": int(time.time()),
+            "model": body.model or DEFAULT_MODEL,
+        }
+
+    def usage(self) -> Usage:
+        drafts = [choice.draft for choice in self.choices]
+        return usage(drafts, len(drafts), cache_report=self.gateway.config.enable_cache_report)
+
+    def answer(self) -> ChatCompletion:
+        version = self.choices[0].draft.weight_version or self.gateway.weight_version
+        choices = [choice.whole(index) for index, choice in enumerate(self.choices)]
+        return ChatCompletion(**self._head, choices=choices, usage=self.usage(), metadata=Metadata(version))
+
+    def take(self, mail: list[Delivery]) -> None:
+        for index, text in mail:
+            self.choices[index].take(text)
+
+    def chunks(self, mail: list[Delivery]) -> Iterator[ChatChunk]:
+        """The chunks that are due after these deliveries."""
+        self.take(mail)
+        running = self.usage() if wants(self.body, "continuous_usage_stats") else None
+        for index in dict.fromkeys(index for index, _ in mail):
+            if self.choices[index].draft.due(self.gateway.config.stream_interval):
+                for choice in self.choices[index].tell(index):
+                    yield ChatChunk(**self._head, choices=[choice], usage=running)
+
+    def last_chunk(self) -> ChatChunk:
+        """The usage of all, with no choice."""
+        return ChatChunk(**self._head, choices=[], usage=self.usage())
+
+
+async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """The next turn of a conversation."""
+    require_json(http)
+    body = await bodies.read(http, ChatBody)
+    check_servable(gateway, http)
+    call = await beside(http, Call, gateway, body)
+    if body.stream:
+        return EventStream(stream(http, call), errors.openai_stream_event)
+    async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            call.take(mail)
+    return json_answer(_encode(call.answer()))
+
+
+async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
+    """The events of a stream."""
+    async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            if events := b"".join(event(_encode(chunk)) for chunk in call.chunks(mail)):
+                yield events
+    if wants(call.body, "include_usage"):
+        yield event(_encode(call.last_chunk()))
+
+
+SHAPE = errors.saying(
+    errors.openai, {**SAID, "top_logprobs_num": "top_logprobs", "text": "messages", "prompt": "messages"}
+)
+ENDPOINTS = [
+    Endpoint("/v1/chat/completions", chat_completions, ("POST",), shape=SHAPE, body=ChatBody, answer=ChatCompletion)
+]

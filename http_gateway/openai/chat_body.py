@@ -1,0 +1,162 @@
+"""What a chat request asks for: the conversation to render, the grammar of its tool choice, the parsers of its turn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quartet.http_gateway.native.generate_body import pack, unnamed
+from quartet.http_gateway.openai.chat_turn import Turn
+from quartet.http_gateway.openai.params import params_of
+from quartet.http_gateway.openai.types import ChatBody, NamedTool
+from quartet.http_gateway.parsers import reasoning, tool_calls
+from quartet.http_gateway.parsers.call_formats import REQUIRED, CallFormat, call_id
+from quartet.http_gateway.parsers.output_reader import OutputReader
+from quartet.http_gateway.parsers.thoughts import Marks
+from quartet.http_gateway.parsers.tool_events import Tool
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Chat, Generate, LogprobOptions, Thought
+from quartet.runtime.sampling import GRAMMARS, SamplingParams
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+NO_MESSAGES = "Messages cannot be empty."
+NO_TOOLS = "Tools cannot be empty if tool choice is set to required."
+NO_TEMPLATES = "chat_template is not supported: conversations are rendered by the server's own (--chat-template)."
+NO_SUCH_TOOL = "Tool '{}' not found in tools list."
+TOO_LARGE = "{} is too large: {}.This model supports at most {} completion tokens."
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """What `tools` and `tool_choice` come to."""
+
+    tools: Sequence[Tool] = ()  # those the template tells of
+    grammar: tuple[str, str] | None = None  # of the calls that are demanded, or of those that must be strict
+    format: CallFormat | None = None  # how the calls are written
+
+
+def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
+    """Raises RequestError for a choice that cannot be made."""
+    tools, choice = body.tools or [], body.tool_choice
+    if choice is None:
+        choice = "auto" if tools else "none"
+    if choice == "none":
+        return Choosing()
+    own = tool_calls.format_of(tool_call_parser) if tool_call_parser else None
+    if choice == "auto":
+        if own is None or not tools:
+            return Choosing(tools)
+        strict = None if constrained(body) else tool_calls.strict_calls(own, tools)
+        return Choosing(tools, strict, own)
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    if name is None and not tools:
+        raise RequestError(NO_TOOLS, field="tools")
+    if name is not None and name not in tool_calls.names_of(tools):
+        raise RequestError(NO_SUCH_TOOL.format(name), field="tool_choice")
+    schema = tool_calls.calls_schema(tools, name, body.parallel_tool_calls is not False)
+    demanded = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
+    return Choosing(tools, ("json_schema", schema), demanded)
+
+
+def constrained(body: ChatBody) -> bool:
+    """Whether the client says itself what the output must look like."""
+    wanted = body.response_format is not None and body.response_format.type != "text"
+    return wanted or any(getattr(body, kind) is not None for kind in GRAMMARS)
+
+
+def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingParams:
+    """The sampling parameters. Without a limit, the turn may fill the context."""
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    most = gateway.facts.context_length
+    if limit is not None and limit > most:
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        raise RequestError(TOO_LARGE.format(name, limit, most), field=name)
+    fallback: dict[str, Any] = {"max_new_tokens": None}
+    if choice.format is not None and not choice.format.alone:
+        fallback["skip_special_tokens"] = False  # some models write calls between special tokens
+    return params_of(gateway, body, {} if limit is None else {"max_new_tokens": limit}, fallback, choice.grammar)
+
+
+def logprob_options(body: ChatBody) -> LogprobOptions | None:
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true.", field="top_logprobs")
+        return None
+    return LogprobOptions(top=body.top_logprobs or 0, text=True)
+
+
+def prompt_of(body: ChatBody, choice: Choosing, vocab_size: int) -> Generate:
+    """The conversation, to be rendered by the tokenizer; or the ids that the client has rendered itself."""
+    if body.chat_template is not None or "chat_template" in (body.chat_template_kwargs or {}):
+        raise RequestError(NO_TEMPLATES, field="chat_template")
+    if body.input_ids is not None:
+        return Generate(request=unnamed(), input_ids=pack(body.input_ids, vocab_size))
+    if not body.messages:
+        raise RequestError(NO_MESSAGES, field="messages")
+    continues = bool(body.continue_final_message)
+    chat = Chat(
+        messages=[checked(message) for message in body.messages],
+        tools=[tool.plain() for tool in choice.tools] or None,
+        documents=body.documents,
+        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continues,
+        template_kwargs=template_variables(body),
+    )
+    return Generate(request=unnamed(), chat=chat)
+
+
+def checked(message: dict[str, Any]) -> dict[str, Any]:
+    """The message under a role that templates know: they were written before `developer` took over from `system`."""
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"A message's role must be one of {', '.join(ROLES)}, got {role!r}.", field="messages")
+    content = message.get("content")
+    if not isinstance(content, str | list | None) or (content is None and role == "user"):
+        raise RequestError("A message's content must be a string or a list of parts.", field="messages")
+    return {**message, "role": "system"} if role == "developer" else message
+
+
+def template_variables(body: ChatBody) -> dict[str, Any]:
+    """`reasoning_effort` is told to the template in the words that templates know."""
+    variables: dict[str, Any] = {}
+    if body.reasoning_effort == "none":
+        variables = {"enable_thinking": False, "thinking": False}
+    elif body.reasoning_effort is not None:
+        variables = {"reasoning_effort": body.reasoning_effort}
+    return variables | (body.chat_template_kwargs or {})
+
+
+def make_turn(body: ChatBody, choice: Choosing, thought: Thought | None) -> Turn:
+    """The reader of one choice's output. `thought`: as in the request."""
+    calls = choice.format
+    separate = body.separate_reasoning is not False
+    if thought is not None and not separate and not (calls and calls.alone):
+        thought = None  # it is to stay in the content, tags and all
+    if thought is None and calls is None:
+        return Turn()
+    marks = Marks(thought.opening, thought.closing) if thought else None
+    known = tool_calls.names_of(choice.tools)
+    return Turn(
+        OutputReader(marks, thought.place if thought else "before", calls, known),
+        stream_reasoning=body.stream_reasoning is not False,
+        separate_reasoning=separate,
+        most_calls=1 if body.parallel_tool_calls is False else None,
+        new_id=calls.new_id if calls else call_id,
+    )
+
+
+def thought_of(body: ChatBody, family: str | None, params: SamplingParams) -> Thought | None:
+    """What the output may begin with, on a server that knows how its model thinks.
+
+    A regex or an EBNF constrains the whole output. There is a thought in it only where it spells one of the tags.
+    """
+    variables = template_variables(body)
+    if family is None or variables.get("enable_thinking", variables.get("thinking")) is False:
+        return None
+    found = reasoning.family(family)
+    marks = found.marks
+    if params.grammar is not None and params.grammar[0] in ("regex", "ebnf"):
+        plain = params.grammar[1].replace("\\", "")
+        if marks.opening not in plain and marks.closing not in plain:
+            return None
+    return Thought(opening=marks.opening, closing=marks.closing, place=found.place)

@@ -1,0 +1,194 @@
+"""POST /v1/completions: text behind a prompt, in OpenAI's shapes."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from quartet.http_gateway.generation import rounds
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.sse import EventStream, event
+from quartet.http_gateway.native.generate import check_servable, json_answer
+from quartet.http_gateway.native.generate_body import pack, unnamed
+from quartet.http_gateway.openai.answers import Completion, CompletionChoice, Metadata, Usage
+from quartet.http_gateway.openai.extras import Extras
+from quartet.http_gateway.openai.output import Draft, Offsets, completion_logprobs, usage
+from quartet.http_gateway.openai.params import DEFAULT_MODEL, SAID, job_of, params_of
+from quartet.http_gateway.openai.tokens import detokenize_ids
+from quartet.http_gateway.openai.types import CompletionBody
+from quartet.http_gateway.ring.flight import Delivery
+from quartet.http_gateway.routes import bodies
+from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, LogprobOptions, Text
+
+DEFAULT_TOKENS = 16
+EMPTY = "Prompt cannot be empty"
+MIXED = "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids."
+NO_SUFFIX = "suffix is not supported: this server does not fill in the middle."
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass
+class Choice:
+    """One choice on its way: its draft, and the text that was not told yet."""
+
+    draft: Draft
+    extras: Extras
+    text: list[str] = field(default_factory=list)
+    offsets: Offsets = field(default_factory=Offsets)
+
+    def take(self, text: Text) -> None:
+        self.draft.take(text)
+        self.extras.take(text)
+        self.text.append(text.text)
+
+    def tell(self, index: int, with_logprobs: bool) -> CompletionChoice:
+        """What is new since the last time."""
+        text, scored = "".join(self.text), self.draft.scored()
+        self.text.clear()
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=completion_logprobs(scored, self.offsets) if with_logprobs else None,
+            finish_reason=self.draft.finish_reason,
+            matched_stop=self.draft.matched_stop,
+            **self.extras.tell(),
+            **(self.extras.end() if self.draft.finish is not None else {}),
+        )
+
+
+class Call:
+    """One HTTP call: what it asks for, and what its choices have become."""
+
+    def __init__(self, gateway: Gateway, body: CompletionBody) -> None:
+        refuse(body)
+        prompts, single = read_prompts(body, gateway.rules.vocab_size)
+        limit = {} if body.max_tokens is None else {"max_new_tokens": body.max_tokens}
+        params = params_of(gateway, body, limit, {"max_new_tokens": DEFAULT_TOKENS})
+        self.body = body
+        self.gateway = gateway
+        self.prompts = prompts
+        self.copies = params.n
+        self.logprobs = logprob_options(body)
+        self.id, self.job = job_of(gateway, body, prompts, single, params, self.logprobs)
+        received_at = time.monotonic()
+        self.choices = [
+            Choice(Draft(self.logprobs), Extras(gateway, body, item.request, received_at)) for item in self.job.requests
+        ]
+        self.created = int(time.time())
+
+    def usage(self) -> Usage:
+        drafts = [choice.draft for choice in self.choices]
+        return usage(drafts, self.copies, cache_report=self.gateway.config.enable_cache_report)
+
+    def completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
+        model = self.body.model or DEFAULT_MODEL
+        return Completion(id=self.id, created=self.created, model=model, choices=choices, **more)
+
+    def tell(self, index: int) -> CompletionChoice:
+        return self.choices[index].tell(index, self.logprobs is not None)
+
+    def echo(self, texts: Sequence[str]) -> None:
+        """Put each prompt before the output of its choices."""
+        for index, choice in enumerate(self.choices):
+            prompt = texts[index // self.copies]
+            choice.text.append(prompt)
+            choice.offsets = Offsets(prompt)
+
+    def chunks(self, mail: list[Delivery], interval: int) -> list[Completion]:
+        """The chunks that are due after these deliveries."""
+        for index, text in mail:
+            self.choices[index].take(text)
+        due = [i for i in dict.fromkeys(index for index, _ in mail) if self.choices[i].draft.due(interval)]
+        told = [self.tell(index) for index in due]
+        running = self.usage() if wants(self.body, "continuous_usage_stats") else None
+        return [self.completion([choice], usage=running) for choice in told if says_something(choice)]
+
+
+async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """Text behind one prompt or many."""
+    require_json(http)
+    body = await bodies.read(http, CompletionBody)
+    check_servable(gateway, http)
+    call = await beside(http, Call, gateway, body)
+    if body.echo:
+        call.echo(await prompt_texts(gateway, call.prompts))
+    if body.stream:
+        return EventStream(stream(http, call), errors.openai_stream_event)
+    async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            for index, text in mail:
+                call.choices[index].take(text)
+    told = [call.tell(index) for index in range(len(call.choices))]
+    version = call.choices[0].draft.weight_version or gateway.weight_version
+    return json_answer(_encode(call.completion(told, usage=call.usage(), metadata=Metadata(version))))
+
+
+async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
+    """The events of a stream."""
+    async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
+        async for mail in steps:
+            if chunks := call.chunks(mail, call.gateway.config.stream_interval):
+                yield b"".join(event(_encode(chunk)) for chunk in chunks)
+    if wants(call.body, "include_usage"):
+        yield event(_encode(call.completion([], usage=call.usage())))
+
+
+def says_something(choice: CompletionChoice) -> bool:
+    """A step whose text is held back, because it may yet become a stop, is not worth a chunk."""
+    return bool(choice.text or choice.finish_reason or choice.logprobs or choice.token_ids or choice.prompt_token_ids)
+
+
+def wants(body: Any, option: str) -> bool:
+    return bool(body.stream_options and getattr(body.stream_options, option))
+
+
+def refuse(body: CompletionBody) -> None:
+    if body.suffix:
+        raise RequestError(NO_SUFFIX, field="suffix")
+
+
+def logprob_options(body: CompletionBody) -> LogprobOptions | None:
+    """`true` is what some clients send for: of the token itself."""
+    if body.logprobs is None or body.logprobs is False:
+        return None
+    top = 0 if body.logprobs is True else body.logprobs
+    return LogprobOptions(start=0 if body.echo else -1, top=top, text=True)
+
+
+def read_prompts(body: CompletionBody, vocab_size: int) -> tuple[list[Generate], bool]:
+    """One Generate per prompt, and whether it is only one. Raises RequestError."""
+    given: Any = body.prompt
+    if not given:
+        raise RequestError(EMPTY, field="prompt")
+    single = isinstance(given, str) or isinstance(given[0], int)
+    items = [given] if single else given
+    kind = str if isinstance(items[0], str) else list
+    if not all(isinstance(item, kind) for item in items) or (
+        kind is list and not all(isinstance(token, int) for item in items for token in item)
+    ):
+        raise RequestError(MIXED, field="prompt")
+    if not all(items):
+        raise RequestError(EMPTY, field="prompt")
+    if kind is str:
+        return [Generate(request=unnamed(), text=item) for item in items], single
+    return [Generate(request=unnamed(), input_ids=pack(item, vocab_size)) for item in items], single
+
+
+async def prompt_texts(gateway: Gateway, prompts: list[Generate]) -> list[str]:
+    """The text of each prompt, to be echoed: without the start of a character that the output will complete."""
+    if prompts[0].text is not None:
+        return [prompt.text or "" for prompt in prompts]
+    return await detokenize_ids(gateway, [prompt.input_ids for prompt in prompts], open_end=True)
+
+
+SHAPE = errors.saying(errors.openai, {**SAID, "top_logprobs_num": "logprobs", "input_ids": "prompt", "text": "prompt"})
+ENDPOINTS = [Endpoint("/v1/completions", completions, ("POST",), shape=SHAPE, body=CompletionBody, answer=Completion)]

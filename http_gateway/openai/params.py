@@ -1,0 +1,117 @@
+"""From the body of an OpenAI request to the ring's own parameters, and to the Job of its prompts."""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
+from quartet.http_gateway.generation.truncation import wished
+from quartet.http_gateway.native.generate_body import HIDDEN_STATES_OFF, asks, read_rids, with_distribution
+from quartet.http_gateway.openai.response_format import grammar
+from quartet.http_gateway.openai.types import REFUSED, CompletionBody, GenerationBody
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Generate, LogprobOptions, Request
+from quartet.runtime.sampling import GRAMMARS, SamplingParams
+
+DEFAULT_MODEL = "default"
+RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+SAID = {ours: theirs for theirs, ours in RENAMED.items()} | {"max_new_tokens": "max_tokens"}  # in errors
+SAME = tuple(
+    field.name
+    for field in msgspec.structs.fields(SamplingParams)
+    if field.name in {own.name for own in msgspec.structs.fields(GenerationBody)}
+)
+OF_THE_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json says about sampling. Its top_k 0 is our -1: the whole vocabulary."""
+    found = {name: value for name in OF_THE_MODEL if (value := generation_config.get(name)) is not None}
+    return found | ({"top_k": -1} if found.get("top_k") == 0 else {})
+
+
+def params_of(
+    gateway: Gateway,
+    body: GenerationBody,
+    limit: Mapping[str, int | None],
+    fallback: Mapping[str, Any],
+    forced: tuple[str, str] | None = None,
+) -> SamplingParams:
+    """The parameters of a request: what it says over the operator's over the model's over `fallback`.
+
+    `limit`: max_new_tokens, where the request has one. `forced`: the grammar of a demanded tool call.
+    """
+    refuse(body)
+    given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    given |= {new: value for old, new in RENAMED.items() if (value := getattr(body, old)) is not None}
+    for constraint in (grammar(body.response_format), forced):
+        if constraint is not None:
+            add_grammar(given, constraint)
+    from_model = gateway.config.sampling_defaults == "model"
+    under = model_defaults(gateway.model.generation_config) if from_model else {}
+    preferred = {**fallback, **under, **gateway.rules.preferred}
+    return sampling_params(given | dict(limit), replace(gateway.rules, preferred=preferred))
+
+
+def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:
+    kind, text = constraint
+    if any(name in given for name in GRAMMARS):
+        raise RequestError(
+            "The output can be constrained by one thing only: response_format, tool_choice, json_schema, regex, ebnf "
+            "or structural_tag.",
+            field=kind,
+        )
+    given[kind] = text
+
+
+def refuse(body: GenerationBody) -> None:
+    for name in REFUSED:
+        if asks(getattr(body, name)):
+            raise RequestError(f"{name} is not supported.", field=name)
+
+
+def job_of(
+    gateway: Gateway,
+    body: GenerationBody,
+    prompts: list[Generate],
+    single: bool,
+    params: SamplingParams,
+    logprobs: LogprobOptions | None,
+) -> tuple[str, Job]:
+    """The id of the answer and the Job: n requests for each prompt, all to be found by that id."""
+    if body.priority and not gateway.rules.priorities:
+        raise RequestError("priority needs a server started with --enable-priority-scheduling.", field="priority")
+    if len(prompts) > limits.MAX_BATCH_PROMPTS:
+        raise RequestError(f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {len(prompts)}.")
+    completion = isinstance(body, CompletionBody)  # there the ids of the prompt come with those of the output
+    hidden = bool(body.return_hidden_states)
+    if hidden and not gateway.rules.hidden_states:
+        raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
+    options = with_distribution(logprobs, bool(body.return_entropy), bool(body.return_sampling_mask), params)
+    truncation = wished(body, "left")
+    for prompt in prompts:
+        prompt.request = Request(
+            rid="",
+            params=params,
+            logprobs=options,
+            stream=bool(body.stream),
+            extra_key=(body.extra_key or "") + (body.cache_salt or ""),
+            priority=body.priority or 0,
+            return_hidden_states=hidden,
+            return_prompt_ids=bool(body.return_prompt_token_ids or (completion and body.return_token_ids)),
+            log_metrics=body.log_metrics is not False,
+        )
+        if truncation is not None:
+            truncation.apply(prompt.request, gateway.rules)
+    rid = uuid.uuid4().hex if body.rid is None else body.rid
+    rids = read_rids(rid, len(prompts), single)
+    job = fan_out(prompts, rids, gateway.rules)
+    if isinstance(rid, str):
+        job.parents = [rid] * len(job.requests)
+    job.background = bool(body.background)
+    return rid if isinstance(rid, str) else rid[0], job

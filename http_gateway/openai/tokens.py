@@ -1,0 +1,159 @@
+"""POST /tokenize and /detokenize: the tokenizer on its own, text to ids and back."""
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.openai.chat_body import choosing, prompt_of
+from quartet.http_gateway.openai.types import ChatBody
+from quartet.http_gateway.routes import bodies
+from quartet.http_gateway.routes.endpoint import Endpoint, beside, read_body
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime import limits
+from quartet.runtime.control import ControlCommand, Detokenize, Tokenize
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Reply, pack_ids, unpack_ids
+
+TIMEOUT_S = 60.0
+NULL = b"null"
+ONE_SOURCE = "Either prompt or messages should be provided."
+BAD_IDS = "tokens must be a list of token ids, or a list of such lists."
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """A prompt, or a conversation with all that a chat completion takes: it is read and rendered as one."""
+
+    model: str | None = None
+    prompt: str | list[str] | None = None
+    add_special_tokens: bool | None = None
+    messages: list[dict[str, Any]] | None = None
+
+
+class TokenizeAnswer(msgspec.Struct, kw_only=True):
+    tokens: list[int | list[int]]
+    count: int | list[int]
+    max_model_len: int
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    tokens: list[int | list[int]]
+    model: str | None = None
+    skip_special_tokens: bool | None = None
+
+
+class DetokenizeAnswer(msgspec.Struct):
+    text: str | list[str]
+
+
+async def tokenize(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The ids of a text, of many, or of a conversation in the model's form."""
+    raw = await read_body(http)
+    if has_messages(raw):
+        chat = bodies.decode(raw, ChatBody)
+        found, single = [await ids_of_chat(gateway, http, chat)], True
+    else:
+        body = bodies.decode(raw, TokenizeBody)
+        command = await beside(http, command_of, body)
+        found, single = await tokens_of(gateway, command), not isinstance(body.prompt, list)
+    tokens = found[0] if single else found
+    count = len(found[0]) if single else [len(ids) for ids in found]
+    return errors.json_response({"tokens": tokens, "count": count, "max_model_len": gateway.facts.context_length})
+
+
+def has_messages(raw: bytes) -> bool:
+    """Whether a body is a conversation. Raises RequestError for one that is a prompt too."""
+    given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    prompt, messages = (bytes(given.get(name, NULL)) != NULL for name in ("prompt", "messages"))
+    if prompt and messages:
+        raise RequestError(ONE_SOURCE, field="prompt")
+    return messages
+
+
+async def ids_of_chat(gateway: Gateway, http: HTTPRequest, body: ChatBody) -> list[int]:
+    """The prompt of a chat completion."""
+    choice = choosing(body, gateway.config.tool_call_parser)
+    prompt = await beside(http, prompt_of, body, choice, gateway.rules.vocab_size)
+    if prompt.chat is None:
+        return unpack_ids(prompt.input_ids).tolist()
+    return (await tokens_of(gateway, Tokenize(chat=prompt.chat)))[0]
+
+
+async def tokens_of(gateway: Gateway, command: Tokenize) -> list[list[int]]:
+    """The ids of each text of a command."""
+    return [unpack_ids(ids).tolist() for ids in (await ask(gateway, command))["tokens"]]
+
+
+def command_of(body: TokenizeBody) -> Tokenize:
+    if body.prompt is None:
+        raise RequestError(ONE_SOURCE, field="prompt")
+    texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt or []
+    check_count(texts, "prompt")
+    return Tokenize(texts=texts, add_special_tokens=body.add_special_tokens is not False)
+
+
+async def detokenize(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The text of token ids, or of many lists of them."""
+    body = await bodies.read(http, DetokenizeBody)
+    many = bool(body.tokens) and isinstance(body.tokens[0], list)
+    lists: list[Any] = body.tokens if many else [body.tokens]
+    check_count(lists, "tokens")
+    check_ids_count(sum(len(ids) for ids in lists if isinstance(ids, list)))
+    ids = await beside(http, lambda: list(map(packed, lists)))
+    texts = await detokenize_ids(gateway, ids, body.skip_special_tokens is not False)
+    return errors.json_response({"text": texts if many else texts[0]})
+
+
+def packed(ids: Any) -> bytes:
+    try:
+        return pack_ids(ids)
+    except (TypeError, OverflowError):
+        raise RequestError(BAD_IDS, field="tokens") from None
+
+
+def check_count(items: list[Any], field: str) -> None:
+    if len(items) > limits.MAX_BATCH_PROMPTS:
+        raise RequestError(f"{field} may have at most {limits.MAX_BATCH_PROMPTS} items, got {len(items)}.", field=field)
+
+
+def check_ids_count(count: int) -> None:
+    if count > limits.MAX_DETOKENIZED:
+        raise RequestError(
+            f"At most {limits.MAX_DETOKENIZED} ids are decoded in one call, got {count}.", field="tokens"
+        )
+
+
+async def detokenize_ids(
+    gateway: Gateway, ids: list[bytes], skip_special_tokens: bool = True, *, open_end: bool = False
+) -> list[str]:
+    """The text of each list of ids; `open_end`: without an unfinished last character. Raises RequestError."""
+    command = Detokenize(ids=ids, skip_special_tokens=skip_special_tokens, open_end=open_end)
+    found = await ask(gateway, command)
+    texts: list[str] = found["texts"]
+    return texts
+
+
+async def ask(gateway: Gateway, command: ControlCommand) -> dict[str, Any]:
+    """What a service of the ring replies. Raises RequestError for a refusal."""
+    try:
+        reply = await gateway.ring.command(command, TIMEOUT_S)
+    except TimeoutError:
+        raise RequestError(f"No answer within {TIMEOUT_S:.0f} s.", Kind.UNAVAILABLE) from None
+    assert isinstance(reply, Reply), reply
+    if not reply.success:
+        raise RequestError(reply.message, errors.KIND_OF_STATUS.get(reply.status, Kind.BAD_REQUEST))
+    return reply.body or {}
+
+
+ENDPOINTS = [
+    *(
+        Endpoint(path, tokenize, ("POST",), shape=errors.openai, body=TokenizeBody, answer=TokenizeAnswer)
+        for path in ("/tokenize", "/v1/tokenize")
+    ),
+    *(
+        Endpoint(path, detokenize, ("POST",), shape=errors.openai, body=DetokenizeBody, answer=DetokenizeAnswer)
+        for path in ("/detokenize", "/v1/detokenize")
+    ),
+]

@@ -1,0 +1,42 @@
+"""The families of reasoning parsers, by their `--reasoning-parser` names. `output_reader` does the reading."""
+
+from typing import NamedTuple
+
+from quartet.http_gateway.parsers.output_reader import OutputReader
+from quartet.http_gateway.parsers.thoughts import Family, Marks
+from quartet.http_gateway.parsers.tool_events import collect
+from quartet.runtime.errors import RequestError
+
+FAMILIES = {
+    "deepseek-r1": Family(place="inside"),
+    "deepseek-v3": Family(),
+    "glm45": Family(),
+    "kimi": Family(Marks("◁think▷", "◁/think▷")),
+    "qwen3": Family(),
+    "qwen3-thinking": Family(place="inside"),
+    "step3": Family(place="inside"),
+}
+
+
+class Split(NamedTuple):
+    """A whole output in its parts."""
+
+    reasoning: str = ""
+    content: str = ""
+
+
+def family(name: str) -> Family:
+    """Raises RequestError."""
+    if name not in FAMILIES:
+        raise RequestError(
+            f"Unsupported reasoning parser {name!r}, use one of: {', '.join(FAMILIES)}.", field="reasoning_parser"
+        )
+    return FAMILIES[name]
+
+
+def split(name: str, text: str) -> Split:
+    """Thought and answer of a whole output."""
+    found = family(name)
+    reading = OutputReader(found.marks, found.place)
+    whole = collect([*reading.feed(text), *reading.finish()])
+    return Split(whole.thought, whole.content)

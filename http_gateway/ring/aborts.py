@@ -1,0 +1,53 @@
+"""Which requests an abort means, how they end, and the aborts that a death in the ring may have lost."""
+
+from collections import deque
+from collections.abc import Collection, Mapping
+
+from quartet.http_gateway.ring.journal import Pending
+from quartet.runtime.control import Abort
+from quartet.runtime.messages import ABORTED, Finish
+
+RELAYED_ABORTS = 1024  # the last ones, kept in case the tokenizer dies with them
+
+
+class Relayed:
+    """The aborts that the detokenizer has sent on at stop strings, by the serial at which they passed."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[int, Abort]] = deque(maxlen=RELAYED_ABORTS)
+
+    def note(self, serial: int, abort: Abort) -> None:
+        self._kept.append((serial, abort))
+
+    def still_meant(self, pending: Mapping[str, Pending], lost: Collection[str]) -> list[Abort]:
+        """Those to send again: their request has ended here, or waits for its last message.
+
+        Not where the rid is a later request's, and not where the request is `lost`: it runs again, to its stop string.
+        """
+        aborts = []
+        for serial, abort in self._kept:
+            entry = pending.get(abort.rid)
+            if entry is None or (entry.serial < serial and entry.rid not in lost):
+                aborts.append(abort)
+        return aborts
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def aborted(abort: Abort) -> Finish:
+    """The end of a request that is not in the ring."""
+    return Finish(reason="abort", message=abort.abort_message or ABORTED)
+
+
+def names(command: Abort, entry: Pending) -> bool:
+    """Does the command mean this request?"""
+    if command.abort_all:
+        return True
+    if not command.rid:
+        return False
+    if command.exact:
+        return command.rid == entry.rid
+    if command.prefix:
+        return entry.request.rid.startswith(command.rid) or entry.parent.startswith(command.rid)
+    return command.rid in (entry.request.rid, entry.parent)

@@ -1,0 +1,84 @@
+"""What the gateway knows of an unfinished request, so that it is not lost with a process of the ring.
+
+An entry holds all that is needed to send the request again, to go on behind what its client has. Whatever comes back
+for an older attempt is dropped, so nothing is said twice.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from quartet.runtime.control import Abort
+from quartet.runtime.messages import Generate, Request
+
+if TYPE_CHECKING:
+    from quartet.http_gateway.ring.flight import Flight
+
+
+@dataclass(slots=True)
+class Deaths:
+    """Those of one service in a row, without progress of the request between them."""
+
+    count: int = 0
+    proof_bytes: int = 0  # of `Pending.delivered`: so much is progress
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """The journal entry of one unfinished request."""
+
+    generate: Generate
+    parent: str  # the rid that the client gave, where the request is one of several made from it
+    flight: "Flight | None"  # None: its client has gone, only the terminal message is awaited
+    index: int
+    serial: int  # order of arrival, among commands too
+    sent_at: float
+    attempt: int = 0
+    again: bool = False  # this is not its first attempt
+    in_ring: bool = False  # the attempt was sent, as far as can be known
+    heard: bool = False  # and something has come back
+    known: bool = False  # the scheduler may have an attempt of it, this one or an earlier one
+    unwanted: Abort | None = None  # how somebody asked for its end
+    delivered: bytearray = field(default_factory=bytearray)  # output ids handed to the endpoint, int32
+    last_heard_at: float = 0.0  # 0: nothing yet
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    deaths: dict[str, Deaths] = field(default_factory=dict)  # by role, while this was in the ring
+
+    @property
+    def request(self) -> Request:
+        return self.generate.request
+
+    @property
+    def rid(self) -> str:
+        return self.generate.request.rid
+
+    def message(self, epoch: int) -> Generate:
+        """The request as it is to be sent now, to the scheduler of this epoch."""
+        if not self.attempt:  # nothing was ever started again
+            return self.generate
+        request = msgspec.structs.replace(
+            self.request, attempt=self.attempt, epoch=epoch, again=self.again, resume_ids=bytes(self.delivered)
+        )
+        return msgspec.structs.replace(self.generate, request=request)
+
+    def withdraw(self, attempt: int) -> None:
+        """What is in the ring does not count any more; a later attempt is to be sent."""
+        self.again = self.again or self.in_ring
+        self.in_ring = self.heard = False
+        self.attempt = attempt
+
+    def abort(self, message: str = "") -> Abort:
+        """The command that ends it in the scheduler."""
+        return Abort(rid=self.rid, exact=True, abort_message=message)
+
+
+def digest(generate: Generate) -> bytes:
+    """Equal for requests that ask for the same, whatever they are called."""
+    anonymous = msgspec.structs.replace(
+        generate.request, rid="", call="", seed=0, attempt=0, again=False, resume_ids=b""
+    )
+    content = msgspec.msgpack.encode(msgspec.structs.replace(generate, request=anonymous))
+    return hashlib.blake2b(content, digest_size=16).digest()

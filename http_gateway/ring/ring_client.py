@@ -1,0 +1,400 @@
+"""The gateway's end of the ring: requests go out, their text comes back; commands go out, replies come back.
+
+One listener task reads the inbox and never waits for anybody: what arrives for a request is put into the mailbox of
+its Flight, and the endpoint takes all of it at once when it gets to run, so a slow client costs memory for its own
+text and nothing else. A rid stays pending until its terminal message has passed, even when its client has gone, so a
+rid can never name two requests inside the ring.
+
+When a process of the ring was started again, what may have been lost with the one before is sent once more, as the next
+attempt (`http_gateway/ring/journal.py`), in the order in which it was sent first, commands too. Attempts count those
+restarts, for new requests as well: a rid that is used again cannot be taken for what is left of an earlier one.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from quartet.http_gateway.ring.aborts import Relayed, aborted, names
+from quartet.http_gateway.ring.commands import Commands, Waiting
+from quartet.http_gateway.ring.flight import Flight
+from quartet.http_gateway.ring.journal import Pending, digest
+from quartet.http_gateway.ring.quarantine import GUILTY, Quarantine
+from quartet.runtime.control import Abort, ControlCommand, Probe
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.guard import Announced, Guard, end_of
+from quartet.runtime.messages import ABORTED, GATEWAY, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
+from quartet.runtime.sockets import FrameTooLarge
+
+log = logging.getLogger(__name__)
+
+# Receiving a frame that is there already does not give way to the endpoints; after so many they get their turn. When
+# the gateway falls behind, about so many steps of a request become one chunk of its stream.
+FRAMES_A_TURN = 8
+
+LAP_TIMEOUT_S = 5.0
+INTRODUCE_AGAIN_S = 5.0
+NOT_TAKEN = "Internal error: no service took the request."
+CONDEMNED = (
+    "A request like this one has ended a process of the server again and again; it is not tried for ten minutes."
+)
+
+
+class Receiver(Protocol):
+    async def recv(self) -> list[Any]: ...
+
+
+class Sender(Protocol):
+    def send(self, messages: Sequence[Message]) -> None: ...
+
+
+class Meter(Protocol):
+    """What the gateway counts of each request (http_gateway/http/metrics.py)."""
+
+    def heard(self, pending: Pending, text: Text, now: float) -> None: ...
+
+
+class RingClient:
+    """Owns everything that is on its way round the ring."""
+
+    def __init__(
+        self,
+        inbox: Receiver,
+        outbox: Sender,
+        limit: int,
+        meter: Meter,
+        least_attempt: int = 0,
+        announced: Announced | None = None,
+    ) -> None:
+        """`least_attempt`: beyond all attempts of the gateway before."""
+        self.closing = False  # no new requests: the server drains
+        self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
+        self.last_heard_at = 0.0
+        self.on_reply: Callable[[Reply], None] = lambda reply: None  # hears them all, those for nobody too
+        self.on_facts: Callable[[Facts], None] = lambda facts: None  # hears them, those of a restarted scheduler too
+        self.guard = Guard(GATEWAY, announced or Announced(), self._give_up)
+        self._inbox = inbox
+        self._outbox = outbox
+        self._limit = limit
+        self._meter = meter
+        self._pending: dict[str, Pending] = {}
+        self._least_attempt = self._attempt = least_attempt  # grows with every restart of a ring process
+        self._serials = itertools.count(1)  # of requests, commands and relayed aborts
+        self._quarantine = Quarantine()
+        self._clearing = "none"  # id of the probe behind which the ring is clear for suspects
+        self._relayed = Relayed()
+        self._commands = Commands(self._send, self._serials)
+        self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._receive: dict[type, Callable[[Any, float], None]] = {
+            Text: self._on_text,
+            Reply: self._on_answer,
+            Probe: self._on_answer,
+            Facts: self._on_facts,
+            Abort: self._on_abort,
+            Restarted: self._on_restarted,
+        }
+
+    # requests
+
+    def open(self, batch: list[Generate], parents: list[str] | None = None, *, limited: bool = True) -> Flight:
+        """Send requests in one frame. Raises RequestError: draining, too many in flight, a rid in use, too large.
+
+        `parents` are the rids by which the client knows them, where those differ from their own. The limit of what
+        may be in flight is for clients; the gateway's own requests are not `limited`.
+        """
+        self._admit(batch)
+        if limited:
+            self._check_room(batch)
+        flight = Flight([generate.request.rid for generate in batch], self._abandon)
+        now, entries = time.monotonic(), []
+        for index, generate in enumerate(batch):
+            parent = parents[index] if parents else ""
+            entries.append(Pending(generate, parent, flight, index, next(self._serials), now, self._attempt))
+        if not self._quarantine.alone:
+            self._send([entry.message(self._commands.epoch) for entry in entries])
+            for entry in entries:
+                entry.in_ring = entry.known = True
+        self._pending.update((entry.rid, entry) for entry in entries)
+        self._idle.clear()
+        return flight
+
+    def _admit(self, batch: list[Generate]) -> None:
+        if self.closing:
+            raise RequestError("The server is shutting down.", Kind.UNAVAILABLE)
+        for generate in batch:
+            if generate.request.rid in self._pending:
+                raise RequestError(f"Duplicate request ID detected: {generate.request.rid}", field="rid")
+            if self._quarantine.condemned(generate, time.monotonic()):
+                raise RequestError(CONDEMNED, Kind.INTERNAL)
+
+    def _check_room(self, batch: list[Generate]) -> None:
+        if len(batch) > self._limit:
+            raise RequestError(f"One call may hold at most {self._limit} requests, got {len(batch)}.")
+        if len(self._pending) + len(batch) > self._limit:
+            raise RequestError(
+                f"The server is full: {len(self._pending)} of at most {self._limit} requests are in flight.",
+                Kind.UNAVAILABLE,
+            )
+
+    def _send(self, messages: Sequence[Message]) -> None:
+        """Raises RequestError for what cannot be sent."""
+        try:
+            self._outbox.send(messages)
+        except FrameTooLarge as error:
+            raise RequestError(f"The request is too large: {error}.", Kind.TOO_LARGE) from error
+        except OverflowError as error:  # an integer of more than 64 bits
+            raise RequestError("A number in the request is out of range.") from error
+
+    def _abandon(self, flight: Flight) -> None:
+        left = [entry for rid in flight.rids if (entry := self._pending.get(rid)) and entry.flight is flight]
+        for entry in left:
+            entry.flight = None
+        self._unwant(left, ABORTED)
+
+    def _unwant(self, entries: list[Pending], message: str) -> None:
+        """End requests: here what is not in the ring, else in the scheduler."""
+        aborts = []
+        for entry in entries:
+            entry.unwanted = entry.abort(message)
+            if entry.in_ring:
+                aborts.append(entry.unwanted)
+            else:
+                self._end(entry, aborted(entry.unwanted))
+        self._send_aborts(aborts)
+
+    def _send_aborts(self, aborts: list[Abort]) -> None:
+        if aborts:
+            self._outbox.send(aborts)
+
+    def abort(self, command: Abort) -> int:
+        """Abort one rid (with the requests made from it), all that begin with it, or all; how many were found."""
+        found = [entry for entry in self._pending.values() if names(command, entry)]
+        self._unwant(found, command.abort_message)
+        return len(found)
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._pending)
+
+    @property
+    def oldest_sent_at(self) -> float | None:
+        return next((entry.sent_at for entry in self._pending.values()), None)
+
+    async def idle(self) -> None:
+        """Return once nothing is pending."""
+        await self._idle.wait()
+
+    def end_all(self, message: str) -> None:
+        """Finish every pending request here and now, without the ring."""
+        for entry in list(self._pending.values()):
+            self._end(entry, Finish(reason="abort", message=message))
+
+    def _end(self, entry: Pending, finish: Finish) -> None:
+        """Finish one request here and now."""
+        tokens = Tokens(rid=entry.request.rid, attempt=entry.attempt, finish=finish)
+        self._on_text(Text(tokens=tokens), time.monotonic())
+
+    # restarts
+
+    async def introduce(self) -> None:
+        """Say that this gateway is new, until the scheduler has said its facts."""
+        while not self._facts.done():
+            self.ask_facts()
+            await asyncio.wait([self._facts], timeout=INTRODUCE_AGAIN_S)
+
+    def ask_facts(self) -> None:
+        """Have the scheduler say its facts; `on_facts` hears them."""
+        self._outbox.send([Restarted(role="gateway", least_attempt=self._least_attempt)])
+
+    def _on_restarted(self, restarted: Restarted, now: float) -> None:
+        self.ask_facts()  # those of a scheduler that was started again meanwhile may be lost; first hear of that death
+        self._recover(restarted.role)
+
+    def _recover(self, role: str) -> None:
+        """A service was started again: send once more what may have been lost with the one before."""
+        self._attempt += 1
+        lost = [entry for entry in self._pending.values() if role != "tokenizer" or not entry.heard]
+        guilty = self._quarantine.died(role, lost)
+        for entry in lost:
+            entry.withdraw(self._attempt)
+            entry.known = entry.known and role != "scheduler"
+        self._recover_aborts(role, {entry.rid for entry in lost})
+        if guilty:
+            self._blame(guilty, role)
+        again = self._pump(self._commands.recover(role))
+        log.warning("The %s was started again; %d of %d requests are sent again.", role, again, len(self._pending))
+
+    def _recover_aborts(self, role: str, lost: set[str]) -> None:
+        """Ends that were on their way are asked for again; a new scheduler has nothing to end."""
+        aborts = self._relayed.still_meant(self._pending, lost)
+        for entry in list(self._pending.values()):
+            if entry.unwanted is not None:  # its last message may be lost
+                aborts.append(entry.unwanted)
+                self._end(entry, aborted(entry.unwanted))
+        if role == "scheduler":
+            self._relayed.clear()
+        else:
+            self._send_aborts(aborts)
+
+    def _blame(self, guilty: Pending, role: str) -> None:
+        """End the request that ended a service, and its like."""
+        self._quarantine.condemn(guilty.generate, time.monotonic())
+        found = digest(guilty.generate)
+        for entry in list(self._pending.values()):
+            if entry is guilty or digest(entry.generate) == found:
+                self._send_aborts([entry.abort()])
+                self._end(entry, Finish.internal(GUILTY.format(role=role)))
+
+    def _pump(self, commands: Sequence[Waiting] = ()) -> int:
+        """Send the requests that are not in the ring and may be, and commands; how many requests that were."""
+        for entry in self._quarantine.advance(self._pending.values()):
+            self._attempt += 1
+            entry.withdraw(self._attempt)
+        held = [entry for entry in self._pending.values() if not (entry.in_ring or entry.unwanted)]
+        if self._quarantine.alone and not self._quarantine.cleared:
+            self._clear(held)
+        ready: list[Pending | Waiting] = [entry for entry in held if self._quarantine.admits(entry)]
+        sent = 0
+        for item in sorted([*ready, *commands], key=lambda item: item.serial):
+            if isinstance(item, Waiting):
+                self._outbox.send([item.command])
+                continue
+            try:
+                self._send([item.message(self._commands.epoch)])
+            except RequestError as error:  # with its output it has become too large
+                self._end(item, Finish.failed(error))
+                continue
+            item.in_ring = item.known = True
+            sent += 1
+        return sent
+
+    def _clear(self, held: list[Pending]) -> None:
+        """Before suspects run: end what is left in the ring of those held back, and send a probe behind it."""
+        probe = Probe(id=f"clear.{next(self._serials)}")
+        self._clearing = probe.id
+        self._outbox.send([*(entry.abort() for entry in held if entry.known), probe])
+
+    # commands
+
+    async def command(self, command: ControlCommand, timeout_s: float) -> Message:
+        """Send a command round the ring and wait for what comes back. Raises TimeoutError and RequestError."""
+        return await self._commands.carry_out(command, timeout_s)
+
+    async def probe(self, timeout_s: float) -> dict[str, dict[str, Any]]:
+        """The counters of every hop, by role. Raises TimeoutError and RequestError."""
+        answer = await self.command(Probe(), timeout_s)
+        if not isinstance(answer, Probe):
+            return {}
+        return {**answer.counters, GATEWAY: {"failed_messages_total": self.guard.failed}}
+
+    async def facts(self) -> Facts:
+        """What the loaded model allows; waits until the scheduler has said it."""
+        return await asyncio.shield(self._facts)
+
+    async def lap(self) -> None:
+        """Wait until a probe has gone all the way round: every hop is there and connected to the next."""
+        while True:
+            try:
+                await self.probe(LAP_TIMEOUT_S)
+                return
+            except (RequestError, TimeoutError) as error:
+                log.info("The ring is not complete yet: %s", error or "no answer in time")
+
+    # what arrives
+
+    async def listen(self) -> None:
+        """Deliver everything that arrives, for ever."""
+        for frame in itertools.count(1):
+            messages = await self._inbox.recv()
+            now = self.last_heard_at = time.monotonic()
+            self.guard.each(messages, partial(self._hear, now))
+            if frame % FRAMES_A_TURN == 0:
+                await asyncio.sleep(0)
+
+    def _hear(self, now: float, message: Message) -> list[Message]:
+        self._receive.get(type(message), self._on_other)(message, now)
+        return []
+
+    def _give_up(self, message: Message, finish: Finish) -> list[Message]:
+        """End the request or the command whose message could not be handled."""
+        match end_of(message, finish):
+            case Text(tokens=tokens) | (Tokens() as tokens):
+                entry = self._pending.get(tokens.rid)
+                if entry is not None and entry.attempt == tokens.attempt:
+                    self._send_aborts([entry.abort()])
+                    self._end(entry, finish)
+            case Reply() as reply:
+                self._on_answer(reply, time.monotonic())
+        return []
+
+    def _on_text(self, text: Text, now: float) -> None:
+        entry = self._pending.get(text.tokens.rid)
+        if entry is None or entry.attempt != text.tokens.attempt:
+            self.stale += 1
+            return
+        ended = text.tokens.finish is not None
+        if ended:
+            del self._pending[text.tokens.rid]
+            if not self._pending:
+                self._idle.set()
+        entry.delivered += text.tokens.ids
+        if entry.last_heard_at:
+            text.tokens.cached_tokens = entry.cached_tokens  # those of its first attempt
+        if text.tokens.prompt_tokens:
+            entry.prompt_tokens, entry.cached_tokens = text.tokens.prompt_tokens, text.tokens.cached_tokens
+        if entry.flight is not None:
+            entry.flight.put(entry.index, text)
+        self._meter.heard(entry, text, now)
+        entry.last_heard_at, entry.heard = now, True
+        if self._quarantine.hears(entry, ended):
+            self._pump()
+
+    def _on_answer(self, answer: Reply | Probe, now: float) -> None:
+        if isinstance(answer, Reply):
+            self.on_reply(answer)
+        if answer.id == self._clearing:
+            self._quarantine.cleared = True
+            self._pump()
+            return
+        waiting = self._commands.answered(answer.id, answer)
+        if waiting is None:
+            self.stale += 1
+        elif isinstance(answer, Reply) and answer.success and waiting.command.ends_requests:
+            self._end_before(waiting.serial)
+
+    def _end_before(self, serial: int) -> None:
+        """A command has ended all requests before it: see to those whose last message was lost, or were held back."""
+        left = [entry for entry in self._pending.values() if entry.serial < serial and not entry.unwanted]
+        self._unwant(left, ABORTED)
+
+    def _on_facts(self, facts: Facts, now: float) -> None:
+        known = self._commands.epoch
+        if facts.epoch < known:  # the words of one that has died may come behind its successor's
+            return
+        self.on_facts(facts)  # first: where it raises, nothing has been believed
+        restarted = self._facts.done() and facts.epoch > known
+        if self._facts.done():
+            self._facts = asyncio.get_running_loop().create_future()
+        self._facts.set_result(facts)
+        self._commands.epoch = facts.epoch
+        if restarted:
+            self._recover("scheduler")
+
+    def _on_abort(self, abort: Abort, now: float) -> None:
+        """The detokenizer has met a stop string: the scheduler, further on in the ring, is to end the request."""
+        self._relayed.note(next(self._serials), abort)
+        self._send_aborts([abort])
+
+    def _on_other(self, message: Message, now: float) -> None:
+        """Something went all the way round and no hop took it: a command is refused, the rest is a fault."""
+        if isinstance(message, ControlCommand):
+            name = type(message).__struct_config__.tag
+            self._on_answer(Reply(id=message.id, success=False, status=400, message=f"{name} is not supported."), now)
+            return
+        log.error("a %s message came back to the gateway; no service took it", type(message).__name__)
+        self._give_up(message, Finish.internal(NOT_TAKEN))

@@ -1,0 +1,92 @@
+"""Reads the JSON body of a request into its struct.
+
+Fields that are not known are ignored, for clients of other servers send theirs. One that looks like a known field
+written wrongly is refused with both names: whoever wrote it believes that it counts.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from itertools import islice
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request as HTTPRequest
+
+from quartet.http_gateway.routes.endpoint import read_body
+from quartet.runtime import limits
+from quartet.runtime.errors import RequestError
+
+Body = TypeVar("Body")
+
+MISSPELT = "Unknown field `{}`: did you mean `{}`?"
+SHORTEST = 4  # characters of a name that is compared; of a shorter one, only its last letter may be missing
+LONG = 8  # from here on two mistakes are seen through
+# Fields of other servers and clients that look like ours and mean something else.
+FOREIGN = frozenset({"inputs", "message", "mode", "models", "prompts", "seeds", "tags", "texts", "users"})
+
+
+async def read(http: HTTPRequest, kind: type[Body]) -> Body:
+    """The body of a request. Raises RequestError, msgspec.DecodeError and UnicodeDecodeError."""
+    return decode(await read_body(http), kind)
+
+
+def decode(raw: bytes, kind: type[Body]) -> Body:
+    """The same of bytes that are there. JSON is UTF-8, in fields that nobody reads too."""
+    if not raw.isascii():
+        raw.decode()
+    refuse_misspelt(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]), kind)
+    return msgspec.json.decode(raw, type=kind)
+
+
+def refuse_misspelt(given: Iterable[str], kind: type) -> None:
+    """Raise RequestError for the first field that is a known one written wrongly."""
+    known = names_of(kind)
+    for name in islice((name for name in given if name not in known), limits.MAX_COMPARED_FIELDS):
+        if name not in FOREIGN and (meant := next((own for own in known if is_misspelt(name, own)), None)):
+            raise RequestError(MISSPELT.format(name, meant), field=name)
+
+
+@cache
+def names_of(kind: type) -> tuple[str, ...]:
+    return tuple(field.encode_name for field in msgspec.structs.fields(kind))
+
+
+def is_misspelt(name: str, known: str) -> bool:
+    """Whether a name is a known one but for a mistake or, in a long name, two."""
+    shorter = min(len(name), len(known))
+    if shorter == SHORTEST - 1 and known[:-1] == name:
+        return True
+    if shorter < SHORTEST or abs(len(name) - len(known)) > 2 or is_sibling(name, known):
+        return False
+    if plain(name) == plain(known):
+        return True
+    most = 2 if shorter >= LONG else 1
+    return len(set(name) ^ set(known)) <= 2 * most and distance(name, known) <= most
+
+
+def plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def is_sibling(name: str, known: str) -> bool:
+    """`top_a` is no `top_p`, `min_length` no `max_length`: another word in the same place."""
+    ours, theirs = known.split("_"), name.split("_")
+    different = [pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]]
+    if len(ours) != len(theirs) or len(different) != 1:
+        return False
+    pair = different[0]
+    return set(map(len, pair)) == {1} or set(pair) == {"min", "max"}
+
+
+def distance(left: str, right: str) -> int:
+    """How many letters were put in, left out, replaced or swapped with their neighbour."""
+    before: list[int] = []
+    row = list(range(len(right) + 1))
+    for i, mine in enumerate(left, 1):
+        before, above, row = row, before, [i]
+        for j, theirs in enumerate(right, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (mine != theirs))
+            if i > 1 and j > 1 and mine == right[j - 2] and left[i - 2] == theirs:
+                cost = min(cost, above[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

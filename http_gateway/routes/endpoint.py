@@ -1,0 +1,180 @@
+"""A row of the route table, and what stands around its handler: the key, the error shapes, the client that leaves."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.auth import Access, Keys
+from quartet.http_gateway.http.counting import ValueCounter
+from quartet.http_gateway.http.visitors import SAFE_METHODS, Visitors, refusal
+from quartet.http_gateway.ring.flight import ClientGone
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.limits import BODY_BYTES_PER_MEMBER, MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
+
+log = logging.getLogger(__name__)
+
+ROUTE = "quartet.route"  # scope key: path of the route that matched, for counting
+BOUNDS = "quartet.bounds"  # scope key: Bounds of the request's body
+
+SIZE = "quartet.size"  # scope key: bytes of the body that was read
+LARGE_BODY = 1 << 18  # what is made of larger ones is made beside the loop
+
+MAX_LENGTH_DIGITS = 20  # of a Content-Length that is read as a number
+
+Made = TypeVar("Made")
+Handler = Callable[[Gateway, Request], Awaitable[ASGIApp]]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a request's body may hold."""
+
+    size: int  # bytes
+    flag: str  # that says so; "" where none does
+    values: int
+
+    @property
+    def members(self) -> int:
+        """Of lists and objects, numbers for example."""
+        return self.size // BODY_BYTES_PER_MEMBER
+
+    def check(self, size: int, counter: ValueCounter) -> None:
+        """Raise RequestError (413, naming the limit) for a body that has so much already."""
+        if size > self.size:
+            by = f" ({self.flag})" if self.flag else ""
+            raise RequestError(f"The request body exceeds the limit of {self.size} bytes{by}.", Kind.TOO_LARGE)
+        if counter.commas > self.members:
+            raise RequestError(
+                f"The request body holds more than {self.members} numbers and other members of lists (one for each "
+                f"{BODY_BYTES_PER_MEMBER} bytes of its limit); send it as several requests.",
+                Kind.TOO_LARGE,
+            )
+        if counter.values > self.values:
+            raise RequestError(
+                f"The request body holds more than {self.values} strings, lists and objects; "
+                "send it as several requests.",
+                Kind.TOO_LARGE,
+            )
+
+
+def of_requests(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_body_size, "--max-body-size", MAX_BODY_VALUES)
+
+
+def of_commands(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_body_size, "--max-body-size", MAX_CONTROL_BODY_VALUES)
+
+
+def of_weights(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_weight_body_size, "--max-weight-body-size", MAX_CONTROL_BODY_VALUES)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One path of the API. Access is the user's unless said otherwise: a route that forgets to say is not open."""
+
+    path: str
+    handler: Handler
+    methods: tuple[str, ...] = ("GET",)
+    access: Access = Access.USER
+    shape: errors.Shape = errors.native
+    changes_state: bool = False  # with GET too
+    body: Any = None  # type of the request body, for the API's description
+    answer: Any = None  # and of what is answered
+    bounds: Callable[[ServerConfig], Bounds] = of_requests
+
+
+class Guarded:
+    """An endpoint as an ASGI application."""
+
+    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys, visitors: Visitors) -> None:
+        self._endpoint = endpoint
+        self._gateway = gateway
+        self._keys = keys
+        self._visitors = visitors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoint
+        scope[ROUTE] = endpoint.path
+        scope[BOUNDS] = endpoint.bounds(self._gateway.config)
+        changes = endpoint.changes_state or scope["method"] not in SAFE_METHODS
+        if changes and (page := self._visitors.foreign(scope["headers"])):
+            await refusal(page)(scope, receive, send)
+            return
+        if not self._keys.allow(endpoint.access, scope["headers"]):
+            await unauthorized(self._keys.wanted(endpoint.access))(scope, receive, send)
+            return
+        try:
+            response = await endpoint.handler(self._gateway, Request(scope, receive, send))
+            await response(scope, receive, send)
+        except RequestError as error:
+            await endpoint.shape(error)(scope, receive, send)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            await errors.schema(error)(scope, receive, send)
+        except (ClientGone, ClientDisconnect):
+            log.info("Request is disconnected from the client side. Aborted %s %s", scope["method"], endpoint.path)
+
+
+def unauthorized(wanted: str) -> Response:
+    """`wanted`: which key is missing, for people."""
+    return errors.json_response({"error": "Unauthorized", "message": wanted}, 401, {"WWW-Authenticate": "Bearer"})
+
+
+async def read_body(http: Request, size: int | None = None) -> bytes:
+    """The whole body. Raises RequestError (413, naming the limit) when it is beyond the route's limits or `size`."""
+    return b"".join([part async for part in body_parts(http, size)])
+
+
+async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[bytes]:
+    """The body as it arrives, counted. Raises RequestError (413) as soon as it is too much.
+
+    As much as the limit again is read and thrown away before the refusal, so that a client still sending gets to see
+    the answer.
+    """
+    bounds: Bounds = http.scope[BOUNDS]
+    if size is not None and size < bounds.size:
+        bounds = Bounds(size, "", bounds.values)
+    counter, received = ValueCounter(), 0
+    declared = http.headers.get("content-length", "")
+    if declared.isdecimal() and len(declared) < MAX_LENGTH_DIGITS and int(declared) > 2 * bounds.size:
+        bounds.check(int(declared), counter)
+    refusal: RequestError | None = None
+    async for part in http.stream():
+        received += len(part)
+        if refusal is None:
+            counter.feed(part)
+            try:
+                bounds.check(received, counter)
+            except RequestError as error:
+                refusal = error
+            else:
+                yield part
+        if received > 2 * bounds.size:
+            break
+    if refusal is not None:
+        raise refusal
+    http.scope[SIZE] = received
+
+
+async def beside(http: Request, make: Callable[..., Made], *given: Any) -> Made:
+    """What `make` makes of the body that was read. A large one is worked on in a thread, so that others get turns."""
+    if http.scope.get(SIZE, 0) < LARGE_BODY:
+        return make(*given)
+    return await asyncio.to_thread(make, *given)
+
+
+def require_json(http: Request) -> None:
+    """The OpenAI endpoints insist on the content type."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError("Unsupported Media Type: Only 'application/json' is allowed")

@@ -1,0 +1,120 @@
+"""What the endpoints share: the server's settings and state, and the ring."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from quartet.http_gateway.generation.intake import Rules
+from quartet.http_gateway.generation.output import Output
+from quartet.http_gateway.http.metrics import Metrics
+from quartet.http_gateway.parsers import reasoning
+from quartet.http_gateway.ring.probes import Census, Progress, Pulse, SignOfLife
+from quartet.http_gateway.ring.ring_client import RingClient
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
+from quartet.runtime.messages import Facts, Request, Thought
+from quartet.runtime.model_info import ModelInfo
+
+
+class Phase(Enum):
+    STARTING = "the server is starting"
+    UP = "up"
+    DRAINING = "the server is shutting down"
+
+
+class News(msgspec.Struct):
+    """What the scheduler's facts and replies may say of the server's state; other keys are for clients."""
+
+    model_path: str | None = None
+    weight_version: str | None = None
+    paused: bool | None = None
+    asleep: bool | None = None
+    lacks: list[str] | None = None
+
+
+@dataclass
+class Gateway:
+    """Handed to every endpoint."""
+
+    config: ServerConfig
+    model: ModelInfo
+    facts: Facts
+    ring: RingClient
+    metrics: Metrics
+    progress: Progress
+    hops: Mapping[str, Pulse] = field(default_factory=dict)  # by role, of the services that go on without HTTP
+    health_timeout_s: float = 20.0
+    run_dir: str = ""  # where large payloads are put
+    phase: Phase = Phase.STARTING
+    started_at: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.rules = rules(self.config, self.model, self.facts)
+        self.model_path = self.config.model_path  # of the weights that serve; an update may change both
+        self.weight_version = self.config.weight_version
+        self.paused = False  # by /pause_generation
+        self.asleep = False  # by /release_memory_occupation
+        self.lacks: Sequence[str] = ()  # what was released and is needed; none while asleep: weights are to be written
+        self.learn(self.facts.state)
+        self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
+        self.ring.on_facts = self.on_facts
+        self.census = Census(self.ring)
+        self.sign_of_life = SignOfLife(
+            self.ring, self.progress, self.health_timeout_s, "embed" if self.model.is_embedding else "generate"
+        )
+
+    @property
+    def name(self) -> str:
+        """The model's name in answers: as configured, else the path of the weights that serve."""
+        return self.config.served_model_name or self.model_path
+
+    def output(self, request: Request, received_at: float) -> Output:
+        return Output(request, received_at, self.weight_version, text=self.rules.tokenizer)
+
+    def on_facts(self, facts: Facts) -> None:
+        """The scheduler was started again, or asked."""
+        self.learn(facts.state)
+        self.facts = facts
+
+    def learn(self, said: dict[str, Any]) -> None:
+        """Take note of what the scheduler says about the weights that serve, and whether they generate.
+
+        Raises ValueError, and has learnt nothing, where that is not what a scheduler says.
+        """
+        news = msgspec.convert(said, News)
+        self.model_path = news.model_path or self.model_path
+        self.weight_version = news.weight_version or self.weight_version
+        self.paused = self.paused if news.paused is None else news.paused
+        self.asleep = self.asleep if news.asleep is None else news.asleep
+        self.lacks = self.lacks if news.lacks is None else news.lacks
+
+
+def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
+    preferred = config.preferred_sampling_params
+    return Rules(
+        vocab_size=facts.vocab_size,
+        hidden_size=model.hidden_size,
+        tokenizer=not config.skip_tokenizer_init,
+        prefix_cache=not config.disable_radix_cache,
+        priorities=config.schedule_policy == "priority",
+        routed_experts=config.enable_return_routed_experts,
+        hidden_states=config.enable_return_hidden_states,
+        most_requests=config.max_inflight_requests,
+        most_bytes=CALL_BYTES_PER_BODY_BYTE * config.max_body_size,
+        longest_prompt=min(facts.context_length, facts.max_total_num_tokens),
+        auto_truncate=config.allow_auto_truncate,
+        thought=thought(config.reasoning_parser),
+        preferred=msgspec.json.decode(preferred, type=dict[str, Any]) if preferred else {},
+    )
+
+
+def thought(family: str | None) -> Thought | None:
+    """How a family of models thinks."""
+    if family is None:
+        return None
+    found = reasoning.family(family)
+    return Thought(opening=found.marks.opening, closing=found.marks.closing, place=found.place)

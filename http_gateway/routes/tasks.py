@@ -1,0 +1,46 @@
+"""What a model serves: text or vectors. Every endpoint that needs one of them asks here."""
+
+from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime.embedding import Embedding
+from quartet.runtime.errors import RequestError
+
+NOT_GENERATIVE = "This model serves embeddings and does not generate; use /encode."
+NOT_EMBEDDING = (
+    "This model does not appear to be an embedding model by default. "
+    "Please add `--is-embedding` when launching the server or try another model."
+)
+NOT_MATRYOSHKA = (
+    "Model '{}' does not support matryoshka representation, changing output dimensions will lead to poor results."
+)
+
+
+def check_generates(gateway: Gateway) -> None:
+    """Raise RequestError where the model gives no text."""
+    if gateway.model.is_embedding:
+        raise RequestError(NOT_GENERATIVE)
+
+
+def check_embeds(gateway: Gateway) -> Embedding:
+    """How the model embeds. Raises RequestError where it does not."""
+    if gateway.model.embedding is None:
+        raise RequestError(NOT_EMBEDDING)
+    return gateway.model.embedding
+
+
+def cut_to(gateway: Gateway, embedding: Embedding, dimensions: int | None) -> int | None:
+    """The dimensions to cut vectors to; None where they stay as they are. Raises RequestError where that cannot be."""
+    if dimensions is None:
+        return None
+    size = gateway.model.hidden_size * len(embedding.pooling)
+    if not 1 <= dimensions <= size:
+        raise RequestError(f"dimensions must be in [1, {size}], got {dimensions}.", field="dimensions")
+    if dimensions == size:
+        return None
+    if not embedding.matryoshka:
+        raise RequestError(NOT_MATRYOSHKA.format(gateway.config.name), field="dimensions")
+    if embedding.dimensions and dimensions not in embedding.dimensions:
+        raise RequestError(
+            f"dimensions must be one of {list(embedding.dimensions)} for this model, got {dimensions}.",
+            field="dimensions",
+        )
+    return dimensions

@@ -1,0 +1,48 @@
+"""Streams of events: how they end when what they tell of fails on the way."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from quartet.http_gateway.http.sse import DONE, EventStream, event
+from quartet.http_gateway.ring.flight import ClientGone
+from quartet.runtime.errors import RequestError
+
+
+async def two_events_then(fault: Exception) -> AsyncGenerator[bytes, None]:
+    yield event(b"1")
+    yield event(b"2")
+    raise fault
+
+
+def sent(events: AsyncGenerator[bytes, None]) -> list[bytes]:
+    """The bodies of the messages that the response sends; the last one must say that it is the last."""
+    messages: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    asyncio.run(EventStream(events)({}, receive, send))
+    assert [message.get("more_body", True) for message in messages] == [True] * (len(messages) - 1) + [False]
+    return [message["body"] for message in messages[1:]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(RequestError("no room", field="text"), "no room"), (KeyError("secret"), "Internal error: KeyError")],
+)
+def test_a_fault_on_the_way_is_told_before_the_end(fault: Exception, words: str) -> None:
+    first, second, told, end = sent(two_events_then(fault))
+    assert (first, second, end) == (event(b"1"), event(b"2"), DONE)
+    assert json.loads(told.removeprefix(b"data: "))["error"]["message"] == words
+
+
+def test_nobody_is_told_when_the_client_has_gone() -> None:
+    with pytest.raises(ClientGone):
+        sent(two_events_then(ClientGone()))

@@ -1,0 +1,96 @@
+"""The reader of outputs: linear in its input however that is cut, and right where formats meet."""
+
+import gc
+import time
+
+import pytest
+
+from quartet.http_gateway.parsers.call_formats import FORMATS, REQUIRED
+from quartet.http_gateway.parsers.output_reader import OutputReader
+from quartet.http_gateway.parsers.thoughts import Marks
+from quartet.http_gateway.parsers.tool_events import collect
+
+KNOWN = ["f", "get_weather"]
+CALL = '{"name": "f", "parameters": {"a": 1}}'
+SIZES = {1: (1 << 10, 1 << 12), 1 << 20: (1 << 13, 1 << 15)}  # by the length of the pieces
+MOST_TIMES = 8.0  # for four times the text: linear is 4, quadratic 16
+LEAST_S = 0.02  # below, the clock says little
+
+
+def openings(name):
+    form = REQUIRED if name == "required" else FORMATS[name]
+    return form.opening or form.bare[0] + form.bracket
+
+
+def hostile(name, size):
+    """Texts of about `size` characters that made, or could make, a parser read them again and again."""
+    tag = openings(name)
+    lead = tag.removesuffix("{")
+    pythonic = name == "pythonic"
+    call = "[f(a=1)" if pythonic else lead + CALL
+    inside = "[f(a=" if pythonic else lead + '{"name": "f", "parameters": {"a": '
+    before = "[f(a=" if pythonic else lead + '{"parameters": {"a": '
+    return {
+        "blanks behind a call": call + " " * size + "x",
+        "blanks before a call": lead + " " * size + "x",
+        "blanks": " " * size + "x",
+        "blank lines in text": "x" + "\n" * size + "x",
+        "blanks in arguments": inside + " " * size,
+        "blanks in a head": lead + '{ "name"' + " " * size + ":",
+        "open brackets": inside + "[" * size,
+        "open brackets before the name": before + "{" * size,
+        "half tags": tag[:-1] * (size // max(len(tag) - 1, 1)),
+        "tags": tag * (size // len(tag)),
+        "heads": (lead + '{"name": ') * (size // (len(lead) + 9)),
+        "objects that are no calls": (lead + '{"type": 1}') * (size // (len(lead) + 11)),
+        "a long name": lead + '{"name": "' + "f" * size,
+        "a long key": lead + '{"' + "f" * size,
+        "quotes": inside + '"' * size,
+        "backslashes": inside + '"' + "\\" * size,
+        "half escapes": inside + '"' + "\\u00" * (size // 4),
+        "separators": call + ",;" * (size // 2),
+        "a bare name": lead + "f" * size,
+        "closed thoughts": "</think>" * (size // 8),
+        "thoughts": "<think>" * (size // 7),
+        "calls": (call + " ") * (size // (len(call) + 1)),
+    }
+
+
+def cost(name, kind, size, step):
+    """CPU seconds, the lesser of two."""
+    text = hostile(name, size)[kind]
+    best = float("inf")
+    for _ in range(2):
+        form = REQUIRED if name == "required" else FORMATS[name]
+        reader = OutputReader(Marks(), "past" if form.bare else "inside", form, KNOWN)
+        gc.collect()
+        started = time.process_time()
+        events = [event for at in range(0, len(text), step) for event in reader.feed(text[at : at + step])]
+        collect(events + reader.finish())
+        best = min(best, time.process_time() - started)
+    return best
+
+
+@pytest.mark.parametrize("step", SIZES, ids=["by characters", "whole"])
+@pytest.mark.parametrize("kind", sorted(hostile("hermes", 100)))
+@pytest.mark.parametrize("name", ["hermes", "llama3", "mistral", "pythonic", "required"])
+def test_four_times_the_text_takes_four_times_the_work(name, kind, step):
+    small, large = (cost(name, kind, size, step) for size in SIZES[step])
+    assert large <= max(MOST_TIMES * small, LEAST_S), (small, large)
+
+
+def test_a_dropped_call_in_an_unclosed_thought_keeps_its_text_in_the_thought():
+    reader = OutputReader(Marks(), "inside", FORMATS["hermes"], KNOWN)
+    text = 'I might <tool_call>{"name": "stranger", "arguments": {}}</tool_call> so</think>\nNo.'
+    whole = collect([*reader.feed(text), *reader.finish()])
+    assert (whole.thought, whole.content, whole.calls) == (text.partition("</think>")[0], "No.", [])
+
+
+def test_a_closing_tag_inside_what_looked_like_a_call_still_closes_the_thought():
+    text = 'say <tool_call>{"name": "</think>\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    for step in (1, 7, len(text)):
+        reader = OutputReader(Marks(), "inside", FORMATS["hermes"], KNOWN)
+        events = [event for at in range(0, len(text), step) for event in reader.feed(text[at : at + step])]
+        whole = collect(events + reader.finish())
+        assert whole.thought == 'say <tool_call>{"name": "' and whole.content == ""
+        assert whole.calls == [("f", '{"a": 1}')]

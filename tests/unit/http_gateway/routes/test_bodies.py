@@ -1,0 +1,128 @@
+"""What a body may hold besides the fields that are served: nothing misspelt, and no bytes that are not UTF-8."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from quartet.http_gateway.app import ENDPOINTS
+from quartet.http_gateway.native.generate_body import GenerateBody
+from quartet.http_gateway.openai.types import ChatBody, CompletionBody
+from quartet.http_gateway.routes import bodies
+from quartet.runtime.control import ControlCommand, ReleaseMemory
+from quartet.runtime.errors import RequestError
+from tests.unit.http_gateway.harness import asynchronous, served
+from tests.unit.http_gateway.openai_scripts import says
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+# Fields that other servers and clients of these APIs have, as they are found in the wild.
+FOREIGN = """
+best_of use_beam_search length_penalty include_stop_str_in_output prompt_logprobs allowed_token_ids bad_words
+guided_json guided_regex guided_choice guided_grammar request_id return_tokens_as_token_ids kv_transfer_params
+vllm_xargs mm_processor_kwargs include_reasoning thinking_token_budget early_stopping token_ids truncate_prompt_tokens
+inputs parameters do_sample typical_p top_n_tokens details watermark n_predict n_probs n_keep dynatemp_range
+repeat_penalty repeat_last_n dry_base mirostat mirostat_tau tfs_z grammar min_keep id_slot cache_prompt samplers
+top_n_sigma reasoning_format enable_thinking format options keep_alive raw images think template system context shift
+num_ctx num_predict models route provider transforms plugins usage reasoning top_a preset verbosity random_seed
+safe_prompt prefix stop_sequences thinking anthropic_version max_tokens_to_sample texts input_type message connectors
+k p max_tokens_per_doc top_n top_h typical min_temp max_temp rep_pen max_length min_length mode character
+instruction_template user users seeds tags store metadata service_tier modalities prediction web_search_options
+safety_identifier prompt_cache_key functions function_call audio pp_rank api_base extra_body timeout
+"""
+
+
+def misspelt(name: str, kind: type = ChatBody) -> str:
+    with pytest.raises(RequestError) as refused:
+        bodies.refuse_misspelt([name], kind)
+    assert refused.value.field == name
+    return refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("max_token", "max_tokens"),
+        ("maxTokens", "max_tokens"),
+        ("temprature", "temperature"),
+        ("strem", "stream"),
+        ("top_pp", "top_p"),
+        ("tool", "tools"),
+        ("respones_format", "response_format"),
+        ("Stop", "stop"),
+        ("sto", "stop"),
+        ("chat_template_kwarg", "chat_template_kwargs"),
+    ],
+)
+def test_a_field_that_is_a_known_one_written_wrongly_is_refused_with_both_names(name: str, meant: str) -> None:
+    assert misspelt(name) == f"Unknown field `{name}`: did you mean `{meant}`?"
+
+
+def test_a_command_is_not_carried_out_on_everything_for_want_of_a_letter() -> None:
+    assert misspelt("tag", ReleaseMemory) == "Unknown field `tag`: did you mean `tags`?"
+
+
+@pytest.mark.parametrize(
+    "kind", {e.body for e in ENDPOINTS if e.body is not None and not issubclass(e.body, ControlCommand)}
+)
+def test_fields_of_other_servers_are_no_misspellings(kind: type) -> None:
+    bodies.refuse_misspelt([name for name in FOREIGN.split() if name not in bodies.names_of(kind)], kind)
+
+
+@pytest.mark.parametrize("kind", [e.body for e in ENDPOINTS if e.body is not None])
+def test_no_known_field_is_a_misspelling_of_another(kind: type) -> None:
+    bodies.refuse_misspelt(bodies.names_of(kind), kind)
+
+
+def test_only_so_many_unknown_fields_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr(bodies, "is_misspelt", lambda name, own: compared.append(name))
+    bodies.refuse_misspelt([f"unknown_{n}" for n in range(10_000)], GenerateBody)
+    assert len(set(compared)) == 16
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"text": "a", "sampling_param": {}}),
+        ("/v1/chat/completions", {**CHAT, "max_token": 3}),
+        ("/v1/completions", {"prompt": "a", "max_token": 3}),
+        ("/v1/responses", {"input": "a", "max_output_token": 3}),
+        ("/tokenize", {"prompt": "a", "add_special_token": False}),
+        ("/tokenize", {**CHAT, "chat_template_kwarg": {}}),
+        ("/vertex_generate", {"instances": [{"text": "a", "return_logprobs": True}]}),
+        ("/abort_request", {"abort_al": True}),
+    ],
+)
+@asynchronous
+async def test_a_misspelling_is_a_400_on_every_api(path: str, body: dict[str, Any]) -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(path, body)
+        assert (answer.status, "did you mean" in answer.text) == (400, True), answer.text
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+@asynchronous
+async def test_what_is_foreign_is_ignored(path: str) -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(
+            path, {"text": "a", "prompt": "a", "top_n": 3, "guided_json": {}, "seeds": [1]}
+        )
+        assert answer.status == 200, answer.text
+
+
+@pytest.mark.parametrize("kind", [GenerateBody, CompletionBody])
+def test_bytes_that_are_no_text_are_refused_in_unknown_fields_too(kind: type) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        bodies.decode(b'{"prompt": "a", "text": "a", "whatever": "\xff"}', kind)
+
+
+@asynchronous
+async def test_bytes_that_are_no_text_are_a_400() -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post("/generate", b'{"text": "a", "whatever": "\xff"}')
+        assert answer.status == 400 and "Invalid request body" in answer.text
+
+
+def test_a_body_that_is_no_object_is_refused_as_before() -> None:
+    with pytest.raises(msgspec.ValidationError, match="Expected `object`"):
+        bodies.decode(b"[1]", GenerateBody)
