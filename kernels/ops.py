@@ -56,23 +56,23 @@ PREPARE = ("prepare",)
 
 # module → the operations it has
 TORCH = {
-    "quartet.kernels.torch_ops": (*NORM, *FEW_TOKENS, *SKINNY, *ROPE, "paged_decode", "paged_extend"),
-    "quartet.kernels.torch_moe": (*MOE_DECODE, *MOE_BATCH),
-    "quartet.kernels.torch_sampling": (*HEAD, *SAMPLING),
-    "quartet.kernels.torch_prepare": PREPARE,
+    "quartet.kernels.reference.operations": (*NORM, *FEW_TOKENS, *SKINNY, *ROPE, "paged_decode", "paged_extend"),
+    "quartet.kernels.reference.moe": (*MOE_DECODE, *MOE_BATCH),
+    "quartet.kernels.reference.sampling": (*HEAD, *SAMPLING),
+    "quartet.kernels.reference.prepare": PREPARE,
 }
 TRITON = {
-    "quartet.kernels.triton_norm": NORM,
-    "quartet.kernels.triton_gemv": FEW_TOKENS,
-    "quartet.kernels.triton_skinny": SKINNY,
-    "quartet.kernels.triton_rope": ROPE,
-    "quartet.kernels.triton_attention_decode": ("paged_decode",),
-    "quartet.kernels.triton_attention_extend": ("paged_extend",),
-    "quartet.kernels.triton_moe_decode": MOE_DECODE,
-    "quartet.kernels.triton_moe_batch": MOE_BATCH,
-    "quartet.kernels.triton_lm_head": HEAD,
-    "quartet.kernels.triton_sampling": SAMPLING,
-    "quartet.kernels.triton_prepare": PREPARE,
+    "quartet.kernels.triton.norm": NORM,
+    "quartet.kernels.triton.gemv": FEW_TOKENS,
+    "quartet.kernels.triton.skinny": SKINNY,
+    "quartet.kernels.triton.rope": ROPE,
+    "quartet.kernels.triton.attention_decode": ("paged_decode",),
+    "quartet.kernels.triton.attention_extend": ("paged_extend",),
+    "quartet.kernels.triton.moe_decode": MOE_DECODE,
+    "quartet.kernels.triton.moe_batch": MOE_BATCH,
+    "quartet.kernels.triton.lm_head": HEAD,
+    "quartet.kernels.triton.sampling": SAMPLING,
+    "quartet.kernels.triton.prepare": PREPARE,
 }
 
 

@@ -96,7 +96,7 @@ class Live:
         """What the served weights say to a prompt, without touching requests or cache: for comparisons bit by bit."""
         import torch
 
-        from quartet.kernels import reference
+        from quartet.kernels.reference import layers as reference
         from quartet.scheduler_service.model.batch import Batch
 
         def attend(spec: Any, q: Any, k: Any, v: Any) -> Any:

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from quartet.kernels.configs import EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
 from quartet.kernels.ops import Implementation
+from quartet.kernels.triton.configs import EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import Request
@@ -61,7 +61,7 @@ def start_compiling(
     plain = implementation == "torch" or config.attention_backend == "torch_native"
     if device.type != "cuda" or info.embedding is not None or plain:
         return None
-    from quartet.kernels.triton_compile import COMPILES_AHEAD  # triton is not there on every machine
+    from quartet.kernels.triton.compile import COMPILES_AHEAD  # triton is not there on every machine
 
     if not COMPILES_AHEAD:
         log.info("This Triton compiles kernels one after the other, when they are needed.")
@@ -74,7 +74,7 @@ def start_compiling(
 
 def compile_first_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots: int) -> None:
     """Compile what a model's first steps launch, if it runs on fused operations. Raises StartupError."""
-    from quartet.kernels.triton_compile import CompileError
+    from quartet.kernels.triton.compile import CompileError
 
     steps = blank_steps(config, info, dtype, slots)
     if steps is None:
@@ -87,7 +87,7 @@ def compile_first_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtyp
 
 def compile_ahead(steps: FusedSteps) -> None:
     """Compile what the first steps launch; `steps` are on the meta device. Raises CompileError."""
-    from quartet.kernels.triton_compile import compiling
+    from quartet.kernels.triton.compile import compiling
 
     begun = time.monotonic()
     threads = min(len(os.sched_getaffinity(0)), MOST_THREADS)

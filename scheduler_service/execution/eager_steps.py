@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quartet.kernels.attention import paged_attention
-from quartet.kernels.attention_schedule import Ragged
+from quartet.kernels.cpu.attention import paged_attention
+from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
@@ -15,7 +15,7 @@ from quartet.scheduler_service.execution.kv_cache import KVCache, Placement
 from quartet.scheduler_service.execution.steps import Steps
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 
-Attention = Callable[..., torch.Tensor]  # as quartet.kernels.attention.paged_attention
+Attention = Callable[..., torch.Tensor]  # as quartet.kernels.cpu.attention.paged_attention
 
 
 @dataclass(slots=True)

@@ -10,8 +10,8 @@ from operator import is_
 
 import torch
 
-from quartet.kernels.configs import DEPENDENT_LAUNCHES
 from quartet.kernels.ops import Implementation
+from quartet.kernels.triton.configs import DEPENDENT_LAUNCHES
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_info import ModelInfo

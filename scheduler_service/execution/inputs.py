@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from quartet.kernels.attention_schedule import Ragged, Run, segments
+from quartet.kernels.cpu.attention_schedule import Ragged, Run, segments
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.kv_cache import Placement

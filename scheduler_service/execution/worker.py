@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from quartet.kernels.attention import paged_attention
-from quartet.kernels.attention_by_token import paged_attention_by_token
+from quartet.kernels.cpu.attention import paged_attention
+from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
 from quartet.kernels.ops import Implementation
 from quartet.runtime import stopwatch
 from quartet.runtime.config import ServerConfig

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.batch import Attend, PagedContext
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
 from quartet.runtime.config import ServerConfig
 from quartet.scheduler_service.model.weights import Weights
 

@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 import torch
 import torch.nn.functional as F
 
-from quartet.kernels import reference
+from quartet.kernels.reference import layers as reference
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch
 from quartet.scheduler_service.model.encoder_spec import EncoderSpec

@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 
-from quartet.kernels import reference
-from quartet.kernels.configs import SKINNY_ROWS
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.ops import Implementation, resolve
+from quartet.kernels.reference import layers as reference
+from quartet.kernels.triton.configs import SKINNY_ROWS
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedContext
 from quartet.scheduler_service.model.fused_moe import FusedMoe

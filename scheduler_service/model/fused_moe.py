@@ -6,7 +6,7 @@ grouped by expert first. Neither waits to learn how many tokens an expert got, s
 
 import torch
 
-from quartet.kernels.configs import EXPERT_BLOCKS, STEADY_EXPERT_BLOCK
+from quartet.kernels.triton.configs import EXPERT_BLOCKS, STEADY_EXPERT_BLOCK
 from quartet.scheduler_service.model.layers import Moe, Norm
 from quartet.scheduler_service.model.products import Products
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quartet.kernels.configs import tile
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.triton.configs import tile
 from quartet.scheduler_service.host.transfer import upload
 from quartet.scheduler_service.model.layers import Norm
 from quartet.scheduler_service.model.products import Products

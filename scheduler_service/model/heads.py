@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.layers import linear
 from quartet.scheduler_service.model.spec import HeadLayer
 from quartet.scheduler_service.model.weights import Layout, Weights

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.batch import AttentionSpec
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
 from quartet.scheduler_service.model.weights import Weights

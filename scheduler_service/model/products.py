@@ -10,9 +10,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from quartet.kernels.configs import FEW_ROWS, SKINNY_ROWS, STEADY_ROWS
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.ops import Implementation, Ops
+from quartet.kernels.triton.configs import FEW_ROWS, SKINNY_ROWS, STEADY_ROWS
 
 Sizes = Callable[..., tuple[int, int]]  # elements of partial sums and of counters
 
@@ -40,8 +40,8 @@ def sizes_of(implementation: Implementation, block: int | None) -> tuple[Sizes, 
     """What paged decode and the skinny products need; plain torch needs nothing."""
     if implementation == "torch":
         return lambda *_: (0, 0), lambda *_: (0, 0)
-    from quartet.kernels.triton_attention_decode import decode_workspace  # triton is not there on every machine
-    from quartet.kernels.triton_skinny import skinny_workspace
+    from quartet.kernels.triton.attention_decode import decode_workspace  # triton is not there on every machine
+    from quartet.kernels.triton.skinny import skinny_workspace
 
     return decode_workspace, partial(skinny_workspace, block=block)
 

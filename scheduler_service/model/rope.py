@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from quartet.kernels import reference
+from quartet.kernels.reference import layers as reference
 from quartet.scheduler_service.model.spec import NotNative, RopeSpec
 
 Parameters = dict[str, Any]

@@ -5,8 +5,8 @@ from typing import cast
 
 import torch
 
-from quartet.kernels import reference
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.reference import layers as reference
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedContext
 from quartet.scheduler_service.model.deterministic import ACTIVATIONS as STEADY_ACTIVATIONS

@@ -17,8 +17,8 @@ import torch
 import transformers
 from torch import nn
 
-from quartet.kernels import reference
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.reference import layers as reference
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_info import ModelInfo

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import xxhash
 
-from quartet.kernels.linear import no_pause
+from quartet.kernels.cpu.linear import no_pause
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quartet.kernels.philox import uniform
+from quartet.kernels.reference.philox import uniform
 from quartet.scheduler_service.host.transfer import send, upload
 from quartet.scheduler_service.sampling.rows import Draws, Feature, SamplingRows
 

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from quartet.kernels import philox
 from quartet.kernels.ops import resolve
-from quartet.kernels.triton_draw import uniform
+from quartet.kernels.reference import philox
+from quartet.kernels.triton.draw import uniform
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.sampling.choose import sample
 from quartet.scheduler_service.sampling.rows import sampling_rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quartet.kernels.ops import resolve
-from quartet.kernels.triton_skinny import skinny_workspace
+from quartet.kernels.triton.skinny import skinny_workspace
 from tests.kernels import attention, dense, moe, sampling
 from tests.kernels.cases import Arguments, Maker, clone
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from quartet.kernels.ops import Ops, resolve
-from quartet.kernels.triton_attention_decode import decode_workspace
+from quartet.kernels.triton.attention_decode import decode_workspace
 from tests.kernels.cases import EPSILON, Maker
 
 LAYERS, HIDDEN, SIZE, VOCAB = 1, 32, 16, 100

@@ -14,9 +14,9 @@ from triton import knobs
 
 from deploy.benchmarks.gpu.engine import model_info
 from deploy.benchmarks.gpu.shapes import REHEARSAL, SHAPES
-from quartet.kernels import triton_compile
 from quartet.kernels.ops import TRITON
-from quartet.kernels.triton_compile import CompileError, Kernel, compiling, kernel
+from quartet.kernels.triton import compile as triton_compile
+from quartet.kernels.triton.compile import CompileError, Kernel, compiling, kernel
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams

@@ -258,4 +258,4 @@ def test_a_kernel_that_leaves_the_memory_of_its_arguments_is_noticed():
 
 @pytest.mark.interpreted
 def test_the_operations_of_the_device_are_those_of_triton():
-    assert resolve("cuda").gemv.__module__ == "quartet.kernels.triton_gemv"
+    assert resolve("cuda").gemv.__module__ == "quartet.kernels.triton.gemv"

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.interpreted
 def test_recorded_steps_of_tritons_kernels_answer_as_the_cpu_does(family, prompts, tmp_path):
     directory = tiny.build(family, tmp_path, **SMALL)
     engine = Overlapped(directory, device="cuda", **SETTINGS)
-    assert engine.worker.steps.backend.ops.gemv.__module__ == "quartet.kernels.triton_gemv"
+    assert engine.worker.steps.backend.ops.gemv.__module__ == "quartet.kernels.triton.gemv"
     assert engine.worker.steps.graphs.replays
     expected = Engine(directory, **SETTINGS).generate(prompts, PARAMS, seed=3)
     found = engine.generate(prompts, PARAMS, seed=3)

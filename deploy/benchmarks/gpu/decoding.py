@@ -69,7 +69,7 @@ def single(setting: Setting) -> None:
 
 
 def ahead(engine: Engine) -> FusedSteps:
-    """Steps of the same model with dependent launches (quartet.kernels.configs.DEPENDENT_LAUNCHES)."""
+    """Steps of the same model with dependent launches (quartet.kernels.triton.configs.DEPENDENT_LAUNCHES)."""
     worker = engine.worker
     assert isinstance(worker.model, Decoder)
     length = worker.info.context_length

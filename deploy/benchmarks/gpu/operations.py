@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.timing import seconds_of_each
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.ops import Implementation, Ops, resolve
 from quartet.scheduler_service.model.products import Products, Workspace
 

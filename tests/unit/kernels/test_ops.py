@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from quartet.kernels import ops, torch_ops
+from quartet.kernels import ops
+from quartet.kernels.reference import operations as torch_ops
 
 ROOT = Path(__file__).resolve().parents[3]
 

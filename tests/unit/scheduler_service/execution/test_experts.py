@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quartet.kernels.attention_schedule import Ragged
+from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import (
     DumpExpertDistributionRecord,

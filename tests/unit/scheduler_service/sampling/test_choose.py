@@ -7,7 +7,7 @@ from array import array
 import pytest
 import torch
 
-from quartet.kernels.philox import uniform
+from quartet.kernels.reference.philox import uniform
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.request import Sequence

@@ -3,7 +3,7 @@
 import torch
 import xxhash
 
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.weights import Layout, Weights
 
 CPU = torch.device("cpu")

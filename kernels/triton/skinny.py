@@ -12,9 +12,9 @@ from functools import partial
 import torch
 import triton.language as tl
 
-from quartet.kernels.configs import MULTIPROCESSORS, SKINNY_ROWS, Tile, tile
-from quartet.kernels.triton_common import activate, blocks, comes_last, options, power_of_two
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.common import activate, blocks, comes_last, options, power_of_two
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import MULTIPROCESSORS, SKINNY_ROWS, Tile, tile
 
 LEAST_TOKENS = 16
 

@@ -12,8 +12,7 @@ from functools import partial
 import torch
 import triton.language as tl
 
-from quartet.kernels.configs import KV_SPLIT, tile
-from quartet.kernels.triton_common import (
+from quartet.kernels.triton.common import (
     NEGATIVE_INFINITY,
     blocks,
     comes_last,
@@ -24,7 +23,8 @@ from quartet.kernels.triton_common import (
     tanh,
     wait_for_inputs,
 )
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import KV_SPLIT, tile
 
 
 def paged_decode(

@@ -2,7 +2,7 @@
 
 import torch
 
-from quartet.kernels.philox import philox, uniform
+from quartet.kernels.reference.philox import philox, uniform
 
 
 def python_philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, ...]:

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from quartet.kernels.configs import tile
-from quartet.kernels.triton_common import NEGATIVE_INFINITY, blocks, head_stride, options, power_of_two, tanh
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.common import NEGATIVE_INFINITY, blocks, head_stride, options, power_of_two, tanh
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import tile
 
 WIDE_DIM = 128  # beyond, a tile of 64 keys would not fit the registers
 

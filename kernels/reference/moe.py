@@ -2,8 +2,8 @@
 
 import torch
 
-from quartet.kernels import reference
-from quartet.kernels.torch_ops import ACTIVATIONS, linear, normed
+from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference.operations import ACTIVATIONS, linear, normed
 
 
 def router(

@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quartet.kernels.configs import tile
-from quartet.kernels.triton_common import (
+from quartet.kernels.triton.common import (
     NEGATIVE_INFINITY,
     activate,
     blocks,
@@ -23,7 +22,8 @@ from quartet.kernels.triton_common import (
     row_product_pairs,
     row_products,
 )
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import tile
 
 
 def router(

@@ -17,7 +17,7 @@ from math import inf
 
 import torch
 
-from quartet.kernels.attention_schedule import ChunkCall, Ragged, Schedule, Segment, page_list, schedule
+from quartet.kernels.cpu.attention_schedule import ChunkCall, Ragged, Schedule, Segment, page_list, schedule
 
 
 def paged_attention(

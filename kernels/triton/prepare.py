@@ -7,9 +7,9 @@ needs nothing from the host: the last step's tokens and the positions are on the
 import torch
 import triton.language as tl
 
-from quartet.kernels.configs import tile
-from quartet.kernels.triton_common import blocks, options, power_of_two
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.common import blocks, options, power_of_two
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import tile
 
 
 def prepare(

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 import triton.language as tl
 
-from quartet.kernels.configs import tile
-from quartet.kernels.triton_common import activate, blocks, options, power_of_two
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.common import activate, blocks, options, power_of_two
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import tile
 
 
 def align_experts(

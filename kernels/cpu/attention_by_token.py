@@ -7,8 +7,8 @@ lie side by side: the same shapes, whatever the step.
 
 import torch
 
-from quartet.kernels.attention import Attend
-from quartet.kernels.attention_schedule import Ragged, Run, page_list, segments
+from quartet.kernels.cpu.attention import Attend
+from quartet.kernels.cpu.attention_schedule import Ragged, Run, page_list, segments
 
 
 def paged_attention_by_token(

@@ -6,7 +6,7 @@ All write to tensors that they are given. Arithmetic is float32, rounded once wh
 import torch
 import torch.nn.functional as F
 
-from quartet.kernels import reference
+from quartet.kernels.reference import layers as reference
 
 ACTIVATIONS = {
     "silu": reference.silu_and_mul,

@@ -6,8 +6,7 @@ Cosines and sines come as `reference.rotation` makes them: (tokens, 1, rotary_di
 import torch
 import triton.language as tl
 
-from quartet.kernels.configs import FEW_ROWS, tile
-from quartet.kernels.triton_common import (
+from quartet.kernels.triton.common import (
     blocks,
     column_block,
     head_stride,
@@ -17,7 +16,8 @@ from quartet.kernels.triton_common import (
     scale_of_norm,
     start_next_kernel,
 )
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import FEW_ROWS, tile
 
 
 def norm_qkv_rope_kv(

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from quartet.kernels.attention import merge, paged_attention, paged_attention_reference
-from quartet.kernels.attention_schedule import Ragged, segments, shared_pages
+from quartet.kernels.cpu.attention import merge, paged_attention, paged_attention_reference
+from quartet.kernels.cpu.attention_schedule import Ragged, segments, shared_pages
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 

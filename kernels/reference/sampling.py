@@ -4,9 +4,9 @@ from math import inf
 
 import torch
 
-from quartet.kernels import reference
-from quartet.kernels.philox import uniform
-from quartet.kernels.torch_ops import linear, normed
+from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference.operations import linear, normed
+from quartet.kernels.reference.philox import uniform
 
 
 def lm_head_sample(

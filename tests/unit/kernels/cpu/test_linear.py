@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quartet.kernels import linear as module
-from quartet.kernels.linear import Linear, can_pack, multiply, row_size
+from quartet.kernels.cpu import linear as module
+from quartet.kernels.cpu.linear import Linear, can_pack, multiply, row_size
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 

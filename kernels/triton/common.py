@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quartet.kernels.configs import Tile
+from quartet.kernels.triton.configs import Tile
 
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 

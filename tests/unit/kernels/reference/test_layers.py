@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from quartet.kernels import reference
-from quartet.kernels.linear import Linear
+from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.reference import layers as reference
 
 
 def test_rms_norm_divides_by_the_root_mean_square() -> None:

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from quartet.kernels.configs import tile
-from quartet.kernels.triton_common import NEGATIVE_INFINITY, blocks, options, power_of_two
-from quartet.kernels.triton_compile import kernel
-from quartet.kernels.triton_draw import first_beyond, pick, store_choice, tile_facts, uniform
+from quartet.kernels.triton.common import NEGATIVE_INFINITY, blocks, options, power_of_two
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import tile
+from quartet.kernels.triton.draw import first_beyond, pick, store_choice, tile_facts, uniform
 
 PIVOTS = tl.constexpr(16)
 BITS_OF_ONE = tl.constexpr(0x3F800000)  # weights are relative to the largest, which is 1

@@ -3,9 +3,9 @@
 import torch
 import triton.language as tl
 
-from quartet.kernels.configs import tile
-from quartet.kernels.triton_common import activate, blocks, options, power_of_two, scale_of_norm
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.common import activate, blocks, options, power_of_two, scale_of_norm
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import tile
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, plus_one: bool, out: torch.Tensor) -> None:

@@ -8,12 +8,12 @@ the tiles, then inside one. A temperature of 0 asks for the first largest logit.
 import triton
 import triton.language as tl
 
-from quartet.kernels.triton_common import NEGATIVE_INFINITY
+from quartet.kernels.triton.common import NEGATIVE_INFINITY
 
 
 @triton.jit
 def uniform(seed, position):
-    """The number in (0, 1) of kernels/philox.py for one row, float64."""
+    """The number in (0, 1) of kernels/reference/philox.py for one row, float64."""
     word, _, _, _ = tl.philox(seed, 0, position.to(tl.uint32), 0, 0)
     return (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
 

@@ -9,8 +9,7 @@ from functools import partial
 import torch
 import triton.language as tl
 
-from quartet.kernels.configs import FEW_ROWS, SKINNY_ROWS, tile
-from quartet.kernels.triton_common import (
+from quartet.kernels.triton.common import (
     NEGATIVE_INFINITY,
     blocks,
     comes_last,
@@ -19,8 +18,9 @@ from quartet.kernels.triton_common import (
     scale_of_norm,
     tanh,
 )
-from quartet.kernels.triton_compile import kernel
-from quartet.kernels.triton_draw import pick, store_choice
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import FEW_ROWS, SKINNY_ROWS, tile
+from quartet.kernels.triton.draw import pick, store_choice
 
 LEAST_ROWS = 16
 

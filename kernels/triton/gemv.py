@@ -3,8 +3,7 @@
 import torch
 import triton.language as tl
 
-from quartet.kernels.configs import FEW_ROWS, tile
-from quartet.kernels.triton_common import (
+from quartet.kernels.triton.common import (
     activate,
     blocks,
     column_block,
@@ -14,7 +13,8 @@ from quartet.kernels.triton_common import (
     row_products,
     start_next_kernel,
 )
-from quartet.kernels.triton_compile import kernel
+from quartet.kernels.triton.compile import kernel
+from quartet.kernels.triton.configs import FEW_ROWS, tile
 
 
 def gemv(
