@@ -2,8 +2,8 @@
 
 from quartet.detokenizer_service.decode import Vocabulary
 from quartet.detokenizer_service.service import Detokenizer
-from quartet.runtime import model_info, tokenizer_files
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.model_files import model_info, tokenizer_files
 from quartet.runtime.service import Boot, run, run_text_service
 
 

@@ -22,11 +22,13 @@ from quartet.http_gateway.http.protocol import BoundedProtocol
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.edge import access_log
 from quartet.http_gateway.routes.gateway import Gateway, Phase
-from quartet.runtime import model_info, service, stopwatch
+from quartet.runtime import service
 from quartet.runtime.control import Abort
 from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
-from quartet.runtime.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
+from quartet.runtime.model_files import model_info
+from quartet.runtime.process import stopwatch
+from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
 from quartet.runtime.service import Boot, report_ready
 from quartet.runtime.sockets import AsyncInbox, AsyncOutbox, newest_epoch
 

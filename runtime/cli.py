@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from quartet.runtime import streams
+from quartet.runtime.process import streams
 
 
 class Command(NamedTuple):
@@ -19,9 +19,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "serve": Command("quartet.runtime.launch", "main", "start a server (quartet serve --help lists its flags)", True),
+    "serve": Command(
+        "quartet.runtime.launcher.launch", "main", "start a server (quartet serve --help lists its flags)", True
+    ),
     "config": Command(
-        "quartet.runtime.show", "main", "config show: print each setting and where its value comes from", True
+        "quartet.runtime.settings.show", "main", "config show: print each setting and where its value comes from", True
     ),
     "experts": Command("quartet.runtime.experts_plot", "main", "experts plot dump.pt: draw a recording of experts"),
 }
@@ -81,7 +83,7 @@ def usage() -> str:
 
 
 def print_flags(command: str) -> int:
-    from quartet.runtime.flags import build_parser
+    from quartet.runtime.settings.flags import build_parser
 
     build_parser(command).print_help()
     return 0

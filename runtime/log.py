@@ -12,7 +12,7 @@ from typing import TextIO
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import MAX_LOG_CHARS
-from quartet.runtime.streams import give_up
+from quartet.runtime.process.streams import give_up
 
 FORMAT = "[%(asctime)s] %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"

@@ -19,16 +19,16 @@ from typing import NoReturn
 import msgspec
 import setproctitle
 
-from quartet.runtime import streams
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.guard import Announced, Guard, Service
 from quartet.runtime.log import plain, say, set_up_logging
 from quartet.runtime.messages import Restarted
-from quartet.runtime.parent_death import arm_death_signal
-from quartet.runtime.progress import IDLE_BEAT_S, ProgressWord
+from quartet.runtime.process import streams
+from quartet.runtime.process.parent_death import arm_death_signal
+from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
+from quartet.runtime.process.stopwatch import STOPWATCH
 from quartet.runtime.sockets import Inbox, Outbox, SocketError, newest_epoch
-from quartet.runtime.stopwatch import STOPWATCH
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import msgspec
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Facts
-from quartet.runtime.model_info import ModelInfo
-from quartet.runtime.progress import ProgressWord
+from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.process.progress import ProgressWord
 from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.service import Boot, announced, report_ready
 from quartet.runtime.sockets import Inbox, Outbox

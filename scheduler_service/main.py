@@ -7,9 +7,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 import msgspec
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files import model_info
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.service import Boot, run
 from quartet.scheduler_service.assemble import serve
 from quartet.scheduler_service.execution.memory_saver import MemorySaver

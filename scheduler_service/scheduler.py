@@ -27,7 +27,7 @@ from quartet.runtime.messages import (
     Restarted,
     Tokenized,
 )
-from quartet.runtime.progress import IDLE_BEAT_S, ProgressWord
+from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
 from quartet.scheduler_service.answers import check_hidden_states, ended, tokens_of
 from quartet.scheduler_service.control.durable_state import StandingOrders
 from quartet.scheduler_service.control.handlers import HANDLERS, Control

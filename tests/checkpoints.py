@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.registry import decoder_spec
 from quartet.scheduler_service.model.weights import Layout

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quartet.runtime import control_group
-from quartet.runtime.control_group import Directory
+from quartet.runtime.process import control_group
+from quartet.runtime.process.control_group import Directory
 
 LIMIT_FILE = {1: "memory.limit_in_bytes", 2: "memory.max"}
 EMPTY_WITHIN_S = 10

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Finish, LogprobOptions, Logprobs, Request, Tokenized, pack_ids, unpack_ids
-from quartet.runtime.resolve import draft_sizes
+from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.settings.resolve import draft_sizes
 from quartet.scheduler_service.assemble import draft_options
 from quartet.scheduler_service.core.logprobs import in_a_row
 from quartet.scheduler_service.core.plan import Update

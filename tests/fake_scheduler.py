@@ -9,7 +9,7 @@ import os
 import signal
 from typing import Any
 
-from quartet.runtime import model_info
+from quartet.runtime.model_files import model_info
 from quartet.runtime.service import Boot, run
 from quartet.scheduler_service.assemble import serve
 from quartet.scheduler_service.core.plan import Plan

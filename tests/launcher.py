@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 
-from quartet.runtime.launch import SERVICES, serve
+from quartet.runtime.launcher.launch import SERVICES, serve
 
 
 def main(arguments: list[str]) -> int:

@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ControlCommand
 from quartet.runtime.messages import Finish, Reply, Tokenized, Tokens, unpack_ids
+from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.execution.worker import Worker

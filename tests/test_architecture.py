@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from quartet.runtime import control, flags
-from quartet.runtime.launch import SERVICES
+from quartet.runtime import control
+from quartet.runtime.launcher.launch import SERVICES
+from quartet.runtime.settings import flags
 from quartet.scheduler_service.control.handlers import HANDLERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +159,7 @@ def test_zmq_is_known_to_one_file_only():
 @pytest.mark.parametrize(
     "module",
     [
-        "quartet.runtime.launch",
+        "quartet.runtime.launcher.launch",
         "quartet.runtime.cli",
         *(service.module for service in SERVICES if service.role != "scheduler"),
     ],

@@ -17,9 +17,9 @@ from jinja2 import nodes
 from quartet.runtime import limits
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import RequestError, StartupError, too_long
-from quartet.runtime.files import MAX_TEMPLATE_BYTES, present, read_small_text
 from quartet.runtime.messages import Chat
-from quartet.runtime.model_info import ModelInfo, read_json, tokenizer_dir
+from quartet.runtime.model_files.files import MAX_TEMPLATE_BYTES, present, read_small_text
+from quartet.runtime.model_files.model_info import ModelInfo, read_json, tokenizer_dir
 from quartet.tokenizer_service import call_ids
 from quartet.tokenizer_service.sandbox import ChatEnvironment, TextTooLong
 

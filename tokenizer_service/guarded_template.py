@@ -1,7 +1,7 @@
 """The chat template in a process of its own, as the tokenizer sees it.
 
 The sandbox meters what a template does, but format strings, filters and the compiler itself are code in C that no
-meter interrupts. So templates are compiled and rendered where the kernel ends them (runtime/guarded.py), and whatever
+meter interrupts. So templates are compiled and rendered where the kernel ends them (runtime/process/guarded.py), and whatever
 they do, the tokenizer goes on. Nothing here loads jinja2.
 """
 
@@ -13,9 +13,9 @@ import msgspec
 from quartet.runtime import limits
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError, StartupError
-from quartet.runtime.guarded import Crashed, Gone, Guarded, OutOfTime
 from quartet.runtime.messages import Chat
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.process.guarded import Crashed, Gone, Guarded, OutOfTime
 
 log = logging.getLogger(__name__)
 

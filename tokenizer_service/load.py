@@ -1,8 +1,8 @@
 """Builds the encoder of the served model from its files."""
 
-from quartet.runtime import model_info, tokenizer_files
 from quartet.runtime.config import ServerConfig
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files import model_info, tokenizer_files
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.tokenizer_service.encode import Encoder
 from quartet.tokenizer_service.guarded_template import started_template
 

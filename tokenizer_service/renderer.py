@@ -5,9 +5,10 @@ import sys
 
 import msgspec
 
-from quartet.runtime import guarded, limits
+from quartet.runtime import limits
 from quartet.runtime.errors import RequestError, StartupError
 from quartet.runtime.messages import Chat
+from quartet.runtime.process import guarded
 from quartet.tokenizer_service.chat import ChatTemplate, load_template
 from quartet.tokenizer_service.guarded_template import Rendered, Setup, Started, packed
 

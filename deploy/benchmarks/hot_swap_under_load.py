@@ -55,8 +55,8 @@ def build_version(directory: Path, version: int, layers: int, dtype: str) -> Pat
 
 
 def shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    from quartet.runtime import model_info
     from quartet.runtime.config import ServerConfig
+    from quartet.runtime.model_files import model_info
     from quartet.scheduler_service.model.layout import decoder_layout
     from quartet.scheduler_service.model.registry import decoder_spec
 

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from quartet.detokenizer_service.decode import Vocabulary
 from quartet.detokenizer_service.service import Detokenizer
-from quartet.runtime import sockets, tokenizer_files
+from quartet.runtime import sockets
 from quartet.runtime.messages import Finish, Generate, LogprobOptions, Logprobs, Request, Tokens, pack_ids
+from quartet.runtime.model_files import tokenizer_files
 from quartet.runtime.sampling import SamplingParams
 from quartet.tokenizer_service.encode import Encoder
 

@@ -31,7 +31,7 @@ from deploy.demo_model.phrasings import (
     Exchange,
     Phrasing,
 )
-from quartet.runtime.model_info import DEMO
+from quartet.runtime.model_files.model_info import DEMO
 
 Model = Any  # generate() is typed for a protocol that transformers' own classes do not meet
 

@@ -25,7 +25,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from deploy.demo_model import vocabulary
 from deploy.demo_model.batches import Batch, batches
 from deploy.demo_model.corpus import SEED
-from quartet.runtime.model_info import DEMO
+from quartet.runtime.model_files.model_info import DEMO
 
 HAND_WRITTEN = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 THREADS = 2

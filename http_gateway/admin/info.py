@@ -12,8 +12,8 @@ from quartet.http_gateway.http.auth import Access
 from quartet.http_gateway.ring.probes import Counters
 from quartet.http_gateway.routes.endpoint import Endpoint
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.runtime import flags
 from quartet.runtime.errors import RequestError
+from quartet.runtime.settings import flags
 from quartet.runtime.version import version
 
 OWNER = "quartet"

@@ -20,9 +20,9 @@ from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime import limits
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Request, Text
+from quartet.runtime.model_files.embedding import Embedding
 
 EMPTY = "Input cannot be empty"
 EMPTY_AT = "Input at index {} cannot be empty or whitespace only"

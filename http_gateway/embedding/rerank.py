@@ -24,9 +24,9 @@ from quartet.http_gateway.routes.endpoint import Endpoint, Handler, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds
 from quartet.runtime import limits
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Text
+from quartet.runtime.model_files.embedding import Embedding
 
 EMPTY_QUERY = "Query cannot be empty"
 BLANK_QUERY = "Query cannot be empty or whitespace only"

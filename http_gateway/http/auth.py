@@ -10,7 +10,7 @@ import hmac
 from collections.abc import Sequence
 from enum import Enum
 
-from quartet.runtime import keys
+from quartet.runtime.settings import keys
 
 HeaderList = Sequence[tuple[bytes, bytes]]
 

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import HeaderList
-from quartet.runtime import sites
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.settings import sites
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 ANY_ADDRESS = frozenset({"0.0.0.0", "::"})  # as a name they lead to this machine

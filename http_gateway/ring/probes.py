@@ -25,7 +25,7 @@ Counters = Mapping[str, dict[str, Any]]  # by role
 
 
 class Progress(Protocol):
-    """The scheduler's heartbeat (runtime/progress.py)."""
+    """The scheduler's heartbeat (runtime/process/progress.py)."""
 
     def age_s(self) -> float: ...
     def busy(self) -> bool: ...
@@ -33,7 +33,7 @@ class Progress(Protocol):
 
 
 class Pulse(Protocol):
-    """Whether the process of a service runs (runtime/progress.py)."""
+    """Whether the process of a service runs (runtime/process/progress.py)."""
 
     def pulse_age_s(self) -> float: ...
 

@@ -17,7 +17,7 @@ from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
 from quartet.runtime.messages import Facts, Request, Thought
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 
 
 class Phase(Enum):

@@ -1,8 +1,8 @@
 """What a model serves: text or vectors. Every endpoint that needs one of them asks here."""
 
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.errors import RequestError
+from quartet.runtime.model_files.embedding import Embedding
 
 NOT_GENERATIVE = "This model serves embeddings and does not generate; use /encode."
 NOT_EMBEDDING = (

@@ -19,7 +19,7 @@ from quartet.kernels.triton.configs import EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import Request
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence

@@ -14,7 +14,7 @@ from quartet.kernels.ops import Implementation
 from quartet.kernels.triton.configs import DEPENDENT_LAUNCHES
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.execution.device_state import PageTable, SlotPositions, SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen

@@ -14,7 +14,7 @@ import torch
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.memory import GB
+from quartet.runtime.process.memory import GB
 from quartet.scheduler_service.host.device import available_gb, look_at_memory
 from quartet.scheduler_service.host.pool_size import Need, Room, choose_page_count
 from quartet.scheduler_service.model.batch import AttentionSpec

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.errors import Kind, StartupError
+from quartet.runtime.model_files.embedding import Embedding
 from quartet.scheduler_service.core.plan import Plan, Result
 from quartet.scheduler_service.execution.logprobs import as_bytes
 from quartet.scheduler_service.model.batch import ServedModel

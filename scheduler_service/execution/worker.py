@@ -20,10 +20,10 @@ import torch
 from quartet.kernels.cpu.attention import paged_attention
 from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
 from quartet.kernels.ops import Implementation
-from quartet.runtime import stopwatch
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Facts, Logprobs
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.process import stopwatch
 from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.compile_ahead import start_compiling

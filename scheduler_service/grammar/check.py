@@ -1,7 +1,7 @@
 """A small process that reads a client's grammar before the scheduler does, and that may die of it.
 
 Some texts keep a parser or the engine busy for hours, and a thread cannot be stopped. So everything that looks at a
-grammar's text happens here first, in a process with a budget (runtime/guarded.py): it is translated for the engine and
+grammar's text happens here first, in a process with a budget (runtime/process/guarded.py): it is translated for the engine and
 tried. What comes back was bearable once and is so again in the scheduler.
 """
 
@@ -10,7 +10,8 @@ import sys
 import msgspec
 from llguidance import LLMatcher, LLParserLimits
 
-from quartet.runtime import guarded, limits
+from quartet.runtime import limits
+from quartet.runtime.process import guarded
 from quartet.scheduler_service.grammar.source import source
 
 MAX_PROBLEM_CHARS = 500

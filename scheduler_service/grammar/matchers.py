@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
-from quartet.runtime.guarded import Crashed, Gone, Guarded, OutOfTime
+from quartet.runtime.process.guarded import Crashed, Gone, Guarded, OutOfTime
 from quartet.scheduler_service.grammar import check as grammar_check
 from quartet.scheduler_service.grammar.check import Order, Verdict
 from quartet.scheduler_service.grammar.source import needs_tokens

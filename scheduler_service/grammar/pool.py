@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
-from quartet.runtime.guarded import Guarded
+from quartet.runtime.process.guarded import Guarded
 from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler, TakesLong, checker
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class GrammarPool:
     # in the threads
 
     def _work(self, number: int, own: Guarded) -> None:
-        """Until the pool is closed. The checking process dies with this thread (see quartet.runtime.parent_death)."""
+        """Until the pool is closed. The checking process dies with this thread (see quartet.runtime.process.parent_death)."""
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (waiting := self._take(bool(number % 2), own)) is not None:
             outcome = self._outcome(waiting, own)

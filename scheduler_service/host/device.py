@@ -2,8 +2,8 @@
 
 import torch
 
-from quartet.runtime import memory
-from quartet.runtime.memory import GB, Memory, in_words
+from quartet.runtime.process import memory
+from quartet.runtime.process.memory import GB, Memory, in_words
 
 ONE_THREAD_HIDDEN_SIZE = 384
 

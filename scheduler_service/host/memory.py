@@ -1,4 +1,4 @@
-"""The process's memory, which the C library keeps when it is freed (`runtime/launch.py` says why)."""
+"""The process's memory, which the C library keeps when it is freed (`runtime/launcher/launch.py` says why)."""
 
 import ctypes
 from collections.abc import Callable, Iterable

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.memory import GB, Memory, in_words
+from quartet.runtime.process.memory import GB, Memory, in_words
 
 log = logging.getLogger(__name__)
 

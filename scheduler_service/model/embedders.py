@@ -8,7 +8,7 @@ import torch
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
 from quartet.scheduler_service.model.encoder import GATED, Encoder

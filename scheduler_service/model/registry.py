@@ -7,7 +7,7 @@ import torch
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder

@@ -21,7 +21,7 @@ from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.reference import layers as reference
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.routers import Routers
 from quartet.scheduler_service.model.weights import Layout, Place, Weights

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from quartet.runtime.errors import StartupError
-from quartet.runtime.files import opened, present, read_small
+from quartet.runtime.model_files.files import opened, present, read_small
 from quartet.runtime.shorten import short
 
 MAX_HEADER_BYTES = 8 << 20

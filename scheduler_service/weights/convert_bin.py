@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from quartet.runtime.files import opened
-from quartet.runtime.guarded import limit
-from quartet.runtime.parent_death import arm_death_signal
+from quartet.runtime.model_files.files import opened
+from quartet.runtime.process.guarded import limit
+from quartet.runtime.process.parent_death import arm_death_signal
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,

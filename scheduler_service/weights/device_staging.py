@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 import torch
 import xxhash
 
-from quartet.runtime.files import open_regular
+from quartet.runtime.model_files.files import open_regular
 from quartet.scheduler_service.host.transfer import Arrival
 from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights.checkpoint import (

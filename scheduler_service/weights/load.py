@@ -13,8 +13,8 @@ import torch
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.files import open_regular
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.files import open_regular
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.model.weights import Weights

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from quartet.runtime.files import opened
+from quartet.runtime.model_files.files import opened
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import (
     CHUNK_BYTES,

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from quartet.runtime.files import present
-from quartet.runtime.python_path import python_path
+from quartet.runtime.model_files.files import present
+from quartet.runtime.process.python_path import python_path
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import (
     Checkpoint,

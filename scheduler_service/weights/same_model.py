@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.files import present
-from quartet.runtime.model_info import ModelInfo
-from quartet.runtime.model_ranges import FIELDS, ROPES
+from quartet.runtime.model_files import model_info
+from quartet.runtime.model_files.files import present
+from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.model_files.model_ranges import FIELDS, ROPES
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.model.embedders import encoder_spec
 from quartet.scheduler_service.model.encoder_spec import EncoderSpec

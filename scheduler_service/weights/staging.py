@@ -17,7 +17,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 import xxhash
 
-from quartet.runtime.files import open_regular
+from quartet.runtime.model_files.files import open_regular
 from quartet.scheduler_service.host.background import breathe
 from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights import device_staging, load, manifest, ties

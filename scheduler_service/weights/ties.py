@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from quartet.runtime.files import opened
+from quartet.runtime.model_files.files import opened
 from quartet.scheduler_service.host.background import breathe
 from quartet.scheduler_service.model.layout import HEAD
 from quartet.scheduler_service.model.spec import DecoderSpec

@@ -21,11 +21,11 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from quartet.runtime import hub
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused, StartupError
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files import hub
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.host.background import breathe, freely

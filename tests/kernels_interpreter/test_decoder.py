@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.worker import Worker
 from tests.engine import Answer, Engine

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 from quartet.scheduler_service.model.registry import load_model
 

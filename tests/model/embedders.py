@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import transformers
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Request, Tokenized, pack_ids
+from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.plan import Update

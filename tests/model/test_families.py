@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.registry import decoder_spec

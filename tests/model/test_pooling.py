@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files.embedding import Embedding
 from quartet.scheduler_service.execution.pooling import POOLINGS, Pooler, activation_of
 from tests.model import embedders
 from tests.model.embedders import Embedder, cosine, texts

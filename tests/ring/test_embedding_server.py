@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from quartet.runtime import tokenizer_files
+from quartet.runtime.model_files import tokenizer_files
 from tests.model import embedders, tiny
 from tests.model.embedders import cosine, texts
 from tests.servers import Server

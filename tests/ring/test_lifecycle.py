@@ -16,8 +16,8 @@ import psutil
 import pytest
 import requests
 
-from quartet.runtime.run_dir import sweep
-from quartet.runtime.supervisor import ExitStatus, Signals
+from quartet.runtime.launcher.run_dir import sweep
+from quartet.runtime.launcher.supervisor import ExitStatus, Signals
 from tests.servers import READY, ROOT, STAND_INS, launched
 
 HELPERS = {"quartet.scheduler_service.grammar.check", "quartet.tokenizer_service.renderer"}

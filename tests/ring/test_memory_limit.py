@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from deploy.benchmarks import half_billion
-from quartet.runtime.supervisor import ExitStatus
+from quartet.runtime.launcher.supervisor import ExitStatus
 from tests.control_groups import Group, limited
 from tests.servers import READY, Server, launched
 

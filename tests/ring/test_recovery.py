@@ -15,8 +15,8 @@ import psutil
 import pytest
 import requests
 
+from quartet.runtime.launcher.supervisor import ExitStatus
 from quartet.runtime.messages import ROLES
-from quartet.runtime.supervisor import ExitStatus
 from tests import checkpoints
 from tests.servers import Server
 

@@ -12,7 +12,7 @@ import pytest
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import Abort, FlushCache, Probe
 from quartet.runtime.messages import Facts, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
-from quartet.runtime.progress import ProgressReader
+from quartet.runtime.process.progress import ProgressReader
 from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.service import Boot, Ready
 from quartet.runtime.sockets import Inbox, Outbox, endpoint

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from quartet.runtime.supervisor import ExitStatus
+from quartet.runtime.launcher.supervisor import ExitStatus
 from tests.servers import ROOT, STAND_INS
 
 WAIT_S = 60

@@ -12,7 +12,7 @@ from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
 from quartet.runtime.messages import Message, Reply, Text
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sockets import decode, encode
 from tests.simulated_ring.checks import hold
 from tests.simulated_ring.clock import Agenda, TurnLoop

@@ -2,7 +2,7 @@
 
 import sys
 
-from quartet.runtime import guarded
+from quartet.runtime.process import guarded
 from tests.stand_ins.guarded_work import prepared
 
 if __name__ == "__main__":

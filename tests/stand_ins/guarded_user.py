@@ -2,7 +2,7 @@
 
 import threading
 
-from quartet.runtime.guarded import Guarded
+from quartet.runtime.process.guarded import Guarded
 
 
 def use(guarded: Guarded) -> None:

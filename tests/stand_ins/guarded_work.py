@@ -1,10 +1,10 @@
-"""Work for `quartet.runtime.guarded` that does what its order says: echo, loop, take memory, crash, tell its pids."""
+"""Work for `quartet.runtime.process.guarded` that does what its order says: echo, loop, take memory, crash, tell its pids."""
 
 import os
 import signal
 import sys
 
-from quartet.runtime import guarded
+from quartet.runtime.process import guarded
 
 
 def prepared(setup: bytes) -> guarded.Handle:

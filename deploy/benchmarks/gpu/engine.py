@@ -13,7 +13,7 @@ import torch
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Request, Tokenized, pack_ids
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.core.planner import Planner

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quartet.runtime.model_info import local_path
+from quartet.runtime.model_files.model_info import local_path
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30

@@ -15,7 +15,7 @@ from deploy.demo_model import vocabulary
 from deploy.demo_model.corpus import PROMPT_WEIGHT, SEED, documents, is_held_out, turn
 from deploy.demo_model.facts import ALIASES, COUNTRIES
 from deploy.demo_model.phrasings import HELD_OUT_COMPLETIONS, HELD_OUT_QUESTIONS
-from quartet.runtime.model_info import DEMO
+from quartet.runtime.model_files.model_info import DEMO
 
 LARGEST_WEIGHTS_BYTES = 8_000_000
 BYTES_PER_NUMBER = {"BF16": 2, "F32": 4}

@@ -18,9 +18,9 @@ from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import Abort, ControlCommand, FlushCache, Probe
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.messages import Facts, Finish, Generate, Logprobs, Message, Reply, Text, Tokens, pack_ids
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.embedding import Embedding
+from quartet.runtime.model_files.model_info import ModelInfo
 
 VOCAB = 1000
 SCHEDULER_COUNTERS = {

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from quartet.runtime import cli, show
-from quartet.runtime.supervisor import ExitStatus
+from quartet.runtime import cli
+from quartet.runtime.launcher.supervisor import ExitStatus
+from quartet.runtime.settings import show
 from quartet.runtime.version import version
 
 
@@ -71,7 +72,7 @@ def test_little_is_imported_before_ctrl_c_is_heard():
     code = "import sys, quartet.runtime.cli; print(*sorted(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     ours = {name for name in ran.stdout.split() if name.startswith("quartet.runtime.")}
-    assert ours == {"quartet.runtime.cli", "quartet.runtime.streams", "quartet.runtime.errors"}
+    assert ours == {"quartet.runtime.cli", "quartet.runtime.process.streams", "quartet.runtime.errors"}
 
 
 @pytest.mark.parametrize("module", ["quartet.launch_server", "runtime.launch_server"])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from quartet.runtime import flags
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import UsageError
+from quartet.runtime.settings import flags
 
 SEED_FLAGS = (
     "--model-path qwen/qwen2.5-0.5b-instruct --host 0.0.0.0 --port 30001 --is-embedding --disable-radix-cache "

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from quartet.runtime import launch, log
+from quartet.runtime import log
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.launcher import launch
 from quartet.runtime.limits import MAX_LOG_CHARS
 from tests.servers import ROOT
 

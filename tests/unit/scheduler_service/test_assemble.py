@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 
 from quartet.runtime.config import ServerConfig
-from quartet.runtime.embedding import Embedding
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.embedding import Embedding
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.assemble import planner_config
 from tests.fakes import FakeWorker
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError, StartupError
 from quartet.runtime.messages import Chat
+from quartet.runtime.model_files import model_info
 from quartet.tokenizer_service.guarded_template import GuardedTemplate, packed, started_template, unpacked
 
 HOSTILE = [

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.messages import Finish, Generate, Logprobs, Message, pack_ids
+from quartet.runtime.model_files.embedding import Embedding
 from tests.unit.http_gateway.harness import Script, asynchronous, floats, served, step
 
 NOTHING = Finish(reason="length", length=0)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.messages import Finish, Generate, Message
+from quartet.runtime.model_files.embedding import Embedding
 from tests.unit.http_gateway.harness import Script, asynchronous, ends, floats, served, step
 
 CROSS_ENCODER = Embedding(pooling=("cls",), encoder=True, cross_encoder=True, causal=False, labels=1)

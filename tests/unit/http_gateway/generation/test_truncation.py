@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from quartet.runtime.embedding import Embedding
 from quartet.runtime.messages import Generate
+from quartet.runtime.model_files.embedding import Embedding
 from tests.unit.http_gateway.embedding.test_encode import CROSS_ENCODER, vectors
 from tests.unit.http_gateway.harness import asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says

@@ -15,8 +15,8 @@ from quartet.runtime.control import (
     SlowDown,
     UpdateWeightsFromDisk,
 )
-from quartet.runtime.memory import Memory
 from quartet.runtime.messages import Reply, unpack_ids
+from quartet.runtime.process.memory import Memory
 from tests import checkpoints
 from tests.live import Live
 from tests.rig import PROMPT, Rig
@@ -284,7 +284,7 @@ def test_weights_do_not_come_back_where_they_would_end_the_process(
     live = saving(model, tmp_path, enable_weights_cpu_backup=True)
     live.call(ReleaseMemory())
     with monkeypatch.context() as others:
-        others.setattr("quartet.runtime.memory.look", lambda: Memory(1 << 10, 1 << 30, "a limit"))
+        others.setattr("quartet.runtime.process.memory.look", lambda: Memory(1 << 10, 1 << 30, "a limit"))
         reply = live.call(ResumeMemory())
     assert reply.status == 503 and reply.message.startswith(
         "Memory cannot be resumed: there is no room for the weights"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions
+from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.fused_steps import FusedSteps
 from quartet.scheduler_service.execution.graphs import PATIENCE, Graphs, Key, PlainRecorder, length_sizes, row_sizes

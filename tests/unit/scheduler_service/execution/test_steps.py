@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.eager_steps import EagerSteps

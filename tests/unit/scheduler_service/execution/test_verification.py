@@ -9,9 +9,9 @@ import msgspec
 import pytest
 import torch
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions, Logprobs, pack_ids, unpack_ids
+from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.verification import accepted

@@ -9,7 +9,7 @@ import torch
 from quartet.http_gateway.generation.logprobs import supports
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions, Request
-from quartet.runtime.model_info import ModelInfo
+from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence

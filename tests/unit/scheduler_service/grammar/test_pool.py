@@ -8,8 +8,8 @@ import pytest
 
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
-from quartet.runtime.guarded import Gone, Guarded
-from quartet.runtime.model_info import DEMO
+from quartet.runtime.model_files.model_info import DEMO
+from quartet.runtime.process.guarded import Gone, Guarded
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler, TakesLong
 from quartet.scheduler_service.grammar.pool import FairQueue, GrammarPool, Waiting
 from quartet.scheduler_service.grammar.source import from_ebnf, from_regex

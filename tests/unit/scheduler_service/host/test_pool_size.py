@@ -6,7 +6,7 @@ import pytest
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.memory import GB, Memory
+from quartet.runtime.process.memory import GB, Memory
 from quartet.scheduler_service.host.pool_size import OTHERS_BYTES, Need, Room, choose_page_count
 
 KIB = 1 << 10

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.memory import Memory
+from quartet.runtime.model_files import model_info
+from quartet.runtime.process.memory import Memory
 from quartet.scheduler_service.model.layers import linear
 from quartet.scheduler_service.model.weights import Layout, Weights
 from quartet.scheduler_service.weights import checkpoint as checkpoints
@@ -322,7 +322,7 @@ def test_weights_without_room_are_refused_before_they_are_read(
     save_file(tensors(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"vocab_size": 3, "architectures": ["X"]}')
     config = ServerConfig(model_path=str(tmp_path))
-    monkeypatch.setattr("quartet.runtime.memory.look", lambda: Memory(5, 1 << 30, "a limit"))
+    monkeypatch.setattr("quartet.runtime.process.memory.look", lambda: Memory(5, 1 << 30, "a limit"))
     with pytest.raises(StartupError, match=r"no room for the model's weights.* 0 MB may still be used by a limit; "):
         if read == "load_weights":
             load.load_weights(fused_weights(), config, model_info.load(config))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from quartet.runtime import model_info
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import (
     BeginWeightUpdate,
@@ -24,7 +23,8 @@ from quartet.runtime.control import (
     UpdateWeightVersion,
 )
 from quartet.runtime.errors import StartupError
-from quartet.runtime.memory import Memory
+from quartet.runtime.model_files import model_info
+from quartet.runtime.process.memory import Memory
 from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.main import model_facts
 from quartet.scheduler_service.weights import record, staging
@@ -517,7 +517,7 @@ def test_an_update_whose_second_set_has_no_room_is_refused_before_the_kernel_end
 ) -> None:
     before = live.logits(PROMPT)
     with monkeypatch.context() as others:
-        others.setattr("quartet.runtime.memory.look", lambda: Memory(1 << 10, 1 << 30, "a limit"))
+        others.setattr("quartet.runtime.process.memory.look", lambda: Memory(1 << 10, 1 << 30, "a limit"))
         reply = live.call(to_b(versions))
     assert (reply.success, reply.status) == (False, 400)
     assert "no room for a second set of weights: " in reply.message and "used by a limit." in reply.message

@@ -1,0 +1,188 @@
+"""The table of processes, and one server's life: bind, resolve, start, serve, drain, clean up.
+
+Services are named by strings, so this process never imports torch or any service.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+import msgspec
+import setproctitle
+
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError, UsageError
+from quartet.runtime.launcher import run_dir
+from quartet.runtime.launcher.child import Service
+from quartet.runtime.launcher.parent import exit_with_parent
+from quartet.runtime.launcher.supervisor import ExitStatus, Signals, Supervisor
+from quartet.runtime.log import plain, say, set_up_logging
+from quartet.runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
+from quartet.runtime.model_files import hub
+from quartet.runtime.model_files.model_info import embeds
+from quartet.runtime.process import streams
+from quartet.runtime.process.memory import Memory, in_words, look
+from quartet.runtime.service import TITLE
+from quartet.runtime.settings import flags
+from quartet.runtime.settings.resolve import look_at_machine, resolve
+from quartet.runtime.sockets import endpoint
+
+log = logging.getLogger(__name__)
+
+# glibc gives every large block back to the system when it is freed. A step on the CPU would then take thousands of page
+# faults, for its logits alone, and new weights would be packed into fresh pages, which virtual machines hand out at
+# less than 1 GB/s. So blocks up to 256 MB stay with the process and come in huge pages; other C libraries ignore this.
+KEEPS_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=268435456:"
+    "glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1"
+}
+
+# In ring order: each sends to the next, the last to the first.
+SERVICES = (
+    Service(GATEWAY, "quartet.http_gateway.main", listens=True),
+    Service(TOKENIZER, "quartet.tokenizer_service.main"),
+    Service(SCHEDULER, "quartet.scheduler_service.main", threads=0, standby=True, environment=KEEPS_MEMORY),
+    Service(DETOKENIZER, "quartet.detokenizer_service.main"),
+)
+BACKLOG = 2048
+PROCESSES_BYTES = 400 << 20  # what the four processes and the launcher take before a model is loaded
+LAST_EPOCH = 999_999
+ANY_ADDRESS = ("0.0.0.0", "::", "")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`quartet serve`: run a server to its end; returns the exit status."""
+    return serve(argv, SERVICES)
+
+
+def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
+    """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
+    streams.keep_standard()
+    try:
+        streams.check_open_files()
+        settings = flags.load(argv, environment=os.environ)
+        flags.forget_secrets(os.environ)
+        setproctitle.setproctitle(TITLE.format(role="launcher"))
+        set_up_logging(settings.config)
+        for note in settings.notes:
+            log.warning("%s", note)
+        if settings.config.exit_with_parent is not None:
+            exit_with_parent(settings.config.exit_with_parent)
+        return run(settings.config, services)
+    except UsageError as error:
+        return fail(ExitStatus.USAGE, str(error))
+    except StartupError as error:
+        return fail(ExitStatus.STARTUP, str(error))
+    except (OSError, MemoryError) as error:
+        return fail(ExitStatus.STARTUP, f"the server cannot start: {streams.cause(error)}")
+    except KeyboardInterrupt:
+        return fail(ExitStatus.INTERRUPTED, "interrupted before the server was up")
+
+
+def run(config: ServerConfig, services: Sequence[Service]) -> int:
+    """Serve until told to stop or until a process dies. Raises StartupError."""
+    resolution = resolve(config, look_at_machine())
+    with listen(config.host, config.port) as listener:
+        address, port = listener.getsockname()[:2]
+        config = msgspec.structs.replace(resolution.config, port=port, listen_address=address)
+        with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
+            for note in resolution.notes:
+                log.warning("%s", note)
+            check_path_length(str(directory), services)
+            config = hub.locate(config)
+            config = msgspec.structs.replace(config, is_embedding=embeds(config))
+            check_memory(look())
+            with (
+                Signals() as signals,
+                Supervisor(services, config, directory, lifeline_fd, listener.fileno()) as supervisor,
+            ):
+                status = supervisor.run(signals, lambda: announce(config), lambda: stop_listening(listener))
+    return fail(status, supervisor.reason) if supervisor.reason else status
+
+
+def check_memory(memory: Memory) -> None:
+    """Raise StartupError where the processes have no room even without a model: the kernel would end one of them."""
+    if memory.available < PROCESSES_BYTES:
+        raise StartupError(
+            f"{in_words(memory.available)} may still be used by {memory.limit}, and the processes alone take "
+            f"{in_words(PROCESSES_BYTES)}; allow the server more memory"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The HTTP socket, taken before anything slow happens. Raises StartupError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except socket.gaierror as error:
+        raise StartupError(f"--host {host} is no address of this machine: {error.strerror}") from error
+    except OSError as error:
+        raise StartupError(f"cannot listen on {host}:{port}: {cause(error)}") from error
+    return listener
+
+
+def cause(error: OSError) -> str:
+    """Why a bind failed, and what to do about it."""
+    remedies = {
+        errno.EADDRINUSE: "another process has that port; stop it or choose another --port (0: any free one)",
+        errno.EACCES: "ports under 1024 need a privilege; choose another --port",
+        errno.EADDRNOTAVAIL: "--host is no address of this machine; 0.0.0.0 means all of them",
+    }
+    return remedies.get(error.errno or 0, error.strerror or str(error))
+
+
+def check_path_length(directory: str, services: Sequence[Service]) -> None:
+    """Raise StartupError when a socket's path would be too long."""
+    try:
+        for service in services:
+            endpoint(directory, service.role, LAST_EPOCH)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
+def announce(config: ServerConfig) -> None:
+    """Tell supervisors (the log line, systemd) and people (what to try next) that the server serves."""
+    log.info("The server is fired up and ready to roll!")
+    notify(b"READY=1")
+    say(what_next(config), sys.stdout)
+
+
+def what_next(config: ServerConfig) -> str:
+    """A line to paste into another terminal."""
+    host = "127.0.0.1" if config.host in ANY_ADDRESS else config.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+    path, body = (
+        ("encode", {"text": "Hello"})
+        if config.is_embedding
+        else ("generate", {"text": "What is the capital of France?", "sampling_params": {"temperature": 0}})
+    )
+    key = "-H 'Authorization: Bearer <your key>' " if config.api_key else ""
+    data = msgspec.json.encode(body).decode()
+    name = plain(config.name)
+    return f"\n{name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
+
+
+def stop_listening(listener: socket.socket) -> None:
+    """Draining begins: the gateway's copy of the socket is the only one left, so that closing it refuses clients."""
+    notify(b"STOPPING=1")
+    log.info("stopping: running requests are finished first; a second signal ends them")
+    listener.close()
+
+
+def notify(state: bytes) -> None:
+    """Tell systemd (Type=notify), where it asks to be told."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
+            sender.sendto(state, "\0" + address[1:] if address.startswith("@") else address)
+
+
+def fail(status: ExitStatus, reason: str) -> int:
+    say(f"quartet: {plain(reason)}", sys.stderr)
+    return status

@@ -1,0 +1,137 @@
+"""What a model directory says about embedding: which architectures do it, how vectors are pooled, what a score means.
+
+The settings of sentence-transformers (modules.json and the folders it names) are followed where a model has them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files.files import MAX_SETTINGS_BYTES, present, read_small
+
+Json = Mapping[str, Any]
+Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+
+ENCODERS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "ModernBert")
+SCORING = ("ForSequenceClassification", "ForRewardModel")
+SUFFIXES = ("Model", "ForMaskedLM", *SCORING)  # architectures that end in these give vectors or scores
+GENERATING = "HeadModel"  # GPT2LMHeadModel
+PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions begin behind the padding id
+LEGACY_POOLING: dict[str, Pooling] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers, those that are followed
+DEFAULT_LABELS = 2  # what config.json leaves out
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True):
+    """How an embedding model makes its answer of its hidden states."""
+
+    pooling: tuple[Pooling, ...]  # several: side by side in one vector
+    normalize: bool = False  # to length 1
+    labels: int = 0  # outputs of the score head; 0: there is none
+    activation: str | None = None  # of the scores: the path of a torch module
+    encoder: bool = False  # BERT and its kin, rather than a decoder
+    cross_encoder: bool = False  # reads two texts at once; its only label is answered as a bare number
+    causal: bool = True
+    matryoshka: bool = False  # its vectors may be cut
+    dimensions: tuple[int, ...] = ()  # cut to one of these alone, where the model lists them
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Every position sees every other, or all of them are pooled: no chunks, no cached prefix."""
+        return not self.causal or self.pooling != ("lasttoken",)
+
+
+class Module(msgspec.Struct, frozen=True):
+    """An entry of modules.json."""
+
+    type: str
+    path: str = ""
+
+
+def is_embedder(architecture: str) -> bool:
+    """Whether an architecture is one for embedding, whatever the flags say."""
+    return architecture.endswith(SUFFIXES) and not architecture.endswith(GENERATING)
+
+
+def is_encoder(architecture: str) -> bool:
+    return any(architecture == f"{family}{suffix}" for family in ENCODERS for suffix in SUFFIXES)
+
+
+def usable_positions(config: Json, positions: int) -> int:
+    """The longest input of a model with a table of so many positions."""
+    if config.get("model_type") in PADDED_POSITIONS:
+        return positions - int(config.get("pad_token_id", 1)) - 1
+    return positions
+
+
+def embedding(path: Path, architecture: str, config: Json) -> Embedding:
+    """Read the settings of an embedding model. Raises StartupError for what cannot be followed."""
+    encoder, scoring = is_encoder(architecture), architecture.endswith(SCORING)
+    dimensions = config.get("matryoshka_dimensions") or ()
+    found = Embedding(
+        pooling=("cls",) if encoder else ("lasttoken",),
+        normalize=not scoring,
+        encoder=encoder,
+        causal=not encoder and config.get("is_causal", True) is not False,
+        matryoshka=bool(dimensions or config.get("is_matryoshka")),
+        dimensions=tuple(dimensions),
+    )
+    if scoring:
+        return with_scores(found, architecture, config)
+    return with_modules(found, path)
+
+
+def with_scores(found: Embedding, architecture: str, config: Json) -> Embedding:
+    """A classification or reward model: one score for each label."""
+    labels = len(config.get("id2label") or ()) or int(config.get("num_labels") or DEFAULT_LABELS)
+    if architecture.endswith("ForRewardModel"):
+        labels = int(config.get("num_labels") or 1)
+    if found.encoder and config.get("classifier_pooling") == "mean":
+        found = msgspec.structs.replace(found, pooling=("mean",))
+    settings = config.get("sentence_transformers") or {}
+    activation = config.get("sbert_ce_default_activation_function") or settings.get("activation_fn")
+    return msgspec.structs.replace(found, labels=labels, activation=activation, cross_encoder=found.encoder)
+
+
+def with_modules(found: Embedding, path: Path) -> Embedding:
+    """The pooling and normalisation of a sentence-transformers model; unchanged where it is none."""
+    modules = read_modules(path)
+    if not modules:
+        return found
+    folders = {module.type.rsplit(".", 1)[-1]: module.path for module in modules}
+    if unknown := sorted(folders.keys() - set(MODULES)):
+        raise StartupError(f"{path}/modules.json has a {unknown[0]} module; {', '.join(MODULES)} are served")
+    pooling = read_pooling(path / folders["Pooling"] / "config.json") if "Pooling" in folders else found.pooling
+    return msgspec.structs.replace(found, pooling=pooling, normalize="Normalize" in folders)
+
+
+def read_modules(path: Path) -> list[Module]:
+    file = path / "modules.json"
+    if not present(file):
+        return []
+    try:
+        return msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=list[Module])
+    except msgspec.DecodeError as error:
+        raise StartupError(f"{file} is not a list of modules: {error}") from error
+
+
+def read_pooling(file: Path) -> tuple[Pooling, ...]:
+    try:
+        config = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=dict[str, Any])
+        modes = config.get("pooling_mode") or [mode for key, mode in LEGACY_POOLING.items() if config.get(key)]
+        pooling = msgspec.convert([modes] if isinstance(modes, str) else modes, tuple[Pooling, ...])
+    except (StartupError, msgspec.DecodeError) as error:
+        raise StartupError(f"{file} does not name a pooling that is served: {error}") from error
+    if not pooling:
+        raise StartupError(f"{file} names no pooling")
+    return pooling

@@ -1,0 +1,73 @@
+"""Finds a model's directory: the embedded one, a local one, or a download from the Hugging Face hub.
+
+Only the launcher calls this; services read `config.model_dir` and `config.tokenizer_dir`.
+"""
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files.model_info import DEMO
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where a model has no others
+TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def locate(config: ServerConfig) -> ServerConfig:
+    """The configuration with the local directories filled in. Raises StartupError."""
+    model_dir = find("--model-path", config.model_path, config, (*WEIGHTS, *TOKENIZER))
+    if not (model_dir / "config.json").is_file():
+        raise StartupError(f"no config.json in {model_dir}: --model-path must name a model directory or a hub id")
+    tokenizer_dir = model_dir
+    if config.tokenizer_path is not None:
+        tokenizer_dir = find("--tokenizer-path", config.tokenizer_path, config, TOKENIZER)
+    return msgspec.structs.replace(config, model_dir=str(model_dir), tokenizer_dir=str(tokenizer_dir))
+
+
+def find(flag: str, name: str, config: ServerConfig, patterns: tuple[str, ...]) -> Path:
+    """The local directory that `name` stands for, downloaded if need be."""
+    if name == "demo":
+        return DEMO
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        raise StartupError(f"{flag} {name} is a file; name the directory that holds it")
+    if not HUB_ID.fullmatch(name):
+        raise StartupError(f"{flag} {name} does not exist; it takes a directory, a hub id (owner/name) or demo")
+    return download(flag, name, config, patterns)
+
+
+def download(flag: str, name: str, config: ServerConfig, patterns: tuple[str, ...]) -> Path:
+    """The hub's snapshot, from its cache where that is complete. Raises StartupError."""
+    try:
+        import huggingface_hub  # here, for it is slow and seldom needed
+        from huggingface_hub.errors import HFValidationError
+    except ImportError as error:
+        raise StartupError(
+            f"{flag} {name} is no directory here, and fetching it from the hub needs `pip install quartet-serve[hub]`"
+        ) from error
+    try:
+        found = huggingface_hub.snapshot_download(
+            name, revision=config.revision, cache_dir=config.download_dir, allow_patterns=list(patterns)
+        )
+    except (OSError, ValueError, HFValidationError) as error:  # the hub's own errors derive from these
+        raise StartupError(
+            f"{flag} {name} is no directory here and could not be fetched from the hub ({reason(error)}); "
+            "check the name and the network, or download it and pass its directory"
+        ) from error
+    wants_weights = set(WEIGHTS) <= set(patterns) and not set(PICKLED) <= set(patterns)
+    if wants_weights and not any(Path(found).glob("*.safetensors")):
+        return download(flag, name, config, (*patterns, *PICKLED))
+    return Path(found)
+
+
+def reason(error: Exception) -> str:
+    """The kind of failure and the first sentence of its message."""
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__

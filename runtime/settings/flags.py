@@ -1,0 +1,309 @@
+"""From the command line and a YAML file to a ServerConfig, remembering where each value came from.
+
+Everything here is derived from the fields of `quartet.runtime.config.ServerConfig`; a new flag is one field there.
+"""
+
+import argparse
+import difflib
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from quartet.runtime.config import Flag, ServerConfig
+from quartet.runtime.errors import UsageError
+from quartet.runtime.settings import environment as environments
+from quartet.runtime.settings import foreign_flags, keys
+
+DEFAULT, COMMAND_LINE = "default", "command line"
+OTHERS = ("--config", "--help", "-h")  # flags that are no settings
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One field of ServerConfig as a flag."""
+
+    name: str
+    help: str
+    flag: Flag
+    default: Any
+    takes: str  # what a value looks like: "integer", "a | b", ...
+
+    @property
+    def spelling(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        return (self.spelling, *self.flag.aliases)
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """A configuration and where each of its values came from."""
+
+    config: ServerConfig
+    origins: dict[str, str]  # only of the fields that were given; all others are defaults
+    notes: list[str] = []  # what was made of flags and values that other servers have
+
+    def origin(self, name: str) -> str:
+        return self.origins.get(name, DEFAULT)
+
+
+def settings() -> dict[str, Setting]:
+    """Every flag by its field's name, in the order of the fields."""
+    hints = get_type_hints(ServerConfig, include_extras=True)
+    found = {}
+    for field in msgspec.structs.fields(ServerConfig):
+        kind, *metadata = get_args(hints[field.name]) or (hints[field.name],)
+        meta = next((m for m in metadata if isinstance(m, msgspec.Meta) and m.extra), None)
+        if meta is not None and meta.extra is not None:
+            found[field.name] = Setting(
+                field.name, meta.description or "", meta.extra["flag"], field.default, describe(kind)
+            )
+    return found
+
+
+def describe(kind: Any) -> str:
+    """The values of a field's type, for people."""
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    members = [member for member in get_args(kind) if member is not type(None)]
+    if members and kind not in NAMES:
+        return describe(members[0])
+    return NAMES.get(kind, "text")
+
+
+NAMES: dict[Any, str] = {int: "integer", float: "number", bool: "true | false", str: "text"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """All flags in their groups. Values stay strings; `load` gives them types."""
+    parser = Parser(
+        prog=f"quartet {command}",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {}
+    for setting in settings().values():
+        name = setting.flag.group
+        group = groups.setdefault(name, groups.get(name) or parser.add_argument_group(name))
+        bare = "true" if setting.takes == NAMES[bool] else setting.flag.bare
+        optional_value = {"nargs": "?", "const": bare} if bare else {}
+        group.add_argument(
+            *setting.spellings,
+            dest=setting.name,
+            metavar=setting.takes.replace(" ", ""),
+            help=help_text(setting),
+            action="append" if setting.flag.several else "store",
+            **optional_value,
+        )
+    parser.add_argument("--config", metavar="file.yaml", help="settings from a file; flags given here win")
+    return parser
+
+
+def help_text(setting: Setting) -> str:
+    text = setting.help.replace("%", "%%")
+    if setting.flag.variable:
+        text += f" (or the variable {setting.flag.variable})"
+    stated = setting.default is None or setting.default is False or "default" in text
+    return text if stated else f"{text} (default: {setting.default})"
+
+
+def load(
+    argv: Sequence[str], command: str = "serve", environment: Mapping[str, str] = MappingProxyType({})
+) -> Settings:
+    """Parse flags over the file over the environment over the defaults, and gather the keys.
+
+    Raises UsageError naming the flag, key or variable and the remedy.
+    """
+    words, notes = sorted_out(argv)
+    given, rest = build_parser(command).parse_known_args(words)
+    refuse_positional(rest, words)
+    flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    file = flags.pop("config", None)
+    values, file_notes = ({}, []) if file is None else read_file(Path(file))
+    found = from_environment(environment)
+    variables = {name: value for name, (_, value) in found.items()}
+    notes += environments.notes(environment, variables_of_settings())
+    notes += file_notes + [note for source in (variables, values, flags) for note in translate(source)]
+    origins = {name: f"variable {found[name][0]}" for name in variables}
+    origins |= dict.fromkeys(values, str(file)) | dict.fromkeys(flags, COMMAND_LINE)
+    checked = typed(variables, strict=False, label="{}", spell=lambda name: settings()[name].flag.variable)
+    checked |= typed(values, strict=True, label="{} in " + str(file))
+    checked |= typed(flags, strict=False, label="--{}", spell=dashed)
+    places = {name: variable for name, (variable, _) in found.items()} | {name: f"{name} in {file}" for name in values}
+    places = {name: place for name, place in places.items() if name not in flags}
+    return Settings(keys.gathered(ServerConfig(**checked), places), origins, notes)
+
+
+def sorted_out(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments with our flags spelled in full, and notes on those of other servers. Raises UsageError."""
+    words: list[str] = []
+    notes: list[str] = []
+    left = deque(argv)
+    while left:
+        word = left.popleft()
+        if not is_flag(word):
+            words.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = spelled(name, words)
+        if name not in foreign_flags.FLAGS:
+            words.append(name + equals + value)
+            continue
+        values = [value] if equals else []
+        while not equals and left and not is_flag(left[0]):
+            values.append(left.popleft())
+        notes.append(considered(name, " ".join(values) if values else "true"))
+    return words, notes
+
+
+def is_flag(word: str) -> bool:
+    return word.startswith("-") and word not in ("-", "--") and not word[1].isdigit() and word[1] != "."
+
+
+def considered(name: str, value: str) -> str:
+    """What holds for a flag of other servers with this value. Raises UsageError where it asks for what is not here."""
+    flag = foreign_flags.FLAGS[name]
+    shown = name if value == "true" or not flag.accepts else f"{name} {value}"
+    if not flag.takes(value):
+        raise UsageError(f"{shown} is not supported: {flag.advice}")
+    return f"{shown} has no effect here: {flag.advice}"
+
+
+def translate(values: dict[str, Any]) -> list[str]:
+    """Replace values that other servers give to flags of ours by what they come to here, and say so."""
+    notes = []
+    for name, value in list(values.items()):
+        known = foreign_flags.VALUES.get((name, str(value)))
+        if known is not None:
+            notes.append(f"--{dashed(name)} {value} {known.why}")
+            del values[name]
+            if known.instead is not None:
+                values[name] = known.instead
+    return notes
+
+
+def spelled(word: str, before: Sequence[str]) -> str:
+    """The whole flag that a word names: itself, or the only one that begins like it. Raises UsageError."""
+    name = word.replace("_", "-")
+    ours = {spelling: setting.spelling for setting in settings().values() for spelling in setting.spellings}
+    ours |= {spelling: spelling for spelling in OTHERS}
+    known = {name: name for name in foreign_flags.FLAGS} | ours
+    if name in known:
+        return name
+    found = {known[spelling] for spelling in known if name.startswith("--") and spelling.startswith(name)}
+    if len(found) == 1:
+        return found.pop()
+    if before and before[-1] in secret_spellings():  # it may be a key, so it is not repeated here
+        raise UsageError(f"{before[-1]} takes text; a key that begins with a dash is given as {before[-1]}=<key>")
+    if found:
+        raise UsageError(f"{word} may mean {', '.join(sorted(found)[:4])}{' and others' if len(found) > 4 else ''}")
+    raise UsageError(f"unknown flag {word}{suggestion(word, ours)}")
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def variables_of_settings() -> set[str]:
+    return {setting.flag.variable for setting in settings().values() if setting.flag.variable}
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Field → variable and value, of those that the environment gives."""
+    variables = {name: setting.flag.variable for name, setting in settings().items() if setting.flag.variable}
+    return {name: (variable, environment[variable]) for name, variable in variables.items() if variable in environment}
+
+
+def forget_secrets(environment: MutableMapping[str, str]) -> None:
+    """Drop the variables that hold keys, so that no process started from here inherits them."""
+    for setting in settings().values():
+        if setting.flag.secret and setting.flag.variable:
+            environment.pop(setting.flag.variable, None)
+
+
+def refuse_positional(rest: Sequence[str], words: Sequence[str]) -> None:
+    """Raise UsageError for the first argument that belongs to no flag."""
+    if not rest:
+        return
+    flag = next((word for word in reversed(words[: words.index(rest[0])]) if is_flag(word)), "").split("=")[0]
+    if flag in secret_spellings():  # it may be a key, so it is not repeated here
+        raise UsageError(f"unexpected argument behind {flag}; several keys are separated by commas")
+    raise UsageError(f"unexpected argument {rest[0]!r}; flags start with --, and a model is named by --model-path")
+
+
+def secret_spellings() -> set[str]:
+    return {spelling for setting in settings().values() if setting.flag.secret for spelling in setting.spellings}
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or a pointer to the help when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; `quartet serve --help` lists them all"
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a YAML file by field name (dashes or underscores), and notes on those of other servers."""
+    import yaml  # here, so that --help does not pay for it
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}, []
+    if not isinstance(data, dict):
+        raise UsageError(f"--config {path} must hold `name: value` lines")
+    values = {str(key).replace("-", "_"): value for key, value in data.items()}
+    notes = []
+    for key in sorted(values.keys() - settings().keys()):
+        foreign = "--" + dashed(key)
+        if foreign not in foreign_flags.FLAGS:
+            raise UsageError(f"unknown key {key} in {path}{suggestion(key, settings())}")
+        value = values.pop(key)
+        notes.append(considered(foreign, str(value).lower() if isinstance(value, bool | None) else str(value)))
+    for name, value in values.items():
+        if settings()[name].flag.several and isinstance(value, list):
+            values[name] = ",".join(map(str, value))
+    return values, notes
+
+
+def typed(values: Mapping[str, Any], *, strict: bool, label: str, spell: Callable[[str], str] = str) -> dict[str, Any]:
+    """The values with their fields' types. Raises UsageError naming the first that does not fit."""
+    for name, value in values.items():
+        try:
+            msgspec.convert({name: value}, ServerConfig, strict=strict)
+        except msgspec.ValidationError as error:
+            bound = str(error).split(" - at")[0].rpartition("`")[2]  # " >= 1", where the type is right
+            takes = settings()[name].takes
+            shown = "what it was given" if settings()[name].flag.secret else repr(value)
+            refused = f"{label.format(spell(name))} takes {takes}{bound if '=' in bound else ''}, not {shown}"
+            raise UsageError(refused) from error
+    config = msgspec.convert(dict(values), ServerConfig, strict=strict)
+    checked = {name: getattr(config, name) for name in values}
+    for name, value in checked.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{label.format(spell(name))} takes a finite number, not {values[name]!r}")
+    return checked
+
+
+def public(config: ServerConfig) -> dict[str, Any]:
+    """Every setting by name, as plain values; secrets are masked."""
+    return {
+        name: "***" if setting.flag.secret and getattr(config, name) else getattr(config, name)
+        for name, setting in settings().items()
+    }
