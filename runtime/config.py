@@ -1,8 +1,8 @@
 """The server's configuration: one frozen struct, and for every field its type, default and help in one place.
 
 Flags, the YAML file, `quartet config show` and `/get_server_info` are derived from the fields below by
-`runtime/settings/flags.py`. Names and types are those of the wire contract. Where a default differs, the help says which.
-`None` and "auto" are answered once, by `runtime/settings/resolve.py`.
+`runtime/settings/flags.py`. Names and types are those of the wire contract. Where a default differs, the help says
+which. `None` and "auto" are answered once, by `runtime/settings/resolve.py`.
 """
 
 from typing import Annotated, Any, Literal

@@ -1,9 +1,9 @@
 """Every control command: its HTTP path, its fields, and who answers.
 
 A command is a tagged struct here and one handler function in the service that carries it out (as a rule
-`scheduler_service/control/handlers.py`). It travels the ring like a request, so it is ordered with them. Hops in the middle
-forward it; the reply is a `Reply` with the same id. The gateway builds a route for every member of `Command` that
-has a path.
+`scheduler_service/control/handlers.py`). It travels the ring like a request, so it is ordered with them. Hops in the
+middle forward it; the reply is a `Reply` with the same id. The gateway builds a route for every member of `Command`
+that has a path.
 """
 
 from typing import Annotated, Any, ClassVar, Literal

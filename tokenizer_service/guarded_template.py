@@ -1,8 +1,8 @@
 """The chat template in a process of its own, as the tokenizer sees it.
 
 The sandbox meters what a template does, but format strings, filters and the compiler itself are code in C that no
-meter interrupts. So templates are compiled and rendered where the kernel ends them (runtime/process/guarded.py), and whatever
-they do, the tokenizer goes on. Nothing here loads jinja2.
+meter interrupts. So templates are compiled and rendered where the kernel ends them (runtime/process/guarded.py), and
+whatever they do, the tokenizer goes on. Nothing here loads jinja2.
 """
 
 import logging

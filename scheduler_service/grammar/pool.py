@@ -136,7 +136,7 @@ class GrammarPool:
     # in the threads
 
     def _work(self, number: int, own: Guarded) -> None:
-        """Until the pool is closed. The checking process dies with this thread (see quartet.runtime.process.parent_death)."""
+        """Until the pool is closed. The checking process dies with this thread (runtime/process/parent_death.py)."""
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (waiting := self._take(bool(number % 2), own)) is not None:
             outcome = self._outcome(waiting, own)

@@ -1,4 +1,4 @@
-"""Work for `quartet.runtime.process.guarded` that does what its order says: echo, loop, take memory, crash, tell its pids."""
+"""Work for `runtime/process/guarded.py` that does what its order says: echo, loop, take memory, crash, tell pids."""
 
 import os
 import signal

@@ -1,7 +1,7 @@
 """Kernels are compiled before anything is measured: one layer of each model, each in a process of its own.
 
-A start compiles in threads already (scheduler_service/execution/compile_ahead.py); requests compile what it left out. All is kept
-on disk, where the sections that follow find it.
+A start compiles in threads already (scheduler_service/execution/compile_ahead.py); requests compile what it left out.
+All is kept on disk, where the sections that follow find it.
 """
 
 import subprocess
