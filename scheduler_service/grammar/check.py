@@ -1,8 +1,8 @@
 """A small process that reads a client's grammar before the scheduler does, and that may die of it.
 
 Some texts keep a parser or the engine busy for hours, and a thread cannot be stopped. So everything that looks at a
-grammar's text happens here first, in a process with a budget (runtime/process/guarded.py): it is translated for the engine
-and tried. What comes back was bearable once and is so again in the scheduler.
+grammar's text happens here first, in a process with a budget (runtime/process/guarded.py): it is translated for the
+engine and tried. What comes back was bearable once and is so again in the scheduler.
 """
 
 import sys

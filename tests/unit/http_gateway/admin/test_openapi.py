@@ -13,7 +13,7 @@ from quartet.http_gateway.parsers import call_formats, reasoning
 from quartet.runtime.config import ServerConfig
 from tests.unit.http_gateway.harness import asynchronous, served
 
-PAGE = Path(http_gateway.__path__[0]) / "page" / "docs.html"
+PAGE = Path(http_gateway.__path__[0]) / "admin" / "page" / "docs.html"
 
 
 def test_every_route_is_described_with_a_body_where_it_takes_one() -> None:
