@@ -96,9 +96,9 @@ class Server:
         return found
 
     def children(self) -> dict[str, psutil.Process]:
-        """Role → process, of the services that run."""
+        """Role → process, of the services that run: a process that ends has no command line any more."""
         found = psutil.Process(self.process.pid).children()
-        titles = {process.cmdline()[0]: process for process in found if process.status() != psutil.STATUS_ZOMBIE}
+        titles = {line[0]: process for process in found if (line := command_line(process))}
         return {title.removeprefix("quartet::"): process for title, process in titles.items()}
 
     def signal(self, number: int = signal.SIGTERM) -> None:
@@ -117,6 +117,14 @@ class Server:
         with self._more:
             assert self._more.wait_for(lambda: self._ended, timeout_s), "a process outlived the launcher"
         return self.log
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Empty for a process that has ended or is about to."""
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return []
 
 
 def started(module: str, boot_file: Path, *inherited: int) -> subprocess.Popen[bytes]:
