@@ -2,7 +2,7 @@
 
 from quartet.scheduler_service.model.heads import add_head
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
-from quartet.scheduler_service.model.weights import Layout
+from quartet.scheduler_service.weights.parameters import Layout
 
 HEAD = "lm_head.weight"
 

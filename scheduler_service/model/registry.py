@@ -18,9 +18,9 @@ from quartet.scheduler_service.model.families import gemma, llama, mistral, mixt
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
+from quartet.scheduler_service.weights.parameters import Weights
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from quartet.runtime import limits
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host.background import breathe
-from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.weights.parameters import Weights
 
 ROWS_AT_ONCE = 64
 

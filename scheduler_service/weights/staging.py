@@ -19,7 +19,6 @@ import xxhash
 
 from quartet.runtime.model_files.files import open_regular
 from quartet.scheduler_service.host.background import breathe
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights import device_staging, load, manifest, ties
 from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
@@ -30,6 +29,7 @@ from quartet.scheduler_service.weights.checkpoint import (
     read_exactly,
 )
 from quartet.scheduler_service.weights.manifest import Manifest
+from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.pickled import pickled_files
 from quartet.scheduler_service.weights.progress import shown
 

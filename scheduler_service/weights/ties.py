@@ -16,8 +16,8 @@ from quartet.runtime.model_files.files import opened
 from quartet.scheduler_service.host.background import breathe
 from quartet.scheduler_service.model.layout import HEAD
 from quartet.scheduler_service.model.spec import DecoderSpec
-from quartet.scheduler_service.model.weights import Layout
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor, read_exactly
+from quartet.scheduler_service.weights.parameters import Layout
 from quartet.scheduler_service.weights.pickled import checkpoint_of
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,6 @@ from quartet.runtime.shorten import short
 from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.host.background import breathe, freely
 from quartet.scheduler_service.host.device import available_gb, shortage
-from quartet.scheduler_service.model.weights import Packed, Weights
 from quartet.scheduler_service.weights import (
     device_staging,
     distributed,
@@ -46,6 +45,7 @@ from quartet.scheduler_service.weights import (
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
+from quartet.scheduler_service.weights.parameters import Packed, Weights
 from quartet.scheduler_service.weights.record import Committed
 from quartet.scheduler_service.weights.staging import on_one_thread
 
