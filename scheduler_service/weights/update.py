@@ -25,7 +25,6 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files import hub
-from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.host.background import breathe, freely
@@ -37,7 +36,6 @@ from quartet.scheduler_service.weights import (
     manifest,
     pickled,
     record,
-    same_model,
     staging,
     ties,
     wire,
@@ -87,10 +85,12 @@ class Session:
 class Updates:
     """Everything about changing the weights of one model, except when."""
 
-    def __init__(self, live: Weights, config: ServerConfig, run_dir: str, info: ModelInfo | None = None) -> None:
-        """`info`: of the model as it was at the start; without it nothing is compared with an update's config.json."""
+    def __init__(
+        self, live: Weights, config: ServerConfig, run_dir: str, check_config: Callable[[Path], None] = lambda _: None
+    ) -> None:
+        """`check_config` raises CheckpointError where the config.json of a directory describes another model."""
         self.live = live
-        self.info = info
+        self.check_config = check_config
         self.config = config
         self.run_dir = run_dir
         self.inspection = Inspection(live)
@@ -162,11 +162,6 @@ class Updates:
             files={path.name: [f.size, f.written_ns] for path, f in before.items() if path.parent == directory},
         )
         return self.packed(self.new_names(), source)
-
-    def check_config(self, directory: Path) -> None:
-        """Raise CheckpointError where a directory describes another model."""
-        if self.info is not None:
-            same_model.check(self.info, directory, self.config)
 
     def new_names(self) -> frozenset[str]:
         """The tensors that a full second set changes. On a GPU they are compared: what is equal need not be copied."""
