@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from quartet.runtime.model_files.files import opened
-from quartet.scheduler_service.host.background import breathe
+from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor, read_exactly
 from quartet.scheduler_service.weights.parameters import Layout
 from quartet.scheduler_service.weights.pickled import checkpoint_of
@@ -74,7 +74,7 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
         descriptors = [stack.enter_context(opened(stored.file)) for stored in (one, other)]
         buffers = [bytearray(min(one.nbytes, CHUNK_BYTES)) for _ in descriptors]
         for start in range(0, one.nbytes, CHUNK_BYTES):
-            breathe()
+            yield_point()
             size = min(CHUNK_BYTES, one.nbytes - start)
             for stored, descriptor, buffer in zip((one, other), descriptors, buffers, strict=True):
                 read_exactly(descriptor, memoryview(buffer)[:size], stored.offset + start, stored.file)

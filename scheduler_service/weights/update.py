@@ -27,7 +27,7 @@ from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files import hub
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host import memory as host_memory
-from quartet.scheduler_service.host.background import breathe, freely
+from quartet.scheduler_service.host.background import unthrottled, yield_point
 from quartet.scheduler_service.host.device import available_gb, shortage
 from quartet.scheduler_service.weights import (
     device_staging,
@@ -190,7 +190,7 @@ class Updates:
             manifest.check_names(digests, checkpoint)
         checkpoint = ties.completed(checkpoint, self.live.layout)
         staging.check(checkpoint, self.live)
-        with nullcontext() if self.live.device.type == "cpu" else freely():
+        with nullcontext() if self.live.device.type == "cpu" else unthrottled():
             staging.read(checkpoint, before, self.second, digests)
 
     def open_session(self, broken: str = "", implicit: bool = False) -> None:
@@ -288,8 +288,8 @@ class Updates:
         return Staged(self.second, names, told_as(NOT_LOADED, lambda: self._packed(names)), source)
 
     def _packed(self, names: frozenset[str]) -> Packed:
-        host_memory.warm(self.live.packed_sizes(names), breathe)
-        return self.live.pack(self.second, names, breathe)
+        host_memory.warm(self.live.packed_sizes(names), yield_point)
+        return self.live.pack(self.second, names, yield_point)
 
     @on_one_thread
     def randomized(self, names: Collection[str]) -> Staged:
@@ -330,7 +330,7 @@ class Updates:
             blocks = list(old.pop()[1] or ())
             while blocks:
                 blocks.pop()
-                breathe()
+                yield_point()
 
     def note(self) -> None:
         """Record what serves."""
