@@ -168,7 +168,7 @@ class Scheduler:
     def receive(self) -> None:
         """Handle every message that waits and give waiting commands their turn."""
         arrived = self.inbox.recv(self.patience_s)
-        self.planner.tell_time(self.now)  # the wait for them counts against none of them
+        self.planner.advance_clock(self.now)  # the wait for them counts against none of them
         out = self.guard.each(arrived, self.handle)
         for message, grammar in self.waiting_room.decided():
             out += self.guard.each([message], partial(self.admit_decided, grammar))

@@ -8,7 +8,7 @@ from quartet.runtime.control import ControlCommand, DestroyWeightsUpdateGroup, I
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
 from quartet.scheduler_service.control.weights import updates_of
-from quartet.scheduler_service.host.background import beside
+from quartet.scheduler_service.host.background import run_in_background
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.scheduler import Scheduler
@@ -21,9 +21,9 @@ UNKNOWN = "The group to be destroyed does not exist."
 
 
 def init(scheduler: "Scheduler", command: InitWeightsUpdateGroup) -> Waiting:
-    """Meet the trainer, beside the loop. It may come later than this call."""
+    """Meet the trainer, in the background. It may come later than this call."""
     updates = updates_of(scheduler)
-    yield from beside(partial(updates.join_group, command))
+    yield from run_in_background(partial(updates.join_group, command))
     return [Reply(id=command.id, message=JOINED)]
 
 
@@ -31,7 +31,7 @@ def destroy(scheduler: "Scheduler", command: DestroyWeightsUpdateGroup) -> Waiti
     updates = updates_of(scheduler)
     if command.group_name not in updates.groups:
         raise CommandRefused(UNKNOWN)
-    yield from beside(partial(updates.leave_group, command.group_name))
+    yield from run_in_background(partial(updates.leave_group, command.group_name))
     return [Reply(id=command.id, message=LEFT)]
 
 

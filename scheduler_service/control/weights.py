@@ -1,7 +1,7 @@
 """Commands that change, name or compare the served weights.
 
-Each has the weights to itself: those that come meanwhile wait for their turn, in order. What takes long runs beside
-the loop; the swap itself happens inside one turn of the handler, so between two steps.
+Each has the weights to itself: those that come meanwhile wait for their turn, in order. What takes long runs in the
+background; the swap itself happens inside one turn of the handler, so between two steps.
 """
 
 import logging
@@ -27,7 +27,7 @@ from quartet.runtime.control import (
 )
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
-from quartet.scheduler_service.host.background import beside
+from quartet.scheduler_service.host.background import run_in_background
 
 if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
     from quartet.scheduler_service.scheduler import Scheduler
@@ -81,13 +81,13 @@ def in_turn(change: Change) -> Callable[["Scheduler", Any], Waiting]:
 
 
 def from_disk(scheduler: "Scheduler", updates: "Updates", command: UpdateWeightsFromDisk) -> Waiting:
-    """Stage and check beside the loop, then swap."""
+    """Stage and check in the background, then swap."""
     load_format = command.load_format or updates.config.load_format
     log.info("Start update_weights. Load format=%s", load_format)
     refuse_unless_expected(scheduler, command)
     refuse_in_session(updates)
     log.info("Update engine weights online from disk begin. avail mem=%.2f GB", updates.available_gb())
-    staged = yield from beside(partial(updates.from_disk, command.model_path, load_format, command.manifest))
+    staged = yield from run_in_background(partial(updates.from_disk, command.model_path, load_format, command.manifest))
     frozen = yield from swap(scheduler, updates, staged, command)
     body = {"num_paused_requests": frozen, "model_path": command.model_path}
     return [done(scheduler, command, UPDATED_FROM_DISK, body)]
@@ -115,7 +115,7 @@ def swap(
     planner.forget_prefixes(free=command.flush_cache)
     if command.flush_cache:
         log.info("Cache flushed successfully!")
-    yield from beside(partial(updates.settle, old))
+    yield from run_in_background(partial(updates.settle, old))
     if command.torch_empty_cache:
         updates.empty_cache()
     return frozen
@@ -176,7 +176,7 @@ def end(scheduler: "Scheduler", updates: "Updates", command: EndWeightUpdate) ->
 def apply_session(
     scheduler: "Scheduler", updates: "Updates", command: WeightChange
 ) -> Generator[None, bool | None, None]:
-    staged = yield from beside(updates.seal)
+    staged = yield from run_in_background(updates.seal)
     yield from swap(scheduler, updates, staged, command)
 
 
@@ -189,7 +189,7 @@ def collected(
     if implicit:
         updates.open_session(implicit=True)
     try:
-        yield from beside(collect)
+        yield from run_in_background(collect)
         if implicit:
             yield from apply_session(scheduler, updates, command)
         elif updates.session is not None and command.weight_version is not None:
@@ -241,7 +241,7 @@ def rename(scheduler: "Scheduler", command: UpdateWeightVersion) -> Waiting:
     log.info("Weight version updated to %s; %d requests aborted.", command.new_version, len(aborted))
     if scheduler.updates is not None:
         scheduler.updates.relabel(command.new_version)
-        yield from beside(scheduler.updates.note)
+        yield from run_in_background(scheduler.updates.note)
     body = {
         "new_version": command.new_version,
         "weight_version": command.new_version,
@@ -252,7 +252,7 @@ def rename(scheduler: "Scheduler", command: UpdateWeightVersion) -> Waiting:
 
 def by_name(scheduler: "Scheduler", updates: "Updates", command: GetWeightsByName) -> Waiting:
     """The first rows of a tensor; in turn, for they are read while steps go on."""
-    rows = yield from beside(partial(updates.inspection.rows, command.name, max(0, command.truncate_size)))
+    rows = yield from run_in_background(partial(updates.inspection.rows, command.name, max(0, command.truncate_size)))
     if rows is None:
         raise CommandRefused("Get parameter by name failed")
     return [Reply(id=command.id, body={"rows": rows})]
@@ -268,17 +268,17 @@ def check(scheduler: "Scheduler", updates: "Updates", command: CheckWeights) -> 
 
 
 def checksum(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
-    checksums, digest = yield from beside(partial(updates.inspection.checksums, names))
+    checksums, digest = yield from run_in_background(partial(updates.inspection.checksums, names))
     return {"checksums": checksums, "digest": digest}
 
 
 def snapshot(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
-    yield from beside(partial(updates.inspection.keep_snapshot, names))
+    yield from run_in_background(partial(updates.inspection.keep_snapshot, names))
     return {"tensors": len(names)}
 
 
 def compare(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
-    differing = yield from beside(partial(updates.inspection.differing, names))
+    differing = yield from run_in_background(partial(updates.inspection.differing, names))
     if differing is None:
         raise CommandRefused("There is no snapshot to compare with: call the action snapshot first.")
     if differing:
@@ -289,7 +289,7 @@ def compare(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Che
 def reset(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
     """Random values, so that whatever a later update leaves out is seen."""
     refuse_in_session(updates)
-    staged = yield from beside(partial(updates.randomized, names))
+    staged = yield from run_in_background(partial(updates.randomized, names))
     yield from swap(scheduler, updates, staged, WeightChange())
     return {"tensors": len(names)}
 

@@ -24,11 +24,11 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.routers import Routers
-from quartet.scheduler_service.model.weights import Layout, Place, Weights
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
 from quartet.scheduler_service.weights.load import DUMMY_SEED, is_dummy, open_checkpoint, read_state, some
+from quartet.scheduler_service.weights.parameters import Layout, Place, Weights
 
 log = logging.getLogger(__name__)
 

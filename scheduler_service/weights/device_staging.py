@@ -19,7 +19,6 @@ import xxhash
 
 from quartet.runtime.model_files.files import open_regular
 from quartet.scheduler_service.host.transfer import Arrival
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -28,6 +27,7 @@ from quartet.scheduler_service.weights.checkpoint import (
     bytes_of,
     read_exactly,
 )
+from quartet.scheduler_service.weights.parameters import Weights
 
 THREADS = 8
 CHUNK_BYTES = 8 << 20  # page-locking memory takes longer than reading into it: little of it, used again and again

@@ -9,8 +9,8 @@ import xxhash
 from quartet.runtime import limits
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.shorten import short
-from quartet.scheduler_service.host.background import breathe
-from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.host.background import yield_point
+from quartet.scheduler_service.weights.parameters import Weights
 
 ROWS_AT_ONCE = 64
 
@@ -58,7 +58,7 @@ class Inspection:
             )
         rows: list[Any] = []
         for start in range(0, len(own_rows), ROWS_AT_ONCE):
-            breathe()
+            yield_point()
             rows += own_rows[start : start + ROWS_AT_ONCE].float().cpu().tolist()
         return rows
 

@@ -17,9 +17,9 @@ from quartet.runtime.model_files.files import open_regular
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host.device import shortage
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights import device_staging, pickled, ties
 from quartet.scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
+from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.progress import shown
 
 log = logging.getLogger(__name__)

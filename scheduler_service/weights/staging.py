@@ -18,8 +18,7 @@ import torch
 import xxhash
 
 from quartet.runtime.model_files.files import open_regular
-from quartet.scheduler_service.host.background import breathe
-from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights import device_staging, load, manifest, ties
 from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
@@ -30,6 +29,7 @@ from quartet.scheduler_service.weights.checkpoint import (
     read_exactly,
 )
 from quartet.scheduler_service.weights.manifest import Manifest
+from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.pickled import pickled_files
 from quartet.scheduler_service.weights.progress import shown
 
@@ -172,7 +172,7 @@ def read_tensor(
     per_chunk = CHUNK_BYTES // dtype.itemsize
     scratch = torch.empty(0 if direct else min(count, per_chunk), dtype=dtype)
     for start in range(0, count, per_chunk):
-        breathe()
+        yield_point()
         part = flat[start : start + per_chunk]
         chunk = part if direct else scratch[: min(per_chunk, count - start)]
         read_exactly(descriptor, bytes_of(chunk), stored.offset + start * dtype.itemsize, stored.file)

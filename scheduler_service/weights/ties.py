@@ -13,11 +13,9 @@ from pathlib import Path
 import torch
 
 from quartet.runtime.model_files.files import opened
-from quartet.scheduler_service.host.background import breathe
-from quartet.scheduler_service.model.layout import HEAD
-from quartet.scheduler_service.model.spec import DecoderSpec
-from quartet.scheduler_service.model.weights import Layout
+from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor, read_exactly
+from quartet.scheduler_service.weights.parameters import Layout
 from quartet.scheduler_service.weights.pickled import checkpoint_of
 
 log = logging.getLogger(__name__)
@@ -29,19 +27,18 @@ DIFFERENT = (
 )
 
 
-def settled(spec: DecoderSpec, directory: Path) -> DecoderSpec:
-    """The spec with a head of its own if and only if the checkpoint has one. Raises CheckpointError."""
+def is_tied(directory: Path, head: str, embeddings: str, tied_by_config: bool) -> bool:
+    """Whether the tensors of these two names are one in the checkpoint. Raises CheckpointError."""
     tensors = checkpoint_of(directory).tensors
-    embeddings = f"{spec.prefix}embed_tokens.weight"
-    if not spec.generates or embeddings not in tensors:
-        return spec
-    if not spec.tied and HEAD not in tensors:
-        log.warning("config.json does not say so, but the model is tied: the checkpoint has no %s.", HEAD)
-        return replace(spec, tied=True)
-    if spec.tied and HEAD in tensors and not same_values(tensors[HEAD], tensors[embeddings]):
-        log.warning("config.json says that the model is tied, but %s has values of its own: they are used.", HEAD)
-        return replace(spec, tied=False)
-    return spec
+    if embeddings not in tensors:
+        return tied_by_config
+    if not tied_by_config and head not in tensors:
+        log.warning("config.json does not say so, but the model is tied: the checkpoint has no %s.", head)
+        return True
+    if tied_by_config and head in tensors and not same_values(tensors[head], tensors[embeddings]):
+        log.warning("config.json says that the model is tied, but %s has values of its own: they are used.", head)
+        return False
+    return tied_by_config
 
 
 def completed(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
@@ -77,7 +74,7 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
         descriptors = [stack.enter_context(opened(stored.file)) for stored in (one, other)]
         buffers = [bytearray(min(one.nbytes, CHUNK_BYTES)) for _ in descriptors]
         for start in range(0, one.nbytes, CHUNK_BYTES):
-            breathe()
+            yield_point()
             size = min(CHUNK_BYTES, one.nbytes - start)
             for stored, descriptor, buffer in zip((one, other), descriptors, buffers, strict=True):
                 read_exactly(descriptor, memoryview(buffer)[:size], stored.offset + start, stored.file)

@@ -25,12 +25,10 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files import hub
-from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host import memory as host_memory
-from quartet.scheduler_service.host.background import breathe, freely
+from quartet.scheduler_service.host.background import unthrottled, yield_point
 from quartet.scheduler_service.host.device import available_gb, shortage
-from quartet.scheduler_service.model.weights import Packed, Weights
 from quartet.scheduler_service.weights import (
     device_staging,
     distributed,
@@ -38,7 +36,6 @@ from quartet.scheduler_service.weights import (
     manifest,
     pickled,
     record,
-    same_model,
     staging,
     ties,
     wire,
@@ -46,6 +43,7 @@ from quartet.scheduler_service.weights import (
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
+from quartet.scheduler_service.weights.parameters import Packed, Weights
 from quartet.scheduler_service.weights.record import Committed
 from quartet.scheduler_service.weights.staging import on_one_thread
 
@@ -87,10 +85,12 @@ class Session:
 class Updates:
     """Everything about changing the weights of one model, except when."""
 
-    def __init__(self, live: Weights, config: ServerConfig, run_dir: str, info: ModelInfo | None = None) -> None:
-        """`info`: of the model as it was at the start; without it nothing is compared with an update's config.json."""
+    def __init__(
+        self, live: Weights, config: ServerConfig, run_dir: str, check_config: Callable[[Path], None] = lambda _: None
+    ) -> None:
+        """`check_config` raises CheckpointError where the config.json of a directory describes another model."""
         self.live = live
-        self.info = info
+        self.check_config = check_config
         self.config = config
         self.run_dir = run_dir
         self.inspection = Inspection(live)
@@ -163,11 +163,6 @@ class Updates:
         )
         return self.packed(self.new_names(), source)
 
-    def check_config(self, directory: Path) -> None:
-        """Raise CheckpointError where a directory describes another model."""
-        if self.info is not None:
-            same_model.check(self.info, directory, self.config)
-
     def new_names(self) -> frozenset[str]:
         """The tensors that a full second set changes. On a GPU they are compared: what is equal need not be copied."""
         names = frozenset(self.live.names())
@@ -195,7 +190,7 @@ class Updates:
             manifest.check_names(digests, checkpoint)
         checkpoint = ties.completed(checkpoint, self.live.layout)
         staging.check(checkpoint, self.live)
-        with nullcontext() if self.live.device.type == "cpu" else freely():
+        with nullcontext() if self.live.device.type == "cpu" else unthrottled():
             staging.read(checkpoint, before, self.second, digests)
 
     def open_session(self, broken: str = "", implicit: bool = False) -> None:
@@ -293,8 +288,8 @@ class Updates:
         return Staged(self.second, names, told_as(NOT_LOADED, lambda: self._packed(names)), source)
 
     def _packed(self, names: frozenset[str]) -> Packed:
-        host_memory.warm(self.live.packed_sizes(names), breathe)
-        return self.live.pack(self.second, names, breathe)
+        host_memory.warm(self.live.packed_sizes(names), yield_point)
+        return self.live.pack(self.second, names, yield_point)
 
     @on_one_thread
     def randomized(self, names: Collection[str]) -> Staged:
@@ -335,7 +330,7 @@ class Updates:
             blocks = list(old.pop()[1] or ())
             while blocks:
                 blocks.pop()
-                breathe()
+                yield_point()
 
     def note(self) -> None:
         """Record what serves."""

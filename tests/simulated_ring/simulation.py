@@ -340,7 +340,7 @@ def planner_config(random: Random) -> PlannerConfig:
         chunked_prefill_size=random.choice([-1, 8]),
         max_queued=random.choice([None, None, 2, 6]),
         policy=random.choice(["fcfs", "priority", "lpm"]),
-        drafts=random.choice([None, None, DraftOptions(tokens=4, shortest=1, longest=3)]),
+        drafts=random.choice([None, None, DraftOptions(max_tokens=4, min_match=1, max_match=3)]),
     )
 
 

@@ -150,7 +150,7 @@ def test_a_device_that_has_failed_ends_the_server_at_once() -> None:
 
 def test_lost_pages_are_reported_when_idle_and_serving_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig()
-    rig.scheduler.planner.memory.pages.free -= 3
+    rig.scheduler.planner.pool.pages.free -= 3
     rig.inbox.put(tokenized("a", PROMPT, 2))
     with caplog.at_level(logging.ERROR):
         rig.run()

@@ -61,7 +61,7 @@ def test_paused_requests_go_on_where_they_stopped(mode: str, depth: int) -> None
         rig.scheduler.step()
     assert [output(rig, rid) for rid in "abc"] == held
     assert len(rig.scheduler.planner.running) == (0 if mode == "retract" else 2)
-    rig.scheduler.planner.check()
+    rig.scheduler.planner.check_invariants()
     assert call(rig, ContinueGeneration()).message == "Generation continued successfully."
     rig.run()
     assert all(output(rig, rid) == expected_output(PROMPT, 20) for rid in "abc")

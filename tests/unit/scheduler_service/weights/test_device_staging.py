@@ -8,9 +8,9 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from quartet.scheduler_service.model.weights import Layout, Weights
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from quartet.scheduler_service.weights.device_staging import changed, read
+from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 CPU = torch.device("cpu")
 CHUNK = 64  # bytes: every tensor takes several

@@ -20,10 +20,10 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.runtime.process.memory import Memory
 from quartet.scheduler_service.model.layers import linear
-from quartet.scheduler_service.model.weights import Layout, Weights
 from quartet.scheduler_service.weights import checkpoint as checkpoints
 from quartet.scheduler_service.weights import load, progress
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
+from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 Header = dict[str, Any]
 CPU = torch.device("cpu")

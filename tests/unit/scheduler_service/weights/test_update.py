@@ -216,14 +216,14 @@ def test_keep_pause_leaves_the_server_paused_until_it_continues(live: Live, vers
 def test_a_cache_that_is_not_flushed_is_never_matched_again(live: Live, versions: tuple[Path, Path]) -> None:
     running(live, "x", tokens=2)
     live.run()
-    cached = live.planner.memory.tree.cached
+    cached = live.planner.pool.tree.cached
     live.call(to_b(versions, flush_cache=False))
-    assert live.planner.memory.tree.cached == cached > 0
+    assert live.planner.pool.tree.cached == cached > 0
     running(live, "y", tokens=2)
     live.run()
     assert live.tokens("y")[-1].cached_tokens == 0
     live.call(to_b(versions))
-    assert live.planner.memory.tree.cached == 0
+    assert live.planner.pool.tree.cached == 0
 
 
 def test_no_stale_prefix_is_used_after_an_update(tmp_path: Path) -> None:

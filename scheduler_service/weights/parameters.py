@@ -59,8 +59,8 @@ class Packs(Protocol):
         """What that form takes."""
         ...
 
-    def pack(self, weight: torch.Tensor, breathe: Callable[[], None]) -> tuple[torch.Tensor, ...] | None:
-        """The other form of new values; the layer goes on with the old ones. Calls `breathe` now and then."""
+    def pack(self, weight: torch.Tensor, yield_point: Callable[[], None]) -> tuple[torch.Tensor, ...] | None:
+        """The other form of new values; the layer goes on with the old ones. Calls `yield_point` now and then."""
         ...
 
     def adopt(self, packed: tuple[torch.Tensor, ...] | None) -> None:
@@ -150,11 +150,11 @@ class Weights:
         self.followers.append((layer, buffer, index))
 
     def pack(
-        self, staged: "Weights", names: Collection[str] | None = None, breathe: Callable[[], None] = no_pause
+        self, staged: "Weights", names: Collection[str] | None = None, yield_point: Callable[[], None] = no_pause
     ) -> Packed:
         """What the layers need of staged values (of `names` only), made ahead of the swap; safe in another thread."""
         concerned = self.concerned(names)
-        return [(layer, layer.pack(staged.slab(buffer, *index), breathe)) for layer, buffer, index in concerned]
+        return [(layer, layer.pack(staged.slab(buffer, *index), yield_point)) for layer, buffer, index in concerned]
 
     def packed_sizes(self, names: Collection[str] | None = None) -> list[int]:
         """Bytes of each tensor that `pack` makes, if it was done before."""
