@@ -67,7 +67,7 @@ def test_recorded_steps_with_prompts_give_what_computed_steps_give(directory):
     settings = {"dtype": "float32", "chunked_prefill_size": 40}
     expected = on_gpu(directory, disable_cuda_graph=True, **settings).generate(PROMPTS, GREEDY)
     engine = on_gpu(directory, cuda_graph_max_prefill_tokens=64, **settings)
-    while engine.worker.rest():
+    while engine.worker.idle_work():
         pass
     prefill = engine.worker.steps.prefill
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)

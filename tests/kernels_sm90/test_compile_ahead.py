@@ -110,7 +110,7 @@ def test_steps_find_every_kernel_compiled(name: str, compiled: Counter[str]) -> 
     steps = whole_steps(MODELS[name])
     for rows, prompts in STEPS:
         step(steps, rows, prompts)
-    while steps.rest():
+    while steps.idle_work():
         pass
     assert not compiled
 

@@ -111,7 +111,7 @@ class Engine:
         )
         self.in_flight: deque[tuple[Plan, Pending]] = deque()
         self.requests = 0
-        while self.worker.rest():
+        while self.worker.idle_work():
             pass  # measure what is recorded
 
     def prompt(self, length: int, seed: int = 0) -> list[int]:

@@ -55,7 +55,7 @@ def busy(depth: int = 0) -> Rig:
 def test_paused_requests_go_on_where_they_stopped(mode: str, depth: int) -> None:
     rig = busy(depth)
     assert call(rig, PauseGeneration(mode=mode)).message == "Generation paused successfully."  # type: ignore[arg-type]
-    assert not rig.scheduler.in_flight
+    assert not rig.scheduler.launched
     held = [output(rig, rid) for rid in "abc"]
     for _ in range(5):
         rig.scheduler.step()
