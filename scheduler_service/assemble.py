@@ -16,7 +16,7 @@ from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
-from quartet.scheduler_service.grammar.constrained import Pool
+from quartet.scheduler_service.grammar.grammar_queue import Pool
 from quartet.scheduler_service.scheduler import Scheduler, Worker
 
 if TYPE_CHECKING:

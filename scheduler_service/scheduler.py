@@ -34,7 +34,7 @@ from quartet.scheduler_service.control.runner import CommandRunner
 from quartet.scheduler_service.core import request
 from quartet.scheduler_service.core.plan import Plan, Result, Update
 from quartet.scheduler_service.core.planner import Planner
-from quartet.scheduler_service.grammar.constrained import Pool, WaitingRoom, is_complete
+from quartet.scheduler_service.grammar.grammar_queue import GrammarQueue, Pool, is_complete
 from quartet.scheduler_service.grammar.matchers import Grammar
 from quartet.scheduler_service.report import Report
 from quartet.scheduler_service.step_queue import StepQueue, StepWorker
@@ -112,7 +112,7 @@ class Scheduler:
         self.guard = Guard(SCHEDULER, announced or Announced(), self.give_up)
         self.profile: Profile | None = None  # a recording under way
         self.commands = CommandRunner(HANDLERS)
-        self.waiting_room = WaitingRoom(grammars)
+        self.grammar_queue = GrammarQueue(grammars)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
         self.launched = StepQueue(worker)
         self.least_attempt = 0  # of the gateway that lives
@@ -156,7 +156,7 @@ class Scheduler:
         arrived = self.inbox.recv(self.patience_s)
         self.planner.advance_clock(self.now)  # the wait for them counts against none of them
         out = self.guard.each(arrived, self.handle)
-        for message, grammar in self.waiting_room.decided():
+        for message, grammar in self.grammar_queue.take_compiled():
             out += self.guard.each([message], partial(self.admit_decided, grammar))
         out += self.messages(self.planner.expire(self.now))
         if self.commands:
@@ -208,7 +208,7 @@ class Scheduler:
         """How long to wait for a message when there is nothing to do."""
         if not self.idle or self.has_idle_work:
             return 0.0
-        if self.waiting_room:
+        if self.grammar_queue:
             return GRAMMAR_BEAT_S
         return WAITING_BEAT_S if self.commands else IDLE_BEAT_S
 
@@ -223,7 +223,7 @@ class Scheduler:
         try:
             if message.request.params.grammar is None:
                 return self.queue(message)
-            self.waiting_room.hold(message)
+            self.grammar_queue.put(message)
         except RequestError as error:
             return [ended(message, Finish.failed(error))]
         return []
@@ -245,7 +245,7 @@ class Scheduler:
         if isinstance(message, Tokenized):
             rid, attempt = message.request.rid, message.request.attempt
             if any(request.attempt == attempt for request in self.requests if request.rid == rid):
-                self.waiting_room.drop(rid)
+                self.grammar_queue.remove(rid)
                 if updates := self.messages(self.planner.end(rid, finish)):
                     return updates
         return [ending] if ending else []
@@ -258,12 +258,12 @@ class Scheduler:
     @property
     def requests(self) -> list[Request]:
         """All that have not ended."""
-        return [*self.waiting_room.requests, *(sequence.request for sequence in self.planner.live.values())]
+        return [*self.grammar_queue.requests, *(sequence.request for sequence in self.planner.live.values())]
 
     def abort(self, rid: str, reason: str = "") -> list[Message]:
         """End one request wherever it is; unknown ones are left alone."""
         updates = self.messages(self.planner.abort(rid, reason))
-        if message := self.waiting_room.drop(rid):
+        if message := self.grammar_queue.remove(rid):
             updates.append(ended(message, Finish(reason="abort", message=reason or ABORTED_IN_QUEUE)))
         return updates
 
@@ -307,7 +307,7 @@ class Scheduler:
         """This service's counters, for a probe."""
         return {
             **self.report.figures(),
-            "num_grammar_queue_reqs": len(self.waiting_room),
+            "num_grammar_queue_reqs": len(self.grammar_queue),
             "weight_version": self.worker.weight_version,
             "failed_messages_total": self.guard.failed,
         }
