@@ -31,7 +31,7 @@ def release(context: Context, command: ReleaseMemory) -> list[Message]:
     saver = saver_of(context)
     if context.planner.running or context.launched:
         raise CommandRefused(BUSY)
-    if context.updates is not None and (context.updates.turns or context.updates.session):
+    if context.updates is not None and (context.updates.commands or context.updates.session):
         raise CommandRefused(CHANGING)
     try:
         with refused_on_failure("released"):

@@ -59,8 +59,8 @@ def in_turn(change: Change) -> Handler:
 
     def handle(context: Context, command: ControlCommand) -> Resumable:
         updates = updates_of(context)
-        updates.turns.append(command)
-        while updates.turns[0] is not command:
+        updates.commands.append(command)
+        while updates.commands[0] is not command:
             yield
         try:
             if context.saver is not None and context.saver.holds_weights:
@@ -70,7 +70,7 @@ def in_turn(change: Change) -> Handler:
             log.error("%s", refusal.message)
             raise
         finally:
-            updates.turns.popleft()
+            updates.commands.popleft()
 
     return handle
 
@@ -113,7 +113,7 @@ def swap(
     planner.forget_prefixes(free=command.flush_cache)
     if command.flush_cache:
         log.info("Cache flushed successfully!")
-    yield from run_in_background(partial(updates.settle, old))
+    yield from run_in_background(partial(updates.after_swap, old))
     if command.torch_empty_cache:
         updates.empty_cache()
     return frozen
@@ -171,7 +171,7 @@ def end(context: Context, updates: "Updates", command: EndWeightUpdate) -> Resum
 
 
 def apply_session(context: Context, updates: "Updates", command: WeightChange) -> Generator[None, bool | None, None]:
-    staged = yield from run_in_background(updates.seal)
+    staged = yield from run_in_background(updates.finish_session)
     yield from swap(context, updates, staged, command)
 
 
@@ -236,7 +236,7 @@ def rename(context: Context, command: UpdateWeightVersion) -> Resumable:
     log.info("Weight version updated to %s; %d requests aborted.", command.new_version, len(aborted))
     if context.updates is not None:
         context.updates.relabel(command.new_version)
-        yield from run_in_background(context.updates.note)
+        yield from run_in_background(context.updates.write_record)
     body = {
         "new_version": command.new_version,
         "weight_version": command.new_version,
@@ -268,7 +268,7 @@ def checksum(context: Context, updates: "Updates", names: list[str]) -> Check:
 
 
 def snapshot(context: Context, updates: "Updates", names: list[str]) -> Check:
-    yield from run_in_background(partial(updates.inspection.keep_snapshot, names))
+    yield from run_in_background(partial(updates.inspection.take_snapshot, names))
     return {"tensors": len(names)}
 
 
