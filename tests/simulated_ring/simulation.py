@@ -142,7 +142,7 @@ class Simulation:
             return
         self.calls.append(call)
         gateway.calls.append(call)
-        gateway.loop.create_task(call.fly(gateway.ring, self._next_order))
+        gateway.loop.create_task(call.run(gateway.ring, self._next_order))
 
     def _abort_some(self) -> None:
         """As /abort_request: a call, a part of one, several, or all."""
