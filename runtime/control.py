@@ -1,4 +1,4 @@
-"""Every control command: its HTTP path, its fields, and who answers.
+"""Every control command: its HTTP path, its fields, the shape of its reply, and who answers.
 
 A command is a tagged struct here and one handler function in the service that carries it out (as a rule
 `scheduler_service/control/handlers.py`). It travels the ring like a request, so it is ordered with them. Hops in the
@@ -12,6 +12,17 @@ import msgspec
 
 from quartet.runtime.limits import MAX_STEP_SLEEP_S
 from quartet.runtime.messages import Chat, Message
+from quartet.runtime.reply_shapes import (
+    EVERYTHING,
+    NULL,
+    STATUS,
+    SUCCESS_AND_MESSAGE,
+    TEXT,
+    AsField,
+    AsJson,
+    AsText,
+    ReplyShape,
+)
 
 RANKS = 1  # of the model, each with a payload of its own in /update_weights_from_tensor
 ONE_PAYLOAD_A_RANK = "serialized_named_tensors needs one entry for each of {} ranks, got {}."
@@ -28,6 +39,7 @@ class ControlCommand(Message, kw_only=True):
     path: ClassVar[str | None] = None
     aliases: ClassVar[tuple[str, ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ("POST",)
+    reply: ClassVar[ReplyShape] = EVERYTHING
     admin: ClassVar[bool] = True  # guarded by the admin key where there is one
     harmless: ClassVar[bool] = False  # it changes nothing, so it may be carried out twice
 
@@ -57,6 +69,7 @@ class FlushCache(ControlCommand, tag="flush_cache", kw_only=True):
 
     path = "/flush_cache"
     methods = ("GET", "POST")
+    reply = AsText(refusal_is_text=True)
     timeout: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
@@ -65,6 +78,7 @@ class StartExpertDistributionRecord(ControlCommand, tag="start_expert_distributi
 
     path = "/start_expert_distribution_record"
     methods = ("GET", "POST")
+    reply = TEXT
 
 
 class StopExpertDistributionRecord(ControlCommand, tag="stop_expert_distribution_record", kw_only=True):
@@ -72,6 +86,7 @@ class StopExpertDistributionRecord(ControlCommand, tag="stop_expert_distribution
 
     path = "/stop_expert_distribution_record"
     methods = ("GET", "POST")
+    reply = TEXT
 
 
 class DumpExpertDistributionRecord(ControlCommand, tag="dump_expert_distribution_record", kw_only=True):
@@ -79,12 +94,14 @@ class DumpExpertDistributionRecord(ControlCommand, tag="dump_expert_distribution
 
     path = "/dump_expert_distribution_record"
     methods = ("GET", "POST")
+    reply = TEXT
 
 
 class PauseGeneration(ControlCommand, tag="pause_generation", kw_only=True):
     """Stop at the next step: requests end (abort), go back to the queue (retract) or freeze as they are (in_place)."""
 
     path = "/pause_generation"
+    reply = STATUS
     mode: Literal["abort", "retract", "in_place"] = "abort"
 
     @property
@@ -96,6 +113,7 @@ class ContinueGeneration(ControlCommand, tag="continue_generation", kw_only=True
     """Go on after a pause."""
 
     path = "/continue_generation"
+    reply = STATUS
     torch_empty_cache: bool = True
 
 
@@ -122,6 +140,7 @@ class UpdateWeightsFromDisk(WeightChange, tag="update_weights_from_disk", kw_onl
 
     path = "/update_weights_from_disk"
     aliases = ("/update_weights",)
+    reply = AsJson(("num_paused_requests",), {"num_paused_requests": 0})
     model_path: str
     load_format: str | None = None  # default: the server's
     keep_pause: bool = False  # stay paused afterwards, or become it
@@ -135,6 +154,7 @@ class UpdateWeightsFromTensor(WeightChange, tag="update_weights_from_tensor", kw
     """Serve tensors that come with the request. The gateway puts them, for they are large, into files of its own."""
 
     path = "/update_weights_from_tensor"
+    reply = SUCCESS_AND_MESSAGE
     serialized_named_tensors: list[msgspec.Raw] = []  # base64 of safetensors bytes, one entry a rank
     payload_files: list[str] = []  # inside the ring, in place of the entries; set by the gateway alone
     load_format: str | None = None  # null, "direct" or "flattened_bucket"
@@ -164,6 +184,7 @@ class UpdateWeightsFromDistributed(WeightChange, tag="update_weights_from_distri
     """Serve tensors that the trainer broadcasts while this command is under way."""
 
     path = "/update_weights_from_distributed"
+    reply = SUCCESS_AND_MESSAGE
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
@@ -183,12 +204,14 @@ class EndWeightUpdate(WeightChange, tag="end_weight_update", kw_only=True):
     """Serve what was collected since `begin_weight_update`."""
 
     path = "/end_weight_update"
+    reply = SUCCESS_AND_MESSAGE
 
 
 class UpdateWeightVersion(ControlCommand, tag="update_weight_version", kw_only=True):
     """Rename the weights that serve."""
 
     path = "/update_weight_version"
+    reply = AsJson(("new_version", "num_aborted_requests"))
     new_version: str
     abort_all_requests: bool = True  # clients rely on this default
 
@@ -202,6 +225,7 @@ class GetWeightsByName(ControlCommand, tag="get_weights_by_name", kw_only=True):
 
     path = "/get_weights_by_name"
     methods = ("GET", "POST")
+    reply = AsField("rows")
     name: str
     truncate_size: int = 100
 
@@ -211,6 +235,7 @@ class CheckWeights(ControlCommand, tag="weights_checker", kw_only=True):
 
     path = "/weights_checker"
     methods = ("GET", "POST")
+    reply = AsJson(("ranks", "per_engine_checksum"), {"ranks": [], "per_engine_checksum": None})
     action: Literal["checksum", "snapshot", "reset_tensors", "compare"] = "checksum"
     allow_quant_error: bool = False  # nothing is quantized here
     skip_tensor_list: list[str] | None = None
@@ -222,6 +247,7 @@ class ReleaseMemory(ControlCommand, tag="release_memory_occupation", kw_only=Tru
 
     path = "/release_memory_occupation"
     methods = ("GET", "POST")
+    reply = NULL
     tags: list[str] | None = None
 
 
@@ -230,6 +256,7 @@ class ResumeMemory(ControlCommand, tag="resume_memory_occupation", kw_only=True)
 
     path = "/resume_memory_occupation"
     methods = ("GET", "POST")
+    reply = NULL
     tags: list[str] | None = None
 
 
@@ -238,6 +265,7 @@ class FreezeGarbage(ControlCommand, tag="freeze_gc", kw_only=True):
 
     path = "/freeze_gc"
     methods = ("GET", "POST")
+    reply = TEXT
 
 
 class SlowDown(ControlCommand, tag="slow_down", kw_only=True):
@@ -245,6 +273,7 @@ class SlowDown(ControlCommand, tag="slow_down", kw_only=True):
 
     path = "/slow_down"
     methods = ("GET", "POST")
+    reply = NULL
     forward_sleep_time: Annotated[float, msgspec.Meta(le=MAX_STEP_SLEEP_S)] | None = None
 
 
@@ -253,6 +282,7 @@ class StartProfile(ControlCommand, tag="start_profile", kw_only=True):
 
     path = "/start_profile"
     methods = ("GET", "POST")
+    reply = TEXT
     output_dir: str | None = None  # default: SGLANG_TORCH_PROFILER_DIR, else the directory for temporary files
     num_steps: int | None = None
     activities: list[str] | None = None  # CPU, GPU; default: both where there is a GPU
@@ -267,6 +297,7 @@ class StopProfile(ControlCommand, tag="stop_profile", kw_only=True):
 
     path = "/stop_profile"
     methods = ("GET", "POST")
+    reply = TEXT
 
 
 class Probe(ControlCommand, tag="probe", kw_only=True):

@@ -12,11 +12,11 @@ from quartet.runtime.process.progress import ProgressWord
 from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.service import Boot, announced, report_ready
 from quartet.runtime.sockets import Inbox, Outbox
-from quartet.scheduler_service.control.durable_state import StandingOrders
+from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
-from quartet.scheduler_service.grammar.constrained import Pool
+from quartet.scheduler_service.grammar.grammar_queue import Pool
 from quartet.scheduler_service.scheduler import Scheduler, Worker
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class SizedWorker(Worker, Protocol):
 
     def facts(self) -> Facts: ...
 
-    def rest(self) -> bool:
-        """Use a pause of the server, shortly; returns whether there is more to do."""
+    def idle_work(self) -> bool:
+        """Do a short piece of work while nothing is to compute; returns whether there is more."""
         ...
 
 
@@ -104,7 +104,7 @@ def serve(
     change the weights, or give memory back, are refused.
     """
     planner = Planner(planner_config(boot.config, info, worker))
-    orders = StandingOrders(boot.run_dir)
+    durable_state = DurableState(boot.run_dir)
     facts = msgspec.structs.replace(worker.facts(), epoch=boot.epoch, max_req_input_len=planner.config.max_input_len)
     progress = ProgressWord(boot.run_dir, boot.role)
     scheduler = Scheduler(
@@ -115,18 +115,18 @@ def serve(
         progress,
         facts=facts,
         depth=worker.depth,
-        rest=worker.rest,
+        idle_work=worker.idle_work,
         cuda_graph=worker.uses_graphs,
         decode_log_interval=boot.config.decode_log_interval,
         hidden_size=info.hidden_size,
         grammars=grammars,
         updates=updates,
         saver=saver,
-        orders=orders,
+        durable_state=durable_state,
         announced=announced(boot),
     )
     progress.beat(busy=False)
-    orders.take_up(scheduler)
+    durable_state.restore(scheduler)
     report_ready(boot)
     scheduler.emit(scheduler.introduce())
     gc.freeze()  # the model and its libraries stay; no later collection need look at them

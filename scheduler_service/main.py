@@ -2,6 +2,7 @@
 
 import logging
 import os
+from functools import partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
@@ -16,6 +17,7 @@ from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
+from quartet.scheduler_service.model.same_model import check_same_model
 from quartet.scheduler_service.weights import record
 from quartet.scheduler_service.weights.update import Updates
 
@@ -28,7 +30,7 @@ def main(boot: Boot) -> None:
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
-    updates = Updates(worker.model.weights, config, boot.run_dir, info)
+    updates = weight_updates(config, info, worker, boot.run_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     serve(boot, info, worker, grammars, updates, memory_saver(config, worker, updates))
 
@@ -36,6 +38,10 @@ def main(boot: Boot) -> None:
 def model_facts(started: ServerConfig, restored: ServerConfig) -> ModelInfo:
     """The model as it was at start, with the weights of now: their directory need not hold anything else."""
     return msgspec.structs.replace(model_info.load(started), path=str(model_info.model_dir(restored)))
+
+
+def weight_updates(config: ServerConfig, info: ModelInfo, worker: Worker, run_dir: str) -> Updates:
+    return Updates(worker.model.weights, config, run_dir, partial(check_same_model, info, config))
 
 
 def memory_saver(config: ServerConfig, worker: Worker, updates: Updates) -> MemorySaver | None:

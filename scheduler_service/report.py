@@ -78,21 +78,21 @@ class Report:
 
     def figures(self) -> dict[str, Any]:
         """The scheduler's counters for `Probe`."""
-        planner, stats, memory = self._planner, self._planner.stats, self._planner.memory
+        planner, stats, pool = self._planner, self._planner.stats, self._planner.pool
         page_size = planner.config.page_size
         return {
             "num_running_reqs": len(planner.running),
             "num_queue_reqs": len(planner.waiting),
             "num_waiting_reqs": len(planner.waiting),
             "num_waiting_uncached_tokens": sum(len(s.ids) for s in planner.waiting),
-            "num_used_tokens": memory.used * page_size,
-            "num_total_tokens": memory.used * page_size + sum(len(s.ids) for s in planner.waiting),
+            "num_used_tokens": pool.used * page_size,
+            "num_total_tokens": pool.used * page_size + sum(len(s.ids) for s in planner.waiting),
             "num_active_tokens": self._live_tokens(),
             "max_total_num_tokens": planner.config.total_tokens,
             "max_running_requests": planner.config.max_running,
-            "token_usage": memory.usage,
-            "kv_available_tokens": memory.pages.free * page_size,
-            "kv_evictable_tokens": memory.tree.evictable * page_size,
+            "token_usage": pool.usage,
+            "kv_available_tokens": pool.pages.free * page_size,
+            "kv_evictable_tokens": pool.tree.evictable * page_size,
             "utilization": len(planner.running) / planner.config.max_running,
             "gen_throughput": self.gen_throughput,
             "cache_hit_rate": self.cache_hit_rate,
@@ -101,7 +101,7 @@ class Report:
             "total_retracted_reqs": stats.retractions,
             "total_preempted_reqs": stats.preemptions,
             "num_paused_reqs": len(planner.running) if planner.paused else 0,
-            "evicted_tokens_total": memory.tree.evicted * page_size,
+            "evicted_tokens_total": pool.tree.evicted * page_size,
             "prompt_tokens_total": stats.prompt_tokens,
             "cached_tokens_total": stats.cached_tokens,
             "generation_tokens_total": stats.generation_tokens,
@@ -164,4 +164,4 @@ class Report:
     def _live_tokens(self) -> int:
         """KV tokens of live requests; a shared prefix counts once."""
         computed = sum(s.computed for s in self._planner.running)
-        return min(computed, self._planner.memory.used * self._planner.config.page_size)
+        return min(computed, self._planner.pool.used * self._planner.config.page_size)

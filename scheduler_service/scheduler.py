@@ -6,7 +6,6 @@ decision with the device.
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +14,7 @@ import msgspec
 
 from quartet.runtime import sampling
 from quartet.runtime.control import ControlCommand
-from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.errors import RequestError
 from quartet.runtime.guard import Announced, Guard, end_of
 from quartet.runtime.messages import (
     ABORTED_IN_QUEUE,
@@ -29,49 +28,37 @@ from quartet.runtime.messages import (
 )
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
 from quartet.scheduler_service.answers import check_hidden_states, ended, tokens_of
-from quartet.scheduler_service.control.durable_state import StandingOrders
-from quartet.scheduler_service.control.handlers import HANDLERS, Control
+from quartet.scheduler_service.control.durable_state import DurableState
+from quartet.scheduler_service.control.handlers import HANDLERS
+from quartet.scheduler_service.control.runner import CommandRunner
 from quartet.scheduler_service.core import request
-from quartet.scheduler_service.core.plan import Plan, Result, Slice, Update
+from quartet.scheduler_service.core.plan import Plan, Result, Update
 from quartet.scheduler_service.core.planner import Planner
-from quartet.scheduler_service.grammar.constrained import Pool, WaitingRoom, is_complete
+from quartet.scheduler_service.grammar.grammar_queue import GrammarQueue, Pool, is_complete
 from quartet.scheduler_service.grammar.matchers import Grammar
 from quartet.scheduler_service.report import Report
+from quartet.scheduler_service.step_queue import StepQueue, StepWorker
 
 if TYPE_CHECKING:
-    from quartet.scheduler_service.control.profile import Profile
     from quartet.scheduler_service.execution.experts import ExpertRecorder
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
+    from quartet.scheduler_service.execution.profile import Profile
     from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
 
 WAITING_BEAT_S = 0.002  # one with a command that waits looks after it this often
 GRAMMAR_BEAT_S = 0.001  # and one with a grammar that is being compiled after that
-FAILED_ALONE = "The request could not be computed: {}: {}"
-MOST_FAILURES = 8  # in a row, with no success between: then the server ends
 
 
-class Worker(Protocol):
+class Worker(StepWorker, Protocol):
     """The model and its memory, as the scheduler uses them."""
 
     weight_version: str
     expert_recorder: "ExpertRecorder | None"  # where the server was told to record
 
-    def launch(self, plan: Plan) -> Any:
-        """Start one step; returns what `collect` takes."""
-        ...
-
-    def collect(self, pending: Any) -> list[Result]:
-        """Wait for a step; one Result for each slice of its plan."""
-        ...
-
     def forget(self, sequence: request.Sequence) -> None:
         """Drop the state of a sequence that has left the batch."""
-        ...
-
-    def reset(self) -> None:
-        """After an exception: drop all that was launched and every state. Raises where the device itself has failed."""
         ...
 
 
@@ -101,8 +88,8 @@ class Scheduler:
         grammars: Pool | None = None,
         updates: "Updates | None" = None,
         saver: "MemorySaver | None" = None,
-        orders: StandingOrders | None = None,
-        rest: Callable[[], bool] | None = None,
+        durable_state: DurableState | None = None,
+        idle_work: Callable[[], bool] | None = None,
         cuda_graph: bool = False,
         announced: Announced | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -117,18 +104,17 @@ class Scheduler:
         self.hidden_size = hidden_size
         self.clock = clock
         self.updates = updates  # None: the weights stay as they are
-        self.saver = saver  # None: memory is kept
-        self.orders = orders  # None: nothing outlasts this scheduler
-        self.rest = rest  # what the worker does in a pause, a piece at a time; says whether there is more
-        self.restless = rest is not None  # there may be
+        self.saver = saver  # None: memory is never released
+        self.durable_state = durable_state  # None: nothing outlasts this scheduler
+        self.idle_work = idle_work  # done a piece at a time while nothing is to compute; returns whether there is more
+        self.has_idle_work = idle_work is not None  # as far as is known
         self.step_sleep_s = 0.0  # a test aid
         self.guard = Guard(SCHEDULER, announced or Announced(), self.give_up)
         self.profile: Profile | None = None  # a recording under way
-        self.control = Control(HANDLERS)
-        self.waiting_room = WaitingRoom(grammars)
+        self.commands = CommandRunner(HANDLERS)
+        self.grammar_queue = GrammarQueue(grammars)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
-        self.in_flight: deque[tuple[Plan, Any]] = deque()
-        self.failures = 0  # of requests alone, since something succeeded
+        self.launched = StepQueue(worker)
         self.least_attempt = 0  # of the gateway that lives
 
     @property
@@ -143,7 +129,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing to compute and nothing outstanding: only a message can change that."""
-        return not (self.planner.busy or self.in_flight)
+        return not (self.planner.busy or self.launched)
 
     def run(self) -> None:
         while True:
@@ -156,27 +142,27 @@ class Scheduler:
             plan.weight_version = self.worker.weight_version
             if self.step_sleep_s:
                 time.sleep(self.step_sleep_s)
-            self.launch(plan)
+            self.apply(self.launched.launch(plan))
             if self.profile is not None and self.profile.stepped():
                 self.profile = None
-            self.restless = self.rest is not None
-        elif self.idle and self.rest is not None and self.restless and not self.planner.asleep:
-            self.restless = self.rest()
-        while len(self.in_flight) > (self.depth if plan else 0):
-            self.land()
+            self.has_idle_work = self.idle_work is not None
+        elif self.idle and self.idle_work is not None and self.has_idle_work and not self.planner.asleep:
+            self.has_idle_work = self.idle_work()
+        while len(self.launched) > (self.depth if plan else 0):
+            self.apply(self.launched.collect_oldest())
 
     def receive(self) -> None:
         """Handle every message that waits and give waiting commands their turn."""
         arrived = self.inbox.recv(self.patience_s)
-        self.planner.tell_time(self.now)  # the wait for them counts against none of them
+        self.planner.advance_clock(self.now)  # the wait for them counts against none of them
         out = self.guard.each(arrived, self.handle)
-        for message, grammar in self.waiting_room.decided():
+        for message, grammar in self.grammar_queue.take_compiled():
             out += self.guard.each([message], partial(self.admit_decided, grammar))
         out += self.messages(self.planner.expire(self.now))
-        if self.control:
-            out += self.control.advance(self.planner.prefills_next)
-        if self.orders:
-            self.orders.note(self)
+        if self.commands:
+            out += self.commands.advance(self.planner.prefills_next)
+        if self.durable_state:
+            self.durable_state.save(self)
         self.emit(out)
 
     def handle(self, message: Message) -> list[Message]:
@@ -186,8 +172,8 @@ class Scheduler:
                 return self.admit(message)
             case Restarted(role="gateway", least_attempt=least):
                 return self.introduce(least)
-            case ControlCommand() if type(message) in self.control.handlers:
-                return self.control.start(self, message)
+            case ControlCommand() if type(message) in self.commands.handlers:
+                return self.commands.start(self, message)
             case _:
                 return [message]
 
@@ -210,21 +196,21 @@ class Scheduler:
             **served,
             "weight_version": self.worker.weight_version,
             "paused": self.planner.paused,
-            **self.sleep(),
+            **self.memory_state(),
         }
 
-    def sleep(self) -> dict[str, Any]:
+    def memory_state(self) -> dict[str, Any]:
         """Whether nothing is computed for want of memory or of weights; `lacks` are the tags whose release is why."""
         return {"asleep": self.planner.asleep, "lacks": self.saver.lacks if self.saver else []}
 
     @property
     def patience_s(self) -> float:
         """How long to wait for a message when there is nothing to do."""
-        if not self.idle or self.restless:
+        if not self.idle or self.has_idle_work:
             return 0.0
-        if self.waiting_room:
+        if self.grammar_queue:
             return GRAMMAR_BEAT_S
-        return WAITING_BEAT_S if self.control else IDLE_BEAT_S
+        return WAITING_BEAT_S if self.commands else IDLE_BEAT_S
 
     def admit(self, message: Tokenized) -> list[Message]:
         """Queue a request; one with a grammar waits until that is compiled."""
@@ -237,7 +223,7 @@ class Scheduler:
         try:
             if message.request.params.grammar is None:
                 return self.queue(message)
-            self.waiting_room.hold(message)
+            self.grammar_queue.put(message)
         except RequestError as error:
             return [ended(message, Finish.failed(error))]
         return []
@@ -259,7 +245,7 @@ class Scheduler:
         if isinstance(message, Tokenized):
             rid, attempt = message.request.rid, message.request.attempt
             if any(request.attempt == attempt for request in self.requests if request.rid == rid):
-                self.waiting_room.drop(rid)
+                self.grammar_queue.remove(rid)
                 if updates := self.messages(self.planner.end(rid, finish)):
                     return updates
         return [ending] if ending else []
@@ -272,12 +258,12 @@ class Scheduler:
     @property
     def requests(self) -> list[Request]:
         """All that have not ended."""
-        return [*self.waiting_room.requests, *(sequence.request for sequence in self.planner.live.values())]
+        return [*self.grammar_queue.requests, *(sequence.request for sequence in self.planner.live.values())]
 
     def abort(self, rid: str, reason: str = "") -> list[Message]:
         """End one request wherever it is; unknown ones are left alone."""
         updates = self.messages(self.planner.abort(rid, reason))
-        if message := self.waiting_room.drop(rid):
+        if message := self.grammar_queue.remove(rid):
             updates.append(ended(message, Finish(reason="abort", message=reason or ABORTED_IN_QUEUE)))
         return updates
 
@@ -289,57 +275,10 @@ class Scheduler:
         self.progress.beat(busy=not self.idle)
         return plan
 
-    def launch(self, plan: Plan) -> None:
-        """Start a step."""
-        try:
-            pending = self.worker.launch(plan)
-        except Exception as error:
-            while self.in_flight:
-                self.land()
-            self.rescue([plan], error)
-        else:
-            self.in_flight.append((plan, pending))
-
-    def land(self) -> None:
-        """Wait for the oldest step, and send on what it gave."""
-        plan, pending = self.in_flight.popleft()
-        try:
-            results = self.worker.collect(pending)
-        except Exception as error:
-            later = [plan for plan, _ in self.in_flight]  # they took their tokens from this one
-            self.in_flight.clear()
-            self.rescue([plan, *later], error)
-        else:
-            self.failures = 0
+    def apply(self, collected: Iterable[tuple[Plan, list[Result]]]) -> None:
+        """Take in the results of steps, one after the other, and send on what they gave."""
+        for plan, results in collected:
             self.emit(self.commit(plan, results))
-
-    def rescue(self, plans: list[Plan], error: Exception) -> None:
-        """Do failed steps again, request by request, so that only those end that fail alone.
-
-        Raises the error when nothing succeeds any more: then the fault lies with us.
-        """
-        log.error("a step failed; its requests are tried one by one", exc_info=error)
-        self.worker.reset()
-        for plan in plans:
-            results = [self.alone(part, i < plan.decodes) for i, part in enumerate(plan.slices)]
-            if self.failures >= MOST_FAILURES:
-                raise error
-            self.emit(self.commit(plan, results))
-
-    def alone(self, part: Slice, decode: bool) -> Result:
-        """One slice of a failed step, in a step of its own."""
-        if part.sequence.finish is not None:
-            return Result()  # which nobody wants any more
-        try:
-            plan = Plan([part], decodes=int(decode), verifications=int(bool(part.drafts)))
-            (result,) = self.worker.collect(self.worker.launch(plan))
-        except Exception as error:
-            self.failures += 1
-            log.exception("request %s failed", part.sequence.rid)
-            self.worker.reset()
-            return Result(error=FAILED_ALONE.format(type(error).__name__, error), error_kind=Kind.INTERNAL)
-        self.failures = 0
-        return result
 
     def commit(self, plan: Plan, results: list[Result]) -> list[Message]:
         """Take a step's results in."""
@@ -349,6 +288,10 @@ class Scheduler:
         if self.planner.idle:
             self.audit()
         return self.messages(updates, plan.weight_version)
+
+    def has_waiting(self, kind: type[ControlCommand]) -> bool:
+        """Whether an earlier command of this kind needs more steps."""
+        return self.commands.has_waiting(kind)
 
     def emit(self, messages: list[Message]) -> None:
         """One frame."""
@@ -364,7 +307,7 @@ class Scheduler:
         """This service's counters, for a probe."""
         return {
             **self.report.figures(),
-            "num_grammar_queue_reqs": len(self.waiting_room),
+            "num_grammar_queue_reqs": len(self.grammar_queue),
             "weight_version": self.worker.weight_version,
             "failed_messages_total": self.guard.failed,
         }
@@ -375,7 +318,7 @@ class Scheduler:
                 self.worker.forget(sequence)
             released.clear()
 
-    def look_at_memory(self) -> None:
+    def pause_without_memory(self) -> None:
         """Compute nothing while memory is given up, or while weights that were given up have not been written."""
         lacks = self.saver is not None and bool(self.saver.lacks)
         self.planner.asleep = lacks or (self.updates is not None and bool(self.updates.lost))

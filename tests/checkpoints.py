@@ -15,8 +15,8 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.registry import decoder_spec
-from quartet.scheduler_service.model.weights import Layout
 from quartet.scheduler_service.weights.checkpoint import INDEX_NAME
+from quartet.scheduler_service.weights.parameters import Layout
 
 VOCAB_SIZE = 320
 CONFIG: dict[str, Any] = {

@@ -13,7 +13,7 @@ from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.settings.resolve import draft_sizes
 from quartet.scheduler_service.assemble import draft_options
-from quartet.scheduler_service.core.logprobs import in_a_row
+from quartet.scheduler_service.core.logprobs import concatenated
 from quartet.scheduler_service.core.plan import Update
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
@@ -29,7 +29,7 @@ def joined(left: Logprobs | None, right: Logprobs) -> Logprobs:
     """Two runs of positions, one behind the other."""
     if left is None:
         return right
-    return in_a_row([left, right])
+    return concatenated([left, right])
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Engine:
         for sequence in self.planner.released:
             self.worker.forget(sequence)
         self.planner.released.clear()
-        self.planner.check()
+        self.planner.check_invariants()
         self.steps += 1
         return True
 

@@ -69,7 +69,7 @@ class FakeWorker:
         self._sampled: dict[int, int] = {}  # slot → token sampled last
         self._launched: list[Slice] = []
 
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         return False
 
     def launch(self, plan: Plan) -> list[Result]:

@@ -11,9 +11,8 @@ from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.execution.worker import Worker
-from quartet.scheduler_service.main import memory_saver
+from quartet.scheduler_service.main import memory_saver, weight_updates
 from quartet.scheduler_service.scheduler import Scheduler
-from quartet.scheduler_service.weights.update import Updates
 from tests.fakes import FakeInbox, FakeOutbox, FakeProgress
 
 DEADLINE_S = 60.0
@@ -27,7 +26,7 @@ class Live:
         config = ServerConfig(model_path=str(directory), **settings)
         info = model_info.load(config)
         self.worker = Worker(config, info)
-        self.updates = Updates(self.worker.model.weights, config, str(run_dir), info)
+        self.updates = weight_updates(config, info, self.worker, str(run_dir))
         self.inbox, self.outbox = FakeInbox(), FakeOutbox()
         self.scheduler = Scheduler(
             Planner(planner_config(config, info, self.worker)),

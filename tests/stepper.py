@@ -91,12 +91,12 @@ class Stepper:
 
     def add(self, message: Tokenized) -> None:
         self.take(self.planner.add(message, float(self.steps)))
-        self.planner.check()
+        self.planner.check_invariants()
 
     def abort(self, rid: str, message: str = "") -> None:
         self.take(self.planner.abort(rid, message))
         self.forget()
-        self.planner.check()
+        self.planner.check_invariants()
 
     def step(self) -> Plan | None:
         self.steps += 1
@@ -106,7 +106,7 @@ class Stepper:
             self.in_flight.append((plan, self.worker.launch(plan)))
         while len(self.in_flight) > (self.depth if plan else 0):
             self.land()
-        self.planner.check()
+        self.planner.check_invariants()
         return plan
 
     def land(self) -> None:

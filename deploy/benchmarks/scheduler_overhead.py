@@ -89,7 +89,7 @@ def full_batch(running: int, steps: int, page_size: int, depth: int) -> Schedule
         Tokenized(request=Request(rid=f"{i:032x}", params=params), prompt_ids=ids) for i, ids in enumerate(prompts)
     ]
     scheduler = Scheduler(Planner(config), NullWorker(), Source(requests), Sink(), NoProgress(), depth=depth)
-    while any(s.wants_prefill for s in scheduler.planner.running) or len(scheduler.planner.running) < running:
+    while any(s.needs_prefill for s in scheduler.planner.running) or len(scheduler.planner.running) < running:
         scheduler.step()
     return scheduler
 

@@ -93,7 +93,7 @@ async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     if why := resting(gateway):
         unwritten = gateway.asleep and not (gateway.lacks or gateway.paused)
         return verdict(not_ready(gateway) or stuck(gateway) or (why if unwritten else ""), why)
-    return verdict(not_ready(gateway) or frozen(gateway) or await gateway.sign_of_life.missing())
+    return verdict(not_ready(gateway) or frozen(gateway) or await gateway.health_probe.failure())
 
 
 ENDPOINTS = [

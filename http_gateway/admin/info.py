@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import Access
-from quartet.http_gateway.ring.probes import Counters
+from quartet.http_gateway.ring.counter_cache import Counters
 from quartet.http_gateway.routes.endpoint import Endpoint
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import RequestError
@@ -98,8 +98,8 @@ async def model(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
     """Every setting by its name, and what the scheduler says; without that part when the ring does not answer."""
-    counters = await gateway.census.read(FRESH_S)
-    answered = gateway.census.age_s <= STALE_S
+    counters = await gateway.counters.read(FRESH_S)
+    answered = gateway.counters.age_s <= STALE_S
     facts = gateway.facts
     body = {
         **ONE_RING,
@@ -170,7 +170,7 @@ async def loads(gateway: Gateway, http: HTTPRequest) -> Response:
     asked = [name.strip() for name in http.query_params.get("include", "core").split(",")]
     if unknown := [name for name in asked if name not in (*SECTIONS, "all")]:
         raise RequestError(f"Unknown section '{unknown[0]}'; known are all, {', '.join(SECTIONS)}.", field="include")
-    counters = await gateway.census.read(FRESH_S, LOADS_TIMEOUT_S)
+    counters = await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S)
     core = load(gateway, counters)
     if http.query_params.get("format") == "prometheus":
         return PlainTextResponse(
@@ -189,7 +189,7 @@ async def loads(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def get_load(gateway: Gateway, http: HTTPRequest) -> Response:
     """A list with one entry for each rank, as routers read it; there is one."""
-    core = load(gateway, await gateway.census.read(FRESH_S, LOADS_TIMEOUT_S))
+    core = load(gateway, await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S))
     return errors.json_response(
         [
             {
@@ -206,8 +206,8 @@ async def get_load(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def metrics(gateway: Gateway, http: HTTPRequest) -> Response:
     """Answered even when the scheduler hangs: with the counters it last said."""
-    await gateway.census.read(FRESH_S, LOADS_TIMEOUT_S)
-    text = await gateway.metrics.text(gateway.census.last)
+    await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S)
+    text = await gateway.metrics.text(gateway.counters.last)
     return Response(text, media_type=gateway.metrics.content_type)
 
 

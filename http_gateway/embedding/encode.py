@@ -2,15 +2,14 @@
 
 import time
 from array import array
-from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.generation import rounds
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.output import finish_reason
+from quartet.http_gateway.generation.run_group import collect_answers
 from quartet.http_gateway.generation.truncation import Truncating, Truncation, wished
 from quartet.http_gateway.http.errors import json_response
 from quartet.http_gateway.native.generate_body import asks, check_batch, pack, read_rids
@@ -108,15 +107,17 @@ async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def embed(gateway: Gateway, http: HTTPRequest, job: Job) -> list[Text]:
     """The message that holds each request's vector, in order. Raises RequestError when one was aborted."""
-    found: dict[int, Text] = {}
-    async with aclosing(rounds.run(gateway.ring, http, job)) as steps:
-        async for mail in steps:
-            found.update((index, text) for index, text in mail if text.tokens.vector or text.tokens.finish is not None)
-    answers = [found[index] for index in range(len(job.requests))]
-    if lost := [text for text in answers if not text.tokens.vector]:
+    answers = await collect_answers(gateway.ring, http, job, has_vector_or_end)
+    texts = [text for text in answers if text is not None]
+    assert len(texts) == len(answers), (len(texts), len(answers))
+    if lost := [text for text in texts if not text.tokens.vector]:
         finish = lost[0].tokens.finish
         raise RequestError(f"Request {lost[0].tokens.rid} was aborted: {finish.message if finish else 'no vector'}")
-    return answers
+    return texts
+
+
+def has_vector_or_end(text: Text) -> bool:
+    return bool(text.tokens.vector) or text.tokens.finish is not None
 
 
 def numbers(text: Text) -> list[float]:

@@ -2,15 +2,14 @@
 
 import math
 from array import array
-from contextlib import aclosing
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.embedding.embeddings import usage
-from quartet.http_gateway.generation import rounds
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
+from quartet.http_gateway.generation.run_group import collect_answers
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.native.generate_body import pack
 from quartet.http_gateway.routes import bodies
@@ -85,13 +84,11 @@ def to_prompt(parts: tuple[str | list[int], str | list[int]], request: Request, 
 
 async def first_tokens(gateway: Gateway, http: HTTPRequest, job: Job) -> list[Text]:
     """The message with each request's logprobs, in order."""
-    found: dict[int, Text] = {}
-    async with aclosing(rounds.run(gateway.ring, http, job)) as steps:
-        async for mail in steps:
-            found.update((index, text) for index, text in mail if text.tokens.logprobs is not None)
-    if len(found) < len(job.requests):
+    answers = await collect_answers(gateway.ring, http, job, lambda text: text.tokens.logprobs is not None)
+    texts = [text for text in answers if text is not None]
+    if len(texts) < len(answers):
         raise RequestError("The scoring was aborted.")
-    return [found[index] for index in range(len(job.requests))]
+    return texts
 
 
 def label_logprobs(text: Text) -> list[float]:

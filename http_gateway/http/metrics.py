@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from quartet.http_gateway.ring.counter_cache import Counters
 from quartet.http_gateway.ring.journal import Pending
-from quartet.http_gateway.ring.probes import Counters
 from quartet.runtime.messages import ROLES, Text
 
 PREFIX = "sglang:"

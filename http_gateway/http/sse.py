@@ -1,13 +1,14 @@
 """Server-sent events: one `data:` line per event, `[DONE]` at the end."""
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
+from typing import NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.ring.flight import ClientGone
+from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.runtime.errors import Kind, RequestError
 
 log = logging.getLogger(__name__)
@@ -20,46 +21,63 @@ HEADERS = [
 ]
 
 
-def event(payload: bytes) -> bytes:
-    return b"data: " + payload + b"\n\n"
+class Event(NamedTuple):
+    """One event: its data, JSON without line ends, and its type where it has one."""
+
+    data: bytes
+    type: bytes = b""
+
+
+def frame(event: Event) -> bytes:
+    """The bytes of an event on the wire."""
+    name = b"event: " + event.type + b"\n" if event.type else b""
+    return name + b"data: " + event.data + b"\n\n"
+
+
+def frames(events: Iterable[Event]) -> bytes:
+    """The bytes of events that are sent together."""
+    return b"".join(map(frame, events))
 
 
 class EventStream:
     """A response that streams events.
 
     The headers wait for the first event, so that a request that is refused gets a real status; an error after that
-    is told inside the stream.
+    becomes an event of the stream.
     """
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes, None],
-        failed: Callable[[RequestError], bytes] = errors.stream_event,
+        chunks: AsyncGenerator[bytes, None],
+        error_json: Callable[[RequestError], bytes] = errors.stream_event,
     ) -> None:
-        """`failed`: what tells an error inside the stream."""
-        self._events = events
-        self._failed = failed
+        """`chunks`: frames of one or more events each. `error_json`: the data of the event that reports an error."""
+        self._chunks = chunks
+        self._error_json = error_json
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            first = await anext(events)
+        async with aclosing(self._chunks) as chunks:
+            first = await anext(chunks)
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await send({"type": "http.response.body", "body": first, "more_body": True})
-            async with aclosing(self._told(events)) as told:
-                async for chunk in told:
+            async with aclosing(self._with_error(chunks)) as rest:
+                async for chunk in rest:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
-    async def _told(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        """The events; what ends them early is the last one."""
+    async def _with_error(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The chunks; an error that ends them early becomes the last event."""
         try:
-            async for chunk in events:
+            async for chunk in chunks:
                 yield chunk
         except RequestError as error:
             log.info("a stream ended with an error: %s", error.message)
-            yield event(self._failed(error))
+            yield self._error_frame(error)
         except ClientGone:
             raise
         except Exception as error:
             log.exception("a stream failed")
-            yield event(self._failed(RequestError(f"Internal error: {type(error).__name__}", Kind.INTERNAL)))
+            yield self._error_frame(RequestError(f"Internal error: {type(error).__name__}", Kind.INTERNAL))
+
+    def _error_frame(self, error: RequestError) -> bytes:
+        return frame(Event(self._error_json(error)))

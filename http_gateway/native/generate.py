@@ -1,24 +1,54 @@
 """POST|PUT /generate and its Vertex form: the native API."""
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.generation import rounds
 from quartet.http_gateway.generation.intake import Job
-from quartet.http_gateway.generation.output import Output
-from quartet.http_gateway.http.sse import EventStream, event
+from quartet.http_gateway.generation.run_group import collect_group, stream_group
+from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate_body import FIELDS, GenerateBody, check_batch, to_job
+from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, beside
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_generates
 from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Text
+
+
+class Call:
+    """One HTTP call: its requests, and what they have produced so far."""
+
+    def __init__(self, gateway: Gateway, job: Job, single: bool, received_at: float) -> None:
+        """`single`: one object answers the call, not a list of them."""
+        default = gateway.config.stream_interval
+        self._single = single
+        self._outputs = [gateway.output(item.request, received_at) for item in job.requests]
+        self._intervals = [item.request.params.stream_interval or default for item in job.requests]
+        self._new_only = gateway.config.incremental_streaming_output
+
+    def take(self, index: int, text: Text) -> None:
+        self._outputs[index].add(text)
+
+    def answers(self) -> list[bytes]:
+        """The JSON of each request."""
+        return [output.answer() for output in self._outputs]
+
+    def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:
+        """For each request that has got on, a chunk when one is due."""
+        for index, text in deltas:
+            self.take(index, text)
+        for index in dict.fromkeys(index for index, _ in deltas):
+            output = self._outputs[index]
+            if output.due(self._intervals[index]):
+                yield Event(output.answer() if self._single else output.answer(index))
+                if self._new_only:
+                    output.forget()
 
 
 class VertexBody(msgspec.Struct):
@@ -32,10 +62,11 @@ async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStrea
     received_at = time.monotonic()
     body = await bodies.read(http, GenerateBody)
     job, single = await beside(http, admit, gateway, http, body)
-    outputs = [gateway.output(item.request, received_at) for item in job.requests]
+    call = Call(gateway, job, single, received_at)
     if body.stream:
-        return EventStream(chunks(gateway, http, job, outputs, single))
-    answers = await collect(gateway, http, job, outputs)
+        return stream_group(gateway.ring, http, job, call.events)
+    await collect_group(gateway.ring, http, job, call.take)
+    answers = call.answers()
     return json_answer(answers[0] if single else listed(answers))
 
 
@@ -49,8 +80,9 @@ async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}
     body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
     job, _ = await beside(http, admit, gateway, http, body)
-    outputs = [gateway.output(item.request, received_at) for item in job.requests]
-    return json_answer(b'{"predictions":' + listed(await collect(gateway, http, job, outputs)) + b"}")
+    call = Call(gateway, job, False, received_at)
+    await collect_group(gateway.ring, http, job, call.take)
+    return json_answer(b'{"predictions":' + listed(call.answers()) + b"}")
 
 
 def admit(gateway: Gateway, http: HTTPRequest, body: GenerateBody) -> tuple[Job, bool]:
@@ -73,34 +105,6 @@ def listed(answers: list[bytes]) -> bytes:
 
 def json_answer(content: bytes) -> Response:
     return Response(content, media_type="application/json")
-
-
-async def collect(gateway: Gateway, http: HTTPRequest, job: Job, outputs: list[Output]) -> list[bytes]:
-    """The answer of every request, once all have ended."""
-    async with aclosing(rounds.run(gateway.ring, http, job)) as steps:
-        async for mail in steps:
-            for index, text in mail:
-                outputs[index].add(text)
-    return [output.answer() for output in outputs]
-
-
-async def chunks(
-    gateway: Gateway, http: HTTPRequest, job: Job, outputs: list[Output], single: bool
-) -> AsyncGenerator[bytes, None]:
-    """The events of a stream: for each request that has got on, a chunk when one is due."""
-    intervals = [item.request.params.stream_interval or gateway.config.stream_interval for item in job.requests]
-    async with aclosing(rounds.run(gateway.ring, http, job)) as steps:
-        async for mail in steps:
-            for index, text in mail:
-                outputs[index].add(text)
-            due = [index for index in dict.fromkeys(index for index, _ in mail) if outputs[index].due(intervals[index])]
-            if due:
-                yield b"".join(
-                    event(outputs[index].answer() if single else outputs[index].answer(index)) for index in due
-                )
-            if gateway.config.incremental_streaming_output:
-                for index in due:
-                    outputs[index].forget()
 
 
 ENDPOINTS = [

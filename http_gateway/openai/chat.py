@@ -1,17 +1,16 @@
 """POST /v1/chat/completions: the next turn of a conversation, in OpenAI's shapes."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.generation import rounds
+from quartet.http_gateway.generation.run_group import collect_group, stream_group
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.http.sse import EventStream, event
+from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable, json_answer
 from quartet.http_gateway.openai.answers import (
     ChatChoice,
@@ -37,7 +36,7 @@ from quartet.http_gateway.openai.extras import Extras
 from quartet.http_gateway.openai.output import Draft, chat_logprobs, usage
 from quartet.http_gateway.openai.params import DEFAULT_MODEL, SAID, job_of
 from quartet.http_gateway.openai.types import ChatBody
-from quartet.http_gateway.ring.flight import Delivery
+from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
 from quartet.http_gateway.routes.gateway import Gateway
@@ -155,22 +154,27 @@ class Call:
         choices = [choice.whole(index) for index, choice in enumerate(self.choices)]
         return ChatCompletion(**self._head, choices=choices, usage=self.usage(), metadata=Metadata(version))
 
-    def take(self, mail: list[Delivery]) -> None:
-        for index, text in mail:
-            self.choices[index].take(text)
+    def take(self, index: int, text: Text) -> None:
+        self.choices[index].take(text)
 
-    def chunks(self, mail: list[Delivery]) -> Iterator[ChatChunk]:
-        """The chunks that are due after these deliveries."""
-        self.take(mail)
+    def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:
+        """The events of a stream that are due after these deltas."""
+        return (Event(_encode(chunk)) for chunk in self.chunks(deltas))
+
+    def chunks(self, deltas: list[RequestDelta]) -> Iterator[ChatChunk]:
+        """The chunks that are due after these deltas."""
+        for index, text in deltas:
+            self.take(index, text)
         running = self.usage() if wants(self.body, "continuous_usage_stats") else None
-        for index in dict.fromkeys(index for index, _ in mail):
+        for index in dict.fromkeys(index for index, _ in deltas):
             if self.choices[index].draft.due(self.gateway.config.stream_interval):
                 for choice in self.choices[index].tell(index):
                     yield ChatChunk(**self._head, choices=[choice], usage=running)
 
-    def last_chunk(self) -> ChatChunk:
-        """The usage of all, with no choice."""
-        return ChatChunk(**self._head, choices=[], usage=self.usage())
+    def last_events(self) -> Iterator[Event]:
+        """The usage of all choices, where it was asked for."""
+        if wants(self.body, "include_usage"):
+            yield Event(_encode(ChatChunk(**self._head, choices=[], usage=self.usage())))
 
 
 async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
@@ -180,21 +184,9 @@ async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | Ev
     check_servable(gateway, http)
     call = await beside(http, Call, gateway, body)
     if body.stream:
-        return EventStream(stream(http, call), errors.openai_stream_event)
-    async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
-        async for mail in steps:
-            call.take(mail)
+        return stream_group(gateway.ring, http, call.job, call.events, call.last_events, errors.openai_stream_event)
+    await collect_group(gateway.ring, http, call.job, call.take)
     return json_answer(_encode(call.answer()))
-
-
-async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
-    """The events of a stream."""
-    async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
-        async for mail in steps:
-            if events := b"".join(event(_encode(chunk)) for chunk in call.chunks(mail)):
-                yield events
-    if wants(call.body, "include_usage"):
-        yield event(_encode(call.last_chunk()))
 
 
 SHAPE = errors.saying(

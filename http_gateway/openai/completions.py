@@ -1,8 +1,7 @@
 """POST /v1/completions: text behind a prompt, in OpenAI's shapes."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +9,9 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.generation import rounds
+from quartet.http_gateway.generation.run_group import collect_group, stream_group
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.http.sse import EventStream, event
+from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable, json_answer
 from quartet.http_gateway.native.generate_body import pack, unnamed
 from quartet.http_gateway.openai.answers import Completion, CompletionChoice, Metadata, Usage
@@ -21,7 +20,7 @@ from quartet.http_gateway.openai.output import Draft, Offsets, completion_logpro
 from quartet.http_gateway.openai.params import DEFAULT_MODEL, SAID, job_of, params_of
 from quartet.http_gateway.openai.tokens import detokenize_ids
 from quartet.http_gateway.openai.types import CompletionBody
-from quartet.http_gateway.ring.flight import Delivery
+from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
 from quartet.http_gateway.routes.gateway import Gateway
@@ -103,14 +102,30 @@ class Call:
             choice.text.append(prompt)
             choice.offsets = Offsets(prompt)
 
-    def chunks(self, mail: list[Delivery], interval: int) -> list[Completion]:
-        """The chunks that are due after these deliveries."""
-        for index, text in mail:
-            self.choices[index].take(text)
-        due = [i for i in dict.fromkeys(index for index, _ in mail) if self.choices[i].draft.due(interval)]
+    def take(self, index: int, text: Text) -> None:
+        self.choices[index].take(text)
+
+    def events(self, deltas: list[RequestDelta]) -> list[Event]:
+        """The chunks of a stream that are due after these deltas."""
+        for index, text in deltas:
+            self.take(index, text)
+        interval = self.gateway.config.stream_interval
+        due = [i for i in dict.fromkeys(index for index, _ in deltas) if self.choices[i].draft.due(interval)]
         told = [self.tell(index) for index in due]
         running = self.usage() if wants(self.body, "continuous_usage_stats") else None
-        return [self.completion([choice], usage=running) for choice in told if says_something(choice)]
+        chunks = [self.completion([choice], usage=running) for choice in told if says_something(choice)]
+        return [Event(_encode(chunk)) for chunk in chunks]
+
+    def last_events(self) -> Iterator[Event]:
+        """The usage of all choices, where it was asked for."""
+        if wants(self.body, "include_usage"):
+            yield Event(_encode(self.completion([], usage=self.usage())))
+
+    def answer(self) -> Completion:
+        """The whole answer, once all requests have ended."""
+        choices = [self.tell(index) for index in range(len(self.choices))]
+        version = self.choices[0].draft.weight_version or self.gateway.weight_version
+        return self.completion(choices, usage=self.usage(), metadata=Metadata(version))
 
 
 async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
@@ -122,24 +137,9 @@ async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventSt
     if body.echo:
         call.echo(await prompt_texts(gateway, call.prompts))
     if body.stream:
-        return EventStream(stream(http, call), errors.openai_stream_event)
-    async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
-        async for mail in steps:
-            for index, text in mail:
-                call.choices[index].take(text)
-    told = [call.tell(index) for index in range(len(call.choices))]
-    version = call.choices[0].draft.weight_version or gateway.weight_version
-    return json_answer(_encode(call.completion(told, usage=call.usage(), metadata=Metadata(version))))
-
-
-async def stream(http: HTTPRequest, call: Call) -> AsyncGenerator[bytes, None]:
-    """The events of a stream."""
-    async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
-        async for mail in steps:
-            if chunks := call.chunks(mail, call.gateway.config.stream_interval):
-                yield b"".join(event(_encode(chunk)) for chunk in chunks)
-    if wants(call.body, "include_usage"):
-        yield event(_encode(call.completion([], usage=call.usage())))
+        return stream_group(gateway.ring, http, call.job, call.events, call.last_events, errors.openai_stream_event)
+    await collect_group(gateway.ring, http, call.job, call.take)
+    return json_answer(_encode(call.answer()))
 
 
 def says_something(choice: CompletionChoice) -> bool:

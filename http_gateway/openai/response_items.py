@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from quartet.http_gateway.http.sse import Event
+
 Kind = Literal["reasoning", "message"]
 IN_PROGRESS = "in_progress"
 PREFIXES: dict[Kind, str] = {"reasoning": "rs", "message": "msg"}
@@ -73,10 +75,10 @@ class Numbered:
     def __init__(self) -> None:
         self._next = 0
 
-    def event(self, kind: str, **fields: Any) -> bytes:
+    def event(self, kind: str, **fields: Any) -> Event:
         data = msgspec.json.encode({"type": kind, "sequence_number": self._next, **fields})
         self._next += 1
-        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+        return Event(data, kind.encode())
 
 
 class Told:
@@ -88,7 +90,7 @@ class Told:
         self._open: Item | None = None
         self._pieces = 0  # of the open item, that were told
 
-    def news(self) -> Iterator[bytes]:
+    def news(self) -> Iterator[Event]:
         """What is new since the last time."""
         for item in self._output.items[self._open.place if self._open else 0 :]:
             if item is not self._open:
@@ -99,13 +101,13 @@ class Told:
                 kind = f"response.{item.text_kind}.delta"
                 yield self._numbered.event(kind, **item.where(), delta=text, **item.more())
 
-    def _opening(self, item: Item) -> Iterator[bytes]:
+    def _opening(self, item: Item) -> Iterator[Event]:
         self._open, self._pieces = item, 0
         opened = item.body(IN_PROGRESS)
         yield self._numbered.event("response.output_item.added", output_index=item.place, item=opened)
         yield self._numbered.event("response.content_part.added", **item.where(), part=item.part(""))
 
-    def close(self, status: str) -> Iterator[bytes]:
+    def close(self, status: str) -> Iterator[Event]:
         """The open item is whole, or as whole as it will be."""
         item = self._open
         if item is None:

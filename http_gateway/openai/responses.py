@@ -1,17 +1,16 @@
 """POST /v1/responses: OpenAI's newer API, for text. It is a chat completion under another name; nothing is stored."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.generation import rounds
+from quartet.http_gateway.generation.run_group import collect_group, stream_group
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.http.sse import EventStream
+from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable
 from quartet.http_gateway.native.generate_body import asks
 from quartet.http_gateway.openai.answers import ChatMessage, Delta
@@ -19,6 +18,7 @@ from quartet.http_gateway.openai.chat import Call
 from quartet.http_gateway.openai.response_format import ResponseFormat
 from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, Kind, Numbered, Output, Told
 from quartet.http_gateway.openai.types import ChatBody, Count
+from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
 from quartet.http_gateway.routes.gateway import Gateway
@@ -154,10 +154,9 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
     call = await beside(http, Call, gateway, chat_body(body))
     answer = Answer(body, call)
     if body.stream:
-        return EventStream(stream(http, call, answer), errors.openai_stream_event)
-    async with aclosing(rounds.run(gateway.ring, http, call.job)) as steps:
-        async for mail in steps:
-            call.take(mail)
+        told = Stream(call, answer)
+        return stream_group(gateway.ring, http, call.job, told.events, told.last_events, errors.openai_stream_event)
+    await collect_group(gateway.ring, http, call.job, call.take)
     message = call.choices[0].whole(0).message
     output = Output(call.id)
     for kind, text in texts_of(message):
@@ -174,27 +173,38 @@ def texts_of(part: ChatMessage | Delta) -> Iterator[tuple[Kind, str]]:
         yield "message", part.content
 
 
-async def stream(http: HTTPRequest, call: Call, answer: Answer) -> AsyncGenerator[bytes, None]:
+class Stream:
     """The events of a stream: the response and its items are opened, grow, and are closed."""
-    numbered, output, opened = Numbered(), Output(call.id), False
-    told = Told(numbered, output)
-    async with aclosing(rounds.run(call.gateway.ring, http, call.job)) as steps:
-        async for mail in steps:
-            if not opened:
-                response = answer.response(IN_PROGRESS)
-                yield numbered.event("response.created", response=response)
-                yield numbered.event("response.in_progress", response=response)
-                opened = True
-            for chunk in call.chunks(mail):
-                for choice in chunk.choices:
-                    for kind, text in texts_of(choice.delta):
-                        output.take(kind, text)
-            if events := b"".join(told.news()):
-                yield events
-    output.end()
-    status = answer.status()
-    response = answer.response(status, output.items)
-    yield b"".join((*told.news(), *told.close(status), numbered.event(f"response.{status}", response=response)))
+
+    def __init__(self, call: Call, answer: Answer) -> None:
+        self._call = call
+        self._answer = answer
+        self._opened = False
+        self._numbered = Numbered()
+        self._output = Output(call.id)
+        self._told = Told(self._numbered, self._output)
+
+    def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:
+        """The events that are due after these deltas."""
+        if not self._opened:
+            self._opened = True
+            response = self._answer.response(IN_PROGRESS)
+            yield self._numbered.event("response.created", response=response)
+            yield self._numbered.event("response.in_progress", response=response)
+        for chunk in self._call.chunks(deltas):
+            for choice in chunk.choices:
+                for kind, text in texts_of(choice.delta):
+                    self._output.take(kind, text)
+        yield from self._told.news()
+
+    def last_events(self) -> Iterator[Event]:
+        """The end of the open item and of the response."""
+        self._output.end()
+        status = self._answer.status()
+        response = self._answer.response(status, self._output.items)
+        yield from self._told.news()
+        yield from self._told.close(status)
+        yield self._numbered.event(f"response.{status}", response=response)
 
 
 async def stored(gateway: Gateway, http: HTTPRequest) -> Response:

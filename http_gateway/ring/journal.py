@@ -14,7 +14,7 @@ from quartet.runtime.control import Abort
 from quartet.runtime.messages import Generate, Request
 
 if TYPE_CHECKING:
-    from quartet.http_gateway.ring.flight import Flight
+    from quartet.http_gateway.ring.request_group import RequestGroup
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Pending:
 
     generate: Generate
     parent: str  # the rid that the client gave, where the request is one of several made from it
-    flight: "Flight | None"  # None: its client has gone, only the terminal message is awaited
+    group: "RequestGroup | None"  # None: its client has gone, only the terminal message is awaited
     index: int
     serial: int  # order of arrival, among commands too
     sent_at: float

@@ -1,7 +1,7 @@
 """The gateway's end of the ring: requests go out, their text comes back; commands go out, replies come back.
 
-One listener task reads the inbox and never waits for anybody: what arrives for a request is put into the mailbox of
-its Flight, and the endpoint takes all of it at once when it gets to run, so a slow client costs memory for its own
+One listener task reads the inbox and never waits for anybody: what arrives for a request is put into its
+RequestGroup, and the endpoint takes all of it at once when it gets to run, so a slow client costs memory for its own
 text and nothing else. A rid stays pending until its terminal message has passed, even when its client has gone, so a
 rid can never name two requests inside the ring.
 
@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 from quartet.http_gateway.ring.aborts import Relayed, aborted, names
 from quartet.http_gateway.ring.commands import Commands, Waiting
-from quartet.http_gateway.ring.flight import Flight
 from quartet.http_gateway.ring.journal import Pending, digest
 from quartet.http_gateway.ring.quarantine import GUILTY, Quarantine
+from quartet.http_gateway.ring.request_group import RequestGroup
 from quartet.runtime.control import Abort, ControlCommand, Probe
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.guard import Announced, Guard, end_of
@@ -101,7 +101,9 @@ class RingClient:
 
     # requests
 
-    def open(self, batch: list[Generate], parents: list[str] | None = None, *, limited: bool = True) -> Flight:
+    def open(
+        self, batch: list[Generate], parents: Sequence[str] | None = None, *, limited: bool = True
+    ) -> RequestGroup:
         """Send requests in one frame. Raises RequestError: draining, too many in flight, a rid in use, too large.
 
         `parents` are the rids by which the client knows them, where those differ from their own. The limit of what
@@ -110,18 +112,18 @@ class RingClient:
         self._admit(batch)
         if limited:
             self._check_room(batch)
-        flight = Flight([generate.request.rid for generate in batch], self._abandon)
+        group = RequestGroup([generate.request.rid for generate in batch], self._abandon)
         now, entries = time.monotonic(), []
         for index, generate in enumerate(batch):
             parent = parents[index] if parents else ""
-            entries.append(Pending(generate, parent, flight, index, next(self._serials), now, self._attempt))
+            entries.append(Pending(generate, parent, group, index, next(self._serials), now, self._attempt))
         if not self._quarantine.alone:
             self._send([entry.message(self._commands.epoch) for entry in entries])
             for entry in entries:
                 entry.in_ring = entry.known = True
         self._pending.update((entry.rid, entry) for entry in entries)
         self._idle.clear()
-        return flight
+        return group
 
     def _admit(self, batch: list[Generate]) -> None:
         if self.closing:
@@ -150,10 +152,10 @@ class RingClient:
         except OverflowError as error:  # an integer of more than 64 bits
             raise RequestError("A number in the request is out of range.") from error
 
-    def _abandon(self, flight: Flight) -> None:
-        left = [entry for rid in flight.rids if (entry := self._pending.get(rid)) and entry.flight is flight]
+    def _abandon(self, group: RequestGroup) -> None:
+        left = [entry for rid in group.rids if (entry := self._pending.get(rid)) and entry.group is group]
         for entry in left:
-            entry.flight = None
+            entry.group = None
         self._unwant(left, ABORTED)
 
     def _unwant(self, entries: list[Pending], message: str) -> None:
@@ -347,8 +349,8 @@ class RingClient:
             text.tokens.cached_tokens = entry.cached_tokens  # those of its first attempt
         if text.tokens.prompt_tokens:
             entry.prompt_tokens, entry.cached_tokens = text.tokens.prompt_tokens, text.tokens.cached_tokens
-        if entry.flight is not None:
-            entry.flight.put(entry.index, text)
+        if entry.group is not None:
+            entry.group.put(entry.index, text)
         self._meter.heard(entry, text, now)
         entry.last_heard_at, entry.heard = now, True
         if self._quarantine.hears(entry, ended):

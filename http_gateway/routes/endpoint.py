@@ -15,7 +15,7 @@ from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import Access, Keys
 from quartet.http_gateway.http.counting import ValueCounter
 from quartet.http_gateway.http.visitors import SAFE_METHODS, Visitors, refusal
-from quartet.http_gateway.ring.flight import ClientGone
+from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError

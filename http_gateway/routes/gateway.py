@@ -8,11 +8,12 @@ from typing import Any
 
 import msgspec
 
+from quartet.http_gateway.generation.health_probe import HealthProbe, Progress, Pulse
 from quartet.http_gateway.generation.intake import Rules
 from quartet.http_gateway.generation.output import Output
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.parsers import reasoning
-from quartet.http_gateway.ring.probes import Census, Progress, Pulse, SignOfLife
+from quartet.http_gateway.ring.counter_cache import CounterCache
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
@@ -62,8 +63,8 @@ class Gateway:
         self.learn(self.facts.state)
         self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
-        self.census = Census(self.ring)
-        self.sign_of_life = SignOfLife(
+        self.counters = CounterCache(self.ring)
+        self.health_probe = HealthProbe(
             self.ring, self.progress, self.health_timeout_s, "embed" if self.model.is_embedding else "generate"
         )
 

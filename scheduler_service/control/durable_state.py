@@ -1,65 +1,62 @@
-"""Orders that stand until they are taken back: a pause, memory that is given up, a weight update that has begun.
+"""State that outlasts the scheduler's process: a pause, released memory, a weight update that has begun.
 
-They are noted in the run directory, so that a scheduler that is started again neither generates what nobody expects,
-nor takes the memory that a trainer works in, nor serves the second half of an update whose first half is lost.
+It is kept in the run directory, so that a scheduler that is started again neither generates what nobody expects, nor
+takes the memory that a trainer works in, nor serves the second half of an update whose first half is lost.
 """
 
 import logging
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from quartet.runtime import records
 from quartet.runtime.errors import CommandRefused
-
-if TYPE_CHECKING:
-    from quartet.scheduler_service.scheduler import Scheduler
+from quartet.scheduler_service.control.context import Context
 
 log = logging.getLogger(__name__)
 
-NAME = "standing.json"
+NAME = "durable_state.json"
 LOST = "the scheduler was started again; what had been collected is lost"
 
 
-class Orders(msgspec.Struct, kw_only=True):
-    """What stands."""
+class State(msgspec.Struct, kw_only=True):
+    """What commands have set, until other commands take it back."""
 
     paused: bool = False
     released: list[str] = []  # tags of /release_memory_occupation, sorted
     updating: bool = False  # between /begin_weight_update and its end
 
 
-class StandingOrders:
-    """The orders of one boot."""
+class DurableState:
+    """The state of one run of the server."""
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir
-        self._noted = records.read(run_dir, NAME, Orders) or Orders()
+        self._saved = records.read(run_dir, NAME, State) or State()
 
-    def note(self, scheduler: "Scheduler") -> None:
-        """Record what stands now, where that has changed."""
-        released = sorted(scheduler.saver.released) if scheduler.saver else []
-        updating = scheduler.updates is not None and scheduler.updates.in_session
-        orders = Orders(paused=scheduler.planner.paused, released=released, updating=updating)
-        if orders == self._noted:
+    def save(self, context: Context) -> None:
+        """Record the state of now, where it has changed."""
+        released = sorted(context.saver.released) if context.saver else []
+        updating = context.updates is not None and context.updates.in_session
+        state = State(paused=context.planner.paused, released=released, updating=updating)
+        if state == self._saved:
             return
-        self._noted = orders
+        self._saved = state
         try:
-            records.write(self._run_dir, NAME, orders)
+            records.write(self._run_dir, NAME, state)
         except OSError as error:
             log.error("Could not record a pause or its end: %s. A restarted scheduler would not know of it.", error)
 
-    def take_up(self, scheduler: "Scheduler") -> None:
-        """Follow the orders that the scheduler before had been given."""
-        orders = self._noted
-        scheduler.planner.paused = orders.paused
-        if orders.released and scheduler.saver:
+    def restore(self, context: Context) -> None:
+        """Put a new scheduler into the state of the one before."""
+        state = self._saved
+        context.planner.paused = state.paused
+        if state.released and context.saver:
             try:
-                scheduler.saver.release(orders.released)
+                context.saver.release(state.released)
             except (CommandRefused, OSError, RuntimeError) as error:
-                log.error("Memory that had been given up is taken again: %s.", error)
-            scheduler.look_at_memory()
-        if orders.updating and scheduler.updates:
-            scheduler.updates.open_session(broken=LOST)
-        if orders != Orders():
-            log.warning("Orders that stand: %s", orders)
+                log.error("Memory that had been released is taken again: %s.", error)
+            context.pause_without_memory()
+        if state.updating and context.updates:
+            context.updates.open_session(broken=LOST)
+        if state != State():
+            log.warning("The scheduler before has left: %s", state)

@@ -2,16 +2,16 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from quartet.runtime.control import ControlCommand, ReleaseMemory, ResumeMemory
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
+from quartet.scheduler_service.control.context import Context, Handler
 
 if TYPE_CHECKING:  # loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
-    from quartet.scheduler_service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -21,41 +21,41 @@ CHANGING = "Memory cannot be released while the weights are being changed."
 FAILED = "Memory cannot be {}: {}."
 
 
-def saver_of(scheduler: "Scheduler") -> "MemorySaver":
-    if scheduler.saver is None:
+def saver_of(context: Context) -> "MemorySaver":
+    if context.saver is None:
         raise CommandRefused(OFF)
-    return scheduler.saver
+    return context.saver
 
 
-def release(scheduler: "Scheduler", command: ReleaseMemory) -> list[Message]:
-    saver = saver_of(scheduler)
-    if scheduler.planner.running or scheduler.in_flight:
+def release(context: Context, command: ReleaseMemory) -> list[Message]:
+    saver = saver_of(context)
+    if context.planner.running or context.launched:
         raise CommandRefused(BUSY)
-    if scheduler.updates is not None and (scheduler.updates.turns or scheduler.updates.session):
+    if context.updates is not None and (context.updates.commands or context.updates.session):
         raise CommandRefused(CHANGING)
     try:
-        with told("released"):
+        with refused_on_failure("released"):
             saver.release(command.tags)
     finally:
         if saver.holds_kv_cache:
-            scheduler.planner.forget_prefixes()
-        scheduler.look_at_memory()
-    return report(scheduler, command, "released")
+            context.planner.forget_prefixes()
+        context.pause_without_memory()
+    return report(context, command, "released")
 
 
-def resume(scheduler: "Scheduler", command: ResumeMemory) -> list[Message]:
-    saver = saver_of(scheduler)
+def resume(context: Context, command: ResumeMemory) -> list[Message]:
+    saver = saver_of(context)
     try:
-        with told("resumed"):
+        with refused_on_failure("resumed"):
             saver.resume(command.tags)
     finally:
-        scheduler.look_at_memory()
-    return report(scheduler, command, "resumed")
+        context.pause_without_memory()
+    return report(context, command, "resumed")
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """A trainer that holds the memory is no reason for the scheduler to end: what was not done can be asked again."""
+def refused_on_failure(what: str) -> Iterator[None]:
+    """Refuse what failed: a trainer that holds the memory must not end the scheduler, and it can be asked again."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:  # torch says RuntimeError
@@ -63,13 +63,13 @@ def told(what: str) -> Iterator[None]:
         raise CommandRefused(FAILED.format(what, reason), 503) from error
 
 
-def report(scheduler: "Scheduler", command: ControlCommand, what: str) -> list[Message]:
-    released = sorted(saver_of(scheduler).released)
+def report(context: Context, command: ControlCommand, what: str) -> list[Message]:
+    released = sorted(saver_of(context).released)
     log.info("Memory occupation %s. Still released: %s", what, ", ".join(released) or "nothing")
-    return [Reply(id=command.id, body=scheduler.sleep())]
+    return [Reply(id=command.id, body=context.memory_state())]
 
 
-HANDLERS: dict[type[ControlCommand], Callable[["Scheduler", Any], Any]] = {
+HANDLERS: dict[type[ControlCommand], Handler] = {
     ReleaseMemory: release,
     ResumeMemory: resume,
 }

@@ -2,66 +2,59 @@
 
 import gc
 import logging
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
 
-from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, FreezeGarbage, PauseGeneration, SlowDown
+from quartet.runtime.control import ContinueGeneration, ControlCommand, FreezeGarbage, PauseGeneration, SlowDown
 from quartet.runtime.messages import Message, Reply
-
-if TYPE_CHECKING:
-    from quartet.scheduler_service.scheduler import Scheduler
+from quartet.scheduler_service.control.context import Context, Handler, Resumable, abort_all
 
 log = logging.getLogger(__name__)
-
-Waiting = Generator[None, bool | None, list[Message]]
 
 PAUSED = "Generation paused successfully."
 CONTINUED = "Generation continued successfully."
 
 
-def pause(scheduler: "Scheduler", command: PauseGeneration) -> Waiting:
+def pause(context: Context, command: PauseGeneration) -> Resumable:
     """Plan nothing from now on. Answered when no step is outstanding; the same answer again when paused already.
 
     A command to go on that comes before that answer ends the wait, and the answer says that nothing is paused.
     """
-    planner = scheduler.planner
+    planner = context.planner
     planner.paused = True
     if command.mode == "abort":
-        aborted = scheduler.control.handlers[Abort](scheduler, Abort(abort_all=True))
-        assert isinstance(aborted, list)
-        scheduler.emit(aborted)
+        context.emit(abort_all(context))
     elif command.mode == "retract":
         planner.retract_all()
-    while scheduler.in_flight and planner.paused:
+    while context.launched and planner.paused:
         yield
-    scheduler.forget_released()
-    log.info("Generation paused (%s). #running-req: %d, #queue-req: %d", command.mode, *census(scheduler))
+    context.forget_released()
+    log.info("Generation paused (%s). #running-req: %d, #queue-req: %d", command.mode, *request_counts(context))
     return [Reply(id=command.id, message=PAUSED, body={"paused": planner.paused})]
 
 
-def census(scheduler: "Scheduler") -> tuple[int, int]:
-    return len(scheduler.planner.running), len(scheduler.planner.waiting)
+def request_counts(context: Context) -> tuple[int, int]:
+    """How many run and how many wait."""
+    return len(context.planner.running), len(context.planner.waiting)
 
 
-def go_on(scheduler: "Scheduler", command: ContinueGeneration) -> list[Message]:
-    scheduler.planner.paused = False
-    log.info("Generation continued. #running-req: %d, #queue-req: %d", *census(scheduler))
+def resume(context: Context, command: ContinueGeneration) -> list[Message]:
+    context.planner.paused = False
+    log.info("Generation continued. #running-req: %d, #queue-req: %d", *request_counts(context))
     return [Reply(id=command.id, message=CONTINUED, body={"paused": False})]
 
 
-def freeze_garbage(scheduler: "Scheduler", command: FreezeGarbage) -> list[Message]:
+def freeze_garbage(context: Context, command: FreezeGarbage) -> list[Message]:
     gc.freeze()
     return [Reply(id=command.id, message="Garbage collection frozen.\n")]
 
 
-def slow_down(scheduler: "Scheduler", command: SlowDown) -> list[Message]:
-    scheduler.step_sleep_s = max(0.0, command.forward_sleep_time or 0.0)
+def slow_down(context: Context, command: SlowDown) -> list[Message]:
+    context.step_sleep_s = max(0.0, command.forward_sleep_time or 0.0)
     return [Reply(id=command.id)]
 
 
-HANDLERS: dict[type[ControlCommand], Callable[["Scheduler", Any], Any]] = {
+HANDLERS: dict[type[ControlCommand], Handler] = {
     PauseGeneration: pause,
-    ContinueGeneration: go_on,
+    ContinueGeneration: resume,
     FreezeGarbage: freeze_garbage,
     SlowDown: slow_down,
 }

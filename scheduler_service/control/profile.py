@@ -6,10 +6,7 @@ A recording ends by /stop_profile, or by itself after so many steps: what it kee
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -18,9 +15,8 @@ from quartet.runtime.control import ControlCommand, StartProfile, StopProfile
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.limits import MAX_PROFILE_STEPS
 from quartet.runtime.messages import Message, Reply
-
-if TYPE_CHECKING:
-    from quartet.scheduler_service.scheduler import Scheduler
+from quartet.scheduler_service.control.context import Context, Handler
+from quartet.scheduler_service.execution.profile import Profile
 
 log = logging.getLogger(__name__)
 
@@ -32,38 +28,9 @@ DIRECTORY_BY = "SGLANG_TORCH_PROFILER_DIR"  # environment variable of the API th
 ACTIVITIES = {"CPU": ProfilerActivity.CPU, "GPU": ProfilerActivity.CUDA}
 
 
-class Profile:
-    """A recording under way."""
-
-    def __init__(self, directory: Path, steps: int, recorder: profile) -> None:
-        self._directory = directory
-        self._steps = steps  # left
-        self._recorder = recorder
-        recorder.start()
-
-    def stepped(self) -> bool:
-        """Note a step. Whether it was the last: then the recording is written."""
-        self._steps -= 1
-        if self._steps > 0:
-            return False
-        self.write()
-        return True
-
-    def write(self) -> None:
-        """End the recording, and write it as a trace that browsers show. The steps wait meanwhile."""
-        self._recorder.stop()
-        file = self._directory / f"{time.time():.3f}-TP-0.trace.json.gz"
-        try:
-            self._recorder.export_chrome_trace(str(file))
-        except (OSError, RuntimeError) as error:  # torch has its own for files
-            log.error("The profile could not be written to %s: %s", file, error)
-            return
-        log.info("Wrote the profile to %s", file)
-
-
-def start(scheduler: "Scheduler", command: StartProfile) -> list[Message]:
+def start(context: Context, command: StartProfile) -> list[Message]:
     """Record from the next step on."""
-    if scheduler.profile is not None:
+    if context.profile is not None:
         raise CommandRefused(RUNNING)
     for field in ("start_step", "profile_by_stage"):
         if getattr(command, field):
@@ -76,7 +43,7 @@ def start(scheduler: "Scheduler", command: StartProfile) -> list[Message]:
         record_shapes=bool(command.record_shapes),
         with_stack=bool(command.with_stack),
     )
-    scheduler.profile = Profile(directory(command.output_dir), steps, recorder)
+    context.profile = Profile(directory(command.output_dir), steps, recorder)
     log.info("Profiling starts; it ends after %d steps at the latest.", steps)
     return [Reply(id=command.id, message=STARTED)]
 
@@ -101,13 +68,13 @@ def directory(asked: str | None) -> Path:
     return path
 
 
-def stop(scheduler: "Scheduler", command: StopProfile) -> list[Message]:
+def stop(context: Context, command: StopProfile) -> list[Message]:
     """Record no more, and write the trace."""
-    if scheduler.profile is None:
+    if context.profile is None:
         raise CommandRefused(NOT_RUNNING)
-    running, scheduler.profile = scheduler.profile, None
+    running, context.profile = context.profile, None
     running.write()
     return [Reply(id=command.id, message=STOPPED)]
 
 
-HANDLERS: dict[type[ControlCommand], Callable[..., Any]] = {StartProfile: start, StopProfile: stop}
+HANDLERS: dict[type[ControlCommand], Handler] = {StartProfile: start, StopProfile: stop}

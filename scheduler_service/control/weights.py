@@ -1,7 +1,7 @@
 """Commands that change, name or compare the served weights.
 
-Each has the weights to itself: those that come meanwhile wait for their turn, in order. What takes long runs beside
-the loop; the swap itself happens inside one turn of the handler, so between two steps.
+Each has the weights to itself: those that come meanwhile wait for their turn, in order. What takes long runs in the
+background; the swap itself happens inside one turn of the handler, so between two steps.
 """
 
 import logging
@@ -13,7 +13,6 @@ from quartet.runtime.control import (
     ONE_PAYLOAD_A_RANK,
     ONLINE_FAILED,
     RANKS,
-    Abort,
     BeginWeightUpdate,
     CheckWeights,
     ControlCommand,
@@ -26,18 +25,17 @@ from quartet.runtime.control import (
     WeightChange,
 )
 from quartet.runtime.errors import CommandRefused
-from quartet.runtime.messages import Message, Reply
-from quartet.scheduler_service.host.background import beside
+from quartet.runtime.messages import Reply
+from quartet.scheduler_service.control.context import Context, Handler, Resumable, abort_all
+from quartet.scheduler_service.host.background import run_in_background
 
 if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
-    from quartet.scheduler_service.scheduler import Scheduler
     from quartet.scheduler_service.weights.update import Collect, Staged, Updates
 
 log = logging.getLogger(__name__)
 
-Waiting = Generator[None, bool | None, list[Message]]
 Check = Generator[None, bool | None, dict[str, Any]]
-Change = Callable[["Scheduler", "Updates", Any], Waiting]
+Change = Callable[[Context, "Updates", Any], Resumable]
 
 FIXED = "The weights of this server cannot be changed."
 UPDATED_FROM_DISK = "Succeeded to update model weights."
@@ -50,29 +48,29 @@ GIVEN_UP = "The weight update was given up, nothing was changed: {}"
 NO_SESSION = "end_weight_update without begin_weight_update."
 
 
-def updates_of(scheduler: "Scheduler") -> "Updates":
-    if scheduler.updates is None:
+def updates_of(context: Context) -> "Updates":
+    if context.updates is None:
         raise CommandRefused(FIXED)
-    return scheduler.updates
+    return context.updates
 
 
-def in_turn(change: Change) -> Callable[["Scheduler", Any], Waiting]:
+def in_turn(change: Change) -> Handler:
     """The handler that carries out `change` when it is its turn."""
 
-    def handle(scheduler: "Scheduler", command: ControlCommand) -> Waiting:
-        updates = updates_of(scheduler)
-        updates.turns.append(command)
-        while updates.turns[0] is not command:
+    def handle(context: Context, command: ControlCommand) -> Resumable:
+        updates = updates_of(context)
+        updates.commands.append(command)
+        while updates.commands[0] is not command:
             yield
         try:
-            if scheduler.saver is not None and scheduler.saver.holds_weights:
+            if context.saver is not None and context.saver.holds_weights:
                 raise CommandRefused(RELEASED)
-            return (yield from change(scheduler, updates, command))
+            return (yield from change(context, updates, command))
         except CommandRefused as refusal:
             log.error("%s", refusal.message)
             raise
         finally:
-            updates.turns.popleft()
+            updates.commands.popleft()
 
     return handle
 
@@ -80,55 +78,49 @@ def in_turn(change: Change) -> Callable[["Scheduler", Any], Waiting]:
 # from disk
 
 
-def from_disk(scheduler: "Scheduler", updates: "Updates", command: UpdateWeightsFromDisk) -> Waiting:
-    """Stage and check beside the loop, then swap."""
+def from_disk(context: Context, updates: "Updates", command: UpdateWeightsFromDisk) -> Resumable:
+    """Stage and check in the background, then swap."""
     load_format = command.load_format or updates.config.load_format
     log.info("Start update_weights. Load format=%s", load_format)
-    refuse_unless_expected(scheduler, command)
+    refuse_unless_expected(context, command)
     refuse_in_session(updates)
     log.info("Update engine weights online from disk begin. avail mem=%.2f GB", updates.available_gb())
-    staged = yield from beside(partial(updates.from_disk, command.model_path, load_format, command.manifest))
-    frozen = yield from swap(scheduler, updates, staged, command)
+    staged = yield from run_in_background(partial(updates.from_disk, command.model_path, load_format, command.manifest))
+    frozen = yield from swap(context, updates, staged, command)
     body = {"num_paused_requests": frozen, "model_path": command.model_path}
-    return [done(scheduler, command, UPDATED_FROM_DISK, body)]
+    return [done(context, command, UPDATED_FROM_DISK, body)]
 
 
 def swap(
-    scheduler: "Scheduler", updates: "Updates", staged: "Staged", command: WeightChange
+    context: Context, updates: "Updates", staged: "Staged", command: WeightChange
 ) -> Generator[None, bool | None, int]:
     """Put staged values in place, between two steps. Returns how many requests were paused meanwhile."""
-    refuse_unless_expected(scheduler, command)
-    planner = scheduler.planner
+    refuse_unless_expected(context, command)
+    planner = context.planner
     if command.abort_all_requests:
-        scheduler.emit(abort_all(scheduler))
+        context.emit(abort_all(context))
     if command.retract:
         planner.retract_all()
-        scheduler.forget_released()
+        context.forget_released()
     frozen = len(planner.live) if planner.paused or command.retract else 0
-    version = command.weight_version or scheduler.worker.weight_version
+    version = command.weight_version or context.worker.weight_version
     old = updates.swap(staged, version)
-    scheduler.worker.weight_version = version
+    context.worker.weight_version = version
     if getattr(command, "keep_pause", False):
         planner.paused = True
-    scheduler.look_at_memory()
+    context.pause_without_memory()
     log.info("Update weights end.")
     planner.forget_prefixes(free=command.flush_cache)
     if command.flush_cache:
         log.info("Cache flushed successfully!")
-    yield from beside(partial(updates.settle, old))
+    yield from run_in_background(partial(updates.after_swap, old))
     if command.torch_empty_cache:
         updates.empty_cache()
     return frozen
 
 
-def abort_all(scheduler: "Scheduler") -> list[Message]:
-    messages = scheduler.control.handlers[Abort](scheduler, Abort(abort_all=True))
-    assert isinstance(messages, list)
-    return messages
-
-
-def refuse_unless_expected(scheduler: "Scheduler", command: WeightChange) -> None:
-    served = scheduler.worker.weight_version
+def refuse_unless_expected(context: Context, command: WeightChange) -> None:
+    served = context.worker.weight_version
     if command.expected_version not in (None, served):
         raise CommandRefused(f"Weight version {command.expected_version} was expected, {served} is served.", 409)
 
@@ -138,17 +130,22 @@ def refuse_in_session(updates: "Updates") -> None:
         raise CommandRefused(SESSION_OPEN)
 
 
-def done(scheduler: "Scheduler", command: WeightChange, message: str, body: dict[str, Any] | None = None) -> Reply:
+def done(context: Context, command: WeightChange, message: str, body: dict[str, Any] | None = None) -> Reply:
+    """The reply to a change that was made, with what the gateway must know of it."""
     if command.weight_version is not None:
         message += f" Weight version updated to {command.weight_version}."
-    known = {"weight_version": scheduler.worker.weight_version, "paused": scheduler.planner.paused, **scheduler.sleep()}
+    known = {
+        "weight_version": context.worker.weight_version,
+        "paused": context.planner.paused,
+        **context.memory_state(),
+    }
     return Reply(id=command.id, message=message, body={**known, **(body or {})})
 
 
 # tensor by tensor
 
 
-def begin(scheduler: "Scheduler", updates: "Updates", command: BeginWeightUpdate) -> Waiting:
+def begin(context: Context, updates: "Updates", command: BeginWeightUpdate) -> Resumable:
     """Open a session. It changes nothing."""
     refuse_selector(command.selector)
     refuse_in_session(updates)
@@ -157,7 +154,7 @@ def begin(scheduler: "Scheduler", updates: "Updates", command: BeginWeightUpdate
     yield
 
 
-def end(scheduler: "Scheduler", updates: "Updates", command: EndWeightUpdate) -> Waiting:
+def end(context: Context, updates: "Updates", command: EndWeightUpdate) -> Resumable:
     """Put in place what the session has collected, if all of it was sound."""
     session = updates.session
     if session is None:
@@ -167,31 +164,29 @@ def end(scheduler: "Scheduler", updates: "Updates", command: EndWeightUpdate) ->
             raise CommandRefused(GIVEN_UP.format(session.broken))
         command.weight_version = command.weight_version or session.version
         if session.names or session.aliases:
-            yield from apply_session(scheduler, updates, command)
+            yield from apply_session(context, updates, command)
     finally:
         updates.session = None
-    return [done(scheduler, command, "Success")]
+    return [done(context, command, "Success")]
 
 
-def apply_session(
-    scheduler: "Scheduler", updates: "Updates", command: WeightChange
-) -> Generator[None, bool | None, None]:
-    staged = yield from beside(updates.seal)
-    yield from swap(scheduler, updates, staged, command)
+def apply_session(context: Context, updates: "Updates", command: WeightChange) -> Generator[None, bool | None, None]:
+    staged = yield from run_in_background(updates.finish_session)
+    yield from swap(context, updates, staged, command)
 
 
 def collected(
-    scheduler: "Scheduler", updates: "Updates", command: WeightChange, collect: "Collect"
+    context: Context, updates: "Updates", command: WeightChange, collect: "Collect"
 ) -> Generator[None, bool | None, None]:
     """Take tensors into the session; without one, put them in place at once."""
-    refuse_unless_expected(scheduler, command)
+    refuse_unless_expected(context, command)
     implicit = updates.session is None
     if implicit:
         updates.open_session(implicit=True)
     try:
-        yield from beside(collect)
+        yield from run_in_background(collect)
         if implicit:
-            yield from apply_session(scheduler, updates, command)
+            yield from apply_session(context, updates, command)
         elif updates.session is not None and command.weight_version is not None:
             updates.session.version = command.weight_version
     finally:
@@ -199,7 +194,7 @@ def collected(
             updates.session = None
 
 
-def from_tensor(scheduler: "Scheduler", updates: "Updates", command: UpdateWeightsFromTensor) -> Waiting:
+def from_tensor(context: Context, updates: "Updates", command: UpdateWeightsFromTensor) -> Resumable:
     """Tensors from the files into which the gateway has put them."""
     refuse_selector(command.selector)
     if len(command.payload_files) != RANKS:
@@ -207,22 +202,22 @@ def from_tensor(scheduler: "Scheduler", updates: "Updates", command: UpdateWeigh
     if updates.session is not None and updates.session.broken:  # a broadcast must be taken part in all the same
         raise CommandRefused(GIVEN_UP.format(updates.session.broken))
     collect = updates.payload(command.payload_files[0], command.load_format)
-    yield from collected(scheduler, updates, command, collect)
-    return [done(scheduler, command, UPDATED_FROM_TENSOR)]
+    yield from collected(context, updates, command, collect)
+    return [done(context, command, UPDATED_FROM_TENSOR)]
 
 
-def from_distributed(scheduler: "Scheduler", updates: "Updates", command: UpdateWeightsFromDistributed) -> Waiting:
+def from_distributed(context: Context, updates: "Updates", command: UpdateWeightsFromDistributed) -> Resumable:
     """Tensors that the trainer broadcasts."""
     refuse_selector(command.selector)
     collect = updates.broadcast(command)
     try:
-        yield from collected(scheduler, updates, command, collect)
+        yield from collected(context, updates, command, collect)
     except CommandRefused as refusal:
         if refusal.status != 400:
             raise
         reason = refusal.message.removeprefix("Failed to update weights: ").split("\n")[0].rstrip(".")
         raise CommandRefused(ONLINE_FAILED.format(reason) + " Nothing was changed.") from refusal
-    return [done(scheduler, command, UPDATED_ONLINE)]
+    return [done(context, command, UPDATED_ONLINE)]
 
 
 def refuse_selector(selector: str) -> None:
@@ -233,15 +228,15 @@ def refuse_selector(selector: str) -> None:
 # names and values
 
 
-def rename(scheduler: "Scheduler", command: UpdateWeightVersion) -> Waiting:
+def rename(context: Context, command: UpdateWeightVersion) -> Resumable:
     """The label first; then, if asked, the end of what runs. A restart keeps the label."""
-    scheduler.worker.weight_version = command.new_version
-    aborted = abort_all(scheduler) if command.abort_all_requests else []
-    scheduler.emit(aborted)
+    context.worker.weight_version = command.new_version
+    aborted = abort_all(context) if command.abort_all_requests else []
+    context.emit(aborted)
     log.info("Weight version updated to %s; %d requests aborted.", command.new_version, len(aborted))
-    if scheduler.updates is not None:
-        scheduler.updates.relabel(command.new_version)
-        yield from beside(scheduler.updates.note)
+    if context.updates is not None:
+        context.updates.relabel(command.new_version)
+        yield from run_in_background(context.updates.write_record)
     body = {
         "new_version": command.new_version,
         "weight_version": command.new_version,
@@ -250,35 +245,35 @@ def rename(scheduler: "Scheduler", command: UpdateWeightVersion) -> Waiting:
     return [Reply(id=command.id, message=f"Weight version updated to {command.new_version}", body=body)]
 
 
-def by_name(scheduler: "Scheduler", updates: "Updates", command: GetWeightsByName) -> Waiting:
+def by_name(context: Context, updates: "Updates", command: GetWeightsByName) -> Resumable:
     """The first rows of a tensor; in turn, for they are read while steps go on."""
-    rows = yield from beside(partial(updates.inspection.rows, command.name, max(0, command.truncate_size)))
+    rows = yield from run_in_background(partial(updates.inspection.rows, command.name, max(0, command.truncate_size)))
     if rows is None:
         raise CommandRefused("Get parameter by name failed")
     return [Reply(id=command.id, body={"rows": rows})]
 
 
-def check(scheduler: "Scheduler", updates: "Updates", command: CheckWeights) -> Waiting:
+def check(context: Context, updates: "Updates", command: CheckWeights) -> Resumable:
     """One of the four actions, on all tensors but those to skip."""
     refuse_selector(command.selector)
     names = updates.inspection.names(command.skip_tensor_list)
-    result: dict[str, Any] = yield from CHECKS[command.action](scheduler, updates, names)
+    result: dict[str, Any] = yield from CHECKS[command.action](context, updates, names)
     digest = result.pop("digest", None)
     return [Reply(id=command.id, body={"ranks": [{"rank": 0, **result}], "per_engine_checksum": digest})]
 
 
-def checksum(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
-    checksums, digest = yield from beside(partial(updates.inspection.checksums, names))
+def checksum(context: Context, updates: "Updates", names: list[str]) -> Check:
+    checksums, digest = yield from run_in_background(partial(updates.inspection.checksums, names))
     return {"checksums": checksums, "digest": digest}
 
 
-def snapshot(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
-    yield from beside(partial(updates.inspection.keep_snapshot, names))
+def snapshot(context: Context, updates: "Updates", names: list[str]) -> Check:
+    yield from run_in_background(partial(updates.inspection.take_snapshot, names))
     return {"tensors": len(names)}
 
 
-def compare(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
-    differing = yield from beside(partial(updates.inspection.differing, names))
+def compare(context: Context, updates: "Updates", names: list[str]) -> Check:
+    differing = yield from run_in_background(partial(updates.inspection.differing, names))
     if differing is None:
         raise CommandRefused("There is no snapshot to compare with: call the action snapshot first.")
     if differing:
@@ -286,22 +281,22 @@ def compare(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Che
     return {"tensors": len(names)}
 
 
-def reset(scheduler: "Scheduler", updates: "Updates", names: list[str]) -> Check:
+def reset(context: Context, updates: "Updates", names: list[str]) -> Check:
     """Random values, so that whatever a later update leaves out is seen."""
     refuse_in_session(updates)
-    staged = yield from beside(partial(updates.randomized, names))
-    yield from swap(scheduler, updates, staged, WeightChange())
+    staged = yield from run_in_background(partial(updates.randomized, names))
+    yield from swap(context, updates, staged, WeightChange())
     return {"tensors": len(names)}
 
 
-CHECKS: dict[str, Callable[["Scheduler", "Updates", list[str]], Check]] = {
+CHECKS: dict[str, Callable[[Context, "Updates", list[str]], Check]] = {
     "checksum": checksum,
     "snapshot": snapshot,
     "compare": compare,
     "reset_tensors": reset,
 }
 
-HANDLERS: dict[type[ControlCommand], Callable[["Scheduler", Any], Any]] = {
+HANDLERS: dict[type[ControlCommand], Handler] = {
     UpdateWeightsFromDisk: in_turn(from_disk),
     UpdateWeightsFromTensor: in_turn(from_tensor),
     UpdateWeightsFromDistributed: in_turn(from_distributed),

@@ -1,4 +1,4 @@
-"""How long requests may wait and run. The clock stands still while the server rests: a pause is nobody's fault."""
+"""Time limits of requests that wait or run. Time in which the server computes nothing (a pause) does not count."""
 
 from collections.abc import Iterable
 
@@ -7,38 +7,38 @@ from quartet.scheduler_service.core.request import Sequence
 
 WAITED = "Request waiting timeout reached."
 RAN = "Request running timeout reached."
-LOOK_EVERY_S = 0.05
+CHECK_INTERVAL_S = 0.05
 
 
 class Deadlines:
-    """Counts the time in which something could be computed, and knows who has had too much of it."""
+    """Keeps a clock that stops during pauses, and finds the requests that are over their limit by it."""
 
     def __init__(self, waiting_s: float | None, running_s: float | None) -> None:
         """None: without limit."""
         self._waiting_s = waiting_s
         self._running_s = running_s
         self._clock_s = 0.0
-        self._seen_at = 0.0
-        self._look_at_s = 0.0
+        self._last_now = 0.0
+        self._next_check_s = 0.0
 
-    def tick(self, now: float, resting: bool) -> None:
-        """Time has come to `now`; call it at every turn of the loop."""
-        if not resting:
-            self._clock_s += max(0.0, now - self._seen_at)
-        self._seen_at = now
+    def advance(self, now: float, paused: bool) -> None:
+        """Move the clock on to `now`, or leave it where it is when the time since the last call was a pause."""
+        if not paused:
+            self._clock_s += max(0.0, now - self._last_now)
+        self._last_now = now
 
     def start(self, sequence: Sequence) -> None:
-        """It waits, or runs for the first time, from now on."""
-        sequence.since_s = self._clock_s
+        """Measure the time of a request that has arrived, or was admitted for the first time, from now on."""
+        sequence.timed_from_s = self._clock_s
 
-    def late(self, live: Iterable[Sequence]) -> list[tuple[Sequence, RequestError]]:
-        """Those whose time is over, with what their clients are told. Looks through all of them now and then."""
-        if (self._waiting_s is None and self._running_s is None) or self._clock_s < self._look_at_s:
+    def expired(self, live: Iterable[Sequence]) -> list[tuple[Sequence, RequestError]]:
+        """The requests over their limit, each with its error. Looks through them every CHECK_INTERVAL_S only."""
+        if (self._waiting_s is None and self._running_s is None) or self._clock_s < self._next_check_s:
             return []
-        self._look_at_s = self._clock_s + LOOK_EVERY_S
+        self._next_check_s = self._clock_s + CHECK_INTERVAL_S
         found = []
         for sequence in live:
             limit_s, message = (self._running_s, RAN) if sequence.started else (self._waiting_s, WAITED)
-            if limit_s is not None and self._clock_s - sequence.since_s > limit_s:
+            if limit_s is not None and self._clock_s - sequence.timed_from_s > limit_s:
                 found.append((sequence, RequestError(message, Kind.UNAVAILABLE)))
         return found

@@ -1,7 +1,7 @@
-"""Drafts: tokens that probably come next, because they followed the same tokens before. Pure, like all of the core.
+"""Drafts for speculative decoding: tokens that probably come next, because they followed the same tokens before.
 
-A draft is verified by computing it as if it were known: the draw behind each of its tokens says whether the next one
-was right. Nothing depends on drafts but how many tokens a step gives, so they may be cut or left out at will.
+A draft is verified by computing its tokens as if they were known: the token sampled after each position shows whether
+the next one was right. Drafts change only how many tokens a step gives, so they may be cut or left out at any time.
 """
 
 from array import array
@@ -10,64 +10,64 @@ from dataclasses import dataclass
 from quartet.runtime.messages import Request
 from quartet.scheduler_service.core.ngrams import NGrams
 
-FIRST_DRAFT = 2  # tokens of a request's first draft
-LONGEST_REST = 16  # chances passed over between two tries, where drafts keep failing
+FIRST_LENGTH = 2  # tokens of a request's first draft
+MAX_SKIPPED = 16  # drafts left out between two tries, where drafts keep failing
 
 
 @dataclass(frozen=True, slots=True)
 class DraftOptions:
     """What the flags say."""
 
-    tokens: int  # of a draft, at most
-    shortest: int  # run of tokens that must have occurred before
-    longest: int  # run that is compared
-    rows: int = 64  # tokens that a step's decoding computes at most, drafts included
+    max_tokens: int  # of a draft
+    min_match: int  # tokens that must have occurred before
+    max_match: int  # tokens that are compared
+    max_step_tokens: int = 64  # that the decode rows of a step compute, drafts included
 
 
 class Drafter:
-    """Drafts for one request: more while they are right, fewer and then hardly any while they are wrong."""
+    """Drafts for one request: longer while they are right, shorter and then rare while they are wrong."""
 
-    __slots__ = ("_ngrams", "_pause", "_rest", "allowance", "most")
+    __slots__ = ("_max_tokens", "_ngrams", "_skip_after_failure", "_to_skip", "length")
 
     def __init__(self, options: DraftOptions) -> None:
-        self.most = options.tokens
-        self.allowance = min(FIRST_DRAFT, options.tokens)
-        self._ngrams = NGrams(options.shortest, options.longest)
-        self._rest = 0  # chances still to be passed over
-        self._pause = 1  # how many after the next failure
+        self.length = min(FIRST_LENGTH, options.max_tokens)  # of the next draft, at most
+        self._max_tokens = options.max_tokens
+        self._ngrams = NGrams(options.min_match, options.max_match)
+        self._to_skip = 0  # drafts still to be left out
+        self._skip_after_failure = 1
 
-    def propose(self, ids: "array[int]", most: int) -> tuple[int, ...]:
-        """What may come behind `ids`: at most `most` tokens, often none."""
+    def propose(self, ids: "array[int]", max_tokens: int) -> tuple[int, ...]:
+        """What may follow `ids`: at most `max_tokens` tokens, often none."""
         if not self._ngrams.follow(ids):
             return ()
-        draft = self._ngrams.continuation(ids, min(self.allowance, most))
-        if draft and self._rest:
-            self._rest -= 1
+        draft = self._ngrams.continuation(ids, min(self.length, max_tokens))
+        if draft and self._to_skip:
+            self._to_skip -= 1
             return ()
         return draft
 
     def learn(self, proposed: int, correct: int) -> None:
-        """A draft of `proposed` tokens was verified."""
+        """A draft of `proposed` tokens was verified; its first `correct` ones were right."""
         if correct == proposed:
-            self.allowance = min(self.most, max(self.allowance, 2 * proposed))
+            self.length = min(self._max_tokens, max(self.length, 2 * proposed))
         else:
-            self.allowance = max(1, correct, self.allowance // 2)
+            self.length = max(1, correct, self.length // 2)
         if correct:
-            self._pause = 1
+            self._skip_after_failure = 1
         elif proposed == 1:
-            self._rest = self._pause
-            self._pause = min(2 * self._pause, LONGEST_REST)
+            self._to_skip = self._skip_after_failure
+            self._skip_after_failure = min(2 * self._skip_after_failure, MAX_SKIPPED)
 
 
 def drafter_of(request: Request, options: DraftOptions | None) -> Drafter | None:
-    """A drafter, where a request's tokens can be verified several at once.
+    """A drafter, if several tokens of the request can be verified at once; else None.
 
-    Penalties and grammars look at each token before the next one is drawn; hidden states and experts are told once for
-    every position.
+    Penalties and grammars depend on each token before the next one is sampled; hidden states and experts are returned
+    once for every position.
     """
     params = request.params
     looks_back = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0
-    told_by_position = request.return_hidden_states or request.return_routed_experts
-    if options is None or request.task != "generate" or looks_back or params.grammar or told_by_position:
+    returned_by_position = request.return_hidden_states or request.return_routed_experts
+    if options is None or request.task != "generate" or looks_back or params.grammar or returned_by_position:
         return None
     return Drafter(options)

@@ -1,4 +1,4 @@
-"""Logprobs put together: the prompt's from the chunks that scored them, those of several output tokens."""
+"""Puts logprobs together: the prompt's from the chunks that were scored, the output's from several tokens."""
 
 from array import array
 from typing import Any
@@ -17,17 +17,18 @@ COLUMNS = (
     "support_ids",
     "support_values",
 )
-NONE = float("nan")  # stands for null: the start position has no scored predecessor
+NULL = float("nan")  # sent to clients as null: the first position has no scored predecessor
 
 
 def floats(value: float, count: int) -> bytes:
     return array("f", [value] * count).tobytes()
 
 
-def joined(sequence: Sequence) -> Logprobs | None:
-    """One entry for each prompt position from the start that was asked, the first one null.
+def take_prompt_logprobs(sequence: Sequence) -> Logprobs | None:
+    """One entry for each prompt position from the requested start on, the first one null.
 
-    None if not asked, not all scored yet, or sent in an earlier life. What was scored is kept no longer.
+    None if not requested, not all scored yet, or sent already before the request was resumed. The sequence keeps no
+    prompt logprobs afterwards.
     """
     options = sequence.request.logprobs
     if options is None or options.start < 0 or sequence.request.resume_ids:
@@ -38,11 +39,11 @@ def joined(sequence: Sequence) -> Logprobs | None:
         return None
     parts = [null_entry(sequence.ids[options.start], options.top, len(options.token_ids or ())), *sequence.scored]
     sequence.scored = []
-    return in_a_row(parts)
+    return concatenated(parts)
 
 
-def in_a_row(parts: list[Logprobs]) -> Logprobs:
-    """Runs of positions, one behind the other."""
+def concatenated(parts: list[Logprobs]) -> Logprobs:
+    """The positions of all parts, in this order."""
     if len(parts) == 1:
         return parts[0]
     columns: dict[str, Any] = {name: b"".join([getattr(part, name) for part in parts]) for name in COLUMNS}
@@ -50,10 +51,11 @@ def in_a_row(parts: list[Logprobs]) -> Logprobs:
 
 
 def null_entry(token: int, top: int, asked: int) -> Logprobs:
+    """The entry of a position without logprob, with `top` top and `asked` requested values."""
     return Logprobs(
         ids=pack_ids((token,)),
-        values=floats(NONE, 1),
+        values=floats(NULL, 1),
         top_ids=pack_ids([0] * top),
-        top_values=floats(NONE, top),
-        asked_values=floats(NONE, asked),
+        top_values=floats(NULL, top),
+        asked_values=floats(NULL, asked),
     )

@@ -1,4 +1,4 @@
-"""What the planner decides for one step, and what the worker gives back."""
+"""What the planner decides for one step (Plan), what the worker returns (Result), what the client gets (Update)."""
 
 from dataclasses import dataclass, field
 
@@ -11,10 +11,10 @@ from quartet.scheduler_service.core.request import Sequence
 class Slice:
     """One sequence's share of a step: compute the positions [start, end).
 
-    A decode row has end == start + 1. `samples`: the step draws the token of position `end`. Where an input token
+    A decode row has end == start + 1. `samples`: the step samples the token of position `end`. Where an input token
     is not in `sequence.ids` yet (overlap), the worker takes the one it sampled last for that slot.
-    `score_from`: first prompt position in (start, end] whose logprob is wanted, or -1.
-    `drafts`: the input tokens of the last positions are these, on trial, and the step draws behind each of them too.
+    `score_from`: first prompt position in (start, end] whose logprob is requested, or -1.
+    `drafts`: the input tokens of the last positions, still to be verified; the step samples after each of them too.
     """
 
     sequence: Sequence
@@ -35,7 +35,7 @@ class Plan:
     slices: list[Slice] = field(default_factory=list)
     retracted: list[Sequence] = field(default_factory=list)  # sent back to the queue by this decision
     decodes: int = 0  # how many of the slices, the first ones, are decode rows
-    verifications: int = 0  # how many behind those verify drafts
+    verifications: int = 0  # how many after those verify drafts
     cached_tokens: int = 0  # found in the prefix tree by the sequences that this step admits
     usage: float = 0.0  # share of the KV pool held by live requests before this step
     weight_version: str = ""  # of the weights it runs on; set at launch
@@ -63,14 +63,14 @@ class Result:
     scalar: bool = False
     hidden_states: bytes = b""
     routed_experts: bytes = b""  # int32 (positions of the slice, layers, top_k)
-    complete: bool = False  # the request's grammar allows nothing behind `tokens`
+    complete: bool = False  # the request's grammar allows nothing after `tokens`
     error: str = ""  # this request cannot go on (for example NaN logits)
     error_kind: Kind = Kind.INTERNAL
 
 
 @dataclass(slots=True)
 class Update:
-    """What a request's consumers must learn: new output, the end, or both."""
+    """What is sent for one request: new output, its end, or both."""
 
     sequence: Sequence
     first: bool  # nothing was sent for this request before

@@ -1,11 +1,12 @@
-"""What the scheduler does next: a pure state machine over requests, pages and slots. No clock, no tensors, no sockets.
+"""Decides what the scheduler does next: a pure state machine over requests, pages and slots.
 
     add ──► waiting ──admit──► running (prefill, then decode) ──► released
                ▲                   │
                └─────retracted─────┘
 
-A finish is only a mark. `_settle` alone takes a sequence out, when nothing of it is in flight. Everything else reads
-as: `next` turns state into a Plan, `apply` turns the Plan's results into Updates.
+`next` turns the state into a Plan, and `apply` turns the plan's results into Updates. There may be several plans in
+flight: launched, and their results not applied yet. So a finish only marks a sequence; `_remove` alone takes it out,
+once no plan in flight names it. No clock, no tensors, no sockets.
 """
 
 import logging
@@ -15,38 +16,37 @@ from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized
 from quartet.scheduler_service.core import outcome, rules
 from quartet.scheduler_service.core.deadlines import Deadlines
-from quartet.scheduler_service.core.memory import Memory, Verdict
+from quartet.scheduler_service.core.page_pool import Admission, PagePool
 from quartet.scheduler_service.core.plan import Plan, Result, Slice, Update
-from quartet.scheduler_service.core.policy import ORDERS, Growth, proposed_drafts, retraction_order
-from quartet.scheduler_service.core.preemption import lesser, victims
+from quartet.scheduler_service.core.policy import ORDERS, GrowthEstimate, proposed_drafts, retraction_order
+from quartet.scheduler_service.core.preemption import choose_victims, preemptible
+from quartet.scheduler_service.core.queue import WaitingQueue
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.core.stats import Stats
 
 log = logging.getLogger(__name__)
 
-LEAST_PREFILL_SHARE = 4  # decode rows leave at least 1/4 of a step's tokens to prefill
+MIN_PREFILL_SHARE = 4  # decode rows leave at least 1/4 of a step's tokens to prefill
 
 
 class Planner:
-    """Holds every request from its arrival in the scheduler until its last page is back."""
+    """Holds every request from its arrival in the scheduler until its last page is free again."""
 
     def __init__(self, config: PlannerConfig) -> None:
         self.config = config
-        self.memory = Memory(config.page_size, config.total_pages, config.reuse_prefixes)
+        self.pool = PagePool(config.page_size, config.total_pages, config.reuse_prefixes)
         self.order = ORDERS[config.policy]
-        self.growth = Growth()
+        self.growth = GrowthEstimate()
         self.deadlines = Deadlines(config.waiting_timeout_s, config.running_timeout_s)
         self.stats = Stats()
-        self.waiting: dict[Sequence, None] = {}
+        self.waiting = WaitingQueue(config.max_queued, by_priority=config.policy == "priority")
         self.running: dict[Sequence, None] = {}  # in order of admission; finished ones too while in flight
         self.live: dict[str, Sequence] = {}  # rid → sequence without a finish
-        self.slots = list(range(config.max_running - 1, -1, -1))
-        self.released: list[Sequence] = []  # their worker state is to be forgotten; drained by the scheduler
+        self.slots = list(range(config.max_running - 1, -1, -1))  # free ones
+        self.released: list[Sequence] = []  # the worker shall forget their state; emptied by the scheduler
         self.paused = False  # plan nothing; requests stay where they are
-        self.asleep = False  # likewise, because memory is given up or its contents are
-        self.generation = 0  # part of the prefix namespace: raised when cached KV is no longer what the model gives
-        self._arrivals = 0
+        self.asleep = False  # the same, because memory is released or its contents are lost
 
     @property
     def idle(self) -> bool:
@@ -59,13 +59,13 @@ class Planner:
 
     @property
     def prefills_next(self) -> bool:
-        """Whether the next plan has prompts to compute, as far as can be said before it is made."""
-        return bool(self.waiting and self.slots) or any(sequence.wants_prefill for sequence in self.running)
+        """Whether the next plan will probably compute prompts."""
+        return bool(self.waiting and self.slots) or any(sequence.needs_prefill for sequence in self.running)
 
-    # requests in
+    # requests: add, abort, time limits
 
     def add(self, message: Tokenized, now: float, grammar: object | None = None) -> list[Update]:
-        """Queue a request. Raises RequestError when it cannot be served; may end another that it displaces."""
+        """Queue a request. Raises RequestError when it cannot be served; may end another one that it displaces."""
         rid, attempt = message.request.rid, message.request.attempt
         rival = self.live.get(rid)
         if rival and attempt <= rival.request.attempt:
@@ -73,72 +73,65 @@ class Planner:
             return []
         sequence = rules.sequence_of(message, self.config, now)
         sequence.grammar = grammar
-        self._arrivals += 1
-        sequence.serial = self._arrivals
-        updates = [] if message.request.again else self._make_place(sequence)  # one that comes again had its place
-        updates += self.abort(rid)
+        self.waiting.number(sequence)
+        updates = self._enforce_queue_limit(sequence) + self.abort(rid)
         self.stats.requests += 1
         self.live[rid] = sequence
         self.deadlines.start(sequence)
-        self._queue(sequence)
+        self.waiting.put(sequence)
         if sequence.output_len and (finish := rules.finish_after_last(sequence)):
-            updates.append(self._end_now(sequence, finish))
+            updates.append(self._finish(sequence, finish))
         return updates
 
+    def _enforce_queue_limit(self, newcomer: Sequence) -> list[Update]:
+        """End the request that the full queue has no space for; raises RequestError where that is the newcomer."""
+        if newcomer.request.again:  # it was within the limit the first time
+            return []
+        refused = self.waiting.overflow(newcomer, len(self.slots))
+        if refused is None:
+            return []
+        self.stats.refused += 1
+        full = RequestError("The request queue is full.", Kind.UNAVAILABLE)
+        if refused is newcomer:
+            raise full
+        return [self._finish(refused, Finish.failed(full))]
+
     def abort(self, rid: str, message: str = "") -> list[Update]:
-        """End one request wherever it is; unknown and finished ones are left alone."""
+        """End one request, waiting or running, as aborted; unknown and finished ones are ignored."""
         sequence = self.live.get(rid)
         if sequence is None:
             return []
-        queued = sequence in self.waiting and not sequence.opened
+        queued = sequence in self.waiting and not sequence.update_sent
         self.stats.aborted += 1
         reason = message or (ABORTED_IN_QUEUE if queued else ABORTED)
         return self.end(rid, Finish(reason="abort", message=reason))
 
     def end(self, rid: str, finish: Finish) -> list[Update]:
-        """End one request wherever it is, for this reason."""
+        """End one request, waiting or running, for this reason."""
         sequence = self.live.get(rid)
-        return [self._end_now(sequence, finish)] if sequence else []
+        return [self._finish(sequence, finish)] if sequence else []
 
-    def tell_time(self, now: float) -> None:
-        """Time has passed up to now, in this state: call it before anything that changes it or starts a limit."""
-        self.deadlines.tick(now, self.paused or self.asleep)
+    def advance_clock(self, now: float) -> None:
+        """Count the time up to `now` by the present state: call it before a change of state and before `add`."""
+        self.deadlines.advance(now, self.paused or self.asleep)
 
     def expire(self, now: float) -> list[Update]:
-        """End who has waited or run for too long; call it at every turn of the loop."""
-        self.tell_time(now)
-        late = self.deadlines.late(self.live.values())
-        self.stats.aborted += len(late)
-        return [self._end_now(sequence, Finish.failed(error)) for sequence, error in late]
-
-    def _queue(self, sequence: Sequence) -> None:
-        self.waiting[sequence] = None
-        sequence.namespace = f"{self.generation}/{sequence.request.extra_key}"
-
-    def _make_place(self, newcomer: Sequence) -> list[Update]:
-        """Hold the queue limit, by refusing the newcomer or, under the priority policy, a lesser one that waits."""
-        limit = self.config.max_queued
-        if limit is None or len(self.waiting) - len(self.slots) < limit:
-            return []
-        full = RequestError("The request queue is full.", Kind.UNAVAILABLE)
-        self.stats.refused += 1
-        if self.config.policy == "priority":
-            last = min(self.waiting, key=lambda s: (s.priority, -s.serial))
-            admitted = last.opened or last.request.again
-            if last.priority < newcomer.priority and not admitted:
-                return [self._end_now(last, Finish.failed(full))]
-        raise full
+        """End the requests that are over a time limit; call it at every turn of the loop."""
+        self.advance_clock(now)
+        expired = self.deadlines.expired(self.live.values())
+        self.stats.aborted += len(expired)
+        return [self._finish(sequence, Finish.failed(error)) for sequence, error in expired]
 
     # the next step
 
     def next(self, now: float) -> Plan | None:
-        """The slices of one step: decode rows, then prefill under way, then whoever can be admitted.
+        """The slices of one step: decode rows, then prefills that have begun, then requests that can be admitted.
 
-        With drafts every step's results must have been applied before the next one is planned.
+        With drafts, the results of every step must have been applied before the next one is planned.
         """
         if not self.busy:
             return None
-        plan = Plan(usage=self.memory.usage)
+        plan = Plan(usage=self.pool.usage)
         if self.config.preemption_threshold is not None and self.waiting:
             self._preempt(self.config.preemption_threshold)
         rows = self._plan_decodes(plan)
@@ -148,16 +141,16 @@ class Planner:
         return plan if plan.slices else None
 
     def _plan_decodes(self, plan: Plan) -> int:
-        """One token of each that can have its page, more where there is a draft; returns how many are computed."""
-        rows = [s for s in self.running if s.wants_decode]
+        """One token for each sequence that can have a page for it, more with a draft; returns how many tokens."""
+        rows = [s for s in self.running if s.needs_decode]
         page_size = self.config.page_size
         growing = [s for s in rows if s.computed >= len(s.pages) * page_size]
-        if len(growing) > self.memory.available:
-            rows, growing = self._retract(plan, rows, growing)
-        self.memory.grow(growing)
+        if len(growing) > self.pool.available:
+            rows, growing = self._retract_for_growth(plan, rows, growing)
+        self.pool.grow(growing)
         if rows:
             self.growth.decay()
-        drafted = self._drafts(rows, self.config.drafts.rows - len(rows)) if self.config.drafts else {}
+        drafted = self._drafts(rows, self.config.drafts.max_step_tokens - len(rows)) if self.config.drafts else {}
         slices = plan.slices
         for sequence in [s for s in rows if s not in drafted] if drafted else rows:
             start = sequence.computed
@@ -173,72 +166,23 @@ class Planner:
         return len(rows) + sum(map(len, drafted.values()))
 
     def _drafts(self, rows: list[Sequence], budget: int) -> dict[Sequence, tuple[int, ...]]:
-        """The drafts that a step verifies. A page that somebody needs for the next token is not taken for one."""
+        """The drafts that this step verifies. They take no page that a running request may need for its next token."""
         found = proposed_drafts(rows, budget)
         for sequence, draft in found.items():
             start = sequence.computed + 1
-            found[sequence] = draft[: self.memory.reach(sequence, start + len(draft), len(self.running)) - start]
+            found[sequence] = draft[: self.pool.extend(sequence, start + len(draft), len(self.running)) - start]
         return {sequence: draft for sequence, draft in found.items() if draft}
-
-    def _retract(
-        self, plan: Plan, rows: list[Sequence], growing: list[Sequence]
-    ) -> tuple[list[Sequence], list[Sequence]]:
-        """Send back as many as it takes for the rest to grow; those that must wait for pages in flight sit out.
-
-        Returns (rows, growing) without the ones that sit out or went.
-        """
-        victims = retraction_order(s for s in self.running if s.finish is None and not s.leaving)
-        coming = sum(len(s.pages) for s in self.running if s.finish or s.leaving)  # once their step is back
-        short = set(growing)
-        for victim in victims:
-            if len(short) <= self.memory.available + coming:
-                break
-            short.discard(victim)
-            plan.retracted.append(victim)
-            coming += len(victim.pages) if victim.in_flight else 0
-            self._send_back(victim)
-        if plan.retracted:
-            self.stats.retractions += len(plan.retracted)
-            self.growth.penalise()
-        grown = [s for s in growing if s in short][: self.memory.available]
-        out = {s for s in growing if s not in set(grown)}.union(plan.retracted)
-        return [s for s in rows if s not in out], grown
-
-    def _preempt(self, threshold: int) -> None:
-        """Send requests of lower priority back where the first of the queue has no room without that."""
-        first = min(self.waiting, key=lambda s: (-s.priority, s.serial))
-        candidates = lesser(first, self.running, threshold)
-        missing = self.memory.missing(first, rules.reusable_tokens(first)) if candidates else None
-        if missing is None:
-            return
-        chosen = victims(
-            candidates, self.running, len(self.slots), missing, lambda staying: self._growth_pages(first, staying)
-        )
-        self.stats.preemptions += len(chosen)
-        for victim in chosen:
-            self._send_back(victim)
-
-    def _send_back(self, sequence: Sequence) -> None:
-        """Back to the queue with its output, at once or when its step is back."""
-        sequence.leaving = True
-        sequence.retractions += 1
-        self._settle(sequence)
-
-    def retract_all(self) -> None:
-        """Send everything that runs back to the queue, to be computed anew when it is admitted again."""
-        for sequence in [s for s in self.running if s.finish is None and not s.leaving]:
-            self._send_back(sequence)
 
     def _prefill_budget(self, decodes: int) -> int:
         """Prompt tokens that this step may compute."""
         chunk = self.config.chunked_prefill_size
         if chunk < 0:
             return self.config.max_prefill_tokens
-        return min(max(chunk - decodes, -(-chunk // LEAST_PREFILL_SHARE)), self.config.max_prefill_tokens)
+        return min(max(chunk - decodes, -(-chunk // MIN_PREFILL_SHARE)), self.config.max_prefill_tokens)
 
     def _plan_prefills(self, plan: Plan, budget: int) -> int:
-        """Go on with admitted prompts; returns what is left of the budget."""
-        for sequence in [s for s in self.running if s.wants_prefill]:
+        """Continue the prompts of admitted requests; returns what is left of the budget."""
+        for sequence in [s for s in self.running if s.needs_prefill]:
             if budget <= 0:
                 break
             budget -= self._plan_chunk(plan, sequence, budget)
@@ -255,22 +199,21 @@ class Planner:
         return end - start
 
     def _admit(self, plan: Plan, budget: int, now: float) -> None:
-        """Let requests in, in the policy's order, as long as slots, pages and budget last."""
-        for sequence in self.order(self.waiting, self.memory):
+        """Admit requests in the policy's order, as long as there are slots, pages and budget."""
+        for sequence in self.order(self.waiting, self.pool):
             if budget <= 0 or not self.slots:
                 return
-            verdict = self.memory.admit(
-                sequence, rules.reusable_tokens(sequence), self._growth_pages(sequence, self.running)
-            )
-            if verdict is Verdict.NO_ROOM:
+            spare = self._growth_pages(sequence, self.running)
+            admission = self.pool.admit(sequence, rules.reusable_tokens(sequence), spare)
+            if admission is Admission.NO_ROOM:
                 return
-            if verdict is Verdict.ADMITTED:
+            if admission is Admission.ADMITTED:
                 self._start(plan, sequence, now)
                 budget -= self._plan_chunk(plan, sequence, budget)
 
     def _start(self, plan: Plan, sequence: Sequence, now: float) -> None:
-        """Bookkeeping of an admission."""
-        del self.waiting[sequence]
+        """Move an admitted sequence from the queue to the running ones."""
+        self.waiting.remove(sequence)
         self.running[sequence] = None
         sequence.slot = self.slots.pop()
         sequence.prefill_end = len(sequence.ids)
@@ -284,50 +227,102 @@ class Planner:
             self.stats.queue_s += now - sequence.arrived_at
 
     def _growth_pages(self, newcomer: Sequence, others: Collection[Sequence]) -> int:
-        """Pages to leave for the growth of the newcomer and of the others; none when it would be alone."""
+        """Pages to leave free for the growth of the newcomer and the others; none if there are no others."""
         if not others:
             return 0
         tokens = self.growth.tokens(newcomer) + sum(map(self.growth.tokens, others))
         return int(tokens / self.config.page_size)
 
+    # retraction: running requests go back to the queue, where they keep their output
+
+    def _retract_for_growth(
+        self, plan: Plan, rows: list[Sequence], growing: list[Sequence]
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Retract as many requests as it takes for the others to grow. Returns the (rows, growing) of this step.
+
+        Rows are left out of this step where their pages come back only with a step in flight.
+        """
+        victims = retraction_order(s for s in self.running if s.finish is None and not s.retracting)
+        coming = sum(len(s.pages) for s in self.running if s.finish or s.retracting)  # with the steps in flight
+        short = set(growing)
+        for victim in victims:
+            if len(short) <= self.pool.available + coming:
+                break
+            short.discard(victim)
+            plan.retracted.append(victim)
+            coming += len(victim.pages) if victim.in_flight else 0
+            self._retract(victim)
+        if plan.retracted:
+            self.stats.retractions += len(plan.retracted)
+            self.growth.penalise()
+        grown = [s for s in growing if s in short][: self.pool.available]
+        left_out = {s for s in growing if s not in set(grown)}.union(plan.retracted)
+        return [s for s in rows if s not in left_out], grown
+
+    def _preempt(self, threshold: int) -> None:
+        """Retract requests of lower priority where the first of the queue could not be admitted otherwise."""
+        first = min(self.waiting, key=lambda s: (-s.priority, s.serial))
+        candidates = preemptible(first, self.running, threshold)
+        missing = self.pool.missing(first, rules.reusable_tokens(first)) if candidates else None
+        if missing is None:
+            return
+        victims = choose_victims(
+            candidates, self.running, len(self.slots), missing, lambda staying: self._growth_pages(first, staying)
+        )
+        self.stats.preemptions += len(victims)
+        for victim in victims:
+            self._retract(victim)
+
+    def retract_all(self) -> None:
+        """Send everything that runs back to the queue, to be computed anew when it is admitted again."""
+        for sequence in [s for s in self.running if s.finish is None and not s.retracting]:
+            self._retract(sequence)
+
+    def _retract(self, sequence: Sequence) -> None:
+        """Send one request back to the queue with its output, now or when its steps in flight are applied."""
+        sequence.retracting = True
+        sequence.retractions += 1
+        self._remove(sequence)
+
     # results
 
     def apply(self, plan: Plan, results: list[Result], now: float) -> list[Update]:
-        """Take in what a step gave; what comes for a request that has ended is dropped."""
+        """Apply a step's results, one per slice of its plan; those of a finished request are dropped."""
         updates = []
         for part, result in zip(plan.slices, results, strict=True):
             sequence = part.sequence
             sequence.in_flight -= 1
-            if sequence.finish is None and (update := self._take_in(part, result)):
+            if sequence.finish is None and (update := self._apply_result(part, result)):
                 updates.append(update)
-            if sequence.finish or sequence.leaving:
-                self._settle(sequence)
+            if sequence.finish or sequence.retracting:
+                self._remove(sequence)
         return updates
 
-    def _take_in(self, part: Slice, result: Result) -> Update | None:
+    def _apply_result(self, part: Slice, result: Result) -> Update | None:
+        """Append what was sampled and decide whether the request ends; None where there is nothing to send yet."""
         sequence = part.sequence
         if result.error:
-            sequence.poisoned = True
-            return self._end(sequence, rules.failure(result))
-        outcome.keep_scores(part, result)
+            sequence.kv_invalid = True
+            return self._mark_finished(sequence, rules.failure(result))
+        outcome.store_extras(part, result)
         if part.end <= sequence.prefill_end:
-            self.memory.keep(sequence, part.end)
+            self.pool.cache(sequence, part.end)
         if result.tokens is None:
-            prompt_done = part.end >= sequence.prefill_end  # and no output is wanted: scoring or an embedding
-            return self._end(sequence, Finish(reason="length", length=0), result) if prompt_done else None
+            prompt_done = part.end >= sequence.prefill_end  # and no output is requested: scoring or an embedding
+            return self._mark_finished(sequence, Finish(reason="length", length=0), result) if prompt_done else None
         if part.drafts:
-            finish = outcome.accept(part, result, self.stats)
+            finish = outcome.accept_draft(part, result, self.stats)
         else:
             sequence.ids.append(result.tokens[0])
             finish = rules.finish_after_last(sequence, result.complete)
         self.stats.generation_tokens += len(result.tokens)
-        update = self._end(sequence, finish, result) if finish else outcome.update_of(sequence, result)
+        update = self._mark_finished(sequence, finish, result) if finish else outcome.update_of(sequence, result)
         if self.config.drafts and part.start >= sequence.prefill_end:
             update.drafts = Drafts(proposed=len(part.drafts), correct=len(result.tokens) - 1)
         return update
 
-    def _end(self, sequence: Sequence, finish: Finish, result: Result | None = None) -> Update:
-        """Mark the end and say so, once; whoever calls settles."""
+    def _mark_finished(self, sequence: Sequence, finish: Finish, result: Result | None = None) -> Update:
+        """The last update of a request. The caller calls `_remove`."""
         sequence.finish = finish
         del self.live[sequence.rid]
         update = outcome.update_of(sequence, result or Result())
@@ -335,62 +330,56 @@ class Planner:
         update.routed_experts = rules.routed_experts(sequence)
         return update
 
-    def _end_now(self, sequence: Sequence, finish: Finish) -> Update:
-        """End a sequence that no result is being taken in for."""
-        update = self._end(sequence, finish)
-        self._settle(sequence)
+    def _finish(self, sequence: Sequence, finish: Finish) -> Update:
+        """End a request while no result of it is being applied."""
+        update = self._mark_finished(sequence, finish)
+        self._remove(sequence)
         return update
 
-    # the one way out
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a finished sequence out, or a retracted one back to the queue, unless a plan in flight names it.
 
-    def _settle(self, sequence: Sequence) -> None:
-        """Take out a sequence that is finished (it is retired) or leaving (back to the queue), once it has landed.
-
-        The only place where pages and slots come back: as long as a launched step names them, they stay.
+        The only place where pages and slots become free: a launched step may still read and write them.
         """
         if sequence.in_flight:
             return
         if sequence in self.waiting:
-            del self.waiting[sequence]
+            self.waiting.remove(sequence)
         else:
             del self.running[sequence]
-            self.memory.release(sequence, 0 if sequence.poisoned else min(sequence.computed, len(sequence.ids)))
+            self.pool.release(sequence, 0 if sequence.kv_invalid else min(sequence.computed, len(sequence.ids)))
             self.slots.append(sequence.slot)
             self.released.append(sequence)
         if sequence.finish is None:
-            sequence.leaving = False
+            sequence.retracting = False
             sequence.computed = 0
-            self._queue(sequence)
+            self.waiting.put(sequence)
         if not self.running:
-            self.growth.rest()
+            self.growth.reset()
 
-    # care
+    # the prefix cache, and checks
 
     def forget_prefixes(self, free: bool = True) -> None:
-        """See to it that nothing computed so far is matched by whoever comes later; `free` its pages at once."""
-        self.generation += 1
+        """Have no later request match KV computed so far; `free`: the cached pages become free at once."""
+        self.waiting.invalidate_prefixes()
         if free:
-            self.memory.clear()
-        for sequence in self.waiting:
-            self._queue(sequence)
+            self.pool.clear()
 
     def audit(self) -> str:
-        """When idle: what is wrong with the books, or "". Constant time; `check` is the thorough one."""
-        pages, tree = self.memory.pages, self.memory.tree
-        if pages.free + tree.cached == pages.total and tree.cached == tree.evictable and not self.live:
-            return ""
-        return f"free {pages.free} + cached {tree.cached} (pinned {tree.cached - tree.evictable}) of {pages.total}"
+        """When idle: why the page counts do not add up, or "". Constant time; `check_invariants` checks everything."""
+        fault = self.pool.imbalance()
+        return fault or (f"{len(self.live)} requests are live" if self.live else "")
 
     def repair(self) -> None:
-        """Start the books afresh; only when idle, since nothing is kept."""
+        """When idle: start with an empty pool and all slots free."""
         assert self.idle
-        self.memory = Memory(self.config.page_size, self.config.total_pages, self.config.reuse_prefixes)
+        self.pool = PagePool(self.config.page_size, self.config.total_pages, self.config.reuse_prefixes)
         self.slots = list(range(self.config.max_running - 1, -1, -1))
         self.live.clear()
 
-    def check(self) -> None:
+    def check_invariants(self) -> None:
         """Assert that every page and every slot is in exactly one place."""
-        self.memory.check(self.running)
+        self.pool.check_invariants(self.running)
         slots = [*self.slots, *(s.slot for s in self.running)]
         assert sorted(slots) == list(range(self.config.max_running)), slots
         assert self.live.keys() == {s.rid for s in [*self.waiting, *self.running] if not s.finish}

@@ -1,31 +1,35 @@
-"""The choices that are a matter of taste: who comes first, who is sent back first, who drafts, how much will grow."""
+"""Scheduling policies: the order of admission and of retraction, who gets drafts, how much output to expect."""
 
 from collections.abc import Callable, Iterable
 
-from quartet.scheduler_service.core.memory import Memory
+from quartet.scheduler_service.core.page_pool import PagePool
 from quartet.scheduler_service.core.request import Sequence
 
-LPM_QUEUE = 128  # longer queues are served in order: matching each prompt in every step would cost more than it gains
-EXPECTED_TOKENS = 4096  # no request is expected to give more, whatever its limit
+MAX_LPM_QUEUE = (
+    128  # longer queues are served in order: matching each prompt in every step would cost more than it saves
+)
+MAX_EXPECTED_TOKENS = 4096  # no request is expected to generate more, whatever its limit
+
+Order = Callable[[Iterable[Sequence], PagePool], list[Sequence]]
 
 
-def by_arrival(waiting: Iterable[Sequence], memory: Memory) -> list[Sequence]:
+def by_arrival(waiting: Iterable[Sequence], pool: PagePool) -> list[Sequence]:
     return sorted(waiting, key=lambda s: s.serial)
 
 
-def by_longest_prefix(waiting: Iterable[Sequence], memory: Memory) -> list[Sequence]:
+def by_longest_prefix(waiting: Iterable[Sequence], pool: PagePool) -> list[Sequence]:
     """Longest cached prefix first, then in order of arrival."""
-    queue = by_arrival(waiting, memory)
-    if len(queue) > LPM_QUEUE or not memory.reuse_prefixes:
+    queue = by_arrival(waiting, pool)
+    if len(queue) > MAX_LPM_QUEUE or not pool.reuse_prefixes:
         return queue
-    return sorted(queue, key=memory.cached_prefix, reverse=True)
+    return sorted(queue, key=pool.cached_prefix, reverse=True)
 
 
-def by_priority(waiting: Iterable[Sequence], memory: Memory) -> list[Sequence]:
+def by_priority(waiting: Iterable[Sequence], pool: PagePool) -> list[Sequence]:
     return sorted(waiting, key=lambda s: (-s.priority, s.serial))
 
 
-ORDERS: dict[str, Callable[[Iterable[Sequence], Memory], list[Sequence]]] = {
+ORDERS: dict[str, Order] = {
     "fcfs": by_arrival,
     "lpm": by_longest_prefix,
     "priority": by_priority,
@@ -38,10 +42,10 @@ def retraction_order(running: Iterable[Sequence]) -> list[Sequence]:
 
 
 def proposed_drafts(rows: list[Sequence], budget: int) -> dict[Sequence, tuple[int, ...]]:
-    """What some decode rows may verify at once, `budget` tokens in all; long drafts are cut to an equal share of it."""
+    """Drafts for some decode rows, `budget` tokens in all; long ones are cut to an equal share of it."""
     found: dict[Sequence, tuple[int, ...]] = {}
     for sequence in rows if budget > 0 else ():
-        left = sequence.limit - sequence.output_len - 1  # the verification itself gives one token more
+        left = sequence.limit - sequence.output_len - 1  # verification itself gives one token more
         if sequence.drafter and (draft := sequence.drafter.propose(sequence.ids, min(left, budget))):
             found[sequence] = draft
     if sum(map(len, found.values())) > budget:
@@ -49,8 +53,11 @@ def proposed_drafts(rows: list[Sequence], budget: int) -> dict[Sequence, tuple[i
     return found
 
 
-class Growth:
-    """How much of its allowance a running request is expected to use: hopeful at rest, sober after a retraction."""
+class GrowthEstimate:
+    """Which share of its remaining output limit a running request is expected to use.
+
+    The share starts at START, falls a little with every decode step, and rises with every retraction.
+    """
 
     START = 0.7
     FLOOR = 0.1
@@ -61,8 +68,8 @@ class Growth:
         self.ratio = self.START
 
     def tokens(self, sequence: Sequence) -> float:
-        """Output tokens that the sequence is still expected to give."""
-        return min(sequence.limit - sequence.output_len, EXPECTED_TOKENS) * self.ratio
+        """Output tokens that the sequence is still expected to generate."""
+        return min(sequence.limit - sequence.output_len, MAX_EXPECTED_TOKENS) * self.ratio
 
     def decay(self) -> None:
         self.ratio = max(self.FLOOR, self.ratio - self.DECAY)
@@ -70,5 +77,5 @@ class Growth:
     def penalise(self) -> None:
         self.ratio = min(1.0, self.ratio + self.PENALTY)
 
-    def rest(self) -> None:
+    def reset(self) -> None:
         self.ratio = self.START

@@ -1,9 +1,9 @@
-"""Which computed prefixes are kept, and in which pages: a radix tree over whole pages of token ids.
+"""The prefix cache: a radix tree over whole pages of token ids, with the KV pages that hold them.
 
 An edge is a run of tokens as bytes (int32 each), so that two runs are compared by one memory comparison, at page size
-1 as well. A node owns the pages of its edge. Whoever computes behind a node pins it: a pinned node and its ancestors
-stay. The rest is evictable, least recently used leaf first. A namespace is a prefix of the edges at the root, so what
-lies under one can never be matched under another.
+1 as well. A node owns the pages of its edge. A sequence that computes behind a node pins it: a pinned node and its
+ancestors are not evicted. All others can be, least recently used leaf first. The edges at the root begin with a
+namespace, so what was cached under one is never matched under another.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ TOKEN_BYTES = 4
 
 
 class Node:
-    """A run of pages behind its parent's. The lower part of a split keeps its identity, so pins stay deepest."""
+    """A run of pages that follow its parent's. After a split, this object is the lower part, so pins stay valid."""
 
     __slots__ = ("children", "edge", "key", "pages", "parent", "pins", "queued", "used_at")
 
     def __init__(self, edge: bytes, key: bytes, pages: list[int], parent: "Node | None", used_at: int) -> None:
-        self.edge = edge  # its key in parent.children: first page of `key`, at the root behind the namespace
+        self.edge = edge  # its key in parent.children: the first page of `key`; at the root, after the namespace
         self.key = key
         self.pages = pages
         self.parent = parent  # None: the root, or no longer in the tree
@@ -30,20 +30,20 @@ class Node:
 
 
 class PrefixTree:
-    """`cached` pages in all, of which `evictable` are not pinned."""
+    """Holds `cached` pages, of which `evictable` are not pinned."""
 
     def __init__(self, page_size: int) -> None:
         self.page_bytes = page_size * TOKEN_BYTES
         self.root = Node(b"", b"", [], None, 0)
         self.cached = 0
         self.evictable = 0
-        self.evicted = 0  # pages, ever
+        self.evicted = 0  # pages since the start
         self._uses = 0  # logical time of last use
-        self._heap: list[tuple[int, int, Node]] = []  # (used_at, tie, leaf); entries may be out of date
-        self._ties = 0
+        self._heap: list[tuple[int, int, Node]] = []  # (used_at, serial, leaf); entries may be out of date
+        self._serial = 0  # of heap entries: nodes cannot be compared
 
     def match(self, namespace: bytes, tokens: bytes) -> Node:
-        """The node at the end of the longest kept prefix of `tokens` (whole pages of it); the root if none."""
+        """The node at the end of the longest cached prefix of `tokens`, in whole pages; the root if there is none."""
         node, _, partial, shared = self._walk(namespace, tokens)
         if partial:
             node = self._split(partial, shared)
@@ -56,9 +56,9 @@ class PrefixTree:
         return (at + shared) // self.page_bytes
 
     def insert(self, namespace: bytes, tokens: bytes, pages: list[int]) -> Node:
-        """Keep `pages` as the KV of `tokens` where nothing is kept yet; returns the node at their end.
+        """Cache `pages` as the KV of `tokens` where none is cached yet; returns the node at their end.
 
-        The tree owns afterwards those of `pages` that `path_pages` of that node names, and no others.
+        Afterwards the tree owns those of `pages` that `path_pages` of that node names, and no others.
         """
         assert len(tokens) == len(pages) * self.page_bytes, (len(tokens), len(pages))
         node, at, partial, shared = self._walk(namespace, tokens)
@@ -72,7 +72,7 @@ class PrefixTree:
             self.cached += len(node.pages)
             self.evictable += len(node.pages)
         self._touch(node)
-        self._offer(node)
+        self._queue_for_eviction(node)
         return node
 
     def path_pages(self, node: Node) -> list[int]:
@@ -92,10 +92,10 @@ class PrefixTree:
             n.pins -= 1
             if not n.pins:
                 self.evictable += len(n.pages)
-                self._offer(n)
+                self._queue_for_eviction(n)
 
     def evict(self, count: int) -> list[int]:
-        """Forget at least min(count, evictable) pages, from the ends of the least recently used leaves."""
+        """Remove and return at least min(count, evictable) pages, from the ends of the least recently used leaves."""
         pages: list[int] = []
         while len(pages) < count and self._heap:
             used_at, _, node = heappop(self._heap)
@@ -105,18 +105,18 @@ class PrefixTree:
             if node.used_at == used_at:
                 pages += self._trim(node, count - len(pages))
             else:
-                self._offer(node)
+                self._queue_for_eviction(node)
         self.evicted += len(pages)
         return pages
 
     def clear(self) -> list[int]:
-        """Forget everything that is not pinned; returns its pages."""
+        """Remove everything that is not pinned; returns its pages."""
         return self.evict(self.cached)
 
-    def check(self) -> set[int]:
+    def check_invariants(self) -> set[int]:
         """Assert every invariant; returns the pages that the tree owns."""
         owned: list[int] = []
-        loose = 0
+        unpinned = 0
         for node in self._all():
             if node.parent is None:
                 continue
@@ -125,13 +125,13 @@ class PrefixTree:
             assert node.parent.children[node.edge] is node and node.edge.endswith(node.key[: self.page_bytes])
             assert node.pins or node.children or node.queued, "an evictable leaf is not in the heap"
             owned += node.pages
-            loose += 0 if node.pins else len(node.pages)
+            unpinned += 0 if node.pins else len(node.pages)
         assert len(owned) == len(set(owned)) == self.cached, (len(owned), len(set(owned)), self.cached)
-        assert loose == self.evictable, (loose, self.evictable)
+        assert unpinned == self.evictable, (unpinned, self.evictable)
         return set(owned)
 
     def _walk(self, namespace: bytes, tokens: bytes) -> "tuple[Node, int, Node | None, int]":
-        """(deepest node wholly matched, bytes matched to it, child matched in part, bytes matched of that)."""
+        """(deepest node that matches whole, bytes matched up to its end, child that matches in part, bytes of that)."""
         width = self.page_bytes
         node, at, edge = self.root, 0, namespace
         end = len(tokens) - len(tokens) % width
@@ -157,7 +157,7 @@ class PrefixTree:
         return low * width
 
     def _split(self, node: Node, at: int) -> Node:
-        """Cut the edge of `node` behind `at` bytes; returns the new upper part."""
+        """Cut the edge of `node` after `at` bytes; returns the new upper part."""
         assert node.parent is not None and 0 < at < len(node.key), (at, len(node.key))
         count = at // self.page_bytes
         upper = Node(node.edge, node.key[:at], node.pages[:count], node.parent, node.used_at)
@@ -177,32 +177,32 @@ class PrefixTree:
         for n in self._path(node):
             n.used_at = self._uses
 
-    def _offer(self, node: Node) -> None:
+    def _queue_for_eviction(self, node: Node) -> None:
         """Put an evictable leaf into the heap, once."""
         if not (node.pins or node.children or node.queued or node.parent is None):
-            self._ties += 1
+            self._serial += 1
             node.queued = True
-            heappush(self._heap, (node.used_at, self._ties, node))
+            heappush(self._heap, (node.used_at, self._serial, node))
 
     def _trim(self, leaf: Node, count: int) -> list[int]:
-        """Drop up to `count` pages from the end of an unpinned leaf, the leaf itself when none is left."""
+        """Remove up to `count` pages from the end of an unpinned leaf, and the leaf when none is left; returns them."""
         dropped = leaf.pages[-count:]
         self.cached -= len(dropped)
         self.evictable -= len(dropped)
         if len(dropped) < len(leaf.pages):
             del leaf.pages[-count:]
             leaf.key = leaf.key[: -count * self.page_bytes]
-            self._offer(leaf)
+            self._queue_for_eviction(leaf)
             return dropped
         parent = leaf.parent
         assert parent is not None
         leaf.parent = None
         del parent.children[leaf.edge]
-        self._offer(parent)
+        self._queue_for_eviction(parent)
         return dropped
 
     def _path(self, node: Node) -> Iterator[Node]:
-        """`node` and its ancestors, the root left out."""
+        """`node` and its ancestors, without the root."""
         while node.parent is not None:
             yield node
             node = node.parent

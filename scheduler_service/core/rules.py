@@ -1,4 +1,4 @@
-"""What a request may ask for, and when it ends. Pure: a message in, a Sequence or a RequestError out."""
+"""What a request may ask for, and when it ends: a message in, a Sequence or a RequestError out."""
 
 from array import array
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from quartet.scheduler_service.core.request import Sequence
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerConfig:
-    """The planner's share of the configuration, every default resolved."""
+    """The planner's part of the configuration, with every default resolved."""
 
     page_size: int
     total_pages: int
@@ -24,14 +24,14 @@ class PlannerConfig:
     max_prefill_tokens: int = 16384  # prompt tokens of one step
     policy: str = "fcfs"
     low_values_first: bool = False  # of priorities
-    preemption_threshold: int | None = None  # a difference of priorities beyond it preempts; None: nothing does
+    preemption_threshold: int | None = None  # a greater difference of priorities preempts; None: no preemption
     waiting_timeout_s: float | None = None
     running_timeout_s: float | None = None
     max_queued: int | None = None
     reuse_prefixes: bool = True
     drafts: DraftOptions | None = None  # None: no speculation
-    clips_output: bool = False  # output that would not fit the context is made shorter, rather than refused
-    default_new_tokens: int | None = 128  # a request with this limit may not have chosen it: clipped, never refused
+    clips_output: bool = False  # a limit of output that exceeds the context is lowered, not refused
+    default_new_tokens: int | None = 128  # the client may not have chosen this limit: it is lowered, never refused
 
     @property
     def total_tokens(self) -> int:
@@ -49,7 +49,7 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
     ids, resumed = ids_of(message.prompt_ids), ids_of(request.resume_ids)
     if not ids:
         raise RequestError(EMPTY_IDS, field="input_ids")
-    check_length(request, len(ids), config)  # first: what is too long is looked at no further
+    check_length(request, len(ids), config)  # first: the ids of a prompt that is too long are not looked at
     if not message.embeds:
         check_vocabulary(ids, config.vocab_size)
     check_vocabulary(resumed, config.vocab_size)
@@ -68,13 +68,14 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
         drafter=drafter_of(request, config.drafts),
         priority=-request.priority if config.low_values_first else request.priority,
     )
-    if resumed:  # whoever has output already has the prompt's logprobs, and all hidden states but the last
+    if resumed:  # the client has the prompt's logprobs already, and all hidden states but the last
         sequence.input_scored = len(ids)
         sequence.hidden.end = len(sequence.ids) - 1
     return sequence
 
 
 def ids_of(data: bytes) -> "array[int]":
+    """The token ids of packed int32 bytes. Raises RequestError."""
     try:
         return unpack_ids(data)
     except ValueError as error:
@@ -82,6 +83,7 @@ def ids_of(data: bytes) -> "array[int]":
 
 
 def check_vocabulary(ids: "array[int]", vocab_size: int) -> None:
+    """Raise RequestError for an id that is not in [0, vocab_size)."""
     if ids and max(ids) >= vocab_size:
         raise outside_vocabulary(max(ids), vocab_size)
     if ids and min(ids) < 0:
@@ -89,7 +91,7 @@ def check_vocabulary(ids: "array[int]", vocab_size: int) -> None:
 
 
 def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> None:
-    """Prompt, and prompt plus output, against the context and the KV pool."""
+    """Raise RequestError unless the prompt, and prompt plus output, fit the context and the KV pool."""
     asked = 0 if request.task == "embed" else request.params.max_new_tokens
     first = 0 if asked == 0 else 1  # a request for output needs room for one token at least
     if prompt_len + first > config.context_length:
@@ -117,6 +119,7 @@ def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> No
 
 
 def check_logprobs(options: LogprobOptions, prompt_len: int, vocab_size: int) -> None:
+    """Raise RequestError for a start outside the prompt, a negative count, or an id outside the vocabulary."""
     if options.start > prompt_len:
         raise RequestError(
             f"logprob_start_len, ({options.start}) is higher than the number of input tokens ({prompt_len}). "
@@ -131,7 +134,7 @@ def check_logprobs(options: LogprobOptions, prompt_len: int, vocab_size: int) ->
 
 
 def output_limit(request: Request, prompt_len: int, config: PlannerConfig) -> int:
-    """Output tokens at most, so that the sequence fits both the context and, alone, the pool."""
+    """Output tokens at most, so that the sequence fits the context and, running by itself, the pool."""
     if request.task == "embed":
         return 0
     room = min(config.context_length, config.total_tokens) - prompt_len
@@ -140,13 +143,14 @@ def output_limit(request: Request, prompt_len: int, config: PlannerConfig) -> in
 
 
 def stop_ids(request: Request, config: PlannerConfig) -> frozenset[int]:
+    """The token ids that end the request."""
     if request.params.ignore_eos:
         return frozenset()
     return config.eos_ids.union(own) if (own := request.params.stop_token_ids) else config.eos_ids
 
 
 def finish_after_last(sequence: Sequence, complete: bool = False) -> Finish | None:
-    """How the request ends with its last token, if it does: a stop counts before the length.
+    """How the request ends with its last token, or None; a stop token has precedence over the length.
 
     `complete`: its grammar allows nothing more.
     """
@@ -160,14 +164,14 @@ def finish_after_last(sequence: Sequence, complete: bool = False) -> Finish | No
 
 
 def failure(result: Result) -> Finish:
-    """How a request ends that the worker could not go on with."""
+    """The end of a request that the worker could not compute."""
     if result.error == NAN_HAPPENED:
         return Finish(reason="stop", matched=NAN_HAPPENED)
     return Finish.failed(RequestError(result.error, result.error_kind))
 
 
 def reusable_tokens(sequence: Sequence) -> int:
-    """How long a cached prefix may be used: one token is left to compute, and every position still to be scored."""
+    """Tokens of a cached prefix that may be used: at least one is computed, and every position still to be scored."""
     if sequence.request.return_hidden_states or sequence.request.return_routed_experts:
         return 0
     longest = len(sequence.ids) - 1
@@ -178,14 +182,14 @@ def reusable_tokens(sequence: Sequence) -> int:
 
 
 def routed_experts(sequence: Sequence) -> bytes:
-    """The experts of all positions but the last, from the first that is wanted; fewer where fewer were computed."""
+    """The experts of all positions but the last, from the requested start on; fewer where fewer were computed."""
     known, data = sequence.routed.end, sequence.routed.take()
     width = len(data) // known if known else 0
     return data[sequence.request.routed_experts_start_len * width : (len(sequence.ids) - 1) * width]
 
 
 def score_from(sequence: Sequence, start: int, end: int) -> int:
-    """First prompt position in (start, end] whose logprob is wanted and not yet there, or -1.
+    """First prompt position in (start, end] whose logprob is requested and not yet returned, or -1.
 
     Position `options.start` itself is never scored: the answer has null there.
     """

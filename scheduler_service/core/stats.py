@@ -1,11 +1,11 @@
-"""What the planner has done so far, in numbers."""
+"""The planner's counters."""
 
 from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start."""
+    """Totals since the start."""
 
     requests: int = 0
     aborted: int = 0
@@ -14,7 +14,7 @@ class Stats:
     cached_tokens: int = 0
     generation_tokens: int = 0
     proposed_drafts: int = 0  # tokens
-    correct_drafts: int = 0
+    correct_drafts: int = 0  # tokens
     retractions: int = 0
     preemptions: int = 0
-    queue_s: float = 0.0  # time that admitted requests have waited, in all
+    queue_s: float = 0.0  # sum of the times that admitted requests waited

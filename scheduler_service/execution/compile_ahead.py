@@ -34,9 +34,9 @@ from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.registry import decoder_spec
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import TorchBackend
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.sampling.rows import sampling_rows
 from quartet.scheduler_service.sampling.state import settings_of
+from quartet.scheduler_service.weights.parameters import Weights
 
 log = logging.getLogger(__name__)
 

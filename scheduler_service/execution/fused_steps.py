@@ -263,10 +263,10 @@ class FusedSteps(Steps):
     def graph_gigabytes(self) -> float:
         return self.graphs.gigabytes if self.graphs is not None else 0.0
 
-    def rest(self) -> bool:
-        if self.graphs is not None and self.graphs.rest():
+    def idle_work(self) -> bool:
+        if self.graphs is not None and self.graphs.idle_work():
             return True
-        return self.prefill is not None and self.prefill.graphs.rest()
+        return self.prefill is not None and self.prefill.graphs.idle_work()
 
     def begin(self) -> None:
         """Record what is to be there before the first step."""

@@ -164,7 +164,7 @@ class Graphs:
             left,
         )
 
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         """Record one of the sizes that wait; returns whether there are more."""
         if self.waiting:
             self.record(self.waiting[0])

@@ -121,7 +121,7 @@ class Steps(ABC):
         """Memory that recorded steps took."""
         return 0.0
 
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         """Use a pause of the server; returns whether there is more to do."""
         return False
 

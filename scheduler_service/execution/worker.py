@@ -134,10 +134,10 @@ class Worker:
         """Memory that recorded steps name has moved."""
         self.steps.forget_graphs()
 
-    def rest(self) -> bool:
+    def idle_work(self) -> bool:
         """Use a pause of the server; returns whether there is more to do."""
         with torch.inference_mode():
-            return self.steps.rest()
+            return self.steps.idle_work()
 
     def log_limits(self, config: ServerConfig) -> None:
         log.info(

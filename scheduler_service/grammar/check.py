@@ -1,8 +1,8 @@
-"""A small process that reads a client's grammar before the scheduler does, and that may die of it.
+"""A small process that reads a client's grammar before the scheduler does, and that may crash on it.
 
-Some texts keep a parser or the engine busy for hours, and a thread cannot be stopped. So everything that looks at a
-grammar's text happens here first, in a process with a budget (runtime/process/guarded.py): it is translated for the
-engine and tried. What comes back was bearable once and is so again in the scheduler.
+Some texts keep a parser or the engine busy for hours, and a thread cannot be stopped. So everything that reads the
+text of a grammar is done here first, in a process with limits of time and memory (runtime/process/guarded.py): the
+grammar is translated for the engine and tried. What passes costs no more in the scheduler than it did here.
 """
 
 import sys
@@ -18,7 +18,7 @@ MAX_PROBLEM_CHARS = 500
 MODULE = "quartet.scheduler_service.grammar.check"
 
 
-class Order(msgspec.Struct):
+class CheckRequest(msgspec.Struct):
     """A grammar as a client wrote it."""
 
     kind: str
@@ -26,29 +26,29 @@ class Order(msgspec.Struct):
     special_tokens: dict[str, int] = {}  # text → id
 
 
-class Verdict(msgspec.Struct, omit_defaults=True):
-    """What the engine is to be given, or why it is not."""
+class CheckResult(msgspec.Struct, omit_defaults=True):
+    """The grammar for the engine, or what is wrong with it."""
 
     grammar: str = ""
     problem: str = ""
 
 
-def handle(order: bytes) -> bytes:
-    return msgspec.msgpack.encode(verdict(msgspec.msgpack.decode(order, type=Order)))
+def handle(request: bytes) -> bytes:
+    return msgspec.msgpack.encode(check_grammar(msgspec.msgpack.decode(request, type=CheckRequest)))
 
 
-def verdict(order: Order) -> Verdict:
+def check_grammar(request: CheckRequest) -> CheckResult:
     """Translate a grammar and try it."""
     try:
-        grammar = source(order.kind, order.text, order.special_tokens)
+        grammar = source(request.kind, request.text, request.special_tokens)
     except (ValueError, RecursionError) as error:
-        return Verdict(problem=shortened(str(error)))
+        return CheckResult(problem=shortened(str(error)))
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LLParserLimits(verbose_errors=False))
     if failed:
-        return Verdict(problem=shortened(messages[0]))
+        return CheckResult(problem=shortened(messages[0]))
     if len(grammar) > limits.MAX_GRAMMAR_SOURCE_CHARS:
-        return Verdict(problem="it is too large when it is written out")
-    return Verdict(grammar=grammar)
+        return CheckResult(problem="it is too large when it is written out")
+    return CheckResult(grammar=grammar)
 
 
 def shortened(problem: str) -> str:

@@ -1,9 +1,10 @@
-"""A client's JSON schema in the form that the grammar engine takes, closed to keys that nobody declared.
+"""Normalises a client's JSON schema for the grammar engine, and closes its objects to keys that are not declared.
 
-Every reference leads to `#/$defs` of the result; `oneOf` becomes `anyOf`; what is an annotation, or constrains
-nothing, is left out; what would constrain and cannot be had is refused by its name. An object that declares keys and
-says nothing of others takes no others (an absent `additionalProperties` means false); where parts of a schema are
-combined, the keys of all parts count. An object that declares none is free. Every function raises ValueError.
+In the result every reference points into `#/$defs`, and `oneOf` is `anyOf`. Annotations and keywords that constrain
+nothing are left out; keywords that constrain and are not supported are refused by name. An object that declares keys
+takes no others unless the schema says otherwise (a missing `additionalProperties` means false); where schemas are
+combined, the keys of all parts are declared. An object that declares no keys takes any. Every function raises
+ValueError.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,22 +12,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quartet.runtime import limits
-from quartet.scheduler_service.grammar.schema_refs import Node, Place, References
+from quartet.scheduler_service.grammar.schema_refs import Location, Node, References
 
 MAX_DEPTH = 96
-# Other formats are annotations.
+# Other formats do not constrain.
 FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
 NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-SAME = frozenset(
+COPIED = frozenset(
     ("type", "enum", "const", "pattern", "minLength", "maxLength", *NUMBERS, "minItems", "maxItems", "required")
 )
-OF_OBJECTS = ("properties", "patternProperties", "additionalProperties", "required")
+OBJECT_KEYWORDS = ("properties", "patternProperties", "additionalProperties", "required")
 BRANCHES = ("anyOf", "oneOf")
 
 Names = frozenset[str]
 
-# What the engine cannot do: keyword → whether it constrains anything in this node.
-REFUSED: dict[str, Callable[[Node], bool]] = {
+# What the engine does not support: keyword → whether it constrains anything in this node.
+UNSUPPORTED: dict[str, Callable[[Node], bool]] = {
     "not": lambda node: node["not"] is not False,
     "if": lambda node: any(node.get(key, True) not in (True, {}) for key in ("then", "else")),
     "uniqueItems": lambda node: node["uniqueItems"] is True and node.get("maxItems", 2) != 1,
@@ -43,25 +44,25 @@ REFUSED: dict[str, Callable[[Node], bool]] = {
 
 @dataclass(frozen=True)
 class Declared:
-    """What a schema, with all that it is combined of, says about the keys of an object."""
+    """The keys of an object that a schema, with all schemas combined in it, declares."""
 
     names: Names = frozenset()
     patterns: Names = frozenset()
-    speaks: bool = False  # of keys at all
-    settled: bool = False  # it says itself what holds for other keys
+    any_keys: bool = False  # it has `properties` or `patternProperties`
+    decides_others: bool = False  # it says itself which other keys are taken
 
     def __or__(self, other: "Declared") -> "Declared":
         return Declared(
             self.names | other.names,
             self.patterns | other.patterns,
-            self.speaks or other.speaks,
-            self.settled or other.settled,
+            self.any_keys or other.any_keys,
+            self.decides_others or other.decides_others,
         )
 
 
 @dataclass
 class Definitions:
-    """The subschemas that references lead to, by what they are and by the keys that were declared around them."""
+    """The subschemas that references point to, by identity and by the keys that are declared around them."""
 
     names: dict[tuple[int, Declared | None], str] = field(default_factory=dict)
     bodies: dict[str, Any] = field(default_factory=dict)
@@ -73,28 +74,28 @@ def normalized(schema: Node) -> Node:
 
 
 class Normalizer:
-    """Works on one schema."""
+    """Normalises one schema."""
 
     def __init__(self, root: Node) -> None:
         self._root = root
         self._references = References(root)
         self._definitions = Definitions()
-        self._waiting: list[tuple[str, Place, Declared | None]] = []
+        self._to_visit: list[tuple[str, Location, Declared | None]] = []
         self._declared: dict[int, Declared] = {}
         self._nodes = 0
 
     def result(self) -> Node:
-        schema = self._schema(Place(self._root), Declared(), 0)
-        while self._waiting:
-            name, place, around = self._waiting.pop()
-            self._definitions.bodies[name] = self._schema(place, around, 0)
+        schema = self._schema(Location(self._root), Declared(), 0)
+        while self._to_visit:
+            name, location, around = self._to_visit.pop()
+            self._definitions.bodies[name] = self._schema(location, around, 0)
         if not isinstance(schema, dict):
             schema = {"anyOf": [schema]}
         return {**schema, "$defs": self._definitions.bodies} if self._definitions.bodies else schema
 
-    def _schema(self, place: Place, around: Declared | None, depth: int) -> Any:
-        """One subschema. `around`: what those that it is combined with declare; None: one of them closes the object."""
-        node = place.node
+    def _schema(self, location: Location, around: Declared | None, depth: int) -> Any:
+        """One subschema. `around`: what schemas combined with it declare; None: one of those closes the object."""
+        node = location.node
         self._nodes += 1
         if self._nodes > limits.MAX_GRAMMAR_NODES:
             raise ValueError(f"the schema has more than {limits.MAX_GRAMMAR_NODES} nodes")
@@ -104,101 +105,104 @@ class Normalizer:
             return node
         if not isinstance(node, dict):
             raise ValueError(f"a schema must be an object or a boolean, not {type(node).__name__}")
-        refuse(node)
+        refuse_unsupported(node)
         if is_reference_alone(node):
-            return {"$ref": self._definition(self._references.target(place, node["$ref"]), around)}
-        out = {key: value for key, value in node.items() if key in SAME}
-        numbers(node, out)
+            return {"$ref": self._definition(self._references.target(location, node["$ref"]), around)}
+        out = {key: value for key, value in node.items() if key in COPIED}
+        convert_exclusive_bounds(node, out)
         if node.get("format") in FORMATS and may_be("string", node):
             out["format"] = node["format"]
-        self._items(place, out, depth)
-        self._keys(place, out, depth)
+        self._items(location, out, depth)
+        self._keys(location, out, depth)
         if around is not None:
-            around = around | self._own(place)
-        branching = self._branches(place, out, around, depth)
-        self._parts(place, out, depth)
+            around = around | self._own(location)
+        branching = self._branches(location, out, around, depth)
+        self._parts(location, out, depth)
         if around is not None and not branching:
-            close(node, out, around)
-        counts(node, out)
+            close_object(node, out, around)
+        add_key_counts(node, out)
         return out
 
-    def _definition(self, target: Place, around: Declared | None) -> str:
-        """The reference to what stands there."""
+    def _definition(self, target: Location, around: Declared | None) -> str:
+        """A reference to the definition made of a subschema."""
         key = id(target.node), around
         name = self._definitions.names.get(key)
         if name is None:
             name = self._definitions.names[key] = f"d{len(self._definitions.names)}"
-            self._waiting.append((name, target, around))
+            self._to_visit.append((name, target, around))
         return f"#/$defs/{name}"
 
-    # Arrays and objects: whatever stands in them begins anew.
+    # arrays and objects: what they contain is not combined with anything
 
-    def _items(self, place: Place, out: Node, depth: int) -> None:
-        node = place.node
+    def _items(self, location: Location, out: Node, depth: int) -> None:
+        node = location.node
         prefix, rest = node.get("prefixItems"), node.get("items", node.get("unevaluatedItems"))
         if isinstance(rest, list):  # as drafts before 2020-12 write tuples
             prefix, rest = rest, node.get("additionalItems")
         if prefix is not None:
             out["prefixItems"] = [
-                self._schema(place.inner(item), Declared(), depth + 1) for item in expect(list, prefix, "prefixItems")
+                self._schema(location.inner(item), Declared(), depth + 1)
+                for item in expect(list, prefix, "prefixItems")
             ]
             if rest is None and node.get("minItems", 0) <= len(prefix):
                 rest = False
         if rest is not None:
-            out["items"] = self._schema(place.inner(rest), Declared(), depth + 1)
+            out["items"] = self._schema(location.inner(rest), Declared(), depth + 1)
 
-    def _keys(self, place: Place, out: Node, depth: int) -> None:
+    def _keys(self, location: Location, out: Node, depth: int) -> None:
         for keyword in ("properties", "patternProperties"):
-            if keyword in place.node:
-                given = expect(dict, place.node[keyword], keyword)
+            if keyword in location.node:
+                given = expect(dict, location.node[keyword], keyword)
                 out[keyword] = {
-                    key: self._schema(place.inner(value), Declared(), depth + 1) for key, value in given.items()
+                    key: self._schema(location.inner(value), Declared(), depth + 1) for key, value in given.items()
                 }
-        rest = place.node.get("additionalProperties", place.node.get("unevaluatedProperties"))
-        if rest is not None and ("additionalProperties" in place.node or not combined(place.node)):
-            out["additionalProperties"] = self._schema(place.inner(rest), Declared(), depth + 1)
+        rest = location.node.get("additionalProperties", location.node.get("unevaluatedProperties"))
+        if rest is not None and ("additionalProperties" in location.node or not combined(location.node)):
+            out["additionalProperties"] = self._schema(location.inner(rest), Declared(), depth + 1)
 
-    # Combinations: their parts describe the same value.
+    # combinations: their parts describe the same value
 
-    def _parts(self, place: Place, out: Node, depth: int) -> None:
-        """All of these hold: they stay open, for the whole is closed."""
-        parts = [self._schema(part, None, depth + 1) for part in self._all_of(place)]
+    def _parts(self, location: Location, out: Node, depth: int) -> None:
+        """`allOf` and what else must hold: not closed one by one, because the whole is."""
+        parts = [self._schema(part, None, depth + 1) for part in self._all_of(location)]
         parts += [{"anyOf": branches} for branches in out.pop("more anyOf", [])]
         if parts:
             out["allOf"] = parts
 
-    def _branches(self, place: Place, out: Node, around: Declared | None, depth: int) -> bool:
-        """One of these holds: each is closed on its own, with what stands around it."""
+    def _branches(self, location: Location, out: Node, around: Declared | None, depth: int) -> bool:
+        """`anyOf` and `oneOf`: each branch is closed by itself, with the keys declared around it."""
         groups = [
-            [place.inner(branch) for branch in expect(list, place.node[k], k)] for k in BRANCHES if k in place.node
+            [location.inner(branch) for branch in expect(list, location.node[k], k)]
+            for k in BRANCHES
+            if k in location.node
         ]
         for index, group in enumerate(groups):
             others = [branch for other, branches in enumerate(groups) if other != index for branch in branches]
-            beside = None if around is None else around | self._any_of(others)
-            branches = [self._schema(branch, beside, depth + 1) for branch in group]
+            declared = None if around is None else around | self._any_of(others)
+            branches = [self._schema(branch, declared, depth + 1) for branch in group]
             if index:
                 out["more anyOf"] = [branches]
             else:
                 out["anyOf"] = branches
         return bool(groups)
 
-    def _all_of(self, place: Place) -> Iterable[Place]:
-        for part in expect(list, place.node.get("allOf", []), "allOf"):
-            yield place.inner(part)
-        if "$ref" in place.node:
-            yield self._references.target(place, place.node["$ref"])
+    def _all_of(self, location: Location) -> Iterable[Location]:
+        for part in expect(list, location.node.get("allOf", []), "allOf"):
+            yield location.inner(part)
+        if "$ref" in location.node:
+            yield self._references.target(location, location.node["$ref"])
 
-    # What is declared.
+    # declared keys
 
-    def _own(self, place: Place) -> Declared:
-        """By a schema and by all that must hold with it; of branches in those parts, whatever any of them says."""
-        node = place.node
+    def _own(self, location: Location) -> Declared:
+        """The keys declared by a schema and by all that must hold with it, branches of those included."""
+        node = location.node
         if not isinstance(node, dict):
             return Declared()
         known = self._declared.get(id(node))
         if known is not None:
             return known
-        self._declared[id(node)] = Declared()  # of a part that contains itself
+        self._declared[id(node)] = Declared()  # while it is computed, for a schema that contains itself
         properties = expect(dict, node.get("properties", {}), "properties")
         found = Declared(
             frozenset(properties) | frozenset(filter(is_text, expect(list, node.get("required", []), "required"))),
@@ -206,27 +210,27 @@ class Normalizer:
             "properties" in node or "patternProperties" in node,
             "additionalProperties" in node or node.get("unevaluatedProperties", False) is not False,
         )
-        for part in self._all_of(place):
+        for part in self._all_of(location):
             found |= self._own(part) | self._any_of(self._branches_of(part))
         self._declared[id(node)] = found
         return found
 
-    def _branches_of(self, place: Place) -> list[Place]:
-        if not isinstance(place.node, dict):
+    def _branches_of(self, location: Location) -> list[Location]:
+        if not isinstance(location.node, dict):
             return []
-        return [place.inner(branch) for key in BRANCHES for branch in expect(list, place.node.get(key, []), key)]
+        return [location.inner(branch) for key in BRANCHES for branch in expect(list, location.node.get(key, []), key)]
 
-    def _any_of(self, branches: Iterable[Place]) -> Declared:
+    def _any_of(self, branches: Iterable[Location]) -> Declared:
         found = Declared()
         for branch in branches:
             found |= self._own(branch) | self._any_of(self._branches_of(branch))
         return found
 
 
-def close(node: Node, out: Node, declared: Declared) -> None:
-    """Take no keys that nobody declared."""
+def close_object(node: Node, out: Node, declared: Declared) -> None:
+    """Have the object take no keys but the declared ones."""
     closed = node.get("unevaluatedProperties") is False
-    if "additionalProperties" in out or declared.settled or not (declared.speaks or closed):
+    if "additionalProperties" in out or declared.decides_others or not (declared.any_keys or closed):
         return
     if not may_be("object", node):
         return
@@ -238,9 +242,9 @@ def close(node: Node, out: Node, declared: Declared) -> None:
     out["additionalProperties"] = False
 
 
-def refuse(node: Node) -> None:
-    """Name the first keyword that would constrain and cannot be had."""
-    for keyword, constrains in REFUSED.items():
+def refuse_unsupported(node: Node) -> None:
+    """Raise ValueError with the first keyword that constrains and is not supported."""
+    for keyword, constrains in UNSUPPORTED.items():
         if keyword in node and constrains(node):
             raise ValueError(f"the keyword {keyword} is not supported")
     rest = node.get("unevaluatedProperties")
@@ -253,10 +257,10 @@ def combined(node: Node) -> bool:
 
 
 def is_reference_alone(node: Node) -> bool:
-    """Nothing stands beside the reference that constrains."""
+    """Whether the node is a reference and has no other keyword that constrains."""
     others = {
-        *SAME,
-        *OF_OBJECTS,
+        *COPIED,
+        *OBJECT_KEYWORDS,
         *BRANCHES,
         "allOf",
         "items",
@@ -268,8 +272,8 @@ def is_reference_alone(node: Node) -> bool:
     return "$ref" in node and node.keys().isdisjoint(others | {"unevaluatedProperties"})
 
 
-def numbers(node: Node, out: Node) -> None:
-    """Draft 4 wrote exclusive bounds as booleans."""
+def convert_exclusive_bounds(node: Node, out: Node) -> None:
+    """Exclusive bounds of draft 4, which are booleans, become numbers."""
     for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         if isinstance(node.get(exclusive), bool):
             del out[exclusive]
@@ -277,8 +281,8 @@ def numbers(node: Node, out: Node) -> None:
                 out[exclusive] = out.pop(bound)
 
 
-def counts(node: Node, out: Node) -> None:
-    """The least and the most keys, where the keys that are declared do not see to that already."""
+def add_key_counts(node: Node, out: Node) -> None:
+    """`minProperties` and `maxProperties`, unless the declared keys imply them."""
     least, most = node.get("minProperties"), node.get("maxProperties")
     if least is not None and not (isinstance(least, int) and least <= len(out.get("required", []))):
         out["minProperties"] = least

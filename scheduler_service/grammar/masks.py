@@ -1,7 +1,7 @@
 """Which tokens the grammars of a step allow.
 
-Worked out on the host between the launch of a step and its end: a GPU that was given its forward pass does not wait.
-A thread beside a CPU's forward pass would only take its core away; most masks take less time than to wake it.
+Computed on the host between the launch of a step and its end, so a GPU computes the forward pass meanwhile. On a CPU
+another thread would only take a core from the forward pass; most masks take less time than waking it.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Masks:
         self._filler.fill([(matcher, row) for row, matcher in enumerate(matchers) if matcher], bitmask)
         for row, matcher in enumerate(matchers):
             if matcher and matcher.error:
-                bitmask[row] = ALL_ALLOWED  # its request ends; the row must only not disturb the others
+                bitmask[row] = ALL_ALLOWED  # its request ends; the row must only not fail the others
         return bitmask
 
 

@@ -22,12 +22,12 @@ from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.process.guarded import Crashed, Gone, Guarded, OutOfTime
 from quartet.scheduler_service.grammar import check as grammar_check
-from quartet.scheduler_service.grammar.check import Order, Verdict
+from quartet.scheduler_service.grammar.check import CheckRequest, CheckResult
 from quartet.scheduler_service.grammar.source import needs_tokens
 
 Bitmask = NDArray[np.int32]  # (rows, ceil(vocab / 32)); bit i of a row is set where token i is allowed
 
-PARALLEL_FROM = 64  # rows; one takes microseconds as a rule, handing them to other threads takes a hundred
+PARALLEL_FROM = 64  # rows; one usually takes microseconds, and starting other threads a hundred
 
 LIMITS = LLParserLimits(
     max_items_in_row=2_000,
@@ -48,7 +48,7 @@ class Matcher:
 
     @property
     def finished(self) -> bool:
-        """The grammar allows nothing more: the request ends here, with or without an end token."""
+        """The grammar allows nothing more: the request ends, with or without an end token."""
         return bool(self.engine.is_stopped())
 
     @property
@@ -73,7 +73,7 @@ class Grammar:
         self._prototype = prototype
 
     def matcher(self, output_ids: Sequence[int] = ()) -> Matcher:
-        """A matcher behind these output ids. Raises RequestError when the grammar does not allow them."""
+        """A matcher that has accepted these output ids. Raises RequestError when the grammar does not allow them."""
         engine = self._prototype.deep_copy()
         if output_ids and not engine.consume_tokens(list(output_ids)):
             raise RequestError("the tokens generated so far do not follow the grammar", Kind.INTERNAL)
@@ -81,7 +81,7 @@ class Grammar:
 
 
 class MaskFiller:
-    """Fills the rows of a bitmask; so many that it pays, on a few threads."""
+    """Fills the rows of a bitmask; many rows on a few threads."""
 
     def __init__(self, threads: int) -> None:
         self._executor = LLExecutor(num_threads=threads)
@@ -103,15 +103,15 @@ def bitmask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-class TakesLong(Exception):
-    """A grammar was not checked in its first, short turn."""
+class NeedsLongTry(Exception):
+    """A grammar was not checked in its first, short try."""
 
 
-Outcome = Grammar | RequestError | TakesLong
+Outcome = Grammar | RequestError | NeedsLongTry
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer. Everything is loaded at the first use; safe to call from several threads."""
+    """Compiles grammars for one tokenizer, which is loaded at the first use; safe to call from several threads."""
 
     def __init__(
         self,
@@ -127,66 +127,66 @@ class GrammarCompiler:
         self._cache_entries = cache_entries
         self._tokenizer: LLTokenizer | None = None
         self._special_tokens: dict[str, int] = {}
-        self._checker = checker()
-        self._kept: OrderedDict[bytes, Outcome] = OrderedDict()
-        self._keeping = threading.Lock()
-        self._loading = threading.Lock()
+        self._checker = new_checker()
+        self._cache: OrderedDict[bytes, Outcome] = OrderedDict()
+        self._cache_lock = threading.Lock()
+        self._load_lock = threading.Lock()
         self.hits = 0
         self.misses = 0
 
     def compile(self, kind: str, text: str) -> Grammar:
-        """The grammar, from the cache if it was met before. Raises RequestError (400)."""
+        """The grammar, from the cache if it was compiled before. Raises RequestError (400)."""
         try:
-            return self.attempt(kind, text, self._checker)
-        except TakesLong:
-            return self.attempt(kind, text, self._checker, patient=True)
+            return self.try_compile(kind, text, self._checker)
+        except NeedsLongTry:
+            return self.try_compile(kind, text, self._checker, long=True)
 
-    def attempt(self, kind: str, text: str, checker: Guarded, *, patient: bool = False) -> Grammar:
-        """The same with a process of the caller's, and at first with little patience.
+    def try_compile(self, kind: str, text: str, checker: Guarded, *, long: bool = False) -> Grammar:
+        """The same with the caller's checking process, and with a short time limit unless `long`.
 
-        Raises RequestError, or TakesLong where the check did not end in its first turn.
+        Raises RequestError, or NeedsLongTry where the short time limit was exceeded.
         """
         key = hashlib.sha256(f"{kind} {text}".encode()).digest()
-        with self._keeping:
-            found = self._kept.get(key)
-            if isinstance(found, TakesLong) and patient:
+        with self._cache_lock:
+            found = self._cache.get(key)
+            if isinstance(found, NeedsLongTry) and long:
                 found = None
             elif found is not None:
                 self.hits += 1
-                self._kept.move_to_end(key)
+                self._cache.move_to_end(key)
             else:
                 self.misses += 1
         if found is None:
-            found = self._outcome(kind, text, checker, patient)
-            self._keep(key, found)
+            found = self._outcome(kind, text, checker, long)
+            self._store(key, found)
         if isinstance(found, RequestError):
             raise RequestError(found.message, found.kind, found.field)
-        if isinstance(found, TakesLong):
-            raise TakesLong
+        if isinstance(found, NeedsLongTry):
+            raise NeedsLongTry
         return found
 
-    def _keep(self, key: bytes, outcome: Outcome) -> None:
-        with self._keeping:
-            self._kept[key] = outcome
-            self._kept.move_to_end(key)
-            while len(self._kept) > self._cache_entries:
-                self._kept.popitem(last=False)
+    def _store(self, key: bytes, outcome: Outcome) -> None:
+        with self._cache_lock:
+            self._cache[key] = outcome
+            self._cache.move_to_end(key)
+            while len(self._cache) > self._cache_entries:
+                self._cache.popitem(last=False)
 
-    def _outcome(self, kind: str, text: str, checker: Guarded, patient: bool) -> Outcome:
-        """The grammar or its refusal: a refused one is remembered too, and costs nothing the second time."""
-        cpu_s = limits.GRAMMAR_CPU_S if patient else limits.GRAMMAR_FIRST_CPU_S
+    def _outcome(self, kind: str, text: str, checker: Guarded, long: bool) -> Outcome:
+        """The grammar or its refusal: a refusal is cached too, and costs nothing the second time."""
+        cpu_s = limits.GRAMMAR_CPU_S if long else limits.GRAMMAR_FIRST_CPU_S
         try:
             tokenizer = self._load()
             grammar = self._checked(kind, text, checker, cpu_s)
             engine = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
-            engine.compute_bitmask()  # some grammars fail only here; the first step then finds its states made
+            engine.compute_bitmask()  # some grammars fail only here, and the first step needs these states
             if engine.is_error():
                 raise ValueError(engine.get_error())
             if engine.is_stopped() and not engine.is_accepting():
                 raise ValueError("it allows no output at all")
         except OutOfTime:
-            if not patient:
-                return TakesLong()
+            if not long:
+                return NeedsLongTry()
             return refused(kind, f"it takes more than {cpu_s * 1000:.0f} ms to compile")
         except Crashed:
             return refused(kind, "it takes too much memory to compile")
@@ -195,7 +195,7 @@ class GrammarCompiler:
         return Grammar(engine)
 
     def _load(self) -> LLTokenizer:
-        with self._loading:
+        with self._load_lock:
             if self._tokenizer is None:
                 if not self._path.is_file():
                     raise ValueError("this model has no tokenizer.json, so output cannot be constrained")
@@ -210,26 +210,26 @@ class GrammarCompiler:
     def _checked(self, kind: str, text: str, checker: Guarded, cpu_s: float) -> str:
         """The grammar as the engine takes it, read and tried in the checking process.
 
-        Raises ValueError, OutOfTime or Crashed; and RequestError, which is not kept, when that process is ended before
-        it has answered.
+        Raises ValueError, OutOfTime or Crashed; and RequestError, which is not cached, when that process is ended
+        before it has answered.
         """
         special_tokens = self._special_tokens if needs_tokens(kind, text) else {}
-        order = msgspec.msgpack.encode(Order(kind, text, special_tokens))
+        request = msgspec.msgpack.encode(CheckRequest(kind, text, special_tokens))
         try:
-            verdict = msgspec.msgpack.decode(checker.run(order, cpu_s), type=Verdict)
+            result = msgspec.msgpack.decode(checker.run(request, cpu_s), type=CheckResult)
         except Gone as error:
             raise RequestError("The process that checks grammars has ended; try again.", Kind.UNAVAILABLE) from error
-        if verdict.problem:
-            raise ValueError(verdict.problem)
-        return verdict.grammar
+        if result.problem:
+            raise ValueError(result.problem)
+        return result.grammar
 
     def close(self) -> None:
         """End the checking process."""
         self._checker.close()
 
 
-def checker() -> Guarded:
-    """A process of one's own for checking grammars; started with the first one."""
+def new_checker() -> Guarded:
+    """A process that checks grammars; started with the first one."""
     return Guarded(grammar_check.MODULE)
 
 

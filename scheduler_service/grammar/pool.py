@@ -1,10 +1,10 @@
-"""Compiles grammars beside the scheduler's loop, so that one hostile grammar delays no innocent one.
+"""Compiles grammars in background threads, so that one slow grammar does not delay the requests of others.
 
     GrammarPool.submit ──► FairQueue ──► a worker thread and its checking process ──► GrammarPool.ready()
 
-Every grammar gets a short first turn, in which nearly all are done; those that are not wait for a second turn. One
-worker prefers first turns, another second ones, and each takes what there is. Within both, calls take turns: a call
-that brings a thousand grammars waits for itself.
+Every grammar gets a short first try, in which nearly all are compiled; the others wait for a second, long one. One
+worker prefers first tries, another second ones, and each does the other kind when there is none. Within both kinds
+the grammars of different calls alternate, so a call with a thousand grammars delays mostly itself.
 """
 
 import logging
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.process.guarded import Guarded
-from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler, TakesLong, checker
+from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler, NeedsLongTry, new_checker
 
 log = logging.getLogger(__name__)
 
@@ -25,59 +25,60 @@ NICE = 5  # below the steps
 
 
 @dataclass(slots=True, eq=False)
-class Waiting:
-    """One request's grammar."""
+class Job:
+    """One request's grammar, to be compiled."""
 
     rid: str
     kind: str
     text: str
     call: str  # the client's call that the request belongs to
-    patient: bool = False  # its first turn is over
+    long: bool = False  # the first try is over
     cancelled: bool = False
 
 
 class FairQueue:
-    """What waits, first and second turns apart, each by call. Not safe for threads."""
+    """Jobs in two groups, for first and for long tries, each by call. Not safe for threads."""
 
     def __init__(self) -> None:
-        self._turns: tuple[OrderedDict[str, deque[Waiting]], ...] = (OrderedDict(), OrderedDict())
+        self._groups: tuple[OrderedDict[str, deque[Job]], ...] = (OrderedDict(), OrderedDict())
 
-    def put(self, waiting: Waiting) -> None:
-        self._turns[waiting.patient].setdefault(waiting.call, deque()).append(waiting)
+    def put(self, job: Job) -> None:
+        self._groups[job.long].setdefault(job.call, deque()).append(job)
 
-    def take(self, prefers_patient: bool) -> Waiting | None:
-        """The next of the preferred turn, else of the other; the call it belongs to goes to the end."""
-        for turn in (self._turns[prefers_patient], self._turns[not prefers_patient]):
-            while turn:
-                call, queued = turn.popitem(last=False)
-                waiting = queued.popleft()
-                if queued:
-                    turn[call] = queued
-                if not waiting.cancelled:
-                    return waiting
+    def take(self, prefer_long: bool) -> Job | None:
+        """The next job of the preferred group, else of the other; its call moves to the end."""
+        for group in (self._groups[prefer_long], self._groups[not prefer_long]):
+            while group:
+                call, jobs = group.popitem(last=False)
+                job = jobs.popleft()
+                if jobs:
+                    group[call] = jobs
+                if not job.cancelled:
+                    return job
         return None
 
 
 class GrammarPool:
-    """The loop hands grammars in and asks `ready` once a step; threads do the work."""
+    """The loop submits grammars and asks `ready` once a step; threads do the work."""
 
     def __init__(
         self,
         compiler: GrammarCompiler,
         workers: int = limits.GRAMMAR_WORKERS,
-        new_checker: Callable[[], Guarded] = checker,
+        new_checker: Callable[[], Guarded] = new_checker,
     ) -> None:
+        """`new_checker` makes the checking process of one worker."""
         self._compiler = compiler
         self._queue = FairQueue()
-        self._waiting: dict[str, Waiting] = {}
-        self._running: dict[Waiting, Guarded] = {}
-        self._done: list[tuple[Waiting, Grammar | RequestError]] = []
+        self._jobs: dict[str, Job] = {}  # by rid, neither taken with `ready` nor cancelled
+        self._running: dict[Job, Guarded] = {}
+        self._done: list[tuple[Job, Grammar | RequestError]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._checkers = [new_checker() for _ in range(workers)]
         self._threads = [
-            threading.Thread(target=self._work, args=(number, own), name=f"grammar-{number}", daemon=True)
-            for number, own in enumerate(self._checkers)
+            threading.Thread(target=self._work, args=(number, checker), name=f"grammar-{number}", daemon=True)
+            for number, checker in enumerate(self._checkers)
         ]
         for thread in self._threads:
             thread.start()
@@ -85,89 +86,89 @@ class GrammarPool:
     @property
     def pending(self) -> int:
         """Requests that wait for their grammar; the loop must not block for long while there are any."""
-        return len(self._waiting)
+        return len(self._jobs)
 
     def warm(self) -> None:
         """Load what the first grammar would otherwise wait for."""
         with self._changed:
-            self._queue.put(Waiting(rid="", kind="regex", text="a", call=""))
+            self._queue.put(Job(rid="", kind="regex", text="a", call=""))
             self._changed.notify()
 
     def submit(self, rid: str, kind: str, text: str, call: str = "") -> None:
-        """Start to compile a request's grammar. `call`: what it shares its turns with; by default it is alone."""
-        waiting = Waiting(rid, kind, text, call or rid)
+        """Start to compile a request's grammar. `call`: the client's call; by default the request is its own."""
+        job = Job(rid, kind, text, call or rid)
         with self._changed:
-            self._waiting[rid] = waiting
-            self._queue.put(waiting)
+            self._jobs[rid] = job
+            self._queue.put(job)
             self._changed.notify()
 
     def cancel(self, rid: str) -> None:
         """Forget a request that was aborted, and end the work for it; unknown ones are ignored."""
         with self._changed:
-            waiting = self._waiting.pop(rid, None)
-            if waiting is None:
+            job = self._jobs.pop(rid, None)
+            if job is None:
                 return
-            waiting.cancelled, waiting.text = True, ""
-            if (busy := self._running.get(waiting)) is not None:
-                busy.end()
+            job.cancelled, job.text = True, ""
+            if (checker := self._running.get(job)) is not None:
+                checker.end()
 
     def ready(self) -> list[tuple[str, Grammar | RequestError]]:
-        """The requests whose grammar was decided since the last call, each with it or with its refusal."""
+        """The requests whose grammar was compiled or refused since the last call, with it or with the refusal."""
         with self._changed:
             done, self._done = self._done, []
-            mine = [(waiting, outcome) for waiting, outcome in done if self._waiting.get(waiting.rid) is waiting]
-            for waiting, _ in mine:
-                del self._waiting[waiting.rid]
-        return [(waiting.rid, outcome) for waiting, outcome in mine]
+            current = [(job, outcome) for job, outcome in done if self._jobs.get(job.rid) is job]
+            for job, _ in current:
+                del self._jobs[job.rid]
+        return [(job.rid, outcome) for job, outcome in current]
 
     def close(self) -> None:
         """End all threads and their processes."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for own in self._checkers:
-            own.end()
+        for checker in self._checkers:
+            checker.end()
         for thread in self._threads:
             thread.join()
-        for own in self._checkers:
-            own.close()
+        for checker in self._checkers:
+            checker.close()
         self._compiler.close()
 
     # in the threads
 
-    def _work(self, number: int, own: Guarded) -> None:
+    def _work(self, number: int, checker: Guarded) -> None:
         """Until the pool is closed. The checking process dies with this thread (runtime/process/parent_death.py)."""
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        while (waiting := self._take(bool(number % 2), own)) is not None:
-            outcome = self._outcome(waiting, own)
+        while (job := self._take(bool(number % 2), checker)) is not None:
+            outcome = self._compile(job, checker)
             with self._changed:
-                del self._running[waiting]
-                if waiting.cancelled:
+                del self._running[job]
+                if job.cancelled:
                     continue
                 if outcome is None:
-                    waiting.patient = True
-                    self._queue.put(waiting)
+                    job.long = True
+                    self._queue.put(job)
                     self._changed.notify()
                 else:
-                    self._done.append((waiting, outcome))
+                    self._done.append((job, outcome))
 
-    def _take(self, prefers_patient: bool, own: Guarded) -> Waiting | None:
+    def _take(self, prefer_long: bool, checker: Guarded) -> Job | None:
         with self._changed:
             while not self._closed:
-                if (waiting := self._queue.take(prefers_patient)) is not None:
-                    self._running[waiting] = own
-                    return waiting
+                if (job := self._queue.take(prefer_long)) is not None:
+                    self._running[job] = checker
+                    return job
                 self._changed.wait()
         return None
 
-    def _outcome(self, waiting: Waiting, own: Guarded) -> Grammar | RequestError | None:
-        """The grammar or its refusal; None: it needs a second turn."""
+    def _compile(self, job: Job, checker: Guarded) -> Grammar | RequestError | None:
+        """The grammar or its refusal; None: it needs a long try."""
         try:
-            return self._compiler.attempt(waiting.kind, waiting.text, own, patient=waiting.patient)
-        except TakesLong:
+            return self._compiler.try_compile(job.kind, job.text, checker, long=job.long)
+        except NeedsLongTry:
             return None
         except RequestError as error:
             return error
         except Exception:
-            log.exception("a grammar could not be compiled, for a reason that is not its own")
+            log.exception("a grammar could not be compiled, because of an error in this server")
             return RequestError("The grammar could not be compiled.", Kind.INTERNAL)

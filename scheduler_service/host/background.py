@@ -1,15 +1,15 @@
-"""Long work beside the loop: in a thread of its own, while the steps go on.
+"""Long work in a background thread, while the scheduler's loop goes on with its steps.
 
-Work that would slow a step on the CPU calls `breathe` between its pieces. It then takes turns with the loop: a slice
-of time between two steps and nothing during them, so that a step is later by that slice however much there is to do;
-after a step that was slower than usual, by less, since slow steps come in groups; before a step that is known to be
-long, by nothing. At the same time, the two would fight for the cores, which a step has all use for, for the lock of the
-interpreter and for that of the process's memory, and a step would be longer by a multiple of what is done meanwhile.
+Work that would slow a step on the CPU calls `yield_point` between its pieces. It is then throttled: it runs for a
+slice of time between two steps and not during them, so a step starts later by that slice, however much work there is.
+After a step that was slower than usual the slice is shorter, because slow steps come in groups; before a step that is
+known to be long there is none. Unthrottled, work and steps would compete for the cores (a step uses all of them), for
+the interpreter's lock and for the lock of the process's memory map, and steps would take several times as long.
 
-What waits for a disk or a network, and does not breathe, runs freely. For its sake the interpreter's switch interval
-is made short, since a step takes and drops that lock hundreds of times, and the thread has a lower priority. Work on
-tensors must itself see to it that it uses one thread (`scheduler_service/weights/update.py`); nothing here loads
-torch. It touches nothing that serves, so what goes wrong in it is the command's affair alone.
+Work that waits for a disk or a network, and calls no `yield_point`, runs all the time. For its sake the interpreter's
+switch interval is short, since a step takes and drops that lock hundreds of times, and the thread has a lower
+priority. Work on tensors must itself limit torch to one thread (`weights/staging.on_one_thread`); nothing here loads
+torch. The work touches nothing that serves, so its errors concern its own command only.
 """
 
 import contextlib
@@ -31,109 +31,107 @@ Result = TypeVar("Result")
 NICE = 5
 SWITCH_INTERVAL_S = 0.0002
 SLICE_S = 0.02  # of work in one turn of the loop
-SHORTEST_SLICE_S = 0.005  # less is not worth the cold caches
-STEP_WEIGHT = 0.1  # of the last step in what is usual
-TOLERANCE = 1.15  # times the usual is not slow yet
-MOST_SKIPPED = 3  # turns in a row before long steps
-PATIENCE_S = 0.06  # of the loop, for a piece of work that outlasts its slice
-LONGEST_BREATH_S = 1.0  # the loop may be busy with one long step
+SHORTEST_SLICE_S = 0.005  # a shorter one is not worth the cold caches
+STEP_WEIGHT = 0.1  # of the last step in the moving average of steps
+SLOW_FACTOR = 1.15  # a step is slow from this multiple of the average on
+MAX_SKIPPED = 3  # slices in a row that long steps may cost
+MAX_OVERRUN_S = 0.06  # how long the loop waits for a piece of work that outlasts its slice
+MAX_WAIT_S = 1.0  # of the work for a slice: the loop may be busy with one long step
 
 
-class Pace:
-    """How long a slice may be: less by what the last step was too slow by, since a slow one is rarely alone."""
+class SliceLength:
+    """How long a slice may be: shorter by the excess of the last step over the average of steps."""
 
     def __init__(self) -> None:
-        self._usual_s: float | None = None
+        self._average_s: float | None = None
 
-    def slice_after(self, step_s: float) -> float:
-        """Seconds; may be negative. A slowness that lasts becomes usual."""
-        if self._usual_s is None:
-            self._usual_s = step_s
-        too_slow_s = max(0.0, step_s - TOLERANCE * self._usual_s)
-        self._usual_s += STEP_WEIGHT * (step_s - self._usual_s)
-        return SLICE_S - too_slow_s
+    def after_step(self, step_s: float) -> float:
+        """Seconds; may be negative. Steps that stay slow become the average."""
+        if self._average_s is None:
+            self._average_s = step_s
+        excess_s = max(0.0, step_s - SLOW_FACTOR * self._average_s)
+        self._average_s += STEP_WEIGHT * (step_s - self._average_s)
+        return SLICE_S - excess_s
 
 
-class Turns:
-    """When work beside the loop may go on, and how long the loop waits for it.
+class CooperativeThrottle:
+    """Lets background work run in slices between steps. The loop calls `grant`, the work calls `yield_point`.
 
-    `clock`: seconds. `longest_breath_s`: after so long without a turn the work goes on all the same.
+    `clock`: seconds. `max_wait_s`: after so long without a slice the work goes on all the same; None: never.
     """
 
-    def __init__(
-        self, clock: Callable[[], float] = time.monotonic, longest_breath_s: float | None = LONGEST_BREATH_S
-    ) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, max_wait_s: float | None = MAX_WAIT_S) -> None:
         self._clock = clock
-        self._longest_breath_s = longest_breath_s
+        self._max_wait_s = max_wait_s
         self._granted = threading.Event()
-        self._resting = threading.Event()
-        self._until = clock()
-        self._pace = Pace()
+        self._work_waits = threading.Event()
+        self._slice_ends_at = clock()
+        self._length = SliceLength()
         self._granted_at = clock()
         self._skipped = 0
 
     def grant(self, long_step: bool = False) -> None:
-        """One more turn of the loop: where the work rests, let it go on for a slice of time, and wait until it rests.
+        """Once per turn of the loop: if the work waits at a yield point, let it run for a slice, until it waits again.
 
-        Work that does something else than it breathes for (it downloads, or is amid a long piece) is left alone.
-        `long_step`: the step that comes is longer than others, so that the work waits for the next, a few times.
+        Work that is elsewhere (it downloads, or is amid a long piece) is not waited for.
+        `long_step`: the next step is longer than others, so the work gets no slice now, a few times in a row at most.
         """
-        slice_s = self._pace.slice_after(self._clock() - self._granted_at)
-        self._skipped = self._skipped + 1 if long_step and self._skipped < MOST_SKIPPED else 0
-        if self._resting.is_set() and slice_s >= SHORTEST_SLICE_S and not self._skipped:
-            self._resting.clear()
-            self._until = self._clock() + slice_s
+        slice_s = self._length.after_step(self._clock() - self._granted_at)
+        self._skipped = self._skipped + 1 if long_step and self._skipped < MAX_SKIPPED else 0
+        if self._work_waits.is_set() and slice_s >= SHORTEST_SLICE_S and not self._skipped:
+            self._work_waits.clear()
+            self._slice_ends_at = self._clock() + slice_s
             self._granted.set()
-            self._resting.wait(PATIENCE_S)
+            self._work_waits.wait(MAX_OVERRUN_S)
         self._granted_at = self._clock()
 
-    def breathe(self) -> None:
-        """Go on at once while the slice lasts; else wait for the next."""
-        if self._clock() < self._until:
+    def yield_point(self) -> None:
+        """Return at once while the slice lasts; else wait for the next one."""
+        if self._clock() < self._slice_ends_at:
             return
         self._granted.clear()
-        self._resting.set()
-        if not self._granted.wait(self._longest_breath_s):
-            self._resting.clear()
+        self._work_waits.set()
+        if not self._granted.wait(self._max_wait_s):
+            self._work_waits.clear()
 
-    def end(self) -> None:
-        """The work is done: nobody need wait for it."""
-        self._resting.set()
-
-
-_own = threading.local()  # of a thread that works beside the loop: its turns
+    def finish(self) -> None:
+        """The work is done: the loop need not wait for it."""
+        self._work_waits.set()
 
 
-def breathe() -> None:
-    """Between two pieces of work: leave the cores to the steps where this is beside them; else nothing."""
-    turns: Turns | None = getattr(_own, "turns", None)
-    if turns is not None:
-        turns.breathe()
+_thread = threading.local()  # `throttle`: of the work that runs in this thread
+
+
+def yield_point() -> None:
+    """Between two pieces of background work: wait while a step runs. In other threads it does nothing."""
+    throttle: CooperativeThrottle | None = getattr(_thread, "throttle", None)
+    if throttle is not None:
+        throttle.yield_point()
 
 
 @contextlib.contextmanager
-def freely() -> Iterator[None]:
-    """Within it nothing waits for a turn: the steps run on another device, and leave the cores alone."""
-    turns, _own.turns = getattr(_own, "turns", None), None
+def unthrottled() -> Iterator[None]:
+    """Within it `yield_point` does nothing: for work beside steps that run on another device than the CPU."""
+    throttle, _thread.throttle = getattr(_thread, "throttle", None), None
     try:
         yield
     finally:
-        _own.turns = turns
+        _thread.throttle = throttle
 
 
-def beside(work: Callable[[], Result]) -> Generator[None, bool | None, Result]:
-    """Start `work` in a thread of its own; yields until it has ended, then returns what it did.
+def run_in_background(work: Callable[[], Result]) -> Generator[None, bool | None, Result]:
+    """Run `work` in a thread of its own; yields once per turn of the loop until it has ended, then returns its result.
 
-    May be sent, with each turn, whether the next step is longer than others. Raises CommandRefused as the work does,
-    and one with status 500 for any other exception.
+    The loop may send in whether its next step is longer than others. Raises the work's CommandRefused, and one with
+    status 500 for any other exception.
     """
     done: Future[Result] = Future()
-    turns = Turns()
+    throttle = CooperativeThrottle()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    threading.Thread(target=_run, args=(work, done, turns), name="beside", daemon=True).start()
+    threading.Thread(target=_run, args=(work, done, throttle), name="background", daemon=True).start()
     long_step: bool | None = False
     while not done.done():
-        turns.grant(bool(long_step))
+        throttle.grant(bool(long_step))
         long_step = yield
     try:
         return done.result()
@@ -144,8 +142,8 @@ def beside(work: Callable[[], Result]) -> Generator[None, bool | None, Result]:
         raise CommandRefused(f"Internal error: {type(error).__name__}: {error}", 500) from error
 
 
-def _run(work: Callable[[], Result], done: "Future[Result]", turns: Turns) -> None:
-    _own.turns = turns
+def _run(work: Callable[[], Result], done: "Future[Result]", throttle: CooperativeThrottle) -> None:
+    _thread.throttle = throttle
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
     try:
         result = work()
@@ -154,4 +152,4 @@ def _run(work: Callable[[], Result], done: "Future[Result]", turns: Turns) -> No
     else:
         done.set_result(result)
     finally:
-        turns.end()
+        throttle.finish()

@@ -9,11 +9,11 @@ PIECE_BYTES = 1 << 20
 PAGE_BYTES = 4096
 
 
-def warm(sizes: Iterable[int], breathe: Callable[[], None]) -> None:
+def warm(sizes: Iterable[int], yield_point: Callable[[], None]) -> None:
     """Have the system back the memory that tensors of these sizes (bytes), made next, will get.
 
-    Otherwise that happens while they are written to, at ten times the cost of writing. `breathe` is called now and
-    then.
+    Otherwise that happens while they are written to, at ten times the cost of writing. Calls `yield_point` after each
+    piece.
     """
     held = []
     for size in sizes:
@@ -21,7 +21,7 @@ def warm(sizes: Iterable[int], breathe: Callable[[], None]) -> None:
         held.append(memory)
         for start in range(0, size, PIECE_BYTES):
             memory[start : start + PIECE_BYTES : PAGE_BYTES] = 0
-            breathe()
+            yield_point()
 
 
 def give_back() -> None:

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.scheduler_service.weights.parameters import Weights
 
 
 @dataclass(frozen=True, slots=True)

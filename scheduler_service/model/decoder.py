@@ -10,8 +10,8 @@ from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ExpertSh
 from quartet.scheduler_service.model.heads import Head
 from quartet.scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, linear, norm_of
 from quartet.scheduler_service.model.spec import DecoderSpec
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.scheduler_service.weights.parameters import Weights
 
 
 class Decoder:

@@ -14,7 +14,7 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.runtime.config import ServerConfig
-from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.weights.parameters import Weights
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from quartet.scheduler_service.model.heads import ACTIVATIONS
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.spec import DecoderSpec, HeadLayer
 from quartet.scheduler_service.model.torch_backend import TorchBackend
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights.load import is_dummy, load_weights
+from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.pickled import checkpoint_of
 
 FAMILIES: dict[str, encoders.EncoderFamily] = {

@@ -16,8 +16,8 @@ from quartet.scheduler_service.model.batch import AttentionSpec, Batch
 from quartet.scheduler_service.model.encoder_spec import EncoderSpec
 from quartet.scheduler_service.model.heads import ACTIVATIONS, Head
 from quartet.scheduler_service.model.layers import linear
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.scheduler_service.weights.parameters import Weights
 
 GATED = {"gelu": reference.gelu_and_mul, "silu": reference.silu_and_mul}
 

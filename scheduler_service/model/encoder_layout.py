@@ -3,7 +3,7 @@
 from quartet.scheduler_service.model.encoder_spec import EncoderSpec
 from quartet.scheduler_service.model.heads import add_head
 from quartet.scheduler_service.model.layout import parts
-from quartet.scheduler_service.model.weights import Layout
+from quartet.scheduler_service.weights.parameters import Layout
 
 
 def encoder_layout(spec: EncoderSpec) -> Layout:

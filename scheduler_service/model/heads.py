@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.layers import linear
 from quartet.scheduler_service.model.spec import HeadLayer
-from quartet.scheduler_service.model.weights import Layout, Weights
+from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,

@@ -8,7 +8,7 @@ import torch
 from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.batch import AttentionSpec
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
-from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.weights.parameters import Weights
 
 
 @dataclass(frozen=True, slots=True)

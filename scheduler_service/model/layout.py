@@ -2,7 +2,7 @@
 
 from quartet.scheduler_service.model.heads import add_head
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
-from quartet.scheduler_service.model.weights import Layout
+from quartet.scheduler_service.weights.parameters import Layout
 
 HEAD = "lm_head.weight"
 
@@ -12,8 +12,8 @@ def decoder_layout(spec: DecoderSpec) -> Layout:
     own_lm_head = spec.generates and not spec.tied
     layout = Layout(ignored=frozenset(() if own_lm_head else {HEAD}))
     if spec.generates:
-        layout.ties[HEAD] = f"{spec.prefix}embed_tokens.weight"
-    layout.add("embed", (), [(f"{spec.prefix}embed_tokens.weight", spec.vocab_size)], spec.hidden_size)
+        layout.ties[HEAD] = embeddings_name(spec)
+    layout.add("embed", (), [(embeddings_name(spec), spec.vocab_size)], spec.hidden_size)
     layout.add("norm", (), [(f"{spec.prefix}norm.weight", spec.hidden_size)], None)
     add_head(layout, spec.score_head)
     if own_lm_head:
@@ -30,6 +30,10 @@ def decoder_layout(spec: DecoderSpec) -> Layout:
             add_mlp(layout, spec, dense, f"{prefix}mlp.")
             dense += 1
     return layout
+
+
+def embeddings_name(spec: DecoderSpec) -> str:
+    return f"{spec.prefix}embed_tokens.weight"
 
 
 def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str = "weight") -> list[tuple[str, int]]:

@@ -1,6 +1,7 @@
 """Which family serves an architecture, and the making of a model that is ready to run."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,12 +16,12 @@ from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_f
 from quartet.scheduler_service.model.dtype import resolve_dtype
 from quartet.scheduler_service.model.embedders import family_name, load_decoder_embedder, load_encoder
 from quartet.scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
-from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddings_name
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
+from quartet.scheduler_service.weights.parameters import Weights
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,9 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
 def load_native(
     spec: DecoderSpec, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
-    if not is_dummy(config):
-        spec = ties.settled(spec, Path(info.path))
+    if spec.generates and not is_dummy(config):
+        tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
+        spec = replace(spec, tied=tied)
     weights = Weights(decoder_layout(spec), dtype, device)
     model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)

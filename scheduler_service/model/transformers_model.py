@@ -24,11 +24,11 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.routers import Routers
-from quartet.scheduler_service.model.weights import Layout, Place, Weights
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
-from quartet.scheduler_service.weights.load import DUMMY_SEED, is_dummy, open_checkpoint, read_state, some
+from quartet.scheduler_service.weights.load import DUMMY_SEED, is_dummy, open_checkpoint, read_state, tensor_list
+from quartet.scheduler_service.weights.parameters import Layout, Place, Weights
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def build(config: ServerConfig, info: ModelInfo, dtype: torch.dtype) -> transfor
         raise StartupError(f"transformers cannot build {info.architecture} from {info.path}: {cause}") from error
     tie_missing(model, report["missing_keys"])
     if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"the checkpoint in {info.path} lacks {some(missing)}")
+        raise CheckpointError(f"the checkpoint in {info.path} lacks {tensor_list(missing)}")
     return model
 
 
@@ -211,7 +211,8 @@ def tie_missing(model: transformers.PreTrainedModel, missing: set[str]) -> None:
     tied = getattr(model, "_tied_weights_keys", None) or {}
     if missing and missing <= set(tied) and not missing & set(tied.values()):
         log.warning(
-            "config.json does not say so, but the model is tied: the checkpoint has no %s.", some(sorted(missing))
+            "config.json does not say so, but the model is tied: the checkpoint has no %s.",
+            tensor_list(sorted(missing)),
         )
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = True
         model.tie_weights()

@@ -1,13 +1,13 @@
-"""A model's safetensors files, described by their headers and read into memory of our own, never mapped.
+"""The tensors of a model directory, found in the headers of its safetensors files.
 
-A header is untrusted: it must be small, valid, and account for every byte of its file exactly once. What it may say is
-bounded before anything is computed from it, since reading it holds the lock of the interpreter.
+A header is untrusted: it must be small, valid, and account for every byte of its file exactly once. Its size and values
+are limited before anything is computed from it, since reading it holds the lock of the interpreter.
 """
 
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,6 @@ MAX_RANK = 8
 MAX_NAME_CHARS = 512
 MAX_SIZE = (1 << 63) - 1
 LENGTH_BYTES = 8
-CHUNK_BYTES = 32 << 20
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -63,11 +62,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     nbytes: int
-    origin: Path | None = None  # where `file` was made of another
+    origin: Path | None = None  # the file of the checkpoint that `file` was converted from
 
     @property
     def shown(self) -> Path:
-        """The file that people know."""
+        """The file of the checkpoint, for messages."""
         return self.origin or self.file
 
 
@@ -78,21 +77,15 @@ class Checkpoint:
     files: list[Path]
     tensors: dict[str, StoredTensor]
     indexed: bool  # the directory has an index file
-    scratch: tuple[object, ...] = ()  # what keeps files of ours alive that have no name
+    scratch: tuple[object, ...] = ()  # keeps converted files alive, which have no name
 
     @classmethod
     def open(cls, directory: Path) -> "Checkpoint":
         """Read all headers. Raises CheckpointError where a file is missing, damaged or ambiguous."""
         weight_map = read_index(directory)
         files = [directory / name for name in sorted(set(weight_map.values()))] or shard_files(directory)
-        tensors: dict[str, StoredTensor] = {}
-        for file in files:
-            for name, tensor in read_header(file).items():
-                if name in tensors:
-                    raise CheckpointError(f"tensor {short(name)} is in both {tensors[name].file} and {file}")
-                tensors[name] = tensor
-            check_count(directory, len(tensors))
-        check_index(directory, weight_map, tensors)
+        tensors = read_headers(directory, zip(files, files, strict=True))
+        check_index(directory / INDEX_NAME, weight_map, tensors)
         return cls(files, tensors, indexed=bool(weight_map))
 
 
@@ -132,16 +125,28 @@ def read_weight_map(path: Path, suffix: str) -> dict[str, str]:
 
 
 def check_count(where: Path, tensors: int) -> None:
+    """Raise CheckpointError for more tensors than any checkpoint has."""
     if tensors > MAX_TENSORS:
         raise CheckpointError(f"{where} has more than {MAX_TENSORS} tensors")
 
 
-def check_index(directory: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+def check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+    """Raise CheckpointError where a tensor is not in the file that the index says."""
     for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise CheckpointError(
-                f"{directory / INDEX_NAME} says that {short(name)} is in {short(file)}, which does not hold it"
-            )
+        if name not in tensors or tensors[name].shown.name != file:
+            raise CheckpointError(f"{index} says that {short(name)} is in {short(file)}, which does not hold it")
+
+
+def read_headers(directory: Path, files: Iterable[tuple[Path, Path]]) -> dict[str, StoredTensor]:
+    """The tensors of several files, each given as (file to read, file of the checkpoint). Raises CheckpointError."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, origin in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {short(name)} is in both {tensors[name].shown} and {origin}")
+            tensors[name] = tensor if file == origin else replace(tensor, origin=origin)
+        check_count(directory, len(tensors))
+    return tensors
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -176,7 +181,7 @@ def parse_header(header: bytes) -> dict[str, Header]:
     entries = parse_json(header)
     entries.pop("__metadata__", None)
     parsed = {}
-    for name, entry in entries.items():  # one by one: other threads get their turn between two
+    for name, entry in entries.items():  # one by one, so that other threads can run in between
         if len(name) > MAX_NAME_CHARS:
             raise ValueError(f"the name {short(name)} is longer than {MAX_NAME_CHARS} characters")
         try:
@@ -222,38 +227,3 @@ def parse_json(text: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError("not a JSON object")
     return data
-
-
-def read_tensor(stored: StoredTensor, target: torch.Tensor, descriptor: int, chunk_bytes: int = CHUNK_BYTES) -> None:
-    """Read a tensor's bytes from an open file into `target`, converting dtype and device on the way."""
-    dtype = DTYPES[stored.dtype]
-    if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
-        read_exactly(descriptor, bytes_of(target), stored.offset, stored.file)
-        return
-    assert target.is_contiguous(), stored
-    flat = target.view(-1)
-    buffer = torch.empty(min(flat.numel(), chunk_bytes // dtype.itemsize), dtype=dtype)
-    for start in range(0, flat.numel(), max(1, buffer.numel())):
-        part = flat[start : start + buffer.numel()]
-        chunk = buffer[: part.numel()]
-        offset = stored.offset + start * dtype.itemsize
-        read_exactly(descriptor, bytes_of(chunk), offset, stored.file)
-        part.copy_(chunk)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def read_exactly(descriptor: int, target: memoryview, offset: int, file: Path) -> None:
-    """Fill `target` from the file's bytes at `offset`. Raises CheckpointError when the file ends before."""
-    done = 0
-    while done < len(target):
-        try:
-            count = os.preadv(descriptor, [target[done : done + CHUNK_BYTES]], offset + done)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-        if count == 0:
-            raise CheckpointError(f"{file} was truncated while it was read, at byte {offset + done}")
-        done += count

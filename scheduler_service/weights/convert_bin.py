@@ -1,12 +1,12 @@
-"""The process that reads checkpoint files of torch.save and writes their tensors as safetensors; the only user of
-torch.load here. Started by quartet.scheduler_service.weights.pickled, it ends when that is done.
+"""A short-lived process that reads checkpoint files of torch.save and writes their tensors as safetensors.
 
-A pickle is a program. `weights_only` lets it build tensors and nothing else, and this process has a limit for memory,
-time and output, holds nothing of a server, and writes to descriptors that it is given.
+It is the only user of torch.load here; quartet.scheduler_service.weights.pickled starts it. A pickle is a program.
+`weights_only` lets it build tensors and nothing else, and this process has limits of memory, time and output, holds
+nothing of a server, and writes only to descriptors that it was given.
 
     python -m quartet.scheduler_service.weights.convert_bin PARENT_PID [FILE DESCRIPTOR]...
 
-Nothing comes from it when all went well, else one line that says which file could not be read, and why.
+It prints nothing when all files were converted, else one line that says which file could not be read, and why.
 """
 
 import json
@@ -40,15 +40,15 @@ NAMES |= {torch.int64: "I64"}
 
 
 class Refused(ValueError):
-    """The file is not what it should be."""
+    """The file holds something else than plain tensors by name."""
 
 
-def converted(file: Path, descriptor: int) -> None:
+def convert_file(file: Path, descriptor: int) -> None:
     """Write the tensors of a file to a descriptor. Raises Refused and whatever torch.load raises."""
     with opened(file) as found:  # a regular file, which torch.load then opens by its name
         size = os.fstat(found).st_size
         mapped = zipfile.is_zipfile(os.fdopen(os.dup(found), "rb"))
-    tensors = checked(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), output_limit(size))
+    tensors = plain_tensors(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), output_limit(size))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, tensor in tensors.items():
@@ -67,8 +67,8 @@ def converted(file: Path, descriptor: int) -> None:
             output.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def checked(state: Any, most_bytes: int) -> dict[str, torch.Tensor]:
-    """The tensors by name, when there is nothing else."""
+def plain_tensors(state: Any, most_bytes: int) -> dict[str, torch.Tensor]:
+    """The tensors by name. Raises Refused where there is anything else."""
     if not isinstance(state, dict) or not state:
         raise Refused("it does not hold tensors by name")
     if len(state) > MAX_TENSORS:
@@ -90,6 +90,7 @@ def checked(state: Any, most_bytes: int) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
+    """Convert the files of the command line, within limits."""
     arm_death_signal(int(sys.argv[1]))
     torch.set_num_threads(1)
     files = [Path(name) for name in sys.argv[2::2]]
@@ -97,7 +98,7 @@ def main() -> None:
     for file, descriptor in zip(files, map(int, sys.argv[3::2]), strict=True):
         try:
             with torch.no_grad():
-                converted(file, descriptor)
+                convert_file(file, descriptor)
         except Refused as error:
             fail(file, str(error))
         except Exception as error:  # what is wrong with a pickle can be anything
@@ -105,7 +106,7 @@ def main() -> None:
 
 
 def set_limits(sizes: list[int]) -> None:
-    """What files of these sizes may cost, one after the other."""
+    """Limit memory, output and time for converting files of these sizes, one after the other."""
     limit(resource.RLIMIT_AS, BASE_MEMORY_BYTES + 3 * max(sizes))
     limit(resource.RLIMIT_FSIZE, output_limit(max(sizes)) + MAX_HEADER_BYTES + LENGTH_BYTES)
     limit(resource.RLIMIT_CPU, round(time_limit_s(sum(sizes))))

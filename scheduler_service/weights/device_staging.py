@@ -1,15 +1,15 @@
-"""Bring a checkpoint's tensors to a GPU: several threads read, and every chunk is sent on while the next is read.
+"""Copies a checkpoint's tensors to a GPU: several threads read, and each chunk is sent while the next is read.
 
-    file ──preadv──► page-locked chunk ──copy engine──► its place in the buffers (by way of a scratch chunk, if the
+    file ──preadv──► page-locked chunk ──copy engine──► its place in the buffers (by way of a temporary tensor, if the
                      (two a thread)                     checkpoint has another dtype)
 
-What is wrong with the values is found on the device, once, at the end. Nothing here touches what is served.
+The values are checked on the device, once, at the end. Nothing here touches what is served.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -17,23 +17,14 @@ from queue import Empty, SimpleQueue
 import torch
 import xxhash
 
-from quartet.runtime.model_files.files import open_regular
 from quartet.scheduler_service.host.transfer import Arrival
-from quartet.scheduler_service.model.weights import Weights
-from quartet.scheduler_service.weights.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    CheckpointError,
-    StoredTensor,
-    bytes_of,
-    read_exactly,
-)
+from quartet.scheduler_service.weights.checkpoint import DTYPES, Checkpoint, CheckpointError, StoredTensor
+from quartet.scheduler_service.weights.parameters import Weights
+from quartet.scheduler_service.weights.tensor_io import bytes_of, open_file, read_exactly
 
 THREADS = 8
-CHUNK_BYTES = 8 << 20  # page-locking memory takes longer than reading into it: little of it, used again and again
-Digest = Callable[
-    [str, str], None
-]  # (name, xxh3 of its bytes): raises CheckpointError where it is not the one expected
+CHUNK_BYTES = 8 << 20  # page-locking memory takes longer than reading into it: little of it, reused many times
+CheckDigest = Callable[[str, str], None]  # (name, xxh3 of its bytes) → raises CheckpointError for a wrong one
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +33,17 @@ class Piece:
 
     name: str
     stored: StoredTensor
-    place: torch.Tensor | None  # the whole tensor on the device, flat; None: only read and hashed
+    target: torch.Tensor | None  # the whole tensor on the device, flat; None: only read and hashed
     start: int  # bytes from the tensor's beginning
     stop: int
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Page-locked memory, and when the device is done with what was in it."""
+    """Page-locked memory, and when the device has copied what was in it."""
 
     memory: torch.Tensor  # (bytes,) uint8
-    done: Arrival | None = None
+    copied: Arrival | None = None
 
 
 @dataclass(slots=True)
@@ -61,10 +52,10 @@ class Reader:
 
     device: torch.device
     chunk_bytes: int
-    digest: Digest | None
+    check_digest: CheckDigest | None
     chunks: list[Chunk] = field(default_factory=list)
     stream: torch.cuda.Stream | None = None
-    turn: int = 0
+    next_chunk: int = 0
 
     def __post_init__(self) -> None:
         pinned = self.device.type == "cuda"
@@ -74,22 +65,23 @@ class Reader:
             self.stream.wait_stream(torch.cuda.default_stream(self.device))  # the last swap may still read the target
 
     def read(self, pieces: "SimpleQueue[Piece]", stop: threading.Event) -> None:
-        """Read pieces until there are no more, and wait until they have arrived."""
+        """Read pieces until there are no more, and wait until the device has all of them."""
         descriptors: dict[Path, int] = {}
         try:
-            with torch.no_grad(), torch.cuda.stream(self.stream):  # no stream: the context does nothing
+            with ExitStack() as files, torch.no_grad(), torch.cuda.stream(self.stream):  # no stream: it does nothing
                 for piece in taken(pieces, stop):
-                    self.read_piece(piece, opened(piece.stored.file, descriptors))
+                    file = piece.stored.file
+                    if file not in descriptors:
+                        descriptors[file] = files.enter_context(open_file(file))
+                    self.read_piece(piece, descriptors[file])
                 Arrival(self.device).wait()
         except BaseException:
             stop.set()
             raise
-        finally:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
 
     def read_piece(self, piece: Piece, descriptor: int) -> None:
-        digest = None if self.digest is None else xxhash.xxh3_64()
+        """Send one piece to the device chunk by chunk. Raises CheckpointError for a wrong digest."""
+        digest = None if self.check_digest is None else xxhash.xxh3_64()
         for start in range(piece.start, piece.stop, self.chunk_bytes):
             size = min(self.chunk_bytes, piece.stop - start)
             chunk = self.free_chunk()
@@ -97,18 +89,18 @@ class Reader:
             read_exactly(descriptor, bytes_of(memory), piece.stored.offset + start, piece.stored.file)
             if digest is not None:
                 digest.update(bytes_of(memory))
-            if piece.place is not None:
-                put(memory, piece.stored, piece.place, start)
-                chunk.done = Arrival(self.device)
-        if digest is not None and self.digest is not None:
-            self.digest(piece.name, digest.hexdigest())
+            if piece.target is not None:
+                send_chunk(memory, piece.stored, piece.target, start)
+                chunk.copied = Arrival(self.device)
+        if digest is not None and self.check_digest is not None:
+            self.check_digest(piece.name, digest.hexdigest())
 
     def free_chunk(self) -> Chunk:
-        """The chunk that was used longest ago, once the device has taken what was in it."""
-        chunk = self.chunks[self.turn % len(self.chunks)]
-        self.turn += 1
-        if chunk.done is not None:
-            chunk.done.wait()
+        """The chunk that was used longest ago, once the device has copied what was in it."""
+        chunk = self.chunks[self.next_chunk % len(self.chunks)]
+        self.next_chunk += 1
+        if chunk.copied is not None:
+            chunk.copied.wait()
         return chunk
 
 
@@ -121,49 +113,44 @@ def taken(pieces: "SimpleQueue[Piece]", stop: threading.Event) -> Iterator[Piece
             return
 
 
-def opened(file: Path, descriptors: dict[Path, int]) -> int:
-    if file not in descriptors:
-        try:
-            descriptors[file] = open_regular(file)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    return descriptors[file]
-
-
-def put(memory: torch.Tensor, stored: StoredTensor, place: torch.Tensor, start: int) -> None:
-    """Send a chunk's bytes to their elements of `place`, converted on the device."""
+def send_chunk(memory: torch.Tensor, stored: StoredTensor, target: torch.Tensor, start: int) -> None:
+    """Copy the bytes of a tensor from `start` on to their elements of the flat `target`, converted on the device."""
     values = memory.view(DTYPES[stored.dtype])
     first = start // values.element_size()
-    target = place[first : first + len(values)]
-    if values.dtype == target.dtype:
-        target.copy_(values, non_blocking=True)
+    part = target[first : first + len(values)]
+    if values.dtype == part.dtype:
+        part.copy_(values, non_blocking=True)
     else:
-        target.copy_(values.to(target.device, non_blocking=True))
+        part.copy_(values.to(part.device, non_blocking=True))
 
 
-def read(
+def read_to_device(
     checkpoint: Checkpoint,
     names: list[str],
     target: Weights,
-    digest: Digest | None = None,
+    check_digest: CheckDigest | None = None,
     threads: int = THREADS,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
-    """Copy tensors to their places. Raises CheckpointError, also for values that are not finite; the contents of
-    `target` are undefined then. With `digest` every tensor is hashed on its way, and those without a place, too."""
+    """Copy tensors to their places. With `check_digest` every tensor is hashed, those without a place too.
+
+    Raises CheckpointError, also for values that are not finite; the contents of `target` are undefined then.
+    """
     pieces: SimpleQueue[Piece] = SimpleQueue()
-    for piece in cut(checkpoint, names, target, chunk_bytes, whole=digest is not None):
+    for piece in pieces_of(checkpoint, names, target, chunk_bytes, whole=check_digest is not None):
         pieces.put(piece)
     stop = threading.Event()
     with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
-        readers = [Reader(target.device, chunk_bytes, digest) for _ in range(threads)]
+        readers = [Reader(target.device, chunk_bytes, check_digest) for _ in range(threads)]
         for done in [pool.submit(reader.read, pieces, stop) for reader in readers]:
             done.result()
     check_finite(target, [name for name in names if name in target.layout.places])
 
 
-def cut(checkpoint: Checkpoint, names: list[str], target: Weights, chunk_bytes: int, whole: bool) -> Iterator[Piece]:
-    """The pieces of all tensors, in the order of the file; a tensor that is hashed stays in one."""
+def pieces_of(
+    checkpoint: Checkpoint, names: list[str], target: Weights, chunk_bytes: int, whole: bool
+) -> Iterator[Piece]:
+    """The pieces of all tensors, in the order of the file; `whole`: one piece a tensor."""
     for name in names:
         stored = checkpoint.tensors[name]
         place = target.view(name).view(-1) if name in target.layout.places else None
@@ -173,7 +160,7 @@ def cut(checkpoint: Checkpoint, names: list[str], target: Weights, chunk_bytes: 
 
 
 def check_finite(weights: Weights, names: list[str]) -> None:
-    """Raise CheckpointError for NaN and infinities: one look at the device for all tensors."""
+    """Raise CheckpointError for NaN and infinities; waits for the device once for all tensors."""
     views = [weights.view(name) for name in names]
     if not views:
         return
@@ -183,8 +170,8 @@ def check_finite(weights: Weights, names: list[str]) -> None:
             raise CheckpointError(f"tensor {name} holds values that are not finite")
 
 
-def changed(live: Weights, staged: Weights, names: list[str]) -> frozenset[str]:
-    """The tensors whose bits differ, found where they lie; a device compares as fast as it copies."""
+def changed_tensors(live: Weights, staged: Weights, names: list[str]) -> frozenset[str]:
+    """The tensors whose bits differ, compared on the device, which is as fast as copying."""
     differ = [(bits(live.view(name)) != bits(staged.view(name))).any() for name in names]
     return frozenset(name for name, is_new in zip(names, torch.stack(differ).tolist(), strict=True) if is_new)
 

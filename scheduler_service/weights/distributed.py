@@ -1,7 +1,6 @@
-"""Groups of processes in which a trainer broadcasts weights: rank 0 is the trainer, it sends, we receive.
+"""Process groups in which a trainer broadcasts weights: rank 0 is the trainer and sends, the servers receive.
 
-A group is joined, used and left in background threads only; all calls here block until the peers have done their
-part, or the time is over.
+All calls here block until the peers have done their part or the timeout is over, so they run in background threads.
 """
 
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ NEEDS_GPU = ("nccl",)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a group meets and what it looks like."""
+class GroupSpec:
+    """The address where the processes of a group meet, and this server's rank in it."""
 
     address: str
     port: int
@@ -33,8 +32,8 @@ class Place:
     backend: str
 
     @classmethod
-    def of(cls, command: InitWeightsUpdateGroup) -> "Place":
-        """Some trainers send the port as a string."""
+    def of(cls, command: InitWeightsUpdateGroup) -> "GroupSpec":
+        """Raises CommandRefused for a port that is none; some trainers send it as a string."""
         try:
             port = int(command.master_port)
         except ValueError:
@@ -45,34 +44,34 @@ class Place:
         return cls(command.master_address, port, rank, size, command.group_name, command.backend)
 
 
-def join(place: Place) -> "dist.ProcessGroup":
-    """Meet the trainer. Raises CommandRefused when the group does not come about."""
-    if place.backend in NEEDS_GPU and not torch.cuda.is_available():
-        raise failed_to_join(f'backend "{place.backend}" needs a GPU, and this server has none: use "gloo"')
-    if not 0 < place.rank < place.world_size:
-        raise failed_to_join(f"rank {place.rank} of {place.world_size}: the trainer is rank 0, servers follow it")
+def join(spec: GroupSpec) -> "dist.ProcessGroup":
+    """Meet the trainer. Raises CommandRefused when that fails."""
+    if spec.backend in NEEDS_GPU and not torch.cuda.is_available():
+        raise failed_to_join(f'backend "{spec.backend}" needs a GPU, and this server has none: use "gloo"')
+    if not 0 < spec.rank < spec.world_size:
+        raise failed_to_join(f"rank {spec.rank} of {spec.world_size}: the trainer is rank 0, servers follow it")
     try:
-        where = f"tcp://{place.address}:{place.port}"
-        store, _, _ = next(rendezvous(where, place.rank, place.world_size, timeout=TIMEOUT))
+        where = f"tcp://{spec.address}:{spec.port}"
+        store, _, _ = next(rendezvous(where, spec.rank, spec.world_size, timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
-        return new_group(place, store)
+        return new_group(spec, store)
     except (RuntimeError, ValueError) as error:  # the errors of torch.distributed derive from RuntimeError
         raise failed_to_join(first_line(error)) from error
 
 
-def new_group(place: Place, store: "c10d.Store") -> "dist.ProcessGroup":
-    """A group besides the default one. Trainers make theirs with the same helper, so both look under the same keys."""
+def new_group(spec: GroupSpec, store: "c10d.Store") -> "dist.ProcessGroup":
+    """A group besides the default one. Trainers use the same helper, so both use the same keys of the store."""
     group: dist.ProcessGroup
     group, _ = c10d._new_process_group_helper(
-        place.world_size,
-        place.rank,
+        spec.world_size,
+        spec.rank,
         [],
-        dist.Backend(place.backend),
-        c10d.PrefixStore(place.name, store),
-        group_name=c10d.GroupName(place.name),
+        dist.Backend(spec.backend),
+        c10d.PrefixStore(spec.name, store),
+        group_name=c10d.GroupName(spec.name),
         timeout=TIMEOUT,
     )
-    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(place.world_size)}
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(spec.world_size)}
     return group
 
 
@@ -81,7 +80,7 @@ def failed_to_join(reason: str) -> CommandRefused:
 
 
 def receive(group: "dist.ProcessGroup", tensors: list[torch.Tensor]) -> None:
-    """What the trainer broadcasts, in order. Raises RuntimeError when it does not, or the peers disagree."""
+    """Fill the tensors with what the trainer broadcasts, in order. Raises RuntimeError when that fails."""
     for pending in [group.broadcast(tensor, TRAINER) for tensor in tensors]:
         pending.wait()
 

@@ -1,4 +1,4 @@
-"""Looking at the weights that serve: hashes, a copy to compare with, the first rows of a tensor."""
+"""Inspects the weights that serve: hashes, a snapshot to compare with, the first rows of a tensor."""
 
 from collections.abc import Collection
 from typing import Any
@@ -9,10 +9,10 @@ import xxhash
 from quartet.runtime import limits
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.shorten import short
-from quartet.scheduler_service.host.background import breathe
-from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.host.background import yield_point
+from quartet.scheduler_service.weights.parameters import Weights
 
-ROWS_AT_ONCE = 64
+ROWS_PER_PIECE = 64
 
 
 class Inspection:
@@ -23,6 +23,7 @@ class Inspection:
         self._snapshot: dict[str, torch.Tensor] | None = None
 
     def names(self, skipped: Collection[str] | None) -> list[str]:
+        """The model's tensors, sorted, without the skipped ones."""
         left_out = frozenset(skipped or ())
         return sorted(name for name in self._weights.names() if name not in left_out)
 
@@ -31,7 +32,7 @@ class Inspection:
         checksums = {name: self._weights.checksum(name) for name in names}
         return checksums, digest_of(checksums)
 
-    def keep_snapshot(self, names: list[str]) -> None:
+    def take_snapshot(self, names: list[str]) -> None:
         self._snapshot = {name: self._weights.view(name).to("cpu", copy=True) for name in names}
 
     def differing(self, names: list[str]) -> list[str] | None:
@@ -57,14 +58,14 @@ class Inspection:
                 f"truncate_size {short(count)} is too large: at most {most} rows of {per_row} are shown."
             )
         rows: list[Any] = []
-        for start in range(0, len(own_rows), ROWS_AT_ONCE):
-            breathe()
-            rows += own_rows[start : start + ROWS_AT_ONCE].float().cpu().tolist()
+        for start in range(0, len(own_rows), ROWS_PER_PIECE):
+            yield_point()
+            rows += own_rows[start : start + ROWS_PER_PIECE].float().cpu().tolist()
         return rows
 
 
 def as_bytes(values: torch.Tensor) -> torch.Tensor:
-    """NaN is not equal to itself, its bytes are."""
+    """For comparisons: NaN is not equal to itself, but its bytes are."""
     return values.contiguous().view(torch.uint8)
 
 

@@ -1,11 +1,9 @@
-"""Fill a model's weights from its directory.
+"""Fills a model's weights from its directory.
 
-`check` compares names, shapes and dtypes before a byte is copied; `read` does the copying. Both take any `Weights` of
-the model's layout, so an update can fill a staging copy in a background thread while the live one serves.
+`check_tensors` compares names, shapes and dtypes before a byte is copied; `read_weights` copies.
 """
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,39 +11,39 @@ import torch
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_files.files import open_regular
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host.device import shortage
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.weights import device_staging, pickled, ties
-from quartet.scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError, read_tensor
-from quartet.scheduler_service.weights.progress import shown
+from quartet.scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError
+from quartet.scheduler_service.weights.parameters import Weights
+from quartet.scheduler_service.weights.progress import with_progress
+from quartet.scheduler_service.weights.tensor_io import open_file, read_chunks
 
 log = logging.getLogger(__name__)
 
-NAMES_SHOWN = 8  # of a long list of tensors
+MAX_NAMES = 8  # of a long list of tensors that are shown
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DUMMY_SEED = 0
 
 
 def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> None:
-    """Fill `weights` by --load-format and let what follows them follow. Raises StartupError."""
+    """Fill `weights` by --load-format, and have the layers use them. Raises StartupError."""
     if weights.device.type == "cpu":  # a GPU has said so already
         check_room(weights.served_bytes(), weights.device)
     if is_dummy(config):
         weights.fill_random(config.random_seed or DUMMY_SEED)
     else:
-        checkpoint = ties.completed(open_checkpoint(Path(info.path)), weights.layout)
-        check(checkpoint, weights)
-        read(checkpoint, weights, shown(checkpoint.files))
-        pickled.forget()
+        checkpoint = ties.with_tied_tensors(open_checkpoint(Path(info.path)), weights.layout)
+        check_tensors(checkpoint, weights)
+        read_weights(checkpoint, weights, with_progress(checkpoint.files))
+        pickled.forget_converted()
     weights.after_update()
 
 
-def check_room(wanted: int, device: torch.device) -> None:
-    """Raise StartupError where so many bytes of weights have no room; the kernel would end the process later."""
-    if reason := shortage(wanted, device):
+def check_room(needed: int, device: torch.device) -> None:
+    """Raise StartupError where there is no room for so many bytes: the kernel would kill the process later."""
+    if reason := shortage(needed, device):
         raise StartupError(
             f"no room for the model's weights and the copies that are computed with: {reason}; "
             "allow the server more memory, or serve a smaller model"
@@ -68,7 +66,7 @@ def check_format(load_format: str, directory: Path) -> None:
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """The directory's checkpoint, with the log lines that say what was found."""
+    """The directory's checkpoint; logs what was found."""
     checkpoint = pickled.checkpoint_of(directory)
     log.info("Using model weights format ['*.%s']", "bin" if checkpoint.scratch else "safetensors")
     if not checkpoint.indexed and not checkpoint.scratch:
@@ -76,11 +74,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return checkpoint
 
 
-def check(checkpoint: Checkpoint, weights: Weights) -> None:
-    """Every tensor of the model must be there, in its shape and a floating dtype; raises CheckpointError if not."""
+def check_tensors(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Raise CheckpointError unless every tensor of the model is there, in its shape and a float dtype."""
     names = weights.names()
     if missing := [name for name in names if name not in checkpoint.tensors]:
-        raise CheckpointError(f"the checkpoint lacks {some(missing)}")
+        raise CheckpointError(f"the checkpoint lacks {tensor_list(missing)}")
     for name, (shape, _) in names.items():
         stored = checkpoint.tensors[name]
         if stored.shape != shape:
@@ -90,17 +88,17 @@ def check(checkpoint: Checkpoint, weights: Weights) -> None:
         if stored.dtype not in DTYPES:
             raise CheckpointError(f"{stored.shown}: tensor {name} is {stored.dtype}, which is not supported")
     if unexpected := sorted(checkpoint.tensors.keys() - names.keys() - weights.layout.ignored):
-        log.warning("The model has no use for %s of the checkpoint.", some(unexpected))
+        log.warning("The model has no use for %s of the checkpoint.", tensor_list(unexpected))
 
 
-def read(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> None:
+def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> None:
     """Copy every tensor to its place, file by file, in the order of the bytes on disk."""
     if weights.device.type == "cuda":
         names = sorted(weights.names(), key=lambda name: checkpoint.tensors[name].offset)
         for file in files:
-            device_staging.read(checkpoint, [n for n in names if checkpoint.tensors[n].file == file], weights)
+            device_staging.read_to_device(checkpoint, [n for n in names if checkpoint.tensors[n].file == file], weights)
         return
-    read_into(checkpoint, {name: weights.view(name) for name in weights.names()}, files)
+    read_tensors(checkpoint, {name: weights.view(name) for name in weights.names()}, files)
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -108,27 +106,22 @@ def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     stored = checkpoint.tensors.items()
     check_room(sum(tensor.nbytes for _, tensor in stored), torch.device("cpu"))
     state = {name: torch.empty(t.shape, dtype=DTYPES[t.dtype]) for name, t in stored if t.dtype in DTYPES}
-    read_into(checkpoint, state, shown(checkpoint.files))
+    read_tensors(checkpoint, state, with_progress(checkpoint.files))
     return state
 
 
-def read_into(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: Iterable[Path]) -> None:
+def read_tensors(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files: Iterable[Path]) -> None:
     """Copy tensors to the targets of the same names."""
     names = sorted(targets, key=lambda name: checkpoint.tensors[name].offset)
     for file in files:
-        try:
-            descriptor = open_regular(file)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-        try:
+        with open_file(file) as descriptor:
             for name in names:
                 if checkpoint.tensors[name].file == file:
-                    read_tensor(checkpoint.tensors[name], targets[name], descriptor)
-        finally:
-            os.close(descriptor)
+                    for _ in read_chunks(checkpoint.tensors[name], targets[name], descriptor):
+                        pass
 
 
-def some(names: list[str]) -> str:
+def tensor_list(names: list[str]) -> str:
     """For example `2 tensors: a, b`."""
-    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(map(short, names[:NAMES_SHOWN]))}{rest}"
+    rest = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{len(names)} tensor{'s'[: len(names) != 1]}: {', '.join(map(short, names[:MAX_NAMES]))}{rest}"

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors must hash to: tensor name → xxh3 (64 bits, 16 hex digits) of its bytes in the file.
+"""A manifest says what a checkpoint's tensors must hash to: tensor name → xxh3 (64 bits, 16 hex digits) of its bytes.
 
 `python -m quartet.scheduler_service.weights.manifest DIRECTORY` prints the manifest of a directory as JSON,
 ready to be sent as `manifest` of /update_weights_from_disk. A trainer can make it while it saves:
@@ -12,17 +12,11 @@ from pathlib import Path
 
 import xxhash
 
-from quartet.runtime.model_files.files import opened
 from quartet.runtime.shorten import short
-from quartet.scheduler_service.weights.checkpoint import (
-    CHUNK_BYTES,
-    Checkpoint,
-    CheckpointError,
-    StoredTensor,
-    read_exactly,
-)
-from quartet.scheduler_service.weights.load import some
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from quartet.scheduler_service.weights.load import tensor_list
 from quartet.scheduler_service.weights.pickled import checkpoint_of
+from quartet.scheduler_service.weights.tensor_io import bytes_of, open_file, read_chunks
 
 Manifest = Mapping[str, str]
 
@@ -30,20 +24,15 @@ Manifest = Mapping[str, str]
 def check_names(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless manifest and checkpoint name the same tensors."""
     if unlisted := sorted(checkpoint.tensors.keys() - manifest.keys()):
-        raise CheckpointError(f"the manifest lacks {some(unlisted)}")
+        raise CheckpointError(f"the manifest lacks {tensor_list(unlisted)}")
     if missing := sorted(manifest.keys() - checkpoint.tensors.keys()):
-        raise CheckpointError(f"the checkpoint lacks {some(missing)} of the manifest")
+        raise CheckpointError(f"the checkpoint lacks {tensor_list(missing)} of the manifest")
 
 
 def check_digest(manifest: Manifest, name: str, digest: str) -> None:
-    if (expected := manifest[name].lower()) != digest:
+    """Raise CheckpointError where the manifest has another digest of a tensor; it need not list tied tensors."""
+    if (expected := manifest.get(name, digest).lower()) != digest:
         raise CheckpointError(f"tensor {name} hashes to {digest}, the manifest says {short(expected)}")
-
-
-def check_listed(manifest: Manifest, name: str, digest: str) -> None:
-    """The same, for the tensors that the checkpoint itself holds."""
-    if name in manifest:
-        check_digest(manifest, name, digest)
 
 
 def manifest_of(directory: Path) -> dict[str, str]:
@@ -53,13 +42,11 @@ def manifest_of(directory: Path) -> dict[str, str]:
 
 
 def digest_of(stored: StoredTensor) -> str:
+    """The digest of a tensor's bytes in its file. Raises CheckpointError."""
     digest = xxhash.xxh3_64()
-    buffer = memoryview(bytearray(min(stored.nbytes, CHUNK_BYTES)))
-    with opened(stored.file) as descriptor:
-        for start in range(0, stored.nbytes, CHUNK_BYTES):
-            chunk = buffer[: min(CHUNK_BYTES, stored.nbytes - start)]
-            read_exactly(descriptor, chunk, stored.offset + start, stored.file)
-            digest.update(chunk)
+    with open_file(stored.file) as descriptor:
+        for values, _ in read_chunks(stored, None, descriptor):
+            digest.update(bytes_of(values))
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints that torch.save wrote (`pytorch_model*.bin`): served where a directory has no safetensors files.
+"""Checkpoints that torch.save wrote (`pytorch_model*.bin`), used where a directory has no safetensors files.
 
-Such a file is a pickle, so no process that serves opens it. A short-lived one does (`convert_bin`), under limits, and
-writes safetensors to a file of ours that has no name: it is gone with the last descriptor, however this process ends.
+Such a file is a pickle, so no serving process opens it. A short-lived process does (`convert_bin`), under limits, and
+writes safetensors to a temporary file without a name, which disappears when the last descriptor is closed.
 """
 
 import logging
@@ -13,15 +13,14 @@ from pathlib import Path
 
 from quartet.runtime.model_files.files import present
 from quartet.runtime.process.python_path import python_path
-from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import (
     Checkpoint,
     CheckpointError,
-    StoredTensor,
-    check_count,
-    read_header,
+    check_index,
+    read_headers,
     read_weight_map,
 )
+from quartet.scheduler_service.weights.file_identity import FileIdentity, identity_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ BASE_MEMORY_BYTES = 8 << 30  # of address space, what torch maps for itself
 
 
 class Scratch:
-    """A file without a name, of which other code may know the path below /proc."""
+    """A temporary file without a name; `path` is its descriptor below /proc."""
 
     def __init__(self) -> None:
         with tempfile.TemporaryFile(prefix="quartet-bin-") as file:
@@ -52,28 +51,33 @@ class Scratch:
         os.close(self.descriptor)
 
 
-_converted: dict[Path, tuple[tuple[object, ...], Checkpoint]] = {}  # the last one, for those who look at it again
+_converted: dict[Path, tuple[list[FileIdentity], Checkpoint]] = {}  # the last one, if it is opened again
 
 
 def checkpoint_of(directory: Path) -> Checkpoint:
-    """The checkpoint of a directory, of whichever kind. Raises CheckpointError."""
+    """The checkpoint of a directory, in safetensors or *.bin files. Raises CheckpointError."""
     files = pickled_files(directory)
     if not files:
         return Checkpoint.open(directory)
-    state = tuple(map(state_of, files))
+    identities = list(map(identity_of, files))
     known = _converted.get(directory)
-    if known is None or known[0] != state:
-        forget()
-        _converted[directory] = known = state, converted(directory, files)
-        if state != tuple(map(state_of, files)):
-            forget()
+    if known is None or known[0] != identities:
+        forget_converted()
+        _converted[directory] = known = identities, converted(directory, files)
+        if identities != list(map(identity_of, files)):
+            forget_converted()
             raise CheckpointError(f"a file of {directory} was changed while it was read")
     return known[1]
 
 
-def forget() -> None:
-    """Give the disk space of converted checkpoints back, once nobody reads them."""
+def forget_converted() -> None:
+    """Free the disk space of converted checkpoints, once nothing reads them."""
     _converted.clear()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a directory's weights, of either format."""
+    return pickled_files(directory) or sorted(directory.glob("*.safetensors"))
 
 
 def pickled_files(directory: Path) -> list[Path]:
@@ -87,15 +91,6 @@ def pickled_files(directory: Path) -> list[Path]:
     return sorted(directory.glob(SHARDS))
 
 
-def state_of(file: Path) -> tuple[object, ...]:
-    """What changes when a file is written to or replaced."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    return file, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
 def converted(directory: Path, files: list[Path]) -> Checkpoint:
     """The checkpoint that these files hold, as safetensors."""
     log.warning(
@@ -104,26 +99,15 @@ def converted(directory: Path, files: list[Path]) -> Checkpoint:
         directory,
         tempfile.gettempdir(),
     )
-    scratches = convert(files)
-    tensors: dict[str, StoredTensor] = {}
-    for file, scratch in zip(files, scratches, strict=True):
-        for name, tensor in read_header(scratch.path).items():
-            if name in tensors:
-                raise CheckpointError(f"tensor {short(name)} is in both {tensors[name].shown} and {file}")
-            tensors[name] = StoredTensor(
-                tensor.file, tensor.dtype, tensor.shape, tensor.offset, tensor.nbytes, origin=file
-            )
-        check_count(directory, len(tensors))
+    scratches = run_converter(files)
+    paths = [scratch.path for scratch in scratches]
+    tensors = read_headers(directory, zip(paths, files, strict=True))
     weight_map = read_weight_map(directory / INDEX_NAME, ".bin")
-    for name, file_name in weight_map.items():
-        if name not in tensors or tensors[name].shown.name != file_name:
-            raise CheckpointError(
-                f"{directory / INDEX_NAME} says that {short(name)} is in {short(file_name)}, which does not hold it"
-            )
-    return Checkpoint([scratch.path for scratch in scratches], tensors, bool(weight_map), tuple(scratches))
+    check_index(directory / INDEX_NAME, weight_map, tensors)
+    return Checkpoint(paths, tensors, bool(weight_map), tuple(scratches))
 
 
-def convert(files: list[Path]) -> list[Scratch]:
+def run_converter(files: list[Path]) -> list[Scratch]:
     """Have files converted, all by one process. Raises CheckpointError with the reason."""
     try:
         size = sum(file.stat().st_size for file in files)

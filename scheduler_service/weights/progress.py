@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 LABEL = "Loading safetensors checkpoint shards"
 
 
-def shown(items: Sequence[Item]) -> Iterator[Item]:
+def with_progress(items: Sequence[Item]) -> Iterator[Item]:
     """Yield the items and print a line before the first and after each."""
     begun = time.monotonic()
     say(line(0, len(items), 0.0), sys.stderr)

@@ -1,8 +1,8 @@
-"""Which weights were committed last: one small file in the run directory, replaced as a whole.
+"""Records which weights serve, in one small file of the run directory that is replaced as a whole.
 
-A scheduler that is started again in the same boot loads these. Weights that came over the wire are on no disk: they
-are recorded with the checkpoint they were laid over, and are gone after a restart; the file says so. Trainers write to
-the same directory again and again: what was rewritten since is served under another version, for it is another.
+A scheduler that is restarted in the same boot loads these. Weights that came in requests are not on disk: after a
+restart the checkpoint that they updated serves again, and the record says so. Trainers often write new weights to the
+same directory: if it was rewritten since, it is served under another version.
 """
 
 import logging
@@ -13,12 +13,12 @@ import msgspec
 from quartet.runtime import records
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.scheduler_service.weights.pickled import pickled_files
+from quartet.scheduler_service.weights.pickled import weight_files
 
 log = logging.getLogger(__name__)
 
 NAME = "weights.json"
-REWRITTEN = "{}-rewritten"  # the version of a directory that has changed since that version was read from it
+REWRITTEN = "{}-rewritten"  # the version of a directory that was changed since version {} was read from it
 
 
 class Committed(msgspec.Struct, kw_only=True):
@@ -29,32 +29,31 @@ class Committed(msgspec.Struct, kw_only=True):
     weight_version: str  # what the weights of that directory are called
     load_format: str = "auto"
     files: dict[str, list[int]] = {}  # name → size and time of change (ns), as they were read
-    patched: bool = False  # later updates came over the wire, not from that directory, and have labels of their own
+    patched: bool = False  # later updates came in requests, not from that directory; their versions are not recorded
 
 
-def write(run_dir: str, committed: Committed) -> None:
+def write_record(run_dir: str, committed: Committed) -> None:
     """Replace the record. Raises OSError."""
     records.write(run_dir, NAME, committed)
 
 
-def read(run_dir: str) -> Committed | None:
-    """What was committed last in this boot, if anything was."""
+def read_record(run_dir: str) -> Committed | None:
+    """The record of this boot, if there is one."""
     return records.read(run_dir, NAME, Committed)
 
 
 def files_of(directory: Path) -> dict[str, list[int]]:
     """The checkpoint's files as `Committed.files` has them."""
-    files = pickled_files(directory) or sorted(directory.glob("*.safetensors"))
-    found = {path.name: path.stat() for path in files if path.exists()}
+    found = {path.name: path.stat() for path in weight_files(directory) if path.exists()}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
 def restored(config: ServerConfig, run_dir: str) -> ServerConfig:
-    """The configuration of a scheduler that is started (again): it names the weights that were committed last.
+    """The configuration with the recorded weights, for a scheduler that is started or restarted.
 
-    Raises StartupError when these are gone.
+    Raises StartupError when these weights do not exist any more.
     """
-    committed = read(run_dir)
+    committed = read_record(run_dir)
     if committed is None:
         return config
     version, files = committed.weight_version, files_of(Path(committed.model_dir))

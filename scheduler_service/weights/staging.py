@@ -1,8 +1,8 @@
-"""Stage: bring new values into a second set of buffers, and find everything that is wrong with them on the way.
+"""Stages new values into a second set of buffers, and finds everything that is wrong with them on the way.
 
-Nothing here touches what is served. Files are read in chunks; each chunk is looked at while it is in the cache: is
-it finite, does it hash as the manifest says. A file must be the same, by identity, size and times, from before its
-header was parsed until after its last byte was read.
+Nothing here touches what is served. Files are read in chunks; while a chunk is in the CPU's cache it is hashed for the
+manifest and its values are checked to be finite. A file must be the same, by identity, size and times, from before its
+header is parsed until after its last byte is read.
 """
 
 import contextlib
@@ -12,182 +12,130 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import xxhash
 
-from quartet.runtime.model_files.files import open_regular
-from quartet.scheduler_service.host.background import breathe
-from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights import device_staging, load, manifest, ties
-from quartet.scheduler_service.weights.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    CheckpointError,
-    StoredTensor,
-    bytes_of,
-    read_exactly,
-)
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from quartet.scheduler_service.weights.file_identity import FileIdentity, stat_file
 from quartet.scheduler_service.weights.manifest import Manifest
-from quartet.scheduler_service.weights.pickled import pickled_files
-from quartet.scheduler_service.weights.progress import shown
+from quartet.scheduler_service.weights.parameters import Weights
+from quartet.scheduler_service.weights.pickled import weight_files
+from quartet.scheduler_service.weights.progress import with_progress
+from quartet.scheduler_service.weights.tensor_io import bytes_of, open_file, read_chunks
 
-CHUNK_BYTES = 1 << 20  # a turn's share of work is checked between two
-SETTLED_S = 0.05
-HARMLESS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # tables, not weights
+CHUNK_BYTES = 1 << 20  # read between two yield points
+QUIET_S = 0.05  # files must not have been written to for so long
+TABLES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # not weights: ignored
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-
-class Identity(NamedTuple):
-    """What changes when a file is written to or replaced."""
-
-    device: int
-    inode: int
-    size: int
-    written_ns: int
-    changed_ns: int
-
-
-Identities = dict[Path, Identity]
+Identities = dict[Path, FileIdentity]
 
 
 def on_one_thread(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Leave the other cores to the steps, in whatever thread this is called."""
+    """Have torch compute on one thread in `work`: the steps need the other cores."""
 
     @functools.wraps(work)
     def run(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-        torch.set_num_threads(1)  # of this thread alone
+        torch.set_num_threads(1)  # of this thread only
         with torch.no_grad():
             return work(*arguments, **named)
 
     return run
 
 
-def identity(status: os.stat_result) -> Identity:
-    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+def stable_identities(directory: Path) -> Identities:
+    """The identities of a directory's weight files, once these have not been written to for a moment.
 
-
-def identities(directory: Path) -> Identities:
-    """All files of a directory's weights, once they have not been written to for a moment.
-
-    Times on disk advance in steps: a file written to within the same step as now could be written to again unseen.
-    Raises CheckpointError for what is being written, or is no regular file.
+    Times on disk advance in steps: a file written to within the same step as now could be written to again unnoticed.
+    Raises CheckpointError for a file that is being written to, or is not a regular one.
     """
-    found = looked_at(directory)
+    found = stat_files(directory)
     newest_s = max((status.st_mtime for status in found.values()), default=0.0)
-    if 0 <= (age_s := time.time() - newest_s) < SETTLED_S:
-        time.sleep(SETTLED_S - age_s)
-    again = {path: identity(status) for path, status in looked_at(directory).items()}
+    if 0 <= (age_s := time.time() - newest_s) < QUIET_S:
+        time.sleep(QUIET_S - age_s)
+    again = {path: FileIdentity.of(status) for path, status in stat_files(directory).items()}
     for path, status in found.items():
-        if again.get(path) != identity(status):
+        if again.get(path) != FileIdentity.of(status):
             raise CheckpointError(f"{path} is being written")
     return again
 
 
-def looked_at(directory: Path) -> dict[Path, os.stat_result]:
-    found = {}
-    for path in pickled_files(directory) or sorted(directory.glob("*.safetensors")):
-        try:
-            found[path] = path.stat()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-        if not stat.S_ISREG(found[path].st_mode):
+def stat_files(directory: Path) -> dict[Path, os.stat_result]:
+    """The status of a directory's weight files. Raises CheckpointError for one that is not a regular file."""
+    found = {path: stat_file(path) for path in weight_files(directory)}
+    for path, status in found.items():
+        if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is no regular file")
     return found
 
 
-def check(checkpoint: Checkpoint, weights: Weights) -> None:
-    """All tensors of the model, in shape and a floating dtype, and no others. Raises CheckpointError."""
-    load.check(checkpoint, weights)
+def check_checkpoint(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Raise CheckpointError unless it has all tensors of the model, in shape and a float dtype, and no others."""
+    load.check_tensors(checkpoint, weights)
     known = weights.layout.places.keys() | weights.layout.ignored
-    unexpected = sorted(name for name in checkpoint.tensors if name not in known and not name.endswith(HARMLESS))
+    unexpected = sorted(name for name in checkpoint.tensors if name not in known and not name.endswith(TABLES))
     if unexpected:
-        raise CheckpointError(f"the model has no use for {load.some(unexpected)} of the checkpoint")
-    ties.check(checkpoint, weights.layout)
+        raise CheckpointError(f"the model has no use for {load.tensor_list(unexpected)} of the checkpoint")
+    ties.check_ties(checkpoint, weights.layout)
 
 
-def read(checkpoint: Checkpoint, before: Identities, target: Weights, digests: Manifest | None) -> None:
+def stage_checkpoint(checkpoint: Checkpoint, before: Identities, target: Weights, digests: Manifest | None) -> None:
     """Copy all tensors to their places in `target`. Raises CheckpointError; the contents are undefined then."""
-    wanted = target.names().keys() | ({} if digests is None else digests).keys()
-    names = sorted(wanted, key=lambda name: checkpoint.tensors[name].offset)
-    if target.device.type == "cuda":
-        read_to_device(checkpoint, before, names, target, digests)
-        return
-    with beside_the_model(target.device):
-        for file in shown(checkpoint.files):
-            own = [name for name in names if checkpoint.tensors[name].file == file]
-            read_file(file, before.get(file), own, checkpoint, target, digests)
-
-
-def read_to_device(
-    checkpoint: Checkpoint, before: Identities, names: list[str], target: Weights, digests: Manifest | None
-) -> None:
-    """The same for buffers on a GPU."""
-    digest = None if digests is None else functools.partial(manifest.check_listed, digests)
-    for file in shown(checkpoint.files):
+    names_read = target.names().keys() | ({} if digests is None else digests).keys()
+    names = sorted(names_read, key=lambda name: checkpoint.tensors[name].offset)
+    for file in with_progress(checkpoint.files):
         own = [name for name in names if checkpoint.tensors[name].file == file]
-        device_staging.read(checkpoint, own, target, digest)
-        if before.get(file) != identity(file.stat()):
+        if target.device.type == "cuda":
+            digest = None if digests is None else functools.partial(manifest.check_digest, digests)
+            device_staging.read_to_device(checkpoint, own, target, digest)
+        else:
+            stage_file(file, before.get(file), own, checkpoint, target, digests)
+        if before.get(file) != FileIdentity.of(stat_file(file)):
             raise CheckpointError(f"{file} was changed while it was read")
 
 
-def read_file(
+def stage_file(
     file: Path,
-    before: Identity | None,
+    before: FileIdentity | None,
     names: list[str],
     checkpoint: Checkpoint,
     target: Weights,
     digests: Manifest | None,
 ) -> None:
-    try:
-        descriptor = open_regular(file)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    try:
+    """Copy the tensors of one file to buffers on the host. Raises CheckpointError."""
+    with open_file(file) as descriptor:
         for name in names:
             digest = xxhash.xxh3_64() if digests is not None and name in digests else None
             place = target.view(name) if name in target.layout.places else None
-            read_tensor(name, checkpoint.tensors[name], place, descriptor, digest)
+            stage_stored(name, checkpoint.tensors[name], place, descriptor, digest)
             if digests is not None and digest is not None:
                 manifest.check_digest(digests, name, digest.hexdigest())
-        if not before == identity(os.fstat(descriptor)) == identity(file.stat()):
+        if before != FileIdentity.of(os.fstat(descriptor)):
             raise CheckpointError(f"{file} was changed while it was read")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
 
 
-def read_tensor(
+def stage_stored(
     name: str, stored: StoredTensor, place: torch.Tensor | None, descriptor: int, digest: "xxhash.xxh3_64 | None"
 ) -> None:
-    """Read, check and convert one tensor, chunk by chunk; without a place it is only read and hashed."""
-    dtype = DTYPES.get(stored.dtype, torch.uint8)
-    count = stored.nbytes // dtype.itemsize
-    flat = torch.empty(0) if place is None else place.view(-1)
-    direct = place is not None and place.device.type == "cpu" and place.dtype == dtype
-    per_chunk = CHUNK_BYTES // dtype.itemsize
-    scratch = torch.empty(0 if direct else min(count, per_chunk), dtype=dtype)
-    for start in range(0, count, per_chunk):
-        breathe()
-        part = flat[start : start + per_chunk]
-        chunk = part if direct else scratch[: min(per_chunk, count - start)]
-        read_exactly(descriptor, bytes_of(chunk), stored.offset + start * dtype.itemsize, stored.file)
+    """Read, check and convert one tensor; without a place it is only read and hashed. Raises CheckpointError."""
+    for values, placed in read_chunks(stored, place, descriptor, CHUNK_BYTES):
+        yield_point()
         if digest is not None:
-            digest.update(bytes_of(chunk))
-        if place is None:
-            continue
-        check_finite(name, chunk)
-        if not direct:
-            part.copy_(chunk)
-            check_finite(name, part)  # a large value may have no counterpart in the served dtype
+            digest.update(bytes_of(values))
+        if placed is not None:
+            check_finite(name, values)
+        if placed is not None and placed is not values:
+            check_finite(name, placed)  # a large value may have no counterpart in the served dtype
 
 
 def check_finite(name: str, values: torch.Tensor) -> None:
-    """Raise CheckpointError for NaN and infinities, which a minimum and a maximum cannot hide."""
+    """Raise CheckpointError for NaN and infinities, which always show in the minimum or the maximum."""
     if not values.numel():
         return
     least, largest = values.aminmax()
@@ -195,8 +143,8 @@ def check_finite(name: str, values: torch.Tensor) -> None:
         raise CheckpointError(f"tensor {name} holds values that are not finite")
 
 
-def put(name: str, values: torch.Tensor, target: Weights) -> None:
-    """Copy one whole tensor that came in memory to its place. Raises CheckpointError."""
+def stage_tensor(name: str, values: torch.Tensor, target: Weights) -> None:
+    """Copy one whole tensor that is in memory to its place. Raises CheckpointError."""
     place = target.view(name)
     if tuple(values.shape) != tuple(place.shape):
         raise CheckpointError(f"tensor {name} has shape {list(values.shape)}, the model needs {list(place.shape)}")
@@ -207,8 +155,8 @@ def put(name: str, values: torch.Tensor, target: Weights) -> None:
 
 
 @contextlib.contextmanager
-def beside_the_model(device: torch.device) -> Iterator[None]:
-    """On a GPU: copy on a stream of its own, behind what the model has been given so far."""
+def copy_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU: copy on a stream of its own, after what the model was given so far."""
     if device.type != "cuda":
         yield
         return

@@ -1,24 +1,21 @@
-"""Tied tensors: what a checkpoint says about the head and the embeddings, whatever its config claims.
+"""Tied tensors: whether the head and the embeddings of a checkpoint are one. The tensors decide, not config.json.
 
-Configs are wrong often: a fine-tune has a head of its own under a config that says tied, or a checkpoint saved as tied
-has a config that does not say so. The tensors decide. As in transformers, two that are there and differ are not tied;
-one that is missing is the other.
+Configs are often wrong: a fine-tune has a head of its own although its config says tied, or a checkpoint was saved as
+tied and its config does not say so. As in transformers, two tensors that are both there and differ are not tied; one
+that is missing equals the other.
 """
 
 import logging
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from quartet.runtime.model_files.files import opened
-from quartet.scheduler_service.host.background import breathe
-from quartet.scheduler_service.model.layout import HEAD
-from quartet.scheduler_service.model.spec import DecoderSpec
-from quartet.scheduler_service.model.weights import Layout
-from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor, read_exactly
+from quartet.scheduler_service.host.background import yield_point
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from quartet.scheduler_service.weights.parameters import Layout
 from quartet.scheduler_service.weights.pickled import checkpoint_of
+from quartet.scheduler_service.weights.tensor_io import open_file, read_chunks
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +26,22 @@ DIFFERENT = (
 )
 
 
-def settled(spec: DecoderSpec, directory: Path) -> DecoderSpec:
-    """The spec with a head of its own if and only if the checkpoint has one. Raises CheckpointError."""
+def is_tied(directory: Path, head: str, embeddings: str, tied_by_config: bool) -> bool:
+    """Whether the tensors of these two names are one in the checkpoint. Raises CheckpointError."""
     tensors = checkpoint_of(directory).tensors
-    embeddings = f"{spec.prefix}embed_tokens.weight"
-    if not spec.generates or embeddings not in tensors:
-        return spec
-    if not spec.tied and HEAD not in tensors:
-        log.warning("config.json does not say so, but the model is tied: the checkpoint has no %s.", HEAD)
-        return replace(spec, tied=True)
-    if spec.tied and HEAD in tensors and not same_values(tensors[HEAD], tensors[embeddings]):
-        log.warning("config.json says that the model is tied, but %s has values of its own: they are used.", HEAD)
-        return replace(spec, tied=False)
-    return spec
+    if embeddings not in tensors:
+        return tied_by_config
+    if not tied_by_config and head not in tensors:
+        log.warning("config.json does not say so, but the model is tied: the checkpoint has no %s.", head)
+        return True
+    if tied_by_config and head in tensors and not same_values(tensors[head], tensors[embeddings]):
+        log.warning("config.json says that the model is tied, but %s has values of its own: they are used.", head)
+        return False
+    return tied_by_config
 
 
-def completed(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
-    """The checkpoint with each tensor that the model needs and that is missing taken from the one it is tied to."""
+def with_tied_tensors(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
+    """The checkpoint, in which a missing tensor that the model needs is the one it is tied to."""
     tensors = dict(checkpoint.tensors)
     for alias, name in layout.ties.items():
         for needed, other in ((alias, name), (name, alias)):
@@ -55,32 +51,30 @@ def completed(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-def check(checkpoint: Checkpoint, layout: Layout) -> None:
-    """Raise CheckpointError where one tensor of the model would have to be two."""
+def check_ties(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Raise CheckpointError where the checkpoint has two different tensors for one of the model."""
     for alias, name in layout.ties.items():
         both = checkpoint.tensors.get(alias), checkpoint.tensors.get(name)
         if alias not in layout.places and both[0] and both[1] and not same_values(both[0], both[1]):
             raise CheckpointError(DIFFERENT.format(alias=alias, name=name))
 
 
-def check_values(alias: str, values: torch.Tensor, name: str, served: torch.Tensor) -> None:
-    """The same for a tensor that came over the wire and the one that will serve."""
+def check_tied_values(alias: str, values: torch.Tensor, name: str, served: torch.Tensor) -> None:
+    """The same for a tensor that came in a request and the one that will serve."""
     if values.shape != served.shape or not torch.equal(values.to(served.device, served.dtype), served):
         raise CheckpointError(DIFFERENT.format(alias=alias, name=name))
 
 
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors are equal, byte for byte."""
+    """Whether two stored tensors are equal, byte for byte. Raises CheckpointError."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with ExitStack() as stack:
-        descriptors = [stack.enter_context(opened(stored.file)) for stored in (one, other)]
-        buffers = [bytearray(min(one.nbytes, CHUNK_BYTES)) for _ in descriptors]
-        for start in range(0, one.nbytes, CHUNK_BYTES):
-            breathe()
-            size = min(CHUNK_BYTES, one.nbytes - start)
-            for stored, descriptor, buffer in zip((one, other), descriptors, buffers, strict=True):
-                read_exactly(descriptor, memoryview(buffer)[:size], stored.offset + start, stored.file)
-            if buffers[0] != buffers[1]:
+    with open_file(one.file) as first, open_file(other.file) as second:
+        chunks = zip(
+            read_chunks(one, None, first, CHUNK_BYTES), read_chunks(other, None, second, CHUNK_BYTES), strict=True
+        )
+        for (values, _), (other_values, _) in chunks:
+            yield_point()
+            if not torch.equal(values.view(torch.uint8), other_values.view(torch.uint8)):
                 return False
     return True

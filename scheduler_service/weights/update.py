@@ -1,22 +1,21 @@
-"""Weights that change while they serve: stage → check → swap.
+"""Changes the weights while they serve: stage, check, swap.
 
-`Updates` holds the second set of buffers and what belongs to a change that is under way. Its methods that may take
-long (`from_disk`, `collect`, `seal`, ...) run beside the loop and touch nothing that serves; `swap` runs between two
-steps, is short and cannot fail. A refusal is `CommandRefused`, with the client's message.
+`Updates` holds the second set of buffers and the state of a change that is under way. Its methods that may take long
+(`from_disk`, `collect`, `finish_session`, ...) run in the background and touch nothing that serves; `swap` runs between
+two steps, is short and cannot fail. A refusal is `CommandRefused`, with the client's message.
 
-Memory: from the first update on the second set stays allocated, on the CPU beside the packed copies of the first,
+Memory: from the first update on the second set stays allocated, on a CPU in addition to the packed copies of the first,
 because fresh memory costs more than anything else in an update.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import torch
@@ -25,12 +24,10 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files import hub
-from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host import memory as host_memory
-from quartet.scheduler_service.host.background import breathe, freely
+from quartet.scheduler_service.host.background import unthrottled, yield_point
 from quartet.scheduler_service.host.device import available_gb, shortage
-from quartet.scheduler_service.model.weights import Packed, Weights
 from quartet.scheduler_service.weights import (
     device_staging,
     distributed,
@@ -38,20 +35,19 @@ from quartet.scheduler_service.weights import (
     manifest,
     pickled,
     record,
-    same_model,
     staging,
     ties,
     wire,
 )
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
+from quartet.scheduler_service.weights.file_identity import identity_of
 from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
+from quartet.scheduler_service.weights.parameters import Packed, Weights
 from quartet.scheduler_service.weights.record import Committed
 from quartet.scheduler_service.weights.staging import on_one_thread
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 Collect = Callable[[], None]
 
@@ -60,44 +56,46 @@ NOT_LOADED = "Failed to update weights: {}.\nRolling back to original weights."
 NO_LOADER = "Failed to get model loader: {}."
 TENSOR_FORMATS = {None: wire.named_tensors, "direct": wire.named_tensors, "flattened_bucket": wire.bucket_tensors}
 BROADCAST_FORMATS = (None, "flattened_bucket")
-FAULTS = (CheckpointError, OSError, MemoryError, RuntimeError)  # torch says RuntimeError when memory is short
+REFUSED_ERRORS = (CheckpointError, OSError, MemoryError, RuntimeError)  # torch: RuntimeError when memory is short
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """New values, complete and checked, that only have to be put in place."""
+    """New values, complete and checked, ready for the swap."""
 
     weights: Weights
     names: frozenset[str]  # the tensors that change
     packed: Packed
-    source: Committed | None = None  # where they come from; None: over the wire
+    source: Committed | None = None  # the checkpoint; None: they came in requests
 
 
 @dataclass(slots=True)
 class Session:
-    """Tensors collected so far; where only a part of a buffer is new, the rest was copied from what serves."""
+    """The tensors collected so far; where only a part of a buffer is new, the rest was copied from what serves."""
 
     names: set[str] = field(default_factory=set)
     aliases: dict[str, torch.Tensor] = field(default_factory=dict)  # what must equal the tensors they are tied to
-    version: str | None = None  # the label that its last bucket asked for
+    version: str | None = None  # the weight version that its last bucket asked for
     broken: str = ""  # why it cannot be finished
-    implicit: bool = False  # of one command alone, which puts it in place at once
+    implicit: bool = False  # of a single command, which swaps at once
 
 
 class Updates:
-    """Everything about changing the weights of one model, except when."""
+    """Stages and swaps the weights of one model; the commands say when."""
 
-    def __init__(self, live: Weights, config: ServerConfig, run_dir: str, info: ModelInfo | None = None) -> None:
-        """`info`: of the model as it was at the start; without it nothing is compared with an update's config.json."""
+    def __init__(
+        self, live: Weights, config: ServerConfig, run_dir: str, check_config: Callable[[Path], None] = lambda _: None
+    ) -> None:
+        """`check_config` raises CheckpointError where the config.json of a directory describes another model."""
         self.live = live
-        self.info = info
+        self.check_config = check_config
         self.config = config
         self.run_dir = run_dir
         self.inspection = Inspection(live)
         self.session: Session | None = None
         self.groups: dict[str, torch.distributed.ProcessGroup] = {}
-        self.lost: set[str] = set()  # tensors whose values were given up with their memory
-        self.turns: deque[object] = deque()  # commands that want the weights to themselves, in order
+        self.lost: set[str] = set()  # tensors whose values were lost when their memory was released
+        self.commands: deque[object] = deque()  # those that need the weights for themselves, in order; the first runs
         self.committed = Committed(
             model_path=config.model_path,
             model_dir=config.model_dir,
@@ -105,13 +103,13 @@ class Updates:
             load_format=config.load_format,
         )
         self._second: Weights | None = None
-        self._noting = threading.Lock()
+        self._record_lock = threading.Lock()
 
     @property
     def second(self) -> Weights:
         """The second set of buffers; on the host where the device has no room for it.
 
-        Raises CommandRefused where the host has none, which would end this process rather than raise an error.
+        Raises CommandRefused where the host has none: the kernel would kill this process rather than raise an error.
         """
         if self._second is None:
             self._check_room()
@@ -131,15 +129,15 @@ class Updates:
         return available_gb(self.live.device)
 
     def empty_cache(self) -> None:
-        """Give the device memory back that is only kept in reserve."""
+        """Free device memory that torch keeps in its cache."""
         if self.live.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def drop_second(self) -> None:
-        """Give the memory of the second set back; nothing may be staged."""
+        """Free the second set; nothing may be staged."""
         self._second = None
 
-    # stage and check: beside the loop
+    # stage and check: in the background
 
     @on_one_thread
     def from_disk(self, model_path: str, load_format: str, digests: Manifest | None) -> Staged:
@@ -147,13 +145,17 @@ class Updates:
         if load_format not in load.LOAD_FORMATS:
             reason = f"load format {short(load_format)} is unknown; choose one of {', '.join(load.LOAD_FORMATS)}"
             raise CommandRefused(NO_LOADER.format(reason))
-        directory = told_as(NOT_OPENED, lambda: self.locate(model_path))
-        told_as(NOT_LOADED, lambda: self.check_config(directory))
+        with refused_as(NOT_OPENED):
+            directory = self.locate(model_path)
+        with refused_as(NOT_LOADED):
+            self.check_config(directory)
         try:
-            before, checkpoint = told_as(NOT_OPENED, lambda: opened(directory, load_format))
-            told_as(NOT_LOADED, lambda: self.fill(checkpoint, before, digests))
+            with refused_as(NOT_OPENED):
+                before, checkpoint = open_checkpoint(directory, load_format)
+            with refused_as(NOT_LOADED):
+                self.fill(checkpoint, before, digests)
         finally:
-            pickled.forget()
+            pickled.forget_converted()
         source = Committed(
             model_path=model_path,
             model_dir=str(directory),
@@ -163,58 +165,53 @@ class Updates:
         )
         return self.packed(self.new_names(), source)
 
-    def check_config(self, directory: Path) -> None:
-        """Raise CheckpointError where a directory describes another model."""
-        if self.info is not None:
-            same_model.check(self.info, directory, self.config)
-
     def new_names(self) -> frozenset[str]:
-        """The tensors that a full second set changes. On a GPU they are compared: what is equal need not be copied."""
+        """The tensors that a full second set changes. On a GPU they are compared: equal ones need not be copied."""
         names = frozenset(self.live.names())
         if self.live.device.type != "cuda" or self.second.device != self.live.device or self.lost:
             return names
-        found = device_staging.changed(self.live, self.second, sorted(names))
-        log.info("%d of %d tensors have changed.", len(found), len(names))
-        return found
+        changed = device_staging.changed_tensors(self.live, self.second, sorted(names))
+        log.info("%d of %d tensors have changed.", len(changed), len(names))
+        return changed
 
     def locate(self, model_path: str) -> Path:
-        """The directory that a client means; downloads what is on the hub."""
+        """The directory of a path or a hub id, downloaded if need be. Raises CommandRefused."""
         try:
-            anywhere = msgspec.structs.replace(self.config, revision=None)  # that one is of the model at start
+            anywhere = msgspec.structs.replace(self.config, revision=None)  # the revision is that of the model at start
             return hub.find("model_path", model_path, anywhere, (*hub.WEIGHTS, *hub.TOKENIZER))
         except StartupError as error:
             log.debug("%s", error)
             raise CommandRefused(NOT_OPENED.format(f"{short(model_path, 500)} (repository not found)")) from error
 
     def fill(self, checkpoint: Checkpoint | None, before: staging.Identities, digests: Manifest | None) -> None:
-        """Fill the second set; without a checkpoint with random values."""
+        """Fill the second set; without a checkpoint with random values. Raises CheckpointError."""
         if checkpoint is None:
             self.second.fill_random(self.config.random_seed or load.DUMMY_SEED)
             return
         if digests is not None:
             manifest.check_names(digests, checkpoint)
-        checkpoint = ties.completed(checkpoint, self.live.layout)
-        staging.check(checkpoint, self.live)
-        with nullcontext() if self.live.device.type == "cpu" else freely():
-            staging.read(checkpoint, before, self.second, digests)
+        checkpoint = ties.with_tied_tensors(checkpoint, self.live.layout)
+        staging.check_checkpoint(checkpoint, self.live)
+        with nullcontext() if self.live.device.type == "cpu" else unthrottled():
+            staging.stage_checkpoint(checkpoint, before, self.second, digests)
 
     def open_session(self, broken: str = "", implicit: bool = False) -> None:
         self.session = Session(broken=broken, implicit=implicit)
 
     @property
     def in_session(self) -> bool:
-        """Between a begin and an end that clients have asked for."""
+        """Whether a client has begun an update and not ended it."""
         return self.session is not None and not self.session.implicit
 
     def payload(self, file: str, load_format: str | None) -> Collect:
-        """What takes the tensors of a file into the session."""
+        """A function that collects the tensors of a file into the session. Raises CommandRefused."""
         if load_format not in TENSOR_FORMATS:
             known = ", ".join(name or "null" for name in TENSOR_FORMATS)
             raise CommandRefused(f"load_format {short(load_format)} is not supported; choose one of {known}.")
         return partial(self.collect, partial(TENSOR_FORMATS[load_format], Path(file)), private=file)
 
     def broadcast(self, command: UpdateWeightsFromDistributed) -> Collect:
-        """What takes the tensors that a trainer is about to broadcast into the session; refuses misfits at once."""
+        """A function that collects the tensors a trainer is about to broadcast. Raises CommandRefused for misfits."""
         group = self.groups.get(command.group_name)
         if group is None:
             raise CommandRefused(
@@ -222,7 +219,8 @@ class Updates:
             )
         if command.load_format not in BROADCAST_FORMATS:
             raise CommandRefused(ONLINE_FAILED.format(f"load_format {short(command.load_format)} is not supported"))
-        entries = told_as(ONLINE_FAILED, lambda: self.expected(command))
+        with refused_as(ONLINE_FAILED):
+            entries = self.expected(command)
         in_one = command.load_format == "flattened_bucket"
         return partial(self.collect, partial(distributed.receive_named, group, entries, self.live.device, in_one))
 
@@ -245,17 +243,18 @@ class Updates:
 
     @on_one_thread
     def collect(self, tensors: Callable[[], wire.Named], private: str = "") -> None:
-        """Put tensors into the session's second set. A fault breaks the session; clients do not see `private` names."""
+        """Put tensors into the second set. An error breaks the session; `private` is replaced in its message."""
         session = self.session
         assert session is not None
         try:
-            told_as(NOT_LOADED, lambda: self._collect(session, tensors))
+            with refused_as(NOT_LOADED):
+                self._collect(session, tensors)
         except CommandRefused as refusal:
             session.broken = refusal.message.replace(private, "the payload") if private else refusal.message
             raise CommandRefused(session.broken) from refusal
 
     def _collect(self, session: Session, tensors: Callable[[], wire.Named]) -> None:
-        with staging.beside_the_model(self.live.device):
+        with staging.copy_stream(self.live.device):
             for name, values in tensors():
                 if name in self.live.layout.ignored:
                     if name in self.live.layout.ties:
@@ -264,41 +263,41 @@ class Updates:
                 if name not in self.live.layout.places:
                     raise CheckpointError(f"the model has no tensor {short(name)}")
                 self._complete_buffer(session, name)
-                staging.put(name, values, self.second)
+                staging.stage_tensor(name, values, self.second)
                 session.names.add(name)
 
     def _complete_buffer(self, session: Session, name: str) -> None:
-        """Before a buffer's first new tensor: give it the values that serve, for those that will not be new."""
+        """Before a buffer's first new tensor: copy the values that serve, for the tensors that stay as they are."""
         places = self.live.layout.places
         buffer = places[name].buffer
         if not any(places[known].buffer == buffer for known in session.names):
             self.second.buffers[buffer].copy_(self.live.buffers[buffer])
 
     @on_one_thread
-    def seal(self) -> Staged:
-        """What the session has collected, ready to be put in place."""
+    def finish_session(self) -> Staged:
+        """What the session has collected, ready for the swap."""
         session = self.session
         assert session is not None
-        told_as(NOT_LOADED, lambda: self._check_aliases(session))
+        with refused_as(NOT_LOADED):
+            self._check_aliases(session)
         return self.packed(frozenset(session.names))
 
     def _check_aliases(self, session: Session) -> None:
-        """Nothing that a trainer sends may be dropped in silence: one tensor of ours is to be two of theirs."""
+        """Raise CheckpointError where a trainer sent two different tensors for one of the model."""
         for alias, values in session.aliases.items():
             name = self.live.layout.ties[alias]
             serves = self.second if name in session.names else self.live
-            ties.check_values(alias, values, name, serves.view(name))
+            ties.check_tied_values(alias, values, name, serves.view(name))
 
     def packed(self, names: frozenset[str], source: Committed | None = None) -> Staged:
-        return Staged(self.second, names, told_as(NOT_LOADED, lambda: self._packed(names)), source)
-
-    def _packed(self, names: frozenset[str]) -> Packed:
-        host_memory.warm(self.live.packed_sizes(names), breathe)
-        return self.live.pack(self.second, names, breathe)
+        """The second set with the packed forms of these tensors. Raises CommandRefused."""
+        with refused_as(NOT_LOADED):
+            host_memory.warm(self.live.packed_sizes(names), yield_point)
+            return Staged(self.second, names, self.live.pack(self.second, names, yield_point), source)
 
     @on_one_thread
     def randomized(self, names: Collection[str]) -> Staged:
-        """Values that are certainly not those of the model."""
+        """Random values for these tensors."""
         for buffer in {self.live.layout.places[name].buffer for name in names}:
             self.second.buffers[buffer].copy_(self.live.buffers[buffer])
         for name in names:
@@ -308,7 +307,7 @@ class Updates:
     # swap: between two steps
 
     def swap(self, staged: Staged, version: str) -> Packed:
-        """Serve the staged values. Returns memory that is no longer needed, to be freed beside the loop."""
+        """Serve the staged values. Returns memory that is no longer needed, for `after_swap`."""
         old = self.live.take_over(staged.weights, staged.names, staged.packed)
         self.lost -= staged.names
         if staged.source is None:
@@ -318,60 +317,64 @@ class Updates:
         return old
 
     def relabel(self, version: str) -> None:
-        """Call the weights that serve otherwise from now on."""
+        """Change the version of the weights that serve."""
         if not self.committed.patched:
             self.committed = msgspec.structs.replace(self.committed, weight_version=version)
 
-    # afterwards: beside the loop
+    # after the swap: in the background
 
     @on_one_thread
-    def settle(self, old: Packed) -> None:
+    def after_swap(self, old: Packed) -> None:
         """Record what serves, and free what served before.
 
         Piece by piece: the interpreter's lock is held while the system takes memory back, and a step needs that lock.
         """
-        self.note()
+        self.write_record()
         while old:
             blocks = list(old.pop()[1] or ())
             while blocks:
                 blocks.pop()
-                breathe()
+                yield_point()
 
-    def note(self) -> None:
-        """Record what serves."""
+    def write_record(self) -> None:
+        """Record what serves, for a restart."""
         try:
-            with self._noting:
-                record.write(self.run_dir, self.committed)
+            with self._record_lock:
+                record.write_record(self.run_dir, self.committed)
         except OSError as error:
             log.error("Could not record the committed weights: %s. A restart would load the ones before.", error)
 
-    # groups: beside the loop
+    # process groups: in the background
 
     def join_group(self, command: InitWeightsUpdateGroup) -> None:
         """Meet a trainer. Raises CommandRefused."""
         if command.group_name in self.groups:
             raise distributed.failed_to_join(f"the group {short(command.group_name)} exists already")
-        self.groups[command.group_name] = distributed.join(distributed.Place.of(command))
+        self.groups[command.group_name] = distributed.join(distributed.GroupSpec.of(command))
 
     def leave_group(self, name: str) -> None:
         distributed.leave(self.groups.pop(name))
 
 
-def opened(directory: Path, load_format: str) -> tuple[staging.Identities, Checkpoint | None]:
-    """The checkpoint of a directory, and what its files were before their headers were read."""
+def open_checkpoint(directory: Path, load_format: str) -> tuple[staging.Identities, Checkpoint | None]:
+    """The checkpoint of a directory (None: dummy weights), and the identities that its files had before.
+
+    Raises CheckpointError.
+    """
     if load_format == "dummy":
         return {}, None
     load.check_format(load_format, directory)
-    before = staging.identities(directory)
+    before = staging.stable_identities(directory)
     checkpoint = load.open_checkpoint(directory)
-    own = {file: staging.identity(file.stat()) for file in checkpoint.files} if checkpoint.scratch else {}
+    own = {file: identity_of(file) for file in checkpoint.files} if checkpoint.scratch else {}
     return before | own, checkpoint
 
 
-def told_as(form: str, work: Callable[[], Result]) -> Result:
-    """Do the work; a fault becomes a refusal in the client's words."""
+@contextmanager
+def refused_as(form: str) -> Iterator[None]:
+    """Raise errors of weights, files and memory as CommandRefused, with their reason in this form."""
     try:
-        return work()
-    except FAULTS as error:
+        yield
+    except REFUSED_ERRORS as error:
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise CommandRefused(form.format(reason)) from error

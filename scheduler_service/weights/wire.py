@@ -1,8 +1,8 @@
-"""Weights that come in a request: safetensors bytes, in the file where the gateway has put them.
+"""Weights that come in a request: safetensors bytes, in a file that the gateway has written.
 
-Two layouts. Plain: the file's tensors are the model's. `flattened_bucket`: the file holds one flat tensor, and under
-the key "metadata" of its `__metadata__` a JSON list of {name, shape, dtype, start_idx, end_idx}; the indices count
-elements of the flat tensor, which are bytes where it is uint8.
+There are two layouts. Plain: the file's tensors are the model's. `flattened_bucket`: the file holds one flat tensor,
+and under the key "metadata" of its `__metadata__` a JSON list of {name, shape, dtype, start_idx, end_idx}; the indices
+count elements of the flat tensor, which are bytes where it is uint8.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-from quartet.runtime.model_files.files import opened
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
@@ -25,10 +24,9 @@ from quartet.scheduler_service.weights.checkpoint import (
     Shape,
     Size,
     StoredTensor,
-    bytes_of,
-    read_exactly,
     read_header,
 )
+from quartet.scheduler_service.weights.tensor_io import bytes_of, open_file, read_exactly
 
 PICKLES = (b"\x80", b"PK\x03\x04")  # a pickle from protocol 2 on; a file of torch.save
 PICKLE_REFUSED = (
@@ -67,7 +65,7 @@ def named_tensors(file: Path) -> Named:
     for name, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             raise CheckpointError(f"tensor {short(name)} is {tensor.dtype}, which is not supported")
-        yield name, load(tensor).view(DTYPES[tensor.dtype]).view(tensor.shape)
+        yield name, read_bytes(tensor).view(DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 def bucket_tensors(file: Path) -> Named:
@@ -79,11 +77,11 @@ def bucket_tensors(file: Path) -> Named:
     [flat] = stored.values()
     if flat.dtype not in FLAT_DTYPES or len(flat.shape) != 1:
         raise CheckpointError(f"the tensor of a flattened bucket is flat, this one is {flat.dtype} {list(flat.shape)}")
-    return split(load(flat).view(FLAT_DTYPES[flat.dtype]), bucket_entries(file))
+    return split(read_bytes(flat).view(FLAT_DTYPES[flat.dtype]), bucket_entries(file))
 
 
 def bucket_entries(file: Path) -> list[BucketEntry]:
-    """The list of tensors in a bucket's header; `read_header` has found that header sound."""
+    """The list of tensors in a bucket's header; `read_header` has checked that header."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(min(MAX_HEADER_BYTES, int.from_bytes(stream.read(LENGTH_BYTES), "little"))))
     metadata = header.get("__metadata__")
@@ -111,7 +109,7 @@ def split(flat: torch.Tensor, entries: Iterable[BucketEntry]) -> Named:
 
 
 def entries_of(names: list[str], dtypes: list[str], shapes: list[list[int]]) -> list[BucketEntry]:
-    """The layout of a bucket that holds these tensors one behind the other, as bytes."""
+    """The layout of a bucket that holds these tensors one after another, as bytes. Raises CheckpointError."""
     entries, end = [], 0
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
         if len(shape) > MAX_RANK:
@@ -122,6 +120,7 @@ def entries_of(names: list[str], dtypes: list[str], shapes: list[list[int]]) -> 
 
 
 def refuse_pickle(file: Path) -> None:
+    """Raise CheckpointError for a payload that is a pickle."""
     with file.open("rb") as stream:
         begin = stream.read(4)
     # the length of a safetensors header may begin with the byte of a pickle, but `{` follows it then
@@ -134,9 +133,9 @@ def begins_like_safetensors(file: Path) -> bool:
         return stream.read(LENGTH_BYTES + 1)[LENGTH_BYTES:] == b"{"
 
 
-def load(stored: StoredTensor) -> torch.Tensor:
-    """A stored tensor's bytes."""
+def read_bytes(stored: StoredTensor) -> torch.Tensor:
+    """A stored tensor's bytes, uint8. Raises CheckpointError."""
     target = torch.empty(stored.nbytes, dtype=torch.uint8)
-    with opened(stored.file) as descriptor:
+    with open_file(stored.file) as descriptor:
         read_exactly(descriptor, bytes_of(target), stored.offset, stored.file)
     return target

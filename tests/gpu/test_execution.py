@@ -67,7 +67,7 @@ def test_recorded_steps_with_prompts_give_what_computed_steps_give(directory):
     settings = {"dtype": "float32", "chunked_prefill_size": 40}
     expected = on_gpu(directory, disable_cuda_graph=True, **settings).generate(PROMPTS, GREEDY)
     engine = on_gpu(directory, cuda_graph_max_prefill_tokens=64, **settings)
-    while engine.worker.rest():
+    while engine.worker.idle_work():
         pass
     prefill = engine.worker.steps.prefill
     assert tokens(engine.generate(PROMPTS, GREEDY)) == tokens(expected)
@@ -141,7 +141,7 @@ def test_new_weights_are_served_by_graphs_that_were_recorded_before(tmp_path):
     addresses = [buffer.data_ptr() for buffer in engine.worker.model.weights.buffers.values()]
     weights, staged = engine.worker.model.weights, engine.worker.model.weights.staging()
     checkpoint = Checkpoint.open(second)
-    device_staging.read(checkpoint, list(weights.names()), staged)
+    device_staging.read_to_device(checkpoint, list(weights.names()), staged)
     weights.take_over(staged, frozenset(weights.names()), weights.pack(staged))
     engine.planner.forget_prefixes()
     assert [buffer.data_ptr() for buffer in weights.buffers.values()] == addresses
@@ -151,8 +151,8 @@ def test_new_weights_are_served_by_graphs_that_were_recorded_before(tmp_path):
 def test_staged_tensors_are_those_of_the_file(llama):
     weights = on_gpu(llama).worker.model.weights
     staged = weights.staging()
-    device_staging.read(Checkpoint.open(llama), list(weights.names()), staged, chunk_bytes=4096)
-    assert device_staging.changed(weights, staged, list(weights.names())) == frozenset()
+    device_staging.read_to_device(Checkpoint.open(llama), list(weights.names()), staged, chunk_bytes=4096)
+    assert device_staging.changed_tensors(weights, staged, list(weights.names())) == frozenset()
 
 
 def test_retracted_requests_continue_with_the_same_tokens_on_a_gpu(llama):

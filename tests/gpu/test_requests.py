@@ -210,7 +210,7 @@ def test_memory_that_was_released_serves_again_elsewhere(llama, tmp_path, backup
     if not backup:
         assert served.call(UpdateWeightsFromDisk(model_path=str(llama))).success
     assert answered(served, "computed") == expected
-    while served.worker.rest():
+    while served.worker.idle_work():
         pass
     assert served.worker.steps.graphs.replays
     assert answered(served, "recorded") == expected

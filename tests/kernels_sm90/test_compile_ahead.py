@@ -31,9 +31,9 @@ from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.registry import decoder_spec
 from quartet.scheduler_service.model.torch_backend import TorchBackend
-from quartet.scheduler_service.model.weights import Weights
 from quartet.scheduler_service.sampling.rows import sampling_rows
 from quartet.scheduler_service.sampling.state import settings_of
+from quartet.scheduler_service.weights.parameters import Weights
 from tests.kernels_sm90.compiler import use_compiler_only
 
 RECORDER = use_compiler_only()
@@ -110,7 +110,7 @@ def test_steps_find_every_kernel_compiled(name: str, compiled: Counter[str]) -> 
     steps = whole_steps(MODELS[name])
     for rows, prompts in STEPS:
         step(steps, rows, prompts)
-    while steps.rest():
+    while steps.idle_work():
         pass
     assert not compiled
 

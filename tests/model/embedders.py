@@ -89,7 +89,7 @@ class Embedder:
             for sequence in self.planner.released:
                 self.worker.forget(sequence)
             self.planner.released.clear()
-            self.planner.check()
+            self.planner.check_invariants()
         assert self.planner.idle and not self.worker.states
 
     def embed(self, texts: Sequence[Sequence[int]], **request: Any) -> list[torch.Tensor]:

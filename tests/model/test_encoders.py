@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from quartet.runtime.errors import RequestError, StartupError
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.weights.checkpoint import Checkpoint
-from quartet.scheduler_service.weights.load import read
+from quartet.scheduler_service.weights.load import read_weights
 from tests.model import embedders
 from tests.model.embedders import DECODERS, ENCODERS, Embedder, cosine, hidden_states, scores, texts
 
@@ -216,7 +216,7 @@ def test_new_weights_are_served_from_the_next_step_on(architecture, tmp_path):
     weights = embedder.worker.model.weights
     checkpoint = Checkpoint.open(tmp_path / "new")
     staged = weights.staging()
-    read(checkpoint, staged, checkpoint.files)
+    read_weights(checkpoint, staged, checkpoint.files)
     weights.take_over(staged, list(weights.names()), weights.pack(staged))
     [after] = embedder.embed([ids])
     assert (after - scores(peer, ids)).abs().max() <= MOST_ERROR < (after - before).abs().max()

@@ -185,9 +185,9 @@ def check_leftovers(simulation: "Simulation") -> None:
     process = processes["scheduler"]
     planner = process.scheduler.planner
     hold(planner.idle and not planner.live, "the scheduler still has", list(planner.live))
-    hold(not process.scheduler.in_flight and not process.worker._sampled, "steps or states are left")
+    hold(not process.scheduler.launched and not process.worker._sampled, "steps or states are left")
     hold(planner.audit() == "", planner.audit())
-    planner.check()
+    planner.check_invariants()
     hold(not planner.paused and not gateway.paused, "still paused:", planner.paused, gateway.paused)
     serves, shown = process.worker.weight_version, gateway.weight_version
     hold(serves == shown == simulation.disk.weight_version, "serves", serves, "shows", shown)

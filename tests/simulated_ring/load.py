@@ -49,7 +49,7 @@ class Call:
 
     batch: list[Generate]
     parent: str = ""  # the rid that the client gave, of a batch
-    leaves_after: int | None = None  # deliveries
+    leaves_after: int | None = None  # steps
     poison: str = ""  # the role that it ends
     opened: int = -1  # place in the order of all that was sent
     texts: list[list[Text]] = field(default_factory=list)  # by index
@@ -67,19 +67,19 @@ class Call:
     def parents(self) -> list[str] | None:
         return [self.parent] * len(self.batch) if self.parent else None
 
-    async def fly(self, ring: RingClient, order: Callable[[], int]) -> None:
+    async def run(self, ring: RingClient, order: Callable[[], int]) -> None:
         self.texts = [[] for _ in self.batch]
-        deliveries = 0
+        steps = 0
         try:
-            with ring.open(self.batch, self.parents) as flight:
+            with ring.open(self.batch, self.parents) as group:
                 self.opened = order()
-                while not flight.finished:
-                    if self.leaves_after is not None and deliveries >= self.leaves_after:
+                while not group.finished:
+                    if self.leaves_after is not None and steps >= self.leaves_after:
                         self.left = True
                         return
-                    for index, text in await flight.next():
+                    for index, text in await group.next():
                         self.texts[index].append(text)
-                    deliveries += 1
+                    steps += 1
             self.done = True
         except RequestError as refusal:
             self.refusal = refusal

@@ -21,8 +21,10 @@ from quartet.runtime.guard import Announced, Guard, Service
 from quartet.runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
 from quartet.runtime.sockets import decode, encode
 from quartet.scheduler_service.control import weights as control_weights
-from quartet.scheduler_service.control.durable_state import StandingOrders
-from quartet.scheduler_service.control.handlers import HANDLERS, Control
+from quartet.scheduler_service.control.context import Context
+from quartet.scheduler_service.control.durable_state import DurableState
+from quartet.scheduler_service.control.handlers import HANDLERS
+from quartet.scheduler_service.control.runner import CommandRunner
 from quartet.scheduler_service.core.plan import Plan, Result
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
@@ -182,21 +184,21 @@ def drawn(prefix: "array[int]", seed: int, weight_version: str, vocab_size: int)
     return looping_token(prefix, vocab_size, zlib.crc32(weight_version.encode(), seed))
 
 
-class Orders(StandingOrders):
-    """Standing orders whose scheduler may die before or after it has noted them."""
+class State(DurableState):
+    """State whose scheduler may die before or after it has saved it."""
 
     def __init__(self, run_dir: str, point: Callable[[], None]) -> None:
         super().__init__(run_dir)
         self._point = point
 
-    def note(self, scheduler: Scheduler) -> None:
+    def save(self, context: Context) -> None:
         self._point()
-        super().note(scheduler)
+        super().save(context)
         self._point()
 
 
 class Disk:
-    """What outlasts a scheduler besides its standing orders: which weights were committed last."""
+    """What outlasts a scheduler besides its durable state: which weights were committed last."""
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = run_dir
@@ -231,7 +233,7 @@ class SchedulerProcess(Process):
             max_running_requests=config.max_running,
             vocab_size=config.vocab_size,
         )
-        orders = Orders(disk.run_dir, self.point)
+        durable_state = State(disk.run_dir, self.point)
         facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch)
         self.scheduler = Scheduler(
             Planner(config),
@@ -241,16 +243,16 @@ class SchedulerProcess(Process):
             Progress(),  # type: ignore[arg-type]
             facts=facts,
             depth=depth,
-            orders=orders,
+            durable_state=durable_state,
             announced=self.announced,
             clock=lambda: agenda.now,
         )
-        self.scheduler.control = Control({**HANDLERS, UpdateWeightsFromDisk: self.update_weights})
-        orders.take_up(self.scheduler)
+        self.scheduler.commands = CommandRunner({**HANDLERS, UpdateWeightsFromDisk: self.update_weights})
+        durable_state.restore(self.scheduler)
 
     @property
     def at_rest(self) -> bool:
-        return super().at_rest and self.scheduler.idle and not self.scheduler.control
+        return super().at_rest and self.scheduler.idle and not self.scheduler.commands
 
     def introduce(self) -> None:
         self.scheduler.emit(self.scheduler.introduce())

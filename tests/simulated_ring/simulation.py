@@ -142,7 +142,7 @@ class Simulation:
             return
         self.calls.append(call)
         gateway.calls.append(call)
-        gateway.loop.create_task(call.fly(gateway.ring, self._next_order))
+        gateway.loop.create_task(call.run(gateway.ring, self._next_order))
 
     def _abort_some(self) -> None:
         """As /abort_request: a call, a part of one, several, or all."""
@@ -340,7 +340,7 @@ def planner_config(random: Random) -> PlannerConfig:
         chunked_prefill_size=random.choice([-1, 8]),
         max_queued=random.choice([None, None, 2, 6]),
         policy=random.choice(["fcfs", "priority", "lpm"]),
-        drafts=random.choice([None, None, DraftOptions(tokens=4, shortest=1, longest=3)]),
+        drafts=random.choice([None, None, DraftOptions(max_tokens=4, min_match=1, max_match=3)]),
     )
 
 

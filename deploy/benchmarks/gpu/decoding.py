@@ -99,7 +99,7 @@ def batches(setting: Setting) -> None:
             for i in range(count):
                 engine.add(engine.prompt(prompt, i), steps + 50)
             run = Run()
-            while any(sequence.wants_prefill for sequence in engine.planner.running) or engine.planner.waiting:
+            while any(sequence.needs_prefill for sequence in engine.planner.running) or engine.planner.waiting:
                 engine.step(run)
             for _ in range(8):
                 engine.step(run)

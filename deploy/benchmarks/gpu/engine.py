@@ -26,7 +26,7 @@ from quartet.scheduler_service.model.dtype import DTYPES
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.registry import decoder_spec
 from quartet.scheduler_service.model.torch_backend import TorchBackend
-from quartet.scheduler_service.model.weights import Weights
+from quartet.scheduler_service.weights.parameters import Weights
 
 SCALE = 0.02
 SPARE_TOKENS = 4096
@@ -111,7 +111,7 @@ class Engine:
         )
         self.in_flight: deque[tuple[Plan, Pending]] = deque()
         self.requests = 0
-        while self.worker.rest():
+        while self.worker.idle_work():
             pass  # measure what is recorded
 
     def prompt(self, length: int, seed: int = 0) -> list[int]:

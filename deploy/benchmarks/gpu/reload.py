@@ -50,12 +50,12 @@ def read_alone(setting: Setting, engine: Engine, file: Path) -> None:
     names = sorted(weights.names(), key=lambda name: checkpoint.tensors[name].offset)
     for threads in (1, 4, 8, 8, 12):
         begun = time.perf_counter()
-        device_staging.read(checkpoint, names, second, threads=threads)
+        device_staging.read_to_device(checkpoint, names, second, threads=threads)
         taken = time.perf_counter() - begun
         rate = file.stat().st_size / taken / 1e9
         setting.report.figure(f"read {MODEL} with {threads} threads", taken * 1e3, "ms", None, 120, f"{rate:.1f} GB/s")
     begun = time.perf_counter()
-    device_staging.changed(weights, second, names)
+    device_staging.changed_tensors(weights, second, names)
     setting.report.figure("compare all tensors", (time.perf_counter() - begun) * 1e3, "ms")
 
 

@@ -38,7 +38,7 @@ def test_a_flag_before_the_command_is_explained(capsys):
 def test_help_loads_nothing_slow(command):
     watched = "{'torch', 'transformers', 'zmq', 'yaml', 'starlette'}"
     code = (
-        "import sys, contextlib; from runtime import cli\n"
+        "import sys, contextlib; from quartet.runtime import cli\n"
         f"with contextlib.suppress(SystemExit): cli.main({command!r})\n"
         f"sys.exit(', '.join({watched} & sys.modules.keys()) or 0)"
     )

@@ -51,7 +51,7 @@ class Overlapped(Engine):
         while len(self.in_flight) > (self.depth if plan else 0):
             self.land(*self.in_flight.popleft())
             landed = True
-        self.planner.check()
+        self.planner.check_invariants()
         self.steps += 1
         return landed or plan is not None
 

@@ -4,7 +4,8 @@ import pytest
 
 from quartet.runtime.messages import Facts, Finish, Reply, unpack_ids
 from quartet.scheduler_service.core.drafts import DraftOptions
-from quartet.scheduler_service.scheduler import IDLE_BEAT_S, MOST_FAILURES
+from quartet.scheduler_service.scheduler import IDLE_BEAT_S
+from quartet.scheduler_service.step_queue import MOST_FAILURES
 from tests.fakes import looping_token
 from tests.rig import PROMPT, Rig
 from tests.stepper import VOCABULARY, expected_output, tokenized
@@ -150,7 +151,7 @@ def test_a_device_that_has_failed_ends_the_server_at_once() -> None:
 
 def test_lost_pages_are_reported_when_idle_and_serving_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig()
-    rig.scheduler.planner.memory.pages.free -= 3
+    rig.scheduler.planner.pool.pages.free -= 3
     rig.inbox.put(tokenized("a", PROMPT, 2))
     with caplog.at_level(logging.ERROR):
         rig.run()
@@ -163,10 +164,10 @@ def test_lost_pages_are_reported_when_idle_and_serving_goes_on(caplog: pytest.Lo
 
 def test_a_pause_is_used_piece_by_piece_and_again_after_work() -> None:
     rig = Rig()
-    rig.scheduler.rest, rig.scheduler.restless = iter([True, False, False]).__next__, True
+    rig.scheduler.idle_work, rig.scheduler.has_idle_work = iter([True, False, False]).__next__, True
     for _ in range(3):
         rig.scheduler.step()
     assert rig.inbox.waits == [0.0, 0.0, IDLE_BEAT_S]
     rig.inbox.put(tokenized("a", PROMPT, 1))
     rig.scheduler.step()
-    assert rig.scheduler.restless
+    assert rig.scheduler.has_idle_work

@@ -83,7 +83,7 @@ async def test_a_server_that_is_full_is_well() -> None:
 @asynchronous
 async def test_health_generate_without_an_answer_is_503_and_leaves_no_request() -> None:
     async with served() as server:
-        server.gateway.sign_of_life._timeout_s = 0.001
+        server.gateway.health_probe._timeout_s = 0.001
         assert (await server.client.get("/health_generate")).status == 503
         assert len(await server.ring.sent_of(Abort)) == 1
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from quartet.http_gateway.http.sse import DONE, EventStream, event
-from quartet.http_gateway.ring.flight import ClientGone
+from quartet.http_gateway.http.sse import DONE, Event, EventStream, frame
+from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.runtime.errors import RequestError
 
 
 async def two_events_then(fault: Exception) -> AsyncGenerator[bytes, None]:
-    yield event(b"1")
-    yield event(b"2")
+    yield frame(Event(b"1"))
+    yield frame(Event(b"2"))
     raise fault
 
 
@@ -39,7 +39,7 @@ def sent(events: AsyncGenerator[bytes, None]) -> list[bytes]:
 )
 def test_a_fault_on_the_way_is_told_before_the_end(fault: Exception, words: str) -> None:
     first, second, told, end = sent(two_events_then(fault))
-    assert (first, second, end) == (event(b"1"), event(b"2"), DONE)
+    assert (first, second, end) == (frame(Event(b"1")), frame(Event(b"2")), DONE)
     assert json.loads(told.removeprefix(b"data: "))["error"]["message"] == words
 
 

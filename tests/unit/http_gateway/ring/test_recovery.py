@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from quartet.http_gateway.http.metrics import Metrics
-from quartet.http_gateway.ring.flight import Flight
 from quartet.http_gateway.ring.quarantine import GUILTY, PROOF_TOKENS
+from quartet.http_gateway.ring.request_group import RequestGroup
 from quartet.http_gateway.ring.ring_client import CONDEMNED, RingClient
 from quartet.runtime.control import (
     COMMAND_LOST,
@@ -82,7 +82,7 @@ class Ring:
     def aborts(self) -> list[str]:
         return [message.rid for message in self.transport.sent if isinstance(message, Abort)]
 
-    def open(self, *rids: str) -> Flight:
+    def open(self, *rids: str) -> RequestGroup:
         return self.client.open([asked(rid) for rid in rids])
 
 
@@ -99,13 +99,13 @@ async def connected() -> AsyncIterator[Ring]:
 @asynchronous
 async def test_after_a_scheduler_requests_go_on_behind_what_was_delivered_and_old_attempts_are_dropped() -> None:
     async with connected() as ring:
-        with ring.open("a", "b") as flight:
+        with ring.open("a", "b") as group:
             ring.transport.push(step("a", [5, 6], "xy"))
-            await flight.next()
+            await group.next()
             await ring.restart("scheduler")
             assert ring.sent == [("a", 1, pack_ids([5, 6])), ("b", 1, b"")]
             ring.transport.push(step("a", [7], "stale"), step("a", [7], "z", attempt=1, finish=STOP))
-            assert [text.text for _, text in await flight.next()] == ["z"]
+            assert [text.text for _, text in await group.next()] == ["z"]
             assert ring.client.stale == 1
 
 
@@ -149,21 +149,21 @@ async def test_requests_and_commands_name_the_scheduler_that_they_are_sent_to() 
 @asynchronous
 async def test_after_a_tokenizer_only_requests_that_nothing_was_heard_of_are_sent_again() -> None:
     async with connected() as ring:
-        with ring.open("heard", "unheard") as flight:
+        with ring.open("heard", "unheard") as group:
             ring.transport.push(step("heard", [5], "x"))
-            await flight.next()
+            await group.next()
             await ring.restart("tokenizer")
             assert ring.sent == [("unheard", 1, b"")]
             ring.transport.push(step("heard", [6], "y", finish=STOP))  # from its first attempt, which goes on
-            assert [text.text for _, text in await flight.next()] == ["y"]
+            assert [text.text for _, text in await group.next()] == ["y"]
 
 
 @asynchronous
 async def test_a_request_sent_again_may_be_lost_with_the_tokenizer_though_it_was_heard_of_before() -> None:
     async with connected() as ring:
-        with ring.open("a") as flight:
+        with ring.open("a") as group:
             ring.transport.push(step("a", [5], "x"))
-            await flight.next()
+            await group.next()
             await ring.restart("scheduler")
             await ring.restart("tokenizer")
             assert ring.sent == [("a", 2, pack_ids([5]))]
@@ -174,9 +174,9 @@ async def test_a_request_sent_again_may_be_lost_with_the_tokenizer_though_it_was
 @asynchronous
 async def test_after_a_detokenizer_all_requests_are_sent_again() -> None:
     async with connected() as ring:
-        with ring.open("heard", "unheard") as flight:
+        with ring.open("heard", "unheard") as group:
             ring.transport.push(step("heard", [5], "x"))
-            await flight.next()
+            await group.next()
             await ring.restart("detokenizer")
             assert ring.sent == [("heard", 1, pack_ids([5])), ("unheard", 1, b"")]
 
@@ -187,10 +187,10 @@ async def test_a_rid_used_again_after_a_restart_is_not_mixed_up_with_what_is_lef
         with ring.open("a"):
             pass
         await ring.restart("tokenizer")
-        with ring.open("a") as flight:
+        with ring.open("a") as group:
             ring.transport.push(step("a", [5], "left over", finish=Finish(reason="abort")))
             ring.transport.push(step("a", [6], "new", attempt=1))
-            assert [text.text for _, text in await flight.next()] == ["new"]
+            assert [text.text for _, text in await group.next()] == ["new"]
 
 
 @asynchronous
@@ -198,12 +198,12 @@ async def test_requests_that_nobody_wants_any_more_end_here_and_in_the_scheduler
     async with connected() as ring:
         with ring.open("gone"):
             pass
-        with ring.open("aborted") as flight:
+        with ring.open("aborted") as group:
             ring.client.abort(Abort(rid="aborted", abort_message="enough"))
             await ring.restart("tokenizer")
             assert ring.aborts == ["gone", "aborted"]
             assert ring.sent == []
-            [(_, text)] = await flight.next()
+            [(_, text)] = await group.next()
             assert text.tokens.finish == Finish(reason="abort", message="enough")
         await ring.client.idle()
 
@@ -233,9 +233,9 @@ async def test_an_abort_of_the_detokenizer_that_may_be_lost_with_the_tokenizer_i
 @asynchronous
 async def test_a_relayed_abort_is_sent_again_where_its_request_waits_for_the_last_message() -> None:
     async with connected() as ring:
-        with ring.open("stopped") as flight:
+        with ring.open("stopped") as group:
             ring.transport.push(step("stopped", [5], "x"))
-            await flight.next()
+            await group.next()
             ring.transport.push(Abort(rid="stopped", exact=True))
             await ring.settle()
             await ring.restart("tokenizer")
@@ -247,9 +247,9 @@ async def test_a_relayed_abort_does_not_end_a_request_that_took_the_rid_later() 
     async with connected() as ring:
         ring.transport.push(Abort(rid="a", exact=True))
         await ring.settle()
-        with ring.open("a") as flight:
+        with ring.open("a") as group:
             ring.transport.push(step("a", [5], "x"))
-            await flight.next()
+            await group.next()
             await ring.restart("tokenizer")
             assert ring.aborts == []
 
@@ -257,12 +257,12 @@ async def test_a_relayed_abort_does_not_end_a_request_that_took_the_rid_later() 
 @asynchronous
 async def test_the_number_of_cached_tokens_stays_that_of_the_first_attempt() -> None:
     async with connected() as ring:
-        with ring.open("a") as flight:
+        with ring.open("a") as group:
             ring.transport.push(step("a", [5], "x", prompt_tokens=9, cached_tokens=0))
-            await flight.next()
+            await group.next()
             await ring.restart("scheduler")
             ring.transport.push(step("a", [6], "y", attempt=1, prompt_tokens=9, cached_tokens=8, finish=STOP))
-            [(_, text)] = await flight.next()
+            [(_, text)] = await group.next()
             assert text.tokens.cached_tokens == 0
 
 
@@ -278,11 +278,11 @@ async def test_a_request_that_has_become_too_large_ends_alone() -> None:
     async with connected() as ring:
         narrow = Narrow()
         ring.client._outbox = narrow
-        with ring.open("large", "small") as flight:
+        with ring.open("large", "small") as group:
             ring.transport.push(step("large", [5], "x"))
-            await flight.next()
+            await group.next()
             await ring.restart("scheduler")
-            [(index, text)] = await flight.next()
+            [(index, text)] = await group.next()
             assert index == 0 and text.tokens.finish is not None and text.tokens.finish.status == 413
             assert [m.request.rid for m in narrow.sent if isinstance(m, Generate)] == ["large", "small", "small"]
 
@@ -459,22 +459,22 @@ async def test_who_was_there_at_two_deaths_without_progress_runs_alone_and_fails
 async def test_suspects_run_in_groups_and_one_by_one_when_a_group_has_died() -> None:
     async with connected() as ring:
         names = "abcdefg"  # three groups
-        with ring.open(*names) as flight:
+        with ring.open(*names) as group:
             for _ in range(2):
                 await ring.restart("scheduler")
             assert ring.rids == ["a", "b", "c"]
             ring.transport.push(*(step(name, range(PROOF_TOKENS), "", attempt=2) for name in "abc"))
-            await flight.next()
+            await group.next()
             assert ring.rids == [*"abc", *"def"]
             assert ring.aborts == ["a", "b", "c"]  # they wait again
             await ring.restart("scheduler")
             assert ring.rids == ["d"]
             attempt = ring.sent[0][1]
             ring.transport.push(step("d", [2], "", attempt=attempt, finish=STOP))
-            await flight.next()
+            await group.next()
             assert ring.rids == ["d", "e"]
             await ring.restart("scheduler")
-            [(index, text)] = await flight.next()
+            [(index, text)] = await group.next()
             assert names[index] == "e"
             assert text.tokens.finish is not None and text.tokens.finish.reason == "error"
             assert ring.rids == ["f"]
@@ -498,10 +498,10 @@ async def test_the_like_of_a_guilty_request_fails_with_it_and_is_not_accepted_ag
             Generate(request=Request(rid=rid, params=SamplingParams(), seed=i), text="bad")
             for i, rid in enumerate("ab")
         ]
-        with ring.client.open(alike) as flight:
+        with ring.client.open(alike) as group:
             for _ in range(4):
                 await ring.restart("scheduler")
-            ended = await flight.next()
+            ended = await group.next()
             assert [text.tokens.finish.status for _, text in ended if text.tokens.finish] == [500, 500]
         retry = Generate(request=Request(rid="c", params=SamplingParams(), seed=9), text="bad")
         with pytest.raises(RequestError, match="not tried for ten minutes") as refused:
@@ -590,10 +590,10 @@ async def test_a_suspect_that_nobody_wants_any_more_ends_though_it_proves_itself
 @asynchronous
 async def test_a_suspect_of_one_service_that_ends_another_is_found() -> None:
     async with connected() as ring:
-        with ring.open("bad", "good") as flight:
+        with ring.open("bad", "good") as group:
             for role in ["scheduler", "scheduler", *["detokenizer"] * 3]:
                 await ring.restart(role)
-            [(index, text)] = await flight.next()
+            [(index, text)] = await group.next()
             assert index == 0 and text.tokens.finish is not None
             assert text.tokens.finish.message == GUILTY.format(role="detokenizer")
             assert ring.rids == ["good"]

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from quartet.http_gateway.http.metrics import Metrics
-from quartet.http_gateway.ring.flight import ClientGone
+from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.runtime.control import Abort, FlushCache, Tokenize
 from quartet.runtime.errors import Kind, RequestError
@@ -34,14 +34,14 @@ async def connected(limit: int = 10) -> AsyncIterator[tuple[RingClient, FakeRing
 @asynchronous
 async def test_everything_that_waits_is_taken_at_once_and_in_order() -> None:
     async with connected() as (ring, transport):
-        with ring.open([asked("a"), asked("b")]) as flight:
+        with ring.open([asked("a"), asked("b")]) as group:
             transport.push(step("b", [1], "x"), step("a", [2], "y"), step("b", [3], "z", finish=STOP))
-            mail = await flight.next()
-            assert [(index, text.text) for index, text in mail] == [(1, "x"), (0, "y"), (1, "z")]
-            assert not flight.finished
+            deltas = await group.next()
+            assert [(index, text.text) for index, text in deltas] == [(1, "x"), (0, "y"), (1, "z")]
+            assert not group.finished
             transport.push(step("a", finish=STOP))
-            await flight.next()
-            assert flight.finished
+            await group.next()
+            assert group.finished
         assert ring.unfinished == 0
         assert not [message for message in transport.sent if isinstance(message, Abort)]
 
@@ -50,26 +50,26 @@ async def test_everything_that_waits_is_taken_at_once_and_in_order() -> None:
 async def test_steps_that_nobody_takes_pile_up_to_a_bound_and_end_their_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("quartet.http_gateway.ring.flight.MAX_UNREAD_STEPS", 100)
+    monkeypatch.setattr("quartet.http_gateway.ring.request_group.MAX_UNREAD_STEPS", 100)
     async with connected() as (ring, transport):
-        with ring.open([asked("a"), asked("b")]) as flight, ring.open([asked("c")]) as other:
+        with ring.open([asked("a"), asked("b")]) as group, ring.open([asked("c")]) as other:
             for _ in range(201):
                 transport.push(step("a", [1], "x"))
             aborts = await transport.sent_of(Abort, 2)
             assert [abort.rid for abort in aborts] == ["a", "b"]
             transport.push(step("b", [1], "x"), step("c", [1], "x", finish=STOP))
             assert len(await other.next()) == 1
-            assert not flight._mail
+            assert not group._deltas
             with pytest.raises(ClientGone):
-                await flight.next()
+                await group.next()
 
 
 @asynchronous
-async def test_leaving_a_flight_aborts_only_what_still_runs() -> None:
+async def test_leaving_a_group_aborts_only_what_still_runs() -> None:
     async with connected() as (ring, transport):
-        with ring.open([asked("a"), asked("b")]) as flight:
+        with ring.open([asked("a"), asked("b")]) as group:
             transport.push(step("a", finish=STOP))
-            await flight.next()
+            await group.next()
         assert [abort.rid for abort in await transport.sent_of(Abort)] == ["b"]
 
 
@@ -87,12 +87,12 @@ async def test_a_rid_stays_taken_until_its_terminal_message_has_passed() -> None
 
 
 @asynchronous
-async def test_a_client_that_leaves_wakes_its_flight() -> None:
+async def test_a_client_that_leaves_wakes_its_group() -> None:
     async with connected() as (ring, _):
-        with ring.open([asked("a")]) as flight:
-            waiting = asyncio.create_task(flight.next())
+        with ring.open([asked("a")]) as group:
+            waiting = asyncio.create_task(group.next())
             await asyncio.sleep(0)
-            flight.leave()
+            group.client_left()
             with pytest.raises(ClientGone):
                 await waiting
 
@@ -167,11 +167,11 @@ async def test_a_command_without_an_answer_times_out_and_leaves_nothing() -> Non
 @asynchronous
 async def test_end_all_finishes_requests_without_the_ring() -> None:
     async with connected() as (ring, _):
-        with ring.open([asked("a")]) as flight:
+        with ring.open([asked("a")]) as group:
             ring.end_all("over")
-            [(_, text)] = await flight.next()
+            [(_, text)] = await group.next()
             assert text.tokens.finish == Finish(reason="abort", message="over")
-            assert flight.finished
+            assert group.finished
 
 
 @asynchronous
@@ -188,7 +188,7 @@ async def test_numbers_beyond_64_bits_are_the_callers_fault() -> None:
 @asynchronous
 async def test_endpoints_get_their_turn_while_frames_keep_coming() -> None:
     async with connected() as (ring, transport):
-        with ring.open([asked("a")]) as flight:
+        with ring.open([asked("a")]) as group:
             for token in range(100):
                 transport.push(step("a", [token]))
-            assert len(await flight.next()) < 100
+            assert len(await group.next()) < 100

@@ -22,7 +22,7 @@ def command(*arguments, **options):
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
 def test_numbers_of_closed_streams_are_taken_at_once_so_that_no_socket_gets_them(closed):
     code = (
-        "import os, sys\nfrom runtime import streams\n"
+        "import os, sys\nfrom quartet.runtime.process import streams\n"
         "streams.keep_standard()\nprint('x', file=sys.stdout); print('y', file=sys.stderr)\n"
         "streams.settle()\nsys.exit(int(any(fd < 3 for fd in os.pipe())) or 7)"
     )

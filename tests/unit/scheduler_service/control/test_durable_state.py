@@ -12,7 +12,7 @@ from quartet.runtime.control import (
     ReleaseMemory,
     ResumeMemory,
 )
-from quartet.scheduler_service.control.durable_state import LOST, StandingOrders
+from quartet.scheduler_service.control.durable_state import LOST, DurableState
 from tests import checkpoints
 from tests.live import Live
 
@@ -25,8 +25,8 @@ def model(tmp_path: Path) -> Path:
 def started(model: Path, run_dir: Path) -> Live:
     """A scheduler that follows the orders of the one before."""
     live = Live(model, run_dir, enable_memory_saver=True)
-    live.scheduler.orders = StandingOrders(str(run_dir))
-    live.scheduler.orders.take_up(live.scheduler)
+    live.scheduler.durable_state = DurableState(str(run_dir))
+    live.scheduler.durable_state.restore(live.scheduler)
     return live
 
 
@@ -67,6 +67,6 @@ def test_a_record_that_cannot_be_written_is_an_error_in_the_log_and_no_more(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     live = started(model, tmp_path)
-    live.scheduler.orders = StandingOrders(str(tmp_path / "gone"))
+    live.scheduler.durable_state = DurableState(str(tmp_path / "gone"))
     assert live.call(PauseGeneration(mode="in_place")).success
     assert "Could not record a pause" in caplog.text

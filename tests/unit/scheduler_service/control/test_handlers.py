@@ -95,13 +95,13 @@ def test_an_idle_cache_is_flushed_at_once(caplog: pytest.LogCaptureFixture) -> N
     rig = Rig()
     rig.inbox.put(tokenized("a", PROMPT, 2))
     rig.run()
-    assert rig.scheduler.planner.memory.tree.cached > 0
+    assert rig.scheduler.planner.pool.tree.cached > 0
     rig.inbox.put(FlushCache(id="f"))
     with caplog.at_level(logging.INFO):
         rig.run()
     assert replies(rig) == [Reply(id="f", message=FLUSHED)]
     assert "Cache flushed successfully!" in caplog.messages
-    assert rig.scheduler.planner.memory.tree.cached == 0
+    assert rig.scheduler.planner.pool.tree.cached == 0
 
 
 def test_a_busy_cache_is_not_flushed_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
@@ -235,4 +235,4 @@ def test_a_new_gateway_is_told_what_is_served_and_requests_of_the_one_before_end
     assert finishes(rig, "new") == ["length"]
     assert finishes(rig, "running", "waiting") == ["abort", "abort"]
     assert not rig.tokens("late")
-    rig.scheduler.planner.check()
+    rig.scheduler.planner.check_invariants()

@@ -55,13 +55,13 @@ def busy(depth: int = 0) -> Rig:
 def test_paused_requests_go_on_where_they_stopped(mode: str, depth: int) -> None:
     rig = busy(depth)
     assert call(rig, PauseGeneration(mode=mode)).message == "Generation paused successfully."  # type: ignore[arg-type]
-    assert not rig.scheduler.in_flight
+    assert not rig.scheduler.launched
     held = [output(rig, rid) for rid in "abc"]
     for _ in range(5):
         rig.scheduler.step()
     assert [output(rig, rid) for rid in "abc"] == held
     assert len(rig.scheduler.planner.running) == (0 if mode == "retract" else 2)
-    rig.scheduler.planner.check()
+    rig.scheduler.planner.check_invariants()
     assert call(rig, ContinueGeneration()).message == "Generation continued successfully."
     rig.run()
     assert all(output(rig, rid) == expected_output(PROMPT, 20) for rid in "abc")

@@ -12,16 +12,16 @@ from tests.rig import PROMPT, Rig
 from tests.stepper import Stepper, expected_output, tokenized
 
 
-def stepped(stepper: Stepper, until: float, resting: bool = False) -> None:
+def stepped(stepper: Stepper, until: float, paused: bool = False) -> None:
     """Turns of the loop, a second each."""
     while stepper.steps < until:
         stepper.take(stepper.planner.expire(float(stepper.steps)))
         stepper.forget()
-        if resting:
+        if paused:
             stepper.steps += 1
         else:
             stepper.step()
-        stepper.planner.check()
+        stepper.planner.check_invariants()
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -34,7 +34,7 @@ def test_a_request_that_waits_too_long_ends_with_a_503(depth: int) -> None:
     stepped(stepper, 14)
     finish = stepper.finish("waits")
     assert finish and (finish.reason, finish.status, finish.message) == ("error", Kind.UNAVAILABLE.status, WAITED)
-    assert "runs" in stepper.planner.live  # what runs is none of this limit's business
+    assert "runs" in stepper.planner.live  # this limit is for waiting requests only
     stepper.run()
     assert stepper.output("runs") == expected_output(PROMPT, 40)
 
@@ -50,12 +50,12 @@ def test_a_request_that_runs_too_long_ends_with_a_503_and_gives_all_back(depth: 
     stepper.run()
 
 
-def test_time_sent_back_to_the_queue_counts_as_running() -> None:
+def test_time_in_the_queue_after_a_retraction_counts_as_running() -> None:
     stepper = Stepper(max_running=1, waiting_timeout_s=5, running_timeout_s=30)
     stepper.add(tokenized("a", PROMPT, 100))
     stepped(stepper, 3)
     stepper.planner.retract_all()
-    stepper.planner.order = lambda waiting, memory: []  # nobody is let in again
+    stepper.planner.order = lambda waiting, memory: []  # admits nobody
     stepped(stepper, 20)
     assert "a" in stepper.planner.live  # the limit on waiting is for those that never ran
     stepped(stepper, 40)
@@ -63,15 +63,15 @@ def test_time_sent_back_to_the_queue_counts_as_running() -> None:
     assert finish and finish.message == RAN
 
 
-@pytest.mark.parametrize("rest", ["paused", "asleep"])
-def test_a_rest_of_the_server_counts_against_nobody(rest: str) -> None:
+@pytest.mark.parametrize("state", ["paused", "asleep"])
+def test_time_in_which_the_server_is_paused_or_asleep_does_not_count(state: str) -> None:
     stepper = Stepper(max_running=1, waiting_timeout_s=10, running_timeout_s=10)
     stepper.add(tokenized("runs", PROMPT, 100))
     stepper.add(tokenized("waits", PROMPT, 40))
     stepped(stepper, 4)
-    setattr(stepper.planner, rest, True)
-    stepped(stepper, 1000, resting=True)
-    setattr(stepper.planner, rest, False)
+    setattr(stepper.planner, state, True)
+    stepped(stepper, 1000, paused=True)
+    setattr(stepper.planner, state, False)
     stepped(stepper, 1003)
     assert stepper.planner.live.keys() == {"runs", "waits"}
     stepped(stepper, 1020)
@@ -79,7 +79,7 @@ def test_a_rest_of_the_server_counts_against_nobody(rest: str) -> None:
 
 
 @pytest.mark.parametrize("limits", [{}, {"waiting_timeout_s": None, "running_timeout_s": None}])
-def test_without_limits_nobody_is_late(limits: dict[str, Any]) -> None:
+def test_without_limits_no_request_expires(limits: dict[str, Any]) -> None:
     stepper = Stepper(max_running=1, context_length=3000, total_pages=3000, **limits)
     stepper.add(tokenized("runs", PROMPT, 2500))
     stepper.add(tokenized("waits", PROMPT, 4))
@@ -87,28 +87,28 @@ def test_without_limits_nobody_is_late(limits: dict[str, Any]) -> None:
     assert stepper.planner.live.keys() == {"runs", "waits"}
 
 
-def test_the_loop_tells_the_client() -> None:
+def test_the_loop_sends_the_end_of_an_expired_request() -> None:
     rig = Rig(max_running=1, waiting_timeout_s=3)
     rig.inbox.put(tokenized("runs", PROMPT, 50), tokenized("waits", PROMPT, 4))
     rig.scheduler.step()
     rig.time = 10.0
     rig.scheduler.step()
-    (told,) = rig.tokens("waits")
-    assert told.finish is not None and (told.finish.status, told.finish.message) == (503, WAITED)
-    assert told.request is not None  # its first word, so that the detokenizer knows it
+    (sent,) = rig.tokens("waits")
+    assert sent.finish is not None and (sent.finish.status, sent.finish.message) == (503, WAITED)
+    assert sent.request is not None  # its first message, so that the detokenizer knows it
 
 
 @pytest.mark.parametrize("limit", ["waiting_timeout_s", "running_timeout_s"])
-def test_time_before_a_request_came_is_not_counted_against_it(limit: str) -> None:
+def test_time_before_a_request_arrived_does_not_count(limit: str) -> None:
     rig = Rig(max_running=1, **{limit: 0.5})
     rig.scheduler.step()
     rig.time = 1.0  # an idle loop has waited for it
     rig.inbox.put(tokenized("a", PROMPT, 1))
     rig.scheduler.step()
-    assert [told.finish and told.finish.reason for told in rig.tokens("a")] == ["length"]
+    assert [sent.finish and sent.finish.reason for sent in rig.tokens("a")] == ["length"]
 
 
-def test_a_pause_that_ends_with_a_message_counts_against_nobody() -> None:
+def test_a_pause_that_ends_with_a_message_does_not_count() -> None:
     rig = Rig(max_running=1, running_timeout_s=5)
     rig.inbox.put(tokenized("a", PROMPT, 4))
     rig.scheduler.step()

@@ -4,9 +4,9 @@ import pytest
 
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.core.drafts import FIRST_DRAFT, LONGEST_REST, Drafter, DraftOptions, drafter_of
+from quartet.scheduler_service.core.drafts import FIRST_LENGTH, MAX_SKIPPED, Drafter, DraftOptions, drafter_of
 
-OPTIONS = DraftOptions(tokens=8, shortest=2, longest=8)
+OPTIONS = DraftOptions(max_tokens=8, min_match=2, max_match=8)
 LOOP = array("i", [1, 2, 3] * 4)
 
 
@@ -16,27 +16,27 @@ def test_drafts_grow_while_they_are_right_and_shrink_while_they_are_wrong():
     for right in (True, True, True, False, False, True):
         lengths.append(len(drafter.propose(LOOP, 64)))
         drafter.learn(lengths[-1], lengths[-1] if right else 0)
-    assert lengths == [FIRST_DRAFT, 4, 8, 8, 4, 2]
+    assert lengths == [FIRST_LENGTH, 4, 8, 8, 4, 2]
 
 
-def test_a_draft_that_was_right_in_part_is_not_halved_below_that_part():
+def test_after_a_draft_that_was_right_in_part_the_next_is_at_least_that_long():
     drafter = Drafter(OPTIONS)
     for correct in (2, 4, 7):
         drafter.learn(len(drafter.propose(LOOP, 64)), correct)
     assert len(drafter.propose(LOOP, 64)) == 7
 
 
-def test_text_whose_drafts_always_fail_is_hardly_drafted_any_more():
+def test_text_whose_drafts_always_fail_is_rarely_drafted():
     drafter = Drafter(OPTIONS)
     drafted = 0
     for _ in range(1000):
         if draft := drafter.propose(LOOP, 64):
             drafter.learn(len(draft), 0)
             drafted += len(draft)
-    assert 1000 // (LONGEST_REST + 1) <= drafted < 1000 // LONGEST_REST + 10
+    assert 1000 // (MAX_SKIPPED + 1) <= drafted < 1000 // MAX_SKIPPED + 10
 
 
-def test_one_right_draft_ends_the_long_rests():
+def test_one_right_draft_ends_the_long_pauses_between_drafts():
     drafter = Drafter(OPTIONS)
     for _ in range(100):
         if draft := drafter.propose(LOOP, 64):
@@ -68,7 +68,7 @@ def test_no_draft_is_longer_than_asked():
         ({}, {"task": "embed"}, False),
     ],
 )
-def test_drafted_is_what_can_be_verified_several_tokens_at_once(params, request_, drafted):
+def test_only_requests_whose_tokens_can_be_verified_together_are_drafted(params, request_, drafted):
     request = Request(rid="r", params=SamplingParams(**params), **request_)
     assert (drafter_of(request, OPTIONS) is not None) == drafted
     assert drafter_of(request, None) is None

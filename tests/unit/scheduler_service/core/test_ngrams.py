@@ -19,7 +19,7 @@ def searched(ids: list[int], shortest: int, longest: int, count: int) -> tuple[i
     def common(place: int) -> int:
         return next((n for n in range(min(longest, place + 1), 0, -1) if ids[place + 1 - n : place + 1] == ids[-n:]), 0)
 
-    found = [place for place in range(len(ids) - 2, -1, -1) if common(place) >= shortest][: ngrams.PLACES]
+    found = [place for place in range(len(ids) - 2, -1, -1) if common(place) >= shortest][: ngrams.MAX_COMPARED]
     if not found:
         return ()
     text, place = list(ids), max(found, key=lambda place: (common(place), place))
@@ -53,7 +53,7 @@ def test_a_sequence_that_grows_gives_what_it_gives_at_once(ids, window, ends):
 
 
 def test_a_long_prompt_is_entered_over_several_calls():
-    ids = array("i", range(2 * ngrams.AT_ONCE + 2))
+    ids = array("i", range(2 * ngrams.MAX_ENTERED + 2))
     index = NGrams(2, 8)
     assert [index.follow(ids) for _ in range(3)] == [False, False, True]
 

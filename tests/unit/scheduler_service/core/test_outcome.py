@@ -13,19 +13,19 @@ def sequence(new_tokens: int = 8) -> Sequence:
     return made
 
 
-def test_an_accepted_draft_is_appended_and_what_was_computed_of_wrong_ones_is_taken_back() -> None:
+def test_an_accepted_draft_is_appended_and_the_positions_of_wrong_ones_are_to_be_computed_again() -> None:
     its, stats = sequence(), Stats()
     its.computed = 9
     part, result = Slice(its, 5, 9, True, drafts=(6, 7, 8)), Result(tokens=[6, 7])
-    assert outcome.accept(part, result, stats) is None
+    assert outcome.accept_draft(part, result, stats) is None
     assert (list(its.ids[5:]), its.computed, result.tokens) == ([6, 7], 7, [6, 7])
     assert (stats.proposed_drafts, stats.correct_drafts) == (3, 1)
 
 
-def test_tokens_behind_the_one_that_ends_the_request_leave_the_result() -> None:
+def test_tokens_after_the_one_that_ends_the_request_leave_the_result() -> None:
     its, stats = sequence(new_tokens=2), Stats()
     part, result = Slice(its, 5, 9, True, drafts=(6, 7, 8)), Result(tokens=[6, 7, 8, 9])
-    finish = outcome.accept(part, result, stats)
+    finish = outcome.accept_draft(part, result, stats)
     assert finish is not None and finish.reason == "length"
     assert (list(its.ids[5:]), result.tokens, stats.correct_drafts) == ([6, 7], [6, 7], 1)
 

@@ -21,7 +21,7 @@ def shapes(stepper: Stepper) -> list[list[tuple[str, int, int]]]:
 
 
 @DEPTHS
-def test_a_request_is_prefilled_then_decoded_and_leaves_nothing_behind(depth: int) -> None:
+def test_a_request_is_prefilled_then_decoded_and_leaves_no_page_or_slot_taken(depth: int) -> None:
     stepper = Stepper(depth)
     stepper.add(tokenized("a", PROMPT, 3))
     stepper.run()
@@ -90,7 +90,7 @@ def test_a_stop_token_ends_the_request_even_on_its_last_allowed_token(depth: int
 
 
 @DEPTHS
-def test_tokens_that_arrive_behind_a_stop_are_dropped(depth: int) -> None:
+def test_tokens_that_arrive_after_a_stop_are_dropped(depth: int) -> None:
     output = expected_output(PROMPT, 2)
     stepper = Stepper(depth, eos_ids=frozenset(output[1:]))
     stepper.add(tokenized("a", PROMPT, 10))
@@ -140,7 +140,7 @@ def test_an_embedding_request_gives_its_vector_with_the_finish() -> None:
         ("out of luck", Finish.internal("out of luck")),
     ],
 )
-def test_a_fault_ends_its_request_alone_and_its_pages_are_not_cached(depth: int, error: str, finish: Finish) -> None:
+def test_an_error_ends_only_its_own_request_whose_pages_are_not_cached(depth: int, error: str, finish: Finish) -> None:
     stepper = Stepper(depth)
     stepper.add(tokenized("bad", PROMPT, 5))
     stepper.add(tokenized("good", [50, 51], 5))
@@ -148,7 +148,7 @@ def test_a_fault_ends_its_request_alone_and_its_pages_are_not_cached(depth: int,
     stepper.run()
     assert stepper.finish("bad") == finish
     assert stepper.output("good") == expected_output([50, 51], 5)
-    assert stepper.planner.memory.cached_prefix(next(iter(stepper.updates["bad"])).sequence) == 0
+    assert stepper.planner.pool.cached_prefix(next(iter(stepper.updates["bad"])).sequence) == 0
 
 
 # abort
@@ -185,11 +185,11 @@ def test_abort_in_flight_frees_pages_once_and_only_when_the_step_is_back() -> No
     stepper = Stepper(depth=1)
     stepper.add(tokenized("a", PROMPT, 20))
     stepper.step()
-    held = stepper.planner.memory.used
+    held = stepper.planner.pool.used
     stepper.abort("a")
-    assert stepper.planner.memory.used == held and not stepper.planner.idle
+    assert stepper.planner.pool.used == held and not stepper.planner.idle
     stepper.run()
-    assert stepper.planner.memory.used == 0
+    assert stepper.planner.pool.used == 0
     assert stepper.worker.forgotten == ["a"]
 
 
@@ -200,7 +200,7 @@ def test_a_message_given_with_an_abort_is_handed_on() -> None:
     assert stepper.finish("a") == Finish(reason="abort", message="server drains")
 
 
-def test_an_unknown_rid_is_left_alone() -> None:
+def test_an_abort_of_an_unknown_rid_does_nothing() -> None:
     stepper = Stepper()
     stepper.abort("nobody")
     assert stepper.updates == {}
@@ -256,7 +256,7 @@ def test_requests_that_arrive_together_compute_their_long_shared_prefix_once(dep
         assert stepper.output(f"r{i}") == expected_output([*shared, 300 + i, 400], 2)
 
 
-def test_whoever_waits_for_a_prefix_goes_on_when_its_computer_is_aborted() -> None:
+def test_a_request_that_waits_for_a_prefix_goes_on_when_the_one_that_computes_it_is_aborted() -> None:
     stepper = Stepper(depth=1, chunked_prefill_size=32)
     shared = list(range(100, 260))
     stepper.add(tokenized("a", [*shared, 1], 2))
@@ -294,7 +294,7 @@ def test_float_prompts_and_a_disabled_tree_reuse_nothing(changes: dict[str, Any]
         stepper.add(tokenized(rid, PROMPT, 2, embeds=b"" if changes else bytes(4)))
         stepper.run()
     assert stepper.updates["b"][-1].sequence.cached_tokens == 0
-    assert stepper.planner.memory.tree.cached == 0
+    assert stepper.planner.pool.tree.cached == 0
 
 
 # prompt logprobs
@@ -317,7 +317,7 @@ def test_prompt_logprobs_come_once_complete_and_with_a_leading_null(depth: int, 
     assert all(update.logprobs is not None for update in stepper.updates["a"])
 
 
-def test_a_start_behind_the_prompt_gives_an_empty_list() -> None:
+def test_a_logprob_start_at_the_prompts_end_gives_an_empty_list() -> None:
     stepper = Stepper()
     stepper.add(tokenized("a", PROMPT, 1, logprobs=LogprobOptions(start=5)))
     stepper.run()
@@ -354,7 +354,7 @@ def test_retraction_changes_no_token(depth: int, page_size: int) -> None:
         assert stepper.finish(rid) == Finish(reason="length", length=60)
 
 
-def test_the_newest_request_is_sent_back_first_and_its_count_is_told() -> None:
+def test_the_newest_request_is_retracted_first_and_its_retractions_are_counted() -> None:
     stepper = Stepper(total_pages=30)
     stepper.planner.growth.ratio = 0.0
     stepper.add(tokenized("old", [10, 11], 20))
@@ -380,7 +380,7 @@ def test_prompt_logprobs_survive_a_retraction_without_being_scored_twice() -> No
     assert scored == sorted(set(scored))
 
 
-def test_a_request_alone_in_a_full_pool_can_always_go_on() -> None:
+def test_the_only_request_in_a_full_pool_can_always_go_on() -> None:
     stepper = Stepper(total_pages=20)
     stepper.add(tokenized("a", PROMPT, None))
     stepper.run()
@@ -392,7 +392,7 @@ def test_a_request_alone_in_a_full_pool_can_always_go_on() -> None:
 
 @DEPTHS
 @pytest.mark.parametrize("delivered", [1, 4])
-def test_a_replayed_request_goes_on_behind_what_was_delivered(depth: int, delivered: int) -> None:
+def test_a_replayed_request_goes_on_after_what_was_delivered(depth: int, delivered: int) -> None:
     output = expected_output(PROMPT, 6)
     stepper = Stepper(depth)
     stepper.add(tokenized("a", PROMPT, 6, attempt=1, resume=output[:delivered]))
@@ -432,7 +432,7 @@ def test_a_full_queue_takes_back_whom_it_had_admitted() -> None:
         stepper.add(message)
     stepper.run()
     assert [stepper.output(rid) for rid in "abde"] == [expected_output(PROMPT, 3)] * 4
-    stepper.planner.check()
+    stepper.planner.check_invariants()
 
 
 def test_a_duplicate_of_a_living_request_is_ignored() -> None:
@@ -560,11 +560,11 @@ def test_an_aborted_request_brings_the_experts_of_what_was_computed(steps: int, 
     assert unpack_ids(last.routed_experts).tolist() == list(range(computed))
 
 
-def test_broken_books_are_noticed_and_mended() -> None:
+def test_page_counts_that_do_not_add_up_are_found_and_repaired() -> None:
     stepper = Stepper()
     stepper.add(tokenized("a", PROMPT, 2))
     stepper.run()
-    stepper.planner.memory.pages.free -= 1
+    stepper.planner.pool.pages.free -= 1
     assert "free" in stepper.planner.audit()
     stepper.planner.repair()
     assert stepper.planner.audit() == ""

@@ -1,4 +1,4 @@
-"""Any order of adding, aborting, stepping, flushing, pausing and failing keeps the books and the tokens right."""
+"""Any order of adding, aborting, stepping, flushing, pausing and failing keeps page counts and tokens right."""
 
 import random
 from typing import Any
@@ -61,7 +61,7 @@ class PlannerMachine(RuleBasedStateMachine):
         )
         if hopeful:
             self.stepper.planner.growth.START = 0.0
-            self.stepper.planner.growth.rest()
+            self.stepper.planner.growth.reset()
         self.prompts: dict[str, tuple[list[int], int]] = {}
 
     @rule(
@@ -97,7 +97,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     @rule()
     def launch_without_landing(self) -> None:
-        """Leave a step in flight, so that what comes next meets it there."""
+        """Leave a step in flight, so that the next operation meets it."""
         plan = self.stepper.planner.next(0.0) if len(self.stepper.in_flight) < self.stepper.depth else None
         self.stepper.forget()
         if plan:
@@ -127,9 +127,9 @@ class PlannerMachine(RuleBasedStateMachine):
         self.stepper.planner.paused = paused
 
     @invariant()
-    def books_balance(self) -> None:
+    def every_page_is_in_one_place(self) -> None:
         if hasattr(self, "stepper"):
-            self.stepper.planner.check()
+            self.stepper.planner.check_invariants()
 
     def teardown(self) -> None:
         if not hasattr(self, "stepper"):
@@ -167,7 +167,7 @@ def serve(prompts: list[list[int]], **changes: Any) -> tuple[list[list[int]], li
 
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_64_requests_give_the_same_tokens_alone_together_and_retracted(page_size: int, depth: int) -> None:
+def test_64_requests_give_the_same_tokens_one_by_one_together_and_retracted(page_size: int, depth: int) -> None:
     draw = random.Random(7)
     prompts = [[*draw.choice(STEMS)[: draw.randrange(1, 60)], draw.randrange(2, 999)] for _ in range(64)]
     together = serve(prompts, depth=depth, page_size=page_size, total_pages=9600 // page_size, max_running=64)

@@ -84,7 +84,7 @@ def test_as_few_as_needed_go_the_lowest_and_newest_first(depth: int) -> None:
     stepper.run()
 
 
-def test_nobody_goes_where_even_all_lesser_ones_would_not_give_room() -> None:
+def test_nothing_is_preempted_where_all_lower_priorities_together_would_not_make_room() -> None:
     stepper = stepper_of(max_running=4, total_pages=100)
     stepper.add(tokenized("equal", range(100, 170), 20, priority=5))
     stepper.add(tokenized("low", range(200, 205), 10))
@@ -98,7 +98,7 @@ def test_nobody_goes_where_even_all_lesser_ones_would_not_give_room() -> None:
     stepper.run()
 
 
-def test_nobody_goes_for_a_request_that_has_room() -> None:
+def test_nothing_is_preempted_for_a_request_that_has_room() -> None:
     stepper = stepper_of(max_running=2)
     stepper.add(tokenized("low", LOW, 20))
     stepper.step()
@@ -107,7 +107,7 @@ def test_nobody_goes_for_a_request_that_has_room() -> None:
     assert stepper.planner.stats.preemptions == 0
 
 
-def test_nobody_goes_for_a_request_that_awaits_a_prefix_which_is_being_computed() -> None:
+def test_nothing_is_preempted_for_a_request_that_awaits_a_prefix_being_computed() -> None:
     stem = list(range(100, 200))
     stepper = stepper_of(max_running=2, chunked_prefill_size=8, total_pages=140)
     stepper.add(tokenized("low", [*stem, 1], 2))
@@ -162,7 +162,7 @@ def test_any_traffic_ends_with_the_right_tokens_and_few_preemptions(
         priorities[rid] = draw.randrange(5)
         stepper.add(tokenized(rid, prompts[rid], 1 + draw.randrange(30), priority=priorities[rid]))
         for _ in range(draw.randrange(6)):
-            stepper.step()  # checks the books
+            stepper.step()  # checks the page counts
     stepper.run(most_steps=2000)
     pairs = sum(low + threshold < high for low in priorities.values() for high in priorities.values())
     assert stepper.planner.stats.preemptions <= pairs

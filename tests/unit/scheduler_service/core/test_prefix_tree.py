@@ -24,7 +24,7 @@ def test_the_longest_kept_prefix_is_matched_in_whole_pages() -> None:
     tree.insert(NAMESPACE, tokens(1, 2, 3, 4, 5, 6), [10, 11, 12])
     assert tree.path_pages(tree.match(NAMESPACE, tokens(1, 2, 3, 4, 5, 9, 9))) == [10, 11]
     assert tree.matched_pages(NAMESPACE, tokens(1, 2, 3, 4, 5, 6, 7)) == 3
-    tree.check()
+    tree.check_invariants()
 
 
 def test_a_branch_splits_the_edge_and_keeps_both_ends() -> None:
@@ -33,7 +33,7 @@ def test_a_branch_splits_the_edge_and_keeps_both_ends() -> None:
     tree.insert(NAMESPACE, tokens(1, 2, 8, 9), [1, 2, 5, 6])
     assert tree.path_pages(tree.match(NAMESPACE, tokens(1, 2, 3, 4))) == [1, 2, 3, 4]
     assert tree.path_pages(tree.match(NAMESPACE, tokens(1, 2, 8, 9))) == [1, 2, 5, 6]
-    assert tree.check() == {1, 2, 3, 4, 5, 6}
+    assert tree.check_invariants() == {1, 2, 3, 4, 5, 6}
 
 
 def test_what_is_there_already_is_not_taken_twice() -> None:
@@ -50,7 +50,7 @@ def test_namespaces_do_not_meet() -> None:
     tree.insert(b"b", tokens(1, 2), [3, 4])
     assert tree.path_pages(tree.match(b"b", tokens(1, 2))) == [3, 4]
     assert tree.match(b"c", tokens(1, 2)) is tree.root
-    tree.check()
+    tree.check_invariants()
 
 
 def test_the_least_recently_used_leaf_goes_first_and_from_its_end() -> None:
@@ -61,7 +61,7 @@ def test_the_least_recently_used_leaf_goes_first_and_from_its_end() -> None:
     assert tree.evict(1) == [9]
     assert tree.evict(3) == [7, 8, 3]
     assert tree.path_pages(tree.match(NAMESPACE, tokens(1, 2, 3))) == [1, 2]
-    tree.check()
+    tree.check_invariants()
 
 
 def test_pinned_pages_and_their_ancestors_stay() -> None:
@@ -74,7 +74,7 @@ def test_pinned_pages_and_their_ancestors_stay() -> None:
     tree.unpin(node)
     assert sorted(tree.clear()) == [1, 2]
     assert (tree.cached, tree.evictable) == (0, 0)
-    tree.check()
+    tree.check_invariants()
 
 
 def test_a_pin_survives_a_split_above_it() -> None:
@@ -86,7 +86,7 @@ def test_a_pin_survives_a_split_above_it() -> None:
     assert tree.evict(10) == [9]
     tree.unpin(node)
     assert tree.evictable == 4
-    tree.check()
+    tree.check_invariants()
 
 
 def test_a_parent_becomes_evictable_when_its_last_child_is_gone() -> None:
@@ -94,7 +94,7 @@ def test_a_parent_becomes_evictable_when_its_last_child_is_gone() -> None:
     tree.insert(NAMESPACE, tokens(1, 2), [1, 2])
     tree.insert(NAMESPACE, tokens(1, 2, 3), [1, 2, 3])
     assert tree.evict(1) == [3]
-    tree.check()
+    tree.check_invariants()
     assert sorted(tree.evict(2)) == [1, 2]
 
 
@@ -145,4 +145,4 @@ def test_the_tree_agrees_with_a_plain_dictionary(page_size: int, operations: lis
             expected.append(model[prefix])
         assert tree.matched_pages(NAMESPACE, tokens(*ids)) == len(expected)
         assert tree.path_pages(tree.match(NAMESPACE, tokens(*ids))) == expected
-        assert tree.check() == set(model.values())
+        assert tree.check_invariants() == set(model.values())

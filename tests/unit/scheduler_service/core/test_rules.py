@@ -46,7 +46,7 @@ def test_output_that_does_not_fit_is_clipped_where_the_operator_wants_it() -> No
     assert sequence_of(tokenized("a", range(6), 5), clipping, 0.0).limit == 4
 
 
-def test_what_exceeds_the_context_is_told_by_its_code() -> None:
+def test_a_request_that_exceeds_the_context_gets_its_error_code() -> None:
     for message, settings in (
         (tokenized("a", range(10), None), WIDE),
         (tokenized("a", range(6), 5), WIDE),
@@ -57,7 +57,7 @@ def test_what_exceeds_the_context_is_told_by_its_code() -> None:
         assert caught.value.code == "context_length_exceeded"
 
 
-def test_the_default_limit_is_clipped_because_nobody_may_have_asked_for_it() -> None:
+def test_the_default_output_limit_is_lowered_because_the_client_may_not_have_chosen_it() -> None:
     assert sequence_of(tokenized("a", range(6), 128), WIDE, 0.0).limit == 4
 
 

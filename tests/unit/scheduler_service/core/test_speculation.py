@@ -11,7 +11,7 @@ from quartet.scheduler_service.core.plan import Plan
 from tests.fakes import looping_token, scored
 from tests.stepper import Stepper, expected_output, tokenized
 
-OPTIONS = DraftOptions(tokens=8, shortest=2, longest=8)
+OPTIONS = DraftOptions(max_tokens=8, min_match=2, max_match=8)
 LOOP = [2, 3, 4, 5, 6, 7, 8] * 2
 
 
@@ -62,16 +62,16 @@ def test_decode_rows_come_first_then_verifications_then_prompts() -> None:
     assert plan.tokens <= 16
 
 
-def test_a_verification_is_told_with_what_it_proposed_and_what_was_right() -> None:
+def test_an_update_of_a_verification_has_the_counts_of_proposed_and_correct_drafts() -> None:
     stepper = drafting()
     stepper.add(tokenized("a", LOOP, 60, logprobs=LogprobOptions()))
     stepper.run()
     first, *others = stepper.updates["a"]
     assert first.drafts is None
-    told = [update.drafts for update in others]
-    assert all(isinstance(drafts, Drafts) for drafts in told)
-    assert sum(drafts.correct for drafts in told) == 60 - len(stepper.updates["a"])
-    assert sum(drafts.proposed for drafts in told) == stepper.planner.stats.proposed_drafts
+    sent = [update.drafts for update in others]
+    assert all(isinstance(drafts, Drafts) for drafts in sent)
+    assert sum(drafts.correct for drafts in sent) == 60 - len(stepper.updates["a"])
+    assert sum(drafts.proposed for drafts in sent) == stepper.planner.stats.proposed_drafts
     for update in stepper.updates["a"]:
         assert update.logprobs == scored(unpack_ids(update.ids))
 
@@ -121,7 +121,7 @@ def test_an_abort_while_drafts_are_in_flight_frees_pages_once() -> None:
     stepper.abort("a")
     made = stepper.output("a")
     stepper.take(stepper.planner.apply(plan, stepper.worker.collect(pending), 0.0))
-    stepper.planner.check()
+    stepper.planner.check_invariants()
     assert stepper.planner.audit() == ""
     stepper.add(tokenized("b", LOOP + made, 20))
     stepper.run()
@@ -147,7 +147,7 @@ def test_drafts_take_no_page_that_somebody_needs(page_size: int) -> None:
     def retractions(drafts: DraftOptions | None) -> int:
         stepper = drafting(drafts=drafts, page_size=page_size, total_pages=160 // page_size, context_length=150)
         stepper.planner.growth.START = 0.0
-        stepper.planner.growth.rest()
+        stepper.planner.growth.reset()
         for i in range(4):
             stepper.add(tokenized(f"r{i}", LOOP, 60, seed=i))
         stepper.run()
@@ -166,14 +166,14 @@ def test_a_draft_is_cut_to_the_pages_there_are() -> None:
 
 
 def test_full_batches_share_the_drafts_of_a_step_and_fuller_ones_draft_nothing() -> None:
-    for running in (4, 24, OPTIONS.rows):
+    for running in (4, 24, OPTIONS.max_step_tokens):
         stepper = drafting(total_pages=10_000, max_running=running, drafts=DraftOptions(64, 2, 8))
         for i in range(running):
             stepper.add(tokenized(f"r{i}", LOOP, 60, seed=i))
         stepper.run()
         most = max(plan.tokens for plan in stepper.worker.plans if not plan.prefills)
-        assert running <= most <= OPTIONS.rows
-        assert (stepper.planner.stats.proposed_drafts > 0) == (running < OPTIONS.rows)
+        assert running <= most <= OPTIONS.max_step_tokens
+        assert (stepper.planner.stats.proposed_drafts > 0) == (running < OPTIONS.max_step_tokens)
         for i in range(running):
             assert stepper.output(f"r{i}") == expected(LOOP, 60, i)
 
@@ -196,7 +196,7 @@ def test_a_request_that_cannot_be_computed_ends_and_its_drafts_with_it() -> None
     assert stepper.finish("a").reason == "error"
 
 
-def test_many_requests_give_what_each_gives_alone_whatever_is_drafted() -> None:
+def test_many_requests_give_the_same_tokens_as_each_by_itself_whatever_is_drafted() -> None:
     draw = random.Random(3)
     prompts = [[*LOOP[: draw.randrange(1, 14)], draw.randrange(2, 40)] for _ in range(30)]
     stepper = drafting(total_pages=300, max_running=12, chunked_prefill_size=16)

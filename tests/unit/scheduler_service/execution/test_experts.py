@@ -258,7 +258,7 @@ def test_commands_start_stop_and_dump_with_the_words_of_the_contract(tmp_path: P
     rig.inbox.put(StopExpertDistributionRecord(id="2"), DumpExpertDistributionRecord(id="3"))
     rig.scheduler.step()
     assert not made.recording
-    while rig.scheduler.control:
+    while rig.scheduler.commands:
         rig.scheduler.step()
     assert replies(rig) == [(True, 200, STARTED), (True, 200, STOPPED), (True, 200, DUMPED)]
     assert len(list(tmp_path.glob("*.pt"))) == len(list(tmp_path.glob("*.csv"))) == 1

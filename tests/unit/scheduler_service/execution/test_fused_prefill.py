@@ -126,7 +126,7 @@ def test_the_sizes_wait_to_be_recorded_the_largest_first_and_are_recorded_anew_w
     fused_steps = recorded(directory).worker.steps
     graphs = fused_steps.prefill.graphs
     assert [key.tokens for key in graphs.waiting] == [64, 32, 16]
-    while fused_steps.rest():
+    while fused_steps.idle_work():
         pass
     assert sorted(key.tokens for key in graphs.replays) == [16, 32, 64]
     fused_steps.forget_graphs()

@@ -128,7 +128,7 @@ def test_the_largest_sizes_are_recorded_first_and_the_rest_when_there_is_time(ca
     assert [key.rows for key in noted.graphs.replays] == [8, 4, 2, 1]
     assert "Capture cuda graph bs [1, 2, 4, 8]" in caplog.text
     assert "Capture cuda graph end. Time elapsed: " in caplog.text
-    assert noted.graphs.rest() and not noted.graphs.rest() and not noted.graphs.rest()
+    assert noted.graphs.idle_work() and not noted.graphs.idle_work() and not noted.graphs.idle_work()
     assert sorted(key.rows for key in noted.graphs.replays) == [1, 2, 3, 4, 6, 8]
 
 
@@ -141,7 +141,7 @@ def test_what_is_not_recorded_is_computed_and_recorded_once_it_was_missed_often(
         noted.graphs.run(key)
     assert [what for what, _ in noted.log].count("compute") == PATIENCE + 2  # and the warm-up of the recording
     assert noted.log[-1] == ("replay", key)
-    assert not noted.graphs.rest()
+    assert not noted.graphs.idle_work()
 
 
 def test_recording_points_the_buffers_at_the_null_slot_before_it_computes():
@@ -155,7 +155,7 @@ def test_what_was_recorded_is_dropped_when_addresses_change_and_recorded_again_l
     noted.graphs.begin(torch.device("cpu"))
     noted.graphs.forget()
     assert not noted.graphs.replays
-    while noted.graphs.rest():
+    while noted.graphs.idle_work():
         pass
     assert sorted(noted.graphs.replays) == [Key(1, 64), Key(2, 64)]
 

@@ -15,9 +15,9 @@ from quartet.scheduler_service.core.plan import NAN_HAPPENED, Plan, Result, Slic
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch
-from quartet.scheduler_service.model.weights import Layout, Weights
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
+from quartet.scheduler_service.weights.parameters import Layout, Weights
 from tests.engine import Engine, floats
 from tests.model import tiny
 

@@ -13,8 +13,9 @@ from quartet.http_gateway.parsers.call_formats import REQUIRED
 from quartet.http_gateway.parsers.tool_calls import calls_schema, parse
 from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
+from quartet.scheduler_service.grammar.ebnf import from_ebnf
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler, MaskFiller, bitmask_words
-from quartet.scheduler_service.grammar.source import check_regex, from_ebnf
+from quartet.scheduler_service.grammar.regex_size import check_regex
 
 END, TURN, CALL = 0, 1, 2  # special tokens
 PADDING = 41  # the model's vocabulary is larger than the tokenizer's
@@ -378,7 +379,7 @@ def test_the_checker_is_started_again_when_it_has_died(tools):
     assert tools.takes("regex", "x2", "x2")
 
 
-def test_compiled_and_refused_grammars_are_kept(compiler):
+def test_compiled_and_refused_grammars_are_cached(compiler):
     first = compiler.compile("regex", "kept")
     with pytest.raises(RequestError):
         compiler.compile("regex", "not kept(")
@@ -418,7 +419,7 @@ def test_tokens_that_break_the_grammar_are_no_start_for_a_matcher(tools):
         grammar.matcher(tools.tokenizer.encode("xyz").ids)
 
 
-def test_a_token_out_of_turn_is_refused_and_the_matcher_says_so(tools):
+def test_a_token_that_the_grammar_does_not_allow_is_refused_with_an_error(tools):
     matcher = tools.compiler.compile("regex", "abc").matcher()
     assert not matcher.accept(tools.tokenizer.encode("x").ids[0])
     assert matcher.error
@@ -444,7 +445,7 @@ def test_a_batch_of_masks_equals_the_masks_one_by_one(tools):
     assert (bitmask[[1, 5]] == -1).all()
 
 
-def test_a_finished_grammar_allows_the_end_tokens_alone(tools):
+def test_a_finished_grammar_allows_only_the_end_tokens(tools):
     matcher = tools.compiler.compile("regex", "ab").matcher(tools.tokenizer.encode("ab").ids)
     assert matcher.finished and matcher.accepting
     assert tools.allowed(matcher) == {END, TURN}

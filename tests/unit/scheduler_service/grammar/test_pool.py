@@ -1,4 +1,4 @@
-"""Grammars beside the loop: each request hears once, hostile ones delay nobody else, an abort ends the work."""
+"""Background compilation: one outcome per request, slow grammars do not delay other calls, an abort ends the work."""
 
 import threading
 import time
@@ -10,31 +10,32 @@ from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.model_files.model_info import DEMO
 from quartet.runtime.process.guarded import Gone, Guarded
-from quartet.scheduler_service.grammar.matchers import GrammarCompiler, TakesLong
-from quartet.scheduler_service.grammar.pool import FairQueue, GrammarPool, Waiting
-from quartet.scheduler_service.grammar.source import from_ebnf, from_regex
+from quartet.scheduler_service.grammar.ebnf import from_ebnf
+from quartet.scheduler_service.grammar.matchers import GrammarCompiler, NeedsLongTry
+from quartet.scheduler_service.grammar.pool import FairQueue, GrammarPool, Job
+from quartet.scheduler_service.grammar.source import from_regex
 
 BLANKS = 'root ::= "a"{1' + " " * 60_000 + "x"
 
 
 class ScriptedCompiler:
-    """Compiles each text when told to; `slow` ones need a second turn."""
+    """Compiles each text when told to; `slow` ones need a long try."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
         self.begun = threading.Event()
-        self.turns: list[tuple[str, bool]] = []
+        self.tries: list[tuple[str, bool]] = []
 
-    def attempt(self, kind: str, text: str, checker: Any, *, patient: bool = False) -> Any:
+    def try_compile(self, kind: str, text: str, checker: Any, *, long: bool = False) -> Any:
         self.begun.set()
         assert self.go.wait(10)
-        self.turns.append((text, patient))
-        if text.startswith("slow") and not patient:
-            raise TakesLong
+        self.tries.append((text, long))
+        if text.startswith("slow") and not long:
+            raise NeedsLongTry
         if text == "bad":
             raise RequestError("Failed to compile regex grammar: bad")
         if text == "broken":
-            raise IndexError("a fault of ours")
+            raise IndexError("an error in this server")
         return text
 
     def close(self) -> None:
@@ -82,7 +83,7 @@ def test_the_pool_gives_back_each_request_once_with_its_grammar_or_its_refusal()
     pool.close()
 
 
-def test_a_fault_of_the_compiler_ends_one_request_and_not_the_service() -> None:
+def test_an_error_in_the_compiler_ends_one_request_and_not_the_service() -> None:
     pool, compiler = scripted()
     compiler.go.set()
     pool.submit("r1", "regex", "broken")
@@ -105,53 +106,53 @@ def test_a_cancelled_request_never_comes_back_and_its_work_is_ended() -> None:
     assert pool._checkers[0].ended.is_set()  # type: ignore[attr-defined]
     compiler.go.set()
     assert decided(pool, 1) == {"kept": "c"}
-    assert [text for text, _ in compiler.turns] == ["a", "c"]
+    assert [text for text, _ in compiler.tries] == ["a", "c"]
     pool.close()
 
 
-def test_what_takes_long_waits_until_first_turns_are_over() -> None:
+def test_long_tries_wait_until_first_tries_are_over() -> None:
     pool, compiler = scripted()
     pool.submit("r1", "regex", "slow")
     pool.submit("r2", "regex", "quick")
     compiler.go.set()
     decided(pool, 2)
-    assert compiler.turns == [("slow", False), ("quick", False), ("slow", True)]
+    assert compiler.tries == [("slow", False), ("quick", False), ("slow", True)]
     pool.close()
 
 
-def queued(queue: FairQueue, prefers_patient: bool = False) -> list[str]:
+def queued(queue: FairQueue, prefer_long: bool = False) -> list[str]:
     found = []
-    while (waiting := queue.take(prefers_patient)) is not None:
-        found.append(waiting.rid)
+    while (job := queue.take(prefer_long)) is not None:
+        found.append(job.rid)
     return found
 
 
-def test_calls_take_turns_however_many_grammars_each_brings() -> None:
+def test_the_grammars_of_different_calls_alternate_however_many_each_has() -> None:
     queue = FairQueue()
     for number in range(4):
-        queue.put(Waiting(f"many-{number}", "regex", "", call="many"))
-    queue.put(Waiting("one", "regex", "", call="one"))
-    queue.put(Waiting("two", "regex", "", call="two"))
+        queue.put(Job(f"many-{number}", "regex", "", call="many"))
+    queue.put(Job("one", "regex", "", call="one"))
+    queue.put(Job("two", "regex", "", call="two"))
     assert queued(queue) == ["many-0", "one", "two", "many-1", "many-2", "many-3"]
 
 
-def test_each_worker_has_a_turn_that_it_prefers_and_takes_the_other_where_there_is_none() -> None:
+def test_a_worker_takes_jobs_of_its_preferred_group_first_and_then_the_others() -> None:
     queue = FairQueue()
-    queue.put(Waiting("first", "regex", "", call="a"))
-    queue.put(Waiting("second", "regex", "", call="a", patient=True))
-    assert queued(queue, prefers_patient=True) == ["second", "first"]
+    queue.put(Job("first", "regex", "", call="a"))
+    queue.put(Job("second", "regex", "", call="a", long=True))
+    assert queued(queue, prefer_long=True) == ["second", "first"]
 
 
-def test_an_innocent_grammar_waits_for_one_first_turn_of_a_call_that_brings_a_thousand_hostile_ones() -> None:
+def test_a_quick_grammar_waits_for_one_first_try_of_a_call_with_a_thousand_slow_ones() -> None:
     pool, compiler = scripted()
-    pool.submit("h0", "regex", "slow 0", call="hostile")
+    pool.submit("h0", "regex", "slow 0", call="slow")
     assert compiler.begun.wait(10)
     for number in range(1, 1000):
-        pool.submit(f"h{number}", "regex", f"slow {number}", call="hostile")
-    pool.submit("innocent", "regex", "good", call="innocent")
+        pool.submit(f"h{number}", "regex", f"slow {number}", call="slow")
+    pool.submit("quick", "regex", "good", call="quick")
     compiler.go.set()
     decided(pool, 1001)
-    assert compiler.turns.index(("good", False)) <= 2
+    assert compiler.tries.index(("good", False)) <= 2
     pool.close()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from quartet.runtime.messages import Request, Thought
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.grammar.constrained import wanted
+from quartet.scheduler_service.grammar.grammar_queue import output_grammar
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from tests.tokenizers_to_try import byte_level
 
@@ -32,7 +32,7 @@ def takes(request, tmp_path_factory):
 
     def check(place, text, kind="json_schema", grammar=SCHEMA):
         params = SamplingParams(**{kind: grammar})
-        asked = wanted(Request(rid="r", params=params, thought=thought(place, tags)), *params.grammar)
+        asked = output_grammar(Request(rid="r", params=params, thought=thought(place, tags)), *params.grammar)
         matcher = compiler.compile(*asked).matcher()
         text = text.replace(TAGS[0], tags[0]).replace(TAGS[1], tags[1])
         if not all(map(matcher.accept, tokenizer.encode(text).ids)):
@@ -63,7 +63,7 @@ def thought(place, tags=TAGS):
         ("past", "<think>", False),
     ],
 )
-def test_a_schema_constrains_what_stands_behind_the_thought(place, text, whole, takes):
+def test_a_schema_constrains_what_follows_the_thought(place, text, whole, takes):
     assert takes(place, text) is whole
 
 
@@ -72,11 +72,11 @@ def test_a_regex_constrains_the_whole_output(takes):
     assert takes("inside", "so", "regex", "yes") is False
 
 
-def test_the_state_behind_a_thought_is_a_function_of_the_ids(tmp_path):
+def test_the_state_after_a_thought_is_a_function_of_the_ids(tmp_path):
     tokenizer = trained(tmp_path, [])
     compiler = GrammarCompiler(tmp_path, tokenizer.get_vocab_size(), [0])
     params = SamplingParams(json_schema=SCHEMA)
-    asked = wanted(Request(rid="r", params=params, thought=thought("inside")), *params.grammar)
+    asked = output_grammar(Request(rid="r", params=params, thought=thought("inside")), *params.grammar)
     ids = tokenizer.encode('plan</think>\n"a"').ids
     for kept in range(len(ids)):
         matcher = compiler.compile(*asked).matcher(ids[:kept])

@@ -8,9 +8,9 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from quartet.scheduler_service.model.weights import Layout, Weights
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
-from quartet.scheduler_service.weights.device_staging import changed, read
+from quartet.scheduler_service.weights.device_staging import changed_tensors, read_to_device
+from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 CPU = torch.device("cpu")
 CHUNK = 64  # bytes: every tensor takes several
@@ -43,7 +43,7 @@ def stored(directory: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_tensors_arrive_in_their_places_whatever_thread_read_them(tmp_path, tensors, threads, dtype):
     target = weights(dtype)
-    read(stored(tmp_path, tensors), list(target.names()), target, threads=threads, chunk_bytes=CHUNK)
+    read_to_device(stored(tmp_path, tensors), list(target.names()), target, threads=threads, chunk_bytes=CHUNK)
     assert all(torch.equal(target.view(name), tensors[name].to(dtype)) for name in target.names())
 
 
@@ -54,7 +54,7 @@ def test_every_tensor_is_hashed_on_its_way_and_those_without_a_place_too(tmp_pat
         with lock:
             found[name] = digest
 
-    read(stored(tmp_path, tensors), list(tensors), weights(), note, threads=3, chunk_bytes=CHUNK)
+    read_to_device(stored(tmp_path, tensors), list(tensors), weights(), note, threads=3, chunk_bytes=CHUNK)
     assert found == {name: xxhash.xxh3_64_hexdigest(x.numpy().tobytes()) for name, x in tensors.items()}
 
 
@@ -63,14 +63,14 @@ def test_a_digest_that_is_refused_ends_the_reading(tmp_path, tensors):
         raise CheckpointError(f"{name} has the digest {digest}")
 
     with pytest.raises(CheckpointError, match="has the digest"):
-        read(stored(tmp_path, tensors), list(tensors), weights(), refuse, threads=3, chunk_bytes=CHUNK)
+        read_to_device(stored(tmp_path, tensors), list(tensors), weights(), refuse, threads=3, chunk_bytes=CHUNK)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite_are_found(tmp_path, tensors, bad):
     tensors["layers.1.k"][3, 4] = bad
     with pytest.raises(CheckpointError, match="k holds values that are not finite"):
-        read(stored(tmp_path, tensors), list(weights().names()), weights(), threads=2, chunk_bytes=CHUNK)
+        read_to_device(stored(tmp_path, tensors), list(weights().names()), weights(), threads=2, chunk_bytes=CHUNK)
 
 
 def test_a_truncated_file_is_refused(tmp_path, tensors):
@@ -78,14 +78,14 @@ def test_a_truncated_file_is_refused(tmp_path, tensors):
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(900)
     with pytest.raises(CheckpointError, match="truncated while it was read"):
-        read(checkpoint, list(weights().names()), weights(), threads=2, chunk_bytes=CHUNK)
+        read_to_device(checkpoint, list(weights().names()), weights(), threads=2, chunk_bytes=CHUNK)
 
 
 def test_only_tensors_whose_bits_differ_are_called_changed(tmp_path, tensors):
     live, staged = weights(), weights()
-    assert changed(live, staged, list(live.names())) == frozenset()
+    assert changed_tensors(live, staged, list(live.names())) == frozenset()
     staged.view("layers.2.k")[0, 0] = 5.0
     staged.view("norm")[1] = torch.nan
-    assert changed(live, staged, list(live.names())) == {"layers.2.k", "norm"}
+    assert changed_tensors(live, staged, list(live.names())) == {"layers.2.k", "norm"}
     live.view("norm")[1] = torch.nan
-    assert changed(live, staged, list(live.names())) == {"layers.2.k"}
+    assert changed_tensors(live, staged, list(live.names())) == {"layers.2.k"}

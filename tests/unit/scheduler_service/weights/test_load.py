@@ -20,10 +20,11 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.runtime.process.memory import Memory
 from quartet.scheduler_service.model.layers import linear
-from quartet.scheduler_service.model.weights import Layout, Weights
 from quartet.scheduler_service.weights import checkpoint as checkpoints
 from quartet.scheduler_service.weights import load, progress
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
+from quartet.scheduler_service.weights.parameters import Layout, Weights
+from quartet.scheduler_service.weights.tensor_io import read_chunks
 
 Header = dict[str, Any]
 CPU = torch.device("cpu")
@@ -49,8 +50,8 @@ def tensors(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 
 def fill(directory: Path, weights: Weights) -> Weights:
     checkpoint = Checkpoint.open(directory)
-    load.check(checkpoint, weights)
-    load.read(checkpoint, weights, checkpoint.files)
+    load.check_tensors(checkpoint, weights)
+    load.read_weights(checkpoint, weights, checkpoint.files)
     return weights
 
 
@@ -95,7 +96,8 @@ def test_conversion_goes_chunk_by_chunk(tmp_path: Path) -> None:
     target = torch.empty(7, 5, dtype=torch.bfloat16)
     with (tmp_path / "model.safetensors").open("rb") as file:
         place = Checkpoint.open(tmp_path).tensors["a"]
-        checkpoints.read_tensor(place, target, file.fileno(), chunk_bytes=16)
+        chunks = [len(values) for values, _ in read_chunks(place, target, file.fileno(), chunk_bytes=16)]
+    assert chunks == [4] * 8 + [3]
     assert torch.equal(target, stored.bfloat16())
 
 
@@ -275,7 +277,7 @@ def test_file_that_shrinks_while_it_is_read_is_reported(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     os.truncate(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").stat().st_size - 8)
     with pytest.raises(CheckpointError, match="truncated while it was read"):
-        load.read(checkpoint, fused_weights(), checkpoint.files)
+        load.read_weights(checkpoint, fused_weights(), checkpoint.files)
 
 
 def test_read_state_returns_tensors_under_their_own_names(tmp_path: Path) -> None:

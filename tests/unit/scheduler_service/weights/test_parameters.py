@@ -4,7 +4,7 @@ import torch
 import xxhash
 
 from quartet.kernels.cpu.linear import Linear
-from quartet.scheduler_service.model.weights import Layout, Weights
+from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from quartet.runtime.control import UpdateWeightsFromDisk
 from quartet.scheduler_service.weights import pickled, record
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
-from quartet.scheduler_service.weights.convert_bin import Refused, checked
+from quartet.scheduler_service.weights.convert_bin import Refused, plain_tensors
 from quartet.scheduler_service.weights.manifest import manifest_of
 from quartet.scheduler_service.weights.pickled import INDEX_NAME, SINGLE_NAME, checkpoint_of
 from tests import checkpoints
@@ -29,10 +29,10 @@ PROMPT = [5, 6, 7]
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    pickled.forget()
+    pickled.forget_converted()
     before = descriptors()
     yield
-    pickled.forget()
+    pickled.forget_converted()
     gc.collect()  # an exception keeps what its frames held
     assert descriptors() <= before
     assert not list(Path(tempfile.gettempdir()).glob("quartet-bin-*"))
@@ -158,7 +158,7 @@ HOSTILE: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("state", "said"), HOSTILE, ids=[said for _, said in HOSTILE])
 def test_what_is_no_set_of_plain_tensors_is_refused(state: Any, said: str) -> None:
     with pytest.raises(Refused, match=said) as refusal:
-        checked(state, most_bytes=1 << 20)
+        plain_tensors(state, most_bytes=1 << 20)
     assert len(str(refusal.value)) < 400
 
 

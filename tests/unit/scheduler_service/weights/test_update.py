@@ -155,12 +155,12 @@ def test_a_broken_update_changes_nothing_and_the_next_one_works(case: Case, tmp_
 
 
 def test_a_file_that_changes_after_its_header_was_read_is_refused(live: Live, versions: tuple[Path, Path]) -> None:
-    before = staging.identities(versions[1])
+    before = staging.stable_identities(versions[1])
     checkpoint = Checkpoint.open(versions[1])
     file = versions[1] / "model.safetensors"
     file.write_bytes(file.read_bytes())
     with pytest.raises(CheckpointError, match="was changed while it was read"):
-        staging.read(checkpoint, before, live.updates.second, None)
+        staging.stage_checkpoint(checkpoint, before, live.updates.second, None)
 
 
 def test_a_checkpoint_in_another_float_format_is_converted(live: Live, tmp_path: Path) -> None:
@@ -216,14 +216,14 @@ def test_keep_pause_leaves_the_server_paused_until_it_continues(live: Live, vers
 def test_a_cache_that_is_not_flushed_is_never_matched_again(live: Live, versions: tuple[Path, Path]) -> None:
     running(live, "x", tokens=2)
     live.run()
-    cached = live.planner.memory.tree.cached
+    cached = live.planner.pool.tree.cached
     live.call(to_b(versions, flush_cache=False))
-    assert live.planner.memory.tree.cached == cached > 0
+    assert live.planner.pool.tree.cached == cached > 0
     running(live, "y", tokens=2)
     live.run()
     assert live.tokens("y")[-1].cached_tokens == 0
     live.call(to_b(versions))
-    assert live.planner.memory.tree.cached == 0
+    assert live.planner.pool.tree.cached == 0
 
 
 def test_no_stale_prefix_is_used_after_an_update(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_request_retracted_before_a_swap_resumes_on_new_keys_and_values(tmp_pa
 def test_what_was_committed_last_is_recorded_for_a_restart(
     live: Live, versions: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    assert record.read(str(tmp_path)) is None
+    assert record.read_record(str(tmp_path)) is None
     live.call(to_b(versions))
     live.call(UpdateWeightsFromDisk(model_path="/no/where", weight_version="C"))
     config = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))

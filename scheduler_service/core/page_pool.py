@@ -1,4 +1,4 @@
-"""The KV pool's books: the page allocator and the prefix tree together. Who holds which page, and when it comes back.
+"""The pages of the KV pool: who holds which, and when it comes back. The page allocator and the prefix tree together.
 
 Every page is in exactly one of three places: free (allocator), cached (tree), or held by one admitted sequence. A
 sequence's `pages` may also name cached ones: those of the path that it pins. A held page becomes cached when the tree
@@ -13,20 +13,20 @@ from quartet.scheduler_service.core.pages import PageAllocator
 from quartet.scheduler_service.core.prefix_tree import Node, PrefixTree
 from quartet.scheduler_service.core.request import Sequence
 
-ROOM_TOKENS = 1024  # neighbouring pages kept for a new sequence's growth, at most
-REGROWTH_TOKENS = 128  # the same for one that had to go on elsewhere
-WAIT_TOKENS = 32  # a shared prefix of this length is worth waiting for
+RESERVE_TOKENS = 1024  # neighbouring pages reserved for a new sequence's growth, at most
+REGROWTH_RESERVE_TOKENS = 128  # the same for one that had to go on elsewhere
+MIN_AWAITED_TOKENS = 32  # a shorter shared prefix is not worth waiting for
 
 
-class Verdict(Enum):
-    """What came of an attempt to admit a sequence."""
+class Admission(Enum):
+    """The result of an attempt to admit a sequence."""
 
     ADMITTED = auto()
     NO_ROOM = auto()
     AWAITS_PREFIX = auto()  # another sequence is computing the pages that this one would compute next
 
 
-class Memory:
+class PagePool:
     """Gives pages to sequences and takes them back."""
 
     def __init__(self, page_size: int, total_pages: int, reuse_prefixes: bool) -> None:
@@ -34,11 +34,11 @@ class Memory:
         self.pages = PageAllocator(total_pages)
         self.tree = PrefixTree(page_size)
         self.reuse_prefixes = reuse_prefixes
-        self._coming: dict[object, Sequence] = {}  # (node, next tokens) → who is computing them
+        self._in_computation: dict[object, Sequence] = {}  # (node, next tokens) → the sequence that computes them
 
     @property
     def available(self) -> int:
-        """Pages that a taker can have, evicting what must be evicted."""
+        """Pages that can be taken, evicting cached ones where necessary."""
         return self.pages.free + self.tree.evictable
 
     @property
@@ -57,77 +57,74 @@ class Memory:
         """Tokens of the sequence that the tree holds now; changes nothing."""
         return self.tree.matched_pages(sequence.namespace.encode(), sequence.ids.tobytes()) * self.page_size
 
-    def admit(self, sequence: Sequence, reusable: int, spare: int) -> Verdict:
+    def admit(self, sequence: Sequence, reusable: int, spare: int) -> Admission:
         """Pin the cached prefix of at most `reusable` tokens and take pages for all the rest of `ids`.
 
         Refuses when fewer than `spare` pages would be left. `sequence.computed` is the cached length afterwards.
         """
         node, prefix = self._pin_prefix(sequence, reusable)
-        if node and self._next_key(node, sequence, len(prefix), reusable) in self._coming:
+        if node and self._next_key(node, sequence, len(prefix), reusable) in self._in_computation:
             self.tree.unpin(node)
-            return Verdict.AWAITS_PREFIX
+            return Admission.AWAITS_PREFIX
         need = self.pages_for(len(sequence.ids)) - len(prefix)
         if need + spare > self.available:
             if node:
                 self.tree.unpin(node)
-            return Verdict.NO_ROOM
-        self._ensure(need)
-        room = min(sequence.limit, ROOM_TOKENS) // self.page_size
-        sequence.pages = prefix + self.pages.take(need, room, after=prefix[-1] if prefix else 0)
+            return Admission.NO_ROOM
+        self._make_free(need)
+        reserve = min(sequence.limit, RESERVE_TOKENS) // self.page_size
+        sequence.pages = prefix + self.pages.take(need, reserve, after=prefix[-1] if prefix else 0)
         sequence.tree_node = node
-        sequence.kept_pages = len(prefix)
+        sequence.cached_pages = len(prefix)
         sequence.computed = len(prefix) * self.page_size
         self._announce(sequence, len(sequence.ids))
-        return Verdict.ADMITTED
+        return Admission.ADMITTED
 
     def missing(self, sequence: Sequence, reusable: int) -> int | None:
-        """Pages that `admit` would lack (below zero: that it would leave); None where it would await a prefix."""
+        """Pages that `admit` would lack; zero or less: that it would leave. None where it would await a prefix."""
         node, prefix = self._pin_prefix(sequence, reusable)
-        awaits = node is not None and self._next_key(node, sequence, len(prefix), reusable) in self._coming
+        awaits = node is not None and self._next_key(node, sequence, len(prefix), reusable) in self._in_computation
         missing = self.pages_for(len(sequence.ids)) - len(prefix) - self.available
         if node:
             self.tree.unpin(node)
         return None if awaits else missing
 
     def grow(self, sequences: list[Sequence]) -> None:
-        """One more page for each, each time it is named."""
-        self._ensure(len(sequences))
-        room = REGROWTH_TOKENS // self.page_size
+        """One more page for each; for one that is listed several times, as many pages."""
+        self._make_free(len(sequences))
+        reserve = REGROWTH_RESERVE_TOKENS // self.page_size
         for sequence in sequences:
-            self.pages.grow(sequence.pages, room)
+            self.pages.grow(sequence.pages, reserve)
 
-    def reach(self, sequence: Sequence, end: int, spare: int) -> int:
-        """Have pages for the first `end` positions, if that leaves `spare` pages, or for as many as it does.
-
-        Returns how many of the positions have one.
-        """
+    def extend(self, sequence: Sequence, end: int, spare: int) -> int:
+        """Take pages for the first `end` positions, or as many as leave `spare` pages; returns how many have one."""
         missing = self.pages_for(end) - len(sequence.pages)
         self.grow([sequence] * min(missing, self.available - spare))
         return min(end, len(sequence.pages) * self.page_size)
 
-    def keep(self, sequence: Sequence, computed: int) -> None:
-        """Offer the full pages among the first `computed` positions to the tree; others may use them from now on."""
+    def cache(self, sequence: Sequence, computed: int) -> None:
+        """Put the full pages among the first `computed` positions into the tree, where others can match them."""
         node = sequence.tree_node
         count = computed // self.page_size
-        if not isinstance(node, Node) or count <= sequence.kept_pages:
+        if not isinstance(node, Node) or count <= sequence.cached_pages:
             return
         tokens = sequence.ids[: count * self.page_size].tobytes()
         deeper = self.tree.insert(sequence.namespace.encode(), tokens, sequence.pages[:count])
         self.tree.pin(deeper)
         self.tree.unpin(node)
         sequence.tree_node = deeper
-        sequence.kept_pages = count
+        sequence.cached_pages = count
         self._announce(sequence, sequence.prefill_end)
 
     def release(self, sequence: Sequence, computed: int) -> None:
-        """Take everything back; the KV of the first `computed` positions is worth keeping."""
-        self.keep(sequence, computed)
+        """Take all pages back; the KV of the first `computed` positions is cached."""
+        self.cache(sequence, computed)
         self._withdraw(sequence)
-        self.pages.drop_room(sequence.pages[-1])
+        self.pages.drop_reserve(sequence.pages[-1])
         self.pages.give(self.own_pages(sequence))
         if isinstance(sequence.tree_node, Node):
             self.tree.unpin(sequence.tree_node)
-        sequence.pages, sequence.tree_node, sequence.kept_pages = [], None, 0
+        sequence.pages, sequence.tree_node, sequence.cached_pages = [], None, 0
 
     def own_pages(self, sequence: Sequence) -> list[int]:
         """The pages of an admitted sequence that are held by it and not by the tree."""
@@ -141,20 +138,27 @@ class Memory:
         return copies + sequence.pages[count:]
 
     def clear(self) -> None:
-        """Forget every cached prefix that nobody pins."""
+        """Free all cached pages that no sequence pins."""
         self.pages.give(self.tree.clear())
 
-    def check(self, admitted: Iterable[Sequence]) -> None:
+    def imbalance(self) -> str:
+        """While no sequence is admitted: why the counts do not add up, or "". Constant time."""
+        pages, tree = self.pages, self.tree
+        if pages.free + tree.cached == pages.total and tree.cached == tree.evictable:
+            return ""
+        return f"free {pages.free} + cached {tree.cached} (pinned {tree.cached - tree.evictable}) of {pages.total}"
+
+    def check_invariants(self, admitted: Iterable[Sequence]) -> None:
         """Assert that free, cached and held pages are disjoint and together all there are."""
-        self.pages.check()
-        free, cached = self.pages.free_pages(), self.tree.check()
+        self.pages.check_invariants()
+        free, cached = self.pages.free_pages(), self.tree.check_invariants()
         held = [page for sequence in admitted for page in self.own_pages(sequence)]
         counts = (len(free), len(held), len(cached), self.pages.total)
         assert sum(counts[:3]) == self.pages.total, counts
         assert len(free | cached | set(held)) == self.pages.total, counts
 
     def _pin_prefix(self, sequence: Sequence, reusable: int) -> tuple[Node | None, list[int]]:
-        """The pinned node at the end of the usable cached prefix, and its pages; (None, []) outside of the tree."""
+        """The pinned node at the end of the usable cached prefix, and its pages; (None, []) where none may be used."""
         if not self.reuse_prefixes or sequence.embeds:
             return None, []
         usable = reusable - reusable % self.page_size
@@ -165,27 +169,27 @@ class Memory:
     def _next_key(self, node: Node, sequence: Sequence, prefix_pages: int, reusable: int) -> object:
         """What identifies the pages that `sequence` computes next; None when they are not worth waiting for."""
         start = prefix_pages * self.page_size
-        end = start + max(WAIT_TOKENS, self.page_size)
+        end = start + max(MIN_AWAITED_TOKENS, self.page_size)
         if end > reusable:
             return None
         namespace = "" if prefix_pages else sequence.namespace
         return node, namespace, sequence.ids[start:end].tobytes()
 
     def _announce(self, sequence: Sequence, prefill_end: int) -> None:
-        """Tell others which prefix comes next from this sequence, while it is being prefilled."""
+        """Record which prefix this sequence computes next, so that others can wait for it."""
         self._withdraw(sequence)
         if isinstance(sequence.tree_node, Node):
-            key = self._next_key(sequence.tree_node, sequence, sequence.kept_pages, prefill_end)
-            if key is not None and key not in self._coming:
-                self._coming[key] = sequence
-                sequence.awaited = key
+            key = self._next_key(sequence.tree_node, sequence, sequence.cached_pages, prefill_end)
+            if key is not None and key not in self._in_computation:
+                self._in_computation[key] = sequence
+                sequence.announced = key
 
     def _withdraw(self, sequence: Sequence) -> None:
-        if sequence.awaited is not None:
-            del self._coming[sequence.awaited]
-            sequence.awaited = None
+        if sequence.announced is not None:
+            del self._in_computation[sequence.announced]
+            sequence.announced = None
 
-    def _ensure(self, count: int) -> None:
-        """Have `count` pages free."""
+    def _make_free(self, count: int) -> None:
+        """Evict cached pages until `count` are free."""
         if count > self.pages.free:
             self.pages.give(self.tree.evict(count - self.pages.free))

@@ -1,4 +1,4 @@
-"""Requests sent together, and the mailbox of what comes back for them."""
+"""Requests that were sent together, and what has come back for them and was not taken yet."""
 
 import asyncio
 import logging
@@ -10,26 +10,27 @@ from quartet.runtime.messages import Text
 
 log = logging.getLogger(__name__)
 
-Delivery = tuple[int, Text]  # (index of the request in its flight, one step of it)
+RequestDelta = tuple[int, Text]  # (index of the request in its group, one step of its output)
 
 
 class ClientGone(Exception):
     """The client has closed its connection; nobody is left to answer."""
 
 
-class Flight:
-    """Requests sent together and the mailbox of what comes back. Leaving the `with` block aborts what still runs."""
+class RequestGroup:
+    """Requests that were sent together. Leaving the `with` block aborts those that still run."""
 
-    def __init__(self, rids: list[str], abandon: Callable[["Flight"], None]) -> None:
+    def __init__(self, rids: list[str], abandon: Callable[["RequestGroup"], None]) -> None:
+        """`abandon` aborts the requests of the group that have not ended."""
         self.rids = rids
         self._abandon = abandon
-        self._mail: list[Delivery] = []
+        self._deltas: list[RequestDelta] = []  # not taken yet
         self._running = len(rids)
         self._most_unread = MAX_UNREAD_STEPS * len(rids)
         self._waiter: asyncio.Future[None] | None = None
         self._client_gone = False
 
-    def __enter__(self) -> "Flight":
+    def __enter__(self) -> "RequestGroup":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -38,35 +39,35 @@ class Flight:
 
     @property
     def finished(self) -> bool:
-        """Every request has ended and everything it produced was taken."""
-        return not self._running and not self._mail
+        """Every request has ended and all its deltas were taken."""
+        return not self._running and not self._deltas
 
-    async def next(self) -> list[Delivery]:
-        """All that has arrived since the last call, at least one delivery. Raises ClientGone."""
-        while not self._mail and not self._client_gone:
+    async def next(self) -> list[RequestDelta]:
+        """All deltas that have arrived since the last call, at least one. Raises ClientGone."""
+        while not self._deltas and not self._client_gone:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self._client_gone:
             raise ClientGone
-        mail, self._mail = self._mail, []
-        return mail
+        deltas, self._deltas = self._deltas, []
+        return deltas
 
-    def leave(self) -> None:
-        """The client has gone: wake whoever waits in `next`."""
+    def client_left(self) -> None:
+        """The client has closed its connection: `next` raises ClientGone from now on."""
         self._client_gone = True
-        self._mail.clear()
+        self._deltas.clear()
         self._wake()
 
     def put(self, index: int, text: Text) -> None:
-        """Deliver a step. A client that takes none of them, so that they pile up, counts as gone."""
+        """Add a delta. When too many pile up because the client takes none, the client counts as gone."""
         if self._client_gone:
             return
-        self._mail.append((index, text))
+        self._deltas.append((index, text))
         self._running -= text.tokens.finish is not None
-        if len(self._mail) > self._most_unread:
+        if len(self._deltas) > self._most_unread:
             log.warning("A client takes nothing of its answer; its %d requests are aborted.", len(self.rids))
             self._abandon(self)
-            self.leave()
+            self.client_left()
             return
         self._wake()
 

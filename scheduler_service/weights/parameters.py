@@ -27,16 +27,16 @@ class Place:
 
 @dataclass(slots=True)
 class Layout:
-    """The shapes of the buffers and the place of every checkpoint name."""
+    """The shapes of the buffers, and the place of every tensor of a checkpoint by name."""
 
     buffers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of buffers that do not have the model's
     ignored: frozenset[str] = frozenset()  # names that a checkpoint may hold though nothing reads them
-    ties: dict[str, str] = field(default_factory=dict)  # name → the one it has its values from, where it has none
+    ties: dict[str, str] = field(default_factory=dict)  # name without a place → the name whose values it has
 
     def add(self, buffer: str, index: tuple[int, ...], tensors: list[tuple[str, int]], columns: int | None) -> None:
-        """Put tensors, each (name, rows), below one another into one slab; without columns they are vectors."""
+        """Put tensors, each (name, rows), one below the other into one slab; without columns they are vectors."""
         width = () if columns is None else (columns,)
         start = 0
         for name, rows in tensors:
@@ -59,8 +59,8 @@ class Packs(Protocol):
         """What that form takes."""
         ...
 
-    def pack(self, weight: torch.Tensor, breathe: Callable[[], None]) -> tuple[torch.Tensor, ...] | None:
-        """The other form of new values; the layer goes on with the old ones. Calls `breathe` now and then."""
+    def pack(self, weight: torch.Tensor, yield_point: Callable[[], None]) -> tuple[torch.Tensor, ...] | None:
+        """The other form of new values; the layer goes on with the old ones. Calls `yield_point` now and then."""
         ...
 
     def adopt(self, packed: tuple[torch.Tensor, ...] | None) -> None:
@@ -69,11 +69,11 @@ class Packs(Protocol):
 
 
 Packed = list[tuple[Packs, tuple[torch.Tensor, ...] | None]]
-Follower = tuple[Packs, str, tuple[int, ...]]  # layer, buffer, index of its slab
+Follower = tuple[Packs, str, tuple[int, ...]]  # a layer, and the buffer and index of the slab that it packs
 
 
 class Weights:
-    """The buffers of one layout on one device, and the layers that must follow when values change."""
+    """The buffers of one layout on one device, and the layers that pack parts of them."""
 
     def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
@@ -88,17 +88,17 @@ class Weights:
         self._lent: list[tuple[torch.Tensor, str, tuple[int, ...]]] = []
 
     def release(self) -> None:
-        """Give all memory back; nothing may compute until `allocate`."""
+        """Free all memory; nothing may compute until `allocate`."""
         for layer, _, _ in self.followers:
             layer.adopt(None)
-        if self.device.type == "cpu":  # a storage that numpy has seen cannot be resized
+        if self.device.type == "cpu":  # a storage that numpy has shared cannot be resized
             self._replace_buffers(lambda buffer: buffer.new_empty(1).expand(buffer.shape))
             return
         for buffer in self.buffers.values():
             buffer.untyped_storage().resize_(0)
 
     def allocate(self) -> None:
-        """Take memory again, elsewhere, with undefined contents; `after_update` when it has been filled."""
+        """Take memory again, at other addresses and with undefined contents; call `after_update` once it is filled."""
         if self.device.type == "cpu":
             self._replace_buffers(lambda buffer: buffer.new_empty(buffer.shape))
             return
@@ -146,29 +146,29 @@ class Weights:
         return Weights(self.layout, self.dtype, device or self.device)
 
     def follow(self, layer: Packs, buffer: str, index: tuple[int, ...]) -> None:
-        """From now on `layer` is told when the values of a slab have changed."""
+        """From now on `layer` gets a new packed form when the values of a slab have changed."""
         self.followers.append((layer, buffer, index))
 
     def pack(
-        self, staged: "Weights", names: Collection[str] | None = None, breathe: Callable[[], None] = no_pause
+        self, staged: "Weights", names: Collection[str] | None = None, yield_point: Callable[[], None] = no_pause
     ) -> Packed:
-        """What the layers need of staged values (of `names` only), made ahead of the swap; safe in another thread."""
-        concerned = self.concerned(names)
-        return [(layer, layer.pack(staged.slab(buffer, *index), breathe)) for layer, buffer, index in concerned]
+        """The packed forms of staged values (of `names` only), made before the swap; safe in another thread."""
+        followers = self.followers_of(names)
+        return [(layer, layer.pack(staged.slab(buffer, *index), yield_point)) for layer, buffer, index in followers]
 
     def packed_sizes(self, names: Collection[str] | None = None) -> list[int]:
         """Bytes of each tensor that `pack` makes, if it was done before."""
-        blocks = (block for layer, _, _ in self.concerned(names) for block in layer.packed or ())
+        blocks = (block for layer, _, _ in self.followers_of(names) for block in layer.packed or ())
         return [block.numel() * block.dtype.itemsize for block in blocks]
 
-    def concerned(self, names: Collection[str] | None) -> list[Follower]:
-        """The layers that follow one of these tensors, or any."""
+    def followers_of(self, names: Collection[str] | None) -> list[Follower]:
+        """The layers that pack one of these tensors; None: all layers."""
         places = self.layout.places
         changed = {(places[name].buffer, places[name].index) for name in (places if names is None else names)}
         return [follower for follower in self.followers if follower[1:] in changed]
 
     def take_over(self, staged: "Weights", names: Collection[str], packed: Packed) -> Packed:
-        """Serve the staged values of `names`; between two steps only. Returns the packed forms that served so far.
+        """Serve the staged values of `names`, between two steps only. Returns the packed forms that were used so far.
 
         `staged` must hold whole buffers: where `names` covers a part of one, it has this one's values in the rest.
         """
@@ -200,7 +200,7 @@ class Weights:
                     tensor.data = weights.buffers[buffer][index]
 
     def copy_from(self, staged: "Weights", packed: Packed | None = None) -> None:
-        """Take over all values, one copy per buffer; the pointers stay. Between two steps only."""
+        """Copy all values, one copy per buffer; addresses stay. Between two steps only."""
         for name, buffer in self.buffers.items():
             buffer.copy_(staged.buffers[name])
         self.after_update(packed)

@@ -60,7 +60,7 @@ NOT_THE_MODEL = frozenset(
 )
 
 
-def check(served: ModelInfo, directory: Path, config: ServerConfig) -> None:
+def check_same_model(served: ModelInfo, config: ServerConfig, directory: Path) -> None:
     """Raise CheckpointError, with the field and both values, where a directory's config.json is of another model."""
     if not present(directory / "config.json"):
         return

@@ -1,18 +1,18 @@
-"""Requests whose output a grammar constrains: they wait here until it is compiled, and only then are they queued."""
+"""Requests whose output a grammar constrains. They wait here until it is compiled, before the planner queues them."""
 
 from typing import Protocol
 
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Request, Tokenized, unpack_ids
 from quartet.scheduler_service.grammar.matchers import Grammar
-from quartet.scheduler_service.grammar.source import behind_thought
+from quartet.scheduler_service.grammar.source import after_thought
 
-Decided = tuple[Tokenized, Grammar | RequestError]  # a request that need not wait any longer, and its grammar
+Compiled = tuple[Tokenized, Grammar | RequestError]  # a request, with its grammar or the reason why there is none
 NO_GRAMMARS = "this server does not constrain output"
 
 
 class Pool(Protocol):
-    """Compiles grammars beside the loop (quartet.scheduler_service.grammar.pool.GrammarPool)."""
+    """Compiles grammars in the background (quartet.scheduler_service.grammar.pool.GrammarPool)."""
 
     def submit(self, rid: str, kind: str, text: str, call: str = "") -> None: ...
 
@@ -21,8 +21,8 @@ class Pool(Protocol):
     def ready(self) -> list[tuple[str, Grammar | RequestError]]: ...
 
 
-class WaitingRoom:
-    """Constrained requests that are not queued yet, by rid."""
+class GrammarQueue:
+    """Constrained requests whose grammar is being compiled, by rid."""
 
     def __init__(self, pool: Pool | None) -> None:
         """No pool: constrained requests are refused."""
@@ -36,8 +36,8 @@ class WaitingRoom:
     def requests(self) -> list[Request]:
         return [message.request for message in self._messages.values()]
 
-    def hold(self, message: Tokenized) -> None:
-        """Let a request wait for its grammar; a later attempt takes an earlier one's place. Raises RequestError."""
+    def put(self, message: Tokenized) -> None:
+        """Start to compile the grammar of a request; a later attempt replaces an earlier one. Raises RequestError."""
         grammar, rid = message.request.params.grammar, message.request.rid
         assert grammar is not None, rid
         if self._pool is None:
@@ -45,18 +45,18 @@ class WaitingRoom:
         waiting = self._messages.get(rid)
         if waiting is not None and message.request.attempt <= waiting.request.attempt:
             return
-        self.drop(rid)
+        self.remove(rid)
         self._messages[rid] = message
-        self._pool.submit(rid, *wanted(message.request, *grammar), message.request.call)
+        self._pool.submit(rid, *output_grammar(message.request, *grammar), message.request.call)
 
-    def drop(self, rid: str) -> Tokenized | None:
-        """Take out a request that is not to wait any longer, if it is here."""
+    def remove(self, rid: str) -> Tokenized | None:
+        """Take out a request and end the work on its grammar; None where there is no such request."""
         message = self._messages.pop(rid, None)
         if message is not None and self._pool is not None:
             self._pool.cancel(rid)
         return message
 
-    def decided(self) -> list[Decided]:
+    def take_compiled(self) -> list[Compiled]:
         """The requests whose grammar was compiled or refused since the last call."""
         if self._pool is None or not self._messages:
             return []
@@ -64,15 +64,15 @@ class WaitingRoom:
 
 
 def is_complete(message: Tokenized, grammar: Grammar) -> bool:
-    """Whether what a resumed request has generated leaves nothing to generate.
+    """Whether the output of a resumed request is complete by its grammar.
 
-    Raises RequestError where that does not follow the grammar: the worker takes it for granted.
+    Raises RequestError where that output does not follow the grammar: the worker does not check it.
     """
     return grammar.matcher(unpack_ids(message.request.resume_ids)).finished
 
 
-def wanted(request: Request, kind: str, text: str) -> tuple[str, str]:
-    """The grammar of the whole output: a schema is for what stands behind the model's thought."""
+def output_grammar(request: Request, kind: str, text: str) -> tuple[str, str]:
+    """Kind and text of the grammar for the whole output: a JSON schema is for what follows the model's thought."""
     if request.thought is None or kind != "json_schema":
         return kind, text
-    return kind, behind_thought(text, request.thought)
+    return kind, after_thought(text, request.thought)

@@ -1,0 +1,93 @@
+"""What the handlers of control commands may use of the scheduler that carries them out."""
+
+from collections.abc import Callable, Generator, Sequence, Sized
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quartet.runtime.control import ControlCommand
+from quartet.runtime.messages import Message, Request
+from quartet.scheduler_service.core.planner import Planner
+
+if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
+    from quartet.scheduler_service.execution.experts import ExpertRecorder
+    from quartet.scheduler_service.execution.memory_saver import MemorySaver
+    from quartet.scheduler_service.execution.profile import Profile
+    from quartet.scheduler_service.weights.update import Updates
+
+Resumable = Generator[None, bool | None, list[Message]]
+"""A handler that needs several steps. It is resumed once a step, and sent whether the step that comes is a long one."""
+
+Handler = Callable[..., list[Message] | Resumable]
+"""Takes a Context and its command; returns the messages to send on, a Reply as a rule. Raises CommandRefused."""
+
+
+class ServingWorker(Protocol):
+    """The model, as commands see it."""
+
+    weight_version: str
+    expert_recorder: "ExpertRecorder | None"  # where the server was told to record
+
+
+class Context(Protocol):
+    """The scheduler, as commands see it."""
+
+    planner: Planner
+    updates: "Updates | None"  # None: the weights stay as they are
+    saver: "MemorySaver | None"  # None: memory is never released
+    profile: "Profile | None"  # a recording under way
+    step_sleep_s: float  # before every step
+
+    @property
+    def worker(self) -> ServingWorker: ...
+
+    @property
+    def launched(self) -> Sized:
+        """Resumable that were launched and not collected."""
+        ...
+
+    @property
+    def now(self) -> float:
+        """Seconds on the scheduler's clock."""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """Which incarnation of the scheduler this is."""
+        ...
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """All that have not ended."""
+        ...
+
+    def has_waiting(self, kind: type[ControlCommand]) -> bool:
+        """Whether an earlier command of this kind needs more steps."""
+        ...
+
+    def emit(self, messages: list[Message]) -> None:
+        """Send messages now, before those that the handler returns."""
+        ...
+
+    def abort(self, rid: str, reason: str = "") -> list[Message]:
+        """End one request wherever it is; its last messages. Unknown ones are left as they are."""
+        ...
+
+    def forget_released(self) -> None:
+        """Have the worker drop the state of sequences that have left the batch."""
+        ...
+
+    def pause_without_memory(self) -> None:
+        """Compute nothing while memory or weights are missing; go on when all is there."""
+        ...
+
+    def memory_state(self) -> dict[str, Any]:
+        """{"asleep": whether nothing is computed for want of memory or weights, "lacks": tags whose release is why}"""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """Counters for a probe."""
+        ...
+
+
+def abort_all(context: Context) -> list[Message]:
+    """End all requests; their last messages."""
+    return [message for rid in [request.rid for request in context.requests] for message in context.abort(rid)]
