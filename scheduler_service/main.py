@@ -51,7 +51,7 @@ def memory_saver(config: ServerConfig, worker: Worker, updates: Updates) -> Memo
 
 
 def grammar_pool(config: ServerConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:
-    """Compiles the grammars of a model that generates; made ready beside the start of the rest."""
+    """Compiles the grammars of a generating model; loads the tokenizer in the background meanwhile."""
     if info.is_embedding:
         return None
     pool = GrammarPool(GrammarCompiler(model_info.tokenizer_dir(config), vocab_size, info.eos_ids))

@@ -1,4 +1,4 @@
-"""Which model serves an embedding architecture: encoders, and decoders without their language-model head."""
+"""Makes models of embedding architectures: encoders, and decoders without their language-model head."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -50,6 +50,7 @@ def load_encoder(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, devi
 
 
 def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
+    """The spec of an encoder, of which `tensors` are the checkpoint's names. Raises StartupError."""
     assert info.embedding is not None
     try:
         spec = FAMILIES[family_name(info.architecture)](info.config, info.embedding.labels, tensors)
@@ -96,5 +97,5 @@ def score_head(info: ModelInfo, hidden: int) -> tuple[HeadLayer, ...]:
 
 
 def tensor_names(config: ServerConfig, info: ModelInfo) -> Collection[str]:
-    """The names in the checkpoint, which tell how a model was saved; none for random weights."""
+    """The names in the checkpoint, which depend on how a model was saved; none for random weights."""
     return () if is_dummy(config) else checkpoint_of(Path(info.path)).tensors

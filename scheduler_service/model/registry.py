@@ -1,4 +1,4 @@
-"""Which family serves an architecture, and the making of a model that is ready to run."""
+"""Finds the family of an architecture, and makes a model that is ready to run."""
 
 import logging
 from dataclasses import replace
@@ -96,6 +96,7 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
 def load_native(
     spec: DecoderSpec, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
+    """The generic decoder of a spec, with its weights. Raises StartupError."""
     if spec.generates and not is_dummy(config):
         tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
@@ -108,6 +109,7 @@ def load_native(
 def load_fallback(
     reason: str, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> ServedModel:
+    """transformers' own model. Raises StartupError."""
     log.info("No native family for %s: it is loaded with transformers.", reason)
     from quartet.scheduler_service.model.transformers_model import (
         load_transformers_model,  # takes seconds, seldom needed
