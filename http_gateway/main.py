@@ -176,7 +176,7 @@ async def serve(boot: Boot) -> None:
     """The whole life of the process."""
     config = boot.config
     uvicorn_log.addFilter(with_level)
-    access_log.setLevel((config.log_level_http or config.log_level).upper())
+    access_log.setLevel(config.access_log_level.upper())
     model = model_info.load(config)
     metrics = Metrics(config.name, partial(newest_epoch, boot.run_dir))
     least_attempt = boot.epoch * ATTEMPTS_OF_A_GATEWAY

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.messages import Facts
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process.progress import ProgressWord
@@ -45,15 +45,15 @@ class SizedWorker(Worker, Protocol):
         ...
 
 
-def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -> PlannerConfig:
+def planner_config(config: ResolvedConfig, info: ModelInfo, worker: SizedWorker) -> PlannerConfig:
     """The planner's share of the configuration, with what the worker found possible."""
     whole = info.embedding is not None and info.embedding.whole_prompts
-    chunk = WHOLE_PROMPTS if config.chunked_prefill_size is None else config.chunked_prefill_size
+    chunk = config.chunked_prefill_size
     step_tokens = chunk if whole and chunk > 0 else config.max_prefill_tokens
     return PlannerConfig(
         page_size=worker.page_size,
         total_pages=worker.page_count,
-        max_running=min(config.max_running_requests or worker.max_running_requests, worker.max_running_requests),
+        max_running=worker.max_running_requests,
         context_length=info.context_length,
         vocab_size=info.vocab_size,
         eos_ids=frozenset(info.eos_ids),
@@ -61,9 +61,9 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
         max_prefill_tokens=step_tokens,  # whole prompts are not cut: a step takes them until it has enough
         policy=config.schedule_policy,
         low_values_first=config.schedule_low_priority_values_first,
-        preemption_threshold=preemption_threshold(config),
-        waiting_timeout_s=config.req_waiting_timeout if config.req_waiting_timeout > 0 else None,
-        running_timeout_s=config.req_running_timeout if config.req_running_timeout > 0 else None,
+        preemption_threshold=config.preemption_threshold,
+        waiting_timeout_s=config.waiting_timeout_s,
+        running_timeout_s=config.running_timeout_s,
         max_queued=config.max_queued_requests,
         reuse_prefixes=not (config.disable_radix_cache or whole),
         drafts=draft_options(config),
@@ -72,22 +72,12 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
     )
 
 
-def preemption_threshold(config: ServerConfig) -> int | None:
-    """By how much priorities must differ for one request to preempt another; None where none does."""
-    if config.schedule_policy != "priority" or config.disable_priority_preemption:
-        return None
-    return config.priority_scheduling_preemption_threshold
-
-
-def draft_options(config: ServerConfig) -> DraftOptions | None:
+def draft_options(config: ResolvedConfig) -> DraftOptions | None:
     """How drafts are made, where the server speculates."""
-    if config.speculative_algorithm is None:
+    sizes = config.speculation
+    if sizes is None:
         return None
-    tokens = config.speculative_num_draft_tokens
-    shortest = config.speculative_ngram_min_match_window_size
-    longest = config.speculative_ngram_max_match_window_size
-    assert tokens and shortest and longest, (tokens, shortest, longest)  # resolved
-    return DraftOptions(tokens, shortest, longest, MOST_ROWS[config.device])
+    return DraftOptions(sizes.max_draft_tokens, sizes.min_match, sizes.max_match, MOST_ROWS[config.device])
 
 
 def serve(

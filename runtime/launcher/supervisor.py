@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 
 import msgspec
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.launcher.child import Child, Service, start
 from quartet.runtime.launcher.vigil import LOOK_EVERY_S, Vigil
 from quartet.runtime.process import vitals
@@ -93,7 +93,7 @@ class Supervisor:
     """The children of one server, from spawn to the last exit."""
 
     def __init__(
-        self, services: Sequence[Service], config: ServerConfig, run_dir: Path, lifeline_fd: int, listen_fd: int
+        self, services: Sequence[Service], config: ResolvedConfig, run_dir: Path, lifeline_fd: int, listen_fd: int
     ) -> None:
         self.services = services
         self.config = config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.errors import UsageError
 from quartet.runtime.limits import MAX_API_KEY_BYTES, MAX_API_KEY_FILE_BYTES
 
@@ -26,7 +26,7 @@ def gathered(config: ServerConfig, places: Mapping[str, str]) -> ServerConfig:
     )
 
 
-def without(config: ServerConfig) -> ServerConfig:
+def without(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration as processes get it that check no key."""
     return msgspec.structs.replace(config, api_key=None, admin_api_key=None)
 

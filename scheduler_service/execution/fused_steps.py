@@ -12,7 +12,7 @@ import torch
 
 from quartet.kernels.ops import Implementation
 from quartet.kernels.triton.configs import DEPENDENT_LAUNCHES
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.core.plan import Plan, Slice
@@ -20,7 +20,6 @@ from quartet.scheduler_service.execution.device_state import PageTable, SlotPosi
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.fused_prefill import FusedPrefill
 from quartet.scheduler_service.execution.graphs import (
-    MAX_ROWS,
     CudaRecorder,
     Graphs,
     Key,
@@ -281,7 +280,7 @@ class FusedSteps(Steps):
 
 
 def make_fused_steps(
-    config: ServerConfig,
+    config: ResolvedConfig,
     model: Decoder,
     cache: KVCache,
     tokens: SlotTokens,
@@ -295,15 +294,15 @@ def make_fused_steps(
     spec, steady = model.spec, config.enable_deterministic_inference
     backend = FusedBackend(spec.ropes, model.dtype, model.device, implementation, context_length, dependent, steady)
     steps = FusedSteps(model.on(backend), backend, cache, tokens, context_length)
-    if not config.disable_cuda_graph:
+    if config.max_graph_rows:
         recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
-        largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
+        largest = min(config.max_graph_rows, tokens.null_slot)
         steps.use_graphs(recorder, largest, config.cuda_graph_max_prefill_tokens)
     return steps
 
 
 def fused_steps_of(
-    config: ServerConfig,
+    config: ResolvedConfig,
     info: ModelInfo,
     model: ServedModel,
     cache: KVCache,
@@ -316,7 +315,7 @@ def fused_steps_of(
     """
     if implementation is None and tokens.values.device.type == "cpu":
         return None
-    plain = config.attention_backend == "torch_native"
+    plain = implementation is None and config.attention_backend == "torch_native"
     if plain or info.embedding is not None or not isinstance(model, Decoder) or not can_fuse(model.spec):
         if config.enable_deterministic_inference:
             raise StartupError(NOT_FUSED.format(info.architecture))

@@ -20,7 +20,7 @@ import torch
 from quartet.kernels.cpu.attention import paged_attention
 from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
 from quartet.kernels.ops import Implementation
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.messages import Facts, Logprobs
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process import stopwatch
@@ -40,7 +40,7 @@ from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
 from quartet.scheduler_service.grammar import masks
 from quartet.scheduler_service.grammar.matchers import Grammar, Matcher
-from quartet.scheduler_service.host.device import available_gb, choose_device, limit_threads
+from quartet.scheduler_service.host.device import available_gb, limit_threads
 from quartet.scheduler_service.host.transfer import Arrival, fetch, upload
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.deterministic import is_asked_for, keep_order
@@ -51,10 +51,9 @@ from quartet.scheduler_service.sampling.state import make_row
 
 log = logging.getLogger(__name__)
 
-MAX_RUNNING_REQUESTS = 256
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
-Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
+Load = Callable[[ResolvedConfig, ModelInfo, torch.device], ServedModel]
 
 
 class Worker:
@@ -62,7 +61,7 @@ class Worker:
 
     def __init__(
         self,
-        config: ServerConfig,
+        config: ResolvedConfig,
         info: ModelInfo,
         load: Load = load_model,
         depth: int | None = None,
@@ -75,9 +74,9 @@ class Worker:
         """
         self.info = info
         self.weight_version = config.weight_version
-        self.device = choose_device(config.device)
+        self.device = torch.device(config.device)
         free_gb = available_gb(self.device)
-        running = config.max_running_requests or MAX_RUNNING_REQUESTS
+        running = config.max_running_requests
         kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
         stopwatch.mark("model")
@@ -105,7 +104,7 @@ class Worker:
         overlaps = (
             self.device.type == "cuda"
             and self.pooler is None  # an embedding is read as soon as it is there
-            and config.speculative_algorithm is None
+            and config.speculation is None
         )
         self.depth = int(overlaps) if depth is None else depth
         self.states: dict[Sequence, State] = {}
@@ -139,7 +138,7 @@ class Worker:
         with torch.inference_mode():
             return self.steps.idle_work()
 
-    def log_limits(self, config: ServerConfig) -> None:
+    def log_limits(self, config: ResolvedConfig) -> None:
         log.info(
             "max_total_num_tokens=%d, chunked_prefill_size=%s, max_prefill_tokens=%d, max_running_requests=%d, "
             "context_len=%d, available_%s_mem=%.2f GB",

@@ -9,11 +9,11 @@ from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
 from quartet.http_gateway.ring.journal import Pending
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
 from quartet.runtime.messages import Message, Reply, Text
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sockets import decode, encode
+from tests.configs import resolved
 from tests.simulated_ring.checks import hold
 from tests.simulated_ring.clock import Agenda, TurnLoop
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Operator
@@ -22,7 +22,7 @@ from tests.simulated_ring.trace import serial
 
 MOST_INFLIGHT = 60
 SERIALS_OF_A_GATEWAY = 1_000_000
-CONFIG = ServerConfig(model_path="model")
+CONFIG = resolved(model_path="model")
 MODEL = ModelInfo(
     path="/models/x",
     architecture="Qwen2ForCausalLM",

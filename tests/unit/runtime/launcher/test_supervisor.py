@@ -10,7 +10,6 @@ import time
 import msgspec
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.launcher.child import Child, Service, child_environment, usable_cores
 from quartet.runtime.launcher.launch import SERVICES
 from quartet.runtime.launcher.supervisor import BUDGET_WINDOW_S, STANDBY_BYTES, ExitStatus, Supervisor
@@ -20,6 +19,7 @@ from quartet.runtime.process.memory import Memory
 from quartet.runtime.process.progress import ProgressWord
 from quartet.runtime.process.python_path import IMPORT_ROOT
 from quartet.runtime.service import Ready
+from tests.configs import resolved
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -27,7 +27,7 @@ SCHEDULER = Service("scheduler", "s", threads=0)
 
 @pytest.fixture
 def supervisor(tmp_path):
-    return Supervisor([GATEWAY, SCHEDULER], ServerConfig(), tmp_path, lifeline_fd=-1, listen_fd=9)
+    return Supervisor([GATEWAY, SCHEDULER], resolved(), tmp_path, lifeline_fd=-1, listen_fd=9)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_server_that_was_never_up_is_not_tried_again(supervisor, dead_child):
 
 
 def test_what_keeps_a_service_from_starting_again_is_quoted(supervisor, dead_child):
-    supervisor.config = ServerConfig(max_restarts=0)
+    supervisor.config = resolved(max_restarts=0)
     supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, EXIT_3, line(error="the checkpoint is gone"))))
     assert supervisor.status == ExitStatus.DIED
     assert "the checkpoint is gone" in supervisor.reason
@@ -269,7 +269,7 @@ def look_for(supervisor, child, seconds, monkeypatch):
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("timeout_s", [3, 300])
 def test_every_service_that_is_stopped_is_found_within_ten_seconds(supervisor, service, timeout_s, served, monkeypatch):
-    supervisor.config = ServerConfig(watchdog_timeout=timeout_s)
+    supervisor.config = resolved(watchdog_timeout=timeout_s)
     child = served(service, "import time; time.sleep(600)")
     child.process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, child.process.pid, os.WSTOPPED)

@@ -23,9 +23,9 @@ from quartet.runtime.messages import (
 )
 from quartet.runtime.sampling import SamplingParams
 from quartet.tokenizer_service import long_texts
-from quartet.tokenizer_service.encode import MOST_PASSED_OVER, Encoder
+from quartet.tokenizer_service.encode import MAX_HEAVY_DELAY, Encoder
+from quartet.tokenizer_service.fair_queue import FairQueue
 from quartet.tokenizer_service.jobs import Pace
-from quartet.tokenizer_service.turns import Turns
 from tests.fakes import AtOnce
 from tests.tokenizers_to_try import KINDS
 
@@ -93,7 +93,7 @@ def steps(encoder: Encoder, *batches: list[Message]) -> list[list[str]]:
 
 
 def test_calls_take_turns_and_keep_their_own_order() -> None:
-    turns: Turns[str] = Turns()
+    turns: FairQueue[str] = FairQueue()
     for call, piece in [(1, "a"), (1, "b"), (1, "c"), (2, "x"), (3, "y"), (3, "z")]:
         turns.add(call, piece)
     assert [turns.next() for _ in range(6)] == ["a", "x", "y", "b", "z", "c"]
@@ -146,7 +146,7 @@ def test_a_long_conversation_has_its_turn_however_many_others_come() -> None:
     out = steps(encoder, [conversation("long", 1000)], *([prompt()] for _ in range(20)))
     assert out[0] == ["long"]
     out = steps(encoder, [conversation("long", 1000), prompt()], *([prompt()] for _ in range(20)))
-    assert [number for number, names in enumerate(out) if "long" in names] == [MOST_PASSED_OVER]
+    assert [number for number, names in enumerate(out) if "long" in names] == [MAX_HEAVY_DELAY]
 
 
 def test_a_long_conversation_that_was_aborted_is_not_rendered() -> None:
