@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from quartet.http_gateway.admin import control, health, info, openapi, parsing
+from quartet.http_gateway.anthropic import error_responses, messages, models
 from quartet.http_gateway.embedding import embeddings, rerank, score
 from quartet.http_gateway.embedding import encode as embed
 from quartet.http_gateway.http import errors
@@ -22,12 +23,15 @@ from quartet.http_gateway.openai import chat, completions, responses, tokens
 from quartet.http_gateway.routes.edge import Edge
 from quartet.http_gateway.routes.endpoint import Endpoint, Guarded, unauthorized
 from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime.errors import Kind, RequestError
 
 ENDPOINTS: list[Endpoint] = [
     *native.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
+    *messages.ENDPOINTS,
+    *models.ENDPOINTS,
     *tokens.ENDPOINTS,
     *parsing.ENDPOINTS,
     *embed.ENDPOINTS,
@@ -65,12 +69,14 @@ def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Res
 
     def handle(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), error
-        path = http.scope["path"]
+        path, own_shape = http.scope["path"], error_responses.shape_for_clients(http.scope)
         if http.method != "OPTIONS" and not keys.allow(Access.USER, http.scope["headers"]):
-            return unauthorized(keys.wanted(Access.USER))
+            return unauthorized(keys.wanted(Access.USER), own_shape)
         if error.status_code == HTTPStatus.NOT_FOUND and path.rstrip("/") in paths:
             query = http.scope["query_string"].decode("latin-1")
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""), 307)
+        if own_shape is not None and error.status_code == HTTPStatus.NOT_FOUND:
+            return own_shape(RequestError(error.detail, Kind.NOT_FOUND))
         headers = dict(error.headers or {})
         return errors.json_response({"detail": error.detail}, error.status_code, headers)
 

@@ -13,6 +13,8 @@ class Kind(Enum):
     """What went wrong with a request: HTTP status and the OpenAI-style type name."""
 
     BAD_REQUEST = (400, "BadRequestError")
+    UNAUTHORIZED = (401, "UnauthorizedError")
+    FORBIDDEN = (403, "ForbiddenError")
     NOT_FOUND = (404, "NotFoundError")
     CONFLICT = (409, "ConflictError")
     TOO_LARGE = (413, "BadRequestError")

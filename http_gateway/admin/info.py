@@ -85,10 +85,12 @@ def model_card(gateway: Gateway) -> dict[str, Any]:
 
 
 async def models(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The models, as clients of OpenAI's API know them."""
     return errors.json_response({"object": "list", "data": [model_card(gateway)]})
 
 
 async def model(gateway: Gateway, http: HTTPRequest) -> Response:
+    """One of them by its name."""
     asked = http.path_params["model"]
     return errors.json_response(model_card(gateway)) if asked == gateway.name else errors.model_not_found(asked)
 
@@ -220,7 +222,5 @@ ENDPOINTS = [
     Endpoint("/server_info", server_info),
     Endpoint("/get_load", get_load),
     Endpoint("/v1/loads", loads, shape=errors.openai),
-    Endpoint("/v1/models", models, shape=errors.openai),
-    Endpoint("/v1/models/{model:path}", model, shape=errors.openai),
 ]
 METRICS = Endpoint("/metrics", metrics, access=Access.PUBLIC)

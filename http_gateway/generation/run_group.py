@@ -14,12 +14,11 @@ from contextlib import aclosing, asynccontextmanager
 from starlette.requests import Request as HTTPRequest
 
 from quartet.http_gateway.generation.intake import Job
-from quartet.http_gateway.http import errors
-from quartet.http_gateway.http.sse import Event, EventStream, frames
+from quartet.http_gateway.http import errors, sse
+from quartet.http_gateway.http.sse import Event, EventStream, StreamFormat, frames
 from quartet.http_gateway.ring.request_group import RequestDelta, RequestGroup
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.runtime.control import Abort
-from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Text
 
 
@@ -55,12 +54,9 @@ def stream_group(
     job: Job,
     events_of: Callable[[list[RequestDelta]], Iterable[Event]],
     last_events: Callable[[], Iterable[Event]] = no_events,
-    error_json: Callable[[RequestError], bytes] = errors.stream_event,
+    form: StreamFormat = sse.NATIVE,
 ) -> EventStream:
-    """The response that streams a job: the events of each step, then `last_events`. An empty step sends nothing.
-
-    `error_json` describes an error that happens after the headers were sent.
-    """
+    """The response that streams a job: the events of each step, then `last_events`. An empty step sends nothing."""
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         async with aclosing(run_group(ring, http, job)) as steps:
@@ -70,7 +66,7 @@ def stream_group(
         if chunk := frames(last_events()):
             yield chunk
 
-    return EventStream(chunks(), error_json)
+    return EventStream(chunks(), form)
 
 
 async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGenerator[list[RequestDelta], None]:

@@ -40,6 +40,8 @@ def flat(
 def headers_of(error: RequestError) -> dict[str, str]:
     if error.kind.status in OVERLOAD:
         return {"Retry-After": str(RETRY_AFTER_S)}
+    if error.kind is Kind.UNAUTHORIZED:
+        return {"WWW-Authenticate": "Bearer"}
     return {"Connection": "close"} if error.kind is Kind.TOO_LARGE else {}
 
 
@@ -80,9 +82,14 @@ def control(error: RequestError) -> Response:
     return json_response({"success": False, "message": error.message}, status, headers_of(error))
 
 
+def of_schema(error: Exception) -> RequestError:
+    """What a body is that is not JSON or has the wrong types."""
+    return RequestError(f"Invalid request body: {error}")
+
+
 def schema(error: Exception) -> Response:
-    """A body that is not JSON or has the wrong types: (b) on every route."""
-    return json_response(flat(f"Invalid request body: {error}", "Bad Request", 400), 400)
+    """The same in shape (b), on every route but those of APIs with a shape of their own for every error."""
+    return json_response(flat(of_schema(error).message, "Bad Request", 400), 400)
 
 
 def model_not_found(model: str) -> Response:

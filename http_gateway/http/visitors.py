@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import HeaderList
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.settings import sites
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -98,12 +99,18 @@ def forbidden(reason: str, status: int = 403) -> ASGIApp:
     )
 
 
-def refusal(page: str) -> ASGIApp:
-    """The answer to a request that a foreign page sent."""
-    return forbidden(
+def of_foreign_page(page: str) -> RequestError:
+    """What is wrong with a request that a foreign page sent."""
+    return RequestError(
         f"A request from a page of {page} may change nothing here; "
-        "start the server with --cors-allow-origins and that origin, if the page is to be trusted"
+        "start the server with --cors-allow-origins and that origin, if the page is to be trusted",
+        Kind.FORBIDDEN,
     )
+
+
+def refusal(page: str) -> ASGIApp:
+    """The answer to such a request."""
+    return forbidden(of_foreign_page(page).message)
 
 
 class KnownHosts:

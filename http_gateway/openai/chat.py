@@ -9,7 +9,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.generation.run_group import collect_group, stream_group
-from quartet.http_gateway.http import errors
+from quartet.http_gateway.http import errors, sse
 from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable, json_answer
 from quartet.http_gateway.openai.answers import (
@@ -184,7 +184,7 @@ async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | Ev
     check_servable(gateway, http)
     call = await beside(http, Call, gateway, body)
     if body.stream:
-        return stream_group(gateway.ring, http, call.job, call.events, call.last_events, errors.openai_stream_event)
+        return stream_group(gateway.ring, http, call.job, call.events, call.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)
     return json_answer(_encode(call.answer()))
 

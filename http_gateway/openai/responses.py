@@ -9,7 +9,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.generation.run_group import collect_group, stream_group
-from quartet.http_gateway.http import errors
+from quartet.http_gateway.http import errors, sse
 from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable
 from quartet.http_gateway.native.generate_body import asks
@@ -155,7 +155,7 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
     answer = Answer(body, call)
     if body.stream:
         told = Stream(call, answer)
-        return stream_group(gateway.ring, http, call.job, told.events, told.last_events, errors.openai_stream_event)
+        return stream_group(gateway.ring, http, call.job, told.events, told.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)
     message = call.choices[0].whole(0).message
     output = Output(call.id)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import Access, Keys
 from quartet.http_gateway.http.counting import ValueCounter
-from quartet.http_gateway.http.visitors import SAFE_METHODS, Visitors, refusal
+from quartet.http_gateway.http.visitors import SAFE_METHODS, Visitors, of_foreign_page, refusal
 from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.config import ServerConfig
@@ -79,18 +79,29 @@ def of_weights(config: ServerConfig) -> Bounds:
     return Bounds(config.max_weight_body_size, "--max-weight-body-size", MAX_CONTROL_BODY_VALUES)
 
 
+def no_own_shape(scope: Scope) -> errors.Shape | None:
+    """Most routes tell a missing key, a foreign page and a broken body in the shapes that they share."""
+    return None
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """One path of the API. Access is the user's unless said otherwise: a route that forgets to say is not open."""
+    """One path of the API. Access is the user's unless said otherwise: a route that forgets to say is not open.
+
+    `shape`: of the errors that the handler raises. `own_shape`: of every error of a request, those before the handler
+    included, in an API that has one shape for all.
+    """
 
     path: str
     handler: Handler
     methods: tuple[str, ...] = ("GET",)
     access: Access = Access.USER
     shape: errors.Shape = errors.native
+    own_shape: Callable[[Scope], errors.Shape | None] = no_own_shape
     changes_state: bool = False  # with GET too
     body: Any = None  # type of the request body, for the API's description
     answer: Any = None  # and of what is answered
+    failure: Any = None  # and of errors, where the API has its own
     bounds: Callable[[ServerConfig], Bounds] = of_requests
 
 
@@ -107,26 +118,29 @@ class Guarded:
         endpoint = self._endpoint
         scope[ROUTE] = endpoint.path
         scope[BOUNDS] = endpoint.bounds(self._gateway.config)
+        own = endpoint.own_shape(scope)
         changes = endpoint.changes_state or scope["method"] not in SAFE_METHODS
         if changes and (page := self._visitors.foreign(scope["headers"])):
-            await refusal(page)(scope, receive, send)
+            await (own(of_foreign_page(page)) if own else refusal(page))(scope, receive, send)
             return
         if not self._keys.allow(endpoint.access, scope["headers"]):
-            await unauthorized(self._keys.wanted(endpoint.access))(scope, receive, send)
+            await unauthorized(self._keys.wanted(endpoint.access), own)(scope, receive, send)
             return
         try:
             response = await endpoint.handler(self._gateway, Request(scope, receive, send))
             await response(scope, receive, send)
         except RequestError as error:
-            await endpoint.shape(error)(scope, receive, send)
+            await (own or endpoint.shape)(error)(scope, receive, send)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            await errors.schema(error)(scope, receive, send)
+            await (own(errors.of_schema(error)) if own else errors.schema(error))(scope, receive, send)
         except (ClientGone, ClientDisconnect):
             log.info("Request is disconnected from the client side. Aborted %s %s", scope["method"], endpoint.path)
 
 
-def unauthorized(wanted: str) -> Response:
+def unauthorized(wanted: str, own_shape: errors.Shape | None = None) -> Response:
     """`wanted`: which key is missing, for people."""
+    if own_shape is not None:
+        return own_shape(RequestError(wanted, Kind.UNAUTHORIZED))
     return errors.json_response({"error": "Unauthorized", "message": wanted}, 401, {"WWW-Authenticate": "Bearer"})
 
 
