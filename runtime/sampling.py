@@ -71,7 +71,7 @@ GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 WRITTEN_IN_JSON = {"json_schema", "structural_tag"}
 
 
-def read(given: dict[str, Any]) -> SamplingParams:
+def read_params(given: dict[str, Any]) -> SamplingParams:
     """Parameters by name; a grammar written in JSON may be its text or the object itself.
 
     Raises RequestError or msgspec.ValidationError.
@@ -205,7 +205,7 @@ CHECKS: list[Check] = [
 ]
 
 
-def check(params: SamplingParams, vocab_size: int) -> None:
+def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raise RequestError (400, naming the field) for the first invalid parameter."""
     for field, holds, message in CHECKS:
         if not holds(params):

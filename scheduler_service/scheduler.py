@@ -251,7 +251,8 @@ class Scheduler:
         return [ending] if ending else []
 
     def queue(self, message: Tokenized, grammar: Grammar | None = None) -> list[Message]:
-        sampling.check(message.request.params, self.planner.config.vocab_size)  # as the gateway has, so it never raises
+        # the gateway has checked the same, so this never raises
+        sampling.check_params(message.request.params, self.planner.config.vocab_size)
         check_hidden_states(message, self.hidden_size)
         return self.messages(self.planner.add(message, self.now, grammar))
 

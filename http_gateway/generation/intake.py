@@ -180,7 +180,7 @@ def sampling_params(given: dict[str, Any] | None, rules: Rules) -> SamplingParam
     merged = {**rules.preferred, **asked}
     if isinstance(ids := merged.get("stop_token_ids"), list):
         merged["stop_token_ids"] = [token for token in ids if not is_foreign(token, rules.vocab_size)]
-    return sampling.read(merged)
+    return sampling.read_params(merged)
 
 
 def is_foreign(token: Any, vocab_size: int) -> bool:
@@ -199,7 +199,7 @@ def check(prompt: Generate, rules: Rules) -> None:
 
 
 def check_parameters(request: Request, rules: Rules) -> None:
-    sampling.check(request.params, rules.vocab_size)
+    sampling.check_params(request.params, rules.vocab_size)
     refuse_unsupported(request.params)
     if request.logprobs is not None:
         check_logprobs(request.logprobs, rules.vocab_size)

@@ -178,7 +178,7 @@ def stop_listening(listener: socket.socket) -> None:
 
 
 def notify(state: bytes) -> None:
-    """Tell systemd (Type=notify), where it asks to be told."""
+    """Notify systemd, where the server runs under it with Type=notify."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
             sender.sendto(state, "\0" + address[1:] if address.startswith("@") else address)

@@ -137,7 +137,7 @@ def refuse_contradictions(config: ServerConfig, machine: Machine) -> None:
     allowed_hosts(config.allowed_hosts)
     if config.preferred_sampling_params is not None:
         try:
-            sampling.read(msgspec.json.decode(config.preferred_sampling_params, type=dict[str, Any]))
+            sampling.read_params(msgspec.json.decode(config.preferred_sampling_params, type=dict[str, Any]))
         except (msgspec.MsgspecError, RequestError) as error:
             raise StartupError(f"--preferred-sampling-params must be a JSON object of parameters: {error}") from error
 

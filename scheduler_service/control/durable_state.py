@@ -31,7 +31,7 @@ class DurableState:
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir
-        self._saved = records.read(run_dir, NAME, State) or State()
+        self._saved = records.read_record(run_dir, NAME, State) or State()
 
     def save(self, context: Context) -> None:
         """Record the state of now, where it has changed."""

@@ -39,7 +39,7 @@ def write_record(run_dir: str, committed: Committed) -> None:
 
 def read_record(run_dir: str) -> Committed | None:
     """The record of this boot, if there is one."""
-    return records.read(run_dir, NAME, Committed)
+    return records.read_record(run_dir, NAME, Committed)
 
 
 def files_of(directory: Path) -> dict[str, list[int]]:

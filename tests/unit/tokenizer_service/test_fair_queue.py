@@ -93,11 +93,11 @@ def steps(encoder: Encoder, *batches: list[Message]) -> list[list[str]]:
 
 
 def test_calls_take_turns_and_keep_their_own_order() -> None:
-    turns: FairQueue[str] = FairQueue()
+    queue: FairQueue[str] = FairQueue()
     for call, piece in [(1, "a"), (1, "b"), (1, "c"), (2, "x"), (3, "y"), (3, "z")]:
-        turns.add(call, piece)
-    assert [turns.next() for _ in range(6)] == ["a", "x", "y", "b", "z", "c"]
-    assert not turns
+        queue.add(call, piece)
+    assert [queue.next() for _ in range(6)] == ["a", "x", "y", "b", "z", "c"]
+    assert not queue
 
 
 def test_a_small_request_does_not_wait_for_the_batch_before_it() -> None:
@@ -216,7 +216,7 @@ def test_tokenize_is_answered_once_all_its_texts_are_there_in_order() -> None:
     assert [unpack_ids(ids).tolist() for ids in reply.body["tokens"]] == [TOKENIZER.encode(t).ids for t in texts]
 
 
-def test_a_long_text_is_encoded_beside_the_loop_and_an_abort_does_not_wait_for_it() -> None:
+def test_a_long_text_is_encoded_in_the_background_and_an_abort_does_not_wait_for_it() -> None:
     later = Later()
     encoder = Encoder(TOKENIZER, pace=Pace(long_chars=10), executor=later)
     long, other = prompt("long", text="a long text of many words"), prompt("other", text="as long as the other")

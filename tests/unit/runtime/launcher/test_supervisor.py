@@ -13,7 +13,7 @@ import pytest
 from quartet.runtime.launcher.child import Child, Service, child_environment, usable_cores
 from quartet.runtime.launcher.launch import SERVICES
 from quartet.runtime.launcher.supervisor import BUDGET_WINDOW_S, STANDBY_BYTES, ExitStatus, Supervisor
-from quartet.runtime.launcher.vigil import FROZEN_S, LOOK_EVERY_S
+from quartet.runtime.launcher.watchdog import FROZEN_S, LOOK_EVERY_S
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import Memory
 from quartet.runtime.process.progress import ProgressWord
@@ -275,7 +275,7 @@ def test_every_service_that_is_stopped_is_found_within_ten_seconds(supervisor, s
     os.waitid(os.P_PID, child.process.pid, os.WSTOPPED)
     limit_s = min(timeout_s, FROZEN_S)
     assert limit_s < look_for(supervisor, child, 60, monkeypatch) <= limit_s + 3 * LOOK_EVERY_S
-    assert vitals.look(child.process.pid).state is vitals.State.STOPPED  # SIGABRT waits for it; SIGKILL does not
+    assert vitals.read_vitals(child.process.pid).state is vitals.State.STOPPED  # SIGABRT waits for it; SIGKILL does not
     child.hung_at -= 60
     supervisor.look_at_progress(child)
     assert child.process.wait(60) == -signal.SIGKILL
@@ -286,7 +286,7 @@ def test_no_service_that_computes_without_a_pulse_is_killed_before_the_time_out(
     supervisor, service, served, monkeypatch
 ):
     child = served(service, "sum(range(10**15))")  # in C, and holds the interpreter
-    while vitals.look(child.process.pid).state is not vitals.State.RUNNABLE:
+    while vitals.read_vitals(child.process.pid).state is not vitals.State.RUNNABLE:
         time.sleep(0.01)
     time.sleep(0.5)  # the interpreter has started
     limit_s = supervisor.config.watchdog_timeout

@@ -136,11 +136,11 @@ def test_an_address_open_to_the_network_needs_a_key_or_is_warned_about(host, api
     assert any("no --api-key is set" in note for note in notes) is warned
 
 
-@pytest.mark.parametrize(("hosts", "told"), [(None, True), ("*", True), ("llm.example.org", False)])
-def test_the_warning_tells_of_web_pages_where_any_host_is_answered(hosts, told):
+@pytest.mark.parametrize(("hosts", "warned"), [(None, True), ("*", True), ("llm.example.org", False)])
+def test_the_warning_names_web_pages_where_any_host_is_answered(hosts, warned):
     notes = resolve(ServerConfig(host="0.0.0.0", allowed_hosts=hosts), CPU).notes
     (warning,) = [note for note in notes if "no --api-key is set" in note]
-    assert ("any web page" in warning) is ("--allowed-hosts" in warning) is told
+    assert ("any web page" in warning) is ("--allowed-hosts" in warning) is warned
 
 
 @pytest.mark.parametrize("schema", [{"type": "object"}, '{"type": "object"}'])
