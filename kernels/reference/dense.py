@@ -1,7 +1,4 @@
-"""The fused operations in plain torch: what each Triton kernel of the same name and signature must compute.
-
-All write to tensors that they are given. Arithmetic is float32, rounded once where a result is stored.
-"""
+"""Products, norms, rotation and attention in plain torch; the signatures are in kernels/operations.py."""
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +109,7 @@ def paged_extend(
         if causal:
             out[first:last] = reference.attention(q[first:last], k, v, scale, window, softcap, sinks)
             continue
-        for token in range(first, last):  # alone, a query is the last position and so sees every key
+        for token in range(first, last):  # a single query is the last position and so sees every key
             out[token] = reference.attention(q[token : token + 1], k, v, scale, None, softcap, sinks)[0]
 
 
