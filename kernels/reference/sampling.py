@@ -5,7 +5,7 @@ from math import inf
 import torch
 
 from quartet.kernels.reference import layers as reference
-from quartet.kernels.reference.operations import linear, normed
+from quartet.kernels.reference.dense import linear, normed
 from quartet.kernels.reference.philox import uniform
 
 
@@ -27,10 +27,7 @@ def lm_head_sample(
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of x (rows, hidden): tokens[slots[i]], or tokens[i] without slots; valid (rows,) int32.
-
-    temperatures (rows,), 0 is greedy. logits (rows, vocab), float32, are left as they were drawn from.
-    """
+    """See kernels.operations.Ops.lm_head_sample."""
     made = linear(normed(x, norm_weight, epsilon, plus_one).to(x.dtype), weight)
     logits.copy_(made if softcap is None else reference.soft_cap(made, softcap))
     process_logits(logits, None, temperatures, tops, masses)
@@ -46,11 +43,7 @@ def process_logits(
     tops: torch.Tensor,
     masses: torch.Tensor,
 ) -> None:
-    """Mask and temperature, in place on logits (rows, vocab) float32.
-
-    A token is allowed where its bit of `allowed`, int32 (rows, ceil(vocab / 32)), is set. A temperature of 0 divides
-    by 1. tops and masses are as in the Triton kernel for an equal number of tiles; nothing here reads them.
-    """
+    """See kernels.operations.Ops.process_logits."""
     if allowed is not None:
         bits = torch.arange(32, dtype=torch.int32, device=allowed.device)
         is_allowed = ((allowed.unsqueeze(2) >> bits) & 1).bool().flatten(1)[:, : logits.shape[1]]
@@ -70,7 +63,7 @@ def draw(
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of adjusted logits (rows, vocab): the first largest at temperature 0, else drawn."""
+    """See kernels.operations.Ops.draw."""
     off = torch.zeros_like(temperatures)
     select(logits, tops, masses, temperatures, off.int(), off + 1, off, seeds, positions, slots, off, tokens, valid)
 
@@ -90,11 +83,7 @@ def select(
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of what `process_logits` left: tokens[slots[i]], or tokens[i] without slots; valid (rows,).
-
-    top_ks (rows,) int32, 0 is off; top_ps (rows,), 1 is off; min_ps (rows,), 0 is off. The filters look at one and the
-    same distribution; a token that is as likely as the last that stays, stays.
-    """
+    """See kernels.operations.Ops.select."""
     best, largest = logits.max(1)
     valid.copy_(torch.isfinite(best))
     weights = (logits - best.unsqueeze(1)).exp().double()

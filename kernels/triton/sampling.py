@@ -25,12 +25,7 @@ def process_logits(
     tops: torch.Tensor,
     masses: torch.Tensor,
 ) -> None:
-    """Mask and temperature, in place on logits (rows, vocab) float32.
-
-    A token is allowed where its bit of `allowed`, int32 (rows, ceil(vocab / 32)), is set. A temperature of 0 divides
-    by 1. tops and masses (rows, ceil(vocab / LOGITS_BLOCK)), float32, are what `draw` and `select` want to know of the
-    result.
-    """
+    """See kernels.operations.Ops.process_logits."""
     chosen = tile("logits")
     rows, vocab = logits.shape
     _process_logits[(rows, blocks(vocab, chosen.columns))](
@@ -60,11 +55,7 @@ def select(
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of what `process_logits` left: tokens[slots[i]], or tokens[i] without slots; valid (rows,).
-
-    top_ks (rows,) int32, 0 is off; top_ps (rows,), 1 is off; min_ps (rows,), 0 is off. candidates, int32 (rows, vocab),
-    is working space.
-    """
+    """See kernels.operations.Ops.select."""
     chosen = tile("select")
     rows, vocab = logits.shape
     tiles = blocks(vocab, tile("logits").columns)

@@ -54,7 +54,7 @@ def start_compiling(
     slots: int,
     implementation: Implementation | None = None,
 ) -> "Future[None] | None":
-    """Compile beside the caller what the model's first steps launch; None where no kernels of ours are needed.
+    """Compile the kernels of the model's first steps in a thread; None if it needs no kernels of Quartet.
 
     `slots`: requests at once. The result raises StartupError for a kernel that cannot be compiled.
     """
@@ -66,9 +66,11 @@ def start_compiling(
     if not COMPILES_AHEAD:
         log.info("This Triton compiles kernels one after the other, when they are needed.")
         return None
-    beside = ThreadPoolExecutor(1, "compile-ahead")
-    compiled = beside.submit(compile_first_steps, config, info, resolve_dtype(config.dtype, info.config, device), slots)
-    beside.shutdown(wait=False)
+    executor = ThreadPoolExecutor(1, "compile-ahead")
+    compiled = executor.submit(
+        compile_first_steps, config, info, resolve_dtype(config.dtype, info.config, device), slots
+    )
+    executor.shutdown(wait=False)
     return compiled
 
 

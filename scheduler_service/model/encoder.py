@@ -1,6 +1,6 @@
 """The generic encoder: BERT and its kin, over texts side by side without any padding.
 
-Attention of a text needs that text alone. The texts of a step are put in order of length, so that those of one length
+Attention of a text needs only that text. The texts of a step are put in order of length, so that those of one length
 are attended in one call, as a view of the packed rows; no text is ever padded to another's length.
 """
 

@@ -102,19 +102,19 @@ class FusedBackend:
         """Rotated queries (tokens, heads, dim); keys and values are in the pool afterwards."""
         spec, qkv = attention.spec, attention.qkv
         q = x.new_empty(len(x), spec.heads, spec.head_dim)
-        rest = (*rotation, context.places, *context.pools(spec.layer), q)
+        outputs = (*rotation, context.places, *context.pools(spec.layer), q)
         # A norm per head would need the whole head in one program: too few programs to read the weights at full speed.
         plain_heads = attention.query_norm is None and rotation[0].shape[2] == spec.head_dim
         if norm is not None and plain_heads and self.products.few(x):
-            self.ops.norm_qkv_rope_kv(x, norm.weight, norm.epsilon, norm.plus_one, qkv.weight, qkv.bias, *rest)
+            self.ops.norm_qkv_rope_kv(x, norm.weight, norm.epsilon, norm.plus_one, qkv.weight, qkv.bias, *outputs)
             return q
         projected = self.products(self.normed(x, norm), qkv)
         query_norm, key_norm = attention.query_norm, attention.key_norm
         if query_norm is None or key_norm is None:
-            self.ops.rope_kv(projected, None, None, 0.0, False, *rest)
+            self.ops.rope_kv(projected, None, None, 0.0, False, *outputs)
         else:
             norms = query_norm.weight, key_norm.weight, query_norm.epsilon, query_norm.plus_one
-            self.ops.rope_kv(projected, *norms, *rest)
+            self.ops.rope_kv(projected, *norms, *outputs)
         return q
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import Linear
-from quartet.kernels.ops import Implementation, Ops
+from quartet.kernels.operations import Ops
+from quartet.kernels.ops import Implementation
 from quartet.kernels.triton.configs import FEW_ROWS, SKINNY_ROWS, STEADY_ROWS
 
 Sizes = Callable[..., tuple[int, int]]  # elements of partial sums and of counters

@@ -14,8 +14,8 @@ from triton import knobs
 
 from deploy.benchmarks.gpu.engine import model_info
 from deploy.benchmarks.gpu.shapes import REHEARSAL, SHAPES
-from quartet.kernels.ops import TRITON
 from quartet.kernels.triton import compile as triton_compile
+from quartet.kernels.triton import operations
 from quartet.kernels.triton.compile import CompileError, Kernel, compiling, kernel
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
@@ -52,7 +52,7 @@ CONFIG = resolved(device="cuda", cuda_graph_max_prefill_tokens=64)
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Kernels by name, as they are compiled with empty caches."""
-    for module in map(import_module, TRITON):
+    for module in {import_module(getattr(operations, name).__module__) for name in operations.__all__}:
         for value in vars(module).values():
             if isinstance(value, Kernel):
                 value.device_caches.clear()

@@ -20,7 +20,7 @@ from quartet.runtime.settings.resolve import resolve
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
-from quartet.scheduler_service.execution.launched import Pending
+from quartet.scheduler_service.execution.launched_step import LaunchedStep
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
@@ -113,7 +113,7 @@ class Engine:
                 reuse_prefixes=False,
             )
         )
-        self.in_flight: deque[tuple[Plan, Pending]] = deque()
+        self.in_flight: deque[tuple[Plan, LaunchedStep]] = deque()
         self.requests = 0
         while self.worker.idle_work():
             pass  # measure what is recorded

@@ -10,7 +10,7 @@ import pytest
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.execution.launched import Pending
+from quartet.scheduler_service.execution.launched_step import LaunchedStep
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.model import tiny
 
@@ -37,7 +37,7 @@ class Overlapped(Engine):
     def __init__(self, directory: Path, *, depth: int = 1, **settings: Any) -> None:
         super().__init__(directory, **settings)
         self.worker.depth = self.depth = depth
-        self.in_flight: deque[tuple[Plan, Pending]] = deque()
+        self.in_flight: deque[tuple[Plan, LaunchedStep]] = deque()
         self.steps_ahead = 0
 
     def step(self) -> bool:
@@ -55,7 +55,7 @@ class Overlapped(Engine):
         self.steps += 1
         return landed or plan is not None
 
-    def land(self, plan: Plan, pending: Pending) -> None:
+    def land(self, plan: Plan, pending: LaunchedStep) -> None:
         self.take(self.planner.apply(plan, self.worker.collect(pending), float(self.steps)))
         self.forget()
 
