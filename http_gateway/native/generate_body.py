@@ -99,7 +99,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     prompts = read_prompts(body, rules)
     single = is_single(body)
     size = len(prompts)
-    params = read_params(body, size, rules)
+    params = params_per_prompt(body, size, rules)
     logprobs = read_logprobs(body, params)
     thoughts = read_thoughts(body, params, rules)
     keys, salts = each(body, "extra_key", "", size), each(body, "cache_salt", "", size)
@@ -247,7 +247,7 @@ READERS = {"text": read_text, "input_ids": read_ids, "input_embeds": read_embeds
 # everything else
 
 
-def read_params(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
+def params_per_prompt(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
     given: list[dict[str, Any]] = each(body, "sampling_params", {}, size)
     if isinstance(body.sampling_params, list):
         params = [sampling_params(item, rules) for item in given]
