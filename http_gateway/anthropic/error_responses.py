@@ -9,7 +9,7 @@ from starlette.types import Scope
 from quartet.http_gateway.anthropic.types import ErrorAnswer, ErrorDetail
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.sse import StreamFormat
-from quartet.http_gateway.routes.edge import given_request_id
+from quartet.http_gateway.routes.middleware import given_request_id
 from quartet.runtime.errors import RequestError
 
 VERSION = b"anthropic-version"

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from quartet.http_gateway.embedding.encode import embed, embed_request, numbers
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
-from quartet.http_gateway.generation.truncation import Truncating, wished
+from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.native.generate_body import asks, pack, read_rids
 from quartet.http_gateway.routes import bodies
@@ -99,7 +99,7 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
 def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: Rules) -> Job:
     """One request per item of `input`."""
     given: Any = body.input
-    truncation = wished(body, "right")
+    truncation = read_truncation(body, "right")
     single = isinstance(given, str) or bool(given and isinstance(given[0], int))
     items = [given] if single else given
     if not items or given == "":

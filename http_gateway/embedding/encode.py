@@ -10,7 +10,7 @@ from starlette.responses import Response
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.output import finish_reason
 from quartet.http_gateway.generation.run_group import collect_answers
-from quartet.http_gateway.generation.truncation import Truncating, Truncation, wished
+from quartet.http_gateway.generation.truncation import Truncating, Truncation, read_truncation
 from quartet.http_gateway.http.errors import json_response
 from quartet.http_gateway.native.generate_body import asks, check_batch, pack, read_rids
 from quartet.http_gateway.routes import bodies
@@ -63,7 +63,7 @@ def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]
         raise RequestError(NOTHING_GIVEN, field="text")
     items = [given] if single else given
     check_batch(len(items), "text" if body.text is not None else "input_ids")
-    request = unnamed(body, rules)  # which all of them share until they get their rids
+    request = request_of(body, rules)  # which all of them share until they get their rids
     if body.input_ids is not None:
         return [Generate(request=request, input_ids=pack(ids, rules.vocab_size)) for ids in items]
     return [text_prompt(item, request) for item in items]
@@ -77,8 +77,9 @@ def text_prompt(item: str | list[str], request: Request) -> Generate:
     return Generate(request=request, text=item[0], text_pair=item[1])
 
 
-def unnamed(body: EncodeBody, rules: Rules) -> Request:
-    return embed_request(rules, body.dimensions, wished(body, "right"), log_metrics=body.log_metrics is not False)
+def request_of(body: EncodeBody, rules: Rules) -> Request:
+    truncation = read_truncation(body, "right")
+    return embed_request(rules, body.dimensions, truncation, log_metrics=body.log_metrics is not False)
 
 
 def embed_request(

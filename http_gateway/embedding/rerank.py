@@ -17,7 +17,7 @@ from starlette.responses import Response
 from quartet.http_gateway.embedding.embeddings import probabilities, usage
 from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, meta_info, numbers
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
-from quartet.http_gateway.generation.truncation import Truncating, wished
+from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, Handler, require_json
@@ -141,7 +141,7 @@ def check(query: str, documents: Sequence[str], top_n: int | None) -> None:
 
 def to_job(body: RerankBody | RankBody, documents: Sequence[str], rules: Rules) -> Job:
     """A pair for each document."""
-    request = embed_request(rules, truncation=wished(body, "right"))
+    request = embed_request(rules, truncation=read_truncation(body, "right"))
     pairs = [Generate(request=request, text=body.query, text_pair=text) for text in documents]
     return fan_out(pairs, [None] * len(pairs), rules)
 

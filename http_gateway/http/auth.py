@@ -58,7 +58,7 @@ class Keys:
         matches = sum(hmac.compare_digest(one, other) for one, other in pairs)  # all are compared, whichever matches
         return matches > 0 or not accepted
 
-    def wanted(self, access: Access) -> str:
+    def required_key(self, access: Access) -> str:
         """Which key a refused request should have carried, for people."""
         if access is Access.ADMIN and self._admin:
             other = "; the ordinary key does not open it" if self._user else ""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out, sampling_params
-from quartet.http_gateway.generation.truncation import Truncating, wished
+from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.runtime import limits
 from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
 from quartet.runtime.messages import Generate, LogprobOptions, Request, Thought, pack_ids
@@ -106,7 +106,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     priorities = read_priorities(body, size, rules)
     experts, starts = read_routed_experts(body, size, rules)
     hidden = read_hidden_states(body, size, rules)
-    truncation = wished(body, "left")
+    truncation = read_truncation(body, "left")
     for i, prompt in enumerate(prompts):
         prompt.request = Request(
             rid="",

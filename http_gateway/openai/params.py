@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
-from quartet.http_gateway.generation.truncation import wished
+from quartet.http_gateway.generation.truncation import read_truncation
 from quartet.http_gateway.native.generate_body import HIDDEN_STATES_OFF, asks, read_rids, with_distribution
 from quartet.http_gateway.openai.response_format import grammar
 from quartet.http_gateway.openai.types import REFUSED, CompletionBody, GenerationBody
@@ -93,7 +93,7 @@ def job_of(
     if hidden and not gateway.rules.hidden_states:
         raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
     options = with_distribution(logprobs, bool(body.return_entropy), bool(body.return_sampling_mask), params)
-    truncation = wished(body, "left")
+    truncation = read_truncation(body, "left")
     for prompt in prompts:
         prompt.request = Request(
             rid="",

@@ -12,9 +12,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.allowed_sites import SAFE_METHODS, AllowedSites, of_foreign_page, refusal
 from quartet.http_gateway.http.auth import Access, Keys
 from quartet.http_gateway.http.counting import ValueCounter
-from quartet.http_gateway.http.visitors import SAFE_METHODS, Visitors, of_foreign_page, refusal
 from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.config import ServerConfig
@@ -108,11 +108,11 @@ class Endpoint:
 class Guarded:
     """An endpoint as an ASGI application."""
 
-    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys, visitors: Visitors) -> None:
+    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys, allowed_sites: AllowedSites) -> None:
         self._endpoint = endpoint
         self._gateway = gateway
         self._keys = keys
-        self._visitors = visitors
+        self._allowed_sites = allowed_sites
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoint
@@ -120,11 +120,11 @@ class Guarded:
         scope[BOUNDS] = endpoint.bounds(self._gateway.config)
         own = endpoint.own_shape(scope)
         changes = endpoint.changes_state or scope["method"] not in SAFE_METHODS
-        if changes and (page := self._visitors.foreign(scope["headers"])):
+        if changes and (page := self._allowed_sites.foreign_page(scope["headers"])):
             await (own(of_foreign_page(page)) if own else refusal(page))(scope, receive, send)
             return
         if not self._keys.allow(endpoint.access, scope["headers"]):
-            await unauthorized(self._keys.wanted(endpoint.access), own)(scope, receive, send)
+            await unauthorized(self._keys.required_key(endpoint.access), own)(scope, receive, send)
             return
         try:
             response = await endpoint.handler(self._gateway, Request(scope, receive, send))
@@ -137,11 +137,11 @@ class Guarded:
             log.info("Request is disconnected from the client side. Aborted %s %s", scope["method"], endpoint.path)
 
 
-def unauthorized(wanted: str, own_shape: errors.Shape | None = None) -> Response:
-    """`wanted`: which key is missing, for people."""
+def unauthorized(message: str, own_shape: errors.Shape | None = None) -> Response:
+    """401; the message says which key is missing."""
     if own_shape is not None:
-        return own_shape(RequestError(wanted, Kind.UNAUTHORIZED))
-    return errors.json_response({"error": "Unauthorized", "message": wanted}, 401, {"WWW-Authenticate": "Bearer"})
+        return own_shape(RequestError(message, Kind.UNAUTHORIZED))
+    return errors.json_response({"error": "Unauthorized", "message": message}, 401, {"WWW-Authenticate": "Bearer"})
 
 
 async def read_body(http: Request, size: int | None = None) -> bytes:
