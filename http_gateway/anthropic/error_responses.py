@@ -70,7 +70,7 @@ def shape(scope: Scope) -> errors.Shape:
         sent = {**errors.headers_of(error), **headers(scope)}
         return errors.json_response(error_body(error, request), error.kind.status, sent)
 
-    return errors.saying(respond, NAMES)
+    return errors.with_client_names(respond, NAMES)
 
 
 def shape_for_clients(scope: Scope) -> errors.Shape | None:

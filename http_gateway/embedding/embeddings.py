@@ -14,9 +14,9 @@ from quartet.http_gateway.embedding.encode import embed, embed_request, numbers
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.native.generate_body import asks, pack, read_rids
+from quartet.http_gateway.native.generate_body import asks, pack_prompt_ids, rids_per_prompt
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime import limits
@@ -59,12 +59,12 @@ class ClassifyBody(Truncating, kw_only=True):
 
 async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     require_json(http)
-    body = await bodies.read(http, EmbeddingsBody)
+    body = await bodies.read_json_body(http, EmbeddingsBody)
     embedding = check_embeds(gateway)
     dimensions = cut_to(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
-    texts = await embed(gateway, http, await beside(http, to_job, body, dimensions, gateway.rules))
+    texts = await embed(gateway, http, await convert_body(http, to_job, body, dimensions, gateway.rules))
     data = [
         {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
         for index, text in enumerate(texts)
@@ -75,11 +75,11 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
     require_json(http)
-    body = await bodies.read(http, ClassifyBody)
+    body = await bodies.read_json_body(http, ClassifyBody)
     embedding = check_embeds(gateway)
     if not embedding.labels:
         raise RequestError(NO_LABELS)
-    texts = await embed(gateway, http, await beside(http, to_job, body, None, gateway.rules))
+    texts = await embed(gateway, http, await convert_body(http, to_job, body, None, gateway.rules))
     names = gateway.model.config.get("id2label") or {}
     data = [classified(index, probabilities(numbers(text), embedding), names) for index, text in enumerate(texts)]
     answer = {
@@ -113,7 +113,7 @@ def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: R
         raise RequestError(MIXED.format(KINDS.get(kind, "strings")), field="input")
     request = embed_request(rules, dimensions, truncation)
     prompts = [to_prompt(index, item, request, rules) for index, item in enumerate(items)]
-    return fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
+    return fan_out(prompts, rids_per_prompt(body.rid, len(prompts), single), rules)
 
 
 def to_prompt(index: int, item: Any, request: Request, rules: Rules) -> Generate:
@@ -122,7 +122,7 @@ def to_prompt(index: int, item: Any, request: Request, rules: Rules) -> Generate
             raise RequestError(MIXED.format("integers"), field="input")
         if not item:
             raise RequestError(EMPTY_AT.format(index), field="input")
-        return Generate(request=request, input_ids=pack(item, rules.vocab_size))
+        return Generate(request=request, input_ids=pack_prompt_ids(item, rules.vocab_size))
     if isinstance(item, dict):
         item = text_of(item)
     check_text(item, EMPTY_AT.format(index))
@@ -171,7 +171,7 @@ def classified(index: int, shares: list[float], names: dict[str, str]) -> dict[s
     return {"index": index, "label": label, "probs": shares, "num_classes": len(shares)}
 
 
-SHAPE = errors.saying(errors.openai, {"input_ids": "input", "text": "input", "prompt": "input"})
+SHAPE = errors.with_client_names(errors.openai, {"input_ids": "input", "text": "input", "prompt": "input"})
 ENDPOINTS = [
     Endpoint("/v1/embeddings", embeddings, ("POST",), shape=SHAPE, body=EmbeddingsBody),
     Endpoint("/v1/classify", classify, ("POST",), shape=SHAPE, body=ClassifyBody),

@@ -12,9 +12,9 @@ from quartet.http_gateway.generation.output import finish_reason
 from quartet.http_gateway.generation.run_group import collect_answers
 from quartet.http_gateway.generation.truncation import Truncating, Truncation, read_truncation
 from quartet.http_gateway.http.errors import json_response
-from quartet.http_gateway.native.generate_body import asks, check_batch, pack, read_rids
+from quartet.http_gateway.native.generate_body import asks, check_batch, pack_prompt_ids, rids_per_prompt
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime.errors import RequestError
@@ -50,7 +50,7 @@ def to_job(body: EncodeBody, rules: Rules) -> tuple[Job, bool]:
             raise RequestError(f"{name} is not supported.", field=name)
     single = isinstance(body.text, str) or bool(body.input_ids and isinstance(body.input_ids[0], int))
     prompts = read_prompts(body, single, rules)
-    job = fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
+    job = fan_out(prompts, rids_per_prompt(body.rid, len(prompts), single), rules)
     job.background = bool(body.background)
     return job, single
 
@@ -65,7 +65,7 @@ def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]
     check_batch(len(items), "text" if body.text is not None else "input_ids")
     request = request_of(body, rules)  # which all of them share until they get their rids
     if body.input_ids is not None:
-        return [Generate(request=request, input_ids=pack(ids, rules.vocab_size)) for ids in items]
+        return [Generate(request=request, input_ids=pack_prompt_ids(ids, rules.vocab_size)) for ids in items]
     return [text_prompt(item, request) for item in items]
 
 
@@ -95,10 +95,10 @@ def embed_request(
 
 async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
-    body = await bodies.read(http, EncodeBody)
+    body = await bodies.read_json_body(http, EncodeBody)
     embedding = check_embeds(gateway)
     body.dimensions = cut_to(gateway, embedding, body.dimensions)
-    job, single = await beside(http, to_job, body, gateway.rules)
+    job, single = await convert_body(http, to_job, body, gateway.rules)
     if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
         raise RequestError(NOT_A_CROSS_ENCODER, field="text")
     vectors = await embed(gateway, http, job)

@@ -64,9 +64,9 @@ class RankBody(Truncating, kw_only=True):
 async def rerank(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
     require_json(http)
-    body = await bodies.read(http, RerankBody)
+    body = await bodies.read_json_body(http, RerankBody)
     check_reranks(gateway)
-    check(body.query, body.documents, body.top_n)
+    check_query(body.query, body.documents, body.top_n)
     if body.instruct is not None:
         raise RequestError("instruct is not supported: this is no instructed reranker.", field="instruct")
     job = to_job(body, body.documents, gateway.rules)
@@ -87,10 +87,10 @@ def ranking(with_documents: bool) -> Handler:
     async def rank(gateway: Gateway, http: HTTPRequest) -> Response:
         """Documents by their fitness for a query, best first, in the shape of Jina and Cohere."""
         require_json(http)
-        body = await bodies.read(http, RankBody)
+        body = await bodies.read_json_body(http, RankBody)
         embedding = check_reranks(gateway)
         documents = [document if isinstance(document, str) else document.text for document in body.documents]
-        check(body.query, documents, body.top_n)
+        check_query(body.query, documents, body.top_n)
         texts = await embed(gateway, http, to_job(body, documents, gateway.rules))
         told = with_documents if body.return_documents is None else body.return_documents
         results: list[dict[str, Any]] = []
@@ -123,7 +123,7 @@ def check_reranks(gateway: Gateway) -> Embedding:
     return embedding
 
 
-def check(query: str, documents: Sequence[str], top_n: int | None) -> None:
+def check_query(query: str, documents: Sequence[str], top_n: int | None) -> None:
     """Raise RequestError in the words that clients compare."""
     refusals = (
         ("query", not query, EMPTY_QUERY),
@@ -146,7 +146,7 @@ def to_job(body: RerankBody | RankBody, documents: Sequence[str], rules: Rules) 
     return fan_out(pairs, [None] * len(pairs), rules)
 
 
-SHAPE = errors.saying(errors.openai, {"text": "documents", "prompt": "documents"})
+SHAPE = errors.with_client_names(errors.openai, {"text": "documents", "prompt": "documents"})
 ENDPOINTS = [
     Endpoint("/v1/rerank", rerank, ("POST", "PUT"), shape=SHAPE, body=RerankBody),
     Endpoint("/rerank", ranking(with_documents=True), ("POST",), shape=SHAPE, body=RankBody),

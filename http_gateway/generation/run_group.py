@@ -107,7 +107,7 @@ def raise_failure(deltas: Iterable[RequestDelta]) -> None:
     for _, text in deltas:
         finish = text.tokens.finish
         if finish is not None and finish.reason == "error":
-            raise errors.of_finish(finish)
+            raise errors.error_of_finish(finish)
 
 
 @asynccontextmanager

@@ -61,7 +61,7 @@ class Offsets:
         return token if self._found == len(self._prompt) and not is_text(token) else b""
 
 
-class Draft:
+class OutputState:
     """The output of one request on its way."""
 
     def __init__(self, options: LogprobOptions | None) -> None:
@@ -116,17 +116,17 @@ class Draft:
         return None if self.finish is None else self.finish.matched
 
 
-def usage(drafts: Sequence[Draft], copies: int, *, cache_report: bool) -> Usage:
+def usage(states: Sequence[OutputState], copies: int, *, cache_report: bool) -> Usage:
     """What all requests took: every prompt once, though `copies` requests share it."""
-    firsts = drafts[::copies]
-    prompt = sum(draft.prompt_tokens for draft in firsts)
-    completion = sum(draft.completion_tokens for draft in drafts)
+    firsts = states[::copies]
+    prompt = sum(state.prompt_tokens for state in firsts)
+    completion = sum(state.completion_tokens for state in states)
     return Usage(
         prompt_tokens=prompt,
         total_tokens=prompt + completion,
         completion_tokens=completion,
         prompt_tokens_details=CachedTokens(sum(d.cached_tokens for d in firsts)) if cache_report else None,
-        reasoning_tokens=sum(draft.reasoning_tokens for draft in drafts),
+        reasoning_tokens=sum(state.reasoning_tokens for state in states),
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
 from quartet.http_gateway.generation.truncation import read_truncation
-from quartet.http_gateway.native.generate_body import HIDDEN_STATES_OFF, asks, read_rids, with_distribution
+from quartet.http_gateway.native.generate_body import HIDDEN_STATES_OFF, asks, rids_per_prompt, with_distribution
 from quartet.http_gateway.openai.response_format import grammar
 from quartet.http_gateway.openai.types import REFUSED, CompletionBody, GenerationBody
 from quartet.http_gateway.routes.gateway import Gateway
@@ -20,8 +20,10 @@ from quartet.runtime.sampling import GRAMMARS, SamplingParams
 
 DEFAULT_MODEL = "default"
 RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}
-SAID = {ours: theirs for theirs, ours in RENAMED.items()} | {"max_new_tokens": "max_tokens"}  # in errors
-SAME = tuple(
+CLIENT_NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {
+    "max_new_tokens": "max_tokens"
+}  # as errors name them
+SHARED_FIELDS = tuple(
     field.name
     for field in msgspec.structs.fields(SamplingParams)
     if field.name in {own.name for own in msgspec.structs.fields(GenerationBody)}
@@ -46,8 +48,8 @@ def params_of(
 
     `limit`: max_new_tokens, where the request has one. `forced`: the grammar of a demanded tool call.
     """
-    refuse(body)
-    given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    refuse_unsupported_fields(body)
+    given = {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
     given |= {new: value for old, new in RENAMED.items() if (value := getattr(body, old)) is not None}
     for constraint in (grammar(body.response_format), forced):
         if constraint is not None:
@@ -69,7 +71,7 @@ def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:
     given[kind] = text
 
 
-def refuse(body: GenerationBody) -> None:
+def refuse_unsupported_fields(body: GenerationBody) -> None:
     for name in REFUSED:
         if asks(getattr(body, name)):
             raise RequestError(f"{name} is not supported.", field=name)
@@ -109,7 +111,7 @@ def job_of(
         if truncation is not None:
             truncation.apply(prompt.request, gateway.rules)
     rid = uuid.uuid4().hex if body.rid is None else body.rid
-    rids = read_rids(rid, len(prompts), single)
+    rids = rids_per_prompt(rid, len(prompts), single)
     job = fan_out(prompts, rids, gateway.rules)
     if isinstance(rid, str):
         job.parents = [rid] * len(job.requests)

@@ -20,7 +20,7 @@ from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, Kind, 
 from quartet.http_gateway.openai.types import ChatBody, Count
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import Kind as ErrorKind
 from quartet.runtime.errors import RequestError
@@ -139,7 +139,7 @@ class Answer:
         used = self._call.usage()
         return {
             "input_tokens": used.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": self._call.choices[0].draft.cached_tokens},
+            "input_tokens_details": {"cached_tokens": self._call.choices[0].state.cached_tokens},
             "output_tokens": used.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
             "total_tokens": used.total_tokens,
@@ -149,9 +149,9 @@ class Answer:
 async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """A text in answer to a text or a conversation."""
     require_json(http)
-    body = await bodies.read(http, ResponsesBody)
+    body = await bodies.read_json_body(http, ResponsesBody)
     check_servable(gateway, http)
-    call = await beside(http, Call, gateway, chat_body(body))
+    call = await convert_body(http, Call, gateway, chat_body(body))
     answer = Answer(body, call)
     if body.stream:
         told = Stream(call, answer)
@@ -212,7 +212,7 @@ async def stored(gateway: Gateway, http: HTTPRequest) -> Response:
     raise RequestError(NOT_STORED.format(http.path_params["id"]), ErrorKind.NOT_FOUND)
 
 
-SHAPE = errors.saying(
+SHAPE = errors.with_client_names(
     errors.openai,
     {
         "max_new_tokens": "max_output_tokens",

@@ -1,4 +1,4 @@
-"""A row of the route table, and what stands around its handler: the key, the error shapes, the client that leaves."""
+"""A row of the route table, and what surrounds its handler: keys, error shapes, the client that leaves."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ ROUTE = "quartet.route"  # scope key: path of the route that matched, for counti
 BOUNDS = "quartet.bounds"  # scope key: Bounds of the request's body
 
 SIZE = "quartet.size"  # scope key: bytes of the body that was read
-LARGE_BODY = 1 << 18  # what is made of larger ones is made beside the loop
+LARGE_BODY = 1 << 18  # larger ones are converted in a thread
 
 MAX_LENGTH_DIGITS = 20  # of a Content-Length that is read as a number
 
@@ -48,7 +48,7 @@ class Bounds:
         """Of lists and objects, numbers for example."""
         return self.size // BODY_BYTES_PER_MEMBER
 
-    def check(self, size: int, counter: ValueCounter) -> None:
+    def check_size(self, size: int, counter: ValueCounter) -> None:
         """Raise RequestError (413, naming the limit) for a body that has so much already."""
         if size > self.size:
             by = f" ({self.flag})" if self.flag else ""
@@ -161,14 +161,14 @@ async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[by
     counter, received = ValueCounter(), 0
     declared = http.headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < MAX_LENGTH_DIGITS and int(declared) > 2 * bounds.size:
-        bounds.check(int(declared), counter)
+        bounds.check_size(int(declared), counter)
     refusal: RequestError | None = None
     async for part in http.stream():
         received += len(part)
         if refusal is None:
             counter.feed(part)
             try:
-                bounds.check(received, counter)
+                bounds.check_size(received, counter)
             except RequestError as error:
                 refusal = error
             else:
@@ -180,8 +180,8 @@ async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[by
     http.scope[SIZE] = received
 
 
-async def beside(http: Request, make: Callable[..., Made], *given: Any) -> Made:
-    """What `make` makes of the body that was read. A large one is worked on in a thread, so that others get turns."""
+async def convert_body(http: Request, make: Callable[..., Made], *given: Any) -> Made:
+    """`make(*given)`, which converts the body that was read; in a thread where the body is large."""
     if http.scope.get(SIZE, 0) < LARGE_BODY:
         return make(*given)
     return await asyncio.to_thread(make, *given)
