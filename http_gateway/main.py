@@ -139,6 +139,7 @@ def fail(boot: Boot, error: StartupError) -> NoReturn:
 
 
 def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
+    """uvicorn's configuration: our protocol with its connection limit, no access log of its own."""
     return uvicorn.Config(
         build(gateway),
         http=partial(BoundedProtocol, connection_limit=ConnectionLimit(connections_that_fit())),  # type: ignore[arg-type]

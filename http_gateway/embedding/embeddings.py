@@ -58,6 +58,7 @@ class ClassifyBody(Truncating, kw_only=True):
 
 
 async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A vector for each item of the input."""
     require_json(http)
     body = await bodies.read_json_body(http, EmbeddingsBody)
     embedding = check_embeds(gateway)
@@ -74,6 +75,7 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A probability for each label of a classifier."""
     require_json(http)
     body = await bodies.read_json_body(http, ClassifyBody)
     embedding = check_embeds(gateway)
@@ -117,6 +119,7 @@ def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: R
 
 
 def to_prompt(index: int, item: Any, request: Request, rules: Rules) -> Generate:
+    """The prompt of one item: token ids, a text, or an object with a text. Raises RequestError."""
     if isinstance(item, list):
         if any(type(token) is not int for token in item):
             raise RequestError(MIXED.format("integers"), field="input")

@@ -56,6 +56,7 @@ def to_job(body: EncodeBody, rules: Rules) -> tuple[Job, bool]:
 
 
 def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]:
+    """One Generate per prompt. Raises RequestError unless exactly one of text and input_ids is given."""
     if body.text is not None and body.input_ids is not None:
         raise RequestError(BOTH_GIVEN, field="text")
     given: Any = body.text if body.text is not None else body.input_ids
@@ -94,6 +95,7 @@ def embed_request(
 
 
 async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A vector or score for each prompt."""
     received_at = time.monotonic()
     body = await bodies.read_json_body(http, EncodeBody)
     embedding = check_embeds(gateway)
@@ -135,6 +137,7 @@ def vector(text: Text) -> list[float] | float:
 
 
 def meta_info(gateway: Gateway, text: Text, received_at: float) -> dict[str, Any]:
+    """The `meta_info` object of one vector."""
     tokens = text.tokens
     return {
         "id": tokens.rid,

@@ -62,6 +62,7 @@ class RankBody(Truncating, kw_only=True):
 
 
 async def rerank(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The documents with the model's scores, best first."""
     received_at = time.monotonic()
     require_json(http)
     body = await bodies.read_json_body(http, RerankBody)

@@ -37,6 +37,7 @@ class ScoreBody(msgspec.Struct, kw_only=True):
 
 
 async def score(gateway: Gateway, http: HTTPRequest) -> Response:
+    """For each item, the probabilities of the labels as the next token."""
     require_json(http)
     body = await bodies.read_json_body(http, ScoreBody)
     check_generates(gateway)
@@ -48,6 +49,7 @@ async def score(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 def check_score_body(body: ScoreBody) -> None:
+    """Raise RequestError, naming the field, for what is empty, too much or not supported."""
     if not body.label_token_ids:
         raise RequestError("label_token_ids cannot be empty", field="label_token_ids")
     if not body.items:

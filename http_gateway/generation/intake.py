@@ -1,6 +1,6 @@
 """From prompts to the requests that travel on the ring: checks, copies, rids, seeds. Shared by every API.
 
-An endpoint makes one Generate per prompt (its rid still empty) and hands them to `fan_out`; `rounds.run` carries out
+An endpoint makes one Generate per prompt (its rid still empty) and hands them to `fan_out`; `run_group` carries out
 the Job that comes of it. An embedding is asked for in the same way, by `task`.
 """
 
@@ -207,6 +207,7 @@ def refuse_unsupported(params: SamplingParams) -> None:
 
 
 def check_without_tokenizer(prompt: Generate) -> None:
+    """Raise RequestError for what needs a tokenizer, where the server has none."""
     params = prompt.request.params
     asks = {
         "text": prompt.text is not None or prompt.chat is not None,

@@ -166,6 +166,7 @@ class Output:
         self._sent_tokens = 0  # completion tokens at the last chunk
 
     def add(self, text: Text) -> None:
+        """Add one step of the request."""
         tokens = text.tokens
         meta = self._meta
         if self._text is not None and text.text:

@@ -145,6 +145,7 @@ class CorsMiddleware(CORSMiddleware):
         return self._allowed_sites.allows_origin(origin)
 
     async def send(self, message: Message, send: Send, request_headers: Any) -> None:
+        """Send an answer, with CORS headers only for an allowed origin."""
         origin = request_headers.get("origin")
         if origin is None or self.is_allowed_origin(origin):
             await super().send(message, send, request_headers)

@@ -144,6 +144,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        """The head is there: start the clock of the body, and take the host of an absolute target."""
         self._in_head, self._in_body = False, True
         self._head_bytes = 0
         length = next((value for name, value in self.headers if name == CONTENT_LENGTH), b"")

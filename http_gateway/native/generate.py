@@ -59,6 +59,7 @@ class VertexBody(msgspec.Struct):
 
 
 async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """One answer object for each prompt and copy, whole or as a stream."""
     received_at = time.monotonic()
     body = await bodies.read_json_body(http, GenerateBody)
     job, single = await convert_body(http, admit, gateway, http, body)
@@ -71,6 +72,7 @@ async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStrea
 
 
 async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
+    """One answer object for each instance, in the shape of Vertex AI."""
     received_at = time.monotonic()
     given = await bodies.read_json_body(http, VertexBody)
     check_batch(len(given.instances), "instances")

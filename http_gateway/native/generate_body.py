@@ -224,6 +224,7 @@ def pack_prompt_ids(ids: Any, vocab_size: int) -> bytes:
 
 
 def read_embeds(body: GenerateBody, rules: Rules) -> list[Generate]:
+    """One Generate per prompt of float rows. Raises RequestError while the prefix cache is on."""
     if rules.prefix_cache:
         raise RequestError(
             "input_embeds is provided while the radix cache is on; start the server with --disable-radix-cache.",
@@ -251,6 +252,7 @@ READERS = {"text": read_text, "input_ids": read_ids, "input_embeds": read_embeds
 
 
 def params_per_prompt(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
+    """The sampling parameters of each prompt. Raises RequestError; prompts without their own share one object."""
     given: list[dict[str, Any]] = per_prompt(body, "sampling_params", {}, size)
     if isinstance(body.sampling_params, list):
         params = [sampling_params(item, rules) for item in given]

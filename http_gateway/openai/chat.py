@@ -71,6 +71,7 @@ class Choice:
         return "tool_calls" if reason == "stop" and self._turn.called else reason
 
     def whole(self, index: int) -> ChatChoice:
+        """The choice of an answer that is not streamed."""
         return ChatChoice(
             index=index,
             message=message_of(self._untold),

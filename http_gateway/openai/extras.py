@@ -28,6 +28,7 @@ class Extras:
         self._hidden: list[float] = []
 
     def take(self, text: Text) -> None:
+        """Add one step of the request."""
         tokens = text.tokens
         if self._output is not None:
             self._output.add(text)

@@ -61,6 +61,7 @@ def params_of(
 
 
 def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:
+    """Add a grammar to the parameters. Raises RequestError where they have one already."""
     kind, text = constraint
     if any(name in given for name in GRAMMARS):
         raise RequestError(
