@@ -49,7 +49,7 @@ class MessageCall:
 
     def message(self) -> Message:
         """The whole message, when the call has taken all deliveries."""
-        for choice in self._choice.tell(0):
+        for choice in self._choice.next_chunks(0):
             for _ in self._blocks.take(choice.delta):
                 pass
         message = self._start()

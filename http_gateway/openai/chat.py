@@ -53,7 +53,7 @@ class Choice:
         self.extras = extras
         self._turn = turn
         self._with_logprobs = with_logprobs
-        self._untold: list[Delta] = []
+        self._unsent: list[Delta] = []
         self._opened = False
 
     def take(self, text: Text) -> None:
@@ -61,7 +61,7 @@ class Choice:
         self.extras.take(text)
         if text.place is not None:
             self._turn.begin(text.place)
-        self._untold += self._turn.read(text.text, self.state.finish is not None)
+        self._unsent += self._turn.read(text.text, self.state.finish is not None)
         if self._turn.thinking:
             self.state.reasoning_tokens = self.state.completion_tokens
 
@@ -74,38 +74,38 @@ class Choice:
         """The choice of an answer that is not streamed."""
         return ChatChoice(
             index=index,
-            message=message_of(self._untold),
+            message=message_of(self._unsent),
             logprobs=self._logprobs(),
             finish_reason=self.finish_reason,
             matched_stop=self.state.matched_stop,
-            **self.extras.tell(),
+            **self.extras.take_new(),
             **self.extras.end(),
         )
 
-    def tell(self, index: int) -> Iterator[ChatChunkChoice]:
+    def next_chunks(self, index: int) -> Iterator[ChatChunkChoice]:
         """What is new since the last time: the role first, the reason of the end last, in chunks of their own."""
         if not self._opened:
             self._opened = True
             yield ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
-        deltas, logprobs, beside = merged(self._untold), self._logprobs(), self.extras.tell()
-        self._untold = []
-        if not deltas and (beside or (logprobs and logprobs.content)):
+        deltas, logprobs, extra = merged(self._unsent), self._logprobs(), self.extras.take_new()
+        self._unsent = []
+        if not deltas and (extra or (logprobs and logprobs.content)):
             deltas = [Delta(content="")]  # tokens without text, or whose text is held back
         for delta in deltas:
-            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, **beside)
-            logprobs, beside = None, {}
+            yield ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, **extra)
+            logprobs, extra = None, {}
         if self.state.finish is not None:
             yield from self._end(index)
 
     def _end(self, index: int) -> Iterator[ChatChunkChoice]:
-        beside = self.extras.end()
-        hidden = beside.pop("hidden_states", None)
+        extra = self.extras.end()
+        hidden = extra.pop("hidden_states", None)
         yield ChatChunkChoice(
             index=index,
             delta=Delta(),
             finish_reason=self.finish_reason,
             matched_stop=self.state.matched_stop,
-            **beside,
+            **extra,
         )
         if hidden is not None:
             yield ChatChunkChoice(index=index, delta=Delta(hidden_states=hidden))
@@ -169,7 +169,7 @@ class Call:
         running = self.usage() if wants(self.body, "continuous_usage_stats") else None
         for index in dict.fromkeys(index for index, _ in deltas):
             if self.choices[index].state.due(self.gateway.config.stream_interval):
-                for choice in self.choices[index].tell(index):
+                for choice in self.choices[index].next_chunks(index):
                     yield ChatChunk(**self._head, choices=[choice], usage=running)
 
     def last_events(self) -> Iterator[Event]:

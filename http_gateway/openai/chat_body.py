@@ -30,7 +30,7 @@ TOO_LARGE = "{} is too large: {}.This model supports at most {} completion token
 class Choosing:
     """What `tools` and `tool_choice` come to."""
 
-    tools: Sequence[Tool] = ()  # those the template tells of
+    tools: Sequence[Tool] = ()  # those the template describes
     grammar: tuple[str, str] | None = None  # of the calls that are demanded, or of those that must be strict
     format: CallFormat | None = None  # how the calls are written
 
@@ -117,7 +117,7 @@ def checked(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_variables(body: ChatBody) -> dict[str, Any]:
-    """`reasoning_effort` is told to the template in the words that templates know."""
+    """The template's variables: `reasoning_effort` under the names that templates use."""
     variables: dict[str, Any] = {}
     if body.reasoning_effort == "none":
         variables = {"enable_thinking": False, "thinking": False}

@@ -49,7 +49,7 @@ class Choice:
         self.extras.take(text)
         self.text.append(text.text)
 
-    def tell(self, index: int, with_logprobs: bool) -> CompletionChoice:
+    def next_choice(self, index: int, with_logprobs: bool) -> CompletionChoice:
         """What is new since the last time."""
         text, scored = "".join(self.text), self.state.scored()
         self.text.clear()
@@ -59,7 +59,7 @@ class Choice:
             logprobs=completion_logprobs(scored, self.offsets) if with_logprobs else None,
             finish_reason=self.state.finish_reason,
             matched_stop=self.state.matched_stop,
-            **self.extras.tell(),
+            **self.extras.take_new(),
             **(self.extras.end() if self.state.finish is not None else {}),
         )
 
@@ -93,8 +93,8 @@ class Call:
         model = self.body.model or DEFAULT_MODEL
         return Completion(id=self.id, created=self.created, model=model, choices=choices, **more)
 
-    def tell(self, index: int) -> CompletionChoice:
-        return self.choices[index].tell(index, self.logprobs is not None)
+    def next_choice(self, index: int) -> CompletionChoice:
+        return self.choices[index].next_choice(index, self.logprobs is not None)
 
     def echo(self, texts: Sequence[str]) -> None:
         """Put each prompt before the output of its choices."""
@@ -112,9 +112,9 @@ class Call:
             self.take(index, text)
         interval = self.gateway.config.stream_interval
         due = [i for i in dict.fromkeys(index for index, _ in deltas) if self.choices[i].state.due(interval)]
-        told = [self.tell(index) for index in due]
+        choices = [self.next_choice(index) for index in due]
         running = self.usage() if wants(self.body, "continuous_usage_stats") else None
-        chunks = [self.completion([choice], usage=running) for choice in told if says_something(choice)]
+        chunks = [self.completion([choice], usage=running) for choice in choices if says_something(choice)]
         return [Event(_encode(chunk)) for chunk in chunks]
 
     def last_events(self) -> Iterator[Event]:
@@ -124,7 +124,7 @@ class Call:
 
     def answer(self) -> Completion:
         """The whole answer, once all requests have ended."""
-        choices = [self.tell(index) for index in range(len(self.choices))]
+        choices = [self.next_choice(index) for index in range(len(self.choices))]
         version = self.choices[0].state.weight_version or self.gateway.weight_version
         return self.completion(choices, usage=self.usage(), metadata=Metadata(version))
 

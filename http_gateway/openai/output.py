@@ -1,4 +1,4 @@
-"""What one request of an OpenAI call has produced so far: its counts, and what the client has not been told yet."""
+"""What one request of an OpenAI call has produced so far: its counts, and what the client has not been sent yet."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -62,10 +62,10 @@ class Offsets:
 
 
 class OutputState:
-    """The output of one request on its way."""
+    """The output of one request so far."""
 
     def __init__(self, options: LogprobOptions | None) -> None:
-        """`options`: of the logprobs that are to be told."""
+        """`options`: of the logprobs that are sent."""
         self.finish: Finish | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -74,7 +74,7 @@ class OutputState:
         self.weight_version = ""
         self._options = options
         self._scored: list[Scored] = []
-        self._told = 0  # completion tokens at the last `scored`
+        self._sent_tokens = 0  # completion tokens at the last `scored`
 
     def take(self, text: Text) -> None:
         """Note one step of the request, all but its text."""
@@ -98,12 +98,12 @@ class OutputState:
         return map(Scored, own, best, repeat(prompt), spoken)
 
     def due(self, interval: int) -> bool:
-        """Is it time for the next chunk? The first token, then every `interval`th, and the end are told."""
-        return self.finish is not None or -(-self.completion_tokens // interval) > -(-self._told // interval)
+        """Whether the next chunk is due: with the first token, then with every `interval`th, and at the end."""
+        return self.finish is not None or -(-self.completion_tokens // interval) > -(-self._sent_tokens // interval)
 
     def scored(self) -> list[Scored]:
-        """The positions that were not told yet."""
-        self._told = self.completion_tokens
+        """The positions that were not sent yet."""
+        self._sent_tokens = self.completion_tokens
         scored, self._scored = self._scored, []
         return scored
 

@@ -16,7 +16,7 @@ from quartet.http_gateway.native.generate_body import asks
 from quartet.http_gateway.openai.answers import ChatMessage, Delta
 from quartet.http_gateway.openai.chat import Call
 from quartet.http_gateway.openai.response_format import ResponseFormat
-from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, Kind, Numbered, Output, Told
+from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, ItemEvents, Kind, Numbered, Output
 from quartet.http_gateway.openai.types import ChatBody, Count
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
@@ -154,8 +154,8 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
     call = await convert_body(http, Call, gateway, chat_body(body))
     answer = Answer(body, call)
     if body.stream:
-        told = Stream(call, answer)
-        return stream_group(gateway.ring, http, call.job, told.events, told.last_events, sse.OPENAI)
+        stream = Stream(call, answer)
+        return stream_group(gateway.ring, http, call.job, stream.events, stream.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)
     message = call.choices[0].whole(0).message
     output = Output(call.id)
@@ -182,7 +182,7 @@ class Stream:
         self._opened = False
         self._numbered = Numbered()
         self._output = Output(call.id)
-        self._told = Told(self._numbered, self._output)
+        self._items = ItemEvents(self._numbered, self._output)
 
     def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:
         """The events that are due after these deltas."""
@@ -195,15 +195,15 @@ class Stream:
             for choice in chunk.choices:
                 for kind, text in texts_of(choice.delta):
                     self._output.take(kind, text)
-        yield from self._told.news()
+        yield from self._items.new_events()
 
     def last_events(self) -> Iterator[Event]:
         """The end of the open item and of the response."""
         self._output.end()
         status = self._answer.status()
         response = self._answer.response(status, self._output.items)
-        yield from self._told.news()
-        yield from self._told.close(status)
+        yield from self._items.new_events()
+        yield from self._items.close(status)
         yield self._numbered.event(f"response.{status}", response=response)
 
 
