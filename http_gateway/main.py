@@ -203,7 +203,7 @@ async def serve(boot: Boot) -> None:
         health_timeout_s=health_timeout_s(os.environ),
     )
     ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
-    await ring.lap()
+    await ring.wait_until_connected()
     await GatewayServer(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
 
 

@@ -22,7 +22,7 @@ from quartet.http_gateway.generation.run_group import collect_group, stream_grou
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable
-from quartet.http_gateway.openai.chat import Call
+from quartet.http_gateway.openai.chat import ChatCall
 from quartet.http_gateway.openai.params import DEFAULT_MODEL
 from quartet.http_gateway.openai.tokens import ids_of_chat
 from quartet.http_gateway.ring.request_group import RequestDelta
@@ -40,7 +40,7 @@ class MessageCall:
 
     def __init__(self, gateway: Gateway, body: MessagesBody) -> None:
         self._body = body
-        self.chat = Call(gateway, chat_body(body))
+        self.chat = ChatCall(gateway, chat_body(body))
         [self._choice] = self.chat.choices
         self._id = f"msg_{self.chat.id}"
         omitted = body.thinking is not None and body.thinking.display == "omitted"

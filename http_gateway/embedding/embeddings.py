@@ -70,7 +70,7 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
         {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
         for index, text in enumerate(texts)
     ]
-    answer = {"object": "list", "data": data, "model": gateway.config.name, "usage": usage(texts)}
+    answer = {"object": "list", "data": data, "model": gateway.config.name, "usage": prompt_usage(texts)}
     return errors.json_response(answer)
 
 
@@ -90,7 +90,7 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
         "created": int(time.time()),
         "model": gateway.config.name,
         "data": data,
-        "usage": usage(texts),
+        "usage": prompt_usage(texts),
     }
     return errors.json_response(answer)
 
@@ -152,7 +152,7 @@ def encoded(text: Text, form: str | None) -> list[float] | str:
     return base64.b64encode(text.tokens.vector).decode() if form == "base64" else numbers(text)
 
 
-def usage(texts: list[Text]) -> dict[str, Any]:
+def prompt_usage(texts: list[Text]) -> dict[str, Any]:
     tokens = sum(text.tokens.prompt_tokens for text in texts)
     return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
 

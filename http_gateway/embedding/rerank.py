@@ -14,7 +14,7 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.embedding.embeddings import probabilities, usage
+from quartet.http_gateway.embedding.embeddings import probabilities, prompt_usage
 from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, meta_info, numbers
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
@@ -103,7 +103,7 @@ def ranking(with_documents: bool) -> Handler:
             "id": f"rerank-{uuid.uuid4().hex}",
             "model": gateway.name,
             "results": results,
-            "usage": usage(texts),
+            "usage": prompt_usage(texts),
             "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
         }
         return errors.json_response(answer)

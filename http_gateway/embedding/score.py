@@ -7,7 +7,7 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.embedding.embeddings import usage
+from quartet.http_gateway.embedding.embeddings import prompt_usage
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.run_group import collect_answers
 from quartet.http_gateway.http import errors
@@ -44,7 +44,7 @@ async def score(gateway: Gateway, http: HTTPRequest) -> Response:
     check_score_body(body)
     texts = await first_tokens(gateway, http, await convert_body(http, to_job, body, gateway.rules))
     scores = [shares(label_logprobs(text), bool(body.apply_softmax)) for text in texts]
-    answer = {"scores": scores, "model": gateway.config.name, "usage": usage(texts), "object": "scoring"}
+    answer = {"scores": scores, "model": gateway.config.name, "usage": prompt_usage(texts), "object": "scoring"}
     return errors.json_response(answer)
 
 

@@ -21,7 +21,7 @@ from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Text
 
 
-class Call:
+class GenerateCall:
     """One HTTP call: its requests, and what they have produced so far."""
 
     def __init__(self, gateway: Gateway, job: Job, single: bool, received_at: float) -> None:
@@ -63,7 +63,7 @@ async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStrea
     received_at = time.monotonic()
     body = await bodies.read_json_body(http, GenerateBody)
     job, single = await convert_body(http, admit, gateway, http, body)
-    call = Call(gateway, job, single, received_at)
+    call = GenerateCall(gateway, job, single, received_at)
     if body.stream:
         return stream_group(gateway.ring, http, job, call.events)
     await collect_group(gateway.ring, http, job, call.take)
@@ -82,7 +82,7 @@ async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}
     body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
     job, _ = await convert_body(http, admit, gateway, http, body)
-    call = Call(gateway, job, False, received_at)
+    call = GenerateCall(gateway, job, False, received_at)
     await collect_group(gateway.ring, http, job, call.take)
     return json_answer(b'{"predictions":' + json_array(call.answers()) + b"}")
 

@@ -115,7 +115,7 @@ class Choice:
         return chat_logprobs(scored) if self._with_logprobs else None
 
 
-class Call:
+class ChatCall:
     """One HTTP call: what it asks for, and what its choices have become."""
 
     def __init__(self, gateway: Gateway, body: ChatBody) -> None:
@@ -183,7 +183,7 @@ async def chat_completions(gateway: Gateway, http: HTTPRequest) -> Response | Ev
     require_json(http)
     body = await bodies.read_json_body(http, ChatBody)
     check_servable(gateway, http)
-    call = await convert_body(http, Call, gateway, body)
+    call = await convert_body(http, ChatCall, gateway, body)
     if body.stream:
         return stream_group(gateway.ring, http, call.job, call.events, call.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)

@@ -64,7 +64,7 @@ class Choice:
         )
 
 
-class Call:
+class CompletionCall:
     """One HTTP call: what it asks for, and what its choices have become."""
 
     def __init__(self, gateway: Gateway, body: CompletionBody) -> None:
@@ -134,7 +134,7 @@ async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventSt
     require_json(http)
     body = await bodies.read_json_body(http, CompletionBody)
     check_servable(gateway, http)
-    call = await convert_body(http, Call, gateway, body)
+    call = await convert_body(http, CompletionCall, gateway, body)
     if body.echo:
         call.echo(await prompt_texts(gateway, call.prompts))
     if body.stream:

@@ -50,7 +50,7 @@ class Item:
         return {"id": self.id, "type": self.kind, **own, "status": status, "content": content}
 
 
-class Output:
+class OutputItems:
     """The items so far."""
 
     def __init__(self, call_id: str) -> None:
@@ -84,7 +84,7 @@ class Numbered:
 class ItemEvents:
     """The events of an output's items: each is opened, grows, and is closed before the next one opens."""
 
-    def __init__(self, numbered: Numbered, output: Output) -> None:
+    def __init__(self, numbered: Numbered, output: OutputItems) -> None:
         self._numbered = numbered
         self._output = output
         self._open: Item | None = None

@@ -14,9 +14,9 @@ from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable
 from quartet.http_gateway.native.generate_body import asks
 from quartet.http_gateway.openai.answers import ChatMessage, Delta
-from quartet.http_gateway.openai.chat import Call
+from quartet.http_gateway.openai.chat import ChatCall
 from quartet.http_gateway.openai.response_format import ResponseFormat
-from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, ItemEvents, Kind, Numbered, Output
+from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, ItemEvents, Kind, Numbered, OutputItems
 from quartet.http_gateway.openai.types import ChatBody, Count
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
@@ -94,10 +94,10 @@ def part_of(part: Any) -> dict[str, Any]:
     raise RequestError("Content parts must be text: {type: input_text, text}.", field="input")
 
 
-class Answer:
+class ResponseAnswer:
     """The response object of a call, in whatever state it is."""
 
-    def __init__(self, body: ResponsesBody, call: Call) -> None:
+    def __init__(self, body: ResponsesBody, call: ChatCall) -> None:
         self._body = body
         self._call = call
         self._created_at = int(time.time())
@@ -151,14 +151,14 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
     require_json(http)
     body = await bodies.read_json_body(http, ResponsesBody)
     check_servable(gateway, http)
-    call = await convert_body(http, Call, gateway, chat_body(body))
-    answer = Answer(body, call)
+    call = await convert_body(http, ChatCall, gateway, chat_body(body))
+    answer = ResponseAnswer(body, call)
     if body.stream:
         stream = Stream(call, answer)
         return stream_group(gateway.ring, http, call.job, stream.events, stream.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)
     message = call.choices[0].whole(0).message
-    output = Output(call.id)
+    output = OutputItems(call.id)
     for kind, text in texts_of(message):
         output.take(kind, text)
     output.end()
@@ -176,12 +176,12 @@ def texts_of(part: ChatMessage | Delta) -> Iterator[tuple[Kind, str]]:
 class Stream:
     """The events of a stream: the response and its items are opened, grow, and are closed."""
 
-    def __init__(self, call: Call, answer: Answer) -> None:
+    def __init__(self, call: ChatCall, answer: ResponseAnswer) -> None:
         self._call = call
         self._answer = answer
         self._opened = False
         self._numbered = Numbered()
-        self._output = Output(call.id)
+        self._output = OutputItems(call.id)
         self._items = ItemEvents(self._numbered, self._output)
 
     def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:

@@ -75,7 +75,7 @@ class JournalEntry:
         return Abort(rid=self.rid, exact=True, abort_message=message)
 
 
-def digest(generate: Generate) -> bytes:
+def request_digest(generate: Generate) -> bytes:
     """Equal for requests that differ in their rids and seeds only."""
     anonymous = msgspec.structs.replace(
         generate.request, rid="", call="", seed=0, attempt=0, again=False, resume_ids=b""

@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable
 
-from quartet.http_gateway.ring.journal import Deaths, JournalEntry, digest
+from quartet.http_gateway.ring.journal import Deaths, JournalEntry, request_digest
 from quartet.runtime.messages import Generate
 
 ID_BYTES = 4
@@ -91,7 +91,7 @@ class Quarantine:
 
     def block(self, generate: Generate, now: float) -> None:
         """Refuse equal requests for a while."""
-        self._blocked[digest(generate)] = now
+        self._blocked[request_digest(generate)] = now
         while len(self._blocked) > BLOCKED_KEPT:
             self._blocked.popitem(last=False)
 
@@ -99,7 +99,7 @@ class Quarantine:
         """Whether an equal request was blocked lately."""
         while self._blocked and next(iter(self._blocked.values())) < now - BLOCKED_FOR_S:
             self._blocked.popitem(last=False)
-        return bool(self._blocked) and digest(generate) in self._blocked
+        return bool(self._blocked) and request_digest(generate) in self._blocked
 
 
 def grouped(suspects: list[JournalEntry]) -> list[list[JournalEntry]]:

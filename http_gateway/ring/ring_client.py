@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from quartet.http_gateway.ring.aborts import RelayedAborts, abort_finish, matches
 from quartet.http_gateway.ring.commands import Commands, Waiting
-from quartet.http_gateway.ring.journal import JournalEntry, digest
+from quartet.http_gateway.ring.journal import JournalEntry, request_digest
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, Quarantine
 from quartet.http_gateway.ring.request_group import RequestGroup
 from quartet.http_gateway.ring.transport import Receiver, Sender, send_frame
@@ -229,9 +229,9 @@ class RingClient:
     def _end_poison_request(self, poison: JournalEntry, role: str) -> None:
         """End the request that ended a service, and all equal ones; block them for a while."""
         self._quarantine.block(poison.generate, time.monotonic())
-        found = digest(poison.generate)
+        found = request_digest(poison.generate)
         for entry in list(self._pending.values()):
-            if entry is poison or digest(entry.generate) == found:
+            if entry is poison or request_digest(entry.generate) == found:
                 self._send_aborts([entry.abort()])
                 self._end(entry, Finish.internal(POISON_REQUEST.format(role=role)))
 
@@ -281,7 +281,7 @@ class RingClient:
         """What the loaded model allows; waits until the scheduler has said it."""
         return await asyncio.shield(self._facts)
 
-    async def lap(self) -> None:
+    async def wait_until_connected(self) -> None:
         """Wait until a probe has gone all the way round: every hop is there and connected to the next."""
         while True:
             try:
@@ -297,11 +297,11 @@ class RingClient:
         for frame in itertools.count(1):
             messages = await self._inbox.recv()
             now = self.last_heard_at = time.monotonic()
-            self.guard.each(messages, partial(self._hear, now))
+            self.guard.each(messages, partial(self._handle, now))
             if frame % FRAMES_A_TURN == 0:
                 await asyncio.sleep(0)
 
-    def _hear(self, now: float, message: Message) -> list[Message]:
+    def _handle(self, now: float, message: Message) -> list[Message]:
         self._receive.get(type(message), self._on_other)(message, now)
         return []
 

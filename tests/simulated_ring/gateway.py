@@ -96,7 +96,7 @@ class GatewayProcess(Process):
         self.gateway = Gateway(CONFIG, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
         self._learn, ring.on_reply = ring.on_reply, self._on_reply
         ring.ask_facts()
-        await ring.lap()
+        await ring.wait_until_connected()
         self.up = True
 
     def _on_reply(self, reply: Reply) -> None:

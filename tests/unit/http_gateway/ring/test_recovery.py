@@ -365,7 +365,7 @@ async def test_what_a_command_has_ended_stays_ended_though_the_last_word_is_lost
 async def test_a_lap_goes_on_through_a_restart() -> None:
     async with connected() as ring:
         ring.transport.answers_commands = False
-        lap = asyncio.create_task(ring.client.lap())
+        lap = asyncio.create_task(ring.client.wait_until_connected())
         await ring.settle()
         ring.transport.answers_commands = True
         await ring.restart("scheduler")
