@@ -72,18 +72,5 @@ class UsageError(Exception):
 EMPTY_IDS = "input_ids cannot be empty."
 
 
-def outside_vocabulary(ids: object, vocab_size: int) -> RequestError:
-    return RequestError(
-        f"The input_ids {ids} contains values greater than the vocab size ({vocab_size}).", field="input_ids"
-    )
-
-
-def scored_outside_vocabulary(token: int, vocab_size: int) -> RequestError:
-    return RequestError(
-        f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is [0, {vocab_size}).",
-        field="token_ids_logprob",
-    )
-
-
 def not_whole_rows(width: int) -> RequestError:
     return RequestError(f"input_embeds must have rows of {width} numbers.", field="input_embeds")

@@ -41,6 +41,7 @@ ALLOWED = {
         "runtime.messages",
         "runtime.errors",
         "runtime.control",
+        "runtime.vocabulary",
         "scheduler_service.core",
     },
     "kernels": {"torch", "triton", "kernels"},

@@ -85,7 +85,7 @@ async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Res
     with payloads.Upload(gateway.run_dir) as upload:
         async for part in body_parts(http):
             await upload.feed(part)
-            skeleton_bounds.check(len(upload.skeleton), ValueCounter())
+            skeleton_bounds.check_size(len(upload.skeleton), ValueCounter())
         command = command_of(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
         assert isinstance(command, UpdateWeightsFromTensor), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []

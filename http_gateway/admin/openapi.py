@@ -85,6 +85,7 @@ def forget_ring_fields(schema: Schema) -> None:
 def paths(
     described: Sequence[Endpoint], schemas: dict[Any, Schema], components: Schema
 ) -> Iterator[tuple[str, Schema]]:
+    """The `paths` object: one entry for each path, one operation for each of its methods."""
     for endpoint in described:
         operations = {
             method.lower(): operation(endpoint, method, schemas, components)

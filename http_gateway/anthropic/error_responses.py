@@ -9,7 +9,7 @@ from starlette.types import Scope
 from quartet.http_gateway.anthropic.types import ErrorAnswer, ErrorDetail
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.sse import StreamFormat
-from quartet.http_gateway.routes.edge import given_request_id
+from quartet.http_gateway.routes.middleware import given_request_id
 from quartet.runtime.errors import RequestError
 
 VERSION = b"anthropic-version"
@@ -70,7 +70,7 @@ def shape(scope: Scope) -> errors.Shape:
         sent = {**errors.headers_of(error), **headers(scope)}
         return errors.json_response(error_body(error, request), error.kind.status, sent)
 
-    return errors.saying(respond, NAMES)
+    return errors.with_client_names(respond, NAMES)
 
 
 def shape_for_clients(scope: Scope) -> errors.Shape | None:

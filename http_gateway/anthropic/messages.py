@@ -22,12 +22,12 @@ from quartet.http_gateway.generation.run_group import collect_group, stream_grou
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable
-from quartet.http_gateway.openai.chat import Call
+from quartet.http_gateway.openai.chat import ChatCall
 from quartet.http_gateway.openai.params import DEFAULT_MODEL
 from quartet.http_gateway.openai.tokens import ids_of_chat
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import Kind, RequestError
 
@@ -40,7 +40,7 @@ class MessageCall:
 
     def __init__(self, gateway: Gateway, body: MessagesBody) -> None:
         self._body = body
-        self.chat = Call(gateway, chat_body(body))
+        self.chat = ChatCall(gateway, chat_body(body))
         [self._choice] = self.chat.choices
         self._id = f"msg_{self.chat.id}"
         omitted = body.thinking is not None and body.thinking.display == "omitted"
@@ -49,7 +49,7 @@ class MessageCall:
 
     def message(self) -> Message:
         """The whole message, when the call has taken all deliveries."""
-        for choice in self._choice.tell(0):
+        for choice in self._choice.next_chunks(0):
             for _ in self._blocks.take(choice.delta):
                 pass
         message = self._start()
@@ -80,23 +80,23 @@ class MessageCall:
         return Message(id=self._id, model=self._body.model or DEFAULT_MODEL, content=[], usage=self._usage())
 
     def _usage(self) -> MessageUsage:
-        draft = self._choice.draft
+        state = self._choice.state
         return MessageUsage(
-            input_tokens=draft.prompt_tokens - draft.cached_tokens,
-            cache_read_input_tokens=draft.cached_tokens,
-            output_tokens=draft.completion_tokens,
-            output_tokens_details=ThinkingTokens(draft.reasoning_tokens),
+            input_tokens=state.prompt_tokens - state.cached_tokens,
+            cache_read_input_tokens=state.cached_tokens,
+            output_tokens=state.completion_tokens,
+            output_tokens_details=ThinkingTokens(state.reasoning_tokens),
         )
 
     def _stop_reason(self) -> tuple[StopReason, str | None]:
         """The reason, and the stop sequence that was generated. Raises RequestError where the request was aborted."""
-        draft = self._choice.draft
-        if isinstance(draft.matched_stop, str) and draft.matched_stop in (self._body.stop_sequences or ()):
-            return "stop_sequence", draft.matched_stop
+        state = self._choice.state
+        if isinstance(state.matched_stop, str) and state.matched_stop in (self._body.stop_sequences or ()):
+            return "stop_sequence", state.matched_stop
         reason = REASONS.get(self._choice.finish_reason)
         if reason is None:
             raise RequestError(ABORTED, Kind.INTERNAL)
-        if reason == "max_tokens" and draft.completion_tokens < self._body.max_tokens:
+        if reason == "max_tokens" and state.completion_tokens < self._body.max_tokens:
             return "model_context_window_exceeded", None
         return reason, None
 
@@ -104,9 +104,9 @@ class MessageCall:
 async def messages(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """The next turn of a conversation, in the shapes of Anthropic's Messages API."""
     require_json(http)
-    body = await bodies.read(http, MessagesBody)
+    body = await bodies.read_json_body(http, MessagesBody)
     check_servable(gateway, http)
-    call = await beside(http, MessageCall, gateway, body)
+    call = await convert_body(http, MessageCall, gateway, body)
     if body.stream:
         form = error_responses.stream_format(http.scope)
         return stream_group(gateway.ring, http, call.chat.job, call.events, call.last_events, form)
@@ -117,9 +117,9 @@ async def messages(gateway: Gateway, http: HTTPRequest) -> Response | EventStrea
 async def count_tokens(gateway: Gateway, http: HTTPRequest) -> Response:
     """The number of tokens in the prompt of such a turn."""
     require_json(http)
-    body = await bodies.read(http, ConversationBody)
+    body = await bodies.read_json_body(http, ConversationBody)
     check_servable(gateway, http)
-    chat = await beside(http, conversation, body)
+    chat = await convert_body(http, conversation, body)
     count = TokenCount(len(await ids_of_chat(gateway, http, chat)))
     return errors.json_response(count, headers=error_responses.headers(http.scope))
 

@@ -76,7 +76,7 @@ async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGener
     (use `aclosing`) aborts what still runs.
     """
     client = None if job.background else http
-    aborted = await warm_up(ring, client, job) if job.warm else []
+    aborted = await compute_shared_prompts(ring, client, job) if job.warm else []
     async with open_group(ring, job.requests, job.parents, client) as group:
         for rid in aborted:
             ring.abort(Abort(rid=rid))
@@ -86,7 +86,7 @@ async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGener
             yield deltas
 
 
-async def warm_up(ring: RingClient, client: HTTPRequest | None, job: Job) -> list[str]:
+async def compute_shared_prompts(ring: RingClient, client: HTTPRequest | None, job: Job) -> list[str]:
     """Compute the prompts that copies share. The rids of the copies whose prompt was aborted: they are aborted too."""
     parents = [job.parents[first] for first in job.warmed]
     aborted: list[str] = []
@@ -107,7 +107,7 @@ def raise_failure(deltas: Iterable[RequestDelta]) -> None:
     for _, text in deltas:
         finish = text.tokens.finish
         if finish is not None and finish.reason == "error":
-            raise errors.of_finish(finish)
+            raise errors.error_of_finish(finish)
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ class Access(Enum):
     ADMIN = "admin key, or the user's where there is none"
 
 
-def digest(key: bytes) -> bytes:
+def key_digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
@@ -35,9 +35,9 @@ def digests(setting: str | None, flag: str) -> list[bytes]:
     """Of each key as clients may encode it: most send UTF-8, some libraries Latin-1. Raises UsageError."""
     found = []
     for key in [] if setting is None else keys.split(setting, flag):
-        found.append(digest(key.encode()))
+        found.append(key_digest(key.encode()))
         if not key.isascii() and (latin := key.encode("latin-1", "ignore")).decode("latin-1") == key:
-            found.append(digest(latin))
+            found.append(key_digest(latin))
     return found
 
 
@@ -53,12 +53,12 @@ class Keys:
         if access is Access.PUBLIC:
             return True
         accepted = self._user if access is Access.USER else self._admin or self._user
-        given = [digest(bearer(headers)), digest(single(headers, API_KEY))]
+        given = [key_digest(bearer(headers)), key_digest(single(headers, API_KEY))]
         pairs = product(given, accepted)
         matches = sum(hmac.compare_digest(one, other) for one, other in pairs)  # all are compared, whichever matches
         return matches > 0 or not accepted
 
-    def wanted(self, access: Access) -> str:
+    def required_key(self, access: Access) -> str:
         """Which key a refused request should have carried, for people."""
         if access is Access.ADMIN and self._admin:
             other = "; the ordinary key does not open it" if self._user else ""

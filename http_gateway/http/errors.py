@@ -58,8 +58,8 @@ def openai(error: RequestError) -> Response:
     return json_response(described(error), error.kind.status, headers_of(error))
 
 
-def saying(shape: Shape, names: Mapping[str, str]) -> Shape:
-    """The same shape for an API that has other names for what the ring calls by its own: an error blames those."""
+def with_client_names(shape: Shape, names: Mapping[str, str]) -> Shape:
+    """The same shape for an API with other field names: `names` maps the ring's names to the client's."""
 
     def renamed(error: RequestError) -> Response:
         message = error.message
@@ -112,10 +112,10 @@ def stream_event(error: RequestError) -> bytes:
 
 
 def openai_stream_event(error: RequestError) -> bytes:
-    """The same as the OpenAI endpoints tell it."""
+    """The same in the shape of the OpenAI endpoints."""
     return msgspec.json.encode({"error": described(error)["error"]})
 
 
-def of_finish(finish: Finish) -> RequestError:
+def error_of_finish(finish: Finish) -> RequestError:
     """The error that a terminal message with reason `error` stands for."""
     return RequestError(finish.message, KIND_OF_STATUS.get(finish.status, Kind.INTERNAL), finish.field, finish.code)

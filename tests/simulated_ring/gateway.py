@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
-from quartet.http_gateway.ring.journal import Pending
+from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
@@ -44,11 +44,11 @@ class Watch:
         self.ended_before = 0  # serial of a pause that has ended all requests before it
         self._operator = operator
 
-    def heard(self, pending: Pending, text: Text, now: float) -> None:
+    def count_delta(self, entry: JournalEntry, text: Text, now: float) -> None:
         """As quartet.http_gateway.http.metrics.Metrics."""
         tokens = text.tokens
         hold(not (tokens.ids and self.paused), tokens.rid, "goes on in a pause")
-        hold(not (tokens.ids and pending.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
+        hold(not (tokens.ids and entry.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
         if tokens.ids and self.weight_version is not None:
             right = tokens.weight_version == self.weight_version
             hold(right, tokens.rid, "has a token of", tokens.weight_version, "while", self.weight_version, "serves")
@@ -96,7 +96,7 @@ class GatewayProcess(Process):
         self.gateway = Gateway(CONFIG, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
         self._learn, ring.on_reply = ring.on_reply, self._on_reply
         ring.ask_facts()
-        await ring.lap()
+        await ring.wait_until_connected()
         self.up = True
 
     def _on_reply(self, reply: Reply) -> None:

@@ -1,4 +1,4 @@
-"""What every HTTP request passes first and last: header limit, request id, access line, counters."""
+"""The outermost middleware of every HTTP request: header limit, request id, access line, counters."""
 
 import http
 import logging
@@ -19,8 +19,8 @@ REQUEST_ID = b"x-request-id"
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 
 
-class Edge:
-    """Wraps the application."""
+class RequestMiddleware:
+    """Counts each request, logs it, repeats its id in the answer, and refuses a head that is too large."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
