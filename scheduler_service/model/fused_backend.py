@@ -14,7 +14,7 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.ops import Implementation, resolve
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference.layers import soft_cap
 from quartet.kernels.triton.configs import SKINNY_ROWS
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedContext
@@ -138,7 +138,7 @@ class FusedBackend:
     def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
         self.products.write(hidden, lm_head, out)
         if softcap is not None:
-            out.copy_(reference.soft_cap(out, softcap))
+            out.copy_(soft_cap(out, softcap))
 
     def sample(
         self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
