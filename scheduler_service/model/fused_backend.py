@@ -55,6 +55,7 @@ class FusedBackend:
         ]  # each (context_length, 2, rotary_dim): cosines, signed sines
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
+        """See model.backend.Backend.reserve."""
         for layer in layers:
             self.products.reserve(layer.attention.qkv)
             self.products.reserve(layer.attention.output)
@@ -90,6 +91,7 @@ class FusedBackend:
         rotation: Rotation,
         context: Attend | PagedContext,
     ) -> torch.Tensor:
+        """See model.backend.Backend.attend."""
         paged = cast(PagedContext, context)
         q = self.queries(residual, norm, attention, rotation, paged)
         mixed = torch.empty_like(q)

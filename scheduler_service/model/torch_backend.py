@@ -56,6 +56,7 @@ class TorchBackend:
         rotation: Rotation,
         context: Attend | PagedContext,
     ) -> torch.Tensor:
+        """See model.backend.Backend.attend."""
         spec, tokens = attention.spec, len(residual)
         heads, kv_heads = spec.heads, spec.kv_heads
         projected = attention.qkv(self.normed(residual, norm)).view(tokens, heads + 2 * kv_heads, spec.head_dim)
