@@ -340,12 +340,11 @@ class Ops(Protocol):
         min_ps: Tensor,
         seeds: Tensor,
         positions: Tensor,
-        slots: Tensor | None,
         candidates: Tensor,
         tokens: Tensor,
         valid: Tensor,
     ) -> None:
-        """As `draw`, after the filters top-k, top-p and min-p.
+        """As `draw`, after the filters top-k, top-p and min-p: tokens[i] for row i.
 
         top_ks (rows,) int32, 0 is off; top_ps (rows,), 1 is off; min_ps (rows,), 0 is off. All filters look at the
         same distribution; tokens as likely as the last one that is kept are kept. candidates (rows, vocab), int32, is

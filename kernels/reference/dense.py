@@ -3,12 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference import layers
 
 ACTIVATIONS = {
-    "silu": reference.silu_and_mul,
-    "gelu": reference.gelu_and_mul,
-    "gelu_tanh": reference.gelu_tanh_and_mul,
+    "silu": layers.silu_and_mul,
+    "gelu": layers.gelu_and_mul,
+    "gelu_tanh": layers.gelu_tanh_and_mul,
 }
 
 
@@ -78,7 +78,7 @@ def paged_decode(
             out[row].zero_()
             continue
         k, v = context(k_pool, v_pool, page_table, table_rows, row, length, page_size)
-        out[row] = reference.attention(q[row : row + 1], k, v, scale, window, softcap, sinks)[0]
+        out[row] = layers.attention(q[row : row + 1], k, v, scale, window, softcap, sinks)[0]
 
 
 def paged_extend(
@@ -107,10 +107,10 @@ def paged_extend(
             continue
         k, v = context(k_pool, v_pool, page_table, table_rows, row, length, page_size)
         if causal:
-            out[first:last] = reference.attention(q[first:last], k, v, scale, window, softcap, sinks)
+            out[first:last] = layers.attention(q[first:last], k, v, scale, window, softcap, sinks)
             continue
         for token in range(first, last):  # a single query is the last position and so sees every key
-            out[token] = reference.attention(q[token : token + 1], k, v, scale, None, softcap, sinks)[0]
+            out[token] = layers.attention(q[token : token + 1], k, v, scale, None, softcap, sinks)[0]
 
 
 def context(
@@ -165,7 +165,7 @@ def rope_kv(
     heads, kv_heads = q.shape[1], len(k_pool)
     parts = qkv.float().view(len(q), -1, q.shape[2]).split((heads, kv_heads, kv_heads), dim=1)
     query, key = (
-        reference.rotate(normed(part, weight, epsilon, plus_one), cos.float(), sin.float())
+        layers.rotate(normed(part, weight, epsilon, plus_one), cos.float(), sin.float())
         for part, weight in zip(parts, (query_norm, key_norm), strict=False)
     )
     q.copy_(query)

@@ -2,7 +2,7 @@
 
 import torch
 
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference import layers
 from quartet.kernels.reference.dense import ACTIVATIONS, linear, normed
 
 
@@ -35,7 +35,7 @@ def choose_experts(
 ) -> None:
     """See kernels.operations.Ops.choose_experts."""
     top_k = ids.shape[1]
-    chosen_weights, chosen = reference.choose_experts(logits, top_k, renormalize)
+    chosen_weights, chosen = layers.choose_experts(logits, top_k, renormalize)
     ids.copy_(chosen)
     weights[:, :top_k] = chosen_weights
 

@@ -4,7 +4,7 @@ from math import inf
 
 import torch
 
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference import layers
 from quartet.kernels.reference.dense import linear, normed
 from quartet.kernels.reference.philox import uniform
 
@@ -29,7 +29,7 @@ def lm_head_sample(
 ) -> None:
     """See kernels.operations.Ops.lm_head_sample."""
     made = linear(normed(x, norm_weight, epsilon, plus_one).to(x.dtype), weight)
-    logits.copy_(made if softcap is None else reference.soft_cap(made, softcap))
+    logits.copy_(made if softcap is None else layers.soft_cap(made, softcap))
     process_logits(logits, None, temperatures, tops, masses)
     draw(
         logits, tops, masses, -(-logits.shape[1] // tops.shape[1]), temperatures, seeds, positions, slots, tokens, valid
@@ -65,7 +65,11 @@ def draw(
 ) -> None:
     """See kernels.operations.Ops.draw."""
     off = torch.zeros_like(temperatures)
-    select(logits, tops, masses, temperatures, off.int(), off + 1, off, seeds, positions, slots, off, tokens, valid)
+    chosen = choose(logits, temperatures, off.int(), off + 1, off, seeds, positions, valid).to(tokens.dtype)
+    if slots is None:
+        tokens.copy_(chosen)
+    else:
+        tokens[slots[slots >= 0].long()] = chosen[slots >= 0]
 
 
 def select(
@@ -78,12 +82,25 @@ def select(
     min_ps: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor | None,
     candidates: torch.Tensor,
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
     """See kernels.operations.Ops.select."""
+    tokens.copy_(choose(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, valid))
+
+
+def choose(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    valid: torch.Tensor,
+) -> torch.Tensor:
+    """A token for each row of logits, int64 (rows,); writes `valid`. The arguments are those of `select`."""
     best, largest = logits.max(1)
     valid.copy_(torch.isfinite(best))
     weights = (logits - best.unsqueeze(1)).exp().double()
@@ -92,11 +109,7 @@ def select(
     cumulative = weights.cumsum(1)
     target = uniform(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-    chosen = torch.where(temperatures == 0, largest, drawn).to(tokens.dtype)
-    if slots is None:
-        tokens.copy_(chosen)
-    else:
-        tokens[slots[slots >= 0].long()] = chosen[slots >= 0]
+    return torch.where(temperatures == 0, largest, drawn)
 
 
 def top_k_floor(weights: torch.Tensor, top_ks: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,6 @@ def select(
     min_ps: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor | None,
     candidates: torch.Tensor,
     tokens: torch.Tensor,
     valid: torch.Tensor,
@@ -69,7 +68,6 @@ def select(
         min_ps,
         seeds,
         positions,
-        slots,
         candidates,
         tokens,
         valid,
@@ -189,7 +187,6 @@ def _select(
     min_ps_ptr,
     seeds_ptr,
     positions_ptr,
-    slots_ptr,
     candidates_ptr,
     tokens_ptr,
     valid_ptr,
@@ -250,4 +247,4 @@ def _select(
             left -= sum_here
             first += BLOCK
         token = tl.where(token < 0, 0, token)
-    store_choice(token, valid, row, slots_ptr, tokens_ptr, valid_ptr)
+    store_choice(token, valid, row, None, tokens_ptr, valid_ptr)

@@ -59,6 +59,7 @@ def launch(
     activation: str | None,
     block: int | None,
 ) -> None:
+    """Launch the kernel of `skinny`, or with an activation that of `skinny_gated`."""
     tokens, columns = x.shape
     size = out.shape[1]
     splits = split_count(chosen, size, columns)

@@ -52,6 +52,7 @@ class EagerSteps(Steps):
         self.attention = attention
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
+        """See Steps.forward."""
         batch = Batch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,

@@ -102,6 +102,7 @@ class FusedSteps(Steps):
     # any step
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
+        """See Steps.forward."""
         self.page_table.update([share.sequence for share in plan.slices])
         if self.prefill is not None and record_experts is None and self.prefill.covers(plan, inputs):
             return self.prefill.forward(plan, inputs)
@@ -117,6 +118,7 @@ class FusedSteps(Steps):
         return self.model.forward(batch)
 
     def context(self, plan: Plan, inputs: Inputs) -> StepContext:
+        """Where a step's rows and chunks find their keys and values."""
         device, rows = self.model.device, plan.decodes
         slots = upload([share.sequence.slot for share in plan.slices], device, torch.int32)
         ends = [share.end for share in plan.slices]

@@ -139,6 +139,7 @@ class Worker:
             return self.steps.idle_work()
 
     def log_limits(self, config: ResolvedConfig) -> None:
+        """Log the limits that follow from the memory and the flags."""
         log.info(
             "max_total_num_tokens=%d, chunked_prefill_size=%s, max_prefill_tokens=%d, max_running_requests=%d, "
             "context_len=%d, available_%s_mem=%.2f GB",

@@ -14,7 +14,7 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.ops import Implementation, resolve
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference.layers import soft_cap
 from quartet.kernels.triton.configs import SKINNY_ROWS
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedContext
@@ -55,6 +55,7 @@ class FusedBackend:
         ]  # each (context_length, 2, rotary_dim): cosines, signed sines
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
+        """See model.backend.Backend.reserve."""
         for layer in layers:
             self.products.reserve(layer.attention.qkv)
             self.products.reserve(layer.attention.output)
@@ -90,6 +91,7 @@ class FusedBackend:
         rotation: Rotation,
         context: Attend | PagedContext,
     ) -> torch.Tensor:
+        """See model.backend.Backend.attend."""
         paged = cast(PagedContext, context)
         q = self.queries(residual, norm, attention, rotation, paged)
         mixed = torch.empty_like(q)
@@ -138,7 +140,7 @@ class FusedBackend:
     def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
         self.products.write(hidden, lm_head, out)
         if softcap is not None:
-            out.copy_(reference.soft_cap(out, softcap))
+            out.copy_(soft_cap(out, softcap))
 
     def sample(
         self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False

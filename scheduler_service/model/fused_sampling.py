@@ -93,7 +93,6 @@ class FusedSampling:
             min_ps,
             upload(rows.seeds, device, torch.int64),
             upload(rows.positions, device, torch.int64),
-            None,
             torch.empty(logits.shape, dtype=torch.int32, device=device),
             tokens,
             valid,

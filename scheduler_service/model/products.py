@@ -99,6 +99,7 @@ class Products:
             residual.add_(linear.bias)
 
     def small(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor) -> None:
+        """out = linear(x) + residual, for row counts below those of cuBLAS."""
         if self.few(x):
             self.ops.gemv(x, linear.weight, linear.bias, residual, out)
             return
