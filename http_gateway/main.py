@@ -188,7 +188,7 @@ async def serve(boot: Boot) -> None:
     beating = asyncio.create_task(beat(ring, ProgressWord(boot.run_dir, boot.role)))
     beating.add_done_callback(end_with_listener)
     if boot.epoch:
-        payloads.sweep(boot.run_dir)
+        payloads.remove_leftovers(boot.run_dir)
         await ring.introduce()
     facts = await ring.facts()
     gateway = Gateway(

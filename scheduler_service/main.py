@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def main(boot: Boot) -> None:
+    """Load the model and serve it until killed."""
     config = record.restored(boot.config, boot.run_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:
@@ -36,7 +37,7 @@ def main(boot: Boot) -> None:
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:
-    """The model as it was at start, with the weights of now: their directory need not hold anything else."""
+    """The model info of the first start, with the directory of the weights served now, which may hold nothing else."""
     return msgspec.structs.replace(model_info.load(started), path=str(model_info.model_dir(restored)))
 
 

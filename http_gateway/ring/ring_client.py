@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from quartet.http_gateway.ring.aborts import RelayedAborts, abort_finish, matches
-from quartet.http_gateway.ring.commands import Commands, Waiting
+from quartet.http_gateway.ring.commands import Commands, UnansweredCommand
 from quartet.http_gateway.ring.journal import JournalEntry, request_digest
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, Quarantine
 from quartet.http_gateway.ring.request_group import RequestGroup
@@ -235,7 +235,7 @@ class RingClient:
                 self._send_aborts([entry.abort()])
                 self._end(entry, Finish.internal(POISON_REQUEST.format(role=role)))
 
-    def _send_ready(self, commands: Sequence[Waiting] = ()) -> int:
+    def _send_ready(self, commands: Sequence[UnansweredCommand] = ()) -> int:
         """Send the requests that are not in the ring and may be, and commands; how many requests that were."""
         for entry in self._quarantine.advance(self._pending.values()):
             self._attempt += 1
@@ -243,10 +243,10 @@ class RingClient:
         held = [entry for entry in self._pending.values() if not (entry.in_ring or entry.requested_abort)]
         if self._quarantine.unproven and not self._quarantine.cleared:
             self._send_clearing_probe(held)
-        ready: list[JournalEntry | Waiting] = [entry for entry in held if self._quarantine.admits(entry)]
+        ready: list[JournalEntry | UnansweredCommand] = [entry for entry in held if self._quarantine.admits(entry)]
         sent = 0
         for item in sorted([*ready, *commands], key=lambda item: item.serial):
-            if isinstance(item, Waiting):
+            if isinstance(item, UnansweredCommand):
                 self._outbox.send([item.command])
                 continue
             try:
@@ -267,8 +267,8 @@ class RingClient:
     # commands
 
     async def command(self, command: ControlCommand, timeout_s: float) -> Message:
-        """Send a command round the ring and wait for what comes back. Raises TimeoutError and RequestError."""
-        return await self._commands.carry_out(command, timeout_s)
+        """Send a command through the ring and wait for its answer. Raises TimeoutError and RequestError."""
+        return await self._commands.run(command, timeout_s)
 
     async def probe(self, timeout_s: float) -> dict[str, dict[str, Any]]:
         """The counters of every hop, by role. Raises TimeoutError and RequestError."""
@@ -346,11 +346,11 @@ class RingClient:
             self._quarantine.cleared = True
             self._send_ready()
             return
-        waiting = self._commands.answered(answer.id, answer)
-        if waiting is None:
+        unanswered = self._commands.deliver(answer.id, answer)
+        if unanswered is None:
             self.stale += 1
-        elif isinstance(answer, Reply) and answer.success and waiting.command.ends_requests:
-            self._end_before(waiting.serial)
+        elif isinstance(answer, Reply) and answer.success and unanswered.command.ends_requests:
+            self._end_before(unanswered.serial)
 
     def _end_before(self, serial: int) -> None:
         """A command has ended all requests before it: see to those whose last message was lost, or were held back."""

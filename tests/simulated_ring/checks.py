@@ -177,7 +177,7 @@ def check_leftovers(simulation: "Simulation") -> None:
     hold(set(processes) == set(ROLES), "not all are there:", list(processes))
     ring, gateway = processes["gateway"].ring, processes["gateway"].gateway
     hold(not ring._pending, "left in the journal:", list(ring._pending))
-    hold(not ring._commands._waiting, "commands wait")
+    hold(not ring._commands._unanswered, "commands wait")
     hold(not ring._quarantine.unproven, "suspects are left")
     detokenizer = processes["detokenizer"].detokenizer
     for kept, what in ((detokenizer._streams, "streams"), (detokenizer._stopped, "stopped streams")):

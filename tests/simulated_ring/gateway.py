@@ -101,7 +101,7 @@ class GatewayProcess(Process):
 
     def _on_reply(self, reply: Reply) -> None:
         self._learn(reply)
-        waiting = self.ring._commands._waiting.get(reply.id)
+        waiting = self.ring._commands._unanswered.get(reply.id)
         if waiting is None or not waiting.answer.done():  # else the operator was told that the command is lost
             self._watch.on_reply(reply)
 
