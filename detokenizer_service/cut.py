@@ -13,7 +13,7 @@ def first_rows(data: bytes, kept: int, rows: int) -> bytes:
 
 
 def cut(tokens: Tokens, kept: int, made: int) -> None:
-    """Keep the first `kept` of the `made` output tokens of a step, with all that is told about them."""
+    """Keep the first `kept` of the `made` output tokens of a step, with all that belongs to them."""
     if kept == made:
         return
     tokens.ids = first_rows(tokens.ids, kept, made)

@@ -1,4 +1,4 @@
-"""Writes tokens beside their ids, for requests that ask for text in logprobs."""
+"""Adds the text of tokens to their ids, for requests that ask for text in logprobs."""
 
 from quartet.detokenizer_service.decode import Vocabulary
 from quartet.detokenizer_service.stream import Stream

@@ -61,7 +61,7 @@ class Detokenizer:
         return self._whole_texts.patience_s
 
     def step(self, batch: list[Any]) -> list[Message]:
-        """Answer what is ours, pass the rest on, keep the order; only long sequences of ids are decoded beside it."""
+        """Answer what is for this service and pass on the rest, in order; long sequences of ids are decoded apart."""
         return [*self._whole_texts.done(), *(answer for message in batch for answer in self._answers(message))]
 
     def give_up(self, message: Any, finish: Finish) -> list[Message]:

@@ -1,7 +1,7 @@
 """Stop strings and patterns in a growing text: found across token borders, held back while they may come, cut.
 
 The match that starts first in the text wins; of several that start there, the one named first. Text is held back as
-long as it may be the beginning of a match, and no longer. What is held back is searched again with every token, so a
+long as it may be the prefix of a match, and no longer. What is held back is searched again with every token, so a
 match longer than MAX_STOP_SPAN_CHARS may be missed; one of large patterns, which cost more to search for, earlier.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from quartet.detokenizer_service.beginnings import beginnings_of
+from quartet.detokenizer_service.prefix_pattern import prefix_pattern_of
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.sampling import SamplingParams
@@ -30,9 +30,9 @@ class Stops:
 
     def __init__(self, strings: tuple[str, ...], patterns: tuple[str, ...]) -> None:
         self._strings = strings
-        self._beginnings = frozenset(string[:end] for string in strings for end in range(1, len(string)))
+        self._prefixes = frozenset(string[:end] for string in strings for end in range(1, len(string)))
         self._firsts = tuple({string[0] for string in strings if len(string) > 1})
-        self._reach = max((len(string) for string in strings), default=1) - 1  # the longest beginning
+        self._reach = max((len(string) for string in strings), default=1) - 1  # the longest prefix
         self._patterns = [(compile_stop(pattern), pattern) for pattern in patterns]
         self._tails = [_tail(pattern) for pattern in patterns]
         program = sum(compiled.programsize for compiled in [*self._tails, *(found for found, _ in self._patterns)])
@@ -54,7 +54,7 @@ class Stops:
         return min(found, key=lambda match: match.start, default=None)
 
     def held_from(self, text: str, start: int) -> int:
-        """The first place at or behind `start` from which the text may be the beginning of a match."""
+        """The first place at or behind `start` from which the text may be the prefix of a match."""
         places: list[int] = [self._string_from(text, start)]
         places += [tail.search(text, start).start() for tail in self._tails]
         latest: int = len(text) - max(self._span, self._reach)
@@ -62,7 +62,7 @@ class Stops:
 
     def _string_from(self, text: str, start: int) -> int:
         for at in range(max(start, len(text) - self._reach), len(text)):
-            if text[at] in self._firsts and text[at:] in self._beginnings:
+            if text[at] in self._firsts and text[at:] in self._prefixes:
                 return at
         return len(text)
 
@@ -70,7 +70,7 @@ class Stops:
 def _tail(pattern: str) -> Any:
     """Matches, in every text, the longest tail that may become a match of `pattern`."""
     try:
-        return compile_stop(rf"(?:{beginnings_of(pattern)})\z", 2 * limits.MAX_STOP_REGEX_MEMORY)
+        return compile_stop(rf"(?:{prefix_pattern_of(pattern)})\z", 2 * limits.MAX_STOP_REGEX_MEMORY)
     except RequestError:  # still too large: anything may become a match
         return compile_stop(r"(?s).*\z")
 

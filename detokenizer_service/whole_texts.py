@@ -1,4 +1,4 @@
-"""Decodes whole sequences of ids for /detokenize and the echo of a prompt. Long ones are decoded beside the loop.
+"""Decodes whole sequences of ids for /detokenize and the echo of a prompt. Long ones are decoded in the background.
 
 The thread has one command at a time, and others wait for it in order; streams go on meanwhile, for the tokenizer leaves
 Python's lock.

@@ -12,22 +12,26 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from quartet.http_gateway.admin import control, health, info, openapi, parsing
+from quartet.http_gateway.anthropic import error_responses, messages, models
 from quartet.http_gateway.embedding import embeddings, rerank, score
 from quartet.http_gateway.embedding import encode as embed
 from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.allowed_sites import AllowedSites, CorsMiddleware, HostMiddleware
 from quartet.http_gateway.http.auth import Access, Keys
-from quartet.http_gateway.http.visitors import Cors, KnownHosts, Visitors
 from quartet.http_gateway.native import generate as native
 from quartet.http_gateway.openai import chat, completions, responses, tokens
-from quartet.http_gateway.routes.edge import Edge
 from quartet.http_gateway.routes.endpoint import Endpoint, Guarded, unauthorized
 from quartet.http_gateway.routes.gateway import Gateway
+from quartet.http_gateway.routes.middleware import RequestMiddleware
+from quartet.runtime.errors import Kind, RequestError
 
 ENDPOINTS: list[Endpoint] = [
     *native.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
+    *messages.ENDPOINTS,
+    *models.ENDPOINTS,
     *tokens.ENDPOINTS,
     *parsing.ENDPOINTS,
     *embed.ENDPOINTS,
@@ -42,20 +46,20 @@ ENDPOINTS: list[Endpoint] = [
 
 def build(gateway: Gateway) -> ASGIApp:
     """The whole HTTP side of a server."""
-    keys, visitors = Keys(gateway.config.api_key, gateway.config.admin_api_key), Visitors(gateway.config)
+    keys, allowed_sites = Keys(gateway.config.api_key, gateway.config.admin_api_key), AllowedSites(gateway.config)
     endpoints = [*ENDPOINTS, info.METRICS] if gateway.config.enable_metrics else list(ENDPOINTS)
     endpoints += openapi.endpoints(endpoints)
     app = Starlette(
-        routes=[route(endpoint, gateway, keys, visitors) for endpoint in endpoints],
-        middleware=[Middleware(Cors, visitors=visitors)],
+        routes=[route(endpoint, gateway, keys, allowed_sites) for endpoint in endpoints],
+        middleware=[Middleware(CorsMiddleware, allowed_sites=allowed_sites)],
         exception_handlers={HTTPException: unmatched(keys, {endpoint.path for endpoint in endpoints})},
     )
     app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative
-    return Edge(KnownHosts(app, visitors), gateway.metrics)
+    return RequestMiddleware(HostMiddleware(app, allowed_sites), gateway.metrics)
 
 
-def route(endpoint: Endpoint, gateway: Gateway, keys: Keys, visitors: Visitors) -> Route:
-    made = Route(endpoint.path, Guarded(endpoint, gateway, keys, visitors), methods=endpoint.methods)
+def route(endpoint: Endpoint, gateway: Gateway, keys: Keys, allowed_sites: AllowedSites) -> Route:
+    made = Route(endpoint.path, Guarded(endpoint, gateway, keys, allowed_sites), methods=endpoint.methods)
     made.methods = set(endpoint.methods)  # without the HEAD that Route adds to every GET
     return made
 
@@ -65,12 +69,14 @@ def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Res
 
     def handle(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), error
-        path = http.scope["path"]
+        path, own_shape = http.scope["path"], error_responses.shape_for_clients(http.scope)
         if http.method != "OPTIONS" and not keys.allow(Access.USER, http.scope["headers"]):
-            return unauthorized(keys.wanted(Access.USER))
+            return unauthorized(keys.required_key(Access.USER), own_shape)
         if error.status_code == HTTPStatus.NOT_FOUND and path.rstrip("/") in paths:
             query = http.scope["query_string"].decode("latin-1")
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""), 307)
+        if own_shape is not None and error.status_code == HTTPStatus.NOT_FOUND:
+            return own_shape(RequestError(error.detail, Kind.NOT_FOUND))
         headers = dict(error.headers or {})
         return errors.json_response({"detail": error.detail}, error.status_code, headers)
 

@@ -16,12 +16,12 @@ import uvloop
 
 from quartet.http_gateway.admin import payloads, warmup
 from quartet.http_gateway.app import build
-from quartet.http_gateway.http.crowd import Crowd, connections_that_fit
+from quartet.http_gateway.http.connection_limit import ConnectionLimit, connections_that_fit
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.http.protocol import BoundedProtocol
 from quartet.http_gateway.ring.ring_client import RingClient
-from quartet.http_gateway.routes.edge import access_log
 from quartet.http_gateway.routes.gateway import Gateway, Phase
+from quartet.http_gateway.routes.middleware import access_log
 from quartet.runtime import service
 from quartet.runtime.control import Abort
 from quartet.runtime.errors import StartupError
@@ -61,8 +61,8 @@ class Server(uvicorn.Server):
             self._on_terminate()
 
 
-class Life:
-    """The gateway from its first connection to its exit."""
+class GatewayServer:
+    """Serves HTTP from the first connection to the exit: warms up, reports that it is ready, drains at SIGTERM."""
 
     def __init__(self, boot: Boot, gateway: Gateway, listener: socket.socket) -> None:
         self._boot = boot
@@ -139,14 +139,15 @@ def fail(boot: Boot, error: StartupError) -> NoReturn:
 
 
 def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
+    """uvicorn's configuration: our protocol with its connection limit, no access log of its own."""
     return uvicorn.Config(
         build(gateway),
-        http=partial(BoundedProtocol, crowd=Crowd(connections_that_fit())),  # type: ignore[arg-type]
+        http=partial(BoundedProtocol, connection_limit=ConnectionLimit(connections_that_fit())),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_config=None,
         log_level=boot.config.log_level,
-        access_log=False,  # http_gateway/routes/edge.py writes these lines
+        access_log=False,  # http_gateway/routes/middleware.py writes these lines
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -176,7 +177,7 @@ async def serve(boot: Boot) -> None:
     """The whole life of the process."""
     config = boot.config
     uvicorn_log.addFilter(with_level)
-    access_log.setLevel((config.log_level_http or config.log_level).upper())
+    access_log.setLevel(config.access_log_level.upper())
     model = model_info.load(config)
     metrics = Metrics(config.name, partial(newest_epoch, boot.run_dir))
     least_attempt = boot.epoch * ATTEMPTS_OF_A_GATEWAY
@@ -187,7 +188,7 @@ async def serve(boot: Boot) -> None:
     beating = asyncio.create_task(beat(ring, ProgressWord(boot.run_dir, boot.role)))
     beating.add_done_callback(end_with_listener)
     if boot.epoch:
-        payloads.sweep(boot.run_dir)
+        payloads.remove_leftovers(boot.run_dir)
         await ring.introduce()
     facts = await ring.facts()
     gateway = Gateway(
@@ -202,8 +203,8 @@ async def serve(boot: Boot) -> None:
         health_timeout_s=health_timeout_s(os.environ),
     )
     ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
-    await ring.lap()
-    await Life(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
+    await ring.wait_until_connected()
+    await GatewayServer(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
 
 
 async def beat(ring: RingClient, progress: ProgressWord) -> None:

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
+    """Run the subcommand that the arguments name; returns its exit status."""
     match arguments:
         case [] | ["-h" | "--help"]:
             print(usage())
@@ -67,6 +68,7 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def usage() -> str:
+    """The text of `quartet --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(

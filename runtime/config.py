@@ -2,7 +2,8 @@
 
 Flags, the YAML file, `quartet config show` and `/get_server_info` are derived from the fields below by
 `runtime/settings/flags.py`. Names and types are those of the wire contract. Where a default differs, the help says
-which. `None` and "auto" are answered once, by `runtime/settings/resolve.py`.
+which. `resolve` (runtime/settings/resolve.py) decides once what `None` and "auto" stand for; services read the
+result, a `ResolvedConfig`.
 """
 
 from typing import Annotated, Any, Literal
@@ -323,3 +324,39 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         return self.served_model_name or self.model_path
+
+
+class Speculation(msgspec.Struct, frozen=True):
+    """Sizes of drafts, in tokens."""
+
+    max_draft_tokens: int
+    min_match: int  # shortest text that must have occurred before
+    max_match: int  # longest text that is compared
+
+
+class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
+    """A configuration in which every default is decided; made by `resolve` alone.
+
+    A flag that can still be None here is a feature that is off (keys, parsers, ...) or a limit of which only the model
+    or the device knows the default: `context_length` (`model_info.load`), `max_total_tokens` and `mem_fraction_static`
+    (`scheduler_service/host/pool_size.py`). `dtype` "auto" is decided by `scheduler_service/model/dtype.py`.
+    """
+
+    # flags, with narrower types
+    device: Literal["cpu", "cuda"]
+    attention_backend: Literal["triton", "torch_native"]
+    page_size: int
+    max_running_requests: int
+    max_queued_requests: int
+    chunked_prefill_size: int  # -1: whole prompts
+    expert_distribution_recorder_buffer_size: int  # -1: no limit
+    expert_distribution_recorder_dir: str
+
+    # what other flags come to; not shown
+    access_log_level: LogLevel
+    dummy_seed: int  # of random weights
+    max_graph_rows: int  # of a decode step that is captured as a CUDA graph; 0: none is
+    preemption_threshold: int | None  # None: nobody preempts
+    speculation: Speculation | None
+    waiting_timeout_s: float | None  # None: no limit
+    running_timeout_s: float | None

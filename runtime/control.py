@@ -41,14 +41,14 @@ class ControlCommand(Message, kw_only=True):
     methods: ClassVar[tuple[str, ...]] = ("POST",)
     reply: ClassVar[ReplyShape] = EVERYTHING
     admin: ClassVar[bool] = True  # guarded by the admin key where there is one
-    harmless: ClassVar[bool] = False  # it changes nothing, so it may be carried out twice
+    read_only: ClassVar[bool] = False  # changes nothing, so it may run twice
 
     id: str = ""  # set by the gateway, copied into the Reply
-    epoch: int | None = None  # set by the gateway: of the scheduler that is to carry it out; None: any
+    epoch: int | None = None  # set by the gateway: of the scheduler that may run it; None: any
 
     @property
     def ends_requests(self) -> bool:
-        """Whether all requests that came before it end with it."""
+        """Whether the command ends all requests that came before it."""
         return False
 
 
@@ -60,12 +60,12 @@ class Abort(ControlCommand, tag="abort_request", kw_only=True):
     abort_all: bool = False
     prefix: bool = False
     exact: bool = False  # this rid and not those made from it
-    attempt: int | None = None  # the last one meant: where a process died meanwhile, a later one goes on
+    attempt: int | None = None  # the last attempt that this ends; a later one, made after a restart, goes on
     abort_message: str = ""
 
 
 class FlushCache(ControlCommand, tag="flush_cache", kw_only=True):
-    """Forget the prefix cache, once nothing runs or waits; wait up to `timeout` seconds for that."""
+    """Clear the prefix cache once no request runs or waits; wait up to `timeout` seconds for that."""
 
     path = "/flush_cache"
     methods = ("GET", "POST")
@@ -74,7 +74,7 @@ class FlushCache(ControlCommand, tag="flush_cache", kw_only=True):
 
 
 class StartExpertDistributionRecord(ControlCommand, tag="start_expert_distribution_record", kw_only=True):
-    """Forget what was recorded of the experts' load and record from now on."""
+    """Clear the record of the experts' load and start recording."""
 
     path = "/start_expert_distribution_record"
     methods = ("GET", "POST")
@@ -82,7 +82,7 @@ class StartExpertDistributionRecord(ControlCommand, tag="start_expert_distributi
 
 
 class StopExpertDistributionRecord(ControlCommand, tag="stop_expert_distribution_record", kw_only=True):
-    """Record no more; what was recorded can still be dumped."""
+    """Stop recording; the record can still be dumped."""
 
     path = "/stop_expert_distribution_record"
     methods = ("GET", "POST")
@@ -90,7 +90,7 @@ class StopExpertDistributionRecord(ControlCommand, tag="stop_expert_distribution
 
 
 class DumpExpertDistributionRecord(ControlCommand, tag="dump_expert_distribution_record", kw_only=True):
-    """Write what was recorded to files and forget it."""
+    """Write the record to files and clear it."""
 
     path = "/dump_expert_distribution_record"
     methods = ("GET", "POST")
@@ -110,7 +110,7 @@ class PauseGeneration(ControlCommand, tag="pause_generation", kw_only=True):
 
 
 class ContinueGeneration(ControlCommand, tag="continue_generation", kw_only=True):
-    """Go on after a pause."""
+    """End a pause."""
 
     path = "/continue_generation"
     reply = STATUS
@@ -118,14 +118,14 @@ class ContinueGeneration(ControlCommand, tag="continue_generation", kw_only=True
 
 
 class WeightChange(ControlCommand, kw_only=True):
-    """What all commands share that change the served weights, and how requests fare at that moment.
+    """The fields of all commands that change the served weights.
 
-    By default requests that run go on, on the keys and values that they have.
+    By default running requests go on, with the keys and values computed so far.
     """
 
     abort_all_requests: bool = False
-    retract: bool = False  # requests that run go back to the queue and are computed anew
-    flush_cache: bool = True  # free the prefix cache; what is left of it is never matched again in any case
+    retract: bool = False  # running requests go back to the queue and are computed again
+    flush_cache: bool = True  # free the pages of the prefix cache; if false they stay, but are never matched again
     weight_version: str | None = None
     expected_version: str | None = None  # 409 unless this is the version that serves
     torch_empty_cache: bool = False
@@ -136,14 +136,14 @@ class WeightChange(ControlCommand, kw_only=True):
 
 
 class UpdateWeightsFromDisk(WeightChange, tag="update_weights_from_disk", kw_only=True):
-    """Serve the weights of a directory or a hub id. The last three fields are sent by clients and change nothing."""
+    """Serve the weights of a directory or a hub id. The last three fields have no effect."""
 
     path = "/update_weights_from_disk"
     aliases = ("/update_weights",)
     reply = AsJson(("num_paused_requests",), {"num_paused_requests": 0})
     model_path: str
     load_format: str | None = None  # default: the server's
-    keep_pause: bool = False  # stay paused afterwards, or become it
+    keep_pause: bool = False  # be paused after the update
     manifest: dict[str, str] | None = None  # tensor → xxh3 of its bytes in the file
     is_async: bool = False
     recapture_cuda_graph: bool = False
@@ -151,12 +151,12 @@ class UpdateWeightsFromDisk(WeightChange, tag="update_weights_from_disk", kw_onl
 
 
 class UpdateWeightsFromTensor(WeightChange, tag="update_weights_from_tensor", kw_only=True):
-    """Serve tensors that come with the request. The gateway puts them, for they are large, into files of its own."""
+    """Serve tensors that come with the request. They are large, so the gateway writes them to files."""
 
     path = "/update_weights_from_tensor"
     reply = SUCCESS_AND_MESSAGE
     serialized_named_tensors: list[msgspec.Raw] = []  # base64 of safetensors bytes, one entry a rank
-    payload_files: list[str] = []  # inside the ring, in place of the entries; set by the gateway alone
+    payload_files: list[str] = []  # replaces the entries inside the ring; set by the gateway only
     load_format: str | None = None  # null, "direct" or "flattened_bucket"
     selector: str = "all"
 
@@ -181,7 +181,7 @@ class DestroyWeightsUpdateGroup(ControlCommand, tag="destroy_weights_update_grou
 
 
 class UpdateWeightsFromDistributed(WeightChange, tag="update_weights_from_distributed", kw_only=True):
-    """Serve tensors that the trainer broadcasts while this command is under way."""
+    """Serve tensors that the trainer broadcasts while this command runs."""
 
     path = "/update_weights_from_distributed"
     reply = SUCCESS_AND_MESSAGE
@@ -194,21 +194,21 @@ class UpdateWeightsFromDistributed(WeightChange, tag="update_weights_from_distri
 
 
 class BeginWeightUpdate(ControlCommand, tag="begin_weight_update", kw_only=True):
-    """From here on tensors are only collected; `end_weight_update` puts them in place together."""
+    """Open an update session: tensors are collected, and `end_weight_update` applies them together."""
 
     path = "/begin_weight_update"
     selector: str = "all"
 
 
 class EndWeightUpdate(WeightChange, tag="end_weight_update", kw_only=True):
-    """Serve what was collected since `begin_weight_update`."""
+    """Apply the tensors collected since `begin_weight_update`."""
 
     path = "/end_weight_update"
     reply = SUCCESS_AND_MESSAGE
 
 
 class UpdateWeightVersion(ControlCommand, tag="update_weight_version", kw_only=True):
-    """Rename the weights that serve."""
+    """Set the version label of the served weights."""
 
     path = "/update_weight_version"
     reply = AsJson(("new_version", "num_aborted_requests"))
@@ -231,19 +231,19 @@ class GetWeightsByName(ControlCommand, tag="get_weights_by_name", kw_only=True):
 
 
 class CheckWeights(ControlCommand, tag="weights_checker", kw_only=True):
-    """Compare weights: hash them, keep a copy, compare with that copy, or overwrite them so that an update shows."""
+    """Hash the weights, snapshot them, compare them with the snapshot, or overwrite them with random values."""
 
     path = "/weights_checker"
     methods = ("GET", "POST")
     reply = AsJson(("ranks", "per_engine_checksum"), {"ranks": [], "per_engine_checksum": None})
     action: Literal["checksum", "snapshot", "reset_tensors", "compare"] = "checksum"
-    allow_quant_error: bool = False  # nothing is quantized here
+    allow_quant_error: bool = False  # no effect: nothing is quantized
     skip_tensor_list: list[str] | None = None
     selector: str = "all"
 
 
 class ReleaseMemory(ControlCommand, tag="release_memory_occupation", kw_only=True):
-    """Give memory back until it is resumed; no tags means all."""
+    """Release memory until it is resumed; no tags means all."""
 
     path = "/release_memory_occupation"
     methods = ("GET", "POST")
@@ -252,7 +252,7 @@ class ReleaseMemory(ControlCommand, tag="release_memory_occupation", kw_only=Tru
 
 
 class ResumeMemory(ControlCommand, tag="resume_memory_occupation", kw_only=True):
-    """Take memory again."""
+    """Allocate released memory again; no tags means all."""
 
     path = "/resume_memory_occupation"
     methods = ("GET", "POST")
@@ -261,7 +261,7 @@ class ResumeMemory(ControlCommand, tag="resume_memory_occupation", kw_only=True)
 
 
 class FreezeGarbage(ControlCommand, tag="freeze_gc", kw_only=True):
-    """Have the scheduler's garbage collector never look at what is there now."""
+    """Exclude all objects that exist now from the scheduler's garbage collection."""
 
     path = "/freeze_gc"
     methods = ("GET", "POST")
@@ -278,7 +278,7 @@ class SlowDown(ControlCommand, tag="slow_down", kw_only=True):
 
 
 class StartProfile(ControlCommand, tag="start_profile", kw_only=True):
-    """Record the steps with torch's profiler, until told to stop or for `num_steps`."""
+    """Record steps with torch's profiler, until /stop_profile or for `num_steps` steps."""
 
     path = "/start_profile"
     methods = ("GET", "POST")
@@ -293,7 +293,7 @@ class StartProfile(ControlCommand, tag="start_profile", kw_only=True):
 
 
 class StopProfile(ControlCommand, tag="stop_profile", kw_only=True):
-    """End the recording and write its trace."""
+    """Stop recording and write the trace."""
 
     path = "/stop_profile"
     methods = ("GET", "POST")
@@ -301,16 +301,16 @@ class StopProfile(ControlCommand, tag="stop_profile", kw_only=True):
 
 
 class Probe(ControlCommand, tag="probe", kw_only=True):
-    """Goes once round the ring; every hop adds its counters under its role. Answered by the gateway itself."""
+    """Passes through every service once; each adds its counters under its role. The gateway takes it back."""
 
-    harmless = True
+    read_only = True
     counters: dict[str, dict[str, Any]] = {}
 
 
 class Tokenize(ControlCommand, tag="tokenize", kw_only=True):
     """Answered by the tokenizer: body {"tokens": [int32 ids as bytes]}."""
 
-    harmless = True
+    read_only = True
     texts: list[str] = []
     chat: Chat | None = None
     add_special_tokens: bool = True
@@ -319,7 +319,7 @@ class Tokenize(ControlCommand, tag="tokenize", kw_only=True):
 class Detokenize(ControlCommand, tag="detokenize", kw_only=True):
     """Answered by the detokenizer: body {"texts": [str]}."""
 
-    harmless = True
+    read_only = True
     ids: list[bytes] = []
     skip_special_tokens: bool = True
     open_end: bool = False  # more will follow: leave out a last character whose bytes are not all there

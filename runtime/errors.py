@@ -13,6 +13,8 @@ class Kind(Enum):
     """What went wrong with a request: HTTP status and the OpenAI-style type name."""
 
     BAD_REQUEST = (400, "BadRequestError")
+    UNAUTHORIZED = (401, "UnauthorizedError")
+    FORBIDDEN = (403, "ForbiddenError")
     NOT_FOUND = (404, "NotFoundError")
     CONFLICT = (409, "ConflictError")
     TOO_LARGE = (413, "BadRequestError")
@@ -68,19 +70,6 @@ class UsageError(Exception):
 # Refusals that more than one service makes, since each looks at what it is sent: one text, whoever is first.
 
 EMPTY_IDS = "input_ids cannot be empty."
-
-
-def outside_vocabulary(ids: object, vocab_size: int) -> RequestError:
-    return RequestError(
-        f"The input_ids {ids} contains values greater than the vocab size ({vocab_size}).", field="input_ids"
-    )
-
-
-def scored_outside_vocabulary(token: int, vocab_size: int) -> RequestError:
-    return RequestError(
-        f"token_ids_logprob contains out-of-vocabulary token id {token}; valid range is [0, {vocab_size}).",
-        field="token_ids_logprob",
-    )
 
 
 def not_whole_rows(width: int) -> RequestError:

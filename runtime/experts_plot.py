@@ -1,6 +1,6 @@
 """`quartet experts plot dump.pt`: a recording of experts as a heat map of layers by experts.
 
-It reads the .csv that the server writes beside every .pt: that file can hold nothing but numbers.
+It reads the .csv that the server writes with every .pt: that file can hold nothing but numbers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """Draw one recording; returns the exit status."""
     try:
         arguments = parse(argv)
-        counts = read(table_of(arguments.dump))
+        counts = read_table(table_of(arguments.dump))
         target = arguments.output or arguments.dump.with_suffix(".png")
         draw(counts, arguments.dump.stem, target)
     except UsageError as error:
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="quartet experts", description=__doc__)
     parser.add_argument("action", type=str.lower, choices=["plot"])
-    parser.add_argument("dump", type=Path, help="the .pt of a dump, or the .csv beside it")
+    parser.add_argument("dump", type=Path, help="the .pt of a dump, or its .csv")
     parser.add_argument("-o", "--output", type=Path, help="the picture (default: the dump's name with .png)")
     return parser.parse_args(argv)
 
@@ -58,11 +58,11 @@ def table_of(dump: Path) -> Path:
     """The .csv of a dump. Raises UsageError."""
     table = dump.with_suffix(".csv")
     if not table.is_file():
-        raise UsageError(f"no {table}; the server writes it beside the .pt of /dump_expert_distribution_record")
+        raise UsageError(f"no {table}; the server writes it with the .pt of /dump_expert_distribution_record")
     return table
 
 
-def read(table: Path) -> Counts:
+def read_table(table: Path) -> Counts:
     """The counts of a table. Raises UsageError for what is none."""
     try:
         with table.open(newline="") as file:

@@ -58,7 +58,7 @@ class Announced:
         self._newest = newest
         self._known = dict.fromkeys(ROLES, 0)
 
-    def check(self, role: str, epoch: int) -> None:
+    def check_epoch(self, role: str, epoch: int) -> None:
         """Raise Malformed for an epoch that never was."""
         known = self._known[role]
         if 0 <= epoch <= known:
@@ -106,7 +106,7 @@ class Guard:
         if service.whole_batches or not messages:
             try:
                 for message in messages:
-                    self.check(message)
+                    self.check_message(message)
                 return self._counted(service.step(messages))
             except Exception as error:
                 log.debug("a batch of %d failed: %r", len(messages), error)
@@ -117,18 +117,18 @@ class Guard:
         out: list[Message] = []
         for message in messages:
             try:
-                self.check(message)
+                self.check_message(message)
                 out += handle(message)
             except Exception as error:
                 out += self.failure(message, error)
         return out
 
-    def check(self, message: Any) -> None:
+    def check_message(self, message: Any) -> None:
         """Raise Malformed for what no service can have sent."""
         if look := LOOKS.get(type(message)):
             look(message, self._announced)
         elif isinstance(message, ControlCommand) and message.epoch is not None:
-            self._announced.check(SCHEDULER, message.epoch)
+            self._announced.check_epoch(SCHEDULER, message.epoch)
 
     def failure(self, message: Any, error: Exception) -> list[Message]:
         """Count and log that a message could not be handled, and end its request."""
@@ -136,10 +136,10 @@ class Guard:
         name, now = type(message).__name__, time.monotonic()
         known = now - self._shown_at < TRACEBACK_EVERY_S  # a flood of them must not become one of tracebacks
         self._shown_at = self._shown_at if known else now
-        told = repr(str(error)[:SHOWN_CHARS])
+        shown = repr(str(error)[:SHOWN_CHARS])
         log.error(
             "The %s could not handle a %s message (%d so far): %s: %s",
-            *(self._role, name, self.failed, type(error).__name__, told),
+            *(self._role, name, self.failed, type(error).__name__, shown),
             exc_info=None if known or isinstance(error, Malformed) else error,
         )
         reason = NOT_HANDLED.format(role=self._role, reason=type(error).__name__)
@@ -177,12 +177,12 @@ def check_rows(data: bytes, rows: int, name: str) -> int:
 def check_request(request: Request, announced: Announced) -> None:
     check_ids(request.resume_ids, "resume_ids")
     check_attempt(request.attempt, announced)
-    announced.check(SCHEDULER, request.epoch)
+    announced.check_epoch(SCHEDULER, request.epoch)
 
 
 def check_attempt(attempt: int, announced: Announced) -> None:
     """Each gateway counts attempts from a number of its own."""
-    announced.check(GATEWAY, attempt >> ATTEMPT_BITS)
+    announced.check_epoch(GATEWAY, attempt >> ATTEMPT_BITS)
 
 
 def check_generate(message: Generate, announced: Announced) -> None:
@@ -199,6 +199,7 @@ def check_tokenized(message: Tokenized, announced: Announced) -> None:
 
 
 def check_tokens(tokens: Tokens, announced: Announced) -> None:
+    """Raise Malformed where the parts of a Tokens message do not fit each other."""
     if tokens.attempt >> ATTEMPT_BITS:
         check_attempt(tokens.attempt, announced)
     if tokens.request is not None:
@@ -241,13 +242,13 @@ def check_text(text: Text, announced: Announced) -> None:
 
 
 def check_facts(facts: Facts, announced: Announced) -> None:
-    announced.check(SCHEDULER, facts.epoch)
+    announced.check_epoch(SCHEDULER, facts.epoch)
 
 
 def check_restarted(restarted: Restarted, announced: Announced) -> None:
     if restarted.role not in ROLES:
         raise Malformed(f"{restarted.role[:SHOWN_CHARS]!r} is no service")
-    announced.check(GATEWAY, restarted.least_attempt >> ATTEMPT_BITS)
+    announced.check_epoch(GATEWAY, restarted.least_attempt >> ATTEMPT_BITS)
 
 
 LOOKS: dict[type, Callable[[Any, Announced], None]] = {

@@ -124,6 +124,7 @@ class Finish(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     @classmethod
     def failed(cls, error: RequestError) -> "Finish":
+        """The end of a request that was refused or failed."""
         kind = error.kind
         return cls(
             reason="error",
@@ -239,7 +240,7 @@ def pack_ids(ids: Iterable[int]) -> bytes:
     if not isinstance(ids, list) or len(ids) <= IDS_AT_ONCE:
         return array("i", ids).tobytes()
     packed = array("i")
-    for start in range(0, len(ids), IDS_AT_ONCE):  # other threads get their turns between
+    for start in range(0, len(ids), IDS_AT_ONCE):  # so that other threads can run in between
         packed.extend(ids[start : start + IDS_AT_ONCE])
     return packed.tobytes()
 

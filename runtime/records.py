@@ -20,7 +20,7 @@ def write(run_dir: str, name: str, record: msgspec.Struct) -> None:
     fresh.replace(path)
 
 
-def read(run_dir: str, name: str, kind: type[Record]) -> Record | None:
+def read_record(run_dir: str, name: str, kind: type[Record]) -> Record | None:
     """What was written last, if anything was."""
     try:
         return msgspec.json.decode((Path(run_dir) / name).read_bytes(), type=kind)

@@ -1,4 +1,4 @@
-"""What a client sees of the reply to a control command. Each command names its shape beside its fields (control.py).
+"""What a client sees of the reply to a control command. Each command declares its shape with its fields (control.py).
 
 A refusal is {"success": false, "message"} with its status, unless the shape says otherwise.
 """

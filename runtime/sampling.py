@@ -71,14 +71,19 @@ GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
 WRITTEN_IN_JSON = {"json_schema", "structural_tag"}
 
 
-def read(given: dict[str, Any]) -> SamplingParams:
+def read_params(given: dict[str, Any], vocab_size: int | None = None) -> SamplingParams:
     """Parameters by name; a grammar written in JSON may be its text or the object itself.
 
-    Raises RequestError or msgspec.ValidationError.
+    With a vocabulary, stop ids that are null or outside it are left out: clients send both, and the model never writes
+    them. Raises RequestError or msgspec.ValidationError; see `check_params` for the values' ranges.
     """
     objects = {name: given[name] for name in WRITTEN_IN_JSON if isinstance(given.get(name), dict)}
-    texts = {name: as_json(name, value) for name, value in objects.items()}
-    return msgspec.convert(given | texts, SamplingParams)
+    read = given | {name: as_json(name, value) for name, value in objects.items()}
+    if vocab_size is not None and isinstance(ids := read.get("stop_token_ids"), list):
+        read["stop_token_ids"] = [
+            token for token in ids if token is not None and (type(token) is not int or 0 <= token < vocab_size)
+        ]
+    return msgspec.convert(read, SamplingParams)
 
 
 def as_json(name: str, value: dict[str, Any]) -> str:
@@ -205,7 +210,7 @@ CHECKS: list[Check] = [
 ]
 
 
-def check(params: SamplingParams, vocab_size: int) -> None:
+def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Raise RequestError (400, naming the field) for the first invalid parameter."""
     for field, holds, message in CHECKS:
         if not holds(params):

@@ -19,7 +19,7 @@ from typing import NoReturn
 import msgspec
 import setproctitle
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.guard import Announced, Guard, Service
 from quartet.runtime.log import plain, say, set_up_logging
@@ -48,7 +48,7 @@ class Boot(msgspec.Struct, kw_only=True):
     run_dir: str
     inbox: str  # endpoint this service binds
     outbox: str  # where it sends to
-    config: ServerConfig
+    config: ResolvedConfig
     ready_fd: int
     lifeline_fd: int
     parent_pid: int

@@ -1,7 +1,8 @@
 """The ring's sockets: PUSH → PULL over ipc, a list of messages per frame. The only file that knows zmq.
 
 Receivers bind, senders connect. Every incarnation of a service binds a path of its own, `<role>.<epoch>`, so that none
-can take another's traffic; senders connect to `<role>`, a link that the launcher turns to the newest. Senders use
+takes the traffic of another; senders connect to the stable path `<role>`, a link that the launcher points to the
+newest. Senders use
 IMMEDIATE, so that they wait while no peer exists; the gateway, which must not wait, lets frames queue instead. What a
 peer had not handled when it died is gone with it (`http_gateway/ring/journal.py` sends it again). Inner queues have no
 bound; the gateway's in-flight limit is what bounds the ring. Hostile bytes raise nothing out of `recv`: they are
@@ -87,13 +88,13 @@ def endpoint(run_dir: str, role: str, epoch: int) -> str:
     return f"ipc://{path}"
 
 
-def door(run_dir: str, role: str) -> str:
-    """What senders to a role connect to, whichever its incarnation."""
+def stable_path(run_dir: str, role: str) -> str:
+    """The path that senders to a role connect to; the same for every incarnation."""
     return f"ipc://{run_dir}/{role}"
 
 
-def turn_door(run_dir: str, role: str, epoch: int) -> None:
-    """Let the door of a role lead to this incarnation, which need not be there yet."""
+def point_stable_path(run_dir: str, role: str, epoch: int) -> None:
+    """Make the stable path of a role a link to this incarnation, which need not exist yet."""
     link, fresh = Path(run_dir) / role, Path(run_dir) / f"{role}.link"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(f"{role}.{epoch}")
@@ -101,7 +102,7 @@ def turn_door(run_dir: str, role: str, epoch: int) -> None:
 
 
 def newest_epoch(run_dir: str, role: str) -> int:
-    """Of the last incarnation of a role that the launcher has started; nobody else can announce one."""
+    """The epoch of the last incarnation of a role that the launcher has started; 0 where there was none."""
     try:
         return int((Path(run_dir) / role).readlink().suffix[1:])
     except (OSError, ValueError):  # nothing was started there
@@ -160,8 +161,8 @@ class _Gate:
         self.rejected += 1
         if time.monotonic() - self._reported_at >= REPORT_EVERY_S:
             self._reported_at = time.monotonic()
-            told = repr(str(error)[:LOGGED_CHARS])
-            log.error("a malformed frame of %d bytes (%d so far): %s", len(frame), self.rejected, told)
+            shown = repr(str(error)[:LOGGED_CHARS])
+            log.error("a malformed frame of %d bytes (%d so far): %s", len(frame), self.rejected, shown)
 
 
 def unreadable(part: bytes) -> list[Message]:
@@ -170,8 +171,8 @@ def unreadable(part: bytes) -> list[Message]:
         found = _anything.decode(part)
         if not isinstance(found, dict):
             return []
-        told = next((found[key] for key in ("request", "tokens") if isinstance(found.get(key), dict)), found)
-        match told:
+        named = next((found[key] for key in ("request", "tokens") if isinstance(found.get(key), dict)), found)
+        match named:
             case {"rid": str(rid), **rest}:
                 attempt = rest.get("attempt", 0)
                 return [Tokens(rid=rid, attempt=attempt if isinstance(attempt, int) else 0, ids=UNREADABLE)]

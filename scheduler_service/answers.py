@@ -1,24 +1,24 @@
-"""The messages in which the scheduler answers requests: what a step gave, or an end. The detokenizer takes them."""
+"""The messages that the scheduler sends for requests: the output of a step, or an end. They go to the detokenizer."""
 
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Finish, Tokenized, Tokens, pack_ids
 from quartet.scheduler_service.core.plan import Update
 
-PROMPT_TAIL = 8  # prompt ids that the detokenizer gets, to decode the first output in its context
+PROMPT_TAIL = 8  # prompt ids sent to the detokenizer, which decodes the first output with them as context
 
 
 def check_hidden_states(message: Tokenized, hidden_size: int) -> None:
-    """Raise RequestError where those of the prompt, which travel in one message, would be too many for it."""
-    wanted = len(message.prompt_ids) * hidden_size  # bytes: four for an id, four for a number
-    if message.request.return_hidden_states and wanted > limits.MAX_HIDDEN_STATE_BYTES:
+    """Raise RequestError if the hidden states of the prompt would not fit into one message."""
+    needed = len(message.prompt_ids) * hidden_size  # bytes: four per id in prompt_ids, four per float32
+    if message.request.return_hidden_states and needed > limits.MAX_HIDDEN_STATE_BYTES:
         raise RequestError(
-            f"The hidden states of the prompt would take {wanted} bytes; {limits.MAX_HIDDEN_STATE_BYTES} are allowed.",
+            f"The hidden states of the prompt would take {needed} bytes; {limits.MAX_HIDDEN_STATE_BYTES} are allowed.",
             field="return_hidden_states",
         )
 
 
-def ended(message: Tokenized, finish: Finish) -> Tokens:
+def unqueued_end(message: Tokenized, finish: Finish) -> Tokens:
     """The first and last message of a request that was never queued."""
     return Tokens(
         rid=message.request.rid,
@@ -30,7 +30,7 @@ def ended(message: Tokenized, finish: Finish) -> Tokens:
 
 
 def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
-    """What a step gave a request; the first message carries the request, too."""
+    """The output of a step for one request. The first message of a request also carries the request."""
     sequence = update.sequence
     tokens = Tokens(
         rid=sequence.request.rid,

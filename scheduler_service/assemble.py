@@ -1,11 +1,11 @@
-"""Puts the scheduler together from a boot file, the model's facts and a worker, and serves. Loads no torch."""
+"""Builds the scheduler from a boot file, the model info and a worker, and serves. Does not import torch."""
 
 import gc
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.messages import Facts
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process.progress import ProgressWord
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.weights.update import Updates
 
-WHOLE_PROMPTS = -1
-MOST_ROWS = {"cpu": 32, "cuda": 64}  # computed by a step with drafts: beyond, each would take time of its own
+UNLIMITED = -1
+MAX_DRAFT_ROWS = {"cpu": 32, "cuda": 64}  # of a step with drafts, by device: up to here a row more costs little time
 
 
 class SizedWorker(Worker, Protocol):
-    """A worker that says what its memory allows."""
+    """A worker with the sizes that its memory allows."""
 
     page_size: int
     page_count: int  # usable pages; page 0 is not among them
@@ -45,25 +45,25 @@ class SizedWorker(Worker, Protocol):
         ...
 
 
-def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -> PlannerConfig:
-    """The planner's share of the configuration, with what the worker found possible."""
+def planner_config(config: ResolvedConfig, info: ModelInfo, worker: SizedWorker) -> PlannerConfig:
+    """The planner's part of the configuration, with the sizes of the worker."""
     whole = info.embedding is not None and info.embedding.whole_prompts
-    chunk = WHOLE_PROMPTS if config.chunked_prefill_size is None else config.chunked_prefill_size
+    chunk = config.chunked_prefill_size
     step_tokens = chunk if whole and chunk > 0 else config.max_prefill_tokens
     return PlannerConfig(
         page_size=worker.page_size,
         total_pages=worker.page_count,
-        max_running=min(config.max_running_requests or worker.max_running_requests, worker.max_running_requests),
+        max_running=worker.max_running_requests,
         context_length=info.context_length,
         vocab_size=info.vocab_size,
         eos_ids=frozenset(info.eos_ids),
-        chunked_prefill_size=WHOLE_PROMPTS if whole else chunk,
-        max_prefill_tokens=step_tokens,  # whole prompts are not cut: a step takes them until it has enough
+        chunked_prefill_size=UNLIMITED if whole else chunk,
+        max_prefill_tokens=step_tokens,  # whole prompts are not split: the last one of a step may exceed this
         policy=config.schedule_policy,
         low_values_first=config.schedule_low_priority_values_first,
-        preemption_threshold=preemption_threshold(config),
-        waiting_timeout_s=config.req_waiting_timeout if config.req_waiting_timeout > 0 else None,
-        running_timeout_s=config.req_running_timeout if config.req_running_timeout > 0 else None,
+        preemption_threshold=config.preemption_threshold,
+        waiting_timeout_s=config.waiting_timeout_s,
+        running_timeout_s=config.running_timeout_s,
         max_queued=config.max_queued_requests,
         reuse_prefixes=not (config.disable_radix_cache or whole),
         drafts=draft_options(config),
@@ -72,22 +72,12 @@ def planner_config(config: ServerConfig, info: ModelInfo, worker: SizedWorker) -
     )
 
 
-def preemption_threshold(config: ServerConfig) -> int | None:
-    """By how much priorities must differ for one request to preempt another; None where none does."""
-    if config.schedule_policy != "priority" or config.disable_priority_preemption:
+def draft_options(config: ResolvedConfig) -> DraftOptions | None:
+    """Options of speculative decoding; None where it is off."""
+    sizes = config.speculation
+    if sizes is None:
         return None
-    return config.priority_scheduling_preemption_threshold
-
-
-def draft_options(config: ServerConfig) -> DraftOptions | None:
-    """How drafts are made, where the server speculates."""
-    if config.speculative_algorithm is None:
-        return None
-    tokens = config.speculative_num_draft_tokens
-    shortest = config.speculative_ngram_min_match_window_size
-    longest = config.speculative_ngram_max_match_window_size
-    assert tokens and shortest and longest, (tokens, shortest, longest)  # resolved
-    return DraftOptions(tokens, shortest, longest, MOST_ROWS[config.device])
+    return DraftOptions(sizes.max_draft_tokens, sizes.min_match, sizes.max_match, MAX_DRAFT_ROWS[config.device])
 
 
 def serve(
@@ -98,10 +88,10 @@ def serve(
     updates: "Updates | None" = None,
     saver: "MemorySaver | None" = None,
 ) -> None:
-    """Report ready, tell the ring the model's facts, and run until killed.
+    """Report ready, send the model's facts through the ring, and run until killed.
 
-    No `grammars`: requests that want their output constrained are refused. No `updates`, no `saver`: commands that
-    change the weights, or give memory back, are refused.
+    Without `grammars`, requests with a grammar are refused. Without `updates` or `saver`, commands that change the
+    weights or release memory are refused.
     """
     planner = Planner(planner_config(boot.config, info, worker))
     durable_state = DurableState(boot.run_dir)
@@ -129,5 +119,5 @@ def serve(
     durable_state.restore(scheduler)
     report_ready(boot)
     scheduler.emit(scheduler.introduce())
-    gc.freeze()  # the model and its libraries stay; no later collection need look at them
+    gc.freeze()  # the model and its libraries are never freed: later collections skip them
     scheduler.run()

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 import msgspec
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.service import Boot, run
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def main(boot: Boot) -> None:
+    """Load the model and serve it until killed."""
     config = record.restored(boot.config, boot.run_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:
@@ -35,23 +36,23 @@ def main(boot: Boot) -> None:
     serve(boot, info, worker, grammars, updates, memory_saver(config, worker, updates))
 
 
-def model_facts(started: ServerConfig, restored: ServerConfig) -> ModelInfo:
-    """The model as it was at start, with the weights of now: their directory need not hold anything else."""
+def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:
+    """The model info of the first start, with the directory of the weights served now, which may hold nothing else."""
     return msgspec.structs.replace(model_info.load(started), path=str(model_info.model_dir(restored)))
 
 
-def weight_updates(config: ServerConfig, info: ModelInfo, worker: Worker, run_dir: str) -> Updates:
+def weight_updates(config: ResolvedConfig, info: ModelInfo, worker: Worker, run_dir: str) -> Updates:
     return Updates(worker.model.weights, config, run_dir, partial(check_same_model, info, config))
 
 
-def memory_saver(config: ServerConfig, worker: Worker, updates: Updates) -> MemorySaver | None:
+def memory_saver(config: ResolvedConfig, worker: Worker, updates: Updates) -> MemorySaver | None:
     if not config.enable_memory_saver:
         return None
     return MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup, on_release=worker.forget_graphs)
 
 
-def grammar_pool(config: ServerConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:
-    """Compiles the grammars of a model that generates; made ready beside the start of the rest."""
+def grammar_pool(config: ResolvedConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:
+    """Compiles the grammars of a generating model; loads the tokenizer in the background meanwhile."""
     if info.is_embedding:
         return None
     pool = GrammarPool(GrammarCompiler(model_info.tokenizer_dir(config), vocab_size, info.eos_ids))

@@ -1,4 +1,4 @@
-"""The scheduler's log lines and its figures for probes, in the words that operators' tools look for."""
+"""The scheduler's log lines and its counters for probes. Operators' tools parse the log lines: keep their wording."""
 
 import logging
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """What came of speculation during some decode steps."""
+class DraftCounts:
+    """Counts of speculative decoding over some decode steps."""
 
-    rows: int = 0  # requests' steps
+    rows: int = 0  # decode rows: one per request and step
     proposed: int = 0  # drafts
     correct: int = 0
 
-    def since(self, before: "Tally") -> "Tally":
-        return Tally(self.rows - before.rows, self.proposed - before.proposed, self.correct - before.correct)
+    def since(self, before: "DraftCounts") -> "DraftCounts":
+        return DraftCounts(self.rows - before.rows, self.proposed - before.proposed, self.correct - before.correct)
 
     @property
     def accept_length(self) -> float:
-        """Tokens that a request got from a step."""
+        """Mean tokens per request and decode step."""
         return 1 + self.correct / self.rows if self.rows else 0.0
 
     @property
@@ -32,7 +32,7 @@ class Tally:
 
 
 class Report:
-    """Watches plans and updates go by; writes one line per prefill step and one per `interval` decode steps."""
+    """Logs one line per prefill step and one per `interval` decode steps, and keeps the counters."""
 
     def __init__(self, planner: Planner, interval: int, now: float, cuda_graph: bool = False) -> None:
         self._planner = planner
@@ -42,16 +42,16 @@ class Report:
         self._decode_rows = 0
         self._line_at = now
         self._line_tokens = 0  # generated up to the last line
-        self._line_drafts = Tally()  # the same of speculation
-        self._drafts = Tally()  # between the last two lines
+        self._line_drafts = DraftCounts()  # the same of speculation
+        self._drafts = DraftCounts()  # between the last two lines
         self._retractions = 0  # logged so far
         self._preemptions = 0
         self._ratio = planner.growth.ratio
         self.gen_throughput = 0.0
         self.cache_hit_rate = 0.0
 
-    def planned(self, plan: Plan | None) -> None:
-        """A step has been decided."""
+    def record_plan(self, plan: Plan | None) -> None:
+        """Log a step that was decided, and retractions and preemptions since the last one."""
         if (total := self._planner.stats.retractions) > self._retractions:
             log.warning(
                 "KV cache pool is full. Retract requests. #retracted_reqs: %d, #new_token_ratio: %.4f -> %.4f",
@@ -67,8 +67,8 @@ class Report:
         if plan and plan.prefills:
             self._prefill_line(plan)
 
-    def committed(self, plan: Plan, now: float) -> None:
-        """A step's results are in."""
+    def record_results(self, plan: Plan, now: float) -> None:
+        """Count a step whose results were applied."""
         if not (plan.decodes or plan.verifications):
             return
         self._decode_steps += 1
@@ -76,7 +76,7 @@ class Report:
         if self._decode_steps % self._interval == 0:
             self._decode_line(now)
 
-    def figures(self) -> dict[str, Any]:
+    def counters(self) -> dict[str, Any]:
         """The scheduler's counters for `Probe`."""
         planner, stats, pool = self._planner, self._planner.stats, self._planner.pool
         page_size = planner.config.page_size
@@ -114,18 +114,18 @@ class Report:
         }
 
     def _speculation(self) -> dict[str, float]:
-        """How drafts fare, where there are any: between the last two lines, and since the start."""
+        """Acceptance of drafts, with speculation on: between the last two log lines, and since the start."""
         if self._planner.config.drafts is None:
             return {}
         return {
             "spec_accept_length": self._drafts.accept_length,
             "spec_accept_rate": self._drafts.accept_rate,
-            "avg_spec_accept_length": self._tally().accept_length,
+            "avg_spec_accept_length": self._draft_counts().accept_length,
         }
 
-    def _tally(self) -> "Tally":
+    def _draft_counts(self) -> "DraftCounts":
         stats = self._planner.stats
-        return Tally(self._decode_rows, stats.proposed_drafts, stats.correct_drafts)
+        return DraftCounts(self._decode_rows, stats.proposed_drafts, stats.correct_drafts)
 
     def _prefill_line(self, plan: Plan) -> None:
         prefills = plan.prefills
@@ -146,8 +146,8 @@ class Report:
         generated = self._planner.stats.generation_tokens
         self.gen_throughput = (generated - self._line_tokens) / max(now - self._line_at, 1e-9)
         self._line_at, self._line_tokens = now, generated
-        tally = self._tally()
-        self._drafts, self._line_drafts = tally.since(self._line_drafts), tally
+        counts = self._draft_counts()
+        self._drafts, self._line_drafts = counts.since(self._line_drafts), counts
         live = self._live_tokens()
         log.info(
             "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, %scuda graph: %s, "

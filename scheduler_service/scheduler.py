@@ -1,7 +1,7 @@
-"""The scheduler's loop: take in messages, decide a step, launch it, send on what earlier steps gave.
+"""The scheduler's loop: receive messages, plan a step, launch it, send the results of earlier steps.
 
-`depth` is how many launched steps may be outstanding while the next one is decided: 0 is plain, 1 overlaps the
-decision with the device.
+`depth` is how many launched steps may be uncollected while the next one is planned: with 0 a step is collected before
+the next is planned, with 1 planning overlaps the computation of the last step.
 """
 
 import logging
@@ -27,7 +27,7 @@ from quartet.runtime.messages import (
     Tokenized,
 )
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
-from quartet.scheduler_service.answers import check_hidden_states, ended, tokens_of
+from quartet.scheduler_service.answers import check_hidden_states, tokens_of, unqueued_end
 from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
 from quartet.scheduler_service.control.runner import CommandRunner
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WAITING_BEAT_S = 0.002  # one with a command that waits looks after it this often
-GRAMMAR_BEAT_S = 0.001  # and one with a grammar that is being compiled after that
+COMMAND_POLL_S = 0.002  # how often an idle scheduler resumes unfinished commands
+GRAMMAR_POLL_S = 0.001  # how often an idle scheduler looks for compiled grammars
 
 
 class Worker(StepWorker, Protocol):
     """The model and its memory, as the scheduler uses them."""
 
     weight_version: str
-    expert_recorder: "ExpertRecorder | None"  # where the server was told to record
+    expert_recorder: "ExpertRecorder | None"  # None: the server does not record
 
     def forget(self, sequence: request.Sequence) -> None:
         """Drop the state of a sequence that has left the batch."""
@@ -106,7 +106,9 @@ class Scheduler:
         self.updates = updates  # None: the weights stay as they are
         self.saver = saver  # None: memory is never released
         self.durable_state = durable_state  # None: nothing outlasts this scheduler
-        self.idle_work = idle_work  # done a piece at a time while nothing is to compute; returns whether there is more
+        self.idle_work = (
+            idle_work  # does one piece of work while there is nothing to compute; returns whether more is left
+        )
         self.has_idle_work = idle_work is not None  # as far as is known
         self.step_sleep_s = 0.0  # a test aid
         self.guard = Guard(SCHEDULER, announced or Announced(), self.give_up)
@@ -115,7 +117,7 @@ class Scheduler:
         self.grammar_queue = GrammarQueue(grammars)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
         self.launched = StepQueue(worker)
-        self.least_attempt = 0  # of the gateway that lives
+        self.least_attempt = 0  # of the current gateway
 
     @property
     def now(self) -> float:
@@ -128,7 +130,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Nothing to compute and nothing outstanding: only a message can change that."""
+        """Nothing to compute and no step uncollected: only a message can change that."""
         return not (self.planner.busy or self.launched)
 
     def run(self) -> None:
@@ -136,7 +138,7 @@ class Scheduler:
             self.step()
 
     def step(self) -> None:
-        """One turn; blocks on the inbox when there is nothing to do."""
+        """One iteration of the loop; blocks on the inbox when there is nothing to do."""
         self.receive()
         if plan := self.decide():
             plan.weight_version = self.worker.weight_version
@@ -152,12 +154,12 @@ class Scheduler:
             self.apply(self.launched.collect_oldest())
 
     def receive(self) -> None:
-        """Handle every message that waits and give waiting commands their turn."""
+        """Handle all messages in the inbox, requests whose grammar is compiled, time limits and unfinished commands."""
         arrived = self.inbox.recv(self.patience_s)
-        self.planner.advance_clock(self.now)  # the wait for them counts against none of them
+        self.planner.advance_clock(self.now)  # time spent in recv does not count against the requests just received
         out = self.guard.each(arrived, self.handle)
         for message, grammar in self.grammar_queue.take_compiled():
-            out += self.guard.each([message], partial(self.admit_decided, grammar))
+            out += self.guard.each([message], partial(self.admit_compiled, grammar))
         out += self.messages(self.planner.expire(self.now))
         if self.commands:
             out += self.commands.advance(self.planner.prefills_next)
@@ -166,7 +168,7 @@ class Scheduler:
         self.emit(out)
 
     def handle(self, message: Message) -> list[Message]:
-        """What one message leads to at once: a request is queued, a command starts, anything else is passed on."""
+        """Queue a request, start a command, send any other message on. Returns the messages to send."""
         match message:
             case Tokenized():
                 return self.admit(message)
@@ -178,9 +180,9 @@ class Scheduler:
                 return [message]
 
     def introduce(self, least_attempt: int = 0) -> list[Message]:
-        """Tell the gateway what is served, and end requests of the one before, which made smaller attempts.
+        """Send the gateway the facts of the model, and end requests of an earlier gateway: their attempt is smaller.
 
-        Those that are still on their way are dropped in `admit`.
+        Such requests that have not arrived yet are dropped in `admit`.
         """
         self.least_attempt = max(self.least_attempt, least_attempt)
         old = [request.rid for request in self.requests if request.attempt < self.least_attempt]
@@ -190,7 +192,7 @@ class Scheduler:
         return [*ended, *facts]
 
     def state(self) -> dict[str, Any]:
-        """What a gateway otherwise learns from the replies to commands."""
+        """The state that a gateway otherwise learns from replies to commands."""
         served = {} if self.updates is None else {"model_path": self.updates.committed.model_path}
         return {
             **served,
@@ -200,20 +202,20 @@ class Scheduler:
         }
 
     def memory_state(self) -> dict[str, Any]:
-        """Whether nothing is computed for want of memory or of weights; `lacks` are the tags whose release is why."""
+        """Whether no step runs for lack of memory or weights; `lacks` are the released tags that are the cause."""
         return {"asleep": self.planner.asleep, "lacks": self.saver.lacks if self.saver else []}
 
     @property
     def patience_s(self) -> float:
-        """How long to wait for a message when there is nothing to do."""
+        """How long `receive` may wait for a message."""
         if not self.idle or self.has_idle_work:
             return 0.0
         if self.grammar_queue:
-            return GRAMMAR_BEAT_S
-        return WAITING_BEAT_S if self.commands else IDLE_BEAT_S
+            return GRAMMAR_POLL_S
+        return COMMAND_POLL_S if self.commands else IDLE_BEAT_S
 
     def admit(self, message: Tokenized) -> list[Message]:
-        """Queue a request; one with a grammar waits until that is compiled."""
+        """Queue a request; if it has a grammar, once that is compiled."""
         if message.request.attempt < self.least_attempt:
             log.info("dropped request %s of a gateway that has ended", message.request.rid)
             return []
@@ -225,22 +227,22 @@ class Scheduler:
                 return self.queue(message)
             self.grammar_queue.put(message)
         except RequestError as error:
-            return [ended(message, Finish.failed(error))]
+            return [unqueued_end(message, Finish.failed(error))]
         return []
 
-    def admit_decided(self, grammar: Grammar | RequestError, message: Tokenized) -> list[Message]:
-        """Queue a request whose grammar is there, or end it where there is none."""
+    def admit_compiled(self, grammar: Grammar | RequestError, message: Tokenized) -> list[Message]:
+        """Queue a request whose grammar is compiled, or end it if the grammar was refused."""
         try:
             if isinstance(grammar, RequestError):
                 raise grammar
             if is_complete(message, grammar):
-                return [ended(message, Finish(reason="stop"))]
+                return [unqueued_end(message, Finish(reason="stop"))]
             return self.queue(message, grammar)
         except RequestError as error:
-            return [ended(message, Finish.failed(error))]
+            return [unqueued_end(message, Finish.failed(error))]
 
     def give_up(self, message: Any, finish: Finish) -> list[Message]:
-        """End a request one of whose messages could not be handled."""
+        """End the request of a message whose handling failed."""
         ending = end_of(message, finish)
         if isinstance(message, Tokenized):
             rid, attempt = message.request.rid, message.request.attempt
@@ -251,62 +253,63 @@ class Scheduler:
         return [ending] if ending else []
 
     def queue(self, message: Tokenized, grammar: Grammar | None = None) -> list[Message]:
-        sampling.check(message.request.params, self.planner.config.vocab_size)  # as the gateway has, so it never raises
+        # the gateway has checked the same, so this never raises
+        sampling.check_params(message.request.params, self.planner.config.vocab_size)
         check_hidden_states(message, self.hidden_size)
         return self.messages(self.planner.add(message, self.now, grammar))
 
     @property
     def requests(self) -> list[Request]:
-        """All that have not ended."""
+        """All requests that have not ended."""
         return [*self.grammar_queue.requests, *(sequence.request for sequence in self.planner.live.values())]
 
     def abort(self, rid: str, reason: str = "") -> list[Message]:
-        """End one request wherever it is; unknown ones are left alone."""
+        """End one request and return its last messages; none if the rid is unknown."""
         updates = self.messages(self.planner.abort(rid, reason))
         if message := self.grammar_queue.remove(rid):
-            updates.append(ended(message, Finish(reason="abort", message=reason or ABORTED_IN_QUEUE)))
+            updates.append(unqueued_end(message, Finish(reason="abort", message=reason or ABORTED_IN_QUEUE)))
         return updates
 
     def decide(self) -> Plan | None:
-        """The next step; the worker forgets who left because of it."""
+        """Plan the next step; the worker drops the state of requests that left the batch."""
         plan = self.planner.next(self.now)
-        self.report.planned(plan)
+        self.report.record_plan(plan)
         self.forget_released()
         self.progress.beat(busy=not self.idle)
         return plan
 
     def apply(self, collected: Iterable[tuple[Plan, list[Result]]]) -> None:
-        """Take in the results of steps, one after the other, and send on what they gave."""
+        """Apply the results of steps in order, and send the output of each."""
         for plan, results in collected:
             self.emit(self.commit(plan, results))
 
     def commit(self, plan: Plan, results: list[Result]) -> list[Message]:
-        """Take a step's results in."""
+        """Apply the results of one step; returns the messages to send."""
         updates = self.planner.apply(plan, results, self.now)
         self.forget_released()
-        self.report.committed(plan, self.now)
+        self.report.record_results(plan, self.now)
         if self.planner.idle:
             self.audit()
         return self.messages(updates, plan.weight_version)
 
-    def has_waiting(self, kind: type[ControlCommand]) -> bool:
-        """Whether an earlier command of this kind needs more steps."""
-        return self.commands.has_waiting(kind)
+    def has_unfinished(self, kind: type[ControlCommand]) -> bool:
+        """Whether an earlier command of this kind is not finished."""
+        return self.commands.has_unfinished(kind)
 
     def emit(self, messages: list[Message]) -> None:
-        """One frame."""
+        """Send messages in one frame."""
         if messages:
             self.outbox.send(messages)
 
     def messages(self, updates: Iterable[Update], weight_version: str = "") -> list[Message]:
-        """Updates as the detokenizer takes them."""
+        """The messages for updates."""
         version = weight_version or self.worker.weight_version
         return [tokens_of(update, version, self.hidden_size) for update in updates]
 
-    def figures(self) -> dict[str, Any]:
-        """This service's counters, for a probe."""
+    def counters(self) -> dict[str, Any]:
+        """The counters of this service for a Probe, by name."""
         return {
-            **self.report.figures(),
+            **self.report.counters(),
             "num_grammar_queue_reqs": len(self.grammar_queue),
             "weight_version": self.worker.weight_version,
             "failed_messages_total": self.guard.failed,
@@ -319,12 +322,12 @@ class Scheduler:
             released.clear()
 
     def pause_without_memory(self) -> None:
-        """Compute nothing while memory is given up, or while weights that were given up have not been written."""
+        """Run no step while memory is released, or while released weights have not been written again."""
         lacks = self.saver is not None and bool(self.saver.lacks)
         self.planner.asleep = lacks or (self.updates is not None and bool(self.updates.lost))
 
     def audit(self) -> None:
-        """Nothing lives: the books must balance. If they do not, say so and start them afresh."""
+        """Check the page accounting, with no live request. On a fault, log it and start with an empty cache."""
         if fault := self.planner.audit():
-            log.error("KV pool books do not balance while idle (%s); starting with an empty cache", fault)
+            log.error("KV pool page counts do not balance while idle (%s); starting with an empty cache", fault)
             self.planner.repair()

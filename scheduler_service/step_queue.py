@@ -11,13 +11,13 @@ from quartet.scheduler_service.core.plan import Plan, Result, Slice
 log = logging.getLogger(__name__)
 
 FAILED_BY_ITSELF = "The request could not be computed: {}: {}"
-MOST_FAILURES = 8  # in a row, with no success between: then the server ends
+MOST_FAILURES = 8  # in a row, without a success between: then the process ends
 
 Collected = tuple[Plan, list[Result]]
 
 
 class StepWorker(Protocol):
-    """What computes steps."""
+    """The worker, as far as steps are concerned."""
 
     def launch(self, plan: Plan) -> Any:
         """Start one step; returns what `collect` takes."""
@@ -43,7 +43,7 @@ class StepQueue:
     def __init__(self, worker: StepWorker) -> None:
         self._worker = worker
         self._launched: deque[tuple[Plan, Any]] = deque()
-        self._failures = 0  # of single requests, since something succeeded
+        self._failures = 0  # of single requests in a row, without a success between
 
     def __len__(self) -> int:
         return len(self._launched)
@@ -85,7 +85,7 @@ class StepQueue:
     def _run_single(self, part: Slice, decode: bool) -> Result:
         """One slice of a failed step, in a step of its own."""
         if part.sequence.finish is not None:
-            return Result()  # nobody waits for it any more
+            return Result()  # an earlier retry has ended the request
         try:
             plan = Plan([part], decodes=int(decode), verifications=int(bool(part.drafts)))
             (result,) = self._worker.collect(self._worker.launch(plan))

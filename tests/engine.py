@@ -5,13 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Finish, LogprobOptions, Logprobs, Request, Tokenized, pack_ids, unpack_ids
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
-from quartet.runtime.settings.resolve import draft_sizes
 from quartet.scheduler_service.assemble import draft_options
 from quartet.scheduler_service.core.logprobs import concatenated
 from quartet.scheduler_service.core.plan import Update
@@ -19,6 +15,7 @@ from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
+from tests.configs import resolved
 
 
 def floats(data: bytes) -> list[float]:
@@ -63,10 +60,8 @@ class Engine:
     """Serves requests step by step on a virtual clock."""
 
     def __init__(self, directory: Path, *, worker: Worker | None = None, **settings: Any) -> None:
-        settings = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", **settings}
-        config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
-        speculates = config.speculative_algorithm is not None
-        self.config = msgspec.structs.replace(config, **(draft_sizes(config) if speculates else {}))
+        defaults = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "chunked_prefill_size": -1}
+        self.config = resolved(model_path=str(directory), model_dir=str(directory), **(defaults | settings))
         info = model_info.load(self.config)
         self.worker = worker or Worker(self.config, info)
         self.planner = Planner(
@@ -77,7 +72,7 @@ class Engine:
                 context_length=info.context_length,
                 vocab_size=info.vocab_size,
                 eos_ids=frozenset(info.eos_ids),
-                chunked_prefill_size=self.config.chunked_prefill_size or -1,
+                chunked_prefill_size=self.config.chunked_prefill_size,
                 reuse_prefixes=not self.config.disable_radix_cache,
                 drafts=draft_options(self.config),
             )

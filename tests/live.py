@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ControlCommand
 from quartet.runtime.messages import Finish, Reply, Tokenized, Tokens, unpack_ids
 from quartet.runtime.model_files import model_info
@@ -13,6 +12,7 @@ from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.main import memory_saver, weight_updates
 from quartet.scheduler_service.scheduler import Scheduler
+from tests.configs import resolved
 from tests.fakes import FakeInbox, FakeOutbox, FakeProgress
 
 DEADLINE_S = 60.0
@@ -22,8 +22,8 @@ class Live:
     """Step it, send it requests and commands, read what came out."""
 
     def __init__(self, directory: Path, run_dir: Path, depth: int = 0, **settings: Any) -> None:
-        settings = {"dtype": "float32", "page_size": 4, "max_total_tokens": 16384, "device": "cpu", **settings}
-        config = ServerConfig(model_path=str(directory), **settings)
+        defaults = {"dtype": "float32", "page_size": 4, "max_total_tokens": 16384, "chunked_prefill_size": -1}
+        config = resolved(model_path=str(directory), **(defaults | settings))
         info = model_info.load(config)
         self.worker = Worker(config, info)
         self.updates = weight_updates(config, info, self.worker, str(run_dir))

@@ -40,6 +40,7 @@ ALLOWED = {
         "runtime.messages",
         "runtime.errors",
         "runtime.control",
+        "runtime.vocabulary",
         "scheduler_service.core",
     },
     "kernels": {"torch", "triton", "kernels"},
@@ -137,6 +138,13 @@ def test_what_is_slow_to_import_is_imported_only_when_it_is_needed(place):
         if within(module, prefix)
     ]
     assert eager == []
+
+
+def test_the_room_of_another_api_is_known_to_the_route_table_alone():
+    """It stands on the chat completions, and nothing stands on it."""
+    room = "http_gateway.anthropic"
+    users = {name(path) for path in sources("http_gateway") for module in imports(path) if within(module, room)}
+    assert {user for user in users if not user.startswith("http_gateway/anthropic/")} == {"http_gateway/app.py"}
 
 
 def test_zmq_is_known_to_one_file_only():

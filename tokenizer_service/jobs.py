@@ -26,7 +26,7 @@ class Pace:
 
     step_chars: int = 1 << 16
     step_s: float = 0.02  # after which a step begins nothing new
-    long_chars: int = 1 << 16  # of a text that is encoded beside the loop
+    long_chars: int = 1 << 16  # of a text that is encoded in the background
 
 
 @dataclass(eq=False, slots=True)
@@ -34,14 +34,14 @@ class Job:
     """A message that waits, and what has come of its texts."""
 
     message: Generate | Tokenize
-    place: list[Message] | None  # where its answer belongs among those of the step it came in; None: that is over
+    slot: list[Message] | None  # takes the answer during the step in which it came in; None: that step is over
     results: "list[Encoding | RequestError | None]"
     missing: int
-    unwanted: Event = field(default_factory=Event)
+    cancelled: Event = field(default_factory=Event)
 
     @property
     def call(self) -> Hashable:
-        """What takes turns with others."""
+        """The call that the job belongs to, for the fair queue."""
         message = self.message
         return message.id if isinstance(message, Tokenize) else message.request.call or message.request.rid
 

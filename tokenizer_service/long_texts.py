@@ -1,7 +1,7 @@
-"""Long texts are encoded beside the service's loop, one at a time, in a thread: the tokenizer leaves Python's lock.
+"""Encodes long texts in the background, one at a time, in a thread: the tokenizer releases Python's lock.
 
 A text is counted in pieces before it is encoded whole, so a prompt that is far too long costs no more than the longest
-that fits, and a text that nobody wants any more is left after a piece.
+that fits, and the work on a text that was cancelled ends after a piece.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ MARGIN = 2  # so many times the limit in the sum of the pieces, cut anywhere, is
 
 @dataclass(eq=False)
 class LongText:
-    """A text and how many tokens it may have; `unwanted` ends the work at the next piece."""
+    """A text and how many tokens it may have; `cancelled` ends the work at the next piece."""
 
     prompt: Prompt
-    most_tokens: int | None
-    unwanted: Event
+    max_tokens: int | None
+    cancelled: Event
 
 
 class LongTexts:
@@ -37,7 +37,7 @@ class LongTexts:
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="long-texts")
 
     def start(self, text: LongText) -> "Future[Encoding | RequestError | None]":
-        """Begin. None comes of a text that has become unwanted, TooManyTokens of one that has too many."""
+        """Begin. The result is None for a cancelled text, TooManyTokens for one that has too many."""
         return self._executor.submit(encode, self._tokenizer, text)
 
 
@@ -46,12 +46,12 @@ class TooManyTokens(RequestError):
 
 
 def encode(tokenizer: "Tokenizer", text: LongText) -> "Encoding | RequestError | None":
-    """Runs beside the loop."""
+    """Encode one text, in the thread."""
     prompt = text.prompt
     try:
-        if text.most_tokens is not None and has_more_tokens(tokenizer, text, MARGIN * text.most_tokens):
+        if text.max_tokens is not None and has_more_tokens(tokenizer, text, MARGIN * text.max_tokens):
             return TooManyTokens("the text has too many tokens", field="text")
-        return None if text.unwanted.is_set() else encode_whole(tokenizer, [prompt.text], prompt.special_tokens)[0]
+        return None if text.cancelled.is_set() else encode_whole(tokenizer, [prompt.text], prompt.special_tokens)[0]
     except Exception as error:  # tokenizers raises nothing narrower
         return cannot_be_tokenized(error)
 
@@ -60,7 +60,7 @@ def has_more_tokens(tokenizer: "Tokenizer", text: LongText, limit: int) -> bool:
     """Whether the pieces of a text have more tokens together; looks no further than it has to."""
     counted = 0
     for piece in pieces(text.prompt):
-        if text.unwanted.is_set():
+        if text.cancelled.is_set():
             return False
         counted += len(encode_whole(tokenizer, [piece], special=False)[0])
         if counted > limit:

@@ -24,20 +24,20 @@ from quartet.runtime.messages import Reply
 
 log = logging.getLogger(__name__)
 
-ANSWER_TIMEOUT_S = 600.0  # beyond the time-out that the command itself asks for
+ANSWER_TIMEOUT_S = 600.0  # added to the timeout in the command
 
 
 def command_handler(kind: type[ControlCommand]) -> Handler:
-    """The handler of one command: decode, send round the ring, answer what comes back."""
+    """The handler of one command: decode it, run it, answer with its reply."""
 
     async def handle(gateway: Gateway, http: HTTPRequest) -> Response:
-        return await carried_out(gateway, await read_command(kind, http))
+        return await run_command(gateway, await read_command(kind, http))
 
     return handle
 
 
-async def carried_out(gateway: Gateway, command: ControlCommand) -> Response:
-    """The answer to a command that has been round the ring."""
+async def run_command(gateway: Gateway, command: ControlCommand) -> Response:
+    """Send a command through the ring and render its reply. Raises RequestError."""
     timeout_s = ANSWER_TIMEOUT_S + float(getattr(command, "timeout", None) or 0)
     try:
         reply = await gateway.ring.command(command, timeout_s)
@@ -49,21 +49,21 @@ async def carried_out(gateway: Gateway, command: ControlCommand) -> Response:
 
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
-    """The command of a body."""
-    return command_of(kind, http, await read_body(http))
+    """Read the body and decode it."""
+    return decode_command(kind, http, await read_body(http))
 
 
-def command_of(kind: type[ControlCommand], http: HTTPRequest, body: bytes) -> ControlCommand:
-    """What a body says, with what the query string says laid over it."""
-    known = {field.name for field in msgspec.structs.fields(kind)}
+def decode_command(kind: type[ControlCommand], http: HTTPRequest, body: bytes) -> ControlCommand:
+    """Decode a command from a JSON body; parameters of the query string override its fields. Raises RequestError."""
+    names = {field.name for field in msgspec.structs.fields(kind)}
     if body.strip() not in (b"", b"null"):
         bodies.refuse_misspelt(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), kind)
-    asked = {name: value for name, value in http.query_params.items() if name in known}
-    if not asked:
+    overrides = {name: value for name, value in http.query_params.items() if name in names}
+    if not overrides:
         return control.from_body(kind, body)
-    given = msgspec.json.decode(body, type=dict[str, Any] | None) if body.strip() else None
+    fields = msgspec.json.decode(body, type=dict[str, Any] | None) if body.strip() else None
     try:
-        return msgspec.convert({**(given or {}), **asked}, kind, strict=False)
+        return msgspec.convert({**(fields or {}), **overrides}, kind, strict=False)
     except msgspec.ValidationError as error:
         raise RequestError(str(error)) from None
 
@@ -85,15 +85,15 @@ async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Res
     with payloads.Upload(gateway.run_dir) as upload:
         async for part in body_parts(http):
             await upload.feed(part)
-            skeleton_bounds.check(len(upload.skeleton), ValueCounter())
-        command = command_of(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
+            skeleton_bounds.check_size(len(upload.skeleton), ValueCounter())
+        command = decode_command(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
         assert isinstance(command, UpdateWeightsFromTensor), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
         if len(entries) != RANKS:
             raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
         command.payload_files = [str(upload.file_of(bytes(entry))) for entry in entries]
-        upload.check_marks(len(entries))
-        return await carried_out(gateway, command)
+        upload.check_placeholders(len(entries))
+        return await run_command(gateway, command)
 
 
 HANDLERS: dict[type[ControlCommand], Handler] = {
@@ -103,6 +103,7 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
 
 
 def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
+    """The endpoint of a command at one of its paths."""
     access = Access.ADMIN if kind.admin else Access.USER
     handler = HANDLERS.get(kind) or command_handler(kind)
     shape = errors.native if kind is Abort else errors.control

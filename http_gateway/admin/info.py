@@ -54,6 +54,7 @@ async def get_model_info(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def get_model_info_more(gateway: Gateway, http: HTTPRequest) -> Response:
+    """What the server knows of its model."""
     more = {
         "served_model_name": gateway.name,
         "load_format": gateway.config.load_format,
@@ -72,6 +73,7 @@ async def weight_version(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 def model_card(gateway: Gateway) -> dict[str, Any]:
+    """The entry of one model in the answer of /v1/models."""
     name = gateway.name
     return {
         "id": name,
@@ -85,10 +87,12 @@ def model_card(gateway: Gateway) -> dict[str, Any]:
 
 
 async def models(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The models, as clients of OpenAI's API know them."""
     return errors.json_response({"object": "list", "data": [model_card(gateway)]})
 
 
 async def model(gateway: Gateway, http: HTTPRequest) -> Response:
+    """One of them by its name."""
     asked = http.path_params["model"]
     return errors.json_response(model_card(gateway)) if asked == gateway.name else errors.model_not_found(asked)
 
@@ -119,6 +123,7 @@ async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 def internal_state(gateway: Gateway, counters: Counters) -> dict[str, Any]:
+    """The scheduler's counters, as /get_server_info lists them."""
     scheduler = counters.get("scheduler", {})
     return {
         "last_gen_throughput": scheduler.get("gen_throughput", 0.0),
@@ -167,6 +172,7 @@ def sections(gateway: Gateway, counters: Counters) -> dict[str, Any]:
 
 
 async def loads(gateway: Gateway, http: HTTPRequest) -> Response:
+    """Queue lengths, tokens and throughput, for load balancers."""
     asked = [name.strip() for name in http.query_params.get("include", "core").split(",")]
     if unknown := [name for name in asked if name not in (*SECTIONS, "all")]:
         raise RequestError(f"Unknown section '{unknown[0]}'; known are all, {', '.join(SECTIONS)}.", field="include")
@@ -220,7 +226,5 @@ ENDPOINTS = [
     Endpoint("/server_info", server_info),
     Endpoint("/get_load", get_load),
     Endpoint("/v1/loads", loads, shape=errors.openai),
-    Endpoint("/v1/models", models, shape=errors.openai),
-    Endpoint("/v1/models/{model:path}", model, shape=errors.openai),
 ]
 METRICS = Endpoint("/metrics", metrics, access=Access.PUBLIC)

@@ -56,7 +56,7 @@ def endpoints(described: Sequence[Endpoint]) -> list[Endpoint]:
 
 def document(described: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI description of these endpoints."""
-    types = list(dict.fromkeys(kind for e in described for kind in (e.body, e.answer) if kind is not None))
+    types = list(dict.fromkeys(kind for e in described for kind in (e.body, e.answer, e.failure) if kind is not None))
     found, components = msgspec.json.schema_components([*types, Failure], ref_template=REF)
     for kind in types:
         if isinstance(kind, type) and issubclass(kind, ControlCommand):
@@ -68,7 +68,10 @@ def document(described: Sequence[Endpoint]) -> dict[str, Any]:
         "paths": dict(paths(described, schemas, components)),
         "components": {
             "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
     }
 
@@ -82,6 +85,7 @@ def forget_ring_fields(schema: Schema) -> None:
 def paths(
     described: Sequence[Endpoint], schemas: dict[Any, Schema], components: Schema
 ) -> Iterator[tuple[str, Schema]]:
+    """The `paths` object: one entry for each path, one operation for each of its methods."""
     for endpoint in described:
         operations = {
             method.lower(): operation(endpoint, method, schemas, components)
@@ -99,10 +103,12 @@ def operation(endpoint: Endpoint, method: str, schemas: dict[Any, Schema], compo
         "operationId": f"{method.lower()}{endpoint.path.replace('/', '_').replace(':path', '')}",
         "tags": [tag(endpoint)],
         "parameters": path_parameters(endpoint.path),
-        "responses": responses(schemas[endpoint.answer] if endpoint.answer else {}, schemas[Failure]),
+        "responses": responses(
+            schemas[endpoint.answer] if endpoint.answer else {}, schemas[endpoint.failure or Failure]
+        ),
     }
     if endpoint.access is not Access.PUBLIC:
-        made["security"] = [{"key": []}]
+        made["security"] = [{"key": []}, {"x-api-key": []}]
     if endpoint.body is not None and method == "GET":
         made["parameters"] += query_parameters(components[endpoint.body.__name__])
     elif endpoint.body is not None:
@@ -118,6 +124,8 @@ def title(path: str) -> str:
 def tag(endpoint: Endpoint) -> str:
     if endpoint.access is Access.ADMIN:
         return "control"
+    if endpoint.path.startswith("/v1/messages"):
+        return "anthropic"
     return "openai" if endpoint.path.startswith("/v1/") else "native"
 
 

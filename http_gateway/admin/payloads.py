@@ -1,7 +1,7 @@
-"""Large payloads of control requests: put into files of the private run directory, for the ring carries only paths.
+"""Large payloads of control requests: written to files in the run directory, because the ring carries only paths.
 
-A body with weights is never held as a whole. Its long strings are decoded from base64 into files while they arrive, and
-a mark stands for each in what is left of the body, which is as small as any other.
+A body with weights is never in memory as a whole. Its long strings are decoded from base64 into files while they
+arrive. What is left of the body, with a placeholder for each long string, is as small as any other body.
 """
 
 import asyncio
@@ -17,32 +17,32 @@ from quartet.runtime.control import ONE_PAYLOAD_A_RANK, RANKS
 from quartet.runtime.errors import Kind, RequestError
 
 LONG_STRING_BYTES = 1 << 16  # a longer string is a payload
-WRITE_CHARS = 1 << 20  # of base64, a multiple of four, that one write decodes; between writes others have their turn
+WRITE_CHARS = 1 << 20  # of base64, a multiple of four, decoded by one write; other tasks run between writes
 BACKSLASH = ord("\\")
 ESCAPE_BYTES = 6  # the longest
 PREFIX = "payload-"
 FIELD = "serialized_named_tensors"
-ESCAPE = re.compile(rb"\\(?:(/)|u00([0-9a-fA-F]{2}))")  # of a slash, a plus or an equals sign, as some encoders have it
-NO_BASE64 = f"{FIELD} is not valid base64: {{}}."
-ELSEWHERE = f"Only the entries of {FIELD} may be longer than {LONG_STRING_BYTES} bytes."
+ESCAPE = re.compile(rb"\\(?:(/)|u00([0-9a-fA-F]{2}))")  # some encoders escape slash, plus or equals sign
+INVALID_BASE64 = f"{FIELD} is not valid base64: {{}}."
+LONG_STRING_ELSEWHERE = f"Only the entries of {FIELD} may be longer than {LONG_STRING_BYTES} bytes."
 
 
-def sweep(run_dir: str) -> None:
-    """Remove what a gateway that died has left; a scheduler that reads one still has it open."""
+def remove_leftovers(run_dir: str) -> None:
+    """Remove the files of a gateway that died. A scheduler that still reads one has it open."""
     for file in Path(run_dir).glob(f"{PREFIX}*"):
         file.unlink(missing_ok=True)
 
 
 class Upload:
-    """A body on its way into `skeleton` and files. Leaving the `with` block removes the files."""
+    """Splits a body into a small `skeleton` and files. Leaving the `with` block removes the files."""
 
     def __init__(self, run_dir: str) -> None:
-        self.skeleton = bytearray()  # the body with a mark in place of each long string
-        self.files: dict[str, Path] = {}  # by mark
+        self.skeleton = bytearray()  # the body with a placeholder in place of each long string
+        self.files: dict[str, Path] = {}  # by placeholder
         self._run_dir = run_dir
-        self._name = secrets.token_hex(8)  # a mark is no string that a client can have sent
-        self._string: bytearray | None = None  # the one that is being read, as long as it is short
-        self._payload: Payload | None = None  # likewise, when it is long
+        self._name = secrets.token_hex(8)  # random: a client cannot have sent a placeholder
+        self._string: bytearray | None = None  # the string being read, while it is short
+        self._payload: Payload | None = None  # the string being read, once it is long
 
     def __enter__(self) -> "Upload":
         return self
@@ -54,7 +54,7 @@ class Upload:
             file.unlink(missing_ok=True)
 
     async def feed(self, part: bytes) -> None:
-        """Take the next bytes. Raises RequestError: no base64, or no room on the disk."""
+        """Read the next bytes of the body. Raises RequestError: invalid base64, or the disk is full."""
         at = 0
         while at < len(part):
             if self._payload is not None:
@@ -65,7 +65,7 @@ class Upload:
                 at = self._read_structure(part, at)
 
     def _read_structure(self, part: bytes, at: int) -> int:
-        """Up to the beginning of a string."""
+        """Read up to the beginning of a string; returns the new position, as the other readers do."""
         quote = part.find(b'"', at)
         end = len(part) if quote < 0 else quote + 1
         self.skeleton += part[at:end]
@@ -91,9 +91,9 @@ class Upload:
     def _begin_payload(self, string: bytearray) -> None:
         if len(self.files) == RANKS:
             raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, "more"), field=FIELD)
-        mark = f"{PREFIX}{self._name}.{len(self.files)}"
-        file = self.files[mark] = Path(self._run_dir) / mark
-        self.skeleton += mark.encode() + b'"'
+        placeholder = f"{PREFIX}{self._name}.{len(self.files)}"
+        file = self.files[placeholder] = Path(self._run_dir) / placeholder
+        self.skeleton += placeholder.encode() + b'"'
         self._string, self._payload = None, Payload(file)
         self._payload.text += string
 
@@ -109,7 +109,7 @@ class Upload:
         return quote + 1
 
     def file_of(self, entry: bytes) -> Path:
-        """The file of an entry of the skeleton: JSON of a mark, or of a short string, which gets its file now."""
+        """The file of an entry of the skeleton: a placeholder, or a short base64 string, which is written now."""
         if len(entry) < 2 or not entry.startswith(b'"'):
             raise RequestError(f"{FIELD} is a list of base64 strings.", field=FIELD)
         text = entry[1:-1].decode(errors="replace")
@@ -120,10 +120,10 @@ class Upload:
             payload.finish()
         return self.files[text]
 
-    def check_marks(self, used: int) -> None:
-        """Raise RequestError where a long string stands anywhere but in the `used` entries."""
+    def check_placeholders(self, used: int) -> None:
+        """Raise RequestError if the body has a long string outside of the `used` entries."""
         if len(self.files) != used:
-            raise RequestError(ELSEWHERE, field=FIELD)
+            raise RequestError(LONG_STRING_ELSEWHERE, field=FIELD)
 
 
 class Payload:
@@ -136,13 +136,13 @@ class Payload:
         self._file = file
 
     def write(self) -> None:
-        """Decode what is whole of the text. Raises RequestError."""
+        """Decode all complete groups of four characters. Raises RequestError."""
         last = self.text.rfind(b"\\", len(self.text) - ESCAPE_BYTES + 1)
-        held = self.text[last:] if last >= 0 else b""  # an escape that may not be whole
-        text = unescaped(self.text[: len(self.text) - len(held)])
-        whole = len(text) - len(text) % 4
-        self.text = text[whole:] + held
-        self._decode(text[:whole])
+        incomplete = self.text[last:] if last >= 0 else b""  # perhaps the beginning of an escape
+        text = unescaped(self.text[: len(self.text) - len(incomplete)])
+        end = len(text) - len(text) % 4
+        self.text = text[end:] + incomplete
+        self._decode(text[:end])
 
     def finish(self) -> None:
         """Decode the rest. Raises RequestError."""
@@ -162,7 +162,7 @@ class Payload:
             for start in range(0, len(text), WRITE_CHARS):
                 write_all(self._stream, binascii.a2b_base64(text[start : start + WRITE_CHARS], strict_mode=True))
         except binascii.Error as error:
-            raise RequestError(NO_BASE64.format(error), field=FIELD) from error
+            raise RequestError(INVALID_BASE64.format(error), field=FIELD) from error
         except OSError as error:
             raise RequestError(f"The payload could not be stored: {error.strerror}.", Kind.INTERNAL) from error
 

@@ -1,7 +1,7 @@
-"""What a client sees of a command's Reply: the shape that the command declares, filled in.
+"""Renders the reply to a command in the shape that the command declares.
 
-A sentence that a client reads has one owner, the handler that carries the command out: nothing is put before or behind
-it here. A reply's body also tells the gateway itself something (`Gateway.learn`); only what the shape names is shown.
+The handler in the scheduler writes the whole message: nothing is added here. A reply's body also carries state for the
+gateway (`Gateway.learn`); a client sees only the fields that the shape names.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from quartet.runtime.reply_shapes import AsField, AsJson, AsNull, AsStatus, AsTe
 
 
 def render(command: ControlCommand, reply: Reply) -> Response:
-    """The answer to the client who sent the command."""
+    """The HTTP response to the client that sent the command."""
     match command.reply:
         case AsText(refusal_is_text=True):
             return PlainTextResponse(reply.message, status_of(reply))

@@ -41,6 +41,7 @@ def warm_up(config: ServerConfig, host: str, port: int, tries: int = TRIES) -> N
 
 
 def wait_for_answer(host: str, port: int, headers: dict[str, bytes], tries: int) -> None:
+    """Ask until the server answers. Raises StartupError for an answer other than 200, OSError after the last try."""
     for attempt in range(tries):
         try:
             status, answer = call(host, port, "GET", "/get_model_info", headers, RETRY_S)

@@ -12,11 +12,11 @@ from starlette.responses import Response
 
 from quartet.http_gateway.embedding.encode import embed, embed_request, numbers
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
-from quartet.http_gateway.generation.truncation import Truncating, wished
+from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.native.generate_body import asks, pack, read_rids
+from quartet.http_gateway.native.generate_body import asks, pack_prompt_ids, rids_per_prompt
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime import limits
@@ -58,28 +58,30 @@ class ClassifyBody(Truncating, kw_only=True):
 
 
 async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A vector for each item of the input."""
     require_json(http)
-    body = await bodies.read(http, EmbeddingsBody)
+    body = await bodies.read_json_body(http, EmbeddingsBody)
     embedding = check_embeds(gateway)
     dimensions = cut_to(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
-    texts = await embed(gateway, http, await beside(http, to_job, body, dimensions, gateway.rules))
+    texts = await embed(gateway, http, await convert_body(http, to_job, body, dimensions, gateway.rules))
     data = [
         {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
         for index, text in enumerate(texts)
     ]
-    answer = {"object": "list", "data": data, "model": gateway.config.name, "usage": usage(texts)}
+    answer = {"object": "list", "data": data, "model": gateway.config.name, "usage": prompt_usage(texts)}
     return errors.json_response(answer)
 
 
 async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A probability for each label of a classifier."""
     require_json(http)
-    body = await bodies.read(http, ClassifyBody)
+    body = await bodies.read_json_body(http, ClassifyBody)
     embedding = check_embeds(gateway)
     if not embedding.labels:
         raise RequestError(NO_LABELS)
-    texts = await embed(gateway, http, await beside(http, to_job, body, None, gateway.rules))
+    texts = await embed(gateway, http, await convert_body(http, to_job, body, None, gateway.rules))
     names = gateway.model.config.get("id2label") or {}
     data = [classified(index, probabilities(numbers(text), embedding), names) for index, text in enumerate(texts)]
     answer = {
@@ -88,7 +90,7 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
         "created": int(time.time()),
         "model": gateway.config.name,
         "data": data,
-        "usage": usage(texts),
+        "usage": prompt_usage(texts),
     }
     return errors.json_response(answer)
 
@@ -99,7 +101,7 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
 def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: Rules) -> Job:
     """One request per item of `input`."""
     given: Any = body.input
-    truncation = wished(body, "right")
+    truncation = read_truncation(body, "right")
     single = isinstance(given, str) or bool(given and isinstance(given[0], int))
     items = [given] if single else given
     if not items or given == "":
@@ -113,16 +115,17 @@ def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: R
         raise RequestError(MIXED.format(KINDS.get(kind, "strings")), field="input")
     request = embed_request(rules, dimensions, truncation)
     prompts = [to_prompt(index, item, request, rules) for index, item in enumerate(items)]
-    return fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
+    return fan_out(prompts, rids_per_prompt(body.rid, len(prompts), single), rules)
 
 
 def to_prompt(index: int, item: Any, request: Request, rules: Rules) -> Generate:
+    """The prompt of one item: token ids, a text, or an object with a text. Raises RequestError."""
     if isinstance(item, list):
         if any(type(token) is not int for token in item):
             raise RequestError(MIXED.format("integers"), field="input")
         if not item:
             raise RequestError(EMPTY_AT.format(index), field="input")
-        return Generate(request=request, input_ids=pack(item, rules.vocab_size))
+        return Generate(request=request, input_ids=pack_prompt_ids(item, rules.vocab_size))
     if isinstance(item, dict):
         item = text_of(item)
     check_text(item, EMPTY_AT.format(index))
@@ -149,7 +152,7 @@ def encoded(text: Text, form: str | None) -> list[float] | str:
     return base64.b64encode(text.tokens.vector).decode() if form == "base64" else numbers(text)
 
 
-def usage(texts: list[Text]) -> dict[str, Any]:
+def prompt_usage(texts: list[Text]) -> dict[str, Any]:
     tokens = sum(text.tokens.prompt_tokens for text in texts)
     return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
 
@@ -171,7 +174,7 @@ def classified(index: int, shares: list[float], names: dict[str, str]) -> dict[s
     return {"index": index, "label": label, "probs": shares, "num_classes": len(shares)}
 
 
-SHAPE = errors.saying(errors.openai, {"input_ids": "input", "text": "input", "prompt": "input"})
+SHAPE = errors.with_client_names(errors.openai, {"input_ids": "input", "text": "input", "prompt": "input"})
 ENDPOINTS = [
     Endpoint("/v1/embeddings", embeddings, ("POST",), shape=SHAPE, body=EmbeddingsBody),
     Endpoint("/v1/classify", classify, ("POST",), shape=SHAPE, body=ClassifyBody),

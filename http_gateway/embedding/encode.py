@@ -10,11 +10,11 @@ from starlette.responses import Response
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.output import finish_reason
 from quartet.http_gateway.generation.run_group import collect_answers
-from quartet.http_gateway.generation.truncation import Truncating, Truncation, wished
+from quartet.http_gateway.generation.truncation import Truncating, Truncation, read_truncation
 from quartet.http_gateway.http.errors import json_response
-from quartet.http_gateway.native.generate_body import asks, check_batch, pack, read_rids
+from quartet.http_gateway.native.generate_body import asks, check_batch, pack_prompt_ids, rids_per_prompt
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime.errors import RequestError
@@ -50,12 +50,13 @@ def to_job(body: EncodeBody, rules: Rules) -> tuple[Job, bool]:
             raise RequestError(f"{name} is not supported.", field=name)
     single = isinstance(body.text, str) or bool(body.input_ids and isinstance(body.input_ids[0], int))
     prompts = read_prompts(body, single, rules)
-    job = fan_out(prompts, read_rids(body.rid, len(prompts), single), rules)
+    job = fan_out(prompts, rids_per_prompt(body.rid, len(prompts), single), rules)
     job.background = bool(body.background)
     return job, single
 
 
 def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]:
+    """One Generate per prompt. Raises RequestError unless exactly one of text and input_ids is given."""
     if body.text is not None and body.input_ids is not None:
         raise RequestError(BOTH_GIVEN, field="text")
     given: Any = body.text if body.text is not None else body.input_ids
@@ -63,9 +64,9 @@ def read_prompts(body: EncodeBody, single: bool, rules: Rules) -> list[Generate]
         raise RequestError(NOTHING_GIVEN, field="text")
     items = [given] if single else given
     check_batch(len(items), "text" if body.text is not None else "input_ids")
-    request = unnamed(body, rules)  # which all of them share until they get their rids
+    request = request_of(body, rules)  # which all of them share until they get their rids
     if body.input_ids is not None:
-        return [Generate(request=request, input_ids=pack(ids, rules.vocab_size)) for ids in items]
+        return [Generate(request=request, input_ids=pack_prompt_ids(ids, rules.vocab_size)) for ids in items]
     return [text_prompt(item, request) for item in items]
 
 
@@ -77,8 +78,9 @@ def text_prompt(item: str | list[str], request: Request) -> Generate:
     return Generate(request=request, text=item[0], text_pair=item[1])
 
 
-def unnamed(body: EncodeBody, rules: Rules) -> Request:
-    return embed_request(rules, body.dimensions, wished(body, "right"), log_metrics=body.log_metrics is not False)
+def request_of(body: EncodeBody, rules: Rules) -> Request:
+    truncation = read_truncation(body, "right")
+    return embed_request(rules, body.dimensions, truncation, log_metrics=body.log_metrics is not False)
 
 
 def embed_request(
@@ -93,11 +95,12 @@ def embed_request(
 
 
 async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
+    """A vector or score for each prompt."""
     received_at = time.monotonic()
-    body = await bodies.read(http, EncodeBody)
+    body = await bodies.read_json_body(http, EncodeBody)
     embedding = check_embeds(gateway)
     body.dimensions = cut_to(gateway, embedding, body.dimensions)
-    job, single = await beside(http, to_job, body, gateway.rules)
+    job, single = await convert_body(http, to_job, body, gateway.rules)
     if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
         raise RequestError(NOT_A_CROSS_ENCODER, field="text")
     vectors = await embed(gateway, http, job)
@@ -134,6 +137,7 @@ def vector(text: Text) -> list[float] | float:
 
 
 def meta_info(gateway: Gateway, text: Text, received_at: float) -> dict[str, Any]:
+    """The `meta_info` object of one vector."""
     tokens = text.tokens
     return {
         "id": tokens.rid,

@@ -14,10 +14,10 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.embedding.embeddings import probabilities, usage
+from quartet.http_gateway.embedding.embeddings import probabilities, prompt_usage
 from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, meta_info, numbers
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
-from quartet.http_gateway.generation.truncation import Truncating, wished
+from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, Handler, require_json
@@ -62,11 +62,12 @@ class RankBody(Truncating, kw_only=True):
 
 
 async def rerank(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The documents with the model's scores, best first."""
     received_at = time.monotonic()
     require_json(http)
-    body = await bodies.read(http, RerankBody)
+    body = await bodies.read_json_body(http, RerankBody)
     check_reranks(gateway)
-    check(body.query, body.documents, body.top_n)
+    check_query(body.query, body.documents, body.top_n)
     if body.instruct is not None:
         raise RequestError("instruct is not supported: this is no instructed reranker.", field="instruct")
     job = to_job(body, body.documents, gateway.rules)
@@ -87,10 +88,10 @@ def ranking(with_documents: bool) -> Handler:
     async def rank(gateway: Gateway, http: HTTPRequest) -> Response:
         """Documents by their fitness for a query, best first, in the shape of Jina and Cohere."""
         require_json(http)
-        body = await bodies.read(http, RankBody)
+        body = await bodies.read_json_body(http, RankBody)
         embedding = check_reranks(gateway)
         documents = [document if isinstance(document, str) else document.text for document in body.documents]
-        check(body.query, documents, body.top_n)
+        check_query(body.query, documents, body.top_n)
         texts = await embed(gateway, http, to_job(body, documents, gateway.rules))
         told = with_documents if body.return_documents is None else body.return_documents
         results: list[dict[str, Any]] = []
@@ -102,7 +103,7 @@ def ranking(with_documents: bool) -> Handler:
             "id": f"rerank-{uuid.uuid4().hex}",
             "model": gateway.name,
             "results": results,
-            "usage": usage(texts),
+            "usage": prompt_usage(texts),
             "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
         }
         return errors.json_response(answer)
@@ -123,7 +124,7 @@ def check_reranks(gateway: Gateway) -> Embedding:
     return embedding
 
 
-def check(query: str, documents: Sequence[str], top_n: int | None) -> None:
+def check_query(query: str, documents: Sequence[str], top_n: int | None) -> None:
     """Raise RequestError in the words that clients compare."""
     refusals = (
         ("query", not query, EMPTY_QUERY),
@@ -141,12 +142,12 @@ def check(query: str, documents: Sequence[str], top_n: int | None) -> None:
 
 def to_job(body: RerankBody | RankBody, documents: Sequence[str], rules: Rules) -> Job:
     """A pair for each document."""
-    request = embed_request(rules, truncation=wished(body, "right"))
+    request = embed_request(rules, truncation=read_truncation(body, "right"))
     pairs = [Generate(request=request, text=body.query, text_pair=text) for text in documents]
     return fan_out(pairs, [None] * len(pairs), rules)
 
 
-SHAPE = errors.saying(errors.openai, {"text": "documents", "prompt": "documents"})
+SHAPE = errors.with_client_names(errors.openai, {"text": "documents", "prompt": "documents"})
 ENDPOINTS = [
     Endpoint("/v1/rerank", rerank, ("POST", "PUT"), shape=SHAPE, body=RerankBody),
     Endpoint("/rerank", ranking(with_documents=True), ("POST",), shape=SHAPE, body=RankBody),

@@ -7,13 +7,13 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.embedding.embeddings import usage
+from quartet.http_gateway.embedding.embeddings import prompt_usage
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.run_group import collect_answers
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.native.generate_body import pack
+from quartet.http_gateway.native.generate_body import pack_prompt_ids
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_generates
 from quartet.runtime import limits
@@ -37,17 +37,19 @@ class ScoreBody(msgspec.Struct, kw_only=True):
 
 
 async def score(gateway: Gateway, http: HTTPRequest) -> Response:
+    """For each item, the probabilities of the labels as the next token."""
     require_json(http)
-    body = await bodies.read(http, ScoreBody)
+    body = await bodies.read_json_body(http, ScoreBody)
     check_generates(gateway)
-    check(body)
-    texts = await first_tokens(gateway, http, await beside(http, to_job, body, gateway.rules))
+    check_score_body(body)
+    texts = await first_tokens(gateway, http, await convert_body(http, to_job, body, gateway.rules))
     scores = [shares(label_logprobs(text), bool(body.apply_softmax)) for text in texts]
-    answer = {"scores": scores, "model": gateway.config.name, "usage": usage(texts), "object": "scoring"}
+    answer = {"scores": scores, "model": gateway.config.name, "usage": prompt_usage(texts), "object": "scoring"}
     return errors.json_response(answer)
 
 
-def check(body: ScoreBody) -> None:
+def check_score_body(body: ScoreBody) -> None:
+    """Raise RequestError, naming the field, for what is empty, too much or not supported."""
     if not body.label_token_ids:
         raise RequestError("label_token_ids cannot be empty", field="label_token_ids")
     if not body.items:
@@ -78,7 +80,7 @@ def to_prompt(parts: tuple[str | list[int], str | list[int]], request: Request, 
         case str(first), str(second):
             return Generate(request=request, text=first + second)
         case list(first), list(second):
-            return Generate(request=request, input_ids=pack(first + second, rules.vocab_size))
+            return Generate(request=request, input_ids=pack_prompt_ids(first + second, rules.vocab_size))
     raise RequestError(ONE_KIND, field="items")
 
 
@@ -107,7 +109,7 @@ def shares(logprobs: list[float], among_labels: bool) -> list[float]:
     return [value / sum(found) for value in found] if among_labels else found
 
 
-SHAPE = errors.saying(
+SHAPE = errors.with_client_names(
     errors.openai,
     {"token_ids_logprob": "label_token_ids", "input_ids": "items", "text": "items", "prompt": "items"},
 )

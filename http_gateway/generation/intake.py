@@ -1,6 +1,6 @@
 """From prompts to the requests that travel on the ring: checks, copies, rids, seeds. Shared by every API.
 
-An endpoint makes one Generate per prompt (its rid still empty) and hands them to `fan_out`; `rounds.run` carries out
+An endpoint makes one Generate per prompt (its rid still empty) and hands them to `fan_out`; `run_group` carries out
 the Job that comes of it. An embedding is asked for in the same way, by `task`.
 """
 
@@ -9,16 +9,16 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import msgspec
 
-from quartet.runtime import limits, sampling
-from quartet.runtime.errors import Kind, RequestError, outside_vocabulary, scored_outside_vocabulary
+from quartet.runtime import limits
+from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
-from quartet.runtime.messages import Generate, LogprobOptions, Request, Thought, first_outside, unpack_ids
-from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.messages import Generate, Request, Thought, unpack_ids
+from quartet.runtime.sampling import SamplingParams, check_params, read_params
+from quartet.runtime.vocabulary import check_input_ids, check_logprob_options
 
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
 NULL_MEANS_SOMETHING = "max_new_tokens"  # there it is: until the context is full
@@ -90,7 +90,7 @@ def check_all(prompts: Sequence[Generate], rules: Rules) -> None:
         if shared not in known:
             known.add(shared)
             check_parameters(prompt.request, rules)
-        check(prompt, rules)
+        check_prompt(prompt, rules)
 
 
 def check_sum(prompts: Sequence[Generate], rules: Rules) -> None:
@@ -177,21 +177,14 @@ def sampling_params(given: dict[str, Any] | None, rules: Rules) -> SamplingParam
     asked = {key: value for key, value in (given or {}).items() if value is not None or key == NULL_MEANS_SOMETHING}
     if unknown := sorted(asked.keys() - PARAMETERS):
         raise RequestError(f"sampling_params has an unknown field `{unknown[0]}`.", field=unknown[0])
-    merged = {**rules.preferred, **asked}
-    if isinstance(ids := merged.get("stop_token_ids"), list):
-        merged["stop_token_ids"] = [token for token in ids if not is_foreign(token, rules.vocab_size)]
-    return sampling.read(merged)
+    return read_params({**rules.preferred, **asked}, rules.vocab_size)
 
 
-def is_foreign(token: Any, vocab_size: int) -> bool:
-    """A stop id of another tokenizer, or none at all: clients send both, and the model never writes them."""
-    return token is None or (type(token) is int and not 0 <= token < vocab_size)
-
-
-def check(prompt: Generate, rules: Rules) -> None:
+def check_prompt(prompt: Generate, rules: Rules) -> None:
     """Raise RequestError (400, naming the field) for whatever can be known without the model."""
     request = prompt.request
-    check_ids(prompt.input_ids, rules.vocab_size)
+    if prompt.input_ids:
+        check_input_ids(unpack_ids(prompt.input_ids), rules.vocab_size)
     if len(request.extra_key) > limits.MAX_KEY_CHARS:
         raise RequestError(f"extra_key may have at most {limits.MAX_KEY_CHARS} characters.", field="extra_key")
     if not rules.tokenizer:
@@ -199,10 +192,10 @@ def check(prompt: Generate, rules: Rules) -> None:
 
 
 def check_parameters(request: Request, rules: Rules) -> None:
-    sampling.check(request.params, rules.vocab_size)
+    check_params(request.params, rules.vocab_size)
     refuse_unsupported(request.params)
     if request.logprobs is not None:
-        check_logprobs(request.logprobs, rules.vocab_size)
+        check_logprob_options(request.logprobs, rules.vocab_size)
 
 
 def refuse_unsupported(params: SamplingParams) -> None:
@@ -213,34 +206,8 @@ def refuse_unsupported(params: SamplingParams) -> None:
         )
 
 
-def check_ids(packed: bytes, vocab_size: int) -> None:
-    if not packed:
-        return
-    ids = unpack_ids(packed)
-    if first_outside(ids, vocab_size) is not None:
-        bad = list(islice((token for token in ids if not 0 <= token < vocab_size), 5))
-        raise outside_vocabulary(bad, vocab_size)
-
-
-def check_logprobs(options: LogprobOptions, vocab_size: int) -> None:
-    most = min(limits.MAX_TOP_LOGPROBS, vocab_size)
-    if not 0 <= options.top <= most:
-        raise RequestError(f"top_logprobs_num must be in [0, {most}], got {options.top}.", field="top_logprobs_num")
-    if options.start < -1:
-        raise RequestError(
-            f"logprob_start_len must be -1 or at least 0, got {options.start}.", field="logprob_start_len"
-        )
-    ids = options.token_ids or []
-    if len(ids) > limits.MAX_TOKEN_IDS_LOGPROB:
-        raise RequestError(
-            f"token_ids_logprob takes at most {limits.MAX_TOKEN_IDS_LOGPROB} ids.", field="token_ids_logprob"
-        )
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise scored_outside_vocabulary(token, vocab_size)
-
-
 def check_without_tokenizer(prompt: Generate) -> None:
+    """Raise RequestError for what needs a tokenizer, where the server has none."""
     params = prompt.request.params
     asks = {
         "text": prompt.text is not None or prompt.chat is not None,

@@ -1,4 +1,4 @@
-"""What one request has produced so far, ready to be printed in the native form.
+"""The output of one request so far, ready to be printed in the native form.
 
 A cumulative stream repeats everything with each chunk. So what has arrived is kept as JSON already: a chunk then
 costs one copy of those bytes, not another encoding of every id and logprob.
@@ -53,7 +53,7 @@ class VersionRun(msgspec.Struct):
 
 
 class Speculation(msgspec.Struct):
-    """What came of a request's drafts so far. A step that had none counts as one with none that was right."""
+    """How many of a request's drafts were accepted so far. A step without drafts counts as one with none accepted."""
 
     verified: int = 0  # decode steps
     proposed: int = 0
@@ -67,7 +67,7 @@ class Speculation(msgspec.Struct):
         self.histogram += [0] * (drafts.correct + 1 - len(self.histogram))
         self.histogram[drafts.correct] += 1
 
-    def tell(self, meta: "MetaInfo") -> None:
+    def write_to(self, meta: "MetaInfo") -> None:
         meta.spec_verify_ct = self.verified
         meta.spec_num_proposed_drafts = self.proposed
         meta.spec_num_correct_drafts = self.correct
@@ -129,16 +129,16 @@ def finish_reason(finish: Finish) -> dict[str, Any]:
 
 
 def logprob_keys(request: Request) -> list[str]:
-    """The suffixes of the logprob arrays that the request wants."""
+    """The suffixes of the logprob arrays that the request asks for."""
     options = request.logprobs
     if options is None or not options.told:
         return []
-    wanted = {"token_logprobs": True, "top_logprobs": options.top > 0, "token_ids_logprobs": bool(options.token_ids)}
-    return [name for name, asked in wanted.items() if asked]
+    requested = {"token_logprobs": True, "top_logprobs": options.top > 0, "token_ids_logprobs": bool(options.token_ids)}
+    return [name for name, asked in requested.items() if asked]
 
 
 def distribution_keys(request: Request) -> list[str]:
-    """The arrays that tell of the distributions that output tokens were drawn from."""
+    """The arrays that describe the distributions that output tokens were drawn from."""
     options = request.logprobs
     if options is None:
         return []
@@ -162,10 +162,11 @@ class Output:
         self._hidden = Fragment(b"[") if request.return_hidden_states else None
         self._meta = MetaInfo(id=request.rid, weight_version=weight_version, weight_versions=[])
         self._speculation: Speculation | None = None  # where the server speculates
-        self._told_prompt = False  # its hidden states have come
-        self._told = 0  # completion tokens at the last chunk
+        self._has_prompt_states = False  # hidden states of the prompt have come
+        self._sent_tokens = 0  # completion tokens at the last chunk
 
     def add(self, text: Text) -> None:
+        """Add one step of the request."""
         tokens = text.tokens
         meta = self._meta
         if self._text is not None and text.text:
@@ -229,9 +230,9 @@ class Output:
         """The prompt's as one matrix, which comes first; then a vector for each output token that was read again."""
         numbers, size = array("f", tokens.hidden_states), tokens.hidden_size
         rows = [numbers[start : start + size].tolist() for start in range(0, len(numbers), size)]
-        if self._told_prompt:
+        if self._has_prompt_states:
             return rows
-        self._told_prompt = True
+        self._has_prompt_states = True
         return [rows[: tokens.prompt_tokens], *rows[tokens.prompt_tokens :]]
 
     def _end(self, finish: Finish) -> None:
@@ -242,15 +243,15 @@ class Output:
             self._logprobs.setdefault("output_token_logprobs", Fragment(b"["))
 
     def due(self, interval: int) -> bool:
-        """Is it time for the next chunk? The first token, then every `interval`th, and the end are told."""
-        told, now = self._told, self._meta.completion_tokens
-        return self.finish is not None or -(-now // interval) > -(-told // interval)
+        """Whether the next chunk is due: with the first token, then with every `interval`th, and at the end."""
+        sent, now = self._sent_tokens, self._meta.completion_tokens
+        return self.finish is not None or -(-now // interval) > -(-sent // interval)
 
     def answer(self, index: int | UnsetType = UNSET) -> bytes:
         """The JSON of everything so far."""
         meta = self.meta_info()
         text = UNSET if self._text is None else self._text.json()
-        self._told = meta.completion_tokens
+        self._sent_tokens = meta.completion_tokens
         return _encode(
             Answer(
                 text=text,
@@ -269,13 +270,13 @@ class Output:
         if self._hidden is not None:
             meta.hidden_states = self._hidden.json()
         if self._speculation is not None:
-            self._speculation.tell(meta)
+            self._speculation.write_to(meta)
         return meta
 
-    def forget(self) -> None:
-        """Drop what was told: the next answer holds only what is new (counters stay)."""
+    def drop_sent(self) -> None:
+        """Drop what was sent: the next answer holds only what is new (counters stay)."""
         self._prompt = UNSET
-        told = (*self._logprobs.values(), *self._distributions.values())
-        for fragment in (self._ids, self._text, self._hidden, *told):
+        arrays = (*self._logprobs.values(), *self._distributions.values())
+        for fragment in (self._ids, self._text, self._hidden, *arrays):
             if fragment is not None:
                 fragment.clear()

@@ -14,12 +14,11 @@ from contextlib import aclosing, asynccontextmanager
 from starlette.requests import Request as HTTPRequest
 
 from quartet.http_gateway.generation.intake import Job
-from quartet.http_gateway.http import errors
-from quartet.http_gateway.http.sse import Event, EventStream, frames
+from quartet.http_gateway.http import errors, sse
+from quartet.http_gateway.http.sse import Event, EventStream, StreamFormat, frames
 from quartet.http_gateway.ring.request_group import RequestDelta, RequestGroup
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.runtime.control import Abort
-from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Text
 
 
@@ -55,12 +54,9 @@ def stream_group(
     job: Job,
     events_of: Callable[[list[RequestDelta]], Iterable[Event]],
     last_events: Callable[[], Iterable[Event]] = no_events,
-    error_json: Callable[[RequestError], bytes] = errors.stream_event,
+    form: StreamFormat = sse.NATIVE,
 ) -> EventStream:
-    """The response that streams a job: the events of each step, then `last_events`. An empty step sends nothing.
-
-    `error_json` describes an error that happens after the headers were sent.
-    """
+    """The response that streams a job: the events of each step, then `last_events`. An empty step sends nothing."""
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         async with aclosing(run_group(ring, http, job)) as steps:
@@ -70,7 +66,7 @@ def stream_group(
         if chunk := frames(last_events()):
             yield chunk
 
-    return EventStream(chunks(), error_json)
+    return EventStream(chunks(), form)
 
 
 async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGenerator[list[RequestDelta], None]:
@@ -80,7 +76,7 @@ async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGener
     (use `aclosing`) aborts what still runs.
     """
     client = None if job.background else http
-    aborted = await warm_up(ring, client, job) if job.warm else []
+    aborted = await compute_shared_prompts(ring, client, job) if job.warm else []
     async with open_group(ring, job.requests, job.parents, client) as group:
         for rid in aborted:
             ring.abort(Abort(rid=rid))
@@ -90,7 +86,7 @@ async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGener
             yield deltas
 
 
-async def warm_up(ring: RingClient, client: HTTPRequest | None, job: Job) -> list[str]:
+async def compute_shared_prompts(ring: RingClient, client: HTTPRequest | None, job: Job) -> list[str]:
     """Compute the prompts that copies share. The rids of the copies whose prompt was aborted: they are aborted too."""
     parents = [job.parents[first] for first in job.warmed]
     aborted: list[str] = []
@@ -111,7 +107,7 @@ def raise_failure(deltas: Iterable[RequestDelta]) -> None:
     for _, text in deltas:
         finish = text.tokens.finish
         if finish is not None and finish.reason == "error":
-            raise errors.of_finish(finish)
+            raise errors.error_of_finish(finish)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Prompts that are cut rather than refused: the fields of several APIs that ask for it, read as one wish.
+"""Prompts that are cut rather than refused: the fields of several APIs that ask for it, read as one.
 
 truncate                 true, or so many tokens (TEI, Jina, TGI); NONE, START or END (Cohere): what is cut off
 truncate_prompt_tokens   so many tokens; -1: what the model can read (vLLM)
@@ -42,7 +42,7 @@ class Truncation:
         request.truncate_side = self.side
 
 
-def wished(body: Truncating, default_side: Literal["left", "right"]) -> Truncation | None:
+def read_truncation(body: Truncating, default_side: Literal["left", "right"]) -> Truncation | None:
     """What a body asks for; None where it asks for nothing. Raises RequestError."""
     tokens, field = body.truncate_prompt_tokens, "truncate_prompt_tokens"
     if tokens is None and isinstance(body.truncate, int) and not isinstance(body.truncate, bool):

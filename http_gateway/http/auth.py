@@ -3,18 +3,22 @@
 no key set           everything is open
 --api-key            opens the user's routes, and the admin's where no admin key is set
 --admin-api-key      opens the admin's routes and nothing else
+
+A key is sent as a bearer token or, by clients of Anthropic's API, in x-api-key. Where both are sent, one must be right.
 """
 
 import hashlib
 import hmac
 from collections.abc import Sequence
 from enum import Enum
+from itertools import product
 
 from quartet.runtime.settings import keys
 
 HeaderList = Sequence[tuple[bytes, bytes]]
 
-SENT_AS = "sent as `Authorization: Bearer <key>`"
+SENT_AS = "sent as `Authorization: Bearer <key>` or `x-api-key: <key>`"
+BEARER, API_KEY = b"authorization", b"x-api-key"  # headers
 
 
 class Access(Enum):
@@ -23,7 +27,7 @@ class Access(Enum):
     ADMIN = "admin key, or the user's where there is none"
 
 
-def digest(key: bytes) -> bytes:
+def key_digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
@@ -31,9 +35,9 @@ def digests(setting: str | None, flag: str) -> list[bytes]:
     """Of each key as clients may encode it: most send UTF-8, some libraries Latin-1. Raises UsageError."""
     found = []
     for key in [] if setting is None else keys.split(setting, flag):
-        found.append(digest(key.encode()))
+        found.append(key_digest(key.encode()))
         if not key.isascii() and (latin := key.encode("latin-1", "ignore")).decode("latin-1") == key:
-            found.append(digest(latin))
+            found.append(key_digest(latin))
     return found
 
 
@@ -49,11 +53,12 @@ class Keys:
         if access is Access.PUBLIC:
             return True
         accepted = self._user if access is Access.USER else self._admin or self._user
-        given = digest(bearer(headers))
-        matches = sum(hmac.compare_digest(given, one) for one in accepted)  # all are compared, whichever matches
+        given = [key_digest(bearer(headers)), key_digest(single(headers, API_KEY))]
+        pairs = product(given, accepted)
+        matches = sum(hmac.compare_digest(one, other) for one, other in pairs)  # all are compared, whichever matches
         return matches > 0 or not accepted
 
-    def wanted(self, access: Access) -> str:
+    def required_key(self, access: Access) -> str:
         """Which key a refused request should have carried, for people."""
         if access is Access.ADMIN and self._admin:
             other = "; the ordinary key does not open it" if self._user else ""
@@ -64,8 +69,11 @@ class Keys:
 
 def bearer(headers: HeaderList) -> bytes:
     """The token of the one Authorization header; empty, which no key is, in every other case."""
-    given = [value for name, value in headers if name == b"authorization"]
-    if len(given) != 1:
-        return b""
-    scheme, _, token = given[0].partition(b" ")
+    scheme, _, token = single(headers, BEARER).partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else b""
+
+
+def single(headers: HeaderList, name: bytes) -> bytes:
+    """The value of a header that is there once; empty otherwise."""
+    given = [value for known, value in headers if known == name]
+    return given[0] if len(given) == 1 else b""

@@ -40,6 +40,8 @@ def flat(
 def headers_of(error: RequestError) -> dict[str, str]:
     if error.kind.status in OVERLOAD:
         return {"Retry-After": str(RETRY_AFTER_S)}
+    if error.kind is Kind.UNAUTHORIZED:
+        return {"WWW-Authenticate": "Bearer"}
     return {"Connection": "close"} if error.kind is Kind.TOO_LARGE else {}
 
 
@@ -56,8 +58,8 @@ def openai(error: RequestError) -> Response:
     return json_response(described(error), error.kind.status, headers_of(error))
 
 
-def saying(shape: Shape, names: Mapping[str, str]) -> Shape:
-    """The same shape for an API that has other names for what the ring calls by its own: an error blames those."""
+def with_client_names(shape: Shape, names: Mapping[str, str]) -> Shape:
+    """The same shape for an API with other field names: `names` maps the ring's names to the client's."""
 
     def renamed(error: RequestError) -> Response:
         message = error.message
@@ -80,9 +82,14 @@ def control(error: RequestError) -> Response:
     return json_response({"success": False, "message": error.message}, status, headers_of(error))
 
 
+def of_schema(error: Exception) -> RequestError:
+    """What a body is that is not JSON or has the wrong types."""
+    return RequestError(f"Invalid request body: {error}")
+
+
 def schema(error: Exception) -> Response:
-    """A body that is not JSON or has the wrong types: (b) on every route."""
-    return json_response(flat(f"Invalid request body: {error}", "Bad Request", 400), 400)
+    """The same in shape (b), on every route but those of APIs with a shape of their own for every error."""
+    return json_response(flat(of_schema(error).message, "Bad Request", 400), 400)
 
 
 def model_not_found(model: str) -> Response:
@@ -105,10 +112,10 @@ def stream_event(error: RequestError) -> bytes:
 
 
 def openai_stream_event(error: RequestError) -> bytes:
-    """The same as the OpenAI endpoints tell it."""
+    """The same in the shape of the OpenAI endpoints."""
     return msgspec.json.encode({"error": described(error)["error"]})
 
 
-def of_finish(finish: Finish) -> RequestError:
+def error_of_finish(finish: Finish) -> RequestError:
     """The error that a terminal message with reason `error` stands for."""
     return RequestError(finish.message, KIND_OF_STATUS.get(finish.status, Kind.INTERNAL), finish.field, finish.code)

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from quartet.http_gateway.ring.counter_cache import Counters
-from quartet.http_gateway.ring.journal import Pending
+from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.runtime.messages import ROLES, Text
 
 PREFIX = "sglang:"
@@ -112,26 +112,26 @@ class Metrics:
 
     # requests
 
-    def heard(self, pending: Pending, text: Text, now: float) -> None:
-        """One step of a request has arrived and is entered in `pending`, all but the time."""
-        if not pending.request.log_metrics:
+    def count_delta(self, entry: JournalEntry, text: Text, now: float) -> None:
+        """One step of a request has arrived and is entered in `entry`, all but the time."""
+        if not entry.request.log_metrics:
             return
         tokens = text.tokens
         if added := len(tokens.ids) // ID_BYTES:
-            if pending.last_heard_at:
-                self._between_tokens.observe((now - pending.last_heard_at) / added)
+            if entry.last_heard_at:
+                self._between_tokens.observe((now - entry.last_heard_at) / added)
             else:
-                self._first_token.observe(now - pending.sent_at)
+                self._first_token.observe(now - entry.sent_at)
         if tokens.finish is not None:
-            self._finished(pending, text, now)
+            self._count_finished(entry, text, now)
 
-    def _finished(self, pending: Pending, text: Text, now: float) -> None:
+    def _count_finished(self, entry: JournalEntry, text: Text, now: float) -> None:
         self._requests.inc()
         self._aborted.inc(text.tokens.finish is not None and text.tokens.finish.reason == "abort")
-        self._prompt_tokens.inc(pending.prompt_tokens)
-        self._cached_tokens.inc(pending.cached_tokens)
-        self._generation_tokens.inc(len(pending.delivered) // ID_BYTES)
-        self._whole_request.observe(now - pending.sent_at)
+        self._prompt_tokens.inc(entry.prompt_tokens)
+        self._cached_tokens.inc(entry.cached_tokens)
+        self._generation_tokens.inc(len(entry.delivered) // ID_BYTES)
+        self._whole_request.observe(now - entry.sent_at)
 
     # http
 

@@ -16,7 +16,7 @@ from typing import Any
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from quartet.http_gateway.http.crowd import Crowd, monitors_only
+from quartet.http_gateway.http.connection_limit import ConnectionLimit, monitors_only
 from quartet.runtime.limits import BODY_GRACE_S, HEADER_DEADLINE_S, LEAST_BODY_RATE, MAX_HEADER_BYTES, READ_STALL_S
 
 TOO_LARGE = b"431 Request Header Fields Too Large"
@@ -29,31 +29,31 @@ CONTENT_LENGTH = b"content-length"
 
 
 class Flow(FlowControl):
-    """Reading stays paused while bytes are held back, whoever wants to go on."""
+    """Flow control that keeps reading paused while bytes are held back, even when it is to be resumed."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         super().__init__(transport)
         self._held = False
-        self._wanted = False  # somebody would read, but for what is held back
+        self._resume_on_release = False  # reading was to go on while bytes were held back
 
     def hold(self) -> None:
         if not self._held:
-            self._held, self._wanted = True, not self.read_paused
+            self._held, self._resume_on_release = True, not self.read_paused
             super().pause_reading()
 
     def release(self) -> None:
         if self._held:
             self._held = False
-            if self._wanted:
+            if self._resume_on_release:
                 super().resume_reading()
 
     def pause_reading(self) -> None:
-        self._wanted = False
+        self._resume_on_release = False
         super().pause_reading()
 
     def resume_reading(self) -> None:
         if self._held:
-            self._wanted = True
+            self._resume_on_release = True
         else:
             super().resume_reading()
 
@@ -63,9 +63,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     flow: Flow
 
-    def __init__(self, *arguments: Any, crowd: Crowd | None = None, **named: Any) -> None:
+    def __init__(self, *arguments: Any, connection_limit: ConnectionLimit | None = None, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._crowd = crowd or Crowd()
+        self._connection_limit = connection_limit or ConnectionLimit()
         self._held = bytearray()  # not parsed yet
         self._heads = 0  # that have begun
         self._head_bytes = 0
@@ -84,19 +84,19 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = Flow(transport)
-        if not self._crowd.enter(self):
+        if not self._connection_limit.add(self):
             self.app = monitors_only(self.app)
         self._arm(self.timeout_keep_alive, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._crowd.leave(self)
+        self._connection_limit.remove(self)
         self._disarm()
         self._end_stall()
         self._held.clear()
         super().connection_lost(exc)
 
-    def give_way(self) -> None:
-        """Close at once, for somebody else."""
+    def close_now(self) -> None:
+        """Close at once: the connection limit is reached."""
         self.transport.abort()
 
     # what arrives
@@ -137,13 +137,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(TOO_LARGE)
 
     def on_message_begin(self) -> None:
-        self._crowd.note(self, idle=False)
+        self._connection_limit.set_idle(self, idle=False)
         self._in_head, self._head_bytes = True, 0
         self._heads += 1
         self._arm(HEADER_DEADLINE_S, self._too_slow)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        """The head is there: start the clock of the body, and take the host of an absolute target."""
         self._in_head, self._in_body = False, True
         self._head_bytes = 0
         length = next((value for name, value in self.headers if name == CONTENT_LENGTH), b"")
@@ -166,14 +167,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._disarm()
         super().on_message_complete()
         if self.cycle is not None and self.cycle.response_complete:  # it was answered before its body had come
-            self._crowd.note(self, idle=True)
+            self._connection_limit.set_idle(self, idle=True)
             self._arm(self.timeout_keep_alive, self._too_slow)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._parse()
         if not (self._in_head or self._in_body or self.pipeline or self._held):
-            self._crowd.note(self, idle=True)
+            self._connection_limit.set_idle(self, idle=True)
 
     def _look_at_body(self) -> None:
         """The time that a body may take has passed, for as much of it as had come when it was set."""

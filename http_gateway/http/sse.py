@@ -1,7 +1,7 @@
-"""Server-sent events: one `data:` line per event, `[DONE]` at the end."""
+"""Server-sent events: one `data:` line per event, and what ends a stream."""
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -39,6 +39,19 @@ def frames(events: Iterable[Event]) -> bytes:
     return b"".join(map(frame, events))
 
 
+class StreamFormat(NamedTuple):
+    """What the streams of an API have besides their events."""
+
+    error_json: Callable[[RequestError], bytes] = errors.stream_event  # the data of the event that reports an error
+    error_type: bytes = b""  # of that event
+    end: bytes = DONE
+    headers: Mapping[str, str] = {}
+
+
+NATIVE = StreamFormat()
+OPENAI = StreamFormat(errors.openai_stream_event)
+
+
 class EventStream:
     """A response that streams events.
 
@@ -46,24 +59,20 @@ class EventStream:
     becomes an event of the stream.
     """
 
-    def __init__(
-        self,
-        chunks: AsyncGenerator[bytes, None],
-        error_json: Callable[[RequestError], bytes] = errors.stream_event,
-    ) -> None:
-        """`chunks`: frames of one or more events each. `error_json`: the data of the event that reports an error."""
+    def __init__(self, chunks: AsyncGenerator[bytes, None], form: StreamFormat = NATIVE) -> None:
+        """`chunks`: frames of one or more events each."""
         self._chunks = chunks
-        self._error_json = error_json
+        self._form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
             first = await anext(chunks)
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
             await send({"type": "http.response.body", "body": first, "more_body": True})
             async with aclosing(self._with_error(chunks)) as rest:
                 async for chunk in rest:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self._form.end, "more_body": False})
 
     async def _with_error(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         """The chunks; an error that ends them early becomes the last event."""
@@ -80,4 +89,7 @@ class EventStream:
             yield self._error_frame(RequestError(f"Internal error: {type(error).__name__}", Kind.INTERNAL))
 
     def _error_frame(self, error: RequestError) -> bytes:
-        return frame(Event(self._error_json(error)))
+        return frame(Event(self._form.error_json(error), self._form.error_type))
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        return HEADERS + [(name.encode(), value.encode("latin-1")) for name, value in self._form.headers.items()]

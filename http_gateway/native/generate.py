@@ -14,14 +14,14 @@ from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate_body import FIELDS, GenerateBody, check_batch, to_job
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_generates
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Text
 
 
-class Call:
+class GenerateCall:
     """One HTTP call: its requests, and what they have produced so far."""
 
     def __init__(self, gateway: Gateway, job: Job, single: bool, received_at: float) -> None:
@@ -40,7 +40,7 @@ class Call:
         return [output.answer() for output in self._outputs]
 
     def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:
-        """For each request that has got on, a chunk when one is due."""
+        """The chunks that are due after these deltas, one for each request."""
         for index, text in deltas:
             self.take(index, text)
         for index in dict.fromkeys(index for index, _ in deltas):
@@ -48,7 +48,7 @@ class Call:
             if output.due(self._intervals[index]):
                 yield Event(output.answer() if self._single else output.answer(index))
                 if self._new_only:
-                    output.forget()
+                    output.drop_sent()
 
 
 class VertexBody(msgspec.Struct):
@@ -59,30 +59,32 @@ class VertexBody(msgspec.Struct):
 
 
 async def generate(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """One answer object for each prompt and copy, whole or as a stream."""
     received_at = time.monotonic()
-    body = await bodies.read(http, GenerateBody)
-    job, single = await beside(http, admit, gateway, http, body)
-    call = Call(gateway, job, single, received_at)
+    body = await bodies.read_json_body(http, GenerateBody)
+    job, single = await convert_body(http, admit, gateway, http, body)
+    call = GenerateCall(gateway, job, single, received_at)
     if body.stream:
         return stream_group(gateway.ring, http, job, call.events)
     await collect_group(gateway.ring, http, job, call.take)
     answers = call.answers()
-    return json_answer(answers[0] if single else listed(answers))
+    return json_answer(answers[0] if single else json_array(answers))
 
 
 async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
+    """One answer object for each instance, in the shape of Vertex AI."""
     received_at = time.monotonic()
-    given = await bodies.read(http, VertexBody)
+    given = await bodies.read_json_body(http, VertexBody)
     check_batch(len(given.instances), "instances")
     given_names = {name for instance in given.instances for name in instance}
     bodies.refuse_misspelt(given_names, GenerateBody)
     names = given_names.intersection(FIELDS)
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}
     body = msgspec.convert({**fields, "sampling_params": given.parameters}, GenerateBody)
-    job, _ = await beside(http, admit, gateway, http, body)
-    call = Call(gateway, job, False, received_at)
+    job, _ = await convert_body(http, admit, gateway, http, body)
+    call = GenerateCall(gateway, job, False, received_at)
     await collect_group(gateway.ring, http, job, call.take)
-    return json_answer(b'{"predictions":' + listed(call.answers()) + b"}")
+    return json_answer(b'{"predictions":' + json_array(call.answers()) + b"}")
 
 
 def admit(gateway: Gateway, http: HTTPRequest, body: GenerateBody) -> tuple[Job, bool]:
@@ -99,7 +101,7 @@ def check_servable(gateway: Gateway, http: HTTPRequest) -> None:
         raise RequestError(f"X-Data-Parallel-Rank must be 0: there is one rank, got {rank}.")
 
 
-def listed(answers: list[bytes]) -> bytes:
+def json_array(answers: list[bytes]) -> bytes:
     return b"[" + b",".join(answers) + b"]"
 
 

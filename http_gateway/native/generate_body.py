@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out, sampling_params
-from quartet.http_gateway.generation.truncation import Truncating, wished
+from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.runtime import limits
 from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
 from quartet.runtime.messages import Generate, LogprobOptions, Request, Thought, pack_ids
@@ -95,18 +95,18 @@ REFUSED_PER_COPY = (
 
 def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     """The Job, and whether one object (not a list) answers it. Raises RequestError in the contract's words."""
-    refuse(body)
+    refuse_unsupported_fields(body)
     prompts = read_prompts(body, rules)
     single = is_single(body)
     size = len(prompts)
-    params = read_params(body, size, rules)
+    params = params_per_prompt(body, size, rules)
     logprobs = read_logprobs(body, params)
     thoughts = read_thoughts(body, params, rules)
-    keys, salts = each(body, "extra_key", "", size), each(body, "cache_salt", "", size)
+    keys, salts = per_prompt(body, "extra_key", "", size), per_prompt(body, "cache_salt", "", size)
     priorities = read_priorities(body, size, rules)
     experts, starts = read_routed_experts(body, size, rules)
     hidden = read_hidden_states(body, size, rules)
-    truncation = wished(body, "left")
+    truncation = read_truncation(body, "left")
     for i, prompt in enumerate(prompts):
         prompt.request = Request(
             rid="",
@@ -124,7 +124,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
         )
         if truncation is not None:
             truncation.apply(prompt.request, rules)
-    job = fan_out(prompts, read_rids(body.rid, size, single), rules)
+    job = fan_out(prompts, rids_per_prompt(body.rid, size, single), rules)
     if isinstance(body.rid, str):
         job.parents = [body.rid] * len(job.requests)
     job.background = bool(body.background)
@@ -142,11 +142,11 @@ def is_single(body: GenerateBody) -> bool:
 
 
 def asks(value: Any) -> bool:
-    """Does a value ask for something, rather than spell out the default?"""
+    """Whether a value asks for something, rather than spelling out the default."""
     return bool(value) and not (isinstance(value, list) and not any(map(asks, value)))
 
 
-def refuse(body: GenerateBody) -> None:
+def refuse_unsupported_fields(body: GenerateBody) -> None:
     for name in REFUSED:
         if asks(getattr(body, name)):
             raise RequestError(f"{name} is not supported.", field=name)
@@ -155,7 +155,7 @@ def refuse(body: GenerateBody) -> None:
             raise RequestError(f"{name} must be 0: there is one rank, got {getattr(body, name)}.", field=name)
 
 
-def each(body: GenerateBody, name: str, default: T, size: int) -> list[T]:
+def per_prompt(body: GenerateBody, name: str, default: T, size: int) -> list[T]:
     """The field's value for each prompt: a scalar is the same for all, a list must have one for each."""
     value = getattr(body, name)
     if not isinstance(value, list):
@@ -189,14 +189,14 @@ def check_batch(size: int, field: str) -> None:
         raise RequestError(f"A batch may have at most {limits.MAX_BATCH_PROMPTS} prompts, got {size}.", field=field)
 
 
-def unnamed() -> Request:
-    """Stands in a prompt until it gets its own."""
+def placeholder_request() -> Request:
+    """The request of a prompt until it gets its own."""
     return Request(rid="", params=SamplingParams())
 
 
 def read_text(body: GenerateBody, rules: Rules) -> list[Generate]:
     texts = [body.text] if isinstance(body.text, str) else body.text or []
-    return [Generate(request=unnamed(), text=text) for text in texts]
+    return [Generate(request=placeholder_request(), text=text) for text in texts]
 
 
 def read_ids(body: GenerateBody, rules: Rules) -> list[Generate]:
@@ -204,10 +204,13 @@ def read_ids(body: GenerateBody, rules: Rules) -> list[Generate]:
     if not given:
         raise RequestError(EMPTY_IDS, field="input_ids")
     prompts: list[Any] = [given] if is_single(body) else given
-    return [Generate(request=unnamed(), input_ids=pack(ids, rules.vocab_size)) for ids in prompts]
+    return [
+        Generate(request=placeholder_request(), input_ids=pack_prompt_ids(ids, rules.vocab_size)) for ids in prompts
+    ]
 
 
-def pack(ids: Any, vocab_size: int) -> bytes:
+def pack_prompt_ids(ids: Any, vocab_size: int) -> bytes:
+    """A prompt's ids as int32 bytes. Raises RequestError for what is no list of ids; the range is checked later."""
     if ids == []:
         raise RequestError(EMPTY_IDS, field="input_ids")
     try:
@@ -221,6 +224,7 @@ def pack(ids: Any, vocab_size: int) -> bytes:
 
 
 def read_embeds(body: GenerateBody, rules: Rules) -> list[Generate]:
+    """One Generate per prompt of float rows. Raises RequestError while the prefix cache is on."""
     if rules.prefix_cache:
         raise RequestError(
             "input_embeds is provided while the radix cache is on; start the server with --disable-radix-cache.",
@@ -228,7 +232,7 @@ def read_embeds(body: GenerateBody, rules: Rules) -> list[Generate]:
         )
     given: Any = body.input_embeds
     prompts = [given] if is_single(body) else given
-    return [Generate(request=unnamed(), embeds=pack_rows(rows, rules.hidden_size)) for rows in prompts]
+    return [Generate(request=placeholder_request(), embeds=pack_rows(rows, rules.hidden_size)) for rows in prompts]
 
 
 def pack_rows(rows: list[Any], hidden_size: int) -> bytes:
@@ -247,8 +251,9 @@ READERS = {"text": read_text, "input_ids": read_ids, "input_embeds": read_embeds
 # everything else
 
 
-def read_params(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
-    given: list[dict[str, Any]] = each(body, "sampling_params", {}, size)
+def params_per_prompt(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
+    """The sampling parameters of each prompt. Raises RequestError; prompts without their own share one object."""
+    given: list[dict[str, Any]] = per_prompt(body, "sampling_params", {}, size)
     if isinstance(body.sampling_params, list):
         params = [sampling_params(item, rules) for item in given]
     else:
@@ -269,12 +274,15 @@ def refuse_lists_for_copies(body: GenerateBody) -> None:
 
 
 def read_logprobs(body: GenerateBody, params: list[SamplingParams]) -> list[LogprobOptions | None]:
-    """What each prompt wants to know of the distributions that its tokens were drawn from."""
+    """What each prompt asks for about the distributions that its tokens are drawn from."""
     size = len(params)
-    wanted = each(body, "return_logprob", False, size)
-    entropies, supports = each(body, "return_entropy", False, size), each(body, "return_sampling_mask", False, size)
-    starts = each(body, "logprob_start_len", -1, size)
-    tops = each(body, "top_logprobs_num", 0, size)
+    requested = per_prompt(body, "return_logprob", False, size)
+    entropies, supports = (
+        per_prompt(body, "return_entropy", False, size),
+        per_prompt(body, "return_sampling_mask", False, size),
+    )
+    starts = per_prompt(body, "logprob_start_len", -1, size)
+    tops = per_prompt(body, "top_logprobs_num", 0, size)
     tokens = read_asked_tokens(body, size)
     text = bool(body.return_text_in_logprobs)
 
@@ -284,8 +292,8 @@ def read_logprobs(body: GenerateBody, params: list[SamplingParams]) -> list[Logp
 
     shared = size > 1 and tokens[0] is tokens[1]  # prompts that ask for the same share their options
     found = [
-        options(start, top, 0 if shared else index) if want else None
-        for index, (want, start, top) in enumerate(zip(wanted, starts, tops, strict=True))
+        options(start, top, 0 if shared else index) if asked else None
+        for index, (asked, start, top) in enumerate(zip(requested, starts, tops, strict=True))
     ]
     return [with_distribution(*each_of) for each_of in zip(found, entropies, supports, params, strict=True)]
 
@@ -307,12 +315,13 @@ def with_distribution(
 
 def read_thoughts(body: GenerateBody, params: list[SamplingParams], rules: Rules) -> list[Thought | None]:
     """The thought before each constrained output, where it is asked for; else the constraint begins at once."""
-    wanted = each(body, "require_reasoning", False, len(params))
+    requested = per_prompt(body, "require_reasoning", False, len(params))
     found = [
-        rules.thought if want and own.grammar is not None else None for want, own in zip(wanted, params, strict=True)
+        rules.thought if asked and own.grammar is not None else None
+        for asked, own in zip(requested, params, strict=True)
     ]
-    for want, own in zip(wanted, params, strict=True):
-        if want and own.grammar is not None and (rules.thought is None or own.json_schema is None):
+    for asked, own in zip(requested, params, strict=True):
+        if asked and own.grammar is not None and (rules.thought is None or own.json_schema is None):
             raise RequestError(NO_THOUGHT, field="require_reasoning")
     return found
 
@@ -324,36 +333,36 @@ def read_asked_tokens(body: GenerateBody, size: int) -> list[list[int] | None]:
         return [given] * size
     if any(isinstance(item, int) for item in given):
         raise RequestError("token_ids_logprob should be a list of ids or a list of lists.", field="token_ids_logprob")
-    return each(body, "token_ids_logprob", None, size)
+    return per_prompt(body, "token_ids_logprob", None, size)
 
 
 def read_priorities(body: GenerateBody, size: int, rules: Rules) -> list[int]:
     if body.priority is not None and not rules.priorities:
         raise RequestError("priority needs a server started with --enable-priority-scheduling.", field="priority")
-    return each(body, "priority", 0, size)
+    return per_prompt(body, "priority", 0, size)
 
 
 def read_routed_experts(body: GenerateBody, size: int, rules: Rules) -> tuple[list[bool], list[int]]:
-    """Whether each prompt wants the experts that its tokens chose, and from which position on."""
-    wanted = each(body, "return_routed_experts", False, size)
-    starts = each(body, "routed_experts_start_len", 0, size)
-    if any(wanted) and not rules.routed_experts:
+    """Whether each prompt asks for the experts that its tokens chose, and from which position on."""
+    requested = per_prompt(body, "return_routed_experts", False, size)
+    starts = per_prompt(body, "routed_experts_start_len", 0, size)
+    if any(requested) and not rules.routed_experts:
         raise RequestError(ROUTED_EXPERTS_OFF, field="return_routed_experts")
     if min(starts) < 0:
         raise RequestError(
             f"routed_experts_start_len must be at least 0, got {min(starts)}.", field="routed_experts_start_len"
         )
-    return wanted, starts
+    return requested, starts
 
 
 def read_hidden_states(body: GenerateBody, size: int, rules: Rules) -> list[bool]:
-    wanted = each(body, "return_hidden_states", False, size)
-    if any(wanted) and not rules.hidden_states:
+    requested = per_prompt(body, "return_hidden_states", False, size)
+    if any(requested) and not rules.hidden_states:
         raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
-    return wanted
+    return requested
 
 
-def read_rids(rid: Any, size: int, single: bool) -> list[str | None]:
+def rids_per_prompt(rid: Any, size: int, single: bool) -> list[str | None]:
     """The rid of each prompt: as given, numbered where one is given for many, None where the gateway draws it."""
     rids = rid if isinstance(rid, list) else [rid]
     if any(not isinstance(item, str | None) or item == "" for item in rids):

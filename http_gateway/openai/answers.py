@@ -24,8 +24,8 @@ class Metadata(msgspec.Struct):
     weight_version: str
 
 
-class Extras(msgspec.Struct, kw_only=True):
-    """What stands beside a choice where it was asked for; left out where it was not."""
+class ExtraFields(msgspec.Struct, kw_only=True):
+    """Extra fields of a choice; left out where they were not asked for."""
 
     token_ids: list[int] | UnsetType = UNSET  # of the output; in a stream, the new ones
     prompt_token_ids: list[int] | UnsetType = UNSET
@@ -43,7 +43,7 @@ class CompletionLogprobs(msgspec.Struct, kw_only=True):
     top_logprobs: list[dict[str, float | None] | None]
 
 
-class CompletionChoice(Extras, kw_only=True):
+class CompletionChoice(ExtraFields, kw_only=True):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -114,7 +114,7 @@ class ChatLogprobs(msgspec.Struct):
     content: list[ScoredPosition]
 
 
-class ChatChoice(Extras, kw_only=True):
+class ChatChoice(ExtraFields, kw_only=True):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
@@ -122,7 +122,7 @@ class ChatChoice(Extras, kw_only=True):
     matched_stop: int | str | None = None
 
 
-class ChatChunkChoice(Extras, kw_only=True):
+class ChatChunkChoice(ExtraFields, kw_only=True):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quartet.http_gateway.native.generate_body import pack, unnamed
+from quartet.http_gateway.native.generate_body import pack_prompt_ids, placeholder_request
 from quartet.http_gateway.openai.chat_turn import Turn
 from quartet.http_gateway.openai.params import params_of
 from quartet.http_gateway.openai.types import ChatBody, NamedTool
@@ -30,7 +30,7 @@ TOO_LARGE = "{} is too large: {}.This model supports at most {} completion token
 class Choosing:
     """What `tools` and `tool_choice` come to."""
 
-    tools: Sequence[Tool] = ()  # those the template tells of
+    tools: Sequence[Tool] = ()  # those the template describes
     grammar: tuple[str, str] | None = None  # of the calls that are demanded, or of those that must be strict
     format: CallFormat | None = None  # how the calls are written
 
@@ -60,8 +60,8 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
 
 def constrained(body: ChatBody) -> bool:
     """Whether the client says itself what the output must look like."""
-    wanted = body.response_format is not None and body.response_format.type != "text"
-    return wanted or any(getattr(body, kind) is not None for kind in GRAMMARS)
+    has_format = body.response_format is not None and body.response_format.type != "text"
+    return has_format or any(getattr(body, kind) is not None for kind in GRAMMARS)
 
 
 def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingParams:
@@ -90,7 +90,7 @@ def prompt_of(body: ChatBody, choice: Choosing, vocab_size: int) -> Generate:
     if body.chat_template is not None or "chat_template" in (body.chat_template_kwargs or {}):
         raise RequestError(NO_TEMPLATES, field="chat_template")
     if body.input_ids is not None:
-        return Generate(request=unnamed(), input_ids=pack(body.input_ids, vocab_size))
+        return Generate(request=placeholder_request(), input_ids=pack_prompt_ids(body.input_ids, vocab_size))
     if not body.messages:
         raise RequestError(NO_MESSAGES, field="messages")
     continues = bool(body.continue_final_message)
@@ -102,7 +102,7 @@ def prompt_of(body: ChatBody, choice: Choosing, vocab_size: int) -> Generate:
         continue_final_message=continues,
         template_kwargs=template_variables(body),
     )
-    return Generate(request=unnamed(), chat=chat)
+    return Generate(request=placeholder_request(), chat=chat)
 
 
 def checked(message: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def checked(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_variables(body: ChatBody) -> dict[str, Any]:
-    """`reasoning_effort` is told to the template in the words that templates know."""
+    """The template's variables: `reasoning_effort` under the names that templates use."""
     variables: dict[str, Any] = {}
     if body.reasoning_effort == "none":
         variables = {"enable_thinking": False, "thinking": False}

@@ -10,19 +10,19 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.generation.run_group import collect_group, stream_group
-from quartet.http_gateway.http import errors
+from quartet.http_gateway.http import errors, sse
 from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable, json_answer
-from quartet.http_gateway.native.generate_body import pack, unnamed
+from quartet.http_gateway.native.generate_body import pack_prompt_ids, placeholder_request
 from quartet.http_gateway.openai.answers import Completion, CompletionChoice, Metadata, Usage
 from quartet.http_gateway.openai.extras import Extras
-from quartet.http_gateway.openai.output import Draft, Offsets, completion_logprobs, usage
-from quartet.http_gateway.openai.params import DEFAULT_MODEL, SAID, job_of, params_of
+from quartet.http_gateway.openai.output import Offsets, OutputState, completion_logprobs, usage
+from quartet.http_gateway.openai.params import CLIENT_NAMES, DEFAULT_MODEL, job_of, params_of
 from quartet.http_gateway.openai.tokens import detokenize_ids
 from quartet.http_gateway.openai.types import CompletionBody
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, LogprobOptions, Text
@@ -37,38 +37,38 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass
 class Choice:
-    """One choice on its way: its draft, and the text that was not told yet."""
+    """One choice on its way: its state, and the text that was not sent yet."""
 
-    draft: Draft
+    state: OutputState
     extras: Extras
     text: list[str] = field(default_factory=list)
     offsets: Offsets = field(default_factory=Offsets)
 
     def take(self, text: Text) -> None:
-        self.draft.take(text)
+        self.state.take(text)
         self.extras.take(text)
         self.text.append(text.text)
 
-    def tell(self, index: int, with_logprobs: bool) -> CompletionChoice:
+    def next_choice(self, index: int, with_logprobs: bool) -> CompletionChoice:
         """What is new since the last time."""
-        text, scored = "".join(self.text), self.draft.scored()
+        text, scored = "".join(self.text), self.state.scored()
         self.text.clear()
         return CompletionChoice(
             index=index,
             text=text,
             logprobs=completion_logprobs(scored, self.offsets) if with_logprobs else None,
-            finish_reason=self.draft.finish_reason,
-            matched_stop=self.draft.matched_stop,
-            **self.extras.tell(),
-            **(self.extras.end() if self.draft.finish is not None else {}),
+            finish_reason=self.state.finish_reason,
+            matched_stop=self.state.matched_stop,
+            **self.extras.take_new(),
+            **(self.extras.end() if self.state.finish is not None else {}),
         )
 
 
-class Call:
+class CompletionCall:
     """One HTTP call: what it asks for, and what its choices have become."""
 
     def __init__(self, gateway: Gateway, body: CompletionBody) -> None:
-        refuse(body)
+        refuse_suffix(body)
         prompts, single = read_prompts(body, gateway.rules.vocab_size)
         limit = {} if body.max_tokens is None else {"max_new_tokens": body.max_tokens}
         params = params_of(gateway, body, limit, {"max_new_tokens": DEFAULT_TOKENS})
@@ -80,20 +80,21 @@ class Call:
         self.id, self.job = job_of(gateway, body, prompts, single, params, self.logprobs)
         received_at = time.monotonic()
         self.choices = [
-            Choice(Draft(self.logprobs), Extras(gateway, body, item.request, received_at)) for item in self.job.requests
+            Choice(OutputState(self.logprobs), Extras(gateway, body, item.request, received_at))
+            for item in self.job.requests
         ]
         self.created = int(time.time())
 
     def usage(self) -> Usage:
-        drafts = [choice.draft for choice in self.choices]
-        return usage(drafts, self.copies, cache_report=self.gateway.config.enable_cache_report)
+        states = [choice.state for choice in self.choices]
+        return usage(states, self.copies, cache_report=self.gateway.config.enable_cache_report)
 
     def completion(self, choices: list[CompletionChoice], **more: Any) -> Completion:
         model = self.body.model or DEFAULT_MODEL
         return Completion(id=self.id, created=self.created, model=model, choices=choices, **more)
 
-    def tell(self, index: int) -> CompletionChoice:
-        return self.choices[index].tell(index, self.logprobs is not None)
+    def next_choice(self, index: int) -> CompletionChoice:
+        return self.choices[index].next_choice(index, self.logprobs is not None)
 
     def echo(self, texts: Sequence[str]) -> None:
         """Put each prompt before the output of its choices."""
@@ -110,10 +111,10 @@ class Call:
         for index, text in deltas:
             self.take(index, text)
         interval = self.gateway.config.stream_interval
-        due = [i for i in dict.fromkeys(index for index, _ in deltas) if self.choices[i].draft.due(interval)]
-        told = [self.tell(index) for index in due]
+        due = [i for i in dict.fromkeys(index for index, _ in deltas) if self.choices[i].state.due(interval)]
+        choices = [self.next_choice(index) for index in due]
         running = self.usage() if wants(self.body, "continuous_usage_stats") else None
-        chunks = [self.completion([choice], usage=running) for choice in told if says_something(choice)]
+        chunks = [self.completion([choice], usage=running) for choice in choices if says_something(choice)]
         return [Event(_encode(chunk)) for chunk in chunks]
 
     def last_events(self) -> Iterator[Event]:
@@ -123,21 +124,21 @@ class Call:
 
     def answer(self) -> Completion:
         """The whole answer, once all requests have ended."""
-        choices = [self.tell(index) for index in range(len(self.choices))]
-        version = self.choices[0].draft.weight_version or self.gateway.weight_version
+        choices = [self.next_choice(index) for index in range(len(self.choices))]
+        version = self.choices[0].state.weight_version or self.gateway.weight_version
         return self.completion(choices, usage=self.usage(), metadata=Metadata(version))
 
 
 async def completions(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """Text behind one prompt or many."""
     require_json(http)
-    body = await bodies.read(http, CompletionBody)
+    body = await bodies.read_json_body(http, CompletionBody)
     check_servable(gateway, http)
-    call = await beside(http, Call, gateway, body)
+    call = await convert_body(http, CompletionCall, gateway, body)
     if body.echo:
         call.echo(await prompt_texts(gateway, call.prompts))
     if body.stream:
-        return stream_group(gateway.ring, http, call.job, call.events, call.last_events, errors.openai_stream_event)
+        return stream_group(gateway.ring, http, call.job, call.events, call.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)
     return json_answer(_encode(call.answer()))
 
@@ -151,7 +152,7 @@ def wants(body: Any, option: str) -> bool:
     return bool(body.stream_options and getattr(body.stream_options, option))
 
 
-def refuse(body: CompletionBody) -> None:
+def refuse_suffix(body: CompletionBody) -> None:
     if body.suffix:
         raise RequestError(NO_SUFFIX, field="suffix")
 
@@ -179,8 +180,10 @@ def read_prompts(body: CompletionBody, vocab_size: int) -> tuple[list[Generate],
     if not all(items):
         raise RequestError(EMPTY, field="prompt")
     if kind is str:
-        return [Generate(request=unnamed(), text=item) for item in items], single
-    return [Generate(request=unnamed(), input_ids=pack(item, vocab_size)) for item in items], single
+        return [Generate(request=placeholder_request(), text=item) for item in items], single
+    return [
+        Generate(request=placeholder_request(), input_ids=pack_prompt_ids(item, vocab_size)) for item in items
+    ], single
 
 
 async def prompt_texts(gateway: Gateway, prompts: list[Generate]) -> list[str]:
@@ -190,5 +193,7 @@ async def prompt_texts(gateway: Gateway, prompts: list[Generate]) -> list[str]:
     return await detokenize_ids(gateway, [prompt.input_ids for prompt in prompts], open_end=True)
 
 
-SHAPE = errors.saying(errors.openai, {**SAID, "top_logprobs_num": "logprobs", "input_ids": "prompt", "text": "prompt"})
+SHAPE = errors.with_client_names(
+    errors.openai, {**CLIENT_NAMES, "top_logprobs_num": "logprobs", "input_ids": "prompt", "text": "prompt"}
+)
 ENDPOINTS = [Endpoint("/v1/completions", completions, ("POST",), shape=SHAPE, body=CompletionBody, answer=Completion)]

@@ -1,4 +1,4 @@
-"""What one request of an OpenAI call has produced so far: its counts, and what the client has not been told yet."""
+"""What one request of an OpenAI call has produced so far: its counts, and what the client has not been sent yet."""
 
 import codecs
 from collections.abc import Iterable, Sequence
@@ -61,11 +61,11 @@ class Offsets:
         return token if self._found == len(self._prompt) and not is_text(token) else b""
 
 
-class Draft:
-    """The output of one request on its way."""
+class OutputState:
+    """The output of one request so far."""
 
     def __init__(self, options: LogprobOptions | None) -> None:
-        """`options`: of the logprobs that are to be told."""
+        """`options`: of the logprobs that are sent."""
         self.finish: Finish | None = None
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -74,7 +74,7 @@ class Draft:
         self.weight_version = ""
         self._options = options
         self._scored: list[Scored] = []
-        self._told = 0  # completion tokens at the last `scored`
+        self._sent_tokens = 0  # completion tokens at the last `scored`
 
     def take(self, text: Text) -> None:
         """Note one step of the request, all but its text."""
@@ -98,12 +98,12 @@ class Draft:
         return map(Scored, own, best, repeat(prompt), spoken)
 
     def due(self, interval: int) -> bool:
-        """Is it time for the next chunk? The first token, then every `interval`th, and the end are told."""
-        return self.finish is not None or -(-self.completion_tokens // interval) > -(-self._told // interval)
+        """Whether the next chunk is due: with the first token, then with every `interval`th, and at the end."""
+        return self.finish is not None or -(-self.completion_tokens // interval) > -(-self._sent_tokens // interval)
 
     def scored(self) -> list[Scored]:
-        """The positions that were not told yet."""
-        self._told = self.completion_tokens
+        """The positions that were not sent yet."""
+        self._sent_tokens = self.completion_tokens
         scored, self._scored = self._scored, []
         return scored
 
@@ -116,17 +116,17 @@ class Draft:
         return None if self.finish is None else self.finish.matched
 
 
-def usage(drafts: Sequence[Draft], copies: int, *, cache_report: bool) -> Usage:
+def usage(states: Sequence[OutputState], copies: int, *, cache_report: bool) -> Usage:
     """What all requests took: every prompt once, though `copies` requests share it."""
-    firsts = drafts[::copies]
-    prompt = sum(draft.prompt_tokens for draft in firsts)
-    completion = sum(draft.completion_tokens for draft in drafts)
+    firsts = states[::copies]
+    prompt = sum(state.prompt_tokens for state in firsts)
+    completion = sum(state.completion_tokens for state in states)
     return Usage(
         prompt_tokens=prompt,
         total_tokens=prompt + completion,
         completion_tokens=completion,
         prompt_tokens_details=CachedTokens(sum(d.cached_tokens for d in firsts)) if cache_report else None,
-        reasoning_tokens=sum(draft.reasoning_tokens for draft in drafts),
+        reasoning_tokens=sum(state.reasoning_tokens for state in states),
     )
 
 

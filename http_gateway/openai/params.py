@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
-from quartet.http_gateway.generation.truncation import wished
-from quartet.http_gateway.native.generate_body import HIDDEN_STATES_OFF, asks, read_rids, with_distribution
+from quartet.http_gateway.generation.truncation import read_truncation
+from quartet.http_gateway.native.generate_body import HIDDEN_STATES_OFF, asks, rids_per_prompt, with_distribution
 from quartet.http_gateway.openai.response_format import grammar
 from quartet.http_gateway.openai.types import REFUSED, CompletionBody, GenerationBody
 from quartet.http_gateway.routes.gateway import Gateway
@@ -20,8 +20,10 @@ from quartet.runtime.sampling import GRAMMARS, SamplingParams
 
 DEFAULT_MODEL = "default"
 RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}
-SAID = {ours: theirs for theirs, ours in RENAMED.items()} | {"max_new_tokens": "max_tokens"}  # in errors
-SAME = tuple(
+CLIENT_NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {
+    "max_new_tokens": "max_tokens"
+}  # as errors name them
+SHARED_FIELDS = tuple(
     field.name
     for field in msgspec.structs.fields(SamplingParams)
     if field.name in {own.name for own in msgspec.structs.fields(GenerationBody)}
@@ -46,8 +48,8 @@ def params_of(
 
     `limit`: max_new_tokens, where the request has one. `forced`: the grammar of a demanded tool call.
     """
-    refuse(body)
-    given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    refuse_unsupported_fields(body)
+    given = {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
     given |= {new: value for old, new in RENAMED.items() if (value := getattr(body, old)) is not None}
     for constraint in (grammar(body.response_format), forced):
         if constraint is not None:
@@ -59,6 +61,7 @@ def params_of(
 
 
 def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:
+    """Add a grammar to the parameters. Raises RequestError where they have one already."""
     kind, text = constraint
     if any(name in given for name in GRAMMARS):
         raise RequestError(
@@ -69,7 +72,7 @@ def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:
     given[kind] = text
 
 
-def refuse(body: GenerationBody) -> None:
+def refuse_unsupported_fields(body: GenerationBody) -> None:
     for name in REFUSED:
         if asks(getattr(body, name)):
             raise RequestError(f"{name} is not supported.", field=name)
@@ -93,7 +96,7 @@ def job_of(
     if hidden and not gateway.rules.hidden_states:
         raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
     options = with_distribution(logprobs, bool(body.return_entropy), bool(body.return_sampling_mask), params)
-    truncation = wished(body, "left")
+    truncation = read_truncation(body, "left")
     for prompt in prompts:
         prompt.request = Request(
             rid="",
@@ -109,7 +112,7 @@ def job_of(
         if truncation is not None:
             truncation.apply(prompt.request, gateway.rules)
     rid = uuid.uuid4().hex if body.rid is None else body.rid
-    rids = read_rids(rid, len(prompts), single)
+    rids = rids_per_prompt(rid, len(prompts), single)
     job = fan_out(prompts, rids, gateway.rules)
     if isinstance(rid, str):
         job.parents = [rid] * len(job.requests)

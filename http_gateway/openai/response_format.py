@@ -29,29 +29,29 @@ class ResponseFormat(msgspec.Struct):
     pattern: str | None = None
 
 
-def grammar(wanted: ResponseFormat | None) -> tuple[str, str] | None:
+def grammar(given: ResponseFormat | None) -> tuple[str, str] | None:
     """(kind, text) as in SamplingParams.grammar, or None for free text. Raises RequestError."""
-    if wanted is None or wanted.type == "text":
+    if given is None or given.type == "text":
         return None
-    if wanted.type == "structural_tag":
-        return "structural_tag", _structural_tag(wanted)
-    if wanted.type == "regex":
-        if wanted.pattern is None:
+    if given.type == "structural_tag":
+        return "structural_tag", _structural_tag(given)
+    if given.type == "regex":
+        if given.pattern is None:
             raise RequestError("pattern is required for regex response format request.", field="response_format")
-        return "regex", wanted.pattern
-    return "json_schema", as_json("response_format", _schema(wanted))
+        return "regex", given.pattern
+    return "json_schema", as_json("response_format", _schema(given))
 
 
-def _schema(wanted: ResponseFormat) -> dict[str, Any]:
-    inner = wanted.json_schema.schema_ if wanted.json_schema else None
-    schema = inner if inner is not None else wanted.schema_
-    if schema is None and wanted.type == "json_schema":
+def _schema(given: ResponseFormat) -> dict[str, Any]:
+    inner = given.json_schema.schema_ if given.json_schema else None
+    schema = inner if inner is not None else given.schema_
+    if schema is None and given.type == "json_schema":
         raise RequestError("schema_ is required for json_schema response format request.", field="response_format")
     return {"type": "object"} if schema is None else schema
 
 
-def _structural_tag(wanted: ResponseFormat) -> str:
-    if wanted.format is not None or wanted.structures is None or wanted.triggers is None:
+def _structural_tag(given: ResponseFormat) -> str:
+    if given.format is not None or given.structures is None or given.triggers is None:
         raise RequestError("structural_tag takes structures and triggers.", field="response_format")
-    tag = {"type": "structural_tag", "structures": wanted.structures, "triggers": wanted.triggers}
+    tag = {"type": "structural_tag", "structures": given.structures, "triggers": given.triggers}
     return as_json("response_format", tag)

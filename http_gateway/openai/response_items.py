@@ -44,13 +44,13 @@ class Item:
         return {"type": self.text_kind, "text": text, **annotations, **self.more()}
 
     def body(self, status: str) -> dict[str, Any]:
-        """As it stands in the output; without content until it is whole."""
+        """The item as the output lists it; without content while it is in progress."""
         own: dict[str, Any] = {"role": "assistant"} if self.kind == "message" else {"summary": []}
         content = [] if status == IN_PROGRESS else [self.part(self.text)]
         return {"id": self.id, "type": self.kind, **own, "status": status, "content": content}
 
 
-class Output:
+class OutputItems:
     """The items so far."""
 
     def __init__(self, call_id: str) -> None:
@@ -81,16 +81,16 @@ class Numbered:
         return Event(data, kind.encode())
 
 
-class Told:
-    """Tells the items of an output as events: each is opened, grows, and is closed before the next one opens."""
+class ItemEvents:
+    """The events of an output's items: each is opened, grows, and is closed before the next one opens."""
 
-    def __init__(self, numbered: Numbered, output: Output) -> None:
+    def __init__(self, numbered: Numbered, output: OutputItems) -> None:
         self._numbered = numbered
         self._output = output
         self._open: Item | None = None
-        self._pieces = 0  # of the open item, that were told
+        self._pieces = 0  # of the open item, that were sent
 
-    def news(self) -> Iterator[Event]:
+    def new_events(self) -> Iterator[Event]:
         """What is new since the last time."""
         for item in self._output.items[self._open.place if self._open else 0 :]:
             if item is not self._open:
@@ -108,7 +108,7 @@ class Told:
         yield self._numbered.event("response.content_part.added", **item.where(), part=item.part(""))
 
     def close(self, status: str) -> Iterator[Event]:
-        """The open item is whole, or as whole as it will be."""
+        """The events that end the open item, with its last status."""
         item = self._open
         if item is None:
             return

@@ -9,18 +9,18 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.generation.run_group import collect_group, stream_group
-from quartet.http_gateway.http import errors
+from quartet.http_gateway.http import errors, sse
 from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable
 from quartet.http_gateway.native.generate_body import asks
 from quartet.http_gateway.openai.answers import ChatMessage, Delta
-from quartet.http_gateway.openai.chat import Call
+from quartet.http_gateway.openai.chat import ChatCall
 from quartet.http_gateway.openai.response_format import ResponseFormat
-from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, Kind, Numbered, Output, Told
+from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, ItemEvents, Kind, Numbered, OutputItems
 from quartet.http_gateway.openai.types import ChatBody, Count
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside, require_json
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import Kind as ErrorKind
 from quartet.runtime.errors import RequestError
@@ -94,10 +94,10 @@ def part_of(part: Any) -> dict[str, Any]:
     raise RequestError("Content parts must be text: {type: input_text, text}.", field="input")
 
 
-class Answer:
+class ResponseAnswer:
     """The response object of a call, in whatever state it is."""
 
-    def __init__(self, body: ResponsesBody, call: Call) -> None:
+    def __init__(self, body: ResponsesBody, call: ChatCall) -> None:
         self._body = body
         self._call = call
         self._created_at = int(time.time())
@@ -139,7 +139,7 @@ class Answer:
         used = self._call.usage()
         return {
             "input_tokens": used.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": self._call.choices[0].draft.cached_tokens},
+            "input_tokens_details": {"cached_tokens": self._call.choices[0].state.cached_tokens},
             "output_tokens": used.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
             "total_tokens": used.total_tokens,
@@ -149,16 +149,16 @@ class Answer:
 async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
     """A text in answer to a text or a conversation."""
     require_json(http)
-    body = await bodies.read(http, ResponsesBody)
+    body = await bodies.read_json_body(http, ResponsesBody)
     check_servable(gateway, http)
-    call = await beside(http, Call, gateway, chat_body(body))
-    answer = Answer(body, call)
+    call = await convert_body(http, ChatCall, gateway, chat_body(body))
+    answer = ResponseAnswer(body, call)
     if body.stream:
-        told = Stream(call, answer)
-        return stream_group(gateway.ring, http, call.job, told.events, told.last_events, errors.openai_stream_event)
+        stream = Stream(call, answer)
+        return stream_group(gateway.ring, http, call.job, stream.events, stream.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)
     message = call.choices[0].whole(0).message
-    output = Output(call.id)
+    output = OutputItems(call.id)
     for kind, text in texts_of(message):
         output.take(kind, text)
     output.end()
@@ -176,13 +176,13 @@ def texts_of(part: ChatMessage | Delta) -> Iterator[tuple[Kind, str]]:
 class Stream:
     """The events of a stream: the response and its items are opened, grow, and are closed."""
 
-    def __init__(self, call: Call, answer: Answer) -> None:
+    def __init__(self, call: ChatCall, answer: ResponseAnswer) -> None:
         self._call = call
         self._answer = answer
         self._opened = False
         self._numbered = Numbered()
-        self._output = Output(call.id)
-        self._told = Told(self._numbered, self._output)
+        self._output = OutputItems(call.id)
+        self._items = ItemEvents(self._numbered, self._output)
 
     def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:
         """The events that are due after these deltas."""
@@ -195,15 +195,15 @@ class Stream:
             for choice in chunk.choices:
                 for kind, text in texts_of(choice.delta):
                     self._output.take(kind, text)
-        yield from self._told.news()
+        yield from self._items.new_events()
 
     def last_events(self) -> Iterator[Event]:
         """The end of the open item and of the response."""
         self._output.end()
         status = self._answer.status()
         response = self._answer.response(status, self._output.items)
-        yield from self._told.news()
-        yield from self._told.close(status)
+        yield from self._items.new_events()
+        yield from self._items.close(status)
         yield self._numbered.event(f"response.{status}", response=response)
 
 
@@ -212,7 +212,7 @@ async def stored(gateway: Gateway, http: HTTPRequest) -> Response:
     raise RequestError(NOT_STORED.format(http.path_params["id"]), ErrorKind.NOT_FOUND)
 
 
-SHAPE = errors.saying(
+SHAPE = errors.with_client_names(
     errors.openai,
     {
         "max_new_tokens": "max_output_tokens",

@@ -10,7 +10,7 @@ from quartet.http_gateway.http import errors
 from quartet.http_gateway.openai.chat_body import choosing, prompt_of
 from quartet.http_gateway.openai.types import ChatBody
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, beside, read_body
+from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, read_body
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import limits
 from quartet.runtime.control import ControlCommand, Detokenize, Tokenize
@@ -52,11 +52,11 @@ async def tokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     """The ids of a text, of many, or of a conversation in the model's form."""
     raw = await read_body(http)
     if has_messages(raw):
-        chat = bodies.decode(raw, ChatBody)
+        chat = bodies.decode_json_body(raw, ChatBody)
         found, single = [await ids_of_chat(gateway, http, chat)], True
     else:
-        body = bodies.decode(raw, TokenizeBody)
-        command = await beside(http, command_of, body)
+        body = bodies.decode_json_body(raw, TokenizeBody)
+        command = await convert_body(http, command_of, body)
         found, single = await tokens_of(gateway, command), not isinstance(body.prompt, list)
     tokens = found[0] if single else found
     count = len(found[0]) if single else [len(ids) for ids in found]
@@ -75,7 +75,7 @@ def has_messages(raw: bytes) -> bool:
 async def ids_of_chat(gateway: Gateway, http: HTTPRequest, body: ChatBody) -> list[int]:
     """The prompt of a chat completion."""
     choice = choosing(body, gateway.config.tool_call_parser)
-    prompt = await beside(http, prompt_of, body, choice, gateway.rules.vocab_size)
+    prompt = await convert_body(http, prompt_of, body, choice, gateway.rules.vocab_size)
     if prompt.chat is None:
         return unpack_ids(prompt.input_ids).tolist()
     return (await tokens_of(gateway, Tokenize(chat=prompt.chat)))[0]
@@ -96,12 +96,12 @@ def command_of(body: TokenizeBody) -> Tokenize:
 
 async def detokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     """The text of token ids, or of many lists of them."""
-    body = await bodies.read(http, DetokenizeBody)
+    body = await bodies.read_json_body(http, DetokenizeBody)
     many = bool(body.tokens) and isinstance(body.tokens[0], list)
     lists: list[Any] = body.tokens if many else [body.tokens]
     check_count(lists, "tokens")
     check_ids_count(sum(len(ids) for ids in lists if isinstance(ids, list)))
-    ids = await beside(http, lambda: list(map(packed, lists)))
+    ids = await convert_body(http, lambda: list(map(packed, lists)))
     texts = await detokenize_ids(gateway, ids, body.skip_special_tokens is not False)
     return errors.json_response({"text": texts if many else texts[0]})
 

@@ -59,12 +59,12 @@ class GenerationBody(Truncating, kw_only=True):
     cache_salt: str | None = None
     log_metrics: bool | None = None
     background: bool | None = None
-    # beside each choice
+    # extra fields of each choice
     return_token_ids: bool | None = None  # ids of the output, with completions of the prompt too
     return_prompt_token_ids: bool | None = None
     return_hidden_states: bool | Literal["last"] | None = None  # behind the last token
     return_meta_info: bool | None = None  # the native one
-    return_entropy: bool | None = None  # told in meta_info, as is the mask
+    return_entropy: bool | None = None  # reported in meta_info, as is the mask
     return_sampling_mask: bool | None = None
     # refused
     lora_path: Any = None

@@ -122,6 +122,7 @@ class Literals:
         self._depth = 0
 
     def arguments(self) -> dict[str, Any]:
+        """The arguments by name. Raises ValueError for what is no list of named literals."""
         found: dict[str, Any] = {}
         while self._at < len(self._text):
             name = self._token()

@@ -1,17 +1,17 @@
-"""Which requests an abort means, how they end, and the aborts that a death in the ring may have lost."""
+"""Which requests an abort matches, how they end, and the aborts that a death in the ring may have lost."""
 
 from collections import deque
 from collections.abc import Collection, Mapping
 
-from quartet.http_gateway.ring.journal import Pending
+from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.runtime.control import Abort
 from quartet.runtime.messages import ABORTED, Finish
 
 RELAYED_ABORTS = 1024  # the last ones, kept in case the tokenizer dies with them
 
 
-class Relayed:
-    """The aborts that the detokenizer has sent on at stop strings, by the serial at which they passed."""
+class RelayedAborts:
+    """The last aborts that the detokenizer has sent at stop strings, with their serial numbers."""
 
     def __init__(self) -> None:
         self._kept: deque[tuple[int, Abort]] = deque(maxlen=RELAYED_ABORTS)
@@ -19,10 +19,11 @@ class Relayed:
     def note(self, serial: int, abort: Abort) -> None:
         self._kept.append((serial, abort))
 
-    def still_meant(self, pending: Mapping[str, Pending], lost: Collection[str]) -> list[Abort]:
-        """Those to send again: their request has ended here, or waits for its last message.
+    def to_repeat(self, pending: Mapping[str, JournalEntry], lost: Collection[str]) -> list[Abort]:
+        """The aborts to send again: their request has ended here, or waits for its last message.
 
-        Not where the rid is a later request's, and not where the request is `lost`: it runs again, to its stop string.
+        Left out are those whose rid belongs to a later request, and those of `lost` requests, which run again to their
+        stop string.
         """
         aborts = []
         for serial, abort in self._kept:
@@ -35,13 +36,13 @@ class Relayed:
         self._kept.clear()
 
 
-def aborted(abort: Abort) -> Finish:
+def abort_finish(abort: Abort) -> Finish:
     """The end of a request that is not in the ring."""
     return Finish(reason="abort", message=abort.abort_message or ABORTED)
 
 
-def names(command: Abort, entry: Pending) -> bool:
-    """Does the command mean this request?"""
+def matches(command: Abort, entry: JournalEntry) -> bool:
+    """Whether the command aborts this request."""
     if command.abort_all:
         return True
     if not command.rid:

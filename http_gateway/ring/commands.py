@@ -1,4 +1,4 @@
-"""Control commands on their way round the ring, and whoever waits for their answers."""
+"""Control commands that were sent through the ring and have not been answered."""
 
 import asyncio
 import os
@@ -11,8 +11,8 @@ from quartet.runtime.messages import Message
 
 
 @dataclass(slots=True)
-class Waiting:
-    """A command that has not been answered."""
+class UnansweredCommand:
+    """A command that was sent, and the future that gets its answer."""
 
     command: ControlCommand
     serial: int
@@ -20,46 +20,47 @@ class Waiting:
 
 
 class Commands:
-    """Those under way, by id."""
+    """Sends commands through the ring, and hands each answer to the caller that waits for it."""
 
     def __init__(self, send: Callable[[Sequence[Message]], None], serials: Iterator[int]) -> None:
         """`serials` number requests too, so that both are sent again in the order in which they were sent."""
         self._send = send
         self._serials = serials
-        self._waiting: dict[str, Waiting] = {}
-        self.epoch = 0  # of the scheduler, as far as is known
+        self._unanswered: dict[str, UnansweredCommand] = {}  # by id
+        self.epoch = 0  # the last one that a scheduler has reported
 
-    async def carry_out(self, command: ControlCommand, timeout_s: float) -> Message:
-        """Send a command round the ring and wait for what comes back. Raises TimeoutError and RequestError."""
+    async def run(self, command: ControlCommand, timeout_s: float) -> Message:
+        """Send a command through the ring and wait for its answer. Raises TimeoutError and RequestError."""
         serial = next(self._serials)
-        command.id = f"{os.getpid()}.{serial}"  # a gateway that is started again counts afresh
-        command.epoch = None if command.harmless else self.epoch
+        command.id = f"{os.getpid()}.{serial}"  # serials start again when the gateway restarts
+        command.epoch = None if command.read_only else self.epoch
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._waiting[command.id] = Waiting(command, serial, answer)
+        self._unanswered[command.id] = UnansweredCommand(command, serial, answer)
         try:
             self._send([command])
             async with asyncio.timeout(timeout_s):
                 return await answer
         finally:
-            del self._waiting[command.id]
+            del self._unanswered[command.id]
 
-    def answered(self, id: str, answer: Message) -> Waiting | None:
-        """Hand an answer to whoever waits for it; None where nobody does."""
-        waiting = self._waiting.get(id)
-        if waiting is None or waiting.answer.done():
+    def deliver(self, id: str, answer: Message) -> UnansweredCommand | None:
+        """Hand an answer to its caller, and return the command; None where no caller waits for it."""
+        unanswered = self._unanswered.get(id)
+        if unanswered is None or unanswered.answer.done():
             return None
-        waiting.answer.set_result(answer)
-        return waiting
+        unanswered.answer.set_result(answer)
+        return unanswered
 
-    def recover(self, role: str) -> list[Waiting]:
-        """What is to go again after this service's restart: a scheduler that has seen a command knows it.
+    def recover(self, role: str) -> list[UnansweredCommand]:
+        """The commands to send again after the service `role` has restarted.
 
-        What a dead scheduler has seen nobody knows: those commands fail, unless they change nothing.
+        The scheduler runs a command with the same id once, so sending it again is safe. After a restart of the
+        scheduler itself it is unknown which commands took effect: those that are not read-only fail.
         """
-        again = []
-        for waiting in self._waiting.values():
-            if role != "scheduler" or waiting.command.harmless:
-                again.append(waiting)
-            elif not waiting.answer.done():
-                waiting.answer.set_exception(RequestError(COMMAND_LOST, Kind.UNAVAILABLE))
-        return again
+        to_send = []
+        for unanswered in self._unanswered.values():
+            if role != "scheduler" or unanswered.command.read_only:
+                to_send.append(unanswered)
+            elif not unanswered.answer.done():
+                unanswered.answer.set_exception(RequestError(COMMAND_LOST, Kind.UNAVAILABLE))
+        return to_send

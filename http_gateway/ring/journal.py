@@ -1,7 +1,7 @@
 """What the gateway knows of an unfinished request, so that it is not lost with a process of the ring.
 
-An entry holds all that is needed to send the request again, to go on behind what its client has. Whatever comes back
-for an older attempt is dropped, so nothing is said twice.
+An entry holds all that is needed to send the request again and to continue behind the output that its client has.
+Whatever comes back for an older attempt is dropped, so no output is sent twice.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Deaths:
-    """Those of one service in a row, without progress of the request between them."""
+    """Deaths of one service in a row, without progress of the request between them."""
 
     count: int = 0
-    proof_bytes: int = 0  # of `Pending.delivered`: so much is progress
+    proof_bytes: int = 0  # of `JournalEntry.delivered`: beyond it, the request has made progress
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
+class JournalEntry:
     """The journal entry of one unfinished request."""
 
     generate: Generate
-    parent: str  # the rid that the client gave, where the request is one of several made from it
+    parent: str  # the rid that the client gave, where several requests were made from it
     group: "RequestGroup | None"  # None: its client has gone, only the terminal message is awaited
     index: int
     serial: int  # order of arrival, among commands too
@@ -40,7 +40,7 @@ class Pending:
     in_ring: bool = False  # the attempt was sent, as far as can be known
     heard: bool = False  # and something has come back
     known: bool = False  # the scheduler may have an attempt of it, this one or an earlier one
-    unwanted: Abort | None = None  # how somebody asked for its end
+    requested_abort: Abort | None = None  # what asked for its end
     delivered: bytearray = field(default_factory=bytearray)  # output ids handed to the endpoint, int32
     last_heard_at: float = 0.0  # 0: nothing yet
     prompt_tokens: int = 0
@@ -65,7 +65,7 @@ class Pending:
         return msgspec.structs.replace(self.generate, request=request)
 
     def withdraw(self, attempt: int) -> None:
-        """What is in the ring does not count any more; a later attempt is to be sent."""
+        """Drop the attempt that is in the ring; the one with this number is to be sent."""
         self.again = self.again or self.in_ring
         self.in_ring = self.heard = False
         self.attempt = attempt
@@ -75,8 +75,8 @@ class Pending:
         return Abort(rid=self.rid, exact=True, abort_message=message)
 
 
-def digest(generate: Generate) -> bytes:
-    """Equal for requests that ask for the same, whatever they are called."""
+def request_digest(generate: Generate) -> bytes:
+    """Equal for requests that differ in their rids and seeds only."""
     anonymous = msgspec.structs.replace(
         generate.request, rid="", call="", seed=0, attempt=0, again=False, resume_ids=b""
     )

@@ -18,16 +18,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from quartet.http_gateway.ring.aborts import Relayed, aborted, names
-from quartet.http_gateway.ring.commands import Commands, Waiting
-from quartet.http_gateway.ring.journal import Pending, digest
-from quartet.http_gateway.ring.quarantine import GUILTY, Quarantine
+from quartet.http_gateway.ring.aborts import RelayedAborts, abort_finish, matches
+from quartet.http_gateway.ring.commands import Commands, UnansweredCommand
+from quartet.http_gateway.ring.journal import JournalEntry, request_digest
+from quartet.http_gateway.ring.quarantine import POISON_REQUEST, Quarantine
 from quartet.http_gateway.ring.request_group import RequestGroup
+from quartet.http_gateway.ring.transport import Receiver, Sender, send_frame
 from quartet.runtime.control import Abort, ControlCommand, Probe
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.guard import Announced, Guard, end_of
 from quartet.runtime.messages import ABORTED, GATEWAY, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
-from quartet.runtime.sockets import FrameTooLarge
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +38,15 @@ FRAMES_A_TURN = 8
 LAP_TIMEOUT_S = 5.0
 INTRODUCE_AGAIN_S = 5.0
 NOT_TAKEN = "Internal error: no service took the request."
-CONDEMNED = (
+BLOCKED_REQUEST = (
     "A request like this one has ended a process of the server again and again; it is not tried for ten minutes."
 )
-
-
-class Receiver(Protocol):
-    async def recv(self) -> list[Any]: ...
-
-
-class Sender(Protocol):
-    def send(self, messages: Sequence[Message]) -> None: ...
 
 
 class Meter(Protocol):
     """What the gateway counts of each request (http_gateway/http/metrics.py)."""
 
-    def heard(self, pending: Pending, text: Text, now: float) -> None: ...
+    def count_delta(self, entry: JournalEntry, text: Text, now: float) -> None: ...
 
 
 class RingClient:
@@ -80,13 +72,13 @@ class RingClient:
         self._outbox = outbox
         self._limit = limit
         self._meter = meter
-        self._pending: dict[str, Pending] = {}
+        self._pending: dict[str, JournalEntry] = {}
         self._least_attempt = self._attempt = least_attempt  # grows with every restart of a ring process
         self._serials = itertools.count(1)  # of requests, commands and relayed aborts
         self._quarantine = Quarantine()
         self._clearing = "none"  # id of the probe behind which the ring is clear for suspects
-        self._relayed = Relayed()
-        self._commands = Commands(self._send, self._serials)
+        self._relayed = RelayedAborts()
+        self._commands = Commands(partial(send_frame, outbox), self._serials)
         self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -112,13 +104,13 @@ class RingClient:
         self._admit(batch)
         if limited:
             self._check_room(batch)
-        group = RequestGroup([generate.request.rid for generate in batch], self._abandon)
+        group = RequestGroup([generate.request.rid for generate in batch], self._abort_group)
         now, entries = time.monotonic(), []
         for index, generate in enumerate(batch):
             parent = parents[index] if parents else ""
-            entries.append(Pending(generate, parent, group, index, next(self._serials), now, self._attempt))
-        if not self._quarantine.alone:
-            self._send([entry.message(self._commands.epoch) for entry in entries])
+            entries.append(JournalEntry(generate, parent, group, index, next(self._serials), now, self._attempt))
+        if not self._quarantine.unproven:
+            send_frame(self._outbox, [entry.message(self._commands.epoch) for entry in entries])
             for entry in entries:
                 entry.in_ring = entry.known = True
         self._pending.update((entry.rid, entry) for entry in entries)
@@ -131,8 +123,8 @@ class RingClient:
         for generate in batch:
             if generate.request.rid in self._pending:
                 raise RequestError(f"Duplicate request ID detected: {generate.request.rid}", field="rid")
-            if self._quarantine.condemned(generate, time.monotonic()):
-                raise RequestError(CONDEMNED, Kind.INTERNAL)
+            if self._quarantine.blocks(generate, time.monotonic()):
+                raise RequestError(BLOCKED_REQUEST, Kind.INTERNAL)
 
     def _check_room(self, batch: list[Generate]) -> None:
         if len(batch) > self._limit:
@@ -143,30 +135,21 @@ class RingClient:
                 Kind.UNAVAILABLE,
             )
 
-    def _send(self, messages: Sequence[Message]) -> None:
-        """Raises RequestError for what cannot be sent."""
-        try:
-            self._outbox.send(messages)
-        except FrameTooLarge as error:
-            raise RequestError(f"The request is too large: {error}.", Kind.TOO_LARGE) from error
-        except OverflowError as error:  # an integer of more than 64 bits
-            raise RequestError("A number in the request is out of range.") from error
-
-    def _abandon(self, group: RequestGroup) -> None:
+    def _abort_group(self, group: RequestGroup) -> None:
         left = [entry for rid in group.rids if (entry := self._pending.get(rid)) and entry.group is group]
         for entry in left:
             entry.group = None
-        self._unwant(left, ABORTED)
+        self._abort_entries(left, ABORTED)
 
-    def _unwant(self, entries: list[Pending], message: str) -> None:
+    def _abort_entries(self, entries: list[JournalEntry], message: str) -> None:
         """End requests: here what is not in the ring, else in the scheduler."""
         aborts = []
         for entry in entries:
-            entry.unwanted = entry.abort(message)
+            entry.requested_abort = entry.abort(message)
             if entry.in_ring:
-                aborts.append(entry.unwanted)
+                aborts.append(entry.requested_abort)
             else:
-                self._end(entry, aborted(entry.unwanted))
+                self._end(entry, abort_finish(entry.requested_abort))
         self._send_aborts(aborts)
 
     def _send_aborts(self, aborts: list[Abort]) -> None:
@@ -175,8 +158,8 @@ class RingClient:
 
     def abort(self, command: Abort) -> int:
         """Abort one rid (with the requests made from it), all that begin with it, or all; how many were found."""
-        found = [entry for entry in self._pending.values() if names(command, entry)]
-        self._unwant(found, command.abort_message)
+        found = [entry for entry in self._pending.values() if matches(command, entry)]
+        self._abort_entries(found, command.abort_message)
         return len(found)
 
     @property
@@ -196,7 +179,7 @@ class RingClient:
         for entry in list(self._pending.values()):
             self._end(entry, Finish(reason="abort", message=message))
 
-    def _end(self, entry: Pending, finish: Finish) -> None:
+    def _end(self, entry: JournalEntry, finish: Finish) -> None:
         """Finish one request here and now."""
         tokens = Tokens(rid=entry.request.rid, attempt=entry.attempt, finish=finish)
         self._on_text(Text(tokens=tokens), time.monotonic())
@@ -218,56 +201,56 @@ class RingClient:
         self._recover(restarted.role)
 
     def _recover(self, role: str) -> None:
-        """A service was started again: send once more what may have been lost with the one before."""
+        """A service was started again: send again what may have been lost with the one before."""
         self._attempt += 1
         lost = [entry for entry in self._pending.values() if role != "tokenizer" or not entry.heard]
-        guilty = self._quarantine.died(role, lost)
+        poison = self._quarantine.service_died(role, lost)
         for entry in lost:
             entry.withdraw(self._attempt)
             entry.known = entry.known and role != "scheduler"
         self._recover_aborts(role, {entry.rid for entry in lost})
-        if guilty:
-            self._blame(guilty, role)
-        again = self._pump(self._commands.recover(role))
+        if poison:
+            self._end_poison_request(poison, role)
+        again = self._send_ready(self._commands.recover(role))
         log.warning("The %s was started again; %d of %d requests are sent again.", role, again, len(self._pending))
 
     def _recover_aborts(self, role: str, lost: set[str]) -> None:
-        """Ends that were on their way are asked for again; a new scheduler has nothing to end."""
-        aborts = self._relayed.still_meant(self._pending, lost)
+        """Send the aborts again that may have been lost; a new scheduler has nothing to abort."""
+        aborts = self._relayed.to_repeat(self._pending, lost)
         for entry in list(self._pending.values()):
-            if entry.unwanted is not None:  # its last message may be lost
-                aborts.append(entry.unwanted)
-                self._end(entry, aborted(entry.unwanted))
+            if entry.requested_abort is not None:  # its last message may be lost
+                aborts.append(entry.requested_abort)
+                self._end(entry, abort_finish(entry.requested_abort))
         if role == "scheduler":
             self._relayed.clear()
         else:
             self._send_aborts(aborts)
 
-    def _blame(self, guilty: Pending, role: str) -> None:
-        """End the request that ended a service, and its like."""
-        self._quarantine.condemn(guilty.generate, time.monotonic())
-        found = digest(guilty.generate)
+    def _end_poison_request(self, poison: JournalEntry, role: str) -> None:
+        """End the request that ended a service, and all equal ones; block them for a while."""
+        self._quarantine.block(poison.generate, time.monotonic())
+        found = request_digest(poison.generate)
         for entry in list(self._pending.values()):
-            if entry is guilty or digest(entry.generate) == found:
+            if entry is poison or request_digest(entry.generate) == found:
                 self._send_aborts([entry.abort()])
-                self._end(entry, Finish.internal(GUILTY.format(role=role)))
+                self._end(entry, Finish.internal(POISON_REQUEST.format(role=role)))
 
-    def _pump(self, commands: Sequence[Waiting] = ()) -> int:
+    def _send_ready(self, commands: Sequence[UnansweredCommand] = ()) -> int:
         """Send the requests that are not in the ring and may be, and commands; how many requests that were."""
         for entry in self._quarantine.advance(self._pending.values()):
             self._attempt += 1
             entry.withdraw(self._attempt)
-        held = [entry for entry in self._pending.values() if not (entry.in_ring or entry.unwanted)]
-        if self._quarantine.alone and not self._quarantine.cleared:
-            self._clear(held)
-        ready: list[Pending | Waiting] = [entry for entry in held if self._quarantine.admits(entry)]
+        held = [entry for entry in self._pending.values() if not (entry.in_ring or entry.requested_abort)]
+        if self._quarantine.unproven and not self._quarantine.cleared:
+            self._send_clearing_probe(held)
+        ready: list[JournalEntry | UnansweredCommand] = [entry for entry in held if self._quarantine.admits(entry)]
         sent = 0
         for item in sorted([*ready, *commands], key=lambda item: item.serial):
-            if isinstance(item, Waiting):
+            if isinstance(item, UnansweredCommand):
                 self._outbox.send([item.command])
                 continue
             try:
-                self._send([item.message(self._commands.epoch)])
+                send_frame(self._outbox, [item.message(self._commands.epoch)])
             except RequestError as error:  # with its output it has become too large
                 self._end(item, Finish.failed(error))
                 continue
@@ -275,8 +258,8 @@ class RingClient:
             sent += 1
         return sent
 
-    def _clear(self, held: list[Pending]) -> None:
-        """Before suspects run: end what is left in the ring of those held back, and send a probe behind it."""
+    def _send_clearing_probe(self, held: list[JournalEntry]) -> None:
+        """Before suspects run: abort what is left in the ring of the others, and send a probe behind the aborts."""
         probe = Probe(id=f"clear.{next(self._serials)}")
         self._clearing = probe.id
         self._outbox.send([*(entry.abort() for entry in held if entry.known), probe])
@@ -284,8 +267,8 @@ class RingClient:
     # commands
 
     async def command(self, command: ControlCommand, timeout_s: float) -> Message:
-        """Send a command round the ring and wait for what comes back. Raises TimeoutError and RequestError."""
-        return await self._commands.carry_out(command, timeout_s)
+        """Send a command through the ring and wait for its answer. Raises TimeoutError and RequestError."""
+        return await self._commands.run(command, timeout_s)
 
     async def probe(self, timeout_s: float) -> dict[str, dict[str, Any]]:
         """The counters of every hop, by role. Raises TimeoutError and RequestError."""
@@ -298,7 +281,7 @@ class RingClient:
         """What the loaded model allows; waits until the scheduler has said it."""
         return await asyncio.shield(self._facts)
 
-    async def lap(self) -> None:
+    async def wait_until_connected(self) -> None:
         """Wait until a probe has gone all the way round: every hop is there and connected to the next."""
         while True:
             try:
@@ -314,11 +297,11 @@ class RingClient:
         for frame in itertools.count(1):
             messages = await self._inbox.recv()
             now = self.last_heard_at = time.monotonic()
-            self.guard.each(messages, partial(self._hear, now))
+            self.guard.each(messages, partial(self._handle, now))
             if frame % FRAMES_A_TURN == 0:
                 await asyncio.sleep(0)
 
-    def _hear(self, now: float, message: Message) -> list[Message]:
+    def _handle(self, now: float, message: Message) -> list[Message]:
         self._receive.get(type(message), self._on_other)(message, now)
         return []
 
@@ -351,28 +334,28 @@ class RingClient:
             entry.prompt_tokens, entry.cached_tokens = text.tokens.prompt_tokens, text.tokens.cached_tokens
         if entry.group is not None:
             entry.group.put(entry.index, text)
-        self._meter.heard(entry, text, now)
+        self._meter.count_delta(entry, text, now)
         entry.last_heard_at, entry.heard = now, True
-        if self._quarantine.hears(entry, ended):
-            self._pump()
+        if self._quarantine.note_output(entry, ended):
+            self._send_ready()
 
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
         if isinstance(answer, Reply):
             self.on_reply(answer)
         if answer.id == self._clearing:
             self._quarantine.cleared = True
-            self._pump()
+            self._send_ready()
             return
-        waiting = self._commands.answered(answer.id, answer)
-        if waiting is None:
+        unanswered = self._commands.deliver(answer.id, answer)
+        if unanswered is None:
             self.stale += 1
-        elif isinstance(answer, Reply) and answer.success and waiting.command.ends_requests:
-            self._end_before(waiting.serial)
+        elif isinstance(answer, Reply) and answer.success and unanswered.command.ends_requests:
+            self._end_before(unanswered.serial)
 
     def _end_before(self, serial: int) -> None:
         """A command has ended all requests before it: see to those whose last message was lost, or were held back."""
-        left = [entry for entry in self._pending.values() if entry.serial < serial and not entry.unwanted]
-        self._unwant(left, ABORTED)
+        left = [entry for entry in self._pending.values() if entry.serial < serial and not entry.requested_abort]
+        self._abort_entries(left, ABORTED)
 
     def _on_facts(self, facts: Facts, now: float) -> None:
         known = self._commands.epoch

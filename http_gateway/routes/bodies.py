@@ -25,12 +25,12 @@ LONG = 8  # from here on two mistakes are seen through
 FOREIGN = frozenset({"inputs", "message", "mode", "models", "prompts", "seeds", "tags", "texts", "users"})
 
 
-async def read(http: HTTPRequest, kind: type[Body]) -> Body:
+async def read_json_body(http: HTTPRequest, kind: type[Body]) -> Body:
     """The body of a request. Raises RequestError, msgspec.DecodeError and UnicodeDecodeError."""
-    return decode(await read_body(http), kind)
+    return decode_json_body(await read_body(http), kind)
 
 
-def decode(raw: bytes, kind: type[Body]) -> Body:
+def decode_json_body(raw: bytes, kind: type[Body]) -> Body:
     """The same of bytes that are there. JSON is UTF-8, in fields that nobody reads too."""
     if not raw.isascii():
         raw.decode()

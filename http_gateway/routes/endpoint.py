@@ -1,4 +1,4 @@
-"""A row of the route table, and what stands around its handler: the key, the error shapes, the client that leaves."""
+"""A row of the route table, and what surrounds its handler: keys, error shapes, the client that leaves."""
 
 import asyncio
 import logging
@@ -12,9 +12,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.allowed_sites import SAFE_METHODS, AllowedSites, of_foreign_page, refusal
 from quartet.http_gateway.http.auth import Access, Keys
 from quartet.http_gateway.http.counting import ValueCounter
-from quartet.http_gateway.http.visitors import SAFE_METHODS, Visitors, refusal
 from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.config import ServerConfig
@@ -27,7 +27,7 @@ ROUTE = "quartet.route"  # scope key: path of the route that matched, for counti
 BOUNDS = "quartet.bounds"  # scope key: Bounds of the request's body
 
 SIZE = "quartet.size"  # scope key: bytes of the body that was read
-LARGE_BODY = 1 << 18  # what is made of larger ones is made beside the loop
+LARGE_BODY = 1 << 18  # larger ones are converted in a thread
 
 MAX_LENGTH_DIGITS = 20  # of a Content-Length that is read as a number
 
@@ -48,7 +48,7 @@ class Bounds:
         """Of lists and objects, numbers for example."""
         return self.size // BODY_BYTES_PER_MEMBER
 
-    def check(self, size: int, counter: ValueCounter) -> None:
+    def check_size(self, size: int, counter: ValueCounter) -> None:
         """Raise RequestError (413, naming the limit) for a body that has so much already."""
         if size > self.size:
             by = f" ({self.flag})" if self.flag else ""
@@ -79,55 +79,69 @@ def of_weights(config: ServerConfig) -> Bounds:
     return Bounds(config.max_weight_body_size, "--max-weight-body-size", MAX_CONTROL_BODY_VALUES)
 
 
+def no_own_shape(scope: Scope) -> errors.Shape | None:
+    """Most routes tell a missing key, a foreign page and a broken body in the shapes that they share."""
+    return None
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """One path of the API. Access is the user's unless said otherwise: a route that forgets to say is not open."""
+    """One path of the API. Access is the user's unless said otherwise: a route that forgets to say is not open.
+
+    `shape`: of the errors that the handler raises. `own_shape`: of every error of a request, those before the handler
+    included, in an API that has one shape for all.
+    """
 
     path: str
     handler: Handler
     methods: tuple[str, ...] = ("GET",)
     access: Access = Access.USER
     shape: errors.Shape = errors.native
+    own_shape: Callable[[Scope], errors.Shape | None] = no_own_shape
     changes_state: bool = False  # with GET too
     body: Any = None  # type of the request body, for the API's description
     answer: Any = None  # and of what is answered
+    failure: Any = None  # and of errors, where the API has its own
     bounds: Callable[[ServerConfig], Bounds] = of_requests
 
 
 class Guarded:
     """An endpoint as an ASGI application."""
 
-    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys, visitors: Visitors) -> None:
+    def __init__(self, endpoint: Endpoint, gateway: Gateway, keys: Keys, allowed_sites: AllowedSites) -> None:
         self._endpoint = endpoint
         self._gateway = gateway
         self._keys = keys
-        self._visitors = visitors
+        self._allowed_sites = allowed_sites
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoint
         scope[ROUTE] = endpoint.path
         scope[BOUNDS] = endpoint.bounds(self._gateway.config)
+        own = endpoint.own_shape(scope)
         changes = endpoint.changes_state or scope["method"] not in SAFE_METHODS
-        if changes and (page := self._visitors.foreign(scope["headers"])):
-            await refusal(page)(scope, receive, send)
+        if changes and (page := self._allowed_sites.foreign_page(scope["headers"])):
+            await (own(of_foreign_page(page)) if own else refusal(page))(scope, receive, send)
             return
         if not self._keys.allow(endpoint.access, scope["headers"]):
-            await unauthorized(self._keys.wanted(endpoint.access))(scope, receive, send)
+            await unauthorized(self._keys.required_key(endpoint.access), own)(scope, receive, send)
             return
         try:
             response = await endpoint.handler(self._gateway, Request(scope, receive, send))
             await response(scope, receive, send)
         except RequestError as error:
-            await endpoint.shape(error)(scope, receive, send)
+            await (own or endpoint.shape)(error)(scope, receive, send)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            await errors.schema(error)(scope, receive, send)
+            await (own(errors.of_schema(error)) if own else errors.schema(error))(scope, receive, send)
         except (ClientGone, ClientDisconnect):
             log.info("Request is disconnected from the client side. Aborted %s %s", scope["method"], endpoint.path)
 
 
-def unauthorized(wanted: str) -> Response:
-    """`wanted`: which key is missing, for people."""
-    return errors.json_response({"error": "Unauthorized", "message": wanted}, 401, {"WWW-Authenticate": "Bearer"})
+def unauthorized(message: str, own_shape: errors.Shape | None = None) -> Response:
+    """401; the message says which key is missing."""
+    if own_shape is not None:
+        return own_shape(RequestError(message, Kind.UNAUTHORIZED))
+    return errors.json_response({"error": "Unauthorized", "message": message}, 401, {"WWW-Authenticate": "Bearer"})
 
 
 async def read_body(http: Request, size: int | None = None) -> bytes:
@@ -147,14 +161,14 @@ async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[by
     counter, received = ValueCounter(), 0
     declared = http.headers.get("content-length", "")
     if declared.isdecimal() and len(declared) < MAX_LENGTH_DIGITS and int(declared) > 2 * bounds.size:
-        bounds.check(int(declared), counter)
+        bounds.check_size(int(declared), counter)
     refusal: RequestError | None = None
     async for part in http.stream():
         received += len(part)
         if refusal is None:
             counter.feed(part)
             try:
-                bounds.check(received, counter)
+                bounds.check_size(received, counter)
             except RequestError as error:
                 refusal = error
             else:
@@ -166,8 +180,8 @@ async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[by
     http.scope[SIZE] = received
 
 
-async def beside(http: Request, make: Callable[..., Made], *given: Any) -> Made:
-    """What `make` makes of the body that was read. A large one is worked on in a thread, so that others get turns."""
+async def convert_body(http: Request, make: Callable[..., Made], *given: Any) -> Made:
+    """`make(*given)`, which converts the body that was read; in a thread where the body is large."""
     if http.scope.get(SIZE, 0) < LARGE_BODY:
         return make(*given)
     return await asyncio.to_thread(make, *given)

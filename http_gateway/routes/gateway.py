@@ -95,6 +95,7 @@ class Gateway:
 
 
 def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
+    """What this server allows in a request, from its configuration, model and facts."""
     preferred = config.preferred_sampling_params
     return Rules(
         vocab_size=facts.vocab_size,

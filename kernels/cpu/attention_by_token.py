@@ -1,4 +1,4 @@
-"""Paged attention whose result for a query depends on that query's context alone, bit for bit, on the CPU.
+"""Paged attention whose bits for a query depend only on that query's context, on the CPU.
 
 `paged_attention` is fast because queries share calls: how sums are split then depends on who else is in the step, on
 where a prompt was cut into chunks and on how a sequence's pages lie. Here each query attends by itself, over keys that

@@ -11,7 +11,7 @@ on two cores, cycling through the layers of a model so that no matrix stays in a
     9728 x 896 fp32, 64     18,500            -    5,700
 
 How many rows share a product may change the order of its sums, and so the last bits. Without AMX it does so for single
-rows of some shapes alone; those are computed twice, side by side, which costs nothing: reading the weight is what takes
+rows of some shapes only; such a row is computed twice in one product, which costs nothing: reading the weight takes
 the time. With AMX, bfloat16 rows are added up in one way among 1 to 32 and in others among more. A layer that keeps
 order (`keep_order`) multiplies only certain numbers of rows at once, for which a probe has found one order on this
 machine: at most 64, with AMX 32. Without a packed form (bfloat16 without AVX-512) the same goes for `F.linear`.
@@ -22,7 +22,7 @@ One AVX-512 core takes, for 512 rows of 9728 x 896 (ms):
 float16 has no packed form on most CPUs: it is packed as float32, and single rows take `F.linear`.
 
 A weight with very many rows, such as a language-model head, is packed in blocks of them, so that packing new values
-beside a running model is never one long stretch of work; putting the blocks' results side by side costs little.
+while a model runs is never one long piece of work; concatenating the blocks' results costs little.
 Smaller blocks would cost more: a product takes 0.1 ms however small it is.
 
 oneDNN compiles and keeps a kernel of up to 2 MB for every number of rows that it meets, which takes it 1 to 9 ms each.
@@ -113,22 +113,22 @@ class Linear:
         last = [count for count in self.row_counts if count >= rest][:1] if rest else []
         return [self.row_counts[-1]] * full + last
 
-    def pack(self, weight: torch.Tensor, breathe: Callable[[], None] = no_pause) -> Blocks | None:
+    def pack(self, weight: torch.Tensor, yield_point: Callable[[], None] = no_pause) -> Blocks | None:
         """The packed form of a weight of this layer's shape, or None where this device has none.
 
-        `breathe` is called after each block.
+        `yield_point` is called after each block.
         """
-        return None if self.packed_dtype is None else pack(weight, self.packed_dtype, breathe)
+        return None if self.packed_dtype is None else pack(weight, self.packed_dtype, yield_point)
 
     @property
     def packed_bytes(self) -> int:
-        """What the packed form takes."""
+        """Size of the packed form."""
         return 0 if self.packed_dtype is None else self.weight.numel() * self.packed_dtype.itemsize
 
     def keep_order(self) -> None:
-        """From now on a row gets the same bits whatever is beside it, for all shapes and dtypes, if not as fast.
+        """From now on the bits of a row do not depend on the other rows, for all shapes and dtypes; slower.
 
-        Call when the weight was packed and the number of threads is settled.
+        Call after the weight was packed and the number of threads was set.
         """
         _, dtype = self.factors()
         kind = (self.weight.shape[1], dtype, self.packed is not None, torch.get_num_threads())
@@ -140,7 +140,7 @@ class Linear:
         return {len(block) for block in self.weight.split(BLOCK_FEATURES)}
 
     def adopt(self, packed: Blocks | None) -> None:
-        """Use what `pack` made of the weight's present values."""
+        """Use the result of `pack` for the weight's current values."""
         if packed is not None and self.packed is None:
             self.least_rows = max(
                 least_rows(height, self.weight.shape[1], self.packed_dtype) for height in self.heights()
@@ -148,11 +148,11 @@ class Linear:
         self.packed = packed
 
 
-def pack(weight: torch.Tensor, dtype: torch.dtype, breathe: Callable[[], None] = no_pause) -> Blocks:
+def pack(weight: torch.Tensor, dtype: torch.dtype, yield_point: Callable[[], None] = no_pause) -> Blocks:
     blocks = []
     for block in weight.split(BLOCK_FEATURES):
         blocks.append(torch.ops.mkldnn._reorder_linear_weight(block.to(dtype).contiguous(), PACKED_FOR_ROWS))
-        breathe()
+        yield_point()
     return tuple(blocks)
 
 
@@ -184,15 +184,15 @@ def can_pack(dtype: torch.dtype) -> bool:
 def least_rows(features: int, columns: int, dtype: torch.dtype) -> int:
     """1, or 2 where oneDNN adds up a single row of such a block in another order than a row among others."""
     blocks, row = order_probe(features, columns, dtype, packed=True)
-    (alone,), (together,) = multiply(row, blocks, None), multiply(row.repeat(2, 1), blocks, None)
-    return 1 if torch.equal(alone, together[:1]) else 2
+    (single,), (pair,) = multiply(row, blocks, None), multiply(row.repeat(2, 1), blocks, None)
+    return 1 if torch.equal(single, pair[:1]) else 2
 
 
 @lru_cache
 def counts_in_order(features: int, columns: int, dtype: torch.dtype, packed: bool, threads: int) -> tuple[int, ...]:
     """Those of ROW_COUNTS for which every row is added up in one order in products with such a block.
 
-    Two rows set the order, or a single one where even two differ: it has no others beside it.
+    Two rows set the order, or a single one where even two differ.
     """
     assert threads == torch.get_num_threads(), threads
     blocks, row = order_probe(features, columns, dtype, packed)

@@ -2,8 +2,8 @@
 
 import torch
 
-from quartet.kernels.reference import layers as reference
-from quartet.kernels.reference.operations import ACTIVATIONS, linear, normed
+from quartet.kernels.reference import layers
+from quartet.kernels.reference.dense import ACTIVATIONS, linear, normed
 
 
 def router(
@@ -19,11 +19,7 @@ def router(
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Choose experts for norm(x) (tokens, hidden): ids (tokens, top_k) int32, best first, and weights (float32).
-
-    With shared_gate (1, hidden) weights have one more column, its sigmoid. `logits` is left with the logits of the
-    experts and of the shared gate.
-    """
+    """See kernels.operations.Ops.router."""
     rows = weight if shared_gate is None else torch.cat((weight, shared_gate))
     logits.copy_(linear(normed(x, norm_weight, epsilon, plus_one), rows))
     choose_experts(logits[:, : len(weight)], renormalize, ids, weights)
@@ -37,9 +33,9 @@ def choose_experts(
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """The part of `router` after the logits (tokens, experts), for batches whose logits come from a larger product."""
+    """See kernels.operations.Ops.choose_experts."""
     top_k = ids.shape[1]
-    chosen_weights, chosen = reference.choose_experts(logits, top_k, renormalize)
+    chosen_weights, chosen = layers.choose_experts(logits, top_k, renormalize)
     ids.copy_(chosen)
     weights[:, :top_k] = chosen_weights
 
@@ -55,10 +51,7 @@ def expert_gate_up(
     activation: str,
     out: torch.Tensor,
 ) -> None:
-    """activation(gate) * up of each token's experts, gate_up (experts, 2 * size, hidden), and of the shared one.
-
-    x (tokens, hidden) → out (tokens, top_k * size + shared size), in the order of ids (tokens, top_k).
-    """
+    """See kernels.operations.Ops.expert_gate_up."""
     rows = normed(x, norm_weight, epsilon, plus_one)
     both = torch.einsum("th,tksh->tks", rows, gate_up[ids.long()].float())
     inner = ACTIVATIONS[activation](both).flatten(1)
@@ -76,10 +69,7 @@ def expert_down(
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """The weighted sum of the experts' second halves: inner, as `expert_gate_up` leaves it, → out (tokens, hidden).
-
-    down (experts, hidden, size), shared_down (hidden, shared size), weights as `router` leaves them.
-    """
+    """See kernels.operations.Ops.expert_down."""
     (tokens, top_k), size = ids.shape, down.shape[2]
     own = inner[:, : top_k * size].float().view(tokens, top_k, size)
     y = torch.einsum("tks,tkhs,tk->th", own, down[ids.long()].float(), weights[:, :top_k])
@@ -91,10 +81,7 @@ def expert_down(
 def align_experts(
     ids: torch.Tensor, experts: int, block: int, pairs: torch.Tensor, block_experts: torch.Tensor
 ) -> None:
-    """ids (tokens, top_k) int32 → pairs (int32), len(ids.flatten()) where padded, and block_experts, -1 where unused.
-
-    What lies in `pairs` beyond the blocks that are used stays as it was.
-    """
+    """See kernels.operations.Ops.align_experts."""
     flat = ids.flatten()
     place = 0
     block_experts.fill_(-1)
@@ -116,11 +103,7 @@ def expert_gemm(
     activation: str | None,
     out: torch.Tensor,
 ) -> None:
-    """out (all pairs, size) = x @ weight[expert of the pair].T, with weight (experts, size, in).
-
-    x (all pairs, in), or (tokens, in) where the pairs of a token share a row. With an activation weight is
-    (experts, 2 * size, in) and out = activation(gate) * up.
-    """
+    """See kernels.operations.Ops.expert_gemm."""
     for number, expert in enumerate(block_experts.tolist()):
         if expert < 0:
             break
@@ -138,8 +121,7 @@ def expert_sum(
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """out (tokens, hidden) = y (tokens * top_k, hidden), weighted and summed, + sigmoid(shared_logits) * shared +
-    residual."""
+    """See kernels.operations.Ops.expert_sum."""
     total = torch.einsum("tkh,tk->th", y.float().view(len(out), -1, y.shape[1]), weights)
     if shared is not None and shared_logits is not None:
         total = total + shared_logits.float().sigmoid() * shared.float()

@@ -1,222 +1,50 @@
-"""The fused operations in plain torch: what each Triton kernel of the same name and signature must compute.
+"""All operations of kernels.operations.Ops in plain torch: the specification of the Triton kernels."""
 
-All write to tensors that they are given. Arithmetic is float32, rounded once where a result is stored.
-"""
+from quartet.kernels.reference.dense import (
+    gated_activation,
+    gemv,
+    norm_gate_up,
+    norm_qkv_rope_kv,
+    paged_decode,
+    paged_extend,
+    rms_norm,
+    rope_kv,
+    skinny,
+    skinny_gated,
+)
+from quartet.kernels.reference.moe import (
+    align_experts,
+    choose_experts,
+    expert_down,
+    expert_gate_up,
+    expert_gemm,
+    expert_sum,
+    router,
+)
+from quartet.kernels.reference.prepare import prepare
+from quartet.kernels.reference.sampling import draw, lm_head_sample, process_logits, select
 
-import torch
-import torch.nn.functional as F
-
-from quartet.kernels.reference import layers as reference
-
-ACTIVATIONS = {
-    "silu": reference.silu_and_mul,
-    "gelu": reference.gelu_and_mul,
-    "gelu_tanh": reference.gelu_tanh_and_mul,
-}
-
-
-def normed(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, plus_one: bool) -> torch.Tensor:
-    """x in float32, normed if there is a weight."""
-    if weight is None:
-        return x.float()
-    return F.rms_norm(x.float(), weight.shape, weight.float() + float(plus_one), epsilon)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, plus_one: bool, out: torch.Tensor) -> None:
-    """out = x (rows, columns) over its root mean square, times weight."""
-    out.copy_(normed(x, weight, epsilon, plus_one))
-
-
-def gated_activation(gate_up: torch.Tensor, activation: str, out: torch.Tensor) -> None:
-    """activation(first half) * second half of gate_up (rows, 2 * size) → out (rows, size)."""
-    out.copy_(ACTIVATIONS[activation](gate_up.float()))
-
-
-def gemv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """out = x (tokens, in) @ weight.T (out, in) + bias + residual (tokens, out). `out` may be the residual itself."""
-    y = linear(x, weight, bias)
-    out.copy_(y if residual is None else y + residual.float())
-
-
-def norm_gate_up(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    epsilon: float,
-    plus_one: bool,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    out: torch.Tensor,
-) -> None:
-    """out (tokens, size) = activation(gate) * up, the halves of norm(x) @ weight.T + bias."""
-    out.copy_(ACTIVATIONS[activation](linear(normed(x, norm_weight, epsilon, plus_one), weight, bias)))
-
-
-def paged_decode(
-    q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    table_rows: torch.Tensor | None,
-    lengths: torch.Tensor,
-    page_size: int,
-    longest: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    partials: torch.Tensor,
-    counters: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """q (rows, heads, dim) against pools (kv_heads, tokens, dim) → out (rows, heads, dim).
-
-    Row i has the pages of page_table[table_rows[i]] (of page_table[i] without table_rows) and lengths[i] keys, at most
-    `longest`; a row of length 0 gives zeros. Here, partials and counters are not needed.
-    """
-    for row, length in enumerate(lengths.tolist()):
-        if not length:
-            out[row].zero_()
-            continue
-        k, v = context(k_pool, v_pool, page_table, table_rows, row, length, page_size)
-        out[row] = reference.attention(q[row : row + 1], k, v, scale, window, softcap, sinks)[0]
-
-
-def paged_extend(
-    q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    table_rows: torch.Tensor | None,
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    page_size: int,
-    most_queries: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    causal: bool,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """q (tokens, heads, dim) against pools (kv_heads, tokens, dim) → out (tokens, heads, dim).
-
-    Sequence i has the tokens starts[i] to starts[i + 1], at most `most_queries`: the last of its lengths[i] positions.
-    Its pages are page_table[table_rows[i]], or page_table[i] without table_rows. With a length of 0 it gets zeros.
-    """
-    bounds = starts.tolist()
-    for row, length in enumerate(lengths.tolist()):
-        first, last = bounds[row], bounds[row + 1]
-        if not length:
-            out[first:last] = 0
-            continue
-        k, v = context(k_pool, v_pool, page_table, table_rows, row, length, page_size)
-        if causal:
-            out[first:last] = reference.attention(q[first:last], k, v, scale, window, softcap, sinks)
-            continue
-        for token in range(first, last):  # alone, a query is the last position and so sees every key
-            out[token] = reference.attention(q[token : token + 1], k, v, scale, None, softcap, sinks)[0]
-
-
-def context(
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    table_rows: torch.Tensor | None,
-    row: int,
-    length: int,
-    page_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of one sequence, each (length, kv_heads, dim)."""
-    pages = page_table[row if table_rows is None else int(table_rows[row])].long()
-    positions = torch.arange(length, device=k_pool.device)
-    slots = pages[positions // page_size] * page_size + positions % page_size
-    return k_pool[:, slots].transpose(0, 1), v_pool[:, slots].transpose(0, 1)
-
-
-def norm_qkv_rope_kv(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    epsilon: float,
-    plus_one: bool,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    slots: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    q: torch.Tensor,
-) -> None:
-    """Norm, project (rows of weight: queries, keys, values), rotate; for a few tokens.
-
-    x (tokens, hidden) → q (tokens, heads, dim); keys and values go to the places `slots` (tokens,) of the pools
-    (kv_heads, pool tokens, dim). Rotation must cover whole heads.
-    """
-    qkv = linear(normed(x, norm_weight, epsilon, plus_one), weight, bias)
-    rope_kv(qkv, None, None, epsilon, plus_one, cos, sin, slots, k_pool, v_pool, q)
-
-
-def rope_kv(
-    qkv: torch.Tensor,
-    query_norm: torch.Tensor | None,
-    key_norm: torch.Tensor | None,
-    epsilon: float,
-    plus_one: bool,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    slots: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    q: torch.Tensor,
-) -> None:
-    """The part after the projection: qkv (tokens, (heads + 2 * kv_heads) * dim) → q (tokens, heads, dim) and the pools.
-
-    Dimensions beyond rotary_dim are not rotated.
-    """
-    heads, kv_heads = q.shape[1], len(k_pool)
-    parts = qkv.float().view(len(q), -1, q.shape[2]).split((heads, kv_heads, kv_heads), dim=1)
-    query, key = (
-        reference.rotate(normed(part, weight, epsilon, plus_one), cos.float(), sin.float())
-        for part, weight in zip(parts, (query_norm, key_norm), strict=False)
-    )
-    q.copy_(query)
-    for pool, part in ((k_pool, key), (v_pool, parts[2])):
-        pool[:, slots.long()] = part.transpose(0, 1).to(pool.dtype)
-
-
-def skinny(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    partials: torch.Tensor,
-    counters: torch.Tensor,
-    out: torch.Tensor,
-    block: int | None = None,
-) -> None:
-    """out = x (tokens, in) @ weight.T (out, in) + bias + residual (tokens, out). `out` may be the residual itself.
-
-    In the Triton kernel `block` fixes the number of tokens that are multiplied at once.
-    """
-    gemv(x, weight, bias, residual, out)
-
-
-def skinny_gated(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    partials: torch.Tensor,
-    counters: torch.Tensor,
-    out: torch.Tensor,
-    block: int | None = None,
-) -> None:
-    """out (tokens, size) = activation(gate) * up, the halves of x @ weight.T + bias."""
-    norm_gate_up(x, None, 0.0, False, weight, bias, activation, out)
+__all__ = [
+    "align_experts",
+    "choose_experts",
+    "draw",
+    "expert_down",
+    "expert_gate_up",
+    "expert_gemm",
+    "expert_sum",
+    "gated_activation",
+    "gemv",
+    "lm_head_sample",
+    "norm_gate_up",
+    "norm_qkv_rope_kv",
+    "paged_decode",
+    "paged_extend",
+    "prepare",
+    "process_logits",
+    "rms_norm",
+    "rope_kv",
+    "router",
+    "select",
+    "skinny",
+    "skinny_gated",
+]

@@ -22,12 +22,7 @@ def prepare(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> None:
-    """Row i gets what slots[i] (rows,) holds: its last token and that one's position, which moves on by one.
-
-    Out: input_ids, positions, kv_slots (rows,) int64, lengths (rows,) int32 with the new key counted, x (rows, hidden)
-    = embedding * scale, cos and sin (rows, 1, rotary_dim) from rotary (positions, 2, rotary_dim). A row whose slot is
-    below 0 or finished gets token 0 at position 0, writes to the null page and has length 0.
-    """
+    """See kernels.operations.Ops.prepare."""
     held = slots.long().clamp(min=0)
     runs = (slots >= 0) & (finished[held] == 0)
     input_ids.copy_(torch.where(runs, last_tokens[held], 0))

@@ -4,8 +4,8 @@ from math import inf
 
 import torch
 
-from quartet.kernels.reference import layers as reference
-from quartet.kernels.reference.operations import linear, normed
+from quartet.kernels.reference import layers
+from quartet.kernels.reference.dense import linear, normed
 from quartet.kernels.reference.philox import uniform
 
 
@@ -27,12 +27,9 @@ def lm_head_sample(
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of x (rows, hidden): tokens[slots[i]], or tokens[i] without slots; valid (rows,) int32.
-
-    temperatures (rows,), 0 is greedy. logits (rows, vocab), float32, are left as they were drawn from.
-    """
+    """See kernels.operations.Ops.lm_head_sample."""
     made = linear(normed(x, norm_weight, epsilon, plus_one).to(x.dtype), weight)
-    logits.copy_(made if softcap is None else reference.soft_cap(made, softcap))
+    logits.copy_(made if softcap is None else layers.soft_cap(made, softcap))
     process_logits(logits, None, temperatures, tops, masses)
     draw(
         logits, tops, masses, -(-logits.shape[1] // tops.shape[1]), temperatures, seeds, positions, slots, tokens, valid
@@ -46,11 +43,7 @@ def process_logits(
     tops: torch.Tensor,
     masses: torch.Tensor,
 ) -> None:
-    """Mask and temperature, in place on logits (rows, vocab) float32.
-
-    A token is allowed where its bit of `allowed`, int32 (rows, ceil(vocab / 32)), is set. A temperature of 0 divides
-    by 1. tops and masses are as in the Triton kernel for an equal number of tiles; nothing here reads them.
-    """
+    """See kernels.operations.Ops.process_logits."""
     if allowed is not None:
         bits = torch.arange(32, dtype=torch.int32, device=allowed.device)
         is_allowed = ((allowed.unsqueeze(2) >> bits) & 1).bool().flatten(1)[:, : logits.shape[1]]
@@ -70,9 +63,13 @@ def draw(
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of adjusted logits (rows, vocab): the first largest at temperature 0, else drawn."""
+    """See kernels.operations.Ops.draw."""
     off = torch.zeros_like(temperatures)
-    select(logits, tops, masses, temperatures, off.int(), off + 1, off, seeds, positions, slots, off, tokens, valid)
+    chosen = choose(logits, temperatures, off.int(), off + 1, off, seeds, positions, valid).to(tokens.dtype)
+    if slots is None:
+        tokens.copy_(chosen)
+    else:
+        tokens[slots[slots >= 0].long()] = chosen[slots >= 0]
 
 
 def select(
@@ -85,16 +82,25 @@ def select(
     min_ps: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor | None,
     candidates: torch.Tensor,
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of what `process_logits` left: tokens[slots[i]], or tokens[i] without slots; valid (rows,).
+    """See kernels.operations.Ops.select."""
+    tokens.copy_(choose(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, valid))
 
-    top_ks (rows,) int32, 0 is off; top_ps (rows,), 1 is off; min_ps (rows,), 0 is off. The filters look at one and the
-    same distribution; a token that is as likely as the last that stays, stays.
-    """
+
+def choose(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    valid: torch.Tensor,
+) -> torch.Tensor:
+    """A token for each row of logits, int64 (rows,); writes `valid`. The arguments are those of `select`."""
     best, largest = logits.max(1)
     valid.copy_(torch.isfinite(best))
     weights = (logits - best.unsqueeze(1)).exp().double()
@@ -103,11 +109,7 @@ def select(
     cumulative = weights.cumsum(1)
     target = uniform(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-    chosen = torch.where(temperatures == 0, largest, drawn).to(tokens.dtype)
-    if slots is None:
-        tokens.copy_(chosen)
-    else:
-        tokens[slots[slots >= 0].long()] = chosen[slots >= 0]
+    return torch.where(temperatures == 0, largest, drawn)
 
 
 def top_k_floor(weights: torch.Tensor, top_ks: torch.Tensor) -> torch.Tensor:

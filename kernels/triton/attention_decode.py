@@ -46,12 +46,7 @@ def paged_decode(
     *,
     dependent: bool = False,
 ) -> None:
-    """q (rows, heads, dim) against pools (kv_heads, tokens, dim) → out (rows, heads, dim).
-
-    Row i has the pages of page_table[table_rows[i]] (of page_table[i] without table_rows) and lengths[i] keys, at most
-    `longest`; a row of length 0 gives zeros. `partials` (float32) and `counters` (int32, zeros before and after) are
-    as large as `decode_workspace` says.
-    """
+    """See kernels.operations.Ops.paged_decode."""
     chosen = tile("paged_decode")
     rows, heads, dim = q.shape
     kv_heads = len(k_pool)

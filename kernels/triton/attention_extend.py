@@ -35,11 +35,7 @@ def paged_extend(
     sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """q (tokens, heads, dim) against pools (kv_heads, tokens, dim) → out (tokens, heads, dim).
-
-    Sequence i has the tokens starts[i] to starts[i + 1], at most `most_queries`: the last of its lengths[i] positions.
-    Its pages are page_table[table_rows[i]], or page_table[i] without table_rows. With a length of 0 it gets zeros.
-    """
+    """See kernels.operations.Ops.paged_extend."""
     _, heads, dim = q.shape
     chosen = tile("paged_extend_wide" if dim > WIDE_DIM else "paged_extend")
     kv_heads = len(k_pool)

@@ -26,7 +26,7 @@ def gemv(
     *,
     dependent: bool = False,
 ) -> None:
-    """out = x (tokens, in) @ weight.T (out, in) + bias + residual (tokens, out). `out` may be the residual itself."""
+    """See kernels.operations.Ops.gemv."""
     chosen = tile("gemv")
     tokens, columns = x.shape
     assert tokens <= FEW_ROWS, tokens
@@ -60,7 +60,7 @@ def norm_gate_up(
     *,
     dependent: bool = False,
 ) -> None:
-    """out (tokens, size) = activation(gate) * up, the halves of norm(x) @ weight.T + bias."""
+    """See kernels.operations.Ops.norm_gate_up."""
     chosen = tile("gate_up")
     tokens, columns = x.shape
     assert tokens <= FEW_ROWS, tokens

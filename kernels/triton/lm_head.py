@@ -43,12 +43,7 @@ def lm_head_sample(
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of x (rows, hidden): tokens[slots[i]], or tokens[i] without slots; valid (rows,) int32.
-
-    temperatures (rows,), 0 is greedy. logits (rows, vocab), float32, are left as they were drawn from; tops and
-    masses (rows, ceil(vocab / 64)), float32, and counter (1,), int32, zero before and after, are working space. Up
-    to 64 rows.
-    """
+    """See kernels.operations.Ops.lm_head_sample."""
     chosen = tile("lm_head")
     rows, columns = x.shape
     assert rows <= SKINNY_ROWS, rows
@@ -99,7 +94,7 @@ def draw(
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """The draw from adjusted logits (rows, vocab) and what is known of each `block` of them, see triton_draw.py."""
+    """See kernels.operations.Ops.draw."""
     rows, vocab = logits.shape
     tiles = blocks(vocab, block)
     _draw[(rows,)](

@@ -21,10 +21,7 @@ from quartet.kernels.triton.configs import tile
 def align_experts(
     ids: torch.Tensor, experts: int, block: int, pairs: torch.Tensor, block_experts: torch.Tensor
 ) -> None:
-    """ids (tokens, top_k) int32 → pairs (int32), len(ids.flatten()) where padded, and block_experts, -1 where unused.
-
-    `block_experts` has at least `most_blocks` entries and `pairs` a block for each of them; all int32.
-    """
+    """See kernels.operations.Ops.align_experts."""
     chosen = tile("align")
     assert len(pairs) >= len(block_experts) * block, (len(pairs), len(block_experts), block)
     _align_experts[(experts,)](
@@ -55,11 +52,7 @@ def expert_gemm(
     activation: str | None,
     out: torch.Tensor,
 ) -> None:
-    """out (all pairs, size) = x @ weight[expert of the pair].T, with weight (experts, size, in).
-
-    x (all pairs, in), or (tokens, in) where the pairs of a token share a row. With an activation weight is
-    (experts, 2 * size, in) and out = activation(gate) * up.
-    """
+    """See kernels.operations.Ops.expert_gemm."""
     chosen = tile("expert_gemm_wide" if block >= 64 else "expert_gemm")
     total, size = out.shape
     _expert_gemm[(len(block_experts), blocks(size, chosen.rows))](
@@ -88,8 +81,7 @@ def expert_sum(
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """out (tokens, hidden) = y (tokens * top_k, hidden), weighted and summed, + sigmoid(shared_logits) * shared +
-    residual."""
+    """See kernels.operations.Ops.expert_sum."""
     chosen = tile("expert_sum")
     tokens, hidden = out.shape
     _expert_sum[(tokens, blocks(hidden, chosen.columns))](

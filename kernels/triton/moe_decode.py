@@ -39,11 +39,7 @@ def router(
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Choose experts for norm(x) (tokens, hidden): ids (tokens, top_k) int32, best first, and weights (float32).
-
-    With shared_gate (1, hidden) weights have one more column, its sigmoid. `logits` (tokens, experts and shared
-    gate; float32) and `counters` (tokens,; int32, zeros before and after) are working space.
-    """
+    """See kernels.operations.Ops.router."""
     chosen = tile("router")
     tokens, columns = x.shape
     experts, top_k = len(weight), ids.shape[1]
@@ -79,7 +75,7 @@ def choose_experts(
     ids: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """The part of `router` after the logits (tokens, experts), for batches whose logits come from a larger product."""
+    """See kernels.operations.Ops.choose_experts."""
     chosen = tile("router")
     tokens, experts = logits.shape
     top_k = ids.shape[1]
@@ -108,10 +104,7 @@ def expert_gate_up(
     activation: str,
     out: torch.Tensor,
 ) -> None:
-    """activation(gate) * up of each token's experts, gate_up (experts, 2 * size, hidden), and of the shared one.
-
-    x (tokens, hidden) → out (tokens, top_k * size + shared size), in the order of ids (tokens, top_k).
-    """
+    """See kernels.operations.Ops.expert_gate_up."""
     chosen = tile("expert_gate_up")
     tokens, columns = x.shape
     size, top_k = gate_up.shape[1] // 2, ids.shape[1]
@@ -146,10 +139,7 @@ def expert_down(
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """The weighted sum of the experts' second halves: inner, as `expert_gate_up` leaves it, → out (tokens, hidden).
-
-    down (experts, hidden, size), shared_down (hidden, shared size), weights as `router` leaves them.
-    """
+    """See kernels.operations.Ops.expert_down."""
     chosen = tile("expert_down")
     tokens, hidden = out.shape
     size, top_k = down.shape[2], ids.shape[1]

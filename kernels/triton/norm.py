@@ -9,14 +9,14 @@ from quartet.kernels.triton.configs import tile
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, plus_one: bool, out: torch.Tensor) -> None:
-    """out = x (rows, columns) over its root mean square, times weight."""
+    """See kernels.operations.Ops.rms_norm."""
     chosen = tile("rms_norm")
     rows, columns = x.shape
     _rms_norm[(rows,)](x, weight, out, epsilon, columns, power_of_two(columns), plus_one, **options(chosen))
 
 
 def gated_activation(gate_up: torch.Tensor, activation: str, out: torch.Tensor) -> None:
-    """activation(first half) * second half of gate_up (rows, 2 * size) → out (rows, size)."""
+    """See kernels.operations.Ops.gated_activation."""
     chosen = tile("gated_activation")
     rows, size = out.shape
     grid = (rows, blocks(size, chosen.columns))

@@ -30,12 +30,7 @@ def prepare(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> None:
-    """Row i gets what slots[i] (rows,) holds: its last token and that one's position, which moves on by one.
-
-    Out: input_ids, positions, kv_slots (rows,) int64, lengths (rows,) int32 with the new key counted, x (rows, hidden)
-    = embedding * scale, cos and sin (rows, 1, rotary_dim) from rotary (positions, 2, rotary_dim). A row whose slot is
-    below 0 or finished gets token 0 at position 0, writes to the null page and has length 0.
-    """
+    """See kernels.operations.Ops.prepare."""
     chosen = tile("prepare")
     rows, hidden = x.shape
     rotary_dim = cos.shape[2]

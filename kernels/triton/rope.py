@@ -36,11 +36,7 @@ def norm_qkv_rope_kv(
     *,
     dependent: bool = False,
 ) -> None:
-    """Norm, project (rows of weight: queries, keys, values), rotate; for a few tokens.
-
-    x (tokens, hidden) → q (tokens, heads, dim); keys and values go to the places `slots` (tokens,) of the pools
-    (kv_heads, pool tokens, dim). Rotation must cover whole heads.
-    """
+    """See kernels.operations.Ops.norm_qkv_rope_kv."""
     chosen = tile("qkv_rope_kv")
     tokens, columns = x.shape
     _, heads, dim = q.shape
@@ -88,10 +84,7 @@ def rope_kv(
     v_pool: torch.Tensor,
     q: torch.Tensor,
 ) -> None:
-    """The part after the projection: qkv (tokens, (heads + 2 * kv_heads) * dim) → q (tokens, heads, dim) and the pools.
-
-    Dimensions beyond rotary_dim are not rotated.
-    """
+    """See kernels.operations.Ops.rope_kv."""
     chosen = tile("rope_kv")
     tokens, heads, dim = q.shape
     kv_heads = len(k_pool)

@@ -25,12 +25,7 @@ def process_logits(
     tops: torch.Tensor,
     masses: torch.Tensor,
 ) -> None:
-    """Mask and temperature, in place on logits (rows, vocab) float32.
-
-    A token is allowed where its bit of `allowed`, int32 (rows, ceil(vocab / 32)), is set. A temperature of 0 divides
-    by 1. tops and masses (rows, ceil(vocab / LOGITS_BLOCK)), float32, are what `draw` and `select` want to know of the
-    result.
-    """
+    """See kernels.operations.Ops.process_logits."""
     chosen = tile("logits")
     rows, vocab = logits.shape
     _process_logits[(rows, blocks(vocab, chosen.columns))](
@@ -55,16 +50,11 @@ def select(
     min_ps: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor | None,
     candidates: torch.Tensor,
     tokens: torch.Tensor,
     valid: torch.Tensor,
 ) -> None:
-    """A token for each row of what `process_logits` left: tokens[slots[i]], or tokens[i] without slots; valid (rows,).
-
-    top_ks (rows,) int32, 0 is off; top_ps (rows,), 1 is off; min_ps (rows,), 0 is off. candidates, int32 (rows, vocab),
-    is working space.
-    """
+    """See kernels.operations.Ops.select."""
     chosen = tile("select")
     rows, vocab = logits.shape
     tiles = blocks(vocab, tile("logits").columns)
@@ -78,7 +68,6 @@ def select(
         min_ps,
         seeds,
         positions,
-        slots,
         candidates,
         tokens,
         valid,
@@ -198,7 +187,6 @@ def _select(
     min_ps_ptr,
     seeds_ptr,
     positions_ptr,
-    slots_ptr,
     candidates_ptr,
     tokens_ptr,
     valid_ptr,
@@ -259,4 +247,4 @@ def _select(
             left -= sum_here
             first += BLOCK
         token = tl.where(token < 0, 0, token)
-    store_choice(token, valid, row, slots_ptr, tokens_ptr, valid_ptr)
+    store_choice(token, valid, row, None, tokens_ptr, valid_ptr)

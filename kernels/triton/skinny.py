@@ -29,11 +29,7 @@ def skinny(
     out: torch.Tensor,
     block: int | None = None,
 ) -> None:
-    """out = x (tokens, in) @ weight.T (out, in) + bias + residual (tokens, out). `out` may be the residual itself.
-
-    `partials` (float32) and `counters` (int32, zeros before and after) are as large as `skinny_workspace` says. In
-    blocks of `block` tokens: 16, 32 or 64, or as few as there are.
-    """
+    """See kernels.operations.Ops.skinny."""
     launch(tile("skinny"), x, weight, bias, residual, partials, counters, out, None, block)
 
 
@@ -47,7 +43,7 @@ def skinny_gated(
     out: torch.Tensor,
     block: int | None = None,
 ) -> None:
-    """out (tokens, size) = activation(gate) * up, the halves of x @ weight.T + bias."""
+    """See kernels.operations.Ops.skinny_gated."""
     launch(tile("skinny_gated"), x, weight, bias, None, partials, counters, out, activation, block)
 
 
@@ -63,6 +59,7 @@ def launch(
     activation: str | None,
     block: int | None,
 ) -> None:
+    """Launch the kernel of `skinny`, or with an activation that of `skinny_gated`."""
     tokens, columns = x.shape
     size = out.shape[1]
     splits = split_count(chosen, size, columns)

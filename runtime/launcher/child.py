@@ -46,7 +46,7 @@ class Child:
     epoch: int = 0
     booted_at: float = 0.0
     ready_at: float = 0.0
-    hung_at: float = 0.0  # when it was told to write its stacks; 0: it is well
+    hung_at: float = 0.0  # when it was signalled to write its stacks; 0: it is not hung
     ready: bool = False
     error: str = ""  # why it cannot start, in its own words
     silent: bool = False  # it has closed its ready pipe

@@ -28,7 +28,8 @@ from quartet.runtime.process import streams
 from quartet.runtime.process.memory import Memory, in_words, look
 from quartet.runtime.service import TITLE
 from quartet.runtime.settings import flags
-from quartet.runtime.settings.resolve import look_at_machine, resolve
+from quartet.runtime.settings.machine import look_at_machine
+from quartet.runtime.settings.resolve import resolve
 from quartet.runtime.sockets import endpoint
 
 log = logging.getLogger(__name__)
@@ -88,19 +89,19 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
     resolution = resolve(config, look_at_machine())
     with listen(config.host, config.port) as listener:
         address, port = listener.getsockname()[:2]
-        config = msgspec.structs.replace(resolution.config, port=port, listen_address=address)
+        resolved = msgspec.structs.replace(resolution.config, port=port, listen_address=address)
         with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
             for note in resolution.notes:
                 log.warning("%s", note)
             check_path_length(str(directory), services)
-            config = hub.locate(config)
-            config = msgspec.structs.replace(config, is_embedding=embeds(config))
+            resolved = hub.locate(resolved)
+            resolved = msgspec.structs.replace(resolved, is_embedding=embeds(resolved))
             check_memory(look())
             with (
                 Signals() as signals,
-                Supervisor(services, config, directory, lifeline_fd, listener.fileno()) as supervisor,
+                Supervisor(services, resolved, directory, lifeline_fd, listener.fileno()) as supervisor,
             ):
-                status = supervisor.run(signals, lambda: announce(config), lambda: stop_listening(listener))
+                status = supervisor.run(signals, lambda: announce(resolved), lambda: stop_listening(listener))
     return fail(status, supervisor.reason) if supervisor.reason else status
 
 
@@ -177,7 +178,7 @@ def stop_listening(listener: socket.socket) -> None:
 
 
 def notify(state: bytes) -> None:
-    """Tell systemd (Type=notify), where it asks to be told."""
+    """Notify systemd, where the server runs under it with Type=notify."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):
             sender.sendto(state, "\0" + address[1:] if address.startswith("@") else address)

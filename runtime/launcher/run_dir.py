@@ -72,6 +72,7 @@ def watched(run_dir: Path) -> Iterator[int]:
 
 
 def hire_janitor(run_dir: Path, lifeline_fd: int) -> subprocess.Popen[bytes]:
+    """Start a process that removes the directory when this one has ended, however it ends."""
     return subprocess.Popen(
         ["quartet::janitor", "-c", JANITOR, "quartet::janitor", str(run_dir)],
         executable="/bin/sh",

@@ -20,15 +20,15 @@ from types import FrameType, TracebackType
 
 import msgspec
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.launcher.child import Child, Service, start
-from quartet.runtime.launcher.vigil import LOOK_EVERY_S, Vigil
+from quartet.runtime.launcher.watchdog import LOOK_EVERY_S, Watchdog
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import in_words, look
 from quartet.runtime.process.progress import ProgressReader
 from quartet.runtime.service import Boot
 from quartet.runtime.settings import keys
-from quartet.runtime.sockets import door, endpoint, turn_door
+from quartet.runtime.sockets import endpoint, point_stable_path, stable_path
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Supervisor:
     """The children of one server, from spawn to the last exit."""
 
     def __init__(
-        self, services: Sequence[Service], config: ServerConfig, run_dir: Path, lifeline_fd: int, listen_fd: int
+        self, services: Sequence[Service], config: ResolvedConfig, run_dir: Path, lifeline_fd: int, listen_fd: int
     ) -> None:
         self.services = services
         self.config = config
@@ -105,7 +105,7 @@ class Supervisor:
         self.reason = ""  # the line that explains a status other than CLEAN
         self.draining_until: float | None = None
         self.was_ready = False  # all services were, once
-        self._vigils: dict[str, Vigil] = {}  # by role, of children that are ready
+        self._watchdogs: dict[str, Watchdog] = {}  # by role, of children that are ready
         self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)  # by role, within the window
         self._due: dict[str, tuple[float, int]] = {}  # by role: when to start it, and as which epoch
         self._standbys: dict[str, Child] = {}
@@ -180,7 +180,7 @@ class Supervisor:
         """Forget a dead child and start its service again after a while."""
         child.close()
         del self.children[child.role]
-        self._vigils.pop(child.role, None)
+        self._watchdogs.pop(child.role, None)
         for left in (f"{child.role}.{child.epoch}", f"{child.role}.{child.epoch}.boot"):
             (self.run_dir / left).unlink(missing_ok=True)
         self._due[child.role] = time.monotonic() + delay_s, child.epoch + 1
@@ -227,7 +227,7 @@ class Supervisor:
         boot_file = self.run_dir / f"{service.role}.{epoch}.boot"
         boot_file.touch(mode=0o600)  # the gateway's holds the keys
         boot_file.write_bytes(msgspec.msgpack.encode(self.boot(service, epoch, child.their_ready_fd)))
-        turn_door(str(self.run_dir), service.role, epoch)
+        point_stable_path(str(self.run_dir), service.role, epoch)
         child.give(boot_file, epoch)
         return child
 
@@ -236,6 +236,7 @@ class Supervisor:
         return [fd for fd in (self.lifeline_fd, self.listen_fd if service.listens else -1) if fd >= 0]
 
     def boot(self, service: Service, epoch: int, ready_fd: int) -> Boot:
+        """What a child needs to start; only the service that listens gets the keys."""
         run_dir = str(self.run_dir)
         following = self.services[(self.services.index(service) + 1) % len(self.services)]
         return Boot(
@@ -243,7 +244,7 @@ class Supervisor:
             epoch=epoch,
             run_dir=run_dir,
             inbox=endpoint(run_dir, service.role, epoch),
-            outbox=door(run_dir, following.role),
+            outbox=stable_path(run_dir, following.role),
             config=self.config if service.listens else keys.without(self.config),
             ready_fd=ready_fd,
             lifeline_fd=self.lifeline_fd,
@@ -270,6 +271,7 @@ class Supervisor:
             signals.drain()
 
     def look_at_children(self) -> None:
+        """Handle Ready lines, deaths and missing progress of all children, and spawn those that are due."""
         for child in self.children.values():
             if not child.ready:
                 child.read_ready()
@@ -294,10 +296,10 @@ class Supervisor:
             if now - child.hung_at > DUMP_GRACE_S:
                 child.process.kill()
             return
-        if child.role not in self._vigils:
+        if child.role not in self._watchdogs:
             progress = ProgressReader(str(self.run_dir), child.role)
-            self._vigils[child.role] = Vigil(progress, partial(vitals.look, child.process.pid))
-        if timeout_s and (hang := self._vigils[child.role].hang(timeout_s, now)):
+            self._watchdogs[child.role] = Watchdog(progress, partial(vitals.read_vitals, child.process.pid))
+        if timeout_s and (hang := self._watchdogs[child.role].reason_to_replace(timeout_s, now)):
             log.error("The %s (pid %d) %s; killing it.", *child.name, hang)
             child.hung_at = now
             child.process.send_signal(signal.SIGABRT)

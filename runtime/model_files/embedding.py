@@ -126,6 +126,7 @@ def read_modules(path: Path) -> list[Module]:
 
 
 def read_pooling(file: Path) -> tuple[Pooling, ...]:
+    """The pooling modes of a sentence-transformers pooling module."""
     try:
         config = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=dict[str, Any])
         modes = config.get("pooling_mode") or [mode for key, mode in LEGACY_POOLING.items() if config.get(key)]

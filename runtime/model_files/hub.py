@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import DEMO
 
@@ -18,7 +18,7 @@ PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where a mode
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
-def locate(config: ServerConfig) -> ServerConfig:
+def locate(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration with the local directories filled in. Raises StartupError."""
     model_dir = find("--model-path", config.model_path, config, (*WEIGHTS, *TOKENIZER))
     if not (model_dir / "config.json").is_file():

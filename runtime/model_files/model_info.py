@@ -121,7 +121,7 @@ def read_config(path: Path) -> ModelConfig:
     try:
         text = model_ranges.checked(text)
         architectures = raw.get("architectures") or [""]
-        model_ranges.check("architectures", architectures, model_ranges.FIELDS["architectures"])
+        model_ranges.check_value("architectures", architectures, model_ranges.FIELDS["architectures"])
     except BadValue as error:
         raise StartupError(f"{path / 'config.json'}: {error}") from error
     return ModelConfig(architectures[0], text)
@@ -135,8 +135,8 @@ def positions_of(config: Mapping[str, Any]) -> int:
     positions: int = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type") or rope.get("type")
-    told = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    if kind in STRETCHING and not told and not str(config.get("model_type", "")).startswith("gemma3"):
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if kind in STRETCHING and not original and not str(config.get("model_type", "")).startswith("gemma3"):
         return min(int(positions * (rope.get("factor") or 1)), model_ranges.MAX_POSITIONS)
     return positions
 

@@ -159,20 +159,20 @@ def walk(config: Config) -> Iterator[tuple[str, Any]]:
     """Name and value of each listed field that is there. Raises BadValue for the first that cannot be."""
     for name, kind in FIELDS.items():
         if (value := config.get(name)) is not None:
-            check(name, value, kind)
+            check_value(name, value, kind)
             yield name, value
     for field in ROPES:
         for name, rope in ropes_of(field, config.get(field) or {}):
             for key, kind in ROPE_FIELDS.items():
                 if rope.get(key) is not None:
-                    check(f"{name}.{key}", rope[key], kind)
+                    check_value(f"{name}.{key}", rope[key], kind)
 
 
 def walk_ids(generation: Config) -> None:
     """The same for the ids of a generation_config.json."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if generation.get(name) is not None:
-            check(name, generation[name], FIELDS[name])
+            check_value(name, generation[name], FIELDS[name])
 
 
 def ropes_of(field: str, value: Config) -> Iterator[tuple[str, Config]]:
@@ -183,7 +183,7 @@ def ropes_of(field: str, value: Config) -> Iterator[tuple[str, Config]]:
             yield f"{field}.{key}", inner
 
 
-def check(name: str, value: Any, kind: Kind) -> None:
+def check_value(name: str, value: Any, kind: Kind) -> None:
     if not kind(value):
         raise BadValue(f"{name} is {short(repr(value))}; it must be {kind}")
 

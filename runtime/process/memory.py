@@ -61,6 +61,7 @@ def of_version_2(group: Directory) -> Iterator[Memory]:
 
 
 def of_version_1(group: Directory) -> Iterator[Memory]:
+    """The limits of a control group of version 1: its own, and the least of those above it."""
     used = (group.number("memory.usage_in_bytes") or 0) - group.entry("memory.stat", "total_inactive_file")
     beyond = group.entry("memory.stat", "hierarchical_memory_limit")  # of groups that cannot be seen, too
     for file, limit in (

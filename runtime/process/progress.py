@@ -1,12 +1,12 @@
 """The progress word: how a service shows that it moves, without a message and without being asked.
 
 The file `<run_dir>/<role>.progress` holds native 64-bit integers, mapped by the service that writes and by whoever
-reads. Two things are told apart:
+reads. Two things are counted:
 
 beats   of the service's own loop: once a turn, and once a second while it waits. They stop while one step takes long,
         and `busy` says whether it had work at the last one.
-pulses  of a thread beside it, once a second. They stop where the process does not run, or hardly, and where something
-        keeps the interpreter from every other thread. Which it is, `runtime/launcher/vigil.py` finds out.
+pulses  of a second thread, once a second. They stop where the process does not run, or hardly, and where something
+        keeps the interpreter from every other thread. Which it is, `runtime/launcher/watchdog.py` finds out.
 
 Times are CLOCK_MONOTONIC in nanoseconds, the same clock in every process. Each word is stored whole; a reader may see
 the words of two neighbouring beats, which is harmless.
@@ -102,7 +102,7 @@ class ProgressReader:
         age_s = self._age_s(self.pulses(), PULSE_NS)
         if not SILENT_S < age_s < float("inf"):
             return age_s
-        seen = vitals.look(self._word(PID))
+        seen = vitals.read_vitals(self._word(PID))
         runs = seen is not None and seen.state in (vitals.State.RUNNABLE, vitals.State.BLOCKED)
         return 0.0 if runs else age_s
 

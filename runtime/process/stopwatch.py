@@ -1,4 +1,4 @@
-"""Where the start of a process spends its time: wall time and processor time by phase, told in one line of the log.
+"""Where the start of a process spends its time: wall time and processor time by phase, in one line of the log.
 
 One stopwatch for a process, as there is one log.
 """

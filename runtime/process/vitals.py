@@ -35,7 +35,7 @@ class Vitals:
         return sum(seconds - before.active_s.get(thread, 0.0) for thread, seconds in self.active_s.items())
 
 
-def look(pid: int, root: Path = Path("/proc")) -> Vitals | None:
+def read_vitals(pid: int, root: Path = Path("/proc")) -> Vitals | None:
     """The threads that may run Python; None where the kernel does not tell, or the process has ended."""
     threads = list(_threads(root / str(pid) / "task"))
     if not threads:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.errors import UsageError
 from quartet.runtime.limits import MAX_API_KEY_BYTES, MAX_API_KEY_FILE_BYTES
 
@@ -26,7 +26,7 @@ def gathered(config: ServerConfig, places: Mapping[str, str]) -> ServerConfig:
     )
 
 
-def without(config: ServerConfig) -> ServerConfig:
+def without(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration as processes get it that check no key."""
     return msgspec.structs.replace(config, api_key=None, admin_api_key=None)
 
@@ -50,11 +50,11 @@ def split(text: str, source: str) -> list[str]:
             else f"{source} holds an empty key between its commas"
         )
     for key in keys:
-        check(key, source)
+        check_key(key, source)
     return keys
 
 
-def check(key: str, source: str) -> None:
+def check_key(key: str, source: str) -> None:
     """Raise UsageError for a key that no header can carry."""
     if not key.isprintable():
         raise UsageError(f"{source} holds a key with a control character, which no header can carry")
@@ -79,5 +79,5 @@ def read_file(path: str, source: str) -> list[str]:
     for number, key in enumerate(keys, start=1):
         if "," in key:
             raise UsageError(f"{source} {path} takes one key a line, and key {number} holds a comma")
-        check(key, f"{source} {path}")
+        check_key(key, f"{source} {path}")
     return keys

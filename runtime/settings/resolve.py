@@ -1,255 +1,100 @@
-"""Answers every "auto" of a configuration once, purely, and refuses settings that contradict each other.
+"""Decides every default of a configuration that does not depend on the model, in one place and purely.
 
-What only the model or the device itself can answer (the KV pool's size, the dtype) is left to the worker.
+What contradicts itself is refused before (`contradictions.py`). What only the worker knows is decided there: see
+`ResolvedConfig`.
 """
 
-import importlib.util
-import os
-import re
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from quartet.runtime import sampling
-from quartet.runtime.config import ServerConfig
-from quartet.runtime.errors import RequestError, StartupError
-from quartet.runtime.settings.sites import ANY, allowed_hosts, allowed_origins, is_loopback
+from quartet.runtime.config import ResolvedConfig, ServerConfig, Speculation
+from quartet.runtime.settings.contradictions import PAGE_SIZE, notes_on, refuse_contradictions
+from quartet.runtime.settings.machine import Machine
 
-PAGE_SIZE = 16
-LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
 MAX_RUNNING_REQUESTS = 256
 MIN_QUEUED_REQUESTS = 1024
 CHUNKED_PREFILL_SIZE = {"cpu": 512, "cuda": 8192}
-RECORDER_DIR = "/tmp"
-RECORDER_DIR_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
-RECORDER_BUFFER_SIZE = 1000
-SPECULATIVE_ALGORITHM = "NGRAM"
+RECORDER_BUFFER_SIZE = 1000  # forward passes
 DRAFT_TOKENS = 8
 MATCH_WINDOW = (2, 8)  # tokens, at least and at most
-ATTENTION_BACKEND = {"cpu": "torch_native", "cuda": "triton"}
-
-
-class Machine(msgspec.Struct, frozen=True):
-    """The facts of this machine that answers depend on."""
-
-    has_gpu: bool = False  # an NVIDIA driver is loaded
-    torch_has_cuda: bool = False  # the installed torch can use it
-    recorder_dir: str = RECORDER_DIR  # where recordings of experts go
+MAX_GRAPH_ROWS = 512
+DUMMY_SEED = 0
 
 
 class Resolution(msgspec.Struct, frozen=True):
-    """A configuration without open questions, and what the operator should know about it."""
+    """A configuration with every default decided, and what the operator should know about it."""
 
-    config: ServerConfig
+    config: ResolvedConfig
     notes: list[str]
 
 
-def look_at_machine() -> Machine:
-    """Read the facts, without importing torch."""
-    return Machine(
-        has_gpu=Path("/proc/driver/nvidia/version").exists(),
-        torch_has_cuda=torch_has_cuda(),
-        recorder_dir=os.environ.get(RECORDER_DIR_VARIABLE) or RECORDER_DIR,
-    )
-
-
-def torch_has_cuda() -> bool:
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    version = Path(spec.origin).with_name("version.py")
-    return version.is_file() and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None
-
-
 def resolve(config: ServerConfig, machine: Machine) -> Resolution:
-    """Fill in what follows from device and other settings. Raises StartupError for a contradiction."""
-    check(config, machine)
+    """Decide all defaults. Raises StartupError for a contradiction, UsageError for a list that cannot be read."""
+    refuse_contradictions(config, machine)
     device = device_of(config, machine)
+    decided = decide_flags(config, machine, device) | decide_derived(config)
+    resolved = ResolvedConfig(**(msgspec.structs.asdict(config) | decided))
+    return Resolution(resolved, notes_on(config, device))
+
+
+def decide_flags(config: ServerConfig, machine: Machine, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
+    """Values of flags that were not given, and of those that give way to others."""
     running = config.max_running_requests or MAX_RUNNING_REQUESTS
-    answers: dict[str, Any] = {
+    chunk = config.chunked_prefill_size or min(CHUNKED_PREFILL_SIZE[device], config.max_prefill_tokens)
+    decided: dict[str, Any] = {
         "device": device,
+        "attention_backend": "torch_native" if device == "cpu" else config.attention_backend or "triton",
         "page_size": config.page_size or PAGE_SIZE,
         "max_running_requests": running,
         "max_queued_requests": config.max_queued_requests or max(MIN_QUEUED_REQUESTS, 4 * running),
-        "schedule_policy": "priority" if config.enable_priority_scheduling else config.schedule_policy,
-        "chunked_prefill_size": config.chunked_prefill_size
-        or min(CHUNKED_PREFILL_SIZE[device], config.max_prefill_tokens),
-        "attention_backend": "torch_native"
-        if device == "cpu"
-        else config.attention_backend or ATTENTION_BACKEND[device],
+        "chunked_prefill_size": chunk,
+        "schedule_policy": policy_of(config),
         "expert_distribution_recorder_dir": config.expert_distribution_recorder_dir or machine.recorder_dir,
         "expert_distribution_recorder_buffer_size": config.expert_distribution_recorder_buffer_size
         or RECORDER_BUFFER_SIZE,
-        **(draft_sizes(config) if config.speculative_algorithm else {}),
     }
-    return Resolution(msgspec.structs.replace(config, **answers), notes(config, device))
+    if speculation := speculation_of(config):
+        decided |= {
+            "speculative_num_draft_tokens": speculation.max_draft_tokens,
+            "speculative_ngram_min_match_window_size": speculation.min_match,
+            "speculative_ngram_max_match_window_size": speculation.max_match,
+        }
+    return decided
 
 
-def draft_sizes(config: ServerConfig) -> dict[str, int]:
-    """How long drafts are and what they are looked up by; a window's other end gives way to the one that was given."""
-    least, most = config.speculative_ngram_min_match_window_size, config.speculative_ngram_max_match_window_size
+def decide_derived(config: ServerConfig) -> dict[str, Any]:
+    """Values of the fields that no flag gives."""
+    preempts = policy_of(config) == "priority" and not config.disable_priority_preemption
     return {
-        "speculative_num_draft_tokens": config.speculative_num_draft_tokens or DRAFT_TOKENS,
-        "speculative_ngram_min_match_window_size": least or min(MATCH_WINDOW[0], most or MATCH_WINDOW[0]),
-        "speculative_ngram_max_match_window_size": most or max(MATCH_WINDOW[1], least or MATCH_WINDOW[1]),
+        "access_log_level": config.log_level_http or config.log_level,
+        "dummy_seed": config.random_seed or DUMMY_SEED,
+        "max_graph_rows": 0 if config.disable_cuda_graph else config.cuda_graph_max_bs or MAX_GRAPH_ROWS,
+        "preemption_threshold": config.priority_scheduling_preemption_threshold if preempts else None,
+        "speculation": speculation_of(config),
+        "waiting_timeout_s": config.req_waiting_timeout if config.req_waiting_timeout > 0 else None,
+        "running_timeout_s": config.req_running_timeout if config.req_running_timeout > 0 else None,
     }
 
 
-def given_draft_flags(config: ServerConfig) -> list[str]:
-    names = (
-        "speculative_num_draft_tokens",
-        "speculative_ngram_min_match_window_size",
-        "speculative_ngram_max_match_window_size",
-    )
-    return ["--" + name.replace("_", "-") for name in names if getattr(config, name) is not None]
-
-
-def device_of(config: ServerConfig, machine: Machine) -> str:
+def device_of(config: ServerConfig, machine: Machine) -> Literal["cpu", "cuda"]:
+    """The device of --device; "auto" takes a GPU where there is one."""
     if config.device != "auto":
         return config.device
     return "cuda" if machine.has_gpu and machine.torch_has_cuda else "cpu"
 
 
-Contradiction = tuple[Callable[[ServerConfig, Machine], bool], Callable[[ServerConfig], str]]
-
-CONTRADICTIONS: list[Contradiction] = [
-    (
-        lambda c, m: c.device == "cuda" and not m.torch_has_cuda,
-        lambda c: "--device cuda needs a torch built for CUDA; install one, or use --device cpu",
-    ),
-    (
-        lambda c, m: c.device == "cuda" and not m.has_gpu,
-        lambda c: "--device cuda needs an NVIDIA driver, and none is loaded here; use --device cpu",
-    ),
-    (
-        lambda c, m: c.chunked_prefill_size == 0,
-        lambda c: "--chunked-prefill-size 0 computes nothing; use -1 for whole prompts or a number of tokens",
-    ),
-    (
-        lambda c, m: c.expert_distribution_recorder_buffer_size == 0,
-        lambda c: "--expert-distribution-recorder-buffer-size 0 keeps nothing; use -1 for all or a number of passes",
-    ),
-    (
-        lambda c, m: (c.chunked_prefill_size or 0) > c.max_prefill_tokens,
-        lambda c: (
-            f"--chunked-prefill-size {c.chunked_prefill_size} exceeds --max-prefill-tokens {c.max_prefill_tokens}; "
-            f"use --max-prefill-tokens {c.chunked_prefill_size}"
-        ),
-    ),
-    (
-        lambda c, m: c.max_total_tokens is not None and c.max_total_tokens < (c.page_size or PAGE_SIZE),
-        lambda c: (
-            f"--max-total-tokens {c.max_total_tokens} is less than one page of {c.page_size or PAGE_SIZE} tokens; "
-            f"use --page-size {c.max_total_tokens} or less"
-        ),
-    ),
-    (
-        lambda c, m: c.enable_priority_scheduling and c.schedule_policy == "lpm",
-        lambda c: "--enable-priority-scheduling and --schedule-policy lpm contradict each other; leave one of them out",
-    ),
-    (
-        lambda c, m: c.revision is not None and (c.model_path == "demo" or Path(c.model_path).is_dir()),
-        lambda c: f"--revision is for hub ids, and --model-path {c.model_path} is a directory; leave --revision out",
-    ),
-    (
-        lambda c, m: c.disable_cuda_graph and c.cuda_graph_max_bs is not None,
-        lambda c: "--disable-cuda-graph and --cuda-graph-max-bs contradict each other; leave one of them out",
-    ),
-    (
-        lambda c, m: c.disable_cuda_graph and c.cuda_graph_max_prefill_tokens > 0,
-        lambda c: (
-            "--disable-cuda-graph and --cuda-graph-max-prefill-tokens contradict each other; leave one of them out"
-        ),
-    ),
-    (
-        lambda c, m: c.speculative_algorithm not in (None, SPECULATIVE_ALGORITHM),
-        lambda c: (
-            f"--speculative-algorithm {c.speculative_algorithm} is not supported: Quartet runs no draft model; "
-            f"use {SPECULATIVE_ALGORITHM}, which drafts from a request's own text"
-        ),
-    ),
-    (
-        lambda c, m: c.speculative_algorithm is None and bool(given_draft_flags(c)),
-        lambda c: (
-            f"{given_draft_flags(c)[0]} has no effect without speculation; "
-            f"add --speculative-algorithm {SPECULATIVE_ALGORITHM}, or leave it out"
-        ),
-    ),
-    (
-        lambda c, m: (
-            (c.speculative_ngram_min_match_window_size or 0)
-            > (c.speculative_ngram_max_match_window_size or sys.maxsize)
-        ),
-        lambda c: (
-            f"--speculative-ngram-min-match-window-size {c.speculative_ngram_min_match_window_size} exceeds "
-            f"--speculative-ngram-max-match-window-size {c.speculative_ngram_max_match_window_size}"
-        ),
-    ),
-    (
-        lambda c, m: c.speculative_algorithm is not None and c.is_embedding,
-        lambda c: "--speculative-algorithm drafts output, and --is-embedding gives none; leave one of them out",
-    ),
-    (
-        lambda c, m: c.speculative_algorithm is not None and c.expert_distribution_recorder_mode is not None,
-        lambda c: (
-            "--expert-distribution-recorder-mode would count the experts of drafts that are wrong; "
-            "leave --speculative-algorithm out"
-        ),
-    ),
-    (
-        lambda c, m: 0 < c.watchdog_timeout < LEAST_WATCHDOG_TIMEOUT_S,
-        lambda c: (
-            f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a process may take to show that it is well; "
-            f"use 0 (never) or at least {LEAST_WATCHDOG_TIMEOUT_S}"
-        ),
-    ),
-    (
-        lambda c, m: c.skip_tokenizer_init and (c.tokenizer_path is not None or c.chat_template is not None),
-        lambda c: "--skip-tokenizer-init loads no tokenizer; leave --tokenizer-path and --chat-template out",
-    ),
-]
+def policy_of(config: ServerConfig) -> str:
+    return "priority" if config.enable_priority_scheduling else config.schedule_policy
 
 
-def check(config: ServerConfig, machine: Machine) -> None:
-    """Raise StartupError for the first contradiction, UsageError for a list that cannot be read."""
-    for holds, message in CONTRADICTIONS:
-        if holds(config, machine):
-            raise StartupError(message(config))
-    allowed_origins(config.cors_allow_origins)
-    allowed_hosts(config.allowed_hosts)
-    if config.preferred_sampling_params is not None:
-        try:
-            sampling.read(msgspec.json.decode(config.preferred_sampling_params, type=dict[str, Any]))
-        except (msgspec.MsgspecError, RequestError) as error:
-            raise StartupError(f"--preferred-sampling-params must be a JSON object of parameters: {error}") from error
-
-
-def open_to_all(config: ServerConfig) -> str:
-    """Who can use a server that other machines reach and that asks for no key."""
-    warning = f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it"
-    if ANY not in (hosts := allowed_hosts(config.allowed_hosts)) and hosts:
-        return warning
-    return (
-        f"{warning}, and so can any web page, under a name of its own that leads here; "
-        "--api-key prevents both, --allowed-hosts the web pages"
+def speculation_of(config: ServerConfig) -> Speculation | None:
+    """Sizes of drafts; None without speculation. Where one end of the window is given, the other gives way to it."""
+    if config.speculative_algorithm is None:
+        return None
+    shortest, longest = config.speculative_ngram_min_match_window_size, config.speculative_ngram_max_match_window_size
+    return Speculation(
+        max_draft_tokens=config.speculative_num_draft_tokens or DRAFT_TOKENS,
+        min_match=shortest or min(MATCH_WINDOW[0], longest or MATCH_WINDOW[0]),
+        max_match=longest or max(MATCH_WINDOW[1], shortest or MATCH_WINDOW[1]),
     )
-
-
-def notes(config: ServerConfig, device: str) -> list[str]:
-    """What has no effect, or an effect the operator may not expect."""
-    found = []
-    scheduling = ("priority" if config.enable_priority_scheduling else "", config.schedule_policy)
-    if not is_loopback(config.host) and config.api_key is None:
-        found.append(open_to_all(config))
-    if config.schedule_low_priority_values_first and "priority" not in scheduling:
-        found.append("--schedule-low-priority-values-first has no effect without --enable-priority-scheduling")
-    if device == "cpu" and config.attention_backend == "triton":
-        found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
-    if device == "cpu" and config.cuda_graph_max_bs is not None:
-        found.append("--cuda-graph-max-bs has no effect: a CPU captures no CUDA graphs")
-    if device == "cpu" and config.cuda_graph_max_prefill_tokens:
-        found.append("--cuda-graph-max-prefill-tokens has no effect: a CPU captures no CUDA graphs")
-    return found

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.log import plain, say
 from quartet.runtime.settings import flags
-from quartet.runtime.settings.resolve import look_at_machine, resolve
+from quartet.runtime.settings.machine import look_at_machine
+from quartet.runtime.settings.resolve import resolve
 
 
 def main(argv: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ class ServingWorker(Protocol):
     """The model, as commands see it."""
 
     weight_version: str
-    expert_recorder: "ExpertRecorder | None"  # where the server was told to record
+    expert_recorder: "ExpertRecorder | None"  # None: the server does not record
 
 
 class Context(Protocol):
@@ -41,7 +41,7 @@ class Context(Protocol):
 
     @property
     def launched(self) -> Sized:
-        """Resumable that were launched and not collected."""
+        """Steps that were launched and not collected."""
         ...
 
     @property
@@ -59,8 +59,8 @@ class Context(Protocol):
         """All that have not ended."""
         ...
 
-    def has_waiting(self, kind: type[ControlCommand]) -> bool:
-        """Whether an earlier command of this kind needs more steps."""
+    def has_unfinished(self, kind: type[ControlCommand]) -> bool:
+        """Whether an earlier command of this kind is not finished."""
         ...
 
     def emit(self, messages: list[Message]) -> None:
@@ -68,7 +68,7 @@ class Context(Protocol):
         ...
 
     def abort(self, rid: str, reason: str = "") -> list[Message]:
-        """End one request wherever it is; its last messages. Unknown ones are left as they are."""
+        """End one request and return its last messages; none if the rid is unknown."""
         ...
 
     def forget_released(self) -> None:
@@ -80,14 +80,14 @@ class Context(Protocol):
         ...
 
     def memory_state(self) -> dict[str, Any]:
-        """{"asleep": whether nothing is computed for want of memory or weights, "lacks": tags whose release is why}"""
+        """{"asleep": whether no step runs for lack of memory or weights, "lacks": the released tags that cause it}"""
         ...
 
-    def figures(self) -> dict[str, Any]:
-        """Counters for a probe."""
+    def counters(self) -> dict[str, Any]:
+        """The counters of this service for a Probe, by name."""
         ...
 
 
 def abort_all(context: Context) -> list[Message]:
-    """End all requests; their last messages."""
+    """End all requests and return their last messages."""
     return [message for rid in [request.rid for request in context.requests] for message in context.abort(rid)]

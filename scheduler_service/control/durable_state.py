@@ -1,7 +1,7 @@
 """State that outlasts the scheduler's process: a pause, released memory, a weight update that has begun.
 
-It is kept in the run directory, so that a scheduler that is started again neither generates what nobody expects, nor
-takes the memory that a trainer works in, nor serves the second half of an update whose first half is lost.
+It is kept in the run directory, so that a restarted scheduler does not generate while the server is paused, does not
+allocate memory that a trainer uses, and does not apply the second half of an update whose first half is lost.
 """
 
 import logging
@@ -19,7 +19,7 @@ LOST = "the scheduler was started again; what had been collected is lost"
 
 
 class State(msgspec.Struct, kw_only=True):
-    """What commands have set, until other commands take it back."""
+    """State set by commands, and kept until other commands reset it."""
 
     paused: bool = False
     released: list[str] = []  # tags of /release_memory_occupation, sorted
@@ -27,14 +27,14 @@ class State(msgspec.Struct, kw_only=True):
 
 
 class DurableState:
-    """The state of one run of the server."""
+    """Reads and writes the state of one run of the server."""
 
     def __init__(self, run_dir: str) -> None:
         self._run_dir = run_dir
-        self._saved = records.read(run_dir, NAME, State) or State()
+        self._saved = records.read_record(run_dir, NAME, State) or State()
 
     def save(self, context: Context) -> None:
-        """Record the state of now, where it has changed."""
+        """Write the current state to the run directory if it has changed."""
         released = sorted(context.saver.released) if context.saver else []
         updating = context.updates is not None and context.updates.in_session
         state = State(paused=context.planner.paused, released=released, updating=updating)
@@ -47,16 +47,16 @@ class DurableState:
             log.error("Could not record a pause or its end: %s. A restarted scheduler would not know of it.", error)
 
     def restore(self, context: Context) -> None:
-        """Put a new scheduler into the state of the one before."""
+        """Bring a restarted scheduler into the state that the previous one saved."""
         state = self._saved
         context.planner.paused = state.paused
         if state.released and context.saver:
             try:
                 context.saver.release(state.released)
             except (CommandRefused, OSError, RuntimeError) as error:
-                log.error("Memory that had been released is taken again: %s.", error)
+                log.error("Memory that was released could not be released again: %s.", error)
             context.pause_without_memory()
         if state.updating and context.updates:
             context.updates.open_session(broken=LOST)
         if state != State():
-            log.warning("The scheduler before has left: %s", state)
+            log.warning("Restored the state of the previous scheduler: %s", state)

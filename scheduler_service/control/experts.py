@@ -1,4 +1,4 @@
-"""Commands that record which experts a model chooses."""
+"""Commands that record which experts a model selects."""
 
 from typing import TYPE_CHECKING
 
@@ -28,19 +28,19 @@ def recorder_of(context: Context) -> "ExpertRecorder":
 
 
 def start(context: Context, command: StartExpertDistributionRecord) -> list[Message]:
-    """Begin an empty recording."""
+    """Clear the record and start recording."""
     recorder_of(context).start()
     return [Reply(id=command.id, message=STARTED)]
 
 
 def stop(context: Context, command: StopExpertDistributionRecord) -> list[Message]:
-    """Record no more."""
+    """Stop recording."""
     recorder_of(context).stop()
     return [Reply(id=command.id, message=STOPPED)]
 
 
 def dump(context: Context, command: DumpExpertDistributionRecord) -> Resumable:
-    """Write the recording to files and forget it; requests run on while they are written."""
+    """Write the record to files and clear it. Steps go on meanwhile."""
     yield from recorder_of(context).dump()
     return [Reply(id=command.id, message=DUMPED)]
 

@@ -2,7 +2,7 @@
 
 A handler takes the scheduler as a `Context`, and the command; it returns the messages to send on, a Reply as a rule.
 One that needs several steps is a generator: it is resumed once a step and returns its messages at the end. A refusal is
-`CommandRefused`. What concerns one subject is in a file of its own; what is left is here.
+`CommandRefused`. Each subject has a file of its own; the other commands are here.
 """
 
 import logging
@@ -26,18 +26,18 @@ FLUSH_IN_PROGRESS = "Another flush_cache is already in progress."
 
 
 def abort(context: Context, command: Abort) -> list[Message]:
-    """End what the command names; there is no reply, the requests' own last messages tell."""
-    rids = matching(command, [request.rid for request in context.requests if is_known_attempt(command, request)])
+    """End the requests that the command selects. There is no reply: each request ends with its own last message."""
+    rids = selected_rids(command, [request.rid for request in context.requests if is_known_attempt(command, request)])
     return [message for rid in rids for message in context.abort(rid, command.abort_message)]
 
 
 def is_known_attempt(command: Abort, request: Request) -> bool:
-    """Whether the command was sent after this attempt of the request: it does not mean later ones."""
+    """Whether the command was sent after this attempt of the request; later attempts go on."""
     return command.attempt is None or request.attempt <= command.attempt
 
 
-def matching(command: Abort, live: Iterable[str]) -> list[str]:
-    """The live rids that an Abort means: all, a prefix, or one rid and the `rid_<i>` of its batch."""
+def selected_rids(command: Abort, live: Iterable[str]) -> list[str]:
+    """The live rids that an Abort selects: all, those with a prefix, or one rid and the `rid_<i>` of its batch."""
     if command.abort_all:
         return list(live)
     if not command.rid:
@@ -52,9 +52,9 @@ def matching(command: Abort, live: Iterable[str]) -> list[str]:
 
 
 def flush_cache(context: Context, command: FlushCache) -> Resumable:
-    """Forget the prefix cache as soon as nothing runs or waits, or all of it is paused, within the command's time."""
+    """Clear the prefix cache once no request runs or waits, or all are paused. Refused after the command's timeout."""
     planner, deadline = context.planner, context.now + command.timeout
-    if context.has_waiting(FlushCache):
+    if context.has_unfinished(FlushCache):
         raise CommandRefused(FLUSH_IN_PROGRESS)
     while not (planner.idle or planner.paused):
         if context.now >= deadline:
@@ -71,8 +71,8 @@ def flush_cache(context: Context, command: FlushCache) -> Resumable:
 
 
 def probe(context: Context, command: Probe) -> list[Message]:
-    """Add this service's figures and pass the probe on."""
-    command.counters["scheduler"] = context.figures()
+    """Add this service's counters and send the probe on."""
+    command.counters["scheduler"] = context.counters()
     return [command]
 
 

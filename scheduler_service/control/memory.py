@@ -1,4 +1,4 @@
-"""Commands that give memory back for a while and take it again."""
+"""Commands that release memory for a while and allocate it again."""
 
 import contextlib
 import logging
@@ -28,6 +28,7 @@ def saver_of(context: Context) -> "MemorySaver":
 
 
 def release(context: Context, command: ReleaseMemory) -> list[Message]:
+    """Release the memory of these tags. Refused while requests run or weights change."""
     saver = saver_of(context)
     if context.planner.running or context.launched:
         raise CommandRefused(BUSY)
@@ -55,10 +56,10 @@ def resume(context: Context, command: ResumeMemory) -> list[Message]:
 
 @contextlib.contextmanager
 def refused_on_failure(what: str) -> Iterator[None]:
-    """Refuse what failed: a trainer that holds the memory must not end the scheduler, and it can be asked again."""
+    """Turn a failure into a refusal: if a trainer holds the memory, the scheduler goes on, and the client can retry."""
     try:
         yield
-    except (MemoryError, OSError, RuntimeError) as error:  # torch says RuntimeError
+    except (MemoryError, OSError, RuntimeError) as error:  # torch raises RuntimeError
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         raise CommandRefused(FAILED.format(what, reason), 503) from error
 

@@ -1,4 +1,4 @@
-"""Commands that stop generation for a while, in one of three ways, and let it go on; and two aids for tests."""
+"""Commands that pause generation, in one of three modes, and continue it; and two aids for tests."""
 
 import gc
 import logging
@@ -14,9 +14,9 @@ CONTINUED = "Generation continued successfully."
 
 
 def pause(context: Context, command: PauseGeneration) -> Resumable:
-    """Plan nothing from now on. Answered when no step is outstanding; the same answer again when paused already.
+    """Plan no further steps. Answered once all launched steps are collected; a second pause gets the same answer.
 
-    A command to go on that comes before that answer ends the wait, and the answer says that nothing is paused.
+    If ContinueGeneration arrives before that, this command is answered at once, with "paused": false.
     """
     planner = context.planner
     planner.paused = True
@@ -32,7 +32,7 @@ def pause(context: Context, command: PauseGeneration) -> Resumable:
 
 
 def request_counts(context: Context) -> tuple[int, int]:
-    """How many run and how many wait."""
+    """How many requests run, and how many wait."""
     return len(context.planner.running), len(context.planner.waiting)
 
 

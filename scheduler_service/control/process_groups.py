@@ -15,7 +15,7 @@ UNKNOWN = "The group to be destroyed does not exist."
 
 
 def init(context: Context, command: InitWeightsUpdateGroup) -> Resumable:
-    """Meet the trainer, in the background. It may come later than this call."""
+    """Join the group in the background. The trainer may join it after this call."""
     updates = updates_of(context)
     yield from run_in_background(partial(updates.join_group, command))
     return [Reply(id=command.id, message=JOINED)]

@@ -1,6 +1,6 @@
 """Commands that record a profile of the steps with torch's profiler.
 
-A recording ends by /stop_profile, or by itself after so many steps: what it keeps grows with every step.
+A recording ends by /stop_profile, or after a number of steps: its size grows with every step.
 """
 
 import logging
@@ -24,12 +24,12 @@ STARTED = "Start profiling.\n"
 STOPPED = "Stop profiling. This will take some time.\n"
 RUNNING = "Profiling is already in progress. Call /stop_profile first."
 NOT_RUNNING = "Profiling is not in progress. Call /start_profile first."
-DIRECTORY_BY = "SGLANG_TORCH_PROFILER_DIR"  # environment variable of the API that this one is compatible with
+DIRECTORY_VARIABLE = "SGLANG_TORCH_PROFILER_DIR"  # environment variable of the API that this one is compatible with
 ACTIVITIES = {"CPU": ProfilerActivity.CPU, "GPU": ProfilerActivity.CUDA}
 
 
 def start(context: Context, command: StartProfile) -> list[Message]:
-    """Record from the next step on."""
+    """Start recording with the next step."""
     if context.profile is not None:
         raise CommandRefused(RUNNING)
     for field in ("start_step", "profile_by_stage"):
@@ -49,18 +49,19 @@ def start(context: Context, command: StartProfile) -> list[Message]:
 
 
 def activities(names: list[str] | None) -> list[ProfilerActivity]:
-    """Those of torch. A GPU that is not there is left out; nothing else is."""
-    asked = names or list(ACTIVITIES)
-    if unknown := [name for name in asked if name not in ACTIVITIES]:
+    """The activities for torch; GPU is left out where there is none. Raises CommandRefused if none is left."""
+    chosen = names or list(ACTIVITIES)
+    if unknown := [name for name in chosen if name not in ACTIVITIES]:
         raise CommandRefused(f"activities may name {' and '.join(ACTIVITIES)}, got {unknown[0]!r:.40}.")
-    found = [ACTIVITIES[name] for name in asked if name != "GPU" or torch.cuda.is_available()]
-    if not found:
+    available = [ACTIVITIES[name] for name in chosen if name != "GPU" or torch.cuda.is_available()]
+    if not available:
         raise CommandRefused("activities names the GPU alone, and there is none.")
-    return found
+    return available
 
 
-def directory(asked: str | None) -> Path:
-    path = Path(asked or os.environ.get(DIRECTORY_BY) or tempfile.gettempdir())
+def directory(output_dir: str | None) -> Path:
+    """Create the directory for the trace. Raises CommandRefused."""
+    path = Path(output_dir or os.environ.get(DIRECTORY_VARIABLE) or tempfile.gettempdir())
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -69,7 +70,7 @@ def directory(asked: str | None) -> Path:
 
 
 def stop(context: Context, command: StopProfile) -> list[Message]:
-    """Record no more, and write the trace."""
+    """Stop recording and write the trace."""
     if context.profile is None:
         raise CommandRefused(NOT_RUNNING)
     running, context.profile = context.profile, None

@@ -1,4 +1,4 @@
-"""Carries out control commands, at once or over several steps."""
+"""Runs the handlers of control commands, within one step or over several."""
 
 import logging
 from collections import OrderedDict
@@ -13,53 +13,53 @@ log = logging.getLogger(__name__)
 
 FAILED = "Internal error: the command failed ({})."
 
-ANSWERS_KEPT = 64
-CHANGES = (WeightChange, ReleaseMemory, ResumeMemory)  # commands that change what serves
+REMEMBERED_REPLIES = 64
+STATE_CHANGES = (WeightChange, ReleaseMemory, ResumeMemory)  # commands that change weights or memory
 
 
-class HalfDone(BaseException):
-    """What serves may be changed by half: this process ends, and the next one serves what was committed last."""
+class PartialChange(BaseException):
+    """A change may be applied in part: this process must end; the next one serves the last committed weights."""
 
 
 class CommandRunner:
-    """Carries out commands, at once or over several steps."""
+    """Runs commands, within one step or over several."""
 
     def __init__(self, handlers: Mapping[type[ControlCommand], Handler]) -> None:
         self.handlers = handlers
-        self._answered: OrderedDict[str, Reply] = OrderedDict()  # the last ones, by id
+        self._replies: OrderedDict[str, Reply] = OrderedDict()  # the last ones, by id
         self._unfinished: list[tuple[ControlCommand, Resumable]] = []
 
     def __bool__(self) -> bool:
-        """Whether a command waits for its next turn."""
+        """Whether a command is not finished."""
         return bool(self._unfinished)
 
     def start(self, context: Context, command: ControlCommand) -> list[Message]:
-        """Run the command's handler up to its end or its first wait.
+        """Run the command's handler up to its end or its first yield.
 
-        One that comes again, since its answer may be lost, is not carried out again.
+        A command that is sent again, because its reply may be lost, does not run again: its reply is returned again.
         """
-        if command.id and (answer := self._answered.get(command.id)):
+        if command.id and (answer := self._replies.get(command.id)):
             return [answer]
-        if command.epoch not in (None, context.epoch):  # it was meant for the scheduler before
+        if command.epoch not in (None, context.epoch):  # sent to an earlier scheduler
             return [refused(command, CommandRefused(COMMAND_LOST, Kind.UNAVAILABLE.status))]
         if command.id and any(command.id == known.id for known, _ in self._unfinished):
             return []
         try:
             result = self.handlers[type(command)](context, command)
         except CommandRefused as refusal:
-            return self._remembered([refused(command, refusal)])
+            return self._remember([refused(command, refusal)])
         except Exception as error:
-            end_where_half_done(command, error)
+            raise_if_partial(command, error)
             raise
-        return self._remembered(result) if isinstance(result, list) else self._resume(command, result)
+        return self._remember(result) if isinstance(result, list) else self._resume(command, result)
 
     def advance(self, long_step: bool = False) -> list[Message]:
-        """Give every waiting command a turn. `long_step`: the step that comes is longer than others."""
+        """Resume every unfinished command. `long_step`: the next step takes longer than others."""
         unfinished, self._unfinished = self._unfinished, []
         return [message for command, resumable in unfinished for message in self._resume(command, resumable, long_step)]
 
-    def has_waiting(self, kind: type[ControlCommand]) -> bool:
-        """Whether an earlier command of this kind waits."""
+    def has_unfinished(self, kind: type[ControlCommand]) -> bool:
+        """Whether an earlier command of this kind is not finished."""
         return any(isinstance(command, kind) for command, _ in self._unfinished)
 
     def _resume(self, command: ControlCommand, resumable: Resumable, long_step: bool | None = None) -> list[Message]:
@@ -67,30 +67,30 @@ class CommandRunner:
             resumable.send(long_step)
         except StopIteration as end:
             messages: list[Message] = end.value
-            return self._remembered(messages)
+            return self._remember(messages)
         except CommandRefused as refusal:
-            return self._remembered([refused(command, refusal)])
+            return self._remember([refused(command, refusal)])
         except Exception as error:
-            end_where_half_done(command, error)
+            raise_if_partial(command, error)
             log.exception("a %s command failed", type(command).__name__)
-            return self._remembered([refused(command, CommandRefused(FAILED.format(type(error).__name__), 500))])
+            return self._remember([refused(command, CommandRefused(FAILED.format(type(error).__name__), 500))])
         self._unfinished.append((command, resumable))
         return []
 
-    def _remembered(self, messages: list[Message]) -> list[Message]:
-        """The same messages; replies among them are remembered for a while."""
+    def _remember(self, messages: list[Message]) -> list[Message]:
+        """Remember the replies among the messages, the last ones only. Returns the messages."""
         for message in messages:
             if isinstance(message, Reply):
-                self._answered[message.id] = message
-        while len(self._answered) > ANSWERS_KEPT:
-            self._answered.popitem(last=False)
+                self._replies[message.id] = message
+        while len(self._replies) > REMEMBERED_REPLIES:
+            self._replies.popitem(last=False)
         return messages
 
 
-def end_where_half_done(command: ControlCommand, error: Exception) -> None:
-    """Raise HalfDone where a failure may have left half of a change in what serves."""
-    if isinstance(command, CHANGES):
-        raise HalfDone(f"{type(command).__name__} failed in its midst") from error
+def raise_if_partial(command: ControlCommand, error: Exception) -> None:
+    """Raise PartialChange if the failed command may have applied a part of its change."""
+    if isinstance(command, STATE_CHANGES):
+        raise PartialChange(f"{type(command).__name__} failed before it was complete") from error
 
 
 def refused(command: ControlCommand, refusal: CommandRefused) -> Reply:

@@ -1,7 +1,7 @@
 """Commands that change, name or compare the served weights.
 
-Each has the weights to itself: those that come meanwhile wait for their turn, in order. What takes long runs in the
-background; the swap itself happens inside one turn of the handler, so between two steps.
+They run one after the other, in the order of arrival. What takes long runs in the background; the swap itself happens
+within one resumption of the handler, so between two steps.
 """
 
 import logging
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
 
 log = logging.getLogger(__name__)
 
-Check = Generator[None, bool | None, dict[str, Any]]
+CheckResult = Generator[None, bool | None, dict[str, Any]]
 Change = Callable[[Context, "Updates", Any], Resumable]
 
 FIXED = "The weights of this server cannot be changed."
@@ -54,8 +54,8 @@ def updates_of(context: Context) -> "Updates":
     return context.updates
 
 
-def in_turn(change: Change) -> Handler:
-    """The handler that carries out `change` when it is its turn."""
+def exclusive(change: Change) -> Handler:
+    """The handler that runs `change` after all earlier commands of this kind have finished."""
 
     def handle(context: Context, command: ControlCommand) -> Resumable:
         updates = updates_of(context)
@@ -79,16 +79,16 @@ def in_turn(change: Change) -> Handler:
 
 
 def from_disk(context: Context, updates: "Updates", command: UpdateWeightsFromDisk) -> Resumable:
-    """Stage and check in the background, then swap."""
+    """Stage and check the weights in the background, then swap."""
     load_format = command.load_format or updates.config.load_format
     log.info("Start update_weights. Load format=%s", load_format)
     refuse_unless_expected(context, command)
     refuse_in_session(updates)
     log.info("Update engine weights online from disk begin. avail mem=%.2f GB", updates.available_gb())
     staged = yield from run_in_background(partial(updates.from_disk, command.model_path, load_format, command.manifest))
-    frozen = yield from swap(context, updates, staged, command)
-    body = {"num_paused_requests": frozen, "model_path": command.model_path}
-    return [done(context, command, UPDATED_FROM_DISK, body)]
+    paused_requests = yield from swap(context, updates, staged, command)
+    body = {"num_paused_requests": paused_requests, "model_path": command.model_path}
+    return [succeeded(context, command, UPDATED_FROM_DISK, body)]
 
 
 def swap(
@@ -102,7 +102,7 @@ def swap(
     if command.retract:
         planner.retract_all()
         context.forget_released()
-    frozen = len(planner.live) if planner.paused or command.retract else 0
+    paused_requests = len(planner.live) if planner.paused or command.retract else 0
     version = command.weight_version or context.worker.weight_version
     old = updates.swap(staged, version)
     context.worker.weight_version = version
@@ -116,10 +116,11 @@ def swap(
     yield from run_in_background(partial(updates.after_swap, old))
     if command.torch_empty_cache:
         updates.empty_cache()
-    return frozen
+    return paused_requests
 
 
 def refuse_unless_expected(context: Context, command: WeightChange) -> None:
+    """Refuse with status 409 if the client expects another weight version than the served one."""
     served = context.worker.weight_version
     if command.expected_version not in (None, served):
         raise CommandRefused(f"Weight version {command.expected_version} was expected, {served} is served.", 409)
@@ -130,23 +131,23 @@ def refuse_in_session(updates: "Updates") -> None:
         raise CommandRefused(SESSION_OPEN)
 
 
-def done(context: Context, command: WeightChange, message: str, body: dict[str, Any] | None = None) -> Reply:
-    """The reply to a change that was made, with what the gateway must know of it."""
+def succeeded(context: Context, command: WeightChange, message: str, body: dict[str, Any] | None = None) -> Reply:
+    """The reply to a successful change, with the new state for the gateway."""
     if command.weight_version is not None:
         message += f" Weight version updated to {command.weight_version}."
-    known = {
+    state = {
         "weight_version": context.worker.weight_version,
         "paused": context.planner.paused,
         **context.memory_state(),
     }
-    return Reply(id=command.id, message=message, body={**known, **(body or {})})
+    return Reply(id=command.id, message=message, body={**state, **(body or {})})
 
 
 # tensor by tensor
 
 
-def begin(context: Context, updates: "Updates", command: BeginWeightUpdate) -> Resumable:
-    """Open a session. It changes nothing."""
+def begin_session(context: Context, updates: "Updates", command: BeginWeightUpdate) -> Resumable:
+    """Open an update session. The served weights stay as they are."""
     refuse_selector(command.selector)
     refuse_in_session(updates)
     updates.open_session()
@@ -154,8 +155,8 @@ def begin(context: Context, updates: "Updates", command: BeginWeightUpdate) -> R
     yield
 
 
-def end(context: Context, updates: "Updates", command: EndWeightUpdate) -> Resumable:
-    """Put in place what the session has collected, if all of it was sound."""
+def end_session(context: Context, updates: "Updates", command: EndWeightUpdate) -> Resumable:
+    """Apply the tensors that the session has collected, unless one of them was refused."""
     session = updates.session
     if session is None:
         raise CommandRefused(NO_SESSION)
@@ -167,7 +168,7 @@ def end(context: Context, updates: "Updates", command: EndWeightUpdate) -> Resum
             yield from apply_session(context, updates, command)
     finally:
         updates.session = None
-    return [done(context, command, "Success")]
+    return [succeeded(context, command, "Success")]
 
 
 def apply_session(context: Context, updates: "Updates", command: WeightChange) -> Generator[None, bool | None, None]:
@@ -175,10 +176,10 @@ def apply_session(context: Context, updates: "Updates", command: WeightChange) -
     yield from swap(context, updates, staged, command)
 
 
-def collected(
+def collect_tensors(
     context: Context, updates: "Updates", command: WeightChange, collect: "Collect"
 ) -> Generator[None, bool | None, None]:
-    """Take tensors into the session; without one, put them in place at once."""
+    """Add tensors to the session; without an open session, apply them at once."""
     refuse_unless_expected(context, command)
     implicit = updates.session is None
     if implicit:
@@ -199,11 +200,11 @@ def from_tensor(context: Context, updates: "Updates", command: UpdateWeightsFrom
     refuse_selector(command.selector)
     if len(command.payload_files) != RANKS:
         raise CommandRefused(ONE_PAYLOAD_A_RANK.format(RANKS, len(command.payload_files)))
-    if updates.session is not None and updates.session.broken:  # a broadcast must be taken part in all the same
+    if updates.session is not None and updates.session.broken:  # unlike here, every rank must take part in a broadcast
         raise CommandRefused(GIVEN_UP.format(updates.session.broken))
     collect = updates.payload(command.payload_files[0], command.load_format)
-    yield from collected(context, updates, command, collect)
-    return [done(context, command, UPDATED_FROM_TENSOR)]
+    yield from collect_tensors(context, updates, command, collect)
+    return [succeeded(context, command, UPDATED_FROM_TENSOR)]
 
 
 def from_distributed(context: Context, updates: "Updates", command: UpdateWeightsFromDistributed) -> Resumable:
@@ -211,13 +212,13 @@ def from_distributed(context: Context, updates: "Updates", command: UpdateWeight
     refuse_selector(command.selector)
     collect = updates.broadcast(command)
     try:
-        yield from collected(context, updates, command, collect)
+        yield from collect_tensors(context, updates, command, collect)
     except CommandRefused as refusal:
         if refusal.status != 400:
             raise
         reason = refusal.message.removeprefix("Failed to update weights: ").split("\n")[0].rstrip(".")
         raise CommandRefused(ONLINE_FAILED.format(reason) + " Nothing was changed.") from refusal
-    return [done(context, command, UPDATED_ONLINE)]
+    return [succeeded(context, command, UPDATED_ONLINE)]
 
 
 def refuse_selector(selector: str) -> None:
@@ -228,8 +229,8 @@ def refuse_selector(selector: str) -> None:
 # names and values
 
 
-def rename(context: Context, command: UpdateWeightVersion) -> Resumable:
-    """The label first; then, if asked, the end of what runs. A restart keeps the label."""
+def rename_version(context: Context, command: UpdateWeightVersion) -> Resumable:
+    """Set the version label, then abort all requests if asked. The label survives a restart."""
     context.worker.weight_version = command.new_version
     aborted = abort_all(context) if command.abort_all_requests else []
     context.emit(aborted)
@@ -245,34 +246,34 @@ def rename(context: Context, command: UpdateWeightVersion) -> Resumable:
     return [Reply(id=command.id, message=f"Weight version updated to {command.new_version}", body=body)]
 
 
-def by_name(context: Context, updates: "Updates", command: GetWeightsByName) -> Resumable:
-    """The first rows of a tensor; in turn, for they are read while steps go on."""
+def read_rows(context: Context, updates: "Updates", command: GetWeightsByName) -> Resumable:
+    """The first rows of a tensor, read in the background. Exclusive, so that no update changes it meanwhile."""
     rows = yield from run_in_background(partial(updates.inspection.rows, command.name, max(0, command.truncate_size)))
     if rows is None:
         raise CommandRefused("Get parameter by name failed")
     return [Reply(id=command.id, body={"rows": rows})]
 
 
-def check(context: Context, updates: "Updates", command: CheckWeights) -> Resumable:
-    """One of the four actions, on all tensors but those to skip."""
+def check_weights(context: Context, updates: "Updates", command: CheckWeights) -> Resumable:
+    """Run one of the four actions on all tensors except those to skip."""
     refuse_selector(command.selector)
     names = updates.inspection.names(command.skip_tensor_list)
-    result: dict[str, Any] = yield from CHECKS[command.action](context, updates, names)
+    result: dict[str, Any] = yield from CHECK_ACTIONS[command.action](context, updates, names)
     digest = result.pop("digest", None)
     return [Reply(id=command.id, body={"ranks": [{"rank": 0, **result}], "per_engine_checksum": digest})]
 
 
-def checksum(context: Context, updates: "Updates", names: list[str]) -> Check:
+def checksum(context: Context, updates: "Updates", names: list[str]) -> CheckResult:
     checksums, digest = yield from run_in_background(partial(updates.inspection.checksums, names))
     return {"checksums": checksums, "digest": digest}
 
 
-def snapshot(context: Context, updates: "Updates", names: list[str]) -> Check:
+def snapshot(context: Context, updates: "Updates", names: list[str]) -> CheckResult:
     yield from run_in_background(partial(updates.inspection.take_snapshot, names))
     return {"tensors": len(names)}
 
 
-def compare(context: Context, updates: "Updates", names: list[str]) -> Check:
+def compare(context: Context, updates: "Updates", names: list[str]) -> CheckResult:
     differing = yield from run_in_background(partial(updates.inspection.differing, names))
     if differing is None:
         raise CommandRefused("There is no snapshot to compare with: call the action snapshot first.")
@@ -281,15 +282,15 @@ def compare(context: Context, updates: "Updates", names: list[str]) -> Check:
     return {"tensors": len(names)}
 
 
-def reset(context: Context, updates: "Updates", names: list[str]) -> Check:
-    """Random values, so that whatever a later update leaves out is seen."""
+def reset(context: Context, updates: "Updates", names: list[str]) -> CheckResult:
+    """Overwrite tensors with random values, so that a tensor that a later update leaves out is noticed."""
     refuse_in_session(updates)
     staged = yield from run_in_background(partial(updates.randomized, names))
     yield from swap(context, updates, staged, WeightChange())
     return {"tensors": len(names)}
 
 
-CHECKS: dict[str, Callable[[Context, "Updates", list[str]], Check]] = {
+CHECK_ACTIONS: dict[str, Callable[[Context, "Updates", list[str]], CheckResult]] = {
     "checksum": checksum,
     "snapshot": snapshot,
     "compare": compare,
@@ -297,12 +298,12 @@ CHECKS: dict[str, Callable[[Context, "Updates", list[str]], Check]] = {
 }
 
 HANDLERS: dict[type[ControlCommand], Handler] = {
-    UpdateWeightsFromDisk: in_turn(from_disk),
-    UpdateWeightsFromTensor: in_turn(from_tensor),
-    UpdateWeightsFromDistributed: in_turn(from_distributed),
-    BeginWeightUpdate: in_turn(begin),
-    EndWeightUpdate: in_turn(end),
-    UpdateWeightVersion: rename,
-    GetWeightsByName: in_turn(by_name),
-    CheckWeights: in_turn(check),
+    UpdateWeightsFromDisk: exclusive(from_disk),
+    UpdateWeightsFromTensor: exclusive(from_tensor),
+    UpdateWeightsFromDistributed: exclusive(from_distributed),
+    BeginWeightUpdate: exclusive(begin_session),
+    EndWeightUpdate: exclusive(end_session),
+    UpdateWeightVersion: rename_version,
+    GetWeightsByName: exclusive(read_rows),
+    CheckWeights: exclusive(check_weights),
 }

@@ -3,8 +3,9 @@
 from array import array
 from dataclasses import dataclass
 
-from quartet.runtime.errors import EMPTY_IDS, RequestError, outside_vocabulary, scored_outside_vocabulary, too_long
-from quartet.runtime.messages import Finish, LogprobOptions, Request, Tokenized, unpack_ids
+from quartet.runtime.errors import EMPTY_IDS, RequestError, too_long
+from quartet.runtime.messages import Finish, Request, Tokenized, unpack_ids
+from quartet.runtime.vocabulary import check_input_ids, check_logprob_options, check_logprob_start
 from quartet.scheduler_service.core.drafts import DraftOptions, drafter_of
 from quartet.scheduler_service.core.plan import NAN_HAPPENED, Result
 from quartet.scheduler_service.core.request import Sequence
@@ -51,10 +52,11 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
         raise RequestError(EMPTY_IDS, field="input_ids")
     check_length(request, len(ids), config)  # first: the ids of a prompt that is too long are not looked at
     if not message.embeds:
-        check_vocabulary(ids, config.vocab_size)
-    check_vocabulary(resumed, config.vocab_size)
+        check_input_ids(ids, config.vocab_size)
+    check_input_ids(resumed, config.vocab_size)
     if request.logprobs:
-        check_logprobs(request.logprobs, len(ids), config.vocab_size)
+        check_logprob_start(request.logprobs, len(ids))
+        check_logprob_options(request.logprobs, config.vocab_size)  # as the gateway has: no request reaches this
     limit = output_limit(request, len(ids), config)
     sequence = Sequence(
         request=request,
@@ -80,14 +82,6 @@ def ids_of(data: bytes) -> "array[int]":
         return unpack_ids(data)
     except ValueError as error:
         raise RequestError("input_ids are not whole int32 values.", field="input_ids") from error
-
-
-def check_vocabulary(ids: "array[int]", vocab_size: int) -> None:
-    """Raise RequestError for an id that is not in [0, vocab_size)."""
-    if ids and max(ids) >= vocab_size:
-        raise outside_vocabulary(max(ids), vocab_size)
-    if ids and min(ids) < 0:
-        raise RequestError(f"The input_ids {min(ids)} contains values below zero.", field="input_ids")
 
 
 def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> None:
@@ -116,21 +110,6 @@ def check_length(request: Request, prompt_len: int, config: PlannerConfig) -> No
             "completion to fit within the limit.",
             field="max_new_tokens",
         )
-
-
-def check_logprobs(options: LogprobOptions, prompt_len: int, vocab_size: int) -> None:
-    """Raise RequestError for a start outside the prompt, a negative count, or an id outside the vocabulary."""
-    if options.start > prompt_len:
-        raise RequestError(
-            f"logprob_start_len, ({options.start}) is higher than the number of input tokens ({prompt_len}). "
-            "Please use a smaller logprob_start_len.",
-            field="logprob_start_len",
-        )
-    if options.start < -1 or options.top < 0:
-        raise RequestError("logprob_start_len and top_logprobs_num must not be negative.", field="logprobs")
-    for token in options.token_ids or ():
-        if not 0 <= token < vocab_size:
-            raise scored_outside_vocabulary(token, vocab_size)
 
 
 def output_limit(request: Request, prompt_len: int, config: PlannerConfig) -> int:

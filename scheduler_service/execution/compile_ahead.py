@@ -16,7 +16,7 @@ import torch
 
 from quartet.kernels.ops import Implementation
 from quartet.kernels.triton.configs import EXPERT_BLOCKS, FEW_ROWS, SKINNY_ROWS
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import Request
 from quartet.runtime.model_files.model_info import ModelInfo
@@ -26,7 +26,7 @@ from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.fused_steps import FusedSteps, make_fused_steps
 from quartet.scheduler_service.execution.inputs import make_inputs, to_device
-from quartet.scheduler_service.execution.kv_cache import DEFAULT_PAGE_SIZE, KVCache
+from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.dtype import resolve_dtype
 from quartet.scheduler_service.model.fused_backend import can_fuse
@@ -48,13 +48,13 @@ ROWS = (1, 2, FEW_ROWS, 16, 32, SKINNY_ROWS, SKINNY_ROWS + 1)  # the most that e
 
 
 def start_compiling(
-    config: ServerConfig,
+    config: ResolvedConfig,
     info: ModelInfo,
     device: torch.device,
     slots: int,
     implementation: Implementation | None = None,
 ) -> "Future[None] | None":
-    """Compile beside the caller what the model's first steps launch; None where no kernels of ours are needed.
+    """Compile the kernels of the model's first steps in a thread; None if it needs no kernels of Quartet.
 
     `slots`: requests at once. The result raises StartupError for a kernel that cannot be compiled.
     """
@@ -66,13 +66,15 @@ def start_compiling(
     if not COMPILES_AHEAD:
         log.info("This Triton compiles kernels one after the other, when they are needed.")
         return None
-    beside = ThreadPoolExecutor(1, "compile-ahead")
-    compiled = beside.submit(compile_first_steps, config, info, resolve_dtype(config.dtype, info.config, device), slots)
-    beside.shutdown(wait=False)
+    executor = ThreadPoolExecutor(1, "compile-ahead")
+    compiled = executor.submit(
+        compile_first_steps, config, info, resolve_dtype(config.dtype, info.config, device), slots
+    )
+    executor.shutdown(wait=False)
     return compiled
 
 
-def compile_first_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots: int) -> None:
+def compile_first_steps(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, slots: int) -> None:
     """Compile what a model's first steps launch, if it runs on fused operations. Raises StartupError."""
     from quartet.kernels.triton.compile import CompileError
 
@@ -96,7 +98,7 @@ def compile_ahead(steps: FusedSteps) -> None:
     log.info("Compiled %d kernels with %d threads in %.2f s", compilers.kernels, threads, time.monotonic() - begun)
 
 
-def blank_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots: int) -> FusedSteps | None:
+def blank_steps(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, slots: int) -> FusedSteps | None:
     """Steps without memory of the model that `info` describes, where it runs on fused operations."""
     try:
         spec = one_of_each_layer(decoder_spec(info))
@@ -105,7 +107,7 @@ def blank_steps(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, slots
     if not can_fuse(spec):
         return None
     model = Decoder(spec, Weights(decoder_layout(spec), dtype, META), TorchBackend(spec.ropes, dtype, META))
-    cache = KVCache(model.attention, SOME_PAGES, config.page_size or DEFAULT_PAGE_SIZE, dtype, META)
+    cache = KVCache(model.attention, SOME_PAGES, config.page_size, dtype, META)
     return make_fused_steps(config, model, cache, SlotTokens(slots, META), info.context_length, "triton")
 
 

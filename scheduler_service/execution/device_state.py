@@ -38,7 +38,7 @@ class SlotPositions:
         self.values = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self.finished = torch.zeros(slots + 1, dtype=torch.int32, device=device)  # slots that a step passes over
         self.finished[slots] = 1
-        self._held = [0] * (slots + 1)  # what is on the device once all that was launched is done
+        self._held = [0] * (slots + 1)  # what the device will hold after all launched steps
 
     def advance(self, slots: Numbers[int], positions: Numbers[int]) -> list[int]:
         """Before a recorded step of these slots at these positions: send those that the device does not have.

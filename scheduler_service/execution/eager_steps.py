@@ -20,7 +20,7 @@ Attention = Callable[..., torch.Tensor]  # as quartet.kernels.cpu.attention.page
 
 @dataclass(slots=True)
 class PagedAttend:
-    """How the model attends during one step."""
+    """Attention of one step: writes keys and values to the cache, then attends over the pages."""
 
     cache: KVCache
     placement: Placement
@@ -43,7 +43,7 @@ class PagedAttend:
 
 
 class EagerSteps(Steps):
-    """Runs plans on a model as they come."""
+    """Runs every plan operation by operation."""
 
     def __init__(
         self, model: ServedModel, cache: KVCache, tokens: SlotTokens, attention: Attention = paged_attention
@@ -52,6 +52,7 @@ class EagerSteps(Steps):
         self.attention = attention
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
+        """See Steps.forward."""
         batch = Batch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,

@@ -8,7 +8,6 @@ Counts are exact: a token counts where it is computed, so what a cached prefix s
 
 import csv
 import logging
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.model.batch import ExpertShape, ServedModel
@@ -34,7 +33,7 @@ LISTS = ("input_ids", "positions")
 EXTEND, DECODE, MIXED = 1, 2, 3  # kinds of passes, as readers of the files know them
 
 
-def expert_shape(config: ServerConfig, model: ServedModel) -> ExpertShape | None:
+def expert_shape(config: ResolvedConfig, model: ServedModel) -> ExpertShape | None:
     """The size of the model's mixture of experts. Raises StartupError where a flag asks for one that is not there."""
     shape: ExpertShape | None = getattr(model, "experts", None)
     for flag, given in (
@@ -49,13 +48,12 @@ def expert_shape(config: ServerConfig, model: ServedModel) -> ExpertShape | None
     return shape
 
 
-def make_recorder(config: ServerConfig, shape: ExpertShape | None) -> "ExpertRecorder | None":
+def make_recorder(config: ResolvedConfig, shape: ExpertShape | None) -> "ExpertRecorder | None":
     """The recorder of --expert-distribution-recorder-mode; None without that flag."""
-    mode, directory = config.expert_distribution_recorder_mode, config.expert_distribution_recorder_dir
+    mode, directory = config.expert_distribution_recorder_mode, Path(config.expert_distribution_recorder_dir)
     if mode is None or shape is None:
         return None
-    size = config.expert_distribution_recorder_buffer_size or DEFAULT_BUFFER_SIZE
-    return ExpertRecorder(mode, shape, Path(directory or tempfile.gettempdir()), size)
+    return ExpertRecorder(mode, shape, directory, config.expert_distribution_recorder_buffer_size)
 
 
 class Chosen:

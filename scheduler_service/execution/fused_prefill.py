@@ -21,7 +21,7 @@ from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.fused_backend import FusedBackend
 
 CHUNKS = 16  # at most, in a recorded step
-ROWS = (0, 8, 32, 128)  # decode rows beside them
+ROWS = (0, 8, 32, 128)  # decode rows in the same step
 LEAST_TOKENS = 16  # smallest size; each further one is twice as long
 
 
@@ -36,7 +36,7 @@ def token_sizes(largest: int) -> list[int]:
 
 
 def row_sizes(slots: int) -> list[int]:
-    """Numbers of decode rows beside them, of which there are at most `slots`."""
+    """Numbers of decode rows in the same step, of which there are at most `slots`."""
     most = min(slots, ROWS[-1])
     return [*(size for size in ROWS if size < most), most]
 
@@ -54,7 +54,7 @@ class FusedPrefill:
         lengths: list[int],
         largest: int,
     ) -> None:
-        """`lengths`: the contexts that are recorded for the decode rows beside, ascending."""
+        """`lengths`: context lengths to record for the decode rows, ascending."""
         self.model = model  # on this backend
         self.backend = backend
         self.cache = cache

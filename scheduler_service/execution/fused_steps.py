@@ -1,8 +1,8 @@
-"""Steps on fused operations: what the worker hands to a model on them, and decode steps on buffers that stay in place.
+"""Steps on fused operations; decode steps on buffers that stay in place, so that they can be replayed as graphs.
 
-A decode step finds on the device what it needs: its tokens, where the step before left them, its positions, which it
-moves on, and its pages. The host sends what is new: the slots when other requests are in the batch, pages as they are
-added, the position of a request that comes from its prompt.
+A decode step reads its tokens, positions and pages on the device. The step before it wrote the tokens there and
+increased the positions. The host sends only what is new: the slots when the batch has changed, added pages, the
+position of a request whose prompt has just been computed.
 """
 
 import logging
@@ -12,7 +12,7 @@ import torch
 
 from quartet.kernels.ops import Implementation
 from quartet.kernels.triton.configs import DEPENDENT_LAUNCHES
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.core.plan import Plan, Slice
@@ -20,7 +20,6 @@ from quartet.scheduler_service.execution.device_state import PageTable, SlotPosi
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.fused_prefill import FusedPrefill
 from quartet.scheduler_service.execution.graphs import (
-    MAX_ROWS,
     CudaRecorder,
     Graphs,
     Key,
@@ -60,7 +59,7 @@ class Buffers:
 
 
 class FusedSteps(Steps):
-    """Runs plans on a FusedBackend: decode steps on fixed buffers, all others as they come."""
+    """Runs plans on a FusedBackend: decode steps on fixed buffers, all other steps operation by operation."""
 
     reads_slots = True
     model: Decoder
@@ -84,7 +83,7 @@ class FusedSteps(Steps):
     def use_graphs(self, recorder: Recorder, largest: int, prompt_tokens: int = 0) -> None:
         """Run decode steps of up to `largest` rows on fixed buffers, recorded as `recorder` does.
 
-        So too steps with up to `prompt_tokens` of prompts.
+        The same for steps with up to `prompt_tokens` of prompts.
         """
         self.reserve(largest)
         self.buffers = Buffers(largest, self.model.vocab_size, self.model.device)
@@ -97,12 +96,13 @@ class FusedSteps(Steps):
             )
 
     def reserve(self, rows: int) -> None:
-        """Have counters for decode steps of so many rows."""
+        """Allocate counters for decode steps of so many rows."""
         self.backend.workspace.reserve(rows * self.model.spec.kv_heads)
 
     # any step
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
+        """See Steps.forward."""
         self.page_table.update([share.sequence for share in plan.slices])
         if self.prefill is not None and record_experts is None and self.prefill.covers(plan, inputs):
             return self.prefill.forward(plan, inputs)
@@ -118,6 +118,7 @@ class FusedSteps(Steps):
         return self.model.forward(batch)
 
     def context(self, plan: Plan, inputs: Inputs) -> StepContext:
+        """Where a step's rows and chunks find their keys and values."""
         device, rows = self.model.device, plan.decodes
         slots = upload([share.sequence.slot for share in plan.slices], device, torch.int32)
         ends = [share.end for share in plan.slices]
@@ -141,7 +142,7 @@ class FusedSteps(Steps):
     # decode steps
 
     def decodes(self, plan: Plan) -> bool:
-        """Whether a plan can run on the fixed buffers: one token of every sequence, and nothing wanted but tokens."""
+        """Whether a plan can run on the fixed buffers: one token of every sequence, no hidden states."""
         return (
             self.graphs is not None
             and plan.decodes == len(plan.slices)
@@ -176,14 +177,14 @@ class FusedSteps(Steps):
         return Computed(logits=logits, draws=Draws(tokens, self.buffers.valid[:rows] != 0))
 
     def send_tokens(self, shares: list[Slice]) -> None:
-        """Bring the tokens that the host has: a step that failed may have left others in the slots."""
+        """Upload the tokens that the host has: a step that failed may have left others in the slots."""
         known = [share for share in shares if share.start < len(share.sequence.ids)]
         if known:
             tokens = [share.sequence.ids[share.start] for share in known]
             self.tokens.write([share.sequence.slot for share in known], upload(tokens, self.model.device))
 
     def send_settings(self, rows: list[DrawSettings]) -> None:
-        """Bring temperatures and seeds, unless they are there from the step before. No rows: temperatures of 0."""
+        """Upload temperatures and seeds, unless those of the step before are the same. No rows: temperatures of 0."""
         assert self.buffers is not None
         buffers, device = self.buffers, self.model.device
         if len(rows) == len(buffers.drawing) and all(map(is_, rows, buffers.drawing)):
@@ -195,7 +196,7 @@ class FusedSteps(Steps):
             buffers.seeds[: len(rows)].copy_(upload([row.seed for row in rows], device, torch.int64))
 
     def send_slots(self, slots: list[int]) -> None:
-        """Bring the slots of a step's rows, unless they are there from the step before."""
+        """Upload the slots of a step's rows, unless those of the step before are the same."""
         assert self.buffers is not None
         if self.buffers.running[: len(slots)] != slots:
             self.buffers.slots[: len(slots)].copy_(upload(slots, self.model.device, torch.int32))
@@ -269,7 +270,7 @@ class FusedSteps(Steps):
         return self.prefill is not None and self.prefill.graphs.idle_work()
 
     def begin(self) -> None:
-        """Record what is to be there before the first step."""
+        """Record the graphs that the first steps need."""
         if self.graphs is not None:
             self.graphs.begin(self.model.device)
 
@@ -281,7 +282,7 @@ class FusedSteps(Steps):
 
 
 def make_fused_steps(
-    config: ServerConfig,
+    config: ResolvedConfig,
     model: Decoder,
     cache: KVCache,
     tokens: SlotTokens,
@@ -295,15 +296,15 @@ def make_fused_steps(
     spec, steady = model.spec, config.enable_deterministic_inference
     backend = FusedBackend(spec.ropes, model.dtype, model.device, implementation, context_length, dependent, steady)
     steps = FusedSteps(model.on(backend), backend, cache, tokens, context_length)
-    if not config.disable_cuda_graph:
+    if config.max_graph_rows:
         recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
-        largest = min(config.cuda_graph_max_bs or MAX_ROWS, tokens.null_slot)
+        largest = min(config.max_graph_rows, tokens.null_slot)
         steps.use_graphs(recorder, largest, config.cuda_graph_max_prefill_tokens)
     return steps
 
 
 def fused_steps_of(
-    config: ServerConfig,
+    config: ResolvedConfig,
     info: ModelInfo,
     model: ServedModel,
     cache: KVCache,
@@ -316,7 +317,7 @@ def fused_steps_of(
     """
     if implementation is None and tokens.values.device.type == "cpu":
         return None
-    plain = config.attention_backend == "torch_native"
+    plain = implementation is None and config.attention_backend == "torch_native"
     if plain or info.embedding is not None or not isinstance(model, Decoder) or not can_fuse(model.spec):
         if config.enable_deterministic_inference:
             raise StartupError(NOT_FUSED.format(info.architecture))

@@ -29,7 +29,6 @@ FIRST_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # recorded before the server is
 FIRST_LENGTH = 2048  # longest context of the smallest size; each further one is four times as long
 LENGTH_FACTOR = 4
 PATIENCE = 64  # steps of one size that may run unrecorded before it is recorded at once, idle or not
-MAX_ROWS = 512
 WARM_UPS = 2  # compile kernels and fill caches of memory before recording
 
 

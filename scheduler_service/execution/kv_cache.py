@@ -12,17 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.process.memory import GB
 from quartet.scheduler_service.host.device import available_gb, look_at_memory
-from quartet.scheduler_service.host.pool_size import Need, Room, choose_page_count
+from quartet.scheduler_service.host.pool_size import Need, Room, plan_pool
 from quartet.scheduler_service.model.batch import AttentionSpec
 
 log = logging.getLogger(__name__)
 
 NULL_PAGE = 0
-DEFAULT_PAGE_SIZE = 16
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -100,7 +99,7 @@ def token_bytes(layers: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
 
 
 def make_kv_cache(
-    config: ServerConfig,
+    config: ResolvedConfig,
     layers: Sequence[AttentionSpec],
     dtype: torch.dtype,
     device: torch.device,
@@ -112,17 +111,14 @@ def make_kv_cache(
 
     `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`.
     """
-    page_size = config.page_size or DEFAULT_PAGE_SIZE
     room = Room(look_at_memory(device), second_set_bytes)
-    need = Need(page_size, token_bytes(layers, dtype), most_tokens, context_length)
-    count, reason = choose_page_count(config, need, room)
+    need = Need(config.page_size, token_bytes(layers, dtype), most_tokens, context_length)
+    plan = plan_pool(config, need, room)
     try:
-        cache = KVCache(layers, count, page_size, dtype, device)
+        cache = KVCache(layers, plan.page_count, plan.page_size, dtype, device)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        raise StartupError(f"no room for a KV pool of {count * page_size} tokens: {error}") from error
-    log.info(
-        "KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB", count * page_size, *cache.gigabytes
-    )
-    log.info("The KV pool's size is %s. Its memory is taken when it is first used.", reason)
+        raise StartupError(f"no room for a KV pool of {plan.tokens} tokens: {error}") from error
+    log.info("KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB", plan.tokens, *cache.gigabytes)
+    log.info("The KV pool's size is %s. Its memory is taken when it is first used.", plan.reason)
     log.info("Memory pool end. avail mem=%.2f GB", available_gb(device))
     return cache

@@ -23,7 +23,7 @@ class Scores:
     top_ids: torch.Tensor  # (rows, top)
     top_values: torch.Tensor  # (rows, top)
     asked_values: torch.Tensor  # (rows, asked ids)
-    entropies: torch.Tensor  # (rows,); (0,) where nobody asked
+    entropies: torch.Tensor  # (rows,); (0,) if not requested
 
     def packed(self) -> Logprobs:
         """All rows in one."""
@@ -84,7 +84,7 @@ class OutputScores:
     supports: list[Support]
 
     def by_row(self) -> list[Logprobs | None]:
-        """Those of every row; None where nobody asked."""
+        """Those of every row; None where not requested."""
         found: list[Logprobs | None] = [None] * self.count
         for rows, tops, scores in self.parts:
             for row, logprobs in zip(rows, scores.by_row(tops), strict=True):
@@ -127,14 +127,14 @@ def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int], e
 def entropies(logprobs: torch.Tensor) -> torch.Tensor:
     """In nats, of each row of logprobs (rows, vocab); what is impossible adds nothing."""
     terms = logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
-    several = terms if len(terms) > 1 else terms.expand(2, -1)  # a row alone would be added up in another order
+    several = terms if len(terms) > 1 else terms.expand(2, -1)  # a single row would be added up in another order
     return -several.sum(1)[: len(terms)]
 
 
 def log_of_sums(logits: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(row))) of logits (rows, vocab): (rows, 1), the same bits for a row whatever rows are beside it.
+    """log(sum(exp(row))) of logits (rows, vocab): (rows, 1), the same bits for a row whatever the other rows are.
 
-    torch has several threads add up a row that is alone, and one for each row of several; a GPU splits rows by how
+    torch adds up a single row with several threads, and each of several rows with one; a GPU splits rows by how
     many there are, which float64 makes too small to be seen.
     """
     if logits.device.type != "cpu":
@@ -146,12 +146,12 @@ def log_of_sums(logits: torch.Tensor) -> torch.Tensor:
 def output_logprobs(
     logits: torch.Tensor, tokens: torch.Tensor, options: list[LogprobOptions | None], rows: SamplingRows
 ) -> OutputScores:
-    """Logprobs of each row's drawn token (rows,), for the rows whose request wants them.
+    """Logprobs of each row's drawn token (rows,), for the rows whose request asks for them.
 
     `logits` (rows, vocab) are those the draw was made from, before top-k, top-p and min-p.
     """
-    wanted = [i for i, option in enumerate(options) if option is not None and option.support]
-    scored = OutputScores(len(options), [], [support_of(logits, tokens, i, rows) for i in wanted])
+    scored_rows = [i for i, option in enumerate(options) if option is not None and option.support]
+    scored = OutputScores(len(options), [], [support_of(logits, tokens, i, rows) for i in scored_rows])
     for asked in {tuple(option.token_ids or ()) for option in options if option is not None}:
         own = [i for i, o in enumerate(options) if o is not None and tuple(o.token_ids or ()) == asked]
         tops = [option.top for i in own if (option := options[i]) is not None]
@@ -183,7 +183,7 @@ def prompt_logprobs(
     vocab_size: int,
     options: LogprobOptions,
 ) -> Logprobs:
-    """Logprobs of prompt tokens: row i of hidden (rows, hidden) predicts ids[i], by the model alone (temperature 1)."""
+    """Logprobs of prompt tokens: row i of hidden (rows, hidden) predicts ids[i], at temperature 1."""
     asked = list(options.token_ids or ())
     block = max(1, BLOCK_BYTES // (4 * vocab_size))
     parts = []

@@ -1,7 +1,6 @@
-"""Memory that is given back while a trainer needs it: the weights' and the KV pool's.
+"""Releases the memory of weights and KV pool while a trainer needs it, and takes it again.
 
-Without a backup the weights' contents are given up too: requests then wait until updates have written every tensor
-again, since nothing else may be served.
+Without a backup the values of the weights are lost: requests then wait until updates have written every tensor.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,17 +14,17 @@ from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.weights.update import Updates
 
 WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
-TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # recorded graphs go with any of them: they name the memory of all
-NEEDED = (WEIGHTS, KV_CACHE)  # for every step; a graph is recorded again when a step wants it
+TAGS = (WEIGHTS, KV_CACHE, CUDA_GRAPH)  # recorded graphs are dropped with any of them: they contain addresses of all
+NEEDED = (WEIGHTS, KV_CACHE)  # for every step; a graph is recorded again when a step needs it
 
 
 class MemorySaver:
-    """Releases and resumes by tag; a repeated call changes nothing."""
+    """Releases and resumes memory by tag; a repeated call changes nothing."""
 
     def __init__(
         self, updates: Updates, cache: KVCache, keep_weights: bool, on_release: Callable[[], None] = lambda: None
     ) -> None:
-        """`on_release` is called before memory goes; when it comes back, it has other addresses."""
+        """`on_release` is called before memory is released; resumed memory has other addresses."""
         self.released: set[str] = set()
         self._updates = updates
         self._cache = cache
@@ -48,11 +47,11 @@ class MemorySaver:
         return [tag for tag in NEEDED if tag in self.released]
 
     def release(self, tags: Iterable[str] | None) -> None:
-        """Give the memory of these tags (all, without any) back."""
-        leaving = self._named(tags) - self.released
-        if leaving:
+        """Release the memory of these tags; None: of all."""
+        to_release = self._checked(tags) - self.released
+        if to_release:
             self._on_release()
-        for tag in leaving:
+        for tag in to_release:
             if tag == WEIGHTS:
                 self._release_weights()
             elif tag == KV_CACHE:
@@ -63,25 +62,25 @@ class MemorySaver:
             torch.cuda.empty_cache()
 
     def resume(self, tags: Iterable[str] | None) -> None:
-        """Take the memory of these tags (all, without any) again. Raises MemoryError where others have it."""
-        returning = self._named(tags) & self.released
-        if WEIGHTS in returning:
+        """Take the memory of these tags again; None: of all. Raises MemoryError where there is not enough."""
+        to_resume = self._checked(tags) & self.released
+        if WEIGHTS in to_resume:
             self._check_room()
-        for tag in returning:
+        for tag in to_resume:
             if tag == WEIGHTS:
                 self._resume_weights()
             elif tag == KV_CACHE:
                 self._cache.allocate()
             self.released.discard(tag)
 
-    def _named(self, tags: Iterable[str] | None) -> set[str]:
+    def _checked(self, tags: Iterable[str] | None) -> set[str]:
         named = set(tags or TAGS)
         if unknown := sorted(named.difference(TAGS)):
             raise CommandRefused(f"The tag {unknown[0]} is unknown; known are {', '.join(TAGS)}.")
         return named
 
     def _check_room(self) -> None:
-        """The KV pool is touched little by little; weights are written at once."""
+        """Raise MemoryError where the weights do not fit. (The KV pool takes its memory page by page, later.)"""
         live = self._updates.live
         if live.device.type == "cpu" and (reason := shortage(live.served_bytes(), live.device)):
             raise MemoryError(f"there is no room for the weights: {reason}")

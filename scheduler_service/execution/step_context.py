@@ -37,6 +37,7 @@ class StepContext:
         return self.cache.keys[layer], self.cache.values[layer]
 
     def attend(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
+        """Attention of all queries q (tokens, heads, dim) of the step, into out."""
         rows = len(self.lengths)
         if rows and self.backend.deterministic:  # in the one order of sums that chunks have
             starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device)
@@ -47,6 +48,7 @@ class StepContext:
             self.attend_chunks(spec, self.chunks, q[rows:], out[rows:])
 
     def attend_rows(self, spec: AttentionSpec, q: torch.Tensor, out: torch.Tensor) -> None:
+        """Attention of the decode rows: q (rows, heads, dim), into out."""
         sizes = self.backend.workspace.decode(len(q), spec.heads, spec.kv_heads, spec.head_dim, self.longest)
         self.backend.ops.paged_decode(
             q,
@@ -66,6 +68,7 @@ class StepContext:
         )
 
     def attend_chunks(self, spec: AttentionSpec, chunks: Chunks, q: torch.Tensor, out: torch.Tensor) -> None:
+        """Attention of chunks: q (their tokens, heads, dim), into out."""
         if not chunks.covers_all:
             out.zero_()  # what is in no chunk has to be a number all the same
         self.backend.ops.paged_extend(

@@ -1,4 +1,4 @@
-"""One description of a step, and the one path that every step takes through a model, however it is computed.
+"""The description of a step, and how every step runs through a model.
 
 EagerSteps (eager_steps.py)    operation by operation
 FusedSteps (fused_steps.py)    on fused operations; decode steps on buffers that stay in place, recorded as graphs
@@ -14,7 +14,7 @@ from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.inputs import Inputs, add_embeds, add_token_types, make_inputs, to_device
 from quartet.scheduler_service.execution.kv_cache import KVCache
-from quartet.scheduler_service.execution.launched import State
+from quartet.scheduler_service.execution.launched_step import State
 from quartet.scheduler_service.execution.verification import LogitRows
 from quartet.scheduler_service.host.transfer import upload
 from quartet.scheduler_service.model.batch import ServedModel
@@ -23,22 +23,22 @@ from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 @dataclass(slots=True)
 class Step:
-    """What is to be computed at once."""
+    """One step to compute."""
 
     plan: Plan
     states: list[State]  # by slice
-    drawing: LogitRows  # what tokens are drawn from; maybe nothing
-    experts: Chosen | None = None  # collects the choices of experts; None where nobody wants them
+    drawing: LogitRows  # the rows to draw tokens from; may be empty
+    experts: Chosen | None = None  # collects the choices of experts; None if no request asks for them
 
 
 @dataclass(slots=True)
 class Computed:
-    """What a step gave, on the device: all hidden states, or of a decode step the logits at once."""
+    """The results of a step, on the device: the hidden states, or for a decode step on fixed buffers the logits."""
 
     inputs: Inputs | None = None
     hidden: torch.Tensor | None = None  # (tokens, hidden)
     logits: torch.Tensor | None = None  # (rows, vocab) float32
-    draws: Draws | None = None  # in the slots already; None where the logits are still to be adjusted and drawn from
+    draws: Draws | None = None  # already written to the slots; None if nothing was drawn yet
 
 
 class Steps(ABC):
@@ -58,7 +58,7 @@ class Steps(ABC):
         """Hidden states of the step's tokens (tokens, hidden); their keys and values are in the pool afterwards."""
 
     def decode(self, step: Step) -> Computed | None:
-        """The logits of a decode step that is kept ready; None for any other step."""
+        """Compute a decode step on fixed buffers; None if the step cannot run on them."""
         return None
 
     def run(self, step: Step) -> Computed:
@@ -84,7 +84,7 @@ class Steps(ABC):
         return inputs
 
     def logits(self, step: Step, computed: Computed) -> torch.Tensor:
-        """Those of step.drawing, (rows, vocab) float32. On a CPU the next call overwrites them."""
+        """The logits of step.drawing (rows, vocab), float32. On a CPU the next call overwrites them."""
         if computed.logits is not None:
             return computed.logits
         assert computed.inputs is not None and computed.hidden is not None
@@ -102,14 +102,14 @@ class Steps(ABC):
         return self.model.sample(logits, rows, allowed, keep_logits)
 
     def room_for_logits(self, rows: int) -> torch.Tensor | None:
-        """Where a step on the CPU writes its logits; memory that came anew with every step would cost page faults."""
+        """The buffer for a CPU step's logits. It is kept: fresh memory in every step would cost page faults."""
         if self.device.type != "cpu":
-            return None  # a step may begin before the one before it has been read
+            return None  # the host may still read the last step's logits when the next step writes its own
         if rows > len(self.logits_room):
             self.logits_room = torch.empty(rows, self.model.vocab_size)
         return self.logits_room[:rows]
 
-    # What only recorded steps have
+    # Only recorded steps have these
 
     @property
     def uses_graphs(self) -> bool:
@@ -118,15 +118,15 @@ class Steps(ABC):
 
     @property
     def graph_gigabytes(self) -> float:
-        """Memory that recorded steps took."""
+        """GB of memory that recorded steps use."""
         return 0.0
 
     def idle_work(self) -> bool:
-        """Use a pause of the server; returns whether there is more to do."""
+        """Do a piece of work while the server is idle; returns whether there is more to do."""
         return False
 
     def forget(self) -> None:  # noqa: B027
-        """After an exception: what is on the device may be of a step that failed."""
+        """Call after an exception: the state on the device may come from a step that failed."""
 
     def forget_graphs(self) -> None:  # noqa: B027
-        """Memory that recorded steps name has moved."""
+        """Drop recorded steps: memory whose address they contain has moved."""

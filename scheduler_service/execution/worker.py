@@ -1,13 +1,13 @@
 """The worker: turns a plan into tokens. It owns the model, the KV pool and what each admitted request needs to sample.
 
-    launch(plan)     compute the step (steps.py) → what requests want of it → draw → logprobs
-    collect(pending) the results, one per slice
+    launch(plan)    compute the step (steps.py), fill in what requests ask of the forward pass, draw, logprobs
+    collect(step)   the results, one per slice
 
-With `depth` 1 the next step is launched before the tokens of the last one are known here: it takes them on the
-device. Requests whose next token depends on the ones before in a way that only the host can follow (penalties,
-grammars) take part all the same: between such a step's forward pass and its draw, the last step is settled. What
-few requests ask for (prompt logprobs, hidden states, chosen experts, vectors) is waited for when it is computed.
-Where drafts are made from the tokens, all of them must be known first, and `depth` is 0.
+With `depth` 1 the next step is launched before the tokens of the last one are known here: it reads them on the device.
+Requests whose next token needs the earlier ones on the host (penalties, grammars) take part too: between such a step's
+forward pass and its draw, the last step is finished. What few requests ask for (prompt logprobs, hidden states, chosen
+experts, vectors) is read at once, and the host waits for it. Drafts need all earlier tokens on the host, so `depth` is
+0 then.
 
 It decides nothing about requests: which run, on which pages and when they end is the planner's business.
 """
@@ -20,7 +20,7 @@ import torch
 from quartet.kernels.cpu.attention import paged_attention
 from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
 from quartet.kernels.ops import Implementation
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.messages import Facts, Logprobs
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process import stopwatch
@@ -33,14 +33,14 @@ from quartet.scheduler_service.execution.experts import Chosen, expert_shape, ma
 from quartet.scheduler_service.execution.fused_steps import fused_steps_of
 from quartet.scheduler_service.execution.inputs import Inputs, PageRuns
 from quartet.scheduler_service.execution.kv_cache import make_kv_cache
-from quartet.scheduler_service.execution.launched import Drawn, Pending, State
+from quartet.scheduler_service.execution.launched_step import Drawn, LaunchedStep, State
 from quartet.scheduler_service.execution.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from quartet.scheduler_service.execution.pooling import make_pooler
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
 from quartet.scheduler_service.grammar import masks
 from quartet.scheduler_service.grammar.matchers import Grammar, Matcher
-from quartet.scheduler_service.host.device import available_gb, choose_device, limit_threads
+from quartet.scheduler_service.host.device import available_gb, limit_threads
 from quartet.scheduler_service.host.transfer import Arrival, fetch, upload
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.deterministic import is_asked_for, keep_order
@@ -51,10 +51,9 @@ from quartet.scheduler_service.sampling.state import make_row
 
 log = logging.getLogger(__name__)
 
-MAX_RUNNING_REQUESTS = 256
 NOT_AN_EMBEDDER = "this model generates text and gives no embeddings"
 
-Load = Callable[[ServerConfig, ModelInfo, torch.device], ServedModel]
+Load = Callable[[ResolvedConfig, ModelInfo, torch.device], ServedModel]
 
 
 class Worker:
@@ -62,7 +61,7 @@ class Worker:
 
     def __init__(
         self,
-        config: ServerConfig,
+        config: ResolvedConfig,
         info: ModelInfo,
         load: Load = load_model,
         depth: int | None = None,
@@ -75,9 +74,9 @@ class Worker:
         """
         self.info = info
         self.weight_version = config.weight_version
-        self.device = choose_device(config.device)
+        self.device = torch.device(config.device)
         free_gb = available_gb(self.device)
-        running = config.max_running_requests or MAX_RUNNING_REQUESTS
+        running = config.max_running_requests
         kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
         stopwatch.mark("model")
@@ -105,11 +104,11 @@ class Worker:
         overlaps = (
             self.device.type == "cuda"
             and self.pooler is None  # an embedding is read as soon as it is there
-            and config.speculative_algorithm is None
+            and config.speculation is None
         )
         self.depth = int(overlaps) if depth is None else depth
         self.states: dict[Sequence, State] = {}
-        self.unsettled: list[Pending] = []  # in the order of their launch
+        self.unfinished: list[LaunchedStep] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
@@ -131,15 +130,16 @@ class Worker:
         return self.steps.uses_graphs
 
     def forget_graphs(self) -> None:
-        """Memory that recorded steps name has moved."""
+        """Drop recorded steps: memory whose address they contain has moved."""
         self.steps.forget_graphs()
 
     def idle_work(self) -> bool:
-        """Use a pause of the server; returns whether there is more to do."""
+        """Do a piece of work while the server is idle; returns whether there is more to do."""
         with torch.inference_mode():
             return self.steps.idle_work()
 
-    def log_limits(self, config: ServerConfig) -> None:
+    def log_limits(self, config: ResolvedConfig) -> None:
+        """Log the limits that follow from the memory and the flags."""
         log.info(
             "max_total_num_tokens=%d, chunked_prefill_size=%s, max_prefill_tokens=%d, max_running_requests=%d, "
             "context_len=%d, available_%s_mem=%.2f GB",
@@ -179,7 +179,7 @@ class Worker:
         return state
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop the state of a sequence that has ended or went back to the queue."""
+        """Drop the state of a sequence that has ended or was retracted."""
         self.states.pop(sequence, None)
 
     def reset(self) -> None:
@@ -187,24 +187,24 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.states.clear()
-        self.unsettled.clear()
+        self.unfinished.clear()
         self.steps.forget()
 
     # A step
 
     @torch.inference_mode()
-    def launch(self, plan: Plan) -> Pending:
+    def launch(self, plan: Plan) -> LaunchedStep:
         """Start a step. On a CPU it is finished when this returns."""
         for sequence in plan.retracted:
             self.forget(sequence)
         step = self.describe(plan)
         computed = self.steps.run(step)
-        pending = Pending([Result() for _ in plan.slices])
-        self.answer(step, computed, pending.results)
+        launched = LaunchedStep([Result() for _ in plan.slices])
+        self.fill_results(step, computed, launched.results)
         if step.drawing.sampled:
-            pending.drawn = self.draw(step, computed)
-            self.unsettled.append(pending)
-        return pending
+            launched.drawn = self.draw(step, computed)
+            self.unfinished.append(launched)
+        return launched
 
     def describe(self, plan: Plan) -> Step:
         """What is to be computed for a plan."""
@@ -212,25 +212,25 @@ class Worker:
         sampled = [i for i, share in enumerate(plan.slices) if share.samples and self.pooler is None]
         return Step(plan, states, logit_rows(plan, sampled), self.watch_experts(plan))
 
-    def collect(self, pending: Pending) -> list[Result]:
+    def collect(self, launched: LaunchedStep) -> list[Result]:
         """Wait for a launched step; its results are in the order of the plan's slices."""
-        while pending.drawn is not None:
-            self.unsettled.pop(0).settle()
-        if pending.verified and self.keeps_tokens:
-            self.tokens.write(list(pending.verified), upload(list(pending.verified.values()), self.device))
-        return pending.results
+        while launched.drawn is not None:
+            self.unfinished.pop(0).finish()
+        if launched.verified and self.keeps_tokens:
+            self.tokens.write(list(launched.verified), upload(list(launched.verified.values()), self.device))
+        return launched.results
 
-    def settle_for(self, states: list[State]) -> None:
-        """Wait for all that was launched, if one of these needs to look back."""
-        if any(state.looks_back for state in states):
-            while self.unsettled:
-                self.unsettled.pop(0).settle()
+    def finish_steps_for(self, states: list[State]) -> None:
+        """Wait for all launched steps, if one of these sequences needs its earlier tokens on the host."""
+        if any(state.needs_tokens_on_host for state in states):
+            while self.unfinished:
+                self.unfinished.pop(0).finish()
 
-    def answer(self, step: Step, computed: Computed, results: list[Result]) -> None:
-        """Fill in what requests want of the forward pass itself."""
+    def fill_results(self, step: Step, computed: Computed, results: list[Result]) -> None:
+        """Fill in what requests ask of the forward pass itself: prompt logprobs, hidden states, experts, embeddings."""
         plan, inputs, hidden = step.plan, computed.inputs, computed.hidden
         if inputs is None or hidden is None:
-            return  # a decode step of requests that want nothing but tokens
+            return  # a decode step of requests that ask for tokens only
         if step.experts is not None:
             self.note_experts(plan, inputs, step.experts, results)
         for share, result, row in zip(plan.slices, results, inputs.offsets, strict=False):
@@ -245,12 +245,12 @@ class Worker:
             self.pooler.fill(plan, inputs.offsets, hidden, results)
 
     def watch_experts(self, plan: Plan) -> Chosen | None:
-        """What collects this step's choices of experts; None where nobody wants them."""
+        """What collects this step's choices of experts; None if no request asks for them."""
         if self.expert_shape is None:
             return None
         recording = self.expert_recorder is not None and self.expert_recorder.recording
-        wanted = recording or any(share.sequence.request.return_routed_experts for share in plan.slices)
-        return Chosen(self.expert_shape) if wanted else None
+        needed = recording or any(share.sequence.request.return_routed_experts for share in plan.slices)
+        return Chosen(self.expert_shape) if needed else None
 
     def note_experts(self, plan: Plan, inputs: Inputs, chosen: Chosen, results: list[Result]) -> None:
         """Record a step's choices of experts, and hand each request its own where it asked for them."""
@@ -276,14 +276,14 @@ class Worker:
         )
 
     def draw(self, step: Step, computed: Computed) -> Drawn:
-        """Draw the tokens of a step, unless that was done with it, and score them."""
+        """Draw the tokens of a step, unless the step did it itself, and compute their logprobs."""
         plan, drawing, draws = step.plan, step.drawing, computed.draws
         logits = self.steps.logits(step, computed)  # (rows, vocab)
         states = [step.states[i] for i in drawing.slices]  # by row
         rows = sampling_rows([state.row.settings for state in states], drawing.positions)
         options = [plan.slices[i].sequence.request.logprobs for i in drawing.slices]
         if draws is None:
-            self.settle_for(states)
+            self.finish_steps_for(states)
             allowed = masks.allowed(self.masks.start([state.matcher for state in states]), self.device)
             adjust_single_tokens(logits, [state.row for state in states], drawing.positions)
             draws = self.steps.sample(logits, rows, allowed, keep_logits=any(options))
@@ -298,8 +298,8 @@ class Worker:
         """Leave tokens (rows,) for the next step, but those of verifications: `collect` sees which of them count."""
         slices = [plan.slices[i] for i in drawing.slices]
         if plan.verifications:
-            alone = [row for row, share in enumerate(slices) if not share.drafts]
-            slices, tokens = [slices[row] for row in alone], tokens[upload(alone, self.device, torch.int64)]
+            kept = [row for row, share in enumerate(slices) if not share.drafts]
+            slices, tokens = [slices[row] for row in kept], tokens[upload(kept, self.device, torch.int64)]
         self.tokens.write([share.sequence.slot for share in slices], tokens)
 
 

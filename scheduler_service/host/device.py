@@ -1,4 +1,4 @@
-"""The device that a worker runs on: which one, its memory, and how many threads it is given."""
+"""The device that a worker runs on: its memory, and how many threads it is given."""
 
 import torch
 
@@ -6,13 +6,6 @@ from quartet.runtime.process import memory
 from quartet.runtime.process.memory import GB, Memory, in_words
 
 ONE_THREAD_HIDDEN_SIZE = 384
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of --device; `auto` takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def limit_threads(device: torch.device, hidden_size: int) -> None:

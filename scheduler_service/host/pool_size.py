@@ -3,14 +3,13 @@
 import logging
 from dataclasses import dataclass
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.process.memory import GB, Memory, in_words
 
 log = logging.getLogger(__name__)
 
-# Without a word from the operator. On a CPU the memory is shared with whatever else the machine is for; on a GPU it is
-# ours.
+# Defaults. On a CPU the memory is shared with whatever else the machine is for; on a GPU it is all for the server.
 CPU_SHARE = 0.25  # of what is left beside the other processes and a weight update
 CPU_MOST_BYTES = 4 * GB
 CPU_LEAST_SHARE = 0.5  # of what is left, where one request of full length needs that
@@ -47,33 +46,44 @@ class Need:
         return self.page_size * self.bytes_per_token
 
 
-def choose_page_count(config: ServerConfig, need: Need, room: Room) -> tuple[int, str]:
-    """Usable pages of the pool, and why so many. Raises StartupError when not one page fits."""
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """The size of the KV pool."""
+
+    page_size: int  # tokens
+    page_count: int  # usable ones
+    reason: str  # why so many
+
+    @property
+    def tokens(self) -> int:
+        return self.page_count * self.page_size
+
+
+def plan_pool(config: ResolvedConfig, need: Need, room: Room) -> PoolPlan:
+    """Size the pool. Raises StartupError when not one page fits."""
+    given = config.max_total_tokens
     if not need.bytes_per_token:  # an encoder keeps no KV: its pages are only counted
-        return max(1, (config.max_total_tokens or need.most_tokens) // need.page_size), "only a count of tokens"
-    if config.max_total_tokens is not None:
-        count, reason = asked_for(config, need, room)
-        advice = "allow the server more memory, or serve a smaller model"
-    else:
-        budget, reason = by_default(config, need, room)
-        count = int(budget / need.bytes_per_page) - 1
+        tokens = need.most_tokens if given is None else given
+        return PoolPlan(need.page_size, max(1, tokens // need.page_size), "only a count of tokens")
+    if given is None:
+        count, reason = pages_by_default(config, need, room)
         advice = "free some memory or raise --mem-fraction-static"
-        if (most := -(-need.most_tokens // need.page_size)) <= count:
-            count, reason = most, "all that --max-running-requests of full length can hold"
+    else:
+        count, reason = pages_given(given, config.device, need, room)
+        advice = "allow the server more memory, or serve a smaller model"
     if count < 1:
         raise StartupError(
             f"no room for a KV pool ({need.bytes_per_token} bytes per token): {in_words(room.memory.available)} may "
             f"still be used by {room.memory.limit}; {advice}"
         )
-    return count, reason
+    return PoolPlan(need.page_size, count, reason)
 
 
-def asked_for(config: ServerConfig, need: Need, room: Room) -> tuple[int, str]:
+def pages_given(max_total_tokens: int, device: str, need: Need, room: Room) -> tuple[int, str]:
     """Pages of --max-total-tokens, or as many of them as fit."""
-    assert config.max_total_tokens is not None
     available = room.memory.available
-    most = available - room.others if config.device == "cpu" else available * GPU_LARGEST_SHARE
-    count, largest = config.max_total_tokens // need.page_size, int(most / need.bytes_per_page) - 1
+    most = available - room.others if device == "cpu" else available * GPU_LARGEST_SHARE
+    count, largest = max_total_tokens // need.page_size, int(most / need.bytes_per_page) - 1
     if count <= largest:
         return count, "that of --max-total-tokens"
     log.warning(
@@ -86,7 +96,15 @@ def asked_for(config: ServerConfig, need: Need, room: Room) -> tuple[int, str]:
     return largest, "as much of --max-total-tokens as fits"
 
 
-def by_default(config: ServerConfig, need: Need, room: Room) -> tuple[float, str]:
+def pages_by_default(config: ResolvedConfig, need: Need, room: Room) -> tuple[int, str]:
+    """As many pages as memory allows and requests can need."""
+    budget, reason = budget_by_default(config, need, room)
+    count = int(budget / need.bytes_per_page) - 1  # one is the null page
+    most = -(-need.most_tokens // need.page_size)
+    return (count, reason) if count < most else (most, "all that --max-running-requests of full length can hold")
+
+
+def budget_by_default(config: ResolvedConfig, need: Need, room: Room) -> tuple[float, str]:
     """Bytes for the pool and its null page, and why so many."""
     memory = room.memory
     if config.mem_fraction_static is not None:
@@ -94,10 +112,10 @@ def by_default(config: ServerConfig, need: Need, room: Room) -> tuple[float, str
         return budget, f"what --mem-fraction-static {config.mem_fraction_static:g} leaves beside the weights"
     if config.device != "cpu":
         return memory.available * GPU_SHARE, f"{GPU_SHARE:.0%} of what is free (--mem-fraction-static, by default)"
-    return on_a_cpu(need, room)
+    return budget_on_cpu(need, room)
 
 
-def on_a_cpu(need: Need, room: Room) -> tuple[float, str]:
+def budget_on_cpu(need: Need, room: Room) -> tuple[float, str]:
     """A share of what is left, and not more than a server needs that others share a machine with."""
     left = room.memory.available - room.others
     if room.second_set < left:

@@ -1,7 +1,7 @@
-"""Numbers on their way to a device and back, without waiting for it.
+"""Copies to a device and back without waiting for it.
 
-A plain copy from the host to a GPU waits for everything the GPU has been given before, and would undo the overlap of
-two steps. What goes through page-locked memory is only put in line. On a CPU nothing is copied at all.
+A plain copy from the host to a GPU waits for all work submitted before, and two steps could not overlap. A copy through
+page-locked memory is only queued. On a CPU nothing is copied at all.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on `device`."""
+    """Copy a tensor of the host to `device`."""
     if device.type != "cuda":
         return tensor.to(device)
     # The caching host allocator keeps the page-locked block until the copy has been made.
@@ -19,12 +19,12 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def upload(values: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Python numbers as a tensor on `device`."""
+    """Copy Python numbers to a tensor on `device`."""
     return send(torch.tensor(values, dtype=dtype), device)
 
 
 def fetch(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in the host's memory; its values are there once an Arrival made afterwards has been waited for."""
+    """Copy a tensor to the host; its values are valid once an Arrival made afterwards has been waited for."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -32,7 +32,7 @@ def fetch(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Arrival:
-    """The moment when everything that the device has been given so far is done."""
+    """The moment when the device has done all work submitted so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None

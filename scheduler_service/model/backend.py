@@ -22,10 +22,10 @@ Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines, each (
 class Backend(Protocol):
     """The operations of a decoder. The residual stream (tokens, hidden) is changed in place."""
 
-    deterministic: bool  # the bits of a token's result do not depend on what shares its step
+    deterministic: bool  # the bits of a token's result do not depend on the other requests of its step
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
-        """Make ready for computing with these weights; before the first step."""
+        """Allocate scratch memory for these weights; call before the first step."""
         ...
 
     def rotations(self, positions: torch.Tensor) -> list[Rotation]:

@@ -1,6 +1,6 @@
-"""Arithmetic whose bits for a token depend on that token's sequence alone, on the CPU.
+"""Arithmetic whose bits for a token depend only on that token's sequence, on the CPU.
 
-What shares a step, where a prompt was cut, what the prefix cache held: none of it may show. Norms, rotation and
+The other requests of a step, the chunks of a prompt and the prefix cache must not change them. Norms, rotation and
 softmax keep to that by themselves. Products do where only certain numbers of rows are multiplied at once
 (`Linear.keep_order`). sigmoid, silu and gelu of torch do not: the last elements of an array, which fill no vector
 register, take another routine that rounds otherwise. exp, tanh and erf have one routine for all places, so the

@@ -1,4 +1,4 @@
-"""Which model serves an embedding architecture: encoders, and decoders without their language-model head."""
+"""Makes models of embedding architectures: encoders, and decoders without their language-model head."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.model.decoder import Decoder
@@ -40,7 +40,7 @@ def family_name(architecture: str) -> str:
     return next((architecture.removesuffix(end) for end in SUFFIXES if architecture.endswith(end)), architecture)
 
 
-def load_encoder(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Encoder:
+def load_encoder(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Encoder:
     """Build an encoder and fill its weights. Raises StartupError."""
     spec = encoder_spec(info, tensor_names(config, info))
     weights = Weights(encoder_layout(spec), dtype, device)
@@ -50,6 +50,7 @@ def load_encoder(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, devi
 
 
 def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
+    """The spec of an encoder, of which `tensors` are the checkpoint's names. Raises StartupError."""
     assert info.embedding is not None
     try:
         spec = FAMILIES[family_name(info.architecture)](info.config, info.embedding.labels, tensors)
@@ -63,7 +64,7 @@ def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
 
 
 def load_decoder_embedder(
-    spec: DecoderSpec, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+    spec: DecoderSpec, config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
     """The decoder of `spec` without its language-model head, and with a score head where the architecture has one."""
     assert info.embedding is not None
@@ -95,6 +96,6 @@ def score_head(info: ModelInfo, hidden: int) -> tuple[HeadLayer, ...]:
     return (HeadLayer(name="score", inputs=hidden, outputs=labels, bias=False),)
 
 
-def tensor_names(config: ServerConfig, info: ModelInfo) -> Collection[str]:
-    """The names in the checkpoint, which tell how a model was saved; none for random weights."""
+def tensor_names(config: ResolvedConfig, info: ModelInfo) -> Collection[str]:
+    """The names in the checkpoint, which depend on how a model was saved; none for random weights."""
     return () if is_dummy(config) else checkpoint_of(Path(info.path)).tensors

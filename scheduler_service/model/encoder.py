@@ -1,6 +1,6 @@
 """The generic encoder: BERT and its kin, over texts side by side without any padding.
 
-Attention of a text needs that text alone. The texts of a step are put in order of length, so that those of one length
+Attention of a text needs only that text. The texts of a step are put in order of length, so that those of one length
 are attended in one call, as a view of the packed rows; no text is ever padded to another's length.
 """
 
@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 import torch
 import torch.nn.functional as F
 
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference import layers as plain_layers
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch
 from quartet.scheduler_service.model.encoder_spec import EncoderSpec
@@ -19,7 +19,7 @@ from quartet.scheduler_service.model.layers import linear
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
-GATED = {"gelu": reference.gelu_and_mul, "silu": reference.silu_and_mul}
+GATED = {"gelu": plain_layers.gelu_and_mul, "silu": plain_layers.silu_and_mul}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class EncoderLayer:
         tokens, hidden = x.shape
         qkv = self.qkv(x).view(tokens, 3, self.heads, hidden // self.heads)
         if rotation is not None:
-            turned = reference.rotate(qkv[:, :2].flatten(1, 2), *rotation).view(tokens, 2, self.heads, -1)
+            turned = plain_layers.rotate(qkv[:, :2].flatten(1, 2), *rotation).view(tokens, 2, self.heads, -1)
             qkv = torch.cat((turned, qkv[:, 2:]), dim=1)
         mixed = torch.empty_like(x)
         for group in groups:
@@ -111,7 +111,7 @@ class Encoder:
         order, groups = by_length(batch.starts)
         order = order.to(self.device)
         x = self.embed(batch)[order]
-        rotations = [reference.rotation(batch.positions[order], *rotary, self.dtype) for rotary in self.rotary]
+        rotations = [plain_layers.rotation(batch.positions[order], *rotary, self.dtype) for rotary in self.rotary]
         for layer in self.layers:
             x = layer(x, rotations[layer.rope] if rotations else None, groups)
         if self.final_norm is not None:

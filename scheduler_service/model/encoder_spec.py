@@ -1,4 +1,4 @@
-"""What an encoder is, told by values alone: families write one of these, the generic encoder runs it."""
+"""The description of an encoder, as plain values: families write one of these, the generic encoder runs it."""
 
 from dataclasses import dataclass
 

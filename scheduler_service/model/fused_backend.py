@@ -14,7 +14,7 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.ops import Implementation, resolve
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference.layers import soft_cap
 from quartet.kernels.triton.configs import SKINNY_ROWS
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedContext
@@ -55,6 +55,7 @@ class FusedBackend:
         ]  # each (context_length, 2, rotary_dim): cosines, signed sines
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
+        """See model.backend.Backend.reserve."""
         for layer in layers:
             self.products.reserve(layer.attention.qkv)
             self.products.reserve(layer.attention.output)
@@ -90,6 +91,7 @@ class FusedBackend:
         rotation: Rotation,
         context: Attend | PagedContext,
     ) -> torch.Tensor:
+        """See model.backend.Backend.attend."""
         paged = cast(PagedContext, context)
         q = self.queries(residual, norm, attention, rotation, paged)
         mixed = torch.empty_like(q)
@@ -102,19 +104,19 @@ class FusedBackend:
         """Rotated queries (tokens, heads, dim); keys and values are in the pool afterwards."""
         spec, qkv = attention.spec, attention.qkv
         q = x.new_empty(len(x), spec.heads, spec.head_dim)
-        rest = (*rotation, context.places, *context.pools(spec.layer), q)
+        outputs = (*rotation, context.places, *context.pools(spec.layer), q)
         # A norm per head would need the whole head in one program: too few programs to read the weights at full speed.
         plain_heads = attention.query_norm is None and rotation[0].shape[2] == spec.head_dim
         if norm is not None and plain_heads and self.products.few(x):
-            self.ops.norm_qkv_rope_kv(x, norm.weight, norm.epsilon, norm.plus_one, qkv.weight, qkv.bias, *rest)
+            self.ops.norm_qkv_rope_kv(x, norm.weight, norm.epsilon, norm.plus_one, qkv.weight, qkv.bias, *outputs)
             return q
         projected = self.products(self.normed(x, norm), qkv)
         query_norm, key_norm = attention.query_norm, attention.key_norm
         if query_norm is None or key_norm is None:
-            self.ops.rope_kv(projected, None, None, 0.0, False, *rest)
+            self.ops.rope_kv(projected, None, None, 0.0, False, *outputs)
         else:
             norms = query_norm.weight, key_norm.weight, query_norm.epsilon, query_norm.plus_one
-            self.ops.rope_kv(projected, *norms, *rest)
+            self.ops.rope_kv(projected, *norms, *outputs)
         return q
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
@@ -138,7 +140,7 @@ class FusedBackend:
     def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
         self.products.write(hidden, lm_head, out)
         if softcap is not None:
-            out.copy_(reference.soft_cap(out, softcap))
+            out.copy_(soft_cap(out, softcap))
 
     def sample(
         self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False

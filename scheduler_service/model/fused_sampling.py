@@ -14,7 +14,7 @@ from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 @dataclass(slots=True)
 class PlainDraws:
-    """What draws that want nothing but a temperature read and write, on the device, where it can be recorded."""
+    """Inputs and outputs of draws that need only a temperature; fixed tensors, so the draw can be recorded."""
 
     temperatures: torch.Tensor  # (rows,) float32; 0: the largest logit
     seeds: torch.Tensor  # (rows,) int64
@@ -93,7 +93,6 @@ class FusedSampling:
             min_ps,
             upload(rows.seeds, device, torch.int64),
             upload(rows.positions, device, torch.int64),
-            None,
             torch.empty(logits.shape, dtype=torch.int32, device=device),
             tokens,
             valid,
@@ -102,7 +101,7 @@ class FusedSampling:
 
 
 def tiles_of(logits: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for what the draw wants to know of every `block` logits: the largest, and the sum of the weights."""
+    """Scratch memory for what the draw needs of every `block` logits: the largest, and the sum of the weights."""
     rows, vocab = logits.shape
     tiles = -(-vocab // block)
     # Two tensors, for kernels are compiled for the alignment of each.

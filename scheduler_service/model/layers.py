@@ -102,6 +102,7 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
 
 
 def attention(spec: DecoderSpec, weights: Weights, layer: int) -> Attention:
+    """The attention of layer number `layer`."""
     return Attention(
         spec=AttentionSpec(
             layer=layer,
@@ -126,6 +127,7 @@ def dense_mlp(spec: DecoderSpec, weights: Weights, slab: int) -> Mlp:
 
 
 def moe(spec: DecoderSpec, mixture: MoeSpec, weights: Weights, slab: int) -> Moe:
+    """The mixture of experts in slab number `slab` of its weights."""
     expert = partial(linear, weights)
     has_shared = bool(mixture.shared_intermediate_size)
     return Moe(

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import Linear
-from quartet.kernels.ops import Implementation, Ops
+from quartet.kernels.operations import Ops
+from quartet.kernels.ops import Implementation
 from quartet.kernels.triton.configs import FEW_ROWS, SKINNY_ROWS, STEADY_ROWS
 
 Sizes = Callable[..., tuple[int, int]]  # elements of partial sums and of counters
@@ -98,6 +99,7 @@ class Products:
             residual.add_(linear.bias)
 
     def small(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor) -> None:
+        """out = linear(x) + residual, for row counts below those of cuBLAS."""
         if self.few(x):
             self.ops.gemv(x, linear.weight, linear.bias, residual, out)
             return

@@ -1,4 +1,4 @@
-"""Which family serves an architecture, and the making of a model that is ready to run."""
+"""Finds the family of an architecture, and makes a model that is ready to run."""
 
 import logging
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.host.device import available_gb
@@ -39,7 +39,7 @@ FAMILIES: dict[str, llama.Family] = {
 }
 
 
-def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> ServedModel:
+def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) -> ServedModel:
     """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line."""
     if info.config.get("quantization_config"):
         raise StartupError(f"{info.path} is quantized; only float32, float16 and bfloat16 checkpoints are served")
@@ -66,7 +66,7 @@ def load_model(config: ServerConfig, info: ModelInfo, device: torch.device) -> S
     return model
 
 
-def load_own(config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> ServedModel:
+def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> ServedModel:
     """A model that runs on our own layers; raises NotNative for any other."""
     if info.embedding is None:
         return load_native(decoder_spec(info), config, info, dtype, device)
@@ -94,8 +94,9 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
 
 
 def load_native(
-    spec: DecoderSpec, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+    spec: DecoderSpec, config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
+    """The generic decoder of a spec, with its weights. Raises StartupError."""
     if spec.generates and not is_dummy(config):
         tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
@@ -106,8 +107,9 @@ def load_native(
 
 
 def load_fallback(
-    reason: str, config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+    reason: str, config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> ServedModel:
+    """transformers' own model. Raises StartupError."""
     log.info("No native family for %s: it is loaded with transformers.", reason)
     from quartet.scheduler_service.model.transformers_model import (
         load_transformers_model,  # takes seconds, seldom needed

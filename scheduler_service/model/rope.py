@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference import layers as plain_layers
 from quartet.scheduler_service.model.spec import NotNative, RopeSpec
 
 Parameters = dict[str, Any]
@@ -147,4 +147,4 @@ def position_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and signed sines of every position: each (context_length, 1, rotary_dim)."""
     positions = torch.arange(context_length, device=frequencies.device)
-    return reference.rotation(positions, frequencies, factor, dtype)
+    return plain_layers.rotation(positions, frequencies, factor, dtype)

@@ -20,7 +20,7 @@ Report = Callable[[int, torch.Tensor], None]
 
 
 class Routers:
-    """Watches every router of a model; `report`, while set, is told a layer's choices as (tokens, top_k)."""
+    """Watches every router of a model; `report`, while set, is called with a layer's choices (tokens, top_k)."""
 
     def __init__(self, model: nn.Module, layers: int) -> None:
         self.layers = layers

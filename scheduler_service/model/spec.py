@@ -1,4 +1,4 @@
-"""What a decoder is, told by values alone: families write one of these, the generic decoder runs it."""
+"""The description of a decoder, as plain values: families write one of these, the generic decoder runs it."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

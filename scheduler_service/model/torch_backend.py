@@ -6,7 +6,7 @@ from typing import cast
 import torch
 
 from quartet.kernels.cpu.linear import Linear
-from quartet.kernels.reference import layers as reference
+from quartet.kernels.reference import layers as plain_layers
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedContext
 from quartet.scheduler_service.model.deterministic import ACTIVATIONS as STEADY_ACTIVATIONS
@@ -17,10 +17,10 @@ from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": reference.silu_and_mul,
-    "gelu": reference.gelu_and_mul,
-    "gelu_new": reference.gelu_tanh_and_mul,
-    "gelu_pytorch_tanh": reference.gelu_tanh_and_mul,
+    "silu": plain_layers.silu_and_mul,
+    "gelu": plain_layers.gelu_and_mul,
+    "gelu_new": plain_layers.gelu_tanh_and_mul,
+    "gelu_pytorch_tanh": plain_layers.gelu_tanh_and_mul,
 }
 
 
@@ -40,12 +40,12 @@ class TorchBackend:
         """Nothing: every operation takes the memory that it needs."""
 
     def rotations(self, positions: torch.Tensor) -> list[Rotation]:
-        return [reference.rotation(positions, *rope, self.dtype) for rope in self.ropes]
+        return [plain_layers.rotation(positions, *rope, self.dtype) for rope in self.ropes]
 
     def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is None:
             return x
-        function = reference.rms_norm_plus_one if norm.plus_one else reference.rms_norm
+        function = plain_layers.rms_norm_plus_one if norm.plus_one else plain_layers.rms_norm
         return function(x, norm.weight, norm.epsilon)
 
     def attend(
@@ -56,6 +56,7 @@ class TorchBackend:
         rotation: Rotation,
         context: Attend | PagedContext,
     ) -> torch.Tensor:
+        """See model.backend.Backend.attend."""
         spec, tokens = attention.spec, len(residual)
         heads, kv_heads = spec.heads, spec.kv_heads
         projected = attention.qkv(self.normed(residual, norm)).view(tokens, heads + 2 * kv_heads, spec.head_dim)
@@ -64,7 +65,7 @@ class TorchBackend:
             query, key = query_key.split((heads, kv_heads), dim=1)
             normed = self.normed(query, attention.query_norm), self.normed(key, attention.key_norm)
             query_key = torch.cat(normed, dim=1)
-        query, key = reference.rotate(query_key, *rotation).split((heads, kv_heads), dim=1)
+        query, key = plain_layers.rotate(query_key, *rotation).split((heads, kv_heads), dim=1)
         return cast(Attend, context)(spec, query, key, value).reshape(tokens, -1)
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
@@ -75,8 +76,8 @@ class TorchBackend:
 
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
         x = self.normed(residual, before)
-        weights, ids = reference.choose_experts(moe.router(x), moe.spec.top_k, moe.spec.renormalize)
-        y = reference.run_experts(x, weights, ids, moe.gate_up, moe.down, self.activations[moe.activation])
+        weights, ids = plain_layers.choose_experts(moe.router(x), moe.spec.top_k, moe.spec.renormalize)
+        y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, self.activations[moe.activation])
         if moe.shared is not None and moe.shared_gate is not None:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
         residual.add_(self.normed(y, after))
@@ -88,7 +89,7 @@ class TorchBackend:
     def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
         lm_head.write(hidden, out)
         if softcap is not None:
-            out.copy_(reference.soft_cap(out, softcap))
+            out.copy_(plain_layers.soft_cap(out, softcap))
 
     def sample(
         self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False

@@ -19,7 +19,7 @@ from torch import nn
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.reference import layers as reference
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
@@ -27,7 +27,7 @@ from quartet.scheduler_service.model.routers import Routers
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
-from quartet.scheduler_service.weights.load import DUMMY_SEED, is_dummy, open_checkpoint, read_state, tensor_list
+from quartet.scheduler_service.weights.load import is_dummy, open_checkpoint, read_state, tensor_list
 from quartet.scheduler_service.weights.parameters import Layout, Place, Weights
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ class TransformersModel:
 
 
 def load_transformers_model(
-    config: ServerConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+    config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> TransformersModel:
     """Build, fill and prove the model. Raises StartupError in one line where it cannot be served."""
     model = build(config, info, dtype).eval()
@@ -183,14 +183,14 @@ def load_transformers_model(
     return served
 
 
-def build(config: ServerConfig, info: ModelInfo, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def build(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """transformers' model with its weights, read by our reader."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
     try:
         settings = transformers.AutoConfig.from_pretrained(info.path, trust_remote_code=False)
         kind = model_class(settings, info)
         if is_dummy(config):
-            torch.manual_seed(config.random_seed or DUMMY_SEED)
+            torch.manual_seed(config.dummy_seed)
             return cast(transformers.PreTrainedModel, kind._from_config(settings, **options))
         state = read_state(open_checkpoint(Path(info.path)))
         loaded: tuple[transformers.PreTrainedModel, dict[str, Any]] = kind.from_pretrained(

@@ -1,4 +1,4 @@
-"""From logits to tokens, vectorised over a batch of requests that each want something else.
+"""From logits to tokens, vectorised over a batch of requests with different sampling parameters.
 
 Order of operations: penalties (frequency, presence, minimum length, repetition), logit bias, allowed-token mask,
 temperature, then top-k, top-p and min-p on one and the same distribution, then the draw.
@@ -129,22 +129,22 @@ def top_p_floor(weights: torch.Tensor, top_ps: list[float]) -> torch.Tensor:
     bins = weights.view(torch.int32) >> BIN_SHIFT  # (rows, vocab), in the order of the weights
     sums = weights.new_zeros(len(top_ps), BINS).scatter_add_(1, bins.long(), weights)
     reached = sums.flip(1).cumsum(1, dtype=torch.float64)  # (rows, BINS), from the best bin on
-    wanted = shares.unsqueeze(1) * reached[:, -1:]  # (rows, 1)
-    place = torch.searchsorted(reached, wanted).clamp_(max=BINS - 1)
+    target = shares.unsqueeze(1) * reached[:, -1:]  # (rows, 1)
+    place = torch.searchsorted(reached, target).clamp_(max=BINS - 1)
     border = BINS - 1 - place  # (rows, 1): the bin of the smallest weight that stays
-    missing = wanted - reached.gather(1, place) + sums.gather(1, border)
+    missing = target - reached.gather(1, place) + sums.gather(1, border)
     inside = bins == border
     return nth_by_mass(weights[inside], inside.sum(1), missing.squeeze(1))
 
 
-def nth_by_mass(values: torch.Tensor, counts: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Values come in groups of `counts`; where does each group's sum, from its largest on, reach `wanted` (groups,)?"""
+def nth_by_mass(values: torch.Tensor, counts: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Values come in groups of `counts`; where does each group's sum, from its largest on, reach `target` (groups,)?"""
     ends = counts.cumsum(0)
     group = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts)
     order = values.argsort(descending=True)
     values = values[order[group[order].argsort(stable=True)]]  # by group, then from the largest on
-    sums = torch.cat((wanted.new_zeros(1), values.cumsum(0, dtype=torch.float64)))
-    first = torch.searchsorted(sums[1:], sums[ends - counts] + wanted)
+    sums = torch.cat((target.new_zeros(1), values.cumsum(0, dtype=torch.float64)))
+    first = torch.searchsorted(sums[1:], sums[ends - counts] + target)
     return values[torch.minimum(first, ends - 1)]
 
 

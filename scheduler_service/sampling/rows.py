@@ -31,7 +31,7 @@ class DrawSettings(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is wanted but a temperature, or the largest logit."""
+        """Whether only a temperature is used, or the largest logit is taken."""
         return not self.features & ~Feature.DRAW
 
 

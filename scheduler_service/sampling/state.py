@@ -43,7 +43,7 @@ class Row:
 
 
 def make_row(sequence: Sequence, eos_ids: list[int]) -> Row:
-    """The state follows from the request and its tokens alone, so it is rebuilt after a retraction."""
+    """The state is a function of the request and its tokens, so it can be rebuilt after a retraction."""
     params = sequence.request.params
     bias = params.logit_bias or {}
     row = Row(
@@ -84,7 +84,7 @@ def features_of(params: SamplingParams) -> int:
         Feature.MIN_LENGTH: params.min_new_tokens > 0,
         Feature.BIAS: bool(params.logit_bias),
     }
-    return sum(feature for feature, wanted in used.items() if wanted)
+    return sum(feature for feature, is_used in used.items() if is_used)
 
 
 def signed(seed: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
@@ -24,15 +24,14 @@ log = logging.getLogger(__name__)
 
 MAX_NAMES = 8  # of a long list of tensors that are shown
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-DUMMY_SEED = 0
 
 
-def load_weights(weights: Weights, config: ServerConfig, info: ModelInfo) -> None:
+def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> None:
     """Fill `weights` by --load-format, and have the layers use them. Raises StartupError."""
     if weights.device.type == "cpu":  # a GPU has said so already
         check_room(weights.served_bytes(), weights.device)
     if is_dummy(config):
-        weights.fill_random(config.random_seed or DUMMY_SEED)
+        weights.fill_random(config.dummy_seed)
     else:
         checkpoint = ties.with_tied_tensors(open_checkpoint(Path(info.path)), weights.layout)
         check_tensors(checkpoint, weights)
@@ -50,7 +49,7 @@ def check_room(needed: int, device: torch.device) -> None:
         )
 
 
-def is_dummy(config: ServerConfig) -> bool:
+def is_dummy(config: ResolvedConfig) -> bool:
     """Whether --load-format asks for random weights; raises StartupError for one that does not exist."""
     if config.load_format not in LOAD_FORMATS:
         raise StartupError(f"--load-format {config.load_format} is unknown; choose one of {', '.join(LOAD_FORMATS)}")

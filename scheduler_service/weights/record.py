@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from quartet.runtime import records
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.weights.pickled import weight_files
 
@@ -39,7 +39,7 @@ def write_record(run_dir: str, committed: Committed) -> None:
 
 def read_record(run_dir: str) -> Committed | None:
     """The record of this boot, if there is one."""
-    return records.read(run_dir, NAME, Committed)
+    return records.read_record(run_dir, NAME, Committed)
 
 
 def files_of(directory: Path) -> dict[str, list[int]]:
@@ -48,7 +48,7 @@ def files_of(directory: Path) -> dict[str, list[int]]:
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 
-def restored(config: ServerConfig, run_dir: str) -> ServerConfig:
+def restored(config: ResolvedConfig, run_dir: str) -> ResolvedConfig:
     """The configuration with the recorded weights, for a scheduler that is started or restarted.
 
     Raises StartupError when these weights do not exist any more.

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files import hub
@@ -84,7 +84,7 @@ class Updates:
     """Stages and swaps the weights of one model; the commands say when."""
 
     def __init__(
-        self, live: Weights, config: ServerConfig, run_dir: str, check_config: Callable[[Path], None] = lambda _: None
+        self, live: Weights, config: ResolvedConfig, run_dir: str, check_config: Callable[[Path], None] = lambda _: None
     ) -> None:
         """`check_config` raises CheckpointError where the config.json of a directory describes another model."""
         self.live = live
@@ -186,7 +186,7 @@ class Updates:
     def fill(self, checkpoint: Checkpoint | None, before: staging.Identities, digests: Manifest | None) -> None:
         """Fill the second set; without a checkpoint with random values. Raises CheckpointError."""
         if checkpoint is None:
-            self.second.fill_random(self.config.random_seed or load.DUMMY_SEED)
+            self.second.fill_random(self.config.dummy_seed)
             return
         if digests is not None:
             manifest.check_names(digests, checkpoint)

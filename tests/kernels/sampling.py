@@ -93,13 +93,14 @@ def select(
     top_ks: list[int],
     top_ps: list[float],
     min_ps: list[float],
-    slots: bool = False,
 ) -> Arguments:
     def column(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
         return make.given((values * rows)[:rows], dtype)
 
     logits = logits_of(make, rows, vocab)
     tops, masses = facts(logits, LOGITS_BLOCK)
+    row_choice = choice(make, rows, temperatures, slots=False)
+    del row_choice["slots"]
     return {
         "logits": logits,
         "tops": tops,
@@ -108,7 +109,7 @@ def select(
         "top_ps": column(top_ps, torch.float32),
         "min_ps": column(min_ps, torch.float32),
         "candidates": make.poisoned(rows, vocab, dtype=torch.int32),
-        **choice(make, rows, temperatures, slots),
+        **row_choice,
     }
 
 
@@ -159,7 +160,7 @@ SMALL = [
     *cases(
         select,
         CHOSEN,
-        {"rows": 4, "vocab": 5000, **MIXED, "top_ks": [5, 0], "top_ps": [1.0], "min_ps": [0.0], "slots": True},
+        {"rows": 4, "vocab": 5000, **MIXED, "top_ks": [5, 0], "top_ps": [1.0], "min_ps": [0.0]},
         {"rows": 4, "vocab": 300, "temperatures": [1.0], "top_ks": [0], "top_ps": [0.5, 0.9], "min_ps": [0.0]},
         {"rows": 3, "vocab": 5000, **MIXED, "top_ks": [9, 0], "top_ps": [0.7, 1.0], "min_ps": [0.0, 0.1]},
     ),

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.worker import Worker
+from tests.configs import resolved
 from tests.engine import Answer, Engine
 from tests.model import tiny
 
@@ -24,7 +24,7 @@ DRAWN = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, max_new_tokens=2, i
 
 
 def answers(directory: Path, implementation: Any, prompts: list[list[int]], params: SamplingParams) -> list[Answer]:
-    config = ServerConfig(
+    config = resolved(
         model_path=str(directory), model_dir=str(directory), max_running_requests=len(prompts), **SETTINGS
     )
     worker = Worker(config, model_info.load(config), implementation=implementation)
@@ -48,9 +48,7 @@ def test_drafts_are_verified_on_triton_as_without_them(tmp_path):
     directory = tiny.build("qwen3", tmp_path, **SMALL)
     ngram: dict[str, Any] = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 3}
     params = SamplingParams(temperature=0.0, max_new_tokens=8, ignore_eos=True, logit_bias={"9": 50.0})
-    config = ServerConfig(
-        model_path=str(directory), model_dir=str(directory), max_running_requests=1, **SETTINGS, **ngram
-    )
+    config = resolved(model_path=str(directory), model_dir=str(directory), max_running_requests=1, **SETTINGS, **ngram)
     worker = Worker(config, model_info.load(config), implementation="triton")
     engine = Engine(directory, worker=worker, **SETTINGS, **ngram)
     assert engine.generate([[5, 9, 9]], params)[0].ids == [9] * 8

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.worker import Worker
+from tests.configs import resolved
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.kernels_interpreter.test_decoder import SETTINGS, SMALL
 from tests.model import tiny
@@ -19,7 +19,7 @@ PARAMS = [SamplingParams(temperature=t, max_new_tokens=2, ignore_eos=True) for t
 
 def answers(directory: Path, prompts: list[list[int]], params: list[SamplingParams], **settings: Any) -> list[Answer]:
     settings = {**SETTINGS, "enable_deterministic_inference": True, **settings}
-    config = ServerConfig(model_path=str(directory), model_dir=str(directory), max_running_requests=5, **settings)
+    config = resolved(model_path=str(directory), model_dir=str(directory), max_running_requests=5, **settings)
     worker = Worker(config, model_info.load(config), implementation="triton")
     return Engine(directory, worker=worker, **settings).generate(prompts, params, seed=7, logprobs=ALL_LOGPROBS)
 

@@ -69,7 +69,6 @@ def choose_by_kernels(
         torch.tensor([each.min_p for each in params]),
         torch.tensor(seeds),
         torch.tensor(positions),
-        None,
         torch.empty(rows, vocab, dtype=torch.int32),
         tokens,
         valid,

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from quartet.kernels.ops import Ops, resolve
+from quartet.kernels.operations import Ops
+from quartet.kernels.ops import resolve
 from quartet.kernels.triton.attention_decode import decode_workspace
 from tests.kernels.cases import EPSILON, Maker
 

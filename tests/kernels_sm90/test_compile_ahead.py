@@ -14,10 +14,9 @@ from triton import knobs
 
 from deploy.benchmarks.gpu.engine import model_info
 from deploy.benchmarks.gpu.shapes import REHEARSAL, SHAPES
-from quartet.kernels.ops import TRITON
 from quartet.kernels.triton import compile as triton_compile
+from quartet.kernels.triton import operations
 from quartet.kernels.triton.compile import CompileError, Kernel, compiling, kernel
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Slice
@@ -34,6 +33,7 @@ from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.sampling.rows import sampling_rows
 from quartet.scheduler_service.sampling.state import settings_of
 from quartet.scheduler_service.weights.parameters import Weights
+from tests.configs import resolved
 from tests.kernels_sm90.compiler import use_compiler_only
 
 RECORDER = use_compiler_only()
@@ -46,13 +46,13 @@ MODELS = {
 }
 # decode rows, and the lengths of the prompts beside them
 STEPS = [(1, []), (3, []), (7, []), (70, []), (0, [1]), (0, [21]), (3, [5, 40]), (5, [300]), (90, [9])]
-CONFIG = ServerConfig(cuda_graph_max_prefill_tokens=64)
+CONFIG = resolved(device="cuda", cuda_graph_max_prefill_tokens=64)
 
 
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Kernels by name, as they are compiled with empty caches."""
-    for module in map(import_module, TRITON):
+    for module in {import_module(getattr(operations, name).__module__) for name in operations.__all__}:
         for value in vars(module).values():
             if isinstance(value, Kernel):
                 value.device_caches.clear()
@@ -147,7 +147,7 @@ def test_what_needs_no_kernels_is_not_compiled(monkeypatch: pytest.MonkeyPatch, 
     info, gpu = model_info(MODELS["half a billion"], CONTEXT), torch.device("cuda")
     assert start_compiling(CONFIG, info, torch.device("cpu"), SLOTS) is None
     assert start_compiling(CONFIG, info, gpu, SLOTS, "torch") is None
-    assert start_compiling(ServerConfig(attention_backend="torch_native"), info, gpu, SLOTS) is None
+    assert start_compiling(resolved(device="cuda", attention_backend="torch_native"), info, gpu, SLOTS) is None
     monkeypatch.setattr(triton_compile, "COMPILES_AHEAD", False)
     with caplog.at_level("INFO"):
         assert start_compiling(CONFIG, info, gpu, SLOTS) is None

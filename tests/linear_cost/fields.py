@@ -1,6 +1,7 @@
 """Which fields a route's body has that take text or lists, and bodies of a chosen size for each of them."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -23,6 +24,11 @@ BASES: dict[str, dict[str, Any]] = {
     "CompletionBody": {"prompt": "The", "max_tokens": 1},
     "ChatBody": {"messages": [{"role": "user", "content": "The"}], "max_tokens": 1},
     "ResponsesBody": {"input": "The", "max_output_tokens": 1},
+    "MessagesBody": {
+        "messages": [{"role": "assistant", "content": "The"}, {"role": "user", "content": "The"}],
+        "max_tokens": 1,
+    },
+    "ConversationBody": {"messages": [{"role": "assistant", "content": "The"}, {"role": "user", "content": "The"}]},
     "TokenizeBody": {"prompt": "The"},
     "DetokenizeBody": {"tokens": [5]},
     "ParseBody": {"text": "The", "tools": [], "tool_call_parser": "hermes"},
@@ -39,6 +45,17 @@ EITHER = [{"text", "input_ids", "input_embeds"}, {"prompt", "messages"}]  # one 
 # What the types leave open (dict[str, Any]), and what stands there.
 OPEN: dict[str, Any] = {"sampling_params": SamplingParams, "parameters": SamplingParams}
 MESSAGE = {"role": "user", "content": ""}
+USE = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+# What stands around a field in a list of blocks, by the field.
+BLOCKS: dict[str | int, dict[str, Any]] = {
+    "text": {"type": "text"},
+    "thinking": {"type": "thinking"},
+    "signature": {"type": "thinking", "thinking": "a"},
+    "data": {"type": "redacted_thinking"},
+    **dict.fromkeys(("id", "name", "input"), USE),
+    **{name: {"type": "tool_result", "tool_use_id": "t"} for name in ("tool_use_id", "content")},
+}
+TOOL = {"name": "f", "input_schema": {}}
 # These wait for something, or end what others do.
 LEFT_OUT = {
     "/pause_generation",
@@ -109,19 +126,27 @@ class Field:
 
 def put(body: Any, path: Path, value: Any) -> None:
     """Lay a value over a body, with what has to stand around it."""
+    listed = ""  # the name of the list that is entered
     for here, following in pairwise(path):
         missing: Any = [] if isinstance(following, int) else {}
         if isinstance(here, int):
             if len(body) <= here:
-                body.append(dict(MESSAGE) if missing == {} else missing)
+                body.append(item_around(listed, following) if missing == {} else missing)
         elif not isinstance(body.get(here), type(missing)):
             body[here] = missing
-        body = body[here]
+        body, listed = body[here], str(here)
     last = path[-1]
     if isinstance(last, int):
         body[last:] = [value]
     else:
         body[last] = value
+
+
+def item_around(listed: str, field: str | int) -> dict[str, Any]:
+    """What has to stand around a field of an item of a list of this name."""
+    if listed in ("content", "system"):
+        return deepcopy(BLOCKS.get(field, MESSAGE))
+    return deepcopy(TOOL if listed == "tools" and field != "function" else MESSAGE)
 
 
 def found_in(kind: Any, path: Path = (), depth: int = 0) -> Iterator[tuple[Path, str]]:

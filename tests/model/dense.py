@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 from quartet.scheduler_service.model.registry import load_model
+from tests.configs import resolved
 
 
 class DenseAttend:
@@ -50,7 +50,7 @@ def attend_one(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.T
 
 def serve(directory: Path, **settings: object) -> ServedModel:
     """Load a model directory as the scheduler does."""
-    config = ServerConfig(model_path=str(directory), device="cpu", **settings)
+    config = resolved(model_path=str(directory), device="cpu", **settings)
     return load_model(config, model_info.load(config), torch.device("cpu"))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import transformers
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import Request, Tokenized, pack_ids
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
@@ -15,6 +14,7 @@ from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.plan import Update
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.execution.worker import Worker
+from tests.configs import resolved
 from tests.engine import floats
 from tests.model import tiny
 
@@ -66,7 +66,7 @@ class Embedder:
 
     def __init__(self, directory: Path, **settings: Any) -> None:
         settings = {"dtype": "float32", "page_size": 1, "max_total_tokens": 4096, "device": "cpu", **settings}
-        config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
+        config = resolved(model_path=str(directory), model_dir=str(directory), **settings)
         self.info = model_info.load(config)
         self.worker = Worker(config, self.info)
         self.planner = Planner(planner_config(config, self.info, self.worker))

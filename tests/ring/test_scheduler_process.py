@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import Abort, FlushCache, Probe
 from quartet.runtime.messages import Facts, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
 from quartet.runtime.process.progress import ProgressReader
 from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.service import Boot, Ready
 from quartet.runtime.sockets import Inbox, Outbox, endpoint
+from tests.configs import resolved
 from tests.fakes import next_token
 from tests.servers import started
 
@@ -41,7 +41,7 @@ class Process:
             run_dir=self.run_dir,
             inbox=endpoint(self.run_dir, "scheduler", 0),
             outbox=endpoint(self.run_dir, "detokenizer", 0),
-            config=ServerConfig(model_path=str(model), **settings),  # type: ignore[arg-type]
+            config=resolved(model_path=str(model), **settings),  # type: ignore[arg-type]
             ready_fd=ready_write,
             lifeline_fd=lifeline_read,
             parent_pid=os.getpid(),

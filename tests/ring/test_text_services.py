@@ -12,11 +12,11 @@ import pytest
 import zmq
 
 from quartet.runtime import sockets
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import Abort, Detokenize, FlushCache, Probe, Tokenize
 from quartet.runtime.messages import Finish, Generate, Message, Request, Tokens, pack_ids, unpack_ids
 from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.service import EXIT_STARTUP, Boot, Ready
+from tests.configs import resolved
 from tests.servers import started
 from tests.tokenizers_to_try import byte_level, save
 from tests.wrong_messages import wrong_messages
@@ -46,7 +46,7 @@ class Service:
             run_dir=str(self.run_dir),
             inbox=inbox,
             outbox=outbox,
-            config=ServerConfig(model_path=str(model)),
+            config=resolved(model_path=str(model)),
             ready_fd=ready_write,
             lifeline_fd=lifeline,
             parent_pid=os.getpid(),

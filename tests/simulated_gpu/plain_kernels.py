@@ -14,8 +14,7 @@ from tests.simulated_gpu.launches import inner, refuse_hosts
 from tests.simulated_gpu.streams import HERE
 from tests.simulated_gpu.tensors import refuse_released
 
-TRITON = ops.TRITON
-OPERATIONS = [op for names in TRITON.values() for op in names]
+TRITON = ops.MODULES["triton"]
 
 
 def launched(name: str) -> Callable[..., None]:
@@ -36,9 +35,9 @@ def launched(name: str) -> Callable[..., None]:
     return launch
 
 
-globals().update({name: launched(name) for name in OPERATIONS})
+globals().update({name: launched(name) for name in ops.OPERATIONS})
 
 
 def install() -> None:
     """Have these stand for Triton's kernels."""
-    ops.TRITON = {__name__: OPERATIONS}
+    ops.MODULES["triton"] = __name__

@@ -47,4 +47,4 @@ def triton_kernels_where_they_are_asked_for(request: pytest.FixtureRequest, monk
         from quartet.kernels import ops
         from tests.simulated_gpu import plain_kernels
 
-        monkeypatch.setattr(ops, "TRITON", plain_kernels.TRITON)
+        monkeypatch.setitem(ops.MODULES, "triton", plain_kernels.TRITON)

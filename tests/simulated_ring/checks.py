@@ -4,8 +4,8 @@ from array import array
 from typing import TYPE_CHECKING
 
 from quartet.detokenizer_service.stream import Stream
-from quartet.http_gateway.ring.quarantine import GUILTY, SUSPICIOUS_DEATHS
-from quartet.http_gateway.ring.ring_client import CONDEMNED
+from quartet.http_gateway.ring.quarantine import POISON_REQUEST, SUSPICIOUS_DEATHS
+from quartet.http_gateway.ring.ring_client import BLOCKED_REQUEST
 from quartet.runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Reply, Text, unpack_ids
@@ -53,7 +53,7 @@ def check_call(simulation: "Simulation", call: Call) -> None:
 
 
 def check_refusal(call: Call, refusal: RequestError) -> None:
-    known = ("Duplicate request ID", "The server is full") + ((CONDEMNED,) if call.poison else ())
+    known = ("Duplicate request ID", "The server is full") + ((BLOCKED_REQUEST,) if call.poison else ())
     hold(refusal.message.startswith(known), "refused:", refusal.message)
 
 
@@ -139,11 +139,11 @@ def is_poison(call: Call, generate: Generate) -> bool:
 
 
 def check_error(simulation: "Simulation", call: Call, rid: str, message: str, has_output: bool) -> None:
-    guilty = {GUILTY.format(role=role): role for role in ROLES}
-    if message in guilty:
-        role = guilty[message]
+    poison = {POISON_REQUEST.format(role=role): role for role in ROLES}
+    if message in poison:
+        role = poison[message]
         by_chance = simulation.kills[role] and simulation.deaths[role] > SUSPICIOUS_DEATHS
-        hold(call.poison == role or by_chance, rid, "is innocent:", message)
+        hold(call.poison == role or by_chance, rid, "is no poison request:", message)
         return
     hold(message == "The request queue is full." and simulation.config.max_queued, rid, "failed:", message)
     hold(not has_output, rid, "was admitted and then refused")
@@ -177,8 +177,8 @@ def check_leftovers(simulation: "Simulation") -> None:
     hold(set(processes) == set(ROLES), "not all are there:", list(processes))
     ring, gateway = processes["gateway"].ring, processes["gateway"].gateway
     hold(not ring._pending, "left in the journal:", list(ring._pending))
-    hold(not ring._commands._waiting, "commands wait")
-    hold(not ring._quarantine.alone, "somebody is still alone")
+    hold(not ring._commands._unanswered, "commands wait")
+    hold(not ring._quarantine.unproven, "suspects are left")
     detokenizer = processes["detokenizer"].detokenizer
     for kept, what in ((detokenizer._streams, "streams"), (detokenizer._stopped, "stopped streams")):
         hold(not set(kept) - {RID}, what, "left:", list(kept))  # no scheduler will end a forged one

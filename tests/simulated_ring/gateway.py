@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
-from quartet.http_gateway.ring.journal import Pending
+from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import ContinueGeneration, ControlCommand, PauseGeneration, UpdateWeightsFromDisk
 from quartet.runtime.messages import Message, Reply, Text
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sockets import decode, encode
+from tests.configs import resolved
 from tests.simulated_ring.checks import hold
 from tests.simulated_ring.clock import Agenda, TurnLoop
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Operator
@@ -22,7 +22,7 @@ from tests.simulated_ring.trace import serial
 
 MOST_INFLIGHT = 60
 SERIALS_OF_A_GATEWAY = 1_000_000
-CONFIG = ServerConfig(model_path="model")
+CONFIG = resolved(model_path="model")
 MODEL = ModelInfo(
     path="/models/x",
     architecture="Qwen2ForCausalLM",
@@ -44,11 +44,11 @@ class Watch:
         self.ended_before = 0  # serial of a pause that has ended all requests before it
         self._operator = operator
 
-    def heard(self, pending: Pending, text: Text, now: float) -> None:
+    def count_delta(self, entry: JournalEntry, text: Text, now: float) -> None:
         """As quartet.http_gateway.http.metrics.Metrics."""
         tokens = text.tokens
         hold(not (tokens.ids and self.paused), tokens.rid, "goes on in a pause")
-        hold(not (tokens.ids and pending.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
+        hold(not (tokens.ids and entry.serial < self.ended_before), tokens.rid, "goes on though a pause has ended it")
         if tokens.ids and self.weight_version is not None:
             right = tokens.weight_version == self.weight_version
             hold(right, tokens.rid, "has a token of", tokens.weight_version, "while", self.weight_version, "serves")
@@ -96,12 +96,12 @@ class GatewayProcess(Process):
         self.gateway = Gateway(CONFIG, MODEL, facts, ring, None, None)  # type: ignore[arg-type]
         self._learn, ring.on_reply = ring.on_reply, self._on_reply
         ring.ask_facts()
-        await ring.lap()
+        await ring.wait_until_connected()
         self.up = True
 
     def _on_reply(self, reply: Reply) -> None:
         self._learn(reply)
-        waiting = self.ring._commands._waiting.get(reply.id)
+        waiting = self.ring._commands._unanswered.get(reply.id)
         if waiting is None or not waiting.answer.done():  # else the operator was told that the command is lost
             self._watch.on_reply(reply)
 

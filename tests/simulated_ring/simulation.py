@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from quartet.http_gateway.ring.aborts import names
+from quartet.http_gateway.ring.aborts import matches
 from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
 from quartet.runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens
 from quartet.runtime.sockets import encode
@@ -160,7 +160,7 @@ class Simulation:
         gateway.loop.call_soon(self._abort, gateway, self.random.choice(commands))
 
     def _abort(self, gateway: GatewayProcess, command: Abort) -> None:
-        named = {entry.rid for entry in gateway.ring._pending.values() if names(command, entry)}
+        named = {entry.rid for entry in gateway.ring._pending.values() if matches(command, entry)}
         for call in gateway.calls:
             if call.under_way and named.intersection(generate.request.rid for generate in call.batch):
                 call.unwanted = True

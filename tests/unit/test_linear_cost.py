@@ -14,10 +14,15 @@ import pytest
 
 from quartet.detokenizer_service.decode import Vocabulary
 from quartet.detokenizer_service.stops import Cutter, stops_of
+from quartet.http_gateway.anthropic.content import ContentBlocks
+from quartet.http_gateway.anthropic.conversation import chat_body
+from quartet.http_gateway.anthropic.types import MessagesBody
 from quartet.http_gateway.generation.intake import Rules, check_distinct
 from quartet.http_gateway.generation.output import Output
 from quartet.http_gateway.http.counting import ValueCounter
 from quartet.http_gateway.native.generate_body import GenerateBody, to_job
+from quartet.http_gateway.openai.answers import CalledFunction, Delta, ToolCall
+from quartet.http_gateway.openai.chat_turn import continued
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, LogprobOptions, Logprobs, Request, Text, Tokens, pack_ids
@@ -171,6 +176,35 @@ def checking_parameters(size: int) -> Work:
     return lambda: msgspec.json.decode(body, type=GenerateBody)
 
 
+def conversing(size: int) -> Work:
+    use = {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "b"}]}
+    turns = [{"role": "assistant", "content": [use, use]}, {"role": "user", "content": [result, result]}]
+    alternating, of_one_role = turns * (size // 256), [{"role": "user", "content": "a"}] * (size // 64)
+    bodies = [{"messages": messages, "max_tokens": 1} for messages in (alternating, of_one_role)]
+    read = [msgspec.convert(body, MessagesBody) for body in bodies]
+
+    def work() -> None:
+        for body in read:
+            chat_body(body)
+
+    return work
+
+
+def calling(size: int) -> Work:
+    arguments = '{"a": [' + "[1], " * (size // 8)
+    pieces = [Delta(tool_calls=[continued(0, arguments[at : at + 8])]) for at in range(0, len(arguments), 8)]
+
+    def work() -> None:
+        content = ContentBlocks("s")
+        for delta in (Delta(tool_calls=[ToolCall(id="c", index=0, function=CalledFunction("", "f"))]), *pieces):
+            for _ in content.take(delta):
+                pass
+        content.content()
+
+    return work
+
+
 CASES: dict[str, Callable[[int], Work]] = {
     "a body's values are counted": counting,
     "ids become a request": ids_to_job,
@@ -189,6 +223,8 @@ CASES: dict[str, Callable[[int], Work]] = {
     "an index of drafts grows": drafting,
     "prefixes are kept and found": caching,
     "a body is decoded": checking_parameters,
+    "blocks become a conversation": conversing,
+    "a call that is cut off becomes a block": calling,
 }
 
 

@@ -367,18 +367,18 @@ def test_a_failure_is_counted_and_its_line_in_the_log_is_cut(caplog: pytest.LogC
 def test_an_epoch_is_looked_up_once_it_is_claimed_and_then_believed() -> None:
     asked: list[str] = []
     announced = Announced(lambda role: asked.append(role) or 2)  # type: ignore[func-returns-value]
-    announced.check("scheduler", 0)
+    announced.check_epoch("scheduler", 0)
     assert asked == []
-    announced.check("scheduler", 2)
-    announced.check("scheduler", 1)
+    announced.check_epoch("scheduler", 2)
+    announced.check_epoch("scheduler", 1)
     assert asked == ["scheduler"]
     for epoch in (3, -1, EVERY_EPOCH):
         with pytest.raises(Malformed, match="no scheduler has epoch"):
-            announced.check("scheduler", epoch)
+            announced.check_epoch("scheduler", epoch)
 
 
 def test_the_attempts_of_a_gateway_are_believed_once_it_was_started() -> None:
     guard = Guard("scheduler", Announced(lambda role: 1 if role == "gateway" else 0), lambda message, finish: [])
-    guard.check(tokenized("r", PROMPT, attempt=(2 << ATTEMPT_BITS) - 1))
+    guard.check_message(tokenized("r", PROMPT, attempt=(2 << ATTEMPT_BITS) - 1))
     with pytest.raises(Malformed):
-        guard.check(tokenized("r", PROMPT, attempt=2 << ATTEMPT_BITS))
+        guard.check_message(tokenized("r", PROMPT, attempt=2 << ATTEMPT_BITS))

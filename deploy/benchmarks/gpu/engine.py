@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.messages import Request, Tokenized, pack_ids
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sampling import SamplingParams
+from quartet.runtime.settings.machine import Machine
+from quartet.runtime.settings.resolve import resolve
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
-from quartet.scheduler_service.execution.launched import Pending
+from quartet.scheduler_service.execution.launched_step import LaunchedStep
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
@@ -45,7 +47,7 @@ def model_info(config: dict[str, Any], context_length: int) -> ModelInfo:
     )
 
 
-def random_model(settings: ServerConfig, info: ModelInfo, device: torch.device) -> ServedModel:
+def random_model(settings: ResolvedConfig, info: ModelInfo, device: torch.device) -> ServedModel:
     """Weights that are never zeros: multiplying zeros is faster than multiplying numbers."""
     spec = decoder_spec(info)
     weights = Weights(decoder_layout(spec), DTYPES[info.config["torch_dtype"]], device)
@@ -92,8 +94,10 @@ class Engine:
         pool_tokens: int | None = None,
         **settings: Any,
     ) -> None:
-        tokens = {} if pool_tokens is None else {"max_total_tokens": pool_tokens}
-        self.config = ServerConfig(device=device.type, max_running_requests=running, **tokens, **settings)
+        settings = {"chunked_prefill_size": 8192, "max_total_tokens": pool_tokens, **settings}
+        given = ServerConfig(device=device.type, max_running_requests=running, **settings)
+        has_gpu = device.type == "cuda"  # or a simulated one
+        self.config = resolve(given, Machine(has_gpu=has_gpu, torch_has_cuda=has_gpu)).config
         info = model_info(config, context_length)
         implementation = "torch" if device.type == "cpu" else None  # a rehearsal takes the same way
         self.worker = Worker(self.config, info, load=random_model, implementation=implementation)
@@ -105,11 +109,11 @@ class Engine:
                 max_running=self.worker.max_running_requests,
                 context_length=info.context_length,
                 vocab_size=info.vocab_size,
-                chunked_prefill_size=self.config.chunked_prefill_size or 8192,
+                chunked_prefill_size=self.config.chunked_prefill_size,
                 reuse_prefixes=False,
             )
         )
-        self.in_flight: deque[tuple[Plan, Pending]] = deque()
+        self.in_flight: deque[tuple[Plan, LaunchedStep]] = deque()
         self.requests = 0
         while self.worker.idle_work():
             pass  # measure what is recorded

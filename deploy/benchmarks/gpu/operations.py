@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from deploy.benchmarks.gpu.setting import Setting
 from deploy.benchmarks.gpu.timing import seconds_of_each
 from quartet.kernels.cpu.linear import Linear
-from quartet.kernels.ops import Implementation, Ops, resolve
+from quartet.kernels.operations import Ops
+from quartet.kernels.ops import Implementation, resolve
 from quartet.scheduler_service.model.products import Products, Workspace
 
 HALF = torch.bfloat16

@@ -331,10 +331,10 @@ def test_without_a_tokenizer_ids_pass_and_nothing_is_decoded() -> None:
 def test_no_stop_ends_a_request_before_its_least_number_of_tokens(detokenizer: Detokenizer, stop: dict) -> None:
     ids = ids_of("a END b END c END")
     out = detokenizer.step(one_by_one(ids, request(min_new_tokens=len(ids) - 3, **stop), LENGTH))
-    told = [message for message in out if isinstance(message, Text)]
-    assert texts(told) == "a END b END c "
-    assert sum(len(unpack_ids(text.tokens.ids)) for text in told) >= len(ids) - 3
-    assert told[-1].tokens.finish.reason == "stop"
+    answers = [message for message in out if isinstance(message, Text)]
+    assert texts(answers) == "a END b END c "
+    assert sum(len(unpack_ids(text.tokens.ids)) for text in answers) >= len(ids) - 3
+    assert answers[-1].tokens.finish.reason == "stop"
 
 
 def test_the_least_number_of_tokens_counts_those_of_before_a_restart(detokenizer: Detokenizer) -> None:

@@ -5,7 +5,7 @@ import re2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quartet.detokenizer_service.beginnings import beginnings_of
+from quartet.detokenizer_service.prefix_pattern import prefix_pattern_of
 from quartet.detokenizer_service.stops import Cutter, Stops, stops_of
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
@@ -149,13 +149,13 @@ def test_every_beginning_of_a_match_is_a_beginning(pattern: str, text: str) -> N
         match = re2.compile(pattern, options).search(text)
     except re2.error:
         return
-    beginnings = re2.compile(beginnings_of(pattern))
+    prefixes = re2.compile(prefix_pattern_of(pattern))
     for end in range(len(match.group()) + 1) if match else ():
-        assert beginnings.fullmatch(match.group()[:end]), (pattern, match.group(), end)
+        assert prefixes.fullmatch(match.group()[:end]), (pattern, match.group(), end)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "not_beginnings"),
+    ("pattern", "not_prefixes"),
     [
         ("abc", ["b", "ac", "abcd"]),
         (r"\d{3}-x", ["12-", "1234", "x"]),
@@ -167,9 +167,9 @@ def test_every_beginning_of_a_match_is_a_beginning(pattern: str, text: str) -> N
         (r"a{,2}b", ["ab", "aab"]),
     ],
 )
-def test_what_cannot_become_a_match_is_no_beginning(pattern: str, not_beginnings: list[str]) -> None:
-    beginnings = re2.compile(beginnings_of(pattern))
-    assert [text for text in not_beginnings if beginnings.fullmatch(text)] == []
+def test_what_cannot_become_a_match_is_no_prefix(pattern: str, not_prefixes: list[str]) -> None:
+    prefixes = re2.compile(prefix_pattern_of(pattern))
+    assert [text for text in not_prefixes if prefixes.fullmatch(text)] == []
 
 
 def test_a_flag_holds_for_the_branches_behind_it() -> None:

@@ -1,4 +1,4 @@
-"""Whole sequences of ids become text: short ones at once, long ones beside the loop, and none without a limit."""
+"""Whole sequences of ids become text: short ones at once, long ones in the background, and none without a limit."""
 
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -42,7 +42,7 @@ def texts_of(message: Message) -> list[str]:
     return found
 
 
-def test_short_sequences_overtake_a_long_one_that_is_decoded_beside_the_loop() -> None:
+def test_short_sequences_overtake_a_long_one_that_is_decoded_in_the_background() -> None:
     later = Later()
     detokenizer = Detokenizer(Vocabulary(TOKENIZER), later)
     assert detokenizer.patience_s is None
@@ -76,5 +76,5 @@ def test_more_text_than_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert (refused.status, "more than 1000 characters" in refused.message) == (400, True)
 
 
-def test_ids_that_are_none_are_refused_beside_the_loop_too() -> None:
+def test_ids_that_are_none_are_refused_in_the_background_too() -> None:
     assert reply(asked("1", [*LONG, -1])).message == whole_texts.BAD_IDS

@@ -16,11 +16,11 @@ from quartet.http_gateway.app import build
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway, Phase
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import Abort, ControlCommand, FlushCache, Probe
 from quartet.runtime.messages import Facts, Finish, Generate, Logprobs, Message, Reply, Text, Tokens, pack_ids
 from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.model_files.model_info import ModelInfo
+from tests.configs import resolved
 
 VOCAB = 1000
 SCHEDULER_COUNTERS = {
@@ -261,7 +261,7 @@ async def served(
 ) -> AsyncIterator[Served]:
     """A gateway with these settings on a ring with this script; `embedding`: of a model that embeds."""
     transport = FakeRing(script)
-    config = ServerConfig(model_path="qwen/qwen2.5-0.5b-instruct", **settings)
+    config = resolved(model_path="qwen/qwen2.5-0.5b-instruct", **settings)
     metrics = Metrics(config.name, never_again)
     ring = RingClient(transport, transport, limit, metrics)
     listening = asyncio.create_task(ring.listen())

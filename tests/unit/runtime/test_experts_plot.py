@@ -54,7 +54,7 @@ def test_what_is_no_recording_is_refused_in_one_line(
 ) -> None:
     dump.with_suffix(".csv").write_text(content)
     assert cli.main(["experts", "plot", str(dump)]) == 2
-    assert message in (told := capsys.readouterr().err) and told.count("\n") == 1
+    assert message in (said := capsys.readouterr().err) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["draw", "x.pt"], ["plot", "nowhere.pt"]])

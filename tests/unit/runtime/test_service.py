@@ -7,8 +7,8 @@ import sys
 import msgspec
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.service import EXIT_STARTUP, Boot, Ready, report_ready
+from tests.configs import resolved
 
 BODIES = {
     "returns": "pass",
@@ -31,7 +31,7 @@ def start(tmp_path):
             run_dir=str(tmp_path),
             inbox="",
             outbox="",
-            config=ServerConfig(),
+            config=resolved(),
             ready_fd=ready_write,
             lifeline_fd=lifeline_read,
             parent_pid=parent_pid or os.getpid(),
@@ -136,7 +136,7 @@ def test_report_ready_writes_one_line_and_closes_the_pipe():
         run_dir="",
         inbox="",
         outbox="",
-        config=ServerConfig(),
+        config=resolved(),
         ready_fd=ready_write,
         lifeline_fd=-1,
         parent_pid=0,
@@ -152,7 +152,7 @@ def test_a_boot_survives_its_file():
         run_dir="/r",
         inbox="i",
         outbox="o",
-        config=ServerConfig(port=1, api_key="k"),
+        config=resolved(port=1, api_key="k"),
         ready_fd=3,
         lifeline_fd=4,
         parent_pid=5,

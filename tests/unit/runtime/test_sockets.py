@@ -25,7 +25,7 @@ from quartet.runtime.sockets import (
     endpoint,
     frames,
     newest_epoch,
-    turn_door,
+    point_stable_path,
 )
 
 REQUEST = Request(rid="r", params=SamplingParams(temperature=0), seed=3)
@@ -194,7 +194,7 @@ def test_a_command_that_cannot_be_decoded_is_answered():
 
 def test_the_newest_epoch_is_the_one_that_the_launcher_has_turned_the_door_to(tmp_path):
     assert newest_epoch(str(tmp_path), "scheduler") == 0
-    turn_door(str(tmp_path), "scheduler", 12)
+    point_stable_path(str(tmp_path), "scheduler", 12)
     assert newest_epoch(str(tmp_path), "scheduler") == 12
 
 

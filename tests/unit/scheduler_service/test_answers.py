@@ -1,13 +1,13 @@
 from quartet.runtime import limits
 from quartet.runtime.messages import Finish, unpack_ids
-from quartet.scheduler_service.answers import ended
+from quartet.scheduler_service.answers import unqueued_end
 from tests.rig import PROMPT, Rig
 from tests.stepper import tokenized
 
 
 def test_a_request_that_was_never_queued_is_answered_by_one_message_with_the_request() -> None:
     message = tokenized("a", PROMPT, 3, attempt=2)
-    answer = ended(message, Finish(reason="stop"))
+    answer = unqueued_end(message, Finish(reason="stop"))
     assert (answer.rid, answer.attempt, answer.prompt_tokens) == ("a", 2, len(PROMPT))
     assert answer.request == message.request and answer.finish == Finish(reason="stop")
 

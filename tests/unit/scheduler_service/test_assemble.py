@@ -2,10 +2,10 @@ from typing import Any
 
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.assemble import planner_config
+from tests.configs import resolved
 from tests.fakes import FakeWorker
 
 
@@ -25,7 +25,7 @@ def info(embedding: Embedding | None = None) -> ModelInfo:
 
 def test_the_planner_gets_what_worker_model_and_configuration_say() -> None:
     worker = FakeWorker(page_size=16, page_count=10, max_running_requests=4)
-    config = ServerConfig(chunked_prefill_size=32, schedule_policy="lpm", max_queued_requests=7)
+    config = resolved(chunked_prefill_size=32, schedule_policy="lpm", max_queued_requests=7)
     made = planner_config(config, info(), worker)
     assert (made.page_size, made.total_pages, made.max_running, made.total_tokens) == (16, 10, 4, 160)
     assert (made.context_length, made.vocab_size, made.eos_ids) == (64, 100, frozenset({2, 3}))
@@ -45,5 +45,5 @@ def test_the_planner_gets_what_worker_model_and_configuration_say() -> None:
 def test_prefixes_are_not_reused_where_told_or_where_every_position_sees_every_other(
     settings: dict[str, Any], embedding: Embedding | None, chunk: int, step: int, reuse: bool
 ) -> None:
-    made = planner_config(ServerConfig(**settings), info(embedding), FakeWorker())
+    made = planner_config(resolved(**settings), info(embedding), FakeWorker())
     assert (made.chunked_prefill_size, made.max_prefill_tokens, made.reuse_prefixes) == (chunk, step, reuse)

@@ -10,7 +10,7 @@ import pytest
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.execution.launched import Pending
+from quartet.scheduler_service.execution.launched_step import LaunchedStep
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.model import tiny
 
@@ -18,7 +18,7 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
 SHORT, MIDDLE, LONG = [5, 6, 7], list(range(20, 41)), [(7 * i) % 300 + 4 for i in range(90)]
 PROMPTS = [SHORT, MIDDLE, LONG]
 
-WISHES = {
+CASES = {
     "greedy": GREEDY,
     "seeded": SamplingParams(temperature=1.0, max_new_tokens=12),
     "filtered": SamplingParams(temperature=0.9, top_k=30, top_p=0.9, min_p=0.01, max_new_tokens=12),
@@ -37,7 +37,7 @@ class Overlapped(Engine):
     def __init__(self, directory: Path, *, depth: int = 1, **settings: Any) -> None:
         super().__init__(directory, **settings)
         self.worker.depth = self.depth = depth
-        self.in_flight: deque[tuple[Plan, Pending]] = deque()
+        self.in_flight: deque[tuple[Plan, LaunchedStep]] = deque()
         self.steps_ahead = 0
 
     def step(self) -> bool:
@@ -47,15 +47,15 @@ class Overlapped(Engine):
             self.computed += [(share.sequence.rid, share.start, share.end) for share in plan.slices]
             self.in_flight.append((plan, self.worker.launch(plan)))
             self.steps_ahead += any(pending.drawn for _, pending in list(self.in_flight)[:-1])
-        landed = False
+        collected = False
         while len(self.in_flight) > (self.depth if plan else 0):
-            self.land(*self.in_flight.popleft())
-            landed = True
+            self.collect_oldest(*self.in_flight.popleft())
+            collected = True
         self.planner.check_invariants()
         self.steps += 1
-        return landed or plan is not None
+        return collected or plan is not None
 
-    def land(self, plan: Plan, pending: Pending) -> None:
+    def collect_oldest(self, plan: Plan, pending: LaunchedStep) -> None:
         self.take(self.planner.apply(plan, self.worker.collect(pending), float(self.steps)))
         self.forget()
 
@@ -70,7 +70,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build("qwen3", tmp_path_factory.mktemp("overlap"))
 
 
-def told(answer: Answer) -> tuple[Any, ...]:
+def comparable(answer: Answer) -> tuple[Any, ...]:
     return answer.ids, answer.finish, answer.logprobs, answer.input_logprobs
 
 
@@ -80,18 +80,18 @@ def both(directory: Path, run: Any, **settings: Any) -> tuple[list[Answer], list
     return run(plain), run(overlapped), overlapped
 
 
-@pytest.mark.parametrize("wish", WISHES)
-def test_overlapped_requests_give_the_same_tokens_and_logprobs(directory, wish):
+@pytest.mark.parametrize("case", CASES)
+def test_overlapped_requests_give_the_same_tokens_and_logprobs(directory, case):
     def run(engine: Engine) -> list[Answer]:
         options = LogprobOptions(top=2)
-        rids = [engine.add(prompt, WISHES[wish], seed=40 + i, logprobs=options) for i, prompt in enumerate(PROMPTS)]
+        rids = [engine.add(prompt, CASES[case], seed=40 + i, logprobs=options) for i, prompt in enumerate(PROMPTS)]
         engine.run()
         return [engine.answers[rid] for rid in rids]
 
     plain, overlapped, engine = both(directory, run, chunked_prefill_size=32)
-    assert list(map(told, overlapped)) == list(map(told, plain))
+    assert list(map(comparable, overlapped)) == list(map(comparable, plain))
     assert all(answer.finish for answer in overlapped)
-    assert engine.steps_ahead or wish in ("penalties", "one token")
+    assert engine.steps_ahead or case in ("penalties", "one token")
 
 
 def test_a_step_is_launched_before_the_last_one_is_seen_unless_the_host_must_look_back(directory):
@@ -99,7 +99,7 @@ def test_a_step_is_launched_before_the_last_one_is_seen_unless_the_host_must_loo
     ahead.generate([SHORT], GREEDY)
     assert ahead.steps_ahead == GREEDY.max_new_tokens - 1
     looking_back = Overlapped(directory)
-    looking_back.generate([SHORT], WISHES["penalties"])
+    looking_back.generate([SHORT], CASES["penalties"])
     assert looking_back.steps_ahead == 0
 
 
@@ -112,7 +112,7 @@ def test_a_stop_id_ends_a_request_though_the_next_step_has_begun(directory):
         return engine.generate(PROMPTS, each)
 
     plain, overlapped, _ = both(directory, run)
-    assert list(map(told, overlapped)) == list(map(told, plain))
+    assert list(map(comparable, overlapped)) == list(map(comparable, plain))
     assert all(answer.finish.reason == "stop" for answer in overlapped)
 
 
@@ -132,7 +132,7 @@ def test_an_abort_in_flight_ends_one_request_and_leaves_the_others_as_they_are(d
 
 def test_retracted_requests_continue_with_the_same_tokens(directory):
     wishes = ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "frequency_penalty": 0.7})
-    each = [SamplingParams(max_new_tokens=60, ignore_eos=True, **wish) for wish in wishes]
+    each = [SamplingParams(max_new_tokens=60, ignore_eos=True, **case) for case in wishes]
     prompts = [MIDDLE, MIDDLE[::-1], MIDDLE[1:]]
     expected = Engine(directory).generate(prompts, each)
     tight = Overlapped(directory, max_total_tokens=140)
@@ -145,7 +145,7 @@ def test_requests_that_arrive_later_share_steps_with_those_under_way(directory):
     def run(engine: Engine) -> list[Answer]:
         rids = []
         for i, prompt in enumerate([*PROMPTS, LONG, SHORT]):
-            rids.append(engine.add(prompt, list(WISHES.values())[i], seed=i, logprobs=ALL_LOGPROBS))
+            rids.append(engine.add(prompt, list(CASES.values())[i], seed=i, logprobs=ALL_LOGPROBS))
             engine.step()
             engine.step()
         engine.run()
@@ -164,4 +164,4 @@ def test_grammars_constrain_overlapped_steps(directory):
         return engine.generate([SHORT, MIDDLE], [constrained, GREEDY], seed=3)
 
     plain, overlapped, _ = both(directory, run)
-    assert list(map(told, overlapped)) == list(map(told, plain))
+    assert list(map(comparable, overlapped)) == list(map(comparable, plain))

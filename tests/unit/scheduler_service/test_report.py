@@ -21,27 +21,27 @@ def test_prefill_and_decode_lines_read_as_tools_expect(caplog: pytest.LogCapture
     ]
 
 
-def test_the_decode_line_and_the_figures_tell_how_drafts_fare(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_decode_line_and_the_counters_report_the_acceptance_of_drafts(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig(model=looping_token, drafts=DraftOptions(8, 2, 8))
     rig.inbox.put(tokenized("a", PROMPT, 300))
     with caplog.at_level(logging.INFO):
         rig.run()
-    stats, figures = rig.scheduler.planner.stats, rig.scheduler.figures()
+    stats, counters = rig.scheduler.planner.stats, rig.scheduler.counters()
     assert stats.correct_drafts > 100
-    steps = figures["decode_steps_total"]
+    steps = counters["decode_steps_total"]
     assert (
-        figures["avg_spec_accept_length"]
+        counters["avg_spec_accept_length"]
         == pytest.approx(1 + stats.correct_drafts / steps)
         == pytest.approx(299 / steps)
     )
-    assert 1 < figures["spec_accept_length"] < 9 and 0 < figures["spec_accept_rate"] < 1
+    assert 1 < counters["spec_accept_length"] < 9 and 0 < counters["spec_accept_rate"] < 1
     lines = [message for message in caplog.messages if message.startswith("Decode")]
-    assert f"accept len: {figures['spec_accept_length']:.2f}, cuda graph: False, " in lines[-1]
+    assert f"accept len: {counters['spec_accept_length']:.2f}, cuda graph: False, " in lines[-1]
     assert len([message for message in caplog.messages if message.startswith("Prefill")]) == 1
 
 
-def test_figures_of_drafts_are_told_where_there_are_drafts_only() -> None:
-    assert not any("spec" in name for name in Rig().scheduler.figures())
+def test_counters_of_drafts_exist_with_speculation_only() -> None:
+    assert not any("spec" in name for name in Rig().scheduler.counters())
 
 
 def test_the_decode_counter_runs_from_the_start_over_all_requests(caplog: pytest.LogCaptureFixture) -> None:
@@ -86,5 +86,5 @@ def test_preemptions_are_logged_apart_from_retractions(caplog: pytest.LogCapture
         rig.run()
     assert "Preempt requests of lower priority. #preempted_reqs: 1" in caplog.messages
     assert not any("KV cache pool is full" in message for message in caplog.messages)
-    figures = rig.scheduler.figures()
-    assert (figures["total_preempted_reqs"], figures["total_retracted_reqs"]) == (1, 0)
+    counters = rig.scheduler.counters()
+    assert (counters["total_preempted_reqs"], counters["total_retracted_reqs"]) == (1, 0)

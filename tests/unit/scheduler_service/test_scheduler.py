@@ -29,7 +29,7 @@ def test_all_requests_of_a_step_travel_in_one_frame() -> None:
     assert [[m.rid for m in frame] for frame in rig.outbox.frames] == [["a", "b"], ["a", "b"]]
 
 
-def test_a_refused_request_gets_one_message_and_the_others_never_notice() -> None:
+def test_a_refused_request_gets_one_message_and_does_not_affect_others() -> None:
     rig = Rig()
     rig.inbox.put(tokenized("bad", [VOCABULARY]), tokenized("good", PROMPT, 2))
     rig.run()
@@ -39,7 +39,7 @@ def test_a_refused_request_gets_one_message_and_the_others_never_notice() -> Non
     assert len(rig.tokens("good")) == 2
 
 
-def test_a_message_of_somebody_else_is_passed_on() -> None:
+def test_a_message_for_another_service_is_sent_on() -> None:
     rig = Rig()
     facts = Facts(max_total_num_tokens=1, max_req_input_len=1, context_length=1, vocab_size=1)
     rig.inbox.put(Reply(id="x"), facts)
@@ -72,7 +72,7 @@ def test_depth_one_decides_the_next_step_before_the_last_is_collected() -> None:
     assert (len(rig.worker.plans), len(rig.outbox.frames)) == (2, 1)
 
 
-def test_a_token_is_told_the_weights_that_its_step_was_launched_on() -> None:
+def test_a_token_carries_the_version_of_the_weights_that_its_step_was_launched_on() -> None:
     rig = Rig(depth=1)
     rig.inbox.put(tokenized("a", PROMPT, 3))
     rig.scheduler.step()
@@ -81,7 +81,7 @@ def test_a_token_is_told_the_weights_that_its_step_was_launched_on() -> None:
     assert [m.weight_version for m in rig.tokens("a")] == ["default", "v2", "v2"]
 
 
-def test_the_worker_forgets_whoever_left() -> None:
+def test_the_worker_forgets_requests_that_left() -> None:
     rig = Rig()
     rig.inbox.put(tokenized("a", PROMPT, 3))
     rig.run()
@@ -91,7 +91,7 @@ def test_the_worker_forgets_whoever_left() -> None:
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("where", ["launch", "collect"])
 @pytest.mark.parametrize("position", [0, 9])
-def test_a_request_that_breaks_its_step_ends_alone(where: str, position: int, depth: int) -> None:
+def test_only_the_request_that_breaks_a_step_fails(where: str, position: int, depth: int) -> None:
     rig = Rig(depth)
     rig.worker.raising["bad"] = (where, position)
     rig.inbox.put(*(tokenized(rid, [*PROMPT, i], 6) for i, rid in enumerate(("a", "bad", "b"))))
@@ -106,7 +106,7 @@ def test_a_request_that_breaks_its_step_ends_alone(where: str, position: int, de
     assert not rig.scheduler.planner.audit()
 
 
-def test_drafts_of_a_step_that_failed_are_verified_when_it_is_done_again() -> None:
+def test_drafts_of_a_failed_step_are_verified_when_it_is_retried() -> None:
     loop = [2, 3, 4, 5, 6, 7, 8] * 2
     rig = Rig(model=looping_token, drafts=DraftOptions(8, 2, 8))
     rig.worker.raising["bad"] = ("launch", 34)  # in a step in which the other one verifies
@@ -119,7 +119,7 @@ def test_drafts_of_a_step_that_failed_are_verified_when_it_is_done_again() -> No
     assert all(plan.verifications == sum(bool(part.drafts) for part in plan.slices) for plan in rig.worker.plans)
 
 
-def test_a_server_on_which_nothing_succeeds_any_more_ends() -> None:
+def test_repeated_failures_without_a_success_end_the_server() -> None:
     rig = Rig()
     rig.worker.raising = {f"r{i}": ("launch", 0) for i in range(2 * MOST_FAILURES)}
     rig.inbox.put(*(tokenized(rid, PROMPT, 3) for rid in rig.worker.raising))
@@ -127,7 +127,7 @@ def test_a_server_on_which_nothing_succeeds_any_more_ends() -> None:
         rig.run()
 
 
-def test_failures_with_successes_between_them_end_nothing() -> None:
+def test_failures_with_successes_between_them_do_not_end_the_server() -> None:
     rig = Rig()
     for i in range(2 * MOST_FAILURES):
         rig.worker.raising[f"bad{i}"] = ("launch", 0)
@@ -136,7 +136,7 @@ def test_failures_with_successes_between_them_end_nothing() -> None:
         assert len(rig.tokens(f"good{i}")) == 2
 
 
-def test_a_device_that_has_failed_ends_the_server_at_once() -> None:
+def test_a_failed_device_ends_the_server_at_once() -> None:
     rig = Rig()
     rig.worker.raising["a"] = ("collect", 0)
 
@@ -162,7 +162,7 @@ def test_lost_pages_are_reported_when_idle_and_serving_goes_on(caplog: pytest.Lo
     assert rig.scheduler.planner.audit() == ""
 
 
-def test_a_pause_is_used_piece_by_piece_and_again_after_work() -> None:
+def test_idle_work_is_done_piece_by_piece_and_again_after_a_step() -> None:
     rig = Rig()
     rig.scheduler.idle_work, rig.scheduler.has_idle_work = iter([True, False, False]).__next__, True
     for _ in range(3):

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models
 from quartet.runtime.control import FlushCache, Probe, Tokenize
 from quartet.runtime.messages import Chat, Generate, Message, Reply, Request, Tokenized, Tokens, pack_ids, unpack_ids
 from quartet.runtime.sampling import SamplingParams
-from quartet.tokenizer_service.encode import VERY_LONG_CHARS, Encoder
+from quartet.tokenizer_service.encode import Encoder
+from quartet.tokenizer_service.text_encoder import VERY_LONG_CHARS
 from tests.tokenizers_to_try import KINDS, byte_level
 
 TOKENIZER = byte_level(bos=True)

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from quartet.runtime.messages import Generate, Request, Tokenized, pack_ids, unpack_ids
 from quartet.runtime.sampling import SamplingParams
-from quartet.tokenizer_service import encode
+from quartet.tokenizer_service import text_encoder
 from quartet.tokenizer_service.encode import Encoder
 from tests.tokenizers_to_try import byte_level
 
@@ -75,7 +75,7 @@ def test_a_cut_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(("side", "kept"), [("right", slice(0, 5)), ("left", slice(-5, None))])
 def test_a_long_text_is_cut_before_it_is_encoded(side: str, kept: slice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "VERY_LONG_CHARS", 10)
+    monkeypatch.setattr(text_encoder, "VERY_LONG_CHARS", 10)
     request = Request(rid="r", params=SamplingParams(), truncate=5, truncate_side=side)  # type: ignore[arg-type]
     encoder = Encoder(TOKENIZER, context_length=8)
     text = "abcdefgh" * 10_000

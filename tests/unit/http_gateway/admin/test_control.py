@@ -25,9 +25,7 @@ FLUSH_TEXTS = [
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize(("reply", "status"), FLUSH_TEXTS)
 @asynchronous
-async def test_flush_cache_says_what_the_scheduler_says_and_nothing_else(
-    method: str, reply: Reply, status: int
-) -> None:
+async def test_flush_cache_answers_exactly_the_message_of_the_scheduler(method: str, reply: Reply, status: int) -> None:
     async with served() as server:
         server.ring.answers_commands = False
         call = server.client.start(method, "/flush_cache?timeout=2.5")
@@ -40,7 +38,7 @@ async def test_flush_cache_says_what_the_scheduler_says_and_nothing_else(
 
 @pytest.mark.parametrize("path", [path for path, command in control.routes().items() if command is not Abort])
 @asynchronous
-async def test_a_refusal_is_told_once_by_every_command(path: str, tmp_path: Path) -> None:
+async def test_every_command_reports_a_refusal_once(path: str, tmp_path: Path) -> None:
     bodies: dict[str, dict[str, object]] = {
         "/update_weights_from_disk": {"model_path": "m"},
         "/update_weights": {"model_path": "m"},
@@ -63,7 +61,7 @@ async def test_a_refusal_is_told_once_by_every_command(path: str, tmp_path: Path
 
 
 @asynchronous
-async def test_a_command_with_a_bad_value_is_refused_by_name() -> None:
+async def test_an_invalid_value_is_refused_by_the_name_of_its_field() -> None:
     async with served() as server:
         answer = await server.client.get("/flush_cache?timeout=soon")
         assert (answer.status, answer.json()["success"]) == (400, False)
@@ -75,7 +73,7 @@ async def test_a_command_with_a_bad_value_is_refused_by_name() -> None:
 
 
 @asynchronous
-async def test_what_an_answer_says_of_the_weights_is_known_though_nobody_waits_for_it_any_more() -> None:
+async def test_a_late_reply_still_updates_what_the_gateway_knows_of_the_weights() -> None:
     async with served() as server:
         server.ring.push(Reply(id="late", body={"weight_version": "two", "model_path": "/models/two", "paused": True}))
         assert (await server.client.get("/flush_cache")).status == 200  # behind it on the ring
@@ -85,7 +83,7 @@ async def test_what_an_answer_says_of_the_weights_is_known_though_nobody_waits_f
 
 
 @asynchronous
-async def test_abort_request_answers_200_with_nothing_whatever_is_known() -> None:
+async def test_abort_request_answers_200_and_an_empty_body_for_known_and_unknown_rids() -> None:
     async with served() as server:
         call = server.client.start("POST", "/generate", {"text": ["a", "b"], "rid": "r"})
         await server.ring.sent_of(Generate, 2)

@@ -9,7 +9,7 @@ import pytest
 from quartet.http_gateway.routes.gateway import Phase
 from quartet.runtime.control import Abort
 from quartet.runtime.messages import Finish, Generate
-from quartet.runtime.sockets import turn_door
+from quartet.runtime.sockets import point_stable_path
 from tests.unit.http_gateway.harness import FakeProgress, asynchronous, ends, served, step
 
 ONE_TOKEN = ends(Finish(reason="length", length=1))
@@ -134,7 +134,7 @@ async def test_a_process_that_is_started_again_is_missing_and_not_frozen(tmp_pat
     async with served(ONE_TOKEN) as server:
         server.gateway.run_dir = str(tmp_path)
         server.gateway.hops = {"tokenizer": Frozen(6.0)}
-        turn_door(str(tmp_path), "tokenizer", 1)
+        point_stable_path(str(tmp_path), "tokenizer", 1)
         assert (await server.client.get("/health")).status == 200
         assert (await server.client.get("/readyz")).json()["reason"] == "the tokenizer is being started again"
 
@@ -144,10 +144,10 @@ async def test_a_server_that_lacks_a_process_is_well_and_wants_no_traffic(tmp_pa
     async with served() as server:
         server.gateway.run_dir = str(tmp_path)
         for role in ("tokenizer", "scheduler", "detokenizer"):
-            turn_door(str(tmp_path), role, 0)
+            point_stable_path(str(tmp_path), role, 0)
             (tmp_path / f"{role}.0").touch()
         assert (await server.client.get("/readyz")).status == 200
-        turn_door(str(tmp_path), "scheduler", 1)  # which is not there yet
+        point_stable_path(str(tmp_path), "scheduler", 1)  # which is not there yet
         answer = await server.client.get("/readyz")
         assert (answer.status, answer.json()["reason"]) == (503, "the scheduler is being started again")
         assert (await server.client.get("/health")).status == 200

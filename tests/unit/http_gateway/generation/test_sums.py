@@ -97,7 +97,7 @@ async def test_the_ids_in_the_parameters_of_all_requests_are_bounded() -> None:
 
 def test_parameters_that_prompts_share_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
-    monkeypatch.setattr(intake.sampling, "check", lambda params, vocab_size: looked_at.append(params))
+    monkeypatch.setattr(intake, "check_params", lambda params, vocab_size: looked_at.append(params))
     body = msgspec.convert({"text": ["a"] * 100, "sampling_params": {"top_k": 3}, "return_logprob": True}, GenerateBody)
     to_job(body, Rules(vocab_size=100, hidden_size=2))
     assert len(looked_at) == 1

@@ -62,6 +62,26 @@ async def test_a_401_says_which_key_is_wanted_and_repeats_none(keys: dict[str, s
         assert "wrong" not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"x-api-key": "k"}, 200),
+        ({"x-api-key": "wrong"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"x-api-key": "Bearer k"}, 401),
+        ({"x-api-key": "k", "X-Api-Key": "k"}, 401),
+        ({"x-api-key": "k", "authorization": "Bearer of another service"}, 200),
+        ({"x-api-key": "of another service", "authorization": "Bearer k"}, 200),
+        ({"x-api-key": "wrong", "authorization": "Bearer wrong"}, 401),
+    ],
+)
+@asynchronous
+async def test_a_key_may_be_sent_as_x_api_key_too(headers: dict[str, str], status: int) -> None:
+    async with served(api_key="k") as server:
+        for path in ("/v1/models", "/get_model_info"):
+            assert (await server.client.get(path, headers=headers)).status == status
+
+
 @asynchronous
 async def test_each_of_several_keys_opens() -> None:
     async with served(api_key="one, two,three") as server:

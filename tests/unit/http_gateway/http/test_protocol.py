@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from quartet.http_gateway.http.crowd import ROOM, SPARE_DESCRIPTORS, Crowd
+from quartet.http_gateway.http.connection_limit import MONITORING_PLACES, SPARE_DESCRIPTORS, ConnectionLimit
 from quartet.http_gateway.http.protocol import LAST_CHANCE_S, MOST_PIPELINED, PIECE_BYTES, BoundedProtocol
 from quartet.runtime.limits import (
     BODY_GRACE_S,
@@ -328,15 +328,15 @@ async def test_a_client_that_reads_nothing_is_cut_off() -> None:
 
 
 @asynccontextmanager
-async def serving(app: Any, limit: int, room: int) -> AsyncIterator[int]:
+async def serving(app: Any, limit: int, monitoring: int) -> AsyncIterator[int]:
     """A server with so much room; yields its port."""
-    crowd = Crowd(limit, room)
+    connection_limit = ConnectionLimit(limit, monitoring)
     config = uvicorn.Config(
         app,
         port=0,
         log_config=None,
         lifespan="off",
-        http=partial(BoundedProtocol, crowd=crowd),  # type: ignore[arg-type]
+        http=partial(BoundedProtocol, connection_limit=connection_limit),  # type: ignore[arg-type]
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -365,7 +365,7 @@ HALVES = {"a body": posted(100), "a head": b"GET / HTT", "nothing": b""}
 @pytest.mark.parametrize("half", HALVES)
 @asynchronous
 async def test_half_requests_on_all_connections_leave_room_for_health(half: str) -> None:
-    async with serving(reads_all, limit=5, room=3) as port:
+    async with serving(reads_all, limit=5, monitoring=3) as port:
         open_ones = [await asyncio.open_connection("127.0.0.1", port) for _ in range(30)]
         for _, writer in open_ones:
             with contextlib.suppress(OSError):
@@ -381,7 +381,7 @@ async def test_half_requests_on_all_connections_leave_room_for_health(half: str)
 
 @asynchronous
 async def test_ten_thousand_requests_in_one_write_get_ten_thousand_answers() -> None:
-    async with serving(app, limit=5, room=3) as port:
+    async with serving(app, limit=5, monitoring=3) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
         answers = 0
@@ -390,39 +390,39 @@ async def test_ten_thousand_requests_in_one_write_get_ten_thousand_answers() -> 
         writer.close()
 
 
-# the crowd
+# the connection limit
 
 
 class Someone:
     def __init__(self) -> None:
         self.gone = False
 
-    def give_way(self) -> None:
+    def close_now(self) -> None:
         self.gone = True
 
 
 def test_the_longest_idle_connection_gives_way() -> None:
-    crowd, (a, b, c, d) = Crowd(limit=2, room=1), [Someone() for _ in range(4)]
-    assert crowd.enter(a) and crowd.enter(b)
-    crowd.note(a, idle=False)
-    assert crowd.enter(c)
+    connection_limit, (a, b, c, d) = ConnectionLimit(limit=2, monitoring=1), [Someone() for _ in range(4)]
+    assert connection_limit.add(a) and connection_limit.add(b)
+    connection_limit.set_idle(a, idle=False)
+    assert connection_limit.add(c)
     assert (a.gone, b.gone) == (False, True)
-    crowd.note(c, idle=False)
-    assert not crowd.enter(d)
-    crowd.leave(a)
-    assert crowd.enter(b)
+    connection_limit.set_idle(c, idle=False)
+    assert not connection_limit.add(d)
+    connection_limit.remove(a)
+    assert connection_limit.add(b)
 
 
 def test_beyond_the_limit_the_oldest_gives_way_to_the_next() -> None:
-    crowd, busy, (a, b) = Crowd(limit=1, room=1), Someone(), (Someone(), Someone())
-    crowd.enter(busy)
-    crowd.note(busy, idle=False)
-    assert not crowd.enter(a) and not crowd.enter(b)
+    connection_limit, busy, (a, b) = ConnectionLimit(limit=1, monitoring=1), Someone(), (Someone(), Someone())
+    connection_limit.add(busy)
+    connection_limit.set_idle(busy, idle=False)
+    assert not connection_limit.add(a) and not connection_limit.add(b)
     assert (busy.gone, a.gone, b.gone) == (False, True, False)
 
 
 def test_descriptors_bound_the_connections() -> None:
-    code = "from quartet.http_gateway.http.crowd import connections_that_fit as fit; print(fit())"
+    code = "from quartet.http_gateway.http.connection_limit import connections_that_fit as fit; print(fit())"
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); {code}"
     said = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, check=True).stdout
-    assert 1 <= int(said) <= 64 - SPARE_DESCRIPTORS - ROOM
+    assert 1 <= int(said) <= 64 - SPARE_DESCRIPTORS - MONITORING_PLACES

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quartet.http_gateway.http.sse import DONE, Event, EventStream, frame
+from quartet.http_gateway.http.sse import DONE, NATIVE, Event, EventStream, StreamFormat, frame
 from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.runtime.errors import RequestError
 
@@ -18,7 +18,7 @@ async def two_events_then(fault: Exception) -> AsyncGenerator[bytes, None]:
     raise fault
 
 
-def sent(events: AsyncGenerator[bytes, None]) -> list[bytes]:
+def sent(events: AsyncGenerator[bytes, None], form: StreamFormat = NATIVE) -> list[bytes]:
     """The bodies of the messages that the response sends; the last one must say that it is the last."""
     messages: list[dict[str, Any]] = []
 
@@ -28,7 +28,7 @@ def sent(events: AsyncGenerator[bytes, None]) -> list[bytes]:
     async def receive() -> Any:
         raise AssertionError
 
-    asyncio.run(EventStream(events)({}, receive, send))
+    asyncio.run(EventStream(events, form)({}, receive, send))
     assert [message.get("more_body", True) for message in messages] == [True] * (len(messages) - 1) + [False]
     return [message["body"] for message in messages[1:]]
 
@@ -41,6 +41,12 @@ def test_a_fault_on_the_way_is_told_before_the_end(fault: Exception, words: str)
     first, second, told, end = sent(two_events_then(fault))
     assert (first, second, end) == (frame(Event(b"1")), frame(Event(b"2")), DONE)
     assert json.loads(told.removeprefix(b"data: "))["error"]["message"] == words
+
+
+def test_an_api_may_have_its_own_error_event_and_end() -> None:
+    form = StreamFormat(error_type=b"error", end=b"")
+    _, _, error, end = sent(two_events_then(RequestError("no room")), form)
+    assert error.startswith(b"event: error\ndata: {") and end == b""
 
 
 def test_nobody_is_told_when_the_client_has_gone() -> None:

@@ -43,7 +43,7 @@ def test_a_schema_too_deep_to_be_written_is_refused():
         with pytest.raises(RequestError, match="response_format is nested too deeply"):
             grammar(given)
     with pytest.raises(RequestError, match="json_schema is nested too deeply"):
-        sampling.read({"json_schema": deep})
+        sampling.read_params({"json_schema": deep})
 
 
 def test_a_json_schema_without_schema_is_refused():

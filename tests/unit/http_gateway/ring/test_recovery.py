@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from quartet.http_gateway.http.metrics import Metrics
-from quartet.http_gateway.ring.quarantine import GUILTY, PROOF_TOKENS
+from quartet.http_gateway.ring.quarantine import POISON_REQUEST, PROOF_TOKENS
 from quartet.http_gateway.ring.request_group import RequestGroup
-from quartet.http_gateway.ring.ring_client import CONDEMNED, RingClient
+from quartet.http_gateway.ring.ring_client import BLOCKED_REQUEST, RingClient
 from quartet.runtime.control import (
     COMMAND_LOST,
     Abort,
@@ -365,7 +365,7 @@ async def test_what_a_command_has_ended_stays_ended_though_the_last_word_is_lost
 async def test_a_lap_goes_on_through_a_restart() -> None:
     async with connected() as ring:
         ring.transport.answers_commands = False
-        lap = asyncio.create_task(ring.client.lap())
+        lap = asyncio.create_task(ring.client.wait_until_connected())
         await ring.settle()
         ring.transport.answers_commands = True
         await ring.restart("scheduler")
@@ -451,7 +451,7 @@ async def test_who_was_there_at_two_deaths_without_progress_runs_alone_and_fails
                 [(_, text)] = await bad.next()
                 finish = text.tokens.finish
                 assert finish is not None and (finish.reason, finish.status) == ("error", 500)
-                assert finish.message == GUILTY.format(role="scheduler")
+                assert finish.message == POISON_REQUEST.format(role="scheduler")
                 assert ring.sent == [("good", 3, pack_ids(range(PROOF_TOKENS))), ("new", 3, b"")]
 
 
@@ -492,7 +492,7 @@ async def test_who_has_never_made_anything_is_suspected_first() -> None:
 
 
 @asynchronous
-async def test_the_like_of_a_guilty_request_fails_with_it_and_is_not_accepted_again() -> None:
+async def test_a_request_equal_to_a_poison_request_fails_with_it_and_is_blocked() -> None:
     async with connected() as ring:
         alike = [
             Generate(request=Request(rid=rid, params=SamplingParams(), seed=i), text="bad")
@@ -506,9 +506,9 @@ async def test_the_like_of_a_guilty_request_fails_with_it_and_is_not_accepted_ag
         retry = Generate(request=Request(rid="c", params=SamplingParams(), seed=9), text="bad")
         with pytest.raises(RequestError, match="not tried for ten minutes") as refused:
             ring.client.open([retry])
-        assert (refused.value.message, refused.value.kind) == (CONDEMNED, Kind.INTERNAL)
-        with ring.open("innocent"):
-            assert ring.rids == ["innocent"]
+        assert (refused.value.message, refused.value.kind) == (BLOCKED_REQUEST, Kind.INTERNAL)
+        with ring.open("other"):
+            assert ring.rids == ["other"]
 
 
 @asynchronous
@@ -551,7 +551,7 @@ async def test_what_ends_the_tokenizer_is_found_while_streams_go_on() -> None:
                 await ring.restart("tokenizer")
             [(_, text)] = await bad.next()
             assert text.tokens.finish is not None
-            assert text.tokens.finish.message == GUILTY.format(role="tokenizer")
+            assert text.tokens.finish.message == POISON_REQUEST.format(role="tokenizer")
             ring.transport.push(step("stream", [6], "y", finish=STOP))
             assert [text.text for _, text in await stream.next()] == ["y"]
 
@@ -595,7 +595,7 @@ async def test_a_suspect_of_one_service_that_ends_another_is_found() -> None:
                 await ring.restart(role)
             [(index, text)] = await group.next()
             assert index == 0 and text.tokens.finish is not None
-            assert text.tokens.finish.message == GUILTY.format(role="detokenizer")
+            assert text.tokens.finish.message == POISON_REQUEST.format(role="detokenizer")
             assert ring.rids == ["good"]
 
 

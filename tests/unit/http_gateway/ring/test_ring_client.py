@@ -161,7 +161,7 @@ async def test_a_command_without_an_answer_times_out_and_leaves_nothing() -> Non
         transport.answers_commands = False
         with pytest.raises(TimeoutError):
             await ring.command(FlushCache(), 0.001)
-        assert not ring._commands._waiting
+        assert not ring._commands._unanswered
 
 
 @asynchronous

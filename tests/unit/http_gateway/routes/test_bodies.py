@@ -113,7 +113,7 @@ async def test_what_is_foreign_is_ignored(path: str) -> None:
 @pytest.mark.parametrize("kind", [GenerateBody, CompletionBody])
 def test_bytes_that_are_no_text_are_refused_in_unknown_fields_too(kind: type) -> None:
     with pytest.raises(UnicodeDecodeError):
-        bodies.decode(b'{"prompt": "a", "text": "a", "whatever": "\xff"}', kind)
+        bodies.decode_json_body(b'{"prompt": "a", "text": "a", "whatever": "\xff"}', kind)
 
 
 @asynchronous
@@ -125,4 +125,4 @@ async def test_bytes_that_are_no_text_are_a_400() -> None:
 
 def test_a_body_that_is_no_object_is_refused_as_before() -> None:
     with pytest.raises(msgspec.ValidationError, match="Expected `object`"):
-        bodies.decode(b"[1]", GenerateBody)
+        bodies.decode_json_body(b"[1]", GenerateBody)

@@ -10,16 +10,16 @@ import time
 import msgspec
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.launcher.child import Child, Service, child_environment, usable_cores
 from quartet.runtime.launcher.launch import SERVICES
 from quartet.runtime.launcher.supervisor import BUDGET_WINDOW_S, STANDBY_BYTES, ExitStatus, Supervisor
-from quartet.runtime.launcher.vigil import FROZEN_S, LOOK_EVERY_S
+from quartet.runtime.launcher.watchdog import FROZEN_S, LOOK_EVERY_S
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import Memory
 from quartet.runtime.process.progress import ProgressWord
 from quartet.runtime.process.python_path import IMPORT_ROOT
 from quartet.runtime.service import Ready
+from tests.configs import resolved
 
 GATEWAY = Service("gateway", "g", listens=True)
 SCHEDULER = Service("scheduler", "s", threads=0)
@@ -27,7 +27,7 @@ SCHEDULER = Service("scheduler", "s", threads=0)
 
 @pytest.fixture
 def supervisor(tmp_path):
-    return Supervisor([GATEWAY, SCHEDULER], ServerConfig(), tmp_path, lifeline_fd=-1, listen_fd=9)
+    return Supervisor([GATEWAY, SCHEDULER], resolved(), tmp_path, lifeline_fd=-1, listen_fd=9)
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_server_that_was_never_up_is_not_tried_again(supervisor, dead_child):
 
 
 def test_what_keeps_a_service_from_starting_again_is_quoted(supervisor, dead_child):
-    supervisor.config = ServerConfig(max_restarts=0)
+    supervisor.config = resolved(max_restarts=0)
     supervisor.look_at_death(up(supervisor, dead_child(SCHEDULER, EXIT_3, line(error="the checkpoint is gone"))))
     assert supervisor.status == ExitStatus.DIED
     assert "the checkpoint is gone" in supervisor.reason
@@ -269,13 +269,13 @@ def look_for(supervisor, child, seconds, monkeypatch):
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("timeout_s", [3, 300])
 def test_every_service_that_is_stopped_is_found_within_ten_seconds(supervisor, service, timeout_s, served, monkeypatch):
-    supervisor.config = ServerConfig(watchdog_timeout=timeout_s)
+    supervisor.config = resolved(watchdog_timeout=timeout_s)
     child = served(service, "import time; time.sleep(600)")
     child.process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, child.process.pid, os.WSTOPPED)
     limit_s = min(timeout_s, FROZEN_S)
     assert limit_s < look_for(supervisor, child, 60, monkeypatch) <= limit_s + 3 * LOOK_EVERY_S
-    assert vitals.look(child.process.pid).state is vitals.State.STOPPED  # SIGABRT waits for it; SIGKILL does not
+    assert vitals.read_vitals(child.process.pid).state is vitals.State.STOPPED  # SIGABRT waits for it; SIGKILL does not
     child.hung_at -= 60
     supervisor.look_at_progress(child)
     assert child.process.wait(60) == -signal.SIGKILL
@@ -286,7 +286,7 @@ def test_no_service_that_computes_without_a_pulse_is_killed_before_the_time_out(
     supervisor, service, served, monkeypatch
 ):
     child = served(service, "sum(range(10**15))")  # in C, and holds the interpreter
-    while vitals.look(child.process.pid).state is not vitals.State.RUNNABLE:
+    while vitals.read_vitals(child.process.pid).state is not vitals.State.RUNNABLE:
         time.sleep(0.01)
     time.sleep(0.5)  # the interpreter has started
     limit_s = supervisor.config.watchdog_timeout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quartet.runtime.process.vitals import State, Vitals, look
+from quartet.runtime.process.vitals import State, Vitals, read_vitals
 
 WAIT_S = 60.0
 ASLEEP, SPINNING = "import time; time.sleep(600)", "sum(range(10**15))"
@@ -36,7 +36,7 @@ def start() -> Iterator[Callable[[str], int]]:
 
 
 def state(pid: int) -> State | None:
-    vitals = look(pid)
+    vitals = read_vitals(pid)
     return vitals and vitals.state
 
 
@@ -50,17 +50,17 @@ def test_the_state_of_a_process_is_told(start: Callable[[str], int], code: str, 
 
 def test_a_process_that_runs_is_active_and_a_stopped_one_is_not(start: Callable[[str], int]) -> None:
     pid = start(SPINNING)
-    before = look(pid)
+    before = read_vitals(pid)
     assert before
-    until(lambda: (now := look(pid)) is not None and now.active_since(before) > 0.05)
+    until(lambda: (now := read_vitals(pid)) is not None and now.active_since(before) > 0.05)
     os.kill(pid, signal.SIGSTOP)
     until(lambda: state(pid) is State.STOPPED)
-    stopped = look(pid)
-    assert stopped and look(pid) == stopped
+    stopped = read_vitals(pid)
+    assert stopped and read_vitals(pid) == stopped
 
 
 def test_one_that_has_ended_tells_nothing() -> None:
-    assert look(1 << 30) is None
+    assert read_vitals(1 << 30) is None
 
 
 def thread(root: Path, tid: int, name: str, state: str, ran_ns: int, waited_ns: int) -> None:
@@ -84,13 +84,13 @@ def thread(root: Path, tid: int, name: str, state: str, ran_ns: int, waited_ns: 
 def test_the_most_telling_state_of_the_threads_counts(tmp_path: Path, letters: str, expected: State) -> None:
     for tid, letter in enumerate(letters):
         thread(tmp_path, tid, "a) R (b", letter, 1, 1)
-    vitals = look(7, tmp_path)
+    vitals = read_vitals(7, tmp_path)
     assert vitals and vitals.state is expected
 
 
 def test_running_and_waiting_for_a_core_are_both_activity(tmp_path: Path) -> None:
     thread(tmp_path, 7, "python", "S", 2_000_000_000, 1_500_000_000)
-    vitals = look(7, tmp_path)
+    vitals = read_vitals(7, tmp_path)
     assert vitals and vitals.active_since(Vitals(State.ASLEEP, {7: 3.0})) == 0.5
     assert vitals.active_since(Vitals(State.ASLEEP, {6: 9.0})) == 3.5  # a new thread; the old one has ended
 
@@ -98,10 +98,10 @@ def test_running_and_waiting_for_a_core_are_both_activity(tmp_path: Path) -> Non
 def test_threads_of_the_sockets_move_by_themselves_and_say_nothing(tmp_path: Path) -> None:
     thread(tmp_path, 7, "python", "S", 1, 0)
     thread(tmp_path, 8, "ZMQbg/IO/0", "R", 5_000_000_000, 0)
-    assert look(7, tmp_path) == Vitals(State.ASLEEP, {7: 1e-9})
+    assert read_vitals(7, tmp_path) == Vitals(State.ASLEEP, {7: 1e-9})
 
 
 def test_a_kernel_that_does_not_count_tells_nothing(tmp_path: Path) -> None:
     thread(tmp_path, 7, "python", "S", 1, 0)
     (tmp_path / "7" / "task" / "7" / "schedstat").unlink()
-    assert look(7, tmp_path) is None
+    assert read_vitals(7, tmp_path) is None

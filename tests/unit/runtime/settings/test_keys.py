@@ -7,12 +7,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import UsageError
 from quartet.runtime.launcher.launch import SERVICES
 from quartet.runtime.launcher.supervisor import Supervisor
 from quartet.runtime.service import Boot
 from quartet.runtime.settings import flags, keys, show
+from tests.configs import resolved
 
 SECRET = "s3cr3t"
 
@@ -143,7 +143,7 @@ def test_processes_started_later_inherit_no_key():
 
 
 def test_only_the_gateway_is_told_the_keys_and_no_other_user_can_read_its_boot_file(tmp_path, monkeypatch):
-    config = ServerConfig(api_key=SECRET, admin_api_key=SECRET)
+    config = resolved(api_key=SECRET, admin_api_key=SECRET)
     read_fd, write_fd = os.pipe()
     with Supervisor(SERVICES, config, tmp_path, read_fd, read_fd) as supervisor:
         monkeypatch.setattr("quartet.runtime.launcher.supervisor.start", lambda service, inherited: Silent())
@@ -165,8 +165,8 @@ def test_only_the_gateway_is_told_the_keys_and_no_other_user_can_read_its_boot_f
 
 
 def test_a_configuration_without_keys_keeps_everything_else():
-    config = ServerConfig(api_key="a", admin_api_key="b", port=1)
-    assert keys.without(config) == ServerConfig(port=1)
+    config = resolved(api_key="a", admin_api_key="b", port=1)
+    assert keys.without(config) == resolved(port=1)
 
 
 class Silent:

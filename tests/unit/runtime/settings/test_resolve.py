@@ -2,11 +2,13 @@
 
 import json
 
+import msgspec
 import pytest
 
-from quartet.runtime.config import ServerConfig
+from quartet.runtime.config import ResolvedConfig, ServerConfig, Speculation
 from quartet.runtime.errors import StartupError
-from quartet.runtime.settings.resolve import Machine, look_at_machine, resolve
+from quartet.runtime.settings.machine import Machine, look_at_machine
+from quartet.runtime.settings.resolve import resolve
 
 CPU = Machine()
 GPU = Machine(has_gpu=True, torch_has_cuda=True)
@@ -47,6 +49,41 @@ def test_speculation_has_sizes_where_it_is_on_and_its_window_takes_what_was_give
     ) == window
     assert resolve(config, CPU).config == config
     assert resolve(ServerConfig(), CPU).config.speculative_num_draft_tokens is None
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU])
+@pytest.mark.parametrize("settings", [{}, {"speculative_algorithm": "NGRAM"}, {"enable_priority_scheduling": True}])
+def test_a_resolved_configuration_reaches_a_service_with_the_types_it_reads(settings, machine):
+    config = resolve(ServerConfig(**settings), machine).config
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=ResolvedConfig) == config
+
+
+def test_a_service_refuses_a_configuration_that_was_not_resolved():
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(ServerConfig()), type=ResolvedConfig)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "value"),
+    [
+        ({}, "max_graph_rows", 512),
+        ({"cuda_graph_max_bs": 4}, "max_graph_rows", 4),
+        ({"disable_cuda_graph": True}, "max_graph_rows", 0),
+        ({}, "access_log_level", "info"),
+        ({"log_level": "debug", "log_level_http": "error"}, "access_log_level", "error"),
+        ({"req_waiting_timeout": 2.5}, "waiting_timeout_s", 2.5),
+        ({"req_waiting_timeout": 0.0}, "waiting_timeout_s", None),
+        ({}, "running_timeout_s", None),
+        ({}, "preemption_threshold", None),
+        ({"enable_priority_scheduling": True}, "preemption_threshold", 10),
+        ({"schedule_policy": "priority", "disable_priority_preemption": True}, "preemption_threshold", None),
+        ({}, "speculation", None),
+        ({"speculative_algorithm": "NGRAM"}, "speculation", Speculation(8, 2, 8)),
+        ({"random_seed": 7}, "dummy_seed", 7),
+    ],
+)
+def test_what_several_flags_come_to_is_decided_once(settings, field, value):
+    assert getattr(resolve(ServerConfig(**settings), GPU).config, field) == value
 
 
 def test_resolving_twice_changes_nothing():
@@ -99,11 +136,11 @@ def test_an_address_open_to_the_network_needs_a_key_or_is_warned_about(host, api
     assert any("no --api-key is set" in note for note in notes) is warned
 
 
-@pytest.mark.parametrize(("hosts", "told"), [(None, True), ("*", True), ("llm.example.org", False)])
-def test_the_warning_tells_of_web_pages_where_any_host_is_answered(hosts, told):
+@pytest.mark.parametrize(("hosts", "warned"), [(None, True), ("*", True), ("llm.example.org", False)])
+def test_the_warning_names_web_pages_where_any_host_is_answered(hosts, warned):
     notes = resolve(ServerConfig(host="0.0.0.0", allowed_hosts=hosts), CPU).notes
     (warning,) = [note for note in notes if "no --api-key is set" in note]
-    assert ("any web page" in warning) is ("--allowed-hosts" in warning) is told
+    assert ("any web page" in warning) is ("--allowed-hosts" in warning) is warned
 
 
 @pytest.mark.parametrize("schema", [{"type": "object"}, '{"type": "object"}'])

@@ -1,4 +1,4 @@
-"""What a scheduler that is started again still knows of the one before."""
+"""State that a restarted scheduler takes over from the previous one."""
 
 from pathlib import Path
 
@@ -23,14 +23,14 @@ def model(tmp_path: Path) -> Path:
 
 
 def started(model: Path, run_dir: Path) -> Live:
-    """A scheduler that follows the orders of the one before."""
+    """A scheduler with the state of the previous one."""
     live = Live(model, run_dir, enable_memory_saver=True)
     live.scheduler.durable_state = DurableState(str(run_dir))
     live.scheduler.durable_state.restore(live.scheduler)
     return live
 
 
-def test_a_pause_stands_until_it_is_taken_back(model: Path, tmp_path: Path) -> None:
+def test_a_pause_survives_restarts_until_generation_continues(model: Path, tmp_path: Path) -> None:
     first = started(model, tmp_path)
     assert not first.scheduler.planner.paused
     first.call(PauseGeneration(mode="in_place"))
@@ -40,14 +40,14 @@ def test_a_pause_stands_until_it_is_taken_back(model: Path, tmp_path: Path) -> N
     assert not started(model, tmp_path).scheduler.planner.paused
 
 
-def test_memory_that_was_given_up_is_given_up_again(model: Path, tmp_path: Path) -> None:
+def test_released_memory_is_released_again(model: Path, tmp_path: Path) -> None:
     started(model, tmp_path).call(ReleaseMemory(tags=["kv_cache"]))
     again = started(model, tmp_path).scheduler
     assert again.saver is not None and again.saver.released == {"kv_cache"}
     assert again.planner.asleep
 
 
-def test_graphs_that_were_given_up_keep_no_later_scheduler_asleep(model: Path, tmp_path: Path) -> None:
+def test_released_graphs_do_not_keep_a_restarted_scheduler_from_computing(model: Path, tmp_path: Path) -> None:
     live = started(model, tmp_path)
     live.call(ReleaseMemory())
     live.call(ResumeMemory(tags=["weights"]))
@@ -55,7 +55,7 @@ def test_graphs_that_were_given_up_keep_no_later_scheduler_asleep(model: Path, t
     assert not started(model, tmp_path).planner.asleep
 
 
-def test_an_update_that_had_begun_cannot_be_ended_without_its_first_half(model: Path, tmp_path: Path) -> None:
+def test_an_update_session_of_the_previous_scheduler_cannot_be_completed(model: Path, tmp_path: Path) -> None:
     assert started(model, tmp_path).call(BeginWeightUpdate()).success
     again = started(model, tmp_path)
     refused = again.call(EndWeightUpdate())
@@ -63,7 +63,7 @@ def test_an_update_that_had_begun_cannot_be_ended_without_its_first_half(model: 
     assert started(model, tmp_path).call(BeginWeightUpdate()).success
 
 
-def test_a_record_that_cannot_be_written_is_an_error_in_the_log_and_no_more(
+def test_state_that_cannot_be_written_is_logged_as_an_error_and_the_command_succeeds(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     live = started(model, tmp_path)

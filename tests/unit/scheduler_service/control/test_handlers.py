@@ -23,9 +23,9 @@ from quartet.scheduler_service.control.handlers import (
     FLUSH_TIMED_OUT,
     FLUSHED,
     HANDLERS,
-    matching,
+    selected_rids,
 )
-from quartet.scheduler_service.scheduler import WAITING_BEAT_S
+from quartet.scheduler_service.scheduler import COMMAND_POLL_S
 from tests.rig import PROMPT, Rig
 from tests.stepper import VOCABULARY, tokenized
 
@@ -63,8 +63,8 @@ LIVE = ["a", "ab", "a_0", "a_1", "a_x", "b"]
         (Abort(rid="a_0"), ["a_0"]),
     ],
 )
-def test_an_abort_means_what_it_names(command: Abort, expected: list[str]) -> None:
-    assert matching(command, LIVE) == expected
+def test_an_abort_selects_rids(command: Abort, expected: list[str]) -> None:
+    assert selected_rids(command, LIVE) == expected
 
 
 def test_a_stop_found_in_an_earlier_attempt_does_not_end_a_later_one() -> None:
@@ -123,7 +123,7 @@ def test_a_flush_with_time_waits_for_idleness() -> None:
     assert replies(rig) == [Reply(id="f", message=FLUSHED)]
 
 
-def test_a_flush_gives_up_when_its_time_is_over_and_the_request_goes_on() -> None:
+def test_a_flush_is_refused_after_its_timeout_and_the_request_goes_on() -> None:
     rig = Rig()
     rig.inbox.put(tokenized("a", PROMPT, 20), FlushCache(id="f", timeout=5.0))
     rig.run()
@@ -140,7 +140,7 @@ def test_only_one_flush_waits_at_a_time() -> None:
     assert {(reply.id, reply.message) for reply in replies(rig)} == {("f", FLUSHED), ("g", FLUSH_IN_PROGRESS)}
 
 
-def test_a_scheduler_without_memory_still_looks_after_a_waiting_command() -> None:
+def test_a_scheduler_without_memory_still_resumes_unfinished_commands() -> None:
     rig = Rig()
     rig.inbox.put(tokenized("a", PROMPT, 5))
     rig.scheduler.step()
@@ -148,7 +148,7 @@ def test_a_scheduler_without_memory_still_looks_after_a_waiting_command() -> Non
     rig.inbox.put(FlushCache(id="f", timeout=3.0))
     rig.scheduler.step()
     rig.scheduler.step()
-    assert rig.inbox.waits == [WAITING_BEAT_S]
+    assert rig.inbox.waits == [COMMAND_POLL_S]
     rig.time += 4.0
     rig.scheduler.step()
     assert replies(rig)[0].message == FLUSH_TIMED_OUT
@@ -157,7 +157,7 @@ def test_a_scheduler_without_memory_still_looks_after_a_waiting_command() -> Non
 # probe
 
 
-def test_a_probe_gathers_the_schedulers_figures_and_travels_on() -> None:
+def test_a_probe_gets_the_schedulers_counters_and_is_sent_on() -> None:
     rig = Rig(max_running=1)
     rig.inbox.put(tokenized("a", PROMPT, 50), tokenized("b", PROMPT, 50))
     for _ in range(3):
@@ -166,17 +166,17 @@ def test_a_probe_gathers_the_schedulers_figures_and_travels_on() -> None:
     rig.scheduler.step()
     (probe,) = [m for m in rig.outbox.messages if isinstance(m, Probe)]
     assert probe.counters["tokenizer"] == {"x": 1}
-    figures = probe.counters["scheduler"]
-    assert (figures["num_running_reqs"], figures["num_queue_reqs"]) == (1, 1)
-    assert figures["num_used_tokens"] == 9 and figures["max_total_num_tokens"] == 1000
-    assert figures["prompt_tokens_total"] == 7 and figures["generation_tokens_total"] == 3
-    assert figures["weight_version"] == "default"
+    counters = probe.counters["scheduler"]
+    assert (counters["num_running_reqs"], counters["num_queue_reqs"]) == (1, 1)
+    assert counters["num_used_tokens"] == 9 and counters["max_total_num_tokens"] == 1000
+    assert counters["prompt_tokens_total"] == 7 and counters["generation_tokens_total"] == 3
+    assert counters["weight_version"] == "default"
 
 
 # commands that come again
 
 
-def test_a_command_that_comes_again_gets_its_answer_again_and_is_not_carried_out_again() -> None:
+def test_a_command_that_is_sent_again_gets_its_reply_again_and_does_not_run_again() -> None:
     rig = Rig()
     rig.inbox.put(SlowDown(id="s", forward_sleep_time=0.5), SlowDown(id="t"), SlowDown(id="s", forward_sleep_time=0.5))
     rig.scheduler.step()
@@ -184,7 +184,7 @@ def test_a_command_that_comes_again_gets_its_answer_again_and_is_not_carried_out
     assert [reply.id for reply in replies(rig)] == ["s", "t", "s"]
 
 
-def test_a_command_that_comes_again_while_it_waits_is_answered_once() -> None:
+def test_an_unfinished_command_that_is_sent_again_is_answered_once() -> None:
     rig = Rig()
     rig.inbox.put(tokenized("a", PROMPT, 5), FlushCache(id="f", timeout=100.0), FlushCache(id="f", timeout=100.0))
     rig.run()
@@ -195,8 +195,8 @@ def test_a_command_that_comes_again_while_it_waits_is_answered_once() -> None:
 # started again
 
 
-def test_what_was_sent_to_the_scheduler_before_is_left_alone() -> None:
-    rig = started_again()
+def test_messages_for_an_earlier_scheduler_are_ignored() -> None:
+    rig = restarted()
     rig.inbox.put(tokenized("before", PROMPT, 2, epoch=1), tokenized("now", PROMPT, 2, epoch=2))
     rig.inbox.put(PauseGeneration(id="before", epoch=1), FlushCache(id="now", epoch=2, timeout=100.0))
     rig.run()
@@ -208,7 +208,7 @@ def test_what_was_sent_to_the_scheduler_before_is_left_alone() -> None:
     ]
 
 
-def started_again(**changes: Any) -> Rig:
+def restarted(**changes: Any) -> Rig:
     """A scheduler of epoch 2."""
     rig = Rig(**changes)
     rig.scheduler.facts = Facts(
@@ -217,8 +217,8 @@ def started_again(**changes: Any) -> Rig:
     return rig
 
 
-def test_a_new_gateway_is_told_what_is_served_and_requests_of_the_one_before_end() -> None:
-    rig = started_again(max_running=1)
+def test_a_new_gateway_gets_the_facts_and_requests_of_the_earlier_one_end() -> None:
+    rig = restarted(max_running=1)
     rig.inbox.put(tokenized("running", PROMPT, 50, epoch=2), tokenized("waiting", PROMPT, 50, epoch=2))
     for _ in range(3):
         rig.scheduler.step()

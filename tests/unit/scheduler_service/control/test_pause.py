@@ -198,7 +198,7 @@ def test_weights_without_a_backup_must_be_written_before_anything_is_generated(m
     assert live.output("x") == [TOKEN + 1] * 3
 
 
-def test_recorded_graphs_alone_keep_nothing_asleep(model: Path, tmp_path: Path) -> None:
+def test_released_graphs_alone_stop_no_step(model: Path, tmp_path: Path) -> None:
     """A step that wants a graph records it again. Trainers resume weights and cache, and leave this tag out."""
     live = saving(model, tmp_path, enable_weights_cpu_backup=True)
     assert live.call(ReleaseMemory(tags=["cuda_graph"])).body == AWAKE
@@ -214,7 +214,7 @@ SUBSETS = [list(tags) for size in range(1, 4) for tags in itertools.permutations
 
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("released", [None, [], *SUBSETS])
-def test_whatever_was_released_in_whatever_order_comes_back_tag_by_tag(
+def test_released_tags_are_resumed_one_by_one_in_any_order(
     model: Path, tmp_path: Path, released: list[str] | None, twice: bool
 ) -> None:
     live = saving(model, tmp_path, enable_weights_cpu_backup=True)
@@ -232,9 +232,7 @@ def test_whatever_was_released_in_whatever_order_comes_back_tag_by_tag(
 
 
 @pytest.mark.parametrize("tags", [["weights", "graphs"], ["graphs"], [""]])
-def test_an_unknown_tag_changes_nothing_though_known_ones_stand_beside_it(
-    model: Path, tmp_path: Path, tags: list[str]
-) -> None:
+def test_a_list_of_tags_with_an_unknown_one_changes_nothing(model: Path, tmp_path: Path, tags: list[str]) -> None:
     live = saving(model, tmp_path)
     for command in (ReleaseMemory(tags=tags), ResumeMemory(tags=tags)):
         reply = live.call(command)
@@ -243,7 +241,7 @@ def test_an_unknown_tag_changes_nothing_though_known_ones_stand_beside_it(
     assert answered(live, "x") == [TOKEN] * 3
 
 
-def test_the_update_that_writes_what_was_given_up_says_that_the_server_is_awake(model: Path, tmp_path: Path) -> None:
+def test_the_update_that_writes_released_weights_reports_that_steps_run_again(model: Path, tmp_path: Path) -> None:
     live = saving(model, tmp_path)
     live.call(ReleaseMemory())
     assert live.call(ResumeMemory()).body == {"asleep": True, "lacks": []}
@@ -265,7 +263,7 @@ def test_memory_of_running_requests_is_not_released(model: Path, tmp_path: Path)
     assert live.output("x") == [TOKEN] * 100
 
 
-def test_memory_that_another_process_holds_can_be_asked_for_again(model: Path, tmp_path: Path) -> None:
+def test_resuming_memory_that_another_process_holds_can_be_retried(model: Path, tmp_path: Path) -> None:
     live = saving(model, tmp_path, enable_weights_cpu_backup=True)
     live.call(ReleaseMemory())
     cache = live.worker.cache
@@ -278,7 +276,7 @@ def test_memory_that_another_process_holds_can_be_asked_for_again(model: Path, t
     assert answered(live, "x") == [TOKEN] * 3
 
 
-def test_weights_do_not_come_back_where_they_would_end_the_process(
+def test_weights_are_not_resumed_if_memory_is_short(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = saving(model, tmp_path, enable_weights_cpu_backup=True)

@@ -33,7 +33,7 @@ class Trainer:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
-    def says(self) -> str:
+    def read_line(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
@@ -93,7 +93,7 @@ def test_a_trainer_broadcasts_while_requests_run(live: Live, weights: Path, flat
     with trainer(weights, *(["flat"] if flat else [])) as other:
         joined = live.call(joining(str(other.port)))  # a string, as some trainers send it
         assert (joined.success, joined.message) == (True, "Succeeded to initialize custom process group.")
-        assert other.says() == "joined"
+        assert other.read_line() == "joined"
         live.send(tokenized("y", PROMPT, 400, ignore_eos=True))
         live.step(3)
         id = live.begin(broadcast(weight_version="B", load_format="flattened_bucket" if flat else None))
@@ -102,7 +102,7 @@ def test_a_trainer_broadcasts_while_requests_run(live: Live, weights: Path, flat
         assert live.reply(id) is None and len(live.output("y")) == made + 5  # it waits, the loop does not
         other.go()
         reply = live.wait(id)
-        assert other.says() == "sent"
+        assert other.read_line() == "sent"
         assert reply.message == "Succeeded to update parameter online. Weight version updated to B."
         live.run()
         assert set(live.by_version("y")) == {("A", A), ("B", B)}
@@ -116,7 +116,7 @@ def test_a_trainer_that_dies_changes_nothing(live: Live, weights: Path) -> None:
     before = live.logits(PROMPT)
     with trainer(weights) as other:
         assert live.call(joining(other.port)).success
-        assert other.says() == "joined"
+        assert other.read_line() == "joined"
         id = live.begin(broadcast(weight_version="B"))
         live.step(2)
         other.process.kill()

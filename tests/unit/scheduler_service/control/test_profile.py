@@ -9,7 +9,7 @@ import pytest
 from quartet.runtime.control import StartProfile, StopProfile
 from quartet.runtime.limits import MAX_PROFILE_STEPS
 from quartet.runtime.messages import Reply
-from quartet.scheduler_service.control.profile import DIRECTORY_BY, NOT_RUNNING, RUNNING, STARTED, STOPPED
+from quartet.scheduler_service.control.profile import DIRECTORY_VARIABLE, NOT_RUNNING, RUNNING, STARTED, STOPPED
 from tests.rig import Rig
 from tests.stepper import tokenized
 
@@ -38,7 +38,7 @@ def test_a_profile_is_recorded_and_written(tmp_path: Path) -> None:
 
 
 def test_a_profile_of_some_steps_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIRECTORY_BY, str(tmp_path))
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
     rig = Rig()
     assert answer(rig, StartProfile(id="1", num_steps=2)).success
     rig.inbox.put(tokenized("a", range(5), 6))
@@ -59,7 +59,7 @@ def test_a_profile_of_some_steps_ends_by_itself(tmp_path: Path, monkeypatch: pyt
         ({"output_dir": "/dev/null/x"}, "output_dir"),
     ],
 )
-def test_what_a_profile_cannot_be_is_refused(fields: dict[str, object], named: str) -> None:
+def test_unsupported_options_are_refused(fields: dict[str, object], named: str) -> None:
     rig = Rig()
     refused = answer(rig, StartProfile(id="1", **fields))  # type: ignore[arg-type]
     assert (refused.success, refused.status) == (False, 400)

@@ -27,7 +27,7 @@ class PlannerMachine(RuleBasedStateMachine):
         depth=st.sampled_from([0, 1]),
         chunk=st.sampled_from([-1, 3, 16, 64]),
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
-        hopeful=st.booleans(),
+        expects_no_output=st.booleans(),
         drafts=st.sampled_from([None, DraftOptions(4, 1, 3), DraftOptions(40, 2, 8)]),
         preemption=st.fixed_dictionaries(
             {"preemption_threshold": st.sampled_from([None, 0, 1]), "low_values_first": st.booleans()}
@@ -39,10 +39,12 @@ class PlannerMachine(RuleBasedStateMachine):
         depth: int,
         chunk: int,
         policy: str,
-        hopeful: bool,
+        expects_no_output: bool,
         drafts: DraftOptions | None,
         preemption: dict[str, Any],
     ) -> None:
+        if policy != "priority":  # as in assemble.py: who is preempted for must be the next to be admitted
+            preemption["preemption_threshold"] = None
         self.model = looping_token if drafts else next_token
         self.stepper = Stepper(
             0 if drafts else depth,
@@ -59,7 +61,7 @@ class PlannerMachine(RuleBasedStateMachine):
             running_timeout_s=30,
             **preemption,
         )
-        if hopeful:
+        if expects_no_output:
             self.stepper.planner.growth.START = 0.0
             self.stepper.planner.growth.reset()
         self.prompts: dict[str, tuple[list[int], int]] = {}

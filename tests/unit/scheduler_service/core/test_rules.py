@@ -74,8 +74,8 @@ def test_output_is_clipped_to_what_the_pool_can_hold_for_one_request() -> None:
 
 @pytest.mark.parametrize("token", [1000, -1])
 def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
-    assert refusal(tokenized("a", [5, token]), WIDE).startswith(f"The input_ids {token} contains values ")
-    assert refusal(tokenized("a", [5], resume=[token]), WIDE).startswith(f"The input_ids {token} contains values ")
+    assert refusal(tokenized("a", [5, token]), WIDE).startswith(f"The input_ids [{token}] contains values ")
+    assert refusal(tokenized("a", [5], resume=[token]), WIDE).startswith(f"The input_ids [{token}] contains values ")
 
 
 def test_placeholders_of_float_prompts_are_not_looked_up() -> None:

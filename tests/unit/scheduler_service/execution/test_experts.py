@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from quartet.kernels.cpu.attention_schedule import Ragged
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import (
     DumpExpertDistributionRecord,
     StartExpertDistributionRecord,
@@ -23,6 +22,7 @@ from quartet.scheduler_service.execution.experts import Chosen, ExpertRecorder, 
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import Placement
 from quartet.scheduler_service.model.batch import ExpertShape
+from tests.configs import resolved
 from tests.rig import PROMPT, Rig
 from tests.stepper import tokenized
 
@@ -217,7 +217,7 @@ def test_passes_that_are_recorded_while_a_dump_is_written_belong_to_the_next(tmp
 
 
 def test_the_recorder_follows_its_flags(tmp_path: Path) -> None:
-    config = ServerConfig(
+    config = resolved(
         expert_distribution_recorder_mode="per_pass",
         expert_distribution_recorder_buffer_size=7,
         expert_distribution_recorder_dir=str(tmp_path),
@@ -225,7 +225,7 @@ def test_the_recorder_follows_its_flags(tmp_path: Path) -> None:
     made = make_recorder(config, SHAPE)
     assert made is not None and not made.recording
     assert (made.records.maxlen, made.directory) == (7, tmp_path)
-    assert make_recorder(ServerConfig(), SHAPE) is None
+    assert make_recorder(resolved(), SHAPE) is None
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_the_recorder_follows_its_flags(tmp_path: Path) -> None:
 def test_a_model_without_experts_refuses_what_needs_them(flag: str, setting: dict[str, Any]) -> None:
     dense: Any = object()
     with pytest.raises(StartupError, match=f"{flag} needs a mixture of experts"):
-        expert_shape(ServerConfig(**setting), dense)
-    assert expert_shape(ServerConfig(), dense) is None
+        expert_shape(resolved(**setting), dense)
+    assert expert_shape(resolved(), dense) is None
 
 
 # commands

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.fused_steps import FusedSteps
 from quartet.scheduler_service.execution.graphs import PATIENCE, Graphs, Key, PlainRecorder, length_sizes, row_sizes
 from quartet.scheduler_service.execution.worker import Worker
+from tests.configs import resolved
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_overlap import WISHES, Overlapped
@@ -29,7 +29,7 @@ def fused(directory: Path, kind: type[Engine] = Engine, **settings: Any) -> Engi
     """An engine whose worker runs on the fused operations."""
     own = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", "max_running_requests": 12}
     settings = {**own, **settings}
-    config = ServerConfig(model_path=str(directory), model_dir=str(directory), **settings)
+    config = resolved(model_path=str(directory), model_dir=str(directory), **settings)
     worker = Worker(config, model_info.load(config), implementation="torch")
     return kind(directory, worker=worker, **settings)
 

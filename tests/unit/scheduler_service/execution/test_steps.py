@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
@@ -15,6 +14,7 @@ from quartet.scheduler_service.execution.eager_steps import EagerSteps
 from quartet.scheduler_service.execution.fused_steps import FusedSteps
 from quartet.scheduler_service.execution.steps import Computed, Step
 from quartet.scheduler_service.execution.worker import Worker
+from tests.configs import resolved
 from tests.engine import Engine
 from tests.model import tiny
 
@@ -28,7 +28,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine_of(directory: Path, implementation: Any = None) -> Engine:
     own = {"dtype": "float32", "page_size": 4, "max_total_tokens": 4096, "device": "cpu", "max_running_requests": 4}
-    config = ServerConfig(model_path=str(directory), model_dir=str(directory), **own)
+    config = resolved(model_path=str(directory), model_dir=str(directory), **own)
     return Engine(directory, worker=Worker(config, model_info.load(config), implementation=implementation), **own)
 
 

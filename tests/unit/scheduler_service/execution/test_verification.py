@@ -9,13 +9,13 @@ import msgspec
 import pytest
 import torch
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions, Logprobs, pack_ids, unpack_ids
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.verification import accepted
 from quartet.scheduler_service.execution.worker import Worker
+from tests.configs import resolved
 from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_overlap import WISHES as PLAIN_WISHES
@@ -35,7 +35,7 @@ def with_drafts(directory: Path, **settings: Any) -> Engine:
 def fused(directory: Path, **settings: Any) -> Engine:
     """The same on the fused operations, whose decode steps take their tokens from the slots."""
     settings = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "device": "cpu", **NGRAM, **settings}
-    config = ServerConfig(model_path=str(directory), model_dir=str(directory), max_running_requests=12, **settings)
+    config = resolved(model_path=str(directory), model_dir=str(directory), max_running_requests=12, **settings)
     return Engine(directory, worker=Worker(config, model_info.load(config), implementation="torch"), **settings)
 
 

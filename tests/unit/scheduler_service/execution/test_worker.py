@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from quartet.http_gateway.generation.logprobs import supports
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.messages import LogprobOptions, Request
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.sampling import SamplingParams
@@ -18,6 +17,7 @@ from quartet.scheduler_service.model.batch import AttentionSpec, Batch
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Layout, Weights
+from tests.configs import resolved
 from tests.engine import Engine, floats
 from tests.model import tiny
 
@@ -54,7 +54,7 @@ class Counter:
 
 @pytest.fixture
 def worker() -> Worker:
-    config = ServerConfig(device="cpu", page_size=4, max_total_tokens=400, weight_version="v7")
+    config = resolved(device="cpu", page_size=4, max_total_tokens=400, weight_version="v7")
     info = ModelInfo(
         path="",
         architecture="",

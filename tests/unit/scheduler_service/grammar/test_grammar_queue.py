@@ -8,7 +8,7 @@ from quartet.runtime.control import Abort
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import ABORTED_IN_QUEUE, Request, Tokenized, Tokens, pack_ids
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.scheduler import GRAMMAR_BEAT_S
+from quartet.scheduler_service.scheduler import GRAMMAR_POLL_S
 from tests.rig import PROMPT, Rig
 
 
@@ -74,7 +74,7 @@ def test_a_constrained_request_is_queued_when_its_grammar_is_there(rig: Rig, poo
     rig.scheduler.step()
     assert pool.submitted == {"r": ("regex", "a+")}
     assert rig.scheduler.planner.idle and rig.tokens("r") == []
-    assert rig.scheduler.figures()["num_grammar_queue_reqs"] == 1
+    assert rig.scheduler.counters()["num_grammar_queue_reqs"] == 1
     grammar = FakeGrammar()
     pool.outcomes.append(("r", grammar))
     rig.scheduler.step()
@@ -96,7 +96,7 @@ def test_a_scheduler_that_waits_for_a_grammar_only_looks_after_it_often(rig: Rig
     rig.inbox.put(request())
     rig.scheduler.step()
     rig.scheduler.step()
-    assert rig.inbox.waits[-1] == GRAMMAR_BEAT_S
+    assert rig.inbox.waits[-1] == GRAMMAR_POLL_S
 
 
 def test_a_refused_grammar_ends_the_request_before_it_is_queued(rig: Rig, pool: FakePool) -> None:

@@ -4,10 +4,10 @@ import logging
 
 import pytest
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.process.memory import GB, Memory
-from quartet.scheduler_service.host.pool_size import OTHERS_BYTES, Need, Room, choose_page_count
+from quartet.scheduler_service.host.pool_size import OTHERS_BYTES, Need, Room, plan_pool
+from tests.configs import resolved
 
 KIB = 1 << 10
 PAGE = 16 * KIB  # bytes, of 16 tokens
@@ -23,10 +23,10 @@ def count(
     device: str = "cpu",
     **settings,
 ) -> int:
-    config = ServerConfig(device=device, **settings)
+    config = resolved(device=device, **settings)
     memory = Memory(int(available_gb * GB), int(total_gb * GB), "a limit")
     need = Need(16, bytes_per_token, most_tokens, context_length)
-    return choose_page_count(config, need, Room(memory, int(second_set_gb * GB)))[0]
+    return plan_pool(config, need, Room(memory, int(second_set_gb * GB))).page_count
 
 
 def test_a_cpu_gives_a_quarter_of_what_others_and_an_update_leave():

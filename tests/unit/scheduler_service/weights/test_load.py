@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.runtime.process.memory import Memory
@@ -25,6 +24,7 @@ from quartet.scheduler_service.weights import load, progress
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from quartet.scheduler_service.weights.parameters import Layout, Weights
 from quartet.scheduler_service.weights.tensor_io import read_chunks
+from tests.configs import resolved
 
 Header = dict[str, Any]
 CPU = torch.device("cpu")
@@ -293,7 +293,7 @@ def test_log_lines_and_progress_bar(
 ) -> None:
     save_file(tensors(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"vocab_size": 3, "architectures": ["X"]}')
-    config = ServerConfig(model_path=str(tmp_path))
+    config = resolved(model_path=str(tmp_path))
     with caplog.at_level(logging.INFO):
         load.load_weights(fused_weights(), config, model_info.load(config))
     assert [record.getMessage() for record in caplog.records] == [
@@ -323,7 +323,7 @@ def test_weights_without_room_are_refused_before_they_are_read(
 ) -> None:
     save_file(tensors(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"vocab_size": 3, "architectures": ["X"]}')
-    config = ServerConfig(model_path=str(tmp_path))
+    config = resolved(model_path=str(tmp_path))
     monkeypatch.setattr("quartet.runtime.process.memory.look", lambda: Memory(5, 1 << 30, "a limit"))
     with pytest.raises(StartupError, match=r"no room for the model's weights.* 0 MB may still be used by a limit; "):
         if read == "load_weights":

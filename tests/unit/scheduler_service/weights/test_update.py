@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from quartet.runtime.config import ServerConfig
 from quartet.runtime.control import (
     BeginWeightUpdate,
     CheckWeights,
@@ -32,6 +31,7 @@ from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointE
 from quartet.scheduler_service.weights.manifest import manifest_of
 from tests import checkpoints
 from tests.broken_updates import CASES, ROLLED_BACK, UPDATE, Case, outcome
+from tests.configs import resolved
 from tests.live import Live
 from tests.stepper import tokenized
 
@@ -261,7 +261,7 @@ def test_what_was_committed_last_is_recorded_for_a_restart(
     assert record.read_record(str(tmp_path)) is None
     live.call(to_b(versions))
     live.call(UpdateWeightsFromDisk(model_path="/no/where", weight_version="C"))
-    config = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
+    config = record.restored(resolved(model_path=str(versions[0])), str(tmp_path))
     assert (config.model_dir, config.weight_version) == (str(versions[1]), "B")
     again = Live(Path(config.model_dir), tmp_path, weight_version=config.weight_version)
     assert again.logits(PROMPT) == live.logits(PROMPT)
@@ -270,7 +270,7 @@ def test_what_was_committed_last_is_recorded_for_a_restart(
 def test_a_restart_keeps_the_label_that_was_given_last(live: Live, versions: tuple[Path, Path], tmp_path: Path) -> None:
     live.call(to_b(versions))
     live.call(UpdateWeightVersion(new_version="B2"))
-    restored = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
+    restored = record.restored(resolved(model_path=str(versions[0])), str(tmp_path))
     assert (restored.model_dir, restored.weight_version) == (str(versions[1]), "B2")
 
 
@@ -280,7 +280,7 @@ def test_after_a_restart_lost_tensors_do_not_leave_their_label_behind(
     live.call(to_b(versions))
     assert live.call(from_tensor(payload(tmp_path, head(A)), weight_version="C")).success
     live.call(UpdateWeightVersion(new_version="D"))
-    restored = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
+    restored = record.restored(resolved(model_path=str(versions[0])), str(tmp_path))
     assert (restored.model_dir, restored.weight_version) == (str(versions[1]), "B")
 
 
@@ -289,7 +289,7 @@ def test_a_directory_rewritten_since_its_update_is_served_under_another_version_
 ) -> None:
     live.call(to_b(versions))
     os.utime(versions[1] / "model.safetensors", ns=(1, 1))
-    restored = record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
+    restored = record.restored(resolved(model_path=str(versions[0])), str(tmp_path))
     assert (restored.model_dir, restored.weight_version) == (str(versions[1]), "B-rewritten")
 
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_is_gone_is_named_and_nothing_else_is_served_in_its_pl
     live.call(to_b(versions))
     shutil.rmtree(versions[1])
     with pytest.raises(StartupError, match=f"version B.* no longer in {versions[1]}"):
-        record.restored(ServerConfig(model_path=str(versions[0])), str(tmp_path))
+        record.restored(resolved(model_path=str(versions[0])), str(tmp_path))
 
 
 def test_a_directory_of_nothing_but_weights_can_be_served_after_a_restart(
@@ -309,7 +309,7 @@ def test_a_directory_of_nothing_but_weights_can_be_served_after_a_restart(
         if file.suffix != ".safetensors":
             file.unlink()
     assert live.call(to_b(versions)).success
-    started = ServerConfig(model_path=str(versions[0]))
+    started = resolved(model_path=str(versions[0]))
     facts = model_facts(started, record.restored(started, str(tmp_path)))
     assert facts.path == str(versions[1])
     assert msgspec.structs.replace(facts, path=str(versions[0])) == model_info.load(started)

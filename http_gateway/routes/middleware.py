@@ -1,4 +1,4 @@
-"""What every HTTP request passes first and last: header limit, request id, access line, counters."""
+"""The outermost middleware of every HTTP request: header limit, request id, access line, counters."""
 
 import http
 import logging
@@ -19,8 +19,8 @@ REQUEST_ID = b"x-request-id"
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 
 
-class Edge:
-    """Wraps the application."""
+class RequestMiddleware:
+    """Counts each request, logs it, repeats its id in the answer, and refuses a head that is too large."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -39,7 +39,7 @@ class Edge:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = sum(len(name) + len(value) for name, value in headers) + len(scope["raw_path"])
-        request_id = next((value for name, value in headers if name == REQUEST_ID), b"")[:MAX_RID_CHARS]
+        request_id = given_request_id(headers)
 
         async def observed(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -59,6 +59,11 @@ class Edge:
         level = logging.DEBUG if endpoint in QUIET else logging.INFO
         if access_log.isEnabledFor(level):
             access_log.log(level, "%s", access_line(scope, status, request_id))
+
+
+def given_request_id(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The id that the client has given its request, shortened; empty where it has given none."""
+    return next((value for name, value in headers if name == REQUEST_ID), b"")[:MAX_RID_CHARS]
 
 
 def access_line(scope: Scope, status: int, request_id: bytes) -> str:

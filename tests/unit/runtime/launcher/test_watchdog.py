@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quartet.runtime.launcher.vigil import FROZEN_S, LOOK_EVERY_S, Sign, Vigil, Watch, sign
+from quartet.runtime.launcher.watchdog import FROZEN_S, LOOK_EVERY_S, Sign, StallTimer, Watchdog, sign
 from quartet.runtime.process import vitals
 from quartet.runtime.process.progress import ProgressReader
 from quartet.runtime.process.vitals import State, Vitals
@@ -18,20 +18,20 @@ WAIT_S = 60.0
 
 
 def test_time_without_a_beat_adds_up_and_a_beat_ends_it() -> None:
-    watch = Watch()
+    watch = StallTimer()
     looks = [watch.still_s(7, 100 + i * LOOK_EVERY_S) for i in range(5)]
     assert looks == [i * LOOK_EVERY_S for i in range(5)]
     assert watch.still_s(8, 103) == 0.0
 
 
 def test_time_in_which_nobody_looked_does_not_count() -> None:
-    watch = Watch()
+    watch = StallTimer()
     watch.still_s(7, 100.0)
     assert watch.still_s(7, 500.0) == 2 * LOOK_EVERY_S
 
 
 def test_time_that_is_taken_back_does_not_count() -> None:
-    watch = Watch()
+    watch = StallTimer()
     for now in (100.0, 100.5, 101.0):
         watch.still_s(7, now)
     assert watch.take_back() == 0.5
@@ -99,12 +99,12 @@ def hang_after(
     moves: Sequence[int] = (),
     look: Callable[[], Vitals | None] = still,
 ) -> str:
-    """What a vigil says after looks at these times; `moves` go on counting: 0 the beats, 1 the pulses."""
-    vigil, said = Vigil(counts, look), ""
+    """What a watchdog says after looks at these times; `moves` go on counting: 0 the beats, 1 the pulses."""
+    watchdog, said = Watchdog(counts, look), ""
     for now in looks_s:
         for index in moves:
             counts.counts[index] += 1
-        said = vigil.hang(timeout_s, now)
+        said = watchdog.reason_to_replace(timeout_s, now)
     return said
 
 
@@ -195,7 +195,7 @@ def run_a_little(pid: int, before: Vitals) -> None:
 def wait_for(pid: int, found: Callable[[Vitals], bool]) -> Vitals:
     deadline = time.monotonic() + WAIT_S
     while True:
-        now = vitals.look(pid)
+        now = vitals.read_vitals(pid)
         assert now is not None and time.monotonic() < deadline
         if found(now):
             return now
@@ -205,13 +205,13 @@ def wait_for(pid: int, found: Callable[[Vitals], bool]) -> Vitals:
 def test_a_process_that_gets_hardly_any_time_is_slow_and_one_that_gets_none_is_stopped(
     tmp_path: Path, holder: int
 ) -> None:
-    vigil = Vigil(ProgressReader(str(tmp_path), "scheduler"), lambda: vitals.look(holder))
+    watchdog = Watchdog(ProgressReader(str(tmp_path), "scheduler"), lambda: vitals.read_vitals(holder))
     stopped = stop(holder)
     looks = seconds(112)
     for now in looks[:-24]:
         run_a_little(holder, stopped)
         stopped = stop(holder)
-        assert vigil.hang(300, now) == ""
-    said = [vigil.hang(300, now) for now in looks[-24:]]
+        assert watchdog.reason_to_replace(300, now) == ""
+    said = [watchdog.reason_to_replace(300, now) for now in looks[-24:]]
     assert said[-1] == "has not moved for 10 s (none of its threads runs)"
     assert not any(said[: int(FROZEN_S / LOOK_EVERY_S)])

@@ -1,4 +1,4 @@
-"""Whether a service process that shows no sign of life has stopped, or is only slow.
+"""Decides whether a service process that does not progress hangs, or is only slow.
 
 A loop that does not move is judged by the clock: `--watchdog-timeout`. A pulse that is missing is no proof: the thread
 that beats it needs a core and the interpreter, and so it is silent while other processes have all the cores, while the
@@ -21,9 +21,9 @@ ACTIVE_SHARE = 0.05
 
 
 class Sign(Enum):
-    """What a look at a process without a pulse says."""
+    """What a process without a pulse did between two samples."""
 
-    MOVED = "moved"  # since the look before: the count starts again
+    MOVED = "moved"  # since the last sample: the count starts again
     SLOW = "slow"  # it would run if it could: this time does not count
     STILL = "still"  # this time counts
 
@@ -42,11 +42,11 @@ def sign(before: Vitals | None, now: Vitals | None, passed_s: float) -> Sign:
     return Sign.SLOW if now.state in (State.RUNNABLE, State.BLOCKED) else Sign.STILL
 
 
-class Watch:
-    """How long a count has not moved while it was looked at.
+class StallTimer:
+    """How long a count has not changed while it was sampled.
 
-    Time in which nobody looked does not count: then the whole server was frozen (a paused container, a machine that
-    slept, a snapshot), and this process as well.
+    Time without samples does not count: then the whole server was frozen (a paused container, a suspended machine, a
+    snapshot), this process included.
     """
 
     def __init__(self) -> None:
@@ -64,12 +64,12 @@ class Watch:
         return self._still_s
 
     def take_back(self) -> float:
-        """What the last look has added does not count."""
+        """Subtract the time that the last sample has added."""
         self._still_s = max(0.0, self._still_s - self._added_s)
         return self._still_s
 
     def restart(self) -> float:
-        """The count has not moved, and something else has."""
+        """Start again from zero: the process has done something else."""
         self._still_s = 0.0
         return 0.0
 
@@ -82,19 +82,19 @@ class Counts(Protocol):
     def pulses(self) -> int: ...
 
 
-class Vigil:
-    """One incarnation of a service under watch, from its Ready line on."""
+class Watchdog:
+    """Watches one incarnation of a service, from its Ready line on."""
 
     def __init__(self, progress: Counts, look: Callable[[], Vitals | None]) -> None:
         """`look`: at its process."""
         self._progress = progress
         self._look = look
-        self._steps, self._pulse = Watch(), Watch()
+        self._steps, self._pulse = StallTimer(), StallTimer()
         self._seen: Vitals | None = None  # since the last pulse
         self._seen_at = 0.0
 
-    def hang(self, timeout_s: float, now: float) -> str:
-        """What is wrong, for people; empty while the service is well. What has never moved is not judged."""
+    def reason_to_replace(self, timeout_s: float, now: float) -> str:
+        """Why the service must be replaced, in words; empty while it works. A count that never moved is not judged."""
         beats, pulses = self._progress.beats(), self._progress.pulses()
         frozen_s = min(timeout_s, FROZEN_S)
         stands = self._steps.still_s(beats, now) > timeout_s and beats

@@ -1,7 +1,8 @@
-"""A launched step: what each admitted request keeps from step to step, and what comes back when a step has landed.
+"""What the worker keeps of each admitted request, and a step between its launch and its results.
 
-The tokens of a step stay on the device until somebody settles it. The next step may be launched before: it reads them
-there. What only the host can do with a token (penalties, grammars) waits for `settle`.
+The tokens of a step stay on the device until `LaunchedStep.finish` takes them to the host. The next step may be
+launched before: it reads them on the device. What only the host can do with a token (penalties, grammars) happens in
+`finish`.
 """
 
 from dataclasses import dataclass, field
@@ -24,17 +25,17 @@ NOTHING_ALLOWED = "No token is left that both the grammar and the other paramete
 
 @dataclass(slots=True)
 class State:
-    """What the worker keeps of an admitted request. It follows from the request's tokens, so it can be made anew."""
+    """What the worker keeps of an admitted request. It is a function of the request's tokens."""
 
     row: Row
     runs: PageRuns
     last_token: int = 0  # sampled, perhaps not committed yet
     unseen: int = 0  # tokens sampled after that one which the host has not seen
-    matcher: Matcher | None = None  # how far it has come in its grammar
+    matcher: Matcher | None = None  # its state in the grammar
 
     @property
-    def looks_back(self) -> bool:
-        """Whether its next token depends on the ones before in a way that only the host can follow."""
+    def needs_tokens_on_host(self) -> bool:
+        """Whether the host needs all earlier tokens before it can draw the next one."""
         return self.matcher is not None or bool(self.row.features & Feature.PENALTY)
 
     def take(self, token: int) -> None:
@@ -45,7 +46,7 @@ class State:
             self.matcher.accept(token)
 
     def fault(self, valid: bool) -> tuple[str, Kind] | None:
-        """Why the token that was just drawn is none. `valid`: some token had a finite largest logit."""
+        """Why the drawn token cannot be used; None if it can. `valid`: the largest logit was finite."""
         if self.matcher is not None and self.matcher.error:
             return TOO_COSTLY.format(self.matcher.error), Kind.BAD_REQUEST
         if valid:
@@ -55,7 +56,7 @@ class State:
 
 @dataclass(slots=True)
 class Drawn:
-    """The tokens of a step, on their way to the host."""
+    """The tokens of a step, while they are copied to the host."""
 
     sampled: list[int]  # the slices that drew, by their place in the plan
     slices: list[Slice]  # those
@@ -71,15 +72,15 @@ class Drawn:
 
 
 @dataclass(slots=True)
-class Pending:
-    """A launched step. Its results are complete once it is settled."""
+class LaunchedStep:
+    """A step that was launched. Its results are complete after `finish`."""
 
     results: list[Result]
-    drawn: Drawn | None = None  # until then
+    drawn: Drawn | None = None  # None: it drew no tokens, or is finished
     verified: dict[int, int] = field(default_factory=dict)  # slot → the last token that counts of several drawn
 
-    def settle(self) -> None:
-        """Wait for the step's tokens and take them in; a second call changes nothing."""
+    def finish(self) -> None:
+        """Wait for the step's tokens and fill in the results; a second call changes nothing."""
         drawn, self.drawn = self.drawn, None
         if drawn is None:
             return

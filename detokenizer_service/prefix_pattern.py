@@ -1,14 +1,14 @@
-"""The beginnings of what a pattern matches, as a pattern of its own.
+"""The prefixes of what a pattern matches, as a pattern of its own.
 
-`beginnings_of("ab+c")` matches "", "a", "ab", "abb", "abbc" ... Text that ends with such a beginning may still become a
-match. The rules, with B for "beginnings of":
+`prefix_pattern_of("ab+c")` matches "", "a", "ab", "abb", "abbc" ... Text that ends with such a prefix may still
+become a match. The rules, with P for "prefixes of":
 
-    B(x)  = x?                     a character, class or escape; "" for an assertion
-    B(rs) = B(r) | r B(s)
-    B(r|s) = B(r) | B(s)
-    B(r*) = r* B(r)                likewise +; B(r{m,n}) = r{0,n-1} B(r); B(r?) = B(r)
+    P(x)  = x?                     a character, class or escape; "" for an assertion
+    P(rs) = P(r) | r P(s)
+    P(r|s) = P(r) | P(s)
+    P(r*) = r* P(r)                likewise +; P(r{m,n}) = r{0,n-1} P(r); P(r?) = P(r)
 
-The pattern must be valid RE2; it may match more than the beginnings (assertions are not followed into), never less.
+The pattern must be valid RE2; it may match more than the prefixes (assertions are not followed into), never less.
 """
 
 import re
@@ -33,19 +33,19 @@ ATOM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a pattern and the pattern of its beginnings; both can stand in an alternation."""
+    """A piece of a pattern and the pattern of its prefixes; both can stand in an alternation."""
 
     whole: str
-    beginnings: str
+    prefixes: str
 
     @property
     def grouped(self) -> str:
         return f"(?:{self.whole})"
 
 
-def beginnings_of(pattern: str) -> str:
-    """A pattern for every beginning of a match, the empty one and the whole included."""
-    return _Parser(pattern).alternation().beginnings
+def prefix_pattern_of(pattern: str) -> str:
+    """A pattern for every prefix of a match, the empty one and the whole included."""
+    return _Parser(pattern).alternation().prefixes
 
 
 class _Parser:
@@ -61,9 +61,9 @@ class _Parser:
         branches = [branch]
         while self._take(BAR):
             branch, more_flags = self._sequence()
-            branches.append(Part(branch.whole, f"{flags}(?:{branch.beginnings})"))
+            branches.append(Part(branch.whole, f"{flags}(?:{branch.prefixes})"))
             flags += more_flags
-        return Part("|".join(b.whole for b in branches), "|".join(b.beginnings for b in branches))
+        return Part("|".join(b.whole for b in branches), "|".join(b.prefixes for b in branches))
 
     def _sequence(self) -> tuple[Part, str]:
         parts, flags = [], ""
@@ -73,10 +73,10 @@ class _Parser:
                 parts.append(Part(match[0], ""))
             else:
                 parts += self._item()
-        beginnings = parts[-1].beginnings if parts else ""
+        prefixes = parts[-1].prefixes if parts else ""
         for part in reversed(parts[:-1]):
-            beginnings = f"{part.beginnings}|{part.whole}(?:{beginnings})"
-        return Part("".join(part.whole for part in parts), beginnings), flags
+            prefixes = f"{part.prefixes}|{part.whole}(?:{prefixes})"
+        return Part("".join(part.whole for part in parts), prefixes), flags
 
     def _item(self) -> list[Part]:
         """An atom, group or assertion with what repeats it; the characters of a quotation are one part each."""
@@ -98,7 +98,7 @@ class _Parser:
         body = self.alternation()
         closed = self._take(CLOSE)
         assert closed is not None, (self._pattern, self._at)
-        return Part(f"(?{flags}:{body.whole})", f"(?{flags}:{body.beginnings})")
+        return Part(f"(?{flags}:{body.whole})", f"(?{flags}:{body.prefixes})")
 
     def _take(self, expression: "re.Pattern[str]") -> "re.Match[str] | None":
         match = expression.match(self._pattern, self._at)
@@ -115,8 +115,8 @@ def _repeated(part: Part, repeat: "re.Match[str]") -> Part:
     sign, least, comma, most = repeat.groups()
     whole = part.grouped + repeat[0]
     if sign == "?":
-        return Part(whole, part.beginnings)
+        return Part(whole, part.prefixes)
     if sign or (comma and not most):
-        return Part(whole, f"{part.grouped}*(?:{part.beginnings})")
+        return Part(whole, f"{part.grouped}*(?:{part.prefixes})")
     times = int(most or least)
-    return Part(whole, f"{part.grouped}{{0,{times - 1}}}(?:{part.beginnings})" if times else "")
+    return Part(whole, f"{part.grouped}{{0,{times - 1}}}(?:{part.prefixes})" if times else "")

@@ -1,4 +1,4 @@
-"""What waits to be done, in such an order that nobody waits for all of another's."""
+"""A fair queue: no call waits for all the work of another."""
 
 from collections import OrderedDict, deque
 from collections.abc import Hashable
@@ -7,11 +7,11 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Turns(Generic[T]):
-    """Pieces of work by the call that they belong to. Calls take turns, a piece each; within a call order is kept."""
+class FairQueue(Generic[T]):
+    """Pieces of work by the call that they belong to: one piece of each call in turn, in order within a call."""
 
     def __init__(self) -> None:
-        self._calls: OrderedDict[Hashable, deque[T]] = OrderedDict()  # whose turn is next comes first
+        self._calls: OrderedDict[Hashable, deque[T]] = OrderedDict()  # the call that is served next comes first
 
     def __bool__(self) -> bool:
         return bool(self._calls)

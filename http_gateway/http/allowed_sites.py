@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import HeaderList
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.settings import sites
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -26,8 +27,8 @@ def values(headers: HeaderList, name: bytes) -> list[str]:
     return [value.decode("latin-1").strip() for known, value in headers if known == name]
 
 
-class Visitors:
-    """The rules of one server."""
+class AllowedSites:
+    """The origins whose pages may call a server, and the hosts by which it is known."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._origins = sites.allowed_origins(config.cors_allow_origins)
@@ -41,8 +42,8 @@ class Visitors:
     def any_origin(self) -> bool:
         return sites.ANY in self._origins
 
-    def trusts(self, origin: str) -> bool:
-        """Whether pages of this origin may call, wherever they come from."""
+    def allows_origin(self, origin: str) -> bool:
+        """Whether pages of this origin may call the server."""
         if self.any_origin or origin in self._origins:
             return True
         parsed = sites.origin(origin)
@@ -51,10 +52,10 @@ class Visitors:
         local = parsed.scheme in sites.DEFAULT_PORTS and sites.is_loopback(parsed.authority.host)
         return local or sites.with_port(parsed) in self._origins
 
-    def foreign(self, headers: HeaderList) -> str:
-        """Which foreign page sent a request, for people; empty where none did."""
+    def foreign_page(self, headers: HeaderList) -> str:
+        """The origin of the page that sent a request, for an error message; empty where the request is allowed."""
         given, relation = values(headers, b"origin"), [site.lower() for site in values(headers, b"sec-fetch-site")]
-        if self.any_origin or (given and all(map(self.trusts, given))):
+        if self.any_origin or (given and all(map(self.allows_origin, given))):
             return ""
         if "cross-site" in relation:
             return (given and given[0]) or "another site"
@@ -64,7 +65,7 @@ class Visitors:
         own = len(given) == len(hosts) == 1 and same_origin(given[0], hosts[0])
         return "" if own else given[0] or "no origin"
 
-    def misnamed(self, headers: HeaderList, http_version: str) -> tuple[int, str]:
+    def host_refusal(self, headers: HeaderList, http_version: str) -> tuple[int, str]:
         """Status and reason where the Host header is refused; (0, "") where it is right."""
         hosts = values(headers, b"host")
         if len(hosts) > 1:
@@ -98,46 +99,53 @@ def forbidden(reason: str, status: int = 403) -> ASGIApp:
     )
 
 
-def refusal(page: str) -> ASGIApp:
-    """The answer to a request that a foreign page sent."""
-    return forbidden(
+def of_foreign_page(page: str) -> RequestError:
+    """What is wrong with a request that a foreign page sent."""
+    return RequestError(
         f"A request from a page of {page} may change nothing here; "
-        "start the server with --cors-allow-origins and that origin, if the page is to be trusted"
+        "start the server with --cors-allow-origins and that origin, if the page is to be trusted",
+        Kind.FORBIDDEN,
     )
 
 
-class KnownHosts:
+def refusal(page: str) -> ASGIApp:
+    """The answer to such a request."""
+    return forbidden(of_foreign_page(page).message)
+
+
+class HostMiddleware:
     """Lets requests pass that name a host by which the server is known."""
 
-    def __init__(self, app: ASGIApp, visitors: Visitors) -> None:
+    def __init__(self, app: ASGIApp, allowed_sites: AllowedSites) -> None:
         self._app = app
-        self._visitors = visitors
+        self._allowed_sites = allowed_sites
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, reason = 0, ""
         if scope["type"] == "http":
-            status, reason = self._visitors.misnamed(scope["headers"], scope["http_version"])
+            status, reason = self._allowed_sites.host_refusal(scope["headers"], scope["http_version"])
         await (forbidden(reason, status) if status else self._app)(scope, receive, send)
 
 
-class Cors(CORSMiddleware):
+class CorsMiddleware(CORSMiddleware):
     """The headers by which a browser lets a trusted page read answers; credentials do not go with `*`."""
 
-    def __init__(self, app: ASGIApp, visitors: Visitors) -> None:
+    def __init__(self, app: ASGIApp, allowed_sites: AllowedSites) -> None:
         super().__init__(
             app,
-            allow_origins=[sites.ANY] if visitors.any_origin else [],
+            allow_origins=[sites.ANY] if allowed_sites.any_origin else [],
             allow_methods=["*"],
             allow_headers=["*"],
-            allow_credentials=not visitors.any_origin,
+            allow_credentials=not allowed_sites.any_origin,
             allow_private_network=True,
         )
-        self._visitors = visitors
+        self._allowed_sites = allowed_sites
 
     def is_allowed_origin(self, origin: str) -> bool:
-        return self._visitors.trusts(origin)
+        return self._allowed_sites.allows_origin(origin)
 
     async def send(self, message: Message, send: Send, request_headers: Any) -> None:
+        """Send an answer, with CORS headers only for an allowed origin."""
         origin = request_headers.get("origin")
         if origin is None or self.is_allowed_origin(origin):
             await super().send(message, send, request_headers)

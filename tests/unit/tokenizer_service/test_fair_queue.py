@@ -23,9 +23,9 @@ from quartet.runtime.messages import (
 )
 from quartet.runtime.sampling import SamplingParams
 from quartet.tokenizer_service import long_texts
-from quartet.tokenizer_service.encode import MOST_PASSED_OVER, Encoder
+from quartet.tokenizer_service.encode import MAX_HEAVY_DELAY, Encoder
+from quartet.tokenizer_service.fair_queue import FairQueue
 from quartet.tokenizer_service.jobs import Pace
-from quartet.tokenizer_service.turns import Turns
 from tests.fakes import AtOnce
 from tests.tokenizers_to_try import KINDS
 
@@ -93,11 +93,11 @@ def steps(encoder: Encoder, *batches: list[Message]) -> list[list[str]]:
 
 
 def test_calls_take_turns_and_keep_their_own_order() -> None:
-    turns: Turns[str] = Turns()
+    queue: FairQueue[str] = FairQueue()
     for call, piece in [(1, "a"), (1, "b"), (1, "c"), (2, "x"), (3, "y"), (3, "z")]:
-        turns.add(call, piece)
-    assert [turns.next() for _ in range(6)] == ["a", "x", "y", "b", "z", "c"]
-    assert not turns
+        queue.add(call, piece)
+    assert [queue.next() for _ in range(6)] == ["a", "x", "y", "b", "z", "c"]
+    assert not queue
 
 
 def test_a_small_request_does_not_wait_for_the_batch_before_it() -> None:
@@ -146,7 +146,7 @@ def test_a_long_conversation_has_its_turn_however_many_others_come() -> None:
     out = steps(encoder, [conversation("long", 1000)], *([prompt()] for _ in range(20)))
     assert out[0] == ["long"]
     out = steps(encoder, [conversation("long", 1000), prompt()], *([prompt()] for _ in range(20)))
-    assert [number for number, names in enumerate(out) if "long" in names] == [MOST_PASSED_OVER]
+    assert [number for number, names in enumerate(out) if "long" in names] == [MAX_HEAVY_DELAY]
 
 
 def test_a_long_conversation_that_was_aborted_is_not_rendered() -> None:
@@ -216,7 +216,7 @@ def test_tokenize_is_answered_once_all_its_texts_are_there_in_order() -> None:
     assert [unpack_ids(ids).tolist() for ids in reply.body["tokens"]] == [TOKENIZER.encode(t).ids for t in texts]
 
 
-def test_a_long_text_is_encoded_beside_the_loop_and_an_abort_does_not_wait_for_it() -> None:
+def test_a_long_text_is_encoded_in_the_background_and_an_abort_does_not_wait_for_it() -> None:
     later = Later()
     encoder = Encoder(TOKENIZER, pace=Pace(long_chars=10), executor=later)
     long, other = prompt("long", text="a long text of many words"), prompt("other", text="as long as the other")

@@ -1,0 +1,26 @@
+"""What the ring client is given to send and receive with, and how a refusal to send becomes a client's error."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.messages import Message
+from quartet.runtime.sockets import FrameTooLarge
+
+
+class Receiver(Protocol):
+    async def recv(self) -> list[Any]: ...
+
+
+class Sender(Protocol):
+    def send(self, messages: Sequence[Message]) -> None: ...
+
+
+def send_frame(outbox: Sender, messages: Sequence[Message]) -> None:
+    """Send messages in one frame. Raises RequestError for what cannot be sent."""
+    try:
+        outbox.send(messages)
+    except FrameTooLarge as error:
+        raise RequestError(f"The request is too large: {error}.", Kind.TOO_LARGE) from error
+    except OverflowError as error:  # an integer of more than 64 bits
+        raise RequestError("A number in the request is out of range.") from error

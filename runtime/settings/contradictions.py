@@ -1,0 +1,170 @@
+"""Settings that contradict each other, with the remedy of each, and what the operator should know about the others."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from quartet.runtime import sampling
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import RequestError, StartupError
+from quartet.runtime.settings.machine import Machine
+from quartet.runtime.settings.sites import ANY, allowed_hosts, allowed_origins, is_loopback
+
+PAGE_SIZE = 16
+LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
+SPECULATIVE_ALGORITHM = "NGRAM"
+
+
+def given_draft_flags(config: ServerConfig) -> list[str]:
+    """The flags of drafts that were given, as they are spelled."""
+    names = (
+        "speculative_num_draft_tokens",
+        "speculative_ngram_min_match_window_size",
+        "speculative_ngram_max_match_window_size",
+    )
+    return ["--" + name.replace("_", "-") for name in names if getattr(config, name) is not None]
+
+
+Contradiction = tuple[Callable[[ServerConfig, Machine], bool], Callable[[ServerConfig], str]]
+
+CONTRADICTIONS: list[Contradiction] = [
+    (
+        lambda c, m: c.device == "cuda" and not m.torch_has_cuda,
+        lambda c: "--device cuda needs a torch built for CUDA; install one, or use --device cpu",
+    ),
+    (
+        lambda c, m: c.device == "cuda" and not m.has_gpu,
+        lambda c: "--device cuda needs an NVIDIA driver, and none is loaded here; use --device cpu",
+    ),
+    (
+        lambda c, m: c.chunked_prefill_size == 0,
+        lambda c: "--chunked-prefill-size 0 computes nothing; use -1 for whole prompts or a number of tokens",
+    ),
+    (
+        lambda c, m: c.expert_distribution_recorder_buffer_size == 0,
+        lambda c: "--expert-distribution-recorder-buffer-size 0 keeps nothing; use -1 for all or a number of passes",
+    ),
+    (
+        lambda c, m: (c.chunked_prefill_size or 0) > c.max_prefill_tokens,
+        lambda c: (
+            f"--chunked-prefill-size {c.chunked_prefill_size} exceeds --max-prefill-tokens {c.max_prefill_tokens}; "
+            f"use --max-prefill-tokens {c.chunked_prefill_size}"
+        ),
+    ),
+    (
+        lambda c, m: c.max_total_tokens is not None and c.max_total_tokens < (c.page_size or PAGE_SIZE),
+        lambda c: (
+            f"--max-total-tokens {c.max_total_tokens} is less than one page of {c.page_size or PAGE_SIZE} tokens; "
+            f"use --page-size {c.max_total_tokens} or less"
+        ),
+    ),
+    (
+        lambda c, m: c.enable_priority_scheduling and c.schedule_policy == "lpm",
+        lambda c: "--enable-priority-scheduling and --schedule-policy lpm contradict each other; leave one of them out",
+    ),
+    (
+        lambda c, m: c.revision is not None and (c.model_path == "demo" or Path(c.model_path).is_dir()),
+        lambda c: f"--revision is for hub ids, and --model-path {c.model_path} is a directory; leave --revision out",
+    ),
+    (
+        lambda c, m: c.disable_cuda_graph and c.cuda_graph_max_bs is not None,
+        lambda c: "--disable-cuda-graph and --cuda-graph-max-bs contradict each other; leave one of them out",
+    ),
+    (
+        lambda c, m: c.disable_cuda_graph and c.cuda_graph_max_prefill_tokens > 0,
+        lambda c: (
+            "--disable-cuda-graph and --cuda-graph-max-prefill-tokens contradict each other; leave one of them out"
+        ),
+    ),
+    (
+        lambda c, m: c.speculative_algorithm not in (None, SPECULATIVE_ALGORITHM),
+        lambda c: (
+            f"--speculative-algorithm {c.speculative_algorithm} is not supported: Quartet runs no draft model; "
+            f"use {SPECULATIVE_ALGORITHM}, which drafts from a request's own text"
+        ),
+    ),
+    (
+        lambda c, m: c.speculative_algorithm is None and bool(given_draft_flags(c)),
+        lambda c: (
+            f"{given_draft_flags(c)[0]} has no effect without speculation; "
+            f"add --speculative-algorithm {SPECULATIVE_ALGORITHM}, or leave it out"
+        ),
+    ),
+    (
+        lambda c, m: (
+            (c.speculative_ngram_min_match_window_size or 0)
+            > (c.speculative_ngram_max_match_window_size or sys.maxsize)
+        ),
+        lambda c: (
+            f"--speculative-ngram-min-match-window-size {c.speculative_ngram_min_match_window_size} exceeds "
+            f"--speculative-ngram-max-match-window-size {c.speculative_ngram_max_match_window_size}"
+        ),
+    ),
+    (
+        lambda c, m: c.speculative_algorithm is not None and c.is_embedding,
+        lambda c: "--speculative-algorithm drafts output, and --is-embedding gives none; leave one of them out",
+    ),
+    (
+        lambda c, m: c.speculative_algorithm is not None and c.expert_distribution_recorder_mode is not None,
+        lambda c: (
+            "--expert-distribution-recorder-mode would count the experts of drafts that are wrong; "
+            "leave --speculative-algorithm out"
+        ),
+    ),
+    (
+        lambda c, m: 0 < c.watchdog_timeout < LEAST_WATCHDOG_TIMEOUT_S,
+        lambda c: (
+            f"--watchdog-timeout {c.watchdog_timeout:g} is shorter than a process may take to show that it is well; "
+            f"use 0 (never) or at least {LEAST_WATCHDOG_TIMEOUT_S}"
+        ),
+    ),
+    (
+        lambda c, m: c.skip_tokenizer_init and (c.tokenizer_path is not None or c.chat_template is not None),
+        lambda c: "--skip-tokenizer-init loads no tokenizer; leave --tokenizer-path and --chat-template out",
+    ),
+]
+
+
+def refuse_contradictions(config: ServerConfig, machine: Machine) -> None:
+    """Raise StartupError for the first contradiction, UsageError for a list that cannot be read."""
+    for holds, message in CONTRADICTIONS:
+        if holds(config, machine):
+            raise StartupError(message(config))
+    allowed_origins(config.cors_allow_origins)
+    allowed_hosts(config.allowed_hosts)
+    if config.preferred_sampling_params is not None:
+        try:
+            sampling.read_params(msgspec.json.decode(config.preferred_sampling_params, type=dict[str, Any]))
+        except (msgspec.MsgspecError, RequestError) as error:
+            raise StartupError(f"--preferred-sampling-params must be a JSON object of parameters: {error}") from error
+
+
+def warn_of_open_network(config: ServerConfig) -> str:
+    """The warning for a server that other machines reach and that asks for no key."""
+    warning = f"{config.host} is open to the network and no --api-key is set: whoever reaches it can use it"
+    if ANY not in (hosts := allowed_hosts(config.allowed_hosts)) and hosts:
+        return warning
+    return (
+        f"{warning}, and so can any web page, under a name of its own that leads here; "
+        "--api-key prevents both, --allowed-hosts the web pages"
+    )
+
+
+def notes_on(config: ServerConfig, device: str) -> list[str]:
+    """Flags without effect, and effects that the operator may not expect."""
+    found = []
+    scheduling = ("priority" if config.enable_priority_scheduling else "", config.schedule_policy)
+    if not is_loopback(config.host) and config.api_key is None:
+        found.append(warn_of_open_network(config))
+    if config.schedule_low_priority_values_first and "priority" not in scheduling:
+        found.append("--schedule-low-priority-values-first has no effect without --enable-priority-scheduling")
+    if device == "cpu" and config.attention_backend == "triton":
+        found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
+    if device == "cpu" and config.cuda_graph_max_bs is not None:
+        found.append("--cuda-graph-max-bs has no effect: a CPU captures no CUDA graphs")
+    if device == "cpu" and config.cuda_graph_max_prefill_tokens:
+        found.append("--cuda-graph-max-prefill-tokens has no effect: a CPU captures no CUDA graphs")
+    return found

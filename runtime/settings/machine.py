@@ -1,0 +1,37 @@
+"""The facts of this machine that defaults depend on."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import msgspec
+
+RECORDER_DIR = "/tmp"
+RECORDER_DIR_VARIABLE = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What there is to run on, and where files go."""
+
+    has_gpu: bool = False  # an NVIDIA driver is loaded
+    torch_has_cuda: bool = False  # the installed torch can use it
+    recorder_dir: str = RECORDER_DIR  # where recordings of experts go
+
+
+def look_at_machine() -> Machine:
+    """Read the facts, without importing torch."""
+    return Machine(
+        has_gpu=Path("/proc/driver/nvidia/version").exists(),
+        torch_has_cuda=torch_has_cuda(),
+        recorder_dir=os.environ.get(RECORDER_DIR_VARIABLE) or RECORDER_DIR,
+    )
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch was built for CUDA."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py")
+    return version.is_file() and re.search(r"^cuda\b.*=\s*['\"]", version.read_text(), re.MULTILINE) is not None

@@ -1,0 +1,102 @@
+"""What the tokenizer sends on: tokenized requests, refusals, and the replies to Tokenize."""
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from quartet.runtime import limits
+from quartet.runtime.control import Tokenize
+from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
+from quartet.runtime.messages import Finish, Generate, Reply, Tokenized, Tokens, pack_ids, unpack_ids
+from quartet.tokenizer_service.jobs import Job
+from quartet.tokenizer_service.pairs import types_of
+from quartet.tokenizer_service.shorten import cut_ids, picked, places_kept
+from quartet.tokenizer_service.thoughts import TAIL_TOKENS, place_of
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+ID_BYTES = 4
+FLOAT_BYTES = 4
+TOO_MANY = "The texts have more than {} tokens; send them in several calls."
+
+
+class Counters(msgspec.Struct):
+    """What this service has done since it started."""
+
+    prompts: int = 0
+    prompt_tokens: int = 0
+    refused: int = 0
+    aborted: int = 0  # while they waited here
+
+
+class AnswerBuilder:
+    """Makes messages of encoded texts, and counts them."""
+
+    def __init__(self, tokenizer: "Tokenizer | None", hidden_size: int, token_types: bool) -> None:
+        self._tokenizer = tokenizer
+        self._hidden_size = hidden_size
+        self._token_types = token_types
+        self.counters = Counters()
+
+    def finish(self, message: Generate, encoded: "Encoding | RequestError | None") -> Tokenized | Tokens:
+        """What goes to the scheduler: the tokenized request, or its refusal."""
+        try:
+            return self._tokenized(message, encoded)
+        except RequestError as error:
+            self.counters.refused += 1
+            return Tokens(rid=message.request.rid, attempt=message.request.attempt, finish=Finish.failed(error))
+
+    def _tokenized(self, message: Generate, encoded: "Encoding | RequestError | None") -> Tokenized:
+        if isinstance(encoded, RequestError):
+            raise encoded
+        kept = places_kept(message.request, encoded)
+        ids = self._given_ids(message) if encoded is None else pack_ids(picked(encoded.ids, kept))
+        types = types_of(picked(encoded.type_ids, kept)) if encoded is not None and self._token_types else b""
+        if not ids:
+            raise RequestError(EMPTY_IDS, field="input_ids")
+        self._locate_thought(message, ids)
+        self.counters.prompts += 1
+        self.counters.prompt_tokens += len(ids) // ID_BYTES
+        return Tokenized(request=message.request, prompt_ids=ids, token_types=types, embeds=message.embeds)
+
+    def _locate_thought(self, message: Generate, ids: bytes) -> None:
+        """Note whether the prompt ends before, inside or past the model's thought."""
+        thought = message.request.thought
+        if thought is None or self._tokenizer is None:
+            return
+        tail = self._tokenizer.decode(unpack_ids(ids[-ID_BYTES * TAIL_TOKENS :]).tolist(), skip_special_tokens=False)
+        place = place_of(tail, thought, message.chat)
+        if (
+            place == "before"
+            and message.request.params.json_schema
+            and self._tokenizer.token_to_id(thought.opening) is None
+        ):
+            place = "past"  # whoever learned to think has a token for it: a schema drives no other model into a thought
+        message.request.thought = msgspec.structs.replace(thought, place=place)
+
+    def _given_ids(self, message: Generate) -> bytes:
+        """The ids of a prompt that is not text; vectors stand at placeholder ids."""
+        if not message.embeds:
+            if len(message.input_ids) % ID_BYTES:
+                raise RequestError("input_ids must be 32-bit integers.", field="input_ids")
+            return cut_ids(message.input_ids, message.request)
+        positions, rest = divmod(len(message.embeds), FLOAT_BYTES * max(self._hidden_size, 1))
+        if rest:
+            raise not_whole_rows(self._hidden_size)
+        return bytes(ID_BYTES * positions)
+
+
+def reply_to(job: Job) -> Reply:
+    """The answer to a Tokenize: the ids of each text as bytes, for all hops carry them."""
+    assert isinstance(job.message, Tokenize)
+    id = job.message.id
+    found: list[Encoding] = []
+    for result in job.results:
+        if isinstance(result, RequestError):
+            return Reply(id=id, success=False, message=result.message, status=result.kind.status)
+        if result is not None:
+            found.append(result)
+    if sum(map(len, found)) > limits.MAX_TOKENIZED:
+        return Reply(id=id, success=False, message=TOO_MANY.format(limits.MAX_TOKENIZED), status=400)
+    return Reply(id=id, body={"tokens": [pack_ids(encoding.ids) for encoding in found]})
