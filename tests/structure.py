@@ -47,6 +47,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("http_gateway.native",),
         ("http_gateway.openai", "http_gateway.embedding"),
         ("http_gateway.admin",),
+        ("http_gateway.anthropic",),
         ("http_gateway",),
     ),
     "kernels": (
