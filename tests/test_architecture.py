@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from quartet.runtime import control
 from quartet.runtime.launcher.launch import SERVICES
 from quartet.runtime.settings import flags
 from quartet.scheduler_service.control.handlers import HANDLERS
+from tests import structure
+from tests.structure import PACKAGES, ROOT, imported, imports, name, sources, tree
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("runtime", "tokenizer_service", "scheduler_service", "detokenizer_service", "http_gateway", "kernels")
 SERVICE_PACKAGES = {"tokenizer_service", "scheduler_service", "detokenizer_service", "http_gateway"}
 HEAVY = {"torch", "transformers", "triton", "numpy"}
 
@@ -53,53 +52,22 @@ LAZY = {  # directory → modules that it may import inside functions only
 }
 ZMQ_OWNER = "runtime/sockets.py"
 
+ABOUT_SEVERAL_MODULES = {
+    "tests/unit/scheduler_service/core/test_planner_random.py",  # the whole core, on random requests
+    "tests/unit/scheduler_service/core/test_speculation.py",
+    "tests/unit/scheduler_service/grammar/test_thoughts.py",
+    "tests/unit/scheduler_service/test_overlap.py",
+    "tests/unit/http_gateway/generation/test_sums.py",
+    "tests/unit/http_gateway/openai/test_logprobs.py",
+    "tests/unit/http_gateway/openai/test_others.py",
+    "tests/unit/http_gateway/ring/test_recovery.py",
+    "tests/unit/kernels/test_triton_suites.py",
+}
+
 PICKLE_READER = "scheduler_service.weights.convert_bin"
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 UNSAFE_METHODS = {("torch", "load"), ("yaml", "load"), ("os", "system"), ("numpy", "load")}
-
-
-def sources(*places: str) -> Iterator[Path]:
-    """Our Python files under these directories, but for the training scripts."""
-    for place in places or PACKAGES:
-        yield from sorted((ROOT / place).rglob("*.py"))
-
-
-def name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), str(path))
-
-
-def imports(path: Path, *, only_at_import: bool = False) -> set[str]:
-    """`imported`, with our own modules named as they lie in the repository, without the root that all share."""
-    return {module.removeprefix("quartet.") for module in imported(path, only_at_import=only_at_import)}
-
-
-def imported(path: Path, *, only_at_import: bool = False) -> set[str]:
-    """The absolute names that a file imports: `from a.b import c` counts as a.b and a.b.c."""
-    found: set[str] = set()
-    for node in at_import(tree(path)) if only_at_import else ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name(path)}:{node.lineno} imports relatively"
-            found.add(node.module or "")
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return found
-
-
-def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that run when a module is imported: none inside functions, none for the type checker alone."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            continue
-        yield child
-        yield from at_import(child)
 
 
 def submodules(package: str, modules: set[str]) -> set[str]:
@@ -109,6 +77,26 @@ def submodules(package: str, modules: set[str]) -> set[str]:
 
 def within(module: str, prefix: str) -> bool:
     return module == prefix or module.startswith(prefix + ".")
+
+
+def test_no_room_imports_one_above_it():
+    assert structure.upward_imports() == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert structure.import_cycles() == []
+
+
+def test_files_and_functions_are_read_in_one_sitting():
+    assert structure.too_long() == []
+
+
+def test_public_functions_of_some_length_say_what_they_do():
+    assert structure.without_docstring() == []
+
+
+def test_unit_tests_lie_where_their_modules_do():
+    assert set(structure.tests_without_module()) == ABOUT_SEVERAL_MODULES
 
 
 @pytest.mark.parametrize("place", FORBIDDEN)

@@ -102,6 +102,7 @@ class Attend:
     def explicit(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same written out: (batch, heads, rows, dim) and the logarithm of each row's sum of exponentials."""
         scores = torch.matmul(q, k.mT).float().mul_(self.scale)  # (batch, heads, rows, keys)
         if self.softcap is not None:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)

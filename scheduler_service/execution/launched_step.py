@@ -16,8 +16,7 @@ from quartet.scheduler_service.execution.logprobs import OutputScores
 from quartet.scheduler_service.execution.verification import accepted
 from quartet.scheduler_service.grammar.matchers import Matcher
 from quartet.scheduler_service.host.transfer import Arrival
-from quartet.scheduler_service.sampling.rows import Feature
-from quartet.scheduler_service.sampling.state import Row
+from quartet.scheduler_service.sampling.rows import Row
 
 TOO_COSTLY = "The output cannot be constrained any further: {}"
 NOTHING_ALLOWED = "No token is left that both the grammar and the other parameters allow."
@@ -36,7 +35,7 @@ class State:
     @property
     def needs_tokens_on_host(self) -> bool:
         """Whether the host needs all earlier tokens before it can draw the next one."""
-        return self.matcher is not None or bool(self.row.features & Feature.PENALTY)
+        return self.matcher is not None or self.row.counts_output
 
     def take(self, token: int) -> None:
         """Note a sampled token."""

@@ -71,6 +71,7 @@ class EncoderLayer:
         return self.down(self.up(x, gelu=True) if self.plain_gelu else self.activation(self.up(x)))
 
     def attend(self, x: torch.Tensor, rotation: Rotation | None, groups: list[Group]) -> torch.Tensor:
+        """Attention of each text over itself: (tokens, hidden) from x (tokens, hidden)."""
         tokens, hidden = x.shape
         qkv = self.qkv(x).view(tokens, 3, self.heads, hidden // self.heads)
         if rotation is not None:

@@ -39,6 +39,7 @@ def add_norm(layout: Layout, spec: EncoderSpec, buffer: str, index: tuple[int, .
 
 
 def add_layer(layout: Layout, spec: EncoderSpec, layer: int, prefix: str) -> None:
+    """Places for one layer's tensors, whose names in the checkpoint begin with `prefix`."""
     names, hidden, size = spec.names, spec.hidden_size, spec.intermediate_size
     up = 2 * size if spec.gated else size
     linears = (

@@ -43,6 +43,7 @@ def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str 
 
 
 def add_attention(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
+    """Places for the projections, biases and norms of one layer's attention."""
     query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     layout.add("qkv", (layer,), parts(prefix, spec.names.qkv, (query, key, key)), spec.hidden_size)
     layout.add("output", (layer,), [(f"{prefix}o_proj.weight", spec.hidden_size)], query)
@@ -71,6 +72,7 @@ def add_mlp(layout: Layout, spec: DecoderSpec, slab: int, prefix: str) -> None:
 
 
 def add_moe(layout: Layout, spec: DecoderSpec, moe: MoeSpec, slab: int, prefix: str) -> None:
+    """Places for the router and the experts of one layer, number `slab` among those with experts."""
     hidden, size = spec.hidden_size, moe.intermediate_size
     layout.add("router", (slab,), [(f"{prefix}gate.weight", moe.experts)], hidden)
     for expert in range(moe.experts):

@@ -1,35 +1,54 @@
-"""What concerns a few tokens of some rows of logits: penalties, the minimum length and bias. The same on any device."""
+"""Adjustments of the logits of single tokens: penalties, the minimum length, bias. The same on any device.
 
-from functools import reduce
+A parameter that adjusts single tokens is a field of `SamplingParams` and a row of `ADJUSTMENTS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import inf
-from operator import or_
 
 import torch
 
+from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.host.transfer import send, upload
-from quartet.scheduler_service.sampling.rows import Feature
-from quartet.scheduler_service.sampling.state import Row
+from quartet.scheduler_service.sampling.rows import Feature, Row
+
+AdjustedRow = tuple[int, Row, int]  # row of the logits, its request, the position of the token that is drawn
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What some parameters do to logits (rows, vocab) float32, in place."""
+
+    is_used: Callable[[SamplingParams], bool]
+    apply: Callable[[torch.Tensor, list[AdjustedRow]], None]  # to the rows that use it
+    counts_output: bool = False  # needs the counts of all output tokens
 
 
 def adjust_single_tokens(logits: torch.Tensor, rows: list[Row], positions: list[int]) -> None:
-    """What concerns a few tokens of some rows: penalties, the minimum length and bias."""
-    features = reduce(or_, (row.features for row in rows), 0)
-    if features & Feature.PENALTY:
-        penalise(logits, rows)
-    if features & Feature.MIN_LENGTH:
-        forbid_the_end(logits, rows, positions)
-    if features & Feature.BIAS:
-        add_bias(logits, rows)
+    """Apply the adjustments that each row's request uses, in the order of the table."""
+    adjusted = [
+        (index, row, position)
+        for index, (row, position) in enumerate(zip(rows, positions, strict=True))
+        if row.settings.features & Feature.ADJUST
+    ]
+    for adjustment in ADJUSTMENTS if adjusted else ():
+        if using := [entry for entry in adjusted if adjustment.is_used(entry[1].params)]:
+            adjustment.apply(logits, using)
 
 
-def penalise(logits: torch.Tensor, rows: list[Row]) -> None:
+def has_penalty(params: SamplingParams) -> bool:
+    return bool(params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0)
+
+
+def penalise(logits: torch.Tensor, rows: list[AdjustedRow]) -> None:
     """Frequency and presence are subtracted, repetition scales, for tokens of the output."""
     vocab = logits.shape[1]
     where, counts, factors = [], [], []
-    for i, row in enumerate(rows):
-        if row.features & Feature.PENALTY and row.counted:
+    for index, row, _ in rows:
+        if row.counted:
             params = row.params
-            where.append(torch.tensor(row.counted) + i * vocab)
+            where.append(torch.tensor(row.counted) + index * vocab)
             counts.append(torch.tensor(row.counts))
             factors.append((params.frequency_penalty, params.presence_penalty, params.repetition_penalty))
     if not where:
@@ -42,14 +61,20 @@ def penalise(logits: torch.Tensor, rows: list[Row]) -> None:
     logits.view(-1)[flat] = torch.where(values > 0, values / repetition, values * repetition)
 
 
-def forbid_the_end(logits: torch.Tensor, rows: list[Row], positions: list[int]) -> None:
+def forbid_the_end(logits: torch.Tensor, rows: list[AdjustedRow]) -> None:
     """Mask the ids that end a request which has not made its minimum of tokens."""
-    for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
+    for index, row, position in rows:
         if row.end_ids and position - row.prompt_len < row.params.min_new_tokens:
-            logits[i, upload(row.end_ids, logits.device)] = -inf
+            logits[index, upload(row.end_ids, logits.device)] = -inf
 
 
-def add_bias(logits: torch.Tensor, rows: list[Row]) -> None:
-    for i, row in enumerate(rows):
-        if row.bias_ids:
-            logits[i, upload(row.bias_ids, logits.device)] += upload(row.biases, logits.device)
+def add_bias(logits: torch.Tensor, rows: list[AdjustedRow]) -> None:
+    for index, row, _ in rows:
+        logits[index, upload(row.bias_ids, logits.device)] += upload(row.biases, logits.device)
+
+
+ADJUSTMENTS = (
+    Adjustment(has_penalty, penalise, counts_output=True),
+    Adjustment(lambda params: params.min_new_tokens > 0, forbid_the_end),
+    Adjustment(lambda params: bool(params.logit_bias), add_bias),
+)

@@ -1,10 +1,13 @@
 """How the rows of a step's logits are drawn from, and what was drawn: the arguments and the result of sampling."""
 
+from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+
+from quartet.runtime.sampling import SamplingParams
 
 
 class Feature:
@@ -14,9 +17,7 @@ class Feature:
     TOP_K = 2
     TOP_P = 4
     MIN_P = 8
-    PENALTY = 16
-    MIN_LENGTH = 32
-    BIAS = 64
+    ADJUST = 16  # logits of single tokens: see adjust.py
 
 
 class DrawSettings(NamedTuple):
@@ -57,6 +58,36 @@ class SamplingRows:
     def using(self, feature: int, rows: Iterable[int]) -> list[int]:
         """Which of `rows` use a feature: their places in `rows`."""
         return [place for place, row in enumerate(rows) if self.features[row] & feature]
+
+
+@dataclass(slots=True)
+class Row:
+    """The sampler's state of one admitted request."""
+
+    params: SamplingParams
+    settings: DrawSettings
+    prompt_len: int
+    end_ids: list[int]  # ids that would end the request
+    bias_ids: "array[int]"
+    biases: "array[float]"
+    counts_output: bool  # whether the output tokens are counted
+    counted: "array[int]" = field(default_factory=lambda: array("q"))  # distinct output tokens
+    counts: "array[int]" = field(default_factory=lambda: array("q"))  # how often each occurred
+    places: dict[int, int] = field(default_factory=dict)  # token → index into the two arrays
+
+    def add(self, token: int) -> None:
+        """Note an output token."""
+        if self.counts_output:
+            self.count((token,))
+
+    def count(self, tokens: Iterable[int]) -> None:
+        """Note how often output tokens occurred."""
+        for token in tokens:
+            place = self.places.setdefault(token, len(self.counted))
+            if place == len(self.counted):
+                self.counted.append(token)
+                self.counts.append(0)
+            self.counts[place] += 1
 
 
 def sampling_rows(settings: Iterable[DrawSettings], positions: list[int]) -> SamplingRows:

@@ -161,6 +161,7 @@ def roberta_head(config: Config, labels: int) -> tuple[HeadLayer, ...]:
 
 
 def modern_head(config: Config, labels: int) -> tuple[HeadLayer, ...]:
+    """ModernBERT's classifier; empty for a model without labels."""
     size = config["hidden_size"]
     if not labels:
         return ()

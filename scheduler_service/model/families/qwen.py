@@ -40,6 +40,7 @@ def dense(config: Config, context_length: int) -> dict[str, Any]:
 
 
 def sparse(config: Config, context_length: int, shared: int) -> dict[str, Any]:
+    """Fields of a spec with experts; `shared` is the size of the shared expert, 0 for none."""
     moe = MoeSpec(
         experts=config.get("num_experts") or config["num_local_experts"],
         top_k=config["num_experts_per_tok"],

@@ -131,8 +131,8 @@ def test_an_abort_in_flight_ends_one_request_and_leaves_the_others_as_they_are(d
 
 
 def test_retracted_requests_continue_with_the_same_tokens(directory):
-    wishes = ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "frequency_penalty": 0.7})
-    each = [SamplingParams(max_new_tokens=60, ignore_eos=True, **case) for case in wishes]
+    settings = ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "frequency_penalty": 0.7})
+    each = [SamplingParams(max_new_tokens=60, ignore_eos=True, **setting) for setting in settings]
     prompts = [MIDDLE, MIDDLE[::-1], MIDDLE[1:]]
     expected = Engine(directory).generate(prompts, each)
     tight = Overlapped(directory, max_total_tokens=140)

@@ -12,7 +12,7 @@ from quartet.scheduler_service.execution.graphs import Key
 from tests.engine import ALL_LOGPROBS, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.execution.test_graphs import GREEDY, PROMPTS, fused, outcome
-from tests.unit.scheduler_service.test_overlap import WISHES, Overlapped
+from tests.unit.scheduler_service.test_overlap import CASES, Overlapped
 
 LARGEST = 64
 
@@ -60,19 +60,19 @@ def test_a_chunk_beside_decode_rows_has_a_size_of_both(directory):
     assert sizes(engine) == [Key(0, 512, 16), Key(8, 512, 32)]
 
 
-@pytest.mark.parametrize("wish", WISHES)
-def test_overlapped_requests_that_come_one_after_another_get_the_same_tokens(directory, wish):
+@pytest.mark.parametrize("case", CASES)
+def test_overlapped_requests_that_come_one_after_another_get_the_same_tokens(directory, case):
     def answers(engine: Engine) -> list[list[int]]:
         rids = []
         for i in range(6):
-            rids.append(engine.add(PROMPTS[i % 3][i:] or PROMPTS[0], WISHES[wish], seed=i))
+            rids.append(engine.add(PROMPTS[i % 3][i:] or PROMPTS[0], CASES[case], seed=i))
             engine.step()
         engine.run()
         return [engine.answers[rid].ids for rid in rids]
 
     engine = recorded(directory, Overlapped, chunked_prefill_size=24)
     assert answers(engine) == answers(Engine(directory))
-    assert {key.rows for key in sizes(engine)} == {0, 8} or wish == "one token"
+    assert {key.rows for key in sizes(engine)} == {0, 8} or case == "one token"
 
 
 def test_hidden_states_come_out_of_the_buffers(directory):

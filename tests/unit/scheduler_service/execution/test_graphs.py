@@ -19,7 +19,7 @@ from quartet.scheduler_service.execution.worker import Worker
 from tests.configs import resolved
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
-from tests.unit.scheduler_service.test_overlap import WISHES, Overlapped
+from tests.unit.scheduler_service.test_overlap import CASES, Overlapped
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
 PROMPTS = [[5, 6, 7], list(range(20, 41)), [(7 * i) % 300 + 4 for i in range(70)]]
@@ -65,11 +65,11 @@ def test_a_step_of_any_size_gives_each_request_what_it_gets_alone(directory, pro
     assert [answer.ids for answer in fused(directory).generate(several, GREEDY)][-2:] == alone
 
 
-@pytest.mark.parametrize("wish", WISHES)
-def test_overlapped_decode_steps_on_buffers_give_the_same_tokens(directory, wish):
-    plain = Engine(directory).generate(PROMPTS, WISHES[wish], seed=9)
+@pytest.mark.parametrize("case", CASES)
+def test_overlapped_decode_steps_on_buffers_give_the_same_tokens(directory, case):
+    plain = Engine(directory).generate(PROMPTS, CASES[case], seed=9)
     engine = fused(directory, Overlapped)
-    assert [answer.ids for answer in engine.generate(PROMPTS, WISHES[wish], seed=9)] == [answer.ids for answer in plain]
+    assert [answer.ids for answer in engine.generate(PROMPTS, CASES[case], seed=9)] == [answer.ids for answer in plain]
 
 
 def test_decode_steps_run_on_the_buffers_and_mixed_steps_do_not(directory):

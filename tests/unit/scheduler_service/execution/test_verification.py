@@ -18,11 +18,11 @@ from quartet.scheduler_service.execution.worker import Worker
 from tests.configs import resolved
 from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.model import tiny
-from tests.unit.scheduler_service.test_overlap import WISHES as PLAIN_WISHES
+from tests.unit.scheduler_service.test_overlap import CASES as PLAIN_CASES
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=40)
 COOL = SamplingParams(temperature=0.25, max_new_tokens=40)
-WISHES = {**PLAIN_WISHES, "cool": COOL, "cool and filtered": msgspec.structs.replace(COOL, top_k=20, top_p=0.95)}
+CASES = {**PLAIN_CASES, "cool": COOL, "cool and filtered": msgspec.structs.replace(COOL, top_k=20, top_p=0.95)}
 PROMPTS = [[5, 6, 7] * 8, list(range(20, 41)) * 2, [9] * 30]
 LONG = [(7 * i) % 300 + 4 for i in range(90)]
 NGRAM: dict[str, Any] = {"speculative_algorithm": "NGRAM", "speculative_ngram_min_match_window_size": 1}
@@ -65,18 +65,18 @@ def same(drafted: list[Answer], plain: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize("kind", [with_drafts, fused])
-@pytest.mark.parametrize("wish", WISHES)
-def test_drafted_requests_give_the_same_tokens_and_logprobs(directory, wish, kind):
+@pytest.mark.parametrize("case", CASES)
+def test_drafted_requests_give_the_same_tokens_and_logprobs(directory, case, kind):
     def run(engine: Engine) -> list[Answer]:
         options = LogprobOptions(top=2, token_ids=[8, 9])
-        rids = [engine.add(prompt, WISHES[wish], seed=40 + i, logprobs=options) for i, prompt in enumerate(PROMPTS)]
+        rids = [engine.add(prompt, CASES[case], seed=40 + i, logprobs=options) for i, prompt in enumerate(PROMPTS)]
         engine.run()
         return [engine.answers[rid] for rid in rids]
 
     engine = kind(directory, chunked_prefill_size=32)
     same(run(engine), run(Engine(directory, chunked_prefill_size=32)))
-    assert (engine.planner.stats.proposed_drafts > 0) == (wish not in ("penalties", "one token"))
-    assert engine.planner.stats.correct_drafts > 0 or not wish.startswith(("greedy", "cool"))
+    assert (engine.planner.stats.proposed_drafts > 0) == (case not in ("penalties", "one token"))
+    assert engine.planner.stats.correct_drafts > 0 or not case.startswith(("greedy", "cool"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mistral", "mixtral", "qwen3_moe", "olmo2", "gpt_oss"])
@@ -149,14 +149,14 @@ def test_an_abort_ends_one_request_and_leaves_the_others_as_they_are(directory, 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_random_traffic_is_answered_as_without_drafts(directory, kind, seed):
     """Requests come and go beside each other, in a pool so small that they are retracted; the books are checked."""
-    wishes = [*WISHES.values()]
+    cases = [*CASES.values()]
 
     def run(engine: Engine) -> list[Answer]:
         draw = random.Random(seed)
         rids = []
         for i in range(12):
             prompt = draw.choice([*PROMPTS, LONG])[draw.randrange(20) :]
-            params = msgspec.structs.replace(draw.choice(wishes), max_new_tokens=draw.randrange(1, 50))
+            params = msgspec.structs.replace(draw.choice(cases), max_new_tokens=draw.randrange(1, 50))
             options = draw.choice([None, ALL_LOGPROBS, LogprobOptions(top=3)])
             rids.append(engine.add(prompt, params, seed=i, logprobs=options))
             for _ in range(draw.randrange(6)):

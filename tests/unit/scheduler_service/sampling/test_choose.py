@@ -14,8 +14,8 @@ from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.sampling import choose as module
 from quartet.scheduler_service.sampling.adjust import adjust_single_tokens
 from quartet.scheduler_service.sampling.choose import draw, largest, mask_and_temper, unpack_bits
-from quartet.scheduler_service.sampling.rows import Draws, sampling_rows
-from quartet.scheduler_service.sampling.state import Row, make_row
+from quartet.scheduler_service.sampling.rows import Draws, Row, sampling_rows
+from quartet.scheduler_service.sampling.state import make_row
 
 EOS = 3
 
