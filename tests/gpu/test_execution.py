@@ -17,7 +17,7 @@ from quartet.scheduler_service.weights import device_staging
 from quartet.scheduler_service.weights.checkpoint import Checkpoint
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
-from tests.unit.scheduler_service.test_overlap import PROMPTS, WISHES, Overlapped
+from tests.unit.scheduler_service.test_overlap import PROMPTS, CASES, Overlapped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,18 +102,18 @@ def test_fused_logprobs_are_close_to_those_of_the_cpu(directory):
         )
 
 
-@pytest.mark.parametrize("wish", WISHES)
-def test_overlapped_steps_give_what_plain_steps_give(llama, wish):
-    plain = on_gpu(llama).generate(PROMPTS, WISHES[wish], seed=5)
-    overlapped = on_gpu(llama, Overlapped).generate(PROMPTS, WISHES[wish], seed=5)
+@pytest.mark.parametrize("case", CASES)
+def test_overlapped_steps_give_what_plain_steps_give(llama, case):
+    plain = on_gpu(llama).generate(PROMPTS, CASES[case], seed=5)
+    overlapped = on_gpu(llama, Overlapped).generate(PROMPTS, CASES[case], seed=5)
     assert tokens(overlapped) == tokens(plain)
 
 
-@pytest.mark.parametrize("wish", ["greedy", "seeded", "filtered"])
-def test_launching_a_decode_step_never_waits_for_the_device(llama, wish, no_waiting):
+@pytest.mark.parametrize("case", ["greedy", "seeded", "filtered"])
+def test_launching_a_decode_step_never_waits_for_the_device(llama, case, no_waiting):
     engine = on_gpu(llama, Overlapped)
     for prompt in PROMPTS:
-        engine.add(prompt, WISHES[wish])
+        engine.add(prompt, CASES[case])
     engine.step()
     engine.step()
     plan = engine.planner.next(9.0)
@@ -127,7 +127,7 @@ def test_launching_a_decode_step_never_waits_for_the_device(llama, wish, no_wait
 def test_seeded_draws_are_those_of_the_cpu_from_equal_logits(llama):
     served = on_gpu(llama).worker
     logits = torch.randn(40, served.model.vocab_size, generator=torch.Generator().manual_seed(1)) * 3
-    params = [WISHES["seeded"], WISHES["filtered"], WISHES["greedy"]] * 14
+    params = [CASES["seeded"], CASES["filtered"], CASES["greedy"]] * 14
     rows = sampling_rows([settings_of(params[i], seed=i) for i in range(40)], list(range(40)))
     expected = choose.sample(logits.clone(), rows).tokens
     found = served.steps.sample(logits.cuda(), rows).tokens.cpu()

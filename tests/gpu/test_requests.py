@@ -21,7 +21,7 @@ from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.live import Live
 from tests.model import tiny
 from tests.stepper import tokenized
-from tests.unit.scheduler_service.test_overlap import LONG, PROMPTS, SHORT, WISHES, Overlapped
+from tests.unit.scheduler_service.test_overlap import LONG, PROMPTS, SHORT, CASES, Overlapped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,7 +117,7 @@ def test_chosen_experts_are_those_of_the_cpu(experts):
 )
 def test_models_without_fused_operations_answer_as_on_the_cpu(family, settings, tmp_path):
     directory = tiny.build(family, tmp_path)
-    params = [GREEDY, WISHES["penalties"], WISHES["filtered"]]
+    params = [GREEDY, CASES["penalties"], CASES["filtered"]]
     expected = Engine(directory).generate(PROMPTS, params, seed=4)
     engine = Overlapped(directory, **SETTINGS, **settings)
     assert isinstance(engine.worker.steps, EagerSteps)
@@ -138,13 +138,13 @@ def without_waiting(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "launch", launched)
 
 
-@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
-def test_no_launch_waits_for_the_device(llama, experts, family, wish, monkeypatch):
+def test_no_launch_waits_for_the_device(llama, experts, family, case, monkeypatch):
     engine = Overlapped({"llama": llama, "qwen2_moe": experts}[family], chunked_prefill_size=32, **SETTINGS)
     without_waiting(engine.worker, monkeypatch)
-    engine.generate(PROMPTS, WISHES[wish], logprobs=LogprobOptions(top=2, token_ids=[5]))
-    engine.generate(PROMPTS, WISHES[wish])
+    engine.generate(PROMPTS, CASES[case], logprobs=LogprobOptions(top=2, token_ids=[5]))
+    engine.generate(PROMPTS, CASES[case])
 
 
 def test_no_launch_of_constrained_requests_waits_for_the_device(llama, monkeypatch):
