@@ -17,7 +17,7 @@ from quartet.scheduler_service.weights import device_staging
 from quartet.scheduler_service.weights.checkpoint import Checkpoint
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
-from tests.unit.scheduler_service.test_overlap import PROMPTS, CASES, Overlapped
+from tests.unit.scheduler_service.test_overlap import CASES, PROMPTS, Overlapped
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,7 +21,7 @@ from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.live import Live
 from tests.model import tiny
 from tests.stepper import tokenized
-from tests.unit.scheduler_service.test_overlap import LONG, PROMPTS, SHORT, CASES, Overlapped
+from tests.unit.scheduler_service.test_overlap import CASES, LONG, PROMPTS, SHORT, Overlapped
 
 pytestmark = [
     pytest.mark.gpu,
