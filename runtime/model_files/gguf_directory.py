@@ -165,6 +165,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def main() -> None:
+    """Describe the file that the command line names, within limits; a failure is one line on stdout and status 1."""
     arm_death_signal(int(sys.argv[1]))
     file, directory = Path(sys.argv[2]), Path(sys.argv[3])
     limit(resource.RLIMIT_AS, MEMORY_LIMIT_BYTES)
