@@ -216,10 +216,11 @@ def gemma2(metadata: Metadata, config: Config) -> Config:
 
 
 def gemma3(metadata: Metadata, config: Config) -> Config:
-    pattern = metadata.get("attention.sliding_window_pattern")
-    local = metadata.number("rope.freq_base_swa") or 10_000.0
-    found = gemma(config, period=pattern if isinstance(pattern, int) else 6, wide=GEMMA3_27B_LAYERS)
-    return {**found, "rope_local_base_freq": local}
+    pattern = metadata.header.metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    found = gemma(config, period=pattern if type(pattern) is int else 6, wide=GEMMA3_27B_LAYERS)
+    if isinstance(pattern, list):  # whether each layer slides
+        found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    return {**found, "rope_local_base_freq": metadata.number("rope.freq_base_swa") or 10_000.0}
 
 
 def gemma(config: Config, period: int, wide: int) -> Config:

@@ -107,7 +107,7 @@ def described(file: Path, parent: Path, tokenizer: bool) -> Path:
 
     `tokenizer`: with the tokenizer's files. Raises StartupError that says what is wrong with the file.
     """
-    file = file.resolve()
+    file = file.absolute()  # links are not followed: the hub's cache names files by their hashes
     directory = parent / f"gguf-{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}"
     command = [sys.executable, "-P", "-m", "quartet.runtime.model_files.gguf_directory", str(os.getpid()), str(file)]
     try:
@@ -160,7 +160,7 @@ def write_json(path: Path, value: Any) -> None:
 def replace(path: Path, text: str) -> None:
     """Write a file as a whole; others may be reading the one before."""
     new = path.with_suffix(".new")
-    new.write_text(text)
+    new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
@@ -180,6 +180,8 @@ def main() -> None:
         fail(f"cannot describe {file} in {directory}: {error.strerror}")
     except MemoryError:
         fail(TOO_MUCH.format(file))
+    except (ValueError, ArithmeticError, RecursionError) as error:  # of values that no range forbids
+        fail(f"{file} is not a GGUF file that can be served: {error}")
 
 
 def fail(reason: str) -> NoReturn:

@@ -167,3 +167,12 @@ def test_blocks_are_served_by_every_native_family(tmp_path: Path) -> None:
         for name in differing(*loaded):
             first, second = (model.weights.view(name) for model in loaded)
             torch.testing.assert_close(first, second, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("pattern", "types"), [([True, False], "sf"), ([True, True], "ss"), (1, "ff"), (None, "ss")])
+def test_the_layers_of_gemma_3_slide_as_the_file_says(pattern: Any, types: str, tmp_path: Path) -> None:
+    original = tiny.build("gemma3", tmp_path / "original")
+    more = {} if pattern is None else {"gemma3__attention__sliding_window_pattern": pattern}
+    made = gguf_directory.described(gguf_files.convert(original, tmp_path / "a.gguf", **more), tmp_path, tokenizer=True)
+    found = model_info.load(resolved(model_path=str(made))).config["layer_types"]
+    assert "".join(kind[0] for kind in found) == types

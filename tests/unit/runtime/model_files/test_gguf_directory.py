@@ -104,6 +104,17 @@ def test_the_parts_of_a_model_that_was_split_belong_together(tmp_path):
     assert len(list(Path(config.model_dir).glob("*.gguf"))) == 2
 
 
+def test_the_parts_of_a_model_are_found_by_name_where_they_are_links_as_in_the_cache_of_the_hub(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    snapshot.mkdir()
+    write(blobs / "01ab")
+    gguf_files.write(blobs / "02cd", {"split.no": 1}, {"output.weight": EMBEDDINGS["token_embd.weight"]})
+    for number, blob in enumerate(("01ab", "02cd"), 1):
+        (snapshot / f"m-0000{number}-of-00002.gguf").symlink_to(blobs / blob)
+    config = located(snapshot, tmp_path / "run")
+    assert model_info.load(config).config["tie_word_embeddings"] is False
+
+
 def test_a_tokenizer_of_its_own_stands_in_for_one_that_cannot_be_read(tmp_path):
     file = write(tmp_path / "model.gguf", tokenizer__ggml__pre="unheard-of")
     with pytest.raises(StartupError, match="unheard-of, a way of splitting text that is not known"):
