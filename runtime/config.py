@@ -52,9 +52,9 @@ TimeLimit = Annotated[float, msgspec.Meta(ge=-1)]
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """All settings of a server, by their api names."""
 
-    model_path: Annotated[str, flag("directory or hub id of the model; demo: the embedded one", MODEL, "--model")] = (
-        "demo"
-    )
+    model_path: Annotated[
+        str, flag("directory, GGUF file or hub id of the model; demo: the embedded one", MODEL, "--model")
+    ] = "demo"
     tokenizer_path: Annotated[
         str | None, flag("directory or hub id of the tokenizer (default: the model's)", MODEL)
     ] = None

@@ -94,7 +94,7 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
             for note in resolution.notes:
                 log.warning("%s", note)
             check_path_length(str(directory), services)
-            resolved = hub.locate(resolved)
+            resolved = hub.locate(resolved, directory)
             resolved = msgspec.structs.replace(resolved, is_embedding=embeds(resolved))
             check_memory(look())
             with (

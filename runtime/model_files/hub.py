@@ -1,4 +1,4 @@
-"""Finds a model's directory: the embedded one, a local one, or a download from the Hugging Face hub.
+"""Finds a model's directory: the embedded one, a local one, one made of a GGUF file, or a download from the hub.
 
 Only the launcher calls this; services read `config.model_dir` and `config.tokenizer_dir`.
 """
@@ -10,37 +10,76 @@ import msgspec
 
 from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files import gguf_directory
 from quartet.runtime.model_files.model_info import DEMO
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+CHOICE = re.compile(r"(.+):([\w.-]+)")  # a directory or hub id, and which of its GGUF files is meant
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where a model has no others
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
-def locate(config: ResolvedConfig) -> ResolvedConfig:
-    """The configuration with the local directories filled in. Raises StartupError."""
-    model_dir = find("--model-path", config.model_path, config, (*WEIGHTS, *TOKENIZER))
+def locate(config: ResolvedConfig, run_dir: Path | None = None) -> ResolvedConfig:
+    """The configuration with the local directories filled in. Raises StartupError.
+
+    `run_dir`: where a directory that is made of a GGUF file may lie.
+    """
+    own_tokenizer = config.tokenizer_path is None and not config.skip_tokenizer_init
+    patterns = (*WEIGHTS, *TOKENIZER)
+    model_dir = find("--model-path", config.model_path, config, patterns, run_dir, with_tokenizer=own_tokenizer)
     if not (model_dir / "config.json").is_file():
         raise StartupError(f"no config.json in {model_dir}: --model-path must name a model directory or a hub id")
     tokenizer_dir = model_dir
     if config.tokenizer_path is not None:
-        tokenizer_dir = find("--tokenizer-path", config.tokenizer_path, config, TOKENIZER)
+        tokenizer_dir = find("--tokenizer-path", config.tokenizer_path, config, TOKENIZER, run_dir)
     return msgspec.structs.replace(config, model_dir=str(model_dir), tokenizer_dir=str(tokenizer_dir))
 
 
-def find(flag: str, name: str, config: ServerConfig, patterns: tuple[str, ...]) -> Path:
-    """The local directory that `name` stands for, downloaded if need be."""
+def find(
+    flag: str,
+    name: str,
+    config: ServerConfig,
+    patterns: tuple[str, ...],
+    run_dir: Path | None = None,
+    with_tokenizer: bool = True,
+) -> Path:
+    """The local directory that `name` stands for, downloaded or made of a GGUF file if need be. Raises StartupError."""
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return path.resolve()
+        if not gguf_directory.is_model(path):
+            return path.resolve()
+        path = gguf_directory.chosen(name, path, None)
+    elif (match := CHOICE.fullmatch(name)) and not path.exists():
+        base = Path(match[1]).expanduser()
+        found = base if base.is_dir() else download_gguf(flag, match[1], match[2], config)
+        path = gguf_directory.chosen(match[1], found, match[2])
     if path.is_file():
-        raise StartupError(f"{flag} {name} is a file; name the directory that holds it")
+        if not gguf_directory.is_gguf(path):
+            raise StartupError(f"{flag} {name} is a file; name the directory that holds it")
+        assert run_dir is not None, name
+        return gguf_directory.described(path, run_dir, with_tokenizer)
     if not HUB_ID.fullmatch(name):
         raise StartupError(f"{flag} {name} does not exist; it takes a directory, a hub id (owner/name) or demo")
     return download(flag, name, config, patterns)
+
+
+def download_gguf(flag: str, name: str, choice: str, config: ServerConfig) -> Path:
+    """The hub's snapshot with the GGUF files of one type. Raises StartupError."""
+    if not HUB_ID.fullmatch(name):
+        raise StartupError(
+            f"{flag} {name}:{choice} does not exist; it takes a directory, a hub id (owner/name) or demo"
+        )
+    spellings = {
+        choice.removesuffix(".gguf"),
+        choice.lower().removesuffix(".gguf"),
+        choice.upper().removesuffix(".GGUF"),
+    }
+    before = ("", "*[-_./]")  # a whole word of the name
+    behind = (".gguf", "-0*-of-0*.gguf")
+    return download(flag, name, config, tuple(f"{b}{s}{e}" for s in sorted(spellings) for b in before for e in behind))
 
 
 def download(flag: str, name: str, config: ServerConfig, patterns: tuple[str, ...]) -> Path:

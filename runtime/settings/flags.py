@@ -127,7 +127,7 @@ def load(
 
     Raises UsageError naming the flag, key or variable and the remedy.
     """
-    words, notes = sorted_out(argv)
+    words, notes = sorted_out(with_model(argv))
     given, rest = build_parser(command).parse_known_args(words)
     refuse_positional(rest, words)
     flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in vars(given).items()}
@@ -145,6 +145,19 @@ def load(
     places = {name: variable for name, (variable, _) in found.items()} | {name: f"{name} in {file}" for name in values}
     places = {name: place for name, place in places.items() if name not in flags}
     return Settings(keys.gathered(ServerConfig(**checked), places), origins, notes)
+
+
+def with_model(argv: Sequence[str]) -> Sequence[str]:
+    """The arguments with a first one that is no flag taken for the model: `quartet serve model.gguf`.
+
+    Raises UsageError where a flag names a model too.
+    """
+    if not argv or is_flag(argv[0]):
+        return argv
+    spellings = settings()["model_path"].spellings
+    if again := next((word for word in argv[1:] if word.split("=")[0].replace("_", "-") in spellings), None):
+        raise UsageError(f"the model is named twice: {argv[0]} and {again}; leave one of them out")
+    return [spellings[0], *argv]
 
 
 def sorted_out(argv: Sequence[str]) -> tuple[list[str], list[str]]:

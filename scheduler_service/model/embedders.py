@@ -19,9 +19,9 @@ from quartet.scheduler_service.model.heads import ACTIVATIONS
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.spec import DecoderSpec, HeadLayer
 from quartet.scheduler_service.model.torch_backend import TorchBackend
+from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.load import is_dummy, load_weights
 from quartet.scheduler_service.weights.parameters import Weights
-from quartet.scheduler_service.weights.pickled import checkpoint_of
 
 FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Bert": encoders.bert,

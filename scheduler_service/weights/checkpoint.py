@@ -6,8 +6,8 @@ are limited before anything is computed from it, since reading it holds the lock
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,15 +54,47 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the values of a tensor are made of its bytes, where these are not the values themselves."""
+
+    name: str  # equal for encodings that are equal
+    unit_bytes: int  # bytes that are decoded together
+    unit_values: int  # values that they become
+    decode: Callable[[torch.Tensor], torch.Tensor] = field(compare=False)  # bytes of whole units → values, flat
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor of a checkpoint and where its bytes are."""
 
     file: Path
-    dtype: str
+    dtype: str  # of the values
     shape: tuple[int, ...]
     offset: int  # from the start of the file
-    nbytes: int
+    nbytes: int  # in the file
     origin: Path | None = None  # the file of the checkpoint that `file` was converted from
+    encoding: Encoding | None = None  # None: the bytes are the values
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The bytes that are read together at least, and how many values they are."""
+        if self.encoding is None:
+            return DTYPE_BYTES[self.dtype], 1
+        return self.encoding.unit_bytes, self.encoding.unit_values
+
+    def chunk_bytes(self, most: int) -> int:
+        """How many bytes to read at once: at most so many where units are not larger, and whole units."""
+        unit_bytes, _ = self.unit
+        return max(1, most // unit_bytes) * unit_bytes
+
+    def index(self, start: int) -> int:
+        """The number of values before a byte that begins a unit."""
+        unit_bytes, unit_values = self.unit
+        return start // unit_bytes * unit_values
+
+    def values(self, memory: torch.Tensor) -> torch.Tensor:
+        """The values of some of the tensor's bytes, whole units of them, on the device of `memory`. Flat."""
+        return memory.view(DTYPES[self.dtype]) if self.encoding is None else self.encoding.decode(memory)
 
     @property
     def shown(self) -> Path:
@@ -77,6 +109,7 @@ class Checkpoint:
     files: list[Path]
     tensors: dict[str, StoredTensor]
     indexed: bool  # the directory has an index file
+    strict: bool = False  # a tensor that the model has no use for means that it is another model
     scratch: tuple[object, ...] = ()  # keeps converted files alive, which have no name
 
     @classmethod

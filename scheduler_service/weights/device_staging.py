@@ -82,8 +82,9 @@ class Reader:
     def read_piece(self, piece: Piece, descriptor: int) -> None:
         """Send one piece to the device chunk by chunk. Raises CheckpointError for a wrong digest."""
         digest = None if self.check_digest is None else xxhash.xxh3_64()
-        for start in range(piece.start, piece.stop, self.chunk_bytes):
-            size = min(self.chunk_bytes, piece.stop - start)
+        step = piece.stored.chunk_bytes(self.chunk_bytes)
+        for start in range(piece.start, piece.stop, step):
+            size = min(step, piece.stop - start)
             chunk = self.free_chunk()
             memory = chunk.memory[:size]
             read_exactly(descriptor, bytes_of(memory), piece.stored.offset + start, piece.stored.file)
@@ -115,13 +116,12 @@ def taken(pieces: "SimpleQueue[Piece]", stop: threading.Event) -> Iterator[Piece
 
 def send_chunk(memory: torch.Tensor, stored: StoredTensor, target: torch.Tensor, start: int) -> None:
     """Copy the bytes of a tensor from `start` on to their elements of the flat `target`, converted on the device."""
-    values = memory.view(DTYPES[stored.dtype])
-    first = start // values.element_size()
-    part = target[first : first + len(values)]
-    if values.dtype == part.dtype:
-        part.copy_(values, non_blocking=True)
+    if stored.encoding is None and DTYPES[stored.dtype] == target.dtype:
+        values = stored.values(memory)
     else:
-        part.copy_(values.to(part.device, non_blocking=True))
+        values = stored.values(memory.to(target.device, non_blocking=True))
+    first = stored.index(start)
+    target[first : first + len(values)].copy_(values, non_blocking=True)
 
 
 def read_to_device(
@@ -140,6 +140,7 @@ def read_to_device(
     for piece in pieces_of(checkpoint, names, target, chunk_bytes, whole=check_digest is not None):
         pieces.put(piece)
     stop = threading.Event()
+    chunk_bytes = max((checkpoint.tensors[name].chunk_bytes(chunk_bytes) for name in names), default=chunk_bytes)
     with ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool:
         readers = [Reader(target.device, chunk_bytes, check_digest) for _ in range(threads)]
         for done in [pool.submit(reader.read, pieces, stop) for reader in readers]:
@@ -154,7 +155,7 @@ def pieces_of(
     for name in names:
         stored = checkpoint.tensors[name]
         place = target.view(name).view(-1) if name in target.layout.places else None
-        size = max(1, stored.nbytes) if whole else chunk_bytes
+        size = max(1, stored.nbytes) if whole else stored.chunk_bytes(chunk_bytes)
         for start in range(0, stored.nbytes, size):
             yield Piece(name, stored, place, start, min(stored.nbytes, start + size))
 

@@ -4,7 +4,9 @@
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,8 +16,16 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host.device import shortage
-from quartet.scheduler_service.weights import device_staging, pickled, ties
-from quartet.scheduler_service.weights.checkpoint import DTYPES, INDEX_NAME, Checkpoint, CheckpointError
+from quartet.scheduler_service.weights import device_staging, gguf, pickled, ties
+from quartet.scheduler_service.weights.checkpoint import (
+    DTYPE_BYTES,
+    DTYPES,
+    INDEX_NAME,
+    Checkpoint,
+    CheckpointError,
+    StoredTensor,
+)
+from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.progress import with_progress
 from quartet.scheduler_service.weights.tensor_io import open_file, read_chunks
@@ -23,7 +33,8 @@ from quartet.scheduler_service.weights.tensor_io import open_file, read_chunks
 log = logging.getLogger(__name__)
 
 MAX_NAMES = 8  # of a long list of tensors that are shown
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+PIECE_BYTES = 4 << 20  # of encoded tensors, for one thread
 
 
 def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> None:
@@ -35,6 +46,7 @@ def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> N
     else:
         checkpoint = ties.with_tied_tensors(open_checkpoint(Path(info.path)), weights.layout)
         check_tensors(checkpoint, weights)
+        gguf.log_expansion(checkpoint, weights)
         read_weights(checkpoint, weights, with_progress(checkpoint.files))
         pickled.forget_converted()
     weights.after_update()
@@ -57,18 +69,22 @@ def is_dummy(config: ResolvedConfig) -> bool:
 
 
 def check_format(load_format: str, directory: Path) -> None:
-    """Raise CheckpointError where only safetensors files are wanted and there are none."""
-    if load_format == "safetensors" and pickled.pickled_files(directory):
+    """Raise CheckpointError where only files of one format are wanted and there are others."""
+    found = format_of(directory)
+    if load_format == "safetensors" and found == "bin":
         raise CheckpointError(
             f"{directory} has pickled *.bin files only, and the load format is safetensors; choose auto"
         )
+    if load_format in ("safetensors", "gguf") and found not in (load_format, "none"):
+        raise CheckpointError(f"{directory} holds weights in the format {found}, not {load_format}; choose auto")
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The directory's checkpoint; logs what was found."""
-    checkpoint = pickled.checkpoint_of(directory)
-    log.info("Using model weights format ['*.%s']", "bin" if checkpoint.scratch else "safetensors")
-    if not checkpoint.indexed and not checkpoint.scratch:
+    checkpoint = checkpoint_of(directory)
+    found = format_of(directory)
+    log.info("Using model weights format ['*.%s']", found)
+    if not checkpoint.indexed and found == "safetensors":
         log.info("No %s found in %s.", INDEX_NAME, directory)
     return checkpoint
 
@@ -87,6 +103,8 @@ def check_tensors(checkpoint: Checkpoint, weights: Weights) -> None:
         if stored.dtype not in DTYPES:
             raise CheckpointError(f"{stored.shown}: tensor {name} is {stored.dtype}, which is not supported")
     if unexpected := sorted(checkpoint.tensors.keys() - names.keys() - weights.layout.ignored):
+        if checkpoint.strict:
+            raise CheckpointError(f"the model has no use for {tensor_list(unexpected)} of {checkpoint.files[0]}")
         log.warning("The model has no use for %s of the checkpoint.", tensor_list(unexpected))
 
 
@@ -103,7 +121,7 @@ def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]
 def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """All floating tensors of a checkpoint under its own names and dtypes, with a progress bar."""
     stored = checkpoint.tensors.items()
-    check_room(sum(tensor.nbytes for _, tensor in stored), torch.device("cpu"))
+    check_room(sum(prod(t.shape) * DTYPE_BYTES[t.dtype] for _, t in stored), torch.device("cpu"))
     state = {name: torch.empty(t.shape, dtype=DTYPES[t.dtype]) for name, t in stored if t.dtype in DTYPES}
     read_tensors(checkpoint, state, with_progress(checkpoint.files))
     return state
@@ -113,11 +131,44 @@ def read_tensors(checkpoint: Checkpoint, targets: dict[str, torch.Tensor], files
     """Copy tensors to the targets of the same names."""
     names = sorted(targets, key=lambda name: checkpoint.tensors[name].offset)
     for file in files:
+        own = [(checkpoint.tensors[name], targets[name]) for name in names if checkpoint.tensors[name].file == file]
         with open_file(file) as descriptor:
-            for name in names:
-                if checkpoint.tensors[name].file == file:
-                    for _ in read_chunks(checkpoint.tensors[name], targets[name], descriptor):
-                        pass
+            for stored, target in own:
+                if stored.encoding is None:
+                    read_part(stored, target, descriptor)
+            read_encoded([(stored, target) for stored, target in own if stored.encoding is not None], descriptor)
+
+
+def read_part(
+    stored: StoredTensor, target: torch.Tensor, descriptor: int, begin: int = 0, end: int | None = None
+) -> None:
+    """Copy a tensor, or the values of some of its bytes, to their place in the target."""
+    for _ in read_chunks(stored, target, descriptor, begin=begin, end=end):
+        pass
+
+
+def read_encoded(tensors: list[tuple[StoredTensor, torch.Tensor]], descriptor: int) -> None:
+    """Read and decode tensors in as many threads as torch has: its own would wait for each other at every operation."""
+    if not tensors:
+        return
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for done in [pool.submit(read_part, *part) for part in parts_of(tensors, descriptor)]:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # threads that are started later begin with the number set last
+
+
+def parts_of(
+    tensors: list[tuple[StoredTensor, torch.Tensor]], descriptor: int
+) -> Iterator[tuple[StoredTensor, torch.Tensor, int, int, int]]:
+    """The arguments of `read_part` for parts of tensors that take a moment each."""
+    for stored, target in tensors:
+        step = stored.chunk_bytes(PIECE_BYTES)
+        for begin in range(0, stored.nbytes, step):
+            yield stored, target, descriptor, begin, min(begin + step, stored.nbytes)
 
 
 def tensor_list(names: list[str]) -> str:

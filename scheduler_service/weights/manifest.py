@@ -14,8 +14,8 @@ import xxhash
 
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.load import tensor_list
-from quartet.scheduler_service.weights.pickled import checkpoint_of
 from quartet.scheduler_service.weights.tensor_io import bytes_of, open_file, read_chunks
 
 Manifest = Mapping[str, str]

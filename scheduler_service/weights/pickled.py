@@ -75,11 +75,6 @@ def forget_converted() -> None:
     _converted.clear()
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold a directory's weights, of either format."""
-    return pickled_files(directory) or sorted(directory.glob("*.safetensors"))
-
-
 def pickled_files(directory: Path) -> list[Path]:
     """The pickled files that hold a directory's weights; none where it has safetensors files."""
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.safetensors.index.json")):
@@ -104,7 +99,7 @@ def converted(directory: Path, files: list[Path]) -> Checkpoint:
     tensors = read_headers(directory, zip(paths, files, strict=True))
     weight_map = read_weight_map(directory / INDEX_NAME, ".bin")
     check_index(directory / INDEX_NAME, weight_map, tensors)
-    return Checkpoint(paths, tensors, bool(weight_map), tuple(scratches))
+    return Checkpoint(paths, tensors, bool(weight_map), scratch=tuple(scratches))
 
 
 def run_converter(files: list[Path]) -> list[Scratch]:

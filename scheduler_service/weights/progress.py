@@ -3,31 +3,32 @@
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from pathlib import Path
 
 from quartet.runtime.log import say
 
-Item = TypeVar("Item")
-LABEL = "Loading safetensors checkpoint shards"
+LABEL = "Loading {} checkpoint shards"
 
 
-def with_progress(items: Sequence[Item]) -> Iterator[Item]:
-    """Yield the items and print a line before the first and after each."""
+def with_progress(files: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files of a checkpoint and print a line before the first and after each."""
     begun = time.monotonic()
-    say(line(0, len(items), 0.0), sys.stderr)
-    for done, item in enumerate(items, start=1):
-        yield item
-        say(line(done, len(items), time.monotonic() - begun), sys.stderr)
+    kind = "gguf" if any(file.suffix == ".gguf" for file in files) else "safetensors"
+    say(line(0, len(files), 0.0, kind), sys.stderr)
+    for done, file in enumerate(files, start=1):
+        yield file
+        say(line(done, len(files), time.monotonic() - begun, kind), sys.stderr)
 
 
-def line(done: int, total: int, elapsed_s: float) -> str:
+def line(done: int, total: int, elapsed_s: float, kind: str = "safetensors") -> str:
     """For example `…: 100% Completed | 1/1 [00:02<00:00,  2.00s/it]`."""
+    label = LABEL.format(kind)
     if not done or not elapsed_s:
-        return f"{LABEL}: {100 * done // max(total, 1):3d}% Completed | {done}/{total} [00:00<?, ?it/s]"
+        return f"{label}: {100 * done // max(total, 1):3d}% Completed | {done}/{total} [00:00<?, ?it/s]"
     rate = done / elapsed_s
     speed = f"{rate:5.2f}it/s" if rate > 1 else f"{1 / rate:5.2f}s/it"
     remaining = clock((total - done) / rate)
-    return f"{LABEL}: {100 * done // total:3d}% Completed | {done}/{total} [{clock(elapsed_s)}<{remaining}, {speed}]"
+    return f"{label}: {100 * done // total:3d}% Completed | {done}/{total} [{clock(elapsed_s)}<{remaining}, {speed}]"
 
 
 def clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ import msgspec
 from quartet.runtime import records
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
-from quartet.scheduler_service.weights.pickled import weight_files
+from quartet.scheduler_service.weights.formats import weight_files
 
 log = logging.getLogger(__name__)
 

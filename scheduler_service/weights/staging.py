@@ -21,9 +21,9 @@ from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights import device_staging, load, manifest, ties
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
 from quartet.scheduler_service.weights.file_identity import FileIdentity, stat_file
+from quartet.scheduler_service.weights.formats import weight_files
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Weights
-from quartet.scheduler_service.weights.pickled import weight_files
 from quartet.scheduler_service.weights.progress import with_progress
 from quartet.scheduler_service.weights.tensor_io import bytes_of, open_file, read_chunks
 
@@ -128,7 +128,7 @@ def stage_stored(
         yield_point()
         if digest is not None:
             digest.update(bytes_of(values))
-        if placed is not None:
+        if placed is not None and stored.encoding is None:
             check_finite(name, values)
         if placed is not None and placed is not values:
             check_finite(name, placed)  # a large value may have no counterpart in the served dtype

@@ -11,6 +11,7 @@ from quartet.runtime.model_files.files import opened
 from quartet.scheduler_service.weights.checkpoint import DTYPES, CheckpointError, StoredTensor
 
 CHUNK_BYTES = 32 << 20
+DECODED_BYTES = 128 << 10  # the values of so many bytes and what they are computed from stay in the cache
 
 
 @contextlib.contextmanager
@@ -24,28 +25,37 @@ def open_file(file: Path) -> Iterator[int]:
 
 
 def read_chunks(
-    stored: StoredTensor, target: torch.Tensor | None, descriptor: int, chunk_bytes: int = CHUNK_BYTES
+    stored: StoredTensor,
+    target: torch.Tensor | None,
+    descriptor: int,
+    chunk_bytes: int = CHUNK_BYTES,
+    begin: int = 0,
+    end: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Read a tensor chunk by chunk into `target` (contiguous, of the same shape), converting dtype and device.
 
     Yields each chunk as (values as stored, the same values in `target`); both are flat, and the first is valid until
-    the next chunk. Without a target, tensors of dtypes that are not served can be read too: their chunks are bytes.
-    Raises CheckpointError.
+    the next chunk. Of encoded tensors, and without a target, the first are bytes. `begin` and `end` choose a part of
+    the tensor's bytes, whole units of it. Raises CheckpointError.
     """
-    dtype = DTYPES.get(stored.dtype, torch.uint8)
-    count, per_chunk = stored.nbytes // dtype.itemsize, max(1, chunk_bytes // dtype.itemsize)
-    assert target is None or (target.is_contiguous() and target.numel() == count), stored
+    end = stored.nbytes if end is None else end
+    assert target is None or (target.is_contiguous() and target.numel() == stored.index(stored.nbytes)), stored
     flat = None if target is None else target.view(-1)
-    direct = flat is not None and flat.device.type == "cpu" and flat.dtype == dtype
-    buffer = torch.empty(0 if direct else min(count, per_chunk), dtype=dtype)
-    for start in range(0, count, per_chunk):
-        size = min(per_chunk, count - start)
-        part = None if flat is None else flat[start : start + size]
-        values = part if direct and part is not None else buffer[:size]
-        read_exactly(descriptor, bytes_of(values), stored.offset + start * dtype.itemsize, stored.file)
-        if part is not None and not direct:
-            part.copy_(values)
-        yield values, part
+    plain = stored.encoding is None
+    direct = flat is not None and plain and flat.device.type == "cpu" and flat.dtype == DTYPES[stored.dtype]
+    step = stored.chunk_bytes(chunk_bytes if plain else min(chunk_bytes, DECODED_BYTES))
+    buffer = torch.empty(0 if direct else min(end - begin, step), dtype=torch.uint8)
+    for start in range(begin, end, step):
+        size = min(step, end - start)
+        part = None if flat is None else flat[stored.index(start) : stored.index(start + size)]
+        memory = part.view(torch.uint8) if direct and part is not None else buffer[:size]
+        read_exactly(descriptor, bytes_of(memory), stored.offset + start, stored.file)
+        if part is None or direct:
+            yield (memory if part is None else part), part
+            continue
+        values = stored.values(memory)
+        part.copy_(values)
+        yield (values if plain else memory), part
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

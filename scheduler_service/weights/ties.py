@@ -13,8 +13,8 @@ import torch
 
 from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.parameters import Layout
-from quartet.scheduler_service.weights.pickled import checkpoint_of
 from quartet.scheduler_service.weights.tensor_io import open_file, read_chunks
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def check_tied_values(alias: str, values: torch.Tensor, name: str, served: torch
 
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are equal, byte for byte. Raises CheckpointError."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if (one.dtype, one.shape, one.encoding) != (other.dtype, other.shape, other.encoding):
         return False
     with open_file(one.file) as first, open_file(other.file) as second:
         chunks = zip(

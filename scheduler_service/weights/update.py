@@ -24,6 +24,7 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files import hub
+from quartet.runtime.model_files.gguf import GgufError
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.host.background import unthrottled, yield_point
@@ -178,7 +179,10 @@ class Updates:
         """The directory of a path or a hub id, downloaded if need be. Raises CommandRefused."""
         try:
             anywhere = msgspec.structs.replace(self.config, revision=None)  # the revision is that of the model at start
-            return hub.find("model_path", model_path, anywhere, (*hub.WEIGHTS, *hub.TOKENIZER))
+            patterns = (*hub.WEIGHTS, *hub.TOKENIZER)
+            return hub.find("model_path", model_path, anywhere, patterns, Path(self.run_dir), with_tokenizer=False)
+        except GgufError as error:
+            raise CommandRefused(NOT_OPENED.format(error)) from error
         except StartupError as error:
             log.debug("%s", error)
             raise CommandRefused(NOT_OPENED.format(f"{short(model_path, 500)} (repository not found)")) from error

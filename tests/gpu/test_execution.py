@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from quartet.runtime.messages import LogprobOptions
+from quartet.runtime.model_files import gguf_directory
+from quartet.runtime.model_files.gguf import TYPES
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution import fused_steps
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import sampling_rows
 from quartet.scheduler_service.sampling.state import settings_of
 from quartet.scheduler_service.weights import device_staging
+from quartet.scheduler_service.weights.blocks import EXPAND
 from quartet.scheduler_service.weights.checkpoint import Checkpoint
+from tests import gguf_files
 from tests.engine import Answer, Engine, floats
 from tests.model import tiny
 from tests.unit.scheduler_service.test_overlap import CASES, PROMPTS, Overlapped
@@ -153,6 +157,21 @@ def test_staged_tensors_are_those_of_the_file(llama):
     staged = weights.staging()
     device_staging.read_to_device(Checkpoint.open(llama), list(weights.names()), staged, chunk_bytes=4096)
     assert device_staging.changed_tensors(weights, staged, list(weights.names())) == frozenset()
+
+
+def test_blocks_of_a_gguf_file_are_expanded_on_the_device_to_the_values_of_the_host(llama, tmp_path):
+    file = gguf_files.convert(llama, tmp_path / "model.gguf", gguf_files.Q8_0)
+    made = gguf_directory.described(file, tmp_path, tokenizer=True)
+    device = on_gpu(made).worker.model.weights
+    host = Engine(made, device="cpu", dtype="bfloat16", page_size=16, max_total_tokens=256).worker.model.weights
+    assert all(torch.equal(device.view(name).cpu(), host.view(name)) for name in host.names())
+
+
+@pytest.mark.parametrize("name", EXPAND)
+def test_every_block_format_is_expanded_on_the_device_to_the_bits_of_the_host(name):
+    nbytes = next(kind.nbytes for kind in TYPES.values() if kind.name == name)
+    blocks = torch.randint(0, 120, (64, nbytes), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    assert torch.equal(EXPAND[name](blocks.cuda()).cpu(), EXPAND[name](blocks))
 
 
 def test_retracted_requests_continue_with_the_same_tokens_on_a_gpu(llama):

@@ -247,7 +247,7 @@ def test_dummy_weights_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     ("settings", "complaint"),
     [
         ({"dtype": "int3"}, "--dtype int3 is unknown"),
-        ({"load_format": "gguf"}, "--load-format gguf is unknown"),
+        ({"load_format": "layered"}, "--load-format layered is unknown"),
     ],
 )
 def test_unknown_settings_are_named(settings: dict[str, str], complaint: str, tmp_path: Path) -> None:

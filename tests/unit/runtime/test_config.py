@@ -40,6 +40,17 @@ def test_the_short_spelling_of_model_path_is_the_same_flag():
     assert load("--model=/m").model_path == "/m"
 
 
+def test_a_first_argument_that_is_no_flag_is_the_model():
+    assert load("model.gguf", "--port", "7").model_path == "model.gguf"
+    assert load("owner/name:Q4_K_M").model_path == "owner/name:Q4_K_M"
+
+
+@pytest.mark.parametrize("again", ["--model-path", "--model_path=b", "--model"])
+def test_a_model_that_is_named_twice_is_refused(again):
+    with pytest.raises(UsageError, match=f"the model is named twice: a and {again}"):
+        load("a", again, "b")
+
+
 def test_a_switch_can_be_turned_off():
     assert load("--enable-metrics", "false").enable_metrics is False
     assert load("--is-embedding", "false").is_embedding is False
@@ -52,7 +63,7 @@ def test_a_switch_can_be_turned_off():
         (["--model-pth=/m"], "unknown flag --model-pth; did you mean --model-path?"),
         (["--confg", "f"], "unknown flag --confg; did you mean --config?"),
         (["--zzz"], "unknown flag --zzz; `quartet serve --help` lists them all"),
-        (["demo"], "unexpected argument 'demo'; flags start with --"),
+        (["demo", "again"], "unexpected argument 'again'; flags start with --"),
         (["--trust-remote-code"], "--trust-remote-code is not supported: Quartet never runs code"),
         (["--speculative-draft-model-path", "x"], "is not supported: Quartet runs no draft model"),
         (["--speculative-num-draft-tokens", "65"], "takes integer <= 64, not '65'"),

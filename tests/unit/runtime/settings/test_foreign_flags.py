@@ -72,7 +72,7 @@ def test_a_flag_that_means_what_holds_anyway_is_accepted_and_said(argv):
         (["--temp", "0.7"], "use --preferred-sampling-params"),
         (["--trust-remote-code"], "Quartet never runs code"),
         (["--schedule-policy", "lof"], "--schedule-policy takes fcfs | lpm | priority, not 'lof'"),
-        (["Qwen/Qwen3-8B", "--port", "1"], "a model is named by --model-path"),
+        (["Qwen/Qwen3-8B", "other", "--port", "1"], "a model is named by --model-path"),
     ],
 )
 def test_a_flag_that_asks_for_something_else_is_refused_with_the_right_advice(argv, said):

@@ -1,0 +1,201 @@
+"""The tensors of GGUF files as a checkpoint: under the names, in the shapes and in the order of the original model.
+
+Blocks are expanded while they are read, chunk by chunk, so a load takes no more memory than the weights themselves.
+What the conversion to GGUF has changed is undone on the way: the order of rows in Llama's queries and keys, the one
+that was added to Gemma's norms, and the experts of a layer that were put into one tensor.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files.gguf import Header, Tensor, read_header
+from quartet.runtime.model_files.gguf_config import LLAMA3_FREQUENCIES, LONG_FACTORS, SHORT_FACTORS, Metadata
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.weights.blocks import EXPAND
+from quartet.scheduler_service.weights.checkpoint import DTYPES, Checkpoint, CheckpointError, Encoding, StoredTensor
+from quartet.scheduler_service.weights.parameters import Weights
+
+log = logging.getLogger(__name__)
+
+Names = Mapping[str, str]
+
+TOP: Names = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+IN_CONFIG = (LLAMA3_FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)  # tensors that are settings, read with the metadata
+LAYER = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)")
+COMMON: Names = {  # below a layer
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GEMMA: Names = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+QWEN_MOE: Names = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+MIXTRAL: Names = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    "ffn_gate": "block_sparse_moe.experts.{}.w1",  # in early files each expert has tensors of its own
+    "ffn_up": "block_sparse_moe.experts.{}.w3",
+    "ffn_down": "block_sparse_moe.experts.{}.w2",
+}
+OWN: Mapping[str, Names] = {
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA,
+    "MixtralForCausalLM": MIXTRAL,
+    "Phi3ForCausalLM": {"ffn_up": "mlp.gate_up_proj"},
+    "Qwen2MoeForCausalLM": QWEN_MOE,
+    "Qwen3MoeForCausalLM": QWEN_MOE,
+}
+PERMUTED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}  # in files of Llama's kind
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The GGUF files of a directory that holds one model."""
+    return sorted(directory.glob("*.gguf"))
+
+
+def checkpoint_of(directory: Path) -> Checkpoint:
+    """All tensors of the files. Raises CheckpointError."""
+    files = files_of(directory)
+    try:
+        headers = [read_header(file) for file in files]
+        described = next((header for header in headers if "general.architecture" in header.metadata), headers[0])
+        metadata = Metadata(described)
+    except StartupError as error:
+        raise CheckpointError(str(error)) from error
+    tensors: dict[str, StoredTensor] = {}
+    for header in headers:
+        for name, stored in translated(header, metadata):
+            if name in tensors:
+                raise CheckpointError(f"tensor {short(name)} is in both {tensors[name].file} and {stored.file}")
+            tensors[name] = stored
+    return Checkpoint(files, tensors, indexed=len(files) > 1, strict=True)
+
+
+def log_expansion(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Log what it takes that blocks are expanded to numbers of the served format; nothing where there are none."""
+    names = [tensor.encoding.name.split()[0] for tensor in checkpoint.tensors.values() if tensor.encoding]
+    if blocks := sorted(EXPAND.keys() & set(names)):
+        stored = sum(checkpoint.tensors[name].nbytes for name in weights.layout.places)
+        log.info(
+            "The blocks of the GGUF file (%s) are expanded to %s: %.2f GB in the file take %.2f GB of memory.",
+            ", ".join(blocks),
+            str(weights.dtype).removeprefix("torch."),
+            stored / 1e9,
+            weights.nbytes() / 1e9,
+        )
+
+
+def translated(header: Header, metadata: Metadata) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of one file by the names of the original model. Raises CheckpointError."""
+    for name, tensor in header.tensors.items():
+        if name in IN_CONFIG:
+            continue
+        match = LAYER.fullmatch(name)
+        if match is None:
+            yield TOP.get(name, name), finished(stored(tensor), name, metadata)
+            continue
+        layer, part, expert, kind = match.groups()
+        own = {**COMMON, **OWN.get(metadata.architecture.name, {})}.get(part)
+        if own is None:
+            yield name, stored(tensor)  # the model has no use for it, which others say
+        elif part.endswith("_exps"):
+            yield from each_expert(tensor, f"model.layers.{layer}.{own}.{kind}")
+        else:
+            yield f"model.layers.{layer}.{own.format(expert)}.{kind}", finished(stored(tensor), part, metadata)
+
+
+def stored(tensor: Tensor) -> StoredTensor:
+    """A tensor with its values as they are in the file."""
+    kind = tensor.type
+    if kind.name in DTYPES:
+        return StoredTensor(tensor.file, kind.name, tensor.shape, tensor.offset, tensor.nbytes)
+
+    def decode(memory: torch.Tensor) -> torch.Tensor:
+        return EXPAND[kind.name](memory.view(-1, kind.nbytes)).flatten()
+
+    encoding = Encoding(kind.name, kind.nbytes, kind.values, decode)
+    return StoredTensor(tensor.file, "F32", tensor.shape, tensor.offset, tensor.nbytes, encoding=encoding)
+
+
+def each_expert(tensor: Tensor, name: str) -> Iterator[tuple[str, StoredTensor]]:
+    """The parts of a tensor that holds all experts of a layer, one behind the other."""
+    whole = stored(tensor)
+    if len(tensor.shape) != 3:
+        raise CheckpointError(f"{tensor.file}: the experts {short(name)} have shape {list(tensor.shape)}")
+    size = tensor.nbytes // tensor.shape[0]
+    for expert in range(tensor.shape[0]):
+        offset = tensor.offset + expert * size
+        yield name.format(expert), replace(whole, shape=tensor.shape[1:], offset=offset, nbytes=size)
+
+
+def finished(found: StoredTensor, part: str, metadata: Metadata) -> StoredTensor:
+    """With what the conversion to GGUF has changed undone. Raises CheckpointError."""
+    if metadata.name == "llama" and part in PERMUTED:
+        return unpermuted(found, metadata.integer(PERMUTED[part]) or metadata.integer("attention.head_count") or 0)
+    if metadata.name.startswith("gemma") and (part.endswith("norm") or part == "output_norm.weight"):
+        return minus_one(found)
+    if part == "ffn_gate_inp_shexp" and len(found.shape) == 1:
+        return replace(found, shape=(1, *found.shape))
+    return found
+
+
+def minus_one(found: StoredTensor) -> StoredTensor:
+    """Gemma's norms multiply by one more than their weights, and the files hold the sum."""
+    unit, values = found.unit
+
+    def decode(memory: torch.Tensor) -> torch.Tensor:
+        return found.values(memory).float() - 1
+
+    return replace(found, dtype="F32", encoding=Encoding(f"{name_of(found)} minus 1", unit, values, decode))
+
+
+def unpermuted(found: StoredTensor, heads: int) -> StoredTensor:
+    """Llama's rotary embedding turns the first half of a head's rows with the second; ggml's turns neighbours."""
+    rows = found.shape[0]
+    if heads < 1 or rows % (2 * heads):
+        raise CheckpointError(f"{found.file}: {heads} heads cannot share {rows} rows of queries or keys")
+    per_head, bytes_per_head = rows // heads, found.nbytes // heads
+    width = found.shape[1] if len(found.shape) > 1 else 1
+
+    def decode(memory: torch.Tensor) -> torch.Tensor:
+        return found.values(memory).view(-1, per_head // 2, 2, width).transpose(1, 2).flatten()
+
+    encoding = Encoding(f"{name_of(found)} permuted by {per_head}", bytes_per_head, per_head * width, decode)
+    return replace(found, encoding=encoding)
+
+
+def name_of(found: StoredTensor) -> str:
+    return found.dtype if found.encoding is None else found.encoding.name
