@@ -27,8 +27,45 @@ struct product {
     int32_t threads;
 };
 
+#define MOST_DIM 256 /* of an attention head */
+
+/* Attention of queries (tokens, kv_heads * group, dim) over pools of keys and values (kv_heads, pool tokens, dim). */
+struct attention {
+    const uint16_t *q; /* rows `q_stride` apart */
+    int64_t q_stride;
+    uint16_t *out; /* as q */
+    int64_t out_stride;
+    const uint16_t *keys, *values;
+    int64_t head_stride; /* between the heads of a pool */
+    int64_t kv_heads, group, dim, page_size, sequences;
+    const int64_t *starts;      /* (sequences + 1,): where a sequence's queries begin among the tokens */
+    const int64_t *lengths;     /* (sequences,): its context, which ends with the queries */
+    const int32_t *pages;       /* of all sequences */
+    const int64_t *page_starts; /* (sequences,): where a sequence's begin */
+    float scale, softcap;       /* softcap 0: none */
+    int64_t window;             /* a query at p sees keys in (p - window, p]; 0: all */
+    int32_t causal, threads;
+};
+
+/* Query and key heads normed, if there are weights, and rotated; keys and values go to their places in the pools. */
+struct rotation {
+    const uint16_t *qkv; /* (tokens, heads + 2 * kv_heads, dim), rows `qkv_stride` apart */
+    int64_t tokens, qkv_stride;
+    int64_t heads, kv_heads, dim, rotary_dim;
+    const uint16_t *query_norm, *key_norm; /* (dim,) or null */
+    float epsilon, norm_offset;
+    const uint16_t *cos, *sin; /* (tokens, rotary_dim); the first half of the sines is negated */
+    const int64_t *slots;      /* (tokens,) */
+    uint16_t *keys, *values;   /* pools (kv_heads, pool tokens, dim) */
+    int64_t head_stride;
+    uint16_t *q; /* (tokens, heads, dim) */
+    int32_t threads;
+};
+
 struct kernels {
     int (*product)(const struct product *);
+    void (*rotate)(const struct rotation *);
+    int (*attention)(const struct attention *); /* null where there is none */
 };
 
 extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;

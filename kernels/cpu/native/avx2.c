@@ -2,5 +2,6 @@
 #pragma GCC target("avx2,fma")
 
 #include "linear.h"
+#include "rotation.h"
 
-const struct kernels quartet_avx2 = {product};
+const struct kernels quartet_avx2 = {product, rotate, 0};

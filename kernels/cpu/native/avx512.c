@@ -2,5 +2,6 @@
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
 
 #include "linear.h"
+#include "rotation.h"
 
-const struct kernels quartet_avx512 = {product};
+const struct kernels quartet_avx512 = {product, rotate, 0};

@@ -60,6 +60,13 @@ void *quartet_scratch(int slot, int64_t bytes) {
 /* 0, or -1 where there is no memory. */
 int quartet_product(const struct kernels *kernels, const struct product *p) { return p->rows ? kernels->product(p) : 0; }
 
+void quartet_rotate(const struct kernels *kernels, const struct rotation *r) { kernels->rotate(r); }
+
+int quartet_has_attention(const struct kernels *kernels) { return kernels->attention != 0; }
+
+/* 0, or -1 where there is no memory. */
+int quartet_attention(const struct kernels *kernels, const struct attention *a) { return kernels->attention(a); }
+
 struct packing {
     const uint16_t *weight;
     int64_t n, k, stride;

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -34,6 +35,7 @@ ONEDNN_NAMES = {
     "AVX512_CORE_FP16": "avx512_bf16",
 }
 BLOCK_COLUMNS, BLOCK_DEPTH = 16, 32  # to multiples of which a packed weight is padded
+MOST_DIM = 256  # of an attention head
 PACKED_AT_ONCE = 4 << 20  # bytes
 OUTPUTS = {"bf16": 0, "float": 1, "add": 2, "gated": 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -61,6 +63,72 @@ class Product(ctypes.Structure):
     )
 
 
+class Rotation(ctypes.Structure):
+    """`struct rotation` of api.h."""
+
+    _fields_ = (
+        ("qkv", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("qkv_stride", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("rotary_dim", ctypes.c_int64),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("norm_offset", ctypes.c_float),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("head_stride", ctypes.c_int64),
+        ("q", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Attention(ctypes.Structure):
+    """`struct attention` of api.h."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("q_stride", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("head_stride", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("page_size", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("pages", ctypes.c_void_p),
+        ("page_starts", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        ("causal", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """The sequences of a step as the attention kernel reads them."""
+
+    starts: torch.Tensor  # (sequences + 1,) int64: where a sequence's queries begin among the tokens
+    lengths: torch.Tensor  # (sequences,) int64: its context, which ends with the queries
+    pages: torch.Tensor  # int32, of all sequences
+    page_starts: torch.Tensor  # (sequences,) int64: where a sequence's begin
+    page_size: int
+    most_tokens: int  # of the pool: one more than the last token that the pages have
+
+
 NormWeight = tuple[torch.Tensor, float, float]  # weight (k,), epsilon, what is added to the weight
 
 
@@ -74,6 +142,8 @@ class Library:
             raise LookupError(instruction_set)
         self.functions = functions
         self.instruction_set = instruction_set
+        functions.quartet_has_attention.argtypes = (ctypes.c_void_p,)
+        self.has_attention = bool(functions.quartet_has_attention(self.kernels))
         functions.quartet_pack.argtypes = (
             ctypes.c_void_p,
             ctypes.c_int64,
@@ -84,6 +154,9 @@ class Library:
         )
         functions.quartet_pack.restype = None
         functions.quartet_product.argtypes = (ctypes.c_void_p, ctypes.POINTER(Product))
+        functions.quartet_rotate.argtypes = (ctypes.c_void_p, ctypes.POINTER(Rotation))
+        functions.quartet_rotate.restype = None
+        functions.quartet_attention.argtypes = (ctypes.c_void_p, ctypes.POINTER(Attention))
 
     def pack(self, weight: torch.Tensor, breathe: Callable[[], None]) -> torch.Tensor:
         """weight (n, k) bfloat16 → (n / 16, k / 2, 16, 2), padded. Calls `breathe` after each few megabytes."""
@@ -120,7 +193,7 @@ class Library:
             k,
         )
         assert bias is None or (bias.shape == (n,) and bias.is_contiguous() and bias.dtype is torch.bfloat16)
-        assert output != "gated" or n % (2 * BLOCK_COLUMNS) == 0, n
+        assert output != "gated" or can_gate(n), n
         assert out.shape == (rows, n // 2 if output == "gated" else n), (out.shape, rows, n)
         assert out.stride(1) == 1 or 1 in out.shape, out.stride()
         assert out.dtype is (torch.float32 if output == "float" else torch.bfloat16), out.dtype
@@ -145,6 +218,122 @@ class Library:
         )
         if self.functions.quartet_product(self.kernels, wanted):
             raise MemoryError(f"no memory for a product of {rows} rows of {k}")
+
+    def rotate(
+        self,
+        qkv: torch.Tensor,
+        query_norm: NormWeight | None,
+        key_norm: NormWeight | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        q: torch.Tensor,
+    ) -> None:
+        """qkv (tokens, (heads + 2 * kv_heads) * dim), normed by head, rotated → q (tokens, heads, dim) and the pools.
+
+        cos and sin (tokens, 1, rotary_dim) as kernels.reference.layers.rotation makes them; keys and values go to the
+        places `slots` (tokens,) int64 of the pools (kv_heads, pool tokens, dim), which must have them.
+        """
+        check_matrix(qkv)
+        tokens, heads, dim = q.shape
+        kv_heads, rotary = keys.shape[0], cos.shape[-1]
+        assert qkv.shape == (tokens, (heads + 2 * kv_heads) * dim), (qkv.shape, q.shape, keys.shape)
+        assert self.can_rotate(dim, rotary), (dim, rotary)
+        assert cos.shape == sin.shape == (tokens, 1, rotary), (cos.shape, sin.shape, tokens)
+        assert keys.shape == values.shape and keys.shape[2] == dim, (keys.shape, values.shape, dim)
+        assert slots.shape == (tokens,) and slots.dtype is torch.int64, (slots.shape, slots.dtype)
+        for tensor in (cos, sin, keys, values, q):
+            assert tensor.dtype is torch.bfloat16 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
+        for norm in (query_norm, key_norm):
+            assert norm is None or (norm[0].shape == (dim,) and norm[0].dtype is torch.bfloat16), norm
+        _, epsilon, offset = query_norm or key_norm or (None, 0.0, 0.0)
+        self.functions.quartet_rotate(
+            self.kernels,
+            Rotation(
+                qkv.data_ptr(),
+                tokens,
+                qkv.stride(0),
+                heads,
+                kv_heads,
+                dim,
+                rotary,
+                None if query_norm is None else query_norm[0].data_ptr(),
+                None if key_norm is None else key_norm[0].data_ptr(),
+                epsilon,
+                offset,
+                cos.data_ptr(),
+                sin.data_ptr(),
+                slots.data_ptr(),
+                keys.data_ptr(),
+                values.data_ptr(),
+                keys.stride(0),
+                q.data_ptr(),
+                torch.get_num_threads(),
+            ),
+        )
+
+    @staticmethod
+    def can_rotate(dim: int, rotary_dim: int) -> bool:
+        """Whether heads of this size can be rotated."""
+        return dim <= MOST_DIM and dim % 16 == 0 and 0 < rotary_dim <= dim and rotary_dim % 32 == 0
+
+    def can_attend(self, dim: int) -> bool:
+        """Whether there is attention for heads of this size."""
+        return self.has_attention and dim <= MOST_DIM and dim % 32 == 0
+
+    def attend(
+        self,
+        table: PageTable,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        causal: bool = True,
+    ) -> None:
+        """q (tokens, heads, dim) against pools (kv_heads, pool tokens, dim) → out, shaped as q."""
+        tokens, heads, dim = q.shape
+        kv_heads, pool_tokens, _ = keys.shape
+        assert self.can_attend(dim) and heads % kv_heads == 0, (q.shape, keys.shape)
+        assert keys.shape == values.shape == (kv_heads, pool_tokens, dim), (keys.shape, values.shape, dim)
+        assert table.most_tokens <= pool_tokens < 2**31, (table.most_tokens, pool_tokens)
+        assert out.shape == q.shape and len(table.starts) == len(table.lengths) + 1, (out.shape, q.shape)
+        for tensor in (q, keys, values, out):
+            assert tensor.dtype is torch.bfloat16 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
+        wanted = Attention(
+            q.data_ptr(),
+            heads * dim,
+            out.data_ptr(),
+            heads * dim,
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.stride(0),
+            kv_heads,
+            heads // kv_heads,
+            dim,
+            table.page_size,
+            len(table.lengths),
+            table.starts.data_ptr(),
+            table.lengths.data_ptr(),
+            table.pages.data_ptr(),
+            table.page_starts.data_ptr(),
+            scale,
+            softcap or 0.0,
+            window or 0,
+            causal,
+            torch.get_num_threads(),
+        )
+        if self.functions.quartet_attention(self.kernels, wanted):
+            raise MemoryError(f"no memory for the attention of {tokens} tokens")
+
+
+def can_gate(n: int) -> bool:
+    """Whether the halves of a product with n columns begin at whole blocks of a packed weight."""
+    return n % (2 * BLOCK_COLUMNS) == 0
 
 
 def padded(size: int, step: int) -> int:
