@@ -261,7 +261,7 @@ INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, in
     }
 #endif
     const factor *x = plan->x + row * plan->depth + from;
-    if (plan->blocks == FEW_BLOCKS && FEW_BLOCKS != GRID_BLOCKS) {
+    if (plan->blocks == FEW_BLOCKS) {
         switch (rows) {
         case 1: multiply_few(1, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
 #if FEW_ROWS > 1
@@ -274,7 +274,8 @@ INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, in
         }
     }
 #if !defined(__AMX_BF16__)
-    multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->depth, weight, depth, sums, stride);
+    for (int place = 0; place < plan->blocks; place += GRID_BLOCKS)
+        multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->depth, weight + place, depth, sums + place * LANES, stride);
 #endif
 }
 
@@ -487,9 +488,11 @@ static int product(const struct product *p) {
 #if defined(__AMX_BF16__)
     plan.tiled = p->rows > FEW_ROWS;
 #endif
-    if (!plan.tiled && (p->rows <= FEW_ROWS || (gated && GRID_BLOCKS == 1))) {
+    if (!plan.tiled && p->rows <= FEW_ROWS) {
         plan.blocks = FEW_BLOCKS;
         plan.grid_rows = FEW_ROWS;
+    } else if (gated && GRID_BLOCKS == 1) {
+        plan.blocks = 2; /* one of the gate and one of what it is multiplied with */
     }
     plan.depth = round_up(p->k, TILE_DEPTH);
     plan.columns = (gated ? p->n / 2 : p->n) / LANES + ((gated ? p->n / 2 : p->n) % LANES != 0);

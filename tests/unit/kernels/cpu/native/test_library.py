@@ -117,6 +117,29 @@ def test_the_result_does_not_depend_on_the_number_of_threads(kernels):
     assert all(torch.equal(out, results[0]) for out in results)
 
 
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (96, 32), (128, 128), (256, 64)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_heads_are_normed_and_rotated_and_keys_and_values_written_to_their_places(kernels, dim, rotary, normed):
+    tokens, heads, kv_heads = 7, 6, 2
+    qkv = random(tokens, (heads + 2 * kv_heads) * dim)
+    cos, sin = reference.rotation(torch.arange(tokens) * 90, torch.rand(rotary // 2), 1.0, torch.bfloat16)
+    slots = torch.tensor([3, 9, 0, 11, 5, 6, 7])
+    keys, values = random(kv_heads, 12, dim), random(kv_heads, 12, dim)
+    before, q = keys.clone(), torch.empty(tokens, heads, dim).bfloat16()
+    norms = [(random(dim), 1e-6, 1.0) for _ in range(2)] if normed else [None, None]
+    kernels.rotate(qkv, *norms, cos, sin, slots, keys, values, q)
+    parts = list(qkv.float().view(tokens, -1, dim).split((heads, kv_heads, kv_heads), 1))
+    for place, norm in enumerate(norms):
+        if norm:
+            parts[place] = reference.rms_norm_plus_one(parts[place], norm[0], norm[1])
+        parts[place] = reference.rotate(parts[place], cos.float(), sin.float())
+    torch.testing.assert_close(q.float(), parts[0], atol=1e-5, rtol=2**-8)
+    torch.testing.assert_close(keys[:, slots].transpose(0, 1).float(), parts[1], atol=1e-5, rtol=2**-8)
+    assert torch.equal(values[:, slots].transpose(0, 1).float(), parts[2])
+    others = [1, 2, 4, 8, 10]
+    assert torch.equal(keys[:, others], before[:, others])
+
+
 def test_a_product_of_no_rows_is_nothing(kernels):
     packed = kernels.pack(weight_of(32, 64), no_pause)
     kernels.product(random(0, 64), packed, 32, None, torch.empty(0, 32), "float")
