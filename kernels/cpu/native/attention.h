@@ -2,7 +2,7 @@
  *
  * The rows of a sequence and a KV head are its queries times the query heads that share the head. 16 rows form a tile:
  * scores are computed as (keys, 16 rows), so that a vector holds one key's score for each row, and keys need no other
- * layout than the pool's. Weights are turned over once to be multiplied with the values, (16 rows, dim).
+ * layout than the pool's. Weights are transposed once to be multiplied with the values, (16 rows, dim).
  *
  * Keys come in blocks that begin at multiples of BLOCK_KEYS, and a row's sums depend on its own keys alone: the same
  * bits whatever is computed beside it. (Flash attention: Dao et al., arXiv 2205.14135.)
@@ -17,7 +17,7 @@
 #define HIDDEN_SCORE (-1e30f)
 
 /* What one thread needs; the sizes are those of the widest head. */
-struct room {
+struct workspace {
     bf16 queries[TASK_TILES * TILE_ROWS * MOST_DIM]; /* by tile: (dim / 2, 16, 2) */
     float sums[TASK_TILES * TILE_ROWS * MOST_DIM];   /* by tile: weighted values (16, dim), not divided yet */
     float largest[TASK_TILES][TILE_ROWS], total[TASK_TILES][TILE_ROWS];
@@ -30,7 +30,7 @@ struct room {
 /* Up to TASK_TILES tiles of one sequence and one KV head. */
 struct task {
     const struct attention *a;
-    struct room *room;
+    struct workspace *work;
     const int32_t *pages; /* of the sequence */
     int64_t length;       /* of its context */
     int64_t first_token;  /* in q and out */
@@ -50,12 +50,12 @@ INLINE int64_t offset_of(const struct task *task, int64_t row, int64_t stride) {
 }
 
 INLINE void begin_task(const struct task *task) {
-    struct room *room = task->room;
+    struct workspace *work = task->work;
     int64_t dim = task->a->dim, tiles = (task->rows + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t tile = 0; tile < tiles; tile++) {
-        memset(room->sums + tile * TILE_ROWS * dim, 0, (size_t)(TILE_ROWS * dim) * 4);
-        vec_store(room->largest[tile], vec_set(HIDDEN_SCORE));
-        vec_store(room->total[tile], vec_set(0.0f));
+        memset(work->sums + tile * TILE_ROWS * dim, 0, (size_t)(TILE_ROWS * dim) * 4);
+        vec_store(work->largest[tile], vec_set(HIDDEN_SCORE));
+        vec_store(work->total[tile], vec_set(0.0f));
         for (int64_t lane = 0; lane < TILE_ROWS; lane++) {
             int64_t row = tile * TILE_ROWS + lane;
             const bf16 *q = row < task->rows ? task->a->q + offset_of(task, row, task->a->q_stride) : 0;
@@ -63,13 +63,13 @@ INLINE void begin_task(const struct task *task) {
                 uint32_t both = 0;
                 if (q)
                     memcpy(&both, q + 2 * pair, 4);
-                memcpy(room->queries + (tile * dim / 2 + pair) * TILE_ROWS * 2 + lane * 2, &both, 4);
+                memcpy(work->queries + (tile * dim / 2 + pair) * TILE_ROWS * 2 + lane * 2, &both, 4);
             }
         }
     }
 }
 
-/* Rows of a pool at some positions: where they lie if they are neighbours, else a copy. Behind the end there are zeros. */
+/* Rows of a pool at some positions: in the pool if they are neighbours, else a copy, with zeros behind the end. */
 INLINE const bf16 *rows_of(const struct task *task, const bf16 *pool, int64_t from, int64_t count, bf16 *copy) {
     const struct attention *a = task->a;
     int64_t size = a->page_size, dim = a->dim, first = task->pages[from / size] * size + from % size;
@@ -102,26 +102,26 @@ INLINE void pair_values(const bf16 *values, int64_t count, int64_t dim, bf16 *ou
 }
 
 /* scores (count, 16) = keys @ queries. */
-INLINE void score(struct room *room, int64_t tile, const bf16 *keys, int64_t count, int64_t dim) {
+INLINE void score(struct workspace *work, int64_t tile, const bf16 *keys, int64_t count, int64_t dim) {
     for (int64_t key = 0; key < count; key += 2 * TILE_ROWS) {
         _tile_zero(0);
         _tile_zero(1);
         for (int64_t d = 0; d < dim; d += TILE_DEPTH) {
             _tile_loadd(4, keys + key * dim + d, dim * 2);
             _tile_loadd(5, keys + (key + TILE_ROWS) * dim + d, dim * 2);
-            _tile_loadd(6, room->queries + (tile * dim + d) * TILE_ROWS, 64);
+            _tile_loadd(6, work->queries + (tile * dim + d) * TILE_ROWS, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 5, 6);
         }
-        _tile_stored(0, room->scores[key], 64);
-        _tile_stored(1, room->scores[key + TILE_ROWS], 64);
+        _tile_stored(0, work->scores[key], 64);
+        _tile_stored(1, work->scores[key + TILE_ROWS], 64);
     }
 }
 
 /* Scale, cap and hide scores in place; returns each row's largest. */
 INLINE vec adjust_scores(const struct task *task, int64_t tile, int64_t from, int64_t count, __mmask16 *seen) {
     const struct attention *a = task->a;
-    struct room *room = task->room;
+    struct workspace *work = task->work;
     int32_t positions[LANES];
     int hides = a->window > 0;
     for (int lane = 0; lane < LANES; lane++) {
@@ -133,7 +133,7 @@ INLINE vec adjust_scores(const struct task *task, int64_t tile, int64_t from, in
     __m512i first = _mm512_sub_epi32(last, _mm512_set1_epi32(a->window > 0 ? (int32_t)a->window - 1 : INT32_MAX));
     vec scale = vec_set(a->scale), largest = vec_set(HIDDEN_SCORE);
     for (int64_t key = 0; key < count; key++) {
-        vec s = vec_mul(vec_load(room->scores[key]), scale);
+        vec s = vec_mul(vec_load(work->scores[key]), scale);
         if (a->softcap > 0.0f) {
             vec half = vec_sigmoid(vec_mul(s, vec_set(2.0f / a->softcap))); /* tanh x = 2 sigmoid(2 x) - 1 */
             s = vec_mul(vec_set(a->softcap), vec_fma(half, vec_set(2.0f), vec_set(-1.0f)));
@@ -144,14 +144,14 @@ INLINE vec adjust_scores(const struct task *task, int64_t tile, int64_t from, in
             seen[key] = _mm512_cmple_epi32_mask(at, last) & _mm512_cmpge_epi32_mask(at, first);
             s = _mm512_mask_mov_ps(vec_set(HIDDEN_SCORE), seen[key], s);
         }
-        vec_store(room->scores[key], s);
+        vec_store(work->scores[key], s);
         largest = vec_max(s, largest);
     }
     return largest;
 }
 
-/* A 16 x 16 matrix of words turned over: rows of pairs of keys become rows of queries. */
-INLINE void turn_over(__m512i rows[16], bf16 *out) {
+/* A 16 x 16 matrix of words transposed: rows of pairs of keys become rows of queries. */
+INLINE void transpose_words(__m512i rows[16], bf16 *out) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
@@ -179,20 +179,20 @@ INLINE void turn_over(__m512i rows[16], bf16 *out) {
 
 /* Weights e^(score - largest) as (16 rows, keys), what was summed so far scaled to the new largest. */
 INLINE void weigh(const struct task *task, int64_t tile, int64_t from, int64_t count) {
-    struct room *room = task->room;
+    struct workspace *work = task->work;
     int64_t dim = task->a->dim;
     __mmask16 seen[BLOCK_KEYS];
-    vec before = vec_load(room->largest[tile]);
+    vec before = vec_load(work->largest[tile]);
     vec largest = vec_max(adjust_scores(task, tile, from, count, seen), before);
     vec shrink = vec_exp(vec_sub(before, largest));
-    vec total = vec_mul(vec_load(room->total[tile]), shrink);
+    vec total = vec_mul(vec_load(work->total[tile]), shrink);
     for (int64_t part = 0; part < count; part += TILE_DEPTH) {
         __m512i rows[16];
         for (int pair = 0; pair < 16; pair++) {
             vec weight[2];
             for (int one = 0; one < 2; one++) {
                 int64_t key = part + 2 * pair + one;
-                weight[one] = vec_exp(vec_sub(vec_load(room->scores[key]), largest));
+                weight[one] = vec_exp(vec_sub(vec_load(work->scores[key]), largest));
                 weight[one] = _mm512_maskz_mov_ps(seen[key], weight[one]);
                 total = vec_add(total, weight[one]);
             }
@@ -200,13 +200,13 @@ INLINE void weigh(const struct task *task, int64_t tile, int64_t from, int64_t c
             __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(weight[1]));
             rows[pair] = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
         }
-        turn_over(rows, (bf16 *)room->weights[part / TILE_DEPTH]);
+        transpose_words(rows, (bf16 *)work->weights[part / TILE_DEPTH]);
     }
-    vec_store(room->largest[tile], largest);
-    vec_store(room->total[tile], total);
+    vec_store(work->largest[tile], largest);
+    vec_store(work->total[tile], total);
     if (_mm512_cmp_ps_mask(shrink, vec_set(1.0f), _CMP_NEQ_UQ) == 0)
         return;
-    float by[LANES], *sums = room->sums + tile * TILE_ROWS * dim;
+    float by[LANES], *sums = work->sums + tile * TILE_ROWS * dim;
     vec_store(by, shrink);
     for (int row = 0; row < TILE_ROWS; row++)
         for (int64_t d = row * dim; d < (row + 1) * dim; d += LANES)
@@ -214,14 +214,14 @@ INLINE void weigh(const struct task *task, int64_t tile, int64_t from, int64_t c
 }
 
 /* sums (16, dim) += weights (16, keys) @ values (keys, dim). */
-INLINE void add_values(struct room *room, int64_t tile, int64_t count, int64_t dim) {
-    const bf16 *values = room->paired;
+INLINE void add_values(struct workspace *work, int64_t tile, int64_t count, int64_t dim) {
+    const bf16 *values = work->paired;
     for (int64_t d = 0; d < dim; d += 2 * LANES) {
-        float *sums = room->sums + tile * TILE_ROWS * dim + d;
+        float *sums = work->sums + tile * TILE_ROWS * dim + d;
         _tile_loadd(0, sums, dim * 4);
         _tile_loadd(1, sums + LANES, dim * 4);
         for (int64_t key = 0; key < count; key += TILE_DEPTH) {
-            _tile_loadd(4, room->weights[key / TILE_DEPTH], 64);
+            _tile_loadd(4, work->weights[key / TILE_DEPTH], 64);
             _tile_loadd(6, values + key * dim + 2 * d, dim * 4);
             _tile_loadd(7, values + key * dim + 2 * (d + LANES), dim * 4);
             _tile_dpbf16ps(0, 4, 6);
@@ -233,38 +233,39 @@ INLINE void add_values(struct room *room, int64_t tile, int64_t count, int64_t d
 }
 
 INLINE void end_task(const struct task *task) {
-    struct room *room = task->room;
+    struct workspace *work = task->work;
     for (int64_t row = 0; row < task->rows; row++) {
         int64_t tile = row / TILE_ROWS, lane = row % TILE_ROWS;
-        vec share = vec_set(1.0f / room->total[tile][lane]);
+        vec share = vec_set(1.0f / work->total[tile][lane]);
         bf16 *out = task->a->out + offset_of(task, row, task->a->out_stride);
         for (int64_t d = 0; d < task->a->dim; d += LANES)
-            vec_store_bf16(out + d, vec_mul(vec_load(room->sums + row * task->a->dim + d), share));
+            vec_store_bf16(out + d, vec_mul(vec_load(work->sums + row * task->a->dim + d), share));
     }
 }
 
 static void run_task(const struct task *task) {
     const struct attention *a = task->a;
-    struct room *room = task->room;
-    const bf16 *key_pool = a->keys + task->head * a->head_stride, *value_pool = a->values + task->head * a->head_stride;
+    struct workspace *work = task->work;
+    const bf16 *key_pool = a->keys + task->head * a->head_stride;
+    const bf16 *value_pool = a->values + task->head * a->head_stride;
     int64_t end = position_of(task, task->rows - 1) + 1, begin = 0;
     if (a->window > 0 && position_of(task, 0) >= a->window)
         begin = (position_of(task, 0) - a->window + 1) / BLOCK_KEYS * BLOCK_KEYS;
     begin_task(task);
     for (int64_t from = begin; from < end; from += BLOCK_KEYS) {
         int64_t there = end - from < BLOCK_KEYS ? end - from : BLOCK_KEYS;
-        const bf16 *keys = rows_of(task, key_pool, from, there, room->keys);
-        const bf16 *values = rows_of(task, value_pool, from, there, room->values);
-        pair_values(values, round_up(there, TILE_DEPTH), a->dim, room->paired);
+        const bf16 *keys = rows_of(task, key_pool, from, there, work->keys);
+        const bf16 *values = rows_of(task, value_pool, from, there, work->values);
+        pair_values(values, round_up(there, TILE_DEPTH), a->dim, work->paired);
         for (int64_t tile = 0; tile * TILE_ROWS < task->rows; tile++) {
             int64_t last = (tile + 1) * TILE_ROWS < task->rows ? (tile + 1) * TILE_ROWS : task->rows;
             int64_t count = position_of(task, last - 1) + 1 - from;
             if (count <= 0)
                 continue;
             count = round_up(count < there ? count : there, TILE_DEPTH);
-            score(room, tile, keys, count, a->dim);
+            score(work, tile, keys, count, a->dim);
             weigh(task, tile, from, count);
-            add_values(room, tile, count, a->dim);
+            add_values(work, tile, count, a->dim);
         }
     }
     end_task(task);
@@ -272,7 +273,7 @@ static void run_task(const struct task *task) {
 
 struct attending {
     const struct attention *a;
-    struct room *rooms;     /* by thread */
+    struct workspace *workspaces;     /* by thread */
     const int64_t *tasks;   /* (sequences + 1,): tasks of one KV head before each sequence */
     atomic_long next;
 };
@@ -298,7 +299,7 @@ static void attend(void *argument, int thread, int threads) {
         int64_t rows = queries * a->group - first;
         struct task task = {
             .a = a,
-            .room = attending->rooms + thread,
+            .work = attending->workspaces + thread,
             .pages = a->pages + a->page_starts[low],
             .length = a->lengths[low],
             .first_token = a->starts[low],
@@ -315,15 +316,15 @@ static void attend(void *argument, int thread, int threads) {
 static int attention(const struct attention *a) {
     int threads = a->threads < MOST_THREADS ? a->threads : MOST_THREADS;
     int64_t *tasks = quartet_scratch(2, (a->sequences + 1) * (int64_t)sizeof(int64_t));
-    struct room *rooms = quartet_scratch(3, threads * (int64_t)sizeof(struct room));
-    if (!tasks || !rooms)
+    struct workspace *workspaces = quartet_scratch(3, threads * (int64_t)sizeof(struct workspace));
+    if (!tasks || !workspaces)
         return -1;
     tasks[0] = 0;
     for (int64_t i = 0; i < a->sequences; i++) {
         int64_t rows = (a->starts[i + 1] - a->starts[i]) * a->group;
         tasks[i + 1] = tasks[i] + (rows + TASK_TILES * TILE_ROWS - 1) / (TASK_TILES * TILE_ROWS);
     }
-    struct attending attending = {.a = a, .rooms = rooms, .tasks = tasks};
+    struct attending attending = {.a = a, .workspaces = workspaces, .tasks = tasks};
     quartet_run(attend, &attending, threads);
     return 0;
 }

@@ -58,7 +58,9 @@ void *quartet_scratch(int slot, int64_t bytes) {
 }
 
 /* 0, or -1 where there is no memory. */
-int quartet_product(const struct kernels *kernels, const struct product *p) { return p->rows ? kernels->product(p) : 0; }
+int quartet_product(const struct kernels *kernels, const struct product *p) {
+    return p->rows ? kernels->product(p) : 0;
+}
 
 void quartet_rotate(const struct kernels *kernels, const struct rotation *r) { kernels->rotate(r); }
 

@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 
 from quartet.kernels.cpu.native import build
+from quartet.kernels.cpu.native.structures import Attention, Product, Rotation
 
 log = logging.getLogger(__name__)
 
@@ -39,82 +40,6 @@ MOST_DIM = 256  # of an attention head
 PACKED_AT_ONCE = 4 << 20  # bytes
 OUTPUTS = {"bf16": 0, "float": 1, "add": 2, "gated": 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-
-
-class Product(ctypes.Structure):
-    """`struct product` of api.h."""
-
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("x_stride", ctypes.c_int64),
-        ("norm", ctypes.c_void_p),
-        ("epsilon", ctypes.c_float),
-        ("norm_offset", ctypes.c_float),
-        ("packed", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("bias", ctypes.c_void_p),
-        ("output", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("out", ctypes.c_void_p),
-        ("out_stride", ctypes.c_int64),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class Rotation(ctypes.Structure):
-    """`struct rotation` of api.h."""
-
-    _fields_ = (
-        ("qkv", ctypes.c_void_p),
-        ("tokens", ctypes.c_int64),
-        ("qkv_stride", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("rotary_dim", ctypes.c_int64),
-        ("query_norm", ctypes.c_void_p),
-        ("key_norm", ctypes.c_void_p),
-        ("epsilon", ctypes.c_float),
-        ("norm_offset", ctypes.c_float),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("head_stride", ctypes.c_int64),
-        ("q", ctypes.c_void_p),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class Attention(ctypes.Structure):
-    """`struct attention` of api.h."""
-
-    _fields_ = (
-        ("q", ctypes.c_void_p),
-        ("q_stride", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
-        ("out_stride", ctypes.c_int64),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("head_stride", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("page_size", ctypes.c_int64),
-        ("sequences", ctypes.c_int64),
-        ("starts", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("pages", ctypes.c_void_p),
-        ("page_starts", ctypes.c_void_p),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("window", ctypes.c_int64),
-        ("causal", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +83,8 @@ class Library:
         functions.quartet_rotate.restype = None
         functions.quartet_attention.argtypes = (ctypes.c_void_p, ctypes.POINTER(Attention))
 
-    def pack(self, weight: torch.Tensor, breathe: Callable[[], None]) -> torch.Tensor:
-        """weight (n, k) bfloat16 → (n / 16, k / 2, 16, 2), padded. Calls `breathe` after each few megabytes."""
+    def pack(self, weight: torch.Tensor, yield_point: Callable[[], None]) -> torch.Tensor:
+        """weight (n, k) bfloat16 → (n / 16, k / 2, 16, 2), padded. Calls `yield_point` after each few megabytes."""
         check_matrix(weight)
         n, k = weight.shape
         depth = padded(k, BLOCK_DEPTH)
@@ -170,7 +95,7 @@ class Library:
             self.functions.quartet_pack(
                 part.data_ptr(), len(part), k, part.stride(0), to.data_ptr(), torch.get_num_threads()
             )
-            breathe()
+            yield_point()
         return out
 
     def product(

@@ -5,222 +5,23 @@
  * the even and the odd numbers apart. n and k are padded with zeros to multiples of 16 and 32.
  *
  * Few rows: the weight is read once, in order, and reading it is what takes the time. Many rows: blocks of ROW_BLOCK
- * rows, whose numbers stay in the second cache while the weight passes; long k is cut into pieces of DEPTH_BLOCK for the same
- * reason, with the sums kept in memory. Each number of a result is summed in one order whatever the blocks are and
- * however many rows there are: a row has the same bits alone and among others.
+ * rows, which stay in the second cache while the weight passes; long k is cut into pieces of at most DEPTH_BLOCK for
+ * the same reason, with the sums kept in memory. Each number of a result is summed in one order, however many rows
+ * there are: a row has the same bits alone and among others.
  */
 #pragma once
 
 #include "api.h"
 #include "pool.h"
+#include "sums.h"
 #include "vector.h"
 
-#define ROW_BLOCK 256
-#define DEPTH_BLOCK 448
-#define LONG_DEPTH 1536     /* of rows so long that a block of them does not stay in the second cache */
-#define SPLIT_ROWS 64       /* with fewer rows all of k fits */
-#define CHUNK_PANELS 16     /* panels that share a piece of k */
-#define MOST_ROWS 32        /* of a tile of sums */
+#define ROW_BLOCK 512
+#define DEPTH_BLOCK 1024
+#define MANY_ROWS 64   /* with fewer rows all of k fits, and the weight comes as fast as memory gives it */
+#define CHUNK_PANELS 8 /* most panels that a thread takes at once */
+#define MOST_ROWS 32   /* of a tile of sums */
 #define MOST_COLUMNS 64
-#define PREFETCH 4096       /* bytes */
-
-#if defined(__AMX_BF16__)
-#define GRID_ROWS 32
-#define GRID_BLOCKS 2
-#elif defined(__AVX512F__)
-#define GRID_ROWS 8
-#define GRID_BLOCKS 2
-#else
-#define GRID_ROWS 4
-#define GRID_BLOCKS 1
-#endif
-#define FEW_BLOCKS 4 /* blocks of 16 columns that are summed side by side for few rows */
-#if defined(__AMX_BF16__)
-#define FEW_ROWS 2
-#elif defined(__AVX512F__)
-#define FEW_ROWS 4
-#else
-#define FEW_ROWS 1
-#endif
-
-/* Rows as the inner loops read them: bfloat16 where these multiply pairs, else float. */
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-typedef bf16 factor;
-#else
-typedef float factor;
-#endif
-
-/* ---- sums of a few rows and blocks ---- */
-
-#if defined(__AMX_BF16__)
-
-/* As TDPBF16PS adds up, so that a row has the same bits by either way: 16 pairs, even and odd numbers apart, then all. */
-INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, const bf16 *const *weight,
-                         int64_t depth, float *sums, int64_t sums_stride) {
-    vec sum[FEW_ROWS][FEW_BLOCKS];
-#pragma GCC unroll 2
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int block = 0; block < blocks; block++)
-            sum[row][block] = vec_load(sums + row * sums_stride + block * LANES);
-    for (int64_t from = 0; from < depth; from += TILE_DEPTH) {
-        vec even[FEW_ROWS][FEW_BLOCKS], odd[FEW_ROWS][FEW_BLOCKS];
-#pragma GCC unroll 2
-        for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-            for (int block = 0; block < blocks; block++)
-                even[row][block] = odd[row][block] = vec_set(0.0f);
-        for (int64_t k = from; k < from + TILE_DEPTH; k += 2)
-#pragma GCC unroll 4
-            for (int block = 0; block < blocks; block++) {
-                const bf16 *line = weight[block] + k * LANES;
-                _mm_prefetch((const char *)line + PREFETCH, _MM_HINT_T0);
-                vec evens, odds;
-                vec_load_pairs(line, &evens, &odds);
-#pragma GCC unroll 2
-                for (int row = 0; row < rows; row++) {
-                    even[row][block] = vec_fma(vec_set(x[row * stride + k]), evens, even[row][block]);
-                    odd[row][block] = vec_fma(vec_set(x[row * stride + k + 1]), odds, odd[row][block]);
-                }
-            }
-#pragma GCC unroll 2
-        for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-            for (int block = 0; block < blocks; block++)
-                sum[row][block] = vec_add(sum[row][block], vec_add(even[row][block], odd[row][block]));
-    }
-#pragma GCC unroll 2
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int block = 0; block < blocks; block++)
-            vec_store(sums + row * sums_stride + block * LANES, sum[row][block]);
-}
-
-#else
-
-#if defined(__AVX512BF16__)
-INLINE void add_pair(vec *sum, const bf16 *line, const factor *row) {
-    int32_t pair;
-    memcpy(&pair, row, 4);
-    *sum = _mm512_dpbf16_ps(*sum, (__m512bh)_mm512_loadu_si512(line), (__m512bh)_mm512_set1_epi32(pair));
-}
-#endif
-
-/* sums (rows, blocks * 16) += x (rows, depth) @ blocks; `rows` and `blocks` are constants of the caller. */
-INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, const bf16 *const *weight,
-                         int64_t depth, float *sums, int64_t sums_stride) {
-    vec sum[8][FEW_BLOCKS];
-#pragma GCC unroll 8
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int block = 0; block < blocks; block++)
-            sum[row][block] = vec_load(sums + row * sums_stride + block * LANES);
-    for (int64_t k = 0; k < depth; k += 2) {
-#pragma GCC unroll 4
-        for (int block = 0; block < blocks; block++) {
-            const bf16 *line = weight[block] + k * LANES;
-            _mm_prefetch((const char *)line + PREFETCH, _MM_HINT_T0);
-#if defined(__AVX512BF16__)
-#pragma GCC unroll 8
-            for (int row = 0; row < rows; row++)
-                add_pair(&sum[row][block], line, x + row * stride + k);
-#else
-            vec even, odd;
-            vec_load_pairs(line, &even, &odd);
-#pragma GCC unroll 8
-            for (int row = 0; row < rows; row++) {
-                sum[row][block] = vec_fma(vec_set(x[row * stride + k]), even, sum[row][block]);
-                sum[row][block] = vec_fma(vec_set(x[row * stride + k + 1]), odd, sum[row][block]);
-            }
-#endif
-        }
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
-        for (int block = 0; block < blocks; block++)
-            vec_store(sums + row * sums_stride + block * LANES, sum[row][block]);
-}
-
-#endif
-
-#if defined(__AMX_BF16__)
-
-struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-};
-
-/* Tiles 0 to 5 have `rows` rows, 16 at most. */
-INLINE void tiles_begin(int64_t rows) {
-    struct tile_config config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int tile = 0; tile < 8; tile++) {
-        config.bytes[tile] = 64;
-        config.rows[tile] = tile < 6 && rows < 16 ? (uint8_t)rows : 16;
-    }
-    _tile_loadconfig(&config);
-}
-
-INLINE void tiles_end(void) { _tile_release(); }
-
-/* x is packed in tiles (row block, depth / 32, 16, 32): row block b begins at x + b * tile_stride. Tiles 0 to 3 are sums. */
-INLINE void multiply_tiles(int row_tiles, const bf16 *x, int64_t tile_stride, const bf16 *first, const bf16 *second,
-                           int64_t depth, int fresh, float *sums, int64_t sums_stride) {
-    int64_t bytes = sums_stride * 4;
-    float *lower = sums + 16 * sums_stride;
-    if (fresh) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, bytes);
-        _tile_loadd(1, sums + LANES, bytes);
-        if (row_tiles > 1) {
-            _tile_loadd(2, lower, bytes);
-            _tile_loadd(3, lower + LANES, bytes);
-        }
-    }
-    for (int64_t k = 0; k < depth; k += TILE_DEPTH) {
-        if (row_tiles == 1)
-            for (int line = 0; line < 16; line++) {
-                _mm_prefetch((const char *)(first + k * LANES + line * 32) + PREFETCH, _MM_HINT_T0);
-                _mm_prefetch((const char *)(second + k * LANES + line * 32) + PREFETCH, _MM_HINT_T0);
-            }
-        else
-            for (int line = 0; line < 16; line++) {
-                _mm_prefetch((const char *)(x + k * 16 + line * 32) + 1024, _MM_HINT_T0);
-                _mm_prefetch((const char *)(x + tile_stride + k * 16 + line * 32) + 1024, _MM_HINT_T0);
-            }
-        _tile_loadd(6, first + k * LANES, 64);
-        _tile_loadd(4, x + k * 16, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, second + k * LANES, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (row_tiles > 1) {
-            _tile_loadd(5, x + tile_stride + k * 16, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, sums, bytes);
-    _tile_stored(1, sums + LANES, bytes);
-    if (row_tiles > 1) {
-        _tile_stored(2, lower, bytes);
-        _tile_stored(3, lower + LANES, bytes);
-    }
-}
-
-#else
-/* Tiles 0 to 5 have `rows` rows, 16 at most. */
-INLINE void tiles_begin(int64_t rows) { (void)rows; }
-INLINE void tiles_end(void) {}
-#endif
-
-/* ---- how a product is cut up ---- */
 
 struct plan {
     const struct product *p;
@@ -231,6 +32,7 @@ struct plan {
     int64_t columns;      /* blocks of 16 columns in a row of the result (before the gate: in one half) */
     int64_t panels;       /* tiles of sums side by side */
     int64_t padded_rows;  /* of a block of rows */
+    int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
     factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
 };
 
@@ -248,18 +50,24 @@ INLINE const bf16 *block_of(const struct plan *plan, int64_t panel, int place, i
     return plan->p->packed + column * plan->depth * LANES + from * LANES;
 }
 
-INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, int64_t row, int64_t rows, int64_t from,
-                          int64_t depth, float *sums, int64_t stride) {
+/* Some rows of a block through a panel; `next` is the panel after it, in the same piece of k. */
+INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, const bf16 *const *next, int64_t row,
+                          int64_t rows, int64_t from, int64_t depth, float *sums, int64_t stride) {
 #if defined(__AMX_BF16__)
     if (plan->tiled) {
         const bf16 *x = (const bf16 *)plan->x + row * plan->depth + from * 16;
-        if (rows > 16)
-            multiply_tiles(2, x, 16 * plan->depth, weight[0], weight[1], depth, !from, sums, stride);
-        else
-            multiply_tiles(1, x, 0, weight[0], weight[1], depth, !from, sums, stride);
+        if (rows > 16) { /* each grid of rows asks for a share of the next panel's blocks, one after the other */
+            int64_t tiles = plan->padded_rows / GRID_ROWS, tile = row / GRID_ROWS, half = (tiles + 1) / 2;
+            int64_t lines = (16 + half - 1) / half;
+            const bf16 *ahead = next[tile >= half] + tile % half * lines * depth;
+            multiply_tiles(2, x, 16 * plan->depth, weight[0], weight[1], depth, !from, sums, stride, ahead, (int)lines);
+        } else {
+            multiply_tiles(1, x, 0, weight[0], weight[1], depth, !from, sums, stride, 0, 0);
+        }
         return;
     }
 #endif
+    (void)next;
     const factor *x = plan->x + row * plan->depth + from;
     if (plan->blocks == FEW_BLOCKS) {
         switch (rows) {
@@ -408,24 +216,24 @@ INLINE void write_tile(const struct plan *plan, int64_t panel, int64_t first, in
 }
 
 /* All rows of a block through some panels; `kept` has the sums of a piece of k where there are several pieces. */
-INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end, float *kept) {
-    int64_t piece = plan->depth;
-    if (kept)
-        piece = DEPTH_BLOCK;
+INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end,
+                           float *kept) {
     float local[MOST_ROWS * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
     int64_t stride = plan->blocks * LANES;
-    for (int64_t from = 0; from < plan->depth; from += piece) {
-        int64_t depth = plan->depth - from < piece ? plan->depth - from : piece;
+    for (int64_t from = 0; from < plan->depth; from += plan->piece) {
+        int64_t depth = plan->depth - from < plan->piece ? plan->depth - from : plan->piece;
         for (int64_t panel = begin; panel < end; panel++) {
-            const bf16 *weight[FEW_BLOCKS];
-            for (int place = 0; place < plan->blocks; place++)
+            const bf16 *weight[FEW_BLOCKS], *next[FEW_BLOCKS];
+            for (int place = 0; place < plan->blocks; place++) {
                 weight[place] = block_of(plan, panel, place, from);
+                next[place] = block_of(plan, panel + 1, place, from);
+            }
             for (int64_t row = 0; row < rows; row += plan->grid_rows) {
                 float *sums = kept ? kept + ((panel - begin) * plan->padded_rows + row) * stride : local;
                 int64_t some = rows - row < plan->grid_rows ? rows - row : plan->grid_rows;
                 if (!from && !plan->tiled)
                     memset(sums, 0, (size_t)(plan->grid_rows * stride) * 4);
-                multiply_grid(plan, weight, row, some, from, depth, sums, stride);
+                multiply_grid(plan, weight, next, row, some, from, depth, sums, stride);
                 if (from + depth == plan->depth)
                     write_tile(plan, panel, first + row, some, sums, stride);
             }
@@ -467,12 +275,17 @@ static void compute_block(void *argument, int thread, int threads) {
 #endif
 }
 
-static int run_block(const struct plan *plan, int64_t first, int64_t rows) {
+static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
     int threads = plan->p->threads;
-    if (rows > SPLIT_ROWS && plan->depth > DEPTH_BLOCK) {
-        int64_t share = (plan->panels + threads - 1) / threads;
-        block.chunk = plan->depth > LONG_DEPTH ? (share < CHUNK_PANELS ? share : CHUNK_PANELS) : 1;
+    plan->piece = plan->depth;
+    if (rows > MANY_ROWS) {
+        int64_t pieces = (plan->depth + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
+        int64_t turns = (plan->panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS); /* of each thread */
+        block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
+        plan->piece = round_up((plan->depth + pieces - 1) / pieces, TILE_DEPTH);
+    }
+    if (plan->piece < plan->depth) {
         block.kept_size = block.chunk * plan->padded_rows * plan->blocks * LANES;
         block.kept = quartet_scratch(1, threads * block.kept_size * 4);
         if (!block.kept)

@@ -14,4 +14,6 @@ void quartet_run(task run, void *argument, int threads);
 void quartet_barrier(int threads);
 
 /* The next number of a counter that the threads of a task share. */
-static inline long quartet_next(atomic_long *counter) { return atomic_fetch_add_explicit(counter, 1, memory_order_relaxed); }
+static inline long quartet_next(atomic_long *counter) {
+    return atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
+}

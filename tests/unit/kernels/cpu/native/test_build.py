@@ -86,14 +86,14 @@ def test_another_compiler_or_other_sources_give_another_name(tmp_path, monkeypat
     assert build.fingerprint(found) != before
 
 
-def test_without_a_compiler_the_reason_is_told(cache, monkeypatch):
+def test_a_missing_compiler_is_the_reason_of_the_error(cache, monkeypatch):
     monkeypatch.setenv("PATH", str(cache))
     assert not build.is_possible()
     with pytest.raises(build.CannotBuild, match="gcc"), build.built():
         pass
 
 
-def test_what_a_compiler_says_is_passed_on(cache, tmp_path, monkeypatch):
+def test_the_error_quotes_the_compiler(cache, tmp_path, monkeypatch):
     failing = tmp_path / "bin" / "gcc"
     failing.parent.mkdir()
     failing.write_text("#!/bin/sh\necho 'no such instruction' >&2\nexit 1\n")
