@@ -12,6 +12,8 @@ from math import inf
 
 import torch
 
+from quartet.kernels.cpu.native.library import PageTable
+
 Run = tuple[int, int]  # (first page, number of consecutive pages)
 Segment = tuple[int, int]  # (first token slot, number of consecutive tokens)
 
@@ -32,6 +34,7 @@ class Ragged:
     page_size: int
     batch_bytes: int = BATCH_BYTES
     schedules: dict[tuple[object, ...], "Schedule"] = field(default_factory=dict)
+    table: PageTable | None = None  # the same for our own kernel
 
 
 @dataclass(slots=True)

@@ -38,6 +38,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from quartet.kernels.cpu.native import library as native
+
 PACKED_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 PACKED_FOR_ROWS = 64  # the hint to oneDNN that served 1 to 256 rows best
 BLOCK_FEATURES = 16384  # rows of a weight that are packed in one go
@@ -64,7 +66,9 @@ class Linear:
         self.weight = weight
         self.bias = bias
         self.packed: Blocks | None = None
-        packable = weight.device.type == "cpu" and can_pack(weight.dtype)
+        on_cpu = weight.device.type == "cpu"
+        self.is_native = on_cpu and weight.dtype is torch.bfloat16 and native.is_expected()
+        packable = self.is_native or (on_cpu and can_pack(weight.dtype))
         self.packed_dtype = PACKED_DTYPES[weight.dtype] if packable else None
         self.rows_unpacked = 1 if weight.dtype is torch.float16 else 0  # up to so many rows `F.linear` is faster
         self.least_rows = 1  # fewer are computed together with others, of zeros
@@ -72,15 +76,35 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """`gelu`: of each number, on its way out of the product where the weight is packed."""
+        if self.is_native and self.packed is not None:
+            y = x.new_empty(len(x), len(self.weight))
+            self.multiply_native(x, y, "bf16")
+            return F.gelu(y) if gelu else y
         parts = list(self.products(x, gelu))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """The same into `out` (rows, out), which may have another dtype, each part while it is in the cache."""
+        if self.is_native and self.packed is not None and out.dtype is torch.float32:
+            self.multiply_native(x, out, "float")
+            return
         column = 0
         for part in self.products(x):
             out[:, column : column + part.shape[1]] = part
             column += part.shape[1]
+
+    def multiply_native(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        output: str,
+        activation: str = "silu",
+        norm: native.NormWeight | None = None,
+    ) -> None:
+        """The product by our own kernel, see native.Library.product."""
+        kernels = native.library()
+        assert kernels is not None and self.packed is not None
+        kernels.product(x, self.packed[0], len(self.weight), self.bias, out, output, activation, norm)
 
     def products(self, x: torch.Tensor, gelu: bool = False) -> Iterator[torch.Tensor]:
         """The columns of the result, block by block of the weight."""
@@ -118,6 +142,11 @@ class Linear:
 
         `yield_point` is called after each block.
         """
+        if self.is_native:
+            if (kernels := native.library()) is not None:
+                return (kernels.pack(weight, yield_point),)
+            self.is_native = False  # it could not be compiled after all
+            self.packed_dtype = weight.dtype if can_pack(weight.dtype) else None
         return None if self.packed_dtype is None else pack(weight, self.packed_dtype, yield_point)
 
     @property
@@ -128,8 +157,10 @@ class Linear:
     def keep_order(self) -> None:
         """From now on the bits of a row do not depend on the other rows, for all shapes and dtypes; slower.
 
-        Call after the weight was packed and the number of threads was set.
+        Call after the weight was packed and the number of threads was set. Our own kernels keep order always.
         """
+        if self.is_native:
+            return
         _, dtype = self.factors()
         kind = (self.weight.shape[1], dtype, self.packed is not None, torch.get_num_threads())
         ordered = [counts_in_order(height, *kind) for height in self.heights()]
@@ -141,7 +172,7 @@ class Linear:
 
     def adopt(self, packed: Blocks | None) -> None:
         """Use the result of `pack` for the weight's current values."""
-        if packed is not None and self.packed is None:
+        if packed is not None and self.packed is None and not self.is_native:
             self.least_rows = max(
                 least_rows(height, self.weight.shape[1], self.packed_dtype) for height in self.heights()
             )

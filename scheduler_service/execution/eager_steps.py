@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from quartet.kernels.cpu.attention import paged_attention
+from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
+from quartet.kernels.cpu.attention_native import can_attend, paged_attention_native
 from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.device_state import SlotTokens
@@ -27,8 +29,20 @@ class PagedAttend:
     ragged: Ragged
     attention: Attention
 
+    @property
+    def places(self) -> torch.Tensor:
+        """(tokens,) int64: where in the pools the tokens' keys and values go."""
+        return self.placement.slots
+
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache.pools(layer, self.placement)
+
     def __call__(self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.write(spec.layer, self.placement, k, v)
+        return self.attend_written(spec, q)
+
+    def attend_written(self, spec: AttentionSpec, q: torch.Tensor) -> torch.Tensor:
+        """Attend once keys and values of the batch's tokens are written: q and result (tokens, heads, dim)."""
         return self.attention(
             self.ragged,
             q,
@@ -40,6 +54,13 @@ class PagedAttend:
             causal=spec.causal,
             sinks=spec.sinks,
         )
+
+
+def choose_attention(device: torch.device, model: ServedModel, deterministic: bool) -> Attention:
+    """The fastest attention of the model's device; `deterministic`: one whose bits follow from a query's context."""
+    if device.type == "cpu" and all(can_attend(model.dtype, spec.head_dim) for spec in model.attention):
+        return paged_attention_native
+    return paged_attention_by_token if deterministic else paged_attention
 
 
 class EagerSteps(Steps):

@@ -79,12 +79,18 @@ class KVCache:
 
     def write(self, layer: int, placement: Placement, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k and v (tokens, kv_heads, dim) in their places."""
-        for pool, values in ((self.keys[layer], k), (self.values[layer], v)):
-            if placement.begun is not None:
+        for pool, values in zip(self.pools(layer, placement), (k, v), strict=True):
+            pool.index_copy_(1, placement.slots, values.transpose(0, 1))
+
+    def pools(self, layer: int, placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer; pages that the step begins and does not fill are cleared."""
+        pools = self.keys[layer], self.values[layer]
+        if placement.begun is not None:
+            for pool in pools:
                 # What an earlier owner left must not reach anyone: a NaN survives every mask.
                 by_page = pool.view(len(pool), -1, self.page_size * pool.shape[2])
                 by_page.index_fill_(1, placement.begun, 0)
-            pool.index_copy_(1, placement.slots, values.transpose(0, 1))
+        return pools
 
     @property
     def gigabytes(self) -> tuple[float, float]:

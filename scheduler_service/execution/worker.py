@@ -17,8 +17,6 @@ from collections.abc import Callable
 
 import torch
 
-from quartet.kernels.cpu.attention import paged_attention
-from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
 from quartet.kernels.ops import Implementation
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.messages import Facts, Logprobs
@@ -28,7 +26,7 @@ from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.compile_ahead import start_compiling
 from quartet.scheduler_service.execution.device_state import SlotTokens
-from quartet.scheduler_service.execution.eager_steps import EagerSteps
+from quartet.scheduler_service.execution.eager_steps import EagerSteps, choose_attention
 from quartet.scheduler_service.execution.experts import Chosen, expert_shape, make_recorder
 from quartet.scheduler_service.execution.fused_steps import fused_steps_of
 from quartet.scheduler_service.execution.inputs import Inputs, PageRuns
@@ -82,10 +80,10 @@ class Worker:
         stopwatch.mark("model")
         if not info.is_embedding:
             limit_threads(self.device, self.model.hidden_size)
-        attention = paged_attention
-        if is_asked_for(config, self.device):
+        deterministic = is_asked_for(config, self.device)
+        if deterministic:
             keep_order(self.model.weights)  # with as many threads as will compute
-            attention = paged_attention_by_token
+        attention = choose_attention(self.device, self.model, deterministic)
         self.pooler = make_pooler(info.embedding, self.model)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         self.cache = make_kv_cache(

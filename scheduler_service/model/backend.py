@@ -3,8 +3,8 @@
 The decoder (decoder.py) says which operations follow one another, once. A backend decides how they are done and which
 of them share a kernel. It is a value: a model runs on the one it is given, and nothing asks for the device again.
 
-`TorchBackend` runs torch's own operations on any device, with packed weights on a CPU. `FusedBackend` runs the fused
-operations of `kernels/ops.py` on a GPU.
+`TorchBackend` runs torch's own operations on any device, with packed weights on a CPU. `CpuBackend` runs our own
+kernels for bfloat16 on a CPU, and `FusedBackend` the fused operations of `kernels/ops.py` on a GPU.
 """
 
 from typing import Protocol

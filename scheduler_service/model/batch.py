@@ -33,6 +33,20 @@ class Attend(Protocol):
         ...
 
 
+class PagedAttend(Attend, Protocol):
+    """An Attend that also lets a backend write keys and values by itself."""
+
+    places: torch.Tensor  # (tokens,) int64: where in the pools the tokens' keys and values go
+
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, each (kv_heads, pool tokens, dim), ready to be written to at `places`."""
+        ...
+
+    def attend_written(self, spec: AttentionSpec, q: torch.Tensor) -> torch.Tensor:
+        """Attend once keys and values of the batch's tokens are written: q and result (tokens, heads, dim)."""
+        ...
+
+
 class PagedContext(Protocol):
     """The keys and values of a step's sequences, as the fused decoder (fused.py) reads and writes them."""
 

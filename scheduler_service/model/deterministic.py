@@ -67,9 +67,10 @@ def is_asked_for(config: ServerConfig, device: torch.device) -> bool:
 
 def keep_order(weights: Weights) -> None:
     """Have all products of loaded weights keep the order of their sums."""
-    most_rows = []
+    most_rows: list[int] = []
     for linear, *_ in weights.followers:
         assert isinstance(linear, Linear)
         linear.keep_order()
-        most_rows.append(linear.row_counts[-1])
-    log.info("deterministic inference: products of at most %d rows at once", min(most_rows))
+        most_rows += linear.row_counts[-1:]
+    if most_rows:
+        log.info("deterministic inference: products of at most %d rows at once", min(most_rows))

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import torch
 
+from quartet.kernels.cpu.native import library as native
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.host.device import available_gb
+from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
@@ -101,9 +104,16 @@ def load_native(
         tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
     weights = Weights(decoder_layout(spec), dtype, device)
-    model = Decoder(spec, weights, TorchBackend(spec.ropes, dtype, device, is_asked_for(config, device)))
+    model = Decoder(spec, weights, make_backend(spec, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)
     return model
+
+
+def make_backend(spec: DecoderSpec, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Backend:
+    """Our own kernels where this device has some, else torch."""
+    if device.type == "cpu" and dtype is torch.bfloat16 and native.is_expected():
+        return CpuBackend(spec.ropes, deterministic)
+    return TorchBackend(spec.ropes, dtype, device, deterministic)
 
 
 def load_fallback(

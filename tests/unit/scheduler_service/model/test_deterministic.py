@@ -43,7 +43,16 @@ def bits(answer: Answer) -> tuple[Any, ...]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
 def test_an_answer_has_the_same_bits_alone_and_in_any_company(family, dtype, tmp_path):
-    directory = tiny.build(family, tmp_path)
+    assert_same_bits(tiny.build(family, tmp_path), dtype)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_kernels_for_wide_heads_give_the_same_bits_in_any_company(family, tmp_path):
+    assert_same_bits(tiny.build(family, tmp_path, hidden_size=128, head_dim=32), "bfloat16")
+
+
+def assert_same_bits(directory: Path, dtype: str) -> None:
+    """Every prompt alone has the answer that it has in all the other ways."""
     expected = []
     for prompt, params in zip(PROMPTS, PARAMS, strict=True):
         alone = engine(directory, dtype=dtype, disable_radix_cache=True)

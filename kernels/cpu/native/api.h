@@ -1,0 +1,74 @@
+/* What every instruction set offers: the table that dispatch.c chooses one of. See library.py for the callers. */
+#pragma once
+
+#include <stdint.h>
+
+#define TILE_COLUMNS 16 /* columns of a product that lie side by side in a packed weight */
+#define TILE_DEPTH 32   /* k of a packed weight is a multiple of this */
+#define CACHE_LINE 64
+
+enum activation { ACTIVATION_SILU, ACTIVATION_GELU_TANH };
+
+enum output { OUTPUT_BF16, OUTPUT_FLOAT, OUTPUT_ADD, OUTPUT_GATED };
+
+/* out (rows, n) = x (rows, k) @ weight.T + bias, after a root-mean-square norm of x and before an output operation. */
+struct product {
+    const uint16_t *x; /* (rows, k) bfloat16, rows `x_stride` apart */
+    int64_t rows, x_stride;
+    const uint16_t *norm; /* (k,) weight of the norm, or null */
+    float epsilon, norm_offset;
+    const uint16_t *packed; /* (columns / 16, k / 2, 16, 2), see linear.h */
+    int64_t n, k;           /* as the weight has them, without padding */
+    const uint16_t *bias;   /* (n,) or null */
+    int32_t output;         /* enum output; gated: activation(first half of n) * second half, (rows, n / 2) */
+    int32_t activation;     /* enum activation */
+    void *out;              /* rows `out_stride` numbers apart */
+    int64_t out_stride;
+    int32_t threads;
+};
+
+#define MOST_DIM 256 /* of an attention head */
+
+/* Attention of queries (tokens, kv_heads * group, dim) over pools of keys and values (kv_heads, pool tokens, dim). */
+struct attention {
+    const uint16_t *q; /* rows `q_stride` apart */
+    int64_t q_stride;
+    uint16_t *out; /* as q */
+    int64_t out_stride;
+    const uint16_t *keys, *values;
+    int64_t head_stride; /* between the heads of a pool */
+    int64_t kv_heads, group, dim, page_size, sequences;
+    const int64_t *starts;      /* (sequences + 1,): where a sequence's queries begin among the tokens */
+    const int64_t *lengths;     /* (sequences,): its context, which ends with the queries */
+    const int32_t *pages;       /* of all sequences */
+    const int64_t *page_starts; /* (sequences,): where a sequence's begin */
+    float scale, softcap;       /* softcap 0: none */
+    int64_t window;             /* a query at p sees keys in (p - window, p]; 0: all */
+    int32_t causal, threads;
+};
+
+/* Query and key heads normed, if there are weights, and rotated; keys and values go to their places in the pools. */
+struct rotation {
+    const uint16_t *qkv; /* (tokens, heads + 2 * kv_heads, dim), rows `qkv_stride` apart */
+    int64_t tokens, qkv_stride;
+    int64_t heads, kv_heads, dim, rotary_dim;
+    const uint16_t *query_norm, *key_norm; /* (dim,) or null */
+    float epsilon, norm_offset;
+    const uint16_t *cos, *sin; /* (tokens, rotary_dim); the first half of the sines is negated */
+    const int64_t *slots;      /* (tokens,) */
+    uint16_t *keys, *values;   /* pools (kv_heads, pool tokens, dim) */
+    int64_t head_stride;
+    uint16_t *q; /* (tokens, heads, dim) */
+    int32_t threads;
+};
+
+struct kernels {
+    int (*product)(const struct product *);
+    void (*rotate)(const struct rotation *);
+    int (*attention)(const struct attention *); /* null where there is none */
+};
+
+extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;
+
+/* Scratch memory of this thread, aligned to cache lines, kept from call to call; null where there is none. */
+void *quartet_scratch(int slot, int64_t bytes);

@@ -1,0 +1,7 @@
+/* All kernels, compiled for avx512. */
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+
+#include "linear.h"
+#include "rotation.h"
+
+const struct kernels quartet_avx512 = {product, rotate, 0};

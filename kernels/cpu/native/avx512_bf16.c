@@ -1,0 +1,7 @@
+/* All kernels, compiled for avx512_bf16. */
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+
+#include "linear.h"
+#include "rotation.h"
+
+const struct kernels quartet_avx512_bf16 = {product, rotate, 0};

@@ -1,0 +1,94 @@
+"""Compiles the C sources beside this file with the machine's compiler, once: the result is kept in the user's cache.
+
+The compiled file holds the kernels for every instruction set, so its name follows from the sources, the flags and the
+compiler alone. It is renamed into its place as a whole; several processes may do so at once. Where the cache cannot
+be written, or belongs to somebody else, the file is compiled for this process only.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-strict-aliasing")
+COMPILERS = ("gcc", "cc")
+TIMEOUT_S = 120
+
+
+class CannotBuild(Exception):
+    """There is no library, for this reason."""
+
+
+def compiler() -> str | None:
+    """The path of the machine's C compiler."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def is_possible() -> bool:
+    """Whether this kind of machine can have the library at all; looks at nothing that takes time."""
+    return platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64") and compiler() is not None
+
+
+@contextlib.contextmanager
+def built(afresh: bool = False) -> Iterator[Path]:
+    """The compiled library, from the cache where it is there, or compiled `afresh`. Raises CannotBuild.
+
+    A file that is in no cache is gone afterwards; who has loaded it keeps it.
+    """
+    found = compiler()
+    if not is_possible() or found is None:
+        raise CannotBuild("they need Linux on x86-64, and gcc")
+    directory = cache_directory()
+    if directory is not None:
+        path = directory / f"kernels-{fingerprint(found)}.so"
+        yield path if path.is_file() and not afresh else compiled(found, path)
+        return
+    with tempfile.TemporaryDirectory(prefix="quartet-native-") as temporary:
+        yield compiled(found, Path(temporary) / "kernels.so")
+
+
+def fingerprint(found: str) -> str:
+    """What the compiled file depends on, as 20 hexadecimal digits."""
+    digest = hashlib.sha256()
+    program = Path(found).resolve()
+    about = program.stat()
+    digest.update(repr((FLAGS, str(program), about.st_size, about.st_mtime_ns)).encode())
+    for source in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def cache_directory() -> Path | None:
+    """The directory of compiled kernels, made if need be; None where nothing can be kept there safely."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+        directory = Path(base) / "quartet" / "native"
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        about = directory.stat()
+    except (OSError, RuntimeError):  # the latter: there is no home
+        return None
+    is_ours = about.st_uid == os.getuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return directory if is_ours and os.access(directory, os.W_OK) else None
+
+
+def compiled(found: str, path: Path) -> Path:
+    """Compile to `path`. Raises CannotBuild with the compiler's first words."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    command = [found, *FLAGS, "-o", str(part), *map(str, sorted(SOURCES.glob("*.c"))), "-lm"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+        part.replace(path)
+    except subprocess.CalledProcessError as error:
+        raise CannotBuild(f"{found} failed: {error.stderr.strip()[:500]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuild(f"{found} failed: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path

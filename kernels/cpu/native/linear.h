@@ -1,0 +1,327 @@
+/* Products with packed bfloat16 weights, summed in float32.
+ *
+ * A weight (n, k) is packed as (columns / 16, depth / 2, 16, 2): for 16 columns of the result, pairs of numbers that
+ * are neighbours in k, one cache line for each pair. AMX and VDPBF16PS read exactly this; older instruction sets take
+ * the even and the odd numbers apart. n and k are padded with zeros to multiples of 16 and 32.
+ *
+ * Few rows: the weight is read once, in order, and reading it is what takes the time. Many rows: blocks of ROW_BLOCK
+ * rows, which stay in the second cache while the weight passes; long k is cut into pieces of at most DEPTH_BLOCK for
+ * the same reason, with the sums kept in memory. Each number of a result is summed in one order, however many rows
+ * there are: a row has the same bits alone and among others.
+ */
+#pragma once
+
+#include "api.h"
+#include "pool.h"
+#include "sums.h"
+#include "vector.h"
+
+#define ROW_BLOCK 512
+#define DEPTH_BLOCK 1024
+#define MANY_ROWS 64   /* with fewer rows all of k fits, and the weight comes as fast as memory gives it */
+#define CHUNK_PANELS 8 /* most panels that a thread takes at once */
+#define MOST_ROWS 32   /* of a tile of sums */
+#define MOST_COLUMNS 64
+
+struct plan {
+    const struct product *p;
+    int tiled;            /* x is packed in AMX tiles */
+    int grid_rows;        /* rows of a tile of sums */
+    int blocks;           /* blocks of 16 columns of a tile of sums */
+    int64_t depth;        /* k, padded */
+    int64_t columns;      /* blocks of 16 columns in a row of the result (before the gate: in one half) */
+    int64_t panels;       /* tiles of sums side by side */
+    int64_t padded_rows;  /* of a block of rows */
+    int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
+    factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
+};
+
+INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+/* The block of the weight that is number `place` in a panel. Behind the end: the last one, whose sums nobody reads. */
+INLINE const bf16 *block_of(const struct plan *plan, int64_t panel, int place, int64_t from) {
+    int gated = plan->p->output == OUTPUT_GATED;
+    int width = gated ? plan->blocks / 2 : plan->blocks;
+    int64_t column = panel * width + place % width;
+    if (column >= plan->columns)
+        column = plan->columns - 1;
+    if (gated && place >= width)
+        column += plan->columns;
+    return plan->p->packed + column * plan->depth * LANES + from * LANES;
+}
+
+/* Some rows of a block through a panel; `next` is the panel after it, in the same piece of k. */
+INLINE void multiply_grid(const struct plan *plan, const bf16 *const *weight, const bf16 *const *next, int64_t row,
+                          int64_t rows, int64_t from, int64_t depth, float *sums, int64_t stride) {
+#if defined(__AMX_BF16__)
+    if (plan->tiled) {
+        const bf16 *x = (const bf16 *)plan->x + row * plan->depth + from * 16;
+        if (rows > 16) { /* each grid of rows asks for a share of the next panel's blocks, one after the other */
+            int64_t tiles = plan->padded_rows / GRID_ROWS, tile = row / GRID_ROWS, half = (tiles + 1) / 2;
+            int64_t lines = (16 + half - 1) / half;
+            const bf16 *ahead = next[tile >= half] + tile % half * lines * depth;
+            multiply_tiles(2, x, 16 * plan->depth, weight[0], weight[1], depth, !from, sums, stride, ahead, (int)lines);
+        } else {
+            multiply_tiles(1, x, 0, weight[0], weight[1], depth, !from, sums, stride, 0, 0);
+        }
+        return;
+    }
+#endif
+    (void)next;
+    const factor *x = plan->x + row * plan->depth + from;
+    if (plan->blocks == FEW_BLOCKS) {
+        switch (rows) {
+        case 1: multiply_few(1, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
+#if FEW_ROWS > 1
+        case 2: multiply_few(2, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
+#endif
+#if FEW_ROWS > 2
+        case 3: multiply_few(3, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
+        default: multiply_few(4, FEW_BLOCKS, x, plan->depth, weight, depth, sums, stride); return;
+#endif
+        }
+    }
+#if !defined(__AMX_BF16__)
+    for (int place = 0; place < plan->blocks; place += GRID_BLOCKS)
+        multiply_few(GRID_ROWS, GRID_BLOCKS, x, plan->depth, weight + place, depth, sums + place * LANES, stride);
+#endif
+}
+
+/* ---- rows on their way in ---- */
+
+INLINE float row_scale(const bf16 *x, int64_t k, float epsilon) {
+    vec squares = vec_set(0.0f);
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        vec some = vec_load_bf16(x + i);
+        squares = vec_fma(some, some, squares);
+    }
+    float sum = vec_sum(squares);
+    for (; i < k; i++) {
+        float one = from_bf16(x[i]);
+        sum += one * one;
+    }
+    return 1.0f / sqrtf(sum / (float)k + epsilon);
+}
+
+/* 16 numbers of a row, normed, rounded to bfloat16; zeros behind the end. */
+INLINE void load_normed(const struct product *p, const bf16 *row, float scale, int64_t at, bf16 *out) {
+    bf16 numbers[LANES] = {0}, weights[LANES] = {0};
+    const bf16 *x = row + at, *weight = p->norm ? p->norm + at : 0;
+    if (at + LANES > p->k) {
+        int64_t left = at < p->k ? p->k - at : 0;
+        memcpy(numbers, x, (size_t)left * 2);
+        x = numbers;
+        if (weight) {
+            memcpy(weights, weight, (size_t)left * 2);
+            weight = weights;
+        }
+    }
+    if (!weight) {
+        memcpy(out, x, LANES * 2);
+        return;
+    }
+    vec scaled = vec_mul(vec_load_bf16(x), vec_set(scale));
+    vec_store_bf16(out, vec_mul(scaled, vec_add(vec_load_bf16(weight), vec_set(p->norm_offset))));
+}
+
+/* Row `row` of the block: normed, padded with zeros, in the form that the inner loops read. */
+INLINE void prepare_row(const struct plan *plan, int64_t first, int64_t row) {
+    const struct product *p = plan->p;
+    int64_t depth = plan->depth;
+    int there = first + row < p->rows;
+    const bf16 *x = there ? p->x + (first + row) * p->x_stride : 0;
+    float scale = there && p->norm ? row_scale(x, p->k, p->epsilon) : 1.0f;
+    for (int64_t at = 0; at < depth; at += LANES) {
+        bf16 numbers[LANES] = {0};
+        if (there)
+            load_normed(p, x, scale, at, numbers);
+        if (plan->tiled) {
+            bf16 *tile = (bf16 *)plan->x + row / 16 * 16 * depth + at / TILE_DEPTH * 16 * TILE_DEPTH;
+            memcpy(tile + row % 16 * TILE_DEPTH + at % TILE_DEPTH, numbers, sizeof numbers);
+        } else {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+            memcpy(plan->x + row * depth + at, numbers, sizeof numbers);
+#else
+            vec_store(plan->x + row * depth + at, vec_load_bf16(numbers));
+#endif
+        }
+    }
+}
+
+/* ---- sums on their way out ---- */
+
+INLINE vec biased(const struct product *p, const float *sums, int64_t column, int64_t n) {
+    vec y = vec_load(sums);
+    if (!p->bias)
+        return y;
+    bf16 some[LANES] = {0};
+    int64_t left = n - column;
+    memcpy(some, p->bias + column, (size_t)(left < LANES ? left : LANES) * 2);
+    return vec_add(y, vec_load_bf16(some));
+}
+
+/* `count` columns of one row, at most 16. */
+INLINE void write_some(const struct product *p, int64_t row, int64_t column, int64_t count, vec y) {
+    int64_t at = row * p->out_stride + column;
+    if (p->output == OUTPUT_FLOAT) {
+        float numbers[LANES];
+        vec_store(numbers, y);
+        memcpy((float *)p->out + at, numbers, (size_t)count * 4);
+        return;
+    }
+    bf16 *out = (bf16 *)p->out + at, numbers[LANES] = {0};
+    if (p->output == OUTPUT_ADD) {
+        memcpy(numbers, out, (size_t)count * 2);
+        y = vec_add(y, vec_load_bf16(numbers));
+    }
+    vec_store_bf16(numbers, y);
+    memcpy(out, numbers, (size_t)count * 2);
+}
+
+INLINE void write_columns(const struct product *p, int64_t row, int64_t column, int64_t width, vec y) {
+    int64_t at = row * p->out_stride + column;
+    if (width - column < LANES) {
+        write_some(p, row, column, width - column, y);
+    } else if (p->output == OUTPUT_FLOAT) {
+        vec_store((float *)p->out + at, y);
+    } else {
+        bf16 *out = (bf16 *)p->out + at;
+        if (p->output == OUTPUT_ADD)
+            y = vec_add(y, vec_load_bf16(out));
+        vec_store_bf16(out, y);
+    }
+}
+
+INLINE void write_tile(const struct plan *plan, int64_t panel, int64_t first, int64_t rows, const float *sums,
+                       int64_t stride) {
+    const struct product *p = plan->p;
+    int gated = p->output == OUTPUT_GATED;
+    int width = gated ? plan->blocks / 2 : plan->blocks;
+    int64_t half = gated ? p->n / 2 : p->n;
+    for (int64_t row = 0; row < rows; row++)
+        for (int place = 0; place < width; place++) {
+            int64_t column = (panel * width + place) * LANES;
+            if (column >= half)
+                break;
+            const float *own = sums + row * stride + place * LANES;
+            vec y = biased(p, own, column, p->n);
+            if (gated) {
+                vec up = biased(p, own + width * LANES, half + column, p->n);
+                y = p->activation == ACTIVATION_SILU ? vec_silu(y) : vec_gelu_tanh(y);
+                y = vec_mul(y, up);
+            }
+            write_columns(p, first + row, column, half, y);
+        }
+}
+
+/* All rows of a block through some panels; `kept` has the sums of a piece of k where there are several pieces. */
+INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end,
+                           float *kept) {
+    float local[MOST_ROWS * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
+    int64_t stride = plan->blocks * LANES;
+    for (int64_t from = 0; from < plan->depth; from += plan->piece) {
+        int64_t depth = plan->depth - from < plan->piece ? plan->depth - from : plan->piece;
+        for (int64_t panel = begin; panel < end; panel++) {
+            const bf16 *weight[FEW_BLOCKS], *next[FEW_BLOCKS];
+            for (int place = 0; place < plan->blocks; place++) {
+                weight[place] = block_of(plan, panel, place, from);
+                next[place] = block_of(plan, panel + 1, place, from);
+            }
+            for (int64_t row = 0; row < rows; row += plan->grid_rows) {
+                float *sums = kept ? kept + ((panel - begin) * plan->padded_rows + row) * stride : local;
+                int64_t some = rows - row < plan->grid_rows ? rows - row : plan->grid_rows;
+                if (!from && !plan->tiled)
+                    memset(sums, 0, (size_t)(plan->grid_rows * stride) * 4);
+                multiply_grid(plan, weight, next, row, some, from, depth, sums, stride);
+                if (from + depth == plan->depth)
+                    write_tile(plan, panel, first + row, some, sums, stride);
+            }
+        }
+    }
+}
+
+/* One block of rows. */
+struct block {
+    const struct plan *plan;
+    int64_t first, rows;
+    int64_t chunk;     /* panels that a thread takes at once */
+    float *kept;       /* sums between pieces of k, or null */
+    int64_t kept_size; /* of each thread */
+    atomic_long next;
+};
+
+static void compute_block(void *argument, int thread, int threads) {
+    struct block *block = argument;
+    const struct plan *plan = block->plan;
+    int64_t rows = plan->padded_rows;
+#if defined(__AMX_BF16__)
+    unsigned state = _mm_getcsr();
+    _mm_setcsr(state | 0x8040); /* as tiles do: numbers too small to be normal are zeros */
+#endif
+    for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
+        prepare_row(plan, block->first, row);
+    quartet_barrier(threads);
+    tiles_begin(block->rows);
+    float *kept = block->kept ? block->kept + thread * block->kept_size : 0;
+    int64_t begin;
+    while ((begin = quartet_next(&block->next) * block->chunk) < plan->panels) {
+        int64_t end = begin + block->chunk < plan->panels ? begin + block->chunk : plan->panels;
+        compute_panels(plan, block->first, block->rows, begin, end, kept);
+    }
+    tiles_end();
+#if defined(__AMX_BF16__)
+    _mm_setcsr(state);
+#endif
+}
+
+static int run_block(struct plan *plan, int64_t first, int64_t rows) {
+    struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
+    int threads = plan->p->threads;
+    plan->piece = plan->depth;
+    if (rows > MANY_ROWS) {
+        int64_t pieces = (plan->depth + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
+        int64_t turns = (plan->panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS); /* of each thread */
+        block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
+        plan->piece = round_up((plan->depth + pieces - 1) / pieces, TILE_DEPTH);
+    }
+    if (plan->piece < plan->depth) {
+        block.kept_size = block.chunk * plan->padded_rows * plan->blocks * LANES;
+        block.kept = quartet_scratch(1, threads * block.kept_size * 4);
+        if (!block.kept)
+            return -1;
+    }
+    quartet_run(compute_block, &block, threads);
+    return 0;
+}
+
+static int product(const struct product *p) {
+    struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS};
+    int gated = p->output == OUTPUT_GATED;
+#if defined(__AMX_BF16__)
+    plan.tiled = p->rows > FEW_ROWS;
+#endif
+    if (!plan.tiled && p->rows <= FEW_ROWS) {
+        plan.blocks = FEW_BLOCKS;
+        plan.grid_rows = FEW_ROWS;
+    } else if (gated && GRID_BLOCKS == 1) {
+        plan.blocks = 2; /* one of the gate and one of what it is multiplied with */
+    }
+    plan.depth = round_up(p->k, TILE_DEPTH);
+    plan.columns = (gated ? p->n / 2 : p->n) / LANES + ((gated ? p->n / 2 : p->n) % LANES != 0);
+    int width = gated ? plan.blocks / 2 : plan.blocks;
+    plan.panels = (plan.columns + width - 1) / width;
+    int64_t most = p->rows < ROW_BLOCK ? p->rows : ROW_BLOCK;
+    int64_t pad = plan.tiled && most <= 16 ? 16 : plan.grid_rows;
+    plan.x = quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
+    if (!plan.x)
+        return -1;
+    for (int64_t first = 0; first < p->rows; first += ROW_BLOCK) {
+        int64_t rows = p->rows - first < ROW_BLOCK ? p->rows - first : ROW_BLOCK;
+        plan.padded_rows = round_up(rows, pad);
+        int failed = run_block(&plan, first, rows);
+        if (failed)
+            return failed;
+    }
+    return 0;
+}

@@ -1,0 +1,119 @@
+/* A pool of threads for operations that take 20 to 1,000 microseconds and follow one another closely.
+ *
+ * A worker looks for the next operation for some microseconds before it sleeps: waking it takes longer than many an
+ * operation. Between the steps of a server it sleeps. Threads that another caller has taken are not waited for: an
+ * operation then runs on its caller alone.
+ */
+#define _GNU_SOURCE
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <x86intrin.h>
+
+#include "pool.h"
+
+#define LOOK_CYCLES 150000 /* about 50 microseconds */
+#define SPINS_BEFORE_YIELD 2000
+
+static struct {
+    pthread_mutex_t owner;
+    int workers;
+    task run;
+    void *argument;
+    int threads;
+    atomic_int generation; /* of the running operation */
+    atomic_int unfinished; /* workers that have not seen it through */
+    atomic_int sleeping;
+    atomic_int arrived, barriers;
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
+
+static void wait_for_next(int seen) {
+    unsigned long long begin = __rdtsc();
+    while (atomic_load_explicit(&pool.generation, memory_order_acquire) == seen) {
+        if (__rdtsc() - begin < LOOK_CYCLES) {
+            _mm_pause();
+            continue;
+        }
+        atomic_fetch_add(&pool.sleeping, 1);
+        syscall(SYS_futex, &pool.generation, FUTEX_WAIT_PRIVATE, seen, 0, 0, 0);
+        atomic_fetch_sub(&pool.sleeping, 1);
+    }
+}
+
+/* `start`: the number of the worker in the lowest byte, above it the generation that it was hired in. */
+static void *work(void *start) {
+    int thread = (int)((long)start & 0xFF), seen = (int)((long)start >> 8);
+    for (;;) {
+        wait_for_next(seen);
+        seen = atomic_load(&pool.generation);
+        if (thread < pool.threads)
+            pool.run(pool.argument, thread, pool.threads);
+        atomic_fetch_sub_explicit(&pool.unfinished, 1, memory_order_release);
+    }
+    return 0;
+}
+
+/* In a child process there are no workers. */
+static void forget_workers(void) {
+    pool.workers = 0;
+    atomic_store(&pool.unfinished, 0);
+    atomic_store(&pool.sleeping, 0);
+    pthread_mutex_init(&pool.owner, 0);
+}
+
+static void hire(int workers) {
+    static int prepared;
+    if (!prepared)
+        prepared = !pthread_atfork(0, 0, forget_workers);
+    while (pool.workers < workers) {
+        pthread_t thread;
+        long start = (long)atomic_load(&pool.generation) << 8 | (pool.workers + 1);
+        if (pthread_create(&thread, 0, work, (void *)start))
+            return;
+        pthread_detach(thread);
+        pool.workers++;
+    }
+}
+
+static inline void pause_a_little(int *spins) {
+    if (++*spins % SPINS_BEFORE_YIELD)
+        _mm_pause();
+    else
+        sched_yield();
+}
+
+void quartet_barrier(int threads) {
+    if (threads == 1)
+        return;
+    int barrier = atomic_load(&pool.barriers), spins = 0;
+    if (atomic_fetch_add(&pool.arrived, 1) == threads - 1) {
+        atomic_store(&pool.arrived, 0);
+        atomic_fetch_add(&pool.barriers, 1);
+        return;
+    }
+    while (atomic_load_explicit(&pool.barriers, memory_order_acquire) == barrier)
+        pause_a_little(&spins);
+}
+
+void quartet_run(task run, void *argument, int threads) {
+    threads = threads < MOST_THREADS ? threads : MOST_THREADS;
+    if (threads <= 1 || pthread_mutex_trylock(&pool.owner)) {
+        run(argument, 0, 1);
+        return;
+    }
+    hire(threads - 1);
+    pool.run = run;
+    pool.argument = argument;
+    pool.threads = threads = threads <= pool.workers ? threads : pool.workers + 1;
+    atomic_store(&pool.unfinished, pool.workers);
+    atomic_fetch_add(&pool.generation, 1);
+    if (atomic_load(&pool.sleeping))
+        syscall(SYS_futex, &pool.generation, FUTEX_WAKE_PRIVATE, MOST_THREADS, 0, 0, 0);
+    run(argument, 0, threads);
+    int spins = 0;
+    while (atomic_load_explicit(&pool.unfinished, memory_order_acquire))
+        pause_a_little(&spins);
+    pthread_mutex_unlock(&pool.owner);
+}

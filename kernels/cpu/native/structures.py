@@ -1,0 +1,79 @@
+"""The arguments of the compiled kernels: the structures of api.h, field by field."""
+
+import ctypes
+
+
+class Product(ctypes.Structure):
+    """`struct product` of api.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("norm", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("norm_offset", ctypes.c_float),
+        ("packed", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("output", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Rotation(ctypes.Structure):
+    """`struct rotation` of api.h."""
+
+    _fields_ = (
+        ("qkv", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("qkv_stride", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("rotary_dim", ctypes.c_int64),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+        ("norm_offset", ctypes.c_float),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("head_stride", ctypes.c_int64),
+        ("q", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Attention(ctypes.Structure):
+    """`struct attention` of api.h."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("q_stride", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("head_stride", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("page_size", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("pages", ctypes.c_void_p),
+        ("page_starts", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        ("causal", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )

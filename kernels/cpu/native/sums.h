@@ -1,0 +1,202 @@
+/* Sums of a few rows and a few blocks of columns: the inner loops of products (linear.h). */
+#pragma once
+
+#include "api.h"
+#include "vector.h"
+
+#define PREFETCH 4096 /* bytes */
+
+#if defined(__AMX_BF16__)
+#define GRID_ROWS 32
+#define GRID_BLOCKS 2
+#elif defined(__AVX512F__)
+#define GRID_ROWS 8
+#define GRID_BLOCKS 2
+#else
+#define GRID_ROWS 4
+#define GRID_BLOCKS 1
+#endif
+#define FEW_BLOCKS 4 /* blocks of 16 columns that are summed side by side for few rows */
+#if defined(__AMX_BF16__)
+#define FEW_ROWS 2
+#elif defined(__AVX512F__)
+#define FEW_ROWS 4
+#else
+#define FEW_ROWS 1
+#endif
+
+/* Rows as the inner loops read them: bfloat16 where these multiply pairs, else float. */
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+typedef bf16 factor;
+#else
+typedef float factor;
+#endif
+
+#if defined(__AMX_BF16__)
+
+/* As TDPBF16PS adds up (16 pairs, even and odd numbers apart, then all), so that a row has the same bits by both ways. */
+INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, const bf16 *const *weight,
+                         int64_t depth, float *sums, int64_t sums_stride) {
+    vec sum[FEW_ROWS][FEW_BLOCKS];
+#pragma GCC unroll 2
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int block = 0; block < blocks; block++)
+            sum[row][block] = vec_load(sums + row * sums_stride + block * LANES);
+    for (int64_t from = 0; from < depth; from += TILE_DEPTH) {
+        vec even[FEW_ROWS][FEW_BLOCKS], odd[FEW_ROWS][FEW_BLOCKS];
+#pragma GCC unroll 2
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+            for (int block = 0; block < blocks; block++)
+                even[row][block] = odd[row][block] = vec_set(0.0f);
+        for (int64_t k = from; k < from + TILE_DEPTH; k += 2)
+#pragma GCC unroll 4
+            for (int block = 0; block < blocks; block++) {
+                const bf16 *line = weight[block] + k * LANES;
+                _mm_prefetch((const char *)line + PREFETCH, _MM_HINT_T0);
+                vec evens, odds;
+                vec_load_pairs(line, &evens, &odds);
+#pragma GCC unroll 2
+                for (int row = 0; row < rows; row++) {
+                    even[row][block] = vec_fma(vec_set(x[row * stride + k]), evens, even[row][block]);
+                    odd[row][block] = vec_fma(vec_set(x[row * stride + k + 1]), odds, odd[row][block]);
+                }
+            }
+#pragma GCC unroll 2
+        for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+            for (int block = 0; block < blocks; block++)
+                sum[row][block] = vec_add(sum[row][block], vec_add(even[row][block], odd[row][block]));
+    }
+#pragma GCC unroll 2
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int block = 0; block < blocks; block++)
+            vec_store(sums + row * sums_stride + block * LANES, sum[row][block]);
+}
+
+#else
+
+#if defined(__AVX512BF16__)
+INLINE void add_pair(vec *sum, const bf16 *line, const factor *row) {
+    int32_t pair;
+    memcpy(&pair, row, 4);
+    *sum = _mm512_dpbf16_ps(*sum, (__m512bh)_mm512_loadu_si512(line), (__m512bh)_mm512_set1_epi32(pair));
+}
+#endif
+
+/* sums (rows, blocks * 16) += x (rows, depth) @ blocks; `rows` and `blocks` are constants of the caller. */
+INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, const bf16 *const *weight,
+                         int64_t depth, float *sums, int64_t sums_stride) {
+    vec sum[8][FEW_BLOCKS];
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int block = 0; block < blocks; block++)
+            sum[row][block] = vec_load(sums + row * sums_stride + block * LANES);
+    for (int64_t k = 0; k < depth; k += 2) {
+#pragma GCC unroll 4
+        for (int block = 0; block < blocks; block++) {
+            const bf16 *line = weight[block] + k * LANES;
+            _mm_prefetch((const char *)line + PREFETCH, _MM_HINT_T0);
+#if defined(__AVX512BF16__)
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++)
+                add_pair(&sum[row][block], line, x + row * stride + k);
+#else
+            vec even, odd;
+            vec_load_pairs(line, &even, &odd);
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++) {
+                sum[row][block] = vec_fma(vec_set(x[row * stride + k]), even, sum[row][block]);
+                sum[row][block] = vec_fma(vec_set(x[row * stride + k + 1]), odd, sum[row][block]);
+            }
+#endif
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 4
+        for (int block = 0; block < blocks; block++)
+            vec_store(sums + row * sums_stride + block * LANES, sum[row][block]);
+}
+
+#endif
+
+#if defined(__AMX_BF16__)
+
+struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+
+/* Tiles 0 to 5 have `rows` rows, 16 at most. */
+INLINE void tiles_begin(int64_t rows) {
+    struct tile_config config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int tile = 0; tile < 8; tile++) {
+        config.bytes[tile] = 64;
+        config.rows[tile] = tile < 6 && rows < 16 ? (uint8_t)rows : 16;
+    }
+    _tile_loadconfig(&config);
+}
+
+INLINE void tiles_end(void) { _tile_release(); }
+
+/* x is packed in tiles (row block, depth / 32, 16, 32), row blocks `tile_stride` apart. Tiles 0 to 3 are sums.
+ *
+ * Up to 16 rows: each number of the weight is met once, and asked for PREFETCH bytes ahead. More: `ahead` is what the
+ * next panel will read, of which `lines` cache lines are asked for in each step.
+ */
+INLINE void multiply_tiles(int row_tiles, const bf16 *x, int64_t tile_stride, const bf16 *first, const bf16 *second,
+                           int64_t depth, int fresh, float *sums, int64_t sums_stride, const bf16 *ahead, int lines) {
+    int64_t bytes = sums_stride * 4;
+    float *lower = sums + 16 * sums_stride;
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, bytes);
+        _tile_loadd(1, sums + LANES, bytes);
+        if (row_tiles > 1) {
+            _tile_loadd(2, lower, bytes);
+            _tile_loadd(3, lower + LANES, bytes);
+        }
+    }
+    for (int64_t k = 0; k < depth; k += TILE_DEPTH) {
+        if (row_tiles == 1)
+            for (int line = 0; line < 16; line++) {
+                _mm_prefetch((const char *)(first + k * LANES + line * 32) + PREFETCH, _MM_HINT_T0);
+                _mm_prefetch((const char *)(second + k * LANES + line * 32) + PREFETCH, _MM_HINT_T0);
+            }
+        else
+            for (int line = 0; line < lines; line++, ahead += 32)
+                _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        _tile_loadd(6, first + k * LANES, 64);
+        _tile_loadd(4, x + k * 16, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, second + k * LANES, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (row_tiles > 1) {
+            _tile_loadd(5, x + tile_stride + k * 16, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, bytes);
+    _tile_stored(1, sums + LANES, bytes);
+    if (row_tiles > 1) {
+        _tile_stored(2, lower, bytes);
+        _tile_stored(3, lower + LANES, bytes);
+    }
+}
+
+#else
+INLINE void tiles_begin(int64_t rows) { (void)rows; }
+INLINE void tiles_end(void) {}
+#endif
