@@ -48,6 +48,7 @@ class CpuBackend:
         rotation: Rotation,
         context: Attend | PagedContext,
     ) -> torch.Tensor:
+        """As the protocol has it: three calls of our kernels, or torch where one of them cannot do it."""
         spec, kernels = attention.spec, native.library()
         rotates = kernels is not None and kernels.can_rotate(spec.head_dim, rotation[0].shape[-1])
         if not (rotates and attention.qkv.is_native and hasattr(context, "attend_written")):
