@@ -19,6 +19,9 @@ One AVX-512 core takes, for 512 rows of 9728 x 896 (ms):
 
     fp32: whole 51, by 64 rows 54    bf16: 79, 79    bf16 with AMX: whole 7.5, by 32 rows 15, without AMX 79
 
+bfloat16 has kernels of our own (native/), which give a row the same bits in any company and need none of this; the rest
+is for float32, float16 and machines without a compiler.
+
 float16 has no packed form on most CPUs: it is packed as float32, and single rows take `F.linear`.
 
 A weight with very many rows, such as a language-model head, is packed in blocks of them, so that packing new values

@@ -286,7 +286,7 @@ static void attend(void *argument, int thread, int threads) {
     int64_t number, per_task = TASK_TILES * TILE_ROWS;
     tiles_begin(TILE_ROWS);
     while ((number = quartet_next(&attending->next)) < tasks[a->sequences] * a->kv_heads) {
-        int64_t place = tasks[a->sequences] - 1 - number / a->kv_heads; /* the last rows of a prompt see the most keys */
+        int64_t place = tasks[a->sequences] - 1 - number / a->kv_heads; /* last rows see the most keys: first */
         int64_t low = 0, high = a->sequences - 1;
         while (low < high) { /* the last sequence that begins at `place` or before */
             int64_t middle = (low + high + 1) / 2;

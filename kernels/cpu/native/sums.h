@@ -34,7 +34,7 @@ typedef float factor;
 
 #if defined(__AMX_BF16__)
 
-/* As TDPBF16PS adds up (16 pairs, even and odd numbers apart, then all), so that a row has the same bits by both ways. */
+/* As TDPBF16PS adds up (16 pairs, even and odd numbers apart, then all): a row has the same bits by both ways. */
 INLINE void multiply_few(int rows, int blocks, const factor *x, int64_t stride, const bf16 *const *weight,
                          int64_t depth, float *sums, int64_t sums_stride) {
     vec sum[FEW_ROWS][FEW_BLOCKS];
