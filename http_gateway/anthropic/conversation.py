@@ -1,5 +1,6 @@
 """A request of Anthropic's API as the chat completion that it is."""
 
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -48,6 +49,7 @@ def chat_body(body: MessagesBody) -> ChatBody:
     check_budget(body)
     return msgspec.structs.replace(
         conversation(body),
+        rid=f"msg_{uuid.uuid4().hex}",  # the message's id: /abort_request takes it
         max_tokens=body.max_tokens,
         stop=body.stop_sequences or None,
         stream=body.stream,

@@ -42,7 +42,7 @@ class MessageCall:
         self._body = body
         self.chat = ChatCall(gateway, chat_body(body))
         [self._choice] = self.chat.choices
-        self._id = f"msg_{self.chat.id}"
+        self._id = self.chat.id
         omitted = body.thinking is not None and body.thinking.display == "omitted"
         self._blocks = ContentBlocks(self._id, include_thinking=not omitted)
         self._started = False  # the stream

@@ -1,6 +1,7 @@
 """POST /v1/responses: OpenAI's newer API, for text. It is a chat completion under another name; nothing is stored."""
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     include: Any = None
 
 
+PREFIX = "resp_"  # of ids
 REFUSED = ("tools", "previous_response_id", "conversation", "background", "prompt", "include")
 
 
@@ -68,6 +70,7 @@ def chat_body(body: ResponsesBody) -> ChatBody:
     said = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else list(map(message, body.input))
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     return ChatBody(
+        rid=f"{PREFIX}{uuid.uuid4().hex}",  # the response's id: /abort_request takes it
         messages=system + said,
         model=body.model,
         max_completion_tokens=body.max_output_tokens,
@@ -111,7 +114,7 @@ class ResponseAnswer:
         params = self._call.job.requests[0].request.params
         body = self._body
         return {
-            "id": f"resp_{self._call.id}",
+            "id": self._call.id,
             "object": "response",
             "created_at": self._created_at,
             "status": status,
@@ -158,7 +161,7 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
         return stream_group(gateway.ring, http, call.job, stream.events, stream.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)
     message = call.choices[0].whole(0).message
-    output = OutputItems(call.id)
+    output = OutputItems(call.id.removeprefix(PREFIX))
     for kind, text in texts_of(message):
         output.take(kind, text)
     output.end()
@@ -181,7 +184,7 @@ class Stream:
         self._answer = answer
         self._opened = False
         self._numbered = Numbered()
-        self._output = OutputItems(call.id)
+        self._output = OutputItems(call.id.removeprefix(PREFIX))
         self._items = ItemEvents(self._numbered, self._output)
 
     def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:

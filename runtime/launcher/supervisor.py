@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 DRAIN_GRACE_S = 5.0  # beyond the drain time-out, for the gateway to end by itself
 BUDGET_WINDOW_S = 60.0  # `max_restarts` deaths of a service within this time are forgiven
 STANDBY_AFTER_S = 3.0  # once it serves: a start competes with nobody for the cores, nor does its warm-up
+STANDBY_AGAIN_S = 30.0  # after one has died while it waited: perhaps for want of memory
 STANDBY_BYTES = 512 << 20  # must be left for one to stand by: it takes up to 250 MB, and the others grow
 BACK_OFF_S = (0.0, 0.2, 1.0)  # before the first restart within the window, the second, all others
 DUMP_GRACE_S = 1.0  # between the signal that has a hung process write its stacks and the one that kills it
@@ -203,6 +204,14 @@ class Supervisor:
         except OSError as error:
             self.end(ExitStatus.DIED, f"the {service.role} cannot be started again: {error}")
 
+    def look_at_standbys(self) -> None:
+        """Have another process stand by for one that died while it waited."""
+        for role, child in list(self._standbys.items()):
+            if child.exited:
+                child.close()
+                del self._standbys[role]
+                self._standby_due[role] = time.monotonic() + STANDBY_AGAIN_S
+
     def _wants_standby(self, service: Service) -> bool:
         return bool(service.standby and self.config.max_restarts and not self.config.disable_standby)
 
@@ -256,6 +265,8 @@ class Supervisor:
         """Block until a signal, a Ready line, the end of a child, or the time for something."""
         poll = select.poll()
         poll.register(signals, select.POLLIN)
+        for child in self._standbys.values():
+            poll.register(child.pidfd, select.POLLIN)
         for child in self.children.values():
             poll.register(child.pidfd, select.POLLIN)
             if not child.ready and not child.silent:
@@ -287,6 +298,7 @@ class Supervisor:
                 self.look_at_death(child)
             elif child.ready:
                 self.look_at_progress(child)
+        self.look_at_standbys()
         self.spawn_due()
 
     def look_at_progress(self, child: Child) -> None:

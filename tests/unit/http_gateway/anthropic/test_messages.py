@@ -213,6 +213,16 @@ async def test_an_aborted_request_is_an_error(stream: bool) -> None:
         assert "The request was aborted." in answer.text and "api_error" in answer.text
 
 
+@asynchronous
+async def test_the_id_of_a_message_is_that_of_its_request_so_that_it_can_be_aborted() -> None:
+    async with served() as server:
+        call = server.client.start("POST", PATH, {**BODY, "stream": True})
+        [sent] = await server.ring.sent_of(Generate)
+        server.ring.push(step(sent.request.rid, finish=Finish(reason="length")))
+        start, *_ = events_of(await call.answer())
+        assert start.message.id == sent.request.rid and start.message.id.startswith("msg_")
+
+
 # counts
 
 

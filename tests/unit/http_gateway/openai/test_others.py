@@ -29,6 +29,14 @@ async def test_a_response_is_a_turn_in_another_shape() -> None:
 
 
 @asynchronous
+async def test_the_id_of_a_response_is_that_of_its_request_so_that_it_can_be_aborted() -> None:
+    async with served(says("x")) as server:
+        body = (await server.client.post("/v1/responses", {"input": "hi"})).json()
+        assert body["id"] == server.ring.sent[0].request.rid
+        assert body["output"][0]["id"] == f"msg_{body['id'].removeprefix('resp_')}"
+
+
+@asynchronous
 async def test_input_may_be_a_conversation_in_parts() -> None:
     async with served(says("x")) as server:
         said = [

@@ -12,7 +12,7 @@ import pytest
 
 from quartet.runtime.launcher.child import Child, Service, child_environment, usable_cores
 from quartet.runtime.launcher.launch import SERVICES
-from quartet.runtime.launcher.supervisor import BUDGET_WINDOW_S, STANDBY_BYTES, ExitStatus, Supervisor
+from quartet.runtime.launcher.supervisor import BUDGET_WINDOW_S, STANDBY_AGAIN_S, STANDBY_BYTES, ExitStatus, Supervisor
 from quartet.runtime.launcher.watchdog import FROZEN_S, LOOK_EVERY_S
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import Memory
@@ -318,4 +318,19 @@ def test_no_process_stands_by_where_memory_is_short(supervisor, monkeypatch, cap
         supervisor.spawn_due()
         assert started == ([] if left < STANDBY_BYTES else ["scheduler"])
     assert "No scheduler stands by: 512 MB may still be used by a limit." in caplog.text
+    supervisor._standbys.clear()
+
+
+def test_another_process_stands_by_for_one_that_died_while_it_waited(supervisor, dead_child, monkeypatch):
+    supervisor._standbys["scheduler"] = dead_child(SCHEDULER, EXIT_3)
+    now = time.monotonic()
+    supervisor.look_at_standbys()
+    assert not supervisor._standbys
+    assert supervisor._standby_due["scheduler"] == pytest.approx(now + STANDBY_AGAIN_S, abs=1)
+    started = []
+    monkeypatch.setattr("quartet.runtime.launcher.supervisor.start", lambda service, _: started.append(service.role))
+    monkeypatch.setattr("quartet.runtime.launcher.supervisor.look", lambda: Memory(STANDBY_BYTES, 1 << 34, "a limit"))
+    monkeypatch.setattr("time.monotonic", lambda: now + 2 * STANDBY_AGAIN_S)
+    supervisor.spawn_due()
+    assert started == ["scheduler"]
     supervisor._standbys.clear()
