@@ -1,10 +1,9 @@
 """POST /v1/responses: OpenAI's newer API, for text. It is a chat completion under another name; nothing is stored."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
@@ -12,12 +11,19 @@ from quartet.http_gateway.generation.run_group import collect_group, stream_grou
 from quartet.http_gateway.http import errors, sse
 from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable
-from quartet.http_gateway.native.generate_body import asks
-from quartet.http_gateway.openai.answers import ChatMessage, Delta
 from quartet.http_gateway.openai.chat import ChatCall
-from quartet.http_gateway.openai.response_format import ResponseFormat
-from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, ItemEvents, Kind, Numbered, OutputItems
-from quartet.http_gateway.openai.types import ChatBody, Count
+from quartet.http_gateway.openai.response_input import chat_body
+from quartet.http_gateway.openai.response_items import (
+    COMPLETED,
+    FAILED,
+    IN_PROGRESS,
+    INCOMPLETE,
+    ItemEvents,
+    NumberedEvents,
+    OutputItems,
+    last_status,
+)
+from quartet.http_gateway.openai.response_types import ReasoningOptions, ResponsesBody, TextFormat
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
@@ -26,72 +32,7 @@ from quartet.runtime.errors import Kind as ErrorKind
 from quartet.runtime.errors import RequestError
 
 NOT_STORED = "Response '{}' is not here: this server stores no responses."
-PARTS = ("text", "input_text", "output_text")
-FAILED, COMPLETED, INCOMPLETE = "failed", "completed", "incomplete"
-
-
-class TextOptions(msgspec.Struct):
-    format: ResponseFormat | None = None
-
-
-class ResponsesBody(msgspec.Struct, kw_only=True):
-    """POST /v1/responses. `store` is accepted and answered with false."""
-
-    input: str | list[dict[str, Any]]
-    model: str | None = None
-    instructions: str | None = None
-    max_output_tokens: Count | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stream: bool | None = None
-    text: TextOptions | None = None
-    metadata: dict[str, str] | None = None
-    user: str | None = None
-    store: bool | None = None
-    # refused
-    tools: Any = None
-    previous_response_id: Any = None
-    conversation: Any = None
-    background: Any = None
-    prompt: Any = None
-    include: Any = None
-
-
-REFUSED = ("tools", "previous_response_id", "conversation", "background", "prompt", "include")
-
-
-def chat_body(body: ResponsesBody) -> ChatBody:
-    """The chat completion that this request is. Raises RequestError."""
-    for name in REFUSED:
-        if asks(getattr(body, name)):
-            raise RequestError(f"{name} is not supported.", field=name)
-    said = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else list(map(message, body.input))
-    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    return ChatBody(
-        messages=system + said,
-        model=body.model,
-        max_completion_tokens=body.max_output_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        stream=body.stream,
-        response_format=body.text.format if body.text else None,
-    )
-
-
-def message(item: dict[str, Any]) -> dict[str, Any]:
-    """An input item as a chat message."""
-    if item.get("type", "message") != "message":
-        raise RequestError(f"Input items of type {item['type']!r} are not supported: only messages are.", field="input")
-    content = item.get("content")
-    if isinstance(content, list):
-        content = [part_of(part) for part in content]
-    return {"role": item.get("role"), "content": content}
-
-
-def part_of(part: Any) -> dict[str, Any]:
-    if isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    raise RequestError("Content parts must be text: {type: input_text, text}.", field="input")
+STATUSES = {"stop": COMPLETED, "tool_calls": COMPLETED, "length": INCOMPLETE}  # by the reason of a turn's end
 
 
 class ResponseAnswer:
@@ -103,11 +44,10 @@ class ResponseAnswer:
         self._created_at = int(time.time())
 
     def status(self) -> str:
-        reason = self._call.choices[0].finish_reason
-        return {"stop": COMPLETED, "length": INCOMPLETE}.get(reason or "", FAILED)
+        return STATUSES.get(self._call.choices[0].finish_reason or "", FAILED)
 
-    def response(self, status: str, items: Sequence[Item] | None = None) -> dict[str, Any]:
-        """`items`: of an answer that is over."""
+    def response(self, status: str, output: OutputItems | None = None) -> dict[str, Any]:
+        """`output`: of an answer that is over."""
         params = self._call.job.requests[0].request.params
         body = self._body
         return {
@@ -116,22 +56,25 @@ class ResponseAnswer:
             "created_at": self._created_at,
             "status": status,
             "model": body.model or "default",
-            "output": [item.body(status if item is items[-1] else COMPLETED) for item in items] if items else [],
-            "usage": None if items is None else self._usage(),
+            "output": [] if output is None else output.bodies(status),
+            "usage": None if output is None else self._usage(),
             "error": {"code": "server_error", "message": "aborted"} if status == FAILED else None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == INCOMPLETE else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "parallel_tool_calls": False,
+            "max_tool_calls": body.max_tool_calls,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
+            "reasoning": body.reasoning or ReasoningOptions(),
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}} if body.text is None else body.text,
-            "tool_choice": "none",
-            "tools": [],
+            "text": {"format": (body.text and body.text.format) or TextFormat("text")},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
             "top_p": params.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation or "disabled",
+            "background": False,
             "user": body.user,
         }
 
@@ -139,7 +82,10 @@ class ResponseAnswer:
         used = self._call.usage()
         return {
             "input_tokens": used.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": self._call.choices[0].state.cached_tokens},
+            "input_tokens_details": {
+                "cached_tokens": self._call.choices[0].state.cached_tokens,
+                "cache_write_tokens": 0,
+            },
             "output_tokens": used.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
             "total_tokens": used.total_tokens,
@@ -157,20 +103,11 @@ async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStre
         stream = Stream(call, answer)
         return stream_group(gateway.ring, http, call.job, stream.events, stream.last_events, sse.OPENAI)
     await collect_group(gateway.ring, http, call.job, call.take)
-    message = call.choices[0].whole(0).message
     output = OutputItems(call.id)
-    for kind, text in texts_of(message):
-        output.take(kind, text)
+    for choice in call.choices[0].next_chunks(0):
+        output.take(choice.delta)
     output.end()
-    return errors.json_response(answer.response(answer.status(), output.items))
-
-
-def texts_of(part: ChatMessage | Delta) -> Iterator[tuple[Kind, str]]:
-    """The texts of a message, or of what is new of one."""
-    if part.reasoning_content:
-        yield "reasoning", part.reasoning_content
-    if part.content:
-        yield "message", part.content
+    return errors.json_response(answer.response(answer.status(), output))
 
 
 class Stream:
@@ -180,7 +117,7 @@ class Stream:
         self._call = call
         self._answer = answer
         self._opened = False
-        self._numbered = Numbered()
+        self._numbered = NumberedEvents()
         self._output = OutputItems(call.id)
         self._items = ItemEvents(self._numbered, self._output)
 
@@ -193,17 +130,16 @@ class Stream:
             yield self._numbered.event("response.in_progress", response=response)
         for chunk in self._call.chunks(deltas):
             for choice in chunk.choices:
-                for kind, text in texts_of(choice.delta):
-                    self._output.take(kind, text)
+                self._output.take(choice.delta)
         yield from self._items.new_events()
 
     def last_events(self) -> Iterator[Event]:
         """The end of the open item and of the response."""
         self._output.end()
         status = self._answer.status()
-        response = self._answer.response(status, self._output.items)
+        response = self._answer.response(status, self._output)
         yield from self._items.new_events()
-        yield from self._items.close(status)
+        yield from self._items.close(last_status(status))
         yield self._numbered.event(f"response.{status}", response=response)
 
 
