@@ -1,6 +1,6 @@
 """A request of /v1/responses as the chat completion that it is: its items become messages, its tools functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,8 +29,8 @@ INCLUDABLE = (
 )
 
 
-def chat_body(body: ResponsesBody) -> ChatBody:
-    """The chat completion that a request asks for. Raises RequestError."""
+def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> ChatBody:
+    """The chat completion that a request asks for. `earlier`: items of the conversation so far. Raises RequestError."""
     for name in REFUSED:
         if asks(getattr(body, name)):
             field = "prompt.id" if name == "prompt" else name  # the ring calls the input so
@@ -41,7 +41,7 @@ def chat_body(body: ResponsesBody) -> ChatBody:
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     tools, choice = tools_of(body)
     return ChatBody(
-        messages=system + messages_of(items_of(body.input)),
+        messages=system + messages_of(items_of(body.input), earlier),
         model=body.model,
         max_completion_tokens=body.max_output_tokens,
         temperature=body.temperature,
@@ -146,9 +146,11 @@ READERS: dict[str, Callable[[Conversation, Item, str], None]] = {
 }
 
 
-def messages_of(items: list[dict[str, Any]]) -> list[ChatMessage]:
+def messages_of(items: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any]] = ()) -> list[ChatMessage]:
     """The messages of a chat completion. Raises RequestError for an item that is not supported."""
     conversation = Conversation()
+    for item in earlier:
+        conversation.take(item, "previous_response_id")
     for index, item in enumerate(items):
         conversation.take(item, f"input[{index}]")
     for message in conversation.messages:

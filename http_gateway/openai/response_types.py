@@ -47,12 +47,12 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
-    store: bool | None = None
+    store: bool | None = None  # for later requests; as long as nobody says no
+    previous_response_id: str | None = None  # of a stored response, whose conversation goes on
     # refused
-    previous_response_id: Any = None
     conversation: Any = None
     background: Any = None
     prompt: Any = None
 
 
-REFUSED = ("previous_response_id", "conversation", "background", "prompt")
+REFUSED = ("conversation", "background", "prompt")

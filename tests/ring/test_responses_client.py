@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -9,7 +10,7 @@ import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall
 from pydantic import BaseModel
 
-from tests.servers import Server
+from tests.servers import Server, launched
 
 WAIT_S = 60
 QUESTION = "What is the capital of France?"
@@ -88,6 +89,66 @@ def test_the_result_of_a_call_is_sent_back(client: openai.OpenAI) -> None:
 def test_tools_that_need_not_be_called(client: openai.OpenAI) -> None:
     for choice in ("auto", "none"):
         assert ask(client, tools=[WEATHER], tool_choice=choice).output[0].type == "message"
+
+
+# conversations that are kept
+
+
+def test_a_conversation_goes_on_from_a_stored_response(client: openai.OpenAI) -> None:
+    first = ask(client, "Tell me a story.", max_output_tokens=20)
+    with client.responses.stream(model="demo", input=QUESTION, temperature=0, previous_response_id=first.id) as stream:
+        second = stream.get_final_response()
+    turns: Any = [
+        {"role": "user", "content": "Tell me a story."},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": QUESTION},
+    ]
+    whole = ask(client, turns, store=False)
+    assert second.output_text == whole.output_text and second.previous_response_id == first.id
+    assert second.usage and whole.usage and first.usage
+    assert second.usage.input_tokens == whole.usage.input_tokens
+    assert second.usage.input_tokens_details.cached_tokens > first.usage.input_tokens
+    kept = client.responses.retrieve(second.id)
+    assert (kept.output_text, kept.usage, kept.status) == (second.output_text, second.usage, "completed")
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(whole.id)
+
+
+def test_the_loop_of_a_tool_goes_on_from_stored_responses(client: openai.OpenAI) -> None:
+    call = ask(client, "How is the weather?", tools=[WEATHER], tool_choice=NAMED)
+    output: Any = {"type": "function_call_output", "call_id": call_of(call).call_id, "output": "rain"}
+    answer = ask(client, [output], previous_response_id=call.id, tools=[WEATHER])
+    assert answer.status == "completed" and answer.output_text
+    [listed] = client.responses.input_items.list(answer.id)
+    assert listed.type == "function_call_output" and listed.output == "rain"
+
+
+def test_a_deleted_response_is_gone(client: openai.OpenAI) -> None:
+    response = ask(client)
+    with pytest.raises(openai.BadRequestError, match="cancelled"):
+        client.responses.cancel(response.id)
+    client.responses.delete(response.id)
+    for call in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
+        with pytest.raises(openai.NotFoundError):
+            call(response.id)
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, previous_response_id=response.id)
+    assert error.value.code == "previous_response_not_found"
+
+
+def test_a_store_with_a_path_of_its_own_outlasts_the_server(tmp_path: Path) -> None:
+    flags = ("--responses-store", str(tmp_path / "responses.sqlite"))
+    with launched(*flags) as server:
+        response = ask(client_of(server))
+    with launched(*flags) as server:
+        client = client_of(server)
+        assert client.responses.retrieve(response.id) == response
+        assert ask(client, "b", previous_response_id=response.id).previous_response_id == response.id
+
+
+def test_a_store_that_cannot_be_opened_is_named_at_start(tmp_path: Path) -> None:
+    with launched("--responses-store", str(tmp_path / "no" / "file"), ready=False) as server:
+        server.wait_for("--responses-store")
 
 
 # texts

@@ -66,7 +66,7 @@ async def test_a_response_is_a_turn_in_another_shape() -> None:
         [item] = body["output"]
         assert item["content"][0]["text"] == "Paris." and item["role"] == "assistant"
         assert body["usage"]["input_tokens"] == 3 and body["usage"]["output_tokens"] == 2
-        assert body["store"] is False
+        assert body["store"] is True
         chat = server.ring.sent[0].chat
         assert [message["role"] for message in chat.messages] == ["system", "user"]
 
@@ -329,7 +329,23 @@ async def test_what_a_response_cannot_do_is_refused(body: dict[str, Any], param:
 
 
 @asynchronous
-async def test_no_response_is_stored() -> None:
+async def test_a_stream_that_fails_ends_with_a_failed_response() -> None:
     async with served() as server:
-        assert (await server.client.get("/v1/responses/resp_1")).status == 404
-        assert (await server.client.post("/v1/responses/resp_1/cancel")).status == 404
+        call = server.client.start("POST", PATH, {"input": "hi", "stream": True})
+        [generate] = await server.ring.sent_of(Generate)
+        server.ring.push(step(generate.request.rid, [1], "Par", prompt_tokens=3))
+        await call.chunk()
+        server.ring.push(step(generate.request.rid, finish=Finish(reason="error", message="no memory", status=500)))
+        lines = [line for line in (await call.answer()).text.split("\n") if line.startswith("data: ")]
+        last = STREAM_EVENT.validate_json(lines[-1].removeprefix("data: "))
+        assert (last.type, last.sequence_number, last.response.error.message) == ("response.failed", 5, "no memory")
+        assert (last.response.status, last.response.store) == ("failed", False)
+
+
+@asynchronous
+async def test_a_response_that_was_aborted_has_failed() -> None:
+    async with served(says("Par", finish=Finish(reason="abort", message="x"))) as server:
+        body = await ask(server)
+        assert (body["status"], body["error"]["code"]) == ("failed", "server_error")
+        assert body["output"][0]["status"] == "incomplete"
+        assert names_of(await events_of(server))[-1] == "failed"
