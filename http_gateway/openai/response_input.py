@@ -1,6 +1,7 @@
 """A request of /v1/responses as the chat completion that it is: its items become messages, its tools functions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ Item = Mapping[str, Any]
 ChatMessage = dict[str, Any]
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-NO_TEXT_PART = "Content parts must be text: {type: input_text, text}."
+NO_TEXT_PART = "{}: content parts must be text: {{type: input_text, text}}."
 # Values of `include` that ask for nothing more than every answer has: no thought is encrypted, and no hosted tool runs.
 INCLUDABLE = (
     "reasoning.encrypted_content",
@@ -33,8 +34,8 @@ def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> Ch
     """The chat completion that a request asks for. `earlier`: items of the conversation so far. Raises RequestError."""
     for name in REFUSED:
         if asks(getattr(body, name)):
-            field = "prompt.id" if name == "prompt" else name  # the ring calls the input so
-            raise RequestError(f"{name} is not supported.", field=field)
+            blamed = "prompt.id" if name == "prompt" else name  # the ring calls the input so
+            raise RequestError(f"{name} is not supported.", field=blamed)
     check_include(body.include or ())
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
         raise RequestError(f"max_tool_calls must be at least 1, got {body.max_tool_calls}.", field="max_tool_calls")
@@ -70,13 +71,38 @@ def items_of(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return given
 
 
+@dataclass
+class ModelTurn:
+    """A turn of the model: its items so far. They are joined once, when the conversation is read."""
+
+    contents: list[Any] = field(default_factory=list)  # of its messages
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def message(self) -> ChatMessage:
+        """The turn as one message."""
+        if all(isinstance(content, str) for content in self.contents):
+            content: Any = "".join(self.contents) if self.contents or not self.calls else None
+        else:
+            content = [part for content in self.contents for part in parts_of(content)]
+        message: ChatMessage = {"role": "assistant", "content": content}
+        if self.thoughts:
+            message["reasoning_content"] = "\n".join(self.thoughts)
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return message
+
+
 class Conversation:
     """Collects items as chat messages. A turn of the model is one message, whatever items it was."""
 
     def __init__(self) -> None:
-        self.messages: list[ChatMessage] = []
-        self._turn: ChatMessage | None = None  # the last message, where it is a turn of the model
+        self._turns: list[ChatMessage | ModelTurn] = []
         self._called: set[str] = set()  # ids of the calls so far
+
+    def messages(self) -> list[ChatMessage]:
+        """The messages so far."""
+        return [turn.message() if isinstance(turn, ModelTurn) else turn for turn in self._turns]
 
     def take(self, item: Item, where: str) -> None:
         """Add an item, whose path is `where`. Raises RequestError."""
@@ -88,31 +114,34 @@ class Conversation:
             )
         READERS[kind](self, item, where)
 
-    def message(self, item: Item, where: str) -> None:
-        """A message. The model's own belongs to its turn, before or behind the calls."""
-        content = content_of(item.get("content"))
+    def add_message(self, item: Item, where: str) -> None:
+        """A message. The model's own belongs to its turn, behind a thought or beside calls."""
+        content = content_of(item.get("content"), where)
         if item.get("role") != "assistant":
-            self._add({"role": item.get("role"), "content": content})
+            self._turns.append({"role": item.get("role"), "content": content})
             return
-        turn = self._open_turn(lambda turn: "tool_calls" in turn or turn["content"] is None)
-        turn["content"] = content if turn["content"] is None else joined(turn["content"], content)
+        turn = self._last_turn()
+        if turn is None or (turn.contents and not turn.calls):
+            turn = self._new_turn()
+        turn.contents.append("" if content is None else content)
 
-    def thought(self, item: Item, where: str) -> None:
+    def add_thought(self, item: Item, where: str) -> None:
         """A thought begins a turn. One that is encrypted only is dropped."""
-        text = thought_text(item, where)
-        if text:
-            turn = self._open_turn(lambda turn: turn["content"] is None and "tool_calls" not in turn)
-            turn["reasoning_content"] = "\n".join(filter(None, (turn.get("reasoning_content"), text)))
+        if not (text := thought_text(item, where)):
+            return
+        turn = self._last_turn()
+        if turn is None or turn.contents or turn.calls:
+            turn = self._new_turn()
+        turn.thoughts.append(text)
 
-    def call(self, item: Item, where: str) -> None:
+    def add_call(self, item: Item, where: str) -> None:
         """A call of a function: it belongs to the model's turn."""
         call_id, name, arguments = (text_field(item, key, where) for key in ("call_id", "name", "arguments"))
         self._called.add(call_id)
-        turn = self._open_turn(lambda turn: True)
-        function = {"name": name, "arguments": arguments}
-        turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
+        turn = self._last_turn() or self._new_turn()
+        turn.calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
 
-    def result(self, item: Item, where: str) -> None:
+    def add_output(self, item: Item, where: str) -> None:
         """The output of a call that came before."""
         call_id = text_field(item, "call_id", where)
         if call_id not in self._called:
@@ -122,27 +151,25 @@ class Conversation:
         output = item.get("output")
         if not isinstance(output, str | list):
             raise RequestError(f"{where}: output must be a string or a list of text parts.", field="input")
-        text = output if isinstance(output, str) else "\n".join(part_of(part)["text"] for part in output)
-        self._add({"role": "tool", "tool_call_id": call_id, "content": text})
+        text = output if isinstance(output, str) else "\n".join(part_of(part, where)["text"] for part in output)
+        self._turns.append({"role": "tool", "tool_call_id": call_id, "content": text})
 
-    def _open_turn(self, goes_on: Callable[[ChatMessage], bool]) -> ChatMessage:
-        """The turn that an item of the model belongs to: the last message, where it `goes_on`, or a new one."""
-        if self._turn is None or not goes_on(self._turn):
-            turn: ChatMessage = {"role": "assistant", "content": None}
-            self._add(turn)
-            self._turn = turn
-        return self._turn
+    def _last_turn(self) -> ModelTurn | None:
+        """The last message, where it is a turn of the model."""
+        last = self._turns[-1] if self._turns else None
+        return last if isinstance(last, ModelTurn) else None
 
-    def _add(self, message: ChatMessage) -> None:
-        self.messages.append(message)
-        self._turn = None
+    def _new_turn(self) -> ModelTurn:
+        turn = ModelTurn()
+        self._turns.append(turn)
+        return turn
 
 
 READERS: dict[str, Callable[[Conversation, Item, str], None]] = {
-    "message": Conversation.message,
-    "reasoning": Conversation.thought,
-    "function_call": Conversation.call,
-    "function_call_output": Conversation.result,
+    "message": Conversation.add_message,
+    "reasoning": Conversation.add_thought,
+    "function_call": Conversation.add_call,
+    "function_call_output": Conversation.add_output,
 }
 
 
@@ -153,29 +180,19 @@ def messages_of(items: Sequence[dict[str, Any]], earlier: Sequence[dict[str, Any
         conversation.take(item, "previous_response_id")
     for index, item in enumerate(items):
         conversation.take(item, f"input[{index}]")
-    for message in conversation.messages:
-        if message["role"] == "assistant" and message["content"] is None and "tool_calls" not in message:
-            message["content"] = ""  # a thought without an answer
-    return conversation.messages
+    return conversation.messages()
 
 
-def content_of(content: Any) -> Any:
+def content_of(content: Any, where: str) -> Any:
     """The content of a message; what is neither a text nor a list is refused by the chat completion."""
-    return [part_of(part) for part in content] if isinstance(content, list) else content
+    return [part_of(part, where) for part in content] if isinstance(content, list) else content
 
 
-def part_of(part: Any) -> dict[str, Any]:
+def part_of(part: Any, where: str) -> dict[str, Any]:
     """A part of a message as chat completions have it."""
     if isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    raise RequestError(NO_TEXT_PART, field="input")
-
-
-def joined(first: Any, second: Any) -> Any:
-    """The contents of two messages that are one turn."""
-    if isinstance(first, str) and isinstance(second, str):
-        return first + second
-    return [*parts_of(first), *parts_of(second)]
+    raise RequestError(NO_TEXT_PART.format(where), field="input")
 
 
 def parts_of(content: Any) -> list[dict[str, Any]]:

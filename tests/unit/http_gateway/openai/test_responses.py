@@ -7,6 +7,7 @@ import pytest
 from openai.types import responses as sdk
 from pydantic import TypeAdapter
 
+from quartet.http_gateway.openai.response_input import ModelTurn, messages_of
 from quartet.runtime.messages import Chat, Finish, Generate
 from tests.unit.http_gateway.harness import Served, asynchronous, served, step
 from tests.unit.http_gateway.openai_scripts import says
@@ -257,6 +258,43 @@ async def test_the_items_of_one_turn_become_one_message() -> None:
             {"role": "tool", "tool_call_id": "b", "content": "done"},
             {"role": "assistant", "content": "It is sunny.", "reasoning_content": "short"},
         ]
+
+
+@asynchronous
+async def test_texts_around_a_call_are_one_turn_and_other_turns_are_not() -> None:
+    async with served(says("x")) as server:
+        items = [
+            {"role": "assistant", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"type": "function_call", "call_id": "1", "name": "other", "arguments": "{}"},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "c"}]},
+            {"type": "reasoning", "summary": [], "encrypted_content": "?"},
+            {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "plan"}]},
+        ]
+        await ask(server, input=items)
+        first, second, third = chat_of(server).messages
+        assert first == {"role": "assistant", "content": "a"}
+        assert second["content"] == [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
+        assert len(second["tool_calls"]) == 1
+        assert third == {"role": "assistant", "content": "", "reasoning_content": "plan"}
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"role": "assistant", "content": "abcd"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "a"}] * 2},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "abcd"}]},
+        {"type": "function_call", "call_id": "1", "name": "other", "arguments": "{}"},
+    ],
+)
+def test_a_turn_of_many_items_is_joined_once(item: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = []
+    message = ModelTurn.message
+    monkeypatch.setattr(ModelTurn, "message", lambda turn: joined.append(turn) or message(turn))
+    call = {"type": "function_call", "call_id": "0", "name": "other", "arguments": "{}"}
+    first = [] if item.get("type") == "reasoning" else [call]
+    assert len(messages_of(first + [item] * 500)) == len(joined) == 1
 
 
 @asynchronous
