@@ -135,6 +135,20 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_weight_body_size: Annotated[
         Positive, flag("the same for /update_weights_from_tensor, whose body holds weights", HTTP)
     ] = 2 << 30
+    responses_store: Annotated[
+        str | None,
+        flag(
+            "file (SQLite) that keeps what /v1/responses has answered, for previous_response_id; a path of its own "
+            "outlasts the server (default: in the run directory)",
+            HTTP,
+        ),
+    ] = None
+    responses_store_size: Annotated[
+        Natural, flag("bytes of responses that are kept; what was not used for longest goes first; 0: none", HTTP)
+    ] = 64 << 20
+    responses_store_age: Annotated[Seconds, flag("seconds that a response is kept after its last use", HTTP)] = (
+        30.0 * 86400
+    )
     drain_timeout: Annotated[Seconds, flag("seconds that running requests get after SIGTERM", HTTP)] = 30.0
     stream_interval: Annotated[Positive, flag("tokens between two streamed chunks", HTTP)] = 1
     incremental_streaming_output: Annotated[

@@ -8,7 +8,7 @@ open_group       the step below: sends requests, and aborts those that still run
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 from starlette.requests import Request as HTTPRequest
@@ -24,6 +24,10 @@ from quartet.runtime.messages import Generate, Text
 
 def no_events() -> Iterable[Event]:
     return ()
+
+
+async def nothing() -> None:
+    pass
 
 
 async def collect_group(ring: RingClient, http: HTTPRequest, job: Job, take: Callable[[int, Text], None]) -> None:
@@ -55,14 +59,19 @@ def stream_group(
     events_of: Callable[[list[RequestDelta]], Iterable[Event]],
     last_events: Callable[[], Iterable[Event]] = no_events,
     form: StreamFormat = sse.NATIVE,
+    at_end: Callable[[], Awaitable[None]] = nothing,
 ) -> EventStream:
-    """The response that streams a job: the events of each step, then `last_events`. An empty step sends nothing."""
+    """The response that streams a job: the events of each step, then `last_events`. An empty step sends nothing.
+
+    `at_end` is awaited before `last_events`.
+    """
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         async with aclosing(run_group(ring, http, job)) as steps:
             async for deltas in steps:
                 if chunk := frames(events_of(deltas)):
                     yield chunk
+        await at_end()
         if chunk := frames(last_events()):
             yield chunk
 

@@ -1,4 +1,4 @@
-"""The items of a response, as /v1/responses has them: the thought, where there is one, and the message."""
+"""The items of a response, as /v1/responses has them: thoughts, messages and calls of functions, in their order."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,20 +7,27 @@ from typing import Any, Literal
 import msgspec
 
 from quartet.http_gateway.http.sse import Event
+from quartet.http_gateway.openai.answers import Delta, ToolCall
 
-Kind = Literal["reasoning", "message"]
-IN_PROGRESS = "in_progress"
-PREFIXES: dict[Kind, str] = {"reasoning": "rs", "message": "msg"}
-TEXT_KINDS: dict[Kind, str] = {"reasoning": "reasoning_text", "message": "output_text"}
+Kind = Literal["reasoning", "message", "function_call"]
+IN_PROGRESS, COMPLETED, INCOMPLETE, FAILED = "in_progress", "completed", "incomplete", "failed"
+PREFIXES: dict[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
+TEXT_KINDS: dict[Kind, str] = {
+    "reasoning": "reasoning_text",
+    "message": "output_text",
+    "function_call": "function_call_arguments",
+}
 
 
 @dataclass
-class Item:
-    """One item on its way."""
+class OutputItem:
+    """One item, as far as it has come: a text, or a call, whose text is its arguments."""
 
     kind: Kind
     id: str
     place: int  # in the output
+    call_id: str = ""
+    name: str = ""  # of the function
     pieces: list[str] = field(default_factory=list)
 
     @property
@@ -33,7 +40,8 @@ class Item:
 
     def where(self) -> dict[str, Any]:
         """Where an event's text belongs."""
-        return {"item_id": self.id, "output_index": self.place, "content_index": 0}
+        where: dict[str, Any] = {"item_id": self.id, "output_index": self.place}
+        return where if self.kind == "function_call" else {**where, "content_index": 0}
 
     def more(self) -> dict[str, Any]:
         """What events and parts of a message have besides their text."""
@@ -45,9 +53,15 @@ class Item:
 
     def body(self, status: str) -> dict[str, Any]:
         """The item as the output lists it; without content while it is in progress."""
-        own: dict[str, Any] = {"role": "assistant"} if self.kind == "message" else {"summary": []}
-        content = [] if status == IN_PROGRESS else [self.part(self.text)]
-        return {"id": self.id, "type": self.kind, **own, "status": status, "content": content}
+        head = {"id": self.id, "type": self.kind, "status": status}
+        begun = status == IN_PROGRESS
+        match self.kind:
+            case "function_call":
+                return {**head, "call_id": self.call_id, "name": self.name, "arguments": "" if begun else self.text}
+            case "message":
+                return {**head, "role": "assistant", "content": [] if begun else [self.part(self.text)]}
+            case "reasoning":
+                return {**head, "summary": [], "content": [] if begun else [self.part(self.text)]}
 
 
 class OutputItems:
@@ -55,27 +69,57 @@ class OutputItems:
 
     def __init__(self, call_id: str) -> None:
         self._call_id = call_id
-        self.items: list[Item] = []
+        self.items: list[OutputItem] = []
 
-    def take(self, kind: Kind, text: str) -> None:
-        """More text; it opens an item where the last one is of another kind."""
-        if not self.items or self.items[-1].kind != kind:
-            self.items.append(Item(kind, f"{PREFIXES[kind]}_{self._call_id}", len(self.items)))
-        self.items[-1].pieces.append(text)
+    def take(self, delta: Delta) -> None:
+        """What is new of the turn. It opens an item where it does not go on with the last one."""
+        if delta.reasoning_content:
+            self._text("reasoning", delta.reasoning_content)
+        if delta.content:
+            self._text("message", delta.content)
+        for piece in delta.tool_calls or ():
+            self._call(piece)
 
     def end(self) -> None:
         """An answer without text is an empty message."""
         if not self.items:
-            self.take("message", "")
+            self._open("message")
+
+    def bodies(self, status: str) -> list[dict[str, Any]]:
+        """The items of a response that ends with this status: its last item was cut off unless it is completed."""
+        last = len(self.items) - 1
+        return [item.body(last_status(status) if item.place == last else COMPLETED) for item in self.items]
+
+    def _text(self, kind: Kind, text: str) -> None:
+        if not self.items or self.items[-1].kind != kind:
+            self._open(kind)
+        self.items[-1].pieces.append(text)
+
+    def _call(self, piece: ToolCall) -> None:
+        """A call, or more of the arguments of the last one."""
+        if isinstance(piece.id, str):
+            self._open("function_call", piece.id, str(piece.function.name))
+        if piece.function.arguments:
+            self.items[-1].pieces.append(piece.function.arguments)
+
+    def _open(self, kind: Kind, call_id: str = "", name: str = "") -> None:
+        place = len(self.items)
+        self.items.append(OutputItem(kind, f"{PREFIXES[kind]}_{self._call_id}_{place}", place, call_id, name))
 
 
-class Numbered:
-    """Events with their place in the stream."""
+def last_status(status: str) -> str:
+    """The status of the last item of a response; an item has not failed, it is incomplete."""
+    return COMPLETED if status == COMPLETED else INCOMPLETE
+
+
+class NumberedEvents:
+    """Makes events, each with its number in the stream."""
 
     def __init__(self) -> None:
         self._next = 0
 
     def event(self, kind: str, **fields: Any) -> Event:
+        """The next event."""
         data = msgspec.json.encode({"type": kind, "sequence_number": self._next, **fields})
         self._next += 1
         return Event(data, kind.encode())
@@ -84,28 +128,29 @@ class Numbered:
 class ItemEvents:
     """The events of an output's items: each is opened, grows, and is closed before the next one opens."""
 
-    def __init__(self, numbered: Numbered, output: OutputItems) -> None:
+    def __init__(self, numbered: NumberedEvents, output: OutputItems) -> None:
         self._numbered = numbered
         self._output = output
-        self._open: Item | None = None
+        self._open: OutputItem | None = None
         self._pieces = 0  # of the open item, that were sent
 
     def new_events(self) -> Iterator[Event]:
         """What is new since the last time."""
         for item in self._output.items[self._open.place if self._open else 0 :]:
             if item is not self._open:
-                yield from self.close("completed")
+                yield from self.close(COMPLETED)
                 yield from self._opening(item)
             if text := "".join(item.pieces[self._pieces :]):
                 self._pieces = len(item.pieces)
                 kind = f"response.{item.text_kind}.delta"
                 yield self._numbered.event(kind, **item.where(), delta=text, **item.more())
 
-    def _opening(self, item: Item) -> Iterator[Event]:
+    def _opening(self, item: OutputItem) -> Iterator[Event]:
         self._open, self._pieces = item, 0
         opened = item.body(IN_PROGRESS)
         yield self._numbered.event("response.output_item.added", output_index=item.place, item=opened)
-        yield self._numbered.event("response.content_part.added", **item.where(), part=item.part(""))
+        if item.kind != "function_call":
+            yield self._numbered.event("response.content_part.added", **item.where(), part=item.part(""))
 
     def close(self, status: str) -> Iterator[Event]:
         """The events that end the open item, with its last status."""
@@ -113,6 +158,10 @@ class ItemEvents:
         if item is None:
             return
         event = self._numbered.event
-        yield event(f"response.{item.text_kind}.done", **item.where(), text=item.text, **item.more())
-        yield event("response.content_part.done", **item.where(), part=item.part(item.text))
+        if item.kind == "function_call":
+            name = {"name": item.name}
+            yield event(f"response.{item.text_kind}.done", **item.where(), **name, arguments=item.text)
+        else:
+            yield event(f"response.{item.text_kind}.done", **item.where(), text=item.text, **item.more())
+            yield event("response.content_part.done", **item.where(), part=item.part(item.text))
         yield event("response.output_item.done", output_index=item.place, item=item.body(status))

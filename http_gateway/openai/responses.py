@@ -1,7 +1,8 @@
-"""POST /v1/responses: OpenAI's newer API, for text. It is a chat completion under another name; nothing is stored."""
+"""POST /v1/responses: OpenAI's newer API, for text. It is a chat completion in other shapes, which may be kept."""
 
+import asyncio
+import logging
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,209 +11,177 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.generation.run_group import collect_group, stream_group
-from quartet.http_gateway.http import errors, sse
-from quartet.http_gateway.http.sse import Event, EventStream
+from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.sse import Event, EventStream, StreamFormat
 from quartet.http_gateway.native.generate import check_servable
-from quartet.http_gateway.native.generate_body import asks
-from quartet.http_gateway.openai.answers import ChatMessage, Delta
 from quartet.http_gateway.openai.chat import ChatCall
-from quartet.http_gateway.openai.response_format import ResponseFormat
-from quartet.http_gateway.openai.response_items import IN_PROGRESS, Item, ItemEvents, Kind, Numbered, OutputItems
-from quartet.http_gateway.openai.types import ChatBody, Count
+from quartet.http_gateway.openai.params import DEFAULT_MODEL
+from quartet.http_gateway.openai.response_input import PREFIX, chat_body, items_of
+from quartet.http_gateway.openai.response_items import (
+    COMPLETED,
+    FAILED,
+    IN_PROGRESS,
+    INCOMPLETE,
+    ItemEvents,
+    NumberedEvents,
+    OutputItems,
+    last_status,
+)
+from quartet.http_gateway.openai.response_types import ReasoningOptions, ResponsesBody, TextFormat
+from quartet.http_gateway.openai.stored_responses import earlier_items, input_items
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.runtime.errors import Kind as ErrorKind
+from quartet.http_gateway.routes.response_store import ResponseStore, StoredResponse
 from quartet.runtime.errors import RequestError
 
-NOT_STORED = "Response '{}' is not here: this server stores no responses."
-PARTS = ("text", "input_text", "output_text")
-FAILED, COMPLETED, INCOMPLETE = "failed", "completed", "incomplete"
+log = logging.getLogger(__name__)
+
+STATUSES = {"stop": COMPLETED, "tool_calls": COMPLETED, "length": INCOMPLETE}  # by the reason of a turn's end
+ABORTED = "The request was aborted."
 
 
-class TextOptions(msgspec.Struct):
-    format: ResponseFormat | None = None
+class ResponseCall:
+    """One call of POST /v1/responses: the chat completion, and the response that it has become so far."""
 
-
-class ResponsesBody(msgspec.Struct, kw_only=True):
-    """POST /v1/responses. `store` is accepted and answered with false."""
-
-    input: str | list[dict[str, Any]]
-    model: str | None = None
-    instructions: str | None = None
-    max_output_tokens: Count | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stream: bool | None = None
-    text: TextOptions | None = None
-    metadata: dict[str, str] | None = None
-    user: str | None = None
-    store: bool | None = None
-    # refused
-    tools: Any = None
-    previous_response_id: Any = None
-    conversation: Any = None
-    background: Any = None
-    prompt: Any = None
-    include: Any = None
-
-
-PREFIX = "resp_"  # of ids
-REFUSED = ("tools", "previous_response_id", "conversation", "background", "prompt", "include")
-
-
-def chat_body(body: ResponsesBody) -> ChatBody:
-    """The chat completion that this request is. Raises RequestError."""
-    for name in REFUSED:
-        if asks(getattr(body, name)):
-            raise RequestError(f"{name} is not supported.", field=name)
-    said = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else list(map(message, body.input))
-    system = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    return ChatBody(
-        rid=f"{PREFIX}{uuid.uuid4().hex}",  # the response's id: /abort_request takes it
-        messages=system + said,
-        model=body.model,
-        max_completion_tokens=body.max_output_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        stream=body.stream,
-        response_format=body.text.format if body.text else None,
-    )
-
-
-def message(item: dict[str, Any]) -> dict[str, Any]:
-    """An input item as a chat message."""
-    if item.get("type", "message") != "message":
-        raise RequestError(f"Input items of type {item['type']!r} are not supported: only messages are.", field="input")
-    content = item.get("content")
-    if isinstance(content, list):
-        content = [part_of(part) for part in content]
-    return {"role": item.get("role"), "content": content}
-
-
-def part_of(part: Any) -> dict[str, Any]:
-    if isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    raise RequestError("Content parts must be text: {type: input_text, text}.", field="input")
-
-
-class ResponseAnswer:
-    """The response object of a call, in whatever state it is."""
-
-    def __init__(self, body: ResponsesBody, call: ChatCall) -> None:
+    def __init__(self, gateway: Gateway, body: ResponsesBody, earlier: Sequence[dict[str, Any]]) -> None:
+        """`earlier`: the items of the conversation before this call."""
+        self.chat = ChatCall(gateway, chat_body(body, earlier))
+        self.output = OutputItems(self.chat.id.removeprefix(PREFIX))
+        self.store = gateway.stored_responses
+        self.stored = body.store is not False
         self._body = body
-        self._call = call
         self._created_at = int(time.time())
+        self._completed_at: int | None = None
+
+    @property
+    def id(self) -> str:
+        return self.chat.id
 
     def status(self) -> str:
-        reason = self._call.choices[0].finish_reason
-        return {"stop": COMPLETED, "length": INCOMPLETE}.get(reason or "", FAILED)
+        """How the response has ended."""
+        return STATUSES.get(self.chat.choices[0].finish_reason or "", FAILED)
 
-    def response(self, status: str, items: Sequence[Item] | None = None) -> dict[str, Any]:
-        """`items`: of an answer that is over."""
-        params = self._call.job.requests[0].request.params
-        body = self._body
+    def take_whole(self) -> None:
+        """The output of a call that is not streamed, when it is over."""
+        for choice in self.chat.choices[0].next_chunks(0):
+            self.output.take(choice.delta)
+
+    async def end(self) -> None:
+        """The output is over. The response is kept where it is to be; where that fails, it says so."""
+        self.output.end()
+        self._completed_at = int(time.time()) if self.status() == COMPLETED else None
+        if not self.stored:
+            return
+        try:
+            self.stored = await asyncio.to_thread(self._keep, self.store)
+        except RequestError as error:
+            log.error("Response %s is not kept: %s", self.id, error.message)
+            self.stored = False
+
+    def _keep(self, store: ResponseStore) -> bool:
+        given = msgspec.json.encode(input_items(items_of(self._body.input), self.chat.id.removeprefix(PREFIX)))
+        response = msgspec.json.encode(self.response(self.status()))
+        return store.put(self.id, self._body.previous_response_id, StoredResponse(given, response))
+
+    def response(self, status: str, error: str = ABORTED) -> dict[str, Any]:
+        """The response object. It has output and usage when it is over. `error`: why it has failed."""
+        body, begun = self._body, status == IN_PROGRESS
+        params = self.chat.job.requests[0].request.params
         return {
-            "id": self._call.id,
+            "id": self.id,
             "object": "response",
             "created_at": self._created_at,
+            "completed_at": self._completed_at,
             "status": status,
-            "model": body.model or "default",
-            "output": [item.body(status if item is items[-1] else COMPLETED) for item in items] if items else [],
-            "usage": None if items is None else self._usage(),
-            "error": {"code": "server_error", "message": "aborted"} if status == FAILED else None,
+            "model": body.model or DEFAULT_MODEL,
+            "output": [] if begun else self.output.bodies(status),
+            "usage": None if begun else self._usage(),
+            "error": {"code": "server_error", "message": error} if status == FAILED else None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == INCOMPLETE else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
             "metadata": body.metadata or {},
-            "parallel_tool_calls": False,
-            "previous_response_id": None,
-            "store": False,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": body.reasoning or ReasoningOptions(),
+            "store": self.stored,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}} if body.text is None else body.text,
-            "tool_choice": "none",
-            "tools": [],
+            "text": {"format": (body.text and body.text.format) or TextFormat("text")},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
             "top_p": params.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation or "disabled",
+            "background": False,
             "user": body.user,
         }
 
     def _usage(self) -> dict[str, Any]:
-        used = self._call.usage()
+        used = self.chat.usage()
+        cached = self.chat.choices[0].state.cached_tokens
         return {
             "input_tokens": used.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": self._call.choices[0].state.cached_tokens},
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
             "output_tokens": used.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
             "total_tokens": used.total_tokens,
         }
 
 
-async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
-    """A text in answer to a text or a conversation."""
-    require_json(http)
-    body = await bodies.read_json_body(http, ResponsesBody)
-    check_servable(gateway, http)
-    call = await convert_body(http, ChatCall, gateway, chat_body(body))
-    answer = ResponseAnswer(body, call)
-    if body.stream:
-        stream = Stream(call, answer)
-        return stream_group(gateway.ring, http, call.job, stream.events, stream.last_events, sse.OPENAI)
-    await collect_group(gateway.ring, http, call.job, call.take)
-    message = call.choices[0].whole(0).message
-    output = OutputItems(call.id.removeprefix(PREFIX))
-    for kind, text in texts_of(message):
-        output.take(kind, text)
-    output.end()
-    return errors.json_response(answer.response(answer.status(), output.items))
-
-
-def texts_of(part: ChatMessage | Delta) -> Iterator[tuple[Kind, str]]:
-    """The texts of a message, or of what is new of one."""
-    if part.reasoning_content:
-        yield "reasoning", part.reasoning_content
-    if part.content:
-        yield "message", part.content
-
-
-class Stream:
+class ResponseStream:
     """The events of a stream: the response and its items are opened, grow, and are closed."""
 
-    def __init__(self, call: ChatCall, answer: ResponseAnswer) -> None:
+    def __init__(self, call: ResponseCall) -> None:
         self._call = call
-        self._answer = answer
         self._opened = False
-        self._numbered = Numbered()
-        self._output = OutputItems(call.id.removeprefix(PREFIX))
-        self._items = ItemEvents(self._numbered, self._output)
+        self._numbered = NumberedEvents()
+        self._items = ItemEvents(self._numbered, call.output)
+        self.form = StreamFormat(self.failure, b"response.failed", end=b"")
 
     def events(self, deltas: list[RequestDelta]) -> Iterator[Event]:
         """The events that are due after these deltas."""
         if not self._opened:
             self._opened = True
-            response = self._answer.response(IN_PROGRESS)
+            response = self._call.response(IN_PROGRESS)
             yield self._numbered.event("response.created", response=response)
             yield self._numbered.event("response.in_progress", response=response)
-        for chunk in self._call.chunks(deltas):
+        for chunk in self._call.chat.chunks(deltas):
             for choice in chunk.choices:
-                for kind, text in texts_of(choice.delta):
-                    self._output.take(kind, text)
+                self._call.output.take(choice.delta)
         yield from self._items.new_events()
 
     def last_events(self) -> Iterator[Event]:
         """The end of the open item and of the response."""
-        self._output.end()
-        status = self._answer.status()
-        response = self._answer.response(status, self._output.items)
+        status = self._call.status()
         yield from self._items.new_events()
-        yield from self._items.close(status)
-        yield self._numbered.event(f"response.{status}", response=response)
+        yield from self._items.close(last_status(status))
+        yield self._numbered.event(f"response.{status}", response=self._call.response(status))
+
+    def failure(self, error: RequestError) -> bytes:
+        """The data of the last event of a stream that an error has ended."""
+        self._call.stored = False
+        response = self._call.response(FAILED, error.message)
+        return self._numbered.event("response.failed", response=response).data
 
 
-async def stored(gateway: Gateway, http: HTTPRequest) -> Response:
-    """A response of before; none is kept."""
-    raise RequestError(NOT_STORED.format(http.path_params["id"]), ErrorKind.NOT_FOUND)
+async def responses(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """The next turn of a conversation, in the shapes of OpenAI's Responses API."""
+    require_json(http)
+    body = await bodies.read_json_body(http, ResponsesBody)
+    check_servable(gateway, http)
+    earlier = await earlier_items(gateway, http, body.previous_response_id)
+    call = await convert_body(http, ResponseCall, gateway, body, earlier)
+    if body.stream:
+        stream = ResponseStream(call)
+        return stream_group(
+            gateway.ring, http, call.chat.job, stream.events, stream.last_events, stream.form, at_end=call.end
+        )
+    await collect_group(gateway.ring, http, call.chat.job, call.chat.take)
+    call.take_whole()
+    await call.end()
+    return errors.json_response(call.response(call.status()))
 
 
 SHAPE = errors.with_client_names(
@@ -225,8 +194,4 @@ SHAPE = errors.with_client_names(
         "prompt": "input",
     },
 )
-ENDPOINTS = [
-    Endpoint("/v1/responses", responses, ("POST",), shape=SHAPE, body=ResponsesBody),
-    Endpoint("/v1/responses/{id}", stored, ("GET", "DELETE"), shape=errors.openai),
-    Endpoint("/v1/responses/{id}/cancel", stored, ("POST",), shape=errors.openai),
-]
+ENDPOINTS = [Endpoint("/v1/responses", responses, ("POST",), shape=SHAPE, body=ResponsesBody)]

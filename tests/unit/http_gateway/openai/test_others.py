@@ -1,4 +1,4 @@
-"""The smaller endpoints around the OpenAI API: responses, tokenize and detokenize, parsers of text made elsewhere."""
+"""The smaller endpoints around the OpenAI API: tokenize and detokenize, parsers of text made elsewhere."""
 
 import asyncio
 import json
@@ -8,125 +8,9 @@ import pytest
 
 from quartet.runtime.control import Detokenize, Tokenize
 from quartet.runtime.limits import MAX_PARSED_BODY_BYTES
-from quartet.runtime.messages import Finish, Generate, Reply, pack_ids, unpack_ids
-from tests.unit.http_gateway.harness import asynchronous, served, step
+from quartet.runtime.messages import Generate, Reply, pack_ids, unpack_ids
+from tests.unit.http_gateway.harness import asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
-
-# responses
-
-
-@asynchronous
-async def test_a_response_is_a_turn_in_another_shape() -> None:
-    async with served(says("Par", "is.")) as server:
-        body = (await server.client.post("/v1/responses", {"input": "hi", "instructions": "be brief"})).json()
-        assert body["object"] == "response" and body["status"] == "completed" and body["id"].startswith("resp_")
-        [item] = body["output"]
-        assert item["content"][0]["text"] == "Paris." and item["role"] == "assistant"
-        assert body["usage"]["input_tokens"] == 3 and body["usage"]["output_tokens"] == 2
-        assert body["store"] is False
-        chat = server.ring.sent[0].chat
-        assert [message["role"] for message in chat.messages] == ["system", "user"]
-
-
-@asynchronous
-async def test_the_id_of_a_response_is_that_of_its_request_so_that_it_can_be_aborted() -> None:
-    async with served(says("x")) as server:
-        body = (await server.client.post("/v1/responses", {"input": "hi"})).json()
-        assert body["id"] == server.ring.sent[0].request.rid
-        assert body["output"][0]["id"] == f"msg_{body['id'].removeprefix('resp_')}"
-
-
-@asynchronous
-async def test_input_may_be_a_conversation_in_parts() -> None:
-    async with served(says("x")) as server:
-        said = [
-            {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
-            {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
-            {"role": "user", "content": "c"},
-        ]
-        await server.client.post("/v1/responses", {"input": said})
-        contents = [message["content"] for message in server.ring.sent[0].chat.messages]
-        assert contents == [[{"type": "text", "text": "a"}], [{"type": "text", "text": "b"}], "c"]
-
-
-@asynchronous
-async def test_a_streamed_response_opens_grows_and_closes() -> None:
-    async with served() as server:
-        call = server.client.start("POST", "/v1/responses", {"input": "hi", "stream": True})
-        [generate] = await server.ring.sent_of(Generate)
-        rid = generate.request.rid
-        server.ring.push(step(rid, [1], "Par", prompt_tokens=3))
-        await call.chunk()
-        server.ring.push(step(rid, [2], "is.", finish=Finish(reason="length", length=2)))
-        text = (await call.answer()).text
-        events = [json.loads(line.removeprefix("data: ")) for line in text.split("\n") if line.startswith("data: {")]
-        assert [event["type"].removeprefix("response.") for event in events] == [
-            "created",
-            "in_progress",
-            "output_item.added",
-            "content_part.added",
-            "output_text.delta",
-            "output_text.delta",
-            "output_text.done",
-            "content_part.done",
-            "output_item.done",
-            "incomplete",
-        ]
-        assert [event["sequence_number"] for event in events] == list(range(10))
-        assert events[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
-        assert events[6]["text"] == "Paris." and all(f"event: {event['type']}\n" in text for event in events)
-
-
-@asynchronous
-async def test_a_thought_is_an_item_of_its_own_before_the_message() -> None:
-    async with served(says("<think>pl", "an</think>\n", "Par", "is."), reasoning_parser="qwen3") as server:
-        thought, item = (await server.client.post("/v1/responses", {"input": "hi"})).json()["output"]
-        assert thought["type"] == "reasoning" and thought["summary"] == []
-        assert thought["content"] == [{"type": "reasoning_text", "text": "plan"}]
-        assert item["content"][0]["text"] == "Paris." and item["id"] != thought["id"]
-        events = (await server.client.post("/v1/responses", {"input": "hi", "stream": True})).text.split("\n")
-        told = [json.loads(line.removeprefix("data: ")) for line in events if line.startswith("data: {")]
-        opening = ["output_item.added", "content_part.added"]
-        closing = ["content_part.done", "output_item.done"]
-        assert [event["type"].removeprefix("response.") for event in told] == [
-            *("created", "in_progress", *opening, "reasoning_text.delta", "reasoning_text.done", *closing),
-            *(*opening, "output_text.delta", "output_text.done", *closing, "completed"),
-        ]
-        assert [event["output_index"] for event in told if "output_index" in event] == [0] * 6 + [1] * 6
-        assert [item["type"] for item in told[-1]["response"]["output"]] == ["reasoning", "message"]
-
-
-@asynchronous
-async def test_a_response_cut_off_inside_the_thought_has_no_message() -> None:
-    cut = says("<think>a", " b", finish=Finish(reason="length", length=2))
-    async with served(cut, reasoning_parser="qwen3") as server:
-        body = (await server.client.post("/v1/responses", {"input": "hi"})).json()
-        [item] = body["output"]
-        assert (item["type"], item["status"], body["status"]) == ("reasoning", "incomplete", "incomplete")
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"input": "a", "tools": [{"type": "web_search"}]},
-        {"input": "a", "previous_response_id": "resp_1"},
-        {"input": [{"type": "function_call_output", "output": "x"}]},
-        {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
-    ],
-)
-@asynchronous
-async def test_what_a_response_cannot_do_is_refused(body: dict[str, Any]) -> None:
-    async with served(says("x")) as server:
-        answer = await server.client.post("/v1/responses", body)
-        assert answer.status == 400 and answer.json()["error"]["message"]
-
-
-@asynchronous
-async def test_no_response_is_stored() -> None:
-    async with served() as server:
-        assert (await server.client.get("/v1/responses/resp_1")).status == 404
-        assert (await server.client.post("/v1/responses/resp_1/cancel")).status == 404
-
 
 # tokens
 

@@ -1,0 +1,58 @@
+"""What clients of /v1/responses send. Unknown fields are ignored and `null` means the default."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from quartet.http_gateway.openai.response_format import ResponseFormat
+from quartet.http_gateway.openai.types import Count
+
+ToolChoice = Literal["none", "auto", "required"] | dict[str, Any]
+
+
+class TextFormat(ResponseFormat, omit_defaults=True):
+    """The form of the output. Its name and description are for the client; `strict` is the only mode there is."""
+
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(msgspec.Struct):
+    format: TextFormat | None = None
+
+
+class ReasoningOptions(msgspec.Struct):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None  # none is written: the thought itself is returned
+
+
+class ResponsesBody(msgspec.Struct, kw_only=True):
+    """POST /v1/responses."""
+
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: int | None = None  # of hosted tools; there are none, so every limit is kept
+    truncation: Literal["auto", "disabled"] | None = None
+    include: list[str] | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    store: bool | None = None  # for later requests; as long as nobody says no
+    previous_response_id: str | None = None  # of a stored response, whose conversation goes on
+    # refused
+    conversation: Any = None
+    background: Any = None
+    prompt: Any = None
+
+
+REFUSED = ("conversation", "background", "prompt")

@@ -1,0 +1,136 @@
+"""The store of responses: conversations, its bounds in bytes and age, its file."""
+
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from quartet.http_gateway.routes.response_store import ResponseStore, StoredResponse
+from quartet.runtime.errors import RequestError, StartupError
+
+AGE_S = 100.0
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def response(name: str, size: int = 10) -> StoredResponse:
+    return StoredResponse(b"[]", name.encode().ljust(size, b"."))
+
+
+def store_in(path: Path, most_bytes: int = 1 << 20, clock: Clock | None = None) -> ResponseStore:
+    return ResponseStore(str(path / "s.sqlite"), most_bytes, AGE_S, clock or Clock())
+
+
+def test_a_conversation_is_read_in_its_order(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    for name, previous in (("a", None), ("b", "a"), ("c", "b"), ("other", "a")):
+        assert store.put(name, previous, response(name))
+    assert store.conversation("c", 1000) == [response("a"), response("b"), response("c")]
+    assert store.conversation("other", 1000) == [response("a"), response("other")]
+    assert store.conversation("none", 1000) is None
+
+
+def test_a_conversation_without_its_beginning_is_not_there(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.put("a", None, response("a"))
+    store.put("b", "a", response("b"))
+    assert store.delete("a") and not store.delete("a")
+    assert store.conversation("b", 1000) is None and store.get("b") == response("b")
+
+
+def test_a_conversation_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.put("a", None, response("a", 400))
+    store.put("b", "a", response("b", 400))
+    assert store.conversation("a", 500)
+    with pytest.raises(RequestError) as error:
+        store.conversation("b", 500)
+    assert (error.value.kind.status, error.value.field) == (413, "previous_response_id")
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path: Path) -> None:
+    store = store_in(tmp_path, most_bytes=1000)
+    for name in "abc":
+        store.put(name, None, response(name, 300))
+    store.get("a")
+    store.put("d", None, response("d", 300))
+    assert [store.get(name) is not None for name in "abcd"] == [True, False, True, True]
+
+
+def test_a_conversation_that_goes_on_is_used_as_a_whole(tmp_path: Path) -> None:
+    store = store_in(tmp_path, most_bytes=1000)
+    for name, previous in (("a", None), ("b", "a"), ("x", None)):
+        store.put(name, previous, response(name, 300))
+    store.conversation("b", 1000)
+    store.put("c", "b", response("c", 300))
+    assert store.get("x") is None and store.conversation("c", 1000) is not None
+
+
+def test_a_response_larger_than_the_store_is_not_kept(tmp_path: Path) -> None:
+    store = store_in(tmp_path, most_bytes=100)
+    store.put("a", None, response("a"))
+    assert not store.put("b", None, response("b", 101))
+    assert store.get("a") is not None and store.get("b") is None
+    assert not ResponseStore(":memory:", 0, AGE_S).put("a", None, response("a"))
+
+
+def test_a_response_is_forgotten_so_long_after_its_last_use(tmp_path: Path) -> None:
+    clock = Clock()
+    store = store_in(tmp_path, clock=clock)
+    store.put("a", None, response("a"))
+    store.put("b", None, response("b"))
+    clock.now += AGE_S / 2
+    assert store.get("a")
+    clock.now += AGE_S / 2 + 1
+    assert store.get("b") is None and store.get("a")
+    clock.now += AGE_S + 1
+    assert store.get("a") is None
+
+
+def test_another_process_finds_what_was_kept_and_counts_it(tmp_path: Path) -> None:
+    first = store_in(tmp_path, most_bytes=1000)
+    first.put("a", None, response("a", 600))
+    second = store_in(tmp_path, most_bytes=1000)
+    assert second.get("a") == response("a", 600)
+    second.put("b", None, response("b", 600))
+    assert first.get("a") is None
+    first.close()
+
+
+def test_the_file_is_its_owner_s_only(tmp_path: Path) -> None:
+    store_in(tmp_path).put("a", None, response("a"))
+    for path in tmp_path.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_what_is_no_store_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "s.sqlite").write_text("no database at all, but a text that is long enough to be seen as one")
+    with pytest.raises(StartupError, match="--responses-store"):
+        store_in(tmp_path)
+    with pytest.raises(StartupError, match="--responses-store"):
+        store_in(tmp_path / "missing")
+
+
+def test_a_store_of_a_later_format_is_left_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "s.sqlite") as database:
+        database.execute("PRAGMA user_version = 2")
+    with pytest.raises(StartupError, match="format"):
+        store_in(tmp_path)
+
+
+def test_a_store_that_fails_says_so(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.close()
+    with pytest.raises(RequestError) as error:
+        store.get("a")
+    assert error.value.kind.status == 503
