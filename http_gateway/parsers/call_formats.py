@@ -71,4 +71,20 @@ FORMATS = {
     "qwen": HERMES,
     "qwen25": HERMES,
 }
+CLUES = {  # what a chat template that describes tools holds → the format; the first one that is found decides
+    r"\[TOOL_CALLS\]": "mistral",
+    r"<\|python_start\|>|\[func_name1\(": "pythonic",
+    r"<tool_call>": "hermes",
+    r"<\|python_tag\|>|dictionary of argument name and its value": "llama3",
+}
+MODEL_TYPES = {  # of models whose template describes tools but shows no call
+    "llama": "llama3",
+    "llama4_text": "pythonic",
+    "mistral": "mistral",
+    "mixtral": "mistral",
+    "qwen2": "hermes",
+    "qwen2_moe": "hermes",
+    "qwen3": "hermes",
+    "qwen3_moe": "hermes",
+}
 REQUIRED = CallFormat(bare=("",), bracket="[", separators=",", alone=True)  # what `calls_schema` asks for
