@@ -37,7 +37,9 @@ MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
     "device",
     "operations",
 )
-ToolCallParser = Literal["auto", "none", "hermes", "llama3", "mistral", "pythonic", "qwen", "qwen25"]
+ToolCallParser = Literal[
+    "auto", "none", "glm45", "hermes", "llama3", "minimax-m2", "mistral", "pythonic", "qwen", "qwen25", "qwen3_coder"
+]
 ReasoningParser = Literal[
     "auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"
 ]

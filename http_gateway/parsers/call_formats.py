@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from quartet.http_gateway.parsers.tagged_calls import Tags
+
 ID_CHARS = string.ascii_letters + string.digits
 
 
@@ -32,7 +34,8 @@ class Frame:
 class CallFormat:
     """What leads to a call, what a call looks like, what may follow it."""
 
-    body: Literal["json", "python"] = "json"
+    body: Literal["json", "python", "tags"] = "json"
+    tags: Tags | None = None  # of a call whose body is tags
     opening: str = ""  # the tag before calls, anywhere in the output
     closing: str = ""  # the tag behind them
     bare: tuple[str, ...] = ()  # what leads to calls at the beginning of the answer alone
@@ -49,6 +52,24 @@ HERMES = CallFormat(
     closing="</tool_call>",
     separators=",",
     frame=Frame('<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>"),
+)
+GLM45 = CallFormat(
+    body="tags",
+    opening="<tool_call>",
+    closing="</tool_call>",
+    tags=Tags("", "", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", ""),
+)
+MINIMAX_M2 = CallFormat(
+    body="tags",
+    opening="<minimax:tool_call>",
+    closing="</minimax:tool_call>",
+    tags=Tags('<invoke name="', '">', '<parameter name="', '">', "", "</parameter>", "</invoke>"),
+)
+QWEN3_CODER = CallFormat(
+    body="tags",
+    opening="<tool_call>",
+    closing="</tool_call>",
+    tags=Tags("<function=", ">", "<parameter=", ">", "", "</parameter>", "</function>", own_lines=True),
 )
 FORMATS = {
     "hermes": HERMES,
@@ -70,8 +91,14 @@ FORMATS = {
     ),
     "qwen": HERMES,
     "qwen25": HERMES,
+    "qwen3_coder": QWEN3_CODER,
+    "glm45": GLM45,
+    "minimax-m2": MINIMAX_M2,
 }
 CLUES = {  # what a chat template that describes tools holds → the format; the first one that is found decides
+    r"<minimax:tool_call>": "minimax-m2",
+    r"<arg_key>": "glm45",
+    r"<function=": "qwen3_coder",
     r"\[TOOL_CALLS\]": "mistral",
     r"<\|python_start\|>|\[func_name1\(": "pythonic",
     r"<tool_call>": "hermes",

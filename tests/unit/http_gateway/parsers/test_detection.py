@@ -13,6 +13,9 @@ from tests.configs import resolved
 LOOP = "{% for m in messages %}{{ m.content }}{% endfor %}"
 TEMPLATES = {  # what the models' own templates hold, shortened
     "hermes": '{% if tools %}<tool_call>\\n{"name": <name>, "arguments": <args>}\\n</tool_call>{% endif %}',
+    "qwen3_coder": "{% if tools %}<tool_call>\n<function=example>\n<parameter=a>\n</function>\n</tool_call>{% endif %}",
+    "glm45": "{% if tools %}<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>{% endif %}",
+    "minimax-m2": "{% if tools %}{% set toolcall_begin_token = '<minimax:tool_call>' %}{% endif %}",
     "llama3": "{% if tools %}Write {name: ..., parameters: dictionary of argument name and its value}.{% endif %}",
     "mistral": "{%- if tools is not none %}{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS] [' }}{%- endif %}",
     "pythonic": "{%- if tools %}Put it in the format of [func_name1(params_name1=params_value1, ...)]{% endif %}",
