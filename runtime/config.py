@@ -38,7 +38,20 @@ MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
     "operations",
 )
 ToolCallParser = Literal[
-    "auto", "none", "glm45", "hermes", "llama3", "minimax-m2", "mistral", "pythonic", "qwen", "qwen25", "qwen3_coder"
+    "auto",
+    "none",
+    "deepseekv3",
+    "deepseekv31",
+    "glm45",
+    "hermes",
+    "kimi_k2",
+    "llama3",
+    "minimax-m2",
+    "mistral",
+    "pythonic",
+    "qwen",
+    "qwen25",
+    "qwen3_coder",
 ]
 ReasoningParser = Literal[
     "auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"

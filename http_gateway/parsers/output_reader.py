@@ -15,7 +15,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from quartet.http_gateway.parsers.call_formats import CallFormat
+from quartet.http_gateway.parsers.call_formats import CallFormat, Head
 from quartet.http_gateway.parsers.held_back import held_back
 from quartet.http_gateway.parsers.json_calls import JsonCall
 from quartet.http_gateway.parsers.pythonic_calls import PythonCall
@@ -28,6 +28,7 @@ BLANKS = re.compile(r"\s+")
 NAMED_CHARS = re.compile(r"[\w.\-\[\]]+")
 NAMED = re.compile(r"([\w.-]+?)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?")
 MAX_NAMED_CHARS = 256
+MAX_HEAD_CHARS = 512
 NO_SCHEMAS: Mapping[str, Any] = MappingProxyType({})
 
 State = Callable[[str, int], int]
@@ -190,6 +191,9 @@ class OutputReader:
         if self._calls.tags is not None:
             call = TaggedCall(self._known, self._events, self._calls.tags, self._calls.closing, self._schemas)
             return self._read(call, at)
+        if self._calls.head is not None:
+            self._state = self._framed
+            return at
         character = text[at]
         if character == "[" and not self._in_array:
             self._lead.append(character)
@@ -203,6 +207,19 @@ class OutputReader:
             self._name, self._name_chars, self._state = [], 0, self._named
             return at
         return self._no_call(at)
+
+    def _framed(self, text: str, at: int) -> int:
+        """What stands before arguments that stand alone; it is short enough to be looked at as a whole."""
+        assert self._calls is not None and self._calls.head is not None
+        head = self._calls.head
+        match = head_pattern(head).match(text, at)
+        if match is not None:
+            if match[1] not in self._known:
+                return self._no_call(at)
+            self._lead.append(match[0])
+            return self._read(JsonCall(self._known, self._events, head.end, match[1]), match.end())
+        short = len(text) - at <= MAX_HEAD_CHARS
+        return at if short and head.begin.startswith(text[at : at + len(head.begin)]) else self._no_call(at)
 
     def _named(self, text: str, at: int) -> int:
         """A name, and marks behind it, before arguments that stand alone."""
@@ -281,7 +298,7 @@ class OutputReader:
     def _next_call(self, character: str) -> bool:
         """May a call begin with this character, right here?"""
         assert self._calls is not None
-        if self._calls.tags is not None:
+        if self._calls.tags is not None or self._calls.head is not None:
             return False
         if self._calls.body == "python":
             return self._separated
@@ -294,12 +311,16 @@ class OutputReader:
         if solid := blanks_end(text, at):
             self._lead.append(text[at:solid])
             return solid
-        inner = calls.tags.name_begin if calls.tags else ""
-        found = self._starts(text, at, "" if self._separated else calls.closing, calls.opening, inner)
+        inner = calls.tags.name_begin if calls.tags else calls.head.begin if calls.head else ""
+        end = calls.head.end if calls.head else ""
+        found = self._starts(text, at, "" if self._separated else calls.closing, calls.opening, inner, end)
         if found is None:
             return at
         if not found:
             return self._no_call(at)
+        if found == end:
+            self._lead = []
+            return at + len(end)
         if found == inner:
             self._state = self._head
             return at
@@ -330,3 +351,11 @@ def blanks_end(text: str, at: int) -> int | None:
 def pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
     """What finds the first of these tags."""
     return re.compile("|".join(map(re.escape, tags)))
+
+
+@lru_cache
+def head_pattern(head: Head) -> re.Pattern[str]:
+    """What finds a call's head; a number behind the name counts the calls."""
+    return re.compile(
+        rf"{re.escape(head.begin)}([\w.\-]{{1,{MAX_NAMED_CHARS}}}?)(?::\d+)?\s*{re.escape(head.name_end)}\s*(?={{)"
+    )

@@ -16,6 +16,9 @@ TEMPLATES = {  # what the models' own templates hold, shortened
     "qwen3_coder": "{% if tools %}<tool_call>\n<function=example>\n<parameter=a>\n</function>\n</tool_call>{% endif %}",
     "glm45": "{% if tools %}<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>{% endif %}",
     "minimax-m2": "{% if tools %}{% set toolcall_begin_token = '<minimax:tool_call>' %}{% endif %}",
+    "kimi_k2": "{%- if tools -%}<|tool_calls_section_begin|>{%- endif -%}",
+    "deepseekv3": "{% for tool in message['tool_calls']%}{{ '<｜tool▁sep｜>' + tool.name + '\\n```json' }}{% endfor %}",
+    "deepseekv31": "{%- for tool in message['tool_calls']%}{{ '<｜tool▁sep｜>' + tool['arguments'] }}{% endfor %}",
     "llama3": "{% if tools %}Write {name: ..., parameters: dictionary of argument name and its value}.{% endif %}",
     "mistral": "{%- if tools is not none %}{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS] [' }}{%- endif %}",
     "pythonic": "{%- if tools %}Put it in the format of [func_name1(params_name1=params_value1, ...)]{% endif %}",
@@ -37,7 +40,7 @@ def test_the_template_tells_how_calls_are_written(name):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_without_tools_gives_no_parser_whatever_it_holds(name):
-    source = TEMPLATES[name].replace("if tools", "if system")
+    source = TEMPLATES[name].replace("if tools", "if system").replace("tool_calls'", "content'")
     assert detect_calls({"default": source}, "qwen2").name is None
     assert detect_calls({}, "qwen2").name is None
 
