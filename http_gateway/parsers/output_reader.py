@@ -251,15 +251,17 @@ class OutputReader:
         call = self._call
         assert call is not None
         at = call.take(text, at)
+        unread = call.unread if isinstance(call, TaggedCall) else ""
         if call.announced:
             self._thinking = self._may_think = False
         if call.outcome == CALL:
-            self._again = call.unread if isinstance(call, TaggedCall) else ""
+            self._again = unread
             self._lead, self._call, self._state = [], None, self._between
             self._separated = False
         elif call.outcome is not None:
             self._lead += call.raw
-            return self._no_call(at)
+            self._no_call(at)
+            self._again += unread
         return at
 
     def _no_call(self, at: int) -> int:

@@ -68,8 +68,8 @@ class TaggedCall:
         self._buffer += piece
         while self.outcome is None and self._step():
             pass
-        left = len(self._buffer) if self.outcome == CALL else 0
-        if not self.announced:
+        left = 0 if self.outcome is None else len(self._buffer)
+        if self.outcome is None and not self.announced:
             self.raw.append(piece)
         if left > len(piece):
             self.unread = self._buffer[: left - len(piece)]
@@ -181,7 +181,10 @@ class TaggedCall:
         return False
 
     def _no_call(self) -> bool:
-        self.outcome = NO_CALL
+        """All that was read may hold the opening of another call: it belongs to what follows."""
+        if self._step == self._in_name:
+            self._buffer = self._tags.name_begin + self._buffer
+        self.outcome, self.raw = NO_CALL, []
         return False
 
     def _tell(self, text: str) -> None:
