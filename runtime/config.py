@@ -43,6 +43,7 @@ ToolCallParser = Literal[
     "deepseekv3",
     "deepseekv31",
     "glm45",
+    "granite",
     "hermes",
     "kimi_k2",
     "llama3",

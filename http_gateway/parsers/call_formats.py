@@ -78,6 +78,7 @@ KIMI_K2 = CallFormat(
     closing="<|tool_calls_section_end|>",
     head=Head("<|tool_call_begin|>functions.", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
 )
+GRANITE_FRAME = Frame('<|tool_call|>[{"name": ', ', "arguments": ', "}]")
 GLM45 = CallFormat(
     body="tags",
     opening="<tool_call>",
@@ -120,6 +121,7 @@ FORMATS = {
     "deepseekv3": DEEPSEEK_V3,
     "deepseekv31": DEEPSEEK_V31,
     "glm45": GLM45,
+    "granite": CallFormat(opening="<|tool_call|>", separators=",", frame=GRANITE_FRAME),
     "kimi_k2": KIMI_K2,
     "minimax-m2": MINIMAX_M2,
 }
@@ -130,6 +132,7 @@ CLUES = {  # what a chat template that describes tools holds → the format; the
     r"<｜tool▁sep｜>(?=[\s\S]{0,200}```json)": "deepseekv3",
     r"<｜tool▁sep｜>": "deepseekv31",
     r"<function=": "qwen3_coder",
+    r"<\|tool_call\|>": "granite",
     r"\[TOOL_CALLS\]": "mistral",
     r"<\|python_start\|>|\[func_name1\(": "pythonic",
     r"<tool_call>": "hermes",

@@ -16,6 +16,7 @@ TEMPLATES = {  # what the models' own templates hold, shortened
     "qwen3_coder": "{% if tools %}<tool_call>\n<function=example>\n<parameter=a>\n</function>\n</tool_call>{% endif %}",
     "glm45": "{% if tools %}<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>{% endif %}",
     "minimax-m2": "{% if tools %}{% set toolcall_begin_token = '<minimax:tool_call>' %}{% endif %}",
+    "granite": "{%- if tools %}write '<|tool_call|>' followed by a JSON list of tools used.{% endif %}",
     "kimi_k2": "{%- if tools -%}<|tool_calls_section_begin|>{%- endif -%}",
     "deepseekv3": "{% for tool in message['tool_calls']%}{{ '<｜tool▁sep｜>' + tool.name + '\\n```json' }}{% endfor %}",
     "deepseekv31": "{%- for tool in message['tool_calls']%}{{ '<｜tool▁sep｜>' + tool['arguments'] }}{% endfor %}",

@@ -53,6 +53,8 @@ WRITTEN = {
     "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, '
     '{"name": "get_weather", "arguments": {"city": "Zürich}"}}]',
     "pythonic": '[f(a=1), get_weather(city="Zürich}")]',
+    "granite": '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}, '
+    '{"name": "get_weather", "arguments": {"city": "Zürich}"}}]',
     "deepseekv3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n"
     '```json\n{"a": 1}\n```<｜tool▁call▁end｜>\n'
     "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
@@ -313,6 +315,8 @@ def written(name, calls):
             return "; ".join(bodies)
         case "mistral":
             return f"[TOOL_CALLS][{', '.join(bodies)}]"
+        case "granite":
+            return f"<|tool_call|>[{', '.join(bodies)}]"
         case "required":
             return f"[{','.join(bodies)}]"
         case "deepseekv3" | "deepseekv31" | "kimi_k2":
