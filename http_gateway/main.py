@@ -19,6 +19,7 @@ from quartet.http_gateway.app import build
 from quartet.http_gateway.http.connection_limit import ConnectionLimit, connections_that_fit
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.http.protocol import BoundedProtocol
+from quartet.http_gateway.parsers import detection
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.http_gateway.routes.middleware import access_log
@@ -27,6 +28,7 @@ from quartet.runtime.control import Abort
 from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
 from quartet.runtime.model_files import model_info
+from quartet.runtime.model_files.chat_templates import template_dir, template_sources
 from quartet.runtime.process import stopwatch
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
 from quartet.runtime.service import Boot, report_ready
@@ -191,8 +193,10 @@ async def serve(boot: Boot) -> None:
         payloads.remove_leftovers(boot.run_dir)
         await ring.introduce()
     facts = await ring.facts()
+    formats = detection.detect(config, model, template_sources(template_dir(model, config), config.chat_template))
+    log.info("%s", formats)
     gateway = Gateway(
-        config=config,
+        config=formats.applied(config),
         model=model,
         facts=facts,
         ring=ring,

@@ -37,6 +37,26 @@ MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
     "device",
     "operations",
 )
+ToolCallParser = Literal[
+    "auto",
+    "none",
+    "deepseekv3",
+    "deepseekv31",
+    "glm45",
+    "granite",
+    "hermes",
+    "kimi_k2",
+    "llama3",
+    "minimax-m2",
+    "mistral",
+    "pythonic",
+    "qwen",
+    "qwen25",
+    "qwen3_coder",
+]
+ReasoningParser = Literal[
+    "auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"
+]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -166,13 +186,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         flag("where /v1 requests take what they leave out from: the model's generation_config.json or OpenAI", HTTP),
     ] = "model"
     tool_call_parser: Annotated[
-        Literal["hermes", "llama3", "mistral", "pythonic", "qwen", "qwen25"] | None,
-        flag("how the model writes tool calls (default: they stay in the text)", HTTP),
-    ] = None
+        ToolCallParser | None,
+        flag("how the model writes tool calls; auto: as its chat template says; none: they stay in the text", HTTP),
+    ] = "auto"
     reasoning_parser: Annotated[
-        Literal["deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"] | None,
-        flag("how the model marks its thought (default: it stays in the text)", HTTP),
-    ] = None
+        ReasoningParser | None,
+        flag("how the model marks its thought; auto: as its chat template says; none: it stays in the text", HTTP),
+    ] = "auto"
     enable_cache_report: Annotated[bool, flag("say in the usage of /v1 answers how much was cached", HTTP)] = False
 
     max_running_requests: Annotated[Positive | None, flag("requests in one batch (default: 256)", SCHEDULER)] = None

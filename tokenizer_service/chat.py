@@ -7,7 +7,6 @@ The template is a file of the model (or one named by `--chat-template`), written
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
@@ -18,8 +17,8 @@ from quartet.runtime import limits
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import RequestError, StartupError, too_long
 from quartet.runtime.messages import Chat
-from quartet.runtime.model_files.files import MAX_TEMPLATE_BYTES, present, read_small_text
-from quartet.runtime.model_files.model_info import ModelInfo, read_json, tokenizer_dir
+from quartet.runtime.model_files.chat_templates import template_dir, template_sources
+from quartet.runtime.model_files.model_info import ModelInfo, read_json
 from quartet.tokenizer_service import call_ids
 from quartet.tokenizer_service.sandbox import ChatEnvironment, TextTooLong
 
@@ -102,12 +101,8 @@ class ChatTemplate:
 
 def load_template(info: ModelInfo, config: ServerConfig) -> ChatTemplate | None:
     """The served model's template, or None where it has none. Raises StartupError when it cannot be read."""
-    directory = tokenizer_dir(config) if config.tokenizer_path else Path(info.path)
-    tokenizer_config = read_json(directory / "tokenizer_config.json")
-    if config.chat_template is not None:
-        sources = {"default": _chosen_source(config.chat_template)}
-    else:
-        sources = _sources_of(directory) or _sources_in(tokenizer_config)
+    directory = template_dir(info, config)
+    sources = template_sources(directory, config.chat_template)
     if not sources:
         log.info("No chat template found, defaulting to 'string' content format")
         return None
@@ -115,7 +110,9 @@ def load_template(info: ModelInfo, config: ServerConfig) -> ChatTemplate | None:
         raise StartupError(
             f"{directory} has chat templates named {sorted(sources)} but no default; use --chat-template"
         )
-    tokens = special_tokens(read_json(directory / "special_tokens_map.json"), tokenizer_config)
+    tokens = special_tokens(
+        read_json(directory / "special_tokens_map.json"), read_json(directory / "tokenizer_config.json")
+    )
     try:
         template = ChatTemplate(sources, tokens, info.context_length)
     except (jinja2.TemplateError, RecursionError) as error:
@@ -123,44 +120,6 @@ def load_template(info: ModelInfo, config: ServerConfig) -> ChatTemplate | None:
     origin = "default HuggingFace chat template" if config.chat_template is None else f"template {config.chat_template}"
     log.info("Using %s with detected content format: %s", origin, template.content_format)
     return template
-
-
-def bundled() -> dict[str, Path]:
-    """The templates that `--chat-template` knows by name."""
-    return {file.stem: file for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
-
-
-def _chosen_source(name: str) -> str:
-    """The text of `--chat-template`: a file, or the name of a bundled template."""
-    path = Path(name) if present(Path(name)) else bundled().get(name)
-    if path is None:
-        raise StartupError(f"--chat-template {name!r} is neither a file nor one of: {', '.join(bundled())}")
-    return read_small_text(path, MAX_TEMPLATE_BYTES)
-
-
-def _sources_of(directory: Path) -> dict[str, str]:
-    """Template files beside the tokenizer."""
-    files = {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if present(directory / "chat_template.jinja"):
-        files["default"] = directory / "chat_template.jinja"
-    return {name: read_small_text(file, MAX_TEMPLATE_BYTES) for name, file in files.items()}
-
-
-class _Named(msgspec.Struct):
-    name: str
-    template: str
-
-
-def _sources_in(tokenizer_config: dict[str, Any]) -> dict[str, str]:
-    """Templates inside tokenizer_config.json: one text, or a list of named ones."""
-    value = tokenizer_config.get("chat_template")
-    if value is None:
-        return {}
-    try:
-        found = msgspec.convert(value, str | list[_Named])
-    except msgspec.ValidationError as error:
-        raise StartupError(f"chat_template in tokenizer_config.json: {error}") from error
-    return {"default": found} if isinstance(found, str) else {named.name: named.template for named in found}
 
 
 def special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:

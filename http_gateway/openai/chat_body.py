@@ -137,7 +137,7 @@ def make_turn(body: ChatBody, choice: Choosing, thought: Thought | None) -> Turn
     marks = Marks(thought.opening, thought.closing) if thought else None
     known = tool_calls.names_of(choice.tools)
     return Turn(
-        OutputReader(marks, thought.place if thought else "before", calls, known),
+        OutputReader(marks, thought.place if thought else "before", calls, known, tool_calls.schemas_of(choice.tools)),
         stream_reasoning=body.stream_reasoning is not False,
         separate_reasoning=separate,
         most_calls=1 if body.parallel_tool_calls is False else None,

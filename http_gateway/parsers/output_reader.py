@@ -10,13 +10,16 @@ streams through as it comes. A call in a thought that was not closed ends the th
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
 
-from quartet.http_gateway.parsers.call_formats import CallFormat
+from quartet.http_gateway.parsers.call_formats import CallFormat, Head
 from quartet.http_gateway.parsers.held_back import held_back
 from quartet.http_gateway.parsers.json_calls import JsonCall
 from quartet.http_gateway.parsers.pythonic_calls import PythonCall
+from quartet.http_gateway.parsers.tagged_calls import TaggedCall
 from quartet.http_gateway.parsers.thoughts import Marks
 from quartet.http_gateway.parsers.tool_events import CALL, Event, Events
 from quartet.runtime.messages import Place
@@ -25,6 +28,8 @@ BLANKS = re.compile(r"\s+")
 NAMED_CHARS = re.compile(r"[\w.\-\[\]]+")
 NAMED = re.compile(r"([\w.-]+?)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?")
 MAX_NAMED_CHARS = 256
+MAX_HEAD_CHARS = 512
+NO_SCHEMAS: Mapping[str, Any] = MappingProxyType({})
 
 State = Callable[[str, int], int]
 
@@ -38,11 +43,16 @@ class OutputReader:
         place: Place = "before",
         calls: CallFormat | None = None,
         known: Iterable[str] = (),
+        schemas: Mapping[str, Any] = NO_SCHEMAS,
     ) -> None:
-        """No `marks`: no thought is looked for. `place`: where the output begins. No `calls`: none are looked for."""
+        """`schemas`: of the parameters, by the tool's name. `place`: where the output begins.
+
+        No `marks`: no thought is looked for. No `calls`: none are looked for.
+        """
         self._marks = marks
         self._calls = calls
         self._known = frozenset(known)
+        self._schemas = schemas
         self._events = Events()
         self._thinking = self._may_think = False
         self._held = ""  # of the text before; shorter than a tag
@@ -53,7 +63,7 @@ class OutputReader:
         self._separated = False  # a separator stands behind the last call
         self._name: list[str] = []
         self._name_chars = 0
-        self._call: JsonCall | PythonCall | None = None
+        self._call: JsonCall | PythonCall | TaggedCall | None = None
         self._state: State = self._beginning
         self.begin(place)
 
@@ -178,6 +188,12 @@ class OutputReader:
         if solid := blanks_end(text, at):
             self._lead.append(text[at:solid])
             return solid
+        if self._calls.tags is not None:
+            call = TaggedCall(self._known, self._events, self._calls.tags, self._calls.closing, self._schemas)
+            return self._read(call, at)
+        if self._calls.head is not None:
+            self._state = self._framed
+            return at
         character = text[at]
         if character == "[" and not self._in_array:
             self._lead.append(character)
@@ -191,6 +207,19 @@ class OutputReader:
             self._name, self._name_chars, self._state = [], 0, self._named
             return at
         return self._no_call(at)
+
+    def _framed(self, text: str, at: int) -> int:
+        """What stands before arguments that stand alone; it is short enough to be looked at as a whole."""
+        assert self._calls is not None and self._calls.head is not None
+        head = self._calls.head
+        match = head_pattern(head).match(text, at)
+        if match is not None:
+            if match[1] not in self._known:
+                return self._no_call(at)
+            self._lead.append(match[0])
+            return self._read(JsonCall(self._known, self._events, head.end, match[1]), match.end())
+        short = len(text) - at <= MAX_HEAD_CHARS
+        return at if short and head.begin.startswith(text[at : at + len(head.begin)]) else self._no_call(at)
 
     def _named(self, text: str, at: int) -> int:
         """A name, and marks behind it, before arguments that stand alone."""
@@ -214,7 +243,7 @@ class OutputReader:
 
     # Calls.
 
-    def _read(self, call: JsonCall | PythonCall, at: int) -> int:
+    def _read(self, call: JsonCall | PythonCall | TaggedCall, at: int) -> int:
         self._call, self._state = call, self._in_call
         return at
 
@@ -222,14 +251,17 @@ class OutputReader:
         call = self._call
         assert call is not None
         at = call.take(text, at)
+        unread = call.unread if isinstance(call, TaggedCall) else ""
         if call.announced:
             self._thinking = self._may_think = False
         if call.outcome == CALL:
+            self._again = unread
             self._lead, self._call, self._state = [], None, self._between
             self._separated = False
         elif call.outcome is not None:
             self._lead += call.raw
-            return self._no_call(at)
+            self._no_call(at)
+            self._again += unread
         return at
 
     def _no_call(self, at: int) -> int:
@@ -268,6 +300,8 @@ class OutputReader:
     def _next_call(self, character: str) -> bool:
         """May a call begin with this character, right here?"""
         assert self._calls is not None
+        if self._calls.tags is not None or self._calls.head is not None:
+            return False
         if self._calls.body == "python":
             return self._separated
         return character == "{" and (self._separated or bool(self._calls.closing))
@@ -279,11 +313,19 @@ class OutputReader:
         if solid := blanks_end(text, at):
             self._lead.append(text[at:solid])
             return solid
-        found = self._starts(text, at, "" if self._separated else calls.closing, calls.opening)
+        inner = calls.tags.name_begin if calls.tags else calls.head.begin if calls.head else ""
+        end = calls.head.end if calls.head else ""
+        found = self._starts(text, at, "" if self._separated else calls.closing, calls.opening, inner, end)
         if found is None:
             return at
         if not found:
             return self._no_call(at)
+        if found == end:
+            self._lead = []
+            return at + len(end)
+        if found == inner:
+            self._state = self._head
+            return at
         if found == calls.opening:
             return self._lead_to_call(found, at + len(found))
         self._lead, self._state = [], self._in_text
@@ -293,6 +335,8 @@ class OutputReader:
         """The output ends before it is known whether a call was meant, or amid the arguments of one."""
         if self._call is not None:
             self._lead += self._call.raw
+        if isinstance(self._call, TaggedCall) and self._call.announced:
+            self._call.flush()
         if (self._call is not None and self._call.announced) or (self._calls and self._calls.alone):
             self._lead, self._call, self._state = [], None, self._in_text
         else:
@@ -309,3 +353,11 @@ def blanks_end(text: str, at: int) -> int | None:
 def pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
     """What finds the first of these tags."""
     return re.compile("|".join(map(re.escape, tags)))
+
+
+@lru_cache
+def head_pattern(head: Head) -> re.Pattern[str]:
+    """What finds a call's head; a number behind the name counts the calls."""
+    return re.compile(
+        rf"{re.escape(head.begin)}([\w.\-]{{1,{MAX_NAMED_CHARS}}}?)(?::\d+)?\s*{re.escape(head.name_end)}\s*(?={{)"
+    )

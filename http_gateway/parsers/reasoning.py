@@ -16,6 +16,10 @@ FAMILIES = {
     "qwen3-thinking": Family(place="inside"),
     "step3": Family(place="inside"),
 }
+CLUES = {  # what a chat template holds → a family that waits for its opening tag, lest an answer be taken for a thought
+    r"◁/?think▷": "kimi",
+    r"<think>|</think>": "qwen3",
+}
 
 
 class Split(NamedTuple):

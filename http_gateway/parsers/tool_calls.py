@@ -25,9 +25,13 @@ def names_of(tools: Sequence[Tool]) -> list[str]:
     return [tool.function.name for tool in tools]
 
 
+def schemas_of(tools: Sequence[Tool]) -> dict[str, Any]:
+    return {tool.function.name: tool.function.parameters or {} for tool in tools}
+
+
 def parse(calls: CallFormat, tools: Sequence[Tool], text: str) -> Parsed:
     """Content and calls of a whole output."""
-    reading = OutputReader(calls=calls, known=names_of(tools))
+    reading = OutputReader(calls=calls, known=names_of(tools), schemas=schemas_of(tools))
     return collect([*reading.feed(text), *reading.finish()])
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from quartet.http_gateway.app import build
 from quartet.http_gateway.http.metrics import Metrics
+from quartet.http_gateway.parsers.detection import detect
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.runtime.control import Abort, ControlCommand, FlushCache, Probe
@@ -278,6 +279,7 @@ async def served(
         embedding=embedding or (Embedding(pooling=("lasttoken",), normalize=True) if config.is_embedding else None),
     )
     facts = Facts(max_total_num_tokens=128, max_req_input_len=120, context_length=512, vocab_size=VOCAB)
+    config = detect(config, model, {}).applied(config)
     gateway = Gateway(config, model, facts, ring, metrics, FakeProgress(), phase=Phase.UP)
     try:
         yield Served(transport, gateway)

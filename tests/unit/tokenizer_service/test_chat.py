@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import RequestError, StartupError
 from quartet.runtime.messages import Chat
+from quartet.runtime.model_files.chat_templates import bundled
 from quartet.runtime.model_files.model_info import ModelInfo
-from quartet.tokenizer_service.chat import ChatTemplate, bundled, load_template, special_tokens
+from quartet.tokenizer_service.chat import ChatTemplate, load_template, special_tokens
 from quartet.tokenizer_service.sandbox import ChatEnvironment
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -1,0 +1,83 @@
+"""The formats that `auto` chooses, and that a template without tools or tags chooses none."""
+
+import pytest
+
+from quartet.http_gateway.parsers.call_formats import CLUES, FORMATS, MODEL_TYPES
+from quartet.http_gateway.parsers.detection import detect, detect_calls, detect_thoughts
+from quartet.http_gateway.parsers.reasoning import CLUES as THOUGHT_CLUES
+from quartet.http_gateway.parsers.reasoning import FAMILIES
+from quartet.runtime.model_files.chat_templates import bundled
+from quartet.runtime.model_files.model_info import ModelInfo
+from tests.configs import resolved
+
+LOOP = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATES = {  # what the models' own templates hold, shortened
+    "hermes": '{% if tools %}<tool_call>\\n{"name": <name>, "arguments": <args>}\\n</tool_call>{% endif %}',
+    "qwen3_coder": "{% if tools %}<tool_call>\n<function=example>\n<parameter=a>\n</function>\n</tool_call>{% endif %}",
+    "glm45": "{% if tools %}<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>{% endif %}",
+    "minimax-m2": "{% if tools %}{% set toolcall_begin_token = '<minimax:tool_call>' %}{% endif %}",
+    "granite": "{%- if tools %}write '<|tool_call|>' followed by a JSON list of tools used.{% endif %}",
+    "kimi_k2": "{%- if tools -%}<|tool_calls_section_begin|>{%- endif -%}",
+    "deepseekv3": "{% for tool in message['tool_calls']%}{{ '<｜tool▁sep｜>' + tool.name + '\\n```json' }}{% endfor %}",
+    "deepseekv31": "{%- for tool in message['tool_calls']%}{{ '<｜tool▁sep｜>' + tool['arguments'] }}{% endfor %}",
+    "llama3": "{% if tools %}Write {name: ..., parameters: dictionary of argument name and its value}.{% endif %}",
+    "mistral": "{%- if tools is not none %}{{ '[AVAILABLE_TOOLS]' }}{{ '[TOOL_CALLS] [' }}{%- endif %}",
+    "pythonic": "{%- if tools %}Put it in the format of [func_name1(params_name1=params_value1, ...)]{% endif %}",
+}
+
+
+def model(model_type: str = "") -> ModelInfo:
+    return ModelInfo(
+        path="x", architecture="", model_type=model_type, vocab_size=1, hidden_size=1, context_length=1, eos_ids=[],
+        config={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_template_tells_how_calls_are_written(name):
+    choice = detect_calls({"default": TEMPLATES[name] + LOOP}, "")
+    assert choice.name == name and "the chat template has" in choice.reason
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_tools_gives_no_parser_whatever_it_holds(name):
+    source = TEMPLATES[name].replace("if tools", "if system").replace("tool_calls'", "content'")
+    assert detect_calls({"default": source}, "qwen2").name is None
+    assert detect_calls({}, "qwen2").name is None
+
+
+def test_the_template_for_tools_comes_before_the_default_one():
+    assert detect_calls({"default": LOOP, "tool_use": TEMPLATES["mistral"]}, "").name == "mistral"
+
+
+def test_the_model_type_decides_where_the_template_shows_no_call():
+    source = "{{ tools | tojson }}" + LOOP
+    assert detect_calls({"default": source}, "qwen3") == ("hermes", "model type qwen3")
+    assert detect_calls({"default": source}, "strange").name is None
+
+
+def test_thoughts_are_found_by_their_tags():
+    assert detect_thoughts({"default": "{{ content.split('</think>')[-1] }}"}).name == "qwen3"
+    assert detect_thoughts({"default": "{{ '◁think▷' }}"}).name == "kimi"
+    assert detect_thoughts({"default": LOOP}).name is None
+    assert detect_thoughts({}).name is None
+
+
+def test_every_choice_of_ours_exists_and_no_thought_begins_unseen():
+    assert {*CLUES.values(), *MODEL_TYPES.values()} <= FORMATS.keys()
+    assert all(FAMILIES[name].place == "before" for name in THOUGHT_CLUES.values())
+
+
+def test_bundled_templates_are_recognised():
+    found = {name: detect_calls({"default": file.read_text()}, "").name for name, file in bundled().items()}
+    assert (found["chatml"], found["gemma"], found["mistral"], found["qwen3"]) == (None, None, "mistral", "hermes")
+
+
+@pytest.mark.parametrize(("value", "calls"), [("none", None), (None, None), ("llama3", "llama3"), ("auto", "hermes")])
+def test_the_flag_wins_over_the_template(value, calls):
+    config = resolved(tool_call_parser=value, reasoning_parser="none")
+    formats = detect(config, model(), {"default": TEMPLATES["hermes"] + "<think>"})
+    served = formats.applied(config)
+    assert (served.tool_call_parser, served.reasoning_parser) == (calls, None)
+    assert str(formats).startswith(f"Tool call parser: {calls or 'none'} (")
+    assert str(formats).endswith("reasoning parser: none (by --reasoning-parser)")
