@@ -104,7 +104,8 @@ class OutputItems:
 
     def _open(self, kind: Kind, call_id: str = "", name: str = "") -> None:
         place = len(self.items)
-        self.items.append(OutputItem(kind, f"{PREFIXES[kind]}_{self._call_id}_{place}", place, call_id, name))
+        item_id = f"{PREFIXES[kind]}_{self._call_id}" + (f"_{place}" if place else "")
+        self.items.append(OutputItem(kind, item_id, place, call_id, name))
 
 
 def last_status(status: str) -> str:

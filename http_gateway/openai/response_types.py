@@ -53,6 +53,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     conversation: Any = None
     background: Any = None
     prompt: Any = None
+    top_logprobs: Any = None
 
 
-REFUSED = ("conversation", "background", "prompt")
+REFUSED = ("conversation", "background", "prompt", "top_logprobs")

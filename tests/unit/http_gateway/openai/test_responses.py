@@ -356,6 +356,7 @@ FUNCTION_CALL = {"type": "function_call", "call_id": "a", "name": "n", "argument
         ({"max_tool_calls": 0}, "max_tool_calls", "at least 1"),
         ({"background": True}, "background", "background"),
         ({"conversation": "c"}, "conversation", "conversation"),
+        ({"top_logprobs": 2}, "top_logprobs", "top_logprobs"),
         ({"prompt": {"id": "p"}}, "prompt.id", "prompt"),
         ({"input": [FUNCTION_OUTPUT]}, "input", "input[0]: no function_call with call_id 'a'"),
         ({"input": [{**FUNCTION_CALL, "arguments": {}}]}, "input", "input[0]: arguments"),
