@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from quartet.http_gateway.main import ATTEMPTS_OF_A_GATEWAY
 from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.http_gateway.ring.ring_client import RingClient
@@ -22,7 +24,7 @@ from tests.simulated_ring.trace import serial
 
 MOST_INFLIGHT = 60
 SERIALS_OF_A_GATEWAY = 1_000_000
-CONFIG = resolved(model_path="model")
+CONFIG = msgspec.structs.replace(resolved(model_path="model"), tool_call_parser=None, reasoning_parser=None)
 MODEL = ModelInfo(
     path="/models/x",
     architecture="Qwen2ForCausalLM",
