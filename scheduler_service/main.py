@@ -8,7 +8,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 import msgspec
 
-from quartet.kernels.cpu.native import library as native
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.model_info import ModelInfo
@@ -27,8 +26,6 @@ log = logging.getLogger(__name__)
 
 def main(boot: Boot) -> None:
     """Load the model and serve it until killed."""
-    if boot.config.device == "cpu":
-        native.start_loading()  # compiled beside the rest of the first start, and kept
     config = record.restored(boot.config, boot.run_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:

@@ -48,6 +48,8 @@ def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) ->
         raise StartupError(f"{info.path} is quantized; only float32, float16 and bfloat16 checkpoints are served")
     check_format(config.load_format, Path(info.path))
     dtype = resolve_dtype(config.dtype, info.config, device)
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        native.start_loading()  # at a first start they are compiled while the weights are read
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)
     try:
