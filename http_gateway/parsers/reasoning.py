@@ -16,7 +16,7 @@ FAMILIES = {
     "qwen3-thinking": Family(place="inside"),
     "step3": Family(place="inside"),
 }
-CLUES = {  # what a chat template holds → a family that waits for its opening tag, lest an answer be taken for a thought
+CLUES = {  # what a chat template holds → a family that waits for its opening tag: no answer is taken for a thought
     r"◁/?think▷": "kimi",
     r"<think>|</think>": "qwen3",
 }
