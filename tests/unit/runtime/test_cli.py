@@ -61,8 +61,16 @@ def test_config_without_show_says_what_to_type(capsys):
     assert "quartet config show" in capsys.readouterr().err
 
 
+@pytest.fixture
+def listening():
+    """Ctrl-C is heard, though a shell that runs the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(capsys, monkeypatch, command):
+def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(capsys, monkeypatch, command, listening):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: signal.raise_signal(signal.SIGINT))
     assert cli.main([command]) == cli.INTERRUPTED == ExitStatus.INTERRUPTED
     assert capsys.readouterr() == ("", "")
