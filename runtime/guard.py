@@ -40,8 +40,6 @@ SHOWN_CHARS = 200  # of an error, in the log
 TRACEBACK_EVERY_S = 60.0
 NOT_HANDLED = "Internal error: the {role} could not handle a message of the request ({reason})."
 
-Claim = tuple[str, int]  # (role, epoch that a message names)
-
 
 class Malformed(ValueError):
     """A message is typed correctly, but its content cannot be what a service has sent."""

@@ -39,7 +39,6 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRUCTS = {kind: struct.Struct("<" + code) for kind, code in SCALARS.items()}
 LENGTH, WORD = struct.Struct("<Q"), struct.Struct("<I")
-SPLIT_COUNT = "split.count"
 
 
 class GgufError(StartupError):
