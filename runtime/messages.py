@@ -35,7 +35,7 @@ class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     top: int = 0  # best k per position
     token_ids: list[int] | None = None  # these ids at every returned position
     text: bool = False  # decode each token
-    told: bool = True  # the logprobs themselves, and not only what follows
+    returned: bool = True  # the logprobs themselves, and not only what follows
     entropy: bool = False  # of the distribution that each output token was drawn from, before top-k, top-p and min-p
     support: bool = False  # the tokens that each could have been, behind those
 

@@ -36,7 +36,7 @@ EXIT_STARTUP = 64  # a service could not start; the message is in its Ready line
 TITLE = "quartet::{role}"
 STANDBY = "standby"
 SYSTEM_ERRORS = (OSError, MemoryError, SocketError)  # before the service serves: the system refuses it something
-REPORTED = -1  # Boot.ready_fd, once the launcher has been told
+REPORTED = -1  # Boot.ready_fd, once the launcher knows
 NOT_BY_HAND = "services are started by `quartet serve`"
 
 

@@ -1,7 +1,7 @@
 """Documents by their fitness for a query, best first.
 
 /v1/rerank      a bare list with the model's own scores
-/rerank         the shape of Jina: documents are told, scores are shares between 0 and 1
+/rerank         the shape of Jina: documents are returned, scores are shares between 0 and 1
 /v2/rerank      that of Cohere: the same without the documents
 """
 
@@ -93,11 +93,11 @@ def ranking(with_documents: bool) -> Handler:
         documents = [document if isinstance(document, str) else document.text for document in body.documents]
         check_query(body.query, documents, body.top_n)
         texts = await embed(gateway, http, to_job(body, documents, gateway.rules))
-        told = with_documents if body.return_documents is None else body.return_documents
+        returned = with_documents if body.return_documents is None else body.return_documents
         results: list[dict[str, Any]] = []
         for index in best_first(texts)[: body.top_n]:
             [share] = probabilities(numbers(texts[index]), embedding)
-            shown = {"document": {"text": documents[index]}} if told else {}
+            shown = {"document": {"text": documents[index]}} if returned else {}
             results.append({"index": index, "relevance_score": share, **shown})
         answer = {
             "id": f"rerank-{uuid.uuid4().hex}",

@@ -131,7 +131,7 @@ def finish_reason(finish: Finish) -> dict[str, Any]:
 def logprob_keys(request: Request) -> list[str]:
     """The suffixes of the logprob arrays that the request asks for."""
     options = request.logprobs
-    if options is None or not options.told:
+    if options is None or not options.returned:
         return []
     requested = {"token_logprobs": True, "top_logprobs": options.top > 0, "token_ids_logprobs": bool(options.token_ids)}
     return [name for name, asked in requested.items() if asked]

@@ -310,7 +310,7 @@ def with_distribution(
             "else the mask may be the whole vocabulary.",
             field="return_sampling_mask",
         )
-    return msgspec.structs.replace(options or LogprobOptions(told=False), entropy=entropy, support=support)
+    return msgspec.structs.replace(options or LogprobOptions(returned=False), entropy=entropy, support=support)
 
 
 def read_thoughts(body: GenerateBody, params: list[SamplingParams], rules: Rules) -> list[Thought | None]:

@@ -172,7 +172,7 @@ class JsonCall:
         return True
 
     def _next(self, piece: Piece) -> bool:
-        """Behind a value. Models forget the last brackets at times: a call that was told of is over then."""
+        """Behind a value. Models forget the last brackets at times: a call that was announced is over then."""
         if piece.kind == "close":
             return self._close()
         if piece.text == ",":

@@ -73,7 +73,7 @@ class JsonText:
         return Piece("string", at + 1, ESCAPED.get(character) or f"\\u{ord(character):04x}")
 
     def _escaped(self, character: str, at: int) -> Piece:
-        """One more character of an escape; what turns out to be none is told with its backslash doubled."""
+        """One more character of an escape; what turns out to be none is passed on with its backslash doubled."""
         escape, self._escape = self._escape, ""
         if escape == "\\":
             if character == "u":

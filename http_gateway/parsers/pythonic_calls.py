@@ -29,7 +29,7 @@ MAX_DEPTH = 64
 
 
 class PythonCall:
-    """Reads one call; it is told of when its parenthesis closes. See JsonCall for `outcome` and `raw`."""
+    """Reads one call; it is announced when its parenthesis closes. See JsonCall for `outcome` and `raw`."""
 
     def __init__(self, known: Collection[str], events: Events) -> None:
         self.outcome: Outcome | None = None

@@ -167,7 +167,7 @@ class Cursor:
             raise ValueError(f"{what} is not valid UTF-8: {error}") from error
 
     def value(self, kind: int, what: str, whole: bool, depth: int = 0) -> Any:
-        """A value of the metadata. Long arrays are stepped over and told by their length unless `whole`."""
+        """A value of the metadata. Long arrays are skipped and given as their length, unless `whole`."""
         if kind in STRUCTS:
             return STRUCTS[kind].unpack(self.take(STRUCTS[kind].size))[0]
         if kind == STRING:

@@ -209,7 +209,7 @@ def test_embeddings_of_the_prompt_answer_as_its_ids_do(llama):
 def test_entropy_and_support_come_with_every_token(speculates: bool, tmp_path: Path) -> None:
     settings = {"speculative_algorithm": "NGRAM"} if speculates else {}
     engine = Engine(tiny.build("qwen3", tmp_path), **settings)
-    options = LogprobOptions(told=False, entropy=True, support=True)
+    options = LogprobOptions(returned=False, entropy=True, support=True)
     params = SamplingParams(temperature=0.9, top_k=6, top_p=0.9, max_new_tokens=12)
     answer, greedy = engine.generate(
         [[3, 4, 5, 3, 4, 5, 3, 4]] * 2, [params, SamplingParams(temperature=0.0, max_new_tokens=12)], logprobs=options
