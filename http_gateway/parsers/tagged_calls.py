@@ -138,6 +138,7 @@ class TaggedCall:
         tag = self._tags.value_begin
         rest = self._buffer.lstrip() if tag else self._buffer
         if tag and rest != tag and tag.startswith(rest):
+            self._buffer = rest
             return False
         self._buffer = rest.removeprefix(tag)
         key = "".join(self._key)

@@ -34,12 +34,14 @@ INSERT INTO total SELECT 0 WHERE NOT EXISTS (SELECT * FROM total);
 CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON responses BEGIN UPDATE total SET bytes = bytes + new.size; END;
 CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON responses BEGIN UPDATE total SET bytes = bytes - old.size; END;
 """
+# Ends behind so many bytes: what is further back is not looked for, and links that lead in a circle have an end.
 CHAIN = """
-WITH RECURSIVE chain (id, previous, size, depth) AS (
-    SELECT id, previous, size, 0 FROM responses WHERE id = ?
+WITH RECURSIVE chain (id, previous, size, total, depth) AS (
+    SELECT id, previous, size, size, 0 FROM responses WHERE id = ?
     UNION ALL
-    SELECT earlier.id, earlier.previous, earlier.size, depth + 1
+    SELECT earlier.id, earlier.previous, earlier.size, total + max(earlier.size, 1), depth + 1
     FROM chain JOIN responses AS earlier ON earlier.id = chain.previous
+    WHERE total <= ?
 )
 SELECT id, previous, size FROM chain ORDER BY depth DESC
 """
@@ -90,9 +92,7 @@ class ResponseStore:
         Raises RequestError (413) where they have more than `most_bytes` together.
         """
         with self._transaction() as database:
-            chain = database.execute(CHAIN, (response_id,)).fetchall()
-            if not chain or chain[0][1] is not None:
-                return None
+            chain = database.execute(CHAIN, (response_id, most_bytes)).fetchall()
             size = sum(link[2] for link in chain)
             if size > most_bytes:
                 raise RequestError(
@@ -101,6 +101,8 @@ class ResponseStore:
                     Kind.TOO_LARGE,
                     "previous_response_id",
                 )
+            if not chain or chain[0][1] is not None:
+                return None
             self._use(database, [link[0] for link in chain])
             found = [self._read(database, link[0]) for link in chain]
             return [stored for stored in found if stored is not None]

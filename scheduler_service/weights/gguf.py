@@ -19,7 +19,14 @@ from quartet.runtime.model_files.gguf_config import LLAMA3_FREQUENCIES, LONG_FAC
 from quartet.runtime.model_files.model_ranges import EXPERTS
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.blocks import EXPAND
-from quartet.scheduler_service.weights.checkpoint import DTYPES, Checkpoint, CheckpointError, Encoding, StoredTensor
+from quartet.scheduler_service.weights.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    CheckpointError,
+    Encoding,
+    StoredTensor,
+    check_count,
+)
 from quartet.scheduler_service.weights.parameters import Weights
 
 log = logging.getLogger(__name__)
@@ -102,6 +109,7 @@ def checkpoint_of(directory: Path) -> Checkpoint:
             if name in tensors:
                 raise CheckpointError(f"tensor {short(name)} is in both {tensors[name].file} and {stored.file}")
             tensors[name] = stored
+            check_count(directory, len(tensors))  # at once: one tensor of a file may hold any number of experts
     return Checkpoint(files, tensors, indexed=len(files) > 1, strict=True)
 
 

@@ -3,6 +3,9 @@
 The compiled file holds the kernels for every instruction set, so its name follows from the sources, the flags and the
 compiler alone. It is renamed into its place as a whole; several processes may do so at once. Where the cache cannot
 be written, or belongs to somebody else, the file is compiled for this process only.
+
+A file that has lost some of its bytes (a machine that went down, a full disk) would end the process that loads it. So
+its hash stands behind the library, where the loader does not look, and one that does not fit is compiled again.
 """
 
 import contextlib
@@ -20,6 +23,7 @@ SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-strict-aliasing")
 COMPILERS = ("gcc", "cc")
 TIMEOUT_S = 120
+HASH_BYTES = 32  # behind the library
 
 
 class CannotBuild(Exception):
@@ -48,7 +52,7 @@ def built(afresh: bool = False) -> Iterator[Path]:
     directory = cache_directory()
     if directory is not None:
         path = directory / f"kernels-{fingerprint(found)}.so"
-        yield path if path.is_file() and not afresh else compiled(found, path)
+        yield path if is_whole(path) and not afresh else compiled(found, path)
         return
     with tempfile.TemporaryDirectory(prefix="quartet-native-") as temporary:
         yield compiled(found, Path(temporary) / "kernels.so")
@@ -63,6 +67,15 @@ def fingerprint(found: str) -> str:
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:20]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and as it was compiled."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-HASH_BYTES]).digest() == content[-HASH_BYTES:]
 
 
 def cache_directory() -> Path | None:
@@ -84,6 +97,9 @@ def compiled(found: str, path: Path) -> Path:
     command = [found, *FLAGS, "-o", str(part), *map(str, sorted(SOURCES.glob("*.c"))), "-lm"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+        digest = hashlib.sha256(part.read_bytes()).digest()
+        with part.open("ab") as file:
+            file.write(digest)
         part.replace(path)
     except subprocess.CalledProcessError as error:
         raise CannotBuild(f"{found} failed: {error.stderr.strip()[:500]}") from error

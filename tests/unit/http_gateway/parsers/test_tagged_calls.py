@@ -160,6 +160,19 @@ def test_long_outputs_of_many_calls_cost_what_they_are_long(name):
     assert len(stream(name, [written(name, calls)])[1]) == 2000
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_blanks_between_tags_are_not_kept(name):
+    """Kept, they would be looked through again with every piece."""
+    tags = FORMATS[name].tags
+    head = FORMATS[name].opening + tags.name_begin + "f" + (tags.name_end or "\n")
+    behind_key = [head + tags.key_begin + "s" + tags.key_end] if tags.value_begin else []
+    for begin in (head, *behind_key):
+        reading = reader(name)
+        for piece in [begin, *["\n"] * 100]:
+            reading.feed(piece)
+        assert reading._call._buffer == "", begin
+
+
 def test_plain_text_is_not_held_back():
     assert reader("qwen3_coder").feed("Hello <b") == [Content("Hello <b")]
 

@@ -134,3 +134,24 @@ def test_a_store_that_fails_says_so(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as error:
         store.get("a")
     assert error.value.kind.status == 503
+
+
+def test_links_that_lead_in_a_circle_have_an_end(tmp_path: Path) -> None:
+    """Only somebody else can have written them: a response goes on from one that was there before."""
+    store = store_in(tmp_path)
+    for name, previous, size in (("a", "b", 10), ("b", "a", 10), ("self", "self", 0)):
+        store.put(name, previous, response(name, size))
+    for name in ("a", "self"):
+        with pytest.raises(RequestError) as error:
+            store.conversation(name, 1000)
+        assert error.value.kind.status == 413
+    assert store.get("a") == response("a"), "the store is free again"
+
+
+def test_a_conversation_that_is_too_long_is_not_looked_for_to_its_beginning(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    for name, previous in (("a", "gone"), ("b", "a"), ("c", "b")):
+        store.put(name, previous, response(name, 600))
+    with pytest.raises(RequestError, match="more than the limit of 1000 bytes"):
+        store.conversation("c", 1000)
+    assert store.conversation("a", 1000) is None

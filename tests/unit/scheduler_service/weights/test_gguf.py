@@ -13,7 +13,7 @@ from quartet.runtime.control import UpdateWeightsFromDisk
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import gguf_directory
 from quartet.scheduler_service.weights import device_staging, gguf, load, record, staging
-from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
+from quartet.scheduler_service.weights.checkpoint import MAX_TENSORS, Checkpoint, CheckpointError
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.manifest import manifest_of
 from quartet.scheduler_service.weights.parameters import Weights
@@ -85,6 +85,17 @@ def test_experts_are_parts_of_one_tensor(tmp_path):
     last = read(checkpoint, "model.layers.0.block_sparse_moe.experts.2.w1.weight")
     assert last.tolist() == torch.arange(16, 24).view(2, 4).tolist()
     assert "model.layers.1.block_sparse_moe.experts.1.w3.weight" in checkpoint.tensors
+
+
+@pytest.mark.parametrize(("files", "experts"), [(1, MAX_TENSORS + 1), (2, MAX_TENSORS // 2 + 1)])
+def test_more_experts_than_any_model_has_are_refused_before_they_are_listed(files, experts, tmp_path):
+    """A small file may claim them, and a file with holes needs no disk for them."""
+    for file in range(files):
+        name = f"blk.{file}.ffn_gate_exps.weight"
+        stacked = Stored(F16, (experts, 1, 1), bytes(2 * experts))
+        gguf_files.write(tmp_path / f"model-{file}.gguf", LLAMA | {"llama.expert_count": experts}, {name: stacked})
+    with pytest.raises(CheckpointError, match=f"has more than {MAX_TENSORS} tensors"):
+        checkpoint_of(tmp_path)
 
 
 def test_tensors_that_hold_settings_are_no_weights(tmp_path):

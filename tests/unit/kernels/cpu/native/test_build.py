@@ -57,6 +57,22 @@ def test_a_damaged_file_is_compiled_again(cache):
     assert library.functions.__wrapped__().quartet_one
 
 
+def zeroed(content):
+    """With a page that was never written."""
+    return content[:4096] + bytes(4096) + content[8192:]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:9000], lambda content: content[:-1], zeroed])
+def test_a_file_that_lost_bytes_is_compiled_again_before_the_loader_sees_it(damage, cache):
+    """The loader maps a file as it is: what is missing ends the process, by a signal."""
+    with build.built() as path:
+        whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    with build.built() as again:
+        assert again == path and build.is_whole(path)
+        assert ctypes.CDLL(str(path)).quartet_one
+
+
 def test_a_cache_that_others_can_write_to_is_not_used(cache):
     cache.mkdir(parents=True)
     cache.chmod(0o777)
