@@ -16,7 +16,6 @@ import torch
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.gguf import Header, Tensor, read_header
 from quartet.runtime.model_files.gguf_config import LLAMA3_FREQUENCIES, LONG_FACTORS, SHORT_FACTORS, Metadata
-from quartet.runtime.model_files.model_ranges import EXPERTS
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.blocks import EXPAND
 from quartet.scheduler_service.weights.checkpoint import (
@@ -141,7 +140,7 @@ def translated(header: Header, metadata: Metadata) -> Iterator[tuple[str, Stored
         if own is None:
             yield name, stored(tensor)  # the model has no use for it, which others say
         elif part.endswith("_exps"):
-            yield from each_expert(tensor, f"model.layers.{layer}.{own}.{kind}", metadata.experts)
+            yield from each_expert(tensor, f"model.layers.{layer}.{own}.{kind}")
         else:
             yield f"model.layers.{layer}.{own.format(expert)}.{kind}", finished(stored(tensor), part, metadata)
 
@@ -159,14 +158,11 @@ def stored(tensor: Tensor) -> StoredTensor:
     return StoredTensor(tensor.file, "F32", tensor.shape, tensor.offset, tensor.nbytes, encoding=encoding)
 
 
-def each_expert(tensor: Tensor, name: str, experts: int) -> Iterator[tuple[str, StoredTensor]]:
-    """The parts of a tensor that holds all experts of a layer, one behind the other. Raises CheckpointError."""
+def each_expert(tensor: Tensor, name: str) -> Iterator[tuple[str, StoredTensor]]:
+    """The parts of a tensor that holds all experts of a layer, one behind the other."""
     whole = stored(tensor)
-    if len(tensor.shape) != 3 or tensor.shape[0] != experts or experts > EXPERTS.most:
-        raise CheckpointError(
-            f"{tensor.file}: the experts {short(name)} have shape {list(tensor.shape)}; there are {experts} of at most "
-            f"{EXPERTS.most}"
-        )
+    if len(tensor.shape) != 3:
+        raise CheckpointError(f"{tensor.file}: the experts {short(name)} have shape {list(tensor.shape)}")
     size = tensor.nbytes // tensor.shape[0]
     for expert in range(tensor.shape[0]):
         offset = tensor.offset + expert * size

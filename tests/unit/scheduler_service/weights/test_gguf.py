@@ -114,13 +114,10 @@ def test_two_files_of_one_model_are_one_checkpoint(tmp_path):
         checkpoint_of(tmp_path)
 
 
-MANY = gguf_files.stored(torch.zeros(1 << 15, 1, 4))  # an entry of the checkpoint for each would be made
 BAD: list[tuple[dict[str, Stored], dict[str, Any], str]] = [
     ({"blk.0.attn_q.weight": matrix(6)}, {}, "2 heads cannot share 6 rows"),
     ({"blk.0.attn_k.weight": matrix(3)}, {}, "1 heads cannot share 3 rows"),
     ({"blk.0.ffn_up_exps.weight": matrix(2)}, {"llama.expert_count": 2}, r"experts .* have shape \[2, 4\]"),
-    ({"blk.0.ffn_up_exps.weight": MANY}, {"llama.expert_count": 2}, r"shape \[32768, 1, 4\]; there are 2 of"),
-    ({"blk.0.ffn_up_exps.weight": MANY}, {"llama.expert_count": 1 << 15}, r"there are 32768 of at most 16384"),
     ({}, {"general.architecture": "t5"}, "architecture t5, which is not supported"),
 ]
 
