@@ -1,6 +1,5 @@
 """POST /v1/responses: OpenAI's newer API, for text. It is a chat completion in other shapes, which may be kept."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.http_gateway.routes.response_store import ResponseStore, StoredResponse
+from quartet.http_gateway.routes.response_store import StoredResponse
 from quartet.runtime.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -75,15 +74,15 @@ class ResponseCall:
         if not self.stored:
             return
         try:
-            self.stored = await asyncio.to_thread(self._keep, self.store)
+            self.stored = await self.store.run(self._keep)
         except RequestError as error:
             log.error("Response %s is not kept: %s", self.id, error.message)
             self.stored = False
 
-    def _keep(self, store: ResponseStore) -> bool:
+    def _keep(self) -> bool:
         given = msgspec.json.encode(input_items(items_of(self._body.input), self.chat.id.removeprefix(PREFIX)))
         response = msgspec.json.encode(self.response(self.status()))
-        return store.put(self.id, self._body.previous_response_id, StoredResponse(given, response))
+        return self.store.put(self.id, self._body.previous_response_id, StoredResponse(given, response))
 
     def response(self, status: str, error: str = ABORTED) -> dict[str, Any]:
         """The response object. It has output and usage when it is over. `error`: why it has failed."""

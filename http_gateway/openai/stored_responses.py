@@ -20,8 +20,16 @@ from quartet.runtime.shorten import short
 
 Item = dict[str, Any]
 
+
+class Stored(msgspec.Struct):
+    """What is read of a response that was kept."""
+
+    output: list[Item]
+
+
 NOT_FOUND = "Response with id {!r} not found."
 PREVIOUS_NOT_FOUND = "Previous response with id {!r} not found, or an earlier one of its conversation."
+UNREADABLE = "The conversation cannot be read from the store of responses: {}"
 NOT_CANCELLED = "Response {!r} cannot be cancelled: it is over, and only background responses could be."
 DEFAULT_PAGE, MOST_PER_PAGE = 20, 100
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
@@ -58,7 +66,8 @@ async def earlier_items(gateway: Gateway, http: HTTPRequest, response_id: str | 
     if response_id is None:
         return []
     most_bytes = gateway.config.max_body_size
-    chain = await asyncio.to_thread(gateway.stored_responses.conversation, response_id, most_bytes)
+    store = gateway.stored_responses
+    chain = await store.run(store.conversation, response_id, most_bytes)
     if chain is None:
         raise RequestError(
             PREVIOUS_NOT_FOUND.format(short(response_id)),
@@ -76,12 +85,18 @@ async def earlier_items(gateway: Gateway, http: HTTPRequest, response_id: str | 
 
 
 def items_in(chain: Sequence[StoredResponse]) -> list[Item]:
-    """The items of a conversation. A call that was cut off is left out: its arguments are no JSON."""
+    """The items of a conversation. A call that was cut off is left out: its arguments are no JSON.
+
+    Raises RequestError (503) where the store holds something else than was put there.
+    """
     items: list[Item] = []
     for stored in chain:
-        items += msgspec.json.decode(stored.input, type=list[Item])
-        output = msgspec.json.decode(stored.response, type=dict[str, Any])["output"]
-        items += [item for item in output if (item["type"], item["status"]) != ("function_call", INCOMPLETE)]
+        try:
+            items += msgspec.json.decode(stored.input, type=list[Item])
+            output = msgspec.json.decode(stored.response, type=Stored).output
+        except msgspec.DecodeError as error:
+            raise RequestError(UNREADABLE.format(error), Kind.UNAVAILABLE, "previous_response_id") from error
+        items += [item for item in output if (item.get("type"), item.get("status")) != ("function_call", INCOMPLETE)]
     return items
 
 
@@ -89,7 +104,7 @@ async def stored_response(gateway: Gateway, http: HTTPRequest) -> Response:
     """A response that was kept; DELETE forgets it."""
     response_id = http.path_params["id"]
     if http.method == "DELETE":
-        if not await asyncio.to_thread(gateway.stored_responses.delete, response_id):
+        if not await gateway.stored_responses.run(gateway.stored_responses.delete, response_id):
             raise not_found(response_id)
         return errors.json_response({"id": response_id, "object": "response", "deleted": True})
     if http.query_params.get("stream", "false").lower() != "false":
@@ -131,7 +146,7 @@ async def listed_input(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def found(gateway: Gateway, response_id: str) -> StoredResponse:
     """The response with this id. Raises RequestError (404)."""
-    stored = await asyncio.to_thread(gateway.stored_responses.get, response_id)
+    stored = await gateway.stored_responses.run(gateway.stored_responses.get, response_id)
     if stored is None:
         raise not_found(response_id)
     return stored

@@ -3,17 +3,20 @@
 A response is kept with the items of its own request, and the id of the one before it: a conversation is a chain. What
 was not used for longest goes first, so that a conversation that goes on stays whole.
 
-Every method blocks; the event loop calls them in threads.
+Every method but `run` blocks. The event loop calls them by `run`, in a thread of the store's own: a disk that hangs, or
+another server that holds the file, holds up nothing else.
 """
 
+import asyncio
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError, StartupError
@@ -21,7 +24,11 @@ from quartet.runtime.errors import Kind, RequestError, StartupError
 FILE_NAME = "responses.sqlite"  # in the run directory
 IN_MEMORY = ":memory:"
 FORMAT = 1  # of the file, as its user_version
-BUSY_TIMEOUT_S = 10.0  # that another server on the same file is waited for
+BUSY_TIMEOUT_S = 2.0  # that another server on the same file is waited for
+MOST_WAITING_S = 10.0  # for the operations before
+BUSY = "The store of responses is busy."
+
+Result = TypeVar("Result")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -63,10 +70,22 @@ class ResponseStore:
         self._most_age_s = most_age_s
         self._now = now
         self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="responses")
         try:
             self._database = opened(path)
         except (OSError, sqlite3.Error) as error:
             raise StartupError(f"--responses-store: cannot open {path!r}: {error}") from None
+
+    async def run(self, operation: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function that uses the store, in the store's thread. Raises RequestError (503) where it comes late."""
+        due = time.monotonic() + MOST_WAITING_S
+
+        def call() -> Result:
+            if time.monotonic() > due:
+                raise RequestError(BUSY, Kind.UNAVAILABLE)
+            return operation(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def put(self, response_id: str, previous: str | None, stored: StoredResponse) -> bool:
         """Keep a response; what was not used for longest makes room. False where it is larger than the store."""

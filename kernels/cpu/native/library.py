@@ -120,7 +120,7 @@ class Library:
         assert bias is None or (bias.shape == (n,) and bias.is_contiguous() and bias.dtype is torch.bfloat16)
         assert output != "gated" or can_gate(n), n
         assert out.shape == (rows, n // 2 if output == "gated" else n), (out.shape, rows, n)
-        assert out.stride(1) == 1 or 1 in out.shape, out.stride()
+        assert out.stride(1) == 1 or out.shape[1] == 1, out.stride()
         assert out.dtype is (torch.float32 if output == "float" else torch.bfloat16), out.dtype
         weight, epsilon, offset = norm or (None, 0.0, 0.0)
         assert weight is None or (weight.shape == (k,) and weight.dtype is torch.bfloat16 and weight.is_contiguous())

@@ -60,6 +60,7 @@ static void forget_workers(void) {
     pool.workers = 0;
     atomic_store(&pool.unfinished, 0);
     atomic_store(&pool.sleeping, 0);
+    atomic_store(&pool.arrived, 0);
     pthread_mutex_init(&pool.owner, 0);
 }
 

@@ -7,6 +7,9 @@ import pytest
 from openai.types import responses as sdk
 from pydantic import TypeAdapter
 
+from quartet.http_gateway.openai.stored_responses import items_in
+from quartet.http_gateway.routes.response_store import StoredResponse
+from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Finish, Generate
 from tests.unit.http_gateway.harness import Answer, Served, asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
@@ -182,3 +185,10 @@ async def test_a_conversation_counts_as_part_of_the_body() -> None:
         assert answer.status == 200
         body = {"input": "c", "previous_response_id": answer.json()["id"]}
         assert (await server.client.post(PATH, body)).status == 413
+
+
+def test_a_conversation_that_the_store_has_damaged_is_refused() -> None:
+    for stored in (StoredResponse(b"[", b'{"output":[]}'), StoredResponse(b"[]", b'{"output":3}')):
+        with pytest.raises(RequestError) as error:
+            items_in([stored])
+        assert (error.value.kind, error.value.field) == (Kind.UNAVAILABLE, "previous_response_id")

@@ -1,13 +1,17 @@
 """The store of responses: conversations, its bounds in bytes and age, its file."""
 
+import asyncio
 import sqlite3
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from quartet.http_gateway.routes import response_store
 from quartet.http_gateway.routes.response_store import ResponseStore, StoredResponse
-from quartet.runtime.errors import RequestError, StartupError
+from quartet.runtime.errors import Kind, RequestError, StartupError
+from tests.unit.http_gateway.harness import asynchronous
 
 AGE_S = 100.0
 
@@ -155,3 +159,19 @@ def test_a_conversation_that_is_too_long_is_not_looked_for_to_its_beginning(tmp_
     with pytest.raises(RequestError, match="more than the limit of 1000 bytes"):
         store.conversation("c", 1000)
     assert store.conversation("a", 1000) is None
+
+
+@asynchronous
+async def test_who_waits_too_long_for_a_store_that_hangs_is_refused_and_other_threads_are_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(response_store, "MOST_WAITING_S", 0.0)
+    store, disk = store_in(tmp_path), threading.Event()
+    hanging = asyncio.create_task(store.run(disk.wait))
+    waiting = [asyncio.create_task(store.run(store.get, "a")) for _ in range(100)]
+    await asyncio.sleep(0)
+    assert await asyncio.to_thread(len, "abc") == 3
+    disk.set()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(error, RequestError) and error.kind is Kind.UNAVAILABLE for error in results)
+    await asyncio.gather(hanging, return_exceptions=True)
