@@ -6,7 +6,8 @@ it is cut; and the events of a whole output, joined, do not depend on where it w
 
 What is no well-formed call of a known tool stays text, to the last character; blanks beside a call belong to nobody
 and are dropped. Once a call's name and the opening of its arguments are read it is announced, and what follows
-streams through as it comes. A call in a thought that was not closed ends the thought.
+streams through as it comes. What looks like a call in a thought is a part of the thought, closed or not. A thought may
+begin where the output begins, behind a thought and behind a call.
 """
 
 import re
@@ -125,7 +126,7 @@ class OutputReader:
     # Text.
 
     def _beginning(self, text: str, at: int) -> int:
-        """Blanks, then the opening of the thought, a bare call, or text."""
+        """Of the output, or of what stands behind a thought or a call: blanks, a thought, a bare call, or text."""
         if solid := blanks_end(text, at):
             self._text(text[at:solid])
             return solid
@@ -138,14 +139,12 @@ class OutputReader:
             self._may_think = False
             return at
         if found == opening:
-            self._events.tag()
-            self._thinking, self._may_think, self._state = True, False, self._in_text
-            return at + len(opening)
+            return self._open_thought(at + len(opening))
         prefix = found[:-1]
         return self._lead_to_call(prefix, at + len(prefix))
 
     def _bare_beginnings(self) -> tuple[str, ...]:
-        if self._calls is None or self._thinking:
+        if self._calls is None or self._thinking or self._events.calls:
             return ()
         return tuple(prefix + self._calls.bracket for prefix in self._calls.bare)
 
@@ -158,20 +157,25 @@ class OutputReader:
             self._text(text[at:end])
             return end
         self._text(text[at : found.start()])
-        if self._thinking and self._marks and found[0] == self._marks.closing:
-            self._close_thought()
-            return found.end()
+        if self._thinking:
+            return self._close_thought(found.end())
         return self._lead_to_call(found[0], found.end())
 
     def _tags(self) -> tuple[str, ...]:
-        closing = self._marks.closing if self._marks and self._thinking else ""
-        opening = self._calls.opening if self._calls else ""
-        return tuple(tag for tag in (closing, opening) if tag)
+        """What ends the text: in a thought nothing but its closing."""
+        if self._marks and self._thinking:
+            return (self._marks.closing,)
+        return (self._calls.opening,) if self._calls and self._calls.opening else ()
 
-    def _close_thought(self) -> None:
+    def _open_thought(self, at: int) -> int:
         self._events.tag()
-        self._thinking = self._may_think = False
-        self._state = self._beginning
+        self._lead, self._thinking, self._may_think, self._state = [], True, False, self._in_text
+        return at
+
+    def _close_thought(self, at: int) -> int:
+        self._events.tag()
+        self._thinking, self._may_think, self._state = False, True, self._beginning
+        return at
 
     # What leads to a call.
 
@@ -252,8 +256,6 @@ class OutputReader:
         assert call is not None
         at = call.take(text, at)
         unread = call.unread if isinstance(call, TaggedCall) else ""
-        if call.announced:
-            self._thinking = self._may_think = False
         if call.outcome == CALL:
             self._again = unread
             self._lead, self._call, self._state = [], None, self._between
@@ -261,21 +263,14 @@ class OutputReader:
         elif call.outcome is not None:
             self._lead += call.raw
             self._no_call(at)
-            self._again += unread
+            self._again = unread
         return at
 
     def _no_call(self, at: int) -> int:
-        """What led here is text. Where it closes the thought, what stands behind that is read again, once."""
+        """What led here is text."""
         text = "".join(self._lead)
         self._lead, self._call, self._state = [], None, self._in_text
-        if self._thinking and self._marks:
-            text, closing, behind = text.partition(self._marks.closing)
-            self._text(text)
-            if closing:
-                self._close_thought()
-                self._again = behind
-        else:
-            self._text(text)
+        self._text(text)
         return at
 
     def _between(self, text: str, at: int) -> int:
@@ -307,7 +302,7 @@ class OutputReader:
         return character == "{" and (self._separated or bool(self._calls.closing))
 
     def _behind_array(self, text: str, at: int) -> int:
-        """The closing tag, the opening of the next call, or text."""
+        """The closing tag, the opening of the next call or of a thought, or text."""
         calls = self._calls
         assert calls is not None
         if solid := blanks_end(text, at):
@@ -315,7 +310,8 @@ class OutputReader:
             return solid
         inner = calls.tags.name_begin if calls.tags else calls.head.begin if calls.head else ""
         end = calls.head.end if calls.head else ""
-        found = self._starts(text, at, "" if self._separated else calls.closing, calls.opening, inner, end)
+        thought = self._marks.opening if self._marks else ""
+        found = self._starts(text, at, "" if self._separated else calls.closing, calls.opening, inner, end, thought)
         if found is None:
             return at
         if not found:
@@ -328,7 +324,9 @@ class OutputReader:
             return at
         if found == calls.opening:
             return self._lead_to_call(found, at + len(found))
-        self._lead, self._state = [], self._in_text
+        if found == thought:
+            return self._open_thought(at + len(found))
+        self._lead, self._may_think, self._state = [], True, self._beginning
         return at + len(found)
 
     def _give_up(self) -> None:

@@ -97,3 +97,28 @@ def test_a_closing_tag_inside_what_looked_like_a_call_still_closes_the_thought()
         whole = collect(events + reader.finish())
         assert whole.thought == 'say <tool_call>{"name": "' and whole.content == ""
         assert whole.calls == [("f", '{"a": 1}')]
+
+
+def read(reader, text, step):
+    return collect(
+        [event for at in range(0, len(text), step) for event in reader.feed(text[at : at + step])] + reader.finish()
+    )
+
+
+@pytest.mark.parametrize("place", ["before", "inside"])
+def test_a_call_in_a_thought_is_a_part_of_the_thought_whether_that_is_closed_or_not(place):
+    call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    opening = "<think>" * (place == "before")
+    for step in (1, 7, 1000):
+        closed = read(OutputReader(Marks(), place, FORMATS["hermes"], KNOWN), f"{opening}I {call} so</think>No.", step)
+        assert closed == ("No.", [], f"I {call} so")
+        cut = read(OutputReader(Marks(), place, FORMATS["hermes"], KNOWN), f"{opening}I {call} so", step)
+        assert cut == ("", [], f"I {call} so")
+
+
+def test_thoughts_and_calls_take_turns():
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    text = f"<think>one</think>\nText.\n{call}\n<think>two</think><think>three</think> More. {call}<think>four"
+    for step in (1, 7, 1000):
+        whole = read(OutputReader(Marks(), "before", FORMATS["hermes"], KNOWN), text, step)
+        assert whole == ("Text.More.", [("f", "{}"), ("f", "{}")], "onetwothreefour")
