@@ -20,7 +20,7 @@ from quartet.http_gateway.parsers.call_formats import CallFormat, Head
 from quartet.http_gateway.parsers.held_back import held_back
 from quartet.http_gateway.parsers.json_calls import JsonCall
 from quartet.http_gateway.parsers.pythonic_calls import PythonCall
-from quartet.http_gateway.parsers.tagged_calls import TaggedCall
+from quartet.http_gateway.parsers.tagged_calls import TaggedCall, Tags
 from quartet.http_gateway.parsers.thoughts import Marks
 from quartet.http_gateway.parsers.tool_events import CALL, Event, Events
 from quartet.runtime.messages import Place
@@ -61,6 +61,7 @@ class OutputReader:
         self._ended = False
         self._lead: list[str] = []  # what led to the call that is being read: text, if it turns out to be none
         self._in_array = False
+        self._wrapped = False
         self._separated = False  # a separator stands behind the last call
         self._name: list[str] = []
         self._name_chars = 0
@@ -146,7 +147,7 @@ class OutputReader:
     def _bare_beginnings(self) -> tuple[str, ...]:
         if self._calls is None or self._thinking or self._events.calls:
             return ()
-        return tuple(prefix + self._calls.bracket for prefix in self._calls.bare)
+        return tuple(prefix + bracket for prefix in self._calls.bare for bracket in self._calls.brackets)
 
     def _in_text(self, text: str, at: int) -> int:
         """Thought or content, up to the next tag."""
@@ -165,7 +166,7 @@ class OutputReader:
         """What ends the text: in a thought nothing but its closing."""
         if self._marks and self._thinking:
             return (self._marks.closing,)
-        return (self._calls.opening,) if self._calls and self._calls.opening else ()
+        return self._calls.openings if self._calls else ()
 
     def _open_thought(self, at: int) -> int:
         self._events.tag()
@@ -182,7 +183,7 @@ class OutputReader:
     def _lead_to_call(self, lead: str, at: int) -> int:
         """A call should follow."""
         self._lead.append(lead)
-        self._in_array = self._separated = False
+        self._in_array = self._separated = self._wrapped = False
         self._state = self._head
         return at
 
@@ -193,8 +194,7 @@ class OutputReader:
             self._lead.append(text[at:solid])
             return solid
         if self._calls.tags is not None:
-            call = TaggedCall(self._known, self._events, self._calls.tags, self._calls.closing, self._schemas)
-            return self._read(call, at)
+            return self._read(self._tagged_call(self._calls, self._calls.tags), at)
         if self._calls.head is not None:
             self._state = self._framed
             return at
@@ -204,13 +204,31 @@ class OutputReader:
             self._in_array = True
             return at + 1
         if self._calls.body == "python":
-            return self._read(PythonCall(self._known, self._events), at) if self._in_array else self._no_call(at)
+            return self._python_head(text, at)
         if character == "{":
             return self._read(JsonCall(self._known, self._events, self._calls.closing), at)
         if self._calls.named and not self._in_array and NAMED_CHARS.match(text, at):
             self._name, self._name_chars, self._state = [], 0, self._named
             return at
         return self._no_call(at)
+
+    def _tagged_call(self, calls: CallFormat, tags: Tags) -> TaggedCall:
+        begun = self._lead == [tags.name_begin]  # the beginning of the call itself stood for the tag before it
+        return TaggedCall(self._known, self._events, tags, calls.closing, self._schemas, begun)
+
+    def _python_head(self, text: str, at: int) -> int:
+        """A call in a list or on a line; there it may stand in the parentheses of a `print`."""
+        assert self._calls is not None
+        if not self._in_array and not self._calls.lines:
+            return self._no_call(at)
+        wrapper = "" if self._wrapped else self._starts(text, at, self._calls.wrapper)
+        if wrapper is None:
+            return at
+        if not wrapper:
+            return self._read(PythonCall(self._known, self._events), at)
+        self._lead.append(wrapper)
+        self._wrapped = True
+        return at + len(wrapper)
 
     def _framed(self, text: str, at: int) -> int:
         """What stands before arguments that stand alone; it is short enough to be looked at as a whole."""
@@ -223,7 +241,8 @@ class OutputReader:
             self._lead.append(match[0])
             return self._read(JsonCall(self._known, self._events, head.end, match[1]), match.end())
         short = len(text) - at <= MAX_HEAD_CHARS
-        return at if short and head.begin.startswith(text[at : at + len(head.begin)]) else self._no_call(at)
+        begin = head.begin.removesuffix(head.optional)
+        return at if short and begin.startswith(text[at : at + len(begin)]) else self._no_call(at)
 
     def _named(self, text: str, at: int) -> int:
         """A name, and marks behind it, before arguments that stand alone."""
@@ -280,6 +299,9 @@ class OutputReader:
         if solid := blanks_end(text, at):
             self._lead.append(text[at:solid])
             return solid
+        if text[at] == ")" and self._wrapped:
+            self._lead, self._wrapped = [], False
+            return at + 1
         if text[at] in calls.separators and not self._separated:
             self._lead.append(text[at])
             self._separated = True
@@ -298,7 +320,7 @@ class OutputReader:
         if self._calls.tags is not None or self._calls.head is not None:
             return False
         if self._calls.body == "python":
-            return self._separated
+            return self._separated or (self._calls.lines and not self._in_array and character.isidentifier())
         return character == "{" and (self._separated or bool(self._calls.closing))
 
     def _behind_array(self, text: str, at: int) -> int:
@@ -308,10 +330,12 @@ class OutputReader:
         if solid := blanks_end(text, at):
             self._lead.append(text[at:solid])
             return solid
-        inner = calls.tags.name_begin if calls.tags else calls.head.begin if calls.head else ""
-        end = calls.head.end if calls.head else ""
+        head = calls.head
+        inner = calls.tags.name_begin if calls.tags else head.begin.removesuffix(head.optional) if head else ""
+        end = head.end if head else ""
         thought = self._marks.opening if self._marks else ""
-        found = self._starts(text, at, "" if self._separated else calls.closing, calls.opening, inner, end, thought)
+        closing = "" if self._separated else calls.closing
+        found = self._starts(text, at, closing, inner, *calls.openings, end, thought)
         if found is None:
             return at
         if not found:
@@ -322,7 +346,7 @@ class OutputReader:
         if found == inner:
             self._state = self._head
             return at
-        if found == calls.opening:
+        if found in calls.openings:
             return self._lead_to_call(found, at + len(found))
         if found == thought:
             return self._open_thought(at + len(found))
@@ -357,5 +381,6 @@ def pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
 def head_pattern(head: Head) -> re.Pattern[str]:
     """What finds a call's head; a number behind the name counts the calls."""
     return re.compile(
-        rf"{re.escape(head.begin)}([\w.\-]{{1,{MAX_NAMED_CHARS}}}?)(?::\d+)?\s*{re.escape(head.name_end)}\s*(?={{)"
+        rf"{re.escape(head.begin.removesuffix(head.optional))}(?:{re.escape(head.optional)})?\s*"
+        rf"([\w.\-]{{1,{MAX_NAMED_CHARS}}}?)(?::\d+)?\s*{re.escape(head.name_end)}\s*(?={{)"
     )

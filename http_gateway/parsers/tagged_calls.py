@@ -42,9 +42,18 @@ class TaggedCall:
     """Reads one call. See JsonCall for `outcome` and `raw`. A value streams where the schema says that it is text."""
 
     def __init__(
-        self, known: Collection[str], events: Events, tags: Tags, closing: str, schemas: Mapping[str, Any]
+        self,
+        known: Collection[str],
+        events: Events,
+        tags: Tags,
+        closing: str,
+        schemas: Mapping[str, Any],
+        begun: bool = False,
     ) -> None:
-        """`closing`: the tag behind a call. `schemas`: of the parameters, by the tool's name."""
+        """`closing`: the tag behind a call. `schemas`: of the parameters, by the tool's name.
+
+        `begun`: what stands before the name was read already.
+        """
         self.outcome: Outcome | None = None
         self.raw: list[str] = []
         self.announced = False
@@ -56,7 +65,8 @@ class TaggedCall:
         self._schemas = schemas
         self._properties: Mapping[str, Any] = {}
         self._buffer = ""  # taken and not yet understood; shorter than a tag or a name between two calls of `take`
-        self._step = self._begin
+        self._begun = begun
+        self._step = self._in_name if begun else self._begin
         self._key: list[str] = []
         self._keys = 0
         self._value: list[str] = []  # of one that is no text
@@ -183,7 +193,7 @@ class TaggedCall:
 
     def _no_call(self) -> bool:
         """All that was read may hold the opening of another call: it belongs to what follows."""
-        if self._step == self._in_name:
+        if self._step == self._in_name and not self._begun:
             self._buffer = self._tags.name_begin + self._buffer
         self.outcome, self.raw = NO_CALL, []
         return False

@@ -19,7 +19,7 @@ LEAST_S = 0.02  # below, the clock says little
 
 def openings(name):
     form = REQUIRED if name == "required" else FORMATS[name]
-    return form.opening or form.bare[0] + form.bracket
+    return form.opening or form.bare[0] + form.brackets
 
 
 def hostile(name, size):

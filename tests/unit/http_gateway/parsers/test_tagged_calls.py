@@ -12,6 +12,7 @@ from quartet.http_gateway.parsers.call_formats import FORMATS
 from quartet.http_gateway.parsers.output_reader import OutputReader
 from quartet.http_gateway.parsers.tagged_calls import json_value
 from quartet.http_gateway.parsers.tool_events import Arguments, Content, Function, Tool, collect
+from tests.unit.http_gateway.call_texts import WAYS
 
 NAMES = [name for name, form in FORMATS.items() if form.tags is not None]
 TYPES = {"s": "string", "t": "string", "i": "integer", "b": "boolean", "o": "object", "l": "array"}
@@ -35,39 +36,8 @@ def cut(text, places):
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
-def shown(value):
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def written(form, calls):
-    """The calls as the families' templates print them."""
-    match form:
-        case "qwen3_coder":
-            return "\n".join(
-                f"<tool_call>\n<function={name}>\n"
-                + "".join(f"<parameter={key}>\n{shown(value)}\n</parameter>\n" for key, value in arguments.items())
-                + "</function>\n</tool_call>"
-                for name, arguments in calls
-            )
-        case "glm45":
-            return "\n".join(
-                f"<tool_call>{name}\n"
-                + "".join(
-                    f"<arg_key>{key}</arg_key>\n<arg_value>{shown(value)}</arg_value>\n"
-                    for key, value in arguments.items()
-                )
-                + "</tool_call>"
-                for name, arguments in calls
-            )
-        case "minimax-m2":
-            invokes = (
-                f'<invoke name="{name}">\n'
-                + "".join(f'<parameter name="{key}">{shown(value)}</parameter>\n' for key, value in arguments.items())
-                + "</invoke>\n"
-                for name, arguments in calls
-            )
-            return "<minimax:tool_call>\n" + "".join(invokes) + "</minimax:tool_call>"
-    raise AssertionError(form)
+    return WAYS[form][0](calls)
 
 
 TEXTS = st.text(max_size=20) | st.sampled_from(["\n", "\n\na\n", '"\\', "<", "</", "</parameter", "<tool_call>", "123"])
@@ -149,7 +119,7 @@ def test_a_call_of_a_stranger_is_text(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_forgotten_end_closes_the_call_and_what_follows_is_text(name):
     text = written(name, [("f", {"i": 3})])
-    broken = text[: text.rindex("</" if name == "glm45" else "</f" if name == "qwen3_coder" else "</i")] + "so"
+    broken = text[: text.rindex("</" if name.startswith("glm") else "</f" if name == "qwen3_coder" else "</i")] + "so"
     content, calls = stream(name, [broken])
     assert (content.strip(), calls) == ("so", [("f", '{"i": 3}')])
 
