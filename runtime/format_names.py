@@ -11,6 +11,7 @@ ToolCallParser = Literal[
     "glm",
     "glm45",
     "glm47",
+    "gpt-oss",
     "granite",
     "granite4",
     "hermes",
@@ -28,5 +29,18 @@ ToolCallParser = Literal[
     "smollm3",
 ]
 ReasoningParser = Literal[
-    "auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"
+    "auto",
+    "none",
+    "deepseek-r1",
+    "deepseek-v3",
+    "glm45",
+    "gpt-oss",
+    "granite",
+    "kimi",
+    "kimi_k2",
+    "minimax",
+    "mistral",
+    "qwen3",
+    "qwen3-thinking",
+    "step3",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from quartet.http_gateway.parsers.channels import HARMONY, Channels
 from quartet.http_gateway.parsers.tagged_calls import Tags
 
 ID_CHARS = string.ascii_letters + string.digits
@@ -47,6 +48,7 @@ class CallFormat:
     body: Literal["json", "python", "tags"] = "json"
     tags: Tags | None = None  # of a call whose body is tags
     head: Head | None = None
+    channels: Channels | None = None  # a call is a message to its function
     opening: str = ""  # the tag before calls, anywhere in the output
     other_openings: tuple[str, ...] = ()  # what models write in its place
     closing: str = ""  # the tag behind them
@@ -158,6 +160,7 @@ FORMATS = {
     "glm": GLM45,
     "glm45": GLM45,
     "glm47": GLM45,
+    "gpt-oss": CallFormat(channels=HARMONY),
     "granite": GRANITE,
     "granite4": HERMES,
     "json": CallFormat(opening="```json", closing="```", bare=("",), brackets="{[", separators=",;"),
@@ -168,6 +171,7 @@ FORMATS = {
     "smollm3": HERMES,
 }
 CLUES = {  # what a chat template that describes tools holds → the format; the first one that is found decides
+    r"<\|channel\|>": "gpt-oss",
     r"<minimax:tool_call>": "minimax-m2",
     r"<arg_key>": "glm45",
     r"<\|tool_calls_section_begin\|>": "kimi_k2",

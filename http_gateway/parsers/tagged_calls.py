@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from quartet.http_gateway.parsers.held_back import held_back
+from quartet.http_gateway.parsers.tag_search import held_back
 from quartet.http_gateway.parsers.tool_events import CALL, NO_CALL, Events, Outcome
 
 CHUNK_CHARS = 4096  # read at once, so that a call costs what it is long, however much text follows

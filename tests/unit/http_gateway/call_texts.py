@@ -76,6 +76,21 @@ def kimi_k2(calls: Calls) -> str:
     return f"<|tool_calls_section_begin|>{''.join(bodies)}<|tool_calls_section_end|>"
 
 
+def harmony(calls: Calls) -> str:
+    """What the model writes behind `<|start|>assistant`; at the length's end a message has no tag."""
+    return "<|start|>assistant".join(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{as_json(keys)}<|call|>"
+        for name, keys in calls
+    )
+
+
+def harmony_template(calls: Calls) -> str:
+    """The other order, of the chat template."""
+    return "<|start|>assistant".join(
+        f" to=functions.{name}<|channel|>commentary json<|message|>{as_json(keys)}<|call|>" for name, keys in calls
+    )
+
+
 def python(calls: Calls) -> list[str]:
     return [f"{name}({', '.join(f'{key}={value!r}' for key, value in keys.items())})" for name, keys in calls]
 
@@ -153,6 +168,7 @@ WAYS: Mapping[str, tuple[Callable[[Calls], str], ...]] = {
     "glm": (glm45, glm47),
     "glm45": (glm45, glm47),
     "glm47": (glm45, glm47),
+    "gpt-oss": (harmony, harmony_template),
     "granite": (granite,),
     "granite4": (hermes,),
     "hermes": (hermes,),

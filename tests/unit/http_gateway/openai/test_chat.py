@@ -423,6 +423,29 @@ async def test_a_call_in_a_thought_that_was_not_closed_is_a_part_of_the_thought(
 
 
 @asynchronous
+@pytest.mark.parametrize("asked", [{}, {"reasoning_effort": "none"}, {"separate_reasoning": False}])
+async def test_channels_become_thought_answer_and_calls(asked: dict[str, Any]) -> None:
+    thought, answer = "<|channel|>analysis<|message|>Which?<|end|>", "<|channel|>commentary<|message|>I look.<|end|>"
+    call = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Ulm"}'
+    script = says("<|start|>assistant".join([thought, answer, call]))
+    async with served(script, reasoning_parser="gpt-oss", tool_call_parser="gpt-oss") as server:
+        message = (await ask(server, tools=[WEATHER], **asked))["choices"][0]["message"]
+        expected = (None, "Which?I look.") if "separate_reasoning" in asked else ("Which?", "I look.")
+        assert (message["reasoning_content"], message["content"]) == expected
+        assert generate_of(server).request.params.skip_special_tokens is False
+        assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
+
+
+@asynchronous
+async def test_channels_are_read_without_tools_too() -> None:
+    pieces = ("<|channel|>analysis<|message|>Which?<|end|><|start|>assistant", "<|channel|>final<|message|>So.")
+    async with served(says(*pieces), reasoning_parser="gpt-oss", tool_call_parser="gpt-oss") as server:
+        chunks = await chunks_of(server)
+        assert (joined(chunks, "reasoning_content"), joined(chunks, "content")) == ("Which?", "So.")
+        assert generate_of(server).request.params.skip_special_tokens is False
+
+
+@asynchronous
 async def test_a_thought_may_talk_of_tags_of_calls() -> None:
     text = '<think>A <tool_call> would be {...}, or <tool_call>{"</think>Hello.'
     async with served(says(text), reasoning_parser="qwen3", tool_call_parser="qwen") as server:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from quartet.http_gateway.parsers import tool_calls
 from quartet.http_gateway.parsers.call_formats import FORMATS, REQUIRED
+from quartet.http_gateway.parsers.channels import HARMONY
 from quartet.http_gateway.parsers.output_reader import OutputReader
 from quartet.http_gateway.parsers.thoughts import Marks
 from quartet.http_gateway.parsers.tool_events import Arguments, CallStart, Function, Tool, collect
@@ -37,6 +38,14 @@ def events_of(name, pieces, marks=None):
 
 def read(name, pieces, marks=None):
     return collect(events_of(name, pieces, marks))
+
+
+def around(name, before, calls, behind):
+    """Calls and what is said beside them, in messages of their own where the format has such."""
+    if name != "gpt-oss":
+        return before + calls + behind
+    said = f"<|channel|>commentary<|message|>{before}<|end|><|start|>assistant" if before else ""
+    return f"{said}{calls}<|start|>assistant<|channel|>final<|message|>{behind}<|return|>"
 
 
 TEXTS = st.text(max_size=20) | st.sampled_from(
@@ -76,14 +85,14 @@ def test_every_format_has_its_ways_of_being_written():
 @given(calls=CALLS, before=SAID, behind=SAID, places=PLACES, data=st.data())
 def test_what_a_model_writes_is_read_however_it_is_cut(name, way, calls, before, behind, places, data):
     before = "" if way in AT_THE_BEGINNING else data.draw(st.sampled_from(["", f"{before} ", f"{before}\n"]))
-    text = f"{before}{way(calls)}\n{behind}"
+    text = around(name, before, way(calls), "\n" + behind)
     whole = read(name, cut(text, places))
     assert [(call.name, json.loads(call.arguments)) for call in whole.calls] == calls
-    assert whole.content == before.rstrip() + "\n" + behind
+    assert whole.content == before.rstrip() + "\n" * (name != "gpt-oss") + behind
     assert whole.thought == ""
 
 
-@pytest.mark.parametrize(("name", "way"), ANYWHERE)
+@pytest.mark.parametrize(("name", "way"), [case for case in ANYWHERE if case[0] != "gpt-oss"])  # see test_channels
 def test_text_between_calls_is_kept(name, way):
     one, two = way([("f", {"i": 1})]), way([("get_weather", {"s": "Zürich"})])
     for step in (1, 5, 1000):
@@ -125,7 +134,7 @@ def test_a_call_of_a_stranger_is_text_to_the_last_character(name, way):
     assert read(name, text) == (text, [], "")
 
 
-@pytest.mark.parametrize(("name", "way"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "way"), [case for case in CASES if case[0] != "gpt-oss"])  # see test_channels
 def test_a_call_in_an_unclosed_thought_is_a_part_of_the_thought(name, way):
     call = way([("f", {"i": 1})])
     assert read(name, f"<think>Maybe {call}", Marks()) == ("", [], f"Maybe {call}")
@@ -137,6 +146,16 @@ TAGS = sorted(
     {tag for form in READ.values() for tag in (*form.openings, form.closing) if tag}
     | {tag for form in READ.values() if form.head for tag in (form.head.begin, form.head.name_end, form.head.end)}
     | {tag for form in READ.values() if form.tags for tag in vars(form.tags).values() if isinstance(tag, str) and tag}
+    | {
+        *HARMONY.heads,
+        *HARMONY.ends,
+        "<|constrain|>",
+        "assistant",
+        "analysis",
+        "commentary ",
+        "to=functions.f",
+        "final",
+    }
     | {
         "<think>",
         "</think>",
@@ -179,12 +198,12 @@ PIECES = st.sampled_from(TAGS) | st.sampled_from(WRITTEN) | st.text(max_size=6)
 @settings(max_examples=60, deadline=None)
 @given(pieces=st.lists(PIECES, max_size=8), places=PLACES, thinks=st.booleans())
 def test_hostile_text_means_the_same_however_it_is_cut_and_no_word_is_lost(name, pieces, places, thinks):
-    text = "".join(f"{piece}w{number}w" for number, piece in enumerate(pieces))
+    text = "".join(f"{piece}§{number}§" for number, piece in enumerate(pieces))
     marks = Marks() if thinks else None
     whole = read(name, [text], marks)
     assert read(name, cut(text, places), marks) == whole
-    if not whole.calls and not thinks:
+    if not whole.calls and not thinks and name != "gpt-oss":  # tags of messages are no text
         assert whole.content == text
     said = whole.content + whole.thought + "".join(call.arguments for call in whole.calls)
     if name != "required":  # the beginning of a call that is demanded is no answer
-        assert set(re.findall(r"w\d+w", text)) == set(re.findall(r"w\d+w", said))
+        assert set(re.findall(r"§\d+§", text)) == set(re.findall(r"§\d+§", said))

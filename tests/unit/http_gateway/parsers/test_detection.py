@@ -35,12 +35,12 @@ FORMATS_OF = {  # what they choose: calls, thoughts
     "Gemma-3-of-vLLM": ("pythonic", None),
     "Gemma-3-with-JSON": ("json", None),
     "Gemma-3-with-code-blocks": ("gemma3", None),
-    "Granite-3.1": ("granite", None),
+    "Granite-3.1": ("granite", "granite"),
     "Granite-4.0": ("hermes", None),
     "Kimi-K2-Thinking": ("kimi_k2", "qwen3"),
     "Llama-3.1": ("llama3", None),
     "Llama-4-of-vLLM": ("pythonic", None),
-    "Magistral-Small-2509": ("mistral", None),
+    "Magistral-Small-2509": ("mistral", "mistral"),
     "MiniMax-M2": ("minimax-m2", "qwen3"),
     "Mistral-7B-Instruct-v0.3": ("mistral", None),
     "OLMo-3-of-vLLM": ("olmo3", None),
@@ -50,7 +50,7 @@ FORMATS_OF = {  # what they choose: calls, thoughts
     "Qwen3": ("hermes", "qwen3"),
     "Qwen3-Coder": ("qwen3_coder", None),
     "SmolLM3": ("hermes", "qwen3"),
-    "gpt-oss-20b": (None, None),
+    "gpt-oss-20b": ("gpt-oss", "gpt-oss"),
 }
 
 

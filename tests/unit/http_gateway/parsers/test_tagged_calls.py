@@ -140,7 +140,7 @@ def test_blanks_between_tags_are_not_kept(name):
         reading = reader(name)
         for piece in [begin, *["\n"] * 100]:
             reading.feed(piece)
-        assert reading._call._buffer == "", begin
+        assert reading._reading._call._buffer == "", begin
 
 
 def test_plain_text_is_not_held_back():
