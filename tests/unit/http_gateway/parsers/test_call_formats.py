@@ -207,3 +207,27 @@ def test_hostile_text_means_the_same_however_it_is_cut_and_no_word_is_lost(name,
     said = whole.content + whole.thought + "".join(call.arguments for call in whole.calls)
     if name != "required":  # the beginning of a call that is demanded is no answer
         assert set(re.findall(r"§\d+§", text)) == set(re.findall(r"§\d+§", said))
+
+
+MOST_HELD = 600  # characters: the longest head of a call or a message, and a tag
+
+
+def held(reading):
+    """Characters that the next piece makes the reader look at again."""
+    call = reading._reading and reading._reading._call
+    return len(reading._held) + len(getattr(call, "_buffer", ""))
+
+
+@pytest.mark.parametrize(("way", "name"), {way: name for name, way in CASES}.items())
+def test_no_character_is_looked_at_more_often_than_a_constant(name, way):
+    """So the cost is linear, however the text is cut. A call is cut at many places, and goes on with one thing only."""
+    call = way([("f", {"s": "x", "i": 1})])
+    for end in range(0, len(call), 9):
+        for more in (" ", "x", "<", "\n", "{", "[", '"', "\\", "`", ":", call[:end], call[end - 3 : end + 1]):
+            reading = OutputReader(Marks(), calls=READ[name], known=KNOWN, schemas=SCHEMAS)
+            reading.feed(call[:end])
+            most = 0
+            for character in (more * 700)[:700]:
+                reading.feed(character)
+                most = max(most, held(reading))
+            assert most <= MOST_HELD, (call[:end], more)

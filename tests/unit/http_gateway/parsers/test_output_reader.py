@@ -19,6 +19,8 @@ LEAST_S = 0.02  # below, the clock says little
 
 def openings(name):
     form = REQUIRED if name == "required" else FORMATS[name]
+    if form.channels:
+        return "<|channel|>commentary to=functions.f<|message|>"
     return form.opening or form.bare[0] + form.brackets
 
 
@@ -52,6 +54,7 @@ def hostile(name, size):
         "a bare name": lead + "f" * size,
         "closed thoughts": "</think>" * (size // 8),
         "thoughts": "<think>" * (size // 7),
+        "messages": "<|start|>assistant<|channel|>final<|message|>" * (size // 44),
         "calls": (call + " ") * (size // (len(call) + 1)),
     }
 
@@ -76,7 +79,7 @@ def cost(name, kind, size, step):
 
 @pytest.mark.parametrize("step", SIZES, ids=["by characters", "whole"])
 @pytest.mark.parametrize("kind", sorted(hostile("hermes", 100)))
-@pytest.mark.parametrize("name", ["hermes", "llama3", "mistral", "pythonic", "required"])
+@pytest.mark.parametrize("name", ["gpt-oss", "hermes", "llama3", "mistral", "pythonic", "qwen3_coder", "required"])
 def test_four_times_the_text_takes_four_times_the_work(name, kind, step):
     small, large = (cost(name, kind, size, step) for size in SIZES[step])
     assert large <= max(MOST_TIMES * small, LEAST_S), (small, large)
