@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from quartet.http_gateway.parsers.pythonic_calls import json_literal
 from quartet.http_gateway.parsers.tag_search import held_back
 from quartet.http_gateway.parsers.tool_events import CALL, NO_CALL, Events, Outcome
 
@@ -18,9 +19,11 @@ KINDS = {  # type of a value → how schemas call it
     float: {"number"},
     int: {"integer", "number"},
     list: {"array"},
-    str: set[str](),  # a string is taken as it is written, with its quotes
+    str: {"string"},
     type(None): {"null"},
 }
+MAX_SCHEMA_DEPTH = 3  # of alternatives in alternatives
+MAX_ALTERNATIVES = 32  # that are looked at for the types of a parameter
 PLAIN_NAME = re.compile(r"[\w.\-]*")
 
 
@@ -207,20 +210,35 @@ def escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def kinds_of(schema: Any) -> set[str]:
-    """The JSON types that a parameter's schema names; empty where it names none."""
-    kinds = schema.get("type") if isinstance(schema, Mapping) else None
-    return {kinds} if isinstance(kinds, str) else {str(kind) for kind in kinds} if isinstance(kinds, list) else set()
+def kinds_of(schema: Any, depth: int = 0) -> set[str]:
+    """The JSON types that a parameter's schema names, also in alternatives; empty where it leaves one open."""
+    if not isinstance(schema, Mapping) or depth > MAX_SCHEMA_DEPTH:
+        return set()
+    kinds = schema.get("type")
+    if isinstance(kinds, str):
+        return {kinds}
+    if isinstance(kinds, list):
+        return {str(kind) for kind in kinds}
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        return set[str]().union(*(KINDS[type(value)] for value in values[:MAX_ALTERNATIVES]))
+    options = schema.get("anyOf") or schema.get("oneOf")
+    found = [kinds_of(option, depth + 1) for option in options[:MAX_ALTERNATIVES]] if isinstance(options, list) else []
+    return set[str]().union(*found) if all(found) else set()
 
 
 def json_value(text: str, kinds: set[str]) -> str:
-    """A value as JSON: as it is where that is JSON of a type that the schema allows, else a string."""
+    """A value as JSON: as it is where that is JSON of a type that the schema allows, else a string.
+
+    Lists and objects may be written in Python.
+    """
     plain = text.strip()
     if "boolean" in kinds and plain in ("True", "False"):  # as models write them that think in Python
         return plain.lower()
     try:
         value = msgspec.json.decode(plain)
     except (ValueError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
-    allowed = not kinds & {"string"} or kinds & KINDS[type(value)]
+        literal = json_literal(plain) if kinds & {"array", "object"} else None
+        return literal or json.dumps(text, ensure_ascii=False)
+    allowed = not kinds & {"string"} or (kinds & KINDS[type(value)] and not isinstance(value, str))  # with its quotes
     return plain if allowed else json.dumps(text, ensure_ascii=False)

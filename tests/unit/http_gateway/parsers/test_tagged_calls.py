@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quartet.http_gateway.parsers import tool_calls
 from quartet.http_gateway.parsers.call_formats import FORMATS
 from quartet.http_gateway.parsers.output_reader import OutputReader
-from quartet.http_gateway.parsers.tagged_calls import json_value
+from quartet.http_gateway.parsers.tagged_calls import json_value, kinds_of
 from quartet.http_gateway.parsers.tool_events import Arguments, Content, Function, Tool, collect
 from tests.unit.http_gateway.call_texts import WAYS
 
@@ -156,7 +156,43 @@ def test_plain_text_is_not_held_back():
         ("True", {"boolean"}, True),
         ("no json", {"integer"}, "no json"),
         ("[1", {"array"}, "[1"),
+        ("['a', True, None]", {"array"}, ["a", True, None]),
+        ("{'a': (1, 2)}", {"object", "null"}, {"a": [1, 2]}),
+        ("['a']", {"string"}, "['a']"),
+        ("f()", {"object"}, "f()"),
+        ("[" * 500, {"array"}, "[" * 500),
+        ('"12"', {"string", "null"}, '"12"'),
     ],
 )
 def test_a_value_has_the_type_that_its_schema_allows(text, kinds, value):
     assert json.loads(json_value(text, kinds)) == value
+
+
+@pytest.mark.parametrize(
+    ("schema", "kinds"),
+    [
+        ({"type": "string"}, {"string"}),
+        ({"type": ["string", "null"]}, {"string", "null"}),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, {"string", "null"}),
+        ({"oneOf": [{"type": "integer"}, {"enum": ["a"]}]}, {"integer", "string"}),
+        ({"enum": ["a", 1, None]}, {"string", "integer", "number", "null"}),
+        ({"const": True}, {"boolean"}),
+        ({"anyOf": [{"type": "string"}, {}]}, set()),
+        ({"anyOf": []}, set()),
+        ({}, set()),
+        (True, set()),
+        (None, set()),
+    ],
+)
+def test_the_types_of_a_parameter_are_those_of_all_its_alternatives(schema, kinds):
+    assert kinds_of(schema) == kinds
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_written_for_an_optional_text_stays_text(name):
+    """As pydantic writes the schema of `str | None`."""
+    optional = {"properties": {"s": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+    tools = [Tool(function=Function(name="f", parameters=optional))]
+    for value, meant in (("12", "12"), (None, None)):
+        [call] = tool_calls.parse(FORMATS[name], tools, written(name, [("f", {"s": value})])).calls
+        assert json.loads(call.arguments) == {"s": meant}
