@@ -57,7 +57,7 @@ class CallFormat:
     separators: str = ""  # of two calls; between others there are blanks at most
     named: bool = False  # the tag may also be followed by name{arguments}
     lines: bool = False  # calls in Python need no list around them
-    wrapper: str = ""  # what may stand before such a call, and a parenthesis behind it
+    wrapper: str = ""  # a function that such a call may be handed to
     alone: bool = False  # there is nothing but calls: the beginning of one is never content
     frame: Frame | None = None
     new_id: Callable[[], str] = call_id
@@ -112,7 +112,7 @@ GEMMA3 = CallFormat(
     brackets="[",
     separators=",",
     lines=True,
-    wrapper="print(",
+    wrapper="print",
 )
 GLM45 = CallFormat(
     body="tags",

@@ -123,7 +123,8 @@ class CallsReader:
         """A call in a list or on a line; there it may stand in the parentheses of a `print`."""
         if not self._in_array and not self._calls.lines:
             return self._no_call(at)
-        wrapper = "" if self._wrapped else self._starts(text, at, self._calls.wrapper)
+        name = self._calls.wrapper
+        wrapper = "" if self._wrapped or not name else self._starts(text, at, f"{name}(")
         if wrapper is None:
             return at
         if not wrapper:

@@ -102,6 +102,11 @@ def test_every_choice_of_ours_exists_and_no_thought_begins_unseen():
     assert all(FAMILIES[name].place == "before" for name in THOUGHT_CLUES.values())
 
 
+def test_the_manual_names_every_format():
+    manual = (Path(__file__).parents[4] / "docs/formats.md").read_text()
+    assert [name for name in (*FORMATS, *FAMILIES) if f"`{name}`" not in manual] == []
+
+
 def test_bundled_templates_are_recognised():
     found = {name: detect_calls({"default": file.read_text()}, "").name for name, file in bundled().items()}
     assert (found["chatml"], found["gemma"], found["mistral"], found["qwen3"]) == (None, None, "mistral", "hermes")
