@@ -7,6 +7,7 @@ ToolCallParser = Literal[
     "none",
     "deepseekv3",
     "deepseekv31",
+    "deepseekv32",
     "gemma3",
     "glm",
     "glm45",

@@ -83,6 +83,21 @@ DEEPSEEK_V31 = CallFormat(
     closing="<｜tool▁calls▁end｜>",
     head=Head("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
 )
+DEEPSEEK_V32 = CallFormat(
+    body="tags",
+    opening="<｜DSML｜function_calls>",
+    closing="</｜DSML｜function_calls>",
+    tags=Tags(
+        '<｜DSML｜invoke name="',
+        '">',
+        '<｜DSML｜parameter name="',
+        '"',
+        'string="false">',
+        "</｜DSML｜parameter>",
+        "</｜DSML｜invoke>",
+        text_begin='string="true">',
+    ),
+)
 KIMI_K2 = CallFormat(
     opening="<|tool_calls_section_begin|>",
     closing="<|tool_calls_section_end|>",
@@ -156,6 +171,7 @@ FORMATS = {
     "qwen3_coder": QWEN3_CODER,
     "deepseekv3": DEEPSEEK_V3,
     "deepseekv31": DEEPSEEK_V31,
+    "deepseekv32": DEEPSEEK_V32,
     "gemma3": GEMMA3,
     "glm": GLM45,
     "glm45": GLM45,
@@ -173,6 +189,7 @@ FORMATS = {
 CLUES = {  # what a chat template that describes tools holds → the format; the first one that is found decides
     r"<\|channel\|>": "gpt-oss",
     r"<minimax:tool_call>": "minimax-m2",
+    r"｜DSML｜": "deepseekv32",
     r"<arg_key>": "glm45",
     r"<\|tool_calls_section_begin\|>": "kimi_k2",
     r"<｜tool▁sep｜>(?=[\s\S]{0,200}```json)": "deepseekv3",

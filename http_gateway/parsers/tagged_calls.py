@@ -39,6 +39,7 @@ class Tags:
     value_end: str
     end: str  # of the call, "": the format's closing ends it
     own_lines: bool = False  # a value stands on lines of its own
+    text_begin: str = ""  # in place of `value_begin` before a value that is text, whatever its schema says
 
 
 class TaggedCall:
@@ -73,6 +74,7 @@ class TaggedCall:
         self._key: list[str] = []
         self._keys = 0
         self._value: list[str] = []  # of one that is no text
+        self._kinds = set[str]()  # of the value, as the schema says
         self._streams = self._at_start = False
 
     def take(self, text: str, at: int) -> int:
@@ -148,16 +150,18 @@ class TaggedCall:
         return True
 
     def _before_value(self) -> bool:
-        tag = self._tags.value_begin
-        rest = self._buffer.lstrip() if tag else self._buffer
-        if tag and rest != tag and tag.startswith(rest):
+        tags = self._tags.value_begin, self._tags.text_begin
+        rest = self._buffer.lstrip() if tags[0] else self._buffer
+        if any(tag.startswith(rest) and rest != tag for tag in tags if tag):
             self._buffer = rest
             return False
-        self._buffer = rest.removeprefix(tag)
+        found = next((tag for tag in tags if tag and rest.startswith(tag)), "")
+        self._buffer = rest.removeprefix(found)
         key = "".join(self._key)
         self._tell(", " * (self._keys > 0) + json.dumps(key, ensure_ascii=False) + ": ")
         self._keys += 1
-        self._streams = kinds_of(self._properties.get(key)) == {"string"}
+        self._kinds = kinds_of(self._properties.get(key)) if not self._tags.text_begin else set()
+        self._streams = self._kinds == {"string"} or found == self._tags.text_begin != ""
         if self._streams:
             self._tell('"')
         self._value, self._at_start, self._step = [], self._tags.own_lines, self._in_value
@@ -175,7 +179,7 @@ class TaggedCall:
             self._tell(escaped("".join(self._value)) + '"' * found)
             self._value = []
         elif found:
-            self._tell(json_value("".join(self._value), kinds_of(self._properties.get("".join(self._key)))))
+            self._tell(json_value("".join(self._value), self._kinds))
             self._value = []
         if found:
             self._step = self._in_body

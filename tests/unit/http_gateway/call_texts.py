@@ -68,6 +68,21 @@ def deepseek_v31(calls: Calls) -> str:
     return f"<｜tool▁calls▁begin｜>{''.join(bodies)}<｜tool▁calls▁end｜>"
 
 
+def deepseek_v32_parameter(key: str, value: Any) -> str:
+    is_text = as_json(isinstance(value, str))
+    return f'<｜DSML｜parameter name="{key}" string="{is_text}">{shown(value)}</｜DSML｜parameter>\n'
+
+
+def deepseek_v32(calls: Calls) -> str:
+    bodies = (
+        f'<｜DSML｜invoke name="{name}">\n'
+        + "".join(deepseek_v32_parameter(key, value) for key, value in keys.items())
+        + "</｜DSML｜invoke>\n"
+        for name, keys in calls
+    )
+    return f"<｜DSML｜function_calls>\n{''.join(bodies)}</｜DSML｜function_calls>"
+
+
 def kimi_k2(calls: Calls) -> str:
     bodies = (
         f"<|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>{as_json(keys)}<|tool_call_end|>"
@@ -164,6 +179,7 @@ def minimax_m2(calls: Calls) -> str:
 WAYS: Mapping[str, tuple[Callable[[Calls], str], ...]] = {
     "deepseekv3": (deepseek_v3,),
     "deepseekv31": (deepseek_v31,),
+    "deepseekv32": (deepseek_v32,),
     "gemma3": (gemma3, gemma3_printed, pythonic),
     "glm": (glm45, glm47),
     "glm45": (glm45, glm47),

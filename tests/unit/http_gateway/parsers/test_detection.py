@@ -31,6 +31,7 @@ EXCERPTS = Path(__file__).parent / "chat_templates"  # the decisive lines of rea
 FORMATS_OF = {  # what they choose: calls, thoughts
     "DeepSeek-R1": ("deepseekv3", "qwen3"),
     "DeepSeek-V3.1": ("deepseekv31", "qwen3"),
+    "DeepSeek-V3.2": ("deepseekv32", "qwen3"),
     "GLM-4.6": ("glm45", "qwen3"),
     "Gemma-3-of-vLLM": ("pythonic", None),
     "Gemma-3-with-JSON": ("json", None),

@@ -119,7 +119,7 @@ def test_a_call_of_a_stranger_is_text(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_forgotten_end_closes_the_call_and_what_follows_is_text(name):
     text = written(name, [("f", {"i": 3})])
-    broken = text[: text.rindex("</" if name.startswith("glm") else "</f" if name == "qwen3_coder" else "</i")] + "so"
+    broken = text[: text.rindex(FORMATS[name].tags.end or FORMATS[name].closing)] + "so"
     content, calls = stream(name, [broken])
     assert (content.strip(), calls) == ("so", [("f", '{"i": 3}')])
 
