@@ -73,6 +73,7 @@ class ChatTemplate:
         final = _mark_final(messages, self._sources[name]) if chat.continue_final_message else None
         variables = {
             **self._special_tokens,
+            "xml_tools": chat.tools,  # as SmolLM3's template calls them
             **chat.template_kwargs,
             "messages": messages,
             "tools": chat.tools,

@@ -21,6 +21,7 @@ TOKEN = re.compile(
 ESCAPE = re.compile(
     r"\\(?:x(?P<x>[0-9a-fA-F]{2})|u(?P<u>[0-9a-fA-F]{4})|U(?P<U>[0-9a-fA-F]{8})|(?P<o>[0-7]{1,3})|(?P<c>.))", re.DOTALL
 )
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\n": ""}
 UNCHANGED = "\\'\""
 WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
@@ -224,8 +225,12 @@ def number(text: str) -> int | float:
 
 
 def unquoted(literal: str) -> str:
-    """What a string literal spells; an unknown escape stands for itself, as in Python."""
-    return ESCAPE.sub(spelled, literal[1:-1])
+    """What a string literal spells; an unknown escape stands for itself, as in Python.
+
+    Two surrogates are one character, as in JSON, which models have seen more of. Raises ValueError for a lone one.
+    """
+    text = ESCAPE.sub(spelled, literal[1:-1])
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le") if SURROGATE.search(text) else text
 
 
 def spelled(escape: re.Match[str]) -> str:

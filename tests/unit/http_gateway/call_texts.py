@@ -122,6 +122,14 @@ def olmo3(calls: Calls) -> str:
     return f"<function_calls>\n{chr(10).join(python(calls))}\n</function_calls>"
 
 
+def olmo3_json(calls: Calls) -> str:
+    """As in the data that it was trained on: values are JSON in ASCII."""
+    lines = (
+        f"{name}({', '.join(f'{key}={json.dumps(value)}' for key, value in keys.items())})" for name, keys in calls
+    )
+    return f"<function_calls>{chr(10).join(lines)}</function_calls>"
+
+
 def gemma3(calls: Calls) -> str:
     return f"```tool_code\n{chr(10).join(python(calls))}\n```"
 
@@ -193,7 +201,7 @@ WAYS: Mapping[str, tuple[Callable[[Calls], str], ...]] = {
     "llama3": (llama3,),
     "minimax-m2": (minimax_m2,),
     "mistral": (mistral, mistral_list),
-    "olmo3": (olmo3,),
+    "olmo3": (olmo3, olmo3_json),
     "phi4_mini_json": (phi4_mini, phi4_mini_functools),
     "pythonic": (pythonic, llama4),
     "qwen": (hermes,),

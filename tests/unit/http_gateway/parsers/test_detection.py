@@ -44,6 +44,7 @@ FORMATS_OF = {  # what they choose: calls, thoughts
     "Magistral-Small-2509": ("mistral", "mistral"),
     "MiniMax-M2": ("minimax-m2", "qwen3"),
     "Mistral-7B-Instruct-v0.3": ("mistral", None),
+    "OLMo-3.1-Instruct": ("olmo3", None),
     "OLMo-3-of-vLLM": ("olmo3", None),
     "Phi-4-mini-instruct": ("phi4_mini_json", None),
     "Phi-4-mini-of-llama.cpp": ("phi4_mini_json", None),
