@@ -73,7 +73,7 @@ ARGUMENTS = st.fixed_dictionaries(
 )
 CALLS = st.lists(st.tuples(st.sampled_from(KNOWN), ARGUMENTS), min_size=1, max_size=4)
 PLACES = st.lists(st.integers(0, 10_000), max_size=30)
-SAID = st.text(st.characters(exclude_categories=["Cs", "Zs", "Cc"], exclude_characters="[]{}<>`|;,\"'()"), min_size=1)
+SAID = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="[]{}<>`|;,\"'()"), min_size=1)
 
 
 def test_every_format_has_its_ways_of_being_written():
