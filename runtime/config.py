@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from quartet.runtime.format_names import ReasoningParser, ToolCallParser
 from quartet.runtime.limits import MAX_DRAFTED_TOKENS
 
 
@@ -37,26 +38,6 @@ MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
     "device",
     "operations",
 )
-ToolCallParser = Literal[
-    "auto",
-    "none",
-    "deepseekv3",
-    "deepseekv31",
-    "glm45",
-    "granite",
-    "hermes",
-    "kimi_k2",
-    "llama3",
-    "minimax-m2",
-    "mistral",
-    "pythonic",
-    "qwen",
-    "qwen25",
-    "qwen3_coder",
-]
-ReasoningParser = Literal[
-    "auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "kimi", "qwen3", "qwen3-thinking", "step3"
-]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]

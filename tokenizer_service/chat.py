@@ -69,11 +69,11 @@ class ChatTemplate:
         self._check_count(chat)
         name = "tool_use" if chat.tools is not None and "tool_use" in self._compiled else "default"
         messages = [_message(message, self.content_format, self._habits[name]) for message in chat.messages]
-        if call_ids.insists(self._sources[name]):
-            messages = [call_ids.fitted(message) for message in messages]
+        messages = call_ids.fit(messages, self._sources[name])
         final = _mark_final(messages, self._sources[name]) if chat.continue_final_message else None
         variables = {
             **self._special_tokens,
+            "xml_tools": chat.tools,  # as SmolLM3's template calls them
             **chat.template_kwargs,
             "messages": messages,
             "tools": chat.tools,

@@ -11,7 +11,6 @@ from quartet.http_gateway.openai.types import ChatBody, NamedTool
 from quartet.http_gateway.parsers import reasoning, tool_calls
 from quartet.http_gateway.parsers.call_formats import REQUIRED, CallFormat, call_id
 from quartet.http_gateway.parsers.output_reader import OutputReader
-from quartet.http_gateway.parsers.thoughts import Marks
 from quartet.http_gateway.parsers.tool_events import Tool
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import RequestError
@@ -72,9 +71,15 @@ def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingP
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         raise RequestError(TOO_LARGE.format(name, limit, most), field=name)
     fallback: dict[str, Any] = {"max_new_tokens": None}
-    if choice.format is not None and not choice.format.alone:
-        fallback["skip_special_tokens"] = False  # some models write calls between special tokens
+    if (choice.format is not None and not choice.format.alone) or marks_are_tokens(gateway.config.reasoning_parser):
+        fallback["skip_special_tokens"] = False  # some models write calls and thoughts between special tokens
     return params_of(gateway, body, {} if limit is None else {"max_new_tokens": limit}, fallback, choice.grammar)
+
+
+def marks_are_tokens(family: str | None) -> bool:
+    """Whether thoughts stand between tokens that are no text."""
+    marks = reasoning.family(family).marks if family else None
+    return marks is not None and (marks.anywhere or marks.channels is not None)
 
 
 def logprob_options(body: ChatBody) -> LogprobOptions | None:
@@ -130,11 +135,11 @@ def make_turn(body: ChatBody, choice: Choosing, thought: Thought | None) -> Turn
     """The reader of one choice's output. `thought`: as in the request."""
     calls = choice.format
     separate = body.separate_reasoning is not False
-    if thought is not None and not separate and not (calls and calls.alone):
-        thought = None  # it is to stay in the content, tags and all
-    if thought is None and calls is None:
+    marks = reasoning.marks_of(thought.opening, thought.closing) if thought else None
+    if marks and not marks.channels and not separate and not (calls and calls.alone):
+        thought = marks = None  # it is to stay in the content, tags and all
+    if marks is None and calls is None:
         return Turn()
-    marks = Marks(thought.opening, thought.closing) if thought else None
     known = tool_calls.names_of(choice.tools)
     return Turn(
         OutputReader(marks, thought.place if thought else "before", calls, known, tool_calls.schemas_of(choice.tools)),
@@ -151,10 +156,12 @@ def thought_of(body: ChatBody, family: str | None, params: SamplingParams) -> Th
     A regex or an EBNF constrains the whole output. There is a thought in it only where it spells one of the tags.
     """
     variables = template_variables(body)
-    if family is None or variables.get("enable_thinking", variables.get("thinking")) is False:
+    if family is None:
         return None
     found = reasoning.family(family)
     marks = found.marks
+    if variables.get("enable_thinking", variables.get("thinking")) is False and not marks.channels:
+        return None
     if params.grammar is not None and params.grammar[0] in ("regex", "ebnf"):
         plain = params.grammar[1].replace("\\", "")
         if marks.opening not in plain and marks.closing not in plain:

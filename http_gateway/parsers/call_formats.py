@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from quartet.http_gateway.parsers.channels import HARMONY, Channels
 from quartet.http_gateway.parsers.tagged_calls import Tags
 
 ID_CHARS = string.ascii_letters + string.digits
@@ -37,6 +38,7 @@ class Head:
     begin: str  # before the name
     name_end: str  # between the name and the arguments
     end: str  # behind the arguments
+    optional: str = ""  # the end of `begin`, where models leave it out at times
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,23 @@ class CallFormat:
     body: Literal["json", "python", "tags"] = "json"
     tags: Tags | None = None  # of a call whose body is tags
     head: Head | None = None
+    channels: Channels | None = None  # a call is a message to its function
     opening: str = ""  # the tag before calls, anywhere in the output
+    other_openings: tuple[str, ...] = ()  # what models write in its place
     closing: str = ""  # the tag behind them
     bare: tuple[str, ...] = ()  # what leads to calls at the beginning of the answer alone
-    bracket: str = "{"  # what follows a bare beginning
+    brackets: str = "{"  # one of them follows a bare beginning
     separators: str = ""  # of two calls; between others there are blanks at most
     named: bool = False  # the tag may also be followed by name{arguments}
+    lines: bool = False  # calls in Python need no list around them
+    wrapper: str = ""  # a function that such a call may be handed to
     alone: bool = False  # there is nothing but calls: the beginning of one is never content
     frame: Frame | None = None
     new_id: Callable[[], str] = call_id
+
+    @property
+    def openings(self) -> tuple[str, ...]:
+        return (self.opening, *self.other_openings) if self.opening else ()
 
 
 HERMES = CallFormat(
@@ -73,12 +83,52 @@ DEEPSEEK_V31 = CallFormat(
     closing="<｜tool▁calls▁end｜>",
     head=Head("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
 )
+DEEPSEEK_V32 = CallFormat(
+    body="tags",
+    opening="<｜DSML｜function_calls>",
+    closing="</｜DSML｜function_calls>",
+    tags=Tags(
+        '<｜DSML｜invoke name="',
+        '">',
+        '<｜DSML｜parameter name="',
+        '"',
+        'string="false">',
+        "</｜DSML｜parameter>",
+        "</｜DSML｜invoke>",
+        text_begin='string="true">',
+    ),
+)
 KIMI_K2 = CallFormat(
     opening="<|tool_calls_section_begin|>",
     closing="<|tool_calls_section_end|>",
-    head=Head("<|tool_call_begin|>functions.", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+    head=Head("<|tool_call_begin|>functions.", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "functions."),
 )
-GRANITE_FRAME = Frame('<|tool_call|>[{"name": ', ', "arguments": ', "}]")
+LIST_FRAME = Frame('<|tool_call|>[{"name": ', ', "arguments": ', "}]")
+GRANITE = CallFormat(
+    opening="<|tool_call|>",
+    other_openings=("<tool_call>", "<function_call>"),  # of versions 3.1 and 20b-functioncalling
+    closing="</tool_call>",
+    separators=",",
+    frame=LIST_FRAME,
+)
+PHI4_MINI = CallFormat(
+    opening="<|tool_call|>",
+    other_openings=("functools",),
+    closing="<|/tool_call|>",
+    separators=",",
+    frame=Frame(LIST_FRAME.begin, LIST_FRAME.middle, LIST_FRAME.end + "<|/tool_call|>"),
+)
+OLMO3 = CallFormat(body="python", opening="<function_calls>", closing="</function_calls>", separators=",", lines=True)
+GEMMA3 = CallFormat(
+    body="python",
+    opening="```tool_code",
+    closing="```",
+    bare=("",),
+    brackets="[",
+    separators=",",
+    lines=True,
+    wrapper="print",
+)
 GLM45 = CallFormat(
     body="tags",
     opening="<tool_call>",
@@ -94,6 +144,7 @@ MINIMAX_M2 = CallFormat(
 QWEN3_CODER = CallFormat(
     body="tags",
     opening="<tool_call>",
+    other_openings=("<function=",),
     closing="</tool_call>",
     tags=Tags("<function=", ">", "<parameter=", ">", "", "</parameter>", "</function>", own_lines=True),
 )
@@ -113,30 +164,46 @@ FORMATS = {
         new_id=short_call_id,
     ),
     "pythonic": CallFormat(
-        body="python", closing="<|python_end|>", bare=("<|python_start|>", ""), bracket="[", separators=","
+        body="python", closing="<|python_end|>", bare=("<|python_start|>", ""), brackets="[", separators=","
     ),
     "qwen": HERMES,
     "qwen25": HERMES,
     "qwen3_coder": QWEN3_CODER,
     "deepseekv3": DEEPSEEK_V3,
     "deepseekv31": DEEPSEEK_V31,
+    "deepseekv32": DEEPSEEK_V32,
+    "gemma3": GEMMA3,
+    "glm": GLM45,
     "glm45": GLM45,
-    "granite": CallFormat(opening="<|tool_call|>", separators=",", frame=GRANITE_FRAME),
+    "glm47": GLM45,
+    "gpt-oss": CallFormat(channels=HARMONY),
+    "granite": GRANITE,
+    "granite4": HERMES,
+    "json": CallFormat(opening="```json", closing="```", bare=("",), brackets="{[", separators=",;"),
     "kimi_k2": KIMI_K2,
     "minimax-m2": MINIMAX_M2,
+    "olmo3": OLMO3,
+    "phi4_mini_json": PHI4_MINI,
+    "smollm3": HERMES,
 }
 CLUES = {  # what a chat template that describes tools holds → the format; the first one that is found decides
+    r"<\|channel\|>": "gpt-oss",
     r"<minimax:tool_call>": "minimax-m2",
+    r"｜DSML｜": "deepseekv32",
     r"<arg_key>": "glm45",
     r"<\|tool_calls_section_begin\|>": "kimi_k2",
     r"<｜tool▁sep｜>(?=[\s\S]{0,200}```json)": "deepseekv3",
     r"<｜tool▁sep｜>": "deepseekv31",
     r"<function=": "qwen3_coder",
-    r"<\|tool_call\|>": "granite",
+    r"<function_calls>": "olmo3",
+    r"<\|/tool(_call)?\|>|functools\[": "phi4_mini_json",
+    r"<\|tool_call\|>|<function_call>": "granite",
     r"\[TOOL_CALLS\]": "mistral",
     r"<\|python_start\|>|\[func_name1\(": "pythonic",
+    r"```tool_code": "gemma3",
     r"<tool_call>": "hermes",
     r"<\|python_tag\|>|dictionary of argument name and its value": "llama3",
+    r'"(arguments|parameters)\\?": ?[<{]': "json",
 }
 MODEL_TYPES = {  # of models whose template describes tools but shows no call
     "llama": "llama3",
@@ -148,4 +215,4 @@ MODEL_TYPES = {  # of models whose template describes tools but shows no call
     "qwen3": "hermes",
     "qwen3_moe": "hermes",
 }
-REQUIRED = CallFormat(bare=("",), bracket="[", separators=",", alone=True)  # what `calls_schema` asks for
+REQUIRED = CallFormat(bare=("",), brackets="[", separators=",", alone=True)  # what `calls_schema` asks for

@@ -14,7 +14,7 @@ from quartet.http_gateway.parsers import call_formats, reasoning
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.model_files.model_info import ModelInfo
 
-TOOLS = re.compile(r"\{[{%][^{}]{0,500}?\btool(s|_calls)\b")  # in the template's code, not in its prose
+TOOLS = re.compile(r"\{[{%][^{}]{0,500}?\b(xml_)?tool(s|_calls)\b")  # in the template's code, not in its prose
 
 
 class Choice(NamedTuple):

@@ -6,32 +6,24 @@ it is cut; and the events of a whole output, joined, do not depend on where it w
 
 What is no well-formed call of a known tool stays text, to the last character; blanks beside a call belong to nobody
 and are dropped. Once a call's name and the opening of its arguments are read it is announced, and what follows
-streams through as it comes. A call in a thought that was not closed ends the thought.
+streams through as it comes. What looks like a call in a thought is a part of the thought, closed or not. A thought may
+begin where the output begins, behind a thought and behind a call. Where an output is a row of messages with heads, the
+heads say what each is, and only its end ends it.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from quartet.http_gateway.parsers.call_formats import CallFormat, Head
-from quartet.http_gateway.parsers.held_back import held_back
-from quartet.http_gateway.parsers.json_calls import JsonCall
-from quartet.http_gateway.parsers.pythonic_calls import PythonCall
-from quartet.http_gateway.parsers.tagged_calls import TaggedCall
+from quartet.http_gateway.parsers.call_formats import CallFormat
+from quartet.http_gateway.parsers.calls_reader import CallsReader, State
+from quartet.http_gateway.parsers.channels import read_head
+from quartet.http_gateway.parsers.tag_search import blanks_end, held_back, pattern, starts
 from quartet.http_gateway.parsers.thoughts import Marks
-from quartet.http_gateway.parsers.tool_events import CALL, Event, Events
+from quartet.http_gateway.parsers.tool_events import Event, Events
 from quartet.runtime.messages import Place
 
-BLANKS = re.compile(r"\s+")
-NAMED_CHARS = re.compile(r"[\w.\-\[\]]+")
-NAMED = re.compile(r"([\w.-]+?)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?")
-MAX_NAMED_CHARS = 256
-MAX_HEAD_CHARS = 512
 NO_SCHEMAS: Mapping[str, Any] = MappingProxyType({})
-
-State = Callable[[str, int], int]
 
 
 class OutputReader:
@@ -52,18 +44,17 @@ class OutputReader:
         self._marks = marks
         self._calls = calls
         self._known = frozenset(known)
-        self._schemas = schemas
         self._events = Events()
+        self._channels = (marks and marks.channels) or (calls and calls.channels) or None
+        self._in_message = False  # behind its head, before its end
+        self._as_written = False  # with its head and its end: nobody here is addressed
         self._thinking = self._may_think = False
         self._held = ""  # of the text before; shorter than a tag
         self._again = ""  # text that must be read again
         self._ended = False
-        self._lead: list[str] = []  # what led to the call that is being read: text, if it turns out to be none
-        self._in_array = False
-        self._separated = False  # a separator stands behind the last call
-        self._name: list[str] = []
-        self._name_chars = 0
-        self._call: JsonCall | PythonCall | TaggedCall | None = None
+        self._fresh = True  # nothing but blanks was read
+        thought = marks.opening if marks else ""
+        self._reading = CallsReader(calls, self._known, schemas, self._events, thought) if calls else None
         self._state: State = self._beginning
         self.begin(place)
 
@@ -72,6 +63,7 @@ class OutputReader:
         assert self._state == self._beginning and not self._held
         self._thinking = self._marks is not None and place == "inside"
         self._may_think = self._marks is not None and place != "past"
+        self._in_message = self._thinking
         if self._thinking:
             self._events.tag()
 
@@ -88,9 +80,12 @@ class OutputReader:
     def finish(self) -> list[Event]:
         """The output is over: give what was held back."""
         self._ended = True
+        if self._reading:
+            self._reading.ended = True
         self._run("")
-        while self._lead or self._call:
-            self._give_up()
+        while self._reading and self._state == self._in_calls:
+            self._reading.give_up()
+            self._leave_calls(self._reading)
             again, self._again = self._again, ""
             self._run(again)
         self._events.finish(keep_blanks=not self._thinking)
@@ -112,42 +107,34 @@ class OutputReader:
         if self._thinking:
             self._events.thought(text)
         else:
-            self._events.content(text, hold=self._calls is not None or self._state == self._beginning)
-
-    def _starts(self, text: str, at: int, *tags: str) -> str | None:
-        """The first tag that begins at `at`, "" where none does, None where more text must tell."""
-        for tag in tags:
-            if tag and text.startswith(tag, at):
-                return tag
-        rest = text[at : at + max(map(len, tags), default=0)]
-        return None if not self._ended and any(tag.startswith(rest) for tag in tags if tag) else ""
+            self._events.content(text, hold=self._tags() != () or self._state == self._beginning)
 
     # Text.
 
     def _beginning(self, text: str, at: int) -> int:
-        """Blanks, then the opening of the thought, a bare call, or text."""
+        """Of the output, or of what stands behind a thought or a call: blanks, a thought, a bare call, or text."""
         if solid := blanks_end(text, at):
             self._text(text[at:solid])
             return solid
-        opening = self._marks.opening if self._marks and self._may_think else ""
-        found = self._starts(text, at, opening, *self._bare_beginnings())
+        heads = self._heads(self._fresh)
+        opening = self._marks.opening if self._marks and self._may_think and not self._channels else ""
+        found = starts(text, at, self._ended, opening, *heads, *self._bare_beginnings())
         if found is None:
             return at
-        if not found:
-            self._state = self._in_text
+        self._fresh = False
+        if not found or found in heads:
+            self._state = self._message_head if found else self._in_text
             self._may_think = False
             return at
         if found == opening:
-            self._events.tag()
-            self._thinking, self._may_think, self._state = True, False, self._in_text
-            return at + len(opening)
+            return self._open_thought(at + len(opening))
         prefix = found[:-1]
         return self._lead_to_call(prefix, at + len(prefix))
 
     def _bare_beginnings(self) -> tuple[str, ...]:
-        if self._calls is None or self._thinking:
+        if self._calls is None or self._thinking or self._events.calls:
             return ()
-        return tuple(prefix + self._calls.bracket for prefix in self._calls.bare)
+        return tuple(prefix + bracket for prefix in self._calls.bare for bracket in self._calls.brackets)
 
     def _in_text(self, text: str, at: int) -> int:
         """Thought or content, up to the next tag."""
@@ -158,206 +145,103 @@ class OutputReader:
             self._text(text[at:end])
             return end
         self._text(text[at : found.start()])
-        if self._thinking and self._marks and found[0] == self._marks.closing:
-            self._close_thought()
-            return found.end()
+        if self._channels and found[0] in self._channels.ends:
+            return self._end_message(found[0], found.end())
+        if found[0] in self._heads():
+            self._state = self._message_head
+            return found.start()
+        if self._thinking:
+            return self._close_thought(found.end())
+        if self._marks and found[0] == self._marks.opening:
+            return self._open_thought(found.end())
         return self._lead_to_call(found[0], found.end())
 
     def _tags(self) -> tuple[str, ...]:
-        closing = self._marks.closing if self._marks and self._thinking else ""
-        opening = self._calls.opening if self._calls else ""
-        return tuple(tag for tag in (closing, opening) if tag)
+        """What ends the text: in a thought nothing but its closing."""
+        if self._channels and self._thinking:
+            return self._channels.ends
+        if self._marks and self._thinking:
+            return (self._marks.closing,)
+        messages = (*self._heads(), *self._channels.ends) if self._channels else ()
+        thoughts = (self._marks.opening,) if self._marks and self._marks.anywhere else ()
+        return (*messages, *thoughts, *(self._calls.openings if self._calls else ()))
 
-    def _close_thought(self) -> None:
+    def _open_thought(self, at: int) -> int:
         self._events.tag()
-        self._thinking = self._may_think = False
-        self._state = self._beginning
-
-    # What leads to a call.
-
-    def _lead_to_call(self, lead: str, at: int) -> int:
-        """A call should follow."""
-        self._lead.append(lead)
-        self._in_array = self._separated = False
-        self._state = self._head
+        self._thinking, self._may_think, self._state = True, False, self._in_text
         return at
 
-    def _head(self, text: str, at: int) -> int:
-        """Blanks, the bracket of an array, then a call."""
-        assert self._calls is not None
-        if solid := blanks_end(text, at):
-            self._lead.append(text[at:solid])
-            return solid
-        if self._calls.tags is not None:
-            call = TaggedCall(self._known, self._events, self._calls.tags, self._calls.closing, self._schemas)
-            return self._read(call, at)
-        if self._calls.head is not None:
-            self._state = self._framed
-            return at
-        character = text[at]
-        if character == "[" and not self._in_array:
-            self._lead.append(character)
-            self._in_array = True
-            return at + 1
-        if self._calls.body == "python":
-            return self._read(PythonCall(self._known, self._events), at) if self._in_array else self._no_call(at)
-        if character == "{":
-            return self._read(JsonCall(self._known, self._events, self._calls.closing), at)
-        if self._calls.named and not self._in_array and NAMED_CHARS.match(text, at):
-            self._name, self._name_chars, self._state = [], 0, self._named
-            return at
-        return self._no_call(at)
-
-    def _framed(self, text: str, at: int) -> int:
-        """What stands before arguments that stand alone; it is short enough to be looked at as a whole."""
-        assert self._calls is not None and self._calls.head is not None
-        head = self._calls.head
-        match = head_pattern(head).match(text, at)
-        if match is not None:
-            if match[1] not in self._known:
-                return self._no_call(at)
-            self._lead.append(match[0])
-            return self._read(JsonCall(self._known, self._events, head.end, match[1]), match.end())
-        short = len(text) - at <= MAX_HEAD_CHARS
-        return at if short and head.begin.startswith(text[at : at + len(head.begin)]) else self._no_call(at)
-
-    def _named(self, text: str, at: int) -> int:
-        """A name, and marks behind it, before arguments that stand alone."""
-        assert self._calls is not None
-        if text[at] == "{":
-            name = NAMED.fullmatch("".join(self._name))
-            if name is None or name[1] not in self._known:
-                return self._no_call(at)
-            return self._read(JsonCall(self._known, self._events, self._calls.closing, name[1]), at)
-        if solid := blanks_end(text, at):
-            self._lead.append(text[at:solid])
-            self._name_chars = MAX_NAMED_CHARS  # the name is over
-            return solid
-        match = NAMED_CHARS.match(text, at)
-        if match is None or self._name_chars + len(match[0]) > MAX_NAMED_CHARS:
-            return self._no_call(at)
-        self._lead.append(match[0])
-        self._name.append(match[0])
-        self._name_chars += len(match[0])
-        return match.end()
+    def _close_thought(self, at: int) -> int:
+        self._events.tag()
+        self._thinking, self._may_think, self._state = False, True, self._beginning
+        return at
 
     # Calls.
 
-    def _read(self, call: JsonCall | PythonCall | TaggedCall, at: int) -> int:
-        self._call, self._state = call, self._in_call
+    def _lead_to_call(self, lead: str, at: int) -> int:
+        """A call should follow."""
+        assert self._reading is not None
+        self._reading.lead_to_call(lead)
+        self._state = self._in_calls
         return at
 
-    def _in_call(self, text: str, at: int) -> int:
-        call = self._call
-        assert call is not None
-        at = call.take(text, at)
-        unread = call.unread if isinstance(call, TaggedCall) else ""
-        if call.announced:
-            self._thinking = self._may_think = False
-        if call.outcome == CALL:
-            self._again = unread
-            self._lead, self._call, self._state = [], None, self._between
-            self._separated = False
-        elif call.outcome is not None:
-            self._lead += call.raw
-            self._no_call(at)
-            self._again += unread
+    def _in_calls(self, text: str, at: int) -> int:
+        reading = self._reading
+        assert reading is not None
+        at = reading.take(text, at)
+        if reading.outcome is not None:
+            self._leave_calls(reading)
+        self._again, reading.again = reading.again, ""
         return at
 
-    def _no_call(self, at: int) -> int:
-        """What led here is text. Where it closes the thought, what stands behind that is read again, once."""
-        text = "".join(self._lead)
-        self._lead, self._call, self._state = [], None, self._in_text
-        if self._thinking and self._marks:
-            text, closing, behind = text.partition(self._marks.closing)
-            self._text(text)
-            if closing:
-                self._close_thought()
-                self._again = behind
+    def _leave_calls(self, reading: CallsReader) -> None:
+        lead = "".join(reading.lead)
+        self._state = self._in_text
+        self._as_written = bool(lead and self._calls and self._calls.channels)
+        if lead:
+            self._text(lead)
+        if reading.outcome == "thought":
+            self._open_thought(0)
+        elif reading.outcome == "closed":
+            self._may_think, self._state = True, self._beginning
+
+    # Messages with heads, where the format has such.
+
+    def _heads(self, fresh: bool = False) -> tuple[str, ...]:
+        """What may begin the head of a message here. `fresh`: at the beginning of the output."""
+        if self._channels is None or self._in_message:
+            return ()
+        return (*self._channels.heads, self._channels.recipient) if fresh else self._channels.heads
+
+    def _message_head(self, text: str, at: int) -> int:
+        """The head of a message, up to its text."""
+        assert self._channels is not None
+        head = read_head(text, at)
+        if head is None and not self._ended:
+            return at
+        self._state = self._in_text
+        if head is None or head.end == 0:
+            tag = starts(text, at, self._ended, *self._channels.heads, self._channels.recipient) or text[at]
+            self._text(tag)
+            return at + len(tag)
+        self._in_message = True
+        function = head.recipient.removeprefix(self._channels.namespace)
+        if self._reading and self._calls and self._calls.channels and function in self._known:
+            self._reading.lead_to_call(text[at : head.end], function)
+            self._state = self._in_calls
+        elif head.recipient or (head.channel == self._channels.thought and not self._marks):
+            self._as_written = True
+            self._text(text[at : head.end])
         else:
-            self._text(text)
-        return at
+            self._events.message()
+            self._thinking = head.channel == self._channels.thought
+            self._state = self._in_text if self._thinking else self._beginning
+        return head.end
 
-    def _between(self, text: str, at: int) -> int:
-        """Behind a call: blanks, a separator, the next call, the end of the array, the closing tag, or text."""
-        calls = self._calls
-        assert calls is not None
-        if solid := blanks_end(text, at):
-            self._lead.append(text[at:solid])
-            return solid
-        if text[at] in calls.separators and not self._separated:
-            self._lead.append(text[at])
-            self._separated = True
-            return at + 1
-        if self._next_call(text[at]):
-            self._state = self._head
-            return at
-        if text[at] == "]" and self._in_array and not self._separated:
-            self._lead, self._in_array, self._state = [], False, self._behind_array
-            return at + 1
-        return self._behind_array(text, at)
-
-    def _next_call(self, character: str) -> bool:
-        """May a call begin with this character, right here?"""
-        assert self._calls is not None
-        if self._calls.tags is not None or self._calls.head is not None:
-            return False
-        if self._calls.body == "python":
-            return self._separated
-        return character == "{" and (self._separated or bool(self._calls.closing))
-
-    def _behind_array(self, text: str, at: int) -> int:
-        """The closing tag, the opening of the next call, or text."""
-        calls = self._calls
-        assert calls is not None
-        if solid := blanks_end(text, at):
-            self._lead.append(text[at:solid])
-            return solid
-        inner = calls.tags.name_begin if calls.tags else calls.head.begin if calls.head else ""
-        end = calls.head.end if calls.head else ""
-        found = self._starts(text, at, "" if self._separated else calls.closing, calls.opening, inner, end)
-        if found is None:
-            return at
-        if not found:
-            return self._no_call(at)
-        if found == end:
-            self._lead = []
-            return at + len(end)
-        if found == inner:
-            self._state = self._head
-            return at
-        if found == calls.opening:
-            return self._lead_to_call(found, at + len(found))
-        self._lead, self._state = [], self._in_text
-        return at + len(found)
-
-    def _give_up(self) -> None:
-        """The output ends before it is known whether a call was meant, or amid the arguments of one."""
-        if self._call is not None:
-            self._lead += self._call.raw
-        if isinstance(self._call, TaggedCall) and self._call.announced:
-            self._call.flush()
-        if (self._call is not None and self._call.announced) or (self._calls and self._calls.alone):
-            self._lead, self._call, self._state = [], None, self._in_text
+    def _end_message(self, tag: str, at: int) -> int:
+        if self._as_written:
+            self._text(tag)
         else:
-            self._no_call(0)
-
-
-def blanks_end(text: str, at: int) -> int | None:
-    """Where the blanks that begin at `at` end; None where there are none."""
-    match = BLANKS.match(text, at)
-    return match.end() if match else None
-
-
-@lru_cache
-def pattern(tags: tuple[str, ...]) -> re.Pattern[str]:
-    """What finds the first of these tags."""
-    return re.compile("|".join(map(re.escape, tags)))
-
-
-@lru_cache
-def head_pattern(head: Head) -> re.Pattern[str]:
-    """What finds a call's head; a number behind the name counts the calls."""
-    return re.compile(
-        rf"{re.escape(head.begin)}([\w.\-]{{1,{MAX_NAMED_CHARS}}}?)(?::\d+)?\s*{re.escape(head.name_end)}\s*(?={{)"
-    )
+            self._events.tag()
+        self._in_message = self._as_written = self._thinking = False
+        return at

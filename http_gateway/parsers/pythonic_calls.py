@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from quartet.http_gateway.parsers.tool_events import CALL, NO_CALL, Events, Outcome
@@ -21,6 +21,7 @@ TOKEN = re.compile(
 ESCAPE = re.compile(
     r"\\(?:x(?P<x>[0-9a-fA-F]{2})|u(?P<u>[0-9a-fA-F]{4})|U(?P<U>[0-9a-fA-F]{8})|(?P<o>[0-7]{1,3})|(?P<c>.))", re.DOTALL
 )
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\n": ""}
 UNCHANGED = "\\'\""
 WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
@@ -105,8 +106,18 @@ class PythonCall:
 
 def json_arguments(body: str) -> str | None:
     """The arguments `key=literal, ...` as JSON text, or None where they are anything else."""
+    return as_json(Literals(body).arguments)
+
+
+def json_literal(text: str) -> str | None:
+    """A list or dictionary of literals as JSON text, or None where it is anything else."""
+    return as_json(Literals(text).nested)
+
+
+def as_json(read: Callable[[], Any]) -> str | None:
+    """What a reader of literals finds as JSON text, or None where it raises ValueError."""
     try:
-        found = json.dumps(Literals(body).arguments(), ensure_ascii=False, allow_nan=False)
+        found = json.dumps(read(), ensure_ascii=False, allow_nan=False)
         found.encode()  # a lone surrogate has no place on the wire
     except (ValueError, OverflowError):
         return None
@@ -133,6 +144,13 @@ class Literals:
             if self._at < len(self._text):
                 self._expect(",")
         return found
+
+    def nested(self) -> Any:
+        """The whole text as one list or dictionary. Raises ValueError for anything else."""
+        value = self._value(self._token())
+        if self._at < len(self._text) or not isinstance(value, list | dict):
+            raise ValueError("no list and no dictionary")
+        return value
 
     def _token(self) -> re.Match[str]:
         match = TOKEN.match(self._text, self._at)
@@ -207,8 +225,12 @@ def number(text: str) -> int | float:
 
 
 def unquoted(literal: str) -> str:
-    """What a string literal spells; an unknown escape stands for itself, as in Python."""
-    return ESCAPE.sub(spelled, literal[1:-1])
+    """What a string literal spells; an unknown escape stands for itself, as in Python.
+
+    Two surrogates are one character, as in JSON, which models have seen more of. Raises ValueError for a lone one.
+    """
+    text = ESCAPE.sub(spelled, literal[1:-1])
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le") if SURROGATE.search(text) else text
 
 
 def spelled(escape: re.Match[str]) -> str:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from quartet.http_gateway.parsers.output_reader import OutputReader
-from quartet.http_gateway.parsers.thoughts import Family, Marks
+from quartet.http_gateway.parsers.thoughts import ANALYSIS, BRACKETS, GRANITE, Family, Marks
 from quartet.http_gateway.parsers.tool_events import collect
 from quartet.runtime.errors import RequestError
 
@@ -15,11 +15,20 @@ FAMILIES = {
     "qwen3": Family(),
     "qwen3-thinking": Family(place="inside"),
     "step3": Family(place="inside"),
+    "gpt-oss": Family(ANALYSIS),
+    "granite": Family(GRANITE),
+    "kimi_k2": Family(),
+    "minimax": Family(),
+    "mistral": Family(BRACKETS),
 }
 CLUES = {  # what a chat template holds → a family that waits for its opening tag: no answer is taken for a thought
+    r"<\|channel\|>": "gpt-oss",
+    r"\[THINK\]": "mistral",
     r"◁/?think▷": "kimi",
     r"<think>|</think>": "qwen3",
+    r"Here is my thought process:": "granite",
 }
+MARKS = {(family.marks.opening, family.marks.closing): family.marks for family in FAMILIES.values()}
 
 
 class Split(NamedTuple):
@@ -36,6 +45,11 @@ def family(name: str) -> Family:
             f"Unsupported reasoning parser {name!r}, use one of: {', '.join(FAMILIES)}.", field="reasoning_parser"
         )
     return FAMILIES[name]
+
+
+def marks_of(opening: str, closing: str) -> Marks:
+    """How a thought between these tags is marked."""
+    return MARKS.get((opening, closing)) or Marks(opening, closing)
 
 
 def split(name: str, text: str) -> Split:

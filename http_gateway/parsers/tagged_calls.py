@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from quartet.http_gateway.parsers.held_back import held_back
+from quartet.http_gateway.parsers.pythonic_calls import json_literal
+from quartet.http_gateway.parsers.tag_search import held_back
 from quartet.http_gateway.parsers.tool_events import CALL, NO_CALL, Events, Outcome
 
 CHUNK_CHARS = 4096  # read at once, so that a call costs what it is long, however much text follows
@@ -18,9 +19,11 @@ KINDS = {  # type of a value → how schemas call it
     float: {"number"},
     int: {"integer", "number"},
     list: {"array"},
-    str: set[str](),  # a string is taken as it is written, with its quotes
+    str: {"string"},
     type(None): {"null"},
 }
+MAX_SCHEMA_DEPTH = 3  # of alternatives in alternatives
+MAX_ALTERNATIVES = 32  # that are looked at for the types of a parameter
 PLAIN_NAME = re.compile(r"[\w.\-]*")
 
 
@@ -36,15 +39,25 @@ class Tags:
     value_end: str
     end: str  # of the call, "": the format's closing ends it
     own_lines: bool = False  # a value stands on lines of its own
+    text_begin: str = ""  # in place of `value_begin` before a value that is text, whatever its schema says
 
 
 class TaggedCall:
     """Reads one call. See JsonCall for `outcome` and `raw`. A value streams where the schema says that it is text."""
 
     def __init__(
-        self, known: Collection[str], events: Events, tags: Tags, closing: str, schemas: Mapping[str, Any]
+        self,
+        known: Collection[str],
+        events: Events,
+        tags: Tags,
+        closing: str,
+        schemas: Mapping[str, Any],
+        begun: bool = False,
     ) -> None:
-        """`closing`: the tag behind a call. `schemas`: of the parameters, by the tool's name."""
+        """`closing`: the tag behind a call. `schemas`: of the parameters, by the tool's name.
+
+        `begun`: what stands before the name was read already.
+        """
         self.outcome: Outcome | None = None
         self.raw: list[str] = []
         self.announced = False
@@ -56,10 +69,12 @@ class TaggedCall:
         self._schemas = schemas
         self._properties: Mapping[str, Any] = {}
         self._buffer = ""  # taken and not yet understood; shorter than a tag or a name between two calls of `take`
-        self._step = self._begin
+        self._begun = begun
+        self._step = self._in_name if begun else self._begin
         self._key: list[str] = []
         self._keys = 0
         self._value: list[str] = []  # of one that is no text
+        self._kinds = set[str]()  # of the value, as the schema says
         self._streams = self._at_start = False
 
     def take(self, text: str, at: int) -> int:
@@ -135,16 +150,18 @@ class TaggedCall:
         return True
 
     def _before_value(self) -> bool:
-        tag = self._tags.value_begin
-        rest = self._buffer.lstrip() if tag else self._buffer
-        if tag and rest != tag and tag.startswith(rest):
+        tags = self._tags.value_begin, self._tags.text_begin
+        rest = self._buffer.lstrip() if tags[0] else self._buffer
+        if any(tag.startswith(rest) and rest != tag for tag in tags if tag):
             self._buffer = rest
             return False
-        self._buffer = rest.removeprefix(tag)
+        found = next((tag for tag in tags if tag and rest.startswith(tag)), "")
+        self._buffer = rest.removeprefix(found)
         key = "".join(self._key)
         self._tell(", " * (self._keys > 0) + json.dumps(key, ensure_ascii=False) + ": ")
         self._keys += 1
-        self._streams = kinds_of(self._properties.get(key)) == {"string"}
+        self._kinds = kinds_of(self._properties.get(key)) if not self._tags.text_begin else set()
+        self._streams = self._kinds == {"string"} or found == self._tags.text_begin != ""
         if self._streams:
             self._tell('"')
         self._value, self._at_start, self._step = [], self._tags.own_lines, self._in_value
@@ -162,7 +179,7 @@ class TaggedCall:
             self._tell(escaped("".join(self._value)) + '"' * found)
             self._value = []
         elif found:
-            self._tell(json_value("".join(self._value), kinds_of(self._properties.get("".join(self._key)))))
+            self._tell(json_value("".join(self._value), self._kinds))
             self._value = []
         if found:
             self._step = self._in_body
@@ -183,7 +200,7 @@ class TaggedCall:
 
     def _no_call(self) -> bool:
         """All that was read may hold the opening of another call: it belongs to what follows."""
-        if self._step == self._in_name:
+        if self._step == self._in_name and not self._begun:
             self._buffer = self._tags.name_begin + self._buffer
         self.outcome, self.raw = NO_CALL, []
         return False
@@ -197,20 +214,35 @@ def escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def kinds_of(schema: Any) -> set[str]:
-    """The JSON types that a parameter's schema names; empty where it names none."""
-    kinds = schema.get("type") if isinstance(schema, Mapping) else None
-    return {kinds} if isinstance(kinds, str) else {str(kind) for kind in kinds} if isinstance(kinds, list) else set()
+def kinds_of(schema: Any, depth: int = 0) -> set[str]:
+    """The JSON types that a parameter's schema names, also in alternatives; empty where it leaves one open."""
+    if not isinstance(schema, Mapping) or depth > MAX_SCHEMA_DEPTH:
+        return set()
+    kinds = schema.get("type")
+    if isinstance(kinds, str):
+        return {kinds}
+    if isinstance(kinds, list):
+        return {str(kind) for kind in kinds}
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        return set[str]().union(*(KINDS[type(value)] for value in values[:MAX_ALTERNATIVES]))
+    options = schema.get("anyOf") or schema.get("oneOf")
+    found = [kinds_of(option, depth + 1) for option in options[:MAX_ALTERNATIVES]] if isinstance(options, list) else []
+    return set[str]().union(*found) if all(found) else set()
 
 
 def json_value(text: str, kinds: set[str]) -> str:
-    """A value as JSON: as it is where that is JSON of a type that the schema allows, else a string."""
+    """A value as JSON: as it is where that is JSON of a type that the schema allows, else a string.
+
+    Lists and objects may be written in Python.
+    """
     plain = text.strip()
     if "boolean" in kinds and plain in ("True", "False"):  # as models write them that think in Python
         return plain.lower()
     try:
         value = msgspec.json.decode(plain)
     except (ValueError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
-    allowed = not kinds & {"string"} or kinds & KINDS[type(value)]
+        literal = json_literal(plain) if kinds & {"array", "object"} else None
+        return literal or json.dumps(text, ensure_ascii=False)
+    allowed = not kinds & {"string"} or (kinds & KINDS[type(value)] and not isinstance(value, str))  # with its quotes
     return plain if allowed else json.dumps(text, ensure_ascii=False)

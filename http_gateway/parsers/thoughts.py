@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from quartet.http_gateway.parsers.channels import HARMONY, Channels
 from quartet.runtime.messages import Place
 
 
@@ -11,11 +12,19 @@ class Marks:
 
     opening: str = "<think>"
     closing: str = "</think>"
+    anywhere: bool = False  # also amid the answer: the tags are tokens of their own that nothing else can spell
+    channels: Channels | None = None  # the tags are heads and ends of messages
+
+
+THINK = Marks()
+BRACKETS = Marks("[THINK]", "[/THINK]", anywhere=True)
+GRANITE = Marks("Here is my thought process:", "Here is my response:")
+ANALYSIS = Marks("<|channel|>analysis<|message|>", "<|end|>", channels=HARMONY)
 
 
 @dataclass(frozen=True)
 class Family:
     """How one family of models thinks."""
 
-    marks: Marks = Marks()
+    marks: Marks = THINK
     place: Place = "before"  # where the output begins, if the prompt does not show it

@@ -66,6 +66,8 @@ class Events:
         self._blanks: list[str] = []
         self._drop_blanks = False  # at the end: nothing but blanks since the last call
         self._bare = False  # nothing but blanks since a tag of the thought: they belong to nobody
+        self._last: type[Content] | type[Thought] | None = None  # what was said last, unless a call followed
+        self._apart = False  # from what was said before
         self._made: list[Event] = []
 
     def content(self, text: str, hold: bool = True) -> None:
@@ -81,8 +83,9 @@ class Events:
             self._bare = not text
         solid = text.rstrip() if hold else text
         if solid:
-            self._made.append(kind("".join(self._blanks) + solid))
-            self._blanks = []
+            apart = "\n" if self._apart and self._last is kind else ""
+            self._made.append(kind(apart + "".join(self._blanks) + solid))
+            self._blanks, self._apart, self._last = [], False, kind
             self._drop_blanks = False
         if len(solid) < len(text):
             self._blanks.append(text[len(solid) :])
@@ -92,8 +95,13 @@ class Events:
         self._blanks = []
         self._bare = True
 
+    def message(self) -> None:
+        """Another message begins: a line break sets it apart from one of its kind."""
+        self.tag()
+        self._apart = True
+
     def start(self, name: str) -> None:
-        self._blanks = []
+        self._blanks, self._last = [], None
         self._bare = False
         self._made.append(CallStart(self.calls, name))
         self.calls += 1

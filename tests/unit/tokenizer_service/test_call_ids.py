@@ -67,3 +67,30 @@ def test_a_template_that_joins_arguments_to_text_sees_none_too():
     called = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "null"}}]
     template = ChatTemplate({"default": "{{ 'call ' + messages[0].tool_calls[0].function.arguments }}"}, {}, 1 << 16)
     assert template.render(Chat(messages=[{"role": "assistant", "content": "", "tool_calls": called}])) == "call {}"
+
+
+KIMI = """
+{%- for message in messages %}
+  {%- for tool_call in message.tool_calls or [] %}
+    {%- set formatted_id = tool_call['id'] -%}
+    <|tool_call_begin|>{{ formatted_id }}<|tool_call_argument_begin|>{{ tool_call.function.arguments }}
+  {%- endfor %}
+  {%- if message.role == "tool" %}## Return of {{ message.tool_call_id }}{% endif %}
+{%- endfor %}"""
+
+
+def kimi(*ids, result):
+    calls = [
+        {"id": id, "type": "function", "function": {"name": f"f{n}", "arguments": "{}"}} for n, id in enumerate(ids)
+    ]
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
+    messages.append({"role": "tool", "tool_call_id": result, "content": "1"})
+    return ChatTemplate({"default": KIMI}, {}, 1 << 16).render(Chat(messages=messages))
+
+
+def test_a_template_that_prints_the_id_for_the_name_gets_the_name_and_the_number_of_the_call():
+    calls = "<|tool_call_begin|>functions.f0:0<|tool_call_argument_begin|>{}"
+    calls += "<|tool_call_begin|>functions.f1:1<|tool_call_argument_begin|>{}"
+    assert kimi("call_a", "call_b", result="call_b") == f"{calls}## Return of functions.f1:1"
+    assert kimi("functions.f0:0", "call_b", result="functions.f0:0") == f"{calls}## Return of functions.f0:0"
+    assert kimi("call_a", "call_b", result="strange") == f"{calls}## Return of strange"

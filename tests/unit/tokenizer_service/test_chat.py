@@ -255,6 +255,13 @@ def test_the_tool_use_template_serves_requests_with_tools():
     assert both.render(Chat(messages=[turn("user", "x")], tools=[WEATHER])) == "with tools"
 
 
+def test_a_template_that_calls_tools_by_another_name_gets_them_unless_the_client_gives_others():
+    source = "{% if xml_tools %}{{ xml_tools | length }}{% else %}none{% endif %}"
+    assert ours(source, [turn("user", "x")], tools=[WEATHER]) == "1"
+    assert ours(source, [turn("user", "x")]) == "none"
+    assert ours(source, [turn("user", "x")], tools=[WEATHER], xml_tools=[WEATHER, WEATHER]) == "2"
+
+
 ESCAPES = [
     "{{ ''.__class__.__mro__ }}",
     "{{ ().__class__.__bases__[0].__subclasses__() }}",

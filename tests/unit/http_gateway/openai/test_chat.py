@@ -412,13 +412,37 @@ async def test_the_end_of_the_prompt_says_where_the_output_begins(place: Place) 
 
 
 @asynchronous
-async def test_a_call_in_a_thought_that_was_not_closed_is_a_call() -> None:
+async def test_a_call_in_a_thought_that_was_not_closed_is_a_part_of_the_thought() -> None:
     async with served(
         says("<think>I call ", "it. ", *CALL), reasoning_parser="qwen3", tool_call_parser="qwen"
     ) as server:
-        message = (await ask(server, tools=[WEATHER]))["choices"][0]["message"]
-        assert message["reasoning_content"] == "I call it." and message["content"] is None
-        assert message["tool_calls"][0]["function"]["name"] == "weather"
+        choice = (await ask(server, tools=[WEATHER]))["choices"][0]
+        message = choice["message"]
+        assert message["reasoning_content"] == "I call it. " + "".join(CALL) and message["content"] is None
+        assert message["tool_calls"] is None and choice["finish_reason"] == "stop"
+
+
+@asynchronous
+@pytest.mark.parametrize("asked", [{}, {"reasoning_effort": "none"}, {"separate_reasoning": False}])
+async def test_channels_become_thought_answer_and_calls(asked: dict[str, Any]) -> None:
+    thought, answer = "<|channel|>analysis<|message|>Which?<|end|>", "<|channel|>commentary<|message|>I look.<|end|>"
+    call = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Ulm"}'
+    script = says("<|start|>assistant".join([thought, answer, call]))
+    async with served(script, reasoning_parser="gpt-oss", tool_call_parser="gpt-oss") as server:
+        message = (await ask(server, tools=[WEATHER], **asked))["choices"][0]["message"]
+        expected = (None, "Which?I look.") if "separate_reasoning" in asked else ("Which?", "I look.")
+        assert (message["reasoning_content"], message["content"]) == expected
+        assert generate_of(server).request.params.skip_special_tokens is False
+        assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
+
+
+@asynchronous
+async def test_channels_are_read_without_tools_too() -> None:
+    pieces = ("<|channel|>analysis<|message|>Which?<|end|><|start|>assistant", "<|channel|>final<|message|>So.")
+    async with served(says(*pieces), reasoning_parser="gpt-oss", tool_call_parser="gpt-oss") as server:
+        chunks = await chunks_of(server)
+        assert (joined(chunks, "reasoning_content"), joined(chunks, "content")) == ("Which?", "So.")
+        assert generate_of(server).request.params.skip_special_tokens is False
 
 
 @asynchronous

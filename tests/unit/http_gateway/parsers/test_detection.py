@@ -1,5 +1,7 @@
 """The formats that `auto` chooses, and that a template without tools or tags chooses none."""
 
+from pathlib import Path
+
 import pytest
 
 from quartet.http_gateway.parsers.call_formats import CLUES, FORMATS, MODEL_TYPES
@@ -25,6 +27,34 @@ TEMPLATES = {  # what the models' own templates hold, shortened
     "pythonic": "{%- if tools %}Put it in the format of [func_name1(params_name1=params_value1, ...)]{% endif %}",
 }
 
+EXCERPTS = Path(__file__).parent / "chat_templates"  # the decisive lines of real templates
+FORMATS_OF = {  # what they choose: calls, thoughts
+    "DeepSeek-R1": ("deepseekv3", "qwen3"),
+    "DeepSeek-V3.1": ("deepseekv31", "qwen3"),
+    "DeepSeek-V3.2": ("deepseekv32", "qwen3"),
+    "GLM-4.6": ("glm45", "qwen3"),
+    "Gemma-3-of-vLLM": ("pythonic", None),
+    "Gemma-3-with-JSON": ("json", None),
+    "Gemma-3-with-code-blocks": ("gemma3", None),
+    "Granite-3.1": ("granite", "granite"),
+    "Granite-4.0": ("hermes", None),
+    "Kimi-K2-Thinking": ("kimi_k2", "qwen3"),
+    "Llama-3.1": ("llama3", None),
+    "Llama-4-of-vLLM": ("pythonic", None),
+    "Magistral-Small-2509": ("mistral", "mistral"),
+    "MiniMax-M2": ("minimax-m2", "qwen3"),
+    "Mistral-7B-Instruct-v0.3": ("mistral", None),
+    "OLMo-3.1-Instruct": ("olmo3", None),
+    "OLMo-3-of-vLLM": ("olmo3", None),
+    "Phi-4-mini-instruct": ("phi4_mini_json", None),
+    "Phi-4-mini-of-llama.cpp": ("phi4_mini_json", None),
+    "Phi-4-mini-of-vLLM": ("phi4_mini_json", None),
+    "Qwen3": ("hermes", "qwen3"),
+    "Qwen3-Coder": ("qwen3_coder", None),
+    "SmolLM3": ("hermes", "qwen3"),
+    "gpt-oss-20b": ("gpt-oss", "gpt-oss"),
+}
+
 
 def model(model_type: str = "") -> ModelInfo:
     return ModelInfo(
@@ -37,6 +67,12 @@ def model(model_type: str = "") -> ModelInfo:
 def test_the_template_tells_how_calls_are_written(name):
     choice = detect_calls({"default": TEMPLATES[name] + LOOP}, "")
     assert choice.name == name and "the chat template has" in choice.reason
+
+
+@pytest.mark.parametrize("file", sorted(EXCERPTS.iterdir()), ids=lambda file: file.stem)
+def test_real_templates_choose_the_formats_of_their_models(file):
+    templates = {"default": file.read_text()}
+    assert (detect_calls(templates, "").name, detect_thoughts(templates).name) == FORMATS_OF[file.stem]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -66,6 +102,11 @@ def test_thoughts_are_found_by_their_tags():
 def test_every_choice_of_ours_exists_and_no_thought_begins_unseen():
     assert {*CLUES.values(), *MODEL_TYPES.values()} <= FORMATS.keys()
     assert all(FAMILIES[name].place == "before" for name in THOUGHT_CLUES.values())
+
+
+def test_the_manual_names_every_format():
+    manual = (Path(__file__).parents[4] / "docs/formats.md").read_text()
+    assert [name for name in (*FORMATS, *FAMILIES) if f"`{name}`" not in manual] == []
 
 
 def test_bundled_templates_are_recognised():

@@ -19,7 +19,9 @@ LEAST_S = 0.02  # below, the clock says little
 
 def openings(name):
     form = REQUIRED if name == "required" else FORMATS[name]
-    return form.opening or form.bare[0] + form.bracket
+    if form.channels:
+        return "<|channel|>commentary to=functions.f<|message|>"
+    return form.opening or form.bare[0] + form.brackets
 
 
 def hostile(name, size):
@@ -52,6 +54,7 @@ def hostile(name, size):
         "a bare name": lead + "f" * size,
         "closed thoughts": "</think>" * (size // 8),
         "thoughts": "<think>" * (size // 7),
+        "messages": "<|start|>assistant<|channel|>final<|message|>" * (size // 44),
         "calls": (call + " ") * (size // (len(call) + 1)),
     }
 
@@ -76,7 +79,7 @@ def cost(name, kind, size, step):
 
 @pytest.mark.parametrize("step", SIZES, ids=["by characters", "whole"])
 @pytest.mark.parametrize("kind", sorted(hostile("hermes", 100)))
-@pytest.mark.parametrize("name", ["hermes", "llama3", "mistral", "pythonic", "required"])
+@pytest.mark.parametrize("name", ["gpt-oss", "hermes", "llama3", "mistral", "pythonic", "qwen3_coder", "required"])
 def test_four_times_the_text_takes_four_times_the_work(name, kind, step):
     small, large = (cost(name, kind, size, step) for size in SIZES[step])
     assert large <= max(MOST_TIMES * small, LEAST_S), (small, large)
@@ -97,3 +100,28 @@ def test_a_closing_tag_inside_what_looked_like_a_call_still_closes_the_thought()
         whole = collect(events + reader.finish())
         assert whole.thought == 'say <tool_call>{"name": "' and whole.content == ""
         assert whole.calls == [("f", '{"a": 1}')]
+
+
+def read(reader, text, step):
+    return collect(
+        [event for at in range(0, len(text), step) for event in reader.feed(text[at : at + step])] + reader.finish()
+    )
+
+
+@pytest.mark.parametrize("place", ["before", "inside"])
+def test_a_call_in_a_thought_is_a_part_of_the_thought_whether_that_is_closed_or_not(place):
+    call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    opening = "<think>" * (place == "before")
+    for step in (1, 7, 1000):
+        closed = read(OutputReader(Marks(), place, FORMATS["hermes"], KNOWN), f"{opening}I {call} so</think>No.", step)
+        assert closed == ("No.", [], f"I {call} so")
+        cut = read(OutputReader(Marks(), place, FORMATS["hermes"], KNOWN), f"{opening}I {call} so", step)
+        assert cut == ("", [], f"I {call} so")
+
+
+def test_thoughts_and_calls_take_turns():
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    text = f"<think>one</think>\nText.\n{call}\n<think>two</think><think>three</think> More. {call}<think>four"
+    for step in (1, 7, 1000):
+        whole = read(OutputReader(Marks(), "before", FORMATS["hermes"], KNOWN), text, step)
+        assert whole == ("Text.More.", [("f", "{}"), ("f", "{}")], "onetwothreefour")

@@ -48,6 +48,13 @@ def stream(name, pieces):
         ("glm45", "\n<think>x</think>\ny", "x", "y"),
         ("deepseek-v3", "<think>x</think>y", "x", "y"),
         ("kimi", "◁think▷ 日本 ◁/think▷ y ", "日本", "y "),
+        ("kimi_k2", "<think>x</think>y", "x", "y"),
+        ("minimax", "<think>x</think>y", "x", "y"),
+        ("mistral", "[THINK]x[/THINK]y", "x", "y"),
+        ("mistral", "Well. [THINK]x[/THINK] y", "x", "Well.y"),
+        ("granite", "Here is my thought process:\nx\n\nHere is my response:\ny", "x", "y"),
+        ("granite", "Here is my answer", "", "Here is my answer"),
+        ("gpt-oss", "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>y", "x", "y"),
         ("kimi", "<think>x</think>", "", "<think>x</think>"),
     ],
 )

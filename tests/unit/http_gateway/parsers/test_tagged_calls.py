@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from quartet.http_gateway.parsers import tool_calls
 from quartet.http_gateway.parsers.call_formats import FORMATS
 from quartet.http_gateway.parsers.output_reader import OutputReader
-from quartet.http_gateway.parsers.tagged_calls import json_value
+from quartet.http_gateway.parsers.tagged_calls import json_value, kinds_of
 from quartet.http_gateway.parsers.tool_events import Arguments, Content, Function, Tool, collect
+from tests.unit.http_gateway.call_texts import WAYS
 
 NAMES = [name for name, form in FORMATS.items() if form.tags is not None]
 TYPES = {"s": "string", "t": "string", "i": "integer", "b": "boolean", "o": "object", "l": "array"}
@@ -35,39 +36,8 @@ def cut(text, places):
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
-def shown(value):
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def written(form, calls):
-    """The calls as the families' templates print them."""
-    match form:
-        case "qwen3_coder":
-            return "\n".join(
-                f"<tool_call>\n<function={name}>\n"
-                + "".join(f"<parameter={key}>\n{shown(value)}\n</parameter>\n" for key, value in arguments.items())
-                + "</function>\n</tool_call>"
-                for name, arguments in calls
-            )
-        case "glm45":
-            return "\n".join(
-                f"<tool_call>{name}\n"
-                + "".join(
-                    f"<arg_key>{key}</arg_key>\n<arg_value>{shown(value)}</arg_value>\n"
-                    for key, value in arguments.items()
-                )
-                + "</tool_call>"
-                for name, arguments in calls
-            )
-        case "minimax-m2":
-            invokes = (
-                f'<invoke name="{name}">\n'
-                + "".join(f'<parameter name="{key}">{shown(value)}</parameter>\n' for key, value in arguments.items())
-                + "</invoke>\n"
-                for name, arguments in calls
-            )
-            return "<minimax:tool_call>\n" + "".join(invokes) + "</minimax:tool_call>"
-    raise AssertionError(form)
+    return WAYS[form][0](calls)
 
 
 TEXTS = st.text(max_size=20) | st.sampled_from(["\n", "\n\na\n", '"\\', "<", "</", "</parameter", "<tool_call>", "123"])
@@ -149,7 +119,7 @@ def test_a_call_of_a_stranger_is_text(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_forgotten_end_closes_the_call_and_what_follows_is_text(name):
     text = written(name, [("f", {"i": 3})])
-    broken = text[: text.rindex("</" if name == "glm45" else "</f" if name == "qwen3_coder" else "</i")] + "so"
+    broken = text[: text.rindex(FORMATS[name].tags.end or FORMATS[name].closing)] + "so"
     content, calls = stream(name, [broken])
     assert (content.strip(), calls) == ("so", [("f", '{"i": 3}')])
 
@@ -170,7 +140,7 @@ def test_blanks_between_tags_are_not_kept(name):
         reading = reader(name)
         for piece in [begin, *["\n"] * 100]:
             reading.feed(piece)
-        assert reading._call._buffer == "", begin
+        assert reading._reading._call._buffer == "", begin
 
 
 def test_plain_text_is_not_held_back():
@@ -186,7 +156,43 @@ def test_plain_text_is_not_held_back():
         ("True", {"boolean"}, True),
         ("no json", {"integer"}, "no json"),
         ("[1", {"array"}, "[1"),
+        ("['a', True, None]", {"array"}, ["a", True, None]),
+        ("{'a': (1, 2)}", {"object", "null"}, {"a": [1, 2]}),
+        ("['a']", {"string"}, "['a']"),
+        ("f()", {"object"}, "f()"),
+        ("[" * 500, {"array"}, "[" * 500),
+        ('"12"', {"string", "null"}, '"12"'),
     ],
 )
 def test_a_value_has_the_type_that_its_schema_allows(text, kinds, value):
     assert json.loads(json_value(text, kinds)) == value
+
+
+@pytest.mark.parametrize(
+    ("schema", "kinds"),
+    [
+        ({"type": "string"}, {"string"}),
+        ({"type": ["string", "null"]}, {"string", "null"}),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, {"string", "null"}),
+        ({"oneOf": [{"type": "integer"}, {"enum": ["a"]}]}, {"integer", "string"}),
+        ({"enum": ["a", 1, None]}, {"string", "integer", "number", "null"}),
+        ({"const": True}, {"boolean"}),
+        ({"anyOf": [{"type": "string"}, {}]}, set()),
+        ({"anyOf": []}, set()),
+        ({}, set()),
+        (True, set()),
+        (None, set()),
+    ],
+)
+def test_the_types_of_a_parameter_are_those_of_all_its_alternatives(schema, kinds):
+    assert kinds_of(schema) == kinds
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_written_for_an_optional_text_stays_text(name):
+    """As pydantic writes the schema of `str | None`."""
+    optional = {"properties": {"s": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
+    tools = [Tool(function=Function(name="f", parameters=optional))]
+    for value, meant in (("12", "12"), (None, None)):
+        [call] = tool_calls.parse(FORMATS[name], tools, written(name, [("f", {"s": value})])).calls
+        assert json.loads(call.arguments) == {"s": meant}

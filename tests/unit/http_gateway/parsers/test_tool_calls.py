@@ -2,12 +2,11 @@
 
 import itertools
 import json
-import keyword
 import re
 
 import jsonschema
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quartet.http_gateway.parsers import tool_calls
@@ -16,6 +15,7 @@ from quartet.http_gateway.parsers.output_reader import OutputReader
 from quartet.http_gateway.parsers.tool_calls import calls_schema, format_of
 from quartet.http_gateway.parsers.tool_events import Arguments, CallStart, Content, Function, Tool, collect
 from quartet.runtime.errors import RequestError
+from tests.unit.http_gateway.call_texts import WAYS
 
 NAMES = ["f", "get_weather", "Über"]
 TOOLS = [Tool(function=Function(name=name)) for name in NAMES]
@@ -297,44 +297,17 @@ CALLS = st.lists(
 )
 
 
-def framed(name, calls):
-    form = READ[name]
-    parts = [form.opening]
-    for index, (function, arguments) in enumerate(calls):
-        number = f":{index}" if name == "kimi_k2" else ""
-        parts += [form.head.begin, function, number, form.head.name_end, json.dumps(arguments, ensure_ascii=False)]
-        parts += ["\n" if name == "deepseekv3" else "", form.head.end]
-    return "".join(parts) + form.closing
-
-
-def written(name, calls):
-    """The calls as a model of that family writes them."""
-    bodies = [json.dumps({"name": n, "arguments": a}, ensure_ascii=len(n) == 1) for n, a in calls]
-    match name:
-        case "llama3":
-            return "; ".join(bodies)
-        case "mistral":
-            return f"[TOOL_CALLS][{', '.join(bodies)}]"
-        case "granite":
-            return f"<|tool_call|>[{', '.join(bodies)}]"
-        case "required":
-            return f"[{','.join(bodies)}]"
-        case "deepseekv3" | "deepseekv31" | "kimi_k2":
-            return framed(name, calls)
-        case "pythonic":
-            return "[" + ", ".join(f"{n}({', '.join(f'{k}={v!r}' for k, v in a.items())})" for n, a in calls) + "]"
-    return "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
-
-
 @settings(max_examples=120, deadline=None)
 @given(
-    name=st.sampled_from([name for name in sorted(READ) if READ[name].tags is None]),  # the others: test_tagged_calls
+    case=st.sampled_from(  # calls between tags: test_tagged_calls
+        [(name, way) for name in sorted(READ) for way in WAYS[name] if READ[name].tags is None]
+    ),
     calls=CALLS,
     places=st.lists(st.integers(0, 10_000), max_size=30),
 )
-def test_streamed_arguments_joined_are_what_the_model_meant(name, calls, places):
-    assume(name != "pythonic" or not any(map(keyword.iskeyword, (key for _, keys in calls for key in keys))))
-    content, found = stream(name, cut(written(name, calls), places))
+def test_streamed_arguments_joined_are_what_the_model_meant(case, calls, places):
+    name, way = case
+    content, found = stream(name, cut(way(calls), places))
     assert content == ""
     assert [(call.name, json.loads(call.arguments)) for call in found] == calls
 

@@ -1,0 +1,47 @@
+"""Names of the formats of tool calls and thoughts that `--tool-call-parser` and `--reasoning-parser` take."""
+
+from typing import Literal
+
+ToolCallParser = Literal[
+    "auto",
+    "none",
+    "deepseekv3",
+    "deepseekv31",
+    "deepseekv32",
+    "gemma3",
+    "glm",
+    "glm45",
+    "glm47",
+    "gpt-oss",
+    "granite",
+    "granite4",
+    "hermes",
+    "json",
+    "kimi_k2",
+    "llama3",
+    "minimax-m2",
+    "mistral",
+    "olmo3",
+    "phi4_mini_json",
+    "pythonic",
+    "qwen",
+    "qwen25",
+    "qwen3_coder",
+    "smollm3",
+]
+ReasoningParser = Literal[
+    "auto",
+    "none",
+    "deepseek-r1",
+    "deepseek-v3",
+    "glm45",
+    "gpt-oss",
+    "granite",
+    "kimi",
+    "kimi_k2",
+    "minimax",
+    "mistral",
+    "qwen3",
+    "qwen3-thinking",
+    "step3",
+]
