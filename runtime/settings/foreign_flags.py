@@ -71,7 +71,6 @@ SGLANG = {
     "--json-model-override-args": Foreign("edit the config.json of a copy of the model instead", ("{}",)),
     "--model-impl": Foreign("native families first, transformers for the rest", ("auto",)),
     "--enable-multimodal": NO_MEDIA,
-    "--quantization": NO_QUANTIZATION._replace(accepts=("none", "null")),
     "--quantization-param-path": NO_QUANTIZATION,
     "--modelopt-quant": NO_QUANTIZATION,
     "--torchao-config": NO_QUANTIZATION._replace(accepts=("",)),

@@ -3,76 +3,87 @@
 #include "grouped.h"
 #include "pool.h"
 
-#define TRIALS 20 /* scales that are tried for a group of 4 bits */
+#define TRIALS 16 /* scales that are tried for a group with an offset */
 
 /* ---- from floats ---- */
 
 struct quantizing {
     const bf16 *x; /* (n, k), rows `stride` apart */
     int64_t n, k, stride;
-    int32_t bits;
-    uint8_t *numbers; /* (n, units * 32) */
-    float *scales;    /* (n, units) */
-    float *offsets;   /* (n, units) with 4 bits */
+    int32_t bits, group, zero;
+    uint8_t *numbers;        /* (n, units * 32) */
+    float *scales, *offsets; /* (n, units * 32 / group); offsets may be null */
     atomic_long next;
 };
 
 INLINE float as_half(float x) { return _cvtsh_ss(_cvtss_sh(x, 0)); }
 
-/* The nearest whole number, for |x| < 2^22. */
-INLINE float whole(float x) { return (x + 12582912.0f) - 12582912.0f; }
+/* A group of numbers, 16 or 32 of them; with 16 the second vector is left out. */
+struct group {
+    vec x[2];
+    int vecs;
+};
 
-/* 32 numbers as scale * (number - 128). */
-static void quantize_8(const float *x, uint8_t *numbers, float *scale) {
-    float largest = 0;
-    for (int i = 0; i < 32; i++) {
-        float size = x[i] < 0 ? -x[i] : x[i];
-        largest = largest < size ? size : largest;
-    }
-    *scale = as_half(largest / 127.0f);
+INLINE void store_numbers(uint8_t *out, vec numbers) {
+    float some[LANES];
+    vec_store(some, numbers);
+    for (int i = 0; i < LANES; i++)
+        out[i] = (uint8_t)(int)some[i];
+}
+
+INLINE vec clamp(vec x, float least, float most) { return vec_min(vec_max(x, vec_set(least)), vec_set(most)); }
+
+/* scale * (number - zero), for numbers from 1 to 2 * zero - 1. */
+INLINE void quantize_symmetric(const struct group *g, int zero, uint8_t *out, float *scale) {
+    vec largest = vec_set(0.0f);
+    for (int i = 0; i < g->vecs; i++)
+        largest = vec_max(largest, vec_max(g->x[i], vec_sub(vec_set(0.0f), g->x[i])));
+    float most = (float)(zero - 1);
+    *scale = as_half(vec_largest(largest) / most);
     float inverse = *scale > 0 ? 1.0f / *scale : 0.0f;
-    for (int i = 0; i < 32; i++) {
-        float number = whole(x[i] * inverse);
-        number = number < -127 ? -127 : number > 127 ? 127 : number;
-        numbers[i] = (uint8_t)(int)(number + 128);
+    for (int i = 0; i < g->vecs; i++) {
+        vec number = clamp(vec_round(vec_mul(g->x[i], vec_set(inverse))), -most, most);
+        store_numbers(out + i * LANES, vec_add(number, vec_set((float)zero)));
     }
 }
 
-INLINE void numbers_of(const float *x, float scale, float offset, float *numbers) {
-    float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int i = 0; i < 32; i++) {
-        float number = whole((x[i] - offset) * inverse);
-        numbers[i] = number < 0 ? 0 : number > 15 ? 15 : number;
-    }
+INLINE void numbers_of(const struct group *g, float scale, float offset, float most, vec *numbers) {
+    vec inverse = vec_set(scale > 0 ? 1.0f / scale : 0.0f);
+    for (int i = 0; i < g->vecs; i++)
+        numbers[i] = clamp(vec_round(vec_mul(vec_sub(g->x[i], vec_set(offset)), inverse)), 0.0f, most);
 }
 
-/* 32 numbers as scale * number + offset: of several scales, each improved by least squares, the one whose error is the
- * least, where the error of a large number counts for more. */
-static void quantize_4(const float *x, uint8_t *out, float *best_scale, float *best_offset) {
-    float least = x[0], largest = x[0], weights[32], numbers[32], best = INFINITY;
-    for (int i = 0; i < 32; i++) {
-        least = x[i] < least ? x[i] : least;
-        largest = x[i] > largest ? x[i] : largest;
+/* scale * number + offset: of several scales, each improved by least squares, the one whose error is the least, where
+ * the error of a large number counts for more. */
+INLINE void quantize_offset(const struct group *g, float most, uint8_t *out, float *best_scale, float *best_offset) {
+    vec zero = vec_set(0.0f), squares = zero, least = g->x[0], largest = g->x[0], numbers[2], weights[2], best[2];
+    for (int i = 0; i < g->vecs; i++) {
+        least = vec_min(least, g->x[i]);
+        largest = vec_max(largest, g->x[i]);
+        squares = vec_fma(g->x[i], g->x[i], squares);
     }
-    float span = largest - least, mean = 0;
-    for (int i = 0; i < 32; i++)
-        mean += x[i] * x[i] / 32;
-    for (int i = 0; i < 32; i++)
-        weights[i] = sqrtf(mean) + (x[i] < 0 ? -x[i] : x[i]);
+    float low = -vec_largest(vec_sub(zero, least)), span = vec_largest(largest) - low;
+    float usual = sqrtf(vec_sum(squares) / (float)(g->vecs * LANES)), best_error = INFINITY;
+    vec all = zero, all_x = zero;
+    for (int i = 0; i < g->vecs; i++) {
+        weights[i] = vec_add(vec_set(usual), vec_max(g->x[i], vec_sub(zero, g->x[i])));
+        all = vec_add(all, weights[i]);
+        all_x = vec_fma(weights[i], g->x[i], all_x);
+        best[i] = zero;
+    }
+    float w = vec_sum(all), wx = vec_sum(all_x);
     *best_scale = *best_offset = 0;
-    for (int trial = 0; trial <= TRIALS; trial++) {
-        float scale = span / (14.0f + 0.1f * (float)trial), offset = least;
-        numbers_of(x, scale, offset, numbers);
-        float w = 0, wn = 0, wnn = 0, wx = 0, wnx = 0;
-        for (int i = 0; i < 32; i++) {
-            float wi = weights[i], ni = numbers[i];
-            w += wi;
-            wn += wi * ni;
-            wnn += wi * ni * ni;
-            wx += wi * x[i];
-            wnx += wi * ni * x[i];
+    for (int trial = 0; trial < TRIALS; trial++) {
+        float scale = span / (most - 1.0f + (float)trial * 2.0f / (TRIALS - 1)), offset = low;
+        numbers_of(g, scale, offset, most, numbers);
+        vec sum_n = zero, sum_nn = zero, sum_nx = zero, errors = zero;
+        for (int i = 0; i < g->vecs; i++) {
+            vec wn = vec_mul(weights[i], numbers[i]);
+            sum_n = vec_add(sum_n, wn);
+            sum_nn = vec_fma(wn, numbers[i], sum_nn);
+            sum_nx = vec_fma(wn, g->x[i], sum_nx);
         }
-        float determinant = w * wnn - wn * wn;
+        float wn = vec_sum(sum_n), wnn = vec_sum(sum_nn), wnx = vec_sum(sum_nx), determinant = w * wnn - wn * wn;
         if (determinant > 0) {
             scale = (w * wnx - wn * wx) / determinant;
             offset = (wnn * wx - wn * wnx) / determinant;
@@ -80,45 +91,50 @@ static void quantize_4(const float *x, uint8_t *out, float *best_scale, float *b
         scale = as_half(scale), offset = as_half(offset);
         if (!(scale > 0)) {
             scale = 0;
-            offset = as_half(wx / w);
+            offset = as_half(w > 0 ? wx / w : 0.0f);
         }
-        numbers_of(x, scale, offset, numbers);
-        float error = 0;
-        for (int i = 0; i < 32; i++) {
-            float difference = scale * numbers[i] + offset - x[i];
-            error += weights[i] * difference * difference;
+        numbers_of(g, scale, offset, most, numbers);
+        for (int i = 0; i < g->vecs; i++) {
+            vec difference = vec_sub(vec_fma(numbers[i], vec_set(scale), vec_set(offset)), g->x[i]);
+            errors = vec_fma(vec_mul(weights[i], difference), difference, errors);
         }
-        if (error < best) {
-            best = error;
+        float error = vec_sum(errors);
+        if (error < best_error) {
+            best_error = error;
             *best_scale = scale;
             *best_offset = offset;
-            for (int i = 0; i < 32; i++)
-                out[i] = (uint8_t)(int)numbers[i];
+            memcpy(best, numbers, sizeof best);
         }
     }
+    for (int i = 0; i < g->vecs; i++)
+        store_numbers(out + i * LANES, best[i]);
 }
 
 static void quantize_rows(void *argument, int thread, int threads) {
     (void)thread, (void)threads;
     struct quantizing *q = argument;
-    int64_t units = (q->k + 31) / 32, row;
+    int64_t size = q->group, groups = (q->k + 31) / 32 * (32 / size), row;
     while ((row = quartet_next(&q->next)) < q->n)
-        for (int64_t unit = 0; unit < units; unit++) {
-            float x[32] = {0};
-            int64_t count = q->k - unit * 32 < 32 ? q->k - unit * 32 : 32, place = row * units + unit;
-            for (int64_t i = 0; i < count; i++)
-                x[i] = from_bf16(q->x[row * q->stride + unit * 32 + i]);
-            if (q->bits == 8)
-                quantize_8(x, q->numbers + place * 32, q->scales + place);
+        for (int64_t group = 0; group < groups; group++) {
+            bf16 some[32] = {0};
+            int64_t from = group * size, count = q->k - from < size ? q->k - from : size, place = row * groups + group;
+            if (count > 0)
+                memcpy(some, q->x + row * q->stride + from, (size_t)count * 2);
+            struct group g = {.vecs = (int)size / LANES};
+            for (int i = 0; i < g.vecs; i++)
+                g.x[i] = vec_load_bf16(some + i * LANES);
+            uint8_t *out = q->numbers + place * size;
+            if (q->offsets)
+                quantize_offset(&g, (float)((1 << q->bits) - 1), out, q->scales + place, q->offsets + place);
             else
-                quantize_4(x, q->numbers + place * 32, q->scales + place, q->offsets + place);
+                quantize_symmetric(&g, q->zero, out, q->scales + place);
         }
 }
 
-/* x (n, k) as whole numbers: 8 bits with zero 128, or 4 bits with offsets. Behind the end of a row are zeros of x. */
-void quartet_quantize(const uint16_t *x, int64_t n, int64_t k, int64_t stride, int32_t bits, uint8_t *numbers,
-                      float *scales, float *offsets, int32_t threads) {
-    struct quantizing q = {.x = x, .n = n, .k = k, .stride = stride, .bits = bits};
+/* x (n, k) as whole numbers. Behind the end of a row are zeros of x. With offsets, or null: symmetric around `zero`. */
+void quartet_quantize(const uint16_t *x, int64_t n, int64_t k, int64_t stride, int32_t bits, int32_t group,
+                      int32_t zero, uint8_t *numbers, float *scales, float *offsets, int32_t threads) {
+    struct quantizing q = {.x = x, .n = n, .k = k, .stride = stride, .bits = bits, .group = group, .zero = zero};
     q.numbers = numbers, q.scales = scales, q.offsets = offsets;
     quartet_run(quantize_rows, &q, threads);
 }

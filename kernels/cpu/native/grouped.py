@@ -88,13 +88,32 @@ class GroupedWeight:
 
     def __init__(self, rows: int, columns: int, form: Form) -> None:
         self.rows, self.columns, self.form = rows, columns, form
-        numbers, scales = form.shapes(rows, columns)
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Take memory, with undefined contents."""
+        numbers, scales = self.form.shapes(self.rows, self.columns)
         self.numbers = torch.empty(numbers, dtype=torch.uint8)
         self.scales = torch.empty(scales, dtype=torch.float16)
 
+    def release(self) -> None:
+        """Give the memory back; nothing may compute until `allocate`."""
+        self.numbers, self.scales = self.numbers.new_empty(0), self.scales.new_empty(0)
+
+    def exchange(self, other: "GroupedWeight") -> None:
+        """Exchange the memory with a weight of the same shape and form."""
+        assert (self.rows, self.columns, self.form) == (other.rows, other.columns, other.form)
+        self.numbers, other.numbers = other.numbers, self.numbers
+        self.scales, other.scales = other.scales, self.scales
+
+    def copy_from(self, other: "GroupedWeight") -> None:
+        """Copy the values of a weight of the same shape and form."""
+        self.numbers.copy_(other.numbers)
+        self.scales.copy_(other.scales)
+
     @property
     def nbytes(self) -> int:
-        return self.numbers.nbytes + self.scales.nbytes
+        return self.form.nbytes(self.rows, self.columns)
 
     def argument(self, exact: bool) -> Grouped:
         """The weight as the kernels take it; `exact`: a row's bits must not depend on the other rows of a product."""
@@ -131,7 +150,7 @@ class GroupedWeight:
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows `ids` (count,) int64 as bfloat16 (count, columns)."""
         assert ids.dtype is torch.int64 and ids.is_contiguous(), ids.dtype
-        assert not len(ids) or (0 <= int(ids.min()) and int(ids.max()) < self.rows), self.rows
+        assert not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < self.rows), self.rows
         out = torch.empty(len(ids), self.columns, dtype=torch.bfloat16)
         argument = self.argument(exact=True)
         functions().quartet_grouped_rows(
@@ -145,30 +164,39 @@ class GroupedWeight:
 
 
 def quantized(weight: torch.Tensor, form: Form) -> Numbers:
-    """The numbers that come nearest to a weight (rows, columns) bfloat16, in INT8 or INT4.
+    """The numbers that come nearest to a weight (rows, columns) bfloat16.
 
-    int8: the largest of 32 numbers becomes 127 or -127. int4: of several scales the one with the least error, each
-    improved by least squares, as ggml's K-quants are made.
+    Without offsets the largest number of a group gets the largest whole number; with offsets several scales are tried,
+    each improved by least squares, as ggml makes its K-quants.
     """
-    assert form in (INT8, INT4), form
     native.check_matrix(weight)
+    assert form.offsets or form.zero == 1 << (form.bits - 1), form
     rows, columns = weight.shape
-    units = -(-columns // UNIT)
-    numbers = torch.empty(rows, units * UNIT, dtype=torch.uint8)
-    scales = torch.empty(rows, units)
-    offsets = torch.empty(rows, units) if form.offsets else None
+    width = -(-columns // UNIT) * UNIT
+    numbers = torch.empty(rows, width, dtype=torch.uint8)
+    scales = torch.empty(rows, width // form.group)
+    offsets = torch.empty_like(scales) if form.offsets else None
     functions().quartet_quantize(
         weight.data_ptr(),
         rows,
         columns,
         weight.stride(0),
         form.bits,
+        form.group,
+        form.zero,
         numbers.data_ptr(),
         scales.data_ptr(),
         None if offsets is None else offsets.data_ptr(),
         torch.get_num_threads(),
     )
     return Numbers(form, numbers, scales, offsets)
+
+
+def rounded(weight: torch.Tensor, form: Form) -> torch.Tensor:
+    """The values of a weight (rows, columns) bfloat16 after it was quantized."""
+    grouped = GroupedWeight(weight.shape[0], weight.shape[1], form)
+    grouped.write(0, quantized(weight, form), lambda: None)
+    return grouped.values(0, len(weight))
 
 
 def step_of(columns: int) -> int:
@@ -182,7 +210,7 @@ def functions() -> ctypes.CDLL:
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     if loaded.quartet_group.argtypes is None:
         loaded.quartet_group.argtypes = (*[pointer] * 3, size, size, small, small, pointer, pointer, small)
-        loaded.quartet_quantize.argtypes = (pointer, size, size, size, small, pointer, pointer, pointer, small)
+        loaded.quartet_quantize.argtypes = (pointer, *[size] * 3, *[small] * 3, *[pointer] * 3, small)
         loaded.quartet_grouped_rows.argtypes = (pointer, size, size, pointer, pointer, small)
         for function in (loaded.quartet_group, loaded.quartet_quantize, loaded.quartet_grouped_rows):
             function.restype = None
