@@ -119,7 +119,9 @@ class GroupedWeight:
         """The weight as the kernels take it; `exact`: a row's bits must not depend on the other rows of a product."""
         form = self.form
         pointers = self.numbers.data_ptr(), self.scales.data_ptr()
-        return Grouped(*pointers, form.bits, UNIT // form.group, form.offsets, form.zero, exact)
+        made = Grouped(*pointers, form.bits, UNIT // form.group, form.offsets, form.zero, exact)
+        made.owner = self.numbers, self.scales
+        return made
 
     def write(self, first: int, part: Numbers, yield_point: Callable[[], None]) -> None:
         """Set rows from `first` on, which begins a block. What ends within a block is the end of a tensor."""

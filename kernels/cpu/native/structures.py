@@ -6,6 +6,8 @@ import ctypes
 class Grouped(ctypes.Structure):
     """`struct grouped` of api.h."""
 
+    owner: object = None  # keeps the memory alive
+
     _fields_ = (
         ("numbers", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
