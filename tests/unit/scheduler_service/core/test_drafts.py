@@ -62,7 +62,7 @@ def test_no_draft_is_longer_than_asked():
         ({"frequency_penalty": 0.5}, {}, False),
         ({"presence_penalty": -0.5}, {}, False),
         ({"repetition_penalty": 1.1}, {}, False),
-        ({"regex": "a+"}, {}, False),
+        ({"regex": "a+"}, {}, True),
         ({}, {"return_hidden_states": True}, False),
         ({}, {"return_routed_experts": True}, False),
         ({}, {"task": "embed"}, False),

@@ -14,7 +14,7 @@ from quartet.http_gateway.parsers.tool_calls import calls_schema, parse
 from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
 from quartet.scheduler_service.grammar.ebnf import from_ebnf
-from quartet.scheduler_service.grammar.matchers import GrammarCompiler, MaskFiller, bitmask_words
+from quartet.scheduler_service.grammar.matchers import Constrained, GrammarCompiler, MaskFiller, bitmask_words
 from quartet.scheduler_service.grammar.regex_size import check_regex
 
 END, TURN, CALL = 0, 1, 2  # special tokens
@@ -70,7 +70,7 @@ class Tools:
 
     def allowed(self, matcher):
         bitmask = np.full((1, bitmask_words(self.vocab_size)), -1, dtype=np.int32)
-        self.filler.fill([(matcher, 0)], bitmask)
+        self.filler.fill([Constrained(matcher, 0)], bitmask)
         assert not matcher.error, matcher.error
         return set(np.flatnonzero(np.unpackbits(bitmask.view(np.uint8), bitorder="little")).tolist())
 
@@ -438,7 +438,7 @@ def test_a_batch_of_masks_equals_the_masks_one_by_one(tools):
     matchers = [tools.compiler.compile("regex", text).matcher() for text in sources]
     rows = [4, 0, 2, 3]
     bitmask = np.full((6, bitmask_words(tools.vocab_size)), -1, dtype=np.int32)
-    tools.filler.fill(zip(matchers, rows, strict=True), bitmask)
+    tools.filler.fill(map(Constrained, matchers, rows), bitmask)
     for matcher, row in zip(matchers, rows, strict=True):
         bits = np.flatnonzero(np.unpackbits(bitmask[row].view(np.uint8), bitorder="little"))
         assert set(bits.tolist()) == tools.allowed(matcher)
