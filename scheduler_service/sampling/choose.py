@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from quartet.kernels.reference.philox import uniform
 from quartet.scheduler_service.host.transfer import send, upload
@@ -90,7 +89,7 @@ def weights_of(distances: torch.Tensor) -> torch.Tensor:
 
     torch.exp takes twenty times as long for numbers whose result is 0 or nearly so, as those of masked tokens are.
     """
-    return F.threshold_(distances.clamp_(min=LEAST_EXPONENT).exp_(), LEAST_WEIGHT, 0.0)
+    return torch.threshold_(distances.clamp_(min=LEAST_EXPONENT).exp_(), LEAST_WEIGHT, 0.0)
 
 
 def filter_weights(weights: torch.Tensor, rows: SamplingRows, some: list[int]) -> None:

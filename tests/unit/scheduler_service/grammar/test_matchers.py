@@ -151,6 +151,17 @@ def test_random_output_of_a_thousand_random_schemas_is_valid(tools):
     check_schemas(tools, range(100, 1100))
 
 
+def test_any_json_object_has_few_blanks_between_its_tokens(tools):
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}}}
+    for source, most in (('{"type": "object"}', 2), (json.dumps(schema), 32)):
+        blanks = " " * most
+        assert tools.takes("json_schema", source, f'{{{blanks}"a":{blanks}[1,{blanks}2]}}')
+        assert not tools.takes("json_schema", source, f'{{{blanks} "a": [1]}}')
+    indented = json.dumps({"a": [1, {"b": {"c": "  d  "}}]}, indent=4)
+    assert tools.takes("json_schema", '{"type": "object"}', indented)
+    assert not tools.takes("json_schema", '{"type": "object"}', '{\n\n"a": 1}')
+
+
 def test_any_json_object_parses(tools):
     grammar = tools.compiler.compile("json_schema", '{"type": "object"}')
     for seed in range(20):
