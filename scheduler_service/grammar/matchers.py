@@ -140,7 +140,7 @@ class MaskFiller:
         assert all(row >= 0 and row + len(drafts) < count for _, row, drafts in triples), bitmask.shape
         address, row_bytes = bitmask.ctypes.data, words * 4
         if len(triples) >= PARALLEL_FROM:
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(triples, address, row_bytes, count)
+            self._fill_in_parallel(triples, address, row_bytes, count)
             return
         for engine, row, drafts in triples:
             own = address + row * row_bytes
@@ -148,6 +148,17 @@ class MaskFiller:
                 engine.unsafe_compute_mask_ptr_with_draft_token(own, row_bytes, drafts)  # type: ignore[attr-defined]
             else:
                 engine.unsafe_compute_mask_ptr(own, row_bytes)
+
+    def _fill_in_parallel(
+        self, triples: list[tuple[LLMatcher, int, list[int]]], address: int, row_bytes: int, count: int
+    ) -> None:
+        """The same on the executor's threads, which take requests with and without drafts in two calls."""
+        drafted = [(engine, row, drafts) for engine, row, drafts in triples if drafts]
+        others = [(engine, row) for engine, row, drafts in triples if not drafts]
+        if others:
+            self._executor.unsafe_compute_mask_ptr(others, address, row_bytes, count)
+        if drafted:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, address, row_bytes, count)
 
 
 def bitmask_words(vocab_size: int) -> int:
