@@ -1,6 +1,7 @@
 # make serve   install what is missing and start the server on the embedded model
-# make test    run the whole suite
+# make test    run the whole suite, but for the tests of real models
 # make check   formatting, lint, types and the quick tests
+# make real-models   download real models (700 MB, kept in the user's cache) and run the tests that need them
 
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
@@ -8,14 +9,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FLAGS ?=
 
-.PHONY: serve test check numbers format clean
+.PHONY: serve test check numbers real-models format clean
 .DEFAULT_GOAL := serve
 
 serve: $(VENV)/.installed
 	$(BIN)/quartet serve $(FLAGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not real_models"
+
+real-models: $(VENV)/.installed-test
+	$(BIN)/python -m tests.real_models || echo "real models: not all could be fetched, tests of the others are skipped"
+	$(BIN)/python -m pytest -m real_models -rs --durations=10 tests/model tests/ring
 
 numbers: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit/kernels tests/unit/scheduler_service/model/test_deterministic.py \

@@ -4,7 +4,7 @@ import time
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -33,6 +33,78 @@ def fake_logprob(token: int) -> float:
 
 def scored(tokens: "list[int] | array[int]") -> Logprobs:
     return Logprobs(ids=pack_ids(tokens), values=array("f", map(fake_logprob, tokens)).tobytes())
+
+
+class FakeGrammar:
+    """A grammar without an engine: even tokens, at some places a certain one; complete with `length` tokens."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def drawn(self, place: int, token: int) -> int:
+        """What is drawn as output token number `place` where the model alone would draw `token`."""
+        forced = self.forced_token(place)
+        return token - token % 2 if forced is None else forced
+
+    def forced_token(self, place: int) -> int | None:
+        return 4 + place % 3 * 2 if place % 5 in (2, 3) else None
+
+    def matcher(self, output_ids: "Iterable[int]" = ()) -> "FakeGuide":
+        guide = self.guide()
+        guide.take(array("i", output_ids))
+        return guide
+
+    def guide(self) -> "FakeGuide":
+        return FakeGuide(self)
+
+
+class FakeGuide:
+    """How far one request has come in a fake grammar. Raises for tokens that the grammar does not allow."""
+
+    def __init__(self, grammar: FakeGrammar) -> None:
+        self.grammar = grammar
+        self.place = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.place >= self.grammar.length
+
+    def take(self, tokens: "array[int]") -> None:
+        for token in tokens:
+            assert self.allowed((token,)), (self.place, token)
+            self.place += 1
+
+    def allowed(self, draft: tuple[int, ...]) -> int:
+        right = [
+            self.place + i < self.grammar.length and self.grammar.drawn(self.place + i, token) == token
+            for i, token in enumerate(draft)
+        ]
+        return [*right, False].index(False)
+
+    def forced(self) -> tuple[int, ...]:
+        tokens: list[int] = []
+        while (token := self.grammar.forced_token(self.place + len(tokens))) is not None:
+            tokens.append(token)
+        return tuple(tokens[: self.grammar.length - self.place])
+
+
+class FakeGrammars:
+    """A pool of fake grammars, of the length that a request's regex says. It takes its time: some calls of `ready`."""
+
+    def __init__(self, most_calls: int = 2) -> None:
+        self._most_calls = most_calls
+        self._waiting: dict[str, tuple[int, int]] = {}  # rid → its grammar's length, calls until it is ready
+
+    def submit(self, rid: str, kind: str, text: str, call: str = "") -> None:
+        self._waiting[rid] = int(text), len(self._waiting) % (self._most_calls + 1)
+
+    def cancel(self, rid: str) -> None:
+        self._waiting.pop(rid, None)
+
+    def ready(self) -> list[tuple[str, FakeGrammar]]:
+        done = [(rid, FakeGrammar(length)) for rid, (length, calls) in self._waiting.items() if not calls]
+        self._waiting = {rid: (length, calls - 1) for rid, (length, calls) in self._waiting.items() if calls}
+        return done
 
 
 class FakeWorker:
@@ -125,6 +197,9 @@ class FakeWorker:
             result.input_logprobs = scored(sequence.ids[part.score_from : min(part.end + 1, sequence.prompt_len)])
         if part.samples:
             result.tokens = self._draw(part, prefix)
+            if isinstance(grammar := sequence.grammar, FakeGrammar):
+                done = part.end - len(part.drafts) + len(result.tokens) - sequence.prompt_len
+                result.complete = done >= grammar.length
             self._sampled[sequence.slot] = result.tokens[-1]
             if sequence.request.logprobs:
                 result.logprobs = [scored([token]) for token in result.tokens]
@@ -143,8 +218,14 @@ class FakeWorker:
         tokens: list[int] = []
         for draft in (*part.drafts, None):
             known = len(prefix) - len(part.drafts) + len(tokens)
-            tokens.append(self.model(prefix[:known], self.vocab_size, part.sequence.request.seed))
-            if tokens[-1] != draft:
+            token = self.model(prefix[:known], self.vocab_size, part.sequence.request.seed)
+            if isinstance(grammar := part.sequence.grammar, FakeGrammar):
+                place = known - part.sequence.prompt_len
+                token = grammar.drawn(place, token)
+                if place + 1 >= grammar.length:
+                    draft = None  # complete: nothing comes behind it
+            tokens.append(token)
+            if token != draft:
                 break
         return tokens
 

@@ -10,7 +10,7 @@ from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Update
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
-from tests.fakes import FakeWorker, next_token
+from tests.fakes import FakeGrammar, FakeWorker, next_token
 
 VOCABULARY = 1000
 
@@ -89,8 +89,8 @@ class Stepper:
         self.updates: dict[str, list[Update]] = {}
         self.steps = 0
 
-    def add(self, message: Tokenized) -> None:
-        self.take(self.planner.add(message, float(self.steps)))
+    def add(self, message: Tokenized, grammar: FakeGrammar | None = None) -> None:
+        self.take(self.planner.add(message, float(self.steps), grammar))
         self.planner.check_invariants()
 
     def abort(self, rid: str, message: str = "") -> None:

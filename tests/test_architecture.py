@@ -53,6 +53,7 @@ LAZY = {  # directory → modules that it may import inside functions only
 ZMQ_OWNER = "runtime/sockets.py"
 
 ABOUT_SEVERAL_MODULES = {
+    "tests/unit/scheduler_service/execution/test_constrained_drafts.py",
     "tests/unit/scheduler_service/core/test_planner_random.py",  # the whole core, on random requests
     "tests/unit/scheduler_service/core/test_speculation.py",
     "tests/unit/scheduler_service/grammar/test_thoughts.py",

@@ -1,7 +1,8 @@
 """What constrained decoding costs: throughput of 16 streams with a JSON schema against the same without, and the delay
-of the first token under a schema that is new to the server.
+of the first token under a schema that is new to the server. The same with drafts (--speculative-algorithm NGRAM).
 
     python -m deploy.benchmarks.structured_output [--model DIR|demo|half-billion] [--streams 16] [--tokens 128]
+                                                  [--rounds 7]
 
 Both runs make the same number of tokens: the schema's list is longer than any output, and the free run ignores the end
 token. The runs alternate, and ratios are medians over neighbouring rounds, so that a busy machine disturbs less; least
@@ -22,7 +23,6 @@ import requests
 from tests.servers import Server, launched
 
 WAIT_S = 600
-ROUNDS = 7
 NEW_SCHEMAS = 20
 HALF_BILLION = Path("/tmp/quartet-half-billion")
 PROMPT = "Write a list of the capitals of Europe."
@@ -88,27 +88,39 @@ def new_schema(number: int) -> str:
     return json.dumps({"type": "object", "properties": fields, "required": list(fields), "minItems": number})
 
 
-def run(model: str, streams: int, tokens: int) -> None:
-    with launched("--model-path", model, "--log-level", "warning") as server:
-        grammar = {"json_schema": json.dumps(ENDLESS), "max_new_tokens": tokens}
-        free = {"max_new_tokens": tokens}
-        for params in (grammar, free):
-            run_round(server, streams, {**params, "max_new_tokens": 8})
-        pairs = [(run_round(server, streams, free), run_round(server, streams, grammar)) for _ in range(ROUNDS)]
-        print(f"{streams} streams, {tokens} tokens each, {model}; medians of {ROUNDS} rounds")
-        for name, rounds in zip(("without", "schema"), zip(*pairs, strict=True), strict=True):
-            rate, cpu_ms = (statistics.median(values) for values in zip(*rounds, strict=True))
-            print(f"  {name:8} {rate:8.1f} tokens/s   {cpu_ms:6.3f} ms of CPU a token")
-        rate, cpu = (statistics.median(b[i] / a[i] for a, b in pairs) for i in range(2))
-        print(f"  ratio    {rate:8.3f}            {cpu:6.3f}")
-        waits = [
-            (first_token_s(server, {}), first_token_s(server, {"json_schema": new_schema(number)}))
-            for number in range(NEW_SCHEMAS)
-        ]
-        delays = [(fresh - plain) * 1000 for plain, fresh in waits]
-        print(f"first token without a schema: median {statistics.median(plain for plain, _ in waits) * 1000:.1f} ms")
-        worst = f"worst of {NEW_SCHEMAS} {max(delays):.1f} ms"
-        print(f"delay by a new schema: median {statistics.median(delays):.1f} ms, {worst}")
+def compare(server: Server, streams: int, tokens: int, rounds: int, name: str) -> None:
+    """Print the rates of the same batch without and with a grammar, in turn, and their ratios."""
+    grammar = {"json_schema": json.dumps(ENDLESS), "max_new_tokens": tokens}
+    free = {"max_new_tokens": tokens}
+    for params in (grammar, free):
+        run_round(server, streams, {**params, "max_new_tokens": 8})
+    pairs = [(run_round(server, streams, free), run_round(server, streams, grammar)) for _ in range(rounds)]
+    for kind, its_rounds in zip(("free", "schema"), zip(*pairs, strict=True), strict=True):
+        rate, cpu_ms = (statistics.median(values) for values in zip(*its_rounds, strict=True))
+        print(f"  {name:8} {kind:7} {rate:8.1f} tokens/s   {cpu_ms:6.3f} ms of CPU a token")
+    rate, cpu = (statistics.median(with_it[i] / without[i] for without, with_it in pairs) for i in range(2))
+    print(f"  {name:8} ratio   {rate:8.3f}            {cpu:6.3f}")
+
+
+def delays_of_new_schemas(server: Server) -> None:
+    """Print how much later the first token comes under a schema that is new."""
+    waits = [
+        (first_token_s(server, {}), first_token_s(server, {"json_schema": new_schema(number)}))
+        for number in range(NEW_SCHEMAS)
+    ]
+    delays = [(fresh - plain) * 1000 for plain, fresh in waits]
+    print(f"first token without a schema: median {statistics.median(plain for plain, _ in waits) * 1000:.1f} ms")
+    worst = f"worst of {NEW_SCHEMAS} {max(delays):.1f} ms"
+    print(f"delay by a new schema: median {statistics.median(delays):.1f} ms, {worst}")
+
+
+def run(model: str, streams: int, tokens: int, rounds: int) -> None:
+    print(f"{streams} streams, {tokens} tokens each, {model}; medians of {rounds} rounds")
+    for name, flags in (("plain", ()), ("drafts", ("--speculative-algorithm", "NGRAM"))):
+        with launched("--model-path", model, "--log-level", "warning", *flags) as server:
+            compare(server, streams, tokens, rounds, name)
+            if not flags:
+                delays_of_new_schemas(server)
 
 
 def main() -> None:
@@ -116,13 +128,14 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     model = given.model
     if model == "half-billion":
         from deploy.benchmarks.half_billion import build
 
         model = str(build(HALF_BILLION, "bfloat16"))
-    run(model, given.streams, given.tokens)
+    run(model, given.streams, given.tokens, given.rounds)
 
 
 if __name__ == "__main__":

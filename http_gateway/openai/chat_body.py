@@ -7,6 +7,7 @@ from typing import Any
 from quartet.http_gateway.native.generate_body import pack_prompt_ids, placeholder_request
 from quartet.http_gateway.openai.chat_turn import Turn
 from quartet.http_gateway.openai.params import params_of
+from quartet.http_gateway.openai.response_format import VLLM_FIELDS
 from quartet.http_gateway.openai.types import ChatBody, NamedTool
 from quartet.http_gateway.parsers import reasoning, tool_calls
 from quartet.http_gateway.parsers.call_formats import REQUIRED, CallFormat, call_id
@@ -60,7 +61,7 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
 def constrained(body: ChatBody) -> bool:
     """Whether the client says itself what the output must look like."""
     has_format = body.response_format is not None and body.response_format.type != "text"
-    return has_format or any(getattr(body, kind) is not None for kind in GRAMMARS)
+    return has_format or any(getattr(body, name) is not None for name in (*GRAMMARS, *VLLM_FIELDS))
 
 
 def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingParams:

@@ -10,7 +10,7 @@ import msgspec
 from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
 from quartet.http_gateway.generation.truncation import read_truncation
 from quartet.http_gateway.native.generate_body import HIDDEN_STATES_OFF, asks, rids_per_prompt, with_distribution
-from quartet.http_gateway.openai.response_format import grammar
+from quartet.http_gateway.openai.response_format import grammar, vllm_grammars
 from quartet.http_gateway.openai.types import REFUSED, CompletionBody, GenerationBody
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import limits
@@ -51,7 +51,7 @@ def params_of(
     refuse_unsupported_fields(body)
     given = {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
     given |= {new: value for old, new in RENAMED.items() if (value := getattr(body, old)) is not None}
-    for constraint in (grammar(body.response_format), forced):
+    for constraint in (grammar(body.response_format), *vllm_grammars(body), forced):
         if constraint is not None:
             add_grammar(given, constraint)
     from_model = gateway.config.sampling_defaults == "model"

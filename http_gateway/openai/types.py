@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from quartet.http_gateway.generation.truncation import Truncating
-from quartet.http_gateway.openai.response_format import ResponseFormat
+from quartet.http_gateway.openai.response_format import ResponseFormat, StructuredOutputs
 from quartet.http_gateway.parsers.tool_events import Tool
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -52,6 +52,12 @@ class GenerationBody(Truncating, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | dict[str, Any] | None = None
+    # vLLM's names for the same
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
     custom_params: dict[str, Any] | None = None
     rid: str | list[str] | None = None
     priority: int | None = None
@@ -72,6 +78,7 @@ class GenerationBody(Truncating, kw_only=True):
     custom_logit_processor: Any = None
     return_routed_experts: Any = None
     return_bytes: Any = None
+    guided_whitespace_pattern: Any = None
     bootstrap_host: Any = None
     bootstrap_port: Any = None
     bootstrap_room: Any = None

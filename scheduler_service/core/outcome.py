@@ -26,8 +26,8 @@ def accept_draft(part: Slice, result: Result, stats: Stats) -> Finish | None:
     count, correct = 0, len(tokens) - 1
     while count < len(tokens) and finish is None:
         sequence.ids.append(tokens[count])
-        finish = rules.finish_after_last(sequence)
         count += 1
+        finish = rules.finish_after_last(sequence, result.complete and count == len(tokens))
     result.tokens, result.logprobs = tokens[:count], result.logprobs and result.logprobs[:count]
     sequence.computed = part.start + count  # the KV after it is that of wrong tokens
     stats.proposed_drafts += len(part.drafts)

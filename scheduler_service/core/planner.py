@@ -16,6 +16,7 @@ from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized
 from quartet.scheduler_service.core import outcome, rules
 from quartet.scheduler_service.core.deadlines import Deadlines
+from quartet.scheduler_service.core.drafts import Grammar
 from quartet.scheduler_service.core.page_pool import Admission, PagePool
 from quartet.scheduler_service.core.plan import Plan, Result, Slice, Update
 from quartet.scheduler_service.core.policy import ORDERS, GrowthEstimate, proposed_drafts, retraction_order
@@ -64,15 +65,14 @@ class Planner:
 
     # requests: add, abort, time limits
 
-    def add(self, message: Tokenized, now: float, grammar: object | None = None) -> list[Update]:
+    def add(self, message: Tokenized, now: float, grammar: Grammar | None = None) -> list[Update]:
         """Queue a request. Raises RequestError when it cannot be served; may end another one that it displaces."""
         rid, attempt = message.request.rid, message.request.attempt
         rival = self.live.get(rid)
         if rival and attempt <= rival.request.attempt:
             log.warning("ignored a duplicate of request %s (attempt %d)", rid, attempt)
             return []
-        sequence = rules.sequence_of(message, self.config, now)
-        sequence.grammar = grammar
+        sequence = rules.sequence_of(message, self.config, now, grammar)
         self.waiting.number(sequence)
         updates = self._enforce_queue_limit(sequence) + self.abort(rid)
         self.stats.requests += 1

@@ -4,7 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from quartet.runtime.messages import Finish, Logprobs, Request
-from quartet.scheduler_service.core.drafts import Drafter
+from quartet.scheduler_service.core.drafts import Drafter, Grammar
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class Sequence:
     scored: list[Logprobs] = field(default_factory=list)  # prompt logprobs not yet sent
     hidden: PositionData = field(default_factory=PositionData)  # hidden states not yet sent
     routed: PositionData = field(default_factory=PositionData)  # chosen experts, sent at the end
-    grammar: object | None = None  # the worker's: what constrains the output
+    grammar: Grammar | None = None  # what constrains the output; the worker knows more of it
     drafter: Drafter | None = None  # for speculative decoding
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from quartet.runtime.errors import EMPTY_IDS, RequestError, too_long
 from quartet.runtime.messages import Finish, Request, Tokenized, unpack_ids
 from quartet.runtime.vocabulary import check_input_ids, check_logprob_options, check_logprob_start
-from quartet.scheduler_service.core.drafts import DraftOptions, drafter_of
+from quartet.scheduler_service.core.drafts import DraftOptions, Grammar, drafter_of
 from quartet.scheduler_service.core.plan import NAN_HAPPENED, Result
 from quartet.scheduler_service.core.request import Sequence
 
@@ -44,7 +44,7 @@ class PlannerConfig:
         return min(self.context_length, self.total_tokens) - 1
 
 
-def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequence:
+def sequence_of(message: Tokenized, config: PlannerConfig, now: float, grammar: Grammar | None = None) -> Sequence:
     """The state of a new request. Raises RequestError with the client's message when it cannot be served."""
     request = message.request
     ids, resumed = ids_of(message.prompt_ids), ids_of(request.resume_ids)
@@ -67,7 +67,8 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float) -> Sequen
         embeds=message.embeds,
         limit=limit,
         stop_ids=stop_ids(request, config),
-        drafter=drafter_of(request, config.drafts),
+        grammar=grammar,
+        drafter=drafter_of(request, config.drafts, grammar, len(ids)),
         priority=-request.priority if config.low_values_first else request.priority,
     )
     if resumed:  # the client has the prompt's logprobs already, and all hidden states but the last

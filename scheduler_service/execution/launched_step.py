@@ -37,16 +37,18 @@ class State:
         """Whether the host needs all earlier tokens before it can draw the next one."""
         return self.matcher is not None or self.row.counts_output
 
-    def take(self, token: int) -> None:
-        """Note a sampled token."""
+    def take(self, token: int) -> bool:
+        """Note a sampled token; returns whether it completes the output by its grammar."""
         self.last_token = token
         self.row.add(token)
-        if self.matcher is not None:
-            self.matcher.accept(token)
+        if self.matcher is None:
+            return False
+        self.matcher.accept(token)
+        return self.matcher.finished
 
     def fault(self, valid: bool) -> tuple[str, Kind] | None:
         """Why the drawn token cannot be used; None if it can. `valid`: the largest logit was finite."""
-        if self.matcher is not None and self.matcher.error:
+        if self.matcher is not None and self.matcher.failed:
             return TOO_COSTLY.format(self.matcher.error), Kind.BAD_REQUEST
         if valid:
             return None
@@ -94,10 +96,11 @@ class LaunchedStep:
                 result.error, result.error_kind = fault
                 continue
             end = first + (accepted(drafts, tokens[first:row], valid[first:row]) if drafts else 1)
-            result.tokens = tokens[first:end]
-            result.logprobs = [scores for scores in logprobs[first:end] if scores]
-            for token in result.tokens:
-                state.take(token)
+            count = 0
+            while first + count < end and not result.complete:
+                result.complete = state.take(tokens[first + count])
+                count += 1
+            result.tokens = tokens[first : first + count]
+            result.logprobs = [scores for scores in logprobs[first : first + count] if scores]
             if drafts:
                 self.verified[share.sequence.slot] = state.last_token
-            result.complete = state.matcher is not None and state.matcher.finished

@@ -14,6 +14,7 @@ It decides nothing about requests: which run, on which pages and when they end i
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 
@@ -36,10 +37,10 @@ from quartet.scheduler_service.execution.logprobs import as_bytes, output_logpro
 from quartet.scheduler_service.execution.pooling import make_pooler
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
-from quartet.scheduler_service.grammar import masks
-from quartet.scheduler_service.grammar.matchers import Grammar, Matcher
+from quartet.scheduler_service.grammar.masks import Masks
+from quartet.scheduler_service.grammar.matchers import Bitmask, Constrained, Grammar, Matcher
 from quartet.scheduler_service.host.device import available_gb, limit_threads
-from quartet.scheduler_service.host.transfer import Arrival, fetch, upload
+from quartet.scheduler_service.host.transfer import Arrival, fetch, send, upload
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.deterministic import is_asked_for, keep_order
 from quartet.scheduler_service.model.registry import load_model
@@ -112,7 +113,7 @@ class Worker:
             kernels.result()
         fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
         self.steps: Steps = fused or EagerSteps(self.model, self.cache, self.tokens, attention)
-        self.masks = masks.Masks(self.model.vocab_size)
+        self.masks = Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
@@ -196,11 +197,12 @@ class Worker:
         for sequence in plan.retracted:
             self.forget(sequence)
         step = self.describe(plan)
+        masks = None if self.behind(step) else self.start_masks(step)
         computed = self.steps.run(step)
         launched = LaunchedStep([Result() for _ in plan.slices])
         self.fill_results(step, computed, launched.results)
         if step.drawing.sampled:
-            launched.drawn = self.draw(step, computed)
+            launched.drawn = self.draw(step, computed, masks)
             self.unfinished.append(launched)
         return launched
 
@@ -273,8 +275,36 @@ class Worker:
             sequence.request.logprobs,
         )
 
-    def draw(self, step: Step, computed: Computed) -> Drawn:
-        """Draw the tokens of a step, unless the step did it itself, and compute their logprobs."""
+    # The draw
+
+    def behind(self, step: Step) -> bool:
+        """Whether tokens of the last step, which the grammars of this one have to know, are still on the device."""
+        return any(state.unseen and state.matcher is not None for state in step.states)
+
+    def start_masks(self, step: Step) -> "Future[Bitmask] | None":
+        """Begin the masks of the rows that are drawn from; None where no grammar constrains any."""
+        slices = step.plan.slices
+        return self.masks.start([(step.states[i].matcher, slices[i].drafts) for i in step.drawing.sampled])
+
+    def finish_masks(self, step: Step, masks: "Future[Bitmask] | None") -> Bitmask | None:
+        """Wait for the masks. Where looking at drafts was too much for a matcher, there is a new one without drafts."""
+        if masks is None:
+            return None
+        bitmask, row = masks.result(), 0
+        for i in step.drawing.sampled:
+            share, state = step.plan.slices[i], step.states[i]
+            if share.drafts and state.matcher is not None and state.matcher.failed:
+                state.matcher = matcher = matcher_of(share.sequence)
+                assert matcher is not None, share.sequence.rid
+                bitmask[row] = self.masks.fill([Constrained(matcher, 0)], 1)[0]
+            row += 1 + len(share.drafts)
+        return bitmask
+
+    def draw(self, step: Step, computed: Computed, masks: "Future[Bitmask] | None" = None) -> Drawn:
+        """Draw the tokens of a step, unless the step did it itself, and compute their logprobs.
+
+        `masks`: of its rows, if they were begun already.
+        """
         plan, drawing, draws = step.plan, step.drawing, computed.draws
         logits = self.steps.logits(step, computed)  # (rows, vocab)
         states = [step.states[i] for i in drawing.slices]  # by row
@@ -282,7 +312,8 @@ class Worker:
         options = [plan.slices[i].sequence.request.logprobs for i in drawing.slices]
         if draws is None:
             self.finish_steps_for(states)
-            allowed = masks.allowed(self.masks.start([state.matcher for state in states]), self.device)
+            bitmask = self.finish_masks(step, self.start_masks(step) if masks is None else masks)
+            allowed = None if bitmask is None else send(torch.from_numpy(bitmask), self.device)
             adjust_single_tokens(logits, [state.row for state in states], drawing.positions)
             draws = self.steps.sample(logits, rows, allowed, keep_logits=any(options))
             if self.keeps_tokens:

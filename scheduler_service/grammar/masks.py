@@ -1,40 +1,57 @@
 """Which tokens the grammars of a step allow.
 
-Computed on the host between the launch of a step and its end, so a GPU computes the forward pass meanwhile. On a CPU
-another thread would only take a core from the forward pass; most masks take less time than waking it.
+The masks are begun before the forward pass and computed beside it, in a thread that needs no interpreter while it does
+so; the draw finds them ready. Where the last step's tokens are still on a device, they are begun once those are here,
+and the device computes meanwhile.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import torch
 
-from quartet.scheduler_service.grammar.matchers import Bitmask, MaskFiller, Matcher, bitmask_words
-from quartet.scheduler_service.host.transfer import send
+from quartet.scheduler_service.grammar.matchers import Bitmask, Constrained, MaskFiller, Matcher, bitmask_words
 
 ALL_ALLOWED = -1  # 32 set bits
+NONE_ALLOWED = 0
 THREADS = 2
 
 
 class Masks:
     """Makes the bit masks of constrained rows."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, beside: bool | None = None) -> None:
+        """`beside`: whether there is a core for a thread of their own; found out by itself where it is not said."""
         self._words = bitmask_words(vocab_size)
         self._filler = MaskFiller(THREADS)
+        beside = len(os.sched_getaffinity(0)) > 1 if beside is None else beside
+        self._thread = ThreadPoolExecutor(1, "masks") if beside else None
 
-    def start(self, matchers: Sequence[Matcher | None]) -> Bitmask | None:
-        """The masks of a step's rows; None where no row is constrained."""
-        if not any(matchers):
+    def start(self, requests: Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> "Future[Bitmask] | None":
+        """Begin the masks of a step's rows: for each request, one, and one more behind each of its drafts.
+
+        None where no request is constrained. Until the result is there, nobody else may use the matchers.
+        """
+        constrained, rows = [], 0
+        for matcher, drafts in requests:
+            if matcher is not None:
+                constrained.append(Constrained(matcher, rows, drafts))
+            rows += 1 + len(drafts)
+        if not constrained:
             return None
-        bitmask = np.full((len(matchers), self._words), ALL_ALLOWED, dtype=np.int32)
-        self._filler.fill([(matcher, row) for row, matcher in enumerate(matchers) if matcher], bitmask)
-        for row, matcher in enumerate(matchers):
-            if matcher and matcher.error:
+        if self._thread is not None:
+            return self._thread.submit(self.fill, constrained, rows)
+        done: Future[Bitmask] = Future()
+        done.set_result(self.fill(constrained, rows))
+        return done
+
+    def fill(self, constrained: list[Constrained], rows: int) -> Bitmask:
+        """The masks of `rows` rows, of which the others allow all. See Matcher.error afterwards."""
+        bitmask = np.full((rows, self._words), ALL_ALLOWED, dtype=np.int32)
+        self._filler.fill(constrained, bitmask)
+        for matcher, row, drafts in constrained:
+            if matcher.failed:
                 bitmask[row] = ALL_ALLOWED  # its request ends; the row must only not fail the others
+                bitmask[row + 1 : row + 1 + len(drafts)] = NONE_ALLOWED  # no draw behind the first one counts
         return bitmask
-
-
-def allowed(masks: Bitmask | None, device: torch.device) -> torch.Tensor | None:
-    """The masks as Backend.sample takes them: int32 (rows, words)."""
-    return None if masks is None else send(torch.from_numpy(masks), device)

@@ -2,6 +2,7 @@
 
     GrammarCompiler.compile(kind, text) ──► checked in another process, then compiled ──► Grammar
     Grammar.matcher(output ids) ──► Matcher: mask a row, accept a token, finished
+    Grammar.guide() ──► Guide: which drafts it allows, which tokens it forces
 
 A matcher is a function of the grammar and the output ids, so a retracted or replayed request rebuilds its own.
 """
@@ -9,9 +10,11 @@ A matcher is a function of the grammar and the output ids, so a retracted or rep
 import hashlib
 import json
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -57,6 +60,11 @@ class Matcher:
         return bool(self.engine.is_accepting())
 
     @property
+    def failed(self) -> bool:
+        """Whether it cannot go on: see `error`."""
+        return bool(self.engine.is_error())
+
+    @property
     def error(self) -> str:
         """Why this matcher cannot go on (a step too costly, a token not allowed), or empty."""
         return str(self.engine.get_error()).partition("\n")[0]
@@ -64,6 +72,29 @@ class Matcher:
     def accept(self, token: int) -> bool:
         """Take a sampled token; False when the grammar does not allow it."""
         return bool(self.engine.consume_token(token))
+
+
+class Guide:
+    """What a grammar says of the next tokens: see quartet.scheduler_service.core.drafts.Guide.
+
+    It has an engine of its own, so that drafts can be proposed while a step still uses that of the matcher. Where its
+    engine fails, it allows and forces nothing.
+    """
+
+    def __init__(self, engine: LLMatcher) -> None:
+        self._engine = engine
+
+    def take(self, tokens: "array[int]") -> None:
+        """Tokens that the output has grown by."""
+        self._engine.consume_tokens(tokens.tolist())
+
+    def allowed(self, draft: Sequence[int]) -> int:
+        """How many tokens of a draft, from its first one on, the grammar allows next."""
+        return 0 if self._engine.is_error() else int(self._engine.validate_tokens(list(draft)))
+
+    def forced(self) -> tuple[int, ...]:
+        """The tokens of the only text that the grammar allows next; often none."""
+        return () if self._engine.is_error() else tuple(self._engine.compute_ff_tokens())
 
 
 class Grammar:
@@ -79,6 +110,18 @@ class Grammar:
             raise RequestError("the tokens generated so far do not follow the grammar", Kind.INTERNAL)
         return Matcher(engine)
 
+    def guide(self) -> Guide:
+        """A guide at the beginning of the output."""
+        return Guide(self._prototype.deep_copy())
+
+
+class Constrained(NamedTuple):
+    """The rows of a bitmask that one request needs."""
+
+    matcher: Matcher
+    row: int  # of its next token
+    drafts: tuple[int, ...] = ()  # each has a row behind it, as if it had been accepted
+
 
 class MaskFiller:
     """Fills the rows of a bitmask; many rows on a few threads."""
@@ -86,17 +129,36 @@ class MaskFiller:
     def __init__(self, threads: int) -> None:
         self._executor = LLExecutor(num_threads=threads)
 
-    def fill(self, rows: Iterable[tuple[Matcher, int]], bitmask: Bitmask) -> None:
-        """Write the mask of each matcher to its row; the other rows stay as they are. See Matcher.error afterwards."""
-        pairs = [(matcher.engine, row) for matcher, row in rows]
+    def fill(self, constrained: Iterable[Constrained], bitmask: Bitmask) -> None:
+        """Write the masks of each request to its rows; the other rows stay as they are. See Matcher.error afterwards.
+
+        So do rows behind a draft that is not allowed, or that completes the output. No matcher moves on.
+        """
+        triples = [(matcher.engine, row, list(drafts)) for matcher, row, drafts in constrained]
         count, words = bitmask.shape
-        assert bitmask.flags.c_contiguous and all(0 <= row < count for _, row in pairs), bitmask.shape
+        assert bitmask.flags.c_contiguous, bitmask.shape
+        assert all(row >= 0 and row + len(drafts) < count for _, row, drafts in triples), bitmask.shape
         address, row_bytes = bitmask.ctypes.data, words * 4
-        if len(pairs) >= PARALLEL_FROM:
-            self._executor.unsafe_compute_mask_ptr(pairs, address, row_bytes, count)
+        if len(triples) >= PARALLEL_FROM:
+            self._fill_in_parallel(triples, address, row_bytes, count)
             return
-        for engine, row in pairs:
-            engine.unsafe_compute_mask_ptr(address + row * row_bytes, row_bytes)
+        for engine, row, drafts in triples:
+            own = address + row * row_bytes
+            if drafts:
+                engine.unsafe_compute_mask_ptr_with_draft_token(own, row_bytes, drafts)  # type: ignore[attr-defined]
+            else:
+                engine.unsafe_compute_mask_ptr(own, row_bytes)
+
+    def _fill_in_parallel(
+        self, triples: list[tuple[LLMatcher, int, list[int]]], address: int, row_bytes: int, count: int
+    ) -> None:
+        """The same on the executor's threads, which take requests with and without drafts in two calls."""
+        drafted = [(engine, row, drafts) for engine, row, drafts in triples if drafts]
+        others = [(engine, row) for engine, row, drafts in triples if not drafts]
+        if others:
+            self._executor.unsafe_compute_mask_ptr(others, address, row_bytes, count)
+        if drafted:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, address, row_bytes, count)
 
 
 def bitmask_words(vocab_size: int) -> int:

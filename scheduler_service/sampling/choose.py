@@ -20,6 +20,8 @@ from quartet.kernels.reference.philox import uniform
 from quartet.scheduler_service.host.transfer import send, upload
 from quartet.scheduler_service.sampling.rows import Draws, Feature, SamplingRows
 
+LEAST_EXPONENT = -87.0  # whose exp is a normal float32
+LEAST_WEIGHT = 2e-38  # smaller ones are 0; a draw tells apart shares of 1e-16
 BLOCK = 256  # tokens whose weights are summed first when drawing
 TOP_BLOCK = 128  # tokens that compete through their largest when searching the top k
 CACHE_ELEMENTS = 1 << 21  # weights that are worked on at once, so that they stay in the cache
@@ -74,12 +76,20 @@ def choose(logits: torch.Tensor, rows: SamplingRows, keep_logits: bool = False) 
             picked = upload(some, logits.device)
             adjacent = some[-1] - some[0] == len(some) - 1
             own = logits[some[0] : some[-1] + 1] if adjacent and not keep_logits else logits[picked]
-            weights = own.sub_(best[picked].unsqueeze(1)).exp_()
+            weights = weights_of(own.sub_(best[picked].unsqueeze(1)))
             if weights.device.type == "cpu" and not (usable := valid[picked]).all():
                 weights[~usable] = 1.0  # NaN has no place in a histogram; on a GPU there is none
             filter_weights(weights, rows, some)
             tokens[picked] = draw(weights, numbers[first : first + at_once])
     return Draws(tokens, valid)
+
+
+def weights_of(distances: torch.Tensor) -> torch.Tensor:
+    """exp(distances), in place; 0 where that is too small to be drawn.
+
+    torch.exp takes twenty times as long for numbers whose result is 0 or nearly so, as those of masked tokens are.
+    """
+    return torch.threshold_(distances.clamp_(min=LEAST_EXPONENT).exp_(), LEAST_WEIGHT, 0.0)
 
 
 def filter_weights(weights: torch.Tensor, rows: SamplingRows, some: list[int]) -> None:

@@ -1,9 +1,8 @@
 """Real GGUF files against transformers on the weights it makes of them: tokens, templates, greedy answers, logprobs.
 
-The files are looked for in the directory that QUARTET_REAL_MODELS names, else in the user's cache.
+Perplexity is measured on the text of `deploy.benchmarks.fidelity`.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +17,14 @@ from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.model_files import hub, model_info, tokenizer_files
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.weights.parameters import Weights
+from tests import real_models
 from tests.configs import resolved
 from tests.engine import Engine, floats
+from tests.real_models import MODELS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real_models]
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "gemma-3-270m-q4_k_m.gguf")
 PROMPTS = (
     "The capital of France is",
     "def quicksort(xs):\n",
@@ -57,12 +57,9 @@ class Real(NamedTuple):
     tokenizer: Tokenizer
 
 
-@pytest.fixture(scope="module", params=FILES)
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: model.file)
 def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Real:
-    place = Path(os.environ.get("QUARTET_REAL_MODELS") or Path.home() / ".cache" / "quartet" / "real-models")
-    file = place / request.param
-    if not file.is_file():
-        pytest.skip(f"{file} is not there; QUARTET_REAL_MODELS names the directory that holds real models")
+    file = real_models.or_skip(request.param)
     config = hub.locate(resolved(model_path=str(file)), tmp_path_factory.mktemp("run"))
     return Real(file, Path(config.model_dir), tokenizer_files.load(Path(config.model_dir)))
 

@@ -14,6 +14,11 @@ from tests.servers import READY, Server
 WAIT_S = 60
 FLAGS = ("--dtype", "float32", "--page-size", "4", "--disable-standby", "--skip-server-warmup")
 LIST = "one, two, three, four, five, six. " * 4
+NUMBERS = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"number": {"enum": ["one", "two"]}}, "required": ["number"]},
+    "minItems": 9,
+}
 BODIES: list[dict[str, Any]] = [
     {"text": LIST, "sampling_params": {"temperature": 0, "max_new_tokens": 80, "ignore_eos": True}},
     {
@@ -29,6 +34,15 @@ BODIES: list[dict[str, Any]] = [
     {
         "text": LIST,
         "sampling_params": {"temperature": 0.8, "sampling_seed": 2, "max_new_tokens": 30, "regex": "[a-z ]+"},
+    },
+    {
+        "text": LIST,
+        "sampling_params": {"temperature": 0, "max_new_tokens": 60, "json_schema": json.dumps(NUMBERS)},
+        "return_logprob": True,
+    },
+    {
+        "text": LIST,
+        "sampling_params": {"temperature": 0.4, "sampling_seed": 8, "max_new_tokens": 60, "regex": "(one, two[,.] )+"},
     },
     {
         "text": LIST,

@@ -239,6 +239,44 @@ def test_each_kind_of_grammar_is_followed(server: Server) -> None:
     assert json.loads(generate(server, json_schema=schema).json()["text"]) == {}
 
 
+def test_a_structural_tag_in_its_current_form_is_followed(server: Server) -> None:
+    number = {"type": "json_schema", "json_schema": {"type": "integer", "minimum": 10, "maximum": 99}}
+    form = {"type": "tag", "begin": "<n>", "content": number, "end": "</n>"}
+    text = generate(server, structural_tag={"type": "structural_tag", "format": form}).json()["text"]
+    assert len(text) == len("<n>12</n>") and 10 <= int(text.removeprefix("<n>").removesuffix("</n>")) <= 99
+
+
+@pytest.mark.parametrize(
+    ("fields", "texts"),
+    [
+        ({"guided_choice": ["red", "green"]}, {"red", "green"}),
+        ({"guided_regex": "(yes|no)!"}, {"yes!", "no!"}),
+        ({"guided_json": {"const": 7}}, {"7"}),
+        ({"guided_grammar": 'root ::= "a" | "b"'}, {"a", "b"}),
+        ({"structured_outputs": {"choice": ["x y", 'q"']}}, {"x y", 'q"'}),
+        ({"response_format": {"type": "structural_tag", "format": {"type": "const_string", "value": "Hm"}}}, {"Hm"}),
+    ],
+    ids=str,
+)
+def test_the_names_of_other_servers_are_understood_on_chat_and_completions(
+    server: Server, fields: dict[str, Any], texts: set[str]
+) -> None:
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "Say it."}], "max_tokens": 60, **fields}
+    answer = requests.post(f"{server.url}/v1/chat/completions", json=chat, timeout=WAIT_S).json()
+    assert answer["choices"][0]["message"]["content"] in texts, answer
+    completion = {"model": "demo", "prompt": "Say it.", "max_tokens": 60, **fields}
+    answer = requests.post(f"{server.url}/v1/completions", json=completion, timeout=WAIT_S).json()
+    assert answer["choices"][0]["text"] in texts, answer
+
+
+def test_what_is_not_supported_of_other_servers_is_refused_by_name(server: Server) -> None:
+    both = {"guided_regex": "a", "guided_choice": ["b"]}
+    for fields, name in ((both, "one thing only"), ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern")):
+        body = {"model": "demo", "prompt": "Say it.", **fields}
+        answer = requests.post(f"{server.url}/v1/completions", json=body, timeout=WAIT_S)
+        assert answer.status_code == 400 and name in answer.text, answer.text
+
+
 def test_copies_follow_the_grammar_each_on_its_own(server: Server) -> None:
     texts = [answer["text"] for answer in generate(server, regex="[a-z]{12}", n=4).json()]
     assert len(set(texts)) == 4

@@ -9,7 +9,7 @@ from quartet.http_gateway.ring.ring_client import BLOCKED_REQUEST
 from quartet.runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Reply, Text, unpack_ids
-from tests.fakes import FAKE_VECTOR, fake_logprob
+from tests.fakes import FAKE_VECTOR, FakeGrammar, fake_logprob
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Order, tokenizer, vocabulary
 from tests.simulated_ring.services import ROLES, drawn
 from tests.wrong_messages import RID
@@ -68,12 +68,15 @@ def check_answer(simulation: "Simulation", call: Call, generate: Generate, texts
 
 def check_tokens(generate: Generate, texts: list[Text]) -> None:
     """Every token is the one that the weights of its label give, and is scored; the prompt is scored once."""
-    request = generate.request
+    request, grammar = generate.request, grammar_of(generate)
     ids = prompt_of(generate)
+    prompt_len = len(ids)
     for text in texts:
         made = unpack_ids(text.tokens.ids)
         for token in made:
             expected = drawn(ids, request.seed, text.tokens.weight_version, VOCAB_SIZE)
+            if grammar is not None:
+                expected = grammar.drawn(len(ids) - prompt_len, expected)
             hold(token == expected, request.rid, "has token", token, "for", expected, "at", len(ids))
             ids.append(token)
         if request.logprobs and made:
@@ -87,6 +90,11 @@ def check_tokens(generate: Generate, texts: list[Text]) -> None:
     hold(len(scored) <= 1, request.rid, "has its prompt scored", len(scored), "times")
     if wanted and made_any:
         hold(len(scored) == 1, request.rid, "lacks its prompt's logprobs")
+
+
+def grammar_of(generate: Generate) -> FakeGrammar | None:
+    length = generate.request.params.regex
+    return None if length is None else FakeGrammar(int(length))
 
 
 def prompt_of(generate: Generate) -> "array[int]":
@@ -118,16 +126,21 @@ def check_end(simulation: "Simulation", call: Call, generate: Generate, texts: l
     stream = Stream(vocabulary(), request, tail.tobytes())
     expected = ""
     stops = request.params.stop_token_ids or []
+    grammar = grammar_of(generate)
+    complete = grammar.length if grammar is not None else 0
     for i, token in enumerate(ids):
         last = i == len(ids) - 1
         text, _, match = stream.feed(array("i", [token]), finish if last else None)
         expected += text
         if not last:
             hold(match is None and token not in stops, request.rid, "goes on behind a stop")
+            hold(i + 1 != complete, request.rid, "goes on behind the end of its grammar")
         elif match is not None:
             hold(finish.matched == match.name, request.rid, "stops at", finish.matched, "for", match.name)
         elif token in stops:
             hold(finish.matched == token, request.rid, "stops at", finish.matched, "for", token)
+        elif i + 1 == complete:
+            hold(finish.reason == "stop" and finish.matched in (token, None), request.rid, "is complete:", finish)
         else:
             hold(finish.reason == "length" and len(ids) == request.params.max_new_tokens, request.rid, finish)
     hold(whole == expected, request.rid, "has the text", repr(whole), "for", repr(expected))

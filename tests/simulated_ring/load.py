@@ -115,6 +115,7 @@ class Clients:
             stop_regex=random.choice(PATTERNS) if random.random() < 0.1 else None,
             stop_token_ids=random.sample(range(2, VOCAB_SIZE), 40) if random.random() < 0.2 else None,
             no_stop_trim=random.random() < 0.2,
+            regex=str(random.randint(1, MOST_NEW_TOKENS)) if random.random() < 0.3 else None,  # see FakeGrammars
         )
         request = Request(
             rid=rid,

@@ -30,7 +30,7 @@ from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.scheduler import Scheduler
 from quartet.tokenizer_service.encode import Encoder
-from tests.fakes import AtOnce, FakeWorker, looping_token
+from tests.fakes import AtOnce, FakeGrammars, FakeWorker, looping_token
 from tests.simulated_ring.clock import Agenda
 from tests.simulated_ring.links import Link
 
@@ -244,6 +244,7 @@ class SchedulerProcess(Process):
             facts=facts,
             depth=depth,
             durable_state=durable_state,
+            grammars=FakeGrammars(),  # type: ignore[arg-type]
             announced=self.announced,
             clock=lambda: agenda.now,
         )
@@ -252,7 +253,8 @@ class SchedulerProcess(Process):
 
     @property
     def at_rest(self) -> bool:
-        return super().at_rest and self.scheduler.idle and not self.scheduler.commands
+        scheduler = self.scheduler
+        return super().at_rest and scheduler.idle and not scheduler.commands and not scheduler.grammar_queue
 
     def introduce(self) -> None:
         self.scheduler.emit(self.scheduler.introduce())

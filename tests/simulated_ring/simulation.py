@@ -7,7 +7,7 @@ request and command, and at what is left behind.
 
 Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`).
 
-Left out: HTTP; the supervisor's budget and how it finds a hang; draining; grammars, which a pool of threads compiles;
+Left out: HTTP; the supervisor's budget and how it finds a hang; draining; the pool of threads that compiles grammars;
 work beside the scheduler's loop; released memory and updates over the wire; frames above the size limit. A process
 loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is started
 again, frames of the one before have arrived or are lost, and its peers have noticed its death.

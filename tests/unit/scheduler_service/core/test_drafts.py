@@ -48,6 +48,59 @@ def test_one_right_draft_ends_the_long_pauses_between_drafts():
     assert sum(chances) >= 1
 
 
+class Allowing:
+    """A grammar and its guide: it allows some tokens, forces others, and counts what it was told."""
+
+    def __init__(self, allowed, forced=()):
+        self.tokens, self._allowed, self._forced = [], allowed, forced
+
+    def guide(self):
+        return self
+
+    def take(self, tokens):
+        self.tokens += tokens
+
+    def allowed(self, draft):
+        return next((i for i, token in enumerate(draft) if token not in self._allowed), len(draft))
+
+    def forced(self):
+        return self._forced
+
+
+def test_a_draft_is_cut_at_the_first_token_that_the_grammar_refuses():
+    drafter = Drafter(OPTIONS, Allowing({1, 2}))
+    for _ in range(3):
+        drafter.learn(8, 8)
+    assert drafter.propose(LOOP, 64) == (1, 2)
+    assert Drafter(OPTIONS, Allowing({2})).propose(LOOP, 64) == ()
+
+
+def test_what_the_grammar_forces_is_drafted_where_it_is_longer():
+    assert Drafter(OPTIONS, Allowing({1, 2, 3}, (1, 2, 9))).propose(LOOP, 64) == (1, 2, 9)
+    assert Drafter(OPTIONS, Allowing({1, 2, 3}, (1, 2, 9))).propose(LOOP, 2) == (1, 2)
+    assert Drafter(OPTIONS, Allowing({1, 2, 3}, (1,))).propose(LOOP, 64) == (1, 2)
+    assert Drafter(OPTIONS, Allowing(set(), range(20))).propose(LOOP, 64) == range(8)
+
+
+def test_forced_drafts_that_fail_do_not_shorten_the_others():
+    grammar = Allowing({1, 2, 3}, (1, 2, 9))
+    drafter = Drafter(OPTIONS, grammar)
+    for _ in range(4):
+        drafter.learn(len(drafter.propose(LOOP, 64)), 0)
+    grammar._forced = ()
+    assert len(drafter.propose(LOOP, 64)) >= 1
+    drafter.learn(2, 2)
+    assert len(drafter.propose(LOOP, 64)) == 4
+
+
+def test_a_guide_is_told_the_output_and_each_of_its_tokens_once():
+    grammar = Allowing(set())
+    drafter = Drafter(OPTIONS, grammar, prompt_len=10)
+    for length in (10, 11, 12):
+        drafter.propose(LOOP[:length], 64)
+    assert grammar.tokens == list(LOOP[10:])
+
+
 def test_no_draft_is_longer_than_asked():
     drafter = Drafter(OPTIONS)
     assert len(drafter.propose(LOOP, 1)) == 1
@@ -62,7 +115,7 @@ def test_no_draft_is_longer_than_asked():
         ({"frequency_penalty": 0.5}, {}, False),
         ({"presence_penalty": -0.5}, {}, False),
         ({"repetition_penalty": 1.1}, {}, False),
-        ({"regex": "a+"}, {}, False),
+        ({"regex": "a+"}, {}, True),
         ({}, {"return_hidden_states": True}, False),
         ({}, {"return_routed_experts": True}, False),
         ({}, {"task": "embed"}, False),

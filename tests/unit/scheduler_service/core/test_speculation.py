@@ -8,7 +8,7 @@ import pytest
 from quartet.runtime.messages import Drafts, Finish, LogprobOptions, unpack_ids
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.plan import Plan
-from tests.fakes import looping_token, scored
+from tests.fakes import FakeGrammar, looping_token, scored
 from tests.stepper import Stepper, expected_output, tokenized
 
 OPTIONS = DraftOptions(max_tokens=8, min_match=2, max_match=8)
@@ -206,3 +206,28 @@ def test_many_requests_give_the_same_tokens_as_each_by_itself_whatever_is_drafte
     assert [stepper.output(f"r{i}") for i in range(30)] == [expected(p, 50, i) for i, p in enumerate(prompts)]
     assert stepper.planner.stats.retractions > 0
     assert stepper.planner.stats.correct_drafts > 200
+
+
+@pytest.mark.parametrize("resumed", [0, 7])
+def test_a_grammar_gives_the_answer_without_drafts_in_fewer_steps_and_ends_at_the_same_token(resumed: int) -> None:
+    def run(drafts: DraftOptions | None, resume: list[int]) -> Stepper:
+        stepper = drafting(drafts=drafts)
+        stepper.add(tokenized("a", LOOP, 100, resume=resume, attempt=bool(resume)), FakeGrammar(60))
+        stepper.run()
+        return stepper
+
+    plain = run(None, [])
+    whole = plain.output("a")
+    drafted = run(OPTIONS, whole[:resumed])
+    assert whole[:resumed] + drafted.output("a") == whole and len(whole) == 60
+    assert drafted.finish("a") == plain.finish("a") == Finish(reason="stop", matched=whole[-1], spoken=True)
+    assert drafted.steps < plain.steps - resumed
+    assert drafted.planner.stats.correct_drafts > 15
+
+
+def test_a_stop_id_before_the_token_that_completes_the_output_wins() -> None:
+    stepper = drafting()
+    stepper.add(tokenized("a", LOOP, 100, stop_token_ids=[4]), FakeGrammar(60))
+    stepper.run()
+    assert stepper.finish("a") == Finish(reason="stop", matched=4)
+    assert len(stepper.output("a")) == 4

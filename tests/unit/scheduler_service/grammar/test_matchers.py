@@ -14,7 +14,13 @@ from quartet.http_gateway.parsers.tool_calls import calls_schema, parse
 from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
 from quartet.scheduler_service.grammar.ebnf import from_ebnf
-from quartet.scheduler_service.grammar.matchers import GrammarCompiler, MaskFiller, bitmask_words
+from quartet.scheduler_service.grammar.matchers import (
+    PARALLEL_FROM,
+    Constrained,
+    GrammarCompiler,
+    MaskFiller,
+    bitmask_words,
+)
 from quartet.scheduler_service.grammar.regex_size import check_regex
 
 END, TURN, CALL = 0, 1, 2  # special tokens
@@ -70,7 +76,7 @@ class Tools:
 
     def allowed(self, matcher):
         bitmask = np.full((1, bitmask_words(self.vocab_size)), -1, dtype=np.int32)
-        self.filler.fill([(matcher, 0)], bitmask)
+        self.filler.fill([Constrained(matcher, 0)], bitmask)
         assert not matcher.error, matcher.error
         return set(np.flatnonzero(np.unpackbits(bitmask.view(np.uint8), bitorder="little")).tolist())
 
@@ -149,6 +155,17 @@ def test_random_output_of_random_schemas_is_valid(tools):
 @pytest.mark.slow
 def test_random_output_of_a_thousand_random_schemas_is_valid(tools):
     check_schemas(tools, range(100, 1100))
+
+
+def test_any_json_object_has_few_blanks_between_its_tokens(tools):
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}}}
+    for source, most in (('{"type": "object"}', 2), (json.dumps(schema), 32)):
+        blanks = " " * most
+        assert tools.takes("json_schema", source, f'{{{blanks}"a":{blanks}[1,{blanks}2]}}')
+        assert not tools.takes("json_schema", source, f'{{{blanks} "a": [1]}}')
+    indented = json.dumps({"a": [1, {"b": {"c": "  d  "}}]}, indent=4)
+    assert tools.takes("json_schema", '{"type": "object"}', indented)
+    assert not tools.takes("json_schema", '{"type": "object"}', '{\n\n"a": 1}')
 
 
 def test_any_json_object_parses(tools):
@@ -438,11 +455,34 @@ def test_a_batch_of_masks_equals_the_masks_one_by_one(tools):
     matchers = [tools.compiler.compile("regex", text).matcher() for text in sources]
     rows = [4, 0, 2, 3]
     bitmask = np.full((6, bitmask_words(tools.vocab_size)), -1, dtype=np.int32)
-    tools.filler.fill(zip(matchers, rows, strict=True), bitmask)
+    tools.filler.fill(map(Constrained, matchers, rows), bitmask)
     for matcher, row in zip(matchers, rows, strict=True):
         bits = np.flatnonzero(np.unpackbits(bitmask[row].view(np.uint8), bitorder="little"))
         assert set(bits.tolist()) == tools.allowed(matcher)
     assert (bitmask[[1, 5]] == -1).all()
+
+
+@pytest.mark.parametrize("requests", [3, PARALLEL_FROM + 3])
+def test_each_draft_has_a_mask_behind_it_up_to_one_that_is_refused(requests, tools):
+    grammar = tools.compiler.compile("regex", "[0-9]{3}x|q")
+    one, letter = tools.tokenizer.encode("1").ids[0], tools.tokenizer.encode("q").ids[0]
+    drafts = [(), (one, one), (one, letter, one)]
+    constrained, rows = [], 0
+    for i in range(requests):
+        constrained.append(Constrained(grammar.matcher(), rows, drafts[i % 3]))
+        rows += 1 + len(drafts[i % 3])
+    bitmask = np.full((rows, bitmask_words(tools.vocab_size)), -1, dtype=np.int32)
+    tools.filler.fill(constrained, bitmask)
+    for matcher, row, its_drafts in constrained:
+        followed = grammar.matcher()
+        for place, draft in enumerate([*its_drafts, None]):
+            expected = np.full((1, bitmask.shape[1]), -1, dtype=np.int32)
+            tools.filler.fill([Constrained(followed, 0)], expected)
+            assert (bitmask[row + place] == expected[0]).all()
+            if draft is None or not followed.accept(draft):
+                assert (bitmask[row + place + 1 : row + 1 + len(its_drafts)] == -1).all()
+                break
+        assert not matcher.failed and tools.allowed(matcher) == tools.allowed(grammar.matcher())
 
 
 def test_a_finished_grammar_allows_only_the_end_tokens(tools):

@@ -237,3 +237,11 @@ def test_largest_is_topk(width, k):
     expected = x.topk(k, 1)
     assert torch.equal(values, expected.values)
     assert torch.equal(x.gather(1, columns), expected.values)
+
+
+def test_weights_are_those_of_exp_down_to_the_least_and_masked_tokens_have_none():
+    distances = torch.tensor([[0.0, -1.0, -86.0, -90.0, -1e4, -torch.inf], [torch.nan] * 6])
+    weights = module.weights_of(distances.clone())
+    assert weights[0, :3].tolist() == torch.exp(distances[0, :3]).tolist()
+    assert weights[0, 3:].tolist() == [0.0, 0.0, 0.0]
+    assert weights[1].isnan().all()

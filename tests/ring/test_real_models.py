@@ -1,0 +1,140 @@
+"""Real weights behind whole servers: how far each storage is from the file's own values, and what the model answers.
+
+Facts are simple enough for half a billion parameters. A storage of the weights is a row of STORAGES: its perplexity and
+its KL divergence are compared with transformers' float32 model of the expanded blocks, on the text of
+`deploy.benchmarks.fidelity`.
+"""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jsonschema
+import pytest
+import requests
+
+from deploy.benchmarks import fidelity
+from tests import real_models
+from tests.real_models import GEMMA, QWEN, RealModel
+from tests.servers import Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_models]
+
+WAIT_S = 240
+WINDOWS = 4  # of 512 tokens, the second half of each scored
+FLAGS = ("--max-total-tokens", "8192", "--disable-standby", "--skip-server-warmup", "--log-level-http", "warning")
+FACTS = {
+    "What is the capital of France? Answer in one word.": "Paris",
+    "What is 7 times 8? Answer with the number only.": "56",
+    "What is the chemical formula of water? Only the formula.": "H2O",
+}
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "languages": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["name", "age", "languages"],
+    "additionalProperties": False,
+}
+DEGREES = 23
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Current weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+class Storage(NamedTuple):
+    """Flags that say how weights are kept, and how far from the file's own values that may be."""
+
+    name: str
+    model: RealModel
+    flags: tuple[str, ...]
+    perplexity_ratio: float  # at most
+    kl_mean: float  # at most, nats
+    same_best: float  # at least
+
+
+STORAGES = (
+    Storage("Qwen, default", QWEN, (), 1.005, 0.002, 0.97),
+    Storage("Gemma, default", GEMMA, (), 1.005, 0.002, 0.97),
+)
+
+
+@pytest.fixture(scope="module")
+def server_of(launch_for_module: Callable[..., Server]) -> Callable[..., Server]:
+    """The server of a model with these flags: one for all tests that ask for it."""
+    return cache(
+        lambda model, *flags: launch_for_module("--model-path", str(real_models.or_skip(model)), *FLAGS, *flags)
+    )
+
+
+@pytest.fixture(scope="module")
+def reference_of() -> Callable[..., fidelity.Scores]:
+    """transformers' scores of a model's windows, computed once."""
+    pytest.importorskip("gguf", reason="transformers reads GGUF files with the gguf package, which is not installed")
+    known: dict[RealModel, fidelity.Scores] = {}
+
+    def scores(model: RealModel, windows: list[list[int]]) -> fidelity.Scores:
+        if model not in known:
+            known[model] = fidelity.of_transformers(fidelity.expanded(real_models.or_skip(model)), windows)
+        return known[model]
+
+    return scores
+
+
+@pytest.fixture(scope="module")
+def qwen(server_of: Callable[..., Server]) -> Server:
+    return server_of(QWEN)
+
+
+def chat(server: Server, messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """The message that the model answers, greedily."""
+    body = {"model": "real", "messages": messages, "temperature": 0, "max_tokens": 80, **more}
+    answer = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=WAIT_S)
+    assert answer.status_code == 200, answer.text
+    message: dict[str, Any] = answer.json()["choices"][0]["message"]
+    return message
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda storage: storage.name)
+def test_a_storage_of_the_weights_stays_near_the_values_of_the_file(
+    storage: Storage, server_of: Callable[..., Server], reference_of: Callable[..., fidelity.Scores]
+) -> None:
+    server = server_of(storage.model, *storage.flags)
+    windows = fidelity.windows_of(server.url, WINDOWS)
+    found = fidelity.divergence(reference_of(storage.model, windows), fidelity.of_server(server.url, windows))
+    print(f"{storage.name}: {found}")
+    assert 2 - storage.perplexity_ratio <= found.perplexity_ratio <= storage.perplexity_ratio, found
+    assert found.kl_mean <= storage.kl_mean, found
+    assert found.same_best >= storage.same_best, found
+
+
+@pytest.mark.parametrize(("question", "fact"), FACTS.items())
+def test_a_simple_fact_is_known(qwen: Server, question: str, fact: str) -> None:
+    assert fact in chat(qwen, [{"role": "user", "content": question}])["content"]
+
+
+def test_json_by_a_schema_says_what_the_text_says(qwen: Server) -> None:
+    question = "Ada is 36 years old and speaks English and French. Give name, age and languages as JSON."
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    answer = json.loads(chat(qwen, [{"role": "user", "content": question}], response_format=form)["content"])
+    jsonschema.validate(answer, PERSON)
+    assert (answer["name"], answer["age"], sorted(answer["languages"])) == ("Ada", 36, ["English", "French"])
+
+
+def test_a_tool_is_called_with_what_was_asked_and_its_result_is_in_the_answer(qwen: Server) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Paris right now?"}]
+    asked = chat(qwen, messages, tools=[WEATHER], tool_choice="required")
+    (call,) = asked["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("get_weather", {"city": "Paris"})
+    result = json.dumps({"temperature_celsius": DEGREES, "sky": "cloudy"})
+    messages += [asked, {"role": "tool", "tool_call_id": call["id"], "content": result}]
+    answer = chat(qwen, messages, tools=[WEATHER], tool_choice="none")
+    assert str(DEGREES) in answer["content"]
