@@ -341,6 +341,7 @@ OTHER_BACKENDS = {"aiter", "cutlass_mla", "dual_chunk_flash_attn", "fa3", "fa4",
 VALUES: dict[tuple[str, str], Value] = {
     ("schedule_policy", "random"): Value("fcfs", "promises no order; fcfs is used"),
     ("schedule_policy", "dfs-weight"): Value("lpm", "groups shared prefixes, as lpm does; that is used"),
+    **{("quantization", name): Value(None, "leaves it to the checkpoint") for name in ("None", "null", "gguf")},
     ("tool_call_parser", ""): Value("none", "is empty: calls stay in the text"),
     ("reasoning_parser", ""): Value("none", "is empty: thoughts stay in the text"),
     **{("attention_backend", name): NOT_HERE for name in sorted(OTHER_BACKENDS)},

@@ -16,6 +16,7 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
+from quartet.scheduler_service.host import memory
 from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.weights import device_staging, gguf, pickled, storage, ties
 from quartet.scheduler_service.weights.checkpoint import (
@@ -52,6 +53,8 @@ def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> N
         read_weights(checkpoint, weights, with_progress(checkpoint.files))
         pickled.forget_converted()
     weights.after_update()
+    if weights.forms:  # what they were made from was large
+        memory.give_back()
 
 
 def check_room(needed: int, device: torch.device) -> None:
