@@ -74,6 +74,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "half", "float16", "bfloat16", "float", "float32"],
         flag("number format of weights and activations; auto: by model and device", MODEL),
     ] = "auto"
+    quantization: Annotated[
+        Literal["auto", "none", "int8", "int4"],
+        flag(
+            "keep weights in 8 or 4 bits (bfloat16 on a CPU); auto: as a GGUF file has them, else not; none: expand "
+            "the blocks of a GGUF file",
+            MODEL,
+        ),
+    ] = "auto"
     load_format: Annotated[
         Literal["auto", "safetensors", "dummy"], flag("format of the weights; dummy: random ones", MODEL)
     ] = "auto"

@@ -31,6 +31,9 @@ Smaller blocks would cost more: a product takes 0.1 ms however small it is.
 oneDNN compiles and keeps a kernel of up to 2 MB for every number of rows that it meets, which takes it 1 to 9 ms each.
 So rows are filled up to one of a few sizes (`row_size`), and no mix of prompt lengths makes a process grow.
 
+A weight may be kept in whole numbers of few bits alone (native/grouped.py): then it is what our kernels read, and there
+is no other copy.
+
 Memory: a packed copy takes as much as the weight (twice as much for float16). The weight itself stays: checkpoints
 are read into it and compared with it. When its values have changed, `adopt(pack(weight))` follows.
 """
@@ -42,6 +45,8 @@ import torch
 import torch.nn.functional as F
 
 from quartet.kernels.cpu.native import library as native
+from quartet.kernels.cpu.native.grouped import GroupedWeight
+from quartet.kernels.cpu.native.structures import Grouped
 
 PACKED_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 PACKED_FOR_ROWS = 64  # the hint to oneDNN that served 1 to 256 rows best
@@ -65,12 +70,17 @@ def no_pause() -> None:
 class Linear:
     """x (rows, in) → x @ weight.T + bias (rows, out)."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, grouped: GroupedWeight | None = None
+    ) -> None:
+        """`grouped`: the values of the weight, in whole numbers; then `weight` has only its shape."""
         self.weight = weight
         self.bias = bias
         self.packed: Blocks | None = None
+        self.grouped = grouped
+        self.keeps_order = False
         on_cpu = weight.device.type == "cpu"
-        self.is_native = on_cpu and weight.dtype is torch.bfloat16 and native.is_expected()
+        self.is_native = grouped is not None or (on_cpu and weight.dtype is torch.bfloat16 and native.is_expected())
         packable = self.is_native or (on_cpu and can_pack(weight.dtype))
         self.packed_dtype = PACKED_DTYPES[weight.dtype] if packable else None
         self.rows_unpacked = 1 if weight.dtype is torch.float16 else 0  # up to so many rows `F.linear` is faster
@@ -79,7 +89,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """`gelu`: of each number, on its way out of the product where the weight is packed."""
-        if self.is_native and self.packed is not None:
+        if self.has_kernel:
             y = x.new_empty(len(x), len(self.weight))
             self.multiply_native(x, y, "bf16")
             return F.gelu(y) if gelu else y
@@ -88,7 +98,7 @@ class Linear:
 
     def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """The same into `out` (rows, out), which may have another dtype, each part while it is in the cache."""
-        if self.is_native and self.packed is not None and out.dtype is torch.float32:
+        if self.has_kernel and out.dtype is torch.float32:
             self.multiply_native(x, out, "float")
             return
         column = 0
@@ -106,8 +116,18 @@ class Linear:
     ) -> None:
         """The product by our own kernel, see native.Library.product."""
         kernels = native.library()
-        assert kernels is not None and self.packed is not None
-        kernels.product(x, self.packed[0], len(self.weight), self.bias, out, output, activation, norm)
+        assert kernels is not None and self.has_kernel
+        if self.grouped is not None:
+            weight: torch.Tensor | Grouped = self.grouped.argument(self.keeps_order)
+        else:
+            assert self.packed is not None
+            weight = self.packed[0]
+        kernels.product(x, weight, len(self.weight), self.bias, out, output, activation, norm)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether `multiply_native` can compute now."""
+        return self.is_native and (self.packed is not None or self.grouped is not None)
 
     def products(self, x: torch.Tensor, gelu: bool = False) -> Iterator[torch.Tensor]:
         """The columns of the result, block by block of the weight."""
@@ -145,6 +165,8 @@ class Linear:
 
         `yield_point` is called after each block.
         """
+        if self.grouped is not None:
+            return None
         if self.is_native:
             if (kernels := native.library()) is not None:
                 return (kernels.pack(weight, yield_point),)
@@ -155,13 +177,19 @@ class Linear:
     @property
     def packed_bytes(self) -> int:
         """Size of the packed form."""
-        return 0 if self.packed_dtype is None else self.weight.numel() * self.packed_dtype.itemsize
+        return (
+            0
+            if self.grouped is not None or self.packed_dtype is None
+            else self.weight.numel() * self.packed_dtype.itemsize
+        )
 
     def keep_order(self) -> None:
         """From now on the bits of a row do not depend on the other rows, for all shapes and dtypes; slower.
 
-        Call after the weight was packed and the number of threads was set. Our own kernels keep order always.
+        Call after the weight was packed and the number of threads was set. Our own kernels keep order always, but for
+        few rows and a weight in whole numbers.
         """
+        self.keeps_order = True
         if self.is_native:
             return
         _, dtype = self.factors()

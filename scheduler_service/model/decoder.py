@@ -25,6 +25,7 @@ class Decoder:
         self.hidden_size = spec.hidden_size
         self.vocab_size = spec.vocab_size
         self.embedding = weights.slab("embed")  # (vocab, hidden)
+        self.grouped_embedding = weights.grouped_slab("embed")  # the same in whole numbers
         self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
         self.layers = [decoder_layer(spec, weights, index) for index in range(len(spec.layers))]
         self.norm = norm_of(spec, weights, "norm")
@@ -57,7 +58,10 @@ class Decoder:
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings, or the request's own where it brought some: (tokens, hidden)."""
-        x = F.embedding(batch.input_ids, self.embedding)
+        if self.grouped_embedding is not None:
+            x = self.grouped_embedding.read(batch.input_ids.long())
+        else:
+            x = F.embedding(batch.input_ids, self.embedding)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         if batch.embeds is None or batch.embeds_mask is None:

@@ -23,8 +23,10 @@ from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddi
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from quartet.scheduler_service.weights import ties
+from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
-from quartet.scheduler_service.weights.parameters import Weights
+from quartet.scheduler_service.weights.parameters import Forms, Layout, Weights
+from quartet.scheduler_service.weights.storage import forms_of
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +107,17 @@ def load_native(
     if spec.generates and not is_dummy(config):
         tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
-    weights = Weights(decoder_layout(spec), dtype, device)
+    layout = decoder_layout(spec)
+    weights = Weights(layout, dtype, device, forms(config, info, layout, dtype, device))
     model = Decoder(spec, weights, make_backend(spec, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)
     return model
+
+
+def forms(config: ResolvedConfig, info: ModelInfo, layout: Layout, dtype: torch.dtype, device: torch.device) -> Forms:
+    """Which weights are kept in whole numbers of few bits. Raises StartupError."""
+    stored = None if is_dummy(config) else ties.with_tied_tensors(checkpoint_of(Path(info.path)), layout)
+    return forms_of(config.quantization, layout, dtype, device, stored)
 
 
 def make_backend(spec: DecoderSpec, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Backend:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from quartet.kernels.cpu.native.grouped import Numbers
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.gguf import Header, Tensor, read_header
 from quartet.runtime.model_files.gguf_config import LLAMA3_FREQUENCIES, LONG_FACTORS, SHORT_FACTORS, Metadata
 from quartet.runtime.shorten import short
+from quartet.scheduler_service.weights.block_numbers import FORMATS, numbers_of
 from quartet.scheduler_service.weights.blocks import EXPAND
 from quartet.scheduler_service.weights.checkpoint import (
     DTYPES,
@@ -114,15 +116,16 @@ def checkpoint_of(directory: Path) -> Checkpoint:
 
 def log_expansion(checkpoint: Checkpoint, weights: Weights) -> None:
     """Log what it takes that blocks are expanded to numbers of the served format; nothing where there are none."""
-    names = [tensor.encoding.name.split()[0] for tensor in checkpoint.tensors.values() if tensor.encoding]
-    if blocks := sorted(EXPAND.keys() & set(names)):
-        stored = sum(checkpoint.tensors[name].nbytes for name in weights.layout.places)
+    expanded = [name for name in weights.layout.places if weights.grouped_of(name) is None]
+    encodings = [checkpoint.tensors[name].encoding for name in expanded]
+    if blocks := sorted(EXPAND.keys() & {encoding.name.split()[0] for encoding in encodings if encoding}):
+        stored = sum(checkpoint.tensors[name].nbytes for name in expanded)
         log.info(
             "The blocks of the GGUF file (%s) are expanded to %s: %.2f GB in the file take %.2f GB of memory.",
             ", ".join(blocks),
             str(weights.dtype).removeprefix("torch."),
             stored / 1e9,
-            weights.nbytes() / 1e9,
+            sum(weights.view(name).nbytes for name in expanded) / 1e9,
         )
 
 
@@ -154,7 +157,11 @@ def stored(tensor: Tensor) -> StoredTensor:
     def decode(memory: torch.Tensor) -> torch.Tensor:
         return EXPAND[kind.name](memory.view(-1, kind.nbytes)).flatten()
 
-    encoding = Encoding(kind.name, kind.nbytes, kind.values, decode)
+    def numbers(memory: torch.Tensor) -> Numbers:
+        return numbers_of(kind.name, memory.view(-1, kind.nbytes), tensor.shape[-1])
+
+    form = FORMATS[kind.name][0]
+    encoding = Encoding(kind.name, kind.nbytes, kind.values, decode, form, numbers)
     return StoredTensor(tensor.file, "F32", tensor.shape, tensor.offset, tensor.nbytes, encoding=encoding)
 
 
@@ -187,7 +194,7 @@ def minus_one(found: StoredTensor) -> StoredTensor:
     def decode(memory: torch.Tensor) -> torch.Tensor:
         return found.values(memory).float() - 1
 
-    return replace(found, dtype="F32", encoding=Encoding(f"{name_of(found)} minus 1", unit, values, decode))
+    return replace(found, dtype="F32", encoding=Encoding(f"{encoded_name(found)} minus 1", unit, values, decode))
 
 
 def unpermuted(found: StoredTensor, heads: int) -> StoredTensor:
@@ -201,9 +208,17 @@ def unpermuted(found: StoredTensor, heads: int) -> StoredTensor:
     def decode(memory: torch.Tensor) -> torch.Tensor:
         return found.values(memory).view(-1, per_head // 2, 2, width).transpose(1, 2).flatten()
 
-    encoding = Encoding(f"{name_of(found)} permuted by {per_head}", bytes_per_head, per_head * width, decode)
+    def numbers(memory: torch.Tensor) -> Numbers:
+        assert found.encoding is not None and found.encoding.numbers is not None
+        ordered = found.encoding.numbers(memory)
+        rows = torch.arange(len(ordered.numbers)).view(-1, per_head // 2, 2).transpose(1, 2).flatten()
+        return ordered.select(rows)
+
+    form = None if found.encoding is None else found.encoding.form
+    name = f"{encoded_name(found)} permuted by {per_head}"
+    encoding = Encoding(name, bytes_per_head, per_head * width, decode, form, numbers if form else None)
     return replace(found, encoding=encoding)
 
 
-def name_of(found: StoredTensor) -> str:
+def encoded_name(found: StoredTensor) -> str:
     return found.dtype if found.encoding is None else found.encoding.name

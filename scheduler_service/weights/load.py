@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from quartet.kernels.cpu.linear import no_pause
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.shorten import short
+from quartet.scheduler_service.host import memory
 from quartet.scheduler_service.host.device import shortage
-from quartet.scheduler_service.weights import device_staging, gguf, pickled, ties
+from quartet.scheduler_service.weights import device_staging, gguf, pickled, storage, ties
 from quartet.scheduler_service.weights.checkpoint import (
     DTYPE_BYTES,
     DTYPES,
@@ -47,9 +49,12 @@ def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> N
         checkpoint = ties.with_tied_tensors(open_checkpoint(Path(info.path)), weights.layout)
         check_tensors(checkpoint, weights)
         gguf.log_expansion(checkpoint, weights)
+        storage.log_storage(weights, config.quantization)
         read_weights(checkpoint, weights, with_progress(checkpoint.files))
         pickled.forget_converted()
     weights.after_update()
+    if weights.forms:  # what they were made from was large
+        memory.give_back()
 
 
 def check_room(needed: int, device: torch.device) -> None:
@@ -115,7 +120,14 @@ def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]
         for file in files:
             device_staging.read_to_device(checkpoint, [n for n in names if checkpoint.tensors[n].file == file], weights)
         return
-    read_tensors(checkpoint, {name: weights.view(name) for name in weights.names()}, files)
+    in_numbers = [name for name in weights.names() if weights.grouped_of(name) is not None]
+    plain = {name: weights.view(name) for name in weights.names() if weights.grouped_of(name) is None}
+    for file in files:
+        read_tensors(checkpoint, plain, [file])
+        with open_file(file) as descriptor:
+            for name in sorted(in_numbers, key=lambda name: checkpoint.tensors[name].offset):
+                if checkpoint.tensors[name].file == file:
+                    storage.read_numbers(name, checkpoint.tensors[name], weights, descriptor, no_pause)
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from quartet.scheduler_service.host.background import yield_point
-from quartet.scheduler_service.weights import device_staging, load, manifest, ties
+from quartet.scheduler_service.weights import device_staging, load, manifest, storage, ties
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
 from quartet.scheduler_service.weights.file_identity import FileIdentity, stat_file
 from quartet.scheduler_service.weights.formats import weight_files
@@ -112,8 +112,12 @@ def stage_file(
     with open_file(file) as descriptor:
         for name in names:
             digest = xxhash.xxh3_64() if digests is not None and name in digests else None
-            place = target.view(name) if name in target.layout.places else None
-            stage_stored(name, checkpoint.tensors[name], place, descriptor, digest)
+            stored = checkpoint.tensors[name]
+            if name in target.layout.places and target.grouped_of(name) is not None:
+                storage.read_numbers(name, stored, target, descriptor, yield_point, digest)
+            else:
+                place = target.view(name) if name in target.layout.places else None
+                stage_stored(name, stored, place, descriptor, digest)
             if digests is not None and digest is not None:
                 manifest.check_digest(digests, name, digest.hexdigest())
         if before != FileIdentity.of(os.fstat(descriptor)):
@@ -145,13 +149,14 @@ def check_finite(name: str, values: torch.Tensor) -> None:
 
 def stage_tensor(name: str, values: torch.Tensor, target: Weights) -> None:
     """Copy one whole tensor that is in memory to its place. Raises CheckpointError."""
-    place = target.view(name)
-    if tuple(values.shape) != tuple(place.shape):
-        raise CheckpointError(f"tensor {name} has shape {list(values.shape)}, the model needs {list(place.shape)}")
+    shape = target.layout.places[name].shape
+    if tuple(values.shape) != shape:
+        raise CheckpointError(f"tensor {name} has shape {list(values.shape)}, the model needs {list(shape)}")
     if not values.dtype.is_floating_point:
         raise CheckpointError(f"tensor {name} is {values.dtype}, which is not supported")
-    place.copy_(values)
-    check_finite(name, place)
+    with target.writing(name, yield_point) as place:
+        place.copy_(values)
+        check_finite(name, place)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from quartet.kernels.cpu.native.grouped import rounded
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused, StartupError
@@ -275,7 +276,7 @@ class Updates:
         places = self.live.layout.places
         buffer = places[name].buffer
         if not any(places[known].buffer == buffer for known in session.names):
-            self.second.buffers[buffer].copy_(self.live.buffers[buffer])
+            self.second.copy_buffer(self.live, buffer)
 
     @on_one_thread
     def finish_session(self) -> Staged:
@@ -291,7 +292,10 @@ class Updates:
         for alias, values in session.aliases.items():
             name = self.live.layout.ties[alias]
             serves = self.second if name in session.names else self.live
-            ties.check_tied_values(alias, values, name, serves.view(name))
+            served, grouped = serves.view(name), serves.grouped_of(name)
+            if grouped is not None and values.shape == served.shape:
+                values = rounded(values.to(served.dtype), grouped.form)
+            ties.check_tied_values(alias, values, name, served)
 
     def packed(self, names: frozenset[str], source: Committed | None = None) -> Staged:
         """The second set with the packed forms of these tensors. Raises CommandRefused."""
@@ -303,9 +307,10 @@ class Updates:
     def randomized(self, names: Collection[str]) -> Staged:
         """Random values for these tensors."""
         for buffer in {self.live.layout.places[name].buffer for name in names}:
-            self.second.buffers[buffer].copy_(self.live.buffers[buffer])
+            self.second.copy_buffer(self.live, buffer)
         for name in names:
-            self.second.view(name).normal_()
+            with self.second.writing(name, yield_point) as values:
+                values.normal_()
         return self.packed(frozenset(names))
 
     # swap: between two steps

@@ -11,13 +11,27 @@ enum activation { ACTIVATION_SILU, ACTIVATION_GELU_TANH };
 
 enum output { OUTPUT_BF16, OUTPUT_FLOAT, OUTPUT_ADD, OUTPUT_GATED };
 
+/* A weight in whole numbers of few bits: scale * (number - zero), or scale * number + offset.
+ *
+ * It lies in blocks of 16 columns of a product, those in units of 32 numbers in k (see grouped.h). Scales and offsets
+ * are float16: for each unit, and for each of its halves where `halves` is 2, 16 scales and then 16 offsets, if any.
+ */
+struct grouped {
+    const uint8_t *numbers; /* (blocks, units, 64 * bits); null: the weight is bfloat16 */
+    const uint16_t *scales; /* (blocks, units, halves, 1 + offsets, 16) */
+    int32_t bits;           /* 4, 5, 6 or 8 */
+    int32_t halves, offsets, zero;
+    int32_t exact; /* compute with bfloat16 activations always: a row's bits do not depend on the other rows */
+};
+
 /* out (rows, n) = x (rows, k) @ weight.T + bias, after a root-mean-square norm of x and before an output operation. */
 struct product {
     const uint16_t *x; /* (rows, k) bfloat16, rows `x_stride` apart */
     int64_t rows, x_stride;
     const uint16_t *norm; /* (k,) weight of the norm, or null */
     float epsilon, norm_offset;
-    const uint16_t *packed; /* (columns / 16, k / 2, 16, 2), see linear.h */
+    const uint16_t *packed; /* (columns / 16, k / 2, 16, 2), see linear.h; or null */
+    struct grouped grouped; /* the weight where `packed` is null */
     int64_t n, k;           /* as the weight has them, without padding */
     const uint16_t *bias;   /* (n,) or null */
     int32_t output;         /* enum output; gated: activation(first half of n) * second half, (rows, n / 2) */

@@ -1,5 +1,5 @@
 /* All kernels, compiled for avx2. */
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 #include "linear.h"
 #include "rotation.h"

@@ -1,5 +1,5 @@
 /* All kernels, compiled for avx512. */
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 
 #include "linear.h"
 #include "rotation.h"

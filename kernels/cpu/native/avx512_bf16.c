@@ -1,5 +1,5 @@
 /* All kernels, compiled for avx512_bf16. */
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
 
 #include "linear.h"
 #include "rotation.h"

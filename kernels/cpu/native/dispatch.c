@@ -8,7 +8,7 @@
 #include "api.h"
 #include "pool.h"
 
-#define SLOTS 4
+#define SLOTS 5
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18
 
@@ -19,9 +19,17 @@ static int has_amx(void) {
     return there && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
 static int has_avx512(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+static int has_avx512_bf16(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
 /* The kernels for this instruction set; null where the machine does not have it. */
@@ -32,10 +40,10 @@ const struct kernels *quartet_kernels(const char *name) {
         int there;
         const struct kernels *kernels;
     } table[] = {
-        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &quartet_avx2},
+        {"avx2", has_avx2(), &quartet_avx2},
         {"avx512", has_avx512(), &quartet_avx512},
-        {"avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16"), &quartet_avx512_bf16},
-        {"amx", has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx(), &quartet_amx},
+        {"avx512_bf16", has_avx512_bf16(), &quartet_avx512_bf16},
+        {"amx", has_avx512_bf16() && has_amx(), &quartet_amx},
     };
     for (unsigned i = 0; i < sizeof table / sizeof *table; i++)
         if (!strcmp(name, table[i].name) && table[i].there)

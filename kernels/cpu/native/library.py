@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.structures import Attention, Product, Rotation
+from quartet.kernels.cpu.native.structures import Attention, Grouped, Product, Rotation
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ ONEDNN_NAMES = {
 BLOCK_COLUMNS, BLOCK_DEPTH = 16, 32  # to multiples of which a packed weight is padded
 MOST_DIM = 256  # of an attention head
 PACKED_AT_ONCE = 4 << 20  # bytes
+NOT_GROUPED = Grouped()  # no numbers: the weight is packed bfloat16
 OUTPUTS = {"bf16": 0, "float": 1, "add": 2, "gated": 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -101,7 +102,7 @@ class Library:
     def product(
         self,
         x: torch.Tensor,
-        packed: torch.Tensor,
+        packed: "torch.Tensor | Grouped",
         n: int,
         bias: torch.Tensor | None,
         out: torch.Tensor,
@@ -109,14 +110,15 @@ class Library:
         activation: str = "silu",
         norm: NormWeight | None = None,
     ) -> None:
-        """out = norm(x) (rows, k) @ weight.T + bias by one of OUTPUTS: written, added, or gated to (rows, n / 2)."""
+        """out = norm(x) (rows, k) @ weight.T + bias by one of OUTPUTS: written, added, or gated to (rows, n / 2).
+
+        The weight: what `pack` gave, or the argument that a GroupedWeight of shape (n, k) gives.
+        """
         check_matrix(x)
         rows, k = x.shape
-        assert packed.shape == (-(-n // BLOCK_COLUMNS), padded(k, BLOCK_DEPTH) // 2, BLOCK_COLUMNS, 2), (
-            packed.shape,
-            n,
-            k,
-        )
+        is_packed = isinstance(packed, torch.Tensor)
+        shape = (-(-n // BLOCK_COLUMNS), padded(k, BLOCK_DEPTH) // 2, BLOCK_COLUMNS, 2)
+        assert not is_packed or packed.shape == shape, (packed.shape, n, k)
         assert bias is None or (bias.shape == (n,) and bias.is_contiguous() and bias.dtype is torch.bfloat16)
         assert output != "gated" or can_gate(n), n
         assert out.shape == (rows, n // 2 if output == "gated" else n), (out.shape, rows, n)
@@ -131,7 +133,8 @@ class Library:
             None if weight is None else weight.data_ptr(),
             epsilon,
             offset,
-            packed.data_ptr(),
+            packed.data_ptr() if is_packed else None,
+            NOT_GROUPED if is_packed else packed,
             n,
             k,
             None if bias is None else bias.data_ptr(),

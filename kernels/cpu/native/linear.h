@@ -8,10 +8,15 @@
  * rows, which stay in the second cache while the weight passes; long k is cut into pieces of at most DEPTH_BLOCK for
  * the same reason, with the sums kept in memory. Each number of a result is summed in one order, however many rows
  * there are: a row has the same bits alone and among others.
+ *
+ * A weight in whole numbers (grouped.h) is expanded panel by panel to the same form, in memory that stays in the second
+ * cache; from there on all is alike. Few rows are multiplied as whole numbers (integers.h), unless `exact` forbids it.
  */
 #pragma once
 
 #include "api.h"
+#include "grouped.h"
+#include "integers.h"
 #include "pool.h"
 #include "sums.h"
 #include "vector.h"
@@ -26,6 +31,7 @@
 struct plan {
     const struct product *p;
     int tiled;            /* x is packed in AMX tiles */
+    int integers;         /* x is packed as int8 */
     int grid_rows;        /* rows of a tile of sums */
     int blocks;           /* blocks of 16 columns of a tile of sums */
     int64_t depth;        /* k, padded */
@@ -34,12 +40,15 @@ struct plan {
     int64_t padded_rows;  /* of a block of rows */
     int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
     factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
+#if HAS_INTEGERS
+    struct integer_rows rows; /* instead, if `integers` */
+#endif
 };
 
 INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 /* The block of the weight that is number `place` in a panel. Behind the end: the last one, whose sums nobody reads. */
-INLINE const bf16 *block_of(const struct plan *plan, int64_t panel, int place, int64_t from) {
+INLINE int64_t block_of(const struct plan *plan, int64_t panel, int place) {
     int gated = plan->p->output == OUTPUT_GATED;
     int width = gated ? plan->blocks / 2 : plan->blocks;
     int64_t column = panel * width + place % width;
@@ -47,7 +56,11 @@ INLINE const bf16 *block_of(const struct plan *plan, int64_t panel, int place, i
         column = plan->columns - 1;
     if (gated && place >= width)
         column += plan->columns;
-    return plan->p->packed + column * plan->depth * LANES + from * LANES;
+    return column;
+}
+
+INLINE const bf16 *packed_block(const struct plan *plan, int64_t block, int64_t from) {
+    return plan->p->packed + block * plan->depth * LANES + from * LANES;
 }
 
 /* Some rows of a block through a panel; `next` is the panel after it, in the same piece of k. */
@@ -136,6 +149,16 @@ INLINE void prepare_row(const struct plan *plan, int64_t first, int64_t row) {
         bf16 numbers[LANES] = {0};
         if (there)
             load_normed(p, x, scale, at, numbers);
+#if HAS_INTEGERS
+        if (plan->integers) {
+            bf16 second[LANES] = {0};
+            if (there)
+                load_normed(p, x, scale, at + LANES, second);
+            store_integers(&plan->rows, row, at / TILE_DEPTH, vec_load_bf16(numbers), vec_load_bf16(second));
+            at += LANES;
+            continue;
+        }
+#endif
         if (plan->tiled) {
             bf16 *tile = (bf16 *)plan->x + row / 16 * 16 * depth + at / TILE_DEPTH * 16 * TILE_DEPTH;
             memcpy(tile + row % 16 * TILE_DEPTH + at % TILE_DEPTH, numbers, sizeof numbers);
@@ -217,7 +240,8 @@ INLINE void write_tile(const struct plan *plan, int64_t panel, int64_t first, in
 
 /* All rows of a block through some panels; `kept` has the sums of a piece of k where there are several pieces. */
 INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end,
-                           float *kept) {
+                           float *kept, bf16 *expanded) {
+    const struct grouped *grouped = &plan->p->grouped;
     float local[MOST_ROWS * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
     int64_t stride = plan->blocks * LANES;
     for (int64_t from = 0; from < plan->depth; from += plan->piece) {
@@ -225,8 +249,15 @@ INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows,
         for (int64_t panel = begin; panel < end; panel++) {
             const bf16 *weight[FEW_BLOCKS], *next[FEW_BLOCKS];
             for (int place = 0; place < plan->blocks; place++) {
-                weight[place] = block_of(plan, panel, place, from);
-                next[place] = block_of(plan, panel + 1, place, from);
+                int64_t block = block_of(plan, panel, place);
+                if (grouped->numbers) {
+                    bf16 *out = expanded + place * depth * LANES;
+                    expand_block(grouped, plan->depth, block, from, depth, out);
+                    weight[place] = next[place] = out;
+                } else {
+                    weight[place] = packed_block(plan, block, from);
+                    next[place] = packed_block(plan, block_of(plan, panel + 1, place), from);
+                }
             }
             for (int64_t row = 0; row < rows; row += plan->grid_rows) {
                 float *sums = kept ? kept + ((panel - begin) * plan->padded_rows + row) * stride : local;
@@ -241,6 +272,29 @@ INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows,
     }
 }
 
+#if HAS_INTEGERS
+/* The same, with rows and weight as whole numbers. */
+static void compute_integers(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end) {
+    float sums[4 * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
+    const struct grouped *grouped = &plan->p->grouped;
+    for (int64_t panel = begin; panel < end; panel++) {
+        int64_t blocks[FEW_BLOCKS];
+        for (int place = 0; place < plan->blocks; place++)
+            blocks[place] = block_of(plan, panel, place);
+        for (int64_t row = 0; row < rows; row += 4) {
+            int64_t some = rows - row < 4 ? rows - row : 4;
+            switch (grouped->bits) {
+            case 4: integer_grid(grouped, 4, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            case 5: integer_grid(grouped, 5, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            case 6: integer_grid(grouped, 6, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            default: integer_grid(grouped, 8, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            }
+            write_tile(plan, panel, first + row, some, sums, MOST_COLUMNS);
+        }
+    }
+}
+#endif
+
 /* One block of rows. */
 struct block {
     const struct plan *plan;
@@ -248,6 +302,8 @@ struct block {
     int64_t chunk;     /* panels that a thread takes at once */
     float *kept;       /* sums between pieces of k, or null */
     int64_t kept_size; /* of each thread */
+    bf16 *expanded;    /* a panel of the weight, or null */
+    int64_t expanded_size; /* of each thread */
     atomic_long next;
 };
 
@@ -262,14 +318,23 @@ static void compute_block(void *argument, int thread, int threads) {
     for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
         prepare_row(plan, block->first, row);
     quartet_barrier(threads);
-    tiles_begin(block->rows);
+    if (plan->tiled)
+        tiles_begin(block->rows);
+    bf16 *expanded = block->expanded ? block->expanded + thread * block->expanded_size : 0;
     float *kept = block->kept ? block->kept + thread * block->kept_size : 0;
     int64_t begin;
     while ((begin = quartet_next(&block->next) * block->chunk) < plan->panels) {
         int64_t end = begin + block->chunk < plan->panels ? begin + block->chunk : plan->panels;
-        compute_panels(plan, block->first, block->rows, begin, end, kept);
+#if HAS_INTEGERS
+        if (plan->integers) {
+            compute_integers(plan, block->first, block->rows, begin, end);
+            continue;
+        }
+#endif
+        compute_panels(plan, block->first, block->rows, begin, end, kept, expanded);
     }
-    tiles_end();
+    if (plan->tiled)
+        tiles_end();
 #if defined(__AMX_BF16__)
     _mm_setcsr(state);
 #endif
@@ -278,17 +343,26 @@ static void compute_block(void *argument, int thread, int threads) {
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
     int threads = plan->p->threads;
+    int expands = plan->p->grouped.numbers && !plan->integers;
     plan->piece = plan->depth;
     if (rows > MANY_ROWS) {
-        int64_t pieces = (plan->depth + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
         int64_t turns = (plan->panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS); /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
+    }
+    if (expands || (rows > MANY_ROWS && !plan->integers)) {
+        int64_t pieces = (plan->depth + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
         plan->piece = round_up((plan->depth + pieces - 1) / pieces, TILE_DEPTH);
     }
     if (plan->piece < plan->depth) {
         block.kept_size = block.chunk * plan->padded_rows * plan->blocks * LANES;
         block.kept = quartet_scratch(1, threads * block.kept_size * 4);
         if (!block.kept)
+            return -1;
+    }
+    if (expands) {
+        block.expanded_size = plan->blocks * plan->piece * LANES;
+        block.expanded = quartet_scratch(4, threads * block.expanded_size * 2);
+        if (!block.expanded)
             return -1;
     }
     quartet_run(compute_block, &block, threads);
@@ -298,10 +372,16 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
 static int product(const struct product *p) {
     struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS};
     int gated = p->output == OUTPUT_GATED;
-#if defined(__AMX_BF16__)
-    plan.tiled = p->rows > FEW_ROWS;
+#if HAS_INTEGERS
+    plan.integers = p->grouped.numbers && !p->grouped.exact && p->rows <= MOST_INTEGER_ROWS;
 #endif
-    if (!plan.tiled && p->rows <= FEW_ROWS) {
+#if defined(__AMX_BF16__)
+    plan.tiled = p->rows > FEW_ROWS && !plan.integers;
+#endif
+    if (plan.integers) {
+        plan.blocks = FEW_BLOCKS;
+        plan.grid_rows = p->rows < 3 ? (int)p->rows : 4;
+    } else if (!plan.tiled && p->rows <= FEW_ROWS) {
         plan.blocks = FEW_BLOCKS;
         plan.grid_rows = FEW_ROWS;
     } else if (gated && GRID_BLOCKS == 1) {
@@ -316,6 +396,10 @@ static int product(const struct product *p) {
     plan.x = quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;
+#if HAS_INTEGERS
+    if (plan.integers)
+        plan.rows = integer_rows_at(plan.x, round_up(most, pad), plan.depth);
+#endif
     for (int64_t first = 0; first < p->rows; first += ROW_BLOCK) {
         int64_t rows = p->rows - first < ROW_BLOCK ? p->rows - first : ROW_BLOCK;
         plan.padded_rows = round_up(rows, pad);

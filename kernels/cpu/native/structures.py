@@ -3,6 +3,22 @@
 import ctypes
 
 
+class Grouped(ctypes.Structure):
+    """`struct grouped` of api.h."""
+
+    owner: object = None  # keeps the memory alive
+
+    _fields_ = (
+        ("numbers", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bits", ctypes.c_int32),
+        ("halves", ctypes.c_int32),
+        ("offsets", ctypes.c_int32),
+        ("zero", ctypes.c_int32),
+        ("exact", ctypes.c_int32),
+    )
+
+
 class Product(ctypes.Structure):
     """`struct product` of api.h."""
 
@@ -14,6 +30,7 @@ class Product(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("norm_offset", ctypes.c_float),
         ("packed", ctypes.c_void_p),
+        ("grouped", Grouped),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("bias", ctypes.c_void_p),

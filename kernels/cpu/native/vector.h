@@ -46,19 +46,30 @@ INLINE vec vec_load_bf16(const bf16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-/* Nearest even; a NaN stays one. */
-INLINE void vec_store_bf16(bf16 *p, vec x) {
-#ifdef __AVX512BF16__
-    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
-#else
+/* To bfloat16 in the lower halves: nearest even; a NaN stays one. */
+INLINE __m512i rounded_bf16(vec x) {
     __m512i bits = _mm512_castps_si512(x);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return _mm512_srli_epi32(rounded, 16);
+}
+
+INLINE void vec_store_bf16(bf16 *p, vec x) {
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x));
+#else
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded_bf16(x)));
 #endif
 }
+
+INLINE void vec_store_pairs(bf16 *p, vec even, vec odd) {
+    __m512i upper = _mm512_slli_epi32(rounded_bf16(odd), 16);
+    _mm512_storeu_si512(p, _mm512_or_si512(rounded_bf16(even), upper));
+}
+
+INLINE vec vec_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 
 INLINE void vec_load_pairs(const bf16 *p, vec *even, vec *odd) {
     __m512i words = _mm512_loadu_si512(p);
@@ -130,6 +141,18 @@ INLINE void vec_store_bf16(bf16 *p, vec x) {
     __m256i packed = _mm256_packus_epi32(rounded_bf16(x.low), rounded_bf16(x.high));
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xD8));
 }
+INLINE void vec_store_pairs(bf16 *p, vec even, vec odd) {
+    __m256i *out = (__m256i *)p;
+    _mm256_storeu_si256(out, _mm256_or_si256(rounded_bf16(even.low), _mm256_slli_epi32(rounded_bf16(odd.low), 16)));
+    _mm256_storeu_si256(out + 1,
+                        _mm256_or_si256(rounded_bf16(even.high), _mm256_slli_epi32(rounded_bf16(odd.high), 16)));
+}
+
+INLINE vec vec_load_half(const uint16_t *p) {
+    const __m128i *halves = (const __m128i *)p;
+    return (vec){_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
+
 INLINE void vec_load_pairs(const bf16 *p, vec *even, vec *odd) {
     __m256i low = _mm256_loadu_si256((const __m256i *)p), high = _mm256_loadu_si256((const __m256i *)p + 1);
     __m256i upper = _mm256_set1_epi32((int)0xFFFF0000);

@@ -1,0 +1,139 @@
+/* Weights in whole numbers of 4, 5, 6 or 8 bits, unpacked in registers.
+ *
+ * A block holds 16 columns of a product, in units of 32 numbers in k. A unit has eight lines of 64 numbers: for each
+ * column four that are neighbours in k, as VPDPBUSD reads them. With 8 bits the lines lie one after the other. With
+ * fewer, two lines share 64 bytes, the first in the lower four bits; behind them lie planes of further bits, one bit
+ * for each number: 8 bytes for a line, 64 for a plane.
+ */
+#pragma once
+
+#include "api.h"
+#include "vector.h"
+
+#define UNIT_LINES 8
+#define LINE_NUMBERS 64
+
+INLINE int64_t grouped_units(int64_t depth) { return depth / TILE_DEPTH; }
+
+INLINE const uint8_t *grouped_numbers(const struct grouped *w, int64_t depth, int64_t block, int64_t from) {
+    return w->numbers + (block * grouped_units(depth) + grouped_units(from)) * 64 * w->bits;
+}
+
+INLINE const uint16_t *grouped_scales(const struct grouped *w, int64_t depth, int64_t block, int64_t from) {
+    return w->scales + (block * grouped_units(depth) + grouped_units(from)) * w->halves * (1 + w->offsets) * LANES;
+}
+
+#ifdef __AVX512F__
+
+typedef __m512i line;
+
+INLINE line number_line(const uint8_t *unit, int bits, int number) {
+    if (bits == 8)
+        return _mm512_loadu_si512(unit + number * 64);
+    line both = _mm512_loadu_si512(unit + number / 2 * 64);
+    line x = _mm512_and_si512(number % 2 ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+    for (int plane = 0; plane < bits - 4; plane++) {
+        uint64_t ones;
+        memcpy(&ones, unit + 256 + plane * 64 + number * 8, 8);
+        x = _mm512_mask_add_epi8(x, ones, x, _mm512_set1_epi8((char)(16 << plane)));
+    }
+    return x;
+}
+
+/* Of each column, the number at `place` of four. */
+INLINE vec line_place(line x, int place) {
+    if (place < 3)
+        x = _mm512_and_si512(_mm512_srli_epi32(x, (unsigned)place * 8), _mm512_set1_epi32(255));
+    else
+        x = _mm512_srli_epi32(x, 24);
+    return _mm512_cvtepi32_ps(x);
+}
+
+#else
+
+typedef struct {
+    __m256i low, high;
+} line;
+
+/* A byte of ones for each of 32 bits that is set. */
+INLINE __m256i bytes_of_bits(uint32_t bits) {
+    __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits),
+                                         _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                                            0x0303030303030303));
+    __m256i own = _mm256_set1_epi64x((long long)0x8040201008040201);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(spread, own), own);
+}
+
+INLINE __m256i low_bits(__m256i both, int upper) {
+    return _mm256_and_si256(upper ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+}
+
+INLINE line number_line(const uint8_t *unit, int bits, int number) {
+    const __m256i *from = (const __m256i *)(unit + (bits == 8 ? number : number / 2) * 64);
+    line x = {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+    if (bits == 8)
+        return x;
+    x = (line){low_bits(x.low, number % 2), low_bits(x.high, number % 2)};
+    for (int plane = 0; plane < bits - 4; plane++) {
+        uint32_t ones[2];
+        memcpy(ones, unit + 256 + plane * 64 + number * 8, 8);
+        __m256i value = _mm256_set1_epi8((char)(16 << plane));
+        x.low = _mm256_or_si256(x.low, _mm256_and_si256(bytes_of_bits(ones[0]), value));
+        x.high = _mm256_or_si256(x.high, _mm256_and_si256(bytes_of_bits(ones[1]), value));
+    }
+    return x;
+}
+
+INLINE __m256 half_place(__m256i x, int place) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x, place * 8), _mm256_set1_epi32(255)));
+}
+
+INLINE vec line_place(line x, int place) { return (vec){half_place(x.low, place), half_place(x.high, place)}; }
+
+#endif
+
+/* ---- to bfloat16 ---- */
+
+INLINE void store_bf16_pairs(bf16 *out, vec even, vec odd) {
+#ifdef __AVX512BF16__
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
+#else
+    vec_store_pairs(out, even, odd);
+#endif
+}
+
+INLINE void expand_units(const struct grouped *w, int bits, const uint8_t *numbers, const uint16_t *scales,
+                         int64_t units, bf16 *out) {
+    int64_t half_numbers = (1 + w->offsets) * LANES;
+    for (int64_t unit = 0; unit < units; unit++) {
+        for (int number = 0; number < UNIT_LINES; number++, out += LINE_NUMBERS) {
+            const uint16_t *own = scales + (number >= UNIT_LINES / 2 && w->halves == 2 ? half_numbers : 0);
+            vec scale = vec_load_half(own);
+            vec offset = w->offsets ? vec_load_half(own + LANES) : vec_mul(scale, vec_set((float)-w->zero));
+            line x = number_line(numbers, bits, number);
+            _mm_prefetch((const char *)numbers + 2048 + number * 8 * bits, _MM_HINT_T0);
+            for (int pair = 0; pair < 2; pair++) {
+                vec even = vec_fma(line_place(x, 2 * pair), scale, offset);
+                vec odd = vec_fma(line_place(x, 2 * pair + 1), scale, offset);
+                store_bf16_pairs(out + pair * 2 * LANES, even, odd);
+            }
+        }
+        numbers += 64 * bits;
+        scales += w->halves * half_numbers;
+    }
+}
+
+/* k from `from` to `from + size` of a block, as a weight in bfloat16 is packed (linear.h). */
+static __attribute__((unused)) void expand_block(const struct grouped *w, int64_t depth, int64_t block, int64_t from, int64_t size, bf16 *out) {
+    const uint8_t *numbers = grouped_numbers(w, depth, block, from);
+    const uint16_t *scales = grouped_scales(w, depth, block, from);
+    switch (w->bits) {
+    case 4: expand_units(w, 4, numbers, scales, grouped_units(size), out); return;
+    case 5: expand_units(w, 5, numbers, scales, grouped_units(size), out); return;
+    case 6: expand_units(w, 6, numbers, scales, grouped_units(size), out); return;
+    default: expand_units(w, 8, numbers, scales, grouped_units(size), out); return;
+    }
+}

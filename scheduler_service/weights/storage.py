@@ -1,0 +1,156 @@
+"""Which weights are kept in whole numbers of few bits, and how a stored tensor becomes such numbers.
+
+`--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 bits always.
+With `auto` the blocks of a GGUF file stay as they are. Where tensors of one slab have different formats, the slab gets
+the smallest form that holds the values of all (`Form.joined`).
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import reduce
+
+import torch
+import xxhash
+
+from quartet.kernels.cpu.native import library as native
+from quartet.kernels.cpu.native.grouped import INT4, INT8, Form, Numbers, step_of
+from quartet.runtime.errors import StartupError
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
+from quartet.scheduler_service.weights.parameters import Forms, Layout, Slab, Weights
+from quartet.scheduler_service.weights.tensor_io import bytes_of, read_chunks, read_exactly
+
+log = logging.getLogger(__name__)
+
+BOTH_SIDES = ("embed", "lm_head")  # buffers with a row for each token
+PRODUCTS = (
+    *BOTH_SIDES,
+    "qkv",
+    "output",
+    "gate_up",
+    "down",
+    "expert_gate_up",
+    "expert_down",
+    "shared_gate_up",
+    "shared_down",
+)
+CHOICES = {"int8": INT8, "int4": INT4}
+
+
+def forms_of(
+    choice: str, layout: Layout, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint | None
+) -> Forms:
+    """The forms of a model's weights by --quantization; empty: all are plain. Raises StartupError.
+
+    `checkpoint` is None for random weights.
+    """
+    if choice == "none":
+        return {}
+    can = device.type == "cpu" and dtype is torch.bfloat16
+    if choice in CHOICES:
+        if not (can and native.library() is not None):
+            raise StartupError(
+                f"--quantization {choice} needs bfloat16 on a CPU and the kernels that gcc compiles at the first "
+                "start; leave it out to serve the model in its own number format"
+            )
+        wanted = {slab: INT8 if slab[0] in BOTH_SIDES else CHOICES[choice] for slab in slabs_of(layout)}
+    elif can and checkpoint is not None and any(t.encoding and t.encoding.form for t in checkpoint.tensors.values()):
+        if native.library() is None:
+            return {}
+        wanted = stored_forms(layout, checkpoint)
+    else:
+        return {}
+    return whole_buffers(layout, {slab: form for slab, form in wanted.items() if begins_blocks(layout, slab)})
+
+
+def slabs_of(layout: Layout) -> dict[Slab, list[str]]:
+    """The slabs that products read, with the names of their tensors."""
+    slabs: dict[Slab, list[str]] = {}
+    for name, place in layout.places.items():
+        if place.buffer in PRODUCTS:
+            slabs.setdefault((place.buffer, place.index), []).append(name)
+    return slabs
+
+
+def stored_forms(layout: Layout, checkpoint: Checkpoint) -> Forms:
+    """The form of each slab all of whose tensors are stored in whole numbers."""
+    forms: Forms = {}
+    for slab, names in slabs_of(layout).items():
+        tensors = [checkpoint.tensors.get(name) for name in names]
+        own = [tensor.encoding.form if tensor and tensor.encoding else None for tensor in tensors]
+        known = [form for form in own if form is not None]
+        if len(known) == len(names):
+            forms[slab] = reduce(Form.joined, known)
+    return forms
+
+
+def begins_blocks(layout: Layout, slab: Slab) -> bool:
+    """Whether every tensor of a slab begins at a whole block of rows."""
+    places = [place for place in layout.places.values() if (place.buffer, place.index) == slab]
+    return all(place.start % native.BLOCK_COLUMNS == 0 for place in places)
+
+
+def whole_buffers(layout: Layout, forms: Forms) -> Forms:
+    """Those forms whose buffers have one for every slab: a buffer is kept in one way."""
+    missing = {slab[0] for slab in slabs_of(layout) if slab not in forms}
+    return {slab: form for slab, form in forms.items() if slab[0] not in missing}
+
+
+def log_storage(weights: Weights, choice: str) -> None:
+    """Log what is kept in whole numbers."""
+    if not weights.forms:
+        return
+    bits = sorted({form.bits for form in weights.forms.values()})
+    log.info(
+        "Weights are kept in whole numbers of %s bits (--quantization %s): %.2f GB of memory.",
+        " and ".join(map(str, bits)),
+        choice,
+        weights.nbytes() / 1e9,
+    )
+
+
+def read_numbers(
+    name: str,
+    stored: StoredTensor,
+    weights: Weights,
+    descriptor: int,
+    yield_point: Callable[[], None],
+    digest: "xxhash.xxh3_64 | None" = None,
+) -> None:
+    """Read a tensor to its place in whole numbers, some rows at a time. Raises CheckpointError.
+
+    Numbers of the file stay as they are where the slab's form has room for them, else the values are quantized.
+    """
+    grouped = weights.grouped_of(name)
+    assert grouped is not None, name
+    form = None if stored.encoding is None else stored.encoding.form
+    if form is not None and form.joined(grouped.form) == grouped.form:
+        for row, memory, part in stored_numbers(stored, descriptor):
+            if digest is not None:
+                digest.update(bytes_of(memory))
+            if not part.fits():
+                raise CheckpointError(f"{stored.shown}: tensor {name} has scales that are too large or not finite")
+            weights.write(name, part.to(grouped.form), row, yield_point)
+        return
+    with weights.writing(name, yield_point) as values:
+        for memory, placed in read_chunks(stored, values, descriptor):
+            yield_point()
+            if digest is not None:
+                digest.update(bytes_of(memory))
+            if placed is not None and not bool(torch.isfinite(placed).all()):
+                raise CheckpointError(f"tensor {name} holds values that are not finite")
+
+
+def stored_numbers(stored: StoredTensor, descriptor: int) -> Iterator[tuple[int, torch.Tensor, Numbers]]:
+    """(number of the first row, the bytes, the numbers) of some rows at a time, whole blocks of rows."""
+    assert stored.encoding is not None and stored.encoding.numbers is not None
+    rows, columns = stored.shape
+    row_bytes = stored.nbytes // max(1, rows)
+    together = max(1, stored.encoding.unit_values // columns)  # rows whose order was changed by the conversion
+    step = step_of(columns) // together * together
+    if step % native.BLOCK_COLUMNS or not step:
+        step = max(1, rows)
+    buffer = torch.empty(min(step, rows) * row_bytes, dtype=torch.uint8)
+    for first in range(0, rows, step):
+        memory = buffer[: min(step, rows - first) * row_bytes]
+        read_exactly(descriptor, bytes_of(memory), stored.offset + first * row_bytes, stored.file)
+        yield first, memory, stored.encoding.numbers(memory)

@@ -1,0 +1,160 @@
+"""Weights that are kept in whole numbers: what is chosen, what is served, and what an update makes of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quartet.kernels.cpu.native import build
+from quartet.kernels.cpu.native.grouped import INT4, INT8, Form, rounded
+from quartet.runtime.control import (
+    CheckWeights,
+    ReleaseMemory,
+    ResumeMemory,
+    UpdateWeightsFromDisk,
+)
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files import gguf_directory, model_info
+from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.model.registry import load_model
+from quartet.scheduler_service.weights.block_numbers import FORMATS
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, Encoding, StoredTensor
+from quartet.scheduler_service.weights.formats import checkpoint_of
+from quartet.scheduler_service.weights.parameters import Layout
+from quartet.scheduler_service.weights.storage import forms_of
+from tests import checkpoints, gguf_files
+from tests.configs import resolved
+from tests.engine import ALL_LOGPROBS, Engine
+from tests.gguf_files import Q8_0
+from tests.live import Live
+from tests.stepper import tokenized
+
+pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
+
+CPU = torch.device("cpu")
+PROMPT = list(range(10, 31))
+A, B = 100, 200  # what the version models answer
+QUANTIZED = {"dtype": "bfloat16", "quantization": "int8"}
+
+
+def weights_of(directory: Path, **settings):
+    config = resolved(model_path=str(directory), dtype="bfloat16", **settings)
+    return load_model(config, model_info.load(config), CPU).weights
+
+
+def test_int8_and_int4_keep_every_product_and_leave_norms_and_biases(tmp_path):
+    directory = checkpoints.random_model(tmp_path, 0)
+    for choice, form in (("int8", INT8), ("int4", INT4)):
+        weights = weights_of(directory, quantization=choice)
+        kept = {slab[0]: form for slab, form in weights.forms.items()}
+        assert kept == {"embed": INT8, "lm_head": INT8, "qkv": form, "output": form, "gate_up": form, "down": form}
+        assert weights.buffers["qkv"].is_meta and not weights.buffers["norm"].is_meta
+
+
+@pytest.mark.parametrize(("choice", "form"), [("int8", INT8), ("int4", INT4)])
+def test_a_loaded_tensor_is_the_stored_one_rounded(tmp_path, choice, form):
+    directory = checkpoints.random_model(tmp_path, 0)
+    plain, kept = weights_of(directory), weights_of(directory, quantization=choice)
+    for name, place in kept.layout.places.items():
+        own = kept.forms.get((place.buffer, place.index))
+        expected = plain.view(name) if own is None else rounded(plain.view(name).contiguous(), own)
+        assert torch.equal(kept.view(name), expected), name
+    assert kept.nbytes() < 0.7 * plain.nbytes()
+
+
+@pytest.mark.parametrize("choice", ["int8", "int4"])
+def test_a_deterministic_model_has_the_bits_of_a_plain_one_with_the_rounded_weights(tmp_path, choice):
+    directory = checkpoints.random_model(tmp_path / "original", 0)
+    kept = weights_of(directory, quantization=choice)
+    values = {name: kept.view(name) for name in kept.names()}
+    as_plain = checkpoints.save(checkpoints.write_config(tmp_path / "rounded"), values)
+    settings = {"dtype": "bfloat16", "enable_deterministic_inference": True}
+    params = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+    engines = Engine(directory, quantization=choice, **settings), Engine(as_plain, **settings)
+    (ours,), (theirs,) = (engine.generate([PROMPT], params, logprobs=ALL_LOGPROBS) for engine in engines)
+    assert ours.ids == theirs.ids and ours.logprobs == theirs.logprobs
+
+
+def test_numbers_of_a_gguf_file_stay_as_they_are(tmp_path):
+    original = checkpoints.random_model(tmp_path / "original", 0)
+    file = gguf_files.convert(original, tmp_path / "model.gguf", Q8_0)
+    directory = gguf_directory.described(file, tmp_path, tokenizer=False)
+    kept, expanded = weights_of(directory), weights_of(directory, quantization="none")
+    assert set(kept.forms.values()) == {Form(8, 32, offsets=False, zero=128)}
+    assert not expanded.forms
+    for name in kept.names():
+        assert torch.equal(kept.view(name), expanded.view(name)), name
+
+
+def test_a_slab_whose_tensors_have_several_formats_gets_a_form_for_all():
+    layout = Layout()
+    layout.add("qkv", (0,), [("q", 16), ("k", 16)], 256)
+    tensors = {name: stored(kind) for name, kind in (("q", "Q4_K"), ("k", "Q6_K"))}
+    checkpoint = Checkpoint([], tensors, indexed=False)
+    forms = forms_of("auto", layout, torch.bfloat16, CPU, checkpoint)
+    assert forms == {("qkv", (0,)): Form(6, 16, offsets=True)}
+
+
+def stored(kind: str) -> StoredTensor:
+    """A tensor (16, 256) in that format, without a file."""
+    encoding = Encoding(kind, 256, 256, lambda memory: memory, FORMATS[kind][0])
+    return StoredTensor(Path("model.gguf"), "F32", (16, 256), 0, 0, encoding=encoding)
+
+
+@pytest.mark.parametrize("choice", ["int8", "int4"])
+def test_what_cannot_be_kept_so_is_refused_at_the_start(tmp_path, choice):
+    directory = checkpoints.random_model(tmp_path, 0)
+    with pytest.raises(StartupError, match=f"--quantization {choice} needs bfloat16 on a CPU"):
+        forms_of(choice, checkpoints.layout_of(directory), torch.float32, CPU, checkpoint_of(directory))
+
+
+def test_tensors_that_do_not_begin_a_block_of_rows_are_not_kept_so():
+    layout = Layout()
+    layout.add("qkv", (0,), [("q", 24), ("k", 8)], 32)
+    layout.add("down", (0,), [("d", 24)], 32)
+    assert set(forms_of("int8", layout, torch.bfloat16, CPU, None)) == {("down", (0,))}
+
+
+def test_a_buffer_is_kept_in_one_way():
+    layout = Layout()
+    layout.add("qkv", (0,), [("q", 16), ("k", 16)], 32)
+    layout.add("qkv", (1,), [("q1", 24), ("k1", 8)], 32)
+    assert forms_of("int8", layout, torch.bfloat16, CPU, None) == {}
+
+
+# updates
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> tuple[Path, Path]:
+    first = checkpoints.version_model(tmp_path / "a", A)
+    return first, checkpoints.version_model(tmp_path / "b", B)
+
+
+def test_an_update_from_disk_swaps_while_requests_run(versions, tmp_path):
+    live = Live(versions[0], tmp_path, weight_version="A", **QUANTIZED)
+    live.send(tokenized("x", PROMPT, 200, ignore_eos=True))
+    live.step(4)
+    reply = live.call(UpdateWeightsFromDisk(model_path=str(versions[1]), weight_version="B"))
+    live.run()
+    assert reply.success, reply.message
+    seen = live.by_version("x")
+    assert set(seen) == {("A", A), ("B", B)} and seen == sorted(seen)
+
+
+def test_weights_after_an_update_equal_those_of_a_start(tmp_path):
+    first, second = (checkpoints.random_model(tmp_path / str(seed), seed) for seed in (1, 2))
+    live, fresh = Live(first, tmp_path, **QUANTIZED), Live(second, tmp_path, **QUANTIZED)
+    assert live.call(UpdateWeightsFromDisk(model_path=str(second))).success
+    bodies = [server.call(CheckWeights(action="checksum")).body for server in (live, fresh)]
+    assert bodies[0] == bodies[1]
+
+
+def test_values_are_lost_and_given_back_with_the_memory(tmp_path):
+    directory = checkpoints.random_model(tmp_path / "m", 1)
+    live = Live(directory, tmp_path, enable_memory_saver=True, **QUANTIZED)
+    before = live.call(CheckWeights(action="checksum")).body
+    assert live.call(ReleaseMemory()).success
+    assert live.call(ResumeMemory()).success
+    assert live.call(UpdateWeightsFromDisk(model_path=str(directory))).success
+    assert live.call(CheckWeights(action="checksum")).body == before
