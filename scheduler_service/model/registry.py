@@ -26,7 +26,7 @@ from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
 from quartet.scheduler_service.weights.parameters import Forms, Layout, Weights
-from quartet.scheduler_service.weights.storage import forms_of
+from quartet.scheduler_service.weights.storage import CHOICES, forms_of
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,10 @@ def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) ->
             raise StartupError(NOT_NATIVE.format(info.architecture)) from reason
         if info.embedding:
             raise StartupError(f"{info.path} cannot be served for embedding: {reason} is not supported") from reason
+        if config.quantization in CHOICES:
+            raise StartupError(
+                f"--quantization {config.quantization} needs a native family, and {reason} has none; leave it out"
+            ) from reason
         model = load_fallback(str(reason), config, info, dtype, device)
     left = available_gb(device)
     log.info(
@@ -75,6 +79,8 @@ def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) ->
 
 def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> ServedModel:
     """A model that runs on our own layers; raises NotNative for any other."""
+    if info.embedding is not None and config.quantization in CHOICES:
+        raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
     if info.embedding is None:
         return load_native(decoder_spec(info), config, info, dtype, device)
     if is_asked_for(config, device) and not info.embedding.causal:

@@ -35,6 +35,12 @@ CPU = torch.device("cpu")
 PROMPT = list(range(10, 31))
 A, B = 100, 200  # what the version models answer
 QUANTIZED = {"dtype": "bfloat16", "quantization": "int8"}
+MIXTURE = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 def weights_of(directory: Path, **settings):
@@ -63,11 +69,12 @@ def test_a_loaded_tensor_is_the_stored_one_rounded(tmp_path, choice, form):
 
 
 @pytest.mark.parametrize("choice", ["int8", "int4"])
-def test_a_deterministic_model_has_the_bits_of_a_plain_one_with_the_rounded_weights(tmp_path, choice):
-    directory = checkpoints.random_model(tmp_path / "original", 0)
+@pytest.mark.parametrize("changes", [{}, MIXTURE], ids=["dense", "experts"])
+def test_a_deterministic_model_has_the_bits_of_a_plain_one_with_the_rounded_weights(tmp_path, choice, changes):
+    directory = checkpoints.random_model(tmp_path / "original", 0, **changes)
     kept = weights_of(directory, quantization=choice)
     values = {name: kept.view(name) for name in kept.names()}
-    as_plain = checkpoints.save(checkpoints.write_config(tmp_path / "rounded"), values)
+    as_plain = checkpoints.save(checkpoints.write_config(tmp_path / "rounded", **changes), values)
     settings = {"dtype": "bfloat16", "enable_deterministic_inference": True}
     params = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
     engines = Engine(directory, quantization=choice, **settings), Engine(as_plain, **settings)
@@ -106,6 +113,20 @@ def test_what_cannot_be_kept_so_is_refused_at_the_start(tmp_path, choice):
     directory = checkpoints.random_model(tmp_path, 0)
     with pytest.raises(StartupError, match=f"--quantization {choice} needs bfloat16 on a CPU"):
         forms_of(choice, checkpoints.layout_of(directory), torch.float32, CPU, checkpoint_of(directory))
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "said"),
+    [
+        ({}, {"is_embedding": True}, "--quantization int8 is for models that generate"),
+        ({"architectures": ["StableLmForCausalLM"], "model_type": "stablelm"}, {}, "needs a native family"),
+    ],
+)
+def test_models_that_it_would_change_nothing_for_are_refused(tmp_path, changes, settings, said):
+    directory = checkpoints.random_model(tmp_path, 0)
+    checkpoints.write_config(directory, **changes)
+    with pytest.raises(StartupError, match=said):
+        weights_of(directory, quantization="int8", **settings)
 
 
 def test_tensors_that_do_not_begin_a_block_of_rows_are_not_kept_so():
