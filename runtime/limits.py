@@ -23,6 +23,9 @@ BODY_GRACE_S = 10.0
 LEAST_BODY_RATE = 4096  # bytes a second
 READ_STALL_S = 60.0
 MAX_UNREAD_STEPS = 1 << 16  # of a request, that its client has not taken
+# events of background responses, for clients that read them again: of all together; seconds after the end
+MAX_EVENT_LOG_BYTES = 64 << 20
+EVENT_LOG_AGE_S = 300.0
 MAX_BATCH_PROMPTS = 1024
 MAX_COMPARED_FIELDS = 16  # of a body, unknown ones, that are compared with the known ones
 MAX_N = 64

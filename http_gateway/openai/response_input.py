@@ -34,10 +34,10 @@ INCLUDABLE = (
 
 def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> ChatBody:
     """The chat completion that a request asks for. `earlier`: items of the conversation so far. Raises RequestError."""
-    for name in REFUSED:
+    for name, why in REFUSED.items():
         if asks(getattr(body, name)):
             blamed = "prompt.id" if name == "prompt" else name  # the ring calls the input so
-            raise RequestError(f"{name} is not supported.", field=blamed)
+            raise RequestError(why, field=blamed)
     check_include(body.include or ())
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
         raise RequestError(f"max_tool_calls must be at least 1, got {body.max_tool_calls}.", field="max_tool_calls")

@@ -354,7 +354,7 @@ FUNCTION_CALL = {"type": "function_call", "call_id": "a", "name": "n", "argument
         ),
         ({"include": ["message.output_text.logprobs"]}, "include", "message.output_text.logprobs"),
         ({"max_tool_calls": 0}, "max_tool_calls", "at least 1"),
-        ({"background": True}, "background", "background"),
+        ({"background": True, "store": False}, "store", "background"),
         ({"conversation": "c"}, "conversation", "conversation"),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs"),
         ({"prompt": {"id": "p"}}, "prompt.id", "prompt"),
