@@ -22,6 +22,7 @@ MAX_CONNECTIONS = 8192  # open at once, and no more than the process's descripto
 BODY_GRACE_S = 10.0
 LEAST_BODY_RATE = 4096  # bytes a second
 READ_STALL_S = 60.0
+STREAM_PING_S = 15.0  # of silence in a stream, in APIs that have pings
 MAX_UNREAD_STEPS = 1 << 16  # of a request, that its client has not taken
 # events of background responses, for clients that read them again: of all together; seconds after the end
 MAX_EVENT_LOG_BYTES = 64 << 20

@@ -63,6 +63,7 @@ def conversation(body: ConversationBody) -> ChatBody:
     """The same without the sampling parameters: what makes the prompt."""
     if body.mcp_servers:
         raise RequestError("mcp_servers is not supported: this server runs no tools.", field="mcp_servers")
+    check_end(body)
     choice = body.tool_choice
     output = body.output_config or OutputConfig()
     return ChatBody(
@@ -76,6 +77,19 @@ def conversation(body: ConversationBody) -> ChatBody:
         reasoning_effort=output.effort,
         response_format=ResponseFormat("json_schema", JsonSchema(output.format.schema_)) if output.format else None,
     )
+
+
+def check_end(body: ConversationBody) -> None:
+    """Raise RequestError for a final turn of the model that cannot be continued."""
+    last = body.messages[-1] if body.messages else None
+    if last is None or last.role != "assistant" or isinstance(last.content, str):
+        return
+    if any(isinstance(block, ToolUseBlock) for block in last.content):
+        raise RequestError(
+            f"messages.{len(body.messages) - 1}: a final message of role 'assistant' is continued, and one with "
+            "tool_use blocks cannot be: their tool_result blocks must come behind it, in a message of role 'user'.",
+            field="messages",
+        )
 
 
 def messages_of(body: ConversationBody) -> list[ChatMessage]:
