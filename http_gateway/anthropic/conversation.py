@@ -65,7 +65,9 @@ def conversation(body: ConversationBody) -> ChatBody:
         raise RequestError("mcp_servers is not supported: this server runs no tools.", field="mcp_servers")
     check_end(body)
     choice = body.tool_choice
+    demanded = choice is not None and choice.type in ("any", "tool")  # the whole output is calls: no text has a format
     output = body.output_config or OutputConfig()
+    form = None if demanded else output.format
     return ChatBody(
         model=body.model,
         messages=messages_of(body),
@@ -75,7 +77,7 @@ def conversation(body: ConversationBody) -> ChatBody:
         parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
         chat_template_kwargs=None if body.thinking is None else thinking_switch(body.thinking),
         reasoning_effort=output.effort,
-        response_format=ResponseFormat("json_schema", JsonSchema(output.format.schema_)) if output.format else None,
+        response_format=ResponseFormat("json_schema", JsonSchema(form.schema_)) if form else None,
     )
 
 

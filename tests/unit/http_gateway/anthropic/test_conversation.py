@@ -155,6 +155,13 @@ def test_a_block_in_a_message_of_the_wrong_role_is_refused(role: str, block: dic
     )
 
 
+def test_the_format_of_text_means_nothing_where_a_call_is_demanded() -> None:
+    form = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    for choice, kept in (({"type": "any"}, False), ({"type": "tool", "name": "weather"}, False), (None, True)):
+        body = chat(tools=[TOOL], tool_choice=choice, output_config=form)
+        assert (body.response_format is not None) is kept
+
+
 @pytest.mark.parametrize("before", [[], [{"type": "text", "text": "I look."}]])
 def test_a_final_tool_call_cannot_be_continued(before: list[Any]) -> None:
     call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
