@@ -56,7 +56,7 @@ def build(gateway: Gateway) -> ASGIApp:
         exception_handlers={HTTPException: unmatched(keys, {endpoint.path for endpoint in endpoints})},
     )
     app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative
-    return RequestMiddleware(HostMiddleware(app, allowed_sites), gateway.metrics)
+    return RequestMiddleware(HostMiddleware(app, allowed_sites, error_responses.shape_for_scope), gateway.metrics)
 
 
 def route(endpoint: Endpoint, gateway: Gateway, keys: Keys, allowed_sites: AllowedSites) -> Route:
@@ -70,15 +70,17 @@ def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Res
 
     def handle(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), error
-        path, own_shape = http.scope["path"], error_responses.shape_for_clients(http.scope)
+        path, own_shape = http.scope["path"], error_responses.shape_for_scope(http.scope)
         if http.method != "OPTIONS" and not keys.allow(Access.USER, http.scope["headers"]):
             return unauthorized(keys.required_key(Access.USER), own_shape)
         if error.status_code == HTTPStatus.NOT_FOUND and path.rstrip("/") in paths:
             query = http.scope["query_string"].decode("latin-1")
             return RedirectResponse(path.rstrip("/") + (f"?{query}" if query else ""), 307)
+        headers = dict(error.headers or {})
         if own_shape is not None and error.status_code == HTTPStatus.NOT_FOUND:
             return own_shape(RequestError(error.detail, Kind.NOT_FOUND))
-        headers = dict(error.headers or {})
+        if own_shape is not None:
+            return error_responses.with_status(http.scope, error.status_code, error.detail, headers)
         return errors.json_response({"detail": error.detail}, error.status_code, headers)
 
     return handle

@@ -122,6 +122,7 @@ class GatewayServer:
             ring.abort(Abort(abort_all=True, abort_message=ABORTED))
             if not await idle_within(ring, ABORT_GRACE_S):
                 ring.end_all(ABORTED)
+        await self._gateway.background.finish(ABORT_GRACE_S)
         self._server.should_exit = True
 
 

@@ -22,7 +22,11 @@ MAX_CONNECTIONS = 8192  # open at once, and no more than the process's descripto
 BODY_GRACE_S = 10.0
 LEAST_BODY_RATE = 4096  # bytes a second
 READ_STALL_S = 60.0
+STREAM_PING_S = 15.0  # of silence in a stream, in APIs that have pings
 MAX_UNREAD_STEPS = 1 << 16  # of a request, that its client has not taken
+# events of background responses, for clients that read them again: of all together; seconds after the end
+MAX_EVENT_LOG_BYTES = 64 << 20
+EVENT_LOG_AGE_S = 300.0
 MAX_BATCH_PROMPTS = 1024
 MAX_COMPARED_FIELDS = 16  # of a body, unknown ones, that are compared with the known ones
 MAX_N = 64

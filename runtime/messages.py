@@ -206,6 +206,8 @@ class Reply(Message, tag="reply", kw_only=True):
     success: bool = True
     message: str = ""
     status: int = 200
+    field: str | None = None  # of a refusal, as in RequestError; so is the code
+    code: str | None = None
     body: dict[str, Any] | None = None
 
 

@@ -6,7 +6,7 @@ import msgspec
 
 from quartet.runtime import limits
 from quartet.runtime.control import Tokenize
-from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
+from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows, too_long
 from quartet.runtime.messages import Finish, Generate, Reply, Tokenized, Tokens, pack_ids, unpack_ids
 from quartet.tokenizer_service.jobs import Job
 from quartet.tokenizer_service.pairs import types_of
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ID_BYTES = 4
 FLOAT_BYTES = 4
-TOO_MANY = "The texts have more than {} tokens; send them in several calls."
+TOO_MANY = "There are more than {} tokens, which is the most that one call counts."
 
 
 class Counters(msgspec.Struct):
@@ -94,9 +94,17 @@ def reply_to(job: Job) -> Reply:
     found: list[Encoding] = []
     for result in job.results:
         if isinstance(result, RequestError):
-            return Reply(id=id, success=False, message=result.message, status=result.kind.status)
+            return refusal(id, result)
         if result is not None:
             found.append(result)
     if sum(map(len, found)) > limits.MAX_TOKENIZED:
-        return Reply(id=id, success=False, message=TOO_MANY.format(limits.MAX_TOKENIZED), status=400)
+        many = TOO_MANY.format(limits.MAX_TOKENIZED)
+        return refusal(id, RequestError(many) if job.message.chat is None else too_long(many, "messages"))
     return Reply(id=id, body={"tokens": [pack_ids(encoding.ids) for encoding in found]})
+
+
+def refusal(id: str, error: RequestError) -> Reply:
+    """The answer to a Tokenize that is refused."""
+    return Reply(
+        id=id, success=False, message=error.message, status=error.kind.status, field=error.field, code=error.code
+    )

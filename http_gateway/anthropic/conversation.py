@@ -63,8 +63,11 @@ def conversation(body: ConversationBody) -> ChatBody:
     """The same without the sampling parameters: what makes the prompt."""
     if body.mcp_servers:
         raise RequestError("mcp_servers is not supported: this server runs no tools.", field="mcp_servers")
+    check_end(body)
     choice = body.tool_choice
+    demanded = choice is not None and choice.type in ("any", "tool")  # the whole output is calls: no text has a format
     output = body.output_config or OutputConfig()
+    form = None if demanded else output.format
     return ChatBody(
         model=body.model,
         messages=messages_of(body),
@@ -74,8 +77,21 @@ def conversation(body: ConversationBody) -> ChatBody:
         parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
         chat_template_kwargs=None if body.thinking is None else thinking_switch(body.thinking),
         reasoning_effort=output.effort,
-        response_format=ResponseFormat("json_schema", JsonSchema(output.format.schema_)) if output.format else None,
+        response_format=ResponseFormat("json_schema", JsonSchema(form.schema_)) if form else None,
     )
+
+
+def check_end(body: ConversationBody) -> None:
+    """Raise RequestError for a final turn of the model that cannot be continued."""
+    last = body.messages[-1] if body.messages else None
+    if last is None or last.role != "assistant" or isinstance(last.content, str):
+        return
+    if any(isinstance(block, ToolUseBlock) for block in last.content):
+        raise RequestError(
+            f"messages.{len(body.messages) - 1}: a final message of role 'assistant' is continued, and one with "
+            "tool_use blocks cannot be: their tool_result blocks must come behind it, in a message of role 'user'.",
+            field="messages",
+        )
 
 
 def messages_of(body: ConversationBody) -> list[ChatMessage]:

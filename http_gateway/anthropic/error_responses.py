@@ -1,6 +1,7 @@
 """Error responses of Anthropic's API, and the request id that they contain."""
 
 import uuid
+from collections.abc import Mapping
 
 import msgspec
 from starlette.responses import Response
@@ -8,11 +9,13 @@ from starlette.types import Scope
 
 from quartet.http_gateway.anthropic.types import ErrorAnswer, ErrorDetail
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.http.sse import StreamFormat
+from quartet.http_gateway.http.sse import Event, StreamFormat
 from quartet.http_gateway.routes.middleware import given_request_id
 from quartet.runtime.errors import RequestError
 
+PING = Event(b'{"type":"ping"}', b"ping")
 VERSION = b"anthropic-version"
+ROUTES = ("/v1/messages", "/v1/messages/count_tokens")
 REQUEST_ID = "request-id"  # header
 SCOPE_KEY = "quartet.request_id"
 TYPES = {
@@ -55,6 +58,12 @@ def headers(scope: Scope) -> dict[str, str]:
     return {REQUEST_ID: request_id(scope)}
 
 
+def with_status(scope: Scope, status: int, message: str, more: Mapping[str, str]) -> Response:
+    """An error whose status no RequestError has, with these headers. Its type is that of the client's own faults."""
+    answer = ErrorAnswer(error=ErrorDetail(TYPES.get(status, TYPES[400]), message), request_id=request_id(scope))
+    return errors.json_response(answer, status, {**more, **headers(scope)})
+
+
 def error_body(error: RequestError, request: str) -> ErrorAnswer:
     """The body of an error response. `request`: the request id."""
     long = error.code == "context_length_exceeded" and error.field in ("prompt", "messages")
@@ -78,6 +87,11 @@ def shape_for_clients(scope: Scope) -> errors.Shape | None:
     return shape(scope) if from_client(scope) else None
 
 
+def shape_for_scope(scope: Scope) -> errors.Shape | None:
+    """The same for a request that no handler has: of one of this API's routes, or of a client of this API."""
+    return shape(scope) if scope["path"] in ROUTES or from_client(scope) else None
+
+
 def stream_format(scope: Scope) -> StreamFormat:
     """The streams of this API. An error after the response has started becomes an event of type `error`."""
     request = request_id(scope)
@@ -86,4 +100,5 @@ def stream_format(scope: Scope) -> StreamFormat:
         error_type=b"error",
         end=b"",
         headers=headers(scope),
+        ping=PING,
     )

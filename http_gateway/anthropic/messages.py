@@ -28,11 +28,20 @@ from quartet.http_gateway.openai.tokens import ids_of_chat
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
-from quartet.http_gateway.routes.gateway import Gateway
+from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.runtime.errors import Kind, RequestError
 
 REASONS: dict[str | None, StopReason] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 ABORTED = "The request was aborted."
+
+
+def aborted(draining: bool) -> RequestError:
+    """Why a message has no end. The API has no stop reason for it.
+
+    Who aborts a request does not want it: the clients of this API try again after 408, 409, 429 and 5xx, so it is a
+    400. Only a server that shuts down wants its clients to try again, elsewhere.
+    """
+    return RequestError(ABORTED, Kind.UNAVAILABLE if draining else Kind.BAD_REQUEST)
 
 
 class MessageCall:
@@ -40,6 +49,7 @@ class MessageCall:
 
     def __init__(self, gateway: Gateway, body: MessagesBody) -> None:
         self._body = body
+        self._gateway = gateway
         self.chat = ChatCall(gateway, chat_body(body))
         [self._choice] = self.chat.choices
         self._id = self.chat.id
@@ -63,7 +73,7 @@ class MessageCall:
         if not self._started:  # it counts the prompt's tokens, which are known from the first delta on
             self._started = True
             yield named_event("message_start", message=self._start())
-            yield named_event("ping")
+            yield error_responses.PING
         for chunk in chunks:
             for choice in chunk.choices:
                 yield from self._blocks.take(choice.delta)
@@ -95,7 +105,7 @@ class MessageCall:
             return "stop_sequence", state.matched_stop
         reason = REASONS.get(self._choice.finish_reason)
         if reason is None:
-            raise RequestError(ABORTED, Kind.INTERNAL)
+            raise aborted(self._gateway.phase is Phase.DRAINING)
         if reason == "max_tokens" and state.completion_tokens < self._body.max_tokens:
             return "model_context_window_exceeded", None
         return reason, None

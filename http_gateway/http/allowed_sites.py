@@ -7,6 +7,7 @@ listens on loopback only, or --allowed-hosts says so, requests must name a host 
 Clients that are no browsers send no Origin and are not concerned.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
@@ -116,15 +117,23 @@ def refusal(page: str) -> ASGIApp:
 class HostMiddleware:
     """Lets requests pass that name a host by which the server is known."""
 
-    def __init__(self, app: ASGIApp, allowed_sites: AllowedSites) -> None:
+    def __init__(
+        self, app: ASGIApp, allowed_sites: AllowedSites, own_shape: Callable[[Scope], errors.Shape | None]
+    ) -> None:
+        """`own_shape`: of the errors of a request, where its API has one."""
         self._app = app
         self._allowed_sites = allowed_sites
+        self._own_shape = own_shape
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, reason = 0, ""
         if scope["type"] == "http":
             status, reason = self._allowed_sites.host_refusal(scope["headers"], scope["http_version"])
-        await (forbidden(reason, status) if status else self._app)(scope, receive, send)
+        await (self._refusal(scope, status, reason) if status else self._app)(scope, receive, send)
+
+    def _refusal(self, scope: Scope, status: int, reason: str) -> ASGIApp:
+        own = self._own_shape(scope)
+        return own(RequestError(reason, errors.KIND_OF_STATUS[status])) if own else forbidden(reason, status)
 
 
 class CorsMiddleware(CORSMiddleware):

@@ -1,15 +1,17 @@
 """Server-sent events: one `data:` line per event, and what ends a stream."""
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import NamedTuple
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.limits import STREAM_PING_S
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ def frames(events: Iterable[Event]) -> bytes:
     return b"".join(map(frame, events))
 
 
+def part_of(body: bytes) -> Message:
+    """The message that sends a part of an answer."""
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
 class StreamFormat(NamedTuple):
     """What the streams of an API have besides their events."""
 
@@ -46,6 +53,8 @@ class StreamFormat(NamedTuple):
     error_type: bytes = b""  # of that event
     end: bytes = DONE
     headers: Mapping[str, str] = {}
+    ping: Event | None = None  # sent where nothing else was for so many seconds
+    ping_interval_s: float = STREAM_PING_S
 
 
 NATIVE = StreamFormat()
@@ -63,16 +72,38 @@ class EventStream:
         """`chunks`: frames of one or more events each."""
         self._chunks = chunks
         self._form = form
+        self._sent = False  # something, since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
             first = await anext(chunks)
             await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
-            async with aclosing(self._with_error(chunks)) as rest:
+            await send(part_of(first))
+            async with self._pings(send), aclosing(self._with_error(chunks)) as rest:
                 async for chunk in rest:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    self._sent = True
+                    await send(part_of(chunk))
             await send({"type": "http.response.body", "body": self._form.end, "more_body": False})
+
+    @asynccontextmanager
+    async def _pings(self, send: Send) -> AsyncIterator[None]:
+        """Inside the block, pings are sent while nothing else is: proxies and clients give up silent connections."""
+        if self._form.ping is None:
+            yield
+            return
+        pinging = asyncio.create_task(self._ping(send, part_of(frame(self._form.ping))))
+        try:
+            yield
+        finally:
+            pinging.cancel()
+
+    async def _ping(self, send: Send, ping: Message) -> None:
+        """Send a ping after each interval in which nothing else was sent, for ever."""
+        while True:
+            self._sent = False
+            await asyncio.sleep(self._form.ping_interval_s)
+            if not self._sent:
+                await send(ping)
 
     async def _with_error(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         """The chunks; an error that ends them early becomes the last event."""

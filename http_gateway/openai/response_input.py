@@ -34,10 +34,10 @@ INCLUDABLE = (
 
 def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> ChatBody:
     """The chat completion that a request asks for. `earlier`: items of the conversation so far. Raises RequestError."""
-    for name in REFUSED:
+    for name, why in REFUSED.items():
         if asks(getattr(body, name)):
             blamed = "prompt.id" if name == "prompt" else name  # the ring calls the input so
-            raise RequestError(f"{name} is not supported.", field=blamed)
+            raise RequestError(why, field=blamed)
     check_include(body.include or ())
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
         raise RequestError(f"max_tool_calls must be at least 1, got {body.max_tool_calls}.", field="max_tool_calls")
@@ -51,13 +51,18 @@ def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> Ch
         temperature=body.temperature,
         top_p=body.top_p,
         stream=body.stream,
-        response_format=body.text.format if body.text else None,
+        response_format=body.text.format if body.text and not demands_call(choice) else None,
         tools=tools or None,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=(body.reasoning or ReasoningOptions()).effort,
         truncate=True if body.truncation == "auto" else None,
     )
+
+
+def demands_call(choice: Any) -> bool:
+    """Whether this `tool_choice` makes calls the whole output. The format of a message means nothing there."""
+    return choice == "required" or isinstance(choice, NamedTool)
 
 
 def check_include(values: list[str] | tuple[str, ...]) -> None:

@@ -10,7 +10,8 @@ from quartet.http_gateway.http.sse import Event
 from quartet.http_gateway.openai.answers import Delta, ToolCall
 
 Kind = Literal["reasoning", "message", "function_call"]
-IN_PROGRESS, COMPLETED, INCOMPLETE, FAILED = "in_progress", "completed", "incomplete", "failed"
+QUEUED, IN_PROGRESS = "queued", "in_progress"
+COMPLETED, INCOMPLETE, FAILED, CANCELLED = "completed", "incomplete", "failed", "cancelled"
 PREFIXES: dict[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 TEXT_KINDS: dict[Kind, str] = {
     "reasoning": "reasoning_text",

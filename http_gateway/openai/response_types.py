@@ -49,11 +49,15 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     user: str | None = None
     store: bool | None = None  # for later requests; as long as nobody says no
     previous_response_id: str | None = None  # of a stored response, whose conversation goes on
+    background: bool | None = None  # nobody waits for it: its client asks for it by its id
     # refused
     conversation: Any = None
-    background: Any = None
     prompt: Any = None
     top_logprobs: Any = None
 
 
-REFUSED = ("conversation", "background", "prompt", "top_logprobs")
+REFUSED = {
+    "conversation": "conversation is not supported: go on from a response with previous_response_id.",
+    "prompt": "prompt is not supported: the server keeps no prompt templates; send instructions and input.",
+    "top_logprobs": "top_logprobs is not supported: /v1/chat/completions has them.",
+}

@@ -1,7 +1,5 @@
-"""Responses that were kept: conversations that go on from them, and /v1/responses/{id} with what is below it."""
+"""/v1/responses/{id} and what is below it: responses that were kept, and those that still run in the background."""
 
-import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,115 +7,89 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.http import errors
-from quartet.http_gateway.http.counting import ValueCounter
+from quartet.http_gateway.http.sse import EventStream
+from quartet.http_gateway.openai.background_responses import follow
+from quartet.http_gateway.openai.response_history import Stored
 from quartet.http_gateway.openai.response_input import check_include
-from quartet.http_gateway.openai.response_items import INCOMPLETE
-from quartet.http_gateway.routes.endpoint import BOUNDS, SIZE, Endpoint
+from quartet.http_gateway.routes.endpoint import Endpoint
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.response_store import StoredResponse
 from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.limits import EVENT_LOG_AGE_S
 from quartet.runtime.shorten import short
 
 Item = dict[str, Any]
 
-
-class Stored(msgspec.Struct):
-    """What is read of a response that was kept."""
-
-    output: list[Item]
-
-
 NOT_FOUND = "Response with id {!r} not found."
-PREVIOUS_NOT_FOUND = "Previous response with id {!r} not found, or an earlier one of its conversation."
-UNREADABLE = "The conversation cannot be read from the store of responses: {}"
-NOT_CANCELLED = "Response {!r} cannot be cancelled: it is over, and only background responses could be."
+NOT_CANCELLED = "Response {!r} cannot be cancelled: only background responses can be."
+NOT_STREAMED = (
+    "stream: response {!r} has no events. Those of a background response that was created with stream are kept for "
+    f"{EVENT_LOG_AGE_S:.0f} s after its end."
+)
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
+MOST_DIGITS = 9  # of the number of an event
 DEFAULT_PAGE, MOST_PER_PAGE = 20, 100
-PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 
 
-def input_items(items: Sequence[Item], call_id: str) -> list[Item]:
-    """The items of a request as they are kept and listed: with type, id and status, the text of messages in parts."""
-    listed: list[Item] = []
-    used: set[str] = set()
-    for index, item in enumerate(items):
-        kind, own_id = item.get("type") or "message", item.get("id")
-        if not isinstance(own_id, str) or own_id in used:
-            own_id = f"{PREFIXES[kind]}_{call_id}_in{index}"
-        used.add(own_id)
-        listed.append(full_item({"status": "completed", **item, "type": kind, "id": own_id}))
-    return listed
-
-
-def full_item(item: Item) -> Item:
-    """The item with the text of a message in parts."""
-    content = item.get("content")
-    if item["type"] == "message" and isinstance(content, str):
-        by_model = item.get("role") == "assistant"
-        more: Item = {"annotations": []} if by_model else {}
-        return {**item, "content": [{"type": "output_text" if by_model else "input_text", "text": content, **more}]}
-    return item
-
-
-async def earlier_items(gateway: Gateway, http: HTTPRequest, response_id: str | None) -> list[Item]:
-    """The items of the conversation that ended with this response. Raises RequestError where it is not kept.
-
-    They count as part of the body: for its limits, and for the choice of a thread to convert it.
-    """
-    if response_id is None:
-        return []
-    most_bytes = gateway.config.max_body_size
-    store = gateway.stored_responses
-    chain = await store.run(store.conversation, response_id, most_bytes)
-    if chain is None:
-        raise RequestError(
-            PREVIOUS_NOT_FOUND.format(short(response_id)),
-            field="previous_response_id",
-            code="previous_response_not_found",
-        )
-    size = sum(len(part) for stored in chain for part in stored)
-    counter = ValueCounter()
-    for stored in chain:
-        counter.feed(stored.input)
-        counter.feed(stored.response)
-    http.scope[BOUNDS].check_size(size, counter)
-    http.scope[SIZE] = http.scope.get(SIZE, 0) + size
-    return await asyncio.to_thread(items_in, chain)
-
-
-def items_in(chain: Sequence[StoredResponse]) -> list[Item]:
-    """The items of a conversation. A call that was cut off is left out: its arguments are no JSON.
-
-    Raises RequestError (503) where the store holds something else than was put there.
-    """
-    items: list[Item] = []
-    for stored in chain:
-        try:
-            items += msgspec.json.decode(stored.input, type=list[Item])
-            output = msgspec.json.decode(stored.response, type=Stored).output
-        except msgspec.DecodeError as error:
-            raise RequestError(UNREADABLE.format(error), Kind.UNAVAILABLE, "previous_response_id") from error
-        items += [item for item in output if (item.get("type"), item.get("status")) != ("function_call", INCOMPLETE)]
-    return items
-
-
-async def stored_response(gateway: Gateway, http: HTTPRequest) -> Response:
-    """A response that was kept; DELETE forgets it."""
+async def stored_response(gateway: Gateway, http: HTTPRequest) -> Response | EventStream:
+    """A response that was kept, or runs in the background, or its stream; DELETE forgets it."""
     response_id = http.path_params["id"]
+    run = gateway.background.get(response_id)
     if http.method == "DELETE":
+        if run is not None:
+            await run.cancel()
+        gateway.event_logs.drop(response_id)
         if not await gateway.stored_responses.run(gateway.stored_responses.delete, response_id):
             raise not_found(response_id)
         return errors.json_response({"id": response_id, "object": "response", "deleted": True})
-    if http.query_params.get("stream", "false").lower() != "false":
-        raise RequestError("stream is not supported: a response that is over is not streamed again.", field="stream")
     check_include(includes(http))
+    start = first_event(http)
+    if start is not None:
+        return await streamed_again(gateway, http, start)
+    if run is not None:
+        return errors.json_response(run.describe())
     return Response((await found(gateway, response_id)).response, media_type="application/json")
 
 
-async def cancel(gateway: Gateway, http: HTTPRequest) -> Response:
-    """Refused: a response that can be found is over."""
+def first_event(http: HTTPRequest) -> int | None:
+    """The number of the first event that the client wants; None where it wants no stream. Raises RequestError."""
+    given, after = http.query_params.get("stream", "false"), http.query_params.get("starting_after")
+    stream = SWITCH.get(given.lower())
+    if stream is None:
+        raise RequestError(f"stream must be true or false, got {short(given)!r}.", field="stream")
+    if after is None:
+        return 0 if stream else None
+    if not stream:
+        raise RequestError("starting_after needs stream to be true.", field="starting_after")
+    if not (after.isascii() and after.isdecimal() and len(after) <= MOST_DIGITS):
+        raise RequestError(
+            f"starting_after must be the number of an event, got {short(after)!r}.", field="starting_after"
+        )
+    return int(after) + 1
+
+
+async def streamed_again(gateway: Gateway, http: HTTPRequest, start: int) -> EventStream:
+    """The events of a background response from this number on, and those that are still to come."""
     response_id = http.path_params["id"]
-    await found(gateway, response_id)
-    raise RequestError(NOT_CANCELLED.format(short(response_id)))
+    events = gateway.event_logs.get(response_id)
+    if events is None:
+        if gateway.background.get(response_id) is None:
+            await found(gateway, response_id)
+        raise RequestError(NOT_STREAMED.format(short(response_id)), field="stream")
+    return follow(http, events, start)
+
+
+async def cancel(gateway: Gateway, http: HTTPRequest) -> Response:
+    """The background response, cancelled unless it is over. Others cannot be found before they are over."""
+    response_id = http.path_params["id"]
+    run = gateway.background.get(response_id)
+    if run is not None:
+        await run.cancel()
+        return errors.json_response(run.describe())
+    response = (await found(gateway, response_id)).response
+    if not msgspec.json.decode(response, type=Stored).background:
+        raise RequestError(NOT_CANCELLED.format(short(response_id)))
+    return Response(response, media_type="application/json")
 
 
 async def listed_input(gateway: Gateway, http: HTTPRequest) -> Response:

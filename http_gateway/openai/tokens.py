@@ -143,7 +143,8 @@ async def ask(gateway: Gateway, command: ControlCommand) -> dict[str, Any]:
         raise RequestError(f"No answer within {TIMEOUT_S:.0f} s.", Kind.UNAVAILABLE) from None
     assert isinstance(reply, Reply), reply
     if not reply.success:
-        raise RequestError(reply.message, errors.KIND_OF_STATUS.get(reply.status, Kind.BAD_REQUEST))
+        kind = errors.KIND_OF_STATUS.get(reply.status, Kind.BAD_REQUEST)
+        raise RequestError(reply.message, kind, reply.field, reply.code)
     return reply.body or {}
 
 

@@ -15,6 +15,8 @@ from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.parsers import reasoning
 from quartet.http_gateway.ring.counter_cache import CounterCache
 from quartet.http_gateway.ring.ring_client import RingClient
+from quartet.http_gateway.routes.background_runs import BackgroundRuns
+from quartet.http_gateway.routes.event_log import EventLogs
 from quartet.http_gateway.routes.response_store import store_of
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
@@ -66,6 +68,8 @@ class Gateway:
         self.ring.on_facts = self.on_facts
         self.counters = CounterCache(self.ring)
         self.stored_responses = store_of(self.config, self.run_dir)
+        self.background = BackgroundRuns()
+        self.event_logs = EventLogs()  # of those runs
         self.health_probe = HealthProbe(
             self.ring, self.progress, self.health_timeout_s, "embed" if self.model.is_embedding else "generate"
         )

@@ -88,12 +88,16 @@ class ResponseStore:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def put(self, response_id: str, previous: str | None, stored: StoredResponse) -> bool:
-        """Keep a response; what was not used for longest makes room. False where it is larger than the store."""
+        """Keep a response, instead of one that has its id; what was not used for longest makes room.
+
+        False, and nothing has changed, where it is larger than the store.
+        """
         size = len(response_id) + len(stored.input) + len(stored.response)
         if size > self._most_bytes:
             return False
         with self._transaction() as database:
             row = (response_id, previous, self._now(), size, *stored)
+            database.execute("DELETE FROM responses WHERE id = ?", (response_id,))
             database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", row)
             while database.execute("SELECT bytes FROM total").fetchone()[0] > self._most_bytes:
                 database.execute("DELETE FROM responses WHERE id = (SELECT id FROM responses ORDER BY used_at LIMIT 1)")

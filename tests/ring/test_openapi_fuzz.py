@@ -1,5 +1,6 @@
 """Bodies made up from the server's own description: nothing they say is answered by a 5xx, and no process dies."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,27 @@ def test_no_body_is_answered_by_a_5xx(name: str, server: Server, data: st.DataOb
     case = data.draw(OPERATIONS[name].as_strategy(generation_mode=mode))
     answer = case.call(base_url=server.url, timeout=WAIT_S)
     assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+
+
+@pytest.fixture(scope="module")
+def response_url(server: Server) -> str:
+    """A response that was generated in the background, with a stream."""
+    body = {"input": "hi", "background": True, "stream": True, "max_output_tokens": 4}
+    events = requests.post(f"{server.url}/v1/responses", json=body, timeout=WAIT_S).text
+    found = re.search('"id":"(resp_[^"]+)"', events)
+    assert found, events
+    return f"{server.url}/v1/responses/{found[1]}"
+
+
+VALUES = st.sampled_from(["true", "1", "0", "-1", "asc", "99999999999999999999", "٣"]) | st.text(max_size=20)
+QUERIES = st.dictionaries(st.sampled_from(["stream", "starting_after", "limit", "order", "after", "include"]), VALUES)
+
+
+@settings(max_examples=10 * EXAMPLES, suppress_health_check=list(HealthCheck))
+@given(query=QUERIES, below=st.sampled_from(["", "/input_items"]))
+def test_no_query_of_a_response_is_answered_by_a_5xx(response_url: str, query: dict[str, str], below: str) -> None:
+    answer = requests.get(response_url + below, params=query, timeout=WAIT_S)
+    assert answer.status_code in (200, 400), (query, answer.text)
 
 
 def test_afterwards_every_process_is_the_one_that_was_started(server: Server) -> None:

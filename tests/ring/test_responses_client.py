@@ -1,18 +1,22 @@
 """The `openai` package's Responses API, unchanged, against real servers."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import requests
 from openai.types.responses import Response, ResponseFunctionToolCall
 from pydantic import BaseModel
 
 from tests.servers import Server, launched
 
 WAIT_S = 60
+POLL_S = 0.05
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
 WEATHER: Any = {
@@ -46,6 +50,11 @@ def client(server: Server) -> openai.OpenAI:
 
 def ask(client: openai.OpenAI, given: Any = QUESTION, **more: Any) -> Response:
     return client.responses.create(model="demo", input=given, temperature=0, **more)
+
+
+def ask_for_events(client: openai.OpenAI, **more: Any) -> Any:
+    """The same as a stream."""
+    return client.responses.create(model="demo", input=QUESTION, temperature=0, stream=True, **more)
 
 
 def call_of(response: Response) -> ResponseFunctionToolCall:
@@ -149,6 +158,57 @@ def test_a_store_with_a_path_of_its_own_outlasts_the_server(tmp_path: Path) -> N
 def test_a_store_that_cannot_be_opened_is_named_at_start(tmp_path: Path) -> None:
     with launched("--responses-store", str(tmp_path / "no" / "file"), ready=False) as server:
         server.wait_for("--responses-store")
+
+
+# responses in the background
+
+
+def over(client: openai.OpenAI, response_id: str) -> Response:
+    """The response, asked for until it is over."""
+    while (response := client.responses.retrieve(response_id)).status in ("queued", "in_progress"):
+        time.sleep(POLL_S)
+    return response
+
+
+@contextlib.contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """The server generates nothing inside the block."""
+    requests.post(f"{server.url}/pause_generation", json={"mode": "in_place"}, timeout=WAIT_S).raise_for_status()
+    yield
+    requests.post(f"{server.url}/continue_generation", json={}, timeout=WAIT_S).raise_for_status()
+
+
+def test_a_background_response_is_asked_for_until_it_is_over(server: Server, client: openai.OpenAI) -> None:
+    with paused(server):
+        first = ask(client, background=True)
+        assert first.status == client.responses.retrieve(first.id).status == "queued" and first.background
+    response = over(client, first.id)
+    assert response.status == "completed" and response.output_text == ANSWER
+    assert client.responses.cancel(response.id) == response
+
+
+def test_a_background_response_is_cancelled(server: Server, client: openai.OpenAI) -> None:
+    with paused(server):
+        first = ask(client, background=True)
+        assert client.responses.cancel(first.id).status == "cancelled"
+    assert client.responses.retrieve(first.id).status == "cancelled"
+
+
+def test_the_stream_of_a_background_response_is_read_again(client: openai.OpenAI) -> None:
+    events = list(ask_for_events(client, background=True))
+    assert [event.type for event in events[:3]] == ["response.created", "response.queued", "response.in_progress"]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    rest = list(client.responses.retrieve(events[0].response.id, stream=True, starting_after=1))
+    assert rest == events[2:] and rest[-1].response.output_text == ANSWER
+
+
+def test_a_background_response_has_failed_where_its_server_has_ended() -> None:
+    with launched() as server, paused(server):
+        client = client_of(server)
+        first = ask(client, background=True)
+        server.children()["gateway"].kill()
+        kept = client.with_options(max_retries=8).responses.retrieve(first.id)
+        assert kept.status == "failed" and kept.error and "server ended" in kept.error.message
 
 
 # texts

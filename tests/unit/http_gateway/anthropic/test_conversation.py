@@ -72,7 +72,7 @@ def test_consecutive_messages_of_one_role_are_merged() -> None:
     system = {"role": "system", "content": "b"}
     user, more = {"role": "user", "content": "c"}, {"role": "user", "content": [text("d")]}
     answers = [{"role": "assistant", "content": "e"}, {"role": "assistant", "content": [USE]}]
-    first, second, third = messages_of(system, user, more, *answers, system="a")
+    first, second, third, _ = messages_of(system, user, more, *answers, result("rain"), system="a")
     assert first == {"role": "system", "content": "a\nb"}
     assert second == {"role": "user", "content": "c\nd"}
     assert third["content"] == "e" and len(third["tool_calls"]) == 1
@@ -96,7 +96,7 @@ def test_tool_use_and_tool_result_become_chat_messages() -> None:
 
 
 def test_a_turn_without_text_has_null_content() -> None:
-    assert messages_of(*HI, {"role": "assistant", "content": [USE]})[1]["content"] is None
+    assert messages_of(*HI, {"role": "assistant", "content": [USE]}, result("rain"))[1]["content"] is None
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,21 @@ def test_a_block_in_a_message_of_the_wrong_role_is_refused(role: str, block: dic
     assert refusal(messages=[{"role": role, "content": [block]}]).message == (
         f"messages.0.content.0: blocks of type '{block['type']}' are not allowed in a message of role '{role}'."
     )
+
+
+def test_the_format_of_text_means_nothing_where_a_call_is_demanded() -> None:
+    form = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    for choice, kept in (({"type": "any"}, False), ({"type": "tool", "name": "weather"}, False), (None, True)):
+        body = chat(tools=[TOOL], tool_choice=choice, output_config=form)
+        assert (body.response_format is not None) is kept
+
+
+@pytest.mark.parametrize("before", [[], [{"type": "text", "text": "I look."}]])
+def test_a_final_tool_call_cannot_be_continued(before: list[Any]) -> None:
+    call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    with pytest.raises(RequestError, match=r"messages\.1.*tool_result") as refused:
+        chat(messages=[*HI, {"role": "assistant", "content": [*before, call]}])
+    assert refused.value.field == "messages"
 
 
 def test_a_final_assistant_message_is_continued() -> None:

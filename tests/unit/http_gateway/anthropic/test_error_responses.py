@@ -7,8 +7,9 @@ from anthropic.types.shared import ErrorResponse
 
 from quartet.http_gateway.anthropic.error_responses import TYPES
 from quartet.http_gateway.app import ENDPOINTS
+from quartet.runtime.control import Tokenize
 from quartet.runtime.errors import Kind
-from quartet.runtime.messages import Finish
+from quartet.runtime.messages import Finish, Reply
 from tests.unit.http_gateway.harness import Answer, asynchronous, ends, served
 from tests.unit.http_gateway.openai_scripts import says
 
@@ -136,6 +137,41 @@ async def test_an_unknown_path_is_a_404_in_the_shape_of_the_client_s_api() -> No
         answer = await server.client.post("/v1/messages/batches", BODY, headers=VERSION)
         assert error_of(answer)[:2] == (404, "not_found_error")
         assert (await server.client.post("/v1/messages/batches", BODY)).json() == {"detail": "Not Found"}
+
+
+@pytest.mark.parametrize("path", [PATH, COUNT])
+@asynchronous
+async def test_a_wrong_method_and_an_unknown_host_are_told_in_the_shape_of_this_api(path: str) -> None:
+    async with served() as server:
+        answer = await server.client.get(path)
+        assert error_of(answer) == (405, "invalid_request_error", "Method Not Allowed")
+        assert answer.headers["allow"] == "POST"
+        answer = await server.client.post(path, BODY, headers={"host": "evil.example"})
+        assert error_of(answer)[:2] == (403, "permission_error") and "--allowed-hosts" in answer.text
+        answer = await server.client.post(path, BODY, headers={"host": "a b"})
+        assert error_of(answer)[:2] == (400, "invalid_request_error")
+
+
+@asynchronous
+async def test_other_routes_keep_their_shapes_for_wrong_methods_and_hosts() -> None:
+    async with served() as server:
+        assert (await server.client.get("/v1/chat/completions")).json() == {"detail": "Method Not Allowed"}
+        answer = await server.client.get("/v1/models", headers={"host": "evil.example"})
+        assert answer.status == 403 and answer.json()["object"] == "error"
+        answer = await server.client.get("/v1/models", headers={"host": "evil.example", **VERSION})
+        assert error_of(answer)[:2] == (403, "permission_error")
+
+
+@asynchronous
+async def test_a_count_that_is_refused_says_the_same_as_the_message() -> None:
+    async with served() as server:
+        server.ring.answers_commands = False
+        call = server.client.start("POST", COUNT, BODY)
+        [command] = await server.ring.sent_of(Tokenize)
+        code = "context_length_exceeded"
+        refusal = Reply(id=command.id, success=False, status=400, message="9 > 8", field="text", code=code)
+        server.ring.push(refusal)
+        assert error_of(await call.answer()) == (400, "invalid_request_error", "prompt is too long: 9 > 8")
 
 
 @asynchronous

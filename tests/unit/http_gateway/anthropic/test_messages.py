@@ -8,6 +8,7 @@ import pytest
 from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
+from quartet.http_gateway.routes.gateway import Phase
 from quartet.runtime.control import Tokenize
 from quartet.runtime.messages import Finish, Generate, Reply, pack_ids
 from tests.unit.http_gateway.harness import Answer, asynchronous, ends, served, step
@@ -207,10 +208,19 @@ async def test_an_error_during_a_stream_is_an_error_event() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @asynchronous
-async def test_an_aborted_request_is_an_error(stream: bool) -> None:
+async def test_an_aborted_request_is_an_error_after_which_clients_do_not_try_again(stream: bool) -> None:
     async with served(ends(Finish(reason="abort"))) as server:
         answer = await server.client.post(PATH, {**BODY, "stream": stream})
-        assert "The request was aborted." in answer.text and "api_error" in answer.text
+        assert "The request was aborted." in answer.text and "invalid_request_error" in answer.text
+        assert stream or answer.status == 400
+
+
+@asynchronous
+async def test_a_request_that_a_shutdown_has_aborted_may_be_tried_again() -> None:
+    async with served(ends(Finish(reason="abort"))) as server:
+        server.gateway.phase = Phase.DRAINING
+        answer = await server.client.post(PATH, BODY)
+        assert answer.status == 503 and "overloaded_error" in answer.text and answer.headers["retry-after"]
 
 
 @asynchronous

@@ -52,3 +52,28 @@ def test_an_api_may_have_its_own_error_event_and_end() -> None:
 def test_nobody_is_told_when_the_client_has_gone() -> None:
     with pytest.raises(ClientGone):
         sent(two_events_then(ClientGone()))
+
+
+def test_a_silent_stream_has_pings() -> None:
+    pinged = asyncio.Event()
+    form = StreamFormat(end=b"", ping=Event(b"{}", b"ping"), ping_interval_s=0.001)
+    bodies: list[bytes] = []
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield frame(Event(b"1"))
+        await pinged.wait()
+        yield frame(Event(b"2"))
+
+    async def send(message: Any) -> None:
+        bodies.append(message.get("body", b""))
+        if b"ping" in bodies[-1]:
+            pinged.set()
+
+    asyncio.run(EventStream(chunks(), form)({}, lambda: asyncio.sleep(0), send))
+    assert set(bodies[2:-2]) == {b"event: ping\ndata: {}\n\n"}
+    assert (bodies[1], *bodies[-2:]) == (frame(Event(b"1")), frame(Event(b"2")), b"")
+
+
+def test_a_stream_that_is_not_silent_has_none() -> None:
+    form = StreamFormat(ping=Event(b"{}"), ping_interval_s=1000)
+    assert sent(two_events_then(RequestError("x")), form)[1] == frame(Event(b"2"))

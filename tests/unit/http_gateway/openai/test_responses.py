@@ -336,6 +336,16 @@ FUNCTION_OUTPUT = {"type": "function_call_output", "call_id": "a", "output": "x"
 FUNCTION_CALL = {"type": "function_call", "call_id": "a", "name": "n", "arguments": "{}"}
 
 
+@asynchronous
+async def test_a_demanded_call_has_the_form_of_its_arguments_not_of_a_message() -> None:
+    schema = {"type": "json_schema", "name": "a", "schema": {"type": "object"}}
+    async with served(says("[]"), tool_call_parser="hermes") as server:
+        for choice in ("required", {"type": "function", "name": "weather"}):
+            body = await ask(server, tools=[WEATHER], tool_choice=choice, text={"format": schema})
+            assert body["text"]["format"]["type"] == "json_schema"
+            assert "weather" in server.ring.sent[-1].request.params.json_schema
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -354,7 +364,7 @@ FUNCTION_CALL = {"type": "function_call", "call_id": "a", "name": "n", "argument
         ),
         ({"include": ["message.output_text.logprobs"]}, "include", "message.output_text.logprobs"),
         ({"max_tool_calls": 0}, "max_tool_calls", "at least 1"),
-        ({"background": True}, "background", "background"),
+        ({"background": True, "store": False}, "store", "background"),
         ({"conversation": "c"}, "conversation", "conversation"),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs"),
         ({"prompt": {"id": "p"}}, "prompt.id", "prompt"),

@@ -7,7 +7,7 @@ import pytest
 from openai.types import responses as sdk
 from pydantic import TypeAdapter
 
-from quartet.http_gateway.openai.stored_responses import items_in
+from quartet.http_gateway.openai.response_history import items_in
 from quartet.http_gateway.routes.response_store import StoredResponse
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Finish, Generate
