@@ -40,7 +40,7 @@ class MessageCall:
 
     def __init__(self, gateway: Gateway, body: MessagesBody) -> None:
         self._body = body
-        self.chat = ChatCall(gateway, chat_body(body))
+        self.chat = ChatCall(gateway, chat_body(body, thinks=gateway.config.reasoning_parser is not None))
         [self._choice] = self.chat.choices
         self._id = self.chat.id
         omitted = body.thinking is not None and body.thinking.display == "omitted"

@@ -370,6 +370,64 @@ async def test_a_schema_constrains_what_stands_behind_the_thought(more: dict[str
         assert generate_of(server).request.thought == Thought(opening="<think>", closing="</think>", place="inside")
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"thinking_budget": 9},
+        {"max_thinking_tokens": 9},
+        {"thinking_budget": 9, "max_thinking_tokens": 9},
+        {"chat_template_kwargs": {"thinking_budget": 9}},
+        {"chat_template_kwargs": {"max_thinking_tokens": 9}},
+        {"thinking_budget": 9, "chat_template_kwargs": {"thinking_budget": 7}},
+    ],
+)
+@asynchronous
+async def test_a_thought_has_a_budget_under_every_name_for_it(more: dict[str, Any]) -> None:
+    async with served(says("plan</think>yes"), reasoning_parser="deepseek-r1") as server:
+        await ask(server, **more)
+        sent = generate_of(server)
+        assert sent.request.params.thinking_budget == 9 and sent.request.thought is not None
+        assert sent.chat is not None and "thinking_budget" in sent.chat.template_kwargs
+
+
+@asynchronous
+async def test_a_template_s_own_word_for_no_limit_limits_nothing() -> None:
+    async with served(says("plan</think>yes"), reasoning_parser="deepseek-r1") as server:
+        await ask(server, chat_template_kwargs={"thinking_budget": -1})
+        sent = generate_of(server)
+        assert sent.request.params.thinking_budget is None
+        assert sent.chat is not None and sent.chat.template_kwargs == {"thinking_budget": -1}
+
+
+@pytest.mark.parametrize(
+    ("more", "parser", "field"),
+    [
+        ({"thinking_budget": 9}, "none", "thinking_budget"),
+        ({"thinking_budget": -1}, "qwen3", "thinking_budget"),
+        ({"thinking_budget": 1 << 40}, "qwen3", "thinking_budget"),
+        ({"thinking_budget": 9, "max_thinking_tokens": 8}, "qwen3", "max_thinking_tokens"),
+        ({"chat_template_kwargs": {"thinking_budget": "much"}}, "qwen3", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"thinking_budget": True}}, "qwen3", "chat_template_kwargs"),
+    ],
+)
+@asynchronous
+async def test_a_budget_that_cannot_be_kept_is_a_400_that_names_it(
+    more: dict[str, Any], parser: str, field: str
+) -> None:
+    async with served(says("a"), reasoning_parser=parser) as server:
+        answer = await server.client.post(PATH, {"messages": [USER], **more})
+        assert (answer.status, answer.json()["param"]) == (400, field)
+
+
+@asynchronous
+async def test_thinking_is_switched_at_the_top_level_too() -> None:
+    async with served(says("yes"), reasoning_parser="qwen3") as server:
+        await ask(server, enable_thinking=False, thinking_budget=3)
+        sent = generate_of(server)
+        assert sent.chat is not None and sent.chat.template_kwargs["enable_thinking"] is False
+        assert sent.request.thought is None
+
+
 @pytest.mark.parametrize("more", [{"reasoning_effort": "none"}, {"chat_template_kwargs": {"thinking": False}}])
 @asynchronous
 async def test_a_thought_that_is_switched_off_is_not_waited_for(more: dict[str, Any]) -> None:
