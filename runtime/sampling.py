@@ -41,6 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
+    call_grammar: str | None = None  # of tool calls, by the gateway: a runtime.call_grammar.CallGrammar in JSON
     logit_bias: dict[str, float] | None = None
     sampling_seed: int | None = None
     stream_interval: int | None = None
@@ -68,7 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return None
 
 
-GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag", "call_grammar")
 WRITTEN_IN_JSON = {"json_schema", "structural_tag"}
 
 

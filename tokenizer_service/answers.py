@@ -69,7 +69,7 @@ class AnswerBuilder:
         place = place_of(tail, thought, message.chat)
         if (
             place == "before"
-            and message.request.params.json_schema
+            and (message.request.params.json_schema or message.request.params.call_grammar)
             and self._tokenizer.token_to_id(thought.opening) is None
         ):
             place = "past"  # whoever learned to think has a token for it: a schema drives no other model into a thought

@@ -55,7 +55,10 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
         raise RequestError(NO_TOOLS, field="tools")
     if name is not None and name not in tool_calls.names_of(tools):
         raise RequestError(NO_SUCH_TOOL.format(name), field="tool_choice")
-    schema = tool_calls.calls_schema(tools, name, body.parallel_tool_calls is not False)
+    parallel = body.parallel_tool_calls is not False
+    if own is not None and (grammar := tool_calls.demanded_calls(own, tools, name, parallel)) is not None:
+        return Choosing(tools, grammar, replace(own, alone=True))
+    schema = tool_calls.calls_schema(tools, name, parallel)
     demanded = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
     return Choosing(tools, ("json_schema", schema), demanded)
 
@@ -63,7 +66,7 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
 def constrained(body: ChatBody) -> bool:
     """Whether the client says itself what the output must look like."""
     has_format = body.response_format is not None and body.response_format.type != "text"
-    return has_format or any(getattr(body, name) is not None for name in (*GRAMMARS, *VLLM_FIELDS))
+    return has_format or any(getattr(body, name, None) is not None for name in (*GRAMMARS, *VLLM_FIELDS))
 
 
 def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingParams:
@@ -77,6 +80,8 @@ def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingP
     if (choice.format is not None and not choice.format.alone) or marks_are_tokens(gateway.config.reasoning_parser):
         fallback["skip_special_tokens"] = False  # some models write calls and thoughts between special tokens
     fixed: dict[str, int | None] = {} if limit is None else {"max_new_tokens": limit}
+    if choice.format is not None and choice.format.alone and choice.format.frame is not None:
+        fixed["skip_special_tokens"] = False  # whatever the client says: its calls must be read
     if (budget := thinking_budget(body)) is not None:
         fixed["thinking_budget"] = budget
     return params_of(gateway, body, fixed, fallback, choice.grammar)

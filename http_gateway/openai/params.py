@@ -21,7 +21,8 @@ from quartet.runtime.sampling import GRAMMARS, SamplingParams
 DEFAULT_MODEL = "default"
 RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 CLIENT_NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {
-    "max_new_tokens": "max_tokens"
+    "max_new_tokens": "max_tokens",
+    "call_grammar": "tools",
 }  # as errors name them
 SHARED_FIELDS = tuple(
     field.name
