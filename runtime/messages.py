@@ -57,6 +57,7 @@ class Thought(msgspec.Struct, kw_only=True, omit_defaults=True):
     opening: str
     closing: str
     place: Place = "before"  # where the output begins; the tokenizer knows better where the prompt's end shows it
+    limited: bool = True  # where the tokenizer has no token for the closing tag, a thinking_budget is refused
     ids: ThoughtIds | None = None  # by the tokenizer, where the request has a thinking_budget
 
 

@@ -29,9 +29,14 @@ def place_of(tail: str, thought: Thought, chat: Chat | None) -> Place:
     return "past" if said.strip() else thought.place
 
 
-def thought_ids(tokenizer: "Tokenizer", thought: Thought) -> ThoughtIds:
-    """The tokens by which a budget counts. Raises RequestError where the closing tag is not a token."""
+def thought_ids(tokenizer: "Tokenizer", thought: Thought) -> ThoughtIds | None:
+    """The tokens by which a budget counts. Raises RequestError where the closing tag is not a token.
+
+    None where it is not and the API of the request does not insist on the budget.
+    """
     opening, closing = tokenizer.token_to_id(thought.opening), tokenizer.token_to_id(thought.closing)
+    if closing is None and not thought.limited:
+        return None
     if closing is None:
         raise RequestError(NO_TOKEN.format(thought.closing), field="thinking_budget")
     blanks = [tokenizer.encode(text, add_special_tokens=False).ids for text in BLANKS]

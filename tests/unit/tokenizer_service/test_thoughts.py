@@ -56,8 +56,8 @@ def test_a_schema_drives_no_model_into_a_thought_that_has_no_token_for_one(learn
     assert thought.place == "before"  # the gateway's own stays as it was
 
 
-def limited(tokenizer, prompt, place="before"):
-    thought = Thought(opening="<think>", closing="</think>", place=place)
+def limited(tokenizer, prompt, insists=True):
+    thought = Thought(opening="<think>", closing="</think>", limited=insists)
     request = Request(rid="r", params=SamplingParams(thinking_budget=5), thought=thought)
     [message] = Encoder(tokenizer).step([Generate(request=request, text=prompt)])
     return message
@@ -75,3 +75,4 @@ def test_a_budget_of_thought_gets_the_tokens_that_it_counts_by():
 def test_a_budget_needs_a_token_for_the_end_of_the_thought():
     finish = limited(byte_level(), "hi").finish
     assert (finish.status, finish.field) == (400, "thinking_budget") and "</think>" in finish.message
+    assert limited(byte_level(), "hi", insists=False).request.thought.ids is None
