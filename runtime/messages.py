@@ -43,12 +43,22 @@ class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
 Place = Literal["before", "inside", "past"]  # of the model's thought
 
 
+class ThoughtIds(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The tokens that a budget of thought counts by."""
+
+    opening: int  # -1: the model has no token for it
+    closing: int
+    blanks: list[int] = []  # that may stand before the opening
+
+
 class Thought(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How the model marks a thought, where its output may begin with one."""
 
     opening: str
     closing: str
     place: Place = "before"  # where the output begins; the tokenizer knows better where the prompt's end shows it
+    limited: bool = True  # where the tokenizer has no token for the closing tag, a thinking_budget is refused
+    ids: ThoughtIds | None = None  # by the tokenizer, where the request has a thinking_budget
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -41,9 +41,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | None = None
+    call_grammar: str | None = None  # of tool calls, by the gateway: a runtime.call_grammar.CallGrammar in JSON
     logit_bias: dict[str, float] | None = None
     sampling_seed: int | None = None
     stream_interval: int | None = None
+    thinking_budget: int | None = None  # tokens of the thought, without its tags; then the closing tag is forced
     custom_params: dict[str, Any] | None = None
 
     @property
@@ -67,7 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return None
 
 
-GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag", "call_grammar")
 WRITTEN_IN_JSON = {"json_schema", "structural_tag"}
 
 
@@ -156,6 +158,11 @@ CHECKS: list[Check] = [
         "stream_interval",
         lambda p: p.stream_interval is None or p.stream_interval >= 1,
         lambda p: f"stream_interval must be at least 1, got {p.stream_interval}.",
+    ),
+    (
+        "thinking_budget",
+        lambda p: p.thinking_budget is None or 0 <= p.thinking_budget <= limits.MAX_NEW_TOKENS,
+        lambda p: f"thinking_budget must be in [0, {limits.MAX_NEW_TOKENS}], got {p.thinking_budget}.",
     ),
     (
         "sampling_seed",

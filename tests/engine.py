@@ -14,7 +14,7 @@ from quartet.scheduler_service.core.plan import Update
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.execution.worker import Worker
-from quartet.scheduler_service.grammar.matchers import GrammarCompiler
+from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler
 from tests.configs import resolved
 
 
@@ -88,13 +88,16 @@ class Engine:
         params: SamplingParams | None = None,
         rid: str = "",
         embeds: bytes = b"",
+        grammar: Grammar | None = None,
         **request: Any,
     ) -> str:
+        """`grammar`: in place of the one that the parameters name."""
         rid = rid or f"r{len(self.answers)}"
         made = Request(rid=rid, params=params or SamplingParams(temperature=0.0), **request)
         self.answers[rid] = Answer()
         message = Tokenized(request=made, prompt_ids=pack_ids(prompt), embeds=embeds)
-        grammar = self.compiler.compile(*made.params.grammar) if made.params.grammar else None
+        if grammar is None and made.params.grammar:
+            grammar = self.compiler.compile(*made.params.grammar)
         self.take(self.planner.add(message, float(self.steps), grammar))
         return rid
 

@@ -11,7 +11,7 @@ from quartet.runtime.messages import Finish, Generate, Reply, Tokenized, Tokens,
 from quartet.tokenizer_service.jobs import Job
 from quartet.tokenizer_service.pairs import types_of
 from quartet.tokenizer_service.shorten import cut_ids, picked, places_kept
-from quartet.tokenizer_service.thoughts import TAIL_TOKENS, place_of
+from quartet.tokenizer_service.thoughts import TAIL_TOKENS, place_of, thought_ids
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -69,11 +69,13 @@ class AnswerBuilder:
         place = place_of(tail, thought, message.chat)
         if (
             place == "before"
-            and message.request.params.json_schema
+            and (message.request.params.json_schema or message.request.params.call_grammar)
             and self._tokenizer.token_to_id(thought.opening) is None
         ):
             place = "past"  # whoever learned to think has a token for it: a schema drives no other model into a thought
-        message.request.thought = msgspec.structs.replace(thought, place=place)
+        limited = message.request.params.thinking_budget is not None and place != "past"
+        tags = thought_ids(self._tokenizer, thought) if limited else None
+        message.request.thought = msgspec.structs.replace(thought, place=place, ids=tags)
 
     def _given_ids(self, message: Generate) -> bytes:
         """The ids of a prompt that is not text; vectors stand at placeholder ids."""

@@ -44,9 +44,12 @@ ERROR_PREFIX = "Error: "  # of a tool result with is_error: chat templates have 
 ChatMessage = dict[str, Any]
 
 
-def chat_body(body: MessagesBody) -> ChatBody:
-    """The chat completion that a body of /v1/messages asks for. Raises RequestError."""
-    check_budget(body)
+def chat_body(body: MessagesBody, thinks: bool = True) -> ChatBody:
+    """The chat completion that a body of /v1/messages asks for. Raises RequestError.
+
+    `thinks`: the server knows how its model marks thoughts. For other models a budget of thought limits nothing.
+    """
+    budget = checked_budget(body)
     return msgspec.structs.replace(
         conversation(body),
         rid=f"msg_{uuid.uuid4().hex}",  # the message's id: /abort_request takes it
@@ -56,6 +59,7 @@ def chat_body(body: MessagesBody) -> ChatBody:
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k or None,  # 0 is no limit there
+        thinking_budget=budget if thinks else None,
     )
 
 
@@ -217,11 +221,11 @@ def thinking_switch(thinking: Thinking) -> dict[str, Any]:
     return {"enable_thinking": thinks, "thinking": thinks}
 
 
-def check_budget(body: MessagesBody) -> None:
-    """Raise RequestError unless 0 < budget_tokens < max_tokens, as that API does; the budget itself is not enforced."""
+def checked_budget(body: MessagesBody) -> int | None:
+    """The tokens that a thought may have. Raises RequestError unless 0 < budget_tokens < max_tokens."""
     thinking = body.thinking
     if thinking is None or thinking.type != "enabled":
-        return
+        return None
     if thinking.budget_tokens is None:
         raise RequestError("thinking: budget_tokens is required where type is 'enabled'.", field="thinking")
     if not 0 < thinking.budget_tokens < body.max_tokens:
@@ -230,3 +234,4 @@ def check_budget(body: MessagesBody) -> None:
             f"({body.max_tokens}).",
             field="thinking",
         )
+    return thinking.budget_tokens

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
@@ -50,8 +51,11 @@ class MessageCall:
     def __init__(self, gateway: Gateway, body: MessagesBody) -> None:
         self._body = body
         self._gateway = gateway
-        self.chat = ChatCall(gateway, chat_body(body))
+        self.chat = ChatCall(gateway, chat_body(body, thinks=gateway.config.reasoning_parser is not None))
         [self._choice] = self.chat.choices
+        for item in self.chat.job.requests:
+            if (thought := item.request.thought) is not None:  # agents send a budget to every model
+                item.request.thought = msgspec.structs.replace(thought, limited=False)
         self._id = self.chat.id
         omitted = body.thinking is not None and body.thinking.display == "omitted"
         self._blocks = ContentBlocks(self._id, include_thinking=not omitted)

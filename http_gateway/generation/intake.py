@@ -23,6 +23,10 @@ from quartet.runtime.vocabulary import check_input_ids, check_logprob_options
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
 NULL_MEANS_SOMETHING = "max_new_tokens"  # there it is: until the context is full
 
+NO_BUDGET = (
+    "thinking_budget needs a model whose thoughts the server can tell apart: its chat template shows none, and "
+    "--reasoning-parser does not name how they are marked."
+)
 NEEDS_TOKENIZER = "The tokenizer is not initialized (--skip-tokenizer-init); use input_ids and token ids instead of {}."
 
 
@@ -214,6 +218,7 @@ def check_without_tokenizer(prompt: Generate) -> None:
         "stop": bool(params.stop_strings),
         "stop_regex": bool(params.stop_patterns),
         "min_new_tokens": params.min_new_tokens > 0,
+        "thinking_budget": params.thinking_budget is not None,
         "return_text_in_logprobs": prompt.request.logprobs is not None and prompt.request.logprobs.text,
     }
     for name, asked in asks.items():

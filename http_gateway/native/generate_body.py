@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from quartet.http_gateway.generation.intake import Job, Rules, fan_out, sampling_params
+from quartet.http_gateway.generation.intake import NO_BUDGET, Job, Rules, fan_out, sampling_params
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.runtime import limits
 from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
@@ -59,6 +59,7 @@ class GenerateBody(Truncating, kw_only=True):
     return_entropy: bool | list[bool] | None = None
     return_sampling_mask: bool | list[bool] | None = None
     require_reasoning: bool | list[bool] | None = None
+    max_thinking_tokens: int | None = None  # of every prompt whose parameters have no thinking_budget
     # there is one rank, number 0
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
@@ -77,7 +78,6 @@ class GenerateBody(Truncating, kw_only=True):
     sampling_logprobs_mode: Any = None
     return_flat_raw_top_logprobs: Any = None
     return_flat_raw_top_logprobs_b64: Any = None
-    max_thinking_tokens: Any = None
     watermark: Any = None
     custom_labels: Any = None
 
@@ -254,6 +254,8 @@ READERS = {"text": read_text, "input_ids": read_ids, "input_embeds": read_embeds
 def params_per_prompt(body: GenerateBody, size: int, rules: Rules) -> list[SamplingParams]:
     """The sampling parameters of each prompt. Raises RequestError; prompts without their own share one object."""
     given: list[dict[str, Any]] = per_prompt(body, "sampling_params", {}, size)
+    if body.max_thinking_tokens is not None:
+        given = [{"thinking_budget": body.max_thinking_tokens, **item} for item in given]
     if isinstance(body.sampling_params, list):
         params = [sampling_params(item, rules) for item in given]
     else:
@@ -314,16 +316,20 @@ def with_distribution(
 
 
 def read_thoughts(body: GenerateBody, params: list[SamplingParams], rules: Rules) -> list[Thought | None]:
-    """The thought before each constrained output, where it is asked for; else the constraint begins at once."""
+    """How the output of each prompt may think, where that matters: before JSON if asked for, and under a budget."""
     requested = per_prompt(body, "require_reasoning", False, len(params))
-    found = [
-        rules.thought if asked and own.grammar is not None else None
-        for asked, own in zip(requested, params, strict=True)
-    ]
-    for asked, own in zip(requested, params, strict=True):
-        if asked and own.grammar is not None and (rules.thought is None or own.json_schema is None):
-            raise RequestError(NO_THOUGHT, field="require_reasoning")
-    return found
+    return [thought_of(asked, own, rules) for asked, own in zip(requested, params, strict=True)]
+
+
+def thought_of(asked: bool, params: SamplingParams, rules: Rules) -> Thought | None:
+    """The thought of one output, None for none. Raises RequestError where the model's marks are not known."""
+    before_grammar = asked and params.grammar is not None
+    if before_grammar and (rules.thought is None or params.json_schema is None):
+        raise RequestError(NO_THOUGHT, field="require_reasoning")
+    if params.thinking_budget is not None and rules.thought is None:
+        raise RequestError(NO_BUDGET, field="thinking_budget")
+    limited = params.thinking_budget is not None and params.regex is None and params.ebnf is None
+    return rules.thought if before_grammar or limited else None
 
 
 def read_asked_tokens(body: GenerateBody, size: int) -> list[list[int] | None]:

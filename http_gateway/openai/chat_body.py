@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quartet.http_gateway.generation.intake import NO_BUDGET
 from quartet.http_gateway.native.generate_body import pack_prompt_ids, placeholder_request
 from quartet.http_gateway.openai.chat_turn import Turn
 from quartet.http_gateway.openai.params import params_of
@@ -23,6 +24,7 @@ NO_MESSAGES = "Messages cannot be empty."
 NO_TOOLS = "Tools cannot be empty if tool choice is set to required."
 NO_TEMPLATES = "chat_template is not supported: conversations are rendered by the server's own (--chat-template)."
 NO_SUCH_TOOL = "Tool '{}' not found in tools list."
+BUDGETS = ("thinking_budget", "max_thinking_tokens")
 TOO_LARGE = "{} is too large: {}.This model supports at most {} completion tokens."
 
 
@@ -53,7 +55,10 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
         raise RequestError(NO_TOOLS, field="tools")
     if name is not None and name not in tool_calls.names_of(tools):
         raise RequestError(NO_SUCH_TOOL.format(name), field="tool_choice")
-    schema = tool_calls.calls_schema(tools, name, body.parallel_tool_calls is not False)
+    parallel = body.parallel_tool_calls is not False
+    if own is not None and (grammar := tool_calls.demanded_calls(own, tools, name, parallel)) is not None:
+        return Choosing(tools, grammar, replace(own, alone=True))
+    schema = tool_calls.calls_schema(tools, name, parallel)
     demanded = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
     return Choosing(tools, ("json_schema", schema), demanded)
 
@@ -61,7 +66,7 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
 def constrained(body: ChatBody) -> bool:
     """Whether the client says itself what the output must look like."""
     has_format = body.response_format is not None and body.response_format.type != "text"
-    return has_format or any(getattr(body, name) is not None for name in (*GRAMMARS, *VLLM_FIELDS))
+    return has_format or any(getattr(body, name, None) is not None for name in (*GRAMMARS, *VLLM_FIELDS))
 
 
 def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingParams:
@@ -74,7 +79,28 @@ def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingP
     fallback: dict[str, Any] = {"max_new_tokens": None}
     if (choice.format is not None and not choice.format.alone) or marks_are_tokens(gateway.config.reasoning_parser):
         fallback["skip_special_tokens"] = False  # some models write calls and thoughts between special tokens
-    return params_of(gateway, body, {} if limit is None else {"max_new_tokens": limit}, fallback, choice.grammar)
+    fixed: dict[str, int | None] = {} if limit is None else {"max_new_tokens": limit}
+    if choice.format is not None and choice.format.alone and choice.format.frame is not None:
+        fixed["skip_special_tokens"] = False  # whatever the client says: its calls must be read
+    if (budget := thinking_budget(body)) is not None:
+        fixed["thinking_budget"] = budget
+    return params_of(gateway, body, fixed, fallback, choice.grammar)
+
+
+def thinking_budget(body: ChatBody) -> int | None:
+    """The most tokens of a thought. Raises RequestError where two names for it disagree."""
+    variables = body.chat_template_kwargs or {}
+    if body.thinking_budget is not None and body.max_thinking_tokens not in (None, body.thinking_budget):
+        raise RequestError("thinking_budget and max_thinking_tokens are two names for one limit.", field=BUDGETS[1])
+    for name in BUDGETS:
+        if (value := getattr(body, name)) is not None:
+            return int(value)
+    for name in BUDGETS:
+        if (value := variables.get(name)) is not None:
+            if type(value) is not int:
+                raise RequestError(f"{name} must be an integer.", field="chat_template_kwargs")
+            return None if value < 0 else value  # templates that know such a variable write -1 for no limit
+    return None
 
 
 def marks_are_tokens(family: str | None) -> bool:
@@ -123,12 +149,17 @@ def checked(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_variables(body: ChatBody) -> dict[str, Any]:
-    """The template's variables: `reasoning_effort` under the names that templates use."""
+    """The template's variables: what the body says of thinking, under the names that templates use."""
     variables: dict[str, Any] = {}
-    if body.reasoning_effort == "none":
-        variables = {"enable_thinking": False, "thinking": False}
-    elif body.reasoning_effort is not None:
-        variables = {"reasoning_effort": body.reasoning_effort}
+    thinks = False if body.reasoning_effort == "none" else None
+    if body.reasoning_effort is not None and thinks is None:
+        variables["reasoning_effort"] = body.reasoning_effort
+    if body.enable_thinking is not None:
+        thinks = body.enable_thinking
+    if thinks is not None:
+        variables |= {"enable_thinking": thinks, "thinking": thinks}
+    if (budget := thinking_budget(body)) is not None:
+        variables["thinking_budget"] = budget
     return variables | (body.chat_template_kwargs or {})
 
 
@@ -152,11 +183,14 @@ def make_turn(body: ChatBody, choice: Choosing, thought: Thought | None) -> Turn
 
 
 def thought_of(body: ChatBody, family: str | None, params: SamplingParams) -> Thought | None:
-    """What the output may begin with, on a server that knows how its model thinks.
+    """What the output may begin with, on a server that knows how its model thinks. Raises RequestError where it does
+    not and the thought has a budget.
 
     A regex or an EBNF constrains the whole output. There is a thought in it only where it spells one of the tags.
     """
     variables = template_variables(body)
+    if family is None and params.thinking_budget is not None:
+        raise RequestError(NO_BUDGET, field="thinking_budget")
     if family is None:
         return None
     found = reasoning.family(family)

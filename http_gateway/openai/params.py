@@ -21,7 +21,8 @@ from quartet.runtime.sampling import GRAMMARS, SamplingParams
 DEFAULT_MODEL = "default"
 RENAMED = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 CLIENT_NAMES = {ours: theirs for theirs, ours in RENAMED.items()} | {
-    "max_new_tokens": "max_tokens"
+    "max_new_tokens": "max_tokens",
+    "call_grammar": "tools",
 }  # as errors name them
 SHARED_FIELDS = tuple(
     field.name
@@ -40,13 +41,13 @@ def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
 def params_of(
     gateway: Gateway,
     body: GenerationBody,
-    limit: Mapping[str, int | None],
+    fixed: Mapping[str, int | None],
     fallback: Mapping[str, Any],
     forced: tuple[str, str] | None = None,
 ) -> SamplingParams:
     """The parameters of a request: what it says over the operator's over the model's over `fallback`.
 
-    `limit`: max_new_tokens, where the request has one. `forced`: the grammar of a demanded tool call.
+    `fixed`: what the endpoint has read itself, such as max_new_tokens. `forced`: the grammar of a demanded tool call.
     """
     refuse_unsupported_fields(body)
     given = {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
@@ -57,7 +58,7 @@ def params_of(
     from_model = gateway.config.sampling_defaults == "model"
     under = model_defaults(gateway.model.generation_config) if from_model else {}
     preferred = {**fallback, **under, **gateway.rules.preferred}
-    return sampling_params(given | dict(limit), replace(gateway.rules, preferred=preferred))
+    return sampling_params(given | dict(fixed), replace(gateway.rules, preferred=preferred))
 
 
 def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:

@@ -3,7 +3,7 @@
 import secrets
 import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from quartet.http_gateway.parsers.channels import HARMONY, Channels
@@ -24,11 +24,16 @@ def short_call_id() -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """How one call stands in the text, for grammars that constrain its arguments."""
+    """How the model itself writes calls, for the grammars that constrain them."""
 
     begin: str  # before the name
     middle: str  # between the name and the arguments
     end: str
+    before: str = ""  # the first call
+    separator: str = ""  # of two calls
+    after: str = ""  # the last call
+    quoted: bool = True  # the name is a JSON string
+    numbered: bool = False  # a colon and the number of the call follow the name
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,34 @@ HERMES = CallFormat(
     opening="<tool_call>",
     closing="</tool_call>",
     separators=",",
-    frame=Frame('<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>"),
+    frame=Frame('<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>", separator="\n"),
 )
 DEEPSEEK_V3 = CallFormat(
     opening="<｜tool▁calls▁begin｜>",
     closing="<｜tool▁calls▁end｜>",
     head=Head("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "```<｜tool▁call▁end｜>"),
+    frame=Frame(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+        "\n```json\n",
+        "\n```<｜tool▁call▁end｜>",
+        before="<｜tool▁calls▁begin｜>",
+        separator="\n",
+        after="<｜tool▁calls▁end｜>",
+        quoted=False,
+    ),
 )
 DEEPSEEK_V31 = CallFormat(
     opening="<｜tool▁calls▁begin｜>",
     closing="<｜tool▁calls▁end｜>",
     head=Head("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    frame=Frame(
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+        "<｜tool▁call▁end｜>",
+        before="<｜tool▁calls▁begin｜>",
+        after="<｜tool▁calls▁end｜>",
+        quoted=False,
+    ),
 )
 DEEPSEEK_V32 = CallFormat(
     body="tags",
@@ -102,8 +124,17 @@ KIMI_K2 = CallFormat(
     opening="<|tool_calls_section_begin|>",
     closing="<|tool_calls_section_end|>",
     head=Head("<|tool_call_begin|>functions.", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "functions."),
+    frame=Frame(
+        "<|tool_call_begin|>functions.",
+        "<|tool_call_argument_begin|>",
+        "<|tool_call_end|>",
+        before="<|tool_calls_section_begin|>",
+        after="<|tool_calls_section_end|>",
+        quoted=False,
+        numbered=True,
+    ),
 )
-LIST_FRAME = Frame('<|tool_call|>[{"name": ', ', "arguments": ', "}]")
+LIST_FRAME = Frame('{"name": ', ', "arguments": ', "}", before="<|tool_call|>[", separator=", ", after="]")
 GRANITE = CallFormat(
     opening="<|tool_call|>",
     other_openings=("<tool_call>", "<function_call>"),  # of versions 3.1 and 20b-functioncalling
@@ -116,9 +147,16 @@ PHI4_MINI = CallFormat(
     other_openings=("functools",),
     closing="<|/tool_call|>",
     separators=",",
-    frame=Frame(LIST_FRAME.begin, LIST_FRAME.middle, LIST_FRAME.end + "<|/tool_call|>"),
+    frame=replace(LIST_FRAME, after="]<|/tool_call|>"),
 )
-OLMO3 = CallFormat(body="python", opening="<function_calls>", closing="</function_calls>", separators=",", lines=True)
+OLMO3 = CallFormat(
+    body="python",
+    opening="<function_calls>",
+    closing="</function_calls>",
+    separators=",",
+    lines=True,
+    frame=Frame("", "(", ")", before="<function_calls>", separator="\n", after="</function_calls>", quoted=False),
+)
 GEMMA3 = CallFormat(
     body="python",
     opening="```tool_code",
@@ -128,18 +166,29 @@ GEMMA3 = CallFormat(
     separators=",",
     lines=True,
     wrapper="print",
+    frame=Frame("", "(", ")", before="```tool_code\n", separator="\n", after="\n```", quoted=False),
 )
 GLM45 = CallFormat(
     body="tags",
     opening="<tool_call>",
     closing="</tool_call>",
     tags=Tags("", "", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", ""),
+    frame=Frame("<tool_call>", "\n", "</tool_call>", separator="\n", quoted=False),
 )
 MINIMAX_M2 = CallFormat(
     body="tags",
     opening="<minimax:tool_call>",
     closing="</minimax:tool_call>",
     tags=Tags('<invoke name="', '">', '<parameter name="', '">', "", "</parameter>", "</invoke>"),
+    frame=Frame(
+        '<invoke name="',
+        '">\n',
+        "</invoke>",
+        before="<minimax:tool_call>\n",
+        separator="\n",
+        after="\n</minimax:tool_call>",
+        quoted=False,
+    ),
 )
 QWEN3_CODER = CallFormat(
     body="tags",
@@ -147,6 +196,7 @@ QWEN3_CODER = CallFormat(
     other_openings=("<function=",),
     closing="</tool_call>",
     tags=Tags("<function=", ">", "<parameter=", ">", "", "</parameter>", "</function>", own_lines=True),
+    frame=Frame("<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", separator="\n", quoted=False),
 )
 FORMATS = {
     "hermes": HERMES,
@@ -154,17 +204,22 @@ FORMATS = {
         opening="<|python_tag|>",
         bare=("",),
         separators=";,",
-        frame=Frame('<|python_tag|>{"name": ', ', "parameters": ', "}"),
+        frame=Frame('{"name": ', ', "parameters": ', "}", separator="; "),
     ),
     "mistral": CallFormat(
         opening="[TOOL_CALLS]",
         separators=",",
         named=True,
-        frame=Frame('[TOOL_CALLS] [{"name": ', ', "arguments": ', "}]"),
+        frame=Frame('{"name": ', ', "arguments": ', "}", before="[TOOL_CALLS] [", separator=", ", after="]"),
         new_id=short_call_id,
     ),
     "pythonic": CallFormat(
-        body="python", closing="<|python_end|>", bare=("<|python_start|>", ""), brackets="[", separators=","
+        body="python",
+        closing="<|python_end|>",
+        bare=("<|python_start|>", ""),
+        brackets="[",
+        separators=",",
+        frame=Frame("", "(", ")", before="[", separator=", ", after="]", quoted=False),
     ),
     "qwen": HERMES,
     "qwen25": HERMES,

@@ -4,9 +4,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from quartet.http_gateway.parsers.call_formats import FORMATS, CallFormat
+import msgspec
+
+from quartet.http_gateway.parsers.call_formats import FORMATS, CallFormat, Frame
 from quartet.http_gateway.parsers.output_reader import OutputReader
-from quartet.http_gateway.parsers.tool_events import Parsed, Tool, collect
+from quartet.http_gateway.parsers.tagged_calls import Tags, kinds_of
+from quartet.http_gateway.parsers.tool_events import Function, Parsed, Tool, collect
+from quartet.runtime.call_grammar import CallGrammar, CallRule, ValueTags
 from quartet.runtime.errors import RequestError
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
@@ -68,17 +72,64 @@ def parameters_schema(tool: Tool, index: int) -> dict[str, Any]:
     return {"$id": f"tool:{index}", **parameters}
 
 
+def demanded_calls(
+    calls: CallFormat, tools: Sequence[Tool], name: str | None, parallel: bool
+) -> tuple[str, str] | None:
+    """The grammar of the calls that `tool_choice` demands, as the model itself writes them.
+
+    None where it is not known how it does. The tool that is named, if any, is one of the tools.
+    """
+    if calls.frame is None:
+        return None
+    chosen = [tool for tool in tools if name in (None, tool.function.name)]
+    return "call_grammar", grammar_text(calls, calls.frame, chosen, single=name is not None or not parallel)
+
+
 def strict_calls(calls: CallFormat, tools: Sequence[Tool]) -> tuple[str, str] | None:
     """The grammar under which a call, once the model begins one, fits its tool; None where no tool is strict."""
-    if calls.frame is None or not any(tool.function.strict for tool in tools):
+    if calls.frame is None or not calls.opening or not any(tool.function.strict for tool in tools):
         return None
-    frame = calls.frame
-    structures = [
-        {
-            "begin": f"{frame.begin}{json.dumps(tool.function.name, ensure_ascii=False)}{frame.middle}",
-            "schema": parameters_schema(tool, index) if tool.function.strict else {"type": "object"},
-            "end": frame.end,
-        }
-        for index, tool in enumerate(tools)
+    free = {"type": "object", "additionalProperties": True}
+    asked = [
+        tool if tool.function.strict else Tool(Function(tool.function.name, parameters=free), tool.type)
+        for tool in tools
     ]
-    return "structural_tag", json.dumps({"structures": structures, "triggers": [calls.opening]})
+    return "call_grammar", grammar_text(calls, calls.frame, asked, trigger=calls.opening)
+
+
+def grammar_text(
+    calls: CallFormat, frame: Frame, tools: Sequence[Tool], *, trigger: str = "", single: bool = False
+) -> str:
+    """A CallGrammar for these tools, in JSON."""
+    grammar = CallGrammar(
+        calls=[call_rule(calls, frame, tool) for tool in tools],
+        before=frame.before,
+        separator=frame.separator,
+        after=frame.after,
+        numbered=frame.numbered,
+        body=calls.body,
+        tags=value_tags(calls.tags) if calls.tags else None,
+        trigger=trigger,
+        single=single,
+    )
+    return msgspec.json.encode(grammar).decode()
+
+
+def call_rule(calls: CallFormat, frame: Frame, tool: Tool) -> CallRule:
+    """How calls of one tool are written."""
+    name, parameters = tool.function.name, tool.function.parameters
+    properties = parameters.get("properties") if parameters else None
+    raw = [key for key, schema in properties.items() if "string" in kinds_of(schema)] if properties else []
+    return CallRule(
+        begin=frame.begin + (json.dumps(name, ensure_ascii=False) if frame.quoted else name),
+        middle=frame.middle,
+        end=frame.end,
+        parameters=NO_PARAMETERS if parameters is None else parameters,
+        raw=raw if calls.tags else [],
+    )
+
+
+def value_tags(tags: Tags) -> ValueTags:
+    """What stands around a parameter's name and value; an opening of the value stands on a line of its own."""
+    middle = tags.key_end + ("\n" + tags.value_begin if tags.value_begin else "") + "\n" * tags.own_lines
+    return ValueTags(begin=tags.key_begin, middle=middle, end=tags.value_end, own_lines=tags.own_lines)

@@ -46,7 +46,8 @@ def proposed_drafts(rows: list[Sequence], budget: int) -> dict[Sequence, tuple[i
     found: dict[Sequence, tuple[int, ...]] = {}
     for sequence in rows if budget > 0 else ():
         left = sequence.limit - sequence.output_len - 1  # verification itself gives one token more
-        if sequence.drafter and (draft := sequence.drafter.propose(sequence.ids, min(left, budget))):
+        most = min(left, budget, sequence.most_drafts)
+        if sequence.drafter and (draft := sequence.drafter.propose(sequence.ids, most)):
             found[sequence] = draft
     if sum(map(len, found.values())) > budget:
         found = {sequence: draft[: budget // len(found)] for sequence, draft in found.items()}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from quartet.runtime.messages import Finish, Logprobs, Request
 from quartet.scheduler_service.core.drafts import Drafter, Grammar
+from quartet.scheduler_service.core.thought_budget import UNLIMITED, ThoughtBudget
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class Sequence:
     routed: PositionData = field(default_factory=PositionData)  # chosen experts, sent at the end
     grammar: Grammar | None = None  # what constrains the output; the worker knows more of it
     drafter: Drafter | None = None  # for speculative decoding
+    thought_budget: ThoughtBudget | None = None  # of the committed tokens; followed where there is a drafter
 
     @property
     def rid(self) -> str:
@@ -78,6 +80,14 @@ class Sequence:
     @property
     def output_len(self) -> int:
         return len(self.ids) - self.prompt_len
+
+    @property
+    def most_drafts(self) -> int:
+        """How many tokens a draft may have, so that no verified position may need a token that is forced."""
+        if self.thought_budget is None:
+            return UNLIMITED
+        self.thought_budget.follow(self.ids)
+        return max(0, self.thought_budget.free - 1)
 
     @property
     def needs_decode(self) -> bool:

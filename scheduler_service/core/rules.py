@@ -9,6 +9,7 @@ from quartet.runtime.vocabulary import check_input_ids, check_logprob_options, c
 from quartet.scheduler_service.core.drafts import DraftOptions, Grammar, drafter_of
 from quartet.scheduler_service.core.plan import NAN_HAPPENED, Result
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.thought_budget import thought_budget_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float, grammar: 
         stop_ids=stop_ids(request, config),
         grammar=grammar,
         drafter=drafter_of(request, config.drafts, grammar, len(ids)),
+        thought_budget=thought_budget_of(request, len(ids)),
         priority=-request.priority if config.low_values_first else request.priority,
     )
     if resumed:  # the client has the prompt's logprobs already, and all hidden states but the last

@@ -35,7 +35,7 @@ class State:
     @property
     def needs_tokens_on_host(self) -> bool:
         """Whether the host needs all earlier tokens before it can draw the next one."""
-        return self.matcher is not None or self.row.counts_output
+        return self.matcher is not None or self.row.needs_output(self.unseen)
 
     def take(self, token: int) -> bool:
         """Note a sampled token; returns whether it completes the output by its grammar."""

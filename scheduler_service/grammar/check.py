@@ -12,6 +12,7 @@ from llguidance import LLMatcher, LLParserLimits
 
 from quartet.runtime import limits
 from quartet.runtime.process import guarded
+from quartet.scheduler_service.grammar.calls import from_calls
 from quartet.scheduler_service.grammar.source import source
 
 MAX_PROBLEM_CHARS = 500
@@ -40,7 +41,10 @@ def handle(request: bytes) -> bytes:
 def check_grammar(request: CheckRequest) -> CheckResult:
     """Translate a grammar and try it."""
     try:
-        grammar = source(request.kind, request.text, request.special_tokens)
+        if request.kind == "call_grammar":
+            grammar = from_calls(request.text, request.special_tokens)
+        else:
+            grammar = source(request.kind, request.text, request.special_tokens)
     except (ValueError, RecursionError) as error:
         return CheckResult(problem=shortened(str(error)))
     failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LLParserLimits(verbose_errors=False))

@@ -72,7 +72,7 @@ def is_complete(message: Tokenized, grammar: Grammar) -> bool:
 
 
 def output_grammar(request: Request, kind: str, text: str) -> tuple[str, str]:
-    """Kind and text of the grammar for the whole output: a JSON schema is for what follows the model's thought."""
-    if request.thought is None or kind != "json_schema":
+    """Kind and text of the grammar for the whole output: JSON and calls are for what follows the model's thought."""
+    if request.thought is None or kind not in ("json_schema", "call_grammar"):
         return kind, text
     return kind, after_thought(text, request.thought)

@@ -35,23 +35,37 @@ def source(kind: str, text: str, special_tokens: SpecialTokens) -> str:
 
 def needs_tokens(kind: str, text: str) -> bool:
     """Whether the grammar names special tokens."""
-    return kind == "structural_tag" or text.startswith(THOUGHT)
+    return kind in ("structural_tag", "call_grammar") or text.startswith(THOUGHT)
 
 
 def from_json_schema(text: str, special_tokens: SpecialTokens) -> str:
     """The engine's grammar for a schema, after a thought where the text says so (see `after_thought`)."""
+    thought, text = split_thought(text)
+    schema = json.dumps(checked_schema(text))
+    return LLMatcher.grammar_from_json_schema(schema) if thought is None else _after(thought, schema, special_tokens)
+
+
+def after_thought(text: str, thought: Thought) -> str:
+    """The text of a constraint: first the thought, if the model thinks or has to, then what `text` constrains."""
+    return text if thought.place == "past" else f"{THOUGHT}{msgspec.json.encode(thought).decode()}\n{text}"
+
+
+def split_thought(text: str) -> tuple[Thought | None, str]:
+    """The reverse of `after_thought`."""
     if not text.startswith(THOUGHT):
-        return LLMatcher.grammar_from_json_schema(json.dumps(checked_schema(text)))
-    head, _, schema = text.removeprefix(THOUGHT).partition("\n")
-    return _after(msgspec.json.decode(head, type=Thought), json.dumps(checked_schema(schema)), special_tokens)
-
-
-def after_thought(schema: str, thought: Thought) -> str:
-    """The text of a constraint: first the thought, if the model thinks or has to, then JSON of the schema."""
-    return schema if thought.place == "past" else f"{THOUGHT}{msgspec.json.encode(thought).decode()}\n{schema}"
+        return None, text
+    head, _, rest = text.removeprefix(THOUGHT).partition("\n")
+    return msgspec.json.decode(head, type=Thought), rest
 
 
 def _after(thought: Thought, schema: str, special_tokens: SpecialTokens) -> str:
+    start, rules = thought_rules(thought, special_tokens)
+    lines = ["%llguidance {}", f"start: {start} answer", f"answer: %json {schema}", *rules]
+    return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
+
+
+def thought_rules(thought: Thought, special_tokens: SpecialTokens) -> tuple[str, list[str]]:
+    """What the Lark of an output begins with where there is or may be a thought, and the rules for it."""
     closing = thought.closing
     if closing in special_tokens:
         end = [f"thought: TEXT <[{special_tokens[closing]}]>", r"TEXT: /(.|\n)*/"]
@@ -59,9 +73,7 @@ def _after(thought: Thought, schema: str, special_tokens: SpecialTokens) -> str:
         end = [f"thought[lazy]: TEXT {json.dumps(closing)}", r"TEXT: /(.|\n)*/"]
     before = "" if thought.place == "inside" else f"{literal(thought.opening, special_tokens)} "
     start = f"{before}thought BLANKS" if thought.place == "inside" else f"(BLANKS {before}thought BLANKS)?"
-    blanks = r"BLANKS: /[ \n\r\t]{0,8}/"
-    lines = ["%llguidance {}", f"start: {start} answer", f"answer: %json {schema}", *end, blanks]
-    return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
+    return start, [*end, r"BLANKS: /[ \n\r\t]{0,8}/"]
 
 
 def from_regex(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Adjustments of the logits of single tokens: penalties, the minimum length, bias. The same on any device.
+"""Adjustments of the logits of single tokens: penalties, the minimum length, bias, the end of a thought.
+
+The same on any device.
 
 A parameter that adjusts single tokens is a field of `SamplingParams` and a row of `ADJUSTMENTS`.
 """
@@ -12,6 +14,8 @@ import torch
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.host.transfer import send, upload
 from quartet.scheduler_service.sampling.rows import Feature, Row
+
+CERTAIN = 1e30  # a logit beside which no other counts; finite, whatever the temperature
 
 AdjustedRow = tuple[int, Row, int]  # row of the logits, its request, the position of the token that is drawn
 
@@ -73,8 +77,21 @@ def add_bias(logits: torch.Tensor, rows: list[AdjustedRow]) -> None:
         logits[index, upload(row.bias_ids, logits.device)] += upload(row.biases, logits.device)
 
 
+def end_thought(logits: torch.Tensor, rows: list[AdjustedRow]) -> None:
+    """Leave only the closing tag where the budget of a thought is spent.
+
+    A grammar does not allow it amid a character: then it comes behind the character, so others must stay possible.
+    """
+    for index, row, position in rows:
+        if row.thought_budget is not None and (token := row.thought_budget.forced_at(position)) is not None:
+            if row.params.grammar is None:
+                logits[index] = -inf
+            logits[index, token] = CERTAIN
+
+
 ADJUSTMENTS = (
     Adjustment(has_penalty, penalise, counts_output=True),
     Adjustment(lambda params: params.min_new_tokens > 0, forbid_the_end),
     Adjustment(lambda params: bool(params.logit_bias), add_bias),
+    Adjustment(lambda params: params.thinking_budget is not None, end_thought),
 )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.thought_budget import ThoughtBudget
 
 
 class Feature:
@@ -74,11 +75,18 @@ class Row:
     counted: "array[int]" = field(default_factory=lambda: array("q"))  # distinct output tokens
     counts: "array[int]" = field(default_factory=lambda: array("q"))  # how often each occurred
     places: dict[int, int] = field(default_factory=dict)  # token → index into the two arrays
+    thought_budget: ThoughtBudget | None = None
 
     def add(self, token: int) -> None:
         """Note an output token."""
         if self.counts_output:
             self.count((token,))
+        if self.thought_budget is not None:
+            self.thought_budget.take(token)
+
+    def needs_output(self, unseen: int) -> bool:
+        """Whether the next draw depends on all earlier tokens, the last `unseen` of which were not noted yet."""
+        return self.counts_output or (self.thought_budget is not None and self.thought_budget.free <= unseen)
 
     def count(self, tokens: Iterable[int]) -> None:
         """Note how often output tokens occurred."""

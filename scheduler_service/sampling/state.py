@@ -4,6 +4,7 @@ from array import array
 
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.thought_budget import thought_budget_of
 from quartet.scheduler_service.sampling.adjust import ADJUSTMENTS
 from quartet.scheduler_service.sampling.rows import DrawSettings, Feature, Row
 
@@ -20,7 +21,10 @@ def make_row(sequence: Sequence, eos_ids: list[int]) -> Row:
         bias_ids=array("q", map(int, bias)),
         biases=array("f", bias.values()),
         counts_output=any(adjustment.counts_output and adjustment.is_used(params) for adjustment in ADJUSTMENTS),
+        thought_budget=thought_budget_of(sequence.request, sequence.prompt_len),
     )
+    if row.thought_budget is not None:
+        row.thought_budget.follow(sequence.ids)
     if row.counts_output:
         row.count(sequence.ids[sequence.prompt_len :])
     return row

@@ -54,3 +54,25 @@ def test_a_schema_drives_no_model_into_a_thought_that_has_no_token_for_one(learn
     [message] = Encoder(tokenizer).step([Generate(request=request, text="hi")])
     assert isinstance(message, Tokenized) and message.request.thought.place == place
     assert thought.place == "before"  # the gateway's own stays as it was
+
+
+def limited(tokenizer, prompt, insists=True):
+    thought = Thought(opening="<think>", closing="</think>", limited=insists)
+    request = Request(rid="r", params=SamplingParams(thinking_budget=5), thought=thought)
+    [message] = Encoder(tokenizer).step([Generate(request=request, text=prompt)])
+    return message
+
+
+def test_a_budget_of_thought_gets_the_tokens_that_it_counts_by():
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["</think>"])
+    ids = limited(tokenizer, "hi").request.thought.ids
+    assert (ids.opening, ids.closing) == (tokenizer.token_to_id("<think>"), tokenizer.token_to_id("</think>"))
+    assert tokenizer.encode("\n").ids[0] in ids.blanks
+    assert limited(tokenizer, "hi<think></think>").request.thought.ids is None  # there is nothing left to limit
+
+
+def test_a_budget_needs_a_token_for_the_end_of_the_thought():
+    finish = limited(byte_level(), "hi").finish
+    assert (finish.status, finish.field) == (400, "thinking_budget") and "</think>" in finish.message
+    assert limited(byte_level(), "hi", insists=False).request.thought.ids is None

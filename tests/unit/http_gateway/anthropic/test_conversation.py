@@ -239,6 +239,15 @@ def test_thinking_sets_the_template_variables(thinking: Any, enabled: bool) -> N
     assert chat().chat_template_kwargs is None
 
 
+def test_budget_tokens_bound_the_thought_of_a_model_that_thinks() -> None:
+    body = msgspec.convert(
+        {"messages": HI, "max_tokens": 10, "thinking": {"type": "enabled", "budget_tokens": 9}}, MessagesBody
+    )
+    assert chat_body(body).thinking_budget == 9
+    assert chat_body(body, thinks=False).thinking_budget is None
+    assert chat(thinking={"type": "adaptive"}).thinking_budget is None
+
+
 @pytest.mark.parametrize("budget", [None, 0, -1, 10, 1024])
 def test_budget_tokens_must_be_below_max_tokens(budget: int | None) -> None:
     assert "budget_tokens" in refusal(thinking={"type": "enabled", "budget_tokens": budget}).message

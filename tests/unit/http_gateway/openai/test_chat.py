@@ -7,8 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from quartet.http_gateway.parsers.call_formats import FORMATS
 from quartet.runtime.errors import too_long
 from quartet.runtime.messages import Finish, Generate, Message, Place, Text, Thought, unpack_ids
+from quartet.runtime.sampling import GRAMMARS
 from tests.unit.http_gateway.harness import Served, asynchronous, ends, served, step
 from tests.unit.http_gateway.openai_scripts import says
 
@@ -299,11 +301,47 @@ async def test_calls_behind_the_one_that_is_allowed_are_dropped() -> None:
 
 @asynchronous
 async def test_ids_of_calls_fit_the_templates_of_the_server_s_family() -> None:
-    demanded = '[{"name": "weather", "parameters": {}}]'
-    for text, choice in (("[TOOL_CALLS]" + demanded, "auto"), (demanded, "required")):
-        async with served(says(text), tool_call_parser="mistral") as server:
+    for choice in ("auto", "required"):
+        async with served(
+            says('[TOOL_CALLS] [{"name": "weather", "arguments": {}}]'), tool_call_parser="mistral"
+        ) as server:
             [call] = (await ask(server, tools=[WEATHER], tool_choice=choice))["choices"][0]["message"]["tool_calls"]
             assert re.fullmatch("[a-zA-Z0-9]{9}", call["id"])
+
+
+DEMANDED = {
+    "hermes": '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>',
+    "qwen3_coder": ("<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n</function>\n</tool_call>"),
+    "llama3": '{"name": "weather", "parameters": {"city": "Ulm"}}',
+    "pythonic": '[weather(city="Ulm")]',
+}
+
+
+@pytest.mark.parametrize("family", DEMANDED)
+@asynchronous
+async def test_demanded_calls_are_written_and_read_in_the_model_s_own_format(family: str) -> None:
+    async with served(says(*DEMANDED[family]), tool_call_parser=family) as server:
+        asked = {"tools": [WEATHER, OTHER], "tool_choice": "required", "skip_special_tokens": True}
+        [told] = (await ask(server, **asked))["choices"]
+        [call] = told["message"]["tool_calls"]
+        assert told["finish_reason"] == "tool_calls" and told["message"]["content"] is None
+        assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("weather", {"city": "Ulm"})
+        params = generate_of(server).request.params
+        assert [kind for kind in GRAMMARS if getattr(params, kind)] == ["call_grammar"]
+        assert not params.skip_special_tokens  # the marks of calls must be read
+        pieces = [
+            delta for chunk in await chunks_of(server, **asked) for c in chunk["choices"] if (delta := c["delta"])
+        ]
+        streamed = [piece["function"]["arguments"] for delta in pieces for piece in delta["tool_calls"] or ()]
+        assert json.loads("".join(streamed)) == {"city": "Ulm"}
+
+
+@pytest.mark.parametrize("more", [{"parallel_tool_calls": False}, {"tool_choice": {"function": {"name": "weather"}}}])
+@asynchronous
+async def test_one_call_may_be_demanded_in_the_model_s_own_format(more: dict[str, Any]) -> None:
+    async with served(says(DEMANDED["hermes"]), tool_call_parser="hermes") as server:
+        await ask(server, **{"tools": [WEATHER, OTHER], "tool_choice": "required", **more})
+        assert json.loads(generate_of(server).request.params.call_grammar or "")["single"] is True
 
 
 STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
@@ -314,11 +352,11 @@ STRICT = {"type": "function", "function": {**WEATHER["function"], "strict": True
 async def test_calls_of_strict_tools_are_constrained_once_the_model_begins_one(family: str) -> None:
     async with served(says("x"), tool_call_parser=family) as server:
         await ask(server, tools=[STRICT, OTHER])
-        tag = json.loads(generate_of(server).request.params.structural_tag or "")
-        strict, free = tag["structures"]
-        assert strict["schema"]["properties"] == {"city": {"type": "string"}} and '"weather"' in strict["begin"]
-        assert free["schema"] == {"type": "object"} and '"other"' in free["begin"]
-        assert strict["begin"].startswith(tag["triggers"][0])
+        asked = json.loads(generate_of(server).request.params.call_grammar or "")
+        strict, free = asked["calls"]
+        assert strict["parameters"]["properties"] == {"city": {"type": "string"}} and '"weather"' in strict["begin"]
+        assert free["parameters"] == {"type": "object", "additionalProperties": True} and '"other"' in free["begin"]
+        assert asked["trigger"] == FORMATS[family].opening
 
 
 @pytest.mark.parametrize("more", [{"tools": [WEATHER]}, {"regex": "x"}, {"response_format": {"type": "json_object"}}])
@@ -328,7 +366,7 @@ async def test_calls_are_not_constrained_without_strict_tools_nor_under_the_clie
 ) -> None:
     async with served(says("x"), tool_call_parser="hermes") as server:
         await ask(server, **{"tools": [STRICT], **more})
-        assert generate_of(server).request.params.structural_tag is None
+        assert generate_of(server).request.params.call_grammar is None
 
 
 # reasoning
@@ -368,6 +406,64 @@ async def test_a_schema_constrains_what_stands_behind_the_thought(more: dict[str
         message = (await ask(server, **more))["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("plan", '{"a": 1}')
         assert generate_of(server).request.thought == Thought(opening="<think>", closing="</think>", place="inside")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"thinking_budget": 9},
+        {"max_thinking_tokens": 9},
+        {"thinking_budget": 9, "max_thinking_tokens": 9},
+        {"chat_template_kwargs": {"thinking_budget": 9}},
+        {"chat_template_kwargs": {"max_thinking_tokens": 9}},
+        {"thinking_budget": 9, "chat_template_kwargs": {"thinking_budget": 7}},
+    ],
+)
+@asynchronous
+async def test_a_thought_has_a_budget_under_every_name_for_it(more: dict[str, Any]) -> None:
+    async with served(says("plan</think>yes"), reasoning_parser="deepseek-r1") as server:
+        await ask(server, **more)
+        sent = generate_of(server)
+        assert sent.request.params.thinking_budget == 9 and sent.request.thought is not None
+        assert sent.chat is not None and "thinking_budget" in sent.chat.template_kwargs
+
+
+@asynchronous
+async def test_a_template_s_own_word_for_no_limit_limits_nothing() -> None:
+    async with served(says("plan</think>yes"), reasoning_parser="deepseek-r1") as server:
+        await ask(server, chat_template_kwargs={"thinking_budget": -1})
+        sent = generate_of(server)
+        assert sent.request.params.thinking_budget is None
+        assert sent.chat is not None and sent.chat.template_kwargs == {"thinking_budget": -1}
+
+
+@pytest.mark.parametrize(
+    ("more", "parser", "field"),
+    [
+        ({"thinking_budget": 9}, "none", "thinking_budget"),
+        ({"thinking_budget": -1}, "qwen3", "thinking_budget"),
+        ({"thinking_budget": 1 << 40}, "qwen3", "thinking_budget"),
+        ({"thinking_budget": 9, "max_thinking_tokens": 8}, "qwen3", "max_thinking_tokens"),
+        ({"chat_template_kwargs": {"thinking_budget": "much"}}, "qwen3", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"thinking_budget": True}}, "qwen3", "chat_template_kwargs"),
+    ],
+)
+@asynchronous
+async def test_a_budget_that_cannot_be_kept_is_a_400_that_names_it(
+    more: dict[str, Any], parser: str, field: str
+) -> None:
+    async with served(says("a"), reasoning_parser=parser) as server:
+        answer = await server.client.post(PATH, {"messages": [USER], **more})
+        assert (answer.status, answer.json()["param"]) == (400, field)
+
+
+@asynchronous
+async def test_thinking_is_switched_at_the_top_level_too() -> None:
+    async with served(says("yes"), reasoning_parser="qwen3") as server:
+        await ask(server, enable_thinking=False, thinking_budget=3)
+        sent = generate_of(server)
+        assert sent.chat is not None and sent.chat.template_kwargs["enable_thinking"] is False
+        assert sent.request.thought is None
 
 
 @pytest.mark.parametrize("more", [{"reasoning_effort": "none"}, {"chat_template_kwargs": {"thinking": False}}])

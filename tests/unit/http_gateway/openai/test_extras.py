@@ -145,3 +145,18 @@ async def test_a_required_thought_stands_before_what_a_schema_constrains() -> No
         assert (await server.client.post("/generate", body)).status == 200
         answer = await server.client.post("/generate", {**body, **schema})
         assert answer.status == 400 and "--reasoning-parser" in answer.text
+
+
+@asynchronous
+async def test_a_budget_of_thought_is_for_models_whose_thoughts_are_known() -> None:
+    async with served(script, reasoning_parser="qwen3") as server:
+        for body in ({"max_thinking_tokens": 7}, {"sampling_params": {"thinking_budget": 7}}):
+            assert (await server.client.post("/generate", {"text": "hi", **body})).status == 200
+            request = server.ring.sent[-1].request
+            assert request.params.thinking_budget == 7 and request.thought.closing == "</think>"
+        whole = {"text": "hi", "max_thinking_tokens": 7, "sampling_params": {"regex": "a"}}
+        assert (await server.client.post("/generate", whole)).status == 200
+        assert server.ring.sent[-1].request.thought is None  # nothing may stand before what the regex says
+    async with served(script) as server:
+        answer = await server.client.post("/generate", {"text": "hi", "max_thinking_tokens": 7})
+        assert answer.status == 400 and "thinking_budget" in answer.text

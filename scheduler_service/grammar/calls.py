@@ -1,0 +1,139 @@
+"""Grammars of tool calls as the model itself writes them: JSON, Python, or parameters between tags.
+
+Arguments in JSON are the engine's business. Others are written here: the parameters in the order of the schema, the
+optional ones or not, each value by its own schema. Every function raises ValueError.
+"""
+
+import json
+from collections.abc import Iterator
+
+import msgspec
+from llguidance import LLMatcher
+
+from quartet.runtime.call_grammar import CallGrammar, CallRule
+from quartet.runtime.messages import Thought
+from quartet.scheduler_service.grammar.arguments import Parameter, alternatives
+from quartet.scheduler_service.grammar.call_values import VALUE_RULES, python_value, tagged_value
+from quartet.scheduler_service.grammar.source import (
+    SpecialTokens,
+    checked_schema,
+    literal,
+    split_thought,
+    thought_rules,
+)
+
+TEXT = r"TEXT: /(.|\n)*/"
+FREE_NAME = "FREE_NAME: /[A-Za-z_][A-Za-z0-9_]{0,63}/"  # of a parameter that the schema does not declare
+NUMBER = "NUMBER: /[0-9]{1,4}/"
+
+
+def from_calls(text: str, special_tokens: SpecialTokens) -> str:
+    """The engine's grammar for a CallGrammar in JSON, after a thought where the text says so."""
+    thought, text = split_thought(text)
+    calls = msgspec.json.decode(text, type=CallGrammar)
+    start, rules = (Demanded if not calls.trigger else Triggered)(calls, special_tokens).whole(thought)
+    lines = ["%llguidance {}", f"start: {start}", *dict.fromkeys(rules)]
+    return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
+
+
+class Demanded:
+    """Nothing but calls behind the thought."""
+
+    def __init__(self, calls: CallGrammar, special_tokens: SpecialTokens) -> None:
+        self.calls = calls
+        self.special_tokens = special_tokens
+
+    def whole(self, thought: Thought | None) -> tuple[str, list[str]]:
+        """The start, and the rules that it needs."""
+        before, rules = thought_rules(thought, self.special_tokens) if thought else ("", [])
+        return f"{before} calls", [*rules, *self.call_rules()]
+
+    def text(self, fixed: str) -> str:
+        return literal(fixed, self.special_tokens)
+
+    def call_rules(self) -> Iterator[str]:
+        """The rules for `calls`: the first one with what stands before it, others, and what stands behind them."""
+        calls, count = self.calls, range(len(self.calls.calls))
+        more = "" if calls.single else "next*"
+        yield f"calls: first {more} {self.text(calls.after)}"
+        yield "first: " + " | ".join(f"first{index}" for index in count)
+        if not calls.single:
+            yield "next: " + " | ".join(f"next{index}" for index in count)
+        for index, rule in enumerate(calls.calls):
+            end = f"arguments{index} {self.text(rule.end)}"
+            yield f"first{index}: {self.head((calls.before + rule.begin).removeprefix(calls.trigger), rule)} {end}"
+            if not calls.single:
+                yield f"next{index}: {self.head(calls.separator + rule.begin, rule)} {end}"
+            yield from self.arguments(f"arguments{index}", rule)
+        if calls.numbered:
+            yield NUMBER
+
+    def head(self, begin: str, rule: CallRule) -> str:
+        """What stands before the arguments. One literal where possible: the engine takes the longest of several."""
+        if self.calls.numbered:
+            return f"{self.text(begin + ':')} NUMBER {self.text(rule.middle)}"
+        return self.text(begin + rule.middle)
+
+    def arguments(self, name: str, rule: CallRule) -> Iterator[str]:
+        """The rules for the arguments of one tool."""
+        schema = checked_schema(json.dumps({"type": "object", **rule.parameters}))
+        if self.calls.body == "json":
+            yield f"{name}: %json {json.dumps(schema)}"
+            return
+        options = alternatives(schema)
+        yield f"{name}: " + " | ".join(f"{name}_{option}" for option in range(len(options)))
+        for option, parameters in enumerate(options):
+            write = self.in_python if self.calls.body == "python" else self.between_tags
+            yield from write(f"{name}_{option}", parameters, set(rule.raw))
+        yield from VALUE_RULES
+
+    def between_tags(self, name: str, parameters: list[Parameter], raw: set[str]) -> Iterator[str]:
+        """One parameter behind the other; a parameter without a name may be any, and any number of them."""
+        tags = self.calls.tags
+        assert tags is not None
+        parts = []
+        for index, parameter in enumerate(parameters):
+            rule = f"{name}_p{index}"
+            key = self.text(tags.begin) + " FREE_NAME " if parameter.name is None else ""
+            key += self.text(tags.middle if parameter.name is None else tags.begin + parameter.name + tags.middle)
+            value, rules = tagged_value(rule, parameter, tags, parameter.name in raw, self.special_tokens)
+            yield f"{rule}: {key} {value} {self.text(chr(10))}"
+            yield from rules
+            parts.append(rule + ("*" if parameter.name is None else "" if parameter.required else "?"))
+        yield f"{name}: " + (" ".join(parts) or '""')
+        yield FREE_NAME
+
+    def in_python(self, name: str, parameters: list[Parameter], raw: set[str]) -> Iterator[str]:
+        """`key=value, key=value`; `_0` of a rule: nothing stands before, `_1`: a comma is due."""
+        named = [parameter for parameter in parameters if parameter.name is not None]
+        for parameter in named:
+            if not str(parameter.name).isidentifier() and parameter.required:
+                raise ValueError(f"the parameter {parameter.name!r} cannot be written in Python")
+        named = [parameter for parameter in named if str(parameter.name).isidentifier()]
+        yield f"{name}: {name}_r0_0"
+        for index, parameter in enumerate(named):
+            value = python_value(parameter.schema)
+            for comma in (0, 1):
+                written = f"{json.dumps(', ' * comma + str(parameter.name) + '=')} {value} {name}_r{index + 1}_1"
+                skipped = "" if parameter.required else f" | {name}_r{index + 1}_{comma}"
+                yield f"{name}_r{index}_{comma}: {written}{skipped}"
+        for comma in (0, 1):
+            yield f'{name}_r{len(named)}_{comma}: ""'
+
+
+class Triggered(Demanded):
+    """Text, in which each trigger begins calls."""
+
+    def whole(self, thought: Thought | None) -> tuple[str, list[str]]:
+        """See Demanded. What looks like a call in a thought that the prompt has opened is text."""
+        before, rules = "", [TEXT]
+        if thought is not None and thought.place == "inside":
+            before, rules = thought_rules(thought, self.special_tokens)
+        elif thought is not None and {thought.opening, thought.closing} <= self.special_tokens.keys():
+            before = f"(TEXT {self.text(thought.opening)} TEXT {self.text(thought.closing)})?"
+        trigger = self.calls.trigger
+        if trigger in self.special_tokens:
+            segment = [f"segment: TEXT <[{self.special_tokens[trigger]}]> calls"]
+        else:
+            segment = [f"opening[lazy]: TEXT {json.dumps(trigger)}", "segment: opening calls"]
+        return f"{before} segment* TEXT", [*rules, TEXT, *segment, *self.call_rules()]

@@ -1,0 +1,220 @@
+"""What a demanded call makes a model write, in every format, is read back by that format's parser and fits its tool."""
+
+import json
+import random
+
+import jsonschema
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from quartet.http_gateway.parsers.call_formats import FORMATS
+from quartet.http_gateway.parsers.tool_calls import demanded_calls, parse, strict_calls
+from quartet.http_gateway.parsers.tool_events import Function, Tool
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Thought
+from quartet.scheduler_service.grammar.matchers import GrammarCompiler, MaskFiller, bitmask_words
+from quartet.scheduler_service.grammar.source import after_thought
+
+END = 0
+SPECIAL = ["<|end|>", "<tool_call>", "[TOOL_CALLS]", "<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "<|tool_call_end|>"]
+SPECIAL += ["<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_calls_section_begin|>", "<|python_tag|>"]
+WRITTEN = sorted(name for name, form in FORMATS.items() if form.frame is not None)
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "unit": {"enum": ["celsius", "kelvin"]},
+        "days": {"type": "integer", "minimum": 0, "maximum": 9},
+        "exact": {"type": "boolean"},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "area": {"$ref": "#/$defs/area"},
+        "code": {"type": "string", "pattern": "^[a-z]{2}[0-9]$"},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 4}, "maxItems": 2},
+    },
+    "required": ["city", "days", "area", "code"],
+    "$defs": {"area": {"type": "object", "properties": {"km": {"type": "number"}}, "required": ["km"]}},
+}
+TOOLS = [
+    Tool(Function("weather", parameters=WEATHER, strict=True)),
+    Tool(Function("stop")),
+    Tool(Function("choose", parameters={"anyOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]}]})),
+]
+
+
+class Walker:
+    """A model that picks any allowed token, and after a while one that comes to an end."""
+
+    def __init__(self, path, special):
+        self.tokenizer = Tokenizer(models.BPE())
+        self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=SPECIAL[:1], initial_alphabet=alphabet, show_progress=False)
+        self.tokenizer.train_from_iterator([], trainer)
+        if special:
+            self.tokenizer.add_special_tokens(SPECIAL)
+        self.tokenizer.save(str(path / "tokenizer.json"))
+        self.compiler = GrammarCompiler(path, self.tokenizer.get_vocab_size(), [END])
+        self.filler = MaskFiller(threads=1)
+        self.text_ids = {chr(c): self.tokenizer.encode(chr(c)).ids[0] for c in range(32, 127)}
+        self.text_ids["\n"] = self.tokenizer.encode("\n").ids[0]
+        self.printable = set(self.text_ids.values()) | set(range(257, self.tokenizer.get_vocab_size()))
+
+    def allowed(self, matcher):
+        bitmask = np.full((1, bitmask_words(self.tokenizer.get_vocab_size())), -1, dtype=np.int32)
+        self.filler.fill([(matcher, 0)], bitmask)
+        assert not matcher.error, matcher.error
+        found = np.flatnonzero(np.unpackbits(bitmask.view(np.uint8), bitorder="little"))
+        return set(found.tolist())
+
+    def write(self, grammar, rng, ends):
+        """A random output; `ends` are what closes a value."""
+        matcher, ids = self.compiler.compile(*grammar).matcher(), []
+        while not matcher.finished:
+            allowed = self.allowed(matcher)
+            assert allowed and len(ids) < 4000, self.tokenizer.decode(ids)
+            if matcher.accepting and (len(ids) > 300 or rng.random() < 0.3):
+                break
+            text = self.tokenizer.decode(ids[-30:], skip_special_tokens=False)
+            wanted = [self.text_ids[c] for c in (ends and closing(text, ends)) or '"}])' if self.text_ids[c] in allowed]
+            usual = sorted(allowed & self.printable - {END}) if len(allowed) > 9 else sorted(allowed - {END})
+            token = rng.choice(
+                wanted if wanted and len(allowed) > 9 and (len(ids) > 100 or rng.random() < 0.6) else usual
+            )
+            assert matcher.accept(token)
+            ids.append(token)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def takes(self, grammar, text):
+        matcher = self.compiler.compile(*grammar).matcher()
+        return all(map(matcher.accept, self.tokenizer.encode(text).ids)) and matcher.accepting
+
+
+def closing(text, ends):
+    """The characters that go on with one of the ends, and those that close JSON where a value is JSON."""
+    sizes = [next(size for size in range(len(end) - 1, -1, -1) if text.endswith(end[:size])) for end in ends]
+    begun = [end[size] for end, size in zip(ends, sizes, strict=True)]
+    return begun if any(sizes) else [*begun, *'"}]']
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["text", "special tokens"])
+def walker(request, tmp_path_factory):
+    walker = Walker(tmp_path_factory.mktemp("tokenizer"), request.param)
+    yield walker
+    walker.compiler.close()
+
+
+def ends_of(form):
+    if form.body == "python":
+        return ['"', "'"]
+    return [("\n" if form.tags.own_lines else "") + form.tags.value_end] if form.tags else []
+
+
+def check(tools, calls):
+    schemas = {tool.function.name: tool.function.parameters or {"maxProperties": 0} for tool in tools}
+    for call in calls:
+        jsonschema.validate(json.loads(call.arguments), schemas[call.name])
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_demanded_calls_are_read_back_and_fit_their_tools(name, walker):
+    form = FORMATS[name]
+    grammar = demanded_calls(form, TOOLS, None, parallel=True)
+    counts = set()
+    for seed in range(12):
+        text = walker.write(grammar, random.Random(seed), ends_of(form))
+        content, calls, _ = parse(form, TOOLS, text)
+        assert content.strip() == "" and calls, text
+        check(TOOLS, calls)
+        counts.add(len(calls))
+    assert max(counts) > 1, text
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_one_call_of_the_named_tool(name, walker):
+    form = FORMATS[name]
+    for parallel, tool in ((True, "weather"), (False, None)):
+        grammar = demanded_calls(form, TOOLS, tool, parallel=parallel)
+        for seed in range(6):
+            [call] = parse(form, TOOLS, walker.write(grammar, random.Random(seed), ends_of(form))).calls
+            assert tool in (None, call.name)
+
+
+F = Tool(Function("f", parameters={"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}))
+STRICT = Tool(Function("f", parameters=F.function.parameters, strict=True))
+CALLS = {  # of f with a="x", as the templates write them
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>',
+    "llama3": '{"name": "f", "parameters": {"a": "x"}}',
+    "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "x"}}]',
+    "pythonic": '[f(a="x")]',
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>\n</tool_call>",
+    "glm45": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x</arg_value>\n</tool_call>",
+    "minimax-m2": (
+        '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">x</parameter>\n</invoke>\n</minimax:tool_call>'
+    ),
+    "granite": '<|tool_call|>[{"name": "f", "arguments": {"a": "x"}}]',
+    "kimi_k2": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+        '{"a": "x"}<|tool_call_end|><|tool_calls_section_end|>'
+    ),
+    "deepseekv3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+        '{"a": "x"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    ),
+    "deepseekv31": (
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "x"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_demanded_call_looks_as_the_model_has_learned_it(name, walker):
+    grammar = demanded_calls(FORMATS[name], [F], None, parallel=True)
+    assert walker.takes(grammar, CALLS[name])
+    for other in ("text", "", f"text {CALLS[name]}", CALLS[name].replace("f", "g", 1), CALLS[name][:-3]):
+        assert not walker.takes(grammar, other), other
+
+
+@pytest.mark.parametrize("place", ["inside", "before"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_thought_stands_before_a_demanded_call(name, place, walker):
+    kind, text = demanded_calls(FORMATS[name], [F], None, parallel=True)
+    grammar = kind, after_thought(text, Thought(opening="<think>", closing="</think>", place=place))
+    opening = "<think>" if place == "before" else ""
+    assert walker.takes(grammar, f"{opening}I call it.</think>\n\n{CALLS[name]}")
+    assert not walker.takes(grammar, f"{opening}I call</think>\n\nOr not.")
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"pythonic"}))
+def test_a_call_that_a_model_begins_by_itself_fits_its_strict_tool(name, walker):
+    form = FORMATS[name]
+    grammar = strict_calls(form, [STRICT])
+    call = CALLS[name] if CALLS[name].startswith(form.opening) else form.opening + CALLS[name]
+    for text in ("no call", call, f"first {call} then\n{call}", f"{call}\n{call}"):
+        assert walker.takes(grammar, text), text
+    assert not walker.takes(grammar, f"first {call.replace('f', 'g', 1) if name != 'deepseekv3' else call[:-5]}")
+    inside = Thought(opening="<think>", closing="</think>", place="inside")
+    thinking = grammar[0], after_thought(grammar[1], inside)
+    assert walker.takes(thinking, f"I could</think>then {call}")
+
+
+def test_without_a_strict_tool_or_a_tag_before_calls_nothing_is_constrained():
+    assert strict_calls(FORMATS["hermes"], [F]) is None
+    assert strict_calls(FORMATS["pythonic"], [STRICT]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("pythonic", {"properties": {"a-b": {}}, "required": ["a-b"]}, "a-b"),
+        ("qwen3_coder", {"properties": {"a": False}, "required": ["a"]}, ""),
+        ("glm45", {"type": "array"}, "no object"),
+        ("hermes", {"not": {"type": "object"}}, "not"),
+        ("minimax-m2", {"anyOf": [{"properties": {"a": {"type": "string"}}}] * 40}, "more than 32"),
+    ],
+)
+def test_parameters_that_cannot_be_written_are_a_400(name, parameters, message, walker):
+    grammar = demanded_calls(FORMATS[name], [Tool(Function("f", parameters=parameters))], None, parallel=True)
+    with pytest.raises(RequestError, match=f"Failed to compile call_grammar grammar: .*{message}"):
+        walker.compiler.compile(*grammar)
