@@ -13,6 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from deploy.benchmarks import fidelity
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.model_files import hub, model_info, tokenizer_files
 from quartet.runtime.sampling import SamplingParams
@@ -84,6 +85,11 @@ def expected(model: Any, ids: list[int]) -> Expected:
     return Expected(ids, output, [float(logprobs[len(ids) - 1 + i, id]) for i, id in enumerate(output)])
 
 
+@pytest.fixture(scope="module")
+def engine(real: Real) -> Engine:
+    return Engine(real.directory, dtype="float32", max_total_tokens=4096)
+
+
 def texts(file: Path) -> Iterator[str]:
     for name in TEXTS:
         text = (ROOT / name).read_text()
@@ -117,9 +123,10 @@ def test_the_chat_template_renders_as_in_transformers(real: Real) -> None:
     assert real.tokenizer.token_to_id("<|im_end|>") in ends
 
 
-def test_weights_greedy_tokens_and_logprobs_are_those_of_transformers(real: Real, reference: Any) -> None:
+def test_weights_greedy_tokens_and_logprobs_are_those_of_transformers(
+    real: Real, engine: Engine, reference: Any
+) -> None:
     known = [expected(reference, real.tokenizer.encode(prompt).ids) for prompt in PROMPTS]
-    engine = Engine(real.directory, dtype="float32", max_total_tokens=4096)
     weights = engine.worker.model.weights
     assert isinstance(weights, Weights)
     state = reference.state_dict()
@@ -130,3 +137,15 @@ def test_weights_greedy_tokens_and_logprobs_are_those_of_transformers(real: Real
     for answer, prompt in zip(answers, known, strict=True):
         assert answer.logprobs is not None
         assert floats(answer.logprobs.values) == pytest.approx(prompt.logprobs, abs=TOLERANCE)
+
+
+def test_perplexity_of_real_text_is_that_of_transformers(real: Real, engine: Engine, reference: Any) -> None:
+    encoding = real.tokenizer.encode(fidelity.text()[: 8 * fidelity.WINDOW])
+    windows = fidelity.windows(encoding.ids, 1)
+    expected = fidelity.of_transformers(reference, windows)
+    once = SamplingParams(temperature=0.0, max_new_tokens=1)
+    answers = engine.generate(windows, once, logprobs=LogprobOptions(start=fidelity.WINDOW // 2))
+    given = answers[0].input_logprobs
+    assert given is not None
+    scored = floats(given.values)[-len(expected.logprobs) :]
+    assert fidelity.Scores(scored).perplexity == pytest.approx(expected.perplexity, rel=1e-4)
