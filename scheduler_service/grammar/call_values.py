@@ -7,8 +7,8 @@ from llguidance import regex_to_lark
 
 from quartet.runtime.call_grammar import ValueTags
 from quartet.scheduler_service.grammar.arguments import Parameter
+from quartet.scheduler_service.grammar.lark import SpecialTokens, literal
 from quartet.scheduler_service.grammar.regex_size import check_regex
-from quartet.scheduler_service.grammar.source import SpecialTokens, literal
 from quartet.scheduler_service.grammar.without_tag import guarded
 
 VALUE_RULES = (

@@ -14,13 +14,9 @@ from quartet.runtime.call_grammar import CallGrammar, CallRule
 from quartet.runtime.messages import Thought
 from quartet.scheduler_service.grammar.arguments import Parameter, alternatives
 from quartet.scheduler_service.grammar.call_values import VALUE_RULES, python_value, tagged_value
-from quartet.scheduler_service.grammar.source import (
-    SpecialTokens,
-    checked_schema,
-    literal,
-    split_thought,
-    thought_rules,
-)
+from quartet.scheduler_service.grammar.checked_schema import checked_schema
+from quartet.scheduler_service.grammar.lark import SpecialTokens, literal
+from quartet.scheduler_service.grammar.source import split_thought, thought_rules
 
 TEXT = r"TEXT: /(.|\n)*/"
 FREE_NAME = "FREE_NAME: /[A-Za-z_][A-Za-z0-9_]{0,63}/"  # of a parameter that the schema does not declare
