@@ -13,7 +13,7 @@ from quartet.http_gateway.parsers.tool_calls import demanded_calls, parse, stric
 from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Thought
-from quartet.scheduler_service.grammar.matchers import GrammarCompiler, MaskFiller, bitmask_words
+from quartet.scheduler_service.grammar.matchers import Constrained, GrammarCompiler, MaskFiller, bitmask_words
 from quartet.scheduler_service.grammar.source import after_thought
 
 END = 0
@@ -63,7 +63,7 @@ class Walker:
 
     def allowed(self, matcher):
         bitmask = np.full((1, bitmask_words(self.tokenizer.get_vocab_size())), -1, dtype=np.int32)
-        self.filler.fill([(matcher, 0)], bitmask)
+        self.filler.fill([Constrained(matcher, 0)], bitmask)
         assert not matcher.error, matcher.error
         found = np.flatnonzero(np.unpackbits(bitmask.view(np.uint8), bitorder="little"))
         return set(found.tolist())
