@@ -46,8 +46,6 @@ FAMILIES: dict[str, llama.Family] = {
 
 def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) -> ServedModel:
     """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line."""
-    if info.config.get("quantization_config"):
-        raise StartupError(f"{info.path} is quantized; only float32, float16 and bfloat16 checkpoints are served")
     check_format(config.load_format, Path(info.path))
     dtype = resolve_dtype(config.dtype, info.config, device)
     if device.type == "cpu" and dtype is torch.bfloat16:

@@ -106,6 +106,35 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One of the stored tensors that a quantized one is made of."""
+
+    stored: StoredTensor
+    axis: int | None  # along which the rows of the quantized tensor lie; None: all rows need all of it
+    per: int = 1  # rows that share one place along that axis
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A tensor of the model that is made of several stored ones, any rows of it by themselves."""
+
+    shape: tuple[int, int]
+    parts: dict[str, Part]
+    expand: Callable[[dict[str, torch.Tensor], int], torch.Tensor]  # (parts of some rows, the first of them) → values
+    unit_rows: int = 1  # a range of rows begins at a multiple of so many
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in the files."""
+        return sum(part.stored.nbytes for part in self.parts.values())
+
+    @property
+    def shown(self) -> Path:
+        """The file of the checkpoint, for messages."""
+        return next(iter(self.parts.values())).stored.shown
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """All tensors of a model directory, by name."""
 
@@ -113,6 +142,8 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     indexed: bool  # the directory has an index file
     strict: bool = False  # a tensor that the model has no use for means that it is another model
+    quantized: dict[str, Quantized] = field(default_factory=dict)  # name in the model → what it is made of
+    spent: frozenset[str] = frozenset()  # tensors that are parts of those, or that say how activations are quantized
     scratch: tuple[object, ...] = ()  # keeps converted files alive, which have no name
 
     @classmethod

@@ -5,6 +5,7 @@ from typing import Literal
 
 from quartet.scheduler_service.weights import gguf, pickled
 from quartet.scheduler_service.weights.checkpoint import Checkpoint
+from quartet.scheduler_service.weights.quantized.methods import with_quantized
 
 Format = Literal["safetensors", "bin", "gguf", "none"]
 
@@ -30,6 +31,6 @@ def checkpoint_of(directory: Path) -> Checkpoint:
         case "gguf":
             return gguf.checkpoint_of(directory)
         case "bin":
-            return pickled.checkpoint_of(directory)
+            return with_quantized(pickled.checkpoint_of(directory), directory)
         case _:
-            return Checkpoint.open(directory)
+            return with_quantized(Checkpoint.open(directory), directory)

@@ -30,6 +30,7 @@ from quartet.scheduler_service.weights.checkpoint import (
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.progress import with_progress
+from quartet.scheduler_service.weights.quantized import reading
 from quartet.scheduler_service.weights.tensor_io import open_file, read_chunks
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> N
         checkpoint = ties.with_tied_tensors(open_checkpoint(Path(info.path)), weights.layout)
         check_tensors(checkpoint, weights)
         gguf.log_expansion(checkpoint, weights)
+        log_quantized(checkpoint, weights)
         storage.log_storage(weights, config.quantization)
         read_weights(checkpoint, weights, with_progress(checkpoint.files))
         pickled.forget_converted()
@@ -97,41 +99,58 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 def check_tensors(checkpoint: Checkpoint, weights: Weights) -> None:
     """Raise CheckpointError unless every tensor of the model is there, in its shape and a float dtype."""
     names = weights.names()
-    if missing := [name for name in names if name not in checkpoint.tensors]:
+    known = checkpoint.tensors.keys() | checkpoint.quantized.keys()
+    if missing := [name for name in names if name not in known]:
         raise CheckpointError(f"the checkpoint lacks {tensor_list(missing)}")
     for name, (shape, _) in names.items():
-        stored = checkpoint.tensors[name]
+        stored = checkpoint.quantized.get(name) or checkpoint.tensors[name]
         if stored.shape != shape:
             raise CheckpointError(
                 f"{stored.shown}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}"
             )
-        if stored.dtype not in DTYPES:
+        if isinstance(stored, StoredTensor) and stored.dtype not in DTYPES:
             raise CheckpointError(f"{stored.shown}: tensor {name} is {stored.dtype}, which is not supported")
-    if unexpected := sorted(checkpoint.tensors.keys() - names.keys() - weights.layout.ignored):
+    if unexpected := sorted(checkpoint.tensors.keys() - checkpoint.spent - names.keys() - weights.layout.ignored):
         if checkpoint.strict:
             raise CheckpointError(f"the model has no use for {tensor_list(unexpected)} of {checkpoint.files[0]}")
         log.warning("The model has no use for %s of the checkpoint.", tensor_list(unexpected))
 
 
 def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]) -> None:
-    """Copy every tensor to its place, file by file, in the order of the bytes on disk."""
-    if weights.device.type == "cuda":
-        names = sorted(weights.names(), key=lambda name: checkpoint.tensors[name].offset)
-        for file in files:
-            device_staging.read_to_device(checkpoint, [n for n in names if checkpoint.tensors[n].file == file], weights)
-        return
-    in_numbers = [name for name in weights.names() if weights.grouped_of(name) is not None]
-    plain = {name: weights.view(name) for name in weights.names() if weights.grouped_of(name) is None}
+    """Copy every tensor to its place, file by file, in the order of the bytes on disk; quantized ones at the end."""
+    quantized = weights.names().keys() & checkpoint.quantized.keys()
+    names = sorted(weights.names().keys() - quantized, key=lambda name: checkpoint.tensors[name].offset)
+    plain = {name: weights.view(name) for name in names if weights.grouped_of(name) is None}
     for file in files:
+        own = [name for name in names if checkpoint.tensors[name].file == file]
+        if weights.device.type == "cuda":
+            device_staging.read_to_device(checkpoint, own, weights)
+            continue
         read_tensors(checkpoint, plain, [file])
         with open_file(file) as descriptor:
-            for name in sorted(in_numbers, key=lambda name: checkpoint.tensors[name].offset):
-                if checkpoint.tensors[name].file == file:
+            for name in own:
+                if name not in plain:
                     storage.read_numbers(name, checkpoint.tensors[name], weights, descriptor, no_pause)
+    for name in sorted(quantized):
+        reading.read_quantized(name, checkpoint.quantized[name], weights)
+
+
+def log_quantized(checkpoint: Checkpoint, weights: Weights) -> None:
+    """Log what it takes that quantized weights are expanded; nothing where there are none."""
+    if checkpoint.quantized:
+        log.info(
+            "%d quantized tensors are expanded to %s: %.2f GB in the files; all weights take %.2f GB of memory.",
+            len(checkpoint.quantized),
+            str(weights.dtype).removeprefix("torch."),
+            sum(tensor.nbytes for tensor in checkpoint.quantized.values()) / 1e9,
+            weights.nbytes() / 1e9,
+        )
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """All floating tensors of a checkpoint under its own names and dtypes, with a progress bar."""
+    if checkpoint.quantized:
+        raise CheckpointError("quantized weights are read for native families only; serve an unquantized checkpoint")
     stored = checkpoint.tensors.items()
     check_room(sum(prod(t.shape) * DTYPE_BYTES[t.dtype] for _, t in stored), torch.device("cpu"))
     state = {name: torch.empty(t.shape, dtype=DTYPES[t.dtype]) for name, t in stored if t.dtype in DTYPES}

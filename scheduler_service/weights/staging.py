@@ -25,9 +25,11 @@ from quartet.scheduler_service.weights.formats import weight_files
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.progress import with_progress
+from quartet.scheduler_service.weights.quantized import reading
 from quartet.scheduler_service.weights.tensor_io import bytes_of, open_file, read_chunks
 
 CHUNK_BYTES = 1 << 20  # read between two yield points
+STAGED_VALUES = 1 << 18  # of a quantized tensor, expanded between two yield points
 QUIET_S = 0.05  # files must not have been written to for so long
 TABLES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # not weights: ignored
 
@@ -78,7 +80,7 @@ def stat_files(directory: Path) -> dict[Path, os.stat_result]:
 def check_checkpoint(checkpoint: Checkpoint, weights: Weights) -> None:
     """Raise CheckpointError unless it has all tensors of the model, in shape and a float dtype, and no others."""
     load.check_tensors(checkpoint, weights)
-    known = weights.layout.places.keys() | weights.layout.ignored
+    known = weights.layout.places.keys() | weights.layout.ignored | checkpoint.spent
     unexpected = sorted(name for name in checkpoint.tensors if name not in known and not name.endswith(TABLES))
     if unexpected:
         raise CheckpointError(f"the model has no use for {load.tensor_list(unexpected)} of the checkpoint")
@@ -87,7 +89,7 @@ def check_checkpoint(checkpoint: Checkpoint, weights: Weights) -> None:
 
 def stage_checkpoint(checkpoint: Checkpoint, before: Identities, target: Weights, digests: Manifest | None) -> None:
     """Copy all tensors to their places in `target`. Raises CheckpointError; the contents are undefined then."""
-    names_read = target.names().keys() | ({} if digests is None else digests).keys()
+    names_read = (target.names().keys() - checkpoint.quantized.keys()) | ({} if digests is None else digests).keys()
     names = sorted(names_read, key=lambda name: checkpoint.tensors[name].offset)
     for file in with_progress(checkpoint.files):
         own = [name for name in names if checkpoint.tensors[name].file == file]
@@ -96,6 +98,16 @@ def stage_checkpoint(checkpoint: Checkpoint, before: Identities, target: Weights
             device_staging.read_to_device(checkpoint, own, target, digest)
         else:
             stage_file(file, before.get(file), own, checkpoint, target, digests)
+        if before.get(file) != FileIdentity.of(stat_file(file)):
+            raise CheckpointError(f"{file} was changed while it was read")
+    stage_quantized(checkpoint, before, target)
+
+
+def stage_quantized(checkpoint: Checkpoint, before: Identities, target: Weights) -> None:
+    """Read the tensors that are made of several stored ones. Raises CheckpointError."""
+    for name in sorted(target.names().keys() & checkpoint.quantized.keys()):
+        reading.read_quantized(name, checkpoint.quantized[name], target, STAGED_VALUES, yield_point)
+    for file in checkpoint.files if checkpoint.quantized else []:
         if before.get(file) != FileIdentity.of(stat_file(file)):
             raise CheckpointError(f"{file} was changed while it was read")
 
@@ -113,10 +125,11 @@ def stage_file(
         for name in names:
             digest = xxhash.xxh3_64() if digests is not None and name in digests else None
             stored = checkpoint.tensors[name]
-            if name in target.layout.places and target.grouped_of(name) is not None:
+            has_place = name in target.layout.places and name not in checkpoint.quantized
+            if has_place and target.grouped_of(name) is not None:
                 storage.read_numbers(name, stored, target, descriptor, yield_point, digest)
             else:
-                place = target.view(name) if name in target.layout.places else None
+                place = target.view(name) if has_place else None
                 stage_stored(name, stored, place, descriptor, digest)
             if digests is not None and digest is not None:
                 manifest.check_digest(digests, name, digest.hexdigest())

@@ -28,7 +28,10 @@ DIFFERENT = (
 
 def is_tied(directory: Path, head: str, embeddings: str, tied_by_config: bool) -> bool:
     """Whether the tensors of these two names are one in the checkpoint. Raises CheckpointError."""
-    tensors = checkpoint_of(directory).tensors
+    checkpoint = checkpoint_of(directory)
+    tensors = checkpoint.tensors
+    if head in checkpoint.quantized:
+        return False
     if embeddings not in tensors:
         return tied_by_config
     if not tied_by_config and head not in tensors:
@@ -45,7 +48,8 @@ def with_tied_tensors(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
     tensors = dict(checkpoint.tensors)
     for alias, name in layout.ties.items():
         for needed, other in ((alias, name), (name, alias)):
-            if needed in layout.places and needed not in tensors and other in tensors:
+            missing = needed not in tensors and needed not in checkpoint.quantized
+            if needed in layout.places and missing and other in tensors:
                 log.warning("The checkpoint has no %s: %s is used.", needed, other)
                 tensors[needed] = tensors[other]
     return replace(checkpoint, tensors=tensors)

@@ -258,8 +258,8 @@ def test_unknown_settings_are_named(settings: dict[str, str], complaint: str, tm
 
 def test_quantized_and_incomplete_configs_are_refused_in_one_line(tmp_path: Path) -> None:
     tiny.build("llama", tmp_path)
-    rewrite_config(tmp_path, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(StartupError, match="is quantized"):
+    rewrite_config(tmp_path, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(StartupError, match="is quantized by hqq, which is not read"):
         serve(tmp_path)
     rewrite_config(tmp_path, remove=["quantization_config", "num_attention_heads"])
     with pytest.raises(StartupError, match="does not describe a LlamaForCausalLM: KeyError"):

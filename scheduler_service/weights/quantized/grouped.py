@@ -1,0 +1,42 @@
+"""Numbers of few bits with a scale for every group of columns: what most quantized formats hold."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """Some rows of a matrix: value = scale * (number - zero) + offset.
+
+    Products and sums in float32 are exact for scales of 16 bits and whole zero points, so nothing is lost here.
+    """
+
+    numbers: torch.Tensor  # (rows, columns) uint8
+    scales: torch.Tensor  # (rows, groups) float32
+    offsets: torch.Tensor | None  # (rows, groups) float32; None: nothing is added
+    group: int  # columns that share a scale, next to each other
+    zero: int = 0  # the number that means 0 where there are no offsets: 8 or 128 in symmetric formats
+    order: torch.Tensor | None = None  # (columns,) int64: the column of the matrix that each column here belongs to
+
+    def values(self) -> torch.Tensor:
+        """(rows, columns) float32, columns in the order of the matrix."""
+        rows, columns = self.numbers.shape
+        numbers = self.numbers.view(rows, columns // self.group, self.group).float()
+        values = numbers.sub_(self.zero).mul_(self.scales.unsqueeze(2))
+        if self.offsets is not None:
+            values.add_(self.offsets.unsqueeze(2))
+        flat = values.view(rows, columns)
+        return flat if self.order is None else torch.empty_like(flat).index_copy_(1, self.order, flat)
+
+
+def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The numbers in words of 32 bits, the lowest bits first: (…, n) int32 → (…, n * 32 / bits) uint8.
+
+    Words are little-endian in files and in memory, so their bytes are in order already.
+    """
+    every_byte = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return every_byte
+    steps = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+    return (every_byte.unsqueeze(-1) >> steps & (1 << bits) - 1).flatten(-2)

@@ -1,0 +1,120 @@
+"""From the stored parts of some rows to their numbers, one pure function for each layout of quantized matrices.
+
+Parts hold the rows that are wanted and are given by name, without the prefix of the tensor. Errors are ValueError; who
+knows the tensor's name adds it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from quartet.scheduler_service.weights.quantized.grouped import Grouped, unpacked
+
+Parts = Mapping[str, torch.Tensor]
+
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the numbers of eight neighbouring rows are
+
+
+def gptq(parts: Parts, bits: int, added: int) -> Grouped:
+    """qweight (columns * bits / 32, rows), qzeros (groups, rows * bits / 32), scales (groups, rows), g_idx (columns,).
+
+    `added` is 1 where the file holds zero points minus one, as all but gptq_v2 do.
+    """
+    numbers = unpacked(parts["qweight"].T, bits)  # (rows, columns)
+    zeros = (unpacked(parts["qzeros"], bits) + added & (1 << bits) - 1).T
+    scales = parts["scales"].T.float()
+    columns, groups = numbers.shape[1], scales.shape[1]
+    group, order = columns // groups, None
+    if "g_idx" in parts:
+        order = column_order(parts["g_idx"], groups, group)
+        numbers = numbers if order is None else numbers[:, order]
+    return Grouped(numbers.contiguous(), scales, -scales * zeros.float(), group, order=order)
+
+
+def column_order(group_of: torch.Tensor, groups: int, group: int) -> torch.Tensor | None:
+    """The columns sorted by group; None where they are in order. Raises ValueError for groups that are not equal."""
+    if (group_of < 0).all():
+        return None  # written, but never set
+    if group_of.min() < 0 or group_of.max() >= groups:
+        raise ValueError(f"a column belongs to a group that is not one of the {groups}")
+    group_of = group_of.long()
+    if not (torch.bincount(group_of, minlength=groups) == group).all():
+        raise ValueError(f"its groups do not have {group} columns each")
+    order = torch.argsort(group_of, stable=True)
+    return None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
+
+
+def awq(parts: Parts) -> Grouped:
+    """qweight (columns, rows / 8), qzeros (groups, rows / 8), scales (groups, rows); 4 bits in the order of gemm."""
+    numbers, zeros = (awq_numbers(parts[name]) for name in ("qweight", "qzeros"))
+    scales = parts["scales"].T.float()
+    return Grouped(numbers, scales, -scales * zeros.float(), numbers.shape[1] // scales.shape[1])
+
+
+def awq_numbers(words: torch.Tensor) -> torch.Tensor:
+    """(n, rows / 8) int32 → (rows, n) uint8"""
+    order = torch.tensor(AWQ_ORDER, device=words.device)
+    words_first: torch.Tensor = unpacked(words, 4).unflatten(1, (-1, 8))
+    return words_first[:, :, order].flatten(1).T.contiguous()
+
+
+def packed(parts: Parts, bits: int, columns: int, first: int, rows: int) -> Grouped:
+    """compressed-tensors' pack-quantized: weight_packed (rows, words), weight_scale (rows, groups).
+
+    Numbers are stored plus half of their range. weight_zero_point is packed along the rows, eight of 4 bits a word,
+    and begins with the row `first` before those that are wanted.
+    """
+    half = 1 << (bits - 1)
+    numbers = unpacked(parts["weight_packed"], bits)[:, :columns].contiguous()
+    scales = row_scales(parts["weight_scale"], rows)
+    group = columns // scales.shape[1]
+    order = column_order(parts["weight_g_idx"], scales.shape[1], group) if "weight_g_idx" in parts else None
+    numbers = numbers if order is None else numbers[:, order].contiguous()
+    if "weight_zero_point" not in parts:
+        return Grouped(numbers, scales, None, group, half, order)
+    zeros = unpacked(parts["weight_zero_point"].T, bits).T[first : first + rows]
+    return Grouped(numbers, scales, scales * (half - zeros.float()), group, half, order)
+
+
+def whole_numbers(parts: Parts) -> Grouped:
+    """compressed-tensors' int-quantized: weight (rows, columns) int8, weight_scale and weight_zero_point int8."""
+    rows, columns = parts["weight"].shape
+    scales = row_scales(parts["weight_scale"], rows)
+    numbers = parts["weight"].view(torch.uint8) ^ 128  # plus 128
+    offsets = None
+    if "weight_zero_point" in parts:
+        offsets = -scales * row_scales(parts["weight_zero_point"], rows)
+    return Grouped(numbers, scales, offsets, columns // scales.shape[1], 128)
+
+
+def int8_rows(parts: Parts) -> Grouped:
+    """bitsandbytes' int8: weight (rows, columns) int8, and SCB, the largest absolute value of each row."""
+    scales = parts["SCB"].float().view(-1, 1) / 127
+    return Grouped(parts["weight"].view(torch.uint8) ^ 128, scales, None, parts["weight"].shape[1], 128)
+
+
+def float8(parts: Parts, scale: str) -> torch.Tensor:
+    """weight (rows, columns) in 8 bits, and one scale for all, for each row, or for groups of columns. float32"""
+    weight = parts["weight"].float()
+    scales = row_scales(parts[scale], len(weight))
+    groups: torch.Tensor = weight.unflatten(1, (scales.shape[1], -1))
+    return groups.mul_(scales.unsqueeze(2)).flatten(1)
+
+
+def float8_blocks(parts: Parts, scale: str, block: tuple[int, int], first: int) -> torch.Tensor:
+    """The same with a scale for every block of rows and columns; the last blocks may be cut off. float32
+
+    The first row that is wanted lies `first` rows behind the beginning of its block.
+    """
+    weight = parts["weight"].float()
+    rows, columns = weight.shape
+    scales = parts[scale].float()
+    row = (torch.arange(rows, device=weight.device) + first) // block[0]
+    column = torch.arange(columns, device=weight.device) // block[1]
+    return weight.mul_(scales.index_select(0, row).index_select(1, column))
+
+
+def row_scales(scales: torch.Tensor, rows: int) -> torch.Tensor:
+    """(rows, groups) float32 from one number, one a row, or some a row."""
+    found = scales.float()
+    return found.expand(rows, 1) if found.numel() == 1 else found.reshape(rows, -1)
