@@ -44,7 +44,7 @@ def one(what: str) -> Foreign:
 NO_LORA = Foreign("LoRA adapters are not supported; merge the adapter into the model and serve that")
 NO_LORA_SWITCH = NO_LORA._replace(accepts=OFF)
 NO_DRAFT_MODEL = Foreign("Quartet runs no draft model; --speculative-algorithm NGRAM needs none")
-NO_QUANTIZATION = Foreign("quantized weights are not supported; serve a checkpoint in bfloat16, float16 or float32")
+NO_QUANTIZATION = Foreign("use --quantization int8 or int4, or serve a quantized checkpoint")
 NO_OFFLOAD = Foreign("weights and KV pool are not offloaded; take a smaller model, or less --max-total-tokens", ("0",))
 NO_DISAGGREGATION = Foreign("prefill and decode run in one server; leave it out", ("null", "none"))
 NO_HIERARCHY = Foreign("the prefix cache lives in the KV pool only; leave it out", OFF)
@@ -341,7 +341,10 @@ OTHER_BACKENDS = {"aiter", "cutlass_mla", "dual_chunk_flash_attn", "fa3", "fa4",
 VALUES: dict[tuple[str, str], Value] = {
     ("schedule_policy", "random"): Value("fcfs", "promises no order; fcfs is used"),
     ("schedule_policy", "dfs-weight"): Value("lpm", "groups shared prefixes, as lpm does; that is used"),
-    **{("quantization", name): Value(None, "leaves it to the checkpoint") for name in ("None", "null", "gguf")},
+    **{
+        ("quantization", name): Value(None, "is found in the checkpoint; auto is used")
+        for name in ("None", "null", "gguf", "gptq", "awq", "fp8", "fbgemm_fp8")
+    },
     ("tool_call_parser", ""): Value("none", "is empty: calls stay in the text"),
     ("reasoning_parser", ""): Value("none", "is empty: thoughts stay in the text"),
     **{("attention_backend", name): NOT_HERE for name in sorted(OTHER_BACKENDS)},

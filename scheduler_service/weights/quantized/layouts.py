@@ -58,41 +58,6 @@ def awq_numbers(words: torch.Tensor) -> torch.Tensor:
     return words_first[:, :, order].flatten(1).T.contiguous()
 
 
-def packed(parts: Parts, bits: int, columns: int, first: int, rows: int) -> Grouped:
-    """compressed-tensors' pack-quantized: weight_packed (rows, words), weight_scale (rows, groups).
-
-    Numbers are stored plus half of their range. weight_zero_point is packed along the rows, eight of 4 bits a word,
-    and begins with the row `first` before those that are wanted.
-    """
-    half = 1 << (bits - 1)
-    numbers = unpacked(parts["weight_packed"], bits)[:, :columns].contiguous()
-    scales = row_scales(parts["weight_scale"], rows)
-    group = columns // scales.shape[1]
-    order = column_order(parts["weight_g_idx"], scales.shape[1], group) if "weight_g_idx" in parts else None
-    numbers = numbers if order is None else numbers[:, order].contiguous()
-    if "weight_zero_point" not in parts:
-        return Grouped(numbers, scales, None, group, half, order)
-    zeros = unpacked(parts["weight_zero_point"].T, bits).T[first : first + rows]
-    return Grouped(numbers, scales, scales * (half - zeros.float()), group, half, order)
-
-
-def whole_numbers(parts: Parts) -> Grouped:
-    """compressed-tensors' int-quantized: weight (rows, columns) int8, weight_scale and weight_zero_point int8."""
-    rows, columns = parts["weight"].shape
-    scales = row_scales(parts["weight_scale"], rows)
-    numbers = parts["weight"].view(torch.uint8) ^ 128  # plus 128
-    offsets = None
-    if "weight_zero_point" in parts:
-        offsets = -scales * row_scales(parts["weight_zero_point"], rows)
-    return Grouped(numbers, scales, offsets, columns // scales.shape[1], 128)
-
-
-def int8_rows(parts: Parts) -> Grouped:
-    """bitsandbytes' int8: weight (rows, columns) int8, and SCB, the largest absolute value of each row."""
-    scales = parts["SCB"].float().view(-1, 1) / 127
-    return Grouped(parts["weight"].view(torch.uint8) ^ 128, scales, None, parts["weight"].shape[1], 128)
-
-
 def float8(parts: Parts, scale: str) -> torch.Tensor:
     """weight (rows, columns) in 8 bits, and one scale for all, for each row, or for groups of columns. float32"""
     weight = parts["weight"].float()

@@ -59,7 +59,7 @@ def test_a_flag_that_means_what_holds_anyway_is_accepted_and_said(argv):
         (["--tokenizer-worker-num", "4"], "there is one tokenizer process"),
         (["--grammar-backend", "none"], "cannot be turned off"),
         (["--cuda-graph-bs", "1", "2", "4"], "use --cuda-graph-max-bs"),
-        (["--quantization", "fp8"], "--quantization takes auto | none | int8 | int4, not 'fp8'"),
+        (["--quantization", "hqq"], "--quantization takes auto | none | int8 | int4, not 'hqq'"),
         (["--gpu-memory-utilization", "0.9"], "use --mem-fraction-static"),
         (["--max-num-seqs", "64"], "use --max-running-requests"),
         (["--enforce-eager"], "use --disable-cuda-graph"),

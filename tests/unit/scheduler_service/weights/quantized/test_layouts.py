@@ -73,41 +73,6 @@ def test_awq_in_the_order_of_its_kernel():
     assert torch.equal(found.values(), per_column(scales.float()) * (numbers - per_column(zeros)))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("first", [0, 8])
-def test_numbers_that_compressed_tensors_has_packed(bits, symmetric, first):
-    half = 1 << (bits - 1)
-    numbers, scales = random_numbers(bits, ROWS, COLUMNS) - half, random_scales(ROWS, GROUPS).bfloat16()
-    zeros = torch.zeros(ROWS, GROUPS) if symmetric else random_numbers(bits, ROWS, GROUPS) - half
-    parts = {"weight_packed": packed_words(numbers + half, bits), "weight_scale": scales}
-    if not symmetric:
-        parts["weight_zero_point"] = packed_words((zeros + half).T, bits).T.contiguous()
-    rows = slice(first, ROWS)
-    asked = {name: part[rows] if name != "weight_zero_point" else part for name, part in parts.items()}
-    found = layouts.packed(asked, bits, COLUMNS, first, ROWS - first)
-    assert torch.equal(found.values(), (per_column(scales.float()) * (numbers - per_column(zeros)))[rows])
-
-
-@pytest.mark.parametrize("groups", [1, GROUPS])
-def test_whole_numbers_of_8_bits(groups):
-    weight = (random_numbers(8, ROWS, COLUMNS) - 128).to(torch.int8)
-    scales = random_scales(ROWS, groups)
-    wide = scales.float().repeat_interleave(COLUMNS // groups, 1)
-    parts = {"weight": weight, "weight_scale": scales}
-    assert torch.equal(layouts.whole_numbers(parts).values(), weight.float() * wide)
-    zeros = torch.full((ROWS, groups), 5, dtype=torch.int8)
-    found = layouts.whole_numbers(parts | {"weight_zero_point": zeros})
-    assert torch.equal(found.values(), (weight.float() - 5) * wide)
-
-
-def test_int8_of_bitsandbytes():
-    weight = (random_numbers(8, ROWS, COLUMNS) - 128).to(torch.int8)
-    largest = torch.rand(ROWS)
-    found = layouts.int8_rows({"weight": weight, "SCB": largest})
-    assert torch.equal(found.values(), weight.float() * (largest / 127).unsqueeze(1))
-
-
 @pytest.mark.parametrize("shape", [(), (1,), (ROWS, 1)])
 def test_float8_with_one_scale_or_one_a_row(shape):
     weight = torch.randn(ROWS, COLUMNS).to(torch.float8_e4m3fn)
