@@ -12,6 +12,7 @@ import msgspec
 
 from quartet.runtime.limits import MAX_STEP_SLEEP_S
 from quartet.runtime.messages import Chat, Message
+from quartet.runtime.names import Name
 from quartet.runtime.reply_shapes import (
     EVERYTHING,
     NULL,
@@ -126,7 +127,7 @@ class WeightChange(ControlCommand, kw_only=True):
     abort_all_requests: bool = False
     retract: bool = False  # running requests go back to the queue and are computed again
     flush_cache: bool = True  # free the pages of the prefix cache; if false they stay, but are never matched again
-    weight_version: str | None = None
+    weight_version: Name | None = None
     expected_version: str | None = None  # 409 unless this is the version that serves
     torch_empty_cache: bool = False
 
@@ -212,7 +213,7 @@ class UpdateWeightVersion(ControlCommand, tag="update_weight_version", kw_only=T
 
     path = "/update_weight_version"
     reply = AsJson(("new_version", "num_aborted_requests"))
-    new_version: str
+    new_version: Name
     abort_all_requests: bool = True  # clients rely on this default
 
     @property

@@ -44,6 +44,7 @@ MAX_SUPPORT_TOKENS = 1024  # candidates that are returned for every token
 MAX_TOKEN_IDS_LOGPROB = 1024
 MAX_RID_CHARS = 256
 MAX_KEY_CHARS = 1024
+MAX_NAME_CHARS = 4096  # of a model, a user or a version of the weights, as a client names it
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600

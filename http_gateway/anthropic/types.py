@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from quartet.runtime.names import Name
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Role = Literal["system", "user", "assistant"]
 
@@ -109,7 +111,7 @@ class ConversationBody(msgspec.Struct, kw_only=True):
     """The fields that make the prompt: the body of POST /v1/messages/count_tokens."""
 
     messages: list[MessageParam]
-    model: str | None = None
+    model: Name | None = None
     system: str | list[TextBlock] | None = None
     tools: list[ToolParam] | None = None
     tool_choice: ToolChoice | None = None
@@ -157,7 +159,7 @@ class Message(msgspec.Struct, kw_only=True):
     id: str
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
-    model: str
+    model: Name
     content: list[TextBlock | ThinkingBlock | ToolUseBlock]
     stop_reason: StopReason | None = None
     stop_sequence: str | None = None

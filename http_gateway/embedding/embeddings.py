@@ -23,6 +23,7 @@ from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Request, Text
 from quartet.runtime.model_files.embedding import Embedding
+from quartet.runtime.names import Name
 
 EMPTY = "Input cannot be empty"
 EMPTY_AT = "Input at index {} cannot be empty or whitespace only"
@@ -42,7 +43,7 @@ class EmbeddingsBody(Truncating, kw_only=True):
     """POST /v1/embeddings. Fields that are not here are ignored."""
 
     input: str | list[Any]
-    model: str | None = None
+    model: Name | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     rid: Any = None
@@ -53,7 +54,7 @@ class ClassifyBody(Truncating, kw_only=True):
     """POST /v1/classify. Fields that are not here are ignored."""
 
     input: str | list[Any]
-    model: str | None = None
+    model: Name | None = None
     rid: Any = None
 
 

@@ -27,6 +27,7 @@ from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Text
 from quartet.runtime.model_files.embedding import Embedding
+from quartet.runtime.names import Name
 
 EMPTY_QUERY = "Query cannot be empty"
 BLANK_QUERY = "Query cannot be empty or whitespace only"
@@ -56,7 +57,7 @@ class RankBody(Truncating, kw_only=True):
 
     query: str
     documents: list[str | Document]
-    model: str | None = None
+    model: Name | None = None
     top_n: int | None = None
     return_documents: bool | None = None
 

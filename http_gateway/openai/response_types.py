@@ -6,6 +6,7 @@ import msgspec
 
 from quartet.http_gateway.openai.response_format import ResponseFormat
 from quartet.http_gateway.openai.types import Count
+from quartet.runtime.names import Name
 
 ToolChoice = Literal["none", "auto", "required"] | dict[str, Any]
 
@@ -31,7 +32,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     """POST /v1/responses."""
 
     input: str | list[dict[str, Any]]
-    model: str | None = None
+    model: Name | None = None
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: float | None = None
@@ -46,7 +47,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     truncation: Literal["auto", "disabled"] | None = None
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
-    user: str | None = None
+    user: Name | None = None
     store: bool | None = None  # for later requests; as long as nobody says no
     previous_response_id: str | None = None  # of a stored response, whose conversation goes on
     background: bool | None = None  # nobody waits for it: its client asks for it by its id

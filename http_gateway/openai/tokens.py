@@ -16,6 +16,7 @@ from quartet.runtime import limits
 from quartet.runtime.control import ControlCommand, Detokenize, Tokenize
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Reply, pack_ids, unpack_ids
+from quartet.runtime.names import Name
 
 TIMEOUT_S = 60.0
 NULL = b"null"
@@ -26,7 +27,7 @@ BAD_IDS = "tokens must be a list of token ids, or a list of such lists."
 class TokenizeBody(msgspec.Struct, kw_only=True):
     """A prompt, or a conversation with all that a chat completion takes: it is read and rendered as one."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | list[str] | None = None
     add_special_tokens: bool | None = None
     messages: list[dict[str, Any]] | None = None
@@ -40,7 +41,7 @@ class TokenizeAnswer(msgspec.Struct, kw_only=True):
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):
     tokens: list[int | list[int]]
-    model: str | None = None
+    model: Name | None = None
     skip_special_tokens: bool | None = None
 
 

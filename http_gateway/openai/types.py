@@ -11,6 +11,7 @@ import msgspec
 from quartet.http_gateway.generation.truncation import Truncating
 from quartet.http_gateway.openai.response_format import ResponseFormat, StructuredOutputs
 from quartet.http_gateway.parsers.tool_events import Tool
+from quartet.runtime.names import Name
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -23,7 +24,7 @@ class StreamOptions(msgspec.Struct):
 class GenerationBody(Truncating, kw_only=True):
     """The fields that completions and chat completions share."""
 
-    model: str | None = None
+    model: Name | None = None
     max_tokens: Count | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -36,7 +37,7 @@ class GenerationBody(Truncating, kw_only=True):
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Name | None = None
     # beyond OpenAI
     top_k: int | None = None
     min_p: float | None = None

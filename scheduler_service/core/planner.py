@@ -304,7 +304,8 @@ class Planner:
         if result.error:
             sequence.kv_invalid = True
             return self._mark_finished(sequence, rules.failure(result))
-        outcome.store_extras(part, result)
+        if result.input_logprobs or result.hidden_states or result.routed_experts:
+            outcome.store_extras(part, result)
         if part.end <= sequence.prefill_end:
             self.pool.cache(sequence, part.end)
         if result.tokens is None:

@@ -98,6 +98,7 @@ class Stream:
                 return
             body = {"prompt": f"Tell me a story, number {serial}:", "max_tokens": self.TOKENS}
             body |= {"stream": True, "ignore_eos": True, "temperature": 0.8}
+            body |= {"skip_special_tokens": False}  # so that every token is a chunk
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT_S)
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()

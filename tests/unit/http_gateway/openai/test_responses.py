@@ -343,7 +343,8 @@ async def test_a_demanded_call_has_the_form_of_its_arguments_not_of_a_message() 
         for choice in ("required", {"type": "function", "name": "weather"}):
             body = await ask(server, tools=[WEATHER], tool_choice=choice, text={"format": schema})
             assert body["text"]["format"]["type"] == "json_schema"
-            assert "weather" in server.ring.sent[-1].request.params.json_schema
+            params = server.ring.sent[-1].request.params
+            assert params.call_grammar is not None and "weather" in params.call_grammar and not params.json_schema
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from quartet.http_gateway.anthropic.types import MessagesBody
 from quartet.http_gateway.app import ENDPOINTS
 from quartet.http_gateway.native.generate_body import GenerateBody
+from quartet.http_gateway.openai.response_types import ResponsesBody
 from quartet.http_gateway.openai.types import ChatBody, CompletionBody
 from quartet.http_gateway.routes import bodies
-from quartet.runtime.control import ControlCommand, ReleaseMemory
+from quartet.runtime.control import ControlCommand, ReleaseMemory, UpdateWeightVersion
 from quartet.runtime.errors import RequestError
+from quartet.runtime.limits import MAX_NAME_CHARS
 from tests.unit.http_gateway.harness import asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
 
@@ -126,3 +129,21 @@ async def test_bytes_that_are_no_text_are_a_400() -> None:
 def test_a_body_that_is_no_object_is_refused_as_before() -> None:
     with pytest.raises(msgspec.ValidationError, match="Expected `object`"):
         bodies.decode_json_body(b"[1]", GenerateBody)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "name"),
+    [
+        (ChatBody, CHAT, "model"),
+        (ChatBody, CHAT, "user"),
+        (CompletionBody, {"prompt": "hi"}, "model"),
+        (ResponsesBody, {"input": "hi"}, "model"),
+        (ResponsesBody, {"input": "hi"}, "user"),
+        (MessagesBody, {"messages": [], "max_tokens": 1}, "model"),
+        (UpdateWeightVersion, {}, "new_version"),
+    ],
+)
+def test_names_that_come_back_in_answers_have_a_bound(kind, fields, name):
+    assert getattr(msgspec.convert(fields | {name: "x" * MAX_NAME_CHARS}, kind), name)
+    with pytest.raises(msgspec.ValidationError, match=rf"length <= {MAX_NAME_CHARS} - at `\$\.{name}`"):
+        msgspec.convert(fields | {name: "x" * (MAX_NAME_CHARS + 1)}, kind)

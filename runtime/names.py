@@ -1,0 +1,9 @@
+"""Names that clients choose: of models, users and versions of weights. They come back in answers and logs."""
+
+from typing import Annotated
+
+import msgspec
+
+from quartet.runtime.limits import MAX_NAME_CHARS
+
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
