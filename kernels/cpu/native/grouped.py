@@ -179,7 +179,7 @@ def quantized(weight: torch.Tensor, form: Form) -> Numbers:
     each improved by least squares, as ggml makes its K-quants.
     """
     native.check_matrix(weight)
-    assert form.offsets or form.zero == 1 << (form.bits - 1), form
+    assert form.offsets or 1 < form.zero <= 1 << (form.bits - 1), form
     rows, columns = weight.shape
     width = -(-columns // UNIT) * UNIT
     numbers = torch.empty(rows, width, dtype=torch.uint8)
@@ -199,6 +199,23 @@ def quantized(weight: torch.Tensor, form: Form) -> Numbers:
         torch.get_num_threads(),
     )
     return Numbers(form, numbers, scales, offsets)
+
+
+def misfit(values: torch.Tensor, numbers: Numbers) -> str:
+    """Why these numbers cannot stand for the values (rows, columns); empty where they can.
+
+    Scales are float16. A group of very small values becomes zeros; that a matrix has some such groups changes nothing,
+    but where most groups are so, they are all that it has.
+    """
+    if not numbers.fits():
+        return "its values are too large"
+    group, width = numbers.form.group, numbers.numbers.shape[1]
+    padded = torch.nn.functional.pad(values, (0, width - values.shape[1]))
+    there = padded.view(len(values), -1, group).ne(0).any(2)
+    lost = there & (numbers.scales == 0)
+    if numbers.offsets is not None:
+        lost &= numbers.offsets == 0
+    return "its values are too small" if 2 * int(lost.sum()) > int(there.sum()) else ""
 
 
 def rounded(weight: torch.Tensor, form: Form) -> torch.Tensor:
