@@ -357,6 +357,17 @@ class Speculation(msgspec.Struct, frozen=True):
     max_match: int  # longest text that is compared
 
 
+class WeightForm(msgspec.Struct, frozen=True, array_like=True):
+    """How one slab of the weights is kept in whole numbers (kernels/cpu/native/grouped.py)."""
+
+    buffer: str
+    index: tuple[int, ...]
+    bits: int
+    group: int
+    offsets: bool
+    zero: int
+
+
 class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
     """A configuration in which every default is decided; made by `resolve` alone.
 
@@ -378,6 +389,7 @@ class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
     # what other flags come to; not shown
     access_log_level: LogLevel
     dummy_seed: int  # of random weights
+    weight_forms: list[WeightForm] | None = None  # those that served before a restart; None: by --quantization
     max_graph_rows: int  # of a decode step that is captured as a CUDA graph; 0: none is
     preemption_threshold: int | None  # None: nobody preempts
     speculation: Speculation | None

@@ -26,7 +26,7 @@ from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
 from quartet.scheduler_service.weights.parameters import Forms, Layout, Weights
-from quartet.scheduler_service.weights.storage import CHOICES, forms_of
+from quartet.scheduler_service.weights.storage import CHOICES, forms_of, restored
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,9 @@ def load_native(
 
 
 def forms(config: ResolvedConfig, info: ModelInfo, layout: Layout, dtype: torch.dtype, device: torch.device) -> Forms:
-    """Which weights are kept in whole numbers of few bits. Raises StartupError."""
+    """Which weights are kept in whole numbers of few bits: as before a restart. Raises StartupError."""
+    if config.weight_forms is not None:
+        return restored(config.weight_forms)
     stored = None if is_dummy(config) else ties.with_tied_tensors(checkpoint_of(Path(info.path)), layout)
     return forms_of(config.quantization, layout, dtype, device, stored)
 

@@ -58,7 +58,7 @@ def q3_k(blocks: torch.Tensor) -> Parts:
     low = pairs_of_bits(blocks[:, 32:96].view(-1, 2, 32)).reshape(-1, 8, 32)
     scales = nibbles(blocks[:, 96:104]).flatten(1) | pairs_of_bits(blocks[:, 104:108]).flatten(1) << 4
     scale = halves(blocks, 108) * (scales.view(torch.int8) - 32).float()
-    return (low | bits(blocks[:, :32]) << 2).flatten(1), scale, None
+    return (low | bits(blocks[:, :32]) << 2).flatten(1) + 4, scale, None  # an update may use all four bits
 
 
 def with_6_bit_scales(blocks: torch.Tensor, numbers: torch.Tensor) -> Parts:
@@ -91,7 +91,7 @@ FORMATS: dict[str, tuple[Form, Callable[[torch.Tensor], Parts]]] = {
     "Q8_0": (Form(8, 32, offsets=False, zero=128), q8_0),
     "IQ4_NL": (Form(8, 32, offsets=False, zero=128), iq4_nl),
     "Q2_K": (Form(4, 16, offsets=True), q2_k),
-    "Q3_K": (Form(4, 16, offsets=False, zero=4), q3_k),
+    "Q3_K": (Form(4, 16, offsets=False, zero=8), q3_k),
     "Q4_K": (Form(4, 32, offsets=True), q4_k),
     "Q5_K": (Form(5, 32, offsets=True), q5_k),
     "Q6_K": (Form(6, 16, offsets=False, zero=32), q6_k),

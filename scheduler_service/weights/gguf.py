@@ -116,7 +116,8 @@ def checkpoint_of(directory: Path) -> Checkpoint:
 
 def log_expansion(checkpoint: Checkpoint, weights: Weights) -> None:
     """Log what it takes that blocks are expanded to numbers of the served format; nothing where there are none."""
-    expanded = [name for name in weights.layout.places if weights.grouped_of(name) is None]
+    plain = (name for name in weights.layout.places if weights.grouped_of(name) is None)
+    expanded = [name for name in plain if name in checkpoint.tensors]
     encodings = [checkpoint.tensors[name].encoding for name in expanded]
     if blocks := sorted(EXPAND.keys() & {encoding.name.split()[0] for encoding in encodings if encoding}):
         stored = sum(checkpoint.tensors[name].nbytes for name in expanded)

@@ -17,7 +17,8 @@ import torch
 import xxhash
 
 from quartet.kernels.cpu.linear import no_pause
-from quartet.kernels.cpu.native.grouped import Form, GroupedWeight, Numbers, quantized
+from quartet.kernels.cpu.native.grouped import Form, GroupedWeight, Numbers, misfit, quantized
+from quartet.scheduler_service.weights.checkpoint import CheckpointError
 
 META = torch.device("meta")
 
@@ -167,14 +168,20 @@ class Weights:
 
     @contextmanager
     def writing(self, name: str, yield_point: Callable[[], None] = no_pause) -> Iterator[torch.Tensor]:
-        """A tensor to fill with the values of a name, in the served dtype; they are in their place afterwards."""
+        """A tensor to fill with the values of a name, in the served dtype; they are in their place afterwards.
+
+        Raises CheckpointError for values that cannot be kept in whole numbers.
+        """
         grouped = self.grouped_of(name)
         if grouped is None:
             yield self.view(name)
             return
         values = torch.empty(self.layout.places[name].shape, dtype=self.dtype)
         yield values
-        self.write(name, quantized(values, grouped.form), 0, yield_point)
+        numbers = quantized(values, grouped.form)
+        if reason := misfit(values, numbers):
+            raise CheckpointError(f"tensor {name} cannot be kept in {grouped.form.bits} bits: {reason}")
+        self.write(name, numbers, 0, yield_point)
 
     def write(self, name: str, part: Numbers, row: int, yield_point: Callable[[], None] = no_pause) -> None:
         """Set some rows of a tensor that is kept in whole numbers, from row number `row` of it."""

@@ -14,6 +14,7 @@ import xxhash
 
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.grouped import INT4, INT8, Form, Numbers, step_of
+from quartet.runtime.config import WeightForm
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
 from quartet.scheduler_service.weights.parameters import Forms, Layout, Slab, Weights
@@ -47,10 +48,12 @@ def forms_of(
         return {}
     can = device.type == "cpu" and dtype is torch.bfloat16
     if choice in CHOICES:
-        if not (can and native.library() is not None):
+        if not can:
+            raise StartupError(f"--quantization {choice} needs --dtype bfloat16 on a CPU, not {dtype} on {device.type}")
+        if native.library() is None:
             raise StartupError(
-                f"--quantization {choice} needs bfloat16 on a CPU and the kernels that gcc compiles at the first "
-                "start; leave it out to serve the model in its own number format"
+                f"--quantization {choice} needs the kernels that gcc compiles at the first start; leave it out to "
+                "serve the model in its own number format"
             )
         wanted = {slab: INT8 if slab[0] in BOTH_SIDES else CHOICES[choice] for slab in slabs_of(layout)}
     elif can and checkpoint is not None and any(t.encoding and t.encoding.form for t in checkpoint.tensors.values()):
@@ -60,6 +63,19 @@ def forms_of(
     else:
         return {}
     return whole_buffers(layout, {slab: form for slab, form in wanted.items() if begins_blocks(layout, slab)})
+
+
+def recorded(forms: Forms) -> list[WeightForm]:
+    """Forms as a record of what serves has them."""
+    return [
+        WeightForm(buffer, index, form.bits, form.group, form.offsets, form.zero)
+        for (buffer, index), form in forms.items()
+    ]
+
+
+def restored(forms: list[WeightForm]) -> Forms:
+    """The reverse of `recorded`."""
+    return {(f.buffer, f.index): Form(f.bits, f.group, f.offsets, f.zero) for f in forms}
 
 
 def slabs_of(layout: Layout) -> dict[Slab, list[str]]:
@@ -127,9 +143,10 @@ def read_numbers(
         for row, memory, part in stored_numbers(stored, descriptor):
             if digest is not None:
                 digest.update(bytes_of(memory))
-            if not part.fits():
+            joined = part.to(grouped.form)
+            if not joined.fits():
                 raise CheckpointError(f"{stored.shown}: tensor {name} has scales that are too large or not finite")
-            weights.write(name, part.to(grouped.form), row, yield_point)
+            weights.write(name, joined, row, yield_point)
         return
     with weights.writing(name, yield_point) as values:
         for memory, placed in read_chunks(stored, values, descriptor):

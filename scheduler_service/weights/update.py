@@ -38,6 +38,7 @@ from quartet.scheduler_service.weights import (
     pickled,
     record,
     staging,
+    storage,
     ties,
     wire,
 )
@@ -349,7 +350,8 @@ class Updates:
         """Record what serves, for a restart."""
         try:
             with self._record_lock:
-                record.write_record(self.run_dir, self.committed)
+                served = msgspec.structs.replace(self.committed, forms=storage.recorded(self.live.forms))
+                record.write_record(self.run_dir, served)
         except OSError as error:
             log.error("Could not record the committed weights: %s. A restart would load the ones before.", error)
 

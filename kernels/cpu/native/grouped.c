@@ -72,7 +72,7 @@ INLINE void quantize_offset(const struct group *g, float most, uint8_t *out, flo
         best[i] = zero;
     }
     float w = vec_sum(all), wx = vec_sum(all_x);
-    *best_scale = *best_offset = 0;
+    *best_scale = *best_offset = INFINITY; /* where the values are too large for float16 */
     for (int trial = 0; trial < TRIALS; trial++) {
         float scale = span / (most - 1.0f + (float)trial * 2.0f / (TRIALS - 1)), offset = low;
         numbers_of(g, scale, offset, most, numbers);

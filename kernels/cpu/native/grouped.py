@@ -93,18 +93,22 @@ class GroupedWeight:
     def allocate(self) -> None:
         """Take memory, with undefined contents."""
         numbers, scales = self.form.shapes(self.rows, self.columns)
-        self.numbers = torch.empty(numbers, dtype=torch.uint8)
-        self.scales = torch.empty(scales, dtype=torch.float16)
+        self._keep(torch.empty(numbers, dtype=torch.uint8), torch.empty(scales, dtype=torch.float16))
+
+    def _keep(self, numbers: torch.Tensor, scales: torch.Tensor) -> None:
+        self.numbers, self.scales = numbers, scales
+        self._arguments: dict[bool, Grouped] = {}  # made once: a product takes as long as making some of them
 
     def release(self) -> None:
         """Give the memory back; nothing may compute until `allocate`."""
-        self.numbers, self.scales = self.numbers.new_empty(0), self.scales.new_empty(0)
+        self._keep(self.numbers.new_empty(0), self.scales.new_empty(0))
 
     def exchange(self, other: "GroupedWeight") -> None:
         """Exchange the memory with a weight of the same shape and form."""
         assert (self.rows, self.columns, self.form) == (other.rows, other.columns, other.form)
-        self.numbers, other.numbers = other.numbers, self.numbers
-        self.scales, other.scales = other.scales, self.scales
+        own = self.numbers, self.scales
+        self._keep(other.numbers, other.scales)
+        other._keep(*own)
 
     def copy_from(self, other: "GroupedWeight") -> None:
         """Copy the values of a weight of the same shape and form."""
@@ -117,10 +121,13 @@ class GroupedWeight:
 
     def argument(self, exact: bool) -> Grouped:
         """The weight as the kernels take it; `exact`: a row's bits must not depend on the other rows of a product."""
+        if (known := self._arguments.get(exact)) is not None:
+            return known
         form = self.form
         pointers = self.numbers.data_ptr(), self.scales.data_ptr()
         made = Grouped(*pointers, form.bits, UNIT // form.group, form.offsets, form.zero, exact)
         made.owner = self.numbers, self.scales
+        self._arguments[exact] = made
         return made
 
     def write(self, first: int, part: Numbers, yield_point: Callable[[], None]) -> None:
@@ -172,7 +179,7 @@ def quantized(weight: torch.Tensor, form: Form) -> Numbers:
     each improved by least squares, as ggml makes its K-quants.
     """
     native.check_matrix(weight)
-    assert form.offsets or form.zero == 1 << (form.bits - 1), form
+    assert form.offsets or 1 < form.zero <= 1 << (form.bits - 1), form
     rows, columns = weight.shape
     width = -(-columns // UNIT) * UNIT
     numbers = torch.empty(rows, width, dtype=torch.uint8)
@@ -192,6 +199,23 @@ def quantized(weight: torch.Tensor, form: Form) -> Numbers:
         torch.get_num_threads(),
     )
     return Numbers(form, numbers, scales, offsets)
+
+
+def misfit(values: torch.Tensor, numbers: Numbers) -> str:
+    """Why these numbers cannot stand for the values (rows, columns); empty where they can.
+
+    Scales are float16. A group of very small values becomes zeros; that a matrix has some such groups changes nothing,
+    but where most groups are so, they are all that it has.
+    """
+    if not numbers.fits():
+        return "its values are too large"
+    group, width = numbers.form.group, numbers.numbers.shape[1]
+    padded = torch.nn.functional.pad(values, (0, width - values.shape[1]))
+    there = padded.view(len(values), -1, group).ne(0).any(2)
+    lost = there & (numbers.scales == 0)
+    if numbers.offsets is not None:
+        lost &= numbers.offsets == 0
+    return "its values are too small" if 2 * int(lost.sum()) > int(there.sum()) else ""
 
 
 def rounded(weight: torch.Tensor, form: Form) -> torch.Tensor:

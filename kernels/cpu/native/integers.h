@@ -35,6 +35,10 @@ INLINE struct integer_rows integer_rows_at(void *memory, int64_t rows, int64_t d
 INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t unit, vec first, vec second) {
     float largest = vec_largest(vec_max(_mm512_abs_ps(first), _mm512_abs_ps(second)));
     float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    if (_mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q) || !(largest <= 3.4e38f)) { /* the sums are not a number */
+        scale = NAN;
+        first = second = vec_set(0.0f);
+    }
     __m512i low = _mm512_cvtps_epi32(vec_mul(first, vec_set(inverse)));
     __m512i high = _mm512_cvtps_epi32(vec_mul(second, vec_set(inverse)));
     int8_t *out = x->numbers + row * x->depth + unit * TILE_DEPTH;

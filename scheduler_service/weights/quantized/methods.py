@@ -77,9 +77,9 @@ def part_of(tensors: Stored, prefix: str, own: str, dtypes: Iterable[str], rank:
 def choice(settings: Settings, name: str, default: Any, allowed: tuple[Any, ...]) -> Any:
     """A setting with one of the values that are read. Raises CheckpointError."""
     value = settings.get(name, default)
-    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-        said = ", ".join(map(str, allowed))
-        raise CheckpointError(f"quantization_config: {name} is {short(value)}; what is read is {said}")
+    if type(value) is not type(allowed[0]) or value not in allowed:
+        said = ", ".join(map(repr, allowed))
+        raise CheckpointError(f"quantization_config: {name} is {short(repr(value))}; what is read is {said}")
     return value
 
 

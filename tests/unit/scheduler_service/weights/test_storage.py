@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.grouped import INT4, INT8, Form, rounded
+from quartet.kernels.cpu.native.grouped import INT4, INT8, Form, Numbers, rounded
 from quartet.runtime.control import (
     CheckWeights,
     ReleaseMemory,
@@ -17,11 +18,13 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import gguf_directory, model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.model.registry import load_model
+from quartet.scheduler_service.weights import record
 from quartet.scheduler_service.weights.block_numbers import FORMATS
-from quartet.scheduler_service.weights.checkpoint import Checkpoint, Encoding, StoredTensor
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, Encoding, StoredTensor
 from quartet.scheduler_service.weights.formats import checkpoint_of
-from quartet.scheduler_service.weights.parameters import Layout
-from quartet.scheduler_service.weights.storage import forms_of
+from quartet.scheduler_service.weights.parameters import Layout, Weights
+from quartet.scheduler_service.weights.storage import forms_of, read_numbers
+from quartet.scheduler_service.weights.tensor_io import open_file
 from tests import checkpoints, gguf_files
 from tests.configs import resolved
 from tests.engine import ALL_LOGPROBS, Engine
@@ -111,7 +114,7 @@ def stored(kind: str) -> StoredTensor:
 @pytest.mark.parametrize("choice", ["int8", "int4"])
 def test_what_cannot_be_kept_so_is_refused_at_the_start(tmp_path, choice):
     directory = checkpoints.random_model(tmp_path, 0)
-    with pytest.raises(StartupError, match=f"--quantization {choice} needs bfloat16 on a CPU"):
+    with pytest.raises(StartupError, match=f"--quantization {choice} needs --dtype bfloat16 on a CPU"):
         forms_of(choice, checkpoints.layout_of(directory), torch.float32, CPU, checkpoint_of(directory))
 
 
@@ -169,6 +172,84 @@ def test_weights_after_an_update_equal_those_of_a_start(tmp_path):
     assert live.call(UpdateWeightsFromDisk(model_path=str(second))).success
     bodies = [server.call(CheckWeights(action="checksum")).body for server in (live, fresh)]
     assert bodies[0] == bodies[1]
+
+
+@pytest.mark.parametrize(("choice", "value"), [("int4", 1e6), ("int8", 1e8), ("int4", 1e30)])
+def test_values_that_float16_scales_cannot_reach_are_refused_and_the_old_weights_stay(tmp_path, choice, value):
+    directory = checkpoints.random_model(tmp_path / "m", 1)
+    tensors = checkpoints.random_tensors(directory, 2)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name][0, 7] = value
+    other = checkpoints.save(checkpoints.write_config(tmp_path / "large"), tensors)
+    live = Live(directory, tmp_path, **QUANTIZED | {"quantization": choice})
+    before = live.call(CheckWeights(action="checksum")).body
+    reply = live.call(UpdateWeightsFromDisk(model_path=str(other)))
+    assert f"{name} cannot be kept in {choice[3:]} bits: its values are too large" in reply.message
+    assert not reply.success
+    assert live.call(CheckWeights(action="checksum")).body == before
+    with pytest.raises(StartupError, match="its values are too large"):
+        weights_of(other, quantization=choice)
+
+
+def test_a_matrix_that_would_become_zeros_is_refused_and_one_with_some_small_groups_is_not(tmp_path):
+    directory = checkpoints.write_config(tmp_path)
+    tensors = checkpoints.random_tensors(directory, 1)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name][:8] *= 1e-9
+    assert weights_of(checkpoints.save(directory, tensors), quantization="int8").view(name)[0].eq(0).all()
+    tensors[name][8:] *= 1e-9
+    with pytest.raises(StartupError, match=f"{name} cannot be kept in 8 bits: its values are too small"):
+        weights_of(checkpoints.save(directory, tensors), quantization="int8")
+
+
+def test_scales_that_grow_too_large_in_a_joined_form_are_refused(tmp_path):
+    stored = numbers_in(tmp_path / "numbers", scale=60000.0)
+    layout = Layout()
+    layout.add("qkv", (0,), [("q", 16)], 32)
+    for form, fits in ((Form(8, 32, False, 128), True), (Form(8, 32, True), False)):
+        weights = Weights(layout, torch.bfloat16, CPU, {("qkv", (0,)): form})
+        with open_file(stored.file) as descriptor:
+            if fits:
+                read_numbers("q", stored, weights, descriptor, no_pause)
+                assert torch.isfinite(weights.view("q")).all()
+                continue
+            with pytest.raises(CheckpointError, match="tensor q has scales that are too large"):
+                read_numbers("q", stored, weights, descriptor, no_pause)
+
+
+def numbers_in(file: Path, scale: float) -> StoredTensor:
+    """A tensor (16, 32) in a file, all of whose blocks have this scale."""
+    file.write_bytes(bytes(16 * 34))
+    form, _ = FORMATS["Q8_0"]
+
+    def numbers(memory: torch.Tensor) -> Numbers:
+        rows = len(memory) // 34
+        return Numbers(form, torch.zeros(rows, 32, dtype=torch.uint8), torch.full((rows, 1), scale), None)
+
+    encoding = Encoding("Q8_0", 34, 32, lambda memory: memory, form, numbers)
+    return StoredTensor(file, "F32", (16, 32), 0, 16 * 34, encoding=encoding)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_form_of_a_file_takes_values_of_an_update(kind):
+    form, _ = FORMATS[kind]
+    values = (torch.randn(16, 64) * 0.02).bfloat16()
+    error = (rounded(values, form).float() - values.float()).norm() / values.float().norm()
+    assert error < {4: 0.16, 5: 0.07, 6: 0.04, 8: 0.01}[form.bits]
+
+
+@pytest.mark.parametrize("settings", [QUANTIZED, {"dtype": "bfloat16"}], ids=["int8", "file"])
+def test_a_restart_serves_the_same_values_in_the_same_forms(tmp_path, settings):
+    original, second = (checkpoints.random_model(tmp_path / str(seed), seed) for seed in (1, 2))
+    file = gguf_files.convert(original, tmp_path / "model.gguf", Q8_0)
+    live = Live(gguf_directory.described(file, tmp_path, tokenizer=False), tmp_path, **settings)
+    assert live.call(UpdateWeightsFromDisk(model_path=str(second))).success
+    config = record.restored(resolved(model_path=str(original), **settings), str(tmp_path))
+    assert config.model_dir == str(second)
+    again = load_model(config, model_info.load(config), CPU).weights
+    assert again.forms == live.updates.live.forms != {}
+    for name in again.names():
+        assert torch.equal(again.view(name), live.updates.live.view(name)), name
 
 
 def test_values_are_lost_and_given_back_with_the_memory(tmp_path):

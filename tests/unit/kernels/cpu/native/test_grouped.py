@@ -100,6 +100,16 @@ def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows,
         torch.testing.assert_close(ours, expected, atol=0.08, rtol=0.05)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_no_number_stays_so(kernels, rows, value):
+    weight = grouped(32, 64, quantized((torch.randn(32, 64) / 8).bfloat16(), INT8))
+    x, out = torch.randn(rows, 64).bfloat16(), torch.zeros(rows, 32)
+    x[-1, 5] = value
+    kernels.product(x, weight.argument(exact=False), 32, None, out, "float")
+    assert not torch.isfinite(out[-1]).any() and torch.isfinite(out[:-1]).all()
+
+
 def test_int8_keeps_a_weight_within_half_a_step():
     weight = (torch.randn(48, 100) * 0.02).bfloat16()
     step = F.pad(weight.float(), (0, 28)).view(48, 4, 32).abs().amax(2) / 127

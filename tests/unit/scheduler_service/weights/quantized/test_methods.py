@@ -10,12 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.runtime.control import UpdateWeightsFromDisk
+from quartet.runtime.model_files import model_info
+from quartet.scheduler_service.model.registry import load_model
 from quartet.scheduler_service.weights import load
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.quantized import reading
 from tests import checkpoints
+from tests.configs import resolved
 from tests.live import Live
 
 Tensors = dict[str, torch.Tensor]
@@ -105,6 +108,16 @@ def test_the_values_of_a_quantized_checkpoint_are_read(method, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_start_serves_a_quantized_checkpoint(method, dtype, tmp_path):
+    expected = write(tmp_path, method)
+    config = resolved(model_path=str(tmp_path), dtype=dtype)
+    weights = load_model(config, model_info.load(config), torch.device("cpu")).weights
+    for name in weights.names():
+        assert torch.equal(weights.view(name), expected[name].to(weights.dtype)), name
+
+
+@pytest.mark.parametrize("method", SETTINGS)
 def test_an_update_from_disk_serves_a_quantized_checkpoint(method, tmp_path):
     expected = write(tmp_path / "b", method, seed=1)
     live = Live(checkpoints.random_model(tmp_path / "a", 0), tmp_path)
@@ -144,6 +157,8 @@ def test_parts_that_do_not_fit_are_refused_with_the_name_of_the_tensor(method, p
     [
         ("gptq", {"quant_method": "hqq"}, "is quantized by hqq, which is not read"),
         ("gptq", {"bits": 3}, "bits is 3; what is read is 4, 8"),
+        ("gptq", {"bits": 4.0}, "bits is 4.0; what is read is 4, 8"),
+        ("gptq", {"bits": "4"}, "bits is '4'; what is read is 4, 8"),
         ("gptq", {"dynamic": {"a": {}}}, "dynamic"),
         ("awq", {"version": "gemv"}, "version is gemv"),
         ("fp8", {"weight_block_size": [0, 1]}, "weight_block_size"),
