@@ -6,9 +6,9 @@ it is cut; and the events of a whole output, joined, do not depend on where it w
 
 What is no well-formed call of a known tool stays text, to the last character; blanks beside a call belong to nobody
 and are dropped. Once a call's name and the opening of its arguments are read it is announced, and what follows
-streams through as it comes. What looks like a call in a thought is a part of the thought, closed or not. A thought may
-begin where the output begins, behind a thought and behind a call. Where an output is a row of messages with heads, the
-heads say what each is, and only its end ends it.
+streams through as it comes. What looks like a call in a thought is a part of the thought, closed or not, unless calls
+end the thoughts of the family (`Marks.call_ends`). A thought may begin where the output begins, behind a thought and
+behind a call. Where an output is a row of messages with heads, the heads say what each is, and only its end ends it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,6 +52,7 @@ class OutputReader:
         self._held = ""  # of the text before; shorter than a tag
         self._again = ""  # text that must be read again
         self._ended = False
+        self._calls_before = 0  # the one that is being read
         self._fresh = True  # nothing but blanks was read
         thought = marks.opening if marks else ""
         self._reading = CallsReader(calls, self._known, schemas, self._events, thought) if calls else None
@@ -150,18 +151,18 @@ class OutputReader:
         if found[0] in self._heads():
             self._state = self._message_head
             return found.start()
-        if self._thinking:
+        if self._thinking and self._marks and found[0] == self._marks.closing:
             return self._close_thought(found.end())
         if self._marks and found[0] == self._marks.opening:
             return self._open_thought(found.end())
         return self._lead_to_call(found[0], found.end())
 
     def _tags(self) -> tuple[str, ...]:
-        """What ends the text: in a thought nothing but its closing."""
+        """What ends the text: in a thought its closing, and a call in some families."""
         if self._channels and self._thinking:
             return self._channels.ends
         if self._marks and self._thinking:
-            return (self._marks.closing,)
+            return (self._marks.closing, *(self._calls.openings if self._calls and self._marks.call_ends else ()))
         messages = (*self._heads(), *self._channels.ends) if self._channels else ()
         thoughts = (self._marks.opening,) if self._marks and self._marks.anywhere else ()
         return (*messages, *thoughts, *(self._calls.openings if self._calls else ()))
@@ -181,6 +182,7 @@ class OutputReader:
     def _lead_to_call(self, lead: str, at: int) -> int:
         """A call should follow."""
         assert self._reading is not None
+        self._calls_before = self._events.calls
         self._reading.lead_to_call(lead)
         self._state = self._in_calls
         return at
@@ -196,6 +198,8 @@ class OutputReader:
 
     def _leave_calls(self, reading: CallsReader) -> None:
         lead = "".join(reading.lead)
+        if self._thinking and self._events.calls > self._calls_before:
+            self._thinking = False
         self._state = self._in_text
         self._as_written = bool(lead and self._calls and self._calls.channels)
         if lead:

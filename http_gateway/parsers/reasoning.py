@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from quartet.http_gateway.parsers.output_reader import OutputReader
-from quartet.http_gateway.parsers.thoughts import ANALYSIS, BRACKETS, GRANITE, Family, Marks
+from quartet.http_gateway.parsers.thoughts import ANALYSIS, BRACKETS, GRANITE, QWEN3, Family, Marks
 from quartet.http_gateway.parsers.tool_events import collect
 from quartet.runtime.errors import RequestError
 
@@ -12,8 +12,8 @@ FAMILIES = {
     "deepseek-v3": Family(),
     "glm45": Family(),
     "kimi": Family(Marks("◁think▷", "◁/think▷")),
-    "qwen3": Family(),
-    "qwen3-thinking": Family(place="inside"),
+    "qwen3": Family(QWEN3),
+    "qwen3-thinking": Family(QWEN3, place="inside"),
     "step3": Family(place="inside"),
     "gpt-oss": Family(ANALYSIS),
     "granite": Family(GRANITE),

@@ -13,10 +13,12 @@ class Marks:
     opening: str = "<think>"
     closing: str = "</think>"
     anywhere: bool = False  # also amid the answer: the tags are tokens of their own that nothing else can spell
+    call_ends: bool = False  # a call in a thought ends it: these models forget the closing tag, as SGLang knows
     channels: Channels | None = None  # the tags are heads and ends of messages
 
 
 THINK = Marks()
+QWEN3 = Marks(call_ends=True)
 BRACKETS = Marks("[THINK]", "[/THINK]", anywhere=True)
 GRANITE = Marks("Here is my thought process:", "Here is my response:")
 ANALYSIS = Marks("<|channel|>analysis<|message|>", "<|end|>", channels=HARMONY)

@@ -7,7 +7,7 @@ import pytest
 
 from quartet.http_gateway.parsers.call_formats import FORMATS, REQUIRED
 from quartet.http_gateway.parsers.output_reader import OutputReader
-from quartet.http_gateway.parsers.thoughts import Marks
+from quartet.http_gateway.parsers.thoughts import QWEN3, Marks
 from quartet.http_gateway.parsers.tool_events import collect
 
 KNOWN = ["f", "get_weather"]
@@ -125,3 +125,19 @@ def test_thoughts_and_calls_take_turns():
     for step in (1, 7, 1000):
         whole = read(OutputReader(Marks(), "before", FORMATS["hermes"], KNOWN), text, step)
         assert whole == ("Text.More.", [("f", "{}"), ("f", "{}")], "onetwothreefour")
+
+
+def test_a_call_ends_the_thought_of_a_family_that_forgets_the_closing_tag():
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    stranger = '<tool_call>{"name": "stranger", "arguments": {}}</tool_call>'
+    for text, expected in (
+        (f"I call it.\n{call}", ("I call it.", "", [("f", '{"a": 1}')])),
+        (f"I call it.\n{call}\nDone.", ("I call it.", "\nDone.", [("f", '{"a": 1}')])),
+        (f"Not {stranger} now</think>\nNo.", (f"Not {stranger} now", "No.", [])),
+        (f"One</think>{call}", ("One", "", [("f", '{"a": 1}')])),
+    ):
+        for step in (1, 7, len(text)):
+            reader = OutputReader(QWEN3, "inside", FORMATS["hermes"], KNOWN)
+            events = [event for at in range(0, len(text), step) for event in reader.feed(text[at : at + step])]
+            whole = collect(events + reader.finish())
+            assert (whole.thought, whole.content, [tuple(c) for c in whole.calls]) == expected, (text, step)
