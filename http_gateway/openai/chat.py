@@ -134,7 +134,7 @@ class ChatCall:
         self.choices = [
             Choice(
                 OutputState(options),
-                make_turn(body, choice, thought),
+                make_turn(body, choice, config.reasoning_parser, thought),
                 options is not None,
                 Extras(gateway, body, item.request, received_at),
             )

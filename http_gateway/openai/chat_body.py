@@ -163,11 +163,11 @@ def template_variables(body: ChatBody) -> dict[str, Any]:
     return variables | (body.chat_template_kwargs or {})
 
 
-def make_turn(body: ChatBody, choice: Choosing, thought: Thought | None) -> Turn:
-    """The reader of one choice's output. `thought`: as in the request."""
+def make_turn(body: ChatBody, choice: Choosing, family: str | None, thought: Thought | None) -> Turn:
+    """The reader of one choice's output. `family`: how the model thinks; `thought`: as in the request."""
     calls = choice.format
     separate = body.separate_reasoning is not False
-    marks = reasoning.marks_of(thought.opening, thought.closing) if thought else None
+    marks = reasoning.family(family).marks if family and thought else None
     if marks and not marks.channels and not separate and not (calls and calls.alone):
         thought = marks = None  # it is to stay in the content, tags and all
     if marks is None and calls is None:

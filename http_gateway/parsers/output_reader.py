@@ -86,8 +86,8 @@ class OutputReader:
         self._run("")
         while self._reading and self._state == self._in_calls:
             self._reading.give_up()
-            self._leave_calls(self._reading)
-            again, self._again = self._again, ""
+            again = self._leave_calls(self._reading) + self._again
+            self._again = ""
             self._run(again)
         self._events.finish(keep_blanks=not self._thinking)
         return self._events.take()
@@ -191,23 +191,28 @@ class OutputReader:
         reading = self._reading
         assert reading is not None
         at = reading.take(text, at)
-        if reading.outcome is not None:
-            self._leave_calls(reading)
-        self._again, reading.again = reading.again, ""
+        lead = self._leave_calls(reading) if reading.outcome is not None else ""
+        self._again, reading.again = lead + reading.again, ""
         return at
 
-    def _leave_calls(self, reading: CallsReader) -> None:
-        lead = "".join(reading.lead)
+    def _leave_calls(self, reading: CallsReader) -> str:
+        """Go on with text. What led to no call is text; returns the part of it that must be read again."""
+        lead, again = "".join(reading.lead), ""
         if self._thinking and self._events.calls > self._calls_before:
             self._thinking = False
         self._state = self._in_text
         self._as_written = bool(lead and self._calls and self._calls.channels)
+        if self._thinking and self._marks:  # the thought may be closed in what looked like a call
+            cut = lead.find(self._marks.closing)
+            cut = len(lead) - held_back(lead, 0, self._marks.closing) if cut < 0 else cut
+            lead, again = lead[:cut], lead[cut:]
         if lead:
             self._text(lead)
         if reading.outcome == "thought":
             self._open_thought(0)
         elif reading.outcome == "closed":
             self._may_think, self._state = True, self._beginning
+        return again
 
     # Messages with heads, where the format has such.
 

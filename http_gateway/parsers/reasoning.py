@@ -28,7 +28,6 @@ CLUES = {  # what a chat template holds → a family that waits for its opening 
     r"<think>|</think>": "qwen3",
     r"Here is my thought process:": "granite",
 }
-MARKS = {(family.marks.opening, family.marks.closing): family.marks for family in FAMILIES.values()}
 
 
 class Split(NamedTuple):
@@ -45,11 +44,6 @@ def family(name: str) -> Family:
             f"Unsupported reasoning parser {name!r}, use one of: {', '.join(FAMILIES)}.", field="reasoning_parser"
         )
     return FAMILIES[name]
-
-
-def marks_of(opening: str, closing: str) -> Marks:
-    """How a thought between these tags is marked."""
-    return MARKS.get((opening, closing)) or Marks(opening, closing)
 
 
 def split(name: str, text: str) -> Split:

@@ -508,10 +508,18 @@ async def test_the_end_of_the_prompt_says_where_the_output_begins(place: Place) 
 
 
 @asynchronous
-async def test_a_call_in_a_thought_that_was_not_closed_is_a_part_of_the_thought() -> None:
-    async with served(
-        says("<think>I call ", "it. ", *CALL), reasoning_parser="qwen3", tool_call_parser="qwen"
-    ) as server:
+async def test_a_call_in_a_thought_that_was_not_closed_is_a_call_where_the_family_forgets_the_tag() -> None:
+    output = says("<think>I call ", "it. ", *CALL)
+    async with served(output, reasoning_parser="qwen3", tool_call_parser="qwen") as server:
+        message = (await ask(server, tools=[WEATHER]))["choices"][0]["message"]
+        assert message["reasoning_content"] == "I call it." and message["content"] is None
+        assert message["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@asynchronous
+async def test_a_call_in_a_thought_that_was_not_closed_is_else_a_part_of_the_thought() -> None:
+    output = says("<think>I call ", "it. ", *CALL)
+    async with served(output, reasoning_parser="deepseek-v3", tool_call_parser="qwen") as server:
         choice = (await ask(server, tools=[WEATHER]))["choices"][0]
         message = choice["message"]
         assert message["reasoning_content"] == "I call it. " + "".join(CALL) and message["content"] is None

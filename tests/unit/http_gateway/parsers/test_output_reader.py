@@ -135,6 +135,9 @@ def test_a_call_ends_the_thought_of_a_family_that_forgets_the_closing_tag():
         (f"I call it.\n{call}\nDone.", ("I call it.", "\nDone.", [("f", '{"a": 1}')])),
         (f"Not {stranger} now</think>\nNo.", (f"Not {stranger} now", "No.", [])),
         (f"One</think>{call}", ("One", "", [("f", '{"a": 1}')])),
+        ('Not <tool_call>{"</think>No.', ('Not <tool_call>{"', "No.", [])),
+        (f'Not <tool_call>{{"</think>{call}', ('Not <tool_call>{"', "", [("f", '{"a": 1}')])),
+        ('Not <tool_call>{"', ('Not <tool_call>{"', "", [])),
     ):
         for step in (1, 7, len(text)):
             reader = OutputReader(QWEN3, "inside", FORMATS["hermes"], KNOWN)
