@@ -56,6 +56,8 @@ def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> Ch
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=(body.reasoning or ReasoningOptions()).effort,
+        thinking_budget=body.thinking_budget,
+        max_thinking_tokens=body.max_thinking_tokens,
         truncate=True if body.truncation == "auto" else None,
     )
 

@@ -446,6 +446,8 @@ async def test_a_template_s_own_word_for_no_limit_limits_nothing() -> None:
         ({"thinking_budget": 9, "max_thinking_tokens": 8}, "qwen3", "max_thinking_tokens"),
         ({"chat_template_kwargs": {"thinking_budget": "much"}}, "qwen3", "chat_template_kwargs"),
         ({"chat_template_kwargs": {"thinking_budget": True}}, "qwen3", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"thinking_budget": -2}}, "qwen3", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"thinking_budget": 2, "max_thinking_tokens": 3}}, "qwen3", "chat_template_kwargs"),
     ],
 )
 @asynchronous
