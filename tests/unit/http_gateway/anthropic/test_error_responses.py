@@ -66,6 +66,7 @@ async def test_a_bad_body_is_a_400_that_names_the_fault(path: str, body: Any, ex
         ({"top_k": -5}, "top_k"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens is required"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "`schema`"),
+        ({"output_format": {"type": "json_schema"}}, "`schema`"),
     ],
 )
 @asynchronous
