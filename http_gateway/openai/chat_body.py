@@ -1,7 +1,9 @@
 """What a chat request asks for: the conversation to render, the grammar of its tool choice, the parsers of its turn."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from quartet.http_gateway.generation.intake import NO_BUDGET
@@ -42,6 +44,7 @@ class Choosing:
 def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
     """Raises RequestError for a choice that cannot be made."""
     tools, choice = body.tools or [], body.tool_choice
+    check_tool_names(tools)
     if choice is None:
         choice = "auto" if tools else "none"
     if choice == "none":
@@ -63,6 +66,13 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
     schema = tool_calls.calls_schema(tools, name, parallel)
     demanded = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
     return Choosing(tools, ("json_schema", schema), demanded)
+
+
+def check_tool_names(tools: Sequence[Tool]) -> None:
+    """Raise RequestError where two tools have one name: nobody could tell whose arguments a call has."""
+    name, count = max(Counter(tool_calls.names_of(tools)).items(), key=itemgetter(1), default=("", 0))
+    if count > 1:
+        raise RequestError(f"tools: {count} tools have the name {short(name)!r}.", field="tools")
 
 
 def constrained(body: ChatBody) -> bool:

@@ -95,6 +95,12 @@ async def test_a_bad_field_of_messages_is_a_400_that_names_it(more: dict[str, An
             "invalid_request_error",
             "max_tokens is too much",
         ),
+        (
+            {"status": 400, "message": "Failed to compile call_grammar grammar: no", "field": "call_grammar"},
+            400,
+            "invalid_request_error",
+            "Failed to compile tools grammar: no",
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

@@ -578,6 +578,8 @@ async def test_thought_and_calls_together() -> None:
         ({"messages": []}, "Messages cannot be empty."),
         ({"tool_choice": "required"}, "Tools cannot be empty if tool choice is set to required."),
         ({"tools": [WEATHER], "tool_choice": {"function": {"name": "x"}}}, "Tool 'x' not found in tools list."),
+        ({"tools": [WEATHER, WEATHER]}, "tools: 2 tools have the name 'weather'."),
+        ({"tools": [WEATHER, WEATHER], "tool_choice": "none"}, "tools: 2 tools have the name 'weather'."),
         ({"max_completion_tokens": 513}, "max_completion_tokens is too large: 513.This model supports at most 512"),
         ({"response_format": {"type": "json_schema"}}, "schema_ is required for json_schema response format request."),
         ({"messages": [{"role": "judge", "content": "x"}]}, "role must be one of"),

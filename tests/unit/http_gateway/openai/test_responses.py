@@ -374,6 +374,15 @@ async def test_a_demanded_call_has_the_form_of_its_arguments_not_of_a_message() 
             for kind in ("web_search", "file_search", "code_interpreter", "mcp")
         ),
         ({"tools": [{"type": "function"}]}, "tools", "name"),
+        ({"tools": [WEATHER, WEATHER]}, "tools", "2 tools have the name 'weather'"),
+        (
+            {
+                "tools": [WEATHER, WEATHER],
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "weather"}]},
+            },
+            "tools",
+            "2 tools have the name 'weather'",
+        ),
         ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool_choice", "hosted tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "no"}}, "tool_choice", "no"),
         ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "tools"),
