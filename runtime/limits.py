@@ -27,6 +27,9 @@ MAX_UNREAD_STEPS = 1 << 16  # of a request, that its client has not taken
 # events of background responses, for clients that read them again: of all together; seconds after the end
 MAX_EVENT_LOG_BYTES = 64 << 20
 EVENT_LOG_AGE_S = 300.0
+# background responses that run at once: how many, and bytes of their requests together
+MAX_BACKGROUND_RUNS = 1024
+MAX_BACKGROUND_BYTES = 32 << 20
 MAX_BATCH_PROMPTS = 1024
 MAX_COMPARED_FIELDS = 16  # of a body, unknown ones, that are compared with the known ones
 MAX_N = 64

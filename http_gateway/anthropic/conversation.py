@@ -13,6 +13,7 @@ from quartet.http_gateway.anthropic.types import (
     MessageBlock,
     MessagesBody,
     OutputConfig,
+    OutputFormat,
     RedactedThinkingBlock,
     Role,
     TextBlock,
@@ -71,7 +72,7 @@ def conversation(body: ConversationBody) -> ChatBody:
     choice = body.tool_choice
     demanded = choice is not None and choice.type in ("any", "tool")  # the whole output is calls: no text has a format
     output = body.output_config or OutputConfig()
-    form = None if demanded else output.format
+    form = None if demanded else format_of(body)
     return ChatBody(
         model=body.model,
         messages=messages_of(body),
@@ -83,6 +84,16 @@ def conversation(body: ConversationBody) -> ChatBody:
         reasoning_effort=output.effort,
         response_format=ResponseFormat("json_schema", JsonSchema(form.schema_)) if form else None,
     )
+
+
+def format_of(body: ConversationBody) -> OutputFormat | None:
+    """What text must look like, under either of the names. Raises RequestError where they disagree."""
+    first, second = (body.output_config or OutputConfig()).format, body.output_format
+    if first is not None and second is not None and first != second:
+        raise RequestError(
+            "output_format and output_config.format are two names for one format.", field="output_format"
+        )
+    return second if first is None else first
 
 
 def check_end(body: ConversationBody) -> None:

@@ -35,6 +35,7 @@ NAMES = {
     "response_format": "output_config",
     "continue_final_message": "messages",
     "stop": "stop_sequences",
+    "call_grammar": "tools",
     "text": "messages",
 }
 

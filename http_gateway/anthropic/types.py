@@ -117,6 +117,7 @@ class ConversationBody(msgspec.Struct, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # what output_config.format was before
     cache_control: Any = None  # ignored, here and in blocks: every prefix is cached
     mcp_servers: list[Any] | None = None  # refused
 

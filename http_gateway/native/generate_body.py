@@ -28,6 +28,7 @@ HIDDEN_STATES_OFF = (
     "The server is not configured to return the hidden states. "
     "Please set `--enable-return-hidden-states` to enable this feature."
 )
+TWO_BUDGETS = "thinking_budget and max_thinking_tokens are two names for one limit."
 NO_THOUGHT = (
     "require_reasoning before a constrained output needs a json_schema, and a server started with --reasoning-parser."
 )
@@ -255,7 +256,7 @@ def params_per_prompt(body: GenerateBody, size: int, rules: Rules) -> list[Sampl
     """The sampling parameters of each prompt. Raises RequestError; prompts without their own share one object."""
     given: list[dict[str, Any]] = per_prompt(body, "sampling_params", {}, size)
     if body.max_thinking_tokens is not None:
-        given = [{"thinking_budget": body.max_thinking_tokens, **item} for item in given]
+        given = [with_budget(item, body.max_thinking_tokens) for item in given]
     if isinstance(body.sampling_params, list):
         params = [sampling_params(item, rules) for item in given]
     else:
@@ -265,6 +266,13 @@ def params_per_prompt(body: GenerateBody, size: int, rules: Rules) -> list[Sampl
     if params[0].n > 1:
         refuse_lists_for_copies(body)
     return params
+
+
+def with_budget(params: dict[str, Any], budget: int) -> dict[str, Any]:
+    """The same parameters with a budget of thought. Raises RequestError where they have another one."""
+    if params.get("thinking_budget") not in (None, budget):
+        raise RequestError(TWO_BUDGETS, field="max_thinking_tokens")
+    return {**params, "thinking_budget": budget}
 
 
 def refuse_lists_for_copies(body: GenerateBody) -> None:

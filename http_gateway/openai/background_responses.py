@@ -86,34 +86,48 @@ async def begin(gateway: Gateway, http: HTTPRequest, call: ResponseCall) -> Resp
     """Start a response, and answer with its first state or with its stream. Raises RequestError."""
     if not call.stored:
         raise RequestError("background needs store to be true: the response is kept to be asked for.", field="store")
-    await call.keep_as_lost()
-    job = call.chat.job
+    gateway.background.reserve(call.id, call.size())
     try:
-        group = gateway.ring.open(job.requests, job.parents)
-    except RequestError:
-        await call.store.run(call.store.delete, call.id)
+        group = await opened(gateway, call)
+    except BaseException:
+        gateway.background.release(call.id)
         raise
     background = BackgroundResponse(gateway, call)
     first = background.response()
     gateway.background.add(call.id, BackgroundRun(background.response, background.generate(group), background.end))
-    return errors.json_response(first) if background.events is None else follow(http, background.events, 0)
+    return errors.json_response(first) if background.events is None else follow(http, background.events)
 
 
-def follow(http: HTTPRequest, events: EventLog, start: int) -> EventStream:
-    """The stream of a response from event number `start` on. The response goes on when the client leaves."""
+async def opened(gateway: Gateway, call: ResponseCall) -> RequestGroup:
+    """The request of a response that is kept as lost from now on. Raises RequestError, and then nothing is kept."""
+    await call.keep_as_lost()
+    job = call.chat.job
+    try:
+        return gateway.ring.open(job.requests, job.parents)
+    except RequestError:
+        await call.store.run(call.store.delete, call.id)
+        raise
+
+
+def follow(http: HTTPRequest, events: EventLog, start: int | None = None) -> EventStream:
+    """The stream of a response from event number `start` on. The response goes on when the client leaves.
+
+    Without `start`, the client is the one that has created the response: it gets all events, kept or not.
+    """
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         left = asyncio.Event()
         watcher = asyncio.create_task(watch(http, events, left))
         try:
             yield b""  # the headers need not wait for the next event
-            async with aclosing(events.read(start, left)) as frames:
+            reading = events.read_as_first(left) if start is None else events.read(start, left)
+            async with aclosing(reading) as frames:
                 async for part in frames:
                     yield part
         finally:
             watcher.cancel()
 
-    return EventStream(chunks(), StreamFormat(lambda error: error_event(error, start), b"error", end=b""))
+    return EventStream(chunks(), StreamFormat(lambda error: error_event(error, start or 0), b"error", end=b""))
 
 
 async def watch(http: HTTPRequest, events: EventLog, left: asyncio.Event) -> None:

@@ -1,13 +1,15 @@
 """What a chat request asks for: the conversation to render, the grammar of its tool choice, the parsers of its turn."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from quartet.http_gateway.generation.intake import NO_BUDGET
-from quartet.http_gateway.native.generate_body import pack_prompt_ids, placeholder_request
+from quartet.http_gateway.native.generate_body import TWO_BUDGETS, pack_prompt_ids, placeholder_request
 from quartet.http_gateway.openai.chat_turn import Turn
-from quartet.http_gateway.openai.params import params_of
+from quartet.http_gateway.openai.params import budget_of, params_of
 from quartet.http_gateway.openai.response_format import VLLM_FIELDS
 from quartet.http_gateway.openai.types import ChatBody, NamedTool
 from quartet.http_gateway.parsers import reasoning, tool_calls
@@ -18,6 +20,7 @@ from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Chat, Generate, LogprobOptions, Thought
 from quartet.runtime.sampling import GRAMMARS, SamplingParams
+from quartet.runtime.shorten import short
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 NO_MESSAGES = "Messages cannot be empty."
@@ -25,6 +28,7 @@ NO_TOOLS = "Tools cannot be empty if tool choice is set to required."
 NO_TEMPLATES = "chat_template is not supported: conversations are rendered by the server's own (--chat-template)."
 NO_SUCH_TOOL = "Tool '{}' not found in tools list."
 BUDGETS = ("thinking_budget", "max_thinking_tokens")
+NO_LIMIT = -1  # of a budget
 TOO_LARGE = "{} is too large: {}.This model supports at most {} completion tokens."
 
 
@@ -40,6 +44,7 @@ class Choosing:
 def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
     """Raises RequestError for a choice that cannot be made."""
     tools, choice = body.tools or [], body.tool_choice
+    check_tool_names(tools)
     if choice is None:
         choice = "auto" if tools else "none"
     if choice == "none":
@@ -61,6 +66,13 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
     schema = tool_calls.calls_schema(tools, name, parallel)
     demanded = replace(REQUIRED, new_id=own.new_id) if own else REQUIRED
     return Choosing(tools, ("json_schema", schema), demanded)
+
+
+def check_tool_names(tools: Sequence[Tool]) -> None:
+    """Raise RequestError where two tools have one name: nobody could tell whose arguments a call has."""
+    name, count = max(Counter(tool_calls.names_of(tools)).items(), key=itemgetter(1), default=("", 0))
+    if count > 1:
+        raise RequestError(f"tools: {count} tools have the name {short(name)!r}.", field="tools")
 
 
 def constrained(body: ChatBody) -> bool:
@@ -88,19 +100,25 @@ def chat_params(gateway: Gateway, body: ChatBody, choice: Choosing) -> SamplingP
 
 
 def thinking_budget(body: ChatBody) -> int | None:
-    """The most tokens of a thought. Raises RequestError where two names for it disagree."""
-    variables = body.chat_template_kwargs or {}
-    if body.thinking_budget is not None and body.max_thinking_tokens not in (None, body.thinking_budget):
-        raise RequestError("thinking_budget and max_thinking_tokens are two names for one limit.", field=BUDGETS[1])
-    for name in BUDGETS:
-        if (value := getattr(body, name)) is not None:
-            return int(value)
-    for name in BUDGETS:
-        if (value := variables.get(name)) is not None:
-            if type(value) is not int:
-                raise RequestError(f"{name} must be an integer.", field="chat_template_kwargs")
-            return None if value < 0 else value  # templates that know such a variable write -1 for no limit
-    return None
+    """The most tokens of a thought: of the body, else of the template's variables. Raises RequestError."""
+    in_template = template_budget(body.chat_template_kwargs or {})
+    own = budget_of(body)
+    return in_template if own is None else own
+
+
+def template_budget(variables: Mapping[str, Any]) -> int | None:
+    """The same of the template's variables; templates that know such a variable write -1 for no limit."""
+    given = {name: value for name in BUDGETS if (value := variables.get(name)) is not None}
+    for name, value in given.items():
+        if type(value) is not int or value < NO_LIMIT:
+            raise RequestError(
+                f"{name} must be an integer, and -1 (no limit) or more, got {short(str(value))}.",
+                field="chat_template_kwargs",
+            )
+    if len(set(given.values())) > 1:
+        raise RequestError(TWO_BUDGETS, field="chat_template_kwargs")
+    found: int | None = next(iter(given.values()), None)
+    return None if found == NO_LIMIT else found
 
 
 def marks_are_tokens(family: str | None) -> bool:

@@ -13,11 +13,11 @@ from quartet.http_gateway.generation.run_group import collect_group, stream_grou
 from quartet.http_gateway.http import errors, sse
 from quartet.http_gateway.http.sse import Event, EventStream
 from quartet.http_gateway.native.generate import check_servable, json_answer
-from quartet.http_gateway.native.generate_body import pack_prompt_ids, placeholder_request
+from quartet.http_gateway.native.generate_body import pack_prompt_ids, placeholder_request, thought_of
 from quartet.http_gateway.openai.answers import Completion, CompletionChoice, Metadata, Usage
 from quartet.http_gateway.openai.extras import Extras
 from quartet.http_gateway.openai.output import Offsets, OutputState, completion_logprobs, usage
-from quartet.http_gateway.openai.params import CLIENT_NAMES, DEFAULT_MODEL, job_of, params_of
+from quartet.http_gateway.openai.params import CLIENT_NAMES, DEFAULT_MODEL, budget_of, job_of, params_of
 from quartet.http_gateway.openai.tokens import detokenize_ids
 from quartet.http_gateway.openai.types import CompletionBody
 from quartet.http_gateway.ring.request_group import RequestDelta
@@ -71,13 +71,18 @@ class CompletionCall:
         refuse_suffix(body)
         prompts, single = read_prompts(body, gateway.rules.vocab_size)
         limit = {} if body.max_tokens is None else {"max_new_tokens": body.max_tokens}
+        if (budget := budget_of(body)) is not None:
+            limit["thinking_budget"] = budget
         params = params_of(gateway, body, limit, {"max_new_tokens": DEFAULT_TOKENS})
+        thought = thought_of(False, params, gateway.rules)
         self.body = body
         self.gateway = gateway
         self.prompts = prompts
         self.copies = params.n
         self.logprobs = logprob_options(body)
         self.id, self.job = job_of(gateway, body, prompts, single, params, self.logprobs)
+        for item in self.job.requests:
+            item.request.thought = thought
         received_at = time.monotonic()
         self.choices = [
             Choice(OutputState(self.logprobs), Extras(gateway, body, item.request, received_at))

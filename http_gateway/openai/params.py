@@ -9,7 +9,13 @@ import msgspec
 
 from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
 from quartet.http_gateway.generation.truncation import read_truncation
-from quartet.http_gateway.native.generate_body import HIDDEN_STATES_OFF, asks, rids_per_prompt, with_distribution
+from quartet.http_gateway.native.generate_body import (
+    HIDDEN_STATES_OFF,
+    TWO_BUDGETS,
+    asks,
+    rids_per_prompt,
+    with_distribution,
+)
 from quartet.http_gateway.openai.response_format import grammar, vllm_grammars
 from quartet.http_gateway.openai.types import REFUSED, CompletionBody, GenerationBody
 from quartet.http_gateway.routes.gateway import Gateway
@@ -59,6 +65,14 @@ def params_of(
     under = model_defaults(gateway.model.generation_config) if from_model else {}
     preferred = {**fallback, **under, **gateway.rules.preferred}
     return sampling_params(given | dict(fixed), replace(gateway.rules, preferred=preferred))
+
+
+def budget_of(body: GenerationBody) -> int | None:
+    """The most tokens of a thought, under either of its names. Raises RequestError where they disagree."""
+    first, second = body.thinking_budget, body.max_thinking_tokens
+    if None not in (first, second) and first != second:
+        raise RequestError(TWO_BUDGETS, field="max_thinking_tokens")
+    return second if first is None else first
 
 
 def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:

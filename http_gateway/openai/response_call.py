@@ -87,6 +87,10 @@ class ResponseCall:
             log.error("Response %s is not kept: %s", self.id, error.message)
             self.stored = False
 
+    def size(self) -> int:
+        """Bytes of the request, as the response and the store have them."""
+        return len(msgspec.json.encode(self.body.input)) + len(msgspec.json.encode(self.response(QUEUED)))
+
     async def keep_as_lost(self) -> None:
         """Keep the response as it would be if the server ended now. Raises RequestError where it cannot be kept."""
         if not await self.store.run(self._put, self.response(FAILED, LOST)):

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from quartet.http_gateway.native.generate_body import asks
+from quartet.http_gateway.openai.chat_body import check_tool_names
 from quartet.http_gateway.openai.response_types import REFUSED, ReasoningOptions, ResponsesBody
 from quartet.http_gateway.openai.types import ChatBody, NamedFunction, NamedTool
 from quartet.http_gateway.parsers.tool_events import Function, Tool
@@ -56,6 +57,8 @@ def chat_body(body: ResponsesBody, earlier: Sequence[dict[str, Any]] = ()) -> Ch
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls,
         reasoning_effort=(body.reasoning or ReasoningOptions()).effort,
+        thinking_budget=body.thinking_budget,
+        max_thinking_tokens=body.max_thinking_tokens,
         truncate=True if body.truncation == "auto" else None,
     )
 
@@ -230,6 +233,7 @@ def text_field(item: Item, name: str, where: str) -> str:
 def tools_of(body: ResponsesBody) -> tuple[list[Tool], Any]:
     """The functions that the model may call, and `tool_choice` as a chat completion has it. Raises RequestError."""
     tools = [function_of(index, tool) for index, tool in enumerate(body.tools or ())]
+    check_tool_names(tools)
     choice = body.tool_choice
     if not isinstance(choice, dict):
         return tools, choice

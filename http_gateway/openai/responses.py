@@ -42,6 +42,7 @@ SHAPE = errors.with_client_names(
         "max_new_tokens": "max_output_tokens",
         "max_completion_tokens": "max_output_tokens",
         "messages": "input",
+        "call_grammar": "tools",
         "text": "input",
         "prompt": "input",
     },

@@ -4,6 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.limits import MAX_BACKGROUND_BYTES, MAX_BACKGROUND_RUNS
+
+FULL = "The server has as many background responses as it takes at once; try again later."
+
 
 class BackgroundRun:
     """One piece of work, and what is done when it has ended."""
@@ -34,15 +39,33 @@ class BackgroundRun:
 
 
 class BackgroundRuns:
-    """The runs that have not ended."""
+    """The runs that have not ended. There is a bound on how many they are, and on the bytes of what they were asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_runs: int = MAX_BACKGROUND_RUNS, most_bytes: int = MAX_BACKGROUND_BYTES) -> None:
+        self._most_runs = most_runs
+        self._most_bytes = most_bytes
+        self._sizes: dict[str, int] = {}  # bytes, of those that have a place
         self._runs: dict[str, BackgroundRun] = {}
+
+    def reserve(self, run_id: str, size: int) -> None:
+        """Keep a place for a run whose request has `size` bytes. Raises RequestError (503) where there is none.
+
+        One run alone has a place, however large it is.
+        """
+        full = len(self._sizes) >= self._most_runs
+        if full or (self._sizes and sum(self._sizes.values()) + size > self._most_bytes):
+            raise RequestError(FULL, Kind.UNAVAILABLE, field="background")
+        self._sizes[run_id] = size
+
+    def release(self, run_id: str) -> None:
+        """Give a place back; that of a run that was added is given back at its end."""
+        self._sizes.pop(run_id, None)
+        self._runs.pop(run_id, None)
 
     def add(self, run_id: str, run: BackgroundRun) -> None:
         """Keep a run until it has ended."""
         self._runs[run_id] = run
-        run.ending.add_done_callback(lambda _: self._runs.pop(run_id, None))
+        run.ending.add_done_callback(lambda _: self.release(run_id))
 
     def get(self, run_id: str) -> BackgroundRun | None:
         """The run with this id; None where it has ended or never was."""

@@ -1,7 +1,8 @@
 """Streams that outlast their connection: the events of a run are kept, so that a client can read them again.
 
 All logs of a server share one bound of bytes. Logs of runs that have ended go first, the oldest one first; where those
-that still grow have too much together, the one that grows loses its events.
+that still grow have too much together, the largest one loses its events. The client that began a run gets its events
+all the same, for as long as it is there.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 
 from quartet.http_gateway.http.sse import Event, frame
-from quartet.runtime.errors import RequestError
+from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.limits import EVENT_LOG_AGE_S, MAX_EVENT_LOG_BYTES
 
 FRAMES_AT_ONCE = 1024
@@ -24,15 +25,17 @@ class EventLog:
         self.ended_at: float | None = None
         self.dropped = False
         self._frames: list[bytes] = []
+        self._unread: list[bytes] | None = []  # by the client that began the run; None when it has gone
         self._changed = asyncio.Event()
 
     def add(self, events: Iterable[Event]) -> None:
         """Add events; readers get them."""
-        if self.dropped:
-            return
         added = list(map(frame, events))
-        self._frames += added
-        self.size += sum(map(len, added))
+        if self._unread is not None:
+            self._unread += added
+        if not self.dropped:
+            self._frames += added
+            self.size += sum(map(len, added))
         self.wake()
 
     def end(self, now: float) -> None:
@@ -41,7 +44,7 @@ class EventLog:
         self.wake()
 
     def drop(self) -> None:
-        """Forget the events: whoever still reads them gets an error."""
+        """Forget the events: who still reads them gets an error, but for the client that began the run."""
         self.dropped = True
         self.size = 0
         self._frames.clear()
@@ -61,7 +64,7 @@ class EventLog:
         while not left.is_set():
             changed = self._changed
             if self.dropped:
-                raise RequestError(DROPPED)
+                raise RequestError(DROPPED, Kind.INTERNAL)
             if frames := self._frames[at : at + FRAMES_AT_ONCE]:
                 at += len(frames)
                 yield b"".join(frames)
@@ -69,6 +72,21 @@ class EventLog:
                 return
             else:
                 await changed.wait()
+
+    async def read_as_first(self, left: asyncio.Event) -> AsyncGenerator[bytes, None]:
+        """Yield all events, dropped or not: for the client that began the run. It is read once. `left`: as above."""
+        try:
+            while not left.is_set() and self._unread is not None:
+                changed = self._changed
+                if self._unread:
+                    frames, self._unread = self._unread, []
+                    yield b"".join(frames)
+                elif self.ended_at is not None:
+                    return
+                else:
+                    await changed.wait()
+        finally:
+            self._unread = None
 
 
 class EventLogs:
@@ -101,16 +119,18 @@ class EventLogs:
         self._size += log.size - before
         while self._size > self._most_bytes and self._ended:
             self.drop(next(iter(self._ended)))
-        if self._size > self._most_bytes:
-            self._size -= log.size
-            log.drop()
+        while self._size > self._most_bytes:
+            largest = max(self._growing.values(), key=lambda growing: growing.size)
+            self._size -= largest.size
+            largest.drop()
 
     def end(self, log_id: str) -> None:
         """No more events will be added to this log."""
         log = self._growing.pop(log_id, None)
         if log is not None:
             log.end(self._now())
-            self._ended[log_id] = log
+            if not log.dropped:
+                self._ended[log_id] = log
 
     def get(self, log_id: str) -> EventLog | None:
         """The log with this id; None where it is not kept."""

@@ -259,6 +259,18 @@ def test_output_config_sets_schema_and_effort() -> None:
     assert body.response_format.json_schema is not None and body.response_format.json_schema.schema_ == SCHEMA
 
 
+def test_output_format_is_another_name_for_the_format_of_output_config() -> None:
+    form = {"type": "json_schema", "schema": SCHEMA}
+    for fields in ({"output_format": form}, {"output_format": form, "output_config": {"format": form}}):
+        body = chat(**fields)
+        assert body.response_format is not None and body.response_format.json_schema is not None
+        assert body.response_format.json_schema.schema_ == SCHEMA
+    other = {"format": {"type": "json_schema", "schema": {"type": "array"}}}
+    assert refusal(output_format=form, output_config=other).field == "output_format"
+    demanded = chat(tools=[TOOL], tool_choice={"type": "any"}, output_format=form)
+    assert demanded.response_format is None
+
+
 def test_sampling_parameters_are_passed_on() -> None:
     body = chat(temperature=0.5, top_p=0.9, top_k=5, stop_sequences=["a", "b"], stream=True, metadata={"user_id": "u"})
     assert (body.temperature, body.top_p, body.top_k, body.max_tokens, body.stream) == (0.5, 0.9, 5, 10, True)

@@ -66,6 +66,7 @@ async def test_a_bad_body_is_a_400_that_names_the_fault(path: str, body: Any, ex
         ({"top_k": -5}, "top_k"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens is required"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "`schema`"),
+        ({"output_format": {"type": "json_schema"}}, "`schema`"),
     ],
 )
 @asynchronous
@@ -93,6 +94,12 @@ async def test_a_bad_field_of_messages_is_a_400_that_names_it(more: dict[str, An
             400,
             "invalid_request_error",
             "max_tokens is too much",
+        ),
+        (
+            {"status": 400, "message": "Failed to compile call_grammar grammar: no", "field": "call_grammar"},
+            400,
+            "invalid_request_error",
+            "Failed to compile tools grammar: no",
         ),
     ],
 )

@@ -9,6 +9,8 @@ from openai.types import responses as sdk
 from pydantic import TypeAdapter
 
 from quartet.http_gateway.openai.background_responses import error_event
+from quartet.http_gateway.routes.background_runs import BackgroundRuns
+from quartet.http_gateway.routes.event_log import EventLogs
 from quartet.runtime.control import Abort
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Finish, Generate
@@ -152,6 +154,36 @@ async def test_a_stream_can_be_read_again_from_any_event_on() -> None:
         whole = events_in((await server.client.get(f"{PATH}/{rid}?stream=true")).text)
         assert whole == early + late
         assert events_in((await server.client.get(f"{PATH}/{rid}?stream=true&starting_after=999")).text) == []
+
+
+@asynchronous
+async def test_who_creates_a_stream_gets_its_events_though_none_are_kept() -> None:
+    async with served() as server:
+        server.gateway.event_logs = EventLogs(most_bytes=1)
+        call = server.client.start("POST", PATH, {"input": "hi", "background": True, "stream": True})
+        rid = await request_of(server)
+        again = await server.client.get(f"{PATH}/{rid}?stream=true")
+        assert (again.status, again.json()["error"]["param"]) == (400, "stream")
+        server.ring.push(step(rid, [1], "Paris.", finish=Finish(reason="stop", matched=1), prompt_tokens=3))
+        events = events_in((await call.answer()).text)
+        assert (names_of(events)[0], events[0]["response"]["id"]) == ("created", rid)
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert events[-1]["response"] == await current(server, rid) and events[-1]["type"] == "response.completed"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_no_more_responses_run_in_the_background_than_the_server_takes(stream: bool) -> None:
+    async with served() as server:
+        server.gateway.background = BackgroundRuns(most_runs=1)
+        first = await begun(server)
+        more = {"input": "hi", "background": True, "stream": stream}
+        answer = await server.client.post(PATH, more)
+        assert (answer.status, answer.json()["error"]["param"]) == (503, "background")
+        assert len(await server.ring.sent_of(Generate)) == 1
+        server.ring.push(step(first["id"], [1], "x", finish=Finish(reason="stop", matched=1)))
+        await ended(server, first["id"])
+        assert (await begun(server))["status"] == "queued"
 
 
 @asynchronous

@@ -446,6 +446,8 @@ async def test_a_template_s_own_word_for_no_limit_limits_nothing() -> None:
         ({"thinking_budget": 9, "max_thinking_tokens": 8}, "qwen3", "max_thinking_tokens"),
         ({"chat_template_kwargs": {"thinking_budget": "much"}}, "qwen3", "chat_template_kwargs"),
         ({"chat_template_kwargs": {"thinking_budget": True}}, "qwen3", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"thinking_budget": -2}}, "qwen3", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"thinking_budget": 2, "max_thinking_tokens": 3}}, "qwen3", "chat_template_kwargs"),
     ],
 )
 @asynchronous
@@ -584,6 +586,8 @@ async def test_thought_and_calls_together() -> None:
         ({"messages": []}, "Messages cannot be empty."),
         ({"tool_choice": "required"}, "Tools cannot be empty if tool choice is set to required."),
         ({"tools": [WEATHER], "tool_choice": {"function": {"name": "x"}}}, "Tool 'x' not found in tools list."),
+        ({"tools": [WEATHER, WEATHER]}, "tools: 2 tools have the name 'weather'."),
+        ({"tools": [WEATHER, WEATHER], "tool_choice": "none"}, "tools: 2 tools have the name 'weather'."),
         ({"max_completion_tokens": 513}, "max_completion_tokens is too large: 513.This model supports at most 512"),
         ({"response_format": {"type": "json_schema"}}, "schema_ is required for json_schema response format request."),
         ({"messages": [{"role": "judge", "content": "x"}]}, "role must be one of"),

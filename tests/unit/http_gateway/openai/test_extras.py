@@ -154,6 +154,12 @@ async def test_a_budget_of_thought_is_for_models_whose_thoughts_are_known() -> N
             assert (await server.client.post("/generate", {"text": "hi", **body})).status == 200
             request = server.ring.sent[-1].request
             assert request.params.thinking_budget == 7 and request.thought.closing == "</think>"
+        twice = {"text": "hi", "max_thinking_tokens": 7, "sampling_params": {"thinking_budget": 8}}
+        answer = await server.client.post("/generate", twice)
+        assert answer.status == 400 and "two names for one limit" in answer.text
+        unset = {"text": "hi", "max_thinking_tokens": 7, "sampling_params": {"thinking_budget": None}}
+        assert (await server.client.post("/generate", unset)).status == 200
+        assert server.ring.sent[-1].request.params.thinking_budget == 7
         whole = {"text": "hi", "max_thinking_tokens": 7, "sampling_params": {"regex": "a"}}
         assert (await server.client.post("/generate", whole)).status == 200
         assert server.ring.sent[-1].request.thought is None  # nothing may stand before what the regex says

@@ -140,6 +140,25 @@ async def test_a_thought_is_an_item_of_its_own_before_the_message() -> None:
         assert [item["type"] for item in told[-1]["response"]["output"]] == ["reasoning", "message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [(PATH, {"input": "hi"}), ("/v1/completions", {"prompt": "hi"})], ids=["responses", "completions"]
+)
+@asynchronous
+async def test_a_budget_bounds_the_thought_of_responses_and_completions(path: str, body: dict[str, Any]) -> None:
+    async with served(says("plan</think>yes"), reasoning_parser="deepseek-r1") as server:
+        for name in ("thinking_budget", "max_thinking_tokens"):
+            assert (await server.client.post(path, {**body, name: 9})).status == 200
+            request = server.ring.sent[-1].request
+            assert request.params.thinking_budget == 9 and request.thought.closing == "</think>"
+        answer = await server.client.post(path, {**body, "thinking_budget": 9, "max_thinking_tokens": 8})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "max_thinking_tokens")
+        assert (await server.client.post(path, body)).status == 200
+        assert server.ring.sent[-1].request.params.thinking_budget is None
+    async with served(says("x"), reasoning_parser="none") as server:
+        answer = await server.client.post(path, {**body, "max_thinking_tokens": 9})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "thinking_budget")
+
+
 @asynchronous
 async def test_a_response_cut_off_inside_the_thought_has_no_message() -> None:
     cut = says("<think>a", " b", finish=Finish(reason="length", length=2))
@@ -355,6 +374,15 @@ async def test_a_demanded_call_has_the_form_of_its_arguments_not_of_a_message() 
             for kind in ("web_search", "file_search", "code_interpreter", "mcp")
         ),
         ({"tools": [{"type": "function"}]}, "tools", "name"),
+        ({"tools": [WEATHER, WEATHER]}, "tools", "2 tools have the name 'weather'"),
+        (
+            {
+                "tools": [WEATHER, WEATHER],
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "weather"}]},
+            },
+            "tools",
+            "2 tools have the name 'weather'",
+        ),
         ({"tools": [WEATHER], "tool_choice": {"type": "mcp"}}, "tool_choice", "hosted tools"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "no"}}, "tool_choice", "no"),
         ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "tools"),

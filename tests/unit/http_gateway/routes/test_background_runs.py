@@ -2,7 +2,10 @@
 
 import asyncio
 
+import pytest
+
 from quartet.http_gateway.routes.background_runs import BackgroundRun, BackgroundRuns
+from quartet.runtime.errors import Kind, RequestError
 from tests.unit.http_gateway.harness import asynchronous
 
 
@@ -46,3 +49,19 @@ async def test_runs_that_take_too_long_are_not_waited_for() -> None:
     await runs.finish(0)
     assert not found
     await run.cancel()
+
+
+@pytest.mark.parametrize("bounds", [{"most_runs": 1}, {"most_bytes": 9}])
+@asynchronous
+async def test_a_run_without_a_place_is_refused_until_another_has_ended(bounds: dict[str, int]) -> None:
+    runs = BackgroundRuns(**bounds)
+    runs.reserve("a", 5)
+    with pytest.raises(RequestError) as refused:
+        runs.reserve("b", 5)
+    assert (refused.value.kind, refused.value.field) == (Kind.UNAVAILABLE, "background")
+    started(runs, 0, [])
+    await runs.finish(10)
+    await asyncio.sleep(0)
+    runs.reserve("b", 10)  # alone, it has a place
+    runs.release("b")
+    runs.reserve("c", 5)

@@ -76,3 +76,35 @@ async def test_a_log_is_kept_for_a_while_after_its_end() -> None:
     logs.end("a")
     now = 11.0
     assert logs.get("a") is None and logs.get("b") is not None
+
+
+@asynchronous
+async def test_who_began_a_run_gets_all_events_though_none_are_kept() -> None:
+    logs = EventLogs(most_bytes=SIZE)
+    log = logs.open("a")
+    logs.add(log, [Event(b"1"), Event(b"2")])
+    assert logs.get("a") is None
+    reading = asyncio.create_task(read_as_first(log))
+    await asyncio.sleep(0)
+    logs.add(log, [Event(b"3")])
+    logs.end("a")
+    assert await reading == b"data: 1\n\ndata: 2\n\ndata: 3\n\n"
+    assert await read_as_first(log) == b""
+
+
+@asynchronous
+async def test_of_logs_that_grow_the_largest_one_makes_room() -> None:
+    logs = EventLogs(most_bytes=3 * SIZE)
+    logs.add(logs.open("large"), [ONE, ONE])
+    small = logs.open("small")
+    logs.add(small, [ONE])
+    logs.add(small, [ONE])
+    assert logs.get("large") is None and await first_part(small) == 2 * b"data: 1\n\n"
+
+
+async def first_part(log: EventLog) -> bytes:
+    return await anext(log.read(0, asyncio.Event()))
+
+
+async def read_as_first(log: EventLog) -> bytes:
+    return b"".join([part async for part in log.read_as_first(asyncio.Event())])
