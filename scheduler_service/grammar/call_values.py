@@ -3,19 +3,16 @@
 import json
 from typing import Any
 
-from llguidance import regex_to_lark
-
 from quartet.runtime.call_grammar import ValueTags
 from quartet.scheduler_service.grammar.arguments import Parameter
 from quartet.scheduler_service.grammar.lark import SpecialTokens, literal
-from quartet.scheduler_service.grammar.regex_size import check_regex
+from quartet.scheduler_service.grammar.text_values import ANY, nested, options, texts
 from quartet.scheduler_service.grammar.without_tag import guarded
 
 VALUE_RULES = (
     r'PYTHON_TEXT: /"([^"\\\x00-\x1F\x7F]|\\["\\nrt])*"/ | /\x27([^\x27\\\x00-\x1F\x7F]|\\[\x27\\nrt])*\x27/',
     'python_boolean: "True" | "False"',
 )
-ANY = r"/(.|\n)*/"
 PLAIN = {"type", "x-guidance", "$defs"}  # keywords that leave every value of a type
 
 
@@ -39,54 +36,19 @@ def tagged_value(
     schema, end = parameter.schema, literal("\n" * tags.own_lines + tags.end, special_tokens)
     if not raw:
         return f"%json {json.dumps(guarded(schema, tags.end))} {end}", []
-    if (values := listed(schema)) is not None:
-        texts = [text for value in values if (text := written(value, schema)) is not None and tags.end not in text]
-        if not texts:
-            raise ValueError(f"no value of the parameter {parameter.name!r} can be written between tags")
-        return "(" + " | ".join(literal(text, {}) or '""' for text in texts) + f") {end}", []
-    terminal = name.upper()
-    body = f"{terminal}_TEXT: {ANY} & ~({ANY} {json.dumps(tags.end)} {ANY})"
-    body += "".join(f" & {pattern}" for pattern in patterns(schema))
-    if tags.end in special_tokens:
-        return f"{terminal}_TEXT {end}", [body]
-    return terminal, [body, f"{terminal}: {terminal}_TEXT {json.dumps(chr(10) * tags.own_lines + tags.end)}"]
-
-
-def listed(schema: dict[str, Any]) -> list[Any] | None:
-    """The only values that a schema allows, where it lists them."""
-    if "const" in schema:
-        return [schema["const"]]
-    if isinstance(schema.get("enum"), list):
-        return list(schema["enum"])
-    return None
-
-
-def written(value: Any, schema: dict[str, Any]) -> str | None:
-    """A value as text; None where the text would be read as another value."""
-    if not isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if schema.get("type") == "string":
-        return value
-    try:
-        return value if isinstance(json.loads(value), str) else None
-    except ValueError:
-        return value
-
-
-def patterns(schema: dict[str, Any]) -> list[str]:
-    """Terminals that a text of this schema must match too. Formats do not constrain text."""
-    found = []
-    if isinstance(pattern := schema.get("pattern"), str):
-        opened, closed = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
-        inner = pattern[opened : len(pattern) - closed]
-        found.append(" ".join(filter(None, ("" if opened else ANY, f"/({lark_regex(inner)})/", "" if closed else ANY))))
-        found[-1] = f"({found[-1]})"
-    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-    if least or most != "":
-        check_regex(f"x{{{least},{most}}}")
-        found.append(rf"/(.|\n){{{least},{most}}}/")
-    return found
-
-
-def lark_regex(pattern: str) -> str:
-    return str(regex_to_lark(pattern, "dws"))
+    alternatives = options(schema)
+    terminal, whole = name.upper(), {key: schema[key] for key in ("$defs", "x-guidance") if key in schema}
+    rules, found = list[str](), list[str]()
+    if written := texts(alternatives, tags.end):
+        text = " | ".join(f"({one})" for one in written)
+        rules.append(f"{terminal}_TEXT: ({text}) & ~({ANY} {json.dumps(tags.end)} {ANY})")
+        if tags.end in special_tokens:
+            rules.append(f"{terminal}: {terminal}_TEXT" + r' "\n"' * tags.own_lines)
+            found.append(f"{terminal} {literal(tags.end, special_tokens)}")
+        else:
+            rules.append(f"{terminal}: {terminal}_TEXT {json.dumps(chr(10) * tags.own_lines + tags.end)}")
+            found.append(terminal)
+    found += [f"%json {json.dumps(guarded(node | whole, tags.end))} {end}" for node in nested(alternatives)]
+    if not found:
+        raise ValueError(f"no value of the parameter {parameter.name!r} can be written between tags")
+    return "(" + " | ".join(found) + ")", rules

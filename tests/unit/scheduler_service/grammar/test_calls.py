@@ -211,6 +211,9 @@ def test_without_a_strict_tool_or_a_tag_before_calls_nothing_is_constrained():
         ("qwen3_coder", {"properties": {"a": False}, "required": ["a"]}, ""),
         ("glm45", {"type": "array"}, "no object"),
         ("hermes", {"not": {"type": "object"}}, "not"),
+        ("qwen3_coder", {"properties": {"a": {"type": "string", "minLength": -1}}}, "minLength must be"),
+        ("glm45", {"properties": {"a": {"type": "string", "minLength": 5, "maxLength": 2}}}, "minLength is greater"),
+        ("glm45", {"properties": {"a": {"enum": ["a</arg_value>"]}}}, "no value of the parameter 'a'"),
         ("minimax-m2", {"anyOf": [{"properties": {"a": {"type": "string"}}}] * 40}, "more than 32"),
     ],
 )
@@ -218,3 +221,59 @@ def test_parameters_that_cannot_be_written_are_a_400(name, parameters, message, 
     grammar = demanded_calls(FORMATS[name], [Tool(Function("f", parameters=parameters))], None, parallel=True)
     with pytest.raises(RequestError, match=f"Failed to compile call_grammar grammar: .*{message}"):
         walker.compiler.compile(*grammar)
+
+
+def written_as(name, value):
+    """A call of f whose parameter a has this text, as the format writes it."""
+    parts = CALLS[name].rsplit("x", 1) if name != "minimax-m2" else CALLS[name].split("x</parameter>")
+    return value.join(parts if name != "minimax-m2" else [parts[0], f"</parameter>{parts[1]}"])
+
+
+COLOR = {"anyOf": [{"type": "string", "enum": ["red", "blue"]}, {"type": "null"}]}
+ALTERNATIVES = [  # schema of a parameter, its texts and the values that they are, texts that it does not allow
+    (COLOR, {"red": "red", "null": None}, ["r", "green", "redblue", "None", ""]),
+    ({"type": "string", "anyOf": [{"const": "aa"}, {"const": "bb"}]}, {"aa": "aa", "bb": "bb"}, ["a", "aabb"]),
+    ({"oneOf": [{"const": "1"}, {"const": "b"}]}, {"1": "1", "b": "b"}, ["2", "null"]),
+    ({"allOf": [{"enum": ["a", "b"]}, {"enum": ["b", "c"]}], "type": "string"}, {"b": "b"}, ["a", "c"]),
+    (
+        {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 3}]},
+        {"abc": "abc", "": "", "null": None, "12": "12"},
+        ["abcd", "null "],
+    ),
+    (
+        {"anyOf": [{"type": "string", "pattern": "^x+$"}, {"type": "string", "pattern": "^[0-9]{2}$"}]},
+        {"xx": "xx", "42": "42"},
+        ["x4", "4", ""],
+    ),
+    (
+        {"anyOf": [{"type": "string", "enum": ["x", "y"]}, {"type": "integer", "minimum": 0, "maximum": 9}]},
+        {"x": "x", "9": 9, "0": 0},
+        ["10", "-1", "z"],
+    ),
+    ({"anyOf": [{"type": "string"}, {"type": "integer", "maximum": 5, "minimum": 4}]}, {"4": 4, "4x": "4x"}, ["6"]),
+    (
+        {"anyOf": [{"type": "string", "maxLength": 2}, {"type": "array", "items": {"type": "integer"}}]},
+        {"ab": "ab", "[1, 2]": [1, 2]},
+        ["abc", '["a"]', "[", "{}"],
+    ),
+    ({"anyOf": [{"type": "string", "enum": ["a"]}, {"type": "boolean"}]}, {"a": "a", "true": True}, ["True", "b"]),
+    ({"type": "string", "enum": ["aaa", "b"], "maxLength": 1}, {"b": "b"}, ["aaa"]),
+    ({"type": "string", "enum": ["aaa", "b"], "pattern": "^b$"}, {"b": "b"}, ["aaa"]),
+    ({"type": "string", "minLength": 2.0, "maxLength": 3.0}, {"abc": "abc"}, ["a", "abcd"]),
+]
+
+
+@pytest.mark.parametrize(("schema", "values", "refused"), ALTERNATIVES)
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45", "minimax-m2"])
+def test_text_between_tags_is_a_value_of_one_of_the_alternatives(name, schema, values, refused, walker):
+    form = FORMATS[name]
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    tools = [Tool(Function("f", parameters=parameters))]
+    grammar = demanded_calls(form, tools, None, parallel=True)
+    for text, value in values.items():
+        call = written_as(name, text)
+        assert walker.takes(grammar, call), call
+        [read] = parse(form, tools, call).calls
+        assert json.loads(read.arguments) == {"a": value}
+    for text in refused:
+        assert not walker.takes(grammar, written_as(name, text)), text
