@@ -83,6 +83,8 @@ class OutputReader:
         self._ended = True
         if self._reading:
             self._reading.ended = True
+        if self._cut_before_call():
+            self._held = ""
         self._run("")
         while self._reading and self._state == self._in_calls:
             self._reading.give_up()
@@ -91,6 +93,12 @@ class OutputReader:
             self._run(again)
         self._events.finish(keep_blanks=not self._thinking)
         return self._events.take()
+
+    def _cut_before_call(self) -> bool:
+        """Whether what is held back is the beginning of a call, where there is nothing but calls."""
+        if self._calls is None or not self._calls.alone or self._thinking:
+            return False
+        return self._state == self._in_calls or self._calls.begins_tag(self._held.strip())
 
     def _run(self, text: str) -> None:
         text, self._held = self._held + text, ""
