@@ -51,6 +51,7 @@ class OutputReader:
         self._thinking = self._may_think = False
         self._held = ""  # of the text before; shorter than a tag
         self._again = ""  # text that must be read again
+        self.cut = False  # the output has ended amid the arguments of a call
         self._ended = False
         self._calls_before = 0  # the one that is being read
         self._fresh = True  # nothing but blanks was read
@@ -87,7 +88,7 @@ class OutputReader:
             self._held = ""
         self._run("")
         while self._reading and self._state == self._in_calls:
-            self._reading.give_up()
+            self.cut = self._reading.give_up() or self.cut
             again = self._leave_calls(self._reading) + self._again
             self._again = ""
             self._run(again)
