@@ -68,7 +68,8 @@ class Choice:
     @property
     def finish_reason(self) -> str | None:
         reason = self.state.finish_reason
-        return "tool_calls" if reason == "stop" and self._turn.called else reason
+        cut = self._turn.cut and isinstance(self.state.matched_stop, str)  # by a stop string: the call is not finished
+        return "tool_calls" if reason == "stop" and self._turn.called and not cut else reason
 
     def whole(self, index: int) -> ChatChoice:
         """The choice of an answer that is not streamed."""

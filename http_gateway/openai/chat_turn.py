@@ -41,6 +41,11 @@ class Turn:
     def thinking(self) -> bool:
         return self._reader is not None and self._reader.thinking
 
+    @property
+    def cut(self) -> bool:
+        """The output has ended amid the arguments of a call."""
+        return self._reader is not None and self._reader.cut
+
     def begin(self, place: Place) -> None:
         """Where the prompt has left the model's thought; said again after a restart, and known by then."""
         if self._reader is not None and not self._begun:

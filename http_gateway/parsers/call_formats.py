@@ -71,6 +71,13 @@ class CallFormat:
     def openings(self) -> tuple[str, ...]:
         return (self.opening, *self.other_openings) if self.opening else ()
 
+    def begins_tag(self, text: str) -> bool:
+        """Whether a text is the beginning of a tag around calls, and no more than that."""
+        inner = (self.tags.name_begin, self.tags.end) if self.tags else ()
+        framed = (self.head.begin, self.head.end) if self.head else ()
+        tags = (*self.openings, self.closing, *inner, *framed)
+        return bool(text) and any(tag.startswith(text) and tag != text for tag in tags)
+
 
 HERMES = CallFormat(
     opening="<tool_call>",

@@ -63,15 +63,17 @@ class CallsReader:
             moved = at != before or self._state != state
         return at
 
-    def give_up(self) -> None:
-        """The output ends before it is known whether a call was meant, or amid the arguments of one."""
+    def give_up(self) -> bool:
+        """The output ends before it is known whether a call was meant, or amid the arguments of one: then True."""
+        announced = self._call is not None and self._call.announced
         if self._call is not None:
             self.lead += self._call.raw
         if isinstance(self._call, TaggedCall) and self._call.announced:
             self._call.flush()
-        if (self._call is not None and self._call.announced) or self._calls.alone:
+        if announced or self._calls.alone:
             self.lead = []
         self._no_call(0)
+        return announced
 
     def _starts(self, text: str, at: int, *tags: str) -> str | None:
         return starts(text, at, self.ended, *tags)

@@ -51,6 +51,7 @@ class OutputReader:
         self._thinking = self._may_think = False
         self._held = ""  # of the text before; shorter than a tag
         self._again = ""  # text that must be read again
+        self.cut = False  # the output has ended amid the arguments of a call
         self._ended = False
         self._calls_before = 0  # the one that is being read
         self._fresh = True  # nothing but blanks was read
@@ -83,14 +84,22 @@ class OutputReader:
         self._ended = True
         if self._reading:
             self._reading.ended = True
+        if self._cut_before_call():
+            self._held = ""
         self._run("")
         while self._reading and self._state == self._in_calls:
-            self._reading.give_up()
+            self.cut = self._reading.give_up() or self.cut
             again = self._leave_calls(self._reading) + self._again
             self._again = ""
             self._run(again)
         self._events.finish(keep_blanks=not self._thinking)
         return self._events.take()
+
+    def _cut_before_call(self) -> bool:
+        """Whether what is held back is the beginning of a call, where there is nothing but calls."""
+        if self._calls is None or not self._calls.alone or self._thinking:
+            return False
+        return self._state == self._in_calls or self._calls.begins_tag(self._held.strip())
 
     def _run(self, text: str) -> None:
         text, self._held = self._held + text, ""

@@ -285,6 +285,17 @@ async def test_a_call_that_was_cut_off_says_so() -> None:
 
 
 @asynchronous
+async def test_a_call_that_a_stop_string_breaks_off_is_no_finished_call() -> None:
+    text = '<tool_call>\n{"name": "weather", "arguments": {"city": "U'
+    cut = says(text, finish=Finish(reason="stop", length=1, matched="lm"))
+    async with served(cut, tool_call_parser="hermes") as server:
+        asked = {"tools": [WEATHER], "tool_choice": "required", "stop": ["lm"]}
+        [choice] = (await ask(server, **asked))["choices"]
+        assert (choice["finish_reason"], choice["matched_stop"]) == ("stop", "lm")
+        assert (await chunks_of(server, **asked))[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@asynchronous
 async def test_calls_behind_the_one_that_is_allowed_are_dropped() -> None:
     async with served(says(*CALL, "\n", *CALL, " so"), tool_call_parser="hermes") as server:
         for streamed in (False, True):

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -144,3 +145,41 @@ def test_a_call_ends_the_thought_of_a_family_that_forgets_the_closing_tag():
             events = [event for at in range(0, len(text), step) for event in reader.feed(text[at : at + step])]
             whole = collect(events + reader.finish())
             assert (whole.thought, whole.content, [tuple(c) for c in whole.calls]) == expected, (text, step)
+
+
+DEMANDED = {  # calls of f as the grammars of demanded calls write them
+    "hermes": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+    "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "f", "arguments": {}}]',
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>\n</tool_call>",
+    "glm45": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x</arg_value>\n</tool_call>",
+    "granite": '<|tool_call|>[{"name": "f", "arguments": {}}]',
+    "kimi_k2": (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>"
+        "{}<|tool_call_end|><|tool_calls_section_end|>"
+    ),
+    "deepseekv3": (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+        "{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    ),
+    "gemma3": "```tool_code\nf()\n```",
+    "olmo3": "<function_calls>f()</function_calls>",
+}
+
+
+@pytest.mark.parametrize("name", DEMANDED)
+def test_a_demanded_call_that_is_cut_anywhere_is_never_content(name: str) -> None:
+    form = replace(FORMATS[name], alone=True)
+    text = DEMANDED[name] if name == "mistral" else f"{DEMANDED[name]}\n{DEMANDED[name]}"
+    for end in range(1, len(text) + 1):
+        for step in (end, 1):
+            reader = OutputReader(calls=form, known=["f"])
+            events = [event for at in range(0, end, step) for event in reader.feed(text[at : min(at + step, end)])]
+            assert collect([*events, *reader.finish()]).content == "", text[:end]
+
+
+def test_what_may_begin_a_call_is_content_where_none_is_demanded_and_thought_in_a_thought() -> None:
+    reader = OutputReader(calls=FORMATS["hermes"], known=["f"])
+    assert collect([*reader.feed("Say <tool_c"), *reader.finish()]).content == "Say <tool_c"
+    demanded = replace(FORMATS["hermes"], alone=True)
+    reader = OutputReader(Marks("<think>", "</think>"), "inside", demanded, ["f"])
+    assert collect([*reader.feed("Say <tool_c"), *reader.finish()]).thought == "Say <tool_c"
