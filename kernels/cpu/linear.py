@@ -177,11 +177,9 @@ class Linear:
     @property
     def packed_bytes(self) -> int:
         """Size of the packed form."""
-        return (
-            0
-            if self.grouped is not None or self.packed_dtype is None
-            else self.weight.numel() * self.packed_dtype.itemsize
-        )
+        if self.grouped is not None or self.packed_dtype is None:
+            return 0
+        return self.weight.numel() * self.packed_dtype.itemsize
 
     def keep_order(self) -> None:
         """From now on the bits of a row do not depend on the other rows, for all shapes and dtypes; slower.

@@ -23,7 +23,7 @@ from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddi
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from quartet.scheduler_service.weights import ties
-from quartet.scheduler_service.weights.formats import checkpoint_of
+from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
 from quartet.scheduler_service.weights.parameters import Forms, Layout, Weights
 from quartet.scheduler_service.weights.storage import CHOICES, forms_of, restored
@@ -122,7 +122,9 @@ def forms(config: ResolvedConfig, info: ModelInfo, layout: Layout, dtype: torch.
     """Which weights are kept in whole numbers of few bits: as before a restart. Raises StartupError."""
     if config.weight_forms is not None:
         return restored(config.weight_forms)
-    stored = None if is_dummy(config) else ties.with_tied_tensors(checkpoint_of(Path(info.path)), layout)
+    stored = None
+    if config.quantization == "auto" and not is_dummy(config) and format_of(Path(info.path)) == "gguf":
+        stored = ties.with_tied_tensors(checkpoint_of(Path(info.path)), layout)
     return forms_of(config.quantization, layout, dtype, device, stored)
 
 

@@ -120,12 +120,12 @@ def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]
     """Copy every tensor to its place, file by file, in the order of the bytes on disk; quantized ones at the end."""
     quantized = weights.names().keys() & checkpoint.quantized.keys()
     names = sorted(weights.names().keys() - quantized, key=lambda name: checkpoint.tensors[name].offset)
-    plain = {name: weights.view(name) for name in names if weights.grouped_of(name) is None}
     for file in files:
         own = [name for name in names if checkpoint.tensors[name].file == file]
         if weights.device.type == "cuda":
             device_staging.read_to_device(checkpoint, own, weights)
             continue
+        plain = {name: weights.view(name) for name in own if weights.grouped_of(name) is None}
         read_tensors(checkpoint, plain, [file])
         with open_file(file) as descriptor:
             for name in own:

@@ -62,7 +62,7 @@ def forms_of(
         wanted = stored_forms(layout, checkpoint)
     else:
         return {}
-    return whole_buffers(layout, {slab: form for slab, form in wanted.items() if begins_blocks(layout, slab)})
+    return whole_buffers(layout, wanted)
 
 
 def recorded(forms: Forms) -> list[WeightForm]:
@@ -99,16 +99,14 @@ def stored_forms(layout: Layout, checkpoint: Checkpoint) -> Forms:
     return forms
 
 
-def begins_blocks(layout: Layout, slab: Slab) -> bool:
-    """Whether every tensor of a slab begins at a whole block of rows."""
-    places = [place for place in layout.places.values() if (place.buffer, place.index) == slab]
-    return all(place.start % native.BLOCK_COLUMNS == 0 for place in places)
-
-
-def whole_buffers(layout: Layout, forms: Forms) -> Forms:
-    """Those forms whose buffers have one for every slab: a buffer is kept in one way."""
-    missing = {slab[0] for slab in slabs_of(layout) if slab not in forms}
-    return {slab: form for slab, form in forms.items() if slab[0] not in missing}
+def whole_buffers(layout: Layout, wanted: Forms) -> Forms:
+    """Those forms that can be: every slab of a buffer has one, and its tensors begin at whole blocks of rows."""
+    plain = {
+        slab[0]
+        for slab, names in slabs_of(layout).items()
+        if slab not in wanted or any(layout.places[name].start % native.BLOCK_COLUMNS for name in names)
+    }
+    return {slab: form for slab, form in wanted.items() if slab[0] not in plain}
 
 
 def log_storage(weights: Weights, choice: str) -> None:

@@ -2,25 +2,24 @@
 `agents-more`; what is missing is skipped.
 
 The embedded model calls no tool by itself: its first turn is made to call one, its second turn may say what it wants.
-A real model (QUARTET_REAL_MODELS) calls the tool because it was asked, and its answer must have what the tool said.
+A real model (tests/real_models.py) calls the tool because it was asked, and its answer must have what the tool said.
 """
 
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, Field
 
+from tests import real_models
+from tests.real_models import QWEN
 from tests.servers import Server
 
 pytestmark = pytest.mark.slow
 
 WAIT_S = 120
 KEY = "k"
-REAL = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 DEGREES = 37
 INSTRUCTIONS = "You are a helpful assistant."
 QUESTION = "What is the weather in Oslo? Use the weather tool."
@@ -36,11 +35,7 @@ def server(launch_for_module: Callable[..., Server]) -> Server:
 
 @pytest.fixture(scope="module")
 def real_server(launch_for_module: Callable[..., Server]) -> Server:
-    directory = os.environ.get("QUARTET_REAL_MODELS")
-    file = Path(directory or Path.home() / ".cache" / "quartet" / "real-models") / REAL
-    if not file.exists():
-        pytest.skip(f"{file} is not there; QUARTET_REAL_MODELS names the directory that holds real models")
-    return launch_for_module("--model-path", str(file), "--max-total-tokens", "8192")
+    return launch_for_module("--model-path", str(real_models.or_skip(QWEN)), "--max-total-tokens", "8192")
 
 
 class Weather:
@@ -95,6 +90,7 @@ def test_an_agent_of_the_openai_agents_sdk_calls_its_tool(server: Server, api: s
     assert len(weather.cities) >= 1
 
 
+@pytest.mark.real_models
 @pytest.mark.parametrize("api", ["chat", "responses"])
 def test_a_real_model_in_the_openai_agents_sdk_uses_the_result(real_server: Server, api: str) -> None:
     weather = Weather()
@@ -146,6 +142,7 @@ def test_an_agent_of_pydantic_ai_calls_its_tool(server: Server, api: str) -> Non
     assert len(weather.cities) == 1
 
 
+@pytest.mark.real_models
 @pytest.mark.parametrize("api", APIS)
 def test_a_real_model_in_pydantic_ai_uses_the_result(real_server: Server, api: str) -> None:
     weather = Weather()
@@ -214,6 +211,7 @@ def test_a_graph_of_langgraph_calls_its_tool(server: Server, responses: bool) ->
     assert len(weather.cities) == 1
 
 
+@pytest.mark.real_models
 @pytest.mark.parametrize("responses", [False, True])
 def test_a_real_model_in_langgraph_uses_the_result(real_server: Server, responses: bool) -> None:
     weather = Weather()

@@ -7,26 +7,22 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """Some rows of a matrix: value = scale * (number - zero) + offset.
+    """Some rows of a matrix: value = scale * number + offset.
 
     Products and sums in float32 are exact for scales of 16 bits and whole zero points, so nothing is lost here.
     """
 
     numbers: torch.Tensor  # (rows, columns) uint8
     scales: torch.Tensor  # (rows, groups) float32
-    offsets: torch.Tensor | None  # (rows, groups) float32; None: nothing is added
+    offsets: torch.Tensor  # (rows, groups) float32
     group: int  # columns that share a scale, next to each other
-    zero: int = 0  # the number that means 0 where there are no offsets: 8 or 128 in symmetric formats
     order: torch.Tensor | None = None  # (columns,) int64: the column of the matrix that each column here belongs to
 
     def values(self) -> torch.Tensor:
         """(rows, columns) float32, columns in the order of the matrix."""
         rows, columns = self.numbers.shape
         numbers = self.numbers.view(rows, columns // self.group, self.group).float()
-        values = numbers.sub_(self.zero).mul_(self.scales.unsqueeze(2))
-        if self.offsets is not None:
-            values.add_(self.offsets.unsqueeze(2))
-        flat = values.view(rows, columns)
+        flat = numbers.mul_(self.scales.unsqueeze(2)).add_(self.offsets.unsqueeze(2)).view(rows, columns)
         return flat if self.order is None else torch.empty_like(flat).index_copy_(1, self.order, flat)
 
 
