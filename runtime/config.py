@@ -357,15 +357,15 @@ class Speculation(msgspec.Struct, frozen=True):
     max_match: int  # longest text that is compared
 
 
-class WeightForm(msgspec.Struct, frozen=True, array_like=True):
-    """How one slab of the weights is kept in whole numbers (kernels/cpu/native/grouped.py)."""
+class WeightScheme(msgspec.Struct, frozen=True, array_like=True):
+    """How one slab of the weights is quantized (kernels/cpu/native/quantized.py)."""
 
     buffer: str
     index: tuple[int, ...]
     bits: int
-    group: int
+    group_size: int
     offsets: bool
-    zero: int
+    zero_point: int
 
 
 class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
@@ -389,7 +389,7 @@ class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
     # what other flags come to; not shown
     access_log_level: LogLevel
     dummy_seed: int  # of random weights
-    weight_forms: list[WeightForm] | None = None  # those that served before a restart; None: by --quantization
+    weight_schemes: list[WeightScheme] | None = None  # those that served before a restart; None: by --quantization
     max_graph_rows: int  # of a decode step that is captured as a CUDA graph; 0: none is
     preemption_threshold: int | None  # None: nobody preempts
     speculation: Speculation | None

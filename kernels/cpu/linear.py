@@ -31,8 +31,7 @@ Smaller blocks would cost more: a product takes 0.1 ms however small it is.
 oneDNN compiles and keeps a kernel of up to 2 MB for every number of rows that it meets, which takes it 1 to 9 ms each.
 So rows are filled up to one of a few sizes (`row_size`), and no mix of prompt lengths makes a process grow.
 
-A weight may be kept in whole numbers of few bits alone (native/grouped.py): then it is what our kernels read, and there
-is no other copy.
+A weight may be quantized (native/quantized.py): then our kernels read that form, and there is no other copy.
 
 Memory: a packed copy takes as much as the weight (twice as much for float16). The weight itself stays: checkpoints
 are read into it and compared with it. When its values have changed, `adopt(pack(weight))` follows.
@@ -45,8 +44,8 @@ import torch
 import torch.nn.functional as F
 
 from quartet.kernels.cpu.native import library as native
-from quartet.kernels.cpu.native.grouped import GroupedWeight
-from quartet.kernels.cpu.native.structures import Grouped
+from quartet.kernels.cpu.native.quantized import QuantizedWeight
+from quartet.kernels.cpu.native.structures import Quantized
 
 PACKED_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 PACKED_FOR_ROWS = 64  # the hint to oneDNN that served 1 to 256 rows best
@@ -71,16 +70,16 @@ class Linear:
     """x (rows, in) → x @ weight.T + bias (rows, out)."""
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, grouped: GroupedWeight | None = None
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, quantized: QuantizedWeight | None = None
     ) -> None:
-        """`grouped`: the values of the weight, in whole numbers; then `weight` has only its shape."""
+        """`quantized`: the weight, if it is kept so; then `weight` has only its shape."""
         self.weight = weight
         self.bias = bias
         self.packed: Blocks | None = None
-        self.grouped = grouped
+        self.quantized = quantized
         self.keeps_order = False
         on_cpu = weight.device.type == "cpu"
-        self.is_native = grouped is not None or (on_cpu and weight.dtype is torch.bfloat16 and native.is_expected())
+        self.is_native = quantized is not None or (on_cpu and weight.dtype is torch.bfloat16 and native.is_expected())
         packable = self.is_native or (on_cpu and can_pack(weight.dtype))
         self.packed_dtype = PACKED_DTYPES[weight.dtype] if packable else None
         self.rows_unpacked = 1 if weight.dtype is torch.float16 else 0  # up to so many rows `F.linear` is faster
@@ -117,8 +116,8 @@ class Linear:
         """The product by our own kernel, see native.Library.product."""
         kernels = native.library()
         assert kernels is not None and self.has_kernel
-        if self.grouped is not None:
-            weight: torch.Tensor | Grouped = self.grouped.argument(self.keeps_order)
+        if self.quantized is not None:
+            weight: torch.Tensor | Quantized = self.quantized.argument(self.keeps_order)
         else:
             assert self.packed is not None
             weight = self.packed[0]
@@ -127,7 +126,7 @@ class Linear:
     @property
     def has_kernel(self) -> bool:
         """Whether `multiply_native` can compute now."""
-        return self.is_native and (self.packed is not None or self.grouped is not None)
+        return self.is_native and (self.packed is not None or self.quantized is not None)
 
     def products(self, x: torch.Tensor, gelu: bool = False) -> Iterator[torch.Tensor]:
         """The columns of the result, block by block of the weight."""
@@ -165,7 +164,7 @@ class Linear:
 
         `yield_point` is called after each block.
         """
-        if self.grouped is not None:
+        if self.quantized is not None:
             return None
         if self.is_native:
             if (kernels := native.library()) is not None:
@@ -177,7 +176,7 @@ class Linear:
     @property
     def packed_bytes(self) -> int:
         """Size of the packed form."""
-        if self.grouped is not None or self.packed_dtype is None:
+        if self.quantized is not None or self.packed_dtype is None:
             return 0
         return self.weight.numel() * self.packed_dtype.itemsize
 
@@ -185,7 +184,7 @@ class Linear:
         """From now on the bits of a row do not depend on the other rows, for all shapes and dtypes; slower.
 
         Call after the weight was packed and the number of threads was set. Our own kernels keep order always, but for
-        few rows and a weight in whole numbers.
+        few rows and a quantized weight.
         """
         self.keeps_order = True
         if self.is_native:

@@ -127,7 +127,7 @@ def first_steps(steps: FusedSteps) -> None:
 
 
 def sizes(steps: FusedSteps) -> Iterator[int]:
-    """Numbers of tokens, one of each way to compute them. In a mixture, more pairs go in larger blocks."""
+    """QuantizedRows of tokens, one of each way to compute them. In a mixture, more pairs go in larger blocks."""
     yield from ROWS
     for moe in {layer.moe for layer in steps.model.spec.layers if layer.moe}:
         for block in EXPERT_BLOCKS:

@@ -3,7 +3,7 @@
 The host sends what is new and nothing else: the tokens it has not seen, pages as they are added.
 """
 
-from collections.abc import Sequence as Numbers
+from collections.abc import Sequence as QuantizedRows
 
 import torch
 
@@ -21,11 +21,11 @@ class SlotTokens:
     def null_slot(self) -> int:
         return len(self.values) - 1
 
-    def write(self, slots: Numbers[int], tokens: torch.Tensor) -> None:
+    def write(self, slots: QuantizedRows[int], tokens: torch.Tensor) -> None:
         """Keep tokens (rows,)."""
         self.values.index_copy_(0, upload(slots, self.values.device, torch.int64), tokens)
 
-    def read(self, input_ids: torch.Tensor, rows: Numbers[int], slots: Numbers[int]) -> None:
+    def read(self, input_ids: torch.Tensor, rows: QuantizedRows[int], slots: QuantizedRows[int]) -> None:
         """Put the tokens of some slots into rows of input_ids (tokens,)."""
         device = self.values.device
         input_ids.index_copy_(0, upload(rows, device), self.values[upload(slots, device)])
@@ -40,7 +40,7 @@ class SlotPositions:
         self.finished[slots] = 1
         self._held = [0] * (slots + 1)  # what the device will hold after all launched steps
 
-    def advance(self, slots: Numbers[int], positions: Numbers[int]) -> list[int]:
+    def advance(self, slots: QuantizedRows[int], positions: QuantizedRows[int]) -> list[int]:
         """Before a recorded step of these slots at these positions: send those that the device does not have.
 
         Returns which these were.
@@ -71,7 +71,7 @@ class PageTable:
         """Pages may not have been sent: send all again."""
         self._listed.clear()
 
-    def update(self, sequences: Numbers[Sequence]) -> None:
+    def update(self, sequences: QuantizedRows[Sequence]) -> None:
         """Send the pages that are new since the last update. While a sequence is admitted its list only grows."""
         places: list[int] = []
         pages: list[int] = []

@@ -26,7 +26,7 @@ LEAST_TOKENS = 16  # smallest size; each further one is twice as long
 
 
 def token_sizes(largest: int) -> list[int]:
-    """Numbers of prompt tokens that are recorded, up to `largest`."""
+    """QuantizedRows of prompt tokens that are recorded, up to `largest`."""
     sizes = []
     tokens = LEAST_TOKENS
     while tokens < largest:
@@ -36,7 +36,7 @@ def token_sizes(largest: int) -> list[int]:
 
 
 def row_sizes(slots: int) -> list[int]:
-    """Numbers of decode rows in the same step, of which there are at most `slots`."""
+    """QuantizedRows of decode rows in the same step, of which there are at most `slots`."""
     most = min(slots, ROWS[-1])
     return [*(size for size in ROWS if size < most), most]
 

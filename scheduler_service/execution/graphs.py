@@ -72,7 +72,7 @@ class CudaRecorder:
 
 
 def row_sizes(largest: int) -> list[int]:
-    """Numbers of rows that are recorded: close to one another where a row costs most."""
+    """QuantizedRows of rows that are recorded: close to one another where a row costs most."""
     sizes = [1, 2, 3, 4, 6, 8, *range(12, 33, 4), *range(40, 65, 8), *range(80, 257, 16), *range(288, 513, 32)]
     below = [size for size in sizes if size < largest]
     return [*below, largest]

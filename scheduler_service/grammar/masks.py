@@ -1,6 +1,6 @@
 """Which tokens the grammars of a step allow.
 
-The masks are begun before the forward pass and computed beside it, in a thread that needs no interpreter while it does
+The masks are begun before the forward pass and computed at the same time, in a thread that needs no interpreter while it does
 so; the draw finds them ready. Where the last step's tokens are still on a device, they are begun once those are here,
 and the device computes meanwhile.
 """
@@ -21,12 +21,12 @@ THREADS = 2
 class Masks:
     """Makes the bit masks of constrained rows."""
 
-    def __init__(self, vocab_size: int, beside: bool | None = None) -> None:
-        """`beside`: whether there is a core for a thread of their own; found out by itself where it is not said."""
+    def __init__(self, vocab_size: int, threaded: bool | None = None) -> None:
+        """`threaded`: whether they have a thread of their own; by default where there is a second core."""
         self._words = bitmask_words(vocab_size)
         self._filler = MaskFiller(THREADS)
-        beside = len(os.sched_getaffinity(0)) > 1 if beside is None else beside
-        self._thread = ThreadPoolExecutor(1, "masks") if beside else None
+        threaded = len(os.sched_getaffinity(0)) > 1 if threaded is None else threaded
+        self._thread = ThreadPoolExecutor(1, "masks") if threaded else None
 
     def start(self, requests: Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> "Future[Bitmask] | None":
         """Begin the masks of a step's rows: for each request, one, and one more behind each of its drafts.

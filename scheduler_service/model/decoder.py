@@ -25,7 +25,7 @@ class Decoder:
         self.hidden_size = spec.hidden_size
         self.vocab_size = spec.vocab_size
         self.embedding = weights.slab("embed")  # (vocab, hidden)
-        self.grouped_embedding = weights.grouped_slab("embed")  # the same in whole numbers
+        self.quantized_embedding = weights.quantized_slab("embed")  # the same, if it is quantized
         self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
         self.layers = [decoder_layer(spec, weights, index) for index in range(len(spec.layers))]
         self.norm = norm_of(spec, weights, "norm")
@@ -58,8 +58,8 @@ class Decoder:
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings, or the request's own where it brought some: (tokens, hidden)."""
-        if self.grouped_embedding is not None:
-            x = self.grouped_embedding.read(batch.input_ids.long())
+        if self.quantized_embedding is not None:
+            x = self.quantized_embedding.read(batch.input_ids.long())
         else:
             x = F.embedding(batch.input_ids, self.embedding)
         if self.embedding_scale != 1.0:

@@ -71,8 +71,8 @@ class DecoderLayer:
 
 def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Linear:
     """The linear layer of a slab, kept in step with later updates of the weights."""
-    grouped = weights.grouped_slab(buffer, *index)
-    layer = Linear(weights.slab(buffer, *index), weights.slab(f"{buffer}_bias", *index) if bias else None, grouped)
+    quantized = weights.quantized_slab(buffer, *index)
+    layer = Linear(weights.slab(buffer, *index), weights.slab(f"{buffer}_bias", *index) if bias else None, quantized)
     weights.follow(layer, buffer, index)
     return layer
 

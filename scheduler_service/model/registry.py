@@ -25,8 +25,8 @@ from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBack
 from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
-from quartet.scheduler_service.weights.parameters import Forms, Layout, Weights
-from quartet.scheduler_service.weights.storage import CHOICES, forms_of, restored
+from quartet.scheduler_service.weights.parameters import Layout, Schemes, Weights
+from quartet.scheduler_service.weights.storage import CHOICES, schemes_in, schemes_of
 
 log = logging.getLogger(__name__)
 
@@ -112,20 +112,22 @@ def load_native(
         tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
     layout = decoder_layout(spec)
-    weights = Weights(layout, dtype, device, forms(config, info, layout, dtype, device))
+    weights = Weights(layout, dtype, device, schemes(config, info, layout, dtype, device))
     model = Decoder(spec, weights, make_backend(spec, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)
     return model
 
 
-def forms(config: ResolvedConfig, info: ModelInfo, layout: Layout, dtype: torch.dtype, device: torch.device) -> Forms:
-    """Which weights are kept in whole numbers of few bits: as before a restart. Raises StartupError."""
-    if config.weight_forms is not None:
-        return restored(config.weight_forms)
+def schemes(
+    config: ResolvedConfig, info: ModelInfo, layout: Layout, dtype: torch.dtype, device: torch.device
+) -> Schemes:
+    """Which weights are quantized, and how: as before a restart. Raises StartupError."""
+    if config.weight_schemes is not None:
+        return schemes_in(config.weight_schemes)
     stored = None
     if config.quantization == "auto" and not is_dummy(config) and format_of(Path(info.path)) == "gguf":
         stored = ties.with_tied_tensors(checkpoint_of(Path(info.path)), layout)
-    return forms_of(config.quantization, layout, dtype, device, stored)
+    return schemes_of(config.quantization, layout, dtype, device, stored)
 
 
 def make_backend(spec: DecoderSpec, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Backend:

@@ -1,4 +1,4 @@
-"""The block formats of GGUF as whole numbers with scales, for kernels that compute with them.
+"""The block formats of GGUF as integers with scales, for kernels that compute with them.
 
 Every function takes blocks as bytes, (blocks, bytes of one) uint8, and returns the numbers (blocks, values) uint8, and
 the scales and offsets (blocks, groups) float32. `FORMS` says what zero and group size they have. The values are those
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from quartet.kernels.cpu.native.grouped import Form, Numbers
+from quartet.kernels.cpu.native.quantized import QuantizedRows, Scheme
 from quartet.scheduler_service.weights.blocks import (
     IQ4_NL_VALUES,
     bits,
@@ -83,28 +83,28 @@ def q6_k(blocks: torch.Tensor) -> Parts:
     return (low | high).flatten(1), halves(blocks, 208) * scales, None
 
 
-FORMATS: dict[str, tuple[Form, Callable[[torch.Tensor], Parts]]] = {
-    "Q4_0": (Form(4, 32, offsets=False, zero=8), q4_0),
-    "Q4_1": (Form(4, 32, offsets=True), q4_1),
-    "Q5_0": (Form(5, 32, offsets=False, zero=16), q5_0),
-    "Q5_1": (Form(5, 32, offsets=True), q5_1),
-    "Q8_0": (Form(8, 32, offsets=False, zero=128), q8_0),
-    "IQ4_NL": (Form(8, 32, offsets=False, zero=128), iq4_nl),
-    "Q2_K": (Form(4, 16, offsets=True), q2_k),
-    "Q3_K": (Form(4, 16, offsets=False, zero=8), q3_k),
-    "Q4_K": (Form(4, 32, offsets=True), q4_k),
-    "Q5_K": (Form(5, 32, offsets=True), q5_k),
-    "Q6_K": (Form(6, 16, offsets=False, zero=32), q6_k),
+FORMATS: dict[str, tuple[Scheme, Callable[[torch.Tensor], Parts]]] = {
+    "Q4_0": (Scheme(4, 32, offsets=False, zero_point=8), q4_0),
+    "Q4_1": (Scheme(4, 32, offsets=True), q4_1),
+    "Q5_0": (Scheme(5, 32, offsets=False, zero_point=16), q5_0),
+    "Q5_1": (Scheme(5, 32, offsets=True), q5_1),
+    "Q8_0": (Scheme(8, 32, offsets=False, zero_point=128), q8_0),
+    "IQ4_NL": (Scheme(8, 32, offsets=False, zero_point=128), iq4_nl),
+    "Q2_K": (Scheme(4, 16, offsets=True), q2_k),
+    "Q3_K": (Scheme(4, 16, offsets=False, zero_point=8), q3_k),
+    "Q4_K": (Scheme(4, 32, offsets=True), q4_k),
+    "Q5_K": (Scheme(5, 32, offsets=True), q5_k),
+    "Q6_K": (Scheme(6, 16, offsets=False, zero_point=32), q6_k),
 }
 
 
-def numbers_of(name: str, blocks: torch.Tensor, columns: int) -> Numbers:
+def numbers_of(name: str, blocks: torch.Tensor, columns: int) -> QuantizedRows:
     """The rows of `columns` values that are in these blocks, (blocks, bytes of one) uint8."""
-    form, function = FORMATS[name]
+    scheme, function = FORMATS[name]
     numbers, scales, offsets = function(blocks)
-    groups = columns // form.group
-    return Numbers(
-        form,
+    groups = columns // scheme.group_size
+    return QuantizedRows(
+        scheme,
         numbers.reshape(-1, columns),
         scales.reshape(-1, groups),
         None if offsets is None else offsets.reshape(-1, groups),

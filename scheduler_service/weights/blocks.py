@@ -1,7 +1,7 @@
 """The block formats of GGUF, expanded to float32 with operations of torch, on whatever device the bytes are.
 
 Every function takes blocks as bytes, (blocks, bytes of one) uint8, and returns (blocks, values of one) float32. A block
-holds whole numbers of few bits, and one or more scales; its value is scale * number, minus an offset where the format
+holds integers of few bits, and one or more scales; its value is scale * number, minus an offset where the format
 has one. The products are done in float32 in this order, so results are the same bits as those of ggml.
 """
 
@@ -47,7 +47,7 @@ def fifth_bits(blocks: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def minus(numbers: torch.Tensor, zero: int) -> torch.Tensor:
-    """Numbers of at most seven bits with another zero. float32"""
+    """QuantizedRows of at most seven bits with another zero. float32"""
     return (numbers.view(torch.int8) - zero).float()
 
 
@@ -105,7 +105,7 @@ def scales_of_6_bits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scaled(blocks: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers of Q4_K or Q5_K, (blocks, 8, 32) uint8, with their scales and offsets."""
+    """QuantizedRows of Q4_K or Q5_K, (blocks, 8, 32) uint8, with their scales and offsets."""
     scales, offsets = scales_of_6_bits(blocks[:, 4:16].contiguous())
     scale, offset = halves(blocks, 0) * scales, halves(blocks, 2) * offsets
     return numbers.float().mul_(scale.unsqueeze(2)).sub_(offset.unsqueeze(2)).flatten(1)

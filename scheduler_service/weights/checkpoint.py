@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 import torch
 
-from quartet.kernels.cpu.native.grouped import Form, Numbers
+from quartet.kernels.cpu.native.quantized import QuantizedRows, Scheme
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.files import opened, present, read_small
 from quartet.runtime.shorten import short
@@ -62,8 +62,8 @@ class Encoding:
     unit_bytes: int  # bytes that are decoded together
     unit_values: int  # values that they become
     decode: Callable[[torch.Tensor], torch.Tensor] = field(compare=False)  # bytes of whole units → values, flat
-    form: Form | None = None  # of the whole numbers that the values are made of, if they are
-    numbers: Callable[[torch.Tensor], Numbers] | None = field(default=None, compare=False)  # bytes of whole rows
+    scheme: Scheme | None = None  # of the integers that the values are made of, if they are
+    numbers: Callable[[torch.Tensor], QuantizedRows] | None = field(default=None, compare=False)  # bytes of whole rows
 
 
 @dataclass(frozen=True, slots=True)

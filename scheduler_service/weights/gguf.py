@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from quartet.kernels.cpu.native.grouped import Numbers
+from quartet.kernels.cpu.native.quantized import QuantizedRows
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.gguf import Header, Tensor, read_header
 from quartet.runtime.model_files.gguf_config import LLAMA3_FREQUENCIES, LONG_FACTORS, SHORT_FACTORS, Metadata
@@ -116,7 +116,7 @@ def checkpoint_of(directory: Path) -> Checkpoint:
 
 def log_expansion(checkpoint: Checkpoint, weights: Weights) -> None:
     """Log what it takes that blocks are expanded to numbers of the served format; nothing where there are none."""
-    plain = (name for name in weights.layout.places if weights.grouped_of(name) is None)
+    plain = (name for name in weights.layout.places if weights.quantized_of(name) is None)
     expanded = [name for name in plain if name in checkpoint.tensors]
     encodings = [checkpoint.tensors[name].encoding for name in expanded]
     if blocks := sorted(EXPAND.keys() & {encoding.name.split()[0] for encoding in encodings if encoding}):
@@ -158,11 +158,11 @@ def stored(tensor: Tensor) -> StoredTensor:
     def decode(memory: torch.Tensor) -> torch.Tensor:
         return EXPAND[kind.name](memory.view(-1, kind.nbytes)).flatten()
 
-    def numbers(memory: torch.Tensor) -> Numbers:
+    def numbers(memory: torch.Tensor) -> QuantizedRows:
         return numbers_of(kind.name, memory.view(-1, kind.nbytes), tensor.shape[-1])
 
-    form = FORMATS[kind.name][0]
-    encoding = Encoding(kind.name, kind.nbytes, kind.values, decode, form, numbers)
+    scheme = FORMATS[kind.name][0]
+    encoding = Encoding(kind.name, kind.nbytes, kind.values, decode, scheme, numbers)
     return StoredTensor(tensor.file, "F32", tensor.shape, tensor.offset, tensor.nbytes, encoding=encoding)
 
 
@@ -209,15 +209,15 @@ def unpermuted(found: StoredTensor, heads: int) -> StoredTensor:
     def decode(memory: torch.Tensor) -> torch.Tensor:
         return found.values(memory).view(-1, per_head // 2, 2, width).transpose(1, 2).flatten()
 
-    def numbers(memory: torch.Tensor) -> Numbers:
+    def numbers(memory: torch.Tensor) -> QuantizedRows:
         assert found.encoding is not None and found.encoding.numbers is not None
         ordered = found.encoding.numbers(memory)
         rows = torch.arange(len(ordered.numbers)).view(-1, per_head // 2, 2).transpose(1, 2).flatten()
         return ordered.select(rows)
 
-    form = None if found.encoding is None else found.encoding.form
+    scheme = None if found.encoding is None else found.encoding.scheme
     name = f"{encoded_name(found)} permuted by {per_head}"
-    encoding = Encoding(name, bytes_per_head, per_head * width, decode, form, numbers if form else None)
+    encoding = Encoding(name, bytes_per_head, per_head * width, decode, scheme, numbers if scheme else None)
     return replace(found, encoding=encoding)
 
 

@@ -55,7 +55,7 @@ def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> N
         read_weights(checkpoint, weights, with_progress(checkpoint.files))
         pickled.forget_converted()
     weights.after_update()
-    if weights.forms:  # what they were made from was large
+    if weights.schemes:  # what they were made from was large
         memory.give_back()
 
 
@@ -125,7 +125,7 @@ def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]
         if weights.device.type == "cuda":
             device_staging.read_to_device(checkpoint, own, weights)
             continue
-        plain = {name: weights.view(name) for name in own if weights.grouped_of(name) is None}
+        plain = {name: weights.view(name) for name in own if weights.quantized_of(name) is None}
         read_tensors(checkpoint, plain, [file])
         with open_file(file) as descriptor:
             for name in own:

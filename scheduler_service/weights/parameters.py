@@ -4,8 +4,8 @@ Loading, in-place update, atomic swap and checksums all follow from that: a seco
 filled while the first one serves, and `take_over` puts it in place between two steps. On a GPU that is one copy per
 buffer, and pointers never change; on a CPU the two exchange their memory, and every slab that was handed out follows.
 
-On a CPU the slabs of a buffer may be kept in whole numbers of few bits (`Forms`). Such a buffer has no memory of its
-own: its tensor is on the device "meta", `view` gives a copy of the values, and `write` and `writing` set them.
+On a CPU the slabs of a buffer may be quantized (`Schemes`). Such a buffer has no memory of its own: its tensor is on
+the device "meta", `view` gives a copy of the values, and `write` and `writing` set them.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -17,13 +17,13 @@ import torch
 import xxhash
 
 from quartet.kernels.cpu.linear import no_pause
-from quartet.kernels.cpu.native.grouped import Form, GroupedWeight, Numbers, misfit, quantized
+from quartet.kernels.cpu.native.quantized import QuantizedRows, QuantizedWeight, Scheme, misfit, quantize
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
 
 META = torch.device("meta")
 
 Slab = tuple[str, tuple[int, ...]]  # a buffer, and the index of one slab of it
-Forms = dict[Slab, Form]  # of the slabs that are kept in whole numbers; of a buffer all or none
+Schemes = dict[Slab, Scheme]  # of the quantized slabs; of a buffer all or none
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +86,21 @@ Follower = tuple[Packs, str, tuple[int, ...]]  # a layer, and the buffer and ind
 class Weights:
     """The buffers of one layout on one device, and the layers that pack parts of them."""
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device, forms: Forms | None = None) -> None:
+    def __init__(
+        self, layout: Layout, dtype: torch.dtype, device: torch.device, schemes: Schemes | None = None
+    ) -> None:
         self.layout = layout
         self.dtype = dtype
         self.device = device
-        self.forms = forms or {}
-        in_numbers = {buffer for buffer, _ in self.forms}
+        self.schemes = schemes or {}
+        quantized = {buffer for buffer, _ in self.schemes}
         self.buffers = {
-            name: torch.empty(
-                shape, dtype=layout.dtypes.get(name, dtype), device=META if name in in_numbers else device
-            )
+            name: torch.empty(shape, dtype=layout.dtypes.get(name, dtype), device=META if name in quantized else device)
             for name, shape in layout.buffers.items()
         }
-        self.grouped = {
-            (buffer, index): GroupedWeight(layout.buffers[buffer][-2], layout.buffers[buffer][-1], form)
-            for (buffer, index), form in self.forms.items()
+        self.quantized = {
+            (buffer, index): QuantizedWeight(layout.buffers[buffer][-2], layout.buffers[buffer][-1], scheme)
+            for (buffer, index), scheme in self.schemes.items()
         }
         self.followers: list[Follower] = []
         self._slabs: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
@@ -110,8 +110,8 @@ class Weights:
         """Free all memory; nothing may compute until `allocate`."""
         for layer, _, _ in self.followers:
             layer.adopt(None)
-        for grouped in self.grouped.values():
-            grouped.release()
+        for quantized in self.quantized.values():
+            quantized.release()
         if self.device.type == "cpu":  # a storage that numpy has shared cannot be resized
             self._replace_buffers(lambda buffer: buffer.new_empty(1).expand(buffer.shape))
             return
@@ -120,8 +120,8 @@ class Weights:
 
     def allocate(self) -> None:
         """Take memory again, at other addresses and with undefined contents; call `after_update` once it is filled."""
-        for grouped in self.grouped.values():
-            grouped.allocate()
+        for quantized in self.quantized.values():
+            quantized.allocate()
         if self.device.type == "cpu":
             self._replace_buffers(lambda buffer: buffer.new_empty(buffer.shape))
             return
@@ -141,14 +141,14 @@ class Weights:
             self._lent.append((slab, buffer, index))
         return slab
 
-    def grouped_slab(self, buffer: str, *index: int) -> GroupedWeight | None:
-        """The same where it is kept in whole numbers; always the same object."""
-        return self.grouped.get((buffer, index))
+    def quantized_slab(self, buffer: str, *index: int) -> QuantizedWeight | None:
+        """The same where it is quantized; always the same object."""
+        return self.quantized.get((buffer, index))
 
-    def grouped_of(self, name: str) -> GroupedWeight | None:
-        """The slab in whole numbers that has the tensor of a name."""
+    def quantized_of(self, name: str) -> QuantizedWeight | None:
+        """The quantized slab that has the tensor of a name."""
         place = self.layout.places[name]
-        return self.grouped.get((place.buffer, place.index))
+        return self.quantized.get((place.buffer, place.index))
 
     def lend(self, tensor: torch.Tensor, buffer: str, *index: int) -> None:
         """Have a tensor made elsewhere share a slab's memory from now on, as if `slab` had returned it."""
@@ -158,11 +158,11 @@ class Weights:
     def view(self, name: str) -> torch.Tensor:
         """The tensor of a checkpoint name, in the checkpoint's shape. Raises KeyError for an unknown name.
 
-        Of what is kept in whole numbers: a copy of the values.
+        Of a quantized slab: a copy of the values.
         """
         place = self.layout.places[name]
-        if (grouped := self.grouped_of(name)) is not None:
-            return grouped.values(place.start, place.shape[0])
+        if (quantized := self.quantized_of(name)) is not None:
+            return quantized.values(place.start, place.shape[0])
         slab = self.slab(place.buffer, *place.index)
         return slab.narrow(0, place.start, place.shape[0]) if place.shape else slab
 
@@ -170,24 +170,24 @@ class Weights:
     def writing(self, name: str, yield_point: Callable[[], None] = no_pause) -> Iterator[torch.Tensor]:
         """A tensor to fill with the values of a name, in the served dtype; they are in their place afterwards.
 
-        Raises CheckpointError for values that cannot be kept in whole numbers.
+        Raises CheckpointError for values that cannot be quantized.
         """
-        grouped = self.grouped_of(name)
-        if grouped is None:
+        quantized = self.quantized_of(name)
+        if quantized is None:
             yield self.view(name)
             return
         values = torch.empty(self.layout.places[name].shape, dtype=self.dtype)
         yield values
-        numbers = quantized(values, grouped.form)
+        numbers = quantize(values, quantized.scheme)
         if reason := misfit(values, numbers):
-            raise CheckpointError(f"tensor {name} cannot be kept in {grouped.form.bits} bits: {reason}")
+            raise CheckpointError(f"tensor {name} cannot be kept in {quantized.scheme.bits} bits: {reason}")
         self.write(name, numbers, 0, yield_point)
 
-    def write(self, name: str, part: Numbers, row: int, yield_point: Callable[[], None] = no_pause) -> None:
-        """Set some rows of a tensor that is kept in whole numbers, from row number `row` of it."""
-        grouped = self.grouped_of(name)
-        assert grouped is not None, name
-        grouped.write(self.layout.places[name].start + row, part, yield_point)
+    def write(self, name: str, part: QuantizedRows, row: int, yield_point: Callable[[], None] = no_pause) -> None:
+        """Set some rows of a tensor of a quantized slab, from row number `row` of it."""
+        quantized = self.quantized_of(name)
+        assert quantized is not None, name
+        quantized.write(self.layout.places[name].start + row, part, yield_point)
 
     def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Checkpoint name → shape and dtype."""
@@ -196,7 +196,7 @@ class Weights:
 
     def nbytes(self) -> int:
         plain = sum(buffer.nbytes for buffer in self.buffers.values() if not buffer.is_meta)
-        return plain + sum(grouped.nbytes for grouped in self.grouped.values())
+        return plain + sum(quantized.nbytes for quantized in self.quantized.values())
 
     def served_bytes(self) -> int:
         """What these weights take while they serve: the buffers and the packed forms."""
@@ -204,7 +204,7 @@ class Weights:
 
     def staging(self, device: torch.device | None = None) -> "Weights":
         """Buffers of the same layout with undefined contents, to be filled while these serve."""
-        return Weights(self.layout, self.dtype, device or self.device, self.forms)
+        return Weights(self.layout, self.dtype, device or self.device, self.schemes)
 
     def follow(self, layer: Packs, buffer: str, index: tuple[int, ...]) -> None:
         """From now on `layer` gets a new packed form when the values of a slab have changed."""
@@ -255,9 +255,9 @@ class Weights:
         """Exchange the memory of some buffers with another `Weights` of the same layout."""
         for name in buffers:
             self.buffers[name], other.buffers[name] = other.buffers[name], self.buffers[name]
-        for (buffer, index), grouped in self.grouped.items():
+        for (buffer, index), quantized in self.quantized.items():
             if buffer in buffers:
-                grouped.exchange(other.grouped[buffer, index])
+                quantized.exchange(other.quantized[buffer, index])
         for weights in (self, other):
             for tensor, buffer, index in weights._lent:
                 if buffer in buffers:
@@ -270,11 +270,11 @@ class Weights:
         self.after_update(packed)
 
     def copy_buffer(self, other: "Weights", buffer: str) -> None:
-        """Copy the values of one buffer from weights of the same layout and forms."""
+        """Copy the values of one buffer from weights of the same layout and schemes."""
         self.buffers[buffer].copy_(other.buffers[buffer])
-        for slab, grouped in self.grouped.items():
+        for slab, quantized in self.quantized.items():
             if slab[0] == buffer:
-                grouped.copy_from(other.grouped[slab])
+                quantized.copy_from(other.quantized[slab])
 
     def after_update(self, packed: Packed | None = None) -> None:
         """Call once values have changed; `packed` is what `pack` made of the same values, if it was called."""

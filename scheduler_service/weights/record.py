@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from quartet.runtime import records
-from quartet.runtime.config import ResolvedConfig, WeightForm
+from quartet.runtime.config import ResolvedConfig, WeightScheme
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.weights.formats import weight_files
 
@@ -29,7 +29,7 @@ class Committed(msgspec.Struct, kw_only=True):
     weight_version: str  # what the weights of that directory are called
     load_format: str = "auto"
     files: dict[str, list[int]] = {}  # name → size and time of change (ns), as they were read
-    forms: list[WeightForm] | None = None  # of the weights that are kept in whole numbers
+    schemes: list[WeightScheme] | None = None  # of the quantized weights
     patched: bool = False  # later updates came in requests, not from that directory; their versions are not recorded
 
 
@@ -74,5 +74,5 @@ def restored(config: ResolvedConfig, run_dir: str) -> ResolvedConfig:
         model_dir=committed.model_dir,
         weight_version=version,
         load_format=committed.load_format,
-        weight_forms=committed.forms,
+        weight_schemes=committed.schemes,
     )

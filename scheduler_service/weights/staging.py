@@ -126,7 +126,7 @@ def stage_file(
             digest = xxhash.xxh3_64() if digests is not None and name in digests else None
             stored = checkpoint.tensors[name]
             has_place = name in target.layout.places and name not in checkpoint.quantized
-            if has_place and target.grouped_of(name) is not None:
+            if has_place and target.quantized_of(name) is not None:
                 storage.read_numbers(name, stored, target, descriptor, yield_point, digest)
             else:
                 place = target.view(name) if has_place else None

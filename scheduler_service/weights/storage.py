@@ -1,8 +1,8 @@
-"""Which weights are kept in whole numbers of few bits, and how a stored tensor becomes such numbers.
+"""Which weights are quantized, and how a stored tensor becomes such a weight.
 
 `--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 bits always.
 With `auto` the blocks of a GGUF file stay as they are. Where tensors of one slab have different formats, the slab gets
-the smallest form that holds the values of all (`Form.joined`).
+the smallest scheme that holds the values of all (`Scheme.joined`).
 """
 
 import logging
@@ -13,11 +13,11 @@ import torch
 import xxhash
 
 from quartet.kernels.cpu.native import library as native
-from quartet.kernels.cpu.native.grouped import INT4, INT8, Form, Numbers, step_of
-from quartet.runtime.config import WeightForm
+from quartet.kernels.cpu.native.quantized import INT4, INT8, QuantizedRows, Scheme, step_of
+from quartet.runtime.config import WeightScheme
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
-from quartet.scheduler_service.weights.parameters import Forms, Layout, Slab, Weights
+from quartet.scheduler_service.weights.parameters import Layout, Schemes, Slab, Weights
 from quartet.scheduler_service.weights.tensor_io import bytes_of, read_chunks, read_exactly
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,10 @@ PRODUCTS = (
 CHOICES = {"int8": INT8, "int4": INT4}
 
 
-def forms_of(
+def schemes_of(
     choice: str, layout: Layout, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint | None
-) -> Forms:
-    """The forms of a model's weights by --quantization; empty: all are plain. Raises StartupError.
+) -> Schemes:
+    """The schemes of a model's weights by --quantization; empty: all are plain. Raises StartupError.
 
     `checkpoint` is None for random weights.
     """
@@ -56,26 +56,26 @@ def forms_of(
                 "serve the model in its own number format"
             )
         wanted = {slab: INT8 if slab[0] in BOTH_SIDES else CHOICES[choice] for slab in slabs_of(layout)}
-    elif can and checkpoint is not None and any(t.encoding and t.encoding.form for t in checkpoint.tensors.values()):
+    elif can and checkpoint is not None and any(t.encoding and t.encoding.scheme for t in checkpoint.tensors.values()):
         if native.library() is None:
             return {}
-        wanted = stored_forms(layout, checkpoint)
+        wanted = stored_schemes(layout, checkpoint)
     else:
         return {}
     return whole_buffers(layout, wanted)
 
 
-def recorded(forms: Forms) -> list[WeightForm]:
-    """Forms as a record of what serves has them."""
+def recorded(schemes: Schemes) -> list[WeightScheme]:
+    """Schemes as a record of what serves has them."""
     return [
-        WeightForm(buffer, index, form.bits, form.group, form.offsets, form.zero)
-        for (buffer, index), form in forms.items()
+        WeightScheme(buffer, index, scheme.bits, scheme.group_size, scheme.offsets, scheme.zero_point)
+        for (buffer, index), scheme in schemes.items()
     ]
 
 
-def restored(forms: list[WeightForm]) -> Forms:
-    """The reverse of `recorded`."""
-    return {(f.buffer, f.index): Form(f.bits, f.group, f.offsets, f.zero) for f in forms}
+def schemes_in(schemes: list[WeightScheme]) -> Schemes:
+    """The schemes of a record: the reverse of `recorded`."""
+    return {(f.buffer, f.index): Scheme(f.bits, f.group_size, f.offsets, f.zero_point) for f in schemes}
 
 
 def slabs_of(layout: Layout) -> dict[Slab, list[str]]:
@@ -87,36 +87,36 @@ def slabs_of(layout: Layout) -> dict[Slab, list[str]]:
     return slabs
 
 
-def stored_forms(layout: Layout, checkpoint: Checkpoint) -> Forms:
-    """The form of each slab all of whose tensors are stored in whole numbers."""
-    forms: Forms = {}
+def stored_schemes(layout: Layout, checkpoint: Checkpoint) -> Schemes:
+    """The scheme of each slab all of whose tensors are stored quantized."""
+    schemes: Schemes = {}
     for slab, names in slabs_of(layout).items():
         tensors = [checkpoint.tensors.get(name) for name in names]
-        own = [tensor.encoding.form if tensor and tensor.encoding else None for tensor in tensors]
-        known = [form for form in own if form is not None]
+        own = [tensor.encoding.scheme if tensor and tensor.encoding else None for tensor in tensors]
+        known = [scheme for scheme in own if scheme is not None]
         if len(known) == len(names):
-            forms[slab] = reduce(Form.joined, known)
-    return forms
+            schemes[slab] = reduce(Scheme.joined, known)
+    return schemes
 
 
-def whole_buffers(layout: Layout, wanted: Forms) -> Forms:
-    """Those forms that can be: every slab of a buffer has one, and its tensors begin at whole blocks of rows."""
+def whole_buffers(layout: Layout, wanted: Schemes) -> Schemes:
+    """Those schemes that can be: every slab of a buffer has one, and its tensors begin at whole blocks of rows."""
     plain = {
         slab[0]
         for slab, names in slabs_of(layout).items()
         if slab not in wanted or any(layout.places[name].start % native.BLOCK_COLUMNS for name in names)
     }
-    return {slab: form for slab, form in wanted.items() if slab[0] not in plain}
+    return {slab: scheme for slab, scheme in wanted.items() if slab[0] not in plain}
 
 
 def log_storage(weights: Weights, choice: str) -> None:
-    """Log what is kept in whole numbers."""
-    if not weights.forms:
+    """Log how the weights are quantized."""
+    if not weights.schemes:
         return
-    bits = sorted({form.bits for form in weights.forms.values()})
+    bits = sorted({scheme.bits for scheme in weights.schemes.values()})
     log.info(
-        "Weights are kept in whole numbers of %s bits (--quantization %s): %.2f GB of memory.",
-        " and ".join(map(str, bits)),
+        "Weights are quantized to %s bits (--quantization %s): %.2f GB of memory.",
+        ", ".join(map(str, bits)),
         choice,
         weights.nbytes() / 1e9,
     )
@@ -130,18 +130,18 @@ def read_numbers(
     yield_point: Callable[[], None],
     digest: "xxhash.xxh3_64 | None" = None,
 ) -> None:
-    """Read a tensor to its place in whole numbers, some rows at a time. Raises CheckpointError.
+    """Read a tensor to its place in a quantized weight, some rows at a time. Raises CheckpointError.
 
-    Numbers of the file stay as they are where the slab's form has room for them, else the values are quantized.
+    QuantizedRows of the file stay as they are where the slab's scheme has room for them, else the values are quantized.
     """
-    grouped = weights.grouped_of(name)
-    assert grouped is not None, name
-    form = None if stored.encoding is None else stored.encoding.form
-    if form is not None and form.joined(grouped.form) == grouped.form:
+    quantized = weights.quantized_of(name)
+    assert quantized is not None, name
+    scheme = None if stored.encoding is None else stored.encoding.scheme
+    if scheme is not None and scheme.joined(quantized.scheme) == quantized.scheme:
         for row, memory, part in stored_numbers(stored, descriptor):
             if digest is not None:
                 digest.update(bytes_of(memory))
-            joined = part.to(grouped.form)
+            joined = part.to(quantized.scheme)
             if not joined.fits():
                 raise CheckpointError(f"{stored.shown}: tensor {name} has scales that are too large or not finite")
             weights.write(name, joined, row, yield_point)
@@ -155,7 +155,7 @@ def read_numbers(
                 raise CheckpointError(f"tensor {name} holds values that are not finite")
 
 
-def stored_numbers(stored: StoredTensor, descriptor: int) -> Iterator[tuple[int, torch.Tensor, Numbers]]:
+def stored_numbers(stored: StoredTensor, descriptor: int) -> Iterator[tuple[int, torch.Tensor, QuantizedRows]]:
     """(number of the first row, the bytes, the numbers) of some rows at a time, whole blocks of rows."""
     assert stored.encoding is not None and stored.encoding.numbers is not None
     rows, columns = stored.shape

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from quartet.kernels.cpu.native.grouped import rounded
+from quartet.kernels.cpu.native.quantized import rounded
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused, StartupError
@@ -293,9 +293,9 @@ class Updates:
         for alias, values in session.aliases.items():
             name = self.live.layout.ties[alias]
             serves = self.second if name in session.names else self.live
-            served, grouped = serves.view(name), serves.grouped_of(name)
-            if grouped is not None and values.shape == served.shape:
-                values = rounded(values.to(served.dtype), grouped.form)
+            served, quantized = serves.view(name), serves.quantized_of(name)
+            if quantized is not None and values.shape == served.shape:
+                values = rounded(values.to(served.dtype), quantized.scheme)
             ties.check_tied_values(alias, values, name, served)
 
     def packed(self, names: frozenset[str], source: Committed | None = None) -> Staged:
@@ -350,7 +350,7 @@ class Updates:
         """Record what serves, for a restart."""
         try:
             with self._record_lock:
-                served = msgspec.structs.replace(self.committed, forms=storage.recorded(self.live.forms))
+                served = msgspec.structs.replace(self.committed, schemes=storage.recorded(self.live.schemes))
                 record.write_record(self.run_dir, served)
         except OSError as error:
             log.error("Could not record the committed weights: %s. A restart would load the ones before.", error)

@@ -11,12 +11,12 @@ enum activation { ACTIVATION_SILU, ACTIVATION_GELU_TANH };
 
 enum output { OUTPUT_BF16, OUTPUT_FLOAT, OUTPUT_ADD, OUTPUT_GATED };
 
-/* A weight in whole numbers of few bits: scale * (number - zero), or scale * number + offset.
+/* A quantized weight: scale * (number - zero point), or scale * number + offset, with integers of few bits.
  *
- * It lies in blocks of 16 columns of a product, those in units of 32 numbers in k (see grouped.h). Scales and offsets
+ * It lies in blocks of 16 columns of a product, those in units of 32 numbers in k (see quantized.h). Scales and offsets
  * are float16: for each unit, and for each of its halves where `halves` is 2, 16 scales and then 16 offsets, if any.
  */
-struct grouped {
+struct quantized {
     const uint8_t *numbers; /* (blocks, units, 64 * bits); null: the weight is bfloat16 */
     const uint16_t *scales; /* (blocks, units, halves, 1 + offsets, 16) */
     int32_t bits;           /* 4, 5, 6 or 8 */
@@ -31,7 +31,7 @@ struct product {
     const uint16_t *norm; /* (k,) weight of the norm, or null */
     float epsilon, norm_offset;
     const uint16_t *packed; /* (columns / 16, k / 2, 16, 2), see linear.h; or null */
-    struct grouped grouped; /* the weight where `packed` is null */
+    struct quantized quantized; /* the weight where `packed` is null */
     int64_t n, k;           /* as the weight has them, without padding */
     const uint16_t *bias;   /* (n,) or null */
     int32_t output;         /* enum output; gated: activation(first half of n) * second half, (rows, n / 2) */

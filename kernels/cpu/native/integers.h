@@ -1,10 +1,10 @@
-/* Products of few rows with weights in whole numbers: rows become int8 too, and sums of 16 or 32 products are exact.
+/* Products of few rows with quantized weights: rows become int8 too, so sums of 16 or 32 products are exact integers.
  *
  * Each 32 numbers of a row share a scale, as in the Q8_0 of ggml. So the sums do not depend on the instruction set.
  */
 #pragma once
 
-#include "grouped.h"
+#include "quantized.h"
 
 #if defined(__AVX512VNNI__)
 
@@ -50,7 +50,7 @@ INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t un
 }
 
 /* sums (rows, blocks * 16) = x @ blocks; `bits`, `rows` and `blocks` are constants of the caller. */
-INLINE void multiply_integers(const struct grouped *w, int bits, int rows, int blocks, const struct integer_rows *x,
+INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int blocks, const struct integer_rows *x,
                               int64_t row, const int64_t *columns, float *sums, int64_t stride) {
     vec sum[4][4];
     const uint8_t *numbers[4];
@@ -59,8 +59,8 @@ INLINE void multiply_integers(const struct grouped *w, int bits, int rows, int b
     int lines = UNIT_LINES / w->halves;
 #pragma GCC unroll 4
     for (int block = 0; block < blocks; block++) {
-        numbers[block] = grouped_numbers(w, x->depth, columns[block], 0);
-        scales[block] = grouped_scales(w, x->depth, columns[block], 0);
+        numbers[block] = quantized_numbers(w, x->depth, columns[block], 0);
+        scales[block] = quantized_scales(w, x->depth, columns[block], 0);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
             sum[r][block] = vec_set(0.0f);
@@ -124,7 +124,7 @@ INLINE void multiply_integers(const struct grouped *w, int bits, int rows, int b
 }
 
 /* Up to four rows through a panel of four blocks. */
-INLINE void integer_grid(const struct grouped *w, int bits, const struct integer_rows *x, int64_t row, int64_t rows,
+INLINE void integer_grid(const struct quantized *w, int bits, const struct integer_rows *x, int64_t row, int64_t rows,
                          const int64_t *columns, float *sums, int64_t stride) {
     if (rows == 1) {
         multiply_integers(w, bits, 1, 4, x, row, columns, sums, stride);

@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.structures import Attention, Grouped, Product, Rotation
+from quartet.kernels.cpu.native.structures import Attention, Product, Quantized, Rotation
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ ONEDNN_NAMES = {
 BLOCK_COLUMNS, BLOCK_DEPTH = 16, 32  # to multiples of which a packed weight is padded
 MOST_DIM = 256  # of an attention head
 PACKED_AT_ONCE = 4 << 20  # bytes
-NOT_GROUPED = Grouped()  # no numbers: the weight is packed bfloat16
+NOT_QUANTIZED = Quantized()  # no numbers: the weight is packed bfloat16
 OUTPUTS = {"bf16": 0, "float": 1, "add": 2, "gated": 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -102,7 +102,7 @@ class Library:
     def product(
         self,
         x: torch.Tensor,
-        packed: "torch.Tensor | Grouped",
+        packed: "torch.Tensor | Quantized",
         n: int,
         bias: torch.Tensor | None,
         out: torch.Tensor,
@@ -112,7 +112,7 @@ class Library:
     ) -> None:
         """out = norm(x) (rows, k) @ weight.T + bias by one of OUTPUTS: written, added, or gated to (rows, n / 2).
 
-        The weight: what `pack` gave, or the argument that a GroupedWeight of shape (n, k) gives.
+        The weight: what `pack` gave, or the argument that a QuantizedWeight of shape (n, k) gives.
         """
         check_matrix(x)
         rows, k = x.shape
@@ -134,7 +134,7 @@ class Library:
             epsilon,
             offset,
             packed.data_ptr() if is_packed else None,
-            NOT_GROUPED if is_packed else packed,
+            NOT_QUANTIZED if is_packed else packed,
             n,
             k,
             None if bias is None else bias.data_ptr(),

@@ -9,13 +9,13 @@
  * the same reason, with the sums kept in memory. Each number of a result is summed in one order, however many rows
  * there are: a row has the same bits alone and among others.
  *
- * A weight in whole numbers (grouped.h) is expanded panel by panel to the same form, in memory that stays in the second
- * cache; from there on all is alike. Few rows are multiplied as whole numbers (integers.h), unless `exact` forbids it.
+ * A quantized weight (quantized.h) is expanded panel by panel to the same form, in memory that stays in the second cache;
+ * from there on all is alike. Few rows are multiplied as integers (integers.h), unless `exact` forbids it.
  */
 #pragma once
 
 #include "api.h"
-#include "grouped.h"
+#include "quantized.h"
 #include "integers.h"
 #include "pool.h"
 #include "sums.h"
@@ -241,7 +241,7 @@ INLINE void write_tile(const struct plan *plan, int64_t panel, int64_t first, in
 /* All rows of a block through some panels; `kept` has the sums of a piece of k where there are several pieces. */
 INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end,
                            float *kept, bf16 *expanded) {
-    const struct grouped *grouped = &plan->p->grouped;
+    const struct quantized *quantized = &plan->p->quantized;
     float local[MOST_ROWS * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
     int64_t stride = plan->blocks * LANES;
     for (int64_t from = 0; from < plan->depth; from += plan->piece) {
@@ -250,9 +250,9 @@ INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows,
             const bf16 *weight[FEW_BLOCKS], *next[FEW_BLOCKS];
             for (int place = 0; place < plan->blocks; place++) {
                 int64_t block = block_of(plan, panel, place);
-                if (grouped->numbers) {
+                if (quantized->numbers) {
                     bf16 *out = expanded + place * depth * LANES;
-                    expand_block(grouped, plan->depth, block, from, depth, out);
+                    expand_block(quantized, plan->depth, block, from, depth, out);
                     weight[place] = next[place] = out;
                 } else {
                     weight[place] = packed_block(plan, block, from);
@@ -273,21 +273,21 @@ INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows,
 }
 
 #if HAS_INTEGERS
-/* The same, with rows and weight as whole numbers. */
+/* The same, with rows and weight as integers. */
 static void compute_integers(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end) {
     float sums[4 * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
-    const struct grouped *grouped = &plan->p->grouped;
+    const struct quantized *quantized = &plan->p->quantized;
     for (int64_t panel = begin; panel < end; panel++) {
         int64_t blocks[FEW_BLOCKS];
         for (int place = 0; place < plan->blocks; place++)
             blocks[place] = block_of(plan, panel, place);
         for (int64_t row = 0; row < rows; row += 4) {
             int64_t some = rows - row < 4 ? rows - row : 4;
-            switch (grouped->bits) {
-            case 4: integer_grid(grouped, 4, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
-            case 5: integer_grid(grouped, 5, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
-            case 6: integer_grid(grouped, 6, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
-            default: integer_grid(grouped, 8, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            switch (quantized->bits) {
+            case 4: integer_grid(quantized, 4, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            case 5: integer_grid(quantized, 5, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            case 6: integer_grid(quantized, 6, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            default: integer_grid(quantized, 8, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
             }
             write_tile(plan, panel, first + row, some, sums, MOST_COLUMNS);
         }
@@ -343,7 +343,7 @@ static void compute_block(void *argument, int thread, int threads) {
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
     int threads = plan->p->threads;
-    int expands = plan->p->grouped.numbers && !plan->integers;
+    int expands = plan->p->quantized.numbers && !plan->integers;
     plan->piece = plan->depth;
     if (rows > MANY_ROWS) {
         int64_t turns = (plan->panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS); /* of each thread */
@@ -373,7 +373,7 @@ static int product(const struct product *p) {
     struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS};
     int gated = p->output == OUTPUT_GATED;
 #if HAS_INTEGERS
-    plan.integers = p->grouped.numbers && !p->grouped.exact && p->rows <= MOST_INTEGER_ROWS;
+    plan.integers = p->quantized.numbers && !p->quantized.exact && p->rows <= MOST_INTEGER_ROWS;
 #endif
 #if defined(__AMX_BF16__)
     plan.tiled = p->rows > FEW_ROWS && !plan.integers;

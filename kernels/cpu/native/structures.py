@@ -3,8 +3,8 @@
 import ctypes
 
 
-class Grouped(ctypes.Structure):
-    """`struct grouped` of api.h."""
+class Quantized(ctypes.Structure):
+    """`struct quantized` of api.h."""
 
     owner: object = None  # keeps the memory alive
 
@@ -30,7 +30,7 @@ class Product(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("norm_offset", ctypes.c_float),
         ("packed", ctypes.c_void_p),
-        ("grouped", Grouped),
+        ("quantized", Quantized),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("bias", ctypes.c_void_p),

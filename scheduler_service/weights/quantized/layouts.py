@@ -8,14 +8,14 @@ from collections.abc import Mapping
 
 import torch
 
-from quartet.scheduler_service.weights.quantized.grouped import Grouped, unpacked
+from quartet.scheduler_service.weights.quantized.scaled_rows import ScaledRows, unpacked
 
 Parts = Mapping[str, torch.Tensor]
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the numbers of eight neighbouring rows are
 
 
-def gptq(parts: Parts, bits: int, added: int) -> Grouped:
+def gptq(parts: Parts, bits: int, added: int) -> ScaledRows:
     """qweight (columns * bits / 32, rows), qzeros (groups, rows * bits / 32), scales (groups, rows), g_idx (columns,).
 
     `added` is 1 where the file holds zero points minus one, as all but gptq_v2 do.
@@ -28,7 +28,7 @@ def gptq(parts: Parts, bits: int, added: int) -> Grouped:
     if "g_idx" in parts:
         order = column_order(parts["g_idx"], groups, group)
         numbers = numbers if order is None else numbers[:, order]
-    return Grouped(numbers.contiguous(), scales, -scales * zeros.float(), group, order=order)
+    return ScaledRows(numbers.contiguous(), scales, -scales * zeros.float(), group, order=order)
 
 
 def column_order(group_of: torch.Tensor, groups: int, group: int) -> torch.Tensor | None:
@@ -44,11 +44,11 @@ def column_order(group_of: torch.Tensor, groups: int, group: int) -> torch.Tenso
     return None if torch.equal(order, torch.arange(len(order), device=order.device)) else order
 
 
-def awq(parts: Parts) -> Grouped:
+def awq(parts: Parts) -> ScaledRows:
     """qweight (columns, rows / 8), qzeros (groups, rows / 8), scales (groups, rows); 4 bits in the order of gemm."""
     numbers, zeros = (awq_numbers(parts[name]) for name in ("qweight", "qzeros"))
     scales = parts["scales"].T.float()
-    return Grouped(numbers, scales, -scales * zeros.float(), numbers.shape[1] // scales.shape[1])
+    return ScaledRows(numbers, scales, -scales * zeros.float(), numbers.shape[1] // scales.shape[1])
 
 
 def awq_numbers(words: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Weights that are kept in whole numbers: what is chosen, what is served, and what an update makes of them."""
+"""Quantized weights: what is chosen, what is served, and what an update makes of them."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.grouped import INT4, INT8, Form, Numbers, rounded
+from quartet.kernels.cpu.native.quantized import INT4, INT8, QuantizedRows, Scheme, rounded
 from quartet.runtime.control import (
     CheckWeights,
     ReleaseMemory,
@@ -23,7 +23,7 @@ from quartet.scheduler_service.weights.block_numbers import FORMATS
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, Encoding, StoredTensor
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.parameters import Layout, Weights
-from quartet.scheduler_service.weights.storage import forms_of, read_numbers
+from quartet.scheduler_service.weights.storage import read_numbers, schemes_of
 from quartet.scheduler_service.weights.tensor_io import open_file
 from tests import checkpoints, gguf_files
 from tests.configs import resolved
@@ -53,19 +53,26 @@ def weights_of(directory: Path, **settings):
 
 def test_int8_and_int4_keep_every_product_and_leave_norms_and_biases(tmp_path):
     directory = checkpoints.random_model(tmp_path, 0)
-    for choice, form in (("int8", INT8), ("int4", INT4)):
+    for choice, scheme in (("int8", INT8), ("int4", INT4)):
         weights = weights_of(directory, quantization=choice)
-        kept = {slab[0]: form for slab, form in weights.forms.items()}
-        assert kept == {"embed": INT8, "lm_head": INT8, "qkv": form, "output": form, "gate_up": form, "down": form}
+        kept = {slab[0]: scheme for slab, scheme in weights.schemes.items()}
+        assert kept == {
+            "embed": INT8,
+            "lm_head": INT8,
+            "qkv": scheme,
+            "output": scheme,
+            "gate_up": scheme,
+            "down": scheme,
+        }
         assert weights.buffers["qkv"].is_meta and not weights.buffers["norm"].is_meta
 
 
-@pytest.mark.parametrize(("choice", "form"), [("int8", INT8), ("int4", INT4)])
-def test_a_loaded_tensor_is_the_stored_one_rounded(tmp_path, choice, form):
+@pytest.mark.parametrize(("choice", "scheme"), [("int8", INT8), ("int4", INT4)])
+def test_a_loaded_tensor_is_the_stored_one_rounded(tmp_path, choice, scheme):
     directory = checkpoints.random_model(tmp_path, 0)
     plain, kept = weights_of(directory), weights_of(directory, quantization=choice)
     for name, place in kept.layout.places.items():
-        own = kept.forms.get((place.buffer, place.index))
+        own = kept.schemes.get((place.buffer, place.index))
         expected = plain.view(name) if own is None else rounded(plain.view(name).contiguous(), own)
         assert torch.equal(kept.view(name), expected), name
     assert kept.nbytes() < 0.7 * plain.nbytes()
@@ -90,8 +97,8 @@ def test_numbers_of_a_gguf_file_stay_as_they_are(tmp_path):
     file = gguf_files.convert(original, tmp_path / "model.gguf", Q8_0)
     directory = gguf_directory.described(file, tmp_path, tokenizer=False)
     kept, expanded = weights_of(directory), weights_of(directory, quantization="none")
-    assert set(kept.forms.values()) == {Form(8, 32, offsets=False, zero=128)}
-    assert not expanded.forms
+    assert set(kept.schemes.values()) == {Scheme(8, 32, offsets=False, zero_point=128)}
+    assert not expanded.schemes
     for name in kept.names():
         assert torch.equal(kept.view(name), expanded.view(name)), name
 
@@ -101,8 +108,8 @@ def test_a_slab_whose_tensors_have_several_formats_gets_a_form_for_all():
     layout.add("qkv", (0,), [("q", 16), ("k", 16)], 256)
     tensors = {name: stored(kind) for name, kind in (("q", "Q4_K"), ("k", "Q6_K"))}
     checkpoint = Checkpoint([], tensors, indexed=False)
-    forms = forms_of("auto", layout, torch.bfloat16, CPU, checkpoint)
-    assert forms == {("qkv", (0,)): Form(6, 16, offsets=True)}
+    schemes = schemes_of("auto", layout, torch.bfloat16, CPU, checkpoint)
+    assert schemes == {("qkv", (0,)): Scheme(6, 16, offsets=True)}
 
 
 def stored(kind: str) -> StoredTensor:
@@ -115,7 +122,7 @@ def stored(kind: str) -> StoredTensor:
 def test_what_cannot_be_kept_so_is_refused_at_the_start(tmp_path, choice):
     directory = checkpoints.random_model(tmp_path, 0)
     with pytest.raises(StartupError, match=f"--quantization {choice} needs --dtype bfloat16 on a CPU"):
-        forms_of(choice, checkpoints.layout_of(directory), torch.float32, CPU, checkpoint_of(directory))
+        schemes_of(choice, checkpoints.layout_of(directory), torch.float32, CPU, checkpoint_of(directory))
 
 
 @pytest.mark.parametrize(
@@ -136,14 +143,14 @@ def test_tensors_that_do_not_begin_a_block_of_rows_are_not_kept_so():
     layout = Layout()
     layout.add("qkv", (0,), [("q", 24), ("k", 8)], 32)
     layout.add("down", (0,), [("d", 24)], 32)
-    assert set(forms_of("int8", layout, torch.bfloat16, CPU, None)) == {("down", (0,))}
+    assert set(schemes_of("int8", layout, torch.bfloat16, CPU, None)) == {("down", (0,))}
 
 
 def test_a_buffer_is_kept_in_one_way():
     layout = Layout()
     layout.add("qkv", (0,), [("q", 16), ("k", 16)], 32)
     layout.add("qkv", (1,), [("q1", 24), ("k1", 8)], 32)
-    assert forms_of("int8", layout, torch.bfloat16, CPU, None) == {}
+    assert schemes_of("int8", layout, torch.bfloat16, CPU, None) == {}
 
 
 # updates
@@ -206,8 +213,8 @@ def test_scales_that_grow_too_large_in_a_joined_form_are_refused(tmp_path):
     stored = numbers_in(tmp_path / "numbers", scale=60000.0)
     layout = Layout()
     layout.add("qkv", (0,), [("q", 16)], 32)
-    for form, fits in ((Form(8, 32, False, 128), True), (Form(8, 32, True), False)):
-        weights = Weights(layout, torch.bfloat16, CPU, {("qkv", (0,)): form})
+    for scheme, fits in ((Scheme(8, 32, False, 128), True), (Scheme(8, 32, True), False)):
+        weights = Weights(layout, torch.bfloat16, CPU, {("qkv", (0,)): scheme})
         with open_file(stored.file) as descriptor:
             if fits:
                 read_numbers("q", stored, weights, descriptor, no_pause)
@@ -220,22 +227,22 @@ def test_scales_that_grow_too_large_in_a_joined_form_are_refused(tmp_path):
 def numbers_in(file: Path, scale: float) -> StoredTensor:
     """A tensor (16, 32) in a file, all of whose blocks have this scale."""
     file.write_bytes(bytes(16 * 34))
-    form, _ = FORMATS["Q8_0"]
+    scheme, _ = FORMATS["Q8_0"]
 
-    def numbers(memory: torch.Tensor) -> Numbers:
+    def numbers(memory: torch.Tensor) -> QuantizedRows:
         rows = len(memory) // 34
-        return Numbers(form, torch.zeros(rows, 32, dtype=torch.uint8), torch.full((rows, 1), scale), None)
+        return QuantizedRows(scheme, torch.zeros(rows, 32, dtype=torch.uint8), torch.full((rows, 1), scale), None)
 
-    encoding = Encoding("Q8_0", 34, 32, lambda memory: memory, form, numbers)
+    encoding = Encoding("Q8_0", 34, 32, lambda memory: memory, scheme, numbers)
     return StoredTensor(file, "F32", (16, 32), 0, 16 * 34, encoding=encoding)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_form_of_a_file_takes_values_of_an_update(kind):
-    form, _ = FORMATS[kind]
+    scheme, _ = FORMATS[kind]
     values = (torch.randn(16, 64) * 0.02).bfloat16()
-    error = (rounded(values, form).float() - values.float()).norm() / values.float().norm()
-    assert error < {4: 0.16, 5: 0.07, 6: 0.04, 8: 0.01}[form.bits]
+    error = (rounded(values, scheme).float() - values.float()).norm() / values.float().norm()
+    assert error < {4: 0.16, 5: 0.07, 6: 0.04, 8: 0.01}[scheme.bits]
 
 
 @pytest.mark.parametrize("settings", [QUANTIZED, {"dtype": "bfloat16"}], ids=["int8", "file"])
@@ -247,7 +254,7 @@ def test_a_restart_serves_the_same_values_in_the_same_forms(tmp_path, settings):
     config = record.restored(resolved(model_path=str(original), **settings), str(tmp_path))
     assert config.model_dir == str(second)
     again = load_model(config, model_info.load(config), CPU).weights
-    assert again.forms == live.updates.live.forms != {}
+    assert again.schemes == live.updates.live.schemes != {}
     for name in again.names():
         assert torch.equal(again.view(name), live.updates.live.view(name)), name
 

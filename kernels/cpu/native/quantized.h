@@ -1,4 +1,4 @@
-/* Weights in whole numbers of 4, 5, 6 or 8 bits, unpacked in registers.
+/* Weights quantized to integers of 4, 5, 6 or 8 bits, unpacked in registers.
  *
  * A block holds 16 columns of a product, in units of 32 numbers in k. A unit has eight lines of 64 numbers: for each
  * column four that are neighbours in k, as VPDPBUSD reads them. With 8 bits the lines lie one after the other. With
@@ -13,14 +13,14 @@
 #define UNIT_LINES 8
 #define LINE_NUMBERS 64
 
-INLINE int64_t grouped_units(int64_t depth) { return depth / TILE_DEPTH; }
+INLINE int64_t quantized_units(int64_t depth) { return depth / TILE_DEPTH; }
 
-INLINE const uint8_t *grouped_numbers(const struct grouped *w, int64_t depth, int64_t block, int64_t from) {
-    return w->numbers + (block * grouped_units(depth) + grouped_units(from)) * 64 * w->bits;
+INLINE const uint8_t *quantized_numbers(const struct quantized *w, int64_t depth, int64_t block, int64_t from) {
+    return w->numbers + (block * quantized_units(depth) + quantized_units(from)) * 64 * w->bits;
 }
 
-INLINE const uint16_t *grouped_scales(const struct grouped *w, int64_t depth, int64_t block, int64_t from) {
-    return w->scales + (block * grouped_units(depth) + grouped_units(from)) * w->halves * (1 + w->offsets) * LANES;
+INLINE const uint16_t *quantized_scales(const struct quantized *w, int64_t depth, int64_t block, int64_t from) {
+    return w->scales + (block * quantized_units(depth) + quantized_units(from)) * w->halves * (1 + w->offsets) * LANES;
 }
 
 #ifdef __AVX512F__
@@ -105,7 +105,7 @@ INLINE void store_bf16_pairs(bf16 *out, vec even, vec odd) {
 #endif
 }
 
-INLINE void expand_units(const struct grouped *w, int bits, const uint8_t *numbers, const uint16_t *scales,
+INLINE void expand_units(const struct quantized *w, int bits, const uint8_t *numbers, const uint16_t *scales,
                          int64_t units, bf16 *out) {
     int64_t half_numbers = (1 + w->offsets) * LANES;
     for (int64_t unit = 0; unit < units; unit++) {
@@ -127,13 +127,13 @@ INLINE void expand_units(const struct grouped *w, int bits, const uint8_t *numbe
 }
 
 /* k from `from` to `from + size` of a block, as a weight in bfloat16 is packed (linear.h). */
-static __attribute__((unused)) void expand_block(const struct grouped *w, int64_t depth, int64_t block, int64_t from, int64_t size, bf16 *out) {
-    const uint8_t *numbers = grouped_numbers(w, depth, block, from);
-    const uint16_t *scales = grouped_scales(w, depth, block, from);
+static __attribute__((unused)) void expand_block(const struct quantized *w, int64_t depth, int64_t block, int64_t from, int64_t size, bf16 *out) {
+    const uint8_t *numbers = quantized_numbers(w, depth, block, from);
+    const uint16_t *scales = quantized_scales(w, depth, block, from);
     switch (w->bits) {
-    case 4: expand_units(w, 4, numbers, scales, grouped_units(size), out); return;
-    case 5: expand_units(w, 5, numbers, scales, grouped_units(size), out); return;
-    case 6: expand_units(w, 6, numbers, scales, grouped_units(size), out); return;
-    default: expand_units(w, 8, numbers, scales, grouped_units(size), out); return;
+    case 4: expand_units(w, 4, numbers, scales, quantized_units(size), out); return;
+    case 5: expand_units(w, 5, numbers, scales, quantized_units(size), out); return;
+    case 6: expand_units(w, 6, numbers, scales, quantized_units(size), out); return;
+    default: expand_units(w, 8, numbers, scales, quantized_units(size), out); return;
     }
 }

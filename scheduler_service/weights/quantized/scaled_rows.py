@@ -1,4 +1,4 @@
-"""Numbers of few bits with a scale for every group of columns: what most quantized formats hold."""
+"""QuantizedRows of few bits with a scale for every group of columns: what most quantized formats hold."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Grouped:
+class ScaledRows:
     """Some rows of a matrix: value = scale * number + offset.
 
     Products and sums in float32 are exact for scales of 16 bits and whole zero points, so nothing is lost here.

@@ -1,4 +1,4 @@
-"""Weights in whole numbers of few bits, on every instruction set that this machine has."""
+"""Quantized weights, on every instruction set that this machine has."""
 
 import pytest
 import torch
@@ -6,15 +6,24 @@ import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build, library
-from quartet.kernels.cpu.native.grouped import BITS, INT4, INT8, Form, GroupedWeight, Numbers, quantized, rounded
 from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
+from quartet.kernels.cpu.native.quantized import (
+    BITS,
+    INT4,
+    INT8,
+    QuantizedRows,
+    QuantizedWeight,
+    Scheme,
+    quantize,
+    rounded,
+)
 
 pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
 
 SHAPES = [(96, 64), (100, 70), (1, 64), (288, 896)]  # of weights: (rows, columns)
 ROWS = [1, 2, 3, 4, 7, 9, 17, 33, 65]
-FORMS = [Form(bits, group, False, 1 << (bits - 1)) for bits in BITS for group in (16, 32)]
-FORMS += [Form(bits, group, True) for bits in BITS for group in (16, 32)]
+SCHEMES = [Scheme(bits, group, False, 1 << (bits - 1)) for bits in BITS for group in (16, 32)]
+SCHEMES += [Scheme(bits, group, True) for bits in BITS for group in (16, 32)]
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -25,44 +34,46 @@ def kernels(request):
         pytest.skip(f"this machine has no {request.param}")
 
 
-def random_numbers(rows: int, columns: int, form: Form) -> Numbers:
+def random_numbers(rows: int, columns: int, scheme: Scheme) -> QuantizedRows:
     width = -(-columns // 32) * 32
-    numbers = torch.randint(0, 1 << form.bits, (rows, width), dtype=torch.uint8)
-    shape = rows, width // form.group
-    scales = (torch.rand(shape) / (1 << form.bits)).half().float()
-    return Numbers(form, numbers, scales, torch.randn(shape).half().float() if form.offsets else None)
+    numbers = torch.randint(0, 1 << scheme.bits, (rows, width), dtype=torch.uint8)
+    shape = rows, width // scheme.group_size
+    scales = (torch.rand(shape) / (1 << scheme.bits)).half().float()
+    return QuantizedRows(scheme, numbers, scales, torch.randn(shape).half().float() if scheme.offsets else None)
 
 
-def values_of(part: Numbers, columns: int) -> torch.Tensor:
-    """By the definition of the form, in float64."""
-    scales = part.scales.double().repeat_interleave(part.form.group, 1)
+def values_of(part: QuantizedRows, columns: int) -> torch.Tensor:
+    """By the definition of the scheme, in float64."""
+    scales = part.scales.double().repeat_interleave(part.scheme.group_size, 1)
     if part.offsets is None:
-        return ((part.numbers.double() - part.form.zero) * scales)[:, :columns]
-    return (part.numbers.double() * scales + part.offsets.double().repeat_interleave(part.form.group, 1))[:, :columns]
+        return ((part.numbers.double() - part.scheme.zero_point) * scales)[:, :columns]
+    return (part.numbers.double() * scales + part.offsets.double().repeat_interleave(part.scheme.group_size, 1))[
+        :, :columns
+    ]
 
 
-def grouped(rows: int, columns: int, part: Numbers) -> GroupedWeight:
-    weight = GroupedWeight(rows, columns, part.form)
+def packed_weight(rows: int, columns: int, part: QuantizedRows) -> QuantizedWeight:
+    weight = QuantizedWeight(rows, columns, part.scheme)
     weight.write(0, part, no_pause)
     return weight
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_are_read_back_as_they_were_written(form, shape):
-    part = random_numbers(*shape, form)
-    weight = grouped(*shape, part)
+def test_rows_are_read_back_as_they_were_written(scheme, shape):
+    part = random_numbers(*shape, scheme)
+    weight = packed_weight(*shape, part)
     expected = values_of(part, shape[1]).bfloat16()
     assert torch.equal(weight.values(0, shape[0]), expected)
     ids = torch.randint(0, shape[0], (9,))
     assert torch.equal(weight.read(ids), expected[ids])
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_an_exact_product_has_the_bits_of_one_with_the_same_values_in_bfloat16(kernels, form):
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_an_exact_product_has_the_bits_of_one_with_the_same_values_in_bfloat16(kernels, scheme):
     n, k = 100, 1096  # more columns than are expanded at once
-    part = random_numbers(n, k, form)
-    weight = grouped(n, k, part)
+    part = random_numbers(n, k, scheme)
+    weight = packed_weight(n, k, part)
     packed = kernels.pack(weight.values(0, n), no_pause)
     for rows in ROWS:
         x, out, expected = torch.randn(rows, k).bfloat16(), torch.empty(rows, n), torch.empty(rows, n)
@@ -71,15 +82,15 @@ def test_an_exact_product_has_the_bits_of_one_with_the_same_values_in_bfloat16(k
         assert torch.equal(out, expected), rows
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_of_few_rows_differs_by_no_more_than_the_rounding_of_its_rows(kernels, form, shape):
+def test_a_product_of_few_rows_differs_by_no_more_than_the_rounding_of_its_rows(kernels, scheme, shape):
     n, k = shape
-    part = random_numbers(n, k, form)
+    part = random_numbers(n, k, scheme)
     values = values_of(part, k)
     for rows in ROWS:
         x, out = torch.randn(rows, k).bfloat16(), torch.full((rows, n), torch.nan)
-        kernels.product(x, grouped(n, k, part).argument(exact=False), n, None, out, "float")
+        kernels.product(x, packed_weight(n, k, part).argument(exact=False), n, None, out, "float")
         units = F.pad(x.double(), (0, -k % 32)).view(rows, -1, 32)
         step = units.abs().amax(2, keepdim=True).expand_as(units).reshape(rows, -1)[:, :k] / 127  # of int8
         bound = (0.5 * step) @ values.abs().T + (x.double().abs() @ values.abs().T) * 2**-8
@@ -87,10 +98,13 @@ def test_a_product_of_few_rows_differs_by_no_more_than_the_rounding_of_its_rows(
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("form", [INT8, INT4], ids=["int8", "int4"])
-def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows, form):
-    values = rounded((torch.randn(64, 96) / 8).bfloat16(), form)
-    packed, weight = kernels.pack(values, no_pause), grouped(64, 96, quantized(values, form)).argument(exact=False)
+@pytest.mark.parametrize("scheme", [INT8, INT4], ids=["int8", "int4"])
+def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows, scheme):
+    values = rounded((torch.randn(64, 96) / 8).bfloat16(), scheme)
+    packed, weight = (
+        kernels.pack(values, no_pause),
+        packed_weight(64, 96, quantize(values, scheme)).argument(exact=False),
+    )
     x, bias, norm = torch.randn(rows, 96).bfloat16(), torch.randn(64).bfloat16(), torch.rand(96).bfloat16()
     for output, width in (("bf16", 64), ("add", 64), ("gated", 32), ("float", 64)):
         dtype = torch.float32 if output == "float" else torch.bfloat16
@@ -103,7 +117,7 @@ def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows,
 @pytest.mark.parametrize("rows", [1, 4, 40])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_row_that_is_no_number_stays_so(kernels, rows, value):
-    weight = grouped(32, 64, quantized((torch.randn(32, 64) / 8).bfloat16(), INT8))
+    weight = packed_weight(32, 64, quantize((torch.randn(32, 64) / 8).bfloat16(), INT8))
     x, out = torch.randn(rows, 64).bfloat16(), torch.zeros(rows, 32)
     x[-1, 5] = value
     kernels.product(x, weight.argument(exact=False), 32, None, out, "float")
@@ -127,18 +141,18 @@ def test_int4_has_a_smaller_error_than_the_step_between_least_and_largest():
     assert error < 0.95 * (plain - weight.float()).square().mean()
 
 
-@pytest.mark.parametrize("form", [INT8, INT4, Form(5, 16, False, 16), Form(6, 16, True)], ids=str)
+@pytest.mark.parametrize("scheme", [INT8, INT4, Scheme(5, 16, False, 16), Scheme(6, 16, True)], ids=str)
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0])
-def test_a_weight_of_equal_numbers_stays_as_it_is(form, value):
+def test_a_weight_of_equal_numbers_stays_as_it_is(scheme, value):
     weight = torch.full((16, 32), value).bfloat16()
-    torch.testing.assert_close(rounded(weight, form), weight, atol=0, rtol=2**-7)
+    torch.testing.assert_close(rounded(weight, scheme), weight, atol=0, rtol=2**-7)
 
 
-@pytest.mark.parametrize("left", FORMS, ids=str)
-@pytest.mark.parametrize("right", [INT8, INT4, Form(4, 16, False, 4)], ids=str)
+@pytest.mark.parametrize("left", SCHEMES, ids=str)
+@pytest.mark.parametrize("right", [INT8, INT4, Scheme(4, 16, False, 4)], ids=str)
 def test_a_joined_form_holds_the_values_of_both(left, right):
     joined = left.joined(right)
     assert joined == right.joined(left) and joined.joined(left) == joined
-    for form in (left, right):
-        part = random_numbers(16, 64, form)
+    for scheme in (left, right):
+        part = random_numbers(16, 64, scheme)
         assert torch.equal(values_of(part.to(joined), 64), values_of(part, 64))

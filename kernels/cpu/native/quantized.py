@@ -1,6 +1,7 @@
-"""Weights in whole numbers of few bits: as rows (`Numbers`), and in the blocks that the kernels read (`GroupedWeight`).
+"""Quantized weights: as rows (`QuantizedRows`), and in the blocks that the kernels read (`QuantizedWeight`).
 
-A value is scale * (number - zero), or scale * number + offset. 32 numbers of a row, or 16, share a scale and an offset.
+A value is scale * (number - zero point), or scale * number + offset, with integers of few bits. 32 numbers of a row, or
+16, form a group: they share a scale and an offset.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from quartet.kernels.cpu.native import library as native
-from quartet.kernels.cpu.native.structures import Grouped
+from quartet.kernels.cpu.native.structures import Quantized
 
 UNIT = 32  # numbers of a row that lie together in a block
 BITS = (4, 5, 6, 8)
@@ -18,21 +19,21 @@ AT_ONCE = 4 << 20  # numbers that are quantized or put into blocks between two y
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """How the numbers of a weight are kept."""
+class Scheme:
+    """How a weight is quantized."""
 
     bits: int  # of BITS
-    group: int  # numbers that share a scale: 16 or 32
-    offsets: bool  # whether groups have offsets; else `zero` is what stands for 0
-    zero: int = 0
+    group_size: int  # numbers that share a scale: 16 or 32
+    offsets: bool  # whether groups have offsets; else `zero_point` means 0
+    zero_point: int = 0
 
-    def joined(self, other: "Form") -> "Form":
-        """The smallest form that holds the values of both, as they are."""
+    def joined(self, other: "Scheme") -> "Scheme":
+        """The smallest scheme that holds the values of both, as they are."""
         if self == other:
             return self
-        same_zero = self.zero == other.zero and not (self.offsets or other.offsets)
-        bits, group = max(self.bits, other.bits), min(self.group, other.group)
-        return Form(bits, group, not same_zero, self.zero if same_zero else 0)
+        same_zero_point = self.zero_point == other.zero_point and not (self.offsets or other.offsets)
+        bits, group = max(self.bits, other.bits), min(self.group_size, other.group_size)
+        return Scheme(bits, group, not same_zero_point, self.zero_point if same_zero_point else 0)
 
     def nbytes(self, rows: int, columns: int) -> int:
         """What a weight of this shape takes."""
@@ -42,98 +43,98 @@ class Form:
     def shapes(self, rows: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of the numbers (bytes) and of the scales (float16), in blocks."""
         blocks, units = -(-rows // native.BLOCK_COLUMNS), -(-columns // UNIT)
-        kinds = UNIT // self.group, 1 + self.offsets
+        kinds = UNIT // self.group_size, 1 + self.offsets
         return (blocks, units, 64 * self.bits), (blocks, units, *kinds, native.BLOCK_COLUMNS)
 
 
-INT8 = Form(8, UNIT, offsets=False, zero=128)
-INT4 = Form(4, UNIT, offsets=True)
+INT8 = Scheme(8, UNIT, offsets=False, zero_point=128)
+INT4 = Scheme(4, UNIT, offsets=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
-    """Rows of a weight in whole numbers."""
+class QuantizedRows:
+    """Rows of a quantized weight."""
 
-    form: Form
+    scheme: Scheme
     numbers: torch.Tensor  # (rows, columns) uint8, columns filled up to a multiple of UNIT
     scales: torch.Tensor  # (rows, columns / group) float32
     offsets: torch.Tensor | None  # as the scales
 
-    def to(self, form: Form) -> "Numbers":
-        """The same values in a form that holds them (Form.joined)."""
+    def to(self, scheme: Scheme) -> "QuantizedRows":
+        """The same values in a scheme that holds them (Scheme.joined)."""
         scales, offsets = self.scales, self.offsets
-        if form.offsets and offsets is None:
-            offsets = scales * -float(self.form.zero)
-        if (times := self.form.group // form.group) > 1:
+        if scheme.offsets and offsets is None:
+            offsets = scales * -float(self.scheme.zero_point)
+        if (times := self.scheme.group_size // scheme.group_size) > 1:
             scales = scales.repeat_interleave(times, 1)
             offsets = None if offsets is None else offsets.repeat_interleave(times, 1)
-        return Numbers(form, self.numbers, scales, offsets)
+        return QuantizedRows(scheme, self.numbers, scales, offsets)
 
-    def select(self, rows: torch.Tensor) -> "Numbers":
+    def select(self, rows: torch.Tensor) -> "QuantizedRows":
         """Some rows, in that order."""
         offsets = None if self.offsets is None else self.offsets[rows]
-        return Numbers(self.form, self.numbers[rows], self.scales[rows], offsets)
+        return QuantizedRows(self.scheme, self.numbers[rows], self.scales[rows], offsets)
 
-    def part(self, begin: int, end: int) -> "Numbers":
+    def part(self, begin: int, end: int) -> "QuantizedRows":
         offsets = None if self.offsets is None else self.offsets[begin:end]
-        return Numbers(self.form, self.numbers[begin:end], self.scales[begin:end], offsets)
+        return QuantizedRows(self.scheme, self.numbers[begin:end], self.scales[begin:end], offsets)
 
     def fits(self) -> bool:
         """Whether scales and offsets have a counterpart in float16."""
         return all(bool((part.abs() <= 65504).all()) for part in (self.scales, self.offsets) if part is not None)
 
 
-class GroupedWeight:
+class QuantizedWeight:
     """A weight (rows, columns) in the blocks that products read. Its rows are undefined until they are written."""
 
-    def __init__(self, rows: int, columns: int, form: Form) -> None:
-        self.rows, self.columns, self.form = rows, columns, form
+    def __init__(self, rows: int, columns: int, scheme: Scheme) -> None:
+        self.rows, self.columns, self.scheme = rows, columns, scheme
         self.allocate()
 
     def allocate(self) -> None:
         """Take memory, with undefined contents."""
-        numbers, scales = self.form.shapes(self.rows, self.columns)
+        numbers, scales = self.scheme.shapes(self.rows, self.columns)
         self._keep(torch.empty(numbers, dtype=torch.uint8), torch.empty(scales, dtype=torch.float16))
 
     def _keep(self, numbers: torch.Tensor, scales: torch.Tensor) -> None:
         self.numbers, self.scales = numbers, scales
-        self._arguments: dict[bool, Grouped] = {}  # made once: a product takes as long as making some of them
+        self._arguments: dict[bool, Quantized] = {}  # made once: a product takes as long as making some of them
 
     def release(self) -> None:
         """Give the memory back; nothing may compute until `allocate`."""
         self._keep(self.numbers.new_empty(0), self.scales.new_empty(0))
 
-    def exchange(self, other: "GroupedWeight") -> None:
-        """Exchange the memory with a weight of the same shape and form."""
-        assert (self.rows, self.columns, self.form) == (other.rows, other.columns, other.form)
+    def exchange(self, other: "QuantizedWeight") -> None:
+        """Exchange the memory with a weight of the same shape and scheme."""
+        assert (self.rows, self.columns, self.scheme) == (other.rows, other.columns, other.scheme)
         own = self.numbers, self.scales
         self._keep(other.numbers, other.scales)
         other._keep(*own)
 
-    def copy_from(self, other: "GroupedWeight") -> None:
-        """Copy the values of a weight of the same shape and form."""
+    def copy_from(self, other: "QuantizedWeight") -> None:
+        """Copy the values of a weight of the same shape and scheme."""
         self.numbers.copy_(other.numbers)
         self.scales.copy_(other.scales)
 
     @property
     def nbytes(self) -> int:
-        return self.form.nbytes(self.rows, self.columns)
+        return self.scheme.nbytes(self.rows, self.columns)
 
-    def argument(self, exact: bool) -> Grouped:
+    def argument(self, exact: bool) -> Quantized:
         """The weight as the kernels take it; `exact`: a row's bits must not depend on the other rows of a product."""
         if (known := self._arguments.get(exact)) is not None:
             return known
-        form = self.form
+        scheme = self.scheme
         pointers = self.numbers.data_ptr(), self.scales.data_ptr()
-        made = Grouped(*pointers, form.bits, UNIT // form.group, form.offsets, form.zero, exact)
+        made = Quantized(*pointers, scheme.bits, UNIT // scheme.group_size, scheme.offsets, scheme.zero_point, exact)
         made.owner = self.numbers, self.scales
         self._arguments[exact] = made
         return made
 
-    def write(self, first: int, part: Numbers, yield_point: Callable[[], None]) -> None:
+    def write(self, first: int, part: QuantizedRows, yield_point: Callable[[], None]) -> None:
         """Set rows from `first` on, which begins a block. What ends within a block is the end of a tensor."""
         assert first % native.BLOCK_COLUMNS == 0 and first + len(part.numbers) <= self.rows, (first, self.rows)
-        assert part.form == self.form, (part.form, self.form)
+        assert part.scheme == self.scheme, (part.scheme, self.scheme)
         units = self.numbers.shape[1]
         assert part.numbers.shape[1] == units * UNIT, (part.numbers.shape, units)
         step = step_of(self.columns)
@@ -142,14 +143,14 @@ class GroupedWeight:
             block = (first + begin) // native.BLOCK_COLUMNS
             offsets = None if some.offsets is None else some.offsets.contiguous()
             scales = some.scales.contiguous()
-            functions().quartet_group(
+            functions().quartet_pack_quantized(
                 some.numbers.contiguous().data_ptr(),
                 scales.data_ptr(),
                 None if offsets is None else offsets.data_ptr(),
                 len(some.numbers),
                 units,
-                self.form.bits,
-                UNIT // self.form.group,
+                self.scheme.bits,
+                UNIT // self.scheme.group_size,
                 self.numbers[block].data_ptr(),
                 self.scales[block].data_ptr(),
                 torch.get_num_threads(),
@@ -162,7 +163,7 @@ class GroupedWeight:
         assert not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < self.rows), self.rows
         out = torch.empty(len(ids), self.columns, dtype=torch.bfloat16)
         argument = self.argument(exact=True)
-        functions().quartet_grouped_rows(
+        functions().quartet_quantized_rows(
             ctypes.byref(argument), self.columns, len(ids), ids.data_ptr(), out.data_ptr(), torch.get_num_threads()
         )
         return out
@@ -172,36 +173,36 @@ class GroupedWeight:
         return self.read(torch.arange(first, first + count))
 
 
-def quantized(weight: torch.Tensor, form: Form) -> Numbers:
+def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedRows:
     """The numbers that come nearest to a weight (rows, columns) bfloat16.
 
-    Without offsets the largest number of a group gets the largest whole number; with offsets several scales are tried,
+    Without offsets the largest value of a group gets the largest integer; with offsets several scales are tried,
     each improved by least squares, as ggml makes its K-quants.
     """
     native.check_matrix(weight)
-    assert form.offsets or 1 < form.zero <= 1 << (form.bits - 1), form
+    assert scheme.offsets or 1 < scheme.zero_point <= 1 << (scheme.bits - 1), scheme
     rows, columns = weight.shape
     width = -(-columns // UNIT) * UNIT
     numbers = torch.empty(rows, width, dtype=torch.uint8)
-    scales = torch.empty(rows, width // form.group)
-    offsets = torch.empty_like(scales) if form.offsets else None
+    scales = torch.empty(rows, width // scheme.group_size)
+    offsets = torch.empty_like(scales) if scheme.offsets else None
     functions().quartet_quantize(
         weight.data_ptr(),
         rows,
         columns,
         weight.stride(0),
-        form.bits,
-        form.group,
-        form.zero,
+        scheme.bits,
+        scheme.group_size,
+        scheme.zero_point,
         numbers.data_ptr(),
         scales.data_ptr(),
         None if offsets is None else offsets.data_ptr(),
         torch.get_num_threads(),
     )
-    return Numbers(form, numbers, scales, offsets)
+    return QuantizedRows(scheme, numbers, scales, offsets)
 
 
-def misfit(values: torch.Tensor, numbers: Numbers) -> str:
+def misfit(values: torch.Tensor, numbers: QuantizedRows) -> str:
     """Why these numbers cannot stand for the values (rows, columns); empty where they can.
 
     Scales are float16. A group of very small values becomes zeros; that a matrix has some such groups changes nothing,
@@ -209,7 +210,7 @@ def misfit(values: torch.Tensor, numbers: Numbers) -> str:
     """
     if not numbers.fits():
         return "its values are too large"
-    group, width = numbers.form.group, numbers.numbers.shape[1]
+    group, width = numbers.scheme.group_size, numbers.numbers.shape[1]
     padded = torch.nn.functional.pad(values, (0, width - values.shape[1]))
     there = padded.view(len(values), -1, group).ne(0).any(2)
     lost = there & (numbers.scales == 0)
@@ -218,11 +219,11 @@ def misfit(values: torch.Tensor, numbers: Numbers) -> str:
     return "its values are too small" if 2 * int(lost.sum()) > int(there.sum()) else ""
 
 
-def rounded(weight: torch.Tensor, form: Form) -> torch.Tensor:
+def rounded(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """The values of a weight (rows, columns) bfloat16 after it was quantized."""
-    grouped = GroupedWeight(weight.shape[0], weight.shape[1], form)
-    grouped.write(0, quantized(weight, form), lambda: None)
-    return grouped.values(0, len(weight))
+    quantized = QuantizedWeight(weight.shape[0], weight.shape[1], scheme)
+    quantized.write(0, quantize(weight, scheme), lambda: None)
+    return quantized.values(0, len(weight))
 
 
 def step_of(columns: int) -> int:
@@ -231,13 +232,13 @@ def step_of(columns: int) -> int:
 
 
 def functions() -> ctypes.CDLL:
-    """The C functions of grouped.c, with their arguments declared."""
+    """The C functions of quantized.c, with their arguments declared."""
     loaded = native.functions()
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    if loaded.quartet_group.argtypes is None:
-        loaded.quartet_group.argtypes = (*[pointer] * 3, size, size, small, small, pointer, pointer, small)
+    if loaded.quartet_pack_quantized.argtypes is None:
+        loaded.quartet_pack_quantized.argtypes = (*[pointer] * 3, size, size, small, small, pointer, pointer, small)
         loaded.quartet_quantize.argtypes = (pointer, *[size] * 3, *[small] * 3, *[pointer] * 3, small)
-        loaded.quartet_grouped_rows.argtypes = (pointer, size, size, pointer, pointer, small)
-        for function in (loaded.quartet_group, loaded.quartet_quantize, loaded.quartet_grouped_rows):
+        loaded.quartet_quantized_rows.argtypes = (pointer, size, size, pointer, pointer, small)
+        for function in (loaded.quartet_pack_quantized, loaded.quartet_quantize, loaded.quartet_quantized_rows):
             function.restype = None
     return loaded

@@ -1,6 +1,6 @@
-/* Weights in whole numbers: made from floats, put into blocks, and read back row by row. For any machine with AVX2. */
+/* Quantized weights: made from floats, packed in blocks, and read back row by row. For any machine with AVX2. */
 #pragma GCC target("avx2,fma,f16c")
-#include "grouped.h"
+#include "quantized.h"
 #include "pool.h"
 
 #define TRIALS 16 /* scales that are tried for a group with an offset */
@@ -131,7 +131,7 @@ static void quantize_rows(void *argument, int thread, int threads) {
         }
 }
 
-/* x (n, k) as whole numbers. Behind the end of a row are zeros of x. With offsets, or null: symmetric around `zero`. */
+/* x (n, k) quantized; rows are filled up with zeros. Without offsets (null): symmetric around `zero`. */
 void quartet_quantize(const uint16_t *x, int64_t n, int64_t k, int64_t stride, int32_t bits, int32_t group,
                       int32_t zero, uint8_t *numbers, float *scales, float *offsets, int32_t threads) {
     struct quantizing q = {.x = x, .n = n, .k = k, .stride = stride, .bits = bits, .group = group, .zero = zero};
@@ -195,8 +195,8 @@ static void put_blocks(void *argument, int thread, int threads) {
             put_unit(b, block, unit);
 }
 
-/* Rows of whole numbers into the blocks that a product reads; the last block is filled up with zeros. */
-void quartet_group(const uint8_t *numbers, const float *scales, const float *offsets, int64_t n, int64_t units,
+/* Quantized rows to the blocks that a product reads; the last block is filled up with zeros. */
+void quartet_pack_quantized(const uint8_t *numbers, const float *scales, const float *offsets, int64_t n, int64_t units,
                    int32_t bits, int32_t halves, uint8_t *out_numbers, uint16_t *out_scales, int32_t threads) {
     struct blocking b = {.numbers = numbers, .scales = scales, .offsets = offsets, .n = n, .units = units};
     b.bits = bits, b.halves = halves, b.out_numbers = out_numbers, b.out_scales = out_scales;
@@ -206,14 +206,14 @@ void quartet_group(const uint8_t *numbers, const float *scales, const float *off
 /* ---- back to rows ---- */
 
 struct reading {
-    struct grouped weight;
+    struct quantized weight;
     int64_t k, units, count;
     const int64_t *rows;
     bf16 *out;
     atomic_long next;
 };
 
-INLINE int number_at(const struct grouped *w, const uint8_t *unit, int at, int column) {
+INLINE int number_at(const struct quantized *w, const uint8_t *unit, int at, int column) {
     int number = at / 4, place = column * 4 + at % 4;
     if (w->bits == 8)
         return unit[number * 64 + place];
@@ -224,7 +224,7 @@ INLINE int number_at(const struct grouped *w, const uint8_t *unit, int at, int c
 }
 
 static void read_row(const struct reading *r, int64_t row, bf16 *out) {
-    const struct grouped *w = &r->weight;
+    const struct quantized *w = &r->weight;
     int column = (int)(row % LANES);
     for (int64_t unit = 0; unit < r->units; unit++) {
         int64_t place = row / LANES * r->units + unit;
@@ -247,7 +247,7 @@ static void read_rows(void *argument, int thread, int threads) {
 }
 
 /* Some rows of a weight (n, k) as bfloat16 (count, k), the numbers that an exact product computes with. */
-void quartet_grouped_rows(const struct grouped *weight, int64_t k, int64_t count, const int64_t *rows, uint16_t *out,
+void quartet_quantized_rows(const struct quantized *weight, int64_t k, int64_t count, const int64_t *rows, uint16_t *out,
                           int32_t threads) {
     struct reading r = {.weight = *weight, .k = k, .units = (k + 31) / 32, .count = count, .rows = rows, .out = out};
     quartet_run(read_rows, &r, threads);
