@@ -1,8 +1,8 @@
 """Which tokens the grammars of a step allow.
 
-The masks are begun before the forward pass and computed at the same time, in a thread that needs no interpreter while it does
-so; the draw finds them ready. Where the last step's tokens are still on a device, they are begun once those are here,
-and the device computes meanwhile.
+The masks are begun before the forward pass and computed at the same time, in a thread that needs no interpreter while
+it does so; the draw finds them ready. Where the last step's tokens are still on a device, they are begun once those are
+here, and the device computes meanwhile.
 """
 
 import os
