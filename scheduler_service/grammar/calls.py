@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import msgspec
 from llguidance import LLMatcher
 
-from quartet.runtime.call_grammar import CallGrammar, CallRule
+from quartet.runtime.call_grammar import CallGrammar, CallRule, ValueTags
 from quartet.runtime.messages import Thought
 from quartet.scheduler_service.grammar.arguments import Parameter, alternatives
 from quartet.scheduler_service.grammar.call_values import VALUE_RULES, python_value, tagged_value
@@ -88,7 +88,10 @@ class Demanded:
         tags = self.calls.tags
         assert tags is not None
         parts = []
-        for index, parameter in enumerate(parameters):
+        writable = [parameter for parameter in parameters if can_name(parameter.name, tags)]
+        if refused := next((p for p in parameters if p.required and p not in writable), None):
+            raise ValueError(f"the parameter {refused.name!r} cannot be written in the model's format of calls")
+        for index, parameter in enumerate(writable):
             rule = f"{name}_p{index}"
             key = self.text(tags.begin) + " FREE_NAME " if parameter.name is None else ""
             key += self.text(tags.middle if parameter.name is None else tags.begin + parameter.name + tags.middle)
@@ -115,6 +118,11 @@ class Demanded:
                 yield f"{name}_r{index}_{comma}: {written}{skipped}"
         for comma in (0, 1):
             yield f'{name}_r{len(named)}_{comma}: ""'
+
+
+def can_name(name: str | None, tags: ValueTags) -> bool:
+    """Whether what stands behind a parameter's name shows where it ends."""
+    return name is None or not (tags.middle.strip() in name or tags.end in name or (tags.own_lines and "\n" in name))
 
 
 class Triggered(Demanded):

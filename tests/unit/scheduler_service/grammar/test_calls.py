@@ -214,6 +214,10 @@ def test_without_a_strict_tool_or_a_tag_before_calls_nothing_is_constrained():
         ("qwen3_coder", {"properties": {"a": {"type": "string", "minLength": -1}}}, "minLength must be"),
         ("glm45", {"properties": {"a": {"type": "string", "minLength": 5, "maxLength": 2}}}, "minLength is greater"),
         ("glm45", {"properties": {"a": {"enum": ["a</arg_value>"]}}}, "no value of the parameter 'a'"),
+        ("qwen3_coder", {"properties": {"c>d": {"type": "integer"}}, "required": ["c>d"]}, "the parameter 'c>d'"),
+        ("qwen3_coder", {"properties": {"x\ny": {}}, "required": ["x\ny"]}, r"the parameter 'x\\ny'"),
+        ("qwen3_coder", {"properties": {"a": {"type": "object", "properties": {"</parameter>": {}}}}}, "the key"),
+        ("qwen3_coder", {"properties": {"a": {"type": "array", "items": {"const": "</parameter>"}}}}, "every value"),
         ("minimax-m2", {"anyOf": [{"properties": {"a": {"type": "string"}}}] * 40}, "more than 32"),
     ],
 )
@@ -221,6 +225,29 @@ def test_parameters_that_cannot_be_written_are_a_400(name, parameters, message, 
     grammar = demanded_calls(FORMATS[name], [Tool(Function("f", parameters=parameters))], None, parallel=True)
     with pytest.raises(RequestError, match=f"Failed to compile call_grammar grammar: .*{message}"):
         walker.compiler.compile(*grammar)
+
+
+JSON_VALUES = [  # schema of a parameter whose value is JSON, what it takes, what it does not
+    ({"type": "array", "items": {"enum": [1, "x{}", "y"]}}, '["y",1]', '["x{}"]'),
+    ({"type": "array", "items": {"type": "string", "pattern": ".+"}}, '["a<b"]', '["a{}b"]'),
+    ({"type": "array", "items": {"anyOf": [{"const": "{}"}, {"type": "integer"}]}}, "[7]", '["{}"]'),
+    (
+        {"type": "object", "properties": {"k": {"enum": [["{}"], ["z"]]}}, "required": ["k"]},
+        '{"k":["z"]}',
+        '{"k":["{}"]}',
+    ),
+]
+
+
+@pytest.mark.parametrize(("schema", "taken", "refused"), JSON_VALUES)
+@pytest.mark.parametrize("name", ["qwen3_coder", "minimax-m2", "glm45"])
+def test_json_between_tags_never_spells_the_closing_tag(name, schema, taken, refused, walker):
+    end = FORMATS[name].tags.value_end
+    filled = json.loads(json.dumps(schema).replace("{}", end))
+    tool = Tool(Function("f", parameters={"type": "object", "properties": {"a": filled}, "required": ["a"]}))
+    grammar = demanded_calls(FORMATS[name], [tool], None, parallel=False)
+    assert walker.takes(grammar, written_as(name, taken))
+    assert not walker.takes(grammar, written_as(name, refused.replace("{}", end)))
 
 
 def written_as(name, value):
