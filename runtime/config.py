@@ -293,7 +293,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 5
     disable_standby: Annotated[
         bool,
-        flag("keep no second scheduler process at hand: 150 MB less, and a restart takes seconds longer", OPERATIONS),
+        flag(
+            "keep no second scheduler process at hand: 200 MB less, and a restart takes 2 s longer",
+            OPERATIONS,
+        ),
     ] = False
     watchdog_timeout: Annotated[
         Seconds,

@@ -48,8 +48,10 @@ def schemes_of(
         return {}
     can = device.type == "cpu" and dtype is torch.bfloat16
     if choice in CHOICES:
+        if device.type != "cpu":
+            raise StartupError(f"--quantization {choice} works on a CPU only; leave it out")
         if not can:
-            raise StartupError(f"--quantization {choice} needs --dtype bfloat16 on a CPU, not {dtype} on {device.type}")
+            raise StartupError(f"--quantization {choice} needs bfloat16 activations; add --dtype bfloat16")
         if native.library() is None:
             raise StartupError(
                 f"--quantization {choice} needs the kernels that gcc compiles at the first start; leave it out to "
@@ -114,8 +116,10 @@ def log_storage(weights: Weights, choice: str) -> None:
     if not weights.schemes:
         return
     bits = sorted({scheme.bits for scheme in weights.schemes.values()})
+    kept = "stay quantized as the file has them," if choice not in CHOICES else "are quantized"
     log.info(
-        "Weights are quantized to %s bits (--quantization %s): %.2f GB of memory.",
+        "Weights %s to %s bits (--quantization %s): %.3f GB of memory.",
+        kept,
         ", ".join(map(str, bits)),
         choice,
         weights.nbytes() / 1e9,

@@ -121,7 +121,7 @@ def stored(kind: str) -> StoredTensor:
 @pytest.mark.parametrize("choice", ["int8", "int4"])
 def test_what_cannot_be_kept_so_is_refused_at_the_start(tmp_path, choice):
     directory = checkpoints.random_model(tmp_path, 0)
-    with pytest.raises(StartupError, match=f"--quantization {choice} needs --dtype bfloat16 on a CPU"):
+    with pytest.raises(StartupError, match=f"--quantization {choice} needs bfloat16 activations; add --dtype bfloat16"):
         schemes_of(choice, checkpoints.layout_of(directory), torch.float32, CPU, checkpoint_of(directory))
 
 
