@@ -51,7 +51,7 @@ class Demanded:
         """The rules for `calls`: the first one with what stands before it, others, and what stands behind them."""
         calls, count = self.calls, range(len(self.calls.calls))
         more = "" if calls.single else "next*"
-        yield f"calls: first {more} {self.text(calls.after)}"
+        yield f"calls: first {more} {self.text(calls.after)} {self.blanks()}"
         yield "first: " + " | ".join(f"first{index}" for index in count)
         if not calls.single:
             yield "next: " + " | ".join(f"next{index}" for index in count)
@@ -63,6 +63,15 @@ class Demanded:
             yield from self.arguments(f"arguments{index}", rule)
         if calls.numbered:
             yield NUMBER
+
+    def blanks(self) -> str:
+        """Blanks that may stand behind the last call, where they stand between calls.
+
+        Models write them before they end. Without them, the blanks that a model wants would lead to another call.
+        """
+        separator = self.calls.separator
+        blanks = separator.removesuffix(separator.lstrip())
+        return f"({self.text(blanks)})?" if blanks and not self.calls.after and not self.calls.trigger else ""
 
     def head(self, begin: str, rule: CallRule) -> str:
         """What stands before the arguments. One literal where possible: the engine takes the longest of several."""
