@@ -65,13 +65,13 @@ class Demanded:
             yield NUMBER
 
     def blanks(self) -> str:
-        """Blanks that may stand behind the last call, where they stand between calls.
+        """Blanks that may stand behind the last of several calls, where they stand between calls.
 
         Models write them before they end. Without them, the blanks that a model wants would lead to another call.
         """
-        separator = self.calls.separator
-        blanks = separator.removesuffix(separator.lstrip())
-        return f"({self.text(blanks)})?" if blanks and not self.calls.after and not self.calls.trigger else ""
+        calls = self.calls
+        blanks = calls.separator.removesuffix(calls.separator.lstrip())
+        return f"({self.text(blanks)})?" if blanks and not (calls.single or calls.after or calls.trigger) else ""
 
     def head(self, begin: str, rule: CallRule) -> str:
         """What stands before the arguments. One literal where possible: the engine takes the longest of several."""
