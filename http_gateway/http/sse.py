@@ -15,6 +15,7 @@ from quartet.runtime.limits import STREAM_PING_S
 
 log = logging.getLogger(__name__)
 
+SEND_PART = "quartet.send_part"  # scope key: the server's own `send`, past the middlewares, which change headers only
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -75,14 +76,13 @@ class EventStream:
         self._sent = False  # something, since the last look
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send_part: Send = scope.get(SEND_PART, send)
         async with aclosing(self._chunks) as chunks:
             first = await anext(chunks)
             await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
-            await send(part_of(first))
-            async with self._pings(send), aclosing(self._with_error(chunks)) as rest:
-                async for chunk in rest:
-                    self._sent = True
-                    await send(part_of(chunk))
+            await send_part(part_of(first))
+            async with self._pings(send_part):
+                await self._send_rest(chunks, send_part)
             await send({"type": "http.response.body", "body": self._form.end, "more_body": False})
 
     @asynccontextmanager
@@ -105,19 +105,22 @@ class EventStream:
             if not self._sent:
                 await send(ping)
 
-    async def _with_error(self, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        """The chunks; an error that ends them early becomes the last event."""
+    async def _send_rest(self, chunks: AsyncGenerator[bytes, None], send: Send) -> None:
+        """Send the chunks; an error that ends them early becomes the last event."""
         try:
             async for chunk in chunks:
-                yield chunk
+                self._sent = True
+                await send(part_of(chunk))
         except RequestError as error:
             log.info("a stream ended with an error: %s", error.message)
-            yield self._error_frame(error)
+            await send(part_of(self._error_frame(error)))
         except ClientGone:
             raise
         except Exception as error:
             log.exception("a stream failed")
-            yield self._error_frame(RequestError(f"Internal error: {type(error).__name__}", Kind.INTERNAL))
+            await send(
+                part_of(self._error_frame(RequestError(f"Internal error: {type(error).__name__}", Kind.INTERNAL)))
+            )
 
     def _error_frame(self, error: RequestError) -> bytes:
         return frame(Event(self._form.error_json(error), self._form.error_type))

@@ -9,6 +9,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quartet.http_gateway.http.metrics import Metrics
+from quartet.http_gateway.http.sse import SEND_PART
 from quartet.http_gateway.routes.endpoint import ROUTE
 from quartet.runtime.limits import MAX_HEADER_BYTES, MAX_RID_CHARS
 
@@ -48,6 +49,7 @@ class RequestMiddleware:
                     message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
             await send(message)
 
+        scope[SEND_PART] = send
         app = self._app if size <= MAX_HEADER_BYTES else too_large
         await app(scope, receive, observed)
 
