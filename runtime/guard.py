@@ -216,7 +216,7 @@ def check_tokens(tokens: Tokens, announced: Announced) -> None:
         raise Malformed("hidden_states are no whole rows")
     if tokens.drafts is not None and not 0 <= tokens.drafts.correct <= tokens.drafts.proposed <= MAX_DRAFTED_TOKENS:
         raise Malformed("more drafts were right than were made, or more were made than ever are")
-    if min(tokens.prompt_tokens, tokens.cached_tokens, tokens.retractions) < 0:
+    if tokens.prompt_tokens < 0 or tokens.cached_tokens < 0 or tokens.retractions < 0:
         raise Malformed("a count is negative")
 
 

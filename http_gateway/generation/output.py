@@ -180,8 +180,10 @@ class Output:
             self._speculation.add(tokens.drafts)
         if tokens.prompt_tokens:
             meta.prompt_tokens = tokens.prompt_tokens
-        meta.cached_tokens = max(meta.cached_tokens, tokens.cached_tokens)
-        meta.num_retractions = max(meta.num_retractions, tokens.retractions)
+        if tokens.cached_tokens > meta.cached_tokens:
+            meta.cached_tokens = tokens.cached_tokens
+        if tokens.retractions > meta.num_retractions:
+            meta.num_retractions = tokens.retractions
         if self._logprobs:
             self._score("input", tokens.input_logprobs)
             self._score("output", tokens.logprobs)

@@ -33,8 +33,9 @@ class Event(NamedTuple):
 
 def frame(event: Event) -> bytes:
     """The bytes of an event on the wire."""
-    name = b"event: " + event.type + b"\n" if event.type else b""
-    return name + b"data: " + event.data + b"\n\n"
+    if event.type:
+        return b"event: %b\ndata: %b\n\n" % (event.type, event.data)
+    return b"data: %b\n\n" % event.data
 
 
 def frames(events: Iterable[Event]) -> bytes:
