@@ -7,6 +7,7 @@ message with `finish` set passes each hop per request; the state behind that hop
 Arrays travel as little-endian bytes: token ids as int32, logprobs and vectors as float32.
 """
 
+import struct
 from array import array
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from quartet.runtime.sampling import SamplingParams
 GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER = "gateway", "tokenizer", "scheduler", "detokenizer"
 ROLES = (GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER)  # in ring order
 ATTEMPT_BITS = 20  # a gateway's attempts begin at its epoch shifted by so many: more restarts than one lives to see
+ONE_ID = struct.Struct("<i")
 IDS_AT_ONCE = 1 << 14  # that one operation goes over
 ABORTED = "Aborted"
 ABORTED_IN_QUEUE = "Abort before prefill"
@@ -245,6 +247,11 @@ class Restarted(Message, tag="restarted", kw_only=True):
 
 
 RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts | Restarted
+
+
+def pack_id(id: int) -> bytes:
+    """`pack_ids([id])`, as most steps need it."""
+    return ONE_ID.pack(id)
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:

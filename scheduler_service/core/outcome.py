@@ -1,6 +1,6 @@
 """Applies one slice's result to its sequence, and makes the update that is sent. No queue, no pages, no slots."""
 
-from quartet.runtime.messages import Finish, pack_ids
+from quartet.runtime.messages import Finish, pack_id, pack_ids
 from quartet.scheduler_service.core import rules
 from quartet.scheduler_service.core.logprobs import concatenated, take_prompt_logprobs
 from quartet.scheduler_service.core.plan import Result, Slice, Update
@@ -41,12 +41,13 @@ def update_of(sequence: Sequence, result: Result) -> Update:
     """What is sent for the request now. Takes the stored hidden states and, the first time, the prompt logprobs."""
     update = Update(sequence, not sequence.update_sent)
     sequence.update_sent = True
-    if result.tokens is not None:
-        update.ids = pack_ids(result.tokens)
+    if (tokens := result.tokens) is not None:
+        update.ids = pack_id(tokens[0]) if len(tokens) == 1 else pack_ids(tokens)
         update.logprobs = concatenated(result.logprobs) if result.logprobs else None
     if result.vector:
         update.vector, update.scalar = result.vector, result.scalar
-    update.hidden_states = sequence.hidden.take()
+    if sequence.hidden.parts:
+        update.hidden_states = sequence.hidden.take()
     if update.first and sequence.request.logprobs:
         update.input_logprobs = take_prompt_logprobs(sequence)
     return update

@@ -136,11 +136,12 @@ def finish_after_last(sequence: Sequence, complete: bool = False) -> Finish | No
 
     `complete`: its grammar allows nothing more.
     """
-    if sequence.output_len and sequence.ids[-1] in sequence.stop_ids:
-        return Finish(reason="stop", matched=sequence.ids[-1])
+    output_len, last = sequence.output_len, sequence.ids[-1]
+    if output_len and last in sequence.stop_ids:
+        return Finish(reason="stop", matched=last)
     if complete:
-        return Finish(reason="stop", matched=sequence.ids[-1], spoken=True)
-    if sequence.output_len >= sequence.limit:
+        return Finish(reason="stop", matched=last, spoken=True)
+    if output_len >= sequence.limit:
         return Finish(reason="length", length=sequence.limit)
     return None
 
