@@ -1,21 +1,32 @@
 """Which tokens the grammars of a step allow.
 
 The masks are begun before the forward pass and computed at the same time, in a thread that needs no interpreter while
-it does so; the draw finds them ready. Where the last step's tokens are still on a device, they are begun once those are
-here, and the device computes meanwhile.
+it does so; the draw finds them ready. Few rows of a small vocabulary take less time than handing them to a thread, and
+are computed at once. Where the last step's tokens are still on a device, the masks are begun once those are here, and
+the device computes meanwhile.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from quartet.scheduler_service.grammar.matchers import Bitmask, Constrained, MaskFiller, Matcher, bitmask_words
+from quartet.scheduler_service.grammar.matchers import (
+    PARALLEL_FROM,
+    Bitmask,
+    Constrained,
+    MaskFiller,
+    Matcher,
+    bitmask_words,
+)
 
 ALL_ALLOWED = -1  # 32 set bits
 NONE_ALLOWED = 0
 THREADS = 2
+THREAD_FROM_S = 0.0003  # of work; less is not worth the two threads' waiting for the interpreter
+LAST_WEIGHT = 0.25  # of the last step in the moving average of the time for a row
 
 
 class Masks:
@@ -27,6 +38,7 @@ class Masks:
         self._filler = MaskFiller(THREADS)
         threaded = len(os.sched_getaffinity(0)) > 1 if threaded is None else threaded
         self._thread = ThreadPoolExecutor(1, "masks") if threaded else None
+        self._row_s = THREAD_FROM_S  # the time for a row, as it was lately
 
     def start(self, requests: Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> "Future[Bitmask] | None":
         """Begin the masks of a step's rows: for each request, one, and one more behind each of its drafts.
@@ -40,7 +52,7 @@ class Masks:
             rows += 1 + len(drafts)
         if not constrained:
             return None
-        if self._thread is not None:
+        if self._thread is not None and rows * self._row_s >= THREAD_FROM_S:
             return self._thread.submit(self.fill, constrained, rows)
         done: Future[Bitmask] = Future()
         done.set_result(self.fill(constrained, rows))
@@ -48,8 +60,12 @@ class Masks:
 
     def fill(self, constrained: list[Constrained], rows: int) -> Bitmask:
         """The masks of `rows` rows, of which the others allow all. See Matcher.error afterwards."""
+        # In a thread, waits for the interpreter do not count; work that is spread over threads is one wait.
+        clock = time.monotonic if len(constrained) >= PARALLEL_FROM else time.thread_time
+        begun_s = clock()
         bitmask = np.full((rows, self._words), ALL_ALLOWED, dtype=np.int32)
         self._filler.fill(constrained, bitmask)
+        self._row_s += LAST_WEIGHT * ((clock() - begun_s) / rows - self._row_s)
         for matcher, row, drafts in constrained:
             if matcher.failed:
                 bitmask[row] = ALL_ALLOWED  # its request ends; the row must only not fail the others
