@@ -50,7 +50,7 @@ from tests.simulated_ring.trace import line
 from tests.wrong_messages import MESSAGES, wrong
 
 TURN_S = 0.0005  # the mean time of a turn
-MOST_TURNS = 60_000
+MOST_TURNS = 250_000  # a command with 10,000 texts, encoded one a step, takes about 60,000
 LOOK_EVERY = 24  # turns in which nothing happened
 HORIZON_S = 1.0  # of the load and the deaths
 MOST_POINTS = 8  # of a process until a death that is due

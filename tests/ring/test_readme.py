@@ -1,0 +1,40 @@
+"""Every command of the README's tour runs as it is printed, and prints what stands below it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.readme import README, ROOT, Tour, agrees, examples, log_lines, sandboxed, tours
+
+TEXT = README.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory: pytest.TempPathFactory) -> Tour:
+    out = tmp_path_factory.mktemp("readme") / "tour.json"
+    command = sandboxed([sys.executable, "-m", "tests.readme", str(out)])
+    if command is None:
+        pytest.skip("this machine allows no namespaces (unshare), and the tour needs port 30000 and kills by name")
+    subprocess.run(command, cwd=ROOT, check=True, timeout=280)
+    return Tour(*json.loads(out.read_text()))
+
+
+@pytest.mark.parametrize("number", range(len(tours(TEXT))), ids=lambda n: tours(TEXT)[n][0].command[:40])
+def test_a_command_prints_what_the_readme_says(tour: Tour, number: int) -> None:
+    printed = "\n".join(example.output for example in tours(TEXT)[number])
+    assert agrees(printed, tour.outputs[number]), f"printed:\n{printed}\n\nnow:\n{tour.outputs[number]}"
+
+
+@pytest.mark.parametrize("line", log_lines(TEXT))
+def test_the_server_writes_the_lines_of_its_log_that_the_readme_shows(tour: Tour, line: str) -> None:
+    assert agrees(line, tour.log), tour.log[-5000:]
+
+
+def test_text_in_the_readme_that_is_wrong_is_found() -> None:
+    (example,) = examples(['$ echo \'{"id":"1",', '  "text":"Paris"}\'', '{"id":"1…", "text": "Paris"}'])
+    assert example.command.endswith("}'") and Path(ROOT).is_dir()
+    assert agrees(example.output, '{"id":"2","text":"Paris"}')
+    assert not agrees(example.output, '{"id":"2","text":"Rome"}')
