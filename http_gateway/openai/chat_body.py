@@ -59,7 +59,7 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
     if name is None and not tools:
         raise RequestError(NO_TOOLS, field="tools")
     if name is not None and name not in tool_calls.names_of(tools):
-        raise RequestError(NO_SUCH_TOOL.format(name), field="tool_choice")
+        raise RequestError(NO_SUCH_TOOL.format(short(name)), field="tool_choice")
     parallel = body.parallel_tool_calls is not False
     if own is not None and (grammar := tool_calls.demanded_calls(own, tools, name, parallel)) is not None:
         return Choosing(tools, grammar, replace(own, alone=True))
