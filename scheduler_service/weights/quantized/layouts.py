@@ -58,6 +58,34 @@ def awq_numbers(words: torch.Tensor) -> torch.Tensor:
     return words_first[:, :, order].flatten(1).T.contiguous()
 
 
+def packed_words(parts: Parts, bits: int, columns: int) -> ScaledRows:
+    """weight_packed (rows, columns * bits / 32), weight_scale (rows, groups) or one number.
+
+    There may be weight_zero_point (rows * bits / 32, groups), and weight_g_idx (columns,) where the columns of a group
+    are not side by side. Numbers are stored without a sign: where there are no zero points, the middle one means 0.
+    """
+    numbers = unpacked(parts["weight_packed"], bits)[:, :columns]
+    rows = len(numbers)
+    scales = row_scales(parts["weight_scale"], rows)
+    groups, order = scales.shape[1], None
+    if "weight_zero_point" in parts:
+        zeros = unpacked(parts["weight_zero_point"].T, bits).T[:rows].float()
+    else:
+        zeros = torch.full((1, 1), float(1 << bits - 1), device=scales.device)
+    if "weight_g_idx" in parts:
+        order = column_order(parts["weight_g_idx"], groups, columns // groups)
+        numbers = numbers if order is None else numbers[:, order]
+    return ScaledRows(numbers.contiguous(), scales, -scales * zeros, columns // groups, order=order)
+
+
+def int8(parts: Parts) -> ScaledRows:
+    """weight (rows, columns) int8, weight_scale and weight_zero_point: one number, one a row, or some a row."""
+    numbers = parts["weight"].view(torch.uint8) ^ 0x80
+    scales = row_scales(parts["weight_scale"], len(numbers))
+    zeros = row_scales(parts["weight_zero_point"], len(numbers)) if "weight_zero_point" in parts else 0
+    return ScaledRows(numbers, scales, -scales * (128 + zeros), numbers.shape[1] // scales.shape[1])
+
+
 def float8(parts: Parts, scale: str) -> torch.Tensor:
     """weight (rows, columns) in 8 bits, and one scale for all, for each row, or for groups of columns. float32"""
     weight = parts["weight"].float()

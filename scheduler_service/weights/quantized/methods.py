@@ -3,31 +3,37 @@
 Every tensor's parts are checked against each other before a byte of them is read.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import read_json
 from quartet.runtime.shorten import short
-from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, Part, Quantized, StoredTensor
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, Part, Quantized
 from quartet.scheduler_service.weights.quantized import layouts
+from quartet.scheduler_service.weights.quantized.compressed import compressed
+from quartet.scheduler_service.weights.quantized.parts import (
+    SCALES,
+    WORDS,
+    Settings,
+    Stored,
+    choice,
+    float8,
+    misfit,
+    part_of,
+)
 
-Settings = Mapping[str, Any]
-Stored = Mapping[str, StoredTensor]
 REFUSED = (
     "{} is quantized by {}, which is not read; serve the unquantized checkpoint, a GGUF file, or one quantized by "
-    "awq, gptq or fp8"
+    "awq, gptq, compressed-tensors or fp8"
 )
-ACTIVATIONS = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".input_scale_ub")
-WORDS = ("I32",)
-SCALES = ("F16", "BF16", "F32")
-MAX_BLOCK = 1 << 20
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
+NOT_NEEDED = (  # scales of activations, and shapes that other parts tell
+    ".input_scale", ".output_scale", ".k_scale", ".v_scale", ".input_scale_ub", ".input_zero_point", ".weight_shape"
+)  # fmt: skip
 
 
 def with_quantized(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
@@ -38,14 +44,14 @@ def with_quantized(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     method = str(settings.get("quant_method", "")).lower()
     if method not in METHODS:
         raise CheckpointError(REFUSED.format(directory, short(method) or "a method without a name"))
-    suffix, find = METHODS[method]
-    prefixes = [name.removesuffix(suffix) for name in checkpoint.tensors if name.endswith(suffix)]
+    suffixes, find = METHODS[method]
+    prefixes = [name.removesuffix(end) for name in checkpoint.tensors for end in suffixes if name.endswith(end)]
     found = {}
     for prefix in prefixes:
         if (tensor := find(prefix, checkpoint.tensors, settings)) is not None:
             found[f"{prefix}.weight"] = tensor
     names = {f"{name.removesuffix('.weight')}.{part}" for name, tensor in found.items() for part in tensor.parts}
-    spent = names | {name for name in checkpoint.tensors if name.endswith(ACTIVATIONS)}
+    spent = names | {name for name in checkpoint.tensors if name.endswith(NOT_NEEDED)}
     return replace(checkpoint, quantized=found, spent=frozenset(spent))
 
 
@@ -60,33 +66,6 @@ def settings_of(directory: Path) -> Settings:
     if found is not None and not isinstance(found, dict):
         raise CheckpointError(f"{directory / 'config.json'}: quantization_config is {short(found)}, not an object")
     return found or {}
-
-
-def part_of(tensors: Stored, prefix: str, own: str, dtypes: Iterable[str], rank: int) -> StoredTensor:
-    """A part that must be there. Raises CheckpointError, naming it, also for a dtype or a rank that cannot be."""
-    name = f"{prefix}.{own}"
-    if (stored := tensors.get(name)) is None:
-        raise CheckpointError(f"the checkpoint lacks {short(name)}, a part of the quantized {short(prefix)}.weight")
-    if stored.dtype not in dtypes or len(stored.shape) != rank or not all(stored.shape):
-        raise CheckpointError(
-            f"{stored.shown}: tensor {short(name)} is {stored.dtype} {list(stored.shape)}, which cannot be"
-        )
-    return stored
-
-
-def choice(settings: Settings, name: str, default: Any, allowed: tuple[Any, ...]) -> Any:
-    """A setting with one of the values that are read. Raises CheckpointError."""
-    value = settings.get(name, default)
-    if type(value) is not type(allowed[0]) or value not in allowed:
-        said = ", ".join(map(repr, allowed))
-        raise CheckpointError(f"quantization_config: {name} is {short(repr(value))}; what is read is {said}")
-    return value
-
-
-def misfit(stored: StoredTensor, prefix: str, own: str, needed: list[int]) -> CheckpointError:
-    return CheckpointError(
-        f"{stored.shown}: tensor {short(prefix)}.{own} has shape {list(stored.shape)}, its other parts need {needed}"
-    )
 
 
 def columns_first(prefix: str, tensors: Stored, bits: int, rows: int, columns: int) -> dict[str, Part]:
@@ -138,47 +117,10 @@ def awq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
     return Quantized((rows, columns), parts, expand, 8)
 
 
-def float8(prefix: str, tensors: Stored, settings: Settings, scale: str) -> Quantized | None:
-    """FP8 with a scale for all, for each row or for each block; None for a weight that is not FP8."""
-    weight = tensors[f"{prefix}.weight"]
-    if weight.dtype not in FLOAT8:
-        return None
-    weight = part_of(tensors, prefix, "weight", FLOAT8, 2)
-    rows, columns = weight.shape
-    block = settings.get("weight_block_size")
-    own = scale if f"{prefix}.{scale}" in tensors else "weight_scale_inv"
-    rank = len(tensors[f"{prefix}.{own}"].shape) if f"{prefix}.{own}" in tensors else 0
-    stored = part_of(tensors, prefix, own, SCALES, min(rank, 2))
-    shape = (rows, columns)
-    if block:
-        if (
-            not isinstance(block, list)
-            or len(block) != 2
-            or not all(type(size) is int and 0 < size < MAX_BLOCK for size in block)
-        ):
-            raise CheckpointError(f"quantization_config: weight_block_size is {short(block)}; it must be two sizes")
-        needed = [-(-rows // block[0]), -(-columns // block[1])]
-        if list(stored.shape) != needed:
-            raise misfit(stored, prefix, own, needed)
-        blocks = {"weight": Part(weight, 0), own: Part(stored, 0, block[0])}
-        return Quantized(shape, blocks, partial(block_values, scale=own, block=(block[0], block[1])))
-    one = all(size == 1 for size in stored.shape)
-    if not one and stored.shape not in ((rows,), (rows, 1)):
-        raise misfit(stored, prefix, own, [rows, 1])
-
-    def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
-        return layouts.float8(read, own)
-
-    return Quantized(shape, {"weight": Part(weight, 0), own: Part(stored, None if one else 0)}, expand)
-
-
-def block_values(read: dict[str, torch.Tensor], first: int, scale: str, block: tuple[int, int]) -> torch.Tensor:
-    return layouts.float8_blocks(read, scale, block, first % block[0])
-
-
-METHODS: dict[str, tuple[str, Callable[[str, Stored, Settings], Quantized | None]]] = {
-    "awq": (".qweight", awq),
-    "gptq": (".qweight", gptq),
-    "fp8": (".weight", partial(float8, scale="weight_scale_inv")),
-    "fbgemm_fp8": (".weight", partial(float8, scale="weight_scale")),
+METHODS: dict[str, tuple[tuple[str, ...], Callable[[str, Stored, Settings], Quantized | None]]] = {
+    "awq": ((".qweight",), awq),
+    "gptq": ((".qweight",), gptq),
+    "compressed-tensors": ((".weight_packed", ".weight"), compressed),
+    "fp8": ((".weight",), partial(float8, scale="weight_scale_inv")),
+    "fbgemm_fp8": ((".weight",), partial(float8, scale="weight_scale")),
 }

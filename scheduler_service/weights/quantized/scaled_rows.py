@@ -31,7 +31,8 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
 
     Words are little-endian in files and in memory, so their bytes are in order already.
     """
-    every_byte = words.contiguous().view(torch.uint8)
+    flat = words.contiguous().flatten()  # also where one word is all there is along the last axis, whatever its stride
+    every_byte = flat.view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
     if bits == 8:
         return every_byte
     steps = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
