@@ -112,6 +112,7 @@ class Part:
     stored: StoredTensor
     axis: int | None  # along which the rows of the quantized tensor lie; None: all rows need all of it
     per: int = 1  # rows that share one place along that axis
+    each: int = 1  # places that a row takes
 
 
 @dataclass(frozen=True, slots=True)

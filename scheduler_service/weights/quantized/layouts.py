@@ -5,6 +5,7 @@ knows the tensor's name adds it.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -84,6 +85,34 @@ def int8(parts: Parts) -> ScaledRows:
     scales = row_scales(parts["weight_scale"], len(numbers))
     zeros = row_scales(parts["weight_zero_point"], len(numbers)) if "weight_zero_point" in parts else 0
     return ScaledRows(numbers, scales, -scales * (128 + zeros), numbers.shape[1] // scales.shape[1])
+
+
+class Table(NamedTuple):
+    """How the scales of a matrix in 4 bits are found."""
+
+    block: int  # values that share a scale
+    nested_block: int | None  # scales that share one, where the scales are places in a table
+    nested_offset: float
+
+
+def bitsandbytes(parts: Parts, first: int, table: Table) -> torch.Tensor:
+    """weight (values / 2, 1) uint8, the first of two values in the high bits → (values,) float32.
+
+    weight.quant_map (16,), weight.absmax (blocks,) of the whole matrix, of which the first value wanted is number
+    `first`; weight.nested_quant_map (256,) and weight.nested_absmax where absmax is in 8 bits.
+    """
+    packed = parts["weight"].flatten()
+    numbers = torch.stack((packed >> 4, packed & 15), 1).flatten()
+    last = -(-(first + len(numbers)) // table.block)
+    begin = first // table.block
+    scales = parts["weight.absmax"][begin:last]
+    if table.nested_block is not None:
+        own = torch.arange(begin, last, device=scales.device) // table.nested_block
+        scales = parts["weight.nested_quant_map"][scales.long()] * parts["weight.nested_absmax"][own]
+        scales = scales + table.nested_offset
+    of_each = scales.repeat_interleave(table.block)[first - begin * table.block :][: len(numbers)]
+    values: torch.Tensor = parts["weight.quant_map"][numbers.long()] * of_each
+    return values
 
 
 def float8(parts: Parts, scale: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ from quartet.runtime.model_files.model_info import read_json
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, Part, Quantized
 from quartet.scheduler_service.weights.quantized import layouts
+from quartet.scheduler_service.weights.quantized.bitsandbytes import STATE, bitsandbytes
 from quartet.scheduler_service.weights.quantized.compressed import compressed
 from quartet.scheduler_service.weights.quantized.parts import (
     SCALES,
@@ -29,10 +30,11 @@ from quartet.scheduler_service.weights.quantized.parts import (
 
 REFUSED = (
     "{} is quantized by {}, which is not read; serve the unquantized checkpoint, a GGUF file, or one quantized by "
-    "awq, gptq, compressed-tensors or fp8"
+    "awq, gptq, bitsandbytes, compressed-tensors or fp8"
 )
 NOT_NEEDED = (  # scales of activations, and shapes that other parts tell
-    ".input_scale", ".output_scale", ".k_scale", ".v_scale", ".input_scale_ub", ".input_zero_point", ".weight_shape"
+    ".input_scale", ".output_scale", ".k_scale", ".v_scale", ".input_scale_ub", ".input_zero_point", ".weight_shape",
+    ".weight_format",
 )  # fmt: skip
 
 
@@ -120,6 +122,7 @@ def awq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
 METHODS: dict[str, tuple[tuple[str, ...], Callable[[str, Stored, Settings], Quantized | None]]] = {
     "awq": ((".qweight",), awq),
     "gptq": ((".qweight",), gptq),
+    "bitsandbytes": ((STATE + "nf4", STATE + "fp4", ".SCB"), bitsandbytes),
     "compressed-tensors": ((".weight_packed", ".weight"), compressed),
     "fp8": ((".weight",), partial(float8, scale="weight_scale_inv")),
     "fbgemm_fp8": ((".weight",), partial(float8, scale="weight_scale")),

@@ -17,6 +17,7 @@ TYPES = {
     "BF16": torch.bfloat16,
     "I32": torch.int32,
     "I8": torch.int8,
+    "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
@@ -62,7 +63,7 @@ def read_rows(part: Part, begin: int, end: int, descriptor: int) -> torch.Tensor
         found = torch.empty(shape, dtype=dtype)
         read_exactly(descriptor, bytes_of(found), stored.offset, stored.file)
         return found
-    first, last = begin // part.per, -(-end // part.per)
+    first, last = begin * part.each // part.per, -(-end * part.each // part.per)
     shape[part.axis] = last - first
     found = torch.empty(shape, dtype=dtype)
     lines = found if part.axis == 1 else found.view(1, -1)  # each is one piece of the file
