@@ -26,6 +26,7 @@ from quartet.http_gateway.routes.middleware import access_log
 from quartet.runtime import service
 from quartet.runtime.control import Abort
 from quartet.runtime.errors import StartupError
+from quartet.runtime.log import level_prefix
 from quartet.runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.chat_templates import template_dir, template_sources
@@ -160,7 +161,7 @@ def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
 
 def with_level(record: logging.LogRecord) -> bool:
     """A filter that puts the level before uvicorn's lines, as before the access lines: operators' tools look for it."""
-    record.msg = f"{record.levelname + ':':<9} {record.msg}"
+    record.msg = level_prefix(record) + record.msg
     return True
 
 

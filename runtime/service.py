@@ -73,7 +73,7 @@ def boot_from_stdin() -> Boot:
     with open(boot_file, "rb") as file:
         boot = msgspec.msgpack.decode(file.read(), type=Boot)
     setproctitle.setproctitle(TITLE.format(role=boot.role))
-    set_up_logging(boot.config)
+    set_up_logging(boot.config, boot.role)
     die_with_parent(boot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
     faulthandler.enable()  # a segfault leaves a stack

@@ -20,7 +20,7 @@ from quartet.runtime.launcher import run_dir
 from quartet.runtime.launcher.child import Service
 from quartet.runtime.launcher.parent import exit_with_parent
 from quartet.runtime.launcher.supervisor import ExitStatus, Signals, Supervisor
-from quartet.runtime.log import plain, say, set_up_logging
+from quartet.runtime.log import plain, say, say_failure, set_up_logging, writes_json
 from quartet.runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
 from quartet.runtime.model_files import hub
 from quartet.runtime.model_files.model_info import embeds
@@ -152,13 +152,15 @@ def announce(config: ServerConfig) -> None:
     """Tell supervisors (the log line, systemd) and people (what to try next) that the server serves."""
     log.info("The server is fired up and ready to roll!")
     notify(b"READY=1")
-    say(what_next(config), sys.stdout)
+    if writes_json():
+        log.info("%s is served at %s", config.name, url_of(config))
+    else:
+        say(what_next(config), sys.stdout)
 
 
 def what_next(config: ServerConfig) -> str:
     """A line to paste into another terminal."""
-    host = "127.0.0.1" if config.host in ANY_ADDRESS else config.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+    url = url_of(config)
     path, body = (
         ("encode", {"text": "Hello"})
         if config.is_embedding
@@ -168,6 +170,12 @@ def what_next(config: ServerConfig) -> str:
     data = msgspec.json.encode(body).decode()
     name = plain(config.name)
     return f"\n{name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
+
+
+def url_of(config: ServerConfig) -> str:
+    """Where a client of this machine reaches the server."""
+    host = "127.0.0.1" if config.host in ANY_ADDRESS else config.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 
 def stop_listening(listener: socket.socket) -> None:
@@ -185,5 +193,5 @@ def notify(state: bytes) -> None:
 
 
 def fail(status: ExitStatus, reason: str) -> int:
-    say(f"quartet: {plain(reason)}", sys.stderr)
+    say_failure(reason)
     return status

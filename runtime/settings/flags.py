@@ -14,8 +14,9 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from quartet.runtime.config import Flag, ServerConfig
+from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import UsageError
+from quartet.runtime.flag import GROUPS, Flag
 from quartet.runtime.settings import environment as environments
 from quartet.runtime.settings import foreign_flags, keys
 
@@ -53,7 +54,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 def settings() -> dict[str, Setting]:
-    """Every flag by its field's name, in the order of the fields."""
+    """Every flag by its field's name, by groups, and within a group in the order of the fields."""
     hints = get_type_hints(ServerConfig, include_extras=True)
     found = {}
     for field in msgspec.structs.fields(ServerConfig):
@@ -63,7 +64,7 @@ def settings() -> dict[str, Setting]:
             found[field.name] = Setting(
                 field.name, meta.description or "", meta.extra["flag"], field.default, describe(kind)
             )
-    return found
+    return dict(sorted(found.items(), key=lambda item: GROUPS.index(item[1].flag.group)))
 
 
 def describe(kind: Any) -> str:

@@ -50,7 +50,7 @@ NO_DISAGGREGATION = Foreign("prefill and decode run in one server; leave it out"
 NO_HIERARCHY = Foreign("the prefix cache lives in the KV pool only; leave it out", OFF)
 NO_TLS = Foreign("Quartet speaks plain HTTP; put a proxy that ends TLS in front")
 NO_MEDIA = Foreign("images and audio are not supported; leave it out", OFF)
-NO_REQUEST_LOG = Foreign("requests are not logged beyond one access line each; leave it out", OFF)
+NO_CRASH_DUMP = Foreign("requests that run when a server dies are sent again, so none are dumped; leave it out", OFF)
 ATTENTION = detail("the attention backend is chosen by device (see --attention-backend)")
 GRAMMARS = Foreign(
     "grammars are compiled with llguidance and cannot be turned off",
@@ -97,12 +97,11 @@ SGLANG = {
     "--sleep-on-idle": always("an idle server sleeps always"),
     "--base-gpu-id": Foreign("choose the GPU with the variable CUDA_VISIBLE_DEVICES", ("0",)),
     "--gpu-id-step": Foreign("a server uses one GPU", ("1",)),
-    "--log-requests": NO_REQUEST_LOG,
-    "--log-requests-level": NO_REQUEST_LOG,
-    "--log-requests-format": NO_REQUEST_LOG,
-    "--log-requests-target": NO_REQUEST_LOG,
-    "--enable-request-time-stats-logging": NO_REQUEST_LOG,
-    "--crash-dump-folder": NO_REQUEST_LOG,
+    "--log-requests-level": ours("--log-requests metadata or full"),
+    "--log-requests-format": ours("--log-format"),
+    "--log-requests-target": Foreign("requests are logged on stderr, like everything else", ("stdout", "stderr")),
+    "--enable-request-time-stats-logging": ours("--log-requests, whose lines have the times"),
+    "--crash-dump-folder": NO_CRASH_DUMP,
     "--show-time-cost": Foreign("use the metrics, or py-spy", OFF),
     "--enable-metrics-for-all-schedulers": always("there is one scheduler, and it reports"),
     "--collect-tokens-histogram": Foreign("there are no histograms of token counts; leave it out", OFF),
@@ -215,9 +214,9 @@ VLLM = {
     "--enable-auto-tool-choice": always("a request may always leave the choice of tools to the model"),
     "--enable-reasoning": ours("--reasoning-parser"),
     "--enable-sleep-mode": ours("--enable-memory-saver"),
-    "--disable-log-requests": always("requests are not logged"),
-    "--no-enable-log-requests": always("requests are not logged"),
-    "--enable-log-requests": NO_REQUEST_LOG,
+    "--disable-log-requests": always("requests are not logged unless --log-requests says so"),
+    "--no-enable-log-requests": always("requests are not logged unless --log-requests says so"),
+    "--enable-log-requests": ours("--log-requests"),
     "--disable-log-stats": ours("--decode-log-interval, with a large number"),
     "--uvicorn-log-level": ours("--log-level-http"),
     "--allowed-origins": ours("--cors-allow-origins"),
@@ -345,6 +344,10 @@ VALUES: dict[tuple[str, str], Value] = {
         ("quantization", name): Value(None, "is found in the checkpoint; auto is used")
         for name in ("None", "null", "gguf", "gptq", "awq", "fp8", "fbgemm_fp8")
     },
+    ("log_requests", "true"): Value("metadata", "is the value metadata here"),
+    ("log_requests", "True"): Value("metadata", "is the value metadata here"),
+    ("log_requests", "false"): Value("off", "is the value off here"),
+    ("log_requests", "False"): Value("off", "is the value off here"),
     ("tool_call_parser", ""): Value("none", "is empty: calls stay in the text"),
     ("reasoning_parser", ""): Value("none", "is empty: thoughts stay in the text"),
     **{("attention_backend", name): NOT_HERE for name in sorted(OTHER_BACKENDS)},
