@@ -123,9 +123,9 @@ def writes_json() -> bool:
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
-def say_failure(reason: str) -> None:
-    """Tell on stderr why the program ends: in one line for people, or as a line of the log where that is JSON."""
+def tell(text: str, level: int = logging.INFO, prefix: str = "") -> None:
+    """One line on stderr for people, behind the prefix; where the log is JSON, a line of it."""
     if writes_json():
-        logging.getLogger("quartet").error("%s", reason)
+        logging.getLogger("quartet").log(level, "%s", text)
     else:
-        say(f"quartet: {plain(reason)}", sys.stderr)
+        say(prefix + plain(text), sys.stderr)

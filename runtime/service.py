@@ -52,7 +52,8 @@ class Boot(msgspec.Struct, kw_only=True):
     ready_fd: int
     lifeline_fd: int
     parent_pid: int
-    listen_fd: int = -1  # gateway: the bound HTTP socket
+    listen_fd: int = -1  # gateway: the bound HTTP socket; -1: none on TCP
+    unix_fd: int = -1  # gateway: the one of --uds
 
 
 class Ready(msgspec.Struct, kw_only=True):

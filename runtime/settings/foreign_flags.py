@@ -48,7 +48,6 @@ NO_QUANTIZATION = Foreign("use --quantization int8 or int4, or serve a quantized
 NO_OFFLOAD = Foreign("weights and KV pool are not offloaded; take a smaller model, or less --max-total-tokens", ("0",))
 NO_DISAGGREGATION = Foreign("prefill and decode run in one server; leave it out", ("null", "none"))
 NO_HIERARCHY = Foreign("the prefix cache lives in the KV pool only; leave it out", OFF)
-NO_TLS = Foreign("Quartet speaks plain HTTP; put a proxy that ends TLS in front")
 NO_MEDIA = Foreign("images and audio are not supported; leave it out", OFF)
 NO_CRASH_DUMP = Foreign("requests that run when a server dies are sent again, so none are dumped; leave it out", OFF)
 ATTENTION = detail("the attention backend is chosen by device (see --attention-backend)")
@@ -222,9 +221,6 @@ VLLM = {
     "--allowed-origins": ours("--cors-allow-origins"),
     "--allow-credentials": detail("origins that are named may send credentials"),
     "--root-path": Foreign("let the proxy in front strip the prefix", ("",)),
-    "--ssl-keyfile": NO_TLS,
-    "--ssl-certfile": NO_TLS,
-    "--ssl-ca-certs": NO_TLS,
     "--generation-config": ours("--sampling-defaults"),
     "--override-generation-config": SAMPLING,
     "--chat-template-content-format": Foreign("found out from the template", ("auto",)),
@@ -313,8 +309,8 @@ LLAMA_CPP = {
     "--model-draft": NO_DRAFT_MODEL,
     "-v": ours("--log-level debug"),
     "--verbose": ours("--log-level debug"),
-    "--ssl-key-file": NO_TLS,
-    "--ssl-cert-file": NO_TLS,
+    "--ssl-key-file": ours("--ssl-keyfile"),
+    "--ssl-cert-file": ours("--ssl-certfile"),
 }
 
 FLAGS: dict[str, Foreign] = {**LLAMA_CPP, **VLLM, **SGLANG}
@@ -344,6 +340,9 @@ VALUES: dict[tuple[str, str], Value] = {
         ("quantization", name): Value(None, "is found in the checkpoint; auto is used")
         for name in ("None", "null", "gguf", "gptq", "awq", "fp8", "fbgemm_fp8")
     },
+    ("ssl_cert_reqs", "0"): Value("none", "is the value none here"),
+    ("ssl_cert_reqs", "1"): Value("optional", "is the value optional here"),
+    ("ssl_cert_reqs", "2"): Value("required", "is the value required here"),
     ("log_requests", "true"): Value("metadata", "is the value metadata here"),
     ("log_requests", "True"): Value("metadata", "is the value metadata here"),
     ("log_requests", "false"): Value("off", "is the value off here"),
