@@ -15,7 +15,7 @@ from quartet.http_gateway.admin import control, health, info, openapi, parsing
 from quartet.http_gateway.anthropic import error_responses, messages, models
 from quartet.http_gateway.embedding import embeddings, rerank, score
 from quartet.http_gateway.embedding import encode as embed
-from quartet.http_gateway.http import errors
+from quartet.http_gateway.http import errors, request_log
 from quartet.http_gateway.http.allowed_sites import AllowedSites, CorsMiddleware, HostMiddleware
 from quartet.http_gateway.http.auth import Access, Keys
 from quartet.http_gateway.native import generate as native
@@ -56,7 +56,9 @@ def build(gateway: Gateway) -> ASGIApp:
         exception_handlers={HTTPException: unmatched(keys, {endpoint.path for endpoint in endpoints})},
     )
     app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative
-    return RequestMiddleware(HostMiddleware(app, allowed_sites, error_responses.shape_for_scope), gateway.metrics)
+    inner = HostMiddleware(app, allowed_sites, error_responses.shape_for_scope)
+    observers = [request_log.write] if gateway.config.log_requests != "off" else []
+    return RequestMiddleware(inner, gateway.metrics, observers, keeps_text=gateway.config.log_requests == "full")
 
 
 def route(endpoint: Endpoint, gateway: Gateway, keys: Keys, allowed_sites: AllowedSites) -> Route:

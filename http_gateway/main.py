@@ -6,93 +6,90 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from types import FrameType
 from typing import NoReturn
 
-import uvicorn
 import uvloop
 
 from quartet.http_gateway.admin import payloads, warmup
 from quartet.http_gateway.app import build
-from quartet.http_gateway.http.connection_limit import ConnectionLimit, connections_that_fit
 from quartet.http_gateway.http.metrics import Metrics
-from quartet.http_gateway.http.protocol import BoundedProtocol
 from quartet.http_gateway.parsers import detection
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.http_gateway.routes.middleware import access_log
+from quartet.http_gateway.server import Server, uvicorn_config
 from quartet.runtime import service
 from quartet.runtime.control import Abort
 from quartet.runtime.errors import StartupError
+from quartet.runtime.log import level_prefix
 from quartet.runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.chat_templates import template_dir, template_sources
 from quartet.runtime.process import stopwatch
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
 from quartet.runtime.service import Boot, report_ready
+from quartet.runtime.settings.tls import server_context
 from quartet.runtime.sockets import AsyncInbox, AsyncOutbox, newest_epoch
 
 log = logging.getLogger(__name__)
 uvicorn_log = logging.getLogger("uvicorn.error")
 
-KEEP_ALIVE_S = 75  # clients hold pools of idle connections
+WARMUP_SOCKET = "warmup"  # in the run directory
 ABORT_GRACE_S = 2.0  # after the drain deadline, for aborted requests to come back with what they have
 ATTEMPTS_OF_A_GATEWAY = 1 << ATTEMPT_BITS
 EXIT_FORCED = 128 + signal.SIGTERM
 HEALTH_TIMEOUT_VARIABLE = "SGLANG_HEALTH_CHECK_TIMEOUT"
 
 
-class Server(uvicorn.Server):
-    """uvicorn, but a signal asks `on_terminate` what to do, and `on_started` hears when connections are accepted."""
-
-    def __init__(
-        self, config: uvicorn.Config, on_started: Callable[[], None], on_terminate: Callable[[], None]
-    ) -> None:
-        super().__init__(config)
-        self._on_started = on_started
-        self._on_terminate = on_terminate
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_started()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig == signal.SIGTERM:  # Ctrl-C is the launcher's business
-            self._on_terminate()
-
-
 class GatewayServer:
     """Serves HTTP from the first connection to the exit: warms up, reports that it is ready, drains at SIGTERM."""
 
-    def __init__(self, boot: Boot, gateway: Gateway, listener: socket.socket) -> None:
+    def __init__(self, boot: Boot, gateway: Gateway) -> None:
         self._boot = boot
         self._gateway = gateway
-        self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._starting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._server = Server(uvicorn_config(boot, gateway), self._on_started, self._on_terminate)
+        tls = server_context(boot.config)
+        self._listeners = [socket.socket(fileno=fd) for fd in (boot.listen_fd, boot.unix_fd) if fd >= 0]
+        config = uvicorn_config(boot.config, build(gateway), tls, ABORT_GRACE_S)
+        self._server = Server(config, self._on_started, self._on_terminate)
+        self._warmup_host = boot.config.host
+        if tls is not None or boot.config.disable_tcp:  # the first request needs no certificate then
+            self._warmup_host = f"{boot.run_dir}/{WARMUP_SOCKET}"
 
     async def serve(self) -> None:
         """Return once drained."""
-        await self._server.serve([self._listener])
+        listeners = self._listeners
+        if self._warmup_host != self._boot.config.host and self._warms_up:
+            private = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            private.bind(self._warmup_host)
+            listeners = [*listeners, private]
+        await self._server.serve(listeners)
+
+    @property
+    def _warms_up(self) -> bool:
+        return not (self._boot.config.skip_server_warmup or self._boot.epoch)
 
     def _on_started(self) -> None:
         config = self._boot.config
         host = f"[{config.host}]" if ":" in config.host else config.host
-        port = self._listener.getsockname()[1]
-        uvicorn_log.info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", host, port)
-        self._starting = self._loop.create_task(self._start(port))
+        scheme = "https" if config.ssl_certfile else "http"
+        if not config.disable_tcp:
+            uvicorn_log.info("Uvicorn running on %s://%s:%d (Press CTRL+C to quit)", scheme, host, config.port)
+        if config.uds:
+            uvicorn_log.info("Uvicorn running on unix socket %s (Press CTRL+C to quit)", config.uds)
+        self._starting = self._loop.create_task(self._start(config.port))
 
     async def _start(self, port: int) -> None:
         """Warm up, then say that the server is ready."""
         config = self._boot.config
         try:
-            if not (config.skip_server_warmup or self._boot.epoch):
+            if self._warms_up:
                 stopwatch.mark("application and the others' start")
-                await asyncio.to_thread(warmup.warm_up, config, config.host, port)
+                await asyncio.to_thread(warmup.warm_up, config, self._warmup_host, port)
                 stopwatch.mark("warm-up")
         except StartupError as error:
             if self._draining is None:
@@ -141,26 +138,9 @@ def fail(boot: Boot, error: StartupError) -> NoReturn:
     os._exit(service.EXIT_STARTUP)
 
 
-def uvicorn_config(boot: Boot, gateway: Gateway) -> uvicorn.Config:
-    """uvicorn's configuration: our protocol with its connection limit, no access log of its own."""
-    return uvicorn.Config(
-        build(gateway),
-        http=partial(BoundedProtocol, connection_limit=ConnectionLimit(connections_that_fit())),  # type: ignore[arg-type]
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        log_level=boot.config.log_level,
-        access_log=False,  # http_gateway/routes/middleware.py writes these lines
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(ABORT_GRACE_S),
-    )
-
-
 def with_level(record: logging.LogRecord) -> bool:
     """A filter that puts the level before uvicorn's lines, as before the access lines: operators' tools look for it."""
-    record.msg = f"{record.levelname + ':':<9} {record.msg}"
+    record.msg = level_prefix(record) + record.msg
     return True
 
 
@@ -179,7 +159,8 @@ def health_timeout_s(environment: Mapping[str, str]) -> float:
 async def serve(boot: Boot) -> None:
     """The whole life of the process."""
     config = boot.config
-    uvicorn_log.addFilter(with_level)
+    if config.log_format == "text":
+        uvicorn_log.addFilter(with_level)
     access_log.setLevel(config.access_log_level.upper())
     model = model_info.load(config)
     metrics = Metrics(config.name, partial(newest_epoch, boot.run_dir))
@@ -209,7 +190,7 @@ async def serve(boot: Boot) -> None:
     )
     ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
     await ring.wait_until_connected()
-    await GatewayServer(boot, gateway, socket.socket(fileno=boot.listen_fd)).serve()
+    await GatewayServer(boot, gateway).serve()
 
 
 async def beat(ring: RingClient, progress: ProgressWord) -> None:

@@ -6,52 +6,35 @@ which. `resolve` (runtime/settings/resolve.py) decides once what `None` and "aut
 result, a `ResolvedConfig`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from quartet.runtime.format_names import ReasoningParser, ToolCallParser
-from quartet.runtime.limits import MAX_DRAFTED_TOKENS
-
-
-class Flag(msgspec.Struct, frozen=True):
-    """How a field appears on the command line."""
-
-    group: str
-    aliases: tuple[str, ...] = ()
-    secret: bool = False  # never shown or echoed
-    several: bool = False  # takes a list: separated by commas, by repeating the flag, or a list of the file
-    bare: str = ""  # the value of the flag without one
-    variable: str = ""  # environment variable that gives the value where neither flag nor file does
-
-
-def flag(help: str, group: str, *aliases: str, **more: Any) -> Any:
-    """The metadata of a flag field; `more` are fields of Flag."""
-    return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, **more)})
-
-
-MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (
-    "model",
-    "http",
-    "scheduler",
-    "speculation",
-    "device",
-    "operations",
+from quartet.runtime.flag import (
+    DEVICE,
+    HTTP,
+    MODEL,
+    OPERATIONS,
+    SCHEDULER,
+    SPECULATION,
+    BufferSize,
+    ChunkSize,
+    DraftSize,
+    LogLevel,
+    Natural,
+    PortNumber,
+    Positive,
+    Seconds,
+    Share,
+    TimeLimit,
+    flag,
 )
-LogLevel = Literal["debug", "info", "warning", "error"]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Natural = Annotated[int, msgspec.Meta(ge=0)]
-Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
-BufferSize = Annotated[int, msgspec.Meta(ge=-1)]
-DraftSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_DRAFTED_TOKENS)]
-ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
-PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
-TimeLimit = Annotated[float, msgspec.Meta(ge=-1)]
+from quartet.runtime.format_names import ReasoningParser, ToolCallParser
+from quartet.runtime.operator_config import OperatorConfig
 
 
-class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """All settings of a server, by their api names."""
+class ServerConfig(OperatorConfig, frozen=True, kw_only=True):
+    """All settings of a server, by their api names; those of logs, files and traces are in OperatorConfig."""
 
     model_path: Annotated[
         str, flag("directory, GGUF file or hub id of the model; demo: the embedded one", MODEL, "--model")

@@ -9,6 +9,7 @@ terminal message in its place. The failure is counted and logged.
 import logging
 import time
 from collections.abc import Callable, Iterable
+from math import inf
 from typing import Any, Protocol
 
 from quartet.runtime.control import ControlCommand, Probe
@@ -218,6 +219,8 @@ def check_tokens(tokens: Tokens, announced: Announced) -> None:
         raise Malformed("more drafts were right than were made, or more were made than ever are")
     if tokens.prompt_tokens < 0 or tokens.cached_tokens < 0 or tokens.retractions < 0:
         raise Malformed("a count is negative")
+    if tokens.queue_s is not None and not 0 <= tokens.queue_s < inf:
+        raise Malformed("the time in the queue is no time")
 
 
 def check_logprobs(logprobs: Logprobs) -> int:

@@ -1,14 +1,20 @@
-"""Log lines in the form that operators' tools expect: `[YYYY-MM-DD HH:MM:SS] message`.
+"""Log lines in the form that operators' tools expect: `[YYYY-MM-DD HH:MM:SS] message`, or JSON (--log-format json).
 
 Messages quote what clients and files say, so a message is made one line of harmless characters here, whoever writes
 it: a new line, an escape sequence or text that runs backwards is shown as `\\n`, `\\x1b`, `\\u202e`. Only the lines of
-a traceback stay lines; they are indented, so that none of them reads as one of the log.
+a traceback stay lines; they are indented, so that none of them reads as one of the log. A line of JSON is ASCII, so
+it needs no more than JSON's own escapes.
+
+A record may have `fields` (`extra={"fields": {...}}`): members of its JSON object beside the message.
 """
 
+import json
 import logging
+import os
 import re
 import sys
-from typing import TextIO
+from datetime import UTC, datetime
+from typing import Any, TextIO
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import MAX_LOG_CHARS
@@ -58,6 +64,39 @@ class Formatter(logging.Formatter):
         return indented(stack_info)
 
 
+class JsonFormatter(logging.Formatter):
+    """One record, one JSON object on one line, with the process that wrote it."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        text = record.getMessage().removeprefix(level_prefix(record))
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "role": self._role,
+            "pid": os.getpid(),
+            "logger": record.name,
+            "message": text[:MAX_LOG_CHARS],
+            **getattr(record, "fields", {}),
+        }
+        if len(text) > MAX_LOG_CHARS:
+            entry["cut_chars"] = len(text) - MAX_LOG_CHARS
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)[-MAX_LOG_CHARS:]
+        if record.stack_info:
+            entry["stack"] = self.formatStack(record.stack_info)[-MAX_LOG_CHARS:]
+        return json.dumps(entry, default=str).replace("\x7f", "\\u007f")
+
+
+def level_prefix(record: logging.LogRecord) -> str:
+    """The level as it stands before the lines of uvicorn and of access: operators' tools look for it."""
+    return f"{record.levelname + ':':<10}"
+
+
 def indented(text: str) -> str:
     return "\n".join(INDENT + plain(line) for line in text[-MAX_LOG_CHARS:].split("\n"))
 
@@ -69,10 +108,24 @@ class Handler(logging.StreamHandler[TextIO]):
         pass
 
 
-def set_up_logging(config: ServerConfig) -> None:
+def set_up_logging(config: ServerConfig, role: str = "launcher") -> None:
     """Send everything to stderr at the configured level; of chatty libraries only warnings."""
     handler = Handler(sys.stderr)
-    handler.setFormatter(Formatter(FORMAT, DATE_FORMAT))
+    as_json = config.log_format == "json"
+    handler.setFormatter(JsonFormatter(role) if as_json else Formatter(FORMAT, DATE_FORMAT))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler], force=True)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def writes_json() -> bool:
+    """Whether the log of this process is JSON, so that lines for people would not fit into it."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+def tell(text: str, level: int = logging.INFO, prefix: str = "") -> None:
+    """One line on stderr for people, behind the prefix; where the log is JSON, a line of it."""
+    if writes_json():
+        logging.getLogger("quartet").log(level, "%s", text)
+    else:
+        say(prefix + plain(text), sys.stderr)

@@ -193,6 +193,7 @@ class Tokens(Message, tag="tokens", kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     retractions: int = 0
+    queue_s: float | None = None  # with the first message of a request that was started: how long it had waited
     weight_version: str = ""  # that made `ids`
     vector: bytes = b""  # embed: float32
     scalar: bool = False  # embed: the vector is one bare number (cross-encoder)

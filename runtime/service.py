@@ -52,7 +52,8 @@ class Boot(msgspec.Struct, kw_only=True):
     ready_fd: int
     lifeline_fd: int
     parent_pid: int
-    listen_fd: int = -1  # gateway: the bound HTTP socket
+    listen_fd: int = -1  # gateway: the bound HTTP socket; -1: none on TCP
+    unix_fd: int = -1  # gateway: the one of --uds
 
 
 class Ready(msgspec.Struct, kw_only=True):
@@ -73,7 +74,7 @@ def boot_from_stdin() -> Boot:
     with open(boot_file, "rb") as file:
         boot = msgspec.msgpack.decode(file.read(), type=Boot)
     setproctitle.setproctitle(TITLE.format(role=boot.role))
-    set_up_logging(boot.config)
+    set_up_logging(boot.config, boot.role)
     die_with_parent(boot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
     faulthandler.enable()  # a segfault leaves a stack

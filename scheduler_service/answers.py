@@ -50,6 +50,7 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
     )
     if update.first:
         tokens.request = sequence.request
+        tokens.queue_s = sequence.queue_s if sequence.started else None
         if sequence.request.return_prompt_ids:
             tokens.prompt_ids = pack_ids(sequence.ids[: sequence.prompt_len])
         tokens.prompt_tail = pack_ids(sequence.ids[max(0, sequence.prompt_len - PROMPT_TAIL) : sequence.prompt_len])

@@ -1,6 +1,7 @@
 """The first request of a server, sent to itself over HTTP before it says that it is ready."""
 
 import http.client
+import socket
 import time
 from typing import Any
 
@@ -25,8 +26,24 @@ def request(config: ServerConfig) -> tuple[str, dict[str, Any]]:
     return "/generate", {**prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 8}}
 
 
+class UnixConnection(http.client.HTTPConnection):
+    """A connection to a Unix socket, by its path."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
 def warm_up(config: ServerConfig, host: str, port: int, tries: int = TRIES) -> None:
-    """Wait until the server answers, then generate once. Blocks: for a thread. Raises StartupError."""
+    """Wait until the server answers, then generate once. Blocks: for a thread. Raises StartupError.
+
+    A `host` that is a path, with a slash, is a Unix socket.
+    """
     path, body = request(config)
     headers = {"Content-Type": b"application/json"}
     if config.api_key:
@@ -59,7 +76,9 @@ def call(
     host: str, port: int, method: str, path: str, headers: dict[str, bytes], timeout_s: float, body: bytes | None = None
 ) -> tuple[int, str]:
     """Status and text of one request."""
-    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    connection = (
+        UnixConnection(host, timeout_s) if "/" in host else http.client.HTTPConnection(host, port, timeout=timeout_s)
+    )
     try:
         connection.request(method, path, body, headers)
         response = connection.getresponse()

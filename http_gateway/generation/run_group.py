@@ -15,6 +15,7 @@ from starlette.requests import Request as HTTPRequest
 
 from quartet.http_gateway.generation.intake import Job
 from quartet.http_gateway.http import errors, sse
+from quartet.http_gateway.http.call_record import CALL, CallRecord
 from quartet.http_gateway.http.sse import Event, EventStream, StreamFormat, frames
 from quartet.http_gateway.ring.request_group import RequestDelta, RequestGroup
 from quartet.http_gateway.ring.ring_client import RingClient
@@ -85,12 +86,17 @@ async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGener
     (use `aclosing`) aborts what still runs.
     """
     client = None if job.background else http
+    record: CallRecord | None = http.scope.get(CALL)
+    if record is not None:
+        record.sent(job.requests)
     aborted = await compute_shared_prompts(ring, client, job) if job.warm else []
     async with open_group(ring, job.requests, job.parents, client) as group:
         for rid in aborted:
             ring.abort(Abort(rid=rid))
         while not group.finished:
             deltas = await group.next()
+            if record is not None:
+                record.heard(deltas)
             raise_failure(deltas)
             yield deltas
 

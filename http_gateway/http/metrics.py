@@ -21,6 +21,7 @@ ID_BYTES = 4
 
 LATENCY_BUCKETS = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
 E2E_BUCKETS = (*LATENCY_BUCKETS, 600, 1200, 1800, 2400)
+QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, *LATENCY_BUCKETS)
 TOKEN_BUCKETS = (
     *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04),
     *(0.06, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8),
@@ -85,6 +86,7 @@ class Metrics:
         self._requests = self._counter("num_requests_total", "Finished requests.")
         self._aborted = self._counter("num_aborted_requests_total", "Aborted requests.")
         self._first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", LATENCY_BUCKETS)
+        self._queue = self._histogram("queue_time_seconds", "Time in the waiting queue.", QUEUE_BUCKETS)
         self._between_tokens = self._histogram("inter_token_latency_seconds", "Time between tokens.", TOKEN_BUCKETS)
         self._whole_request = self._histogram("e2e_request_latency_seconds", "Time of a whole request.", E2E_BUCKETS)
         self._http_requests = Counter(
@@ -117,6 +119,8 @@ class Metrics:
         if not entry.request.log_metrics:
             return
         tokens = text.tokens
+        if tokens.queue_s is not None and not entry.last_heard_at:
+            self._queue.observe(tokens.queue_s)
         if added := len(tokens.ids) // ID_BYTES:
             if entry.last_heard_at:
                 self._between_tokens.observe((now - entry.last_heard_at) / added)

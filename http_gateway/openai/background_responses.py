@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from quartet.http_gateway.generation.run_group import raise_failure
 from quartet.http_gateway.http import errors
+from quartet.http_gateway.http.call_record import CALL, CallRecord
 from quartet.http_gateway.http.sse import EventStream, StreamFormat
 from quartet.http_gateway.openai.response_call import ResponseCall, ResponseStream, described
 from quartet.http_gateway.openai.response_items import IN_PROGRESS, QUEUED
@@ -31,7 +32,12 @@ log = logging.getLogger(__name__)
 class BackgroundResponse:
     """One response on its way."""
 
-    def __init__(self, gateway: Gateway, call: ResponseCall) -> None:
+    def __init__(self, gateway: Gateway, call: ResponseCall, record: CallRecord | None = None) -> None:
+        """`record`: of the HTTP call that has begun it; it ends with the response."""
+        self._record = record
+        if record is not None:
+            record.goes_on = True
+            record.sent(call.chat.job.requests)
         self._logs = gateway.event_logs
         self._call = call
         self._status = QUEUED
@@ -50,6 +56,8 @@ class BackgroundResponse:
         with group:
             while not group.finished:
                 deltas = await group.next()
+                if self._record is not None:
+                    self._record.heard(deltas)
                 raise_failure(deltas)
                 self._take(deltas)
 
@@ -75,6 +83,8 @@ class BackgroundResponse:
                 self._call.fail(RequestError(f"Internal error: {type(error).__name__}", Kind.INTERNAL))
         if self.events is None:
             self._call.take_whole()
+        if self._record is not None:
+            self._record.end()
         await self._call.end()
         self._status = self._call.status()
         if self.events is not None:
@@ -92,7 +102,7 @@ async def begin(gateway: Gateway, http: HTTPRequest, call: ResponseCall) -> Resp
     except BaseException:
         gateway.background.release(call.id)
         raise
-    background = BackgroundResponse(gateway, call)
+    background = BackgroundResponse(gateway, call, http.scope.get(CALL))
     first = background.response()
     gateway.background.add(call.id, BackgroundRun(background.response, background.generate(group), background.end))
     return errors.json_response(first) if background.events is None else follow(http, background.events)

@@ -10,17 +10,19 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import setproctitle
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError, UsageError
-from quartet.runtime.launcher import run_dir
+from quartet.runtime.launcher import run_dir, unix_socket
 from quartet.runtime.launcher.child import Service
 from quartet.runtime.launcher.parent import exit_with_parent
+from quartet.runtime.launcher.ready_file import ReadyFile, kept
 from quartet.runtime.launcher.supervisor import ExitStatus, Signals, Supervisor
-from quartet.runtime.log import plain, say, set_up_logging
+from quartet.runtime.log import plain, say, set_up_logging, tell, writes_json
 from quartet.runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
 from quartet.runtime.model_files import hub
 from quartet.runtime.model_files.model_info import embeds
@@ -30,6 +32,7 @@ from quartet.runtime.service import TITLE
 from quartet.runtime.settings import flags
 from quartet.runtime.settings.machine import look_at_machine
 from quartet.runtime.settings.resolve import resolve
+from quartet.runtime.settings.tls import server_context
 from quartet.runtime.sockets import endpoint
 
 log = logging.getLogger(__name__)
@@ -87,21 +90,28 @@ def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
 def run(config: ServerConfig, services: Sequence[Service]) -> int:
     """Serve until told to stop or until a process dies. Raises StartupError."""
     resolution = resolve(config, look_at_machine())
-    with listen(config.host, config.port) as listener:
-        address, port = listener.getsockname()[:2]
-        resolved = msgspec.structs.replace(resolution.config, port=port, listen_address=address)
-        with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
-            for note in resolution.notes:
-                log.warning("%s", note)
-            check_path_length(str(directory), services)
-            resolved = hub.locate(resolved, directory)
-            resolved = msgspec.structs.replace(resolved, is_embedding=embeds(resolved))
-            check_memory(look())
-            with (
-                Signals() as signals,
-                Supervisor(services, resolved, directory, lifeline_fd, listener.fileno()) as supervisor,
-            ):
-                status = supervisor.run(signals, lambda: announce(resolved), lambda: stop_listening(listener))
+    server_context(config)  # the gateway makes one of its own; what is wrong with the files is said now
+    with contextlib.ExitStack() as stack:
+        ready_file = stack.enter_context(kept(config.ready_file))
+        listener = None if config.disable_tcp else stack.enter_context(listen(config.host, config.port))
+        unix_listener = stack.enter_context(unix_socket.listening(config.uds)) if config.uds else None
+        resolved = resolution.config
+        if listener is not None:
+            address, port = listener.getsockname()[:2]
+            resolved = msgspec.structs.replace(resolved, port=port, listen_address=address)
+        directory, lifeline_fd = stack.enter_context(run_dir.private(run_dir.base(os.environ)))
+        for note in resolution.notes:
+            log.warning("%s", note)
+        check_path_length(str(directory), services)
+        resolved = hub.locate(resolved, directory)
+        resolved = msgspec.structs.replace(resolved, is_embedding=embeds(resolved))
+        check_memory(look())
+        listeners = [found for found in (listener, unix_listener) if found]
+        fds = [found.fileno() if found else -1 for found in (listener, unix_listener)]
+        with Signals() as signals, Supervisor(services, resolved, directory, lifeline_fd, *fds) as supervisor:
+            status = supervisor.run(
+                signals, lambda: announce(resolved, ready_file), lambda: stop_listening(listeners, ready_file)
+            )
     return fail(status, supervisor.reason) if supervisor.reason else status
 
 
@@ -148,17 +158,26 @@ def check_path_length(directory: str, services: Sequence[Service]) -> None:
         raise StartupError(str(error)) from error
 
 
-def announce(config: ServerConfig) -> None:
-    """Tell supervisors (the log line, systemd) and people (what to try next) that the server serves."""
+def announce(config: ServerConfig, ready_file: ReadyFile) -> None:
+    """Tell supervisors (the log line, the ready file, systemd) and people (what to try next) that the server serves."""
     log.info("The server is fired up and ready to roll!")
+    try:
+        ready_file.write(addresses(config))
+    except OSError as error:
+        log.error("The --ready-file could not be written: %s", error)
     notify(b"READY=1")
-    say(what_next(config), sys.stdout)
+    if writes_json():
+        log.info("%s is served at %s", config.name, ", ".join(addresses(config)))
+    else:
+        say(what_next(config), sys.stdout)
 
 
 def what_next(config: ServerConfig) -> str:
     """A line to paste into another terminal."""
-    host = "127.0.0.1" if config.host in ANY_ADDRESS else config.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+    served = " and ".join(addresses(config))
+    url, option = url_of(config), ""
+    if config.disable_tcp:
+        url, option = "http://localhost", f"--unix-socket {plain(config.uds or '')} "
     path, body = (
         ("encode", {"text": "Hello"})
         if config.is_embedding
@@ -167,14 +186,30 @@ def what_next(config: ServerConfig) -> str:
     key = "-H 'Authorization: Bearer <your key>' " if config.api_key else ""
     data = msgspec.json.encode(body).decode()
     name = plain(config.name)
-    return f"\n{name} is served at {url}. Try:\n\n    curl -s {url}/{path} {key}-d '{data}'\n\nCtrl-C stops it.\n"
+    call = f"curl -s {option}{url}/{path} {key}-d '{data}'"
+    return f"\n{name} is served at {served}. Try:\n\n    {call}\n\nCtrl-C stops it.\n"
 
 
-def stop_listening(listener: socket.socket) -> None:
-    """Draining begins: the gateway's copy of the socket is the only one left, so that closing it refuses clients."""
+def url_of(config: ServerConfig) -> str:
+    """Where a client of this machine reaches the server."""
+    host = "127.0.0.1" if config.host in ANY_ADDRESS else config.host
+    scheme = "https" if config.ssl_certfile else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.port}"
+
+
+def addresses(config: ServerConfig) -> list[str]:
+    """Where the server is reached, on TCP first."""
+    on_tcp = [] if config.disable_tcp else [url_of(config)]
+    return on_tcp + ([f"unix:{Path(config.uds).absolute()}"] if config.uds else [])
+
+
+def stop_listening(listeners: Sequence[socket.socket], ready_file: ReadyFile) -> None:
+    """Draining begins: the gateway's copies of the sockets are the only ones left, so closing them refuses clients."""
+    ready_file.remove()
     notify(b"STOPPING=1")
     log.info("stopping: running requests are finished first; a second signal ends them")
-    listener.close()
+    for listener in listeners:
+        listener.close()
 
 
 def notify(state: bytes) -> None:
@@ -185,5 +220,5 @@ def notify(state: bytes) -> None:
 
 
 def fail(status: ExitStatus, reason: str) -> int:
-    say(f"quartet: {plain(reason)}", sys.stderr)
+    tell(reason, logging.ERROR, "quartet: ")
     return status

@@ -94,13 +94,21 @@ class Supervisor:
     """The children of one server, from spawn to the last exit."""
 
     def __init__(
-        self, services: Sequence[Service], config: ResolvedConfig, run_dir: Path, lifeline_fd: int, listen_fd: int
+        self,
+        services: Sequence[Service],
+        config: ResolvedConfig,
+        run_dir: Path,
+        lifeline_fd: int,
+        listen_fd: int,
+        unix_fd: int = -1,
     ) -> None:
+        """`listen_fd`, `unix_fd`: the bound sockets of HTTP, on TCP and in the file system; -1: there is none."""
         self.services = services
         self.config = config
         self.run_dir = run_dir
         self.lifeline_fd = lifeline_fd
         self.listen_fd = listen_fd
+        self.unix_fd = unix_fd
         self.children: dict[str, Child] = {}
         self.status: ExitStatus | None = None  # set when the end is decided
         self.reason = ""  # the line that explains a status other than CLEAN
@@ -242,7 +250,8 @@ class Supervisor:
 
     def inherited(self, service: Service) -> list[int]:
         """The launcher's descriptors that a service's process keeps."""
-        return [fd for fd in (self.lifeline_fd, self.listen_fd if service.listens else -1) if fd >= 0]
+        listeners = (self.listen_fd, self.unix_fd) if service.listens else ()
+        return [fd for fd in (self.lifeline_fd, *listeners) if fd >= 0]
 
     def boot(self, service: Service, epoch: int, ready_fd: int) -> Boot:
         """What a child needs to start; only the service that listens gets the keys."""
@@ -259,6 +268,7 @@ class Supervisor:
             lifeline_fd=self.lifeline_fd,
             parent_pid=os.getpid(),
             listen_fd=self.listen_fd if service.listens else -1,
+            unix_fd=self.unix_fd if service.listens else -1,
         )
 
     def wait(self, signals: Signals) -> None:

@@ -28,6 +28,14 @@ def given_draft_flags(config: ServerConfig) -> list[str]:
     return ["--" + name.replace("_", "-") for name in names if getattr(config, name) is not None]
 
 
+TLS_FLAGS = ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_cert_reqs")
+
+
+def given_tls_flags(config: ServerConfig) -> list[str]:
+    """The flags that mean nothing without a certificate."""
+    return ["--" + name.replace("_", "-") for name in TLS_FLAGS if getattr(config, name) is not None]
+
+
 Contradiction = tuple[Callable[[ServerConfig, Machine], bool], Callable[[ServerConfig], str]]
 
 CONTRADICTIONS: list[Contradiction] = [
@@ -125,6 +133,22 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c, m: c.skip_tokenizer_init and (c.tokenizer_path is not None or c.chat_template is not None),
         lambda c: "--skip-tokenizer-init loads no tokenizer; leave --tokenizer-path and --chat-template out",
     ),
+    (
+        lambda c, m: c.disable_tcp and c.uds is None,
+        lambda c: "--disable-tcp leaves nothing to listen on; add --uds with the path of a Unix socket",
+    ),
+    (
+        lambda c, m: c.disable_tcp and c.ssl_certfile is not None,
+        lambda c: "--ssl-certfile is for TCP, and --disable-tcp leaves that out; leave one of them out",
+    ),
+    (
+        lambda c, m: c.ssl_certfile is None and bool(given_tls_flags(c)),
+        lambda c: f"{given_tls_flags(c)[0]} has no effect without --ssl-certfile; add it, or leave that flag out",
+    ),
+    (
+        lambda c, m: c.ssl_cert_reqs in ("optional", "required") and c.ssl_ca_certs is None,
+        lambda c: f"--ssl-cert-reqs {c.ssl_cert_reqs} needs --ssl-ca-certs, the authorities to trust",
+    ),
 ]
 
 
@@ -157,7 +181,7 @@ def notes_on(config: ServerConfig, device: str) -> list[str]:
     """Flags without effect, and effects that the operator may not expect."""
     found = []
     scheduling = ("priority" if config.enable_priority_scheduling else "", config.schedule_policy)
-    if not is_loopback(config.host) and config.api_key is None:
+    if not is_loopback(config.host) and config.api_key is None and not config.disable_tcp:
         found.append(warn_of_open_network(config))
     if config.schedule_low_priority_values_first and "priority" not in scheduling:
         found.append("--schedule-low-priority-values-first has no effect without --enable-priority-scheduling")

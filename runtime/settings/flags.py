@@ -14,10 +14,11 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from quartet.runtime.config import Flag, ServerConfig
+from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import UsageError
+from quartet.runtime.flag import GROUPS, Flag
 from quartet.runtime.settings import environment as environments
-from quartet.runtime.settings import foreign_flags, keys
+from quartet.runtime.settings import foreign_flags, keys, variables
 
 DEFAULT, COMMAND_LINE = "default", "command line"
 OTHERS = ("--config", "--help", "-h")  # flags that are no settings
@@ -40,6 +41,12 @@ class Setting(msgspec.Struct, frozen=True):
     def spellings(self) -> tuple[str, ...]:
         return (self.spelling, *self.flag.aliases)
 
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Environment variables that give its value; the first of them that is set counts."""
+        ours = [variables.variable_of(spelling) for spelling in self.spellings]
+        return tuple(dict.fromkeys([*ours, *filter(None, [self.flag.variable])]))
+
 
 class Settings(msgspec.Struct, frozen=True):
     """A configuration and where each of its values came from."""
@@ -53,7 +60,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 def settings() -> dict[str, Setting]:
-    """Every flag by its field's name, in the order of the fields."""
+    """Every flag by its field's name, by groups, and within a group in the order of the fields."""
     hints = get_type_hints(ServerConfig, include_extras=True)
     found = {}
     for field in msgspec.structs.fields(ServerConfig):
@@ -63,7 +70,7 @@ def settings() -> dict[str, Setting]:
             found[field.name] = Setting(
                 field.name, meta.description or "", meta.extra["flag"], field.default, describe(kind)
             )
-    return found
+    return dict(sorted(found.items(), key=lambda item: GROUPS.index(item[1].flag.group)))
 
 
 def describe(kind: Any) -> str:
@@ -93,6 +100,8 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120),
         argument_default=argparse.SUPPRESS,
+        epilog="Each flag may also be given by a variable: --max-total-tokens by QUARTET_MAX_TOTAL_TOKENS, --config by "
+        "QUARTET_CONFIG. Flags count before the file, and the file before variables.",
     )
     groups: dict[str, Any] = {}
     for setting in settings().values():
@@ -131,15 +140,16 @@ def load(
     given, rest = build_parser(command).parse_known_args(words)
     refuse_positional(rest, words)
     flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    file = flags.pop("config", None)
+    file = flags.pop("config", environment.get(variables.CONFIG))
     values, file_notes = ({}, []) if file is None else read_file(Path(file))
-    found = from_environment(environment)
-    variables = {name: value for name, (_, value) in found.items()}
-    notes += environments.notes(environment, variables_of_settings())
-    notes += file_notes + [note for source in (variables, values, flags) for note in translate(source)]
-    origins = {name: f"variable {found[name][0]}" for name in variables}
+    found = variables.values(variables_of_settings(), environment)
+    texts = {name: value for name, (_, value) in found.items()}
+    known = {variable for names in variables_of_settings().values() for variable in names}
+    notes += environments.notes(environment, known) + variables.notes(known, environment)
+    notes += file_notes + [note for source in (texts, values, flags) for note in translate(source)]
+    origins = {name: f"variable {found[name][0]}" for name in texts}
     origins |= dict.fromkeys(values, str(file)) | dict.fromkeys(flags, COMMAND_LINE)
-    checked = typed(variables, strict=False, label="{}", spell=lambda name: settings()[name].flag.variable)
+    checked = typed(texts, strict=False, label="{}", spell=lambda name: found[name][0])
     checked |= typed(values, strict=True, label="{} in " + str(file))
     checked |= typed(flags, strict=False, label="--{}", spell=dashed)
     places = {name: variable for name, (variable, _) in found.items()} | {name: f"{name} in {file}" for name in values}
@@ -230,21 +240,15 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def variables_of_settings() -> set[str]:
-    return {setting.flag.variable for setting in settings().values() if setting.flag.variable}
-
-
-def from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Field → variable and value, of those that the environment gives."""
-    variables = {name: setting.flag.variable for name, setting in settings().items() if setting.flag.variable}
-    return {name: (variable, environment[variable]) for name, variable in variables.items() if variable in environment}
+def variables_of_settings() -> dict[str, tuple[str, ...]]:
+    return {name: setting.variables for name, setting in settings().items()}
 
 
 def forget_secrets(environment: MutableMapping[str, str]) -> None:
     """Drop the variables that hold keys, so that no process started from here inherits them."""
     for setting in settings().values():
-        if setting.flag.secret and setting.flag.variable:
-            environment.pop(setting.flag.variable, None)
+        for variable in setting.variables if setting.flag.secret else ():
+            environment.pop(variable, None)
 
 
 def refuse_positional(rest: Sequence[str], words: Sequence[str]) -> None:

@@ -48,9 +48,8 @@ NO_QUANTIZATION = Foreign("use --quantization int8 or int4, or serve a quantized
 NO_OFFLOAD = Foreign("weights and KV pool are not offloaded; take a smaller model, or less --max-total-tokens", ("0",))
 NO_DISAGGREGATION = Foreign("prefill and decode run in one server; leave it out", ("null", "none"))
 NO_HIERARCHY = Foreign("the prefix cache lives in the KV pool only; leave it out", OFF)
-NO_TLS = Foreign("Quartet speaks plain HTTP; put a proxy that ends TLS in front")
 NO_MEDIA = Foreign("images and audio are not supported; leave it out", OFF)
-NO_REQUEST_LOG = Foreign("requests are not logged beyond one access line each; leave it out", OFF)
+NO_CRASH_DUMP = Foreign("requests that run when a server dies are sent again, so none are dumped; leave it out", OFF)
 ATTENTION = detail("the attention backend is chosen by device (see --attention-backend)")
 GRAMMARS = Foreign(
     "grammars are compiled with llguidance and cannot be turned off",
@@ -97,12 +96,11 @@ SGLANG = {
     "--sleep-on-idle": always("an idle server sleeps always"),
     "--base-gpu-id": Foreign("choose the GPU with the variable CUDA_VISIBLE_DEVICES", ("0",)),
     "--gpu-id-step": Foreign("a server uses one GPU", ("1",)),
-    "--log-requests": NO_REQUEST_LOG,
-    "--log-requests-level": NO_REQUEST_LOG,
-    "--log-requests-format": NO_REQUEST_LOG,
-    "--log-requests-target": NO_REQUEST_LOG,
-    "--enable-request-time-stats-logging": NO_REQUEST_LOG,
-    "--crash-dump-folder": NO_REQUEST_LOG,
+    "--log-requests-level": ours("--log-requests metadata or full"),
+    "--log-requests-format": ours("--log-format"),
+    "--log-requests-target": Foreign("requests are logged on stderr, like everything else", ("stdout", "stderr")),
+    "--enable-request-time-stats-logging": ours("--log-requests, whose lines have the times"),
+    "--crash-dump-folder": NO_CRASH_DUMP,
     "--show-time-cost": Foreign("use the metrics, or py-spy", OFF),
     "--enable-metrics-for-all-schedulers": always("there is one scheduler, and it reports"),
     "--collect-tokens-histogram": Foreign("there are no histograms of token counts; leave it out", OFF),
@@ -215,17 +213,14 @@ VLLM = {
     "--enable-auto-tool-choice": always("a request may always leave the choice of tools to the model"),
     "--enable-reasoning": ours("--reasoning-parser"),
     "--enable-sleep-mode": ours("--enable-memory-saver"),
-    "--disable-log-requests": always("requests are not logged"),
-    "--no-enable-log-requests": always("requests are not logged"),
-    "--enable-log-requests": NO_REQUEST_LOG,
+    "--disable-log-requests": always("requests are not logged unless --log-requests says so"),
+    "--no-enable-log-requests": always("requests are not logged unless --log-requests says so"),
+    "--enable-log-requests": ours("--log-requests"),
     "--disable-log-stats": ours("--decode-log-interval, with a large number"),
     "--uvicorn-log-level": ours("--log-level-http"),
     "--allowed-origins": ours("--cors-allow-origins"),
     "--allow-credentials": detail("origins that are named may send credentials"),
     "--root-path": Foreign("let the proxy in front strip the prefix", ("",)),
-    "--ssl-keyfile": NO_TLS,
-    "--ssl-certfile": NO_TLS,
-    "--ssl-ca-certs": NO_TLS,
     "--generation-config": ours("--sampling-defaults"),
     "--override-generation-config": SAMPLING,
     "--chat-template-content-format": Foreign("found out from the template", ("auto",)),
@@ -314,8 +309,8 @@ LLAMA_CPP = {
     "--model-draft": NO_DRAFT_MODEL,
     "-v": ours("--log-level debug"),
     "--verbose": ours("--log-level debug"),
-    "--ssl-key-file": NO_TLS,
-    "--ssl-cert-file": NO_TLS,
+    "--ssl-key-file": ours("--ssl-keyfile"),
+    "--ssl-cert-file": ours("--ssl-certfile"),
 }
 
 FLAGS: dict[str, Foreign] = {**LLAMA_CPP, **VLLM, **SGLANG}
@@ -345,6 +340,13 @@ VALUES: dict[tuple[str, str], Value] = {
         ("quantization", name): Value(None, "is found in the checkpoint; auto is used")
         for name in ("None", "null", "gguf", "gptq", "awq", "fp8", "fbgemm_fp8")
     },
+    ("ssl_cert_reqs", "0"): Value("none", "is the value none here"),
+    ("ssl_cert_reqs", "1"): Value("optional", "is the value optional here"),
+    ("ssl_cert_reqs", "2"): Value("required", "is the value required here"),
+    ("log_requests", "true"): Value("metadata", "is the value metadata here"),
+    ("log_requests", "True"): Value("metadata", "is the value metadata here"),
+    ("log_requests", "false"): Value("off", "is the value off here"),
+    ("log_requests", "False"): Value("off", "is the value off here"),
     ("tool_call_parser", ""): Value("none", "is empty: calls stay in the text"),
     ("reasoning_parser", ""): Value("none", "is empty: thoughts stay in the text"),
     **{("attention_backend", name): NOT_HERE for name in sorted(OTHER_BACKENDS)},

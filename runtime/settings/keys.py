@@ -28,7 +28,7 @@ def gathered(config: ServerConfig, places: Mapping[str, str]) -> ServerConfig:
 
 def without(config: ResolvedConfig) -> ResolvedConfig:
     """The configuration as processes get it that check no key."""
-    return msgspec.structs.replace(config, api_key=None, admin_api_key=None)
+    return msgspec.structs.replace(config, api_key=None, admin_api_key=None, ssl_keyfile_password=None)
 
 
 def together(given: str | None, file: str | None, setting: str, places: Mapping[str, str]) -> str | None:

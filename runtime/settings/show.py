@@ -1,5 +1,9 @@
-"""`quartet config show [flags]`: every setting, its value, and where the value comes from."""
+"""`quartet config show [--yaml] [flags]`: every setting, its value, and where the value comes from.
 
+With --yaml as a file that `--config` takes again: what was given, and as comments what was not. Keys are not shown.
+"""
+
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,17 +14,23 @@ from quartet.runtime.settings import flags
 from quartet.runtime.settings.machine import look_at_machine
 from quartet.runtime.settings.resolve import resolve
 
+YAML = "--yaml"
+
 
 def main(argv: Sequence[str]) -> int:
     """Print the settings that `quartet serve` would run with; returns the exit status."""
     try:
         if list(argv[:1]) != ["show"]:
             raise UsageError("the command is `quartet config show`, followed by the flags of `quartet serve`")
-        settings = flags.load(argv[1:], command="config show", environment=os.environ)
+        given = [word for word in argv[1:] if word != YAML]
+        settings = flags.load(given, command="config show", environment=os.environ)
         resolution = resolve(settings.config, look_at_machine())
     except (UsageError, StartupError) as error:
         say(f"quartet: {plain(str(error))}", sys.stderr)
         return 2
+    if YAML in argv:
+        say(as_yaml(settings), sys.stdout)
+        return 0
     rows = list(origins(settings, flags.public(resolution.config)))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, origin in rows:
@@ -28,6 +38,32 @@ def main(argv: Sequence[str]) -> int:
     for note in [*settings.notes, *resolution.notes]:
         say(f"\nnote: {plain(note)}", sys.stdout)
     return 0
+
+
+def as_yaml(settings: flags.Settings) -> str:
+    """The settings as a file for --config: those that were given as lines, the others and all keys as comments."""
+    lines = [f"# {note}" for note in settings.notes]
+    group = ""
+    for name, setting in flags.settings().items():
+        if setting.flag.group != group:
+            group = setting.flag.group
+            lines += ["", f"# {group}"]
+        value = getattr(settings.config, name)
+        if setting.flag.secret:
+            if value:
+                lines.append(f"# {name} is set and not shown; give it by the variable {setting.variables[0]}")
+        elif name in settings.origins:
+            lines.append(f"{line_of(name, value)}  # {settings.origin(name)}")
+        else:
+            lines.append(f"# {line_of(name, value)}")
+    return "\n".join(lines).strip()
+
+
+def line_of(name: str, value: object) -> str:
+    """One setting as YAML."""
+    import yaml  # here, so that --help does not pay for it
+
+    return str(yaml.safe_dump({name: value}, width=math.inf)).strip()
 
 
 def origins(settings: flags.Settings, resolved: dict[str, object]) -> Iterator[tuple[str, str, str]]:

@@ -224,7 +224,8 @@ class Planner:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
             self.stats.prompt_tokens += sequence.prompt_len
             self.stats.cached_tokens += sequence.cached_tokens
-            self.stats.queue_s += now - sequence.arrived_at
+            sequence.queue_s = max(0.0, now - sequence.arrived_at)
+            self.stats.queue_s += sequence.queue_s
 
     def _growth_pages(self, newcomer: Sequence, others: Collection[Sequence]) -> int:
         """Pages to leave free for the growth of the newcomer and the others; none if there are no others."""

@@ -58,6 +58,7 @@ class Sequence:
     serial: int = 0  # order of arrival
     priority: int = 0  # greater ones come first
     started: bool = False  # it was admitted once
+    queue_s: float = 0.0  # how long it had waited then
     timed_from_s: float = 0.0  # when it arrived, or was first admitted, by the clock of `Deadlines`
     limit: int = 0  # output tokens at most, already clipped to context and pool
     stop_ids: frozenset[int] = frozenset()

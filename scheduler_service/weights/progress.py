@@ -1,11 +1,10 @@
 """The progress bar of a checkpoint's shards, on stderr."""
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from quartet.runtime.log import say
+from quartet.runtime.log import tell
 
 LABEL = "Loading {} checkpoint shards"
 
@@ -14,10 +13,10 @@ def with_progress(files: Sequence[Path]) -> Iterator[Path]:
     """Yield the files of a checkpoint and print a line before the first and after each."""
     begun = time.monotonic()
     kind = "gguf" if any(file.suffix == ".gguf" for file in files) else "safetensors"
-    say(line(0, len(files), 0.0, kind), sys.stderr)
+    tell(line(0, len(files), 0.0, kind))
     for done, file in enumerate(files, start=1):
         yield file
-        say(line(done, len(files), time.monotonic() - begun, kind), sys.stderr)
+        tell(line(done, len(files), time.monotonic() - begun, kind))
 
 
 def line(done: int, total: int, elapsed_s: float, kind: str = "safetensors") -> str:

@@ -1,8 +1,10 @@
 """Log lines that quote what strangers say."""
 
 import io
+import json
 import logging
 import sys
+from datetime import datetime
 
 import pytest
 
@@ -122,3 +124,36 @@ def test_nothing_prints_around_the_log():
 
 SERVICES = ("http_gateway", "tokenizer_service", "scheduler_service", "detokenizer_service")
 PRINTING = {"scheduler_service/weights/manifest.py"}  # a tool
+
+
+def as_json(message, *arguments, level=logging.INFO, **options):
+    """What a record looks like in a log of JSON: the line, and what it says."""
+    stream = io.StringIO()
+    handler = log.Handler(stream)
+    handler.setFormatter(log.JsonFormatter("gateway"))
+    logger = logging.Logger("strange")
+    logger.addHandler(handler)
+    logger.log(level, message, *arguments, **options)
+    [line] = stream.getvalue().splitlines()
+    return line, json.loads(line)
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\x1b[2J\x7f\x9b", "a\u2028b\u202e", "\ud800", FORGED, '"quoted"', "größe 你好"]
+)
+def test_json_is_one_line_of_ascii_that_says_the_message_as_it_is(text):
+    line, said = as_json("version %s", text)
+    assert said["message"] == f"version {text}"
+    assert line.isascii() and line.isprintable()
+
+
+def test_json_names_level_process_and_fields_and_keeps_a_traceback():
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        _, said = as_json("INFO:     %s", "x", exc_info=True, extra={"fields": {"status": 200}})
+    assert (said["level"], said["role"], said["message"], said["status"]) == ("info", "gateway", "x", 200)
+    assert datetime.fromisoformat(said["time"]).tzinfo is not None
+    assert said["exception"].endswith("ValueError: broken")
+    _, cut = as_json("%s", "x" * (MAX_LOG_CHARS + 7))
+    assert (len(cut["message"]), cut["cut_chars"]) == (MAX_LOG_CHARS, 7)

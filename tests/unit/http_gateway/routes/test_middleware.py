@@ -1,9 +1,15 @@
 """What every request meets at the edge of the application."""
 
+import asyncio
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from quartet.http_gateway.routes.gateway import Phase
+from quartet.runtime.limits import MAX_LOGGED_TEXT_CHARS
+from quartet.runtime.messages import Generate
 from tests.unit.http_gateway.harness import asynchronous, served, words
 
 
@@ -82,3 +88,71 @@ async def test_query_strings_are_not_logged_and_a_quote_ends_no_request(caplog: 
             await server.client.get("/get_load/?token=s3cr3t")
         assert "s3cr3t" not in caplog.text
         assert '"GET /nope%22x HTTP/1.1" 404' in caplog.text
+
+
+@asynchronous
+async def test_health_checks_are_logged_when_their_answer_is_another_one(caplog: pytest.LogCaptureFixture) -> None:
+    async with served() as server:
+        with caplog.at_level(logging.INFO, "http_gateway.access"):
+            for phase in (Phase.UP, Phase.UP, Phase.DRAINING, Phase.DRAINING, Phase.UP):
+                server.gateway.phase = phase
+                for path in ("/health", "/ping", "/readyz", "/metrics"):
+                    await server.client.get(path)
+        lines = [record.getMessage() for record in caplog.records]
+        assert [line.partition("/1.1")[2] for line in lines] == ['" 200 OK', '" 503 Service Unavailable', '" 200 OK']
+
+
+@pytest.fixture
+def ended(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, Any]]]:
+    """The lines of the request log, as their fields."""
+    caplog.set_level(logging.INFO, "http_gateway.requests")
+    return lambda: [record.__dict__["fields"] for record in caplog.records if record.name == "http_gateway.requests"]
+
+
+@asynchronous
+async def test_without_a_request_log_nothing_is_noted_of_a_request(ended: Callable[[], list[dict[str, Any]]]) -> None:
+    async with served(words("a", "b")) as server:
+        await server.client.post("/generate", {"text": "hi"})
+    assert ended() == []
+
+
+@asynchronous
+async def test_a_request_is_one_line_at_its_end_and_shows_no_text(
+    ended: Callable[[], list[dict[str, Any]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(words("secret answer", "b"), log_requests="metadata", api_key="s3cr3t") as server:
+        key = {"authorization": "Bearer s3cr3t", "x-request-id": "mine"}
+        await server.client.post("/generate", {"text": "secret prompt", "rid": "r1"}, headers=key)
+        await server.client.post("/v1/completions", {"prompt": "x", "stream": True}, headers=key)
+        await server.client.post("/generate", {"text": 7}, headers=key)
+        await server.client.post("/generate", {"text": "x"})
+        await server.client.get("/get_model_info", headers=key)
+    first, streamed, wrong, refused = ended()
+    assert (first["id"], first["request_id"], first["route"], first["status"]) == ("r1", "mine", "/generate", 200)
+    assert (first["finish"], first["prompt_tokens"], first["output_tokens"]) == ("stop", 3, 2)
+    assert 0 <= first["first_token_s"] <= first["total_s"]
+    assert (streamed["route"], streamed["output_tokens"]) == ("/v1/completions", 2)
+    assert (wrong["status"], wrong["requests"], refused["status"]) == (400, 0, 401)
+    assert "secret" not in caplog.text and "s3cr3t" not in caplog.text
+
+
+@asynchronous
+async def test_the_full_request_log_shows_the_beginnings_of_texts(ended: Callable[[], list[dict[str, Any]]]) -> None:
+    async with served(words("an answer", "."), log_requests="full") as server:
+        await server.client.post("/generate", {"text": ["short", "x" * 5000]})
+    [said] = ended()
+    assert said["prompts"] == ["short", "x" * MAX_LOGGED_TEXT_CHARS + "..."]
+    assert said["outputs"] == ["an answer.", "an answer."]
+    assert (said["requests"], len(said["id"])) == (2, 2)
+
+
+@asynchronous
+async def test_a_client_that_leaves_is_a_499_in_the_request_log(ended: Callable[[], list[dict[str, Any]]]) -> None:
+    async with served(log_requests="metadata") as server:
+        gone = asyncio.Event()
+        call = server.client.start("POST", "/generate", {"text": "hi"}, gone=gone)
+        await server.ring.sent_of(Generate)
+        gone.set()
+        await call.answer()
+    [said] = ended()
+    assert (said["status"], said["finish"]) == (499, "abort")

@@ -1,0 +1,52 @@
+"""The settings of whoever operates a server. They are fields of `ServerConfig`, which derives from this struct."""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from quartet.runtime.flag import HTTP, OPERATIONS, flag
+
+LogFormat = Literal["text", "json"]
+RequestLog = Literal["off", "metadata", "full"]
+Verification = Literal["none", "optional", "required"]
+
+
+class OperatorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of addresses, TLS, files and logs."""
+
+    uds: Annotated[
+        str | None, flag("path of a Unix socket to serve plain HTTP on too, for this user alone (mode 0600)", HTTP)
+    ] = None
+    disable_tcp: Annotated[bool, flag("listen on the socket of --uds only, on no port", HTTP)] = False
+    ssl_certfile: Annotated[
+        str | None,
+        flag("file (PEM) with the server's certificate and those above it: serve HTTPS (TLS 1.2, 1.3)", HTTP),
+    ] = None
+    ssl_keyfile: Annotated[
+        str | None, flag("file (PEM) with the certificate's key (default: it is in --ssl-certfile)", HTTP)
+    ] = None
+    ssl_keyfile_password: Annotated[
+        str | None,
+        flag("password of an encrypted key", HTTP, secret=True, variable="QUARTET_SSL_KEYFILE_PASSWORD"),
+    ] = None
+    ssl_ca_certs: Annotated[
+        str | None, flag("file (PEM) with the authorities that clients' certificates must come from", HTTP)
+    ] = None
+    ssl_cert_reqs: Annotated[
+        Verification | None,
+        flag("whether clients need a certificate of those authorities (default: required)", HTTP),
+    ] = None
+    ready_file: Annotated[
+        str | None,
+        flag("file that holds the server's addresses, one a line, from when it serves until it stops", OPERATIONS),
+    ] = None
+    log_format: Annotated[LogFormat, flag("text, or json: one object a line", OPERATIONS)] = "text"
+    log_requests: Annotated[
+        RequestLog,
+        flag(
+            "one line for each request at its end; metadata: id, route, status, tokens, times; full: the prompt and "
+            "the output too, shortened",
+            OPERATIONS,
+            bare="metadata",
+        ),
+    ] = "off"
