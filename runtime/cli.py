@@ -38,6 +38,18 @@ COMMANDS = {
         "how a running server and its processes are",
         parser="quartet.runtime.client.arguments:health_parser",
     ),
+    "pull": Command(
+        "quartet.runtime.local_models.pull",
+        "main",
+        "fetch a model from the hub",
+        parser="quartet.runtime.local_models.arguments:pull_parser",
+    ),
+    "models": Command(
+        "quartet.runtime.local_models.stored",
+        "main",
+        "list the models on this machine, or remove some",
+        parser="quartet.runtime.local_models.arguments:models_parser",
+    ),
     "bench": Command(
         "quartet.runtime.bench.main",
         "main",
