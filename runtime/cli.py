@@ -4,9 +4,12 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from quartet.runtime.process import streams
+
+if TYPE_CHECKING:
+    import argparse
 
 
 class Command(NamedTuple):
@@ -16,11 +19,42 @@ class Command(NamedTuple):
     function: str
     help: str
     server_flags: bool = False  # takes the flags of a server, so that their help needs no import of the module
+    parser: str = ""  # "module:function" that makes the parser of its arguments, where that needs no slow import
 
 
 COMMANDS = {
     "serve": Command(
         "quartet.runtime.launcher.launch", "main", "start a server (quartet serve --help lists its flags)", True
+    ),
+    "chat": Command(
+        "quartet.runtime.client.chat",
+        "main",
+        "talk to a model; starts a server if there is none",
+        parser="quartet.runtime.client.arguments:chat_parser",
+    ),
+    "health": Command(
+        "quartet.runtime.client.health",
+        "main",
+        "how a running server and its processes are",
+        parser="quartet.runtime.client.arguments:health_parser",
+    ),
+    "pull": Command(
+        "quartet.runtime.local_models.pull",
+        "main",
+        "fetch a model from the hub",
+        parser="quartet.runtime.local_models.arguments:pull_parser",
+    ),
+    "models": Command(
+        "quartet.runtime.local_models.stored",
+        "main",
+        "list the models on this machine, or remove some",
+        parser="quartet.runtime.local_models.arguments:models_parser",
+    ),
+    "bench": Command(
+        "quartet.runtime.bench.main",
+        "main",
+        "put load on a running server and measure it",
+        parser="quartet.runtime.bench.arguments:bench_parser",
     ),
     "config": Command(
         "quartet.runtime.settings.show", "main", "config show: print each setting and where its value comes from", True
@@ -60,8 +94,12 @@ def dispatch(arguments: list[str]) -> int:
             return 0
         case [name, *rest] if name in COMMANDS:
             command = COMMANDS[name]
-            if command.server_flags and not set(rest).isdisjoint(HELP):
-                return print_flags(name)
+            if not set(rest).isdisjoint(HELP):
+                if command.server_flags:
+                    return print_flags(name)
+                if command.parser:
+                    parser_of(command).print_help()
+                    return 0
             function = getattr(importlib.import_module(command.module), command.function)
             return int(function(rest))
     return unknown(arguments[0])
@@ -89,6 +127,13 @@ def print_flags(command: str) -> int:
 
     build_parser(command).print_help()
     return 0
+
+
+def parser_of(command: Command) -> "argparse.ArgumentParser":
+    """The parser of a command's arguments."""
+    module, _, function = command.parser.partition(":")
+    parser: argparse.ArgumentParser = getattr(importlib.import_module(module), function)()
+    return parser
 
 
 def unknown(word: str) -> int:

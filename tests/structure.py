@@ -27,6 +27,8 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runtime.model_files",),
         ("runtime.settings",),
         ("runtime.launcher",),
+        ("runtime.client",),
+        ("runtime.bench", "runtime.local_models"),
         ("runtime.cli",),
         ("runtime.launch_server",),
     ),

@@ -1,0 +1,119 @@
+"""`quartet health URL`: a line for the server, and one for each of its processes."""
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+import httpx
+import msgspec
+
+from quartet.runtime.client.arguments import KEY_VARIABLE, health_parser
+from quartet.runtime.client.connection import ClientError, base_url, check, connect, unreachable
+from quartet.runtime.errors import UsageError
+from quartet.runtime.log import plain, say
+from quartet.runtime.messages import ROLES
+
+# a sample of Prometheus' text format: name, labels, value
+SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
+ROLE_LABEL = re.compile(r'\brole="(\w+)"')
+RESTARTS = "quartet:restarts_total"
+
+
+class Verdict(msgspec.Struct):
+    """The body of /health; empty where all is well."""
+
+    status: str = "healthy"
+    reason: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print how the server at an address is; returns 0 if it is healthy."""
+    try:
+        options = health_parser().parse_args(list(argv))
+        url = base_url(options.url)
+        key = options.api_key or os.environ.get(KEY_VARIABLE)
+        with connect(url, key, options.timeout) as client:
+            verdict = ask(client, "/health")
+            ready = ask(client, "/readyz") if verdict.status == "healthy" else verdict
+            samples = read_samples(client)
+    except UsageError as error:
+        say(f"quartet: {plain(str(error))}", sys.stderr)
+        return 2
+    except ClientError as error:
+        say(f"quartet: {plain(str(error))}", sys.stderr)
+        return 1
+    for line in report(url, verdict, ready, samples):
+        say(line, sys.stdout)
+    return int(verdict.status == "unhealthy")
+
+
+def ask(client: httpx.Client, path: str) -> Verdict:
+    """What the server says at a path. Raises ClientError."""
+    try:
+        answer = client.get(path)
+    except httpx.HTTPError as error:
+        raise unreachable(client.base_url, error) from error
+    if answer.status_code not in (200, 404, 503):  # 404: another server without that path
+        check(answer.status_code, answer.content)
+    try:
+        verdict = msgspec.json.decode(answer.content, type=Verdict)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # others answer {"status": "ok"}, a text, or nothing
+        verdict = Verdict()
+    return Verdict("unhealthy", verdict.reason or f"{path} answers 503") if answer.status_code == 503 else verdict
+
+
+def read_samples(client: httpx.Client) -> dict[str, dict[str, float]]:
+    """Role → metric → value, from /metrics; a metric without a role stands under "". Empty where there are none."""
+    try:
+        answer = client.get("/metrics")
+    except httpx.HTTPError:
+        return {}
+    return parse_samples(answer.text) if answer.status_code == 200 else {}
+
+
+def parse_samples(text: str) -> dict[str, dict[str, float]]:
+    """Role → metric → value, of an exposition in Prometheus' text format."""
+    found: dict[str, dict[str, float]] = {}
+    for name, labels, value in SAMPLE.findall(text):
+        role = match[1] if (match := ROLE_LABEL.search(labels)) else ""
+        try:
+            found.setdefault(role, {})[name] = float(value)
+        except ValueError:
+            continue
+    return found
+
+
+def report(url: str, verdict: Verdict, ready: Verdict, samples: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The lines that are printed."""
+    reason = verdict.reason or ready.reason
+    state = verdict.status if verdict.status in ("unhealthy", "resting") else "healthy"
+    if state == "healthy" and ready.status == "unhealthy":
+        state = "healthy, takes no requests"
+    lines = [plain(f"{url} is {state}{f': {reason}' if reason else ''}")]
+    roles = [role for role in ROLES if RESTARTS in samples.get(role, {})]
+    width = max(map(len, roles), default=0)
+    return lines + [f"  {role:<{width}}  {process(role, reason, samples)}" for role in roles]
+
+
+def process(role: str, reason: str, samples: Mapping[str, Mapping[str, float]]) -> str:
+    """How one process is: the reason that names it, how often it was started again, and the scheduler's load."""
+    restarts = int(samples[role][RESTARTS])
+    parts = [plain(reason) if f"the {role} " in f"{reason} " else "runs", f"{restarts} restart{'s' * (restarts != 1)}"]
+    own = samples[role]
+    if "quartet:process_cpu_seconds_total" in own:
+        parts.append(f"{own['quartet:process_cpu_seconds_total']:.1f} s of processor time")
+    if "quartet:process_resident_memory_bytes" in own:
+        parts.append(f"{own['quartet:process_resident_memory_bytes'] / 1e6:.0f} MB")
+    if role == "scheduler":
+        parts += [text.format(samples[""][name]) for name, text in LOAD.items() if name in samples.get("", {})]
+    return ", ".join(parts)
+
+
+LOAD = {
+    "sglang:num_running_reqs": "{:.0f} running",
+    "sglang:num_queue_reqs": "{:.0f} waiting",
+    "sglang:gen_throughput": "{:.1f} tokens/s",
+    "sglang:token_usage": "KV pool {:.0%} used",
+    "sglang:cache_hit_rate": "cache hits {:.0%}",
+}

@@ -1,0 +1,96 @@
+"""`quartet pull OWNER/NAME[:Q4_K_M]`: fetch what `quartet serve` would fetch."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import StartupError, UsageError
+from quartet.runtime.local_models.arguments import pull_parser
+from quartet.runtime.local_models.sizes import in_words, size_of
+from quartet.runtime.log import plain, say
+from quartet.runtime.model_files import gguf_directory, hub
+from quartet.runtime.model_files.gguf import GgufError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fetch one model and say where it is; returns the exit status."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what went wrong is said here, once
+    try:
+        options = pull_parser().parse_args(list(argv))
+        path = fetch(options)
+    except UsageError as error:
+        return fail(2, str(error))
+    except StartupError as error:
+        return fail(1, explained(options.model, error))
+    except KeyboardInterrupt:
+        return fail(INTERRUPTED, "stopped; the same command continues where it was")
+    say(f"{options.model} is here: {path} ({in_words(size_of(path))})", sys.stdout)
+    say(f"Serve it: quartet serve {options.model}    Talk to it: quartet chat {options.model}", sys.stdout)
+    return 0
+
+
+def fail(status: int, reason: str) -> int:
+    say(f"quartet: {plain(reason)}", sys.stderr)
+    return status
+
+
+def fetch(options: argparse.Namespace) -> Path:
+    """The directory or GGUF file that serving the model would read. Raises UsageError, StartupError."""
+    name = options.model
+    if name == "demo":
+        raise UsageError("demo is the embedded model; it needs no download")
+    if Path(name).expanduser().exists():
+        raise UsageError(f"{name} is on this machine already; serve it: quartet serve {name}")
+    config = ServerConfig(model_path=name, revision=options.revision, download_dir=options.download_dir)
+    if match := hub.CHOICE.fullmatch(name):
+        found = hub.download_gguf("model", match[1], match[2], config)
+        try:
+            return gguf_directory.chosen(match[1], found, match[2])
+        except GgufError as error:
+            there = gguf_files(match[1], options.revision)
+            raise UsageError(f"{match[1]} has no one GGUF file of the type {match[2]}{there}") from error
+    if not hub.HUB_ID.fullmatch(name):
+        raise UsageError(f"{name!r} is no hub id; it looks like owner/name, or owner/name:Q4_K_M for a GGUF file")
+    directory = hub.download("model", name, config, (*hub.WEIGHTS, *hub.TOKENIZER))
+    if not (directory / "config.json").is_file():
+        raise UsageError(
+            f"{name} is no model that can be served: it has no config.json{gguf_files(name, options.revision)}"
+        )
+    return directory
+
+
+def gguf_files(repository: str, revision: str | None) -> str:
+    """What to type instead where a repository has GGUF files."""
+    import huggingface_hub  # here, for it is slow
+
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+    except (OSError, ValueError):  # the hub's own errors derive from these
+        return ""
+    choices = [Path(file).stem for file in files if file.endswith(".gguf")]
+    return f"; there are {', '.join(f'{repository}:{choice}' for choice in choices[:4])}" if choices else ""
+
+
+def explained(name: str, error: StartupError) -> str:
+    """Why a model could not be fetched, and what to do, in one line."""
+    from huggingface_hub import errors  # here, for it is slow
+
+    repository = name.partition(":")[0]
+    match error.__cause__:
+        case errors.GatedRepoError():
+            return (
+                f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN to "
+                "a token of yours (https://huggingface.co/settings/tokens)"
+            )
+        case errors.RevisionNotFoundError():
+            return f"{repository} has no such --revision"
+        case errors.RepositoryNotFoundError():
+            return f"the hub has no {repository}, or it is private: check the name, or set HF_TOKEN to a token of yours"
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | ConnectionError():
+            return f"{repository} is not here, and the hub cannot be reached; check the network and HF_HUB_OFFLINE"
+    return str(error)

@@ -1,0 +1,101 @@
+"""Addresses, errors in one line, and events that are cut anywhere."""
+
+import json
+
+import httpx
+import pytest
+
+from quartet.runtime.client.connection import (
+    ClientError,
+    EventReader,
+    base_url,
+    check,
+    client_options,
+    connect,
+    error_message,
+    served_models,
+)
+from quartet.runtime.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("localhost:30000", "http://localhost:30000"),
+        ("http://localhost:30000/", "http://localhost:30000"),
+        ("http://localhost:30000/v1/", "http://localhost:30000"),
+        ("https://example.org/llm/v1", "https://example.org/llm"),
+        ("[::1]:8000", "http://[::1]:8000"),
+        ("example.org", "http://example.org"),
+    ],
+)
+def test_an_address_is_understood_as_people_write_it(typed, meant):
+    assert base_url(typed) == meant
+
+
+@pytest.mark.parametrize("typed", ["", "ftp://example.org", "http://", "localhost:many", "http://a:99999999", "://"])
+def test_what_is_no_address_is_refused_with_an_example(typed):
+    with pytest.raises(UsageError, match="it looks like http://"):
+        base_url(typed)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"error": {"message": "no"}}, "no"),
+        ({"object": "error", "message": "no", "error": {"message": "no"}}, "no"),
+        ({"error": "no"}, "no"),
+        ({"success": False, "message": "no"}, "no"),
+        ({"status": "unhealthy", "reason": "no"}, "no"),
+        ({"detail": [{"loc": "x"}]}, '[{"loc": "x"}]'),
+        ("<html>\n bad", '"<html>\\n bad"'),
+    ],
+)
+def test_an_error_is_read_in_any_of_the_usual_shapes(body, message):
+    assert error_message(json.dumps(body).encode()) == message
+
+
+def test_an_error_that_is_a_page_is_its_beginning_in_one_line():
+    shown = error_message(b"<html>\n" + b"x" * 9999 + b"\xff")
+    assert shown.startswith("<html> x") and len(shown) == 300
+
+
+def test_a_refused_key_says_how_to_give_one():
+    with pytest.raises(ClientError, match="--api-key or QUARTET_API_KEY") as refused:
+        check(401, b"{}")
+    assert refused.value.status == 401
+
+
+def test_a_key_that_no_header_can_carry_is_refused():
+    with pytest.raises(UsageError, match="no HTTP header"):
+        connect("http://localhost:1", "clé")
+
+
+def test_no_proxy_stands_between_a_program_and_its_own_machine():
+    assert client_options("http://localhost:1", None, 1)["trust_env"] is False
+    assert client_options("http://127.0.0.1:1", None, 1)["trust_env"] is False
+    assert client_options("http://example.org", None, 1)["trust_env"] is True
+
+
+def answering(body: bytes) -> httpx.Client:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=body))
+    return httpx.Client(transport=transport, base_url="http://server")
+
+
+def test_the_models_of_a_server_are_listed():
+    assert served_models(answering(b'{"object": "list", "data": [{"id": "demo"}]}')) == ["demo"]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"\xff", b'{"data": 3}'])
+def test_a_server_of_something_else_is_said_to_be_one(body):
+    with pytest.raises(ClientError, match="no server of language models"):
+        served_models(answering(body))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_events_are_read_whole_however_they_are_cut(size):
+    body = b': comment\r\n\r\nevent: x\r\ndata: {"a": 1}\r\n\r\ndata:{"b": 2}\n\ndata: [DONE]\n\n'
+    reader = EventReader()
+    events = [data for i in range(0, len(body), size) for data in reader.feed(body[i : i + size])]
+    assert events == [b'{"a": 1}', b'{"b": 2}']
+    assert reader.ended

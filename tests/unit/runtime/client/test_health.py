@@ -1,0 +1,68 @@
+"""What is printed of a server whose state is known."""
+
+import httpx
+import pytest
+
+from quartet.runtime.client.connection import ClientError
+from quartet.runtime.client.health import Verdict, ask, parse_samples, report
+
+EXPOSITION = """\
+# TYPE quartet:restarts counter
+quartet:restarts_total{role="gateway"} 0.0
+quartet:restarts_total{role="tokenizer"} 1.0
+quartet:restarts_total{role="scheduler"} 2.0
+quartet:restarts_total{role="detokenizer"} 0.0
+sglang:num_running_reqs{engine_type="unified",model_name="demo"} 3.0
+sglang:token_usage{model_name="a \\"b\\" c"} 0.25
+sglang:odd 1e-3
+broken line
+"""
+OK, SAMPLES = Verdict(), parse_samples(EXPOSITION)
+
+
+def test_a_healthy_server_has_a_line_and_one_for_each_process():
+    assert report("http://a", OK, OK, SAMPLES) == [
+        "http://a is healthy",
+        "  gateway      runs, 0 restarts",
+        "  tokenizer    runs, 1 restart",
+        "  scheduler    runs, 2 restarts, 3 running, KV pool 25% used",
+        "  detokenizer  runs, 0 restarts",
+    ]
+
+
+def test_a_reason_stands_at_the_process_that_it_names():
+    lines = report("http://a", Verdict("unhealthy", "the tokenizer has not run for 9 s"), OK, SAMPLES)
+    assert lines[0] == "http://a is unhealthy: the tokenizer has not run for 9 s"
+    assert lines[2] == "  tokenizer    the tokenizer has not run for 9 s, 1 restart"
+
+
+def test_a_server_may_be_healthy_and_take_no_requests():
+    ready = Verdict("unhealthy", "the scheduler is being started again")
+    assert report("http://a", OK, ready, {}) == [
+        "http://a is healthy, takes no requests: the scheduler is being started again"
+    ]
+
+
+def answering(status: int, body: bytes) -> httpx.Client:
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, content=body))
+    return httpx.Client(transport=transport, base_url="http://server")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "state"),
+    [
+        (200, b"", "healthy"),
+        (200, b'{"status":"ok"}', "ok"),
+        (404, b"nothing", "healthy"),
+        (200, b'{"status":"resting","reason":"generation is paused"}', "resting"),
+        (503, b'{"status":"unhealthy","reason":"x"}', "unhealthy"),
+        (503, b"", "unhealthy"),
+    ],
+)
+def test_the_state_is_read_from_the_status_and_the_body(status, body, state):
+    assert ask(answering(status, body), "/health").status == state
+
+
+def test_another_failure_is_an_error():
+    with pytest.raises(ClientError, match="HTTP 500"):
+        ask(answering(500, b""), "/health")
