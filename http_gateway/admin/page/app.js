@@ -70,9 +70,8 @@ function theme() {
 function setTheme(value) {
   if (value === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = value;
-  byId("theme").textContent = value[0].toUpperCase() + value.slice(1);
   byId("theme").setAttribute("aria-label", `Appearance: ${value}`);
-  byId("theme").title = "Appearance: as the system, light or dark";
+  byId("theme").title = `Appearance: ${value}`;
   try {
     localStorage.setItem(THEME, value);
   } catch {
@@ -110,6 +109,7 @@ async function start() {
   byId("menu").append(icon("menu"));
   byId("open-settings").append(icon("settings"));
   byId("new-chat").prepend(icon("plus"));
+  byId("theme").append(icon("theme"));
   setTheme(theme());
   const store = new Store();
   await store.open();

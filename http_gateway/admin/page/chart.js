@@ -1,10 +1,11 @@
-/* Small charts: a line over the last minutes, drawn with SVG, that says its value where the pointer is. */
+/* Small charts: a line over the last minutes, five at most, drawn with SVG, that says its value where the pointer is. */
 
 import { make, svg } from "./dom.js";
 
 const WIDTH = 240;
 const HEIGHT = 56;
-export const SPAN_MS = 5 * 60_000;
+const LONGEST_MS = 5 * 60_000; // that a chart shows
+const SHORTEST_MS = 40_000;
 const GAP_MS = 8_000; // without a value, after which a line is interrupted: the page was not looked at
 
 export class Chart {
@@ -30,7 +31,7 @@ export class Chart {
   /* Add what is known at a time; null: nothing is. `about`: a few words beside the value. */
   add(time, value, about = "") {
     this.points.push([time, value]);
-    while (this.points[0][0] < time - SPAN_MS) this.points.shift();
+    while (this.points[0][0] < time - LONGEST_MS) this.points.shift();
     this.said = about;
     this.#leave();
     this.#draw(time);
@@ -42,7 +43,8 @@ export class Chart {
   }
 
   #draw(now) {
-    const x = (time) => WIDTH - ((now - time) / SPAN_MS) * WIDTH;
+    this.span = Math.max(now - this.points[0][0], SHORTEST_MS);
+    const x = (time) => WIDTH - ((now - time) / this.span) * WIDTH;
     const y = (value) => HEIGHT - 2 - (Math.min(value, this.#top) / this.#top) * (HEIGHT - 6);
     const lines = this.#pieces().map((piece) => piece.map(([time, value]) => `${x(time).toFixed(1)},${y(value).toFixed(1)}`));
     this.line.setAttribute("d", lines.map((points) => `M${points.join("L")}`).join(""));
@@ -69,11 +71,11 @@ export class Chart {
 
   #point(event, frame) {
     const box = frame.getBoundingClientRect();
-    const time = this.now - (1 - (event.clientX - box.left) / box.width) * SPAN_MS;
+    const time = this.now - (1 - (event.clientX - box.left) / box.width) * this.span;
     const known = this.points.filter(([, value]) => value !== null);
     if (!known.length) return;
     const [at, value] = known.reduce((best, point) => (Math.abs(point[0] - time) < Math.abs(best[0] - time) ? point : best));
-    this.mark.setAttribute("cx", (1 - (this.now - at) / SPAN_MS) * box.width);
+    this.mark.setAttribute("cx", (1 - (this.now - at) / this.span) * box.width);
     this.mark.setAttribute("cy", ((HEIGHT - 2 - (Math.min(value, this.#top) / this.#top) * (HEIGHT - 6)) / HEIGHT) * box.height);
     this.value.textContent = this.format(value);
     this.about.textContent = `${Math.round((this.now - at) / 1000)} s ago`;

@@ -10,6 +10,7 @@ import { Turn } from "./turn.js";
 const NEAR_END = 80; // pixels: who is so near to the end wants to see what is new
 const SAVE_MS = 1000; // while an answer is written
 const SLOW_TEXT = 20_000; // characters, from which on a growing answer is shown less often
+const HINT_MS = 8000;
 const OPEN = "quartet.open";
 
 export class Chat {
@@ -220,8 +221,11 @@ export class Chat {
 
   #note(text) {
     const hint = byId("hint");
+    this.usualHint ||= hint.textContent;
     hint.textContent = text;
     announce(text);
+    clearTimeout(this.hintTimer);
+    this.hintTimer = setTimeout(() => (hint.textContent = this.usualHint), HINT_MS);
   }
 
   /* what is seen */

@@ -17,6 +17,7 @@ const ICONS = {
   left: "M14 6l-6 6 6 6",
   right: "M10 6l6 6-6 6",
   tokens: "M4 8h5v8H4zM11 8h3v8h-3zM16 8h4v8h-4z",
+  theme: "M12 3a9 9 0 1 0 0 18zM12 3a9 9 0 0 1 0 18M12 7a5 5 0 0 1 0 10",
   play: "M8 5l11 7-11 7z",
   tool: "M14 6a4 4 0 0 0 5 5l-8 8a2.1 2.1 0 0 1-4-4l8-8zM14 6l3-2",
 };

@@ -89,7 +89,7 @@ export class AnswerView {
     this.root.classList.toggle("growing", growing);
     this.root.setAttribute("aria-busy", String(growing));
     this.#showThought(answer, growing);
-    this.view.update(answer.text, growing);
+    this.view.update(growing ? answer.text : shownText(answer.text), growing);
     this.asTokens &&= answer.tokens.length > 0;
     this.content.hidden = this.asTokens;
     this.tokens.hidden = !this.asTokens;
@@ -198,13 +198,23 @@ export class AnswerView {
   }
 }
 
-function callOf(call) {
-  let shown = call.arguments;
+/* An answer that is JSON as a whole is shown as such. */
+function shownText(text) {
+  const json = /^\s*[[{]/.test(text) && indented(text);
+  return json ? `\`\`\`json\n${json}\n\`\`\`` : text;
+}
+
+/* JSON with line ends; null where it is not complete, or no JSON. */
+function indented(text) {
   try {
-    shown = JSON.stringify(JSON.parse(call.arguments), null, 2);
+    return JSON.stringify(JSON.parse(text), null, 2);
   } catch {
-    /* not complete, or not JSON: as it came */
+    return null;
   }
+}
+
+function callOf(call) {
+  const shown = indented(call.arguments) ?? call.arguments;
   const head = make("p", { class: "tool-name" }, icon("tool"), call.name || "…");
   return make("section", { class: "call", "aria-label": `Call of ${call.name}` }, head, make("pre", { tabindex: "0" }, shown));
 }

@@ -126,7 +126,7 @@ export class ServerView {
       "KV cache": `${whole(info.max_total_num_tokens)} tokens`,
       Arithmetic: [info.dtype, info.quantization].filter((value) => value && value !== "auto").join(", "),
       Device: info.device,
-      Up: duration(info.uptime_s),
+      "Gateway up for": duration(info.uptime_s),
       Version: info.version,
     };
     const rows = Object.entries(facts).filter(([, value]) => value !== undefined && value !== "");
