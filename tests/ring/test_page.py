@@ -235,6 +235,139 @@ def test_thoughts_are_folded_and_tool_calls_are_shown_and_answered(visit: Callab
     assert result == {"role": "tool", "tool_call_id": "call-1", "name": "weather", "content": "rain"}
 
 
+def test_what_was_said_in_another_tab_is_seen_before_one_goes_on(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    seen.say("What is the capital of Kenya?")
+    seen.answer(0)
+    other = seen.context.new_page()
+    other.goto(seen.url)
+    expect(other.locator(".message.assistant")).to_contain_text("Nairobi")
+    seen.say("What is the capital of Peru?")
+    seen.answer(1)
+    other.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")  # as when it is looked at again
+    expect(other.locator(".message.assistant")).to_have_count(2)
+
+
+def test_conversations_are_renamed_and_deleted_for_good(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    seen.add(EXAMPLE, conversation("other", "a", "b"))
+    seen.page.locator(".conversations li", has_text="other").hover()
+    seen.page.get_by_role("button", name="Rename “other”").click()
+    seen.page.get_by_role("textbox", name="Title").fill("<b>new</b>")
+    seen.page.keyboard.press("Enter")
+    expect(seen.page.locator(".conversations")).to_contain_text("<b>new</b>")
+    seen.page.get_by_role("button", name="Delete “<b>new</b>”").click()
+    seen.page.get_by_role("button", name="Delete", exact=True).click()
+    expect(seen.page.locator(".conversations .pick")).to_have_count(1)
+    seen.page.reload()
+    expect(seen.page.locator(".conversations .pick")).to_have_text(EXAMPLE["title"])
+
+
+# Markdown
+
+PIECES = {
+    "a *b* **c** ***d*** _e_ ~~f~~": "<p>a <em>b</em> <strong>c</strong> <em><strong>d</strong></em> <em>e</em> "
+    "<del>f</del></p>",
+    "snake_case_name and 2 * 3 * 4": "<p>snake_case_name and 2 * 3 * 4</p>",
+    "**not closed and `code`": "<p>**not closed and <code>code</code></p>",
+    r"\*no\* `` a`b ``": "<p>*no* <code>a`b</code></p>",
+    "# One\ntwo\nthree": '<h3 class="level-1">One</h3><p>two<br>three</p>',
+    "2026. was\n2027. will be": '<ol class="tight" start="2026"><li><p>was</p></li><li><p>will be</p></li></ol>',
+    "in\n2026. it was": "<p>in<br>2026. it was</p>",
+    "- a\n  - b\n- [x] c": '<ul class="tight"><li><p>a</p><ul class="tight"><li><p>b</p></li></ul></li>'
+    '<li class="task"><input type="checkbox" disabled="" checked="" aria-label="done"><p>c</p></li></ul>',
+    "1. a\n\n   b\n2. c": '<ol class="loose"><li><p>a</p><p>b</p></li><li><p>c</p></li></ol>',
+    "> a\n> - b\n\n---": '<blockquote><p>a</p><ul class="tight"><li><p>b</p></li></ul></blockquote><hr>',
+    "a\n- b\n\nc": '<p>a</p><ul class="tight"><li><p>b</p></li></ul><p>c</p>',
+    "<b>x</b> &amp;": "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>",
+    "[a](javascript:x) [b](//c)": "<p>[a](javascript:x) [b](//c)</p>",
+}
+COSTLY = [
+    "*a ",
+    "_a*b ",
+    "[",
+    "[](",
+    "[a](b",
+    "`",
+    "``a`",
+    "> ",
+    "- ",
+    "  - ",
+    "| ",
+    "|\n",
+    "a|b\n-|-\n",
+    "~~a",
+    "\\",
+    "<",
+]
+ADDRESSES = [
+    "https://a.example/b?c=d",
+    "(https://a.example/b).",
+    "<https://a.example/b>",
+    '[t](https://a.example/b "u")',
+]
+
+
+def test_markdown_becomes_the_elements_that_it_means(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    found = seen.page.evaluate(
+        """async (texts) => {
+            const { markdown } = await import("/page/markdown.js");
+            return texts.map((text) => markdown(text).map((node) => node.outerHTML).join(""));
+        }""",
+        [*PIECES, *ADDRESSES],
+    )
+    assert dict(zip(PIECES, found, strict=False)) == PIECES
+    links = [re.findall(r'<a href="([^"]*)"', text) for text in found[len(PIECES) :]]
+    assert links == [["https://a.example/b?c=d"], *[["https://a.example/b"]] * 3]
+
+
+def test_markdown_that_grows_looks_like_the_whole_at_each_step(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    differing = seen.page.evaluate(
+        """async (text) => {
+            const { markdown, MarkdownView } = await import("/page/markdown.js");
+            const root = document.createElement("div");
+            const view = new MarkdownView(root);
+            const differing = [];
+            for (let end = 0; end <= text.length + 3; end += 3) {
+                const part = text.slice(0, end);
+                view.update(part);
+                const whole = document.createElement("div");
+                whole.append(...markdown(part));
+                if (root.innerHTML !== whole.innerHTML) differing.push(part.slice(-40));
+            }
+            return differing;
+        }""",
+        EXAMPLE_TEXT + WIDE + HOSTILE + "\n\n".join(PIECES),
+    )
+    assert differing == []
+
+
+def test_markdown_made_to_be_costly_is_rendered_and_is_not_deep(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    deepest = seen.page.evaluate(
+        """async (pieces) => {
+            const { markdown } = await import("/page/markdown.js");
+            const depth = (node) => {
+                let most = 0;
+                for (let [at, level] = [node, 0]; at; ) {
+                    most = Math.max(most, level);
+                    if (at.firstChild) [at, level] = [at.firstChild, level + 1];
+                    else {
+                        while (at && at !== node && !at.nextSibling) [at, level] = [at.parentNode, level - 1];
+                        at = at === node ? null : at?.nextSibling;
+                    }
+                }
+                return most;
+            };
+            return pieces.map((piece) => Math.max(...markdown(piece.repeat(30_000 / piece.length)).map(depth)));
+        }""",
+        [*COSTLY, "*_"],
+    )
+    assert max(deepest) <= 60, dict(zip(COSTLY, deepest, strict=False))
+
+
 # texts that are not to be trusted
 
 

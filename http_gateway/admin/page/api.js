@@ -23,11 +23,17 @@ export class ConnectionLost extends Error {}
 
 let memory = ""; // where the browser keeps nothing
 let asking = null; // the question that is on the screen: all requests wait for one answer
+let declined = false; // the user has given none: what asks by itself does not ask again
 let ask = async () => null;
 
 /* `question(message)` asks the user for a key; null where there will be none. */
 export function whenKeyIsNeeded(question) {
   ask = question;
+}
+
+/* The user does something that may need a key. */
+export function mayAskAgain() {
+  declined = false;
 }
 
 export function key() {
@@ -63,10 +69,12 @@ export async function request(path, { body, signal } = {}) {
     const error = await errorOf(response);
     if (response.status !== 401) throw error;
     if (used !== key()) continue; // another request has been told the right one
+    if (declined) throw error;
     asking ||= ask(used ? "The server does not take this key." : "").finally(() => (asking = null));
     const given = await asking;
     signal?.throwIfAborted();
-    if (given === null) throw error;
+    declined = given === null;
+    if (declined) throw error;
     setKey(given);
   }
 }

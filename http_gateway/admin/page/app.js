@@ -9,8 +9,17 @@ import { Store } from "./store.js";
 const THEME = "quartet.theme";
 const THEMES = ["system", "light", "dark"];
 const AGAIN_MS = 2000;
-const SUGGESTIONS = ["Explain how a KV cache works.", "Write a haiku about the sea.", "List three uses of a paper clip as JSON."];
-const OF_THE_DEMO = ["What is the capital of Kenya?", "What is 23 + 58?", "Count from 3 to 7.", "Give the capital of Japan as JSON."];
+const SUGGESTIONS = [
+  "Explain how a KV cache works.",
+  "Write a haiku about the sea.",
+  "List three uses of a paper clip as JSON.",
+];
+const OF_THE_DEMO = [
+  "What is the capital of Kenya?",
+  "What is 23 + 58?",
+  "Count from 3 to 7.",
+  "Give the capital of Japan as JSON.",
+];
 
 const server = { model: "", suggestions: SUGGESTIONS, generates: true };
 
@@ -46,7 +55,10 @@ function showView(views) {
   byId("menu").hidden = onServer;
   byId("open-settings").hidden = onServer;
   document.body.classList.toggle("on-server", onServer);
-  for (const [name, current] of [["tab-chat", !onServer], ["tab-server", onServer]]) {
+  for (const [name, current] of [
+    ["tab-chat", !onServer],
+    ["tab-server", onServer],
+  ]) {
     if (current) byId(name).setAttribute("aria-current", "page");
     else byId(name).removeAttribute("aria-current");
   }
@@ -59,6 +71,7 @@ function toggleSidebar(open = !document.body.classList.contains("with-sidebar"))
   document.body.classList.toggle("with-sidebar", open);
   byId("menu").setAttribute("aria-expanded", String(open));
   byId("shade").hidden = !open && byId("settings").hidden;
+  if (open) byId("new-chat").focus();
 }
 
 /* the appearance */
@@ -119,6 +132,11 @@ async function start() {
   byId("open-settings").addEventListener("click", () => views.chat.settings.toggle());
   byId("skip").addEventListener("click", (event) => (event.preventDefault(), byId("prompt").focus()));
   byId("shade").addEventListener("click", () => (views.chat.settings.toggle(false), toggleSidebar(false)));
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || byId("key-dialog").open || byId("shade").checkVisibility() === false) return;
+    if (!byId("settings").hidden) views.chat.settings.toggle(false);
+    toggleSidebar(false);
+  });
   window.addEventListener("hashchange", () => showView(views));
   document.addEventListener("quartet:opened", () => toggleSidebar(false));
   document.addEventListener("quartet:status", ({ detail }) => showStatus(detail.ok, detail.text));

@@ -2,7 +2,8 @@
    conversation, also while another is looked at. */
 
 import { activeAnswer, canGoOn, lastAnswer, newAnswer, newConversation, titleFrom } from "./conversation.js";
-import { announce, byId, icon, iconButton, make, saveFile } from "./dom.js";
+import { announce, byId, icon, make, saveFile } from "./dom.js";
+import { ConversationList } from "./list.js";
 import { AnswerView, editText, userMessage } from "./message.js";
 import { SettingsPanel } from "./settings.js";
 import { Turn } from "./turn.js";
@@ -20,6 +21,11 @@ export class Chat {
     this.server = server;
     this.turns = new Map(); // conversation id → Turn
     this.views = []; // of the messages that are shown
+    this.list = new ConversationList(store, {
+      open: (conversation) => this.open(conversation),
+      rename: (conversation) => this.#save(conversation),
+      remove: (conversation) => this.#remove(conversation),
+    });
     this.settings = new SettingsPanel((settings) => this.#newSettings(settings));
     this.scroll = byId("scroll");
     this.prompt = byId("prompt");
@@ -45,6 +51,7 @@ export class Chat {
     byId("export").addEventListener("click", () => saveFile("quartet-conversations.json", this.store.exported()));
     byId("import").addEventListener("click", () => byId("import-file").click());
     byId("import-file").addEventListener("change", (event) => this.#import(event.target));
+    document.addEventListener("visibilitychange", () => this.#catchUp());
     window.addEventListener("pagehide", () => this.turns.forEach((turn) => this.store.save(turn.conversation)));
   }
 
@@ -61,6 +68,16 @@ export class Chat {
     this.#toEnd();
     document.dispatchEvent(new CustomEvent("quartet:opened"));
     if (matchMedia("(pointer: fine)").matches) this.prompt.focus();
+  }
+
+  /* What was said in another tab is shown here too, before somebody goes on from an older state. */
+  async #catchUp() {
+    if (document.hidden || this.turns.size) return;
+    await this.store.open();
+    const kept = this.store.get(this.conversation.id);
+    if (kept && kept.updated !== this.conversation.updated && !this.turns.size) this.open(kept);
+    else if (kept) this.store.all.set(kept.id, this.conversation);
+    this.#showList();
   }
 
   /* What was learned of the server: its name, or that it can be asked now. */
@@ -95,7 +112,13 @@ export class Chat {
   /* Have the last answer written: anew, or on from what there is of it. */
   #run(goOn) {
     const { conversation } = this;
-    const turn = new Turn(conversation, lastAnswer(conversation), this.server.model, () => this.#changed(turn), () => this.#ended(turn));
+    const turn = new Turn(
+      conversation,
+      lastAnswer(conversation),
+      this.server.model,
+      () => this.#changed(turn),
+      () => this.#ended(turn),
+    );
     this.turns.set(conversation.id, turn);
     this.#save(conversation, true);
     this.#showAll();
@@ -116,7 +139,7 @@ export class Chat {
 
   #show(turn) {
     turn.due = null;
-    if (!this.turns.has(turn.conversation.id)) return;
+    if (this.turns.get(turn.conversation.id) !== turn) return;
     if (performance.now() - (turn.savedAt || 0) > SAVE_MS) {
       turn.savedAt = performance.now();
       this.store.save(turn.conversation);
@@ -129,6 +152,7 @@ export class Chat {
 
   #ended(turn) {
     clearTimeout(turn.due);
+    if (this.turns.get(turn.conversation.id) !== turn) return; // its conversation was deleted
     this.turns.delete(turn.conversation.id);
     this.#save(turn.conversation, true);
     if (turn.conversation !== this.conversation) return;
@@ -137,7 +161,13 @@ export class Chat {
     this.#showButton();
     if (follow) this.#toEnd();
     const { answer } = turn;
-    announce(answer.error ? `The answer failed: ${answer.error}` : answer.state === "stopped" ? "Stopped." : answer.text || "The model has called a tool.");
+    announce(
+      answer.error
+        ? `The answer failed: ${answer.error}`
+        : answer.state === "stopped"
+          ? "Stopped."
+          : answer.text || "The model has called a tool.",
+    );
     document.dispatchEvent(new CustomEvent("quartet:answered", { detail: answer }));
   }
 
@@ -146,7 +176,8 @@ export class Chat {
   get #actions() {
     return {
       edit: (message, place) => editText(place, message.text, "Send", (text) => this.#resend(message, text)),
-      editAnswer: (message, place) => editText(place, activeAnswer(message).text, "Keep", (text) => this.#rewrite(message, text)),
+      editAnswer: (message, place) =>
+        editText(place, activeAnswer(message).text, "Keep", (text) => this.#rewrite(message, text)),
       again: (message) => this.#again(message),
       goOn: () => this.#run(true),
       canGoOn: (answer) => canGoOn(this.conversation, answer),
@@ -190,7 +221,9 @@ export class Chat {
 
   #sendResults(calls, texts) {
     if (this.turn || !this.#settingsAreRight()) return;
-    calls.forEach((call, index) => this.conversation.messages.push({ role: "tool", call: call.id, name: call.name, text: texts[index] }));
+    calls.forEach((call, index) =>
+      this.conversation.messages.push({ role: "tool", call: call.id, name: call.name, text: texts[index] }),
+    );
     this.#ask();
   }
 
@@ -233,7 +266,9 @@ export class Chat {
   #showAll() {
     const { messages } = this.conversation;
     this.views = messages.map((message) =>
-      message.role === "assistant" ? new AnswerView(message, this.#actions) : { root: userMessage(message, this.#actions) },
+      message.role === "assistant"
+        ? new AnswerView(message, this.#actions)
+        : { root: userMessage(message, this.#actions) },
     );
     byId("messages").replaceChildren(...(messages.length ? this.views.map((view) => view.root) : [this.#greeting()]));
     this.#updateViews();
@@ -251,65 +286,35 @@ export class Chat {
   #greeting() {
     const { model, suggestions, generates } = this.server;
     const title = generates ? "What would you like to know?" : "This model serves embeddings";
-    const about = generates ? `You are talking to ${model || "the model of this server"}.` : "It does not chat. Its load and its processes are on the Server page.";
-    const offers = generates ? suggestions.map((text) => make("button", { type: "button", class: "suggestion", click: () => this.send(text) }, text)) : [];
+    const about = generates
+      ? `You are talking to ${model || "the model of this server"}.`
+      : "It does not chat. Its load and its processes are on the Server page.";
+    const offers = generates
+      ? suggestions.map((text) =>
+          make("button", { type: "button", class: "suggestion", click: () => this.send(text) }, text),
+        )
+      : [];
     const logo = make("img", { src: "page/icon.svg", alt: "", width: 56, height: 56 });
-    return make("div", { class: "greeting" }, logo, make("h1", {}, title), make("p", {}, about), make("div", { class: "suggestions" }, ...offers));
+    return make(
+      "div",
+      { class: "greeting" },
+      logo,
+      make("h1", {}, title),
+      make("p", {}, about),
+      make("div", { class: "suggestions" }, ...offers),
+    );
   }
 
   #showList() {
-    const items = this.store.list().map((conversation) => this.#listItem(conversation));
-    const empty = make("li", { class: "none" }, this.store.lasting ? "No conversations yet." : "This browser keeps no conversations.");
-    byId("conversations").replaceChildren(...(items.length ? items : [empty]));
+    this.list.show(this.conversation, this.turns);
   }
 
-  #listItem(conversation) {
-    const current = conversation.id === this.conversation.id;
-    const title = conversation.title || "New chat";
-    const name = make("span", { class: "title" }, title);
-    const busy = this.turns.has(conversation.id) ? make("span", { class: "busy", role: "img", "aria-label": "An answer is being written" }) : null;
-    const pick = make("button", { type: "button", class: "pick", "aria-current": current ? "true" : null, click: () => this.open(conversation) }, busy, name);
-    const rename = iconButton("edit", `Rename “${title}”`, () => this.#rename(conversation, item));
-    const remove = iconButton("remove", `Delete “${title}”`, () => this.#remove(conversation, item));
-    const item = make("li", { class: current ? "current" : null }, pick, rename, remove);
-    return item;
-  }
-
-  #rename(conversation, item) {
-    const input = make("input", { type: "text", class: "rename", "aria-label": "Title", maxlength: 60 });
-    input.value = conversation.title;
-    let left = false;
-    const leave = (keep) => {
-      if (left) return;
-      left = true;
-      if (keep && input.value.trim()) conversation.title = input.value.trim();
-      this.#save(conversation);
-    };
-    input.addEventListener("blur", () => leave(true));
-    input.addEventListener("keydown", (event) => {
-      if (event.key === "Enter") leave(true);
-      if (event.key === "Escape") {
-        event.stopPropagation();
-        leave(false);
-      }
-    });
-    item.replaceChildren(input);
-    input.select();
-  }
-
-  /* Asks first: what is deleted is gone. */
-  #remove(conversation, item) {
-    const sure = make("button", { type: "button", class: "danger", click: () => this.#removeNow(conversation) }, "Delete");
-    const keep = make("button", { type: "button", click: () => this.#showList() }, "Keep");
-    item.replaceChildren(make("span", { class: "title" }, "Delete for good?"), sure, keep);
-    keep.focus();
-  }
-
-  async #removeNow(conversation) {
+  async #remove(conversation) {
     this.turns.get(conversation.id)?.stop();
     this.turns.delete(conversation.id);
     await this.store.remove(conversation.id);
-    if (conversation.id === this.conversation.id) this.open(this.store.list()[0] || newConversation(conversation.settings));
+    if (conversation.id === this.conversation.id)
+      this.open(this.store.list()[0] || newConversation(conversation.settings));
     else this.#showList();
   }
 

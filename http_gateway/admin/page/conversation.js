@@ -1,7 +1,8 @@
 /* What a conversation is, and the body of the request for its next answer. No DOM and no network.
 
    conversation  {id, title, created, updated, settings, messages}
-   message       {role: "user", text} | {role: "assistant", versions: [answer], active} | {role: "tool", call, name, text}
+   message       {role: "user", text} | {role: "tool", call, name, text} |
+                 {role: "assistant", versions: [answer], active: index of the one that counts}
    answer        {text, reasoning, calls: [{id, name, arguments}], tokens: [[text, logprob, [[text, logprob]]]], state,
                   finish, error, stats, resumed} */
 
@@ -30,7 +31,18 @@ export const DEFAULTS = {
   schema: "",
   tools: "",
 };
-const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty", "thinking_budget"];
+const NUMBERS = [
+  "temperature",
+  "top_p",
+  "top_k",
+  "min_p",
+  "max_tokens",
+  "seed",
+  "frequency_penalty",
+  "presence_penalty",
+  "repetition_penalty",
+  "thinking_budget",
+];
 
 export function newConversation(settings = DEFAULTS) {
   const now = Date.now();
@@ -38,7 +50,17 @@ export function newConversation(settings = DEFAULTS) {
 }
 
 export function newAnswer() {
-  return { text: "", reasoning: "", calls: [], tokens: [], state: "streaming", finish: null, error: null, stats: {}, resumed: 0 };
+  return {
+    text: "",
+    reasoning: "",
+    calls: [],
+    tokens: [],
+    state: "streaming",
+    finish: null,
+    error: null,
+    stats: {},
+    resumed: 0,
+  };
 }
 
 export function activeAnswer(message) {
@@ -59,15 +81,18 @@ export function titleFrom(text) {
 /* the request */
 
 /* The body that asks for `answer`, which is of the conversation's last message. Throws Error with what is wrong in the
-   settings. `goOn`: the answer's text so far is the beginning of what the server is to go on with; `used`: so many of the
-   most tokens have been made. */
+   settings. `goOn`: the answer's text so far is the beginning of what the server is to go on with; `used`: so many
+   of the most tokens have been made. */
 export function bodyOf(conversation, answer, model, { goOn = false, used = 0 } = {}) {
   const settings = conversation.settings;
   const messages = wireMessages(conversation, answer);
   const body = { messages, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
   if (model) body.model = model;
   for (const name of NUMBERS) if (settings[name] !== null) body[name] = settings[name];
-  const stops = settings.stop.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+  const stops = settings.stop
+    .split("\n")
+    .filter(Boolean)
+    .map((line) => line.replaceAll("\\n", "\n"));
   if (stops.length) body.stop = stops;
   if (settings.thinking !== "default") body.enable_thinking = settings.thinking === "on";
   if (settings.logprobs) Object.assign(body, { logprobs: true, top_logprobs: settings.top_logprobs });
@@ -87,7 +112,7 @@ function continueFrom(body, answer) {
   body.continue_final_message = true;
 }
 
-/* Whether the server can go on from what there is of an answer. A grammar would begin anew, and so would a tool call. */
+/* Whether the server can go on from what there is of an answer. A grammar would begin anew, as would a tool call. */
 export function canGoOn(conversation, answer) {
   return Boolean(answer.text.trim()) && !answer.calls.length && !conversation.settings.schema.trim();
 }
@@ -97,7 +122,8 @@ function wireMessages(conversation, until) {
   const messages = system ? [{ role: "system", content: system }] : [];
   for (const message of conversation.messages) {
     if (message.role === "user") messages.push({ role: "user", content: message.text });
-    else if (message.role === "tool") messages.push({ role: "tool", tool_call_id: message.call, name: message.name, content: message.text });
+    else if (message.role === "tool")
+      messages.push({ role: "tool", tool_call_id: message.call, name: message.name, content: message.text });
     else if (activeAnswer(message) === until) break;
     else messages.push(wireAnswer(activeAnswer(message)));
   }
@@ -121,7 +147,8 @@ function wireAnswer(answer) {
 export function parsedSchema(text) {
   if (!text.trim()) return null;
   const schema = parsed(text, "The JSON schema");
-  if (!schema || typeof schema !== "object" || Array.isArray(schema)) throw new Error("The JSON schema must be an object.");
+  if (!schema || typeof schema !== "object" || Array.isArray(schema))
+    throw new Error("The JSON schema must be an object.");
   return schema;
 }
 
@@ -171,7 +198,12 @@ function checkedSettings(value) {
 function checkedMessage(value) {
   if (value?.role === "user") return { role: "user", text: text(value.text, "text") };
   if (value?.role === "tool") {
-    return { role: "tool", call: text(value.call, "call"), name: text(value.name, "name"), text: text(value.text, "text") };
+    return {
+      role: "tool",
+      call: text(value.call, "call"),
+      name: text(value.name, "name"),
+      text: text(value.text, "text"),
+    };
   }
   if (value?.role !== "assistant") throw new Error("A message has no known role.");
   const versions = list(value.versions, "versions").map(checkedAnswer);
@@ -202,7 +234,10 @@ function checkedCall(call) {
 
 function checkedToken(token) {
   const [said, logprob, others] = list(token, "token");
-  const best = list(others, "token").map(([other, value]) => [text(other, "token"), value === null ? null : number(value, "token")]);
+  const best = list(others, "token").map(([other, value]) => [
+    text(other, "token"),
+    value === null ? null : number(value, "token"),
+  ]);
   return [text(said, "token"), logprob === null ? null : number(logprob, "token"), best];
 }
 

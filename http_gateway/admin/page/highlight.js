@@ -11,32 +11,47 @@ const HASH = String.raw`#[^\n]*`;
 
 const words = (text) => new Set(text.split(" "));
 const C_LIKE = words(
-  "async await break case catch class const continue default delete do else enum export extends false final finally fn for " +
-    "func function go if impl import in interface let loop match mod mut new nil null package private protected public pub " +
-    "return self static struct super switch this throw throws trait true try type typedef undefined use using var void while " +
-    "yield int long float double bool boolean char string str auto namespace template override virtual where",
+  "async await break case catch class const continue default delete do else enum export extends false " +
+    "final finally fn for func function go if impl import in interface let loop match mod mut new nil " +
+    "null package private protected public pub return self static struct super switch this throw throws " +
+    "trait true try type typedef undefined use using var void while yield int long float double bool " +
+    "boolean char string str auto namespace template override virtual where",
 );
 const PYTHON = words(
-  "and as assert async await break class continue def del elif else except False finally for from global if import in is " +
-    "lambda None nonlocal not or pass raise return True try while with yield match case self",
+  "and as assert async await break class continue def del elif else except False finally for from " +
+    "global if import in is lambda None nonlocal not or pass raise return True try while with yield match " +
+    "case self",
 );
-const SHELL = words("if then else elif fi for in do done while case esac function return export local echo cd set sudo");
+const SHELL = words(
+  "if then else elif fi for in do done while case esac function return export local echo cd set sudo",
+);
 const SQL = words(
-  "select from where and or not insert into values update set delete create table primary key join left right inner outer on " +
-    "group by order having limit offset as distinct null is in like between union all index drop alter case when then else end",
+  "select from where and or not insert into values update set delete create table primary key join left " +
+    "right inner outer on group by order having limit offset as distinct null is in like between union " +
+    "all index drop alter case when then else end",
 );
 
 const LANGUAGES = {
   c: { comment: SLASHES, keywords: C_LIKE },
-  python: { comment: HASH, keywords: PYTHON, strings: String.raw`"""[\s\S]*?(?:"""|$)|'''[\s\S]*?(?:'''|$)|${STRINGS}` },
+  python: {
+    comment: HASH,
+    keywords: PYTHON,
+    strings: String.raw`"""[\s\S]*?(?:"""|$)|'''[\s\S]*?(?:'''|$)|${STRINGS}`,
+  },
   shell: { comment: HASH, keywords: SHELL },
   yaml: { comment: HASH, keywords: words("true false null yes no") },
   sql: { comment: String.raw`--[^\n]*|/\*[\s\S]*?(?:\*/|$)`, keywords: SQL, anyCase: true },
   json: { comment: "(?!)", keywords: words("true false null") },
 };
 const NAMES = {
-  python: "py python3", shell: "sh bash zsh console shell", yaml: "yml toml ini dockerfile", sql: "sql", json: "jsonc json5",
-  c: "cpp c++ h hpp cs csharp java kotlin kt swift go rust rs js javascript jsx ts typescript tsx php scala dart zig css scss",
+  python: "py python3",
+  shell: "sh bash zsh console shell",
+  yaml: "yml toml ini dockerfile",
+  sql: "sql",
+  json: "jsonc json5",
+  c:
+    "cpp c++ h hpp cs csharp java kotlin kt swift go rust rs js javascript jsx " +
+    "ts typescript tsx php scala dart zig css scss",
 };
 const LANGUAGE_OF = new Map(Object.keys(LANGUAGES).map((name) => [name, name]));
 for (const [name, others] of Object.entries(NAMES)) others.split(" ").forEach((other) => LANGUAGE_OF.set(other, name));

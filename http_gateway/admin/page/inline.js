@@ -235,7 +235,7 @@ function bracketsOf(text) {
   return pairs;
 }
 
-/* The address that begins at a place, up to the parenthesis that ends it, and the place behind that; null: there is none. */
+/* The address that begins at a place, up to the parenthesis that ends it, and where that is; null: there is none. */
 function targetOf(text, from) {
   const last = Math.min(text.length, from + MAX_ADDRESS);
   let depth = 0;

@@ -21,7 +21,7 @@ export class MarkdownView {
     this.blocks = []; // {at: offset in the text, node}
   }
 
-  /* Show this text. What was shown of the same beginning stays as it is, but for the last block. `growing`: more will come. */
+  /* Show this text. What was shown of the same beginning stays, but for the last block. `growing`: more will come. */
   update(text, growing = false) {
     if (text === this.text && growing === this.growing) return;
     const last = this.blocks.at(-1);
@@ -31,7 +31,10 @@ export class MarkdownView {
     const lines = text.slice(from).split("\n");
     const starts = [];
     lines.reduce((at, line) => (starts.push(at), at + line.length + 1), from);
-    const found = blocksOf(lines.map(untabbed), 0).map((block) => ({ at: starts[block.line], node: render(block, growing) }));
+    const found = blocksOf(lines.map(untabbed), 0).map((block) => ({
+      at: starts[block.line],
+      node: render(block, growing),
+    }));
     this.blocks.slice(kept.length).forEach((block) => block.node.remove());
     this.root.append(...found.map((block) => block.node));
     this.blocks = [...kept, ...found];
@@ -74,7 +77,8 @@ function blockAt(lines, at, depth) {
   const line = lines[at];
   const fence = FENCE.exec(line);
   if (fence) return fenceAt(lines, at, fence);
-  if (HEADING.test(line)) return { type: "heading", level: HEADING.exec(line)[1].length, text: headingText(line), next: at + 1 };
+  if (HEADING.test(line))
+    return { type: "heading", level: HEADING.exec(line)[1].length, text: headingText(line), next: at + 1 };
   if (RULE.test(line)) return { type: "rule", next: at + 1 };
   if (depth < MAX_DEPTH && QUOTE.test(line)) return quoteAt(lines, at, depth);
   if (depth < MAX_DEPTH && ITEM.test(line)) return listAt(lines, at, depth);
@@ -91,7 +95,14 @@ function startsBlock(lines, at, depth) {
 function paragraphAt(lines, at, depth) {
   let next = at + 1;
   while (next < lines.length && lines[next].trim() && !startsBlock(lines, next, depth)) next++;
-  return { type: "paragraph", text: lines.slice(at, next).map((line) => line.trimStart()).join("\n"), next };
+  return {
+    type: "paragraph",
+    text: lines
+      .slice(at, next)
+      .map((line) => line.trimStart())
+      .join("\n"),
+    next,
+  };
 }
 
 function headingText(line) {
@@ -108,7 +119,13 @@ function fenceAt(lines, at, [, marks, about]) {
   while (next < lines.length && !closesFence(lines[next], marks)) next++;
   const code = lines.slice(at + 1, next).map((line) => line.slice(Math.min(indent, indentOf(line))));
   const closed = next < lines.length;
-  return { type: "code", language: about.trim().split(/\s/)[0], code: code.join("\n"), closed, next: closed ? next + 1 : next };
+  return {
+    type: "code",
+    language: about.trim().split(/\s/)[0],
+    code: code.join("\n"),
+    closed,
+    next: closed ? next + 1 : next,
+  };
 }
 
 function closesFence(line, marks) {
@@ -186,7 +203,9 @@ function isTable(lines, at) {
 function tableAt(lines, at) {
   let next = at + 2;
   while (next < lines.length && lines[next].trim() && lines[next].includes("|")) next++;
-  const sides = cellsOf(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "left"));
+  const sides = cellsOf(lines[at + 1]).map((cell) =>
+    cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : "left",
+  );
   return { type: "table", head: cellsOf(lines[at]), rows: lines.slice(at + 2, next).map(cellsOf), sides, next };
 }
 
@@ -194,7 +213,8 @@ function tableAt(lines, at) {
 
 const RENDER = {
   paragraph: (block) => make("p", {}, ...inline(block.text)),
-  heading: (block) => make(`h${Math.min(block.level + 2, 6)}`, { class: `level-${block.level}` }, ...inline(block.text)),
+  heading: (block) =>
+    make(`h${Math.min(block.level + 2, 6)}`, { class: `level-${block.level}` }, ...inline(block.text)),
   rule: () => make("hr"),
   quote: (block, growing) => make("blockquote", {}, ...block.blocks.map((inner) => render(inner, growing))),
   list: renderList,
@@ -210,7 +230,12 @@ function renderList(block, growing) {
   const items = block.items.map((item) => {
     const inside = item.blocks.map((inner) => render(inner, growing));
     if (item.task === null) return make("li", {}, ...inside);
-    return make("li", { class: "task" }, make("input", { type: "checkbox", disabled: true, checked: item.task, "aria-label": "done" }), ...inside);
+    return make(
+      "li",
+      { class: "task" },
+      make("input", { type: "checkbox", disabled: true, checked: item.task, "aria-label": "done" }),
+      ...inside,
+    );
   });
   const start = block.ordered && block.start !== 1 ? block.start : null;
   return make(block.ordered ? "ol" : "ul", { class: block.loose ? "loose" : "tight", start }, ...items);
@@ -226,6 +251,11 @@ function renderTable(block) {
 
 function renderCode(block, growing) {
   const coloured = block.closed || !growing ? highlight(block.code, block.language) : [block.code];
-  const head = make("div", { class: "code-head" }, make("span", {}, block.language || "text"), copyButton("Copy the code", () => block.code));
+  const head = make(
+    "div",
+    { class: "code-head" },
+    make("span", {}, block.language || "text"),
+    copyButton("Copy the code", () => block.code),
+  );
   return make("div", { class: "code-block" }, head, make("pre", { tabindex: "0" }, make("code", {}, ...coloured)));
 }

@@ -1,4 +1,4 @@
-/* Shows one message of a conversation: what was said, what the model thought, called and how sure it was of each token. */
+/* Shows one message of a conversation: what was said, what the model thought and called, how sure it was. */
 
 import { activeAnswer } from "./conversation.js";
 import { copyButton, icon, iconButton, make } from "./dom.js";
@@ -22,7 +22,11 @@ export function userMessage(message, actions) {
 
 /* A text area in the place of a text; `done(text)` is called with what it has become. */
 export function editText(place, text, label, done) {
-  const area = make("textarea", { class: "edit-area", "aria-label": "Edit the message", rows: Math.min(12, text.split("\n").length + 1) });
+  const area = make("textarea", {
+    class: "edit-area",
+    "aria-label": "Edit the message",
+    rows: Math.min(12, text.split("\n").length + 1),
+  });
   area.value = text;
   const close = () => form.replaceWith(place);
   const save = () => {
@@ -126,13 +130,33 @@ export class AnswerView {
   }
 
   #resultForm(answer) {
-    const areas = answer.calls.map((call) => make("textarea", { rows: 2, "aria-label": `Result of ${call.name}`, placeholder: `What ${call.name} returns` }));
-    const send = () => this.actions.results(answer.calls, areas.map((area) => area.value));
-    return make("div", { class: "call-results" }, ...areas, make("button", { type: "button", class: "primary", click: send }, "Send the results"));
+    const areas = answer.calls.map((call) =>
+      make("textarea", { rows: 2, "aria-label": `Result of ${call.name}`, placeholder: `What ${call.name} returns` }),
+    );
+    const send = () =>
+      this.actions.results(
+        answer.calls,
+        areas.map((area) => area.value),
+      );
+    return make(
+      "div",
+      { class: "call-results" },
+      ...areas,
+      make("button", { type: "button", class: "primary", click: send }, "Send the results"),
+    );
   }
 
   #showState(answer, turn, isLast) {
-    const key = JSON.stringify([answer.state, answer.error, answer.finish, answer.resumed, turn?.waiting, turn !== null, Boolean(answer.text || answer.reasoning || answer.calls.length), isLast]);
+    const key = JSON.stringify([
+      answer.state,
+      answer.error,
+      answer.finish,
+      answer.resumed,
+      turn?.waiting,
+      turn !== null,
+      Boolean(answer.text || answer.reasoning || answer.calls.length),
+      isLast,
+    ]);
     if (key === this.shownState) return;
     this.shownState = key;
     this.state.replaceChildren(...(turn ? this.#progress(answer, turn) : this.#outcome(answer, isLast)));
@@ -150,17 +174,34 @@ export class AnswerView {
     if (answer.error) said.push(make("p", { class: "problem", role: "alert" }, answer.error));
     else if (answer.state === "broken") said.push(make("p", { class: "problem" }, "This answer was broken off."));
     else if (answer.state === "stopped") said.push(make("p", { class: "remark" }, "Stopped."));
+    else if (answer.finish === "abort") said.push(make("p", { class: "remark" }, "The server has ended this answer."));
     else if (answer.finish === "length") said.push(make("p", { class: "remark" }, "The limit of tokens was reached."));
-    if (answer.resumed) said.push(make("p", { class: "remark resumed" }, "The connection broke meanwhile; the answer went on from there."));
-    const ended = answer.state === "done" && answer.finish !== "length";
+    if (answer.resumed)
+      said.push(
+        make("p", { class: "remark resumed" }, "The connection broke meanwhile; the answer went on from there."),
+      );
+    const ended = answer.state === "done" && !["length", "abort"].includes(answer.finish);
     if (!isLast || (ended && !answer.error)) return said;
     const goOn = this.actions.canGoOn(answer);
-    const [label, act] = goOn ? ["Continue", () => this.actions.goOn()] : ["Try again", () => this.actions.again(this.message)];
-    return [...said, make("button", { type: "button", class: "go-on", click: act }, icon(goOn ? "play" : "again"), label)];
+    const [label, act] = goOn
+      ? ["Continue", () => this.actions.goOn()]
+      : ["Try again", () => this.actions.again(this.message)];
+    return [
+      ...said,
+      make("button", { type: "button", class: "go-on", click: act }, icon(goOn ? "play" : "again"), label),
+    ];
   }
 
   #showFoot(answer, growing, isLast) {
-    const key = JSON.stringify([growing, isLast, this.message.active, this.message.versions.length, answer.tokens.length > 0, this.asTokens, answer.stats]);
+    const key = JSON.stringify([
+      growing,
+      isLast,
+      this.message.active,
+      this.message.versions.length,
+      answer.tokens.length > 0,
+      this.asTokens,
+      answer.stats,
+    ]);
     if (key === this.shownFoot) return;
     this.shownFoot = key;
     this.foot.replaceChildren(...(growing ? [] : this.#buttons(answer, isLast)));
@@ -172,7 +213,9 @@ export class AnswerView {
     buttons.push(iconButton("again", "Regenerate", () => actions.again(message)));
     buttons.push(iconButton("edit", "Edit the answer", () => actions.editAnswer(message, this.content)));
     if (answer.tokens.length) {
-      const toggle = iconButton("tokens", "Show tokens by their probability", () => this.#toggleTokens(isLast), { "aria-pressed": this.asTokens });
+      const toggle = iconButton("tokens", "Show tokens by their probability", () => this.#toggleTokens(isLast), {
+        "aria-pressed": this.asTokens,
+      });
       buttons.push(toggle);
     }
     if (message.versions.length > 1) buttons.push(this.#versions(message, actions));
@@ -216,7 +259,12 @@ function indented(text) {
 function callOf(call) {
   const shown = indented(call.arguments) ?? call.arguments;
   const head = make("p", { class: "tool-name" }, icon("tool"), call.name || "…");
-  return make("section", { class: "call", "aria-label": `Call of ${call.name}` }, head, make("pre", { tabindex: "0" }, shown));
+  return make(
+    "section",
+    { class: "call", "aria-label": `Call of ${call.name}` },
+    head,
+    make("pre", { tabindex: "0" }, shown),
+  );
 }
 
 /* A token, coloured by its probability; what else it might have been is told when the pointer or the focus is on it. */
@@ -225,7 +273,11 @@ function tokenOf([text, logprob, others]) {
   const percent = (value) => (value === null ? "–" : `${(Math.exp(value) * 100).toFixed(1)} %`);
   const lines = others.map(([other, value]) => `${shownToken(other)}  ${percent(value)}`);
   const about = [`${shownToken(text)}  ${percent(logprob)}`, ...(lines.length ? ["", ...lines] : [])].join("\n");
-  const token = make("span", { class: known ? "token" : "token unknown", title: about, tabindex: "0" }, text.replaceAll("\n", "↵\n"));
+  const token = make(
+    "span",
+    { class: known ? "token" : "token unknown", title: about, tabindex: "0" },
+    text.replaceAll("\n", "↵\n"),
+  );
   if (known) token.style.setProperty("--p", Math.exp(logprob).toFixed(3));
   return token;
 }

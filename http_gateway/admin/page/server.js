@@ -1,6 +1,6 @@
 /* The server's page: its load and its processes as they are now, asked for every two seconds while somebody looks. */
 
-import { json, text, unreadiness } from "./api.js";
+import { json, mayAskAgain, text, unreadiness } from "./api.js";
 import { Chart } from "./chart.js";
 import { byId, make } from "./dom.js";
 
@@ -35,7 +35,11 @@ export class ServerView {
     this.problem = make("p", { class: "problem", role: "status", hidden: true });
     this.facts = make("dl", { class: "facts" });
     this.processes = make("tbody");
-    this.events = make("ol", { class: "events" }, make("li", { class: "none" }, "Nothing has happened since you opened this page."));
+    this.events = make(
+      "ol",
+      { class: "events" },
+      make("li", { class: "none" }, "Nothing has happened since you opened this page."),
+    );
     this.before = null; // the last sample
     this.#build();
     document.addEventListener("visibilitychange", () => this.#schedule(0));
@@ -51,7 +55,13 @@ export class ServerView {
         make("h2", {}, "Load"),
         this.problem,
         make("div", { class: "cards" }, ...Object.values(this.charts).map((chart) => chart.root)),
-        make("div", { class: "columns" }, panel("Processes", table), panel("Model and server", this.facts), panel("Events", this.events)),
+        make(
+          "div",
+          { class: "columns" },
+          panel("Processes", table),
+          panel("Model and server", this.facts),
+          panel("Events", this.events),
+        ),
       ),
     );
   }
@@ -59,6 +69,7 @@ export class ServerView {
   /* Begin to ask, or end. */
   show(visible) {
     this.root.hidden = !visible;
+    if (visible) mayAskAgain();
     this.#schedule(0);
   }
 
@@ -89,30 +100,68 @@ export class ServerView {
     const known = scheduler !== null;
     charts.running.add(time, known ? scheduler.num_running_reqs : null, `of ${now.info.max_running_requests} at once`);
     charts.queue.add(time, known ? scheduler.num_queue_reqs : null);
-    charts.kv.add(time, known ? scheduler.token_usage : null, known ? `${whole(scheduler.num_used_tokens)} of ${whole(scheduler.max_total_num_tokens)} tokens` : "");
+    charts.kv.add(
+      time,
+      known ? scheduler.token_usage : null,
+      known ? `${whole(scheduler.num_used_tokens)} of ${whole(scheduler.max_total_num_tokens)} tokens` : "",
+    );
     const over = before && known && before.scheduler ? (time - before.time) / 1000 : 0;
     const grown = (name) => (over ? scheduler[name] - before.scheduler[name] : -1);
     const perSecond = (name) => (grown(name) >= 0 ? grown(name) / over : null); // a new scheduler counts from 0
-    charts.output.add(time, perSecond("generation_tokens_total"), known ? `${whole(scheduler.generation_tokens_total)} in all` : "");
-    charts.input.add(time, perSecond("prompt_tokens_total"), known ? `${whole(scheduler.prompt_tokens_total)} in all` : "");
-    const share = known && scheduler.prompt_tokens_total ? scheduler.cached_tokens_total / scheduler.prompt_tokens_total : null;
+    charts.output.add(
+      time,
+      perSecond("generation_tokens_total"),
+      known ? `${whole(scheduler.generation_tokens_total)} in all` : "",
+    );
+    charts.input.add(
+      time,
+      perSecond("prompt_tokens_total"),
+      known ? `${whole(scheduler.prompt_tokens_total)} in all` : "",
+    );
+    const share =
+      known && scheduler.prompt_tokens_total ? scheduler.cached_tokens_total / scheduler.prompt_tokens_total : null;
     const prompts = grown("prompt_tokens_total");
-    charts.hits.add(time, prompts > 0 ? grown("cached_tokens_total") / prompts : null, share === null ? "" : `${percent(share)} in all`);
-    charts.first.add(time, meanSince(before, now, "sglang:time_to_first_token_seconds"), aboutMean(now, "sglang:time_to_first_token_seconds"));
-    charts.between.add(time, meanSince(before, now, "sglang:inter_token_latency_seconds"), aboutMean(now, "sglang:inter_token_latency_seconds"));
+    charts.hits.add(
+      time,
+      prompts > 0 ? grown("cached_tokens_total") / prompts : null,
+      share === null ? "" : `${percent(share)} in all`,
+    );
+    charts.first.add(
+      time,
+      meanSince(before, now, "sglang:time_to_first_token_seconds"),
+      aboutMean(now, "sglang:time_to_first_token_seconds"),
+    );
+    charts.between.add(
+      time,
+      meanSince(before, now, "sglang:inter_token_latency_seconds"),
+      aboutMean(now, "sglang:inter_token_latency_seconds"),
+    );
     this.#showProcesses(now);
     this.#showFacts(now);
     this.#noteEvents(before, now);
     this.before = now;
-    document.dispatchEvent(new CustomEvent("quartet:status", { detail: { ok: !now.reason, text: now.reason || now.name } }));
+    document.dispatchEvent(
+      new CustomEvent("quartet:status", { detail: { ok: !now.reason, text: now.reason || now.name } }),
+    );
   }
 
   #showProcesses({ reason, restarts }) {
     const rows = ROLES.map((role) => {
       const well = !reason.includes(role);
-      const state = make("td", {}, make("span", { class: `dot ${well ? "ok" : "bad"}`, "aria-hidden": "true" }), well ? "running" : reason.includes("again") ? "starting again" : "not well");
+      const state = make(
+        "td",
+        {},
+        make("span", { class: `dot ${well ? "ok" : "bad"}`, "aria-hidden": "true" }),
+        well ? "running" : reason.includes("again") ? "starting again" : "not well",
+      );
       const name = make("th", { scope: "row" }, role, make("small", {}, ABOUT_ROLES[role]));
-      return make("tr", { "data-role": role }, name, state, make("td", { class: "count" }, restarts ? whole(restarts[role] ?? 0) : "–"));
+      return make(
+        "tr",
+        { "data-role": role },
+        name,
+        state,
+        make("td", { class: "count" }, restarts ? whole(restarts[role] ?? 0) : "–"),
+      );
     });
     this.processes.replaceChildren(...rows);
   }
@@ -130,15 +179,19 @@ export class ServerView {
       Version: info.version,
     };
     const rows = Object.entries(facts).filter(([, value]) => value !== undefined && value !== "");
-    this.facts.replaceChildren(...rows.flatMap(([title, value]) => [make("dt", {}, title), make("dd", {}, String(value))]));
+    this.facts.replaceChildren(
+      ...rows.flatMap(([title, value]) => [make("dt", {}, title), make("dd", {}, String(value))]),
+    );
   }
 
   #noteEvents(before, now) {
     if (!before) return;
     const said = [];
-    if (before.info.weight_version !== now.info.weight_version) said.push(`The weights are now version ${now.info.weight_version}.`);
+    if (before.info.weight_version !== now.info.weight_version)
+      said.push(`The weights are now version ${now.info.weight_version}.`);
     for (const role of ROLES) {
-      if (now.restarts && before.restarts && now.restarts[role] > before.restarts[role]) said.push(`The ${role} was started again.`);
+      if (now.restarts && before.restarts && now.restarts[role] > before.restarts[role])
+        said.push(`The ${role} was started again.`);
     }
     if (now.reason && now.reason !== before.reason) said.push(`${now.reason[0].toUpperCase()}${now.reason.slice(1)}.`);
     if (!said.length) return;
@@ -190,7 +243,8 @@ export function parsedMetrics(exposition) {
 
 function restartsOf(metrics) {
   const found = {};
-  for (const { labels, value } of metrics.get("quartet:restarts_total") || []) found[/role="(\w+)"/.exec(labels)?.[1]] = value;
+  for (const { labels, value } of metrics.get("quartet:restarts_total") || [])
+    found[/role="(\w+)"/.exec(labels)?.[1]] = value;
   return found;
 }
 

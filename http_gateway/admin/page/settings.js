@@ -4,7 +4,10 @@ import { DEFAULTS, parsedSchema, parsedTools } from "./conversation.js";
 import { byId, iconButton, make } from "./dom.js";
 
 const FIELDS = [
-  ["", [["system", "System prompt", { kind: "text", rows: 4, hint: "What the model is told before the conversation." }]]],
+  [
+    "",
+    [["system", "System prompt", { kind: "text", rows: 4, hint: "What the model is told before the conversation." }]],
+  ],
   [
     "Sampling",
     [
@@ -23,7 +26,18 @@ const FIELDS = [
   [
     "Thinking",
     [
-      ["thinking", "The model thinks", { kind: "choice", choices: [["default", "As its template says"], ["on", "Yes"], ["off", "No"]] }],
+      [
+        "thinking",
+        "The model thinks",
+        {
+          kind: "choice",
+          choices: [
+            ["default", "As its template says"],
+            ["on", "Yes"],
+            ["off", "No"],
+          ],
+        },
+      ],
       ["thinking_budget", "Most tokens of a thought", { min: 0, step: 1, whole: true }],
     ],
   ],
@@ -32,8 +46,22 @@ const FIELDS = [
     [
       ["logprobs", "Colour tokens by their probability", { kind: "switch" }],
       ["top_logprobs", "Alternatives for each token", { min: 0, max: 20, step: 1, whole: true, needed: true }],
-      ["schema", "JSON schema", { kind: "text", rows: 5, code: true, check: parsedSchema, hint: "The answer will be JSON of this shape." }],
-      ["tools", "Tools", { kind: "text", rows: 5, code: true, check: parsedTools, hint: "A list of functions: name, description, parameters." }],
+      [
+        "schema",
+        "JSON schema",
+        { kind: "text", rows: 5, code: true, check: parsedSchema, hint: "The answer will be JSON of this shape." },
+      ],
+      [
+        "tools",
+        "Tools",
+        {
+          kind: "text",
+          rows: 5,
+          code: true,
+          check: parsedTools,
+          hint: "A list of functions: name, description, parameters.",
+        },
+      ],
     ],
   ],
 ];
@@ -127,11 +155,26 @@ export class SettingsPanel {
 }
 
 function inputOf(id, kind, options) {
-  if (kind === "text") return make("textarea", { id, rows: options.rows, class: options.code ? "code" : null, spellcheck: options.code ? "false" : null });
+  if (kind === "text")
+    return make("textarea", {
+      id,
+      rows: options.rows,
+      class: options.code ? "code" : null,
+      spellcheck: options.code ? "false" : null,
+    });
   if (kind === "switch") return make("input", { id, type: "checkbox" });
-  if (kind === "choice") return make("select", { id }, ...options.choices.map(([value, text]) => make("option", { value }, text)));
+  if (kind === "choice")
+    return make("select", { id }, ...options.choices.map(([value, text]) => make("option", { value }, text)));
   const { min, max, step } = options;
-  return make("input", { id, type: "number", min, max, step, placeholder: "default", inputmode: options.whole ? "numeric" : "decimal" });
+  return make("input", {
+    id,
+    type: "number",
+    min,
+    max,
+    step,
+    placeholder: "default",
+    inputmode: options.whole ? "numeric" : "decimal",
+  });
 }
 
 function numberProblem(input, { min, max, whole }) {

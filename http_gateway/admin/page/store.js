@@ -17,12 +17,15 @@ export class Store {
     this.lasting = false; // the browser keeps them
   }
 
-  /* Read what the browser has kept. What is no conversation (any more) is left alone and not shown. */
+  /* Read what the browser has kept, again where other tabs have changed it. What is no conversation (any more) is left
+     alone and not shown. */
   async open() {
     try {
-      this.database = await opened();
+      this.database ||= await opened();
       const found = await done(this.database.transaction(TABLE).objectStore(TABLE).getAll());
       this.lasting = true;
+      this.all.clear();
+      this.sizes.clear();
       for (const kept of found) this.#take(kept);
     } catch {
       this.lasting = false;
@@ -69,7 +72,9 @@ export class Store {
   }
 
   async #makeRoom(keep) {
-    const oldest = this.list().reverse().filter((conversation) => conversation.id !== keep);
+    const oldest = this.list()
+      .reverse()
+      .filter((conversation) => conversation.id !== keep);
     let total = [...this.sizes.values()].reduce((sum, size) => sum + size, 0);
     while (oldest.length && (this.all.size > MOST_CONVERSATIONS || total > MOST_CHARACTERS)) {
       const { id } = oldest.shift();
@@ -95,8 +100,10 @@ export class Store {
   /* Add the conversations of such a file; how many that were. Throws where it is none, and has added nothing. */
   async add(text) {
     const said = JSON.parse(text);
-    if (said?.format !== FORMAT || !Array.isArray(said.conversations)) throw new Error("This is no file of conversations.");
-    if (said.conversations.length > MOST_CONVERSATIONS) throw new Error(`There are more than ${MOST_CONVERSATIONS} conversations in it.`);
+    if (said?.format !== FORMAT || !Array.isArray(said.conversations))
+      throw new Error("This is no file of conversations.");
+    if (said.conversations.length > MOST_CONVERSATIONS)
+      throw new Error(`There are more than ${MOST_CONVERSATIONS} conversations in it.`);
     const found = said.conversations.map(checkedConversation);
     for (const conversation of found.reverse()) await this.save(conversation);
     return found.length;
@@ -105,7 +112,9 @@ export class Store {
 
 function withoutTokens(conversation) {
   const messages = conversation.messages.map((message) =>
-    message.versions ? { ...message, versions: message.versions.map((answer) => ({ ...answer, tokens: [] })) } : message,
+    message.versions
+      ? { ...message, versions: message.versions.map((answer) => ({ ...answer, tokens: [] })) }
+      : message,
   );
   return { ...conversation, messages };
 }

@@ -1,7 +1,7 @@
 /* One answer on its way. When the connection breaks, the same answer goes on with the next one; when a process of the
    server dies, the server's ring sends on by itself, and nothing has to be done here. */
 
-import { ApiError, ConnectionLost, delay, described, events, pause, request, unreadiness } from "./api.js";
+import { ApiError, ConnectionLost, delay, described, events, mayAskAgain, pause, request, unreadiness } from "./api.js";
 import { bodyOf, canGoOn } from "./conversation.js";
 
 const MOST_FAILURES = 8; // of connections in a row, about half a minute
@@ -30,6 +30,7 @@ export class Turn {
     const answer = this.answer;
     Object.assign(answer, { state: "streaming", error: null, finish: null });
     const watch = setInterval(() => this.#lookAtStall(), 500);
+    mayAskAgain();
     this.startedAt = performance.now();
     this.before = answer.stats.totalMs || 0;
     this.madeBefore = goOn ? answer.stats.completion || 0 : 0; // tokens that the user's limit does not count
@@ -129,7 +130,11 @@ export class Turn {
     const answer = this.answer;
     if (this.aborter.signal.aborted) answer.state = "stopped";
     else if (error instanceof ConnectionLost) Object.assign(answer, { state: "broken", error: error.message });
-    else Object.assign(answer, { state: "failed", error: error.field ? `${error.message} (${error.field})` : error.message });
+    else
+      Object.assign(answer, {
+        state: "failed",
+        error: error.field ? `${error.message} (${error.field})` : error.message,
+      });
   }
 
   /* Nothing comes: ask the server whether it knows why. */
