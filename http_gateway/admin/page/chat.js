@@ -11,6 +11,7 @@ import { Turn } from "./turn.js";
 const NEAR_END = 80; // pixels: who is so near to the end wants to see what is new
 const SAVE_MS = 1000; // while an answer is written
 const SLOW_TEXT = 20_000; // characters, from which on a growing answer is shown less often
+const LARGEST_FILE = 64 << 20; // bytes
 const HINT_MS = 8000;
 const OPEN = "quartet.open";
 
@@ -180,6 +181,7 @@ export class Chat {
         editText(place, activeAnswer(message).text, "Keep", (text) => this.#rewrite(message, text)),
       again: (message) => this.#again(message),
       goOn: () => this.#run(true),
+      wantsTokens: () => this.conversation.settings.logprobs,
       canGoOn: (answer) => canGoOn(this.conversation, answer),
       choose: (message, index) => this.#choose(message, index),
       results: (calls, texts) => this.#sendResults(calls, texts),
@@ -242,6 +244,7 @@ export class Chat {
     input.value = "";
     if (!file) return;
     try {
+      if (file.size > LARGEST_FILE) throw new Error("It is larger than 64 MB.");
       const count = await this.store.add(await file.text());
       this.#note(`${count} conversation${count === 1 ? " was" : "s were"} added.`);
     } catch (error) {

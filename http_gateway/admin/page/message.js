@@ -60,7 +60,7 @@ export class AnswerView {
   constructor(message, actions) {
     this.message = message;
     this.actions = actions;
-    this.asTokens = false; // coloured by probability, instead of rendered
+    this.asTokens = null; // coloured by probability, instead of rendered; null: as the conversation's settings say
     this.thoughtText = make("div", { class: "thought-text" });
     this.thoughtTitle = make("summary");
     this.thought = make("details", { class: "thought", hidden: true }, this.thoughtTitle, this.thoughtText);
@@ -94,10 +94,10 @@ export class AnswerView {
     this.root.setAttribute("aria-busy", String(growing));
     this.#showThought(answer, growing);
     this.view.update(growing ? answer.text : shownText(answer.text), growing);
-    this.asTokens &&= answer.tokens.length > 0;
-    this.content.hidden = this.asTokens;
-    this.tokens.hidden = !this.asTokens;
-    if (this.asTokens) this.#showTokens(answer);
+    const asTokens = answer.tokens.length > 0 && (this.asTokens ?? this.actions.wantsTokens());
+    this.content.hidden = asTokens;
+    this.tokens.hidden = !asTokens;
+    if (asTokens) this.#showTokens(answer);
     this.#showCalls(answer, growing, isLast);
     this.#showState(answer, turn, isLast);
     this.#showFoot(answer, growing, isLast);
@@ -199,7 +199,7 @@ export class AnswerView {
       this.message.active,
       this.message.versions.length,
       answer.tokens.length > 0,
-      this.asTokens,
+      this.tokens.hidden,
       answer.stats,
     ]);
     if (key === this.shownFoot) return;
@@ -214,7 +214,7 @@ export class AnswerView {
     buttons.push(iconButton("edit", "Edit the answer", () => actions.editAnswer(message, this.content)));
     if (answer.tokens.length) {
       const toggle = iconButton("tokens", "Show tokens by their probability", () => this.#toggleTokens(isLast), {
-        "aria-pressed": this.asTokens,
+        "aria-pressed": String(!this.tokens.hidden),
       });
       buttons.push(toggle);
     }
@@ -236,7 +236,7 @@ export class AnswerView {
   }
 
   #toggleTokens(isLast) {
-    this.asTokens = !this.asTokens;
+    this.asTokens = this.tokens.hidden;
     this.update(null, isLast);
   }
 }

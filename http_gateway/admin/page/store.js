@@ -102,9 +102,10 @@ export class Store {
     const said = JSON.parse(text);
     if (said?.format !== FORMAT || !Array.isArray(said.conversations))
       throw new Error("This is no file of conversations.");
-    if (said.conversations.length > MOST_CONVERSATIONS)
-      throw new Error(`There are more than ${MOST_CONVERSATIONS} conversations in it.`);
     const found = said.conversations.map(checkedConversation);
+    const room = MOST_CONVERSATIONS - this.all.size;
+    const added = new Set(found.map(({ id }) => id).filter((id) => !this.all.has(id)));
+    if (added.size > room) throw new Error(`There is room for ${room} more conversations; delete some first.`);
     for (const conversation of found.reverse()) await this.save(conversation);
     return found.length;
   }
