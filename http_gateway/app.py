@@ -11,7 +11,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from quartet.http_gateway.admin import control, health, info, openapi, parsing
+from quartet.http_gateway.admin import control, health, info, openapi, parsing, web_page
 from quartet.http_gateway.anthropic import error_responses, messages, models
 from quartet.http_gateway.embedding import embeddings, rerank, score
 from quartet.http_gateway.embedding import encode as embed
@@ -42,6 +42,7 @@ ENDPOINTS: list[Endpoint] = [
     *health.ENDPOINTS,
     *info.ENDPOINTS,
     *control.ENDPOINTS,
+    *web_page.ENDPOINTS,
 ]
 
 

@@ -97,7 +97,6 @@ async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 ENDPOINTS = [
-    Endpoint("/", live, ("GET", "HEAD")),
     Endpoint("/ping", live, access=Access.PUBLIC),
     Endpoint("/livez", live, access=Access.PUBLIC),
     Endpoint("/readyz", ready, access=Access.PUBLIC),

@@ -110,10 +110,19 @@ async def test_a_gateway_with_a_blank_key_does_not_start(blank: str) -> None:
 @asynchronous
 async def test_only_probes_and_preflights_are_open_without_the_key() -> None:
     async with served(ONE_TOKEN, api_key="k") as server:
-        for path in ("/health", "/health_generate", "/livez", "/readyz", "/ready", "/ping", "/metrics"):
-            assert (await server.client.get(path)).status == 200, path
         for path in (
             "/",
+            "/page/app.js",
+            "/health",
+            "/health_generate",
+            "/livez",
+            "/readyz",
+            "/ready",
+            "/ping",
+            "/metrics",
+        ):
+            assert (await server.client.get(path)).status == 200, path
+        for path in (
             "/pingXYZ",
             "/healthXYZ",
             "/health/../v1/models",
@@ -129,7 +138,7 @@ async def test_only_probes_and_preflights_are_open_without_the_key() -> None:
 
 def test_every_public_route_is_known() -> None:
     public = {endpoint.path for endpoint in ENDPOINTS if endpoint.access is Access.PUBLIC}
-    assert public == {"/health", "/health_generate", "/livez", "/readyz", "/ready", "/ping"}
+    assert public == {"/", "/page/{name}", "/health", "/health_generate", "/livez", "/readyz", "/ready", "/ping"}
 
 
 @pytest.mark.parametrize("host", ["x/health?", "/", "?", "#", "health", "a@b/health#"])
