@@ -1,6 +1,9 @@
-# make serve   install what is missing and start the server on the embedded model
+# make serve   install what is missing and start the server on the embedded model (FLAGS="--port 8000": with flags)
+# make install install what is missing, and say which command is next
 # make test    run the whole suite, but for the tests of real models
 # make check   formatting, lint, types and the quick tests
+# GPU=1 or GPU=0 on a command line decides whether torch comes with CUDA; else a look at the machine does.
+# TORCH_INDEX=URL names the package index that torch comes from.
 # make real-models   download real models (700 MB, kept in the user's cache) and run the tests that need them
 
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -8,12 +11,19 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c $
 VENV ?= .venv
 BIN := $(VENV)/bin
 FLAGS ?=
+GPU ?= auto
+TORCH_INDEX ?=
+INSTALL = $(BIN)/python deploy/install.py --gpu "$(GPU)" --torch-index "$(TORCH_INDEX)"
+# A stamp for each way to install: an install is repeated only when what it depends on has changed.
+STAMP := $(VENV)/.installed$(if $(filter-out auto,$(GPU)),-gpu-$(GPU))
 
-.PHONY: serve test check numbers real-models format clean
+.PHONY: serve install test check numbers real-models format clean
 .DEFAULT_GOAL := serve
 
-serve: $(VENV)/.installed
+serve: $(STAMP)
 	$(BIN)/quartet serve $(FLAGS)
+
+install: $(STAMP)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not real_models"
@@ -39,15 +49,14 @@ format: $(VENV)/.installed-test
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Stamps: an install is repeated only when what it depends on has changed.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Quartet needs Python 3.11 or newer: make PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
-	touch $@
+$(STAMP): pyproject.toml constraints.txt deploy/install.py | $(BIN)/python
+	@$(INSTALL)
+	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,agents]'
-	touch $@ $(VENV)/.installed
+$(VENV)/.installed-test: pyproject.toml constraints.txt deploy/install.py | $(BIN)/python
+	@$(INSTALL) --extras test,agents
+	@touch $@ $(STAMP)

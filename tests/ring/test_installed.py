@@ -51,10 +51,11 @@ def built(tmp_path_factory):
     return out
 
 
-@pytest.fixture(params=["*.whl", "*.tar.gz"])
-def environment(request, built, tmp_path):
+@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"])
+def environment(request, built, tmp_path_factory):
     """The directory of a virtual environment with Quartet and the other distribution."""
     [archive] = built.glob(request.param)
+    tmp_path = tmp_path_factory.mktemp("installed")
     directory = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=tmp_path)
     python = directory / "bin/python"
@@ -63,6 +64,14 @@ def environment(request, built, tmp_path):
     install = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation")
     run(*install, OTHERS, archive, cwd=tmp_path)
     return directory
+
+
+def test_its_license_is_told_and_comes_along(environment, tmp_path):
+    """By the metadata of the current standard (an expression and a file), which tools can read."""
+    [told] = environment.glob("lib/python*/site-packages/quartet_serve-*.dist-info")
+    assert re.search(r"^License-Expression: Apache-2\.0$", (told / "METADATA").read_text(), re.MULTILINE)
+    assert (told / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert (told.parent / "quartet" / "py.typed").is_file()
 
 
 def test_it_serves_beside_others_and_leaves_their_names_alone(environment, tmp_path):
@@ -75,6 +84,15 @@ def test_it_serves_beside_others_and_leaves_their_names_alone(environment, tmp_p
         assert answer["meta_info"]["completion_tokens"] == 4
         assert "Paris" in answer["text"]
         assert requests.get(f"{url}/docs", timeout=60).ok  # a data file
+
+
+def test_taking_it_away_leaves_the_others(environment, tmp_path):
+    """The last test here: the environment is without it from then on."""
+    python = environment / "bin/python"
+    run(sys.executable, "-m", "pip", "--python", python, "uninstall", "-q", "-y", "quartet-serve", cwd=tmp_path)
+    [packages] = environment.glob("lib/python*/site-packages")
+    assert not (packages / "quartet").exists() and not (environment / "bin/quartet").exists()
+    run(python, "-c", "from kernels import get_kernel", cwd=tmp_path)
 
 
 @contextlib.contextmanager
