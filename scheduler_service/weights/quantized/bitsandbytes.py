@@ -44,6 +44,7 @@ def bitsandbytes(prefix: str, tensors: Stored, settings: Settings) -> Quantized 
 
 
 def four_bits(prefix: str, tensors: Stored, kind: str, stored_state: StoredTensor) -> Quantized:
+    """Places in a table of 16 numbers, and a scale for each block of them. Raises CheckpointError."""
     state = read_state(prefix, stored_state)
     rows, columns = state.shape
     weight = part_of(tensors, prefix, "weight", ("U8",), 2)
