@@ -60,8 +60,8 @@ class ServerConfig(OperatorConfig, frozen=True, kw_only=True):
     quantization: Annotated[
         Literal["auto", "none", "int8", "int4"],
         flag(
-            "keep weights in 8 or 4 bits (bfloat16 on a CPU); auto: as a GGUF file has them, else not; none: expand "
-            "the blocks of a GGUF file",
+            "keep weights in 8 or 4 bits (bfloat16 on a CPU); auto: as a quantized model has them, else not; none: "
+            "expand those of a quantized model",
             MODEL,
         ),
     ] = "auto"

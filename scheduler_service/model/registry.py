@@ -26,6 +26,7 @@ from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
 from quartet.scheduler_service.weights.parameters import Layout, Schemes, Weights
+from quartet.scheduler_service.weights.quantized.methods import settings_of
 from quartet.scheduler_service.weights.storage import CHOICES, schemes_in, schemes_of
 
 log = logging.getLogger(__name__)
@@ -125,8 +126,12 @@ def schemes(
     if config.weight_schemes is not None:
         return schemes_in(config.weight_schemes)
     stored = None
-    if config.quantization == "auto" and not is_dummy(config) and format_of(Path(info.path)) == "gguf":
-        stored = ties.with_tied_tensors(checkpoint_of(Path(info.path)), layout)
+    if config.quantization == "auto" and not is_dummy(config):
+        match format_of(path := Path(info.path)):
+            case "gguf":
+                stored = ties.with_tied_tensors(checkpoint_of(path), layout)
+            case "safetensors" if settings_of(path):
+                stored = checkpoint_of(path)
     return schemes_of(config.quantization, layout, dtype, device, stored)
 
 

@@ -123,6 +123,8 @@ class Quantized:
     parts: dict[str, Part]
     expand: Callable[[dict[str, torch.Tensor], int], torch.Tensor]  # (parts of some rows, the first of them) → values
     unit_rows: int = 1  # a range of rows begins at a multiple of so many
+    scheme: Scheme | None = None  # in which its numbers can be kept as they are stored
+    numbers: Callable[[dict[str, torch.Tensor], int], QuantizedRows] | None = None  # those, where there is a scheme
 
     @property
     def nbytes(self) -> int:

@@ -137,12 +137,13 @@ def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]
 
 def log_quantized(checkpoint: Checkpoint, weights: Weights) -> None:
     """Log what it takes that quantized weights are expanded; nothing where there are none."""
-    if checkpoint.quantized:
+    expanded = [made for name, made in checkpoint.quantized.items() if not reading.stays(name, made, weights)]
+    if expanded:
         log.info(
             "%d quantized tensors are expanded to %s: %.2f GB in the files; all weights take %.2f GB of memory.",
-            len(checkpoint.quantized),
+            len(expanded),
             str(weights.dtype).removeprefix("torch."),
-            sum(tensor.nbytes for tensor in checkpoint.quantized.values()) / 1e9,
+            sum(tensor.nbytes for tensor in expanded) / 1e9,
             weights.nbytes() / 1e9,
         )
 

@@ -1,7 +1,8 @@
 """Which weights are quantized, and how a stored tensor becomes such a weight.
 
 `--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 bits always.
-With `auto` the blocks of a GGUF file stay as they are. Where tensors of one slab have different formats, the slab gets
+With `auto` the blocks of a GGUF file and the numbers of GPTQ,
+AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab gets
 the smallest scheme that holds the values of all (`Scheme.joined`).
 """
 
@@ -58,7 +59,7 @@ def schemes_of(
                 "serve the model in its own number format"
             )
         wanted = {slab: INT8 if slab[0] in BOTH_SIDES else CHOICES[choice] for slab in slabs_of(layout)}
-    elif can and checkpoint is not None and any(t.encoding and t.encoding.scheme for t in checkpoint.tensors.values()):
+    elif can and checkpoint is not None and any(stored_scheme(checkpoint, name) for name in layout.places):
         if native.library() is None:
             return {}
         wanted = stored_schemes(layout, checkpoint)
@@ -93,12 +94,18 @@ def stored_schemes(layout: Layout, checkpoint: Checkpoint) -> Schemes:
     """The scheme of each slab all of whose tensors are stored quantized."""
     schemes: Schemes = {}
     for slab, names in slabs_of(layout).items():
-        tensors = [checkpoint.tensors.get(name) for name in names]
-        own = [tensor.encoding.scheme if tensor and tensor.encoding else None for tensor in tensors]
-        known = [scheme for scheme in own if scheme is not None]
+        known = [scheme for name in names if (scheme := stored_scheme(checkpoint, name)) is not None]
         if len(known) == len(names):
             schemes[slab] = reduce(Scheme.joined, known)
     return schemes
+
+
+def stored_scheme(checkpoint: Checkpoint, name: str) -> Scheme | None:
+    """The scheme that holds a tensor's numbers as they are stored; None where there is none, or no such tensor."""
+    if (made := checkpoint.quantized.get(name)) is not None:
+        return made.scheme
+    stored = checkpoint.tensors.get(name)
+    return stored.encoding.scheme if stored is not None and stored.encoding is not None else None
 
 
 def whole_buffers(layout: Layout, wanted: Schemes) -> Schemes:

@@ -6,7 +6,6 @@ are.
 """
 
 import re2
-import torch
 
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import CheckpointError, Part, Quantized, StoredTensor
@@ -21,7 +20,9 @@ from quartet.scheduler_service.weights.quantized.parts import (
     float8,
     misfit,
     part_of,
+    scaled,
 )
+from quartet.scheduler_service.weights.quantized.scaled_rows import scheme_of
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 PATTERN = "re:"  # in front of a target that is a regular expression
@@ -120,10 +121,10 @@ def packed_words(prefix: str, tensors: Stored, own: Settings) -> Quantized:
             raise misfit(index, prefix, "weight_g_idx", [columns])
         parts["weight_g_idx"] = Part(index, None)
 
-    def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
-        return layouts.packed_words(read, bits, columns).values()
-
-    return Quantized((rows, columns), parts, expand, per)
+    zero_point = None if "weight_zero_point" in parts else 1 << bits - 1
+    apart = "weight_g_idx" in parts
+    scheme = None if apart else scheme_of(bits, columns, groups_of(scales), zero_point)
+    return scaled((rows, columns), parts, lambda read: layouts.packed_words(read, bits, columns), per, scheme)
 
 
 def int8(prefix: str, tensors: Stored) -> Quantized:
@@ -138,10 +139,8 @@ def int8(prefix: str, tensors: Stored) -> Quantized:
             raise misfit(zeros, prefix, "weight_zero_point", list(scales.shape))
         parts["weight_zero_point"] = rows_of(zeros, rows)
 
-    def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
-        return layouts.int8(read).values()
-
-    return Quantized((rows, columns), parts, expand)
+    zero_point = None if "weight_zero_point" in parts else 128
+    return scaled((rows, columns), parts, layouts.int8, 1, scheme_of(8, columns, groups_of(scales), zero_point))
 
 
 def scales_of(tensors: Stored, prefix: str, rows: int, columns: int) -> StoredTensor:
@@ -153,6 +152,11 @@ def scales_of(tensors: Stored, prefix: str, rows: int, columns: int) -> StoredTe
     if not one and (scales.shape[0] != rows or columns < scales.shape[-1]):
         raise misfit(scales, prefix, "weight_scale", [rows, 1])
     return scales
+
+
+def groups_of(scales: StoredTensor) -> int:
+    """Into how many groups a row's columns are divided."""
+    return scales.shape[1] if len(scales.shape) == 2 else 1
 
 
 def rows_of(stored: StoredTensor, rows: int) -> Part:

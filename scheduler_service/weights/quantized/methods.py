@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import read_json
 from quartet.runtime.shorten import short
@@ -26,7 +24,9 @@ from quartet.scheduler_service.weights.quantized.parts import (
     float8,
     misfit,
     part_of,
+    scaled,
 )
+from quartet.scheduler_service.weights.quantized.scaled_rows import scheme_of
 
 REFUSED = (
     "{} is quantized by {}, which is not read; serve the unquantized checkpoint, a GGUF file, or one quantized by "
@@ -98,10 +98,8 @@ def gptq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
             raise misfit(index, prefix, "g_idx", [columns])
         parts["g_idx"] = Part(index, None)
 
-    def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
-        return layouts.gptq(read, bits, int(added)).values()
-
-    return Quantized((rows, columns), parts, expand, 32 // bits)
+    scheme = None if settings.get("desc_act") is True else scheme_of(bits, columns, parts["scales"].stored.shape[0])
+    return scaled((rows, columns), parts, lambda read: layouts.gptq(read, bits, int(added)), 32 // bits, scheme)
 
 
 def awq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
@@ -113,10 +111,8 @@ def awq(prefix: str, tensors: Stored, settings: Settings) -> Quantized:
     rows, columns = words.shape[1] * 8, words.shape[0]
     parts = {"qweight": Part(words, 1, 8), **columns_first(prefix, tensors, 4, rows, columns)}
 
-    def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
-        return layouts.awq(read).values()
-
-    return Quantized((rows, columns), parts, expand, 8)
+    scheme = scheme_of(4, columns, parts["scales"].stored.shape[0])
+    return scaled((rows, columns), parts, layouts.awq, 8, scheme)
 
 
 METHODS: dict[str, tuple[tuple[str, ...], Callable[[str, Stored, Settings], Quantized | None]]] = {

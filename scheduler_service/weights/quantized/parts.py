@@ -1,14 +1,16 @@
 """What the methods of quantization share: their stored parts, checked against each other, and matrices in FP8."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
+from quartet.kernels.cpu.native.quantized import QuantizedRows, Scheme
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.checkpoint import CheckpointError, Part, Quantized, StoredTensor
 from quartet.scheduler_service.weights.quantized import layouts
+from quartet.scheduler_service.weights.quantized.scaled_rows import ScaledRows
 
 Settings = Mapping[str, Any]
 Stored = Mapping[str, StoredTensor]
@@ -43,6 +45,25 @@ def misfit(stored: StoredTensor, prefix: str, own: str, needed: list[int]) -> Ch
     return CheckpointError(
         f"{stored.shown}: tensor {short(prefix)}.{own} has shape {list(stored.shape)}, its other parts need {needed}"
     )
+
+
+def scaled(
+    shape: tuple[int, int],
+    parts: dict[str, Part],
+    layout: Callable[[dict[str, torch.Tensor]], ScaledRows],
+    unit_rows: int = 1,
+    scheme: Scheme | None = None,
+) -> Quantized:
+    """A matrix of numbers with scales, which `layout` makes of its parts."""
+
+    def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
+        return layout(read).values()
+
+    def numbers(read: dict[str, torch.Tensor], first: int) -> QuantizedRows:
+        assert scheme is not None
+        return layout(read).in_scheme(scheme)
+
+    return Quantized(shape, parts, expand, unit_rows, scheme, None if scheme is None else numbers)
 
 
 def float8(prefix: str, tensors: Stored, settings: Settings, scale: str) -> Quantized | None:

@@ -1,8 +1,10 @@
-"""QuantizedRows of few bits with a scale for every group of columns: what most quantized formats hold."""
+"""Numbers of few bits with a scale for every group of columns: what most quantized formats hold."""
 
 from dataclasses import dataclass
 
 import torch
+
+from quartet.kernels.cpu.native.quantized import UNIT, QuantizedRows, Scheme, quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,27 @@ class ScaledRows:
         numbers = self.numbers.view(rows, columns // self.group, self.group).float()
         flat = numbers.mul_(self.scales.unsqueeze(2)).add_(self.offsets.unsqueeze(2)).view(rows, columns)
         return flat if self.order is None else torch.empty_like(flat).index_copy_(1, self.order, flat)
+
+    def in_scheme(self, scheme: Scheme) -> QuantizedRows:
+        """The same as rows of a quantized weight (`scheme_of`).
+
+        Offsets are rounded to float16 when they are kept. Columns whose groups lie apart are quantized anew.
+        """
+        if self.order is not None:
+            return quantize(self.values().bfloat16(), scheme)
+        times = self.group // UNIT
+        offsets = self.offsets.repeat_interleave(times, 1) if scheme.offsets else None
+        return QuantizedRows(scheme, self.numbers, self.scales.repeat_interleave(times, 1), offsets)
+
+
+def scheme_of(bits: int, columns: int, groups: int, zero_point: int | None = None) -> Scheme | None:
+    """The scheme that holds the numbers of a matrix as they are; None where its groups do not fit the kernels'.
+
+    `zero_point`: the number that means 0 in all groups, where there is one.
+    """
+    if columns % groups or columns // groups % UNIT:
+        return None
+    return Scheme(bits, UNIT, zero_point is None, zero_point or 0)
 
 
 def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
