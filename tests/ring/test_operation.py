@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import ssl
 import subprocess
@@ -111,6 +112,14 @@ def test_files_are_gone_when_it_has_stopped(server: Server, files: Certificates)
     assert not Path(files["ready"]).exists() and not Path(files["http.sock"]).exists()
 
 
+def used_by_board_and_alerts() -> set[str]:
+    """The metrics that Prometheus's rules and Grafana's board name."""
+    places = [ROOT / "deploy/monitoring/alerts.yml", ROOT / "deploy/monitoring/grafana/dashboards/quartet.json"]
+    used = {name for place in places for name in re.findall(r"\b(?:sglang|quartet):\w+", place.read_text())}
+    assert len(used) > 20
+    return used
+
+
 def test_a_server_without_tcp_is_reached_by_its_socket_alone_and_sends_the_traces_of_each_hop(tmp_path: Path) -> None:
     with collecting() as collector:
         flags = ["--uds", str(tmp_path / "s"), "--disable-tcp", "--otlp-traces-endpoint", collector.url]
@@ -124,6 +133,7 @@ def test_a_server_without_tcp_is_reached_by_its_socket_alone_and_sends_the_trace
                 metrics = near.get("http://localhost/metrics").text
             server.signal()
             assert server.wait() == 0
+    assert used_by_board_and_alerts() - set(re.findall(r"^([a-z]\w*:\w+)", metrics, re.MULTILINE)) == set()
     for role in ("launcher", "gateway", "tokenizer", "scheduler", "detokenizer"):
         assert f'quartet:process_cpu_seconds_total{{role="{role}"}}' in metrics
     hops = [span for span in collector.spans if "traced" in str(span.attributes)]
