@@ -5,6 +5,7 @@ found in the text. After such a stop an Abort goes on round the ring to the sche
 sends for the request is dropped.
 """
 
+import time
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -187,4 +188,6 @@ def _text(text: str, tokens: Tokens) -> Text:
     thought = tokens.request.thought if tokens.request is not None else None
     tokens.request = None
     tokens.prompt_tail = b""
+    if tokens.times is not None:
+        tokens.times.text_at = time.monotonic()
     return Text(text=text, place=thought.place if thought is not None else None, tokens=tokens)

@@ -59,7 +59,7 @@ def build(gateway: Gateway) -> ASGIApp:
     app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative
     inner = HostMiddleware(app, allowed_sites, error_responses.shape_for_scope)
     observers = [request_log.write] if gateway.config.log_requests != "off" else []
-    return RequestMiddleware(inner, gateway.metrics, observers, keeps_text=gateway.config.log_requests == "full")
+    return RequestMiddleware(inner, gateway.metrics, observers, gateway.config.log_requests == "full", gateway.tracer)
 
 
 def route(endpoint: Endpoint, gateway: Gateway, keys: Keys, allowed_sites: AllowedSites) -> Route:

@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import Mapping
 from functools import partial
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import uvloop
 
@@ -21,6 +21,7 @@ from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.http_gateway.routes.middleware import access_log
 from quartet.http_gateway.server import Server, uvicorn_config
 from quartet.runtime import service
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import Abort
 from quartet.runtime.errors import StartupError
 from quartet.runtime.log import level_prefix
@@ -32,6 +33,9 @@ from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressReader, Progre
 from quartet.runtime.service import Boot, report_ready
 from quartet.runtime.settings.tls import server_context
 from quartet.runtime.sockets import AsyncInbox, AsyncOutbox, newest_epoch
+
+if TYPE_CHECKING:
+    from quartet.http_gateway.http.tracing import OtlpTracer
 
 log = logging.getLogger(__name__)
 uvicorn_log = logging.getLogger("uvicorn.error")
@@ -163,7 +167,8 @@ async def serve(boot: Boot) -> None:
         uvicorn_log.addFilter(with_level)
     access_log.setLevel(config.access_log_level.upper())
     model = model_info.load(config)
-    metrics = Metrics(config.name, partial(newest_epoch, boot.run_dir))
+    readers = {role: ProgressReader(boot.run_dir, role) for role in ROLES}
+    metrics = Metrics(config.name, partial(newest_epoch, boot.run_dir), partial(pids, boot, readers))
     least_attempt = boot.epoch * ATTEMPTS_OF_A_GATEWAY
     inbox, outbox = AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox)
     ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt, service.announced(boot))
@@ -177,20 +182,38 @@ async def serve(boot: Boot) -> None:
     facts = await ring.facts()
     formats = detection.detect(config, model, template_sources(template_dir(model, config), config.chat_template))
     log.info("%s", formats)
+    traces = tracer_of(config)
     gateway = Gateway(
         config=formats.applied(config),
         model=model,
         facts=facts,
         ring=ring,
         metrics=metrics,
-        progress=ProgressReader(boot.run_dir, SCHEDULER),
-        hops={role: ProgressReader(boot.run_dir, role) for role in ROLES if role != GATEWAY},
+        progress=readers[SCHEDULER],
+        hops={role: readers[role] for role in ROLES if role != GATEWAY},
         run_dir=boot.run_dir,
         health_timeout_s=health_timeout_s(os.environ),
+        tracer=traces,
     )
     ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
     await ring.wait_until_connected()
     await GatewayServer(boot, gateway).serve()
+    if traces is not None:
+        await traces.close()
+
+
+def tracer_of(config: ResolvedConfig) -> "OtlpTracer | None":
+    """What sends traces; None without --otlp-traces-endpoint."""
+    if config.otlp_traces_endpoint is None:
+        return None
+    from quartet.http_gateway.http.tracing import OtlpTracer  # an extra, and slow to import
+
+    return OtlpTracer(config.otlp_traces_endpoint, config.otlp_traces_sample_ratio, config.name)
+
+
+def pids(boot: Boot, readers: Mapping[str, ProgressReader]) -> dict[str, int]:
+    """The processes of the server by role."""
+    return {"launcher": boot.parent_pid} | {role: pid for role, reader in readers.items() if (pid := reader.pid())}
 
 
 async def beat(ring: RingClient, progress: ProgressWord) -> None:

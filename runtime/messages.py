@@ -30,6 +30,18 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Base of everything that travels on the ring; concrete classes carry a `tag`."""
 
 
+class Timeline(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """When a traced request passed the hops: `time.monotonic`, one clock for all processes of a machine; 0: not yet."""
+
+    sent_at: float = 0.0  # by the gateway
+    tokenized_at: float = 0.0
+    queued_at: float = 0.0  # in the scheduler
+    started_at: float = 0.0
+    first_token_at: float = 0.0
+    finished_at: float = 0.0
+    text_at: float = 0.0  # the detokenizer has passed the last message on
+
+
 class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Which logprobs a request wants besides those of its output tokens."""
 
@@ -110,6 +122,7 @@ class Generate(Message, tag="generate", kw_only=True):
     input_ids: bytes = b""
     embeds: bytes = b""  # float32 (positions, hidden)
     chat: Chat | None = None
+    times: Timeline | None = None  # None: the request is not traced; likewise in the other messages
 
 
 class Tokenized(Message, tag="tokenized", kw_only=True):
@@ -119,6 +132,7 @@ class Tokenized(Message, tag="tokenized", kw_only=True):
     prompt_ids: bytes
     token_types: bytes = b""  # int32, for cross-encoders that have them
     embeds: bytes = b""  # float32 (positions, hidden); prompt_ids are placeholders then
+    times: Timeline | None = None
 
 
 class Finish(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -201,6 +215,7 @@ class Tokens(Message, tag="tokens", kw_only=True):
     hidden_size: int = 0
     routed_experts: bytes = b""  # int32 (tokens - 1 - start, layers, top_k), with finish
     drafts: Drafts | None = None  # with every decode step of a server that speculates
+    times: Timeline | None = None  # with the first message of a request and with the last
     finish: Finish | None = None
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from quartet.runtime.flag import HTTP, OPERATIONS, flag
+from quartet.runtime.flag import HTTP, OPERATIONS, Share, flag
 
 LogFormat = Literal["text", "json"]
 RequestLog = Literal["off", "metadata", "full"]
@@ -40,6 +40,17 @@ class OperatorConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         flag("file that holds the server's addresses, one a line, from when it serves until it stops", OPERATIONS),
     ] = None
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        flag(
+            "send OpenTelemetry traces there by OTLP over HTTP, for example http://localhost:4318/v1/traces "
+            "(needs quartet-serve[otel])",
+            OPERATIONS,
+        ),
+    ] = None
+    otlp_traces_sample_ratio: Annotated[
+        Share, flag("share of requests that are traced, where the client's traceparent does not decide it", OPERATIONS)
+    ] = 1.0
     log_format: Annotated[LogFormat, flag("text, or json: one object a line", OPERATIONS)] = "text"
     log_requests: Annotated[
         RequestLog,

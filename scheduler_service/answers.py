@@ -29,6 +29,20 @@ def unqueued_end(message: Tokenized, finish: Finish) -> Tokens:
     )
 
 
+def stamp(tokens: Tokens, update: Update, now: float) -> None:
+    """Note when a traced request passed the scheduler, and send that with its first and its last message."""
+    sequence, times = update.sequence, update.sequence.times
+    if times is None:
+        return
+    if update.first:
+        times.queued_at, times.first_token_at = sequence.arrived_at, now
+        times.started_at = sequence.arrived_at + sequence.queue_s if sequence.started else 0.0
+    if update.finish is not None:
+        times.finished_at = now
+    if update.first or update.finish is not None:
+        tokens.times = times
+
+
 def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
     """The output of a step for one request. The first message of a request also carries the request."""
     sequence = update.sequence

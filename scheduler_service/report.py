@@ -101,6 +101,8 @@ class Report:
             "total_retracted_reqs": stats.retractions,
             "total_preempted_reqs": stats.preemptions,
             "num_paused_reqs": len(planner.running) if planner.paused else 0,
+            "num_retracted_requests_total": stats.retractions,
+            "num_preempted_requests_total": stats.preemptions,
             "evicted_tokens_total": pool.tree.evicted * page_size,
             "prompt_tokens_total": stats.prompt_tokens,
             "cached_tokens_total": stats.cached_tokens,

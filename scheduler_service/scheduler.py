@@ -27,7 +27,7 @@ from quartet.runtime.messages import (
     Tokenized,
 )
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
-from quartet.scheduler_service.answers import check_hidden_states, tokens_of, unqueued_end
+from quartet.scheduler_service.answers import check_hidden_states, stamp, tokens_of, unqueued_end
 from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
 from quartet.scheduler_service.control.runner import CommandRunner
@@ -304,7 +304,13 @@ class Scheduler:
     def messages(self, updates: Iterable[Update], weight_version: str = "") -> list[Message]:
         """The messages for updates."""
         version = weight_version or self.worker.weight_version
-        return [tokens_of(update, version, self.hidden_size) for update in updates]
+        found: list[Message] = []
+        for update in updates:
+            tokens = tokens_of(update, version, self.hidden_size)
+            if update.sequence.times is not None:
+                stamp(tokens, update, self.now)
+            found.append(tokens)
+        return found
 
     def counters(self) -> dict[str, Any]:
         """The counters of this service for a Probe, by name."""

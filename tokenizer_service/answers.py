@@ -1,5 +1,6 @@
 """What the tokenizer sends on: tokenized requests, refusals, and the replies to Tokenize."""
 
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -58,7 +59,11 @@ class AnswerBuilder:
         self._locate_thought(message, ids)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(ids) // ID_BYTES
-        return Tokenized(request=message.request, prompt_ids=ids, token_types=types, embeds=message.embeds)
+        if message.times is not None:
+            message.times.tokenized_at = time.monotonic()
+        return Tokenized(
+            request=message.request, prompt_ids=ids, token_types=types, embeds=message.embeds, times=message.times
+        )
 
     def _locate_thought(self, message: Generate, ids: bytes) -> None:
         """Note whether the prompt ends before, inside or past the model's thought."""

@@ -7,13 +7,14 @@ request log and traces there is none, and nothing is noted.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
+from quartet.http_gateway.http.auth import HeaderList
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.runtime.limits import MAX_LOGGED_REQUESTS, MAX_LOGGED_TEXT_CHARS
-from quartet.runtime.messages import Generate, Text
+from quartet.runtime.messages import Generate, Text, Timeline
 
 CALL = "quartet.call"  # scope key of the CallRecord
 ID_BYTES = 4
@@ -23,8 +24,6 @@ CLIENT_LEFT = 499  # as nginx reports calls whose client has gone before the ans
 class RequestRecord:
     """One request of a call."""
 
-    __slots__ = ("cached_tokens", "finish", "first_at", "output", "output_tokens", "prompt_tokens", "queue_s", "rid")
-
     def __init__(self, rid: str) -> None:
         self.rid = rid
         self.prompt_tokens = 0
@@ -32,13 +31,16 @@ class RequestRecord:
         self.output_tokens = 0
         self.queue_s: float | None = None
         self.first_at = 0.0  # when its first message came; 0: none has
+        self.last_at = 0.0
+        self.times: Timeline | None = None  # where the call is traced
         self.finish = ""
         self.output = ""  # where texts are kept: its beginning
 
     def add(self, text: Text, now: float, keeps_text: bool) -> None:
         """Note one step of the request."""
         tokens = text.tokens
-        self.first_at = self.first_at or now
+        self.first_at, self.last_at = self.first_at or now, now
+        self.times = tokens.times or self.times
         self.queue_s = tokens.queue_s if self.queue_s is None else self.queue_s
         self.prompt_tokens = tokens.prompt_tokens or self.prompt_tokens
         self.cached_tokens = max(self.cached_tokens, tokens.cached_tokens)
@@ -61,6 +63,7 @@ class CallRecord:
         self.method = ""
         self.request_id = ""  # x-request-id, as the client has given it
         self.status: int | None = None  # None: the client left before there was an answer
+        self.trace: object | None = None  # of the tracer, where the call is traced
         self.requests: list[RequestRecord] = []
         self.prompts: list[str] = []  # where texts are kept: their beginnings
         self.goes_on = False  # behind its HTTP answer, in the background
@@ -70,6 +73,10 @@ class CallRecord:
     def sent(self, requests: Sequence[Generate]) -> None:
         """The requests of the call go into the ring."""
         self.requests = [RequestRecord(item.request.rid) for item in requests]
+        if self.trace is not None:
+            now = time.monotonic()
+            for item in requests:
+                item.times = Timeline(sent_at=now)
         if self._keeps_text:
             self.prompts = [prompt_text(item) for item in requests[:MAX_LOGGED_REQUESTS]]
 
@@ -108,6 +115,18 @@ class CallRecord:
             found["prompts"] = self.prompts
             found["outputs"] = [shortened(request.output) for request in requests[:MAX_LOGGED_REQUESTS]]
         return found
+
+
+class Tracer(Protocol):
+    """Traces of calls (http_gateway/http/tracing.py)."""
+
+    def begin(self, headers: HeaderList) -> object | None:
+        """The trace of a call that begins; None: it is not sampled."""
+        ...
+
+    def end(self, record: CallRecord) -> None:
+        """A traced call is over."""
+        ...
 
 
 def ends_of(requests: Sequence[RequestRecord]) -> str | dict[str, int] | None:

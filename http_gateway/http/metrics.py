@@ -6,7 +6,7 @@ ring and are shown as they were last said. The text is rendered off the event lo
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from quartet.http_gateway.ring.counter_cache import Counters
 from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.runtime.messages import ROLES, Text
+from quartet.runtime.process.usage import usage_of
 
 PREFIX = "sglang:"
 KEPT_S = 0.1
@@ -30,6 +31,8 @@ TOKEN_BUCKETS = (
 # Counted by the gateway, of requests whose clients want them counted; the scheduler's own are not shown beside them.
 OURS = {"prompt_tokens", "generation_tokens", "cached_tokens", "num_requests", "num_aborted_requests"}
 TOTAL = "_total"
+TEXT_SERVICES = ("tokenizer", "detokenizer")
+NOW = {"waiting", "running"}  # of the text services: how many there are now; all else is counted since their start
 
 
 class RingCollector:
@@ -46,7 +49,9 @@ class RingCollector:
                     yield self._family(role, name, value)
 
     def _family(self, role: str, name: str, value: float) -> Metric:
-        """A counter where the name ends in _total, else a gauge."""
+        """A counter where the name ends in _total, or a text service has counted; else a gauge."""
+        if role in TEXT_SERVICES and name not in NOW:
+            name = name.removesuffix(TOTAL) + TOTAL
         kind = CounterMetricFamily if name.endswith(TOTAL) else GaugeMetricFamily
         full = PREFIX + name if role == "scheduler" else f"quartet:{role}_{name}"
         labels = self._labels if role == "scheduler" else {"model_name": self._labels["model_name"]}
@@ -68,17 +73,45 @@ class RestartCollector:
         yield family
 
 
+class ProcessCollector:
+    """What each process of the server has used: CPU time since it began, and memory now."""
+
+    def __init__(self, pids: Callable[[], Mapping[str, int]]) -> None:
+        self._pids = pids
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample for each process that runs."""
+        cpu = CounterMetricFamily("quartet:process_cpu_seconds", "CPU time of a process.", labels=["role"])
+        memory = GaugeMetricFamily("quartet:process_resident_memory_bytes", "Memory of a process.", labels=["role"])
+        for role, pid in self._pids().items():
+            if usage := usage_of(pid):
+                cpu.add_metric([role], usage.cpu_s)
+                memory.add_metric([role], usage.resident_bytes)
+        yield cpu
+        yield memory
+
+
+def no_processes() -> Mapping[str, int]:
+    return {}
+
+
 class Metrics:
-    """Everything the gateway counts. `newest_epoch`: of a role, as the launcher announces it."""
+    """Everything the gateway counts. `newest_epoch`: of a role, as the launcher announces it; `pids`: by role."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, model_name: str, newest_epoch: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        newest_epoch: Callable[[str], int],
+        pids: Callable[[], Mapping[str, int]] = no_processes,
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._ring = RingCollector(model_name)
         self._registry.register(self._ring)
         self._registry.register(RestartCollector(newest_epoch))
+        self._registry.register(ProcessCollector(pids))
         self._model_name = model_name
         self._prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of finished requests.")
         self._generation_tokens = self._counter("generation_tokens_total", "Output tokens of finished requests.")

@@ -80,5 +80,5 @@ def request_digest(generate: Generate) -> bytes:
     anonymous = msgspec.structs.replace(
         generate.request, rid="", call="", seed=0, attempt=0, again=False, resume_ids=b""
     )
-    content = msgspec.msgpack.encode(msgspec.structs.replace(generate, request=anonymous))
+    content = msgspec.msgpack.encode(msgspec.structs.replace(generate, request=anonymous, times=None))
     return hashlib.blake2b(content, digest_size=16).digest()

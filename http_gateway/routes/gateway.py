@@ -11,6 +11,7 @@ import msgspec
 from quartet.http_gateway.generation.health_probe import HealthProbe, Progress, Pulse
 from quartet.http_gateway.generation.intake import Rules
 from quartet.http_gateway.generation.output import Output
+from quartet.http_gateway.http.call_record import Tracer
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.parsers import reasoning
 from quartet.http_gateway.ring.counter_cache import CounterCache
@@ -53,6 +54,7 @@ class Gateway:
     hops: Mapping[str, Pulse] = field(default_factory=dict)  # by role, of the services that go on without HTTP
     health_timeout_s: float = 20.0
     run_dir: str = ""  # where large payloads are put
+    tracer: Tracer | None = None  # None: calls are not traced
     phase: Phase = Phase.STARTING
     started_at: float = field(default_factory=time.time)
 

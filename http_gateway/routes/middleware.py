@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quartet.http_gateway.http.allowed_sites import SAFE_METHODS
-from quartet.http_gateway.http.call_record import CALL, CallRecord
+from quartet.http_gateway.http.call_record import CALL, CallRecord, Tracer
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.http.sse import SEND_PART
 from quartet.http_gateway.routes.endpoint import ROUTE
@@ -22,6 +22,7 @@ from quartet.runtime.limits import MAX_HEADER_BYTES, MAX_RID_CHARS
 access_log = logging.getLogger("http_gateway.access")
 
 QUIET = {"/livez", "/readyz", "/ready", "/ping", "/metrics"}
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # that are counted by name
 HEALTH_CHECKS = {"/health", "/health_generate"}
 REQUEST_ID = b"x-request-id"
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
@@ -36,8 +37,9 @@ class RequestMiddleware:
         metrics: Metrics,
         observers: Sequence[Callable[[CallRecord], None]] = (),
         keeps_text: bool = False,
+        tracer: Tracer | None = None,
     ) -> None:
-        """`observers` get the record of each call that may change or compute something, at its end.
+        """`observers` and the `tracer` get the record of each call that may change or compute something, at its end.
 
         `keeps_text`: with the beginnings of its prompts and outputs.
         """
@@ -45,6 +47,7 @@ class RequestMiddleware:
         self._metrics = metrics
         self._observers = observers
         self._keeps_text = keeps_text
+        self._tracer = tracer
         self._last_health: dict[str, int] = {}  # status of each health check's last answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,19 +85,26 @@ class RequestMiddleware:
 
     def _record(self, scope: Scope, request_id: bytes) -> CallRecord | None:
         """The record of a call, which goes with its scope; None where nobody wants one."""
-        if not self._observers or scope["method"] in SAFE_METHODS:
+        if scope["method"] in SAFE_METHODS:
+            return None
+        trace = self._tracer.begin(scope["headers"]) if self._tracer is not None else None
+        if not self._observers and trace is None:
             return None
         record = scope[CALL] = CallRecord(self._observe, self._keeps_text)
+        record.trace = trace
         record.method, record.request_id = scope["method"], request_id.decode("latin-1")
         return record
 
     def _observe(self, record: CallRecord) -> None:
         for observer in self._observers:
             observer(record)
+        if self._tracer is not None and record.trace is not None:
+            self._tracer.end(record)
 
     def _note(self, scope: Scope, status: int, request_id: bytes) -> None:
         """Count the answer and write its access line."""
-        endpoint, method = scope.get(ROUTE, "unmatched"), scope["method"]
+        endpoint = scope.get(ROUTE, "unmatched")
+        method = scope["method"] if scope["method"] in METHODS else "other"
         self._metrics.received(endpoint, method)
         self._metrics.answered(endpoint, status, method)
         if CALL in scope:

@@ -106,6 +106,10 @@ class ProgressReader:
         runs = seen is not None and seen.state in (vitals.State.RUNNABLE, vitals.State.BLOCKED)
         return 0.0 if runs else age_s
 
+    def pid(self) -> int:
+        """Of the incarnation that wrote last; 0 before the first."""
+        return self._word(PID)
+
     def busy(self) -> bool:
         """Whether it had work at its last beat: an old beat means a long step then, not a lost wake-up."""
         return bool(self._word(BUSY))

@@ -1,5 +1,6 @@
 """Settings that contradict each other, with the remedy of each, and what the operator should know about the others."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from quartet.runtime.settings.sites import ANY, allowed_hosts, allowed_origins, 
 
 PAGE_SIZE = 16
 LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
+ENDPOINT = re.compile(r"https?://[^\s/:]+(:\d+)?(/\S*)?")
 SPECULATIVE_ALGORITHM = "NGRAM"
 
 
@@ -132,6 +134,17 @@ CONTRADICTIONS: list[Contradiction] = [
     (
         lambda c, m: c.skip_tokenizer_init and (c.tokenizer_path is not None or c.chat_template is not None),
         lambda c: "--skip-tokenizer-init loads no tokenizer; leave --tokenizer-path and --chat-template out",
+    ),
+    (
+        lambda c, m: c.otlp_traces_endpoint is not None and not ENDPOINT.fullmatch(c.otlp_traces_endpoint),
+        lambda c: (
+            f"--otlp-traces-endpoint takes a URL like http://localhost:4318/v1/traces (OTLP over HTTP), "
+            f"not {c.otlp_traces_endpoint!r}"
+        ),
+    ),
+    (
+        lambda c, m: c.otlp_traces_endpoint is not None and not m.has_opentelemetry,
+        lambda c: "--otlp-traces-endpoint needs OpenTelemetry: pip install 'quartet-serve[otel]'",
     ),
     (
         lambda c, m: c.disable_tcp and c.uds is None,

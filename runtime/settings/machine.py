@@ -17,6 +17,7 @@ class Machine(msgspec.Struct, frozen=True):
     has_gpu: bool = False  # an NVIDIA driver is loaded
     torch_has_cuda: bool = False  # the installed torch can use it
     recorder_dir: str = RECORDER_DIR  # where recordings of experts go
+    has_opentelemetry: bool = False  # the SDK and its exporter are installed
 
 
 def look_at_machine() -> Machine:
@@ -25,7 +26,16 @@ def look_at_machine() -> Machine:
         has_gpu=Path("/proc/driver/nvidia/version").exists(),
         torch_has_cuda=torch_has_cuda(),
         recorder_dir=os.environ.get(RECORDER_DIR_VARIABLE) or RECORDER_DIR,
+        has_opentelemetry=has_opentelemetry(),
     )
+
+
+def has_opentelemetry() -> bool:
+    """Whether traces can be exported."""
+    try:
+        return all(map(importlib.util.find_spec, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")))
+    except ModuleNotFoundError:
+        return False
 
 
 def torch_has_cuda() -> bool:

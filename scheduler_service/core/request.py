@@ -3,7 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
-from quartet.runtime.messages import Finish, Logprobs, Request
+from quartet.runtime.messages import Finish, Logprobs, Request, Timeline
 from quartet.scheduler_service.core.drafts import Drafter, Grammar
 from quartet.scheduler_service.core.thought_budget import UNLIMITED, ThoughtBudget
 
@@ -59,6 +59,7 @@ class Sequence:
     priority: int = 0  # greater ones come first
     started: bool = False  # it was admitted once
     queue_s: float = 0.0  # how long it had waited then
+    times: Timeline | None = None  # of a request that is traced
     timed_from_s: float = 0.0  # when it arrived, or was first admitted, by the clock of `Deadlines`
     limit: int = 0  # output tokens at most, already clipped to context and pool
     stop_ids: frozenset[int] = frozenset()

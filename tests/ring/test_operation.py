@@ -2,17 +2,20 @@
 
 import http.client
 import json
+import re
 import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.certificates import Certificates
+from tests.collector import collecting
 from tests.servers import ROOT, Server, launched
 
 pytestmark = pytest.mark.slow
@@ -109,9 +112,30 @@ def test_files_are_gone_when_it_has_stopped(server: Server, files: Certificates)
     assert not Path(files["ready"]).exists() and not Path(files["http.sock"]).exists()
 
 
-def test_a_server_without_tcp_is_reached_by_its_socket_alone(tmp_path: Path) -> None:
-    with launched("--uds", str(tmp_path / "s"), "--disable-tcp") as server:
-        assert f"is served at unix:{tmp_path}/s. Try:" in server.log
-        assert f"curl -s --unix-socket {tmp_path}/s http://localhost/generate" in server.log
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "s"))) as near:
-            assert near.get("http://localhost/readyz").status_code == 200
+def used_by_board_and_alerts() -> set[str]:
+    """The metrics that Prometheus's rules and Grafana's board name."""
+    places = [ROOT / "deploy/monitoring/alerts.yml", ROOT / "deploy/monitoring/grafana/dashboards/quartet.json"]
+    used = {name for place in places for name in re.findall(r"\b(?:sglang|quartet):\w+", place.read_text())}
+    assert len(used) > 20
+    return used
+
+
+def test_a_server_without_tcp_is_reached_by_its_socket_alone_and_sends_the_traces_of_each_hop(tmp_path: Path) -> None:
+    with collecting() as collector:
+        flags = ["--uds", str(tmp_path / "s"), "--disable-tcp", "--otlp-traces-endpoint", collector.url]
+        with launched(*flags) as server:
+            assert f"is served at unix:{tmp_path}/s. Try:" in server.log
+            assert f"curl -s --unix-socket {tmp_path}/s http://localhost/generate" in server.log
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "s")), timeout=60) as near:
+                assert near.get("http://localhost/readyz").status_code == 200
+                body = {"text": "Hello", "rid": "traced", "sampling_params": {"max_new_tokens": 5, "ignore_eos": True}}
+                assert near.post("http://localhost/generate", json=body).status_code == 200
+                metrics = near.get("http://localhost/metrics").text
+            server.signal()
+            assert server.wait() == 0
+    assert used_by_board_and_alerts() - set(re.findall(r"^([a-z]\w*:\w+)", metrics, re.MULTILINE)) == set()
+    for role in ("launcher", "gateway", "tokenizer", "scheduler", "detokenizer"):
+        assert f'quartet:process_cpu_seconds_total{{role="{role}"}}' in metrics
+    hops = [span for span in collector.spans if "traced" in str(span.attributes)]
+    assert [span.name for span in hops] == ["tokenizer", "queue", "prefill", "decode", "detokenizer"]
+    assert all(before.end_time_unix_nano <= after.start_time_unix_nano for before, after in pairwise(hops))
