@@ -3,4 +3,31 @@
 In a checkout the entries beside this file are links to the packages at the top of the repository, so that Python,
 type checkers and editors find `quartet.runtime` without an installation. An installed Quartet has the packages
 themselves in their place (see `package-dir` in pyproject.toml).
+
+The names of `__all__` are imported when they are asked for: every process of a server imports this file.
 """
+
+from importlib import import_module
+
+TYPE_CHECKING = False  # as type checkers know it, without the import of typing
+if TYPE_CHECKING:
+    from quartet.runtime.api.server import Server as Server
+    from quartet.runtime.api.server import launch as launch
+    from quartet.runtime.errors import StartupError as StartupError
+
+PLACES = {
+    "Server": "quartet.runtime.api.server",
+    "StartupError": "quartet.runtime.errors",
+    "launch": "quartet.runtime.api.server",
+}
+__all__ = ["Server", "StartupError", "launch"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in PLACES:
+        raise AttributeError(f"module 'quartet' has no attribute {name!r}")
+    return getattr(import_module(PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PLACES})

@@ -27,6 +27,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runtime.model_files",),
         ("runtime.settings",),
         ("runtime.launcher",),
+        ("runtime.api",),
         ("runtime.client",),
         ("runtime.bench", "runtime.local_models"),
         ("runtime.cli",),
