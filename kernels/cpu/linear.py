@@ -116,12 +116,21 @@ class Linear:
         """The product by our own kernel, see native.Library.product."""
         kernels = native.library()
         assert kernels is not None and self.has_kernel
+        kernels.product(x, self.native_weight(), len(self.weight), self.bias, out, output, activation, norm)
+
+    def native_weight(self) -> "torch.Tensor | Quantized":
+        """The weight as our own kernels take it now; an update changes it."""
         if self.quantized is not None:
-            weight: torch.Tensor | Quantized = self.quantized.argument(self.keeps_order)
-        else:
-            assert self.packed is not None
-            weight = self.packed[0]
-        kernels.product(x, weight, len(self.weight), self.bias, out, output, activation, norm)
+            return self.quantized.argument(self.keeps_order)
+        assert self.packed is not None
+        return self.packed[0]
+
+    def addresses(self) -> list[int]:
+        """Where `native_weight` and the bias lie, and in what order sums are to be made: all that an update changes."""
+        quantized = self.quantized
+        weight = (self.packed or ())[:1] if quantized is None else (quantized.numbers, quantized.scales)
+        tensors = weight if self.bias is None else (*weight, self.bias)
+        return [self.keeps_order, *[tensor.data_ptr() for tensor in tensors]]
 
     @property
     def has_kernel(self) -> bool:

@@ -7,8 +7,9 @@ import torch
 
 from quartet.kernels.cpu.attention import paged_attention
 from quartet.kernels.cpu.attention_by_token import paged_attention_by_token
-from quartet.kernels.cpu.attention_native import can_attend, paged_attention_native
+from quartet.kernels.cpu.attention_native import can_attend, page_table, paged_attention_native
 from quartet.kernels.cpu.attention_schedule import Ragged
+from quartet.kernels.cpu.native.library import PageTable
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
@@ -54,6 +55,10 @@ class PagedAttend:
             causal=spec.causal,
             sinks=spec.sinks,
         )
+
+    def page_table(self) -> PageTable | None:
+        """See model.batch.PagedAttend."""
+        return page_table(self.ragged) if self.attention is paged_attention_native else None
 
 
 def choose_attention(device: torch.device, model: ServedModel, deterministic: bool) -> Attention:

@@ -36,6 +36,16 @@ class Backend(Protocol):
         """norm(x); x itself without a norm."""
         ...
 
+    def run_layers(
+        self,
+        layers: list[DecoderLayer],
+        residual: torch.Tensor,
+        rotations: list[Rotation],
+        context: Attend | PagedContext,
+    ) -> bool:
+        """Compute all layers at once, where that is possible; False: nothing was done, compute them one by one."""
+        ...
+
     def attend(
         self,
         residual: torch.Tensor,

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from quartet.kernels.cpu.native.library import PageTable
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -44,6 +45,10 @@ class PagedAttend(Attend, Protocol):
 
     def attend_written(self, spec: AttentionSpec, q: torch.Tensor) -> torch.Tensor:
         """Attend once keys and values of the batch's tokens are written: q and result (tokens, heads, dim)."""
+        ...
+
+    def page_table(self) -> PageTable | None:
+        """The pages of the batch's sequences, for a backend that attends by itself; None where it must not."""
         ...
 
 

@@ -1,5 +1,6 @@
 """The operations of a decoder on our own CPU kernels, in bfloat16; torch's where there is none for a shape or kind.
 
+    run_layers    all layers in one call, where there is a kernel for everything that they do; else
     attend        norm + QKV product, head norms + rotation + writing of keys and values, attention
     add_product   product + residual
     gate_up       norm + product + gate
@@ -12,6 +13,7 @@ from typing import cast
 
 import torch
 
+from quartet.kernels.cpu.layers import Layer, Layers
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.scheduler_service.model.backend import Rotation
@@ -30,9 +32,31 @@ class CpuBackend:
     def __init__(self, ropes: Sequence[RopeSpec], deterministic: bool = False) -> None:
         self.deterministic = deterministic
         self.torch = TorchBackend(ropes, torch.bfloat16, torch.device("cpu"), deterministic)
+        self.rotary_dims = [2 * len(rope.frequencies) for rope in ropes]
+        self.together: Layers | None = None  # the layers of a model, if they can be computed in one call
+        self.looked_at: list[DecoderLayer] | None = None  # those layers
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
         """Nothing: the kernels keep what they need."""
+
+    def run_layers(
+        self,
+        layers: list[DecoderLayer],
+        residual: torch.Tensor,
+        rotations: list[Rotation],
+        context: Attend | PagedContext,
+    ) -> bool:
+        """As the protocol has it: where the context attends with our kernel, and this knows all of the layers."""
+        if self.looked_at is not layers:  # not before: the kernels may be compiled beside the start
+            self.looked_at, self.together = layers, layers_together(layers, self.rotary_dims)
+        if self.together is None or not hasattr(context, "page_table"):
+            return False
+        paged = cast(PagedAttend, context)
+        if (table := paged.page_table()) is None:
+            return False
+        pools = [paged.pools(layer.attention.spec.layer) for layer in layers]
+        self.together.run(residual, rotations, paged.places, table, pools)
+        return True
 
     def rotations(self, positions: torch.Tensor) -> list[Rotation]:
         return self.torch.rotations(positions)
@@ -86,6 +110,45 @@ class CpuBackend:
         self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
     ) -> Draws:
         return self.torch.sample(logits, rows, allowed, keep_logits)
+
+
+def layers_together(layers: list[DecoderLayer], rotary_dims: Sequence[int]) -> Layers | None:
+    """The layers as one call computes them; None where one of them does something that it cannot."""
+    kernels = native.library()
+    described = [described_layer(layer) for layer in layers]
+    known = [layer for layer in described if layer is not None]
+    if kernels is None or len(known) < len(layers):
+        return None
+    if not all(layer.can_run(kernels, rotary_dims[layer.rope]) for layer in known):
+        return None
+    return Layers(kernels, known, rotary_dims)
+
+
+def described_layer(layer: DecoderLayer) -> Layer | None:
+    """A layer as the kernels know it; None where they have no such thing."""
+    attention, block = layer.attention, layer.feed_forward
+    spec = attention.spec
+    if isinstance(block, Moe) or layer.after_attention or layer.after_mlp or spec.sinks is not None:
+        return None
+    return Layer(
+        qkv=attention.qkv,
+        output=attention.output,
+        gate_up=block.gate_up,
+        down=block.down,
+        before_attention=norm_weight(layer.before_attention),
+        before_mlp=norm_weight(layer.before_mlp),
+        query_norm=norm_weight(attention.query_norm),
+        key_norm=norm_weight(attention.key_norm),
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        scale=spec.scale,
+        window=spec.window,
+        softcap=spec.softcap,
+        causal=spec.causal,
+        activation=GATES.get(block.activation, ""),
+        rope=layer.rope,
+    )
 
 
 def norm_weight(norm: Norm | None) -> native.NormWeight | None:

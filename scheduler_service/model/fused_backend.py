@@ -83,6 +83,15 @@ class FusedBackend:
         self.ops.rms_norm(x, norm.weight, norm.epsilon, norm.plus_one, out)
         return out
 
+    def run_layers(
+        self,
+        layers: list[DecoderLayer],
+        residual: torch.Tensor,
+        rotations: list[Rotation],
+        context: Attend | PagedContext,
+    ) -> bool:
+        return False
+
     def attend(
         self,
         residual: torch.Tensor,

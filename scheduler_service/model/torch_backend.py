@@ -48,6 +48,15 @@ class TorchBackend:
         function = plain_layers.rms_norm_plus_one if norm.plus_one else plain_layers.rms_norm
         return function(x, norm.weight, norm.epsilon)
 
+    def run_layers(
+        self,
+        layers: list[DecoderLayer],
+        residual: torch.Tensor,
+        rotations: list[Rotation],
+        context: Attend | PagedContext,
+    ) -> bool:
+        return False
+
     def attend(
         self,
         residual: torch.Tensor,

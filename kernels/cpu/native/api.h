@@ -76,6 +76,29 @@ struct rotation {
     int32_t threads;
 };
 
+/* One layer of a decoder: attention, then a gated feed-forward block. What a step decides is left out: rows, threads,
+ * what comes in and what goes out. */
+struct layer {
+    struct product qkv, output, gate_up, down; /* with norm and output operation */
+    struct rotation rotation;
+    struct attention attention;
+    int64_t rope; /* which of the step's rotations */
+};
+
+/* What all layers of a step have in common. */
+struct step {
+    int64_t rows;
+    uint16_t *residual;                         /* (rows, hidden): changed in place */
+    uint16_t *qkv, *q, *mixed, *inner;          /* scratch memory: what goes from one operation to the next */
+    const uint16_t *const *cosines, *const *sines; /* by rope, see struct rotation */
+    const int64_t *slots;
+    int64_t page_size, sequences;               /* the rest as in struct attention */
+    const int64_t *starts, *lengths;
+    const int32_t *pages;
+    const int64_t *page_starts;
+    int32_t threads;
+};
+
 struct kernels {
     int (*product)(const struct product *);
     void (*rotate)(const struct rotation *);

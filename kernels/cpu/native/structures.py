@@ -94,3 +94,40 @@ class Attention(ctypes.Structure):
         ("causal", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
+
+
+class Layer(ctypes.Structure):
+    """`struct layer` of api.h."""
+
+    _fields_ = (
+        ("qkv", Product),
+        ("output", Product),
+        ("gate_up", Product),
+        ("down", Product),
+        ("rotation", Rotation),
+        ("attention", Attention),
+        ("rope", ctypes.c_int64),
+    )
+
+
+class Step(ctypes.Structure):
+    """`struct step` of api.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("residual", ctypes.c_void_p),
+        ("qkv", ctypes.c_void_p),
+        ("q", ctypes.c_void_p),
+        ("mixed", ctypes.c_void_p),
+        ("inner", ctypes.c_void_p),
+        ("cosines", ctypes.POINTER(ctypes.c_void_p)),
+        ("sines", ctypes.POINTER(ctypes.c_void_p)),
+        ("slots", ctypes.c_void_p),
+        ("page_size", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("starts", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
+        ("pages", ctypes.c_void_p),
+        ("page_starts", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+    )

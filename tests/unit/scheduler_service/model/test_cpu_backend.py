@@ -48,6 +48,27 @@ def test_logprobs_are_those_of_the_torch_backend(family, tmp_path, monkeypatch):
     assert (ours - true).abs().mean() <= bound * (theirs - true).abs().mean()
 
 
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_layers_have_the_same_bits_in_one_call_and_one_by_one(family, quantization, tmp_path, monkeypatch):
+    directory = build_model(family, tmp_path)
+    together = Engine(directory, dtype="bfloat16", quantization=quantization)
+    found = logprobs(together)
+    kernels = library.library()
+    can_attend = kernels is not None and kernels.has_attention
+    assert (together.worker.model.backend.together is not None) == can_attend
+    monkeypatch.setattr(CpuBackend, "run_layers", lambda *_: False)
+    expected = logprobs(Engine(directory, dtype="bfloat16", quantization=quantization))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen2_moe"])
+def test_layers_that_do_what_the_one_call_does_not_know_are_computed_one_by_one(family, tmp_path):
+    engine = Engine(build_model(family, tmp_path), dtype="bfloat16")
+    assert logprobs(engine)
+    assert engine.worker.model.backend.together is None
+
+
 def test_the_kernels_compute_with_new_weights_once_these_are_taken_over(tmp_path):
     directory = build_model("qwen2", tmp_path)
     engine = Engine(directory, dtype="bfloat16")
