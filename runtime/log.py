@@ -22,7 +22,9 @@ from quartet.runtime.process.streams import give_up
 
 FORMAT = "[%(asctime)s] %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
-CHATTY = ("asyncio", "httpcore", "httpx", "huggingface_hub", "urllib3", "filelock")  # libraries, at debug and info
+CHATTY = (  # libraries, at debug and info
+    *("asyncio", "filelock", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "urllib3"),
+)
 INDENT = "    "
 # control characters, separators of lines and paragraphs, marks that turn the direction of text, invisible ones, and
 # halves of surrogate pairs, which no stream can write

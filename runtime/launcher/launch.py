@@ -28,11 +28,14 @@ from quartet.runtime.model_files import hub
 from quartet.runtime.model_files.model_info import embeds
 from quartet.runtime.process import streams
 from quartet.runtime.process.memory import Memory, in_words, look
+from quartet.runtime.process.port_holder import holder_of
+from quartet.runtime.process.system import check_system
 from quartet.runtime.service import TITLE
 from quartet.runtime.settings import flags
 from quartet.runtime.settings.machine import look_at_machine
 from quartet.runtime.settings.resolve import resolve
 from quartet.runtime.settings.tls import server_context
+from quartet.runtime.shorten import short
 from quartet.runtime.sockets import endpoint
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ SERVICES = (
 BACKLOG = 2048
 PROCESSES_BYTES = 400 << 20  # what the four processes and the launcher take before a model is loaded
 LAST_EPOCH = 999_999
+COMMAND_CHARS = 60  # of the process that has our port
 ANY_ADDRESS = ("0.0.0.0", "::", "")
 
 
@@ -67,6 +71,7 @@ def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
     """The same with another table of processes. A failure is one line on stderr and a status, never a traceback."""
     streams.keep_standard()
     try:
+        check_system()
         streams.check_open_files()
         settings = flags.load(argv, environment=os.environ)
         flags.forget_secrets(os.environ)
@@ -135,12 +140,18 @@ def listen(host: str, port: int) -> socket.socket:
     except socket.gaierror as error:
         raise StartupError(f"--host {host} is no address of this machine: {error.strerror}") from error
     except OSError as error:
-        raise StartupError(f"cannot listen on {host}:{port}: {cause(error)}") from error
+        raise StartupError(f"cannot listen on {host}:{port}: {cause(error, port)}") from error
     return listener
 
 
-def cause(error: OSError) -> str:
+def cause(error: OSError, port: int) -> str:
     """Why a bind failed, and what to do about it."""
+    if error.errno == errno.EADDRINUSE and (holder := holder_of(port)):
+        name = short(holder.command, COMMAND_CHARS)
+        return (
+            f"process {holder.pid} ({name}) has that port; stop it (kill {holder.pid}) or choose another --port "
+            "(0: any free one)"
+        )
     remedies = {
         errno.EADDRINUSE: "another process has that port; stop it or choose another --port (0: any free one)",
         errno.EACCES: "ports under 1024 need a privilege; choose another --port",

@@ -18,6 +18,7 @@ Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", 
 ENCODERS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "ModernBert")
 SCORING = ("ForSequenceClassification", "ForRewardModel")
 SUFFIXES = ("Model", "ForMaskedLM", *SCORING)  # architectures that end in these give vectors or scores
+ENDS = (*SCORING, "ForMaskedLM", "ForCausalLM", "TextModel", "Model")  # behind the name of a family
 GENERATING = "HeadModel"  # GPT2LMHeadModel
 PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions begin behind the padding id
 LEGACY_POOLING: dict[str, Pooling] = {
@@ -61,6 +62,11 @@ class Module(msgspec.Struct, frozen=True):
 def is_embedder(architecture: str) -> bool:
     """Whether an architecture is one for embedding, whatever the flags say."""
     return architecture.endswith(SUFFIXES) and not architecture.endswith(GENERATING)
+
+
+def family_name(architecture: str) -> str:
+    """For example Qwen2 of Qwen2ForSequenceClassification."""
+    return next((architecture.removesuffix(end) for end in ENDS if architecture.endswith(end)), architecture)
 
 
 def is_encoder(architecture: str) -> bool:

@@ -39,6 +39,7 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRUCTS = {kind: struct.Struct("<" + code) for kind, code in SCALARS.items()}
 LENGTH, WORD = struct.Struct("<Q"), struct.Struct("<I")
+CUT = "; the file is cut off, so download it again"
 
 
 class GgufError(StartupError):
@@ -140,7 +141,9 @@ class Cursor:
         """Have at least so many bytes ahead, at the start of the chunk."""
         position = self.position
         if count > self.size - position:
-            raise ValueError(f"it ends at byte {self.size}, where {count} more are expected behind byte {position}")
+            raise ValueError(
+                f"it ends at byte {self.size}, where {count} more are expected behind byte {position}{CUT}"
+            )
         if position + count > MAX_HEADER_BYTES:
             raise ValueError(f"the header is larger than {MAX_HEADER_BYTES} bytes")
         chunk = self._chunk[self._next :]
@@ -213,7 +216,7 @@ def read_header(file: Path, whole: bool = False) -> Header:
 def parse(cursor: Cursor, whole: bool) -> tuple[dict[str, Any], list[TensorInfo]]:
     """Metadata and entries of tensors as they are written. Raises ValueError."""
     if cursor.size < len(MAGIC) + 4 or cursor.take(len(MAGIC)) != MAGIC:
-        raise ValueError("it does not begin with GGUF")
+        raise ValueError("it does not begin with GGUF; check what was downloaded")
     check_version(cursor.word())
     tensors, keys = cursor.length(), cursor.length()
     if tensors > MAX_TENSORS or keys > MAX_KEYS:
@@ -269,7 +272,7 @@ def placed(file: Path, infos: list[TensorInfo], data: int, size: int, alignment:
         if info.offset != expected:
             raise ValueError(f"tensor {short(info.name)} begins at byte {info.offset} of the data, expected {expected}")
         if data + info.offset + nbytes > size:
-            raise ValueError(f"tensor {short(info.name)} ends behind the end of the file, at byte {size}")
+            raise ValueError(f"tensor {short(info.name)} ends behind the end of the file, at byte {size}{CUT}")
         tensors[info.name] = Tensor(file, kind, info.shape, data + info.offset, nbytes)
         expected = aligned(info.offset + nbytes, alignment)
     return tensors

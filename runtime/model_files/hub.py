@@ -10,11 +10,13 @@ import msgspec
 
 from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_files import gguf_directory
+from quartet.runtime.model_files import gguf_directory, servable
+from quartet.runtime.model_files.hub_errors import explained
 from quartet.runtime.model_files.model_info import DEMO
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CHOICE = re.compile(r"(.+):([\w.-]+)")  # a directory or hub id, and which of its GGUF files is meant
+NOT_THERE = "{} does not exist; it takes a directory, a hub id (owner/name), a GGUF file or demo"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where a model has no others
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -28,8 +30,10 @@ def locate(config: ResolvedConfig, run_dir: Path | None = None) -> ResolvedConfi
     own_tokenizer = config.tokenizer_path is None and not config.skip_tokenizer_init
     patterns = (*WEIGHTS, *TOKENIZER)
     model_dir = find("--model-path", config.model_path, config, patterns, run_dir, with_tokenizer=own_tokenizer)
+    servable.check_files(model_dir)
     if not (model_dir / "config.json").is_file():
-        raise StartupError(f"no config.json in {model_dir}: --model-path must name a model directory or a hub id")
+        servable.refuse_without_config(model_dir)
+    servable.check_architecture(config.model_path, model_dir, config.is_embedding)
     tokenizer_dir = model_dir
     if config.tokenizer_path is not None:
         tokenizer_dir = find("--tokenizer-path", config.tokenizer_path, config, TOKENIZER, run_dir)
@@ -48,6 +52,7 @@ def find(
     if name == "demo":
         return DEMO
     path = Path(name).expanduser()
+    servable.check_path(flag, path)
     if name and path.is_dir():
         if not gguf_directory.is_model(path):
             return path.resolve()
@@ -56,22 +61,23 @@ def find(
         base = Path(match[1]).expanduser()
         found = base if base.is_dir() else download_gguf(flag, match[1], match[2], config)
         path = gguf_directory.chosen(match[1], found, match[2])
+    servable.check_file(path)
     if path.is_file():
         if not gguf_directory.is_gguf(path):
-            raise StartupError(f"{flag} {name} is a file; name the directory that holds it")
+            raise StartupError(f"{flag} {name} is a file; name the directory that holds it, or a GGUF file")
         assert run_dir is not None, name
         return gguf_directory.described(path, run_dir, with_tokenizer)
+    if name.lower().endswith(gguf_directory.SUFFIX):
+        raise StartupError(f"{flag} {name}: there is no such file; one on the hub is named as owner/name:Q4_K_M")
     if not HUB_ID.fullmatch(name):
-        raise StartupError(f"{flag} {name} does not exist; it takes a directory, a hub id (owner/name) or demo")
+        raise StartupError(NOT_THERE.format(f"{flag} {name}"))
     return download(flag, name, config, patterns)
 
 
 def download_gguf(flag: str, name: str, choice: str, config: ServerConfig) -> Path:
     """The hub's snapshot with the GGUF files of one type. Raises StartupError."""
     if not HUB_ID.fullmatch(name):
-        raise StartupError(
-            f"{flag} {name}:{choice} does not exist; it takes a directory, a hub id (owner/name) or demo"
-        )
+        raise StartupError(NOT_THERE.format(f"{flag} {name}:{choice}"))
     spellings = {
         choice.removesuffix(".gguf"),
         choice.lower().removesuffix(".gguf"),
@@ -89,24 +95,15 @@ def download(flag: str, name: str, config: ServerConfig, patterns: tuple[str, ..
         from huggingface_hub.errors import HFValidationError
     except ImportError as error:
         raise StartupError(
-            f"{flag} {name} is no directory here, and fetching it from the hub needs `pip install quartet-serve[hub]`"
+            f"{flag} {name} is no directory here, and fetching it from the hub needs `pip install 'quartet-serve[hub]'`"
         ) from error
     try:
         found = huggingface_hub.snapshot_download(
             name, revision=config.revision, cache_dir=config.download_dir, allow_patterns=list(patterns)
         )
     except (OSError, ValueError, HFValidationError) as error:  # the hub's own errors derive from these
-        raise StartupError(
-            f"{flag} {name} is no directory here and could not be fetched from the hub ({reason(error)}); "
-            "check the name and the network, or download it and pass its directory"
-        ) from error
+        raise StartupError(explained(flag, name, config.revision, error)) from error
     wants_weights = set(WEIGHTS) <= set(patterns) and not set(PICKLED) <= set(patterns)
     if wants_weights and not any(Path(found).glob("*.safetensors")):
         return download(flag, name, config, (*patterns, *PICKLED))
     return Path(found)
-
-
-def reason(error: Exception) -> str:
-    """The kind of failure and the first sentence of its message."""
-    first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__

@@ -15,6 +15,9 @@ from quartet.runtime.model_files.model_ranges import BadValue
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_CONTEXT = 2048
+NO_CONFIG = (
+    "no config.json in {}; --model-path takes a directory that has one, a GGUF file, a hub id (owner/name) or demo"
+)
 STRETCHING = ("linear", "dynamic", "yarn")
 
 
@@ -145,7 +148,7 @@ def load(config: ServerConfig) -> ModelInfo:
     """Read the model directory. Raises StartupError with the cause and the flag that mends it."""
     path = model_dir(config)
     if not files.present(path / "config.json"):
-        raise StartupError(f"no config.json in {path}: --model-path must name a model directory or a hub id")
+        raise StartupError(NO_CONFIG.format(path))
     architecture, text = read_config(path)
     generation = read_json(path / "generation_config.json")
     context = usable_positions(text, positions_of(text))

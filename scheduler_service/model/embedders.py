@@ -8,6 +8,7 @@ import torch
 
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files.embedding import family_name
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
@@ -31,13 +32,7 @@ FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Roberta": encoders.roberta,
     "XLMRoberta": encoders.roberta,
 }
-SUFFIXES = ("ForSequenceClassification", "ForRewardModel", "ForMaskedLM", "ForCausalLM", "TextModel", "Model")
 WORDS = "embed_tokens.weight"  # of decoders
-
-
-def family_name(architecture: str) -> str:
-    """For example Qwen2 of Qwen2ForSequenceClassification."""
-    return next((architecture.removesuffix(end) for end in SUFFIXES if architecture.endswith(end)), architecture)
 
 
 def load_encoder(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Encoder:

@@ -9,6 +9,7 @@ import torch
 from quartet.kernels.cpu.native import library as native
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files.embedding import family_name
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.model.backend import Backend
@@ -17,7 +18,7 @@ from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
-from quartet.scheduler_service.model.embedders import family_name, load_decoder_embedder, load_encoder
+from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder
 from quartet.scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
 from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddings_name
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
