@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from quartet.runtime.cli import COMMANDS, parser_of
+from quartet.runtime.client.arguments import parsed
 from quartet.runtime.client.arguments import parser_of as empty_parser
 from quartet.runtime.errors import UsageError
 from quartet.runtime.log import plain, say
@@ -35,7 +36,7 @@ class Command(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Print the script of one shell; returns the exit status."""
     try:
-        shell = completion_parser().parse_args(list(argv)).shell
+        shell = parsed(completion_parser(), argv).shell
     except UsageError as error:
         say(f"quartet: {plain(str(error))}", sys.stderr)
         return 2

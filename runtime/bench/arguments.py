@@ -5,7 +5,7 @@ import math
 import secrets
 from typing import Any
 
-from quartet.runtime.client.arguments import KEY_HELP, parser_of
+from quartet.runtime.client.arguments import KEY_HELP, parsed, parser_of
 from quartet.runtime.errors import UsageError
 
 BENCH = """Put load on a running server and measure what clients see. Tokens are counted as the server reports them;
@@ -99,11 +99,7 @@ def bench_parser() -> argparse.ArgumentParser:
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The options with their defaults by workload. Raises UsageError."""
-    for word in words:
-        flag = word.split("=")[0].replace("_", "-")
-        if flag in PEERS:
-            raise UsageError(f"unknown flag {flag}; it is called {PEERS[flag]} here")
-    options = bench_parser().parse_args(words)
+    options = parsed(bench_parser(), words, {flag: f"it is called {ours} here" for flag, ours in PEERS.items()})
     options.workload = options.workload or ("sharegpt" if options.file else "random")
     if options.workload == "sharegpt" and not options.file:
         raise UsageError("--workload sharegpt needs --file, a JSON file with conversations")
