@@ -23,9 +23,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "serve": Command(
-        "quartet.runtime.launcher.launch", "main", "start a server (quartet serve --help lists its flags)", True
-    ),
+    "serve": Command("quartet.runtime.launcher.launch", "main", "start a server", True),
     "chat": Command(
         "quartet.runtime.client.chat",
         "main",
@@ -59,9 +57,20 @@ COMMANDS = {
     "config": Command(
         "quartet.runtime.settings.show", "main", "config show: print each setting and where its value comes from", True
     ),
+    "completion": Command(
+        "quartet.runtime.completion",
+        "main",
+        "completion bash | zsh | fish: a script for the shell's completion",
+        parser="quartet.runtime.completion:completion_parser",
+    ),
     "experts": Command("quartet.runtime.experts_plot", "main", "experts plot dump.pt: draw a recording of experts"),
 }
-HELP = ("-h", "--help")
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+EXAMPLES = """\
+  quartet serve                                      the embedded model, on port 30000
+  quartet serve Qwen/Qwen2.5-0.5B-Instruct           one from the hub; a directory or a GGUF file as well
+  quartet chat                                       talk to it
+  quartet <command> --help"""
 INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 
 
@@ -94,15 +103,11 @@ def dispatch(arguments: list[str]) -> int:
             return 0
         case [name, *rest] if name in COMMANDS:
             command = COMMANDS[name]
-            if not set(rest).isdisjoint(HELP):
-                if command.server_flags:
-                    return print_flags(name)
-                if command.parser:
-                    parser_of(command).print_help()
-                    return 0
+            if not set(rest).isdisjoint((*HELP, HELP_ALL)) and (command.server_flags or command.parser):
+                return print_help(name, everything=HELP_ALL in rest or rest[-1] == "all")
             function = getattr(importlib.import_module(command.module), command.function)
             return int(function(rest))
-    return unknown(arguments[0])
+    return unknown(arguments[0], arguments[1:])
 
 
 def usage() -> str:
@@ -117,15 +122,22 @@ def usage() -> str:
             "",
             *lines,
             "",
+            "examples:",
+            EXAMPLES,
+            "",
             "  --help, --version",
         ]
     )
 
 
-def print_flags(command: str) -> int:
-    from quartet.runtime.settings.flags import build_parser
+def print_help(name: str, everything: bool) -> int:
+    """What `quartet <name> --help` shows; of a server's flags those of the first page, or all of them."""
+    if COMMANDS[name].server_flags:
+        from quartet.runtime.settings.help_page import page
 
-    build_parser(command).print_help()
+        print(page(name, everything))
+    else:
+        parser_of(COMMANDS[name]).print_help()
     return 0
 
 
@@ -136,12 +148,18 @@ def parser_of(command: Command) -> "argparse.ArgumentParser":
     return parser
 
 
-def unknown(word: str) -> int:
+def unknown(word: str, rest: Sequence[str]) -> int:
     """Say which command or spelling was probably meant."""
     from difflib import get_close_matches
 
+    from quartet.runtime.peers import instead
+
     if word.startswith("-"):
         hint = f"put flags after a command: quartet serve {word} ..."
+    elif known := instead(word, rest):
+        hint = f"here it is: {known}"
+    elif "/" in word or word.lower().endswith(".gguf") or word == "demo":
+        hint = f"to serve that model: quartet serve {word}; to talk to it: quartet chat {word}"
     else:
         near = get_close_matches(word, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"

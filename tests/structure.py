@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runtime.client",),
         ("runtime.bench", "runtime.local_models"),
         ("runtime.cli",),
-        ("runtime.launch_server",),
+        ("runtime.launch_server", "runtime.completion"),
     ),
     "scheduler_service": (
         ("scheduler_service.core", "scheduler_service.host"),

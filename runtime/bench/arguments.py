@@ -2,9 +2,10 @@
 
 import argparse
 import math
+import secrets
 from typing import Any
 
-from quartet.runtime.client.arguments import KEY_HELP, parser_of
+from quartet.runtime.client.arguments import KEY_HELP, parsed, parser_of
 from quartet.runtime.errors import UsageError
 
 BENCH = """Put load on a running server and measure what clients see. Tokens are counted as the server reports them;
@@ -16,6 +17,7 @@ times are those at which the parts of an answer arrive here.
 
 APIS = ("native", "openai", "openai-chat")
 WORKLOADS = ("random", "shared-prefix", "sharegpt", "multi-turn")
+MOST_SEEDS = 1_000_000
 SLO_NAMES = ("ttft", "tpot", "e2e")
 
 PEERS = {  # flags of other load generators, and ours
@@ -66,7 +68,9 @@ def bench_parser() -> argparse.ArgumentParser:
     load.add_argument("--concurrency", type=count, help="requests at once (default: 8 without --rate)")
     load.add_argument("--rate", type=positive, help="requests a second, at random moments (Poisson)")
     load.add_argument("--warmup", type=natural, default=2, help="requests first, not counted (default: %(default)s)")
-    load.add_argument("--seed", type=natural, default=0, help="of prompts and moments (default: %(default)s)")
+    load.add_argument(
+        "--seed", type=natural, help="of prompts and moments (default: a new one, so no cache knows them)"
+    )
     load.add_argument("--timeout", type=positive, default=600.0, help="seconds for a request (default: %(default)s)")
     work = parser.add_argument_group("workload")
     work.add_argument("--workload", choices=WORKLOADS, help="(default: random; with --file: sharegpt)")
@@ -95,11 +99,7 @@ def bench_parser() -> argparse.ArgumentParser:
 
 def parse(words: list[str]) -> argparse.Namespace:
     """The options with their defaults by workload. Raises UsageError."""
-    for word in words:
-        flag = word.split("=")[0].replace("_", "-")
-        if flag in PEERS:
-            raise UsageError(f"unknown flag {flag}; it is called {PEERS[flag]} here")
-    options = bench_parser().parse_args(words)
+    options = parsed(bench_parser(), words, {flag: f"it is called {ours} here" for flag, ours in PEERS.items()})
     options.workload = options.workload or ("sharegpt" if options.file else "random")
     if options.workload == "sharegpt" and not options.file:
         raise UsageError("--workload sharegpt needs --file, a JSON file with conversations")
@@ -110,6 +110,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     options.turns = options.turns or (4 if options.workload == "multi-turn" else 1)
     if options.rate is None and options.concurrency is None:
         options.concurrency = 8
+    if options.seed is None:
+        options.seed = secrets.randbelow(MOST_SEEDS)
     return options
 
 

@@ -231,7 +231,7 @@ def load_in_words(options: argparse.Namespace) -> str:
     prefix = f", {options.prefixes} prefixes of {options.prefix_len}" if options.workload == "shared-prefix" else ""
     turns = f", {options.turns} turns" if options.turns > 1 else ""
     pace = f"{options.rate:g} requests/s" if options.rate else f"{options.concurrency} at once"
-    return f"{options.api}, {options.workload}{lengths}{prefix}{turns}, {pace}"
+    return f"{options.api}, {options.workload}{lengths}{prefix}{turns}, {pace}, seed {options.seed}"
 
 
 def described(options: argparse.Namespace) -> dict[str, object]:

@@ -124,7 +124,7 @@ def ratios(first: Summary, second: Summary) -> dict[str, float]:
     found = {
         name: getattr(second, name) / getattr(first, name)
         for name in ("requests_per_s", "output_tokens_per_s", "goodput_per_s")
-        if getattr(first, name)
+        if getattr(first, name) and (first.slo or name != "goodput_per_s")
     }
     for metric in METRICS:
         one, other = getattr(first, metric), getattr(second, metric)

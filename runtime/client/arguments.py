@@ -1,8 +1,12 @@
 """The arguments of the commands that talk to a running server. They import nothing slow, for --help and completion."""
 
 import argparse
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from types import MappingProxyType
 
-from quartet.runtime.settings.flags import Parser
+from quartet.runtime.errors import UsageError
+from quartet.runtime.settings.flags import Parser, is_flag, settings
 
 KEY_VARIABLE = "QUARTET_API_KEY"
 KEY_HELP = f"key that the server asks for (default: the variable {KEY_VARIABLE})"
@@ -17,6 +21,25 @@ def parser_of(command: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=WIDTH),
     )
+
+
+def parsed(
+    parser: argparse.ArgumentParser, words: Sequence[str], hints: Mapping[str, str] = MappingProxyType({})
+) -> argparse.Namespace:
+    """The arguments. Raises UsageError; for an unknown flag it says what `hints` has for it, or which one is near."""
+    actions = parser._actions  # argparse has no public list
+    known = [spelling for action in actions for spelling in action.option_strings]
+    for word in (word.split("=")[0] for word in words):  # first, for -hf would be -h with an argument
+        if (hint := hints.get(word.replace("_", "-"))) and word not in known:
+            raise UsageError(f"unknown flag {word}; {hint}")
+    options, rest = parser.parse_known_args(list(words))
+    if not rest:
+        return options
+    word = rest[0].split("=")[0]
+    if not is_flag(word):
+        raise UsageError(f"unexpected argument {rest[0]!r}; see {parser.prog} --help")
+    near = get_close_matches(word, known, n=1)
+    raise UsageError(f"unknown flag {word}; {f'did you mean {near[0]}?' if near else f'see {parser.prog} --help'}")
 
 
 CHAT = """Talk to a model. A server that runs at --url, or on port 30000 with that model, is used; else one is started
@@ -38,6 +61,30 @@ def chat_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def chat_hints() -> dict[str, str]:
+    """What to say of flags that others have, and of those that belong to the server."""
+    first = "the model comes first: quartet chat MODEL"
+    server = {spelling: BEHIND.format(spelling) for setting in settings().values() for spelling in setting.spellings}
+    return server | CHAT_PEERS | dict.fromkeys(("-m", "--model", "--model-path", "-hf", "--model-name"), first)
+
+
+BEHIND = "it is one of the server; put it behind --, when one is started: quartet chat MODEL -- {} ..."
+CHAT_PEERS = {
+    "-sys": "use --system",
+    "--system-prompt": "use --system",
+    "-n": "use --max-tokens",
+    "--predict": "use --max-tokens",
+    "--max-new-tokens": "use --max-tokens",
+    "--temp": "use --temperature",
+    "-p": "pipe the message in: echo Hello | quartet chat",
+    "--prompt": "pipe the message in: echo Hello | quartet chat",
+    "-q": "pipe the message in: echo Hello | quartet chat",
+    "--quick": "pipe the message in: echo Hello | quartet chat",
+    "--base-url": "use --url",
+    "--host": "use --url http://HOST:PORT",
+    "--port": "use --url http://HOST:PORT",
+    "--verbose": "figures are shown below each answer",
+}
 HEALTH = """Say how a server is: a line for the whole and one for each of its processes.
 The exit status is 0 if it is healthy, else 1."""
 

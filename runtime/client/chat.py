@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from quartet.runtime.client.answers import Answer
-from quartet.runtime.client.arguments import KEY_VARIABLE, chat_parser
+from quartet.runtime.client.arguments import KEY_VARIABLE, chat_hints, chat_parser, parsed
 from quartet.runtime.client.connection import ClientError, base_url, connect, served_models
 from quartet.runtime.client.conversation import Conversation, Leave
 from quartet.runtime.client.screen import Screen
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options, with an address in full. Raises UsageError."""
     words = list(argv)
     cut = words.index("--") if "--" in words else len(words)
-    options = chat_parser().parse_args(words[:cut])
+    options = parsed(chat_parser(), words[:cut], chat_hints())
     options.server_flags = words[cut + 1 :]
     options.api_key = options.api_key or os.environ.get(KEY_VARIABLE)
     if options.url is not None:
@@ -136,9 +136,9 @@ class Chat:
         try:
             self.ask(text)
         except ClientError as error:
-            self._screen.remark(f"quartet: {error}")
             if self._server is not None and not self._server.alive:
                 raise
+            self._screen.remark(f"quartet: {error}")
 
     def ask(self, text: str) -> int:
         """Print the answer to one message while it arrives; Ctrl-C stops it. Returns the exit status.

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import ssl
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -68,11 +69,15 @@ def is_loopback(url: str) -> bool:
 
 
 def client_options(url: str, api_key: str | None, read_timeout_s: float | None) -> dict[str, object]:
-    """Arguments of an httpx client. No proxy stands between a program and its own machine."""
+    """Arguments of an httpx client. No proxy stands between a program and its own machine.
+
+    The certificates are the system's, or those of the variable SSL_CERT_FILE.
+    """
     return {
         "base_url": url,
         "headers": {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
         "timeout": httpx.Timeout(read_timeout_s, connect=CONNECT_S),
+        "verify": ssl.create_default_context() if url.startswith("https:") else True,
         "trust_env": not is_loopback(url),
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import httpx
 import msgspec
 
-from quartet.runtime.client.arguments import KEY_VARIABLE, health_parser
+from quartet.runtime.client.arguments import KEY_VARIABLE, health_parser, parsed
 from quartet.runtime.client.connection import ClientError, base_url, check, connect, unreachable
 from quartet.runtime.errors import UsageError
 from quartet.runtime.log import plain, say
@@ -30,7 +30,7 @@ class Verdict(msgspec.Struct):
 def main(argv: Sequence[str]) -> int:
     """Print how the server at an address is; returns 0 if it is healthy."""
     try:
-        options = health_parser().parse_args(list(argv))
+        options = parsed(health_parser(), argv)
         url = base_url(options.url)
         key = options.api_key or os.environ.get(KEY_VARIABLE)
         with connect(url, key, options.timeout) as client:

@@ -35,7 +35,7 @@ class Screen:
         self._styled = self.is_terminal and styled
         self._notes_styled = self.notes.isatty() and styled
         self._thinking = False
-        self._status_shown = False
+        self._status = ""
 
     def thought(self, text: str) -> None:
         """A part of a thought; not shown where only the answer is wanted."""
@@ -64,11 +64,11 @@ class Screen:
 
     def status(self, text: str) -> None:
         """A line that is written over by the next; only on a terminal. Empty: take it away."""
-        if not self._notes_styled or not (text or self._status_shown):
+        if not self._notes_styled or text == self._status:
             return
+        self._status = text
         width = shutil.get_terminal_size().columns - 1
         print(CLEAR_LINE + (f"{DIM}{plain(text)[:width]}{NORMAL}" if text else ""), end="", file=self.notes, flush=True)
-        self._status_shown = bool(text)
 
     def _begin(self, *, thinking: bool, gap: bool = True) -> None:
         if thinking == self._thinking:

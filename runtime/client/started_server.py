@@ -15,6 +15,7 @@ from quartet.runtime.client.connection import ClientError
 
 SERVED = re.compile(rb"is served at (https?://\S+)\. Try:")
 STAMP = re.compile(r"^\[[^\]]*\] ")
+REASON = "quartet: "  # begins the line in which a launcher says why it ends
 POLL_S = 0.1
 STOP_S = 15.0
 
@@ -53,7 +54,7 @@ class StartedServer:
             line = last_line(written)
             if ended:
                 self._failed = True
-                reason = line.removeprefix("quartet: ") or f"it ended with status {self._process.returncode}"
+                reason = line.removeprefix(REASON) or f"it ended with status {self._process.returncode}"
                 raise ClientError(f"the server did not start: {reason} (its log: {self.log})")
             progress(line)
             time.sleep(POLL_S)
@@ -65,8 +66,10 @@ class StartedServer:
         if self.alive:
             return error
         self._failed = True
-        line = last_line(self.log.read_bytes()).removeprefix("quartet: ")
-        return ClientError(f"the server has ended: {line} (its log: {self.log})")
+        line = last_line(self.log.read_bytes())
+        status = f"it ended with status {self._process.returncode}"
+        reason = line.removeprefix(REASON) if line.startswith(REASON) else status
+        return ClientError(f"the server has ended: {reason} (its log: {self.log})")
 
     def stop(self) -> None:
         """End it, and drop its log unless it is needed to see what failed."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from quartet.runtime.client.arguments import parsed
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.local_models.arguments import pull_parser
@@ -21,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     """Fetch one model and say where it is; returns the exit status."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what went wrong is said here, once
     try:
-        options = pull_parser().parse_args(list(argv))
+        options = parsed(pull_parser(), argv)
         path = fetch(options)
     except UsageError as error:
         return fail(2, str(error))

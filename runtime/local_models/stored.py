@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quartet.runtime.client.arguments import parsed
 from quartet.runtime.errors import UsageError
 from quartet.runtime.local_models.arguments import models_parser
 from quartet.runtime.local_models.sizes import ago, in_words
@@ -23,7 +24,7 @@ NEEDS_HUB = "the hub's cache is read with huggingface_hub: pip install 'quartet-
 def main(argv: Sequence[str]) -> int:
     """List or remove; returns the exit status."""
     try:
-        options = models_parser().parse_args(list(argv))
+        options = parsed(models_parser(), argv)
         if options.action == "rm":
             return remove(options)
         if options.model:

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -93,8 +93,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def build_parser(command: str) -> argparse.ArgumentParser:
-    """All flags in their groups. Values stay strings; `load` gives them types."""
+def build_parser(command: str, shown: Container[str] | None = None) -> argparse.ArgumentParser:
+    """All flags in their groups. Values stay strings; `load` gives them types.
+
+    `shown`: the settings that its help lists; None: all.
+    """
     parser = Parser(
         prog=f"quartet {command}",
         allow_abbrev=False,
@@ -113,7 +116,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
             *setting.spellings,
             dest=setting.name,
             metavar=setting.takes.replace(" ", ""),
-            help=help_text(setting),
+            help=help_text(setting) if shown is None or setting.name in shown else argparse.SUPPRESS,
             action="append" if setting.flag.several else "store",
             **optional_value,
         )
@@ -268,7 +271,7 @@ def secret_spellings() -> set[str]:
 def suggestion(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or a pointer to the help when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else "; `quartet serve --help` lists them all"
+    return f"; did you mean {near[0]}?" if near else "; `quartet serve --help-all` lists them all"
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -11,6 +11,11 @@ def test_requests_at_once_are_the_default_and_give_way_to_a_rate():
     assert (parse(["--rate", "2.5"]).concurrency, parse(["--rate", "2.5"]).rate) == (None, 2.5)
 
 
+def test_every_run_has_a_new_seed_unless_one_is_given():
+    assert parse(["--seed", "7"]).seed == 7
+    assert len({parse([]).seed for _ in range(20)}) > 1
+
+
 def test_limits_are_seconds_by_name():
     assert parse(["--slo", "ttft=0.5,tpot=0.05"]).slo == {"ttft": 0.5, "tpot": 0.05}
 

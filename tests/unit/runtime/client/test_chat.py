@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import httpx
 import pytest
@@ -113,6 +114,23 @@ def test_what_stands_behind_two_dashes_is_for_the_server_that_is_started():
     assert parse(["--", "--dtype", "float32"]).model is None
     with pytest.raises(UsageError, match="leave out --url"):
         parse(["--url", "http://a", "--", "--dtype", "float32"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dtype", "float32"], "put it behind --, when one is started: quartet chat MODEL -- --dtype"),
+        (["--model_path", "x"], "the model comes first"),
+        (["-hf", "o/n"], "the model comes first"),
+        (["--temp", "1"], "use --temperature"),
+        (["--sistem", "x"], "did you mean --system?"),
+        (["--frobnicate"], "see quartet chat --help"),
+        (["demo", "hello"], "unexpected argument 'hello'"),
+    ],
+)
+def test_flags_that_a_chat_does_not_have_are_answered_with_what_to_type(words, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        parse(words)
 
 
 def test_the_key_comes_from_the_variable_unless_it_is_given(monkeypatch):

@@ -55,6 +55,7 @@ def test_a_models_text_cannot_steer_the_terminal():
 def test_a_status_is_written_over_and_taken_away_and_not_piped():
     screen = Screen(Terminal(), Terminal(), {})
     screen.status("loading 1")
+    screen.status("loading 1")
     screen.remark("ready")
     assert screen.notes.getvalue() == f"\r\x1b[K{DIM}loading 1{NORMAL}\r\x1b[K{DIM}ready{NORMAL}\n"
     piped = Screen(io.StringIO(), io.StringIO(), {})

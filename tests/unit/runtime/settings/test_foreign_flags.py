@@ -37,6 +37,8 @@ def load(*argv):
         ["--jinja"],
         ["-fa", "on"],
         ["-cb"],
+        ["-sm", "none"],
+        ["-tp", "1"],
     ],
 )
 def test_a_flag_that_means_what_holds_anyway_is_accepted_and_said(argv):
@@ -66,6 +68,10 @@ def test_a_flag_that_means_what_holds_anyway_is_accepted_and_said(argv):
         (["--seed", "1"], "use --random-seed"),
         (["-m", "model.gguf"], "use --model-path"),
         (["-ngl", "99"], "use --device"),
+        (["-hf", "o/n:Q4_K_M"], "quartet serve OWNER/NAME:Q4_K_M"),
+        (["-tp", "2"], "no tensor parallelism"),
+        (["-cnv"], "use `quartet chat`"),
+        (["--tensor-split", "3,1"], "start several behind a router"),
         (["--ctx-size", "4096"], "use --context-length"),
         (["-c", "4096"], "use --context-length"),
         (["--parallel", "4"], "use --max-running-requests"),
