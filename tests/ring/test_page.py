@@ -193,7 +193,11 @@ def test_settings_reach_the_server_and_shape_the_answer(visit: Callable[..., Vis
     assert body["response_format"]["json_schema"]["schema"] == SCHEMA
     token = page.locator(".token").first
     assert 0 < float(token.evaluate("token => token.style.getPropertyValue('--p')")) <= 1
-    assert token.get_attribute("title").count("%") == 3  # its own, and the two best
+    page.get_by_role("group", name="Tokens").focus()
+    page.keyboard.press("ArrowRight")
+    expect(token).to_be_focused()
+    expect(page.locator(".token-about")).to_contain_text("most likely")
+    assert page.locator(".token-about").inner_text().count("%") == 3  # its own, and the two best
     page.get_by_role("button", name="Show tokens by their probability").click()
     assert list(json.loads(seen.texts.locator("pre").inner_text())) == ["city"]
 
