@@ -1,7 +1,8 @@
 """The outermost middleware of every HTTP request: header limit, request id, access line, counters, record of the call.
 
 Orchestrators ask some routes every few seconds. Their lines are left out of the access log, unless --log-level-http is
-debug; an answer of a health check is logged when it is another one than the last.
+debug; an answer of a health check is logged when it is another one than the last. The same holds for what the page at /
+asks by itself.
 """
 
 import http
@@ -23,6 +24,7 @@ access_log = logging.getLogger("http_gateway.access")
 
 QUIET = {"/livez", "/readyz", "/ready", "/ping", "/metrics"}
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # that are counted by name
+OF_THE_PAGE = {"/server_info", "/page/{name}"}  # the page at / asks by itself; refusals are logged
 HEALTH_CHECKS = {"/health", "/health_generate"}
 REQUEST_ID = b"x-request-id"
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
@@ -117,7 +119,7 @@ class RequestMiddleware:
     def _is_quiet(self, endpoint: str, status: int) -> bool:
         """Whether an answer is a machine's business."""
         if endpoint not in HEALTH_CHECKS:
-            return endpoint in QUIET
+            return endpoint in QUIET or (endpoint in OF_THE_PAGE and status < 400)
         before, self._last_health[endpoint] = self._last_health.get(endpoint), status
         return before == status
 

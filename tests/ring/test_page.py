@@ -19,6 +19,7 @@ from tests.servers import ROOT, Server
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}, Debian's package chromium")
 
 KEY = "right"
+AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 WAIT_S = 30
 LONG = 400  # tokens: a second or more
 IMAGES = ROOT / "docs" / "images"
@@ -114,14 +115,8 @@ def image(visit: Visit, name: str) -> None:
         visit.page.screenshot(path=IMAGES / f"{name}.png")
 
 
-def api(server: Server, path: str, body: Any = None) -> Any:
-    headers = {"Authorization": f"Bearer {KEY}"}
-    method = "GET" if body is None else "POST"
-    return requests.request(method, server.url + path, json=body, headers=headers, timeout=WAIT_S).json()
-
-
-def running(server: Server) -> int:
-    return api(server, "/get_load")[0]["num_reqs"]
+def api(server: Server, path: str, body: Any) -> Any:
+    return requests.post(server.url + path, json=body, headers=AUTHORIZATION, timeout=WAIT_S).json()
 
 
 # talking
@@ -151,7 +146,8 @@ def test_esc_stops_an_answer_which_can_go_on_later(visit: Callable[..., Visit], 
     seen.page.keyboard.press("Escape")
     stopped = seen.answer(0)
     assert stopped and "Stopped." in seen.answers.inner_text()
-    assert running(server) == 0
+    idle = requests.get(f"{server.url}/flush_cache?timeout=10", headers=AUTHORIZATION, timeout=WAIT_S)
+    assert idle.status_code == 200  # nothing runs any more
     seen.page.unroute_all()
     seen.page.get_by_role("button", name="Continue").click()
     assert seen.answer(0).startswith(stopped)
@@ -197,7 +193,11 @@ def test_settings_reach_the_server_and_shape_the_answer(visit: Callable[..., Vis
     assert body["response_format"]["json_schema"]["schema"] == SCHEMA
     token = page.locator(".token").first
     assert 0 < float(token.evaluate("token => token.style.getPropertyValue('--p')")) <= 1
-    assert token.get_attribute("title").count("%") == 3  # its own, and the two best
+    page.get_by_role("group", name="Tokens").focus()
+    page.keyboard.press("ArrowRight")
+    expect(token).to_be_focused()
+    expect(page.locator(".token-about")).to_contain_text("most likely")
+    assert page.locator(".token-about").inner_text().count("%") == 3  # its own, and the two best
     page.get_by_role("button", name="Show tokens by their probability").click()
     assert list(json.loads(seen.texts.locator("pre").inner_text())) == ["city"]
 
@@ -479,8 +479,6 @@ def test_the_server_page_shows_load_restarts_and_new_weights(visit: Callable[...
     row = seen.page.locator("[data-role=detokenizer]")
     expect(row).to_contain_text("running")
     expect(row.locator(".count")).to_have_text("1")
-    body = {"text": "Tell me a story.", "sampling_params": {"ignore_eos": True, "max_new_tokens": LONG}}
-    api(server, "/generate", body)
     output = seen.page.get_by_role("region", name="Output tokens per second")
     expect(output.locator(".chart-line")).to_have_attribute("d", lines_of(2))
     seen.page.get_by_role("link", name="Chat").click()

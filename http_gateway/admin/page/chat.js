@@ -89,7 +89,7 @@ export class Chat {
   /* sending */
 
   send(text = this.prompt.value) {
-    if (!text.trim() || this.turn || !this.#settingsAreRight()) return;
+    if (!text.trim() || this.turn || !this.server.generates || !this.#settingsAreRight()) return;
     this.prompt.value = "";
     this.#fitPrompt();
     this.conversation.messages.push({ role: "user", text: text.trimEnd() });

@@ -65,7 +65,11 @@ export class AnswerView {
     this.thoughtTitle = make("summary");
     this.thought = make("details", { class: "thought", hidden: true }, this.thoughtTitle, this.thoughtText);
     this.content = make("div", { class: "content markdown" });
-    this.tokens = make("div", { class: "content tokens", hidden: true });
+    this.tokens = tokenRow();
+    this.tokenAbout = make("p", { class: "remark token-about", "aria-live": "polite" });
+    for (const kind of ["focusin", "pointerover"]) {
+      this.tokens.addEventListener(kind, ({ target }) => (this.tokenAbout.textContent = target.dataset.about || ""));
+    }
     this.calls = make("div", { class: "calls" });
     this.state = make("div", { class: "state" });
     this.foot = make("div", { class: "actions" });
@@ -76,6 +80,7 @@ export class AnswerView {
       this.thought,
       this.content,
       this.tokens,
+      this.tokenAbout,
       this.calls,
       this.state,
       this.foot,
@@ -96,7 +101,7 @@ export class AnswerView {
     this.view.update(growing ? answer.text : shownText(answer.text), growing);
     const asTokens = answer.tokens.length > 0 && (this.asTokens ?? this.actions.wantsTokens());
     this.content.hidden = asTokens;
-    this.tokens.hidden = !asTokens;
+    this.tokens.hidden = this.tokenAbout.hidden = !asTokens;
     if (asTokens) this.#showTokens(answer);
     this.#showCalls(answer, growing, isLast);
     this.#showState(answer, turn, isLast);
@@ -267,17 +272,33 @@ function callOf(call) {
   );
 }
 
-/* A token, coloured by its probability; what else it might have been is told when the pointer or the focus is on it. */
+/* A place for tokens: one stop for the keyboard, whose arrows go from token to token. */
+function tokenRow() {
+  const row = make("div", {
+    class: "content tokens",
+    hidden: true,
+    tabindex: "0",
+    role: "group",
+    "aria-label": "Tokens. Left and right go from one to the next.",
+  });
+  row.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const next = document.activeElement === row ? row.firstElementChild : document.activeElement[step];
+    next?.focus();
+  });
+  return row;
+}
+
+/* A token, coloured by its probability. What else it might have been is told when the pointer or the focus is on it. */
 function tokenOf([text, logprob, others]) {
   const known = logprob !== null;
   const percent = (value) => (value === null ? "–" : `${(Math.exp(value) * 100).toFixed(1)} %`);
-  const lines = others.map(([other, value]) => `${shownToken(other)}  ${percent(value)}`);
-  const about = [`${shownToken(text)}  ${percent(logprob)}`, ...(lines.length ? ["", ...lines] : [])].join("\n");
-  const token = make(
-    "span",
-    { class: known ? "token" : "token unknown", title: about, tabindex: "0" },
-    text.replaceAll("\n", "↵\n"),
-  );
+  const rivals = others.map(([other, value]) => `${shownToken(other)} ${percent(value)}`);
+  const about = `${shownToken(text)} ${percent(logprob)}${rivals.length ? `; most likely: ${rivals.join(", ")}` : ""}`;
+  const shown = text.replaceAll("\n", "↵\n");
+  const token = make("span", { class: known ? "token" : "token unknown", "data-about": about, tabindex: "-1" }, shown);
   if (known) token.style.setProperty("--p", Math.exp(logprob).toFixed(3));
   return token;
 }

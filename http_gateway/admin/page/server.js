@@ -208,7 +208,7 @@ function panel(title, content) {
 
 /* Everything that is known now; what the server does not tell is null. */
 async function sample() {
-  const [info, metrics, reason] = await Promise.all([json("get_server_info"), metricsOf(), unreadiness()]);
+  const [info, metrics, reason] = await Promise.all([json("server_info"), metricsOf(), unreadiness()]);
   return {
     time: Date.now(),
     info,

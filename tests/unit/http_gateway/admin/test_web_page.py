@@ -46,6 +46,13 @@ async def test_nothing_else_can_be_had_there(name: str) -> None:
         assert (await server.client.get(f"/page/{name}")).status == 404
 
 
+@asynchronous
+async def test_the_page_is_not_served_under_a_name_that_somebody_else_has_chosen() -> None:
+    """Else their pages could read the user's conversations, and send requests as this page does."""
+    async with served() as server:
+        assert (await server.client.get("/", headers={"host": "rebound.example:30000"})).status == 403
+
+
 def test_all_files_together_are_small() -> None:
     assert sum(len(file.content) for file in web_page.files().values()) <= LARGEST
 

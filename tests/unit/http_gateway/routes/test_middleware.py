@@ -102,6 +102,19 @@ async def test_health_checks_are_logged_when_their_answer_is_another_one(caplog:
         assert [line.partition("/1.1")[2] for line in lines] == ['" 200 OK', '" 503 Service Unavailable', '" 200 OK']
 
 
+@asynchronous
+async def test_what_the_page_asks_by_itself_is_logged_only_where_it_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with served(api_key="k") as server:
+        with caplog.at_level(logging.INFO, "http_gateway.access"):
+            for headers in ({"authorization": "Bearer k"}, {}):
+                for path in ("/server_info", "/page/app.js"):
+                    await server.client.get(path, headers=headers)
+        lines = [record.getMessage() for record in caplog.records]
+        assert [line.partition('"')[2] for line in lines] == ['GET /server_info HTTP/1.1" 401 Unauthorized']
+
+
 @pytest.fixture
 def ended(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, Any]]]:
     """The lines of the request log, as their fields."""
