@@ -15,8 +15,10 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.registry import decoder_spec
+from quartet.scheduler_service.weights import load
 from quartet.scheduler_service.weights.checkpoint import INDEX_NAME
-from quartet.scheduler_service.weights.parameters import Layout
+from quartet.scheduler_service.weights.formats import checkpoint_of
+from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 VOCAB_SIZE = 320
 CONFIG: dict[str, Any] = {
@@ -100,3 +102,12 @@ def random_model(directory: Path, seed: int, shards: int = 1, **changes: Any) ->
 def version_model(directory: Path, token: int, **changes: Any) -> Path:
     write_config(directory, **changes)
     return save(directory, version_tensors(directory, token))
+
+
+def loaded(directory: Path) -> Weights:
+    """The weights of a checkpoint in float32, on the CPU. Raises CheckpointError."""
+    weights = Weights(layout_of(directory), torch.float32, torch.device("cpu"))
+    checkpoint = checkpoint_of(directory)
+    load.check_tensors(checkpoint, weights)
+    load.read_weights(checkpoint, weights, checkpoint.files)
+    return weights

@@ -10,10 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quartet.kernels.cpu.linear import no_pause
-from quartet.scheduler_service.weights import load
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
-from quartet.scheduler_service.weights.formats import checkpoint_of
-from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.quantized import reading
 from tests import checkpoints
 
@@ -71,19 +68,11 @@ def write(directory: Path, form: str) -> Values:
     return expected
 
 
-def loaded(directory: Path) -> Weights:
-    weights = Weights(checkpoints.layout_of(directory), torch.float32, torch.device("cpu"))
-    checkpoint = checkpoint_of(directory)
-    load.check_tensors(checkpoint, weights)
-    load.read_weights(checkpoint, weights, checkpoint.files)
-    return weights
-
-
 @pytest.mark.parametrize("form", ["plain", "nested", "int8"])
 def test_the_values_are_read(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = write(tmp_path, form)
     for _ in range(2):  # the second time a few rows at once
-        weights = loaded(tmp_path)
+        weights = checkpoints.loaded(tmp_path)
         for name in weights.names():
             torch.testing.assert_close(weights.view(name), expected[name].float(), rtol=0, atol=0)
         monkeypatch.setattr(reading.read_quantized, "__defaults__", (600, no_pause))
@@ -112,5 +101,5 @@ def test_parts_that_cannot_be_are_refused_by_name(
     tensors.pop(name)
     save_file(tensors | ({} if value is None else {name: value}), file)
     with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
-        loaded(tmp_path)
+        checkpoints.loaded(tmp_path)
     assert PROJECTION in str(caught.value)

@@ -14,10 +14,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 
 from quartet.kernels.cpu.linear import no_pause
-from quartet.scheduler_service.weights import load
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
 from quartet.scheduler_service.weights.formats import checkpoint_of
-from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.quantized import reading
 from tests import checkpoints
 
@@ -96,16 +94,8 @@ def scheme(request: pytest.FixtureRequest) -> Iterator[tuple[str, Settings]]:
     yield SCHEMES[request.param]
 
 
-def loaded(directory: Path) -> Weights:
-    weights = Weights(checkpoints.layout_of(directory), torch.float32, torch.device("cpu"))
-    checkpoint = checkpoint_of(directory)
-    load.check_tensors(checkpoint, weights)
-    load.read_weights(checkpoint, weights, checkpoint.files)
-    return weights
-
-
 def assert_read(directory: Path, expected: Values) -> None:
-    weights = loaded(directory)
+    weights = checkpoints.loaded(directory)
     assert sum(name.endswith("_proj.weight") for name in weights.names()) == 14
     for name in weights.names():
         torch.testing.assert_close(weights.view(name), expected[name].float(), rtol=2e-5, atol=2e-6)
@@ -181,7 +171,7 @@ def test_parts_that_do_not_fit_are_refused_by_name(
     tensors.pop(f"{PROJECTION}.{part}", None)
     save_file(tensors | ({} if value is None else {f"{PROJECTION}.{part}": value}), file)
     with pytest.raises(CheckpointError, match=said) as caught:
-        loaded(tmp_path)
+        checkpoints.loaded(tmp_path)
     assert PROJECTION in str(caught.value)
 
 

@@ -12,10 +12,8 @@ from quartet.kernels.cpu.linear import no_pause
 from quartet.runtime.control import UpdateWeightsFromDisk
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.model.registry import load_model
-from quartet.scheduler_service.weights import load
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
 from quartet.scheduler_service.weights.formats import checkpoint_of
-from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.quantized import reading
 from tests import checkpoints
 from tests.configs import resolved
@@ -89,19 +87,11 @@ def write(directory: Path, method: str, seed: int = 0) -> Tensors:
     return expected
 
 
-def loaded(directory: Path) -> Weights:
-    weights = Weights(checkpoints.layout_of(directory), torch.float32, torch.device("cpu"))
-    checkpoint = checkpoint_of(directory)
-    load.check_tensors(checkpoint, weights)
-    load.read_weights(checkpoint, weights, checkpoint.files)
-    return weights
-
-
 @pytest.mark.parametrize("method", SETTINGS)
 def test_the_values_of_a_quantized_checkpoint_are_read(method, tmp_path, monkeypatch):
     expected = write(tmp_path, method)
     for _ in range(2):  # the second time a few rows at once
-        weights = loaded(tmp_path)
+        weights = checkpoints.loaded(tmp_path)
         for name in weights.names():
             torch.testing.assert_close(weights.view(name), expected[name].float(), rtol=0, atol=0)
         monkeypatch.setattr(reading.read_quantized, "__defaults__", (600, no_pause))
@@ -123,7 +113,7 @@ def test_an_update_from_disk_serves_a_quantized_checkpoint(method, tmp_path):
     live = Live(checkpoints.random_model(tmp_path / "a", 0), tmp_path)
     reply = live.call(UpdateWeightsFromDisk(model_path=str(tmp_path / "b")))
     assert reply.success, reply.message
-    served = loaded(tmp_path / "b")
+    served = checkpoints.loaded(tmp_path / "b")
     assert all(torch.equal(served.view(name), expected[name].float()) for name in served.names())
 
 
@@ -148,7 +138,7 @@ def test_parts_that_do_not_fit_are_refused_with_the_name_of_the_tensor(method, p
     tensors.pop(f"{PROJECTION}.{part}", None)
     save_file(tensors | ({} if value is None else {f"{PROJECTION}.{part}": value}), file)
     with pytest.raises(CheckpointError, match=said) as caught:
-        loaded(tmp_path)
+        checkpoints.loaded(tmp_path)
     assert PROJECTION in str(caught.value)
 
 
