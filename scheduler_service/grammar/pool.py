@@ -8,7 +8,6 @@ the grammars of different calls alternate, so a call with a thousand grammars de
 """
 
 import logging
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -18,10 +17,9 @@ from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.process.guarded import Guarded
 from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler, NeedsLongTry, new_checker
+from quartet.scheduler_service.host.priority import give_way
 
 log = logging.getLogger(__name__)
-
-NICE = 5  # below the steps
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +136,7 @@ class GrammarPool:
 
     def _work(self, number: int, checker: Guarded) -> None:
         """Until the pool is closed. The checking process dies with this thread (runtime/process/parent_death.py)."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        give_way()
         while (job := self._take(bool(number % 2), checker)) is not None:
             outcome = self._compile(job, checker)
             with self._changed:

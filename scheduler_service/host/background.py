@@ -14,7 +14,6 @@ torch. The work touches nothing that serves, so its errors concern its own comma
 
 import contextlib
 import logging
-import os
 import sys
 import threading
 import time
@@ -23,12 +22,12 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from quartet.runtime.errors import CommandRefused
+from quartet.scheduler_service.host.priority import give_way
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-NICE = 5
 SWITCH_INTERVAL_S = 0.0002
 SLICE_S = 0.02  # of work in one turn of the loop
 SHORTEST_SLICE_S = 0.005  # a shorter one is not worth the cold caches
@@ -144,7 +143,7 @@ def run_in_background(work: Callable[[], Result]) -> Generator[None, bool | None
 
 def _run(work: Callable[[], Result], done: "Future[Result]", throttle: CooperativeThrottle) -> None:
     _thread.throttle = throttle
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    give_way()
     try:
         result = work()
     except BaseException as error:
