@@ -145,7 +145,8 @@ class Server:
         status = self._process.returncode
         error = StartupError(reason(written.decode(errors="replace")) or f"the server ended with status {status}")
         if status != WRONG_FLAGS:
-            self._left_over.detach()
+            if self.log_path.parent == self._directory:
+                self._left_over.detach()
             error.add_note(f"The server's log: {self.log_path}")
         return error
 

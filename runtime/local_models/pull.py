@@ -1,9 +1,9 @@
 """`quartet pull OWNER/NAME[:Q4_K_M]`: fetch what `quartet serve` would fetch."""
 
 import argparse
-import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from quartet.runtime.client.arguments import parsed
@@ -12,7 +12,7 @@ from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.local_models.arguments import pull_parser
 from quartet.runtime.local_models.sizes import in_words, size_of
 from quartet.runtime.log import plain, say
-from quartet.runtime.model_files import gguf_directory, hub
+from quartet.runtime.model_files import gguf_directory, hub, servable
 from quartet.runtime.model_files.gguf import GgufError
 
 INTERRUPTED = 130
@@ -20,19 +20,26 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str]) -> int:
     """Fetch one model and say where it is; returns the exit status."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what went wrong is said here, once
+    quieten(os.environ)
     try:
         options = parsed(pull_parser(), argv)
         path = fetch(options)
     except UsageError as error:
         return fail(2, str(error))
     except StartupError as error:
-        return fail(1, explained(options.model, error))
+        return fail(1, str(error))
     except KeyboardInterrupt:
         return fail(INTERRUPTED, "stopped; the same command continues where it was")
     say(f"{options.model} is here: {path} ({in_words(size_of(path))})", sys.stdout)
     say(f"Serve it: quartet serve {options.model}    Talk to it: quartet chat {options.model}", sys.stdout)
     return 0
+
+
+def quieten(environment: MutableMapping[str, str]) -> None:
+    """Have the hub's library say nothing but how far it is, and that to people only; it reads this when imported."""
+    environment.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def fail(status: int, reason: str) -> int:
@@ -57,12 +64,21 @@ def fetch(options: argparse.Namespace) -> Path:
             raise UsageError(f"{match[1]} has no one GGUF file of the type {match[2]}{there}") from error
     if not hub.HUB_ID.fullmatch(name):
         raise UsageError(f"{name!r} is no hub id; it looks like owner/name, or owner/name:Q4_K_M for a GGUF file")
-    directory = hub.download("model", name, config, (*hub.WEIGHTS, *hub.TOKENIZER))
-    if not (directory / "config.json").is_file():
+    described = hub.download("model", name, config, hub.TOKENIZER)  # small, and tells whether the rest is of use
+    if not (described / "config.json").is_file():
         raise UsageError(
             f"{name} is no model that can be served: it has no config.json{gguf_files(name, options.revision)}"
         )
-    return directory
+    check(name, described)
+    return hub.download("model", name, config, (*hub.WEIGHTS, *hub.TOKENIZER))
+
+
+def check(name: str, directory: Path) -> None:
+    """Raise StartupError for a model that would be refused both as one that generates and as one that embeds."""
+    try:
+        servable.check_architecture(name, directory)
+    except StartupError:
+        servable.check_architecture(name, directory, is_embedding=True)
 
 
 def gguf_files(repository: str, revision: str | None) -> str:
@@ -75,23 +91,3 @@ def gguf_files(repository: str, revision: str | None) -> str:
         return ""
     choices = [Path(file).stem for file in files if file.endswith(".gguf")]
     return f"; there are {', '.join(f'{repository}:{choice}' for choice in choices[:4])}" if choices else ""
-
-
-def explained(name: str, error: StartupError) -> str:
-    """Why a model could not be fetched, and what to do, in one line."""
-    from huggingface_hub import errors  # here, for it is slow
-
-    repository = name.partition(":")[0]
-    match error.__cause__:
-        case errors.GatedRepoError():
-            return (
-                f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then set HF_TOKEN to "
-                "a token of yours (https://huggingface.co/settings/tokens)"
-            )
-        case errors.RevisionNotFoundError():
-            return f"{repository} has no such --revision"
-        case errors.RepositoryNotFoundError():
-            return f"the hub has no {repository}, or it is private: check the name, or set HF_TOKEN to a token of yours"
-        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled() | ConnectionError():
-            return f"{repository} is not here, and the hub cannot be reached; check the network and HF_HUB_OFFLINE"
-    return str(error)
