@@ -361,7 +361,9 @@ def test_markdown_made_to_be_costly_is_rendered_and_is_not_deep(visit: Callable[
                 }
                 return most;
             };
-            return pieces.map((piece) => Math.max(...markdown(piece.repeat(30_000 / piece.length)).map(depth)));
+            const text = (piece) => piece.repeat(30_000 / piece.length);
+            const texts = [...pieces.map(text), "*a ".repeat(150_000), "~".repeat(99_999) + "`", "\\t".repeat(99_999)];
+            return texts.map((text) => markdown(text).map(depth).reduce((most, one) => Math.max(most, one), 0));
         }""",
         [*COSTLY, "*_"],
     )
