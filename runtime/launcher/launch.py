@@ -184,7 +184,7 @@ def announce(config: ServerConfig, ready_file: ReadyFile) -> None:
 
 
 def what_next(config: ServerConfig) -> str:
-    """A line to paste into another terminal."""
+    """A line to paste into another terminal, and where the page is."""
     served = " and ".join(addresses(config))
     url, option = url_of(config), ""
     if config.disable_tcp:
@@ -198,7 +198,8 @@ def what_next(config: ServerConfig) -> str:
     data = msgspec.json.encode(body).decode()
     name = plain(config.name)
     call = f"curl -s {option}{url}/{path} {key}-d '{data}'"
-    return f"\n{name} is served at {served}. Try:\n\n    {call}\n\nCtrl-C stops it.\n"
+    page = "" if config.disable_tcp else f"Or open {url}/ in a browser. "
+    return f"\n{name} is served at {served}. Try:\n\n    {call}\n\n{page}Ctrl-C stops it.\n"
 
 
 def url_of(config: ServerConfig) -> str:

@@ -30,8 +30,11 @@ def chromium() -> Iterator[Browser]:
 class Visit:
     """One visitor with a browser profile of its own, who has opened the page."""
 
-    def __init__(self, browser: Browser, url: str, key: str | None = None, **options: Any) -> None:
-        """`key`: is known to the page already; `options`: of the browser's context."""
+    def __init__(
+        self, browser: Browser, url: str, key: str | None = None, model_info: Any = None, **options: Any
+    ) -> None:
+        """`key`: is known to the page already; `model_info`: what /model_info says, instead of what it would;
+        `options`: of the browser's context."""
         self.url = url
         self.asked: list[Any] = []  # bodies of the requests for answers
         self.addresses: list[str] = []  # of all requests
@@ -44,6 +47,8 @@ class Visit:
         self.page.on("request", self._note_request)
         self.page.on("console", self._note_message)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        if model_info is not None:
+            self.page.route("**/model_info", lambda route: route.fulfill(json=model_info))
         self.page.goto(url)
 
     def _note_request(self, request: Request) -> None:
@@ -77,12 +82,13 @@ class Visit:
 
         self.page.route(ASKING, lengthen)
 
-    def answer_with(self, deltas: list[dict[str, Any]], reason: str = "stop") -> None:
-        """The next answers are these, from nobody's model."""
+    def answer_with(self, deltas: list[dict[str, Any]], reason: str = "stop", whole: bool = True) -> None:
+        """The next answers are these, from nobody's model; not `whole`: the connection ends before them."""
         choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
-        choices.append({"index": 0, "delta": {}, "logprobs": None, "finish_reason": reason})
+        if whole:
+            choices.append({"index": 0, "delta": {}, "logprobs": None, "finish_reason": reason})
         events = "".join(f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices)
-        body = events + "data: [DONE]\n\n"
+        body = events + "data: [DONE]\n\n" if whole else events
         self.page.route(ASKING, lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body))
 
     def add(self, *conversations: dict[str, Any]) -> None:

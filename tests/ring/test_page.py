@@ -361,7 +361,9 @@ def test_markdown_made_to_be_costly_is_rendered_and_is_not_deep(visit: Callable[
                 }
                 return most;
             };
-            return pieces.map((piece) => Math.max(...markdown(piece.repeat(30_000 / piece.length)).map(depth)));
+            const text = (piece) => piece.repeat(30_000 / piece.length);
+            const texts = [...pieces.map(text), "*a ".repeat(150_000), "~".repeat(99_999) + "`", "\\t".repeat(99_999)];
+            return texts.map((text) => markdown(text).map(depth).reduce((most, one) => Math.max(most, one), 0));
         }""",
         [*COSTLY, "*_"],
     )
@@ -463,6 +465,32 @@ def test_a_text_goes_on_when_the_gateway_dies_under_it(visit: Callable[..., Visi
     assert len(seen.asked) >= 2 and seen.asked[-1]["continue_final_message"]
     [kept] = seen.kept()
     assert kept["messages"][1]["versions"][0]["finish"] == "length"
+
+
+def test_an_answer_under_a_schema_that_breaks_off_is_tried_again_only_where_the_user_says_so(
+    visit: Callable[..., Visit],
+) -> None:
+    """Its grammar would begin anew behind what is there."""
+    seen = visit()
+    seen.page.get_by_role("button", name="Settings of this conversation").click()
+    seen.page.fill("#setting-schema", json.dumps(SCHEMA))
+    seen.answer_with([{"content": '{"city": "Nai'}], whole=False)
+    seen.say("What is the capital of Kenya?")
+    again = seen.page.get_by_role("button", name="Try again")
+    expect(again).to_be_visible()
+    expect(seen.page.get_by_role("alert")).to_contain_text("The connection ended")
+    assert len(seen.asked) == 1 and "Nai" in seen.answer(0)
+    seen.answer_with([{"content": '{"city": "Nairobi"}'}])
+    again.click()
+    expect(seen.texts).to_contain_text("Nairobi")
+    assert len(seen.asked) == 2 and "continue_final_message" not in seen.asked[1]
+
+
+def test_a_model_that_embeds_is_not_talked_to(visit: Callable[..., Visit]) -> None:
+    info = {"model_path": "m", "served_model_name": "embedder", "is_generation": False}
+    seen = visit(key=None, model_info=info)
+    expect(seen.page.get_by_role("heading", name="This model serves embeddings")).to_be_visible()
+    expect(seen.page.get_by_role("button", name="Send")).to_be_disabled()
 
 
 def test_the_server_page_shows_load_restarts_and_new_weights(visit: Callable[..., Visit], server: Server) -> None:

@@ -10,7 +10,9 @@ import { Turn } from "./turn.js";
 
 const NEAR_END = 80; // pixels: who is so near to the end wants to see what is new
 const SAVE_MS = 1000; // while an answer is written
-const SLOW_TEXT = 20_000; // characters, from which on a growing answer is shown less often
+const SHOW_MS = 30; // between two looks at a growing answer
+const HIDDEN_MS = 250;
+const PACE = 4; // times as long as it takes to show it, at least
 const LARGEST_FILE = 64 << 20; // bytes
 const HINT_MS = 8000;
 const OPEN = "quartet.open";
@@ -134,8 +136,8 @@ export class Chat {
 
   #changed(turn) {
     if (turn.due) return;
-    const slow = turn.answer.text.length > SLOW_TEXT;
-    turn.due = setTimeout(() => this.#show(turn), document.hidden || slow ? 250 : 30);
+    const wait = Math.max(document.hidden ? HIDDEN_MS : SHOW_MS, PACE * (turn.shownIn || 0));
+    turn.due = setTimeout(() => this.#show(turn), wait);
   }
 
   #show(turn) {
@@ -146,9 +148,11 @@ export class Chat {
       this.store.save(turn.conversation);
     }
     if (turn !== this.turn) return;
+    const began = performance.now();
     const follow = this.#isNearEnd();
     this.views.at(-1)?.update?.(turn, true);
     if (follow) this.#toEnd();
+    turn.shownIn = performance.now() - began;
   }
 
   #ended(turn) {

@@ -22,7 +22,8 @@ const ICONS = {
   tool: "M14 6a4 4 0 0 0 5 5l-8 8a2.1 2.1 0 0 1-4-4l8-8zM14 6l3-2",
 };
 
-/* An element. Attributes whose value is false, null or undefined are left out; functions listen to events. */
+/* An element. Attributes whose value is false, null or undefined are left out; functions listen to events. Children may
+   come in lists, which may be long: a call cannot have so many arguments. */
 export function make(name, attributes = {}, ...children) {
   return fill(document.createElement(name), attributes, children);
 }
@@ -38,7 +39,9 @@ function fill(element, attributes, children) {
       element.setAttribute(name, value === true ? "" : String(value));
     }
   }
-  element.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  for (const child of children.flat()) {
+    if (child !== null && child !== undefined && child !== false) element.append(child);
+  }
   return element;
 }
 

@@ -182,8 +182,16 @@ class Inline {
       this.open.pop();
       this.openOf[opener.mark]--;
     }
-    if (depth > MAX_DEPTH) this.out.push(...inner);
-    else this.out.push({ node: make(name, {}, ...inner.map((item) => item.node)), depth });
+    if (depth > MAX_DEPTH) for (const item of inner) this.out.push(item);
+    else
+      this.out.push({
+        node: make(
+          name,
+          {},
+          inner.map((item) => item.node),
+        ),
+        depth,
+      });
   }
 }
 
@@ -201,7 +209,7 @@ const STEPS = {
 };
 
 function link(address, children) {
-  return make("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, ...children);
+  return make("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, children);
 }
 
 /* Whether a run of marks may begin or end emphasis, by what stands beside it. */

@@ -5,7 +5,7 @@ import { highlight } from "./highlight.js";
 import { inline } from "./inline.js";
 
 const MAX_DEPTH = 12; // of lists and quotes in each other
-const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`\n]*)$/;
+const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))([^`\n]*)$/; // one way to read a line only, however long it is
 const HEADING = /^ {0,3}(#{1,6})(?=[ \t]|$)/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -24,10 +24,9 @@ export class MarkdownView {
   /* Show this text. What was shown of the same beginning stays, but for the last block. `growing`: more will come. */
   update(text, growing = false) {
     if (text === this.text && growing === this.growing) return;
-    const last = this.blocks.at(-1);
-    const goesOn = last && text.startsWith(this.text.slice(0, last.at)) && text.length >= last.at;
-    const from = goesOn ? last.at : 0;
-    const kept = goesOn ? this.blocks.slice(0, -1) : [];
+    const same = text.startsWith(this.text.slice(0, this.#settled));
+    const kept = same ? this.blocks.filter((block) => block.at < this.#settled) : [];
+    const from = same ? this.#settled : 0;
     const lines = text.slice(from).split("\n");
     const starts = [];
     lines.reduce((at, line) => (starts.push(at), at + line.length + 1), from);
@@ -36,10 +35,18 @@ export class MarkdownView {
       node: render(block, growing),
     }));
     this.blocks.slice(kept.length).forEach((block) => block.node.remove());
-    this.root.append(...found.map((block) => block.node));
+    for (const { node } of found) this.root.append(node);
     this.blocks = [...kept, ...found];
     this.text = text;
     this.growing = growing;
+  }
+
+  /* Up to where the blocks stay as they are, whatever follows: lines that begin a block so far may turn out to belong
+     to the one before, as long as they are the last two. */
+  get #settled() {
+    const lastLine = this.text.lastIndexOf("\n");
+    const certain = lastLine < 1 ? 0 : this.text.lastIndexOf("\n", lastLine - 1) + 1;
+    return this.blocks.filter((block) => block.at < certain).at(-1)?.at ?? 0;
   }
 }
 
@@ -49,11 +56,9 @@ export function markdown(text) {
 }
 
 function untabbed(line) {
-  let text = line.endsWith("\r") ? line.slice(0, -1) : line;
-  for (let at = 0; text[at] === " " || text[at] === "\t"; at++) {
-    if (text[at] === "\t") text = text.slice(0, at) + "    " + text.slice(at + 1);
-  }
-  return text;
+  const text = line.endsWith("\r") ? line.slice(0, -1) : line;
+  const lead = text.slice(0, indentOf(text));
+  return lead.includes("\t") ? lead.replaceAll("\t", "    ") + text.slice(lead.length) : text;
 }
 
 /* blocks */
@@ -212,11 +217,15 @@ function tableAt(lines, at) {
 /* nodes */
 
 const RENDER = {
-  paragraph: (block) => make("p", {}, ...inline(block.text)),
-  heading: (block) =>
-    make(`h${Math.min(block.level + 2, 6)}`, { class: `level-${block.level}` }, ...inline(block.text)),
+  paragraph: (block) => make("p", {}, inline(block.text)),
+  heading: (block) => make(`h${Math.min(block.level + 2, 6)}`, { class: `level-${block.level}` }, inline(block.text)),
   rule: () => make("hr"),
-  quote: (block, growing) => make("blockquote", {}, ...block.blocks.map((inner) => render(inner, growing))),
+  quote: (block, growing) =>
+    make(
+      "blockquote",
+      {},
+      block.blocks.map((inner) => render(inner, growing)),
+    ),
   list: renderList,
   table: renderTable,
   code: renderCode,
@@ -229,23 +238,23 @@ function render(block, growing) {
 function renderList(block, growing) {
   const items = block.items.map((item) => {
     const inside = item.blocks.map((inner) => render(inner, growing));
-    if (item.task === null) return make("li", {}, ...inside);
+    if (item.task === null) return make("li", {}, inside);
     return make(
       "li",
       { class: "task" },
       make("input", { type: "checkbox", disabled: true, checked: item.task, "aria-label": "done" }),
-      ...inside,
+      inside,
     );
   });
   const start = block.ordered && block.start !== 1 ? block.start : null;
-  return make(block.ordered ? "ol" : "ul", { class: block.loose ? "loose" : "tight", start }, ...items);
+  return make(block.ordered ? "ol" : "ul", { class: block.loose ? "loose" : "tight", start }, items);
 }
 
 function renderTable(block) {
-  const cell = (name) => (text, column) => make(name, { class: `side-${block.sides[column]}` }, ...inline(text));
-  const row = (cells, name) => make("tr", {}, ...cells.slice(0, block.sides.length).map(cell(name)));
+  const cell = (name) => (text, column) => make(name, { class: `side-${block.sides[column]}` }, inline(text));
+  const row = (cells, name) => make("tr", {}, cells.slice(0, block.sides.length).map(cell(name)));
   const body = block.rows.map((cells) => row(cells, "td"));
-  const table = make("table", {}, make("thead", {}, row(block.head, "th")), make("tbody", {}, ...body));
+  const table = make("table", {}, make("thead", {}, row(block.head, "th")), make("tbody", {}, body));
   return make("div", { class: "table-frame", tabindex: "0", role: "group", "aria-label": "Table" }, table);
 }
 
@@ -257,5 +266,5 @@ function renderCode(block, growing) {
     make("span", {}, block.language || "text"),
     copyButton("Copy the code", () => block.code),
   );
-  return make("div", { class: "code-block" }, head, make("pre", { tabindex: "0" }, make("code", {}, ...coloured)));
+  return make("div", { class: "code-block" }, head, make("pre", { tabindex: "0" }, make("code", {}, coloured)));
 }

@@ -52,15 +52,19 @@ export class Turn {
     for (;;) {
       try {
         if (!from) this.#clear();
-        return await this.#attempt(from);
+        await this.#attempt(from);
+        return;
       } catch (error) {
         from = await this.#recovered(error);
+        if (from === null) return;
       }
     }
   }
 
-  /* Whether the next attempt goes on from the text, after a pause. Throws the error where there is to be none. */
+  /* Whether the next attempt goes on from the text, after a pause; null: none is needed. Throws the error where there is
+     to be none. */
   async #recovered(error) {
+    if (error instanceof ConnectionLost && this.answer.finish) return null; // all but the usage had come
     const lost = error instanceof ConnectionLost || (this.failures > 0 && error instanceof ApiError && error.passing);
     if (!lost || ++this.failures > MOST_FAILURES) throw error;
     const answer = this.answer;

@@ -16,6 +16,7 @@ from quartet.runtime.launcher import launch
         ({"host": "0.0.0.0", "port": 1}, "curl -s http://127.0.0.1:1/generate"),
         ({"host": "::1"}, "curl -s http://[::1]:30000/generate"),
         ({"is_embedding": True}, "/encode -d"),
+        ({}, "Or open http://127.0.0.1:30000/ in a browser."),
         ({"api_key": "secret"}, "-H 'Authorization: Bearer <your key>'"),
     ],
 )
