@@ -11,16 +11,20 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # as type checkers know it, without the import of typing
 if TYPE_CHECKING:
+    from quartet.runtime.api.engine import Engine as Engine
     from quartet.runtime.api.server import Server as Server
     from quartet.runtime.api.server import launch as launch
+    from quartet.runtime.api.transport import EngineError as EngineError
     from quartet.runtime.errors import StartupError as StartupError
 
 PLACES = {
+    "Engine": "quartet.runtime.api.engine",
+    "EngineError": "quartet.runtime.api.transport",
     "Server": "quartet.runtime.api.server",
     "StartupError": "quartet.runtime.errors",
     "launch": "quartet.runtime.api.server",
 }
-__all__ = ["Server", "StartupError", "launch"]
+__all__ = ["Engine", "EngineError", "Server", "StartupError", "launch"]
 
 
 def __getattr__(name: str) -> object:

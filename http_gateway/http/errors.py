@@ -19,6 +19,9 @@ from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Finish
 
 RETRY_AFTER_S = 1
+FIELD_HEADER = "X-Error-Field"
+FIELD_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,100}")
+PLACE = re.compile(r" - at `\$\.([^`]+)`$")  # in a JSON body, as msgspec ends its messages
 OVERLOAD = (Kind.TOO_MANY.status, Kind.UNAVAILABLE.status)
 KIND_OF_STATUS = {kind.status: kind for kind in Kind}
 
@@ -38,6 +41,16 @@ def flat(
 
 
 def headers_of(error: RequestError) -> dict[str, str]:
+    """Those that clients act upon, and the field that is wrong, which some shapes have no place for."""
+    return named_field(error) | headers_of_kind(error)
+
+
+def named_field(error: RequestError) -> dict[str, str]:
+    """A field may be a key of the client's JSON, so not every one may stand in a header."""
+    return {FIELD_HEADER: error.field} if error.field and FIELD_NAME.fullmatch(error.field) else {}
+
+
+def headers_of_kind(error: RequestError) -> dict[str, str]:
     if error.kind.status in OVERLOAD:
         return {"Retry-After": str(RETRY_AFTER_S)}
     if error.kind is Kind.UNAUTHORIZED:
@@ -89,7 +102,9 @@ def of_schema(error: Exception) -> RequestError:
 
 def schema(error: Exception) -> Response:
     """The same in shape (b), on every route but those of APIs with a shape of their own for every error."""
-    return json_response(flat(of_schema(error).message, "Bad Request", 400), 400)
+    place = PLACE.search(str(error))
+    headers = named_field(RequestError("", field=place[1])) if place else {}
+    return json_response(flat(of_schema(error).message, "Bad Request", 400), 400, headers)
 
 
 def model_not_found(model: str) -> Response:

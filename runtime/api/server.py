@@ -23,8 +23,9 @@ import msgspec
 
 from quartet.runtime.api.server_flags import ServerFlags
 from quartet.runtime.errors import StartupError
+from quartet.runtime.launcher.run_dir import base
 from quartet.runtime.process.python_path import python_path
-from quartet.runtime.settings.flags import settings
+from quartet.runtime.settings.flags import forget_secrets, settings
 
 POLL_S = 0.05
 START_TIMEOUT_S = 600.0  # a large model is read from disk, or fetched before
@@ -46,15 +47,22 @@ class LogLine(msgspec.Struct):
 class Server:
     """A running server. It ends with `stop`, with its `with` block, with the last reference to it, and with us."""
 
-    def __init__(self, model: str, flags: Mapping[str, Any], log_path: str | Path | None = None) -> None:
-        """Start the server's processes; they are not ready yet. Flags with the value None count as not given."""
-        self._directory = Path(tempfile.mkdtemp(prefix="quartet-server-"))
+    def __init__(
+        self, model: str, flags: Mapping[str, Any], log_path: str | Path | None = None, private: bool = False
+    ) -> None:
+        """Start the server's processes; they are not ready yet. Flags with the value None count as not given.
+
+        `private`: it listens on no port, but on a socket (`socket_path`) that only this user can reach.
+        """
+        self._directory = Path(tempfile.mkdtemp(prefix="quartet-server-", dir=base(os.environ)))
+        self.socket_path = self._directory / "socket"
         given: dict[str, Any] = {
             "port": 0,
             "exit_with_parent": os.getpid(),
             "ready_file": str(self._directory / "ready"),
         }
         given |= {name: value for name, value in flags.items() if value is not None}
+        given |= {"uds": str(self.socket_path), "disable_tcp": True} if private else {}
         self._ready_file = Path(given["ready_file"]).absolute()
         self.log_path = Path(log_path).absolute() if log_path else self._directory / "server.log"
         self._addresses: list[str] = []
@@ -66,7 +74,7 @@ class Server:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=environment(os.environ, given),
+                    env=environment(os.environ, given, without_keys=private),
                     process_group=0,  # Ctrl-C at a terminal, or in a notebook, is for the program alone
                 )
         except OSError as error:
@@ -124,6 +132,12 @@ class Server:
                 shutil.rmtree(self._directory, ignore_errors=True)
             return status
 
+    def explain(self) -> str:
+        """Why nobody answers any more, in a line."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILL_AFTER_S)
+        return f"the connection was lost; the log: {self.log_path}" if self.alive else str(self._failure())
+
     def __enter__(self) -> Self:
         """The server once it serves. Raises StartupError, and then nothing runs any more."""
         try:
@@ -171,9 +185,12 @@ def arguments(model: str, flags: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def environment(own: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, str]:
-    """The environment of a server: ours, with what is secret in its flags."""
+def environment(own: Mapping[str, str], flags: Mapping[str, Any], without_keys: bool = False) -> dict[str, str]:
+    """The environment of a server: ours, with what is secret in its flags; keys of another server are left out."""
     known = settings()
+    own = dict(own)
+    if without_keys:
+        forget_secrets(own)
     secrets = {
         known[name].flag.variable: as_text(value)
         for name, value in flags.items()
