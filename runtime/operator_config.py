@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from quartet.runtime.flag import HTTP, OPERATIONS, Share, flag
+from quartet.runtime.flag import HTTP, OPERATIONS, Seconds, Share, flag
 
 LogFormat = Literal["text", "json"]
 RequestLog = Literal["off", "metadata", "full"]
@@ -40,6 +40,14 @@ class OperatorConfig(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         flag("file that holds the server's addresses, one a line, from when it serves until it stops", OPERATIONS),
     ] = None
+    sleep_when_idle_s: Annotated[
+        Seconds,
+        flag(
+            "seconds without requests after which the memory of the KV pool and of weights that can be read again is "
+            "given back; the next request takes it again; 0: never",
+            OPERATIONS,
+        ),
+    ] = 0.0
     otlp_traces_endpoint: Annotated[
         str | None,
         flag(

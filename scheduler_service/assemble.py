@@ -20,6 +20,7 @@ from quartet.scheduler_service.grammar.grammar_queue import Pool
 from quartet.scheduler_service.scheduler import Scheduler, Worker
 
 if TYPE_CHECKING:
+    from quartet.scheduler_service.control.idle import Sleeper
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.weights.update import Updates
 
@@ -87,6 +88,7 @@ def serve(
     grammars: Pool | None = None,
     updates: "Updates | None" = None,
     saver: "MemorySaver | None" = None,
+    sleeper: "Sleeper | None" = None,
 ) -> None:
     """Report ready, send the model's facts through the ring, and run until killed.
 
@@ -112,6 +114,7 @@ def serve(
         grammars=grammars,
         updates=updates,
         saver=saver,
+        sleeper=sleeper,
         durable_state=durable_state,
         announced=announced(boot),
     )

@@ -13,6 +13,7 @@ from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.service import Boot, run
 from quartet.scheduler_service.assemble import serve
+from quartet.scheduler_service.control.idle import IdleSleep
 from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
@@ -33,7 +34,8 @@ def main(boot: Boot) -> None:
     worker = Worker(config, info)
     updates = weight_updates(config, info, worker, boot.run_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
-    serve(boot, info, worker, grammars, updates, memory_saver(config, worker, updates))
+    saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
+    serve(boot, info, worker, grammars, updates, saver, sleeper)
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:
@@ -49,6 +51,14 @@ def memory_saver(config: ResolvedConfig, worker: Worker, updates: Updates) -> Me
     if not config.enable_memory_saver:
         return None
     return MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup, on_release=worker.forget_graphs)
+
+
+def idle_sleep(config: ResolvedConfig, worker: Worker, updates: Updates) -> IdleSleep | None:
+    """What gives memory back while nothing is asked; None without --sleep-when-idle-s."""
+    if not config.sleep_when_idle_s:
+        return None
+    saver = MemorySaver(updates, worker.cache, keep_weights=False, on_release=worker.forget_graphs)
+    return IdleSleep(config.sleep_when_idle_s, saver, updates)
 
 
 def grammar_pool(config: ResolvedConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:

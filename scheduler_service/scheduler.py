@@ -40,6 +40,7 @@ from quartet.scheduler_service.report import Report
 from quartet.scheduler_service.step_queue import StepQueue, StepWorker
 
 if TYPE_CHECKING:
+    from quartet.scheduler_service.control.idle import Sleeper
     from quartet.scheduler_service.execution.experts import ExpertRecorder
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.execution.profile import Profile
@@ -89,6 +90,7 @@ class Scheduler:
         updates: "Updates | None" = None,
         saver: "MemorySaver | None" = None,
         durable_state: DurableState | None = None,
+        sleeper: "Sleeper | None" = None,
         idle_work: Callable[[], bool] | None = None,
         cuda_graph: bool = False,
         announced: Announced | None = None,
@@ -106,6 +108,7 @@ class Scheduler:
         self.updates = updates  # None: the weights stay as they are
         self.saver = saver  # None: memory is never released
         self.durable_state = durable_state  # None: nothing outlasts this scheduler
+        self.sleeper = sleeper  # None: memory is kept while nothing is asked
         self.idle_work = (
             idle_work  # does one piece of work while there is nothing to compute; returns whether more is left
         )
@@ -161,6 +164,8 @@ class Scheduler:
         for message, grammar in self.grammar_queue.take_compiled():
             out += self.guard.each([message], partial(self.admit_compiled, grammar))
         out += self.messages(self.planner.expire(self.now))
+        if self.sleeper is not None:
+            out += self.guard.each(self.sleeper.turn(self), self.handle)
         if self.commands:
             out += self.commands.advance(self.planner.prefills_next)
         if self.durable_state:
@@ -175,6 +180,8 @@ class Scheduler:
             case Restarted(role="gateway", least_attempt=least):
                 return self.introduce(least)
             case ControlCommand() if type(message) in self.commands.handlers:
+                if self.sleeper is not None and self.sleeper.holds(message):
+                    return []
                 return self.commands.start(self, message)
             case _:
                 return [message]
@@ -188,8 +195,15 @@ class Scheduler:
         old = [request.rid for request in self.requests if request.attempt < self.least_attempt]
         ended = [message for rid in old for message in self.abort(rid)]
         self.forget_released()
-        facts = [] if self.facts is None else [msgspec.structs.replace(self.facts, state=self.state())]
-        return [*ended, *facts]
+        return [*ended, *self.facts_now()]
+
+    def facts_now(self) -> list[Message]:
+        """The facts of the model with the present state."""
+        return [] if self.facts is None else [msgspec.structs.replace(self.facts, state=self.state())]
+
+    def tell_state(self) -> None:
+        """Tell the gateway the state, though it has not asked."""
+        self.emit(self.facts_now())
 
     def state(self) -> dict[str, Any]:
         """The state that a gateway otherwise learns from replies to commands."""
@@ -198,12 +212,18 @@ class Scheduler:
             **served,
             "weight_version": self.worker.weight_version,
             "paused": self.planner.paused,
+            **({} if self.sleeper is None else {"sleeping": self.sleeping}),
             **self.memory_state(),
         }
 
+    @property
+    def sleeping(self) -> bool:
+        """Whether memory is given back until somebody asks for something."""
+        return self.sleeper is not None and self.sleeper.sleeping
+
     def memory_state(self) -> dict[str, Any]:
-        """Whether no step runs for lack of memory or weights; `lacks` are the released tags that are the cause."""
-        return {"asleep": self.planner.asleep, "lacks": self.saver.lacks if self.saver else []}
+        """Whether no step runs for lack of memory or weights that a client has released; `lacks` are the tags."""
+        return {"asleep": self.planner.asleep and not self.sleeping, "lacks": self.saver.lacks if self.saver else []}
 
     @property
     def patience_s(self) -> float:
@@ -212,6 +232,8 @@ class Scheduler:
             return 0.0
         if self.grammar_queue:
             return GRAMMAR_POLL_S
+        if self.sleeper is not None and self.sleeper.waking:
+            return COMMAND_POLL_S
         return COMMAND_POLL_S if self.commands else IDLE_BEAT_S
 
     def admit(self, message: Tokenized) -> list[Message]:
@@ -317,6 +339,7 @@ class Scheduler:
         return {
             **self.report.counters(),
             "num_grammar_queue_reqs": len(self.grammar_queue),
+            "sleeping": int(self.sleeping),
             "weight_version": self.worker.weight_version,
             "failed_messages_total": self.guard.failed,
         }
@@ -330,7 +353,7 @@ class Scheduler:
     def pause_without_memory(self) -> None:
         """Run no step while memory is released, or while released weights have not been written again."""
         lacks = self.saver is not None and bool(self.saver.lacks)
-        self.planner.asleep = lacks or (self.updates is not None and bool(self.updates.lost))
+        self.planner.asleep = self.sleeping or lacks or (self.updates is not None and bool(self.updates.lost))
 
     def audit(self) -> None:
         """Check the page accounting, with no live request. On a fault, log it and start with an empty cache."""

@@ -1,6 +1,7 @@
 """A whole scheduler with a real, tiny model between a fake inbox and a fake outbox."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.execution.worker import Worker
-from quartet.scheduler_service.main import memory_saver, weight_updates
+from quartet.scheduler_service.main import idle_sleep, memory_saver, weight_updates
 from quartet.scheduler_service.scheduler import Scheduler
 from tests.configs import resolved
 from tests.fakes import FakeInbox, FakeOutbox, FakeProgress
@@ -21,7 +22,14 @@ DEADLINE_S = 60.0
 class Live:
     """Step it, send it requests and commands, read what came out."""
 
-    def __init__(self, directory: Path, run_dir: Path, depth: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        run_dir: Path,
+        depth: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        **settings: Any,
+    ) -> None:
         defaults = {"dtype": "float32", "page_size": 4, "max_total_tokens": 16384, "chunked_prefill_size": -1}
         config = resolved(model_path=str(directory), **(defaults | settings))
         info = model_info.load(config)
@@ -37,6 +45,8 @@ class Live:
             depth=depth,
             updates=self.updates,
             saver=memory_saver(config, self.worker, self.updates),
+            sleeper=idle_sleep(config, self.worker, self.updates),
+            clock=clock,
         )
         self._next = 0
 

@@ -67,6 +67,13 @@ def verdict(reason: str, resting: str = "") -> Response:
     return Response(status_code=200)
 
 
+def sleeping() -> Response:
+    """The answer of a server that has given its memory back until somebody asks; asking for its health does not."""
+    return errors.json_response(
+        {"status": "sleeping", "reason": "nothing was asked; the next request wakes the server"}
+    )
+
+
 async def live(gateway: Gateway, http: HTTPRequest) -> Response:
     return Response(status_code=200)
 
@@ -82,7 +89,8 @@ async def ready(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def health(gateway: Gateway, http: HTTPRequest) -> Response:
-    return verdict(not_ready(gateway) or stuck(gateway), resting(gateway))
+    why = not_ready(gateway) or stuck(gateway)
+    return sleeping() if gateway.sleeping and not why else verdict(why, resting(gateway))
 
 
 async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -90,6 +98,9 @@ async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     servers that say 503 while their memory is lent. Once it is all back, nothing but weights is waited for, and
     whoever wants to generate has to hear that.
     """
+    if gateway.sleeping:
+        why = not_ready(gateway) or stuck(gateway)
+        return verdict(why) if why else sleeping()
     if why := resting(gateway):
         unwritten = gateway.asleep and not (gateway.lacks or gateway.paused)
         return verdict(not_ready(gateway) or stuck(gateway) or (why if unwritten else ""), why)

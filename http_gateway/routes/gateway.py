@@ -39,6 +39,7 @@ class News(msgspec.Struct):
     paused: bool | None = None
     asleep: bool | None = None
     lacks: list[str] | None = None
+    sleeping: bool | None = None
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Gateway:
         self.paused = False  # by /pause_generation
         self.asleep = False  # by /release_memory_occupation
         self.lacks: Sequence[str] = ()  # what was released and is needed; none while asleep: weights are to be written
+        self.sleeping = False  # memory is given back until somebody asks: --sleep-when-idle-s
         self.learn(self.facts.state)
         self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
@@ -100,6 +102,7 @@ class Gateway:
         self.paused = self.paused if news.paused is None else news.paused
         self.asleep = self.asleep if news.asleep is None else news.asleep
         self.lacks = self.lacks if news.lacks is None else news.lacks
+        self.sleeping = self.sleeping if news.sleeping is None else news.sleeping
 
 
 def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:

@@ -83,6 +83,10 @@ class Context(Protocol):
         """{"asleep": whether no step runs for lack of memory or weights, "lacks": the released tags that cause it}"""
         ...
 
+    def tell_state(self) -> None:
+        """Tell the gateway the state, though it has not asked."""
+        ...
+
     def counters(self) -> dict[str, Any]:
         """The counters of this service for a Probe, by name."""
         ...

@@ -120,19 +120,29 @@ def used_by_board_and_alerts() -> set[str]:
     return used
 
 
-def test_a_server_without_tcp_is_reached_by_its_socket_alone_and_sends_the_traces_of_each_hop(tmp_path: Path) -> None:
+def test_a_server_without_tcp_is_reached_by_its_socket_alone_traces_each_hop_and_sleeps_when_idle(
+    tmp_path: Path,
+) -> None:
     with collecting() as collector:
         flags = ["--uds", str(tmp_path / "s"), "--disable-tcp", "--otlp-traces-endpoint", collector.url]
+        flags += ["--sleep-when-idle-s", "1"]
         with launched(*flags) as server:
             assert f"is served at unix:{tmp_path}/s. Try:" in server.log
             assert f"curl -s --unix-socket {tmp_path}/s http://localhost/generate" in server.log
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "s")), timeout=60) as near:
                 assert near.get("http://localhost/readyz").status_code == 200
-                body = {"text": "Hello", "rid": "traced", "sampling_params": {"max_new_tokens": 5, "ignore_eos": True}}
-                assert near.post("http://localhost/generate", json=body).status_code == 200
+                body = {"text": "Hello", "rid": "traced", "sampling_params": {"max_new_tokens": 5, "temperature": 0}}
+                answers = [near.post("http://localhost/generate", json=body).json()["output_ids"]]
+                server.wait_for("gave back the memory of weights and KV pool")
+                assert near.get("http://localhost/health").json()["status"] == "sleeping"
+                answers.append(
+                    near.post("http://localhost/generate", json=body | {"rid": "woken"}).json()["output_ids"]
+                )
+                server.wait_for("Took the memory again within")
                 metrics = near.get("http://localhost/metrics").text
             server.signal()
             assert server.wait() == 0
+    assert answers[0] == answers[1]
     assert used_by_board_and_alerts() - set(re.findall(r"^([a-z]\w*:\w+)", metrics, re.MULTILINE)) == set()
     for role in ("launcher", "gateway", "tokenizer", "scheduler", "detokenizer"):
         assert f'quartet:process_cpu_seconds_total{{role="{role}"}}' in metrics

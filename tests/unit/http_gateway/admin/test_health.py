@@ -151,3 +151,16 @@ async def test_a_server_that_lacks_a_process_is_well_and_wants_no_traffic(tmp_pa
         answer = await server.client.get("/readyz")
         assert (answer.status, answer.json()["reason"]) == (503, "the scheduler is being started again")
         assert (await server.client.get("/health")).status == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/health_generate", "/readyz"])
+@asynchronous
+async def test_a_server_that_sleeps_is_healthy_and_asking_does_not_wake_it(path: str) -> None:
+    async with served() as server:
+        server.gateway.learn({"sleeping": True, "asleep": False, "lacks": []})
+        answer = await server.client.get(path)
+        assert answer.status == 200
+        assert path == "/readyz" or answer.json()["status"] == "sleeping"
+        assert server.ring.sent == []
+        server.gateway.progress = FakeProgress(age_s=900, busy=True)
+        assert path == "/readyz" or (await server.client.get(path)).status == 503
