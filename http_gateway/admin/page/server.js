@@ -1,6 +1,6 @@
 /* The server's page: its load and its processes as they are now, asked for every two seconds while somebody looks. */
 
-import { json, mayAskAgain, text, unreadiness } from "./api.js";
+import { condition, json, mayAskAgain, text, unreadiness } from "./api.js";
 import { Chart } from "./chart.js";
 import { byId, make } from "./dom.js";
 
@@ -146,7 +146,9 @@ export class ServerView {
     this.#noteEvents(before, now);
     this.before = now;
     document.dispatchEvent(
-      new CustomEvent("quartet:status", { detail: { ok: !now.reason, text: now.reason || now.name } }),
+      new CustomEvent("quartet:status", {
+        detail: { ok: !now.reason, text: now.reason || (now.sleeping ? `${now.name} · sleeping` : now.name) },
+      }),
     );
   }
 
@@ -168,8 +170,9 @@ export class ServerView {
     this.processes.replaceChildren(...rows);
   }
 
-  #showFacts({ info, name }) {
+  #showFacts({ info, name, reason, sleeping }) {
     const facts = {
+      State: reason || (sleeping ? "sleeping until somebody asks" : "ready"),
       Model: name,
       Path: info.model_path === name ? "" : info.model_path,
       "Weight version": info.weight_version,
@@ -194,6 +197,7 @@ export class ServerView {
     for (const role of ROLES) {
       if (now.restarts[role] > before.restarts[role]) said.push(`The ${role} was started again.`);
     }
+    if (now.sleeping !== before.sleeping) said.push(now.sleeping ? "The server sleeps." : "The server is awake.");
     if (now.reason && now.reason !== before.reason) said.push(`${now.reason[0].toUpperCase()}${now.reason.slice(1)}.`);
     if (!said.length) return;
     this.events.querySelector(".none")?.remove();
@@ -209,7 +213,8 @@ function panel(title, content) {
 
 /* Everything that is known now; what the server does not tell is null. */
 async function sample() {
-  const [info, metrics, reason] = await Promise.all([json("server_info"), metricsOf(), unreadiness()]);
+  const asked = [json("server_info"), metricsOf(), unreadiness(), condition("health")];
+  const [info, metrics, reason, health] = await Promise.all(asked);
   return {
     time: Date.now(),
     info,
@@ -220,6 +225,7 @@ async function sample() {
     cpu: byRole(metrics, "quartet:process_cpu_seconds_total"),
     memory: byRole(metrics, "quartet:process_resident_memory_bytes"),
     reason,
+    sleeping: health.status === "sleeping",
   };
 }
 
