@@ -495,8 +495,11 @@ def test_a_model_that_embeds_is_not_talked_to(visit: Callable[..., Visit]) -> No
 
 def test_the_server_page_shows_load_restarts_and_new_weights(visit: Callable[..., Visit], server: Server) -> None:
     seen = visit()
+    seen.page.route("**/health", lambda route: route.fulfill(json={"status": "sleeping"}))  # as when nothing was asked
     seen.page.get_by_role("link", name="Server").click()
     facts, events = seen.page.locator(".facts"), seen.page.locator(".events")
+    expect(facts).to_contain_text("sleeping until somebody asks")
+    seen.page.unroute_all()
     expect(facts).to_contain_text("default")
     kv = seen.page.get_by_role("region", name="KV cache in use")
     expect(kv).to_contain_text(" tokens")
@@ -504,9 +507,10 @@ def test_the_server_page_shows_load_restarts_and_new_weights(visit: Callable[...
     server.children()["detokenizer"].kill()
     expect(events).to_contain_text("The weights are now version two.")
     expect(events).to_contain_text("The detokenizer was started again.")
+    expect(events).to_contain_text("The server is awake.")
     row = seen.page.locator("[data-role=detokenizer]")
     expect(row).to_contain_text("running")
-    expect(row.locator(".count")).to_have_text("1")
+    expect(row.locator(".count")).to_have_text([re.compile(r"\d %"), re.compile(r"\d MB"), "1"])
     output = seen.page.get_by_role("region", name="Output tokens per second")
     expect(output.locator(".chart-line")).to_have_attribute("d", lines_of(2))
     seen.page.get_by_role("link", name="Chat").click()

@@ -146,9 +146,15 @@ export async function* events(response) {
 
 /* Why the server takes no requests now; empty where it does. Throws where it does not answer. */
 export async function unreadiness(signal) {
-  const response = await fetch("readyz", { signal, cache: "no-store" });
+  const { ok, reason } = await condition("readyz", signal);
+  return ok ? "" : reason || "the server is not ready";
+}
+
+/* What a health check says: {ok, status, reason}, the last two where it says more than yes. */
+export async function condition(path, signal) {
+  const response = await fetch(path, { signal, cache: "no-store" });
   const said = await response.text();
-  return response.ok ? "" : JSON.parse(said).reason || `status ${response.status}`;
+  return { ...(said && JSON.parse(said)), ok: response.ok };
 }
 
 /* Wait; throws AbortError where `signal` says stop. */

@@ -1,6 +1,6 @@
 /* The server's page: its load and its processes as they are now, asked for every two seconds while somebody looks. */
 
-import { json, mayAskAgain, text, unreadiness } from "./api.js";
+import { condition, json, mayAskAgain, text, unreadiness } from "./api.js";
 import { Chart } from "./chart.js";
 import { byId, make } from "./dom.js";
 
@@ -10,13 +10,14 @@ const ROLES = ["gateway", "tokenizer", "scheduler", "detokenizer"];
 const ABOUT_ROLES = {
   gateway: "speaks HTTP",
   tokenizer: "text into tokens",
-  scheduler: "batches, runs the model",
+  scheduler: "runs the model",
   detokenizer: "tokens into text",
 };
 
 const whole = (value) => Math.round(value).toLocaleString("en");
 const percent = (value) => `${(value * 100).toFixed(value > 0 && value < 0.1 ? 1 : 0)} %`;
 const rate = (value) => (value > 0 && value < 100 ? value.toFixed(1) : whole(value));
+const megabytes = (value) => `${whole(value / 2 ** 20)} MB`;
 const seconds = (value) => (value < 1 ? `${(value * 1000).toFixed(0)} ms` : `${value.toFixed(2)} s`);
 
 export class ServerView {
@@ -46,7 +47,11 @@ export class ServerView {
   }
 
   #build() {
-    const head = make("tr", {}, ...["Process", "State", "Restarts"].map((name) => make("th", { scope: "col" }, name)));
+    const head = make(
+      "tr",
+      {},
+      ...["Process", "State", "CPU", "Memory", "Restarts"].map((name) => make("th", { scope: "col" }, name)),
+    );
     const table = make("table", { class: "processes" }, make("thead", {}, head), this.processes);
     this.root.append(
       make(
@@ -58,7 +63,7 @@ export class ServerView {
         make(
           "div",
           { class: "columns" },
-          panel("Processes", table),
+          panel("Processes", make("div", { class: "processes-frame" }, table)),
           panel("Model and server", this.facts),
           panel("Events", this.events),
         ),
@@ -136,38 +141,38 @@ export class ServerView {
       meanSince(before, now, "sglang:inter_token_latency_seconds"),
       aboutMean(now, "sglang:inter_token_latency_seconds"),
     );
-    this.#showProcesses(now);
+    this.#showProcesses(before, now);
     this.#showFacts(now);
     this.#noteEvents(before, now);
     this.before = now;
     document.dispatchEvent(
-      new CustomEvent("quartet:status", { detail: { ok: !now.reason, text: now.reason || now.name } }),
+      new CustomEvent("quartet:status", {
+        detail: { ok: !now.reason, text: now.reason || (now.sleeping ? `${now.name} · sleeping` : now.name) },
+      }),
     );
   }
 
-  #showProcesses({ reason, restarts }) {
-    const rows = ROLES.map((role) => {
-      const well = !reason.includes(role);
-      const state = make(
-        "td",
-        {},
-        make("span", { class: `dot ${well ? "ok" : "bad"}`, "aria-hidden": "true" }),
-        well ? "running" : reason.includes("again") ? "starting again" : "not well",
-      );
-      const name = make("th", { scope: "row" }, role, make("small", {}, ABOUT_ROLES[role]));
-      return make(
+  /* CPU time is shown as a share of one core since the last look. */
+  #showProcesses(before, now) {
+    const number = (value, format) => make("td", { class: "count" }, value === undefined ? "–" : format(value));
+    const shares = before ? sharesOfCore(before, now) : {};
+    const rows = ROLES.map((role) =>
+      make(
         "tr",
         { "data-role": role },
-        name,
-        state,
-        make("td", { class: "count" }, restarts ? whole(restarts[role] ?? 0) : "–"),
-      );
-    });
+        make("th", { scope: "row" }, role, make("small", {}, ABOUT_ROLES[role])),
+        stateOf(role, now.reason),
+        number(shares[role], percent),
+        number(now.memory[role], megabytes),
+        number(now.restarts[role], whole),
+      ),
+    );
     this.processes.replaceChildren(...rows);
   }
 
-  #showFacts({ info, name }) {
+  #showFacts({ info, name, reason, sleeping }) {
     const facts = {
+      State: reason || (sleeping ? "sleeping until somebody asks" : "ready"),
       Model: name,
       Path: info.model_path === name ? "" : info.model_path,
       "Weight version": info.weight_version,
@@ -190,9 +195,9 @@ export class ServerView {
     if (before.info.weight_version !== now.info.weight_version)
       said.push(`The weights are now version ${now.info.weight_version}.`);
     for (const role of ROLES) {
-      if (now.restarts && before.restarts && now.restarts[role] > before.restarts[role])
-        said.push(`The ${role} was started again.`);
+      if (now.restarts[role] > before.restarts[role]) said.push(`The ${role} was started again.`);
     }
+    if (now.sleeping !== before.sleeping) said.push(now.sleeping ? "The server sleeps." : "The server is awake.");
     if (now.reason && now.reason !== before.reason) said.push(`${now.reason[0].toUpperCase()}${now.reason.slice(1)}.`);
     if (!said.length) return;
     this.events.querySelector(".none")?.remove();
@@ -208,15 +213,19 @@ function panel(title, content) {
 
 /* Everything that is known now; what the server does not tell is null. */
 async function sample() {
-  const [info, metrics, reason] = await Promise.all([json("server_info"), metricsOf(), unreadiness()]);
+  const asked = [json("server_info"), metricsOf(), unreadiness(), condition("health")];
+  const [info, metrics, reason, health] = await Promise.all(asked);
   return {
     time: Date.now(),
     info,
     name: info.served_model_name || info.model_path,
     scheduler: info.internal_states[0] || null,
     metrics,
-    restarts: metrics && restartsOf(metrics),
+    restarts: byRole(metrics, "quartet:restarts_total"),
+    cpu: byRole(metrics, "quartet:process_cpu_seconds_total"),
+    memory: byRole(metrics, "quartet:process_resident_memory_bytes"),
     reason,
+    sleeping: health.status === "sleeping",
   };
 }
 
@@ -241,10 +250,26 @@ export function parsedMetrics(exposition) {
   return found;
 }
 
-function restartsOf(metrics) {
+function stateOf(role, reason) {
+  const well = !reason.includes(role);
+  const said = well ? "running" : reason.includes("again") ? "starting again" : "not well";
+  return make("td", {}, make("span", { class: `dot ${well ? "ok" : "bad"}`, "aria-hidden": "true" }), said);
+}
+
+/* Role → share of a core that its process has used between two samples. A new process counts from 0. */
+function sharesOfCore(before, now) {
   const found = {};
-  for (const { labels, value } of metrics.get("quartet:restarts_total") || [])
-    found[/role="(\w+)"/.exec(labels)?.[1]] = value;
+  for (const [role, spent] of Object.entries(now.cpu)) {
+    const used = spent - before.cpu[role];
+    if (used >= 0) found[role] = (used * 1000) / (now.time - before.time);
+  }
+  return found;
+}
+
+/* Role → value of a metric that each process has. */
+function byRole(metrics, name) {
+  const found = {};
+  for (const { labels, value } of metrics?.get(name) || []) found[/role="(\w+)"/.exec(labels)?.[1]] = value;
   return found;
 }
 
