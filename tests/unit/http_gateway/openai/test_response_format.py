@@ -35,7 +35,7 @@ def test_a_json_schema_stands_in_either_place():
 
 def test_a_schema_too_deep_to_be_written_is_refused():
     deep = {}
-    for _ in range(5000):
+    for _ in range(100_000):  # Python 3.13 writes 5,000
         deep = {"items": deep}
     for given in (
         ResponseFormat("json_schema", schema_=deep),
