@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -230,7 +231,9 @@ def load_in_words(options: argparse.Namespace) -> str:
     )
     prefix = f", {options.prefixes} prefixes of {options.prefix_len}" if options.workload == "shared-prefix" else ""
     turns = f", {options.turns} turns" if options.turns > 1 else ""
-    pace = f"{options.rate:g} requests/s" if options.rate else f"{options.concurrency} at once"
+    pace = f"{options.concurrency} at once"
+    if options.rate:
+        pace = "all at once" if math.isinf(options.rate) else f"{options.rate:g} requests/s"
     return f"{options.api}, {options.workload}{lengths}{prefix}{turns}, {pace}, seed {options.seed}"
 
 

@@ -47,7 +47,8 @@ def milliseconds(seconds: float) -> str:
 
 def table(summary: Summary) -> list[str]:
     """All figures of one server."""
-    return [*head(summary), "", *times(summary), *failures(summary)]
+    measured = times(summary)
+    return [*head(summary), *([""] if measured else []), *measured, *failures(summary)]
 
 
 def head(summary: Summary) -> Iterator[str]:

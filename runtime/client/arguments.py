@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from quartet.runtime.errors import UsageError
 from quartet.runtime.settings.flags import Parser, is_flag, settings
+from quartet.runtime.settings.foreign_flags import FLAGS
 
 KEY_VARIABLE = "QUARTET_API_KEY"
 KEY_HELP = f"key that the server asks for (default: the variable {KEY_VARIABLE})"
@@ -65,7 +66,8 @@ def chat_hints() -> dict[str, str]:
     """What to say of flags that others have, and of those that belong to the server."""
     first = "the model comes first: quartet chat MODEL"
     server = {spelling: BEHIND.format(spelling) for setting in settings().values() for spelling in setting.spellings}
-    return server | CHAT_PEERS | dict.fromkeys(("-m", "--model", "--model-path", "-hf", "--model-name"), first)
+    others = {name: f"{flag.advice}; flags of the server stand behind --" for name, flag in FLAGS.items()}
+    return others | server | CHAT_PEERS | dict.fromkeys(("-m", "--model", "--model-path", "-hf", "--model-name"), first)
 
 
 BEHIND = "it is one of the server; put it behind --, when one is started: quartet chat MODEL -- {} ..."

@@ -104,6 +104,8 @@ def served_models(client: httpx.Client) -> list[str]:
 def unreachable(url: object, error: Exception) -> ClientError:
     """What a failure of the transport means to a person."""
     shown = str(url).rstrip("/")
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return ClientError(f"the certificate of {shown} is not trusted; SSL_CERT_FILE names the file of its authority")
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return ClientError(f"no server answers at {shown} ({error}); start one with `quartet serve`")
     if isinstance(error, httpx.TimeoutException):

@@ -17,6 +17,7 @@ from quartet.runtime.messages import ROLES
 # a sample of Prometheus' text format: name, labels, value
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 ROLE_LABEL = re.compile(r'\brole="(\w+)"')
+HINTS = dict.fromkeys(("--url", "--host", "--port"), "the address comes first: quartet health http://127.0.0.1:30000")
 RESTARTS = "quartet:restarts_total"
 
 
@@ -30,7 +31,7 @@ class Verdict(msgspec.Struct):
 def main(argv: Sequence[str]) -> int:
     """Print how the server at an address is; returns 0 if it is healthy."""
     try:
-        options = parsed(health_parser(), argv)
+        options = parsed(health_parser(), argv, HINTS)
         url = base_url(options.url)
         key = options.api_key or os.environ.get(KEY_VARIABLE)
         with connect(url, key, options.timeout) as client:

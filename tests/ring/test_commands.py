@@ -12,8 +12,9 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import requests
@@ -83,9 +84,19 @@ def terminal(server) -> Iterator[Terminal]:
     opened.close()
 
 
-def run(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, text: str = "", environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    """A command that has ended, with `text` piped in."""
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=ROOT, input=text, capture_output=True, text=True, timeout=WAIT_S, check=False
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env=os.environ | dict(environment),
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
     )
 
 
@@ -134,6 +145,13 @@ def test_what_is_piped_in_is_one_message_and_the_answer_alone_comes_out(server):
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.strip() and ran.stdout.endswith("\n") and "\x1b" not in ran.stdout
     assert counted(server, REQUESTS) == before + 1
+
+
+def test_a_chat_without_a_server_starts_one_and_leaves_nothing_behind(tmp_path):
+    flags = ["--temperature", "0", "--", "--log-level", "warning"]  # flags: a server that runs here is not used
+    ran = run("chat", *flags, text="What is the capital of Kenya?", environment={"TMPDIR": str(tmp_path)})
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "The capital of Kenya is Nairobi.\n", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_health_has_a_line_for_each_process_and_its_status_tells(server):

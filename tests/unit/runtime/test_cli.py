@@ -46,6 +46,19 @@ def test_help_loads_nothing_slow(command):
     assert ran.returncode == 0, ran.stderr
 
 
+def test_the_help_of_every_command_loads_nothing_slow():
+    watched = "{'torch', 'transformers', 'zmq', 'yaml', 'starlette', 'httpx', 'prompt_toolkit', 'huggingface_hub'}"
+    code = (
+        "import sys; from quartet.runtime import cli\n"
+        "for name, command in cli.COMMANDS.items():\n"
+        "    if command.parser or command.server_flags: cli.main([name, '--help'])\n"
+        f"sys.exit(', '.join({watched} & sys.modules.keys()) or 0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("usage: quartet ") >= 8
+
+
 def test_config_show_prints_each_value_with_its_origin(capsys, tmp_path):
     (tmp_path / "c.yaml").write_text("port: 8000\n")
     assert show.main(["show", "--config", str(tmp_path / "c.yaml"), "--api-key", "secret", "--device", "cpu"]) == 0

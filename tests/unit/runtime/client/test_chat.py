@@ -123,6 +123,7 @@ def test_what_stands_behind_two_dashes_is_for_the_server_that_is_started():
         (["--model_path", "x"], "the model comes first"),
         (["-hf", "o/n"], "the model comes first"),
         (["--temp", "1"], "use --temperature"),
+        (["--max-model-len", "99"], "use --context-length; flags of the server stand behind --"),
         (["--sistem", "x"], "did you mean --system?"),
         (["--frobnicate"], "see quartet chat --help"),
         (["demo", "hello"], "unexpected argument 'hello'"),

@@ -14,6 +14,7 @@ from quartet.runtime.client.connection import (
     connect,
     error_message,
     served_models,
+    unreachable,
 )
 from quartet.runtime.errors import UsageError
 
@@ -75,6 +76,20 @@ def test_no_proxy_stands_between_a_program_and_its_own_machine():
     assert client_options("http://localhost:1", None, 1)["trust_env"] is False
     assert client_options("http://127.0.0.1:1", None, 1)["trust_env"] is False
     assert client_options("http://example.org", None, 1)["trust_env"] is True
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (httpx.ConnectError("refused"), "no server answers at http://a (refused); start one with `quartet serve`"),
+        (httpx.ConnectTimeout("slow"), "no server answers at http://a"),
+        (httpx.ReadTimeout("slow"), "did not answer in time"),
+        (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] x"), "is not trusted; SSL_CERT_FILE names"),
+        (httpx.RemoteProtocolError("bye"), "the connection to http://a was lost (RemoteProtocolError: bye)"),
+    ],
+)
+def test_a_failure_of_the_network_is_told_in_words(error, said):
+    assert said in str(unreachable("http://a/", error))
 
 
 def answering(body: bytes) -> httpx.Client:
