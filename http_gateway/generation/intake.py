@@ -7,7 +7,7 @@ the Job that comes of it. An embedding is asked for in the same way, by `task`.
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,7 @@ class Job:
     warm: list[Generate] = field(default_factory=list)  # run first, so that copies find their prompt in the cache
     warmed: list[int] = field(default_factory=list)  # for each of these, which request is its prompt's first copy
     background: bool = False  # goes on when its client has gone
+    names: Mapping[str, str] = field(default_factory=dict)  # a parameter's name → the one that this call gave it
 
 
 def fan_out(prompts: Sequence[Generate], rids: Sequence[str | None], rules: Rules) -> Job:

@@ -8,7 +8,7 @@ open_group       the step below: sends requests, and aborts those that still run
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 from starlette.requests import Request as HTTPRequest
@@ -97,7 +97,7 @@ async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGener
             deltas = await group.next()
             if record is not None:
                 record.heard(deltas)
-            raise_failure(deltas)
+            raise_failure(deltas, job.names)
             yield deltas
 
 
@@ -108,7 +108,7 @@ async def compute_shared_prompts(ring: RingClient, client: HTTPRequest | None, j
     async with open_group(ring, job.warm, parents, client) as group:
         while not group.finished:
             deltas = await group.next()
-            raise_failure(deltas)
+            raise_failure(deltas, job.names)
             for index, text in deltas:
                 if text.tokens.finish is not None and text.tokens.finish.reason == "abort":
                     first = job.warmed[index]
@@ -117,12 +117,12 @@ async def compute_shared_prompts(ring: RingClient, client: HTTPRequest | None, j
     return aborted
 
 
-def raise_failure(deltas: Iterable[RequestDelta]) -> None:
-    """Raise RequestError for the first delta that ends its request with an error."""
+def raise_failure(deltas: Iterable[RequestDelta], names: Mapping[str, str]) -> None:
+    """Raise RequestError for the first delta that ends its request with an error. `names`: see Job."""
     for _, text in deltas:
         finish = text.tokens.finish
         if finish is not None and finish.reason == "error":
-            raise errors.error_of_finish(finish)
+            raise errors.renamed(errors.error_of_finish(finish), names)
 
 
 @asynccontextmanager

@@ -74,15 +74,16 @@ def openai(error: RequestError) -> Response:
 def with_client_names(shape: Shape, names: Mapping[str, str]) -> Shape:
     """The same shape for an API with other field names: `names` maps the ring's names to the client's."""
 
-    def renamed(error: RequestError) -> Response:
-        message = error.message
-        for ours, theirs in names.items():
-            if "_" in ours or ours == error.field:  # other names are plain words too
-                message = re.sub(rf"\b{ours}\b", theirs, message)
-        field = names.get(error.field or "", error.field)
-        return shape(RequestError(message, error.kind, field, error.code))
+    return lambda error: shape(renamed(error, names))
 
-    return renamed
+
+def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """The same error with the client's names of fields in place of the ring's."""
+    message = error.message
+    for ours, theirs in names.items():
+        if "_" in ours or ours == error.field:  # other names are plain words too
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+    return RequestError(message, error.kind, names.get(error.field or "", error.field), error.code)
 
 
 def described(error: RequestError) -> dict[str, Any]:

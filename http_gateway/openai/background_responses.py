@@ -58,7 +58,7 @@ class BackgroundResponse:
                 deltas = await group.next()
                 if self._record is not None:
                     self._record.heard(deltas)
-                raise_failure(deltas)
+                raise_failure(deltas, self._call.chat.job.names)
                 self._take(deltas)
 
     def _take(self, deltas: list[RequestDelta]) -> None:

@@ -1,7 +1,8 @@
 """From the body of an OpenAI request to the ring's own parameters, and to the Job of its prompts."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import msgspec
 
 from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
 from quartet.http_gateway.generation.truncation import read_truncation
+from quartet.http_gateway.http import errors
 from quartet.http_gateway.native.generate_body import (
     HIDDEN_STATES_OFF,
     TWO_BUDGETS,
@@ -16,7 +18,7 @@ from quartet.http_gateway.native.generate_body import (
     rids_per_prompt,
     with_distribution,
 )
-from quartet.http_gateway.openai.response_format import grammar, vllm_grammars
+from quartet.http_gateway.openai.response_format import field_of_grammar, grammar, vllm_grammars
 from quartet.http_gateway.openai.types import REFUSED, CompletionBody, GenerationBody
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import limits
@@ -58,13 +60,12 @@ def params_of(
     refuse_unsupported_fields(body)
     given = {name: value for name in SHARED_FIELDS if (value := getattr(body, name)) is not None}
     given |= {new: value for old, new in RENAMED.items() if (value := getattr(body, old)) is not None}
-    for constraint in (grammar(body.response_format), *vllm_grammars(body), forced):
-        if constraint is not None:
-            add_grammar(given, constraint)
+    add_grammar(given, body, forced)
     from_model = gateway.config.sampling_defaults == "model"
     under = model_defaults(gateway.model.generation_config) if from_model else {}
     preferred = {**fallback, **under, **gateway.rules.preferred}
-    return sampling_params(given | dict(fixed), replace(gateway.rules, preferred=preferred))
+    with naming(names_of(body, [kind for kind in GRAMMARS if kind in given])):
+        return sampling_params(given | dict(fixed), replace(gateway.rules, preferred=preferred))
 
 
 def budget_of(body: GenerationBody) -> int | None:
@@ -75,16 +76,32 @@ def budget_of(body: GenerationBody) -> int | None:
     return second if first is None else first
 
 
-def add_grammar(given: dict[str, Any], constraint: tuple[str, str]) -> None:
-    """Add a grammar to the parameters. Raises RequestError where they have one already."""
-    kind, text = constraint
-    if any(name in given for name in GRAMMARS):
+def add_grammar(given: dict[str, Any], body: GenerationBody, forced: tuple[str, str] | None) -> None:
+    """Add the grammar that the body asks for, or the forced one. Raises RequestError where there would be several."""
+    asked = [("response_format", grammar(body.response_format)), *vllm_grammars(body), ("tool_choice", forced)]
+    constraints = [(name, constraint) for name, constraint in asked if constraint is not None]
+    names = [*(kind for kind in GRAMMARS if kind in given), *(name for name, _ in constraints)]
+    if constraints and len(names) > 1:
         raise RequestError(
-            "The output can be constrained by one thing only: response_format, tool_choice, json_schema, regex, ebnf "
-            "or structural_tag.",
-            field=kind,
+            f"The output can be constrained by one thing only, got {' and '.join(names)}.", field=names[-1]
         )
-    given[kind] = text
+    for _, (kind, text) in constraints:
+        given[kind] = text
+
+
+def names_of(body: GenerationBody, kinds: list[str]) -> dict[str, str]:
+    """By the name of the parameter that holds the one grammar of a request: the field that its client has sent."""
+    name = field_of_grammar(body)
+    return {} if len(kinds) != 1 or name == kinds[0] else {kinds[0]: name, "grammar": name}
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that are raised within name the client's fields."""
+    try:
+        yield
+    except RequestError as error:
+        raise errors.renamed(error, names) from None
 
 
 def refuse_unsupported_fields(body: GenerationBody) -> None:
@@ -128,7 +145,10 @@ def job_of(
             truncation.apply(prompt.request, gateway.rules)
     rid = uuid.uuid4().hex if body.rid is None else body.rid
     rids = rids_per_prompt(rid, len(prompts), single)
-    job = fan_out(prompts, rids, gateway.rules)
+    names = names_of(body, [params.grammar[0]] if params.grammar else [])
+    with naming(names):
+        job = fan_out(prompts, rids, gateway.rules)
+    job.names = names
     if isinstance(rid, str):
         job.parents = [rid] * len(job.requests)
     job.background = bool(body.background)

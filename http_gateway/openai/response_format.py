@@ -60,14 +60,24 @@ class VllmFields(Protocol):
 
 VLLM_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 VLLM_KINDS = {"json": "json_schema", "regex": "regex", "grammar": "ebnf", "structural_tag": "structural_tag"}
+GIVEN_BY_KIND = ("json_schema", "regex", "ebnf", "structural_tag")  # fields that are named like the grammars' kinds
 REFUSED_OPTIONS = ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties")
 
 
-def vllm_grammars(body: VllmFields) -> Iterator[tuple[str, str]]:
-    """(kind, text) of each constraint in vLLM's fields. Raises RequestError."""
+def field_of_grammar(body: Any) -> str:
+    """The field of a body in which its client says what the output must look like: `tools` where no other does."""
+    given = body.response_format
+    if given is not None and given.type != "text":
+        return "response_format"
+    fields = (*VLLM_FIELDS, *GIVEN_BY_KIND)
+    return next((name for name in fields if getattr(body, name, None) is not None), "tools")
+
+
+def vllm_grammars(body: VllmFields) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Each constraint in vLLM's fields: the field, and (kind, text). Raises RequestError."""
     for name in VLLM_FIELDS[:-1]:
         if (value := getattr(body, name)) is not None:
-            yield _vllm_grammar(name, name.removeprefix("guided_"), value)
+            yield name, _vllm_grammar(name, name.removeprefix("guided_"), value)
     options = body.structured_outputs
     if options is None:
         return
@@ -78,7 +88,7 @@ def vllm_grammars(body: VllmFields) -> Iterator[tuple[str, str]]:
     if len(given) != 1:
         names = "json, regex, choice, grammar, json_object and structural_tag"
         raise RequestError(f"structured_outputs takes exactly one of {names}.", field="structured_outputs")
-    yield _vllm_grammar("structured_outputs", given[0], getattr(options, given[0]))
+    yield "structured_outputs", _vllm_grammar("structured_outputs", given[0], getattr(options, given[0]))
 
 
 def _vllm_grammar(field: str, name: str, value: Any) -> tuple[str, str]:

@@ -43,6 +43,7 @@ SHAPE = errors.with_client_names(
         "max_completion_tokens": "max_output_tokens",
         "messages": "input",
         "call_grammar": "tools",
+        "response_format": "text.format",
         "text": "input",
         "prompt": "input",
     },

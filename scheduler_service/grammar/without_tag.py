@@ -4,6 +4,8 @@ import re
 from functools import cache
 from typing import Any
 
+from quartet.scheduler_service.grammar.free_keys import other_keys, without_character
+
 Node = dict[str, Any]
 ANY_VALUE = "any_value"
 
@@ -50,10 +52,9 @@ def _node(node: Any, tag: str) -> Any:
         return {"$ref": f"#/$defs/{ANY_VALUE}"}
     if not isinstance(node, dict):
         return node
-    out, pattern = _values(node, tag), without(tag)
-    for key in ("properties", "patternProperties"):
-        if key in node:
-            out[key] = {name: _node(value, tag) for name, value in node[key].items()}
+    out = _values(node, tag)
+    if "properties" in node:
+        out["properties"] = {name: _node(value, tag) for name, value in node["properties"].items()}
     if spelled := next((name for name in node.get("properties", ()) if tag in name), None):
         raise ValueError(f"the key {spelled!r} spells the closing tag")
     for key in ("allOf", "prefixItems"):
@@ -61,20 +62,47 @@ def _node(node: Any, tag: str) -> Any:
             out[key] = [_node(value, tag) for value in node[key]]
     if "anyOf" in node:
         out["anyOf"] = _options(node["anyOf"], tag)
-    for key in ("items", "additionalProperties"):
-        if key in node:
-            out[key] = _node(node[key], tag)
-    kinds = node.get("type", ())
-    if "pattern" in node or "format" in node:
-        out["allOf"] = [*out.get("allOf", ()), {"pattern": pattern}]
-    elif "string" in ([kinds] if isinstance(kinds, str) else kinds) and not node.keys() & {"enum", "const", "$ref"}:
-        out["pattern"] = pattern
-    if kinds == "array" and "items" not in node and "prefixItems" not in node:
-        out["items"] = {"$ref": f"#/$defs/{ANY_VALUE}"}
-    if kinds == "object" and not any(key in node for key in ("properties", "patternProperties")):
-        value = out.pop("additionalProperties", {"$ref": f"#/$defs/{ANY_VALUE}"})
-        out |= {"patternProperties": {pattern: value}, "additionalProperties": False}
+    if "items" in node:
+        out["items"] = _node(node["items"], tag)
+    if not node.keys() & {"enum", "const", "$ref"}:
+        _guard_strings(node, out, tag)
+        _guard_items(node, out)
+        _guard_keys(node, out, tag)
     return out
+
+
+def _allows(kind: str, node: Node) -> bool:
+    """Whether a node without listed values takes values of a type, where its own branches do not say it."""
+    kinds = node.get("type", ())
+    if not kinds:
+        return not node.keys() & {"anyOf", "allOf"}
+    return kind in ([kinds] if isinstance(kinds, str) else kinds)
+
+
+def _guard_strings(node: Node, out: Node, tag: str) -> None:
+    if "pattern" in node or "format" in node:
+        out["allOf"] = [*out.get("allOf", ()), {"pattern": without(tag)}]
+    elif _allows("string", node):
+        out["pattern"] = without(tag)
+
+
+def _guard_items(node: Node, out: Node) -> None:
+    if _allows("array", node) and "items" not in node:
+        out["items"] = {"$ref": f"#/$defs/{ANY_VALUE}"}
+
+
+def _guard_keys(node: Node, out: Node, tag: str) -> None:
+    """Keys that are not declared. Beside patterns there are none but those that fit one."""
+    patterns, others = node.get("patternProperties", {}), node.get("additionalProperties", True)
+    if not (patterns or "additionalProperties" in node or _allows("object", node)):
+        return
+    free = {without_character(pattern, tag[0]): _node(value, tag) for pattern, value in patterns.items()}
+    if not patterns and others is not False:
+        names = node.get("properties", ())
+        free = {other_keys(names, tag[0]) if names else without(tag): _node(others, tag)}
+    out["additionalProperties"] = False
+    if free:
+        out["patternProperties"] = free
 
 
 def _values(node: Node, tag: str) -> Node:

@@ -27,6 +27,7 @@ class Connection:
 
     def __init__(self) -> None:
         self.closed = asyncio.Event()
+        self.scope: dict[str, Any] = {}
 
     async def receive(self) -> Any:
         await self.closed.wait()

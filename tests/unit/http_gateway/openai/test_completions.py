@@ -271,3 +271,38 @@ async def test_the_field_at_fault_is_named_from_wherever_it_was_found() -> None:
     async with served(ends(refused)) as server:
         answer = await server.client.post(PATH, {"prompt": "a", "regex": "("})
         assert answer.json()["param"] == "regex"
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "name"),
+    [
+        ({"guided_json": {}}, "json_schema", "guided_json"),
+        ({"guided_regex": "("}, "regex", "guided_regex"),
+        ({"guided_choice": ["a"]}, "ebnf", "guided_choice"),
+        ({"structured_outputs": {"grammar": "root ::="}}, "ebnf", "structured_outputs"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "json_schema", "response_format"),
+        ({"json_schema": "{}"}, "json_schema", "json_schema"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_a_refused_grammar_names_the_field_that_the_client_sent(
+    given: dict[str, Any], kind: str, name: str, stream: bool
+) -> None:
+    refused = Finish.failed(RequestError(f"Failed to compile {kind} grammar: no", field=kind))
+    async with served(ends(refused)) as server:
+        answer = await server.client.post(PATH, {"prompt": "a", "stream": stream, **given})
+        body = answer.json()
+        assert (answer.status, body["param"]) == (400, name)
+        assert body["message"] == f"Failed to compile {name} grammar: no"
+
+
+@asynchronous
+async def test_a_grammar_that_is_too_long_names_the_field_that_the_client_sent() -> None:
+    async with served(says("x")) as server:
+        answer = await server.client.post(PATH, {"prompt": "a", "guided_regex": "a" * 300_000})
+        assert (answer.status, answer.json()["param"]) == (400, "guided_regex")
+        answer = await server.client.post(PATH, {"prompt": "a", "guided_regex": "a", "guided_choice": ["b"]})
+        assert answer.json()["message"] == (
+            "The output can be constrained by one thing only, got guided_regex and guided_choice."
+        )

@@ -77,7 +77,9 @@ def test_a_structural_tag_in_no_form_or_two_is_refused(fields):
 
 
 def vllm(**fields):
-    return list(vllm_grammars(msgspec.convert({"prompt": "a", **fields}, CompletionBody)))
+    found = list(vllm_grammars(msgspec.convert({"prompt": "a", **fields}, CompletionBody)))
+    assert all(name in fields for name, _ in found)
+    return [constraint for _, constraint in found]
 
 
 @pytest.mark.parametrize(

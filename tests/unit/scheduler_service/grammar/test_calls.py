@@ -226,6 +226,9 @@ def test_without_a_strict_tool_or_a_tag_before_calls_nothing_is_constrained():
         ("qwen3_coder", {"properties": {"x\ny": {}}, "required": ["x\ny"]}, r"the parameter 'x\\ny'"),
         ("qwen3_coder", {"properties": {"a": {"type": "object", "properties": {"</parameter>": {}}}}}, "the key"),
         ("qwen3_coder", {"properties": {"a": {"type": "array", "items": {"const": "</parameter>"}}}}, "every value"),
+        ("qwen3_coder", {"properties": {"a": {"type": "object", "patternProperties": {"<$": {}}}}}, "the pattern '<.'"),
+        ("glm45", {"properties": {"a": {"type": "object", "patternProperties": {r"\x3C": {}}}}}, "the pattern"),
+        ("glm45", {"properties": {"a": {"type": "object", "patternProperties": {r"\p{Sm}": {}}}}}, "the pattern"),
         ("minimax-m2", {"anyOf": [{"properties": {"a": {"type": "string"}}}] * 40}, "more than 32"),
     ],
 )
@@ -244,6 +247,28 @@ JSON_VALUES = [  # schema of a parameter whose value is JSON, what it takes, wha
         '{"k":["z"]}',
         '{"k":["{}"]}',
     ),
+    ({"type": "object", "patternProperties": {"^x-": {"type": "integer"}}}, '{"x-a":1}', '{"x-{}":1}'),
+    ({"type": "object", "patternProperties": {"": {"type": "integer"}}}, '{"a":1}', '{"{}":1}'),
+    ({"type": "object", "patternProperties": {"^[ -~]+$": {"type": "integer"}}}, '{"a=b":1}', '{"{}":1}'),
+    ({"type": "object", "patternProperties": {r"^\S+$": {"type": "integer"}}}, '{"a=b":1}', '{"{}":1}'),
+    ({"type": "object", "patternProperties": {"^a[^b]*$": True}}, '{"a-":"c"}', '{"a{}":"c"}'),
+    ({"type": "object", "patternProperties": {"^(?P<n>a.+)$": True}}, '{"ac":"c"}', '{"ac":"{}"}'),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, '{"c<d":1}', '{"{}":1}'),
+    (
+        {
+            "type": "object",
+            "properties": {"k": {"type": "boolean"}, "kk": True},
+            "additionalProperties": {"type": "integer"},
+        },
+        '{"k":true,"kkk":1,"l":2}',
+        '{"k":true,"{}":1}',
+    ),
+    ({"type": ["object", "null"], "minProperties": 1}, '{"c":1}', '{"{}":1}'),
+    ({"type": ["array", "null"]}, '["c"]', '["{}"]'),
+    ({"type": "array", "prefixItems": [{"type": "integer"}], "minItems": 2}, '[1,"c"]', '[1,"{}"]'),
+    ({"type": "array", "items": {"minLength": 1}}, '["c"]', '["{}"]'),
+    ({"type": "array", "items": {"maxItems": 3}}, '[["c"]]', '[["{}"]]'),
+    ({"type": "array", "items": {"additionalProperties": {"type": "integer"}}}, '[{"c":1}]', '[{"{}":1}]'),
 ]
 
 
