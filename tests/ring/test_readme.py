@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy import supported_models
 from tests.readme import README, ROOT, Tour, agrees, examples, log_lines, sandboxed, tours
 
 TEXT = README.read_text(encoding="utf-8")
@@ -31,6 +32,10 @@ def test_a_command_prints_what_the_readme_says(tour: Tour, number: int) -> None:
 @pytest.mark.parametrize("line", log_lines(TEXT))
 def test_the_server_writes_the_lines_of_its_log_that_the_readme_shows(tour: Tour, line: str) -> None:
     assert agrees(line, tour.log), tour.log[-5000:]
+
+
+def test_the_table_of_models_is_the_one_that_its_command_prints() -> None:
+    assert supported_models.table() in TEXT
 
 
 def test_text_in_the_readme_that_is_wrong_is_found() -> None:
