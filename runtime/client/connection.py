@@ -119,7 +119,7 @@ def check(status: int, body: bytes) -> None:
         return
     message = error_message(body) or f"HTTP {status}"
     if status in (401, 403):
-        message = f"the server wants another key ({message}); give it with --api-key or QUARTET_API_KEY"
+        message = f"the server wants a key that it knows ({message}); give it with --api-key or QUARTET_API_KEY"
     raise ClientError(message, status)
 
 
