@@ -6,7 +6,7 @@
  *
  * Few rows: the weight is read once, in order, and reading it is what takes the time. Many rows: blocks of ROW_BLOCK
  * rows, which stay in the second cache while the weight passes; long k is cut into pieces of at most DEPTH_BLOCK for
- * the same reason, with the sums kept in memory. Each number of a result is summed in one order, however many rows
+ * the same reason, and these into steps for the first cache, with the sums kept in memory. Each number of a result is summed in one order, however many rows
  * there are: a row has the same bits alone and among others.
  *
  * A quantized weight (quantized.h) is expanded panel by panel to the same form, in memory that stays in the second cache;
@@ -23,6 +23,7 @@
 
 #define ROW_BLOCK 512
 #define DEPTH_BLOCK 1024
+#define STEP_BLOCK 512 /* of k: so much of a panel stays in the first cache while the rows pass */
 #define MANY_ROWS 64   /* with fewer rows all of k fits, and the weight comes as fast as memory gives it */
 #define CHUNK_PANELS 8 /* most panels that a thread takes at once */
 #define MOST_ROWS 32   /* of a tile of sums */
@@ -39,6 +40,7 @@ struct plan {
     int64_t panels;       /* tiles of sums side by side */
     int64_t padded_rows;  /* of a block of rows */
     int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
+    int64_t step;         /* of a piece: numbers that are summed before the next rows' turn */
     factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
 #if HAS_INTEGERS
     struct integer_rows rows; /* instead, if `integers` */
@@ -174,101 +176,126 @@ INLINE void prepare_row(const struct plan *plan, int64_t first, int64_t row) {
 
 /* ---- sums on their way out ---- */
 
-INLINE vec biased(const struct product *p, const float *sums, int64_t column, int64_t n) {
-    vec y = vec_load(sums);
-    if (!p->bias)
-        return y;
+/* 16 numbers of the bias from `column` on; zeros behind the end. */
+INLINE vec bias_at(const struct product *p, int64_t column) {
     bf16 some[LANES] = {0};
-    int64_t left = n - column;
+    int64_t left = p->n - column;
     memcpy(some, p->bias + column, (size_t)(left < LANES ? left : LANES) * 2);
-    return vec_add(y, vec_load_bf16(some));
+    return vec_load_bf16(some);
 }
 
-/* `count` columns of one row, at most 16. */
-INLINE void write_some(const struct product *p, int64_t row, int64_t column, int64_t count, vec y) {
-    int64_t at = row * p->out_stride + column;
-    if (p->output == OUTPUT_FLOAT) {
+INLINE vec gate(int activation, vec x, vec factor) {
+    return vec_mul(activation == ACTIVATION_SILU ? vec_silu(x) : vec_gelu_tanh(x), factor);
+}
+
+/* Of one row, `count` numbers, which are fewer than 16. */
+INLINE void write_some(int output, void *to, int64_t count, vec y) {
+    if (output == OUTPUT_FLOAT) {
         float numbers[LANES];
         vec_store(numbers, y);
-        memcpy((float *)p->out + at, numbers, (size_t)count * 4);
+        memcpy(to, numbers, (size_t)count * 4);
         return;
     }
-    bf16 *out = (bf16 *)p->out + at, numbers[LANES] = {0};
-    if (p->output == OUTPUT_ADD) {
-        memcpy(numbers, out, (size_t)count * 2);
+    bf16 numbers[LANES] = {0};
+    if (output == OUTPUT_ADD) {
+        memcpy(numbers, to, (size_t)count * 2);
         y = vec_add(y, vec_load_bf16(numbers));
     }
     vec_store_bf16(numbers, y);
-    memcpy(out, numbers, (size_t)count * 2);
+    memcpy(to, numbers, (size_t)count * 2);
 }
 
-INLINE void write_columns(const struct product *p, int64_t row, int64_t column, int64_t width, vec y) {
-    int64_t at = row * p->out_stride + column;
-    if (width - column < LANES) {
-        write_some(p, row, column, width - column, y);
-    } else if (p->output == OUTPUT_FLOAT) {
-        vec_store((float *)p->out + at, y);
-    } else {
-        bf16 *out = (bf16 *)p->out + at;
-        if (p->output == OUTPUT_ADD)
-            y = vec_add(y, vec_load_bf16(out));
-        vec_store_bf16(out, y);
+/* 16 columns of some rows, or the `left` that there are; sums of what the gate is multiplied with lie `up` behind. */
+INLINE void write_columns(const struct product *p, int output, int biased, int64_t column, int64_t first, int64_t rows,
+                          int64_t left, const float *sums, int64_t stride, int64_t up) {
+    int64_t out_stride = p->out_stride, size = output == OUTPUT_FLOAT ? 4 : 2;
+    int activation = p->activation;
+    char *out = (char *)p->out + (first * out_stride + column) * size;
+    vec bias = vec_set(0.0f), up_bias = bias;
+    if (biased) {
+        bias = bias_at(p, column);
+        if (output == OUTPUT_GATED)
+            up_bias = bias_at(p, p->n / 2 + column);
+    }
+    for (int64_t row = 0; row < rows; row++, sums += stride, out += out_stride * size) {
+        vec y = vec_load(sums);
+        if (biased)
+            y = vec_add(y, bias);
+        if (output == OUTPUT_GATED) {
+            vec factor = vec_load(sums + up);
+            y = gate(activation, y, biased ? vec_add(factor, up_bias) : factor);
+        }
+        if (left < LANES) {
+            write_some(output, out, left, y);
+        } else if (output == OUTPUT_FLOAT) {
+            vec_store((float *)out, y);
+        } else {
+            if (output == OUTPUT_ADD)
+                y = vec_add(y, vec_load_bf16((const bf16 *)out));
+            vec_store_bf16((bf16 *)out, y);
+        }
     }
 }
 
-INLINE void write_tile(const struct plan *plan, int64_t panel, int64_t first, int64_t rows, const float *sums,
+static void write_tile(const struct plan *plan, int64_t panel, int64_t first, int64_t rows, const float *sums,
                        int64_t stride) {
     const struct product *p = plan->p;
-    int gated = p->output == OUTPUT_GATED;
-    int width = gated ? plan->blocks / 2 : plan->blocks;
-    int64_t half = gated ? p->n / 2 : p->n;
-    for (int64_t row = 0; row < rows; row++)
-        for (int place = 0; place < width; place++) {
-            int64_t column = (panel * width + place) * LANES;
-            if (column >= half)
-                break;
-            const float *own = sums + row * stride + place * LANES;
-            vec y = biased(p, own, column, p->n);
-            if (gated) {
-                vec up = biased(p, own + width * LANES, half + column, p->n);
-                y = p->activation == ACTIVATION_SILU ? vec_silu(y) : vec_gelu_tanh(y);
-                y = vec_mul(y, up);
-            }
-            write_columns(p, first + row, column, half, y);
+    int gated = p->output == OUTPUT_GATED, width = gated ? plan->blocks / 2 : plan->blocks;
+    int64_t half = gated ? p->n / 2 : p->n, up = width * LANES;
+    for (int place = 0; place < width; place++, sums += LANES) {
+        int64_t column = (panel * width + place) * LANES, left = half - column;
+        if (left <= 0)
+            return;
+        switch (p->output * 2 + (p->bias != 0)) {
+        case OUTPUT_BF16 * 2: write_columns(p, OUTPUT_BF16, 0, column, first, rows, left, sums, stride, up); break;
+        case OUTPUT_BF16 * 2 + 1: write_columns(p, OUTPUT_BF16, 1, column, first, rows, left, sums, stride, up); break;
+        case OUTPUT_ADD * 2: write_columns(p, OUTPUT_ADD, 0, column, first, rows, left, sums, stride, up); break;
+        case OUTPUT_GATED * 2: write_columns(p, OUTPUT_GATED, 0, column, first, rows, left, sums, stride, up); break;
+        default: write_columns(p, p->output, p->bias != 0, column, first, rows, left, sums, stride, up); break;
         }
+    }
 }
 
-/* All rows of a block through some panels; `kept` has the sums of a piece of k where there are several pieces. */
+/* The blocks of a panel from number `from` on, expanded if need be; `next`: those of the panel after it. */
+INLINE void load_panel(const struct plan *plan, int64_t panel, int64_t from, int64_t depth, bf16 *expanded,
+                       const bf16 **weight, const bf16 **next) {
+    const struct quantized *quantized = &plan->p->quantized;
+    for (int place = 0; place < plan->blocks; place++) {
+        int64_t block = block_of(plan, panel, place);
+        if (quantized->numbers) {
+            bf16 *out = expanded + place * depth * LANES;
+            expand_block(quantized, plan->depth, block, from, depth, out);
+            weight[place] = next[place] = out;
+        } else {
+            weight[place] = packed_block(plan, block, from);
+            next[place] = packed_block(plan, block_of(plan, panel + 1, place), from);
+        }
+    }
+}
+
+/* All rows of a block through some panels; `kept` has the sums of a step of k where there are several steps. */
 INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end,
                            float *kept, bf16 *expanded) {
-    const struct quantized *quantized = &plan->p->quantized;
     float local[MOST_ROWS * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
-    int64_t stride = plan->blocks * LANES;
-    for (int64_t from = 0; from < plan->depth; from += plan->piece) {
-        int64_t depth = plan->depth - from < plan->piece ? plan->depth - from : plan->piece;
-        for (int64_t panel = begin; panel < end; panel++) {
-            const bf16 *weight[FEW_BLOCKS], *next[FEW_BLOCKS];
-            for (int place = 0; place < plan->blocks; place++) {
-                int64_t block = block_of(plan, panel, place);
-                if (quantized->numbers) {
-                    bf16 *out = expanded + place * depth * LANES;
-                    expand_block(quantized, plan->depth, block, from, depth, out);
-                    weight[place] = next[place] = out;
-                } else {
-                    weight[place] = packed_block(plan, block, from);
-                    next[place] = packed_block(plan, block_of(plan, panel + 1, place), from);
+    int64_t stride = plan->blocks * LANES, in_pieces = plan->piece < plan->depth;
+    for (int64_t piece = 0; piece < plan->depth; piece += plan->piece) {
+        int64_t piece_end = piece + plan->piece < plan->depth ? piece + plan->piece : plan->depth;
+        for (int64_t panel = begin; panel < end; panel++)
+            for (int64_t from = piece; from < piece_end; from += plan->step) {
+                int64_t depth = piece_end - from < plan->step ? piece_end - from : plan->step;
+                const bf16 *weight[FEW_BLOCKS], *next[FEW_BLOCKS];
+                load_panel(plan, panel, from, depth, expanded, weight, next);
+                for (int64_t row = 0; row < rows; row += plan->grid_rows) {
+                    int64_t place = in_pieces ? panel - begin : 0;
+                    float *sums = kept ? kept + (place * plan->padded_rows + row) * stride : local;
+                    int64_t some = rows - row < plan->grid_rows ? rows - row : plan->grid_rows;
+                    if (!from && !plan->tiled)
+                        memset(sums, 0, (size_t)(plan->grid_rows * stride) * 4);
+                    multiply_grid(plan, weight, next, row, some, from, depth, sums, stride);
+                    if (from + depth == plan->depth)
+                        write_tile(plan, panel, first + row, some, sums, stride);
                 }
             }
-            for (int64_t row = 0; row < rows; row += plan->grid_rows) {
-                float *sums = kept ? kept + ((panel - begin) * plan->padded_rows + row) * stride : local;
-                int64_t some = rows - row < plan->grid_rows ? rows - row : plan->grid_rows;
-                if (!from && !plan->tiled)
-                    memset(sums, 0, (size_t)(plan->grid_rows * stride) * 4);
-                multiply_grid(plan, weight, next, row, some, from, depth, sums, stride);
-                if (from + depth == plan->depth)
-                    write_tile(plan, panel, first + row, some, sums, stride);
-            }
-        }
     }
 }
 
@@ -340,27 +367,36 @@ static void compute_block(void *argument, int thread, int threads) {
 #endif
 }
 
+/* A part of k, at most `most` (a multiple of TILE_DEPTH), of which all are alike but for the last, which may be less. */
+INLINE int64_t even_part(int64_t depth, int64_t most) {
+    int64_t parts = (depth + most - 1) / most;
+    return round_up((depth + parts - 1) / parts, TILE_DEPTH);
+}
+
 static int run_block(struct plan *plan, int64_t first, int64_t rows) {
     struct block block = {.plan = plan, .first = first, .rows = rows, .chunk = 1};
     int threads = plan->p->threads;
     int expands = plan->p->quantized.numbers && !plan->integers;
-    plan->piece = plan->depth;
+    plan->piece = plan->step = plan->depth;
     if (rows > MANY_ROWS) {
         int64_t turns = (plan->panels + threads * CHUNK_PANELS - 1) / (threads * CHUNK_PANELS); /* of each thread */
         block.chunk = (plan->panels + threads * turns - 1) / (threads * turns);
     }
-    if (expands || (rows > MANY_ROWS && !plan->integers)) {
-        int64_t pieces = (plan->depth + DEPTH_BLOCK - 1) / DEPTH_BLOCK;
-        plan->piece = round_up((plan->depth + pieces - 1) / pieces, TILE_DEPTH);
-    }
-    if (plan->piece < plan->depth) {
-        block.kept_size = block.chunk * plan->padded_rows * plan->blocks * LANES;
+    if (expands || (rows > MANY_ROWS && !plan->integers))
+        plan->piece = even_part(plan->depth, DEPTH_BLOCK);
+    if (plan->tiled && (expands || rows > MANY_ROWS))
+        plan->step = even_part(plan->piece, STEP_BLOCK);
+    else
+        plan->step = plan->piece;
+    if (plan->step < plan->depth) {
+        int64_t panels = plan->piece < plan->depth ? block.chunk : 1;
+        block.kept_size = panels * plan->padded_rows * plan->blocks * LANES;
         block.kept = quartet_scratch(1, threads * block.kept_size * 4);
         if (!block.kept)
             return -1;
     }
     if (expands) {
-        block.expanded_size = plan->blocks * plan->piece * LANES;
+        block.expanded_size = plan->blocks * plan->step * LANES;
         block.expanded = quartet_scratch(4, threads * block.expanded_size * 2);
         if (!block.expanded)
             return -1;

@@ -94,6 +94,46 @@ INLINE vec line_place(line x, int place) { return (vec){half_place(x.low, place)
 
 /* ---- to bfloat16 ---- */
 
+#ifdef __AVX512VBMI__
+
+/* Of a group: scales and offsets of 16 columns, each twice, since two numbers of a column lie side by side. */
+struct scaling {
+    vec scale[2], offset[2];
+};
+
+INLINE struct scaling scaling_at(const struct quantized *w, const uint16_t *scales) {
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    vec scale = vec_load_half(scales);
+    vec offset = w->offsets ? vec_load_half(scales + LANES) : vec_mul(scale, vec_set((float)-w->zero));
+    return (struct scaling){
+        {_mm512_permutexvar_ps(low, scale), _mm512_permutexvar_ps(high, scale)},
+        {_mm512_permutexvar_ps(low, offset), _mm512_permutexvar_ps(high, offset)},
+    };
+}
+
+/* A line as bfloat16: of 16 columns the first two numbers, then the others. */
+INLINE void expand_line(line x, struct scaling by, bf16 *out) {
+    const __m512i bytes = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
+#pragma GCC unroll 2
+    for (int pair = 0; pair < 2; pair++) {
+        vec values[2];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m512i from = _mm512_add_epi32(bytes, _mm512_set1_epi32(pair * 2 + half * 32));
+            vec number = _mm512_cvtepi32_ps(_mm512_maskz_permutexvar_epi8(0x1111111111111111, from, x));
+            values[half] = vec_fma(number, by.scale[half], by.offset[half]);
+        }
+        _mm512_storeu_si512(out + pair * 2 * LANES, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
+    }
+}
+
+#else
+
+struct scaling {
+    vec scale, offset;
+};
+
 INLINE void store_bf16_pairs(bf16 *out, vec even, vec odd) {
 #ifdef __AVX512BF16__
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
@@ -105,24 +145,37 @@ INLINE void store_bf16_pairs(bf16 *out, vec even, vec odd) {
 #endif
 }
 
+INLINE struct scaling scaling_at(const struct quantized *w, const uint16_t *scales) {
+    vec scale = vec_load_half(scales);
+    return (struct scaling){
+        scale, w->offsets ? vec_load_half(scales + LANES) : vec_mul(scale, vec_set((float)-w->zero))};
+}
+
+INLINE void expand_line(line x, struct scaling by, bf16 *out) {
+    for (int pair = 0; pair < 2; pair++) {
+        vec even = vec_fma(line_place(x, 2 * pair), by.scale, by.offset);
+        vec odd = vec_fma(line_place(x, 2 * pair + 1), by.scale, by.offset);
+        store_bf16_pairs(out + pair * 2 * LANES, even, odd);
+    }
+}
+
+#endif
+
 INLINE void expand_units(const struct quantized *w, int bits, const uint8_t *numbers, const uint16_t *scales,
                          int64_t units, bf16 *out) {
-    int64_t half_numbers = (1 + w->offsets) * LANES;
-    for (int64_t unit = 0; unit < units; unit++) {
-        for (int number = 0; number < UNIT_LINES; number++, out += LINE_NUMBERS) {
-            const uint16_t *own = scales + (number >= UNIT_LINES / 2 && w->halves == 2 ? half_numbers : 0);
-            vec scale = vec_load_half(own);
-            vec offset = w->offsets ? vec_load_half(own + LANES) : vec_mul(scale, vec_set((float)-w->zero));
-            line x = number_line(numbers, bits, number);
-            _mm_prefetch((const char *)numbers + 2048 + number * 8 * bits, _MM_HINT_T0);
-            for (int pair = 0; pair < 2; pair++) {
-                vec even = vec_fma(line_place(x, 2 * pair), scale, offset);
-                vec odd = vec_fma(line_place(x, 2 * pair + 1), scale, offset);
-                store_bf16_pairs(out + pair * 2 * LANES, even, odd);
+    int lines = UNIT_LINES / w->halves;
+    for (int64_t unit = 0; unit < units; unit++, numbers += 64 * bits) {
+        for (int half = 0; half < w->halves; half++, scales += (1 + w->offsets) * LANES) {
+            struct scaling by = scaling_at(w, scales);
+#pragma GCC unroll 2
+            for (int number = half * lines; number < (half + 1) * lines; number += 2) {
+#pragma GCC unroll 2
+                for (int next = 0; next < 2; next++, out += LINE_NUMBERS)
+                    expand_line(number_line(numbers, bits, number + next), by, out);
+                _mm_prefetch((const char *)numbers + 2048 + number * 8 * bits, _MM_HINT_T0);
+                _mm_prefetch((const char *)numbers + 2048 + (number + 1) * 8 * bits, _MM_HINT_T0);
             }
         }
-        numbers += 64 * bits;
-        scales += w->halves * half_numbers;
     }
 }
 
