@@ -66,10 +66,14 @@ class Choice:
             self.state.reasoning_tokens = self.state.completion_tokens
 
     @property
+    def cut_by_stop(self) -> bool:
+        """A stop string has broken a call off."""
+        return self._turn.cut and isinstance(self.state.matched_stop, str)
+
+    @property
     def finish_reason(self) -> str | None:
         reason = self.state.finish_reason
-        cut = self._turn.cut and isinstance(self.state.matched_stop, str)  # by a stop string: the call is not finished
-        return "tool_calls" if reason == "stop" and self._turn.called and not cut else reason
+        return "tool_calls" if reason == "stop" and self._turn.called and not self.cut_by_stop else reason
 
     def whole(self, index: int) -> ChatChoice:
         """The choice of an answer that is not streamed."""

@@ -36,6 +36,7 @@ class Turn:
         self._new_id = new_id
         self._thought: list[str] = []  # kept back until it is whole
         self._begun = False
+        self._dropping = False  # the calls from here on
 
     @property
     def thinking(self) -> bool:
@@ -43,8 +44,8 @@ class Turn:
 
     @property
     def cut(self) -> bool:
-        """The output has ended amid the arguments of a call."""
-        return self._reader is not None and self._reader.cut
+        """The output has ended amid the arguments of a call that is passed on."""
+        return self._reader is not None and self._reader.cut and not self._dropping
 
     def begin(self, place: Place) -> None:
         """Where the prompt has left the model's thought; said again after a restart, and known by then."""
@@ -81,6 +82,7 @@ class Turn:
             case Content(text):
                 return Delta(content=text)
             case CallStart(index) | Arguments(index) if self._most_calls is not None and index >= self._most_calls:
+                self._dropping = True
                 return None
             case CallStart(index, name):
                 self.called = True

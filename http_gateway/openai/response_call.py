@@ -33,6 +33,7 @@ from quartet.runtime.errors import Kind, RequestError
 log = logging.getLogger(__name__)
 
 STATUSES = {"stop": COMPLETED, "tool_calls": COMPLETED, "length": INCOMPLETE}  # by the reason of a turn's end
+CUT_OFF = "max_output_tokens"  # of the API's reasons the only one for an output that ended too early
 LAST_EVENTS = {CANCELLED: FAILED}  # the API has no event for a response that was cancelled
 ABORTED = RequestError("The request was aborted.", Kind.INTERNAL)
 LOST = RequestError("The server ended before the response was complete.", Kind.INTERNAL)
@@ -59,8 +60,10 @@ class ResponseCall:
         return self.chat.id
 
     def status(self) -> str:
-        """How the response has ended."""
-        return self._outcome or STATUSES.get(self.chat.choices[0].finish_reason or "", FAILED)
+        """How the response has ended. A call that was broken off cannot be carried out, whatever has ended it."""
+        choice = self.chat.choices[0]
+        ended = INCOMPLETE if choice.cut_by_stop else STATUSES.get(choice.finish_reason or "", FAILED)
+        return self._outcome or ended
 
     def take_whole(self) -> None:
         """The output of a call that is not streamed, when it is over."""
@@ -124,7 +127,7 @@ class ResponseCall:
             "output": [] if begun else self.output.bodies(status),
             "usage": None if begun else self._usage(),
             "error": described(error or self.error) if status == FAILED else None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == INCOMPLETE else None,
+            "incomplete_details": {"reason": CUT_OFF} if status == INCOMPLETE else None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "max_tool_calls": body.max_tool_calls,

@@ -84,6 +84,26 @@ async def test_a_background_response_is_queued_then_runs_then_is_complete() -> N
         assert response["usage"]["output_tokens"] == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@asynchronous
+async def test_a_background_response_whose_call_was_broken_off_is_incomplete(stream: bool) -> None:
+    text = '<tool_call>{"name": "weather", "arguments": {"city": "U'
+    script = says(text, finish=Finish(reason="stop", length=1, matched="lm"))
+    async with served(script, tool_call_parser="hermes") as server:
+        asked = {
+            "input": "hi",
+            "background": True,
+            "stream": stream,
+            "tools": [{"type": "function", "name": "weather"}],
+        }
+        answer = await server.client.post(PATH, asked)
+        first = events_in(answer.text)[0]["response"] if stream else answer.json()
+        response = await ended(server, first["id"])
+        assert (response["status"], response["output"][0]["status"]) == ("incomplete", "incomplete")
+        if stream:
+            assert events_in(answer.text)[-1]["response"] == response
+
+
 @asynchronous
 async def test_a_background_response_can_be_gone_on_from_when_it_is_over() -> None:
     async with served() as server:

@@ -255,6 +255,27 @@ async def test_a_call_that_is_cut_off_is_incomplete() -> None:
 
 
 @asynchronous
+async def test_a_call_that_a_stop_string_breaks_off_is_incomplete() -> None:
+    cut = says(*CALL[:3], finish=Finish(reason="stop", length=3, matched="lm"))
+    async with served(cut, tool_call_parser="hermes") as server:
+        whole = await ask(server, tools=[WEATHER])
+        events = await events_of(server, tools=[WEATHER])
+        assert (names_of(events)[-1], events[-2]["item"]["status"]) == ("incomplete", "incomplete")
+        for body in (whole, events[-1]["response"]):
+            [call] = body["output"]
+            assert (body["status"], call["status"], call["type"]) == ("incomplete", "incomplete", "function_call")
+            assert body["incomplete_details"] == {"reason": "max_output_tokens"} and not body["completed_at"]
+
+
+@asynchronous
+async def test_a_call_that_was_dropped_cannot_be_broken_off() -> None:
+    cut = says(*CALL, SECOND_CALL[:-14], finish=Finish(reason="stop", length=5, matched="}}"))
+    async with served(cut, tool_call_parser="hermes") as server:
+        body = await ask(server, tools=[WEATHER, OTHER], parallel_tool_calls=False)
+        assert (body["status"], [item["status"] for item in body["output"]]) == ("completed", ["completed"])
+
+
+@asynchronous
 async def test_the_items_of_one_turn_become_one_message() -> None:
     async with served(says("x")) as server:
         items = [
