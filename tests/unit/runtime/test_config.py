@@ -62,7 +62,7 @@ def test_a_switch_can_be_turned_off():
         (["--max-runing-requests", "4"], "unknown flag --max-runing-requests; did you mean --max-running-requests?"),
         (["--model-pth=/m"], "unknown flag --model-pth; did you mean --model-path?"),
         (["--confg", "f"], "unknown flag --confg; did you mean --config?"),
-        (["--zzz"], "unknown flag --zzz; `quartet serve --help` lists them all"),
+        (["--zzz"], "unknown flag --zzz; `quartet serve --help-all` lists them all"),
         (["demo", "again"], "unexpected argument 'again'; flags start with --"),
         (["--trust-remote-code"], "--trust-remote-code is not supported: Quartet never runs code"),
         (["--speculative-draft-model-path", "x"], "is not supported: Quartet runs no draft model"),
