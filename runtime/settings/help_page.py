@@ -54,6 +54,8 @@ FIRST_PAGE = {
     "max_restarts",
     "exit_with_parent",
     "enable_metrics",
+    "otlp_traces_endpoint",
+    "sleep_when_idle_s",
     "skip_server_warmup",
 }
 
