@@ -81,6 +81,8 @@ class ServerFlags(TypedDict, total=False):
     cuda_graph_max_prefill_tokens: int
     disable_cuda_graph: bool
     ready_file: str | None
+    otlp_traces_endpoint: str | None
+    otlp_traces_sample_ratio: float
     log_format: Literal["text", "json"]
     log_requests: Literal["off", "metadata", "full"]
     log_level: Literal["debug", "info", "warning", "error"]
