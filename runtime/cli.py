@@ -54,6 +54,12 @@ COMMANDS = {
         "put load on a running server and measure it",
         parser="quartet.runtime.bench.arguments:bench_parser",
     ),
+    "run-batch": Command(
+        "quartet.runtime.batch.command",
+        "main",
+        "answer a file of requests in OpenAI's batch format",
+        parser="quartet.runtime.batch.arguments:run_batch_parser",
+    ),
     "config": Command(
         "quartet.runtime.settings.show", "main", "config show: print each setting and where its value comes from", True
     ),

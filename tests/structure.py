@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runtime.api",),
         ("runtime.client",),
         ("runtime.bench", "runtime.local_models"),
+        ("runtime.batch",),
         ("runtime.cli",),
         ("runtime.launch_server", "runtime.completion"),
     ),
