@@ -10,6 +10,7 @@ from quartet.http_gateway.parsers.call_formats import FORMATS, CallFormat, Frame
 from quartet.http_gateway.parsers.output_reader import OutputReader
 from quartet.http_gateway.parsers.tagged_calls import Tags, kinds_of
 from quartet.http_gateway.parsers.tool_events import Function, Parsed, Tool, collect
+from quartet.http_gateway.parsers.tool_schemas import without_prose
 from quartet.runtime.call_grammar import CallGrammar, CallRule, ValueTags
 from quartet.runtime.errors import RequestError
 
@@ -69,7 +70,7 @@ def call_schema(tool: Tool, index: int) -> dict[str, Any]:
 def parameters_schema(tool: Tool, index: int) -> dict[str, Any]:
     """The schema of a tool's parameters, as a resource of its own: its references start at its own root."""
     parameters = NO_PARAMETERS if tool.function.parameters is None else tool.function.parameters
-    return {"$id": f"tool:{index}", **parameters}
+    return {"$id": f"tool:{index}", **without_prose(parameters)}
 
 
 def demanded_calls(
@@ -124,7 +125,7 @@ def call_rule(calls: CallFormat, frame: Frame, tool: Tool) -> CallRule:
         begin=frame.begin + (json.dumps(name, ensure_ascii=False) if frame.quoted else name),
         middle=frame.middle,
         end=frame.end,
-        parameters=NO_PARAMETERS if parameters is None else parameters,
+        parameters=NO_PARAMETERS if parameters is None else without_prose(parameters),
         raw=raw if calls.tags else [],
     )
 

@@ -38,6 +38,7 @@ class Demanded:
     def __init__(self, calls: CallGrammar, special_tokens: SpecialTokens) -> None:
         self.calls = calls
         self.special_tokens = special_tokens
+        self._shared: dict[str, str] = {}  # what a value may be → the rule for it, of all tools
 
     def whole(self, thought: Thought | None) -> tuple[str, list[str]]:
         """The start, and the rules that it needs."""
@@ -92,6 +93,11 @@ class Demanded:
             yield from write(f"{name}_{option}", parameters, set(rule.raw))
         yield from VALUE_RULES
 
+    def shared(self, content: str) -> tuple[str, bool]:
+        """The name of the rule for values of this content, and whether it is still to be written."""
+        new = content not in self._shared
+        return self._shared.setdefault(content, f"value{len(self._shared)}"), new
+
     def between_tags(self, name: str, parameters: list[Parameter], raw: set[str]) -> Iterator[str]:
         """One parameter behind the other; a parameter without a name may be any, and any number of them."""
         tags = self.calls.tags
@@ -101,12 +107,15 @@ class Demanded:
         if refused := next((p for p in parameters if p.required and p not in writable), None):
             raise ValueError(f"the parameter {refused.name!r} cannot be written in the model's format of calls")
         for index, parameter in enumerate(writable):
-            rule = f"{name}_p{index}"
+            rule, is_raw = f"{name}_p{index}", parameter.name in raw
             key = self.text(tags.begin) + " FREE_NAME " if parameter.name is None else ""
             key += self.text(tags.middle if parameter.name is None else tags.begin + parameter.name + tags.middle)
-            value, rules = tagged_value(rule, parameter, tags, parameter.name in raw, self.special_tokens)
-            yield f"{rule}: {key} {value} {self.text(chr(10))}"
-            yield from rules
+            value, new = self.shared(f"{is_raw} {json.dumps(parameter.schema)}")
+            if new:
+                written, rules = tagged_value(value, parameter, tags, is_raw, self.special_tokens)
+                yield f"{value}: {written} {self.text(chr(10))}"
+                yield from rules
+            yield f"{rule}: {key} {value}"
             parts.append(rule + ("*" if parameter.name is None else "" if parameter.required else "?"))
         yield f"{name}: " + (" ".join(parts) or '""')
         yield FREE_NAME
@@ -120,7 +129,9 @@ class Demanded:
         named = [parameter for parameter in named if str(parameter.name).isidentifier()]
         yield f"{name}: {name}_r0_0"
         for index, parameter in enumerate(named):
-            value = python_value(parameter.schema)
+            value, new = self.shared(json.dumps(parameter.schema))
+            if new:
+                yield f"{value}: {python_value(parameter.schema)}"
             for comma in (0, 1):
                 written = f"{json.dumps(', ' * comma + str(parameter.name) + '=')} {value} {name}_r{index + 1}_1"
                 skipped = "" if parameter.required else f" | {name}_r{index + 1}_{comma}"

@@ -13,6 +13,7 @@ from quartet.http_gateway.parsers.tool_calls import demanded_calls, parse, stric
 from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Thought
+from quartet.scheduler_service.grammar.calls import from_calls
 from quartet.scheduler_service.grammar.matchers import Constrained, GrammarCompiler, MaskFiller, bitmask_words
 from quartet.scheduler_service.grammar.source import after_thought
 
@@ -337,3 +338,48 @@ def test_text_between_tags_is_a_value_of_one_of_the_alternatives(name, schema, v
         assert json.loads(read.arguments) == {"a": value}
     for text in refused:
         assert not walker.takes(grammar, written_as(name, text)), text
+
+
+def ordinary_tools(count):
+    """Tools as servers of tools declare them: a few parameters, a nested object, and much to read."""
+    prose = "What it is for, when to use it, and what comes back. " * 6
+    parameters = {
+        "type": "object",
+        "properties": {
+            "path": {"type": "string", "description": prose},
+            "limit": {"type": "integer", "minimum": 1, "description": prose},
+            "mode": {"type": "string", "enum": ["read", "write", "append"], "description": prose},
+            "tags": {"type": "array", "items": {"type": "string"}, "description": prose},
+            "options": {"type": "object", "properties": {"deep": {"type": "boolean"}}, "additionalProperties": False},
+        },
+        "required": ["path"],
+        "additionalProperties": False,
+    }
+    properties = parameters["properties"]
+    return [
+        Tool(
+            Function(
+                f"tool_{number}",
+                parameters={**parameters, "properties": {**properties, f"own_{number}": {"type": "string"}}},
+                strict=True,
+            )
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "glm45", "pythonic", "mistral"])
+def test_three_hundred_ordinary_tools_are_within_the_limits(name, walker):
+    form, tools = FORMATS[name], ordinary_tools(300)
+    for grammar in filter(None, (demanded_calls(form, tools, None, parallel=True), strict_calls(form, tools))):
+        matcher = walker.compiler.compile(*grammar).matcher()
+        assert walker.allowed(matcher)
+
+
+def test_what_several_parameters_may_be_is_written_once():
+    one, many = (
+        from_calls(demanded_calls(FORMATS["qwen3_coder"], ordinary_tools(count), None, parallel=True)[1], {})
+        for count in (1, 50)
+    )
+    assert many.count("value0_TEXT".upper()) == one.count("value0_TEXT".upper())
+    assert len(many) - len(one) < 49 * 1000
