@@ -88,7 +88,12 @@ def demanded_calls(
 
 def strict_calls(calls: CallFormat, tools: Sequence[Tool]) -> tuple[str, str] | None:
     """The grammar under which a call, once the model begins one, fits its tool; None where no tool is strict."""
-    if calls.frame is None or not calls.opening or not any(tool.function.strict for tool in tools):
+    if (
+        calls.frame is None
+        or not calls.opening
+        or calls.shared_opening
+        or not any(tool.function.strict for tool in tools)
+    ):
         return None
     free = {"type": "object", "additionalProperties": True}
     asked = [
@@ -132,5 +137,7 @@ def call_rule(calls: CallFormat, frame: Frame, tool: Tool) -> CallRule:
 
 def value_tags(tags: Tags) -> ValueTags:
     """What stands around a parameter's name and value; an opening of the value stands on a line of its own."""
-    middle = tags.key_end + ("\n" + tags.value_begin if tags.value_begin else "") + "\n" * tags.own_lines
-    return ValueTags(begin=tags.key_begin, middle=middle, end=tags.value_end, own_lines=tags.own_lines)
+    blank = " " if tags.text_begin else "\n"
+    middle = tags.key_end + (blank + tags.value_begin if tags.value_begin else "") + "\n" * tags.own_lines
+    text_middle = tags.key_end + blank + tags.text_begin if tags.text_begin else ""
+    return ValueTags(tags.key_begin, middle, tags.value_end, text_middle, tags.own_lines)
