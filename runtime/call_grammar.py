@@ -14,6 +14,7 @@ class ValueTags(msgspec.Struct, omit_defaults=True):
     begin: str  # before the name
     middle: str  # between the name and a value
     end: str  # behind a value
+    text_middle: str = ""  # in place of `middle` before a value that is read as text; "": the schema says which are
     own_lines: bool = False  # the value stands on lines of its own
 
 

@@ -21,6 +21,7 @@ ToolCallParser = Literal[
     "llama3",
     "minimax-m2",
     "mistral",
+    "mistral_v11",
     "olmo3",
     "phi4_mini_json",
     "pythonic",

@@ -68,12 +68,14 @@ TEMPLATE_CPU_S_PER_MESSAGE = 0.00025
 TEMPLATE_MEMORY_BYTES = 1 << 30
 TEMPLATE_CHARS_PER_CONTEXT_TOKEN = 128  # the longest tokens of real vocabularies: runs of blanks
 # grammars: size of a schema, states that counted repetitions unroll to, length once translated; CPU time of checking
-# one in its first turn and in a second; what else that may take; how many are compiled at once, compiled ones kept
+# one in its first turn and in a second, at least and by byte of its text; what else that may take; how many are
+# compiled at once, compiled ones kept
 MAX_GRAMMAR_NODES = 20_000
 MAX_GRAMMAR_STATES = 20_000
 MAX_GRAMMAR_SOURCE_CHARS = 4 << 20
 GRAMMAR_FIRST_CPU_S = 0.02
 GRAMMAR_CPU_S = 0.1
+GRAMMAR_CPU_S_PER_BYTE = 2e-6
 GRAMMAR_MEMORY_BYTES = 1 << 30
 GRAMMAR_STACK_BYTES = 1 << 20
 GRAMMAR_WORKERS = 2
@@ -83,3 +85,8 @@ GRAMMAR_CACHE_ENTRIES = 256
 def template_cpu_s(messages: int) -> float:
     """CPU time that the render of a conversation may take."""
     return max(TEMPLATE_CPU_S, TEMPLATE_CPU_S_PER_MESSAGE * messages)
+
+
+def grammar_cpu_s(size: int) -> float:
+    """CPU time that checking a grammar of so many bytes may take in its second turn."""
+    return GRAMMAR_CPU_S + GRAMMAR_CPU_S_PER_BYTE * size

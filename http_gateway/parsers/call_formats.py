@@ -63,6 +63,7 @@ class CallFormat:
     named: bool = False  # the tag may also be followed by name{arguments}
     lines: bool = False  # calls in Python need no list around them
     wrapper: str = ""  # a function that such a call may be handed to
+    shared_opening: bool = False  # the tag also leads to what is no call
     alone: bool = False  # there is nothing but calls: the beginning of one is never content
     frame: Frame | None = None
     new_id: Callable[[], str] = call_id
@@ -125,6 +126,15 @@ DEEPSEEK_V32 = CallFormat(
         "</｜DSML｜parameter>",
         "</｜DSML｜invoke>",
         text_begin='string="true">',
+    ),
+    frame=Frame(
+        '<｜DSML｜invoke name="',
+        '">\n',
+        "</｜DSML｜invoke>",
+        before="<｜DSML｜function_calls>\n",
+        separator="\n",
+        after="\n</｜DSML｜function_calls>",
+        quoted=False,
     ),
 )
 KIMI_K2 = CallFormat(
@@ -205,6 +215,13 @@ QWEN3_CODER = CallFormat(
     tags=Tags("<function=", ">", "<parameter=", ">", "", "</parameter>", "</function>", own_lines=True),
     frame=Frame("<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", separator="\n", quoted=False),
 )
+MISTRAL = CallFormat(
+    opening="[TOOL_CALLS]",
+    separators=",",
+    named=True,
+    frame=Frame('{"name": ', ', "arguments": ', "}", before="[TOOL_CALLS] [", separator=", ", after="]"),
+    new_id=short_call_id,
+)
 FORMATS = {
     "hermes": HERMES,
     "llama3": CallFormat(
@@ -213,13 +230,7 @@ FORMATS = {
         separators=";,",
         frame=Frame('{"name": ', ', "parameters": ', "}", separator="; "),
     ),
-    "mistral": CallFormat(
-        opening="[TOOL_CALLS]",
-        separators=",",
-        named=True,
-        frame=Frame('{"name": ', ', "arguments": ', "}", before="[TOOL_CALLS] [", separator=", ", after="]"),
-        new_id=short_call_id,
-    ),
+    "mistral": MISTRAL,
     "pythonic": CallFormat(
         body="python",
         closing="<|python_end|>",
@@ -241,9 +252,18 @@ FORMATS = {
     "gpt-oss": CallFormat(channels=HARMONY),
     "granite": GRANITE,
     "granite4": HERMES,
-    "json": CallFormat(opening="```json", closing="```", bare=("",), brackets="{[", separators=",;"),
+    "json": CallFormat(
+        opening="```json",
+        closing="```",
+        bare=("",),
+        brackets="{[",
+        separators=",;",
+        shared_opening=True,
+        frame=Frame('{"name": ', ', "arguments": ', "}", separator="\n"),
+    ),
     "kimi_k2": KIMI_K2,
     "minimax-m2": MINIMAX_M2,
+    "mistral_v11": replace(MISTRAL, frame=Frame("[TOOL_CALLS]", "[ARGS]", "", quoted=False)),
     "olmo3": OLMO3,
     "phi4_mini_json": PHI4_MINI,
     "smollm3": HERMES,
@@ -260,6 +280,7 @@ CLUES = {  # what a chat template that describes tools holds → the format; the
     r"<function_calls>": "olmo3",
     r"<\|/tool(_call)?\|>|functools\[": "phi4_mini_json",
     r"<\|tool_call\|>|<function_call>": "granite",
+    r"\[ARGS\]": "mistral_v11",
     r"\[TOOL_CALLS\]": "mistral",
     r"<\|python_start\|>|\[func_name1\(": "pythonic",
     r"```tool_code": "gemma3",

@@ -10,6 +10,7 @@ from quartet.http_gateway.parsers.call_formats import FORMATS, CallFormat, Frame
 from quartet.http_gateway.parsers.output_reader import OutputReader
 from quartet.http_gateway.parsers.tagged_calls import Tags, kinds_of
 from quartet.http_gateway.parsers.tool_events import Function, Parsed, Tool, collect
+from quartet.http_gateway.parsers.tool_schemas import without_prose
 from quartet.runtime.call_grammar import CallGrammar, CallRule, ValueTags
 from quartet.runtime.errors import RequestError
 
@@ -69,7 +70,7 @@ def call_schema(tool: Tool, index: int) -> dict[str, Any]:
 def parameters_schema(tool: Tool, index: int) -> dict[str, Any]:
     """The schema of a tool's parameters, as a resource of its own: its references start at its own root."""
     parameters = NO_PARAMETERS if tool.function.parameters is None else tool.function.parameters
-    return {"$id": f"tool:{index}", **parameters}
+    return {"$id": f"tool:{index}", **without_prose(parameters)}
 
 
 def demanded_calls(
@@ -87,7 +88,12 @@ def demanded_calls(
 
 def strict_calls(calls: CallFormat, tools: Sequence[Tool]) -> tuple[str, str] | None:
     """The grammar under which a call, once the model begins one, fits its tool; None where no tool is strict."""
-    if calls.frame is None or not calls.opening or not any(tool.function.strict for tool in tools):
+    if (
+        calls.frame is None
+        or not calls.opening
+        or calls.shared_opening
+        or not any(tool.function.strict for tool in tools)
+    ):
         return None
     free = {"type": "object", "additionalProperties": True}
     asked = [
@@ -124,12 +130,14 @@ def call_rule(calls: CallFormat, frame: Frame, tool: Tool) -> CallRule:
         begin=frame.begin + (json.dumps(name, ensure_ascii=False) if frame.quoted else name),
         middle=frame.middle,
         end=frame.end,
-        parameters=NO_PARAMETERS if parameters is None else parameters,
+        parameters=NO_PARAMETERS if parameters is None else without_prose(parameters),
         raw=raw if calls.tags else [],
     )
 
 
 def value_tags(tags: Tags) -> ValueTags:
     """What stands around a parameter's name and value; an opening of the value stands on a line of its own."""
-    middle = tags.key_end + ("\n" + tags.value_begin if tags.value_begin else "") + "\n" * tags.own_lines
-    return ValueTags(begin=tags.key_begin, middle=middle, end=tags.value_end, own_lines=tags.own_lines)
+    blank = " " if tags.text_begin else "\n"
+    middle = tags.key_end + (blank + tags.value_begin if tags.value_begin else "") + "\n" * tags.own_lines
+    text_middle = tags.key_end + blank + tags.text_begin if tags.text_begin else ""
+    return ValueTags(tags.key_begin, middle, tags.value_end, text_middle, tags.own_lines)

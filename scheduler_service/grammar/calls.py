@@ -5,7 +5,8 @@ optional ones or not, each value by its own schema. Every function raises ValueE
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import msgspec
 from llguidance import LLMatcher
@@ -15,8 +16,9 @@ from quartet.runtime.messages import Thought
 from quartet.scheduler_service.grammar.arguments import Parameter, alternatives
 from quartet.scheduler_service.grammar.call_values import VALUE_RULES, python_value, tagged_value
 from quartet.scheduler_service.grammar.checked_schema import checked_schema
-from quartet.scheduler_service.grammar.lark import SpecialTokens, literal
+from quartet.scheduler_service.grammar.lark import SpecialTokens, literal, split_at_tokens
 from quartet.scheduler_service.grammar.source import split_thought, thought_rules
+from quartet.scheduler_service.grammar.text_values import READ_AS, named_types, options
 
 TEXT = r"TEXT: /(.|\n)*/"
 FREE_NAME = "FREE_NAME: /[A-Za-z_][A-Za-z0-9_]{0,63}/"  # of a parameter that the schema does not declare
@@ -32,12 +34,21 @@ def from_calls(text: str, special_tokens: SpecialTokens) -> str:
     return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
 
 
+class Form(NamedTuple):
+    """One way to write the value of a parameter: what stands before it, its rule, and the rules that are new."""
+
+    middle: str
+    value: str
+    rules: list[str]
+
+
 class Demanded:
     """Nothing but calls behind the thought."""
 
     def __init__(self, calls: CallGrammar, special_tokens: SpecialTokens) -> None:
         self.calls = calls
         self.special_tokens = special_tokens
+        self._shared: dict[str, str] = {}  # what a value may be → the rule for it, of all tools
 
     def whole(self, thought: Thought | None) -> tuple[str, list[str]]:
         """The start, and the rules that it needs."""
@@ -92,6 +103,11 @@ class Demanded:
             yield from write(f"{name}_{option}", parameters, set(rule.raw))
         yield from VALUE_RULES
 
+    def shared(self, content: str) -> tuple[str, bool]:
+        """The name of the rule for values of this content, and whether it is still to be written."""
+        new = content not in self._shared
+        return self._shared.setdefault(content, f"value{len(self._shared)}"), new
+
     def between_tags(self, name: str, parameters: list[Parameter], raw: set[str]) -> Iterator[str]:
         """One parameter behind the other; a parameter without a name may be any, and any number of them."""
         tags = self.calls.tags
@@ -102,14 +118,39 @@ class Demanded:
             raise ValueError(f"the parameter {refused.name!r} cannot be written in the model's format of calls")
         for index, parameter in enumerate(writable):
             rule = f"{name}_p{index}"
-            key = self.text(tags.begin) + " FREE_NAME " if parameter.name is None else ""
-            key += self.text(tags.middle if parameter.name is None else tags.begin + parameter.name + tags.middle)
-            value, rules = tagged_value(rule, parameter, tags, parameter.name in raw, self.special_tokens)
-            yield f"{rule}: {key} {value} {self.text(chr(10))}"
-            yield from rules
+            forms = self.forms(parameter, parameter.name in raw)
+            yield f"{rule}: " + " | ".join(self.key(parameter, form) + f" {form.value}" for form in forms)
+            for form in forms:
+                yield from form.rules
             parts.append(rule + ("*" if parameter.name is None else "" if parameter.required else "?"))
         yield f"{name}: " + (" ".join(parts) or '""')
         yield FREE_NAME
+
+    def forms(self, parameter: Parameter, raw: bool) -> list["Form"]:
+        """How a parameter's value may be written: in one way, or, where a tag tells text from JSON, in two."""
+        tags = self.calls.tags
+        assert tags is not None
+        if not (tags.text_middle and raw):
+            return [self.form(parameter, tags.middle, raw)]
+        found = [self.form(only(parameter, {"string"}), tags.text_middle, True)]
+        if named_types(options(parameter.schema)):
+            found.append(self.form(only(parameter, READ_AS.keys()), tags.middle, False))
+        return found
+
+    def form(self, parameter: Parameter, middle: str, raw: bool) -> "Form":
+        value, new = self.shared(f"{raw} {json.dumps(parameter.schema)}")
+        if not new:
+            return Form(middle, value, [])
+        assert self.calls.tags is not None
+        written, rules = tagged_value(value, parameter, self.calls.tags, raw, self.special_tokens)
+        return Form(middle, value, [f"{value}: {written} {self.text(chr(10))}", *rules])
+
+    def key(self, parameter: Parameter, form: "Form") -> str:
+        """The tags and the name before a value."""
+        assert self.calls.tags is not None
+        if parameter.name is None:
+            return f"{self.text(self.calls.tags.begin)} FREE_NAME {self.text(form.middle)}"
+        return self.text(self.calls.tags.begin + parameter.name + form.middle)
 
     def in_python(self, name: str, parameters: list[Parameter], raw: set[str]) -> Iterator[str]:
         """`key=value, key=value`; `_0` of a rule: nothing stands before, `_1`: a comma is due."""
@@ -120,13 +161,24 @@ class Demanded:
         named = [parameter for parameter in named if str(parameter.name).isidentifier()]
         yield f"{name}: {name}_r0_0"
         for index, parameter in enumerate(named):
-            value = python_value(parameter.schema)
+            value, new = self.shared(json.dumps(parameter.schema))
+            if new:
+                yield f"{value}: {python_value(parameter.schema)}"
             for comma in (0, 1):
                 written = f"{json.dumps(', ' * comma + str(parameter.name) + '=')} {value} {name}_r{index + 1}_1"
                 skipped = "" if parameter.required else f" | {name}_r{index + 1}_{comma}"
                 yield f"{name}_r{index}_{comma}: {written}{skipped}"
         for comma in (0, 1):
             yield f'{name}_r{len(named)}_{comma}: ""'
+
+
+def only(parameter: Parameter, kinds: Collection[str]) -> Parameter:
+    """The parameter with those of its values that have one of these types."""
+    whole = {key: parameter.schema[key] for key in ("$defs", "x-guidance") if key in parameter.schema}
+    rest = {key: value for key, value in parameter.schema.items() if key not in whole}
+    if rest.get("type") in kinds:
+        return parameter
+    return parameter._replace(schema=whole | {"allOf": [rest, {"type": sorted(kinds)}]})
 
 
 def can_name(name: str | None, tags: ValueTags) -> bool:
@@ -144,9 +196,11 @@ class Triggered(Demanded):
             before, rules = thought_rules(thought, self.special_tokens)
         elif thought is not None and {thought.opening, thought.closing} <= self.special_tokens.keys():
             before = f"(TEXT {self.text(thought.opening)} TEXT {self.text(thought.closing)})?"
-        trigger = self.calls.trigger
-        if trigger in self.special_tokens:
-            segment = [f"segment: TEXT <[{self.special_tokens[trigger]}]> calls"]
+        first, *rest = split_at_tokens(self.calls.trigger, self.special_tokens)
+        if first in self.special_tokens:
+            segment = [f"segment: TEXT {self.text(self.calls.trigger)} calls"]
+        elif rest:
+            segment = [f"OPENING: TEXT {json.dumps(first)}", f"segment: OPENING {self.text(''.join(rest))} calls"]
         else:
-            segment = [f"opening[lazy]: TEXT {json.dumps(trigger)}", "segment: opening calls"]
+            segment = [f"opening[lazy]: TEXT {json.dumps(first)}", "segment: opening calls"]
         return f"{before} segment* TEXT", [*rules, TEXT, *segment, *self.call_rules()]

@@ -236,7 +236,7 @@ class GrammarCompiler:
 
     def _outcome(self, kind: str, text: str, checker: Guarded, long: bool) -> Outcome:
         """The grammar or its refusal: a refusal is cached too, and costs nothing the second time."""
-        cpu_s = limits.GRAMMAR_CPU_S if long else limits.GRAMMAR_FIRST_CPU_S
+        cpu_s = limits.grammar_cpu_s(len(text.encode())) if long else limits.GRAMMAR_FIRST_CPU_S
         try:
             tokenizer = self._load()
             grammar = self._checked(kind, text, checker, cpu_s)

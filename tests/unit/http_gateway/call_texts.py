@@ -201,6 +201,7 @@ WAYS: Mapping[str, tuple[Callable[[Calls], str], ...]] = {
     "llama3": (llama3,),
     "minimax-m2": (minimax_m2,),
     "mistral": (mistral, mistral_list),
+    "mistral_v11": (mistral, mistral_list),
     "olmo3": (olmo3, olmo3_json),
     "phi4_mini_json": (phi4_mini, phi4_mini_functools),
     "pythonic": (pythonic, llama4),

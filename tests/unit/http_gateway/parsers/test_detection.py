@@ -41,7 +41,7 @@ FORMATS_OF = {  # what they choose: calls, thoughts
     "Kimi-K2-Thinking": ("kimi_k2", "qwen3"),
     "Llama-3.1": ("llama3", None),
     "Llama-4-of-vLLM": ("pythonic", None),
-    "Magistral-Small-2509": ("mistral", "mistral"),
+    "Magistral-Small-2509": ("mistral_v11", "mistral"),
     "MiniMax-M2": ("minimax-m2", "qwen3"),
     "Mistral-7B-Instruct-v0.3": ("mistral", None),
     "OLMo-3.1-Instruct": ("olmo3", None),

@@ -13,12 +13,19 @@ from quartet.http_gateway.parsers.tool_calls import demanded_calls, parse, stric
 from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Thought
+from quartet.scheduler_service.grammar.calls import from_calls
 from quartet.scheduler_service.grammar.matchers import Constrained, GrammarCompiler, MaskFiller, bitmask_words
 from quartet.scheduler_service.grammar.source import after_thought
 
 END = 0
 SPECIAL = ["<|end|>", "<tool_call>", "[TOOL_CALLS]", "<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "<|tool_call_end|>"]
-SPECIAL += ["<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_calls_section_begin|>", "<|python_tag|>"]
+SPECIAL += [
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_calls_section_begin|>",
+    "<|python_tag|>",
+    "｜DSML｜",
+]
 WRITTEN = sorted(name for name, form in FORMATS.items() if form.frame is not None)
 WEATHER = {
     "type": "object",
@@ -71,13 +78,14 @@ class Walker:
     def write(self, grammar, rng, ends):
         """A random output; `ends` are what closes a value."""
         matcher, ids = self.compiler.compile(*grammar).matcher(), []
+        written = [self.tokenizer.encode(end).ids for end in ends]
         while not matcher.finished:
             allowed = self.allowed(matcher)
             assert allowed and len(ids) < 4000, self.tokenizer.decode(ids)
             if matcher.accepting and (len(ids) > 300 or rng.random() < 0.3):
                 break
-            text = self.tokenizer.decode(ids[-30:], skip_special_tokens=False)
-            wanted = [self.text_ids[c] for c in (ends and closing(text, ends)) or '"}])' if self.text_ids[c] in allowed]
+            brackets = [self.text_ids[character] for character in ('"}]' if ends else '"}])')]
+            wanted = [token for token in closing(ids, written, brackets) if token in allowed]
             usual = sorted(allowed & self.printable - {END}) if len(allowed) > 9 else sorted(allowed - {END})
             token = rng.choice(
                 wanted if wanted and len(allowed) > 9 and (len(ids) > 100 or rng.random() < 0.6) else usual
@@ -91,11 +99,11 @@ class Walker:
         return all(map(matcher.accept, self.tokenizer.encode(text).ids)) and matcher.accepting
 
 
-def closing(text, ends):
-    """The characters that go on with one of the ends, and those that close JSON where a value is JSON."""
-    sizes = [next(size for size in range(len(end) - 1, -1, -1) if text.endswith(end[:size])) for end in ends]
+def closing(ids, ends, brackets):
+    """The tokens that go on with one of the ends, and those that close JSON where a value is JSON."""
+    sizes = [next(size for size in range(len(end) - 1, -1, -1) if ids[len(ids) - size :] == end[:size]) for end in ends]
     begun = [end[size] for end, size in zip(ends, sizes, strict=True)]
-    return begun if any(sizes) else [*begun, *'"}]']
+    return begun if any(sizes) else [*begun, *brackets]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["text", "special tokens"])
@@ -147,6 +155,12 @@ CALLS = {  # of f with a="x", as the templates write them
     "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>',
     "llama3": '{"name": "f", "parameters": {"a": "x"}}',
     "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "x"}}]',
+    "mistral_v11": '[TOOL_CALLS]f[ARGS]{"a": "x"}',
+    "json": '{"name": "f", "arguments": {"a": "x"}}',
+    "deepseekv32": (
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="true">x'
+        "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>"
+    ),
     "pythonic": '[f(a="x")]',
     "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</function>\n</tool_call>",
     "glm45": "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x</arg_value>\n</tool_call>",
@@ -194,14 +208,16 @@ def test_a_thought_stands_before_a_demanded_call(name, place, walker):
     assert not walker.takes(grammar, f"{opening}I call</think>\n\nOr not.")
 
 
-@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"pythonic"}))
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"pythonic", "json"}))
 def test_a_call_that_a_model_begins_by_itself_fits_its_strict_tool(name, walker):
     form = FORMATS[name]
     grammar = strict_calls(form, [STRICT])
     call = CALLS[name] if CALLS[name].startswith(form.opening) else form.opening + CALLS[name]
     for text in ("no call", call, f"first {call} then\n{call}", f"{call}\n{call}"):
         assert walker.takes(grammar, text), text
-    assert not walker.takes(grammar, f"first {call.replace('f', 'g', 1) if name != 'deepseekv3' else call[:-5]}")
+    assert not walker.takes(
+        grammar, f"first {call.replace('f', 'g', 1) if name not in ('deepseekv3', 'deepseekv32') else call[:-5]}"
+    )
     inside = Thought(opening="<think>", closing="</think>", place="inside")
     thinking = grammar[0], after_thought(grammar[1], inside)
     assert walker.takes(thinking, f"I could</think>then {call}")
@@ -210,6 +226,7 @@ def test_a_call_that_a_model_begins_by_itself_fits_its_strict_tool(name, walker)
 def test_without_a_strict_tool_or_a_tag_before_calls_nothing_is_constrained():
     assert strict_calls(FORMATS["hermes"], [F]) is None
     assert strict_calls(FORMATS["pythonic"], [STRICT]) is None
+    assert strict_calls(FORMATS["json"], [STRICT]) is None  # a block of code may hold any JSON
 
 
 @pytest.mark.parametrize(
@@ -337,3 +354,48 @@ def test_text_between_tags_is_a_value_of_one_of_the_alternatives(name, schema, v
         assert json.loads(read.arguments) == {"a": value}
     for text in refused:
         assert not walker.takes(grammar, written_as(name, text)), text
+
+
+def ordinary_tools(count):
+    """Tools as servers of tools declare them: a few parameters, a nested object, and much to read."""
+    prose = "What it is for, when to use it, and what comes back. " * 6
+    parameters = {
+        "type": "object",
+        "properties": {
+            "path": {"type": "string", "description": prose},
+            "limit": {"type": "integer", "minimum": 1, "description": prose},
+            "mode": {"type": "string", "enum": ["read", "write", "append"], "description": prose},
+            "tags": {"type": "array", "items": {"type": "string"}, "description": prose},
+            "options": {"type": "object", "properties": {"deep": {"type": "boolean"}}, "additionalProperties": False},
+        },
+        "required": ["path"],
+        "additionalProperties": False,
+    }
+    properties = parameters["properties"]
+    return [
+        Tool(
+            Function(
+                f"tool_{number}",
+                parameters={**parameters, "properties": {**properties, f"own_{number}": {"type": "string"}}},
+                strict=True,
+            )
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "glm45", "pythonic", "mistral"])
+def test_three_hundred_ordinary_tools_are_within_the_limits(name, walker):
+    form, tools = FORMATS[name], ordinary_tools(300)
+    for grammar in filter(None, (demanded_calls(form, tools, None, parallel=True), strict_calls(form, tools))):
+        matcher = walker.compiler.compile(*grammar).matcher()
+        assert walker.allowed(matcher)
+
+
+def test_what_several_parameters_may_be_is_written_once():
+    one, many = (
+        from_calls(demanded_calls(FORMATS["qwen3_coder"], ordinary_tools(count), None, parallel=True)[1], {})
+        for count in (1, 50)
+    )
+    assert many.count("value0_TEXT".upper()) == one.count("value0_TEXT".upper())
+    assert len(many) - len(one) < 49 * 1000
