@@ -35,7 +35,7 @@ STILL_CPU = (
     "make GPU=1 TORCH_INDEX=https://download.pytorch.org/whl/cu128"
 )
 NO_COMPILER = (
-    "There is no gcc here: models run in bfloat16 without Quartet's own CPU kernels, at about half the speed.\n"
+    "There is no gcc here: bfloat16 models run without Quartet's own CPU kernels, which are faster than torch's.\n"
     "On Debian and Ubuntu: apt install gcc libc6-dev"
 )
 

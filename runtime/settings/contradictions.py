@@ -50,6 +50,17 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: "--device cuda needs an NVIDIA driver, and none is loaded here; use --device cpu",
     ),
     (
+        lambda c, m: (
+            (c.device == "cuda" or (c.device == "auto" and m.has_gpu and m.torch_has_cuda))
+            and c.attention_backend != "torch_native"
+            and not m.has_triton
+        ),
+        lambda c: (
+            "a GPU needs Triton, which is not installed: pip install 'quartet-serve[gpu]', or use "
+            "--attention-backend torch_native or --device cpu"
+        ),
+    ),
+    (
         lambda c, m: c.chunked_prefill_size == 0,
         lambda c: "--chunked-prefill-size 0 computes nothing; use -1 for whole prompts or a number of tokens",
     ),

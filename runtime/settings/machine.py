@@ -16,6 +16,7 @@ class Machine(msgspec.Struct, frozen=True):
 
     has_gpu: bool = False  # an NVIDIA driver is loaded
     torch_has_cuda: bool = False  # the installed torch can use it
+    has_triton: bool = True  # which compiles the kernels of a GPU
     recorder_dir: str = RECORDER_DIR  # where recordings of experts go
     has_opentelemetry: bool = False  # the SDK and its exporter are installed
 
@@ -25,6 +26,7 @@ def look_at_machine() -> Machine:
     return Machine(
         has_gpu=Path("/proc/driver/nvidia/version").exists(),
         torch_has_cuda=torch_has_cuda(),
+        has_triton=importlib.util.find_spec("triton") is not None,
         recorder_dir=os.environ.get(RECORDER_DIR_VARIABLE) or RECORDER_DIR,
         has_opentelemetry=has_opentelemetry(),
     )

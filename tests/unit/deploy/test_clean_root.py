@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from deploy.clean_root import dockerfile, image
+from deploy.clean_root.first_answer import megabytes_fetched
 from deploy.clean_root.root import Root
 
 OURS = Path(image.REPOSITORY)
@@ -75,3 +76,16 @@ def test_a_command_has_only_the_variables_it_is_given_and_the_home_of_its_user(t
     script = Root(tmp_path, environment={"A": "1"}).command("make it", {"B": "a b"}, "/opt", "quartet")[-1]
     assert "chroot --userspec=quartet:quartet . /usr/bin/env -i" in script
     assert "HOME=/home/quartet A=1 'B=a b' /bin/sh -c 'cd /opt && make it'" in script
+
+
+def test_what_pip_fetched_is_summed_from_what_it_prints_each_file_once(tmp_path):
+    (tmp_path / "a.whl").write_bytes(bytes(1_500_000))
+    printed = f"""
+Collecting x
+  Downloading x-1-py3-none-any.whl.metadata (12 kB)
+  Downloading x-1-py3-none-any.whl (1.2 MB)
+Downloading x-1-py3-none-any.whl (1.2 MB)
+Processing {tmp_path}/a.whl (from y)
+Processing /opt/no.whl
+"""
+    assert megabytes_fetched(printed) == pytest.approx(2.7)

@@ -29,6 +29,20 @@ def test_a_gpu_without_a_torch_that_can_use_it_is_not_used():
     assert resolve(ServerConfig(), Machine(has_gpu=True)).config.device == "cpu"
 
 
+@pytest.mark.parametrize("given", [{}, {"device": "cuda"}, {"device": "cuda", "attention_backend": "triton"}])
+def test_a_gpu_without_triton_is_refused_with_what_to_install(given):
+    machine = Machine(has_gpu=True, torch_has_cuda=True, has_triton=False)
+    with pytest.raises(
+        StartupError, match=r"pip install 'quartet-serve\[gpu\]', or use --attention-backend torch_native"
+    ):
+        resolve(ServerConfig(**given), machine)
+
+
+@pytest.mark.parametrize("given", [{"device": "cpu"}, {"attention_backend": "torch_native"}])
+def test_without_triton_all_else_is_served(given):
+    resolve(ServerConfig(**given), Machine(has_gpu=True, torch_has_cuda=True, has_triton=False))
+
+
 def test_what_was_given_is_kept():
     given = ServerConfig(page_size=1, max_running_requests=3, max_queued_requests=5, chunked_prefill_size=-1)
     resolved = resolve(given, GPU).config
