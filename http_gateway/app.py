@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from quartet.http_gateway.admin import control, health, info, openapi, parsing, web_page
 from quartet.http_gateway.anthropic import error_responses, messages, models
+from quartet.http_gateway.batches import batches, files, service
 from quartet.http_gateway.embedding import embeddings, rerank, score
 from quartet.http_gateway.embedding import encode as embed
 from quartet.http_gateway.http import errors, request_log
@@ -23,6 +24,7 @@ from quartet.http_gateway.openai import chat, completions, responses, stored_res
 from quartet.http_gateway.routes.endpoint import Endpoint, Guarded, unauthorized
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.middleware import RequestMiddleware
+from quartet.runtime.batch.lines import URLS
 from quartet.runtime.errors import Kind, RequestError
 
 ENDPOINTS: list[Endpoint] = [
@@ -31,6 +33,8 @@ ENDPOINTS: list[Endpoint] = [
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
     *stored_responses.ENDPOINTS,
+    *files.ENDPOINTS,
+    *batches.ENDPOINTS,
     *messages.ENDPOINTS,
     *models.ENDPOINTS,
     *tokens.ENDPOINTS,
@@ -51,11 +55,15 @@ def build(gateway: Gateway) -> ASGIApp:
     keys, allowed_sites = Keys(gateway.config.api_key, gateway.config.admin_api_key), AllowedSites(gateway.config)
     endpoints = [*ENDPOINTS, info.METRICS] if gateway.config.enable_metrics else list(ENDPOINTS)
     endpoints += openapi.endpoints(endpoints)
+    called = {one.path: Guarded(one, gateway, Keys(None, None), allowed_sites) for one in endpoints if one.path in URLS}
+    runner = service.make_runner(gateway, called)
     app = Starlette(
         routes=[route(endpoint, gateway, keys, allowed_sites) for endpoint in endpoints],
         middleware=[Middleware(CorsMiddleware, allowed_sites=allowed_sites)],
         exception_handlers={HTTPException: unmatched(keys, {endpoint.path for endpoint in endpoints})},
+        lifespan=service.lifespan(runner),
     )
+    app.state.batches = runner
     app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative
     inner = HostMiddleware(app, allowed_sites, error_responses.shape_for_scope)
     observers = [request_log.write] if gateway.config.log_requests != "off" else []

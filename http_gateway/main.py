@@ -111,6 +111,8 @@ class GatewayServer:
 
     def _begin_drain(self) -> None:
         self._gateway.phase = Phase.DRAINING
+        for stop in self._gateway.at_drain:
+            stop()
         self._gateway.ring.closing = True
         self._draining = self._loop.create_task(self._drain())
 
@@ -195,6 +197,7 @@ async def serve(boot: Boot) -> None:
         health_timeout_s=health_timeout_s(os.environ),
         tracer=traces,
     )
+    gateway.files.open()
     ring.ask_facts()  # a command may have changed what they say while the gateway could not hear its reply
     await ring.wait_until_connected()
     await GatewayServer(boot, gateway).serve()

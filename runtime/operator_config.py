@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from quartet.runtime.flag import HTTP, OPERATIONS, Seconds, Share, flag
+from quartet.runtime.flag import HTTP, OPERATIONS, Natural, Seconds, Share, flag
 
 LogFormat = Literal["text", "json"]
 RequestLog = Literal["off", "metadata", "full"]
@@ -36,6 +36,17 @@ class OperatorConfig(msgspec.Struct, frozen=True, kw_only=True):
         Verification | None,
         flag("whether clients need a certificate of those authorities (default: required)", HTTP),
     ] = None
+    files_store: Annotated[
+        str | None,
+        flag(
+            "directory that keeps the files of /v1/files and the batches of /v1/batches; one of its own outlasts the "
+            "server, and the next one goes on with its batches (default: in the run directory)",
+            HTTP,
+        ),
+    ] = None
+    files_store_size: Annotated[
+        Natural, flag("bytes of files that are kept, results of batches included; 0: none", HTTP)
+    ] = 512 << 20
     ready_file: Annotated[
         str | None,
         flag("file that holds the server's addresses, one a line, from when it serves until it stops", OPERATIONS),

@@ -51,6 +51,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("http_gateway.routes",),
         ("http_gateway.native",),
         ("http_gateway.openai", "http_gateway.embedding"),
+        ("http_gateway.batches",),
         ("http_gateway.admin",),
         ("http_gateway.anthropic",),
         ("http_gateway",),

@@ -1,7 +1,7 @@
 """What the endpoints share: the server's settings and state, and the ring."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -18,6 +18,7 @@ from quartet.http_gateway.ring.counter_cache import CounterCache
 from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.http_gateway.routes.background_runs import BackgroundRuns
 from quartet.http_gateway.routes.event_log import EventLogs
+from quartet.http_gateway.routes.file_store import file_store_of
 from quartet.http_gateway.routes.response_store import store_of
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
@@ -58,6 +59,7 @@ class Gateway:
     tracer: Tracer | None = None  # None: calls are not traced
     phase: Phase = Phase.STARTING
     started_at: float = field(default_factory=time.time)
+    at_drain: list[Callable[[], None]] = field(default_factory=list)  # called when the server is told to stop
 
     def __post_init__(self) -> None:
         self.rules = rules(self.config, self.model, self.facts)
@@ -72,6 +74,7 @@ class Gateway:
         self.ring.on_facts = self.on_facts
         self.counters = CounterCache(self.ring)
         self.stored_responses = store_of(self.config, self.run_dir)
+        self.files = file_store_of(self.config, self.run_dir)
         self.background = BackgroundRuns()
         self.event_logs = EventLogs()  # of those runs
         self.health_probe = HealthProbe(

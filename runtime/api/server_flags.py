@@ -30,6 +30,8 @@ class ServerFlags(TypedDict, total=False):
     ssl_keyfile_password: str | None
     ssl_ca_certs: str | None
     ssl_cert_reqs: Literal["none", "optional", "required"] | None
+    files_store: str | None
+    files_store_size: int
     host: str
     port: int
     api_key: str | list[str] | None

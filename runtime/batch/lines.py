@@ -112,8 +112,9 @@ def parse(text: bytes, number: int, urls: Container[str] = URLS) -> Request | Ba
         return wrong(None, number, "invalid_custom_id", f"custom_id must have 1 to {MAX_CUSTOM_ID_CHARS} characters")
     if line.url not in urls:
         return wrong(line.custom_id, number, "invalid_url", f"url {short(line.url)!r} is not one that is served here")
-    if bytes(line.body.get("stream", b"null")) == b"true":
-        return wrong(line.custom_id, number, "invalid_request", "stream: a batch has no streams")
+    for name in ("stream", "background"):
+        if bytes(line.body.get(name, b"null")) == b"true":
+            return wrong(line.custom_id, number, "invalid_request", f"{name}: in a batch, every answer is waited for")
     return Request(number, line.custom_id, line.url, msgspec.json.encode(line.body))
 
 

@@ -27,6 +27,7 @@ FIRST_PAGE = {
     "allowed_hosts",
     "drain_timeout",
     "responses_store",
+    "files_store",
     "preferred_sampling_params",
     "sampling_defaults",
     "tool_call_parser",

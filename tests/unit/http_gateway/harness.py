@@ -284,4 +284,7 @@ async def served(
     try:
         yield Served(transport, gateway)
     finally:
+        for stop in gateway.at_drain:
+            stop()
+        gateway.files.close()
         listening.cancel()

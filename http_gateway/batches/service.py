@@ -1,0 +1,61 @@
+"""The batches of an application: how their requests are carried out, and where its endpoints find them."""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import cast
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request as HTTPRequest
+from starlette.types import ASGIApp
+
+from quartet.http_gateway.batches.in_process import call
+from quartet.http_gateway.batches.runner import BatchRunner
+from quartet.http_gateway.routes.gateway import Gateway, Phase
+from quartet.runtime.config import ServerConfig
+
+PRIORITY = 100  # below requests that say nothing of theirs, which have 0
+WITHOUT_PRIORITY = ("/v1/embeddings", "/v1/responses")
+
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
+
+
+def runner_of(http: HTTPRequest) -> BatchRunner:
+    """The batches of the application that serves this request."""
+    return cast(BatchRunner, http.app.state.batches)
+
+
+def make_runner(gateway: Gateway, endpoints: Mapping[str, ASGIApp]) -> BatchRunner:
+    """The batches of a server. `endpoints`: by path, those that a batch may call."""
+
+    async def execute(method: str, url: str, body: bytes) -> tuple[int, bytes]:
+        return await call(endpoints[url], url, with_priority(gateway.config, url, body))
+
+    runner = BatchRunner(gateway.files, execute, lambda: gateway.phase is not Phase.STARTING)
+    gateway.at_drain.append(runner.stop)
+    return runner
+
+
+def with_priority(config: ServerConfig, url: str, body: bytes) -> bytes:
+    """A request of a batch gives way to others, where the server has priorities and the request says nothing of it."""
+    if config.schedule_policy != "priority" or url in WITHOUT_PRIORITY:
+        return body
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    if bytes(fields.get("priority", b"null")) != b"null":
+        return body
+    priority = PRIORITY if config.schedule_low_priority_values_first else -PRIORITY
+    return msgspec.json.encode(fields | {"priority": priority})
+
+
+def lifespan(runner: BatchRunner) -> Lifespan:
+    """Goes on with unfinished batches when the application starts."""
+
+    @asynccontextmanager
+    async def span(app: Starlette) -> AsyncIterator[None]:
+        await runner.resume()
+        try:
+            yield
+        finally:
+            runner.stop()
+
+    return span

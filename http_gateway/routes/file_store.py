@@ -1,0 +1,216 @@
+"""The files and batches of /v1/files and /v1/batches: a bounded directory, which outlasts the gateway's process.
+
+The directory has the content of each file under its id, and a SQLite database with what is known of them. Nothing is
+ever dropped to make room: a client deletes what it no longer needs.
+
+Every method but `run` blocks. The event loop calls them by `run`, in a thread of the store's own.
+"""
+
+import asyncio
+import fcntl
+import os
+import shutil
+import sqlite3
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import Kind, RequestError, StartupError
+
+DATABASE, LOCK = "files.sqlite", "lock"
+FORMAT = 1  # of the database, as its user_version
+PARTIAL = ".partial"  # results of a batch that is not over
+FULL = (
+    "The store of files has no room for {} bytes more: delete files, or start the server with more --files-store-size."
+)
+
+Result = TypeVar("Result")
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    id TEXT PRIMARY KEY, created_at INTEGER NOT NULL, bytes INTEGER NOT NULL, filename TEXT NOT NULL,
+    purpose TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS batches (id TEXT PRIMARY KEY, over INTEGER NOT NULL, data BLOB NOT NULL);
+"""
+
+
+class StoredFile(NamedTuple):
+    """What is known of a file."""
+
+    id: str
+    created_at: int
+    bytes: int
+    filename: str
+    purpose: str
+
+
+class FileStore:
+    """Keeps so many bytes of files, and the batches that use them."""
+
+    def __init__(self, directory: str | None, most_bytes: int, now: Callable[[], float] = time.time) -> None:
+        """`directory`: made when it is needed; None: one for this process alone. `now`: seconds, as `time.time`."""
+        self._given = directory
+        self.most_bytes = most_bytes
+        self._now = now
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
+        self._database: sqlite3.Connection | None = None
+        self.directory = Path()
+        self._owned = -1  # descriptor of the lock file
+
+    def open(self) -> None:
+        """Take the directory. Raises StartupError where another server has it or it cannot be used, naming the flag."""
+        with self._lock:
+            self._opened()
+
+    async def run(self, operation: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function that uses the store, in the store's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, operation, *arguments)
+
+    def path_of(self, file_id: str) -> Path:
+        return self.directory / file_id
+
+    def partial_of(self, batch_id: str) -> Path:
+        return self.directory / (batch_id + PARTIAL)
+
+    def room(self) -> int:
+        """Bytes that may still be kept."""
+        with self._transaction() as database:
+            return self.most_bytes - int(database.execute("SELECT coalesce(sum(bytes), 0) FROM files").fetchone()[0])
+
+    def add(self, content: BinaryIO, size: int, filename: str, purpose: str) -> StoredFile:
+        """Keep a copy of a file. Raises RequestError (413) where there is no room."""
+        if size > self.room():
+            raise RequestError(FULL.format(size), Kind.TOO_LARGE, "file")
+        file = StoredFile(new_id("file"), int(self._now()), size, filename, purpose)
+        with open(self.path_of(file.id), "xb", opener=private) as copy:
+            shutil.copyfileobj(content, copy)
+        with self._transaction() as database:
+            insert(database, [file])
+        return file
+
+    def file(self, file_id: str) -> StoredFile | None:
+        """A file by its id; None where there is none."""
+        with self._transaction() as database:
+            row = database.execute("SELECT * FROM files WHERE id = ?", (file_id,)).fetchone()
+            return None if row is None else StoredFile(*row)
+
+    def files(self, purpose: str | None) -> list[StoredFile]:
+        """All files of a purpose, the oldest first."""
+        with self._transaction() as database:
+            rows = database.execute("SELECT * FROM files WHERE coalesce(purpose = ?, 1) ORDER BY rowid", (purpose,))
+            return [StoredFile(*row) for row in rows]
+
+    def delete(self, file_id: str) -> bool:
+        """Forget a file; False where there is none."""
+        with self._transaction() as database:
+            found = database.execute("DELETE FROM files WHERE id = ?", (file_id,)).rowcount > 0
+        if found:
+            self.path_of(file_id).unlink(missing_ok=True)
+        return found
+
+    def put_batch(self, batch_id: str, data: bytes, over: bool, made: Sequence[StoredFile] = ()) -> None:
+        """Keep a batch as it is now and, in the same step, the files that it has made, whose content is there."""
+        with self._transaction() as database:
+            row = (batch_id, over, data)
+            database.execute("INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET over = ?2, data = ?3", row)
+            insert(database, made)
+
+    def batch(self, batch_id: str) -> bytes | None:
+        """A batch by its id; None where there is none."""
+        with self._transaction() as database:
+            row = database.execute("SELECT data FROM batches WHERE id = ?", (batch_id,)).fetchone()
+            return None if row is None else row[0]
+
+    def batches(self, unfinished: bool = False) -> list[bytes]:
+        """All batches, or those that are not over, the oldest first."""
+        with self._transaction() as database:
+            rows = database.execute("SELECT data FROM batches WHERE NOT over OR NOT ? ORDER BY rowid", (unfinished,))
+            return [row[0] for row in rows]
+
+    def close(self) -> None:
+        """Leave the directory to others; one that was for this process alone is removed."""
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+                os.close(self._owned)
+                self._database = None
+                if self._given is None:
+                    shutil.rmtree(self.directory, ignore_errors=True)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """The database. Raises RequestError (503) where it fails."""
+        with self._lock:
+            database = self._opened()
+            try:
+                database.execute("BEGIN IMMEDIATE")
+                yield database
+                database.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise RequestError(f"The store of files has failed: {error}", Kind.UNAVAILABLE) from error
+            finally:
+                with suppress(sqlite3.Error):  # it has failed before
+                    database.rollback()
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._database is None:
+            try:
+                self.directory = Path(self._given or tempfile.mkdtemp(prefix="quartet-files-"))
+                self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._owned = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(self._owned, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._database = opened(self.directory / DATABASE)
+                self._sweep(self._database)
+            except BlockingIOError:
+                raise StartupError(f"--files-store: another server uses {str(self.directory)!r}") from None
+            except (OSError, sqlite3.Error) as error:
+                raise StartupError(f"--files-store: cannot use {str(self._given)!r}: {error}") from None
+        return self._database
+
+    def _sweep(self, database: sqlite3.Connection) -> None:
+        """Remove what a server left behind that died between two steps."""
+        known = {row[0] for row in database.execute("SELECT id FROM files")}
+        running = {row[0] + PARTIAL for row in database.execute("SELECT id FROM batches WHERE NOT over")}
+        for path in self.directory.iterdir():
+            ours = path.name.startswith("file-") or path.name.endswith(PARTIAL)
+            if ours and path.name not in known | running:
+                path.unlink(missing_ok=True)
+
+
+def opened(path: Path) -> sqlite3.Connection:
+    """The database in this file; a new one is for its owner only. Raises OSError and sqlite3.Error."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    found = database.execute("PRAGMA user_version").fetchone()[0]
+    if found not in (0, FORMAT):
+        raise sqlite3.DatabaseError(f"its format is {found}, this server knows {FORMAT}")
+    database.execute("PRAGMA journal_mode = WAL")
+    database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+    return database
+
+
+def insert(database: sqlite3.Connection, files: Sequence[StoredFile]) -> None:
+    database.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?)", files)
+
+
+def private(path: str, mode: int) -> int:
+    return os.open(path, mode, 0o600)
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}" if kind == "file" else f"{kind}_{uuid.uuid4().hex}"
+
+
+def file_store_of(config: ServerConfig, run_dir: str) -> FileStore:
+    """The store that a server's settings describe: in the run directory unless a flag names another."""
+    directory = config.files_store or (str(Path(run_dir) / "files") if run_dir else None)
+    return FileStore(directory, config.files_store_size)

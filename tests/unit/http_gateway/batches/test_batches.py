@@ -1,0 +1,289 @@
+"""/v1/batches and /v1/files on a gateway whose ring answers in process."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from quartet.http_gateway.batches.batch import OVER
+from quartet.http_gateway.batches.runner import BatchRunner
+from quartet.runtime.control import Abort
+from tests.unit.http_gateway.harness import Served, asynchronous, served, words
+
+CHAT = "/v1/chat/completions"
+KEY = {"authorization": "Bearer secret"}
+
+
+def lines(count: int, **body: Any) -> bytes:
+    message = {"messages": [{"role": "user", "content": "hi"}], **body}
+    texts = [{"custom_id": f"r{i}", "method": "POST", "url": CHAT, "body": message} for i in range(count)]
+    return b"\n".join(json.dumps(text).encode() for text in texts)
+
+
+def form(content: bytes, purpose: str = "batch", name: str = "in.jsonl", **more: str) -> dict[str, Any]:
+    """Options of a call that uploads a file."""
+    fields = "".join(
+        f'--x\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'
+        for key, value in {"purpose": purpose, **more}.items()
+    )
+    head = f'--x\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
+    body = fields.encode() + head.encode() + content + b"\r\n--x--\r\n"
+    return {"body": body, "headers": {"content-type": "multipart/form-data; boundary=x"}}
+
+
+def runner_of(server: Served) -> BatchRunner:
+    return server.gateway.at_drain[0].__self__
+
+
+async def upload(server: Served, content: bytes) -> str:
+    answer = await server.client.post("/v1/files", **form(content))
+    assert answer.status == 200, answer.text
+    return answer.json()["id"]
+
+
+async def begin(server: Served, content: bytes, window: str = "24h") -> str:
+    body = {"input_file_id": await upload(server, content), "endpoint": CHAT, "completion_window": window}
+    answer = await server.client.post("/v1/batches", body)
+    assert answer.status == 200, answer.text
+    return answer.json()["id"]
+
+
+async def get(server: Served, batch_id: str) -> dict[str, Any]:
+    return (await server.client.get(f"/v1/batches/{batch_id}")).json()
+
+
+async def ended(server: Served, batch_id: str) -> dict[str, Any]:
+    while True:
+        batch = await get(server, batch_id)
+        if batch["status"] in OVER:
+            return batch
+        await asyncio.sleep(0.01)
+
+
+async def content(server: Served, file_id: str) -> list[Any]:
+    answer = await server.client.get(f"/v1/files/{file_id}/content")
+    return [json.loads(line) for line in answer.body.splitlines()]
+
+
+@asynchronous
+async def test_a_file_is_kept_listed_read_and_deleted():
+    async with served() as server:
+        file_id = await upload(server, b"some bytes")
+        described = (await server.client.get(f"/v1/files/{file_id}")).json()
+        assert (described["bytes"], described["filename"], described["purpose"]) == (10, "in.jsonl", "batch")
+        assert [file["id"] for file in (await server.client.get("/v1/files")).json()["data"]] == [file_id]
+        assert (await server.client.get(f"/v1/files/{file_id}/content")).body == b"some bytes"
+        assert (await server.client.call("DELETE", f"/v1/files/{file_id}")).json()["deleted"]
+        gone = await server.client.get(f"/v1/files/{file_id}/content")
+        assert (gone.status, gone.json()["message"]) == (404, f"No such File object: {file_id}")
+
+
+@asynchronous
+async def test_files_are_listed_page_by_page():
+    async with served() as server:
+        first, second, third = [await upload(server, b"x") for _ in range(3)]
+        newest = (await server.client.get("/v1/files?limit=2")).json()
+        assert ([file["id"] for file in newest["data"]], newest["has_more"]) == ([third, second], True)
+        rest = (await server.client.get(f"/v1/files?limit=2&after={second}")).json()
+        assert ([file["id"] for file in rest["data"]], rest["has_more"]) == ([first], False)
+        assert (await server.client.get("/v1/files?purpose=batch_output")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (form(b"x", purpose="fine-tune"), "purpose"),
+        ({"body": {"file": "x"}}, "file"),
+        ({"body": b"--x\r\n", "headers": {"content-type": "multipart/form-data; boundary=x"}}, "file"),
+        ({"body": b"", "headers": {"content-type": "multipart/form-data"}}, "file"),
+        ({"body": b"not a form", "headers": {"content-type": "multipart/form-data; boundary=x"}}, "file"),
+        (form(b"x", **{"expires_after[seconds]": "60"}), None),
+    ],
+)
+@asynchronous
+async def test_uploads_that_are_wrong_name_the_field(options, field):
+    async with served() as server:
+        answer = await server.client.post("/v1/files", **options)
+        assert (answer.status, answer.json()["param"]) == (400, field)
+
+
+@asynchronous
+async def test_an_upload_beyond_the_store_is_refused_with_the_flag():
+    async with served(files_store_size=1000) as server:
+        for size in (1001, 500_000):
+            answer = await server.client.post("/v1/files", **form(b"x" * size))
+            assert answer.status == 413
+            assert "--files-store-size" in answer.text
+        assert (await server.client.get("/v1/files")).json()["data"] == []
+
+
+@asynchronous
+async def test_a_key_is_needed_as_for_the_other_routes():
+    async with served(words("ok"), api_key="secret") as server:
+        for path in ("/v1/files", "/v1/files/x", "/v1/files/x/content", "/v1/batches", "/v1/batches/x"):
+            assert (await server.client.get(path)).status == 401
+        options = form(lines(2))
+        options["headers"] |= KEY
+        file_id = (await server.client.post("/v1/files", **options)).json()["id"]
+        body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+        batch_id = (await server.client.post("/v1/batches", body, headers=KEY)).json()["id"]
+        while (batch := (await server.client.get(f"/v1/batches/{batch_id}", headers=KEY)).json())[
+            "status"
+        ] != "completed":
+            await asyncio.sleep(0.01)
+        assert batch["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
+
+
+@asynchronous
+async def test_a_batch_is_answered_and_its_results_are_a_file():
+    async with served(words("Hello")) as server:
+        batch = await ended(server, await begin(server, lines(5)))
+        assert batch["status"] == "completed"
+        assert batch["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
+        assert batch["error_file_id"] is None
+        results = await content(server, batch["output_file_id"])
+        assert sorted(result["custom_id"] for result in results) == ["r0", "r1", "r2", "r3", "r4"]
+        assert {result["response"]["body"]["choices"][0]["message"]["content"] for result in results} == {"Hello"}
+        times = [batch[f"{name}_at"] for name in ("created", "in_progress", "finalizing", "completed")]
+        assert times == sorted(times)
+
+
+@asynchronous
+async def test_requests_that_are_refused_are_in_the_file_of_errors():
+    async with served(words("Hello")) as server:
+        wrong = lines(1, max_tokens=-1).replace(b"r0", b"wrong")
+        batch = await ended(server, await begin(server, lines(2) + b"\n" + wrong))
+        assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+        [error] = await content(server, batch["error_file_id"])
+        assert (error["custom_id"], error["response"]["status_code"]) == ("wrong", 400)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "line"),
+    [
+        (b"{", "invalid_json_line", 1),
+        (lines(1) + b"\n" + lines(1), "duplicate_custom_id", 2),
+        (lines(1).replace(b"chat/", b""), "invalid_url", 1),
+        (lines(1, stream=True), "invalid_request", 1),
+        (lines(1, background=True), "invalid_request", 1),
+        (b"\n\n", "empty_file", None),
+    ],
+)
+@asynchronous
+async def test_a_file_that_is_wrong_fails_before_anything_is_sent(text, code, line):
+    async with served(words("Hello")) as server:
+        batch = await ended(server, await begin(server, text))
+        assert batch["status"] == "failed"
+        assert (batch["errors"]["data"][0]["code"], batch["errors"]["data"][0]["line"]) == (code, line)
+        assert server.ring.sent == []
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"input_file_id": "file-x"}, "input_file_id"),
+        ({"endpoint": "/generate"}, "endpoint"),
+        ({"completion_window": "soon"}, "completion_window"),
+        ({"metadata": {"k": "v" * 513}}, "metadata"),
+    ],
+)
+@asynchronous
+async def test_a_batch_that_cannot_begin_names_the_field(change, field):
+    async with served() as server:
+        body = {"input_file_id": await upload(server, b"x"), "endpoint": CHAT, "completion_window": "24h"}
+        answer = await server.client.post("/v1/batches", body | change)
+        assert (answer.status, answer.json()["param"]) == (400, field)
+        assert (await server.client.get("/v1/batches")).json()["data"] == []
+
+
+@asynchronous
+async def test_a_cancelled_batch_keeps_what_was_answered_and_aborts_what_runs():
+    """The first two requests are answered, the others never."""
+
+    async with served() as server:
+        answers = 0
+
+        def script(generate: Any) -> list[Any]:
+            nonlocal answers
+            answers += 1
+            return words("Hello")(generate) if answers <= 2 else []
+
+        server.ring.script = script
+        batch_id = await begin(server, lines(6))
+        file_id = (await get(server, batch_id))["input_file_id"]
+        while (await get(server, batch_id))["request_counts"]["completed"] < 2:
+            await asyncio.sleep(0.01)
+        assert (await server.client.call("DELETE", f"/v1/files/{file_id}")).status == 409
+        answer = await server.client.post(f"/v1/batches/{batch_id}/cancel")
+        assert answer.json()["status"] == "cancelling"
+        batch = await ended(server, batch_id)
+        assert (batch["status"], batch["request_counts"]["completed"]) == ("cancelled", 2)
+        assert len(await content(server, batch["output_file_id"])) == 2
+        assert len(await server.ring.sent_of(Abort)) == 4
+        assert (await server.client.post(f"/v1/batches/{batch_id}/cancel")).status == 409
+
+
+@asynchronous
+async def test_what_is_not_answered_within_the_window_is_told_in_the_file_of_errors():
+    async with served() as server:
+        server.ring.script = lambda generate: []
+        batch_id = await begin(server, lines(3))
+        runner = runner_of(server)
+        await server.ring.sent_of(object, 3)
+        runner._now = lambda: 1e12
+        for task in runner._tasks.values():
+            task.cancel()
+        await asyncio.wait(runner._tasks.values())
+        await runner.resume()
+        batch = await ended(server, batch_id)
+        assert batch["status"] == "expired"
+        assert {line["error"]["code"] for line in await content(server, batch["error_file_id"])} == {"batch_expired"}
+
+
+@asynchronous
+async def test_the_next_server_goes_on_with_a_batch_and_answers_each_request_once(tmp_path):
+    answered: list[str] = []
+
+    async with served(files_store=str(tmp_path)) as server:
+        count = 0
+
+        def script(generate: Any) -> list[Any]:
+            nonlocal count
+            count += 1
+            return words("first")(generate) if count <= 3 else []
+
+        server.ring.script = script
+        batch_id = await begin(server, lines(10))
+        while (await get(server, batch_id))["request_counts"]["completed"] < 3:
+            await asyncio.sleep(0.01)
+        tasks = list(runner_of(server)._tasks.values())
+        for stop in server.gateway.at_drain:
+            stop()
+        await asyncio.wait(tasks)
+        assert len(await server.ring.sent_of(Abort)) == 7
+        server.gateway.files.close()
+
+    async with served(words("second"), files_store=str(tmp_path)) as server:
+        await runner_of(server).resume()
+        batch = await ended(server, batch_id)
+        for line in await content(server, batch["output_file_id"]):
+            answered.append(line["response"]["body"]["choices"][0]["message"]["content"])
+    assert batch["request_counts"] == {"total": 10, "completed": 10, "failed": 0}
+    assert sorted(answered) == ["first"] * 3 + ["second"] * 7
+
+
+@pytest.mark.parametrize(("low_first", "priority"), [(False, -100), (True, 100)])
+@asynchronous
+async def test_requests_of_a_batch_give_way_where_there_are_priorities(low_first, priority):
+    settings = {"schedule_policy": "priority", "schedule_low_priority_values_first": low_first}
+    async with served(words("ok"), **settings) as server:
+        await ended(server, await begin(server, lines(1) + b"\n" + lines(1, priority=7).replace(b"r0", b"own")))
+        assert {sent.request.priority for sent in server.ring.sent} == {priority, 7}
+
+
+@asynchronous
+async def test_a_batch_whose_results_find_no_room_fails_and_says_so():
+    async with served(words("Hello"), files_store_size=800) as server:
+        batch = await ended(server, await begin(server, lines(4)))
+        assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "store_full")

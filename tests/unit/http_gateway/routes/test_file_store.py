@@ -1,0 +1,82 @@
+"""The store of files and batches: one server at a time has it, and what was half done is not found in it."""
+
+import io
+
+import pytest
+
+from quartet.http_gateway.routes.file_store import FileStore, StoredFile
+from quartet.runtime.errors import RequestError, StartupError
+
+
+def store(tmp_path, most_bytes: int = 1000) -> FileStore:
+    made = FileStore(str(tmp_path / "files"), most_bytes, now=lambda: 7.9)
+    made.open()
+    return made
+
+
+def test_files_are_for_their_user_alone_and_outlast_the_server(tmp_path):
+    first = store(tmp_path)
+    kept = first.add(io.BytesIO(b"abc"), 3, "x.jsonl", "batch")
+    assert kept == StoredFile(kept.id, 7, 3, "x.jsonl", "batch")
+    first.close()
+    second = store(tmp_path)
+    assert second.file(kept.id) == kept
+    path = second.path_of(kept.id)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"abc", 0o600)
+    assert second.directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_two_servers_cannot_have_one_store(tmp_path):
+    first = store(tmp_path)
+    with pytest.raises(StartupError, match="--files-store: another server uses"):
+        store(tmp_path)
+    first.close()
+    store(tmp_path)
+
+
+def test_a_place_that_cannot_be_used_is_refused_with_the_flag(tmp_path):
+    (tmp_path / "files").write_text("")
+    with pytest.raises(StartupError, match="--files-store: cannot use"):
+        store(tmp_path)
+
+
+def test_a_file_without_room_is_refused_and_room_comes_back_with_a_deletion(tmp_path):
+    files = store(tmp_path, most_bytes=5)
+    kept = files.add(io.BytesIO(b"abc"), 3, "x", "batch")
+    with pytest.raises(RequestError, match="no room for 3 bytes more"):
+        files.add(io.BytesIO(b"abc"), 3, "x", "batch")
+    assert files.room() == 2
+    assert files.delete(kept.id) and not files.delete(kept.id)
+    assert files.room() == 5
+    assert not files.path_of(kept.id).exists()
+
+
+def test_what_a_dead_server_left_half_done_is_removed_and_what_runs_is_kept(tmp_path):
+    first = store(tmp_path)
+    first.put_batch("batch_1", b"{}", over=False)
+    first.put_batch("batch_2", b"{}", over=True)
+    for left in ("file-unknown", "batch_1.partial", "batch_2.partial"):
+        (first.directory / left).touch()
+    first.close()
+    second = store(tmp_path)
+    assert {path.name for path in second.directory.iterdir()} >= {"batch_1.partial"}
+    assert not second.path_of("file-unknown").exists()
+    assert not second.partial_of("batch_2").exists()
+
+
+def test_the_end_of_a_batch_and_its_files_are_kept_in_one_step(tmp_path):
+    files = store(tmp_path)
+    made = StoredFile("file-1", 1, 2, "out", "batch_output")
+    files.put_batch("batch_1", b"begun", over=False)
+    files.put_batch("batch_1", b"ended", over=True, made=[made])
+    assert files.batch("batch_1") == b"ended"
+    assert (files.batches(), files.batches(unfinished=True)) == ([b"ended"], [])
+    assert files.files("batch_output") == files.files(None) == [made]
+
+
+def test_a_store_without_a_directory_is_for_one_process_and_leaves_nothing():
+    files = FileStore(None, 10)
+    files.add(io.BytesIO(b"a"), 1, "x", "batch")
+    directory = files.directory
+    files.close()
+    assert not directory.exists()
