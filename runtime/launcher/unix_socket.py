@@ -79,6 +79,8 @@ def listener_of(place: Path) -> str:
             return ""
         except (TimeoutError, BlockingIOError):  # its queue is full
             return "a process that accepts no connections"
+        if not hasattr(socket, "SO_PEERCRED"):  # Linux alone tells
+            return "another process"
         pid, _, _ = CREDENTIALS.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
     return f"{name_of(pid)} (pid {pid})" if pid else "another process"
 

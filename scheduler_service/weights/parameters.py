@@ -137,7 +137,8 @@ class Weights:
         """One layer's (or expert's) part of a buffer, all fused tensors together; always the same tensor object."""
         slab = self._slabs.get((buffer, index))
         if slab is None:
-            slab = self._slabs[buffer, index] = self.buffers[buffer][index]
+            # detached: a view would keep its first buffer for ever, also when it has got the memory of another one
+            slab = self._slabs[buffer, index] = self.buffers[buffer][index].detach()
             self._lent.append((slab, buffer, index))
         return slab
 

@@ -1,6 +1,8 @@
 """A server that sleeps while nothing is asked."""
 
+import gc
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,16 @@ def test_memory_is_given_back_after_a_while_and_the_next_request_takes_it_again(
     live.planner.check_invariants()
     live.pass_time()
     assert live.sleeping
+
+
+def test_nobody_holds_the_memory_that_is_given_back(model: Path, tmp_path: Path) -> None:
+    live = Idle(model, tmp_path)
+    live.send(tokenized("x", PROMPT, 3))
+    live.run()
+    held = [weakref.ref(buffer) for buffer in live.updates.live.buffers.values()]
+    live.pass_time()
+    gc.collect()
+    assert live.sleeping and [buffer() for buffer in held] == [None] * len(held)
 
 
 def test_without_the_flag_and_before_its_time_nothing_is_given_back(model: Path, tmp_path: Path) -> None:
