@@ -83,7 +83,7 @@ def examples(block: list[str]) -> Iterator[Example]:
                 yield Example(command, "\n".join(output).strip())
             command, output = line.removeprefix(PROMPT), []
         elif not LOG_LINE.match(line):
-            output.append(REMARK.sub("", line))
+            output.append(line)
 
 
 def log_lines(text: str) -> list[str]:
@@ -100,7 +100,11 @@ def comparable(text: str) -> str:
 
 
 def agrees(printed: str, output: str) -> bool:
-    """Whether the README's text describes this output."""
+    """Whether the README's text, with or without its remarks, describes this output."""
+    return describes(printed, output) or describes(REMARK.sub("", printed), output)
+
+
+def describes(printed: str, output: str) -> bool:
     parts = [re.escape(part) for part in comparable(printed).split("…")]
     return re.search(".*?".join(parts), comparable(output)) is not None
 
