@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quartet.kernels.cpu.largest import largest_of_rows
 from quartet.kernels.reference.philox import uniform
 from quartet.scheduler_service.host.transfer import send, upload
 from quartet.scheduler_service.sampling.rows import Draws, Feature, SamplingRows
@@ -65,7 +66,7 @@ def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
 
 def choose(logits: torch.Tensor, rows: SamplingRows, keep_logits: bool = False) -> Draws:
     """One token per row of adjusted logits (rows, vocab), which are overwritten unless they are to be kept."""
-    best, tokens = logits.max(1)  # a NaN anywhere in a row makes its largest NaN
+    best, tokens = largest_of_rows(logits)  # a NaN anywhere in a row makes its largest NaN
     valid = torch.isfinite(best)
     if drawn := rows.drawing():
         seeds = torch.tensor([rows.seeds[i] for i in drawn])

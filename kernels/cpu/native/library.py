@@ -350,6 +350,11 @@ def library() -> Library | None:
     return start_loading().result()
 
 
+def at_hand() -> Library | None:
+    """The library if it is loaded already; does not wait."""
+    return _loading.result() if _loading is not None and _loading.done() else None
+
+
 def is_expected() -> bool:
     """Whether `library` will most likely give one; does not wait."""
     if _loading is not None and _loading.done():
