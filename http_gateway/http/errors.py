@@ -82,7 +82,7 @@ def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
     message = error.message
     for ours, theirs in names.items():
         if "_" in ours or ours == error.field:  # other names are plain words too
-            message = re.sub(rf"\b{ours}\b", theirs, message)
+            message = re.sub(rf"\b{ours}\b", theirs, message, count=0 if "_" in ours else 1)
     return RequestError(message, error.kind, names.get(error.field or "", error.field), error.code)
 
 

@@ -69,6 +69,35 @@ def test_no_query_of_a_response_is_answered_by_a_5xx(response_url: str, query: d
     assert answer.status_code in (200, 400), (query, answer.text)
 
 
+ACTIONS = {  # what may be asked of a response: method, what follows its address, query
+    "get": ("GET", "", {}),
+    "stream again": ("GET", "", {"stream": "true", "starting_after": "1"}),
+    "items": ("GET", "/input_items", {}),
+    "cancel": ("POST", "/cancel", {}),
+    "delete": ("DELETE", "", {}),
+}
+
+
+@settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+@given(stream=st.booleans(), tokens=st.sampled_from([1, 4, 64]), actions=st.lists(st.sampled_from([*ACTIONS, "go on"])))
+def test_no_order_of_calls_about_a_response_leads_to_a_5xx(
+    server: Server, stream: bool, tokens: int, actions: list[str]
+) -> None:
+    address = f"{server.url}/v1/responses"
+    body = {"input": "hi", "background": True, "stream": stream, "max_output_tokens": tokens}
+    with requests.post(address, json=body, timeout=WAIT_S, stream=True) as answer:
+        first = next(line for line in answer.iter_lines(decode_unicode=True) if '"id":' in line)
+    [response_id] = re.findall('"id":"(resp_[^"]+)"', first)
+    for action in actions:
+        if action == "go on":
+            more = {"input": "so", "previous_response_id": response_id, "max_output_tokens": 1}
+            found = requests.post(address, json=more, timeout=WAIT_S)
+        else:
+            method, below, query = ACTIONS[action]
+            found = requests.request(method, f"{address}/{response_id}{below}", params=query, timeout=WAIT_S)
+        assert found.status_code in (200, 400, 404, 409), (action, found.status_code, found.text)
+
+
 def test_afterwards_every_process_is_the_one_that_was_started(server: Server) -> None:
     assert requests.get(f"{server.url}/health", timeout=WAIT_S).status_code == 200
     assert "restart" not in server.log.lower(), server.log

@@ -289,12 +289,12 @@ async def test_the_field_at_fault_is_named_from_wherever_it_was_found() -> None:
 async def test_a_refused_grammar_names_the_field_that_the_client_sent(
     given: dict[str, Any], kind: str, name: str, stream: bool
 ) -> None:
-    refused = Finish.failed(RequestError(f"Failed to compile {kind} grammar: no", field=kind))
+    refused = Finish.failed(RequestError(f"Failed to compile {kind} grammar: no regex", field=kind))
     async with served(ends(refused)) as server:
         answer = await server.client.post(PATH, {"prompt": "a", "stream": stream, **given})
         body = answer.json()
         assert (answer.status, body["param"]) == (400, name)
-        assert body["message"] == f"Failed to compile {name} grammar: no"
+        assert body["message"] == f"Failed to compile {name} grammar: no regex"
 
 
 @asynchronous
