@@ -71,7 +71,22 @@ def find(
         raise StartupError(f"{flag} {name}: there is no such file; one on the hub is named as owner/name:Q4_K_M")
     if not HUB_ID.fullmatch(name):
         raise StartupError(NOT_THERE.format(f"{flag} {name}"))
+    if set(WEIGHTS) <= set(patterns):
+        check_before_weights(flag, name, config)
     return download(flag, name, config, patterns)
+
+
+def check_before_weights(flag: str, name: str, config: ServerConfig) -> None:
+    """Fetch what describes a model of the hub, which is little, and raise StartupError where it cannot be served."""
+    described = download(flag, name, config, TOKENIZER)
+    if (described / "config.json").is_file():
+        servable.check_architecture(name, described, config.is_embedding)
+    elif servable.is_known_layout(described):
+        servable.refuse_without_config(described)
+    else:
+        raise StartupError(
+            f"{flag} {name} has no config.json on the hub; if it has GGUF files, name one: {name}:Q4_K_M"
+        )
 
 
 def download_gguf(flag: str, name: str, choice: str, config: ServerConfig) -> Path:

@@ -92,6 +92,11 @@ def user(number: int) -> str:
         return f"user {number}"
 
 
+def is_known_layout(directory: Path) -> bool:
+    """Whether `refuse_without_config` knows what a directory is."""
+    return any((directory / name).is_file() for name in LAYOUTS)
+
+
 def refuse_without_config(directory: Path) -> None:
     """Raise StartupError for a directory without a config.json: what it is, as far as its files tell."""
     for name, text in LAYOUTS.items():

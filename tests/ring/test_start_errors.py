@@ -1,12 +1,10 @@
 """Errors that people meet at a start: one line with the way out, said by the launcher before torch is imported."""
 
-import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 
 from quartet.runtime.launcher.supervisor import ExitStatus
 from tests import gguf_files
+from tests import hub as stand_in_hub
 from tests.servers import ROOT
 
 WITHOUT_TORCH = """
@@ -36,27 +35,19 @@ DIRECTORIES = {
 }
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub whose only model is gated."""
-
-    def do_GET(self) -> None:
-        known = self.path.startswith("/api/models/gated/model")
-        self.send_response(403 if known else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if known else "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
+LLAVA = json.dumps(DIRECTORIES["vision"][1]).encode()
+REPOSITORIES = {
+    "gated/model": {},
+    "owner/vision": {"config.json": LLAVA, "model.safetensors": b"never fetched"},
+    "owner/gguf": {"README.json": b"{}", "model-Q4_K_M.gguf": b"never fetched"},
+}
 
 
 @pytest.fixture(scope="module")
 def hub():
-    """The address of one that answers."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    """The address of one, and what it is asked for."""
+    with stand_in_hub.serving(REPOSITORIES) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +66,7 @@ def models(tmp_path_factory):
 def refusal(*flags: str, hub: str = "", directory: Path = ROOT) -> str:
     """The one line that a start with these flags ends with."""
     settings = {"HF_ENDPOINT": hub, "HF_HOME": str(directory), "HF_TOKEN": "", "HF_HUB_OFFLINE": ""}
+    settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, "--port", "0", *flags],
         cwd=directory,
@@ -100,13 +92,17 @@ def refusal(*flags: str, hub: str = "", directory: Path = ROOT) -> str:
         ("cut.gguf", "the file is cut off, so download it again"),
         ("missing.gguf", "there is no such file"),
         ("./missing", "it takes a directory, a hub id (owner/name), a GGUF file or demo"),
+        ("owner/vision", "is a model of images or sound (LlavaForConditionalGeneration)"),
+        ("owner/gguf", "if it has GGUF files, name one: owner/gguf:Q4_K_M"),
         ("gated/model", "is gated: accept its terms at "),
         ("owner/missing", "the hub shows none to you"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_torch_is_imported(models, hub, name, said):
-    line = refusal("--model-path", name, hub=hub, directory=models)
+    address, asked = hub
+    line = refusal("--model-path", name, hub=address, directory=models)
     assert line.startswith("quartet: ") and said in line
+    assert not any(request.endswith((".safetensors", ".gguf")) for request in asked)
 
 
 def test_a_port_in_use_is_refused_with_the_process_that_has_it():
