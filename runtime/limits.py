@@ -53,6 +53,7 @@ MAX_BATCH_LINE_BYTES = 16 << 20
 MAX_BATCH_LINES = 50_000
 MAX_CUSTOM_ID_CHARS = 512
 MAX_UNFINISHED_BATCHES = 64
+MAX_BATCHES = MAX_FILES = 10_000  # that are kept
 BATCH_REQUESTS_AT_ONCE = 64  # of all batches together
 MAX_KEY_CHARS = 1024
 MAX_NAME_CHARS = 4096  # of a model, a user or a version of the weights, as a client names it

@@ -1,5 +1,6 @@
 """The batches of an application: how their requests are carried out, and where its endpoints find them."""
 
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import cast
@@ -11,8 +12,12 @@ from starlette.types import ASGIApp
 
 from quartet.http_gateway.batches.in_process import call
 from quartet.http_gateway.batches.runner import BatchRunner
+from quartet.http_gateway.http import errors
 from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.runtime.config import ServerConfig
+from quartet.runtime.errors import Kind, RequestError
+
+log = logging.getLogger(__name__)
 
 PRIORITY = 100  # below requests that say nothing of theirs, which have 0
 WITHOUT_PRIORITY = ("/v1/embeddings", "/v1/responses")
@@ -29,7 +34,12 @@ def make_runner(gateway: Gateway, endpoints: Mapping[str, ASGIApp]) -> BatchRunn
     """The batches of a server. `endpoints`: by path, those that a batch may call."""
 
     async def execute(method: str, url: str, body: bytes) -> tuple[int, bytes]:
-        return await call(endpoints[url], url, with_priority(gateway.config, url, body))
+        try:
+            return await call(endpoints[url], url, with_priority(gateway.config, url, body))
+        except Exception as error:  # fails this request, as it would over HTTP, and not its batch
+            log.error("A request of a batch has failed.", exc_info=error)
+            failure = RequestError(f"Internal error: {type(error).__name__}", Kind.INTERNAL)
+            return failure.kind.status, msgspec.json.encode(errors.described(failure))
 
     runner = BatchRunner(gateway.files, execute, lambda: gateway.phase is not Phase.STARTING)
     gateway.at_drain.append(runner.stop)

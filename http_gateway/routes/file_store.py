@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError, StartupError
+from quartet.runtime.limits import MAX_BATCHES, MAX_FILES
 
 DATABASE, LOCK = "files.sqlite", "lock"
 FORMAT = 1  # of the database, as its user_version
@@ -40,6 +41,8 @@ CREATE TABLE IF NOT EXISTS files (
 );
 CREATE TABLE IF NOT EXISTS batches (id TEXT PRIMARY KEY, over INTEGER NOT NULL, data BLOB NOT NULL);
 """
+
+FORGET = "DELETE FROM batches WHERE over AND rowid <= (SELECT max(rowid) FROM batches) - ?"
 
 
 class StoredFile(NamedTuple):
@@ -90,6 +93,8 @@ class FileStore:
         """Keep a copy of a file. Raises RequestError (413) where there is no room."""
         if size > self.room():
             raise RequestError(FULL.format(size), Kind.TOO_LARGE, "file")
+        if len(self.files(None)) >= MAX_FILES:
+            raise RequestError(f"The store of files has {MAX_FILES} files: delete some.", Kind.TOO_LARGE, "file")
         file = StoredFile(new_id("file"), int(self._now()), size, filename, purpose)
         with open(self.path_of(file.id), "xb", opener=private) as copy:
             shutil.copyfileobj(content, copy)
@@ -118,11 +123,15 @@ class FileStore:
         return found
 
     def put_batch(self, batch_id: str, data: bytes, over: bool, made: Sequence[StoredFile] = ()) -> None:
-        """Keep a batch as it is now and, in the same step, the files that it has made, whose content is there."""
+        """Keep a batch as it is now and, in the same step, the files that it has made, whose content is there.
+
+        Of batches that are over, the oldest are forgotten where there are too many; their files stay.
+        """
         with self._transaction() as database:
             row = (batch_id, over, data)
             database.execute("INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET over = ?2, data = ?3", row)
             insert(database, made)
+            database.execute(FORGET, (MAX_BATCHES,))
 
     def batch(self, batch_id: str) -> bytes | None:
         """A batch by its id; None where there is none."""

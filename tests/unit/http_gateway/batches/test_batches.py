@@ -9,6 +9,7 @@ import pytest
 from quartet.http_gateway.batches.batch import OVER
 from quartet.http_gateway.batches.runner import BatchRunner
 from quartet.runtime.control import Abort
+from quartet.runtime.messages import Generate
 from tests.unit.http_gateway.harness import Served, asynchronous, served, words
 
 CHAT = "/v1/chat/completions"
@@ -214,6 +215,7 @@ async def test_a_cancelled_batch_keeps_what_was_answered_and_aborts_what_runs():
         file_id = (await get(server, batch_id))["input_file_id"]
         while (await get(server, batch_id))["request_counts"]["completed"] < 2:
             await asyncio.sleep(0.01)
+        await server.ring.sent_of(Generate, 6)
         assert (await server.client.call("DELETE", f"/v1/files/{file_id}")).status == 409
         answer = await server.client.post(f"/v1/batches/{batch_id}/cancel")
         assert answer.json()["status"] == "cancelling"
@@ -257,6 +259,7 @@ async def test_the_next_server_goes_on_with_a_batch_and_answers_each_request_onc
         batch_id = await begin(server, lines(10))
         while (await get(server, batch_id))["request_counts"]["completed"] < 3:
             await asyncio.sleep(0.01)
+        await server.ring.sent_of(Generate, 10)
         tasks = list(runner_of(server)._tasks.values())
         for stop in server.gateway.at_drain:
             stop()

@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from quartet.http_gateway.routes import file_store
 from quartet.http_gateway.routes.file_store import FileStore, StoredFile
 from quartet.runtime.errors import RequestError, StartupError
 
@@ -72,6 +73,18 @@ def test_the_end_of_a_batch_and_its_files_are_kept_in_one_step(tmp_path):
     assert files.batch("batch_1") == b"ended"
     assert (files.batches(), files.batches(unfinished=True)) == ([b"ended"], [])
     assert files.files("batch_output") == files.files(None) == [made]
+
+
+def test_there_is_a_bound_on_the_number_of_files_and_of_batches_that_are_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_store, "MAX_FILES", 1)
+    monkeypatch.setattr(file_store, "MAX_BATCHES", 2)
+    files = store(tmp_path)
+    files.add(io.BytesIO(b""), 0, "x", "batch")
+    with pytest.raises(RequestError, match="has 1 files: delete some"):
+        files.add(io.BytesIO(b""), 0, "x", "batch")
+    for number in range(5):
+        files.put_batch(f"batch_{number}", b"%d" % number, over=number > 0)
+    assert files.batches() == [b"0", b"3", b"4"]
 
 
 def test_a_store_without_a_directory_is_for_one_process_and_leaves_nothing():
