@@ -31,7 +31,7 @@ NAMESPACES = ["--net", "--pid", "--fork", "--mount-proc", "--kill-child"]  # its
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 
 VARIABLE = [  # what differs between two runs, in printed text without blanks
-    (r'"id":"[^"]*"', '"id":"…"'),
+    (r'"(id|request_id)":"[^"]*"', r'"\1":"…"'),
     (r'"(created|created_at|completed_at)":[0-9]+', r'"\1":…'),
     (r'"e2e_latency":[0-9.]+', '"e2e_latency":…'),
     (r"\[[0-9:]{8}\]|\[[0-9-]{10}[0-9:]{8}\]", "[…]"),

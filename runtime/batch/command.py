@@ -159,4 +159,5 @@ class Progress:
 def summary(results: Results, target: Path) -> str:
     """What has come of the batch."""
     failed = f", {results.failed} failed" if results.failed else ""
-    return f"{results.succeeded} requests were answered{failed}: {target}"
+    answered = "1 request was" if results.succeeded == 1 else f"{results.succeeded} requests were"
+    return f"{answered} answered{failed}: {target}"
