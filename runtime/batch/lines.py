@@ -111,7 +111,8 @@ def parse(text: bytes, number: int, urls: Container[str] = URLS) -> Request | Ba
     if not line.custom_id or len(line.custom_id) > MAX_CUSTOM_ID_CHARS:
         return wrong(None, number, "invalid_custom_id", f"custom_id must have 1 to {MAX_CUSTOM_ID_CHARS} characters")
     if line.url not in urls:
-        return wrong(line.custom_id, number, "invalid_url", f"url {short(line.url)!r} is not one that is served here")
+        why = "is not the endpoint of this batch" if line.url in URLS else "is not one that is served here"
+        return wrong(line.custom_id, number, "invalid_url", f"url {short(line.url)!r} {why}")
     for name in ("stream", "background"):
         if bytes(line.body.get(name, b"null")) == b"true":
             return wrong(line.custom_id, number, "invalid_request", f"{name}: in a batch, every answer is waited for")

@@ -3,6 +3,7 @@
 from quartet.runtime.settings.flags import build_parser, settings
 
 MOST_FLAGS = 60  # of the first page, --config and --help included
+WORDS = {"config": "config show [--yaml]"}  # as a command is called, where that is more than its name
 FIRST_PAGE = {
     "model_path",
     "tokenizer_path",
@@ -64,7 +65,7 @@ FIRST_PAGE = {
 def page(command: str, everything: bool) -> str:
     """The help of `quartet <command>`."""
     parser = build_parser(command, None if everything else FIRST_PAGE)
-    parser.usage = f"quartet {command} [MODEL] [flags]"
+    parser.usage = f"quartet {WORDS.get(command, command)} [MODEL] [flags]"
     parser.description = "MODEL: a directory, a GGUF file, a hub id (owner/name, owner/name:Q4_K_M) or demo."
     left = len(settings().keys() - FIRST_PAGE)
     if not everything:
