@@ -30,6 +30,7 @@ class BatchBody(msgspec.Struct, kw_only=True):
     endpoint: str
     completion_window: str
     metadata: dict[str, str] | None = None
+    output_expires_after: msgspec.Raw | None = None
 
 
 async def batches(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -49,6 +50,11 @@ async def begin(gateway: Gateway, http: HTTPRequest) -> Response:
             f"endpoint must be one of {', '.join(URLS)}, got {short(body.endpoint)!r}.", field="endpoint"
         )
     check_metadata(body.metadata or {})
+    if body.output_expires_after not in (None, b"null"):
+        raise RequestError(
+            "output_expires_after is not supported: files are kept until they are deleted.",
+            field="output_expires_after",
+        )
     seconds = window_s(body.completion_window)
     file = await found_file(gateway, body.input_file_id, "input_file_id")
     if file.purpose != PURPOSE:

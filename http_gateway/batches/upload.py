@@ -29,6 +29,10 @@ async def form_of(http: HTTPRequest, most_bytes: int) -> AsyncGenerator[FormData
         raise RequestError(f"Invalid multipart body: {error.message}", field="file") from None
     except KeyError:  # what Starlette raises without a boundary
         raise RequestError("Invalid multipart body: the content type has no boundary.", field="file") from None
+    except (UnicodeError, LookupError):  # a charset that does not exist, or that these bytes are not in
+        raise RequestError(
+            "Invalid multipart body: its text is not in the charset that it names.", field="file"
+        ) from None
     try:
         yield form
     finally:
@@ -56,4 +60,8 @@ def file_in(form: FormData) -> UploadFile:
     file = form.get("file")
     if not isinstance(file, UploadFile):
         raise RequestError("file is missing: a part of the body with a filename.", field="file")
+    try:
+        (file.filename or "").encode()
+    except UnicodeEncodeError:
+        raise RequestError("file: its filename is no Unicode text.", field="file") from None
     return file

@@ -96,10 +96,15 @@ class FileStore:
         if len(self.files(None)) >= MAX_FILES:
             raise RequestError(f"The store of files has {MAX_FILES} files: delete some.", Kind.TOO_LARGE, "file")
         file = StoredFile(new_id("file"), int(self._now()), size, filename, purpose)
-        with open(self.path_of(file.id), "xb", opener=private) as copy:
-            shutil.copyfileobj(content, copy)
-        with self._transaction() as database:
-            insert(database, [file])
+        path = self.path_of(file.id)
+        try:
+            with open(path, "xb", opener=private) as copy:
+                shutil.copyfileobj(content, copy)
+            with self._transaction() as database:
+                insert(database, [file])
+        except BaseException:
+            path.unlink(missing_ok=True)  # nobody would count it
+            raise
         return file
 
     def file(self, file_id: str) -> StoredFile | None:

@@ -33,6 +33,10 @@ def form(content: bytes, purpose: str = "batch", name: str = "in.jsonl", **more:
     return {"body": body, "headers": {"content-type": "multipart/form-data; boundary=x"}}
 
 
+def in_charset(charset: str, options: dict[str, Any]) -> dict[str, Any]:
+    return options | {"headers": {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}}
+
+
 def runner_of(server: Served) -> BatchRunner:
     return server.gateway.at_drain[0].__self__
 
@@ -100,6 +104,8 @@ async def test_files_are_listed_page_by_page():
         ({"body": b"", "headers": {"content-type": "multipart/form-data"}}, "file"),
         ({"body": b"not a form", "headers": {"content-type": "multipart/form-data; boundary=x"}}, "file"),
         (form(b"x", **{"expires_after[seconds]": "60"}), None),
+        (in_charset("unicode_escape", form(b"x", name="\\ud800")), "file"),
+        (in_charset("undefined", form(b"x")), "file"),
     ],
 )
 @asynchronous
@@ -107,6 +113,7 @@ async def test_uploads_that_are_wrong_name_the_field(options, field):
     async with served() as server:
         answer = await server.client.post("/v1/files", **options)
         assert (answer.status, answer.json()["param"]) == (400, field)
+        assert not list(server.gateway.files.path_of("file-x").parent.glob("file-*"))
 
 
 @asynchronous
@@ -186,6 +193,7 @@ async def test_a_file_that_is_wrong_fails_before_anything_is_sent(text, code, li
         ({"input_file_id": "file-x"}, "input_file_id"),
         ({"endpoint": "/generate"}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 60}}, "output_expires_after"),
         ({"metadata": {"k": "v" * 513}}, "metadata"),
     ],
 )
