@@ -1,6 +1,7 @@
 """/v1/batches: files of requests that are answered when there is room for them."""
 
 import time
+from typing import Any
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
@@ -30,7 +31,7 @@ class BatchBody(msgspec.Struct, kw_only=True):
     endpoint: str
     completion_window: str
     metadata: dict[str, str] | None = None
-    output_expires_after: msgspec.Raw | None = None
+    output_expires_after: Any = None
 
 
 async def batches(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -50,7 +51,7 @@ async def begin(gateway: Gateway, http: HTTPRequest) -> Response:
             f"endpoint must be one of {', '.join(URLS)}, got {short(body.endpoint)!r}.", field="endpoint"
         )
     check_metadata(body.metadata or {})
-    if body.output_expires_after not in (None, b"null"):
+    if body.output_expires_after is not None:
         raise RequestError(
             "output_expires_after is not supported: files are kept until they are deleted.",
             field="output_expires_after",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import httpx
 import msgspec
 
-from quartet.runtime.client.connection import ClientError, ErrorDetail, EventReader, check, unreachable
+from quartet.runtime.client.connection import ClientError, ErrorDetail, EventReader, check, read_answer, unreachable
 
 PATH = "/v1/chat/completions"
 
@@ -70,7 +70,7 @@ class Answer:
         try:
             with self._client.stream("POST", PATH, json=self._body) as response:
                 if response.status_code >= 400:
-                    check(response.status_code, response.read())
+                    check(response.status_code, read_answer(response))
                 with closing(self._read(response.iter_raw())) as pieces:
                     yield from pieces
         except httpx.HTTPError as error:
@@ -81,6 +81,8 @@ class Answer:
         for part in body:
             for event in reader.feed(part):
                 yield from self._take(event)
+            if reader.ended:
+                return
         if not reader.ended and self.finish_reason is None:
             raise ClientError("the stream ended before the answer did")
 

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import ssl
+import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from quartet.runtime.errors import UsageError
 
 CONNECT_S = 5.0
 MAX_ERROR_CHARS = 300
+MAX_ANSWER_BYTES = 16 << 20  # of an answer that is read whole, and of one event of a stream
 EVENT = b"data:"
 END = b"[DONE]"
 
@@ -89,12 +91,28 @@ def connect(url: str, api_key: str | None = None, read_timeout_s: float | None =
     return httpx.Client(**client_options(url, api_key, read_timeout_s))  # type: ignore[arg-type]
 
 
+def read_answer(response: httpx.Response, deadline_s: float | None = None) -> bytes:
+    """The body of an answer that is being streamed. Raises ClientError for one that is too long, or not here in time.
+
+    `deadline_s`: on `time.monotonic`.
+    """
+    body = bytearray()
+    for part in response.iter_bytes():
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ClientError(f"{response.url} answers with more than {MAX_ANSWER_BYTES} bytes")
+        if deadline_s is not None and time.monotonic() > deadline_s:
+            raise ClientError(f"{response.url} did not answer in time")
+    return bytes(body)
+
+
 def served_models(client: httpx.Client) -> list[str]:
     """The names of the models that the server answers to. Raises ClientError."""
     try:
-        answer = client.get("/v1/models")
-        check(answer.status_code, answer.content)
-        return [card.id for card in msgspec.json.decode(answer.content, type=ModelList).data]
+        with client.stream("GET", "/v1/models") as answer:
+            body = read_answer(answer)
+        check(answer.status_code, body)
+        return [card.id for card in msgspec.json.decode(body, type=ModelList).data]
     except httpx.HTTPError as error:
         raise unreachable(client.base_url, error) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -143,8 +161,13 @@ class EventReader:
         self.ended = False  # the stream's last event has come
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
-        """The data of each event that is complete, but for the mark of the end."""
+        """The data of each event that is complete, but for the mark of the end.
+
+        Raises ClientError for one that is too long.
+        """
         *lines, self._rest = (self._rest + piece).split(b"\n")
+        if len(self._rest) > MAX_ANSWER_BYTES:
+            raise ClientError(f"the server sent an event of more than {MAX_ANSWER_BYTES} bytes")
         for line in lines:
             if not line.startswith(EVENT):
                 continue

@@ -1,15 +1,17 @@
 """`quartet health URL`: a line for the server, and one for each of its processes."""
 
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import httpx
 import msgspec
 
 from quartet.runtime.client.arguments import KEY_VARIABLE, health_parser, parsed
-from quartet.runtime.client.connection import ClientError, base_url, check, connect, unreachable
+from quartet.runtime.client.connection import ClientError, base_url, check, connect, read_answer, unreachable
 from quartet.runtime.errors import UsageError
 from quartet.runtime.log import plain, say
 from quartet.runtime.messages import ROLES
@@ -34,10 +36,11 @@ def main(argv: Sequence[str]) -> int:
         options = parsed(health_parser(), argv, HINTS)
         url = base_url(options.url)
         key = options.api_key or os.environ.get(KEY_VARIABLE)
+        deadline_s = time.monotonic() + options.timeout
         with connect(url, key, options.timeout) as client:
-            verdict = ask(client, "/health")
-            ready = ask(client, "/readyz") if verdict.status == "healthy" else verdict
-            samples = read_samples(client)
+            verdict = ask(client, "/health", deadline_s)
+            ready = ask(client, "/readyz", deadline_s, optional=True) if verdict.status == "healthy" else verdict
+            samples = read_samples(client, deadline_s)
     except UsageError as error:
         say(f"quartet: {plain(str(error))}", sys.stderr)
         return 2
@@ -49,28 +52,38 @@ def main(argv: Sequence[str]) -> int:
     return int(verdict.status == "unhealthy")
 
 
-def ask(client: httpx.Client, path: str) -> Verdict:
-    """What the server says at a path. Raises ClientError."""
+def ask(client: httpx.Client, path: str, deadline_s: float, optional: bool = False) -> Verdict:
+    """What the server says at a path. Raises ClientError. `optional`: servers of other makes may have no such path."""
+    status, body, kind = fetch(client, path, deadline_s)
+    if optional and status == 404:
+        return Verdict()
+    if status not in (200, 503):
+        check(status, body)
+    if status not in (200, 503) or kind.startswith("text/html"):
+        raise ClientError(f"what answers at {client.base_url} is no server of language models")
     try:
-        answer = client.get(path)
-    except httpx.HTTPError as error:
-        raise unreachable(client.base_url, error) from error
-    if answer.status_code not in (200, 404, 503):  # 404: another server without that path
-        check(answer.status_code, answer.content)
-    try:
-        verdict = msgspec.json.decode(answer.content, type=Verdict)
+        verdict = msgspec.json.decode(body, type=Verdict)
     except (msgspec.DecodeError, UnicodeDecodeError):  # others answer {"status": "ok"}, a text, or nothing
         verdict = Verdict()
-    return Verdict("unhealthy", verdict.reason or f"{path} answers 503") if answer.status_code == 503 else verdict
+    return Verdict("unhealthy", verdict.reason or f"{path} answers 503") if status == 503 else verdict
 
 
-def read_samples(client: httpx.Client) -> dict[str, dict[str, float]]:
+def fetch(client: httpx.Client, path: str, deadline_s: float) -> tuple[int, bytes, str]:
+    """Status, body and content type. Raises ClientError."""
+    try:
+        with client.stream("GET", path) as answer:
+            return answer.status_code, read_answer(answer, deadline_s), answer.headers.get("content-type", "")
+    except httpx.HTTPError as error:
+        raise unreachable(client.base_url, error) from error
+
+
+def read_samples(client: httpx.Client, deadline_s: float) -> dict[str, dict[str, float]]:
     """Role → metric → value, from /metrics; a metric without a role stands under "". Empty where there are none."""
     try:
-        answer = client.get("/metrics")
-    except httpx.HTTPError:
+        status, body, _ = fetch(client, "/metrics", deadline_s)
+    except ClientError:
         return {}
-    return parse_samples(answer.text) if answer.status_code == 200 else {}
+    return parse_samples(body.decode(errors="replace")) if status == 200 else {}
 
 
 def parse_samples(text: str) -> dict[str, dict[str, float]]:
@@ -79,9 +92,11 @@ def parse_samples(text: str) -> dict[str, dict[str, float]]:
     for name, labels, value in SAMPLE.findall(text):
         role = match[1] if (match := ROLE_LABEL.search(labels)) else ""
         try:
-            found.setdefault(role, {})[name] = float(value)
+            number = float(value)
         except ValueError:
             continue
+        if math.isfinite(number):
+            found.setdefault(role, {})[name] = number
     return found
 
 

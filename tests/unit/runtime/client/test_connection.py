@@ -114,3 +114,10 @@ def test_events_are_read_whole_however_they_are_cut(size):
     events = [data for i in range(0, len(body), size) for data in reader.feed(body[i : i + size])]
     assert events == [b'{"a": 1}', b'{"b": 2}']
     assert reader.ended
+
+
+def test_an_event_without_an_end_is_given_up_by_its_size():
+    reader = EventReader()
+    with pytest.raises(ClientError, match="more than 16777216 bytes"):
+        for _ in range(200):
+            list(reader.feed(b"x" * 100_000))

@@ -1,5 +1,8 @@
 """What is printed of a server whose state is known."""
 
+import itertools
+import math
+
 import httpx
 import pytest
 
@@ -43,8 +46,17 @@ def test_a_server_may_be_healthy_and_take_no_requests():
     ]
 
 
-def answering(status: int, body: bytes) -> httpx.Client:
-    transport = httpx.MockTransport(lambda request: httpx.Response(status, content=body))
+FAR = math.inf  # on the clock
+
+
+def answering(status: int, body: bytes, headers: dict[str, str] | None = None) -> httpx.Client:
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, content=body, headers=headers))
+    return httpx.Client(transport=transport, base_url="http://server")
+
+
+def endless(part: bytes) -> httpx.Client:
+    """A server whose answer goes on for ever."""
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=itertools.repeat(part)))
     return httpx.Client(transport=transport, base_url="http://server")
 
 
@@ -53,16 +65,43 @@ def answering(status: int, body: bytes) -> httpx.Client:
     [
         (200, b"", "healthy"),
         (200, b'{"status":"ok"}', "ok"),
-        (404, b"nothing", "healthy"),
         (200, b'{"status":"resting","reason":"generation is paused"}', "resting"),
         (503, b'{"status":"unhealthy","reason":"x"}', "unhealthy"),
         (503, b"", "unhealthy"),
     ],
 )
 def test_the_state_is_read_from_the_status_and_the_body(status, body, state):
-    assert ask(answering(status, body), "/health").status == state
+    assert ask(answering(status, body), "/health", FAR).status == state
 
 
 def test_another_failure_is_an_error():
     with pytest.raises(ClientError, match="HTTP 500"):
-        ask(answering(500, b""), "/health")
+        ask(answering(500, b""), "/health", FAR)
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "kind"),
+    [(404, b"nothing", "text/plain"), (302, b"", "text/plain"), (200, b"<html>", "text/html; charset=utf-8")],
+)
+def test_what_is_no_server_of_models_is_not_healthy(status, content, kind):
+    with pytest.raises(ClientError):
+        ask(answering(status, content, {"content-type": kind}), "/health", FAR)
+
+
+def test_a_path_that_servers_may_lack_may_be_missing():
+    assert ask(answering(404, b""), "/readyz", FAR, optional=True).status == "healthy"
+
+
+def test_an_answer_without_an_end_is_given_up_by_its_size():
+    with pytest.raises(ClientError, match="more than 16777216 bytes"):
+        ask(endless(b"x" * 100_000), "/health", FAR)
+
+
+def test_an_answer_that_trickles_is_given_up_in_time():
+    with pytest.raises(ClientError, match="in time"):
+        ask(endless(b"x"), "/health", deadline_s=0.0)
+
+
+def test_numbers_that_are_none_are_left_out():
+    text = 'quartet:restarts_total{role="gateway"} NaN\nquartet:restarts_total{role="tokenizer"} 1e400\n'
+    assert parse_samples(text) == {}
