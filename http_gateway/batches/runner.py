@@ -126,9 +126,11 @@ class BatchRunner:
                 await asyncio.to_thread(results.close)
         except StoreFull as error:
             await self._fail(batch, [Wrong("store_full", str(error))])
+        except FileNotFoundError:
+            await self._fail(batch, [Wrong("file_deleted", "The file of the batch was deleted while it ran.")])
         except Exception as error:
             log.error("Batch %s has failed.", batch.id, exc_info=error)
-            await self._fail(batch, [Wrong("internal_error", f"{type(error).__name__}: {error}")])
+            await self._fail(batch, [Wrong("internal_error", f"Internal error: {type(error).__name__}")])
 
     async def _carry_out(self, batch: Batch, results: Results) -> None:
         """Answer what has no answer, and finish the batch in the state that this comes to."""

@@ -77,7 +77,7 @@ class Server:
                     env=environment(os.environ, given, without_keys=private),
                     process_group=0,  # Ctrl-C at a terminal, or in a notebook, is for the program alone
                 )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a model or flag with a character that no argument can have
             shutil.rmtree(self._directory, ignore_errors=True)
             raise StartupError(f"the server cannot be started: {error}") from error
         self._left_over = weakref.finalize(self, abandon, self._process, self._directory, os.getpid())

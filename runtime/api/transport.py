@@ -4,8 +4,9 @@ Each call has a connection of its own, which costs no more than a request on one
 call is left: by its end, an exception, a cancelled task. That aborts the request.
 """
 
+import json
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,21 @@ class Transport:
 
 
 def request(client: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
-    """A request without headers that nobody reads."""
+    """A request without headers that nobody reads.
+
+    Raises TypeError and ValueError for what JSON cannot hold, such as bytes and NaN.
+    """
     if call.body is None:
         return client.build_request("GET", call.path)
-    content = msgspec.json.encode(call.body)
+    content = json.dumps(call.body, allow_nan=False, default=plain_object).encode()
     return client.build_request("POST", call.path, content=content, headers={"Content-Type": "application/json"})
+
+
+def plain_object(value: object) -> object:
+    """What JSON makes of a mapping that is no dict."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is nothing that JSON can hold")
 
 
 def read(call: Call, response: httpx.Response) -> Any:

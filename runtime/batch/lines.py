@@ -8,6 +8,7 @@ What cannot be sent is a line too: its `error` has a code, a message that names 
 """
 
 import uuid
+from codecs import BOM_UTF8
 from collections.abc import Container, Iterator
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -86,6 +87,7 @@ def read(file: BinaryIO, urls: Container[str] = URLS) -> Iterator[Request | BadL
     number = 0
     while text := file.readline(MAX_BATCH_LINE_BYTES + 1):
         number += 1
+        text = text.removeprefix(BOM_UTF8) if number == 1 else text
         if len(text) > MAX_BATCH_LINE_BYTES:
             while not text.endswith(b"\n") and text:
                 text = file.readline(MAX_BATCH_LINE_BYTES)

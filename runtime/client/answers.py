@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import httpx
 import msgspec
 
-from quartet.runtime.client.connection import ClientError, ErrorDetail, EventReader, check, read_answer, unreachable
+from quartet.runtime.client.connection import (
+    MAX_ANSWER_BYTES,
+    ClientError,
+    ErrorDetail,
+    EventReader,
+    check,
+    read_answer,
+    unreachable,
+)
 
 PATH = "/v1/chat/completions"
 
@@ -77,7 +85,7 @@ class Answer:
             raise unreachable(self._client.base_url, error) from error
 
     def _read(self, body: Iterator[bytes]) -> Generator[Piece, None, None]:
-        reader = EventReader()
+        reader = EventReader(MAX_ANSWER_BYTES)
         for part in body:
             for event in reader.feed(part):
                 yield from self._take(event)

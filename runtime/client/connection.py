@@ -156,7 +156,9 @@ def error_message(body: bytes) -> str:
 class EventReader:
     """Server-sent events from pieces of a body, which may be cut anywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int | None = None) -> None:
+        """`most_bytes`: of one event, where the server is not ours."""
+        self._most_bytes = most_bytes
         self._rest = b""
         self.ended = False  # the stream's last event has come
 
@@ -166,8 +168,8 @@ class EventReader:
         Raises ClientError for one that is too long.
         """
         *lines, self._rest = (self._rest + piece).split(b"\n")
-        if len(self._rest) > MAX_ANSWER_BYTES:
-            raise ClientError(f"the server sent an event of more than {MAX_ANSWER_BYTES} bytes")
+        if self._most_bytes is not None and len(self._rest) > self._most_bytes:
+            raise ClientError(f"the server sent an event of more than {self._most_bytes} bytes")
         for line in lines:
             if not line.startswith(EVENT):
                 continue

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from quartet.runtime.errors import StartupError
 
+SCHEMES = (b"http://", b"https://", b"unix:")
+MAX_BYTES = 1 << 16
+
 
 class ReadyFile:
     """The file of one server; None: no file."""
@@ -33,15 +36,16 @@ class ReadyFile:
         """The server takes no requests any more."""
         if self._path is not None:
             with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+                if is_ours(self._path):
+                    self._path.unlink(missing_ok=True)
 
     def prepare(self) -> None:
         """Remove the file of a server that has died. Raises StartupError where none could be written later."""
         if self._path is None:
             return
         try:
-            if self._path.is_dir():
-                raise IsADirectoryError(21, "it is a directory")
+            if self._path.exists() and not is_ours(self._path):
+                raise OSError(0, "something stands there that no server has written")
             hidden = self._hidden(self._path)
             hidden.touch()
             hidden.unlink()
@@ -51,6 +55,14 @@ class ReadyFile:
 
     def _hidden(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a path leads to a file that a server has written. Raises OSError."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return all(line.startswith(SCHEMES) for line in file.read(MAX_BYTES).splitlines())
 
 
 @contextlib.contextmanager

@@ -20,6 +20,11 @@ ENDPOINT = re.compile(r"https?://[^\s/:]+(:\d+)?(/\S*)?")
 SPECULATIVE_ALGORITHM = "NGRAM"
 
 
+def without_password(url: str | None) -> str:
+    """A URL as it may be shown."""
+    return re.sub(r"//[^/@]*@", "//…@", url or "")
+
+
 def given_draft_flags(config: ServerConfig) -> list[str]:
     """The flags of drafts that were given, as they are spelled."""
     names = (
@@ -149,8 +154,8 @@ CONTRADICTIONS: list[Contradiction] = [
     (
         lambda c, m: c.otlp_traces_endpoint is not None and not ENDPOINT.fullmatch(c.otlp_traces_endpoint),
         lambda c: (
-            f"--otlp-traces-endpoint takes a URL like http://localhost:4318/v1/traces (OTLP over HTTP), "
-            f"not {c.otlp_traces_endpoint!r}"
+            "--otlp-traces-endpoint takes a URL like http://localhost:4318/v1/traces (OTLP over HTTP), without a name "
+            f"and password, not {without_password(c.otlp_traces_endpoint)!r}"
         ),
     ),
     (

@@ -15,11 +15,14 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import msgspec
 
 from quartet.runtime.config import ServerConfig
-from quartet.runtime.errors import UsageError
+from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.flag import GROUPS, Flag
+from quartet.runtime.model_files.files import read_small_text
 from quartet.runtime.settings import environment as environments
 from quartet.runtime.settings import foreign_flags, keys, variables
+from quartet.runtime.shorten import short
 
+MAX_CONFIG_BYTES = 1 << 20
 DEFAULT, COMMAND_LINE = "default", "command line"
 OTHERS = ("--config", "--help", "-h")  # flags that are no settings
 
@@ -143,7 +146,7 @@ def load(
     given, rest = build_parser(command).parse_known_args(words)
     refuse_positional(rest, words)
     flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    file = flags.pop("config", environment.get(variables.CONFIG))
+    file = flags.pop("config", environment.get(variables.CONFIG) or None)
     values, file_notes = ({}, []) if file is None else read_file(Path(file))
     found = variables.values(variables_of_settings(), environment)
     texts = {name: value for name, (_, value) in found.items()}
@@ -279,11 +282,11 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
     import yaml  # here, so that --help does not pay for it
 
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        data = yaml.safe_load(read_small_text(path, MAX_CONFIG_BYTES))
+    except StartupError as error:
+        raise UsageError(str(error).replace(str(path), f"--config {path}", 1)) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"--config {path} is not valid YAML: {short(' '.join(str(error).split()))}") from error
     if data is None:
         return {}, []
     if not isinstance(data, dict):

@@ -140,3 +140,14 @@ def test_every_field_is_a_flag_but_those_that_the_launcher_fills_in():
 def test_secrets_are_masked_when_shown():
     shown = flags.public(load("--api-key", "k", "--port", "1"))
     assert (shown["api_key"], shown["admin_api_key"], shown["port"]) == ("***", None, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("[" * 100_000, "is not valid YAML"), ("a: " + "x" * (1 << 20), "is larger than 1048576 bytes")]
+)
+def test_a_file_that_would_cost_much_is_refused_in_a_short_line(tmp_path, text, said):
+    path = tmp_path / "server.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=said) as refusal:
+        flags.load(["--config", str(path)], command="serve", environment={})
+    assert len(str(refusal.value)) < 400

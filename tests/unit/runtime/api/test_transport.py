@@ -1,5 +1,8 @@
 """Answers of an engine as values and exceptions."""
 
+import math
+from types import MappingProxyType
+
 import httpx
 import pytest
 
@@ -36,3 +39,14 @@ def test_an_engine_that_has_ended_says_why(tmp_path):
     with pytest.raises(EngineError, match="it was killed") as error:
         Transport(tmp_path / "nobody", lambda: "it was killed").run(Call("/x"))
     assert error.value.status == 0
+
+
+@pytest.mark.parametrize(("value", "error"), [(math.nan, ValueError), (b"abc", TypeError)])
+def test_what_json_cannot_hold_is_not_sent(tmp_path, value, error):
+    with pytest.raises(error):
+        Transport(tmp_path / "nobody", lambda: "").run(Call("/x", {"prompt": value}))
+
+
+def test_mappings_of_any_kind_are_sent_as_objects():
+    made = transport.request(httpx.Client(base_url="http://a"), Call("/x", {"params": MappingProxyType({"n": 1})}))
+    assert made.content == b'{"params": {"n": 1}}'
