@@ -155,6 +155,8 @@ class Server:
 
     def _failure(self) -> StartupError:
         """Why it has ended, in its own words. The log is kept where it may tell more, and a note says where."""
+        if not self.log_path.exists():
+            return StartupError("the server has ended: it was stopped")
         written = self.log_path.read_bytes()[-LAST_BYTES:]
         status = self._process.returncode
         error = StartupError(reason(written.decode(errors="replace")) or f"the server ended with status {status}")

@@ -1,5 +1,6 @@
 """One streamed answer of /v1/chat/completions."""
 
+import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -19,6 +20,7 @@ from quartet.runtime.client.connection import (
 )
 
 PATH = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
 
 
 class Delta(msgspec.Struct):
@@ -76,7 +78,8 @@ class Answer:
         """Send the request and yield what arrives. Raises ClientError."""
         self._sent_at = self._last_at = self._clock()
         try:
-            with self._client.stream("POST", PATH, json=self._body) as response:
+            body = json.dumps(self._body).encode()  # what was typed may be no Unicode text: it goes as escapes
+            with self._client.stream("POST", PATH, content=body, headers=JSON) as response:
                 if response.status_code >= 400:
                     check(response.status_code, read_answer(response))
                 with closing(self._read(response.iter_raw())) as pieces:

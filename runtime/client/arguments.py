@@ -1,6 +1,7 @@
 """The arguments of the commands that talk to a running server. They import nothing slow, for --help and completion."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -22,6 +23,14 @@ def parser_of(command: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=WIDTH),
     )
+
+
+def finite(text: str) -> float:
+    """A number of the command line; raises ValueError for one that JSON cannot hold."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def parsed(
@@ -57,7 +66,7 @@ def chat_parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", help="a running server: this one or any with OpenAI's chat API")
     parser.add_argument("--api-key", help=KEY_HELP)
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    parser.add_argument("--temperature", type=float, metavar="NUMBER", help="(default: the server's)")
+    parser.add_argument("--temperature", type=finite, metavar="NUMBER", help="(default: the server's)")
     parser.add_argument("--max-tokens", type=int, metavar="COUNT", help="longest answer (default: the server's)")
     return parser
 
@@ -96,5 +105,5 @@ def health_parser() -> argparse.ArgumentParser:
     parser = parser_of("health", HEALTH)
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:30000", help="(default: %(default)s)")
     parser.add_argument("--api-key", help=KEY_HELP)
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
+    parser.add_argument("--timeout", type=finite, default=5.0, metavar="SECONDS", help="(default: %(default)s)")
     return parser

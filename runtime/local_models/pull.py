@@ -16,6 +16,7 @@ from quartet.runtime.model_files import gguf_directory, hub, servable
 from quartet.runtime.model_files.gguf import GgufError
 
 INTERRUPTED = 130
+MAX_NAME_CHARS = 512
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,6 +53,8 @@ def fetch(options: argparse.Namespace) -> Path:
     name = options.model
     if name == "demo":
         raise UsageError("demo is the embedded model; it needs no download")
+    if not name or len(name) > MAX_NAME_CHARS or "\0" in name:
+        raise UsageError("a model of the hub is named OWNER/NAME, or OWNER/NAME:Q4_K_M for one of its GGUF files")
     if Path(name).expanduser().exists():
         raise UsageError(f"{name} is on this machine already; serve it: quartet serve {name}")
     config = ServerConfig(model_path=name, revision=options.revision, download_dir=options.download_dir)
