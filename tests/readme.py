@@ -40,6 +40,8 @@ VARIABLE = [  # what differs between two runs, in printed text without blanks
     (r"[0-9]+(quartet::)", r"…\1"),
 ]
 LOG_LINE = re.compile(r"\[\d\d:\d\d:\d\d\] ")
+MENTIONED = ("quartet ", "QUARTET_")
+VARIABLE_SET = re.compile(r"[A-Z_]+=")
 REMARK = re.compile(r" {2,}# .*")  # the README's own, behind what was printed
 
 
@@ -84,6 +86,19 @@ def examples(block: list[str]) -> Iterator[Example]:
             command, output = line.removeprefix(PROMPT), []
         elif not LOG_LINE.match(line):
             output.append(line)
+
+
+def mentioned(text: str) -> list[list[str]]:
+    """The words of each `quartet` command that is named but not run, because it needs the hub, say."""
+    found = []
+    for block in blocks(text):
+        for line in block:
+            words = shlex.split(line.replace("…", "x"), comments=True) if line.lstrip().startswith(MENTIONED) else []
+            while words and VARIABLE_SET.match(words[0]):
+                del words[0]
+            if words[:1] == ["quartet"]:
+                found.append(words)
+    return found
 
 
 def log_lines(text: str) -> list[str]:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from deploy import supported_models
-from tests.readme import README, ROOT, Tour, agrees, examples, log_lines, sandboxed, tours
+from quartet.runtime.cli import COMMANDS, parser_of
+from quartet.runtime.client.arguments import parsed
+from quartet.runtime.settings import flags
+from tests.readme import README, ROOT, Tour, agrees, examples, log_lines, mentioned, sandboxed, tours
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -32,6 +35,22 @@ def test_a_command_prints_what_the_readme_says(tour: Tour, number: int) -> None:
 @pytest.mark.parametrize("line", log_lines(TEXT))
 def test_the_server_writes_the_lines_of_its_log_that_the_readme_shows(tour: Tour, line: str) -> None:
     assert agrees(line, tour.log), tour.log[-5000:]
+
+
+@pytest.mark.parametrize("words", mentioned(TEXT), ids=" ".join)
+def test_a_command_that_is_only_named_has_flags_that_exist(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("keys").write_text("a-key\n")  # as one of the commands names it
+    command, *rest = words[1:]
+    if not COMMANDS[command].server_flags:
+        if COMMANDS[command].parser:
+            parsed(parser_of(COMMANDS[command]), rest)
+        return
+    rest = rest[rest[:1] == ["show"] :]  # of config
+    if not {"--help", "--help-all", "--yaml"} & set(rest) and "--config" not in rest:
+        flags.load(rest, command=command, environment={})
 
 
 def test_the_table_of_models_is_the_one_that_its_command_prints() -> None:
