@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,11 @@ class BatchRunner:
             try:
                 await self._carry_out(batch, results)
             finally:
+                self._count(batch, results)
                 await asyncio.to_thread(results.close)
         except StoreFull as error:
-            await self._fail(batch, [Wrong("store_full", str(error))])
+            made = await asyncio.to_thread(self._split, batch)  # what was answered is not thrown away
+            await self._fail(batch, [Wrong("store_full", str(error))], made)
         except FileNotFoundError:
             await self._fail(batch, [Wrong("file_deleted", "The file of the batch was deleted while it ran.")])
         except Exception as error:
@@ -217,10 +219,10 @@ class BatchRunner:
                 path.unlink()
         return made
 
-    async def _fail(self, batch: Batch, wrong: list[Wrong]) -> None:
+    async def _fail(self, batch: Batch, wrong: list[Wrong], made: Sequence[StoredFile] = ()) -> None:
         batch.errors = WrongList(wrong)
         batch.enter("failed", self._now())
-        await self._keep(batch)
+        await self._store.run(self._store.put_batch, batch.id, batches.encode(batch), True, made)
         self._store.partial_of(batch.id).unlink(missing_ok=True)
 
     async def _keep(self, batch: Batch) -> None:

@@ -66,6 +66,7 @@ class Server:
         self._ready_file = Path(given["ready_file"]).absolute()
         self.log_path = Path(log_path).absolute() if log_path else self._directory / "server.log"
         self._addresses: list[str] = []
+        self._owner = os.getpid()
         self._stopping = threading.Lock()
         try:
             with open(self.log_path, "wb") as log:
@@ -116,7 +117,12 @@ class Server:
         return self
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """End the server; requests that still run get so many seconds. Returns its exit status; may be called again."""
+        """End the server; requests that still run get so many seconds. Returns its exit status; may be called again.
+
+        In a process that was forked from the one that started it, it does nothing.
+        """
+        if os.getpid() != self._owner:
+            return 0
         with self._stopping:
             for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGTERM, KILL_AFTER_S)):
                 if self.alive:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import httpx
+import msgspec
 from tqdm import tqdm
 
 from quartet.runtime.api.server import Server
@@ -22,8 +23,10 @@ from quartet.runtime.client.connection import base_url, client_options
 from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.log import plain, say
 from quartet.runtime.settings import flags
+from quartet.runtime.shorten import short
 
 DONE, FAILED, USAGE = 0, 1, 2
+OTHER_BATCH = "the output file has the result of another request, {!r}; name another file, or remove that one"
 LINE_EVERY_S = 10.0  # of progress, where there is no terminal
 
 
@@ -60,8 +63,8 @@ def run(words: Sequence[str]) -> int:
         raise UsageError(f"{target.absolute().parent} is no directory")
     server_flags = given_flags(words[cut + 1 :])
     with contextlib.closing(Results(target)) as results:
-        total = count_lines(source)
-        if results.count < total:
+        total, left = compared(source, results)
+        if left:
             with Progress(total, results) as progress, address(options, server_flags) as where:
                 asyncio.run(answer(source, results, where, options, progress))
         say(summary(results, target), sys.stderr)
@@ -74,10 +77,20 @@ def given_flags(words: Sequence[str]) -> dict[str, object]:
     return {name: getattr(found.config, name) for name in found.origins}
 
 
-def count_lines(source: Path) -> int:
-    """The lines that are not empty."""
+def compared(source: Path, results: Results) -> tuple[int, int]:
+    """The lines of a batch, and those without a result. Raises UsageError where there are results of another batch."""
+    total = left = 0
+    others = set(results.custom_ids)
     with source.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+        for line in lines.read(file):
+            total += 1
+            left += not results.has(line)
+            others.discard(line.custom_id or "")
+            if isinstance(line, lines.Request) and results.is_of_another(line):
+                raise UsageError(OTHER_BATCH.format(short(line.custom_id)))
+    if others:
+        raise UsageError(OTHER_BATCH.format(short(min(others))))
+    return total, left
 
 
 @contextlib.contextmanager
@@ -112,12 +125,36 @@ async def answer(
                 raise ServerLost(f"the server was lost ({error or type(error).__name__}); {AGAIN}") from error
             if response.status_code in (401, 403):
                 raise ServerLost(f"the server wants another key; give it with --api-key or {KEY_VARIABLE}")
+            if response.is_redirect or not is_answer(response.status_code, response.content):
+                raise ServerLost(f"{response.url} answers HTTP {response.status_code}, which is no answer of its API")
             return response.status_code, response.content
 
         with source.open("rb") as file:
             await run_batch(lines.read(file), results, execute, options.concurrency, progress.show)
 
 
+class NotFound(msgspec.Struct):
+    """What a server says of a path that it does not have."""
+
+    detail: str
+
+
+def is_answer(status: int, body: bytes) -> bool:
+    """Whether this comes from the endpoint itself: JSON, and no word of a path that is not there."""
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    if status != NOT_FOUND:
+        return True
+    try:
+        msgspec.json.decode(body, type=NotFound)
+    except msgspec.DecodeError:
+        return True
+    return False
+
+
+NOT_FOUND = 404
 AGAIN = "the same command goes on where this one ended"
 
 

@@ -7,6 +7,7 @@ out   {"id": "batch_req_...", "custom_id": "a", "response": {"status_code": 200,
 What cannot be sent is a line too: its `error` has a code, a message that names the line, and the line's number.
 """
 
+import hashlib
 import uuid
 from codecs import BOM_UTF8
 from collections.abc import Container, Iterator
@@ -28,6 +29,12 @@ class Request(NamedTuple):
     custom_id: str
     url: str
     body: bytes
+
+    @property
+    def result_id(self) -> str:
+        """The id of its result, which follows from what is asked: a result of another request is seen by it."""
+        asked = b"\0".join((self.custom_id.encode(errors="surrogatepass"), self.url.encode(), self.body))
+        return f"batch_req_{hashlib.blake2b(asked, digest_size=16).hexdigest()}"
 
 
 class Failure(msgspec.Struct):
@@ -134,13 +141,15 @@ def wrong(custom_id: str | None, number: int, code: str, reason: str) -> BadLine
     return BadLine(custom_id, Failure(code, f"line {number}: {reason}", number))
 
 
-def answered(custom_id: str, status: int, body: bytes) -> Entry:
+def answered(custom_id: str, status: int, body: bytes, result_id: str = "") -> Entry:
     """The line of an answer; what is no JSON becomes a JSON string."""
     try:
         text = msgspec.Raw(msgspec.json.format(body, indent=-1))  # on one line
     except (msgspec.DecodeError, UnicodeDecodeError):
         text = msgspec.Raw(msgspec.json.encode(body.decode(errors="replace")))
-    return Entry(id=new_id(), custom_id=custom_id, response=Answer(status, f"req_{uuid.uuid4().hex}", text))
+    return Entry(
+        id=result_id or new_id(), custom_id=custom_id, response=Answer(status, f"req_{uuid.uuid4().hex}", text)
+    )
 
 
 def failed(custom_id: str | None, failure: Failure) -> Entry:

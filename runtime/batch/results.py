@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         """Open or make it, for the user alone. Raises UsageError where another process has it, or it holds else."""
         self._path = path
-        self._ids: set[str] = set()  # custom_ids of requests that are done
+        self._ids: dict[str, str] = {}  # custom_id of a request that is done → the id of its result
         self._lines: set[int] = set()  # numbers of lines that are wrong
         self.succeeded = 0
         self.failed = 0
@@ -46,6 +47,15 @@ class Results:
         if isinstance(line, BadLine):
             return line.failure.line in self._lines
         return line.custom_id in self._ids
+
+    @property
+    def custom_ids(self) -> Iterator[str]:
+        """Of the requests that are done."""
+        return iter(self._ids)
+
+    def is_of_another(self, request: Request) -> bool:
+        """Whether the result for this custom_id is one of a request that asks for something else."""
+        return self._ids.get(request.custom_id, request.result_id) != request.result_id
 
     def add(self, entry: Entry) -> None:
         """Append a result. Raises OSError; a part that was written is taken back."""
@@ -88,7 +98,7 @@ class Results:
         if entry.error is not None and entry.error.line is not None:
             self._lines.add(entry.error.line)
         elif entry.custom_id is not None:
-            self._ids.add(entry.custom_id)
+            self._ids[entry.custom_id] = entry.id
         if entry.succeeded:
             self.succeeded += 1
         else:

@@ -40,7 +40,7 @@ async def run_batch(
                 entry = lines.failed(line.custom_id, line.failure)
             else:
                 status, body = await patiently(execute, line)
-                entry = lines.answered(line.custom_id, status, body)
+                entry = lines.answered(line.custom_id, status, body, line.result_id)
             await asyncio.to_thread(results.add, entry)
             progress()
 

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -134,7 +135,10 @@ def test_a_server_without_tcp_is_reached_by_its_socket_alone_traces_each_hop_and
                 body = {"text": "Hello", "rid": "traced", "sampling_params": {"max_new_tokens": 5, "temperature": 0}}
                 answers = [near.post("http://localhost/generate", json=body).json()["output_ids"]]
                 server.wait_for("gave back the memory of weights and KV pool")
-                assert near.get("http://localhost/health").json()["status"] == "sleeping"
+                while not (health := near.get("http://localhost/health")).content:  # the gateway is told a moment later
+                    assert health.status_code == 200
+                    time.sleep(0.01)
+                assert health.json()["status"] == "sleeping"
                 answers.append(
                     near.post("http://localhost/generate", json=body | {"rid": "woken"}).json()["output_ids"]
                 )

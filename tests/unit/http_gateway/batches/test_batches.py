@@ -298,3 +298,5 @@ async def test_a_batch_whose_results_find_no_room_fails_and_says_so():
     async with served(words("Hello"), files_store_size=800) as server:
         batch = await ended(server, await begin(server, lines(4)))
         assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "store_full")
+        answered = await content(server, batch["output_file_id"])
+        assert 0 < len(answered) == batch["request_counts"]["completed"]

@@ -169,3 +169,15 @@ def test_a_process_forked_from_ours_does_not_stop_our_server(tmp_path):
         assert process.poll() is None
         assert tmp_path.exists()
         process.kill()
+
+
+def test_a_process_that_was_forked_does_not_stop_the_server_of_its_parent(stand_in):
+    stand_in(SERVES)
+    with launch("demo") as server:
+        server.wait_ready(20)
+        child = os.fork()
+        if child == 0:
+            server.stop()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert server.alive and server.log_path.exists()

@@ -99,3 +99,30 @@ def test_wrong_arguments_are_one_line_and_nothing_is_written(source, tmp_path, c
     assert says in said
     assert said.count("\n") == 1
     assert not target.exists()
+
+
+@pytest.mark.parametrize("change", [{"custom_id": "other"}, {"body": {"prompt": "else"}}])
+def test_results_of_another_batch_are_refused_and_kept(url, source, tmp_path, capsys, change):
+    target = tmp_path / "out"
+    assert command.main([source, str(target), "--url", url]) == 0
+    before = target.read_bytes()
+    asked = {"custom_id": "0", "url": "/v1/completions", "body": {"prompt": 0}} | change
+    (tmp_path / "others").write_text(json.dumps(asked))
+    assert command.main([str(tmp_path / "others"), str(target), "--url", url]) == 2
+    assert "has the result of another request" in capsys.readouterr().err
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "is_one"),
+    [
+        (200, b'{"choices": []}', True),
+        (404, b'{"error": {"message": "no such model"}}', True),
+        (500, b'{"error": {"message": "a bug"}}', True),
+        (404, b'{"detail": "Not Found"}', False),
+        (200, b"<html>", False),
+        (502, b"Bad Gateway", False),
+    ],
+)
+def test_what_another_server_says_is_no_result(status, body, is_one):
+    assert command.is_answer(status, body) is is_one
