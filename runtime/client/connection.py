@@ -1,5 +1,6 @@
 """A connection to a running server, its errors in one line, and the events of its streams."""
 
+import contextlib
 import ipaddress
 import re
 import ssl
@@ -57,9 +58,17 @@ def base_url(text: str) -> str:
         usable = parts.scheme.lower() in ("http", "https") and parts.hostname and (parts.port or True)
     except ValueError:
         usable = False
-    if not usable:
-        raise UsageError(f"{text!r} is no address of a server; it looks like http://127.0.0.1:30000")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+    if usable and not parts.query and not parts.fragment:
+        found = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+        with contextlib.suppress(httpx.InvalidURL, UnicodeError):
+            if httpx.URL(found).host and (parts.hostname or "").encode("idna"):  # each refuses other names of hosts
+                return found
+    raise UsageError(f"{without_password(text)!r} is no address of a server; it looks like http://127.0.0.1:30000")
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown."""
+    return re.sub(r"//[^/@]*@", "//…@", url)
 
 
 def is_loopback(url: str) -> bool:
@@ -73,8 +82,11 @@ def is_loopback(url: str) -> bool:
 def client_options(url: str, api_key: str | None, read_timeout_s: float | None) -> dict[str, object]:
     """Arguments of an httpx client. No proxy stands between a program and its own machine.
 
-    The certificates are the system's, or those of the variable SSL_CERT_FILE.
+    The certificates are the system's, or those of the variable SSL_CERT_FILE. A key that no header can carry is a
+    UsageError.
     """
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise UsageError("the key has characters that no HTTP header can carry")
     return {
         "base_url": url,
         "headers": {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
@@ -86,8 +98,6 @@ def client_options(url: str, api_key: str | None, read_timeout_s: float | None) 
 
 def connect(url: str, api_key: str | None = None, read_timeout_s: float | None = None) -> httpx.Client:
     """A client of the server at `url`. A key that no header can carry is a UsageError."""
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-        raise UsageError("the key has characters that no HTTP header can carry")
     return httpx.Client(**client_options(url, api_key, read_timeout_s))  # type: ignore[arg-type]
 
 
@@ -121,7 +131,7 @@ def served_models(client: httpx.Client) -> list[str]:
 
 def unreachable(url: object, error: Exception) -> ClientError:
     """What a failure of the transport means to a person."""
-    shown = str(url).rstrip("/")
+    shown = without_password(str(url).rstrip("/"))
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return ClientError(f"the certificate of {shown} is not trusted; SSL_CERT_FILE names the file of its authority")
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):

@@ -11,7 +11,15 @@ import httpx
 import msgspec
 
 from quartet.runtime.client.arguments import KEY_VARIABLE, health_parser, parsed
-from quartet.runtime.client.connection import ClientError, base_url, check, connect, read_answer, unreachable
+from quartet.runtime.client.connection import (
+    ClientError,
+    base_url,
+    check,
+    connect,
+    read_answer,
+    unreachable,
+    without_password,
+)
 from quartet.runtime.errors import UsageError
 from quartet.runtime.log import plain, say
 from quartet.runtime.messages import ROLES
@@ -106,7 +114,7 @@ def report(url: str, verdict: Verdict, ready: Verdict, samples: Mapping[str, Map
     state = verdict.status if verdict.status in ("unhealthy", "resting") else "healthy"
     if state == "healthy" and ready.status == "unhealthy":
         state = "healthy, takes no requests"
-    lines = [plain(f"{url} is {state}{f': {reason}' if reason else ''}")]
+    lines = [plain(f"{without_password(url)} is {state}{f': {reason}' if reason else ''}")]
     roles = [role for role in ROLES if RESTARTS in samples.get(role, {})]
     width = max(map(len, roles), default=0)
     return lines + [f"  {role:<{width}}  {process(role, reason, samples)}" for role in roles]

@@ -27,6 +27,8 @@ from quartet.scheduler_service.weights.quantized.scaled_rows import scheme_of
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 PATTERN = "re:"  # in front of a target that is a regular expression
 MAX_GROUPS = 64
+QUIETLY = re2.Options()
+QUIETLY.log_errors = False
 
 
 def compressed(prefix: str, tensors: Stored, settings: Settings) -> Quantized | None:
@@ -83,9 +85,11 @@ def rank_of(prefix: str, target: object) -> int | None:
         return None
     if target.startswith(PATTERN):
         try:
-            return 1 if re2.match(target.removeprefix(PATTERN), prefix) else None
-        except re2.error as error:
-            raise CheckpointError(f"quantization_config: the target {short(target)} is no pattern: {error}") from error
+            return 1 if re2.match(target.removeprefix(PATTERN), prefix, QUIETLY) else None
+        except (re2.error, UnicodeEncodeError) as error:
+            raise CheckpointError(
+                f"quantization_config: the target {short(target)} is no pattern: {short(error)}"
+            ) from error
     if prefix == target:
         return 0
     return None if "." in target else 2  # names of classes have no dots

@@ -121,3 +121,21 @@ def test_an_event_without_an_end_is_given_up_by_its_size():
     with pytest.raises(ClientError, match="more than 1000 bytes"):
         for _ in range(20):
             list(reader.feed(b"x" * 100))
+
+
+@pytest.mark.parametrize(
+    "typed", ["http://xn--/", "http://a\x01b/", f"http://{'a' * 70}/", "http://a/?x=1", "http://a/#f"]
+)
+def test_an_address_that_cannot_be_used_whole_is_refused(typed):
+    with pytest.raises(UsageError, match="is no address of a server"):
+        base_url(typed)
+
+
+def test_a_password_in_an_address_is_not_shown():
+    assert "secret" not in str(unreachable("http://user:secret@host", httpx.ConnectError("refused")))
+
+
+def test_a_key_that_no_header_can_carry_is_refused_without_being_shown():
+    with pytest.raises(UsageError) as refusal:
+        client_options("http://a", "geheim\n", None)
+    assert "geheim" not in str(refusal.value)

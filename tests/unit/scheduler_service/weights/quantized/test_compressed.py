@@ -182,6 +182,7 @@ def test_parts_that_do_not_fit_are_refused_by_name(
         ({"config_groups": {}}, "config_groups is {}"),
         ({"config_groups": {"g": group(GROUP4, "other.module")}}, "no group of config_groups has settings for"),
         ({"config_groups": {"g": group(GROUP4, "re:(")}}, "is no pattern"),
+        ({"config_groups": {"g": group(GROUP4, "re:\ud800")}}, "is no pattern"),
         ({"config_groups": {"g": group({**GROUP4, "num_bits": 3})}}, "num_bits is 3; what is read is 4, 8"),
         ({"config_groups": {"g": group({**GROUP4, "group_size": 0})}}, "group_size 0"),
         ({"config_groups": {"g": {**group(GROUP4), "format": "nvfp4-pack-quantized"}}}, "nvfp4-pack-quantized"),
