@@ -1,5 +1,7 @@
 """Texts from outside that get into messages and logs: as long as a line can bear, and nothing but printable."""
 
+import re
+
 MAX_CHARS = 120
 TAIL_CHARS = 30
 
@@ -13,3 +15,8 @@ def short(text: object, max_chars: int = MAX_CHARS) -> str:
     if whole.isprintable():
         return whole
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in whole)
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown: without a name and password in front of the host."""
+    return re.sub(r"//[^/@]*@", "//…@", url)

@@ -12,6 +12,7 @@ import httpx
 import msgspec
 
 from quartet.runtime.errors import UsageError
+from quartet.runtime.shorten import without_password
 
 CONNECT_S = 5.0
 MAX_ERROR_CHARS = 300
@@ -64,11 +65,6 @@ def base_url(text: str) -> str:
             if httpx.URL(found).host and (parts.hostname or "").encode("idna"):  # each refuses other names of hosts
                 return found
     raise UsageError(f"{without_password(text)!r} is no address of a server; it looks like http://127.0.0.1:30000")
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be shown."""
-    return re.sub(r"//[^/@]*@", "//…@", url)
 
 
 def is_loopback(url: str) -> bool:

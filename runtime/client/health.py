@@ -18,11 +18,11 @@ from quartet.runtime.client.connection import (
     connect,
     read_answer,
     unreachable,
-    without_password,
 )
 from quartet.runtime.errors import UsageError
 from quartet.runtime.log import plain, say
 from quartet.runtime.messages import ROLES
+from quartet.runtime.shorten import without_password
 
 # a sample of Prometheus' text format: name, labels, value
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)

@@ -13,16 +13,12 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import RequestError, StartupError
 from quartet.runtime.settings.machine import Machine
 from quartet.runtime.settings.sites import ANY, allowed_hosts, allowed_origins, is_loopback
+from quartet.runtime.shorten import without_password
 
 PAGE_SIZE = 16
 LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
 ENDPOINT = re.compile(r"https?://[^\s/:]+(:\d+)?(/\S*)?")
 SPECULATIVE_ALGORITHM = "NGRAM"
-
-
-def without_password(url: str | None) -> str:
-    """A URL as it may be shown."""
-    return re.sub(r"//[^/@]*@", "//…@", url or "")
 
 
 def given_draft_flags(config: ServerConfig) -> list[str]:
@@ -155,7 +151,7 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c, m: c.otlp_traces_endpoint is not None and not ENDPOINT.fullmatch(c.otlp_traces_endpoint),
         lambda c: (
             "--otlp-traces-endpoint takes a URL like http://localhost:4318/v1/traces (OTLP over HTTP), without a name "
-            f"and password, not {without_password(c.otlp_traces_endpoint)!r}"
+            f"and password, not {without_password(c.otlp_traces_endpoint or '')!r}"
         ),
     ),
     (
