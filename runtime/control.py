@@ -57,12 +57,12 @@ class Abort(ControlCommand, tag="abort_request", kw_only=True):
     """End requests: one rid, all whose rid starts with it (`prefix`), or all. No reply is sent."""
 
     path = "/abort_request"
-    rid: str = ""
+    rid: Name = ""
     abort_all: bool = False
     prefix: bool = False
     exact: bool = False  # this rid and not those made from it
     attempt: int | None = None  # the last attempt that this ends; a later one, made after a restart, goes on
-    abort_message: str = ""
+    abort_message: Name = ""
 
 
 class FlushCache(ControlCommand, tag="flush_cache", kw_only=True):
@@ -128,7 +128,7 @@ class WeightChange(ControlCommand, kw_only=True):
     retract: bool = False  # running requests go back to the queue and are computed again
     flush_cache: bool = True  # free the pages of the prefix cache; if false they stay, but are never matched again
     weight_version: Name | None = None
-    expected_version: str | None = None  # 409 unless this is the version that serves
+    expected_version: Name | None = None  # 409 unless this is the version that serves
     torch_empty_cache: bool = False
 
     @property
@@ -142,10 +142,10 @@ class UpdateWeightsFromDisk(WeightChange, tag="update_weights_from_disk", kw_onl
     path = "/update_weights_from_disk"
     aliases = ("/update_weights",)
     reply = AsJson(("num_paused_requests",), {"num_paused_requests": 0})
-    model_path: str
-    load_format: str | None = None  # default: the server's
+    model_path: Name
+    load_format: Name | None = None  # default: the server's
     keep_pause: bool = False  # be paused after the update
-    manifest: dict[str, str] | None = None  # tensor → xxh3 of its bytes in the file
+    manifest: dict[Name, Name] | None = None  # tensor → xxh3 of its bytes in the file
     is_async: bool = False
     recapture_cuda_graph: bool = False
     token_step: int = 0
@@ -157,28 +157,28 @@ class UpdateWeightsFromTensor(WeightChange, tag="update_weights_from_tensor", kw
     path = "/update_weights_from_tensor"
     reply = SUCCESS_AND_MESSAGE
     serialized_named_tensors: list[msgspec.Raw] = []  # base64 of safetensors bytes, one entry a rank
-    payload_files: list[str] = []  # replaces the entries inside the ring; set by the gateway only
-    load_format: str | None = None  # null, "direct" or "flattened_bucket"
-    selector: str = "all"
+    payload_files: list[Name] = []  # replaces the entries inside the ring; set by the gateway only
+    load_format: Name | None = None  # null, "direct" or "flattened_bucket"
+    selector: Name = "all"
 
 
 class InitWeightsUpdateGroup(ControlCommand, tag="init_weights_update_group", kw_only=True):
     """Join the group of processes in which the trainer, its rank 0, will broadcast."""
 
     path = "/init_weights_update_group"
-    master_address: str
-    master_port: int | str
+    master_address: Name
+    master_port: int | Name
     rank_offset: int
     world_size: int
-    group_name: str = "weight_update_group"
-    backend: str = "nccl"
+    group_name: Name = "weight_update_group"
+    backend: Name = "nccl"
 
 
 class DestroyWeightsUpdateGroup(ControlCommand, tag="destroy_weights_update_group", kw_only=True):
     """Leave such a group."""
 
     path = "/destroy_weights_update_group"
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
 
 
 class UpdateWeightsFromDistributed(WeightChange, tag="update_weights_from_distributed", kw_only=True):
@@ -186,19 +186,19 @@ class UpdateWeightsFromDistributed(WeightChange, tag="update_weights_from_distri
 
     path = "/update_weights_from_distributed"
     reply = SUCCESS_AND_MESSAGE
-    names: list[str]
-    dtypes: list[str]
+    names: list[Name]
+    dtypes: list[Name]
     shapes: list[list[int]]
-    group_name: str = "weight_update_group"
-    load_format: str | None = None  # null, or "flattened_bucket": all in one broadcast of bytes
-    selector: str = "all"
+    group_name: Name = "weight_update_group"
+    load_format: Name | None = None  # null, or "flattened_bucket": all in one broadcast of bytes
+    selector: Name = "all"
 
 
 class BeginWeightUpdate(ControlCommand, tag="begin_weight_update", kw_only=True):
     """Open an update session: tensors are collected, and `end_weight_update` applies them together."""
 
     path = "/begin_weight_update"
-    selector: str = "all"
+    selector: Name = "all"
 
 
 class EndWeightUpdate(WeightChange, tag="end_weight_update", kw_only=True):
@@ -227,7 +227,7 @@ class GetWeightsByName(ControlCommand, tag="get_weights_by_name", kw_only=True):
     path = "/get_weights_by_name"
     methods = ("GET", "POST")
     reply = AsField("rows")
-    name: str
+    name: Name
     truncate_size: int = 100
 
 
@@ -239,8 +239,8 @@ class CheckWeights(ControlCommand, tag="weights_checker", kw_only=True):
     reply = AsJson(("ranks", "per_engine_checksum"), {"ranks": [], "per_engine_checksum": None})
     action: Literal["checksum", "snapshot", "reset_tensors", "compare"] = "checksum"
     allow_quant_error: bool = False  # no effect: nothing is quantized
-    skip_tensor_list: list[str] | None = None
-    selector: str = "all"
+    skip_tensor_list: list[Name] | None = None
+    selector: Name = "all"
 
 
 class ReleaseMemory(ControlCommand, tag="release_memory_occupation", kw_only=True):
@@ -249,7 +249,7 @@ class ReleaseMemory(ControlCommand, tag="release_memory_occupation", kw_only=Tru
     path = "/release_memory_occupation"
     methods = ("GET", "POST")
     reply = NULL
-    tags: list[str] | None = None
+    tags: list[Name] | None = None
 
 
 class ResumeMemory(ControlCommand, tag="resume_memory_occupation", kw_only=True):
@@ -258,7 +258,7 @@ class ResumeMemory(ControlCommand, tag="resume_memory_occupation", kw_only=True)
     path = "/resume_memory_occupation"
     methods = ("GET", "POST")
     reply = NULL
-    tags: list[str] | None = None
+    tags: list[Name] | None = None
 
 
 class FreezeGarbage(ControlCommand, tag="freeze_gc", kw_only=True):
@@ -284,9 +284,9 @@ class StartProfile(ControlCommand, tag="start_profile", kw_only=True):
     path = "/start_profile"
     methods = ("GET", "POST")
     reply = TEXT
-    output_dir: str | None = None  # default: SGLANG_TORCH_PROFILER_DIR, else the directory for temporary files
+    output_dir: Name | None = None  # default: SGLANG_TORCH_PROFILER_DIR, else the directory for temporary files
     num_steps: int | None = None
-    activities: list[str] | None = None  # CPU, GPU; default: both where there is a GPU
+    activities: list[Name] | None = None  # CPU, GPU; default: both where there is a GPU
     with_stack: bool | None = None
     record_shapes: bool | None = None
     start_step: int | None = None  # refused

@@ -22,6 +22,7 @@ BACKSLASH = ord("\\")
 ESCAPE_BYTES = 6  # the longest
 PREFIX = "payload-"
 FIELD = "serialized_named_tensors"
+STRUCTURE = re.compile(rb'(?:[^"]++|"[^"\\]{0,256}+")*+')  # and whole short strings without escapes
 ESCAPE = re.compile(rb"\\(?:(/)|u00([0-9a-fA-F]{2}))")  # some encoders escape slash, plus or equals sign
 INVALID_BASE64 = f"{FIELD} is not valid base64: {{}}."
 LONG_STRING_ELSEWHERE = f"Only the entries of {FIELD} may be longer than {LONG_STRING_BYTES} bytes."
@@ -65,12 +66,13 @@ class Upload:
                 at = self._read_structure(part, at)
 
     def _read_structure(self, part: bytes, at: int) -> int:
-        """Read up to the beginning of a string; returns the new position, as the other readers do."""
-        quote = part.find(b'"', at)
-        end = len(part) if quote < 0 else quote + 1
-        self.skeleton += part[at:end]
-        self._string = bytearray() if quote >= 0 else None
-        return end
+        """Read up to the beginning of a string that may be long; returns the new position, as the other readers do."""
+        found = STRUCTURE.match(part, at)
+        assert found is not None, "it matches nothing too"
+        end = found.end()
+        self._string = bytearray() if end < len(part) else None
+        self.skeleton += part[at : end + 1]
+        return end + 1
 
     def _read_string(self, string: bytearray, part: bytes, at: int) -> int:
         quote = part.find(b'"', at)

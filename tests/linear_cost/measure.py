@@ -28,12 +28,12 @@ class Meter:
     def cpu(self) -> Costs:
         return {role: cpu_s(pid) for role, pid in self._pids.items()}
 
-    def send(self, field: Field, size: int) -> int:
+    def send(self, field: Field, body: bytes) -> int:
         """Status of the answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=TIMEOUT_S)
         method = "POST" if "POST" in field.route.methods else "PUT"
         try:
-            connection.request(method, field.route.path, field.body(size), {"Content-Type": "application/json"})
+            connection.request(method, field.route.path, body, {"Content-Type": "application/json"})
             return drained(connection)
         except (BrokenPipeError, ConnectionResetError):  # refused before all was sent
             return http.client.REQUEST_ENTITY_TOO_LARGE
@@ -42,8 +42,9 @@ class Meter:
 
     def cost(self, field: Field, size: int) -> tuple[int, Costs]:
         """Status, and what every process spent. What stands still costs nothing."""
+        body = field.body(size)
         before = self.cpu()
-        status = self.send(field, size)
+        status = self.send(field, body)
         after = self.rested()
         return status, {role: after[role] - before[role] for role in after}
 

@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import stat
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,15 @@ async def test_who_waits_too_long_for_a_store_that_hangs_is_refused_and_other_th
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(error, RequestError) and error.kind is Kind.UNAVAILABLE for error in results)
     await asyncio.gather(hanging, return_exceptions=True)
+
+
+def test_keeping_a_response_writes_bytes_in_proportion_to_its_size(tmp_path: Path) -> None:
+    written = []
+    for size in (1 << 20, 1 << 21, 1 << 22, 1 << 23):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        store = store_in(folder, most_bytes=64 << 20)
+        store.put("a", None, response("a", size))
+        written.append((folder / "s.sqlite-wal").stat().st_size)
+        store.close()
+    assert all(large <= 2.1 * small for small, large in pairwise(written)), written
