@@ -3,6 +3,7 @@
 /v1/rerank      a bare list with the model's own scores
 /rerank         the shape of Jina: documents are returned, scores are shares between 0 and 1
 /v2/rerank      that of Cohere: the same without the documents
+                with `texts` in place of `documents`, both answer as text-embeddings-inference does
 """
 
 import time
@@ -30,6 +31,7 @@ BLANK_QUERY = "Query cannot be empty or whitespace only"
 NO_DOCUMENTS = "Documents cannot be empty"
 EMPTY_DOCUMENT = "Each document must be a non-empty string"
 BLANK_DOCUMENT = "Each document cannot be empty or whitespace only"
+ONE_LIST = "documents and texts cannot be given at the same time."
 TOO_MANY = f"At most {limits.MAX_BATCH_PROMPTS} documents are ranked."
 BAD_TOP_N = "Value error, parameter top_n should be larger than 0."
 
@@ -49,8 +51,11 @@ class Document(msgspec.Struct):
 class RankBody(Ranking, kw_only=True):
     """POST /rerank and /v2/rerank. Fields that are not here are ignored."""
 
-    documents: list[str | Document]
+    documents: list[str | Document] | None = None
+    texts: list[str] | None = None  # text-embeddings-inference; the answer is in its shape then
     model: Name | None = None
+    raw_scores: bool = False  # with texts
+    return_text: bool = False
     top_n: int | None = None
     return_documents: bool | None = None
 
@@ -79,10 +84,15 @@ def ranking(with_documents: bool) -> Handler:
         """Documents by their fitness for a query, best first, in the shape of Jina and Cohere."""
         require_json(http)
         body = await bodies.read_json_body(http, RankBody)
-        documents = [document if isinstance(document, str) else document.text for document in body.documents]
+        if body.documents is not None and body.texts is not None:
+            raise RequestError(ONE_LIST, field="texts")
+        given: Sequence[str | Document] = body.documents or body.texts or ()
+        documents = [document if isinstance(document, str) else document.text for document in given]
         check_query(body.query, documents, body.top_n)
         found = await fitness(gateway, http, body, documents)
         returned = with_documents if body.return_documents is None else body.return_documents
+        if body.texts is not None:
+            return errors.json_response([tei_entry(found[i], i, body) for i in best_first(found)[: body.top_n]])
         results: list[dict[str, Any]] = []
         for index in best_first(found)[: body.top_n]:
             shown = {"document": {"text": documents[index]}} if returned else {}
@@ -97,6 +107,13 @@ def ranking(with_documents: bool) -> Handler:
         return errors.json_response(answer)
 
     return rank
+
+
+def tei_entry(found: Fitness, index: int, body: RankBody) -> dict[str, Any]:
+    """A document in the shape of text-embeddings-inference."""
+    assert body.texts is not None
+    entry = {"index": index, "score": found.score if body.raw_scores else found.share}
+    return {**entry, "text": body.texts[index]} if body.return_text else entry
 
 
 def best_first(found: Sequence[Fitness]) -> list[int]:
