@@ -98,6 +98,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     truncate: int | None = None  # tokens of the prompt at most: a longer one is cut, where others would be refused
     truncate_side: Literal["left", "right"] = "right"  # what is cut off
     dimensions: int | None = None  # embed: cut to this many and normalise again
+    normalize: bool | None = None  # embed: to length 1; None: as the model's files say
     resume_ids: bytes = b""  # output ids that the client already has (replay after a restart)
     thought: Thought | None = None  # a JSON schema constrains what stands behind it
 

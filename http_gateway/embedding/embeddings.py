@@ -11,6 +11,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.embedding.encode import embed, embed_request, numbers
+from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
@@ -39,7 +40,7 @@ class TextInput(msgspec.Struct):
     image: Any = None
 
 
-class EmbeddingsBody(Truncating, kw_only=True):
+class EmbeddingsBody(Prompted, kw_only=True):
     """POST /v1/embeddings. Fields that are not here are ignored."""
 
     input: str | list[Any]
@@ -66,7 +67,7 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     dimensions = cut_to(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
-    texts = await embed(gateway, http, await convert_body(http, to_job, body, dimensions, gateway.rules))
+    texts = await embed(gateway, http, await convert_body(http, vectors_job, body, dimensions, gateway))
     data = [
         {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
         for index, text in enumerate(texts)
@@ -99,8 +100,16 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
 # input
 
 
-def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: Rules) -> Job:
-    """One request per item of `input`."""
+def vectors_job(body: EmbeddingsBody, dimensions: int | None, gateway: Gateway) -> Job:
+    """The same with the model's prompt before each text. Raises RequestError."""
+    given: Any = body.input
+    first = given[0] if isinstance(given, list) and given else given
+    texts = isinstance(first, str | dict)
+    return to_job(body, dimensions, gateway.rules, prefix_of(body, check_embeds(gateway), texts=texts))
+
+
+def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: Rules, prefix: str = "") -> Job:
+    """One request per item of `input`, `prefix` before each text."""
     given: Any = body.input
     truncation = read_truncation(body, "right")
     single = isinstance(given, str) or bool(given and isinstance(given[0], int))
@@ -115,11 +124,11 @@ def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: R
     if kind not in KINDS or any(type(item) is not kind for item in items):
         raise RequestError(MIXED.format(KINDS.get(kind, "strings")), field="input")
     request = embed_request(rules, dimensions, truncation)
-    prompts = [to_prompt(index, item, request, rules) for index, item in enumerate(items)]
+    prompts = [to_prompt(index, item, request, rules, prefix) for index, item in enumerate(items)]
     return fan_out(prompts, rids_per_prompt(body.rid, len(prompts), single), rules)
 
 
-def to_prompt(index: int, item: Any, request: Request, rules: Rules) -> Generate:
+def to_prompt(index: int, item: Any, request: Request, rules: Rules, prefix: str) -> Generate:
     """The prompt of one item: token ids, a text, or an object with a text. Raises RequestError."""
     if isinstance(item, list):
         if any(type(token) is not int for token in item):
@@ -130,7 +139,7 @@ def to_prompt(index: int, item: Any, request: Request, rules: Rules) -> Generate
     if isinstance(item, dict):
         item = text_of(item)
     check_text(item, EMPTY_AT.format(index))
-    return Generate(request=request, text=item)
+    return Generate(request=request, text=prefix + item)
 
 
 def text_of(item: dict[str, Any]) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
+from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.output import finish_reason
 from quartet.http_gateway.generation.run_group import collect_answers
-from quartet.http_gateway.generation.truncation import Truncating, Truncation, read_truncation
+from quartet.http_gateway.generation.truncation import Truncation, read_truncation
 from quartet.http_gateway.http.errors import json_response
 from quartet.http_gateway.native.generate_body import asks, check_batch, pack_prompt_ids, rids_per_prompt
 from quartet.http_gateway.routes import bodies
@@ -19,6 +20,7 @@ from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Request, Text
+from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.sampling import SamplingParams
 
 NOTHING_GIVEN = "At least one of text, input_ids, or image should be provided"
@@ -27,7 +29,7 @@ NOT_A_CROSS_ENCODER = "This model is no cross-encoder: it reads one text at a ti
 REFUSED = ("image_data", "audio_data", "video_data", "lora_path", "return_pooled_hidden_states")
 
 
-class EncodeBody(Truncating, kw_only=True):
+class EncodeBody(Prompted, kw_only=True):
     """`sampling_params` and whatever is not here are accepted and ignored, as the contract has it."""
 
     text: str | list[str | list[str]] | None = None  # a list of two: a pair for a cross-encoder
@@ -43,13 +45,16 @@ class EncodeBody(Truncating, kw_only=True):
     return_pooled_hidden_states: Any = None
 
 
-def to_job(body: EncodeBody, rules: Rules) -> tuple[Job, bool]:
+def to_job(body: EncodeBody, rules: Rules, embedding: Embedding) -> tuple[Job, bool]:
     """The Job, and whether one object (not a list) answers it."""
     for name in REFUSED:
         if asks(getattr(body, name)):
             raise RequestError(f"{name} is not supported.", field=name)
     single = isinstance(body.text, str) or bool(body.input_ids and isinstance(body.input_ids[0], int))
     prompts = read_prompts(body, single, rules)
+    if prefix := prefix_of(body, embedding, texts=body.text is not None):
+        for prompt in prompts:
+            prompt.text = f"{prefix}{prompt.text}"
     job = fan_out(prompts, rids_per_prompt(body.rid, len(prompts), single), rules)
     job.background = bool(body.background)
     return job, single
@@ -84,11 +89,17 @@ def request_of(body: EncodeBody, rules: Rules) -> Request:
 
 
 def embed_request(
-    rules: Rules, dimensions: int | None = None, truncation: Truncation | None = None, *, log_metrics: bool = True
+    rules: Rules,
+    dimensions: int | None = None,
+    truncation: Truncation | None = None,
+    *,
+    normalize: bool | None = None,
+    log_metrics: bool = True,
 ) -> Request:
     """A request for a vector, still without a rid."""
     params = SamplingParams(max_new_tokens=0)
     request = Request(rid="", params=params, task="embed", dimensions=dimensions, log_metrics=log_metrics)
+    request.normalize = normalize
     if truncation is not None:
         truncation.apply(request, rules)
     return request
@@ -100,7 +111,7 @@ async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     body = await bodies.read_json_body(http, EncodeBody)
     embedding = check_embeds(gateway)
     body.dimensions = cut_to(gateway, embedding, body.dimensions)
-    job, single = await convert_body(http, to_job, body, gateway.rules)
+    job, single = await convert_body(http, to_job, body, gateway.rules, embedding)
     if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
         raise RequestError(NOT_A_CROSS_ENCODER, field="text")
     vectors = await embed(gateway, http, job)

@@ -3,6 +3,7 @@
 /v1/rerank      a bare list with the model's own scores
 /rerank         the shape of Jina: documents are returned, scores are shares between 0 and 1
 /v2/rerank      that of Cohere: the same without the documents
+                with `texts` in place of `documents`, both answer as text-embeddings-inference does
 """
 
 import time
@@ -14,19 +15,15 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.embedding.embeddings import probabilities, prompt_usage
-from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, meta_info, numbers
-from quartet.http_gateway.generation.intake import Job, Rules, fan_out
-from quartet.http_gateway.generation.truncation import Truncating, read_truncation
+from quartet.http_gateway.embedding.embeddings import prompt_usage
+from quartet.http_gateway.embedding.encode import meta_info
+from quartet.http_gateway.embedding.fitness import Fitness, Ranking, fitness
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, Handler, require_json
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.http_gateway.routes.tasks import check_embeds
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
-from quartet.runtime.messages import Generate, Text
-from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.names import Name
 
 EMPTY_QUERY = "Query cannot be empty"
@@ -34,30 +31,31 @@ BLANK_QUERY = "Query cannot be empty or whitespace only"
 NO_DOCUMENTS = "Documents cannot be empty"
 EMPTY_DOCUMENT = "Each document must be a non-empty string"
 BLANK_DOCUMENT = "Each document cannot be empty or whitespace only"
+ONE_LIST = "documents and texts cannot be given at the same time."
 TOO_MANY = f"At most {limits.MAX_BATCH_PROMPTS} documents are ranked."
 BAD_TOP_N = "Value error, parameter top_n should be larger than 0."
 
 
-class RerankBody(Truncating, kw_only=True):
+class RerankBody(Ranking, kw_only=True):
     """Fields that are not here are ignored."""
 
-    query: str
     documents: list[str]
     top_n: int | None = None
     return_documents: bool | None = None
-    instruct: str | None = None
 
 
 class Document(msgspec.Struct):
     text: str
 
 
-class RankBody(Truncating, kw_only=True):
+class RankBody(Ranking, kw_only=True):
     """POST /rerank and /v2/rerank. Fields that are not here are ignored."""
 
-    query: str
-    documents: list[str | Document]
+    documents: list[str | Document] | None = None
+    texts: list[str] | None = None  # text-embeddings-inference; the answer is in its shape then
     model: Name | None = None
+    raw_scores: bool = False  # with texts
+    return_text: bool = False
     top_n: int | None = None
     return_documents: bool | None = None
 
@@ -67,15 +65,11 @@ async def rerank(gateway: Gateway, http: HTTPRequest) -> Response:
     received_at = time.monotonic()
     require_json(http)
     body = await bodies.read_json_body(http, RerankBody)
-    check_reranks(gateway)
     check_query(body.query, body.documents, body.top_n)
-    if body.instruct is not None:
-        raise RequestError("instruct is not supported: this is no instructed reranker.", field="instruct")
-    job = to_job(body, body.documents, gateway.rules)
     ranked = []
-    for index, text in enumerate(await embed(gateway, http, job)):
-        entry: dict[str, Any] = {"score": numbers(text)[0], "document": body.documents[index], "index": index}
-        ranked.append({**entry, "meta_info": meta_info(gateway, text, received_at)})
+    for index, found in enumerate(await fitness(gateway, http, body, body.documents)):
+        entry: dict[str, Any] = {"score": found.score, "document": body.documents[index], "index": index}
+        ranked.append({**entry, "meta_info": meta_info(gateway, found.text, received_at)})
     ranked.sort(key=lambda entry: -entry["score"])
     if body.return_documents is False:
         for entry in ranked:
@@ -90,21 +84,24 @@ def ranking(with_documents: bool) -> Handler:
         """Documents by their fitness for a query, best first, in the shape of Jina and Cohere."""
         require_json(http)
         body = await bodies.read_json_body(http, RankBody)
-        embedding = check_reranks(gateway)
-        documents = [document if isinstance(document, str) else document.text for document in body.documents]
+        if body.documents is not None and body.texts is not None:
+            raise RequestError(ONE_LIST, field="texts")
+        given: Sequence[str | Document] = body.documents or body.texts or ()
+        documents = [document if isinstance(document, str) else document.text for document in given]
         check_query(body.query, documents, body.top_n)
-        texts = await embed(gateway, http, to_job(body, documents, gateway.rules))
+        found = await fitness(gateway, http, body, documents)
         returned = with_documents if body.return_documents is None else body.return_documents
+        if body.texts is not None:
+            return errors.json_response([tei_entry(found[i], i, body) for i in best_first(found)[: body.top_n]])
         results: list[dict[str, Any]] = []
-        for index in best_first(texts)[: body.top_n]:
-            [share] = probabilities(numbers(texts[index]), embedding)
+        for index in best_first(found)[: body.top_n]:
             shown = {"document": {"text": documents[index]}} if returned else {}
-            results.append({"index": index, "relevance_score": share, **shown})
+            results.append({"index": index, "relevance_score": found[index].share, **shown})
         answer = {
             "id": f"rerank-{uuid.uuid4().hex}",
             "model": gateway.name,
             "results": results,
-            "usage": prompt_usage(texts),
+            "usage": prompt_usage([fit.text for fit in found]),
             "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
         }
         return errors.json_response(answer)
@@ -112,17 +109,16 @@ def ranking(with_documents: bool) -> Handler:
     return rank
 
 
-def best_first(texts: Sequence[Text]) -> list[int]:
+def tei_entry(found: Fitness, index: int, body: RankBody) -> dict[str, Any]:
+    """A document in the shape of text-embeddings-inference."""
+    assert body.texts is not None
+    entry = {"index": index, "score": found.score if body.raw_scores else found.share}
+    return {**entry, "text": body.texts[index]} if body.return_text else entry
+
+
+def best_first(found: Sequence[Fitness]) -> list[int]:
     """Places by score, the first of equals first."""
-    return sorted(range(len(texts)), key=lambda index: -numbers(texts[index])[0])
-
-
-def check_reranks(gateway: Gateway) -> Embedding:
-    """Raises RequestError where the model does not score pairs."""
-    embedding = check_embeds(gateway)
-    if not embedding.cross_encoder or embedding.labels != 1:
-        raise RequestError(NOT_A_CROSS_ENCODER)
-    return embedding
+    return sorted(range(len(found)), key=lambda index: -found[index].score)
 
 
 def check_query(query: str, documents: Sequence[str], top_n: int | None) -> None:
@@ -139,13 +135,6 @@ def check_query(query: str, documents: Sequence[str], top_n: int | None) -> None
     for field, holds, message in refusals:
         if holds:
             raise RequestError(message, field=field)
-
-
-def to_job(body: RerankBody | RankBody, documents: Sequence[str], rules: Rules) -> Job:
-    """A pair for each document."""
-    request = embed_request(rules, truncation=read_truncation(body, "right"))
-    pairs = [Generate(request=request, text=body.query, text_pair=text) for text in documents]
-    return fan_out(pairs, [None] * len(pairs), rules)
 
 
 SHAPE = errors.with_client_names(errors.openai, {"text": "documents", "prompt": "documents"})

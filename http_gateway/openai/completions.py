@@ -18,12 +18,12 @@ from quartet.http_gateway.openai.answers import Completion, CompletionChoice, Me
 from quartet.http_gateway.openai.extras import Extras
 from quartet.http_gateway.openai.output import Offsets, OutputState, completion_logprobs, usage
 from quartet.http_gateway.openai.params import CLIENT_NAMES, DEFAULT_MODEL, budget_of, job_of, params_of
-from quartet.http_gateway.openai.tokens import detokenize_ids
 from quartet.http_gateway.openai.types import CompletionBody
 from quartet.http_gateway.ring.request_group import RequestDelta
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
+from quartet.http_gateway.routes.token_questions import detokenize_ids
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, LogprobOptions, Text
 

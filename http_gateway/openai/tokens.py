@@ -12,13 +12,13 @@ from quartet.http_gateway.openai.types import ChatBody
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, read_body
 from quartet.http_gateway.routes.gateway import Gateway
+from quartet.http_gateway.routes.token_questions import detokenize_ids, tokens_of
 from quartet.runtime import limits
-from quartet.runtime.control import ControlCommand, Detokenize, Tokenize
-from quartet.runtime.errors import Kind, RequestError
-from quartet.runtime.messages import Reply, pack_ids, unpack_ids
+from quartet.runtime.control import Tokenize
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import pack_ids, unpack_ids
 from quartet.runtime.names import Name
 
-TIMEOUT_S = 60.0
 NULL = b"null"
 ONE_SOURCE = "Either prompt or messages should be provided."
 BAD_IDS = "tokens must be a list of token ids, or a list of such lists."
@@ -82,11 +82,6 @@ async def ids_of_chat(gateway: Gateway, http: HTTPRequest, body: ChatBody) -> li
     return (await tokens_of(gateway, Tokenize(chat=prompt.chat)))[0]
 
 
-async def tokens_of(gateway: Gateway, command: Tokenize) -> list[list[int]]:
-    """The ids of each text of a command."""
-    return [unpack_ids(ids).tolist() for ids in (await ask(gateway, command))["tokens"]]
-
-
 def command_of(body: TokenizeBody) -> Tokenize:
     if body.prompt is None:
         raise RequestError(ONE_SOURCE, field="prompt")
@@ -124,29 +119,6 @@ def check_ids_count(count: int) -> None:
         raise RequestError(
             f"At most {limits.MAX_DETOKENIZED} ids are decoded in one call, got {count}.", field="tokens"
         )
-
-
-async def detokenize_ids(
-    gateway: Gateway, ids: list[bytes], skip_special_tokens: bool = True, *, open_end: bool = False
-) -> list[str]:
-    """The text of each list of ids; `open_end`: without an unfinished last character. Raises RequestError."""
-    command = Detokenize(ids=ids, skip_special_tokens=skip_special_tokens, open_end=open_end)
-    found = await ask(gateway, command)
-    texts: list[str] = found["texts"]
-    return texts
-
-
-async def ask(gateway: Gateway, command: ControlCommand) -> dict[str, Any]:
-    """What a service of the ring replies. Raises RequestError for a refusal."""
-    try:
-        reply = await gateway.ring.command(command, TIMEOUT_S)
-    except TimeoutError:
-        raise RequestError(f"No answer within {TIMEOUT_S:.0f} s.", Kind.UNAVAILABLE) from None
-    assert isinstance(reply, Reply), reply
-    if not reply.success:
-        kind = errors.KIND_OF_STATUS.get(reply.status, Kind.BAD_REQUEST)
-        raise RequestError(reply.message, kind, reply.field, reply.code)
-    return reply.body or {}
 
 
 ENDPOINTS = [

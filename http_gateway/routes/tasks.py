@@ -31,7 +31,7 @@ def cut_to(gateway: Gateway, embedding: Embedding, dimensions: int | None) -> in
     """The dimensions to cut vectors to; None where they stay as they are. Raises RequestError where that cannot be."""
     if dimensions is None:
         return None
-    size = gateway.model.hidden_size * len(embedding.pooling)
+    size = embedding.size(gateway.model.hidden_size)
     if not 1 <= dimensions <= size:
         raise RequestError(f"dimensions must be in [1, {size}], got {dimensions}.", field="dimensions")
     if dimensions == size:

@@ -188,7 +188,7 @@ def paged_attention_reference(
         k = k_pool[:, slots].double().repeat_interleave(group, 0)  # (heads, length, dim)
         v = v_pool[:, slots].double().repeat_interleave(group, 0)
         for position in range(length - queries, length):
-            last = position + 1 if causal else length
+            last = position + 1 if causal else length if window is None else min(length, position + window)
             first = 0 if window is None else max(0, position - window + 1)
             scores = (q[row].double().view(heads, 1, dim) @ k[:, first:last].mT).squeeze(1) * scale  # (heads, keys)
             if softcap is not None:

@@ -246,15 +246,14 @@ class _Scheduler:
             yield Block(0, queries, start, length, causal=True)
 
     def masked_block(self, first: int, last: int, start: int, length: int) -> Block:
-        if not self.causal:
+        if self.window is None and not self.causal:
             return Block(first, last, 0, length)
-        low = 0 if self.window is None else max(0, start + first - self.window + 1)
-        high = start + last
-        query = torch.arange(start + first, high).unsqueeze(1)  # positions
+        behind = length if self.window is None else self.window  # a query sees keys nearer than that
+        ahead = 1 if self.causal else behind
+        low, high = max(0, start + first - behind + 1), min(length, start + last - 1 + ahead)
+        query = torch.arange(start + first, start + last).unsqueeze(1)  # positions
         key = torch.arange(low, high)
-        hidden = key > query
-        if self.window is not None:
-            hidden |= key <= query - self.window
+        hidden = (key >= query + ahead) | (key <= query - behind)
         return Block(first, last, low, high, mask=self.bias(hidden))
 
 

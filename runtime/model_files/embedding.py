@@ -29,8 +29,26 @@ LEGACY_POOLING: dict[str, Pooling] = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers, those that are followed
+MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers, those that are followed
+PROMPTS_FILE = "config_sentence_transformers.json"
+DENSE_ACTIVATIONS = {"Identity": None, "GELU": "gelu", "ReLU": "relu", "SiLU": "silu", "Tanh": "tanh"}
+MAX_FEATURES = 1 << 20
 DEFAULT_LABELS = 2  # what config.json leaves out
+
+
+class Dense(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer on top of the pooled vector, as its folder describes it."""
+
+    folder: str = ""
+    in_features: int
+    out_features: int
+    bias: bool = True
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+
+    @property
+    def activation(self) -> str | None:
+        """Its name among those of score heads."""
+        return DENSE_ACTIVATIONS[self.activation_function.rsplit(".", 1)[-1]]
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,11 +63,19 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True):
     causal: bool = True
     matryoshka: bool = False  # its vectors may be cut
     dimensions: tuple[int, ...] = ()  # cut to one of these alone, where the model lists them
+    dense: tuple[Dense, ...] = ()  # what the pooled vector passes
+    prompts: dict[str, str] = {}  # texts that are put before others, by what the vector is for
+    default_prompt: str = ""  # a name among those: where a request names none
+    prompts_pooled: bool = True  # their tokens count like others
 
     @property
     def whole_prompts(self) -> bool:
         """Every position sees every other, or all of them are pooled: no chunks, no cached prefix."""
         return not self.causal or self.pooling != ("lasttoken",)
+
+    def size(self, hidden: int) -> int:
+        """Numbers of a vector, where hidden states have so many."""
+        return self.dense[-1].out_features if self.dense else hidden * len(self.pooling)
 
 
 class Module(msgspec.Struct, frozen=True):
@@ -88,13 +114,15 @@ def embedding(path: Path, architecture: str, config: Json) -> Embedding:
         pooling=("cls",) if encoder else ("lasttoken",),
         normalize=not scoring,
         encoder=encoder,
-        causal=not encoder and config.get("is_causal", True) is not False,
+        causal=not encoder
+        and config.get("is_causal", True) is not False
+        and not config.get("use_bidirectional_attention"),
         matryoshka=bool(dimensions or config.get("is_matryoshka")),
         dimensions=tuple(dimensions),
     )
     if scoring:
         return with_scores(found, architecture, config)
-    return with_modules(found, path)
+    return with_prompts(with_modules(found, path), path)
 
 
 def with_scores(found: Embedding, architecture: str, config: Json) -> Embedding:
@@ -117,8 +145,57 @@ def with_modules(found: Embedding, path: Path) -> Embedding:
     folders = {module.type.rsplit(".", 1)[-1]: module.path for module in modules}
     if unknown := sorted(folders.keys() - set(MODULES)):
         raise StartupError(f"{path}/modules.json has a {unknown[0]} module; {', '.join(MODULES)} are served")
-    pooling = read_pooling(path / folders["Pooling"] / "config.json") if "Pooling" in folders else found.pooling
-    return msgspec.structs.replace(found, pooling=pooling, normalize="Normalize" in folders)
+    pooling, pooled = found.pooling, True
+    if "Pooling" in folders:
+        pooling, pooled = read_pooling(path / folders["Pooling"] / "config.json")
+    return msgspec.structs.replace(
+        found,
+        pooling=pooling,
+        prompts_pooled=pooled,
+        normalize="Normalize" in folders,
+        dense=tuple(read_dense(path, module.path) for module in modules if module.type.endswith(".Dense")),
+    )
+
+
+def read_dense(path: Path, folder: str) -> Dense:
+    """The layer of a folder. Raises StartupError."""
+    file = path / folder / "config.json"
+    if Path(folder).name != folder:
+        raise StartupError(f"{path}/modules.json names the folder {folder!r}, which is not one beside it")
+    try:
+        found = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=Dense)
+    except msgspec.DecodeError as error:
+        raise StartupError(f"{file} does not describe a layer: {error}") from error
+    if not (1 <= found.in_features <= MAX_FEATURES and 1 <= found.out_features <= MAX_FEATURES):
+        raise StartupError(f"{file}: in_features and out_features must be in [1, {MAX_FEATURES}]")
+    module = found.activation_function
+    if not module.startswith("torch.nn.") or module.rsplit(".", 1)[-1] not in DENSE_ACTIVATIONS:
+        raise StartupError(
+            f"{file} names the activation {module}; served are {', '.join(DENSE_ACTIVATIONS)} of torch.nn"
+        )
+    return msgspec.structs.replace(found, folder=folder)
+
+
+class Prompts(msgspec.Struct):
+    """The part of config_sentence_transformers.json that is wanted here."""
+
+    prompts: dict[str, str] = {}
+    default_prompt_name: str | None = None
+
+
+def with_prompts(found: Embedding, path: Path) -> Embedding:
+    """The prompts of a sentence-transformers model; unchanged where it has none. Raises StartupError."""
+    file = path / PROMPTS_FILE
+    if not present(file):
+        return found
+    try:
+        given = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=Prompts)
+    except msgspec.DecodeError as error:
+        raise StartupError(f"{file} does not describe prompts: {error}") from error
+    default = given.default_prompt_name or ""
+    if default and default not in given.prompts:
+        raise StartupError(f"{file}: default_prompt_name is {default!r}, which is not among its prompts")
+    return msgspec.structs.replace(found, prompts=given.prompts, default_prompt=default)
 
 
 def read_modules(path: Path) -> list[Module]:
@@ -131,8 +208,8 @@ def read_modules(path: Path) -> list[Module]:
         raise StartupError(f"{file} is not a list of modules: {error}") from error
 
 
-def read_pooling(file: Path) -> tuple[Pooling, ...]:
-    """The pooling modes of a sentence-transformers pooling module."""
+def read_pooling(file: Path) -> tuple[tuple[Pooling, ...], bool]:
+    """The pooling modes of a sentence-transformers pooling module, and whether a prompt's tokens are pooled too."""
     try:
         config = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=dict[str, Any])
         modes = config.get("pooling_mode") or [mode for key, mode in LEGACY_POOLING.items() if config.get(key)]
@@ -141,4 +218,4 @@ def read_pooling(file: Path) -> tuple[Pooling, ...]:
         raise StartupError(f"{file} does not name a pooling that is served: {error}") from error
     if not pooling:
         raise StartupError(f"{file} names no pooling")
-    return pooling
+    return pooling, config.get("include_prompt") is not False

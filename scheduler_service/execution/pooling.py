@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from quartet.runtime.errors import Kind, StartupError
+from quartet.runtime.messages import Request
 from quartet.runtime.model_files.embedding import Embedding
 from quartet.scheduler_service.core.plan import Plan, Result
 from quartet.scheduler_service.execution.logprobs import as_bytes
@@ -91,7 +92,7 @@ class Pooler:
                 result.error = NOT_FINITE
             else:
                 result.vector, result.scalar = (
-                    as_bytes(self.cut(vector, request.dimensions), torch.float32),
+                    as_bytes(self.finish(vector, request), torch.float32),
                     self.scalar,
                 )
 
@@ -100,12 +101,10 @@ class Pooler:
         pooled = torch.stack([torch.cat([pool(text) for pool in self.pools]) for text in texts])
         if self.head is not None:
             pooled = self.activation(self.head(pooled).float())
-        pooled = pooled.float().cpu()
-        return F.normalize(pooled, dim=-1) if self.embedding.normalize else pooled
+        return pooled.float().cpu()
 
-    def cut(self, vector: torch.Tensor, dimensions: int | None) -> torch.Tensor:
-        """The leading dimensions that a request asks for."""
-        if dimensions is None:
-            return vector
-        vector = vector[:dimensions]
-        return F.normalize(vector, dim=-1) if self.embedding.normalize else vector
+    def finish(self, vector: torch.Tensor, request: Request) -> torch.Tensor:
+        """The leading dimensions that a request asks for, of length 1 where it or the model says so."""
+        vector = vector[: request.dimensions]
+        normalize = self.embedding.normalize if request.normalize is None else request.normalize
+        return F.normalize(vector, dim=-1) if normalize else vector

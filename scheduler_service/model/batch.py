@@ -20,7 +20,7 @@ class AttentionSpec:
     kv_heads: int
     head_dim: int
     scale: float
-    window: int | None = None  # a query at p sees keys in (p - window, p]
+    window: int | None = None  # a query at p sees keys in (p - window, p]; up to p + window where it is not causal
     softcap: float | None = None
     causal: bool = True
     sinks: torch.Tensor | None = None  # (heads,)

@@ -8,7 +8,7 @@ import torch
 
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_files.embedding import family_name
+from quartet.runtime.model_files.embedding import Embedding, family_name
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
@@ -51,6 +51,8 @@ def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
         spec = FAMILIES[family_name(info.architecture)](info.config, info.embedding.labels, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+    if info.embedding.dense:
+        spec = replace(spec, head=dense_layers(info.embedding))
     known = GATED if spec.gated else ACTIVATIONS
     heads = {layer.activation for layer in spec.head if layer.activation}
     if unknown := sorted({spec.activation} - set(known)) + sorted(heads - set(ACTIVATIONS)):
@@ -78,17 +80,31 @@ def load_decoder_embedder(
 
 
 def score_head(info: ModelInfo, hidden: int) -> tuple[HeadLayer, ...]:
-    """One matrix for classifiers, two with a relu between for reward models."""
+    """One matrix for classifiers, two with a relu between for reward models; for vectors what the model's files say."""
     assert info.embedding is not None
     labels = info.embedding.labels
     if not labels:
-        return ()
+        return dense_layers(info.embedding)
     if info.architecture.endswith("ForRewardModel"):
         return (
             HeadLayer(name="score.0", inputs=hidden, outputs=hidden, activation="relu"),
             HeadLayer(name="score.2", inputs=hidden, outputs=labels),
         )
     return (HeadLayer(name="score", inputs=hidden, outputs=labels, bias=False),)
+
+
+def dense_layers(embedding: Embedding) -> tuple[HeadLayer, ...]:
+    """The layers of a sentence-transformers model behind its pooling; their weights lie in folders of their own."""
+    return tuple(
+        HeadLayer(
+            name=f"{layer.folder}.linear",
+            inputs=layer.in_features,
+            outputs=layer.out_features,
+            bias=layer.bias,
+            activation=layer.activation,
+        )
+        for layer in embedding.dense
+    )
 
 
 def tensor_names(config: ResolvedConfig, info: ModelInfo) -> Collection[str]:

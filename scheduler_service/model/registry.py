@@ -103,6 +103,8 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
         raise NotNative(f"{info.architecture} whose layers differ in size")
     if spec.activation not in ACTIVATIONS:
         raise NotNative(f"{info.architecture} with the activation {spec.activation}")
+    if not (spec.causal or info.embedding):
+        raise NotNative(f"{info.architecture} whose attention looks ahead")
     return spec
 
 

@@ -45,7 +45,7 @@ def read_record(run_dir: str) -> Committed | None:
 
 def files_of(directory: Path) -> dict[str, list[int]]:
     """The checkpoint's files as `Committed.files` has them."""
-    found = {path.name: path.stat() for path in weight_files(directory) if path.exists()}
+    found = {str(path.relative_to(directory)): path.stat() for path in weight_files(directory) if path.exists()}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
 
 

@@ -164,7 +164,11 @@ class Updates:
             model_dir=str(directory),
             weight_version="",
             load_format=load_format,
-            files={path.name: [f.size, f.written_ns] for path, f in before.items() if path.parent == directory},
+            files={
+                str(path.relative_to(directory)): [f.size, f.written_ns]
+                for path, f in before.items()
+                if path.is_relative_to(directory)
+            },
         )
         return self.packed(self.new_names(), source)
 

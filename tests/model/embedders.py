@@ -38,6 +38,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "XLMRoberta": ROBERTA,
     "DistilBert": DISTIL,
     "ModernBert": MODERN,
+    "Gemma3Text": {**tiny.SHAPE, **tiny.GEMMA},
     "Llama": tiny.SHAPE,
     "Mistral": {**tiny.SHAPE, "sliding_window": 24},
     "Qwen2": tiny.SHAPE,

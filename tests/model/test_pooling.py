@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from quartet.runtime.errors import StartupError
+from quartet.runtime.messages import Request
 from quartet.runtime.model_files.embedding import Embedding
+from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.pooling import POOLINGS, Pooler, activation_of
 from tests.model import embedders
 from tests.model.embedders import Embedder, cosine, texts
@@ -22,19 +24,23 @@ SENTENCES = [
 ]
 
 
+def cut_to(dimensions: int | None) -> Request:
+    return Request(rid="r", params=SamplingParams(), task="embed", dimensions=dimensions)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_vector_that_is_normalised_has_length_one_also_when_it_is_cut(scale):
     pooler = Pooler(Embedding(pooling=("mean",), normalize=True))
     vector = pooler.vectors([torch.randn(7, 16) * scale])[0]
-    for cut in (vector, pooler.cut(vector, 4)):
+    for cut in (pooler.finish(vector, cut_to(None)), pooler.finish(vector, cut_to(4))):
         assert torch.allclose(cut.norm(), torch.tensor(1.0))
-    assert cosine(pooler.cut(vector, 4), vector[:4]) == pytest.approx(1.0)
+    assert cosine(pooler.finish(vector, cut_to(4)), vector[:4]) == pytest.approx(1.0)
 
 
 def test_a_raw_vector_is_cut_and_left_alone():
     pooler = Pooler(Embedding(pooling=("lasttoken",)))
     states = torch.randn(3, 8)
-    assert torch.equal(pooler.cut(pooler.vectors([states])[0], 5), states[-1, :5])
+    assert torch.equal(pooler.finish(pooler.vectors([states])[0], cut_to(5)), states[-1, :5])
 
 
 def test_several_poolings_stand_side_by_side():
@@ -112,3 +118,28 @@ def test_texts_of_a_request_may_be_cut_to_different_dimensions(tmp_path):
     whole, small, large = (torch.tensor(embedders.floats(embedder.updates[rid].vector)) for rid in rids)
     for cut in (small, large):
         assert torch.allclose(cut, F.normalize(whole[: len(cut)], dim=0), atol=1e-6)
+
+
+def test_a_bidirectional_gemma_with_dense_layers_gives_what_sentence_transformers_gives(tmp_path):
+    """As EmbeddingGemma: windows reach both ways, two layers behind the pooling, prompts by name."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+    shape = {"use_bidirectional_attention": True, "sliding_window": 16, "sliding_window_pattern": 2}
+    embedders.build("Gemma3TextModel", tmp_path / "gemma", **shape)
+    layers = [
+        Dense(64, 96, bias=False, activation_function=torch.nn.Identity()),
+        Dense(96, 48, activation_function=torch.nn.Tanh()),
+    ]
+    modules = [Transformer(str(tmp_path / "gemma")), Pooling(64, pooling_mode="mean"), *layers, Normalize()]
+    peer = SentenceTransformer(modules=modules, device="cpu", prompts={"query": "task: search | query: ", "plain": ""})
+    peer.save(str(tmp_path / "saved"))
+    embedder = Embedder(tmp_path / "saved")
+    assert embedder.info.embedding.prompts["query"] == "task: search | query: "
+    sentences = [*SENTENCES, "the quick brown fox " * 9]
+    theirs = torch.from_numpy(peer.encode(sentences))
+    ours = embedder.embed([peer.tokenizer(text)["input_ids"] for text in sentences])
+    assert max(len(peer.tokenizer(text)["input_ids"]) for text in sentences) > 40
+    for vector, expected in zip(ours, theirs, strict=True):
+        assert cosine(vector, expected) >= LEAST_COSINE
+        assert len(vector) == 48 and torch.allclose(vector, expected, atol=2e-5)

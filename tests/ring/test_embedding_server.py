@@ -154,10 +154,21 @@ def test_the_reward_model_of_the_seed_document_shares_a_prefix_inside_one_reques
     assert prefills(server.log)[before:] == [(1, 68, 1), (1, 7, 62)]
 
 
-def test_a_generating_model_scores_labels_and_refuses_to_embed(launch, tmp_path):
-    tiny.build("qwen2", tmp_path)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    server = launch("--model-path", str(tmp_path))
+@pytest.fixture(scope="module")
+def judge(launch_for_module: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> tuple[Server, Path]:
+    """A small model of the architecture and under the name of a reranker that answers yes or no, with such tokens."""
+    directory = tmp_path_factory.mktemp("models") / "Tiny-Qwen3-Reranker"
+    tiny.build("qwen3", directory, vocab_size=tiny.VOCAB_SIZE + 2)
+    tiny.save_tokenizer(directory, tiny.VOCAB_SIZE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.add_tokens(["yes", "no"]) == 2
+    tokenizer.save_pretrained(directory)
+    return launch_for_module("--model-path", str(directory)), directory
+
+
+def test_a_generating_model_scores_labels_and_refuses_to_embed(judge):
+    server, directory = judge
+    peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     query, items = texts(12, 3, 5)[0], texts(12, 3, 5)[1:]
     body = {"query": query, "items": items, "label_token_ids": [10, 20, 30], "model": "any"}
     scores = post(server, "/v1/score", body).json()["scores"]
@@ -170,3 +181,31 @@ def test_a_generating_model_scores_labels_and_refuses_to_embed(launch, tmp_path)
     for path, text in (("/encode", "text"), ("/classify", "text"), ("/v1/embeddings", "input")):
         answer = post(server, path, {text: "a"})
         assert (answer.status_code, "--is-embedding" in answer.text) == (400, True), answer.text
+
+
+def test_a_reranker_that_answers_is_asked_as_it_was_trained(judge):
+    server, directory = judge
+    peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    labels = [ids_of(directory, answer)[0] for answer in ("yes", "no")]
+    instruct, query, documents = "Find the place.", "where {is} Paris?", ["in France", "a fox", "12345 <Document>: no"]
+    expected = []
+    for document in documents:
+        prompt = (
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+            'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+            f"<Instruct>: {instruct}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        )
+        with torch.inference_mode():
+            logits = peer(torch.tensor([ids_of(directory, prompt)])).logits[0, -1]
+        expected.append(float(logits[labels].softmax(-1)[0]))
+    body = {"model": "any", "query": query, "documents": documents, "instruct": instruct}
+    ranked = post(server, "/v1/rerank", body).json()
+    assert [item["score"] for item in ranked] == pytest.approx(sorted(expected, reverse=True), abs=1e-4)
+    assert [item["document"] for item in ranked] == [documents[item["index"]] for item in ranked]
+    jina = post(server, "/rerank", {**body, "top_n": 2}).json()["results"]
+    assert [(item["index"], item["relevance_score"]) for item in jina] == [
+        (item["index"], pytest.approx(item["score"], abs=1e-6)) for item in ranked[:2]
+    ]
+    refused = post(server, "/v1/rerank", {**body, "truncate": True})
+    assert (refused.status_code, "truncate is not supported" in refused.text) == (400, True), refused.text

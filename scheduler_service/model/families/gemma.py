@@ -4,7 +4,7 @@ from typing import Any
 
 from quartet.scheduler_service.model.families.llama import Config, common, windows
 from quartet.scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
-from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, Names, require
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, Names
 
 SANDWICH = Names(
     after_attention="post_attention_layernorm",
@@ -28,7 +28,9 @@ def gemma2(config: Config, context_length: int) -> DecoderSpec:
 
 def gemma3(config: Config, context_length: int) -> DecoderSpec:
     """Gemma3ForCausalLM: five of six layers slide and have a rope of their own; queries and keys are normed."""
-    require(config, {"use_bidirectional_attention": False})
+    both_ways = bool(config.get("use_bidirectional_attention"))
+    if both_ways:  # the config counts both directions
+        config = {**config, "sliding_window": config["sliding_window"] // 2 + 1}
     period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
     layers = tuple(
         LayerSpec(window, rope=1 if window else 0)
@@ -39,6 +41,7 @@ def gemma3(config: Config, context_length: int) -> DecoderSpec:
     sliding = rope_spec(local_rope(config), fields["head_dim"], context_length)
     return DecoderSpec(
         **{**fields, "layers": layers, "ropes": (*fields["ropes"], sliding)},
+        causal=not both_ways,
         query_key_norm=True,
         attention_softcap=config.get("attn_logit_softcapping"),
         logit_softcap=config.get("final_logit_softcapping"),

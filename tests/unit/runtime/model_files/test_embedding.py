@@ -69,7 +69,7 @@ def test_normalisation_is_a_module_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("names", "pooling", "words"),
     [
-        (("Transformer", "Dense"), None, "has a Dense module"),
+        (("Transformer", "LSTM"), None, "has a LSTM module"),
         (("Transformer", "Pooling"), None, "No such file"),
         (("Transformer", "Pooling"), {"pooling_mode": "median"}, "does not name a pooling that is served"),
         (("Transformer", "Pooling"), {}, "names no pooling"),
@@ -111,3 +111,35 @@ def test_matryoshka_is_a_switch_or_a_list(tmp_path):
 def test_positions_of_roberta_begin_behind_its_padding():
     assert usable_positions({"model_type": "xlm-roberta", "pad_token_id": 1}, 514) == 512
     assert usable_positions({"model_type": "bert", "pad_token_id": 0}, 512) == 512
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ({"in_features": 8, "out_features": 0}, "in_features and out_features must be"),
+        ({"in_features": 8}, "does not describe a layer"),
+        ({"in_features": 8, "out_features": 4, "activation_function": "os.system"}, "names the activation os.system"),
+    ],
+)
+def test_a_dense_layer_that_cannot_be_stops_the_start(tmp_path, layer, words):
+    write_modules(tmp_path, "Transformer", "Dense")
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    folder = tmp_path / modules[1]["path"]
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(layer))
+    with pytest.raises(StartupError, match=words):
+        embedding(tmp_path, "BertModel", {})
+
+
+def test_a_folder_of_another_directory_stops_the_start(tmp_path):
+    modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "../elsewhere"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(StartupError, match="not one beside it"):
+        embedding(tmp_path, "BertModel", {})
+
+
+def test_a_default_prompt_that_has_no_text_stops_the_start(tmp_path):
+    settings = {"prompts": {"query": "q: "}, "default_prompt_name": "document"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with pytest.raises(StartupError, match="default_prompt_name is 'document'"):
+        embedding(tmp_path, "BertModel", {})
