@@ -28,10 +28,11 @@ from quartet.scheduler_service.weights.quantized.parts import (
     scaled,
 )
 from quartet.scheduler_service.weights.quantized.scaled_rows import scheme_of
+from quartet.scheduler_service.weights.quantized.torchao import NUMBERS, torchao
 
 REFUSED = (
     "{} is quantized by {}, which is not read; serve the unquantized checkpoint, a GGUF file, or one quantized by "
-    "awq, gptq, bitsandbytes, compressed-tensors, fp8 or mxfp4"
+    "awq, gptq, bitsandbytes, compressed-tensors, fp8, mxfp4 or torchao"
 )
 NOT_NEEDED = (  # scales of activations, and shapes that other parts tell
     ".input_scale", ".output_scale", ".k_scale", ".v_scale", ".input_scale_ub", ".input_zero_point", ".weight_shape",
@@ -122,6 +123,7 @@ METHODS: dict[str, tuple[tuple[str, ...], Callable[[str, Stored, Settings], Quan
     "bitsandbytes": ((STATE + "nf4", STATE + "fp4", ".SCB"), bitsandbytes),
     "compressed-tensors": ((".weight_packed", ".weight"), compressed),
     "fp8": ((".weight",), partial(float8, scale="weight_scale_inv")),
+    "torchao": ((f".{NUMBERS}",), torchao),
     "mxfp4": ((), lambda *_: None),  # experts alone, which `with_experts` finds
     "fbgemm_fp8": ((".weight",), partial(float8, scale="weight_scale")),
 }
