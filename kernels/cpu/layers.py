@@ -1,4 +1,4 @@
-"""All layers of a decoder in one call of the compiled kernels: attention and a gated feed-forward block each.
+"""All layers of a decoder in one call of the compiled kernels: attention, and a feed-forward block or experts, each.
 
 Called one by one from Python, the kernels of a layer take 0.2 ms more than they compute; a step has some 24 layers.
 The bits are those of single calls.
@@ -10,13 +10,51 @@ from dataclasses import dataclass
 
 import torch
 
+from quartet.kernels.cpu import arguments
+from quartet.kernels.cpu.experts import Experts, ExpertsArgument
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native import structures
-from quartet.kernels.cpu.native.library import ACTIVATIONS, NOT_QUANTIZED, OUTPUTS, Library, NormWeight, PageTable
-from quartet.kernels.cpu.native.structures import Attention, Product, Rotation, Step
+from quartet.kernels.cpu.native.library import ACTIVATIONS, Library, NormWeight, PageTable
+from quartet.kernels.cpu.native.structures import Attention, Rotation, Step
 
 Pools = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, each (kv_heads, pool tokens, dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """A gated feed-forward block with the norms before and behind it."""
+
+    gate_up: Linear
+    down: Linear
+    before: NormWeight | None
+    after: NormWeight | None
+    activation: str  # of native.ACTIVATIONS
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Its products."""
+        return [self.gate_up, self.down]
+
+    @property
+    def norms(self) -> list[NormWeight | None]:
+        return [self.before, self.after]
+
+    def can_run(self) -> bool:
+        """Whether the kernels know every operation."""
+        return (
+            all(linear.has_kernel for linear in self.linears)
+            and native.can_gate(len(self.gate_up.weight))
+            and self.activation in ACTIVATIONS
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless all parts belong together. C code trusts them."""
+        hidden, size = self.down.weight.shape
+        arguments.check_linear(self.gate_up, 2 * size, hidden)
+        arguments.check_linear(self.down, hidden, size)
+        for norm in self.norms:
+            arguments.check_norm(norm, hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +63,9 @@ class Layer:
 
     qkv: Linear
     output: Linear
-    gate_up: Linear
-    down: Linear
+    feed_forward: Mlp | Experts
     before_attention: NormWeight | None
-    before_mlp: NormWeight | None
+    after_attention: NormWeight | None
     query_norm: NormWeight | None
     key_norm: NormWeight | None
     heads: int
@@ -38,30 +75,49 @@ class Layer:
     window: int | None
     softcap: float | None
     causal: bool
-    activation: str  # of native.ACTIVATIONS
     rope: int  # which of a step's rotations
 
     def can_run(self, kernels: Library, rotary_dim: int) -> bool:
         """Whether the kernels know every operation of this layer."""
         return (
-            all(linear.has_kernel for linear in self.linears)
+            self.qkv.has_kernel
+            and self.output.has_kernel
+            and self.feed_forward.can_run()
             and kernels.can_rotate(self.head_dim, rotary_dim)
             and kernels.can_attend(self.head_dim)
-            and native.can_gate(len(self.gate_up.weight))
-            and self.activation in ACTIVATIONS
             and (self.causal or self.window is None)
         )
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> list[Linear]:
         """Its products."""
-        return self.qkv, self.output, self.gate_up, self.down
+        return [self.qkv, self.output, *self.feed_forward.linears]
 
     @property
-    def norms(self) -> list[torch.Tensor]:
-        """The weights of its norms."""
-        norms = self.before_attention, self.before_mlp, self.query_norm, self.key_norm
-        return [norm[0] for norm in norms if norm is not None]
+    def norms(self) -> list[NormWeight | None]:
+        """Its norms."""
+        own = [self.before_attention, self.after_attention, self.query_norm, self.key_norm]
+        return [*own, *self.feed_forward.norms]
+
+    @property
+    def widest_inner(self) -> int:
+        """Numbers of a row between the products of the feed-forward block; experts have memory of their own."""
+        return self.feed_forward.down.weight.shape[1] if isinstance(self.feed_forward, Mlp) else 0
+
+    def check(self) -> None:
+        """Raise AssertionError unless the weights belong together. C code trusts them."""
+        hidden, dim = len(self.output.weight), self.head_dim
+        assert self.heads % self.kv_heads == 0, (self.heads, self.kv_heads)
+        arguments.check_linear(self.qkv, (self.heads + 2 * self.kv_heads) * dim, hidden)
+        arguments.check_linear(self.output, hidden, self.heads * dim)
+        self.feed_forward.check()
+        for norm, width in (
+            (self.before_attention, hidden),
+            (self.after_attention, hidden),
+            (self.query_norm, dim),
+            (self.key_norm, dim),
+        ):
+            arguments.check_norm(norm, width)
 
 
 class Layers:
@@ -71,13 +127,16 @@ class Layers:
         """`rotary_dims`: by rope."""
         for layer in layers:
             assert layer.can_run(kernels, rotary_dims[layer.rope]), layer
-            check_shapes(layer)
-        assert len({len(layer.output.weight) for layer in layers}) == 1, "layers of one width"
+            layer.check()
+        assert len({layer.qkv.weight.shape[1] for layer in layers}) == 1, "layers of one width"
         self.kernels = kernels
         self.layers = layers
         self.rotary_dims = rotary_dims
         self.hidden = len(layers[0].output.weight)
         self.structures = (structures.Layer * len(layers))()
+        self.experts = [
+            ExpertsArgument(layer.feed_forward) if isinstance(layer.feed_forward, Experts) else None for layer in layers
+        ]
         self.linears = [linear for layer in layers for linear in layer.linears]
         self.norms = [norm for layer in layers for norm in layer.norms]
         self.addresses: list[int] = []  # that are in `structures`
@@ -112,13 +171,15 @@ class Layers:
 
     def fill(self, pools: Sequence[Pools]) -> None:
         """Have `structures` describe the layers where they are now: updates of weights, for one, move them."""
-        addresses = [address for linear in self.linears for address in linear.addresses()]
-        addresses += [norm.data_ptr() for norm in self.norms]
+        addresses = arguments.addresses(self.linears, self.norms)
         addresses += [pool.data_ptr() for both in pools for pool in both]
         if addresses == self.addresses:
             return
-        for structure, layer, own_pools in zip(self.structures, self.layers, pools, strict=True):
+        parts = zip(self.structures, self.layers, self.experts, pools, strict=True)
+        for structure, layer, experts, own_pools in parts:
             fill(structure, layer, self.rotary_dims[layer.rope], own_pools)
+            if experts is not None:
+                structure.experts = ctypes.pointer(experts.fill())
         self.addresses = addresses
         self.pool_tokens = min(keys.shape[1] for keys, _ in pools)
 
@@ -133,8 +194,9 @@ class Layers:
         rows, pointers = len(residual), ctypes.c_void_p * len(rotations)
         heads = max(layer.heads * layer.head_dim for layer in self.layers)
         widest_qkv = max(len(layer.qkv.weight) for layer in self.layers)
-        widest_inner = max(layer.down.weight.shape[1] for layer in self.layers)
-        qkv, q, mixed, inner = (residual.new_empty(rows, width) for width in (widest_qkv, heads, heads, widest_inner))
+        widest_inner = max(layer.widest_inner for layer in self.layers)
+        widths = widest_qkv, heads, heads, widest_inner, self.hidden
+        qkv, q, mixed, inner, branch = (residual.new_empty(rows, width) for width in widths)
         step = Step(
             rows,
             residual.data_ptr(),
@@ -142,6 +204,7 @@ class Layers:
             q.data_ptr(),
             mixed.data_ptr(),
             inner.data_ptr(),
+            branch.data_ptr(),
             pointers(*(cos.data_ptr() for cos, _ in rotations)),
             pointers(*(sin.data_ptr() for _, sin in rotations)),
             slots.data_ptr(),
@@ -158,37 +221,19 @@ class Layers:
             raise MemoryError(f"no memory for the layers of {rows} tokens")
 
 
-def check_shapes(layer: Layer) -> None:
-    """Raise AssertionError unless the weights of a layer belong together. C code trusts them."""
-    hidden, size = len(layer.output.weight), layer.down.weight.shape[1]
-    heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
-    assert heads % kv_heads == 0, (heads, kv_heads)
-    assert layer.qkv.weight.shape == ((heads + 2 * kv_heads) * dim, hidden), layer.qkv.weight.shape
-    assert layer.output.weight.shape == (hidden, heads * dim), layer.output.weight.shape
-    assert layer.gate_up.weight.shape == (2 * size, hidden), layer.gate_up.weight.shape
-    assert layer.down.weight.shape == (hidden, size), layer.down.weight.shape
-    for linear in layer.linears:
-        bias = linear.bias
-        assert bias is None or (bias.shape == linear.weight.shape[:1] and bias.dtype is torch.bfloat16), bias
-    for norm, width in (
-        (layer.before_attention, hidden),
-        (layer.before_mlp, hidden),
-        (layer.query_norm, dim),
-        (layer.key_norm, dim),
-    ):
-        assert norm is None or (norm[0].shape == (width,) and norm[0].dtype is torch.bfloat16), norm
-
-
 def fill(structure: structures.Layer, layer: Layer, rotary_dim: int, pools: Pools) -> None:
     """Describe a layer with the addresses that its weights have now."""
     keys, values = pools
     kv_heads, dim = layer.kv_heads, layer.head_dim
     assert keys.shape == values.shape and keys.shape[::2] == (kv_heads, dim), (keys.shape, values.shape)
     assert keys.dtype is values.dtype is torch.bfloat16 and keys.is_contiguous() and values.is_contiguous()
-    structure.qkv = product(layer.qkv, "bf16", layer.before_attention)
-    structure.output = product(layer.output, "add")
-    structure.gate_up = product(layer.gate_up, "gated", layer.before_mlp, layer.activation)
-    structure.down = product(layer.down, "add")
+    structure.qkv = arguments.product(layer.qkv, "bf16", layer.before_attention)
+    structure.output = arguments.product(layer.output, "bf16" if layer.after_attention else "add")
+    structure.after_attention = arguments.norm_argument(layer.after_attention)
+    if isinstance(block := layer.feed_forward, Mlp):
+        structure.gate_up = arguments.product(block.gate_up, "gated", block.before, block.activation)
+        structure.down = arguments.product(block.down, "bf16" if block.after else "add")
+        structure.after_mlp = arguments.norm_argument(block.after)
     _, epsilon, offset = layer.query_norm or layer.key_norm or (None, 0.0, 0.0)
     key_pointer, value_pointer, head_stride = keys.data_ptr(), values.data_ptr(), keys.stride(0)
     structure.rotation = Rotation(
@@ -197,8 +242,8 @@ def fill(structure: structures.Layer, layer: Layer, rotary_dim: int, pools: Pool
         kv_heads=kv_heads,
         dim=dim,
         rotary_dim=rotary_dim,
-        query_norm=pointer(layer.query_norm),
-        key_norm=pointer(layer.key_norm),
+        query_norm=arguments.pointer(layer.query_norm),
+        key_norm=arguments.pointer(layer.key_norm),
         epsilon=epsilon,
         norm_offset=offset,
         keys=key_pointer,
@@ -220,29 +265,3 @@ def fill(structure: structures.Layer, layer: Layer, rotary_dim: int, pools: Pool
         causal=layer.causal,
     )
     structure.rope = layer.rope
-
-
-def product(linear: Linear, output: str, norm: NormWeight | None = None, activation: str = "silu") -> Product:
-    """A product by a layer's weight, but for its rows."""
-    n, k = linear.weight.shape
-    _, epsilon, offset = norm or (None, 0.0, 0.0)
-    weight = linear.native_weight()
-    is_packed = isinstance(weight, torch.Tensor)
-    return Product(
-        x_stride=k,
-        norm=pointer(norm),
-        epsilon=epsilon,
-        norm_offset=offset,
-        packed=weight.data_ptr() if is_packed else None,
-        quantized=NOT_QUANTIZED if is_packed else weight,
-        n=n,
-        k=k,
-        bias=None if linear.bias is None else linear.bias.data_ptr(),
-        output=OUTPUTS[output],
-        activation=ACTIVATIONS[activation],
-        out_stride=n // 2 if output == "gated" else n,
-    )
-
-
-def pointer(norm: NormWeight | None) -> int | None:
-    return None if norm is None else norm[0].data_ptr()

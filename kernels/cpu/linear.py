@@ -39,6 +39,7 @@ are read into it and compared with it. When its values have changed, `adopt(pack
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,8 @@ def no_pause() -> None:
 
 class Linear:
     """x (rows, in) → x @ weight.T + bias (rows, out)."""
+
+    changes: ClassVar[int] = 0  # how often a layer has got other values, for those who keep addresses of them
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, quantized: QuantizedWeight | None = None
@@ -124,13 +127,6 @@ class Linear:
             return self.quantized.argument(self.keeps_order)
         assert self.packed is not None
         return self.packed[0]
-
-    def addresses(self) -> list[int]:
-        """Where `native_weight` and the bias lie, and in what order sums are to be made: all that an update changes."""
-        quantized = self.quantized
-        weight = (self.packed or ())[:1] if quantized is None else (quantized.numbers, quantized.scales)
-        tensors = weight if self.bias is None else (*weight, self.bias)
-        return [self.keeps_order, *[tensor.data_ptr() for tensor in tensors]]
 
     @property
     def has_kernel(self) -> bool:
@@ -196,6 +192,7 @@ class Linear:
         few rows and a quantized weight.
         """
         self.keeps_order = True
+        Linear.changes += 1
         if self.is_native:
             return
         _, dtype = self.factors()
@@ -214,6 +211,7 @@ class Linear:
                 least_rows(height, self.weight.shape[1], self.packed_dtype) for height in self.heights()
             )
         self.packed = packed
+        Linear.changes += 1
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype, yield_point: Callable[[], None] = no_pause) -> Blocks:

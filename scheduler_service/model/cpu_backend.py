@@ -2,18 +2,21 @@
 
     run_layers    all layers in one call, where there is a kernel for everything that they do; else
     attend        norm + QKV product, head norms + rotation + writing of keys and values, attention
-    add_product   product + residual
+    add_product   product, norm and residual
     gate_up       norm + product + gate
+    add_experts   norm, router, experts and residual
 
 A row's bits do not depend on the rows beside it in any of these kernels.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import fields
+from typing import Any, cast
 
 import torch
 
-from quartet.kernels.cpu.layers import Layer, Layers
+from quartet.kernels.cpu.experts import Experts, ExpertsArgument
+from quartet.kernels.cpu.layers import Layer, Layers, Mlp
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.scheduler_service.model.backend import Rotation
@@ -35,6 +38,9 @@ class CpuBackend:
         self.rotary_dims = [2 * len(rope.frequencies) for rope in ropes]
         self.together: Layers | None = None  # the layers of a model, if they can be computed in one call
         self.looked_at: list[DecoderLayer] | None = None  # those layers
+        self.experts: dict[
+            int, tuple[Moe, ExpertsArgument | None]
+        ] = {}  # by id of the mixture; None: torch computes it
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
         """Nothing: the kernels keep what they need."""
@@ -87,10 +93,15 @@ class CpuBackend:
         return paged.attend_written(spec, q).view(len(residual), -1)
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
-        if linear.is_native and norm is None:
+        """As the protocol has it."""
+        if not linear.is_native:
+            self.torch.add_product(residual, x, linear, norm)
+        elif norm is None:
             linear.multiply_native(x, residual, "add")
         else:
-            self.torch.add_product(residual, x, linear, norm)
+            kernels = native.library()
+            assert kernels is not None
+            kernels.add_normed(linear(x), cast(native.NormWeight, norm_weight(norm)), residual)
 
     def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
         size = len(gate_up.weight)
@@ -101,7 +112,20 @@ class CpuBackend:
         return out
 
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
-        return self.torch.add_experts(residual, before, moe, after)
+        argument = self.experts_argument(before, moe, after)
+        if argument is None:
+            return self.torch.add_experts(residual, before, moe, after)
+        kernels = native.library()
+        assert kernels is not None
+        return argument.add(kernels, residual)
+
+    def experts_argument(self, before: Norm | None, moe: Moe, after: Norm | None) -> ExpertsArgument | None:
+        """A mixture as the kernels take it, made once; None where they do not know it."""
+        if id(moe) not in self.experts:
+            described = described_experts(before, moe, after)
+            known = described is not None and described.can_run()
+            self.experts[id(moe)] = moe, ExpertsArgument(described) if known and described is not None else None
+        return self.experts[id(moe)][1]
 
     def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
         self.torch.write_logits(hidden, lm_head, softcap, out)
@@ -126,17 +150,17 @@ def layers_together(layers: list[DecoderLayer], rotary_dims: Sequence[int]) -> L
 
 def described_layer(layer: DecoderLayer) -> Layer | None:
     """A layer as the kernels know it; None where they have no such thing."""
-    attention, block = layer.attention, layer.feed_forward
-    spec = attention.spec
-    if isinstance(block, Moe) or layer.after_attention or layer.after_mlp or spec.sinks is not None:
+    feed_forward = described_feed_forward(layer)
+    if feed_forward is None or not is_known(layer):
         return None
+    attention = layer.attention
+    spec = attention.spec
     return Layer(
         qkv=attention.qkv,
         output=attention.output,
-        gate_up=block.gate_up,
-        down=block.down,
+        feed_forward=feed_forward,
         before_attention=norm_weight(layer.before_attention),
-        before_mlp=norm_weight(layer.before_mlp),
+        after_attention=norm_weight(layer.after_attention),
         query_norm=norm_weight(attention.query_norm),
         key_norm=norm_weight(attention.key_norm),
         heads=spec.heads,
@@ -146,8 +170,93 @@ def described_layer(layer: DecoderLayer) -> Layer | None:
         window=spec.window,
         softcap=spec.softcap,
         causal=spec.causal,
-        activation=GATES.get(block.activation, ""),
         rope=layer.rope,
+    )
+
+
+def described_feed_forward(layer: DecoderLayer) -> Mlp | Experts | None:
+    """The same of a layer's feed-forward block."""
+    before, after = layer.before_mlp, layer.after_mlp
+    match layer.feed_forward:
+        case Moe() as moe:
+            return described_experts(before, moe, after)
+        case block:
+            activation = GATES.get(block.activation, "")
+            return Mlp(block.gate_up, block.down, norm_weight(before), norm_weight(after), activation)
+
+
+def described_experts(before: Norm | None, moe: Moe, after: Norm | None) -> Experts | None:
+    """The same of a mixture of experts."""
+    if not (has_only(moe, MOE) and has_only(moe.spec, MOE_SPEC)):
+        return None
+    shared = None
+    if moe.shared is not None:
+        if moe.shared_gate is None or moe.shared.activation != moe.activation:
+            return None
+        shared = moe.shared.gate_up, moe.shared.down, moe.shared_gate
+    return Experts(
+        before=norm_weight(before),
+        after=norm_weight(after),
+        router=moe.router,
+        gate_up=moe.gate_up,
+        down=moe.down,
+        shared=shared,
+        activation=GATES.get(moe.activation, ""),
+        top_k=moe.spec.top_k,
+        renormalize=moe.spec.renormalize,
+    )
+
+
+# What the kernels know: fields that are not here must be unset, whoever adds them.
+LAYER = {
+    "index",
+    "rope",
+    "attention",
+    "feed_forward",
+    "before_attention",
+    "after_attention",
+    "before_mlp",
+    "after_mlp",
+}
+ATTENTION = {"spec", "qkv", "output", "query_norm", "key_norm"}
+ATTENTION_SPEC = {"layer", "heads", "kv_heads", "head_dim", "scale", "window", "softcap", "causal"}
+NORM = {"weight", "epsilon", "plus_one"}
+MLP = {"gate_up", "down", "activation"}
+MOE = {"spec", "router", "gate_up", "down", "all_gate_up", "all_down", "activation", "shared", "shared_gate"}
+MOE_SPEC = {
+    "experts",
+    "top_k",
+    "intermediate_size",
+    "renormalize",
+    "shared_intermediate_size",
+    "block",
+    "gate_up",
+    "down",
+}
+
+
+def is_known(layer: DecoderLayer) -> bool:
+    """Whether the one call knows all that a layer is made of."""
+    return (
+        has_only(layer, LAYER)
+        and has_only(layer.attention, ATTENTION)
+        and has_only(layer.attention.spec, ATTENTION_SPEC)
+        and (isinstance(layer.feed_forward, Moe) or has_only(layer.feed_forward, MLP))
+        and all(has_only(norm, NORM) for norm in norms_of(layer) if norm is not None)
+    )
+
+
+def norms_of(layer: DecoderLayer) -> list[Norm | None]:
+    attention = layer.attention
+    around = [layer.before_attention, layer.after_attention, layer.before_mlp, layer.after_mlp]
+    return [*around, attention.query_norm, attention.key_norm]
+
+
+def has_only(value: Any, known: set[str]) -> bool:
+    """Whether all other fields of a dataclass are as good as absent: None, False or their default."""
+    others = [(getattr(value, field.name), field.default) for field in fields(value) if field.name not in known]
+    return all(
+        own is None or own is False or (not isinstance(own, torch.Tensor) and own == default) for own, default in others
     )
 
 

@@ -70,7 +70,7 @@ class Decoder:
 
     def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
         """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
-        if self.backend.run_layers(self.layers, residual, rotations, batch.attend):
+        if not batch.record_experts and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
             return
         for layer in self.layers:
             self.run_layer(layer, residual, rotations[layer.rope], batch)

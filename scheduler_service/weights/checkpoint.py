@@ -119,7 +119,7 @@ class Part:
 class Quantized:
     """A tensor of the model that is made of several stored ones, any rows of it by themselves."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # (rows, columns), or of a vector (rows,)
     parts: dict[str, Part]
     expand: Callable[[dict[str, torch.Tensor], int], torch.Tensor]  # (parts of some rows, the first of them) → values
     unit_rows: int = 1  # a range of rows begins at a multiple of so many

@@ -150,7 +150,8 @@ def log_quantized(checkpoint: Checkpoint, weights: Weights) -> None:
 
 def read_state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """All floating tensors of a checkpoint under its own names and dtypes, with a progress bar."""
-    if checkpoint.quantized:
+    parts = (part for made in checkpoint.quantized.values() for part in made.parts.values())
+    if any(part.stored.dtype not in DTYPES for part in parts):
         raise CheckpointError("quantized weights are read for native families only; serve an unquantized checkpoint")
     stored = checkpoint.tensors.items()
     check_room(sum(prod(t.shape) * DTYPE_BYTES[t.dtype] for _, t in stored), torch.device("cpu"))

@@ -4,5 +4,6 @@
 #include "attention.h"
 #include "linear.h"
 #include "rotation.h"
+#include "rows.h"
 
-const struct kernels quartet_amx = {product, rotate, attention};
+const struct kernels quartet_amx = {product, rotate, attention, norm, add_normed, add_weighted};

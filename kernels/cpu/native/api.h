@@ -76,10 +76,51 @@ struct rotation {
     int32_t threads;
 };
 
-/* One layer of a decoder: attention, then a gated feed-forward block. What a step decides is left out: rows, threads,
- * what comes in and what goes out. */
+/* A root-mean-square norm; none where `weight` is null. */
+struct norm {
+    const uint16_t *weight;
+    float epsilon, offset; /* the latter is added to the weight */
+};
+
+/* Rows (rows, width) that are normed on their way; `x` and `out` may be the same. */
+struct rows {
+    const uint16_t *x;
+    const float *sums; /* instead of `x`: rounded to bfloat16 first */
+    uint16_t *out;
+    int64_t rows, width;
+    struct norm norm;
+    int32_t threads;
+};
+
+/* sums[places[row]] += weights[row] * x[row]; places are different ones, and all rows are taken in order without them. */
+struct weighted {
+    const uint16_t *x; /* (rows, width) */
+    const float *weights;
+    const int64_t *places; /* or null */
+    float *sums;
+    int64_t rows, width;
+    int32_t threads;
+};
+
+/* A mixture of experts, each a gated feed-forward block, and perhaps one that every row passes. As in a layer, products
+ * lack what a step decides. */
+struct experts {
+    struct norm before, after; /* of what comes in, and of the weighted sum */
+    int64_t count, top_k, hidden, size;
+    int32_t renormalize;                  /* weights of the chosen experts sum to one */
+    struct product router;                /* (count, hidden), to float */
+    const struct product *gate_up, *down; /* by expert */
+    int32_t has_shared;
+    int64_t shared_size;
+    struct product shared_gate_up, shared_down, shared_gate; /* the sigmoid of the last, (1, hidden), is its weight */
+};
+
+/* One layer of a decoder: attention, then a gated feed-forward block or a mixture of experts. What a step decides is left
+ * out: rows, threads, what comes in and what goes out. */
 struct layer {
-    struct product qkv, output, gate_up, down; /* with norm and output operation */
+    struct product qkv, output, gate_up, down; /* with the norm before, and an output operation */
+    struct norm after_attention, after_mlp;
+    const struct experts *experts; /* in place of gate_up and down, or null */
     struct rotation rotation;
     struct attention attention;
     int64_t rope; /* which of the step's rotations */
@@ -89,7 +130,7 @@ struct layer {
 struct step {
     int64_t rows;
     uint16_t *residual;                         /* (rows, hidden): changed in place */
-    uint16_t *qkv, *q, *mixed, *inner;          /* scratch memory: what goes from one operation to the next */
+    uint16_t *qkv, *q, *mixed, *inner, *branch; /* scratch memory: what goes from one operation to the next */
     const uint16_t *const *cosines, *const *sines; /* by rope, see struct rotation */
     const int64_t *slots;
     int64_t page_size, sequences;               /* the rest as in struct attention */
@@ -103,9 +144,17 @@ struct kernels {
     int (*product)(const struct product *);
     void (*rotate)(const struct rotation *);
     int (*attention)(const struct attention *); /* null where there is none */
+    void (*norm)(const struct rows *);       /* out = norm(x) */
+    void (*add_normed)(const struct rows *); /* out += norm(x), which is rounded before */
+    void (*add_weighted)(const struct weighted *);
 };
 
 extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;
+
+/* residual (rows, hidden) += the mixture of its rows. `ids` (rows, top_k): the experts chosen, best first; may be null.
+ * 0, or -1 where there is no memory. */
+int quartet_experts(const struct kernels *kernels, const struct experts *e, int64_t rows, uint16_t *residual,
+                    int64_t *ids, int32_t threads);
 
 /* Scratch memory of this thread, aligned to cache lines, kept from call to call; null where there is none. */
 void *quartet_scratch(int slot, int64_t bytes);

@@ -37,6 +37,7 @@ struct task {
     int64_t first_position;
     int64_t head;         /* KV head */
     int64_t first_row, rows;
+    const struct task *next; /* that probably follows on this thread, or null */
 };
 
 INLINE int64_t position_of(const struct task *task, int64_t row) {
@@ -49,6 +50,33 @@ INLINE int64_t offset_of(const struct task *task, int64_t row, int64_t stride) {
     return (task->first_token + place / group) * stride + (task->head * group + place % group) * task->a->dim;
 }
 
+/* A 16 x 16 matrix of words transposed. */
+INLINE void transpose_words(__m512i rows[16], bf16 *out) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(out + (i + 0) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        _mm512_storeu_si512(out + (i + 4) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
+        _mm512_storeu_si512(out + (i + 8) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
+        _mm512_storeu_si512(out + (i + 12) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD));
+    }
+}
+
 INLINE void begin_task(const struct task *task) {
     struct workspace *work = task->work;
     int64_t dim = task->a->dim, tiles = (task->rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -56,16 +84,43 @@ INLINE void begin_task(const struct task *task) {
         memset(work->sums + tile * TILE_ROWS * dim, 0, (size_t)(TILE_ROWS * dim) * 4);
         vec_store(work->largest[tile], vec_set(HIDDEN_SCORE));
         vec_store(work->total[tile], vec_set(0.0f));
-        for (int64_t lane = 0; lane < TILE_ROWS; lane++) {
-            int64_t row = tile * TILE_ROWS + lane;
-            const bf16 *q = row < task->rows ? task->a->q + offset_of(task, row, task->a->q_stride) : 0;
-            for (int64_t pair = 0; pair < dim / 2; pair++) {
-                uint32_t both = 0;
-                if (q)
-                    memcpy(&both, q + 2 * pair, 4);
-                memcpy(work->queries + (tile * dim / 2 + pair) * TILE_ROWS * 2 + lane * 2, &both, 4);
+        for (int64_t d = 0; d < dim; d += TILE_DEPTH) {
+            __m512i rows[TILE_ROWS];
+            for (int64_t lane = 0; lane < TILE_ROWS; lane++) {
+                int64_t row = tile * TILE_ROWS + lane;
+                rows[lane] = _mm512_setzero_si512();
+                if (row < task->rows)
+                    rows[lane] = _mm512_loadu_si512(task->a->q + offset_of(task, row, task->a->q_stride) + d);
             }
+            transpose_words(rows, work->queries + (tile * dim + d) * TILE_ROWS);
         }
+    }
+}
+
+INLINE const bf16 *keys_of(const struct task *task) { return task->a->keys + task->head * task->a->head_stride; }
+
+INLINE const bf16 *values_of(const struct task *task) { return task->a->values + task->head * task->a->head_stride; }
+
+/* Where the keys begin that the task's rows see, at the beginning of a block. */
+INLINE int64_t begin_of(const struct task *task) {
+    int64_t window = task->a->window, first = position_of(task, 0);
+    return window > 0 && first >= window ? (first - window + 1) / BLOCK_KEYS * BLOCK_KEYS : 0;
+}
+
+INLINE int64_t end_of(const struct task *task) { return position_of(task, task->rows - 1) + 1; }
+
+/* Ask for keys or values that are needed soon, TILE_DEPTH of them from a multiple of TILE_DEPTH on. */
+INLINE void ask_for(const struct task *task, const bf16 *pool, int64_t from) {
+    const struct attention *a = task->a;
+    int64_t end = from + TILE_DEPTH < task->length ? from + TILE_DEPTH : task->length;
+    while (from < end) {
+        int64_t place = from % a->page_size, some = a->page_size - place;
+        if (some > end - from)
+            some = end - from;
+        const char *first = (const char *)(pool + (task->pages[from / a->page_size] * a->page_size + place) * a->dim);
+        for (int64_t byte = 0; byte < some * a->dim * 2; byte += CACHE_LINE)
+            _mm_prefetch(first + byte, _MM_HINT_T0);
+        from += some;
     }
 }
 
@@ -91,19 +146,25 @@ INLINE const bf16 *rows_of(const struct task *task, const bf16 *pool, int64_t fr
     return copy;
 }
 
-/* values (keys, dim) → (keys / 2, dim, 2), as the second factor of a product of tiles is read. */
+/* values (keys, dim) → (keys / 2, dim, 2), as the second factor of a product of tiles is read; of 32 columns first 0 to 3,
+ * 8 to 11 and so on, then the others, as unpacking gives them (`end_task` puts them in order). */
 INLINE void pair_values(const bf16 *values, int64_t count, int64_t dim, bf16 *out) {
     for (int64_t key = 0; key < count; key += 2)
-        for (int64_t d = 0; d < dim; d += LANES) {
-            __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values + key * dim + d)));
-            __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values + (key + 1) * dim + d)));
-            _mm512_storeu_si512(out + key * dim + 2 * d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        for (int64_t d = 0; d < dim; d += TILE_DEPTH) {
+            __m512i even = _mm512_loadu_si512(values + key * dim + d);
+            __m512i odd = _mm512_loadu_si512(values + (key + 1) * dim + d);
+            _mm512_storeu_si512(out + key * dim + 2 * d, _mm512_unpacklo_epi16(even, odd));
+            _mm512_storeu_si512(out + key * dim + 2 * d + 2 * LANES, _mm512_unpackhi_epi16(even, odd));
         }
 }
 
-/* scores (count, 16) = keys @ queries. */
-INLINE void score(struct workspace *work, int64_t tile, const bf16 *keys, int64_t count, int64_t dim) {
+/* scores (count, 16) = keys @ queries; the first tile asks for the values that follow. */
+INLINE void score(const struct task *task, int64_t tile, const bf16 *keys, int64_t from, int64_t count) {
+    struct workspace *work = task->work;
+    int64_t dim = task->a->dim;
     for (int64_t key = 0; key < count; key += 2 * TILE_ROWS) {
+        if (!tile)
+            ask_for(task, values_of(task), from + key);
         _tile_zero(0);
         _tile_zero(1);
         for (int64_t d = 0; d < dim; d += TILE_DEPTH) {
@@ -150,34 +211,16 @@ INLINE vec adjust_scores(const struct task *task, int64_t tile, int64_t from, in
     return largest;
 }
 
-/* A 16 x 16 matrix of words transposed: rows of pairs of keys become rows of queries. */
-INLINE void transpose_words(__m512i rows[16], bf16 *out) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xDD);
-        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xDD);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(out + (i + 0) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-        _mm512_storeu_si512(out + (i + 4) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-        _mm512_storeu_si512(out + (i + 8) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
-        _mm512_storeu_si512(out + (i + 12) * TILE_DEPTH, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD));
-    }
+/* Ask for keys of the block behind `from`, or of the next task. */
+INLINE void ask_for_next(const struct task *task, int64_t from, int64_t part) {
+    if (from + BLOCK_KEYS < end_of(task))
+        ask_for(task, keys_of(task), from + BLOCK_KEYS + part);
+    else if (task->next)
+        ask_for(task->next, keys_of(task->next), begin_of(task->next) + part);
 }
 
-/* Weights e^(score - largest) as (16 rows, keys), what was summed so far scaled to the new largest. */
+/* Weights e^(score - largest) as (16 rows, keys), what was summed so far scaled to the new largest. The first tile asks
+ * for the keys that follow. */
 INLINE void weigh(const struct task *task, int64_t tile, int64_t from, int64_t count) {
     struct workspace *work = task->work;
     int64_t dim = task->a->dim;
@@ -188,6 +231,8 @@ INLINE void weigh(const struct task *task, int64_t tile, int64_t from, int64_t c
     vec total = vec_mul(vec_load(work->total[tile]), shrink);
     for (int64_t part = 0; part < count; part += TILE_DEPTH) {
         __m512i rows[16];
+        if (!tile)
+            ask_for_next(task, from, part);
         for (int pair = 0; pair < 16; pair++) {
             vec weight[2];
             for (int one = 0; one < 2; one++) {
@@ -234,36 +279,40 @@ INLINE void add_values(struct workspace *work, int64_t tile, int64_t count, int6
 
 INLINE void end_task(const struct task *task) {
     struct workspace *work = task->work;
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (int64_t row = 0; row < task->rows; row++) {
         int64_t tile = row / TILE_ROWS, lane = row % TILE_ROWS;
         vec share = vec_set(1.0f / work->total[tile][lane]);
         bf16 *out = task->a->out + offset_of(task, row, task->a->out_stride);
-        for (int64_t d = 0; d < task->a->dim; d += LANES)
-            vec_store_bf16(out + d, vec_mul(vec_load(work->sums + row * task->a->dim + d), share));
+        for (int64_t d = 0; d < task->a->dim; d += TILE_DEPTH) {
+            const float *sums = work->sums + row * task->a->dim + d; /* in the order of `pair_values` */
+            vec low = vec_mul(vec_load(sums), share), high = vec_mul(vec_load(sums + LANES), share);
+            vec_store_bf16(out + d, _mm512_permutex2var_ps(low, first, high));
+            vec_store_bf16(out + d + LANES, _mm512_permutex2var_ps(low, second, high));
+        }
     }
 }
 
 static void run_task(const struct task *task) {
     const struct attention *a = task->a;
     struct workspace *work = task->work;
-    const bf16 *key_pool = a->keys + task->head * a->head_stride;
-    const bf16 *value_pool = a->values + task->head * a->head_stride;
-    int64_t end = position_of(task, task->rows - 1) + 1, begin = 0;
-    if (a->window > 0 && position_of(task, 0) >= a->window)
-        begin = (position_of(task, 0) - a->window + 1) / BLOCK_KEYS * BLOCK_KEYS;
+    int64_t end = end_of(task);
     begin_task(task);
-    for (int64_t from = begin; from < end; from += BLOCK_KEYS) {
+    for (int64_t from = begin_of(task); from < end; from += BLOCK_KEYS) {
         int64_t there = end - from < BLOCK_KEYS ? end - from : BLOCK_KEYS;
-        const bf16 *keys = rows_of(task, key_pool, from, there, work->keys);
-        const bf16 *values = rows_of(task, value_pool, from, there, work->values);
-        pair_values(values, round_up(there, TILE_DEPTH), a->dim, work->paired);
+        const bf16 *keys = rows_of(task, keys_of(task), from, there, work->keys), *values = 0;
         for (int64_t tile = 0; tile * TILE_ROWS < task->rows; tile++) {
             int64_t last = (tile + 1) * TILE_ROWS < task->rows ? (tile + 1) * TILE_ROWS : task->rows;
             int64_t count = position_of(task, last - 1) + 1 - from;
             if (count <= 0)
                 continue;
             count = round_up(count < there ? count : there, TILE_DEPTH);
-            score(work, tile, keys, count, a->dim);
+            score(task, tile, keys, from, count);
+            if (!values) { /* here, since tiles are slow to read what was just written */
+                values = rows_of(task, values_of(task), from, there, work->values);
+                pair_values(values, round_up(there, TILE_DEPTH), a->dim, work->paired);
+            }
             weigh(task, tile, from, count);
             add_values(work, tile, count, a->dim);
         }
@@ -278,36 +327,46 @@ struct attending {
     atomic_long next;
 };
 
-static void attend(void *argument, int thread, int threads) {
-    (void)threads;
-    struct attending *attending = argument;
+/* Task number `number`; its `a` is null behind the last one. */
+static struct task task_of(const struct attending *attending, int64_t number, int thread) {
     const struct attention *a = attending->a;
-    const int64_t *tasks = attending->tasks;
-    int64_t number, per_task = TASK_TILES * TILE_ROWS;
+    const int64_t *tasks = attending->tasks, per_task = TASK_TILES * TILE_ROWS;
+    if (number >= tasks[a->sequences] * a->kv_heads)
+        return (struct task){0};
+    int64_t place = tasks[a->sequences] - 1 - number / a->kv_heads; /* last rows see the most keys: first */
+    int64_t low = 0, high = a->sequences - 1;
+    while (low < high) { /* the last sequence that begins at `place` or before */
+        int64_t middle = (low + high + 1) / 2;
+        if (tasks[middle] <= place)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    int64_t queries = a->starts[low + 1] - a->starts[low], first = (place - tasks[low]) * per_task;
+    int64_t rows = queries * a->group - first;
+    return (struct task){
+        .a = a,
+        .work = attending->workspaces + thread,
+        .pages = a->pages + a->page_starts[low],
+        .length = a->lengths[low],
+        .first_token = a->starts[low],
+        .first_position = a->lengths[low] - queries,
+        .head = number % a->kv_heads,
+        .first_row = first,
+        .rows = rows < per_task ? rows : per_task,
+    };
+}
+
+static void attend(void *argument, int thread, int threads) {
+    struct attending *attending = argument;
+    int64_t number;
     tiles_begin(TILE_ROWS);
-    while ((number = quartet_next(&attending->next)) < tasks[a->sequences] * a->kv_heads) {
-        int64_t place = tasks[a->sequences] - 1 - number / a->kv_heads; /* last rows see the most keys: first */
-        int64_t low = 0, high = a->sequences - 1;
-        while (low < high) { /* the last sequence that begins at `place` or before */
-            int64_t middle = (low + high + 1) / 2;
-            if (tasks[middle] <= place)
-                low = middle;
-            else
-                high = middle - 1;
-        }
-        int64_t queries = a->starts[low + 1] - a->starts[low], first = (place - tasks[low]) * per_task;
-        int64_t rows = queries * a->group - first;
-        struct task task = {
-            .a = a,
-            .work = attending->workspaces + thread,
-            .pages = a->pages + a->page_starts[low],
-            .length = a->lengths[low],
-            .first_token = a->starts[low],
-            .first_position = a->lengths[low] - queries,
-            .head = number % a->kv_heads,
-            .first_row = first,
-            .rows = rows < per_task ? rows : per_task,
-        };
+    for (;;) {
+        number = quartet_next(&attending->next);
+        struct task task = task_of(attending, number, thread), next = task_of(attending, number + threads, thread);
+        if (!task.a)
+            break;
+        task.next = next.a ? &next : 0;
         run_task(&task);
     }
     tiles_end();

@@ -3,5 +3,6 @@
 
 #include "linear.h"
 #include "rotation.h"
+#include "rows.h"
 
-const struct kernels quartet_avx512_bf16 = {product, rotate, 0};
+const struct kernels quartet_avx512_bf16 = {product, rotate, 0, norm, add_normed, add_weighted};

@@ -8,7 +8,7 @@
 #include "api.h"
 #include "pool.h"
 
-#define SLOTS 5
+#define SLOTS 6
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18
 
@@ -71,6 +71,8 @@ int quartet_product(const struct kernels *kernels, const struct product *p) {
 }
 
 void quartet_rotate(const struct kernels *kernels, const struct rotation *r) { kernels->rotate(r); }
+
+void quartet_add_normed(const struct kernels *kernels, const struct rows *rows) { kernels->add_normed(rows); }
 
 int quartet_has_attention(const struct kernels *kernels) { return kernels->attention != 0; }
 

@@ -1,19 +1,73 @@
 /* Products of few rows with quantized weights: rows become int8 too, so sums of 16 or 32 products are exact integers.
  *
- * Each 32 numbers of a row share a scale, as in the Q8_0 of ggml. So the sums do not depend on the instruction set.
+ * Each 32 numbers of a row share a scale, as in the Q8_0 of ggml. So the sums do not depend on the instruction set:
+ * VPDPBUSD adds four products to each of 16 sums; without it VPMADDUBSW and VPMADDWD do the same, where a sum of two
+ * products fits 16 bits, and VPMADDWD alone for numbers of 8 bits.
  */
 #pragma once
 
 #include "quantized.h"
 
-#if defined(__AVX512VNNI__)
-
-#define HAS_INTEGERS 1
 #if defined(__AMX_BF16__)
-#define MOST_INTEGER_ROWS 8 /* for more it is faster to expand the weight for AMX */
-#else
+#define MOST_INTEGER_ROWS 8 /* for more it is faster to expand the weight */
+#elif defined(__AVX512VNNI__)
 #define MOST_INTEGER_ROWS 512
+#else
+#define MOST_INTEGER_ROWS 16
 #endif
+
+/* ---- sixteen sums ---- */
+
+#if defined(__AVX512F__)
+
+typedef __m512i integers; /* of 32 bits */
+
+INLINE integers integers_set(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE vec integers_to_vec(integers x) { return _mm512_cvtepi32_ps(x); }
+
+#if defined(__AVX512VNNI__)
+INLINE integers add_dots(integers sums, line w, int32_t four, int bits) {
+    (void)bits;
+    return _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(four));
+}
+#else
+INLINE integers add_dots(integers sums, line w, int32_t four, int bits) {
+    __m512i x = _mm512_set1_epi32(four), dots;
+    if (bits < 8) {
+        dots = _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1));
+    } else { /* even and odd numbers apart */
+        __m512i even = _mm512_and_si512(w, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(w, 8);
+        __m512i x_even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), x_odd = _mm512_srai_epi16(x, 8);
+        dots = _mm512_add_epi32(_mm512_madd_epi16(even, x_even), _mm512_madd_epi16(odd, x_odd));
+    }
+    return _mm512_add_epi32(sums, dots);
+}
+#endif
+
+#else
+
+typedef line integers;
+
+INLINE integers integers_set(int32_t x) { return (integers){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+INLINE vec integers_to_vec(integers x) { return (vec){_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
+
+INLINE __m256i dots_of(__m256i w, __m256i x, int bits) {
+    if (bits < 8)
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
+    __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
+    __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
+    return _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
+}
+
+INLINE integers add_dots(integers sums, line w, int32_t four, int bits) {
+    __m256i x = _mm256_set1_epi32(four);
+    return (integers){_mm256_add_epi32(sums.low, dots_of(w.low, x, bits)),
+                      _mm256_add_epi32(sums.high, dots_of(w.high, x, bits))};
+}
+
+#endif
+
+/* ---- rows ---- */
 
 /* Rows as int8: (rows, depth), and for each row and unit a scale and the sums of both halves. 1.4 bytes a number. */
 struct integer_rows {
@@ -31,22 +85,34 @@ INLINE struct integer_rows integer_rows_at(void *memory, int64_t rows, int64_t d
     return x;
 }
 
+/* 16 numbers times `inverse`, rounded; returns their sum. */
+INLINE int32_t store_rounded(vec numbers, float inverse, int8_t *out) {
+    float some[LANES];
+    int32_t sum = 0;
+    vec_store(some, vec_round(vec_mul(numbers, vec_set(inverse))));
+    for (int i = 0; i < LANES; i++) {
+        int32_t number = (int32_t)some[i];
+        out[i] = (int8_t)number;
+        sum += number;
+    }
+    return sum;
+}
+
 /* Unit `unit` of row `row` from two times 16 numbers. */
 INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t unit, vec first, vec second) {
-    float largest = vec_largest(vec_max(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+    vec zero = vec_set(0.0f);
+    vec most = vec_max(vec_max(first, vec_sub(zero, first)), vec_max(second, vec_sub(zero, second)));
+    float largest = vec_largest(most), check = vec_sum(vec_mul(vec_add(first, second), zero));
     float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    if (_mm512_cmp_ps_mask(first, second, _CMP_UNORD_Q) || !(largest <= 3.4e38f)) { /* the sums are not a number */
+    if (check != 0 || !(largest <= 3.4e38f)) { /* no number, or too large: then the sums are no numbers */
         scale = NAN;
-        first = second = vec_set(0.0f);
+        first = second = zero;
+        inverse = 0.0f;
     }
-    __m512i low = _mm512_cvtps_epi32(vec_mul(first, vec_set(inverse)));
-    __m512i high = _mm512_cvtps_epi32(vec_mul(second, vec_set(inverse)));
     int8_t *out = x->numbers + row * x->depth + unit * TILE_DEPTH;
-    _mm_storeu_si128((__m128i *)out, _mm512_cvtsepi32_epi8(low));
-    _mm_storeu_si128((__m128i *)(out + LANES), _mm512_cvtsepi32_epi8(high));
     x->scales[row * x->units + unit] = scale;
-    x->sums[(row * x->units + unit) * 2] = _mm512_reduce_add_epi32(low);
-    x->sums[(row * x->units + unit) * 2 + 1] = _mm512_reduce_add_epi32(high);
+    x->sums[(row * x->units + unit) * 2] = store_rounded(first, inverse, out);
+    x->sums[(row * x->units + unit) * 2 + 1] = store_rounded(second, inverse, out + LANES);
 }
 
 /* sums (rows, blocks * 16) = x @ blocks; `bits`, `rows` and `blocks` are constants of the caller. */
@@ -67,12 +133,12 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
     }
     for (int64_t unit = 0; unit < x->units; unit++) {
         for (int half = 0; half < w->halves; half++) {
-            __m512i dot[4][4];
+            integers dot[4][4];
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 const int32_t *own = x->sums + ((row + r) * x->units + unit) * 2;
                 int32_t total = w->halves == 2 ? own[half] : own[0] + own[1];
-                __m512i begin = _mm512_set1_epi32(-w->zero * total);
+                integers begin = integers_set(-w->zero * total);
 #pragma GCC unroll 4
                 for (int block = 0; block < blocks; block++)
                     dot[r][block] = begin;
@@ -89,7 +155,7 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
                         for (int r = 0; r < rows; r++) {
                             int32_t four;
                             memcpy(&four, x->numbers + (row + r) * x->depth + unit * TILE_DEPTH + (number + next) * 4, 4);
-                            dot[r][block] = _mm512_dpbusd_epi32(dot[r][block], w_line, _mm512_set1_epi32(four));
+                            dot[r][block] = add_dots(dot[r][block], w_line, four, bits);
                         }
                     }
                 }
@@ -100,7 +166,7 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     float own = x->scales[(row + r) * x->units + unit];
-                    vec some = _mm512_cvtepi32_ps(dot[r][block]);
+                    vec some = integers_to_vec(dot[r][block]);
                     sum[r][block] = vec_fma(some, vec_mul(scale, vec_set(own)), sum[r][block]);
                     if (w->offsets) {
                         const int32_t *both = x->sums + ((row + r) * x->units + unit) * 2;
@@ -123,9 +189,10 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
             vec_store(sums + r * stride + block * LANES, sum[r][block]);
 }
 
-/* Up to four rows through a panel of four blocks. */
+/* Up to four rows through a panel of four blocks. AVX2 has registers for half as many sums. */
 INLINE void integer_grid(const struct quantized *w, int bits, const struct integer_rows *x, int64_t row, int64_t rows,
                          const int64_t *columns, float *sums, int64_t stride) {
+#if defined(__AVX512F__)
     if (rows == 1) {
         multiply_integers(w, bits, 1, 4, x, row, columns, sums, stride);
     } else if (rows == 2) {
@@ -134,8 +201,14 @@ INLINE void integer_grid(const struct quantized *w, int bits, const struct integ
         multiply_integers(w, bits, 4, 2, x, row, columns, sums, stride);
         multiply_integers(w, bits, 4, 2, x, row, columns + 2, sums + 2 * LANES, stride);
     }
-}
-
 #else
-#define HAS_INTEGERS 0
+    for (int block = 0; block < 4; block += rows == 1 ? 2 : 1) {
+        if (rows == 1)
+            multiply_integers(w, bits, 1, 2, x, row, columns + block, sums + block * LANES, stride);
+        else if (rows == 2)
+            multiply_integers(w, bits, 2, 1, x, row, columns + block, sums + block * LANES, stride);
+        else
+            multiply_integers(w, bits, 4, 1, x, row, columns + block, sums + block * LANES, stride);
+    }
 #endif
+}

@@ -37,6 +37,26 @@ static int run_attention(const struct kernels *kernels, const struct step *step,
     return kernels->attention(&attention);
 }
 
+/* residual += norm(x @ weight.T): in one go where there is no norm, whose output operation is to add. */
+static int add_product(const struct kernels *kernels, const struct step *step, const struct product *product,
+                       const struct norm *norm, const uint16_t *x) {
+    if (!norm->weight)
+        return run_product(kernels, step, product, x, step->residual);
+    int failed = run_product(kernels, step, product, x, step->branch);
+    struct rows rows = {.x = step->branch, .out = step->residual, .rows = step->rows, .width = product->n};
+    rows.norm = *norm;
+    rows.threads = step->threads;
+    kernels->add_normed(&rows);
+    return failed;
+}
+
+static int run_feed_forward(const struct kernels *kernels, const struct step *step, const struct layer *layer) {
+    if (layer->experts)
+        return quartet_experts(kernels, layer->experts, step->rows, step->residual, 0, step->threads);
+    return run_product(kernels, step, &layer->gate_up, step->residual, step->inner) |
+           add_product(kernels, step, &layer->down, &layer->after_mlp, step->inner);
+}
+
 /* The residual stream through `count` layers; 0, or -1 where there is no memory. */
 int quartet_layers(const struct kernels *kernels, const struct layer *layers, int64_t count, const struct step *step) {
     int failed = 0;
@@ -44,9 +64,8 @@ int quartet_layers(const struct kernels *kernels, const struct layer *layers, in
         failed |= run_product(kernels, step, &layer->qkv, step->residual, step->qkv);
         run_rotation(kernels, step, layer);
         failed |= run_attention(kernels, step, layer);
-        failed |= run_product(kernels, step, &layer->output, step->mixed, step->residual);
-        failed |= run_product(kernels, step, &layer->gate_up, step->residual, step->inner);
-        failed |= run_product(kernels, step, &layer->down, step->inner, step->residual);
+        failed |= add_product(kernels, step, &layer->output, &layer->after_attention, step->mixed);
+        failed |= run_feed_forward(kernels, step, layer);
     }
     return failed;
 }

@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.structures import Attention, Product, Quantized, Rotation
+from quartet.kernels.cpu.native.structures import Attention, Norm, Product, Quantized, Rotation, Rows
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ class Library:
         )
         functions.quartet_pack.restype = None
         functions.quartet_product.argtypes = (ctypes.c_void_p, ctypes.POINTER(Product))
+        functions.quartet_add_normed.argtypes = (ctypes.c_void_p, ctypes.POINTER(Rows))
+        functions.quartet_add_normed.restype = None
         functions.quartet_rotate.argtypes = (ctypes.c_void_p, ctypes.POINTER(Rotation))
         functions.quartet_rotate.restype = None
         functions.quartet_attention.argtypes = (ctypes.c_void_p, ctypes.POINTER(Attention))
@@ -146,6 +148,17 @@ class Library:
         )
         if self.functions.quartet_product(self.kernels, wanted):
             raise MemoryError(f"no memory for a product of {rows} rows of {k}")
+
+    def add_normed(self, x: torch.Tensor, norm: NormWeight, residual: torch.Tensor) -> None:
+        """residual (rows, width) += norm(x), rounded to bfloat16 before it is added."""
+        weight, epsilon, offset = norm
+        rows, width = x.shape
+        assert weight.shape == (width,) and weight.dtype is torch.bfloat16 and residual.shape == x.shape, x.shape
+        for tensor in (x, residual, weight):
+            assert tensor.dtype is torch.bfloat16 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
+        own = Norm(weight.data_ptr(), epsilon, offset)
+        wanted = Rows(x.data_ptr(), None, residual.data_ptr(), rows, width, own, torch.get_num_threads())
+        self.functions.quartet_add_normed(self.kernels, wanted)
 
     def rotate(
         self,

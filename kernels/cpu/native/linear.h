@@ -42,9 +42,7 @@ struct plan {
     int64_t piece;        /* of k: numbers that are summed before the next panel's turn */
     int64_t step;         /* of a piece: numbers that are summed before the next rows' turn */
     factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
-#if HAS_INTEGERS
     struct integer_rows rows; /* instead, if `integers` */
-#endif
 };
 
 INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -151,7 +149,6 @@ INLINE void prepare_row(const struct plan *plan, int64_t first, int64_t row) {
         bf16 numbers[LANES] = {0};
         if (there)
             load_normed(p, x, scale, at, numbers);
-#if HAS_INTEGERS
         if (plan->integers) {
             bf16 second[LANES] = {0};
             if (there)
@@ -160,7 +157,6 @@ INLINE void prepare_row(const struct plan *plan, int64_t first, int64_t row) {
             at += LANES;
             continue;
         }
-#endif
         if (plan->tiled) {
             bf16 *tile = (bf16 *)plan->x + row / 16 * 16 * depth + at / TILE_DEPTH * 16 * TILE_DEPTH;
             memcpy(tile + row % 16 * TILE_DEPTH + at % TILE_DEPTH, numbers, sizeof numbers);
@@ -299,7 +295,6 @@ INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows,
     }
 }
 
-#if HAS_INTEGERS
 /* The same, with rows and weight as integers. */
 static void compute_integers(const struct plan *plan, int64_t first, int64_t rows, int64_t begin, int64_t end) {
     float sums[4 * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
@@ -320,7 +315,6 @@ static void compute_integers(const struct plan *plan, int64_t first, int64_t row
         }
     }
 }
-#endif
 
 /* One block of rows. */
 struct block {
@@ -352,12 +346,10 @@ static void compute_block(void *argument, int thread, int threads) {
     int64_t begin;
     while ((begin = quartet_next(&block->next) * block->chunk) < plan->panels) {
         int64_t end = begin + block->chunk < plan->panels ? begin + block->chunk : plan->panels;
-#if HAS_INTEGERS
         if (plan->integers) {
             compute_integers(plan, block->first, block->rows, begin, end);
             continue;
         }
-#endif
         compute_panels(plan, block->first, block->rows, begin, end, kept, expanded);
     }
     if (plan->tiled)
@@ -408,9 +400,7 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
 static int product(const struct product *p) {
     struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS};
     int gated = p->output == OUTPUT_GATED;
-#if HAS_INTEGERS
     plan.integers = p->quantized.numbers && !p->quantized.exact && p->rows <= MOST_INTEGER_ROWS;
-#endif
 #if defined(__AMX_BF16__)
     plan.tiled = p->rows > FEW_ROWS && !plan.integers;
 #endif
@@ -432,10 +422,8 @@ static int product(const struct product *p) {
     plan.x = quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;
-#if HAS_INTEGERS
     if (plan.integers)
         plan.rows = integer_rows_at(plan.x, round_up(most, pad), plan.depth);
-#endif
     for (int64_t first = 0; first < p->rows; first += ROW_BLOCK) {
         int64_t rows = p->rows - first < ROW_BLOCK ? p->rows - first : ROW_BLOCK;
         plan.padded_rows = round_up(rows, pad);

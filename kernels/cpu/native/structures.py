@@ -96,6 +96,48 @@ class Attention(ctypes.Structure):
     )
 
 
+class Norm(ctypes.Structure):
+    """`struct norm` of api.h."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("epsilon", ctypes.c_float), ("offset", ctypes.c_float))
+
+
+class Rows(ctypes.Structure):
+    """`struct rows` of api.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("norm", Norm),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Experts(ctypes.Structure):
+    """`struct experts` of api.h."""
+
+    _fields_ = (
+        ("before", Norm),
+        ("after", Norm),
+        ("count", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("renormalize", ctypes.c_int32),
+        ("router", Product),
+        ("gate_up", ctypes.POINTER(Product)),
+        ("down", ctypes.POINTER(Product)),
+        ("has_shared", ctypes.c_int32),
+        ("shared_size", ctypes.c_int64),
+        ("shared_gate_up", Product),
+        ("shared_down", Product),
+        ("shared_gate", Product),
+    )
+
+
 class Layer(ctypes.Structure):
     """`struct layer` of api.h."""
 
@@ -104,6 +146,9 @@ class Layer(ctypes.Structure):
         ("output", Product),
         ("gate_up", Product),
         ("down", Product),
+        ("after_attention", Norm),
+        ("after_mlp", Norm),
+        ("experts", ctypes.POINTER(Experts)),
         ("rotation", Rotation),
         ("attention", Attention),
         ("rope", ctypes.c_int64),
@@ -120,6 +165,7 @@ class Step(ctypes.Structure):
         ("q", ctypes.c_void_p),
         ("mixed", ctypes.c_void_p),
         ("inner", ctypes.c_void_p),
+        ("branch", ctypes.c_void_p),
         ("cosines", ctypes.POINTER(ctypes.c_void_p)),
         ("sines", ctypes.POINTER(ctypes.c_void_p)),
         ("slots", ctypes.c_void_p),

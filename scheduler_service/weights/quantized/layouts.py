@@ -9,9 +9,17 @@ from typing import NamedTuple
 
 import torch
 
-from quartet.scheduler_service.weights.quantized.scaled_rows import ScaledRows, unpacked
+from quartet.kernels.cpu.native.quantized import UNIT, Scheme
+from quartet.scheduler_service.weights.quantized.scaled_rows import ScaledRows, unpacked, unpacked_bytes
 
 Parts = Mapping[str, torch.Tensor]
+
+MXFP4 = Scheme(5, UNIT, offsets=False, zero_point=16)  # in halves: the numbers of MXFP4 without rounding
+MXFP4_GROUP = 32  # columns that share an exponent
+MXFP4_BYTES = MXFP4_GROUP // 2
+MXFP4_HALVES = (0, 1, 2, 3, 4, 6, 8, 12)  # what three bits mean; the fourth is the sign
+MXFP4_BIAS = 127  # of the exponents
+MXFP4_NAN = 255
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the numbers of eight neighbouring rows are
 
@@ -85,6 +93,20 @@ def int8(parts: Parts) -> ScaledRows:
     scales = row_scales(parts["weight_scale"], len(numbers))
     zeros = row_scales(parts["weight_zero_point"], len(numbers)) if "weight_zero_point" in parts else 0
     return ScaledRows(numbers, scales, -scales * (128 + zeros), numbers.shape[1] // scales.shape[1])
+
+
+def mxfp4(parts: Parts, first: int = 0, step: int = 1) -> ScaledRows:
+    """blocks (rows, groups, 16) uint8, the first of two numbers in the low bits; scales (rows, groups): exponents.
+
+    Of the rows only every `step`th from `first` on.
+    """
+    exponents = parts["scales"][first::step]
+    halves = torch.tensor(MXFP4_HALVES, dtype=torch.uint8, device=exponents.device)
+    numbers = torch.cat((MXFP4.zero_point + halves, MXFP4.zero_point - halves))
+    codes = unpacked_bytes(parts["blocks"][first::step].flatten(1), 4)  # (rows, columns)
+    scales = torch.ldexp(torch.full_like(exponents, 0.5, dtype=torch.float32), exponents.int() - MXFP4_BIAS)
+    scales = scales.masked_fill(exponents == MXFP4_NAN, torch.nan)
+    return ScaledRows(numbers[codes.long()], scales, scales * -float(MXFP4.zero_point), MXFP4_GROUP)
 
 
 class Table(NamedTuple):

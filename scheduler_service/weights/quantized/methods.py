@@ -15,6 +15,7 @@ from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointE
 from quartet.scheduler_service.weights.quantized import layouts
 from quartet.scheduler_service.weights.quantized.bitsandbytes import STATE, bitsandbytes
 from quartet.scheduler_service.weights.quantized.compressed import compressed
+from quartet.scheduler_service.weights.quantized.mxfp4 import with_experts
 from quartet.scheduler_service.weights.quantized.parts import (
     SCALES,
     WORDS,
@@ -27,10 +28,11 @@ from quartet.scheduler_service.weights.quantized.parts import (
     scaled,
 )
 from quartet.scheduler_service.weights.quantized.scaled_rows import scheme_of
+from quartet.scheduler_service.weights.quantized.torchao import NUMBERS, torchao
 
 REFUSED = (
     "{} is quantized by {}, which is not read; serve the unquantized checkpoint, a GGUF file, or one quantized by "
-    "awq, gptq, bitsandbytes, compressed-tensors or fp8"
+    "awq, gptq, bitsandbytes, compressed-tensors, fp8, mxfp4 or torchao"
 )
 NOT_NEEDED = (  # scales of activations, and shapes that other parts tell
     ".input_scale", ".output_scale", ".k_scale", ".v_scale", ".input_scale_ub", ".input_zero_point", ".weight_shape",
@@ -40,7 +42,7 @@ NOT_NEEDED = (  # scales of activations, and shapes that other parts tell
 
 def with_quantized(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     """The checkpoint with its quantized tensors found. Raises CheckpointError for what cannot be read."""
-    settings = settings_of(directory)
+    settings, checkpoint = settings_of(directory), with_experts(checkpoint)
     if not settings:
         return checkpoint
     method = str(settings.get("quant_method", "")).lower()
@@ -54,7 +56,7 @@ def with_quantized(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
             found[f"{prefix}.weight"] = tensor
     names = {f"{name.removesuffix('.weight')}.{part}" for name, tensor in found.items() for part in tensor.parts}
     spent = names | {name for name in checkpoint.tensors if name.endswith(NOT_NEEDED)}
-    return replace(checkpoint, quantized=found, spent=frozenset(spent))
+    return replace(checkpoint, quantized=checkpoint.quantized | found, spent=checkpoint.spent | spent)
 
 
 def settings_of(directory: Path) -> Settings:
@@ -121,5 +123,7 @@ METHODS: dict[str, tuple[tuple[str, ...], Callable[[str, Stored, Settings], Quan
     "bitsandbytes": ((STATE + "nf4", STATE + "fp4", ".SCB"), bitsandbytes),
     "compressed-tensors": ((".weight_packed", ".weight"), compressed),
     "fp8": ((".weight",), partial(float8, scale="weight_scale_inv")),
+    "torchao": ((f".{NUMBERS}",), torchao),
+    "mxfp4": ((), lambda *_: None),  # experts alone, which `with_experts` finds
     "fbgemm_fp8": ((".weight",), partial(float8, scale="weight_scale")),
 }

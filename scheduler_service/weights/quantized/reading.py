@@ -81,7 +81,7 @@ def pieces(
     tensor: Quantized, piece_values: int, unit_rows: int, yield_point: Callable[[], None]
 ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
     """The first row, the last row plus one, and the parts of rows that are read together: about so many values."""
-    rows, columns = tensor.shape
+    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(1, piece_values // columns // unit_rows) * unit_rows
     with ExitStack() as files:
         opened = {file: files.enter_context(open_file(file)) for file in {p.stored.file for p in tensor.parts.values()}}

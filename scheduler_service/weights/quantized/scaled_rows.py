@@ -55,8 +55,12 @@ def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
     Words are little-endian in files and in memory, so their bytes are in order already.
     """
     flat = words.contiguous().flatten()  # also where one word is all there is along the last axis, whatever its stride
-    every_byte = flat.view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
+    return unpacked_bytes(flat.view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1]), bits)
+
+
+def unpacked_bytes(every_byte: torch.Tensor, bits: int) -> torch.Tensor:
+    """The same of bytes: (…, n) uint8 → (…, n * 8 / bits) uint8."""
     if bits == 8:
         return every_byte
-    steps = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+    steps = torch.arange(0, 8, bits, dtype=torch.uint8, device=every_byte.device)
     return (every_byte.unsqueeze(-1) >> steps & (1 << bits) - 1).flatten(-2)

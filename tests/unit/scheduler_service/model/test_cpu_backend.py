@@ -1,5 +1,6 @@
 """The CPU backend gives what the torch backend gives, to the rounding of bfloat16, and follows new weights."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from quartet.kernels.cpu.native import build, library
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution import eager_steps
-from quartet.scheduler_service.model.cpu_backend import CpuBackend
+from quartet.scheduler_service.model.cpu_backend import CpuBackend, described_layer, has_only
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from tests.engine import ALL_LOGPROBS, Engine, floats
 from tests.model import tiny
@@ -48,8 +49,11 @@ def test_logprobs_are_those_of_the_torch_backend(family, tmp_path, monkeypatch):
     assert (ours - true).abs().mean() <= bound * (theirs - true).abs().mean()
 
 
+TOGETHER = ["llama", "phi3", "qwen3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"]
+
+
 @pytest.mark.parametrize("quantization", ["none", "int4"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", TOGETHER)
 def test_layers_have_the_same_bits_in_one_call_and_one_by_one(family, quantization, tmp_path, monkeypatch):
     directory = build_model(family, tmp_path)
     together = Engine(directory, dtype="bfloat16", quantization=quantization)
@@ -62,16 +66,44 @@ def test_layers_have_the_same_bits_in_one_call_and_one_by_one(family, quantizati
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "qwen2_moe"])
-def test_layers_that_do_what_the_one_call_does_not_know_are_computed_one_by_one(family, tmp_path):
-    engine = Engine(build_model(family, tmp_path), dtype="bfloat16")
-    assert logprobs(engine)
-    assert engine.worker.model.backend.together is None
+def test_layers_with_something_that_the_one_call_does_not_know_are_computed_one_by_one(tmp_path):
+    layer = Engine(build_model("llama", tmp_path), dtype="bfloat16").worker.model.layers[0]
+    assert described_layer(layer) is not None
+    spec = replace(layer.attention.spec, sinks=torch.ones(4))
+    assert described_layer(replace(layer, attention=replace(layer.attention, spec=spec))) is None
+    described = described_layer(replace(layer, feed_forward=replace(layer.feed_forward, activation="gelu")))
+    assert described is not None and not described.feed_forward.can_run()
 
 
-def test_the_kernels_compute_with_new_weights_once_these_are_taken_over(tmp_path):
-    directory = build_model("qwen2", tmp_path)
-    engine = Engine(directory, dtype="bfloat16")
+@dataclass(frozen=True)
+class Later:
+    """A part of a layer to which somebody adds fields."""
+
+    own: int
+    multiplier: float = 1.0
+    biases: torch.Tensor | None = None
+    adapters: bool = False
+
+
+@pytest.mark.parametrize("change", [{"multiplier": 0.5}, {"biases": torch.zeros(2)}, {"adapters": True}])
+def test_a_field_that_is_added_later_and_set_is_not_taken_for_known(change):
+    assert has_only(Later(own=3), {"own"})
+    assert not has_only(Later(own=3, **change), {"own"})
+
+
+def test_recording_the_chosen_experts_changes_no_bits(tmp_path):
+    engine = Engine(build_model("qwen3_moe", tmp_path), dtype="bfloat16", disable_radix_cache=True)
+    plain = logprobs(engine)
+    recorded = engine.generate(PROMPTS, PARAMS, logprobs=ALL_LOGPROBS, return_routed_experts=True)
+    assert all(answer.routed_experts for answer in recorded)
+    for answer, before in zip(recorded, plain, strict=True):
+        assert floats(answer.input_logprobs.values + answer.logprobs.values)[1:] == before.tolist()
+
+
+@pytest.mark.parametrize(("family", "quantization"), [("qwen2", "none"), ("qwen2_moe", "none"), ("mixtral", "int8")])
+def test_the_kernels_compute_with_new_weights_once_these_are_taken_over(family, quantization, tmp_path):
+    directory = build_model(family, tmp_path)
+    engine = Engine(directory, dtype="bfloat16", quantization=quantization)
     weights = engine.worker.model.weights
     before = logprobs(engine)
     staged = weights.staging()
@@ -80,7 +112,7 @@ def test_the_kernels_compute_with_new_weights_once_these_are_taken_over(tmp_path
     engine.planner.forget_prefixes()
     after = logprobs(engine)
     assert not torch.equal(before[1], after[1])
-    again = Engine(directory, dtype="bfloat16", disable_radix_cache=True)
+    again = Engine(directory, dtype="bfloat16", quantization=quantization, disable_radix_cache=True)
     again.worker.model.weights.fill_random(seed=7)
     again.worker.model.weights.after_update()
     assert all(torch.equal(ours, fresh) for ours, fresh in zip(after, logprobs(again), strict=True))

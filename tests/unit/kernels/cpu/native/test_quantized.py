@@ -97,6 +97,44 @@ def test_a_product_of_few_rows_differs_by_no_more_than_the_rounding_of_its_rows(
         assert bool(((out.double() - x.double() @ values.T).abs() <= bound + 1e-5).all()), rows
 
 
+def available() -> list[Library]:
+    """The kernels of every instruction set that this machine has."""
+    found = []
+    for name in INSTRUCTION_SETS:
+        try:
+            found.append(Library(library.functions(), name))
+        except LookupError:
+            break
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_few_rows_have_the_same_bits_on_every_instruction_set(scheme):
+    n, k = 100, 200
+    weight = packed_weight(n, k, random_numbers(n, k, scheme)).argument(exact=False)
+    for rows in (1, 2, 3, 4, 7, 8):
+        x, outs = torch.randn(rows, k).bfloat16(), []
+        for own in available():
+            outs.append(torch.empty(rows, n))
+            own.product(x, weight, n, None, outs[-1], "float")
+        assert all(torch.equal(out, outs[0]) for out in outs), rows
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if not s.offsets], ids=str)
+@pytest.mark.parametrize("number", ["least", "most"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_numbers_do_not_overflow_between_two_sums(kernels, scheme, number, sign):
+    n, k = 32, 64
+    own = 0 if number == "least" else (1 << scheme.bits) - 1
+    numbers = torch.full((n, k), own, dtype=torch.uint8)
+    part = QuantizedRows(scheme, numbers, torch.ones(n, k // scheme.group_size), None)
+    weight = packed_weight(n, k, part).argument(exact=False)
+    for rows in (1, 2, 4):
+        out = torch.empty(rows, n)
+        kernels.product(torch.full((rows, k), sign * 127.0).bfloat16(), weight, n, None, out, "float")
+        assert torch.equal(out, torch.full((rows, n), sign * 127.0 * (own - scheme.zero_point) * k)), rows
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("scheme", [INT8, INT4], ids=["int8", "int4"])
 def test_norm_bias_gate_and_residual_are_those_of_a_plain_product(kernels, rows, scheme):

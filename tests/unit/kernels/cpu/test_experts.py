@@ -1,0 +1,146 @@
+"""Mixtures of experts in the compiled kernels against plain torch, on every instruction set that this machine has."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quartet.kernels.cpu.experts import Experts, ExpertsArgument
+from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.cpu.native import build, library
+from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
+from quartet.kernels.reference import layers as reference
+
+pytestmark = pytest.mark.skipif(not build.is_possible(), reason="no compiler, or another kind of machine")
+
+HIDDEN, SIZE, SHARED, COUNT, TOP_K = 72, 48, 80, 6, 2
+EPSILON = 1e-5
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def kernels(request, monkeypatch):
+    try:
+        return Library(library.functions(), request.param)
+    except LookupError:
+        pytest.skip(f"this machine has no {request.param}")
+
+
+def linear(n: int, k: int) -> Linear:
+    layer = Linear((torch.randn(n, k) * k**-0.5).bfloat16())
+    layer.adopt(layer.pack(layer.weight))
+    return layer
+
+
+def mixture(**changes: object) -> Experts:
+    torch.manual_seed(0)
+    made = Experts(
+        before=((torch.rand(HIDDEN) + 0.5).bfloat16(), EPSILON, 0.0),
+        after=None,
+        router=linear(COUNT, HIDDEN),
+        gate_up=[linear(2 * SIZE, HIDDEN) for _ in range(COUNT)],
+        down=[linear(HIDDEN, SIZE) for _ in range(COUNT)],
+        shared=(linear(2 * SHARED, HIDDEN), linear(HIDDEN, SHARED), linear(1, HIDDEN)),
+        activation="silu",
+        top_k=TOP_K,
+        renormalize=False,
+    )
+    return replace(made, **changes)
+
+
+def expected(experts: Experts, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in float64, and the ids."""
+
+    def normed(x: torch.Tensor, norm: library.NormWeight | None) -> torch.Tensor:
+        if norm is None:
+            return x
+        return torch.nn.functional.rms_norm(x, x.shape[1:], norm[0].double() + norm[2], norm[1])
+
+    def times(x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        return x @ layer.weight.double().T
+
+    def block(x: torch.Tensor, gate_up: Linear, down: Linear) -> torch.Tensor:
+        return times(reference.silu_and_mul(times(x, gate_up)), down)
+
+    x = normed(residual.double(), experts.before)
+    shares, ids = times(x, experts.router).softmax(1).topk(experts.top_k)
+    if experts.renormalize:
+        shares = shares / shares.sum(1, keepdim=True)
+    every = torch.stack([block(x, *pair) for pair in zip(experts.gate_up, experts.down, strict=True)], 1)
+    y = (every.gather(1, ids.unsqueeze(2).expand(-1, -1, HIDDEN)) * shares.unsqueeze(2)).sum(1)
+    if experts.shared is not None:
+        gate_up, down, gate = experts.shared
+        y = y + times(x, gate).sigmoid() * block(x, gate_up, down)
+    return residual.double() + normed(y, experts.after), ids
+
+
+VARIANTS = {
+    "shared": {},
+    "renormalized": {"renormalize": True, "shared": None},
+    "all of them": {"top_k": COUNT},
+    "norms": {"after": (torch.rand(HIDDEN).bfloat16(), EPSILON, 1.0)},
+    "no norm": {"before": None},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mixture_is_that_of_torch(kernels, variant, rows):
+    experts = mixture(**VARIANTS[variant])
+    residual = torch.randn(rows, HIDDEN).bfloat16()
+    wanted, wanted_ids = expected(experts, residual)
+    ids = ExpertsArgument(experts).add(kernels, residual)
+    same = (ids == wanted_ids).all(1)
+    assert same.float().mean() >= 0.9  # a near tie may fall otherwise
+    torch.testing.assert_close(residual[same].double(), wanted[same], atol=0.03, rtol=2**-7)
+
+
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(kernels):
+    argument = ExpertsArgument(mixture())
+    rows = torch.randn(90, HIDDEN).bfloat16()
+    whole = rows.clone()
+    argument.add(kernels, whole)
+    for first, last in ((0, 1), (5, 7), (20, 60)):
+        some = rows[first:last].clone()
+        argument.add(kernels, some)
+        assert torch.equal(some, whole[first:last])
+
+
+def test_rows_that_are_no_numbers_choose_experts_that_exist_and_stay_among_themselves(kernels):
+    argument = ExpertsArgument(mixture())
+    rows = torch.randn(5, HIDDEN).bfloat16()
+    rows[2, 3] = torch.nan
+    ids = argument.add(kernels, rows)
+    assert ids.min() >= 0 and ids.max() < COUNT
+    assert rows[2].isnan().all() and rows[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_new_values_of_a_weight_are_computed_with(kernels):
+    experts = mixture()
+    argument = ExpertsArgument(experts)
+    rows = torch.randn(4, HIDDEN).bfloat16()
+    argument.add(kernels, rows.clone())
+    for layer in experts.down:
+        layer.adopt(layer.pack(torch.zeros_like(layer.weight)))
+    without = replace(experts, shared=None)
+    found = rows.clone()
+    ExpertsArgument(without).add(kernels, found)
+    assert torch.equal(found, rows)
+    found, again = rows.clone(), rows.clone()
+    argument.add(kernels, found)
+    ExpertsArgument(experts).add(kernels, again)
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("width", [64, 70, 5])
+def test_a_normed_row_is_added_to_the_residual(kernels, width, rows):
+    x, residual, weight = (torch.randn(*shape).bfloat16() for shape in ((rows, width), (rows, width), (width,)))
+    wanted = residual + reference.rms_norm_plus_one(x, weight, EPSILON)
+    kernels.add_normed(x, (weight, EPSILON, 1.0), residual)
+    torch.testing.assert_close(residual, wanted, atol=2**-6, rtol=2**-7)
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    for change in ({"top_k": COUNT + 1}, {"router": linear(COUNT + 1, HIDDEN)}, {"down": mixture().down[1:]}):
+        with pytest.raises(AssertionError):
+            ExpertsArgument(mixture(**change))
