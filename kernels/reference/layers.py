@@ -19,6 +19,11 @@ def rms_norm_plus_one(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> 
     return F.rms_norm(x.float(), weight.shape, weight.float() + 1.0, epsilon).to(x.dtype)
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """(x - mean(x)) / deviation(x) * weight over the last dimension, rounded once at the end."""
+    return F.layer_norm(x.float(), weight.shape, weight.float(), None, epsilon).to(x.dtype)
+
+
 def rotation(
     positions: torch.Tensor, frequencies: torch.Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +78,27 @@ def choose_experts(router_logits: torch.Tensor, top_k: int, renormalize: bool) -
     weights, ids = router_logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, ids
+
+
+def choose_scored_experts(
+    scores: torch.Tensor, bias: torch.Tensor | None, top_k: int, groups: int, top_groups: int, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids of each token's experts by scores (tokens, experts) float32; both (tokens, top_k), best first.
+
+    The choice is by score + bias, the weight is the score. Of `groups` of neighbouring experts only those `top_groups`
+    can be chosen from whose two best experts have the largest sum.
+    """
+    wanted = scores if bias is None else scores + bias
+    if groups > 1:
+        grouped = wanted.unflatten(1, (groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+        refused = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        wanted = grouped.masked_fill(refused.unsqueeze(-1), -torch.inf).flatten(1)
+    ids = wanted.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return weights, ids
 
 

@@ -1,5 +1,7 @@
 """From a decoder's spec to the layout of its weights: which checkpoint tensors exist and where each one lives."""
 
+import torch
+
 from quartet.scheduler_service.model.heads import add_head
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Layout
@@ -52,8 +54,11 @@ def add_attention(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) ->
     if spec.output_bias:
         layout.add("output_bias", (layer,), [(f"{prefix}o_proj.bias", spec.hidden_size)], None)
     if spec.query_key_norm:
-        layout.add("query_norm", (layer,), [(f"{prefix}q_norm.weight", spec.head_dim)], None)
-        layout.add("key_norm", (layer,), [(f"{prefix}k_norm.weight", spec.head_dim)], None)
+        per_head = spec.query_key_norm_over == "head"
+        layout.add("query_norm", (layer,), [(f"{prefix}q_norm.weight", spec.head_dim if per_head else query)], None)
+        layout.add("key_norm", (layer,), [(f"{prefix}k_norm.weight", spec.head_dim if per_head else key)], None)
+    if spec.sinks:
+        layout.add("sinks", (layer,), [(f"{prefix}sinks", spec.heads)], None)
 
 
 def add_norms(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
@@ -74,13 +79,22 @@ def add_mlp(layout: Layout, spec: DecoderSpec, slab: int, prefix: str) -> None:
 def add_moe(layout: Layout, spec: DecoderSpec, moe: MoeSpec, slab: int, prefix: str) -> None:
     """Places for the router and the experts of one layer, number `slab` among those with experts."""
     hidden, size = spec.hidden_size, moe.intermediate_size
-    layout.add("router", (slab,), [(f"{prefix}gate.weight", moe.experts)], hidden)
+    layout.add("router", (slab,), [(f"{prefix}{moe.router}.weight", moe.experts)], hidden)
+    if moe.router_bias:
+        layout.add("router_bias", (slab,), [(f"{prefix}{moe.router}.bias", moe.experts)], None)
+    if moe.score_bias:
+        layout.add("score_bias", (slab,), [(f"{prefix}{moe.score_bias}", moe.experts)], None)
+        layout.dtypes["score_bias"] = torch.float32  # small differences decide
     for expert in range(moe.experts):
         inside = f"{prefix}experts.{expert}."
         layout.add("expert_gate_up", (slab, expert), parts(inside, moe.gate_up, (size, size)), hidden)
         layout.add("expert_down", (slab, expert), [(f"{inside}{moe.down}.weight", hidden)], size)
+        if moe.expert_bias:
+            layout.add("expert_gate_up_bias", (slab, expert), parts(inside, moe.gate_up, (size, size), "bias"), None)
+            layout.add("expert_down_bias", (slab, expert), [(f"{inside}{moe.down}.bias", hidden)], None)
     if shared := moe.shared_intermediate_size:
-        inside = f"{prefix}shared_expert."
+        inside = f"{prefix}{moe.shared}."
         layout.add("shared_gate_up", (slab,), parts(inside, ("gate_proj", "up_proj"), (shared, shared)), hidden)
         layout.add("shared_down", (slab,), [(f"{inside}down_proj.weight", hidden)], shared)
-        layout.add("shared_gate", (slab,), [(f"{prefix}shared_expert_gate.weight", 1)], hidden)
+        if moe.shared_gate:
+            layout.add("shared_gate", (slab,), [(f"{prefix}shared_expert_gate.weight", 1)], hidden)

@@ -19,7 +19,23 @@ from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
 from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder
-from quartet.scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
+from quartet.scheduler_service.model.families import (
+    cohere,
+    ernie,
+    exaone,
+    gemma,
+    glm,
+    granite,
+    llama,
+    minimax,
+    mistral,
+    mixtral,
+    olmo,
+    phi3,
+    qwen,
+    seed_oss,
+    smollm,
+)
 from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddings_name
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
@@ -33,16 +49,29 @@ from quartet.scheduler_service.weights.storage import CHOICES, schemes_in, schem
 log = logging.getLogger(__name__)
 
 FAMILIES: dict[str, llama.Family] = {
+    "Cohere2ForCausalLM": cohere.cohere2,
+    "Ernie4_5ForCausalLM": ernie.ernie4_5,
+    "Exaone4ForCausalLM": exaone.exaone4,
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
+    "Glm4ForCausalLM": glm.glm4,
+    "Glm4MoeForCausalLM": glm.glm4_moe,
+    "GraniteForCausalLM": granite.decoder_spec,
     "LlamaForCausalLM": llama.decoder_spec,
+    "MiniMaxM2ForCausalLM": minimax.m2,
+    "Ministral3ForCausalLM": mistral.ministral3,
+    "MinistralForCausalLM": mistral.ministral,
     "MistralForCausalLM": mistral.decoder_spec,
     "MixtralForCausalLM": mixtral.decoder_spec,
+    "Olmo2ForCausalLM": olmo.olmo2,
+    "Olmo3ForCausalLM": olmo.olmo3,
     "Phi3ForCausalLM": phi3.decoder_spec,
     "Qwen2ForCausalLM": qwen.qwen2,
     "Qwen2MoeForCausalLM": qwen.qwen2_moe,
     "Qwen3ForCausalLM": qwen.qwen3,
     "Qwen3MoeForCausalLM": qwen.qwen3_moe,
+    "SeedOssForCausalLM": seed_oss.decoder_spec,
+    "SmolLM3ForCausalLM": smollm.decoder_spec,
 }
 
 
@@ -101,6 +130,8 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
         raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
     if not (isinstance(spec.intermediate_size, int) and isinstance(spec.kv_heads, int)):
         raise NotNative(f"{info.architecture} whose layers differ in size")
+    if spec.parallel and any(layer.moe for layer in spec.layers):
+        raise NotNative(f"{info.architecture} with experts beside attention")
     if spec.activation not in ACTIVATIONS:
         raise NotNative(f"{info.architecture} with the activation {spec.activation}")
     if not (spec.causal or info.embedding):
