@@ -17,6 +17,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import embedding
 from quartet.runtime.model_files.files import opened
 from quartet.runtime.model_files.model_info import NO_CONFIG, read_json
+from quartet.runtime.model_files.towers import TOWERS
 from quartet.runtime.shorten import short
 
 READ = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.bin", "*.gguf")  # the files that a server may open
@@ -130,6 +131,8 @@ def refusal(config: Json, known: Json, is_embedding: bool = False) -> str:
     if not (known and architecture and model_type) or embedding.is_encoder(architecture):
         return ""  # nothing can be said here; whoever loads it will
     embeds = is_embedding or embedding.is_embedder(architecture)
+    if architecture in TOWERS and not embeds:
+        return ""
     if architecture in known.values() or (not embeds and model_type in known and not config.get("is_encoder_decoder")):
         return ""
     if embeds and f"{embedding.family_name(architecture)}ForCausalLM" in known.values():

@@ -196,7 +196,7 @@ def can_fuse(spec: DecoderSpec) -> bool:
         spec.names.before_mlp is not None
         and spec.names.after_mlp is None
         and spec.norm != "layer"
-        and all(is_plain(layer.moe) for layer in spec.layers if layer.moe)
+        and all(can_fuse_moe(layer.moe) for layer in spec.layers if layer.moe)
     )
     return (
         spec.generates
@@ -207,7 +207,10 @@ def can_fuse(spec: DecoderSpec) -> bool:
     )
 
 
-def is_plain(moe: MoeSpec) -> bool:
-    """Whether the kernels of mixtures know this one: softmax over logits without bias, and a gated shared expert."""
-    gated = moe.shared_gate or not moe.shared_intermediate_size
-    return moe.scoring == "softmax" and not (moe.router_bias or moe.expert_bias) and moe.scale == 1.0 and gated
+def can_fuse_moe(moe: MoeSpec) -> bool:
+    """Whether fused operations know this mixture: gated shared experts with a softmax, others with sigmoids."""
+    if moe.router_bias or moe.expert_bias:
+        return False
+    if moe.scoring == "sigmoid":
+        return not moe.shared_intermediate_size or not moe.shared_gate
+    return moe.scale == 1.0 and (moe.shared_gate or not moe.shared_intermediate_size)

@@ -6,20 +6,18 @@ from quartet.scheduler_service.model.heads import add_head
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Layout
 
-HEAD = "lm_head.weight"
-
 
 def decoder_layout(spec: DecoderSpec) -> Layout:
     """Buffers by kind, fused where layers read them together: qkv, and gate with up."""
     own_lm_head = spec.generates and not spec.tied
-    layout = Layout(ignored=frozenset(() if own_lm_head else {HEAD}))
+    layout = Layout(ignored=spec.ignored | frozenset(() if own_lm_head else {spec.head}))
     if spec.generates:
-        layout.ties[HEAD] = embeddings_name(spec)
+        layout.ties[spec.head] = embeddings_name(spec)
     layout.add("embed", (), [(embeddings_name(spec), spec.vocab_size)], spec.hidden_size)
     layout.add("norm", (), [(f"{spec.prefix}norm.weight", spec.hidden_size)], None)
     add_head(layout, spec.score_head)
     if own_lm_head:
-        layout.add("lm_head", (), [(HEAD, spec.vocab_size)], spec.hidden_size)
+        layout.add("lm_head", (), [(spec.head, spec.vocab_size)], spec.hidden_size)
     dense = sparse = 0
     for index, layer in enumerate(spec.layers):
         prefix = f"{spec.prefix}layers.{index}."

@@ -11,6 +11,7 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import family_name
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.model_files.towers import language_model
 from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import ServedModel
@@ -18,7 +19,7 @@ from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
-from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder
+from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder, tensor_names
 from quartet.scheduler_service.model.families import (
     cohere,
     ernie,
@@ -36,9 +37,10 @@ from quartet.scheduler_service.model.families import (
     seed_oss,
     smollm,
 )
-from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddings_name
+from quartet.scheduler_service.model.layout import decoder_layout, embeddings_name
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
+from quartet.scheduler_service.model.towers import inside
 from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
@@ -121,7 +123,8 @@ def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device
 
 def decoder_spec(info: ModelInfo) -> DecoderSpec:
     """The spec of a model that the generic decoder runs; raises NotNative for any other."""
-    family = FAMILIES.get(f"{family_name(info.architecture)}ForCausalLM" if info.embedding else info.architecture)
+    architecture = language_model(info.architecture, info.config)
+    family = FAMILIES.get(f"{family_name(info.architecture)}ForCausalLM" if info.embedding else architecture)
     if family is None:
         raise NotNative(f"architecture {info.architecture}")
     try:
@@ -143,8 +146,9 @@ def load_native(
     spec: DecoderSpec, config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
     """The generic decoder of a spec, with its weights. Raises StartupError."""
+    spec = inside(spec, info.architecture, tensor_names(config, info))
     if spec.generates and not is_dummy(config):
-        tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
+        tied = ties.is_tied(Path(info.path), spec.head, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
     layout = decoder_layout(spec)
     weights = Weights(layout, dtype, device, schemes(config, info, layout, dtype, device))

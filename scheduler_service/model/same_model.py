@@ -56,7 +56,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("first_k_dense_replace", "no_rope_layers", "sliding_window_pattern"),
     ),
 }
-FREE = ("tied", "prefix", "ignored")  # the tensors tell
+FREE = ("tied", "prefix", "head", "ignored")  # the tensors tell
 NOT_THE_MODEL = frozenset(
     {
         *("architectures", "torch_dtype", "dtype", "max_position_embeddings", "n_positions", "id2label"),

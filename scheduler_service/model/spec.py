@@ -117,6 +117,8 @@ class DecoderSpec:
     tied: bool = False
     names: Names = field(default_factory=Names)
     prefix: str = "model."  # of all names but the heads'
+    head: str = "lm_head.weight"  # the language-model head's name
+    ignored: frozenset[str] = frozenset()  # what a checkpoint may hold besides
     generates: bool = True  # it has a language-model head; embedders go without
     causal: bool = True
     score_head: tuple[HeadLayer, ...] = ()

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -86,12 +87,10 @@ CASES: dict[str, Callable[[Path], tuple[list[list[int]], list[Answer]]]] = {
 
 
 class Peer:
-    """transformers' model of the same directory."""
+    """transformers' model of the same directory, read by one of its `kinds`."""
 
-    def __init__(self, directory: Path) -> None:
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
-        )
+    def __init__(self, directory: Path, kind: Any = transformers.AutoModelForCausalLM) -> None:
+        self.model = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
 
     @torch.inference_mode()
     def logprobs(self, ids: list[int]) -> torch.Tensor:

@@ -94,6 +94,7 @@ def test_a_model_that_nothing_here_computes_is_refused_with_what_to_take(tmp_pat
         {**LLAMA, "auto_map": {"AutoModelForCausalLM": "own.Own"}},  # it needs none of its own code here
         {**LLAMA, "architectures": ["MyLlamaForCausalLM"]},
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}},
+        {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "vision_config": {}},
         {"architectures": ["BertModel"], "model_type": "bert"},
         {"architectures": ["Qwen2ForSequenceClassification"], "model_type": "qwen2"},
         {"architectures": ["LlamaForRewardModel"], "model_type": "custom"},
