@@ -12,6 +12,7 @@ MODELS = {  # architecture → models that have it
     "Gemma3ForCausalLM": "Gemma 3 270M and 1B",
     "Glm4ForCausalLM": "GLM-4-0414 9B and 32B, GLM-Z1",
     "Glm4MoeForCausalLM": "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7",
+    "GptOssForCausalLM": "gpt-oss-20b, gpt-oss-120b",
     "GraniteForCausalLM": "Granite 3.0 to 3.3, Granite 4.0 dense",
     "LlamaForCausalLM": "Llama 2 to 3.3, SmolLM 2, Yi, DeepSeek-R1-Distill-Llama, TinyLlama",
     "MiniMaxM2ForCausalLM": "MiniMax-M2",

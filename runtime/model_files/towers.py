@@ -1,4 +1,4 @@
-"""Checkpoints of models that also read images or sound, of which the language model is served: where it is, what its config omits."""
+"""The language models inside models that also read images or sound: which they are, and what their configs omit."""
 
 from collections.abc import Mapping
 from typing import Any

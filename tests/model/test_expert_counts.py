@@ -23,7 +23,7 @@ MODELS = {
     "qwen3_moe": ("qwen3_moe", {}, (0, 1)),
     "mixtral": ("mixtral", {}, (0, 1)),
     "olmoe, through transformers": ("olmoe", {}, (0, 1)),
-    "gpt_oss, through transformers": ("gpt_oss", {}, (0, 1)),
+    "gpt_oss": ("gpt_oss", {}, (0, 1)),
 }
 
 

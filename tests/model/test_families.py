@@ -19,7 +19,7 @@ from tests.model import parity, tiny
 from tests.model.dense import DenseRunner, serve
 
 NATIVE = parity.FAMILIES
-MOE = ["qwen2_moe", "qwen3_moe", "mixtral"]
+MOE = ["qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss"]
 LENGTH = 60  # longer than the sliding windows of tiny models
 TOLERANCE = 1e-4
 
@@ -56,6 +56,7 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("glm4_moe", {"first_k_dense_replace": 0, "n_shared_experts": 2}),
     ("minimax_m2", {"rotary_dim": 16}),
+    ("gpt_oss", {"attention_bias": False, "tie_word_embeddings": True, "rope_parameters": None}),
 ]
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -186,7 +187,7 @@ def test_old_phi3_config_with_longrope_by_another_name(old_name: str, tmp_path: 
     assert_parity(serve(tmp_path), "phi3", **overrides)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe", "granite", "cohere2", "minimax_m2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe", "granite", "cohere2", "minimax_m2", "gpt_oss"])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family: str, tmp_path: Path) -> None:
     ids = prompt()
     exact = expected_logits(family, ids)

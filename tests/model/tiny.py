@@ -69,6 +69,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("Exaone4Config", {"head_dim": 16, "sliding_window_pattern": 2, **PATTERN}),
     "glm4": ("Glm4Config", {"head_dim": 16}),
     "glm4_moe": ("Glm4MoeConfig", GLM4_MOE),
+    "gpt_oss": ("GptOssConfig", {**SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),
     "minimax_m2": ("MiniMaxM2Config", MINIMAX),
     "ministral": ("MinistralConfig", {"head_dim": 16, **PATTERN}),
@@ -83,7 +84,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", {}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "gpt_oss": ("GptOssConfig", {**SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
     "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
     # those that cannot be served
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
