@@ -16,12 +16,15 @@ from quartet.scheduler_service.weights.quantized.methods import METHODS
 
 MODELS = {  # architecture → models that have it
     "Cohere2ForCausalLM": "Command R7B, Command A",
+    "DeepseekV2ForCausalLM": "DeepSeek-V2, V2.5, V2-Lite, Coder-V2",
+    "DeepseekV3ForCausalLM": "DeepSeek-V3, V3.1, R1, Kimi K2",
     "Ernie4_5ForCausalLM": "ERNIE 4.5 0.3B",
     "Exaone4ForCausalLM": "EXAONE 4.0 1.2B and 32B",
     "Gemma2ForCausalLM": "Gemma 2",
     "Gemma3ForCausalLM": "Gemma 3 270M and 1B",
     "Glm4ForCausalLM": "GLM-4-0414 9B and 32B, GLM-Z1",
     "Glm4MoeForCausalLM": "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7",
+    "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
     "GptOssForCausalLM": "gpt-oss-20b, gpt-oss-120b",
     "GraniteForCausalLM": "Granite 3.0 to 3.3, Granite 4.0 dense",
     "LlamaForCausalLM": "Llama 2 to 3.3, SmolLM 2, Yi, DeepSeek-R1-Distill-Llama, TinyLlama",
@@ -53,7 +56,13 @@ TOWER_MODELS = {
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL, dense",
 }
-PLAIN_ON_GPU = {"GptOssForCausalLM"}  # those that `can_fuse` refuses: a test compares
+# those that `can_fuse` refuses: a test compares
+PLAIN_ON_GPU = {
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "GptOssForCausalLM",
+}
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TRIED = Path(__file__).parent / "tried_models.json"
 BEGINNING = """# Models
@@ -63,8 +72,8 @@ which Quartet is tested with, knows as a causal language model, and the embedder
 model's config.json says which one it has.
 
 * **Native**: computed by Quartet's own decoder. All of them have continuous batching, the prefix cache, drafts,
-  constrained output, weight updates while they serve, and `--enable-deterministic-inference` on a CPU; on a CPU their
-  weights may be quantized (`--quantization int8` or `int4`).
+  constrained output, weight updates while they serve, and `--enable-deterministic-inference` on a CPU (but for the
+  latent attention of DeepSeek and GLM-4.7-Flash); on a CPU weights may be quantized (`--quantization int8` or `int4`).
 * **Through transformers**: transformers' own code with Quartet's attention. Slower, and compared with its own logits at
   each start. Weights are not kept quantized, and there is no deterministic inference.
 * **Refused**: the start ends with the reason.

@@ -89,17 +89,23 @@ def choose_experts(router_logits: torch.Tensor, top_k: int, renormalize: bool) -
 
 
 def choose_scored_experts(
-    scores: torch.Tensor, bias: torch.Tensor | None, top_k: int, groups: int, top_groups: int, renormalize: bool
+    scores: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    renormalize: bool,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_best: int = 2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and ids of each token's experts by scores (tokens, experts) float32; both (tokens, top_k), best first.
 
     The choice is by score + bias, the weight is the score. Of `groups` of neighbouring experts only those `top_groups`
-    can be chosen from whose two best experts have the largest sum.
+    can be chosen from whose `group_best` best experts have the largest sum.
     """
     wanted = scores if bias is None else scores + bias
     if groups > 1:
         grouped = wanted.unflatten(1, (groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+        best = grouped.topk(group_best, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
         refused = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
         wanted = grouped.masked_fill(refused.unsqueeze(-1), -torch.inf).flatten(1)
     ids = wanted.topk(top_k, dim=-1).indices

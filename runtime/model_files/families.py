@@ -8,12 +8,15 @@ from quartet.runtime.model_files.towers import TOWERS
 MAX_LETTERS = 80  # of a name that are looked at
 NATIVE = (
     "Cohere2ForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
     "Ernie4_5ForCausalLM",
     "Exaone4ForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "Glm4ForCausalLM",
     "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
     "GraniteForCausalLM",
     "LlamaForCausalLM",

@@ -125,7 +125,8 @@ FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), Int(0, 1 << 10)),
     **dict.fromkeys(("first_k_dense_replace", "no_rope_layer_interval"), Int(0, MAX_LAYERS)),
     "no_rope_layers": Each(Int(0, 1), MAX_LAYERS),
-    "rotary_dim": WIDTH,
+    **dict.fromkeys(("rotary_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"), WIDTH),
+    **dict.fromkeys(("qk_nope_head_dim", "num_nextn_predict_layers"), Int(0, 1 << 14)),
     **dict.fromkeys(("decoder_sparse_step", "global_attn_every_n_layers"), STEP),
     "sliding_window_pattern": Either(Int(0, MAX_LAYERS), TEXT),  # a text has a letter for each layer of a period
     "_sliding_window_pattern": STEP,

@@ -164,9 +164,11 @@ def layers_together(layers: list[DecoderLayer], rotary_dims: Sequence[int]) -> L
 
 def described_layer(layer: DecoderLayer) -> Layer | None:
     """A layer as the kernels know it; None where they have no such thing."""
-    if not is_known(layer) or (feed_forward := described_feed_forward(layer)) is None:
-        return None
     attention = layer.attention
+    if not isinstance(attention, Attention) or not is_known(layer):
+        return None
+    if (feed_forward := described_feed_forward(layer)) is None:
+        return None
     spec = attention.spec
     return Layer(
         qkv=attention.qkv,
@@ -261,6 +263,7 @@ def is_known(layer: DecoderLayer) -> bool:
 
 def norms_of(layer: DecoderLayer) -> list[Norm | None]:
     attention = layer.attention
+    assert isinstance(attention, Attention), attention
     around = [layer.before_attention, layer.after_attention, layer.before_mlp, layer.after_mlp]
     return [*around, attention.query_norm, attention.key_norm]
 

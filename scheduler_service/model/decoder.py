@@ -1,14 +1,24 @@
 """The generic decoder: any model of the Llama kind, from its spec, its weights and a backend."""
 
 import copy
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
+from quartet.scheduler_service.model import latent
 from quartet.scheduler_service.model.backend import Backend, Rotation
-from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
+from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.heads import Head
-from quartet.scheduler_service.model.layers import DecoderLayer, Mlp, Moe, decoder_layer, linear, norm_of
+from quartet.scheduler_service.model.layers import (
+    DecoderLayer,
+    LatentAttention,
+    Mlp,
+    Moe,
+    decoder_layer,
+    linear,
+    norm_of,
+)
 from quartet.scheduler_service.model.spec import DecoderSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
@@ -91,8 +101,12 @@ class Decoder:
     ) -> None:
         """residual += attention, then residual += feed-forward, with the layer's norms before and after each."""
         compute = self.backend
-        scale = query_scale if layer.attention.scales_queries else None
-        mixed = compute.attend(residual, layer.before_attention, layer.attention, rotation, batch.attend, scale)
+        scale = query_scale if getattr(layer.attention, "scales_queries", False) else None
+        if isinstance(layer.attention, LatentAttention):
+            x = compute.normed(residual, layer.before_attention)
+            mixed = latent.attend(x, layer.attention, rotation, cast(Attend, batch.attend), compute.normed)
+        else:
+            mixed = compute.attend(residual, layer.before_attention, layer.attention, rotation, batch.attend, scale)
         block = layer.feed_forward
         if layer.parallel:
             assert isinstance(block, Mlp), "see registry.decoder_spec"

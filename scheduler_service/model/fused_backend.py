@@ -58,6 +58,7 @@ class FusedBackend:
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
         """See model.backend.Backend.reserve."""
         for layer in layers:
+            assert isinstance(layer.attention, Attention), "see can_fuse"
             self.products.reserve(layer.attention.qkv)
             self.products.reserve(layer.attention.output)
             block = layer.feed_forward
@@ -202,15 +203,14 @@ def can_fuse(spec: DecoderSpec) -> bool:
         spec.generates
         and spec.causal
         and not spec.sinks
+        and spec.latent is None
         and spec.activation in ACTIVATIONS
         and (plain_mixtures or not any(layer.moe for layer in spec.layers))
     )
 
 
 def can_fuse_moe(moe: MoeSpec) -> bool:
-    """Whether fused operations know this mixture: gated shared experts with a softmax, others with sigmoids."""
+    """Whether fused operations know this mixture: gated shared experts with a plain choice, others with scores."""
     if moe.router_bias or moe.expert_bias:
         return False
-    if moe.scoring == "sigmoid":
-        return not moe.shared_intermediate_size or not moe.shared_gate
-    return moe.scale == 1.0 and (moe.shared_gate or not moe.shared_intermediate_size)
+    return not moe.shared_intermediate_size or moe.shared_gate == moe.chooses_plainly

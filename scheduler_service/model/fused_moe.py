@@ -35,7 +35,7 @@ class FusedMoe:
     def add(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
         """residual += moe(norm(residual)), in place; returns the chosen experts (tokens, top_k)."""
         directly = residual.shape[0] * moe.spec.top_k <= DIRECT_PAIRS and not self.products.steady
-        if moe.spec.scoring != "softmax":
+        if not moe.spec.chooses_plainly:
             return self.add_scored(residual, norm, moe, activation, directly)
         return (self.add_directly if directly else self.add_grouped)(residual, norm, moe, activation)
 
@@ -78,8 +78,9 @@ class FusedMoe:
         """With a choice that the kernels do not know: torch's operations make it."""
         x, logits = self.routed(residual, norm, moe)
         spec = moe.spec
-        choice = spec.top_k, spec.groups, spec.top_groups, spec.renormalize
-        scores, chosen = choose_scored_experts(logits.sigmoid(), moe.score_bias, *choice)
+        scores = logits.softmax(dim=-1) if spec.scoring == "softmax" else logits.sigmoid()
+        choice = spec.top_k, spec.renormalize, spec.groups, spec.top_groups, spec.group_best
+        scores, chosen = choose_scored_experts(scores, moe.score_bias, *choice)
         ids, weights = chosen.to(torch.int32), scores * spec.scale
         if directly:
             inner = x.new_empty(len(x), spec.top_k * moe.all_down.shape[2])

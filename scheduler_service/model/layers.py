@@ -7,8 +7,10 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.batch import AttentionSpec
-from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
+from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Weights
+
+LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever the config's is
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,22 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Self-attention of one layer; `spec` has one head of keys, as wide as a latent vector and the rotated key."""
+
+    spec: AttentionSpec
+    latent: LatentSpec
+    interleaved: bool  # neighbours are rotated as pairs
+    query_down: Linear | None
+    query_down_norm: Norm | None
+    query: Linear
+    kv_down: Linear
+    kv_norm: Norm
+    kv_up: torch.Tensor  # (heads * (plain_dim + value_dim), rank)
+    output: Linear
+
+
+@dataclass(frozen=True, slots=True)
 class Mlp:
     """down(activation(gate(x)) * up(x)), with gate and up in one matrix."""
 
@@ -76,7 +94,7 @@ class DecoderLayer:
 
     index: int
     rope: int  # which of the model's rotations
-    attention: Attention
+    attention: Attention | LatentAttention
     feed_forward: Mlp | Moe
     before_attention: Norm | None
     after_attention: Norm | None
@@ -109,7 +127,9 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
     return DecoderLayer(
         index=index,
         rope=own.rope,
-        attention=attention(spec, weights, index),
+        attention=latent_attention(spec, spec.latent, weights, index)
+        if spec.latent is not None
+        else attention(spec, weights, index),
         feed_forward=mixture or dense_mlp(spec, weights, same_kind),
         before_attention=norm("before_attention"),
         after_attention=norm("after_attention"),
@@ -154,6 +174,33 @@ def pair_order(heads: int, kv_heads: int, head_dim: int, rotary_dim: int, device
     columns[: heads + kv_heads, :half] = turned[:, 0::2]
     columns[: heads + kv_heads, half:rotary_dim] = turned[:, 1::2]
     return columns.flatten().to(device)
+
+
+def latent_attention(spec: DecoderSpec, latent: LatentSpec, weights: Weights, layer: int) -> LatentAttention:
+    """The attention of layer number `layer`."""
+
+    def norm(buffer: str) -> Norm:
+        return Norm(weights.slab(buffer, layer), LATENT_EPSILON, plus_one=False)
+
+    return LatentAttention(
+        spec=AttentionSpec(
+            layer=layer,
+            heads=spec.heads,
+            kv_heads=1,
+            head_dim=spec.head_dim,
+            scale=spec.attention_scale,
+            values_are_keys=True,
+        ),
+        latent=latent,
+        interleaved=spec.ropes[spec.layers[layer].rope].interleaved,
+        query_down=linear(weights, "query_down", layer, bias=spec.qkv_bias) if latent.query_rank else None,
+        query_down_norm=norm("query_down_norm") if latent.query_rank else None,
+        query=linear(weights, "query", layer),
+        kv_down=linear(weights, "kv_down", layer, bias=spec.qkv_bias),
+        kv_norm=norm("kv_norm"),
+        kv_up=weights.slab("kv_up", layer),
+        output=linear(weights, "output", layer, bias=spec.output_bias),
+    )
 
 
 def dense_mlp(spec: DecoderSpec, weights: Weights, slab: int) -> Mlp:

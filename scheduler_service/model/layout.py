@@ -3,6 +3,7 @@
 import torch
 
 from quartet.scheduler_service.model.heads import add_head
+from quartet.scheduler_service.model.latent import add_latent
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Layout
 
@@ -44,6 +45,9 @@ def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str 
 
 def add_attention(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
     """Places for the projections, biases and norms of one layer's attention."""
+    if spec.latent is not None:
+        add_latent(layout, spec, spec.latent, layer, prefix)
+        return
     query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     layout.add("qkv", (layer,), parts(prefix, spec.names.qkv, (query, key, key)), spec.hidden_size)
     layout.add("output", (layer,), [(f"{prefix}o_proj.weight", spec.hidden_size)], query)

@@ -22,6 +22,7 @@ from quartet.scheduler_service.model.dtype import resolve_dtype
 from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder, tensor_names
 from quartet.scheduler_service.model.families import (
     cohere,
+    deepseek,
     ernie,
     exaone,
     gemma,
@@ -51,14 +52,19 @@ from quartet.scheduler_service.weights.storage import CHOICES, schemes_in, schem
 
 log = logging.getLogger(__name__)
 
+NOT_LATENT = "--enable-deterministic-inference is not there for the latent attention of {}; leave it out"
+
 FAMILIES: dict[str, llama.Family] = {
     "Cohere2ForCausalLM": cohere.cohere2,
+    "DeepseekV2ForCausalLM": deepseek.v2,
+    "DeepseekV3ForCausalLM": deepseek.v3,
     "Ernie4_5ForCausalLM": ernie.ernie4_5,
     "Exaone4ForCausalLM": exaone.exaone4,
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
     "Glm4ForCausalLM": glm.glm4,
     "Glm4MoeForCausalLM": glm.glm4_moe,
+    "Glm4MoeLiteForCausalLM": deepseek.v3,
     "GptOssForCausalLM": gpt_oss.decoder_spec,
     "GraniteForCausalLM": granite.decoder_spec,
     "LlamaForCausalLM": llama.decoder_spec,
@@ -115,7 +121,10 @@ def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device
     if info.embedding is not None and config.quantization in CHOICES:
         raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
     if info.embedding is None:
-        return load_native(decoder_spec(info), config, info, dtype, device)
+        spec = decoder_spec(info)
+        if spec.latent is not None and is_asked_for(config, device):
+            raise StartupError(NOT_LATENT.format(info.architecture))
+        return load_native(spec, config, info, dtype, device)
     if is_asked_for(config, device) and not info.embedding.causal:
         raise StartupError(NOT_NATIVE.format(info.architecture))
     if info.embedding.encoder:

@@ -26,6 +26,17 @@ class QueryScale:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Keys and values of all heads are made of one latent vector per token, which is what the pool keeps."""
+
+    rank: int  # of the latent vector
+    query_rank: int | None  # of what queries are made of; None: of the hidden state
+    plain_dim: int  # dimensions of a head's queries and keys that are not rotated
+    rotated_dim: int  # and that are; their keys are the same for all heads
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class MoeSpec:
     """A layer's mixture of experts."""
 
@@ -37,6 +48,7 @@ class MoeSpec:
     score_bias: str | None = None  # checkpoint name below the block: added to scores for the choice, not to weights
     groups: int = 1  # of neighbouring experts; only those of the best groups can be chosen
     top_groups: int = 1
+    group_best: int = 2  # so many of a group's best experts, added up, say how good it is
     scale: float = 1.0  # of the chosen experts' weights
     router_bias: bool = False
     expert_bias: bool = False
@@ -47,6 +59,11 @@ class MoeSpec:
     shared: str = "shared_expert"
     gate_up: tuple[str, str] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+
+    @property
+    def chooses_plainly(self) -> bool:
+        """Whether the experts are those with the largest logits, weighed by a softmax alone."""
+        return self.scoring == "softmax" and not self.score_bias and self.groups == 1 and self.scale == 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +127,7 @@ class DecoderSpec:
     rounds_embedding_scale: bool = False  # to the dtype of activations
     scales_given_embeddings: bool = False  # those that a request brings are scaled too
     query_scale: QueryScale | None = None
+    latent: LatentSpec | None = None  # then there is one head of keys, `rank + rotated_dim` wide
     sinks: bool = False  # a score for each head that takes a share of attention and gives nothing
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -119,6 +137,7 @@ class DecoderSpec:
     prefix: str = "model."  # of all names but the heads'
     head: str = "lm_head.weight"  # the language-model head's name
     ignored: frozenset[str] = frozenset()  # what a checkpoint may hold besides
+    extra_layers: int = 0  # behind the last one, which a checkpoint may hold: they predict tokens beyond the next
     generates: bool = True  # it has a language-model head; embedders go without
     causal: bool = True
     score_head: tuple[HeadLayer, ...] = ()

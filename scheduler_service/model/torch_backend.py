@@ -101,13 +101,13 @@ class TorchBackend:
     def choose_experts(self, x: torch.Tensor, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (float32) and ids of the experts of x (tokens, hidden), both (tokens, top_k), best first."""
         spec = moe.spec
-        if spec.scoring == "softmax":
-            assert moe.score_bias is None and spec.groups == 1 and spec.scale == 1.0, spec
+        if spec.chooses_plainly:
             return plain_layers.choose_experts(moe.router(x), spec.top_k, spec.renormalize)
         logits = x.new_empty(len(x), spec.experts, dtype=torch.float32)
         moe.router.write(x, logits)
-        choice = spec.top_k, spec.groups, spec.top_groups, spec.renormalize
-        weights, ids = plain_layers.choose_scored_experts(self.sigmoid(logits), moe.score_bias, *choice)
+        scores = logits.softmax(dim=-1) if spec.scoring == "softmax" else self.sigmoid(logits)
+        choice = spec.top_k, spec.renormalize, spec.groups, spec.top_groups, spec.group_best
+        weights, ids = plain_layers.choose_scored_experts(scores, moe.score_bias, *choice)
         return weights * spec.scale, ids
 
     def mlp(self, x: torch.Tensor, mlp: Mlp) -> torch.Tensor:

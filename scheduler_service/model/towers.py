@@ -16,10 +16,10 @@ HEADS = ("language_model.lm_head.weight", "lm_head.weight")
 def inside(spec: DecoderSpec, architecture: str, tensors: Collection[str]) -> DecoderSpec:
     """The spec of a language model, with the names that it has in a checkpoint of `architecture`.
 
-    All other tensors are left alone. Unchanged for a model of text alone.
+    All other tensors are left alone; of a model of text alone those of layers that predict further tokens.
     """
     if architecture not in TOWERS:
-        return spec
+        return replace(spec, ignored=frozenset(name for name in tensors if name.startswith(predictors(spec))))
     prefix = next((start for start in PREFIXES if f"{start}embed_tokens.weight" in tensors), spec.prefix)
     head = HEADS[0] if HEADS[0] in tensors or prefix == PREFIXES[0] else HEADS[1]
     own = (f"{prefix}embed_tokens.", f"{prefix}layers.", f"{prefix}norm.", head)
@@ -30,3 +30,9 @@ def inside(spec: DecoderSpec, architecture: str, tensors: Collection[str]) -> De
         len(others),
     )
     return replace(spec, prefix=prefix, head=head, ignored=others)
+
+
+def predictors(spec: DecoderSpec) -> tuple[str, ...]:
+    """What the names of layers begin with that predict tokens beyond the next one."""
+    first = len(spec.layers)
+    return tuple(f"{spec.prefix}layers.{layer}." for layer in range(first, first + spec.extra_layers))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
@@ -14,6 +15,8 @@ from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.registry import decoder_spec
 from quartet.scheduler_service.model.spec import NotNative
+from quartet.scheduler_service.weights.formats import checkpoint_of
+from quartet.scheduler_service.weights.staging import check_checkpoint
 from tests import checkpoints
 from tests.model import parity, tiny
 from tests.model.dense import DenseRunner, serve
@@ -23,6 +26,14 @@ MOE = ["qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss"]
 LENGTH = 60  # longer than the sliding windows of tiny models
 TOLERANCE = 1e-4
 
+STRETCHED: dict[str, Any] = {  # as DeepSeek V3's, with other numbers for scores and for cosines
+    "rope_type": "yarn",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+}
 VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
@@ -56,6 +67,9 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("glm4_moe", {"first_k_dense_replace": 0, "n_shared_experts": 2}),
     ("minimax_m2", {"rotary_dim": 16}),
+    ("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": None, "first_k_dense_replace": 0}),
+    ("deepseek_v3", {"rope_parameters": STRETCHED, "rope_interleave": False}),
+    ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True, "n_group": 1, "topk_group": 1}),
     ("gpt_oss", {"attention_bias": False, "tie_word_embeddings": True, "rope_parameters": None}),
 ]
 
@@ -187,7 +201,9 @@ def test_old_phi3_config_with_longrope_by_another_name(old_name: str, tmp_path: 
     assert_parity(serve(tmp_path), "phi3", **overrides)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe", "granite", "cohere2", "minimax_m2", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "qwen2_moe", "granite", "cohere2", "minimax_m2", "gpt_oss", "deepseek_v3"]
+)
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family: str, tmp_path: Path) -> None:
     ids = prompt()
     exact = expected_logits(family, ids)
@@ -227,6 +243,22 @@ def test_embeddings_given_by_the_request_replace_those_of_its_tokens(family: str
     hidden_ids = [5 if masked else token for token, masked in zip(ids, mask.tolist(), strict=True)]
     found = DenseRunner(model).feed([hidden_ids], embeds=embeds, embeds_mask=mask)
     assert torch.equal(found, DenseRunner(model).feed([ids]))
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    directory = tiny.build("deepseek_v3", tmp_path, num_nextn_predict_layers=1)
+    tensors = load_file(directory / "model.safetensors")
+    layers = tiny.DEEPSEEK["num_hidden_layers"]
+    tensors[f"model.layers.{layers}.eh_proj.weight"] = torch.ones(4, 8)
+    save_file(tensors, directory / "model.safetensors")
+    model = serve(directory)
+    check_checkpoint(checkpoint_of(directory), model.weights)  # it would be taken as an update
+    assert_parity(model, "deepseek_v3")
+
+
+def test_latent_attention_with_deterministic_inference_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="--enable-deterministic-inference is not there for the latent attention"):
+        serve(tiny.build("deepseek_v3", tmp_path), enable_deterministic_inference=True)
 
 
 def test_embeddings_given_to_granite_are_multiplied_as_its_own_are(tmp_path: Path) -> None:

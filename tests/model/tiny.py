@@ -40,6 +40,16 @@ GLM4_MOE: dict[str, Any] = {
     "use_qk_norm": True,
     "num_hidden_layers": 3,
 }
+DEEPSEEK: dict[str, Any] = {
+    **GLM4_MOE,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
 MINIMAX: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 8}
 GROWING: dict[str, Any] = {
     "rope_type": "yarn",
@@ -65,9 +75,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "cohere2": ("Cohere2Config", {"logit_scale": 0.5, **PATTERN}),
+    "deepseek_v2": ("DeepseekV2Config", {**DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False}),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
     "ernie4_5": ("Ernie4_5Config", {"head_dim": 16}),
     "exaone4": ("Exaone4Config", {"head_dim": 16, "sliding_window_pattern": 2, **PATTERN}),
     "glm4": ("Glm4Config", {"head_dim": 16}),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", DEEPSEEK),
     "glm4_moe": ("Glm4MoeConfig", GLM4_MOE),
     "gpt_oss": ("GptOssConfig", {**SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),

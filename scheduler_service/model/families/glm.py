@@ -28,6 +28,19 @@ def glm4_moe(config: Config, context_length: int) -> DecoderSpec:
     """Glm4MoeForCausalLM: experts behind the first layers, chosen by sigmoids and a bias."""
     rope = rope_parameters({"partial_rotary_factor": HALF, **config})
     fields = common({"rms_norm_eps": 1e-5, **config}, context_length, rope)
+    return DecoderSpec(
+        **{**fields, "layers": scored_layers(config)},
+        qkv_bias=bool(config.get("attention_bias")),
+        query_key_norm=bool(config.get("use_qk_norm")),
+        extra_layers=config.get("num_nextn_predict_layers") or 0,
+    )
+
+
+def scored_layers(config: Config, scale: float = 1.0, shared: int = 1) -> tuple[LayerSpec, ...]:
+    """Dense layers, then mixtures with a shared expert, as DeepSeek V3 has them.
+
+    `scale` and the number of `shared` experts are for configs that do not say.
+    """
     moe = MoeSpec(
         experts=config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
@@ -37,15 +50,10 @@ def glm4_moe(config: Config, context_length: int) -> DecoderSpec:
         score_bias="gate.e_score_correction_bias",
         groups=config.get("n_group") or 1,
         top_groups=config.get("topk_group") or 1,
-        scale=config.get("routed_scaling_factor", 1.0),
-        shared_intermediate_size=config["moe_intermediate_size"] * config.get("n_shared_experts", 1),
+        scale=config.get("routed_scaling_factor", scale),
+        shared_intermediate_size=config["moe_intermediate_size"] * config.get("n_shared_experts", shared),
         shared_gate=False,
         shared="shared_experts",
     )
     first = config.get("first_k_dense_replace", 1)
-    layers = tuple(LayerSpec(moe=moe if layer >= first else None) for layer in range(config["num_hidden_layers"]))
-    return DecoderSpec(
-        **{**fields, "layers": layers},
-        qkv_bias=bool(config.get("attention_bias")),
-        query_key_norm=bool(config.get("use_qk_norm")),
-    )
+    return tuple(LayerSpec(moe=moe if layer >= first else None) for layer in range(config["num_hidden_layers"]))
