@@ -123,7 +123,13 @@ def test_recording_the_chosen_experts_changes_no_bits(tmp_path):
         assert floats(answer.input_logprobs.values + answer.logprobs.values)[1:] == before.tolist()
 
 
-@pytest.mark.parametrize(("family", "quantization"), [("qwen2", "none"), ("qwen2_moe", "none"), ("mixtral", "int8")])
+SWAPPED = [
+    *(("qwen2", "none"), ("qwen2_moe", "none"), ("mixtral", "int8"), ("olmo2", "int8"), ("cohere2", "int4")),
+    *(("gpt_oss", "int8"), ("deepseek_v3", "none"), ("deepseek_v3", "int4"), ("minimax_m2", "none")),
+]
+
+
+@pytest.mark.parametrize(("family", "quantization"), SWAPPED)
 def test_the_kernels_compute_with_new_weights_once_these_are_taken_over(family, quantization, tmp_path):
     directory = build_model(family, tmp_path)
     engine = Engine(directory, dtype="bfloat16", quantization=quantization)
