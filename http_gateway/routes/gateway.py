@@ -20,6 +20,7 @@ from quartet.http_gateway.routes.background_runs import BackgroundRuns
 from quartet.http_gateway.routes.event_log import EventLogs
 from quartet.http_gateway.routes.file_store import file_store_of
 from quartet.http_gateway.routes.response_store import store_of
+from quartet.runtime.adapters import Adapter
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
 from quartet.runtime.messages import Facts, Request, Thought
@@ -41,6 +42,7 @@ class News(msgspec.Struct):
     asleep: bool | None = None
     lacks: list[str] | None = None
     sleeping: bool | None = None
+    adapters: list[Adapter] | None = None
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Gateway:
         self.asleep = False  # by /release_memory_occupation
         self.lacks: Sequence[str] = ()  # what was released and is needed; none while asleep: weights are to be written
         self.sleeping = False  # memory is given back until somebody asks: --sleep-when-idle-s
+        self.adapters: dict[str, Adapter] = {}  # LoRA adapters that requests may name
         self.learn(self.facts.state)
         self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
@@ -106,6 +109,8 @@ class Gateway:
         self.asleep = self.asleep if news.asleep is None else news.asleep
         self.lacks = self.lacks if news.lacks is None else news.lacks
         self.sleeping = self.sleeping if news.sleeping is None else news.sleeping
+        if news.adapters is not None:
+            self.adapters = {adapter.name: adapter for adapter in news.adapters}
 
 
 def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:

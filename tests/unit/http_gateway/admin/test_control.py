@@ -49,8 +49,13 @@ async def test_every_command_reports_a_refusal_once(path: str, tmp_path: Path) -
         "/update_weight_version": {"new_version": "v"},
         "/update_weights_from_tensor": {"serialized_named_tensors": ["QUJD"]},
         "/get_weights_by_name": {"name": "w"},
+        "/load_lora_adapter": {"lora_name": "a", "lora_path": "p"},
+        "/load_lora_adapter_from_tensors": {
+            "lora_name": "a", "config_dict": {}, "serialized_named_tensors": ["QUJD"]
+        },
+        "/unload_lora_adapter": {"lora_name": "a"},
     }  # fmt: skip
-    async with served() as server:
+    async with served(enable_lora=True) as server:
         server.gateway.run_dir = str(tmp_path)
         server.ring.answers_commands = False
         call = server.client.start("POST", path, bodies.get(path, {}))
