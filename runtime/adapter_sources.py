@@ -6,13 +6,13 @@ import msgspec
 
 from quartet.runtime.errors import UsageError
 from quartet.runtime.limits import MAX_ADAPTERS
-from quartet.runtime.names import Name
+from quartet.runtime.names import AdapterName
 
 
 class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """One adapter to load at the start."""
 
-    lora_name: Name
+    lora_name: AdapterName
     lora_path: str  # as given: a directory or a hub id
     pinned: bool = False  # never evicted
     directory: str = ""  # the local one that is read; filled in by the launcher

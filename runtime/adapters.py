@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from quartet.runtime.command import ControlCommand
-from quartet.runtime.names import Name
+from quartet.runtime.names import AdapterName
 from quartet.runtime.reply_shapes import AsAdapters
 
 LORA_OFF = "LoRA is not enabled. Please set `--enable-lora` to enable LoRA."
@@ -29,7 +29,7 @@ class LoadAdapter(ControlCommand, tag="load_lora_adapter", kw_only=True):
 
     path = "/load_lora_adapter"
     reply = AsAdapters()
-    lora_name: Name
+    lora_name: AdapterName
     lora_path: str
     pinned: bool = False  # never evicted
     load_inplace: bool = False  # take the place of the adapter of this name; its requests go on with the new weights
@@ -40,7 +40,7 @@ class LoadAdapterFromTensors(ControlCommand, tag="load_lora_adapter_from_tensors
 
     path = "/load_lora_adapter_from_tensors"
     reply = AsAdapters()
-    lora_name: Name
+    lora_name: AdapterName
     config_dict: dict[str, Any]  # what adapter_config.json says
     serialized_named_tensors: list[msgspec.Raw] = []  # base64 of safetensors bytes, one entry a rank
     serialized_tensors: str | None = None  # an older name: one such string
@@ -56,7 +56,7 @@ class UnloadAdapter(ControlCommand, tag="unload_lora_adapter", kw_only=True):
 
     path = "/unload_lora_adapter"
     reply = AsAdapters()
-    lora_name: Name
+    lora_name: AdapterName
 
 
 AdapterCommand = LoadAdapter | LoadAdapterFromTensors | UnloadAdapter

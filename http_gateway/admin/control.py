@@ -22,6 +22,7 @@ from quartet.runtime.adapters import LORA_OFF, AdapterCommand, LoadAdapter, Load
 from quartet.runtime.control import ONE_PAYLOAD_A_RANK, RANKS, Abort, ControlCommand, UpdateWeightsFromTensor
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Reply
+from quartet.runtime.shorten import short
 
 log = logging.getLogger(__name__)
 
@@ -138,11 +139,13 @@ async def run_adapter_command(gateway: Gateway, command: ControlCommand) -> Resp
     try:
         if not gateway.config.enable_lora:
             raise RequestError(LORA_OFF)
+        if isinstance(command, LoadAdapter | LoadAdapterFromTensors) and command.lora_name in gateway.base_names:
+            raise RequestError(f"{short(command.lora_name)} is the name of the base model.", field="lora_name")
         reply = await send_command(gateway, command)
     except RequestError as error:
         reply = Reply(id=command.id, success=False, message=error.message, status=error.kind.status)
     if not reply.success and not reply.body:
-        reply.body = {"loaded_adapters": {adapter.name: adapter.path for adapter in gateway.adapters.values()}}
+        reply.body = {"loaded_adapters": gateway.adapters.paths}
     return replies.render(command, reply)
 
 
