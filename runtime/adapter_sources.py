@@ -51,16 +51,27 @@ def words_of(value: Any, flag: str) -> list[str]:
 
     Raises UsageError naming the flag.
     """
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        try:
-            value = msgspec.json.decode(value)
-        except msgspec.DecodeError as error:
-            raise UsageError(f"{flag} {value}: {error}") from error
-        value = [value] if isinstance(value, dict) and "lora_name" in value else value
-    if isinstance(value, dict):
-        return [f"{name}={path}" for name, path in value.items()]
     if isinstance(value, str):
-        return value.split()
+        return words_of(decoded(value, flag) if is_json(value) else value.split(), flag)
+    if isinstance(value, dict) and "lora_name" not in value:
+        return [f"{name}={path}" for name, path in value.items()]
+    if isinstance(value, dict):
+        return [msgspec.json.encode(value).decode()]
     if not isinstance(value, list):
         raise UsageError(f"{flag} takes a list, not {value!r}")
-    return [msgspec.json.encode(item).decode() if isinstance(item, dict) else str(item) for item in value]
+    return [word for item in value for word in ([item] if is_word(item) else words_of(item, flag))]
+
+
+def is_json(text: str) -> bool:
+    return text.lstrip().startswith(("[", "{"))
+
+
+def is_word(item: Any) -> bool:
+    return isinstance(item, str) and not is_json(item)
+
+
+def decoded(text: str, flag: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{flag} {text}: {error}") from error

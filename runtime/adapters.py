@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from quartet.runtime.command import ControlCommand
-from quartet.runtime.names import AdapterName
+from quartet.runtime.names import AdapterName, Name
 from quartet.runtime.reply_shapes import AsAdapters
 
 LORA_OFF = "LoRA is not enabled. Please set `--enable-lora` to enable LoRA."
@@ -30,7 +30,7 @@ class LoadAdapter(ControlCommand, tag="load_lora_adapter", kw_only=True):
     path = "/load_lora_adapter"
     reply = AsAdapters()
     lora_name: AdapterName
-    lora_path: str
+    lora_path: Name
     pinned: bool = False  # never evicted
     load_inplace: bool = False  # take the place of the adapter of this name; its requests go on with the new weights
 
@@ -44,10 +44,10 @@ class LoadAdapterFromTensors(ControlCommand, tag="load_lora_adapter_from_tensors
     config_dict: dict[str, Any]  # what adapter_config.json says
     serialized_named_tensors: list[msgspec.Raw] = []  # base64 of safetensors bytes, one entry a rank
     serialized_tensors: str | None = None  # an older name: one such string
-    payload_files: list[str] = []  # replaces the entries inside the ring; set by the gateway only
+    payload_files: list[Name] = []  # replaces the entries inside the ring; set by the gateway only
     pinned: bool = False
     load_inplace: bool = False
-    load_format: str | None = None  # null, "direct" or "flattened_bucket"
+    load_format: Name | None = None  # null, "direct" or "flattened_bucket"
     added_tokens_config: dict[str, Any] | None = None  # refused unless empty
 
 
