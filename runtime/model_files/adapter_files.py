@@ -75,7 +75,6 @@ def on_its_base(config: ResolvedConfig, directory: Path) -> ResolvedConfig:
     name = Path(given).expanduser().resolve().name if Path(given).expanduser().is_dir() else Path(given).name
     if any(source.lora_name == name for source in config.adapters):
         raise StartupError(f"--lora-paths has an adapter {name}, which is also the name of --model-path {given}")
-    log.info("%s is a LoRA adapter of %s: requests for %s use it, all others the base", given, short(base), short(name))
     own = AdapterSource(lora_name=name, lora_path=given, directory=str(directory))
     return msgspec.structs.replace(config, model_path=base, enable_lora=True, adapters=[own, *config.adapters])
 
@@ -84,3 +83,9 @@ def base_missing(config: ResolvedConfig, given: str, cause: StartupError) -> Sta
     """What to say where the base of an adapter that was named as the model is not to be had."""
     name = config.adapters[0].lora_name
     return StartupError(BASE_MISSING.format(given, short(config.model_path), cause, name, given))
+
+
+def tell_of_both(config: ResolvedConfig, given: str) -> None:
+    """Log which requests an adapter that was named as the model answers."""
+    name, base = config.adapters[0].lora_name, config.model_path
+    log.info("%s is a LoRA adapter of %s: requests for %s use it, all others the base", given, short(base), short(name))

@@ -42,6 +42,7 @@ def locate(config: ResolvedConfig, run_dir: Path | None = None) -> ResolvedConfi
             model_dir = found_model(config)
         except StartupError as error:
             raise adapter_files.base_missing(config, given, error) from error
+        adapter_files.tell_of_both(config, given)
     config = adapter_files.locate(config)
     if not (model_dir / "config.json").is_file():
         servable.refuse_without_config(model_dir)
