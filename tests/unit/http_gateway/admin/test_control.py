@@ -10,11 +10,11 @@ import pytest
 from quartet.http_gateway.app import ENDPOINTS
 from quartet.http_gateway.http.auth import Access
 from quartet.runtime import control
-from quartet.runtime.adapters import TENSORS_PATH, Adapter, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
+from quartet.runtime.adapters import TENSORS_PATH, Adapter, LoadAdapterFromTensors
 from quartet.runtime.control import COMMAND_LOST, Abort, FlushCache
 from quartet.runtime.messages import Finish, Generate, Reply
 from quartet.scheduler_service.control.handlers import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED
-from tests.unit.http_gateway.harness import Answer, Served, asynchronous, served, step
+from tests.unit.http_gateway.harness import Answer, Served, asynchronous, served, step, words
 
 FLUSH_TEXTS = [
     (Reply(id="", message=FLUSHED), 200),
@@ -129,13 +129,10 @@ def body_of(*adapters: Adapter) -> dict[str, Any]:
 async def commanded(server: Served, path: str, body: Any, reply: Reply) -> tuple[Any, Answer]:
     """The command that a body becomes, and what is answered when the scheduler replies so."""
     server.ring.answers_commands = False
+    kind = control.routes()[path]
+    before = len(await server.ring.sent_of(kind, 0))
     call = server.client.start("POST", path, body)
-    kind = {
-        "/load_lora_adapter": LoadAdapter,
-        "/load_lora_adapter_from_tensors": LoadAdapterFromTensors,
-        "/unload_lora_adapter": UnloadAdapter,
-    }[path]
-    command = (await server.ring.sent_of(kind))[-1]
+    command = (await server.ring.sent_of(kind, before + 1))[-1]
     server.ring.push(msgspec.structs.replace(reply, id=command.id))
     return command, await call.answer()
 
@@ -237,3 +234,60 @@ async def test_a_field_that_is_missing_or_wrong_is_named(path: str, body: dict[s
     async with served(enable_lora=True) as server:
         answer = await server.client.post(path, body)
         assert answer.status == 400 and field in answer.text
+
+
+# what trainers send: the fields are those of their own code
+
+
+@asynchronous
+async def test_areal_loads_a_version_under_its_own_name_while_generation_pauses_and_asks_for_it() -> None:
+    async with served(words("a"), enable_lora=True) as server:
+        for version in (1, 2):
+            name = f"lora-v{version}"
+            adapter = msgspec.structs.replace(SQL, name=name, path=f"/sync/{name}")
+            await commanded_plainly(server, "/pause_generation", {})
+            body = {"lora_name": name, "lora_path": f"/sync/{name}"}
+            _, answer = await commanded(server, "/load_lora_adapter", body, Reply(id="", body=body_of(adapter)))
+            assert answer.json()["success"] is True
+            await commanded_plainly(server, "/continue_generation", {})
+            body = {"input_ids": [1, 2], "stream": False, "return_logprob": True, "lora_path": name}
+            answer = await server.client.post("/generate", {**body, "sampling_params": {"max_new_tokens": 1}})
+            meta = answer.json()["meta_info"]
+            assert (meta["lora_path"], len(meta["output_token_logprobs"])) == (name, 1)
+            assert [generate.request.adapter for generate in await server.ring.sent_of(Generate)][-1] == name
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"serialized_named_tensors": [BASE64]}, {"serialized_tensors": BASE64}, {"serialized_tensors": "QUJD"}]
+)
+@asynchronous
+async def test_verl_and_miles_send_an_adapter_anew_after_they_have_unloaded_it(
+    tensors: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    policy = Adapter(name="policy", path=TENSORS_PATH, version="1", rank=8)
+    async with served(words("a"), enable_lora=True) as server:
+        server.gateway.run_dir = str(tmp_path)
+        load = {"lora_name": "policy", "config_dict": config, "pinned": False, "load_format": None, **tensors}
+        for version in ("1", "2"):
+            reply = Reply(id="", body=body_of(msgspec.structs.replace(policy, version=version)))
+            command, answer = await commanded(server, "/load_lora_adapter_from_tensors", load, reply)
+            assert (answer.json()["success"], command.config_dict) == (True, config)
+            body = {"text": "x", "rid": f"r{version}", "extra_key": "k", "lora_path": "policy"}
+            assert (await server.client.post("/generate", body)).json()["meta_info"]["lora_path"] == "policy"
+            _, answer = await commanded(
+                server, "/unload_lora_adapter", {"lora_name": "policy"}, Reply(id="", body=body_of())
+            )
+            assert answer.json() == {"success": True, "error_message": "", "loaded_adapters": {}}
+            body["rid"] = "late"
+            assert (await server.client.post("/generate", body)).status == 400
+
+
+async def commanded_plainly(server: Served, path: str, body: Any) -> None:
+    """Send a command that is answered by success."""
+    kind = control.routes()[path]
+    server.ring.answers_commands = False
+    before = len(await server.ring.sent_of(kind, 0))
+    call = server.client.start("POST", path, body)
+    server.ring.push(Reply(id=(await server.ring.sent_of(kind, before + 1))[-1].id))
+    assert (await call.answer()).status == 200
