@@ -8,7 +8,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 import msgspec
 
+from quartet.runtime.adapters import NOT_COMPUTED
 from quartet.runtime.config import ResolvedConfig
+from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.service import Boot, run
@@ -26,7 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def main(boot: Boot) -> None:
-    """Load the model and serve it until killed."""
+    """Load the model and serve it until killed. Raises StartupError."""
+    if boot.config.enable_lora:
+        raise StartupError(NOT_COMPUTED)
     config = record.restored(boot.config, boot.run_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:

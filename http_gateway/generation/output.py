@@ -178,7 +178,7 @@ class Output:
         if tokens.ids:
             ids = unpack_ids(tokens.ids).tolist()
             self._ids.extend(ids)
-            self._count(len(ids), tokens.weight_version, tokens.adapter_version or UNSET)
+            self._count(len(ids), tokens.weight_version, tokens.adapter_version)
         if tokens.drafts is not None:
             self._speculation = self._speculation or Speculation()
             self._speculation.add(tokens.drafts)
@@ -202,17 +202,17 @@ class Output:
             if self._request.return_routed_experts:
                 meta.routed_experts = base64.b64encode(tokens.routed_experts).decode()
 
-    def _count(self, added: int, version: str, adapter_version: str | UnsetType) -> None:
+    def _count(self, added: int, version: str, adapter_version: str) -> None:
         meta = self._meta
         start = meta.completion_tokens
         meta.completion_tokens += added
         meta.weight_version = version = version or meta.weight_version
-        meta.adapter_version = adapter_version
+        meta.adapter_version = adapter = adapter_version or meta.adapter_version
         last = meta.weight_versions[-1] if meta.weight_versions else None
-        if last is not None and (last.version, last.adapter_version) == (version, adapter_version):
+        if last is not None and (last.version, last.adapter_version) == (version, adapter):
             last.end += added
         else:
-            meta.weight_versions.append(VersionRun(version, start, start + added, adapter_version))
+            meta.weight_versions.append(VersionRun(version, start, start + added, adapter))
 
     def _score(self, side: str, given: Logprobs | None) -> None:
         if given is None:

@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 import setproctitle
 
-from quartet.runtime.adapters import NOT_COMPUTED
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.launcher import run_dir, unix_socket
@@ -111,8 +110,6 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
         check_path_length(str(directory), services)
         resolved = hub.locate(resolved, directory)
         resolved = msgspec.structs.replace(resolved, is_embedding=embeds(resolved))
-        if resolved.enable_lora:
-            raise StartupError(NOT_COMPUTED)
         check_memory(look())
         listeners = [found for found in (listener, unix_listener) if found]
         fds = [found.fileno() if found else -1 for found in (listener, unix_listener)]

@@ -105,10 +105,6 @@ def test_what_cannot_be_served_is_refused_before_torch_is_imported(models, hub, 
     assert not any(request.endswith((".safetensors", ".gguf")) for request in asked)
 
 
-def test_adapters_are_refused_as_long_as_nothing_computes_them(models):
-    assert "merge the adapter into its base model" in refusal("--enable-lora", directory=models)
-
-
 def test_a_port_in_use_is_refused_with_the_process_that_has_it():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         line = refusal("--port", str(listener.getsockname()[1]))
