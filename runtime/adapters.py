@@ -10,10 +10,6 @@ from quartet.runtime.reply_shapes import AsAdapters
 
 LORA_OFF = "LoRA is not enabled. Please set `--enable-lora` to enable LoRA."
 NEVER_LOADED = "Got LoRA adapter that has never been loaded: {}."
-NOT_COMPUTED = (
-    "LoRA adapters are not computed yet; merge the adapter into its base model (peft: "
-    "model.merge_and_unload().save_pretrained(DIRECTORY)) and serve that directory"
-)
 TENSORS_PATH = "__tensor__"  # the path of an adapter that came over the wire
 
 

@@ -8,9 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is 
 
 import msgspec
 
-from quartet.runtime.adapters import NOT_COMPUTED
 from quartet.runtime.config import ResolvedConfig
-from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.service import Boot, run
@@ -29,17 +27,16 @@ log = logging.getLogger(__name__)
 
 def main(boot: Boot) -> None:
     """Load the model and serve it until killed. Raises StartupError."""
-    if boot.config.enable_lora:
-        raise StartupError(NOT_COMPUTED)
     config = record.restored(boot.config, boot.run_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
+    adapters = worker.load_adapters(boot.config, boot.run_dir)
     updates = weight_updates(config, info, worker, boot.run_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
-    serve(boot, info, worker, grammars, updates, saver, sleeper)
+    serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:

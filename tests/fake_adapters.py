@@ -4,7 +4,7 @@ For tests of what stands around the scheduler. It answers the commands, tells of
 unloads one that is used, and reads the names of the tensors that a client sends; the output does not depend on them.
 """
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,20 @@ from quartet.runtime.adapters import (
     LoadAdapterFromTensors,
     UnloadAdapter,
 )
-from quartet.runtime.errors import CommandRefused
-from quartet.runtime.messages import Message, Reply, Tokens
+from quartet.runtime.errors import CommandRefused, RequestError
+from quartet.runtime.messages import Message, Reply
 from quartet.runtime.model_files import model_info
 from quartet.runtime.service import Boot, run
 from quartet.scheduler_service import scheduler
 from quartet.scheduler_service.assemble import serve
 from quartet.scheduler_service.control.context import Context
-from quartet.scheduler_service.core.plan import Update
 from tests.fakes import FakeWorker
 
 RANK = 8
 STEP_S = 0.01
 
 known: dict[str, Adapter] = {}
+versions: dict[str, str] = {}  # of all that were ever known
 
 
 def put(name: str, path: str, rank: int, pinned: bool, inplace: bool = False) -> None:
@@ -41,6 +41,7 @@ def put(name: str, path: str, rank: int, pinned: bool, inplace: bool = False) ->
         raise CommandRefused(f"Failed to load LoRA adapter {name}: it is already loaded.")
     version = str(int(known[name].version) + 1) if name in known else "1"
     known[name] = Adapter(name=name, path=path, version=version, rank=rank, pinned=pinned)
+    versions[name] = version
 
 
 def told() -> dict[str, Any]:
@@ -73,29 +74,30 @@ def unload(context: Context, command: UnloadAdapter) -> Generator[None, bool | N
     return [Reply(id=command.id, body=told())]
 
 
-def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
-    """The same, with the version of the request's adapter."""
-    tokens = real_tokens_of(update, weight_version, hidden_size)
-    adapter = known.get(update.sequence.request.adapter)
-    tokens.adapter_version = adapter.version if adapter else ""
-    return tokens
+class Store:
+    """What the scheduler asks of its adapters."""
 
+    @property
+    def version_of(self) -> dict[str, str]:
+        return versions
 
-def state(self: scheduler.Scheduler) -> dict[str, Any]:
-    return {**real_state(self), "adapters": told()["adapters"]}
+    def need(self, name: str, in_use: Collection[str]) -> None:
+        """Every adapter that is known is there."""
+        if name not in known:
+            raise RequestError(NEVER_LOADED.format(name), field="lora_path")
 
-
-real_tokens_of, real_state = scheduler.tokens_of, scheduler.Scheduler.state  # type: ignore[attr-defined]
+    def state(self) -> list[Any]:
+        adapters: list[Any] = told()["adapters"]
+        return adapters
 
 
 def main(boot: Boot) -> None:
     scheduler.HANDLERS.update({LoadAdapter: load, LoadAdapterFromTensors: load_tensors, UnloadAdapter: unload})  # type: ignore[attr-defined]
-    scheduler.Scheduler.state = state  # type: ignore[method-assign]
-    scheduler.tokens_of = tokens_of  # type: ignore[attr-defined]
     for source in boot.config.adapters:
         put(source.lora_name, source.lora_path, RANK, source.pinned)
     info = model_info.load(boot.config)
-    serve(boot, info, FakeWorker(page_size=16, page_count=4096, vocab_size=info.vocab_size, step_s=STEP_S))
+    worker = FakeWorker(page_size=16, page_count=4096, vocab_size=info.vocab_size, step_s=STEP_S)
+    serve(boot, info, worker, adapters=Store())  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

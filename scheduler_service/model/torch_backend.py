@@ -35,6 +35,7 @@ class TorchBackend:
         self.ropes = [(torch.tensor(rope.frequencies, device=device), rope.factor) for rope in ropes]
         self.activations = STEADY_ACTIVATIONS if deterministic else ACTIVATIONS
         self.sigmoid = steady_sigmoid if deterministic else torch.sigmoid
+        self.on_rows: Callable[[torch.Tensor | None], None] | None = None  # see plain_layers.run_experts
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
         """Nothing: every operation takes the memory that it needs."""
@@ -84,9 +85,11 @@ class TorchBackend:
         return self.activations[activation](gate_up(self.normed(residual, norm)))
 
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
+        """See model.backend.Backend.add_experts."""
         x = self.normed(residual, before)
         weights, ids = plain_layers.choose_experts(moe.router(x), moe.spec.top_k, moe.spec.renormalize)
-        y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, self.activations[moe.activation])
+        activation = self.activations[moe.activation]
+        y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, activation, self.on_rows)
         if moe.shared is not None and moe.shared_gate is not None:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
         residual.add_(self.normed(y, after))

@@ -12,7 +12,6 @@ import requests
 import safetensors.torch
 import torch
 
-from quartet.runtime.launcher.supervisor import ExitStatus
 from tests.servers import Server
 
 LIMIT = {"sampling_params": {"max_new_tokens": 3}}
@@ -87,9 +86,3 @@ def test_an_adapter_comes_over_the_wire_and_leaves_no_file(server: Server) -> No
     )
     assert status == 400 and "no tensors" in refused["error_message"] and "rl" in refused["loaded_adapters"]
     assert list(server.run_base.rglob("payload-*")) == []
-
-
-def test_the_real_scheduler_refuses_adapters_as_long_as_it_computes_none(launch: Callable[..., Server]) -> None:
-    server = launch("--enable-lora", ready=False)
-    assert server.wait(60) == ExitStatus.STARTUP
-    assert "LoRA adapters are not computed yet; merge the adapter into its base model" in server.output()
