@@ -98,3 +98,12 @@ def test_adapters_survive_retraction_and_follow_a_replacement_with_a_new_version
     (replaced,) = served.ask(["a1"], prompt)
     assert replaced.cached_tokens == 0 and served.store.version_of["a1"] != before
     served.check(replaced, "a1", prompt)
+
+
+def test_in_deterministic_mode_bits_do_not_depend_on_the_adapters_of_others(tmp_path: Path) -> None:
+    served = Served("qwen2", tmp_path, dtype="bfloat16", enable_deterministic_inference=True, disable_radix_cache=True)
+    alone = [served.ask([name])[0] for name in NAMES]
+    for one, mixed in zip(alone * 2, served.ask(NAMES * 2), strict=True):
+        assert one.ids == mixed.ids
+        assert one.logprobs is not None and mixed.logprobs is not None
+        assert one.logprobs.values == mixed.logprobs.values
