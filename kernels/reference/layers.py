@@ -122,11 +122,13 @@ def run_experts(
     gate_up: Sequence[Project],
     down: Sequence[Project],
     activation: GatedActivation,
+    on_rows: Callable[[torch.Tensor | None], None] | None = None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts: x (tokens, hidden) → (tokens, hidden).
 
     Tokens are grouped by expert, so that each expert that was chosen reads its weights once. A token's experts are
     summed in the order of `ids`: the result does not depend on the rest of the batch.
+    `on_rows` hears before each expert which tokens it computes, and None at the end.
     """
     tokens, top_k = ids.shape
     order = ids.flatten().argsort(stable=True)
@@ -136,9 +138,13 @@ def run_experts(
     start = 0
     for expert, count in enumerate(counts):
         if count:
+            if on_rows is not None:
+                on_rows(order[start : start + count] // top_k)
             rows = activation(gate_up[expert](grouped[start : start + count]))
             outputs[order[start : start + count]] = down[expert](rows)
             start += count
+    if on_rows is not None:
+        on_rows(None)
     weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype).unsqueeze(-1)
     return weighted.sum(dim=1)
 

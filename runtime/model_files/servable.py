@@ -25,8 +25,7 @@ READ = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.bin", "*.gguf")  # t
 LFS_POINTER = b"version https://git-lfs"
 LAYOUTS = {  # a file that tells of what a directory is, and what to do
     "adapter_config.json": (
-        "{path} is a LoRA adapter{base}, and Quartet serves whole models; merge it into its base model first (peft: "
-        "model.merge_and_unload().save_pretrained(DIRECTORY)) and serve that directory"
+        "{path} is a LoRA adapter{base}, which is no base for another one; name a whole model by --model-path"
     ),
     "model_index.json": "{path} makes images (a pipeline of diffusers), and Quartet serves text; name a language model",
     "params.json": (

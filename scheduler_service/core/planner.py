@@ -15,6 +15,7 @@ from collections.abc import Collection
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized
 from quartet.scheduler_service.core import outcome, rules
+from quartet.scheduler_service.core.adapter_limit import AdapterLimit
 from quartet.scheduler_service.core.deadlines import Deadlines
 from quartet.scheduler_service.core.drafts import Grammar
 from quartet.scheduler_service.core.page_pool import Admission, PagePool
@@ -200,15 +201,19 @@ class Planner:
 
     def _admit(self, plan: Plan, budget: int, now: float) -> None:
         """Admit requests in the policy's order, as long as there are slots, pages and budget."""
+        adapters = AdapterLimit(self.config.max_adapters, self.running)
         for sequence in self.order(self.waiting, self.pool):
             if budget <= 0 or not self.slots:
                 return
+            if not adapters.may_start(sequence):
+                continue
             spare = self._growth_pages(sequence, self.running)
             admission = self.pool.admit(sequence, rules.reusable_tokens(sequence), spare)
             if admission is Admission.NO_ROOM:
                 return
             if admission is Admission.ADMITTED:
                 self._start(plan, sequence, now)
+                adapters.started(sequence)
                 budget -= self._plan_chunk(plan, sequence, budget)
 
     def _start(self, plan: Plan, sequence: Sequence, now: float) -> None:
@@ -263,6 +268,8 @@ class Planner:
     def _preempt(self, threshold: int) -> None:
         """Retract requests of lower priority where the first of the queue could not be admitted otherwise."""
         first = min(self.waiting, key=lambda s: (-s.priority, s.serial))
+        if not AdapterLimit(self.config.max_adapters, self.running).has_room(first):
+            return
         candidates = preemptible(first, self.running, threshold)
         missing = self.pool.missing(first, rules.reusable_tokens(first)) if candidates else None
         if missing is None:

@@ -32,6 +32,7 @@ class PlannerConfig:
     max_queued: int | None = None
     reuse_prefixes: bool = True
     drafts: DraftOptions | None = None  # None: no speculation
+    max_adapters: int = 8  # different LoRA adapters that run at once
     clips_output: bool = False  # a limit of output that exceeds the context is lowered, not refused
     default_new_tokens: int | None = 128  # the client may not have chosen this limit: it is lowered, never refused
 

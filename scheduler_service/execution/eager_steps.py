@@ -11,6 +11,7 @@ from quartet.kernels.cpu.attention_native import can_attend, page_table, paged_a
 from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.kernels.cpu.native.library import PageTable
 from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.execution.adapters import AdapterStore
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.inputs import Inputs
@@ -76,6 +77,7 @@ class EagerSteps(Steps):
     ) -> None:
         super().__init__(model, cache, tokens)
         self.attention = attention
+        self.adapters: AdapterStore | None = None
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
         """See Steps.forward."""
@@ -89,4 +91,7 @@ class EagerSteps(Steps):
             embeds_mask=inputs.embeds_mask,
             record_experts=record_experts,
         )
+        if self.adapters is not None and self.adapters.uses(plan):
+            with self.adapters.of_step(plan):
+                return self.adapters.model.forward(batch)
         return self.model.forward(batch)

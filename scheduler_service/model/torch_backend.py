@@ -37,6 +37,7 @@ class TorchBackend:
         self.ropes = [(torch.tensor(rope.frequencies, device=device), rope.factor) for rope in ropes]
         self.activations = STEADY_ACTIVATIONS if deterministic else ACTIVATIONS
         self.sigmoid = steady_sigmoid if deterministic else torch.sigmoid
+        self.on_rows: Callable[[torch.Tensor | None], None] | None = None  # see plain_layers.run_experts
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
         """Nothing: every operation takes the memory that it needs."""
@@ -90,7 +91,8 @@ class TorchBackend:
         """See model.backend.Backend.add_experts."""
         x = self.normed(residual, before)
         weights, ids = self.choose_experts(x, moe)
-        y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, self.activations[moe.activation])
+        activation = self.activations[moe.activation]
+        y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, activation, self.on_rows)
         if moe.shared is not None and moe.shared_gate is not None:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
         elif moe.shared is not None:

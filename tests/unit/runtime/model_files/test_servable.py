@@ -45,8 +45,7 @@ def holding(directory: Path, **files: object) -> Path:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"adapter_config": {"base_model_name_or_path": "o/n"}}, "is a LoRA adapter of o/n, .* merge it into its base"),
-        ({"adapter_config": {}}, "is a LoRA adapter, and"),
+        ({"adapter_config": {}}, "is a LoRA adapter, and names no base; name it: --model-path BASE"),
         ({"model_index": {"_class_name": "Flux"}}, "makes images"),
         ({"params": {"dim": 4096}}, r"in Hugging Face's layout \(its name often ends in -hf\), or a GGUF file"),
         ({}, r"no config\.json in .*; --model-path takes a directory that has one, a GGUF file, a hub id"),
