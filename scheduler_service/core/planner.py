@@ -24,6 +24,7 @@ from quartet.scheduler_service.core.preemption import choose_victims, preemptibl
 from quartet.scheduler_service.core.queue import WaitingQueue
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT
 from quartet.scheduler_service.core.stats import Stats
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Planner:
 
     def __init__(self, config: PlannerConfig) -> None:
         self.config = config
-        self.pool = PagePool(config.page_size, config.total_pages, config.reuse_prefixes)
+        self.pool = self._empty_pool()
         self.order = ORDERS[config.policy]
         self.growth = GrowthEstimate()
         self.deadlines = Deadlines(config.waiting_timeout_s, config.running_timeout_s)
@@ -156,7 +157,8 @@ class Planner:
             start = sequence.computed
             sequence.computed = start + 1
             sequence.in_flight += 1
-            slices.append(Slice(sequence, start, start + 1, True))
+            saves = self.pool.reserve_snapshots(sequence, start, start + 1) if self.config.snapshots else ()
+            slices.append(Slice(sequence, start, start + 1, True, saves=saves))
         plan.decodes, plan.verifications = len(slices), len(drafted)
         for sequence, draft in drafted.items():
             start = sequence.computed
@@ -193,7 +195,10 @@ class Planner:
         start, whole = sequence.computed, sequence.prefill_end
         end = whole if self.config.chunked_prefill_size < 0 else min(whole, start + budget)
         samples = end == whole and sequence.limit > 0
-        plan.slices.append(Slice(sequence, start, end, samples, rules.score_from(sequence, start, end)))
+        part = Slice(sequence, start, end, samples, rules.score_from(sequence, start, end), restores=sequence.restores)
+        part.saves = self.pool.reserve_snapshots(sequence, start, end)
+        plan.slices.append(part)
+        sequence.restores = NO_SNAPSHOT
         sequence.computed = end
         sequence.in_flight += 1
         return end - start
@@ -293,6 +298,8 @@ class Planner:
         for part, result in zip(plan.slices, results, strict=True):
             sequence = part.sequence
             sequence.in_flight -= 1
+            if self.config.snapshots:
+                self.pool.settle_snapshots(part, sequence.finish is None and not result.error)
             if sequence.finish is None and (update := self._apply_result(part, result)):
                 updates.append(update)
             if sequence.finish or sequence.retracting:
@@ -367,6 +374,10 @@ class Planner:
         if free:
             self.pool.clear()
 
+    def _empty_pool(self) -> PagePool:
+        c = self.config
+        return PagePool(c.page_size, c.total_pages, c.reuse_prefixes, c.snapshots)
+
     def audit(self) -> str:
         """When idle: why the page counts do not add up, or "". Constant time; `check_invariants` checks everything."""
         fault = self.pool.imbalance()
@@ -375,7 +386,7 @@ class Planner:
     def repair(self) -> None:
         """When idle: start with an empty pool and all slots free."""
         assert self.idle
-        self.pool = PagePool(self.config.page_size, self.config.total_pages, self.config.reuse_prefixes)
+        self.pool = self._empty_pool()
         self.slots = list(range(self.config.max_running - 1, -1, -1))
         self.live.clear()
 
