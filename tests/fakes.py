@@ -131,6 +131,7 @@ class FakeWorker:
         self.weight_version = "default"
         self.expert_recorder = None
         self.depth = 0
+        self.snapshots = None
         self.uses_graphs = False
         self.plans: list[Plan] = []
         self.forgotten: list[str] = []

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from quartet.scheduler_service.model.backend import Backend, Rotation
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.heads import Head
-from quartet.scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, linear, norm_of
+from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, decoder_layer, linear, norm_of
+from quartet.scheduler_service.model.recurrent import StateSpec
 from quartet.scheduler_service.model.spec import DecoderSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
@@ -31,7 +32,9 @@ class Decoder:
         self.norm = norm_of(spec, weights, "norm")
         self.lm_head = linear(weights, "embed" if spec.tied else "lm_head") if spec.generates else None
         self.head = Head(spec.score_head, weights) if spec.score_head else None
-        self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers]
+        mixers = [layer.mixer for layer in self.layers]
+        self.attention: list[AttentionSpec] = [mixer.spec for mixer in mixers if isinstance(mixer, Attention)]
+        self.states: list[StateSpec] = [mixer.spec for mixer in mixers if not isinstance(mixer, Attention)]
         self.backend = backend
         backend.reserve(self.layers, self.lm_head)
 
@@ -70,7 +73,8 @@ class Decoder:
 
     def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
         """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
-        if not batch.record_experts and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
+        together = not (batch.record_experts or self.states)
+        if together and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
             return
         for layer in self.layers:
             self.run_layer(layer, residual, rotations[layer.rope], batch)
@@ -78,8 +82,12 @@ class Decoder:
     def run_layer(self, layer: DecoderLayer, residual: torch.Tensor, rotation: Rotation, batch: Batch) -> None:
         """residual += attention, then residual += feed-forward, with the layer's norms before and after each."""
         compute = self.backend
-        mixed = compute.attend(residual, layer.before_attention, layer.attention, rotation, batch.attend)
-        compute.add_product(residual, mixed, layer.attention.output, layer.after_attention)
+        if isinstance(layer.mixer, Attention):
+            mixed = compute.attend(residual, layer.before_attention, layer.mixer, rotation, batch.attend)
+        else:
+            assert batch.states is not None
+            mixed = layer.mixer.mix(compute.normed(residual, layer.before_attention), batch.states)
+        compute.add_product(residual, mixed, layer.mixer.output, layer.after_attention)
         block = layer.feed_forward
         if isinstance(block, Moe):
             chosen = compute.add_experts(residual, layer.before_mlp, block, layer.after_mlp)

@@ -7,6 +7,7 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.model.recurrent import Mixer, recurrent_mixer
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -57,16 +58,25 @@ class Moe:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer: attention, then a feed-forward block, with norms before and after each as the family has them."""
+    """One layer: a mixer, then a feed-forward block, with norms before and after each as the family has them.
+
+    The mixer, attention or a recurrence, lets tokens know of earlier ones.
+    """
 
     index: int
     rope: int  # which of the model's rotations
-    attention: Attention
+    mixer: Attention | Mixer
     feed_forward: Mlp | Moe
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None
     after_mlp: Norm | None
+
+    @property
+    def attention(self) -> Attention:
+        """The mixer of a layer that has no other kind."""
+        assert isinstance(self.mixer, Attention), self.index
+        return self.mixer
 
 
 def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Linear:
@@ -84,6 +94,7 @@ def norm_of(spec: DecoderSpec, weights: Weights, buffer: str, *index: int) -> No
 def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLayer:
     """The layer of that index."""
     own = spec.layers[index]
+    recurrent = sum(before.recurrent is not None for before in spec.layers[:index])
     same_kind = [bool(before.moe) for before in spec.layers[:index]].count(bool(own.moe))
     mixture = moe(spec, own.moe, weights, same_kind) if own.moe else None
 
@@ -93,7 +104,9 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
     return DecoderLayer(
         index=index,
         rope=own.rope,
-        attention=attention(spec, weights, index),
+        mixer=recurrent_mixer(own.recurrent, weights, index, recurrent, linear)
+        if own.recurrent
+        else attention(spec, weights, index, index - recurrent),
         feed_forward=mixture or dense_mlp(spec, weights, same_kind),
         before_attention=norm("before_attention"),
         after_attention=norm("after_attention"),
@@ -102,8 +115,8 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
     )
 
 
-def attention(spec: DecoderSpec, weights: Weights, layer: int) -> Attention:
-    """The attention of layer number `layer`."""
+def attention(spec: DecoderSpec, weights: Weights, layer: int, slab: int) -> Attention:
+    """The attention of layer number `layer`, number `slab` among those with attention."""
     return Attention(
         spec=AttentionSpec(
             layer=layer,
@@ -115,10 +128,10 @@ def attention(spec: DecoderSpec, weights: Weights, layer: int) -> Attention:
             softcap=spec.attention_softcap,
             causal=spec.causal,
         ),
-        qkv=linear(weights, "qkv", layer, bias=spec.qkv_bias),
-        output=linear(weights, "output", layer, bias=spec.output_bias),
-        query_norm=norm_of(spec, weights, "query_norm", layer) if spec.query_key_norm else None,
-        key_norm=norm_of(spec, weights, "key_norm", layer) if spec.query_key_norm else None,
+        qkv=linear(weights, "qkv", slab, bias=spec.qkv_bias),
+        output=linear(weights, "output", slab, bias=spec.output_bias),
+        query_norm=norm_of(spec, weights, "query_norm", slab) if spec.query_key_norm else None,
+        key_norm=norm_of(spec, weights, "key_norm", slab) if spec.query_key_norm else None,
     )
 
 

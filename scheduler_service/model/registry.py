@@ -19,7 +19,7 @@ from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
 from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder
-from quartet.scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
+from quartet.scheduler_service.model.families import gemma, lfm2, llama, mistral, mixtral, phi3, qwen
 from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddings_name
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 FAMILIES: dict[str, llama.Family] = {
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
+    "Lfm2ForCausalLM": lfm2.decoder_spec,
     "LlamaForCausalLM": llama.decoder_spec,
     "MistralForCausalLM": mistral.decoder_spec,
     "MixtralForCausalLM": mixtral.decoder_spec,

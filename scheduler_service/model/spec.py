@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quartet.scheduler_service.model.recurrent import ShortConvSpec
+
 
 class NotNative(Exception):
     """This config asks for something the generic decoder does not do; transformers' own model may run it."""
@@ -37,6 +39,7 @@ class LayerSpec:
     window: int | None = None  # a query at p sees keys in (p - window, p]
     rope: int = 0  # index into DecoderSpec.ropes
     moe: MoeSpec | None = None  # None: a dense feed-forward block
+    recurrent: ShortConvSpec | None = None  # in place of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,12 @@ class Names:
 
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    mlp: str = "mlp"
+    output: str = "o_proj"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+    norm: str = "norm"  # the final one, below `prefix`
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
@@ -94,6 +103,11 @@ class DecoderSpec:
     generates: bool = True  # it has a language-model head; embedders go without
     causal: bool = True
     score_head: tuple[HeadLayer, ...] = ()
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state instead of keys and values."""
+        return any(layer.recurrent for layer in self.layers)
 
 
 def require(config: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -19,7 +19,19 @@ from tests.model import tiny
 
 NEW_TOKENS = 64
 TOLERANCE = 1e-3
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "lfm2",
+)
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 FIRST_WORD = 3  # ids below are special
 
