@@ -20,7 +20,7 @@ from quartet.scheduler_service.execution.kv_cache import token_bytes, untouched_
 from quartet.scheduler_service.host.device import look_at_memory
 from quartet.scheduler_service.host.pool_size import Need, Room, plan_states
 from quartet.scheduler_service.model.batch import ServedModel, states_of
-from quartet.scheduler_service.model.recurrent import Run, StateAccess, StateSpec
+from quartet.scheduler_service.model.state_access import Run, StateAccess, StateSpec
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from quartet.kernels.cpu.native.library import PageTable
-from quartet.scheduler_service.model.recurrent import StateAccess, StateSpec
+from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 

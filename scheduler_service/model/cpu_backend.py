@@ -81,7 +81,9 @@ class CpuBackend:
         """As the protocol has it: three calls of our kernels, or torch where one of them cannot do it."""
         spec, kernels = attention.spec, native.library()
         rotates = kernels is not None and kernels.can_rotate(spec.head_dim, rotation[0].shape[-1])
-        if not (rotates and attention.qkv.is_native and hasattr(context, "attend_written")):
+        if not (
+            rotates and not attention.output_gate and attention.qkv.is_native and hasattr(context, "attend_written")
+        ):
             return self.torch.attend(residual, norm, attention, rotation, context)
         assert kernels is not None
         paged = cast(PagedAttend, context)
@@ -211,7 +213,7 @@ def described_experts(before: Norm | None, moe: Moe, after: Norm | None) -> Expe
 LAYER = {
     "index",
     "rope",
-    "attention",
+    "mixer",
     "feed_forward",
     "before_attention",
     "after_attention",

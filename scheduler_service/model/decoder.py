@@ -9,8 +9,8 @@ from quartet.scheduler_service.model.backend import Backend, Rotation
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.heads import Head
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, decoder_layer, linear, norm_of
-from quartet.scheduler_service.model.recurrent import StateSpec
 from quartet.scheduler_service.model.spec import DecoderSpec
+from quartet.scheduler_service.model.state_access import StateSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -86,7 +86,9 @@ class Decoder:
             mixed = compute.attend(residual, layer.before_attention, layer.mixer, rotation, batch.attend)
         else:
             assert batch.states is not None
-            mixed = layer.mixer.mix(compute.normed(residual, layer.before_attention), batch.states)
+            mixed = layer.mixer.mix(
+                compute.normed(residual, layer.before_attention), batch.states, compute.deterministic
+            )
         compute.add_product(residual, mixed, layer.mixer.output, layer.after_attention)
         block = layer.feed_forward
         if isinstance(block, Moe):

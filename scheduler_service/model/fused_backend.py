@@ -178,6 +178,7 @@ def can_fuse(spec: DecoderSpec) -> bool:
     return (
         spec.generates
         and spec.causal
+        and not spec.output_gate
         and not spec.is_recurrent  # their steps run operation by operation, and no graph is recorded
         and spec.activation in ACTIVATIONS
         and (plain_mixtures or not any(layer.moe for layer in spec.layers))

@@ -30,6 +30,7 @@ class Attention:
     output: Linear
     query_norm: Norm | None  # per head, before the rotation
     key_norm: Norm | None
+    output_gate: bool = False  # in `qkv` each head's query has its gate behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ def attention(spec: DecoderSpec, weights: Weights, layer: int, slab: int) -> Att
         output=linear(weights, "output", slab, bias=spec.output_bias),
         query_norm=norm_of(spec, weights, "query_norm", slab) if spec.query_key_norm else None,
         key_norm=norm_of(spec, weights, "key_norm", slab) if spec.query_key_norm else None,
+        output_gate=spec.output_gate,
     )
 
 

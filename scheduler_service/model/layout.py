@@ -50,10 +50,11 @@ def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str 
 def add_attention(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
     """Places for the projections, biases and norms of one layer's attention; `layer`: its number among such layers."""
     query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    layout.add("qkv", (layer,), parts(prefix, spec.names.qkv, (query, key, key)), spec.hidden_size)
+    rows = (2 * query if spec.output_gate else query, key, key)
+    layout.add("qkv", (layer,), parts(prefix, spec.names.qkv, rows), spec.hidden_size)
     layout.add("output", (layer,), [(f"{prefix}{spec.names.output}.weight", spec.hidden_size)], query)
     if spec.qkv_bias:
-        layout.add("qkv_bias", (layer,), parts(prefix, spec.names.qkv, (query, key, key), "bias"), None)
+        layout.add("qkv_bias", (layer,), parts(prefix, spec.names.qkv, rows, "bias"), None)
     if spec.output_bias:
         layout.add("output_bias", (layer,), [(f"{prefix}{spec.names.output}.bias", spec.hidden_size)], None)
     if spec.query_key_norm:

@@ -1,8 +1,7 @@
 """Layers that mix tokens by a recurrence instead of attention: specs, weights, and how torch computes them.
 
-What such a layer knows of earlier tokens is a state of fixed size for each sequence (`StateSpec`). A step says for each
-of its sequences where that state is read and written (`StateAccess`): decode rows are computed together, the runs of
-prompts one after another, since a run may begin with the state that the one before has left.
+Here are short convolutions and the choice between all kinds; the gated delta rule is in gated_delta.py. What a layer
+keeps of a sequence is said by its `StateSpec` (state_access.py).
 """
 
 from collections.abc import Callable
@@ -12,6 +11,8 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.reference.recurrent import causal_convolution
+from quartet.scheduler_service.model.gated_delta import GatedDelta, GatedDeltaSpec, add_gated_delta, gated_delta
+from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
 from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 
@@ -25,61 +26,6 @@ class ShortConvSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class StateSpec:
-    """What a layer keeps of a sequence: tensors of these shapes and types."""
-
-    layer: int
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Of one state."""
-        pairs = zip(self.shapes, self.dtypes, strict=True)
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in pairs)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Tokens [first, last) of one sequence; the state in front of them, and where the one behind them goes."""
-
-    first: int
-    last: int
-    read: int  # row of the state pools
-    write: int
-
-
-@dataclass(slots=True)
-class StateAccess:
-    """Where the states of a step's sequences are. The first tokens of the step are decode rows, then come the runs."""
-
-    pools: dict[int, tuple[torch.Tensor, ...]]  # by layer, each (rows, *shape)
-    reads: torch.Tensor  # (decode rows,) int64
-    writes: torch.Tensor  # (decode rows,) int64
-    runs: list[Run]  # in the order in which they have to be computed
-
-    def scan(self, layer: int, compute: Callable[..., tuple[torch.Tensor, ...]], x: torch.Tensor) -> torch.Tensor:
-        """Take all tokens x (tokens, width) through their states: (tokens, width of the result).
-
-        `compute` maps x (sequences, tokens, width) and states (sequences, *shape) to y and the new states.
-        """
-        pools, decodes = self.pools[layer], len(self.reads)
-        parts: list[torch.Tensor] = []
-        if decodes:
-            y, *states = compute(x[:decodes].unsqueeze(1), *(pool[self.reads] for pool in pools))
-            for pool, state in zip(pools, states, strict=True):
-                pool[self.writes] = state
-            parts.append(y.squeeze(1))
-        for run in self.runs:
-            read = slice(run.read, run.read + 1)
-            y, *states = compute(x[run.first : run.last].unsqueeze(0), *(pool[read] for pool in pools))
-            for pool, state in zip(pools, states, strict=True):
-                pool[run.write] = state[0]
-            parts.append(y.squeeze(0))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-@dataclass(frozen=True, slots=True)
 class ShortConv:
     """A short convolution with gates before and after it. The rows of `inner` are b, c and x."""
 
@@ -89,7 +35,7 @@ class ShortConv:
     weight: torch.Tensor  # (channels, 1, taps)
     bias: torch.Tensor | None  # (channels,)
 
-    def mix(self, x: torch.Tensor, states: StateAccess) -> torch.Tensor:
+    def mix(self, x: torch.Tensor, states: StateAccess, deterministic: bool) -> torch.Tensor:
         """x (tokens, hidden), normed, → (tokens, channels), in front of the output product."""
         before, after, inputs = self.inner(x).chunk(3, dim=-1)
         weight = self.weight.squeeze(1)
@@ -101,11 +47,15 @@ class ShortConv:
         return after * states.scan(self.spec.layer, compute, before * inputs)
 
 
-Mixer = ShortConv
+Mixer = ShortConv | GatedDelta
+RecurrentSpec = ShortConvSpec | GatedDeltaSpec
 
 
-def add_recurrent(layout: Layout, spec: ShortConvSpec, hidden: int, slab: int, prefix: str) -> None:
+def add_recurrent(layout: Layout, spec: RecurrentSpec, hidden: int, slab: int, prefix: str) -> None:
     """Places for one recurrent layer's weights; `slab`: its number among them."""
+    if isinstance(spec, GatedDeltaSpec):
+        add_gated_delta(layout, spec, hidden, slab, prefix)
+        return
     inside = f"{prefix}{spec.block}."
     layout.add("conv_in", (slab,), [(f"{inside}in_proj.weight", 3 * hidden)], hidden)
     layout.add("conv", (slab,), [(f"{inside}conv.weight", hidden)], (1, spec.taps))
@@ -117,9 +67,11 @@ def add_recurrent(layout: Layout, spec: ShortConvSpec, hidden: int, slab: int, p
 
 
 def recurrent_mixer(
-    spec: ShortConvSpec, weights: Weights, layer: int, slab: int, linear: Callable[..., Linear]
+    spec: RecurrentSpec, weights: Weights, layer: int, slab: int, linear: Callable[..., Linear]
 ) -> Mixer:
     """The mixer of a layer; `linear` makes a product of a slab that follows updates of the weights."""
+    if isinstance(spec, GatedDeltaSpec):
+        return gated_delta(spec, weights, layer, slab, linear)
     channels = len(weights.slab("conv", slab))
     return ShortConv(
         spec=StateSpec(layer, ((spec.taps - 1, channels),), (weights.dtype,)),

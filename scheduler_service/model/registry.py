@@ -19,7 +19,7 @@ from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
 from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder
-from quartet.scheduler_service.model.families import gemma, lfm2, llama, mistral, mixtral, phi3, qwen
+from quartet.scheduler_service.model.families import gemma, lfm2, llama, mistral, mixtral, phi3, qwen, qwen_hybrid
 from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddings_name
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
@@ -43,6 +43,8 @@ FAMILIES: dict[str, llama.Family] = {
     "Qwen2ForCausalLM": qwen.qwen2,
     "Qwen2MoeForCausalLM": qwen.qwen2_moe,
     "Qwen3ForCausalLM": qwen.qwen3,
+    "Qwen3NextForCausalLM": qwen_hybrid.qwen3_next,
+    "Qwen3_5ForCausalLM": qwen_hybrid.qwen3_5,
     "Qwen3MoeForCausalLM": qwen.qwen3_moe,
 }
 

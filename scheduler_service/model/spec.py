@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quartet.scheduler_service.model.recurrent import ShortConvSpec
+from quartet.scheduler_service.model.recurrent import RecurrentSpec
 
 
 class NotNative(Exception):
@@ -39,7 +39,7 @@ class LayerSpec:
     window: int | None = None  # a query at p sees keys in (p - window, p]
     rope: int = 0  # index into DecoderSpec.ropes
     moe: MoeSpec | None = None  # None: a dense feed-forward block
-    recurrent: ShortConvSpec | None = None  # in place of attention
+    recurrent: RecurrentSpec | None = None  # in place of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ class DecoderSpec:
     ropes: tuple[RopeSpec, ...]
     norm_epsilon: float
     norm: Literal["rms", "rms_plus_one"] = "rms"
+    output_gate: bool = False  # each head's query comes with a gate, whose sigmoid scales what the head gives
     query_key_norm: bool = False  # per head, before rope
     qkv_bias: bool = False
     output_bias: bool = False

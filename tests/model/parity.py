@@ -31,6 +31,8 @@ FAMILIES = (
     "qwen3_moe",
     "mixtral",
     "lfm2",
+    "qwen3_next",
+    "qwen3_5",
 )
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 FIRST_WORD = 3  # ids below are special

@@ -15,7 +15,7 @@ from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.state_cache import StateCache
-from quartet.scheduler_service.model.recurrent import StateSpec
+from quartet.scheduler_service.model.state_access import StateSpec
 from tests.engine import ALL_LOGPROBS, Engine
 from tests.model import tiny
 
@@ -100,7 +100,9 @@ def test_prefix_hits_inside_the_prompt_and_after_a_branch_change_no_answer(direc
     assert [answer.cached_tokens for answer in again] == [68, 72, 72]
 
 
-def test_deterministic_answers_have_the_same_bits_alone_in_a_batch_and_cached(directory: Path) -> None:
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+def test_deterministic_answers_have_the_same_bits_alone_in_a_batch_and_cached(family: str, tmp_path: Path) -> None:
+    directory = tiny.build(family, tmp_path)
     settings = {"enable_deterministic_inference": True, "dtype": "bfloat16"}
     prompts = [prompt(seed, 5 + 9 * seed) for seed in range(6)]
     alone = [
