@@ -118,3 +118,17 @@ def test_deterministic_answers_have_the_same_bits_alone_in_a_batch_and_cached(fa
 def test_drafts_are_refused_where_layers_are_recurrent(directory: Path) -> None:
     with pytest.raises(StartupError, match="recurrent layers cannot take back"):
         Engine(directory, speculative_algorithm="NGRAM")
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+def test_exchanged_weights_serve_and_no_prefix_of_the_old_ones_is_found(family: str, tmp_path: Path) -> None:
+    served = Engine(tiny.build(family, tmp_path / "old"))
+    new = Engine(tiny.build(family, tmp_path / "new", seed=1))
+    ids = prompt(1, 40)
+    (old,), (expected,) = served.generate([ids], GREEDY), new.generate([ids], GREEDY)
+    weights, staged = served.worker.model.weights, new.worker.model.weights
+    weights.take_over(staged, list(weights.names()), weights.pack(staged))
+    served.planner.forget_prefixes()
+    (found,) = served.generate([ids], GREEDY)
+    assert found.ids == expected.ids != old.ids
+    assert found.cached_tokens == 0
