@@ -61,6 +61,10 @@ MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
 MAX_DRAFTED_TOKENS = 64  # of one request in one step
+MAX_LORA_RANK = 256
+MAX_SHOWN_ADAPTERS = 16  # in an error
+MAX_ADAPTER_LABELS = 64  # of metrics; further adapters are counted together
+MAX_ADAPTERS = 1024  # that requests may name, loaded or evicted
 MAX_SHOWN_WEIGHTS = 1 << 22  # numbers of one tensor in an answer
 MAX_PROFILE_STEPS = 1000
 # chat templates: CPU time of a render, at least and by message; what it makes is bounded by the context

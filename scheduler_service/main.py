@@ -26,16 +26,17 @@ log = logging.getLogger(__name__)
 
 
 def main(boot: Boot) -> None:
-    """Load the model and serve it until killed."""
+    """Load the model and serve it until killed. Raises StartupError."""
     config = record.restored(boot.config, boot.run_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
+    adapters = worker.load_adapters(boot.config, boot.run_dir)
     updates = weight_updates(config, info, worker, boot.run_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
-    serve(boot, info, worker, grammars, updates, saver, sleeper)
+    serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:

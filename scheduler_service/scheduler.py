@@ -6,13 +6,14 @@ the next is planned, with 1 planning overlaps the computation of the last step.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from quartet.runtime import sampling
+from quartet.runtime.adapters import LORA_OFF
 from quartet.runtime.control import ControlCommand
 from quartet.runtime.errors import RequestError
 from quartet.runtime.guard import Announced, Guard, end_of
@@ -41,6 +42,7 @@ from quartet.scheduler_service.step_queue import StepQueue, StepWorker
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.control.idle import Sleeper
+    from quartet.scheduler_service.execution.adapters import AdapterStore
     from quartet.scheduler_service.execution.experts import ExpertRecorder
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.execution.profile import Profile
@@ -90,6 +92,7 @@ class Scheduler:
         updates: "Updates | None" = None,
         saver: "MemorySaver | None" = None,
         durable_state: DurableState | None = None,
+        adapters: "AdapterStore | None" = None,
         sleeper: "Sleeper | None" = None,
         idle_work: Callable[[], bool] | None = None,
         cuda_graph: bool = False,
@@ -107,6 +110,9 @@ class Scheduler:
         self.clock = clock
         self.updates = updates  # None: the weights stay as they are
         self.saver = saver  # None: memory is never released
+        self.adapters = adapters  # None: requests cannot name any
+        if adapters is not None:
+            planner.waiting.set_adapter_versions(adapters.version_of)
         self.durable_state = durable_state  # None: nothing outlasts this scheduler
         self.sleeper = sleeper  # None: memory is kept while nothing is asked
         self.idle_work = (
@@ -145,6 +151,7 @@ class Scheduler:
         self.receive()
         if plan := self.decide():
             plan.weight_version = self.worker.weight_version
+            plan.adapter_versions = self.adapter_versions
             if self.step_sleep_s:
                 time.sleep(self.step_sleep_s)
             self.apply(self.launched.launch(plan))
@@ -214,6 +221,7 @@ class Scheduler:
             "paused": self.planner.paused,
             **({} if self.sleeper is None else {"sleeping": self.sleeping}),
             **self.memory_state(),
+            **({} if self.adapters is None else {"adapters": self.adapters.state()}),
         }
 
     @property
@@ -278,7 +286,28 @@ class Scheduler:
         # the gateway has checked the same, so this never raises
         sampling.check_params(message.request.params, self.planner.config.vocab_size)
         check_hidden_states(message, self.hidden_size)
+        if message.request.adapter:
+            self.need_adapter(message.request.adapter)
         return self.messages(self.planner.add(message, self.now, grammar))
+
+    def need_adapter(self, name: str) -> None:
+        """Have a request's adapter in memory. Raises RequestError."""
+        if self.adapters is None:
+            raise RequestError(LORA_OFF, field="lora_path")
+        before = self.adapters.version_of
+        self.adapters.need(name, {request.adapter for request in self.requests})
+        if before is not self.adapters.version_of:
+            self.adapters_changed()
+
+    def adapters_changed(self) -> None:
+        """Have no request match KV of a version that is gone, and tell the gateway."""
+        self.planner.waiting.set_adapter_versions(self.adapter_versions)
+        self.tell_state()
+
+    @property
+    def adapter_versions(self) -> Mapping[str, str]:
+        """Version of each adapter, by name."""
+        return {} if self.adapters is None else self.adapters.version_of
 
     @property
     def requests(self) -> list[Request]:
@@ -312,7 +341,7 @@ class Scheduler:
         self.report.record_results(plan, self.now)
         if self.planner.idle:
             self.audit()
-        return self.messages(updates, plan.weight_version)
+        return self.messages(updates, plan.weight_version, plan.adapter_versions)
 
     def has_unfinished(self, kind: type[ControlCommand]) -> bool:
         """Whether an earlier command of this kind is not finished."""
@@ -323,12 +352,16 @@ class Scheduler:
         if messages:
             self.outbox.send(messages)
 
-    def messages(self, updates: Iterable[Update], weight_version: str = "") -> list[Message]:
+    def messages(
+        self, updates: Iterable[Update], weight_version: str = "", adapter_versions: Mapping[str, str] | None = None
+    ) -> list[Message]:
         """The messages for updates."""
         version = weight_version or self.worker.weight_version
+        adapters = self.adapter_versions if adapter_versions is None else adapter_versions
         found: list[Message] = []
         for update in updates:
-            tokens = tokens_of(update, version, self.hidden_size)
+            adapter_version = adapters.get(update.sequence.request.adapter, "")
+            tokens = tokens_of(update, version, self.hidden_size, adapter_version)
             if update.sequence.times is not None:
                 stamp(tokens, update, self.now)
             found.append(tokens)

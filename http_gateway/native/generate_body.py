@@ -47,6 +47,7 @@ class GenerateBody(Truncating, kw_only=True):
     extra_key: str | list[str] | None = None
     cache_salt: str | list[str] | None = None
     priority: int | list[int] | None = None
+    lora_path: str | list[str | None] | None = None  # the name of an adapter
     # logprobs
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None
@@ -69,7 +70,6 @@ class GenerateBody(Truncating, kw_only=True):
     audio_data: Any = None
     video_data: Any = None
     modalities: Any = None
-    lora_path: Any = None
     custom_logit_processor: Any = None
     session_params: Any = None
     bootstrap_host: Any = None
@@ -104,6 +104,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     logprobs = read_logprobs(body, params)
     thoughts = read_thoughts(body, params, rules)
     keys, salts = per_prompt(body, "extra_key", "", size), per_prompt(body, "cache_salt", "", size)
+    adapters = per_prompt(body, "lora_path", "", size)
     priorities = read_priorities(body, size, rules)
     experts, starts = read_routed_experts(body, size, rules)
     hidden = read_hidden_states(body, size, rules)
@@ -114,6 +115,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             params=params[i],
             logprobs=logprobs[i],
             stream=bool(body.stream),
+            adapter=adapters[i],
             extra_key=keys[i] + salts[i],
             priority=priorities[i],
             thought=thoughts[i],

@@ -189,7 +189,7 @@ def arguments(model: str, flags: Mapping[str, Any]) -> list[str]:
     words = [] if "model_path" in flags else [f"--model-path={model}"]
     for name, value in flags.items():
         if value is not None and not by_environment(known, name):
-            words.append(f"--{name.replace('_', '-')}={as_text(value)}")
+            words.append(f"--{name.replace('_', '-')}={as_words(value) if has_words(known, name) else as_text(value)}")
     return words
 
 
@@ -211,6 +211,15 @@ def environment(own: Mapping[str, str], flags: Mapping[str, Any], without_keys: 
 def by_environment(known: Mapping[str, Any], name: str) -> bool:
     """Command lines are seen by every user of the machine."""
     return name in known and known[name].flag.secret and bool(known[name].flag.variable)
+
+
+def has_words(known: Mapping[str, Any], name: str) -> bool:
+    return name in known and known[name].flag.words
+
+
+def as_words(value: object) -> str:
+    """A list of words as JSON, so that none is taken for two."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def as_text(value: object) -> str:

@@ -12,7 +12,7 @@ from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.local_models.arguments import pull_parser
 from quartet.runtime.local_models.sizes import in_words, size_of
 from quartet.runtime.log import plain, say
-from quartet.runtime.model_files import gguf_directory, hub, servable
+from quartet.runtime.model_files import gguf_directory, hub, hub_download, servable
 from quartet.runtime.model_files.gguf import GgufError
 
 INTERRUPTED = 130
@@ -65,7 +65,7 @@ def fetch(options: argparse.Namespace) -> Path:
         except GgufError as error:
             there = gguf_files(match[1], options.revision)
             raise UsageError(f"{match[1]} has no one GGUF file of the type {match[2]}{there}") from error
-    if not hub.HUB_ID.fullmatch(name):
+    if not hub_download.is_hub_id(name):
         raise UsageError(f"{name!r} is no hub id; it looks like owner/name, or owner/name:Q4_K_M for a GGUF file")
     described = hub.download("model", name, config, hub.TOKENIZER)  # small, and tells whether the rest is of use
     if not (described / "config.json").is_file():

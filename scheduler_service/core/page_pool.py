@@ -15,6 +15,7 @@ from quartet.scheduler_service.core.pages import PageAllocator
 from quartet.scheduler_service.core.plan import Slice
 from quartet.scheduler_service.core.prefix_tree import Node, PrefixTree
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT, SnapshotOptions, Snapshots, borders
 
 RESERVE_TOKENS = 1024  # neighbouring pages reserved for a new sequence's growth, at most
@@ -241,3 +242,8 @@ class PagePool:
         """Evict cached pages until `count` are free."""
         if count > self.pages.free:
             self.pages.give(self.tree.evict(count - self.pages.free))
+
+
+def empty_pool(config: PlannerConfig) -> PagePool:
+    """The pool that a planner begins with."""
+    return PagePool(config.page_size, config.total_pages, config.reuse_prefixes, config.snapshots)

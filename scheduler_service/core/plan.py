@@ -1,5 +1,6 @@
 """What the planner decides for one step (Plan), what the worker returns (Result), what the client gets (Update)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from quartet.runtime.errors import Kind
@@ -43,6 +44,7 @@ class Plan:
     cached_tokens: int = 0  # found in the prefix tree by the sequences that this step admits
     usage: float = 0.0  # share of the KV pool held by live requests before this step
     weight_version: str = ""  # of the weights it runs on; set at launch
+    adapter_versions: Mapping[str, str] = field(default_factory=dict)  # by name, likewise
 
     @property
     def tokens(self) -> int:

@@ -34,6 +34,7 @@ class PlannerConfig:
     reuse_prefixes: bool = True
     snapshots: SnapshotOptions | None = None  # of a model with recurrent layers
     drafts: DraftOptions | None = None  # None: no speculation
+    max_adapters: int = 8  # different LoRA adapters that run at once
     clips_output: bool = False  # a limit of output that exceeds the context is lowered, not refused
     default_new_tokens: int | None = 128  # the client may not have chosen this limit: it is lowered, never refused
 

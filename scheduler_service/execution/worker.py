@@ -20,11 +20,13 @@ import torch
 
 from quartet.kernels.ops import Implementation
 from quartet.runtime.config import ResolvedConfig
+from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import Facts, Logprobs
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process import stopwatch
 from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.execution.adapters import NOT_ON_THIS_MODEL, AdapterStore, adapter_store
 from quartet.scheduler_service.execution.compile_ahead import start_compiling
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import EagerSteps, choose_attention
@@ -141,6 +143,15 @@ class Worker:
     def forget_graphs(self) -> None:
         """Drop recorded steps: memory whose address they contain has moved."""
         self.steps.forget_graphs()
+
+    def load_adapters(self, config: ResolvedConfig, run_dir: str) -> AdapterStore | None:
+        """Compute with LoRA adapters from now on; None without --enable-lora. Raises StartupError."""
+        store = adapter_store(self.model, self.info.architecture, config, run_dir)
+        if store is not None:
+            if not isinstance(self.steps, EagerSteps):
+                raise StartupError(NOT_ON_THIS_MODEL.format(self.info.architecture))
+            self.steps.adapters = store
+        return store
 
     def idle_work(self) -> bool:
         """Do a piece of work while the server is idle; returns whether there is more to do."""

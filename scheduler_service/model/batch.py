@@ -25,6 +25,7 @@ class AttentionSpec:
     softcap: float | None = None
     causal: bool = True
     sinks: torch.Tensor | None = None  # (heads,)
+    values_are_keys: bool = False  # both are the same vectors, of which the pool keeps one copy
 
 
 class Attend(Protocol):

@@ -58,11 +58,19 @@ def gated(activation: Transform) -> Transform:
     return transform
 
 
+def clamped_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """See kernels.reference.layers.clamped_swiglu."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * sigmoid(gate * 1.702).to(gate.dtype) * (up + 1)
+
+
 ACTIVATIONS: dict[str, Transform] = {
     "silu": gated(silu),
     "gelu": gated(gelu),
     "gelu_new": gated(gelu_tanh),
     "gelu_pytorch_tanh": gated(gelu_tanh),
+    "clamped_swiglu": clamped_swiglu,
 }
 
 

@@ -11,6 +11,7 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import family_name
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.model_files.towers import language_model
 from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import ServedModel
@@ -18,11 +19,32 @@ from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
-from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder
-from quartet.scheduler_service.model.families import gemma, lfm2, llama, mistral, mixtral, phi3, qwen, qwen_hybrid
-from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddings_name
+from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder, tensor_names
+from quartet.scheduler_service.model.families import (
+    cohere,
+    deepseek,
+    ernie,
+    exaone,
+    gemma,
+    glm,
+    gpt_oss,
+    granite,
+    lfm2,
+    llama,
+    minimax,
+    mistral,
+    mixtral,
+    olmo,
+    phi3,
+    qwen,
+    qwen_hybrid,
+    seed_oss,
+    smollm,
+)
+from quartet.scheduler_service.model.layout import decoder_layout, embeddings_name
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
+from quartet.scheduler_service.model.towers import inside
 from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
@@ -32,13 +54,30 @@ from quartet.scheduler_service.weights.storage import CHOICES, schemes_in, schem
 
 log = logging.getLogger(__name__)
 
+NOT_LATENT = "--enable-deterministic-inference is not there for the latent attention of {}; leave it out"
+
 FAMILIES: dict[str, llama.Family] = {
+    "Cohere2ForCausalLM": cohere.cohere2,
+    "DeepseekV2ForCausalLM": deepseek.v2,
+    "DeepseekV3ForCausalLM": deepseek.v3,
+    "Ernie4_5ForCausalLM": ernie.ernie4_5,
+    "Exaone4ForCausalLM": exaone.exaone4,
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
+    "Glm4ForCausalLM": glm.glm4,
+    "Glm4MoeForCausalLM": glm.glm4_moe,
+    "Glm4MoeLiteForCausalLM": deepseek.v3,
+    "GptOssForCausalLM": gpt_oss.decoder_spec,
+    "GraniteForCausalLM": granite.decoder_spec,
     "Lfm2ForCausalLM": lfm2.decoder_spec,
     "LlamaForCausalLM": llama.decoder_spec,
+    "MiniMaxM2ForCausalLM": minimax.m2,
+    "Ministral3ForCausalLM": mistral.ministral3,
+    "MinistralForCausalLM": mistral.ministral,
     "MistralForCausalLM": mistral.decoder_spec,
     "MixtralForCausalLM": mixtral.decoder_spec,
+    "Olmo2ForCausalLM": olmo.olmo2,
+    "Olmo3ForCausalLM": olmo.olmo3,
     "Phi3ForCausalLM": phi3.decoder_spec,
     "Qwen2ForCausalLM": qwen.qwen2,
     "Qwen2MoeForCausalLM": qwen.qwen2_moe,
@@ -46,6 +85,8 @@ FAMILIES: dict[str, llama.Family] = {
     "Qwen3NextForCausalLM": qwen_hybrid.qwen3_next,
     "Qwen3_5ForCausalLM": qwen_hybrid.qwen3_5,
     "Qwen3MoeForCausalLM": qwen.qwen3_moe,
+    "SeedOssForCausalLM": seed_oss.decoder_spec,
+    "SmolLM3ForCausalLM": smollm.decoder_spec,
 }
 
 
@@ -85,7 +126,10 @@ def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device
     if info.embedding is not None and config.quantization in CHOICES:
         raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
     if info.embedding is None:
-        return load_native(decoder_spec(info), config, info, dtype, device)
+        spec = decoder_spec(info)
+        if spec.latent is not None and is_asked_for(config, device):
+            raise StartupError(NOT_LATENT.format(info.architecture))
+        return load_native(spec, config, info, dtype, device)
     if is_asked_for(config, device) and not info.embedding.causal:
         raise StartupError(NOT_NATIVE.format(info.architecture))
     if info.embedding.encoder:
@@ -95,7 +139,8 @@ def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device
 
 def decoder_spec(info: ModelInfo) -> DecoderSpec:
     """The spec of a model that the generic decoder runs; raises NotNative for any other."""
-    family = FAMILIES.get(f"{family_name(info.architecture)}ForCausalLM" if info.embedding else info.architecture)
+    architecture = language_model(info.architecture, info.config)
+    family = FAMILIES.get(f"{family_name(info.architecture)}ForCausalLM" if info.embedding else architecture)
     if family is None:
         raise NotNative(f"architecture {info.architecture}")
     try:
@@ -104,6 +149,8 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
         raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
     if not (isinstance(spec.intermediate_size, int) and isinstance(spec.kv_heads, int)):
         raise NotNative(f"{info.architecture} whose layers differ in size")
+    if spec.parallel and any(layer.moe for layer in spec.layers):
+        raise NotNative(f"{info.architecture} with experts beside attention")
     if spec.activation not in ACTIVATIONS:
         raise NotNative(f"{info.architecture} with the activation {spec.activation}")
     if not (spec.causal or info.embedding):
@@ -115,8 +162,9 @@ def load_native(
     spec: DecoderSpec, config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
     """The generic decoder of a spec, with its weights. Raises StartupError."""
+    spec = inside(spec, info.architecture, tensor_names(config, info))
     if spec.generates and not is_dummy(config):
-        tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
+        tied = ties.is_tied(Path(info.path), spec.head, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
     layout = decoder_layout(spec)
     weights = Weights(layout, dtype, device, schemes(config, info, layout, dtype, device))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from quartet.scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
-from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec, RopeSpec
 
 Config = dict[str, Any]
 Family = Callable[[Config, int], DecoderSpec]
@@ -41,6 +41,11 @@ def common(
 
 def head_dim(config: Config) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def no_rope(dim: int) -> RopeSpec:
+    """The rope of layers that know nothing of positions: it turns by nothing, exactly."""
+    return RopeSpec((0.0,) * (dim // 2))
 
 
 def windows(config: Config, is_sliding: Callable[[int], bool], default: int | None = 4096) -> list[int | None]:
