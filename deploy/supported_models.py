@@ -27,6 +27,7 @@ MODELS = {  # architecture → models that have it
     "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
     "GptOssForCausalLM": "gpt-oss-20b, gpt-oss-120b",
     "GraniteForCausalLM": "Granite 3.0 to 3.3, Granite 4.0 dense",
+    "Lfm2ForCausalLM": "LFM2 350M to 2.6B",
     "LlamaForCausalLM": "Llama 2 to 3.3, SmolLM 2, Yi, DeepSeek-R1-Distill-Llama, TinyLlama",
     "MiniMaxM2ForCausalLM": "MiniMax-M2",
     "Ministral3ForCausalLM": "text models of the Ministral 3 family",
@@ -40,6 +41,8 @@ MODELS = {  # architecture → models that have it
     "Qwen2MoeForCausalLM": "Qwen1.5-MoE, Qwen2-57B-A14B",
     "Qwen3ForCausalLM": "Qwen3, Qwen3-Embedding",
     "Qwen3MoeForCausalLM": "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
+    "Qwen3NextForCausalLM": "Qwen3-Next-80B-A3B",
+    "Qwen3_5ForCausalLM": "text models of the dense Qwen3.5 family",
     "SeedOssForCausalLM": "Seed-OSS 36B",
     "SmolLM3ForCausalLM": "SmolLM3 3B",
     "Bert": "BERT, MiniLM, BGE, E5, GTE",
@@ -62,6 +65,9 @@ PLAIN_ON_GPU = {
     "DeepseekV3ForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
+    "Lfm2ForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
 }
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TRIED = Path(__file__).parent / "tried_models.json"
@@ -74,6 +80,7 @@ model's config.json says which one it has.
 * **Native**: computed by Quartet's own decoder. All of them have continuous batching, the prefix cache, drafts,
   constrained output, weight updates while they serve, and `--enable-deterministic-inference` on a CPU (but for the
   latent attention of DeepSeek and GLM-4.7-Flash); on a CPU weights may be quantized (`--quantization int8` or `int4`).
+  Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5) go without drafts.
 * **Through transformers**: transformers' own code with Quartet's attention. Slower, and compared with its own logits at
   each start. Weights are not kept quantized, and there is no deterministic inference.
 * **Refused**: the start ends with the reason.

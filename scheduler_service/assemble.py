@@ -16,6 +16,7 @@ from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.core.snapshots import SnapshotOptions
 from quartet.scheduler_service.grammar.grammar_queue import Pool
 from quartet.scheduler_service.scheduler import Scheduler, Worker
 
@@ -36,6 +37,7 @@ class SizedWorker(Worker, Protocol):
     page_count: int  # usable pages; page 0 is not among them
     max_running_requests: int
     depth: int  # see Scheduler
+    snapshots: SnapshotOptions | None  # of a model with recurrent layers
 
     @property
     def uses_graphs(self) -> bool: ...
@@ -68,6 +70,7 @@ def planner_config(config: ResolvedConfig, info: ModelInfo, worker: SizedWorker)
         running_timeout_s=config.running_timeout_s,
         max_queued=config.max_queued_requests,
         reuse_prefixes=not (config.disable_radix_cache or whole),
+        snapshots=worker.snapshots,
         drafts=draft_options(config),
         max_adapters=config.max_loras_per_batch,
         clips_output=config.allow_auto_truncate,

@@ -49,16 +49,25 @@ def weight_updates(config: ResolvedConfig, info: ModelInfo, worker: Worker, run_
 
 
 def memory_saver(config: ResolvedConfig, worker: Worker, updates: Updates) -> MemorySaver | None:
+    """What gives memory back when a client asks for it; None without --enable-memory-saver."""
     if not config.enable_memory_saver:
         return None
-    return MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup, on_release=worker.forget_graphs)
+    return MemorySaver(
+        updates,
+        worker.cache,
+        config.enable_weights_cpu_backup,
+        on_release=worker.forget_graphs,
+        states=worker.state_cache,
+    )
 
 
 def idle_sleep(config: ResolvedConfig, worker: Worker, updates: Updates) -> IdleSleep | None:
     """What gives memory back while nothing is asked; None without --sleep-when-idle-s."""
     if not config.sleep_when_idle_s:
         return None
-    saver = MemorySaver(updates, worker.cache, keep_weights=False, on_release=worker.forget_graphs)
+    saver = MemorySaver(
+        updates, worker.cache, keep_weights=False, on_release=worker.forget_graphs, states=worker.state_cache
+    )
     return IdleSleep(config.sleep_when_idle_s, saver, updates)
 
 

@@ -19,6 +19,7 @@ NATIVE = (
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
     "GraniteForCausalLM",
+    "Lfm2ForCausalLM",
     "LlamaForCausalLM",
     "MiniMaxM2ForCausalLM",
     "Ministral3ForCausalLM",
@@ -32,6 +33,8 @@ NATIVE = (
     "Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
     "SeedOssForCausalLM",
     "SmolLM3ForCausalLM",
 )

@@ -15,6 +15,8 @@ class Slice:
     A decode row has end == start + 1. `samples`: the step samples the token of position `end`. Where an input token
     is not in `sequence.ids` yet (overlap), the worker takes the one it sampled last for that slot.
     `score_from`: first prompt position in (start, end] whose logprob is requested, or -1.
+    `restores`: the snapshot with whose recurrent state the slice begins, or -1; `saves`: (position, snapshot) in order,
+    where the state behind that many positions is saved; a model without recurrent layers has neither.
     `drafts`: the input tokens of the last positions, still to be verified; the step samples after each of them too.
     """
 
@@ -24,6 +26,8 @@ class Slice:
     samples: bool
     score_from: int = -1
     drafts: tuple[int, ...] = ()
+    restores: int = -1
+    saves: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)

@@ -66,6 +66,8 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     prefill_end: int = 0  # the positions to prefill at this admission
     cached_pages: int = 0  # leading pages that were put into the prefix tree or found there, at this admission
+    branch: int = 0  # positions that the prefix tree held at this admission; more than `computed` without a snapshot
+    restores: int = -1  # the snapshot of recurrent state that the next slice begins with
     announced: object | None = None  # key under which others wait for the prefix that is being computed here
     kv_invalid: bool = False  # its computation failed: its KV must not be cached
     retracting: bool = False  # goes back to the queue once no plan in flight names it

@@ -38,7 +38,9 @@ from quartet.scheduler_service.weights.file_identity import FileIdentity
 log = logging.getLogger(__name__)
 
 RECORD = "adapters.json"
-NOT_ON_THIS_MODEL = "--enable-lora needs a generating model of a native family on a CPU, and {} is none"
+NOT_ON_THIS_MODEL = (
+    "--enable-lora needs a generating model of a native family, with plain attention, on a CPU, and {} is none"
+)
 FULL = "{} adapters are in memory, all pinned or in use; --max-loaded-loras allows no more"
 TOO_MANY_PINNED = "{} adapters are pinned, and --max-loaded-loras allows {}"
 
@@ -285,7 +287,13 @@ def adapter_store(model: ServedModel, architecture: str, config: ResolvedConfig,
     """The adapters of a server, loaded; None without --enable-lora. Raises StartupError."""
     if not config.enable_lora:
         return None
-    if not isinstance(model, Decoder) or not model.spec.generates or model.device.type != "cpu":
+    if (
+        not isinstance(model, Decoder)
+        or not model.spec.generates
+        or model.spec.is_recurrent
+        or model.spec.latent
+        or model.device.type != "cpu"
+    ):
         raise StartupError(NOT_ON_THIS_MODEL.format(architecture))
     store = AdapterStore(model, config, run_dir)
     store.start()

@@ -117,13 +117,15 @@ def make_kv_cache(
     most_tokens: int,
     context_length: int,
     second_set_bytes: int,
+    state_bytes: int = 0,
 ) -> KVCache:
     """Size and allocate the pool for a model whose weights are loaded already. Raises StartupError.
 
-    `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`.
+    `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`, recurrent
+    states `state_bytes`.
     """
     room = Room(look_at_memory(device), second_set_bytes)
-    need = Need(config.page_size, token_bytes(layers, dtype), most_tokens, context_length)
+    need = Need(config.page_size, token_bytes(layers, dtype), most_tokens, context_length, state_bytes)
     plan = plan_pool(config, need, room)
     try:
         cache = KVCache(layers, plan.page_count, plan.page_size, dtype, device)

@@ -37,6 +37,7 @@ from quartet.scheduler_service.execution.kv_cache import make_kv_cache
 from quartet.scheduler_service.execution.launched_step import Drawn, LaunchedStep, State
 from quartet.scheduler_service.execution.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from quartet.scheduler_service.execution.pooling import make_pooler
+from quartet.scheduler_service.execution.state_cache import make_state_cache, snapshot_options
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
 from quartet.scheduler_service.grammar.masks import Masks
@@ -88,6 +89,7 @@ class Worker:
             keep_order(self.model.weights)  # with as many threads as will compute
         attention = choose_attention(self.device, self.model, deterministic)
         self.pooler = make_pooler(info.embedding, self.model)
+        self.state_cache = make_state_cache(config, self.model, self.device, info.context_length)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         self.cache = make_kv_cache(
             config,
@@ -97,28 +99,36 @@ class Worker:
             most_tokens=running * info.context_length,
             context_length=info.context_length,
             second_set_bytes=self.model.weights.served_bytes(),
+            state_bytes=self.state_cache.nbytes if self.state_cache else 0,
         )
         stopwatch.mark("KV pool")
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count
         self.max_running_requests = min(running, self.page_count)
-        overlaps = (
-            self.device.type == "cuda"
-            and self.pooler is None  # an embedding is read as soon as it is there
-            and config.speculation is None
-        )
-        self.depth = int(overlaps) if depth is None else depth
+        if self.state_cache is not None:
+            self.max_running_requests = min(self.max_running_requests, self.state_cache.slots)
+        self.snapshots = snapshot_options(self.state_cache, self.page_size)
+        self.depth = int(self.can_overlap(config)) if depth is None else depth
         self.states: dict[Sequence, State] = {}
         self.unfinished: list[LaunchedStep] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
         fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
-        self.steps: Steps = fused or EagerSteps(self.model, self.cache, self.tokens, attention)
+        self.steps: Steps = fused or EagerSteps(self.model, self.cache, self.tokens, attention, self.state_cache)
         self.masks = Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
+
+    def can_overlap(self, config: ResolvedConfig) -> bool:
+        """Whether a step may be launched before the results of the last one are known."""
+        return (
+            self.device.type == "cuda"
+            and self.pooler is None  # an embedding is read as soon as it is there
+            and config.speculation is None
+            and self.state_cache is None  # a step that failed is computed again from the last state but one
+        )
 
     @property
     def keeps_tokens(self) -> bool:
@@ -173,6 +183,7 @@ class Worker:
             memory_usage={
                 "weight": round(self.weight_gb, 2),
                 "kvcache": round(sum(self.cache.gigabytes), 2),
+                **({} if self.state_cache is None else {"state": round(self.state_cache.gigabytes, 2)}),
                 "token_capacity": tokens,
                 "graph": round(self.steps.graph_gigabytes, 2),
             },

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from quartet.kernels.cpu.native.library import PageTable
+from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -88,6 +89,13 @@ class Batch:
     embeds: torch.Tensor | None = None  # (tokens, hidden) used where embeds_mask is set
     embeds_mask: torch.Tensor | None = None  # (tokens,) bool
     record_experts: Callable[[int, torch.Tensor], None] | None = None  # (layer, topk_ids (tokens, k))
+    states: StateAccess | None = None  # of a model with recurrent layers
+
+
+def states_of(model: "ServedModel") -> list[StateSpec]:
+    """The states that recurrent layers keep; none where all layers attend."""
+    states: list[StateSpec] = getattr(model, "states", [])
+    return states
 
 
 class ServedModel(Protocol):

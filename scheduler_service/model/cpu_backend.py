@@ -83,7 +83,8 @@ class CpuBackend:
         """As the protocol has it: three calls of our kernels, or torch where one of them cannot do it."""
         spec, kernels = attention.spec, native.library()
         rotates = kernels is not None and kernels.can_rotate(spec.head_dim, rotation[0].shape[-1])
-        if not (rotates and attention.qkv.is_native and hasattr(context, "attend_written")):
+        native_qkv = attention.qkv.is_native and not attention.output_gate
+        if not (rotates and native_qkv and hasattr(context, "attend_written")):
             return self.torch.attend(residual, norm, attention, rotation, context, query_scale)
         assert kernels is not None
         residual, norm = self.without_centring(residual, norm)
@@ -226,7 +227,7 @@ def described_experts(before: Norm | None, moe: Moe, after: Norm | None) -> Expe
 LAYER = {
     "index",
     "rope",
-    "attention",
+    "mixer",
     "feed_forward",
     "before_attention",
     "after_attention",
@@ -253,7 +254,8 @@ MOE_SPEC = {
 def is_known(layer: DecoderLayer) -> bool:
     """Whether the one call knows all that a layer is made of."""
     return (
-        has_only(layer, LAYER)
+        layer.attends
+        and has_only(layer, LAYER)
         and has_only(layer.attention, ATTENTION)
         and has_only(layer.attention.spec, ATTENTION_SPEC)
         and (isinstance(layer.feed_forward, Moe) or has_only(layer.feed_forward, MLP))

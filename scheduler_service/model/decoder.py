@@ -11,6 +11,7 @@ from quartet.scheduler_service.model.backend import Backend, Rotation
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.heads import Head
 from quartet.scheduler_service.model.layers import (
+    Attention,
     DecoderLayer,
     LatentAttention,
     Mlp,
@@ -20,6 +21,7 @@ from quartet.scheduler_service.model.layers import (
     norm_of,
 )
 from quartet.scheduler_service.model.spec import DecoderSpec
+from quartet.scheduler_service.model.state_access import StateSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -43,7 +45,9 @@ class Decoder:
         self.norm = norm_of(spec, weights, "norm")
         self.lm_head = linear(weights, "embed" if spec.tied else "lm_head") if spec.generates else None
         self.head = Head(spec.score_head, weights) if spec.score_head else None
-        self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers]
+        recurrent = [layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention | LatentAttention)]
+        self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers if layer.attends]
+        self.states: list[StateSpec] = [mixer.spec for mixer in recurrent]
         self.backend = backend
         backend.reserve(self.layers, self.lm_head)
 
@@ -85,7 +89,8 @@ class Decoder:
 
     def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
         """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
-        if not batch.record_experts and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
+        together = not (batch.record_experts or self.states)
+        if together and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
             return
         scale = self.query_scale(batch.positions)
         for layer in self.layers:
@@ -101,20 +106,25 @@ class Decoder:
     ) -> None:
         """residual += attention, then residual += feed-forward, with the layer's norms before and after each."""
         compute = self.backend
-        scale = query_scale if getattr(layer.attention, "scales_queries", False) else None
-        if isinstance(layer.attention, LatentAttention):
+        mixer = layer.mixer
+        if isinstance(mixer, Attention):
+            scale = query_scale if mixer.scales_queries else None
+            mixed = compute.attend(residual, layer.before_attention, mixer, rotation, batch.attend, scale)
+        elif isinstance(mixer, LatentAttention):
             x = compute.normed(residual, layer.before_attention)
-            mixed = latent.attend(x, layer.attention, rotation, cast(Attend, batch.attend), compute.normed)
+            mixed = latent.attend(x, mixer, rotation, cast(Attend, batch.attend), compute.normed)
         else:
-            mixed = compute.attend(residual, layer.before_attention, layer.attention, rotation, batch.attend, scale)
+            assert batch.states is not None
+            x = compute.normed(residual, layer.before_attention)
+            mixed = mixer.mix(x, batch.states, compute.deterministic)
         block = layer.feed_forward
         if layer.parallel:
             assert isinstance(block, Mlp), "see registry.decoder_spec"
             inner = compute.gate_up(residual, layer.before_mlp, block.gate_up, block.activation)
-            compute.add_product(residual, mixed, layer.attention.output, layer.after_attention)
+            compute.add_product(residual, mixed, mixer.output, layer.after_attention)
             compute.add_product(residual, inner, block.down, layer.after_mlp)
             return
-        compute.add_product(residual, mixed, layer.attention.output, layer.after_attention)
+        compute.add_product(residual, mixed, mixer.output, layer.after_attention)
         if isinstance(block, Moe):
             chosen = compute.add_experts(residual, layer.before_mlp, block, layer.after_mlp)
             if batch.record_experts:

@@ -32,6 +32,12 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return x.float() * sigmoid(x)
 
 
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(x)), in float32."""
+    x = x.float()
+    return torch.where(x > 20.0, x, torch.log1p(torch.exp(x)))
+
+
 def gelu(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     return 0.5 * x * (1.0 + torch.erf(x * 0.7071067811865476))

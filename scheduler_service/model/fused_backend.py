@@ -202,6 +202,8 @@ def can_fuse(spec: DecoderSpec) -> bool:
     return (
         spec.generates
         and spec.causal
+        and not spec.output_gate
+        and not spec.is_recurrent  # their steps run operation by operation, and no graph is recorded
         and not spec.sinks
         and spec.latent is None
         and spec.activation in ACTIVATIONS

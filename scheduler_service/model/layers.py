@@ -7,6 +7,7 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.model.recurrent import Mixer, recurrent_mixer
 from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -37,6 +38,7 @@ class Attention:
     output: Linear
     query_norm: Norm | None  # before the rotation
     key_norm: Norm | None
+    output_gate: bool = False  # in `qkv` each head's query has its gate behind it
     norms_all_heads: bool = False  # these norms are over all heads together, else over each
     pair_order: torch.Tensor | None = None  # (heads + 2 * kv_heads) * head_dim, int64
     scales_queries: bool = False  # by their position, behind the rotation
@@ -90,17 +92,31 @@ class Moe:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer: attention, then a feed-forward block, with norms before and after each as the family has them."""
+    """One layer: a mixer, then a feed-forward block, with norms before and after each as the family has them.
+
+    The mixer, attention or a recurrence, lets tokens know of earlier ones.
+    """
 
     index: int
     rope: int  # which of the model's rotations
-    attention: Attention | LatentAttention
+    mixer: Attention | LatentAttention | Mixer
     feed_forward: Mlp | Moe
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None
     after_mlp: Norm | None
     parallel: bool = False  # both blocks read the residual stream as it was
+
+    @property
+    def attends(self) -> bool:
+        """Whether it is not recurrent."""
+        return isinstance(self.mixer, Attention | LatentAttention)
+
+    @property
+    def attention(self) -> Attention | LatentAttention:
+        """The mixer of a layer that is not recurrent."""
+        assert isinstance(self.mixer, Attention | LatentAttention), self.index
+        return self.mixer
 
 
 def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Linear:
@@ -118,6 +134,7 @@ def norm_of(spec: DecoderSpec, weights: Weights, buffer: str, *index: int) -> No
 def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLayer:
     """The layer of that index."""
     own = spec.layers[index]
+    recurrent = sum(before.recurrent is not None for before in spec.layers[:index])
     same_kind = [bool(before.moe) for before in spec.layers[:index]].count(bool(own.moe))
     mixture = moe(spec, own.moe, weights, same_kind) if own.moe else None
 
@@ -127,9 +144,7 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
     return DecoderLayer(
         index=index,
         rope=own.rope,
-        attention=latent_attention(spec, spec.latent, weights, index)
-        if spec.latent is not None
-        else attention(spec, weights, index),
+        mixer=mixer_of(spec, weights, index, recurrent),
         feed_forward=mixture or dense_mlp(spec, weights, same_kind),
         before_attention=norm("before_attention"),
         after_attention=norm("after_attention"),
@@ -139,8 +154,18 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
     )
 
 
-def attention(spec: DecoderSpec, weights: Weights, layer: int) -> Attention:
-    """The attention of layer number `layer`."""
+def mixer_of(spec: DecoderSpec, weights: Weights, index: int, recurrent: int) -> Attention | LatentAttention | Mixer:
+    """What layer number `index`, behind so many recurrent ones, does with its tokens."""
+    own = spec.layers[index]
+    if own.recurrent:
+        return recurrent_mixer(own.recurrent, weights, index, recurrent, linear)
+    if spec.latent is not None:
+        return latent_attention(spec, spec.latent, weights, index)
+    return attention(spec, weights, index, index - recurrent)
+
+
+def attention(spec: DecoderSpec, weights: Weights, layer: int, slab: int) -> Attention:
+    """The attention of layer number `layer`, number `slab` among those with attention."""
     rope = spec.ropes[spec.layers[layer].rope]
     shape = spec.heads, spec.kv_heads, spec.head_dim, 2 * len(rope.frequencies)
     return Attention(
@@ -153,12 +178,13 @@ def attention(spec: DecoderSpec, weights: Weights, layer: int) -> Attention:
             window=spec.layers[layer].window,
             softcap=spec.attention_softcap,
             causal=spec.causal,
-            sinks=weights.slab("sinks", layer) if spec.sinks else None,
+            sinks=weights.slab("sinks", slab) if spec.sinks else None,
         ),
-        qkv=linear(weights, "qkv", layer, bias=spec.qkv_bias),
-        output=linear(weights, "output", layer, bias=spec.output_bias),
-        query_norm=norm_of(spec, weights, "query_norm", layer) if spec.query_key_norm else None,
-        key_norm=norm_of(spec, weights, "key_norm", layer) if spec.query_key_norm else None,
+        qkv=linear(weights, "qkv", slab, bias=spec.qkv_bias),
+        output=linear(weights, "output", slab, bias=spec.output_bias),
+        query_norm=norm_of(spec, weights, "query_norm", slab) if spec.query_key_norm else None,
+        key_norm=norm_of(spec, weights, "key_norm", slab) if spec.query_key_norm else None,
+        output_gate=spec.output_gate,
         norms_all_heads=spec.query_key_norm and spec.query_key_norm_over == "heads",
         pair_order=pair_order(*shape, weights.device) if rope.interleaved else None,
         scales_queries=spec.query_scale is not None,

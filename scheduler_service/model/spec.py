@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quartet.scheduler_service.model.recurrent import RecurrentSpec
+
 
 class NotNative(Exception):
     """This config asks for something the generic decoder does not do; transformers' own model may run it."""
@@ -73,6 +75,7 @@ class LayerSpec:
     window: int | None = None  # a query at p sees keys in (p - window, p]
     rope: int = 0  # index into DecoderSpec.ropes
     moe: MoeSpec | None = None  # None: a dense feed-forward block
+    recurrent: RecurrentSpec | None = None  # in place of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,12 @@ class Names:
 
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    mlp: str = "mlp"
+    output: str = "o_proj"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+    norm: str = "norm"  # the final one, below `prefix`
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
@@ -117,6 +126,7 @@ class DecoderSpec:
     norm_epsilon: float
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # a layer norm has no bias
     parallel: bool = False  # the feed-forward block reads what attention reads, by one norm, and both are added
+    output_gate: bool = False  # each head's query comes with a gate, whose sigmoid scales what the head gives
     query_key_norm: bool = False  # before rope
     query_key_norm_over: Literal["head", "heads"] = "head"  # one head, or all heads together
     qkv_bias: bool = False
@@ -141,6 +151,11 @@ class DecoderSpec:
     generates: bool = True  # it has a language-model head; embedders go without
     causal: bool = True
     score_head: tuple[HeadLayer, ...] = ()
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state instead of keys and values."""
+        return any(layer.recurrent for layer in self.layers)
 
 
 def require(config: dict[str, Any], expected: dict[str, Any]) -> None:

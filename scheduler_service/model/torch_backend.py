@@ -72,6 +72,8 @@ class TorchBackend:
         query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See model.backend.Backend.attend."""
+        if attention.output_gate:
+            return self.attend_gated(residual, norm, attention, rotation, context)
         spec, tokens = attention.spec, len(residual)
         heads, kv_heads = spec.heads, spec.kv_heads
         projected = arranged(attention.qkv(self.normed(residual, norm)), attention, self.normed)
@@ -80,6 +82,24 @@ class TorchBackend:
         if query_scale is not None:
             query = query * query_scale.to(query.dtype)
         return cast(Attend, context)(spec, query, key, value).reshape(tokens, -1)
+
+    def attend_gated(
+        self,
+        residual: torch.Tensor,
+        norm: Norm | None,
+        attention: Attention,
+        rotation: Rotation,
+        context: Attend | PagedContext,
+    ) -> torch.Tensor:
+        """`attend` where each head's query comes with a gate, whose sigmoid scales what the head gives."""
+        spec = attention.spec
+        projected = attention.qkv(self.normed(residual, norm)).unflatten(-1, (-1, spec.head_dim))
+        queries, key, value = projected.split((2 * spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
+        query, gate = self.normed(queries[:, ::2], attention.query_norm), queries[:, 1::2]
+        turned = plain_layers.rotate(torch.cat((query, self.normed(key, attention.key_norm)), dim=1), *rotation)
+        query, key = turned.split((spec.heads, spec.kv_heads), dim=1)
+        mixed = cast(Attend, context)(spec, query, key, value)
+        return (mixed * self.sigmoid(gate).to(mixed.dtype)).flatten(1)
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
         residual.add_(self.normed(linear(x), norm))

@@ -46,9 +46,15 @@ class Layout:
     ignored: frozenset[str] = frozenset()  # names that a checkpoint may hold though nothing reads them
     ties: dict[str, str] = field(default_factory=dict)  # name without a place → the name whose values it has
 
-    def add(self, buffer: str, index: tuple[int, ...], tensors: list[tuple[str, int]], columns: int | None) -> None:
+    def add(
+        self,
+        buffer: str,
+        index: tuple[int, ...],
+        tensors: list[tuple[str, int]],
+        columns: int | tuple[int, ...] | None,
+    ) -> None:
         """Put tensors, each (name, rows), one below the other into one slab; without columns they are vectors."""
-        width = () if columns is None else (columns,)
+        width = columns if isinstance(columns, tuple) else () if columns is None else (columns,)
         start = 0
         for name, rows in tensors:
             assert name not in self.places, name

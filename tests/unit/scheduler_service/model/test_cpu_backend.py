@@ -86,7 +86,7 @@ def test_layers_with_something_that_the_one_call_does_not_know_are_computed_one_
     layer = Engine(build_model("llama", tmp_path), dtype="bfloat16").worker.model.layers[0]
     assert described_layer(layer) is not None
     spec = replace(layer.attention.spec, sinks=torch.ones(4))
-    assert described_layer(replace(layer, attention=replace(layer.attention, spec=spec))) is None
+    assert described_layer(replace(layer, mixer=replace(layer.attention, spec=spec))) is None
     described = described_layer(replace(layer, feed_forward=replace(layer.feed_forward, activation="gelu")))
     assert described is not None and not described.feed_forward.can_run()
 
