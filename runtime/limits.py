@@ -48,8 +48,9 @@ MAX_TOP_LOGPROBS = 128
 MAX_SUPPORT_TOKENS = 1024  # candidates that are returned for every token
 MAX_TOKEN_IDS_LOGPROB = 1024
 MAX_RID_CHARS = 256
-# batches: bytes of a line, lines, characters of the id that a client gives a request
+# batches: bytes of a line and of an answer, lines, characters of the id that a client gives a request
 MAX_BATCH_LINE_BYTES = 16 << 20
+MAX_BATCH_ANSWER_BYTES = 256 << 20
 MAX_BATCH_LINES = 50_000
 MAX_CUSTOM_ID_CHARS = 512
 MAX_UNFINISHED_BATCHES = 64

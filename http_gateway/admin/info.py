@@ -242,4 +242,4 @@ ENDPOINTS = [
     Endpoint("/get_load", get_load),
     Endpoint("/v1/loads", loads, shape=errors.openai),
 ]
-METRICS = Endpoint("/metrics", metrics, access=Access.PUBLIC)
+METRICS = Endpoint("/metrics", metrics, ("GET", "HEAD"), access=Access.PUBLIC)

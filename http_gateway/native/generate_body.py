@@ -6,7 +6,7 @@ checked by hand, to answer in the words that clients compare, or refused when th
 
 from array import array
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -36,6 +36,9 @@ RIDS_MISMATCH = "The specified rids length mismatch with the batch_size for batc
 
 
 class GenerateBody(Truncating, kw_only=True):
+    # No client of this API sends these at the top; whoever does would get the defaults instead.
+    ELSEWHERE: ClassVar = dict.fromkeys(SamplingParams.__struct_fields__, "sampling_params")
+
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     input_embeds: list[list[float | list[float]]] | None = None

@@ -11,7 +11,7 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.local_models.arguments import pull_parser
 from quartet.runtime.local_models.sizes import in_words, size_of
-from quartet.runtime.log import plain, say
+from quartet.runtime.log import plain, put, say
 from quartet.runtime.model_files import gguf_directory, hub, hub_download, servable
 from quartet.runtime.model_files.gguf import GgufError
 
@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
         return fail(1, str(error))
     except KeyboardInterrupt:
         return fail(INTERRUPTED, "stopped; the same command continues where it was")
-    say(f"{options.model} is here: {path} ({in_words(size_of(path))})", sys.stdout)
-    say(f"Serve it: quartet serve {options.model}    Talk to it: quartet chat {options.model}", sys.stdout)
+    put(f"{options.model} is here: {path} ({in_words(size_of(path))})")
+    put(f"Serve it: quartet serve {options.model}    Talk to it: quartet chat {options.model}")
     return 0
 
 
