@@ -295,7 +295,7 @@ class Scheduler:
         if self.adapters is None:
             raise RequestError(LORA_OFF, field="lora_path")
         before = self.adapters.version_of
-        self.adapters.need(name, {request.adapter for request in self.requests})
+        self.adapters.need(name, self.adapters_in_use)
         if before is not self.adapters.version_of:
             self.adapters_changed()
 
@@ -303,6 +303,10 @@ class Scheduler:
         """Have no request match KV of a version that is gone, and tell the gateway."""
         self.planner.waiting.set_adapter_versions(self.adapter_versions)
         self.tell_state()
+
+    def adapters_in_use(self) -> set[str]:
+        """The adapters of all requests that have not ended."""
+        return {request.adapter for request in self.requests}
 
     @property
     def adapter_versions(self) -> Mapping[str, str]:

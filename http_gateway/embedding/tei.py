@@ -6,6 +6,7 @@
 /rerank       with `texts` in place of `documents`, see rerank.py
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from quartet.http_gateway.routes.endpoint import Endpoint, convert_body
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime.errors import RequestError
-from quartet.runtime.messages import Generate
+from quartet.runtime.messages import Generate, Text
 
 EMPTY = "inputs cannot be empty."
 MIXED = "inputs must be a text, texts, or token ids."
@@ -110,8 +111,14 @@ async def similarity(gateway: Gateway, http: HTTPRequest) -> Response:
     if not body.inputs.sentences:
         raise RequestError(EMPTY, field="inputs.sentences")
     job = await convert_body(http, embed_job, prompted, None, gateway)
-    source, *others = map(numbers, await embed(gateway, http, job))
-    return errors.json_response([sum(x * y for x, y in zip(source, other, strict=True)) for other in others])
+    texts = await embed(gateway, http, job)
+    return errors.json_response(await asyncio.to_thread(cosines, texts))
+
+
+def cosines(texts: Sequence[Text]) -> list[float]:
+    """Of the first vector with each other; all have length one."""
+    source, *others = map(numbers, texts)
+    return [sum(x * y for x, y in zip(source, other, strict=True)) for other in others]
 
 
 async def predict(gateway: Gateway, http: HTTPRequest) -> Response:

@@ -33,6 +33,7 @@ MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transf
 PROMPTS_FILE = "config_sentence_transformers.json"
 DENSE_ACTIVATIONS = {"Identity": None, "GELU": "gelu", "ReLU": "relu", "SiLU": "silu", "Tanh": "tanh"}
 MAX_FEATURES = 1 << 20
+MAX_PROMPT_CHARS = 4096  # it stands before each of a thousand texts
 DEFAULT_LABELS = 2  # what config.json leaves out
 
 
@@ -192,6 +193,8 @@ def with_prompts(found: Embedding, path: Path) -> Embedding:
         given = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=Prompts)
     except msgspec.DecodeError as error:
         raise StartupError(f"{file} does not describe prompts: {error}") from error
+    if longest := next((name for name, text in given.prompts.items() if len(text) > MAX_PROMPT_CHARS), None):
+        raise StartupError(f"{file}: the prompt {longest!r} has more than {MAX_PROMPT_CHARS} characters")
     default = given.default_prompt_name or ""
     if default and default not in given.prompts:
         raise StartupError(f"{file}: default_prompt_name is {default!r}, which is not among its prompts")

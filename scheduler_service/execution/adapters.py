@@ -11,7 +11,7 @@ the run directory, so that a restarted scheduler serves the same adapters.
 import itertools
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,10 +165,10 @@ class AdapterStore:
         self.tell()
         remove_owned(before)
 
-    def need(self, name: str, in_use: Collection[str]) -> None:
+    def need(self, name: str, in_use: Callable[[], Collection[str]]) -> None:
         """Have an adapter in memory for a request. Raises RequestError where there is none of that name, or no room.
 
-        `in_use`: the adapters of all requests that have not ended.
+        `in_use`: the adapters of all requests that have not ended, asked only if one has to be read.
         """
         known = self.known.get(name)
         if known is None or name in self.leaving:
@@ -177,7 +177,7 @@ class AdapterStore:
             self.loaded[name] = self.loaded.pop(name)
             return
         try:
-            self.make_room(in_use)
+            self.make_room(in_use())
             read = self.read(Path(known.directory))
         except CommandRefused as refusal:
             raise RequestError(refusal.message, Kind.UNAVAILABLE) from refusal

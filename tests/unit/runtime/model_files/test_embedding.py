@@ -143,3 +143,10 @@ def test_a_default_prompt_that_has_no_text_stops_the_start(tmp_path):
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
     with pytest.raises(StartupError, match="default_prompt_name is 'document'"):
         embedding(tmp_path, "BertModel", {})
+
+
+def test_a_prompt_that_would_be_put_before_a_thousand_texts_is_bounded(tmp_path):
+    settings = {"prompts": {"query": "q" * 4097}}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with pytest.raises(StartupError, match="'query' has more than 4096"):
+        embedding(tmp_path, "BertModel", {})

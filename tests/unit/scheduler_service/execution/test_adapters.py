@@ -71,11 +71,11 @@ def test_random_loads_unloads_and_requests_do_what_a_model_of_them_says(engine: 
                 recent[:] = [other for other in recent if other != name]
             case "request":
                 if name in known and fits(name):
-                    store.need(name, used)
+                    store.need(name, used.copy)
                     touch(name)
                 else:
                     with pytest.raises(RequestError):
-                        store.need(name, used)
+                        store.need(name, used.copy)
         assert list(store.loaded) == recent
         assert store.version_of == known == {each["name"]: each["version"] for each in store.state()}
 
