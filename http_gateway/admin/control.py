@@ -93,10 +93,7 @@ async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Res
         command = decode_command(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
         assert isinstance(command, UpdateWeightsFromTensor), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
-        if len(entries) != RANKS:
-            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
-        command.payload_files = [str(upload.file_of(bytes(entry))) for entry in entries]
-        upload.check_placeholders(len(entries))
+        command.payload_files = payload_files(upload, entries)
         return await run_command(gateway, command)
 
 
@@ -106,6 +103,15 @@ async def feed(upload: payloads.Upload, gateway: Gateway, http: HTTPRequest) -> 
     async for part in body_parts(http):
         await upload.feed(part)
         skeleton_bounds.check_size(len(upload.skeleton), ValueCounter())
+
+
+def payload_files(upload: payloads.Upload, entries: list[msgspec.Raw]) -> list[str]:
+    """The files of a command's payloads, one a rank. Raises RequestError."""
+    if len(entries) != RANKS:
+        raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
+    found = [str(upload.file_of(bytes(entry))) for entry in entries]
+    upload.check_placeholders(len(entries))
+    return found
 
 
 async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -118,10 +124,7 @@ async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Resp
         if command.serialized_tensors is not None:
             entries = [*entries, msgspec.Raw(msgspec.json.encode(command.serialized_tensors))]
             command.serialized_tensors = None
-        if len(entries) != RANKS:
-            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
-        command.payload_files = [str(upload.file_of(bytes(entry))) for entry in entries]
-        upload.check_placeholders(len(entries))
+        command.payload_files = payload_files(upload, entries)
         return await run_adapter_command(gateway, command)
 
 
