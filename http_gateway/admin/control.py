@@ -124,7 +124,10 @@ async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Resp
         if command.serialized_tensors is not None:
             entries = [*entries, msgspec.Raw(msgspec.json.encode(command.serialized_tensors))]
             command.serialized_tensors = None
-        command.payload_files = payload_files(upload, entries)
+        try:
+            command.payload_files = payload_files(upload, entries)
+        except RequestError as error:
+            return adapter_answer(gateway, command, refusal_of(command, error))
         return await run_adapter_command(gateway, command)
 
 
@@ -138,7 +141,7 @@ def adapter_handler(kind: type[AdapterCommand]) -> Handler:
 
 
 async def run_adapter_command(gateway: Gateway, command: ControlCommand) -> Response:
-    """Send the command and answer with its reply; a refusal lists the adapters that there are, too."""
+    """Send the command and answer with its reply."""
     try:
         if not gateway.config.enable_lora:
             raise RequestError(LORA_OFF)
@@ -146,7 +149,16 @@ async def run_adapter_command(gateway: Gateway, command: ControlCommand) -> Resp
             raise RequestError(f"{short(command.lora_name)} is the name of the base model.", field="lora_name")
         reply = await send_command(gateway, command)
     except RequestError as error:
-        reply = Reply(id=command.id, success=False, message=error.message, status=error.kind.status)
+        reply = refusal_of(command, error)
+    return adapter_answer(gateway, command, reply)
+
+
+def refusal_of(command: ControlCommand, error: RequestError) -> Reply:
+    return Reply(id=command.id, success=False, message=error.message, status=error.kind.status)
+
+
+def adapter_answer(gateway: Gateway, command: ControlCommand, reply: Reply) -> Response:
+    """A reply as clients see it; a refusal lists the adapters that there are."""
     if not reply.success and not reply.body:
         reply.body = {"loaded_adapters": gateway.adapters.paths}
     return replies.render(command, reply)

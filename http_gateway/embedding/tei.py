@@ -15,7 +15,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.embedding.embeddings import NO_LABELS, probabilities
-from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, numbers
+from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, numbers, rendered
 from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
 from quartet.http_gateway.generation.intake import Job, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
@@ -70,7 +70,7 @@ async def embed_texts(gateway: Gateway, http: HTTPRequest) -> Response:
     embedding = check_embeds(gateway)
     dimensions = cut_to(gateway, embedding, body.dimensions)
     job = await convert_body(http, embed_job, body, dimensions, gateway)
-    return errors.json_response([numbers(text) for text in await embed(gateway, http, job)])
+    return await rendered(await embed(gateway, http, job), lambda text, _: numbers(text))
 
 
 def embed_job(body: EmbedBody, dimensions: int | None, gateway: Gateway) -> Job:

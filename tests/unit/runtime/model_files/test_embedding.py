@@ -73,6 +73,7 @@ def test_normalisation_is_a_module_of_its_own(tmp_path):
         (("Transformer", "Pooling"), None, "No such file"),
         (("Transformer", "Pooling"), {"pooling_mode": "median"}, "does not name a pooling that is served"),
         (("Transformer", "Pooling"), {}, "names no pooling"),
+        (("Transformer", "Pooling"), {"pooling_mode": ["mean", "cls", "mean"]}, "names a pooling twice"),
     ],
 )
 def test_modules_that_cannot_be_followed_stop_the_start(tmp_path, names, pooling, words):
@@ -131,8 +132,10 @@ def test_a_dense_layer_that_cannot_be_stops_the_start(tmp_path, layer, words):
         embedding(tmp_path, "BertModel", {})
 
 
-def test_a_folder_of_another_directory_stops_the_start(tmp_path):
-    modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "../elsewhere"}]
+@pytest.mark.parametrize("kind", ["Dense", "Pooling"])
+@pytest.mark.parametrize("folder", ["../elsewhere", "..", ".", "/etc", "a\0b"])
+def test_a_folder_of_another_directory_stops_the_start(kind, folder, tmp_path):
+    modules = [{"type": "a.Transformer", "path": ""}, {"type": f"a.{kind}", "path": folder}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(StartupError, match="not one beside it"):
         embedding(tmp_path, "BertModel", {})
