@@ -1,6 +1,5 @@
 """The `quartet` command itself."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -88,16 +87,6 @@ def test_ctrl_c_while_a_command_is_imported_ends_it_without_a_traceback(capsys, 
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: signal.raise_signal(signal.SIGINT))
     assert cli.main([command]) == cli.INTERRUPTED == ExitStatus.INTERRUPTED
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("words", [["--help"], ["completion", "bash"], ["config", "show"]])
-def test_a_reader_that_leaves_ends_a_command_in_silence_and_with_the_status_of_the_signal(words):
-    reads, writes = os.pipe()
-    os.close(reads)
-    command = [sys.executable, "-m", "quartet.runtime.cli", *words]
-    with open(writes, "wb") as output:
-        ran = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, timeout=60, check=False)
-    assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_little_is_imported_before_ctrl_c_is_heard():
