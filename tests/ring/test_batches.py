@@ -19,7 +19,8 @@ COUNT = 60
 
 
 def request(name: str, url: str = CHAT, **body: Any) -> bytes:
-    conversation = {"messages": [{"role": "user", "content": f"Tell me about {name}"}], "max_tokens": 30}
+    said = [{"role": "user", "content": f"Tell me about {name}"}]
+    conversation = {"messages": said, "max_tokens": 30, "ignore_eos": True}
     line = {"custom_id": name, "method": "POST", "url": url, "body": {"model": "demo", **(body or conversation)}}
     return json.dumps(line).encode() + b"\n"
 
