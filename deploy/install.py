@@ -63,7 +63,7 @@ class Size:
         return f"about {in_words(self.download)} to download, {in_words(self.disk)} on disk"
 
 
-CPU, CUDA = Size(250, 1300), Size(2800, 5300)
+CPU, CUDA = Size(250, 1100), Size(2800, 5300)
 EXTRAS = {"test": Size(450, 1800), "agents": Size(40, 250), "gpu": Size(0, 0)}  # triton comes with a torch for CUDA
 
 

@@ -121,7 +121,7 @@ def unused_port():
 def test_every_extra_has_a_size_that_is_said():
     assert install.Plan(False, ("test", "agents"), None, "").size.download > install.CPU.download
     assert planned("1").size == install.CUDA
-    assert install.CPU.words == "about 250 MB to download, 1.3 GB on disk"
+    assert install.CPU.words == "about 250 MB to download, 1.1 GB on disk"
 
 
 def test_too_little_room_is_said_before_anything_is_fetched(tmp_path):
