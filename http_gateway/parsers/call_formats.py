@@ -86,7 +86,6 @@ class CallFormat:
 HERMES = CallFormat(
     opening="<tool_call>",
     closing="</tool_call>",
-    bare=("",),  # small models leave the tags out
     separators=",",
     frame=Frame('<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>", separator="\n"),
 )

@@ -22,11 +22,6 @@ def hermes(calls: Calls) -> str:
     return "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in objects(calls))
 
 
-def hermes_bare(calls: Calls) -> str:
-    """As Qwen2.5-Coder writes calls: without tags."""
-    return "\n".join(objects(calls))
-
-
 def llama3(calls: Calls) -> str:
     return "<|python_tag|>" + "; ".join(objects(calls, "parameters"))
 
@@ -207,7 +202,7 @@ WAYS: Mapping[str, tuple[Callable[[Calls], str], ...]] = {
     "gpt-oss": (harmony, harmony_template),
     "granite": (granite,),
     "granite4": (hermes,),
-    "hermes": (hermes, hermes_bare),
+    "hermes": (hermes,),
     "json": (generic, required),
     "kimi_k2": (kimi_k2,),
     "llama3": (llama3,),
@@ -218,10 +213,10 @@ WAYS: Mapping[str, tuple[Callable[[Calls], str], ...]] = {
     "olmo3": (olmo3, olmo3_json),
     "phi4_mini_json": (phi4_mini, phi4_mini_functools),
     "pythonic": (pythonic, llama4),
-    "qwen": (hermes, hermes_bare),
-    "qwen25": (hermes, hermes_bare),
+    "qwen": (hermes,),
+    "qwen25": (hermes,),
     "qwen3_coder": (qwen3_coder, qwen3_coder_bare),
     "required": (required,),
     "smollm3": (hermes,),
 }
-AT_THE_BEGINNING = (hermes_bare, pythonic, llama4, required)  # ways that are calls only where the answer begins
+AT_THE_BEGINNING = (pythonic, llama4, required)  # ways that are calls only where the answer begins
