@@ -62,7 +62,7 @@ def build(gateway: Gateway) -> ASGIApp:
         routes=[route(endpoint, gateway, keys, allowed_sites) for endpoint in endpoints],
         middleware=[Middleware(CorsMiddleware, allowed_sites=allowed_sites)],
         exception_handlers={HTTPException: unmatched(keys, {endpoint.path for endpoint in endpoints})},
-        lifespan=service.lifespan(runner),
+        lifespan=service.lifespan(runner, gateway.files),
     )
     app.state.batches = runner
     app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative

@@ -10,6 +10,7 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import Embedding, family_name
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.shorten import reason
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
 from quartet.scheduler_service.model.encoder import GATED, Encoder
@@ -50,7 +51,9 @@ def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
     try:
         spec = FAMILIES[family_name(info.architecture)](info.config, info.embedding.labels, tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+        raise StartupError(
+            f"{info.path}/config.json does not describe a {info.architecture}: {reason(error)}"
+        ) from error
     if info.embedding.dense:
         spec = replace(spec, head=dense_layers(info.embedding))
     known = GATED if spec.gated else ACTIVATIONS

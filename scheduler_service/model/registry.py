@@ -12,6 +12,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import family_name
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.model_files.towers import language_model
+from quartet.runtime.shorten import reason
 from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import ServedModel
@@ -146,7 +147,9 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
     try:
         spec = family(info.config, info.context_length)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+        raise StartupError(
+            f"{info.path}/config.json does not describe a {info.architecture}: {reason(error)}"
+        ) from error
     if not all(isinstance(layer.moe.intermediate_size, int) for layer in spec.layers if layer.moe):
         raise NotNative(f"{info.architecture} whose layers' experts differ in size")
     if not (isinstance(spec.intermediate_size, int) and isinstance(spec.kv_heads, int)):
