@@ -3,6 +3,8 @@
 A model's files name such prompts (`prompts` in config_sentence_transformers.json) and may say which one is the default.
 """
 
+from typing import Any
+
 from quartet.http_gateway.generation.truncation import Truncating
 from quartet.runtime.errors import RequestError
 from quartet.runtime.model_files.embedding import Embedding
@@ -13,6 +15,7 @@ NO_PROMPTS = "prompt_name is not supported: this model's files name no prompts."
 ONE_PROMPT = "prompt and prompt_name cannot be given at the same time."
 NOT_BEFORE_IDS = "{} is for texts, and token ids were given."
 NOT_POOLED = "{} is not supported: this model's vectors leave the prompt's tokens out."
+NO_TASKS = "task is not supported: this model's task adapters are not served, and its vectors are those of the base."
 
 
 class Prompted(Truncating, kw_only=True):
@@ -20,10 +23,13 @@ class Prompted(Truncating, kw_only=True):
 
     prompt_name: Name | None = None
     prompt: Name | None = None
+    task: Any = None  # of models with an adapter for each task; others never heard of it
 
 
 def prefix_of(body: Prompted, embedding: Embedding, *, texts: bool) -> str:
     """What stands before each text. Raises RequestError, naming the field, for a prompt that cannot be used."""
+    if body.task is not None and embedding.task_adapters:
+        raise RequestError(NO_TASKS, field="task")
     field = "prompt" if body.prompt is not None else "prompt_name"
     if body.prompt is not None and body.prompt_name is not None:
         raise RequestError(ONE_PROMPT, field="prompt")

@@ -17,12 +17,16 @@ from quartet.runtime.shorten import short
 Json = Mapping[str, Any]
 Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
-ENCODERS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "ModernBert")
+ENCODERS = (
+    *("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "ModernBert", "Electra", "MPNet", "DebertaV2"),
+    *("NomicBert", "Gte", "JinaEmbeddingsV3", "EuroBert"),
+)
+WITH_TASK_ADAPTERS = "JinaEmbeddingsV3"
 SCORING = ("ForSequenceClassification", "ForRewardModel")
 SUFFIXES = ("Model", "ForMaskedLM", *SCORING)  # architectures that end in these give vectors or scores
 ENDS = (*SCORING, "ForMaskedLM", "ForCausalLM", "TextModel", "Model")  # behind the name of a family
 GENERATING = "HeadModel"  # GPT2LMHeadModel
-PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # their positions begin behind the padding id
+PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")  # their positions begin behind the padding id
 LEGACY_POOLING: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -65,12 +69,14 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True):
     encoder: bool = False  # BERT and its kin, rather than a decoder
     cross_encoder: bool = False  # reads two texts at once; its only label is answered as a bare number
     causal: bool = True
+    scores_tokens: bool = False  # each token gets scores, and their mean is the text's
     matryoshka: bool = False  # its vectors may be cut
     dimensions: tuple[int, ...] = ()  # cut to one of these alone, where the model lists them
     dense: tuple[Dense, ...] = ()  # what the pooled vector passes
     prompts: dict[str, str] = {}  # texts that are put before others, by what the vector is for
     default_prompt: str = ""  # a name among those: where a request names none
     prompts_pooled: bool = True  # their tokens count like others
+    task_adapters: bool = False  # its makers have an adapter for each task, none of which is served
 
     @property
     def whole_prompts(self) -> bool:
@@ -123,6 +129,7 @@ def embedding(path: Path, architecture: str, config: Json) -> Embedding:
         and not config.get("use_bidirectional_attention"),
         matryoshka=bool(dimensions or config.get("is_matryoshka")),
         dimensions=tuple(dimensions),
+        task_adapters=architecture.startswith(WITH_TASK_ADAPTERS),
     )
     if scoring:
         return with_scores(found, architecture, config)
@@ -134,8 +141,9 @@ def with_scores(found: Embedding, architecture: str, config: Json) -> Embedding:
     labels = len(config.get("id2label") or ()) or int(config.get("num_labels") or DEFAULT_LABELS)
     if architecture.endswith("ForRewardModel"):
         labels = int(config.get("num_labels") or 1)
-    if found.encoder and config.get("classifier_pooling") == "mean":
-        found = msgspec.structs.replace(found, pooling=("mean",))
+    late = "late" if architecture.startswith("EuroBert") else None
+    if found.encoder and (kind := config.get("classifier_pooling", late)) in ("mean", "late"):
+        found = msgspec.structs.replace(found, pooling=("mean",), scores_tokens=kind == "late")
     settings = config.get("sentence_transformers") or {}
     activation = config.get("sbert_ce_default_activation_function") or settings.get("activation_fn")
     return msgspec.structs.replace(found, labels=labels, activation=activation, cross_encoder=found.encoder)

@@ -98,8 +98,13 @@ class Pooler:
 
     def vectors(self, texts: list[torch.Tensor]) -> torch.Tensor:
         """One text's hidden states each (tokens, hidden) → float32 (texts, size)."""
+        if self.embedding.scores_tokens and self.head is not None:
+            sizes = [len(text) for text in texts]
+            texts = list(self.head(torch.cat(texts)).float().split(sizes))
         pooled = torch.stack([torch.cat([pool(text) for pool in self.pools]) for text in texts])
-        if self.head is not None:
+        if self.embedding.scores_tokens:
+            pooled = self.activation(pooled)
+        elif self.head is not None:
             pooled = self.activation(self.head(pooled).float())
         return pooled.float().cpu()
 

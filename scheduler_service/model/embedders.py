@@ -15,7 +15,7 @@ from quartet.scheduler_service.model.deterministic import is_asked_for
 from quartet.scheduler_service.model.encoder import GATED, Encoder
 from quartet.scheduler_service.model.encoder_layout import encoder_layout
 from quartet.scheduler_service.model.encoder_spec import EncoderSpec
-from quartet.scheduler_service.model.families import encoders
+from quartet.scheduler_service.model.families import encoders, encoders_relative, encoders_rotary
 from quartet.scheduler_service.model.heads import ACTIVATIONS
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.spec import DecoderSpec, HeadLayer
@@ -27,8 +27,15 @@ from quartet.scheduler_service.weights.parameters import Weights
 FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Bert": encoders.bert,
     "Camembert": encoders.roberta,
+    "DebertaV2": encoders_relative.deberta,
     "DistilBert": encoders.distilbert,
+    "Electra": encoders.electra,
+    "EuroBert": encoders_rotary.eurobert,
+    "Gte": encoders_rotary.gte,
+    "JinaEmbeddingsV3": encoders_rotary.jina,
+    "MPNet": encoders_relative.mpnet,
     "ModernBert": encoders.modernbert,
+    "NomicBert": encoders_rotary.nomic,
     "Roberta": encoders.roberta,
     "XLMRoberta": encoders.roberta,
 }

@@ -32,19 +32,31 @@ DISTIL = {"vocab_size": VOCAB_SIZE, "dim": 64, "hidden_dim": 96, "n_layers": 3, 
 DISTIL["max_position_embeddings"] = 200
 MODERN = {**BERT, "local_attention": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0}
 MODERN |= {"sep_token_id": 2}
+MPNET = {**ROBERTA, "relative_attention_num_buckets": 32}
+DEBERTA = {**BERT, "relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+DEBERTA |= {"position_buckets": 16, "max_relative_positions": -1, "pos_att_type": ["p2c", "c2p"]}
+DEBERTA |= {"position_biased_input": False, "type_vocab_size": 0}  # as v3
 CONFIGS: dict[str, dict[str, Any]] = {
     "Bert": BERT,
     "Roberta": ROBERTA,
     "XLMRoberta": ROBERTA,
     "DistilBert": DISTIL,
     "ModernBert": MODERN,
+    "DebertaV2": DEBERTA,
+    "Electra": {**BERT, "embedding_size": 64},
+    "EuroBert": {**BERT, "num_key_value_heads": 2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
+    "Gte": {**BERT, "type_vocab_size": 1, "pad_token_id": 1},
+    "JinaEmbeddingsV3": {**ROBERTA, "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+    "MPNet": MPNET,
+    "NomicBert": BERT,
     "Gemma3Text": {**tiny.SHAPE, **tiny.GEMMA},
     "Llama": tiny.SHAPE,
     "Mistral": {**tiny.SHAPE, "sliding_window": 24},
     "Qwen2": tiny.SHAPE,
     "Qwen3": {**tiny.SHAPE, "head_dim": 16},
 }
-ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
+NEWER = ("DebertaV2", "Electra", "EuroBert", "Gte", "JinaEmbeddingsV3", "MPNet", "NomicBert")
+ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert", *NEWER)
 DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
