@@ -52,6 +52,7 @@ MODELS = {  # architecture → models that have it
     "Electra": "ELECTRA, ms-marco-electra",
     "EuroBert": "EuroBERT 210M to 2.1B",
     "Gte": "gte v1.5, gte-multilingual, arctic-embed-m-v2.0",
+    "HF_ColBERT": "ColBERTv2, answerai-colbert-small",
     "JinaEmbeddingsV3": "jina-embeddings-v3-hf, without its task adapters",
     "MPNet": "all-mpnet-base-v2, multi-qa-mpnet",
     "ModernBert": "ModernBERT, gte-modernbert",

@@ -19,7 +19,7 @@ from quartet.http_gateway.native.generate_body import asks, pack_prompt_ids, rid
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.http_gateway.routes.tasks import check_embeds, cut_to
+from quartet.http_gateway.routes.tasks import check_embeds, check_one_vector, cut_to
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Request, Text
@@ -63,7 +63,7 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     """A vector for each item of the input."""
     require_json(http)
     body = await bodies.read_json_body(http, EmbeddingsBody)
-    embedding = check_embeds(gateway)
+    embedding = check_one_vector(gateway)
     dimensions = cut_to(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")

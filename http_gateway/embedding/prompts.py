@@ -7,6 +7,7 @@ from typing import Any
 
 from quartet.http_gateway.generation.truncation import Truncating
 from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Request
 from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.names import Name
 
@@ -44,3 +45,16 @@ def prefix_of(body: Prompted, embedding: Embedding, *, texts: bool) -> str:
     if found and texts and not embedding.prompts_pooled:
         raise RequestError(NOT_POOLED.format(field), field=field)
     return found if texts else ""
+
+
+def choose_vectors(request: Request, body: Prompted, embedding: Embedding) -> None:
+    """Have a multi-vector model treat a text as the query or the document that its prompt makes it."""
+    many = embedding.multi_vector
+    name = body.prompt_name or embedding.default_prompt
+    if many is None or name not in ("query", "document"):
+        return
+    request.vectors = "query" if name == "query" else "document"
+    if name == "query" and many.expansion is not None:
+        request.fill_to = many.expansion.length
+        if many.expansion.strategy == "fixed":
+            request.truncate = min(request.truncate or request.fill_to, request.fill_to)

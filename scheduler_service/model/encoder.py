@@ -97,6 +97,9 @@ class EncoderLayer:
             heads = qkv[rows].view(group.texts, group.length, sum(shares), self.head_dim).transpose(1, 2)
             q, k, v = heads.split(shares, dim=1)  # each (texts, heads, length, dim)
             mask = scores(q, k) if scores else near(self.window, group.length, x.device)
+            if group.attended < group.length:
+                k, v = k[:, :, : group.attended], v[:, :, : group.attended]
+                mask = None if mask is None else mask[..., : group.attended]
             grouped = self.kv_heads < self.heads
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
             mixed[rows] = out.transpose(1, 2).reshape(-1, hidden)  # (tokens of the group, hidden)
@@ -139,10 +142,12 @@ class Encoder:
         self.layers = [EncoderLayer(spec, weights, layer) for layer in range(len(spec.layers))]
         self.final_norm = Norm(spec, weights, "final_norm") if spec.norm_first else None
         self.head = Head(spec.head, weights) if spec.head else None
+        self.word_head = Head((spec.word_head.transform,), weights, "word_head") if spec.word_head else None
+        self.word_bias = weights.slab("word_bias") if spec.word_head and spec.word_head.bias else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states of the last layer, in the batch's order: (tokens, hidden)."""
-        order, groups = by_length(batch.starts)
+        order, groups = by_length(batch.starts, batch.attended)
         order = order.to(self.device)
         x = self.embed(batch)[order]
         added = None
@@ -166,6 +171,11 @@ class Encoder:
         if self.positions is not None:
             x = x + F.embedding(batch.positions + self.spec.first_position, self.positions)
         return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def word_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What word may stand at each place: (tokens, hidden) → float32 (tokens, vocab)."""
+        assert self.word_head is not None
+        return F.linear(self.word_head(hidden), self.words, self.word_bias).float()
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError("an encoder predicts no next token")

@@ -4,8 +4,8 @@ The texts of a step are put in order of length, so that those of one length are 
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 import torch
@@ -30,25 +30,28 @@ class Group:
     start: int  # first row
     texts: int
     length: int
+    attended: int  # of a text's tokens: the first ones, which all of them see
 
     def parts(self, heads: int) -> "list[Group]":
         """The same texts, so many at once that their scores take bounded memory."""
         most = max(1, MOST_SCORES // (heads * self.length**2))
         return [
-            Group(self.start + first * self.length, min(most, self.texts - first), self.length)
+            replace(self, start=self.start + first * self.length, texts=min(most, self.texts - first))
             for first in range(0, self.texts, most)
         ]
 
 
-def by_length(starts: torch.Tensor) -> tuple[torch.Tensor, list[Group]]:
+def by_length(starts: torch.Tensor, attended: Sequence[int] | None = None) -> tuple[torch.Tensor, list[Group]]:
     """The order that puts texts of one length side by side, as rows of the batch, and the groups in that order."""
     bounds = starts.tolist()
-    texts = sorted(pairwise(bounds), key=lambda text: text[1] - text[0])
-    order = torch.cat([torch.arange(start, end) for start, end in texts])
+    lengths = [end - start for start, end in pairwise(bounds)]
+    alike = list(zip(lengths, lengths if attended is None else attended, strict=True))
+    texts = sorted(range(len(lengths)), key=alike.__getitem__)
+    order = torch.cat([torch.arange(bounds[text], bounds[text + 1]) for text in texts])
     groups: list[Group] = []
     row = 0
-    for length, same in groupby(texts, key=lambda text: text[1] - text[0]):
-        groups.append(Group(row, len(list(same)), length))
+    for (length, seen), same in groupby(texts, key=alike.__getitem__):
+        groups.append(Group(row, len(list(same)), length, seen))
         row += groups[-1].texts * length
     return order, groups
 

@@ -29,6 +29,10 @@ def encoder_layout(spec: EncoderSpec) -> Layout:
             name = spec.prefix + names.layer.format(index) + names.attention_norm
             add_norm(layout, spec, "attention_norm", (index,), name)
     add_head(layout, spec.head)
+    if spec.word_head is not None:
+        add_head(layout, (spec.word_head.transform,), "word_head")
+        if spec.word_head.bias:
+            layout.add("word_bias", (), [(spec.word_head.bias, spec.vocab_size)], None)
     layout.ignored = spec.ignored - layout.places.keys()
     return layout
 

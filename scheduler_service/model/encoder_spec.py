@@ -61,6 +61,14 @@ class EncoderNames:
     norm: tuple[str, str] = ("weight", "bias")  # the oldest checkpoints say gamma and beta
 
 
+@dataclass(frozen=True, slots=True)
+class WordHead:
+    """From hidden states to a logit for each word of the vocabulary; the last matrix is that of the embeddings."""
+
+    transform: HeadLayer
+    bias: str  # in the checkpoint; "": there is none
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderSpec:
     """A bidirectional transformer of the BERT kind."""
@@ -90,6 +98,7 @@ class EncoderSpec:
     names: EncoderNames = EncoderNames()
     prefix: str = ""  # of all names but the head's
     head: tuple[HeadLayer, ...] = ()
+    word_head: WordHead | None = None
     ignored: frozenset[str] = frozenset()  # what a checkpoint may hold besides
 
     @property
