@@ -20,6 +20,7 @@ MODELS = {  # architecture → models that have it
     "DeepseekV3ForCausalLM": "DeepSeek-V3, V3.1, R1, Kimi K2",
     "Ernie4_5ForCausalLM": "ERNIE 4.5 0.3B",
     "Exaone4ForCausalLM": "EXAONE 4.0 1.2B and 32B",
+    "GemmaForCausalLM": "Gemma 2B and 7B, bge-reranker-v2-gemma",
     "Gemma2ForCausalLM": "Gemma 2",
     "Gemma3ForCausalLM": "Gemma 3 270M and 1B",
     "Glm4ForCausalLM": "GLM-4-0414 9B and 32B, GLM-Z1",

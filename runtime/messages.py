@@ -48,6 +48,7 @@ class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     start: int = -1  # first prompt position scored; -1: none of the prompt
     top: int = 0  # best k per position
     token_ids: list[int] | None = None  # these ids at every returned position
+    raw: bool = False  # of token_ids, the logits rather than the logprobs
     text: bool = False  # decode each token
     returned: bool = True  # the logprobs themselves, and not only what follows
     entropy: bool = False  # of the distribution that each output token was drawn from, before top-k, top-p and min-p

@@ -172,10 +172,14 @@ def probabilities(scores: list[float], embedding: Embedding) -> list[float]:
     if embedding.activation and not embedding.activation.endswith(".Identity"):
         return scores
     if len(scores) == 1:
-        return [1 / (1 + math.exp(-scores[0]))] if scores[0] > -700 else [0.0]
+        return [sigmoid(scores[0])]
     largest = max(scores)
     shares = [math.exp(score - largest) for score in scores]
     return [share / sum(shares) for share in shares]
+
+
+def sigmoid(score: float) -> float:
+    return 1 / (1 + math.exp(-score)) if score > -700 else 0.0
 
 
 def classified(index: int, shares: list[float], names: dict[str, str]) -> dict[str, Any]:
