@@ -1,19 +1,23 @@
 """Small random embedding models on disk, transformers' answers for them, and ours."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, processors
 
-from quartet.runtime.messages import Request, Tokenized, pack_ids
+from quartet.http_gateway.embedding.prompts import Prompted, choose_vectors
+from quartet.runtime.messages import Generate, Request, Tokenized, pack_ids
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.plan import Update
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.execution.worker import Worker
+from quartet.tokenizer_service.load import load_encoder
 from tests.configs import resolved
 from tests.engine import floats
 from tests.model import tiny
@@ -110,6 +114,46 @@ class Embedder:
         rids = [self.add(text, **request) for text in texts]
         self.run()
         return [torch.tensor(floats(self.updates[rid].vector)) for rid in rids]
+
+
+class Served:
+    """Tokenizer, planner and worker of a model, without a ring."""
+
+    def __init__(self, directory: Path) -> None:
+        self.encoder = load_encoder(resolved(model_path=str(directory), model_dir=str(directory), is_embedding=True))
+        self.embedder = Embedder(directory)
+        self.embedding = self.embedder.info.embedding
+
+    def ask(self, sentences: Sequence[str], name: str | None = None) -> list[Any]:
+        """The update of each text, under the prompt of that name."""
+        prefix = self.embedding.prompts[name] if name else ""
+        messages = []
+        for i, sentence in enumerate(sentences):
+            request = Request(rid=f"{name}-{i}", params=SamplingParams(max_new_tokens=0), task="embed")
+            choose_vectors(request, Prompted(prompt_name=name), self.embedding)
+            messages.append(Generate(request=request, text=prefix + sentence))
+        for tokenized in self.encoder.step(messages):
+            assert isinstance(tokenized, Tokenized), tokenized
+            self.embedder.planner.add(tokenized, 0.0)
+        self.embedder.run()
+        return [self.embedder.updates[message.request.rid] for message in messages]
+
+    def vectors(self, sentences: Sequence[str], name: str | None = None) -> list[torch.Tensor]:
+        size = self.embedding.token_size(self.embedder.info.hidden_size)
+        return [torch.tensor(floats(update.vector)).view(-1, size) for update in self.ask(sentences, name)]
+
+
+def wrap_texts(directory: Path, *, known: Sequence[str] = ()) -> None:
+    """Have the tokenizer put tokens around a text and know a mask, and words of one token."""
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(["[MASK]", "[UNK]", *known])
+    pair = [("<bos>", 0), ("<eos>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=pair)
+    tokenizer.save(str(file))
+    settings = directory / "tokenizer_config.json"
+    given = {**json.loads(settings.read_text()), "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    settings.write_text(json.dumps({**given, "cls_token": "<bos>", "sep_token": "<eos>"}))
 
 
 def texts(*lengths: int) -> list[list[int]]:

@@ -9,47 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, processors
 
-from quartet.http_gateway.embedding.prompts import Prompted, choose_vectors
 from quartet.runtime.errors import StartupError
-from quartet.runtime.messages import Generate, Request, Tokenized
-from quartet.runtime.sampling import SamplingParams
-from quartet.tokenizer_service.load import load_encoder
-from tests.configs import resolved
 from tests.model import embedders
-from tests.model.embedders import Embedder, cosine, floats, hidden_states, texts
+from tests.model.embedders import Embedder, Served, cosine, floats, hidden_states, texts, wrap_texts
 
 LEAST_COSINE = 0.99999
 TEXTS = ["what is a panda?", "a, b!", "hello world", "the quick brown fox jumps over the lazy dog, " * 4, "x"]
 SPARSE = {"Bert": "max", "DistilBert": "sum", "MPNet": "sum", "ModernBert": "max", "Roberta": "max"}
-
-
-class Served:
-    """Tokenizer, planner and worker of a model, without a ring."""
-
-    def __init__(self, directory: Path) -> None:
-        self.encoder = load_encoder(resolved(model_path=str(directory), model_dir=str(directory), is_embedding=True))
-        self.embedder = Embedder(directory)
-        self.embedding = self.embedder.info.embedding
-
-    def ask(self, sentences: Sequence[str], name: str | None = None) -> list[Any]:
-        """The update of each text, under the prompt of that name."""
-        prefix = self.embedding.prompts[name] if name else ""
-        messages = []
-        for i, sentence in enumerate(sentences):
-            request = Request(rid=f"{name}-{i}", params=SamplingParams(max_new_tokens=0), task="embed")
-            choose_vectors(request, Prompted(prompt_name=name), self.embedding)
-            messages.append(Generate(request=request, text=prefix + sentence))
-        for tokenized in self.encoder.step(messages):
-            assert isinstance(tokenized, Tokenized), tokenized
-            self.embedder.planner.add(tokenized, 0.0)
-        self.embedder.run()
-        return [self.embedder.updates[message.request.rid] for message in messages]
-
-    def vectors(self, sentences: Sequence[str], name: str | None = None) -> list[torch.Tensor]:
-        size = self.embedding.token_size(self.embedder.info.hidden_size)
-        return [torch.tensor(floats(update.vector)).view(-1, size) for update in self.ask(sentences, name)]
 
 
 def assert_same(ours: Sequence[torch.Tensor], theirs: Sequence[Any]) -> None:
@@ -58,19 +25,6 @@ def assert_same(ours: Sequence[torch.Tensor], theirs: Sequence[Any]) -> None:
         assert mine.shape == other.shape
         assert all(cosine(a, b) >= LEAST_COSINE for a, b in zip(mine, other, strict=True))
         assert torch.allclose(mine, other, atol=2e-5)
-
-
-def wrap_texts(directory: Path, *, known: Sequence[str] = ()) -> None:
-    """Have the tokenizer put tokens around a text and know a mask, and words of one token."""
-    file = directory / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.add_special_tokens(["[MASK]", "[UNK]", *known])
-    pair = [("<bos>", 0), ("<eos>", 1)]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=pair)
-    tokenizer.save(str(file))
-    settings = directory / "tokenizer_config.json"
-    given = {**json.loads(settings.read_text()), "mask_token": "[MASK]", "unk_token": "[UNK]"}
-    settings.write_text(json.dumps({**given, "cls_token": "<bos>", "sep_token": "<eos>"}))
 
 
 @pytest.fixture(params=[None, {"strategy": "fixed", "length": 16}, {"strategy": "min", "length": 12, "attend": True}])
