@@ -47,7 +47,7 @@ def cut_to(gateway: Gateway, embedding: Embedding, dimensions: int | None) -> in
     if not 1 <= dimensions <= size:
         raise RequestError(f"dimensions must be in [1, {size}], got {dimensions}.", field="dimensions")
     if dimensions == size:
-        return None
+        return None if embedding.own_dimensions is None else size
     if not embedding.matryoshka:
         raise RequestError(NOT_MATRYOSHKA.format(gateway.config.name), field="dimensions")
     if embedding.dimensions and dimensions not in embedding.dimensions:

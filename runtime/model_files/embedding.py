@@ -80,6 +80,7 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True):
     scores_tokens: bool = False  # each token gets scores, and their mean is the text's
     matryoshka: bool = False  # its vectors may be cut
     dimensions: tuple[int, ...] = ()  # cut to one of these alone, where the model lists them
+    own_dimensions: int | None = None  # that vectors are cut to where a request does not say
     dense: tuple[Dense, ...] = ()  # what the pooled vector passes
     prompts: dict[str, str] = {}  # texts that are put before others, by what the vector is for
     default_prompt: str = ""  # a name among those: where a request names none
@@ -150,6 +151,7 @@ def embedding(path: Path, architecture: str, config: Json) -> Embedding:
         and not config.get("use_bidirectional_attention"),
         matryoshka=bool(dimensions or config.get("is_matryoshka")),
         dimensions=tuple(dimensions),
+        own_dimensions=config.get("truncate_dim"),
         task_adapters=architecture.startswith(WITH_TASK_ADAPTERS),
     )
     if scoring:
@@ -157,6 +159,15 @@ def embedding(path: Path, architecture: str, config: Json) -> Embedding:
     if architecture == COLBERT:
         return colbert(found, path)
     return with_prompts(with_modules(found, path, architecture), path)
+
+
+def check_cuts(found: Embedding, path: Path, hidden: int) -> None:
+    """Raise StartupError for vectors that are to be cut to more numbers than they have."""
+    size = found.labels or found.size(hidden)
+    fields = {"matryoshka_dimensions": found.dimensions, "truncate_dim": (found.own_dimensions or 0,)}
+    for field, given in fields.items():
+        if given and max(given) > size:
+            raise StartupError(f"{path}/config.json: {field} is {max(given)}, more than the {size} numbers of a vector")
 
 
 def colbert(found: Embedding, path: Path) -> Embedding:

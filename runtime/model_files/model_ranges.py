@@ -148,6 +148,7 @@ FIELDS: dict[str, Kind] = {
     "type_vocab_size": Int(0, 1 << 16),
     "num_labels": Int(1, 1 << 22),
     "matryoshka_dimensions": Each(WIDTH, 1 << 10),
+    "truncate_dim": WIDTH,
     **dict.fromkeys(("bos_token_id", "eos_token_id"), Each(TOKEN_ID, 1 << 10, alone=True)),
     "pad_token_id": TOKEN_ID,
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"), EPSILON),

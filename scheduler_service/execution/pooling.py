@@ -168,7 +168,7 @@ class Pooler:
 
     def finish(self, vector: torch.Tensor, request: Request) -> torch.Tensor:
         """The leading dimensions that a request asks for, of length 1 where it or the model says so."""
-        vector = vector[: request.dimensions]
+        vector = vector[: request.dimensions or self.embedding.own_dimensions]
         normalize = self.embedding.normalize if request.normalize is None else request.normalize
         return F.normalize(vector, dim=-1) if normalize else vector
 

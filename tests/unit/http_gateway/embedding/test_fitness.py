@@ -99,7 +99,7 @@ async def test_a_reranker_of_bge_is_scored_by_the_logit_of_yes_behind_its_questi
         ranked = (await server.client.post("/v1/rerank", body)).json()
         assert [(entry["index"], entry["score"]) for entry in ranked] == [(1, 12.0), (0, 0.0)]
         prompts = [sent for sent in server.ring.sent if isinstance(sent, Generate)]
-        assert [bytes(unpack_ids(sent.input_ids)) for sent in prompts] == [
+        assert [bytes(unpack_ids(sent.input_ids).tolist()) for sent in prompts] == [
             b"\x01A: q\nB: short\nfits?",
             b"\x01A: q\nB: a longer document\nfits?",
         ]
