@@ -9,7 +9,7 @@ from quartet.http_gateway.embedding.embeddings import probabilities, sigmoid
 from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, numbers
 from quartet.http_gateway.embedding.score import first_tokens, label_logprobs, shares
 from quartet.http_gateway.generation.intake import Job, Rules, check_bytes, fan_out
-from quartet.http_gateway.generation.truncation import Truncating, read_truncation
+from quartet.http_gateway.generation.truncation import Truncating, Truncation, read_truncation
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds
 from quartet.http_gateway.routes.token_questions import tokens_of
@@ -113,7 +113,8 @@ async def by_logit(
         params=SamplingParams(max_new_tokens=1, temperature=1.0, ignore_eos=True),
         logprobs=LogprobOptions(token_ids=ranking.labels, raw=True),
     )
-    if (truncation := read_truncation(body, "right")) is not None:
+    truncation = read_truncation(body, "right") or (Truncation(0, "right") if gateway.rules.auto_truncate else None)
+    if truncation is not None:
         truncation.apply(request, gateway.rules)
         room = max((request.truncate or 0) - len(before) - len(behind), 0)
         given = [ids[len(ids) - room :] if truncation.side == "left" else ids[:room] for ids in given]

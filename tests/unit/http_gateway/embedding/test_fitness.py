@@ -1,5 +1,6 @@
 """Documents that are ranked by a model's answer: the prompts that it gets, and what they may come to."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ async def test_a_reranker_of_bge_is_scored_by_the_logit_of_yes_behind_its_questi
         options = prompts[0].request.logprobs
         assert options is not None and options.raw and options.token_ids == [5]
         cut = {"query": "q", "texts": body["documents"], "truncate": True, "raw_scores": True, "instruct": "so?"}
-        server.gateway.rules.longest_prompt = 20
+        server.gateway.rules = dataclasses.replace(server.gateway.rules, longest_prompt=20)
         scores = {entry["index"]: entry["score"] for entry in (await server.client.post("/rerank", cut)).json()}
         assert scores == {0: -2.0, 1: -1.0}
         shares = (await server.client.post("/rerank", {"query": "q", "documents": ["short"]})).json()["results"]
