@@ -25,9 +25,11 @@ def add_head(layout: Layout, layers: tuple[HeadLayer, ...], buffer: str = "head"
         if layer.bias:
             layout.add(f"{buffer}_{place}_bias", (), [(f"{layer.name}.bias", layer.outputs)], None)
         if layer.norm:
-            layout.add(f"{buffer}_{place}_norm", (), [(f"{layer.norm}.weight", layer.outputs)], None)
+            layout.add(f"{buffer}_{place}_norm", (), [(f"{layer.norm}.{layer.norm_names[0]}", layer.outputs)], None)
         if layer.norm_bias:
-            layout.add(f"{buffer}_{place}_norm_bias", (), [(f"{layer.norm}.bias", layer.outputs)], None)
+            layout.add(
+                f"{buffer}_{place}_norm_bias", (), [(f"{layer.norm}.{layer.norm_names[1]}", layer.outputs)], None
+            )
 
 
 class Head:

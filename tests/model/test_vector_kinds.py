@@ -162,6 +162,23 @@ def test_settings_of_a_colbert_that_cannot_be_are_refused(file, content, words, 
         Served(tmp_path)
 
 
+def test_the_norms_of_an_old_checkpoint_are_read_in_its_head_too(tmp_path):
+    embedders.build("BertForMaskedLM", tmp_path)
+    (tmp_path / "1_Splade").mkdir()
+    (tmp_path / "1_Splade" / "config.json").write_text("{}")
+    kinds = {"": "MLMTransformer", "1_Splade": "SpladePooling"}
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": t, "path": path} for path, t in kinds.items()]))
+    [new] = Served(tmp_path).ask(TEXTS[:1])
+    tensors = load_file(tmp_path / "model.safetensors")
+    ends = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for name in list(tensors):
+        if end := next((end for end in ends if name.endswith(end)), None):
+            tensors[name.removesuffix(end) + ends[end]] = tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    [old] = Served(tmp_path).ask(TEXTS[:1])
+    assert (old.vector, old.vector_ids) == (new.vector, new.vector_ids) and new.vector
+
+
 def test_sparse_models_need_a_head_of_words(tmp_path):
     from sentence_transformers import SparseEncoder
     from sentence_transformers.base.modules import Transformer

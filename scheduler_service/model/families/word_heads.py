@@ -4,9 +4,10 @@ Their last matrix is that of the word embeddings. Sparse embedders (SPLADE) make
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from quartet.scheduler_service.model.encoder_spec import WordHead
-from quartet.scheduler_service.model.families.encoders import Config, Tensors
+from quartet.scheduler_service.model.families.encoders import OLDEST_NORM, Config, Tensors
 from quartet.scheduler_service.model.spec import HeadLayer, NotNative
 
 OWN_MATRICES = ("cls.predictions.decoder.weight", "lm_head.decoder.weight", "vocab_projector.weight", "decoder.weight")
@@ -19,7 +20,10 @@ def word_head(family: str, config: Config, tensors: Tensors) -> WordHead:
         raise NotNative(f"a sparse embedder of the family {family}")
     if config.get("tie_word_embeddings") is False and any(name in tensors for name in OWN_MATRICES):
         raise NotNative("tie_word_embeddings=False in a sparse embedder")
-    return make(config)
+    head = make(config)
+    if head.transform.norm and f"{head.transform.norm}.{OLDEST_NORM[0]}" in tensors:
+        return replace(head, transform=replace(head.transform, norm_names=OLDEST_NORM))
+    return head
 
 
 def bert(config: Config) -> WordHead:
