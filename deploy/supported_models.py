@@ -111,8 +111,8 @@ EMBEDDERS = """## Embedders and rerankers
 
 Compared with sentence-transformers or transformers, on small random models: cosines of at least 0.99999 for texts of
 mixed lengths in one batch. Native decoders embed and score as well, with `--is-embedding`; so Qwen3-Reranker and
-bge-reranker-v2-gemma rank. A vector for each token (ColBERT): any of these under a `MultiVectorMask` or PyLate's modules.
-Weights of words (SPLADE): Bert, Camembert, DistilBert, ModernBert, MPNet, Roberta, XLMRoberta.
+bge-reranker-v2-gemma rank. A vector for each token (ColBERT): any of these under PyLate's modules or a
+`MultiVectorMask`. Weights of words (SPLADE): Bert, Camembert, DistilBert, ModernBert, MPNet, Roberta, XLMRoberta.
 Refused by name: nomic-embed-text-v2-moe, jina's own code for v3 (take the -hf copy), DeBERTa v1 and v2-xlarge.
 """
 FALLBACK = """## Through transformers
