@@ -20,6 +20,7 @@ MODELS = {  # architecture → models that have it
     "DeepseekV3ForCausalLM": "DeepSeek-V3, V3.1, R1, Kimi K2",
     "Ernie4_5ForCausalLM": "ERNIE 4.5 0.3B",
     "Exaone4ForCausalLM": "EXAONE 4.0 1.2B and 32B",
+    "GemmaForCausalLM": "Gemma 2B and 7B, bge-reranker-v2-gemma",
     "Gemma2ForCausalLM": "Gemma 2",
     "Gemma3ForCausalLM": "Gemma 3 270M and 1B",
     "Glm4ForCausalLM": "GLM-4-0414 9B and 32B, GLM-Z1",
@@ -45,12 +46,20 @@ MODELS = {  # architecture → models that have it
     "Qwen3_5ForCausalLM": "text models of the dense Qwen3.5 family",
     "SeedOssForCausalLM": "Seed-OSS 36B",
     "SmolLM3ForCausalLM": "SmolLM3 3B",
-    "Bert": "BERT, MiniLM, BGE, E5, GTE",
+    "Bert": "BERT, MiniLM, BGE, E5, GTE, arctic-embed",
     "Camembert": "CamemBERT",
+    "DebertaV2": "DeBERTa v3, mxbai-rerank v1, NLI classifiers",
     "DistilBert": "DistilBERT",
+    "Electra": "ELECTRA, ms-marco-electra",
+    "EuroBert": "EuroBERT 210M to 2.1B",
+    "Gte": "gte v1.5, gte-multilingual, arctic-embed-m-v2.0",
+    "HF_ColBERT": "ColBERTv2, answerai-colbert-small",
+    "JinaEmbeddingsV3": "jina-embeddings-v3-hf, without its task adapters",
+    "MPNet": "all-mpnet-base-v2, multi-qa-mpnet",
     "ModernBert": "ModernBERT, gte-modernbert",
+    "NomicBert": "nomic-embed-text v1 and v1.5",
     "Roberta": "RoBERTa",
-    "XLMRoberta": "XLM-R, BGE-M3, bge-reranker-v2-m3",
+    "XLMRoberta": "XLM-R, BGE-M3, bge-reranker-v2-m3, arctic-embed-l-v2.0",
 }
 TOWER_MODELS = {
     "Gemma3ForConditionalGeneration": "Gemma 3 4B, 12B and 27B",
@@ -100,7 +109,11 @@ Their text is served, requests with images are refused. Compared with the whole 
 """
 EMBEDDERS = """## Embedders and rerankers
 
-Compared with sentence-transformers or transformers. Native decoders embed and score as well, with `--is-embedding`.
+Compared with sentence-transformers or transformers, on small random models: cosines of at least 0.99999 for texts of
+mixed lengths in one batch. Native decoders embed and score as well, with `--is-embedding`; so Qwen3-Reranker and
+bge-reranker-v2-gemma rank. A vector for each token (ColBERT): any of these under PyLate's modules or a
+`MultiVectorMask`. Weights of words (SPLADE): Bert, Camembert, DistilBert, ModernBert, MPNet, Roberta, XLMRoberta.
+Refused by name: nomic-embed-text-v2-moe, jina's own code for v3 (take the -hf copy), DeBERTa v1 and v2-xlarge.
 """
 FALLBACK = """## Through transformers
 

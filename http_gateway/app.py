@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from quartet.http_gateway.admin import control, health, info, openapi, parsing, web_page
 from quartet.http_gateway.anthropic import error_responses, messages, models
 from quartet.http_gateway.batches import batches, files, service
-from quartet.http_gateway.embedding import embeddings, rerank, score, tei
+from quartet.http_gateway.embedding import embeddings, rerank, score, tei, vectors
 from quartet.http_gateway.embedding import encode as embed
 from quartet.http_gateway.http import errors, request_log
 from quartet.http_gateway.http.allowed_sites import AllowedSites, CorsMiddleware, HostMiddleware
@@ -42,6 +42,7 @@ ENDPOINTS: list[Endpoint] = [
     *embed.ENDPOINTS,
     *embeddings.ENDPOINTS,
     *tei.ENDPOINTS,
+    *vectors.ENDPOINTS,
     *rerank.ENDPOINTS,
     *score.ENDPOINTS,
     *health.ENDPOINTS,

@@ -63,6 +63,7 @@ FAMILIES: dict[str, llama.Family] = {
     "DeepseekV3ForCausalLM": deepseek.v3,
     "Ernie4_5ForCausalLM": ernie.ernie4_5,
     "Exaone4ForCausalLM": exaone.exaone4,
+    "GemmaForCausalLM": gemma.gemma1,
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
     "Glm4ForCausalLM": glm.glm4,

@@ -106,6 +106,7 @@ class HeadLayer:
     bias: bool = True
     activation: str | None = None
     norm: str | None = None  # in the checkpoint: a layer norm behind the activation
+    norm_names: tuple[str, str] = ("weight", "bias")  # of its tensors, in the checkpoint
     norm_bias: bool = False
     norm_epsilon: float = 1e-5
 

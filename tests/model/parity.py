@@ -24,7 +24,7 @@ FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"),
     *("olmo2", "olmo3", "smollm3", "granite", "seed_oss", "exaone4", "ministral", "ministral3", "cohere2", "ernie4_5"),
     *("glm4", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
-    *("lfm2", "qwen3_next", "qwen3_5"),
+    *("lfm2", "qwen3_next", "qwen3_5", "gemma"),
 )
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 FIRST_WORD = 3  # ids below are special

@@ -79,6 +79,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "phi3": ("Phi3Config", {}),
+    "gemma": ("GemmaConfig", {"head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {**GEMMA, "sliding_window": 24}),
     "gemma3": ("Gemma3TextConfig", {**GEMMA, "sliding_window": 24, "sliding_window_pattern": 2}),
     "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 80}),
