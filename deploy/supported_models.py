@@ -43,6 +43,7 @@ MODELS = {  # architecture → models that have it
     "Qwen3MoeForCausalLM": "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
     "Qwen3NextForCausalLM": "Qwen3-Next-80B-A3B",
     "Qwen3_5ForCausalLM": "text models of the dense Qwen3.5 family",
+    "Qwen3_5MoeForCausalLM": "text models of the Qwen3.5 family with experts",
     "SeedOssForCausalLM": "Seed-OSS 36B",
     "SmolLM3ForCausalLM": "SmolLM3 3B",
     "Bert": "BERT, MiniLM, BGE, E5, GTE",
@@ -58,6 +59,9 @@ TOWER_MODELS = {
     "Qwen2VLForConditionalGeneration": "Qwen2-VL",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL, dense",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL-30B-A3B, 235B-A22B",
+    "Qwen3_5ForConditionalGeneration": "Qwen3.5 0.8B to 27B",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B",
 }
 # those that `can_fuse` refuses: a test compares
 PLAIN_ON_GPU = {
@@ -68,6 +72,7 @@ PLAIN_ON_GPU = {
     "Lfm2ForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM",
 }
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TRIED = Path(__file__).parent / "tried_models.json"

@@ -84,6 +84,7 @@ FAMILIES: dict[str, llama.Family] = {
     "Qwen3ForCausalLM": qwen.qwen3,
     "Qwen3NextForCausalLM": qwen_hybrid.qwen3_next,
     "Qwen3_5ForCausalLM": qwen_hybrid.qwen3_5,
+    "Qwen3_5MoeForCausalLM": qwen_hybrid.qwen3_5_moe,
     "Qwen3MoeForCausalLM": qwen.qwen3_moe,
     "SeedOssForCausalLM": seed_oss.decoder_spec,
     "SmolLM3ForCausalLM": smollm.decoder_spec,

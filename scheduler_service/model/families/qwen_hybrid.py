@@ -23,6 +23,12 @@ def qwen3_5(config: Config, context_length: int) -> DecoderSpec:
     return hybrid(config, common(config, context_length), by_key_head=False)
 
 
+def qwen3_5_moe(config: Config, context_length: int) -> DecoderSpec:
+    """Qwen3_5MoeForCausalLM: experts in every layer, with a gated shared one."""
+    config = {**DEFAULTS, "norm_topk_prob": True, "intermediate_size": config["moe_intermediate_size"], **config}
+    return hybrid(config, sparse(config, context_length, config["shared_expert_intermediate_size"]), by_key_head=False)
+
+
 def hybrid(config: Config, fields: dict[str, Any], by_key_head: bool) -> DecoderSpec:
     """The spec of fields whose layers all attend, with those in between that do not."""
     delta = GatedDeltaSpec(
