@@ -15,11 +15,13 @@ from quartet.scheduler_service.model import embedders, registry
 from quartet.scheduler_service.weights.quantized.methods import METHODS
 
 MODELS = {  # architecture → models that have it
+    "BambaForCausalLM": "Bamba 9B",
     "Cohere2ForCausalLM": "Command R7B, Command A",
     "DeepseekV2ForCausalLM": "DeepSeek-V2, V2.5, V2-Lite, Coder-V2",
     "DeepseekV3ForCausalLM": "DeepSeek-V3, V3.1, R1, Kimi K2",
     "Ernie4_5ForCausalLM": "ERNIE 4.5 0.3B",
     "Exaone4ForCausalLM": "EXAONE 4.0 1.2B and 32B",
+    "FalconH1ForCausalLM": "Falcon-H1 0.5B to 34B",
     "Gemma2ForCausalLM": "Gemma 2",
     "Gemma3ForCausalLM": "Gemma 3 270M and 1B",
     "Glm4ForCausalLM": "GLM-4-0414 9B and 32B, GLM-Z1",
@@ -27,6 +29,7 @@ MODELS = {  # architecture → models that have it
     "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
     "GptOssForCausalLM": "gpt-oss-20b, gpt-oss-120b",
     "GraniteForCausalLM": "Granite 3.0 to 3.3, Granite 4.0 dense",
+    "GraniteMoeHybridForCausalLM": "Granite 4.0 H, Granite 4.0 350M to Micro",
     "Lfm2ForCausalLM": "LFM2 350M to 2.6B",
     "LlamaForCausalLM": "Llama 2 to 3.3, SmolLM 2, Yi, DeepSeek-R1-Distill-Llama, TinyLlama",
     "MiniMaxM2ForCausalLM": "MiniMax-M2",
@@ -34,6 +37,7 @@ MODELS = {  # architecture → models that have it
     "MinistralForCausalLM": "Ministral 8B",
     "MistralForCausalLM": "Mistral 7B, Mistral Nemo, Mistral Small 3",
     "MixtralForCausalLM": "Mixtral 8x7B, 8x22B",
+    "NemotronHForCausalLM": "Nemotron-H, Nemotron Nano 2, Nemotron 3 Nano",
     "Olmo2ForCausalLM": "OLMo 2 1B to 32B",
     "Olmo3ForCausalLM": "OLMo 3 7B and 32B",
     "Phi3ForCausalLM": "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
@@ -65,11 +69,15 @@ TOWER_MODELS = {
 }
 # those that `can_fuse` refuses: a test compares
 PLAIN_ON_GPU = {
+    "BambaForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "FalconH1ForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
+    "GraniteMoeHybridForCausalLM",
     "Lfm2ForCausalLM",
+    "NemotronHForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForCausalLM",
@@ -85,7 +93,8 @@ model's config.json says which one it has.
 * **Native**: computed by Quartet's own decoder. All of them have continuous batching, the prefix cache, drafts,
   constrained output, weight updates while they serve, and `--enable-deterministic-inference` on a CPU (but for the
   latent attention of DeepSeek and GLM-4.7-Flash); on a CPU weights may be quantized (`--quantization int8` or `int4`).
-  Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5) go without drafts.
+  Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5, and those with Mamba-2: Bamba, Falcon-H1, Granite 4 H,
+  Nemotron-H) go without drafts and LoRA adapters.
 * **Through transformers**: transformers' own code with Quartet's attention. Slower, and compared with its own logits at
   each start. Weights are not kept quantized, and there is no deterministic inference.
 * **Refused**: the start ends with the reason.

@@ -70,8 +70,7 @@ def gated_delta_rule_by_chunks(
     for first in range(0, value.shape[2], chunk):
         q, k, v, b = (x[:, :, first : first + chunk] for x in (query, key, value, beta))
         sums = decay[:, :, first : first + chunk].cumsum(-1)
-        above = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        between = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(above, -torch.inf).exp()
+        between = kept_between(sums)
         grown = sums.exp().unsqueeze(-1)
         system = (k * b) @ k.transpose(-1, -2) * between
         wanted = (v - (k * grown) @ state) * b
@@ -85,3 +84,48 @@ def gated_delta_rule_by_chunks(
 def unit_length(x: torch.Tensor) -> torch.Tensor:
     """x over its length in the last dimension."""
     return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def state_space(
+    value: torch.Tensor, key: torch.Tensor, query: torch.Tensor, decay: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state space of Mamba-2, token by token, all float32: (y like value, the state behind the last token).
+
+    The state forgets by exp(decay), then takes in key times value; a query reads it. Value (sequences, tokens, heads,
+    value dim); keys and queries (sequences, tokens, heads, key dim); decay (sequences, tokens, heads); state
+    (sequences, heads, key dim, value dim).
+    """
+    kept = decay.exp()
+    y = torch.empty_like(value)
+    for token in range(value.shape[1]):
+        state = state * kept[:, token, :, None, None] + key[:, token].unsqueeze(-1) * value[:, token].unsqueeze(-2)
+        y[:, token] = (state * query[:, token].unsqueeze(-1)).sum(dim=-2)
+    return y, state
+
+
+def state_space_by_chunks(
+    value: torch.Tensor,
+    key: torch.Tensor,
+    query: torch.Tensor,
+    decay: torch.Tensor,
+    state: torch.Tensor,
+    chunk: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for long prompts, in matrix products over chunks of tokens; sums are taken in another order."""
+    value, key, query = (x.transpose(1, 2) for x in (value, key, query))  # (sequences, heads, tokens, dim)
+    decay = decay.transpose(1, 2)
+    parts = []
+    for first in range(0, value.shape[2], chunk):
+        v, k, q = (x[:, :, first : first + chunk] for x in (value, key, query))
+        sums = decay[:, :, first : first + chunk].cumsum(-1)
+        parts.append((q @ k.transpose(-1, -2) * kept_between(sums)) @ v + (q * sums.exp().unsqueeze(-1)) @ state)
+        left = k * (sums[..., -1:] - sums).exp().unsqueeze(-1)
+        state = state * sums[..., -1].exp()[..., None, None] + left.transpose(-1, -2) @ v
+    return torch.cat(parts, dim=2).transpose(1, 2), state
+
+
+def kept_between(sums: torch.Tensor) -> torch.Tensor:
+    """What is left at each token of each earlier one: sums of decays (…, tokens) → (…, tokens, tokens), 0 for later."""
+    tokens = sums.shape[-1]
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=sums.device).triu(1)
+    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()

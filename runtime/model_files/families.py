@@ -7,11 +7,13 @@ from quartet.runtime.model_files.towers import TOWERS
 
 MAX_LETTERS = 80  # of a name that are looked at
 NATIVE = (
+    "BambaForCausalLM",
     "Cohere2ForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "Ernie4_5ForCausalLM",
     "Exaone4ForCausalLM",
+    "FalconH1ForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "Glm4ForCausalLM",
@@ -19,6 +21,7 @@ NATIVE = (
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
     "GraniteForCausalLM",
+    "GraniteMoeHybridForCausalLM",
     "Lfm2ForCausalLM",
     "LlamaForCausalLM",
     "MiniMaxM2ForCausalLM",
@@ -26,6 +29,7 @@ NATIVE = (
     "MinistralForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
+    "NemotronHForCausalLM",
     "Olmo2ForCausalLM",
     "Olmo3ForCausalLM",
     "Phi3ForCausalLM",

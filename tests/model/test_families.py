@@ -71,6 +71,13 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": None, "first_k_dense_replace": 0}),
     ("deepseek_v3", {"rope_parameters": STRETCHED, "rope_interleave": False}),
     ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True, "n_group": 1, "topk_group": 1}),
+    ("granite_hybrid", {"num_local_experts": 0, "position_embedding_type": "rope"}),
+    ("granite_hybrid", {"num_local_experts": 0, "layer_types": ["full_attention"] * 3}),
+    ("granite_hybrid", {"mamba_proj_bias": True, "mamba_conv_bias": False, "attention_bias": True}),
+    ("bamba", {"attention_bias": True, "mlp_bias": True, "mamba_n_groups": 1, "time_step_limit": (0.1, 1.0)}),
+    ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "tie_word_embeddings": True}),
+    ("nemotron_h", {"use_bias": True, "mlp_bias": True, "layer_types": ["full_attention", "mlp"]}),
     ("gpt_oss", {"attention_bias": False, "tie_word_embeddings": True, "rope_parameters": None}),
 ]
 
@@ -204,7 +211,8 @@ def test_old_phi3_config_with_longrope_by_another_name(old_name: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "qwen2_moe", "granite", "cohere2", "minimax_m2", "gpt_oss", "deepseek_v3"]
+    "family",
+    ["llama", "gemma2", "qwen2_moe", "granite", "cohere2", "minimax_m2", "gpt_oss", "deepseek_v3", "falcon_h1"],
 )
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family: str, tmp_path: Path) -> None:
     ids = prompt()

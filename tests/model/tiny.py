@@ -72,6 +72,41 @@ LINEAR: dict[str, Any] = {
     "num_hidden_layers": 3,
 }
 
+SPACE: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "num_hidden_layers": 3,
+}
+GRANITE: dict[str, Any] = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}
+FALCON: dict[str, Any] = {
+    "mamba_d_ssm": 96,
+    "num_hidden_layers": 2,
+    "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.8],
+    "mlp_multipliers": [0.8, 0.6],
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.7,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.9,
+    "key_multiplier": 0.6,
+    "embedding_multiplier": 2.0,
+    "lm_head_multiplier": 0.5,
+}
+NEMOTRON: dict[str, Any] = {
+    "layer_types": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention", "moe"],
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 80,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+
 # family → (config class of transformers, what it has besides SHAPE)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -91,6 +126,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
     "qwen3_5": ("Qwen3_5TextConfig", LINEAR),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
+    "bamba": ("BambaConfig", {**SPACE, "attn_layer_indices": [1]}),
+    "falcon_h1": ("FalconH1Config", {**SPACE, **FALCON}),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **SPACE,
+            **GRANITE,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_local_experts": 4,
+            "shared_intermediate_size": 80,
+        },
+    ),
+    "nemotron_h": ("NemotronHConfig", NEMOTRON),
     "cohere2": ("Cohere2Config", {"logit_scale": 0.5, **PATTERN}),
     "deepseek_v2": ("DeepseekV2Config", {**DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False}),
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
@@ -100,7 +148,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("Glm4MoeLiteConfig", DEEPSEEK),
     "glm4_moe": ("Glm4MoeConfig", GLM4_MOE),
     "gpt_oss": ("GptOssConfig", {**SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
-    "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),
+    "granite": ("GraniteConfig", GRANITE),
     "minimax_m2": ("MiniMaxM2Config", MINIMAX),
     "ministral": ("MinistralConfig", {"head_dim": 16, **PATTERN}),
     "ministral3": ("Ministral3Config", {"head_dim": 16, "rope_parameters": GROWING}),
