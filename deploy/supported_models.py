@@ -30,6 +30,7 @@ MODELS = {  # architecture → models that have it
     "GptOssForCausalLM": "gpt-oss-20b, gpt-oss-120b",
     "GraniteForCausalLM": "Granite 3.0 to 3.3, Granite 4.0 dense",
     "GraniteMoeHybridForCausalLM": "Granite 4.0 H, Granite 4.0 350M to Micro",
+    "KimiLinearForCausalLM": "Kimi-Linear-48B-A3B",
     "Lfm2ForCausalLM": "LFM2 350M to 2.6B",
     "LlamaForCausalLM": "Llama 2 to 3.3, SmolLM 2, Yi, DeepSeek-R1-Distill-Llama, TinyLlama",
     "MiniMaxM2ForCausalLM": "MiniMax-M2",
@@ -40,6 +41,7 @@ MODELS = {  # architecture → models that have it
     "NemotronHForCausalLM": "Nemotron-H, Nemotron Nano 2, Nemotron 3 Nano",
     "Olmo2ForCausalLM": "OLMo 2 1B to 32B",
     "Olmo3ForCausalLM": "OLMo 3 7B and 32B",
+    "OlmoHybridForCausalLM": "OLMo Hybrid 7B",
     "Phi3ForCausalLM": "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     "Qwen2ForCausalLM": "Qwen2, Qwen2.5, Qwen2.5-Coder, QwQ, DeepSeek-R1-Distill-Qwen, gte-Qwen2",
     "Qwen2MoeForCausalLM": "Qwen1.5-MoE, Qwen2-57B-A14B",
@@ -76,8 +78,10 @@ PLAIN_ON_GPU = {
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
     "GraniteMoeHybridForCausalLM",
+    "KimiLinearForCausalLM",
     "Lfm2ForCausalLM",
     "NemotronHForCausalLM",
+    "OlmoHybridForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForCausalLM",
@@ -92,9 +96,9 @@ model's config.json says which one it has.
 
 * **Native**: computed by Quartet's own decoder. All of them have continuous batching, the prefix cache, drafts,
   constrained output, weight updates while they serve, and `--enable-deterministic-inference` on a CPU (but for the
-  latent attention of DeepSeek and GLM-4.7-Flash); on a CPU weights may be quantized (`--quantization int8` or `int4`).
-  Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5, and those with Mamba-2: Bamba, Falcon-H1, Granite 4 H,
-  Nemotron-H) go without drafts and LoRA adapters.
+  latent attention of DeepSeek, GLM-4.7-Flash and Kimi-Linear); on a CPU weights may be quantized (`--quantization int8`
+  or `int4`). Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi-Linear, and those with Mamba-2:
+  Bamba, Falcon-H1, Granite 4 H, Nemotron-H) go without drafts and LoRA adapters.
 * **Through transformers**: transformers' own code with Quartet's attention. Slower, and compared with its own logits at
   each start. Weights are not kept quantized, and there is no deterministic inference.
 * **Refused**: the start ends with the reason.

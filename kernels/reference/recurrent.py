@@ -6,6 +6,8 @@ prompt is cut.
 
 import torch
 
+CHANNELS_CHUNK = 16  # tokens; where channels forget by themselves, a chunk takes the square of them for each channel
+
 
 def causal_convolution(
     x: torch.Tensor, before: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -37,8 +39,9 @@ def gated_delta_rule(
     """The gated delta rule, token by token, all float32: (y like value, the state behind the last token).
 
     The state forgets by exp(decay), then what it gives for a key moves by beta towards the value. Queries and keys
-    (sequences, tokens, heads, key dim) are scaled to length one; value (sequences, tokens, heads, value dim); decay and
-    beta (sequences, tokens, heads); state (sequences, heads, key dim, value dim).
+    (sequences, tokens, heads, key dim) are scaled to length one; value (sequences, tokens, heads, value dim); decay
+    (sequences, tokens, heads, key dim), or 1 where all channels forget alike; beta (sequences, tokens, heads); state
+    (sequences, heads, key dim, value dim).
     """
     query = unit_length(query) * query.shape[-1] ** -0.5
     key = unit_length(key)
@@ -46,7 +49,7 @@ def gated_delta_rule(
     y = torch.empty_like(value)
     for token in range(value.shape[1]):
         row = key[:, token].unsqueeze(-1)
-        state = state * kept[:, token, :, None, None]
+        state = state * kept[:, token].unsqueeze(-1)
         change = (value[:, token] - (state * row).sum(dim=-2)) * beta[:, token].unsqueeze(-1)
         state = state + row * change.unsqueeze(-2)
         y[:, token] = (state * query[:, token].unsqueeze(-1)).sum(dim=-2)
@@ -66,19 +69,30 @@ def gated_delta_rule_by_chunks(
     query = unit_length(query) * query.shape[-1] ** -0.5
     query, key, value = (x.transpose(1, 2) for x in (query, unit_length(key), value))  # (sequences, heads, tokens, dim)
     decay, beta = decay.transpose(1, 2), beta.transpose(1, 2).unsqueeze(-1)
+    if decay.shape[-1] > 1:
+        chunk = min(chunk, CHANNELS_CHUNK)
     parts = []
     for first in range(0, value.shape[2], chunk):
         q, k, v, b = (x[:, :, first : first + chunk] for x in (query, key, value, beta))
-        sums = decay[:, :, first : first + chunk].cumsum(-1)
-        between = kept_between(sums)
-        grown = sums.exp().unsqueeze(-1)
-        system = (k * b) @ k.transpose(-1, -2) * between
+        sums = decay[:, :, first : first + chunk].cumsum(-2)
+        grown = sums.exp()
         wanted = (v - (k * grown) @ state) * b
-        change = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-        parts.append((q * grown) @ state + (q @ k.transpose(-1, -2) * between) @ change)
-        left = k * (sums[..., -1:] - sums).exp().unsqueeze(-1)
-        state = state * sums[..., -1].exp()[..., None, None] + left.transpose(-1, -2) @ change
+        change = torch.linalg.solve_triangular(kept_scores(k * b, k, sums), wanted, upper=False, unitriangular=True)
+        parts.append((q * grown) @ state + kept_scores(q, k, sums) @ change)
+        left = k * (sums[..., -1:, :] - sums).exp()
+        state = state * grown[..., -1, :].unsqueeze(-1) + left.transpose(-1, -2) @ change
     return torch.cat(parts, dim=2).transpose(1, 2), state
+
+
+def kept_scores(query: torch.Tensor, key: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Products of each query with the keys up to it, weighed by what is left of them: (…, tokens, tokens).
+
+    Sums of decays (…, tokens, key dim), or 1 where all channels forget alike.
+    """
+    if sums.shape[-1] == 1:
+        return query @ key.transpose(-1, -2) * kept_between(sums.squeeze(-1))
+    kept = kept_between(sums.transpose(-1, -2)).movedim(-3, -1)  # (…, tokens, tokens, key dim)
+    return (query.unsqueeze(-2) * key.unsqueeze(-3) * kept).sum(-1)
 
 
 def unit_length(x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ FAMILIES = (
     *("olmo2", "olmo3", "smollm3", "granite", "seed_oss", "exaone4", "ministral", "ministral3", "cohere2", "ernie4_5"),
     *("glm4", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
     *("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe", "granite_hybrid", "bamba", "falcon_h1", "nemotron_h"),
+    *("olmo_hybrid", "kimi_linear"),
 )
 BRIEF = ("qwen3_5_moe", "granite_hybrid", "bamba", "falcon_h1", "nemotron_h")  # make few tokens
 FIRST_WORD = 3  # ids below are special

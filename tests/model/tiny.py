@@ -3,11 +3,13 @@
 `build("llama", directory, tie_word_embeddings=True)` writes config, weights, tokenizer and generation config.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 320
@@ -107,6 +109,25 @@ NEMOTRON: dict[str, Any] = {
     "routed_scaling_factor": 1.5,
 }
 
+MIXED_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
+KIMI: dict[str, Any] = {
+    **{name: DEEPSEEK[name] for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "layer_types": MIXED_LAYERS,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+OLMO_HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "layer_types": MIXED_LAYERS,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+}
+
 # family → (config class of transformers, what it has besides SHAPE)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -126,6 +147,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
     "qwen3_5": ("Qwen3_5TextConfig", LINEAR),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
+    "kimi_linear": ("KimiLinearConfig", KIMI),
+    "olmo_hybrid": ("OlmoHybridConfig", OLMO_HYBRID),
     "bamba": ("BambaConfig", {**SPACE, "attn_layer_indices": [1]}),
     "falcon_h1": ("FalconH1Config", {**SPACE, **FALCON}),
     "granite_hybrid": (
@@ -170,12 +193,36 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# family → names that transformers saves → those of released checkpoints
+RENAMED: dict[str, dict[str, str]] = {
+    "kimi_linear": {r"(layers\.0\.)block_sparse_moe": r"\1mlp"},
+    "olmo_hybrid": {r"(layers\.1\.)feedforward_layer_norm": r"\1post_attention_layernorm"},
+}
+
+
 def build(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
     """Write a random model of the family with config fields overridden; returns the directory."""
     model = random_model(family, dtype=dtype, seed=seed, **overrides)
     model.save_pretrained(directory)
+    if family in RENAMED:
+        as_released(directory / "model.safetensors", RENAMED[family])
     save_tokenizer(directory, model.config.vocab_size)
     return directory
+
+
+def as_released(file: Path, renamed: dict[str, str]) -> None:
+    """Undo what transformers does to a checkpoint beyond its own inverse: names, and convolutions cut into thirds."""
+    tensors = load_file(file)
+    tensors = {
+        next((re.sub(old, new, name) for old, new in renamed.items() if re.search(old, name)), name): tensors[name]
+        for name in tensors
+    }
+    for name in [name for name in tensors if name.endswith("q_conv1d.weight")]:
+        names = [name.replace("q_conv1d", f"{part}_conv1d") for part in "qkv"]
+        sizes = [len(tensors[part.replace("conv1d", "proj")]) for part in names]
+        whole = torch.cat([tensors[part] for part in names])
+        tensors |= {part: piece.clone() for part, piece in zip(names, whole.split(sizes), strict=True)}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def random_model(

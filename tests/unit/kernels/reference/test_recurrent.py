@@ -23,11 +23,12 @@ def test_a_convolution_goes_on_where_it_was_cut_with_the_same_bits() -> None:
     torch.testing.assert_close(whole, expected)
 
 
+@pytest.mark.parametrize("channels", [1, 8])
 @pytest.mark.parametrize("tokens", [1, 16, 37])
-def test_the_delta_rule_by_chunks_is_the_one_by_tokens(tokens: int) -> None:
+def test_the_delta_rule_by_chunks_is_the_one_by_tokens(tokens: int, channels: int) -> None:
     torch.manual_seed(tokens)
     query, key, value = (torch.randn(2, tokens, 3, size) for size in (8, 8, 4))
-    decay, beta = -torch.rand(2, tokens, 3), torch.rand(2, tokens, 3)
+    decay, beta = -torch.rand(2, tokens, 3, channels), torch.rand(2, tokens, 3)
     state = torch.randn(2, 3, 8, 4)
     by_token, end = gated_delta_rule(query, key, value, decay, beta, state)
     by_chunk, chunk_end = gated_delta_rule_by_chunks(query, key, value, decay, beta, state, chunk=16)
