@@ -136,7 +136,8 @@ def positions_of(config: Mapping[str, Any]) -> int:
 
     Not so where the config's own number includes it: where it also tells that of pretraining, and in Gemma 3.
     """
-    positions: int = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+    named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "model_max_length"))
+    positions: int = next(filter(None, named), DEFAULT_CONTEXT)
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type") or rope.get("type")
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")

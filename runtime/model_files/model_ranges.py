@@ -119,7 +119,9 @@ FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "head_dim"), HEADS),
     "num_key_value_heads": Each(HEADS, MAX_LAYERS, alone=True),  # in some models each layer has its own
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), POSITIONS),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "model_max_length", "original_max_position_embeddings"), POSITIONS
+    ),
     **dict.fromkeys(("sliding_window", "max_window_layers"), Int(0, MAX_POSITIONS)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), EXPERTS),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), Int(0, 1 << 10)),
