@@ -151,7 +151,7 @@ def layers_together(layers: list[DecoderLayer], rotary_dims: Sequence[int]) -> L
 def described_layer(layer: DecoderLayer) -> Layer | None:
     """A layer as the kernels know it; None where they have no such thing."""
     feed_forward = described_feed_forward(layer)
-    if feed_forward is None or not is_known(layer):
+    if feed_forward is None or not (layer.attention.output.is_whole and is_known(layer)):
         return None
     attention = layer.attention
     spec = attention.spec

@@ -3,12 +3,11 @@
 import copy
 
 import torch
-import torch.nn.functional as F
 
 from quartet.scheduler_service.model.backend import Backend, Rotation
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.heads import Head
-from quartet.scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, linear, norm_of
+from quartet.scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, embedding_of, linear, norm_of
 from quartet.scheduler_service.model.spec import DecoderSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
@@ -26,6 +25,7 @@ class Decoder:
         self.vocab_size = spec.vocab_size
         self.embedding = weights.slab("embed")  # (vocab, hidden)
         self.quantized_embedding = weights.quantized_slab("embed")  # the same, if it is quantized
+        self.look_up = embedding_of(weights)
         self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
         self.layers = [decoder_layer(spec, weights, index) for index in range(len(spec.layers))]
         self.norm = norm_of(spec, weights, "norm")
@@ -61,7 +61,7 @@ class Decoder:
         if self.quantized_embedding is not None:
             x = self.quantized_embedding.read(batch.input_ids.long())
         else:
-            x = F.embedding(batch.input_ids, self.embedding)
+            x = self.look_up(batch.input_ids, self.embedding)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         if batch.embeds is None or batch.embeds_mask is None:

@@ -7,17 +7,21 @@ from quartet.scheduler_service.weights.parameters import Layout
 HEAD = "lm_head.weight"
 
 
-def decoder_layout(spec: DecoderSpec) -> Layout:
-    """Buffers by kind, fused where layers read them together: qkv, and gate with up."""
+def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
+    """Buffers by kind, fused where layers read them together: qkv, and gate with up.
+
+    `vocabulary`: how many tokens embeddings and head have here; None: all.
+    """
+    tokens = spec.vocab_size if vocabulary is None else vocabulary
     own_lm_head = spec.generates and not spec.tied
     layout = Layout(ignored=frozenset(() if own_lm_head else {HEAD}))
     if spec.generates:
         layout.ties[HEAD] = embeddings_name(spec)
-    layout.add("embed", (), [(embeddings_name(spec), spec.vocab_size)], spec.hidden_size)
+    layout.add("embed", (), [(embeddings_name(spec), tokens)], spec.hidden_size)
     layout.add("norm", (), [(f"{spec.prefix}norm.weight", spec.hidden_size)], None)
     add_head(layout, spec.score_head)
     if own_lm_head:
-        layout.add("lm_head", (), [(HEAD, spec.vocab_size)], spec.hidden_size)
+        layout.add("lm_head", (), [(HEAD, tokens)], spec.hidden_size)
     dense = sparse = 0
     for index, layer in enumerate(spec.layers):
         prefix = f"{spec.prefix}layers.{index}."

@@ -12,6 +12,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import family_name
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.host.device import available_gb
+from quartet.scheduler_service.host.parallel import ALONE, Parallel
 from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.cpu_backend import CpuBackend
@@ -20,7 +21,8 @@ from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_f
 from quartet.scheduler_service.model.dtype import resolve_dtype
 from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder
 from quartet.scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
-from quartet.scheduler_service.model.layout import HEAD, decoder_layout, embeddings_name
+from quartet.scheduler_service.model.layout import HEAD, embeddings_name
+from quartet.scheduler_service.model.shards import shard_layout, shard_spec
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from quartet.scheduler_service.weights import ties
@@ -46,8 +48,13 @@ FAMILIES: dict[str, llama.Family] = {
 }
 
 
-def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) -> ServedModel:
-    """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line."""
+def load_model(
+    config: ResolvedConfig, info: ModelInfo, device: torch.device, parallel: Parallel = ALONE
+) -> ServedModel:
+    """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line.
+
+    `parallel`: of which ranks this is one; its weights are its part of them.
+    """
     check_format(config.load_format, Path(info.path))
     dtype = resolve_dtype(config.dtype, info.config, device)
     if device.type == "cpu" and dtype is torch.bfloat16:
@@ -55,8 +62,10 @@ def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) ->
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)
     try:
-        model = load_own(config, info, dtype, device)
+        model = load_own(config, info, dtype, device, parallel)
     except NotNative as reason:
+        if parallel.size > 1:
+            raise StartupError(f"--tp-size {parallel.size} needs a native family, and {reason} has none") from reason
         if is_asked_for(config, device):
             raise StartupError(NOT_NATIVE.format(info.architecture)) from reason
         if info.embedding:
@@ -77,12 +86,16 @@ def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) ->
     return model
 
 
-def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> ServedModel:
+def load_own(
+    config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device, parallel: Parallel = ALONE
+) -> ServedModel:
     """A model that runs on our own layers; raises NotNative for any other."""
     if info.embedding is not None and config.quantization in CHOICES:
         raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
     if info.embedding is None:
-        return load_native(decoder_spec(info), config, info, dtype, device)
+        return load_native(decoder_spec(info), config, info, dtype, device, parallel)
+    if parallel.size > 1:
+        raise StartupError(f"--tp-size {parallel.size}: embedding models are computed by one process; use --tp-size 1")
     if is_asked_for(config, device) and not info.embedding.causal:
         raise StartupError(NOT_NATIVE.format(info.architecture))
     if info.embedding.encoder:
@@ -109,15 +122,21 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
 
 
 def load_native(
-    spec: DecoderSpec, config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+    spec: DecoderSpec,
+    config: ResolvedConfig,
+    info: ModelInfo,
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: Parallel = ALONE,
 ) -> Decoder:
     """The generic decoder of a spec, with its weights. Raises StartupError."""
     if spec.generates and not is_dummy(config):
         tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
-    layout = decoder_layout(spec)
+    layout = shard_layout(spec, parallel)
     weights = Weights(layout, dtype, device, schemes(config, info, layout, dtype, device))
-    model = Decoder(spec, weights, make_backend(spec, dtype, device, is_asked_for(config, device)))
+    own = shard_spec(spec, parallel.size) if parallel.size > 1 else spec
+    model = Decoder(own, weights, make_backend(spec, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)
     return model
 

@@ -84,11 +84,14 @@ class TorchBackend:
         return self.activations[activation](gate_up(self.normed(residual, norm)))
 
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
+        """See model.backend.Backend.add_experts; ranks that have parts of the experts are summed once, behind all."""
         x = self.normed(residual, before)
         weights, ids = plain_layers.choose_experts(moe.router(x), moe.spec.top_k, moe.spec.renormalize)
         y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, self.activations[moe.activation])
         if moe.shared is not None and moe.shared_gate is not None:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
+        if moe.parallel is not None:
+            y = moe.parallel.sum(y)
         residual.add_(self.normed(y, after))
         return ids
 

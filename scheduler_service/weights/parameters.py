@@ -18,7 +18,9 @@ import xxhash
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native.quantized import QuantizedRows, QuantizedWeight, Scheme, misfit, quantize
+from quartet.scheduler_service.host.parallel import ALONE, Parallel
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
+from quartet.scheduler_service.weights.cuts import Cut
 
 META = torch.device("meta")
 
@@ -45,6 +47,9 @@ class Layout:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of buffers that do not have the model's
     ignored: frozenset[str] = frozenset()  # names that a checkpoint may hold though nothing reads them
     ties: dict[str, str] = field(default_factory=dict)  # name without a place → the name whose values it has
+    parallel: Parallel = ALONE  # the ranks that have a part each
+    cuts: dict[str, Cut] = field(default_factory=dict)  # of the tensors of which this rank has a part
+    cut_buffers: dict[str, int] = field(default_factory=dict)  # buffers of such tensors → the dimension that is cut
 
     def add(self, buffer: str, index: tuple[int, ...], tensors: list[tuple[str, int]], columns: int | None) -> None:
         """Put tensors, each (name, rows), one below the other into one slab; without columns they are vectors."""
@@ -283,11 +288,14 @@ class Weights:
             layer.adopt(form)
 
     def fill_random(self, seed: int) -> None:
-        """Normal(0, 0.02), the same for the same seed and layout on every device."""
+        """Normal(0, 0.02), the same for the same seed and layout on every device and rank."""
         generator = torch.Generator().manual_seed(seed)
         for name in self.layout.places:
             with self.writing(name) as view:
-                view.copy_(torch.empty(view.shape).normal_(0.0, 0.02, generator=generator))
+                cut = self.layout.cuts.get(name)
+                values = torch.empty(view.shape if cut is None else cut.whole)
+                values.normal_(0.0, 0.02, generator=generator)
+                view.copy_(values if cut is None else cut.of(values))
 
     def checksum(self, name: str) -> str:
         """xxh3 (64 bits, hex) of a tensor's bytes in the served dtype."""
