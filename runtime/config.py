@@ -167,6 +167,16 @@ class ServerConfig(OperatorConfig, frozen=True, kw_only=True):
     ] = "auto"
     enable_cache_report: Annotated[bool, flag("say in the usage of /v1 answers how much was cached", HTTP)] = False
 
+    tp_size: Annotated[
+        Positive,
+        flag(
+            "processes that compute one model together, each with a part of it",
+            DEVICE,
+            "--tp",
+            "--tensor-parallel-size",
+            "-tp",
+        ),
+    ] = 1
     max_running_requests: Annotated[Positive | None, flag("requests in one batch (default: 256)", SCHEDULER)] = None
     max_queued_requests: Annotated[
         Positive | None, flag("waiting requests before a 503 (default: 4 batches, at least 1024)", SCHEDULER)

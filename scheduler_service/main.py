@@ -7,14 +7,16 @@ from functools import partial
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 import msgspec
+import setproctitle
 
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.model_info import ModelInfo
-from quartet.runtime.service import Boot, run
+from quartet.runtime.service import TITLE, Boot, run
 from quartet.scheduler_service.assemble import serve
 from quartet.scheduler_service.control.idle import IdleSleep
 from quartet.scheduler_service.execution.memory_saver import MemorySaver
+from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
@@ -31,11 +33,22 @@ def main(boot: Boot) -> None:
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
+    if boot.config.tp_size > 1:
+        followers = lead(boot)
+        worker = Worker(config, info, followers.load, followers=followers)
+        serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size))
+        return
     worker = Worker(config, info)
     updates = weight_updates(config, info, worker, boot.run_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
     serve(boot, info, worker, grammars, updates, saver, sleeper)
+
+
+def lead(boot: Boot) -> Followers:
+    """Start the other ranks of tensor parallel; this process is rank 0."""
+    setproctitle.setproctitle(TITLE.format(role=f"{boot.role} TP0"))
+    return Followers(boot)
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:

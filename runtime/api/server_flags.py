@@ -76,6 +76,7 @@ class ServerFlags(TypedDict, total=False):
     speculative_num_draft_tokens: int | None
     speculative_ngram_min_match_window_size: int | None
     speculative_ngram_max_match_window_size: int | None
+    tp_size: int
     device: Literal["auto", "cpu", "cuda"]
     attention_backend: Literal["triton", "torch_native"] | None
     enable_deterministic_inference: bool

@@ -62,6 +62,14 @@ CONTRADICTIONS: list[Contradiction] = [
         ),
     ),
     (
+        lambda c, m: (
+            c.tp_size > 1
+            and (c.device == "cuda" or (c.device == "auto" and m.has_gpu and m.torch_has_cuda))
+            and c.attention_backend != "torch_native"
+        ),
+        lambda c: f"--tp-size {c.tp_size} on GPUs needs --attention-backend torch_native; add it",
+    ),
+    (
         lambda c, m: c.chunked_prefill_size == 0,
         lambda c: "--chunked-prefill-size 0 computes nothing; use -1 for whole prompts or a number of tokens",
     ),
@@ -177,11 +185,33 @@ CONTRADICTIONS: list[Contradiction] = [
 ]
 
 
+# What one process does alone so far: field, its value where it is off, what to do
+ONE_RANK = (
+    ("enable_memory_saver", (False,)),
+    ("enable_weights_cpu_backup", (False,)),
+    ("sleep_when_idle_s", (None, 0)),
+    ("enable_deterministic_inference", (False,)),
+    ("quantization", ("auto", "none")),
+    ("is_embedding", (False,)),
+)
+
+
+def refuse_beside_ranks(config: ServerConfig) -> None:
+    """Raise StartupError for a setting that tensor parallel does not have."""
+    if config.tp_size == 1:
+        return
+    for name, off in ONE_RANK:
+        if getattr(config, name) not in off:
+            flag = "--" + name.replace("_", "-")
+            raise StartupError(f"{flag} works with one process only, and --tp-size is {config.tp_size}; leave one out")
+
+
 def refuse_contradictions(config: ServerConfig, machine: Machine) -> None:
     """Raise StartupError for the first contradiction, UsageError for a list that cannot be read."""
     for holds, message in CONTRADICTIONS:
         if holds(config, machine):
             raise StartupError(message(config))
+    refuse_beside_ranks(config)
     allowed_origins(config.cors_allow_origins)
     allowed_hosts(config.allowed_hosts)
     if config.preferred_sampling_params is not None:

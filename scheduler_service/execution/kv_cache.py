@@ -112,13 +112,15 @@ def make_kv_cache(
     most_tokens: int,
     context_length: int,
     second_set_bytes: int,
+    sharing: int = 1,
 ) -> KVCache:
     """Size and allocate the pool for a model whose weights are loaded already. Raises StartupError.
 
     `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`.
+    `sharing`: how many ranks have such a pool in the same memory.
     """
     room = Room(look_at_memory(device), second_set_bytes)
-    need = Need(config.page_size, token_bytes(layers, dtype), most_tokens, context_length)
+    need = Need(config.page_size, sharing * token_bytes(layers, dtype), most_tokens, context_length)
     plan = plan_pool(config, need, room)
     try:
         cache = KVCache(layers, plan.page_count, plan.page_size, dtype, device)

@@ -27,7 +27,7 @@ from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.compile_ahead import start_compiling
 from quartet.scheduler_service.execution.device_state import SlotTokens
-from quartet.scheduler_service.execution.eager_steps import EagerSteps, choose_attention
+from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps, choose_attention
 from quartet.scheduler_service.execution.experts import Chosen, expert_shape, make_recorder
 from quartet.scheduler_service.execution.fused_steps import fused_steps_of
 from quartet.scheduler_service.execution.inputs import Inputs, PageRuns
@@ -35,6 +35,7 @@ from quartet.scheduler_service.execution.kv_cache import make_kv_cache
 from quartet.scheduler_service.execution.launched_step import Drawn, LaunchedStep, State
 from quartet.scheduler_service.execution.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from quartet.scheduler_service.execution.pooling import make_pooler
+from quartet.scheduler_service.execution.ranks import Followers, LeadingSteps
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
 from quartet.scheduler_service.grammar.masks import Masks
@@ -65,11 +66,12 @@ class Worker:
         load: Load = load_model,
         depth: int | None = None,
         implementation: Implementation | None = None,
+        followers: Followers | None = None,
     ) -> None:
         """`depth`: see `Scheduler`; without one, steps overlap where there is a device that works on its own.
 
         `implementation`: run on the fused operations of kernels/ops.py; without one, on a GPU if --attention-backend
-        says so.
+        says so. `followers`: the other ranks of tensor parallel.
         """
         self.info = info
         self.weight_version = config.weight_version
@@ -94,7 +96,8 @@ class Worker:
             self.device,
             most_tokens=running * info.context_length,
             context_length=info.context_length,
-            second_set_bytes=self.model.weights.served_bytes(),
+            second_set_bytes=0 if followers else self.model.weights.served_bytes(),
+            sharing=config.tp_size if self.device.type == "cpu" else 1,
         )
         stopwatch.mark("KV pool")
         self.page_size = self.cache.page_size
@@ -111,12 +114,24 @@ class Worker:
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
-        fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
-        self.steps: Steps = fused or EagerSteps(self.model, self.cache, self.tokens, attention)
+        self.steps = self.make_steps(config, attention, implementation, followers)
         self.masks = Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
+
+    def make_steps(
+        self,
+        config: ResolvedConfig,
+        attention: Attention,
+        implementation: Implementation | None,
+        followers: Followers | None,
+    ) -> Steps:
+        """What computes the steps: see `__init__`."""
+        if followers is not None:
+            return LeadingSteps(self.model, self.cache, self.tokens, attention, followers)
+        fused = fused_steps_of(config, self.info, self.model, self.cache, self.tokens, implementation)
+        return fused or EagerSteps(self.model, self.cache, self.tokens, attention)
 
     @property
     def keeps_tokens(self) -> bool:
