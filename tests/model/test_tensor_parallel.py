@@ -21,28 +21,60 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "qwen2_moe
 TOLERANCE = 1e-3
 
 
-def logits_of(parallel: Parallel, directory: Path) -> dict[str, torch.Tensor]:
-    """By family, the logits of a prompt in two chunks."""
-    return {family: feed(parallel, directory / family) for family in FAMILIES}
+Logits = dict[tuple[str, str], torch.Tensor]  # (family, dtype) → (tokens, vocab)
 
 
-def feed(parallel: Parallel, directory: Path) -> torch.Tensor:
-    config = resolved(model_path=str(directory), device="cpu")
+def logits_of(parallel: Parallel, directory: Path, families: list[str], dtypes: list[str]) -> Logits:
+    """The logits of a prompt in two chunks, as one rank computes them."""
+    return {(family, dtype): feed(parallel, directory / family, dtype) for family in families for dtype in dtypes}
+
+
+def feed(parallel: Parallel, directory: Path, dtype: str) -> torch.Tensor:
+    config = resolved(model_path=str(directory), device="cpu", dtype=dtype)
     runner = DenseRunner(load_model(config, model_info.load(config), torch.device("cpu"), parallel))
     ids = ids_of()
     return torch.cat([runner.feed([ids[:30]]), runner.feed([ids[30:]])])
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_ranks_of_every_family_give_the_logits_of_transformers(ranks: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
-        tiny.build(family, tmp_path / family)
-    found = run_ranks(ranks, tmp_path, logits_of, tmp_path)
-    for family in FAMILIES:
-        expected = expected_logits(family, ids_of())
-        for rank in found:
-            assert (rank[family] - expected).abs().max() <= TOLERANCE, family
-            assert torch.equal(rank[family].argmax(1), expected.argmax(1)), family
+        tiny.build(family, directory / family)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Logits]:
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), logits_of, models, FAMILIES, ["float32", "bfloat16"])
+
+
+def assert_parity(found: list[Logits], family: str) -> None:
+    expected = expected_logits(family, ids_of())
+    for rank in found:
+        assert (rank[family, "float32"] - expected).abs().max() <= TOLERANCE
+        assert torch.equal(rank[family, "float32"].argmax(1), expected.argmax(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_give_the_logits_of_transformers(family: str, of_two_ranks: list[Logits]) -> None:
+    assert_parity(of_two_ranks, family)
+
+
+def test_ranks_that_share_a_head_of_keys_give_the_logits_of_transformers(models: Path, tmp_path: Path) -> None:
+    families = ["llama", "qwen3_moe"]  # two heads of keys and values
+    found = run_ranks(4, tmp_path, logits_of, models, families, ["float32"])
+    for family in families:
+        assert_parity(found, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_in_bfloat16_are_as_near_as_one_process(family: str, models: Path, of_two_ranks: list[Logits]) -> None:
+    expected = expected_logits(family, ids_of())
+    first, second = (rank[family, "bfloat16"] for rank in of_two_ranks)
+    alone = (feed(Parallel(), models / family, "bfloat16") - expected).abs().mean()
+    assert (first - expected).abs().mean() <= 1.5 * alone
+    assert torch.equal(first, second)
 
 
 def refusal(family: str, ranks: int, directory: Path, **overrides: object) -> str:
