@@ -1,6 +1,8 @@
 """How a model writes tool calls, for the grammar that constrains them: made by the gateway, read by the scheduler.
 
-[text up to `trigger`] before call separator call ... after          call: begin name [:number] middle arguments end
+[text up to `trigger`] before call separator call ... after
+
+call: begin name [mark, number or id] middle arguments end
 """
 
 from typing import Any, Literal
@@ -35,7 +37,9 @@ class CallGrammar(msgspec.Struct, omit_defaults=True):
     before: str = ""
     separator: str = ""
     after: str = ""
-    numbered: bool = False
+    mark: str = ""  # behind the name, before what `marked` says
+    marked: Literal["", "number", "id"] = ""
+    behind_thought: str = ""  # between a thought and calls
     body: Literal["json", "python", "tags"] = "json"
     tags: ValueTags | None = None  # of a body of tags
     trigger: str = ""  # text may come first, and calls are constrained from this on; "": calls are demanded

@@ -83,17 +83,33 @@ INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status. Whoever reads what it prints may have left.
 
-    Ctrl-C ends it without a word, also while the subcommand is imported.
+    Output that cannot be written, to a full disk for example, is one line on stderr and the status 1. Ctrl-C ends a
+    command without a word, also while it is imported.
     """
     try:
         streams.keep_standard()
-        return dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = dispatch(list(sys.argv[1:] if argv is None else argv))
+        if not status:
+            sys.stdout.flush()
+        return status
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if not streams.is_of_output(error):
+            raise
+        return unwritten(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
         streams.settle()
+
+
+def unwritten(error: OSError) -> int:
+    """Say why there is no output; returns the exit status."""
+    from quartet.runtime.log import plain, say
+
+    say(plain(f"quartet: the output could not be written: {streams.cause(error)}"), sys.stderr)
+    return 1
 
 
 def dispatch(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from quartet.runtime.adapter_sources import AdapterSource
 from quartet.runtime.flag import (
     DEVICE,
     HTTP,
@@ -30,11 +31,11 @@ from quartet.runtime.flag import (
     flag,
 )
 from quartet.runtime.format_names import ReasoningParser, ToolCallParser
-from quartet.runtime.operator_config import OperatorConfig
+from quartet.runtime.lora_config import LoraConfig
 
 
-class ServerConfig(OperatorConfig, frozen=True, kw_only=True):
-    """All settings of a server, by their api names; those of logs, files and traces are in OperatorConfig."""
+class ServerConfig(LoraConfig, frozen=True, kw_only=True):
+    """All settings of a server, by their api names. Those of logs, files and traces, and of adapters, it inherits."""
 
     model_path: Annotated[
         str, flag("directory, GGUF file or hub id of the model; demo: the embedded one", MODEL, "--model")
@@ -376,6 +377,7 @@ class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
     device: Literal["cpu", "cuda"]
     attention_backend: Literal["triton", "torch_native"]
     page_size: int
+    enable_lora: bool
     max_running_requests: int
     max_queued_requests: int
     chunked_prefill_size: int  # -1: whole prompts
@@ -383,6 +385,7 @@ class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
     expert_distribution_recorder_dir: str
 
     # what other flags come to; not shown
+    adapters: list[AdapterSource] = []  # those of lora_paths
     access_log_level: LogLevel
     dummy_seed: int  # of random weights
     weight_schemes: list[WeightScheme] | None = None  # those that served before a restart; None: by --quantization

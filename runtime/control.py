@@ -6,15 +6,16 @@ middle forward it; the reply is a `Reply` with the same id. The gateway builds a
 that has a path.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from quartet.runtime.adapters import LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
+from quartet.runtime.command import ControlCommand as ControlCommand
 from quartet.runtime.limits import MAX_STEP_SLEEP_S
-from quartet.runtime.messages import Chat, Message
+from quartet.runtime.messages import Chat
 from quartet.runtime.names import Name
 from quartet.runtime.reply_shapes import (
-    EVERYTHING,
     NULL,
     STATUS,
     SUCCESS_AND_MESSAGE,
@@ -22,7 +23,6 @@ from quartet.runtime.reply_shapes import (
     AsField,
     AsJson,
     AsText,
-    ReplyShape,
 )
 
 RANKS = 1  # of the model, each with a payload of its own in /update_weights_from_tensor
@@ -32,25 +32,6 @@ COMMAND_LOST = (
     "See /get_model_info, and send it again."
 )
 ONLINE_FAILED = "Failed to update parameter online: {}."
-
-
-class ControlCommand(Message, kw_only=True):
-    """Base of all commands. `path` is None for those that no client may send."""
-
-    path: ClassVar[str | None] = None
-    aliases: ClassVar[tuple[str, ...]] = ()
-    methods: ClassVar[tuple[str, ...]] = ("POST",)
-    reply: ClassVar[ReplyShape] = EVERYTHING
-    admin: ClassVar[bool] = True  # guarded by the admin key where there is one
-    read_only: ClassVar[bool] = False  # changes nothing, so it may run twice
-
-    id: str = ""  # set by the gateway, copied into the Reply
-    epoch: int | None = None  # set by the gateway: of the scheduler that may run it; None: any
-
-    @property
-    def ends_requests(self) -> bool:
-        """Whether the command ends all requests that came before it."""
-        return False
 
 
 class Abort(ControlCommand, tag="abort_request", kw_only=True):
@@ -353,6 +334,9 @@ Command = (
     | SlowDown
     | StartProfile
     | StopProfile
+    | LoadAdapter
+    | LoadAdapterFromTensors
+    | UnloadAdapter
 )
 
 COMMANDS: tuple[type[ControlCommand], ...] = Command.__args__

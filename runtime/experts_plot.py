@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from quartet.runtime.errors import UsageError
-from quartet.runtime.log import plain, say
+from quartet.runtime.log import plain, put, say
 
 HEADER = ["layer_id", "expert_id", "count"]
 PALETTE = ["#f7fbff", "#6baed6", "#08306b"]
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"quartet: {plain(str(error))}", sys.stderr)
         return 2
     layers, experts = len(counts), len(counts[0])
-    say(f"{target}: {layers} layers x {experts} experts, {sum(map(sum, counts))} choices", sys.stdout)
+    put(f"{target}: {layers} layers x {experts} experts, {sum(map(sum, counts))} choices")
     return 0
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from quartet.runtime.limits import MAX_DRAFTED_TOKENS
+from quartet.runtime.limits import MAX_DRAFTED_TOKENS, MAX_LORA_RANK
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -14,6 +14,7 @@ class Flag(msgspec.Struct, frozen=True):
     aliases: tuple[str, ...] = ()
     secret: bool = False  # never shown or echoed
     several: bool = False  # takes a list: separated by commas, by repeating the flag, or a list of the file
+    words: bool = False  # takes a list, separated by spaces
     bare: str = ""  # the value of the flag without one
     variable: str = ""  # environment variable that gives the value where neither flag nor file does
 
@@ -23,11 +24,12 @@ def flag(help: str, group: str, *aliases: str, **more: Any) -> Any:
     return msgspec.Meta(description=help, extra={"flag": Flag(group, aliases, **more)})
 
 
-GROUPS = MODEL, HTTP, SCHEDULER, SPECULATION, DEVICE, OPERATIONS = (  # in the order of the help
+GROUPS = MODEL, HTTP, SCHEDULER, SPECULATION, LORA, DEVICE, OPERATIONS = (  # in the order of the help
     "model",
     "http",
     "scheduler",
     "speculation",
+    "lora",
     "device",
     "operations",
 )
@@ -37,6 +39,7 @@ Natural = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 BufferSize = Annotated[int, msgspec.Meta(ge=-1)]
 DraftSize = Annotated[int, msgspec.Meta(ge=1, le=MAX_DRAFTED_TOKENS)]
+LoraRank = Annotated[int, msgspec.Meta(ge=1, le=MAX_LORA_RANK)]
 ChunkSize = Annotated[int, msgspec.Meta(ge=-1)]
 PortNumber = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]

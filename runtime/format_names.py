@@ -22,6 +22,7 @@ ToolCallParser = Literal[
     "minimax-m2",
     "mistral",
     "mistral_v11",
+    "mistral_v13",
     "olmo3",
     "phi4_mini_json",
     "pythonic",

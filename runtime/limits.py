@@ -9,6 +9,7 @@ BODY_BYTES_PER_MEMBER = 8  # of lists and objects: a body may hold so many of th
 CALL_BYTES_PER_BODY_BYTE = 4  # what all requests of a call may take on the ring, for each byte that a body may have
 MAX_TOKENIZED = 1 << 20  # tokens in one answer of /tokenize
 MAX_DETOKENIZED = 1 << 20  # ids of one call of /detokenize
+MAX_VECTOR_NUMBERS = 16 << 20  # in the answer of one call
 MAX_DETOKENIZED_CHARS = 16 << 20  # of the text that they are
 MAX_CALL_VALUES = 200_000  # ids and strings in the parameters of all requests of a call together
 MAX_PARSED_BODY_BYTES = 1 << 20  # a text to look for tool calls or a thought in
@@ -48,8 +49,9 @@ MAX_TOP_LOGPROBS = 128
 MAX_SUPPORT_TOKENS = 1024  # candidates that are returned for every token
 MAX_TOKEN_IDS_LOGPROB = 1024
 MAX_RID_CHARS = 256
-# batches: bytes of a line, lines, characters of the id that a client gives a request
+# batches: bytes of a line and of an answer, lines, characters of the id that a client gives a request
 MAX_BATCH_LINE_BYTES = 16 << 20
+MAX_BATCH_ANSWER_BYTES = 256 << 20
 MAX_BATCH_LINES = 50_000
 MAX_CUSTOM_ID_CHARS = 512
 MAX_UNFINISHED_BATCHES = 64
@@ -61,6 +63,10 @@ MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
 MAX_DRAFTED_TOKENS = 64  # of one request in one step
+MAX_LORA_RANK = 256
+MAX_SHOWN_ADAPTERS = 16  # in an error
+MAX_ADAPTER_LABELS = 64  # of metrics; further adapters are counted together
+MAX_ADAPTERS = 1024  # that requests may name, loaded or evicted
 MAX_SHOWN_WEIGHTS = 1 << 22  # numbers of one tensor in an answer
 MAX_PROFILE_STEPS = 1000
 # chat templates: CPU time of a render, at least and by message; what it makes is bounded by the context

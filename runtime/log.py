@@ -50,6 +50,14 @@ def say(text: str, stream: TextIO | None) -> None:
         pass
 
 
+def put(text: str) -> None:
+    """Print what a command was asked for. Raises OSError where there is no room for it; its reader may have left."""
+    try:
+        print("\n".join(map(plain, text.split("\n"))), flush=True)
+    except BrokenPipeError:
+        give_up(sys.stdout)
+
+
 class Formatter(logging.Formatter):
     """One record, one line, and the traceback indented below it."""
 

@@ -88,6 +88,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     task: Literal["generate", "embed"] = "generate"
     logprobs: LogprobOptions | None = None
     stream: bool = False
+    adapter: str = ""  # the name of a LoRA adapter; empty: the base model
     extra_key: str = ""  # namespace of the prefix cache
     priority: int = 0
     log_metrics: bool = True
@@ -210,6 +211,7 @@ class Tokens(Message, tag="tokens", kw_only=True):
     retractions: int = 0
     queue_s: float | None = None  # with the first message of a request that was started: how long it had waited
     weight_version: str = ""  # that made `ids`
+    adapter_version: str = ""  # of the request's adapter, likewise
     vector: bytes = b""  # embed: float32
     scalar: bool = False  # embed: the vector is one bare number (cross-encoder)
     hidden_states: bytes = b""  # float32 (positions, hidden) of this message
@@ -249,7 +251,9 @@ class Facts(Message, tag="facts", kw_only=True):
     context_length: int
     vocab_size: int
     memory_usage: dict[str, float] = {}
-    state: dict[str, Any] = {}  # what replies to commands say of it: model_path, weight_version, paused, asleep
+    state: dict[
+        str, Any
+    ] = {}  # as in replies: model_path, weight_version, paused, asleep, adapters (runtime/adapters.py)
 
 
 class Restarted(Message, tag="restarted", kw_only=True):

@@ -1,4 +1,4 @@
-"""Names that clients choose: of models, users and versions of weights. They come back in answers and logs."""
+"""Names that clients choose: of models, adapters, users and versions of weights. They come back in answers and logs."""
 
 from typing import Annotated
 
@@ -6,4 +6,5 @@ import msgspec
 
 from quartet.runtime.limits import MAX_NAME_CHARS
 
+AdapterName = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_CHARS)]
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]

@@ -40,7 +40,12 @@ class AsField:
     name: str
 
 
-ReplyShape = AsJson | AsText | AsNull | AsStatus | AsField
+@dataclass(frozen=True)
+class AsAdapters:
+    """{"success", "error_message", "loaded_adapters": name → path}; a refusal looks the same."""
+
+
+ReplyShape = AsAdapters | AsJson | AsText | AsNull | AsStatus | AsField
 EVERYTHING = AsJson()
 SUCCESS_AND_MESSAGE = AsJson(fields=())
 TEXT = AsText()

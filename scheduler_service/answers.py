@@ -43,7 +43,7 @@ def stamp(tokens: Tokens, update: Update, now: float) -> None:
         tokens.times = times
 
 
-def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
+def tokens_of(update: Update, weight_version: str, hidden_size: int, adapter_version: str = "") -> Tokens:
     """The output of a step for one request. The first message of a request also carries the request."""
     sequence = update.sequence
     tokens = Tokens(
@@ -56,6 +56,7 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int) -> Tokens:
         cached_tokens=sequence.cached_tokens,
         retractions=sequence.retractions,
         weight_version=weight_version,
+        adapter_version=adapter_version,
         vector=update.vector,
         scalar=update.scalar,
         routed_experts=update.routed_experts,

@@ -16,11 +16,13 @@ from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.core.snapshots import SnapshotOptions
 from quartet.scheduler_service.grammar.grammar_queue import Pool
 from quartet.scheduler_service.scheduler import Scheduler, Worker
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.control.idle import Sleeper
+    from quartet.scheduler_service.execution.adapters import AdapterStore
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.weights.update import Updates
 
@@ -35,6 +37,7 @@ class SizedWorker(Worker, Protocol):
     page_count: int  # usable pages; page 0 is not among them
     max_running_requests: int
     depth: int  # see Scheduler
+    snapshots: SnapshotOptions | None  # of a model with recurrent layers
 
     @property
     def uses_graphs(self) -> bool: ...
@@ -67,7 +70,9 @@ def planner_config(config: ResolvedConfig, info: ModelInfo, worker: SizedWorker)
         running_timeout_s=config.running_timeout_s,
         max_queued=config.max_queued_requests,
         reuse_prefixes=not (config.disable_radix_cache or whole),
+        snapshots=worker.snapshots,
         drafts=draft_options(config),
+        max_adapters=config.max_loras_per_batch,
         clips_output=config.allow_auto_truncate,
         default_new_tokens=SamplingParams().max_new_tokens,
     )
@@ -89,11 +94,12 @@ def serve(
     updates: "Updates | None" = None,
     saver: "MemorySaver | None" = None,
     sleeper: "Sleeper | None" = None,
+    adapters: "AdapterStore | None" = None,
 ) -> None:
     """Report ready, send the model's facts through the ring, and run until killed.
 
-    Without `grammars`, requests with a grammar are refused. Without `updates` or `saver`, commands that change the
-    weights or release memory are refused.
+    Without `grammars`, requests with a grammar are refused; without `adapters`, those that name one. Without `updates`
+    or `saver`, commands that change the weights or release memory are refused.
     """
     planner = Planner(planner_config(boot.config, info, worker))
     durable_state = DurableState(boot.run_dir)
@@ -115,6 +121,7 @@ def serve(
         updates=updates,
         saver=saver,
         sleeper=sleeper,
+        adapters=adapters,
         durable_state=durable_state,
         announced=announced(boot),
     )

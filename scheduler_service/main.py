@@ -20,6 +20,7 @@ from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
+from quartet.scheduler_service.model.registry import check_ranks
 from quartet.scheduler_service.model.same_model import check_same_model
 from quartet.scheduler_service.weights import record
 from quartet.scheduler_service.weights.update import Updates
@@ -28,21 +29,23 @@ log = logging.getLogger(__name__)
 
 
 def main(boot: Boot) -> None:
-    """Load the model and serve it until killed."""
+    """Load the model and serve it until killed. Raises StartupError."""
     config = record.restored(boot.config, boot.run_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     if boot.config.tp_size > 1:
+        check_ranks(config, info)
         followers = lead(boot)
         worker = Worker(config, info, followers.load, followers=followers)
         serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size))
         return
     worker = Worker(config, info)
+    adapters = worker.load_adapters(boot.config, boot.run_dir)
     updates = weight_updates(config, info, worker, boot.run_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
-    serve(boot, info, worker, grammars, updates, saver, sleeper)
+    serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
 
 
 def lead(boot: Boot) -> Followers:
@@ -61,16 +64,25 @@ def weight_updates(config: ResolvedConfig, info: ModelInfo, worker: Worker, run_
 
 
 def memory_saver(config: ResolvedConfig, worker: Worker, updates: Updates) -> MemorySaver | None:
+    """What gives memory back when a client asks for it; None without --enable-memory-saver."""
     if not config.enable_memory_saver:
         return None
-    return MemorySaver(updates, worker.cache, config.enable_weights_cpu_backup, on_release=worker.forget_graphs)
+    return MemorySaver(
+        updates,
+        worker.cache,
+        config.enable_weights_cpu_backup,
+        on_release=worker.forget_graphs,
+        states=worker.state_cache,
+    )
 
 
 def idle_sleep(config: ResolvedConfig, worker: Worker, updates: Updates) -> IdleSleep | None:
     """What gives memory back while nothing is asked; None without --sleep-when-idle-s."""
     if not config.sleep_when_idle_s:
         return None
-    saver = MemorySaver(updates, worker.cache, keep_weights=False, on_release=worker.forget_graphs)
+    saver = MemorySaver(
+        updates, worker.cache, keep_weights=False, on_release=worker.forget_graphs, states=worker.state_cache
+    )
     return IdleSleep(config.sleep_when_idle_s, saver, updates)
 
 

@@ -6,7 +6,7 @@ the next is planned, with 1 planning overlaps the computation of the last step.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +28,7 @@ from quartet.runtime.messages import (
 )
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
 from quartet.scheduler_service.answers import check_hidden_states, stamp, tokens_of, unqueued_end
+from quartet.scheduler_service.control.adapter_queue import AdapterQueue
 from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
 from quartet.scheduler_service.control.runner import CommandRunner
@@ -41,6 +42,7 @@ from quartet.scheduler_service.step_queue import StepQueue, StepWorker
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.control.idle import Sleeper
+    from quartet.scheduler_service.execution.adapters import AdapterStore
     from quartet.scheduler_service.execution.experts import ExpertRecorder
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.execution.profile import Profile
@@ -90,6 +92,7 @@ class Scheduler:
         updates: "Updates | None" = None,
         saver: "MemorySaver | None" = None,
         durable_state: DurableState | None = None,
+        adapters: "AdapterStore | None" = None,
         sleeper: "Sleeper | None" = None,
         idle_work: Callable[[], bool] | None = None,
         cuda_graph: bool = False,
@@ -107,6 +110,9 @@ class Scheduler:
         self.clock = clock
         self.updates = updates  # None: the weights stay as they are
         self.saver = saver  # None: memory is never released
+        self.adapters = adapters  # None: requests cannot name any
+        if adapters is not None:
+            planner.waiting.set_adapter_versions(adapters.version_of)
         self.durable_state = durable_state  # None: nothing outlasts this scheduler
         self.sleeper = sleeper  # None: memory is kept while nothing is asked
         self.idle_work = (
@@ -118,6 +124,7 @@ class Scheduler:
         self.profile: Profile | None = None  # a recording under way
         self.commands = CommandRunner(HANDLERS)
         self.grammar_queue = GrammarQueue(grammars)
+        self.adapter_queue = AdapterQueue(adapters, planner, self.adapters_changed)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
         self.launched = StepQueue(worker)
         self.least_attempt = 0  # of the current gateway
@@ -145,6 +152,7 @@ class Scheduler:
         self.receive()
         if plan := self.decide():
             plan.weight_version = self.worker.weight_version
+            plan.adapter_versions = self.adapter_versions
             if self.step_sleep_s:
                 time.sleep(self.step_sleep_s)
             self.apply(self.launched.launch(plan))
@@ -163,6 +171,8 @@ class Scheduler:
         out = self.guard.each(arrived, self.handle)
         for message, grammar in self.grammar_queue.take_compiled():
             out += self.guard.each([message], partial(self.admit_compiled, grammar))
+        for message, outcome in self.adapter_queue.take_ready():
+            out += self.guard.each([message], partial(self.admit_adapted, outcome))
         out += self.messages(self.planner.expire(self.now))
         if self.sleeper is not None:
             out += self.guard.each(self.sleeper.turn(self), self.handle)
@@ -214,6 +224,7 @@ class Scheduler:
             "paused": self.planner.paused,
             **({} if self.sleeper is None else {"sleeping": self.sleeping}),
             **self.memory_state(),
+            **({} if self.adapters is None else {"adapters": self.adapters.state()}),
         }
 
     @property
@@ -232,7 +243,7 @@ class Scheduler:
             return 0.0
         if self.grammar_queue:
             return GRAMMAR_POLL_S
-        if self.sleeper is not None and self.sleeper.waking:
+        if self.adapter_queue or (self.sleeper is not None and self.sleeper.waking):
             return COMMAND_POLL_S
         return COMMAND_POLL_S if self.commands else IDLE_BEAT_S
 
@@ -269,7 +280,7 @@ class Scheduler:
         if isinstance(message, Tokenized):
             rid, attempt = message.request.rid, message.request.attempt
             if any(request.attempt == attempt for request in self.requests if request.rid == rid):
-                self.grammar_queue.remove(rid)
+                _ = self.grammar_queue.remove(rid), self.adapter_queue.remove(rid)
                 if updates := self.messages(self.planner.end(rid, finish)):
                     return updates
         return [ending] if ending else []
@@ -278,17 +289,39 @@ class Scheduler:
         # the gateway has checked the same, so this never raises
         sampling.check_params(message.request.params, self.planner.config.vocab_size)
         check_hidden_states(message, self.hidden_size)
+        if self.adapter_queue.takes(message, grammar):
+            return []
         return self.messages(self.planner.add(message, self.now, grammar))
+
+    def admit_adapted(self, grammar: Grammar | RequestError | None, message: Tokenized) -> list[Message]:
+        """Queue a request whose adapter is in memory now, or end it if that cannot be."""
+        try:
+            if isinstance(grammar, RequestError):
+                raise grammar
+            return self.messages(self.planner.add(message, self.now, grammar))
+        except RequestError as error:
+            return [unqueued_end(message, Finish.failed(error))]
+
+    def adapters_changed(self) -> None:
+        """Have no request match KV of a version that is gone, and tell the gateway."""
+        self.planner.waiting.set_adapter_versions(self.adapter_versions)
+        self.tell_state()
+
+    @property
+    def adapter_versions(self) -> Mapping[str, str]:
+        """Version of each adapter, by name."""
+        return {} if self.adapters is None else self.adapters.version_of
 
     @property
     def requests(self) -> list[Request]:
         """All requests that have not ended."""
-        return [*self.grammar_queue.requests, *(sequence.request for sequence in self.planner.live.values())]
+        queued = [*self.grammar_queue.requests, *self.adapter_queue.requests]
+        return [*queued, *(sequence.request for sequence in self.planner.live.values())]
 
     def abort(self, rid: str, reason: str = "") -> list[Message]:
         """End one request and return its last messages; none if the rid is unknown."""
         updates = self.messages(self.planner.abort(rid, reason))
-        if message := self.grammar_queue.remove(rid):
+        if message := self.grammar_queue.remove(rid) or self.adapter_queue.remove(rid):
             updates.append(unqueued_end(message, Finish(reason="abort", message=reason or ABORTED_IN_QUEUE)))
         return updates
 
@@ -312,7 +345,7 @@ class Scheduler:
         self.report.record_results(plan, self.now)
         if self.planner.idle:
             self.audit()
-        return self.messages(updates, plan.weight_version)
+        return self.messages(updates, plan.weight_version, plan.adapter_versions)
 
     def has_unfinished(self, kind: type[ControlCommand]) -> bool:
         """Whether an earlier command of this kind is not finished."""
@@ -323,12 +356,16 @@ class Scheduler:
         if messages:
             self.outbox.send(messages)
 
-    def messages(self, updates: Iterable[Update], weight_version: str = "") -> list[Message]:
+    def messages(
+        self, updates: Iterable[Update], weight_version: str = "", adapter_versions: Mapping[str, str] | None = None
+    ) -> list[Message]:
         """The messages for updates."""
         version = weight_version or self.worker.weight_version
+        adapters = self.adapter_versions if adapter_versions is None else adapter_versions
         found: list[Message] = []
         for update in updates:
-            tokens = tokens_of(update, version, self.hidden_size)
+            adapter_version = adapters.get(update.sequence.request.adapter, "")
+            tokens = tokens_of(update, version, self.hidden_size, adapter_version)
             if update.sequence.times is not None:
                 stamp(tokens, update, self.now)
             found.append(tokens)
@@ -339,6 +376,7 @@ class Scheduler:
         return {
             **self.report.counters(),
             "num_grammar_queue_reqs": len(self.grammar_queue),
+            "num_adapter_queue_reqs": len(self.adapter_queue),
             "sleeping": int(self.sleeping),
             "weight_version": self.worker.weight_version,
             "failed_messages_total": self.guard.failed,

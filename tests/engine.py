@@ -74,6 +74,7 @@ class Engine:
                 eos_ids=frozenset(info.eos_ids),
                 chunked_prefill_size=self.config.chunked_prefill_size,
                 reuse_prefixes=not self.config.disable_radix_cache,
+                snapshots=self.worker.snapshots,
                 drafts=draft_options(self.config),
             )
         )

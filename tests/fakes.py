@@ -131,6 +131,7 @@ class FakeWorker:
         self.weight_version = "default"
         self.expert_recorder = None
         self.depth = 0
+        self.snapshots = None
         self.uses_graphs = False
         self.plans: list[Plan] = []
         self.forgotten: list[str] = []
@@ -140,6 +141,9 @@ class FakeWorker:
         self._memory = array("i", [UNSEEN]) * ((page_count + 1) * page_size)
         self._sampled: dict[int, int] = {}  # slot → token sampled last
         self._launched: list[Slice] = []
+        self.recurrent = False  # as a model that goes on from a state of its own, by slot
+        self._states: dict[int, array[int]] = {}  # slot → the tokens that its state has seen
+        self._snapshots: dict[int, array[int]] = {}
 
     def idle_work(self) -> bool:
         return False
@@ -184,6 +188,8 @@ class FakeWorker:
         sequence = part.sequence
         for position in range(part.start, part.end):
             self._memory[self._cell(sequence, position)] = self._input(part, position)
+        if self.recurrent:
+            self._advance_state(part)
         if fault := self.faults.pop(sequence.rid, ""):
             self._sampled[sequence.slot] = 0  # an overlapped step may still read it
             return Result(error=fault)
@@ -206,6 +212,22 @@ class FakeWorker:
         elif sequence.request.task == "embed" and part.end == len(sequence.ids):
             result.vector = array("f", [float(len(prefix))] * FAKE_VECTOR).tobytes()
         return result
+
+    def _advance_state(self, part: Slice) -> None:
+        """The state of the slice's slot goes through its tokens, as recurrent layers would."""
+        slot = part.sequence.slot
+        if part.restores >= 0:
+            state = self._snapshots[part.restores][:]
+        else:
+            state = self._states[slot][:] if part.start else array("i")
+        assert len(state) == part.start, (part.sequence.rid, part.start, len(state))
+        state.extend(self._memory[self._cell(part.sequence, position)] for position in range(part.start, part.end))
+        prefix = array("i", (self._memory[self._cell(part.sequence, position)] for position in range(part.end)))
+        assert state == prefix, part.sequence.rid
+        self._states[slot] = state
+        for position, number in part.saves:
+            assert part.start < position <= part.end, (part.start, part.end, part.saves)
+            self._snapshots[number] = state[:position]
 
     def _input(self, part: Slice, position: int) -> int:
         ids = part.sequence.ids

@@ -84,6 +84,7 @@ class Stepper:
         self.worker = FakeWorker(
             settings.page_size, settings.total_pages, settings.max_running, VOCABULARY, model=model
         )
+        self.worker.recurrent = settings.snapshots is not None
         self.depth = depth
         self.in_flight: deque[tuple[Plan, Any]] = deque()
         self.updates: dict[str, list[Update]] = {}

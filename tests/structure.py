@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("runtime.settings",),
         ("runtime.launcher",),
         ("runtime.client.connection",),
+        ("runtime.client.events",),
         ("runtime.api",),
         ("runtime.client",),
         ("runtime.bench", "runtime.local_models"),

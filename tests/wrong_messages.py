@@ -78,6 +78,9 @@ FIELDS: dict[str, dict[str, Any]] = {  # of commands that have fields without a 
     "UpdateWeightsFromDistributed": {"names": ["w"], "dtypes": ["float32"], "shapes": [[2]]},
     "UpdateWeightVersion": {"new_version": "v2"},
     "GetWeightsByName": {"name": "w"},
+    "LoadAdapter": {"lora_name": "a", "lora_path": "adapter"},
+    "LoadAdapterFromTensors": {"lora_name": "a", "config_dict": {"r": 8}},
+    "UnloadAdapter": {"lora_name": "a"},
     "Tokenize": {"texts": ["a"], "chat": CHAT},
     "Detokenize": {"ids": [pack_ids([3])]},
 }

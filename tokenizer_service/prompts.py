@@ -7,7 +7,10 @@ from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Chat, Generate
 from quartet.tokenizer_service.pairs import joined
 
-NO_TEMPLATE = "this model has no chat template; start the server with --chat-template or send text"
+NO_TEMPLATE = (
+    "this model has no chat template, so it was not made for conversations: give it one (quartet serve MODEL "
+    "--chat-template FILE, or quartet chat MODEL -- --chat-template FILE), or send text to /generate or /v1/completions"
+)
 
 
 class Template(Protocol):

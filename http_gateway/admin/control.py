@@ -18,9 +18,11 @@ from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, Handler, body_parts, of_commands, of_weights, read_body
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import control
+from quartet.runtime.adapters import LORA_OFF, AdapterCommand, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
 from quartet.runtime.control import ONE_PAYLOAD_A_RANK, RANKS, Abort, ControlCommand, UpdateWeightsFromTensor
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Reply
+from quartet.runtime.shorten import short
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,11 @@ def command_handler(kind: type[ControlCommand]) -> Handler:
 
 async def run_command(gateway: Gateway, command: ControlCommand) -> Response:
     """Send a command through the ring and render its reply. Raises RequestError."""
+    return replies.render(command, await send_command(gateway, command))
+
+
+async def send_command(gateway: Gateway, command: ControlCommand) -> Reply:
+    """Send a command through the ring; its reply. Raises RequestError."""
     timeout_s = ANSWER_TIMEOUT_S + float(getattr(command, "timeout", None) or 0)
     try:
         reply = await gateway.ring.command(command, timeout_s)
@@ -45,7 +52,7 @@ async def run_command(gateway: Gateway, command: ControlCommand) -> Response:
         raise RequestError(f"No answer within {timeout_s:.0f} s.", Kind.INTERNAL) from None
     if not isinstance(reply, Reply):
         raise RequestError(f"The ring answered with {type(reply).__name__}.", Kind.INTERNAL)
-    return replies.render(command, reply)
+    return reply
 
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
@@ -81,25 +88,90 @@ async def abort_request(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Response:
     """The tensors go into files as they arrive, the command with their paths round the ring."""
-    skeleton_bounds = of_commands(gateway.config)
     with payloads.Upload(gateway.run_dir) as upload:
-        async for part in body_parts(http):
-            await upload.feed(part)
-            skeleton_bounds.check_size(len(upload.skeleton), ValueCounter())
+        await feed(upload, gateway, http)
         command = decode_command(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
         assert isinstance(command, UpdateWeightsFromTensor), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
-        if len(entries) != RANKS:
-            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
-        command.payload_files = [str(upload.file_of(bytes(entry))) for entry in entries]
-        upload.check_placeholders(len(entries))
+        command.payload_files = payload_files(upload, entries)
         return await run_command(gateway, command)
+
+
+async def feed(upload: payloads.Upload, gateway: Gateway, http: HTTPRequest) -> None:
+    """Read the body; what is left of it without its payloads is bounded like any other. Raises RequestError."""
+    skeleton_bounds = of_commands(gateway.config)
+    async for part in body_parts(http):
+        await upload.feed(part)
+        skeleton_bounds.check_size(len(upload.skeleton), ValueCounter())
+
+
+def payload_files(upload: payloads.Upload, entries: list[msgspec.Raw]) -> list[str]:
+    """The files of a command's payloads, one a rank. Raises RequestError."""
+    if len(entries) != RANKS:
+        raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
+    found = [str(upload.file_of(bytes(entry))) for entry in entries]
+    upload.check_placeholders(len(entries))
+    return found
+
+
+async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Response:
+    """Likewise; the tensors stand in `serialized_named_tensors`, or in the older `serialized_tensors`."""
+    with payloads.Upload(gateway.run_dir) as upload:
+        await feed(upload, gateway, http)
+        command = decode_command(LoadAdapterFromTensors, http, bytes(upload.skeleton))
+        assert isinstance(command, LoadAdapterFromTensors), command
+        entries, command.serialized_named_tensors = command.serialized_named_tensors, []
+        if command.serialized_tensors is not None:
+            entries = [*entries, msgspec.Raw(msgspec.json.encode(command.serialized_tensors))]
+            command.serialized_tensors = None
+        try:
+            command.payload_files = payload_files(upload, entries)
+        except RequestError as error:
+            return adapter_answer(gateway, command, refusal_of(command, error))
+        return await run_adapter_command(gateway, command)
+
+
+def adapter_handler(kind: type[AdapterCommand]) -> Handler:
+    """The handler of a command without tensors."""
+
+    async def handle(gateway: Gateway, http: HTTPRequest) -> Response:
+        return await run_adapter_command(gateway, await read_command(kind, http))
+
+    return handle
+
+
+async def run_adapter_command(gateway: Gateway, command: ControlCommand) -> Response:
+    """Send the command and answer with its reply."""
+    try:
+        if not gateway.config.enable_lora:
+            raise RequestError(LORA_OFF)
+        if isinstance(command, LoadAdapter | LoadAdapterFromTensors) and command.lora_name in gateway.base_names:
+            raise RequestError(f"{short(command.lora_name)} is the name of the base model.", field="lora_name")
+        reply = await send_command(gateway, command)
+    except RequestError as error:
+        reply = refusal_of(command, error)
+    return adapter_answer(gateway, command, reply)
+
+
+def refusal_of(command: ControlCommand, error: RequestError) -> Reply:
+    return Reply(id=command.id, success=False, message=error.message, status=error.kind.status)
+
+
+def adapter_answer(gateway: Gateway, command: ControlCommand, reply: Reply) -> Response:
+    """A reply as clients see it; a refusal lists the adapters that there are."""
+    if not reply.success and not reply.body:
+        reply.body = {"loaded_adapters": gateway.adapters.paths}
+    return replies.render(command, reply)
 
 
 HANDLERS: dict[type[ControlCommand], Handler] = {
     Abort: abort_request,  # answered without a reply from the ring
     UpdateWeightsFromTensor: update_weights_from_tensor,
+    LoadAdapter: adapter_handler(LoadAdapter),
+    LoadAdapterFromTensors: load_adapter_from_tensors,
+    UnloadAdapter: adapter_handler(UnloadAdapter),
 }
+WITH_WEIGHTS = (UpdateWeightsFromTensor, LoadAdapterFromTensors)
 
 
 def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
@@ -107,7 +179,7 @@ def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
     access = Access.ADMIN if kind.admin else Access.USER
     handler = HANDLERS.get(kind) or command_handler(kind)
     shape = errors.native if kind is Abort else errors.control
-    bounds = of_weights if kind is UpdateWeightsFromTensor else of_commands
+    bounds = of_weights if kind in WITH_WEIGHTS else of_commands
     return Endpoint(path, handler, kind.methods, access, shape, changes_state=True, body=kind, bounds=bounds)
 
 

@@ -2,7 +2,7 @@
 
 /livez             the event loop turns
 /readyz            the server takes requests: it has warmed up, does not drain, is not paused, and no process is missing
-/health            and every process runs and the scheduler moves, by their progress words: no probe, no waiting
+/health, /healthz  and every process runs and the scheduler moves, by their progress words: no probe, no waiting
 /health_generate   and one token comes back
 """
 
@@ -107,11 +107,8 @@ async def health_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     return verdict(not_ready(gateway) or frozen(gateway) or await gateway.health_probe.failure())
 
 
+PROBES = {"/ping": live, "/livez": live, "/readyz": ready, "/ready": ready, "/health": health, "/healthz": health}
 ENDPOINTS = [
-    Endpoint("/ping", live, access=Access.PUBLIC),
-    Endpoint("/livez", live, access=Access.PUBLIC),
-    Endpoint("/readyz", ready, access=Access.PUBLIC),
-    Endpoint("/ready", ready, access=Access.PUBLIC),
-    Endpoint("/health", health, access=Access.PUBLIC),
+    *(Endpoint(path, handler, ("GET", "HEAD"), access=Access.PUBLIC) for path, handler in PROBES.items()),
     Endpoint("/health_generate", health_generate, access=Access.PUBLIC, changes_state=True),  # it has a token computed
 ]

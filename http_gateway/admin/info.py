@@ -12,6 +12,7 @@ from quartet.http_gateway.http.auth import Access
 from quartet.http_gateway.ring.counter_cache import Counters
 from quartet.http_gateway.routes.endpoint import Endpoint
 from quartet.http_gateway.routes.gateway import Gateway
+from quartet.runtime.adapters import Adapter
 from quartet.runtime.errors import RequestError
 from quartet.runtime.settings import flags
 from quartet.runtime.version import version
@@ -64,6 +65,7 @@ async def get_model_info_more(gateway: Gateway, http: HTTPRequest) -> Response:
         "has_audio_understanding": False,
         "disaggregation_mode": "null",
         "max_model_len": gateway.facts.context_length,
+        "lora_adapters": list(gateway.adapters),
     }
     return errors.json_response({**model_info(gateway), **more})
 
@@ -86,15 +88,25 @@ def model_card(gateway: Gateway) -> dict[str, Any]:
     }
 
 
+def adapter_card(gateway: Gateway, adapter: Adapter) -> dict[str, Any]:
+    """The entry of an adapter: its root is its path, its parent the base."""
+    return {**model_card(gateway), "id": adapter.name, "root": adapter.path, "parent": gateway.name}
+
+
 async def models(gateway: Gateway, http: HTTPRequest) -> Response:
     """The models, as clients of OpenAI's API know them."""
-    return errors.json_response({"object": "list", "data": [model_card(gateway)]})
+    cards = [adapter_card(gateway, adapter) for adapter in gateway.adapters]
+    return errors.json_response({"object": "list", "data": [model_card(gateway), *cards]})
 
 
 async def model(gateway: Gateway, http: HTTPRequest) -> Response:
     """One of them by its name."""
     asked = http.path_params["model"]
-    return errors.json_response(model_card(gateway)) if asked == gateway.name else errors.model_not_found(asked)
+    if asked == gateway.name:
+        return errors.json_response(model_card(gateway))
+    if asked in gateway.adapters:
+        return errors.json_response(adapter_card(gateway, gateway.adapters[asked]))
+    return errors.model_not_found(asked)
 
 
 # server
@@ -116,6 +128,7 @@ async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
         "memory_usage": facts.memory_usage,
         "version": version(),
         "weight_version": gateway.weight_version,
+        "lora_adapters": list(gateway.adapters),
         "uptime_s": time.time() - gateway.started_at,
         "internal_states": [internal_state(gateway, counters)] if answered else [],
     }
@@ -164,9 +177,11 @@ def load(gateway: Gateway, counters: Counters) -> dict[str, Any]:
 
 def sections(gateway: Gateway, counters: Counters) -> dict[str, Any]:
     """The sections that this server has something to say in."""
+    adapters = list(gateway.adapters)
     scheduler = counters.get("scheduler", {})
     return {
         "memory": {**gateway.facts.memory_usage, "token_capacity": gateway.facts.max_total_num_tokens},
+        "lora": {"adapters": len(adapters), "loaded": sum(adapter.loaded for adapter in adapters)},
         "queues": {"waiting": scheduler.get("num_queue_reqs", 0), "in_flight": gateway.ring.unfinished},
     }
 
@@ -227,4 +242,4 @@ ENDPOINTS = [
     Endpoint("/get_load", get_load),
     Endpoint("/v1/loads", loads, shape=errors.openai),
 ]
-METRICS = Endpoint("/metrics", metrics, access=Access.PUBLIC)
+METRICS = Endpoint("/metrics", metrics, ("GET", "HEAD"), access=Access.PUBLIC)

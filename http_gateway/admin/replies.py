@@ -13,7 +13,7 @@ from quartet.http_gateway.http import errors
 from quartet.runtime.control import ControlCommand
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Reply
-from quartet.runtime.reply_shapes import AsField, AsJson, AsNull, AsStatus, AsText
+from quartet.runtime.reply_shapes import AsAdapters, AsField, AsJson, AsNull, AsStatus, AsText
 
 
 def render(command: ControlCommand, reply: Reply) -> Response:
@@ -31,6 +31,8 @@ def render(command: ControlCommand, reply: Reply) -> Response:
             return errors.json_response(None)
         case AsStatus() if reply.success:
             return errors.json_response({"message": reply.message, "status": "ok"})
+        case AsAdapters():
+            return adapters_of(reply)
         case AsJson(fields=None):
             return success_and_message(reply, reply.body or {})
         case AsJson(fields=tuple() as fields, defaults=defaults):
@@ -41,6 +43,14 @@ def render(command: ControlCommand, reply: Reply) -> Response:
 
 def success_and_message(reply: Reply, fields: Mapping[str, Any]) -> Response:
     return errors.json_response({"success": reply.success, "message": reply.message, **fields}, status_of(reply))
+
+
+def adapters_of(reply: Reply) -> Response:
+    """A refusal has its reason in `error_message`; a success has none there."""
+    loaded = (reply.body or {}).get("loaded_adapters", {})
+    error = "" if reply.success else reply.message
+    content = {"success": reply.success, "error_message": error, "loaded_adapters": loaded}
+    return errors.json_response(content, status_of(reply))
 
 
 def native_error(reply: Reply) -> Response:

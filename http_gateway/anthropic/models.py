@@ -14,11 +14,11 @@ from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import Kind, RequestError
 
 
-def model_card(gateway: Gateway) -> ModelCard:
-    """The served model."""
+def model_card(gateway: Gateway, name: str) -> ModelCard:
+    """The served model, or an adapter of it."""
     return ModelCard(
-        id=gateway.name,
-        display_name=gateway.name,
+        id=name,
+        display_name=name,
         created_at=datetime.fromtimestamp(int(gateway.started_at), UTC).isoformat(),
         max_input_tokens=gateway.facts.max_req_input_len,
         max_tokens=gateway.facts.context_length,
@@ -26,11 +26,12 @@ def model_card(gateway: Gateway) -> ModelCard:
 
 
 async def models(gateway: Gateway, http: HTTPRequest) -> Response:
-    """The model that is served; with the header anthropic-version in the shape of that API."""
+    """The model that is served, and its adapters; with the header anthropic-version in the shape of that API."""
     if not error_responses.from_client(http.scope):
         return await info.models(gateway, http)
-    beyond = any(http.query_params.get(cursor) for cursor in ("after_id", "before_id"))  # there is one model
-    cards = [] if beyond else [model_card(gateway)]
+    beyond = any(http.query_params.get(cursor) for cursor in ("after_id", "before_id"))  # there is one page
+    names = [] if beyond else [gateway.name, *(adapter.name for adapter in gateway.adapters)]
+    cards = [model_card(gateway, name) for name in names]
     page = ModelPage(data=cards, first_id=cards[0].id if cards else None, last_id=cards[-1].id if cards else None)
     return answer(http, page)
 
@@ -40,9 +41,9 @@ async def model(gateway: Gateway, http: HTTPRequest) -> Response:
     if not error_responses.from_client(http.scope):
         return await info.model(gateway, http)
     asked = http.path_params["model"]
-    if asked != gateway.name:
+    if asked != gateway.name and asked not in gateway.adapters:
         raise RequestError(f"model: {asked}", Kind.NOT_FOUND, "model")
-    return answer(http, model_card(gateway))
+    return answer(http, model_card(gateway, asked))
 
 
 def answer(http: HTTPRequest, content: ModelPage | ModelCard) -> Response:

@@ -7,6 +7,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request as HTTPRequest
 
+from quartet.http_gateway.routes.endpoint import require_plain
 from quartet.runtime.errors import Kind, RequestError
 
 MOST_FIELDS = 8
@@ -17,6 +18,7 @@ TOO_LARGE = "The request body exceeds the limit of {} bytes for files (--files-s
 @asynccontextmanager
 async def form_of(http: HTTPRequest, most_bytes: int) -> AsyncGenerator[FormData, None]:
     """The fields and the one file of a request. Raises RequestError."""
+    require_plain(http)
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         raise RequestError("A file is sent as multipart/form-data, with the fields file and purpose.", field="file")

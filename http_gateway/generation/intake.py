@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from quartet.http_gateway.generation.adapters import Adapters
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
@@ -36,6 +37,7 @@ class Rules:
 
     vocab_size: int
     hidden_size: int
+    adapters: Adapters = field(default_factory=Adapters)
     tokenizer: bool = True  # text in and out
     prefix_cache: bool = True
     priorities: bool = False
@@ -121,6 +123,11 @@ def check_sum(prompts: Sequence[Generate], rules: Rules) -> None:
             f"stop_token_ids, token_ids_logprob); at most {limits.MAX_CALL_VALUES} are taken.",
             Kind.TOO_LARGE,
         )
+    check_bytes(requests, size, rules)
+
+
+def check_bytes(requests: int, size: int, rules: Rules) -> None:
+    """Refuse a call whose requests take so many bytes, if that is too many."""
     if size > rules.most_bytes:
         raise RequestError(
             f"The {requests} requests of this call take {size} bytes with their prompts and parameters; at most "
@@ -168,6 +175,7 @@ def warming(prompt: Generate) -> Generate:
     request = Request(
         rid=uuid.uuid4().hex,
         params=SamplingParams(max_new_tokens=0),
+        adapter=prompt.request.adapter,
         extra_key=prompt.request.extra_key,
         priority=prompt.request.priority,
         log_metrics=False,
@@ -188,6 +196,7 @@ def sampling_params(given: dict[str, Any] | None, rules: Rules) -> SamplingParam
 def check_prompt(prompt: Generate, rules: Rules) -> None:
     """Raise RequestError (400, naming the field) for whatever can be known without the model."""
     request = prompt.request
+    rules.adapters.check(request.adapter)
     if prompt.input_ids:
         check_input_ids(unpack_ids(prompt.input_ids), rules.vocab_size)
     if len(request.extra_key) > limits.MAX_KEY_CHARS:

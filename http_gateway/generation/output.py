@@ -50,6 +50,7 @@ class VersionRun(msgspec.Struct):
     version: str
     start: int
     end: int
+    adapter_version: str | UnsetType = UNSET  # likewise of the request's adapter
 
 
 class Speculation(msgspec.Struct):
@@ -83,6 +84,8 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     finish_reason: dict[str, Any] | None = None
     prompt_tokens: int = 0
     weight_version: str = ""
+    lora_path: str | UnsetType = UNSET  # the request's adapter
+    adapter_version: str | UnsetType = UNSET  # that made the last tokens
     completion_tokens: int = 0
     cached_tokens: int = 0
     num_retractions: int = 0
@@ -161,6 +164,7 @@ class Output:
         self._prompt: Raw | UnsetType = UNSET  # its ids
         self._hidden = Fragment(b"[") if request.return_hidden_states else None
         self._meta = MetaInfo(id=request.rid, weight_version=weight_version, weight_versions=[])
+        self._meta.lora_path = request.adapter or UNSET
         self._speculation: Speculation | None = None  # where the server speculates
         self._has_prompt_states = False  # hidden states of the prompt have come
         self._sent_tokens = 0  # completion tokens at the last chunk
@@ -174,7 +178,7 @@ class Output:
         if tokens.ids:
             ids = unpack_ids(tokens.ids).tolist()
             self._ids.extend(ids)
-            self._count(len(ids), tokens.weight_version)
+            self._count(len(ids), tokens.weight_version, tokens.adapter_version)
         if tokens.drafts is not None:
             self._speculation = self._speculation or Speculation()
             self._speculation.add(tokens.drafts)
@@ -198,15 +202,17 @@ class Output:
             if self._request.return_routed_experts:
                 meta.routed_experts = base64.b64encode(tokens.routed_experts).decode()
 
-    def _count(self, added: int, version: str) -> None:
+    def _count(self, added: int, version: str, adapter_version: str) -> None:
         meta = self._meta
         start = meta.completion_tokens
         meta.completion_tokens += added
         meta.weight_version = version = version or meta.weight_version
-        if meta.weight_versions and meta.weight_versions[-1].version == version:
-            meta.weight_versions[-1].end += added
+        meta.adapter_version = adapter = adapter_version or meta.adapter_version
+        last = meta.weight_versions[-1] if meta.weight_versions else None
+        if last is not None and (last.version, last.adapter_version) == (version, adapter):
+            last.end += added
         else:
-            meta.weight_versions.append(VersionRun(version, start, start + added))
+            meta.weight_versions.append(VersionRun(version, start, start + added, adapter))
 
     def _score(self, side: str, given: Logprobs | None) -> None:
         if given is None:

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from quartet.http_gateway.ring.counter_cache import Counters
 from quartet.http_gateway.ring.journal import JournalEntry
+from quartet.runtime.limits import MAX_ADAPTER_LABELS
 from quartet.runtime.messages import ROLES, Text
 from quartet.runtime.process.usage import usage_of
 
@@ -31,6 +32,7 @@ TOKEN_BUCKETS = (
 # Counted by the gateway, of requests whose clients want them counted; the scheduler's own are not shown beside them.
 OURS = {"prompt_tokens", "generation_tokens", "cached_tokens", "num_requests", "num_aborted_requests"}
 TOTAL = "_total"
+OTHER_ADAPTERS = "(others)"
 TEXT_SERVICES = ("tokenizer", "detokenizer")
 NOW = {"waiting", "running"}  # of the text services: how many there are now; all else is counted since their start
 
@@ -91,6 +93,33 @@ class ProcessCollector:
         yield memory
 
 
+class AdapterCounters:
+    """Requests and tokens by LoRA adapter. There are only so many labels: all further adapters are counted together."""
+
+    def __init__(self, model_name: str, registry: CollectorRegistry) -> None:
+        self._model_name = model_name
+        self._named: set[str] = set()
+        labels = ["model_name", "lora_name"]
+        self._requests, self._prompt_tokens, self._generation_tokens = (
+            Counter(f"quartet:adapter_{name}_total", f"{help} by adapter.", labels, registry=registry)
+            for name, help in (
+                ("requests", "Finished requests"),
+                ("prompt_tokens", "Prompt tokens of finished requests"),
+                ("generation_tokens", "Output tokens of finished requests"),
+            )
+        )
+
+    def count(self, entry: JournalEntry) -> None:
+        """One request of an adapter has finished."""
+        name = entry.request.adapter
+        if len(self._named) < MAX_ADAPTER_LABELS:
+            self._named.add(name)
+        labels = self._model_name, name if name in self._named else OTHER_ADAPTERS
+        self._requests.labels(*labels).inc()
+        self._prompt_tokens.labels(*labels).inc(entry.prompt_tokens)
+        self._generation_tokens.labels(*labels).inc(len(entry.delivered) // ID_BYTES)
+
+
 def no_processes() -> Mapping[str, int]:
     return {}
 
@@ -118,6 +147,7 @@ class Metrics:
         self._cached_tokens = self._counter("cached_tokens_total", "Prompt tokens found in the prefix cache.")
         self._requests = self._counter("num_requests_total", "Finished requests.")
         self._aborted = self._counter("num_aborted_requests_total", "Aborted requests.")
+        self._adapters = AdapterCounters(model_name, self._registry)
         self._first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", LATENCY_BUCKETS)
         self._queue = self._histogram("queue_time_seconds", "Time in the waiting queue.", QUEUE_BUCKETS)
         self._between_tokens = self._histogram("inter_token_latency_seconds", "Time between tokens.", TOKEN_BUCKETS)
@@ -169,6 +199,8 @@ class Metrics:
         self._cached_tokens.inc(entry.cached_tokens)
         self._generation_tokens.inc(len(entry.delivered) // ID_BYTES)
         self._whole_request.observe(now - entry.sent_at)
+        if entry.request.adapter:
+            self._adapters.count(entry)
 
     # http
 

@@ -8,7 +8,7 @@
       detokenizer             → its last text
 
 The hops write times into the request's Timeline; the spans are made here, at the end of the call, so nothing is done
-for a call that is not sampled. They are sent by a thread of the SDK; what it cannot send is dropped.
+for a call that is not sampled. They are sent by a thread of the SDK; what it cannot send is dropped and counted.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -33,6 +33,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from quartet.http_gateway.http.auth import HeaderList
 from quartet.http_gateway.http.call_record import CLIENT_LEFT, CallRecord, RequestRecord
 from quartet.runtime.limits import MAX_LOGGED_REQUESTS
+from quartet.runtime.shorten import without_password
 from quartet.runtime.version import version
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ DEFAULT_PATH = "/v1/traces"
 W3C_HEADERS = (b"traceparent", b"tracestate")
 EXPORT_TIMEOUT_S = 5
 CLOSE_TIMEOUT_S = 2.0  # for the last spans, when the server stops
-REPORT_EVERY_S = 60.0  # failures
+REPORT_EVERY_S = 60.0  # what was lost
 
 
 @dataclass(frozen=True)
@@ -52,33 +53,83 @@ class Trace:
     wall_offset_s: float  # from the monotonic clock to the time of day
 
 
-class QuietExporter(SpanExporter):
-    """Another exporter, whose failures are one line a minute."""
+class Losses:
+    """Counts spans that end and those that arrive, and tells of the others: at once, each minute, and at the end.
 
-    def __init__(self, inner: SpanExporter, endpoint: str) -> None:
-        self._inner = inner
+    May be called from any thread.
+    """
+
+    def __init__(self, endpoint: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._endpoint = endpoint
-        self._lost = 0
-        self._reported_at = -math.inf
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._ended = self._sent = self._told = self._untold = 0
+        self._told_at = -math.inf
+        self._closed = False
+
+    def end(self) -> None:
+        """One more is to be sent."""
+        with self._lock:
+            self._ended += 1
+
+    def send(self, spans: int) -> None:
+        with self._lock:
+            self._sent += spans
+
+    def lose(self, spans: int, reason: str) -> None:
+        """So many were not taken."""
+        with self._lock:
+            self._untold += spans
+            if not self._closed and self._clock() - self._told_at >= REPORT_EVERY_S:
+                self._tell(reason)
+
+    def close(self) -> None:
+        """What has not been sent is lost, whatever became of it."""
+        with self._lock:
+            self._closed = True
+            self._untold = self._ended - self._sent - self._told
+            if self._untold > 0:
+                self._tell("the server ends")
+
+    def _tell(self, reason: str) -> None:
+        spans = f"{self._untold} spans are" if self._untold != 1 else "1 span is"
+        log.warning("Traces cannot be sent to %s (%s); %s lost.", self._endpoint, reason, spans)
+        self._told, self._untold, self._told_at = self._told + self._untold, 0, self._clock()
+
+
+class QuietExporter(SpanExporter):
+    """Another exporter, whose failures are counted and never raised."""
+
+    def __init__(self, inner: SpanExporter, losses: Losses) -> None:
+        self._inner = inner
+        self._losses = losses
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Send spans; a failure is counted and never raised."""
-        reason = "it was refused"
+        """Send spans."""
+        reason = "they were refused"
         try:
             if self._inner.export(spans) is SpanExportResult.SUCCESS:
+                self._losses.send(len(spans))
                 return SpanExportResult.SUCCESS
         except Exception as error:  # of the network, of the collector, of the SDK: serving goes on
             reason = type(error).__name__
-        self._lost += len(spans)
-        if time.monotonic() - self._reported_at > REPORT_EVERY_S:
-            self._reported_at = time.monotonic()
-            log.warning(
-                "Traces cannot be sent to %s (%s); %d spans are lost so far.", self._endpoint, reason, self._lost
-            )
+        self._losses.lose(len(spans), reason)
         return SpanExportResult.FAILURE
 
     def shutdown(self) -> None:
         self._inner.shutdown()
+
+
+class CountedSpans(BatchSpanProcessor):
+    """Has spans sent in batches, and counts those that it takes: it drops what finds no place in its queue."""
+
+    def __init__(self, exporter: SpanExporter, losses: Losses) -> None:
+        super().__init__(exporter)
+        self._losses = losses
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self._losses.end()
+        super().on_end(span)
 
 
 class OtlpTracer:
@@ -94,8 +145,9 @@ class OtlpTracer:
         self._propagator = TraceContextTextMapPropagator()
         resource = Resource.create({"service.name": "quartet", "service.version": version()})
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        exporter = QuietExporter(OTLPSpanExporter(endpoint=url, timeout=EXPORT_TIMEOUT_S), url)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._losses = Losses(without_password(url))
+        exporter = QuietExporter(OTLPSpanExporter(endpoint=url, timeout=EXPORT_TIMEOUT_S), self._losses)
+        self._provider.add_span_processor(CountedSpans(exporter, self._losses))
         self._tracer = self._provider.get_tracer("quartet")
 
     def begin(self, headers: HeaderList) -> Trace | None:
@@ -161,6 +213,7 @@ class OtlpTracer:
         ends_at = time.monotonic() + CLOSE_TIMEOUT_S
         while closing.is_alive() and time.monotonic() < ends_at:
             await asyncio.sleep(0.01)
+        self._losses.close()
 
 
 def hops(request: RequestRecord) -> Iterator[tuple[str, float, float]]:

@@ -77,6 +77,8 @@ async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     given = await bodies.read_json_body(http, VertexBody)
     check_batch(len(given.instances), "instances")
     given_names = {name for instance in given.instances for name in instance}
+    if misplaced := sorted(given_names & GenerateBody.ELSEWHERE.keys()):
+        raise RequestError(bodies.MISPLACED.format(misplaced[0], "parameters"), field=misplaced[0])
     bodies.refuse_misspelt(given_names, GenerateBody)
     names = given_names.intersection(FIELDS)
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}

@@ -6,7 +6,7 @@ checked by hand, to answer in the words that clients compare, or refused when th
 
 from array import array
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -36,6 +36,9 @@ RIDS_MISMATCH = "The specified rids length mismatch with the batch_size for batc
 
 
 class GenerateBody(Truncating, kw_only=True):
+    # No client of this API sends these at the top; whoever does would get the defaults instead.
+    ELSEWHERE: ClassVar = dict.fromkeys(SamplingParams.__struct_fields__, "sampling_params")
+
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     input_embeds: list[list[float | list[float]]] | None = None
@@ -47,6 +50,7 @@ class GenerateBody(Truncating, kw_only=True):
     extra_key: str | list[str] | None = None
     cache_salt: str | list[str] | None = None
     priority: int | list[int] | None = None
+    lora_path: str | list[str | None] | None = None  # the name of an adapter
     # logprobs
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None
@@ -69,7 +73,6 @@ class GenerateBody(Truncating, kw_only=True):
     audio_data: Any = None
     video_data: Any = None
     modalities: Any = None
-    lora_path: Any = None
     custom_logit_processor: Any = None
     session_params: Any = None
     bootstrap_host: Any = None
@@ -104,6 +107,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     logprobs = read_logprobs(body, params)
     thoughts = read_thoughts(body, params, rules)
     keys, salts = per_prompt(body, "extra_key", "", size), per_prompt(body, "cache_salt", "", size)
+    adapters = per_prompt(body, "lora_path", "", size)
     priorities = read_priorities(body, size, rules)
     experts, starts = read_routed_experts(body, size, rules)
     hidden = read_hidden_states(body, size, rules)
@@ -114,6 +118,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             params=params[i],
             logprobs=logprobs[i],
             stream=bool(body.stream),
+            adapter=adapters[i],
             extra_key=keys[i] + salts[i],
             priority=priorities[i],
             thought=thoughts[i],

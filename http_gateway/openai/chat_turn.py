@@ -3,6 +3,7 @@
 A turn does not know whether it is streamed: what it reads becomes deltas, and a message is its deltas joined.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
@@ -13,6 +14,8 @@ from quartet.http_gateway.parsers.call_formats import call_id
 from quartet.http_gateway.parsers.output_reader import OutputReader
 from quartet.http_gateway.parsers.tool_events import Arguments, CallStart, Content, Event, Thought
 from quartet.runtime.messages import Place
+
+USUAL_ID = re.compile("[A-Za-z0-9]{9}")  # of a call, as models write them that do: the prefix cache finds it again
 
 
 class Turn:
@@ -34,6 +37,7 @@ class Turn:
         self._separate_reasoning = separate_reasoning
         self._most_calls = most_calls
         self._new_id = new_id
+        self._ids: set[str] = set()
         self._thought: list[str] = []  # kept back until it is whole
         self._begun = False
         self._dropping = False  # the calls from here on
@@ -84,9 +88,11 @@ class Turn:
             case CallStart(index) | Arguments(index) if self._most_calls is not None and index >= self._most_calls:
                 self._dropping = True
                 return None
-            case CallStart(index, name):
+            case CallStart(index, name, given):
                 self.called = True
-                return Delta(tool_calls=[ToolCall(id=self._new_id(), index=index, function=CalledFunction("", name))])
+                call_id = given if given and USUAL_ID.fullmatch(given) and given not in self._ids else self._new_id()
+                self._ids.add(call_id)
+                return Delta(tool_calls=[ToolCall(id=call_id, index=index, function=CalledFunction("", name))])
             case Arguments(index, text):
                 return Delta(tool_calls=[continued(index, text)])
 

@@ -110,6 +110,18 @@ def refuse_unsupported_fields(body: GenerationBody) -> None:
             raise RequestError(f"{name} is not supported.", field=name)
 
 
+def adapters_of(gateway: Gateway, body: GenerationBody, size: int, single: bool) -> list[str]:
+    """The adapter of each prompt: `lora_path`, else what `model` names; "" is the base. Raises RequestError."""
+    given = body.lora_path
+    if isinstance(given, list):
+        if single:
+            raise RequestError("lora_path is a list, and there is one prompt: name one adapter.", field="lora_path")
+        if len(given) != size:
+            raise RequestError(f"lora_path has {len(given)} items for {size} prompts.", field="lora_path")
+        return [name or "" for name in given]
+    return [given or gateway.adapters.of_model(body.model or "", gateway.base_names)] * size
+
+
 def job_of(
     gateway: Gateway,
     body: GenerationBody,
@@ -129,12 +141,13 @@ def job_of(
         raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
     options = with_distribution(logprobs, bool(body.return_entropy), bool(body.return_sampling_mask), params)
     truncation = read_truncation(body, "left")
-    for prompt in prompts:
+    for prompt, adapter in zip(prompts, adapters_of(gateway, body, len(prompts), single), strict=True):
         prompt.request = Request(
             rid="",
             params=params,
             logprobs=options,
             stream=bool(body.stream),
+            adapter=adapter,
             extra_key=(body.extra_key or "") + (body.cache_salt or ""),
             priority=body.priority or 0,
             return_hidden_states=hidden,

@@ -64,6 +64,7 @@ class GenerationBody(Truncating, kw_only=True):
     custom_params: dict[str, Any] | None = None
     rid: str | list[str] | None = None
     priority: int | None = None
+    lora_path: str | list[str | None] | None = None  # the name of an adapter, or one for each prompt; see also `model`
     extra_key: str | None = None
     cache_salt: str | None = None
     log_metrics: bool | None = None
@@ -76,7 +77,6 @@ class GenerationBody(Truncating, kw_only=True):
     return_entropy: bool | None = None  # reported in meta_info, as is the mask
     return_sampling_mask: bool | None = None
     # refused
-    lora_path: Any = None
     session_params: Any = None
     custom_logit_processor: Any = None
     return_routed_experts: Any = None
@@ -88,7 +88,7 @@ class GenerationBody(Truncating, kw_only=True):
 
 
 NAMES = [field.name for field in msgspec.structs.fields(GenerationBody)]
-REFUSED = NAMES[NAMES.index("lora_path") :]
+REFUSED = NAMES[NAMES.index("session_params") :]
 
 
 class CompletionBody(GenerationBody, kw_only=True):

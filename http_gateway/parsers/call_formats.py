@@ -33,7 +33,10 @@ class Frame:
     separator: str = ""  # of two calls
     after: str = ""  # the last call
     quoted: bool = True  # the name is a JSON string
-    numbered: bool = False  # a colon and the number of the call follow the name
+    mark: str = ""  # behind the name, before the number or the id of the call
+    marked: Literal["", "number", "id"] = ""
+    behind_thought: str = ""  # what the model writes between a thought and calls
+    alone: bool = False  # a call ends the output
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ KIMI_K2 = CallFormat(
         before="<|tool_calls_section_begin|>",
         after="<|tool_calls_section_end|>",
         quoted=False,
-        numbered=True,
+        mark=":",
+        marked="number",
     ),
 )
 LIST_FRAME = Frame('{"name": ', ', "arguments": ', "}", before="<|tool_call|>[", separator=", ", after="]")
@@ -249,7 +253,17 @@ FORMATS = {
     "glm": GLM45,
     "glm45": GLM45,
     "glm47": GLM45,
-    "gpt-oss": CallFormat(channels=HARMONY),
+    "gpt-oss": CallFormat(
+        channels=HARMONY,
+        frame=Frame(
+            "<|channel|>commentary to=functions.",
+            " <|constrain|>json<|message|>",
+            "",
+            quoted=False,
+            behind_thought="<|start|>assistant",
+            alone=True,
+        ),
+    ),
     "granite": GRANITE,
     "granite4": HERMES,
     "json": CallFormat(
@@ -263,7 +277,10 @@ FORMATS = {
     ),
     "kimi_k2": KIMI_K2,
     "minimax-m2": MINIMAX_M2,
-    "mistral_v11": replace(MISTRAL, frame=Frame("[TOOL_CALLS]", "[ARGS]", "", quoted=False)),
+    "mistral_v11": replace(
+        MISTRAL, frame=Frame("[TOOL_CALLS]", "[ARGS]", "", quoted=False, mark="[CALL_ID]", marked="id")
+    ),
+    "mistral_v13": replace(MISTRAL, frame=Frame("[TOOL_CALLS]", "[ARGS]", "", quoted=False)),
     "olmo3": OLMO3,
     "phi4_mini_json": PHI4_MINI,
     "smollm3": HERMES,
@@ -280,7 +297,8 @@ CLUES = {  # what a chat template that describes tools holds → the format; the
     r"<function_calls>": "olmo3",
     r"<\|/tool(_call)?\|>|functools\[": "phi4_mini_json",
     r"<\|tool_call\|>|<function_call>": "granite",
-    r"\[ARGS\]": "mistral_v11",
+    r"\[CALL_ID\]": "mistral_v11",
+    r"\[ARGS\]": "mistral_v13",
     r"\[TOOL_CALLS\]": "mistral",
     r"<\|python_start\|>|\[func_name1\(": "pythonic",
     r"```tool_code": "gemma3",

@@ -13,7 +13,7 @@ from quartet.http_gateway.parsers.tagged_calls import TaggedCall, Tags
 from quartet.http_gateway.parsers.tool_events import CALL, Events
 
 NAMED_CHARS = re.compile(r"[\w.\-\[\]]+")
-NAMED = re.compile(r"([\w.-]+?)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?")
+NAMED = re.compile(r"([\w.-]+?)(?:\[CALL_ID\](\w+))?(?:\[ARGS\])?")
 MAX_NAMED_CHARS = 256
 MAX_HEAD_CHARS = 512
 
@@ -155,6 +155,7 @@ class CallsReader:
             name = NAMED.fullmatch("".join(self._name))
             if name is None or name[1] not in self._known:
                 return self._no_call(at)
+            self._events.next_id = name[2]
             return self._read(JsonCall(self._known, self._events, self._calls.closing, name[1]), at)
         if solid := blanks_end(text, at):
             self.lead.append(text[at:solid])
@@ -193,7 +194,7 @@ class CallsReader:
 
     def _no_call(self, at: int) -> int:
         """What led here is text."""
-        self._call, self.outcome = None, "text"
+        self._call, self.outcome, self._events.next_id = None, "text", None
         return at
 
     def _between(self, text: str, at: int) -> int:

@@ -83,7 +83,8 @@ def demanded_calls(
     if calls.frame is None:
         return None
     chosen = [tool for tool in tools if name in (None, tool.function.name)]
-    return "call_grammar", grammar_text(calls, calls.frame, chosen, single=name is not None or not parallel)
+    single = calls.frame.alone or name is not None or not parallel
+    return "call_grammar", grammar_text(calls, calls.frame, chosen, single=single)
 
 
 def strict_calls(calls: CallFormat, tools: Sequence[Tool]) -> tuple[str, str] | None:
@@ -112,7 +113,9 @@ def grammar_text(
         before=frame.before,
         separator=frame.separator,
         after=frame.after,
-        numbered=frame.numbered,
+        mark=frame.mark,
+        marked=frame.marked,
+        behind_thought=frame.behind_thought,
         body=calls.body,
         tags=value_tags(calls.tags) if calls.tags else None,
         trigger=trigger,

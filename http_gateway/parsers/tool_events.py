@@ -37,10 +37,11 @@ class Content(msgspec.Struct, frozen=True):
 
 
 class CallStart(msgspec.Struct, frozen=True):
-    """A call begins; its arguments follow."""
+    """A call begins; its arguments follow. `id`: as the model writes it, where it does."""
 
     index: int
     name: str
+    id: str | None = None
 
 
 class Arguments(msgspec.Struct, frozen=True):
@@ -63,6 +64,7 @@ class Events:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.next_id: str | None = None  # of the call that starts next, where the model writes one
         self._blanks: list[str] = []
         self._drop_blanks = False  # at the end: nothing but blanks since the last call
         self._bare = False  # nothing but blanks since a tag of the thought: they belong to nobody
@@ -103,7 +105,8 @@ class Events:
     def start(self, name: str) -> None:
         self._blanks, self._last = [], None
         self._bare = False
-        self._made.append(CallStart(self.calls, name))
+        self._made.append(CallStart(self.calls, name, self.next_id))
+        self.next_id = None
         self.calls += 1
         self._drop_blanks = True
 

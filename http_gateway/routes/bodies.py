@@ -1,10 +1,11 @@
 """Reads the JSON body of a request into its struct.
 
 Fields that are not known are ignored, for clients of other servers send theirs. One that looks like a known field
-written wrongly is refused with both names: whoever wrote it believes that it counts.
+written wrongly is refused with both names: whoever wrote it believes that it counts. So is one that the body has in
+another place (`ELSEWHERE` of its struct).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import islice
 from typing import TypeVar
@@ -18,6 +19,7 @@ from quartet.runtime.errors import RequestError
 
 Body = TypeVar("Body")
 
+MISPLACED = "`{}` stands in the wrong place: put it into `{}`."
 MISSPELT = "Unknown field `{}`: did you mean `{}`?"
 SHORTEST = 4  # characters of a name that is compared; of a shorter one, only its last letter may be missing
 LONG = 8  # from here on two mistakes are seen through
@@ -34,8 +36,18 @@ def decode_json_body(raw: bytes, kind: type[Body]) -> Body:
     """The same of bytes that are there. JSON is UTF-8, in fields that nobody reads too."""
     if not raw.isascii():
         raw.decode()
-    refuse_misspelt(msgspec.json.decode(raw, type=dict[str, msgspec.Raw]), kind)
+    given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    refuse_misplaced(given, kind)
+    refuse_misspelt(given, kind)
     return msgspec.json.decode(raw, type=kind)
+
+
+def refuse_misplaced(given: Mapping[str, msgspec.Raw], kind: type) -> None:
+    """Raise RequestError for the first field that has a value and belongs into another one; null asks for nothing."""
+    elsewhere: Mapping[str, str] = getattr(kind, "ELSEWHERE", {})
+    for name, value in given.items():
+        if name in elsewhere and bytes(value) != b"null":
+            raise RequestError(MISPLACED.format(name, elsewhere[name]), field=name)
 
 
 def refuse_misspelt(given: Iterable[str], kind: type) -> None:

@@ -20,6 +20,7 @@ from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.limits import BODY_BYTES_PER_MEMBER, MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
+from quartet.runtime.shorten import short
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ async def body_parts(http: Request, size: int | None = None) -> AsyncIterator[by
     As much as the limit again is read and thrown away before the refusal, so that a client still sending gets to see
     the answer.
     """
+    require_plain(http)
     bounds: Bounds = http.scope[BOUNDS]
     if size is not None and size < bounds.size:
         bounds = Bounds(size, "", bounds.values)
@@ -185,6 +187,13 @@ async def convert_body(http: Request, make: Callable[..., Made], *given: Any) ->
     if http.scope.get(SIZE, 0) < LARGE_BODY:
         return make(*given)
     return await asyncio.to_thread(make, *given)
+
+
+def require_plain(http: Request) -> None:
+    """Raise RequestError for a body that is compressed: it would be taken for what it is not."""
+    encoding = http.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RequestError(f"Content-Encoding: {short(encoding)!r} is not supported; send the body as it is.")
 
 
 def require_json(http: Request) -> None:

@@ -1,7 +1,8 @@
 """The files and batches of /v1/files and /v1/batches: a bounded directory, which outlasts the gateway's process.
 
-The directory has the content of each file under its id, and a SQLite database with what is known of them. Nothing is
-ever dropped to make room: a client deletes what it no longer needs.
+The directory has the content of each file under its id, and a SQLite database with what is known of them. No file is
+ever dropped to make room: a client deletes what it no longer needs. What is known of batches that are over has the room
+that files leave; beyond that, the oldest are forgotten.
 
 Every method but `run` blocks. The event loop calls them by `run`, in a thread of the store's own.
 """
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError, StartupError
-from quartet.runtime.limits import MAX_BATCHES, MAX_FILES
+from quartet.runtime.limits import MAX_BATCHES, MAX_FILES, MAX_UNFINISHED_BATCHES
 
 DATABASE, LOCK = "files.sqlite", "lock"
 FORMAT = 1  # of the database, as its user_version
@@ -43,6 +44,15 @@ CREATE TABLE IF NOT EXISTS batches (id TEXT PRIMARY KEY, over INTEGER NOT NULL, 
 """
 
 FORGET = "DELETE FROM batches WHERE over AND rowid <= (SELECT max(rowid) FROM batches) - ?"
+# The oldest that are over, beyond so many bytes. The newest stay in any case: somebody waits for their end.
+TRIM = """
+DELETE FROM batches WHERE rowid IN (
+    SELECT rowid FROM (
+        SELECT rowid, sum(length(data)) OVER newest AS kept, row_number() OVER newest AS place
+        FROM batches WHERE over WINDOW newest AS (ORDER BY rowid DESC)
+    ) WHERE kept > ? AND place > ?
+)
+"""
 
 
 class StoredFile(NamedTuple):
@@ -87,7 +97,7 @@ class FileStore:
     def room(self) -> int:
         """Bytes that may still be kept."""
         with self._transaction() as database:
-            return self.most_bytes - int(database.execute("SELECT coalesce(sum(bytes), 0) FROM files").fetchone()[0])
+            return self.most_bytes - bytes_of_files(database)
 
     def add(self, content: BinaryIO, size: int, filename: str, purpose: str) -> StoredFile:
         """Keep a copy of a file. Raises RequestError (413) where there is no room."""
@@ -102,6 +112,7 @@ class FileStore:
                 shutil.copyfileobj(content, copy)
             with self._transaction() as database:
                 insert(database, [file])
+                self._trim(database)
         except BaseException:
             path.unlink(missing_ok=True)  # nobody would count it
             raise
@@ -130,13 +141,14 @@ class FileStore:
     def put_batch(self, batch_id: str, data: bytes, over: bool, made: Sequence[StoredFile] = ()) -> None:
         """Keep a batch as it is now and, in the same step, the files that it has made, whose content is there.
 
-        Of batches that are over, the oldest are forgotten where there are too many; their files stay.
+        Of batches that are over, the oldest are forgotten where there are too many or no room; their files stay.
         """
         with self._transaction() as database:
             row = (batch_id, over, data)
             database.execute("INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET over = ?2, data = ?3", row)
             insert(database, made)
             database.execute(FORGET, (MAX_BATCHES,))
+            self._trim(database)
 
     def batch(self, batch_id: str) -> bytes | None:
         """A batch by its id; None where there is none."""
@@ -159,6 +171,10 @@ class FileStore:
                 self._database = None
                 if self._given is None:
                     shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _trim(self, database: sqlite3.Connection) -> None:
+        room = max(0, self.most_bytes - bytes_of_files(database))
+        database.execute(TRIM, (room, MAX_UNFINISHED_BATCHES))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -210,6 +226,10 @@ def opened(path: Path) -> sqlite3.Connection:
     database.execute("PRAGMA journal_mode = WAL")
     database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
     return database
+
+
+def bytes_of_files(database: sqlite3.Connection) -> int:
+    return int(database.execute("SELECT coalesce(sum(bytes), 0) FROM files").fetchone()[0])
 
 
 def insert(database: sqlite3.Connection, files: Sequence[StoredFile]) -> None:

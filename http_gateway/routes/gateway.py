@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from quartet.http_gateway.generation.adapters import Adapters
 from quartet.http_gateway.generation.health_probe import HealthProbe, Progress, Pulse
 from quartet.http_gateway.generation.intake import Rules
 from quartet.http_gateway.generation.output import Output
@@ -20,10 +21,12 @@ from quartet.http_gateway.routes.background_runs import BackgroundRuns
 from quartet.http_gateway.routes.event_log import EventLogs
 from quartet.http_gateway.routes.file_store import file_store_of
 from quartet.http_gateway.routes.response_store import store_of
+from quartet.runtime.adapters import Adapter
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
 from quartet.runtime.messages import Facts, Request, Thought
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.model_files.reranker import answer_ranking
 
 
 class Phase(Enum):
@@ -41,6 +44,7 @@ class News(msgspec.Struct):
     asleep: bool | None = None
     lacks: list[str] | None = None
     sleeping: bool | None = None
+    adapters: list[Adapter] | None = None
 
 
 @dataclass
@@ -62,7 +66,8 @@ class Gateway:
     at_drain: list[Callable[[], None]] = field(default_factory=list)  # called when the server is told to stop
 
     def __post_init__(self) -> None:
-        self.rules = rules(self.config, self.model, self.facts)
+        self.adapters = Adapters(bool(self.config.enable_lora))
+        self.rules = rules(self.config, self.model, self.facts, self.adapters)
         self.model_path = self.config.model_path  # of the weights that serve; an update may change both
         self.weight_version = self.config.weight_version
         self.paused = False  # by /pause_generation
@@ -73,6 +78,7 @@ class Gateway:
         self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
         self.counters = CounterCache(self.ring)
+        self.answer_ranking = answer_ranking(self.model, self.config)
         self.stored_responses = store_of(self.config, self.run_dir)
         self.files = file_store_of(self.config, self.run_dir)
         self.background = BackgroundRuns()
@@ -80,6 +86,11 @@ class Gateway:
         self.health_probe = HealthProbe(
             self.ring, self.progress, self.health_timeout_s, "embed" if self.model.is_embedding else "generate"
         )
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """What the base model is called, where adapters have names too."""
+        return self.name, self.model_path, self.config.model_path
 
     @property
     def name(self) -> str:
@@ -106,14 +117,17 @@ class Gateway:
         self.asleep = self.asleep if news.asleep is None else news.asleep
         self.lacks = self.lacks if news.lacks is None else news.lacks
         self.sleeping = self.sleeping if news.sleeping is None else news.sleeping
+        if news.adapters is not None:
+            self.adapters.learn(news.adapters)
 
 
-def rules(config: ServerConfig, model: ModelInfo, facts: Facts) -> Rules:
+def rules(config: ServerConfig, model: ModelInfo, facts: Facts, adapters: Adapters) -> Rules:
     """What this server allows in a request, from its configuration, model and facts."""
     preferred = config.preferred_sampling_params
     return Rules(
         vocab_size=facts.vocab_size,
         hidden_size=model.hidden_size,
+        adapters=adapters,
         tokenizer=not config.skip_tokenizer_init,
         prefix_cache=not config.disable_radix_cache,
         priorities=config.schedule_policy == "priority",

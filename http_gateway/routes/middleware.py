@@ -25,7 +25,7 @@ access_log = logging.getLogger("http_gateway.access")
 QUIET = {"/livez", "/readyz", "/ready", "/ping", "/metrics"}
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}  # that are counted by name
 OF_THE_PAGE = {"/server_info", "/page/{name}"}  # the page at / asks by itself; refusals are logged
-HEALTH_CHECKS = {"/health", "/health_generate"}
+HEALTH_CHECKS = {"/health", "/healthz", "/health_generate"}
 REQUEST_ID = b"x-request-id"
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 

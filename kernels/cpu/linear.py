@@ -39,7 +39,7 @@ are read into it and compared with it. When its values have changed, `adopt(pack
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,14 @@ def no_pause() -> None:
     """What nobody waits for."""
 
 
+class Adapters(Protocol):
+    """What LoRA adapters add to a product, see adapters.py."""
+
+    def add(self, slab: tuple[str, tuple[int, ...]], x: torch.Tensor, y: torch.Tensor) -> None:
+        """y (rows, out) += what the rows' adapters have for this weight; x (rows, in)."""
+        ...
+
+
 class Linear:
     """x (rows, in) → x @ weight.T + bias (rows, out)."""
 
@@ -82,6 +90,8 @@ class Linear:
         self.packed: Blocks | None = None
         self.quantized = quantized
         self.keeps_order = False
+        self.adapters: Adapters | None = None  # None: the server takes none
+        self.slab: tuple[str, tuple[int, ...]] = "", ()  # under which adapters know the weight
         on_cpu = weight.device.type == "cpu"
         self.is_native = quantized is not None or (on_cpu and weight.dtype is torch.bfloat16 and native.is_expected())
         packable = self.is_native or (on_cpu and can_pack(weight.dtype))
@@ -92,6 +102,14 @@ class Linear:
 
     def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """`gelu`: of each number, on its way out of the product where the weight is packed."""
+        y = self.product(x, gelu)
+        if self.adapters is not None:
+            assert not gelu, "no model with adapters asks for it"
+            self.adapters.add(self.slab, x, y)
+        return y
+
+    def product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
+        """The same without adapters."""
         if self.has_kernel:
             y = x.new_empty(len(x), len(self.weight))
             self.multiply_native(x, y, "bf16")

@@ -19,6 +19,11 @@ def rms_norm_plus_one(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> 
     return F.rms_norm(x.float(), weight.shape, weight.float() + 1.0, epsilon).to(x.dtype)
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """(x - mean(x)) / deviation(x) * weight over the last dimension, rounded once at the end."""
+    return F.layer_norm(x.float(), weight.shape, weight.float(), None, epsilon).to(x.dtype)
+
+
 def rotation(
     positions: torch.Tensor, frequencies: torch.Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +68,13 @@ def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def clamped_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate * sigmoid(1.702 * gate) * (up + 1) of the halves of the last dimension: gate at most 7, up within ±7."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(gate * 1.702) * (up + 1)
+
+
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """cap * tanh(x / cap)."""
     return torch.tanh(x / cap) * cap
@@ -76,6 +88,33 @@ def choose_experts(router_logits: torch.Tensor, top_k: int, renormalize: bool) -
     return weights, ids
 
 
+def choose_scored_experts(
+    scores: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    renormalize: bool,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_best: int = 2,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and ids of each token's experts by scores (tokens, experts) float32; both (tokens, top_k), best first.
+
+    The choice is by score + bias, the weight is the score. Of `groups` of neighbouring experts only those `top_groups`
+    can be chosen from whose `group_best` best experts have the largest sum.
+    """
+    wanted = scores if bias is None else scores + bias
+    if groups > 1:
+        grouped = wanted.unflatten(1, (groups, -1))
+        best = grouped.topk(group_best, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+        refused = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        wanted = grouped.masked_fill(refused.unsqueeze(-1), -torch.inf).flatten(1)
+    ids = wanted.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights, ids
+
+
 def run_experts(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -83,11 +122,13 @@ def run_experts(
     gate_up: Sequence[Project],
     down: Sequence[Project],
     activation: GatedActivation,
+    on_rows: Callable[[torch.Tensor | None], None] | None = None,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts: x (tokens, hidden) → (tokens, hidden).
 
     Tokens are grouped by expert, so that each expert that was chosen reads its weights once. A token's experts are
     summed in the order of `ids`: the result does not depend on the rest of the batch.
+    `on_rows` hears before each expert which tokens it computes, and None at the end.
     """
     tokens, top_k = ids.shape
     order = ids.flatten().argsort(stable=True)
@@ -97,9 +138,13 @@ def run_experts(
     start = 0
     for expert, count in enumerate(counts):
         if count:
+            if on_rows is not None:
+                on_rows(order[start : start + count] // top_k)
             rows = activation(gate_up[expert](grouped[start : start + count]))
             outputs[order[start : start + count]] = down[expert](rows)
             start += count
+    if on_rows is not None:
+        on_rows(None)
     weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype).unsqueeze(-1)
     return weighted.sum(dim=1)
 

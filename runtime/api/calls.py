@@ -12,6 +12,7 @@ class GenerateFields(TypedDict, total=False):
     """What `generate` takes besides prompts and sampling parameters: the fields of POST /generate."""
 
     rid: str | list[str]
+    lora_path: str | list[str | None]
     extra_key: str | list[str]
     cache_salt: str | list[str]
     priority: int | list[int]
@@ -36,6 +37,7 @@ class GenerateFields(TypedDict, total=False):
 class ChatFields(TypedDict, total=False):
     """What `chat` takes besides messages: the fields of POST /v1/chat/completions."""
 
+    lora_path: str
     max_tokens: int
     max_completion_tokens: int
     temperature: float

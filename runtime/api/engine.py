@@ -4,6 +4,7 @@ The methods have SGLang's and vLLM's names where they mean the same, and answer 
 values. All may be called from any thread; the async ones from any event loop.
 """
 
+import base64
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,6 +189,39 @@ class Engine:
         options = calls.given(load_format=load_format, weight_version=weight_version)
         switches = {"flush_cache": flush_cache, "abort_all_requests": abort_all_requests}
         return self._command("/update_weights_from_disk", model_path=model_path, **options, **switches)
+
+    def load_lora_adapter(
+        self, lora_name: str, lora_path: str | Path, *, pinned: bool = False, load_inplace: bool = False
+    ) -> Answer:
+        """Load an adapter of a directory or a hub id: {"loaded_adapters": name → path}. Raises EngineError.
+
+        `load_inplace`: it may take the place of the adapter of this name, whose requests go on with the new weights.
+        """
+        switches = {"pinned": pinned, "load_inplace": load_inplace}
+        return self._command("/load_lora_adapter", lora_name=lora_name, lora_path=str(lora_path), **switches)
+
+    def load_lora_adapter_from_tensors(
+        self,
+        lora_name: str,
+        config_dict: Mapping[str, Any],
+        tensors: bytes,
+        *,
+        pinned: bool = False,
+        load_inplace: bool = False,
+    ) -> Answer:
+        """The same of `tensors`, as `safetensors.torch.save` writes them; `config_dict`: of adapter_config.json."""
+        return self._command(
+            "/load_lora_adapter_from_tensors",
+            lora_name=lora_name,
+            config_dict=config_dict,
+            serialized_named_tensors=[base64.b64encode(tensors).decode()],
+            pinned=pinned,
+            load_inplace=load_inplace,
+        )
+
+    def unload_lora_adapter(self, lora_name: str) -> Answer:
+        """Forget an adapter, once the requests that use it have ended."""
+        return self._command("/unload_lora_adapter", lora_name=lora_name)
 
     def flush_cache(self, timeout_s: float = 0.0) -> str:
         """Clear the prefix cache; wait up to `timeout_s` until no request runs. Raises EngineError where one does."""

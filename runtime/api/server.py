@@ -7,10 +7,8 @@ thread, a signal handler or an event loop, so it works in threads, in tests and 
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -23,7 +21,7 @@ import msgspec
 
 from quartet.runtime.api.server_flags import ServerFlags
 from quartet.runtime.errors import StartupError
-from quartet.runtime.launcher.run_dir import base
+from quartet.runtime.launcher.run_dir import LOCK, SERVER_PREFIX, base, locked
 from quartet.runtime.process.python_path import python_path
 from quartet.runtime.settings.flags import forget_secrets, settings
 
@@ -31,6 +29,7 @@ POLL_S = 0.05
 START_TIMEOUT_S = 600.0  # a large model is read from disk, or fetched before
 STOP_TIMEOUT_S = 10.0  # for requests that still run
 KILL_AFTER_S = 5.0  # after the second signal
+AGAIN_S = 0.25  # between signals: a launcher takes two within 0.1 s for one
 REASON = "quartet: "  # begins the last line of a launcher that has failed
 WRONG_FLAGS = 2  # status of a launcher that has not begun
 LAST_BYTES = 16 << 10  # of a log that are searched for it
@@ -54,7 +53,10 @@ class Server:
 
         `private`: it listens on no port, but on a socket (`socket_path`) that only this user can reach.
         """
-        self._directory = Path(tempfile.mkdtemp(prefix="quartet-server-", dir=base(os.environ)))
+        try:
+            self._directory, self._lock = locked(base(os.environ), SERVER_PREFIX)
+        except OSError as error:
+            raise StartupError(f"the server cannot be started: {error}; set XDG_RUNTIME_DIR") from error
         self.socket_path = self._directory / "socket"
         given: dict[str, Any] = {
             "port": 0,
@@ -80,8 +82,9 @@ class Server:
                 )
         except (OSError, ValueError) as error:  # ValueError: a model or flag with a character that no argument can have
             shutil.rmtree(self._directory, ignore_errors=True)
+            os.close(self._lock)
             raise StartupError(f"the server cannot be started: {error}") from error
-        self._left_over = weakref.finalize(self, abandon, self._process, self._directory, os.getpid())
+        self._left_over = weakref.finalize(self, abandon, self._process, self._directory, self._lock, os.getpid())
 
     @property
     def pid(self) -> int:
@@ -124,19 +127,22 @@ class Server:
         if os.getpid() != self._owner:
             return 0
         with self._stopping:
-            for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGTERM, KILL_AFTER_S)):
-                if self.alive:
-                    self._process.send_signal(number)
-                    try:
-                        self._process.wait(patience_s)
-                    except subprocess.TimeoutExpired:
-                        continue
+            self._signal(timeout_s)
+            ends_at = time.monotonic() + KILL_AFTER_S
+            while self.alive and time.monotonic() < ends_at:
+                self._signal(AGAIN_S)  # the second one that it hears ends what runs
             if self.alive:
                 self._process.kill()
             status = self._process.wait()
             if self._left_over.detach():
-                shutil.rmtree(self._directory, ignore_errors=True)
+                remove(self._directory, self._lock)
             return status
+
+    def _signal(self, patience_s: float) -> None:
+        if self.alive:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience_s)
 
     def explain(self) -> str:
         """Why nobody answers any more, in a line."""
@@ -167,8 +173,9 @@ class Server:
         status = self._process.returncode
         error = StartupError(reason(written.decode(errors="replace")) or f"the server ended with status {status}")
         if status != WRONG_FLAGS:
-            if self.log_path.parent == self._directory:
-                self._left_over.detach()
+            if self.log_path.parent == self._directory and self._left_over.detach():
+                (self._directory / LOCK).unlink(missing_ok=True)  # no sweep removes it then
+                os.close(self._lock)
             error.add_note(f"The server's log: {self.log_path}")
         return error
 
@@ -189,7 +196,7 @@ def arguments(model: str, flags: Mapping[str, Any]) -> list[str]:
     words = [] if "model_path" in flags else [f"--model-path={model}"]
     for name, value in flags.items():
         if value is not None and not by_environment(known, name):
-            words.append(f"--{name.replace('_', '-')}={as_text(value)}")
+            words.append(f"--{name.replace('_', '-')}={as_words(value) if has_words(known, name) else as_text(value)}")
     return words
 
 
@@ -211,6 +218,15 @@ def environment(own: Mapping[str, str], flags: Mapping[str, Any], without_keys: 
 def by_environment(known: Mapping[str, Any], name: str) -> bool:
     """Command lines are seen by every user of the machine."""
     return name in known and known[name].flag.secret and bool(known[name].flag.variable)
+
+
+def has_words(known: Mapping[str, Any], name: str) -> bool:
+    return name in known and known[name].flag.words
+
+
+def as_words(value: object) -> str:
+    """A list of words as JSON, so that none is taken for two."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def as_text(value: object) -> str:
@@ -235,9 +251,15 @@ def reason(log: str) -> str:
     return ""
 
 
-def abandon(process: "subprocess.Popen[bytes]", directory: Path, owner: int) -> None:
+def abandon(process: "subprocess.Popen[bytes]", directory: Path, lock: int, owner: int) -> None:
     """End a server that nobody refers to any more, or whose program ends; not from a process forked from that one."""
     if os.getpid() == owner:
         if process.poll() is None:
             process.terminate()
-        shutil.rmtree(directory, ignore_errors=True)
+        remove(directory, lock)
+
+
+def remove(directory: Path, lock: int) -> None:
+    """Remove a server's directory and let its lock go."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.close(lock)

@@ -76,6 +76,12 @@ class ServerFlags(TypedDict, total=False):
     speculative_num_draft_tokens: int | None
     speculative_ngram_min_match_window_size: int | None
     speculative_ngram_max_match_window_size: int | None
+    enable_lora: bool | None
+    lora_paths: list[str] | None
+    max_loras_per_batch: int
+    max_loaded_loras: int | None
+    max_lora_rank: int
+    lora_target_modules: list[str] | None
     tp_size: int
     device: Literal["auto", "cpu", "cuda"]
     attention_backend: Literal["triton", "torch_native"] | None

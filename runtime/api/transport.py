@@ -15,7 +15,8 @@ import httpx
 import msgspec
 
 from quartet.runtime.api.calls import Call
-from quartet.runtime.client.connection import EventReader, error_message
+from quartet.runtime.client.connection import error_message
+from quartet.runtime.client.events import EventReader
 
 FIELD_HEADER = "x-error-field"  # of an answer: the field of the request that is wrong
 BASE_URL = "http://localhost"

@@ -9,6 +9,7 @@ A run that was interrupted or killed goes on where it was when the same command 
 
 What stands behind -- are flags for the server that is started: quartet run-batch in out MODEL -- --dtype half"""
 AT_ONCE = 256
+LONGEST_S = 3600.0  # a request waits behind those that were sent with it
 
 
 def run_batch_parser() -> argparse.ArgumentParser:
@@ -21,5 +22,12 @@ def run_batch_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key", help=KEY_HELP)
     parser.add_argument(
         "--concurrency", type=int, default=AT_ONCE, metavar="COUNT", help="requests at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=LONGEST_S,
+        metavar="SECONDS",
+        help="for a request and its whole answer (default: %(default)g)",
     )
     return parser

@@ -21,6 +21,7 @@ from quartet.runtime.batch.run import run_batch
 from quartet.runtime.client.arguments import KEY_VARIABLE, parsed
 from quartet.runtime.client.connection import base_url, client_options
 from quartet.runtime.errors import StartupError, UsageError
+from quartet.runtime.limits import MAX_BATCH_ANSWER_BYTES
 from quartet.runtime.log import plain, say
 from quartet.runtime.settings import flags
 from quartet.runtime.shorten import short
@@ -52,6 +53,8 @@ def run(words: Sequence[str]) -> int:
     options = parsed(run_batch_parser(), words[:cut])
     if options.concurrency < 1:
         raise UsageError(f"--concurrency must be at least 1, got {options.concurrency}")
+    if not options.timeout > 0:
+        raise UsageError(f"--timeout must be more than 0 seconds, got {options.timeout:g}")
     if options.url and (options.model or words[cut:]):
         raise UsageError("--url names a server that runs; a model and flags behind -- are for one that is started")
     source, target = Path(options.input), Path(options.output)
@@ -120,17 +123,33 @@ async def answer(
 
         async def execute(method: str, url: str, body: bytes) -> tuple[int, bytes]:
             try:
-                response = await client.request(method, url, content=body, headers={"Content-Type": "application/json"})
+                async with asyncio.timeout(options.timeout):
+                    response, content = await exchanged(client, method, url, body)
+            except TimeoutError:
+                longest = f"no whole answer from {url} within {options.timeout:g} seconds (--timeout)"
+                raise ServerLost(f"{longest}; {AGAIN}") from None
             except httpx.HTTPError as error:
                 raise ServerLost(f"the server was lost ({error or type(error).__name__}); {AGAIN}") from error
             if response.status_code in (401, 403):
                 raise ServerLost(f"the server wants another key; give it with --api-key or {KEY_VARIABLE}")
-            if response.is_redirect or not is_answer(response.status_code, response.content):
+            if response.is_redirect or not is_answer(response.status_code, content):
                 raise ServerLost(f"{response.url} answers HTTP {response.status_code}, which is no answer of its API")
-            return response.status_code, response.content
+            return response.status_code, content
 
         with source.open("rb") as file:
             await run_batch(lines.read(file), results, execute, options.concurrency, progress.show)
+
+
+async def exchanged(client: httpx.AsyncClient, method: str, url: str, body: bytes) -> tuple[httpx.Response, bytes]:
+    """A request's answer, and its body. Raises ServerLost where that has no end."""
+    parts, size = [], 0
+    async with client.stream(method, url, content=body, headers={"Content-Type": "application/json"}) as response:
+        async for part in response.aiter_bytes():
+            parts.append(part)
+            size += len(part)
+            if size > MAX_BATCH_ANSWER_BYTES:
+                raise ServerLost(f"{response.url} answers with more than {MAX_BATCH_ANSWER_BYTES} bytes")
+    return response, b"".join(parts)
 
 
 class NotFound(msgspec.Struct):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from quartet.runtime.bench.records import History, Turn
-from quartet.runtime.client.answers import CachedTokens, Choice, Usage
+from quartet.runtime.client.answers import DECODER, CachedTokens, Delta, Usage, reason_of
 from quartet.runtime.client.connection import ErrorDetail
 
 
@@ -56,7 +56,7 @@ class NativeChunk(msgspec.Struct):
     text: str = ""
     output_ids: list[int] = []
     meta_info: Meta = msgspec.field(default_factory=Meta)
-    error: ErrorDetail | None = None
+    error: ErrorDetail | str | None = None
 
 
 class NativeReader:
@@ -69,7 +69,7 @@ class NativeReader:
     def __call__(self, data: bytes) -> Event:
         chunk = self._decoder.decode(data)
         if chunk.error is not None:
-            return Event(error=chunk.error.message or "the server gave the answer up")
+            return Event(error=reason_of(chunk.error))
         meta = chunk.meta_info
         whole = len(chunk.output_ids) >= meta.completion_tokens
         ids = tuple(chunk.output_ids[self._tokens :] if whole else chunk.output_ids)
@@ -108,19 +108,12 @@ class CompletionChoice(msgspec.Struct):
 
 
 class CompletionChunk(msgspec.Struct):
-    choices: list[CompletionChoice] = []
+    choices: list[CompletionChoice] | None = None
     usage: Usage | None = None
-    error: ErrorDetail | None = None
-
-
-class ChatChunk(msgspec.Struct):
-    choices: list[Choice] = []
-    usage: Usage | None = None
-    error: ErrorDetail | None = None
+    error: ErrorDetail | str | None = None
 
 
 COMPLETION_DECODER = msgspec.json.Decoder(CompletionChunk)
-CHAT_DECODER = msgspec.json.Decoder(ChatChunk)
 
 
 def shared_fields(turn: Turn, settings: Settings) -> dict[str, Any]:
@@ -173,16 +166,16 @@ class ChatCompletions:
 def read_completion(data: bytes) -> Event:
     chunk = COMPLETION_DECODER.decode(data)
     if chunk.error is not None:
-        return Event(error=chunk.error.message or "the server gave the answer up")
-    return Event("".join(choice.text for choice in chunk.choices), usage=chunk.usage)
+        return Event(error=reason_of(chunk.error))
+    return Event("".join(choice.text for choice in chunk.choices or []), usage=chunk.usage)
 
 
 def read_chat(data: bytes) -> Event:
     """A chunk of a chat completion; a thought is output like any other."""
-    chunk = CHAT_DECODER.decode(data)
+    chunk = DECODER.decode(data)
     if chunk.error is not None:
-        return Event(error=chunk.error.message or "the server gave the answer up")
-    deltas = [choice.delta for choice in chunk.choices]
+        return Event(error=reason_of(chunk.error))
+    deltas = [choice.delta or Delta() for choice in chunk.choices or []]
     text = "".join((d.reasoning_content or d.reasoning or "") + (d.content or "") for d in deltas)
     return Event(text, usage=chunk.usage)
 

@@ -4,6 +4,7 @@ Time is the event loop's, so a test with a loop of its own decides what time it 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import httpx
@@ -11,9 +12,11 @@ import msgspec
 
 from quartet.runtime.bench.apis import Api, Event, Settings
 from quartet.runtime.bench.records import History, Record, Session, Turn
-from quartet.runtime.client.connection import EventReader, error_message
+from quartet.runtime.client.connection import MAX_ANSWER_BYTES, ClientError, error_message
+from quartet.runtime.client.events import EventReader
 
 NO_USAGE = "the server reported no usage"
+END_S = 1.0  # for a connection to end behind the stream's last event, so that it can be used again
 
 Send = Callable[[History, Turn], Awaitable[Record]]
 Note = Callable[[Record], None]
@@ -38,6 +41,8 @@ class Sender:
             record.error = f"no whole answer within {self._timeout_s:g} s"
         except httpx.HTTPError as error:
             record.error = f"{type(error).__name__}: {error}"
+        except ClientError as error:
+            record.error = str(error)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             record.error = f"an event that is no chunk of an answer ({error})"
         return record
@@ -49,22 +54,39 @@ class Sender:
         ids: list[int] = []
         async with self._client.stream("POST", self._api.path, json=body) as response:
             if response.status_code >= 400:
-                record.error = f"HTTP {response.status_code}: {error_message(await response.aread())}"
+                record.error = f"HTTP {response.status_code}: {error_message(await beginning(response))}"
                 return
-            events, read = EventReader(), self._api.reader()
-            async for part in response.aiter_raw():
+            events, read = EventReader(MAX_ANSWER_BYTES), self._api.reader()
+            parts = response.aiter_raw()
+            async for part in parts:
                 now = loop.time()
                 for data in events.feed(part):
                     event = read(data)
                     text.append(event.text)
                     ids.extend(event.ids)
                     enter(event, record, now)
-        record.ended_at = loop.time()
+                if events.ended:
+                    break
+            record.ended_at = loop.time()
+            with contextlib.suppress(TimeoutError, httpx.HTTPError):
+                async with asyncio.timeout(END_S):
+                    async for _ in parts:
+                        pass
         if not record.error and not events.ended:
             record.error = "the stream ended without [DONE]"
         if not record.error and not record.completion_tokens:
             record.error = NO_USAGE
         self._api.remember(history, turn, "".join(text), tuple(ids))
+
+
+async def beginning(response: httpx.Response) -> bytes:
+    """So much of an answer as an error's text may have."""
+    body = b""
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            break
+    return body
 
 
 def enter(event: Event, record: Record, now: float) -> None:

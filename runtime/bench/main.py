@@ -23,7 +23,7 @@ from quartet.runtime.bench.statistics import Summary, ratios, summarize
 from quartet.runtime.client.arguments import KEY_VARIABLE
 from quartet.runtime.client.connection import ClientError, base_url, client_options, connect, served_models
 from quartet.runtime.errors import UsageError
-from quartet.runtime.log import plain, say
+from quartet.runtime.log import plain, put, say
 
 INTERRUPTED = 130
 PROBE_S = 30.0
@@ -244,7 +244,11 @@ def described(options: argparse.Namespace) -> dict[str, object]:
 
 def show(lines: list[str], options: argparse.Namespace) -> None:
     """Print the table; to stderr where JSON goes to stdout."""
-    say("\n".join(lines), sys.stderr if options.json == "-" else sys.stdout)
+    text = "\n".join(lines)
+    if options.json == "-":
+        say(text, sys.stderr)
+    else:
+        put(text)
 
 
 def write(result: dict[str, object], options: argparse.Namespace) -> None:

@@ -13,11 +13,11 @@ from quartet.runtime.client.connection import (
     MAX_ANSWER_BYTES,
     ClientError,
     ErrorDetail,
-    EventReader,
     check,
     read_answer,
     unreachable,
 )
+from quartet.runtime.client.events import EventReader
 
 PATH = "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -30,7 +30,7 @@ class Delta(msgspec.Struct):
 
 
 class Choice(msgspec.Struct):
-    delta: Delta = msgspec.field(default_factory=Delta)
+    delta: Delta | None = None
     finish_reason: str | None = None
 
 
@@ -45,12 +45,20 @@ class Usage(msgspec.Struct):
 
 
 class Chunk(msgspec.Struct):
-    choices: list[Choice] = []
+    """An event of a stream, here and on other servers: what they leave out may be null, an error may be its text."""
+
+    choices: list[Choice] | None = None
     usage: Usage | None = None
-    error: ErrorDetail | None = None
+    error: ErrorDetail | str | None = None
 
 
 DECODER = msgspec.json.Decoder(Chunk)
+
+
+def reason_of(error: ErrorDetail | str) -> str:
+    """Why a stream ends with an error, in words."""
+    text = error if isinstance(error, str) else error.message
+    return text or "the server gave the answer up"
 
 
 class Piece(NamedTuple):
@@ -103,10 +111,10 @@ class Answer:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ClientError(f"the server sent an event that is no chunk of an answer ({error})") from error
         if chunk.error is not None:
-            raise ClientError(chunk.error.message or "the server gave the answer up")
+            raise ClientError(reason_of(chunk.error))
         self.usage = chunk.usage or self.usage
-        for choice in chunk.choices[:1]:
-            delta = choice.delta
+        for choice in (chunk.choices or [])[:1]:
+            delta = choice.delta or Delta()
             piece = Piece(delta.reasoning_content or delta.reasoning or "", delta.content or "")
             self.finish_reason = choice.finish_reason or self.finish_reason
             if piece.thought or piece.text:

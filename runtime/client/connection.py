@@ -5,7 +5,6 @@ import ipaddress
 import re
 import ssl
 import time
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,8 +16,6 @@ from quartet.runtime.shorten import without_password
 CONNECT_S = 5.0
 MAX_ERROR_CHARS = 300
 MAX_ANSWER_BYTES = 16 << 20  # of an answer that is read whole, and of one event of a stream
-EVENT = b"data:"
-END = b"[DONE]"
 
 
 class ClientError(Exception):
@@ -157,30 +154,3 @@ def error_message(body: bytes) -> str:
         detail = found.error.message if isinstance(found.error, ErrorDetail) else found.error
         text = detail or found.message or found.reason or bytes(found.detail).decode(errors="replace")
     return " ".join(text.split())[:MAX_ERROR_CHARS]
-
-
-class EventReader:
-    """Server-sent events from pieces of a body, which may be cut anywhere."""
-
-    def __init__(self, most_bytes: int | None = None) -> None:
-        """`most_bytes`: of one event, where the server is not ours."""
-        self._most_bytes = most_bytes
-        self._rest = b""
-        self.ended = False  # the stream's last event has come
-
-    def feed(self, piece: bytes) -> Iterator[bytes]:
-        """The data of each event that is complete, but for the mark of the end.
-
-        Raises ClientError for one that is too long.
-        """
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        if self._most_bytes is not None and len(self._rest) > self._most_bytes:
-            raise ClientError(f"the server sent an event of more than {self._most_bytes} bytes")
-        for line in lines:
-            if not line.startswith(EVENT):
-                continue
-            data = line[len(EVENT) :].strip()
-            if data == END:
-                self.ended = True
-            elif data:
-                yield data

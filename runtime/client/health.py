@@ -20,7 +20,7 @@ from quartet.runtime.client.connection import (
     unreachable,
 )
 from quartet.runtime.errors import UsageError
-from quartet.runtime.log import plain, say
+from quartet.runtime.log import plain, put, say
 from quartet.runtime.messages import ROLES
 from quartet.runtime.shorten import without_password
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"quartet: {plain(str(error))}", sys.stderr)
         return 1
     for line in report(url, verdict, ready, samples):
-        say(line, sys.stdout)
+        put(line)
     return int(verdict.status == "unhealthy")
 
 

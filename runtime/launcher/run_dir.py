@@ -2,6 +2,8 @@
 
 The launcher holds a lock in it for life, so that a directory without a holder is known to be left over. A tiny shell
 process, the janitor, waits at the lifeline pipe: it removes the directory when the launcher is gone, however it went.
+
+A program that starts servers (`runtime.api.server`) has a directory for each, with its log, and locks it likewise.
 """
 
 import contextlib
@@ -20,7 +22,8 @@ from quartet.runtime.errors import StartupError
 log = logging.getLogger(__name__)
 
 PREFIX = "quartet-"
-NAME = re.compile(PREFIX + "[0-9a-f]{8}")  # a boot's; anything else that begins alike is not ours to remove
+SERVER_PREFIX = PREFIX + "server-"  # of a program that has started the server
+NAME = re.compile(f"({PREFIX}|{SERVER_PREFIX})[0-9a-f]{{8}}")  # anything else that begins alike is not ours to remove
 LOCK = "lock"
 # `read` returns at end of file. A socket that appears during `rm` makes it fail, so it is tried again.
 JANITOR = 'trap "" INT TERM HUP; read -r _; n=0; until rm -rf -- "$1" || [ $((n+=1)) -ge 100 ]; do sleep 0.01; done'
@@ -37,22 +40,30 @@ def base(environment: Mapping[str, str]) -> Path:
 def private(parent: Path) -> Iterator[tuple[Path, int]]:
     """Make a run directory and sweep those of dead boots. Yields it and the read end of the lifeline pipe."""
     sweep(parent)
-    boot_id = secrets.token_hex(4)
-    hidden, run_dir = parent / f".{PREFIX}{boot_id}", parent / f"{PREFIX}{boot_id}"
     try:
-        hidden.mkdir(mode=0o700)
-        lock = take_lock(hidden)
-        hidden.rename(run_dir)  # only now may a sweep see it
+        run_dir, lock = locked(parent, PREFIX)
     except OSError as error:
-        shutil.rmtree(hidden, ignore_errors=True)
         raise StartupError(f"cannot make a run directory in {parent}: {error.strerror}; set XDG_RUNTIME_DIR") from error
     try:
         with watched(run_dir) as lifeline_fd:
             yield run_dir, lifeline_fd
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
+
+
+def locked(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Make a directory that is removed by the next sweep once its lock is let go. Raises OSError."""
+    name = prefix + secrets.token_hex(4)
+    hidden = parent / f".{name}"
+    try:
+        hidden.mkdir(mode=0o700)
+        lock = take_lock(hidden)
+        assert lock is not None, hidden  # nobody else knows of it
+        return hidden.rename(parent / name), lock  # only now may a sweep see it
+    except OSError:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -85,7 +96,7 @@ def hire_janitor(run_dir: Path, lifeline_fd: int) -> subprocess.Popen[bytes]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove the run directories whose launcher is dead and had no janitor left."""
+    """Remove the directories of launchers that are dead and had no janitor left, and of programs that are dead."""
     for left_over in parent.glob(f"{PREFIX}*"):
         try:
             if not is_run_directory(left_over):
@@ -94,13 +105,13 @@ def sweep(parent: Path) -> None:
         except OSError:  # gone meanwhile, or not ours
             continue
         if lock is not None:
-            log.info("removing the left-over run directory %s", left_over)
+            log.info("removing the left-over directory %s", left_over)
             shutil.rmtree(left_over, ignore_errors=True)
             os.close(lock)
 
 
 def is_run_directory(path: Path) -> bool:
-    """A directory that a launcher of this user has made: by name, owner and lock file."""
+    """A directory that a launcher or program of this user has made: by name, owner and lock file."""
     ours = NAME.fullmatch(path.name) and not path.is_symlink() and path.stat().st_uid == os.geteuid()
     return bool(ours) and (path / LOCK).is_file()
 

@@ -11,8 +11,9 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.local_models.arguments import pull_parser
 from quartet.runtime.local_models.sizes import in_words, size_of
-from quartet.runtime.log import plain, say
-from quartet.runtime.model_files import gguf_directory, hub, servable
+from quartet.runtime.log import plain, put, say
+from quartet.runtime.model_files import gguf_directory, hub, hub_download, servable
+from quartet.runtime.model_files.files import expanded
 from quartet.runtime.model_files.gguf import GgufError
 
 INTERRUPTED = 130
@@ -31,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
         return fail(1, str(error))
     except KeyboardInterrupt:
         return fail(INTERRUPTED, "stopped; the same command continues where it was")
-    say(f"{options.model} is here: {path} ({in_words(size_of(path))})", sys.stdout)
-    say(f"Serve it: quartet serve {options.model}    Talk to it: quartet chat {options.model}", sys.stdout)
+    put(f"{options.model} is here: {path} ({in_words(size_of(path))})")
+    put(f"Serve it: quartet serve {options.model}    Talk to it: quartet chat {options.model}")
     return 0
 
 
@@ -55,7 +56,7 @@ def fetch(options: argparse.Namespace) -> Path:
         raise UsageError("demo is the embedded model; it needs no download")
     if not name or len(name) > MAX_NAME_CHARS or "\0" in name:
         raise UsageError("a model of the hub is named OWNER/NAME, or OWNER/NAME:Q4_K_M for one of its GGUF files")
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         raise UsageError(f"{name} is on this machine already; serve it: quartet serve {name}")
     config = ServerConfig(model_path=name, revision=options.revision, download_dir=options.download_dir)
     if match := hub.CHOICE.fullmatch(name):
@@ -65,7 +66,7 @@ def fetch(options: argparse.Namespace) -> Path:
         except GgufError as error:
             there = gguf_files(match[1], options.revision)
             raise UsageError(f"{match[1]} has no one GGUF file of the type {match[2]}{there}") from error
-    if not hub.HUB_ID.fullmatch(name):
+    if not hub_download.is_hub_id(name):
         raise UsageError(f"{name!r} is no hub id; it looks like owner/name, or owner/name:Q4_K_M for a GGUF file")
     described = hub.download("model", name, config, hub.TOKENIZER)  # small, and tells whether the rest is of use
     if not (described / "config.json").is_file():

@@ -13,7 +13,7 @@ from quartet.runtime.client.arguments import parsed
 from quartet.runtime.errors import UsageError
 from quartet.runtime.local_models.arguments import models_parser
 from quartet.runtime.local_models.sizes import ago, in_words
-from quartet.runtime.log import plain, say
+from quartet.runtime.log import plain, put, say
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, HFCacheInfo
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         if options.model:
             raise UsageError(f"unexpected argument {options.model[0]!r}; models are removed by `quartet models rm`")
         for line in listed(models_in(scan(options)), time.time(), directory(options)):
-            say(line, sys.stdout)
+            put(line)
         return 0
     except UsageError as error:
         say(f"quartet: {plain(str(error))}", sys.stderr)
@@ -89,14 +89,14 @@ def remove(options: argparse.Namespace) -> int:
     freed = in_words(sum(one.size_on_disk for one in chosen))
     names = plain(", ".join(one.repo_id for one in chosen))
     if not options.yes and not agreed(f"Remove {names} ({freed})? [y/N] "):
-        say("nothing was removed", sys.stdout)
+        put("nothing was removed")
         return 1
     try:
         for one in chosen:  # not by revisions: a download that was broken off has none
             shutil.rmtree(one.repo_path)
     except OSError as error:
         raise UsageError(f"cannot remove {names}: {error}") from error
-    say(f"removed {names}: {freed} freed", sys.stdout)
+    put(f"removed {names}: {freed} freed")
     return 0
 
 

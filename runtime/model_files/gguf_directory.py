@@ -15,7 +15,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from quartet.runtime.process.python_path import python_path
 from quartet.runtime.shorten import short
 
 SUFFIX = ".gguf"
+TYPE = re.compile(r"(?<=[-_.])(?:I?Q[1-8]_\w+|BF16|F16|F32)$", re.IGNORECASE)  # at the end of a file's name
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MAX_SHARDS = 1 << 10
 WITH_TOKENIZER = "tokenizer"
@@ -69,16 +70,25 @@ def chosen(where: str, directory: Path, choice: str | None) -> Path:
     """The GGUF file of a directory, by its type where there are several. Raises GgufError."""
     found = models_in(directory)
     if choice is not None:
-        wanted = re.compile(rf"(?:.*[-_.])?{re.escape(choice.removesuffix(SUFFIX))}", re.IGNORECASE)
-        found = [file for file in found if wanted.fullmatch(whole_name(file))]
+        found = of_type(choice, found)
     if len(found) == 1:
         return found[0]
     names = ", ".join(short(file.name) for file in (found or models_in(directory))[:8]) or "none at all"
     if choice is None:
-        raise GgufError(
-            f"{where} holds several GGUF files ({names}); name one of them, or its type as in {where}:Q4_K_M"
-        )
+        raise GgufError(f"{where} holds several GGUF files ({names}); name one of them, as in {where}:{example(found)}")
     raise GgufError(f"{where} holds {len(found)} GGUF files of the type {choice}; there are {names}")
+
+
+def of_type(choice: str, files: Sequence[Path]) -> list[Path]:
+    """The files whose names are, or end with, a type."""
+    wanted = re.compile(rf"(?:.*[-_.])?{re.escape(choice.removesuffix(SUFFIX))}", re.IGNORECASE)
+    return [file for file in files if wanted.fullmatch(whole_name(file))]
+
+
+def example(files: Sequence[Path]) -> str:
+    """What names one of several files: the first type that no other file has too, else the first file's name."""
+    types = (found[0] for file in files if (found := TYPE.search(whole_name(file))))
+    return next((kind for kind in types if len(of_type(kind, files)) == 1), whole_name(files[0]) if files else "NAME")
 
 
 def whole_name(file: Path) -> str:

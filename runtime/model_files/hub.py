@@ -10,27 +10,41 @@ import msgspec
 
 from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_files import gguf_directory, servable
-from quartet.runtime.model_files.hub_errors import explained
+from quartet.runtime.model_files import adapter_files, gguf_directory, hub_download, servable
+from quartet.runtime.model_files.files import expanded
 from quartet.runtime.model_files.model_info import DEMO
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CHOICE = re.compile(r"(.+):([\w.-]+)")  # a directory or hub id, and which of its GGUF files is meant
 NOT_THERE = "{} does not exist; it takes a directory, a hub id (owner/name), a GGUF file or demo"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where a model has no others
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")  # where a model has no others
 TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def locate(config: ResolvedConfig, run_dir: Path | None = None) -> ResolvedConfig:
-    """The configuration with the local directories filled in. Raises StartupError.
+    """The configuration with the local directories filled in, on its base where the model is an adapter.
+
+    Raises StartupError.
 
     `run_dir`: where a directory that is made of a GGUF file may lie.
     """
     own_tokenizer = config.tokenizer_path is None and not config.skip_tokenizer_init
     patterns = (*WEIGHTS, *TOKENIZER)
-    model_dir = find("--model-path", config.model_path, config, patterns, run_dir, with_tokenizer=own_tokenizer)
-    servable.check_files(model_dir)
+
+    def found_model(config: ResolvedConfig) -> Path:
+        found = find("--model-path", config.model_path, config, patterns, run_dir, with_tokenizer=own_tokenizer)
+        servable.check_files(found)
+        return found
+
+    model_dir = found_model(config)
+    if adapter_files.is_adapter(model_dir):
+        given, config = config.model_path, adapter_files.on_its_base(config, model_dir)
+        try:
+            model_dir = found_model(config)
+        except StartupError as error:
+            raise adapter_files.base_missing(config, given, error) from error
+        adapter_files.tell_of_both(config, given)
+    config = adapter_files.locate(config)
     if not (model_dir / "config.json").is_file():
         servable.refuse_without_config(model_dir)
     servable.check_architecture(config.model_path, model_dir, config.is_embedding)
@@ -51,14 +65,14 @@ def find(
     """The local directory that `name` stands for, downloaded or made of a GGUF file if need be. Raises StartupError."""
     if name == "demo":
         return DEMO
-    path = Path(name).expanduser()
+    path = expanded(name)
     servable.check_path(flag, path)
     if name and path.is_dir():
         if not gguf_directory.is_model(path):
             return path.resolve()
         path = gguf_directory.chosen(name, path, None)
     elif (match := CHOICE.fullmatch(name)) and not path.exists():
-        base = Path(match[1]).expanduser()
+        base = expanded(match[1])
         found = base if base.is_dir() else download_gguf(flag, match[1], match[2], config)
         path = gguf_directory.chosen(match[1], found, match[2])
     servable.check_file(path)
@@ -69,7 +83,7 @@ def find(
         return gguf_directory.described(path, run_dir, with_tokenizer)
     if name.lower().endswith(gguf_directory.SUFFIX):
         raise StartupError(f"{flag} {name}: there is no such file; one on the hub is named as owner/name:Q4_K_M")
-    if not HUB_ID.fullmatch(name):
+    if not hub_download.is_hub_id(name):
         raise StartupError(NOT_THERE.format(f"{flag} {name}"))
     if set(WEIGHTS) <= set(patterns):
         check_before_weights(flag, name, config)
@@ -81,6 +95,8 @@ def check_before_weights(flag: str, name: str, config: ServerConfig) -> None:
     described = download(flag, name, config, TOKENIZER)
     if (described / "config.json").is_file():
         servable.check_architecture(name, described, config.is_embedding)
+    elif adapter_files.is_adapter(described):
+        return
     elif servable.is_known_layout(described):
         servable.refuse_without_config(described)
     else:
@@ -91,7 +107,7 @@ def check_before_weights(flag: str, name: str, config: ServerConfig) -> None:
 
 def download_gguf(flag: str, name: str, choice: str, config: ServerConfig) -> Path:
     """The hub's snapshot with the GGUF files of one type. Raises StartupError."""
-    if not HUB_ID.fullmatch(name):
+    if not hub_download.is_hub_id(name):
         raise StartupError(NOT_THERE.format(f"{flag} {name}:{choice}"))
     spellings = {
         choice.removesuffix(".gguf"),
@@ -105,20 +121,8 @@ def download_gguf(flag: str, name: str, choice: str, config: ServerConfig) -> Pa
 
 def download(flag: str, name: str, config: ServerConfig, patterns: tuple[str, ...]) -> Path:
     """The hub's snapshot, from its cache where that is complete. Raises StartupError."""
-    try:
-        import huggingface_hub  # here, for it is slow and seldom needed
-        from huggingface_hub.errors import HFValidationError
-    except ImportError as error:
-        raise StartupError(
-            f"{flag} {name} is no directory here, and fetching it from the hub needs `pip install 'quartet-serve[hub]'`"
-        ) from error
-    try:
-        found = huggingface_hub.snapshot_download(
-            name, revision=config.revision, cache_dir=config.download_dir, allow_patterns=list(patterns)
-        )
-    except (OSError, ValueError, HFValidationError) as error:  # the hub's own errors derive from these
-        raise StartupError(explained(flag, name, config.revision, error)) from error
+    found = hub_download.snapshot(flag, name, config, patterns, config.revision)
     wants_weights = set(WEIGHTS) <= set(patterns) and not set(PICKLED) <= set(patterns)
-    if wants_weights and not any(Path(found).glob("*.safetensors")):
+    if wants_weights and not any(found.glob("*.safetensors")):
         return download(flag, name, config, (*patterns, *PICKLED))
-    return Path(found)
+    return found

@@ -12,6 +12,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import files, model_ranges
 from quartet.runtime.model_files.embedding import Embedding, embedding, is_embedder, usable_positions
 from quartet.runtime.model_files.model_ranges import BadValue
+from quartet.runtime.model_files.towers import text_config
 
 DEMO = Path(__file__).parent / "demo"
 DEFAULT_CONTEXT = 2048
@@ -120,7 +121,7 @@ class ModelConfig(NamedTuple):
 def read_config(path: Path) -> ModelConfig:
     """The config.json of a directory. Raises StartupError, naming the field where a value cannot be."""
     raw = read_json(path / "config.json")
-    text = {**raw, **raw["text_config"]} if isinstance(raw.get("text_config"), dict) else raw
+    text = text_config(raw)
     try:
         text = model_ranges.checked(text)
         architectures = raw.get("architectures") or [""]

@@ -87,6 +87,20 @@ class Typed:
         return self.name
 
 
+@dataclass(frozen=True, slots=True)
+class Either:
+    """A value of one of two kinds."""
+
+    first: "Kind"
+    second: "Kind"
+
+    def __call__(self, value: Any) -> bool:
+        return self.first(value) or self.second(value)
+
+    def __str__(self) -> str:
+        return f"{self.first} or {self.second}"
+
+
 Kind = Callable[[Any], bool]
 TEXT, BOOLEAN, OBJECT = Typed(str, "a text"), Typed(bool, "true or false"), Typed(dict, "an object")
 WIDTH, HEADS, POSITIONS = Int(1, 1 << 22), Int(1, 1 << 14), Int(1, MAX_POSITIONS)
@@ -107,9 +121,22 @@ FIELDS: dict[str, Kind] = {
     "num_key_value_heads": Each(HEADS, MAX_LAYERS, alone=True),  # in some models each layer has its own
     **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), POSITIONS),
     **dict.fromkeys(("sliding_window", "max_window_layers"), Int(0, MAX_POSITIONS)),
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), EXPERTS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), EXPERTS),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), Int(0, 1 << 10)),
+    **dict.fromkeys(("first_k_dense_replace", "no_rope_layer_interval"), Int(0, MAX_LAYERS)),
+    **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache"), Int(2, 1 << 8)),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), HEADS),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Int(1, 1 << 12)),
+    **dict.fromkeys(("full_attention_interval", "block_multiple_of", "block_ff_dim"), WIDTH),
+    "full_attn_idxs": Each(Int(0, MAX_LAYERS), MAX_LAYERS),
+    **dict.fromkeys(("swiglu_alpha", "swiglu_limit", "block_ffn_dim_multiplier"), SCALE),
+    **dict.fromkeys(("conv_bias", "block_auto_adjust_ff_dim", "rope_interleave", "tie_embedding"), BOOLEAN),
+    "no_rope_layers": Each(Int(0, 1), MAX_LAYERS),
+    **dict.fromkeys(("rotary_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"), WIDTH),
+    **dict.fromkeys(("qk_nope_head_dim", "num_nextn_predict_layers"), Int(0, 1 << 14)),
     **dict.fromkeys(("decoder_sparse_step", "global_attn_every_n_layers"), STEP),
-    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), STEP),
+    "sliding_window_pattern": Either(Int(0, MAX_LAYERS), TEXT),  # a text has a letter for each layer of a period
+    "_sliding_window_pattern": STEP,
     "mlp_only_layers": Each(Int(0, MAX_LAYERS), MAX_LAYERS),
     "layer_types": Each(TEXT, MAX_LAYERS),
     "local_attention": POSITIONS,
@@ -124,7 +151,10 @@ FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), SCALE),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation", "torch_dtype", "dtype"), TEXT),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"), BOOLEAN),
-    **dict.fromkeys(("norm_topk_prob", "qkv_bias", "norm_bias"), BOOLEAN),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), SCALE),
+    **dict.fromkeys(("logits_scaling", "logit_scale", "routed_scaling_factor"), SCALE),
+    **dict.fromkeys(("norm_topk_prob", "qkv_bias", "norm_bias", "use_bias"), BOOLEAN),
+    **dict.fromkeys(("attention_out_bias", "use_qk_norm"), BOOLEAN),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "id2label", "sentence_transformers"), OBJECT),
 }
 
@@ -138,14 +168,35 @@ ROPE_FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), SCALE),
     **dict.fromkeys(("mscale", "mscale_all_dim"), Number(0.0, 1e6)),
     **dict.fromkeys(("short_factor", "long_factor"), FACTORS),
+    "llama_4_scaling_beta": Number(0.0, 1e3),
     "truncate": BOOLEAN,
 }
 ROPES = ("rope_scaling", "rope_parameters")
+# null in these is the default too; elsewhere it may mean that a model goes without, and families decide
+NULL_IS_ABSENT = (
+    "block_auto_adjust_ff_dim",
+    "block_multiple_of",
+    "conv_L_cache",
+    "full_attention_interval",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "layer_norm_eps",
+    "logit_scale",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "num_local_experts",
+    "routed_scaling_factor",
+    "swiglu_alpha",
+    "swiglu_limit",
+)
 
 
 def checked(config: Config) -> dict[str, Any]:
     """The config with whole numbers as integers. Raises BadValue."""
-    found = dict(config)
+    found = {name: value for name, value in config.items() if value is not None or name not in NULL_IS_ABSENT}
     for name, value in walk(config):
         kind = FIELDS[name]
         single = kind.kind if isinstance(kind, Each) else kind
@@ -188,6 +239,19 @@ def check_value(name: str, value: Any, kind: Kind) -> None:
         raise BadValue(f"{name} is {short(repr(value))}; it must be {kind}")
 
 
+def check_groups(config: Config, experts: int | None, chosen: int | None) -> None:
+    """Experts in groups, of which some are looked at first."""
+    groups, looked_at = config.get("n_group"), config.get("topk_group")
+    if not (experts and groups and looked_at):
+        return
+    if experts % groups:
+        raise BadValue(f"n_group is {groups}, which does not divide the {experts} experts there are")
+    if looked_at > groups:
+        raise BadValue(f"topk_group is {looked_at}, more than n_group, {groups}")
+    if chosen and chosen > experts // groups * looked_at:
+        raise BadValue(f"num_experts_per_tok is {chosen}; topk_group, {looked_at}, leaves fewer experts than that")
+
+
 def check_together(config: Config) -> None:
     """What must fit to each other."""
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
@@ -196,10 +260,11 @@ def check_together(config: Config) -> None:
     hidden = config.get("hidden_size")
     if heads and hidden and not config.get("head_dim") and heads > hidden:
         raise BadValue(f"num_attention_heads is {heads}, more than hidden_size, {hidden}")
-    experts = config.get("num_experts") or config.get("num_local_experts")
+    experts = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
     chosen = config.get("num_experts_per_tok")
     if experts and chosen and chosen > experts:
         raise BadValue(f"num_experts_per_tok is {chosen}, more than the {experts} experts there are")
+    check_groups(config, experts, chosen)
     layers, types = config.get("num_hidden_layers"), config.get("layer_types")
     if layers and types and len(types) < layers:
         raise BadValue(f"layer_types has {len(types)} entries, num_hidden_layers is {layers}")

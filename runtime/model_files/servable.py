@@ -4,6 +4,7 @@ Each refusal is a StartupError of one line that says what was found and what to 
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import pwd
@@ -14,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_files import embedding
+from quartet.runtime.model_files import embedding, families
 from quartet.runtime.model_files.files import opened
 from quartet.runtime.model_files.model_info import NO_CONFIG, read_json
+from quartet.runtime.model_files.towers import TOWERS
 from quartet.runtime.shorten import short
 
 READ = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.bin", "*.gguf")  # the files that a server may open
 LFS_POINTER = b"version https://git-lfs"
 LAYOUTS = {  # a file that tells of what a directory is, and what to do
     "adapter_config.json": (
-        "{path} is a LoRA adapter{base}, and Quartet serves whole models; merge it into its base model first (peft: "
-        "model.merge_and_unload().save_pretrained(DIRECTORY)) and serve that directory"
+        "{path} is a LoRA adapter{base}, which is no base for another one; name a whole model by --model-path"
     ),
     "model_index.json": "{path} makes images (a pipeline of diffusers), and Quartet serves text; name a language model",
     "params.json": (
@@ -33,6 +34,7 @@ LAYOUTS = {  # a file that tells of what a directory is, and what to do
     ),
 }
 CAUSAL_MODELS = re.compile(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict\(\s*\[(.*?)^    \]", re.S | re.M)
+VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 ENTRY = re.compile(r'\("([\w.-]+)", "(\w+)"\)')
 SENSES = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "image_size", "num_mel_bins")
 
@@ -130,6 +132,8 @@ def refusal(config: Json, known: Json, is_embedding: bool = False) -> str:
     if not (known and architecture and model_type) or embedding.is_encoder(architecture):
         return ""  # nothing can be said here; whoever loads it will
     embeds = is_embedding or embedding.is_embedder(architecture)
+    if architecture in TOWERS and not embeds:
+        return ""
     if architecture in known.values() or (not embeds and model_type in known and not config.get("is_encoder_decoder")):
         return ""
     if embeds and f"{embedding.family_name(architecture)}ForCausalLM" in known.values():
@@ -145,10 +149,37 @@ def refusal(config: Json, known: Json, is_embedding: bool = False) -> str:
         return f"is a model of images or sound ({shown}), and Quartet serves text; name a language model"
     if config.get("is_encoder_decoder"):
         return f"is an encoder-decoder ({shown}), and Quartet serves decoders; name a model that ends in ForCausalLM"
+    near = families.nearest(architecture)
+    ours = f" (the nearest name that Quartet computes is {near})" if near else ""
     return (
-        f"is a {shown}, which neither Quartet nor the installed transformers knows as a language model; a newer "
-        "transformers may (pip install -U transformers)"
+        f"is a {shown}, which neither Quartet nor the installed transformers knows as a language model{ours}; "
+        f"{newer_transformers(config)}"
     )
+
+
+def newer_transformers(config: Json) -> str:
+    """Whether a newer transformers would know a model, as far as the one that saved it tells."""
+    saved, installed = str(config.get("transformers_version") or ""), installed_transformers()
+    theirs, ours = VERSION.match(saved), VERSION.match(installed)
+    if theirs is None or ours is None:
+        return "a newer transformers may (pip install -U transformers)"
+    if tuple(map(int, theirs.groups())) > tuple(map(int, ours.groups())):
+        return (
+            f"it was saved by transformers {short(saved)} and {installed} is installed: that one or a newer one may "
+            "know it (pip install -U transformers)"
+        )
+    return (
+        f"it was saved by transformers {short(saved)}, which is not newer than the installed {installed}: it was made "
+        "with code of its own, or under another name, and a newer transformers will hardly know it"
+    )
+
+
+def installed_transformers() -> str:
+    """The version of transformers; "" where there is none."""
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Standard streams that may be closed, full or left by their readers, and the limits that a start depends on.
 
-A server must not care who listens: what cannot be written is lost, and nothing ends because of it.
+A server must not care who listens: what cannot be written is lost, and nothing ends because of it. A command whose
+output is its purpose ends with a status that says so.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from quartet.runtime.errors import StartupError
 STANDARD = (0, 1, 2)
 LEAST_OPEN_FILES = 48  # the gateway has 30 when nobody is connected
 
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "the whole machine has too many files open",
@@ -46,6 +48,11 @@ def give_up(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
+
+
+def is_of_output(error: OSError) -> bool:
+    """Whether something was printed and there is no room for it."""
+    return error.filename is None and error.errno in NO_ROOM
 
 
 def settle() -> None:

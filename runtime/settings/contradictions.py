@@ -39,6 +39,22 @@ def given_tls_flags(config: ServerConfig) -> list[str]:
     return ["--" + name.replace("_", "-") for name in TLS_FLAGS if getattr(config, name) is not None]
 
 
+def lora_is_on(config: ServerConfig) -> bool:
+    return bool(config.lora_paths) if config.enable_lora is None else config.enable_lora
+
+
+def given_lora_flags(config: ServerConfig) -> list[str]:
+    """The flags that mean nothing without adapters."""
+    given = {
+        "--lora-paths": config.lora_paths is not None,
+        "--max-loras-per-batch": config.max_loras_per_batch != ServerConfig().max_loras_per_batch,
+        "--max-loaded-loras": config.max_loaded_loras is not None,
+        "--max-lora-rank": config.max_lora_rank != ServerConfig().max_lora_rank,
+        "--lora-target-modules": config.lora_target_modules is not None,
+    }
+    return [flag for flag, is_given in given.items() if is_given]
+
+
 Contradiction = tuple[Callable[[ServerConfig, Machine], bool], Callable[[ServerConfig], str]]
 
 CONTRADICTIONS: list[Contradiction] = [
@@ -108,6 +124,21 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: (
             "--disable-cuda-graph and --cuda-graph-max-prefill-tokens contradict each other; leave one of them out"
         ),
+    ),
+    (
+        lambda c, m: not lora_is_on(c) and bool(given_lora_flags(c)),
+        lambda c: f"{given_lora_flags(c)[0]} has no effect without adapters; add --enable-lora, or leave it out",
+    ),
+    (
+        lambda c, m: c.max_loaded_loras is not None and c.max_loaded_loras < c.max_loras_per_batch,
+        lambda c: (
+            f"--max-loaded-loras {c.max_loaded_loras} is less than --max-loras-per-batch {c.max_loras_per_batch}; "
+            f"use --max-loras-per-batch {c.max_loaded_loras}"
+        ),
+    ),
+    (
+        lambda c, m: lora_is_on(c) and c.is_embedding,
+        lambda c: "--enable-lora is for models that generate, and --is-embedding asks for one that embeds",
     ),
     (
         lambda c, m: c.speculative_algorithm not in (None, SPECULATIVE_ALGORITHM),
@@ -185,8 +216,10 @@ CONTRADICTIONS: list[Contradiction] = [
 ]
 
 
-# What one process does alone so far: field, its value where it is off, what to do
-ONE_RANK = (
+# What one process does alone: field, and its values where it is off
+ONE_RANK: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("lora_paths", (None, [])),
+    ("enable_lora", (None, False)),
     ("enable_memory_saver", (False,)),
     ("enable_weights_cpu_backup", (False,)),
     ("sleep_when_idle_s", (None, 0)),

@@ -14,12 +14,13 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from quartet.runtime.adapter_sources import words_of
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.flag import GROUPS, Flag
 from quartet.runtime.model_files.files import read_small_text
 from quartet.runtime.settings import environment as environments
-from quartet.runtime.settings import foreign_flags, keys, variables
+from quartet.runtime.settings import foreign_flags, foreign_values, keys, variables
 from quartet.runtime.shorten import short
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -120,11 +121,17 @@ def build_parser(command: str, shown: Container[str] | None = None) -> argparse.
             dest=setting.name,
             metavar=setting.takes.replace(" ", ""),
             help=help_text(setting) if shown is None or setting.name in shown else argparse.SUPPRESS,
-            action="append" if setting.flag.several else "store",
-            **optional_value,
+            **(optional_value or argument_of(setting.flag)),
         )
     parser.add_argument("--config", metavar="file.yaml", help="settings from a file; flags given here win")
     return parser
+
+
+def argument_of(flag: Flag) -> dict[str, str]:
+    """How often a flag may be given, and with how many values."""
+    if flag.words:
+        return {"action": "extend", "nargs": "+"}
+    return {"action": "append"} if flag.several else {}
 
 
 def help_text(setting: Setting) -> str:
@@ -145,11 +152,11 @@ def load(
     words, notes = sorted_out(with_model(argv))
     given, rest = build_parser(command).parse_known_args(words)
     refuse_positional(rest, words)
-    flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    flags = {name: joined(name, value) for name, value in vars(given).items()}
     file = flags.pop("config", environment.get(variables.CONFIG) or None)
     values, file_notes = ({}, []) if file is None else read_file(Path(file))
     found = variables.values(variables_of_settings(), environment)
-    texts = {name: value for name, (_, value) in found.items()}
+    texts = {name: joined(name, value) for name, (_, value) in found.items()}
     known = {variable for names in variables_of_settings().values() for variable in names}
     notes += environments.notes(environment, known) + variables.notes(known, environment)
     notes += file_notes + [note for source in (texts, values, flags) for note in translate(source)]
@@ -215,7 +222,7 @@ def translate(values: dict[str, Any]) -> list[str]:
     """Replace values that other servers give to flags of ours by what they come to here, and say so."""
     notes = []
     for name, value in list(values.items()):
-        known = foreign_flags.VALUES.get((name, str(value)))
+        known = foreign_values.VALUES.get((name, str(value)))
         if known is not None:
             notes.append(f"--{dashed(name)} {value} {known.why}")
             del values[name]
@@ -299,10 +306,15 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[str]]:
             raise UsageError(f"unknown key {key} in {path}{suggestion(key, settings())}")
         value = values.pop(key)
         notes.append(considered(foreign, str(value).lower() if isinstance(value, bool | None) else str(value)))
-    for name, value in values.items():
-        if settings()[name].flag.several and isinstance(value, list):
-            values[name] = ",".join(map(str, value))
-    return values, notes
+    return {name: joined(name, value) for name, value in values.items()}, notes
+
+
+def joined(name: str, value: Any) -> Any:
+    """The value of a setting that may have several: a list of words, or a text with commas. Raises UsageError."""
+    flag = known.flag if (known := settings().get(name)) else None
+    if flag is not None and flag.words and value is not None:
+        return words_of(value, "--" + dashed(name))
+    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def typed(values: Mapping[str, Any], *, strict: bool, label: str, spell: Callable[[str], str] = str) -> dict[str, Any]:

@@ -36,13 +36,9 @@ def detail(what: str) -> Foreign:
 
 def one(what: str) -> Foreign:
     """A size that may only be one."""
-    return Foreign(
-        f"one process computes the model, so there is no {what}; start several servers behind a router", ("1",)
-    )
+    return Foreign(f"there is no {what}; start several servers behind a router", ("1",))
 
 
-NO_LORA = Foreign("LoRA adapters are not supported; merge the adapter into the model and serve that")
-NO_LORA_SWITCH = NO_LORA._replace(accepts=OFF)
 NO_DRAFT_MODEL = Foreign("Quartet runs no draft model; --speculative-algorithm NGRAM needs none")
 NO_QUANTIZATION = Foreign("use --quantization int8 or int4, or serve a quantized checkpoint")
 NO_OFFLOAD = Foreign("weights and KV pool are not offloaded; take a smaller model, or less --max-total-tokens", ("0",))
@@ -127,17 +123,14 @@ SGLANG = {
     "--dist-init-addr": ONE_NODE,
     "--nnodes": ONE_NODE._replace(accepts=("1",)),
     "--node-rank": ONE_NODE._replace(accepts=("0",)),
-    "--dist-timeout": detail("nothing is distributed"),
-    "--disable-custom-all-reduce": always("nothing is distributed"),
-    "--enable-p2p-check": always("nothing is distributed"),
-    "--enable-nccl-nvls": always("nothing is distributed"),
-    "--enable-lora": NO_LORA_SWITCH,
-    "--lora-paths": NO_LORA,
-    "--max-lora-rank": NO_LORA,
-    "--lora-target-modules": NO_LORA,
-    "--max-loras-per-batch": NO_LORA,
-    "--max-loaded-loras": NO_LORA,
-    "--lora-backend": NO_LORA,
+    "--dist-timeout": detail("--watchdog-timeout finds a rank that does not answer"),
+    "--disable-custom-all-reduce": always("torch.distributed sums between ranks"),
+    "--enable-p2p-check": always("torch.distributed finds the ways between ranks"),
+    "--enable-nccl-nvls": always("NCCL decides it"),
+    "--lora-backend": detail("how the products of adapters are computed is chosen by device"),
+    "--lora-eviction-policy": Foreign("adapters are evicted least recently used first", ("lru",)),
+    "--max-lora-chunk-size": detail("how the products of adapters are computed is chosen by device"),
+    "--enable-lora-overlap-loading": always("adapters are read while requests run"),
     "--prefill-attention-backend": ATTENTION,
     "--decode-attention-backend": ATTENTION,
     "--mm-attention-backend": NO_MEDIA,
@@ -232,10 +225,13 @@ VLLM = {
     "--hf-token": Foreign("use the variable HF_TOKEN, which no list of processes shows"),
     "--hf-overrides": Foreign("edit the config.json of a copy of the model instead"),
     "--rope-scaling": Foreign("edit the config.json of a copy of the model instead"),
-    "--lora-modules": NO_LORA,
-    "--max-loras": NO_LORA,
+    "--lora-modules": ours("--lora-paths"),
+    "--max-loras": ours("--max-loras-per-batch"),
+    "--max-cpu-loras": ours("--max-loaded-loras"),
+    "--lora-dtype": Foreign("adapters have the number format of the model", ("auto",)),
+    "--fully-sharded-loras": detail("one device holds all of an adapter"),
     "--max-logprobs": Foreign("a request may ask for up to 128 logprobs"),
-    "--distributed-executor-backend": detail("nothing is distributed"),
+    "--distributed-executor-backend": detail("ranks are processes of torch.distributed"),
     "--disable-frontend-multiprocessing": detail("the gateway is always a process of its own"),
     "--api-server-count": Foreign("there is one gateway", ("1",)),
     "--num-scheduler-steps": detail("requests are looked at before every step"),
@@ -346,7 +342,8 @@ LLAMA_CPP = {
     "--log-disable": ours("--log-level error"),
     "--api-prefix": Foreign("let the proxy in front strip the prefix", ("",)),
     "-s": ours("--random-seed"),
-    "--lora": NO_LORA,
+    "--lora": ours("--lora-paths"),
+    "--lora-scaled": ours("--lora-paths; the scale is the adapter's own lora_alpha"),
     "--mmproj": NO_MEDIA,
     "-md": NO_DRAFT_MODEL,
     "--model-draft": NO_DRAFT_MODEL,
@@ -357,40 +354,3 @@ LLAMA_CPP = {
 }
 
 FLAGS: dict[str, Foreign] = {**LLAMA_CPP, **VLLM, **SGLANG}
-
-
-class Value(NamedTuple):
-    """A value that others give to a flag of ours: what it becomes here (None: the flag's default), and why."""
-
-    instead: str | None
-    why: str
-
-
-NOT_HERE = Value(None, "is not one of ours; the backend is chosen by device")
-
-OTHER_BACKENDS = {"aiter", "cutlass_mla", "dual_chunk_flash_attn", "fa3", "fa4", "flashinfer", "flashmla"} | {
-    "flex_attention",
-    "intel_amx",
-    "trtllm_mha",
-    "trtllm_mla",
-    "wave",
-}
-
-VALUES: dict[tuple[str, str], Value] = {
-    ("schedule_policy", "random"): Value("fcfs", "promises no order; fcfs is used"),
-    ("schedule_policy", "dfs-weight"): Value("lpm", "groups shared prefixes, as lpm does; that is used"),
-    **{
-        ("quantization", name): Value(None, "is found in the checkpoint; auto is used")
-        for name in ("None", "null", "gguf", "gptq", "awq", "fp8", "fbgemm_fp8")
-    },
-    ("ssl_cert_reqs", "0"): Value("none", "is the value none here"),
-    ("ssl_cert_reqs", "1"): Value("optional", "is the value optional here"),
-    ("ssl_cert_reqs", "2"): Value("required", "is the value required here"),
-    ("log_requests", "true"): Value("metadata", "is the value metadata here"),
-    ("log_requests", "True"): Value("metadata", "is the value metadata here"),
-    ("log_requests", "false"): Value("off", "is the value off here"),
-    ("log_requests", "False"): Value("off", "is the value off here"),
-    ("tool_call_parser", ""): Value("none", "is empty: calls stay in the text"),
-    ("reasoning_parser", ""): Value("none", "is empty: thoughts stay in the text"),
-    **{("attention_backend", name): NOT_HERE for name in sorted(OTHER_BACKENDS)},
-}

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from quartet.runtime.adapter_sources import read_sources
 from quartet.runtime.config import ResolvedConfig, ServerConfig, Speculation
-from quartet.runtime.settings.contradictions import PAGE_SIZE, notes_on, refuse_contradictions
+from quartet.runtime.settings.contradictions import PAGE_SIZE, lora_is_on, notes_on, refuse_contradictions
 from quartet.runtime.settings.machine import Machine
 
 MAX_RUNNING_REQUESTS = 256
@@ -46,6 +47,7 @@ def decide_flags(config: ServerConfig, machine: Machine, device: Literal["cpu", 
         "device": device,
         "attention_backend": "torch_native" if device == "cpu" else config.attention_backend or "triton",
         "page_size": config.page_size or PAGE_SIZE,
+        "enable_lora": lora_is_on(config),
         "max_running_requests": running,
         "max_queued_requests": config.max_queued_requests or max(MIN_QUEUED_REQUESTS, 4 * running),
         "chunked_prefill_size": chunk,
@@ -67,6 +69,7 @@ def decide_derived(config: ServerConfig) -> dict[str, Any]:
     """Values of the fields that no flag gives."""
     preempts = policy_of(config) == "priority" and not config.disable_priority_preemption
     return {
+        "adapters": read_sources(config.lora_paths),
         "access_log_level": config.log_level_http or config.log_level,
         "dummy_seed": config.random_seed or DUMMY_SEED,
         "max_graph_rows": 0 if config.disable_cuda_graph else config.cuda_graph_max_bs or MAX_GRAPH_ROWS,

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from quartet.runtime.errors import StartupError, UsageError
-from quartet.runtime.log import plain, say
+from quartet.runtime.log import plain, put, say
 from quartet.runtime.settings import flags
 from quartet.runtime.settings.machine import look_at_machine
 from quartet.runtime.settings.resolve import resolve
@@ -29,14 +29,14 @@ def main(argv: Sequence[str]) -> int:
         say(f"quartet: {plain(str(error))}", sys.stderr)
         return 2
     if YAML in argv:
-        say(as_yaml(settings), sys.stdout)
+        put(as_yaml(settings))
         return 0
     rows = list(origins(settings, flags.public(resolution.config)))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, origin in rows:
-        say(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}", sys.stdout)
+        put(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
     for note in [*settings.notes, *resolution.notes]:
-        say(f"\nnote: {plain(note)}", sys.stdout)
+        put(f"\nnote: {plain(note)}")
     return 0
 
 

@@ -8,6 +8,7 @@ from quartet.runtime.messages import Message, Request
 from quartet.scheduler_service.core.planner import Planner
 
 if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
+    from quartet.scheduler_service.execution.adapters import AdapterStore
     from quartet.scheduler_service.execution.experts import ExpertRecorder
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.execution.profile import Profile
@@ -33,6 +34,7 @@ class Context(Protocol):
     planner: Planner
     updates: "Updates | None"  # None: the weights stay as they are
     saver: "MemorySaver | None"  # None: memory is never released
+    adapters: "AdapterStore | None"  # None: requests cannot name any
     profile: "Profile | None"  # a recording under way
     step_sleep_s: float  # before every step
 
@@ -81,6 +83,10 @@ class Context(Protocol):
 
     def memory_state(self) -> dict[str, Any]:
         """{"asleep": whether no step runs for lack of memory or weights, "lacks": the released tags that cause it}"""
+        ...
+
+    def adapters_changed(self) -> None:
+        """Have no request match KV of a version of an adapter that is gone, and tell the gateway."""
         ...
 
     def tell_state(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from quartet.runtime.control import Abort, ControlCommand, FlushCache, Probe
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply, Request
-from quartet.scheduler_service.control import experts, memory, pause, process_groups, profile, weights
+from quartet.scheduler_service.control import adapters, experts, memory, pause, process_groups, profile, weights
 from quartet.scheduler_service.control.context import Context, Handler, Resumable
 
 log = logging.getLogger(__name__)
@@ -86,4 +86,5 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
     **pause.HANDLERS,
     **profile.HANDLERS,
     **memory.HANDLERS,
+    **adapters.HANDLERS,
 }

@@ -4,14 +4,19 @@ Every page is in exactly one of three places: free (allocator), cached (tree), o
 sequence's `pages` may also name cached ones: those of the path that it pins. A held page becomes cached when the tree
 has nothing for that prefix yet; a sequence that computed the same prefix at the same time keeps its own copy until it
 leaves, because its page list only ever grows while it is admitted.
+
+For a model with recurrent layers (`options`) a cached prefix ends at the deepest node that has a snapshot of the state.
 """
 
 from collections.abc import Iterable
 from enum import Enum, auto
 
 from quartet.scheduler_service.core.pages import PageAllocator
+from quartet.scheduler_service.core.plan import Slice
 from quartet.scheduler_service.core.prefix_tree import Node, PrefixTree
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT, SnapshotOptions, Snapshots, borders
 
 RESERVE_TOKENS = 1024  # neighbouring pages reserved for a new sequence's growth, at most
 REGROWTH_RESERVE_TOKENS = 128  # the same for one that had to go on elsewhere
@@ -29,10 +34,15 @@ class Admission(Enum):
 class PagePool:
     """Gives pages to sequences and takes them back."""
 
-    def __init__(self, page_size: int, total_pages: int, reuse_prefixes: bool) -> None:
+    def __init__(
+        self, page_size: int, total_pages: int, reuse_prefixes: bool, options: SnapshotOptions | None = None
+    ) -> None:
+        """`options`: of a model with recurrent layers."""
         self.page_size = page_size
         self.pages = PageAllocator(total_pages)
-        self.tree = PrefixTree(page_size)
+        self.options = options
+        self.snapshots = Snapshots(options.count if options else 0)
+        self.tree = PrefixTree(page_size, self.snapshots)
         self.reuse_prefixes = reuse_prefixes
         self._in_computation: dict[object, Sequence] = {}  # (node, next tokens) → the sequence that computes them
 
@@ -55,14 +65,15 @@ class PagePool:
 
     def cached_prefix(self, sequence: Sequence) -> int:
         """Tokens of the sequence that the tree holds now; changes nothing."""
-        return self.tree.matched_pages(sequence.namespace.encode(), sequence.ids.tobytes()) * self.page_size
+        matched = self.tree.matched_snapshot_pages if self.options else self.tree.matched_pages
+        return matched(sequence.namespace.encode(), sequence.ids.tobytes()) * self.page_size
 
     def admit(self, sequence: Sequence, reusable: int, spare: int) -> Admission:
         """Pin the cached prefix of at most `reusable` tokens and take pages for all the rest of `ids`.
 
         Refuses when fewer than `spare` pages would be left. `sequence.computed` is the cached length afterwards.
         """
-        node, prefix = self._pin_prefix(sequence, reusable)
+        node, prefix, branch = self._pin_prefix(sequence, reusable)
         if node and self._next_key(node, sequence, len(prefix), reusable) in self._in_computation:
             self.tree.unpin(node)
             return Admission.AWAITS_PREFIX
@@ -77,12 +88,16 @@ class PagePool:
         sequence.tree_node = node
         sequence.cached_pages = len(prefix)
         sequence.computed = len(prefix) * self.page_size
+        sequence.branch = branch
+        if node and node.snapshot != NO_SNAPSHOT:
+            self.snapshots.begin_reading(node.snapshot)
+            sequence.restores = node.snapshot
         self._announce(sequence, len(sequence.ids))
         return Admission.ADMITTED
 
     def missing(self, sequence: Sequence, reusable: int) -> int | None:
         """Pages that `admit` would lack; zero or less: that it would leave. None where it would await a prefix."""
-        node, prefix = self._pin_prefix(sequence, reusable)
+        node, prefix, _ = self._pin_prefix(sequence, reusable)
         awaits = node is not None and self._next_key(node, sequence, len(prefix), reusable) in self._in_computation
         missing = self.pages_for(len(sequence.ids)) - len(prefix) - self.available
         if node:
@@ -116,6 +131,32 @@ class PagePool:
         sequence.cached_pages = count
         self._announce(sequence, sequence.prefill_end)
 
+    def reserve_snapshots(self, sequence: Sequence, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """(position, snapshot) in order: where a slice [start, end) of a model with recurrent layers saves its state.
+
+        At the last page border in front of the prompt's end, where the tree branches off, and at regular distances.
+        """
+        if self.options is None or not isinstance(sequence.tree_node, Node):
+            return ()
+        last = sequence.prefill_end - 1
+        wanted = borders(start, end, (last - last % self.page_size, sequence.branch), self.options.interval)
+        taken = ((position, self.snapshots.take()) for position in wanted)
+        return tuple(sorted((position, number) for position, number in taken if number is not None))
+
+    def settle_snapshots(self, part: Slice, computed: bool) -> None:
+        """A slice's results are there: its saved states become the tree's if they were `computed`, else free."""
+        sequence = part.sequence
+        if part.restores != NO_SNAPSHOT:
+            self.snapshots.end_reading(part.restores)
+        for position, number in part.saves:
+            if computed:
+                self.cache(sequence, position)
+            if computed and sequence.cached_pages * self.page_size == position:
+                assert isinstance(sequence.tree_node, Node)
+                self.snapshots.attach(number, sequence.tree_node)
+            else:
+                self.snapshots.give(number)
+
     def release(self, sequence: Sequence, computed: int) -> None:
         """Take all pages back; the KV of the first `computed` positions is cached."""
         self.cache(sequence, computed)
@@ -145,7 +186,7 @@ class PagePool:
         """While no sequence is admitted: why the counts do not add up, or "". Constant time."""
         pages, tree = self.pages, self.tree
         if pages.free + tree.cached == pages.total and tree.cached == tree.evictable:
-            return ""
+            return self.snapshots.imbalance()
         return f"free {pages.free} + cached {tree.cached} (pinned {tree.cached - tree.evictable}) of {pages.total}"
 
     def check_invariants(self, admitted: Iterable[Sequence]) -> None:
@@ -157,14 +198,22 @@ class PagePool:
         assert sum(counts[:3]) == self.pages.total, counts
         assert len(free | cached | set(held)) == self.pages.total, counts
 
-    def _pin_prefix(self, sequence: Sequence, reusable: int) -> tuple[Node | None, list[int]]:
-        """The pinned node at the end of the usable cached prefix, and its pages; (None, []) where none may be used."""
+    def _pin_prefix(self, sequence: Sequence, reusable: int) -> tuple[Node | None, list[int], int]:
+        """The pinned node at the end of the usable cached prefix, its pages, and how many tokens the tree holds.
+
+        (None, [], 0) where none may be used. The tree holds more than is usable where a snapshot is missing.
+        """
         if not self.reuse_prefixes or sequence.embeds:
-            return None, []
+            return None, [], 0
         usable = reusable - reusable % self.page_size
         node = self.tree.match(sequence.namespace.encode(), sequence.ids[:usable].tobytes())
+        matched = self.tree.path_pages(node)
+        prefix = matched
+        if self.options:
+            node = self.tree.with_snapshot(node)
+            prefix = self.tree.path_pages(node)
         self.tree.pin(node)
-        return node, self.tree.path_pages(node)
+        return node, prefix, len(matched) * self.page_size
 
     def _next_key(self, node: Node, sequence: Sequence, prefix_pages: int, reusable: int) -> object:
         """What identifies the pages that `sequence` computes next; None when they are not worth waiting for."""
@@ -193,3 +242,8 @@ class PagePool:
         """Evict cached pages until `count` are free."""
         if count > self.pages.free:
             self.pages.give(self.tree.evict(count - self.pages.free))
+
+
+def empty_pool(config: PlannerConfig) -> PagePool:
+    """The pool that a planner begins with."""
+    return PagePool(config.page_size, config.total_pages, config.reuse_prefixes, config.snapshots)

@@ -1,5 +1,6 @@
 """What the planner decides for one step (Plan), what the worker returns (Result), what the client gets (Update)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from quartet.runtime.errors import Kind
@@ -14,6 +15,8 @@ class Slice:
     A decode row has end == start + 1. `samples`: the step samples the token of position `end`. Where an input token
     is not in `sequence.ids` yet (overlap), the worker takes the one it sampled last for that slot.
     `score_from`: first prompt position in (start, end] whose logprob is requested, or -1.
+    `restores`: the snapshot with whose recurrent state the slice begins, or -1; `saves`: (position, snapshot) in order,
+    where the state behind that many positions is saved; a model without recurrent layers has neither.
     `drafts`: the input tokens of the last positions, still to be verified; the step samples after each of them too.
     """
 
@@ -23,6 +26,8 @@ class Slice:
     samples: bool
     score_from: int = -1
     drafts: tuple[int, ...] = ()
+    restores: int = -1
+    saves: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -39,6 +44,7 @@ class Plan:
     cached_tokens: int = 0  # found in the prefix tree by the sequences that this step admits
     usage: float = 0.0  # share of the KV pool held by live requests before this step
     weight_version: str = ""  # of the weights it runs on; set at launch
+    adapter_versions: Mapping[str, str] = field(default_factory=dict)  # by name, likewise
 
     @property
     def tokens(self) -> int:

@@ -15,15 +15,17 @@ from collections.abc import Collection
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import ABORTED, ABORTED_IN_QUEUE, Drafts, Finish, Tokenized
 from quartet.scheduler_service.core import outcome, rules
+from quartet.scheduler_service.core.adapter_limit import AdapterLimit
 from quartet.scheduler_service.core.deadlines import Deadlines
 from quartet.scheduler_service.core.drafts import Grammar
-from quartet.scheduler_service.core.page_pool import Admission, PagePool
+from quartet.scheduler_service.core.page_pool import Admission, empty_pool
 from quartet.scheduler_service.core.plan import Plan, Result, Slice, Update
 from quartet.scheduler_service.core.policy import ORDERS, GrowthEstimate, proposed_drafts, retraction_order
 from quartet.scheduler_service.core.preemption import choose_victims, preemptible
 from quartet.scheduler_service.core.queue import WaitingQueue
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.core.rules import PlannerConfig
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT
 from quartet.scheduler_service.core.stats import Stats
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class Planner:
 
     def __init__(self, config: PlannerConfig) -> None:
         self.config = config
-        self.pool = PagePool(config.page_size, config.total_pages, config.reuse_prefixes)
+        self.pool = empty_pool(self.config)
         self.order = ORDERS[config.policy]
         self.growth = GrowthEstimate()
         self.deadlines = Deadlines(config.waiting_timeout_s, config.running_timeout_s)
@@ -156,7 +158,8 @@ class Planner:
             start = sequence.computed
             sequence.computed = start + 1
             sequence.in_flight += 1
-            slices.append(Slice(sequence, start, start + 1, True))
+            saves = self.pool.reserve_snapshots(sequence, start, start + 1) if self.config.snapshots else ()
+            slices.append(Slice(sequence, start, start + 1, True, saves=saves))
         plan.decodes, plan.verifications = len(slices), len(drafted)
         for sequence, draft in drafted.items():
             start = sequence.computed
@@ -193,22 +196,29 @@ class Planner:
         start, whole = sequence.computed, sequence.prefill_end
         end = whole if self.config.chunked_prefill_size < 0 else min(whole, start + budget)
         samples = end == whole and sequence.limit > 0
-        plan.slices.append(Slice(sequence, start, end, samples, rules.score_from(sequence, start, end)))
+        part = Slice(sequence, start, end, samples, rules.score_from(sequence, start, end), restores=sequence.restores)
+        part.saves = self.pool.reserve_snapshots(sequence, start, end)
+        plan.slices.append(part)
+        sequence.restores = NO_SNAPSHOT
         sequence.computed = end
         sequence.in_flight += 1
         return end - start
 
     def _admit(self, plan: Plan, budget: int, now: float) -> None:
         """Admit requests in the policy's order, as long as there are slots, pages and budget."""
+        adapters = AdapterLimit(self.config.max_adapters, self.running)
         for sequence in self.order(self.waiting, self.pool):
             if budget <= 0 or not self.slots:
                 return
+            if not adapters.may_start(sequence):
+                continue
             spare = self._growth_pages(sequence, self.running)
             admission = self.pool.admit(sequence, rules.reusable_tokens(sequence), spare)
             if admission is Admission.NO_ROOM:
                 return
             if admission is Admission.ADMITTED:
                 self._start(plan, sequence, now)
+                adapters.started(sequence)
                 budget -= self._plan_chunk(plan, sequence, budget)
 
     def _start(self, plan: Plan, sequence: Sequence, now: float) -> None:
@@ -263,6 +273,8 @@ class Planner:
     def _preempt(self, threshold: int) -> None:
         """Retract requests of lower priority where the first of the queue could not be admitted otherwise."""
         first = min(self.waiting, key=lambda s: (-s.priority, s.serial))
+        if not AdapterLimit(self.config.max_adapters, self.running).has_room(first):
+            return
         candidates = preemptible(first, self.running, threshold)
         missing = self.pool.missing(first, rules.reusable_tokens(first)) if candidates else None
         if missing is None:
@@ -293,6 +305,7 @@ class Planner:
         for part, result in zip(plan.slices, results, strict=True):
             sequence = part.sequence
             sequence.in_flight -= 1
+            self.pool.settle_snapshots(part, sequence.finish is None and not result.error)
             if sequence.finish is None and (update := self._apply_result(part, result)):
                 updates.append(update)
             if sequence.finish or sequence.retracting:
@@ -339,11 +352,8 @@ class Planner:
         return update
 
     def _remove(self, sequence: Sequence) -> None:
-        """Take a finished sequence out, or a retracted one back to the queue, unless a plan in flight names it.
-
-        The only place where pages and slots become free: a launched step may still read and write them.
-        """
-        if sequence.in_flight:
+        """Take a finished sequence out, or a retracted one back to the queue. Only here pages and slots become free."""
+        if sequence.in_flight:  # a launched step may still read and write them
             return
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -375,14 +385,15 @@ class Planner:
     def repair(self) -> None:
         """When idle: start with an empty pool and all slots free."""
         assert self.idle
-        self.pool = PagePool(self.config.page_size, self.config.total_pages, self.config.reuse_prefixes)
+        self.pool = empty_pool(self.config)
         self.slots = list(range(self.config.max_running - 1, -1, -1))
         self.live.clear()
 
     def check_invariants(self) -> None:
         """Assert that every page and every slot is in exactly one place."""
         self.pool.check_invariants(self.running)
-        slots = [*self.slots, *(s.slot for s in self.running)]
-        assert sorted(slots) == list(range(self.config.max_running)), slots
+        assert sorted([*self.slots, *(s.slot for s in self.running)]) == list(range(self.config.max_running)), (
+            self.slots
+        )
         assert self.live.keys() == {s.rid for s in [*self.waiting, *self.running] if not s.finish}
         assert not any(s.finish or s.in_flight or s.pages for s in self.waiting)

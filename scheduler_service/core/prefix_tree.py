@@ -3,12 +3,15 @@
 An edge is a run of tokens as bytes (int32 each), so that two runs are compared by one memory comparison, at page size
 1 as well. A node owns the pages of its edge. A sequence that computes behind a node pins it: a pinned node and its
 ancestors are not evicted. All others can be, least recently used leaf first. The edges at the root begin with a
-namespace, so what was cached under one is never matched under another.
+namespace, so what was cached under one is never matched under another. A node may have a snapshot: the recurrent state
+behind its last page (snapshots.py). It loses it when it loses that page.
 """
 
 from collections.abc import Iterator
 from heapq import heappop, heappush
 from itertools import chain
+
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT, Snapshots
 
 TOKEN_BYTES = 4
 
@@ -16,7 +19,7 @@ TOKEN_BYTES = 4
 class Node:
     """A run of pages that follow its parent's. After a split, this object is the lower part, so pins stay valid."""
 
-    __slots__ = ("children", "edge", "key", "pages", "parent", "pins", "queued", "used_at")
+    __slots__ = ("children", "edge", "key", "pages", "parent", "pins", "queued", "snapshot", "used_at")
 
     def __init__(self, edge: bytes, key: bytes, pages: list[int], parent: "Node | None", used_at: int) -> None:
         self.edge = edge  # its key in parent.children: the first page of `key`; at the root, after the namespace
@@ -27,13 +30,15 @@ class Node:
         self.pins = 0
         self.used_at = used_at
         self.queued = False  # has an entry in the eviction heap
+        self.snapshot = NO_SNAPSHOT  # of the state behind the last page
 
 
 class PrefixTree:
     """Holds `cached` pages, of which `evictable` are not pinned."""
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, snapshots: Snapshots | None = None) -> None:
         self.page_bytes = page_size * TOKEN_BYTES
+        self.snapshots = snapshots or Snapshots(0)
         self.root = Node(b"", b"", [], None, 0)
         self.cached = 0
         self.evictable = 0
@@ -54,6 +59,17 @@ class PrefixTree:
         """How many pages `match` would find; changes nothing."""
         _, at, _, shared = self._walk(namespace, tokens)
         return (at + shared) // self.page_bytes
+
+    def matched_snapshot_pages(self, namespace: bytes, tokens: bytes) -> int:
+        """How many pages lead to the deepest node with a snapshot that `match` would pass; changes nothing."""
+        node = self.with_snapshot(self._walk(namespace, tokens)[0])
+        return sum(len(n.pages) for n in self._path(node))
+
+    def with_snapshot(self, node: Node) -> Node:
+        """The deepest of `node` and its ancestors that has a snapshot; the root if none has."""
+        while node.parent is not None and node.snapshot == NO_SNAPSHOT:
+            node = node.parent
+        return node
 
     def insert(self, namespace: bytes, tokens: bytes, pages: list[int]) -> Node:
         """Cache `pages` as the KV of `tokens` where none is cached yet; returns the node at their end.
@@ -128,6 +144,7 @@ class PrefixTree:
             unpinned += 0 if node.pins else len(node.pages)
         assert len(owned) == len(set(owned)) == self.cached, (len(owned), len(set(owned)), self.cached)
         assert unpinned == self.evictable, (unpinned, self.evictable)
+        self.snapshots.check_invariants(self._all())
         return set(owned)
 
     def _walk(self, namespace: bytes, tokens: bytes) -> "tuple[Node, int, Node | None, int]":
@@ -187,6 +204,8 @@ class PrefixTree:
     def _trim(self, leaf: Node, count: int) -> list[int]:
         """Remove up to `count` pages from the end of an unpinned leaf, and the leaf when none is left; returns them."""
         dropped = leaf.pages[-count:]
+        if leaf.snapshot != NO_SNAPSHOT:
+            self.snapshots.drop(leaf)
         self.cached -= len(dropped)
         self.evictable -= len(dropped)
         if len(dropped) < len(leaf.pages):

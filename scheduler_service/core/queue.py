@@ -1,6 +1,6 @@
 """The queue of requests that wait for admission. It holds them in no order: the scheduling policy orders them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from quartet.scheduler_service.core.request import Sequence
 
@@ -9,7 +9,7 @@ class WaitingQueue:
     """New requests, and those that were sent back.
 
     It also gives each request its namespace in the prefix cache: what was computed before `invalidate_prefixes` is
-    never matched by a request that is admitted later.
+    never matched by a request that is admitted later, nor is what another version of an adapter has computed.
     """
 
     def __init__(self, max_queued: int | None, by_priority: bool) -> None:
@@ -19,6 +19,7 @@ class WaitingQueue:
         self._waiting: dict[Sequence, None] = {}
         self._arrivals = 0
         self._generation = 0  # of cached KV
+        self._adapter_versions: Mapping[str, str] = {}  # by name; no two adapters have the same
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -61,5 +62,13 @@ class WaitingQueue:
         for sequence in self._waiting:
             self._set_namespace(sequence)
 
+    def set_adapter_versions(self, versions: Mapping[str, str]) -> None:
+        """Have requests that wait, or come later, match only KV of these versions of their adapters."""
+        self._adapter_versions = versions
+        for sequence in self._waiting:
+            self._set_namespace(sequence)
+
     def _set_namespace(self, sequence: Sequence) -> None:
-        sequence.namespace = f"{self._generation}/{sequence.request.extra_key}"
+        request = sequence.request
+        version = self._adapter_versions[request.adapter] if request.adapter else ""  # without a "/"
+        sequence.namespace = f"{self._generation}/{version}/{request.extra_key}"

@@ -43,7 +43,7 @@ class Sequence:
     arrived_at: float = 0.0  # scheduler's clock
     token_types: bytes = b""
     embeds: bytes = b""
-    namespace: str = ""  # of the prefix cache: generation of the KV, extra key
+    namespace: str = ""  # of the prefix cache: generation of the KV, version of the adapter, extra key
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: int = 0  # launched plans that name this sequence
@@ -58,6 +58,7 @@ class Sequence:
     serial: int = 0  # order of arrival
     priority: int = 0  # greater ones come first
     started: bool = False  # it was admitted once
+    overtaken: int = 0  # by requests with other adapters, while it waited for its own
     queue_s: float = 0.0  # how long it had waited then
     times: Timeline | None = None  # of a request that is traced
     timed_from_s: float = 0.0  # when it arrived, or was first admitted, by the clock of `Deadlines`
@@ -65,6 +66,8 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     prefill_end: int = 0  # the positions to prefill at this admission
     cached_pages: int = 0  # leading pages that were put into the prefix tree or found there, at this admission
+    branch: int = 0  # positions that the prefix tree held at this admission; more than `computed` without a snapshot
+    restores: int = -1  # the snapshot of recurrent state that the next slice begins with
     announced: object | None = None  # key under which others wait for the prefix that is being computed here
     kv_invalid: bool = False  # its computation failed: its KV must not be cached
     retracting: bool = False  # goes back to the queue once no plan in flight names it

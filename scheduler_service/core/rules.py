@@ -9,6 +9,7 @@ from quartet.runtime.vocabulary import check_input_ids, check_logprob_options, c
 from quartet.scheduler_service.core.drafts import DraftOptions, Grammar, drafter_of
 from quartet.scheduler_service.core.plan import NAN_HAPPENED, Result
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.snapshots import SnapshotOptions
 from quartet.scheduler_service.core.thought_budget import thought_budget_of
 
 
@@ -31,7 +32,9 @@ class PlannerConfig:
     running_timeout_s: float | None = None
     max_queued: int | None = None
     reuse_prefixes: bool = True
+    snapshots: SnapshotOptions | None = None  # of a model with recurrent layers
     drafts: DraftOptions | None = None  # None: no speculation
+    max_adapters: int = 8  # different LoRA adapters that run at once
     clips_output: bool = False  # a limit of output that exceeds the context is lowered, not refused
     default_new_tokens: int | None = 128  # the client may not have chosen this limit: it is lowered, never refused
 

@@ -11,10 +11,12 @@ from quartet.kernels.cpu.attention_native import can_attend, page_table, paged_a
 from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.kernels.cpu.native.library import PageTable
 from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.execution.adapters import AdapterStore
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import KVCache, Placement
+from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.execution.steps import Steps
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 
@@ -72,10 +74,18 @@ class EagerSteps(Steps):
     """Runs every plan operation by operation."""
 
     def __init__(
-        self, model: ServedModel, cache: KVCache, tokens: SlotTokens, attention: Attention = paged_attention
+        self,
+        model: ServedModel,
+        cache: KVCache,
+        tokens: SlotTokens,
+        attention: Attention = paged_attention,
+        states: StateCache | None = None,
     ) -> None:
+        """`states`: of a model with recurrent layers."""
         super().__init__(model, cache, tokens)
         self.attention = attention
+        self.states = states
+        self.adapters: AdapterStore | None = None
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
         """See Steps.forward."""
@@ -89,4 +99,12 @@ class EagerSteps(Steps):
             embeds_mask=inputs.embeds_mask,
             record_experts=record_experts,
         )
+        if self.states is not None:
+            batch.states, copies = self.states.access(plan, inputs.offsets)
+            hidden = self.model.forward(batch)
+            self.states.copy(copies)
+            return hidden
+        if self.adapters is not None and self.adapters.uses(plan):
+            with self.adapters.of_step(plan):
+                return self.adapters.model.forward(batch)
         return self.model.forward(batch)

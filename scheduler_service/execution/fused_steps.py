@@ -253,7 +253,7 @@ class FusedSteps(Steps):
             valid=buffers.valid[:rows],
         )
         assert model.norm is not None and model.lm_head is not None
-        backend.draw(residual, model.norm, model.lm_head, model.spec.logit_softcap, plain)
+        backend.draw(residual, model.norm, model.lm_head, model.spec.logit_scale, model.spec.logit_softcap, plain)
         torch.index_select(self.tokens.values, 0, slots, out=buffers.tokens[:rows])
 
     @property

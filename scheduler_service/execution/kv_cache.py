@@ -63,15 +63,19 @@ class KVCache:
         self.page_count = page_count  # usable ones; the null page comes on top
         tokens = (page_count + 1) * page_size
         self._shapes = {spec.layer: (spec.kv_heads, tokens, spec.head_dim) for spec in layers}
+        self._shared = [spec.layer for spec in layers if spec.values_are_keys]
         self._dtype, self._device = dtype, device
         self.allocate()
 
     def allocate(self) -> None:
         """Take the pool's memory, all zeros."""
-        self.keys, self.values = (
-            {layer: untouched_zeros(shape, self._dtype, self._device) for layer, shape in self._shapes.items()}
-            for _ in range(2)
-        )
+        self.keys = {layer: self._pool(layer) for layer in self._shapes}
+        self.values = {
+            layer: self.keys[layer] if layer in self._shared else self._pool(layer) for layer in self._shapes
+        }
+
+    def _pool(self, layer: int) -> torch.Tensor:
+        return untouched_zeros(self._shapes[layer], self._dtype, self._device)
 
     def release(self) -> None:
         """Give the pool's memory back; nothing may compute until `allocate`."""
@@ -95,13 +99,14 @@ class KVCache:
     @property
     def gigabytes(self) -> tuple[float, float]:
         """Size of keys and of values."""
-        keys, values = (sum(x.nbytes for x in pool.values()) / GB for pool in (self.keys, self.values))
+        own = {layer: pool for layer, pool in self.values.items() if layer not in self._shared}
+        keys, values = (sum(x.nbytes for x in pool.values()) / GB for pool in (self.keys, own))
         return keys, values
 
 
 def token_bytes(layers: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
     """KV bytes of one token in all layers."""
-    return sum(2 * spec.kv_heads * spec.head_dim for spec in layers) * dtype.itemsize
+    return sum((1 if s.values_are_keys else 2) * s.kv_heads * s.head_dim for s in layers) * dtype.itemsize
 
 
 def make_kv_cache(
@@ -112,15 +117,17 @@ def make_kv_cache(
     most_tokens: int,
     context_length: int,
     second_set_bytes: int,
+    state_bytes: int = 0,
     sharing: int = 1,
 ) -> KVCache:
     """Size and allocate the pool for a model whose weights are loaded already. Raises StartupError.
 
-    `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`.
-    `sharing`: how many ranks have such a pool in the same memory.
+    `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`, recurrent
+    states `state_bytes`. `sharing`: how many ranks have such a pool in the same memory.
     """
     room = Room(look_at_memory(device), second_set_bytes)
-    need = Need(config.page_size, sharing * token_bytes(layers, dtype), most_tokens, context_length)
+    per_token = sharing * token_bytes(layers, dtype)
+    need = Need(config.page_size, per_token, most_tokens, context_length, state_bytes)
     plan = plan_pool(config, need, room)
     try:
         cache = KVCache(layers, plan.page_count, plan.page_size, dtype, device)

@@ -9,6 +9,7 @@ import torch
 
 from quartet.runtime.errors import CommandRefused
 from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.weights.update import Updates
@@ -22,12 +23,20 @@ class MemorySaver:
     """Releases and resumes memory by tag; a repeated call changes nothing."""
 
     def __init__(
-        self, updates: Updates, cache: KVCache, keep_weights: bool, on_release: Callable[[], None] = lambda: None
+        self,
+        updates: Updates,
+        cache: KVCache,
+        keep_weights: bool,
+        on_release: Callable[[], None] = lambda: None,
+        states: StateCache | None = None,
     ) -> None:
-        """`on_release` is called before memory is released; resumed memory has other addresses."""
+        """`on_release` is called before memory is released; resumed memory has other addresses.
+
+        `states`: of a model with recurrent layers; they go and come with the KV pool.
+        """
         self.released: set[str] = set()
         self._updates = updates
-        self._cache = cache
+        self._caches: list[KVCache | StateCache] = [cache] if states is None else [cache, states]
         self._keep_weights = keep_weights
         self._on_release = on_release
         self._backup: dict[str, torch.Tensor] = {}
@@ -55,7 +64,8 @@ class MemorySaver:
             if tag == WEIGHTS:
                 self._release_weights()
             elif tag == KV_CACHE:
-                self._cache.release()
+                for cache in self._caches:
+                    cache.release()
             self.released.add(tag)
         host_memory.give_back()
         if torch.cuda.is_available():
@@ -70,7 +80,8 @@ class MemorySaver:
             if tag == WEIGHTS:
                 self._resume_weights()
             elif tag == KV_CACHE:
-                self._cache.allocate()
+                for cache in self._caches:
+                    cache.allocate()
             self.released.discard(tag)
 
     def _checked(self, tags: Iterable[str] | None) -> set[str]:

@@ -28,7 +28,7 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process.parent_death import arm_death_signal
-from quartet.runtime.service import REPORTED, Boot, refuse
+from quartet.runtime.service import EXIT_STARTUP, REPORTED, Boot, refuse
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps
@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 MODULE = "quartet.scheduler_service.follower"
 LENGTH = struct.Struct("<Q")
 OWN_WORDS_S = 2.0  # rank 0 has the same cause to refuse a start as the others, and says it itself
-EXIT_STARTUP = 64
 
 
 class Start(msgspec.Struct, tag=True):

@@ -20,11 +20,13 @@ import torch
 
 from quartet.kernels.ops import Implementation
 from quartet.runtime.config import ResolvedConfig
+from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import Facts, Logprobs
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process import stopwatch
 from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.execution.adapters import NOT_ON_THIS_MODEL, AdapterStore, adapter_store
 from quartet.scheduler_service.execution.compile_ahead import start_compiling
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps, choose_attention
@@ -36,6 +38,7 @@ from quartet.scheduler_service.execution.launched_step import Drawn, LaunchedSte
 from quartet.scheduler_service.execution.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from quartet.scheduler_service.execution.pooling import make_pooler
 from quartet.scheduler_service.execution.ranks import Followers, LeadingSteps
+from quartet.scheduler_service.execution.state_cache import make_state_cache, snapshot_options
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
 from quartet.scheduler_service.grammar.masks import Masks
@@ -88,6 +91,7 @@ class Worker:
             keep_order(self.model.weights)  # with as many threads as will compute
         attention = choose_attention(self.device, self.model, deterministic)
         self.pooler = make_pooler(info.embedding, self.model)
+        self.state_cache = make_state_cache(config, self.model, self.device, info.context_length)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         self.cache = make_kv_cache(
             config,
@@ -97,18 +101,17 @@ class Worker:
             most_tokens=running * info.context_length,
             context_length=info.context_length,
             second_set_bytes=0 if followers else self.model.weights.served_bytes(),
+            state_bytes=self.state_cache.nbytes if self.state_cache else 0,
             sharing=config.tp_size if self.device.type == "cpu" else 1,
         )
         stopwatch.mark("KV pool")
         self.page_size = self.cache.page_size
         self.page_count = self.cache.page_count
         self.max_running_requests = min(running, self.page_count)
-        overlaps = (
-            self.device.type == "cuda"
-            and self.pooler is None  # an embedding is read as soon as it is there
-            and config.speculation is None
-        )
-        self.depth = int(overlaps) if depth is None else depth
+        if self.state_cache is not None:
+            self.max_running_requests = min(self.max_running_requests, self.state_cache.slots)
+        self.snapshots = snapshot_options(self.state_cache, self.page_size)
+        self.depth = int(self.can_overlap(config)) if depth is None else depth
         self.states: dict[Sequence, State] = {}
         self.unfinished: list[LaunchedStep] = []  # in the order of their launch
         self.tokens = SlotTokens(self.max_running_requests, self.device)
@@ -131,7 +134,16 @@ class Worker:
         if followers is not None:
             return LeadingSteps(self.model, self.cache, self.tokens, attention, followers)
         fused = fused_steps_of(config, self.info, self.model, self.cache, self.tokens, implementation)
-        return fused or EagerSteps(self.model, self.cache, self.tokens, attention)
+        return fused or EagerSteps(self.model, self.cache, self.tokens, attention, self.state_cache)
+
+    def can_overlap(self, config: ResolvedConfig) -> bool:
+        """Whether a step may be launched before the results of the last one are known."""
+        return (
+            self.device.type == "cuda"
+            and self.pooler is None  # an embedding is read as soon as it is there
+            and config.speculation is None
+            and self.state_cache is None  # a step that failed is computed again from the last state but one
+        )
 
     @property
     def keeps_tokens(self) -> bool:
@@ -146,6 +158,15 @@ class Worker:
     def forget_graphs(self) -> None:
         """Drop recorded steps: memory whose address they contain has moved."""
         self.steps.forget_graphs()
+
+    def load_adapters(self, config: ResolvedConfig, run_dir: str) -> AdapterStore | None:
+        """Compute with LoRA adapters from now on; None without --enable-lora. Raises StartupError."""
+        store = adapter_store(self.model, self.info.architecture, config, run_dir)
+        if store is not None:
+            if not isinstance(self.steps, EagerSteps):
+                raise StartupError(NOT_ON_THIS_MODEL.format(self.info.architecture))
+            self.steps.adapters = store
+        return store
 
     def idle_work(self) -> bool:
         """Do a piece of work while the server is idle; returns whether there is more to do."""
@@ -177,6 +198,7 @@ class Worker:
             memory_usage={
                 "weight": round(self.weight_gb, 2),
                 "kvcache": round(sum(self.cache.gigabytes), 2),
+                **({} if self.state_cache is None else {"state": round(self.state_cache.gigabytes, 2)}),
                 "token_capacity": tokens,
                 "graph": round(self.steps.graph_gigabytes, 2),
             },

@@ -22,7 +22,7 @@ from quartet.scheduler_service.grammar.text_values import READ_AS, named_types, 
 
 TEXT = r"TEXT: /(.|\n)*/"
 FREE_NAME = "FREE_NAME: /[A-Za-z_][A-Za-z0-9_]{0,63}/"  # of a parameter that the schema does not declare
-NUMBER = "NUMBER: /[0-9]{1,4}/"
+MARKS = {"number": "NUMBER: /[0-9]{1,4}/", "id": "ID: /[A-Za-z0-9]{9}/"}  # of a call, behind its name
 
 
 def from_calls(text: str, special_tokens: SpecialTokens) -> str:
@@ -52,8 +52,11 @@ class Demanded:
 
     def whole(self, thought: Thought | None) -> tuple[str, list[str]]:
         """The start, and the rules that it needs."""
-        before, rules = thought_rules(thought, self.special_tokens) if thought else ("", [])
+        before, rules = self.thought_rules(thought) if thought else ("", [])
         return f"{before} calls", [*rules, *self.call_rules()]
+
+    def thought_rules(self, thought: Thought) -> tuple[str, list[str]]:
+        return thought_rules(thought, self.special_tokens, self.calls.behind_thought)
 
     def text(self, fixed: str) -> str:
         return literal(fixed, self.special_tokens)
@@ -72,8 +75,8 @@ class Demanded:
             if not calls.single:
                 yield f"next{index}: {self.head(calls.separator + rule.begin, rule)} {end}"
             yield from self.arguments(f"arguments{index}", rule)
-        if calls.numbered:
-            yield NUMBER
+        if calls.marked:
+            yield MARKS[calls.marked]
 
     def blanks(self) -> str:
         """Blanks that may stand behind the last of several calls, where they stand between calls.
@@ -86,8 +89,8 @@ class Demanded:
 
     def head(self, begin: str, rule: CallRule) -> str:
         """What stands before the arguments. One literal where possible: the engine takes the longest of several."""
-        if self.calls.numbered:
-            return f"{self.text(begin + ':')} NUMBER {self.text(rule.middle)}"
+        if marked := self.calls.marked:
+            return f"{self.text(begin + self.calls.mark)} {marked.upper()} {self.text(rule.middle)}"
         return self.text(begin + rule.middle)
 
     def arguments(self, name: str, rule: CallRule) -> Iterator[str]:
@@ -193,7 +196,7 @@ class Triggered(Demanded):
         """See Demanded. What looks like a call in a thought that the prompt has opened is text."""
         before, rules = "", [TEXT]
         if thought is not None and thought.place == "inside":
-            before, rules = thought_rules(thought, self.special_tokens)
+            before, rules = self.thought_rules(thought)
         elif thought is not None and {thought.opening, thought.closing} <= self.special_tokens.keys():
             before = f"(TEXT {self.text(thought.opening)} TEXT {self.text(thought.closing)})?"
         first, *rest = split_at_tokens(self.calls.trigger, self.special_tokens)

@@ -64,15 +64,19 @@ def _after(thought: Thought, schema: str, special_tokens: SpecialTokens) -> str:
     return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
 
 
-def thought_rules(thought: Thought, special_tokens: SpecialTokens) -> tuple[str, list[str]]:
-    """What the Lark of an output begins with where there is or may be a thought, and the rules for it."""
+def thought_rules(thought: Thought, special_tokens: SpecialTokens, behind: str = "") -> tuple[str, list[str]]:
+    """What the Lark of an output begins with where there is or may be a thought, and the rules for it.
+
+    `behind`: what stands between a thought and the rest.
+    """
     closing = thought.closing
     if closing in special_tokens:
         end = [f"thought: TEXT <[{special_tokens[closing]}]>", r"TEXT: /(.|\n)*/"]
     else:
         end = [f"thought[lazy]: TEXT {json.dumps(closing)}", r"TEXT: /(.|\n)*/"]
     before = "" if thought.place == "inside" else f"{literal(thought.opening, special_tokens)} "
-    start = f"{before}thought BLANKS" if thought.place == "inside" else f"(BLANKS {before}thought BLANKS)?"
+    whole = f"{before}thought BLANKS {literal(behind, special_tokens)}".rstrip()
+    start = whole if thought.place == "inside" else f"(BLANKS {whole})?"
     return start, [*end, r"BLANKS: /[ \n\r\t]{0,8}/"]
 
 

@@ -16,6 +16,9 @@ CPU_LEAST_SHARE = 0.5  # of what is left, where one request of full length needs
 GPU_SHARE = 0.85  # of what is free
 GPU_LARGEST_SHARE = 0.95  # for a size that the operator asked for
 MOST = in_words(CPU_MOST_BYTES)
+SLOTS_SHARE = 0.5  # of the pool's budget, at most, for the recurrent states of running requests
+SNAPSHOTS_SHARE = 0.25  # the same for the states that the prefix cache keeps
+SNAPSHOTS_PER_REQUEST = 4  # at most
 OTHERS_BYTES = 512 << 20  # what the other processes will still take, and steps: buffers, compiled kernels
 
 
@@ -40,6 +43,7 @@ class Need:
     bytes_per_token: int
     most_tokens: int  # of all requests together; more would lie idle
     context_length: int
+    state_bytes: int = 0  # recurrent states, which lie beside the pool
 
     @property
     def bytes_per_page(self) -> int:
@@ -57,6 +61,30 @@ class PoolPlan:
     @property
     def tokens(self) -> int:
         return self.page_count * self.page_size
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlan:
+    """How many requests can run at once by the memory of their recurrent states, and how many snapshots there are."""
+
+    slots: int
+    snapshots: int
+
+
+def plan_states(
+    config: ResolvedConfig, need: Need, room: Room, bytes_per_state: int, states_per_slot: int
+) -> StatePlan:
+    """Size the memory of recurrent states, as shares of what pool and states have together. Raises StartupError."""
+    budget, _ = budget_by_default(config, need, room)
+    slots = min(config.max_running_requests, int(budget * SLOTS_SHARE / (bytes_per_state * states_per_slot)))
+    if slots < 1:
+        raise StartupError(
+            f"no room for the recurrent state of one request ({in_words(bytes_per_state * states_per_slot)}): "
+            f"{in_words(room.memory.available)} may still be used by {room.memory.limit}"
+        )
+    if config.disable_radix_cache:
+        return StatePlan(slots, 0)
+    return StatePlan(slots, min(slots * SNAPSHOTS_PER_REQUEST, int(budget * SNAPSHOTS_SHARE / bytes_per_state)))
 
 
 def plan_pool(config: ResolvedConfig, need: Need, room: Room) -> PoolPlan:
@@ -83,7 +111,7 @@ def pages_given(max_total_tokens: int, device: str, need: Need, room: Room) -> t
     """Pages of --max-total-tokens, or as many of them as fit."""
     available = room.memory.available
     most = available - room.others if device == "cpu" else available * GPU_LARGEST_SHARE
-    count, largest = max_total_tokens // need.page_size, int(most / need.bytes_per_page) - 1
+    count, largest = max_total_tokens // need.page_size, int((most - need.state_bytes) / need.bytes_per_page) - 1
     if count <= largest:
         return count, "that of --max-total-tokens"
     log.warning(
@@ -99,7 +127,7 @@ def pages_given(max_total_tokens: int, device: str, need: Need, room: Room) -> t
 def pages_by_default(config: ResolvedConfig, need: Need, room: Room) -> tuple[int, str]:
     """As many pages as memory allows and requests can need."""
     budget, reason = budget_by_default(config, need, room)
-    count = int(budget / need.bytes_per_page) - 1  # one is the null page
+    count = int((budget - need.state_bytes) / need.bytes_per_page) - 1  # one is the null page
     most = -(-need.most_tokens // need.page_size)
     return (count, reason) if count < most else (most, "all that --max-running-requests of full length can hold")
 

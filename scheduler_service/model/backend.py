@@ -53,8 +53,12 @@ class Backend(Protocol):
         attention: Attention,
         rotation: Rotation,
         context: Attend | PagedContext,
+        query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Project norm(residual), rotate, write keys and values to the context, attend: (tokens, heads * head_dim)."""
+        """Project norm(residual), rotate, write keys and values to the context, attend: (tokens, heads * head_dim).
+
+        Rotated queries are multiplied with `query_scale` (tokens, 1, 1), if there is one.
+        """
         ...
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
@@ -69,8 +73,10 @@ class Backend(Protocol):
         """residual += after(moe(before(residual))); the chosen experts (tokens, top_k), best first."""
         ...
 
-    def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
-        """out (rows, vocab) float32 = lm_head(hidden (rows, hidden)), soft-capped."""
+    def write_logits(
+        self, hidden: torch.Tensor, lm_head: Linear, scale: float, softcap: float | None, out: torch.Tensor
+    ) -> None:
+        """out (rows, vocab) float32 = lm_head(hidden (rows, hidden)), times `scale`, soft-capped."""
         ...
 
     def sample(

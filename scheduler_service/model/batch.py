@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from quartet.kernels.cpu.native.library import PageTable
+from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -24,6 +25,7 @@ class AttentionSpec:
     softcap: float | None = None
     causal: bool = True
     sinks: torch.Tensor | None = None  # (heads,)
+    values_are_keys: bool = False  # both are the same vectors, of which the pool keeps one copy
 
 
 class Attend(Protocol):
@@ -87,6 +89,13 @@ class Batch:
     embeds: torch.Tensor | None = None  # (tokens, hidden) used where embeds_mask is set
     embeds_mask: torch.Tensor | None = None  # (tokens,) bool
     record_experts: Callable[[int, torch.Tensor], None] | None = None  # (layer, topk_ids (tokens, k))
+    states: StateAccess | None = None  # of a model with recurrent layers
+
+
+def states_of(model: "ServedModel") -> list[StateSpec]:
+    """The states that recurrent layers keep; none where all layers attend."""
+    states: list[StateSpec] = getattr(model, "states", [])
+    return states
 
 
 class ServedModel(Protocol):

@@ -22,6 +22,7 @@ from quartet.kernels.cpu.native import library as native
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedAttend, PagedContext
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
+from quartet.scheduler_service.model.projections import arranged
 from quartet.scheduler_service.model.spec import RopeSpec
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
@@ -77,20 +78,31 @@ class CpuBackend:
         attention: Attention,
         rotation: Rotation,
         context: Attend | PagedContext,
+        query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As the protocol has it: three calls of our kernels, or torch where one of them cannot do it."""
         spec, kernels = attention.spec, native.library()
         rotates = kernels is not None and kernels.can_rotate(spec.head_dim, rotation[0].shape[-1])
-        if not (rotates and attention.qkv.is_native and hasattr(context, "attend_written")):
-            return self.torch.attend(residual, norm, attention, rotation, context)
+        native_qkv = attention.qkv.is_native and not attention.output_gate
+        if not (rotates and native_qkv and hasattr(context, "attend_written")):
+            return self.torch.attend(residual, norm, attention, rotation, context, query_scale)
         assert kernels is not None
+        residual, norm = self.without_centring(residual, norm)
         paged = cast(PagedAttend, context)
         qkv = residual.new_empty(len(residual), (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
         attention.qkv.multiply_native(residual, qkv, "bf16", norm=norm_weight(norm))
         q = residual.new_empty(len(residual), spec.heads, spec.head_dim)
         norms = norm_weight(attention.query_norm), norm_weight(attention.key_norm)
+        if not attention.is_plain:
+            qkv, norms = arranged(qkv, attention, self.normed), (None, None)
         kernels.rotate(qkv, *norms, *rotation, paged.places, *paged.pools(spec.layer), q)
+        if query_scale is not None:
+            q.mul_(query_scale.to(q.dtype))
         return paged.attend_written(spec, q).view(len(residual), -1)
+
+    def without_centring(self, x: torch.Tensor, norm: Norm | None) -> tuple[torch.Tensor, Norm | None]:
+        """x and its norm, as products with a norm before them take both: they know root-mean-square norms alone."""
+        return (self.normed(x, norm), None) if norm is not None and norm.centred else (x, norm)
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
         """As the protocol has it."""
@@ -107,6 +119,7 @@ class CpuBackend:
         size = len(gate_up.weight)
         if not (gate_up.is_native and activation in GATES and native.can_gate(size)):
             return self.torch.gate_up(residual, norm, gate_up, activation)
+        residual, norm = self.without_centring(residual, norm)
         out = residual.new_empty(len(residual), size // 2)
         gate_up.multiply_native(residual, out, "gated", GATES[activation], norm_weight(norm))
         return out
@@ -127,8 +140,10 @@ class CpuBackend:
             self.experts[id(moe)] = moe, ExpertsArgument(described) if known and described is not None else None
         return self.experts[id(moe)][1]
 
-    def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
-        self.torch.write_logits(hidden, lm_head, softcap, out)
+    def write_logits(
+        self, hidden: torch.Tensor, lm_head: Linear, scale: float, softcap: float | None, out: torch.Tensor
+    ) -> None:
+        self.torch.write_logits(hidden, lm_head, scale, softcap, out)
 
     def sample(
         self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
@@ -150,10 +165,11 @@ def layers_together(layers: list[DecoderLayer], rotary_dims: Sequence[int]) -> L
 
 def described_layer(layer: DecoderLayer) -> Layer | None:
     """A layer as the kernels know it; None where they have no such thing."""
-    feed_forward = described_feed_forward(layer)
-    if feed_forward is None or not (layer.attention.output.is_whole and is_known(layer)):
-        return None
     attention = layer.attention
+    if not isinstance(attention, Attention) or not (attention.output.is_whole and is_known(layer)):
+        return None
+    if (feed_forward := described_feed_forward(layer)) is None:
+        return None
     spec = attention.spec
     return Layer(
         qkv=attention.qkv,
@@ -211,7 +227,7 @@ def described_experts(before: Norm | None, moe: Moe, after: Norm | None) -> Expe
 LAYER = {
     "index",
     "rope",
-    "attention",
+    "mixer",
     "feed_forward",
     "before_attention",
     "after_attention",
@@ -238,7 +254,8 @@ MOE_SPEC = {
 def is_known(layer: DecoderLayer) -> bool:
     """Whether the one call knows all that a layer is made of."""
     return (
-        has_only(layer, LAYER)
+        layer.attends
+        and has_only(layer, LAYER)
         and has_only(layer.attention, ATTENTION)
         and has_only(layer.attention.spec, ATTENTION_SPEC)
         and (isinstance(layer.feed_forward, Moe) or has_only(layer.feed_forward, MLP))
@@ -248,6 +265,7 @@ def is_known(layer: DecoderLayer) -> bool:
 
 def norms_of(layer: DecoderLayer) -> list[Norm | None]:
     attention = layer.attention
+    assert isinstance(attention, Attention), attention
     around = [layer.before_attention, layer.after_attention, layer.before_mlp, layer.after_mlp]
     return [*around, attention.query_norm, attention.key_norm]
 
@@ -262,4 +280,5 @@ def has_only(value: Any, known: set[str]) -> bool:
 
 def norm_weight(norm: Norm | None) -> native.NormWeight | None:
     """A norm as the kernels take it."""
+    assert norm is None or not norm.centred, "kernels have no layer norm"
     return None if norm is None else (norm.weight, norm.epsilon, float(norm.plus_one))

@@ -1,14 +1,27 @@
 """The generic decoder: any model of the Llama kind, from its spec, its weights and a backend."""
 
 import copy
+from typing import cast
 
 import torch
 
+from quartet.scheduler_service.model import latent
 from quartet.scheduler_service.model.backend import Backend, Rotation
-from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ExpertShape
+from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.heads import Head
-from quartet.scheduler_service.model.layers import DecoderLayer, Moe, decoder_layer, embedding_of, linear, norm_of
+from quartet.scheduler_service.model.layers import (
+    Attention,
+    DecoderLayer,
+    LatentAttention,
+    Mlp,
+    Moe,
+    decoder_layer,
+    embedding_of,
+    linear,
+    norm_of,
+)
 from quartet.scheduler_service.model.spec import DecoderSpec
+from quartet.scheduler_service.model.state_access import StateSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -26,12 +39,16 @@ class Decoder:
         self.embedding = weights.slab("embed")  # (vocab, hidden)
         self.quantized_embedding = weights.quantized_slab("embed")  # the same, if it is quantized
         self.look_up = embedding_of(weights)
-        self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
+        self.embedding_scale = spec.embedding_scale
+        if spec.rounds_embedding_scale:
+            self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
         self.layers = [decoder_layer(spec, weights, index) for index in range(len(spec.layers))]
         self.norm = norm_of(spec, weights, "norm")
         self.lm_head = linear(weights, "embed" if spec.tied else "lm_head") if spec.generates else None
         self.head = Head(spec.score_head, weights) if spec.score_head else None
-        self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers]
+        recurrent = [layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention | LatentAttention)]
+        self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers if layer.attends]
+        self.states: list[StateSpec] = [mixer.spec for mixer in recurrent]
         self.backend = backend
         backend.reserve(self.layers, self.lm_head)
 
@@ -66,21 +83,49 @@ class Decoder:
             x = x * self.embedding_scale
         if batch.embeds is None or batch.embeds_mask is None:
             return x
-        return torch.where(batch.embeds_mask.unsqueeze(1), batch.embeds.to(x.dtype), x)
+        given = batch.embeds.to(x.dtype)
+        if self.spec.scales_given_embeddings:
+            given = given * self.embedding_scale
+        return torch.where(batch.embeds_mask.unsqueeze(1), given, x)
 
     def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
         """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
-        if not batch.record_experts and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
+        together = not (batch.record_experts or self.states)
+        if together and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
             return
+        scale = self.query_scale(batch.positions)
         for layer in self.layers:
-            self.run_layer(layer, residual, rotations[layer.rope], batch)
+            self.run_layer(layer, residual, rotations[layer.rope], batch, scale)
 
-    def run_layer(self, layer: DecoderLayer, residual: torch.Tensor, rotation: Rotation, batch: Batch) -> None:
+    def run_layer(
+        self,
+        layer: DecoderLayer,
+        residual: torch.Tensor,
+        rotation: Rotation,
+        batch: Batch,
+        query_scale: torch.Tensor | None = None,
+    ) -> None:
         """residual += attention, then residual += feed-forward, with the layer's norms before and after each."""
         compute = self.backend
-        mixed = compute.attend(residual, layer.before_attention, layer.attention, rotation, batch.attend)
-        compute.add_product(residual, mixed, layer.attention.output, layer.after_attention)
+        mixer = layer.mixer
+        if isinstance(mixer, Attention):
+            scale = query_scale if mixer.scales_queries else None
+            mixed = compute.attend(residual, layer.before_attention, mixer, rotation, batch.attend, scale)
+        elif isinstance(mixer, LatentAttention):
+            x = compute.normed(residual, layer.before_attention)
+            mixed = latent.attend(x, mixer, rotation, cast(Attend, batch.attend), compute.normed)
+        else:
+            assert batch.states is not None
+            x = compute.normed(residual, layer.before_attention)
+            mixed = mixer.mix(x, batch.states, compute.deterministic)
         block = layer.feed_forward
+        if layer.parallel:
+            assert isinstance(block, Mlp), "see registry.decoder_spec"
+            inner = compute.gate_up(residual, layer.before_mlp, block.gate_up, block.activation)
+            compute.add_product(residual, mixed, mixer.output, layer.after_attention)
+            compute.add_product(residual, inner, block.down, layer.after_mlp)
+            return
+        compute.add_product(residual, mixed, mixer.output, layer.after_attention)
         if isinstance(block, Moe):
             chosen = compute.add_experts(residual, layer.before_mlp, block, layer.after_mlp)
             if batch.record_experts:
@@ -88,6 +133,12 @@ class Decoder:
             return
         inner = compute.gate_up(residual, layer.before_mlp, block.gate_up, block.activation)
         compute.add_product(residual, inner, block.down, layer.after_mlp)
+
+    def query_scale(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """What queries at some positions are multiplied with, (tokens, 1, 1) float32; None for one."""
+        if (scale := self.spec.query_scale) is None:
+            return None
+        return (1 + scale.beta * torch.log1p(positions.div(scale.length, rounding_mode="floor"))).view(-1, 1, 1)
 
     def normed(self, residual: torch.Tensor) -> torch.Tensor:
         """The final norm."""
@@ -98,7 +149,7 @@ class Decoder:
         assert self.lm_head is not None, "an embedder predicts no next token"
         if out is None:
             out = hidden.new_empty(len(hidden), self.vocab_size, dtype=torch.float32)
-        self.backend.write_logits(hidden, self.lm_head, self.spec.logit_softcap, out)
+        self.backend.write_logits(hidden, self.lm_head, self.spec.logit_scale, self.spec.logit_softcap, out)
         return out
 
     def sample(

@@ -32,6 +32,12 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return x.float() * sigmoid(x)
 
 
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(x)), in float32."""
+    x = x.float()
+    return torch.where(x > 20.0, x, torch.log1p(torch.exp(x)))
+
+
 def gelu(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     return 0.5 * x * (1.0 + torch.erf(x * 0.7071067811865476))
@@ -52,11 +58,19 @@ def gated(activation: Transform) -> Transform:
     return transform
 
 
+def clamped_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """See kernels.reference.layers.clamped_swiglu."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * sigmoid(gate * 1.702).to(gate.dtype) * (up + 1)
+
+
 ACTIVATIONS: dict[str, Transform] = {
     "silu": gated(silu),
     "gelu": gated(gelu),
     "gelu_new": gated(gelu_tanh),
     "gelu_pytorch_tanh": gated(gelu_tanh),
+    "clamped_swiglu": clamped_swiglu,
 }
 
 

@@ -14,7 +14,7 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.ops import Implementation, resolve
-from quartet.kernels.reference.layers import soft_cap
+from quartet.kernels.reference.layers import layer_norm, soft_cap
 from quartet.kernels.triton.configs import SKINNY_ROWS
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedContext
@@ -22,8 +22,9 @@ from quartet.scheduler_service.model.fused_moe import FusedMoe
 from quartet.scheduler_service.model.fused_sampling import FusedSampling, PlainDraws
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
 from quartet.scheduler_service.model.products import Products, Workspace
+from quartet.scheduler_service.model.projections import arranged
 from quartet.scheduler_service.model.rope import position_tables
-from quartet.scheduler_service.model.spec import DecoderSpec, RopeSpec
+from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec, RopeSpec
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -57,6 +58,7 @@ class FusedBackend:
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
         """See model.backend.Backend.reserve."""
         for layer in layers:
+            assert isinstance(layer.attention, Attention), "see can_fuse"
             self.products.reserve(layer.attention.qkv)
             self.products.reserve(layer.attention.output)
             block = layer.feed_forward
@@ -79,6 +81,8 @@ class FusedBackend:
     def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is None:
             return x
+        if norm.centred:
+            return layer_norm(x, norm.weight, norm.epsilon)
         out = torch.empty_like(x)
         self.ops.rms_norm(x, norm.weight, norm.epsilon, norm.plus_one, out)
         return out
@@ -99,10 +103,13 @@ class FusedBackend:
         attention: Attention,
         rotation: Rotation,
         context: Attend | PagedContext,
+        query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See model.backend.Backend.attend."""
         paged = cast(PagedContext, context)
         q = self.queries(residual, norm, attention, rotation, paged)
+        if query_scale is not None:
+            q.mul_(query_scale.to(q.dtype))
         mixed = torch.empty_like(q)
         paged.attend(attention.spec, q, mixed)
         return mixed.flatten(1)
@@ -115,13 +122,15 @@ class FusedBackend:
         q = x.new_empty(len(x), spec.heads, spec.head_dim)
         outputs = (*rotation, context.places, *context.pools(spec.layer), q)
         # A norm per head would need the whole head in one program: too few programs to read the weights at full speed.
-        plain_heads = attention.query_norm is None and rotation[0].shape[2] == spec.head_dim
-        if norm is not None and plain_heads and self.products.few(x):
+        plain_heads = attention.query_norm is None and rotation[0].shape[2] == spec.head_dim and attention.is_plain
+        if norm is not None and not norm.centred and plain_heads and self.products.few(x):
             self.ops.norm_qkv_rope_kv(x, norm.weight, norm.epsilon, norm.plus_one, qkv.weight, qkv.bias, *outputs)
             return q
         projected = self.products(self.normed(x, norm), qkv)
         query_norm, key_norm = attention.query_norm, attention.key_norm
-        if query_norm is None or key_norm is None:
+        if not attention.is_plain:
+            self.ops.rope_kv(arranged(projected, attention, self.normed), None, None, 0.0, False, *outputs)
+        elif query_norm is None or key_norm is None:
             self.ops.rope_kv(projected, None, None, 0.0, False, *outputs)
         else:
             norms = query_norm.weight, key_norm.weight, query_norm.epsilon, query_norm.plus_one
@@ -135,7 +144,7 @@ class FusedBackend:
             residual.add_(self.normed(self.products(x, linear), norm))
 
     def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
-        if norm is not None and self.products.few(residual):
+        if norm is not None and not norm.centred and self.products.few(residual):
             y = residual.new_empty(len(residual), len(gate_up.weight) // 2)
             norms = norm.weight, norm.epsilon, norm.plus_one
             self.ops.norm_gate_up(residual, *norms, gate_up.weight, gate_up.bias, ACTIVATIONS[activation], y)
@@ -146,8 +155,12 @@ class FusedBackend:
         assert before is not None and after is None, "see can_fuse"
         return self.moe.add(residual, before, moe, ACTIVATIONS[moe.activation])
 
-    def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
+    def write_logits(
+        self, hidden: torch.Tensor, lm_head: Linear, scale: float, softcap: float | None, out: torch.Tensor
+    ) -> None:
         self.products.write(hidden, lm_head, out)
+        if scale != 1.0:
+            out.mul_(scale)
         if softcap is not None:
             out.copy_(soft_cap(out, softcap))
 
@@ -157,11 +170,17 @@ class FusedBackend:
         return self.sampling.sample(logits, rows, allowed)
 
     def draw(
-        self, residual: torch.Tensor, norm: Norm, lm_head: Linear, softcap: float | None, plain: PlainDraws
+        self,
+        residual: torch.Tensor,
+        norm: Norm,
+        lm_head: Linear,
+        scale: float,
+        softcap: float | None,
+        plain: PlainDraws,
     ) -> None:
         """A token for each row of the residual stream (rows, hidden); can be recorded."""
-        if len(residual) > SKINNY_ROWS or self.deterministic:
-            self.write_logits(self.normed(residual, norm), lm_head, softcap, plain.logits)
+        if len(residual) > SKINNY_ROWS or self.deterministic or scale != 1.0 or norm.centred:
+            self.write_logits(self.normed(residual, norm), lm_head, scale, softcap, plain.logits)
             self.sampling.draw(plain)
         else:
             self.sampling.draw_with_head(residual, norm, lm_head, softcap, plain)
@@ -174,10 +193,26 @@ def frequencies(rope: RopeSpec, device: torch.device) -> torch.Tensor:
 
 def can_fuse(spec: DecoderSpec) -> bool:
     """Whether the fused operations cover a model."""
-    plain_mixtures = spec.names.before_mlp is not None and spec.names.after_mlp is None
+    plain_mixtures = (
+        spec.names.before_mlp is not None
+        and spec.names.after_mlp is None
+        and spec.norm != "layer"
+        and all(can_fuse_moe(layer.moe) for layer in spec.layers if layer.moe)
+    )
     return (
         spec.generates
         and spec.causal
+        and not spec.output_gate
+        and not spec.is_recurrent  # their steps run operation by operation, and no graph is recorded
+        and not spec.sinks
+        and spec.latent is None
         and spec.activation in ACTIVATIONS
         and (plain_mixtures or not any(layer.moe for layer in spec.layers))
     )
+
+
+def can_fuse_moe(moe: MoeSpec) -> bool:
+    """Whether fused operations know this mixture: gated shared experts with a plain choice, others with scores."""
+    if moe.router_bias or moe.expert_bias:
+        return False
+    return not moe.shared_intermediate_size or moe.shared_gate == moe.chooses_plainly

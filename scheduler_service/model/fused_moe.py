@@ -6,6 +6,7 @@ grouped by expert first. Neither waits to learn how many tokens an expert got, s
 
 import torch
 
+from quartet.kernels.reference.layers import choose_scored_experts
 from quartet.kernels.triton.configs import EXPERT_BLOCKS, STEADY_EXPERT_BLOCK
 from quartet.scheduler_service.model.layers import Moe, Norm
 from quartet.scheduler_service.model.products import Products
@@ -25,14 +26,17 @@ class FusedMoe:
         """Have room for the products of this mixture."""
         self.products.reserve(moe.router)
         self.products.workspace.reserve(DIRECT_PAIRS)
-        if moe.shared is not None and moe.shared_gate is not None:
+        if moe.shared is not None:
             self.products.reserve(moe.shared.gate_up, gated=True)
             self.products.reserve(moe.shared.down)
+        if moe.shared_gate is not None:
             self.products.reserve(moe.shared_gate)
 
     def add(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
         """residual += moe(norm(residual)), in place; returns the chosen experts (tokens, top_k)."""
         directly = residual.shape[0] * moe.spec.top_k <= DIRECT_PAIRS and not self.products.steady
+        if not moe.spec.chooses_plainly:
+            return self.add_scored(residual, norm, moe, activation, directly)
         return (self.add_directly if directly else self.add_grouped)(residual, norm, moe, activation)
 
     def add_directly(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
@@ -63,13 +67,43 @@ class FusedMoe:
 
     def add_grouped(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
         """For more tokens."""
-        x = torch.empty_like(residual)
-        self.ops.rms_norm(residual, norm.weight, norm.epsilon, norm.plus_one, x)
-        experts = moe.spec.experts
-        logits = x.new_empty(len(x), experts, dtype=torch.float32)
-        self.products.write(x, moe.router, logits)
+        x, logits = self.routed(residual, norm, moe)
         ids, weights = room_for_choice(x, moe.spec.top_k, 0)
         self.ops.choose_experts(logits, moe.spec.renormalize, ids, weights)
+        y = self.each(x, ids, moe, activation)
+        self.ops.expert_sum(y, weights, *self.shared(x, moe, activation), residual, residual)
+        return ids
+
+    def add_scored(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str, directly: bool) -> torch.Tensor:
+        """With a choice that the kernels do not know: torch's operations make it."""
+        x, logits = self.routed(residual, norm, moe)
+        spec = moe.spec
+        scores = logits.softmax(dim=-1) if spec.scoring == "softmax" else logits.sigmoid()
+        choice = spec.top_k, spec.renormalize, spec.groups, spec.top_groups, spec.group_best
+        scores, chosen = choose_scored_experts(scores, moe.score_bias, *choice)
+        ids, weights = chosen.to(torch.int32), scores * spec.scale
+        if directly:
+            inner = x.new_empty(len(x), spec.top_k * moe.all_down.shape[2])
+            norms = norm.weight, norm.epsilon, norm.plus_one
+            self.ops.expert_gate_up(residual, *norms, ids, moe.all_gate_up, None, activation, inner)
+            self.ops.expert_down(inner, ids, weights, moe.all_down, None, residual, residual)
+        else:
+            self.ops.expert_sum(self.each(x, ids, moe, activation), weights, None, None, residual, residual)
+        if moe.shared is not None:
+            self.products.add(self.products.gated(x, moe.shared.gate_up, activation), moe.shared.down, residual)
+        return ids
+
+    def routed(self, residual: torch.Tensor, norm: Norm, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
+        """norm(residual), and the router's logits (tokens, experts) in float32."""
+        x = torch.empty_like(residual)
+        self.ops.rms_norm(residual, norm.weight, norm.epsilon, norm.plus_one, x)
+        logits = x.new_empty(len(x), moe.spec.experts, dtype=torch.float32)
+        self.products.write(x, moe.router, logits)
+        return x, logits
+
+    def each(self, x: torch.Tensor, ids: torch.Tensor, moe: Moe, activation: str) -> torch.Tensor:
+        """What every chosen expert gives for its tokens of x (tokens, hidden): (tokens * top_k, hidden)."""
+        experts = moe.spec.experts
         total = ids.numel()
         block = STEADY_EXPERT_BLOCK if self.products.steady else block_size(total, experts)
         blocks = min(total, total // block + experts)  # enough, however the pairs are spread
@@ -80,8 +114,7 @@ class FusedMoe:
         self.ops.expert_gemm(x, pairs, block_experts, block, moe.all_gate_up, activation, inner)
         y = x.new_empty(total, x.shape[1])
         self.ops.expert_gemm(inner, pairs, block_experts, block, moe.all_down, None, y)
-        self.ops.expert_sum(y, weights, *self.shared(x, moe, activation), residual, residual)
-        return ids
+        return y
 
     def shared(self, x: torch.Tensor, moe: Moe, activation: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """What the expert of all tokens gives, and the logit of its gate (tokens, 1)."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -10,32 +10,65 @@ import torch.nn.functional as F
 from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.model.recurrent import Mixer, recurrent_mixer
 from quartet.scheduler_service.model.sharded import GatheredLinear, ReducedLinear, look_up
-from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
+from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Weights
 
 REDUCED = ("output", "down")  # where these buffers are cut, products are summed over the ranks
 BY_TOKEN = ("embed", "lm_head")
+LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever the config's is
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A root-mean-square norm over the last dimension."""
+    """A root-mean-square norm over the last dimension, or a layer norm without bias."""
 
     weight: torch.Tensor  # (size,)
     epsilon: float
     plus_one: bool  # the weight is stored as its distance from one
+    centred: bool = False  # the mean is subtracted first: a layer norm
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Self-attention of one layer. The rows of `qkv` are queries, keys and values."""
+    """Self-attention of one layer. The rows of `qkv` are queries, keys and values.
+
+    Where neighbours are rotated as pairs, `pair_order` has for each column of queries and keys the one that stands
+    there for the rotation, which then finds its pairs half a head apart. Scores do not depend on the order of
+    dimensions, so keys are kept like this, by every backend.
+    """
 
     spec: AttentionSpec
     qkv: Linear
     output: Linear
-    query_norm: Norm | None  # per head, before the rotation
+    query_norm: Norm | None  # before the rotation
     key_norm: Norm | None
+    output_gate: bool = False  # in `qkv` each head's query has its gate behind it
+    norms_all_heads: bool = False  # these norms are over all heads together, else over each
+    pair_order: torch.Tensor | None = None  # (heads + 2 * kv_heads) * head_dim, int64
+    scales_queries: bool = False  # by their position, behind the rotation
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether kernels that norm heads and rotate halves do all that there is between the product and the scores."""
+        return not self.norms_all_heads and self.pair_order is None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Self-attention of one layer; `spec` has one head of keys, as wide as a latent vector and the rotated key."""
+
+    spec: AttentionSpec
+    latent: LatentSpec
+    interleaved: bool  # neighbours are rotated as pairs
+    query_down: Linear | None
+    query_down_norm: Norm | None
+    query: Linear
+    kv_down: Linear
+    kv_norm: Norm
+    kv_up: torch.Tensor  # (heads * (plain_dim + value_dim), rank)
+    output: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +93,37 @@ class Moe:
     activation: str
     shared: Mlp | None
     shared_gate: Linear | None  # (1, hidden); its sigmoid scales what the shared expert gives
-    parallel: Parallel | None = None  # the ranks whose results are summed; None: there is one
+    score_bias: torch.Tensor | None = None  # (experts,) float32
+    ranks: Parallel | None = None  # those whose results are summed; None: there is one
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer: attention, then a feed-forward block, with norms before and after each as the family has them."""
+    """One layer: a mixer, then a feed-forward block, with norms before and after each as the family has them.
+
+    The mixer, attention or a recurrence, lets tokens know of earlier ones.
+    """
 
     index: int
     rope: int  # which of the model's rotations
-    attention: Attention
+    mixer: Attention | LatentAttention | Mixer
     feed_forward: Mlp | Moe
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None
     after_mlp: Norm | None
+    parallel: bool = False  # both blocks read the residual stream as it was
+
+    @property
+    def attends(self) -> bool:
+        """Whether it is not recurrent."""
+        return isinstance(self.mixer, Attention | LatentAttention)
+
+    @property
+    def attention(self) -> Attention | LatentAttention:
+        """The mixer of a layer that is not recurrent."""
+        assert isinstance(self.mixer, Attention | LatentAttention), self.index
+        return self.mixer
 
 
 def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Linear:
@@ -99,12 +148,13 @@ def embedding_of(weights: Weights) -> Callable[[torch.Tensor, torch.Tensor], tor
 
 
 def norm_of(spec: DecoderSpec, weights: Weights, buffer: str, *index: int) -> Norm:
-    return Norm(weights.slab(buffer, *index), spec.norm_epsilon, spec.norm == "rms_plus_one")
+    return Norm(weights.slab(buffer, *index), spec.norm_epsilon, spec.norm == "rms_plus_one", spec.norm == "layer")
 
 
 def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLayer:
     """The layer of that index."""
     own = spec.layers[index]
+    recurrent = sum(before.recurrent is not None for before in spec.layers[:index])
     same_kind = [bool(before.moe) for before in spec.layers[:index]].count(bool(own.moe))
     mixture = moe(spec, own.moe, weights, same_kind) if own.moe else None
 
@@ -114,17 +164,30 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
     return DecoderLayer(
         index=index,
         rope=own.rope,
-        attention=attention(spec, weights, index),
+        mixer=mixer_of(spec, weights, index, recurrent),
         feed_forward=mixture or dense_mlp(spec, weights, same_kind),
         before_attention=norm("before_attention"),
         after_attention=norm("after_attention"),
-        before_mlp=norm("before_mlp"),
+        before_mlp=norm("before_attention" if spec.parallel else "before_mlp"),
         after_mlp=norm("after_mlp"),
+        parallel=spec.parallel,
     )
 
 
-def attention(spec: DecoderSpec, weights: Weights, layer: int) -> Attention:
-    """The attention of layer number `layer`."""
+def mixer_of(spec: DecoderSpec, weights: Weights, index: int, recurrent: int) -> Attention | LatentAttention | Mixer:
+    """What layer number `index`, behind so many recurrent ones, does with its tokens."""
+    own = spec.layers[index]
+    if own.recurrent:
+        return recurrent_mixer(own.recurrent, weights, index, recurrent, linear)
+    if spec.latent is not None:
+        return latent_attention(spec, spec.latent, weights, index)
+    return attention(spec, weights, index, index - recurrent)
+
+
+def attention(spec: DecoderSpec, weights: Weights, layer: int, slab: int) -> Attention:
+    """The attention of layer number `layer`, number `slab` among those with attention."""
+    rope = spec.ropes[spec.layers[layer].rope]
+    shape = spec.heads, spec.kv_heads, spec.head_dim, 2 * len(rope.frequencies)
     return Attention(
         spec=AttentionSpec(
             layer=layer,
@@ -135,11 +198,54 @@ def attention(spec: DecoderSpec, weights: Weights, layer: int) -> Attention:
             window=spec.layers[layer].window,
             softcap=spec.attention_softcap,
             causal=spec.causal,
+            sinks=weights.slab("sinks", slab) if spec.sinks else None,
         ),
-        qkv=linear(weights, "qkv", layer, bias=spec.qkv_bias),
+        qkv=linear(weights, "qkv", slab, bias=spec.qkv_bias),
+        output=linear(weights, "output", slab, bias=spec.output_bias),
+        query_norm=norm_of(spec, weights, "query_norm", slab) if spec.query_key_norm else None,
+        key_norm=norm_of(spec, weights, "key_norm", slab) if spec.query_key_norm else None,
+        output_gate=spec.output_gate,
+        norms_all_heads=spec.query_key_norm and spec.query_key_norm_over == "heads",
+        pair_order=pair_order(*shape, weights.device) if rope.interleaved else None,
+        scales_queries=spec.query_scale is not None,
+    )
+
+
+@cache
+def pair_order(heads: int, kv_heads: int, head_dim: int, rotary_dim: int, device: torch.device) -> torch.Tensor:
+    """See Attention.pair_order; columns of values stay where they are."""
+    columns = torch.arange((heads + 2 * kv_heads) * head_dim).view(-1, head_dim)
+    turned = columns[: heads + kv_heads, :rotary_dim].clone()
+    half = rotary_dim // 2
+    columns[: heads + kv_heads, :half] = turned[:, 0::2]
+    columns[: heads + kv_heads, half:rotary_dim] = turned[:, 1::2]
+    return columns.flatten().to(device)
+
+
+def latent_attention(spec: DecoderSpec, latent: LatentSpec, weights: Weights, layer: int) -> LatentAttention:
+    """The attention of layer number `layer`."""
+
+    def norm(buffer: str) -> Norm:
+        return Norm(weights.slab(buffer, layer), LATENT_EPSILON, plus_one=False)
+
+    return LatentAttention(
+        spec=AttentionSpec(
+            layer=layer,
+            heads=spec.heads,
+            kv_heads=1,
+            head_dim=spec.head_dim,
+            scale=spec.attention_scale,
+            values_are_keys=True,
+        ),
+        latent=latent,
+        interleaved=spec.ropes[spec.layers[layer].rope].interleaved,
+        query_down=linear(weights, "query_down", layer, bias=spec.qkv_bias) if latent.query_rank else None,
+        query_down_norm=norm("query_down_norm") if latent.query_rank else None,
+        query=linear(weights, "query", layer),
+        kv_down=linear(weights, "kv_down", layer, bias=spec.qkv_bias),
+        kv_norm=norm("kv_norm"),
+        kv_up=weights.slab("kv_up", layer),
         output=linear(weights, "output", layer, bias=spec.output_bias),
-        query_norm=norm_of(spec, weights, "query_norm", layer) if spec.query_key_norm else None,
-        key_norm=norm_of(spec, weights, "key_norm", layer) if spec.query_key_norm else None,
     )
 
 
@@ -150,19 +256,20 @@ def dense_mlp(spec: DecoderSpec, weights: Weights, slab: int) -> Mlp:
 
 def moe(spec: DecoderSpec, mixture: MoeSpec, weights: Weights, slab: int) -> Moe:
     """The mixture of experts in slab number `slab` of its weights."""
-    expert = partial(linear, weights)
+    expert = partial(linear, weights, bias=mixture.expert_bias)
     has_shared = bool(mixture.shared_intermediate_size)
     return Moe(
         spec=mixture,
-        router=linear(weights, "router", slab),
+        router=linear(weights, "router", slab, bias=mixture.router_bias),
         gate_up=[expert("expert_gate_up", slab, number) for number in range(mixture.experts)],
         down=[expert("expert_down", slab, number) for number in range(mixture.experts)],
         all_gate_up=weights.slab("expert_gate_up", slab),
         all_down=weights.slab("expert_down", slab),
         activation=spec.activation,
         shared=shared_expert(spec, weights, slab) if has_shared else None,
-        shared_gate=linear(weights, "shared_gate", slab) if has_shared else None,
-        parallel=weights.layout.parallel if weights.layout.parallel.size > 1 else None,
+        shared_gate=linear(weights, "shared_gate", slab) if has_shared and mixture.shared_gate else None,
+        score_bias=weights.slab("score_bias", slab) if mixture.score_bias else None,
+        ranks=weights.layout.parallel if weights.layout.parallel.size > 1 else None,
     )
 
 

@@ -1,10 +1,12 @@
 """From a decoder's spec to the layout of its weights: which checkpoint tensors exist and where each one lives."""
 
+import torch
+
 from quartet.scheduler_service.model.heads import add_head
+from quartet.scheduler_service.model.latent import add_latent
+from quartet.scheduler_service.model.recurrent import add_recurrent
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Layout
-
-HEAD = "lm_head.weight"
 
 
 def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
@@ -14,24 +16,28 @@ def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
     """
     tokens = spec.vocab_size if vocabulary is None else vocabulary
     own_lm_head = spec.generates and not spec.tied
-    layout = Layout(ignored=frozenset(() if own_lm_head else {HEAD}))
+    layout = Layout(ignored=spec.ignored | frozenset(() if own_lm_head else {spec.head}))
     if spec.generates:
-        layout.ties[HEAD] = embeddings_name(spec)
+        layout.ties[spec.head] = embeddings_name(spec)
     layout.add("embed", (), [(embeddings_name(spec), tokens)], spec.hidden_size)
-    layout.add("norm", (), [(f"{spec.prefix}norm.weight", spec.hidden_size)], None)
+    layout.add("norm", (), [(f"{spec.prefix}{spec.names.norm}.weight", spec.hidden_size)], None)
     add_head(layout, spec.score_head)
     if own_lm_head:
-        layout.add("lm_head", (), [(HEAD, tokens)], spec.hidden_size)
-    dense = sparse = 0
+        layout.add("lm_head", (), [(spec.head, tokens)], spec.hidden_size)
+    dense = sparse = recurrent = 0
     for index, layer in enumerate(spec.layers):
         prefix = f"{spec.prefix}layers.{index}."
-        add_attention(layout, spec, index, f"{prefix}self_attn.")
+        if layer.recurrent:
+            add_recurrent(layout, layer.recurrent, spec.hidden_size, recurrent, prefix)
+            recurrent += 1
+        else:
+            add_attention(layout, spec, index - recurrent, f"{prefix}self_attn.")
         add_norms(layout, spec, index, prefix)
         if layer.moe:
             add_moe(layout, spec, layer.moe, sparse, f"{prefix}{layer.moe.block}.")
             sparse += 1
         else:
-            add_mlp(layout, spec, dense, f"{prefix}mlp.")
+            add_mlp(layout, spec, dense, f"{prefix}{spec.names.mlp}.")
             dense += 1
     return layout
 
@@ -47,17 +53,25 @@ def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str 
 
 
 def add_attention(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
-    """Places for the projections, biases and norms of one layer's attention."""
+    """Places for the projections, biases and norms of one layer's attention; `layer`: its number among such layers."""
+    if spec.latent is not None:
+        add_latent(layout, spec, spec.latent, layer, prefix)
+        return
     query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    layout.add("qkv", (layer,), parts(prefix, spec.names.qkv, (query, key, key)), spec.hidden_size)
-    layout.add("output", (layer,), [(f"{prefix}o_proj.weight", spec.hidden_size)], query)
+    rows = (2 * query if spec.output_gate else query, key, key)
+    layout.add("qkv", (layer,), parts(prefix, spec.names.qkv, rows), spec.hidden_size)
+    layout.add("output", (layer,), [(f"{prefix}{spec.names.output}.weight", spec.hidden_size)], query)
     if spec.qkv_bias:
-        layout.add("qkv_bias", (layer,), parts(prefix, spec.names.qkv, (query, key, key), "bias"), None)
+        layout.add("qkv_bias", (layer,), parts(prefix, spec.names.qkv, rows, "bias"), None)
     if spec.output_bias:
-        layout.add("output_bias", (layer,), [(f"{prefix}o_proj.bias", spec.hidden_size)], None)
+        layout.add("output_bias", (layer,), [(f"{prefix}{spec.names.output}.bias", spec.hidden_size)], None)
     if spec.query_key_norm:
-        layout.add("query_norm", (layer,), [(f"{prefix}q_norm.weight", spec.head_dim)], None)
-        layout.add("key_norm", (layer,), [(f"{prefix}k_norm.weight", spec.head_dim)], None)
+        per_head = spec.query_key_norm_over == "head"
+        sizes = (spec.head_dim, spec.head_dim) if per_head else (query, key)
+        layout.add("query_norm", (layer,), [(f"{prefix}{spec.names.query_norm}.weight", sizes[0])], None)
+        layout.add("key_norm", (layer,), [(f"{prefix}{spec.names.key_norm}.weight", sizes[1])], None)
+    if spec.sinks:
+        layout.add("sinks", (layer,), [(f"{prefix}sinks", spec.heads)], None)
 
 
 def add_norms(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
@@ -69,22 +83,31 @@ def add_norms(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> Non
 def add_mlp(layout: Layout, spec: DecoderSpec, slab: int, prefix: str) -> None:
     size = spec.intermediate_size
     layout.add("gate_up", (slab,), parts(prefix, spec.names.gate_up, (size, size)), spec.hidden_size)
-    layout.add("down", (slab,), [(f"{prefix}down_proj.weight", spec.hidden_size)], size)
+    layout.add("down", (slab,), [(f"{prefix}{spec.names.down}.weight", spec.hidden_size)], size)
     if spec.mlp_bias:
         layout.add("gate_up_bias", (slab,), parts(prefix, spec.names.gate_up, (size, size), "bias"), None)
-        layout.add("down_bias", (slab,), [(f"{prefix}down_proj.bias", spec.hidden_size)], None)
+        layout.add("down_bias", (slab,), [(f"{prefix}{spec.names.down}.bias", spec.hidden_size)], None)
 
 
 def add_moe(layout: Layout, spec: DecoderSpec, moe: MoeSpec, slab: int, prefix: str) -> None:
     """Places for the router and the experts of one layer, number `slab` among those with experts."""
     hidden, size = spec.hidden_size, moe.intermediate_size
-    layout.add("router", (slab,), [(f"{prefix}gate.weight", moe.experts)], hidden)
+    layout.add("router", (slab,), [(f"{prefix}{moe.router}.weight", moe.experts)], hidden)
+    if moe.router_bias:
+        layout.add("router_bias", (slab,), [(f"{prefix}{moe.router}.bias", moe.experts)], None)
+    if moe.score_bias:
+        layout.add("score_bias", (slab,), [(f"{prefix}{moe.score_bias}", moe.experts)], None)
+        layout.dtypes["score_bias"] = torch.float32  # small differences decide
     for expert in range(moe.experts):
         inside = f"{prefix}experts.{expert}."
         layout.add("expert_gate_up", (slab, expert), parts(inside, moe.gate_up, (size, size)), hidden)
         layout.add("expert_down", (slab, expert), [(f"{inside}{moe.down}.weight", hidden)], size)
+        if moe.expert_bias:
+            layout.add("expert_gate_up_bias", (slab, expert), parts(inside, moe.gate_up, (size, size), "bias"), None)
+            layout.add("expert_down_bias", (slab, expert), [(f"{inside}{moe.down}.bias", hidden)], None)
     if shared := moe.shared_intermediate_size:
-        inside = f"{prefix}shared_expert."
+        inside = f"{prefix}{moe.shared}."
         layout.add("shared_gate_up", (slab,), parts(inside, ("gate_proj", "up_proj"), (shared, shared)), hidden)
         layout.add("shared_down", (slab,), [(f"{inside}down_proj.weight", hidden)], shared)
-        layout.add("shared_gate", (slab,), [(f"{prefix}shared_expert_gate.weight", 1)], hidden)
+        if moe.shared_gate:
+            layout.add("shared_gate", (slab,), [(f"{prefix}shared_expert_gate.weight", 1)], hidden)

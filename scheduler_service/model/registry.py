@@ -11,6 +11,7 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import family_name
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.model_files.towers import language_model
 from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.host.parallel import ALONE, Parallel
 from quartet.scheduler_service.model.backend import Backend
@@ -19,12 +20,33 @@ from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import NOT_NATIVE, is_asked_for
 from quartet.scheduler_service.model.dtype import resolve_dtype
-from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder
-from quartet.scheduler_service.model.families import gemma, llama, mistral, mixtral, phi3, qwen
-from quartet.scheduler_service.model.layout import HEAD, embeddings_name
-from quartet.scheduler_service.model.shards import shard_layout, shard_spec
+from quartet.scheduler_service.model.embedders import load_decoder_embedder, load_encoder, tensor_names
+from quartet.scheduler_service.model.families import (
+    cohere,
+    deepseek,
+    ernie,
+    exaone,
+    gemma,
+    glm,
+    gpt_oss,
+    granite,
+    lfm2,
+    llama,
+    minimax,
+    mistral,
+    mixtral,
+    olmo,
+    phi3,
+    qwen,
+    qwen_hybrid,
+    seed_oss,
+    smollm,
+)
+from quartet.scheduler_service.model.layout import embeddings_name
+from quartet.scheduler_service.model.shards import REFUSED, shard_layout, shard_spec
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
+from quartet.scheduler_service.model.towers import inside
 from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.load import check_format, is_dummy, load_weights
@@ -34,17 +56,39 @@ from quartet.scheduler_service.weights.storage import CHOICES, schemes_in, schem
 
 log = logging.getLogger(__name__)
 
+NOT_LATENT = "--enable-deterministic-inference is not there for the latent attention of {}; leave it out"
+
 FAMILIES: dict[str, llama.Family] = {
+    "Cohere2ForCausalLM": cohere.cohere2,
+    "DeepseekV2ForCausalLM": deepseek.v2,
+    "DeepseekV3ForCausalLM": deepseek.v3,
+    "Ernie4_5ForCausalLM": ernie.ernie4_5,
+    "Exaone4ForCausalLM": exaone.exaone4,
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
+    "Glm4ForCausalLM": glm.glm4,
+    "Glm4MoeForCausalLM": glm.glm4_moe,
+    "Glm4MoeLiteForCausalLM": deepseek.v3,
+    "GptOssForCausalLM": gpt_oss.decoder_spec,
+    "GraniteForCausalLM": granite.decoder_spec,
+    "Lfm2ForCausalLM": lfm2.decoder_spec,
     "LlamaForCausalLM": llama.decoder_spec,
+    "MiniMaxM2ForCausalLM": minimax.m2,
+    "Ministral3ForCausalLM": mistral.ministral3,
+    "MinistralForCausalLM": mistral.ministral,
     "MistralForCausalLM": mistral.decoder_spec,
     "MixtralForCausalLM": mixtral.decoder_spec,
+    "Olmo2ForCausalLM": olmo.olmo2,
+    "Olmo3ForCausalLM": olmo.olmo3,
     "Phi3ForCausalLM": phi3.decoder_spec,
     "Qwen2ForCausalLM": qwen.qwen2,
     "Qwen2MoeForCausalLM": qwen.qwen2_moe,
     "Qwen3ForCausalLM": qwen.qwen3,
+    "Qwen3NextForCausalLM": qwen_hybrid.qwen3_next,
+    "Qwen3_5ForCausalLM": qwen_hybrid.qwen3_5,
     "Qwen3MoeForCausalLM": qwen.qwen3_moe,
+    "SeedOssForCausalLM": seed_oss.decoder_spec,
+    "SmolLM3ForCausalLM": smollm.decoder_spec,
 }
 
 
@@ -64,8 +108,6 @@ def load_model(
     try:
         model = load_own(config, info, dtype, device, parallel)
     except NotNative as reason:
-        if parallel.size > 1:
-            raise StartupError(f"--tp-size {parallel.size} needs a native family, and {reason} has none") from reason
         if is_asked_for(config, device):
             raise StartupError(NOT_NATIVE.format(info.architecture)) from reason
         if info.embedding:
@@ -86,6 +128,19 @@ def load_model(
     return model
 
 
+def check_ranks(config: ResolvedConfig, info: ModelInfo) -> None:
+    """Raise StartupError for a model that cannot be computed by several ranks, before any of them is started."""
+    if info.embedding is not None:
+        raise StartupError(REFUSED.format(config.tp_size, "this is an embedding model"))
+    try:
+        shard_spec(decoder_spec(info), config.tp_size)
+    except NotNative as reason:
+        raise StartupError(REFUSED.format(config.tp_size, f"there is no native family for {reason}")) from reason
+    path = Path(info.path)
+    if not is_dummy(config) and (format_of(path) == "gguf" or settings_of(path)):
+        raise StartupError(REFUSED.format(config.tp_size, "these weights are quantized"))
+
+
 def load_own(
     config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device, parallel: Parallel = ALONE
 ) -> ServedModel:
@@ -93,9 +148,10 @@ def load_own(
     if info.embedding is not None and config.quantization in CHOICES:
         raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
     if info.embedding is None:
-        return load_native(decoder_spec(info), config, info, dtype, device, parallel)
-    if parallel.size > 1:
-        raise StartupError(f"--tp-size {parallel.size}: embedding models are computed by one process; use --tp-size 1")
+        spec = decoder_spec(info)
+        if spec.latent is not None and is_asked_for(config, device):
+            raise StartupError(NOT_LATENT.format(info.architecture))
+        return load_native(spec, config, info, dtype, device, parallel)
     if is_asked_for(config, device) and not info.embedding.causal:
         raise StartupError(NOT_NATIVE.format(info.architecture))
     if info.embedding.encoder:
@@ -105,15 +161,20 @@ def load_own(
 
 def decoder_spec(info: ModelInfo) -> DecoderSpec:
     """The spec of a model that the generic decoder runs; raises NotNative for any other."""
-    family = FAMILIES.get(f"{family_name(info.architecture)}ForCausalLM" if info.embedding else info.architecture)
+    architecture = language_model(info.architecture, info.config)
+    family = FAMILIES.get(f"{family_name(info.architecture)}ForCausalLM" if info.embedding else architecture)
     if family is None:
         raise NotNative(f"architecture {info.architecture}")
     try:
         spec = family(info.config, info.context_length)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+    if not all(isinstance(layer.moe.intermediate_size, int) for layer in spec.layers if layer.moe):
+        raise NotNative(f"{info.architecture} whose layers' experts differ in size")
     if not (isinstance(spec.intermediate_size, int) and isinstance(spec.kv_heads, int)):
         raise NotNative(f"{info.architecture} whose layers differ in size")
+    if spec.parallel and any(layer.moe for layer in spec.layers):
+        raise NotNative(f"{info.architecture} with experts beside attention")
     if spec.activation not in ACTIVATIONS:
         raise NotNative(f"{info.architecture} with the activation {spec.activation}")
     if not (spec.causal or info.embedding):
@@ -130,8 +191,9 @@ def load_native(
     parallel: Parallel = ALONE,
 ) -> Decoder:
     """The generic decoder of a spec, with its weights. Raises StartupError."""
+    spec = inside(spec, info.architecture, tensor_names(config, info))
     if spec.generates and not is_dummy(config):
-        tied = ties.is_tied(Path(info.path), HEAD, embeddings_name(spec), spec.tied)
+        tied = ties.is_tied(Path(info.path), spec.head, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
     layout = shard_layout(spec, parallel)
     weights = Weights(layout, dtype, device, schemes(config, info, layout, dtype, device))

@@ -134,6 +134,7 @@ def longrope(wavelengths: torch.Tensor, parameters: Parameters) -> tuple[torch.T
 
 VARIANTS: dict[str, Callable[[torch.Tensor, Parameters], tuple[torch.Tensor, float]]] = {
     "default": default,
+    "mrope": default,  # with one position for time, height and width, as text has
     "linear": linear,
     "dynamic": dynamic,
     "llama3": llama3,

@@ -30,14 +30,17 @@ Spec = DecoderSpec | EncoderSpec
 SOURCES: dict[str, tuple[str, ...]] = {
     "heads": ("num_attention_heads", "n_heads"),
     "kv_heads": ("num_key_value_heads", "num_attention_heads"),
-    "attention_scale": ("query_pre_attn_scalar", "head_dim"),
+    "attention_scale": ("query_pre_attn_scalar", "attention_multiplier", "head_dim"),
+    "embedding_scale": ("embedding_multiplier", "residual_multiplier", "hidden_size"),
+    "logit_scale": ("logits_scaling", "logit_scale"),
+    "query_scale": ROPES,
     "ropes": ("rope_theta", *ROPES, "partial_rotary_factor", "rope_local_base_freq", "max_position_embeddings"),
-    "norm_epsilon": ("rms_norm_eps", "layer_norm_eps", "norm_eps"),
+    "norm_epsilon": ("rms_norm_eps", "layer_norm_eps", "norm_eps", "residual_multiplier"),
     "activation": ("hidden_act", "hidden_activation", "activation"),
     "attention_softcap": ("attn_logit_softcapping",),
     "logit_softcap": ("final_logit_softcapping",),
-    "qkv_bias": ("attention_bias", "qkv_bias"),
-    "output_bias": ("attention_bias",),
+    "qkv_bias": ("attention_bias", "qkv_bias", "use_bias"),
+    "output_bias": ("attention_bias", "attention_out_bias", "use_bias"),
     "layers": (
         "num_hidden_layers",
         "sliding_window",
@@ -49,9 +52,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "num_experts_per_tok",
         "norm_topk_prob",
         "moe_intermediate_size",
+        *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor"),
+        *("first_k_dense_replace", "no_rope_layers", "sliding_window_pattern"),
     ),
 }
-FREE = ("tied", "prefix", "ignored")  # the tensors tell
+FREE = ("tied", "prefix", "head", "ignored")  # the tensors tell
 NOT_THE_MODEL = frozenset(
     {
         *("architectures", "torch_dtype", "dtype", "max_position_embeddings", "n_positions", "id2label"),

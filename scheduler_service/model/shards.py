@@ -5,6 +5,7 @@ whose products are summed over the ranks. Experts are cut like a dense block, ea
 them. Embeddings and head are cut by token where the vocabulary can be divided. Norms and routers are whole everywhere.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from quartet.runtime.errors import StartupError
@@ -14,16 +15,38 @@ from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec
 from quartet.scheduler_service.weights.cuts import Cut
 from quartet.scheduler_service.weights.parameters import Layout
 
-FUSED = "--tp-size {}: this family stores fused projections (such as qkv_proj), which cannot be cut; use --tp-size 1"
+UNEVEN = "--tp-size {}: {} {} cannot be divided among the ranks; use a --tp-size that divides them"
+REFUSED = "--tp-size {}: {}, which one process computes; use --tp-size 1"
+# What several ranks do not compute: whether a model has it, and what it is called
+WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
+    (lambda spec: spec.latent is not None, "this model has latent attention"),
+    (lambda spec: spec.is_recurrent, "this model has recurrent layers"),
+    (lambda spec: spec.output_gate, "this model has gates behind attention"),
+    (lambda spec: spec.query_key_norm_over != "head", "this model norms queries and keys over all heads together"),
+    (
+        lambda spec: any(layer.moe and layer.moe.expert_bias for layer in spec.layers),
+        "this model's experts have biases",
+    ),
+    (
+        lambda spec: len(spec.names.qkv) != 3 or len(spec.names.gate_up) != 2,
+        "this family stores fused projections (such as qkv_proj)",
+    ),
+]
+
+
+def refuse_whole(spec: DecoderSpec, ranks: int) -> None:
+    """Raise StartupError for a model of which ranks cannot have parts."""
+    for has_it, what in WHOLE:
+        if has_it(spec):
+            raise StartupError(REFUSED.format(ranks, what))
 
 
 def shard_spec(spec: DecoderSpec, ranks: int) -> DecoderSpec:
-    """The decoder that one rank computes. Raises StartupError where the sizes cannot be divided."""
-    if len(spec.names.qkv) != 3 or len(spec.names.gate_up) != 2:
-        raise StartupError(FUSED.format(ranks))
+    """The decoder that one rank computes. Raises StartupError where there is none."""
+    refuse_whole(spec, ranks)
     kv_heads = spec.kv_heads
     if kv_heads % ranks and ranks % kv_heads:
-        raise StartupError(f"--tp-size {ranks}: {kv_heads} heads of keys and values cannot be divided among the ranks")
+        raise StartupError(UNEVEN.format(ranks, kv_heads, "heads of keys and values"))
     return replace(
         spec,
         heads=share(spec.heads, ranks, "attention heads"),
@@ -43,7 +66,7 @@ def shard_layer(layer: LayerSpec, ranks: int) -> LayerSpec:
 
 def share(count: int, ranks: int, what: str) -> int:
     if count % ranks:
-        raise StartupError(f"--tp-size {ranks}: {count} {what} cannot be divided among the ranks")
+        raise StartupError(UNEVEN.format(ranks, count, what))
     return count // ranks
 
 

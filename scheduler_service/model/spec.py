@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from quartet.scheduler_service.model.recurrent import RecurrentSpec
+
 
 class NotNative(Exception):
     """This config asks for something the generic decoder does not do; transformers' own model may run it."""
@@ -14,6 +16,26 @@ class RopeSpec:
 
     frequencies: tuple[float, ...]  # radians per position, one for each pair of dimensions
     factor: float = 1.0  # multiplies cosines and sines
+    interleaved: bool = False  # neighbours (2i, 2i + 1) are pairs, else (i, i + rotary_dim / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryScale:
+    """Queries grow with their position: times 1 + beta * log(1 + floor(position / length))."""
+
+    beta: float
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Keys and values of all heads are made of one latent vector per token, which is what the pool keeps."""
+
+    rank: int  # of the latent vector
+    query_rank: int | None  # of what queries are made of; None: of the hidden state
+    plain_dim: int  # dimensions of a head's queries and keys that are not rotated
+    rotated_dim: int  # and that are; their keys are the same for all heads
+    value_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +46,26 @@ class MoeSpec:
     top_k: int
     intermediate_size: int
     renormalize: bool  # the chosen experts' weights sum to one
-    shared_intermediate_size: int = 0  # one expert that every token passes, scaled by a sigmoid gate
+    scoring: Literal["softmax", "sigmoid"] = "softmax"  # from a router's logits to scores
+    score_bias: str | None = None  # checkpoint name below the block: added to scores for the choice, not to weights
+    groups: int = 1  # of neighbouring experts; only those of the best groups can be chosen
+    top_groups: int = 1
+    group_best: int = 2  # so many of a group's best experts, added up, say how good it is
+    scale: float = 1.0  # of the chosen experts' weights
+    router_bias: bool = False
+    expert_bias: bool = False
+    shared_intermediate_size: int = 0  # one expert that every token passes
+    shared_gate: bool = True  # a sigmoid scales it
     block: str = "mlp"  # checkpoint names below the layer
+    router: str = "gate"
+    shared: str = "shared_expert"
     gate_up: tuple[str, str] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+
+    @property
+    def chooses_plainly(self) -> bool:
+        """Whether the experts are those with the largest logits, weighed by a softmax alone."""
+        return self.scoring == "softmax" and not self.score_bias and self.groups == 1 and self.scale == 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +75,7 @@ class LayerSpec:
     window: int | None = None  # a query at p sees keys in (p - window, p]
     rope: int = 0  # index into DecoderSpec.ropes
     moe: MoeSpec | None = None  # None: a dense feed-forward block
+    recurrent: RecurrentSpec | None = None  # in place of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +84,12 @@ class Names:
 
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    down: str = "down_proj"
+    mlp: str = "mlp"
+    output: str = "o_proj"
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+    norm: str = "norm"  # the final one, below `prefix`
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
     before_mlp: str | None = "post_attention_layernorm"
@@ -79,21 +124,38 @@ class DecoderSpec:
     attention_scale: float
     ropes: tuple[RopeSpec, ...]
     norm_epsilon: float
-    norm: Literal["rms", "rms_plus_one"] = "rms"
-    query_key_norm: bool = False  # per head, before rope
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"  # a layer norm has no bias
+    parallel: bool = False  # the feed-forward block reads what attention reads, by one norm, and both are added
+    output_gate: bool = False  # each head's query comes with a gate, whose sigmoid scales what the head gives
+    query_key_norm: bool = False  # before rope
+    query_key_norm_over: Literal["head", "heads"] = "head"  # one head, or all heads together
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
     embedding_scale: float = 1.0
+    rounds_embedding_scale: bool = False  # to the dtype of activations
+    scales_given_embeddings: bool = False  # those that a request brings are scaled too
+    query_scale: QueryScale | None = None
+    latent: LatentSpec | None = None  # then there is one head of keys, `rank + rotated_dim` wide
+    sinks: bool = False  # a score for each head that takes a share of attention and gives nothing
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    logit_scale: float = 1.0  # before the cap
     tied: bool = False
     names: Names = field(default_factory=Names)
     prefix: str = "model."  # of all names but the heads'
+    head: str = "lm_head.weight"  # the language-model head's name
+    ignored: frozenset[str] = frozenset()  # what a checkpoint may hold besides
+    extra_layers: int = 0  # behind the last one, which a checkpoint may hold: they predict tokens beyond the next
     generates: bool = True  # it has a language-model head; embedders go without
     causal: bool = True
     score_head: tuple[HeadLayer, ...] = ()
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state instead of keys and values."""
+        return any(layer.recurrent for layer in self.layers)
 
 
 def require(config: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from quartet.scheduler_service.model.batch import Attend, PagedContext
 from quartet.scheduler_service.model.deterministic import ACTIVATIONS as STEADY_ACTIVATIONS
 from quartet.scheduler_service.model.deterministic import sigmoid as steady_sigmoid
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Mlp, Moe, Norm
+from quartet.scheduler_service.model.projections import arranged
 from quartet.scheduler_service.model.spec import RopeSpec
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
@@ -21,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": plain_layers.gelu_and_mul,
     "gelu_new": plain_layers.gelu_tanh_and_mul,
     "gelu_pytorch_tanh": plain_layers.gelu_tanh_and_mul,
+    "clamped_swiglu": plain_layers.clamped_swiglu,
 }
 
 
@@ -35,6 +37,7 @@ class TorchBackend:
         self.ropes = [(torch.tensor(rope.frequencies, device=device), rope.factor) for rope in ropes]
         self.activations = STEADY_ACTIVATIONS if deterministic else ACTIVATIONS
         self.sigmoid = steady_sigmoid if deterministic else torch.sigmoid
+        self.on_rows: Callable[[torch.Tensor | None], None] | None = None  # see plain_layers.run_experts
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
         """Nothing: every operation takes the memory that it needs."""
@@ -45,6 +48,8 @@ class TorchBackend:
     def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         if norm is None:
             return x
+        if norm.centred:
+            return plain_layers.layer_norm(x, norm.weight, norm.epsilon)
         function = plain_layers.rms_norm_plus_one if norm.plus_one else plain_layers.rms_norm
         return function(x, norm.weight, norm.epsilon)
 
@@ -64,18 +69,37 @@ class TorchBackend:
         attention: Attention,
         rotation: Rotation,
         context: Attend | PagedContext,
+        query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See model.backend.Backend.attend."""
+        if attention.output_gate:
+            return self.attend_gated(residual, norm, attention, rotation, context)
         spec, tokens = attention.spec, len(residual)
         heads, kv_heads = spec.heads, spec.kv_heads
-        projected = attention.qkv(self.normed(residual, norm)).view(tokens, heads + 2 * kv_heads, spec.head_dim)
-        query_key, value = projected.split((heads + kv_heads, kv_heads), dim=1)  # (tokens, heads, dim)
-        if attention.query_norm is not None or attention.key_norm is not None:
-            query, key = query_key.split((heads, kv_heads), dim=1)
-            normed = self.normed(query, attention.query_norm), self.normed(key, attention.key_norm)
-            query_key = torch.cat(normed, dim=1)
+        projected = arranged(attention.qkv(self.normed(residual, norm)), attention, self.normed)
+        query_key, value = projected.view(tokens, -1, spec.head_dim).split((heads + kv_heads, kv_heads), dim=1)
         query, key = plain_layers.rotate(query_key, *rotation).split((heads, kv_heads), dim=1)
+        if query_scale is not None:
+            query = query * query_scale.to(query.dtype)
         return cast(Attend, context)(spec, query, key, value).reshape(tokens, -1)
+
+    def attend_gated(
+        self,
+        residual: torch.Tensor,
+        norm: Norm | None,
+        attention: Attention,
+        rotation: Rotation,
+        context: Attend | PagedContext,
+    ) -> torch.Tensor:
+        """`attend` where each head's query comes with a gate, whose sigmoid scales what the head gives."""
+        spec = attention.spec
+        projected = attention.qkv(self.normed(residual, norm)).unflatten(-1, (-1, spec.head_dim))
+        queries, key, value = projected.split((2 * spec.heads, spec.kv_heads, spec.kv_heads), dim=1)
+        query, gate = self.normed(queries[:, ::2], attention.query_norm), queries[:, 1::2]
+        turned = plain_layers.rotate(torch.cat((query, self.normed(key, attention.key_norm)), dim=1), *rotation)
+        query, key = turned.split((spec.heads, spec.kv_heads), dim=1)
+        mixed = cast(Attend, context)(spec, query, key, value)
+        return (mixed * self.sigmoid(gate).to(mixed.dtype)).flatten(1)
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
         residual.add_(self.normed(linear(x), norm))
@@ -86,20 +110,39 @@ class TorchBackend:
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
         """See model.backend.Backend.add_experts; ranks that have parts of the experts are summed once, behind all."""
         x = self.normed(residual, before)
-        weights, ids = plain_layers.choose_experts(moe.router(x), moe.spec.top_k, moe.spec.renormalize)
-        y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, self.activations[moe.activation])
+        weights, ids = self.choose_experts(x, moe)
+        activation = self.activations[moe.activation]
+        y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, activation, self.on_rows)
         if moe.shared is not None and moe.shared_gate is not None:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
-        if moe.parallel is not None:
-            y = moe.parallel.sum(y)
+        elif moe.shared is not None:
+            y = y + self.mlp(x, moe.shared)
+        if moe.ranks is not None:
+            y = moe.ranks.sum(y)
         residual.add_(self.normed(y, after))
         return ids
+
+    def choose_experts(self, x: torch.Tensor, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (float32) and ids of the experts of x (tokens, hidden), both (tokens, top_k), best first."""
+        spec = moe.spec
+        if spec.chooses_plainly:
+            return plain_layers.choose_experts(moe.router(x), spec.top_k, spec.renormalize)
+        logits = x.new_empty(len(x), spec.experts, dtype=torch.float32)
+        moe.router.write(x, logits)
+        scores = logits.softmax(dim=-1) if spec.scoring == "softmax" else self.sigmoid(logits)
+        choice = spec.top_k, spec.renormalize, spec.groups, spec.top_groups, spec.group_best
+        weights, ids = plain_layers.choose_scored_experts(scores, moe.score_bias, *choice)
+        return weights * spec.scale, ids
 
     def mlp(self, x: torch.Tensor, mlp: Mlp) -> torch.Tensor:
         return mlp.down(self.gate_up(x, None, mlp.gate_up, mlp.activation))
 
-    def write_logits(self, hidden: torch.Tensor, lm_head: Linear, softcap: float | None, out: torch.Tensor) -> None:
+    def write_logits(
+        self, hidden: torch.Tensor, lm_head: Linear, scale: float, softcap: float | None, out: torch.Tensor
+    ) -> None:
         lm_head.write(hidden, out)
+        if scale != 1.0:
+            out.mul_(scale)
         if softcap is not None:
             out.copy_(plain_layers.soft_cap(out, softcap))
 

@@ -51,9 +51,15 @@ class Layout:
     cuts: dict[str, Cut] = field(default_factory=dict)  # of the tensors of which this rank has a part
     cut_buffers: dict[str, int] = field(default_factory=dict)  # buffers of such tensors → the dimension that is cut
 
-    def add(self, buffer: str, index: tuple[int, ...], tensors: list[tuple[str, int]], columns: int | None) -> None:
+    def add(
+        self,
+        buffer: str,
+        index: tuple[int, ...],
+        tensors: list[tuple[str, int]],
+        columns: int | tuple[int, ...] | None,
+    ) -> None:
         """Put tensors, each (name, rows), one below the other into one slab; without columns they are vectors."""
-        width = () if columns is None else (columns,)
+        width = columns if isinstance(columns, tuple) else () if columns is None else (columns,)
         start = 0
         for name, rows in tensors:
             assert name not in self.places, name

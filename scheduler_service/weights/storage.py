@@ -27,6 +27,7 @@ BOTH_SIDES = ("embed", "lm_head")  # buffers with a row for each token
 PRODUCTS = (
     *BOTH_SIDES,
     "qkv",
+    *("query_down", "query", "kv_down"),
     "output",
     "gate_up",
     "down",

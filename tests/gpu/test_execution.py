@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is at hand"),
 ]
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "qwen2_moe")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "qwen2_moe", "cohere2", "glm4_moe", "ministral3")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

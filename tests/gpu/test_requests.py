@@ -112,7 +112,7 @@ def test_chosen_experts_are_those_of_the_cpu(experts):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("olmo2", {}), ("llama", {"attention_backend": "torch_native"})],
+    [("cohere", {}), ("llama", {"attention_backend": "torch_native"})],
     ids=["through transformers", "plain operations"],
 )
 def test_models_without_fused_operations_answer_as_on_the_cpu(family, settings, tmp_path):

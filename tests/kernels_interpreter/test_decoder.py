@@ -44,6 +44,19 @@ def test_the_decoder_answers_alike_on_triton_and_on_torch(family, requests, para
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("olmo2", {}), ("cohere2", {"layer_types": ["sliding_attention"]}), ("glm4_moe", {"first_k_dense_replace": 0})],
+    ids=["norms over all heads", "layer norm, neighbours rotated, one norm for both blocks", "scored experts"],
+)
+def test_what_the_kernels_do_not_know_is_computed_beside_them(family, overrides, tmp_path):
+    directory = tiny.build(family, tmp_path, **SMALL, **overrides)
+    prompts = [[5, 9, 40, 7], [6, 9]]
+    expected = Engine(directory, **SETTINGS).generate(prompts, GREEDY, seed=7)
+    found = answers(directory, "triton", prompts, GREEDY)
+    assert [answer.ids for answer in found] == [answer.ids for answer in expected]
+
+
 def test_drafts_are_verified_on_triton_as_without_them(tmp_path):
     directory = tiny.build("qwen3", tmp_path, **SMALL)
     ngram: dict[str, Any] = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 3}

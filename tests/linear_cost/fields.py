@@ -41,6 +41,9 @@ BASES: dict[str, dict[str, Any]] = {
     "RerankBody": {"query": "The", "documents": ["a"]},
     "UpdateWeightVersion": {"new_version": "default", "abort_all_requests": False},
     "GetWeightsByName": {"name": "none"},
+    "LoadAdapter": {"lora_name": "a", "lora_path": "/nowhere"},
+    "LoadAdapterFromTensors": {"lora_name": "a", "config_dict": {}, "serialized_named_tensors": ["QUJD"]},
+    "UnloadAdapter": {"lora_name": "a"},
 }
 EITHER = [{"text", "input_ids", "input_embeds"}, {"prompt", "messages"}]  # one of them makes a body
 # What the types leave open (dict[str, Any]), and what stands there.

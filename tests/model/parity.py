@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -19,7 +20,12 @@ from tests.model import tiny
 
 NEW_TOKENS = 64
 TOLERANCE = 1e-3
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"),
+    *("olmo2", "olmo3", "smollm3", "granite", "seed_oss", "exaone4", "ministral", "ministral3", "cohere2", "ernie4_5"),
+    *("glm4", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+    *("lfm2", "qwen3_next", "qwen3_5"),
+)
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 FIRST_WORD = 3  # ids below are special
 
@@ -82,12 +88,10 @@ CASES: dict[str, Callable[[Path], tuple[list[list[int]], list[Answer]]]] = {
 
 
 class Peer:
-    """transformers' model of the same directory."""
+    """transformers' model of the same directory, read by one of its `kinds`."""
 
-    def __init__(self, directory: Path) -> None:
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
-        )
+    def __init__(self, directory: Path, kind: Any = transformers.AutoModelForCausalLM) -> None:
+        self.model = kind.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
 
     @torch.inference_mode()
     def logprobs(self, ids: list[int]) -> torch.Tensor:

@@ -23,7 +23,9 @@ MODELS = {
     "qwen3_moe": ("qwen3_moe", {}, (0, 1)),
     "mixtral": ("mixtral", {}, (0, 1)),
     "olmoe, through transformers": ("olmoe", {}, (0, 1)),
-    "gpt_oss, through transformers": ("gpt_oss", {}, (0, 1)),
+    "gpt_oss": ("gpt_oss", {}, (0, 1)),
+    "minimax_m2": ("minimax_m2", {}, (0, 1)),
+    "deepseek_v3 with groups and a dense layer": ("deepseek_v3", {"num_hidden_layers": 2}, (1,)),
 }
 
 
@@ -36,6 +38,10 @@ class Model:
         self.peer = transformers.AutoModelForCausalLM.from_pretrained(
             self.directory, dtype=torch.float32, attn_implementation="eager"
         )
+        self.chosen: list[torch.Tensor] = []  # by the routers, layer by layer
+        for module in self.peer.modules():
+            if type(module).__name__.lower().endswith("topkrouter"):
+                module.register_forward_hook(lambda module, given, output: self.chosen.append(output[2]))
         self.top_k = self.peer.config.num_experts_per_tok
         self.experts = getattr(self.peer.config, "num_experts", None) or self.peer.config.num_local_experts
 
@@ -45,10 +51,11 @@ class Model:
     @torch.inference_mode()
     def choices(self, ids: list[int]) -> torch.Tensor:
         """(tokens, layers, top_k), sorted; -1 for dense layers."""
-        found = self.peer(torch.tensor([ids]), output_router_logits=True)
+        self.chosen.clear()
+        self.peer(torch.tensor([ids]))
         choices = torch.full((len(ids), LAYERS, self.top_k), -1)
-        for layer, logits in zip(self.sparse, found.router_logits, strict=True):
-            choices[:, layer] = logits.view(len(ids), -1).topk(self.top_k).indices
+        for layer, chosen in zip(self.sparse, self.chosen, strict=True):
+            choices[:, layer] = chosen.view(len(ids), -1)
         return choices.sort().values
 
     def expected(self, engine: Engine, prompts: dict[str, list[int]]) -> torch.Tensor:

@@ -29,7 +29,48 @@ SHAPE: dict[str, Any] = {
 }
 EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "tie_word_embeddings": True}
+PATTERN: dict[str, Any] = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+GLM4_MOE: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "use_qk_norm": True,
+    "num_hidden_layers": 3,
+}
+DEEPSEEK: dict[str, Any] = {
+    **GLM4_MOE,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+MINIMAX: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 8}
+GROWING: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
 SINKS: dict[str, Any] = {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+
+LINEAR: dict[str, Any] = {
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+}
 
 # family → (config class of transformers, what it has besides SHAPE)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,14 +84,35 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 80}),
     "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    # through transformers' own model
-    "olmo2": ("Olmo2Config", {}),
+    "lfm2": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "tie_embedding": False},
+    ),
+    "qwen3_next": ("Qwen3NextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
+    "qwen3_5": ("Qwen3_5TextConfig", LINEAR),
+    "cohere2": ("Cohere2Config", {"logit_scale": 0.5, **PATTERN}),
+    "deepseek_v2": ("DeepseekV2Config", {**DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False}),
+    "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
+    "ernie4_5": ("Ernie4_5Config", {"head_dim": 16}),
+    "exaone4": ("Exaone4Config", {"head_dim": 16, "sliding_window_pattern": 2, **PATTERN}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", DEEPSEEK),
+    "glm4_moe": ("Glm4MoeConfig", GLM4_MOE),
+    "gpt_oss": ("GptOssConfig", {**SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),
+    "minimax_m2": ("MiniMaxM2Config", MINIMAX),
+    "ministral": ("MinistralConfig", {"head_dim": 16, **PATTERN}),
+    "ministral3": ("Ministral3Config", {"head_dim": 16, "rope_parameters": GROWING}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", PATTERN),
+    "seed_oss": ("SeedOssConfig", {"head_dim": 16}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
+    # through transformers' own model
     "cohere": ("CohereConfig", {"logit_scale": 0.5}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
     "gpt_neox": ("GPTNeoXConfig", {}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "gpt_oss": ("GptOssConfig", {**SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
     "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
     # those that cannot be served
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
@@ -88,6 +150,9 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.2)
         else:
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # what experts are chosen with, beside their scores
+            buffer.normal_(0.0, 0.3)
     model.get_input_embeddings().weight.normal_(0.0, 0.5)
 
 

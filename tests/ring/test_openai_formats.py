@@ -93,6 +93,40 @@ def test_demanded_calls_carry_no_key_that_nobody_declared(client: openai.OpenAI)
             assert json.loads(text).keys() == {"city"}
 
 
+def many_tools(count: int) -> Any:
+    """Strict tools as a server of tools declares them, no two of the same schema."""
+    shared = {
+        "path": {"type": "string", "maxLength": 8, "description": "Where to look. " * 10},
+        "mode": {"enum": ["read", "write"]},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 2},
+    }
+    functions = [
+        {
+            "name": f"tool_{number}",
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {**shared, f"own_{number}": {"type": "integer", "minimum": number, "maximum": number}},
+                "required": ["path", f"own_{number}"],
+                "additionalProperties": False,
+            },
+        }
+        for number in range(count)
+    ]
+    return [{"type": "function", "function": function} for function in functions]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "tool_299"}}])
+def test_three_hundred_strict_tools_are_answered(client: openai.OpenAI, choice: Any) -> None:
+    quiet = {"reasoning_effort": "none", "max_tokens": 400}
+    message = ask(client, tools=many_tools(300), tool_choice=choice, **quiet)
+    calls = [(name, json.loads(written)) for name, written in arguments(message)]
+    for name, given in calls:
+        assert given[name.replace("tool", "own")] == int(name.removeprefix("tool_"))
+    assert calls or choice == "auto"
+    assert choice in ("auto", "required") or [name for name, _ in calls] == ["tool_299"]
+
+
 def test_a_thought_is_an_item_of_a_response(client: openai.OpenAI) -> None:
     pattern = {"format": {"type": "regex", "pattern": "plan</think>Answer"}}
     asked: Any = {"model": "demo", "input": "hi", "extra_body": {"text": pattern}}

@@ -407,6 +407,20 @@ def test_a_file_that_is_no_export_adds_nothing(visit: Callable[..., Visit]) -> N
     assert kept["messages"][0] == good["messages"][0] and kept["title"] == "good"
 
 
+def test_an_import_keeps_what_is_there_beside_what_has_changed(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    here = conversation("shared", "a", "here")
+    elsewhere = {**here, "title": "its other half", "messages": conversation("shared", "a", "elsewhere")["messages"]}
+    seen.add(here)
+    seen.add(here)
+    expect(seen.page.locator("#hint")).to_contain_text("0 conversations were added")
+    seen.add(elsewhere)
+    expect(seen.page.locator("#hint")).to_contain_text("1 conversation was added")
+    kept = seen.kept()
+    assert sorted(one["messages"][1]["versions"][0]["text"] for one in kept) == ["elsewhere", "here"]
+    assert len({one["id"] for one in kept}) == 2
+
+
 # keys
 
 

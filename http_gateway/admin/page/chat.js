@@ -254,9 +254,7 @@ export class Chat {
     } catch (error) {
       this.#note(`The file was not taken: ${error.message}`);
     }
-    const added = this.store.get(this.conversation.id);
-    if (added && added !== this.conversation && !this.turn) this.open(added);
-    else this.#showList();
+    this.#showList();
   }
 
   #note(text) {

@@ -2,6 +2,7 @@
    the browser keeps nothing, they last as long as the page. */
 
 import { checkedConversation } from "./conversation.js";
+import { newId } from "./dom.js";
 
 const DATABASE = "quartet";
 const TABLE = "conversations";
@@ -97,17 +98,26 @@ export class Store {
     return JSON.stringify({ format: FORMAT, conversations: this.list() }, null, 1);
   }
 
-  /* Add the conversations of such a file; how many that were. Throws where it is none, and has added nothing. */
+  /* Add the conversations of such a file; how many that were. One that is here already, as it is, is not added again;
+     one that has changed on either side becomes another beside it. Throws where it is no such file, and has added
+     nothing. */
   async add(text) {
     const said = JSON.parse(text);
     if (said?.format !== FORMAT || !Array.isArray(said.conversations))
       throw new Error("This is no file of conversations.");
-    const found = said.conversations.map(checkedConversation);
+    const found = said.conversations.map(checkedConversation).filter((one) => !this.#has(one));
     const room = MOST_CONVERSATIONS - this.all.size;
-    const added = new Set(found.map(({ id }) => id).filter((id) => !this.all.has(id)));
-    if (added.size > room) throw new Error(`There is room for ${room} more conversations; delete some first.`);
-    for (const conversation of found.reverse()) await this.save(conversation);
+    if (found.length > room) throw new Error(`There is room for ${room} more conversations; delete some first.`);
+    for (const conversation of found.reverse()) {
+      const id = this.all.has(conversation.id) ? newId() : conversation.id;
+      await this.save({ ...conversation, id });
+    }
     return found.length;
+  }
+
+  #has(conversation) {
+    const kept = this.all.get(conversation.id);
+    return Boolean(kept) && JSON.stringify(checkedConversation(kept)) === JSON.stringify(conversation);
   }
 }
 

@@ -21,7 +21,7 @@
 #include "sums.h"
 #include "vector.h"
 
-#define ROW_BLOCK 512
+#define ROW_BLOCK 640  /* room for 512 tokens of prompts and the decode rows of their step */
 #define DEPTH_BLOCK 1024
 #define STEP_BLOCK 512 /* of k: so much of a panel stays in the first cache while the rows pass */
 #define MANY_ROWS 64   /* with fewer rows all of k fits, and the weight comes as fast as memory gives it */
@@ -417,15 +417,17 @@ static int product(const struct product *p) {
     plan.columns = (gated ? p->n / 2 : p->n) / LANES + ((gated ? p->n / 2 : p->n) % LANES != 0);
     int width = gated ? plan.blocks / 2 : plan.blocks;
     plan.panels = (plan.columns + width - 1) / width;
-    int64_t most = p->rows < ROW_BLOCK ? p->rows : ROW_BLOCK;
+    int64_t blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK; /* of rows, as even as they can be */
+    int64_t block = round_up((p->rows + blocks - 1) / blocks, MOST_ROWS);
+    int64_t most = p->rows < block ? p->rows : block;
     int64_t pad = plan.tiled && most <= 16 ? 16 : plan.grid_rows;
     plan.x = quartet_scratch(0, round_up(most, pad) * plan.depth * (int64_t)sizeof(factor));
     if (!plan.x)
         return -1;
     if (plan.integers)
         plan.rows = integer_rows_at(plan.x, round_up(most, pad), plan.depth);
-    for (int64_t first = 0; first < p->rows; first += ROW_BLOCK) {
-        int64_t rows = p->rows - first < ROW_BLOCK ? p->rows - first : ROW_BLOCK;
+    for (int64_t first = 0; first < p->rows; first += block) {
+        int64_t rows = p->rows - first < block ? p->rows - first : block;
         plan.padded_rows = round_up(rows, pad);
         int failed = run_block(&plan, first, rows);
         if (failed)

@@ -213,28 +213,37 @@ struct reading {
     atomic_long next;
 };
 
-INLINE int number_at(const struct quantized *w, const uint8_t *unit, int at, int column) {
-    int number = at / 4, place = column * 4 + at % 4;
-    if (w->bits == 8)
-        return unit[number * 64 + place];
-    int value = unit[number / 2 * 64 + place] >> (number % 2 * 4) & 15;
-    for (int plane = 0; plane < w->bits - 4; plane++)
-        value |= (unit[256 + plane * 64 + number * 8 + place / 8] >> place % 8 & 1) << (4 + plane);
-    return value;
+/* The 32 numbers of a unit for one column. */
+INLINE void numbers_at(int bits, const uint8_t *unit, int column, float *out) {
+    for (int number = 0; number < UNIT_LINES; number++) {
+        int place = column * 4;
+        const uint8_t *line = unit + (bits == 8 ? number : number / 2) * 64 + place;
+        for (int i = 0; i < 4; i++) {
+            int value = bits == 8 ? line[i] : line[i] >> (number % 2 * 4) & 15;
+            for (int plane = 0; plane < bits - 4 && bits < 8; plane++) {
+                int eight = unit[256 + plane * 64 + number * 8 + place / 8];
+                value |= (eight >> (place % 8 + i) & 1) << (4 + plane);
+            }
+            out[number * 4 + i] = (float)value;
+        }
+    }
 }
 
 static void read_row(const struct reading *r, int64_t row, bf16 *out) {
     const struct quantized *w = &r->weight;
     int column = (int)(row % LANES);
     for (int64_t unit = 0; unit < r->units; unit++) {
-        int64_t place = row / LANES * r->units + unit;
-        for (int at = 0; at < 32 && unit * 32 + at < r->k; at++) {
-            int half = w->halves == 2 && at >= 16;
-            const uint16_t *own = w->scales + (place * w->halves + half) * (1 + w->offsets) * LANES + column;
+        int64_t place = row / LANES * r->units + unit, left = r->k - unit * 32;
+        float numbers[32];
+        bf16 values[32];
+        numbers_at(w->bits, w->numbers + place * 64 * w->bits, column, numbers);
+        for (int half = 0; half < 2; half++) {
+            const uint16_t *own = w->scales + (place * w->halves + (w->halves == 2 ? half : 0)) * (1 + w->offsets) * LANES + column;
             float scale = _cvtsh_ss(own[0]), offset = w->offsets ? _cvtsh_ss(own[LANES]) : -scale * (float)w->zero;
-            float number = (float)number_at(w, w->numbers + place * 64 * w->bits, at, column);
-            out[unit * 32 + at] = to_bf16(__builtin_fmaf(number, scale, offset));
+            vec value = vec_fma(vec_load(numbers + half * LANES), vec_set(scale), vec_set(offset));
+            vec_store_bf16(values + half * LANES, value);
         }
+        memcpy(out + unit * 32, values, (size_t)(left < 32 ? left : 32) * 2);
     }
 }
 

@@ -65,6 +65,7 @@ def gemma(config: Config, context_length: int, rope: Parameters) -> dict[str, An
         "activation": config.get("hidden_activation") or "gelu_pytorch_tanh",
         "attention_scale": config.get("query_pre_attn_scalar", 256) ** -0.5,
         "embedding_scale": config["hidden_size"] ** 0.5,
+        "rounds_embedding_scale": True,
         "norm": "rms_plus_one",
         "names": SANDWICH,
         "qkv_bias": bias,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from quartet.scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
-from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec, NotNative, RopeSpec
 
 Config = dict[str, Any]
 Family = Callable[[Config, int], DecoderSpec]
@@ -43,10 +43,17 @@ def head_dim(config: Config) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
+def no_rope(dim: int) -> RopeSpec:
+    """The rope of layers that know nothing of positions: it turns by nothing, exactly."""
+    return RopeSpec((0.0,) * (dim // 2))
+
+
 def windows(config: Config, is_sliding: Callable[[int], bool], default: int | None = 4096) -> list[int | None]:
     """Each layer's sliding window: by `layer_types` where the config has them, else by the family's rule."""
     count, window = config["num_hidden_layers"], config.get("sliding_window", default)
     types = config.get("layer_types")
+    if unknown := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
+        raise NotNative(f"layer_types with {unknown[0]}")
     sliding = [kind == "sliding_attention" for kind in types] if types else [is_sliding(i) for i in range(count)]
     return [window if window and slides else None for slides in sliding]
 

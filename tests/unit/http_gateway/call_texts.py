@@ -31,6 +31,13 @@ def mistral(calls: Calls) -> str:
     return "".join(f"[TOOL_CALLS]{name}[ARGS]{as_json(keys)}" for name, keys in calls)
 
 
+def mistral_with_ids(calls: Calls) -> str:
+    """Version 11 alone."""
+    return "".join(
+        f"[TOOL_CALLS]{name}[CALL_ID]{number:09}[ARGS]{as_json(keys)}" for number, (name, keys) in enumerate(calls)
+    )
+
+
 def mistral_list(calls: Calls) -> str:
     return f"[TOOL_CALLS] [{', '.join(objects(calls))}]"
 
@@ -201,7 +208,8 @@ WAYS: Mapping[str, tuple[Callable[[Calls], str], ...]] = {
     "llama3": (llama3,),
     "minimax-m2": (minimax_m2,),
     "mistral": (mistral, mistral_list),
-    "mistral_v11": (mistral, mistral_list),
+    "mistral_v11": (mistral_with_ids, mistral, mistral_list),
+    "mistral_v13": (mistral, mistral_list),
     "olmo3": (olmo3, olmo3_json),
     "phi4_mini_json": (phi4_mini, phi4_mini_functools),
     "pythonic": (pythonic, llama4),

@@ -164,3 +164,13 @@ async def test_a_server_that_sleeps_is_healthy_and_asking_does_not_wake_it(path:
         assert server.ring.sent == []
         server.gateway.progress = FakeProgress(age_s=900, busy=True)
         assert path == "/readyz" or (await server.client.get(path)).status == 503
+
+
+@pytest.mark.parametrize("path", ["/ping", "/livez", "/readyz", "/ready", "/health", "/healthz", "/metrics"])
+@asynchronous
+async def test_head_answers_like_get(path: str) -> None:
+    async with served(enable_metrics=True) as server:
+        for phase in (Phase.UP, Phase.DRAINING):
+            server.gateway.phase = phase
+            asked, got = [await server.client.call(method, path) for method in ("HEAD", "GET")]
+            assert (asked.status, asked.headers.keys()) == (got.status, got.headers.keys())

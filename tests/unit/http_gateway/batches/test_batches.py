@@ -1,6 +1,7 @@
 """/v1/batches and /v1/files on a gateway whose ring answers in process."""
 
 import asyncio
+import gzip
 import json
 from typing import Any
 
@@ -114,6 +115,17 @@ async def test_uploads_that_are_wrong_name_the_field(options, field):
         answer = await server.client.post("/v1/files", **options)
         assert (answer.status, answer.json()["param"]) == (400, field)
         assert not list(server.gateway.files.path_of("file-x").parent.glob("file-*"))
+
+
+@asynchronous
+async def test_a_compressed_upload_is_refused_rather_than_kept_as_it_is():
+    async with served() as server:
+        options = form(gzip.compress(b"x"))
+        options["headers"]["content-encoding"] = "gzip"
+        answer = await server.client.post("/v1/files", **options)
+        assert (answer.status, "Content-Encoding: 'gzip'" in answer.text) == (400, True)
+        options["headers"]["content-encoding"] = "identity"
+        assert (await server.client.post("/v1/files", **options)).status == 200
 
 
 @asynchronous

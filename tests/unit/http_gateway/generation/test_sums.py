@@ -55,7 +55,7 @@ async def test_a_batch_over_the_limit_is_refused_before_a_prompt_is_made(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body: dict[str, Any] = {"input_ids": [[1]] * 1025, "tokens": [[1]] * 1025}
-    body |= {"instances": [{"text": "a"}] * 1025, "prompt": ["a"] * 1025}
+    body |= {"instances": [{"text": "a"}] * 1025} | ({"prompt": ["a"] * 1025} if path == "/tokenize" else {})
     async with served(is_embedding=path == "/encode") as server:
         monkeypatch.setattr(Generate, "__init__", None)
         answer = await server.client.post(path, body)

@@ -138,7 +138,17 @@ async def test_only_probes_and_preflights_are_open_without_the_key() -> None:
 
 def test_every_public_route_is_known() -> None:
     public = {endpoint.path for endpoint in ENDPOINTS if endpoint.access is Access.PUBLIC}
-    assert public == {"/", "/page/{name}", "/health", "/health_generate", "/livez", "/readyz", "/ready", "/ping"}
+    assert public == {
+        "/",
+        "/page/{name}",
+        "/health",
+        "/healthz",
+        "/health_generate",
+        "/livez",
+        "/readyz",
+        "/ready",
+        "/ping",
+    }
 
 
 @pytest.mark.parametrize("host", ["x/health?", "/", "?", "#", "health", "a@b/health#"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quartet.http_gateway.app import build
-from quartet.http_gateway.http.tracing import OtlpTracer
+from quartet.http_gateway.http.tracing import REPORT_EVERY_S, Losses, OtlpTracer
 from quartet.runtime.messages import Finish, Generate, Message
 from tests.collector import Collector, collecting
 from tests.unit.http_gateway.harness import Client, asynchronous, served, step
@@ -93,5 +93,34 @@ async def test_a_collector_that_fails_holds_nothing_up(
         await asyncio.to_thread(collector.shutdown)
         collector.server_close()
     await traced(collector, 1.0, {}, {}, {})
-    assert len([line for line in caplog.messages if "Traces cannot be sent" in line]) <= 1
+    [said] = [line for line in caplog.messages if "Traces cannot be sent" in line]
+    assert said.endswith(f"; {3 * (1 + len(HOPS))} spans are lost.")
     assert "Traceback" not in caplog.text
+
+
+def test_losses_are_told_at_once_then_once_a_minute_and_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    losses = Losses("http://collector", clock=lambda: now[0])
+    for _ in range(20):
+        losses.end()
+    losses.send(3)
+    losses.lose(2, "refused")
+    losses.lose(4, "refused")  # within the minute
+    now[0] = REPORT_EVERY_S
+    losses.lose(1, "timeout")
+    losses.lose(2, "timeout")
+    losses.close()
+    losses.lose(8, "too late")  # the SDK's thread gives up after the end: they are told already
+    assert caplog.messages == [
+        "Traces cannot be sent to http://collector (refused); 2 spans are lost.",
+        "Traces cannot be sent to http://collector (timeout); 5 spans are lost.",
+        "Traces cannot be sent to http://collector (the server ends); 10 spans are lost.",
+    ]
+
+
+def test_nothing_is_said_where_nothing_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    losses = Losses("http://collector")
+    losses.end()
+    losses.send(1)
+    losses.close()
+    assert caplog.messages == []

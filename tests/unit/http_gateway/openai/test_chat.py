@@ -325,6 +325,8 @@ DEMANDED = {
     "qwen3_coder": ("<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n</function>\n</tool_call>"),
     "llama3": '{"name": "weather", "parameters": {"city": "Ulm"}}',
     "pythonic": '[weather(city="Ulm")]',
+    "mistral_v11": '[TOOL_CALLS]weather[CALL_ID]abc123XYZ[ARGS]{"city": "Ulm"}',
+    "gpt-oss": '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Ulm"}',
 }
 
 

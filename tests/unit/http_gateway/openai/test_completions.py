@@ -183,7 +183,7 @@ async def test_an_echo_of_token_ids_is_their_text() -> None:
         ({"prompt": ["a", 1]}, "prompt must be"),
         ({"prompt": ["a", [1]]}, "prompt must be"),
         ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
-        ({"prompt": "a", "lora_path": "x"}, "lora_path is not supported"),
+        ({"prompt": "a", "lora_path": "x"}, "Please set `--enable-lora`"),
         ({"prompt": "a", "temperature": -1}, "temperature must be a non-negative finite number"),
         ({"prompt": "a", "logprobs": 1000}, "logprobs must be in"),
         ({"prompt": "a", "n": 0}, "n must be in"),

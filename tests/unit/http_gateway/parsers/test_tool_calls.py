@@ -119,6 +119,13 @@ def test_mistral_calls_may_name_the_function_before_its_arguments():
     assert all(stream("mistral", cut(text, [at])) == whole for at in range(len(text)))
 
 
+def test_the_id_that_a_model_writes_is_told():
+    reading = OutputReader(calls=FORMATS["mistral_v11"], known=["f"])
+    text = '[TOOL_CALLS]f[CALL_ID]abc123XYZ[ARGS]{"a": 1}[TOOL_CALLS]f[ARGS]{"a": 2}'
+    starts = [event for event in [*reading.feed(text), *reading.finish()] if isinstance(event, CallStart)]
+    assert starts == [CallStart(0, "f", "abc123XYZ"), CallStart(1, "f")]
+
+
 def test_python_literals_become_json():
     text = """[f(a='it\\'s', b=[True, None, -1.5, (1, 2)], c={"k": false, "l": null}, d="x)]")]"""
     [call] = parse("pythonic", TOOLS, text)[1]

@@ -14,6 +14,7 @@ from quartet.http_gateway.routes import bodies
 from quartet.runtime.control import ControlCommand, ReleaseMemory, UpdateWeightVersion
 from quartet.runtime.errors import RequestError
 from quartet.runtime.limits import MAX_NAME_CHARS
+from quartet.runtime.sampling import SamplingParams
 from tests.unit.http_gateway.harness import asynchronous, served
 from tests.unit.http_gateway.openai_scripts import says
 
@@ -101,6 +102,31 @@ async def test_a_misspelling_is_a_400_on_every_api(path: str, body: dict[str, An
     async with served(says("x")) as server:
         answer = await server.client.post(path, body)
         assert (answer.status, "did you mean" in answer.text) == (400, True), answer.text
+
+
+@pytest.mark.parametrize("name", SamplingParams.__struct_fields__)
+@asynchronous
+async def test_a_sampling_parameter_beside_the_sampling_parameters_is_a_400_that_says_where_it_belongs(
+    name: str,
+) -> None:
+    async with served(says("x")) as server:
+        refused = await server.client.post("/generate", {"text": "a", name: 0})
+        assert refused.status == 400
+        assert (
+            refused.json()["error"]["message"] == f"`{name}` stands in the wrong place: put it into `sampling_params`."
+        )
+        refused = await server.client.post("/vertex_generate", {"instances": [{"text": "a", name: 0}]})
+        assert (refused.status, "put it into `parameters`" in refused.text) == (400, True)
+        assert (await server.client.post("/generate", {"text": "a", name: None})).status == 200
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+@asynchronous
+async def test_a_compressed_body_is_refused_by_the_name_of_its_header(path: str) -> None:
+    async with served(says("x")) as server:
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        answer = await server.client.post(path, b"{}", headers=headers)
+        assert (answer.status, "Content-Encoding: 'gzip' is not supported" in answer.text) == (400, True)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])

@@ -87,6 +87,24 @@ def test_there_is_a_bound_on_the_number_of_files_and_of_batches_that_are_over(tm
     assert files.batches() == [b"0", b"3", b"4"]
 
 
+def test_what_is_known_of_batches_has_the_room_that_files_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_store, "MAX_UNFINISHED_BATCHES", 1)
+    files = FileStore(str(tmp_path / "store"), 100)
+    for number in range(5):
+        files.put_batch(f"batch_{number}", b"%d" % number * 20, over=number > 0)
+    files.add(io.BytesIO(b"x" * 50), 50, "x", "batch")
+    assert files.batches() == [b"0" * 20, b"3" * 20, b"4" * 20]
+
+
+def test_the_newest_batches_are_known_in_a_full_store_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_store, "MAX_UNFINISHED_BATCHES", 2)
+    files = FileStore(str(tmp_path / "store"), 10)
+    files.add(io.BytesIO(b"x" * 10), 10, "x", "batch")
+    for number in range(4):
+        files.put_batch(f"batch_{number}", b"%d" % number, over=True)
+    assert files.batches() == [b"2", b"3"]
+
+
 def test_a_store_without_a_directory_is_for_one_process_and_leaves_nothing():
     files = FileStore(None, 10)
     files.add(io.BytesIO(b"a"), 1, "x", "batch")

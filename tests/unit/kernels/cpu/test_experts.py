@@ -91,7 +91,7 @@ def test_a_mixture_is_that_of_torch(kernels, variant, rows):
     ids = ExpertsArgument(experts).add(kernels, residual)
     same = (ids == wanted_ids).all(1)
     assert same.float().mean() >= 0.9  # a near tie may fall otherwise
-    torch.testing.assert_close(residual[same].double(), wanted[same], atol=0.03, rtol=2**-7)
+    torch.testing.assert_close(residual[same].double(), wanted[same], atol=0.04, rtol=2**-7)
 
 
 def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(kernels):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import quartet
 from quartet.runtime.api import server as servers
 from quartet.runtime.api.server import arguments, environment, launch, reason
+from quartet.runtime.launcher import run_dir
 from tests.structure import ROOT
 
 
@@ -155,6 +157,47 @@ def test_a_server_that_does_not_stop_is_killed(stand_in, monkeypatch):
     assert server.stop() == -signal.SIGKILL
 
 
+TWICE = """
+import sys, time
+from quartet.runtime.launcher.supervisor import Signals
+path = next(word.partition("=")[2] for word in sys.argv if word.startswith("--ready-file="))
+with Signals() as signals:
+    open(path, "w").write("http://127.0.0.1:41234\\n")
+    while signals.count < 2:
+        time.sleep(0.01)
+sys.exit(143)
+"""
+
+
+def test_a_stop_without_patience_ends_a_server_that_waits_for_its_requests(stand_in):
+    stand_in(TWICE)
+    assert launch("demo").wait_ready().stop(0.0) == 143
+
+
+def test_what_a_killed_program_leaves_is_removed_by_the_next_start(tmp_path):
+    program = (
+        "import time; from quartet.runtime.launcher.run_dir import *\n"
+        f"print(locked(Path({str(tmp_path)!r}), SERVER_PREFIX)[0], flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as killed:
+        directory = Path(killed.stdout.readline().strip())
+        with run_dir.private(tmp_path):
+            assert directory.exists()
+        killed.kill()
+    with run_dir.private(tmp_path):
+        assert not directory.exists()
+
+
+def test_a_log_that_is_kept_is_removed_by_no_later_start(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    stand_in("raise SystemExit(7)")
+    server = launch("demo")
+    with pytest.raises(quartet.StartupError), server:
+        pass
+    with run_dir.private(tmp_path):
+        assert server.log_path.exists()
+
+
 def test_a_server_that_nobody_refers_to_is_stopped(stand_in):
     stand_in(SERVES)
     server = launch("demo").wait_ready()
@@ -165,7 +208,7 @@ def test_a_server_that_nobody_refers_to_is_stopped(stand_in):
 
 def test_a_process_forked_from_ours_does_not_stop_our_server(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        servers.abandon(process, tmp_path, os.getpid() + 1)
+        servers.abandon(process, tmp_path, -1, os.getpid() + 1)
         assert process.poll() is None
         assert tmp_path.exists()
         process.kill()

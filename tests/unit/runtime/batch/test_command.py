@@ -1,7 +1,9 @@
 """`quartet run-batch`: its arguments, and a batch through a server of OpenAI's API."""
 
+import contextlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -72,6 +74,40 @@ def test_a_server_that_is_lost_leaves_what_is_done_and_says_how_to_go_on(source,
     assert (tmp_path / "out").read_bytes() == b""
 
 
+class Trickle(Echo):
+    """Sends byte by byte, without an end."""
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b" " * 100)
+                time.sleep(0.01)
+
+
+@pytest.fixture
+def trickling():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Trickle) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_answer_that_trickles_is_given_up_after_the_time_for_a_request(trickling, source, tmp_path, capsys):
+    assert command.main([source, str(tmp_path / "out"), "--url", trickling, "--timeout", "0.2"]) == 1
+    said = capsys.readouterr().err
+    assert "no whole answer from /v1/completions within 0.2 seconds (--timeout); the same command goes on" in said
+    assert (tmp_path / "out").read_bytes() == b""
+
+
+def test_an_answer_without_an_end_is_given_up_by_its_size(trickling, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "MAX_BATCH_ANSWER_BYTES", 1000)
+    assert command.main([source, str(tmp_path / "out"), "--url", trickling]) == 1
+    assert "answers with more than 1000 bytes" in capsys.readouterr().err
+
+
 def test_a_missing_key_ends_the_run_instead_of_failing_every_line(url, source, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Echo, "key", "secret")
     assert command.main([source, str(tmp_path / "out"), "--url", url]) == 1
@@ -88,6 +124,8 @@ def test_a_missing_key_ends_the_run_instead_of_failing_every_line(url, source, t
         (["{in}", "/nowhere/out"], "/nowhere is no directory"),
         (["{in}", "{out}", "demo", "--url", "http://x"], "--url names a server that runs"),
         (["{in}", "{out}", "--concurrency", "0"], "--concurrency must be at least 1"),
+        (["{in}", "{out}", "--timeout", "0"], "--timeout must be more than 0"),
+        (["{in}", "{out}", "--timeout", "nan"], "--timeout must be more than 0"),
         (["{in}", "{out}", "demo", "--", "--prt", "1"], "unknown flag --prt"),
     ],
 )

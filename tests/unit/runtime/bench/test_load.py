@@ -38,19 +38,23 @@ class Stream(httpx.AsyncByteStream):
             yield event[:middle]
             yield event[middle:]
         yield data(b"[DONE]")
+        while self._server.stays_open:
+            await asyncio.sleep(1)
+            yield b": ping\n\n"
         self._server.running -= 1
 
 
 class SimulatedServer:
     """Answers all three APIs with as many tokens as are asked for."""
 
-    def __init__(self, *, usage: bool = True, refuse: int = 0, give_up: bool = False) -> None:
+    def __init__(self, *, usage: bool = True, refuse: int = 0, give_up: bool = False, stays_open: bool = False) -> None:
         self.bodies: list[dict] = []
         self.began: list[float] = []
         self.running = self.most_running = 0
         self._usage = usage
         self._refuse = refuse  # so many requests first
         self._give_up = give_up
+        self.stays_open = stays_open  # behind the last event
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         body = json.loads(request.content)
@@ -136,6 +140,24 @@ def test_an_answer_that_the_server_gives_up_is_an_error():
 def test_an_answer_without_usage_is_an_error_for_nothing_is_estimated(api):
     record = virtual_time.run(SimulatedServer(usage=False).sender(api)(History(), TURN))
     assert record.error == NO_USAGE
+
+
+@pytest.mark.parametrize("api", ["native", "openai", "openai-chat"])
+def test_an_answer_ends_with_its_last_event_though_the_connection_stays_open(api):
+    server = SimulatedServer(stays_open=True)
+    [record] = records_of(lambda note: by_concurrency([[TURN]], server.sender(api), note, 1))
+    assert (record.error, record.ended_at - record.sent_at) == ("", TTFT_S + 5 * TPOT_S - TPOT_S)
+
+
+@pytest.mark.parametrize("event", [b'{"choices": null}', b'{"choices": [{"delta": null, "text": "x"}]}'])
+@pytest.mark.parametrize("api", ["openai", "openai-chat"])
+def test_what_servers_write_as_null_is_nothing(api, event):
+    assert api_named(api, 1).reader()(event).error == ""
+
+
+@pytest.mark.parametrize("api", ["native", "openai", "openai-chat"])
+def test_an_error_may_be_its_text(api):
+    assert api_named(api, 1).reader()(b'{"error": "out of memory"}').error == "out of memory"
 
 
 def test_a_request_that_takes_too_long_is_an_error():

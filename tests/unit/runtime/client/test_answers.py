@@ -84,3 +84,10 @@ def test_a_refusal_is_told_with_its_reason():
     refused = answer(status=400, json={"error": {"message": "temperature must not be negative"}})
     with pytest.raises(ClientError, match="temperature must not be negative"):
         list(refused.pieces())
+
+
+def test_what_servers_write_as_null_is_nothing_and_an_error_may_be_its_text():
+    one = answer(Stream(b'{"choices":null}', b'{"choices":[{"delta":null}]}', TEXT[0], b'{"error":"out of memory"}'))
+    with pytest.raises(ClientError, match=r"^out of memory$"):
+        list(one.pieces())
+    assert one.text == "Yes"

@@ -7,7 +7,6 @@ import pytest
 
 from quartet.runtime.client.connection import (
     ClientError,
-    EventReader,
     base_url,
     check,
     client_options,
@@ -105,22 +104,6 @@ def test_the_models_of_a_server_are_listed():
 def test_a_server_of_something_else_is_said_to_be_one(body):
     with pytest.raises(ClientError, match="no server of language models"):
         served_models(answering(body))
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 1000])
-def test_events_are_read_whole_however_they_are_cut(size):
-    body = b': comment\r\n\r\nevent: x\r\ndata: {"a": 1}\r\n\r\ndata:{"b": 2}\n\ndata: [DONE]\n\n'
-    reader = EventReader()
-    events = [data for i in range(0, len(body), size) for data in reader.feed(body[i : i + size])]
-    assert events == [b'{"a": 1}', b'{"b": 2}']
-    assert reader.ended
-
-
-def test_an_event_without_an_end_is_given_up_by_its_size():
-    reader = EventReader(most_bytes=1000)
-    with pytest.raises(ClientError, match="more than 1000 bytes"):
-        for _ in range(20):
-            list(reader.feed(b"x" * 100))
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,24 @@ def test_one_of_several_files_is_chosen_by_its_type(tmp_path):
         located(f"{models}:Q4_K", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("names", "example"),
+    [
+        (["a-Q4_K_M", "a-Q8_0"], "Q4_K_M"),
+        (["gemma-3-270m-q4_k_m", "qwen2.5-0.5b-q4_k_m"], "gemma-3-270m-q4_k_m"),
+        (["gemma-3-270m-q4_k_m", "qwen2.5-0.5b-q4_k_m", "qwen2.5-0.5b-f16"], "f16"),
+        (["one", "other"], "one"),
+    ],
+)
+def test_what_names_one_of_several_files_can_be_copied(tmp_path, names, example):
+    models = tmp_path / "models"
+    for name in names:
+        write(models / f"{name}.gguf")
+    with pytest.raises(StartupError, match=f"name one of them, as in {models}:{example}$"):
+        located(models, tmp_path / "run")
+    assert model_info.load(located(f"{models}:{example}", tmp_path / "run")).vocab_size == 5
+
+
 def test_weights_in_another_format_come_first(tmp_path):
     models = tmp_path / "models"
     write(models / "model.gguf")

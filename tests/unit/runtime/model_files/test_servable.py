@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_files import hub, servable
+from quartet.runtime.model_files import families, hub, servable
 from quartet.scheduler_service.model import registry
 from tests.configs import resolved
 
@@ -45,8 +45,7 @@ def holding(directory: Path, **files: object) -> Path:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"adapter_config": {"base_model_name_or_path": "o/n"}}, "is a LoRA adapter of o/n, .* merge it into its base"),
-        ({"adapter_config": {}}, "is a LoRA adapter, and"),
+        ({"adapter_config": {}}, "is a LoRA adapter, and names no base; name it: --model-path BASE"),
         ({"model_index": {"_class_name": "Flux"}}, "makes images"),
         ({"params": {"dim": 4096}}, r"in Hugging Face's layout \(its name often ends in -hf\), or a GGUF file"),
         ({}, r"no config\.json in .*; --model-path takes a directory that has one, a GGUF file, a hub id"),
@@ -94,6 +93,7 @@ def test_a_model_that_nothing_here_computes_is_refused_with_what_to_take(tmp_pat
         {**LLAMA, "auto_map": {"AutoModelForCausalLM": "own.Own"}},  # it needs none of its own code here
         {**LLAMA, "architectures": ["MyLlamaForCausalLM"]},
         {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}},
+        {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "vision_config": {}},
         {"architectures": ["BertModel"], "model_type": "bert"},
         {"architectures": ["Qwen2ForSequenceClassification"], "model_type": "qwen2"},
         {"architectures": ["LlamaForRewardModel"], "model_type": "custom"},
@@ -107,6 +107,38 @@ def test_the_table_of_transformers_has_every_family_of_ours():
     known = servable.causal_models()
     assert len(known) > 100
     assert set(registry.FAMILIES) <= set(known.values())
+
+
+def test_the_names_of_our_families_are_those_of_the_registry():
+    assert set(families.NATIVE) == set(registry.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "nearest"),
+    [
+        ("Qwen3ForCausalLLM", "Qwen3ForCausalLM"),
+        ("SmolLM4ForCausalLM", "SmolLM3ForCausalLM"),
+        ("Gemma3NextForConditionalGeneration", "Gemma3ForConditionalGeneration"),
+        ("ZebraForCausalLM", None),
+    ],
+)
+def test_the_nearest_name_of_ours_is_told(architecture, nearest):
+    said = servable.refusal({"architectures": [architecture], "model_type": "unheard"}, {"llama": "LlamaForCausalLM"})
+    assert (f"the nearest name that Quartet computes is {nearest})" in said) == (nearest is not None)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("99.1.0", "it was saved by transformers 99.1.0 and"),
+        ("4.40.0", "which is not newer than the installed"),
+        ("mine", "a newer transformers may (pip install -U transformers)"),
+        (None, "a newer transformers may (pip install -U transformers)"),
+    ],
+)
+def test_the_version_that_saved_an_unknown_model_tells_whether_a_newer_one_would_know_it(version, said):
+    config = {"architectures": ["NewForCausalLM"], "model_type": "new", "transformers_version": version}
+    assert said in servable.refusal(config, {"llama": "LlamaForCausalLM"})
 
 
 def test_without_transformers_nothing_is_refused_for_its_architecture(monkeypatch):

@@ -1,6 +1,7 @@
 """Standard streams that are closed, full or left, and what the system refuses."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -51,6 +52,26 @@ def test_an_error_that_nobody_can_read_keeps_its_status(arguments):
     with open("/dev/full", "wb") as full:
         assert command(*arguments, stdout=full, stderr=full).returncode == 2
     assert command(*arguments, preexec_fn=lambda: (os.close(1), os.close(2))).returncode == 2
+
+
+PRINTED = [["--help"], ["--version"], ["serve", "--help"], ["config", "show"], ["completion", "bash"], ["models"]]
+
+
+@pytest.mark.parametrize("arguments", PRINTED)
+def test_output_that_finds_no_room_is_one_line_and_a_status(arguments, tmp_path):
+    with open("/dev/full", "wb") as full:
+        ended = command(*arguments, stdout=full, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr.count(b"\n")) == (1, 1), ended.stderr
+    assert ended.stderr.startswith(b"quartet: the output could not be written: No space left on device")
+
+
+def test_output_that_is_cut_by_a_limit_is_one_line_and_a_status(tmp_path):
+    with open(tmp_path / "out", "wb") as out:
+        limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))}
+        ended = command("completion", "bash", stdout=out, stderr=subprocess.PIPE, **limited)
+    assert (ended.returncode, ended.stderr.count(b"\n")) == (1, 1), ended.stderr
+    assert b"could not be written: File too large; raise the limit of a file's size (ulimit -f)" in ended.stderr
+    assert (tmp_path / "out").stat().st_size == 100
 
 
 def test_few_open_files_are_refused_with_the_number_that_is_needed(monkeypatch):

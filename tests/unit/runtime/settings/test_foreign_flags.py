@@ -7,7 +7,8 @@ import pytest
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import UsageError
 from quartet.runtime.settings import flags, show
-from quartet.runtime.settings.foreign_flags import FLAGS, VALUES
+from quartet.runtime.settings.foreign_flags import FLAGS
+from quartet.runtime.settings.foreign_values import VALUES
 
 
 def load(*argv):
@@ -28,7 +29,8 @@ def load(*argv):
         ["--nnodes", "1", "--node-rank", "0"],
         ["--schedule-conservativeness", "1.0"],
         ["--sampling-backend", "flashinfer"],
-        ["--enable-lora", "false"],
+        ["--lora-backend", "csgmv"],
+        ["--lora-eviction-policy", "lru"],
         ["--json-model-override-args", "{}"],
         ["--enable-prefix-caching"],
         ["--jinja"],
@@ -49,9 +51,9 @@ def test_a_flag_that_means_what_holds_anyway_is_accepted_and_said(argv):
     [
         (["--max-model-len", "4096"], "--max-model-len is not supported: use --context-length"),
         (["--max_model_len=4096"], "use --context-length"),
-        (["--lora-paths", "a=b", "c=d"], "LoRA adapters are not supported; merge the adapter"),
-        (["--enable-lora"], "LoRA adapters are not supported"),
-        (["--pp", "2"], "--pp 2 is not supported: one process computes the model, so there is no pipeline parallelism"),
+        (["--lora-modules", "a=b", "c=d"], "use --lora-paths"),
+        (["--lora-eviction-policy", "fifo"], "least recently used first"),
+        (["--pp", "2"], "--pp 2 is not supported: there is no pipeline parallelism"),
         (["--pp=2"], "no pipeline parallelism"),
         (["--dp-size", "4"], "start several servers behind a router"),
         (["--tokenizer-worker-num", "4"], "there is one tokenizer process"),
@@ -138,7 +140,7 @@ def test_a_value_of_other_servers_becomes_the_nearest_of_ours_and_is_said(argv, 
 def test_the_settings_file_takes_them_likewise(tmp_path):
     file = tmp_path / "server.yaml"
     file.write_text(
-        "pipeline-parallel-size: 1\nlog_requests: false\nenable-lora: false\ngrammar_backend: xgrammar\n"
+        "pipeline-parallel-size: 1\nlog_requests: false\nlora-backend: triton\ngrammar_backend: xgrammar\n"
         "schedule-policy: random\nquantization: null\n"
     )
     loaded = load("--config", str(file))

@@ -196,6 +196,8 @@ def test_preferred_parameters_take_a_schema_as_text_or_as_the_object(schema):
         ({"tp_size": 2, "quantization": "int8"}, CPU, "--quantization works with one process only, and --tp-size is 2"),
         ({"tp_size": 2, "enable_deterministic_inference": True}, CPU, "leave one out"),
         ({"tp_size": 2, "is_embedding": True}, CPU, "--is-embedding works with one process only"),
+        ({"tp_size": 2, "enable_lora": True}, CPU, "--enable-lora works with one process only"),
+        ({"tp_size": 2, "lora_paths": ["a=b"]}, CPU, "--lora-paths works with one process only"),
         ({"tp_size": 2}, GPU, "add it"),
         ({"preferred_sampling_params": "{"}, CPU, "must be a JSON object"),
         ({"preferred_sampling_params": '{"temprature": 1}'}, CPU, "temprature"),

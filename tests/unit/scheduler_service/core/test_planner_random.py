@@ -12,6 +12,7 @@ from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Finish, LogprobOptions, unpack_ids
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.plan import NAN_HAPPENED
+from quartet.scheduler_service.core.snapshots import SnapshotOptions
 from tests.fakes import looping_token, next_token
 from tests.stepper import Stepper, expected_output, tokenized
 
@@ -29,6 +30,7 @@ class PlannerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         expects_no_output=st.booleans(),
         drafts=st.sampled_from([None, DraftOptions(4, 1, 3), DraftOptions(40, 2, 8)]),
+        snapshots=st.sampled_from([None, SnapshotOptions(0, 16), SnapshotOptions(3, 16), SnapshotOptions(60, 32)]),
         preemption=st.fixed_dictionaries(
             {"preemption_threshold": st.sampled_from([None, 0, 1]), "low_values_first": st.booleans()}
         ),
@@ -41,15 +43,18 @@ class PlannerMachine(RuleBasedStateMachine):
         policy: str,
         expects_no_output: bool,
         drafts: DraftOptions | None,
+        snapshots: SnapshotOptions | None,
         preemption: dict[str, Any],
     ) -> None:
         if policy != "priority":  # as in assemble.py: who is preempted for must be the next to be admitted
             preemption["preemption_threshold"] = None
+        drafts = None if snapshots else drafts  # as the worker has it
         self.model = looping_token if drafts else next_token
         self.stepper = Stepper(
             0 if drafts else depth,
             self.model,
             drafts=drafts,
+            snapshots=snapshots,
             page_size=page_size,
             total_pages=POOL_TOKENS // page_size,
             chunked_prefill_size=chunk,

@@ -24,6 +24,21 @@ def test_layers_of_different_shape_have_their_own_pools():
     assert cache.gigabytes == (16 * 16 * 4 / GB,) * 2
 
 
+def test_latent_vectors_are_kept_once():
+    latent = AttentionSpec(layer=1, heads=4, kv_heads=1, head_dim=24, scale=0.5, values_are_keys=True)
+    assert token_bytes([spec(0), latent], torch.bfloat16) == (2 * 8 + 24) * 2
+    cache = KVCache([spec(0), latent], page_count=3, page_size=4, dtype=torch.float32, device=CPU)
+    assert cache.values[1] is cache.keys[1] and cache.values[0] is not cache.keys[0]
+    keys, values = cache.gigabytes
+    assert (keys, values) == (16 * (8 + 24) * 4 / GB, 16 * 8 * 4 / GB)
+    kept = torch.randn(2, 1, 24)
+    cache.write(1, Placement(torch.tensor([5, 9])), kept, kept)
+    assert torch.equal(cache.values[1][:, [5, 9]], kept.transpose(0, 1))
+    cache.release()
+    cache.allocate()
+    assert cache.values[1] is cache.keys[1]
+
+
 def test_tokens_are_written_to_their_slots_and_nowhere_else():
     cache = KVCache([spec(0)], page_count=3, page_size=4, dtype=torch.float32, device=CPU)
     k, v = torch.randn(3, 2, 4), torch.randn(3, 2, 4)

@@ -79,7 +79,7 @@ def test_drafted_requests_give_the_same_tokens_and_logprobs(directory, case, kin
     assert engine.planner.stats.correct_drafts > 0 or not case.startswith(("greedy", "cool"))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mistral", "mixtral", "qwen3_moe", "olmo2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mistral", "mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
 def test_every_kind_of_model_verifies_its_drafts(family, tmp_path):
     path = tiny.build(family, tmp_path)
     plain = Engine(path).generate([*PROMPTS, LONG], [GREEDY, COOL, GREEDY, COOL], seed=5)

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from quartet.http_gateway.parsers.call_formats import FORMATS
+from quartet.http_gateway.parsers.thoughts import ANALYSIS
 from quartet.http_gateway.parsers.tool_calls import demanded_calls, parse, strict_calls
 from quartet.http_gateway.parsers.tool_events import Function, Tool
 from quartet.runtime.errors import RequestError
@@ -18,7 +19,8 @@ from quartet.scheduler_service.grammar.matchers import Constrained, GrammarCompi
 from quartet.scheduler_service.grammar.source import after_thought
 
 END = 0
-SPECIAL = ["<|end|>", "<tool_call>", "[TOOL_CALLS]", "<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "<|tool_call_end|>"]
+SPECIAL = ["<|eos|>", "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "[CALL_ID]", "[ARGS]"]
+SPECIAL += ["<tool_call>", "[TOOL_CALLS]", "<｜tool▁calls▁begin｜>", "<｜tool▁sep｜>", "<|tool_call_end|>"]
 SPECIAL += [
     "<|tool_call_begin|>",
     "<|tool_call_argument_begin|>",
@@ -136,7 +138,7 @@ def test_demanded_calls_are_read_back_and_fit_their_tools(name, walker):
         assert content.strip() == "" and calls, text
         check(TOOLS, calls)
         counts.add(len(calls))
-    assert max(counts) > 1, text
+    assert max(counts) > 1 or (form.frame.alone and counts == {1}), text
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -155,7 +157,9 @@ CALLS = {  # of f with a="x", as the templates write them
     "hermes": '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>',
     "llama3": '{"name": "f", "parameters": {"a": "x"}}',
     "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "x"}}]',
-    "mistral_v11": '[TOOL_CALLS]f[ARGS]{"a": "x"}',
+    "mistral_v11": '[TOOL_CALLS]f[CALL_ID]abc123XYZ[ARGS]{"a": "x"}',
+    "mistral_v13": '[TOOL_CALLS]f[ARGS]{"a": "x"}',
+    "gpt-oss": '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": "x"}',
     "json": '{"name": "f", "arguments": {"a": "x"}}',
     "deepseekv32": (
         '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="true">x'
@@ -199,7 +203,7 @@ def test_a_line_break_behind_demanded_calls_leads_to_no_other(name, walker):
 
 
 @pytest.mark.parametrize("place", ["inside", "before"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"gpt-oss"}))
 def test_a_thought_stands_before_a_demanded_call(name, place, walker):
     kind, text = demanded_calls(FORMATS[name], [F], None, parallel=True)
     grammar = kind, after_thought(text, Thought(opening="<think>", closing="</think>", place=place))
@@ -208,7 +212,18 @@ def test_a_thought_stands_before_a_demanded_call(name, place, walker):
     assert not walker.takes(grammar, f"{opening}I call</think>\n\nOr not.")
 
 
-@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"pythonic", "json"}))
+@pytest.mark.parametrize("place", ["inside", "before"])
+def test_a_message_of_thought_stands_before_the_message_of_a_demanded_call(place, walker):
+    kind, text = demanded_calls(FORMATS["gpt-oss"], [F], None, parallel=True)
+    grammar = kind, after_thought(text, Thought(opening=ANALYSIS.opening, closing=ANALYSIS.closing, place=place))
+    opening, call = ANALYSIS.opening if place == "before" else "", CALLS["gpt-oss"]
+    assert walker.takes(grammar, f"{opening}I call it.<|end|><|start|>assistant{call}")
+    assert walker.takes(grammar, call) == (place == "before")
+    for other in (f"{opening}I call it.<|end|>{call}", f"<|start|>assistant{call}", f"{call}<|start|>assistant{call}"):
+        assert not walker.takes(grammar, other), other
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"pythonic", "json", "gpt-oss"}))
 def test_a_call_that_a_model_begins_by_itself_fits_its_strict_tool(name, walker):
     form = FORMATS[name]
     grammar = strict_calls(form, [STRICT])
@@ -226,6 +241,7 @@ def test_a_call_that_a_model_begins_by_itself_fits_its_strict_tool(name, walker)
 def test_without_a_strict_tool_or_a_tag_before_calls_nothing_is_constrained():
     assert strict_calls(FORMATS["hermes"], [F]) is None
     assert strict_calls(FORMATS["pythonic"], [STRICT]) is None
+    assert strict_calls(FORMATS["gpt-oss"], [STRICT]) is None  # no tag is of calls alone
     assert strict_calls(FORMATS["json"], [STRICT]) is None  # a block of code may hold any JSON
 
 

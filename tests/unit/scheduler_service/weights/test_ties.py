@@ -128,7 +128,7 @@ def test_a_head_of_another_shape_over_the_wire_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_model_of_transformers_follows_the_tensors_as_well(tmp_path: Path) -> None:
-    directory = tiny.build("olmo2", tmp_path / "model")
+    directory = tiny.build("starcoder2", tmp_path / "model")
     tensors = load_file(directory / "model.safetensors")
     del tensors[HEAD]
     save_file(tensors, directory / "model.safetensors")

@@ -1,0 +1,161 @@
+"""Commands that load, replace and unload LoRA adapters.
+
+An adapter is read, checked and packed in the background, and served from one step to the next.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from quartet.runtime.adapters import LORA_OFF, TENSORS_PATH, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
+from quartet.runtime.control import ControlCommand
+from quartet.runtime.errors import CommandRefused, StartupError
+from quartet.runtime.limits import MAX_ADAPTERS
+from quartet.runtime.messages import Message, Reply
+from quartet.runtime.model_files import adapter_files
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.control.context import Context, Handler, Resumable
+from quartet.scheduler_service.host.background import run_in_background
+
+if TYPE_CHECKING:
+    from quartet.scheduler_service.execution.adapters import AdapterStore, Read
+
+log = logging.getLogger(__name__)
+
+ALREADY_LOADED = "The LoRA adapter {} is loaded already; unload it first, or replace it with load_inplace."
+BEING_UNLOADED = "The LoRA adapter {} is being unloaded; its requests have not ended yet."
+NOT_LOADED = "The LoRA adapter {} is not loaded."
+TOO_MANY = "{} adapters are loaded; no more are taken."
+NOT_READ = "Failed to load the LoRA adapter {}: {}"
+ONE_PART = "serialized_named_tensors must have one entry, this has {}"
+NO_BUCKETS = "load_format flattened_bucket is not supported for adapters; send safetensors bytes without load_format"
+
+Load = LoadAdapter | LoadAdapterFromTensors
+Reader = Callable[[], "tuple[str, Read]"]  # the adapter's directory, and what was read
+
+
+def store_of(context: Context) -> "AdapterStore":
+    if context.adapters is None:
+        raise CommandRefused(LORA_OFF)
+    return context.adapters
+
+
+def load(context: Context, command: LoadAdapter) -> Resumable:
+    """Load the adapter of a directory or a hub id."""
+    store = store_of(context)
+
+    def read() -> "tuple[str, Read]":
+        directory = adapter_files.find("lora_path", command.lora_path, store.config)
+        return str(directory), store.read(directory)
+
+    return (yield from load_by(context, command, command.lora_path, read))
+
+
+def load_from_tensors(context: Context, command: LoadAdapterFromTensors) -> Resumable:
+    """Load an adapter whose tensors lie in a file that the gateway has written."""
+    store = store_of(context)
+    if len(command.payload_files) != 1:
+        raise CommandRefused(ONE_PART.format(len(command.payload_files)))
+    if command.load_format == "flattened_bucket":
+        raise CommandRefused(NO_BUCKETS)
+    if command.load_format not in (None, "direct"):
+        raise CommandRefused(f"load_format {short(command.load_format)} is unknown; leave it out")
+    if command.added_tokens_config:
+        raise CommandRefused("added_tokens_config is not supported: an adapter cannot add tokens")
+
+    def read() -> "tuple[str, Read]":
+        directory = store.new_directory()
+        try:
+            (directory / adapter_files.SETTINGS).write_bytes(msgspec.json.encode(command.config_dict))
+            shutil.copyfile(command.payload_files[0], directory / "adapter_model.safetensors")
+            return str(directory), store.read(directory)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    return (yield from load_by(context, command, TENSORS_PATH, read, owned=True))
+
+
+def load_by(context: Context, command: Load, path: str, read: Reader, owned: bool = False) -> Resumable:
+    """Wait for earlier loads, read in the background, and serve the adapter from the next step on."""
+    store, name = store_of(context), command.lora_name
+    while context.has_unfinished(LoadAdapter) or context.has_unfinished(LoadAdapterFromTensors):
+        yield
+    check_name(store, command)
+    try:
+        directory, found = yield from run_in_background(lambda: refusing(name, read))
+        try:
+            check_name(store, command)
+            if name not in store.loaded:
+                store.make_room({request.adapter for request in context.requests})
+        except CommandRefused:
+            if owned:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+    finally:
+        discard_payload(command)
+    store.install(name, path, directory, found, command.pinned, owned)
+    context.adapters_changed()
+    log.info("loaded the adapter %s, version %s", name, store.version_of[name])
+    return answer(store, command)
+
+
+def refusing(name: str, read: Reader) -> "tuple[str, Read]":
+    """What `read` returns; its errors as a refusal."""
+    try:
+        return read()
+    except (StartupError, OSError) as error:
+        raise CommandRefused(NOT_READ.format(name, error)) from error
+
+
+def check_name(store: "AdapterStore", command: Load) -> None:
+    """Raise CommandRefused unless the name is free, or its adapter is to be replaced."""
+    name = command.lora_name
+    if name in store.leaving:
+        raise CommandRefused(BEING_UNLOADED.format(name))
+    if name in store.known and not command.load_inplace:
+        raise CommandRefused(ALREADY_LOADED.format(name))
+    if name not in store.known and len(store.known) >= MAX_ADAPTERS:
+        raise CommandRefused(TOO_MANY.format(len(store.known)))
+
+
+def discard_payload(command: Load) -> None:
+    """Remove the files that came with a command."""
+    if isinstance(command, LoadAdapterFromTensors):
+        for file in command.payload_files:
+            Path(file).unlink(missing_ok=True)
+
+
+def unload(context: Context, command: UnloadAdapter) -> Resumable:
+    """Take no more requests for an adapter, wait for those that use it, then forget it."""
+    store, name = store_of(context), command.lora_name
+    if name not in store.known:
+        raise CommandRefused(NOT_LOADED.format(name))
+    if name in store.leaving:
+        raise CommandRefused(BEING_UNLOADED.format(name))
+    store.leaving.add(name)
+    context.tell_state()
+    while any(request.adapter == name for request in context.requests):
+        yield
+    store.forget(name)
+    context.adapters_changed()
+    log.info("unloaded the adapter %s", name)
+    return answer(store, command)
+
+
+def answer(store: "AdapterStore", command: ControlCommand) -> list[Message]:
+    """The reply: what requests may name now."""
+    adapters = store.state()
+    paths = {adapter["name"]: adapter["path"] for adapter in adapters}
+    return [Reply(id=command.id, body={"loaded_adapters": paths, "adapters": adapters})]
+
+
+HANDLERS: dict[type[ControlCommand], Handler] = {
+    LoadAdapter: load,
+    LoadAdapterFromTensors: load_from_tensors,
+    UnloadAdapter: unload,
+}

@@ -1,0 +1,161 @@
+"""Reads LoRA adapters in peft's format: adapter_config.json with adapter_model.safetensors or adapter_model.bin.
+
+An adapter is untrusted like a checkpoint: names, shapes and ranks are checked against the model before memory is taken,
+and values must be finite.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import re2
+import torch
+
+from quartet.runtime.model_files.files import present
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.host.background import yield_point
+from quartet.scheduler_service.weights import pickled, tensor_io
+from quartet.scheduler_service.weights.adapter_config import ModuleSettings, read_settings
+from quartet.scheduler_service.weights.checkpoint import DTYPES, CheckpointError, StoredTensor, read_headers
+from quartet.scheduler_service.weights.file_identity import FileIdentity, identity_of
+from quartet.scheduler_service.weights.parameters import Layout, Place, Slab
+
+SAFETENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+ADAPTED = {  # buffers of weights that may have an adapter
+    "qkv",
+    "output",
+    "gate_up",
+    "down",
+    "router",
+    "expert_gate_up",
+    "expert_down",
+    "shared_gate_up",
+    "shared_down",
+    "shared_gate",
+}
+TENSOR_NAME = re2.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+ALL_MODULES = ("all", "all-linear")
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What an adapter adds to some rows of one weight: b @ a."""
+
+    start: int  # the first of those rows in its slab
+    a: torch.Tensor  # (rank, in)
+    b: torch.Tensor  # (rows, rank), times the scale
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTensors:
+    """One adapter, read and checked."""
+
+    rank: int  # the largest
+    slabs: dict[Slab, list[Factors]]
+
+
+def weights_file(directory: Path) -> Path:
+    """The file that holds an adapter's tensors. Raises CheckpointError."""
+    for name in (SAFETENSORS, PICKLED):
+        if present(directory / name):
+            return directory / name
+    raise CheckpointError(f"{directory} has neither {SAFETENSORS} nor {PICKLED}")
+
+
+def adapter_identity(directory: Path) -> FileIdentity:
+    """What changes when the tensors of an adapter are written again. Raises CheckpointError."""
+    return identity_of(weights_file(directory))
+
+
+def read_adapter(
+    directory: Path, layout: Layout, dtype: torch.dtype, max_rank: int, modules: Collection[str] | None = None
+) -> AdapterTensors:
+    """The adapter of a directory, for weights of this layout, in `dtype`; safe in another thread.
+
+    `modules`: last parts of the names of weights that it may change; None: any. Raises CheckpointError.
+    """
+    config = ModuleSettings(read_settings(directory), yield_point)
+    if config.largest_rank > max_rank:
+        raise CheckpointError(f"{directory}: rank {config.largest_rank} exceeds --max-lora-rank {max_rank}")
+    file = weights_file(directory)
+    scratches = pickled.run_converter([file]) if file.name == PICKLED else []
+    source = scratches[0].path if scratches else file
+    stored = read_headers(directory, [(source, file)])
+    pairs = paired(stored)
+    allowed = None if modules is None or set(modules).intersection(ALL_MODULES) else set(modules)
+    places = {module: place_of(module, layout, allowed) for module in pairs}
+    for module, place in places.items():
+        check_shapes(module, pairs[module], place, config.rank_of(module))
+    slabs: dict[Slab, list[Factors]] = {}
+    for module, place in places.items():
+        factors = read_factors(module, pairs[module], place, config, dtype)
+        slabs.setdefault((place.buffer, place.index), []).append(factors)
+        yield_point()
+    return AdapterTensors(config.largest_rank, slabs)
+
+
+Pair = dict[str, StoredTensor]  # "A" and "B"
+
+
+def paired(stored: dict[str, StoredTensor]) -> dict[str, Pair]:
+    """Module → its two factors. Raises CheckpointError for any other tensor, and for one without its partner."""
+    pairs: dict[str, Pair] = {}
+    for name, tensor in stored.items():
+        match = TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise CheckpointError(f"tensor {short(name)} is not a factor (lora_A or lora_B) of a linear layer")
+        pair = pairs.setdefault(match.group(1), {})
+        if match.group(2) in pair:
+            raise CheckpointError(f"tensor {short(name)} is there twice, under two names")
+        pair[match.group(2)] = tensor
+    if not pairs:
+        raise CheckpointError("the adapter has no tensors")
+    for module, pair in pairs.items():
+        if len(pair) < 2:
+            raise CheckpointError(f"{short(module)} has one of lora_A and lora_B only")
+    return pairs
+
+
+def place_of(module: str, layout: Layout, allowed: Collection[str] | None) -> Place:
+    """Where the weight of a module lives. Raises CheckpointError where the model has none that can be adapted."""
+    place = layout.places.get(f"{module}.weight")
+    if place is None:
+        raise CheckpointError(f"the model has no linear layer {short(module)}; is the adapter of another model?")
+    if place.buffer not in ADAPTED:
+        raise CheckpointError(f"an adapter of {short(module)} is not supported; only layers' linear weights have one")
+    if allowed is not None and module.rpartition(".")[2] not in allowed:
+        raise CheckpointError(f"{short(module)} is not among --lora-target-modules ({', '.join(sorted(allowed))})")
+    return place
+
+
+def check_shapes(module: str, pair: Pair, place: Place, rank: int) -> None:
+    """Raise CheckpointError unless both factors fit the weight and the rank that the settings name."""
+    rows, columns = place.shape
+    for letter, expected in (("A", (rank, columns)), ("B", (rows, rank))):
+        tensor = pair[letter]
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"lora_{letter} of {short(module)} has the shape {list(tensor.shape)}, expected {list(expected)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"lora_{letter} of {short(module)} has the dtype {tensor.dtype}, which is not read")
+
+
+def read_factors(module: str, pair: Pair, place: Place, config: ModuleSettings, dtype: torch.dtype) -> Factors:
+    """Both factors of a module, the scale in the second. Raises CheckpointError."""
+    a, b = read_tensor(pair["A"]), read_tensor(pair["B"]) * config.scale_of(module)
+    a, b = a.to(dtype), b.to(dtype)
+    for letter, values in (("A", a), ("B", b)):
+        if not bool(values.isfinite().all()):
+            raise CheckpointError(f"lora_{letter} of {short(module)} has values that are not finite in {dtype}")
+    return Factors(place.start, a, b)
+
+
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """The values as float32."""
+    target = torch.empty(stored.shape, dtype=torch.float32)
+    with tensor_io.open_file(stored.file) as descriptor:
+        for _ in tensor_io.read_chunks(stored, target, descriptor):
+            yield_point()
+    return target

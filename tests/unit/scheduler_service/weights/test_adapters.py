@@ -1,0 +1,103 @@
+"""Hostile and unsupported adapters are refused by name, before memory is taken."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import re2
+import torch
+from safetensors.torch import load_file, save_file
+
+from quartet.scheduler_service.weights.adapter_config import ModuleSettings, settings_of
+from quartet.scheduler_service.weights.adapters import AdapterTensors, read_adapter
+from quartet.scheduler_service.weights.checkpoint import CheckpointError
+from tests.adapters import write_adapter
+from tests.checkpoints import layout_of, write_config
+
+MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_config(tmp_path / "base")
+
+
+def read(base: Path, adapter: Path, max_rank: int = 256, modules: list[str] | None = None) -> AdapterTensors:
+    return read_adapter(adapter, layout_of(base), torch.float32, max_rank, modules)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"something_new": 1}, "something_new"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": 0}, "r"),
+        ({"r": 257}, "r"),
+        ({"lora_alpha": 1e400}, "lora_alpha"),
+        ({"rank_pattern": {"q_proj(": 3}}, "q_proj("),
+    ],
+)
+def test_settings_that_are_not_supported_are_refused_by_name(base: Path, settings: dict[str, Any], named: str) -> None:
+    adapter = write_adapter(base, base.parent / "adapter")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(CheckpointError, match=named.replace("(", r"\(")):
+        read(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "reason"),
+    [
+        (f"{MODULE}.lora_A.weight", torch.zeros(5, 64), "lora_A"),
+        (f"{MODULE}.lora_B.weight", torch.full((64, 4), torch.nan), "not finite"),
+        (f"{MODULE}.lora_A.weight", torch.zeros(4, 64, dtype=torch.int32), "dtype"),
+        (f"{MODULE}.lora_magnitude_vector.weight", torch.zeros(4), "lora_magnitude_vector"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 4), "lora_embedding_A"),
+        ("base_model.model.lm_head.lora_A.weight", torch.zeros(4, 64), "one of lora_A and lora_B"),
+        ("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", torch.zeros(4, 64), "one of lora_A and lora_B"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(base: Path, name: str, values: torch.Tensor, reason: str) -> None:
+    adapter = write_adapter(base, base.parent / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file) | {name: values}, file)
+    with pytest.raises(CheckpointError, match=reason):
+        read(base, adapter)
+
+
+def test_ranks_and_targets_are_held_to_what_the_server_allows(base: Path) -> None:
+    adapter = write_adapter(base, base.parent / "adapter", rank=8)
+    assert read(base, adapter, modules=["all"]).rank == 8
+    with pytest.raises(CheckpointError, match="--max-lora-rank 4"):
+        read(base, adapter, max_rank=4)
+    with pytest.raises(CheckpointError, match="--lora-target-modules"):
+        read(base, adapter, modules=["q_proj"])
+
+
+def test_a_torn_file_and_a_missing_one_are_refused(base: Path) -> None:
+    adapter = write_adapter(base, base.parent / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read(base, adapter)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin"):
+        read(base, adapter)
+
+
+def test_each_pattern_is_compiled_once_however_many_modules_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_pattern = re2.compile
+    monkeypatch.setattr(re2, "compile", lambda pattern: compiled.append(pattern) or compile_pattern(pattern))
+    given = {"peft_type": "LORA", "r": 4, "rank_pattern": {f"m{i}": 1 + i % 8 for i in range(20)}}
+    settings = ModuleSettings(settings_of(given))
+    assert [settings.rank_of(f"layers.{i}.m{i % 25}") for i in range(50)] == [
+        1 + i % 25 % 8 if i % 25 < 20 else 4 for i in range(50)
+    ]
+    assert len(compiled) == 20
