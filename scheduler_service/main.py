@@ -16,7 +16,8 @@ from quartet.runtime.service import TITLE, Boot, run
 from quartet.scheduler_service.assemble import serve
 from quartet.scheduler_service.control.idle import IdleSleep
 from quartet.scheduler_service.execution.memory_saver import MemorySaver
-from quartet.scheduler_service.execution.ranks import Followers
+from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
+from quartet.scheduler_service.execution.ranks import load_part, start_followers
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
@@ -35,10 +36,7 @@ def main(boot: Boot) -> None:
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     if boot.config.tp_size > 1:
-        check_ranks(config, info)
-        followers = lead(boot)
-        worker = Worker(config, info, followers.load, followers=followers)
-        serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size))
+        lead(boot, config, info)
         return
     worker = Worker(config, info)
     adapters = worker.load_adapters(boot.config, boot.run_dir)
@@ -48,10 +46,15 @@ def main(boot: Boot) -> None:
     serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
 
 
-def lead(boot: Boot) -> Followers:
-    """Start the other ranks of tensor parallel; this process is rank 0."""
+def lead(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> None:
+    """Serve as rank 0 of several that compute the model together. Raises StartupError."""
+    check_ranks(config, info)
     setproctitle.setproctitle(TITLE.format(role=f"{boot.role} TP0"))
-    return Followers(boot)
+    followers, store = start_followers(boot, config, info)
+    worker = Worker(config, info, partial(load_part, parallel=followers.parallel, store=store), followers=followers)
+    same_model = partial(check_same_model, info, config)
+    updates = LeadingUpdates(worker.model.weights, config, boot.run_dir, same_model, followers)
+    serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size), updates)
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:

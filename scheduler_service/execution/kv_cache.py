@@ -123,9 +123,9 @@ def make_kv_cache(
     """Size and allocate the pool for a model whose weights are loaded already. Raises StartupError.
 
     `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`, recurrent
-    states `state_bytes`. `sharing`: how many ranks have such a pool in the same memory.
+    states `state_bytes`. `sharing`: how many ranks take all of these from the same memory.
     """
-    room = Room(look_at_memory(device), second_set_bytes)
+    room = Room(look_at_memory(device), sharing * second_set_bytes)
     per_token = sharing * token_bytes(layers, dtype)
     need = Need(config.page_size, per_token, most_tokens, context_length, state_bytes)
     plan = plan_pool(config, need, room)

@@ -1,8 +1,8 @@
-"""The other ranks of a model in tensor parallel, as rank 0 leads them and as they follow.
+"""The other ranks of a model in tensor parallel, as rank 0 leads them.
 
-Rank 0 is the scheduler. It plans, draws and sends; before each piece of work in which all ranks take part it writes
-a description to the others' standard inputs, and then computes its own part. The collective operations inside keep the
-ranks in step. The others know no requests: they have a part of the weights, and a KV pool with the same pages.
+Rank 0 is the scheduler. It plans, draws and sends; before each piece of work in which all ranks take part it tells the
+others (`rank_messages.py`), and then does its own part. The collective operations inside keep the ranks in step. The
+others know no requests: they have a part of the weights, and a KV pool with the same pages.
 
 A rank that ends takes all with it: rank 0 sees its end, and the others die with rank 0. A rank that hangs holds rank 0
 inside an operation, where the launcher's watchdog finds it. The launcher starts the scheduler again, as one process.
@@ -10,20 +10,18 @@ inside an operation, where the launcher's watchdog finds it. The launcher starts
 
 import logging
 import os
-import struct
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
-import msgspec
 import torch
 
-from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
@@ -34,7 +32,16 @@ from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.inputs import Inputs
-from quartet.scheduler_service.execution.kv_cache import KVCache, Placement
+from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.rank_messages import (
+    Answer,
+    Channel,
+    Logits,
+    Message,
+    Pool,
+    Start,
+    forward_message,
+)
 from quartet.scheduler_service.host.parallel import LOST, Parallel, join
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.registry import load_model
@@ -42,117 +49,71 @@ from quartet.scheduler_service.model.registry import load_model
 log = logging.getLogger(__name__)
 
 MODULE = "quartet.scheduler_service.follower"
-LENGTH = struct.Struct("<Q")
 OWN_WORDS_S = 2.0  # rank 0 has the same cause to refuse a start as the others, and says it itself
 
 
-class Start(msgspec.Struct, tag=True):
-    """The first message to a rank."""
-
-    rank: int
-    size: int
-    config: ResolvedConfig
-    store: str  # the file through which the ranks meet
-    parent_pid: int
-    threads: int
-
-
-class Pool(msgspec.Struct, tag=True):
-    """The size of every rank's KV pool; sent once, when the weights are loaded."""
-
-    page_count: int
-    page_size: int
-
-
-class Forward(msgspec.Struct, tag=True):
-    """A forward pass: `execution.inputs.Inputs` with tensors as bytes."""
-
-    input_ids: bytes  # int64
-    positions: bytes  # int64
-    slots: bytes  # int64
-    begun: bytes  # int64; empty: none
-    starts: list[int]
-    query_lengths: list[int]
-    context_lengths: list[int]
-    runs: list[list[tuple[int, int]]]
-    embeds: bytes = b""  # float32 (tokens, hidden)
-    embeds_mask: bytes = b""  # bool
-
-
-class Logits(msgspec.Struct, tag=True):
-    """Logits of so many rows of hidden states, which rank 0 broadcasts."""
-
-    rows: int
-
-
-Message = Start | Pool | Forward | Logits
-DECODER = msgspec.msgpack.Decoder(Message)
-
-
-def write_message(pipe: IO[bytes], message: Message) -> None:
-    data = msgspec.msgpack.encode(message)
-    pipe.write(LENGTH.pack(len(data)) + data)
-    pipe.flush()
-
-
-def read_message(pipe: IO[bytes]) -> Message | None:
-    """The next message; None when nobody writes any more."""
-    head = pipe.read(LENGTH.size)
-    if len(head) < LENGTH.size:
-        return None
-    found: Message = DECODER.decode(pipe.read(LENGTH.unpack(head)[0]))
-    return found
-
-
 class Followers:
-    """The processes of the other ranks, as rank 0 has them."""
+    """The other ranks, as rank 0 reaches them."""
 
-    def __init__(self, boot: Boot) -> None:
-        """Start them. Call from the main thread: they die with it."""
-        self.boot = boot
-        self.parallel = Parallel(0, boot.config.tp_size)
-        # each rank gets its share of the cores
-        threads = max(1, torch.get_num_threads() // self.parallel.size)
-        torch.set_num_threads(threads)
-        self.store = str(Path(boot.run_dir) / f"ranks.{boot.epoch}")
-        self.processes = [self.start(rank, threads) for rank in range(1, self.parallel.size)]
-
-    def start(self, rank: int, threads: int) -> "subprocess.Popen[bytes]":
-        """Start the process of a rank and have its end watched."""
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", MODULE],
-            stdin=subprocess.PIPE,
-            preexec_fn=partial(arm_death_signal, os.getpid()),
-        )
-        threading.Thread(target=self.watch, args=(rank, process), name=f"rank {rank}", daemon=True).start()
-        assert process.stdin is not None
-        config = self.boot.config
-        write_message(
-            process.stdin,
-            Start(rank, self.parallel.size, config, self.store, os.getpid(), threads),
-        )
-        return process
-
-    def watch(self, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn:
-        """End this process, and so the group, when a rank has ended."""
-        status = process.wait()
-        if self.boot.ready_fd != REPORTED:
-            time.sleep(OWN_WORDS_S)
-        if self.boot.ready_fd != REPORTED:
-            refuse(self.boot, StartupError(f"rank {rank} ended while starting; its last lines are above"))
-            os._exit(EXIT_STARTUP)
-        log.critical("Rank %d (pid %d) ended with status %d. Ending the group.", rank, process.pid, status)
-        os._exit(LOST)
-
-    def load(self, config: ResolvedConfig, info: ModelInfo, device: torch.device) -> ServedModel:
-        """Meet the other ranks and load this one's part of the model; all have done so when this returns."""
-        return load_part(config, info, device, self.parallel, self.store)
+    def __init__(self, parallel: Parallel, channels: Sequence[Channel]) -> None:
+        """`channels`: of ranks 1, 2, ..."""
+        self.parallel = parallel
+        self.channels = channels
 
     def tell(self, message: Message) -> None:
-        """Send a message to all of them."""
-        for process in self.processes:
-            assert process.stdin is not None
-            write_message(process.stdin, message)
+        """Send a message to all of them, from any thread. Raises OSError when one has ended."""
+        for channel in self.channels:
+            channel.send(message)
+
+    def answers(self) -> list[Answer]:
+        """Wait for what came of a task, from each. Raises ConnectionError when one has ended."""
+        found = [channel.receive() for channel in self.channels]
+        answers = [answer for answer in found if isinstance(answer, Answer)]
+        if len(answers) < len(found):
+            raise ConnectionError("a rank has ended")
+        return answers
+
+
+def start_followers(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> tuple[Followers, str]:
+    """Start the processes of the other ranks; also the file through which all meet.
+
+    Call from the main thread: they die with it.
+    """
+    parallel = Parallel(0, config.tp_size)
+    # each rank gets its share of the cores
+    threads = max(1, torch.get_num_threads() // parallel.size)
+    torch.set_num_threads(threads)
+    store = str(Path(boot.run_dir) / f"ranks.{boot.epoch}")
+    channels = []
+    for rank in range(1, parallel.size):
+        channels.append(start_follower(boot, rank))
+        channels[-1].send(Start(rank, parallel.size, config, info, store, os.getpid(), threads))
+    return Followers(parallel, channels), store
+
+
+def start_follower(boot: Boot, rank: int) -> Channel:
+    """Start the process of a rank, whose standard input is its channel, and have its end watched."""
+    own, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", MODULE],
+            stdin=theirs.fileno(),
+            preexec_fn=partial(arm_death_signal, os.getpid()),
+        )
+    threading.Thread(target=watch, args=(boot, rank, process), name=f"rank {rank}", daemon=True).start()
+    return Channel(own)
+
+
+def watch(boot: Boot, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn:
+    """End this process, and so the group, when a rank has ended."""
+    status = process.wait()
+    if boot.ready_fd != REPORTED:
+        time.sleep(OWN_WORDS_S)
+    if boot.ready_fd != REPORTED:
+        refuse(boot, StartupError(f"rank {rank} ended while starting; its last lines are above"))
+        os._exit(EXIT_STARTUP)
+    log.critical("Rank %d (pid %d) ended with status %d. Ending the group.", rank, process.pid, status)
+    os._exit(LOST)
 
 
 def load_part(
@@ -201,47 +162,3 @@ class LeadingSteps(EagerSteps):
         except Exception:
             log.critical("Rank 0 failed in a step that all ranks compute. Ending the group.", exc_info=True)
             os._exit(LOST)
-
-
-def forward_message(inputs: Inputs) -> Forward:
-    """A step's inputs as the other ranks get them."""
-    ragged, placement = inputs.ragged, inputs.placement
-    return Forward(
-        input_ids=as_bytes(inputs.input_ids),
-        positions=as_bytes(inputs.positions),
-        slots=as_bytes(placement.slots),
-        begun=as_bytes(placement.begun),
-        starts=inputs.offsets,
-        query_lengths=ragged.query_lengths,
-        context_lengths=ragged.context_lengths,
-        runs=ragged.runs,
-        embeds=as_bytes(inputs.embeds),
-        embeds_mask=as_bytes(inputs.embeds_mask),
-    )
-
-
-def as_bytes(x: torch.Tensor | None) -> bytes:
-    """The bytes of a tensor; none of none."""
-    return b"" if x is None else x.contiguous().cpu().numpy().tobytes()
-
-
-def from_bytes(data: bytes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A flat tensor of bytes that `as_bytes` gave."""
-    return torch.frombuffer(bytearray(data), dtype=dtype).to(device) if data else torch.empty(0, dtype=dtype)
-
-
-def inputs_of(message: Forward, page_size: int, hidden_size: int, device: torch.device) -> Inputs:
-    """The reverse of `forward_message`."""
-    begun = from_bytes(message.begun, torch.int64, device) if message.begun else None
-    inputs = Inputs(
-        input_ids=from_bytes(message.input_ids, torch.int64, device),
-        positions=from_bytes(message.positions, torch.int64, device),
-        starts=torch.tensor(message.starts, device=device),
-        offsets=message.starts,
-        ragged=Ragged(message.query_lengths, message.context_lengths, message.runs, page_size),
-        placement=Placement(from_bytes(message.slots, torch.int64, device), begun),
-    )
-    if message.embeds:
-        inputs.embeds = from_bytes(message.embeds, torch.float32, device).view(-1, hidden_size)
-        inputs.embeds_mask = from_bytes(message.embeds_mask, torch.bool, device)
-    return inputs

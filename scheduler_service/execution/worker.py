@@ -100,7 +100,7 @@ class Worker:
             self.device,
             most_tokens=running * info.context_length,
             context_length=info.context_length,
-            second_set_bytes=0 if followers else self.model.weights.served_bytes(),
+            second_set_bytes=self.model.weights.served_bytes(),
             state_bytes=self.state_cache.nbytes if self.state_cache else 0,
             sharing=config.tp_size if self.device.type == "cpu" else 1,
         )

@@ -70,6 +70,16 @@ class Layout:
         assert known[len(index) :] == (start, *width), (buffer, known, tensors)
         self.buffers[buffer] = (*map(max, slabs, known), start, *width)
 
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the checkpoint, of which this rank may have a part."""
+        cut = self.cuts.get(name)
+        return self.places[name].shape if cut is None else cut.whole
+
+    def own_part(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor."""
+        cut = self.cuts.get(name)
+        return values if cut is None else cut.of(values)
+
 
 class Packs(Protocol):
     """A layer that computes with a copy of its weight in another form."""
@@ -298,12 +308,14 @@ class Weights:
         generator = torch.Generator().manual_seed(seed)
         for name in self.layout.places:
             with self.writing(name) as view:
-                cut = self.layout.cuts.get(name)
-                values = torch.empty(view.shape if cut is None else cut.whole)
-                values.normal_(0.0, 0.02, generator=generator)
-                view.copy_(values if cut is None else cut.of(values))
+                values = torch.empty(self.layout.whole_shape(name)).normal_(0.0, 0.02, generator=generator)
+                view.copy_(self.layout.own_part(name, values))
 
     def checksum(self, name: str) -> str:
         """xxh3 (64 bits, hex) of a tensor's bytes in the served dtype."""
-        view = self.view(name).contiguous().cpu()
-        return xxhash.xxh3_64_hexdigest(view.view(torch.uint8).numpy().data)
+        return checksum_of(self.view(name))
+
+
+def checksum_of(values: torch.Tensor) -> str:
+    """xxh3 (64 bits, hex) of a tensor's bytes."""
+    return xxhash.xxh3_64_hexdigest(values.contiguous().cpu().view(torch.uint8).numpy().data)

@@ -44,25 +44,25 @@ def prompt(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(FIRST_WORD, tiny.VOCAB_SIZE) for _ in range(length)]
 
 
-def one(directory: Path) -> tuple[list[list[int]], list[Answer]]:
+def one(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
     prompts = [prompt(random.Random(1), 37)]
-    return prompts, Engine(directory).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
+    return prompts, Engine(directory, **settings).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
 
 
-def many(directory: Path, **settings: int) -> tuple[list[list[int]], list[Answer]]:
+def many(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
     rng = random.Random(2)
     prompts = [prompt(rng, length) for length in (1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 50, 64, 90, 120)]
     return prompts, Engine(directory, **settings).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
 
 
-def chunked(directory: Path) -> tuple[list[list[int]], list[Answer]]:
-    return many(directory, chunked_prefill_size=16)
+def chunked(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
+    return many(directory, chunked_prefill_size=16, **settings)
 
 
-def prefixed(directory: Path) -> tuple[list[list[int]], list[Answer]]:
+def prefixed(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
     """A first wave fills the prefix tree; the second finds its prefixes there, and its rows share them."""
     rng = random.Random(3)
-    engine, common, other = Engine(directory), prompt(rng, 150), prompt(rng, 40)
+    engine, common, other = Engine(directory, **settings), prompt(rng, 150), prompt(rng, 40)
     engine.generate([common, other], GREEDY)
     prompts = [common + prompt(rng, 3 + i) for i in range(5)] + [other + prompt(rng, 9)]
     starts = [148] * 5 + [39]  # prompt positions from here on are computed again, to be scored
@@ -74,11 +74,11 @@ def prefixed(directory: Path) -> tuple[list[list[int]], list[Answer]]:
     return prompts, [engine.answers[rid] for rid in rids]
 
 
-def retracted(directory: Path) -> tuple[list[list[int]], list[Answer]]:
-    return many(directory, max_total_tokens=320, chunked_prefill_size=64)
+def retracted(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
+    return many(directory, max_total_tokens=320, chunked_prefill_size=64, **settings)
 
 
-CASES: dict[str, Callable[[Path], tuple[list[list[int]], list[Answer]]]] = {
+CASES: dict[str, Callable[..., tuple[list[list[int]], list[Answer]]]] = {
     "one request": one,
     "16 at once": many,
     "chunks of 16": chunked,

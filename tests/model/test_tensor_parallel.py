@@ -9,57 +9,67 @@ import torch
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.host.parallel import Parallel
-from quartet.scheduler_service.model.registry import check_ranks, decoder_spec, load_model
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.registry import check_ranks, decoder_spec
 from quartet.scheduler_service.model.shards import shard_layout
 from tests.configs import resolved
-from tests.model import tiny
+from tests.model import parity, tiny
 from tests.model.dense import DenseRunner
 from tests.model.test_families import expected_logits
 from tests.model.test_families import prompt as ids_of
-from tests.ranks import run_ranks
+from tests.ranks import Served, load, run_ranks, serve_cases
 
-FAMILIES = ["llama", "qwen2", "qwen2_moe", "qwen3_moe", "gemma3"]
-TOLERANCE = 1e-3
+CASES = {  # of the parity table; `python -m tests.model.parity_table --tp-size 2` has all of them
+    "llama": ["retraction"],
+    "qwen2": ["prefix hits"],
+    "qwen2_moe": ["chunks of 16"],
+    "qwen3_moe": ["16 at once"],
+    "gemma3": ["one request"],
+}
+BFLOAT16 = ["llama", "qwen3_moe"]
+
+Work = tuple[dict[tuple[str, str], Served], dict[str, torch.Tensor]]
 
 
-Logits = dict[tuple[str, str], torch.Tensor]  # (family, dtype) → (tokens, vocab)
+def work(parallel: Parallel, directory: Path) -> Work:
+    """The cases of rank 0, and by family the logits in bfloat16 of a prompt in two chunks."""
+    bfloat16 = {family: feed(load(parallel, directory / family, "bfloat16")) for family in BFLOAT16}
+    return serve_cases(parallel, directory, CASES), bfloat16
 
 
-def logits_of(parallel: Parallel, directory: Path, families: list[str], dtypes: list[str]) -> Logits:
-    """The logits of a prompt in two chunks, as one rank computes them."""
-    return {(family, dtype): feed(parallel, directory / family, dtype) for family in families for dtype in dtypes}
-
-
-def feed(parallel: Parallel, directory: Path, dtype: str) -> torch.Tensor:
-    config = resolved(model_path=str(directory), device="cpu", dtype=dtype)
-    runner = DenseRunner(load_model(config, model_info.load(config), torch.device("cpu"), parallel))
-    ids = ids_of()
+def feed(model: ServedModel) -> torch.Tensor:
+    runner, ids = DenseRunner(model), ids_of()
     return torch.cat([runner.feed([ids[:30]]), runner.feed([ids[30:]])])
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
+    for family in CASES:
         tiny.build(family, directory / family)
     return directory
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Logits]:
-    return run_ranks(2, tmp_path_factory.mktemp("ranks"), logits_of, models, FAMILIES, ["float32", "bfloat16"])
+def of_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), work, models)
 
 
-def assert_parity(found: list[Logits], family: str) -> None:
+@pytest.mark.parametrize("family", CASES)
+def test_two_ranks_agree_with_transformers(family: str, models: Path, of_two_ranks: list[Work]) -> None:
+    peer, (served, _) = parity.Peer(models / family), of_two_ranks[0]
+    for case in CASES[family]:
+        found = parity.compare(peer, *served[family, case])
+        assert found.tokens_equal and found.error <= parity.TOLERANCE, found
+
+
+@pytest.mark.parametrize("family", BFLOAT16)
+def test_ranks_in_bfloat16_are_as_near_as_one_process(family: str, models: Path, of_two_ranks: list[Work]) -> None:
     expected = expected_logits(family, ids_of())
-    for rank in found:
-        assert (rank[family, "float32"] - expected).abs().max() <= TOLERANCE
-        assert torch.equal(rank[family, "float32"].argmax(1), expected.argmax(1))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_give_the_logits_of_transformers(family: str, of_two_ranks: list[Logits]) -> None:
-    assert_parity(of_two_ranks, family)
+    first, second = (bfloat16[family] for _, bfloat16 in of_two_ranks)
+    alone = (feed(load(Parallel(), models / family, "bfloat16")) - expected).abs().mean()
+    assert (first - expected).abs().mean() <= 1.5 * alone
+    assert torch.equal(first, second)
 
 
 def test_neighbouring_ranks_share_a_head_of_keys_where_there_are_fewer(tmp_path: Path) -> None:
@@ -70,15 +80,6 @@ def test_neighbouring_ranks_share_a_head_of_keys_where_there_are_fewer(tmp_path:
     assert [(cut.start, cut.length) for cut in keys] == [
         (spec.head_dim * (rank // 2), spec.head_dim) for rank in range(4)
     ]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_in_bfloat16_are_as_near_as_one_process(family: str, models: Path, of_two_ranks: list[Logits]) -> None:
-    expected = expected_logits(family, ids_of())
-    first, second = (rank[family, "bfloat16"] for rank in of_two_ranks)
-    alone = (feed(Parallel(), models / family, "bfloat16") - expected).abs().mean()
-    assert (first - expected).abs().mean() <= 1.5 * alone
-    assert torch.equal(first, second)
 
 
 def refusal(family: str, ranks: int, directory: Path, **overrides: object) -> str:
