@@ -15,7 +15,15 @@ from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import Access
 from quartet.http_gateway.http.counting import ValueCounter
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, Handler, body_parts, of_commands, of_weights, read_body
+from quartet.http_gateway.routes.endpoint import (
+    Endpoint,
+    Handler,
+    body_parts,
+    of_adapters,
+    of_commands,
+    of_weights,
+    read_body,
+)
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import control
 from quartet.runtime.adapters import LORA_OFF, AdapterCommand, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
@@ -162,7 +170,7 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
     LoadAdapterFromTensors: load_adapter_from_tensors,
     UnloadAdapter: adapter_handler(UnloadAdapter),
 }
-WITH_WEIGHTS = (UpdateWeightsFromTensor, LoadAdapterFromTensors)
+BOUNDS = {UpdateWeightsFromTensor: of_weights, LoadAdapterFromTensors: of_adapters}
 
 
 def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
@@ -170,7 +178,7 @@ def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
     access = Access.ADMIN if kind.admin else Access.USER
     handler = HANDLERS.get(kind) or command_handler(kind)
     shape = errors.native if kind is Abort else errors.control
-    bounds = of_weights if kind in WITH_WEIGHTS else of_commands
+    bounds = BOUNDS.get(kind, of_commands)
     return Endpoint(path, handler, kind.methods, access, shape, changes_state=True, body=kind, bounds=bounds)
 
 
