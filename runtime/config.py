@@ -31,10 +31,10 @@ from quartet.runtime.flag import (
     flag,
 )
 from quartet.runtime.format_names import ReasoningParser, ToolCallParser
-from quartet.runtime.lora_config import LoraConfig
+from quartet.runtime.ranks_config import RanksConfig
 
 
-class ServerConfig(LoraConfig, frozen=True, kw_only=True):
+class ServerConfig(RanksConfig, frozen=True, kw_only=True):
     """All settings of a server, by their api names. Those of logs, files and traces, and of adapters, it inherits."""
 
     model_path: Annotated[
@@ -168,16 +168,6 @@ class ServerConfig(LoraConfig, frozen=True, kw_only=True):
     ] = "auto"
     enable_cache_report: Annotated[bool, flag("say in the usage of /v1 answers how much was cached", HTTP)] = False
 
-    tp_size: Annotated[
-        Positive,
-        flag(
-            "processes that compute one model together, each with a part of it",
-            DEVICE,
-            "--tp",
-            "--tensor-parallel-size",
-            "-tp",
-        ),
-    ] = 1
     max_running_requests: Annotated[Positive | None, flag("requests in one batch (default: 256)", SCHEDULER)] = None
     max_queued_requests: Annotated[
         Positive | None, flag("waiting requests before a 503 (default: 4 batches, at least 1024)", SCHEDULER)

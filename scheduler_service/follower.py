@@ -8,9 +8,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Generator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
@@ -32,6 +32,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Commit,
     Forward,
     GiveUp,
+    Hello,
     Logits,
     Message,
     Pool,
@@ -42,7 +43,7 @@ from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
 from quartet.scheduler_service.execution.ranks import load_part
 from quartet.scheduler_service.host.background import run_in_background
 from quartet.scheduler_service.host.device import limit_threads
-from quartet.scheduler_service.host.parallel import LOST, Parallel
+from quartet.scheduler_service.host.parallel import LOST, Parallel, Store, open_store
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.weights.update import Updates
 
@@ -66,7 +67,8 @@ def main() -> None:
     set_up_logging(start.config, name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
     try:
-        follow(start, channel)
+        parallel = Parallel(start.rank, start.size)
+        follow(start, channel, parallel, open_store(parallel, start.place))
     except StartupError as error:
         log.error("%s: %s", name, error)
         os._exit(EXIT_STARTUP)
@@ -76,17 +78,22 @@ def main() -> None:
     os._exit(0)
 
 
-def follow(start: Start, channel: Channel) -> None:
-    """Load the part of the model, and do what the messages say, until there are no more. Raises StartupError."""
+def follow(
+    start: Start, channel: Channel, parallel: Parallel, store: Store, report: Callable[[], None] = lambda: None
+) -> None:
+    """Load the part of the model, and do what the messages say, until there are no more. Raises StartupError.
+
+    `report` is called once the part is loaded.
+    """
     torch.set_num_threads(start.threads)
-    parallel = Parallel(start.rank, start.size)
     device = torch.device(start.config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(parallel.rank)
-    model = load_part(start.config, start.info, device, parallel, start.store)
+        torch.cuda.set_device(parallel.rank % start.config.ranks_here)
+    model = load_part(start.config, start.info, device, parallel, store)
+    report()
     limit_threads(device, model.hidden_size)
     log.info("Rank %d of %d computes %.2f GB of weights.", parallel.rank, parallel.size, model.weights.nbytes() / 1e9)
-    updates = FollowingUpdates(Updates(model.weights, start.config, str(Path(start.store).parent)))
+    updates = FollowingUpdates(Updates(model.weights, start.config, tempfile.gettempdir()))
     Follower(model, device, channel, parallel, updates).run()
 
 
@@ -135,7 +142,7 @@ class Follower:
             case GiveUp():
                 self.finish_job()
                 self.updates.give_up()
-            case Start() | Answer():
+            case Start() | Hello() | Answer():
                 raise AssertionError(message)
             case task:
                 self.begin(partial(self.updates.do, task), self.channel.send)

@@ -17,7 +17,7 @@ from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
 from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.follower import Follower
-from quartet.scheduler_service.host.parallel import Parallel, join
+from quartet.scheduler_service.host.parallel import Parallel, join, open_store
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.registry import load_model
 from quartet.scheduler_service.weights.update import Updates
@@ -39,7 +39,7 @@ def run_ranks(count: int, directory: Path, function: Callable[..., Any], *argume
 def _rank(rank: int, count: int, directory: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     parallel = Parallel(rank, count)
-    join(parallel, CPU, str(directory / "store"))
+    join(parallel, CPU, open_store(parallel, str(directory / "store")))
     (directory / f"result.{rank}").write_bytes(pickle.dumps(function(parallel, *arguments)))
 
 

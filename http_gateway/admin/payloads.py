@@ -119,7 +119,7 @@ class Upload:
         if len(entries) != self._ranks:
             raise RequestError(ONE_PAYLOAD_A_RANK.format(self._ranks, len(entries)), field=FIELD)
         found = [str(self.file_of(bytes(entry))) for entry in entries]
-        self.check_placeholders(len(entries))
+        self.check_placeholders(len(set(found)))
         return found
 
     def file_of(self, entry: bytes) -> Path:

@@ -18,6 +18,7 @@ from quartet.runtime.shorten import without_password
 PAGE_SIZE = 16
 LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
 ENDPOINT = re.compile(r"https?://[^\s/:]+(:\d+)?(/\S*)?")
+MEETING = re.compile(r"[^\s/:]+:\d{1,5}")
 SPECULATIVE_ALGORITHM = "NGRAM"
 
 
@@ -84,6 +85,25 @@ CONTRADICTIONS: list[Contradiction] = [
             and c.attention_backend != "torch_native"
         ),
         lambda c: f"--tp-size {c.tp_size} on GPUs needs --attention-backend torch_native; add it",
+    ),
+    (
+        lambda c, m: c.tp_size % c.nnodes != 0,
+        lambda c: f"--tp-size {c.tp_size} cannot be divided among --nnodes {c.nnodes}; use a multiple of it",
+    ),
+    (
+        lambda c, m: c.node_rank >= c.nnodes,
+        lambda c: f"--node-rank {c.node_rank}: the {c.nnodes} machines of --nnodes count from 0",
+    ),
+    (
+        lambda c, m: c.nnodes > 1 and not MEETING.fullmatch(c.dist_init_addr or ""),
+        lambda c: (
+            f"--nnodes {c.nnodes} needs --dist-init-addr HOST:PORT, an address of machine 0 that the others reach, "
+            f"not {c.dist_init_addr!r}"
+        ),
+    ),
+    (
+        lambda c, m: c.nnodes == 1 and c.dist_init_addr is not None,
+        lambda c: "--dist-init-addr has no effect on one machine; add --nnodes, or leave it out",
     ),
     (
         lambda c, m: c.chunked_prefill_size == 0,

@@ -7,6 +7,7 @@ same things in the same order. What takes long (`Task`) runs in the background t
 import select
 import socket
 import struct
+import sys
 import threading
 from typing import Any
 
@@ -29,9 +30,16 @@ class Start(msgspec.Struct, tag=True):
     size: int
     config: ResolvedConfig
     info: ModelInfo
-    store: str  # the file through which the ranks meet
+    place: str  # where the ranks meet, see parallel.open_store
     parent_pid: int
     threads: int
+
+
+class Hello(msgspec.Struct, tag=True):
+    """The first message of a rank on another machine."""
+
+    rank: int
+    token: str  # from the store
 
 
 class Pool(msgspec.Struct, tag=True):
@@ -115,7 +123,7 @@ class Answer(msgspec.Struct, tag=True):
 
 
 Task = FromDisk | Collect | Finish | Part | Snapshot | Differing
-Message = Start | Pool | Forward | Logits | Task | Commit | GiveUp | Answer
+Message = Start | Hello | Pool | Forward | Logits | Task | Commit | GiveUp | Answer
 DECODER = msgspec.msgpack.Decoder(Message)
 
 
@@ -132,11 +140,16 @@ class Channel:
         with self._sending:
             self.connection.sendall(LENGTH.pack(len(data)) + data)
 
-    def receive(self) -> Message | None:
-        """The next message; None when the other rank has ended. One thread may receive."""
-        head = self._read(LENGTH.size)
-        body = self._read(LENGTH.unpack(head)[0]) if head else None
-        if not body:
+    def receive(self, most_bytes: int = sys.maxsize) -> Message | None:
+        """The next message; None when the other rank has ended. One thread may receive.
+
+        `most_bytes`: of a message from who may be no rank. Raises msgspec.MsgspecError for a longer one.
+        """
+        if (head := self._read(LENGTH.size)) is None:
+            return None
+        if (size := LENGTH.unpack(head)[0]) > most_bytes:
+            raise msgspec.DecodeError(f"a message of {size} bytes")
+        if (body := self._read(size)) is None:
             return None
         found: Message = DECODER.decode(body)
         return found

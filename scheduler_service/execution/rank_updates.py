@@ -40,6 +40,7 @@ from quartet.scheduler_service.weights.update import NOT_LOADED, NOT_OPENED, Sta
 Result = TypeVar("Result")
 
 ONE_PROCESS = "{} is done by one process only, and --tp-size is {}"
+ONE_MACHINE = "Tensors in a body reach one machine only, and --nnodes is {}: update the weights from disk."
 NO_MANIFEST = "a manifest hashes whole tensors, and each of {} ranks reads parts of them; leave the manifest out"
 CHANGED = "the files in {} were changed while the ranks read them"
 RANKS_DIFFER = "rank {} has another {} than rank 0"
@@ -95,6 +96,8 @@ class LeadingUpdates(Updates):
 
     def payload(self, files: list[str], load_format: str | None) -> Callable[[], None]:
         """See Updates.payload."""
+        if self.config.nnodes > 1:
+            raise CommandRefused(ONE_MACHINE.format(self.config.nnodes))
         own = super().payload(files, load_format)
 
         def collect() -> None:

@@ -28,6 +28,7 @@ from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process.parent_death import arm_death_signal
 from quartet.runtime.service import EXIT_STARTUP, REPORTED, Boot, refuse
 from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.execution import remote_ranks
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps
 from quartet.scheduler_service.execution.experts import Chosen
@@ -42,7 +43,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Start,
     forward_message,
 )
-from quartet.scheduler_service.host.parallel import LOST, Parallel, join
+from quartet.scheduler_service.host.parallel import LOST, TCP, Parallel, Store, join, open_store
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.registry import load_model
 
@@ -74,20 +75,22 @@ class Followers:
         return answers
 
 
-def start_followers(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> tuple[Followers, str]:
-    """Start the processes of the other ranks; also the file through which all meet.
+def start_followers(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> tuple[Followers, Store]:
+    """Start the processes of the other ranks of this machine, and wait for those of others; also where all meet.
 
-    Call from the main thread: they die with it.
+    Call from the main thread: they die with it. Raises StartupError.
     """
     parallel = Parallel(0, config.tp_size)
     # each rank gets its share of the cores
-    threads = max(1, torch.get_num_threads() // parallel.size)
+    threads = max(1, torch.get_num_threads() // config.ranks_here)
     torch.set_num_threads(threads)
-    store = str(Path(boot.run_dir) / f"ranks.{boot.epoch}")
-    channels = []
-    for rank in range(1, parallel.size):
-        channels.append(start_follower(boot, rank))
-        channels[-1].send(Start(rank, parallel.size, config, info, store, os.getpid(), threads))
+    place = str(Path(boot.run_dir) / f"ranks.{boot.epoch}") if config.nnodes == 1 else f"{TCP}{config.dist_init_addr}"
+    store = open_store(parallel, place)
+    channels = [start_follower(boot, rank) for rank in range(1, config.ranks_here)]
+    if config.nnodes > 1:
+        channels += remote_ranks.wait_for(store, config)
+    for rank, channel in enumerate(channels, 1):
+        channel.send(Start(rank, parallel.size, config, info, place, os.getpid(), threads))
     return Followers(parallel, channels), store
 
 
@@ -117,10 +120,10 @@ def watch(boot: Boot, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn
 
 
 def load_part(
-    config: ResolvedConfig, info: ModelInfo, device: torch.device, parallel: Parallel, store: str
+    config: ResolvedConfig, info: ModelInfo, device: torch.device, parallel: Parallel, store: Store
 ) -> ServedModel:
     """Meet the other ranks, and load one rank's part; all have theirs when this returns. Raises StartupError."""
-    if device.type == "cuda" and torch.cuda.device_count() < parallel.size:
+    if device.type == "cuda" and torch.cuda.device_count() < config.ranks_here:
         raise StartupError(f"--tp-size {parallel.size}: this machine has {torch.cuda.device_count()} GPUs")
     join(parallel, device, store)
     model = load_model(config, info, device, parallel)

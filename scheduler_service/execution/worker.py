@@ -102,7 +102,7 @@ class Worker:
             context_length=info.context_length,
             second_set_bytes=self.model.weights.served_bytes(),
             state_bytes=self.state_cache.nbytes if self.state_cache else 0,
-            sharing=config.tp_size if self.device.type == "cpu" else 1,
+            sharing=config.ranks_here if self.device.type == "cpu" else 1,
         )
         stopwatch.mark("KV pool")
         self.page_size = self.cache.page_size

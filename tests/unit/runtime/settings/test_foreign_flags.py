@@ -26,7 +26,6 @@ def load(*argv):
         ["--dp", "1"],
         ["--pp-size", "1"],
         ["--ep-size", "1"],
-        ["--nnodes", "1", "--node-rank", "0"],
         ["--schedule-conservativeness", "1.0"],
         ["--sampling-backend", "flashinfer"],
         ["--lora-backend", "csgmv"],
