@@ -23,9 +23,11 @@ from quartet.scheduler_service.model.registry import load_model
 from quartet.scheduler_service.weights.update import Updates
 from tests.configs import resolved
 from tests.engine import Answer
-from tests.model import parity
+from tests.model.cases import CASES
+from tests.model.dense import DenseRunner
 
 Served = tuple[list[list[int]], list[Answer]]  # prompts and answers
+Computed = tuple[dict[tuple[str, str], Served], dict[str, torch.Tensor]]
 
 CPU = torch.device("cpu")
 
@@ -56,8 +58,22 @@ def serve_cases(parallel: Parallel, directory: Path, cases: dict[str, list[str]]
         place = directory / family
         with leading(parallel, load(parallel, place, "float32"), place) as make_worker:
             for name in names if make_worker else ():
-                served[family, name] = parity.CASES[name](place, make_worker=make_worker)
+                served[family, name] = CASES[name](place, make_worker=make_worker)
     return served
+
+
+def logits(parallel: Parallel, directory: Path, dtype: str, ids: list[int]) -> torch.Tensor:
+    """(tokens, vocab), of a prompt in two chunks."""
+    runner, half = DenseRunner(load(parallel, directory, dtype)), len(ids) // 2
+    return torch.cat([runner.feed([ids[:half]]), runner.feed([ids[half:]])])
+
+
+def computed(
+    parallel: Parallel, directory: Path, cases: dict[str, list[str]], families: list[str], ids: list[int]
+) -> Computed:
+    """Cases by family, and the logits of a prompt in bfloat16."""
+    bfloat16 = {family: logits(parallel, directory / family, "bfloat16", ids) for family in families}
+    return serve_cases(parallel, directory, cases), bfloat16
 
 
 @contextmanager

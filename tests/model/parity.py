@@ -1,11 +1,9 @@
-"""The parity cases: what Quartet answers against what transformers computes for the same tokens.
+"""What Quartet answers (`cases.py`) against what transformers computes for the same tokens.
 
 transformers is teacher-forced: one forward pass over prompt and answer shows for every position which token is the
 best and how likely each is. Equal greedy tokens mean that every answer token is the best one at its place.
 """
 
-import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,11 @@ from typing import Any
 import torch
 import transformers
 
-from quartet.runtime.messages import LogprobOptions
-from quartet.runtime.sampling import SamplingParams
-from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
-from tests.model import tiny
+from tests.engine import Answer, floats
+from tests.model.cases import CASES, NEW_TOKENS, prompt
 
-NEW_TOKENS = 64
+__all__ = ["CASES", "FAMILIES", "NEW_TOKENS", "TOLERANCE", "Outcome", "Peer", "compare", "prompt"]
+
 TOLERANCE = 1e-3
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"),
@@ -26,8 +23,6 @@ FAMILIES = (
     *("glm4", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
     *("lfm2", "qwen3_next", "qwen3_5"),
 )
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
-FIRST_WORD = 3  # ids below are special
 
 
 @dataclass
@@ -38,53 +33,6 @@ class Outcome:
     error: float  # largest |Δlogprob| over input and output
     cached_tokens: int
     retractions: int
-
-
-def prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(FIRST_WORD, tiny.VOCAB_SIZE) for _ in range(length)]
-
-
-def one(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
-    prompts = [prompt(random.Random(1), 37)]
-    return prompts, Engine(directory, **settings).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
-
-
-def many(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
-    rng = random.Random(2)
-    prompts = [prompt(rng, length) for length in (1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 50, 64, 90, 120)]
-    return prompts, Engine(directory, **settings).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
-
-
-def chunked(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
-    return many(directory, chunked_prefill_size=16, **settings)
-
-
-def prefixed(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
-    """A first wave fills the prefix tree; the second finds its prefixes there, and its rows share them."""
-    rng = random.Random(3)
-    engine, common, other = Engine(directory, **settings), prompt(rng, 150), prompt(rng, 40)
-    engine.generate([common, other], GREEDY)
-    prompts = [common + prompt(rng, 3 + i) for i in range(5)] + [other + prompt(rng, 9)]
-    starts = [148] * 5 + [39]  # prompt positions from here on are computed again, to be scored
-    rids = [
-        engine.add(ids, GREEDY, logprobs=LogprobOptions(start=start))
-        for ids, start in zip(prompts, starts, strict=True)
-    ]
-    engine.run()
-    return prompts, [engine.answers[rid] for rid in rids]
-
-
-def retracted(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
-    return many(directory, max_total_tokens=320, chunked_prefill_size=64, **settings)
-
-
-CASES: dict[str, Callable[..., tuple[list[list[int]], list[Answer]]]] = {
-    "one request": one,
-    "16 at once": many,
-    "chunks of 16": chunked,
-    "prefix hits": prefixed,
-    "retraction": retracted,
-}
 
 
 class Peer:

@@ -9,15 +9,13 @@ import torch
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.host.parallel import Parallel
-from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.registry import check_ranks, decoder_spec
 from quartet.scheduler_service.model.shards import shard_layout
 from tests.configs import resolved
 from tests.model import parity, tiny
-from tests.model.dense import DenseRunner
 from tests.model.test_families import expected_logits
 from tests.model.test_families import prompt as ids_of
-from tests.ranks import Served, load, run_ranks, serve_cases
+from tests.ranks import Computed, computed, logits, run_ranks
 
 CASES = {  # of the parity table; `python -m tests.model.parity_table --tp-size 2` has all of them
     "llama": ["retraction"],
@@ -27,19 +25,6 @@ CASES = {  # of the parity table; `python -m tests.model.parity_table --tp-size 
     "gemma3": ["one request"],
 }
 BFLOAT16 = ["llama", "qwen3_moe"]
-
-Work = tuple[dict[tuple[str, str], Served], dict[str, torch.Tensor]]
-
-
-def work(parallel: Parallel, directory: Path) -> Work:
-    """The cases of rank 0, and by family the logits in bfloat16 of a prompt in two chunks."""
-    bfloat16 = {family: feed(load(parallel, directory / family, "bfloat16")) for family in BFLOAT16}
-    return serve_cases(parallel, directory, CASES), bfloat16
-
-
-def feed(model: ServedModel) -> torch.Tensor:
-    runner, ids = DenseRunner(model), ids_of()
-    return torch.cat([runner.feed([ids[:30]]), runner.feed([ids[30:]])])
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +36,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Work]:
-    return run_ranks(2, tmp_path_factory.mktemp("ranks"), work, models)
+def of_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Computed]:
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), computed, models, CASES, BFLOAT16, ids_of())
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_two_ranks_agree_with_transformers(family: str, models: Path, of_two_ranks: list[Work]) -> None:
+def test_two_ranks_agree_with_transformers(family: str, models: Path, of_two_ranks: list[Computed]) -> None:
     peer, (served, _) = parity.Peer(models / family), of_two_ranks[0]
     for case in CASES[family]:
         found = parity.compare(peer, *served[family, case])
@@ -64,10 +49,10 @@ def test_two_ranks_agree_with_transformers(family: str, models: Path, of_two_ran
 
 
 @pytest.mark.parametrize("family", BFLOAT16)
-def test_ranks_in_bfloat16_are_as_near_as_one_process(family: str, models: Path, of_two_ranks: list[Work]) -> None:
+def test_ranks_in_bfloat16_are_as_near_as_one_process(family: str, models: Path, of_two_ranks: list[Computed]) -> None:
     expected = expected_logits(family, ids_of())
     first, second = (bfloat16[family] for _, bfloat16 in of_two_ranks)
-    alone = (feed(load(Parallel(), models / family, "bfloat16")) - expected).abs().mean()
+    alone = (logits(Parallel(), models / family, "bfloat16", ids_of()) - expected).abs().mean()
     assert (first - expected).abs().mean() <= 1.5 * alone
     assert torch.equal(first, second)
 

@@ -77,8 +77,8 @@ def test_both_machines_take_new_weights(machines: Machines, tmp_path: Path) -> N
 
 def test_streams_go_on_when_the_rank_of_another_machine_is_killed(machines: Machines) -> None:
     first, second = machines.first, machines.second
-    before = [stream.answers() for stream in [Stream(first.url, body) for body in BODIES]]
-    streams = [Stream(first.url, body) for body in BODIES]
+    before = [stream.answers() for stream in [Stream(first.url, body) for body in BODIES[:4]]]
+    streams = [Stream(first.url, body) for body in BODIES[:4]]
     streams[0].reach(20)
     second.children()["scheduler TP1"].kill()
     wait_for_return(first, "scheduler", 1)
