@@ -31,10 +31,10 @@ from quartet.runtime.flag import (
     flag,
 )
 from quartet.runtime.format_names import ReasoningParser, ToolCallParser
-from quartet.runtime.lora_config import LoraConfig
+from quartet.runtime.ranks_config import RanksConfig
 
 
-class ServerConfig(LoraConfig, frozen=True, kw_only=True):
+class ServerConfig(RanksConfig, frozen=True, kw_only=True):
     """All settings of a server, by their api names. Those of logs, files and traces, and of adapters, it inherits."""
 
     model_path: Annotated[

@@ -25,7 +25,6 @@ from quartet.runtime.reply_shapes import (
     AsText,
 )
 
-RANKS = 1  # of the model, each with a payload of its own in /update_weights_from_tensor
 ONE_PAYLOAD_A_RANK = "serialized_named_tensors needs one entry for each of {} ranks, got {}."
 COMMAND_LOST = (
     "The scheduler was started again while the command was under way: whether it has taken effect is not known. "

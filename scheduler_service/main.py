@@ -7,17 +7,21 @@ from functools import partial
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
 import msgspec
+import setproctitle
 
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.model_info import ModelInfo
-from quartet.runtime.service import Boot, run
+from quartet.runtime.service import TITLE, Boot, run
 from quartet.scheduler_service.assemble import serve
 from quartet.scheduler_service.control.idle import IdleSleep
 from quartet.scheduler_service.execution.memory_saver import MemorySaver
+from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
+from quartet.scheduler_service.execution.ranks import load_part, start_followers
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
+from quartet.scheduler_service.model.registry import check_ranks
 from quartet.scheduler_service.model.same_model import check_same_model
 from quartet.scheduler_service.weights import record
 from quartet.scheduler_service.weights.update import Updates
@@ -31,12 +35,26 @@ def main(boot: Boot) -> None:
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
+    if boot.config.tp_size > 1:
+        lead(boot, config, info)
+        return
     worker = Worker(config, info)
     adapters = worker.load_adapters(boot.config, boot.run_dir)
     updates = weight_updates(config, info, worker, boot.run_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
     serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
+
+
+def lead(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> None:
+    """Serve as rank 0 of several that compute the model together. Raises StartupError."""
+    check_ranks(config, info)
+    setproctitle.setproctitle(TITLE.format(role=f"{boot.role} TP0"))
+    followers, store = start_followers(boot, config, info)
+    worker = Worker(config, info, partial(load_part, parallel=followers.parallel, store=store), followers=followers)
+    same_model = partial(check_same_model, info, config)
+    updates = LeadingUpdates(worker.model.weights, config, boot.run_dir, same_model, followers)
+    serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size), updates)
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:

@@ -1,6 +1,7 @@
 """Planner and Worker in one process, without sockets: what a scheduler does, for tests that look at numbers."""
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,18 @@ class Answer:
 class Engine:
     """Serves requests step by step on a virtual clock."""
 
-    def __init__(self, directory: Path, *, worker: Worker | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        worker: Worker | None = None,
+        make_worker: Callable[..., Worker] = Worker,
+        **settings: Any,
+    ) -> None:
         defaults = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "chunked_prefill_size": -1}
         self.config = resolved(model_path=str(directory), model_dir=str(directory), **(defaults | settings))
         info = model_info.load(self.config)
-        self.worker = worker or Worker(self.config, info)
+        self.worker = worker or make_worker(self.config, info)
         self.planner = Planner(
             PlannerConfig(
                 page_size=self.worker.page_size,

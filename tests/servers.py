@@ -34,6 +34,7 @@ class Server:
         environment: Mapping[str, str],
         run_base: Path,
         directory: Path = ROOT,
+        before: tuple[str, ...] = (),
     ) -> None:
         self.run_base = run_base
         self._lines: list[str] = []
@@ -42,7 +43,7 @@ class Server:
         replaced = [f"{role}={module}" for role, module in services.items()]
         ours = {"XDG_RUNTIME_DIR": str(run_base), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.launcher", *replaced, "--", "--port", "0", *flags],
+            [*before, sys.executable, "-m", "tests.launcher", *replaced, "--", "--port", "0", *flags],
             cwd=directory,
             env=os.environ | ours | dict(environment),
             stdin=subprocess.DEVNULL,
@@ -144,16 +145,18 @@ def launched(
     ready: bool = True,
     directory: Path = ROOT,
     standby: bool = False,
+    before: tuple[str, ...] = (),
 ) -> Iterator[Server]:
     """A server started with these flags and, where named, other modules as services; stopped at the end.
 
     `ready`: wait until it serves. `directory`: where it starts, for relative paths in the flags. `standby`: keep a
     second scheduler process at hand, as servers do; it takes two seconds of a core that only tests of deaths need.
+    `before`: a command that executes the launcher.
     The port is free and chosen by the kernel, see `Server.url`.
     """
     run_base = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: socket paths are limited
     settings = {} if standby else {"QUARTET_DISABLE_STANDBY": "1"}
-    server = Server(flags, services or {}, settings | dict(environment or {}), run_base, directory)
+    server = Server(flags, services or {}, settings | dict(environment or {}), run_base, directory, before)
     try:
         if ready:
             server.wait_for(READY)

@@ -27,7 +27,7 @@ from quartet.http_gateway.routes.endpoint import (
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import control
 from quartet.runtime.adapters import LORA_OFF, AdapterCommand, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
-from quartet.runtime.control import ONE_PAYLOAD_A_RANK, RANKS, Abort, ControlCommand, UpdateWeightsFromTensor
+from quartet.runtime.control import Abort, ControlCommand, UpdateWeightsFromTensor
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Reply
 from quartet.runtime.shorten import short
@@ -96,12 +96,12 @@ async def abort_request(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Response:
     """The tensors go into files as they arrive, the command with their paths round the ring."""
-    with payloads.Upload(gateway.run_dir) as upload:
+    with payloads.Upload(gateway.run_dir, gateway.config.tp_size) as upload:
         await feed(upload, gateway, http)
         command = decode_command(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
         assert isinstance(command, UpdateWeightsFromTensor), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
-        command.payload_files = payload_files(upload, entries)
+        command.payload_files = upload.files_of(entries)
         return await run_command(gateway, command)
 
 
@@ -111,15 +111,6 @@ async def feed(upload: payloads.Upload, gateway: Gateway, http: HTTPRequest) -> 
     async for part in body_parts(http):
         await upload.feed(part)
         skeleton_bounds.check_size(len(upload.skeleton), ValueCounter())
-
-
-def payload_files(upload: payloads.Upload, entries: list[msgspec.Raw]) -> list[str]:
-    """The files of a command's payloads, one a rank. Raises RequestError."""
-    if len(entries) != RANKS:
-        raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
-    found = [str(upload.file_of(bytes(entry))) for entry in entries]
-    upload.check_placeholders(len(entries))
-    return found
 
 
 async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -133,7 +124,7 @@ async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Resp
             entries = [*entries, msgspec.Raw(msgspec.json.encode(command.serialized_tensors))]
             command.serialized_tensors = None
         try:
-            command.payload_files = payload_files(upload, entries)
+            command.payload_files = upload.files_of(entries)
         except RequestError as error:
             return adapter_answer(gateway, command, refusal_of(command, error))
         return await run_adapter_command(gateway, command)

@@ -23,12 +23,9 @@ LOADS_TIMEOUT_S = 1.0
 STALE_S = 10.0  # counters older than this say nothing any more
 SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues")
 ONE_RING = {
-    "tp_size": 1,
     "pp_size": 1,
     "dp_size": 1,
     "ep_size": 1,
-    "nnodes": 1,
-    "node_rank": 0,
     "base_gpu_id": 0,
     "gpu_id_step": 1,
     "disaggregation_mode": "null",

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from quartet.runtime.control import ONE_PAYLOAD_A_RANK, RANKS
+import msgspec
+
+from quartet.runtime.control import ONE_PAYLOAD_A_RANK
 from quartet.runtime.errors import Kind, RequestError
 
 LONG_STRING_BYTES = 1 << 16  # a longer string is a payload
@@ -37,10 +39,12 @@ def remove_leftovers(run_dir: str) -> None:
 class Upload:
     """Splits a body into a small `skeleton` and files. Leaving the `with` block removes the files."""
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: str, ranks: int = 1) -> None:
+        """`ranks`: of the model, each with a payload of its own."""
         self.skeleton = bytearray()  # the body with a placeholder in place of each long string
         self.files: dict[str, Path] = {}  # by placeholder
         self._run_dir = run_dir
+        self._ranks = ranks
         self._name = secrets.token_hex(8)  # random: a client cannot have sent a placeholder
         self._string: bytearray | None = None  # the string being read, while it is short
         self._payload: Payload | None = None  # the string being read, once it is long
@@ -91,8 +95,8 @@ class Upload:
         return quote + 1
 
     def _begin_payload(self, string: bytearray) -> None:
-        if len(self.files) == RANKS:
-            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, "more"), field=FIELD)
+        if len(self.files) == self._ranks:
+            raise RequestError(ONE_PAYLOAD_A_RANK.format(self._ranks, "more"), field=FIELD)
         placeholder = f"{PREFIX}{self._name}.{len(self.files)}"
         file = self.files[placeholder] = Path(self._run_dir) / placeholder
         self.skeleton += placeholder.encode() + b'"'
@@ -109,6 +113,14 @@ class Upload:
         await asyncio.to_thread(payload.finish)
         self._payload = None
         return quote + 1
+
+    def files_of(self, entries: list[msgspec.Raw]) -> list[str]:
+        """The files of a command's payloads, one a rank. Raises RequestError."""
+        if len(entries) != self._ranks:
+            raise RequestError(ONE_PAYLOAD_A_RANK.format(self._ranks, len(entries)), field=FIELD)
+        found = [str(self.file_of(bytes(entry))) for entry in entries]
+        self.check_placeholders(len(set(found)))
+        return found
 
     def file_of(self, entry: bytes) -> Path:
         """The file of an entry of the skeleton: a placeholder, or a short base64 string, which is written now."""

@@ -79,6 +79,7 @@ class Linear:
     """x (rows, in) → x @ weight.T + bias (rows, out)."""
 
     changes: ClassVar[int] = 0  # how often a layer has got other values, for those who keep addresses of them
+    is_whole = True  # False: other processes have parts of the weight, so only this object can compute the product
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, quantized: QuantizedWeight | None = None

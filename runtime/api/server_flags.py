@@ -83,6 +83,10 @@ class ServerFlags(TypedDict, total=False):
     max_loaded_loras: int | None
     max_lora_rank: int
     lora_target_modules: list[str] | None
+    tp_size: int
+    nnodes: int
+    node_rank: int
+    dist_init_addr: str | None
     device: Literal["auto", "cpu", "cuda"]
     attention_backend: Literal["triton", "torch_native"] | None
     enable_deterministic_inference: bool

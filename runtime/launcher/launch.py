@@ -33,7 +33,7 @@ from quartet.runtime.process.system import check_system
 from quartet.runtime.service import TITLE
 from quartet.runtime.settings import flags
 from quartet.runtime.settings.machine import look_at_machine
-from quartet.runtime.settings.resolve import resolve
+from quartet.runtime.settings.resolve import Resolution, resolve
 from quartet.runtime.settings.tls import server_context
 from quartet.runtime.shorten import short
 from quartet.runtime.sockets import endpoint
@@ -55,6 +55,8 @@ SERVICES = (
     Service(SCHEDULER, "quartet.scheduler_service.main", threads=0, standby=True, environment=KEEPS_MEMORY),
     Service(DETOKENIZER, "quartet.detokenizer_service.main"),
 )
+NODE_RANK = "quartet.scheduler_service.node_rank"
+RANK_RESTARTS = 30  # within the window: whenever rank 0 ends, so do they
 BACKLOG = 2048
 PROCESSES_BYTES = 400 << 20  # what the four processes and the launcher take before a model is loaded
 LAST_EPOCH = 999_999
@@ -95,6 +97,8 @@ def serve(argv: Sequence[str], services: Sequence[Service]) -> int:
 def run(config: ServerConfig, services: Sequence[Service]) -> int:
     """Serve until told to stop or until a process dies. Raises StartupError."""
     resolution = resolve(config, look_at_machine())
+    if config.node_rank:
+        return run_ranks(resolution)
     server_context(config)  # the gateway makes one of its own; what is wrong with the files is said now
     with contextlib.ExitStack() as stack:
         ready_file = stack.enter_context(kept(config.ready_file))
@@ -117,6 +121,27 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
             status = supervisor.run(
                 signals, lambda: announce(resolved, ready_file), lambda: stop_listening(listeners, ready_file)
             )
+    return fail(status, supervisor.reason) if supervisor.reason else status
+
+
+def run_ranks(resolution: Resolution) -> int:
+    """Run the ranks of a machine that is not the first, until told to stop; it serves no HTTP. Raises StartupError."""
+    config = resolution.config
+    first = config.node_rank * config.ranks_here
+    ranks = [
+        Service(f"{SCHEDULER} TP{rank}", NODE_RANK, threads=0, environment=KEEPS_MEMORY)
+        for rank in range(first, first + config.ranks_here)
+    ]
+    for note in resolution.notes:
+        log.warning("%s", note)
+    with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
+        check_path_length(str(directory), ranks)
+        own = hub.locate(config, directory)
+        # rank 0 has a watchdog for all ranks
+        own = msgspec.structs.replace(own, watchdog_timeout=0, max_restarts=max(config.max_restarts, RANK_RESTARTS))
+        with Signals() as signals, Supervisor(ranks, own, directory, lifeline_fd, -1) as supervisor:
+            log.info("Machine %d of %d waits for machine 0 at %s.", own.node_rank, own.nnodes, own.dist_init_addr)
+            status = supervisor.run(signals, lambda: log.info("The ranks of this machine take part."), lambda: None)
     return fail(status, supervisor.reason) if supervisor.reason else status
 
 

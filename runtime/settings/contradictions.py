@@ -18,6 +18,7 @@ from quartet.runtime.shorten import without_password
 PAGE_SIZE = 16
 LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
 ENDPOINT = re.compile(r"https?://[^\s/:]+(:\d+)?(/\S*)?")
+MEETING = re.compile(r"[^\s/:]+:\d{1,5}")
 SPECULATIVE_ALGORITHM = "NGRAM"
 
 
@@ -76,6 +77,33 @@ CONTRADICTIONS: list[Contradiction] = [
             "a GPU needs Triton, which is not installed: pip install 'quartet-serve[gpu]', or use "
             "--attention-backend torch_native or --device cpu"
         ),
+    ),
+    (
+        lambda c, m: (
+            c.tp_size > 1
+            and (c.device == "cuda" or (c.device == "auto" and m.has_gpu and m.torch_has_cuda))
+            and c.attention_backend != "torch_native"
+        ),
+        lambda c: f"--tp-size {c.tp_size} on GPUs needs --attention-backend torch_native; add it",
+    ),
+    (
+        lambda c, m: c.tp_size % c.nnodes != 0,
+        lambda c: f"--tp-size {c.tp_size} cannot be divided among --nnodes {c.nnodes}; use a multiple of it",
+    ),
+    (
+        lambda c, m: c.node_rank >= c.nnodes,
+        lambda c: f"--node-rank {c.node_rank}: the {c.nnodes} machines of --nnodes count from 0",
+    ),
+    (
+        lambda c, m: c.nnodes > 1 and not MEETING.fullmatch(c.dist_init_addr or ""),
+        lambda c: (
+            f"--nnodes {c.nnodes} needs --dist-init-addr HOST:PORT, an address of machine 0 that the others reach, "
+            f"not {c.dist_init_addr!r}"
+        ),
+    ),
+    (
+        lambda c, m: c.nnodes == 1 and c.dist_init_addr is not None,
+        lambda c: "--dist-init-addr has no effect on one machine; add --nnodes, or leave it out",
     ),
     (
         lambda c, m: c.chunked_prefill_size == 0,
@@ -208,11 +236,35 @@ CONTRADICTIONS: list[Contradiction] = [
 ]
 
 
+# What one process does alone: field, and its values where it is off
+ONE_RANK: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("lora_paths", (None, [])),
+    ("enable_lora", (None, False)),
+    ("enable_memory_saver", (False,)),
+    ("enable_weights_cpu_backup", (False,)),
+    ("sleep_when_idle_s", (None, 0)),
+    ("enable_deterministic_inference", (False,)),
+    ("quantization", ("auto", "none")),
+    ("is_embedding", (False,)),
+)
+
+
+def refuse_beside_ranks(config: ServerConfig) -> None:
+    """Raise StartupError for a setting that tensor parallel does not have."""
+    if config.tp_size == 1:
+        return
+    for name, off in ONE_RANK:
+        if getattr(config, name) not in off:
+            flag = "--" + name.replace("_", "-")
+            raise StartupError(f"{flag} works with one process only, and --tp-size is {config.tp_size}; leave one out")
+
+
 def refuse_contradictions(config: ServerConfig, machine: Machine) -> None:
     """Raise StartupError for the first contradiction, UsageError for a list that cannot be read."""
     for holds, message in CONTRADICTIONS:
         if holds(config, machine):
             raise StartupError(message(config))
+    refuse_beside_ranks(config)
     allowed_origins(config.cors_allow_origins)
     allowed_hosts(config.allowed_hosts)
     if config.preferred_sampling_params is not None:

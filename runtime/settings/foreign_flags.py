@@ -36,9 +36,7 @@ def detail(what: str) -> Foreign:
 
 def one(what: str) -> Foreign:
     """A size that may only be one."""
-    return Foreign(
-        f"one process computes the model, so there is no {what}; start several servers behind a router", ("1",)
-    )
+    return Foreign(f"there is no {what}; start several servers behind a router", ("1",))
 
 
 NO_DRAFT_MODEL = Foreign("Quartet runs no draft model; --speculative-algorithm NGRAM needs none")
@@ -110,9 +108,6 @@ SGLANG = {
     "--completion-template": Foreign("/v1/completions takes the prompt as it is; leave it out"),
     "--file-storage-path": Foreign("there are no files to store; leave it out"),
     "--tool-server": Foreign("tools run with the client; leave it out"),
-    "--tp": one("tensor parallelism"),
-    "--tp-size": one("tensor parallelism"),
-    "--tensor-parallel-size": one("tensor parallelism"),
     "--pp-size": one("pipeline parallelism"),
     "--pp": one("pipeline parallelism"),
     "--pipeline-parallel-size": one("pipeline parallelism"),
@@ -125,13 +120,10 @@ SGLANG = {
     "--load-balance-method": detail("there is one scheduler to give requests to"),
     "--enable-dp-attention": Foreign("there is no data parallelism; leave it out", OFF),
     "--enable-dp-lm-head": Foreign("there is no data parallelism; leave it out", OFF),
-    "--dist-init-addr": ONE_NODE,
-    "--nnodes": ONE_NODE._replace(accepts=("1",)),
-    "--node-rank": ONE_NODE._replace(accepts=("0",)),
-    "--dist-timeout": detail("nothing is distributed"),
-    "--disable-custom-all-reduce": always("nothing is distributed"),
-    "--enable-p2p-check": always("nothing is distributed"),
-    "--enable-nccl-nvls": always("nothing is distributed"),
+    "--dist-timeout": detail("--watchdog-timeout finds a rank that does not answer"),
+    "--disable-custom-all-reduce": always("torch.distributed sums between ranks"),
+    "--enable-p2p-check": always("torch.distributed finds the ways between ranks"),
+    "--enable-nccl-nvls": always("NCCL decides it"),
     "--lora-backend": detail("how the products of adapters are computed is chosen by device"),
     "--lora-eviction-policy": Foreign("adapters are evicted least recently used first", ("lru",)),
     "--max-lora-chunk-size": detail("how the products of adapters are computed is chosen by device"),
@@ -236,7 +228,7 @@ VLLM = {
     "--lora-dtype": Foreign("adapters have the number format of the model", ("auto",)),
     "--fully-sharded-loras": detail("one device holds all of an adapter"),
     "--max-logprobs": Foreign("a request may ask for up to 128 logprobs"),
-    "--distributed-executor-backend": detail("nothing is distributed"),
+    "--distributed-executor-backend": detail("ranks are processes of torch.distributed"),
     "--disable-frontend-multiprocessing": detail("the gateway is always a process of its own"),
     "--api-server-count": Foreign("there is one gateway", ("1",)),
     "--num-scheduler-steps": detail("requests are looked at before every step"),
@@ -244,7 +236,6 @@ VLLM = {
     "--enable-expert-parallel": Foreign("there is no expert parallelism; leave it out", OFF),
     "--compilation-config": GPU_DETAIL,
     "-O": GPU_DETAIL,
-    "-tp": one("tensor parallelism"),
     "-pp": one("pipeline parallelism"),
     "-dp": one("data parallelism"),
     "-q": ours("--quantization"),

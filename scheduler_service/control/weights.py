@@ -10,9 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quartet.runtime.control import (
-    ONE_PAYLOAD_A_RANK,
     ONLINE_FAILED,
-    RANKS,
     BeginWeightUpdate,
     CheckWeights,
     ControlCommand,
@@ -167,7 +165,7 @@ def end_session(context: Context, updates: "Updates", command: EndWeightUpdate) 
         if session.names or session.aliases:
             yield from apply_session(context, updates, command)
     finally:
-        updates.session = None
+        updates.close_session()
     return [succeeded(context, command, "Success")]
 
 
@@ -192,17 +190,15 @@ def collect_tensors(
             updates.session.version = command.weight_version
     finally:
         if implicit:
-            updates.session = None
+            updates.close_session()
 
 
 def from_tensor(context: Context, updates: "Updates", command: UpdateWeightsFromTensor) -> Resumable:
     """Tensors from the files into which the gateway has put them."""
     refuse_selector(command.selector)
-    if len(command.payload_files) != RANKS:
-        raise CommandRefused(ONE_PAYLOAD_A_RANK.format(RANKS, len(command.payload_files)))
     if updates.session is not None and updates.session.broken:  # unlike here, every rank must take part in a broadcast
         raise CommandRefused(GIVEN_UP.format(updates.session.broken))
-    collect = updates.payload(command.payload_files[0], command.load_format)
+    collect = updates.payload(command.payload_files, command.load_format)
     yield from collect_tensors(context, updates, command, collect)
     return [succeeded(context, command, UPDATED_FROM_TENSOR)]
 
@@ -260,7 +256,8 @@ def check_weights(context: Context, updates: "Updates", command: CheckWeights) -
     names = updates.inspection.names(command.skip_tensor_list)
     result: dict[str, Any] = yield from CHECK_ACTIONS[command.action](context, updates, names)
     digest = result.pop("digest", None)
-    return [Reply(id=command.id, body={"ranks": [{"rank": 0, **result}], "per_engine_checksum": digest})]
+    ranks = [{"rank": rank, **result} for rank in range(updates.live.layout.parallel.size)]
+    return [Reply(id=command.id, body={"ranks": ranks, "per_engine_checksum": digest})]
 
 
 def checksum(context: Context, updates: "Updates", names: list[str]) -> CheckResult:

@@ -118,14 +118,16 @@ def make_kv_cache(
     context_length: int,
     second_set_bytes: int,
     state_bytes: int = 0,
+    sharing: int = 1,
 ) -> KVCache:
     """Size and allocate the pool for a model whose weights are loaded already. Raises StartupError.
 
     `most_tokens` is what all requests together can ever hold; a weight update takes `second_set_bytes`, recurrent
-    states `state_bytes`.
+    states `state_bytes`. `sharing`: how many ranks take all of these from the same memory.
     """
-    room = Room(look_at_memory(device), second_set_bytes)
-    need = Need(config.page_size, token_bytes(layers, dtype), most_tokens, context_length, state_bytes)
+    room = Room(look_at_memory(device), sharing * second_set_bytes)
+    per_token = sharing * token_bytes(layers, dtype)
+    need = Need(config.page_size, per_token, most_tokens, context_length, state_bytes)
     plan = plan_pool(config, need, room)
     try:
         cache = KVCache(layers, plan.page_count, plan.page_size, dtype, device)

@@ -29,7 +29,7 @@ from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.adapters import NOT_ON_THIS_MODEL, AdapterStore, adapter_store
 from quartet.scheduler_service.execution.compile_ahead import start_compiling
 from quartet.scheduler_service.execution.device_state import SlotTokens
-from quartet.scheduler_service.execution.eager_steps import EagerSteps, choose_attention
+from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps, choose_attention
 from quartet.scheduler_service.execution.experts import Chosen, expert_shape, make_recorder
 from quartet.scheduler_service.execution.fused_steps import fused_steps_of
 from quartet.scheduler_service.execution.inputs import Inputs, PageRuns
@@ -37,6 +37,7 @@ from quartet.scheduler_service.execution.kv_cache import make_kv_cache
 from quartet.scheduler_service.execution.launched_step import Drawn, LaunchedStep, State
 from quartet.scheduler_service.execution.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from quartet.scheduler_service.execution.pooling import make_pooler
+from quartet.scheduler_service.execution.ranks import Followers, LeadingSteps
 from quartet.scheduler_service.execution.state_cache import make_state_cache, snapshot_options
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
@@ -68,11 +69,12 @@ class Worker:
         load: Load = load_model,
         depth: int | None = None,
         implementation: Implementation | None = None,
+        followers: Followers | None = None,
     ) -> None:
         """`depth`: see `Scheduler`; without one, steps overlap where there is a device that works on its own.
 
         `implementation`: run on the fused operations of kernels/ops.py; without one, on a GPU if --attention-backend
-        says so.
+        says so. `followers`: the other ranks of tensor parallel.
         """
         self.info = info
         self.weight_version = config.weight_version
@@ -100,6 +102,7 @@ class Worker:
             context_length=info.context_length,
             second_set_bytes=self.model.weights.served_bytes(),
             state_bytes=self.state_cache.nbytes if self.state_cache else 0,
+            sharing=config.ranks_here if self.device.type == "cpu" else 1,
         )
         stopwatch.mark("KV pool")
         self.page_size = self.cache.page_size
@@ -114,12 +117,24 @@ class Worker:
         self.tokens = SlotTokens(self.max_running_requests, self.device)
         if kernels is not None:
             kernels.result()
-        fused = fused_steps_of(config, info, self.model, self.cache, self.tokens, implementation)
-        self.steps: Steps = fused or EagerSteps(self.model, self.cache, self.tokens, attention, self.state_cache)
+        self.steps = self.make_steps(config, attention, implementation, followers)
         self.masks = Masks(self.model.vocab_size)
         self.expert_shape = expert_shape(config, self.model)
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
+
+    def make_steps(
+        self,
+        config: ResolvedConfig,
+        attention: Attention,
+        implementation: Implementation | None,
+        followers: Followers | None,
+    ) -> Steps:
+        """What computes the steps: see `__init__`."""
+        if followers is not None:
+            return LeadingSteps(self.model, self.cache, self.tokens, attention, followers)
+        fused = fused_steps_of(config, self.info, self.model, self.cache, self.tokens, implementation)
+        return fused or EagerSteps(self.model, self.cache, self.tokens, attention, self.state_cache)
 
     def can_overlap(self, config: ResolvedConfig) -> bool:
         """Whether a step may be launched before the results of the last one are known."""

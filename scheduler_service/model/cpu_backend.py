@@ -166,7 +166,7 @@ def layers_together(layers: list[DecoderLayer], rotary_dims: Sequence[int]) -> L
 def described_layer(layer: DecoderLayer) -> Layer | None:
     """A layer as the kernels know it; None where they have no such thing."""
     attention = layer.mixer
-    if not isinstance(attention, Attention) or not is_known(layer):
+    if not isinstance(attention, Attention) or not (attention.output.is_whole and is_known(layer)):
         return None
     if (feed_forward := described_feed_forward(layer)) is None:
         return None

@@ -4,7 +4,6 @@ import copy
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model import latent
@@ -18,6 +17,7 @@ from quartet.scheduler_service.model.layers import (
     Mlp,
     Moe,
     decoder_layer,
+    embedding_of,
     linear,
     norm_of,
 )
@@ -39,6 +39,7 @@ class Decoder:
         self.vocab_size = spec.vocab_size
         self.embedding = weights.slab("embed")  # (vocab, hidden)
         self.quantized_embedding = weights.quantized_slab("embed")  # the same, if it is quantized
+        self.look_up = embedding_of(weights)
         self.embedding_scale = spec.embedding_scale
         if spec.rounds_embedding_scale:
             self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
@@ -77,7 +78,7 @@ class Decoder:
         if self.quantized_embedding is not None:
             x = self.quantized_embedding.read(batch.input_ids.long())
         else:
-            x = F.embedding(batch.input_ids, self.embedding)
+            x = self.look_up(batch.input_ids, self.embedding)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         if batch.embeds is None or batch.embeds_mask is None:

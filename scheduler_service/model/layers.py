@@ -1,16 +1,22 @@
 """What the layers of a decoder are made of: weights and sizes. A backend (backend.py) computes with them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import Linear
+from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.batch import AttentionSpec
 from quartet.scheduler_service.model.recurrent import Mixer, recurrent_mixer
+from quartet.scheduler_service.model.sharded import GatheredLinear, ReducedLinear, look_up
 from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Weights
 
+REDUCED = ("output", "down")  # where these buffers are cut, products are summed over the ranks
+BY_TOKEN = ("embed", "lm_head")
 LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever the config's is
 
 
@@ -88,6 +94,7 @@ class Moe:
     shared: Mlp | None
     shared_gate: Linear | None  # (1, hidden); its sigmoid scales what the shared expert gives
     score_bias: torch.Tensor | None = None  # (experts,) float32
+    ranks: Parallel | None = None  # those whose results are summed; None: there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +133,23 @@ class DecoderLayer:
 
 def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Linear:
     """The linear layer of a slab, kept in step with later updates of the weights."""
-    quantized = weights.quantized_slab(buffer, *index)
-    layer = Linear(weights.slab(buffer, *index), weights.slab(f"{buffer}_bias", *index) if bias else None, quantized)
+    quantized, weight = weights.quantized_slab(buffer, *index), weights.slab(buffer, *index)
+    offsets = weights.slab(f"{buffer}_bias", *index) if bias else None
+    if buffer in REDUCED and buffer in weights.layout.cut_buffers:
+        layer: Linear = ReducedLinear(weight, offsets, quantized, weights.layout.parallel)
+    elif buffer in BY_TOKEN and buffer in weights.layout.cut_buffers:
+        layer = GatheredLinear(weight, quantized, weights.layout.parallel)
+    else:
+        layer = Linear(weight, offsets, quantized)
     weights.follow(layer, buffer, index)
     return layer
+
+
+def embedding_of(weights: Weights) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What looks up rows of the embeddings: (ids (tokens,), table) → (tokens, hidden)."""
+    if "embed" in weights.layout.cut_buffers:
+        return partial(look_up, parallel=weights.layout.parallel)
+    return F.embedding
 
 
 def norm_of(spec: DecoderSpec, weights: Weights, buffer: str, *index: int) -> Norm:
@@ -256,6 +276,7 @@ def moe(spec: DecoderSpec, mixture: MoeSpec, weights: Weights, slab: int) -> Moe
         shared=shared_expert(spec, weights, slab) if has_shared else None,
         shared_gate=linear(weights, "shared_gate", slab) if has_shared and mixture.shared_gate else None,
         score_bias=weights.slab("score_bias", slab) if mixture.score_bias else None,
+        ranks=weights.layout.parallel if weights.layout.parallel.size > 1 else None,
     )
 
 

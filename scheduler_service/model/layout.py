@@ -9,17 +9,21 @@ from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Layout
 
 
-def decoder_layout(spec: DecoderSpec) -> Layout:
-    """Buffers by kind, fused where layers read them together: qkv, and gate with up."""
+def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
+    """Buffers by kind, fused where layers read them together: qkv, and gate with up.
+
+    `vocabulary`: how many tokens embeddings and head have here; None: all.
+    """
+    tokens = spec.vocab_size if vocabulary is None else vocabulary
     own_lm_head = spec.generates and not spec.tied
     layout = Layout(ignored=spec.ignored | frozenset(() if own_lm_head else {spec.head}))
     if spec.generates:
         layout.ties[spec.head] = embeddings_name(spec)
-    layout.add("embed", (), [(embeddings_name(spec), spec.vocab_size)], spec.hidden_size)
+    layout.add("embed", (), [(embeddings_name(spec), tokens)], spec.hidden_size)
     layout.add("norm", (), [(f"{spec.prefix}{spec.names.norm}.weight", spec.hidden_size)], None)
     add_head(layout, spec.score_head)
     if own_lm_head:
-        layout.add("lm_head", (), [(spec.head, spec.vocab_size)], spec.hidden_size)
+        layout.add("lm_head", (), [(spec.head, tokens)], spec.hidden_size)
     for index, layer in enumerate(spec.layers):
         prefix, slabs, names = f"{spec.prefix}layers.{index}.", spec.slabs(index), spec.names_of(index)
         if layer.recurrent:

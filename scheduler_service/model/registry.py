@@ -14,6 +14,7 @@ from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.model_files.towers import language_model
 from quartet.runtime.shorten import reason
 from quartet.scheduler_service.host.device import available_gb
+from quartet.scheduler_service.host.parallel import ALONE, Parallel
 from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.cpu_backend import CpuBackend
@@ -45,7 +46,8 @@ from quartet.scheduler_service.model.families import (
     seed_oss,
     smollm,
 )
-from quartet.scheduler_service.model.layout import decoder_layout, embeddings_name
+from quartet.scheduler_service.model.layout import embeddings_name
+from quartet.scheduler_service.model.shards import REFUSED, shard_layout, shard_spec
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from quartet.scheduler_service.model.towers import inside
@@ -102,8 +104,13 @@ FAMILIES: dict[str, llama.Family] = {
 }
 
 
-def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) -> ServedModel:
-    """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line."""
+def load_model(
+    config: ResolvedConfig, info: ModelInfo, device: torch.device, parallel: Parallel = ALONE
+) -> ServedModel:
+    """Build the model of a directory and fill its weights. Raises StartupError with the cause in one line.
+
+    `parallel`: of which ranks this is one; its weights are its part of them.
+    """
     check_format(config.load_format, Path(info.path))
     dtype = resolve_dtype(config.dtype, info.config, device)
     if device.type == "cpu" and dtype is torch.bfloat16:
@@ -111,7 +118,7 @@ def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) ->
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)
     try:
-        model = load_own(config, info, dtype, device)
+        model = load_own(config, info, dtype, device, parallel)
     except NotNative as reason:
         if is_asked_for(config, device):
             raise StartupError(NOT_NATIVE.format(info.architecture)) from reason
@@ -133,7 +140,22 @@ def load_model(config: ResolvedConfig, info: ModelInfo, device: torch.device) ->
     return model
 
 
-def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> ServedModel:
+def check_ranks(config: ResolvedConfig, info: ModelInfo) -> None:
+    """Raise StartupError for a model that cannot be computed by several ranks, before any of them is started."""
+    if info.embedding is not None:
+        raise StartupError(REFUSED.format(config.tp_size, "this is an embedding model"))
+    try:
+        shard_spec(decoder_spec(info), config.tp_size)
+    except NotNative as reason:
+        raise StartupError(REFUSED.format(config.tp_size, f"there is no native family for {reason}")) from reason
+    path = Path(info.path)
+    if not is_dummy(config) and (format_of(path) == "gguf" or settings_of(path)):
+        raise StartupError(REFUSED.format(config.tp_size, "these weights are quantized"))
+
+
+def load_own(
+    config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device, parallel: Parallel = ALONE
+) -> ServedModel:
     """A model that runs on our own layers; raises NotNative for any other."""
     if info.embedding is not None and config.quantization in CHOICES:
         raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
@@ -141,7 +163,7 @@ def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device
         spec = decoder_spec(info)
         if spec.latent is not None and is_asked_for(config, device):
             raise StartupError(NOT_LATENT.format(info.architecture))
-        return load_native(spec, config, info, dtype, device)
+        return load_native(spec, config, info, dtype, device, parallel)
     if is_asked_for(config, device) and not info.embedding.causal:
         raise StartupError(NOT_NATIVE.format(info.architecture))
     if info.embedding.encoder:
@@ -177,16 +199,22 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
 
 
 def load_native(
-    spec: DecoderSpec, config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device
+    spec: DecoderSpec,
+    config: ResolvedConfig,
+    info: ModelInfo,
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: Parallel = ALONE,
 ) -> Decoder:
     """The generic decoder of a spec, with its weights. Raises StartupError."""
     spec = inside(spec, info.architecture, tensor_names(config, info))
     if spec.generates and not is_dummy(config):
         tied = ties.is_tied(Path(info.path), spec.head, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
-    layout = decoder_layout(spec)
+    layout = shard_layout(spec, parallel)
     weights = Weights(layout, dtype, device, schemes(config, info, layout, dtype, device))
-    model = Decoder(spec, weights, make_backend(spec, dtype, device, is_asked_for(config, device)))
+    own = shard_spec(spec, parallel.size) if parallel.size > 1 else spec
+    model = Decoder(own, weights, make_backend(spec, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)
     return model
 

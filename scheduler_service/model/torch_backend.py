@@ -109,7 +109,7 @@ class TorchBackend:
         return self.activations[activation](gate_up(self.normed(residual, norm)))
 
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
-        """See model.backend.Backend.add_experts."""
+        """See model.backend.Backend.add_experts; ranks that have parts of the experts are summed once, behind all."""
         x = self.normed(residual, before)
         weights, ids = self.choose_experts(x, moe)
         activation = self.activations[moe.activation]
@@ -118,6 +118,8 @@ class TorchBackend:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
         elif moe.shared is not None:
             y = y + self.mlp(x, moe.shared)
+        if moe.ranks is not None:
+            y = moe.ranks.sum(y)
         residual.add_(self.normed(y, after))
         return ids
 

@@ -10,7 +10,7 @@ from quartet.runtime import limits
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host.background import yield_point
-from quartet.scheduler_service.weights.parameters import Weights
+from quartet.scheduler_service.weights.parameters import Weights, checksum_of
 
 ROWS_PER_PIECE = 64
 
@@ -27,9 +27,13 @@ class Inspection:
         left_out = frozenset(skipped or ())
         return sorted(name for name in self._weights.names() if name not in left_out)
 
+    def whole(self, name: str) -> torch.Tensor:
+        """A tensor as a checkpoint has it."""
+        return self._weights.view(name)
+
     def checksums(self, names: list[str]) -> tuple[dict[str, str], str]:
         """xxh3 of each tensor's bytes in the served dtype, and one digest of them all."""
-        checksums = {name: self._weights.checksum(name) for name in names}
+        checksums = {name: checksum_of(self.whole(name)) for name in names}
         return checksums, digest_of(checksums)
 
     def take_snapshot(self, names: list[str]) -> None:
@@ -49,7 +53,7 @@ class Inspection:
         """The first `count` rows (or values of a vector) as floats; None for an unknown name. Raises CommandRefused."""
         if name not in self._weights.layout.places:
             return None
-        values = self._weights.view(name)
+        values = self.whole(name)
         own_rows = values[:count] if values.dim() else values.view(1)
         if own_rows.numel() > limits.MAX_SHOWN_WEIGHTS:
             per_row = own_rows.numel() // len(own_rows)

@@ -27,6 +27,7 @@ from quartet.scheduler_service.weights.checkpoint import (
     CheckpointError,
     StoredTensor,
 )
+from quartet.scheduler_service.weights.cuts import own_parts
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.progress import with_progress
@@ -48,6 +49,7 @@ def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> N
         weights.fill_random(config.dummy_seed)
     else:
         checkpoint = ties.with_tied_tensors(open_checkpoint(Path(info.path)), weights.layout)
+        checkpoint = own_parts(checkpoint, weights.layout.cuts)
         check_tensors(checkpoint, weights)
         gguf.log_expansion(checkpoint, weights)
         log_quantized(checkpoint, weights)
@@ -122,7 +124,7 @@ def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]
     names = sorted(weights.names().keys() - quantized, key=lambda name: checkpoint.tensors[name].offset)
     for file in files:
         own = [name for name in names if checkpoint.tensors[name].file == file]
-        if weights.device.type == "cuda":
+        if weights.device.type == "cuda" and not weights.layout.cuts:
             device_staging.read_to_device(checkpoint, own, weights)
             continue
         plain = {name: weights.view(name) for name in own if weights.quantized_of(name) is None}

@@ -18,7 +18,9 @@ import xxhash
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native.quantized import QuantizedRows, QuantizedWeight, Scheme, misfit, quantize
+from quartet.scheduler_service.host.parallel import ALONE, Parallel
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
+from quartet.scheduler_service.weights.cuts import Cut
 
 META = torch.device("meta")
 
@@ -45,6 +47,9 @@ class Layout:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of buffers that do not have the model's
     ignored: frozenset[str] = frozenset()  # names that a checkpoint may hold though nothing reads them
     ties: dict[str, str] = field(default_factory=dict)  # name without a place → the name whose values it has
+    parallel: Parallel = ALONE  # the ranks that have a part each
+    cuts: dict[str, Cut] = field(default_factory=dict)  # of the tensors of which this rank has a part
+    cut_buffers: dict[str, int] = field(default_factory=dict)  # buffers of such tensors → the dimension that is cut
 
     def add(
         self,
@@ -64,6 +69,16 @@ class Layout:
         known = self.buffers.get(buffer, (*slabs, start, *width))
         assert known[len(index) :] == (start, *width), (buffer, known, tensors)
         self.buffers[buffer] = (*map(max, slabs, known), start, *width)
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the checkpoint, of which this rank may have a part."""
+        cut = self.cuts.get(name)
+        return self.places[name].shape if cut is None else cut.whole
+
+    def own_part(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor."""
+        cut = self.cuts.get(name)
+        return values if cut is None else cut.of(values)
 
 
 class Packs(Protocol):
@@ -289,13 +304,18 @@ class Weights:
             layer.adopt(form)
 
     def fill_random(self, seed: int) -> None:
-        """Normal(0, 0.02), the same for the same seed and layout on every device."""
+        """Normal(0, 0.02), the same for the same seed and layout on every device and rank."""
         generator = torch.Generator().manual_seed(seed)
         for name in self.layout.places:
             with self.writing(name) as view:
-                view.copy_(torch.empty(view.shape).normal_(0.0, 0.02, generator=generator))
+                values = torch.empty(self.layout.whole_shape(name)).normal_(0.0, 0.02, generator=generator)
+                view.copy_(self.layout.own_part(name, values))
 
     def checksum(self, name: str) -> str:
         """xxh3 (64 bits, hex) of a tensor's bytes in the served dtype."""
-        view = self.view(name).contiguous().cpu()
-        return xxhash.xxh3_64_hexdigest(view.view(torch.uint8).numpy().data)
+        return checksum_of(self.view(name))
+
+
+def checksum_of(values: torch.Tensor) -> str:
+    """xxh3 (64 bits, hex) of a tensor's bytes."""
+    return xxhash.xxh3_64_hexdigest(values.contiguous().cpu().view(torch.uint8).numpy().data)

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import msgspec
 
-from quartet.scheduler_service.weights import pickled, record
+from quartet.scheduler_service.weights import pickled, record, staging
 from quartet.scheduler_service.weights.staging import on_one_thread
 from quartet.scheduler_service.weights.update import (
     NOT_LOADED,
     NOT_OPENED,
     Staged,
     Updates,
-    open_checkpoint,
     refused_as,
 )
 
@@ -23,7 +22,7 @@ def reread(updates: Updates) -> Staged:
     directory = Path(committed.model_dir)
     try:
         with refused_as(NOT_OPENED):
-            before, checkpoint = open_checkpoint(directory, committed.load_format)
+            before, checkpoint = staging.open_checkpoint(directory, committed.load_format)
         with refused_as(NOT_LOADED):
             updates.fill(checkpoint, before, None)
     finally:

@@ -20,7 +20,8 @@ import xxhash
 from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights import device_staging, load, manifest, storage, ties
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
-from quartet.scheduler_service.weights.file_identity import FileIdentity, stat_file
+from quartet.scheduler_service.weights.cuts import own_parts
+from quartet.scheduler_service.weights.file_identity import FileIdentity, identity_of, stat_file
 from quartet.scheduler_service.weights.formats import weight_files
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Weights
@@ -77,14 +78,33 @@ def stat_files(directory: Path) -> dict[Path, os.stat_result]:
     return found
 
 
-def check_checkpoint(checkpoint: Checkpoint, weights: Weights) -> None:
-    """Raise CheckpointError unless it has all tensors of the model, in shape and a float dtype, and no others."""
-    load.check_tensors(checkpoint, weights)
+def open_checkpoint(directory: Path, load_format: str) -> tuple[Identities, Checkpoint | None]:
+    """The checkpoint of a directory (None: dummy weights), and the identities that its files had before.
+
+    Raises CheckpointError.
+    """
+    if load_format == "dummy":
+        return {}, None
+    load.check_format(load_format, directory)
+    before = stable_identities(directory)
+    checkpoint = load.open_checkpoint(directory)
+    own = {file: identity_of(file) for file in checkpoint.files} if checkpoint.scratch else {}
+    return before | own, checkpoint
+
+
+def check_checkpoint(checkpoint: Checkpoint, weights: Weights) -> Checkpoint:
+    """Raise CheckpointError unless it has all tensors of the model, in shape and a float dtype, and no others.
+
+    Returns the checkpoint as this rank reads it: all of it, or its parts.
+    """
+    own = own_parts(checkpoint, weights.layout.cuts)
+    load.check_tensors(own, weights)
     known = weights.layout.places.keys() | weights.layout.ignored | checkpoint.spent
     unexpected = sorted(name for name in checkpoint.tensors if name not in known and not name.endswith(TABLES))
     if unexpected:
         raise CheckpointError(f"the model has no use for {load.tensor_list(unexpected)} of the checkpoint")
     ties.check_ties(checkpoint, weights.layout)
+    return own
 
 
 def stage_checkpoint(checkpoint: Checkpoint, before: Identities, target: Weights, digests: Manifest | None) -> None:
@@ -93,7 +113,7 @@ def stage_checkpoint(checkpoint: Checkpoint, before: Identities, target: Weights
     names = sorted(names_read, key=lambda name: checkpoint.tensors[name].offset)
     for file in with_progress(checkpoint.files):
         own = [name for name in names if checkpoint.tensors[name].file == file]
-        if target.device.type == "cuda":
+        if target.device.type == "cuda" and not target.layout.cuts:
             digest = None if digests is None else functools.partial(manifest.check_digest, digests)
             device_staging.read_to_device(checkpoint, own, target, digest)
         else:
@@ -162,13 +182,13 @@ def check_finite(name: str, values: torch.Tensor) -> None:
 
 def stage_tensor(name: str, values: torch.Tensor, target: Weights) -> None:
     """Copy one whole tensor that is in memory to its place. Raises CheckpointError."""
-    shape = target.layout.places[name].shape
+    shape = target.layout.whole_shape(name)
     if tuple(values.shape) != shape:
         raise CheckpointError(f"tensor {name} has shape {list(values.shape)}, the model needs {list(shape)}")
     if not values.dtype.is_floating_point:
         raise CheckpointError(f"tensor {name} is {values.dtype}, which is not supported")
     with target.writing(name, yield_point) as place:
-        place.copy_(values)
+        place.copy_(target.layout.own_part(name, values))
         check_finite(name, place)
 
 

@@ -49,7 +49,7 @@ def read_chunks(
         size = min(step, end - start)
         part = None if flat is None else flat[stored.index(start) : stored.index(start + size)]
         memory = part.view(torch.uint8) if direct and part is not None else buffer[:size]
-        read_exactly(descriptor, bytes_of(memory), stored.offset + start, stored.file)
+        read_rows(stored, descriptor, bytes_of(memory), start)
         if part is None or direct:
             yield (memory if part is None else part), part
             continue
@@ -61,6 +61,20 @@ def read_chunks(
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_rows(stored: StoredTensor, descriptor: int, target: memoryview, start: int) -> None:
+    """Fill `target` from byte number `start` of the tensor on, row by row where its rows are parts of longer ones."""
+    if not stored.pitch:
+        read_exactly(descriptor, target, stored.offset + start, stored.file)
+        return
+    row_bytes, done = stored.nbytes // stored.shape[0], 0
+    while done < len(target):
+        row, column = divmod(start + done, row_bytes)
+        size = min(row_bytes - column, len(target) - done)
+        place = stored.offset + row * stored.pitch + column
+        read_exactly(descriptor, target[done : done + size], place, stored.file)
+        done += size
 
 
 def read_exactly(descriptor: int, target: memoryview, offset: int, file: Path) -> None:

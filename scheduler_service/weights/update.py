@@ -22,7 +22,12 @@ import torch
 
 from quartet.kernels.cpu.native.quantized import rounded
 from quartet.runtime.config import ResolvedConfig
-from quartet.runtime.control import ONLINE_FAILED, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
+from quartet.runtime.control import (
+    ONE_PAYLOAD_A_RANK,
+    ONLINE_FAILED,
+    InitWeightsUpdateGroup,
+    UpdateWeightsFromDistributed,
+)
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files import hub
 from quartet.runtime.model_files.gguf import GgufError
@@ -43,7 +48,6 @@ from quartet.scheduler_service.weights import (
     wire,
 )
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
-from quartet.scheduler_service.weights.file_identity import identity_of
 from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights
@@ -154,7 +158,7 @@ class Updates:
             self.check_config(directory)
         try:
             with refused_as(NOT_OPENED):
-                before, checkpoint = open_checkpoint(directory, load_format)
+                before, checkpoint = staging.open_checkpoint(directory, load_format)
             with refused_as(NOT_LOADED):
                 self.fill(checkpoint, before, digests)
         finally:
@@ -201,23 +205,30 @@ class Updates:
         if digests is not None:
             manifest.check_names(digests, checkpoint)
         checkpoint = ties.with_tied_tensors(checkpoint, self.live.layout)
-        staging.check_checkpoint(checkpoint, self.live)
+        checkpoint = staging.check_checkpoint(checkpoint, self.live)
         with nullcontext() if self.live.device.type == "cpu" else unthrottled():
             staging.stage_checkpoint(checkpoint, before, self.second, digests)
 
     def open_session(self, broken: str = "", implicit: bool = False) -> None:
         self.session = Session(broken=broken, implicit=implicit)
 
+    def close_session(self) -> None:
+        self.session = None
+
     @property
     def in_session(self) -> bool:
         """Whether a client has begun an update and not ended it."""
         return self.session is not None and not self.session.implicit
 
-    def payload(self, file: str, load_format: str | None) -> Collect:
-        """A function that collects the tensors of a file into the session. Raises CommandRefused."""
+    def payload(self, files: list[str], load_format: str | None) -> Collect:
+        """A function that collects the tensors of this rank's file into the session. Raises CommandRefused."""
+        ranks = self.live.layout.parallel
+        if len(files) != ranks.size:
+            raise CommandRefused(ONE_PAYLOAD_A_RANK.format(ranks.size, len(files)))
         if load_format not in TENSOR_FORMATS:
             known = ", ".join(name or "null" for name in TENSOR_FORMATS)
             raise CommandRefused(f"load_format {short(load_format)} is not supported; choose one of {known}.")
+        file = files[ranks.rank]
         return partial(self.collect, partial(TENSOR_FORMATS[load_format], Path(file)), private=file)
 
     def broadcast(self, command: UpdateWeightsFromDistributed) -> Collect:
@@ -298,6 +309,7 @@ class Updates:
             name = self.live.layout.ties[alias]
             serves = self.second if name in session.names else self.live
             served, quantized = serves.view(name), serves.quantized_of(name)
+            values = self.live.layout.own_part(name, values)
             if quantized is not None and values.shape == served.shape:
                 values = rounded(values.to(served.dtype), quantized.scheme)
             ties.check_tied_values(alias, values, name, served)
@@ -337,13 +349,14 @@ class Updates:
 
     # after the swap: in the background
 
-    @on_one_thread
     def after_swap(self, old: Packed) -> None:
-        """Record what serves, and free what served before.
-
-        Piece by piece: the interpreter's lock is held while the system takes memory back, and a step needs that lock.
-        """
+        """Record what serves, and free what served before."""
         self.write_record()
+        self.free(old)
+
+    @on_one_thread
+    def free(self, old: Packed) -> None:
+        """Piece by piece: the interpreter's lock is held while the system takes memory back; a step needs that lock."""
         while old:
             blocks = list(old.pop()[1] or ())
             while blocks:
@@ -369,20 +382,6 @@ class Updates:
 
     def leave_group(self, name: str) -> None:
         distributed.leave(self.groups.pop(name))
-
-
-def open_checkpoint(directory: Path, load_format: str) -> tuple[staging.Identities, Checkpoint | None]:
-    """The checkpoint of a directory (None: dummy weights), and the identities that its files had before.
-
-    Raises CheckpointError.
-    """
-    if load_format == "dummy":
-        return {}, None
-    load.check_format(load_format, directory)
-    before = staging.stable_identities(directory)
-    checkpoint = load.open_checkpoint(directory)
-    own = {file: identity_of(file) for file in checkpoint.files} if checkpoint.scratch else {}
-    return before | own, checkpoint
 
 
 @contextmanager

@@ -1,11 +1,9 @@
-"""The parity cases: what Quartet answers against what transformers computes for the same tokens.
+"""What Quartet answers (`cases.py`) against what transformers computes for the same tokens.
 
 transformers is teacher-forced: one forward pass over prompt and answer shows for every position which token is the
 best and how likely each is. Equal greedy tokens mean that every answer token is the best one at its place.
 """
 
-import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +11,13 @@ from typing import Any
 import torch
 import transformers
 
-from quartet.runtime.messages import LogprobOptions
-from quartet.runtime.sampling import SamplingParams
-from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
-from tests.model import tiny
+from tests.engine import Answer, floats
+from tests.model.cases import CASES, NEW_TOKENS, prompt
 
-NEW_TOKENS = 64
-FEW_TOKENS = 24  # of families whose parts others have too
+__all__ = ["CASES", "FAMILIES", "NEW_TOKENS", "TOLERANCE", "Outcome", "Peer", "compare", "prompt"]
+
 TOLERANCE = 1e-3
+FEW_TOKENS = 24  # of families whose parts others have too
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"),
     *("olmo2", "olmo3", "smollm3", "granite", "seed_oss", "exaone4", "ministral", "ministral3", "cohere2", "ernie4_5"),
@@ -29,7 +26,6 @@ FAMILIES = (
     *("olmo_hybrid", "kimi_linear", "gemma"),
 )
 BRIEF = ("qwen3_5_moe", "granite_hybrid", "bamba", "falcon_h1", "nemotron_h")  # make few tokens
-FIRST_WORD = 3  # ids below are special
 
 
 @dataclass
@@ -42,60 +38,9 @@ class Outcome:
     retractions: int
 
 
-def prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(FIRST_WORD, tiny.VOCAB_SIZE) for _ in range(length)]
-
-
-def greedy(tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_new_tokens=tokens, ignore_eos=True)
-
-
 def new_tokens(family: str) -> int:
     """How many tokens the requests of a family make."""
     return FEW_TOKENS if family in BRIEF else NEW_TOKENS
-
-
-def one(directory: Path, tokens: int = NEW_TOKENS) -> tuple[list[list[int]], list[Answer]]:
-    prompts = [prompt(random.Random(1), 37)]
-    return prompts, Engine(directory).generate(prompts, greedy(tokens), logprobs=ALL_LOGPROBS)
-
-
-def many(directory: Path, tokens: int = NEW_TOKENS, **settings: int) -> tuple[list[list[int]], list[Answer]]:
-    rng = random.Random(2)
-    prompts = [prompt(rng, length) for length in (1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 50, 64, 90, 120)]
-    return prompts, Engine(directory, **settings).generate(prompts, greedy(tokens), logprobs=ALL_LOGPROBS)
-
-
-def chunked(directory: Path, tokens: int = NEW_TOKENS) -> tuple[list[list[int]], list[Answer]]:
-    return many(directory, tokens, chunked_prefill_size=16)
-
-
-def prefixed(directory: Path, tokens: int = NEW_TOKENS) -> tuple[list[list[int]], list[Answer]]:
-    """A first wave fills the prefix tree; the second finds its prefixes there, and its rows share them."""
-    rng = random.Random(3)
-    engine, common, other = Engine(directory), prompt(rng, 150), prompt(rng, 40)
-    engine.generate([common, other], greedy(tokens))
-    prompts = [common + prompt(rng, 3 + i) for i in range(5)] + [other + prompt(rng, 9)]
-    starts = [148] * 5 + [39]  # prompt positions from here on are computed again, to be scored
-    rids = [
-        engine.add(ids, greedy(tokens), logprobs=LogprobOptions(start=start))
-        for ids, start in zip(prompts, starts, strict=True)
-    ]
-    engine.run()
-    return prompts, [engine.answers[rid] for rid in rids]
-
-
-def retracted(directory: Path, tokens: int = NEW_TOKENS) -> tuple[list[list[int]], list[Answer]]:
-    return many(directory, tokens, max_total_tokens=320, chunked_prefill_size=64)
-
-
-CASES: dict[str, Callable[[Path, int], tuple[list[list[int]], list[Answer]]]] = {
-    "one request": one,
-    "16 at once": many,
-    "chunks of 16": chunked,
-    "prefix hits": prefixed,
-    "retraction": retracted,
-}
 
 
 class Peer:
@@ -110,9 +55,8 @@ class Peer:
         return torch.log_softmax(self.model(torch.tensor([ids])).logits[0].float(), -1)
 
 
-def compare(peer: Peer, case: str, directory: Path, tokens: int = NEW_TOKENS) -> Outcome:
-    """Run a case on the model of a directory, whose requests make so many tokens."""
-    prompts, answers = CASES[case](directory, tokens)
+def compare(peer: Peer, prompts: list[list[int]], answers: list[Answer], tokens: int = NEW_TOKENS) -> Outcome:
+    """`tokens`: how many each request made."""
     equal, error = True, 0.0
     for ids, answer in zip(prompts, answers, strict=True):
         expected = peer.logprobs(ids + answer.ids)

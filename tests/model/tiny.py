@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-VOCAB_SIZE = 320
+from tests.model.cases import VOCAB_SIZE
+
 BOS, EOS, PAD = 0, 1, 2
 TEXT = ["the quick brown fox jumps over the lazy dog", "hello world, the capital of France is Paris", "1 2 3 4 5"]
 

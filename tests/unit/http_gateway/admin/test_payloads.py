@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from quartet.http_gateway.admin import payloads
@@ -50,6 +51,12 @@ def test_more_payloads_than_ranks_are_refused_before_they_are_stored(tmp_path: P
     with Upload(str(tmp_path)) as upload, pytest.raises(RequestError, match="one entry for each of 1 ranks, got more"):
         feed_body(upload, json.dumps({"entries": [TEXT, TEXT]}).encode())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_ranks_may_be_sent_the_same_short_string(tmp_path: Path) -> None:
+    with Upload(str(tmp_path), ranks=2) as upload:
+        files = upload.files_of([msgspec.Raw(b'"aGVsbG8="')] * 2)
+        assert [Path(file).read_bytes() for file in files] == [b"hello"] * 2
 
 
 def test_a_short_string_is_written_when_its_file_is_requested(tmp_path: Path) -> None:

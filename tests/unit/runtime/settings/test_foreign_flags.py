@@ -22,14 +22,10 @@ def load(*argv):
         ["--grammar-backend=llguidance"],
         ["--disable-overlap-schedule"],
         ["--tokenizer-worker-num", "1"],
-        ["--tp", "1"],
-        ["--tp-size", "1"],
-        ["--tensor-parallel-size=1"],
         ["--dp-size", "1"],
         ["--dp", "1"],
         ["--pp-size", "1"],
         ["--ep-size", "1"],
-        ["--nnodes", "1", "--node-rank", "0"],
         ["--schedule-conservativeness", "1.0"],
         ["--sampling-backend", "flashinfer"],
         ["--lora-backend", "csgmv"],
@@ -40,7 +36,6 @@ def load(*argv):
         ["-fa", "on"],
         ["-cb"],
         ["-sm", "none"],
-        ["-tp", "1"],
     ],
 )
 def test_a_flag_that_means_what_holds_anyway_is_accepted_and_said(argv):
@@ -57,8 +52,8 @@ def test_a_flag_that_means_what_holds_anyway_is_accepted_and_said(argv):
         (["--max_model_len=4096"], "use --context-length"),
         (["--lora-modules", "a=b", "c=d"], "use --lora-paths"),
         (["--lora-eviction-policy", "fifo"], "least recently used first"),
-        (["--tp", "2"], "--tp 2 is not supported: one process computes the model, so there is no tensor parallelism"),
-        (["--tp=2"], "no tensor parallelism"),
+        (["--pp", "2"], "--pp 2 is not supported: there is no pipeline parallelism"),
+        (["--pp=2"], "no pipeline parallelism"),
         (["--dp-size", "4"], "start several servers behind a router"),
         (["--tokenizer-worker-num", "4"], "there is one tokenizer process"),
         (["--grammar-backend", "none"], "cannot be turned off"),
@@ -71,7 +66,6 @@ def test_a_flag_that_means_what_holds_anyway_is_accepted_and_said(argv):
         (["-m", "model.gguf"], "use --model-path"),
         (["-ngl", "99"], "use --device"),
         (["-hf", "o/n:Q4_K_M"], "quartet serve OWNER/NAME:Q4_K_M"),
-        (["-tp", "2"], "no tensor parallelism"),
         (["-cnv"], "use `quartet chat`"),
         (["--tensor-split", "3,1"], "start several behind a router"),
         (["--ctx-size", "4096"], "use --context-length"),
@@ -145,20 +139,20 @@ def test_a_value_of_other_servers_becomes_the_nearest_of_ours_and_is_said(argv, 
 def test_the_settings_file_takes_them_likewise(tmp_path):
     file = tmp_path / "server.yaml"
     file.write_text(
-        "tensor-parallel-size: 1\nlog_requests: false\nlora-backend: triton\ngrammar_backend: xgrammar\n"
+        "pipeline-parallel-size: 1\nlog_requests: false\nlora-backend: triton\ngrammar_backend: xgrammar\n"
         "schedule-policy: random\nquantization: null\n"
     )
     loaded = load("--config", str(file))
     assert loaded.config == ServerConfig()
     assert len(loaded.notes) == 6
-    file.write_text("tp-size: 2\n")
-    with pytest.raises(UsageError, match="no tensor parallelism"):
+    file.write_text("pp-size: 2\n")
+    with pytest.raises(UsageError, match="no pipeline parallelism"):
         load("--config", str(file))
 
 
 def test_config_show_says_what_has_no_effect(capsys):
-    assert show.main(["show", "--tp", "1"]) == 0
-    assert "note: --tp 1 has no effect here" in capsys.readouterr().out
+    assert show.main(["show", "--pp", "1"]) == 0
+    assert "note: --pp 1 has no effect here" in capsys.readouterr().out
 
 
 def test_no_flag_is_ours_and_foreign_at_once():

@@ -1,0 +1,216 @@
+"""What rank 0 tells the other ranks, what they answer, and the channel for both.
+
+Every piece of work in which all ranks take part begins with a message. A channel keeps their order, so all ranks do the
+same things in the same order. What takes long (`Task`) runs in the background there and is answered; the rest is not.
+"""
+
+import select
+import socket
+import struct
+import sys
+import threading
+from typing import Any
+
+import msgspec
+import torch
+
+from quartet.kernels.cpu.attention_schedule import Ragged
+from quartet.runtime.config import ResolvedConfig
+from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.scheduler_service.execution.inputs import Inputs
+from quartet.scheduler_service.execution.kv_cache import Placement
+
+LENGTH = struct.Struct("<Q")
+
+
+class Start(msgspec.Struct, tag=True):
+    """The first message to a rank."""
+
+    rank: int
+    size: int
+    config: ResolvedConfig
+    info: ModelInfo
+    place: str  # where the ranks meet, see parallel.open_store
+    parent_pid: int
+    threads: int
+
+
+class Hello(msgspec.Struct, tag=True):
+    """The first message of a rank on another machine."""
+
+    rank: int
+    token: str  # from the store
+
+
+class Pool(msgspec.Struct, tag=True):
+    """The size of every rank's KV pool; sent once, when the weights are loaded."""
+
+    page_count: int
+    page_size: int
+
+
+class Forward(msgspec.Struct, tag=True):
+    """A forward pass: `execution.inputs.Inputs` with tensors as bytes."""
+
+    input_ids: bytes  # int64
+    positions: bytes  # int64
+    slots: bytes  # int64
+    begun: bytes  # int64; empty: none
+    starts: list[int]
+    query_lengths: list[int]
+    context_lengths: list[int]
+    runs: list[list[tuple[int, int]]]
+    embeds: bytes = b""  # float32 (tokens, hidden)
+    embeds_mask: bytes = b""  # bool
+
+
+class Logits(msgspec.Struct, tag=True):
+    """Logits of so many rows of hidden states, which rank 0 broadcasts."""
+
+    rows: int
+
+
+class FromDisk(msgspec.Struct, tag=True):
+    """Task: stage the weights of a directory. Answered with the files that were read, as `Committed.files` has them."""
+
+    directory: str
+    load_format: str
+
+
+class Collect(msgspec.Struct, tag=True):
+    """Task: put the tensors of this rank's file into the update session, which begins with the first."""
+
+    files: list[str]  # by rank
+    load_format: str | None
+
+
+class Finish(msgspec.Struct, tag=True):
+    """Task: make what the session has collected ready for the swap."""
+
+
+class Part(msgspec.Struct, tag=True):
+    """Task: this rank's part of a tensor that serves. Answered with its bytes; of a whole tensor with the checksum."""
+
+    name: str
+
+
+class Snapshot(msgspec.Struct, tag=True):
+    """Task: keep these tensors, to compare with."""
+
+    names: list[str]
+
+
+class Differing(msgspec.Struct, tag=True):
+    """Task: which of these tensors are not as they were kept. Answered with their names."""
+
+    names: list[str]
+
+
+class Commit(msgspec.Struct, tag=True):
+    """Serve what was staged, from the next step on."""
+
+
+class GiveUp(msgspec.Struct, tag=True):
+    """Drop what was staged and collected."""
+
+
+class Answer(msgspec.Struct, tag=True):
+    """What came of a task."""
+
+    value: Any = None
+    refusal: str = ""  # why it was not done
+    status: int = 400  # of the refusal
+
+
+Task = FromDisk | Collect | Finish | Part | Snapshot | Differing
+Message = Start | Hello | Pool | Forward | Logits | Task | Commit | GiveUp | Answer
+DECODER = msgspec.msgpack.Decoder(Message)
+
+
+class Channel:
+    """Messages to and from one other rank, over a stream socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._sending = threading.Lock()
+
+    def send(self, message: Message) -> None:
+        """Send from any thread. Raises OSError when the other rank has ended."""
+        data = msgspec.msgpack.encode(message)
+        with self._sending:
+            self.connection.sendall(LENGTH.pack(len(data)) + data)
+
+    def receive(self, most_bytes: int = sys.maxsize) -> Message | None:
+        """The next message; None when the other rank has ended. One thread may receive.
+
+        `most_bytes`: of a message from who may be no rank. Raises msgspec.MsgspecError for a longer one.
+        """
+        if (head := self._read(LENGTH.size)) is None:
+            return None
+        if (size := LENGTH.unpack(head)[0]) > most_bytes:
+            raise msgspec.DecodeError(f"a message of {size} bytes")
+        if (body := self._read(size)) is None:
+            return None
+        found: Message = DECODER.decode(body)
+        return found
+
+    def waits(self, timeout_s: float) -> bool:
+        """Whether there is something to receive within so long."""
+        return bool(select.select([self.connection], [], [], timeout_s)[0])
+
+    def _read(self, size: int) -> bytearray | None:
+        data = bytearray(size)
+        view, done = memoryview(data), 0
+        while done < size:
+            try:
+                count = self.connection.recv_into(view[done:])
+            except ConnectionError:
+                return None
+            if not count:
+                return None
+            done += count
+        return data
+
+
+def forward_message(inputs: Inputs) -> Forward:
+    """A step's inputs as the other ranks get them."""
+    ragged, placement = inputs.ragged, inputs.placement
+    return Forward(
+        input_ids=as_bytes(inputs.input_ids),
+        positions=as_bytes(inputs.positions),
+        slots=as_bytes(placement.slots),
+        begun=as_bytes(placement.begun),
+        starts=inputs.offsets,
+        query_lengths=ragged.query_lengths,
+        context_lengths=ragged.context_lengths,
+        runs=ragged.runs,
+        embeds=as_bytes(inputs.embeds),
+        embeds_mask=as_bytes(inputs.embeds_mask),
+    )
+
+
+def inputs_of(message: Forward, page_size: int, hidden_size: int, device: torch.device) -> Inputs:
+    """The reverse of `forward_message`."""
+    begun = from_bytes(message.begun, torch.int64, device) if message.begun else None
+    inputs = Inputs(
+        input_ids=from_bytes(message.input_ids, torch.int64, device),
+        positions=from_bytes(message.positions, torch.int64, device),
+        starts=torch.tensor(message.starts, device=device),
+        offsets=message.starts,
+        ragged=Ragged(message.query_lengths, message.context_lengths, message.runs, page_size),
+        placement=Placement(from_bytes(message.slots, torch.int64, device), begun),
+    )
+    if message.embeds:
+        inputs.embeds = from_bytes(message.embeds, torch.float32, device).view(-1, hidden_size)
+        inputs.embeds_mask = from_bytes(message.embeds_mask, torch.bool, device)
+    return inputs
+
+
+def as_bytes(x: torch.Tensor | None) -> bytes:
+    """The bytes of a tensor; none of none."""
+    return b"" if x is None else x.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(data: bytes, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A flat tensor of bytes that `as_bytes` gave."""
+    return torch.frombuffer(bytearray(data), dtype=dtype).to(device) if data else torch.empty(0, dtype=dtype)

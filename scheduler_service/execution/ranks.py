@@ -1,0 +1,167 @@
+"""The other ranks of a model in tensor parallel, as rank 0 leads them.
+
+Rank 0 is the scheduler. It plans, draws and sends; before each piece of work in which all ranks take part it tells the
+others (`rank_messages.py`), and then does its own part. The collective operations inside keep the ranks in step. The
+others know no requests: they have a part of the weights, and a KV pool with the same pages.
+
+A rank that ends takes all with it: rank 0 sees its end, and the others die with rank 0. A rank that hangs holds rank 0
+inside an operation, where the launcher's watchdog finds it. The launcher starts the scheduler again, as one process.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from quartet.runtime.config import ResolvedConfig
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.process.parent_death import arm_death_signal
+from quartet.runtime.service import EXIT_STARTUP, REPORTED, Boot, refuse
+from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.execution import remote_ranks
+from quartet.scheduler_service.execution.device_state import SlotTokens
+from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps
+from quartet.scheduler_service.execution.experts import Chosen
+from quartet.scheduler_service.execution.inputs import Inputs
+from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.rank_messages import (
+    Answer,
+    Channel,
+    Logits,
+    Message,
+    Pool,
+    Start,
+    forward_message,
+)
+from quartet.scheduler_service.host.parallel import LOST, TCP, Parallel, Store, join, open_store
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.registry import load_model
+
+log = logging.getLogger(__name__)
+
+MODULE = "quartet.scheduler_service.follower"
+OWN_WORDS_S = 2.0  # rank 0 has the same cause to refuse a start as the others, and says it itself
+
+
+class Followers:
+    """The other ranks, as rank 0 reaches them."""
+
+    def __init__(self, parallel: Parallel, channels: Sequence[Channel]) -> None:
+        """`channels`: of ranks 1, 2, ..."""
+        self.parallel = parallel
+        self.channels = channels
+
+    def tell(self, message: Message) -> None:
+        """Send a message to all of them, from any thread. Raises OSError when one has ended."""
+        for channel in self.channels:
+            channel.send(message)
+
+    def answers(self) -> list[Answer]:
+        """Wait for what came of a task, from each. Raises ConnectionError when one has ended."""
+        found = [channel.receive() for channel in self.channels]
+        answers = [answer for answer in found if isinstance(answer, Answer)]
+        if len(answers) < len(found):
+            raise ConnectionError("a rank has ended")
+        return answers
+
+
+def start_followers(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> tuple[Followers, Store]:
+    """Start the processes of the other ranks of this machine, and wait for those of others; also where all meet.
+
+    Call from the main thread: they die with it. Raises StartupError.
+    """
+    parallel = Parallel(0, config.tp_size)
+    # each rank gets its share of the cores
+    threads = max(1, torch.get_num_threads() // config.ranks_here)
+    torch.set_num_threads(threads)
+    place = str(Path(boot.run_dir) / f"ranks.{boot.epoch}") if config.nnodes == 1 else f"{TCP}{config.dist_init_addr}"
+    store = open_store(parallel, place)
+    channels = [start_follower(boot, rank) for rank in range(1, config.ranks_here)]
+    if config.nnodes > 1:
+        channels += remote_ranks.wait_for(store, config)
+    for rank, channel in enumerate(channels, 1):
+        channel.send(Start(rank, parallel.size, config, info, place, os.getpid(), threads))
+    return Followers(parallel, channels), store
+
+
+def start_follower(boot: Boot, rank: int) -> Channel:
+    """Start the process of a rank, whose standard input is its channel, and have its end watched."""
+    own, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", MODULE],
+            stdin=theirs.fileno(),
+            preexec_fn=partial(arm_death_signal, os.getpid()),
+        )
+    threading.Thread(target=watch, args=(boot, rank, process), name=f"rank {rank}", daemon=True).start()
+    return Channel(own)
+
+
+def watch(boot: Boot, rank: int, process: "subprocess.Popen[bytes]") -> NoReturn:
+    """End this process, and so the group, when a rank has ended."""
+    status = process.wait()
+    if boot.ready_fd != REPORTED:
+        time.sleep(OWN_WORDS_S)
+    if boot.ready_fd != REPORTED:
+        refuse(boot, StartupError(f"rank {rank} ended while starting; its last lines are above"))
+        os._exit(EXIT_STARTUP)
+    log.critical("Rank %d (pid %d) ended with status %d. Ending the group.", rank, process.pid, status)
+    os._exit(LOST)
+
+
+def load_part(
+    config: ResolvedConfig, info: ModelInfo, device: torch.device, parallel: Parallel, store: Store
+) -> ServedModel:
+    """Meet the other ranks, and load one rank's part; all have theirs when this returns. Raises StartupError."""
+    if device.type == "cuda" and torch.cuda.device_count() < config.ranks_here:
+        raise StartupError(f"--tp-size {parallel.size}: this machine has {torch.cuda.device_count()} GPUs")
+    join(parallel, device, store)
+    model = load_model(config, info, device, parallel)
+    parallel.sum(torch.zeros(1, device=device))  # memory is measured when all have taken theirs
+    return model
+
+
+class LeadingSteps(EagerSteps):
+    """Steps of rank 0. An error leaves the others inside an operation, so it ends the group."""
+
+    def __init__(
+        self, model: ServedModel, cache: KVCache, tokens: SlotTokens, attention: Attention, followers: Followers
+    ) -> None:
+        super().__init__(model, cache, tokens, attention)
+        self.followers = followers
+        followers.tell(Pool(cache.page_count, cache.page_size))
+
+    def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
+        """See Steps.forward."""
+        return self.together(forward_message(inputs), partial(super().forward, plan, inputs, record_experts))
+
+    def to_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See Steps.to_logits."""
+        if not len(hidden):
+            return super().to_logits(hidden, out)
+        hidden = hidden.contiguous()
+
+        def compute() -> torch.Tensor:
+            self.followers.parallel.broadcast(hidden)
+            return self.model.logits(hidden, out)
+
+        return self.together(Logits(len(hidden)), compute)
+
+    def together(self, message: Message, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Have all ranks do one thing."""
+        try:
+            self.followers.tell(message)
+            return compute()
+        except Exception:
+            log.critical("Rank 0 failed in a step that all ranks compute. Ending the group.", exc_info=True)
+            os._exit(LOST)

@@ -1,0 +1,195 @@
+"""The process of a rank other than 0: `python -m quartet.scheduler_service.follower`, started by rank 0.
+
+Its standard input is a socket. It does what rank 0 says there (`execution/rank_messages.py`) until that is closed.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+
+import setproctitle
+import torch
+
+from quartet.runtime.errors import CommandRefused, StartupError
+from quartet.runtime.log import set_up_logging
+from quartet.runtime.messages import SCHEDULER
+from quartet.runtime.service import EXIT_STARTUP, TITLE
+from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.execution.device_state import SlotTokens
+from quartet.scheduler_service.execution.eager_steps import EagerSteps, choose_attention
+from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.rank_messages import (
+    Answer,
+    Channel,
+    Commit,
+    Forward,
+    GiveUp,
+    Hello,
+    Logits,
+    Message,
+    Pool,
+    Start,
+    inputs_of,
+)
+from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
+from quartet.scheduler_service.execution.ranks import load_part
+from quartet.scheduler_service.host.background import run_in_background
+from quartet.scheduler_service.host.device import limit_threads
+from quartet.scheduler_service.host.parallel import LOST, Parallel, Store, open_store
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.weights.update import Updates
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.001  # for a message, between two slices of work in the background
+NOT_BY_HAND = "ranks are started by the scheduler of `quartet serve --tp-size`"
+
+
+def main() -> None:
+    """Load a part of the model and compute with it until rank 0 ends."""
+    try:
+        channel = Channel(socket.socket(fileno=os.dup(0)))
+    except OSError:
+        sys.exit(NOT_BY_HAND)
+    start = channel.receive()
+    if not isinstance(start, Start) or os.getppid() != start.parent_pid:
+        sys.exit(NOT_BY_HAND)
+    name = f"{SCHEDULER} TP{start.rank}"
+    setproctitle.setproctitle(TITLE.format(role=name))
+    set_up_logging(start.config, name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
+    try:
+        parallel = Parallel(start.rank, start.size)
+        follow(start, channel, parallel, open_store(parallel, start.place))
+    except StartupError as error:
+        log.error("%s: %s", name, error)
+        os._exit(EXIT_STARTUP)
+    except Exception:
+        log.exception("%s hit an exception:", name)
+        os._exit(LOST)
+    os._exit(0)
+
+
+def follow(
+    start: Start, channel: Channel, parallel: Parallel, store: Store, report: Callable[[], None] = lambda: None
+) -> None:
+    """Load the part of the model, and do what the messages say, until there are no more. Raises StartupError.
+
+    `report` is called once the part is loaded.
+    """
+    torch.set_num_threads(start.threads)
+    device = torch.device(start.config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(parallel.rank % start.config.ranks_here)
+    model = load_part(start.config, start.info, device, parallel, store)
+    report()
+    limit_threads(device, model.hidden_size)
+    log.info("Rank %d of %d computes %.2f GB of weights.", parallel.rank, parallel.size, model.weights.nbytes() / 1e9)
+    updates = FollowingUpdates(Updates(model.weights, start.config, tempfile.gettempdir()))
+    Follower(model, device, channel, parallel, updates).run()
+
+
+class Follower:
+    """One rank's work, message by message."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        device: torch.device,
+        channel: Channel,
+        parallel: Parallel,
+        updates: FollowingUpdates,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.channel = channel
+        self.parallel = parallel
+        self.updates = updates
+        self.steps: EagerSteps | None = None  # once rank 0 has said how large the KV pool is
+        self.job: Generator[None, bool | None, Any] | None = None  # work in the background
+
+    def run(self) -> None:
+        """Do what the messages say until there are no more; between them, a slice of the work in the background."""
+        while True:
+            if self.job is not None and not self.channel.waits(POLL_S):
+                self.work_on()
+            elif (message := self.channel.receive()) is None:
+                return
+            else:
+                self.handle(message)
+
+    def handle(self, message: Message) -> None:
+        """Do what a message says, or begin to."""
+        match message:
+            case Pool(page_count, page_size):
+                cache = KVCache(self.model.attention, page_count, page_size, self.model.dtype, self.device)
+                attention = choose_attention(self.device, self.model, deterministic=False)
+                self.steps = EagerSteps(self.model, cache, SlotTokens(1, self.device), attention)
+            case Forward():
+                self.forward(message)
+            case Logits(rows):
+                self.logits(rows)
+            case Commit():
+                self.begin(partial(self.updates.updates.free, self.updates.commit()), lambda _: None)
+            case GiveUp():
+                self.finish_job()
+                self.updates.give_up()
+            case Start() | Hello() | Answer():
+                raise AssertionError(message)
+            case task:
+                self.begin(partial(self.updates.do, task), self.channel.send)
+
+    @torch.inference_mode()
+    def forward(self, message: Forward) -> None:
+        """This rank's part of a forward pass."""
+        assert self.steps is not None
+        page_size = self.steps.cache.page_size
+        self.steps.forward(Plan(), inputs_of(message, page_size, self.model.hidden_size, self.device))
+
+    @torch.inference_mode()
+    def logits(self, rows: int) -> None:
+        """This rank's part of the logits, of hidden states that rank 0 broadcasts."""
+        hidden = torch.empty(rows, self.model.hidden_size, dtype=self.model.dtype, device=self.device)
+        self.parallel.broadcast(hidden)
+        self.model.logits(hidden)
+
+    # work in the background
+
+    def begin(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Begin work in the background, and give `then` its result."""
+        self.finish_job()
+        self.job = finished(work, then)
+
+    def work_on(self) -> None:
+        """Let the work in the background run for a slice."""
+        assert self.job is not None
+        try:
+            next(self.job)
+        except StopIteration:
+            self.job = None
+
+    def finish_job(self) -> None:
+        """Work on until it is done."""
+        while self.job is not None:
+            self.work_on()
+
+
+def finished(work: Callable[[], Any], then: Callable[[Any], None]) -> Generator[None, bool | None, None]:
+    """Work in the background, up to its end; an error that nobody expects is an answer too."""
+    try:
+        result = yield from run_in_background(work)
+    except CommandRefused as refusal:
+        result = Answer(refusal=refusal.message, status=refusal.status)
+    then(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Products and embeddings of which each rank has a part of the weight; what they give is the same on every rank."""
+
+import torch
+import torch.nn.functional as F
+
+from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.cpu.native import library as native
+from quartet.kernels.cpu.native.quantized import QuantizedWeight
+from quartet.scheduler_service.host.parallel import Parallel
+
+
+class ReducedLinear(Linear):
+    """A product whose weight has some of the columns: the ranks' results are summed, in float32 on a CPU."""
+
+    is_whole = False
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantized: QuantizedWeight | None, parallel: Parallel
+    ) -> None:
+        super().__init__(weight, bias if parallel.rank == 0 else None, quantized)  # the bias counts once
+        self.parallel = parallel
+
+    def product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
+        """The whole product: the same on every rank."""
+        assert not gelu
+        if not self.has_kernel:
+            return self.parallel.sum(super().product(x, gelu))
+        part = x.new_empty(len(x), len(self.weight), dtype=torch.float32)
+        super().multiply_native(x, part, "float")
+        return self.parallel.sum(part).to(x.dtype)
+
+    def multiply_native(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        output: str,
+        activation: str = "silu",
+        norm: native.NormWeight | None = None,
+    ) -> None:
+        """As the whole layer does; only sums to a residual stream ask for it."""
+        assert output == "add" and norm is None, output
+        out.add_(self(x))
+
+
+class GatheredLinear(Linear):
+    """A language-model head whose weight has some of the tokens: the ranks' logits are put side by side."""
+
+    is_whole = False
+
+    def __init__(self, weight: torch.Tensor, quantized: QuantizedWeight | None, parallel: Parallel) -> None:
+        super().__init__(weight, None, quantized)
+        self.parallel = parallel
+
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The logits of all tokens into `out` (rows, vocab)."""
+        part = x.new_empty(len(x), len(self.weight), dtype=out.dtype)
+        super().write(x, part)
+        self.parallel.gather(part, out)
+
+
+def look_up(ids: torch.Tensor, table: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+    """Rows of a table of which each rank has an equal part: (tokens, hidden)."""
+    own = ids - parallel.rank * len(table)
+    here = (own >= 0) & (own < len(table))
+    rows = F.embedding(torch.where(here, own, 0), table)
+    return parallel.sum(rows.masked_fill(~here.unsqueeze(1), 0))

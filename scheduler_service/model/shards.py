@@ -1,0 +1,94 @@
+"""One rank's part of a decoder: its spec and the layout of its weights.
+
+Queries, keys, values, gates and ups are cut by output (rows of the weight), `output` and `down` by input (columns),
+whose products are summed over the ranks. Experts are cut like a dense block, each in its middle; one sum follows all of
+them. Embeddings and head are cut by token where the vocabulary can be divided. Norms and routers are whole everywhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from quartet.runtime.errors import StartupError
+from quartet.scheduler_service.host.parallel import Parallel
+from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec
+from quartet.scheduler_service.weights.cuts import Cut
+from quartet.scheduler_service.weights.parameters import Layout
+
+UNEVEN = "--tp-size {}: {} {} cannot be divided among the ranks; use a --tp-size that divides them"
+REFUSED = "--tp-size {}: {}, which one process computes; use --tp-size 1"
+# What several ranks do not compute: whether a model has it, and what it is called
+WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
+    (lambda spec: spec.latent is not None, "this model has latent attention"),
+    (lambda spec: spec.is_recurrent, "this model has recurrent layers"),
+    (lambda spec: spec.output_gate, "this model has gates behind attention"),
+    (lambda spec: spec.query_key_norm_over != "head", "this model norms queries and keys over all heads together"),
+    (
+        lambda spec: any(layer.moe and layer.moe.expert_bias for layer in spec.layers),
+        "this model's experts have biases",
+    ),
+    (
+        lambda spec: len(spec.names.qkv) != 3 or len(spec.names.gate_up) != 2,
+        "this family stores fused projections (such as qkv_proj)",
+    ),
+]
+
+
+def refuse_whole(spec: DecoderSpec, ranks: int) -> None:
+    """Raise StartupError for a model of which ranks cannot have parts."""
+    for has_it, what in WHOLE:
+        if has_it(spec):
+            raise StartupError(REFUSED.format(ranks, what))
+
+
+def shard_spec(spec: DecoderSpec, ranks: int) -> DecoderSpec:
+    """The decoder that one rank computes. Raises StartupError where there is none."""
+    refuse_whole(spec, ranks)
+    kv_heads = spec.kv_heads
+    if kv_heads % ranks and ranks % kv_heads:
+        raise StartupError(UNEVEN.format(ranks, kv_heads, "heads of keys and values"))
+    return replace(
+        spec,
+        heads=share(spec.heads, ranks, "attention heads"),
+        kv_heads=max(1, kv_heads // ranks),
+        intermediate_size=share(spec.intermediate_size, ranks, "columns of the feed-forward block"),
+        layers=tuple(shard_layer(layer, ranks) for layer in spec.layers),
+    )
+
+
+def shard_layer(layer: LayerSpec, ranks: int) -> LayerSpec:
+    if layer.moe is None:
+        return layer
+    size = share(layer.moe.intermediate_size, ranks, "columns of an expert")
+    shared = share(layer.moe.shared_intermediate_size, ranks, "columns of the shared expert")
+    return replace(layer, moe=replace(layer.moe, intermediate_size=size, shared_intermediate_size=shared))
+
+
+def share(count: int, ranks: int, what: str) -> int:
+    if count % ranks:
+        raise StartupError(UNEVEN.format(ranks, count, what))
+    return count // ranks
+
+
+def shard_layout(spec: DecoderSpec, parallel: Parallel) -> Layout:
+    """The layout of one rank's weights, `spec` being the whole model's."""
+    whole = decoder_layout(spec)
+    if parallel.size == 1:
+        return whole
+    rows = spec.vocab_size if spec.vocab_size % parallel.size else spec.vocab_size // parallel.size
+    layout = decoder_layout(shard_spec(spec, parallel.size), rows)
+    layout.parallel = parallel
+    for name, place in layout.places.items():
+        if (cut := cut_of(whole.places[name].shape, place.shape, parallel)) is not None:
+            layout.cuts[name] = cut
+            layout.cut_buffers[place.buffer] = cut.dimension
+    return layout
+
+
+def cut_of(whole: tuple[int, ...], own: tuple[int, ...], parallel: Parallel) -> Cut | None:
+    """The part of a tensor that a rank has; None: all of it. Some ranks may share one, as heads of keys."""
+    for dimension, (all_of_it, length) in enumerate(zip(whole, own, strict=True)):
+        if all_of_it != length:
+            parts = all_of_it // length
+            return Cut(whole, dimension, parallel.rank * parts // parallel.size * length, length)
+    return None

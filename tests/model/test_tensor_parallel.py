@@ -1,0 +1,115 @@
+"""Ranks that have a part of the weights each give transformers' numbers, on small random models read from disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files import model_info
+from quartet.scheduler_service.host.parallel import Parallel
+from quartet.scheduler_service.model.registry import check_ranks, decoder_spec
+from quartet.scheduler_service.model.shards import shard_layout
+from tests.configs import resolved
+from tests.model import parity, tiny
+from tests.model.test_families import expected_logits
+from tests.model.test_families import prompt as ids_of
+from tests.ranks import Computed, computed, logits, run_ranks
+
+CASES = {  # of the parity table; `python -m tests.model.parity_table --tp-size 2` has all of them
+    "llama": ["retraction"],
+    "qwen2": ["prefix hits"],
+    "qwen2_moe": ["chunks of 16"],
+    "qwen3_moe": ["16 at once"],
+    "gemma3": ["one request"],
+}
+BFLOAT16 = ["llama", "qwen3_moe"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    for family in CASES:
+        tiny.build(family, directory / family)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Computed]:
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), computed, models, CASES, BFLOAT16, ids_of())
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_two_ranks_agree_with_transformers(family: str, models: Path, of_two_ranks: list[Computed]) -> None:
+    peer, (served, _) = parity.Peer(models / family), of_two_ranks[0]
+    for case in CASES[family]:
+        found = parity.compare(peer, *served[family, case])
+        assert found.tokens_equal and found.error <= parity.TOLERANCE, found
+
+
+@pytest.mark.parametrize("family", BFLOAT16)
+def test_ranks_in_bfloat16_are_as_near_as_one_process(family: str, models: Path, of_two_ranks: list[Computed]) -> None:
+    expected = expected_logits(family, ids_of())
+    first, second = (bfloat16[family] for _, bfloat16 in of_two_ranks)
+    alone = (logits(Parallel(), models / family, "bfloat16", ids_of()) - expected).abs().mean()
+    assert (first - expected).abs().mean() <= 1.5 * alone
+    assert torch.equal(first, second)
+
+
+def test_neighbouring_ranks_share_a_head_of_keys_where_there_are_fewer(tmp_path: Path) -> None:
+    spec = decoder_spec(model_info.load(resolved(model_path=str(tiny.build("llama", tmp_path)))))
+    cuts = [shard_layout(spec, Parallel(rank, 4)).cuts for rank in range(4)]
+    keys = [rank["model.layers.0.self_attn.k_proj.weight"] for rank in cuts]
+    assert (spec.heads, spec.kv_heads) == (4, 2)
+    assert [(cut.start, cut.length) for cut in keys] == [
+        (spec.head_dim * (rank // 2), spec.head_dim) for rank in range(4)
+    ]
+
+
+def refusal(family: str, ranks: int, directory: Path, **overrides: object) -> str:
+    path = tiny.build(family, directory, **overrides)
+    spec = decoder_spec(model_info.load(resolved(model_path=str(path))))
+    with pytest.raises(StartupError) as refused:
+        shard_layout(spec, Parallel(0, ranks))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("deepseek_v3", "this model has latent attention"),
+        ("qwen3_next", "this model has recurrent layers"),
+        ("olmo2", "this model norms queries and keys over all heads together"),
+        ("gpt_oss", "this model's experts have biases"),
+        ("phi3", "this family stores fused projections (such as qkv_proj)"),
+    ],
+)
+def test_models_that_cannot_be_divided_are_refused_before_a_rank_starts(family: str, why: str, tmp_path: Path) -> None:
+    config = resolved(model_path=str(tiny.build(family, tmp_path)), tp_size=2)
+    with pytest.raises(StartupError) as refused:
+        check_ranks(config, model_info.load(config))
+    assert str(refused.value) == f"--tp-size 2: {why}, which one process computes; use --tp-size 1"
+
+
+def test_quantized_weights_are_refused_before_a_rank_starts(tmp_path: Path) -> None:
+    config = resolved(model_path=str(tiny.build("llama", tmp_path)), tp_size=2)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(StartupError, match="--tp-size 2: these weights are quantized, which one process computes"):
+        check_ranks(config, model_info.load(config))
+
+
+def test_sizes_that_cannot_be_divided_are_refused_by_name(tmp_path: Path) -> None:
+    assert "--tp-size 3: 2 heads of keys and values" in refusal("llama", 3, tmp_path / "a")
+    assert "--tp-size 8: 4 attention heads" in refusal("llama", 8, tmp_path / "b")
+    assert "--tp-size 4: 98 columns" in refusal("llama", 4, tmp_path / "c", intermediate_size=98)
+
+
+def test_the_parts_of_all_ranks_make_up_each_tensor(tmp_path: Path) -> None:
+    spec = decoder_spec(model_info.load(resolved(model_path=str(tiny.build("qwen2_moe", tmp_path)))))
+    parts = [shard_layout(spec, Parallel(rank, 2)).cuts for rank in range(2)]
+    for name, cut in parts[0].items():
+        values = torch.arange(torch.Size(cut.whole).numel()).view(cut.whole)
+        both = torch.cat([part[name].of(values) for part in parts], cut.dimension)
+        assert torch.equal(both, values), name

@@ -1,0 +1,95 @@
+"""A function run by several ranks at once, each a process of its own, over Gloo; engines whose model they compute."""
+
+import pickle
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from quartet.runtime.model_files import model_info
+from quartet.scheduler_service.execution.rank_messages import Channel
+from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
+from quartet.scheduler_service.execution.ranks import Followers
+from quartet.scheduler_service.execution.worker import Worker
+from quartet.scheduler_service.follower import Follower
+from quartet.scheduler_service.host.parallel import Parallel, join, open_store
+from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.registry import load_model
+from quartet.scheduler_service.weights.update import Updates
+from tests.configs import resolved
+from tests.engine import Answer
+from tests.model.cases import CASES
+from tests.model.dense import DenseRunner
+
+Served = tuple[list[list[int]], list[Answer]]  # prompts and answers
+Computed = tuple[dict[tuple[str, str], Served], dict[str, torch.Tensor]]
+
+CPU = torch.device("cpu")
+
+
+def run_ranks(count: int, directory: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(parallel, *arguments)` returned, by rank; raises what a rank raised."""
+    multiprocessing.spawn(_rank, (count, directory, function, arguments), nprocs=count)
+    return [pickle.loads((directory / f"result.{rank}").read_bytes()) for rank in range(count)]
+
+
+def _rank(rank: int, count: int, directory: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    parallel = Parallel(rank, count)
+    join(parallel, CPU, open_store(parallel, str(directory / "store")))
+    (directory / f"result.{rank}").write_bytes(pickle.dumps(function(parallel, *arguments)))
+
+
+def load(parallel: Parallel, directory: Path, dtype: str) -> ServedModel:
+    """A rank's part of a model."""
+    config = resolved(model_path=str(directory), device="cpu", dtype=dtype)
+    return load_model(config, model_info.load(config), CPU, parallel)
+
+
+def serve_cases(parallel: Parallel, directory: Path, cases: dict[str, list[str]]) -> dict[tuple[str, str], Served]:
+    """Cases of the parity table by family, of models in folders of their names; rank 0 has what came of them."""
+    served = {}
+    for family, names in cases.items():
+        place = directory / family
+        with leading(parallel, load(parallel, place, "float32"), place) as make_worker:
+            for name in names if make_worker else ():
+                served[family, name] = CASES[name](place, make_worker=make_worker)
+    return served
+
+
+def logits(parallel: Parallel, directory: Path, dtype: str, ids: list[int]) -> torch.Tensor:
+    """(tokens, vocab), of a prompt in two chunks."""
+    runner, half = DenseRunner(load(parallel, directory, dtype)), len(ids) // 2
+    return torch.cat([runner.feed([ids[:half]]), runner.feed([ids[half:]])])
+
+
+def computed(
+    parallel: Parallel, directory: Path, cases: dict[str, list[str]], families: list[str], ids: list[int]
+) -> Computed:
+    """Cases by family, and the logits of a prompt in bfloat16."""
+    bfloat16 = {family: logits(parallel, directory / family, "bfloat16", ids) for family in families}
+    return serve_cases(parallel, directory, cases), bfloat16
+
+
+@contextmanager
+def leading(parallel: Parallel, model: ServedModel, directory: Path) -> Iterator[Callable[..., Worker] | None]:
+    """On rank 0, what makes workers; the other rank of two follows meanwhile, and gets None at the end."""
+    listener = socket.socket(socket.AF_UNIX)
+    if parallel.rank:
+        parallel.sum(torch.zeros(1))  # rank 0 listens
+        listener.connect(str(directory / "channel"))
+        updates = FollowingUpdates(Updates(model.weights, resolved(model_path=str(directory)), str(directory)))
+        Follower(model, CPU, Channel(listener), parallel, updates).run()
+        yield None
+        return
+    listener.bind(str(directory / "channel"))
+    listener.listen()
+    parallel.sum(torch.zeros(1))
+    with listener, listener.accept()[0] as connection:
+        followers = Followers(parallel, [Channel(connection)])
+        yield partial(Worker, load=lambda *_: model, followers=followers)

@@ -1,0 +1,116 @@
+"""All ranks take new weights, or none does: rank 0 against another rank that answers what the test wants."""
+
+from pathlib import Path
+
+import pytest
+
+from quartet.runtime.errors import CommandRefused
+from quartet.scheduler_service.execution.rank_messages import (
+    Answer,
+    Channel,
+    Commit,
+    FromDisk,
+    GiveUp,
+    Message,
+    Part,
+    as_bytes,
+)
+from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
+from quartet.scheduler_service.execution.ranks import Followers
+from quartet.scheduler_service.host.parallel import Parallel
+from quartet.scheduler_service.weights import record
+from tests import checkpoints
+from tests.configs import resolved
+
+HEAD = "lm_head.weight"
+
+
+class Scripted(Channel):
+    """The channel of a rank whose answers are known."""
+
+    def __init__(self) -> None:
+        self.heard: list[Message] = []
+        self.script: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self.heard.append(message)
+
+    def receive(self) -> Message | None:
+        return self.script.pop(0) if self.script else None
+
+
+@pytest.fixture
+def other() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture
+def updates(tmp_path: Path, other: Scripted) -> LeadingUpdates:
+    directory = checkpoints.version_model(tmp_path / "served", 5)
+    config = resolved(model_path=str(directory), model_dir=str(directory))
+    live = checkpoints.loaded(directory)
+    return LeadingUpdates(live, config, str(tmp_path), lambda _: None, Followers(Parallel(0, 2), [other]))
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> Path:
+    return checkpoints.version_model(tmp_path / "new", 9)
+
+
+def served_token(updates: LeadingUpdates) -> int:
+    return int(updates.live.view(HEAD).sum(1).argmax())
+
+
+def test_what_all_ranks_have_staged_is_committed_by_all(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
+    other.script = [Answer(record.files_of(new))]
+    updates.swap(updates.from_disk(str(new), "auto", None), "2")
+    assert other.heard == [FromDisk(str(new), "auto"), Commit()]
+    assert served_token(updates) == 9
+
+
+def test_one_ranks_refusal_is_everybodys(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
+    other.script = [Answer(refusal="no room.", status=400)]
+    with pytest.raises(CommandRefused, match=r"no room\. \(rank 1\)"):
+        updates.from_disk(str(new), "auto", None)
+    assert other.heard[-1] == GiveUp()
+    assert served_token(updates) == 5
+
+
+def test_what_rank_0_refuses_the_others_drop(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
+    other.script = [Answer({})]
+    (new / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(CommandRefused):
+        updates.from_disk(str(new), "auto", None)
+    assert other.heard[-1] == GiveUp() and not other.script
+
+
+def test_files_that_change_between_two_ranks_are_refused(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
+    other.script = [Answer({"model.safetensors": [1, 2]})]
+    with pytest.raises(CommandRefused, match="were changed while the ranks read them"):
+        updates.from_disk(str(new), "auto", None)
+    assert other.heard[-1] == GiveUp()
+
+
+def test_a_manifest_is_refused_before_anybody_reads(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
+    with pytest.raises(CommandRefused, match="leave the manifest out"):
+        updates.from_disk(str(new), "auto", {HEAD: "00"})
+    assert other.heard == []
+
+
+def test_copies_that_differ_between_ranks_are_an_error(updates: LeadingUpdates, other: Scripted) -> None:
+    other.script = [Answer("another checksum")]
+    with pytest.raises(CommandRefused, match=r"rank 1 has another .* than rank 0"):
+        updates.inspection.checksums([HEAD])
+    assert other.heard == [Part(HEAD)]
+
+
+def test_a_rank_that_ends_while_it_is_asked_is_no_answer(updates: LeadingUpdates, new: Path) -> None:
+    with pytest.raises(ConnectionError):
+        updates.from_disk(str(new), "auto", None)
+    assert served_token(updates) == 5
+
+
+def test_bytes_of_a_part_are_those_of_its_rows(updates: LeadingUpdates) -> None:
+    whole = updates.live.view(HEAD)
+    assert as_bytes(whole[:3]) + as_bytes(whole[3:]) == as_bytes(whole)
+    assert as_bytes(whole[:, :2]) == whole[:, :2].contiguous().numpy().tobytes()
