@@ -15,9 +15,12 @@ class ControlCommand(Message, kw_only=True):
     reply: ClassVar[ReplyShape] = EVERYTHING
     admin: ClassVar[bool] = True  # guarded by the admin key where there is one
     read_only: ClassVar[bool] = False  # changes nothing, so it may run twice
+    for_schedulers: ClassVar[bool] = True  # else a text service answers
+    one_scheduler: ClassVar[str] = ""  # what to do instead where there are several: what it changes is on no disk
 
     id: str = ""  # set by the gateway, copied into the Reply
     epoch: int | None = None  # set by the gateway: of the scheduler that may run it; None: any
+    rank: int = 0  # set by the gateway: the scheduler that gets it
 
     @property
     def ends_requests(self) -> bool:

@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 
 def main(boot: Boot) -> None:
     """Load the model and serve it until killed. Raises StartupError."""
-    config = record.restored(boot.config, boot.run_dir)
+    config = record.restored(boot.config, boot.own_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
-    adapters = worker.load_adapters(boot.config, boot.run_dir)
-    updates = weight_updates(config, info, worker, boot.run_dir)
+    adapters = worker.load_adapters(boot.config, boot.own_dir)
+    updates = weight_updates(config, info, worker, boot.own_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
     serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)

@@ -28,7 +28,8 @@ from quartet.runtime.messages import (
     Tokenized,
 )
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
-from quartet.scheduler_service.answers import check_hidden_states, stamp, tokens_of, unqueued_end
+from quartet.scheduler_service.answers import check_hidden_states, signed, stamp, tokens_of, unqueued_end
+from quartet.scheduler_service.control.context import Decisions
 from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
 from quartet.scheduler_service.control.runner import CommandRunner
@@ -120,6 +121,7 @@ class Scheduler:
         )
         self.has_idle_work = idle_work is not None  # as far as is known
         self.step_sleep_s = 0.0  # a test aid
+        self.decisions = Decisions()
         self.guard = Guard(SCHEDULER, announced or Announced(), self.give_up)
         self.profile: Profile | None = None  # a recording under way
         self.commands = CommandRunner(HANDLERS)
@@ -350,7 +352,7 @@ class Scheduler:
     def emit(self, messages: list[Message]) -> None:
         """Send messages in one frame."""
         if messages:
-            self.outbox.send(messages)
+            self.outbox.send(signed(messages, self.facts.rank if self.facts else 0))
 
     def messages(
         self, updates: Iterable[Update], weight_version: str = "", adapter_versions: Mapping[str, str] | None = None

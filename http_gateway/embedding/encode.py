@@ -10,6 +10,8 @@ from starlette.responses import Response
 from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.output import finish_reason
+from quartet.http_gateway.generation.rank_choice import FIELDS as RANK_FIELDS
+from quartet.http_gateway.generation.rank_choice import chosen_rank
 from quartet.http_gateway.generation.run_group import collect_answers
 from quartet.http_gateway.generation.truncation import Truncation, read_truncation
 from quartet.http_gateway.http.errors import json_response
@@ -38,6 +40,8 @@ class EncodeBody(Prompted, kw_only=True):
     dimensions: int | None = None
     log_metrics: bool | None = None
     background: bool | None = None
+    data_parallel_rank: int | None = None  # the scheduler that computes it, where there are several
+    routed_dp_rank: int | None = None  # another name for it
     image_data: Any = None
     audio_data: Any = None
     video_data: Any = None
@@ -85,7 +89,9 @@ def text_prompt(item: str | list[str], request: Request) -> Generate:
 
 def request_of(body: EncodeBody, rules: Rules) -> Request:
     truncation = read_truncation(body, "right")
-    return embed_request(rules, body.dimensions, truncation, log_metrics=body.log_metrics is not False)
+    request = embed_request(rules, body.dimensions, truncation, log_metrics=body.log_metrics is not False)
+    request.wanted_rank = chosen_rank({name: getattr(body, name) for name in RANK_FIELDS}, rules.schedulers)
+    return request
 
 
 def embed_request(

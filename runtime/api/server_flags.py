@@ -82,6 +82,7 @@ class ServerFlags(TypedDict, total=False):
     max_loaded_loras: int | None
     max_lora_rank: int
     lora_target_modules: list[str] | None
+    dp_size: int
     device: Literal["auto", "cpu", "cuda"]
     attention_backend: Literal["triton", "torch_native"] | None
     enable_deterministic_inference: bool

@@ -1,7 +1,7 @@
 """How many pages the KV pool gets: by what memory allows, what requests can need, and what the operator asked for."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
@@ -89,6 +89,8 @@ def plan_states(
 
 def plan_pool(config: ResolvedConfig, need: Need, room: Room) -> PoolPlan:
     """Size the pool. Raises StartupError when not one page fits."""
+    if config.device == "cpu" and config.dp_size > 1:
+        room = shared(room, config.dp_size)
     given = config.max_total_tokens
     if not need.bytes_per_token:  # an encoder keeps no KV: its pages are only counted
         tokens = need.most_tokens if given is None else given
@@ -105,6 +107,13 @@ def plan_pool(config: ResolvedConfig, need: Need, room: Room) -> PoolPlan:
             f"still be used by {room.memory.limit}; {advice}"
         )
     return PoolPlan(need.page_size, count, reason)
+
+
+def shared(room: Room, schedulers: int) -> Room:
+    """The part of one of several schedulers that take their memory from the same machine at the same time."""
+    memory = room.memory
+    part = replace(memory, available=memory.available // schedulers, total=memory.total // schedulers)
+    return replace(room, memory=part)
 
 
 def pages_given(max_total_tokens: int, device: str, need: Need, room: Room) -> tuple[int, str]:

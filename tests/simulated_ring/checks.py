@@ -4,8 +4,8 @@ from array import array
 from typing import TYPE_CHECKING
 
 from quartet.detokenizer_service.stream import Stream
+from quartet.http_gateway.ring.admission import BLOCKED_REQUEST
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, SUSPICIOUS_DEATHS
-from quartet.http_gateway.ring.ring_client import BLOCKED_REQUEST
 from quartet.runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Reply, Text, unpack_ids
