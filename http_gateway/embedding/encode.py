@@ -10,7 +10,6 @@ from starlette.responses import Response
 from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.output import finish_reason
-from quartet.http_gateway.generation.rank_choice import FIELDS as RANK_FIELDS
 from quartet.http_gateway.generation.rank_choice import chosen_rank
 from quartet.http_gateway.generation.run_group import collect_answers
 from quartet.http_gateway.generation.truncation import Truncation, read_truncation
@@ -90,7 +89,7 @@ def text_prompt(item: str | list[str], request: Request) -> Generate:
 def request_of(body: EncodeBody, rules: Rules) -> Request:
     truncation = read_truncation(body, "right")
     request = embed_request(rules, body.dimensions, truncation, log_metrics=body.log_metrics is not False)
-    request.wanted_rank = chosen_rank({name: getattr(body, name) for name in RANK_FIELDS}, rules.schedulers)
+    request.wanted_rank = chosen_rank(body, rules.schedulers)
     return request
 
 

@@ -1,6 +1,7 @@
 """Which of several schedulers a client has chosen: by a field of the body, or by a header."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Protocol
 
 from quartet.http_gateway.generation.intake import Job
 from quartet.runtime.errors import RequestError
@@ -9,9 +10,16 @@ HEADER = b"x-data-parallel-rank"
 FIELDS = ("data_parallel_rank", "routed_dp_rank")
 
 
-def chosen_rank(fields: Mapping[str, int | None], schedulers: int) -> int | None:
+class WithRank(Protocol):
+    """A body whose client may choose the scheduler."""
+
+    data_parallel_rank: int | None
+    routed_dp_rank: int | None  # another name for it
+
+
+def chosen_rank(body: WithRank, schedulers: int) -> int | None:
     """The rank that a body asks for under either name. Raises RequestError."""
-    given = {name: rank for name, rank in fields.items() if rank is not None}
+    given = {name: rank for name in FIELDS if (rank := getattr(body, name)) is not None}
     for name, rank in given.items():
         check_rank(name, rank, schedulers, name)
     if len(set(given.values())) > 1:

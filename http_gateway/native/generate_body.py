@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from quartet.http_gateway.generation.intake import NO_BUDGET, Job, Rules, fan_out, sampling_params
-from quartet.http_gateway.generation.rank_choice import FIELDS as RANK_FIELDS
 from quartet.http_gateway.generation.rank_choice import chosen_rank
+from quartet.http_gateway.generation.resumed import read_resumed
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.runtime import limits
 from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
@@ -67,6 +67,7 @@ class GenerateBody(Truncating, kw_only=True):
     return_sampling_mask: bool | list[bool] | None = None
     require_reasoning: bool | list[bool] | None = None
     max_thinking_tokens: int | None = None  # of every prompt whose parameters have no thinking_budget
+    resume_ids: list[int] | None = None  # output that the client has: the answer is what follows it
     # the scheduler that computes it, where there are several
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
@@ -114,7 +115,8 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     experts, starts = read_routed_experts(body, size, rules)
     hidden = read_hidden_states(body, size, rules)
     truncation = read_truncation(body, "left")
-    rank = chosen_rank({name: getattr(body, name) for name in RANK_FIELDS}, rules.schedulers)
+    rank = chosen_rank(body, rules.schedulers)
+    resumed = read_resumed(body.resume_ids, params[0], single, rules)
     for i, prompt in enumerate(prompts):
         prompt.request = Request(
             rid="",
@@ -124,6 +126,7 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             adapter=adapters[i],
             extra_key=keys[i] + salts[i],
             wanted_rank=rank,
+            resume_ids=resumed,
             priority=priorities[i],
             thought=thoughts[i],
             return_hidden_states=hidden[i],

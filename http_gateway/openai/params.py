@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
-from quartet.http_gateway.generation.rank_choice import FIELDS as RANK_FIELDS
 from quartet.http_gateway.generation.rank_choice import chosen_rank
 from quartet.http_gateway.generation.truncation import read_truncation
 from quartet.http_gateway.http import errors
@@ -141,8 +140,7 @@ def job_of(
         raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
     options = with_distribution(logprobs, bool(body.return_entropy), bool(body.return_sampling_mask), params)
     truncation = read_truncation(body, "left")
-    ranks = {name: getattr(body, name) for name in RANK_FIELDS}
-    rank = chosen_rank(ranks, gateway.rules.schedulers)
+    rank = chosen_rank(body, gateway.rules.schedulers)
     for prompt, adapter in zip(prompts, adapters_of(gateway, body, len(prompts), single), strict=True):
         prompt.request = Request(
             rid="",

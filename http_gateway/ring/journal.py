@@ -66,7 +66,7 @@ class JournalEntry:
             rank=self.rank,
             epoch=epoch,
             again=self.again,
-            resume_ids=bytes(self.delivered),
+            resume_ids=self.request.resume_ids + bytes(self.delivered),
         )
         return msgspec.structs.replace(self.generate, request=request)
 
