@@ -1,4 +1,4 @@
-"""Quartet on Ray Serve, a ring in each replica: `serve run deploy.ray.app:app`, then POST /generate (docs/fleets.md)."""
+"""Quartet on Ray Serve, a ring in each replica: `serve run deploy.ray.app:app`, then POST to it (docs/fleets.md)."""
 
 from collections.abc import AsyncIterator
 
