@@ -183,6 +183,7 @@ async def serve(boot: Boot) -> None:
         least_attempt,
         service.announced(boot),
         schedulers=config.dp_size,
+        run_dir=boot.run_dir,
     )
     listening = asyncio.create_task(ring.listen())
     listening.add_done_callback(end_with_listener)

@@ -12,6 +12,7 @@ from quartet.runtime.messages import Message, Reply
 log = logging.getLogger(__name__)
 
 LEVEL_TIMEOUT_S = 600.0
+LOOK_AFTER_S = 1.0
 
 Run = Callable[[ControlCommand, float, int], Awaitable[Message]]  # a command, its time limit, the scheduler's rank
 
@@ -22,8 +23,17 @@ class Leveller:
     def __init__(self, schedulers: Schedulers, run: Run) -> None:
         self._schedulers = schedulers
         self._run = run
+        schedulers.on_change = self.look_soon
         self._said: dict[int, int] = {}  # rank → epoch
         self._under_way: dict[int, asyncio.Task[None]] = {}  # by rank
+
+    def look_soon(self) -> None:
+        """The weights of all have changed: look at each when those that live have changed theirs as well."""
+        asyncio.get_running_loop().call_later(LOOK_AFTER_S, self._look_at_all)
+
+    def _look_at_all(self) -> None:
+        for one in self._schedulers.up:
+            self.look_at(one.rank)
 
     def look_at(self, rank: int) -> None:
         """A scheduler has spoken: bring it to the weights of the others, where it serves other ones."""

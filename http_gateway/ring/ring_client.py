@@ -69,6 +69,7 @@ class RingClient:
         least_attempt: int = 0,
         announced: Announced | None = None,
         schedulers: int = 1,
+        run_dir: str = "",
         watch: Callable[[int, Callable[[], None]], None] = death_watch.watch,
     ) -> None:
         """`least_attempt`: beyond all attempts of the gateway before. `watch`: tells of the end of a process."""
@@ -87,7 +88,7 @@ class RingClient:
         self._serials = itertools.count(1)  # of requests, commands and relayed aborts
         self._quarantine = Quarantine()
         self._relayed = RelayedAborts()
-        self.schedulers = Schedulers(schedulers)
+        self.schedulers = Schedulers(schedulers, run_dir)
         self._watch = watch
         self._commands = Commands(partial(send_frame, outbox), self._serials, self.schedulers)
         self._leveller = Leveller(self.schedulers, self._commands.run)
@@ -201,11 +202,11 @@ class RingClient:
         self.ask_facts()  # those of a scheduler that was started again meanwhile may be lost; first hear of that death
         self._recover(restarted.role)
 
-    def _recover(self, role: str, rank: int = 0) -> None:
-        """A service has died: send again what may have been lost with it; what a scheduler had, to one that serves."""
+    def _recover(self, role: str, rank: int = 0, news: bool = True) -> None:
+        """Send again what may have been lost with a service. `news`: that it has died; else what was sent since."""
         self._attempt += 1
         lost = [entry for entry in self._pending.values() if is_lost(entry, role, rank)]
-        poison = self._quarantine.service_died(role, lost)
+        poison = self._quarantine.service_died(role, lost) if news else None
         for entry in lost:
             entry.withdraw(self._attempt)
             if role == SCHEDULER:
@@ -354,7 +355,8 @@ class RingClient:
             self.on_reply(answer)
             self.schedulers.note_reply(answer)
         if self._quarantine.takes(answer):
-            self._send_ready()
+            if self._quarantine.cleared:
+                self._send_ready()
             return
         unanswered = self._commands.deliver(answer, answer.id, answer.rank)
         if unanswered is None:
@@ -376,8 +378,8 @@ class RingClient:
         new = not one.heard or facts.epoch > one.epoch
         given_away, one.given_away = one.given_away, False
         restarted = self.schedulers.note_facts(facts, common)
-        if restarted and not given_away:
-            self._recover(SCHEDULER, facts.rank)
+        if restarted:  # what was given away is elsewhere by now, but for what found no other that serves
+            self._recover(SCHEDULER, facts.rank, news=not given_away)
         if new and facts.pid and self.schedulers.several:
             self._watch(facts.pid, partial(self._on_death, facts.rank, facts.epoch))
         self._leveller.look_at(facts.rank)

@@ -7,18 +7,31 @@ where a request is.
 
 import asyncio
 import contextlib
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, PrefixMemory, blocks_of
+from quartet.runtime import records
 from quartet.runtime.messages import Facts, Generate, Reply
+
+log = logging.getLogger(__name__)
 
 MOST_MORE_REQUESTS = 16  # that a scheduler may have than another, and still get those whose prefix it has cached
 LONG_PREFIX_BLOCKS = 4096 // BLOCK_BYTES  # a shorter one counts only where it is half of the prompt
 
+RECORD = "served.json"  # in the run directory
 Served = tuple[str, str]  # model path and weight version
+
+
+class Reference(msgspec.Struct):
+    """The weights that all schedulers must serve."""
+
+    model_path: str
+    weight_version: str
 
 
 @dataclass(slots=True)
@@ -40,9 +53,14 @@ class SchedulerState:
 class Schedulers:
     """All of them, by rank."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, run_dir: str = "") -> None:
+        """`run_dir`: keeps what all must serve for the next gateway, where there are several."""
         self.all = [SchedulerState(rank) for rank in range(count)]
-        self.reference: Served | None = None  # the weights that all must serve; None: not yet known
+        self.on_change: Callable[[], None] = lambda: None  # what all must serve has changed
+        self._run_dir = run_dir if count > 1 else ""
+        kept = records.read_record(run_dir, RECORD, Reference) if self._run_dir else None
+        # the weights that all must serve; None: not yet known
+        self.reference: Served | None = (kept.model_path, kept.weight_version) if kept else None
         self._complete = asyncio.Event()
         self._heard_of_one = asyncio.Event()
         self._heard_of_all = asyncio.Event()
@@ -117,9 +135,12 @@ class Schedulers:
         restarted = one.heard and facts.epoch > one.epoch
         if restarted:
             one.prefixes.forget()
+        if one.heard and not restarted:
+            self._serves(one, served(facts.state))
         one.epoch, one.heard, one.up = facts.epoch, True, True
         one.facts, one.served = facts, served(facts.state)
-        self.reference = self.reference or one.served
+        if self.several and self.reference is None:
+            self._set_reference(one.served)
         self._common = common
         self._heard_of_one.set()
         if self.heard_of_all:
@@ -131,11 +152,29 @@ class Schedulers:
     def note_reply(self, reply: Reply) -> None:
         """A reply may say which weights its scheduler serves now."""
         body = (reply.success and reply.body) or {}
+        if not 0 <= reply.rank < len(self.all):  # of no scheduler: it ends a message that could not be handled
+            return
         one = self.all[reply.rank]
         path, version = one.served
-        now = served({"model_path": path, "weight_version": version, **body})
-        if now != one.served:
-            one.served = self.reference = now
+        self._serves(one, served({"model_path": path, "weight_version": version, **body}))
+
+    def _serves(self, one: SchedulerState, now: Served) -> None:
+        """A scheduler that lives changes its weights as we say, so that all must serve them from now on."""
+        if now == one.served:
+            return
+        one.served = now
+        if self.several and now != self.reference:
+            self._set_reference(now)
+
+    def _set_reference(self, reference: Served) -> None:
+        self.reference = reference
+        if self._run_dir:
+            path, version = reference
+            try:
+                records.write(self._run_dir, RECORD, Reference(model_path=path, weight_version=version))
+            except OSError as error:
+                log.error("Could not record which weights all schedulers serve: %s.", error)
+        self.on_change()
 
     def note_death(self, rank: int, epoch: int) -> bool:
         """This incarnation has ended. Returns whether that is news, and another one lives."""
@@ -159,8 +198,13 @@ class Schedulers:
             facts,
             max_total_num_tokens=min(other.max_total_num_tokens for other in known),
             max_req_input_len=min(other.max_req_input_len for other in known),
-            state=facts.state if self.reference in (None, served(facts.state)) or not self.several else {},
+            state={} if self._would_be_behind(facts) else facts.state,
         )
+
+    def _would_be_behind(self, facts: Facts) -> bool:
+        one = self.all[facts.rank]
+        new = not one.heard or facts.epoch > one.epoch
+        return self.several and new and self.reference not in (None, served(facts.state))
 
     def forget_prefixes(self) -> None:
         """The caches were emptied."""
