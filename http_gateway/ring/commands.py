@@ -80,6 +80,8 @@ class Commands:
                 return await unanswered.answer
             finally:
                 del self._unanswered[command.id]
+                if self._decisions.get(command.id) == "":
+                    self._schedulers.end_change()
 
     def _begin(self, command: ControlCommand, rank: int | None) -> UnansweredCommand:
         serial = next(self._serials)
@@ -140,6 +142,8 @@ class Commands:
         if not (isinstance(command, WeightChange) and command.waits_for_others) or command.id in self._decisions:
             return
         self._decisions[command.id] = reason
+        if not reason:
+            self._schedulers.begin_change()
         while len(self._decisions) > REMEMBERED_DECISIONS:
             self._decisions.popitem(last=False)
         self._send([DecideChange(change=command.id, reason=reason, rank=rank) for rank in unanswered.waiting])

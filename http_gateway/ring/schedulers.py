@@ -43,6 +43,7 @@ class SchedulerState:
     heard: bool = False  # it has said its facts
     up: bool = False
     given_away: bool = False  # it is dead, and its requests were sent elsewhere
+    held: bool = False  # it came back while the others change their weights: what it must serve is not known yet
     requests: int = 0  # unfinished ones that are its own
     sent: int = 0  # ever
     served: Served = ("", "")
@@ -57,6 +58,7 @@ class Schedulers:
         """`run_dir`: keeps what all must serve for the next gateway, where there are several."""
         self.all = [SchedulerState(rank) for rank in range(count)]
         self.on_change: Callable[[], None] = lambda: None  # what all must serve has changed
+        self._changes = 0  # of weights, that are decided and not finished
         self._run_dir = run_dir if count > 1 else ""
         kept = records.read_record(run_dir, RECORD, Reference) if self._run_dir else None
         # the weights that all must serve; None: not yet known
@@ -102,7 +104,7 @@ class Schedulers:
 
     def serving(self) -> list[SchedulerState]:
         """Those that may get requests: they live and serve the weights of all; else those that will be back."""
-        right = [one for one in self.all if one.up and one.served == self.reference]
+        right = [one for one in self.all if one.up and not one.held and one.served == self.reference]
         return right or [one for one in self.all if not one.up] or self.all
 
     # where requests go
@@ -135,6 +137,7 @@ class Schedulers:
         restarted = one.heard and facts.epoch > one.epoch
         if restarted:
             one.prefixes.forget()
+            one.held = self._changes > 0
         if one.heard and not restarted:
             self._serves(one, served(facts.state))
         one.epoch, one.heard, one.up = facts.epoch, True, True
@@ -186,6 +189,18 @@ class Schedulers:
         one.given_away = bool(self.up)
         one.prefixes.forget()
         return one.given_away
+
+    def begin_change(self) -> None:
+        """All that live are about to change their weights."""
+        self._changes += 1
+
+    def end_change(self) -> None:
+        """They have."""
+        self._changes -= 1
+        if not self._changes:
+            for one in self.all:
+                one.held = False
+            self.on_change()
 
     def is_behind(self, rank: int) -> bool:
         """Whether a scheduler serves other weights than all must."""

@@ -84,3 +84,8 @@ def test_no_room_for_one_page_is_an_error_that_says_what_limits_it(settings):
 
 def test_an_encoder_only_counts_its_pages():
     assert count(0.0, bytes_per_token=0, most_tokens=1600) == 100
+
+
+def test_several_schedulers_on_a_cpu_share_its_memory_and_on_gpus_each_has_its_own():
+    assert count(20.0, dp_size=2) == count(10.0)
+    assert count(20.0, device="cuda", dp_size=2) == count(20.0, device="cuda")
