@@ -80,8 +80,6 @@ class Commands:
                 return await unanswered.answer
             finally:
                 del self._unanswered[command.id]
-                if self._decisions.get(command.id) == "":
-                    self._schedulers.end_change()
 
     def _begin(self, command: ControlCommand, rank: int | None) -> UnansweredCommand:
         serial = next(self._serials)
@@ -144,6 +142,7 @@ class Commands:
         self._decisions[command.id] = reason
         if not reason:
             self._schedulers.begin_change()
+            unanswered.answer.add_done_callback(lambda _: self._schedulers.end_change())
         while len(self._decisions) > REMEMBERED_DECISIONS:
             self._decisions.popitem(last=False)
         self._send([DecideChange(change=command.id, reason=reason, rank=rank) for rank in unanswered.waiting])

@@ -37,11 +37,18 @@ class Leveller:
 
     def look_at(self, rank: int) -> None:
         """A scheduler has spoken: bring it to the weights of the others, where it serves other ones."""
+        if self._schedulers.all[rank].held:  # looked at again when the others have changed theirs
+            return
         if not self._schedulers.is_behind(rank):
             self._say(rank)
         elif rank not in self._under_way:
+            self._schedulers.all[rank].levelled = True
             task = self._under_way[rank] = asyncio.create_task(self._level(rank))
-            task.add_done_callback(lambda _: self._under_way.pop(rank))
+            task.add_done_callback(lambda _: self._done(rank))
+
+    def _done(self, rank: int) -> None:
+        del self._under_way[rank]
+        self._schedulers.all[rank].levelled = False
 
     async def _level(self, rank: int) -> None:
         reference, own = self._schedulers.reference, self._schedulers.all[rank].served

@@ -44,6 +44,7 @@ class SchedulerState:
     up: bool = False
     given_away: bool = False  # it is dead, and its requests were sent elsewhere
     held: bool = False  # it came back while the others change their weights: what it must serve is not known yet
+    levelled: bool = False  # it is being given the weights of the others
     requests: int = 0  # unfinished ones that are its own
     sent: int = 0  # ever
     served: Served = ("", "")
@@ -166,7 +167,7 @@ class Schedulers:
         if now == one.served:
             return
         one.served = now
-        if self.several and now != self.reference:
+        if self.several and not one.levelled and now != self.reference:
             self._set_reference(now)
 
     def _set_reference(self, reference: Served) -> None:
