@@ -5,10 +5,12 @@ MAX_HIDDEN_STATE_BYTES = 64 << 20  # of one prompt
 # bodies of requests: their sizes are flags (runtime/config.py); what they hold is counted before it is built
 MAX_BODY_VALUES = 100_000  # strings, lists and objects; a million bytes of them cost as much as eight of text
 MAX_CONTROL_BODY_VALUES = 1_000_000  # of a command: names, types and shapes of all tensors of a large model
+MAX_ADAPTER_BODY_VALUES = 1 << 16  # of a command that brings an adapter: its settings
 BODY_BYTES_PER_MEMBER = 8  # of lists and objects: a body may hold so many of them as its limit has times these bytes
 CALL_BYTES_PER_BODY_BYTE = 4  # what all requests of a call may take on the ring, for each byte that a body may have
 MAX_TOKENIZED = 1 << 20  # tokens in one answer of /tokenize
 MAX_DETOKENIZED = 1 << 20  # ids of one call of /detokenize
+MAX_VECTOR_NUMBERS = 16 << 20  # in the answer of one call
 MAX_DETOKENIZED_CHARS = 16 << 20  # of the text that they are
 MAX_CALL_VALUES = 200_000  # ids and strings in the parameters of all requests of a call together
 MAX_PARSED_BODY_BYTES = 1 << 20  # a text to look for tool calls or a thought in

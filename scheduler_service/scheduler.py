@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from quartet.runtime import sampling
-from quartet.runtime.adapters import LORA_OFF
 from quartet.runtime.control import ControlCommand
 from quartet.runtime.errors import RequestError
 from quartet.runtime.guard import Announced, Guard, end_of
@@ -29,6 +28,7 @@ from quartet.runtime.messages import (
 )
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
 from quartet.scheduler_service.answers import check_hidden_states, signed, stamp, tokens_of, unqueued_end
+from quartet.scheduler_service.control.adapter_queue import AdapterQueue
 from quartet.scheduler_service.control.context import Decisions
 from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
@@ -116,9 +116,7 @@ class Scheduler:
             planner.waiting.set_adapter_versions(adapters.version_of)
         self.durable_state = durable_state  # None: nothing outlasts this scheduler
         self.sleeper = sleeper  # None: memory is kept while nothing is asked
-        self.idle_work = (
-            idle_work  # does one piece of work while there is nothing to compute; returns whether more is left
-        )
+        self.idle_work = idle_work  # does a piece of work while nothing is to compute; returns whether more is left
         self.has_idle_work = idle_work is not None  # as far as is known
         self.step_sleep_s = 0.0  # a test aid
         self.decisions = Decisions()
@@ -126,6 +124,7 @@ class Scheduler:
         self.profile: Profile | None = None  # a recording under way
         self.commands = CommandRunner(HANDLERS)
         self.grammar_queue = GrammarQueue(grammars)
+        self.adapter_queue = AdapterQueue(adapters, planner, self.adapters_changed)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
         self.launched = StepQueue(worker)
         self.least_attempt = 0  # of the current gateway
@@ -172,6 +171,8 @@ class Scheduler:
         out = self.guard.each(arrived, self.handle)
         for message, grammar in self.grammar_queue.take_compiled():
             out += self.guard.each([message], partial(self.admit_compiled, grammar))
+        for message, outcome in self.adapter_queue.take_ready():
+            out += self.guard.each([message], partial(self.admit_adapted, outcome))
         out += self.messages(self.planner.expire(self.now))
         if self.sleeper is not None:
             out += self.guard.each(self.sleeper.turn(self), self.handle)
@@ -242,7 +243,7 @@ class Scheduler:
             return 0.0
         if self.grammar_queue:
             return GRAMMAR_POLL_S
-        if self.sleeper is not None and self.sleeper.waking:
+        if self.adapter_queue or (self.sleeper is not None and self.sleeper.waking):
             return COMMAND_POLL_S
         return COMMAND_POLL_S if self.commands else IDLE_BEAT_S
 
@@ -279,7 +280,7 @@ class Scheduler:
         if isinstance(message, Tokenized):
             rid, attempt = message.request.rid, message.request.attempt
             if any(request.attempt == attempt for request in self.requests if request.rid == rid):
-                self.grammar_queue.remove(rid)
+                _ = self.grammar_queue.remove(rid), self.adapter_queue.remove(rid)
                 if updates := self.messages(self.planner.end(rid, finish)):
                     return updates
         return [ending] if ending else []
@@ -288,18 +289,18 @@ class Scheduler:
         # the gateway has checked the same, so this never raises
         sampling.check_params(message.request.params, self.planner.config.vocab_size)
         check_hidden_states(message, self.hidden_size)
-        if message.request.adapter:
-            self.need_adapter(message.request.adapter)
+        if self.adapter_queue.takes(message, grammar):
+            return []
         return self.messages(self.planner.add(message, self.now, grammar))
 
-    def need_adapter(self, name: str) -> None:
-        """Have a request's adapter in memory. Raises RequestError."""
-        if self.adapters is None:
-            raise RequestError(LORA_OFF, field="lora_path")
-        before = self.adapters.version_of
-        self.adapters.need(name, {request.adapter for request in self.requests})
-        if before is not self.adapters.version_of:
-            self.adapters_changed()
+    def admit_adapted(self, grammar: Grammar | RequestError | None, message: Tokenized) -> list[Message]:
+        """Queue a request whose adapter is in memory now, or end it if that cannot be."""
+        try:
+            if isinstance(grammar, RequestError):
+                raise grammar
+            return self.messages(self.planner.add(message, self.now, grammar))
+        except RequestError as error:
+            return [unqueued_end(message, Finish.failed(error))]
 
     def adapters_changed(self) -> None:
         """Have no request match KV of a version that is gone, and tell the gateway."""
@@ -314,12 +315,13 @@ class Scheduler:
     @property
     def requests(self) -> list[Request]:
         """All requests that have not ended."""
-        return [*self.grammar_queue.requests, *(sequence.request for sequence in self.planner.live.values())]
+        queued = [*self.grammar_queue.requests, *self.adapter_queue.requests]
+        return [*queued, *(sequence.request for sequence in self.planner.live.values())]
 
     def abort(self, rid: str, reason: str = "") -> list[Message]:
         """End one request and return its last messages; none if the rid is unknown."""
         updates = self.messages(self.planner.abort(rid, reason))
-        if message := self.grammar_queue.remove(rid):
+        if message := self.grammar_queue.remove(rid) or self.adapter_queue.remove(rid):
             updates.append(unqueued_end(message, Finish(reason="abort", message=reason or ABORTED_IN_QUEUE)))
         return updates
 
@@ -374,6 +376,7 @@ class Scheduler:
         return {
             **self.report.counters(),
             "num_grammar_queue_reqs": len(self.grammar_queue),
+            "num_adapter_queue_reqs": len(self.adapter_queue),
             "sleeping": int(self.sleeping),
             "weight_version": self.worker.weight_version,
             "failed_messages_total": self.guard.failed,

@@ -4,7 +4,7 @@ For tests of what stands around the scheduler. It answers the commands, tells of
 unloads one that is used, and reads the names of the tensors that a client sends; the output does not depend on them.
 """
 
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from quartet.runtime.adapters import (
     LoadAdapterFromTensors,
     UnloadAdapter,
 )
-from quartet.runtime.errors import CommandRefused, RequestError
+from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
 from quartet.runtime.model_files import model_info
 from quartet.runtime.service import Boot, run
@@ -81,10 +81,12 @@ class Store:
     def version_of(self) -> dict[str, str]:
         return versions
 
-    def need(self, name: str, in_use: Collection[str]) -> None:
+    def is_served(self, name: str) -> bool:
+        return name in known
+
+    def use(self, name: str) -> bool:
         """Every adapter that is known is there."""
-        if name not in known:
-            raise RequestError(NEVER_LOADED.format(name), field="lora_path")
+        return name in known
 
     def state(self) -> list[Any]:
         adapters: list[Any] = told()["adapters"]

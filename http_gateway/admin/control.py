@@ -15,7 +15,15 @@ from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import Access
 from quartet.http_gateway.http.counting import ValueCounter
 from quartet.http_gateway.routes import bodies
-from quartet.http_gateway.routes.endpoint import Endpoint, Handler, body_parts, of_commands, of_weights, read_body
+from quartet.http_gateway.routes.endpoint import (
+    Endpoint,
+    Handler,
+    body_parts,
+    of_adapters,
+    of_commands,
+    of_weights,
+    read_body,
+)
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import control
 from quartet.runtime.adapters import LORA_OFF, AdapterCommand, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
@@ -111,10 +119,7 @@ async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Res
         command = decode_command(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
         assert isinstance(command, UpdateWeightsFromTensor), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
-        if len(entries) != RANKS:
-            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
-        command.payload_files = [str(upload.file_of(bytes(entry))) for entry in entries]
-        upload.check_placeholders(len(entries))
+        command.payload_files = payload_files(upload, entries)
         return await run_command(gateway, command)
 
 
@@ -124,6 +129,15 @@ async def feed(upload: payloads.Upload, gateway: Gateway, http: HTTPRequest) -> 
     async for part in body_parts(http):
         await upload.feed(part)
         skeleton_bounds.check_size(len(upload.skeleton), ValueCounter())
+
+
+def payload_files(upload: payloads.Upload, entries: list[msgspec.Raw]) -> list[str]:
+    """The files of a command's payloads, one a rank. Raises RequestError."""
+    if len(entries) != RANKS:
+        raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
+    found = [str(upload.file_of(bytes(entry))) for entry in entries]
+    upload.check_placeholders(len(entries))
+    return found
 
 
 async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -136,10 +150,10 @@ async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Resp
         if command.serialized_tensors is not None:
             entries = [*entries, msgspec.Raw(msgspec.json.encode(command.serialized_tensors))]
             command.serialized_tensors = None
-        if len(entries) != RANKS:
-            raise RequestError(ONE_PAYLOAD_A_RANK.format(RANKS, len(entries)), field=payloads.FIELD)
-        command.payload_files = [str(upload.file_of(bytes(entry))) for entry in entries]
-        upload.check_placeholders(len(entries))
+        try:
+            command.payload_files = payload_files(upload, entries)
+        except RequestError as error:
+            return adapter_answer(gateway, command, refusal_of(command, error))
         return await run_adapter_command(gateway, command)
 
 
@@ -153,7 +167,7 @@ def adapter_handler(kind: type[AdapterCommand]) -> Handler:
 
 
 async def run_adapter_command(gateway: Gateway, command: ControlCommand) -> Response:
-    """Send the command and answer with its reply; a refusal lists the adapters that there are, too."""
+    """Send the command and answer with its reply."""
     try:
         if not gateway.config.enable_lora:
             raise RequestError(LORA_OFF)
@@ -161,7 +175,16 @@ async def run_adapter_command(gateway: Gateway, command: ControlCommand) -> Resp
             raise RequestError(f"{short(command.lora_name)} is the name of the base model.", field="lora_name")
         reply = await send_command(gateway, command)
     except RequestError as error:
-        reply = Reply(id=command.id, success=False, message=error.message, status=error.kind.status)
+        reply = refusal_of(command, error)
+    return adapter_answer(gateway, command, reply)
+
+
+def refusal_of(command: ControlCommand, error: RequestError) -> Reply:
+    return Reply(id=command.id, success=False, message=error.message, status=error.kind.status)
+
+
+def adapter_answer(gateway: Gateway, command: ControlCommand, reply: Reply) -> Response:
+    """A reply as clients see it; a refusal lists the adapters that there are."""
     if not reply.success and not reply.body:
         reply.body = {"loaded_adapters": gateway.adapters.paths}
     return replies.render(command, reply)
@@ -174,7 +197,7 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
     LoadAdapterFromTensors: load_adapter_from_tensors,
     UnloadAdapter: adapter_handler(UnloadAdapter),
 }
-WITH_WEIGHTS = (UpdateWeightsFromTensor, LoadAdapterFromTensors)
+BOUNDS = {UpdateWeightsFromTensor: of_weights, LoadAdapterFromTensors: of_adapters}
 
 
 def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
@@ -182,7 +205,7 @@ def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:
     access = Access.ADMIN if kind.admin else Access.USER
     handler = HANDLERS.get(kind) or command_handler(kind)
     shape = errors.native if kind is Abort else errors.control
-    bounds = of_weights if kind in WITH_WEIGHTS else of_commands
+    bounds = BOUNDS.get(kind, of_commands)
     return Endpoint(path, handler, kind.methods, access, shape, changes_state=True, body=kind, bounds=bounds)
 
 

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.embedding.encode import embed, embed_request, numbers
+from quartet.http_gateway.embedding.encode import embed, embed_request, numbers, rendered
 from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
@@ -68,12 +68,12 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
     texts = await embed(gateway, http, await convert_body(http, vectors_job, body, dimensions, gateway))
-    data = [
-        {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
-        for index, text in enumerate(texts)
-    ]
-    answer = {"object": "list", "data": data, "model": gateway.config.name, "usage": prompt_usage(texts)}
-    return errors.json_response(answer)
+
+    def entry(text: Text, index: int) -> dict[str, Any]:
+        return {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
+
+    rest = msgspec.json.encode({"model": gateway.config.name, "usage": prompt_usage(texts)})
+    return await rendered(texts, entry, b'{"object":"list","data":[', b"]," + rest[1:])
 
 
 async def classify(gateway: Gateway, http: HTTPRequest) -> Response:

@@ -1,9 +1,12 @@
 """POST|PUT /encode and /classify: a vector per prompt; a score, where the model is a reward model or cross-encoder."""
 
+import asyncio
 import time
 from array import array
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
@@ -13,19 +16,21 @@ from quartet.http_gateway.generation.output import finish_reason
 from quartet.http_gateway.generation.rank_choice import chosen_rank
 from quartet.http_gateway.generation.run_group import collect_answers
 from quartet.http_gateway.generation.truncation import Truncation, read_truncation
-from quartet.http_gateway.http.errors import json_response
 from quartet.http_gateway.native.generate_body import asks, check_batch, pack_prompt_ids, rids_per_prompt
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
-from quartet.runtime.errors import RequestError
+from quartet.runtime import limits
+from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Generate, Request, Text
 from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.sampling import SamplingParams
 
 NOTHING_GIVEN = "At least one of text, input_ids, or image should be provided"
 BOTH_GIVEN = "text and input_ids cannot be provided at the same time"
+TOO_MUCH = "The vectors of this call have {} numbers together; at most {} are sent. Send fewer texts at once."
+FEW_BYTES = 1 << 16  # of vectors, which are written at once
 NOT_A_CROSS_ENCODER = "This model is no cross-encoder: it reads one text at a time, not pairs."
 REFUSED = ("image_data", "audio_data", "video_data", "lora_path", "return_pooled_hidden_states")
 
@@ -120,12 +125,23 @@ async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
         raise RequestError(NOT_A_CROSS_ENCODER, field="text")
     vectors = await embed(gateway, http, job)
-    answers = [{"embedding": vector(text), "meta_info": meta_info(gateway, text, received_at)} for text in vectors]
-    return json_response(answers[0] if single else answers)
+
+    def entry(text: Text, index: int) -> dict[str, Any]:
+        return {"embedding": vector(text), "meta_info": meta_info(gateway, text, received_at)}
+
+    return await rendered(vectors, entry, b"", b"") if single else await rendered(vectors, entry)
 
 
 async def embed(gateway: Gateway, http: HTTPRequest, job: Job) -> list[Text]:
-    """The message that holds each request's vector, in order. Raises RequestError when one was aborted."""
+    """The message that holds each request's vector, in order.
+
+    Raises RequestError when one was aborted, and for more numbers than an answer may have.
+    """
+    embedding = check_embeds(gateway)
+    size = embedding.labels or embedding.size(gateway.model.hidden_size)
+    numbers = sum(item.request.dimensions or size for item in job.requests)
+    if numbers > limits.MAX_VECTOR_NUMBERS:
+        raise RequestError(TOO_MUCH.format(numbers, limits.MAX_VECTOR_NUMBERS), Kind.TOO_LARGE)
     answers = await collect_answers(gateway.ring, http, job, has_vector_or_end)
     texts = [text for text in answers if text is not None]
     assert len(texts) == len(answers), (len(texts), len(answers))
@@ -133,6 +149,18 @@ async def embed(gateway: Gateway, http: HTTPRequest, job: Job) -> list[Text]:
         finish = lost[0].tokens.finish
         raise RequestError(f"Request {lost[0].tokens.rid} was aborted: {finish.message if finish else 'no vector'}")
     return texts
+
+
+async def rendered(
+    texts: Sequence[Text], entry: Callable[[Text, int], Any], before: bytes = b"[", behind: bytes = b"]"
+) -> Response:
+    """A JSON answer with an entry for each text. Many numbers are written in a thread, text by text."""
+
+    def written() -> bytes:
+        return before + b",".join(msgspec.json.encode(entry(text, i)) for i, text in enumerate(texts)) + behind
+
+    few = sum(len(text.tokens.vector) for text in texts) < FEW_BYTES
+    return Response(written() if few else await asyncio.to_thread(written), media_type="application/json")
 
 
 def has_vector_or_end(text: Text) -> bool:

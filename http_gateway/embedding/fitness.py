@@ -8,7 +8,7 @@ from starlette.requests import Request as HTTPRequest
 from quartet.http_gateway.embedding.embeddings import probabilities
 from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, numbers
 from quartet.http_gateway.embedding.score import first_tokens, label_logprobs, shares
-from quartet.http_gateway.generation.intake import Job, Rules, fan_out
+from quartet.http_gateway.generation.intake import Job, Rules, check_bytes, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds
@@ -16,7 +16,7 @@ from quartet.http_gateway.routes.token_questions import tokens_of
 from quartet.runtime.control import Tokenize
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Chat, Generate, LogprobOptions, Request, Text
-from quartet.runtime.model_files.reranker import has_own_template, ranks_by_answer
+from quartet.runtime.model_files.reranker import AnswerRanking
 from quartet.runtime.sampling import SamplingParams
 
 LABELS = ["yes", "no"]  # answers of a generating reranker
@@ -50,8 +50,8 @@ class Ranking(Truncating, kw_only=True):
 
 async def fitness(gateway: Gateway, http: HTTPRequest, body: Ranking, documents: Sequence[str]) -> list[Fitness]:
     """In the order of the documents. Raises RequestError where the model does not rank."""
-    if ranks_by_answer(gateway.model, gateway.config):
-        return await by_answer(gateway, http, body, documents)
+    if gateway.answer_ranking is not None:
+        return await by_answer(gateway, gateway.answer_ranking, http, body, documents)
     embedding = check_embeds(gateway)
     if not embedding.cross_encoder or embedding.labels != 1:
         raise RequestError(NOT_A_CROSS_ENCODER)
@@ -72,19 +72,28 @@ def pairs(body: Ranking, documents: Sequence[str], rules: Rules) -> Job:
     return fan_out(prompts, [None] * len(prompts), rules)
 
 
-async def by_answer(gateway: Gateway, http: HTTPRequest, body: Ranking, documents: Sequence[str]) -> list[Fitness]:
+async def by_answer(
+    gateway: Gateway, ranking: AnswerRanking, http: HTTPRequest, body: Ranking, documents: Sequence[str]
+) -> list[Fitness]:
     """The share of "yes" among the two answers."""
     for field in Truncating.__struct_fields__:
         if getattr(body, field) not in (None, False):
             raise RequestError(NO_TRUNCATION.format(field), field=field)
-    options = LogprobOptions(token_ids=await label_ids(gateway))
+    check_prompts(body, documents, gateway.rules)
+    ranking.labels = ranking.labels or await label_ids(gateway)
+    options = LogprobOptions(token_ids=ranking.labels)
     params = SamplingParams(max_new_tokens=1, temperature=1.0, ignore_eos=True)
     request = Request(rid="", params=params, logprobs=options)
-    own = has_own_template(gateway.config)
-    prompts = [question(request, body, document, own) for document in documents]
+    prompts = [question(request, body, document, ranking.own_template) for document in documents]
     texts = await first_tokens(gateway, http, fan_out(prompts, [None] * len(prompts), gateway.rules))
     sure = [shares(label_logprobs(text), among_labels=True)[0] for text in texts]
     return [Fitness(text, share, share) for text, share in zip(texts, sure, strict=True)]
+
+
+def check_prompts(body: Ranking, documents: Sequence[str], rules: Rules) -> None:
+    """Refuse prompts that are too large together, before one is made: each holds the whole query."""
+    common = len(PROMPT) + len(body.query) + len(body.instruct or INSTRUCT)
+    check_bytes(len(documents), common * len(documents) + sum(map(len, documents)), rules)
 
 
 async def label_ids(gateway: Gateway) -> list[int]:

@@ -19,7 +19,7 @@ class Prompted(Truncating, kw_only=True):
     """The fields by which a request chooses, and those that cut a text."""
 
     prompt_name: Name | None = None
-    prompt: str | None = None
+    prompt: Name | None = None
 
 
 def prefix_of(body: Prompted, embedding: Embedding, *, texts: bool) -> str:

@@ -6,6 +6,7 @@
 /rerank       with `texts` in place of `documents`, see rerank.py
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.embedding.embeddings import NO_LABELS, probabilities
-from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, numbers
+from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, numbers, rendered
 from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
 from quartet.http_gateway.generation.intake import Job, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
@@ -25,7 +26,7 @@ from quartet.http_gateway.routes.endpoint import Endpoint, convert_body
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime.errors import RequestError
-from quartet.runtime.messages import Generate
+from quartet.runtime.messages import Generate, Text
 
 EMPTY = "inputs cannot be empty."
 MIXED = "inputs must be a text, texts, or token ids."
@@ -69,7 +70,7 @@ async def embed_texts(gateway: Gateway, http: HTTPRequest) -> Response:
     embedding = check_embeds(gateway)
     dimensions = cut_to(gateway, embedding, body.dimensions)
     job = await convert_body(http, embed_job, body, dimensions, gateway)
-    return errors.json_response([numbers(text) for text in await embed(gateway, http, job)])
+    return await rendered(await embed(gateway, http, job), lambda text, _: numbers(text))
 
 
 def embed_job(body: EmbedBody, dimensions: int | None, gateway: Gateway) -> Job:
@@ -110,8 +111,14 @@ async def similarity(gateway: Gateway, http: HTTPRequest) -> Response:
     if not body.inputs.sentences:
         raise RequestError(EMPTY, field="inputs.sentences")
     job = await convert_body(http, embed_job, prompted, None, gateway)
-    source, *others = map(numbers, await embed(gateway, http, job))
-    return errors.json_response([sum(x * y for x, y in zip(source, other, strict=True)) for other in others])
+    texts = await embed(gateway, http, job)
+    return errors.json_response(await asyncio.to_thread(cosines, texts))
+
+
+def cosines(texts: Sequence[Text]) -> list[float]:
+    """Of the first vector with each other; all have length one."""
+    source, *others = map(numbers, texts)
+    return [sum(x * y for x, y in zip(source, other, strict=True)) for other in others]
 
 
 async def predict(gateway: Gateway, http: HTTPRequest) -> Response:

@@ -124,6 +124,11 @@ def check_sum(prompts: Sequence[Generate], rules: Rules) -> None:
             f"stop_token_ids, token_ids_logprob); at most {limits.MAX_CALL_VALUES} are taken.",
             Kind.TOO_LARGE,
         )
+    check_bytes(requests, size, rules)
+
+
+def check_bytes(requests: int, size: int, rules: Rules) -> None:
+    """Refuse a call whose requests take so many bytes, if that is too many."""
     if size > rules.most_bytes:
         raise RequestError(
             f"The {requests} requests of this call take {size} bytes with their prompts and parameters; at most "

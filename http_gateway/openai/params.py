@@ -115,7 +115,9 @@ def adapters_of(gateway: Gateway, body: GenerationBody, size: int, single: bool)
     """The adapter of each prompt: `lora_path`, else what `model` names; "" is the base. Raises RequestError."""
     given = body.lora_path
     if isinstance(given, list):
-        if single or len(given) != size:
+        if single:
+            raise RequestError("lora_path is a list, and there is one prompt: name one adapter.", field="lora_path")
+        if len(given) != size:
             raise RequestError(f"lora_path has {len(given)} items for {size} prompts.", field="lora_path")
         return [name or "" for name in given]
     return [given or gateway.adapters.of_model(body.model or "", gateway.base_names)] * size

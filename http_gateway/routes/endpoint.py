@@ -19,7 +19,12 @@ from quartet.http_gateway.ring.request_group import ClientGone
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError
-from quartet.runtime.limits import BODY_BYTES_PER_MEMBER, MAX_BODY_VALUES, MAX_CONTROL_BODY_VALUES
+from quartet.runtime.limits import (
+    BODY_BYTES_PER_MEMBER,
+    MAX_ADAPTER_BODY_VALUES,
+    MAX_BODY_VALUES,
+    MAX_CONTROL_BODY_VALUES,
+)
 from quartet.runtime.shorten import short
 
 log = logging.getLogger(__name__)
@@ -78,6 +83,10 @@ def of_commands(config: ServerConfig) -> Bounds:
 
 def of_weights(config: ServerConfig) -> Bounds:
     return Bounds(config.max_weight_body_size, "--max-weight-body-size", MAX_CONTROL_BODY_VALUES)
+
+
+def of_adapters(config: ServerConfig) -> Bounds:
+    return Bounds(config.max_weight_body_size, "--max-weight-body-size", MAX_ADAPTER_BODY_VALUES)
 
 
 def no_own_shape(scope: Scope) -> errors.Shape | None:

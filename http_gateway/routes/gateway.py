@@ -26,6 +26,7 @@ from quartet.runtime.config import ServerConfig
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
 from quartet.runtime.messages import Facts, Request, Thought
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.model_files.reranker import answer_ranking
 
 
 class Phase(Enum):
@@ -77,6 +78,7 @@ class Gateway:
         self.ring.on_reply = lambda reply: self.learn((reply.success and reply.body) or {})
         self.ring.on_facts = self.on_facts
         self.counters = CounterCache(self.ring)
+        self.answer_ranking = answer_ranking(self.model, self.config)
         self.stored_responses = store_of(self.config, self.run_dir)
         self.files = file_store_of(self.config, self.run_dir)
         self.background = BackgroundRuns()

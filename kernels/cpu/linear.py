@@ -113,6 +113,10 @@ class Linear:
             y = x.new_empty(len(x), len(self.weight))
             self.multiply_native(x, y, "bf16")
             return F.gelu(y) if gelu else y
+        if self.packed is not None and len(self.packed) == 1 and x.dtype is self.packed_dtype and not self.row_counts:
+            rows = len(x)  # the usual case, in few steps of Python: it counts where a step has one row
+            if rows > self.rows_unpacked and rows >= self.least_rows and row_size(rows) == rows:
+                return next(multiply(x, self.packed, self.bias, gelu))
         parts = list(self.products(x, gelu))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -244,10 +248,10 @@ def multiply(x: torch.Tensor, blocks: Blocks, bias: torch.Tensor | None, gelu: b
     """The columns of x @ weight.T + bias, block by block, which are packed or not."""
     no_numbers: list[float] = []
     after = ("gelu", no_numbers, "none") if gelu else ("none", no_numbers, "")  # operation, numbers, approximation
-    biases = [None] * len(blocks) if bias is None else bias.split(BLOCK_FEATURES)
+    biases = [bias] * len(blocks) if bias is None or len(blocks) == 1 else bias.split(BLOCK_FEATURES)
     for block, its in zip(blocks, biases, strict=True):
         if block.is_mkldnn:
-            yield torch.ops.mkldnn._linear_pointwise(x, block, its, *after)
+            yield torch.ops.mkldnn._linear_pointwise.default(x, block, its, *after)
         else:
             yield F.gelu(F.linear(x, block, its)) if gelu else F.linear(x, block, its)
 

@@ -13,6 +13,7 @@ from quartet.runtime.local_models.arguments import pull_parser
 from quartet.runtime.local_models.sizes import in_words, size_of
 from quartet.runtime.log import plain, put, say
 from quartet.runtime.model_files import gguf_directory, hub, hub_download, servable
+from quartet.runtime.model_files.files import expanded
 from quartet.runtime.model_files.gguf import GgufError
 
 INTERRUPTED = 130
@@ -55,7 +56,7 @@ def fetch(options: argparse.Namespace) -> Path:
         raise UsageError("demo is the embedded model; it needs no download")
     if not name or len(name) > MAX_NAME_CHARS or "\0" in name:
         raise UsageError("a model of the hub is named OWNER/NAME, or OWNER/NAME:Q4_K_M for one of its GGUF files")
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         raise UsageError(f"{name} is on this machine already; serve it: quartet serve {name}")
     config = ServerConfig(model_path=name, revision=options.revision, download_dir=options.download_dir)
     if match := hub.CHOICE.fullmatch(name):

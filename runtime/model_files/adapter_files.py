@@ -9,6 +9,7 @@ from quartet.runtime.adapter_sources import AdapterSource
 from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import hub_download, servable
+from quartet.runtime.model_files.files import expanded
 from quartet.runtime.model_files.model_info import read_json
 from quartet.runtime.shorten import short
 
@@ -34,7 +35,7 @@ def find(label: str, name: str, config: ServerConfig) -> Path:
 
     Of the configuration, only where downloads are kept counts: --revision is of the model.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     servable.check_path(label, path)
     if path.is_dir():
         found = path.resolve()
@@ -72,7 +73,8 @@ def on_its_base(config: ResolvedConfig, directory: Path) -> ResolvedConfig:
     base = read_json(directory / SETTINGS).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise StartupError(NO_BASE.format(given, given))
-    name = Path(given).expanduser().resolve().name if Path(given).expanduser().is_dir() else Path(given).name
+    path = expanded(given)
+    name = path.resolve().name if path.is_dir() else path.name
     if any(source.lora_name == name for source in config.adapters):
         raise StartupError(f"--lora-paths has an adapter {name}, which is also the name of --model-path {given}")
     own = AdapterSource(lora_name=name, lora_path=given, directory=str(directory))

@@ -3,6 +3,7 @@
 The settings of sentence-transformers (modules.json and the folders it names) are followed where a model has them.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import msgspec
 
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.files import MAX_SETTINGS_BYTES, present, read_small
+from quartet.runtime.shorten import short
 
 Json = Mapping[str, Any]
 Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
@@ -32,7 +34,9 @@ LEGACY_POOLING: dict[str, Pooling] = {
 MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # of sentence-transformers, those that are followed
 PROMPTS_FILE = "config_sentence_transformers.json"
 DENSE_ACTIVATIONS = {"Identity": None, "GELU": "gelu", "ReLU": "relu", "SiLU": "silu", "Tanh": "tanh"}
-MAX_FEATURES = 1 << 20
+MAX_FEATURES = 1 << 16
+FOLDER = re.compile(r"\w[\w.-]*")  # of a module
+MAX_PROMPT_CHARS = 4096  # it stands before each of a thousand texts
 DEFAULT_LABELS = 2  # what config.json leaves out
 
 
@@ -160,8 +164,6 @@ def with_modules(found: Embedding, path: Path) -> Embedding:
 def read_dense(path: Path, folder: str) -> Dense:
     """The layer of a folder. Raises StartupError."""
     file = path / folder / "config.json"
-    if Path(folder).name != folder:
-        raise StartupError(f"{path}/modules.json names the folder {folder!r}, which is not one beside it")
     try:
         found = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=Dense)
     except msgspec.DecodeError as error:
@@ -192,6 +194,8 @@ def with_prompts(found: Embedding, path: Path) -> Embedding:
         given = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=Prompts)
     except msgspec.DecodeError as error:
         raise StartupError(f"{file} does not describe prompts: {error}") from error
+    if longest := next((name for name, text in given.prompts.items() if len(text) > MAX_PROMPT_CHARS), None):
+        raise StartupError(f"{file}: the prompt {longest!r} has more than {MAX_PROMPT_CHARS} characters")
     default = given.default_prompt_name or ""
     if default and default not in given.prompts:
         raise StartupError(f"{file}: default_prompt_name is {default!r}, which is not among its prompts")
@@ -199,13 +203,17 @@ def with_prompts(found: Embedding, path: Path) -> Embedding:
 
 
 def read_modules(path: Path) -> list[Module]:
+    """The entries of modules.json; none where there is no such file. Raises StartupError."""
     file = path / "modules.json"
     if not present(file):
         return []
     try:
-        return msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=list[Module])
+        modules = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=list[Module])
     except msgspec.DecodeError as error:
         raise StartupError(f"{file} is not a list of modules: {error}") from error
+    if wrong := next((module.path for module in modules if module.path and not FOLDER.fullmatch(module.path)), None):
+        raise StartupError(f"{file} names the folder {short(repr(wrong))}, which is not one beside it")
+    return modules
 
 
 def read_pooling(file: Path) -> tuple[tuple[Pooling, ...], bool]:
@@ -218,4 +226,6 @@ def read_pooling(file: Path) -> tuple[tuple[Pooling, ...], bool]:
         raise StartupError(f"{file} does not name a pooling that is served: {error}") from error
     if not pooling:
         raise StartupError(f"{file} names no pooling")
+    if len(set(pooling)) < len(pooling):
+        raise StartupError(f"{file} names a pooling twice")
     return pooling, config.get("include_prompt") is not False

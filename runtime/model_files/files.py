@@ -36,6 +36,14 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def expanded(name: str) -> Path:
+    """A path whose ~ or ~user stands for that home directory. Raises StartupError where there is none."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise StartupError(f"{name}: there is no home directory of that name") from error
+
+
 def present(path: Path) -> bool:
     """Whether there is anything of this name, even what cannot be read."""
     return os.path.lexists(path)

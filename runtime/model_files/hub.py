@@ -11,6 +11,7 @@ import msgspec
 from quartet.runtime.config import ResolvedConfig, ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import adapter_files, gguf_directory, hub_download, servable
+from quartet.runtime.model_files.files import expanded
 from quartet.runtime.model_files.model_info import DEMO
 
 CHOICE = re.compile(r"(.+):([\w.-]+)")  # a directory or hub id, and which of its GGUF files is meant
@@ -64,14 +65,14 @@ def find(
     """The local directory that `name` stands for, downloaded or made of a GGUF file if need be. Raises StartupError."""
     if name == "demo":
         return DEMO
-    path = Path(name).expanduser()
+    path = expanded(name)
     servable.check_path(flag, path)
     if name and path.is_dir():
         if not gguf_directory.is_model(path):
             return path.resolve()
         path = gguf_directory.chosen(name, path, None)
     elif (match := CHOICE.fullmatch(name)) and not path.exists():
-        base = Path(match[1]).expanduser()
+        base = expanded(match[1])
         found = base if base.is_dir() else download_gguf(flag, match[1], match[2], config)
         path = gguf_directory.chosen(match[1], found, match[2])
     servable.check_file(path)

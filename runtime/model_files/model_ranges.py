@@ -124,6 +124,13 @@ FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), EXPERTS),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), Int(0, 1 << 10)),
     **dict.fromkeys(("first_k_dense_replace", "no_rope_layer_interval"), Int(0, MAX_LAYERS)),
+    **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache"), Int(2, 1 << 8)),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), HEADS),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Int(1, 1 << 12)),
+    **dict.fromkeys(("full_attention_interval", "block_multiple_of", "block_ff_dim"), WIDTH),
+    "full_attn_idxs": Each(Int(0, MAX_LAYERS), MAX_LAYERS),
+    **dict.fromkeys(("swiglu_alpha", "swiglu_limit", "block_ffn_dim_multiplier"), SCALE),
+    **dict.fromkeys(("conv_bias", "block_auto_adjust_ff_dim", "rope_interleave", "tie_embedding"), BOOLEAN),
     "no_rope_layers": Each(Int(0, 1), MAX_LAYERS),
     **dict.fromkeys(("rotary_dim", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"), WIDTH),
     **dict.fromkeys(("qk_nope_head_dim", "num_nextn_predict_layers"), Int(0, 1 << 14)),
@@ -165,11 +172,31 @@ ROPE_FIELDS: dict[str, Kind] = {
     "truncate": BOOLEAN,
 }
 ROPES = ("rope_scaling", "rope_parameters")
+# null in these is the default too; elsewhere it may mean that a model goes without, and families decide
+NULL_IS_ABSENT = (
+    "block_auto_adjust_ff_dim",
+    "block_multiple_of",
+    "conv_L_cache",
+    "full_attention_interval",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "layer_norm_eps",
+    "logit_scale",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "num_local_experts",
+    "routed_scaling_factor",
+    "swiglu_alpha",
+    "swiglu_limit",
+)
 
 
 def checked(config: Config) -> dict[str, Any]:
     """The config with whole numbers as integers. Raises BadValue."""
-    found = dict(config)
+    found = {name: value for name, value in config.items() if value is not None or name not in NULL_IS_ABSENT}
     for name, value in walk(config):
         kind = FIELDS[name]
         single = kind.kind if isinstance(kind, Each) else kind
@@ -212,6 +239,19 @@ def check_value(name: str, value: Any, kind: Kind) -> None:
         raise BadValue(f"{name} is {short(repr(value))}; it must be {kind}")
 
 
+def check_groups(config: Config, experts: int | None, chosen: int | None) -> None:
+    """Experts in groups, of which some are looked at first."""
+    groups, looked_at = config.get("n_group"), config.get("topk_group")
+    if not (experts and groups and looked_at):
+        return
+    if experts % groups:
+        raise BadValue(f"n_group is {groups}, which does not divide the {experts} experts there are")
+    if looked_at > groups:
+        raise BadValue(f"topk_group is {looked_at}, more than n_group, {groups}")
+    if chosen and chosen > experts // groups * looked_at:
+        raise BadValue(f"num_experts_per_tok is {chosen}; topk_group, {looked_at}, leaves fewer experts than that")
+
+
 def check_together(config: Config) -> None:
     """What must fit to each other."""
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
@@ -224,6 +264,7 @@ def check_together(config: Config) -> None:
     chosen = config.get("num_experts_per_tok")
     if experts and chosen and chosen > experts:
         raise BadValue(f"num_experts_per_tok is {chosen}, more than the {experts} experts there are")
+    check_groups(config, experts, chosen)
     layers, types = config.get("num_hidden_layers"), config.get("layer_types")
     if layers and types and len(types) < layers:
         raise BadValue(f"layer_types has {len(types)} entries, num_hidden_layers is {layers}")

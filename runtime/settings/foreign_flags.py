@@ -231,7 +231,7 @@ VLLM = {
     "--max-loras": ours("--max-loras-per-batch"),
     "--max-cpu-loras": ours("--max-loaded-loras"),
     "--lora-dtype": Foreign("adapters have the number format of the model", ("auto",)),
-    "--fully-sharded-loras": detail("adapters are sharded as the weights that they change"),
+    "--fully-sharded-loras": detail("one device holds all of an adapter"),
     "--max-logprobs": Foreign("a request may ask for up to 128 logprobs"),
     "--distributed-executor-backend": detail("nothing is distributed"),
     "--disable-frontend-multiprocessing": detail("the gateway is always a process of its own"),

@@ -68,6 +68,8 @@ def read_file(path: str, source: str) -> list[str]:
         with Path(path).expanduser().open("rb") as file:
             data = file.read(MAX_API_KEY_FILE_BYTES + 1)
         lines = data.decode("utf-8-sig").splitlines()
+    except RuntimeError:
+        raise UsageError(f"cannot read {source} {path}: there is no home directory of that name") from None
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read {source} {path}: {cause}") from None

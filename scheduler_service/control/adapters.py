@@ -17,6 +17,7 @@ from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.limits import MAX_ADAPTERS
 from quartet.runtime.messages import Message, Reply
 from quartet.runtime.model_files import adapter_files
+from quartet.runtime.shorten import short
 from quartet.scheduler_service.control.context import Context, Handler, Resumable
 from quartet.scheduler_service.host.background import run_in_background
 
@@ -61,6 +62,8 @@ def load_from_tensors(context: Context, command: LoadAdapterFromTensors) -> Resu
         raise CommandRefused(ONE_PART.format(len(command.payload_files)))
     if command.load_format == "flattened_bucket":
         raise CommandRefused(NO_BUCKETS)
+    if command.load_format not in (None, "direct"):
+        raise CommandRefused(f"load_format {short(command.load_format)} is unknown; leave it out")
     if command.added_tokens_config:
         raise CommandRefused("added_tokens_config is not supported: an adapter cannot add tokens")
 

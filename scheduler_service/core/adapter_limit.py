@@ -1,6 +1,7 @@
 """At most so many different LoRA adapters run at once: who may be admitted next."""
 
 from collections.abc import Iterable
+from functools import cached_property
 
 from quartet.scheduler_service.core.request import Sequence
 
@@ -12,8 +13,13 @@ class AdapterLimit:
 
     def __init__(self, most: int, running: Iterable[Sequence]) -> None:
         self.most = most
-        self.active = {sequence.request.adapter for sequence in running} - {""}
+        self._running = running
         self.held: Sequence | None = None  # the first that has to wait for an adapter of others to end
+
+    @cached_property
+    def active(self) -> set[str]:
+        """The adapters that run; looked for when a request names one."""
+        return {sequence.request.adapter for sequence in self._running} - {""}
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether the request's adapter runs already, or one more may."""

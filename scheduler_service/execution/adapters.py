@@ -2,7 +2,7 @@
 
     read(...)      in the background: an adapter, checked and packed
     install(...)   between two steps: serve it from now on, in place of its predecessor of the same name
-    need(name)     before a request is queued: have its adapter in memory
+    bring_back(...) an evicted one is in memory again, before the requests that name it are queued (adapter_queue.py)
 
 A version is a number that no other content of any adapter has had, in this run of the server. What is known is kept in
 the run directory, so that a restarted scheduler serves the same adapters.
@@ -23,9 +23,9 @@ import torch
 from quartet.kernels.cpu import adapters as products
 from quartet.kernels.cpu.linear import Linear
 from quartet.runtime import records
-from quartet.runtime.adapters import NEVER_LOADED, Adapter
+from quartet.runtime.adapters import Adapter
 from quartet.runtime.config import ResolvedConfig
-from quartet.runtime.errors import CommandRefused, Kind, RequestError, StartupError
+from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.model.batch import ServedModel
@@ -105,10 +105,11 @@ class AdapterStore:
             return
         self.versions = saved.versions
         for known in saved.adapters:
+            self.known[known.name] = known
             try:
                 self.restore(known)
             except (StartupError, OSError) as error:
-                log.error("The adapter %s is not served any more: %s", known.name, error)
+                log.error("The adapter %s cannot be read now: %s", known.name, error)
         self.tell()
 
     def start_with(self, name: str, path: str, directory: str, pinned: bool) -> None:
@@ -165,27 +166,26 @@ class AdapterStore:
         self.tell()
         remove_owned(before)
 
-    def need(self, name: str, in_use: Collection[str]) -> None:
-        """Have an adapter in memory for a request. Raises RequestError where there is none of that name, or no room.
+    def is_served(self, name: str) -> bool:
+        """Whether new requests may name an adapter."""
+        return name in self.known and name not in self.leaving
 
-        `in_use`: the adapters of all requests that have not ended.
-        """
-        known = self.known.get(name)
-        if known is None or name in self.leaving:
-            raise RequestError(NEVER_LOADED.format(name), field="lora_path")
-        if name in self.loaded:
-            self.loaded[name] = self.loaded.pop(name)
-            return
-        try:
-            self.make_room(in_use)
-            read = self.read(Path(known.directory))
-        except CommandRefused as refusal:
-            raise RequestError(refusal.message, Kind.UNAVAILABLE) from refusal
-        except StartupError as error:
-            raise RequestError(f"The adapter {name} cannot be read: {error}", Kind.UNAVAILABLE) from error
+    def use(self, name: str) -> bool:
+        """Whether an adapter is in memory; if so, it was used now."""
+        if name not in self.loaded:
+            return False
+        self.loaded[name] = self.loaded.pop(name)
+        return True
+
+    def read_known(self, known: Known) -> Read:
+        """An adapter that was evicted; safe in another thread. Raises CheckpointError."""
+        return self.read(Path(known.directory))
+
+    def bring_back(self, known: Known, read: Read) -> None:
+        """Have an evicted adapter in memory again, under a new version where its file has changed."""
         if read.identity != known.identity:
             known.version, known.identity, known.rank = self.next_version(), read.identity, read.rank
-        self.loaded[name] = read.weights
+        self.loaded[known.name] = read.weights
         self.tell()
 
     def has_room(self, more: int = 1) -> bool:
@@ -194,16 +194,24 @@ class AdapterStore:
 
     def make_room(self, in_use: Collection[str]) -> None:
         """Evict the adapter that was not used for longest, if memory for one more needs it. Raises CommandRefused."""
-        if self.has_room():
-            return
-        victim = self.victim(in_use)
-        if victim is None:
+        if not self.has_room() and not self.evict_unused(in_use):
             raise CommandRefused(FULL.format(len(self.loaded)))
-        self.evict(victim)
+
+    def evict_unused(self, in_use: Collection[str]) -> bool:
+        """Evict the adapter that was not used for longest; False where all are pinned or in use."""
+        victim = self.victim(in_use)
+        if victim is not None:
+            self.evict(victim)
+        return victim is not None
 
     def victim(self, in_use: Collection[str]) -> str | None:
         """The adapter to evict; None where all are pinned or in use."""
         return next((name for name in self.loaded if name not in in_use and not self.known[name].pinned), None)
+
+    @property
+    def all_pinned(self) -> bool:
+        """Whether no adapter in memory will ever leave it for another."""
+        return all(self.known[name].pinned for name in self.loaded)
 
     def evict(self, name: str) -> None:
         del self.loaded[name]

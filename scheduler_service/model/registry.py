@@ -145,8 +145,10 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
         raise NotNative(f"architecture {info.architecture}")
     try:
         spec = family(info.config, info.context_length)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+    if not all(isinstance(layer.moe.intermediate_size, int) for layer in spec.layers if layer.moe):
+        raise NotNative(f"{info.architecture} whose layers' experts differ in size")
     if not (isinstance(spec.intermediate_size, int) and isinstance(spec.kv_heads, int)):
         raise NotNative(f"{info.architecture} whose layers differ in size")
     if spec.parallel and any(layer.moe for layer in spec.layers):

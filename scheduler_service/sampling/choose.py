@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from quartet.kernels.cpu.largest import largest_of_rows
+from quartet.kernels.cpu.mask import mask_rows
 from quartet.kernels.reference.philox import uniform
 from quartet.scheduler_service.host.transfer import send, upload
 from quartet.scheduler_service.sampling.rows import Draws, Feature, SamplingRows
@@ -45,7 +46,7 @@ def mask_and_temper(logits: torch.Tensor, rows: SamplingRows, allowed: torch.Ten
 
     `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i.
     """
-    if allowed is not None:
+    if allowed is not None and not mask_rows(logits, allowed):
         logits.masked_fill_(unpack_bits(~allowed, logits.shape[1]), -inf)
     divisors = [temperature or 1.0 for temperature in rows.temperatures]
     if any(divisor != 1.0 for divisor in divisors):

@@ -4,9 +4,9 @@ It is untrusted, and a key that would change the result and is not read here is 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 import re2
@@ -65,34 +65,47 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     bias: str | None = "none"
     init_lora_weights: bool | str | None = True
 
-    @property
-    def largest_rank(self) -> int:
-        return max([self.r, *self.rank_pattern.values()])
+
+class ModuleSettings:
+    """Rank and scale of each module. The patterns are compiled once: an adapter has thousands of modules."""
+
+    def __init__(self, config: AdapterConfig, yield_point: Callable[[], None] = lambda: None) -> None:
+        """Raises CheckpointError for a pattern that cannot be read."""
+        self.largest_rank = max([config.r, *config.rank_pattern.values()])
+        self._config = config
+        self._ranks = Patterns(config.rank_pattern, yield_point)
+        self._alphas = Patterns(config.alpha_pattern, yield_point)
 
     def rank_of(self, module: str) -> int:
-        return matching(self.rank_pattern, module, self.r)
+        return self._ranks.first(module, self._config.r)
 
     def scale_of(self, module: str) -> float:
         """What the product of a module's factors is multiplied with."""
-        rank, alpha = self.rank_of(module), matching(self.alpha_pattern, module, self.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        rank, alpha = self.rank_of(module), self._alphas.first(module, self._config.lora_alpha)
+        return alpha / (math.sqrt(rank) if self._config.use_rslora else rank)
 
 
-def matching(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
-    """The value of the first pattern that matches the end of a module's name, as peft has it.
+class Patterns(Generic[Number]):
+    """Values by patterns, regular expressions that are matched in linear time."""
 
-    A pattern is a regular expression, matched in linear time. Raises CheckpointError for one that is none.
-    """
-    for pattern, value in patterns.items():
-        if module == pattern or module.endswith(f".{pattern}"):
-            return value
-        try:
+    def __init__(self, values: Mapping[str, Number], yield_point: Callable[[], None]) -> None:
+        """Raises CheckpointError for a pattern that cannot be read."""
+        self._compiled: list[tuple[str, Any, Number]] = []
+        for pattern, value in values.items():
+            yield_point()
             whole = pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$"
-            if re2.match(whole, module):
+            try:
+                self._compiled.append((f".{pattern}", re2.compile(whole), value))
+            except re2.error as error:
+                raise CheckpointError(f"{SETTINGS} has the pattern {short(pattern)!r}, which cannot be read") from error
+
+    def first(self, module: str, default: Number) -> Number:
+        """The value of the first pattern that matches the end of a module's name, as peft has it."""
+        name = f".{module}"
+        for ending, compiled, value in self._compiled:
+            if name.endswith(ending) or compiled.match(module):
                 return value
-        except re2.error as error:
-            raise CheckpointError(f"{SETTINGS} has the pattern {short(pattern)!r}, which cannot be read") from error
-    return default
+        return default
 
 
 def read_settings(directory: Path) -> AdapterConfig:

@@ -15,7 +15,7 @@ from quartet.runtime.model_files.files import present
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights import pickled, tensor_io
-from quartet.scheduler_service.weights.adapter_config import AdapterConfig, read_settings
+from quartet.scheduler_service.weights.adapter_config import ModuleSettings, read_settings
 from quartet.scheduler_service.weights.checkpoint import DTYPES, CheckpointError, StoredTensor, read_headers
 from quartet.scheduler_service.weights.file_identity import FileIdentity, identity_of
 from quartet.scheduler_service.weights.parameters import Layout, Place, Slab
@@ -75,7 +75,7 @@ def read_adapter(
 
     `modules`: last parts of the names of weights that it may change; None: any. Raises CheckpointError.
     """
-    config = read_settings(directory)
+    config = ModuleSettings(read_settings(directory), yield_point)
     if config.largest_rank > max_rank:
         raise CheckpointError(f"{directory}: rank {config.largest_rank} exceeds --max-lora-rank {max_rank}")
     file = weights_file(directory)
@@ -142,7 +142,7 @@ def check_shapes(module: str, pair: Pair, place: Place, rank: int) -> None:
             raise CheckpointError(f"lora_{letter} of {short(module)} has the dtype {tensor.dtype}, which is not read")
 
 
-def read_factors(module: str, pair: Pair, place: Place, config: AdapterConfig, dtype: torch.dtype) -> Factors:
+def read_factors(module: str, pair: Pair, place: Place, config: ModuleSettings, dtype: torch.dtype) -> Factors:
     """Both factors of a module, the scale in the second. Raises CheckpointError."""
     a, b = read_tensor(pair["A"]), read_tensor(pair["B"]) * config.scale_of(module)
     a, b = a.to(dtype), b.to(dtype)

@@ -5,9 +5,12 @@ from pathlib import Path
 import torch
 
 from quartet.runtime.model_files import model_info
-from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
+from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel, states_of
 from quartet.scheduler_service.model.registry import load_model
+from quartet.scheduler_service.model.state_access import Run, StateAccess
 from tests.configs import resolved
+
+MOST_SEQUENCES = 8  # of a runner
 
 
 class DenseAttend:
@@ -61,13 +64,23 @@ class DenseRunner:
         self.model = model
         self.attend = DenseAttend()
         self.lengths: dict[int, int] = {}
+        self.states = {
+            spec.layer: tuple(
+                torch.zeros(1 + MOST_SEQUENCES, *shape, dtype=dtype)
+                for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+            )
+            for spec in states_of(model)
+        }
 
     @torch.inference_mode()
     def feed(self, sequences: list[list[int]], **extra: object) -> torch.Tensor:
         """Append tokens to each sequence; logits of all of them, (tokens, vocab)."""
-        positions, starts = [], [0]
+        positions, starts, runs = [], [0], []
         for index, ids in enumerate(sequences):
             begin = self.lengths.get(index, 0)
+            own = 1 + index  # row 0 is the state in front of a first token
+            if ids:
+                runs.append(Run(starts[-1], starts[-1] + len(ids), own if begin else 0, own))
             positions += range(begin, begin + len(ids))
             starts.append(starts[-1] + len(ids))
             self.lengths[index] = begin + len(ids)
@@ -77,6 +90,12 @@ class DenseRunner:
             positions=torch.tensor(positions),
             attend=self.attend,
             starts=torch.tensor(starts),
+            states=self.states_of_step(runs),
             **extra,
         )
         return self.model.logits(self.model.forward(batch))
+
+    def states_of_step(self, runs: list[Run]) -> StateAccess | None:
+        """Where recurrent layers find and leave the states of a step; None without such layers."""
+        none = torch.empty(0, dtype=torch.int64)
+        return StateAccess(self.states, none, none, runs) if self.states else None

@@ -25,6 +25,7 @@ NATIVE = parity.FAMILIES
 MOE = ["qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss"]
 LENGTH = 60  # longer than the sliding windows of tiny models
 TOLERANCE = 1e-4
+LINEAR_TOLERANCE = 3e-4  # of linear attention, whose sums over 64 tokens are taken in another order than transformers'
 
 STRETCHED: dict[str, Any] = {  # as DeepSeek V3's, with other numbers for scores and for cosines
     "rope_type": "yarn",
@@ -127,8 +128,9 @@ def test_chunks_and_single_tokens_beside_another_sequence_give_the_same_logits(f
     last = runner.feed([ids[40:], other[27:]])
     found = torch.cat([first[:30], *[step[:1] for step in steps], last[:20]])
     beside = torch.cat([first[30:], *[step[1:] for step in steps], last[20:]])
-    assert (found - expected_logits(family, ids)).abs().max() <= TOLERANCE
-    assert (beside - expected_logits(family, other)).abs().max() <= TOLERANCE
+    most = LINEAR_TOLERANCE if family in ("qwen3_next", "qwen3_5") else TOLERANCE
+    assert (found - expected_logits(family, ids)).abs().max() <= most
+    assert (beside - expected_logits(family, other)).abs().max() <= most
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIATIONS)

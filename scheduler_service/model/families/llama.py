@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from quartet.scheduler_service.model.rope import Parameters, rope_parameters, rope_spec
-from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec, RopeSpec
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec, NotNative, RopeSpec
 
 Config = dict[str, Any]
 Family = Callable[[Config, int], DecoderSpec]
@@ -52,6 +52,8 @@ def windows(config: Config, is_sliding: Callable[[int], bool], default: int | No
     """Each layer's sliding window: by `layer_types` where the config has them, else by the family's rule."""
     count, window = config["num_hidden_layers"], config.get("sliding_window", default)
     types = config.get("layer_types")
+    if unknown := sorted(set(types or ()) - {"full_attention", "sliding_attention"}):
+        raise NotNative(f"layer_types with {unknown[0]}")
     sliding = [kind == "sliding_attention" for kind in types] if types else [is_sliding(i) for i in range(count)]
     return [window if window and slides else None for slides in sliding]
 

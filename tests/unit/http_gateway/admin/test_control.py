@@ -12,6 +12,7 @@ from quartet.http_gateway.http.auth import Access
 from quartet.runtime import control
 from quartet.runtime.adapters import TENSORS_PATH, Adapter, LoadAdapterFromTensors
 from quartet.runtime.control import COMMAND_LOST, Abort, FlushCache
+from quartet.runtime.limits import MAX_ADAPTER_BODY_VALUES
 from quartet.runtime.messages import Finish, Generate, Reply
 from quartet.scheduler_service.control.handlers import FLUSH_FAILED, FLUSH_IN_PROGRESS, FLUSH_TIMED_OUT, FLUSHED
 from tests.unit.http_gateway.harness import Answer, Served, asynchronous, served, step, words
@@ -216,6 +217,17 @@ async def test_a_body_that_holds_no_adapter_is_refused_without_the_ring(
         assert answer.status == 400 and said in answer.text
         assert await server.ring.sent_of(LoadAdapterFromTensors, 0) == []
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("field", ["config_dict", "added_tokens_config"])
+@asynchronous
+async def test_settings_of_an_adapter_without_end_are_refused_before_they_are_decoded(field: str) -> None:
+    many = {f"k{i}": 1 for i in range(MAX_ADAPTER_BODY_VALUES)}
+    async with served(enable_lora=True) as server:
+        answer = await server.client.post(
+            "/load_lora_adapter_from_tensors", {"lora_name": "a", "config_dict": {}, field: many}
+        )
+        assert answer.status == 413 and f"more than {MAX_ADAPTER_BODY_VALUES} strings" in answer.text
 
 
 @pytest.mark.parametrize(

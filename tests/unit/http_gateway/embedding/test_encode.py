@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from quartet.runtime import limits
 from quartet.runtime.messages import Finish, Generate, Message
 from quartet.runtime.model_files.embedding import Embedding
 from tests.unit.http_gateway.harness import Script, asynchronous, ends, floats, served, step
@@ -91,3 +92,14 @@ async def test_a_generation_model_has_no_embeddings() -> None:
         answer = await server.client.post("/encode", {"text": "a"})
         assert answer.status == 400
         assert "--is-embedding" in answer.json()["error"]["message"]
+
+
+@asynchronous
+async def test_more_numbers_than_an_answer_may_have_are_refused_before_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "MAX_VECTOR_NUMBERS", 7)
+    async with served(is_embedding=True) as server:
+        answer = await server.client.post("/encode", {"text": ["a", "b"]})
+        assert (answer.status, "have 8 numbers together; at most 7" in answer.text) == (413, True), answer.text
+        assert not server.ring.sent

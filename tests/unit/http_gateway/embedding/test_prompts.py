@@ -54,6 +54,7 @@ async def test_the_default_prompt_leaves_token_ids_alone() -> None:
         (WITH_PROMPTS, {"input": [1, 2], "prompt_name": "query"}, "prompt_name is for texts"),
         (UNPOOLED, {"input": "x", "prompt_name": "query"}, "leave the prompt's tokens out"),
         (NONE, {"input": "x", "prompt_name": "query"}, "name no prompts"),
+        (NONE, {"input": ["x"] * 1000, "prompt": "p" * 4097}, "length <= 4096"),
     ],
 )
 @asynchronous

@@ -73,6 +73,7 @@ def test_normalisation_is_a_module_of_its_own(tmp_path):
         (("Transformer", "Pooling"), None, "No such file"),
         (("Transformer", "Pooling"), {"pooling_mode": "median"}, "does not name a pooling that is served"),
         (("Transformer", "Pooling"), {}, "names no pooling"),
+        (("Transformer", "Pooling"), {"pooling_mode": ["mean", "cls", "mean"]}, "names a pooling twice"),
     ],
 )
 def test_modules_that_cannot_be_followed_stop_the_start(tmp_path, names, pooling, words):
@@ -131,8 +132,10 @@ def test_a_dense_layer_that_cannot_be_stops_the_start(tmp_path, layer, words):
         embedding(tmp_path, "BertModel", {})
 
 
-def test_a_folder_of_another_directory_stops_the_start(tmp_path):
-    modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "../elsewhere"}]
+@pytest.mark.parametrize("kind", ["Dense", "Pooling"])
+@pytest.mark.parametrize("folder", ["../elsewhere", "..", ".", "/etc", "a\0b"])
+def test_a_folder_of_another_directory_stops_the_start(kind, folder, tmp_path):
+    modules = [{"type": "a.Transformer", "path": ""}, {"type": f"a.{kind}", "path": folder}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(StartupError, match="not one beside it"):
         embedding(tmp_path, "BertModel", {})
@@ -142,4 +145,11 @@ def test_a_default_prompt_that_has_no_text_stops_the_start(tmp_path):
     settings = {"prompts": {"query": "q: "}, "default_prompt_name": "document"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
     with pytest.raises(StartupError, match="default_prompt_name is 'document'"):
+        embedding(tmp_path, "BertModel", {})
+
+
+def test_a_prompt_that_would_be_put_before_a_thousand_texts_is_bounded(tmp_path):
+    settings = {"prompts": {"query": "q" * 4097}}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with pytest.raises(StartupError, match="'query' has more than 4096"):
         embedding(tmp_path, "BertModel", {})

@@ -10,7 +10,7 @@ import pytest
 
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_files import model_info, tokenizer_files
+from quartet.runtime.model_files import files, model_info, tokenizer_files
 from quartet.runtime.model_files.embedding import read_modules
 from quartet.runtime.model_files.files import read_small, read_small_text
 from quartet.runtime.shorten import short
@@ -97,3 +97,9 @@ def test_names_in_messages_are_short_and_printable(text: str, shown: str) -> Non
 
 def test_a_name_of_many_megabytes_is_shown_in_a_line() -> None:
     assert len(short("\n" * (8 << 20))) < 300
+
+
+def test_a_home_directory_that_does_not_exist_is_said():
+    assert files.expanded("~/a") == Path.home() / "a"
+    with pytest.raises(StartupError, match="~nobody-of-that-name/x: there is no home directory"):
+        files.expanded("~nobody-of-that-name/x")

@@ -55,7 +55,35 @@ BAD: list[tuple[str, Any]] = [
     ("eos_token_id", {"a": 1}),
     ("eos_token_id", ["</s>"]),
     ("pad_token_id", [1]),
+    *(("conv_L_cache", value) for value in (-3, 0, 1, "3", 1 << 40)),
+    *(("block_multiple_of", value) for value in (0, "a")),
+    *(("full_attention_interval", value) for value in (0, -4)),
+    *(("linear_num_value_heads", value) for value in (-4, 0)),
+    ("linear_value_head_dim", 1 << 40),
+    ("linear_conv_kernel_dim", "4"),
+    ("block_ffn_dim_multiplier", "a"),
+    ("swiglu_limit", "x"),
+    ("rope_interleave", "x"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_group": 3, "topk_group": 1}, "n_group is 3, which does not divide the 8 experts"),
+        ({"n_group": 4, "topk_group": 9}, "topk_group is 9, more than n_group, 4"),
+        ({"n_group": 8, "topk_group": 1, "num_experts_per_tok": 4}, "topk_group, 1, leaves fewer experts"),
+    ],
+)
+def test_groups_of_experts_must_fit_to_each_other(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=words):
+        loaded(tmp_path, n_routed_experts=8, **{"num_experts_per_tok": 2, **changes})
+
+
+def test_null_is_the_default_where_a_model_cannot_go_without(tmp_path: Path) -> None:
+    config = loaded(tmp_path, conv_L_cache=None, swiglu_limit=None, sliding_window=None).config
+    assert not {"conv_L_cache", "swiglu_limit"} & config.keys()
+    assert config["sliding_window"] is None
 
 
 @pytest.mark.parametrize(("field", "value"), BAD, ids=[f"{field}={value}"[:40] for field, value in BAD])

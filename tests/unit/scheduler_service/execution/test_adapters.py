@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from quartet.runtime.errors import CommandRefused, RequestError
+from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.execution.adapters import AdapterStore, adapter_store
 from tests.adapters import write_adapter
 from tests.checkpoints import random_tensors, write_config
@@ -70,12 +70,14 @@ def test_random_loads_unloads_and_requests_do_what_a_model_of_them_says(engine: 
                 del known[name]
                 recent[:] = [other for other in recent if other != name]
             case "request":
+                assert store.is_served(name) == (name in known)
                 if name in known and fits(name):
-                    store.need(name, used)
+                    if not store.use(name):
+                        assert store.has_room() or store.evict_unused(used)
+                        store.bring_back(store.known[name], store.read_known(store.known[name]))
                     touch(name)
-                else:
-                    with pytest.raises(RequestError):
-                        store.need(name, used)
+                elif name in known:
+                    assert not (store.use(name) or store.has_room() or store.evict_unused(used))
         assert list(store.loaded) == recent
         assert store.version_of == known == {each["name"]: each["version"] for each in store.state()}
 
@@ -90,3 +92,15 @@ def test_a_restarted_scheduler_has_the_adapters_it_had_and_a_changed_file_anothe
     again = store_of(engine, tmp_path)
     assert again.version_of["a"] == store.version_of["a"] and again.version_of["b"] not in store.version_of.values()
     assert [(each["name"], each["pinned"]) for each in again.state()] == [("a", True), ("b", False)]
+
+
+def test_an_adapter_whose_files_are_gone_is_still_known_after_a_restart(engine: Engine, tmp_path: Path) -> None:
+    store = store_of(engine, tmp_path)
+    for name in ("a", "b"):
+        store.install(name, name, str(tmp_path / name), store.read(tmp_path / name), pinned=False)
+    (tmp_path / "b" / "adapter_model.safetensors").unlink()
+    again = store_of(engine, tmp_path)
+    assert [(each["name"], each["loaded"]) for each in again.state()] == [("a", True), ("b", False)]
+    assert again.version_of == store.version_of
+    with pytest.raises(StartupError):
+        again.read_known(again.known["b"])

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import re2
 import torch
 from safetensors.torch import load_file, save_file
 
+from quartet.scheduler_service.weights.adapter_config import ModuleSettings, settings_of
 from quartet.scheduler_service.weights.adapters import AdapterTensors, read_adapter
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
 from tests.adapters import write_adapter
@@ -87,3 +89,15 @@ def test_a_torn_file_and_a_missing_one_are_refused(base: Path) -> None:
     file.unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin"):
         read(base, adapter)
+
+
+def test_each_pattern_is_compiled_once_however_many_modules_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    compile_pattern = re2.compile
+    monkeypatch.setattr(re2, "compile", lambda pattern: compiled.append(pattern) or compile_pattern(pattern))
+    given = {"peft_type": "LORA", "r": 4, "rank_pattern": {f"m{i}": 1 + i % 8 for i in range(20)}}
+    settings = ModuleSettings(settings_of(given))
+    assert [settings.rank_of(f"layers.{i}.m{i % 25}") for i in range(50)] == [
+        1 + i % 25 % 8 if i % 25 < 20 else 4 for i in range(50)
+    ]
+    assert len(compiled) == 20

@@ -1,0 +1,161 @@
+"""Requests whose adapter is not in memory. They wait here until it was read, before the planner queues them.
+
+An adapter is read in the background, while steps go on. It takes the place of one that no admitted request uses; as
+long as there is none, all requests with adapters wait in the order of their arrival, so that those for adapters in
+memory cannot keep the others out. Requests for the base never wait here.
+"""
+
+from collections.abc import Callable, Collection, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quartet.runtime.adapters import LORA_OFF, NEVER_LOADED
+from quartet.runtime.errors import CommandRefused, Kind, RequestError, StartupError
+from quartet.runtime.messages import Request, Tokenized
+from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.grammar.matchers import Grammar
+from quartet.scheduler_service.host.background import run_in_background
+
+if TYPE_CHECKING:  # it loads torch; the object comes with the scheduler
+    from quartet.scheduler_service.execution.adapters import AdapterStore, Known, Read
+
+NOT_READ = "The adapter {} cannot be read: {}"
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A request that waits, with its compiled grammar."""
+
+    message: Tokenized
+    grammar: Grammar | None
+
+    @property
+    def name(self) -> str:
+        return self.message.request.adapter
+
+
+Ready = tuple[Tokenized, Grammar | RequestError | None]  # the grammar, or why the adapter cannot be had
+
+
+@dataclass(slots=True)
+class Reading:
+    """An adapter that is being read, or was and waits for room."""
+
+    known: "Known"
+    work: "Generator[None, bool | None, Read]"
+    found: "Read | None" = None
+
+
+class AdapterQueue:
+    """Such requests by rid, in the order of their arrival."""
+
+    def __init__(
+        self, store: "AdapterStore | None", planner: Planner, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """No store: requests that name an adapter are refused. `on_change`: another adapter is in memory."""
+        self._store = store
+        self._planner = planner
+        self._on_change = on_change
+        self._waiting: dict[str, Waiting] = {}
+        self._reading: Reading | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def requests(self) -> list[Request]:
+        return [waiting.message.request for waiting in self._waiting.values()]
+
+    def takes(self, message: Tokenized, grammar: Grammar | None) -> bool:
+        """Whether a request has to wait here; if not, its adapter is in memory. Raises RequestError.
+
+        A later attempt replaces an earlier one.
+        """
+        name, rid = message.request.adapter, message.request.rid
+        if not name:
+            return False
+        if self._store is None:
+            raise RequestError(LORA_OFF, field="lora_path")
+        if not self._store.is_served(name):
+            raise RequestError(NEVER_LOADED.format(name), field="lora_path")
+        if not self._waiting and self._store.use(name):
+            return False
+        earlier = self._waiting.get(rid)
+        if earlier is None or message.request.attempt > earlier.message.request.attempt:
+            self._waiting.pop(rid, None)
+            self._waiting[rid] = Waiting(message, grammar)
+        return True
+
+    def remove(self, rid: str) -> Tokenized | None:
+        """Take out a request; None where there is no such one."""
+        waiting = self._waiting.pop(rid, None)
+        return waiting.message if waiting else None
+
+    def take_ready(self) -> list[Ready]:
+        """The first requests, as far as their adapters are in memory now, or cannot be read.
+
+        Call it at every turn of the loop: the work in the background goes on.
+        """
+        ready: list[Ready] = []
+        taken: set[str] = set()  # adapters of these
+        while self._waiting and self._store is not None:
+            rid, first = next(iter(self._waiting.items()))
+            outcome: Grammar | RequestError | None = first.grammar
+            try:
+                if not self._has(self._store, first.name, taken):
+                    break
+                taken.add(first.name)
+            except RequestError as error:
+                outcome = error
+            del self._waiting[rid]
+            ready.append((first.message, outcome))
+        return ready
+
+    def _has(self, store: "AdapterStore", name: str, taken: Collection[str]) -> bool:
+        """Whether an adapter is in memory; if not, go on with reading it. Raises RequestError where that cannot be."""
+        if store.use(name):
+            return True
+        known = store.known.get(name)
+        if known is None:
+            raise RequestError(NEVER_LOADED.format(name), field="lora_path")
+        try:
+            found = self._read(store, known)
+            if found is None:
+                return False
+            if not store.has_room() and not store.evict_unused(self._in_use(taken)):
+                return False
+        except CommandRefused as refusal:
+            self._reading = None
+            raise RequestError(NOT_READ.format(name, refusal.message), Kind.UNAVAILABLE) from refusal
+        self._reading = None
+        store.bring_back(known, found)
+        self._on_change()
+        return True
+
+    def _read(self, store: "AdapterStore", known: "Known") -> "Read | None":
+        """What was read of an adapter; None as long as that takes. Raises CommandRefused."""
+        if not store.has_room() and store.all_pinned:
+            raise CommandRefused("all adapters in memory are pinned, and --max-loaded-loras allows no more")
+        reading = self._reading
+        try:
+            if reading is None or reading.known is not known:  # for another one, or it was replaced meanwhile
+                reading = self._reading = Reading(known, run_in_background(lambda: read(store, known)))
+                next(reading.work)
+            elif reading.found is None:
+                reading.work.send(self._planner.prefills_next)
+        except StopIteration as end:
+            assert reading is not None, "it has ended"
+            reading.found = end.value
+        return reading.found
+
+    def _in_use(self, taken: Collection[str]) -> set[str]:
+        """The adapters of requests that the planner has or gets now."""
+        return {*taken, *(sequence.request.adapter for sequence in self._planner.live.values())}
+
+
+def read(store: "AdapterStore", known: "Known") -> "Read":
+    """What the file of an adapter has now; an error as a refusal."""
+    try:
+        return store.read_known(known)
+    except (StartupError, OSError) as error:
+        raise CommandRefused(str(error)) from error
