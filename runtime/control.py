@@ -107,12 +107,12 @@ class WeightChange(ControlCommand, kw_only=True):
     By default running requests go on, with the keys and values computed so far.
     """
 
+    all_or_none = True
     abort_all_requests: bool = False
     retract: bool = False  # running requests go back to the queue and are computed again
     flush_cache: bool = True  # free the pages of the prefix cache; if false they stay, but are never matched again
     weight_version: Name | None = None
     expected_version: Name | None = None  # 409 unless this is the version that serves
-    waits_for_others: bool = False  # set by the gateway: swap only once it says that all schedulers are prepared
     torch_empty_cache: bool = False
 
     @property
@@ -237,6 +237,7 @@ class ReleaseMemory(ControlCommand, tag="release_memory_occupation", kw_only=Tru
     """Release memory until it is resumed; no tags means all."""
 
     path = "/release_memory_occupation"
+    all_or_none = True
     methods = ("GET", "POST")
     reply = NULL
     tags: list[Name] | None = None

@@ -1,19 +1,21 @@
 """Control commands that were sent through the ring and have not been answered.
 
-Where there are several schedulers, a command goes to each of them, and its answers become one. What changes weights is
-prepared by all, and made by all or by none: this is where it is decided.
+Where there are several schedulers, a command goes to each of them, and its answers become one. What is `all_or_none`
+is prepared by all, and made by all or by none: this is where it is decided. Of other commands that one of them refuses,
+the answer says which have carried them out.
 """
 
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from quartet.http_gateway.ring.merging import merge
 from quartet.http_gateway.ring.schedulers import Schedulers
+from quartet.runtime.adapters import LoadAdapter
 from quartet.runtime.control import COMMAND_LOST, ControlCommand, DecideChange, WeightChange
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import SCHEDULER, Message, Prepared, Reply
@@ -21,6 +23,7 @@ from quartet.runtime.messages import SCHEDULER, Message, Prepared, Reply
 REMEMBERED_DECISIONS = 64
 OTHER_REFUSED = "Another scheduler refused: {}"
 OTHER_ENDED = "Nothing was changed: a scheduler ended while the change was prepared. Send it again."
+PARTLY = "{} (scheduler DP{}; it was done in {})."
 NOBODY_WAITS = "Nothing was changed: nobody waits for the answer any more."
 
 
@@ -87,8 +90,7 @@ class Commands:
         ranks = self._schedulers.targets if rank is None else [rank]
         if not command.for_schedulers:
             ranks = ranks[:1]
-        if isinstance(command, WeightChange):
-            command.waits_for_others = len(ranks) > 1
+        command.waits_for_others = command.all_or_none and len(ranks) > 1
         epochs = {rank: None if command.read_only else self._schedulers.all[rank].epoch for rank in ranks}
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         unanswered = self._unanswered[command.id] = UnansweredCommand(command, serial, answer, epochs)
@@ -116,8 +118,8 @@ class Commands:
             return
         if unanswered.answers:
             count = len(self._schedulers.all)
-            merged = unanswered.cause or merge(unanswered.command, unanswered.answers, count)
-            unanswered.answer.set_result(merged)
+            cause = unanswered.cause and partly(unanswered.cause, unanswered.answers)
+            unanswered.answer.set_result(cause or merge(unanswered.command, unanswered.answers, count))
         else:
             unanswered.answer.set_exception(lost())
 
@@ -137,7 +139,7 @@ class Commands:
     def _decide(self, unanswered: UnansweredCommand, reason: str) -> None:
         """Decide on a change, once; all that wait for it hear so."""
         command = unanswered.command
-        if not (isinstance(command, WeightChange) and command.waits_for_others) or command.id in self._decisions:
+        if not command.waits_for_others or command.id in self._decisions:
             return
         self._decisions[command.id] = reason
         if not reason:
@@ -166,15 +168,29 @@ class Commands:
         if command.read_only and len(unanswered.epochs) == 1:
             unanswered.epochs = {self._schedulers.targets[0]: None}
             return True
-        if not (command.read_only or (isinstance(command, WeightChange) and command.waits_for_others)):
+        if not (command.read_only or self._can_do_without(command)):
             if not unanswered.answer.done():
                 unanswered.answer.set_exception(lost())
             return False
-        del unanswered.epochs[rank]  # a change that is made reaches it when it is back
+        del unanswered.epochs[rank]
         if not command.read_only:
             self._decide(unanswered, OTHER_ENDED)
         self._finish(unanswered)
         return False
+
+    def _can_do_without(self, command: ControlCommand) -> bool:
+        """Whether all is well though a scheduler has died: nothing is done, or it is made up for (levelling.py)."""
+        done = self._decisions.get(command.id) == ""
+        return command.waits_for_others and (not done or isinstance(command, WeightChange | LoadAdapter))
+
+
+def partly(cause: Reply, answers: Mapping[int, Message]) -> Reply:
+    """The refusal of one scheduler; it says which others have done what was asked."""
+    done = [f"DP{rank}" for rank, reply in sorted(answers.items()) if isinstance(reply, Reply) and reply.success]
+    if not done:
+        return cause
+    message = PARTLY.format(cause.message.rstrip("."), cause.rank, " and ".join(done))
+    return msgspec.structs.replace(cause, message=message)
 
 
 def lost() -> RequestError:

@@ -1,10 +1,11 @@
-"""Gives a scheduler that comes back the weights that the others serve; until then it gets no requests."""
+"""Gives a scheduler that comes back the weights and adapters of the others; until then it gets no requests."""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
-from quartet.http_gateway.ring.schedulers import Schedulers
+from quartet.http_gateway.ring.schedulers import Schedulers, Served
+from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
 from quartet.runtime.control import REWRITTEN, ControlCommand, UpdateWeightsFromDisk, UpdateWeightVersion
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Message, Reply
@@ -13,6 +14,9 @@ log = logging.getLogger(__name__)
 
 LEVEL_TIMEOUT_S = 600.0
 LOOK_AFTER_S = 1.0
+BEHIND = (
+    "Scheduler DP%d serves version %s of the weights, the others %s, or not the same adapters; it gets no requests."
+)
 
 Run = Callable[[ControlCommand, float, int], Awaitable[Message]]  # a command, its time limit, the scheduler's rank
 
@@ -37,7 +41,7 @@ class Leveller:
 
     def look_at(self, rank: int) -> None:
         """A scheduler has spoken: bring it to the weights of the others, where it serves other ones."""
-        if self._schedulers.all[rank].held:  # looked at again when the others have changed theirs
+        if self._schedulers.changing:  # all are looked at again when that is finished
             return
         if not self._schedulers.is_behind(rank):
             self._say(rank)
@@ -53,23 +57,19 @@ class Leveller:
     async def _level(self, rank: int) -> None:
         reference, own = self._schedulers.reference, self._schedulers.all[rank].served
         assert reference is not None, "known from the first facts on"
-        path, version = reference
-        log.warning("Scheduler DP%d serves version %s, the others %s; it gets no requests.", rank, own[1], version)
-        if own == (path, REWRITTEN.format(version)):
+        log.warning(BEHIND, rank, own.weight_version, reference.weight_version)
+        if own.weight_version == REWRITTEN.format(reference.weight_version):
             log.error("Its weights were rewritten on the disk since the others read them: update the weights.")
             return
-        command: ControlCommand
-        if own[0] == path:
-            command = UpdateWeightVersion(new_version=version, abort_all_requests=False)
-        else:
-            command = UpdateWeightsFromDisk(model_path=path, weight_version=version)
-        try:
-            answer = await self._run(command, LEVEL_TIMEOUT_S, rank)
-        except (RequestError, TimeoutError) as error:
-            log.error("Scheduler DP%d could not be brought to version %s: %s", rank, version, error)
-            return
-        if isinstance(answer, Reply) and not answer.success:
-            log.error("Scheduler DP%d could not be brought to version %s: %s", rank, version, answer.message)
+        for command in what_is_missing(own, reference):
+            try:
+                answer = await self._run(command, LEVEL_TIMEOUT_S, rank)
+            except (RequestError, TimeoutError) as error:
+                log.error("Scheduler DP%d cannot serve what the others do: %s", rank, error)
+                return
+            if isinstance(answer, Reply) and not answer.success and self._schedulers.is_behind(rank):
+                log.error("Scheduler DP%d cannot serve what the others do: %s", rank, answer.message)
+                return
         self._say(rank)
 
     def _say(self, rank: int) -> None:
@@ -78,3 +78,17 @@ class Leveller:
         if self._schedulers.several and not self._schedulers.is_behind(rank) and self._said.get(rank) != one.epoch:
             self._said[rank] = one.epoch
             log.info("The scheduler DP%d takes requests.", rank)
+
+
+def what_is_missing(own: Served, reference: Served) -> Iterator[ControlCommand]:
+    """The commands that bring a scheduler from what it serves to what all must serve."""
+    path, version = reference.model_path, reference.weight_version
+    if own.model_path != path:
+        yield UpdateWeightsFromDisk(model_path=path, weight_version=version)
+    elif own.weight_version != version:
+        yield UpdateWeightVersion(new_version=version, abort_all_requests=False)
+    names = {name for name, _, _ in reference.adapters}
+    for name in sorted({name for name, _, _ in own.adapters} - names):
+        yield UnloadAdapter(lora_name=name)
+    for name, adapter_path, pinned in sorted(reference.adapters - own.adapters):
+        yield LoadAdapter(lora_name=name, lora_path=adapter_path, pinned=pinned, load_inplace=True)

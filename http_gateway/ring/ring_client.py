@@ -352,7 +352,8 @@ class RingClient:
 
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
         if isinstance(answer, Reply):
-            self.on_reply(answer)
+            if self.schedulers.speaks_for_all(answer.rank):
+                self.on_reply(answer)
             self.schedulers.note_reply(answer)
         if self._quarantine.takes(answer):
             if self._quarantine.cleared:

@@ -24,14 +24,14 @@ MOST_MORE_REQUESTS = 16  # that a scheduler may have than another, and still get
 LONG_PREFIX_BLOCKS = 4096 // BLOCK_BYTES  # a shorter one counts only where it is half of the prompt
 
 RECORD = "served.json"  # in the run directory
-Served = tuple[str, str]  # model path and weight version
 
 
-class Reference(msgspec.Struct):
-    """The weights that all schedulers must serve."""
+class Served(msgspec.Struct, frozen=True):
+    """What a scheduler serves, as far as all must serve the same."""
 
-    model_path: str
-    weight_version: str
+    model_path: str = ""
+    weight_version: str = ""
+    adapters: frozenset[tuple[str, str, bool]] = frozenset()  # name, path, whether it is pinned
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class SchedulerState:
     levelled: bool = False  # it is being given the weights of the others
     requests: int = 0  # unfinished ones that are its own
     sent: int = 0  # ever
-    served: Served = ("", "")
+    served: Served = field(default_factory=Served)
     facts: Facts | None = None
     prefixes: PrefixMemory = field(default_factory=PrefixMemory)
 
@@ -61,9 +61,8 @@ class Schedulers:
         self.on_change: Callable[[], None] = lambda: None  # what all must serve has changed
         self._changes = 0  # of weights, that are decided and not finished
         self._run_dir = run_dir if count > 1 else ""
-        kept = records.read_record(run_dir, RECORD, Reference) if self._run_dir else None
-        # the weights that all must serve; None: not yet known
-        self.reference: Served | None = (kept.model_path, kept.weight_version) if kept else None
+        # what all must serve; None: not yet known
+        self.reference = records.read_record(run_dir, RECORD, Served) if self._run_dir else None
         self._complete = asyncio.Event()
         self._heard_of_one = asyncio.Event()
         self._heard_of_all = asyncio.Event()
@@ -138,11 +137,11 @@ class Schedulers:
         restarted = one.heard and facts.epoch > one.epoch
         if restarted:
             one.prefixes.forget()
-            one.held = self._changes > 0
+            one.held = self.changing
         if one.heard and not restarted:
-            self._serves(one, served(facts.state))
+            self._serves(one, served(facts.state, one.served))
         one.epoch, one.heard, one.up = facts.epoch, True, True
-        one.facts, one.served = facts, served(facts.state)
+        one.facts, one.served = facts, served(facts.state, Served())
         if self.several and self.reference is None:
             self._set_reference(one.served)
         self._common = common
@@ -154,16 +153,15 @@ class Schedulers:
         return restarted
 
     def note_reply(self, reply: Reply) -> None:
-        """A reply may say which weights its scheduler serves now."""
+        """A reply may say what its scheduler serves now."""
         body = (reply.success and reply.body) or {}
         if not 0 <= reply.rank < len(self.all):  # of no scheduler: it ends a message that could not be handled
             return
         one = self.all[reply.rank]
-        path, version = one.served
-        self._serves(one, served({"model_path": path, "weight_version": version, **body}))
+        self._serves(one, served(body, one.served))
 
     def _serves(self, one: SchedulerState, now: Served) -> None:
-        """A scheduler that lives changes its weights as we say, so that all must serve them from now on."""
+        """A scheduler that lives changes what it serves as we say, so that all must serve it from now on."""
         if now == one.served:
             return
         one.served = now
@@ -173,11 +171,10 @@ class Schedulers:
     def _set_reference(self, reference: Served) -> None:
         self.reference = reference
         if self._run_dir:
-            path, version = reference
             try:
-                records.write(self._run_dir, RECORD, Reference(model_path=path, weight_version=version))
+                records.write(self._run_dir, RECORD, reference)
             except OSError as error:
-                log.error("Could not record which weights all schedulers serve: %s.", error)
+                log.error("Could not record what all schedulers serve: %s.", error)
         self.on_change()
 
     def note_death(self, rank: int, epoch: int) -> bool:
@@ -195,6 +192,11 @@ class Schedulers:
         """All that live are about to change their weights."""
         self._changes += 1
 
+    @property
+    def changing(self) -> bool:
+        """Whether such a change is not finished."""
+        return self._changes > 0
+
     def end_change(self) -> None:
         """They have."""
         self._changes -= 1
@@ -204,8 +206,12 @@ class Schedulers:
             self.on_change()
 
     def is_behind(self, rank: int) -> bool:
-        """Whether a scheduler serves other weights than all must."""
+        """Whether a scheduler serves something else than all must."""
         return self.several and self.reference not in (None, self.all[rank].served)
+
+    def speaks_for_all(self, rank: int) -> bool:
+        """Whether what it says of weights and adapters holds for all: it is not being given those of the others."""
+        return not (0 <= rank < len(self.all) and self.all[rank].levelled)
 
     def common(self, facts: Facts) -> Facts:
         """The facts of one scheduler, with the sizes that every one has."""
@@ -220,7 +226,7 @@ class Schedulers:
     def _would_be_behind(self, facts: Facts) -> bool:
         one = self.all[facts.rank]
         new = not one.heard or facts.epoch > one.epoch
-        return self.several and new and self.reference not in (None, served(facts.state))
+        return self.several and (new or one.levelled) and self.reference not in (None, served(facts.state, Served()))
 
     def forget_prefixes(self) -> None:
         """The caches were emptied."""
@@ -238,5 +244,13 @@ def best(serving: list[SchedulerState], blocks: list[int]) -> SchedulerState:
     return longest if counts and longest.requests <= least.requests + MOST_MORE_REQUESTS else least
 
 
-def served(state: dict[str, Any]) -> Served:
-    return str(state.get("model_path", "")), str(state.get("weight_version", ""))
+def served(said: dict[str, Any], before: Served) -> Served:
+    """What a scheduler serves, by its facts or a reply; what those do not say is as before."""
+    adapters = said.get("adapters")
+    return Served(
+        str(said.get("model_path", before.model_path)),
+        str(said.get("weight_version", before.weight_version)),
+        before.adapters
+        if adapters is None
+        else frozenset((one["name"], one["path"], one["pinned"]) for one in adapters),
+    )

@@ -190,6 +190,10 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: "--otlp-traces-endpoint needs OpenTelemetry: pip install 'quartet-serve[otel]'",
     ),
     (
+        lambda c, m: c.dp_size > 1 and getattr(c, "tp_size", 1) > 1,
+        lambda c: f"--dp-size {c.dp_size} does not go with --tp-size; run several servers behind a router instead",
+    ),
+    (
         lambda c, m: c.dp_size > 1 and bool(c.sleep_when_idle_s),
         lambda c: f"--sleep-when-idle-s works with one scheduler, and --dp-size is {c.dp_size}; leave one of them out",
     ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 
-from quartet.runtime.control import ControlCommand, DecideChange, WeightChange
+from quartet.runtime.control import ControlCommand, DecideChange
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Prepared
 from quartet.scheduler_service.control.context import Context, Handler
@@ -11,7 +11,7 @@ SAY_AGAIN_S = 1.0  # what was said, or its answer, may be lost with a process of
 NOT_ALL = 503  # status of a change that another scheduler did not make
 
 
-def agreed(context: Context, command: WeightChange) -> Generator[None, bool | None, None]:
+def agreed(context: Context, command: ControlCommand) -> Generator[None, bool | None, None]:
     """Return once every scheduler is prepared for the change. Raises CommandRefused where one is not."""
     if not command.waits_for_others:
         return

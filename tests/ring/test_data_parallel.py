@@ -10,6 +10,7 @@ import pytest
 import requests
 from safetensors.torch import load_file, save_file
 
+from tests.adapters import write_adapter
 from tests.ring.test_recovery import BODIES, FLAGS, WAIT_S, Stream, assert_same
 from tests.servers import ROOT, Server
 
@@ -30,7 +31,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def server(launch_for_module: Callable[..., Server], models: list[Path]) -> Server:
-    return launch_for_module("--model-path", str(models[0]), "--dp-size", "2", "--enable-metrics", *FLAGS)
+    return launch_for_module(
+        "--model-path", str(models[0]), "--dp-size", "2", "--enable-metrics", "--enable-lora", *FLAGS
+    )
 
 
 def generate(server: Server, text: str, **fields: Any) -> dict[str, Any]:
@@ -116,13 +119,39 @@ def test_an_update_reaches_both_or_none_and_no_stream_is_lost(server: Server, mo
     assert generate(server, "Hello", data_parallel_rank=1)["weight_version"] == "second"
 
 
-def test_a_scheduler_that_comes_back_serves_the_weights_of_the_others(server: Server) -> None:
-    start = len(server.log)
+def test_an_adapter_is_loaded_by_both_or_none(server: Server, models: list[Path]) -> None:
+    place = models[0].parent
+    assert load(server, place / "missing").status_code == 400
+    assert load(server, write_adapter(models[0], place / "adapter")).status_code == 200
+    assert len(adapted_texts(server)) == 1
+
+
+def load(server: Server, path: Path) -> requests.Response:
+    body = {"lora_name": "own", "lora_path": str(path)}
+    return requests.post(f"{server.url}/load_lora_adapter", json=body, timeout=WAIT_S)
+
+
+def adapted_texts(server: Server) -> set[str]:
+    """What each scheduler says with the adapter."""
+    body = {"text": "Hello", "lora_path": "own", "sampling_params": {"max_new_tokens": 16, "temperature": 0}}
+    answers = [
+        requests.post(f"{server.url}/generate", json={**body, "data_parallel_rank": rank}, timeout=WAIT_S).json()
+        for rank in (0, 1)
+    ]
+    assert [answer["meta_info"]["dp_rank"] for answer in answers] == [0, 1]
+    return {answer["text"] for answer in answers}
+
+
+def test_a_scheduler_that_comes_back_serves_the_weights_and_adapters_of_the_others(server: Server) -> None:
+    start, before = len(server.log), adapted_texts(server)
     server.children()["scheduler DP0"].kill()
     assert generate(server, "Hello", data_parallel_rank=0)["weight_version"] == "second"
     server.wait_for_match(r"The scheduler DP0 takes requests", start, WAIT_S)
     assert len(checksums(server)) == 1
     assert generate(server, "Hello", data_parallel_rank=0)["weight_version"] == "second"
+    assert adapted_texts(server) == before
+    answer = requests.post(f"{server.url}/unload_lora_adapter", json={"lora_name": "own"}, timeout=WAIT_S)
+    assert answer.json()["loaded_adapters"] == {}
 
 
 def test_changes_that_are_on_no_disk_are_refused(server: Server) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from quartet.http_gateway.ring import prefix_memory
 from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, MOST_BLOCKS, PrefixMemory, blocks_of
-from quartet.http_gateway.ring.schedulers import MOST_MORE_REQUESTS, Schedulers
+from quartet.http_gateway.ring.schedulers import MOST_MORE_REQUESTS, Schedulers, Served
 from quartet.runtime.messages import Chat, Facts, Generate, Reply, Request, pack_ids
 from quartet.runtime.sampling import SamplingParams
 
@@ -114,6 +114,17 @@ def test_a_scheduler_with_other_weights_gets_no_requests() -> None:
     assert schedulers.choose(asked("y", wanted_rank=1)) == 0
 
 
+def test_a_scheduler_with_other_adapters_gets_no_requests() -> None:
+    schedulers = heard()
+    adapter = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
+    schedulers.note_reply(Reply(id="c", rank=0, body={"adapters": [adapter]}))
+    assert {schedulers.choose(asked(str(number))) for number in range(4)} == {0}
+    evicted = adapter | {"loaded": False, "version": "3"}
+    schedulers.note_reply(Reply(id="c", rank=1, body={"adapters": [evicted]}))
+    assert not schedulers.is_behind(0)
+    assert not schedulers.is_behind(1)
+
+
 def test_facts_may_tell_of_a_change_before_its_lost_reply_is_repeated() -> None:
     schedulers = heard()
     schedulers.note_facts(facts(0, version="v1"), facts(0))
@@ -125,7 +136,7 @@ def test_the_next_gateway_knows_which_weights_all_serve(tmp_path: Path) -> None:
     schedulers = heard(run_dir=str(tmp_path))
     schedulers.note_reply(Reply(id="c", rank=0, body={"weight_version": "v1"}))
     after = heard(run_dir=str(tmp_path))
-    assert after.reference == ("m", "v1")
+    assert after.reference == Served("m", "v1")
     assert after.is_behind(0)
 
 

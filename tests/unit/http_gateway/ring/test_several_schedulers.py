@@ -9,12 +9,14 @@ import pytest
 
 from quartet.http_gateway.http.metrics import Metrics
 from quartet.http_gateway.ring.ring_client import RingClient
+from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
 from quartet.runtime.control import (
     Abort,
     DecideChange,
     FlushCache,
     PauseGeneration,
     Probe,
+    ReleaseMemory,
     UpdateWeightsFromDisk,
     UpdateWeightVersion,
 )
@@ -291,6 +293,63 @@ async def test_a_scheduler_that_comes_back_with_other_weights_gets_those_of_the_
         await ring.say(Reply(id=command.id, rank=1, body=body))
         ring.client.open([asked("b", 1)])
         assert ring.generates[-1][:2] == ("b", 1)
+
+
+@asynchronous
+async def test_a_scheduler_that_comes_back_gets_the_adapters_of_the_others_and_speaks_for_none() -> None:
+    async with fleet() as ring:
+        told: list[Any] = []
+        ring.client.on_reply = told.append
+        kept, late = ({"name": name, "path": f"/{name}", "pinned": False} for name in ("kept", "late"))
+        for rank in (0, 1):
+            await ring.say(Reply(id="c", rank=rank, body={"adapters": [kept, late]}))
+        await ring.end(1)
+        told.clear()
+        before = facts(1, epoch=1)
+        before.state["adapters"] = [kept, {"name": "gone", "path": "/gone", "pinned": False}]
+        await ring.say(before)
+        [unload] = ring.sent(UnloadAdapter)
+        assert (unload.lora_name, unload.rank, unload.epoch) == ("gone", 1, 1)
+        await ring.say(Reply(id=unload.id, rank=1, body={"adapters": [kept]}))
+        [load] = ring.sent(LoadAdapter)
+        assert (load.lora_name, load.lora_path, load.rank, load.waits_for_others) == ("late", "/late", 1, False)
+        assert told == []
+        ring.client.open([asked("a", 1)])
+        assert ring.generates[-1][:2] == ("a", 0)
+        await ring.say(Reply(id=load.id, rank=1, body={"adapters": [kept, late]}))
+        ring.client.open([asked("b", 1)])
+        assert ring.generates[-1][:2] == ("b", 1)
+
+
+@asynchronous
+async def test_a_command_that_only_some_have_carried_out_says_which() -> None:
+    async with fleet() as ring:
+        flush = asyncio.create_task(ring.client.command(FlushCache(), 10))
+        await settle()
+        id = ring.sent(FlushCache)[0].id
+        await ring.say(Reply(id=id, rank=0), Reply(id=id, rank=1, success=False, status=400, message="Busy."))
+        answer = await flush
+        assert isinstance(answer, Reply)
+        assert (answer.success, answer.status) == (False, 400)
+        assert answer.message == "Busy (scheduler DP1; it was done in DP0)."
+
+
+@pytest.mark.parametrize("decided", [False, True])
+@asynchronous
+async def test_memory_is_released_by_all_or_none_and_a_death_behind_the_decision_is_told(decided: bool) -> None:
+    async with fleet() as ring:
+        release = asyncio.create_task(ring.client.command(ReleaseMemory(), 10))
+        await settle()
+        id = ring.sent(ReleaseMemory)[0].id
+        await ring.say(*[Prepared(id=id, rank=rank) for rank in ((0, 1) if decided else (0,))])
+        await ring.end(1)
+        assert {rank for rank, reason in decisions(ring) if reason} == (set() if decided else {0})
+        if decided:  # the one that died has the memory when it is back
+            with pytest.raises(RequestError):
+                await release
+        else:
+            await ring.say(Reply(id=id, rank=0, success=False, status=503, message="not all"))
+            assert not (await release).success
 
 
 @asynchronous
