@@ -18,6 +18,7 @@ from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
+from quartet.scheduler_service.host.pool_size import note_size, sized_as_before
 from quartet.scheduler_service.model.same_model import check_same_model
 from quartet.scheduler_service.weights import record
 from quartet.scheduler_service.weights.update import Updates
@@ -27,11 +28,12 @@ log = logging.getLogger(__name__)
 
 def main(boot: Boot) -> None:
     """Load the model and serve it until killed. Raises StartupError."""
-    config = record.restored(boot.config, boot.own_dir)
+    config = sized_as_before(record.restored(boot.config, boot.own_dir), boot.own_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
     worker = Worker(config, info)
+    note_size(config, boot.own_dir, worker.facts().max_total_num_tokens)
     adapters = worker.load_adapters(boot.config, boot.own_dir)
     updates = weight_updates(config, info, worker, boot.own_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
