@@ -217,12 +217,12 @@ class RingClient:
         if poison:
             self._end_poison_request(poison, role)
         again = self._send_ready(self._commands.recover(role, rank))
-        log.warning("The %s was started again; %d of %d requests are sent again.", role, again, len(self._pending))
+        name, count = self.schedulers.title(role, rank), len(self._pending)
+        log.warning("The %s was started again; %d of %d requests are sent again.", name, again, count)
 
     def _on_death(self, rank: int, epoch: int) -> None:
         """A scheduler has ended: what it had goes on elsewhere at once, where another one lives."""
         if self.schedulers.note_death(rank, epoch):
-            log.error("The scheduler DP%d has ended; another one goes on with its requests.", rank)
             self._recover(SCHEDULER, rank)
 
     def _recover_aborts(self, role: str, rank: int, lost: set[str]) -> None:

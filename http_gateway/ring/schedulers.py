@@ -16,7 +16,7 @@ import msgspec
 
 from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, PrefixMemory, blocks_of
 from quartet.runtime import records
-from quartet.runtime.messages import Facts, Generate, Reply
+from quartet.runtime.messages import SCHEDULER, Facts, Generate, Reply, title_of
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,10 @@ class Schedulers:
     @property
     def several(self) -> bool:
         return len(self.all) > 1
+
+    def title(self, role: str, rank: int) -> str:
+        """What a process of the ring is called."""
+        return title_of(role, rank, len(self.all) if role == SCHEDULER else 1)
 
     @property
     def up(self) -> list[SchedulerState]:
@@ -186,6 +190,8 @@ class Schedulers:
         self._complete.clear()
         one.given_away = bool(self.up)
         one.prefixes.forget()
+        if one.given_away:
+            log.error("The scheduler DP%d has ended; another one goes on with its requests.", rank)
         return one.given_away
 
     def begin_change(self) -> None:
