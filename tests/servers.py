@@ -143,14 +143,17 @@ def launched(
     environment: Mapping[str, str] | None = None,
     ready: bool = True,
     directory: Path = ROOT,
+    standby: bool = False,
 ) -> Iterator[Server]:
     """A server started with these flags and, where named, other modules as services; stopped at the end.
 
-    `ready`: wait until it serves. `directory`: where it starts, for relative paths in the flags.
+    `ready`: wait until it serves. `directory`: where it starts, for relative paths in the flags. `standby`: keep a
+    second scheduler process at hand, as servers do; it takes two seconds of a core that only tests of deaths need.
     The port is free and chosen by the kernel, see `Server.url`.
     """
     run_base = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: socket paths are limited
-    server = Server(flags, services or {}, environment or {}, run_base, directory)
+    settings = {} if standby else {"QUARTET_DISABLE_STANDBY": "1"}
+    server = Server(flags, services or {}, settings | dict(environment or {}), run_base, directory)
     try:
         if ready:
             server.wait_for(READY)

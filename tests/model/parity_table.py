@@ -39,7 +39,7 @@ def run(family: str) -> list[parity.Outcome]:
         with open(os.devnull, "w") as quiet:  # the loader's progress bars
             stderr, sys.stderr = sys.stderr, quiet
             try:
-                return [parity.compare(peer, *case(directory)) for case in parity.CASES.values()]
+                return [parity.compare(peer, case, directory) for case in parity.CASES]
             finally:
                 sys.stderr = stderr
 
