@@ -6,6 +6,7 @@ sends for the request is dropped.
 """
 
 import time
+from collections import defaultdict
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ class Stopped:
     kept: int  # positions, prompt included, from the first whose experts are wanted
     made: int
     text: Text | None  # held until then where it lacks what only that message brings
+    rank: int  # of the scheduler
 
 
 class Detokenizer:
@@ -53,7 +55,7 @@ class Detokenizer:
         self._whole_texts = WholeTexts(vocabulary, executor)
         self._streams: dict[str, Stream] = {}
         self._stopped: dict[str, Stopped] = {}
-        self._epoch = 0  # of the scheduler
+        self._epochs: defaultdict[int, int] = defaultdict(int)  # of the schedulers, by rank
         self.counters = Counters()
 
     @property
@@ -93,8 +95,8 @@ class Detokenizer:
         if last:
             return [ended]
         if self._vocabulary is not None:  # whoever decodes nothing keeps nothing, and passes on all that comes
-            self._stopped[rid] = Stopped(0, 0, None)
-        return [ended, Abort(rid=rid, exact=True, attempt=tokens.attempt)]
+            self._stopped[rid] = Stopped(0, 0, None, tokens.rank)
+        return [ended, Abort(rid=rid, exact=True, attempt=tokens.attempt, rank=tokens.rank)]
 
     def _answers(self, message: Message) -> list[Message]:
         match message:
@@ -102,8 +104,8 @@ class Detokenizer:
                 return self._on_tokens(message)
             case Detokenize():
                 return [*self._whole_texts.take(message)]
-            case Facts(epoch=epoch):
-                self._meet(epoch)
+            case Facts(rank=rank, epoch=epoch):
+                self._meet(rank, epoch)
             case Probe():
                 counters = msgspec.structs.asdict(self.counters)
                 message.counters["detokenizer"] = {"running": len(self._streams), **counters}
@@ -117,8 +119,10 @@ class Detokenizer:
         if stream is not None and tokens.attempt < stream.request.attempt:
             return self._drop()
         if tokens.request is not None:
-            self._meet(tokens.request.epoch)
-            if tokens.request.epoch < self._epoch:  # of a dead scheduler, behind the first word of its successor
+            self._meet(tokens.rank, tokens.request.epoch)
+            if (
+                tokens.request.epoch < self._epochs[tokens.rank]
+            ):  # of a dead scheduler, behind the first word of its successor
                 return self._drop()
             self._stopped.pop(tokens.rid, None)
             stream = self._streams[tokens.rid] = Stream(self._vocabulary, tokens.request, tokens.prompt_tail)
@@ -147,8 +151,8 @@ class Detokenizer:
             tokens.routed_experts = first_rows(tokens.routed_experts, made - surplus - 1, made - 1)
             return [last]
         waits = stream.request.return_routed_experts
-        self._stopped[tokens.rid] = Stopped(made - surplus, made, last if waits else None)
-        abort = Abort(rid=tokens.rid, exact=True, attempt=tokens.attempt)
+        self._stopped[tokens.rid] = Stopped(made - surplus, made, last if waits else None, tokens.rank)
+        abort = Abort(rid=tokens.rid, exact=True, attempt=tokens.attempt, rank=tokens.rank)
         return [abort] if waits else [last, abort]
 
     def _without_stream(self, tokens: Tokens) -> list[Message]:
@@ -165,12 +169,12 @@ class Detokenizer:
         stopped.text.tokens.routed_experts = first_rows(tokens.routed_experts, stopped.kept - 1, stopped.made - 1)
         return [stopped.text]
 
-    def _meet(self, epoch: int) -> None:
+    def _meet(self, rank: int, epoch: int) -> None:
         """A scheduler speaks. When it is a new one, what the one before ran is over; it will be sent again."""
-        if epoch > self._epoch:
-            self._epoch = epoch
-            self._streams.clear()
-            self._stopped.clear()
+        if epoch > self._epochs[rank]:
+            self._epochs[rank] = epoch
+            self._streams = {rid: stream for rid, stream in self._streams.items() if stream.request.rank != rank}
+            self._stopped = {rid: stopped for rid, stopped in self._stopped.items() if stopped.rank != rank}
 
     def _drop(self) -> list[Message]:
         self.counters.dropped += 1

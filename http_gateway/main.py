@@ -25,11 +25,11 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import Abort
 from quartet.runtime.errors import StartupError
 from quartet.runtime.log import level_prefix
-from quartet.runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, ROLES, SCHEDULER
+from quartet.runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, SCHEDULER, processes
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.chat_templates import template_dir, template_sources
 from quartet.runtime.process import stopwatch
-from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressReader, ProgressWord
+from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressReader, ProgressWord, SlowestProgress
 from quartet.runtime.service import Boot, report_ready
 from quartet.runtime.settings.tls import server_context
 from quartet.runtime.sockets import AsyncInbox, AsyncOutbox, newest_epoch
@@ -169,11 +169,22 @@ async def serve(boot: Boot) -> None:
         uvicorn_log.addFilter(with_level)
     access_log.setLevel(config.access_log_level.upper())
     model = model_info.load(config)
-    readers = {role: ProgressReader(boot.run_dir, role) for role in ROLES}
-    metrics = Metrics(config.name, partial(newest_epoch, boot.run_dir), partial(pids, boot, readers))
+    keys = processes(config.dp_size)
+    readers = {title: ProgressReader(boot.run_dir, key) for title, key in keys.items()}
+    newest = partial(newest_epoch, boot.run_dir)
+    metrics = Metrics(config.name, newest, partial(pids, boot, readers), config.dp_size)
     least_attempt = boot.epoch * ATTEMPTS_OF_A_GATEWAY
     inbox, outbox = AsyncInbox(boot.inbox), AsyncOutbox(boot.outbox)
-    ring = RingClient(inbox, outbox, config.max_inflight_requests, metrics, least_attempt, service.announced(boot))
+    ring = RingClient(
+        inbox,
+        outbox,
+        config.max_inflight_requests,
+        metrics,
+        least_attempt,
+        service.announced(boot),
+        schedulers=config.dp_size,
+        run_dir=boot.run_dir,
+    )
     listening = asyncio.create_task(ring.listen())
     listening.add_done_callback(end_with_listener)
     beating = asyncio.create_task(beat(ring, ProgressWord(boot.run_dir, boot.role)))
@@ -191,8 +202,8 @@ async def serve(boot: Boot) -> None:
         facts=facts,
         ring=ring,
         metrics=metrics,
-        progress=readers[SCHEDULER],
-        hops={role: readers[role] for role in ROLES if role != GATEWAY},
+        progress=SlowestProgress([reader for title, reader in readers.items() if title.startswith(SCHEDULER)]),
+        hops={title: reader for title, reader in readers.items() if title != GATEWAY},
         run_dir=boot.run_dir,
         health_timeout_s=health_timeout_s(os.environ),
         tracer=traces,
@@ -215,8 +226,8 @@ def tracer_of(config: ResolvedConfig) -> "OtlpTracer | None":
 
 
 def pids(boot: Boot, readers: Mapping[str, ProgressReader]) -> dict[str, int]:
-    """The processes of the server by role."""
-    return {"launcher": boot.parent_pid} | {role: pid for role, reader in readers.items() if (pid := reader.pid())}
+    """The processes of the server by title."""
+    return {"launcher": boot.parent_pid} | {title: pid for title, reader in readers.items() if (pid := reader.pid())}
 
 
 async def beat(ring: RingClient, progress: ProgressWord) -> None:

@@ -8,6 +8,7 @@ from quartet.runtime.command import ControlCommand
 from quartet.runtime.names import AdapterName, Name
 from quartet.runtime.reply_shapes import AsAdapters
 
+FROM_DIRECTORY = "save the adapter to a directory, and use /load_lora_adapter"
 LORA_OFF = "LoRA is not enabled. Please set `--enable-lora` to enable LoRA."
 NEVER_LOADED = "Got LoRA adapter that has never been loaded: {}."
 TENSORS_PATH = "__tensor__"  # the path of an adapter that came over the wire
@@ -28,6 +29,7 @@ class LoadAdapter(ControlCommand, tag="load_lora_adapter", kw_only=True):
     """Serve an adapter from a directory or a hub id. The name must be free, unless the adapter replaces its bearer."""
 
     path = "/load_lora_adapter"
+    all_or_none = True
     reply = AsAdapters()
     lora_name: AdapterName
     lora_path: Name
@@ -39,6 +41,7 @@ class LoadAdapterFromTensors(ControlCommand, tag="load_lora_adapter_from_tensors
     """Serve an adapter whose tensors come with the request; the gateway writes them to a file."""
 
     path = "/load_lora_adapter_from_tensors"
+    one_scheduler = FROM_DIRECTORY
     reply = AsAdapters()
     lora_name: AdapterName
     config_dict: dict[str, Any]  # what adapter_config.json says

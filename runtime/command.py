@@ -15,9 +15,14 @@ class ControlCommand(Message, kw_only=True):
     reply: ClassVar[ReplyShape] = EVERYTHING
     admin: ClassVar[bool] = True  # guarded by the admin key where there is one
     read_only: ClassVar[bool] = False  # changes nothing, so it may run twice
+    for_schedulers: ClassVar[bool] = True  # else a text service answers
+    all_or_none: ClassVar[bool] = False  # where there are several, all prepare it, and all do it or none does
+    one_scheduler: ClassVar[str] = ""  # what to do instead where there are several: what it changes is on no disk
 
     id: str = ""  # set by the gateway, copied into the Reply
     epoch: int | None = None  # set by the gateway: of the scheduler that may run it; None: any
+    rank: int = 0  # set by the gateway: the scheduler that gets it
+    waits_for_others: bool = False  # set by the gateway: do it only once it says that all schedulers are prepared
 
     @property
     def ends_requests(self) -> bool:

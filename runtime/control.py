@@ -26,6 +26,8 @@ from quartet.runtime.reply_shapes import (
 )
 
 ONE_PAYLOAD_A_RANK = "serialized_named_tensors needs one entry for each of {} ranks, got {}."
+FROM_DISK = "use /update_weights_from_disk"
+REWRITTEN = "{}-rewritten"  # the version of a directory that was changed since version {} was read from it
 COMMAND_LOST = (
     "The scheduler was started again while the command was under way: whether it has taken effect is not known. "
     "See /get_model_info, and send it again."
@@ -104,6 +106,7 @@ class WeightChange(ControlCommand, kw_only=True):
     By default running requests go on, with the keys and values computed so far.
     """
 
+    all_or_none = True
     abort_all_requests: bool = False
     retract: bool = False  # running requests go back to the queue and are computed again
     flush_cache: bool = True  # free the pages of the prefix cache; if false they stay, but are never matched again
@@ -135,6 +138,7 @@ class UpdateWeightsFromTensor(WeightChange, tag="update_weights_from_tensor", kw
     """Serve tensors that come with the request. They are large, so the gateway writes them to files."""
 
     path = "/update_weights_from_tensor"
+    one_scheduler = FROM_DISK
     reply = SUCCESS_AND_MESSAGE
     serialized_named_tensors: list[msgspec.Raw] = []  # base64 of safetensors bytes, one entry a rank
     payload_files: list[Name] = []  # replaces the entries inside the ring; set by the gateway only
@@ -146,6 +150,7 @@ class InitWeightsUpdateGroup(ControlCommand, tag="init_weights_update_group", kw
     """Join the group of processes in which the trainer, its rank 0, will broadcast."""
 
     path = "/init_weights_update_group"
+    one_scheduler = FROM_DISK
     master_address: Name
     master_port: int | Name
     rank_offset: int
@@ -158,6 +163,7 @@ class DestroyWeightsUpdateGroup(ControlCommand, tag="destroy_weights_update_grou
     """Leave such a group."""
 
     path = "/destroy_weights_update_group"
+    one_scheduler = FROM_DISK
     group_name: Name = "weight_update_group"
 
 
@@ -165,6 +171,7 @@ class UpdateWeightsFromDistributed(WeightChange, tag="update_weights_from_distri
     """Serve tensors that the trainer broadcasts while this command runs."""
 
     path = "/update_weights_from_distributed"
+    one_scheduler = FROM_DISK
     reply = SUCCESS_AND_MESSAGE
     names: list[Name]
     dtypes: list[Name]
@@ -178,6 +185,7 @@ class BeginWeightUpdate(ControlCommand, tag="begin_weight_update", kw_only=True)
     """Open an update session: tensors are collected, and `end_weight_update` applies them together."""
 
     path = "/begin_weight_update"
+    one_scheduler = FROM_DISK
     selector: Name = "all"
 
 
@@ -185,6 +193,7 @@ class EndWeightUpdate(WeightChange, tag="end_weight_update", kw_only=True):
     """Apply the tensors collected since `begin_weight_update`."""
 
     path = "/end_weight_update"
+    one_scheduler = FROM_DISK
     reply = SUCCESS_AND_MESSAGE
 
 
@@ -227,6 +236,7 @@ class ReleaseMemory(ControlCommand, tag="release_memory_occupation", kw_only=Tru
     """Release memory until it is resumed; no tags means all."""
 
     path = "/release_memory_occupation"
+    all_or_none = True
     methods = ("GET", "POST")
     reply = NULL
     tags: list[Name] | None = None
@@ -281,6 +291,13 @@ class StopProfile(ControlCommand, tag="stop_profile", kw_only=True):
     reply = TEXT
 
 
+class DecideChange(ControlCommand, tag="decide_change", kw_only=True):
+    """The gateway's answer to `Prepared`: swap, or refuse with this reason. There is no reply of its own."""
+
+    change: str  # id of the command
+    reason: str = ""  # empty: swap
+
+
 class Probe(ControlCommand, tag="probe", kw_only=True):
     """Passes through every service once; each adds its counters under its role. The gateway takes it back."""
 
@@ -292,6 +309,7 @@ class Tokenize(ControlCommand, tag="tokenize", kw_only=True):
     """Answered by the tokenizer: body {"tokens": [int32 ids as bytes]}."""
 
     read_only = True
+    for_schedulers = False
     texts: list[str] = []
     chat: Chat | None = None
     add_special_tokens: bool = True
@@ -301,6 +319,7 @@ class Detokenize(ControlCommand, tag="detokenize", kw_only=True):
     """Answered by the detokenizer: body {"texts": [str]}."""
 
     read_only = True
+    for_schedulers = False
     ids: list[bytes] = []
     skip_special_tokens: bool = True
     open_end: bool = False  # more will follow: leave out a last character whose bytes are not all there
@@ -309,6 +328,7 @@ class Detokenize(ControlCommand, tag="detokenize", kw_only=True):
 Command = (
     Abort
     | FlushCache
+    | DecideChange
     | StartExpertDistributionRecord
     | StopExpertDistributionRecord
     | DumpExpertDistributionRecord

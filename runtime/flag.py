@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from quartet.runtime.limits import MAX_DRAFTED_TOKENS, MAX_LORA_RANK
+from quartet.runtime.limits import MAX_DRAFTED_TOKENS, MAX_LORA_RANK, MAX_SCHEDULERS
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -35,6 +35,7 @@ GROUPS = MODEL, HTTP, SCHEDULER, SPECULATION, LORA, DEVICE, OPERATIONS = (  # in
 )
 LogLevel = Literal["debug", "info", "warning", "error"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_SCHEDULERS)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 BufferSize = Annotated[int, msgspec.Meta(ge=-1)]

@@ -8,6 +8,7 @@ terminal message in its place. The failure is counted and logged.
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from math import inf
 from typing import Any, Protocol
@@ -24,12 +25,14 @@ from quartet.runtime.messages import (
     Generate,
     Logprobs,
     Message,
+    Prepared,
     Reply,
     Request,
     Restarted,
     Text,
     Tokenized,
     Tokens,
+    process_key,
 )
 
 log = logging.getLogger(__name__)
@@ -49,21 +52,30 @@ class Malformed(ValueError):
 class Announced:
     """Which incarnations of the services exist, as the launcher says; a message that names another is not believed."""
 
-    def __init__(self, newest: Callable[[str], int] = lambda role: EVERY_EPOCH) -> None:
-        """`newest`: the epoch of a role's last incarnation. It is asked only for epochs not heard of so far.
+    def __init__(self, newest: Callable[[str], int] = lambda key: EVERY_EPOCH, schedulers: int = 1) -> None:
+        """`newest`: the epoch of a process's last incarnation, by key. It is asked only for epochs not heard of so far.
 
         Without it every epoch is believed, as befits a service that no launcher has started.
         """
         self._newest = newest
-        self._known = dict.fromkeys(ROLES, 0)
+        self._schedulers = schedulers
+        self._known: defaultdict[str, int] = defaultdict(int)  # by key
 
-    def check_epoch(self, role: str, epoch: int) -> None:
-        """Raise Malformed for an epoch that never was."""
-        known = self._known[role]
+    def check_rank(self, rank: int) -> None:
+        """Raise Malformed for a scheduler that is not there."""
+        if not 0 <= rank < self._schedulers:
+            raise Malformed(f"no scheduler has rank {rank}; there are {self._schedulers}")
+
+    def check_epoch(self, role: str, epoch: int, rank: int = 0) -> None:
+        """Raise Malformed for an epoch that never was, and for a scheduler that is not there."""
+        if rank:
+            self.check_rank(rank)
+        key = process_key(role, rank)
+        known = self._known[key]
         if 0 <= epoch <= known:
             return
         if epoch > known:
-            known = self._known[role] = max(known, self._newest(role))
+            known = self._known[key] = max(known, self._newest(key))
         if not 0 <= epoch <= known:
             raise Malformed(f"no {role} has epoch {epoch}; the newest has {known}")
 
@@ -126,8 +138,8 @@ class Guard:
         """Raise Malformed for what no service can have sent."""
         if look := LOOKS.get(type(message)):
             look(message, self._announced)
-        elif isinstance(message, ControlCommand) and message.epoch is not None:
-            self._announced.check_epoch(SCHEDULER, message.epoch)
+        elif isinstance(message, ControlCommand) and (message.epoch is not None or message.rank):
+            self._announced.check_epoch(SCHEDULER, message.epoch or 0, message.rank)
 
     def failure(self, message: Any, error: Exception) -> list[Message]:
         """Count and log that a message could not be handled, and end its request."""
@@ -176,7 +188,7 @@ def check_rows(data: bytes, rows: int, name: str) -> int:
 def check_request(request: Request, announced: Announced) -> None:
     check_ids(request.resume_ids, "resume_ids")
     check_attempt(request.attempt, announced)
-    announced.check_epoch(SCHEDULER, request.epoch)
+    announced.check_epoch(SCHEDULER, request.epoch, request.rank)
 
 
 def check_attempt(attempt: int, announced: Announced) -> None:
@@ -199,6 +211,8 @@ def check_tokenized(message: Tokenized, announced: Announced) -> None:
 
 def check_tokens(tokens: Tokens, announced: Announced) -> None:
     """Raise Malformed where the parts of a Tokens message do not fit each other."""
+    if tokens.rank:
+        announced.check_rank(tokens.rank)
     if tokens.attempt >> ATTEMPT_BITS:
         check_attempt(tokens.attempt, announced)
     if tokens.request is not None:
@@ -243,12 +257,17 @@ def check_text(text: Text, announced: Announced) -> None:
 
 
 def check_facts(facts: Facts, announced: Announced) -> None:
-    announced.check_epoch(SCHEDULER, facts.epoch)
+    announced.check_epoch(SCHEDULER, facts.epoch, facts.rank)
+
+
+def check_answer(answer: Reply | Prepared, announced: Announced) -> None:
+    announced.check_rank(answer.rank)
 
 
 def check_restarted(restarted: Restarted, announced: Announced) -> None:
     if restarted.role not in ROLES:
         raise Malformed(f"{restarted.role[:SHOWN_CHARS]!r} is no service")
+    announced.check_rank(restarted.rank)
     announced.check_epoch(GATEWAY, restarted.least_attempt >> ATTEMPT_BITS)
 
 
@@ -257,6 +276,8 @@ LOOKS: dict[type, Callable[[Any, Announced], None]] = {
     Tokenized: check_tokenized,
     Tokens: check_tokens,
     Text: check_text,
+    Reply: check_answer,
+    Prepared: check_answer,
     Facts: check_facts,
     Restarted: check_restarted,
 }
@@ -274,7 +295,7 @@ def end_of(message: Any, finish: Finish) -> Message | None:
             return Tokens(rid=rid, attempt=attempt, finish=finish)
         case Text(tokens=tokens):
             return Text(tokens=Tokens(rid=tokens.rid, attempt=tokens.attempt, finish=finish))
-        case Reply(id=id) | ControlCommand(id=id) if id:
-            return Reply(id=id, success=False, status=finish.status, message=finish.message)
+        case Reply(id=id, rank=rank) | ControlCommand(id=id, rank=rank) if id:
+            return Reply(id=id, rank=rank, success=False, status=finish.status, message=finish.message)
         case _:
             return None

@@ -63,6 +63,7 @@ MAX_NAME_CHARS = 4096  # of a model, a user or a version of the weights, as a cl
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_NEW_TOKENS = 1 << 30
 MAX_STEP_SLEEP_S = 3600
+MAX_SCHEDULERS = 64  # behind one gateway
 MAX_DRAFTED_TOKENS = 64  # of one request in one step
 MAX_LORA_RANK = 256
 MAX_SHOWN_ADAPTERS = 16  # in an error

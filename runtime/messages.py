@@ -19,6 +19,7 @@ from quartet.runtime.sampling import SamplingParams
 
 GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER = "gateway", "tokenizer", "scheduler", "detokenizer"
 ROLES = (GATEWAY, TOKENIZER, SCHEDULER, DETOKENIZER)  # in ring order
+SEVERAL = SCHEDULER  # the role that may have several processes, each with a rank
 ATTEMPT_BITS = 20  # a gateway's attempts begin at its epoch shifted by so many: more restarts than one lives to see
 ONE_ID = struct.Struct("<i")
 IDS_AT_ONCE = 1 << 14  # that one operation goes over
@@ -84,6 +85,8 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     call: str = ""  # the HTTP call that it came with, where others came with the same
     seed: int = 0  # always set by the gateway; the draw is a function of (seed, position)
     attempt: int = 0  # grows with every restart of a process that the gateway hears of
+    rank: int = 0  # of the scheduler that it is sent to, where there are several
+    wanted_rank: int | None = None  # the scheduler that the client has chosen
     epoch: int = 0  # of the scheduler that it is sent to; a later one leaves it alone, for it will be sent again
     again: bool = False  # not the first attempt: the scheduler has admitted it before
     task: Literal["generate", "embed"] = "generate"
@@ -204,6 +207,7 @@ class Tokens(Message, tag="tokens", kw_only=True):
 
     rid: str
     attempt: int = 0
+    rank: int = 0  # of the scheduler that has made this
     request: Request | None = None  # with the first message of a request
     prompt_tail: bytes = b""  # with the first message: the last prompt ids, for incremental decoding
     prompt_ids: bytes = b""  # with the first message: all of them, where they were asked for
@@ -239,6 +243,7 @@ class Reply(Message, tag="reply", kw_only=True):
     """The answer to a control command, on its way to the gateway."""
 
     id: str
+    rank: int = 0  # of the scheduler that answers
     success: bool = True
     message: str = ""
     status: int = 200
@@ -247,10 +252,22 @@ class Reply(Message, tag="reply", kw_only=True):
     body: dict[str, Any] | None = None
 
 
+class Prepared(Message, tag="prepared", kw_only=True):
+    """Scheduler → gateway: new weights are staged and checked; whether they serve is for the gateway to decide.
+
+    Said once a second until `DecideChange` comes.
+    """
+
+    id: str  # of the command
+    rank: int = 0
+
+
 class Facts(Message, tag="facts", kw_only=True):
     """Scheduler → gateway, at its start and at the gateway's: what the loaded model and its memory allow."""
 
-    epoch: int = 0  # of the scheduler: which incarnation speaks
+    rank: int = 0  # of the scheduler
+    epoch: int = 0  # which incarnation of it speaks
+    pid: int = 0  # its process
     max_total_num_tokens: int
     max_req_input_len: int  # longest prompt that can ever be served
     context_length: int
@@ -269,10 +286,29 @@ class Restarted(Message, tag="restarted", kw_only=True):
     """
 
     role: str
+    rank: int = 0  # gateway: the scheduler that is asked
     least_attempt: int = 0  # gateway: of its own requests
 
 
-RingMessage = Generate | Tokenized | Tokens | Text | Reply | Facts | Restarted
+RingMessage = Generate | Tokenized | Tokens | Text | Reply | Prepared | Facts | Restarted
+
+
+def process_key(role: str, rank: int) -> str:
+    """Names a process in the run directory: the role, and the rank of all but the first of the role."""
+    return f"{role}-{rank}" if rank else role
+
+
+def title_of(role: str, rank: int, of_role: int) -> str:
+    """A process's name for people: its role, and its rank where the role has several."""
+    return f"{role} DP{rank}" if of_role > 1 else role
+
+
+def processes(schedulers: int) -> dict[str, str]:
+    """The processes of a server with so many schedulers, in ring order: title → key."""
+    counts = {role: schedulers if role == SEVERAL else 1 for role in ROLES}
+    return {
+        title_of(role, rank, count): process_key(role, rank) for role, count in counts.items() for rank in range(count)
+    }
 
 
 def pack_id(id: int) -> bytes:

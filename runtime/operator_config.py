@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from quartet.runtime.flag import HTTP, OPERATIONS, Natural, Seconds, Share, flag
+from quartet.runtime.flag import DEVICE, HTTP, OPERATIONS, Natural, Seconds, Share, Size, flag
 
 LogFormat = Literal["text", "json"]
 RequestLog = Literal["off", "metadata", "full"]
@@ -12,7 +12,7 @@ Verification = Literal["none", "optional", "required"]
 
 
 class OperatorConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of addresses, TLS, files and logs."""
+    """Settings of addresses, TLS, files, processes and logs."""
 
     uds: Annotated[
         str | None, flag("path of a Unix socket to serve plain HTTP on too, for this user alone (mode 0600)", HTTP)
@@ -53,6 +53,16 @@ class OperatorConfig(msgspec.Struct, frozen=True, kw_only=True):
             "seconds that a file is kept, and a batch after its end, where a client asks for no less; 0: no limit", HTTP
         ),
     ] = 30 * 86400
+    dp_size: Annotated[
+        Size,
+        flag(
+            "schedulers behind one gateway, each with the whole model; on GPUs each has a device of its own",
+            DEVICE,
+            "--dp",
+            "--data-parallel-size",
+            "-dp",
+        ),
+    ] = 1
     ready_file: Annotated[
         str | None,
         flag("file that holds the server's addresses, one a line, from when it serves until it stops", OPERATIONS),

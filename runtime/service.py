@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, Protocol
 
 import msgspec
 import setproctitle
@@ -23,7 +24,7 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.guard import Announced, Guard, Service
 from quartet.runtime.log import plain, say, set_up_logging
-from quartet.runtime.messages import Restarted
+from quartet.runtime.messages import Message, Restarted, process_key, title_of
 from quartet.runtime.process import streams
 from quartet.runtime.process.parent_death import arm_death_signal
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
@@ -44,6 +45,8 @@ class Boot(msgspec.Struct, kw_only=True):
     """What the launcher tells a child; written to a file in the private run directory."""
 
     role: str
+    rank: int = 0  # among the processes of the role
+    of_role: int = 1  # how many those are
     epoch: int = 0
     run_dir: str
     inbox: str  # endpoint this service binds
@@ -54,6 +57,22 @@ class Boot(msgspec.Struct, kw_only=True):
     parent_pid: int
     listen_fd: int = -1  # gateway: the bound HTTP socket; -1: none on TCP
     unix_fd: int = -1  # gateway: the one of --uds
+    device_number: str = ""  # the GPU that this process uses, as CUDA_VISIBLE_DEVICES has it; "": as it is
+
+    @property
+    def key(self) -> str:
+        """Names this process's files in the run directory."""
+        return process_key(self.role, self.rank)
+
+    @property
+    def title(self) -> str:
+        """The process's name without its prefix, as `ps` and the log show it."""
+        return title_of(self.role, self.rank, self.of_role)
+
+    @property
+    def own_dir(self) -> str:
+        """Where this process keeps its own records; the first of a role keeps them in the run directory itself."""
+        return str(Path(self.run_dir) / f"{self.key}.own") if self.rank else self.run_dir
 
 
 class Ready(msgspec.Struct, kw_only=True):
@@ -73,8 +92,11 @@ def boot_from_stdin() -> Boot:
         sys.exit(NOT_BY_HAND)
     with open(boot_file, "rb") as file:
         boot = msgspec.msgpack.decode(file.read(), type=Boot)
-    setproctitle.setproctitle(TITLE.format(role=boot.role))
-    set_up_logging(boot.config, boot.role)
+    setproctitle.setproctitle(TITLE.format(role=boot.title))
+    set_up_logging(boot.config, boot.title)
+    if boot.device_number:
+        os.environ["CUDA_VISIBLE_DEVICES"] = boot.device_number  # read when a device is first used
+    Path(boot.own_dir).mkdir(mode=0o700, exist_ok=True)
     die_with_parent(boot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides
     faulthandler.enable()  # a segfault leaves a stack
@@ -97,7 +119,7 @@ def report_ready(boot: Boot, error: str = "") -> None:
     """Tell the launcher that this service serves, or why it cannot; the log, where the start has spent its time."""
     if not error:
         STOPWATCH.mark("the rest")
-        log.info("The %s has started within %s.", boot.role, STOPWATCH.story())
+        log.info("The %s has started within %s.", boot.title, STOPWATCH.story())
     os.write(boot.ready_fd, msgspec.json.encode(Ready(role=boot.role, error=error)) + b"\n")
     os.close(boot.ready_fd)
     boot.ready_fd = REPORTED
@@ -108,7 +130,7 @@ def refuse(boot: Boot, error: StartupError) -> None:
     try:
         report_ready(boot, str(error))
     except OSError:
-        log.error("%s: %s", boot.role, error)
+        log.error("%s: %s", boot.title, error)
 
 
 def run(main: Callable[[Boot], None]) -> NoReturn:
@@ -119,7 +141,7 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
         say(f"quartet: a process cannot start: {plain(streams.cause(error))}", sys.stderr)
         os._exit(EXIT_STARTUP)
     try:
-        ProgressWord(boot.run_dir, boot.role).start_pulse()
+        ProgressWord(boot.run_dir, boot.key).start_pulse()
         main(boot)
     except StartupError as error:
         refuse(boot, error)
@@ -129,22 +151,31 @@ def run(main: Callable[[Boot], None]) -> NoReturn:
     except BaseException as error:
         if boot.ready_fd != REPORTED and isinstance(error, SYSTEM_ERRORS):
             log.debug("%s cannot start", boot.role, exc_info=True)
-            refuse(boot, StartupError(f"the {boot.role} cannot start: {streams.cause(error)}"))
+            refuse(boot, StartupError(f"the {boot.title} cannot start: {streams.cause(error)}"))
             os._exit(EXIT_STARTUP)
-        log.exception("%s hit an exception:", boot.role)
+        log.exception("%s hit an exception:", boot.title)
         os._exit(1)
     os._exit(0)
 
 
 def announced(boot: Boot) -> Announced:
     """The incarnations that the launcher has started."""
-    return Announced(partial(newest_epoch, boot.run_dir))
+    return Announced(partial(newest_epoch, boot.run_dir), boot.config.dp_size)
 
 
-def run_text_service(boot: Boot, service: Service) -> None:
-    """Serve until killed: everything that waits in the inbox is one batch, its answers are one frame."""
-    progress = ProgressWord(boot.run_dir, boot.role)
-    inbox, outbox = Inbox(boot.inbox), Outbox(boot.outbox, progress.wait)
+class Sender(Protocol):
+    def send(self, messages: Sequence[Message]) -> None: ...
+
+
+def to_next(boot: Boot, progress: ProgressWord) -> Sender:
+    """The way to the next service of the ring."""
+    return Outbox(boot.outbox, progress.wait)
+
+
+def run_text_service(boot: Boot, service: Service, way_out: Callable[[Boot, ProgressWord], Sender] = to_next) -> None:
+    """Serve until killed: everything that waits in the inbox is one batch, its answers are sent together."""
+    progress = ProgressWord(boot.run_dir, boot.key)
+    inbox, outbox = Inbox(boot.inbox), way_out(boot, progress)
     guard = Guard(boot.role, announced(boot), service.give_up)
     report_ready(boot)
     if boot.epoch:

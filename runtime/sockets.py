@@ -80,9 +80,9 @@ def decode(frame: bytes) -> list[Any]:
     return _decoder.decode(frame)
 
 
-def endpoint(run_dir: str, role: str, epoch: int) -> str:
-    """What one incarnation of a role binds. Raises ValueError when the path is too long for a socket."""
-    path = f"{run_dir}/{role}.{epoch}"
+def endpoint(run_dir: str, key: str, epoch: int) -> str:
+    """What one incarnation of a process binds, by its key. Raises ValueError: the path is too long for a socket."""
+    path = f"{run_dir}/{key}.{epoch}"
     if len(path.encode()) > IPC_PATH_MAX:
         raise ValueError(f"socket path {path!r} is longer than {IPC_PATH_MAX} bytes; set a shorter XDG_RUNTIME_DIR")
     return f"ipc://{path}"
@@ -176,8 +176,10 @@ def unreadable(part: bytes) -> list[Message]:
             case {"rid": str(rid), **rest}:
                 attempt = rest.get("attempt", 0)
                 return [Tokens(rid=rid, attempt=attempt if isinstance(attempt, int) else 0, ids=UNREADABLE)]
-            case {"id": str(id)}:
-                return [Reply(id=id, success=False, status=500, message=NOT_READABLE)]
+            case {"id": str(id), **rest}:
+                rank = rest.get("rank", 0)
+                rank = rank if isinstance(rank, int) else 0
+                return [Reply(id=id, rank=rank, success=False, status=500, message=NOT_READABLE)]
     except UNDECODABLE:
         pass  # it names nobody
     return []
@@ -210,9 +212,9 @@ class Inbox:
 class Outbox:
     """Blocking sender of a service; blocks only while no peer is connected. What is too large is split."""
 
-    def __init__(self, address: str, on_wait: Callable[[], None] = lambda: None) -> None:
-        """`on_wait` is called once a second while there is no peer."""
-        self._socket = _push(zmq.Context.instance(), address, immediate=True)
+    def __init__(self, address: str, on_wait: Callable[[], None] = lambda: None, *, waits: bool = True) -> None:
+        """`on_wait` is called once a second while there is no peer. Not `waits`: frames are kept for it instead."""
+        self._socket = _push(zmq.Context.instance(), address, immediate=waits)
         self._on_wait = on_wait
 
     def send(self, messages: Sequence[Message]) -> None:

@@ -2,9 +2,10 @@
 
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
-from quartet.runtime.messages import Finish, Tokenized, Tokens, pack_ids
+from quartet.runtime.messages import Finish, Message, Prepared, Reply, Tokenized, Tokens, pack_ids
 from quartet.scheduler_service.core.plan import Update
 
+SIGNED = (Tokens, Reply, Prepared)  # say which scheduler they come from
 PROMPT_TAIL = 8  # prompt ids sent to the detokenizer, which decodes the first output with them as context
 
 
@@ -76,3 +77,12 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int, adapter_ver
     if update.hidden_states:
         tokens.hidden_states, tokens.hidden_size = update.hidden_states, hidden_size
     return tokens
+
+
+def signed(messages: list[Message], rank: int) -> list[Message]:
+    """The messages, each with the rank of the scheduler that sends it; 0 is what they say by themselves."""
+    if rank:
+        for message in messages:
+            if isinstance(message, SIGNED):
+                message.rank = rank
+    return messages

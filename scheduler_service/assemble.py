@@ -1,6 +1,7 @@
 """Builds the scheduler from a boot file, the model info and a worker, and serves. Does not import torch."""
 
 import gc
+import os
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -102,9 +103,15 @@ def serve(
     or `saver`, commands that change the weights or release memory are refused.
     """
     planner = Planner(planner_config(boot.config, info, worker))
-    durable_state = DurableState(boot.run_dir)
-    facts = msgspec.structs.replace(worker.facts(), epoch=boot.epoch, max_req_input_len=planner.config.max_input_len)
-    progress = ProgressWord(boot.run_dir, boot.role)
+    durable_state = DurableState(boot.own_dir)
+    facts = msgspec.structs.replace(
+        worker.facts(),
+        rank=boot.rank,
+        epoch=boot.epoch,
+        pid=os.getpid(),
+        max_req_input_len=planner.config.max_input_len,
+    )
+    progress = ProgressWord(boot.run_dir, boot.key)
     scheduler = Scheduler(
         planner,
         worker,

@@ -21,6 +21,7 @@ from quartet.scheduler_service.execution.ranks import load_part, start_followers
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
+from quartet.scheduler_service.host.pool_size import note_size, sized_as_before
 from quartet.scheduler_service.model.registry import check_ranks
 from quartet.scheduler_service.model.same_model import check_same_model
 from quartet.scheduler_service.weights import record
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def main(boot: Boot) -> None:
     """Load the model and serve it until killed. Raises StartupError."""
-    config = record.restored(boot.config, boot.run_dir)
+    config = sized_as_before(record.restored(boot.config, boot.own_dir), boot.own_dir)
     info = model_facts(boot.config, config)
     if info.is_embedding:
         log.info("Overlap scheduler is disabled for embedding models.")
@@ -39,8 +40,9 @@ def main(boot: Boot) -> None:
         lead(boot, config, info)
         return
     worker = Worker(config, info)
-    adapters = worker.load_adapters(boot.config, boot.run_dir)
-    updates = weight_updates(config, info, worker, boot.run_dir)
+    note_size(config, boot.own_dir, worker.facts().max_total_num_tokens)
+    adapters = worker.load_adapters(boot.config, boot.own_dir)
+    updates = weight_updates(config, info, worker, boot.own_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
     serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
@@ -53,7 +55,7 @@ def lead(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> None:
     followers, store = start_followers(boot, config, info)
     worker = Worker(config, info, partial(load_part, parallel=followers.parallel, store=store), followers=followers)
     same_model = partial(check_same_model, info, config)
-    updates = LeadingUpdates(worker.model.weights, config, boot.run_dir, same_model, followers)
+    updates = LeadingUpdates(worker.model.weights, config, boot.own_dir, same_model, followers)
     serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size), updates)
 
 

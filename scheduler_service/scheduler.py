@@ -27,8 +27,9 @@ from quartet.runtime.messages import (
     Tokenized,
 )
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
-from quartet.scheduler_service.answers import check_hidden_states, stamp, tokens_of, unqueued_end
+from quartet.scheduler_service.answers import check_hidden_states, signed, stamp, tokens_of, unqueued_end
 from quartet.scheduler_service.control.adapter_queue import AdapterQueue
+from quartet.scheduler_service.control.context import Decisions
 from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
 from quartet.scheduler_service.control.runner import CommandRunner
@@ -115,11 +116,10 @@ class Scheduler:
             planner.waiting.set_adapter_versions(adapters.version_of)
         self.durable_state = durable_state  # None: nothing outlasts this scheduler
         self.sleeper = sleeper  # None: memory is kept while nothing is asked
-        self.idle_work = (
-            idle_work  # does one piece of work while there is nothing to compute; returns whether more is left
-        )
+        self.idle_work = idle_work  # does a piece of work while nothing is to compute; returns whether more is left
         self.has_idle_work = idle_work is not None  # as far as is known
         self.step_sleep_s = 0.0  # a test aid
+        self.decisions = Decisions()
         self.guard = Guard(SCHEDULER, announced or Announced(), self.give_up)
         self.profile: Profile | None = None  # a recording under way
         self.commands = CommandRunner(HANDLERS)
@@ -354,7 +354,7 @@ class Scheduler:
     def emit(self, messages: list[Message]) -> None:
         """Send messages in one frame."""
         if messages:
-            self.outbox.send(messages)
+            self.outbox.send(signed(messages, self.facts.rank if self.facts else 0))
 
     def messages(
         self, updates: Iterable[Update], weight_version: str = "", adapter_versions: Mapping[str, str] | None = None

@@ -35,6 +35,7 @@ class Live:
         info = model_info.load(config)
         self.worker = Worker(config, info)
         self.updates = weight_updates(config, info, self.worker, str(run_dir))
+        self.adapters = self.worker.load_adapters(config, str(run_dir))
         self.inbox, self.outbox = FakeInbox(), FakeOutbox()
         self.scheduler = Scheduler(
             Planner(planner_config(config, info, self.worker)),
@@ -45,6 +46,7 @@ class Live:
             depth=depth,
             updates=self.updates,
             saver=memory_saver(config, self.worker, self.updates),
+            adapters=self.adapters,
             sleeper=idle_sleep(config, self.worker, self.updates),
             clock=clock,
         )

@@ -63,6 +63,8 @@ ABOUT_SEVERAL_MODULES = {
     "tests/unit/http_gateway/openai/test_logprobs.py",
     "tests/unit/http_gateway/openai/test_others.py",
     "tests/unit/http_gateway/ring/test_recovery.py",
+    "tests/unit/http_gateway/ring/test_several_schedulers.py",
+    "tests/unit/runtime/launcher/test_ranks.py",
     "tests/unit/kernels/test_triton_suites.py",
 }
 

@@ -21,6 +21,7 @@ from quartet.runtime.messages import (
     LogprobOptions,
     Logprobs,
     Message,
+    Prepared,
     Reply,
     Request,
     Restarted,
@@ -76,6 +77,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # of commands that have fields without a 
     "UpdateWeightsFromDisk": {"model_path": "model"},
     "InitWeightsUpdateGroup": {"master_address": "a", "master_port": 1, "rank_offset": 1, "world_size": 2},
     "UpdateWeightsFromDistributed": {"names": ["w"], "dtypes": ["float32"], "shapes": [[2]]},
+    "DecideChange": {"change": "c"},
     "UpdateWeightVersion": {"new_version": "v2"},
     "GetWeightsByName": {"name": "w"},
     "LoadAdapter": {"lora_name": "a", "lora_path": "adapter"},
@@ -96,6 +98,7 @@ MESSAGES: list[Message] = [
     Text(text="a", tokens=msgspec.structs.replace(TOKENS, request=None, prompt_tail=b"")),
     Text(text="a", tokens=Tokens(rid=RID, ids=pack_ids([3]), finish=FINISH)),
     Reply(id="r", body={"weight_version": "v2", "paused": False, "asleep": False, "lacks": []}),
+    Prepared(id="c"),
     Facts(
         max_total_num_tokens=9,
         max_req_input_len=8,

@@ -27,7 +27,7 @@ from quartet.http_gateway.routes.endpoint import (
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import control
 from quartet.runtime.adapters import LORA_OFF, AdapterCommand, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
-from quartet.runtime.control import Abort, ControlCommand, UpdateWeightsFromTensor
+from quartet.runtime.control import FROM_DISK, Abort, CheckWeights, ControlCommand, UpdateWeightsFromTensor
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Reply
 from quartet.runtime.shorten import short
@@ -53,6 +53,8 @@ async def run_command(gateway: Gateway, command: ControlCommand) -> Response:
 
 async def send_command(gateway: Gateway, command: ControlCommand) -> Reply:
     """Send a command through the ring; its reply. Raises RequestError."""
+    if gateway.config.dp_size > 1:
+        refuse_beside_others(command)
     timeout_s = ANSWER_TIMEOUT_S + float(getattr(command, "timeout", None) or 0)
     try:
         reply = await gateway.ring.command(command, timeout_s)
@@ -61,6 +63,14 @@ async def send_command(gateway: Gateway, command: ControlCommand) -> Reply:
     if not isinstance(reply, Reply):
         raise RequestError(f"The ring answered with {type(reply).__name__}.", Kind.INTERNAL)
     return reply
+
+
+def refuse_beside_others(command: ControlCommand) -> None:
+    """Raise RequestError for a change that a scheduler which is started again could not make up for."""
+    resets = isinstance(command, CheckWeights) and command.action == "reset_tensors"
+    if remedy := command.one_scheduler or (FROM_DISK if resets else ""):
+        name = type(command).__struct_config__.tag
+        raise RequestError(f"{name} needs a server with one scheduler (--dp-size 1); {remedy}.")
 
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:

@@ -16,7 +16,7 @@ from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import Access
 from quartet.http_gateway.routes.endpoint import Endpoint
 from quartet.http_gateway.routes.gateway import Gateway, Phase
-from quartet.runtime.messages import GATEWAY, ROLES
+from quartet.runtime.messages import GATEWAY, SCHEDULER, processes
 from quartet.runtime.sockets import is_open
 
 FROZEN_S = 5.0  # without a pulse, which comes once a second
@@ -51,10 +51,11 @@ def stuck(gateway: Gateway) -> str:
 
 def frozen(gateway: Gateway) -> str:
     """Which process is there and does not run; empty when none is. One that is being started again is not there."""
-    for role, pulse in gateway.hops.items():
+    keys = processes(gateway.rules.schedulers)
+    for title, pulse in gateway.hops.items():
         age_s = pulse.pulse_age_s()
-        if FROZEN_S < age_s < inf and (not gateway.run_dir or is_open(gateway.run_dir, role)):
-            return f"the {role} has not run for {age_s:.0f} s"
+        if FROZEN_S < age_s < inf and (not gateway.run_dir or is_open(gateway.run_dir, keys[title])):
+            return f"the {title} has not run for {age_s:.0f} s"
     return ""
 
 
@@ -79,8 +80,17 @@ async def live(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 def missing(gateway: Gateway) -> str:
-    """Which process is being started again, so that requests wait for it; empty when none is."""
-    absent = [role for role in ROLES if role != GATEWAY and gateway.run_dir and not is_open(gateway.run_dir, role)]
+    """Which process is being started again, so that requests wait for it; empty when none is.
+
+    While one of several schedulers lives, they do not wait.
+    """
+    if not gateway.run_dir:
+        return ""
+    keys = processes(gateway.rules.schedulers)
+    absent = [title for title, key in keys.items() if title != GATEWAY and not is_open(gateway.run_dir, key)]
+    schedulers = [title for title in absent if title.startswith(SCHEDULER)]
+    if len(schedulers) < gateway.rules.schedulers:
+        absent = [title for title in absent if title not in schedulers]
     return f"the {absent[0]} is being started again" if absent else ""
 
 

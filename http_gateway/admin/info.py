@@ -1,12 +1,14 @@
 """What the server says about itself: model, settings, load, metrics."""
 
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse, Response
 
+from quartet.http_gateway.admin.ranks import by_rank, text_services
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.http.auth import Access
 from quartet.http_gateway.ring.counter_cache import Counters
@@ -24,7 +26,6 @@ STALE_S = 10.0  # counters older than this say nothing any more
 SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues")
 ONE_RING = {
     "pp_size": 1,
-    "dp_size": 1,
     "ep_size": 1,
     "base_gpu_id": 0,
     "gpu_id_step": 1,
@@ -127,35 +128,37 @@ async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
         "weight_version": gateway.weight_version,
         "lora_adapters": list(gateway.adapters),
         "uptime_s": time.time() - gateway.started_at,
-        "internal_states": [internal_state(gateway, counters)] if answered else [],
+        "internal_states": [
+            internal_state(gateway, numbers, counters) for _, numbers in by_rank(counters, gateway.rules.schedulers)
+        ]
+        if answered
+        else [],
     }
     return errors.json_response(body)
 
 
-def internal_state(gateway: Gateway, counters: Counters) -> dict[str, Any]:
-    """The scheduler's counters, as /get_server_info lists them."""
-    scheduler = counters.get("scheduler", {})
+def internal_state(gateway: Gateway, scheduler: Mapping[str, Any], counters: Counters) -> dict[str, Any]:
+    """A scheduler's counters, as /get_server_info lists them."""
     return {
         "last_gen_throughput": scheduler.get("gen_throughput", 0.0),
         "memory_usage": gateway.facts.memory_usage,
         "load": scheduler.get("num_running_reqs", 0) + scheduler.get("num_queue_reqs", 0),
         "effective_max_running_requests_per_dp": gateway.config.max_running_requests,
         **scheduler,
-        "ring": {role: own for role, own in counters.items() if role != "scheduler"},
+        "ring": text_services(counters),
     }
 
 
 # load
 
 
-def load(gateway: Gateway, counters: Counters) -> dict[str, Any]:
-    """The core section of /v1/loads."""
-    scheduler = counters.get("scheduler", {})
+def load(gateway: Gateway, scheduler: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
+    """The core section of /v1/loads for one scheduler."""
     pool = gateway.facts.max_total_num_tokens
     used = scheduler.get("num_used_tokens", 0)
     return {
         "timestamp": time.time(),
-        "dp_rank": 0,
+        "dp_rank": rank,
         "num_running_reqs": scheduler.get("num_running_reqs", 0),
         "num_waiting_reqs": scheduler.get("num_queue_reqs", 0),
         "num_reqs": scheduler.get("num_running_reqs", 0) + scheduler.get("num_queue_reqs", 0),
@@ -172,10 +175,9 @@ def load(gateway: Gateway, counters: Counters) -> dict[str, Any]:
     }
 
 
-def sections(gateway: Gateway, counters: Counters) -> dict[str, Any]:
+def sections(gateway: Gateway, scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """The sections that this server has something to say in."""
     adapters = list(gateway.adapters)
-    scheduler = counters.get("scheduler", {})
     return {
         "memory": {**gateway.facts.memory_usage, "token_capacity": gateway.facts.max_total_num_tokens},
         "lora": {"adapters": len(adapters), "loaded": sum(adapter.loaded for adapter in adapters)},
@@ -189,35 +191,47 @@ async def loads(gateway: Gateway, http: HTTPRequest) -> Response:
     if unknown := [name for name in asked if name not in (*SECTIONS, "all")]:
         raise RequestError(f"Unknown section '{unknown[0]}'; known are all, {', '.join(SECTIONS)}.", field="include")
     counters = await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S)
-    core = load(gateway, counters)
+    ranks = dict(by_rank(counters, gateway.rules.schedulers))
+    cores = {rank: load(gateway, scheduler, rank) for rank, scheduler in ranks.items()}
+    wanted = http.query_params.get("dp_rank")
+    shown = {rank: core for rank, core in cores.items() if wanted in (None, "", str(rank))}
     if http.query_params.get("format") == "prometheus":
-        return PlainTextResponse(
-            "".join(f'sglang:{key}{{dp_rank="0"}} {core[key]}\n' for key in core if key not in ("timestamp", "dp_rank"))
-        )
-    more = {name: body for name, body in sections(gateway, counters).items() if name in asked or "all" in asked}
+        lines = [
+            f'sglang:{key}{{dp_rank="{rank}"}} {core[key]}\n'
+            for rank, core in shown.items()
+            for key in core
+            if key not in ("timestamp", "dp_rank")
+        ]
+        return PlainTextResponse("".join(lines))
+    loads = [
+        core | {name: body for name, body in sections(gateway, ranks[rank]).items() if name in asked or "all" in asked}
+        for rank, core in shown.items()
+    ]
     body = {
         "timestamp": datetime.now(UTC).isoformat(),
         "version": version(),
         "accelerator": gateway.config.device,
-        "num_accelerators": 1,
-        "loads": [core | more] if http.query_params.get("dp_rank", "0") == "0" else [],
+        "num_accelerators": gateway.rules.schedulers,
+        "loads": loads,
     }
     return errors.json_response(body)
 
 
 async def get_load(gateway: Gateway, http: HTTPRequest) -> Response:
-    """A list with one entry for each rank, as routers read it; there is one."""
-    core = load(gateway, await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S))
+    """A list with one entry for each scheduler, as routers read it."""
+    counters = await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S)
+    cores = [load(gateway, scheduler, rank) for rank, scheduler in by_rank(counters, gateway.rules.schedulers)]
     return errors.json_response(
         [
             {
-                "dp_rank": 0,
+                "dp_rank": core["dp_rank"],
                 "load": core["num_reqs"],
                 "num_reqs": core["num_reqs"],
                 "num_waiting_reqs": core["num_waiting_reqs"],
                 "num_tokens": core["num_total_tokens"],
                 "ts_tic": time.monotonic(),
             }
+            for core in cores
         ]
     )
 

@@ -21,7 +21,14 @@ DISABLED_BY = "DISABLE_OPENAPI_DOC"  # environment variable of the API that this
 PAGE = Path(__file__).parent / "page" / "docs.html"
 REF = "#/components/schemas/{name}"
 JSON = "application/json"
-OF_THE_RING = ("id", "epoch", "attempt", "type")  # fields of a command that its client does not send
+OF_THE_RING = (
+    "id",
+    "epoch",
+    "rank",
+    "waits_for_others",
+    "attempt",
+    "type",
+)  # fields of a command that its client does not send
 FAILURES = {
     "400": "The request cannot be served; the message names the field.",
     "401": "The key is missing or wrong.",

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from quartet.http_gateway.embedding.prompts import Prompted, choose_vectors, prefix_of
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.output import finish_reason
+from quartet.http_gateway.generation.rank_choice import chosen_rank
 from quartet.http_gateway.generation.run_group import collect_group
 from quartet.http_gateway.generation.truncation import Truncation, read_truncation
 from quartet.http_gateway.native.generate_body import asks, check_batch, pack_prompt_ids, rids_per_prompt
@@ -44,6 +45,8 @@ class EncodeBody(Prompted, kw_only=True):
     dimensions: int | None = None
     log_metrics: bool | None = None
     background: bool | None = None
+    data_parallel_rank: int | None = None  # the scheduler that computes it, where there are several
+    routed_dp_rank: int | None = None  # another name for it
     image_data: Any = None
     audio_data: Any = None
     video_data: Any = None
@@ -92,7 +95,9 @@ def text_prompt(item: str | list[str], request: Request) -> Generate:
 
 def request_of(body: EncodeBody, rules: Rules) -> Request:
     truncation = read_truncation(body, "right")
-    return embed_request(rules, body.dimensions, truncation, log_metrics=body.log_metrics is not False)
+    request = embed_request(rules, body.dimensions, truncation, log_metrics=body.log_metrics is not False)
+    request.wanted_rank = chosen_rank(body, rules.schedulers)
+    return request
 
 
 def embed_request(

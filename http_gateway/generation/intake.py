@@ -46,6 +46,7 @@ class Rules:
     most_requests: int = 4096  # of one call, copies included
     most_bytes: int = CALL_BYTES_PER_BODY_BYTE * (8 << 20)  # that they take on the ring together
     thought: Thought | None = None  # how the model thinks, where the server knows
+    schedulers: int = 1
     longest_prompt: int = 1 << 30  # tokens that fit the context and the pool
     auto_truncate: bool = False  # longer prompts are cut unasked
     preferred: dict[str, Any] = field(default_factory=dict)  # sampling parameters laid under every request's own

@@ -102,6 +102,7 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     output_token_sampling_logprobs: Raw | UnsetType = UNSET
     routed_experts: str | UnsetType = UNSET
     hidden_states: Raw | UnsetType = UNSET
+    dp_rank: int | UnsetType = UNSET
     spec_verify_ct: int | UnsetType = UNSET
     spec_accept_rate: float | UnsetType = UNSET
     spec_accept_length: float | UnsetType = UNSET
@@ -152,7 +153,10 @@ def distribution_keys(request: Request) -> list[str]:
 class Output:
     """Collects the steps of one request. `answer` prints all of it; in a stream of deltas, what is new."""
 
-    def __init__(self, request: Request, received_at: float, weight_version: str, *, text: bool = True) -> None:
+    def __init__(
+        self, request: Request, received_at: float, weight_version: str, *, text: bool = True, with_rank: bool = False
+    ) -> None:
+        """`with_rank`: say which scheduler has computed it, the last one where there were several."""
         self.finish: Finish | None = None
         self._request = request
         self._received_at = received_at
@@ -165,6 +169,7 @@ class Output:
         self._hidden = Fragment(b"[") if request.return_hidden_states else None
         self._meta = MetaInfo(id=request.rid, weight_version=weight_version, weight_versions=[])
         self._meta.lora_path = request.adapter or UNSET
+        self._with_rank = with_rank
         self._speculation: Speculation | None = None  # where the server speculates
         self._has_prompt_states = False  # hidden states of the prompt have come
         self._sent_tokens = 0  # completion tokens at the last chunk
@@ -173,6 +178,8 @@ class Output:
         """Add one step of the request."""
         tokens = text.tokens
         meta = self._meta
+        if self._with_rank:
+            meta.dp_rank = tokens.rank
         if self._text is not None and text.text:
             self._text.append(text.text)
         if tokens.ids:

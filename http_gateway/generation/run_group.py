@@ -14,6 +14,7 @@ from contextlib import aclosing, asynccontextmanager
 from starlette.requests import Request as HTTPRequest
 
 from quartet.http_gateway.generation.intake import Job
+from quartet.http_gateway.generation.rank_choice import apply_header
 from quartet.http_gateway.http import errors, sse
 from quartet.http_gateway.http.call_record import CALL, CallRecord
 from quartet.http_gateway.http.sse import Event, EventStream, StreamFormat, frames
@@ -86,6 +87,7 @@ async def run_group(ring: RingClient, http: HTTPRequest, job: Job) -> AsyncGener
     (use `aclosing`) aborts what still runs.
     """
     client = None if job.background else http
+    apply_header(http.scope.get("headers", ()), job, len(ring.schedulers.all))
     record: CallRecord | None = http.scope.get(CALL)
     if record is not None:
         record.sent(job.requests)

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from quartet.http_gateway.ring.counter_cache import Counters
 from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.runtime.limits import MAX_ADAPTER_LABELS
-from quartet.runtime.messages import ROLES, Text
+from quartet.runtime.messages import SCHEDULER, Text, processes
 from quartet.runtime.process.usage import usage_of
 
 PREFIX = "sglang:"
@@ -33,6 +33,7 @@ TOKEN_BUCKETS = (
 OURS = {"prompt_tokens", "generation_tokens", "cached_tokens", "num_requests", "num_aborted_requests"}
 TOTAL = "_total"
 OTHER_ADAPTERS = "(others)"
+Family = CounterMetricFamily | GaugeMetricFamily
 TEXT_SERVICES = ("tokenizer", "detokenizer")
 NOW = {"waiting", "running"}  # of the text services: how many there are now; all else is counted since their start
 
@@ -45,33 +46,42 @@ class RingCollector:
         self._labels = {"model_name": model_name, "engine_type": "unified", "tp_rank": "0", "pp_rank": "0"}
 
     def collect(self) -> Iterator[Metric]:
-        for role, numbers in self.counters.items():
+        """One family for each name; of several schedulers it has a sample for each, with its rank."""
+        families: dict[str, Family] = {}
+        several = [title for title in self.counters if title.startswith(f"{SCHEDULER} ")]
+        for title, numbers in self.counters.items():
+            role, rank = title.split(" DP") if title in several else (title, "")
+            if role == SCHEDULER and several and not rank:
+                continue  # those of all together
             for name, value in numbers.items():
-                if isinstance(value, int | float) and not (role == "scheduler" and name.removesuffix(TOTAL) in OURS):
-                    yield self._family(role, name, value)
+                if isinstance(value, int | float) and not (role == SCHEDULER and name.removesuffix(TOTAL) in OURS):
+                    self._add(families, role, rank, name, value)
+        yield from families.values()
 
-    def _family(self, role: str, name: str, value: float) -> Metric:
-        """A counter where the name ends in _total, or a text service has counted; else a gauge."""
+    def _add(self, families: dict[str, Family], role: str, rank: str, name: str, value: float) -> None:
+        """Add a sample: of a counter where the name ends in _total, or a text service has counted; else of a gauge."""
         if role in TEXT_SERVICES and name not in NOW:
             name = name.removesuffix(TOTAL) + TOTAL
         kind = CounterMetricFamily if name.endswith(TOTAL) else GaugeMetricFamily
-        full = PREFIX + name if role == "scheduler" else f"quartet:{role}_{name}"
-        labels = self._labels if role == "scheduler" else {"model_name": self._labels["model_name"]}
-        family = kind(full, f"{name.replace('_', ' ')} ({role})", labels=list(labels))
-        family.add_metric(list(labels.values()), value)
-        return family
+        full = PREFIX + name if role == SCHEDULER else f"quartet:{role}_{name}"
+        labels = self._labels if role == SCHEDULER else {"model_name": self._labels["model_name"]}
+        labels = labels | ({"dp_rank": rank} if rank else {})
+        if full not in families:
+            families[full] = kind(full, f"{name.replace('_', ' ')} ({role})", labels=list(labels))
+        families[full].add_metric(list(labels.values()), value)
 
 
 class RestartCollector:
     """How often each process was started again: its epoch, which the launcher keeps."""
 
-    def __init__(self, newest_epoch: Callable[[str], int]) -> None:
+    def __init__(self, newest_epoch: Callable[[str], int], schedulers: int) -> None:
         self._newest_epoch = newest_epoch
+        self._processes = processes(schedulers)
 
     def collect(self) -> Iterator[Metric]:
         family = CounterMetricFamily("quartet:restarts", "Processes that were started again.", labels=["role"])
-        for role in ROLES:
-            family.add_metric([role], self._newest_epoch(role))
+        for title, key in self._processes.items():
+            family.add_metric([title], self._newest_epoch(key))
         yield family
 
 
@@ -125,7 +135,7 @@ def no_processes() -> Mapping[str, int]:
 
 
 class Metrics:
-    """Everything the gateway counts. `newest_epoch`: of a role, as the launcher announces it; `pids`: by role."""
+    """Everything the gateway counts. `newest_epoch`: of a process by its key, as the launcher announces it."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -134,12 +144,13 @@ class Metrics:
         model_name: str,
         newest_epoch: Callable[[str], int],
         pids: Callable[[], Mapping[str, int]] = no_processes,
+        schedulers: int = 1,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._ring = RingCollector(model_name)
         self._registry.register(self._ring)
-        self._registry.register(RestartCollector(newest_epoch))
+        self._registry.register(RestartCollector(newest_epoch, schedulers))
         self._registry.register(ProcessCollector(pids))
         self._model_name = model_name
         self._prompt_tokens = self._counter("prompt_tokens_total", "Prompt tokens of finished requests.")

@@ -96,11 +96,8 @@ def admit(gateway: Gateway, http: HTTPRequest, body: GenerateBody) -> tuple[Job,
 
 
 def check_servable(gateway: Gateway, http: HTTPRequest) -> None:
-    """Refuse what no body could make right: a model that does not generate, a rank that is not there."""
+    """Refuse what no body could make right: a model that does not generate."""
     check_generates(gateway)
-    rank = http.headers.get("x-data-parallel-rank")
-    if rank not in (None, "", "0"):
-        raise RequestError(f"X-Data-Parallel-Rank must be 0: there is one rank, got {rank}.")
 
 
 def json_array(answers: list[bytes]) -> bytes:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from quartet.http_gateway.generation.intake import NO_BUDGET, Job, Rules, fan_out, sampling_params
+from quartet.http_gateway.generation.rank_choice import chosen_rank
+from quartet.http_gateway.generation.resumed import read_resumed
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.runtime import limits
 from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows
@@ -65,7 +67,8 @@ class GenerateBody(Truncating, kw_only=True):
     return_sampling_mask: bool | list[bool] | None = None
     require_reasoning: bool | list[bool] | None = None
     max_thinking_tokens: int | None = None  # of every prompt whose parameters have no thinking_budget
-    # there is one rank, number 0
+    resume_ids: list[int] | None = None  # output that the client has: the answer is what follows it
+    # the scheduler that computes it, where there are several
     data_parallel_rank: int | None = None
     routed_dp_rank: int | None = None
     # refused
@@ -112,6 +115,8 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
     experts, starts = read_routed_experts(body, size, rules)
     hidden = read_hidden_states(body, size, rules)
     truncation = read_truncation(body, "left")
+    rank = chosen_rank(body, rules.schedulers)
+    resumed = read_resumed(body.resume_ids, params[0], single, rules)
     for i, prompt in enumerate(prompts):
         prompt.request = Request(
             rid="",
@@ -120,6 +125,8 @@ def to_job(body: GenerateBody, rules: Rules) -> tuple[Job, bool]:
             stream=bool(body.stream),
             adapter=adapters[i],
             extra_key=keys[i] + salts[i],
+            wanted_rank=rank,
+            resume_ids=resumed,
             priority=priorities[i],
             thought=thoughts[i],
             return_hidden_states=hidden[i],
@@ -156,9 +163,6 @@ def refuse_unsupported_fields(body: GenerateBody) -> None:
     for name in REFUSED:
         if asks(getattr(body, name)):
             raise RequestError(f"{name} is not supported.", field=name)
-    for name in ("data_parallel_rank", "routed_dp_rank"):
-        if getattr(body, name):
-            raise RequestError(f"{name} must be 0: there is one rank, got {getattr(body, name)}.", field=name)
 
 
 def per_prompt(body: GenerateBody, name: str, default: T, size: int) -> list[T]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from quartet.http_gateway.generation.intake import Job, fan_out, sampling_params
+from quartet.http_gateway.generation.rank_choice import chosen_rank
 from quartet.http_gateway.generation.truncation import read_truncation
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.native.generate_body import (
@@ -141,6 +142,7 @@ def job_of(
         raise RequestError(HIDDEN_STATES_OFF, field="return_hidden_states")
     options = with_distribution(logprobs, bool(body.return_entropy), bool(body.return_sampling_mask), params)
     truncation = read_truncation(body, "left")
+    rank = chosen_rank(body, gateway.rules.schedulers)
     for prompt, adapter in zip(prompts, adapters_of(gateway, body, len(prompts), single), strict=True):
         prompt.request = Request(
             rid="",
@@ -149,6 +151,7 @@ def job_of(
             stream=bool(body.stream),
             adapter=adapter,
             extra_key=(body.extra_key or "") + (body.cache_salt or ""),
+            wanted_rank=rank,
             priority=body.priority or 0,
             return_hidden_states=hidden,
             return_prompt_ids=bool(body.return_prompt_token_ids or (completion and body.return_token_ids)),

@@ -69,6 +69,8 @@ class GenerationBody(Truncating, kw_only=True):
     cache_salt: str | None = None
     log_metrics: bool | None = None
     background: bool | None = None
+    data_parallel_rank: int | None = None  # the scheduler that computes it, where there are several
+    routed_dp_rank: int | None = None  # another name for it
     # extra fields of each choice
     return_token_ids: bool | None = None  # ids of the output, with completions of the prompt too
     return_prompt_token_ids: bool | None = None

@@ -32,8 +32,10 @@ class RelayedAborts:
                 aborts.append(abort)
         return aborts
 
-    def clear(self) -> None:
-        self._kept.clear()
+    def forget(self, rank: int) -> None:
+        """This scheduler has ended: there is nothing to abort in the next one."""
+        left = [(serial, abort) for serial, abort in self._kept if abort.rank != rank]
+        self._kept = deque(left, maxlen=RELAYED_ABORTS)
 
 
 def abort_finish(abort: Abort) -> Finish:

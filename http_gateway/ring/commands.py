@@ -1,13 +1,30 @@
-"""Control commands that were sent through the ring and have not been answered."""
+"""Control commands that were sent through the ring and have not been answered.
+
+Where there are several schedulers, a command goes to each of them, and its answers become one. What is `all_or_none`
+is prepared by all, and made by all or by none: this is where it is decided. Of other commands that one of them refuses,
+the answer says which have carried them out.
+"""
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from quartet.runtime.control import COMMAND_LOST, ControlCommand
+import msgspec
+
+from quartet.http_gateway.ring.merging import merge
+from quartet.http_gateway.ring.schedulers import Schedulers
+from quartet.runtime.adapters import LoadAdapter
+from quartet.runtime.control import COMMAND_LOST, ControlCommand, DecideChange, WeightChange
 from quartet.runtime.errors import Kind, RequestError
-from quartet.runtime.messages import Message
+from quartet.runtime.messages import SCHEDULER, Message, Prepared, Reply
+
+REMEMBERED_DECISIONS = 64
+OTHER_REFUSED = "Another scheduler refused: {}"
+OTHER_ENDED = "Nothing was changed: a scheduler ended while the change was prepared. Send it again."
+PARTLY = "{} (scheduler DP{}; it was done in {})."
+NOBODY_WAITS = "Nothing was changed: nobody waits for the answer any more."
 
 
 @dataclass(slots=True)
@@ -17,50 +34,164 @@ class UnansweredCommand:
     command: ControlCommand
     serial: int
     answer: asyncio.Future[Message]
+    epochs: dict[int, int | None]  # by rank of the schedulers that it was sent to
+    answers: dict[int, Message] = field(default_factory=dict)  # by rank
+    prepared: set[int] = field(default_factory=set)  # ranks
+    cause: Reply | None = None  # the first refusal
+
+    @property
+    def waiting(self) -> list[int]:
+        """The ranks whose answers are still to come."""
+        return [rank for rank in self.epochs if rank not in self.answers]
+
+    @property
+    def succeeded(self) -> bool:
+        if not self.answer.done() or self.answer.cancelled() or self.answer.exception():
+            return False
+        result = self.answer.result()
+        return isinstance(result, Reply) and result.success
+
+    def messages(self) -> list[ControlCommand]:
+        """The command as it is to be sent, to each scheduler that has not answered."""
+        return [msgspec.structs.replace(self.command, rank=rank, epoch=self.epochs[rank]) for rank in self.waiting]
 
 
 class Commands:
     """Sends commands through the ring, and hands each answer to the caller that waits for it."""
 
-    def __init__(self, send: Callable[[Sequence[Message]], None], serials: Iterator[int]) -> None:
+    def __init__(
+        self, send: Callable[[Sequence[Message]], None], serials: Iterator[int], schedulers: Schedulers
+    ) -> None:
         """`serials` number requests too, so that both are sent again in the order in which they were sent."""
         self._send = send
         self._serials = serials
+        self._schedulers = schedulers
         self._unanswered: dict[str, UnansweredCommand] = {}  # by id
-        self.epoch = 0  # the last one that a scheduler has reported
+        self._decisions: OrderedDict[str, str] = OrderedDict()  # by id: why a change is not made; empty: it is
 
-    async def run(self, command: ControlCommand, timeout_s: float) -> Message:
-        """Send a command through the ring and wait for its answer. Raises TimeoutError and RequestError."""
+    async def run(self, command: ControlCommand, timeout_s: float, rank: int | None = None) -> Message:
+        """Send a command through the ring and wait for its answer. Raises TimeoutError and RequestError.
+
+        `rank`: for this scheduler alone. Else it is for all of them; one that changes something waits until all live.
+        """
+        async with asyncio.timeout(timeout_s):
+            if rank is None and command.for_schedulers and not command.read_only:
+                await self._schedulers.complete()
+            unanswered = self._begin(command, rank)
+            try:
+                self._send(unanswered.messages())
+                return await unanswered.answer
+            finally:
+                del self._unanswered[command.id]
+
+    def _begin(self, command: ControlCommand, rank: int | None) -> UnansweredCommand:
         serial = next(self._serials)
         command.id = f"{os.getpid()}.{serial}"  # serials start again when the gateway restarts
-        command.epoch = None if command.read_only else self.epoch
+        ranks = self._schedulers.targets if rank is None else [rank]
+        if not command.for_schedulers:
+            ranks = ranks[:1]
+        command.waits_for_others = command.all_or_none and len(ranks) > 1
+        epochs = {rank: None if command.read_only else self._schedulers.all[rank].epoch for rank in ranks}
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._unanswered[command.id] = UnansweredCommand(command, serial, answer)
-        try:
-            self._send([command])
-            async with asyncio.timeout(timeout_s):
-                return await answer
-        finally:
-            del self._unanswered[command.id]
+        unanswered = self._unanswered[command.id] = UnansweredCommand(command, serial, answer, epochs)
+        return unanswered
 
-    def deliver(self, id: str, answer: Message) -> UnansweredCommand | None:
-        """Hand an answer to its caller, and return the command; None where no caller waits for it."""
+    def deliver(self, answer: Message, id: str, rank: int) -> UnansweredCommand | None:
+        """Take the answer of one scheduler, and return the command; None where no caller waits for it."""
         unanswered = self._unanswered.get(id)
         if unanswered is None or unanswered.answer.done():
             return None
-        unanswered.answer.set_result(answer)
+        if not unanswered.command.for_schedulers:
+            rank = next(iter(unanswered.epochs))
+        if rank not in unanswered.waiting:
+            return None
+        unanswered.answers[rank] = answer
+        if isinstance(answer, Reply) and not answer.success:
+            unanswered.cause = unanswered.cause or answer
+            self._decide(unanswered, OTHER_REFUSED.format(answer.message))
+        self._finish(unanswered)
         return unanswered
 
-    def recover(self, role: str) -> list[UnansweredCommand]:
-        """The commands to send again after the service `role` has restarted.
+    def _finish(self, unanswered: UnansweredCommand) -> None:
+        """Give the answer once every scheduler has given its own."""
+        if unanswered.waiting or unanswered.answer.done():
+            return
+        if unanswered.answers:
+            count = len(self._schedulers.all)
+            cause = unanswered.cause and partly(unanswered.cause, unanswered.answers)
+            unanswered.answer.set_result(cause or merge(unanswered.command, unanswered.answers, count))
+        else:
+            unanswered.answer.set_exception(lost())
 
-        The scheduler runs a command with the same id once, so sending it again is safe. After a restart of the
+    # changes that all schedulers make or none
+
+    def on_prepared(self, prepared: Prepared) -> None:
+        """A scheduler is prepared for a change: decide once all are."""
+        unanswered = self._unanswered.get(prepared.id)
+        if unanswered is not None:
+            unanswered.prepared.add(prepared.rank)
+            if unanswered.prepared.issuperset(unanswered.epochs):
+                self._decide(unanswered, "")
+        reason = self._decisions.get(prepared.id) if unanswered or prepared.id in self._decisions else NOBODY_WAITS
+        if reason is not None:
+            self._send([DecideChange(change=prepared.id, reason=reason, rank=prepared.rank)])
+
+    def _decide(self, unanswered: UnansweredCommand, reason: str) -> None:
+        """Decide on a change, once; all that wait for it hear so."""
+        command = unanswered.command
+        if not command.waits_for_others or command.id in self._decisions:
+            return
+        self._decisions[command.id] = reason
+        if not reason:
+            self._schedulers.begin_change()
+            unanswered.answer.add_done_callback(lambda _: self._schedulers.end_change())
+        while len(self._decisions) > REMEMBERED_DECISIONS:
+            self._decisions.popitem(last=False)
+        self._send([DecideChange(change=command.id, reason=reason, rank=rank) for rank in unanswered.waiting])
+
+    # restarts
+
+    def recover(self, role: str, rank: int = 0) -> list[UnansweredCommand]:
+        """The commands to send again after the service `role`, of schedulers that of `rank`, has died.
+
+        The scheduler runs a command with the same id once, so sending it again is safe. After the death of the
         scheduler itself it is unknown which commands took effect: those that are not read-only fail.
         """
-        to_send = []
-        for unanswered in self._unanswered.values():
-            if role != "scheduler" or unanswered.command.read_only:
-                to_send.append(unanswered)
-            elif not unanswered.answer.done():
-                unanswered.answer.set_exception(RequestError(COMMAND_LOST, Kind.UNAVAILABLE))
-        return to_send
+        if role != SCHEDULER:
+            return [unanswered for unanswered in self._unanswered.values() if unanswered.waiting]
+        had_it = [unanswered for unanswered in self._unanswered.values() if rank in unanswered.waiting]
+        return [unanswered for unanswered in had_it if self._survives(unanswered, rank)]
+
+    def _survives(self, unanswered: UnansweredCommand, rank: int) -> bool:
+        """Do without the answer of a dead scheduler. Returns whether the command is to be sent again."""
+        command = unanswered.command
+        if command.read_only and len(unanswered.epochs) == 1:
+            unanswered.epochs = {self._schedulers.targets[0]: None}
+            return True
+        if not (command.read_only or self._can_do_without(command)):
+            if not unanswered.answer.done():
+                unanswered.answer.set_exception(lost())
+            return False
+        del unanswered.epochs[rank]
+        if not command.read_only:
+            self._decide(unanswered, OTHER_ENDED)
+        self._finish(unanswered)
+        return False
+
+    def _can_do_without(self, command: ControlCommand) -> bool:
+        """Whether all is well though a scheduler has died: nothing is done, or it is made up for (levelling.py)."""
+        done = self._decisions.get(command.id) == ""
+        return command.waits_for_others and (not done or isinstance(command, WeightChange | LoadAdapter))
+
+
+def partly(cause: Reply, answers: Mapping[int, Message]) -> Reply:
+    """The refusal of one scheduler; it says which others have done what was asked."""
+    done = [f"DP{rank}" for rank, reply in sorted(answers.items()) if isinstance(reply, Reply) and reply.success]
+    if not done:
+        return cause
+    message = PARTLY.format(cause.message.rstrip("."), cause.rank, " and ".join(done))
+    return msgspec.structs.replace(cause, message=message)
+
+
+def lost() -> RequestError:
+    return RequestError(COMMAND_LOST, Kind.UNAVAILABLE)

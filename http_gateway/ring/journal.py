@@ -36,6 +36,7 @@ class JournalEntry:
     serial: int  # order of arrival, among commands too
     sent_at: float
     attempt: int = 0
+    rank: int = 0  # of the scheduler that it is sent to
     again: bool = False  # this is not its first attempt
     in_ring: bool = False  # the attempt was sent, as far as can be known
     heard: bool = False  # and something has come back
@@ -56,11 +57,16 @@ class JournalEntry:
         return self.generate.request.rid
 
     def message(self, epoch: int) -> Generate:
-        """The request as it is to be sent now, to the scheduler of this epoch."""
-        if not self.attempt:  # nothing was ever started again
+        """The request as it is to be sent now, to its scheduler, which has this epoch."""
+        if not (self.attempt or self.rank):  # nothing was ever started again
             return self.generate
         request = msgspec.structs.replace(
-            self.request, attempt=self.attempt, epoch=epoch, again=self.again, resume_ids=bytes(self.delivered)
+            self.request,
+            attempt=self.attempt,
+            rank=self.rank,
+            epoch=epoch,
+            again=self.again,
+            resume_ids=self.request.resume_ids + bytes(self.delivered),
         )
         return msgspec.structs.replace(self.generate, request=request)
 
@@ -72,7 +78,7 @@ class JournalEntry:
 
     def abort(self, message: str = "") -> Abort:
         """The command that ends it in the scheduler."""
-        return Abort(rid=self.rid, exact=True, abort_message=message)
+        return Abort(rid=self.rid, exact=True, abort_message=message, rank=self.rank)
 
 
 def request_digest(generate: Generate) -> bytes:
@@ -82,3 +88,14 @@ def request_digest(generate: Generate) -> bytes:
     )
     content = msgspec.msgpack.encode(msgspec.structs.replace(generate, request=anonymous, times=None))
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def is_lost(entry: JournalEntry, role: str, rank: int) -> bool:
+    """Whether a request may be lost with a service that has died, of schedulers with that of `rank`."""
+    match role:
+        case "tokenizer":
+            return not entry.heard
+        case "scheduler":
+            return entry.rank == rank
+        case _:
+            return True

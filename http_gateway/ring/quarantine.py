@@ -13,7 +13,8 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable
 
 from quartet.http_gateway.ring.journal import Deaths, JournalEntry, request_digest
-from quartet.runtime.messages import Generate
+from quartet.runtime.control import Probe
+from quartet.runtime.messages import Generate, Reply
 
 ID_BYTES = 4
 SUSPICIOUS_DEATHS = 2
@@ -32,6 +33,7 @@ class Quarantine:
     def __init__(self) -> None:
         self.unproven: list[JournalEntry] = []  # suspects that run now; empty: every request may run
         self.cleared = False  # nothing of other requests is in the ring any more: the suspects may be sent
+        self._clearing: set[tuple[str, int]] = set()  # the probes behind which that is so, by id and rank
         self._role = ""  # the service whose death they are suspected of
         self._group: list[JournalEntry] = []  # the whole group of `unproven`
         self._groups: deque[SuspectGroup] = deque()
@@ -88,6 +90,20 @@ class Quarantine:
         before, self._group = self._group, list(self.unproven)
         waiting = there.difference(self.unproven)
         return [entry for entry in before if entry in waiting and entry.in_ring and not entry.requested_abort]
+
+    def clearing_probes(self, id: str, ranks: Iterable[int]) -> list[Probe]:
+        """Probes to these schedulers: once all have come back, nothing of other requests is left."""
+        probes = [Probe(id=id, rank=rank) for rank in ranks]
+        self._clearing = {(id, probe.rank) for probe in probes}
+        return probes
+
+    def takes(self, answer: Reply | Probe) -> bool:
+        """Whether this is one of them; the last one clears the way for the suspects."""
+        if (answer.id, answer.rank) not in self._clearing:
+            return False
+        self._clearing.remove((answer.id, answer.rank))
+        self.cleared = not self._clearing
+        return True
 
     def block(self, generate: Generate, now: float) -> None:
         """Refuse equal requests for a while."""

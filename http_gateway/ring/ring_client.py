@@ -16,18 +16,35 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
+from quartet.http_gateway.ring import death_watch
 from quartet.http_gateway.ring.aborts import RelayedAborts, abort_finish, matches
+from quartet.http_gateway.ring.admission import check_each, check_room
 from quartet.http_gateway.ring.commands import Commands, UnansweredCommand
-from quartet.http_gateway.ring.journal import JournalEntry, request_digest
+from quartet.http_gateway.ring.journal import JournalEntry, is_lost, request_digest
+from quartet.http_gateway.ring.levelling import Leveller
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, Quarantine
 from quartet.http_gateway.ring.request_group import RequestGroup
-from quartet.http_gateway.ring.transport import Receiver, Sender, send_frame
+from quartet.http_gateway.ring.schedulers import Schedulers
+from quartet.http_gateway.ring.transport import Meter, Receiver, Sender, send_frame
 from quartet.runtime.control import Abort, ControlCommand, Probe
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.guard import Announced, Guard, end_of
-from quartet.runtime.messages import ABORTED, GATEWAY, Facts, Finish, Generate, Message, Reply, Restarted, Text, Tokens
+from quartet.runtime.messages import (
+    ABORTED,
+    GATEWAY,
+    SCHEDULER,
+    Facts,
+    Finish,
+    Generate,
+    Message,
+    Prepared,
+    Reply,
+    Restarted,
+    Text,
+    Tokens,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +55,6 @@ FRAMES_A_TURN = 8
 LAP_TIMEOUT_S = 5.0
 INTRODUCE_AGAIN_S = 5.0
 NOT_TAKEN = "Internal error: no service took the request."
-BLOCKED_REQUEST = (
-    "A request like this one has ended a process of the server again and again; it is not tried for ten minutes."
-)
-
-
-class Meter(Protocol):
-    """What the gateway counts of each request (http_gateway/http/metrics.py)."""
-
-    def count_delta(self, entry: JournalEntry, text: Text, now: float) -> None: ...
 
 
 class RingClient:
@@ -60,8 +68,11 @@ class RingClient:
         meter: Meter,
         least_attempt: int = 0,
         announced: Announced | None = None,
+        schedulers: int = 1,
+        run_dir: str = "",
+        watch: Callable[[int, Callable[[], None]], None] = death_watch.watch,
     ) -> None:
-        """`least_attempt`: beyond all attempts of the gateway before."""
+        """`least_attempt`: beyond all attempts of the gateway before. `watch`: tells of the end of a process."""
         self.closing = False  # no new requests: the server drains
         self.stale = 0  # messages for nobody: an old attempt, or a request that has ended
         self.last_heard_at = 0.0
@@ -76,10 +87,11 @@ class RingClient:
         self._least_attempt = self._attempt = least_attempt  # grows with every restart of a ring process
         self._serials = itertools.count(1)  # of requests, commands and relayed aborts
         self._quarantine = Quarantine()
-        self._clearing = "none"  # id of the probe behind which the ring is clear for suspects
         self._relayed = RelayedAborts()
-        self._commands = Commands(partial(send_frame, outbox), self._serials)
-        self._facts: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
+        self.schedulers = Schedulers(schedulers, run_dir)
+        self._watch = watch
+        self._commands = Commands(partial(send_frame, outbox), self._serials, self.schedulers)
+        self._leveller = Leveller(self.schedulers, self._commands.run)
         self._idle = asyncio.Event()
         self._idle.set()
         self._receive: dict[type, Callable[[Any, float], None]] = {
@@ -87,6 +99,7 @@ class RingClient:
             Reply: self._on_answer,
             Probe: self._on_answer,
             Facts: self._on_facts,
+            Prepared: lambda prepared, now: self._commands.on_prepared(prepared),
             Abort: self._on_abort,
             Restarted: self._on_restarted,
         }
@@ -101,39 +114,27 @@ class RingClient:
         `parents` are the rids by which the client knows them, where those differ from their own. The limit of what
         may be in flight is for clients; the gateway's own requests are not `limited`.
         """
-        self._admit(batch)
+        if self.closing:
+            raise RequestError("The server is shutting down.", Kind.UNAVAILABLE)
+        check_each(batch, self._pending, self._quarantine)
         if limited:
-            self._check_room(batch)
+            check_room(len(batch), len(self._pending), self._limit)
         group = RequestGroup([generate.request.rid for generate in batch], self._abort_group)
         now, entries = time.monotonic(), []
         for index, generate in enumerate(batch):
             parent = parents[index] if parents else ""
-            entries.append(JournalEntry(generate, parent, group, index, next(self._serials), now, self._attempt))
+            rank = self.schedulers.choose(generate)
+            entries.append(JournalEntry(generate, parent, group, index, next(self._serials), now, self._attempt, rank))
         if not self._quarantine.unproven:
-            send_frame(self._outbox, [entry.message(self._commands.epoch) for entry in entries])
+            send_frame(self._outbox, [self._message(entry) for entry in entries])
             for entry in entries:
                 entry.in_ring = entry.known = True
         self._pending.update((entry.rid, entry) for entry in entries)
         self._idle.clear()
         return group
 
-    def _admit(self, batch: list[Generate]) -> None:
-        if self.closing:
-            raise RequestError("The server is shutting down.", Kind.UNAVAILABLE)
-        for generate in batch:
-            if generate.request.rid in self._pending:
-                raise RequestError(f"Duplicate request ID detected: {generate.request.rid}", field="rid")
-            if self._quarantine.blocks(generate, time.monotonic()):
-                raise RequestError(BLOCKED_REQUEST, Kind.INTERNAL)
-
-    def _check_room(self, batch: list[Generate]) -> None:
-        if len(batch) > self._limit:
-            raise RequestError(f"One call may hold at most {self._limit} requests, got {len(batch)}.")
-        if len(self._pending) + len(batch) > self._limit:
-            raise RequestError(
-                f"The server is full: {len(self._pending)} of at most {self._limit} requests are in flight.",
-                Kind.UNAVAILABLE,
-            )
+    def _message(self, entry: JournalEntry) -> Generate:
+        return entry.message(self.schedulers.all[entry.rank].epoch)
 
     def _abort_group(self, group: RequestGroup) -> None:
         left = [entry for rid in group.rids if (entry := self._pending.get(rid)) and entry.group is group]
@@ -187,42 +188,52 @@ class RingClient:
     # restarts
 
     async def introduce(self) -> None:
-        """Say that this gateway is new, until the scheduler has said its facts."""
-        while not self._facts.done():
+        """Say that this gateway is new, until every scheduler has said its facts."""
+        while not self.schedulers.heard_of_all:
             self.ask_facts()
-            await asyncio.wait([self._facts], timeout=INTRODUCE_AGAIN_S)
+            await self.schedulers.hear_of_all(INTRODUCE_AGAIN_S)
 
     def ask_facts(self) -> None:
-        """Have the scheduler say its facts; `on_facts` hears them."""
-        self._outbox.send([Restarted(role="gateway", least_attempt=self._least_attempt)])
+        """Have the schedulers say their facts; `on_facts` hears them."""
+        ranks = range(len(self.schedulers.all))
+        self._outbox.send([Restarted(role=GATEWAY, rank=rank, least_attempt=self._least_attempt) for rank in ranks])
 
     def _on_restarted(self, restarted: Restarted, now: float) -> None:
         self.ask_facts()  # those of a scheduler that was started again meanwhile may be lost; first hear of that death
         self._recover(restarted.role)
 
-    def _recover(self, role: str) -> None:
-        """A service was started again: send again what may have been lost with the one before."""
+    def _recover(self, role: str, rank: int = 0, news: bool = True) -> None:
+        """Send again what may have been lost with a service. `news`: that it has died; else what was sent since."""
         self._attempt += 1
-        lost = [entry for entry in self._pending.values() if role != "tokenizer" or not entry.heard]
-        poison = self._quarantine.service_died(role, lost)
+        lost = [entry for entry in self._pending.values() if is_lost(entry, role, rank)]
+        poison = self._quarantine.service_died(role, lost) if news else None
         for entry in lost:
             entry.withdraw(self._attempt)
-            entry.known = entry.known and role != "scheduler"
-        self._recover_aborts(role, {entry.rid for entry in lost})
+            if role == SCHEDULER:
+                entry.known = False
+                self.schedulers.release(rank)
+                entry.rank = self.schedulers.choose(entry.generate)
+        self._recover_aborts(role, rank, {entry.rid for entry in lost})
         if poison:
             self._end_poison_request(poison, role)
-        again = self._send_ready(self._commands.recover(role))
-        log.warning("The %s was started again; %d of %d requests are sent again.", role, again, len(self._pending))
+        again = self._send_ready(self._commands.recover(role, rank))
+        name, count = self.schedulers.title(role, rank), len(self._pending)
+        log.warning("The %s was started again; %d of %d requests are sent again.", name, again, count)
 
-    def _recover_aborts(self, role: str, lost: set[str]) -> None:
+    def _on_death(self, rank: int, epoch: int) -> None:
+        """A scheduler has ended: what it had goes on elsewhere at once, where another one lives."""
+        if self.schedulers.note_death(rank, epoch):
+            self._recover(SCHEDULER, rank)
+
+    def _recover_aborts(self, role: str, rank: int, lost: set[str]) -> None:
         """Send the aborts again that may have been lost; a new scheduler has nothing to abort."""
         aborts = self._relayed.to_repeat(self._pending, lost)
         for entry in list(self._pending.values()):
-            if entry.requested_abort is not None:  # its last message may be lost
+            if entry.requested_abort is not None and (role != SCHEDULER or entry.rid in lost):  # its last message too
                 aborts.append(entry.requested_abort)
                 self._end(entry, abort_finish(entry.requested_abort))
-        if role == "scheduler":
-            self._relayed.clear()
+        if role == SCHEDULER:
+            self._relayed.forget(rank)
         else:
             self._send_aborts(aborts)
 
@@ -247,10 +258,10 @@ class RingClient:
         sent = 0
         for item in sorted([*ready, *commands], key=lambda item: item.serial):
             if isinstance(item, UnansweredCommand):
-                self._outbox.send([item.command])
+                self._outbox.send(item.messages())
                 continue
             try:
-                send_frame(self._outbox, [item.message(self._commands.epoch)])
+                send_frame(self._outbox, [self._message(item)])
             except RequestError as error:  # with its output it has become too large
                 self._end(item, Finish.failed(error))
                 continue
@@ -260,9 +271,8 @@ class RingClient:
 
     def _send_clearing_probe(self, held: list[JournalEntry]) -> None:
         """Before suspects run: abort what is left in the ring of the others, and send a probe behind the aborts."""
-        probe = Probe(id=f"clear.{next(self._serials)}")
-        self._clearing = probe.id
-        self._outbox.send([*(entry.abort() for entry in held if entry.known), probe])
+        probes = self._quarantine.clearing_probes(f"clear.{next(self._serials)}", self.schedulers.targets)
+        self._outbox.send([*(entry.abort() for entry in held if entry.known), *probes])
 
     # commands
 
@@ -279,7 +289,7 @@ class RingClient:
 
     async def facts(self) -> Facts:
         """What the loaded model allows; waits until the scheduler has said it."""
-        return await asyncio.shield(self._facts)
+        return await self.schedulers.facts()
 
     async def wait_until_connected(self) -> None:
         """Wait until a probe has gone all the way round: every hop is there and connected to the next."""
@@ -325,6 +335,7 @@ class RingClient:
         ended = text.tokens.finish is not None
         if ended:
             del self._pending[text.tokens.rid]
+            self.schedulers.release(entry.rank)
             if not self._pending:
                 self._idle.set()
         entry.delivered += text.tokens.ids
@@ -341,15 +352,17 @@ class RingClient:
 
     def _on_answer(self, answer: Reply | Probe, now: float) -> None:
         if isinstance(answer, Reply):
-            self.on_reply(answer)
-        if answer.id == self._clearing:
-            self._quarantine.cleared = True
-            self._send_ready()
+            if self.schedulers.speaks_for_all(answer.rank):
+                self.on_reply(answer)
+            self.schedulers.note_reply(answer)
+        if self._quarantine.takes(answer):
+            if self._quarantine.cleared:
+                self._send_ready()
             return
-        unanswered = self._commands.deliver(answer.id, answer)
+        unanswered = self._commands.deliver(answer, answer.id, answer.rank)
         if unanswered is None:
             self.stale += 1
-        elif isinstance(answer, Reply) and answer.success and unanswered.command.ends_requests:
+        elif unanswered.succeeded and unanswered.command.ends_requests:
             self._end_before(unanswered.serial)
 
     def _end_before(self, serial: int) -> None:
@@ -358,17 +371,19 @@ class RingClient:
         self._abort_entries(left, ABORTED)
 
     def _on_facts(self, facts: Facts, now: float) -> None:
-        known = self._commands.epoch
-        if facts.epoch < known:  # the words of one that has died may come behind its successor's
+        one = self.schedulers.all[facts.rank]
+        if facts.epoch < one.epoch:  # the words of one that has died may come behind its successor's
             return
-        self.on_facts(facts)  # first: where it raises, nothing has been believed
-        restarted = self._facts.done() and facts.epoch > known
-        if self._facts.done():
-            self._facts = asyncio.get_running_loop().create_future()
-        self._facts.set_result(facts)
-        self._commands.epoch = facts.epoch
-        if restarted:
-            self._recover("scheduler")
+        common = self.schedulers.common(facts)
+        self.on_facts(common)  # first: where it raises, nothing has been believed
+        new = not one.heard or facts.epoch > one.epoch
+        given_away, one.given_away = one.given_away, False
+        restarted = self.schedulers.note_facts(facts, common)
+        if restarted:  # what was given away is elsewhere by now, but for what found no other that serves
+            self._recover(SCHEDULER, facts.rank, news=not given_away)
+        if new and facts.pid and self.schedulers.several:
+            self._watch(facts.pid, partial(self._on_death, facts.rank, facts.epoch))
+        self._leveller.look_at(facts.rank)
 
     def _on_abort(self, abort: Abort, now: float) -> None:
         """The detokenizer has met a stop string: the scheduler, further on in the ring, is to end the request."""

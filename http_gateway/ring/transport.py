@@ -1,11 +1,18 @@
-"""What the ring client is given to send and receive with, and how a refusal to send becomes a client's error."""
+"""What the ring client is given to send, receive and count with, and how a refusal to send becomes a client's error."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from quartet.http_gateway.ring.journal import JournalEntry
 from quartet.runtime.errors import Kind, RequestError
-from quartet.runtime.messages import Message
+from quartet.runtime.messages import Message, Text
 from quartet.runtime.sockets import FrameTooLarge
+
+
+class Meter(Protocol):
+    """What the gateway counts of each request (http_gateway/http/metrics.py)."""
+
+    def count_delta(self, entry: JournalEntry, text: Text, now: float) -> None: ...
 
 
 class Receiver(Protocol):

@@ -98,7 +98,8 @@ class Gateway:
         return self.config.served_model_name or self.model_path
 
     def output(self, request: Request, received_at: float) -> Output:
-        return Output(request, received_at, self.weight_version, text=self.rules.tokenizer)
+        several = self.rules.schedulers > 1
+        return Output(request, received_at, self.weight_version, text=self.rules.tokenizer, with_rank=several)
 
     def on_facts(self, facts: Facts) -> None:
         """The scheduler was started again, or asked."""
@@ -135,6 +136,7 @@ def rules(config: ServerConfig, model: ModelInfo, facts: Facts, adapters: Adapte
         hidden_states=config.enable_return_hidden_states,
         most_requests=config.max_inflight_requests,
         most_bytes=CALL_BYTES_PER_BODY_BYTE * config.max_body_size,
+        schedulers=config.dp_size,
         longest_prompt=min(facts.context_length, facts.max_total_num_tokens),
         auto_truncate=config.allow_auto_truncate,
         thought=thought(config.reasoning_parser),

@@ -32,6 +32,7 @@ class GenerateFields(TypedDict, total=False):
     truncate_prompt_tokens: int
     truncation_side: Literal["left", "right"]
     input_embeds: list[Any]
+    resume_ids: list[int]
 
 
 class ChatFields(TypedDict, total=False):

@@ -83,6 +83,7 @@ class ServerFlags(TypedDict, total=False):
     max_loaded_loras: int | None
     max_lora_rank: int
     lora_target_modules: list[str] | None
+    dp_size: int
     tp_size: int
     nnodes: int
     node_rank: int

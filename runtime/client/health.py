@@ -21,12 +21,13 @@ from quartet.runtime.client.connection import (
 )
 from quartet.runtime.errors import UsageError
 from quartet.runtime.log import plain, put, say
-from quartet.runtime.messages import ROLES
+from quartet.runtime.messages import ROLES, SCHEDULER
 from quartet.runtime.shorten import without_password
 
 # a sample of Prometheus' text format: name, labels, value
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
-ROLE_LABEL = re.compile(r'\brole="(\w+)"')
+ROLE_LABEL = re.compile(r'\brole="([\w ]+)"')
+RANK_LABEL = re.compile(r'\bdp_rank="(\d+)"')
 HINTS = dict.fromkeys(("--url", "--host", "--port"), "the address comes first: quartet health http://127.0.0.1:30000")
 RESTARTS = "quartet:restarts_total"
 
@@ -99,6 +100,8 @@ def parse_samples(text: str) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, labels, value in SAMPLE.findall(text):
         role = match[1] if (match := ROLE_LABEL.search(labels)) else ""
+        if rank := RANK_LABEL.search(labels):
+            role = f"load of {SCHEDULER} DP{rank[1]}"
         try:
             number = float(value)
         except ValueError:
@@ -115,7 +118,8 @@ def report(url: str, verdict: Verdict, ready: Verdict, samples: Mapping[str, Map
     if state == "healthy" and ready.status == "unhealthy":
         state = "healthy, takes no requests"
     lines = [plain(f"{without_password(url)} is {state}{f': {reason}' if reason else ''}")]
-    roles = [role for role in ROLES if RESTARTS in samples.get(role, {})]
+    found = [role for role in samples if RESTARTS in samples[role]]
+    roles = [role for place in ROLES for role in found if role.split(" ")[0] == place]
     width = max(map(len, roles), default=0)
     return lines + [f"  {role:<{width}}  {process(role, reason, samples)}" for role in roles]
 
@@ -129,8 +133,9 @@ def process(role: str, reason: str, samples: Mapping[str, Mapping[str, float]]) 
         parts.append(f"{own['quartet:process_cpu_seconds_total']:.1f} s of processor time")
     if "quartet:process_resident_memory_bytes" in own:
         parts.append(f"{own['quartet:process_resident_memory_bytes'] / 1e6:.0f} MB")
-    if role == "scheduler":
-        parts += [text.format(samples[""][name]) for name, text in LOAD.items() if name in samples.get("", {})]
+    if role.split(" ")[0] == SCHEDULER:
+        load = samples.get("" if role == SCHEDULER else f"load of {role}", {})
+        parts += [text.format(load[name]) for name, text in LOAD.items() if name in load]
     return ", ".join(parts)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import msgspec
 
+from quartet.runtime.errors import StartupError
+from quartet.runtime.messages import process_key, title_of
 from quartet.runtime.process import control_group
 from quartet.runtime.process.control_group import Directory
 from quartet.runtime.process.parent_death import arm_death_signal
@@ -32,6 +34,13 @@ class Service:
     listens: bool = False  # gets the bound HTTP socket
     environment: Mapping[str, str] = field(default_factory=dict)  # what the launcher's own does not set
     standby: bool = False  # a second process has its modules imported, so that a restart is quick
+    rank: int = 0  # among the processes of its role
+    of_role: int = 1  # how many processes the role has
+
+    @property
+    def key(self) -> str:
+        """Names this process among all of the server: its files in the run directory begin with it."""
+        return process_key(self.role, self.rank)
 
 
 @dataclass
@@ -57,9 +66,13 @@ class Child:
         return self.service.role
 
     @property
+    def key(self) -> str:
+        return self.service.key
+
+    @property
     def name(self) -> tuple[str, int]:
         """Role and process, for people."""
-        return self.role, self.process.pid
+        return title_of(self.service.role, self.service.rank, self.service.of_role), self.process.pid
 
     @property
     def exited(self) -> bool:
@@ -139,11 +152,30 @@ def child_environment(environment: Mapping[str, str], service: Service) -> dict[
     """The launcher's environment over the service's; quiet OpenMP threads; a path on which our packages come first."""
     ours = {
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the other processes
-        "OMP_NUM_THREADS": str(service.threads or usable_cores()),
+        "OMP_NUM_THREADS": str(service.threads or max(1, usable_cores() // service.of_role)),
         **service.environment,
     }
     inherited = {name: value for name, value in environment.items() if name != "NOTIFY_SOCKET"}
     return ours | inherited | {"PYTHONPATH": python_path(environment)}
+
+
+def device_number(service: Service, environment: Mapping[str, str]) -> str:
+    """The GPU of one process among several of its role, as CUDA_VISIBLE_DEVICES has it; "": what is visible already.
+
+    Raises StartupError where fewer are visible than there are processes.
+    """
+    if service.of_role == 1:
+        return ""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(service.rank)
+    numbers = [number.strip() for number in visible.split(",") if number.strip()]
+    if len(numbers) < service.of_role:
+        raise StartupError(
+            f"--dp-size {service.of_role} needs as many GPUs, and CUDA_VISIBLE_DEVICES names {len(numbers)}; "
+            "make more visible, or take a smaller --dp-size"
+        )
+    return numbers[service.rank]
 
 
 def usable_cores(root: Path = Path("/")) -> int:

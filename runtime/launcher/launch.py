@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,7 @@ from quartet.runtime.launcher.parent import exit_with_parent
 from quartet.runtime.launcher.ready_file import ReadyFile, kept
 from quartet.runtime.launcher.supervisor import ExitStatus, Signals, Supervisor
 from quartet.runtime.log import plain, say, set_up_logging, tell, writes_json
-from quartet.runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, TOKENIZER
+from quartet.runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, SEVERAL, TOKENIZER
 from quartet.runtime.model_files import hub
 from quartet.runtime.model_files.model_info import embeds
 from quartet.runtime.process import streams
@@ -48,7 +49,7 @@ KEEPS_MEMORY = {
     "glibc.malloc.trim_threshold=4294967296:glibc.malloc.hugetlb=1"
 }
 
-# In ring order: each sends to the next, the last to the first.
+# In ring order: each role sends to the next, the last to the first.
 SERVICES = (
     Service(GATEWAY, "quartet.http_gateway.main", listens=True),
     Service(TOKENIZER, "quartet.tokenizer_service.main"),
@@ -111,13 +112,14 @@ def run(config: ServerConfig, services: Sequence[Service]) -> int:
         directory, lifeline_fd = stack.enter_context(run_dir.private(run_dir.base(os.environ)))
         for note in resolution.notes:
             log.warning("%s", note)
-        check_path_length(str(directory), services)
+        table = ranked(services, resolved.dp_size)
+        check_path_length(str(directory), table)
         resolved = hub.locate(resolved, directory)
         resolved = msgspec.structs.replace(resolved, is_embedding=embeds(resolved))
         check_memory(look())
         listeners = [found for found in (listener, unix_listener) if found]
         fds = [found.fileno() if found else -1 for found in (listener, unix_listener)]
-        with Signals() as signals, Supervisor(services, resolved, directory, lifeline_fd, *fds) as supervisor:
+        with Signals() as signals, Supervisor(table, resolved, directory, lifeline_fd, *fds) as supervisor:
             status = supervisor.run(
                 signals, lambda: announce(resolved, ready_file), lambda: stop_listening(listeners, ready_file)
             )
@@ -143,6 +145,15 @@ def run_ranks(resolution: Resolution) -> int:
             log.info("Machine %d of %d waits for machine 0 at %s.", own.node_rank, own.nnodes, own.dist_init_addr)
             status = supervisor.run(signals, lambda: log.info("The ranks of this machine take part."), lambda: None)
     return fail(status, supervisor.reason) if supervisor.reason else status
+
+
+def ranked(services: Sequence[Service], size: int) -> list[Service]:
+    """The table with `size` (--dp-size) processes of the role that may have several."""
+    return [
+        replace(service, rank=rank, of_role=size if service.role == SEVERAL else 1)
+        for service in services
+        for rank in range(size if service.role == SEVERAL else 1)
+    ]
 
 
 def check_memory(memory: Memory) -> None:
@@ -189,7 +200,7 @@ def check_path_length(directory: str, services: Sequence[Service]) -> None:
     """Raise StartupError when a socket's path would be too long."""
     try:
         for service in services:
-            endpoint(directory, service.role, LAST_EPOCH)
+            endpoint(directory, service.key, LAST_EPOCH)
     except ValueError as error:
         raise StartupError(str(error)) from error
 

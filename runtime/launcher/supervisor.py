@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 import msgspec
 
 from quartet.runtime.config import ResolvedConfig
-from quartet.runtime.launcher.child import Child, Service, start
+from quartet.runtime.launcher.child import Child, Service, device_number, start
 from quartet.runtime.launcher.watchdog import LOOK_EVERY_S, Watchdog
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import in_words, look
@@ -109,15 +109,15 @@ class Supervisor:
         self.lifeline_fd = lifeline_fd
         self.listen_fd = listen_fd
         self.unix_fd = unix_fd
-        self.children: dict[str, Child] = {}
+        self.children: dict[str, Child] = {}  # by key
         self.status: ExitStatus | None = None  # set when the end is decided
         self.reason = ""  # the line that explains a status other than CLEAN
         self.draining_until: float | None = None
         self.was_ready = False  # all services were, once
-        self._watchdogs: dict[str, Watchdog] = {}  # by role, of children that are ready
-        self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)  # by role, within the window
-        self._due: dict[str, tuple[float, int]] = {}  # by role: when to start it, and as which epoch
-        self._standbys: dict[str, Child] = {}
+        self._watchdogs: dict[str, Watchdog] = {}  # by key, of children that are ready
+        self._deaths: defaultdict[str, deque[float]] = defaultdict(deque)  # by key, within the window
+        self._due: dict[str, tuple[float, int]] = {}  # by key: when to start it, and as which epoch
+        self._standbys: dict[str, Child] = {}  # by role: one for whichever of its processes dies
         self._standby_due: dict[str, float] = {}  # by role: when to start one
 
     def __enter__(self) -> "Supervisor":
@@ -129,7 +129,7 @@ class Supervisor:
     def run(self, signals: Signals, on_ready: Callable[[], None], on_drain: Callable[[], None]) -> ExitStatus:
         """Start all services and stay until the end of the server; children may still run when this returns."""
         for service in self.services:
-            self.children[service.role] = self.spawn(service)
+            self.children[service.key] = self.spawn(service)
         while self.status is None:
             self.wait(signals)
             self.look_at_children()
@@ -157,7 +157,7 @@ class Supervisor:
     def look_at_death(self, child: Child) -> None:
         """Start the service anew, unless the server was never up, or drained, or it dies again and again."""
         last = child.service.listens and self.draining_until is not None
-        deaths = self.recent_deaths(child.role)
+        deaths = self.recent_deaths(child.key)
         if last or not self.was_ready or len(deaths) >= self.config.max_restarts:
             self.end_with(child)
             return
@@ -178,9 +178,9 @@ class Supervisor:
         else:
             self.end(ExitStatus.STARTUP, f"the {child.role} {child.fate} while starting; its last lines are above")
 
-    def recent_deaths(self, role: str) -> "deque[float]":
+    def recent_deaths(self, key: str) -> "deque[float]":
         """When the last ones were, as far as they still count."""
-        deaths = self._deaths[role]
+        deaths = self._deaths[key]
         while deaths and deaths[0] < time.monotonic() - BUDGET_WINDOW_S:
             deaths.popleft()
         return deaths
@@ -188,29 +188,30 @@ class Supervisor:
     def replace(self, child: Child, delay_s: float) -> None:
         """Forget a dead child and start its service again after a while."""
         child.close()
-        del self.children[child.role]
-        self._watchdogs.pop(child.role, None)
-        for left in (f"{child.role}.{child.epoch}", f"{child.role}.{child.epoch}.boot"):
+        del self.children[child.key]
+        self._watchdogs.pop(child.key, None)
+        for left in (f"{child.key}.{child.epoch}", f"{child.key}.{child.epoch}.boot"):
             (self.run_dir / left).unlink(missing_ok=True)
-        self._due[child.role] = time.monotonic() + delay_s, child.epoch + 1
+        self._due[child.key] = time.monotonic() + delay_s, child.epoch + 1
 
     def spawn_due(self) -> None:
         """Start again what has waited long enough, and whoever is to stand by."""
         now = time.monotonic()
         for service in self.services:
-            due_at, epoch = self._due.get(service.role, (float("inf"), 0))
+            due_at, epoch = self._due.get(service.key, (float("inf"), 0))
             if now >= due_at:
-                del self._due[service.role]
+                del self._due[service.key]
                 self._start_again(service, epoch)
             if now >= self._standby_due.get(service.role, float("inf")):
                 del self._standby_due[service.role]
-                self._stand_by(service)
+                if service.role not in self._standbys:
+                    self._stand_by(service)
 
     def _start_again(self, service: Service, epoch: int) -> None:
         try:
-            self.children[service.role] = self.spawn(service, epoch)
+            self.children[service.key] = self.spawn(service, epoch)
         except OSError as error:
-            self.end(ExitStatus.DIED, f"the {service.role} cannot be started again: {error}")
+            self.end(ExitStatus.DIED, f"the {service.key} cannot be started again: {error}")
 
     def look_at_standbys(self) -> None:
         """Have another process stand by for one that died while it waited."""
@@ -241,10 +242,11 @@ class Supervisor:
             child.close()
             child = None
         child = child or start(service, self.inherited(service))
-        boot_file = self.run_dir / f"{service.role}.{epoch}.boot"
+        child.service = service  # who stood by may become any process of the role
+        boot_file = self.run_dir / f"{service.key}.{epoch}.boot"
         boot_file.touch(mode=0o600)  # the gateway's holds the keys
         boot_file.write_bytes(msgspec.msgpack.encode(self.boot(service, epoch, child.their_ready_fd)))
-        point_stable_path(str(self.run_dir), service.role, epoch)
+        point_stable_path(str(self.run_dir), service.key, epoch)
         child.give(boot_file, epoch)
         return child
 
@@ -256,13 +258,17 @@ class Supervisor:
     def boot(self, service: Service, epoch: int, ready_fd: int) -> Boot:
         """What a child needs to start; only the service that listens gets the keys."""
         run_dir = str(self.run_dir)
-        following = self.services[(self.services.index(service) + 1) % len(self.services)]
+        roles = list(dict.fromkeys(known.role for known in self.services))
+        following = roles[(roles.index(service.role) + 1) % len(roles)]
         return Boot(
             role=service.role,
+            rank=service.rank,
+            of_role=service.of_role,
             epoch=epoch,
             run_dir=run_dir,
-            inbox=endpoint(run_dir, service.role, epoch),
-            outbox=stable_path(run_dir, following.role),
+            inbox=endpoint(run_dir, service.key, epoch),
+            outbox=stable_path(run_dir, following),
+            device_number=device_number(service, os.environ) if self.config.device == "cuda" else "",
             config=self.config if service.listens else keys.without(self.config),
             ready_fd=ready_fd,
             lifeline_fd=self.lifeline_fd,
@@ -318,10 +324,10 @@ class Supervisor:
             if now - child.hung_at > DUMP_GRACE_S:
                 child.process.kill()
             return
-        if child.role not in self._watchdogs:
-            progress = ProgressReader(str(self.run_dir), child.role)
-            self._watchdogs[child.role] = Watchdog(progress, partial(vitals.read_vitals, child.process.pid))
-        if timeout_s and (hang := self._watchdogs[child.role].reason_to_replace(timeout_s, now)):
+        if child.key not in self._watchdogs:
+            progress = ProgressReader(str(self.run_dir), child.key)
+            self._watchdogs[child.key] = Watchdog(progress, partial(vitals.read_vitals, child.process.pid))
+        if timeout_s and (hang := self._watchdogs[child.key].reason_to_replace(timeout_s, now)):
             log.error("The %s (pid %d) %s; killing it.", *child.name, hang)
             child.hung_at = now
             child.process.send_signal(signal.SIGABRT)

@@ -16,6 +16,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from quartet.runtime.process import vitals
@@ -125,3 +126,22 @@ class ProgressReader:
         if self._words is None and self._path.is_file() and self._path.stat().st_size >= WORDS * WORD_BYTES:
             self._words = _map(self._path)
         return self._words
+
+
+class SlowestProgress:
+    """Of several processes the one that has not moved for longest, among those with work where there are such."""
+
+    def __init__(self, readers: Sequence[ProgressReader]) -> None:
+        self._readers = readers
+
+    def _slowest(self) -> ProgressReader:
+        return max(self._readers, key=lambda reader: (reader.busy(), reader.age_s()))
+
+    def beats(self) -> int:
+        return sum(reader.beats() for reader in self._readers)
+
+    def age_s(self) -> float:
+        return self._slowest().age_s()
+
+    def busy(self) -> bool:
+        return self._slowest().busy()

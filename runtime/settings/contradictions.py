@@ -218,6 +218,14 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: "--otlp-traces-endpoint needs OpenTelemetry: pip install 'quartet-serve[otel]'",
     ),
     (
+        lambda c, m: c.dp_size > 1 and c.tp_size > 1,
+        lambda c: f"--dp-size {c.dp_size} does not go with --tp-size; run several servers behind a router instead",
+    ),
+    (
+        lambda c, m: c.dp_size > 1 and bool(c.sleep_when_idle_s),
+        lambda c: f"--sleep-when-idle-s works with one scheduler, and --dp-size is {c.dp_size}; leave one of them out",
+    ),
+    (
         lambda c, m: c.disable_tcp and c.uds is None,
         lambda c: "--disable-tcp leaves nothing to listen on; add --uds with the path of a Unix socket",
     ),

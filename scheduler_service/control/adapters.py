@@ -18,6 +18,7 @@ from quartet.runtime.limits import MAX_ADAPTERS
 from quartet.runtime.messages import Message, Reply
 from quartet.runtime.model_files import adapter_files
 from quartet.runtime.shorten import short
+from quartet.scheduler_service.control.agreement import agreed
 from quartet.scheduler_service.control.context import Context, Handler, Resumable
 from quartet.scheduler_service.host.background import run_in_background
 
@@ -92,6 +93,7 @@ def load_by(context: Context, command: Load, path: str, read: Reader, owned: boo
             check_name(store, command)
             if name not in store.loaded:
                 store.make_room({request.adapter for request in context.requests})
+            yield from agreed(context, command)
         except CommandRefused:
             if owned:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -99,6 +101,8 @@ def load_by(context: Context, command: Load, path: str, read: Reader, owned: boo
     finally:
         discard_payload(command)
     store.install(name, path, directory, found, command.pinned, owned)
+    if not store.has_room(0):  # others came into memory while all schedulers agreed; it is read again when it is named
+        store.evict(store.victim({request.adapter for request in context.requests}) or name)
     context.adapters_changed()
     log.info("loaded the adapter %s, version %s", name, store.version_of[name])
     return answer(store, command)

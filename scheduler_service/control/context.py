@@ -1,5 +1,6 @@
 """What the handlers of control commands may use of the scheduler that carries them out."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence, Sized
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,11 +15,29 @@ if TYPE_CHECKING:  # these load torch; the objects come with the scheduler
     from quartet.scheduler_service.execution.profile import Profile
     from quartet.scheduler_service.weights.update import Updates
 
+REMEMBERED_DECISIONS = 64
+
 Resumable = Generator[None, bool | None, list[Message]]
 """A handler that needs several steps. It is resumed once a step, and sent whether the step that comes is a long one."""
 
 Handler = Callable[..., list[Message] | Resumable]
 """Takes a Context and its command; returns the messages to send on, a Reply as a rule. Raises CommandRefused."""
+
+
+class Decisions:
+    """The last decisions of the gateway, by the id of their command."""
+
+    def __init__(self) -> None:
+        self._reasons: OrderedDict[str, str] = OrderedDict()  # empty: the change is to be made
+
+    def note(self, change: str, reason: str) -> None:
+        self._reasons[change] = reason
+        while len(self._reasons) > REMEMBERED_DECISIONS:
+            self._reasons.popitem(last=False)
+
+    def of(self, change: str) -> str | None:
+        """Why the change is not to be made; empty: it is; None: not yet known."""
+        return self._reasons.get(change)
 
 
 class ServingWorker(Protocol):
@@ -37,6 +56,7 @@ class Context(Protocol):
     adapters: "AdapterStore | None"  # None: requests cannot name any
     profile: "Profile | None"  # a recording under way
     step_sleep_s: float  # before every step
+    decisions: Decisions  # of the gateway, on changes that all schedulers make
 
     @property
     def worker(self) -> ServingWorker: ...

@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from quartet.runtime.control import Abort, ControlCommand, FlushCache, Probe
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply, Request
-from quartet.scheduler_service.control import adapters, experts, memory, pause, process_groups, profile, weights
+from quartet.scheduler_service.control import (
+    adapters,
+    agreement,
+    experts,
+    memory,
+    pause,
+    process_groups,
+    profile,
+    weights,
+)
 from quartet.scheduler_service.control.context import Context, Handler, Resumable
 
 log = logging.getLogger(__name__)
@@ -80,6 +89,7 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
     Abort: abort,
     FlushCache: flush_cache,
     Probe: probe,
+    **agreement.HANDLERS,
     **experts.HANDLERS,
     **weights.HANDLERS,
     **process_groups.HANDLERS,

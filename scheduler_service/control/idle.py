@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from quartet.runtime.control import Abort, ControlCommand, Probe
+from quartet.runtime.control import REWRITTEN, Abort, ControlCommand, Probe
 from quartet.runtime.errors import CommandRefused
 from quartet.scheduler_service.control.context import Context
 from quartet.scheduler_service.execution.memory_saver import KV_CACHE, WEIGHTS, MemorySaver
@@ -119,7 +119,7 @@ class IdleSleep:
             staged = yield from run_in_background(partial(reread.reread, updates))
             version = context.worker.weight_version
             if self._files_changed():
-                version = record.REWRITTEN.format(version)
+                version = REWRITTEN.format(version)
                 log.error("%s was rewritten while the server slept.", updates.committed.model_dir)
             updates.swap(staged, version)
             updates.drop_second()

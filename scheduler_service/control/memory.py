@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from quartet.runtime.control import ControlCommand, ReleaseMemory, ResumeMemory
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Message, Reply
-from quartet.scheduler_service.control.context import Context, Handler
+from quartet.scheduler_service.control.agreement import agreed
+from quartet.scheduler_service.control.context import Context, Handler, Resumable
 
 if TYPE_CHECKING:  # loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
@@ -27,13 +28,34 @@ def saver_of(context: Context) -> "MemorySaver":
     return context.saver
 
 
-def release(context: Context, command: ReleaseMemory) -> list[Message]:
+def release(context: Context, command: ReleaseMemory) -> list[Message] | Resumable:
     """Release the memory of these tags. Refused while requests run or weights change."""
-    saver = saver_of(context)
+    return release_together(context, command) if command.waits_for_others else release_now(context, command)
+
+
+def release_together(context: Context, command: ReleaseMemory) -> Resumable:
+    """Release it once all schedulers can; no request begins while they are asked."""
+    check_unused(context)
+    context.planner.asleep = True
+    try:
+        yield from agreed(context, command)
+    finally:
+        context.pause_without_memory()
+    return release_now(context, command)
+
+
+def check_unused(context: Context) -> None:
+    saver_of(context)
     if context.planner.running or context.launched:
         raise CommandRefused(BUSY)
     if context.updates is not None and (context.updates.commands or context.updates.session):
         raise CommandRefused(CHANGING)
+
+
+def release_now(context: Context, command: ReleaseMemory) -> list[Message]:
+    """Release it between two steps."""
+    check_unused(context)
+    saver = saver_of(context)
     try:
         with refused_on_failure("released"):
             saver.release(command.tags)

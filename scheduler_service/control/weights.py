@@ -24,6 +24,7 @@ from quartet.runtime.control import (
 )
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.messages import Reply
+from quartet.scheduler_service.control.agreement import agreed
 from quartet.scheduler_service.control.context import Context, Handler, Resumable, abort_all
 from quartet.scheduler_service.host.background import run_in_background
 
@@ -94,6 +95,7 @@ def swap(
 ) -> Generator[None, bool | None, int]:
     """Put staged values in place, between two steps. Returns how many requests were paused meanwhile."""
     refuse_unless_expected(context, command)
+    yield from agreed(context, command)
     planner = context.planner
     if command.abort_all_requests:
         context.emit(abort_all(context))

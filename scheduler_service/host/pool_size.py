@@ -1,13 +1,18 @@
 """How many pages the KV pool gets: by what memory allows, what requests can need, and what the operator asked for."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
+
+from quartet.runtime import records
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.process.memory import GB, Memory, in_words
 
 log = logging.getLogger(__name__)
+
+RECORD = "pool.json"
 
 # Defaults. On a CPU the memory is shared with whatever else the machine is for; on a GPU it is all for the server.
 CPU_SHARE = 0.25  # of what is left beside the other processes and a weight update
@@ -50,6 +55,12 @@ class Need:
         return self.page_size * self.bytes_per_token
 
 
+class PoolRecord(msgspec.Struct):
+    """Outlasts a scheduler, where there are several."""
+
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class PoolPlan:
     """The size of the KV pool."""
@@ -75,6 +86,7 @@ def plan_states(
     config: ResolvedConfig, need: Need, room: Room, bytes_per_state: int, states_per_slot: int
 ) -> StatePlan:
     """Size the memory of recurrent states, as shares of what pool and states have together. Raises StartupError."""
+    room = own_part(config, room)
     budget, _ = budget_by_default(config, need, room)
     slots = min(config.max_running_requests, int(budget * SLOTS_SHARE / (bytes_per_state * states_per_slot)))
     if slots < 1:
@@ -89,6 +101,7 @@ def plan_states(
 
 def plan_pool(config: ResolvedConfig, need: Need, room: Room) -> PoolPlan:
     """Size the pool. Raises StartupError when not one page fits."""
+    room = own_part(config, room)
     given = config.max_total_tokens
     if not need.bytes_per_token:  # an encoder keeps no KV: its pages are only counted
         tokens = need.most_tokens if given is None else given
@@ -105,6 +118,29 @@ def plan_pool(config: ResolvedConfig, need: Need, room: Room) -> PoolPlan:
             f"still be used by {room.memory.limit}; {advice}"
         )
     return PoolPlan(need.page_size, count, reason)
+
+
+def own_part(config: ResolvedConfig, room: Room) -> Room:
+    """The part of this scheduler, where several take their memory from one machine at the same time."""
+    if config.device != "cpu" or config.dp_size == 1:
+        return room
+    memory, schedulers = room.memory, config.dp_size
+    part = replace(memory, available=memory.available // schedulers, total=memory.total // schedulers)
+    return replace(room, memory=part)
+
+
+def sized_as_before(config: ResolvedConfig, own_dir: str) -> ResolvedConfig:
+    """The settings of one of several schedulers, which gets the pool of the one before: the others have theirs."""
+    before = records.read_record(own_dir, RECORD, PoolRecord) if config.dp_size > 1 else None
+    if before is None:
+        return config
+    return msgspec.structs.replace(config, max_total_tokens=before.tokens, dp_size=1)
+
+
+def note_size(config: ResolvedConfig, own_dir: str, tokens: int) -> None:
+    """Keep the size of the pool for `sized_as_before`."""
+    if config.dp_size > 1:
+        records.write(own_dir, RECORD, PoolRecord(tokens=tokens))
 
 
 def pages_given(max_total_tokens: int, device: str, need: Need, room: Room) -> tuple[int, str]:

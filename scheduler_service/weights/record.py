@@ -12,13 +12,13 @@ import msgspec
 
 from quartet.runtime import records
 from quartet.runtime.config import ResolvedConfig, WeightScheme
+from quartet.runtime.control import REWRITTEN
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.weights.formats import weight_files
 
 log = logging.getLogger(__name__)
 
 NAME = "weights.json"
-REWRITTEN = "{}-rewritten"  # the version of a directory that was changed since version {} was read from it
 
 
 class Committed(msgspec.Struct, kw_only=True):

@@ -4,14 +4,14 @@ from array import array
 from typing import TYPE_CHECKING
 
 from quartet.detokenizer_service.stream import Stream
+from quartet.http_gateway.ring.admission import BLOCKED_REQUEST
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, SUSPICIOUS_DEATHS
-from quartet.http_gateway.ring.ring_client import BLOCKED_REQUEST
 from quartet.runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Reply, Text, unpack_ids
 from tests.fakes import FAKE_VECTOR, FakeGrammar, fake_logprob
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Order, tokenizer, vocabulary
-from tests.simulated_ring.services import ROLES, drawn
+from tests.simulated_ring.services import ROLES, SchedulerProcess, drawn
 from tests.wrong_messages import RID
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def check_order(simulation: "Simulation", order: Order) -> None:
         hold(simulation.deaths["scheduler"], name, "was lost with nobody")
         return
     hold(order.error is None, name, "failed:", repr(order.error))
-    done = [epoch for epoch, id in simulation.carried_out if id == order.command.id]
+    done = [(key, epoch) for key, epoch, id in simulation.carried_out if id == order.command.id]
     hold(len(set(done)) == len(done), name, "was carried out twice by one scheduler")
     if isinstance(order.command, UpdateWeightsFromDisk) and isinstance(order.answer, Reply):
         hold(order.answer.success == bool(done), name, "was carried out", len(done), "times:", order.answer.message)
@@ -187,23 +187,28 @@ def check_order(simulation: "Simulation", order: Order) -> None:
 
 def check_leftovers(simulation: "Simulation") -> None:
     processes = simulation.processes
-    hold(set(processes) == set(ROLES), "not all are there:", list(processes))
-    ring, gateway = processes["gateway"].ring, processes["gateway"].gateway
+    hold(set(processes) == set(simulation.roles), "not all are there:", list(processes))
+    ring = processes["gateway"].ring
     hold(not ring._pending, "left in the journal:", list(ring._pending))
     hold(not ring._commands._unanswered, "commands wait")
     hold(not ring._quarantine.unproven, "suspects are left")
     detokenizer = processes["detokenizer"].detokenizer
     for kept, what in ((detokenizer._streams, "streams"), (detokenizer._stopped, "stopped streams")):
         hold(not set(kept) - {RID}, what, "left:", list(kept))  # no scheduler will end a forged one
-    process = processes["scheduler"]
-    planner = process.scheduler.planner
+    for process in processes.values():
+        if isinstance(process, SchedulerProcess):
+            check_scheduler(simulation, process)
+
+
+def check_scheduler(simulation: "Simulation", process: SchedulerProcess) -> None:
+    gateway, planner = simulation.processes["gateway"].gateway, process.scheduler.planner
     hold(planner.idle and not planner.live, "the scheduler still has", list(planner.live))
     hold(not process.scheduler.launched and not process.worker._sampled, "steps or states are left")
     hold(planner.audit() == "", planner.audit())
     planner.check_invariants()
     hold(not planner.paused and not gateway.paused, "still paused:", planner.paused, gateway.paused)
     serves, shown = process.worker.weight_version, gateway.weight_version
-    hold(serves == shown == simulation.disk.weight_version, "serves", serves, "shows", shown)
+    hold(serves == shown == process.disk.weight_version, process.key, "serves", serves, "shows", shown)
     hold(
         simulation.watch.weight_version in (None, serves), simulation.watch.weight_version, "was promised, not", serves
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -75,7 +75,9 @@ class Watch:
 class GatewayProcess(Process):
     """As `quartet.http_gateway.main.serve` has it, without HTTP: clients are tasks of its loop."""
 
-    def __init__(self, agenda: Agenda, watch: Watch, **place: Any) -> None:
+    def __init__(
+        self, agenda: Agenda, watch: Watch, is_dead: Callable[[int], bool], run_dir: str, **place: Any
+    ) -> None:
         super().__init__(role=GATEWAY, **place)
         self.loop = TurnLoop(agenda)
         self.up = False  # clients are let in
@@ -83,12 +85,24 @@ class GatewayProcess(Process):
         self.calls: list[Call] = []
         self._watch = watch
         self._arrived: asyncio.Future[None] | None = None
-        self._inbox.on_arrival = self._on_arrival
+        self.watched: dict[int, Callable[[], None]] = {}  # by process number
+        self._is_dead, self._run_dir = is_dead, run_dir
+        self._inbox.tell(self._on_arrival)
         self.loop.create_task(self._serve())
 
     async def _serve(self) -> None:
         least_attempt = self.epoch * ATTEMPTS_OF_A_GATEWAY
-        self.ring = ring = RingClient(self, Sender(self), MOST_INFLIGHT, self._watch, least_attempt, self.announced)
+        self.ring = ring = RingClient(
+            self,
+            Sender(self),
+            MOST_INFLIGHT,
+            self._watch,
+            least_attempt,
+            self.announced,
+            schedulers=self.schedulers,
+            run_dir=self._run_dir,
+            watch=self._watch_process,
+        )
         serials = itertools.count(1 + self.epoch * SERIALS_OF_A_GATEWAY)  # in place of a process number of its own
         ring._serials = ring._commands._serials = serials
         self.loop.create_task(ring.listen())
@@ -101,9 +115,22 @@ class GatewayProcess(Process):
         await ring.wait_until_connected()
         self.up = True
 
+    def _watch_process(self, pid: int, on_end: Callable[[], None]) -> None:
+        if self._is_dead(pid):
+            self.loop.call_soon(on_end)
+        else:
+            self.watched[pid] = on_end
+
+    def hear_of_death(self, pid: int) -> None:
+        """A process that is watched has ended."""
+        if (on_end := self.watched.pop(pid, None)) is not None:
+            self.loop.call_soon(on_end)
+
     def _on_reply(self, reply: Reply) -> None:
         self._learn(reply)
         waiting = self.ring._commands._unanswered.get(reply.id)
+        if self.schedulers > 1 and waiting is not None and (waiting.waiting != [reply.rank] or waiting.cause):
+            return  # another one has not answered yet, or has refused
         if waiting is None or not waiting.answer.done():  # else the operator was told that the command is lost
             self._watch.on_reply(reply)
 
@@ -149,7 +176,7 @@ class GatewayProcess(Process):
             self.point()
         if not self.dead:
             self._note(self.role, "sends", messages)
-            self._outbox.send(frame)
+            next(iter(self._outboxes.values())).send(frame)
 
 
 class Sender:

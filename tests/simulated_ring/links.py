@@ -29,8 +29,32 @@ class Connection:
     broken: bool = False  # the receiver is dead, and the sender does not know
 
 
+class Inbox:
+    """Where one process receives, from the links of all that send to it; they are read in turns."""
+
+    def __init__(self, links: "list[Link]") -> None:
+        self._links = list(links)
+
+    @property
+    def waiting(self) -> bool:
+        return any(link.waiting for link in self._links)
+
+    def take(self) -> bytes | None:
+        """The next frame that waits."""
+        for _ in range(len(self._links)):
+            link = self._links.pop(0)
+            self._links.append(link)
+            if (frame := link.take()) is not None:
+                return frame
+        return None
+
+    def tell(self, on_arrival: Callable[[], None]) -> None:
+        for link in self._links:
+            link.on_arrival = on_arrival
+
+
 class Link:
-    """From one role to the next, through all their incarnations."""
+    """From one process to the next, through all their incarnations."""
 
     def __init__(self, random: Random, keeps: bool) -> None:
         """`keeps`: the sender does not block while nobody is there; its frames are kept."""

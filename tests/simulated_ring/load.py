@@ -142,12 +142,16 @@ class Order:
     sent: int  # place in the order of all that was sent
     answered: int = 1 << 60
     orphaned: bool = False  # its gateway died
+    may_wait: bool = False
     answer: Message | None = None
     error: Exception | None = None
 
     def may_end(self, call: "Call") -> bool:
-        """Whether the command ends requests and that one was there: as it came, or as an update was put in place."""
-        last = self.answered if isinstance(self.command, UpdateWeightsFromDisk) else self.sent
+        """Whether the command ends requests and that one was there: as it came, or as an update was put in place.
+
+        Where there are several schedulers, it may have waited for one that was away.
+        """
+        last = self.answered if isinstance(self.command, UpdateWeightsFromDisk) or self.may_wait else self.sent
         return self.command.ends_requests and last > call.opened
 
     @property
@@ -164,7 +168,7 @@ class Operator:
         self._version = 0
 
     async def carry_out(self, ring: RingClient, command: ControlCommand, next_order: Callable[[], int]) -> Order:
-        order = Order(command, next_order())
+        order = Order(command, next_order(), may_wait=ring.schedulers.several)
         self.orders.append(order)
         try:
             order.answer = await ring.command(command, COMMAND_TIMEOUT_S)

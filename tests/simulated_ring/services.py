@@ -8,6 +8,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Frame
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -15,12 +16,14 @@ import msgspec
 
 from quartet.detokenizer_service.decode import Vocabulary
 from quartet.detokenizer_service.service import Detokenizer
-from quartet.runtime.control import UpdateWeightsFromDisk
+from quartet.runtime.control import UpdateWeightsFromDisk, UpdateWeightVersion
 from quartet.runtime.errors import CommandRefused
 from quartet.runtime.guard import Announced, Guard, Service
-from quartet.runtime.messages import Generate, Message, Reply, Restarted, Tokens, unpack_ids
+from quartet.runtime.messages import Generate, Message, Reply, Restarted, Tokens, process_key, unpack_ids
+from quartet.runtime.service import Sender
 from quartet.runtime.sockets import decode, encode
 from quartet.scheduler_service.control import weights as control_weights
+from quartet.scheduler_service.control.agreement import agreed
 from quartet.scheduler_service.control.context import Context
 from quartet.scheduler_service.control.durable_state import DurableState
 from quartet.scheduler_service.control.handlers import HANDLERS
@@ -30,9 +33,10 @@ from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.rules import PlannerConfig
 from quartet.scheduler_service.scheduler import Scheduler
 from quartet.tokenizer_service.encode import Encoder
+from quartet.tokenizer_service.way_out import Crossroads
 from tests.fakes import AtOnce, FakeGrammars, FakeWorker, looping_token
 from tests.simulated_ring.clock import Agenda
-from tests.simulated_ring.links import Link
+from tests.simulated_ring.links import Inbox, Link
 
 TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY = "tokenizer", "scheduler", "detokenizer", "gateway"
 ROLES = (TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY)
@@ -52,20 +56,30 @@ class Process:
     """One incarnation of a service, from its first bind to its death."""
 
     def __init__(
-        self, role: str, epoch: int, inbox: Link, outbox: Link, note: Note, newest: Callable[[str], int]
+        self,
+        role: str,
+        epoch: int,
+        inbox: Inbox,
+        outboxes: dict[str, Link],
+        note: Note,
+        newest: Callable[[str], int],
+        rank: int = 0,
+        schedulers: int = 1,
     ) -> None:
-        """`newest`: the epoch of a role's last incarnation."""
-        self.role, self.epoch = role, epoch
-        self.announced = Announced(newest)
+        """`newest`: the epoch of a process's last incarnation, by key. `outboxes`: by the key of who receives."""
+        self.role, self.epoch, self.rank, self.schedulers = role, epoch, rank, schedulers
+        self.key = process_key(role, rank)
+        self.announced = Announced(newest, schedulers)
         self.spoken = False  # its first word has left
         self.points_left: int | None = None  # until its death
         self.hung = False  # it does nothing any more, until the supervisor ends it
-        self._inbox, self._outbox = inbox, outbox
+        self._inbox, self._outboxes = inbox, outboxes
+        self._way_out: Sender = LinkSender(next(iter(outboxes.values())))
         self._note = note
 
     def turn(self) -> bool:
         """Do one thing, if there is any. Raises Killed."""
-        if self._outbox.blocks:
+        if any(link.blocks for link in self._outboxes.values()):
             return False
         if not self.spoken:
             self.spoken = True
@@ -96,16 +110,29 @@ class Process:
         while frame := self._inbox.take():
             messages += decode(frame)
         if messages:
-            self._note(self.role, "takes", messages)
+            self._note(self.key, "takes", messages)
             self.point()
         return messages
 
     def send(self, messages: Frame[Message]) -> None:
         if messages:
             self.point()
-            self._note(self.role, "sends", messages)
-            self._outbox.send(encode(messages))
+            self._note(self.key, "sends", messages)
+            self._way_out.send(messages)
             self.point()
+
+
+class LinkSender:
+    """As Outbox has it."""
+
+    def __init__(self, link: Link, point: Callable[[], None] = lambda: None) -> None:
+        """`point`: the sender may die behind each frame."""
+        self._link, self._point = link, point
+
+    def send(self, messages: Frame[Message]) -> None:
+        if messages:
+            self._link.send(encode(messages))
+            self._point()
 
 
 class TextService(Process):
@@ -140,6 +167,10 @@ class TextService(Process):
 class TokenizerProcess(TextService):
     def __init__(self, encoder: Encoder, **place: Any) -> None:
         super().__init__(role=TOKENIZER, service=encoder, **place)
+        if self.schedulers > 1:
+            senders = {key: LinkSender(link, self.point) for key, link in self._outboxes.items()}
+            past = senders.pop(DETOKENIZER)
+            self._way_out = Crossroads(list(senders.values()), past)
 
     def is_deadly(self, message: Message) -> bool:
         return isinstance(message, Generate) and is_poison(message.input_ids, TOKENIZER)
@@ -201,6 +232,7 @@ class Disk:
     """What outlasts a scheduler besides its durable state: which weights were committed last."""
 
     def __init__(self, run_dir: str) -> None:
+        Path(run_dir).mkdir()
         self.run_dir = run_dir
         self.weight_version = FIRST_VERSION
 
@@ -220,11 +252,12 @@ class SchedulerProcess(Process):
         disk: Disk,
         agenda: Agenda,
         random: Random,
-        carried_out: list[tuple[int, str]],
+        carried_out: list[tuple[str, int, str]],
+        pid: int,
         **place: Any,
     ) -> None:
         super().__init__(role=SCHEDULER, **place)
-        self.disk, self.random, self.carried_out = disk, random, carried_out
+        self.disk, self.random, self.carried_out, self.pid = disk, random, carried_out, pid
         self.worker = Worker(
             self.point,
             disk.weight_version,
@@ -234,7 +267,7 @@ class SchedulerProcess(Process):
             vocab_size=config.vocab_size,
         )
         durable_state = State(disk.run_dir, self.point)
-        facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch)
+        facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch, rank=self.rank, pid=pid)
         self.scheduler = Scheduler(
             Planner(config),
             self.worker,
@@ -248,7 +281,9 @@ class SchedulerProcess(Process):
             announced=self.announced,
             clock=lambda: agenda.now,
         )
-        self.scheduler.commands = CommandRunner({**HANDLERS, UpdateWeightsFromDisk: self.update_weights})
+        self.scheduler.commands = CommandRunner(
+            {**HANDLERS, UpdateWeightsFromDisk: self.update_weights, UpdateWeightVersion: self.rename}
+        )
         durable_state.restore(self.scheduler)
 
     @property
@@ -273,12 +308,13 @@ class SchedulerProcess(Process):
         control_weights.refuse_unless_expected(scheduler, command)
         if command.model_path == "broken":
             raise CommandRefused("nothing was changed")
+        yield from agreed(scheduler, command)
         if command.abort_all_requests:
             scheduler.emit(control_weights.abort_all(scheduler))
         if command.retract:
             scheduler.planner.retract_all()
             scheduler.forget_released()
-        self.carried_out.append((self.epoch, command.id))
+        self.carried_out.append((self.key, self.epoch, command.id))
         self.worker.weight_version = command.weight_version or self.worker.weight_version
         scheduler.planner.forget_prefixes(free=command.flush_cache)
         yield from self._beside()
@@ -287,6 +323,15 @@ class SchedulerProcess(Process):
         self.point()
         reply: list[Message] = [Reply(id=command.id, body={"weight_version": self.worker.weight_version})]
         return reply
+
+    def rename(self, scheduler: Scheduler, command: UpdateWeightVersion) -> list[Message]:
+        """How a scheduler that has come back gets the weights of the others: here the version is the weights."""
+        self.worker.weight_version = command.new_version
+        scheduler.planner.forget_prefixes()
+        self.point()
+        self.disk.weight_version = command.new_version
+        self.point()
+        return [Reply(id=command.id, body={"weight_version": command.new_version})]
 
     def _beside(self) -> Generator[None, bool | None, None]:
         for _ in range(self.random.randint(1, MOST_STAGING_TURNS)):

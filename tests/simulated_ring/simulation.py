@@ -14,16 +14,18 @@ again, frames of the one before have arrived or are lost, and its peers have not
 """
 
 import asyncio
+import itertools
 import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 from typing import Any
 
 from quartet.http_gateway.ring.aborts import matches
 from quartet.runtime.control import Abort, ContinueGeneration, ControlCommand, Detokenize, Probe, Tokenize
-from quartet.runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens
+from quartet.runtime.messages import Generate, Message, Reply, Text, Tokenized, Tokens, process_key
 from quartet.runtime.sockets import encode
 from quartet.scheduler_service.core.drafts import DraftOptions
 from quartet.scheduler_service.core.rules import PlannerConfig
@@ -34,11 +36,14 @@ from tests.simulated_ring import services
 from tests.simulated_ring.checks import Fault, check
 from tests.simulated_ring.clock import Action, Agenda
 from tests.simulated_ring.gateway import GatewayProcess, Watch
-from tests.simulated_ring.links import Link
+from tests.simulated_ring.links import Inbox, Link
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Clients, Operator, Order, tokenizer, vocabulary
 from tests.simulated_ring.services import (
+    DETOKENIZER,
     GATEWAY,
     ROLES,
+    SCHEDULER,
+    TOKENIZER,
     DetokenizerProcess,
     Disk,
     Killed,
@@ -60,6 +65,7 @@ HANGS_S = (0.01, 0.1)  # until a process that does not move is killed
 FORGERIES = [m for m in MESSAGES if isinstance(m, Generate | Tokenized | Tokens | Text | Tokenize | Detokenize | Probe)]
 WEIGHTS = (1, 1, 4, 4, 16)  # how often it is an actor's turn
 DYING = ROLES[:3]
+ONE_SCHEDULER = 0.6  # the share of runs with one; the others have two
 
 
 class Simulation:
@@ -73,25 +79,31 @@ class Simulation:
         self.kills: Counter[str] = Counter()  # by chance, not by a poison
         self.deaths: Counter[str] = Counter()
         self.calls: list[Call] = []
-        self.carried_out: list[tuple[int, str]] = []  # which scheduler has put which update in place
+        self.carried_out: list[tuple[str, int, str]] = []  # which scheduler has put which update in place
+        self.schedulers = 1 if Random(f"schedulers {seed}").random() < ONE_SCHEDULER else 2
+        self.roles = {process_key(role, rank): (role, rank) for role in ROLES for rank in range(self._count(role))}
         self.clients, self.operator = Clients(random), Operator(random)
         self.watch = Watch(self.operator)
         self.config = planner_config(random)
         self.depth = 0 if self.config.drafts else random.choice([0, 1])
-        self.links = {role: Link(random, keeps=role == GATEWAY) for role in ROLES}  # by sender
-        self.processes: dict[str, Any] = {}
-        self.epochs = dict.fromkeys(ROLES, 0)
+        self.links = {
+            ends: Link(random, keeps=keeps(*ends, self.schedulers > 1)) for ends in self._ends()
+        }  # by sender and receiver
+        self.processes: dict[str, Any] = {}  # by key
+        self.epochs = dict.fromkeys(self.roles, 0)  # by key
+        self._pids = itertools.count(1)
         self._trace = trace
         self._order = 0
         self._actors: list[Callable[[], bool]] = [link.turn for link in self.links.values()]
-        self._actors += [self._actor(role) for role in ROLES]
+        self._actors += [self._actor(key) for key in self.roles]
 
     def run(self) -> None:
         """From the first process to the last check. Raises Fault, and whatever a service should not have raised."""
         with tempfile.TemporaryDirectory() as run_dir:
-            self.disk = Disk(run_dir)
-            for role in ROLES:
-                self._start(role, 0)
+            self.run_dir = run_dir
+            self.disks = [Disk(str(Path(run_dir) / str(rank))) for rank in range(self.schedulers)]
+            for key in self.roles:
+                self._start(key, 0)
             self._shuffle()
             self._run_until(lambda: self._open_gateway is not None)
             self._plan()
@@ -99,6 +111,18 @@ class Simulation:
             self._weights = list(range(1, len(self._actors) + 1))
             self._come_to_rest()
             check(self)
+
+    def _count(self, role: str) -> int:
+        return self.schedulers if role == SCHEDULER else 1
+
+    def _ends(self) -> list[tuple[str, str]]:
+        """The links of the ring: who sends to whom."""
+        following = dict(zip(ROLES, [*ROLES[1:], ROLES[0]], strict=True))
+        ends = [(one, other) for one in self.roles for other in self.roles if self._follows(following, one, other)]
+        return ends + ([(TOKENIZER, DETOKENIZER)] if self.schedulers > 1 else [])
+
+    def _follows(self, following: dict[str, str], one: str, other: str) -> bool:
+        return following[self.roles[one][0]] == self.roles[other][0]
 
     # what is drawn
 
@@ -190,9 +214,11 @@ class Simulation:
         """A service sends what none should, of a request that nobody has made."""
         role = self.random.choice(ROLES)
         message = wrong(self.random, self.random.choice(FORGERIES))
-        if message is not None and self.links[role].sender_is_there:
+        links = list(self._outboxes_of(role).values())
+        link = links[0] if len(links) == 1 else self.random.choice(links)
+        if message is not None and link.sender_is_there:
             self.note(role, "forges", [message])
-            self.links[role].send(encode([message]))
+            link.send(encode([message]))
 
     # deaths and births
 
@@ -201,33 +227,39 @@ class Simulation:
 
     def _kill(self, role: str) -> None:
         """Now, or at one of its next points."""
-        process = self.processes.get(role)
+        keys = [key for key, (own, _) in self.roles.items() if own == role]
+        key = keys[0] if len(keys) == 1 else self.random.choice(keys)
+        process = self.processes.get(key)
         if process is None or self.deaths_are_over:
             return
         self.kills[role] += 1
         if self.random.random() < 0.2:
-            self._die(role)
+            self._die(key)
         elif self.random.random() < 0.15:
             process.hung = True
-            self.agenda.after(self.random.choice(HANGS_S), lambda: self._end_hang(role, process))
+            self.agenda.after(self.random.choice(HANGS_S), lambda: self._end_hang(key, process))
         else:
             process.points_left = self.random.randint(1, MOST_POINTS)
 
-    def _end_hang(self, role: str, process: Process) -> None:
+    def _end_hang(self, key: str, process: Process) -> None:
         """The supervisor has had enough."""
-        if self.processes.get(role) is process:
-            self._die(role)
+        if self.processes.get(key) is process:
+            self._die(key)
 
-    def _die(self, role: str) -> None:
-        process = self.processes.pop(role)
-        self.note(role, "dies", [])
-        self.deaths[role] += 1
+    def _die(self, key: str) -> None:
+        process = self.processes.pop(key)
+        self.note(key, "dies", [])
+        self.deaths[process.role] += 1
         if isinstance(process, GatewayProcess):
             self._orphan(process)
-        self.links[role].sender_died()
-        self._inbox_of(role).receiver_died()
+        for link in self._outboxes_of(key).values():
+            link.sender_died()
+        for link in self._inboxes_of(key):
+            link.receiver_died()
+        if isinstance(process, SchedulerProcess) and GATEWAY in self.processes:
+            self.processes[GATEWAY].hear_of_death(process.pid)
         delay = self.random.choice(BIRTHS_S)
-        self.agenda.after(delay, lambda: self._start(role, process.epoch + 1))
+        self.agenda.after(delay, lambda: self._start(key, process.epoch + 1))
         if self.random.random() < 0.25:
             other = self.random.choice(DYING)
             self.agenda.after(delay * self.random.uniform(0, 1.5), lambda: self._kill(other))
@@ -241,47 +273,59 @@ class Simulation:
             order.orphaned = order.orphaned or order.under_way
         gateway.loop.abandon()
 
-    def _start(self, role: str, epoch: int) -> None:
-        inbox, outbox, self.epochs[role] = self._inbox_of(role), self.links[role], epoch
-        place = {"inbox": inbox, "outbox": outbox, "note": self.note, "newest": self.epochs.__getitem__}
-        self.processes[role] = self._process(role, epoch=epoch, **place)
-        outbox.sender_is_there = True
-        inbox.receiver_came()
-        self.note(role, "starts", [])
+    def _start(self, key: str, epoch: int) -> None:
+        self.epochs[key] = epoch
+        role, rank = self.roles[key]
+        inboxes, outboxes = self._inboxes_of(key), self._outboxes_of(key)
+        place = {"inbox": Inbox(inboxes), "outboxes": outboxes, "note": self.note, "newest": self.epochs.__getitem__}
+        self.processes[key] = self._process(role, rank, epoch=epoch, schedulers=self.schedulers, **place)
+        for link in outboxes.values():
+            link.sender_is_there = True
+        for link in inboxes:
+            link.receiver_came()
+        self.note(key, "starts", [])
 
-    def _process(self, role: str, **place: Any) -> Process:
+    def _process(self, role: str, rank: int, **place: Any) -> Process:
         match role:
             case services.TOKENIZER:
                 return TokenizerProcess(encoder(self.random), **place)
             case services.SCHEDULER:
-                disk, agenda, random = self.disk, self.agenda, self.random
+                place |= {"rank": rank, "pid": next(self._pids)}
+                disk, agenda, random = self.disks[rank], self.agenda, self.random
                 return SchedulerProcess(self.config, self.depth, disk, agenda, random, self.carried_out, **place)
             case services.DETOKENIZER:
                 return DetokenizerProcess(vocabulary(), **place)
             case _:
-                return GatewayProcess(self.agenda, self.watch, **place)
+                return GatewayProcess(self.agenda, self.watch, self._is_dead, self.run_dir, **place)
 
-    def _inbox_of(self, role: str) -> Link:
-        return self.links[ROLES[ROLES.index(role) - 1]]
+    def _is_dead(self, pid: int) -> bool:
+        living = [process for process in self.processes.values() if isinstance(process, SchedulerProcess)]
+        return all(process.pid != pid for process in living)
+
+    def _outboxes_of(self, key: str) -> dict[str, Link]:
+        return {receiver: link for (sender, receiver), link in self.links.items() if sender == key}
+
+    def _inboxes_of(self, key: str) -> list[Link]:
+        return [link for (_, receiver), link in self.links.items() if receiver == key]
 
     def _end_deaths(self) -> None:
         """Whoever is about to die does so now."""
         self.deaths_are_over = True
-        for role, process in list(self.processes.items()):
+        for key, process in list(self.processes.items()):
             if process.points_left is not None or process.hung:
-                self._die(role)
+                self._die(key)
 
     # time
 
-    def _actor(self, role: str) -> Callable[[], bool]:
+    def _actor(self, key: str) -> Callable[[], bool]:
         def turn() -> bool:
-            process = self.processes.get(role)
+            process = self.processes.get(key)
             if process is None or process.hung:
                 return False
             try:
                 return process.turn()
             except Killed:
-                self._die(role)
+                self._die(key)
                 return True
 
         return turn
@@ -322,6 +366,11 @@ class Simulation:
         if self._trace is not None:
             for text in [line(message) for message in messages] or [""]:
                 self._trace(f"{self.agenda.now:9.5f} {role:>11} {verb:6} {text}".rstrip())
+
+
+def keeps(sender: str, receiver: str, several: bool) -> bool:
+    """Whether frames are kept while nobody is there to receive them, so that the sender does not wait."""
+    return sender == GATEWAY or (several and sender == TOKENIZER and receiver.startswith(SCHEDULER))
 
 
 def encoder(random: Random) -> Encoder:

@@ -1,10 +1,11 @@
 """A message in a few words, the same in every run of a seed."""
 
-from quartet.runtime.control import Abort, ControlCommand
+from quartet.runtime.control import Abort, ControlCommand, DecideChange
 from quartet.runtime.messages import (
     Facts,
     Generate,
     Message,
+    Prepared,
     Reply,
     Request,
     Restarted,
@@ -26,13 +27,17 @@ def line(message: Message) -> str:
         case Text(text=text, tokens=tokens):
             return f"Text {made(tokens)} {text!r}"
         case Reply(id=id, success=success, message=said):
-            return f"Reply to {serial(id)} {'done' if success else 'refused'} {said.splitlines()[:1]}"
-        case Facts(epoch=epoch, state=state):
-            return f"Facts of epoch {epoch} {state}"
+            return f"Reply of {message.rank} to {serial(id)} {'done' if success else 'refused'} {said.splitlines()[:1]}"
+        case Facts(rank=rank, epoch=epoch, state=state):
+            return f"Facts of rank {rank}, epoch {epoch} {state}"
         case Restarted(role=role):
             return f"Restarted {role}"
         case Abort(rid=rid):
             return f"Abort {rid}"
+        case DecideChange(change=change, reason=reason):
+            return f"DecideChange {serial(change)} for {message.rank} {reason}"
+        case Prepared(id=id, rank=rank):
+            return f"Prepared {rank} for {serial(id)}"
         case ControlCommand(id=id):
             return f"{type(message).__name__} {serial(id)}"
         case _:
@@ -41,7 +46,8 @@ def line(message: Message) -> str:
 
 def asked(request: Request) -> str:
     resumed = len(request.resume_ids) // ID_BYTES
-    return f"{request.rid} attempt {request.attempt}, behind {resumed}, at most {request.params.max_new_tokens}"
+    at_most = request.params.max_new_tokens
+    return f"{request.rid} to {request.rank}, attempt {request.attempt}, behind {resumed}, at most {at_most}"
 
 
 def made(tokens: Tokens) -> str:

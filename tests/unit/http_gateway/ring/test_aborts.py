@@ -42,7 +42,7 @@ def test_relayed_aborts_are_repeated_until_their_rid_is_another_request() -> Non
     assert relayed.to_repeat({"a": old}, set()) == [abort]
     assert relayed.to_repeat({"a": old}, {"a"}) == []  # it is sent again, and its stop string met again
     assert relayed.to_repeat({"a": new}, set()) == []
-    relayed.clear()
+    relayed.forget(0)
     assert relayed.to_repeat({}, set()) == []
 
 

@@ -7,9 +7,10 @@ from contextlib import asynccontextmanager
 import pytest
 
 from quartet.http_gateway.http.metrics import Metrics
+from quartet.http_gateway.ring.admission import BLOCKED_REQUEST
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, PROOF_TOKENS
 from quartet.http_gateway.ring.request_group import RequestGroup
-from quartet.http_gateway.ring.ring_client import BLOCKED_REQUEST, RingClient
+from quartet.http_gateway.ring.ring_client import RingClient
 from quartet.runtime.control import (
     COMMAND_LOST,
     Abort,

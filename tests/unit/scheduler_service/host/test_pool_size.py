@@ -6,7 +6,7 @@ import pytest
 
 from quartet.runtime.errors import StartupError
 from quartet.runtime.process.memory import GB, Memory
-from quartet.scheduler_service.host.pool_size import OTHERS_BYTES, Need, Room, plan_pool
+from quartet.scheduler_service.host.pool_size import OTHERS_BYTES, Need, Room, note_size, plan_pool, sized_as_before
 from tests.configs import resolved
 
 KIB = 1 << 10
@@ -84,3 +84,19 @@ def test_no_room_for_one_page_is_an_error_that_says_what_limits_it(settings):
 
 def test_an_encoder_only_counts_its_pages():
     assert count(0.0, bytes_per_token=0, most_tokens=1600) == 100
+
+
+def test_several_schedulers_on_a_cpu_share_its_memory_and_on_gpus_each_has_its_own():
+    assert count(20.0, dp_size=2) == count(10.0)
+    assert count(20.0, device="cuda", dp_size=2) == count(20.0, device="cuda")
+
+
+def test_a_scheduler_that_comes_back_gets_the_pool_of_the_one_before(tmp_path):
+    config = resolved(device="cpu", dp_size=2)
+    assert sized_as_before(config, str(tmp_path)) == config
+    note_size(config, str(tmp_path), 4096)
+    again = sized_as_before(config, str(tmp_path))
+    assert (again.max_total_tokens, again.dp_size) == (4096, 1)
+    alone = resolved(device="cpu")
+    note_size(alone, str(tmp_path), 1)
+    assert sized_as_before(alone, str(tmp_path)) == alone

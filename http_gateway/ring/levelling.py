@@ -1,0 +1,94 @@
+"""Gives a scheduler that comes back the weights and adapters of the others; until then it gets no requests."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+
+from quartet.http_gateway.ring.schedulers import Schedulers, Served
+from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
+from quartet.runtime.control import REWRITTEN, ControlCommand, UpdateWeightsFromDisk, UpdateWeightVersion
+from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Message, Reply
+
+log = logging.getLogger(__name__)
+
+LEVEL_TIMEOUT_S = 600.0
+LOOK_AFTER_S = 1.0
+BEHIND = (
+    "Scheduler DP%d serves version %s of the weights, the others %s, or not the same adapters; it gets no requests."
+)
+
+Run = Callable[[ControlCommand, float, int], Awaitable[Message]]  # a command, its time limit, the scheduler's rank
+
+
+class Leveller:
+    """Of all schedulers."""
+
+    def __init__(self, schedulers: Schedulers, run: Run) -> None:
+        self._schedulers = schedulers
+        self._run = run
+        schedulers.on_change = self.look_soon
+        self._said: dict[int, int] = {}  # rank → epoch
+        self._under_way: dict[int, asyncio.Task[None]] = {}  # by rank
+
+    def look_soon(self) -> None:
+        """The weights of all have changed: look at each when those that live have changed theirs as well."""
+        asyncio.get_running_loop().call_later(LOOK_AFTER_S, self._look_at_all)
+
+    def _look_at_all(self) -> None:
+        for one in self._schedulers.up:
+            self.look_at(one.rank)
+
+    def look_at(self, rank: int) -> None:
+        """A scheduler has spoken: bring it to the weights of the others, where it serves other ones."""
+        if self._schedulers.changing:  # all are looked at again when that is finished
+            return
+        if not self._schedulers.is_behind(rank):
+            self._say(rank)
+        elif rank not in self._under_way:
+            self._schedulers.all[rank].levelled = True
+            task = self._under_way[rank] = asyncio.create_task(self._level(rank))
+            task.add_done_callback(lambda _: self._done(rank))
+
+    def _done(self, rank: int) -> None:
+        del self._under_way[rank]
+        self._schedulers.all[rank].levelled = False
+
+    async def _level(self, rank: int) -> None:
+        reference, own = self._schedulers.reference, self._schedulers.all[rank].served
+        assert reference is not None, "known from the first facts on"
+        log.warning(BEHIND, rank, own.weight_version, reference.weight_version)
+        if own.weight_version == REWRITTEN.format(reference.weight_version):
+            log.error("Its weights were rewritten on the disk since the others read them: update the weights.")
+            return
+        for command in what_is_missing(own, reference):
+            try:
+                answer = await self._run(command, LEVEL_TIMEOUT_S, rank)
+            except (RequestError, TimeoutError) as error:
+                log.error("Scheduler DP%d cannot serve what the others do: %s", rank, error)
+                return
+            if isinstance(answer, Reply) and not answer.success and self._schedulers.is_behind(rank):
+                log.error("Scheduler DP%d cannot serve what the others do: %s", rank, answer.message)
+                return
+        self._say(rank)
+
+    def _say(self, rank: int) -> None:
+        """Log once for each incarnation that it gets requests."""
+        one = self._schedulers.all[rank]
+        if self._schedulers.several and not self._schedulers.is_behind(rank) and self._said.get(rank) != one.epoch:
+            self._said[rank] = one.epoch
+            log.info("The scheduler DP%d takes requests.", rank)
+
+
+def what_is_missing(own: Served, reference: Served) -> Iterator[ControlCommand]:
+    """The commands that bring a scheduler from what it serves to what all must serve."""
+    path, version = reference.model_path, reference.weight_version
+    if own.model_path != path:
+        yield UpdateWeightsFromDisk(model_path=path, weight_version=version)
+    elif own.weight_version != version:
+        yield UpdateWeightVersion(new_version=version, abort_all_requests=False)
+    names = {name for name, _, _ in reference.adapters}
+    for name in sorted({name for name, _, _ in own.adapters} - names):
+        yield UnloadAdapter(lora_name=name)
+    for name, adapter_path, pinned in sorted(reference.adapters - own.adapters):
+        yield LoadAdapter(lora_name=name, lora_path=adapter_path, pinned=pinned, load_inplace=True)

@@ -1,0 +1,33 @@
+"""Changes that all schedulers make or none: each prepares, tells the gateway, and waits for its decision."""
+
+from collections.abc import Generator
+
+from quartet.runtime.control import ControlCommand, DecideChange
+from quartet.runtime.errors import CommandRefused
+from quartet.runtime.messages import Message, Prepared
+from quartet.scheduler_service.control.context import Context, Handler
+
+SAY_AGAIN_S = 1.0  # what was said, or its answer, may be lost with a process of the ring
+NOT_ALL = 503  # status of a change that another scheduler did not make
+
+
+def agreed(context: Context, command: ControlCommand) -> Generator[None, bool | None, None]:
+    """Return once every scheduler is prepared for the change. Raises CommandRefused where one is not."""
+    if not command.waits_for_others:
+        return
+    said_at = -SAY_AGAIN_S
+    while (reason := context.decisions.of(command.id)) is None:
+        if context.now - said_at >= SAY_AGAIN_S:
+            context.emit([Prepared(id=command.id)])
+            said_at = context.now
+        yield
+    if reason:
+        raise CommandRefused(reason, NOT_ALL)
+
+
+def decide(context: Context, command: DecideChange) -> list[Message]:
+    context.decisions.note(command.change, command.reason)
+    return []
+
+
+HANDLERS: dict[type[ControlCommand], Handler] = {DecideChange: decide}

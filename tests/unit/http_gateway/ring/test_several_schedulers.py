@@ -1,0 +1,359 @@
+"""The ring client with several schedulers: deaths, commands for all, and changes that all make or none."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from quartet.http_gateway.http.metrics import Metrics
+from quartet.http_gateway.ring.ring_client import RingClient
+from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
+from quartet.runtime.control import (
+    Abort,
+    DecideChange,
+    FlushCache,
+    PauseGeneration,
+    Probe,
+    ReleaseMemory,
+    UpdateWeightsFromDisk,
+    UpdateWeightVersion,
+)
+from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.guard import Announced
+from quartet.runtime.messages import Finish, Generate, Prepared, Reply, Request, Restarted, pack_ids
+from quartet.runtime.sampling import SamplingParams
+from tests.unit.http_gateway.harness import FakeRing, asynchronous, never_again, step
+from tests.unit.http_gateway.ring.test_schedulers import facts
+
+STOP = Finish(reason="stop", matched=2)
+PIDS = (100, 200)
+
+
+class Fleet:
+    """A ring client, two schedulers that live, and their ends."""
+
+    def __init__(self) -> None:
+        self.transport = FakeRing()
+        self.transport.answers_commands = False
+        self.ends: dict[int, Callable[[], None]] = {}
+        self.client = RingClient(
+            self.transport,
+            self.transport,
+            10,
+            Metrics("m", never_again),
+            announced=Announced(schedulers=2),
+            schedulers=2,
+            watch=self.ends.__setitem__,
+        )
+
+    def start(self, rank: int, epoch: int = 0, version: str = "v0") -> None:
+        said = facts(rank, epoch, version)
+        said.pid = PIDS[rank] + epoch
+        self.transport.push(said)
+
+    async def end(self, rank: int, epoch: int = 0) -> None:
+        self.transport.sent.clear()
+        self.ends[PIDS[rank] + epoch]()
+        await settle()
+
+    async def say(self, *messages: Any) -> None:
+        self.transport.push(*messages)
+        await settle()
+
+    @property
+    def generates(self) -> list[tuple[str, int, int, int, bytes]]:
+        """rid, rank, epoch, attempt and resumed ids of the requests that were sent."""
+        found = [message.request for message in self.transport.sent if isinstance(message, Generate)]
+        return [(one.rid, one.rank, one.epoch, one.attempt, one.resume_ids) for one in found]
+
+    def sent(self, kind: type) -> list[Any]:
+        return [message for message in self.transport.sent if isinstance(message, kind)]
+
+
+async def settle() -> None:
+    for _ in range(8):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def fleet() -> AsyncIterator[Fleet]:
+    found = Fleet()
+    listening = asyncio.create_task(found.client.listen())
+    found.start(0)
+    found.start(1)
+    await settle()
+    yield found
+    listening.cancel()
+
+
+def asked(rid: str, rank: int | None = None) -> Generate:
+    return Generate(request=Request(rid=rid, params=SamplingParams(), wanted_rank=rank), text="hi")
+
+
+@asynchronous
+async def test_what_a_dead_scheduler_had_goes_on_elsewhere_at_once_and_the_rest_is_left_alone() -> None:
+    async with fleet() as ring:
+        with ring.client.open([asked("a", 0), asked("b", 1)]) as group:
+            ring.transport.push(step("b", [5, 6], "xy"))
+            await group.next()
+            await ring.end(1)
+            assert ring.generates == [("b", 0, 0, 1, pack_ids([5, 6]))]
+            ring.transport.sent.clear()
+            ring.start(1, epoch=1)
+            await settle()
+            assert ring.generates == []
+            ring.client.open([asked("c", 1)])
+            assert [(rid, rank, epoch) for rid, rank, epoch, _, _ in ring.generates] == [("c", 1, 1)]
+
+
+@asynchronous
+async def test_when_the_last_one_dies_its_requests_wait_for_a_restart() -> None:
+    async with fleet() as ring:
+        with ring.client.open([asked("a", 0)]):
+            await ring.end(1)
+            await ring.end(0)
+            assert ring.generates == []
+            ring.start(1, epoch=1)
+            ring.start(0, epoch=1)
+            await settle()
+            assert [(rid, epoch) for rid, _, epoch, _, _ in ring.generates] == [("a", 1)]
+
+
+@asynchronous
+async def test_aborts_go_to_the_scheduler_that_has_the_request() -> None:
+    async with fleet() as ring:
+        with ring.client.open([asked("a", 1)]):
+            await ring.end(1)
+        assert [(abort.rid, abort.rank) for abort in ring.sent(Abort)] == [("a", 0)]
+
+
+@asynchronous
+async def test_a_request_that_ends_schedulers_is_found_though_each_time_it_is_another() -> None:
+    async with fleet() as ring:
+        with ring.client.open([asked("poison", 0)]) as group:
+            for deaths in range(3):
+                rank = ring.generates[-1][1]
+                await ring.end(rank, ring.generates[-1][2] if deaths else 0)
+                ring.start(rank, epoch=deaths + 1)
+                await settle()
+                for probe in [probe for probe in ring.sent(Probe) if probe.id.startswith("clear")]:
+                    await ring.say(probe)
+                if not ring.generates:
+                    break
+            [(_, text)] = await group.next()
+            assert text.tokens.finish is not None and "given up" in text.tokens.finish.message
+
+
+@asynchronous
+async def test_a_command_has_one_answer_when_all_have_answered() -> None:
+    async with fleet() as ring:
+        flush = asyncio.create_task(ring.client.command(FlushCache(), 10))
+        await settle()
+        assert [(command.rank, command.epoch) for command in ring.sent(FlushCache)] == [(0, 0), (1, 0)]
+        id = ring.sent(FlushCache)[0].id
+        await ring.say(Reply(id=id, rank=1, message="done"))
+        await ring.say(Reply(id=id, rank=1, message="done"))
+        assert not flush.done()
+        await ring.say(Reply(id=id, rank=0, message="done"))
+        answer = await flush
+        assert isinstance(answer, Reply) and answer.success
+
+
+@asynchronous
+async def test_a_command_that_changes_something_waits_until_all_are_there() -> None:
+    async with fleet() as ring:
+        await ring.end(1)
+        pause = asyncio.create_task(ring.client.command(PauseGeneration(), 10))
+        await settle()
+        assert ring.sent(PauseGeneration) == []
+        ring.start(1, epoch=1)
+        await settle()
+        assert [(command.rank, command.epoch) for command in ring.sent(PauseGeneration)] == [(0, 0), (1, 1)]
+        await ring.end(0)
+        with pytest.raises(RequestError) as lost:
+            await pause
+        assert lost.value.kind is Kind.UNAVAILABLE
+
+
+@asynchronous
+async def test_a_question_does_without_the_answer_of_a_dead_scheduler() -> None:
+    async with fleet() as ring:
+        probe = asyncio.create_task(ring.client.probe(10))
+        await settle()
+        answered = ring.sent(Probe)[0]
+        answered.counters["scheduler"] = {"num_running_reqs": 1}
+        await ring.say(answered)
+        await ring.end(1)
+        counters = await probe
+        assert counters["scheduler DP0"] == {"num_running_reqs": 1}
+        assert "scheduler DP1" not in counters
+
+
+async def updating(ring: Fleet) -> "tuple[asyncio.Task[Any], str]":
+    task = asyncio.create_task(ring.client.command(UpdateWeightsFromDisk(model_path="n", weight_version="v1"), 10))
+    await settle()
+    assert [command.waits_for_others for command in ring.sent(UpdateWeightsFromDisk)] == [True, True]
+    return task, ring.sent(UpdateWeightsFromDisk)[0].id
+
+
+def decisions(ring: Fleet) -> set[tuple[int, str]]:
+    return {(decision.rank, decision.reason) for decision in ring.sent(DecideChange)}
+
+
+@asynchronous
+async def test_a_change_is_made_when_all_are_prepared() -> None:
+    async with fleet() as ring:
+        task, id = await updating(ring)
+        await ring.say(Prepared(id=id, rank=0))
+        assert decisions(ring) == set()
+        await ring.say(Prepared(id=id, rank=1))
+        assert decisions(ring) == {(0, ""), (1, "")}
+        for rank in (0, 1):
+            await ring.say(Reply(id=id, rank=rank, message="ok", body={"weight_version": "v1", "model_path": "n"}))
+        answer = await task
+        assert (answer.success, answer.message) == (True, "ok | ok")
+        ring.transport.sent.clear()
+        await ring.say(Prepared(id=id, rank=1))  # it has not heard the decision
+        assert decisions(ring) == {(1, "")}
+
+
+@asynchronous
+async def test_a_refusal_by_one_is_one_for_all_with_its_own_reason() -> None:
+    async with fleet() as ring:
+        task, id = await updating(ring)
+        await ring.say(Prepared(id=id, rank=0))
+        await ring.say(Reply(id=id, rank=1, success=False, status=400, message="broken"))
+        assert decisions(ring) == {(0, "Another scheduler refused: broken")}
+        await ring.say(Reply(id=id, rank=0, success=False, status=503, message="Another scheduler refused: broken"))
+        answer = await task
+        assert (answer.success, answer.status, answer.message) == (False, 400, "broken")
+
+
+@asynchronous
+async def test_a_death_before_the_decision_ends_the_change_and_one_behind_it_does_not() -> None:
+    async with fleet() as ring:
+        task, id = await updating(ring)
+        await ring.say(Prepared(id=id, rank=0))
+        await ring.end(1)
+        [(rank, reason)] = decisions(ring)
+        assert rank == 0 and "a scheduler ended" in reason
+        await ring.say(Reply(id=id, rank=0, success=False, status=503, message=reason))
+        assert not (await task).success
+        ring.start(1, epoch=1)
+        await settle()
+        ring.transport.sent.clear()
+        task, id = await updating(ring)
+        await ring.say(Prepared(id=id, rank=0), Prepared(id=id, rank=1))
+        await ring.end(1, epoch=1)
+        await ring.say(Reply(id=id, rank=0, message="ok", body={"weight_version": "v1", "model_path": "n"}))
+        assert (await task).success
+
+
+@asynchronous
+async def test_who_comes_back_amid_a_change_gets_no_requests_before_it_serves_what_the_others_do() -> None:
+    async with fleet() as ring:
+        task, id = await updating(ring)
+        await ring.say(Prepared(id=id, rank=0), Prepared(id=id, rank=1))
+        await ring.end(1)
+        ring.start(1, epoch=1)
+        await settle()
+        ring.client.open([asked("a", 1)])
+        assert ring.generates[-1][:2] == ("a", 0)
+        await ring.say(Reply(id=id, rank=0, message="ok", body={"weight_version": "v1", "model_path": "n"}))
+        assert (await task).success
+        ring.client.open([asked("b", 1)])
+        assert ring.generates[-1][:2] == ("b", 0)
+
+
+@asynchronous
+async def test_a_change_that_nobody_waits_for_is_not_made() -> None:
+    async with fleet() as ring:
+        await ring.say(Prepared(id="of an earlier gateway", rank=1))
+        [(rank, reason)] = decisions(ring)
+        assert rank == 1 and "nobody waits" in reason
+
+
+@pytest.mark.parametrize("path", ["m", "n"])
+@asynchronous
+async def test_a_scheduler_that_comes_back_with_other_weights_gets_those_of_the_others_first(path: str) -> None:
+    async with fleet() as ring:
+        body = {"weight_version": "v1", "model_path": path}
+        await ring.say(Reply(id="c", rank=0, body=body), Reply(id="c", rank=1, body=body))
+        await ring.end(1)
+        ring.start(1, epoch=1)
+        await settle()
+        kind = UpdateWeightVersion if path == "m" else UpdateWeightsFromDisk
+        [command] = ring.sent(kind)
+        assert (command.rank, command.epoch) == (1, 1)
+        assert not getattr(command, "waits_for_others", False)
+        ring.client.open([asked("a", 1)])
+        assert ring.generates[-1][:2] == ("a", 0)
+        await ring.say(Reply(id=command.id, rank=1, body=body))
+        ring.client.open([asked("b", 1)])
+        assert ring.generates[-1][:2] == ("b", 1)
+
+
+@asynchronous
+async def test_a_scheduler_that_comes_back_gets_the_adapters_of_the_others_and_speaks_for_none() -> None:
+    async with fleet() as ring:
+        told: list[Any] = []
+        ring.client.on_reply = told.append
+        kept, late = ({"name": name, "path": f"/{name}", "pinned": False} for name in ("kept", "late"))
+        for rank in (0, 1):
+            await ring.say(Reply(id="c", rank=rank, body={"adapters": [kept, late]}))
+        await ring.end(1)
+        told.clear()
+        before = facts(1, epoch=1)
+        before.state["adapters"] = [kept, {"name": "gone", "path": "/gone", "pinned": False}]
+        await ring.say(before)
+        [unload] = ring.sent(UnloadAdapter)
+        assert (unload.lora_name, unload.rank, unload.epoch) == ("gone", 1, 1)
+        await ring.say(Reply(id=unload.id, rank=1, body={"adapters": [kept]}))
+        [load] = ring.sent(LoadAdapter)
+        assert (load.lora_name, load.lora_path, load.rank, load.waits_for_others) == ("late", "/late", 1, False)
+        assert told == []
+        ring.client.open([asked("a", 1)])
+        assert ring.generates[-1][:2] == ("a", 0)
+        await ring.say(Reply(id=load.id, rank=1, body={"adapters": [kept, late]}))
+        ring.client.open([asked("b", 1)])
+        assert ring.generates[-1][:2] == ("b", 1)
+
+
+@asynchronous
+async def test_a_command_that_only_some_have_carried_out_says_which() -> None:
+    async with fleet() as ring:
+        flush = asyncio.create_task(ring.client.command(FlushCache(), 10))
+        await settle()
+        id = ring.sent(FlushCache)[0].id
+        await ring.say(Reply(id=id, rank=0), Reply(id=id, rank=1, success=False, status=400, message="Busy."))
+        answer = await flush
+        assert isinstance(answer, Reply)
+        assert (answer.success, answer.status) == (False, 400)
+        assert answer.message == "Busy (scheduler DP1; it was done in DP0)."
+
+
+@pytest.mark.parametrize("decided", [False, True])
+@asynchronous
+async def test_memory_is_released_by_all_or_none_and_a_death_behind_the_decision_is_told(decided: bool) -> None:
+    async with fleet() as ring:
+        release = asyncio.create_task(ring.client.command(ReleaseMemory(), 10))
+        await settle()
+        id = ring.sent(ReleaseMemory)[0].id
+        await ring.say(*[Prepared(id=id, rank=rank) for rank in ((0, 1) if decided else (0,))])
+        await ring.end(1)
+        assert {rank for rank, reason in decisions(ring) if reason} == (set() if decided else {0})
+        if decided:  # the one that died has the memory when it is back
+            with pytest.raises(RequestError):
+                await release
+        else:
+            await ring.say(Reply(id=id, rank=0, success=False, status=503, message="not all"))
+            assert not (await release).success
+
+
+@asynchronous
+async def test_a_new_gateway_asks_each_scheduler_for_its_facts() -> None:
+    async with fleet() as ring:
+        ring.client.ask_facts()
+        assert [(message.role, message.rank) for message in ring.sent(Restarted)] == [("gateway", 0), ("gateway", 1)]
