@@ -15,11 +15,14 @@ from quartet.scheduler_service.model import embedders, registry
 from quartet.scheduler_service.weights.quantized.methods import METHODS
 
 MODELS = {  # architecture → models that have it
+    "BambaForCausalLM": "Bamba 9B",
     "Cohere2ForCausalLM": "Command R7B, Command A",
     "DeepseekV2ForCausalLM": "DeepSeek-V2, V2.5, V2-Lite, Coder-V2",
     "DeepseekV3ForCausalLM": "DeepSeek-V3, V3.1, R1, Kimi K2",
     "Ernie4_5ForCausalLM": "ERNIE 4.5 0.3B",
     "Exaone4ForCausalLM": "EXAONE 4.0 1.2B and 32B",
+    "FalconH1ForCausalLM": "Falcon-H1 0.5B to 34B",
+    "GemmaForCausalLM": "Gemma 2B and 7B, bge-reranker-v2-gemma",
     "Gemma2ForCausalLM": "Gemma 2",
     "Gemma3ForCausalLM": "Gemma 3 270M and 1B",
     "Glm4ForCausalLM": "GLM-4-0414 9B and 32B, GLM-Z1",
@@ -27,6 +30,8 @@ MODELS = {  # architecture → models that have it
     "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
     "GptOssForCausalLM": "gpt-oss-20b, gpt-oss-120b",
     "GraniteForCausalLM": "Granite 3.0 to 3.3, Granite 4.0 dense",
+    "GraniteMoeHybridForCausalLM": "Granite 4.0 H, Granite 4.0 350M to Micro",
+    "KimiLinearForCausalLM": "Kimi-Linear-48B-A3B",
     "Lfm2ForCausalLM": "LFM2 350M to 2.6B",
     "LlamaForCausalLM": "Llama 2 to 3.3, SmolLM 2, Yi, DeepSeek-R1-Distill-Llama, TinyLlama",
     "MiniMaxM2ForCausalLM": "MiniMax-M2",
@@ -34,8 +39,10 @@ MODELS = {  # architecture → models that have it
     "MinistralForCausalLM": "Ministral 8B",
     "MistralForCausalLM": "Mistral 7B, Mistral Nemo, Mistral Small 3",
     "MixtralForCausalLM": "Mixtral 8x7B, 8x22B",
+    "NemotronHForCausalLM": "Nemotron-H, Nemotron Nano 2, Nemotron 3 Nano",
     "Olmo2ForCausalLM": "OLMo 2 1B to 32B",
     "Olmo3ForCausalLM": "OLMo 3 7B and 32B",
+    "OlmoHybridForCausalLM": "OLMo Hybrid 7B",
     "Phi3ForCausalLM": "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     "Qwen2ForCausalLM": "Qwen2, Qwen2.5, Qwen2.5-Coder, QwQ, DeepSeek-R1-Distill-Qwen, gte-Qwen2",
     "Qwen2MoeForCausalLM": "Qwen1.5-MoE, Qwen2-57B-A14B",
@@ -43,14 +50,23 @@ MODELS = {  # architecture → models that have it
     "Qwen3MoeForCausalLM": "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder",
     "Qwen3NextForCausalLM": "Qwen3-Next-80B-A3B",
     "Qwen3_5ForCausalLM": "text models of the dense Qwen3.5 family",
+    "Qwen3_5MoeForCausalLM": "text models of the Qwen3.5 family with experts",
     "SeedOssForCausalLM": "Seed-OSS 36B",
     "SmolLM3ForCausalLM": "SmolLM3 3B",
-    "Bert": "BERT, MiniLM, BGE, E5, GTE",
+    "Bert": "BERT, MiniLM, BGE, E5, GTE, arctic-embed",
     "Camembert": "CamemBERT",
+    "DebertaV2": "DeBERTa v3, mxbai-rerank v1, NLI classifiers",
     "DistilBert": "DistilBERT",
+    "Electra": "ELECTRA, ms-marco-electra",
+    "EuroBert": "EuroBERT 210M to 2.1B",
+    "Gte": "gte v1.5, gte-multilingual, arctic-embed-m-v2.0",
+    "HF_ColBERT": "ColBERTv2, answerai-colbert-small",
+    "JinaEmbeddingsV3": "jina-embeddings-v3-hf, without its task adapters",
+    "MPNet": "all-mpnet-base-v2, multi-qa-mpnet",
     "ModernBert": "ModernBERT, gte-modernbert",
+    "NomicBert": "nomic-embed-text v1 and v1.5",
     "Roberta": "RoBERTa",
-    "XLMRoberta": "XLM-R, BGE-M3, bge-reranker-v2-m3",
+    "XLMRoberta": "XLM-R, BGE-M3, bge-reranker-v2-m3, arctic-embed-l-v2.0",
 }
 TOWER_MODELS = {
     "Gemma3ForConditionalGeneration": "Gemma 3 4B, 12B and 27B",
@@ -58,16 +74,26 @@ TOWER_MODELS = {
     "Qwen2VLForConditionalGeneration": "Qwen2-VL",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL, dense",
+    "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL-30B-A3B, 235B-A22B",
+    "Qwen3_5ForConditionalGeneration": "Qwen3.5 0.8B to 27B",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B",
 }
 # those that `can_fuse` refuses: a test compares
 PLAIN_ON_GPU = {
+    "BambaForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "FalconH1ForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "KimiLinearForCausalLM",
     "Lfm2ForCausalLM",
+    "NemotronHForCausalLM",
+    "OlmoHybridForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM",
 }
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TRIED = Path(__file__).parent / "tried_models.json"
@@ -79,8 +105,9 @@ model's config.json says which one it has.
 
 * **Native**: computed by Quartet's own decoder. All of them have continuous batching, the prefix cache, drafts,
   constrained output, weight updates while they serve, and `--enable-deterministic-inference` on a CPU (but for the
-  latent attention of DeepSeek and GLM-4.7-Flash); on a CPU weights may be quantized (`--quantization int8` or `int4`).
-  Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5) go without drafts.
+  latent attention of DeepSeek, GLM-4.7-Flash and Kimi-Linear); on a CPU weights may be quantized (`--quantization int8`
+  or `int4`). Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi-Linear, and those with Mamba-2:
+  Bamba, Falcon-H1, Granite 4 H, Nemotron-H) go without drafts and LoRA adapters.
 * **Through transformers**: transformers' own code with Quartet's attention. Slower, and compared with its own logits at
   each start. Weights are not kept quantized, and there is no deterministic inference.
 * **Refused**: the start ends with the reason.
@@ -100,7 +127,11 @@ Their text is served, requests with images are refused. Compared with the whole 
 """
 EMBEDDERS = """## Embedders and rerankers
 
-Compared with sentence-transformers or transformers. Native decoders embed and score as well, with `--is-embedding`.
+Compared with sentence-transformers or transformers, on small random models: cosines of at least 0.99999 for texts of
+mixed lengths in one batch. Native decoders embed and score as well, with `--is-embedding`; so Qwen3-Reranker and
+bge-reranker-v2-gemma rank. A vector for each token (ColBERT): any of these under PyLate's modules or a
+`MultiVectorMask`. Weights of words (SPLADE): Bert, Camembert, DistilBert, ModernBert, MPNet, Roberta, XLMRoberta.
+Refused by name: nomic-embed-text-v2-moe, jina's own code for v3 (take the -hf copy), DeBERTa v1 and v2-xlarge.
 """
 FALLBACK = """## Through transformers
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from quartet.http_gateway.admin import control, health, info, openapi, parsing, web_page
 from quartet.http_gateway.anthropic import error_responses, messages, models
 from quartet.http_gateway.batches import batches, files, service
-from quartet.http_gateway.embedding import embeddings, rerank, score, tei
+from quartet.http_gateway.embedding import embeddings, rerank, score, tei, vectors
 from quartet.http_gateway.embedding import encode as embed
 from quartet.http_gateway.http import errors, request_log
 from quartet.http_gateway.http.allowed_sites import AllowedSites, CorsMiddleware, HostMiddleware
@@ -42,6 +42,7 @@ ENDPOINTS: list[Endpoint] = [
     *embed.ENDPOINTS,
     *embeddings.ENDPOINTS,
     *tei.ENDPOINTS,
+    *vectors.ENDPOINTS,
     *rerank.ENDPOINTS,
     *score.ENDPOINTS,
     *health.ENDPOINTS,
@@ -62,7 +63,7 @@ def build(gateway: Gateway) -> ASGIApp:
         routes=[route(endpoint, gateway, keys, allowed_sites) for endpoint in endpoints],
         middleware=[Middleware(CorsMiddleware, allowed_sites=allowed_sites)],
         exception_handlers={HTTPException: unmatched(keys, {endpoint.path for endpoint in endpoints})},
-        lifespan=service.lifespan(runner),
+        lifespan=service.lifespan(runner, gateway.files),
     )
     app.state.batches = runner
     app.router.redirect_slashes = False  # that redirect is built from the Host header; ours is relative

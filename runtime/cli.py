@@ -77,14 +77,15 @@ EXAMPLES = """\
   quartet serve Qwen/Qwen2.5-0.5B-Instruct           one from the hub; a directory or a GGUF file as well
   quartet chat                                       talk to it
   quartet <command> --help"""
-INTERRUPTED = 128 + signal.SIGINT  # as shells report it
+INTERRUPTED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status. Whoever reads what it prints may have left.
+    """Run one subcommand and return its exit status.
 
-    Output that cannot be written, to a full disk for example, is one line on stderr and the status 1. Ctrl-C ends a
-    command without a word, also while it is imported.
+    Where the reader of its output has left, it ends without a word, with the status of SIGPIPE. Output that cannot be
+    written, to a full disk for example, is one line on stderr and the status 1. Ctrl-C ends a command without a word,
+    also while it is imported.
     """
     try:
         streams.keep_standard()
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except BrokenPipeError:
-        return 0
+        return UNREAD
     except OSError as error:
         if not streams.is_of_output(error):
             raise

@@ -51,11 +51,8 @@ def say(text: str, stream: TextIO | None) -> None:
 
 
 def put(text: str) -> None:
-    """Print what a command was asked for. Raises OSError where there is no room for it; its reader may have left."""
-    try:
-        print("\n".join(map(plain, text.split("\n"))), flush=True)
-    except BrokenPipeError:
-        give_up(sys.stdout)
+    """Print what a command was asked for. Raises OSError where there is no room for it or its reader has left."""
+    print("\n".join(map(plain, text.split("\n"))), flush=True)
 
 
 class Formatter(logging.Formatter):

@@ -48,6 +48,7 @@ class LogprobOptions(msgspec.Struct, kw_only=True, omit_defaults=True):
     start: int = -1  # first prompt position scored; -1: none of the prompt
     top: int = 0  # best k per position
     token_ids: list[int] | None = None  # these ids at every returned position
+    raw: bool = False  # of token_ids, the logits rather than the logprobs
     text: bool = False  # decode each token
     returned: bool = True  # the logprobs themselves, and not only what follows
     entropy: bool = False  # of the distribution that each output token was drawn from, before top-k, top-p and min-p
@@ -100,6 +101,8 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     truncate_side: Literal["left", "right"] = "right"  # what is cut off
     dimensions: int | None = None  # embed: cut to this many and normalise again
     normalize: bool | None = None  # embed: to length 1; None: as the model's files say
+    vectors: Literal["own", "tokens", "query", "document"] = "own"  # embed: what the model is made for; one per token
+    fill_to: int = 0  # embed: tokens of the model's own stand behind a query that has fewer
     resume_ids: bytes = b""  # output ids that the client already has (replay after a restart)
     thought: Thought | None = None  # a JSON schema constrains what stands behind it
 
@@ -133,6 +136,7 @@ class Tokenized(Message, tag="tokenized", kw_only=True):
     request: Request
     prompt_ids: bytes
     token_types: bytes = b""  # int32, for cross-encoders that have them
+    attended: int = 0  # tokens that others see, the first ones; 0: all
     embeds: bytes = b""  # float32 (positions, hidden); prompt_ids are placeholders then
     times: Timeline | None = None
 
@@ -212,7 +216,8 @@ class Tokens(Message, tag="tokens", kw_only=True):
     queue_s: float | None = None  # with the first message of a request that was started: how long it had waited
     weight_version: str = ""  # that made `ids`
     adapter_version: str = ""  # of the request's adapter, likewise
-    vector: bytes = b""  # embed: float32
+    vector: bytes = b""  # embed: float32; several side by side for a model that has one for each token
+    vector_ids: bytes = b""  # embed: int32, the vocabulary's ids that the numbers belong to, where they are weights
     scalar: bool = False  # embed: the vector is one bare number (cross-encoder)
     hidden_states: bytes = b""  # float32 (positions, hidden) of this message
     hidden_size: int = 0

@@ -47,6 +47,12 @@ class OperatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     files_store_size: Annotated[
         Natural, flag("bytes of files that are kept, results of batches included; 0: none", HTTP)
     ] = 512 << 20
+    files_store_age: Annotated[
+        Seconds,
+        flag(
+            "seconds that a file is kept, and a batch after its end, where a client asks for no less; 0: no limit", HTTP
+        ),
+    ] = 30 * 86400
     ready_file: Annotated[
         str | None,
         flag("file that holds the server's addresses, one a line, from when it serves until it stops", OPERATIONS),

@@ -9,12 +9,15 @@ PROMPT_TAIL = 8  # prompt ids sent to the detokenizer, which decodes the first o
 
 
 def check_hidden_states(message: Tokenized, hidden_size: int) -> None:
-    """Raise RequestError if the hidden states of the prompt would not fit into one message."""
+    """Raise RequestError if the hidden states of the prompt, or its tokens' vectors, would not fit into one message."""
     needed = len(message.prompt_ids) * hidden_size  # bytes: four per id in prompt_ids, four per float32
-    if message.request.return_hidden_states and needed > limits.MAX_HIDDEN_STATE_BYTES:
+    wanted, field = message.request.return_hidden_states, "return_hidden_states"
+    if message.request.vectors != "own":
+        wanted, field = True, "text"
+    if wanted and needed > limits.MAX_HIDDEN_STATE_BYTES:
         raise RequestError(
             f"The hidden states of the prompt would take {needed} bytes; {limits.MAX_HIDDEN_STATE_BYTES} are allowed.",
-            field="return_hidden_states",
+            field=field,
         )
 
 
@@ -58,6 +61,7 @@ def tokens_of(update: Update, weight_version: str, hidden_size: int, adapter_ver
         weight_version=weight_version,
         adapter_version=adapter_version,
         vector=update.vector,
+        vector_ids=update.vector_ids,
         scalar=update.scalar,
         routed_experts=update.routed_experts,
         drafts=update.drafts,

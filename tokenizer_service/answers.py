@@ -1,14 +1,14 @@
 """What the tokenizer sends on: tokenized requests, refusals, and the replies to Tokenize."""
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from quartet.runtime import limits
 from quartet.runtime.control import Tokenize
 from quartet.runtime.errors import EMPTY_IDS, RequestError, not_whole_rows, too_long
-from quartet.runtime.messages import Finish, Generate, Reply, Tokenized, Tokens, pack_ids, unpack_ids
+from quartet.runtime.messages import Finish, Generate, Reply, Tokenized, Tokens, pack_id, pack_ids, unpack_ids
 from quartet.tokenizer_service.jobs import Job
 from quartet.tokenizer_service.pairs import types_of
 from quartet.tokenizer_service.shorten import cut_ids, picked, places_kept
@@ -31,13 +31,23 @@ class Counters(msgspec.Struct):
     aborted: int = 0  # while they waited here
 
 
+class Filler(NamedTuple):
+    """What stands behind a query that is too short."""
+
+    id: int
+    attended: bool  # whether other tokens see it
+
+
 class AnswerBuilder:
     """Makes messages of encoded texts, and counts them."""
 
-    def __init__(self, tokenizer: "Tokenizer | None", hidden_size: int, token_types: bool) -> None:
+    def __init__(
+        self, tokenizer: "Tokenizer | None", hidden_size: int, token_types: bool, filler: Filler | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._hidden_size = hidden_size
         self._token_types = token_types
+        self._filler = filler
         self.counters = Counters()
 
     def finish(self, message: Generate, encoded: "Encoding | RequestError | None") -> Tokenized | Tokens:
@@ -57,13 +67,26 @@ class AnswerBuilder:
         if not ids:
             raise RequestError(EMPTY_IDS, field="input_ids")
         self._locate_thought(message, ids)
+        ids, attended = self._filled_up(ids, message.request.fill_to)
         self.counters.prompts += 1
         self.counters.prompt_tokens += len(ids) // ID_BYTES
         if message.times is not None:
             message.times.tokenized_at = time.monotonic()
         return Tokenized(
-            request=message.request, prompt_ids=ids, token_types=types, embeds=message.embeds, times=message.times
+            request=message.request,
+            prompt_ids=ids,
+            token_types=types,
+            attended=attended,
+            embeds=message.embeds,
+            times=message.times,
         )
+
+    def _filled_up(self, ids: bytes, size: int) -> tuple[bytes, int]:
+        """A query of at least so many tokens, and how many of them are seen; 0: all."""
+        given = len(ids) // ID_BYTES
+        if self._filler is None or given >= size:
+            return ids, 0
+        return ids + pack_id(self._filler.id) * (size - given), 0 if self._filler.attended else given
 
     def _locate_thought(self, message: Generate, ids: bytes) -> None:
         """Note whether the prompt ends before, inside or past the model's thought."""

@@ -19,7 +19,7 @@ from quartet.runtime.control import Abort, Probe, Tokenize
 from quartet.runtime.errors import RequestError, too_long
 from quartet.runtime.guard import end_of
 from quartet.runtime.messages import ABORTED_IN_QUEUE, Finish, Generate, Message, Restarted, Tokens
-from quartet.tokenizer_service.answers import TOO_MANY, AnswerBuilder, reply_to
+from quartet.tokenizer_service.answers import TOO_MANY, AnswerBuilder, Filler, reply_to
 from quartet.tokenizer_service.fair_queue import FairQueue
 from quartet.tokenizer_service.jobs import Job, Key, Pace, Piece, chars_of, is_heavy, key_of
 from quartet.tokenizer_service.long_texts import LongText, LongTexts, TooManyTokens
@@ -45,6 +45,7 @@ class Encoder:
         template: Template | None = None,
         hidden_size: int = 0,
         token_types: bool = False,
+        filler: Filler | None = None,
         context_length: int | None = None,
         pace: Pace | None = None,
         executor: Executor | None = None,
@@ -52,10 +53,12 @@ class Encoder:
     ) -> None:
         """No tokenizer: ids in, ids out. `token_types`: the model tells the two texts of a pair apart.
 
+        `filler`: of a model that fills queries up.
+
         `executor` encodes long texts; a thread by default.
         """
         self._texts = TextEncoder(tokenizer, template, context_length)
-        self._answers = AnswerBuilder(tokenizer, hidden_size, token_types)
+        self._answers = AnswerBuilder(tokenizer, hidden_size, token_types, filler)
         self.counters = self._answers.counters
         self._pace = pace or Pace()
         self._clock = clock

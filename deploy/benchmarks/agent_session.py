@@ -1,6 +1,6 @@
 """A session of an agent with tools, turn by turn: what each turn finds in the prefix cache, and what it computes again.
 
-    python -m deploy.benchmarks.agent_session [--turns 30] [--repeats 3]
+    python -m deploy.benchmarks.agent_session [--turns 30] [--repeats 3] [--out result.json]
 
 Two sessions over HTTP. In the first one the model's own chat template renders the conversation; in the second one it is
 Qwen 3's, whose history has thoughts, and drops them as soon as the user speaks again. A turn must compute its prompt
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import requests
 
+from deploy.benchmarks.serve_vs_transformers import machine
 from tests.servers import launched
 
 REAL = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
@@ -205,8 +206,8 @@ def first_token_s(url: str, bodies: list[dict[str, Any]]) -> float:
     return ask(url, {**last, "max_tokens": 1, "tool_choice": "auto"}).ttft_s
 
 
-def run(url: str, page_size: int, turns: int, repeats: int, *, thinks: bool) -> bool:
-    """One session. Print its turns and ratios; whether every turn has computed only what it must."""
+def run(url: str, page_size: int, turns: int, repeats: int, *, thinks: bool) -> dict[str, Any]:
+    """One session. Print its turns and ratios, and return them; `too_much`: turns that computed more than they must."""
     flush(url)
     session = Session(url, page_size, thinks)
     reports = [session.turn(number) for number in range(turns)]
@@ -217,14 +218,16 @@ def run(url: str, page_size: int, turns: int, repeats: int, *, thinks: bool) -> 
         print(f"{number} | {counts} | {share:.1%} | {first:.0f}", flush=True)
     prompts, computed = sum(r.prompt for r in reports), sum(r.computed for r in reports)
     print(f"All turns: {prompts} tokens of prompts, {computed} computed ({prompts / computed:.1f} times less).")
-    print_first_tokens(session, repeats)
+    first_tokens = compare_first_tokens(session, repeats)
     too_much = [number for number, report in enumerate(reports, 1) if report.computed > report.needed]
     if too_much:
         print(f"Turns that computed more than they must: {too_much}")
-    return not too_much
+    rows = [{**report._asdict(), "computed": report.computed} for report in reports]
+    totals = {"prompts": prompts, "computed": computed}
+    return {"turns": rows, "totals": totals, "first token": first_tokens, "too_much": too_much}
 
 
-def print_first_tokens(session: Session, repeats: int) -> None:
+def compare_first_tokens(session: Session, repeats: int) -> dict[str, Any]:
     """The time to the first token of the last turn over that of the second, with the cache and without, in turn."""
     second, last = session.asked[:2], session.asked[-2:]
     times: dict[str, list[float]] = {"second": [], "last": [], "second, empty": [], "last, empty": []}
@@ -237,6 +240,7 @@ def print_first_tokens(session: Session, repeats: int) -> None:
     print("first token (ms, median): " + ", ".join(f"{name} {value * 1e3:.0f}" for name, value in median.items()))
     with_cache, without = median["last"] / median["second"], median["last, empty"] / median["second, empty"]
     print(f"Turn {len(session.asked)} over turn 2: {with_cache:.2f} with the cache, {without:.2f} without.", flush=True)
+    return {"seconds": times, "last over second": with_cache, "the same, empty cache": without}
 
 
 @contextlib.contextmanager
@@ -259,8 +263,8 @@ def model_directory() -> Iterator[str]:
         yield str(directory)
 
 
-def serve_session(model: str, options: argparse.Namespace, *, thinks: bool) -> bool:
-    """One session on a server of its own; whether every turn has computed only what it must."""
+def serve_session(model: str, options: argparse.Namespace, *, thinks: bool) -> dict[str, Any]:
+    """One session on a server of its own, and what `run` found."""
     real = model.endswith(".gguf")
     template = () if real and not thinks else ("--chat-template", "qwen3")
     flags = ("--max-total-tokens", str(POSITIONS), "--enable-cache-report", "--tool-call-parser", "hermes")
@@ -269,18 +273,24 @@ def serve_session(model: str, options: argparse.Namespace, *, thinks: bool) -> b
         page_size = requests.get(f"{server.url}/server_info", timeout=WAIT_S).json()["page_size"]
         name = Path(model).name if real else "random weights"
         rendered = "Qwen 3's template" if template else "its own template"
-        print(f"\n{name}, {rendered}, {'thoughts in the history, ' if thinks else ''}pages of {page_size} tokens")
-        return run(server.url, page_size, options.turns, options.repeats, thinks=thinks)
+        what = f"{name}, {rendered}, {'thoughts in the history, ' if thinks else ''}pages of {page_size} tokens"
+        print(f"\n{what}")
+        return {"session": what} | run(server.url, page_size, options.turns, options.repeats, thinks=thinks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="file for the result")
     options = parser.parse_args()
+    here = machine()
+    print(json.dumps(here))
     with model_directory() as model:
-        good = [serve_session(model, options, thinks=thinks) for thinks in (False, True)]
-    sys.exit(0 if all(good) else 1)
+        found = [serve_session(model, options, thinks=thinks) for thinks in (False, True)]
+    if options.out:
+        options.out.write_text(json.dumps({"machine": here, "sessions": found}, indent=1) + "\n")
+    sys.exit(1 if any(session["too_much"] for session in found) else 0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from quartet.http_gateway.batches.expiry import ExpiresAfter
 from quartet.runtime.batch import lines
 from quartet.runtime.batch.lines import BadLine, Request
 from quartet.runtime.errors import RequestError
@@ -62,6 +63,7 @@ class Batch(msgspec.Struct, kw_only=True):
     cancelled_at: int | None = None
     request_counts: Counts = msgspec.field(default_factory=Counts)
     metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
 
     @property
     def over(self) -> bool:

@@ -1,13 +1,14 @@
 """/v1/batches: files of requests that are answered when there is room for them."""
 
 import time
-from typing import Any
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
+from quartet.http_gateway.batches import expiry
 from quartet.http_gateway.batches.batch import Batch, described, window_s
+from quartet.http_gateway.batches.expiry import ExpiresAfter
 from quartet.http_gateway.batches.files import PURPOSE, found_file
 from quartet.http_gateway.batches.pages import page
 from quartet.http_gateway.batches.service import runner_of
@@ -31,7 +32,7 @@ class BatchBody(msgspec.Struct, kw_only=True):
     endpoint: str
     completion_window: str
     metadata: dict[str, str] | None = None
-    output_expires_after: Any = None
+    output_expires_after: ExpiresAfter | None = None
 
 
 async def batches(gateway: Gateway, http: HTTPRequest) -> Response:
@@ -51,11 +52,8 @@ async def begin(gateway: Gateway, http: HTTPRequest) -> Response:
             f"endpoint must be one of {', '.join(URLS)}, got {short(body.endpoint)!r}.", field="endpoint"
         )
     check_metadata(body.metadata or {})
-    if body.output_expires_after is not None:
-        raise RequestError(
-            "output_expires_after is not supported: files are kept until they are deleted.",
-            field="output_expires_after",
-        )
+    if (wanted := body.output_expires_after) is not None:
+        expiry.check(wanted.anchor, wanted.seconds, ("output_expires_after.anchor", "output_expires_after.seconds"))
     seconds = window_s(body.completion_window)
     file = await found_file(gateway, body.input_file_id, "input_file_id")
     if file.purpose != PURPOSE:
@@ -69,6 +67,7 @@ async def begin(gateway: Gateway, http: HTTPRequest) -> Response:
         created_at=now,
         expires_at=now + seconds,
         metadata=body.metadata,
+        output_expires_after=body.output_expires_after,
     )
     await runner_of(http).begin(batch)
     return errors.json_response(described(batch))

@@ -5,6 +5,7 @@ from typing import Any
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import FileResponse, Response
 
+from quartet.http_gateway.batches.expiry import FORM_FIELDS, wanted_s
 from quartet.http_gateway.batches.pages import choice, page
 from quartet.http_gateway.batches.service import runner_of
 from quartet.http_gateway.batches.upload import file_in, form_of
@@ -32,10 +33,11 @@ async def upload(gateway: Gateway, http: HTTPRequest) -> Response:
         purpose, file = form.get("purpose"), file_in(form)
         if purpose != PURPOSE:
             raise RequestError(f"purpose must be {PURPOSE!r}, got {short(str(purpose))!r}.", field="purpose")
-        if beyond := sorted(form.keys() - {"file", "purpose"}):
-            raise RequestError(f"{short(beyond[0])} is not supported: files are kept until they are deleted.")
+        if beyond := sorted(form.keys() - {"file", "purpose", *FORM_FIELDS}):
+            raise RequestError(f"{short(beyond[0])} is not a field of files.", field=short(beyond[0]))
         name = (file.filename or "")[:MAX_NAME_CHARS]
-        kept = await gateway.files.run(gateway.files.add, file.file, file.size or 0, name, purpose)
+        keep_s = wanted_s(form)
+        kept = await gateway.files.run(gateway.files.add, file.file, file.size or 0, name, purpose, keep_s)
     return errors.json_response(described(kept))
 
 
@@ -76,7 +78,7 @@ async def found_file(gateway: Gateway, file_id: str, field: str | None = None) -
 
 def described(file: StoredFile) -> dict[str, Any]:
     """The object of the API."""
-    return {"object": "file", **file._asdict(), "status": "processed", "expires_at": None, "status_details": None}
+    return {"object": "file", **file._asdict(), "status": "processed", "status_details": None}
 
 
 ENDPOINTS = [

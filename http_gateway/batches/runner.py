@@ -208,11 +208,13 @@ class BatchRunner:
             for text in partial:
                 (answers if msgspec.json.decode(text, type=Entry).succeeded else failures).write(text)
         made = []
+        keep_s = batch.output_expires_after.seconds if batch.output_expires_after else None
         for file_id, name in ((output, "output"), (errors, "error")):
             path = self._store.path_of(file_id)
             path.chmod(0o600)
             if size := path.stat().st_size:
-                made.append(StoredFile(file_id, int(self._now()), size, f"{batch.id}_{name}.jsonl", "batch_output"))
+                file_name = f"{batch.id}_{name}.jsonl"
+                made.append(self._store.described(file_id, size, file_name, "batch_output", keep_s))
                 setattr(batch, f"{name}_file_id", file_id)
                 synchronize(path)
             else:

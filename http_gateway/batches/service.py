@@ -1,5 +1,6 @@
 """The batches of an application: how their requests are carried out, and where its endpoints find them."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp
 from quartet.http_gateway.batches.in_process import call
 from quartet.http_gateway.batches.runner import BatchRunner
 from quartet.http_gateway.http import errors
+from quartet.http_gateway.routes.file_store import FileStore
 from quartet.http_gateway.routes.gateway import Gateway, Phase
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError
@@ -20,6 +22,7 @@ from quartet.runtime.errors import Kind, RequestError
 log = logging.getLogger(__name__)
 
 PRIORITY = 100  # below requests that say nothing of theirs, which have 0
+SWEEP_EVERY_S = 600.0
 WITHOUT_PRIORITY = ("/v1/embeddings", "/v1/responses")
 
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
@@ -57,15 +60,27 @@ def with_priority(config: ServerConfig, url: str, body: bytes) -> bytes:
     return msgspec.json.encode(fields | {"priority": priority})
 
 
-def lifespan(runner: BatchRunner) -> Lifespan:
-    """Goes on with unfinished batches when the application starts."""
+def lifespan(runner: BatchRunner, store: FileStore) -> Lifespan:
+    """Goes on with unfinished batches when the application starts, and removes files whose time is over."""
 
     @asynccontextmanager
     async def span(app: Starlette) -> AsyncIterator[None]:
         await runner.resume()
+        sweeping = asyncio.create_task(sweep(store))
         try:
             yield
         finally:
+            sweeping.cancel()
             runner.stop()
 
     return span
+
+
+async def sweep(store: FileStore, every_s: float = SWEEP_EVERY_S) -> None:
+    """Remove what has had its time, also where nobody asks for anything."""
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            await store.run(store.drop_expired)
+        except RequestError as error:
+            log.error("%s", error)

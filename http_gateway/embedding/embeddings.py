@@ -19,7 +19,7 @@ from quartet.http_gateway.native.generate_body import asks, pack_prompt_ids, rid
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body, require_json
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.http_gateway.routes.tasks import check_embeds, cut_to
+from quartet.http_gateway.routes.tasks import check_embeds, check_one_vector, cut_to
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Request, Text
@@ -63,7 +63,7 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     """A vector for each item of the input."""
     require_json(http)
     body = await bodies.read_json_body(http, EmbeddingsBody)
-    embedding = check_embeds(gateway)
+    embedding = check_one_vector(gateway)
     dimensions = cut_to(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
@@ -172,10 +172,14 @@ def probabilities(scores: list[float], embedding: Embedding) -> list[float]:
     if embedding.activation and not embedding.activation.endswith(".Identity"):
         return scores
     if len(scores) == 1:
-        return [1 / (1 + math.exp(-scores[0]))] if scores[0] > -700 else [0.0]
+        return [sigmoid(scores[0])]
     largest = max(scores)
     shares = [math.exp(score - largest) for score in scores]
     return [share / sum(shares) for share in shares]
+
+
+def sigmoid(score: float) -> float:
+    return 1 / (1 + math.exp(-score)) if score > -700 else 0.0
 
 
 def classified(index: int, shares: list[float], names: dict[str, str]) -> dict[str, Any]:

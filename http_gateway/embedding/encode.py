@@ -10,10 +10,10 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
+from quartet.http_gateway.embedding.prompts import Prompted, choose_vectors, prefix_of
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.output import finish_reason
-from quartet.http_gateway.generation.run_group import collect_answers
+from quartet.http_gateway.generation.run_group import collect_group
 from quartet.http_gateway.generation.truncation import Truncation, read_truncation
 from quartet.http_gateway.native.generate_body import asks, check_batch, pack_prompt_ids, rids_per_prompt
 from quartet.http_gateway.routes import bodies
@@ -22,13 +22,14 @@ from quartet.http_gateway.routes.gateway import Gateway
 from quartet.http_gateway.routes.tasks import check_embeds, cut_to
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
-from quartet.runtime.messages import Generate, Request, Text
+from quartet.runtime.messages import Generate, Request, Text, unpack_ids
 from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.sampling import SamplingParams
 
 NOTHING_GIVEN = "At least one of text, input_ids, or image should be provided"
 BOTH_GIVEN = "text and input_ids cannot be provided at the same time"
 TOO_MUCH = "The vectors of this call have {} numbers together; at most {} are sent. Send fewer texts at once."
+FLOAT_BYTES = 4
 FEW_BYTES = 1 << 16  # of vectors, which are written at once
 NOT_A_CROSS_ENCODER = "This model is no cross-encoder: it reads one text at a time, not pairs."
 REFUSED = ("image_data", "audio_data", "video_data", "lora_path", "return_pooled_hidden_states")
@@ -57,6 +58,7 @@ def to_job(body: EncodeBody, rules: Rules, embedding: Embedding) -> tuple[Job, b
             raise RequestError(f"{name} is not supported.", field=name)
     single = isinstance(body.text, str) or bool(body.input_ids and isinstance(body.input_ids[0], int))
     prompts = read_prompts(body, single, rules)
+    choose_vectors(prompts[0].request, body, embedding)  # which all of them share
     if prefix := prefix_of(body, embedding, texts=body.text is not None):
         for prompt in prompts:
             prompt.text = f"{prefix}{prompt.text}"
@@ -120,30 +122,52 @@ async def encode(gateway: Gateway, http: HTTPRequest) -> Response:
     if not embedding.cross_encoder and any(item.text_pair is not None for item in job.requests):
         raise RequestError(NOT_A_CROSS_ENCODER, field="text")
     vectors = await embed(gateway, http, job)
+    size = embedding.token_size(gateway.model.hidden_size)
 
     def entry(text: Text, index: int) -> dict[str, Any]:
-        return {"embedding": vector(text), "meta_info": meta_info(gateway, text, received_at)}
+        return {"embedding": own_vector(text, embedding, size), "meta_info": meta_info(gateway, text, received_at)}
 
     return await rendered(vectors, entry, b"", b"") if single else await rendered(vectors, entry)
 
 
 async def embed(gateway: Gateway, http: HTTPRequest, job: Job) -> list[Text]:
-    """The message that holds each request's vector, in order.
+    """The message that holds each request's vector or vectors, in order.
 
-    Raises RequestError when one was aborted, and for more numbers than an answer may have.
+    Raises RequestError when one was aborted, and for more numbers than an answer may have: before anything is computed
+    where each text has one vector, else as soon as there are too many.
     """
     embedding = check_embeds(gateway)
-    size = embedding.labels or embedding.size(gateway.model.hidden_size)
-    numbers = sum(item.request.dimensions or size for item in job.requests)
-    if numbers > limits.MAX_VECTOR_NUMBERS:
-        raise RequestError(TOO_MUCH.format(numbers, limits.MAX_VECTOR_NUMBERS), Kind.TOO_LARGE)
-    answers = await collect_answers(gateway.ring, http, job, has_vector_or_end)
+    if embedding.gives_one_vector and not any(item.request.vectors == "tokens" for item in job.requests):
+        size = embedding.labels or embedding.size(gateway.model.hidden_size)
+        check_numbers(sum(item.request.dimensions or size for item in job.requests))
+    answers: list[Text | None] = [None] * len(job.requests)
+    count = 0
+
+    def take(index: int, text: Text) -> None:
+        nonlocal count
+        if has_vector_or_end(text):
+            answers[index] = text
+            count += len(text.tokens.vector) // FLOAT_BYTES
+            check_numbers(count)
+
+    await collect_group(gateway.ring, http, job, take)
     texts = [text for text in answers if text is not None]
     assert len(texts) == len(answers), (len(texts), len(answers))
-    if lost := [text for text in texts if not text.tokens.vector]:
+    if lost := [text for text in texts if not text.tokens.vector and is_lost(text, embedding)]:
         finish = lost[0].tokens.finish
         raise RequestError(f"Request {lost[0].tokens.rid} was aborted: {finish.message if finish else 'no vector'}")
     return texts
+
+
+def check_numbers(count: int) -> None:
+    if count > limits.MAX_VECTOR_NUMBERS:
+        raise RequestError(TOO_MUCH.format(count, limits.MAX_VECTOR_NUMBERS), Kind.TOO_LARGE)
+
+
+def is_lost(text: Text, embedding: Embedding) -> bool:
+    """Whether a text without numbers was not computed. One without words of weight or tokens that count has none."""
+    finish = text.tokens.finish
+    return embedding.gives_one_vector or finish is None or finish.reason != "length"
 
 
 async def rendered(
@@ -169,9 +193,20 @@ def numbers(text: Text) -> list[float]:
     return values.tolist()
 
 
-def vector(text: Text) -> list[float] | float:
-    """The same, a bare number where the model scores pairs."""
+def rows(text: Text, size: int) -> list[list[float]]:
+    """The vectors of a text's tokens, each of so many numbers."""
     values = numbers(text)
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def own_vector(text: Text, embedding: Embedding, size: int) -> Any:
+    """What a model is made for: numbers, a bare one where it scores pairs, rows of `size`, or words with weights."""
+    if embedding.multi_vector is not None:
+        return rows(text, size)
+    values = numbers(text)
+    if embedding.sparse is not None:
+        words = unpack_ids(text.tokens.vector_ids)
+        return [{"index": word, "value": value} for word, value in zip(words, values, strict=True)]
     return values[0] if text.tokens.scalar else values
 
 

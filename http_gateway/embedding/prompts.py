@@ -3,8 +3,11 @@
 A model's files name such prompts (`prompts` in config_sentence_transformers.json) and may say which one is the default.
 """
 
+from typing import Any
+
 from quartet.http_gateway.generation.truncation import Truncating
 from quartet.runtime.errors import RequestError
+from quartet.runtime.messages import Request
 from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.names import Name
 
@@ -13,6 +16,7 @@ NO_PROMPTS = "prompt_name is not supported: this model's files name no prompts."
 ONE_PROMPT = "prompt and prompt_name cannot be given at the same time."
 NOT_BEFORE_IDS = "{} is for texts, and token ids were given."
 NOT_POOLED = "{} is not supported: this model's vectors leave the prompt's tokens out."
+NO_TASKS = "task is not supported: this model's task adapters are not served, and its vectors are those of the base."
 
 
 class Prompted(Truncating, kw_only=True):
@@ -20,10 +24,13 @@ class Prompted(Truncating, kw_only=True):
 
     prompt_name: Name | None = None
     prompt: Name | None = None
+    task: Any = None  # of models with an adapter for each task; others never heard of it
 
 
 def prefix_of(body: Prompted, embedding: Embedding, *, texts: bool) -> str:
     """What stands before each text. Raises RequestError, naming the field, for a prompt that cannot be used."""
+    if body.task is not None and embedding.task_adapters:
+        raise RequestError(NO_TASKS, field="task")
     field = "prompt" if body.prompt is not None else "prompt_name"
     if body.prompt is not None and body.prompt_name is not None:
         raise RequestError(ONE_PROMPT, field="prompt")
@@ -38,3 +45,16 @@ def prefix_of(body: Prompted, embedding: Embedding, *, texts: bool) -> str:
     if found and texts and not embedding.prompts_pooled:
         raise RequestError(NOT_POOLED.format(field), field=field)
     return found if texts else ""
+
+
+def choose_vectors(request: Request, body: Prompted, embedding: Embedding) -> None:
+    """Have a multi-vector model treat a text as the query or the document that its prompt makes it."""
+    many = embedding.multi_vector
+    name = body.prompt_name or embedding.default_prompt
+    if many is None or name not in ("query", "document"):
+        return
+    request.vectors = "query" if name == "query" else "document"
+    if name == "query" and many.expansion is not None:
+        request.fill_to = many.expansion.length
+        if many.expansion.strategy == "fixed":
+            request.truncate = min(request.truncate or request.fill_to, request.fill_to)

@@ -3,7 +3,7 @@
 /embed        a vector for each text
 /similarity   how near each sentence is to a first one, as the cosine of their vectors
 /predict      the labels of a classifier, best first
-/rerank       with `texts` in place of `documents`, see rerank.py
+/rerank       with `texts` in place of `documents`, see rerank.py; /embed_all and /embed_sparse: see vectors.py
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from quartet.http_gateway.embedding.embeddings import NO_LABELS, probabilities
 from quartet.http_gateway.embedding.encode import NOT_A_CROSS_ENCODER, embed, embed_request, numbers, rendered
-from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
+from quartet.http_gateway.embedding.prompts import Prompted, choose_vectors, prefix_of
 from quartet.http_gateway.generation.intake import Job, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
@@ -24,19 +24,25 @@ from quartet.http_gateway.native.generate_body import check_batch, pack_prompt_i
 from quartet.http_gateway.routes import bodies
 from quartet.http_gateway.routes.endpoint import Endpoint, convert_body
 from quartet.http_gateway.routes.gateway import Gateway
-from quartet.http_gateway.routes.tasks import check_embeds, cut_to
+from quartet.http_gateway.routes.tasks import check_embeds, check_one_vector, cut_to
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Text
 
+NOT_BOOLEAN = "truncate must be true or false, got {!r}."
 EMPTY = "inputs cannot be empty."
 MIXED = "inputs must be a text, texts, or token ids."
 NOT_A_TEXT = "inputs must be a text, a pair of texts, or a list of such; a text is a list of one, a pair a list of two."
 
 
-class EmbedBody(Prompted, kw_only=True):
-    """POST /embed. Fields that are not here are ignored."""
+class TextsBody(Prompted, kw_only=True):
+    """What all routes that embed are given."""
 
     inputs: str | list[Any]
+
+
+class EmbedBody(TextsBody, kw_only=True):
+    """POST /embed. Fields that are not here are ignored."""
+
     normalize: bool = True
     dimensions: int | None = None
 
@@ -67,13 +73,20 @@ class SimilarityBody(msgspec.Struct, kw_only=True):
 async def embed_texts(gateway: Gateway, http: HTTPRequest) -> Response:
     """A list of vectors, for one text too."""
     body = await bodies.read_json_body(http, EmbedBody)
-    embedding = check_embeds(gateway)
+    check_truncate(body)
+    embedding = check_one_vector(gateway)
     dimensions = cut_to(gateway, embedding, body.dimensions)
-    job = await convert_body(http, embed_job, body, dimensions, gateway)
+    job = await convert_body(http, texts_job, body, gateway, dimensions, body.normalize)
     return await rendered(await embed(gateway, http, job), lambda text, _: numbers(text))
 
 
-def embed_job(body: EmbedBody, dimensions: int | None, gateway: Gateway) -> Job:
+def check_truncate(body: Truncating) -> None:
+    """Raise RequestError unless `truncate` is what clients of text-embeddings-inference send."""
+    if not isinstance(body.truncate, bool | None):
+        raise RequestError(NOT_BOOLEAN.format(body.truncate), field="truncate")
+
+
+def texts_job(body: TextsBody, gateway: Gateway, dimensions: int | None = None, normalize: bool | None = None) -> Job:
     """One request for each text or list of token ids. Raises RequestError."""
     given: Any = body.inputs
     single = isinstance(given, str) or bool(given and isinstance(given[0], int))
@@ -84,8 +97,10 @@ def embed_job(body: EmbedBody, dimensions: int | None, gateway: Gateway) -> Job:
     texts = isinstance(items[0], str)
     if any(isinstance(item, str) is not texts or not isinstance(item, str | list) for item in items):
         raise RequestError(MIXED, field="inputs")
-    prefix = prefix_of(body, check_embeds(gateway), texts=texts)
-    request = embed_request(gateway.rules, dimensions, read_truncation(body, "right"), normalize=body.normalize)
+    embedding = check_embeds(gateway)
+    prefix = prefix_of(body, embedding, texts=texts)
+    request = embed_request(gateway.rules, dimensions, read_truncation(body, "right"), normalize=normalize)
+    choose_vectors(request, body, embedding)
     if texts:
         prompts = [Generate(request=request, text=prefix + item) for item in items]
     else:
@@ -102,7 +117,8 @@ def token_ids(item: Sequence[Any], gateway: Gateway) -> bytes:
 async def similarity(gateway: Gateway, http: HTTPRequest) -> Response:
     """The cosine of each sentence's vector with that of the first text, in order."""
     body = await bodies.read_json_body(http, SimilarityBody)
-    check_embeds(gateway)
+    check_truncate(body.parameters)
+    check_one_vector(gateway)
     given = body.parameters
     prompted = EmbedBody(
         inputs=[body.inputs.source_sentence, *body.inputs.sentences],
@@ -110,7 +126,7 @@ async def similarity(gateway: Gateway, http: HTTPRequest) -> Response:
     )
     if not body.inputs.sentences:
         raise RequestError(EMPTY, field="inputs.sentences")
-    job = await convert_body(http, embed_job, prompted, None, gateway)
+    job = await convert_body(http, texts_job, prompted, gateway, None, True)
     texts = await embed(gateway, http, job)
     return errors.json_response(await asyncio.to_thread(cosines, texts))
 
@@ -124,6 +140,7 @@ def cosines(texts: Sequence[Text]) -> list[float]:
 async def predict(gateway: Gateway, http: HTTPRequest) -> Response:
     """Labels with their scores, best first; for several texts a list of such lists."""
     body = await bodies.read_json_body(http, PredictBody)
+    check_truncate(body)
     embedding = check_embeds(gateway)
     if not embedding.labels:
         raise RequestError(NO_LABELS)

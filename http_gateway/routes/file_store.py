@@ -1,8 +1,9 @@
 """The files and batches of /v1/files and /v1/batches: a bounded directory, which outlasts the gateway's process.
 
 The directory has the content of each file under its id, and a SQLite database with what is known of them. No file is
-ever dropped to make room: a client deletes what it no longer needs. What is known of batches that are over has the room
-that files leave; beyond that, the oldest are forgotten.
+ever dropped to make room: a client deletes what it no longer needs, and each goes at its own time (`expires_at`), but
+for one that an unfinished batch reads. What is known of batches that are over has the room that files leave; beyond
+that, the oldest are forgotten, and each some time after its end.
 
 Every method but `run` blocks. The event loop calls them by `run`, in a thread of the store's own.
 """
@@ -22,12 +23,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+import msgspec
+
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import Kind, RequestError, StartupError
 from quartet.runtime.limits import MAX_BATCHES, MAX_FILES, MAX_UNFINISHED_BATCHES
 
 DATABASE, LOCK = "files.sqlite", "lock"
-FORMAT = 1  # of the database, as its user_version
+FORMAT = 2  # of the database, as its user_version
 PARTIAL = ".partial"  # results of a batch that is not over
 FULL = (
     "The store of files has no room for {} bytes more: delete files, or start the server with more --files-store-size."
@@ -38,11 +41,24 @@ Result = TypeVar("Result")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     id TEXT PRIMARY KEY, created_at INTEGER NOT NULL, bytes INTEGER NOT NULL, filename TEXT NOT NULL,
-    purpose TEXT NOT NULL
+    purpose TEXT NOT NULL, expires_at INTEGER
 );
-CREATE TABLE IF NOT EXISTS batches (id TEXT PRIMARY KEY, over INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS batches (
+    id TEXT PRIMARY KEY, over INTEGER NOT NULL, data BLOB NOT NULL, changed_at INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS by_expiry ON files (expires_at);
+CREATE INDEX IF NOT EXISTS by_change ON batches (over, changed_at);
+"""
+# Format 1 had no times: its files stay until they are deleted, its batches count from now on.
+FROM_FORMAT_1 = """
+ALTER TABLE files ADD COLUMN expires_at INTEGER;
+ALTER TABLE batches ADD COLUMN changed_at INTEGER NOT NULL DEFAULT 0;
+UPDATE batches SET changed_at = CAST(strftime('%s', 'now') AS INTEGER);
 """
 
+PUT = """
+INSERT INTO batches VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET over = ?2, data = ?3, changed_at = ?4
+"""
 FORGET = "DELETE FROM batches WHERE over AND rowid <= (SELECT max(rowid) FROM batches) - ?"
 # The oldest that are over, beyond so many bytes. The newest stay in any case: somebody waits for their end.
 TRIM = """
@@ -63,15 +79,28 @@ class StoredFile(NamedTuple):
     bytes: int
     filename: str
     purpose: str
+    expires_at: int | None = None
+
+
+class Reading(msgspec.Struct):
+    """Of a batch: which file it reads."""
+
+    input_file_id: str = ""
 
 
 class FileStore:
-    """Keeps so many bytes of files, and the batches that use them."""
+    """Keeps so many bytes of files, and the batches that use them, for so long."""
 
-    def __init__(self, directory: str | None, most_bytes: int, now: Callable[[], float] = time.time) -> None:
-        """`directory`: made when it is needed; None: one for this process alone. `now`: seconds, as `time.time`."""
+    def __init__(
+        self, directory: str | None, most_bytes: int, most_age_s: float = 0, now: Callable[[], float] = time.time
+    ) -> None:
+        """`directory`: made when it is needed; None: one for this process alone. `most_age_s`: 0 is no limit.
+
+        `now`: seconds, as `time.time`.
+        """
         self._given = directory
         self.most_bytes = most_bytes
+        self._most_age_s = most_age_s
         self._now = now
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
@@ -99,13 +128,26 @@ class FileStore:
         with self._transaction() as database:
             return self.most_bytes - bytes_of_files(database)
 
-    def add(self, content: BinaryIO, size: int, filename: str, purpose: str) -> StoredFile:
-        """Keep a copy of a file. Raises RequestError (413) where there is no room."""
+    def described(
+        self, file_id: str, size: int, filename: str, purpose: str, keep_s: float | None = None
+    ) -> StoredFile:
+        """What is to be known of a file that is made now. `keep_s`: how long it is wanted, no longer than all are."""
+        now = int(self._now())
+        ages = [age for age in (keep_s, self._most_age_s) if age]
+        return StoredFile(file_id, now, size, filename, purpose, now + int(min(ages)) if ages else None)
+
+    def drop_expired(self) -> None:
+        """Remove what has had its time, as every other operation does."""
+        with self._transaction():
+            pass
+
+    def add(self, content: BinaryIO, size: int, filename: str, purpose: str, keep_s: float | None = None) -> StoredFile:
+        """Keep a copy of a file, for `keep_s` at most. Raises RequestError (413) where there is no room."""
         if size > self.room():
             raise RequestError(FULL.format(size), Kind.TOO_LARGE, "file")
         if len(self.files(None)) >= MAX_FILES:
             raise RequestError(f"The store of files has {MAX_FILES} files: delete some.", Kind.TOO_LARGE, "file")
-        file = StoredFile(new_id("file"), int(self._now()), size, filename, purpose)
+        file = self.described(new_id("file"), size, filename, purpose, keep_s)
         path = self.path_of(file.id)
         try:
             with open(path, "xb", opener=private) as copy:
@@ -144,8 +186,8 @@ class FileStore:
         Of batches that are over, the oldest are forgotten where there are too many or no room; their files stay.
         """
         with self._transaction() as database:
-            row = (batch_id, over, data)
-            database.execute("INSERT INTO batches VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET over = ?2, data = ?3", row)
+            row = (batch_id, over, data, int(self._now()))
+            database.execute(PUT, row)
             insert(database, made)
             database.execute(FORGET, (MAX_BATCHES,))
             self._trim(database)
@@ -183,13 +225,28 @@ class FileStore:
             database = self._opened()
             try:
                 database.execute("BEGIN IMMEDIATE")
+                expired = self._expire(database)
                 yield database
                 database.execute("COMMIT")
+                for file_id in expired:
+                    self.path_of(file_id).unlink(missing_ok=True)
             except sqlite3.Error as error:
                 raise RequestError(f"The store of files has failed: {error}", Kind.UNAVAILABLE) from error
             finally:
                 with suppress(sqlite3.Error):  # it has failed before
                     database.rollback()
+
+    def _expire(self, database: sqlite3.Connection) -> list[str]:
+        """Forget what has had its time; the ids of files whose content is to be removed."""
+        now = self._now()
+        if self._most_age_s:
+            database.execute("DELETE FROM batches WHERE over AND changed_at <= ?", (now - self._most_age_s,))
+        expired = {row[0] for row in database.execute("SELECT id FROM files WHERE expires_at <= ?", (now,))}
+        if expired:
+            unfinished = database.execute("SELECT data FROM batches WHERE NOT over")
+            expired -= {msgspec.json.decode(row[0], type=Reading).input_file_id for row in unfinished}
+            database.executemany("DELETE FROM files WHERE id = ?", [(file_id,) for file_id in expired])
+        return list(expired)
 
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
@@ -221,10 +278,11 @@ def opened(path: Path) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     found = database.execute("PRAGMA user_version").fetchone()[0]
-    if found not in (0, FORMAT):
+    if found not in (0, 1, FORMAT):
         raise sqlite3.DatabaseError(f"its format is {found}, this server knows {FORMAT}")
     database.execute("PRAGMA journal_mode = WAL")
-    database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+    earlier = FROM_FORMAT_1 if found == 1 else ""
+    database.executescript(f"BEGIN IMMEDIATE; {earlier} {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
     return database
 
 
@@ -233,7 +291,7 @@ def bytes_of_files(database: sqlite3.Connection) -> int:
 
 
 def insert(database: sqlite3.Connection, files: Sequence[StoredFile]) -> None:
-    database.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?)", files)
+    database.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
 
 
 def private(path: str, mode: int) -> int:
@@ -247,4 +305,4 @@ def new_id(kind: str) -> str:
 def file_store_of(config: ServerConfig, run_dir: str) -> FileStore:
     """The store that a server's settings describe: in the run directory unless a flag names another."""
     directory = config.files_store or (str(Path(run_dir) / "files") if run_dir else None)
-    return FileStore(directory, config.files_store_size)
+    return FileStore(directory, config.files_store_size, config.files_store_age)

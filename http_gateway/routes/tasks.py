@@ -9,6 +9,8 @@ NOT_EMBEDDING = (
     "This model does not appear to be an embedding model by default. "
     "Please add `--is-embedding` when launching the server or try another model."
 )
+MANY_VECTORS = "This model has a vector for each token, not one for a text; use /pooling or /embed_all."
+WORD_WEIGHTS = "This model has weights of words for a text, not a vector; use /embed_sparse."
 NOT_MATRYOSHKA = (
     "Model '{}' does not support matryoshka representation, changing output dimensions will lead to poor results."
 )
@@ -27,6 +29,16 @@ def check_embeds(gateway: Gateway) -> Embedding:
     return gateway.model.embedding
 
 
+def check_one_vector(gateway: Gateway) -> Embedding:
+    """How the model embeds. Raises RequestError where it has no one vector for a text."""
+    embedding = check_embeds(gateway)
+    if embedding.multi_vector is not None:
+        raise RequestError(MANY_VECTORS)
+    if embedding.sparse is not None:
+        raise RequestError(WORD_WEIGHTS)
+    return embedding
+
+
 def cut_to(gateway: Gateway, embedding: Embedding, dimensions: int | None) -> int | None:
     """The dimensions to cut vectors to; None where they stay as they are. Raises RequestError where that cannot be."""
     if dimensions is None:
@@ -35,7 +47,7 @@ def cut_to(gateway: Gateway, embedding: Embedding, dimensions: int | None) -> in
     if not 1 <= dimensions <= size:
         raise RequestError(f"dimensions must be in [1, {size}], got {dimensions}.", field="dimensions")
     if dimensions == size:
-        return None
+        return None if embedding.own_dimensions is None else size
     if not embedding.matryoshka:
         raise RequestError(NOT_MATRYOSHKA.format(gateway.config.name), field="dimensions")
     if embedding.dimensions and dimensions not in embedding.dimensions:

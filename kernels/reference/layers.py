@@ -75,6 +75,11 @@ def clamped_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return gate * torch.sigmoid(gate * 1.702) * (up + 1)
 
 
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """The square of what is above zero; it has no gate."""
+    return torch.relu(x).square()
+
+
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """cap * tanh(x / cap)."""
     return torch.tanh(x / cap) * cap

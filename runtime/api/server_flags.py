@@ -32,6 +32,7 @@ class ServerFlags(TypedDict, total=False):
     ssl_cert_reqs: Literal["none", "optional", "required"] | None
     files_store: str | None
     files_store_size: int
+    files_store_age: float
     host: str
     port: int
     api_key: str | list[str] | None

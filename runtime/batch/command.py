@@ -159,9 +159,9 @@ class NotFound(msgspec.Struct):
 
 
 def is_answer(status: int, body: bytes) -> bool:
-    """Whether this comes from the endpoint itself: JSON, and no word of a path that is not there."""
+    """Whether this comes from the endpoint itself: a JSON object, and no word of a path that is not there."""
     try:
-        msgspec.json.decode(body)
+        msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     if status != NOT_FOUND:

@@ -72,10 +72,13 @@ def measure(options: argparse.Namespace) -> int:
     run = execute(target, options, options.seed)
     summary = summarize([run.records], options.slo, run.interrupted)
     title = f"{target.url} serves {target.model}: {load_in_words(options)}"
-    show([title, *table(summary)], options)
-    write({**described(options), "url": target.url, "model": target.model, "summary": summary, "runs": [run]}, options)
-    if options.plot:
-        plot.draw({target.url: run.records}, Path(options.plot))
+    found = {"url": target.url, "model": target.model, "summary": summary, "runs": [run]}
+    try:
+        show([title, *table(summary)], options)
+    finally:  # whoever reads the table may have left
+        write({**described(options), **found}, options)
+        if options.plot:
+            plot.draw({target.url: run.records}, Path(options.plot))
     return status_of(summary)
 
 

@@ -7,11 +7,14 @@ from quartet.runtime.model_files.towers import TOWERS
 
 MAX_LETTERS = 80  # of a name that are looked at
 NATIVE = (
+    "BambaForCausalLM",
     "Cohere2ForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "Ernie4_5ForCausalLM",
     "Exaone4ForCausalLM",
+    "FalconH1ForCausalLM",
+    "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "Glm4ForCausalLM",
@@ -19,6 +22,8 @@ NATIVE = (
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
     "GraniteForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "KimiLinearForCausalLM",
     "Lfm2ForCausalLM",
     "LlamaForCausalLM",
     "MiniMaxM2ForCausalLM",
@@ -26,8 +31,10 @@ NATIVE = (
     "MinistralForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
+    "NemotronHForCausalLM",
     "Olmo2ForCausalLM",
     "Olmo3ForCausalLM",
+    "OlmoHybridForCausalLM",
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM",
@@ -35,6 +42,7 @@ NATIVE = (
     "Qwen3MoeForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM",
     "SeedOssForCausalLM",
     "SmolLM3ForCausalLM",
 )

@@ -10,7 +10,7 @@ import msgspec
 from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import files, model_ranges
-from quartet.runtime.model_files.embedding import Embedding, embedding, is_embedder, usable_positions
+from quartet.runtime.model_files.embedding import Embedding, check_cuts, embedding, is_embedder, usable_positions
 from quartet.runtime.model_files.model_ranges import BadValue
 from quartet.runtime.model_files.towers import text_config
 
@@ -136,7 +136,8 @@ def positions_of(config: Mapping[str, Any]) -> int:
 
     Not so where the config's own number includes it: where it also tells that of pretraining, and in Gemma 3.
     """
-    positions: int = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
+    named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "model_max_length"))
+    positions: int = next(filter(None, named), DEFAULT_CONTEXT)
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type") or rope.get("type")
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
@@ -168,16 +169,20 @@ def load(config: ServerConfig) -> ModelInfo:
     except BadValue as error:
         raise StartupError(f"{path / 'generation_config.json'}: {error}") from error
     ends = {*eos_ids(text, generation), *tokenizer_eos_ids(tokenizer_dir(config))}
+    hidden_size = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or text.get("dim") or 0)
+    embedder = embedding(path, architecture, text) if embeds(config) else None
+    if embedder is not None:
+        check_cuts(embedder, path, hidden_size)
     return ModelInfo(
         path=str(path),
         architecture=architecture,
         model_type=str(text.get("model_type", "")),
         vocab_size=vocab_size,
-        hidden_size=int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or text.get("dim") or 0),
+        hidden_size=hidden_size,
         context_length=context,
         eos_ids=sorted(id for id in ends if 0 <= id < vocab_size),
         config=text,
         generation_config=generation,
-        is_embedding=embeds(config),
-        embedding=embedding(path, architecture, text) if embeds(config) else None,
+        is_embedding=embedder is not None,
+        embedding=embedder,
     )

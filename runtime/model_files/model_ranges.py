@@ -119,7 +119,9 @@ FIELDS: dict[str, Kind] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "head_dim"), HEADS),
     "num_key_value_heads": Each(HEADS, MAX_LAYERS, alone=True),  # in some models each layer has its own
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "original_max_position_embeddings"), POSITIONS),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "model_max_length", "original_max_position_embeddings"), POSITIONS
+    ),
     **dict.fromkeys(("sliding_window", "max_window_layers"), Int(0, MAX_POSITIONS)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), EXPERTS),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), Int(0, 1 << 10)),
@@ -140,13 +142,21 @@ FIELDS: dict[str, Kind] = {
     "mlp_only_layers": Each(Int(0, MAX_LAYERS), MAX_LAYERS),
     "layer_types": Each(TEXT, MAX_LAYERS),
     "local_attention": POSITIONS,
+    **dict.fromkeys(("position_buckets", "max_relative_positions"), Int(-1, 1 << 16)),
+    "relative_attention_num_buckets": Int(1, 1 << 16),
+    "pos_att_type": Either(TEXT, Each(TEXT, 16)),
+    **dict.fromkeys(("relative_attention", "share_att_key", "position_biased_input"), BOOLEAN),
+    **dict.fromkeys(("pooler_hidden_act", "activation_function", "norm_rel_ebd", "classifier_pooling"), TEXT),
     "type_vocab_size": Int(0, 1 << 16),
     "num_labels": Int(1, 1 << 22),
     "matryoshka_dimensions": Each(WIDTH, 1 << 10),
+    "truncate_dim": WIDTH,
     **dict.fromkeys(("bos_token_id", "eos_token_id"), Each(TOKEN_ID, 1 << 10, alone=True)),
     "pad_token_id": TOKEN_ID,
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"), EPSILON),
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "global_rope_theta", "local_rope_theta"), THETA),
+    **dict.fromkeys(
+        ("rope_theta", "rope_local_base_freq", "global_rope_theta", "local_rope_theta", "rotary_emb_base"), THETA
+    ),
     "partial_rotary_factor": Number(1e-3, 1.0),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), SCALE),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation", "torch_dtype", "dtype"), TEXT),

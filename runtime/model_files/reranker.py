@@ -13,6 +13,8 @@ from quartet.runtime.model_files.model_info import ModelInfo
 
 FAMILY = "Qwen3ForCausalLM"
 NAMED = re.compile(r"qwen3[-_.]?reranker", re.IGNORECASE)
+BGE_FAMILY = "GemmaForCausalLM"
+BGE_NAMED = re.compile(r"bge[-_.]?reranker[-_.]?v2[-_.]?gemma", re.IGNORECASE)
 ASKS = 'answer can only be "yes" or "no"'
 
 
@@ -20,19 +22,23 @@ ASKS = 'answer can only be "yes" or "no"'
 class AnswerRanking:
     """How a model is asked whether a document fits."""
 
-    own_template: bool  # by that of --chat-template
-    labels: list[int] = field(default_factory=list)  # tokens of both answers, once the tokenizer has told them
+    own_template: bool = False  # by that of --chat-template
+    by_logit: bool = (
+        False  # by that of "Yes" alone behind a prompt of BGE's, rather than by its share among two answers
+    )
+    labels: list[int] = field(default_factory=list)  # tokens of the answers, once the tokenizer has told them
+    beginning: list[int] = field(default_factory=list)  # tokens that stand before any text, likewise
 
 
 def answer_ranking(model: ModelInfo, config: ServerConfig) -> AnswerRanking | None:
-    """Of a Qwen3-Reranker that is served for generation; None for any other model. Raises StartupError."""
-    if model.is_embedding or model.architecture != FAMILY:
+    """Of a reranker that is served for generation; None for any other model. Raises StartupError."""
+    if model.is_embedding or model.architecture not in (FAMILY, BGE_FAMILY):
         return None
+    names = [Path(name).name for name in (config.model_path, config.served_model_name or "", model.path)]
+    if model.architecture == BGE_FAMILY:
+        return AnswerRanking(by_logit=True) if any(map(BGE_NAMED.search, names)) else None
     own_template = has_own_template(config)
-    names = (config.model_path, config.served_model_name or "", model.path)
-    if own_template or any(NAMED.search(Path(name).name) for name in names):
-        return AnswerRanking(own_template)
-    return None
+    return AnswerRanking(own_template) if own_template or any(map(NAMED.search, names)) else None
 
 
 def has_own_template(config: ServerConfig) -> bool:

@@ -6,6 +6,7 @@ may import this module for nothing.
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,3 +110,24 @@ def _declared_tokens(settings: dict[str, Any], names: dict[str, Any]) -> "list[A
         if content:
             tokens.append(AddedToken(content, special=True, normalized=False))
     return tokens
+
+
+def add_marks(tokenizer: "Tokenizer", marks: Iterable[str]) -> None:
+    """Have the marks before a multi-vector model's texts read as one token, where the vocabulary has it."""
+    from tokenizers import AddedToken
+
+    for mark in marks:
+        known = next((form for form in (mark, mark.strip()) if form and tokenizer.token_to_id(form) is not None), None)
+        if known is not None and tokenizer.encode(known, add_special_tokens=False).tokens != [known]:
+            tokenizer.add_special_tokens([AddedToken(known, special=True, normalized=False)])
+
+
+def filler_id(tokenizer: "Tokenizer", path: Path, token: str | None) -> int:
+    """The token that fills queries up: `token`, else the mask of the files in `path`. Raises StartupError."""
+    settings = read_json(path / "special_tokens_map.json") | read_json(path / "tokenizer_config.json")
+    named = token or settings.get("mask_token") or settings.get("eos_token")
+    name = named.get("content") if isinstance(named, dict) else named
+    found = tokenizer.token_to_id(name) if isinstance(name, str) else None
+    if found is None:
+        raise StartupError(f"{path} has no token to fill queries up with (mask_token), as the model's files ask for")
+    return found

@@ -12,6 +12,9 @@ TOWERS: dict[str, dict[str, str]] = {
     "Qwen2VLForConditionalGeneration": {"": "Qwen2ForCausalLM"},
     "Qwen2_5_VLForConditionalGeneration": {"": "Qwen2ForCausalLM"},
     "Qwen3VLForConditionalGeneration": {"": "Qwen3ForCausalLM"},
+    "Qwen3VLMoeForConditionalGeneration": {"": "Qwen3MoeForCausalLM"},
+    "Qwen3_5ForConditionalGeneration": {"": "Qwen3_5ForCausalLM"},
+    "Qwen3_5MoeForConditionalGeneration": {"": "Qwen3_5MoeForCausalLM"},
 }
 GEMMA3 = {
     "vocab_size": 262208,
@@ -21,7 +24,10 @@ GEMMA3 = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }
-OMITTED: dict[str, dict[str, Any]] = {"gemma3_text": GEMMA3}  # what released configs leave to transformers' defaults
+OMITTED: dict[str, dict[str, Any]] = {  # what released configs leave to transformers' defaults
+    "gemma3_text": GEMMA3,
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
+}
 
 
 def text_config(config: Config) -> dict[str, Any]:

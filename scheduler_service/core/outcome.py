@@ -45,7 +45,7 @@ def update_of(sequence: Sequence, result: Result) -> Update:
         update.ids = pack_id(tokens[0]) if len(tokens) == 1 else pack_ids(tokens)
         update.logprobs = concatenated(result.logprobs) if result.logprobs else None
     if result.vector:
-        update.vector, update.scalar = result.vector, result.scalar
+        update.vector, update.vector_ids, update.scalar = result.vector, result.vector_ids, result.scalar
     if sequence.hidden.parts:
         update.hidden_states = sequence.hidden.take()
     if update.first and sequence.request.logprobs:

@@ -66,6 +66,7 @@ class Result:
     logprobs: list[Logprobs] | None = None  # one position for each of `tokens`
     input_logprobs: Logprobs | None = None  # of the scored prompt positions of this slice
     vector: bytes = b""  # embed requests, on their last slice: float32
+    vector_ids: bytes = b""
     scalar: bool = False
     hidden_states: bytes = b""
     routed_experts: bytes = b""  # int32 (positions of the slice, layers, top_k)
@@ -84,6 +85,7 @@ class Update:
     logprobs: Logprobs | None = None
     input_logprobs: Logprobs | None = None
     vector: bytes = b""
+    vector_ids: bytes = b""
     scalar: bool = False
     hidden_states: bytes = b""
     routed_experts: bytes = b""  # with finish

@@ -42,6 +42,7 @@ class Sequence:
     prompt_len: int
     arrived_at: float = 0.0  # scheduler's clock
     token_types: bytes = b""
+    attended: int = 0  # prompt tokens that others see; 0: all
     embeds: bytes = b""
     namespace: str = ""  # of the prefix cache: generation of the KV, version of the adapter, extra key
     pages: list[int] = field(default_factory=list)

@@ -68,6 +68,7 @@ def sequence_of(message: Tokenized, config: PlannerConfig, now: float, grammar: 
         prompt_len=len(ids),
         arrived_at=now,
         token_types=message.token_types,
+        attended=message.attended,
         times=message.times,
         embeds=message.embeds,
         limit=limit,

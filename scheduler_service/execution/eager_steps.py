@@ -95,6 +95,7 @@ class EagerSteps(Steps):
             attend=PagedAttend(self.cache, inputs.placement, inputs.ragged, self.attention),
             starts=inputs.starts,
             token_types=inputs.token_types,
+            attended=inputs.attended,
             embeds=inputs.embeds,
             embeds_mask=inputs.embeds_mask,
             record_experts=record_experts,

@@ -25,6 +25,7 @@ class Inputs:
     ragged: Ragged
     placement: Placement
     token_types: torch.Tensor | None = None  # (tokens,) int64
+    attended: list[int] | None = None  # by slice
     embeds: torch.Tensor | None = None  # (tokens, hidden)
     embeds_mask: torch.Tensor | None = None  # (tokens,) bool
 
@@ -148,6 +149,12 @@ def add_token_types(inputs: Inputs, plan: Plan) -> None:
     for share, row in zip(plan.slices, inputs.offsets, strict=False):
         types = array("i", share.sequence.token_types)[share.start : share.end]
         inputs.token_types[row : row + len(types)] = torch.tensor(types)
+
+
+def add_attended(inputs: Inputs, plan: Plan) -> None:
+    """Attach how many tokens of each text are seen, where that is not all of them."""
+    if any(share.sequence.attended for share in plan.slices):
+        inputs.attended = [share.sequence.attended or share.end - share.start for share in plan.slices]
 
 
 def to_device(inputs: Inputs, device: torch.device) -> None:

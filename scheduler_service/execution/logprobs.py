@@ -109,8 +109,13 @@ def as_bytes(values: torch.Tensor, dtype: torch.dtype) -> bytes:
     return bytes(values.to("cpu", dtype).contiguous().numpy().tobytes())
 
 
-def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int], entropy: bool = False) -> Scores:
-    """Logprobs of ids (rows,), of the best `top` tokens and of the `asked` ones, from logits (rows, vocab)."""
+def score(
+    logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int], entropy: bool = False, raw: bool = False
+) -> Scores:
+    """Logprobs of ids (rows,), of the best `top` tokens and of the `asked` ones, from logits (rows, vocab).
+
+    `raw`: of the asked ones the logits themselves.
+    """
     norm = log_of_sums(logits)  # (rows, 1)
     columns = upload(asked, logits.device, torch.int64)
     top_values, top_ids = largest(logits, min(top, logits.shape[1])) if top else (logits[:, :0], logits[:, :0])
@@ -119,7 +124,7 @@ def score(logits: torch.Tensor, ids: torch.Tensor, top: int, asked: list[int], e
         values=logits.gather(1, ids.unsqueeze(1)).squeeze(1) - norm.squeeze(1),
         top_ids=top_ids,
         top_values=top_values - norm,
-        asked_values=logits[:, columns] - norm,
+        asked_values=logits[:, columns] - (0.0 if raw else norm),
         entropies=entropies(logits - norm) if entropy else norm[:0, 0],
     )
 
@@ -152,16 +157,21 @@ def output_logprobs(
     """
     scored_rows = [i for i, option in enumerate(options) if option is not None and option.support]
     scored = OutputScores(len(options), [], [support_of(logits, tokens, i, rows) for i in scored_rows])
-    for asked in {tuple(option.token_ids or ()) for option in options if option is not None}:
-        own = [i for i, o in enumerate(options) if o is not None and tuple(o.token_ids or ()) == asked]
+    for asked, raw in {asked_of(option) for option in options if option is not None}:
+        own = [i for i, option in enumerate(options) if option is not None and asked_of(option) == (asked, raw)]
         tops = [option.top for i in own if (option := options[i]) is not None]
         entropy = any(option.entropy for i in own if (option := options[i]) is not None)
         part, ids = logits, tokens
         if len(own) < len(options):
             picked = upload(own, logits.device)
             part, ids = logits[picked], tokens[picked]
-        scored.parts.append((own, tops, score(part, ids, max(tops), list(asked), entropy).fetched()))
+        scored.parts.append((own, tops, score(part, ids, max(tops), list(asked), entropy, raw).fetched()))
     return scored
+
+
+def asked_of(option: LogprobOptions) -> tuple[tuple[int, ...], bool]:
+    """The ids whose values a request wants at every position, and whether as logits."""
+    return tuple(option.token_ids or ()), option.raw
 
 
 def support_of(logits: torch.Tensor, tokens: torch.Tensor, row: int, rows: SamplingRows) -> Support:

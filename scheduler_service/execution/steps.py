@@ -12,7 +12,14 @@ import torch
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
-from quartet.scheduler_service.execution.inputs import Inputs, add_embeds, add_token_types, make_inputs, to_device
+from quartet.scheduler_service.execution.inputs import (
+    Inputs,
+    add_attended,
+    add_embeds,
+    add_token_types,
+    make_inputs,
+    to_device,
+)
 from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.launched_step import State
 from quartet.scheduler_service.execution.verification import LogitRows
@@ -76,6 +83,7 @@ class Steps(ABC):
         inputs = make_inputs(plan, runs, [state.last_token for state in states], self.cache.page_size)
         add_embeds(inputs, plan, self.model.hidden_size)
         add_token_types(inputs, plan)
+        add_attended(inputs, plan)
         to_device(inputs, self.device)
         ahead = [i for i, state in enumerate(states) if state.unseen]
         if ahead:

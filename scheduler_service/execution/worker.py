@@ -90,7 +90,7 @@ class Worker:
         if deterministic:
             keep_order(self.model.weights)  # with as many threads as will compute
         attention = choose_attention(self.device, self.model, deterministic)
-        self.pooler = make_pooler(info.embedding, self.model)
+        self.pooler = make_pooler(config, info, self.model)
         self.state_cache = make_state_cache(config, self.model, self.device, info.context_length)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         self.cache = make_kv_cache(

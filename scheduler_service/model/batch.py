@@ -86,6 +86,7 @@ class Batch:
     attend: Attend | PagedContext  # the latter for the fused decoder
     starts: torch.Tensor  # (sequences + 1,) int64, offsets into tokens
     token_types: torch.Tensor | None = None  # (tokens,) int64
+    attended: list[int] | None = None  # by sequence: its first tokens, which others see; for encoders. None: all
     embeds: torch.Tensor | None = None  # (tokens, hidden) used where embeds_mask is set
     embeds_mask: torch.Tensor | None = None  # (tokens,) bool
     record_experts: Callable[[int, torch.Tensor], None] | None = None  # (layer, topk_ids (tokens, k))

@@ -165,7 +165,7 @@ def layers_together(layers: list[DecoderLayer], rotary_dims: Sequence[int]) -> L
 
 def described_layer(layer: DecoderLayer) -> Layer | None:
     """A layer as the kernels know it; None where they have no such thing."""
-    attention = layer.attention
+    attention = layer.mixer
     if not isinstance(attention, Attention) or not (attention.output.is_whole and is_known(layer)):
         return None
     if (feed_forward := described_feed_forward(layer)) is None:
@@ -196,6 +196,8 @@ def described_feed_forward(layer: DecoderLayer) -> Mlp | Experts | None:
     match layer.feed_forward:
         case Moe() as moe:
             return described_experts(before, moe, after)
+        case None:
+            return None
         case block:
             activation = GATES.get(block.activation, "")
             return Mlp(block.gate_up, block.down, norm_weight(before), norm_weight(after), activation)
@@ -246,8 +248,12 @@ MOE_SPEC = {
     "renormalize",
     "shared_intermediate_size",
     "block",
+    "router",
     "gate_up",
     "down",
+    "shared",
+    "shared_gate_up",
+    "shared_down",
 }
 
 

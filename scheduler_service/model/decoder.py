@@ -5,6 +5,7 @@ from typing import cast
 
 import torch
 
+from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model import latent
 from quartet.scheduler_service.model.backend import Backend, Rotation
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
@@ -46,9 +47,8 @@ class Decoder:
         self.norm = norm_of(spec, weights, "norm")
         self.lm_head = linear(weights, "embed" if spec.tied else "lm_head") if spec.generates else None
         self.head = Head(spec.score_head, weights) if spec.score_head else None
-        recurrent = [layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention | LatentAttention)]
         self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers if layer.attends]
-        self.states: list[StateSpec] = [mixer.spec for mixer in recurrent]
+        self.states: list[StateSpec] = [layer.recurrence.spec for layer in self.layers if layer.recurrence]
         self.backend = backend
         backend.reserve(self.layers, self.lm_head)
 
@@ -90,7 +90,7 @@ class Decoder:
 
     def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
         """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
-        together = not (batch.record_experts or self.states)
+        together = self.spec.is_plain and not batch.record_experts
         if together and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
             return
         scale = self.query_scale(batch.positions)
@@ -107,32 +107,52 @@ class Decoder:
     ) -> None:
         """residual += attention, then residual += feed-forward, with the layer's norms before and after each."""
         compute = self.backend
-        mixer = layer.mixer
-        if isinstance(mixer, Attention):
-            scale = query_scale if mixer.scales_queries else None
-            mixed = compute.attend(residual, layer.before_attention, mixer, rotation, batch.attend, scale)
-        elif isinstance(mixer, LatentAttention):
-            x = compute.normed(residual, layer.before_attention)
-            mixed = latent.attend(x, mixer, rotation, cast(Attend, batch.attend), compute.normed)
-        else:
-            assert batch.states is not None
-            x = compute.normed(residual, layer.before_attention)
-            mixed = mixer.mix(x, batch.states, compute.deterministic)
         block = layer.feed_forward
-        if layer.parallel:
-            assert isinstance(block, Mlp), "see registry.decoder_spec"
-            inner = compute.gate_up(residual, layer.before_mlp, block.gate_up, block.activation)
-            compute.add_product(residual, mixed, mixer.output, layer.after_attention)
-            compute.add_product(residual, inner, block.down, layer.after_mlp)
-            return
-        compute.add_product(residual, mixed, mixer.output, layer.after_attention)
+        mixed = self.mixed(layer, residual, rotation, batch, query_scale)
+        inner = self.inner(layer, block, residual) if layer.parallel and isinstance(block, Mlp) else None
+        for part, output in mixed:
+            compute.add_product(residual, part, output, layer.after_attention)
         if isinstance(block, Moe):
             chosen = compute.add_experts(residual, layer.before_mlp, block, layer.after_mlp)
             if batch.record_experts:
                 batch.record_experts(layer.index, chosen)
-            return
-        inner = compute.gate_up(residual, layer.before_mlp, block.gate_up, block.activation)
-        compute.add_product(residual, inner, block.down, layer.after_mlp)
+        elif block is not None:
+            inner = self.inner(layer, block, residual) if inner is None else inner
+            compute.add_product(residual, inner, block.down, layer.after_mlp)
+
+    def mixed(
+        self,
+        layer: DecoderLayer,
+        residual: torch.Tensor,
+        rotation: Rotation,
+        batch: Batch,
+        query_scale: torch.Tensor | None,
+    ) -> list[tuple[torch.Tensor, Linear]]:
+        """What attention and the recurrence of a layer give, each with its output product."""
+        compute, mixer, found = self.backend, layer.mixer, list[tuple[torch.Tensor, Linear]]()
+        if isinstance(mixer, Attention):
+            scale = query_scale if mixer.scales_queries else None
+            heads = compute.attend(residual, layer.before_attention, mixer, rotation, batch.attend, scale)
+            if self.spec.factors is not None:
+                heads = heads * self.spec.factors.attention
+            found.append((heads, mixer.output))
+        elif isinstance(mixer, LatentAttention):
+            x = compute.normed(residual, layer.before_attention)
+            heads = latent.attend(x, mixer, rotation, cast(Attend, batch.attend), compute.normed)
+            found.append((heads, mixer.output))
+        if (recurrence := layer.recurrence) is not None:
+            assert batch.states is not None
+            x = compute.normed(residual, layer.before_attention)
+            found.append((recurrence.mix(x, batch.states, compute.deterministic), recurrence.output))
+        return found
+
+    def inner(self, layer: DecoderLayer, block: Mlp, residual: torch.Tensor) -> torch.Tensor:
+        """What the down product of a dense block reads: (tokens, size)."""
+        compute, factors = self.backend, self.spec.factors
+        if factors is None:
+            return compute.gate_up(residual, layer.before_mlp, block.gate_up, block.activation)
+        x = compute.normed(residual, layer.before_mlp) * factors.gate  # gates and what they scale
+        return compute.gate_up(x, None, block.gate_up, block.activation) * (factors.down / factors.gate)
 
     def query_scale(self, positions: torch.Tensor) -> torch.Tensor | None:
         """What queries at some positions are multiplied with, (tokens, 1, 1) float32; None for one."""

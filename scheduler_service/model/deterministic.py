@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.reference.layers import squared_relu
 from quartet.runtime.config import ServerConfig
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -71,6 +72,7 @@ ACTIVATIONS: dict[str, Transform] = {
     "gelu_new": gated(gelu_tanh),
     "gelu_pytorch_tanh": gated(gelu_tanh),
     "clamped_swiglu": clamped_swiglu,
+    "relu2": squared_relu,
 }
 
 

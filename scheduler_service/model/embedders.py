@@ -10,12 +10,13 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import Embedding, family_name
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.shorten import reason
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
 from quartet.scheduler_service.model.encoder import GATED, Encoder
 from quartet.scheduler_service.model.encoder_layout import encoder_layout
 from quartet.scheduler_service.model.encoder_spec import EncoderSpec
-from quartet.scheduler_service.model.families import encoders
+from quartet.scheduler_service.model.families import encoders, encoders_relative, encoders_rotary, word_heads
 from quartet.scheduler_service.model.heads import ACTIVATIONS
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.spec import DecoderSpec, HeadLayer
@@ -27,8 +28,16 @@ from quartet.scheduler_service.weights.parameters import Weights
 FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Bert": encoders.bert,
     "Camembert": encoders.roberta,
+    "DebertaV2": encoders_relative.deberta,
     "DistilBert": encoders.distilbert,
+    "Electra": encoders.electra,
+    "EuroBert": encoders_rotary.eurobert,
+    "Gte": encoders_rotary.gte,
+    "HF_ColBERT": encoders.bert,
+    "JinaEmbeddingsV3": encoders_rotary.jina,
+    "MPNet": encoders_relative.mpnet,
     "ModernBert": encoders.modernbert,
+    "NomicBert": encoders_rotary.nomic,
     "Roberta": encoders.roberta,
     "XLMRoberta": encoders.roberta,
 }
@@ -50,11 +59,16 @@ def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
     try:
         spec = FAMILIES[family_name(info.architecture)](info.config, info.embedding.labels, tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+        raise StartupError(
+            f"{info.path}/config.json does not describe a {info.architecture}: {reason(error)}"
+        ) from error
     if info.embedding.dense:
         spec = replace(spec, head=dense_layers(info.embedding))
+    if info.embedding.sparse:
+        spec = replace(spec, word_head=word_heads.word_head(family_name(info.architecture), info.config, tensors))
     known = GATED if spec.gated else ACTIVATIONS
-    heads = {layer.activation for layer in spec.head if layer.activation}
+    layers = [*spec.head, *([spec.word_head.transform] if spec.word_head else [])]
+    heads = {layer.activation for layer in layers if layer.activation}
     if unknown := sorted({spec.activation} - set(known)) + sorted(heads - set(ACTIVATIONS)):
         raise StartupError(f"{info.path}/config.json asks for the activation {unknown[0]}, which is not supported")
     return spec
@@ -97,7 +111,7 @@ def dense_layers(embedding: Embedding) -> tuple[HeadLayer, ...]:
     """The layers of a sentence-transformers model behind its pooling; their weights lie in folders of their own."""
     return tuple(
         HeadLayer(
-            name=f"{layer.folder}.linear",
+            name=f"{layer.folder}.linear" if layer.folder else "linear",
             inputs=layer.in_features,
             outputs=layer.out_features,
             bias=layer.bias,

@@ -4,8 +4,7 @@ Attention of a text needs only that text. The texts of a step are put in order o
 are attended in one call, as a view of the packed rows; no text is ever padded to another's length.
 """
 
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+import math
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,15 @@ import torch.nn.functional as F
 from quartet.kernels.reference import layers as plain_layers
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch
-from quartet.scheduler_service.model.encoder_spec import EncoderSpec
+from quartet.scheduler_service.model.encoder_attention import (
+    AddedBias,
+    AddedProducts,
+    Group,
+    ScoresOfLayer,
+    by_length,
+    near,
+)
+from quartet.scheduler_service.model.encoder_spec import DistanceBias, DistanceVectors, EncoderSpec
 from quartet.scheduler_service.model.heads import ACTIVATIONS, Head
 from quartet.scheduler_service.model.layers import linear
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
@@ -22,24 +29,18 @@ from quartet.scheduler_service.weights.parameters import Weights
 GATED = {"gelu": plain_layers.gelu_and_mul, "silu": plain_layers.silu_and_mul}
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Texts of one length, side by side."""
-
-    start: int  # first row
-    texts: int
-    length: int
-
-
-class LayerNorm:
-    """A layer norm over the hidden dimension."""
+class Norm:
+    """A norm over the hidden dimension."""
 
     def __init__(self, spec: EncoderSpec, weights: Weights, buffer: str, *index: int) -> None:
         self.weight = weights.slab(buffer, *index)
         self.bias = weights.slab(f"{buffer}_bias", *index) if spec.norm_bias else None
+        self.rms = spec.norm == "rms"
         self.epsilon = spec.norm_epsilon
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rms:
+            return plain_layers.rms_norm(x, self.weight, self.epsilon)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
@@ -48,42 +49,76 @@ class EncoderLayer:
 
     def __init__(self, spec: EncoderSpec, weights: Weights, layer: int) -> None:
         own = spec.layers[layer]
-        self.heads = spec.heads
+        self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads or spec.heads, spec.head_dim
+        self.scale = None if spec.relative is None else attention_scale(spec)
         self.window, self.rope, self.norm_first = own.window, own.rope, spec.norm_first
-        self.attention_norm = LayerNorm(spec, weights, "attention_norm", layer) if own.attention_norm else None
-        self.mlp_norm = LayerNorm(spec, weights, "mlp_norm", layer)
+        self.attention_norm = Norm(spec, weights, "attention_norm", layer) if own.attention_norm else None
+        self.mlp_norm = Norm(spec, weights, "mlp_norm", layer)
         self.qkv = linear(weights, "qkv", layer, bias=spec.attention_bias)
         self.output = linear(weights, "output", layer, bias=spec.attention_bias)
-        self.up = linear(weights, "up", layer, bias=spec.mlp_bias)
-        self.down = linear(weights, "down", layer, bias=spec.mlp_bias)
+        self.up = linear(weights, "up", layer, bias=spec.up_bias)
+        self.down = linear(weights, "down", layer, bias=spec.down_bias)
         self.activation = (GATED if spec.gated else ACTIVATIONS)[spec.activation]
+        self.gate_last = spec.gate_last
         self.plain_gelu = spec.activation == "gelu" and not spec.gated
 
-    def __call__(self, x: torch.Tensor, rotation: Rotation | None, groups: list[Group]) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, rotation: Rotation | None, groups: list[Group], added: ScoresOfLayer | None
+    ) -> torch.Tensor:
         if self.norm_first:
-            x = x + self.attend(self.attention_norm(x) if self.attention_norm else x, rotation, groups)
+            x = x + self.attend(self.attention_norm(x) if self.attention_norm else x, rotation, groups, added)
             return x + self.feed_forward(self.mlp_norm(x))
         assert self.attention_norm is not None
-        x = self.attention_norm(x + self.attend(x, rotation, groups))
+        x = self.attention_norm(x + self.attend(x, rotation, groups, added))
         return self.mlp_norm(x + self.feed_forward(x))
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x, gelu=True) if self.plain_gelu else self.activation(self.up(x)))
+        if self.plain_gelu:
+            return self.down(self.up(x, gelu=True))
+        x = self.up(x)
+        if self.gate_last:
+            x = x.roll(x.shape[-1] // 2, dims=-1)
+        return self.down(self.activation(x))
 
-    def attend(self, x: torch.Tensor, rotation: Rotation | None, groups: list[Group]) -> torch.Tensor:
+    def attend(
+        self, x: torch.Tensor, rotation: Rotation | None, groups: list[Group], added: ScoresOfLayer | None
+    ) -> torch.Tensor:
         """Attention of each text over itself: (tokens, hidden) from x (tokens, hidden)."""
         tokens, hidden = x.shape
-        qkv = self.qkv(x).view(tokens, 3, self.heads, hidden // self.heads)
+        shares = (self.heads, self.kv_heads, self.kv_heads)
+        qkv = self.qkv(x).view(tokens, sum(shares), self.head_dim)
         if rotation is not None:
-            turned = plain_layers.rotate(qkv[:, :2].flatten(1, 2), *rotation).view(tokens, 2, self.heads, -1)
-            qkv = torch.cat((turned, qkv[:, 2:]), dim=1)
+            turned, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+            qkv = torch.cat((plain_layers.rotate(turned, *rotation), values), dim=1)
+        scores = added(self.qkv) if added else None
         mixed = torch.empty_like(x)
         for group in groups:
             rows = slice(group.start, group.start + group.texts * group.length)
-            q, k, v = qkv[rows].view(group.texts, group.length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=near(self.window, group.length, x.device))
+            heads = qkv[rows].view(group.texts, group.length, sum(shares), self.head_dim).transpose(1, 2)
+            q, k, v = heads.split(shares, dim=1)  # each (texts, heads, length, dim)
+            mask = scores(q, k) if scores else near(self.window, group.length, x.device)
+            if group.attended < group.length:
+                k, v = k[:, :, : group.attended], v[:, :, : group.attended]
+                mask = None if mask is None else mask[..., : group.attended]
+            grouped = self.kv_heads < self.heads
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
             mixed[rows] = out.transpose(1, 2).reshape(-1, hidden)  # (tokens of the group, hidden)
         return self.output(mixed)
+
+
+def attention_scale(spec: EncoderSpec) -> float:
+    """Of products of queries and keys, where there are other terms beside them."""
+    terms = spec.relative.terms if isinstance(spec.relative, DistanceVectors) else 1
+    return 1 / math.sqrt(spec.head_dim * terms)
+
+
+def added_scores(spec: EncoderSpec, weights: Weights) -> AddedBias | AddedProducts | None:
+    """What adds to the scores of a spec's attention."""
+    if spec.relative is None:
+        return None
+    return (
+        AddedBias(spec.relative, weights) if isinstance(spec.relative, DistanceBias) else AddedProducts(spec, weights)
+    )
 
 
 class Encoder:
@@ -101,20 +136,27 @@ class Encoder:
         self.words = weights.slab("words")  # (vocab, hidden)
         self.positions = weights.slab("positions") if spec.positions else None
         self.types = weights.slab("types") if spec.token_types else None
-        self.embedding_norm = LayerNorm(spec, weights, "embedding_norm")
+        self.embedding_norm = Norm(spec, weights, "embedding_norm") if spec.embedding_norm else None
+        self.added = added_scores(spec, weights)
         self.rotary = [(torch.tensor(rope.frequencies, device=self.device), rope.factor) for rope in spec.ropes]
         self.layers = [EncoderLayer(spec, weights, layer) for layer in range(len(spec.layers))]
-        self.final_norm = LayerNorm(spec, weights, "final_norm") if spec.norm_first else None
+        self.final_norm = Norm(spec, weights, "final_norm") if spec.norm_first else None
         self.head = Head(spec.head, weights) if spec.head else None
+        self.word_head = Head((spec.word_head.transform,), weights, "word_head") if spec.word_head else None
+        self.word_bias = weights.slab("word_bias") if spec.word_head and spec.word_head.bias else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states of the last layer, in the batch's order: (tokens, hidden)."""
-        order, groups = by_length(batch.starts)
+        order, groups = by_length(batch.starts, batch.attended)
         order = order.to(self.device)
         x = self.embed(batch)[order]
+        added = None
+        if self.added is not None:
+            added = self.added.prepare(groups[-1].length)
+            groups = [part for group in groups for part in group.parts(self.spec.heads)]
         rotations = [plain_layers.rotation(batch.positions[order], *rotary, self.dtype) for rotary in self.rotary]
         for layer in self.layers:
-            x = layer(x, rotations[layer.rope] if rotations else None, groups)
+            x = layer(x, rotations[layer.rope] if rotations else None, groups, added)
         if self.final_norm is not None:
             x = self.final_norm(x)
         return torch.empty_like(x).index_copy_(0, order, x)
@@ -128,7 +170,12 @@ class Encoder:
             x = x + (self.types[0] if batch.token_types is None else F.embedding(batch.token_types, self.types))
         if self.positions is not None:
             x = x + F.embedding(batch.positions + self.spec.first_position, self.positions)
-        return self.embedding_norm(x)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def word_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What word may stand at each place: (tokens, hidden) → float32 (tokens, vocab)."""
+        assert self.word_head is not None
+        return F.linear(self.word_head(hidden), self.words, self.word_bias).float()
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         raise NotImplementedError("an encoder predicts no next token")
@@ -137,24 +184,3 @@ class Encoder:
         self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
     ) -> Draws:
         raise NotImplementedError("an encoder predicts no next token")
-
-
-def by_length(starts: torch.Tensor) -> tuple[torch.Tensor, list[Group]]:
-    """The order that puts texts of one length side by side, as rows of the batch, and the groups in that order."""
-    bounds = starts.tolist()
-    texts = sorted(pairwise(bounds), key=lambda text: text[1] - text[0])
-    order = torch.cat([torch.arange(start, end) for start, end in texts])
-    groups: list[Group] = []
-    row = 0
-    for length, same in groupby(texts, key=lambda text: text[1] - text[0]):
-        groups.append(Group(row, len(list(same)), length))
-        row += groups[-1].texts * length
-    return order, groups
-
-
-def near(window: int | None, length: int, device: torch.device) -> torch.Tensor | None:
-    """Which keys each query sees, (length, length); None where it sees all."""
-    if window is None or length <= window + 1:
-        return None
-    at = torch.arange(length, device=device)
-    return (at.unsqueeze(1) - at).abs() <= window

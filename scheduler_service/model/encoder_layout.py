@@ -1,6 +1,6 @@
 """From an encoder's spec to the layout of its weights."""
 
-from quartet.scheduler_service.model.encoder_spec import EncoderSpec
+from quartet.scheduler_service.model.encoder_spec import DistanceBias, DistanceVectors, EncoderSpec
 from quartet.scheduler_service.model.heads import add_head
 from quartet.scheduler_service.model.layout import parts
 from quartet.scheduler_service.weights.parameters import Layout
@@ -18,7 +18,9 @@ def encoder_layout(spec: EncoderSpec) -> Layout:
     for buffer, name, rows in tables:
         if rows:
             layout.add(buffer, (), [(f"{spec.prefix}{name}.weight", rows)], hidden)
-    add_norm(layout, spec, "embedding_norm", (), f"{spec.prefix}{names.embedding_norm}")
+    if spec.embedding_norm:
+        add_norm(layout, spec, "embedding_norm", (), f"{spec.prefix}{names.embedding_norm}")
+    add_relative(layout, spec)
     if spec.norm_first:
         add_norm(layout, spec, "final_norm", (), f"{spec.prefix}{names.final_norm}")
     for index, layer in enumerate(spec.layers):
@@ -27,8 +29,23 @@ def encoder_layout(spec: EncoderSpec) -> Layout:
             name = spec.prefix + names.layer.format(index) + names.attention_norm
             add_norm(layout, spec, "attention_norm", (index,), name)
     add_head(layout, spec.head)
+    if spec.word_head is not None:
+        add_head(layout, (spec.word_head.transform,), "word_head")
+        if spec.word_head.bias:
+            layout.add("word_bias", (), [(spec.word_head.bias, spec.vocab_size)], None)
     layout.ignored = spec.ignored - layout.places.keys()
     return layout
+
+
+def add_relative(layout: Layout, spec: EncoderSpec) -> None:
+    """The table of distances."""
+    match spec.relative:
+        case DistanceBias() as bias:
+            layout.add("relative", (), [(f"{spec.prefix}{bias.table}.weight", bias.classes)], spec.heads)
+        case DistanceVectors() as vectors:
+            layout.add("relative", (), [(f"{spec.prefix}{vectors.table}.weight", 2 * vectors.span)], spec.hidden_size)
+            if vectors.norm:
+                add_norm(layout, spec, "relative_norm", (), f"{spec.prefix}{vectors.norm}")
 
 
 def add_norm(layout: Layout, spec: EncoderSpec, buffer: str, index: tuple[int, ...], name: str) -> None:
@@ -41,12 +58,13 @@ def add_norm(layout: Layout, spec: EncoderSpec, buffer: str, index: tuple[int, .
 def add_layer(layout: Layout, spec: EncoderSpec, layer: int, prefix: str) -> None:
     """Places for one layer's tensors, whose names in the checkpoint begin with `prefix`."""
     names, hidden, size = spec.names, spec.hidden_size, spec.intermediate_size
-    up = 2 * size if spec.gated else size
+    key = (spec.kv_heads or spec.heads) * spec.head_dim
+    up = (size, size) if spec.gated else (size,)
     linears = (
-        ("qkv", names.qkv, (hidden, hidden, hidden), hidden, spec.attention_bias),
+        ("qkv", names.qkv, (hidden, key, key), hidden, spec.attention_bias),
         ("output", (names.output,), (hidden,), hidden, spec.attention_bias),
-        ("up", (names.up,), (up,), hidden, spec.mlp_bias),
-        ("down", (names.down,), (hidden,), size, spec.mlp_bias),
+        ("up", names.up, up, hidden, spec.up_bias),
+        ("down", (names.down,), (hidden,), size, spec.down_bias),
     )
     for buffer, tensors, rows, columns, bias in linears:
         layout.add(buffer, (layer,), parts(prefix, tensors, rows), columns)

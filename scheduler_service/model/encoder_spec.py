@@ -1,6 +1,7 @@
 """The description of an encoder, as plain values: families write one of these, the generic encoder runs it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from quartet.scheduler_service.model.spec import HeadLayer, RopeSpec
 
@@ -12,6 +13,33 @@ class EncoderLayerSpec:
     window: int | None = None  # a query at p sees keys in [p - window, p + window]
     rope: int = 0  # index into EncoderSpec.ropes
     attention_norm: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DistanceBias:
+    """A number for each head and each class of distance between two tokens, added to their score in all layers."""
+
+    table: str = "encoder.relative_attention_bias"  # in the checkpoint
+    classes: int = 32  # half of them for either direction
+    farthest: int = 128  # tokens; beyond it all distances are of one class
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistanceVectors:
+    """A vector for each class of distance, which each layer turns into keys and queries as it does with tokens."""
+
+    table: str = "encoder.rel_embeddings"  # in the checkpoint
+    norm: str = ""  # a layer norm over the table, in the checkpoint
+    span: int  # classes in either direction
+    farthest: int  # tokens; classes grow with the distance up to it
+    grows: bool  # whether classes grow, or each distance within the span is its own
+    keys: bool  # queries meet the distance's key
+    queries: bool  # keys meet the distance's query
+
+    @property
+    def terms(self) -> int:
+        """How many products make a score."""
+        return 1 + self.keys + self.queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +55,18 @@ class EncoderNames:
     qkv: tuple[str, ...] = ("attention.self.query", "attention.self.key", "attention.self.value")
     output: str = "attention.output.dense"
     attention_norm: str = "attention.output.LayerNorm"
-    up: str = "intermediate.dense"
+    up: tuple[str, ...] = ("intermediate.dense",)
     down: str = "output.dense"
     mlp_norm: str = "output.LayerNorm"
     norm: tuple[str, str] = ("weight", "bias")  # the oldest checkpoints say gamma and beta
+
+
+@dataclass(frozen=True, slots=True)
+class WordHead:
+    """From hidden states to a logit for each word of the vocabulary; the last matrix is that of the embeddings."""
+
+    transform: HeadLayer
+    bias: str  # in the checkpoint; "": there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +79,28 @@ class EncoderSpec:
     layers: tuple[EncoderLayerSpec, ...]
     heads: int
     norm_epsilon: float
+    kv_heads: int = 0  # 0: as many as heads
     activation: str = "gelu"
     positions: int = 0  # rows of the table of positions; 0: there is none
     first_position: int = 0  # row of a text's first token
     token_types: int = 0  # rows of the table of token types; 0: there is none
     ropes: tuple[RopeSpec, ...] = ()
+    relative: DistanceBias | DistanceVectors | None = None
+    norm: Literal["layer", "rms"] = "layer"
+    embedding_norm: bool = True
     norm_first: bool = False  # norms stand before attention and feed-forward, and one behind the last layer
     gated: bool = False  # activation(first half) * second half
+    gate_last: bool = False  # first half * activation(second half)
     attention_bias: bool = True
-    mlp_bias: bool = True
+    up_bias: bool = True
+    down_bias: bool = True
     norm_bias: bool = True
     names: EncoderNames = EncoderNames()
     prefix: str = ""  # of all names but the head's
     head: tuple[HeadLayer, ...] = ()
+    word_head: WordHead | None = None
     ignored: frozenset[str] = frozenset()  # what a checkpoint may hold besides
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.heads

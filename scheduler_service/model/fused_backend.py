@@ -62,6 +62,7 @@ class FusedBackend:
             self.products.reserve(layer.attention.qkv)
             self.products.reserve(layer.attention.output)
             block = layer.feed_forward
+            assert block is not None, "see can_fuse"
             if isinstance(block, Moe):
                 self.moe.reserve(block)
             else:
@@ -203,6 +204,7 @@ def can_fuse(spec: DecoderSpec) -> bool:
         spec.generates
         and spec.causal
         and not spec.output_gate
+        and spec.is_plain
         and not spec.is_recurrent  # their steps run operation by operation, and no graph is recorded
         and not spec.sinks
         and spec.latent is None
@@ -213,6 +215,6 @@ def can_fuse(spec: DecoderSpec) -> bool:
 
 def can_fuse_moe(moe: MoeSpec) -> bool:
     """Whether fused operations know this mixture: gated shared experts with a plain choice, others with scores."""
-    if moe.router_bias or moe.expert_bias:
+    if moe.router_bias or moe.expert_bias or moe.ungated:
         return False
     return not moe.shared_intermediate_size or moe.shared_gate == moe.chooses_plainly

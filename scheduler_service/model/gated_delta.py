@@ -1,7 +1,11 @@
-"""Linear attention by the gated delta rule: spec, weights, and how torch computes it (Qwen3-Next, Qwen3.5)."""
+"""Linear attention by the gated delta rule: spec, weights, and how torch computes it.
+
+Qwen3-Next, Qwen3.5 and OLMo Hybrid forget by head, Kimi-Linear by channel.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -16,6 +20,18 @@ FEW_TOKENS = 8  # up to so many the rule is followed token by token
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaNames:
+    """Checkpoint names below the block: one for each part, or fewer for parts that are stored as one."""
+
+    inner: tuple[str, ...] = ("in_proj_qkv", "in_proj_z")  # queries, keys, values, gates
+    rates: tuple[str, ...] = ("in_proj_b", "in_proj_a")  # beta and the decay's input; with `narrow` the gates' behind
+    narrow: tuple[str, str] | None = None  # the second products of decay and gates, where they are made in two
+    convolution: tuple[str, ...] = ("conv1d",)
+    norm: str = "norm"
+    output: str = "out_proj"
+
+
+@dataclass(frozen=True, slots=True)
 class GatedDeltaSpec:
     """Values and keys go through a short convolution, then through the rule; the result is normed and gated."""
 
@@ -24,9 +40,12 @@ class GatedDeltaSpec:
     value_heads: int
     key_dim: int
     value_dim: int
-    by_key_head: bool  # the checkpoint has one product, by key heads: query, key, values, gates; else one of each kind
     epsilon: float
+    by_key_head: bool = False  # the rows of a product are ordered by key heads: query, key, values, gates; else by kind
+    beta_factor: float = 1.0
+    gate: Literal["silu", "sigmoid"] = "silu"
     block: str = "linear_attn"
+    names: DeltaNames = field(default_factory=DeltaNames)
 
     @property
     def keys(self) -> int:
@@ -41,27 +60,46 @@ class GatedDeltaSpec:
         """Of the convolution: queries, keys and values."""
         return 2 * self.keys + self.values
 
+    @property
+    def inner_rows(self) -> tuple[int, ...]:
+        """Of the first product, by kind; with narrow products for the gates, without these."""
+        parts = self.keys, self.keys, self.values, self.values
+        return parts[:3] if self.names.narrow else parts
+
+    @property
+    def rate_rows(self) -> tuple[int, ...]:
+        """Of the second."""
+        heads = self.value_heads
+        return (heads, self.key_dim, self.value_dim) if self.names.narrow else (heads, heads)
+
 
 @dataclass(frozen=True, slots=True)
 class GatedDelta:
-    """The rows of `inner` are queries, keys, values and gates, those of `rates` beta and the decay's input."""
+    """The rows of `inner` are queries, keys, values and gates, those of `rates` beta and the decay's input.
+
+    Where decay and gates are made in two products, the first ones are in `rates`, behind beta.
+    """
 
     shape: GatedDeltaSpec
     spec: StateSpec
     inner: Linear
     rates: Linear
+    forget: Linear | None
+    gate: Linear | None
     output: Linear
     weight: torch.Tensor  # (channels, 1, taps)
-    decay_bias: torch.Tensor  # (value heads,)
-    decay_log: torch.Tensor  # (value heads,) float32
+    decay_bias: torch.Tensor  # (value heads,), or as many for each as keys have channels
+    decay_log: torch.Tensor  # (value heads,) float32; Kimi-Linear's has dimensions of size one around it
     norm: torch.Tensor  # (value dim,)
 
     def mix(self, x: torch.Tensor, states: StateAccess, deterministic: bool) -> torch.Tensor:
         """x (tokens, hidden), normed, → (tokens, value heads * value dim), in front of the output product."""
         shape, tokens = self.shape, len(x)
         mixed, gate, beta, decay = self.projected(x)
-        beta = sigmoid(beta)
-        decay = -self.decay_log.float().exp() * softplus(decay.float() + self.decay_bias.float())
+        beta = sigmoid(beta) * shape.beta_factor
+        rate = self.decay_log.float().exp().flatten().repeat_interleave(decay.shape[-1] // shape.value_heads)
+        decay = -rate * softplus(decay.float() + self.decay_bias.float())
+        decays = decay.shape[-1]
         weight = self.weight.squeeze(1)
 
         def compute(inputs: torch.Tensor, window: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -76,19 +114,23 @@ class GatedDelta:
             value = value.unflatten(-1, (shape.value_heads, -1))
             by_token = deterministic or value.shape[1] <= FEW_TOKENS
             rule = gated_delta_rule if by_token else gated_delta_rule_by_chunks
-            decays, betas = rates.chunk(2, dim=-1)
-            y, state = rule(heads[0], heads[1], value, decays, betas, state)
+            forgets, betas = rates.split((decays, shape.value_heads), dim=-1)
+            y, state = rule(heads[0], heads[1], value, forgets.unflatten(-1, (shape.value_heads, -1)), betas, state)
             return y.flatten(2).to(x.dtype), window, state
 
         inputs = torch.cat((mixed.float(), decay, beta), dim=-1)
         y = states.scan(self.spec.layer, compute, inputs).view(tokens, -1, shape.value_dim)
-        normed = rms_norm(y, self.norm, shape.epsilon).float() * silu(gate.reshape(y.shape))
+        gating = silu if shape.gate == "silu" else sigmoid
+        normed = rms_norm(y, self.norm, shape.epsilon).float() * gating(gate.reshape(y.shape))
         return normed.to(x.dtype).flatten(1)
 
     def projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(queries, keys and values side by side; gates; beta and decay before their functions), by head."""
         shape = self.shape
         inner, rates = self.inner(x), self.rates(x)
+        if self.forget is not None and self.gate is not None:
+            beta, decay, gate = (part.contiguous() for part in rates.split(shape.rate_rows, dim=-1))
+            return inner, self.gate(gate), beta, self.forget(decay)
         if not shape.by_key_head:
             beta, decay = rates.chunk(2, dim=-1)
             mixed, gate = inner.split((shape.channels, shape.values), dim=-1)
@@ -102,22 +144,29 @@ class GatedDelta:
 
 def add_gated_delta(layout: Layout, spec: GatedDeltaSpec, hidden: int, slab: int, prefix: str) -> None:
     """Places for one layer's weights; `slab`: its number among recurrent layers."""
-    inside = f"{prefix}{spec.block}."
-    inner, rates = spec.channels + spec.values, 2 * spec.value_heads
-    products = [("in_proj_qkvz", inner)], [("in_proj_ba", rates)]
-    if not spec.by_key_head:
-        products = (
-            [("in_proj_qkv", spec.channels), ("in_proj_z", spec.values)],
-            [("in_proj_b", spec.value_heads), ("in_proj_a", spec.value_heads)],
-        )
-    for buffer, names in zip(("delta_in", "delta_rates"), products, strict=True):
-        layout.add(buffer, (slab,), [(f"{inside}{name}.weight", rows) for name, rows in names], hidden)
-    layout.add("delta_conv", (slab,), [(f"{inside}conv1d.weight", spec.channels)], (1, spec.taps))
-    layout.add("delta_bias", (slab,), [(f"{inside}dt_bias", spec.value_heads)], None)
-    layout.add("delta_log", (slab,), [(f"{inside}A_log", spec.value_heads)], None)
+    inside, names, place = f"{prefix}{spec.block}.", spec.names, (slab,)
+    layout.add("delta_in", place, tensors(inside, names.inner, spec.inner_rows), hidden)
+    layout.add("delta_rates", place, tensors(inside, names.rates, spec.rate_rows), hidden)
+    layout.add("delta_conv", place, tensors(inside, names.convolution, spec.inner_rows[:3]), (1, spec.taps))
+    layout.add("delta_norm", place, [(f"{inside}{names.norm}.weight", spec.value_dim)], None)
+    layout.add("delta_out", place, [(f"{inside}{names.output}.weight", hidden)], spec.values)
     layout.dtypes["delta_log"] = torch.float32
-    layout.add("delta_norm", (slab,), [(f"{inside}norm.weight", spec.value_dim)], None)
-    layout.add("delta_out", (slab,), [(f"{inside}out_proj.weight", hidden)], spec.values)
+    if names.narrow is None:
+        layout.add("delta_bias", place, [(f"{inside}dt_bias", spec.value_heads)], None)
+        layout.add("delta_log", place, [(f"{inside}A_log", spec.value_heads)], None)
+        return
+    forget, gate = names.narrow
+    layout.add("delta_forget", place, [(f"{inside}{forget}.weight", spec.keys)], spec.key_dim)
+    layout.add("delta_gate", place, [(f"{inside}{gate}.weight", spec.values)], spec.value_dim)
+    layout.add("delta_bias", place, [(f"{inside}dt_bias", spec.keys)], None)
+    layout.add("delta_log", place, [(f"{inside}A_log", 1)], (1, spec.value_heads, 1))
+
+
+def tensors(prefix: str, names: tuple[str, ...], rows: tuple[int, ...]) -> list[tuple[str, int]]:
+    """(name, rows) of each part; the first name is for all parts that have none of their own."""
+    together = len(rows) - len(names) + 1
+    sizes = (sum(rows[:together]), *rows[together:])
+    return [(f"{prefix}{name}.weight", size) for name, size in zip(names, sizes, strict=True)]
 
 
 def gated_delta(
@@ -130,6 +179,8 @@ def gated_delta(
         spec=StateSpec(layer, shapes, (weights.dtype, torch.float32)),
         inner=linear(weights, "delta_in", slab),
         rates=linear(weights, "delta_rates", slab),
+        forget=linear(weights, "delta_forget", slab) if spec.names.narrow else None,
+        gate=linear(weights, "delta_gate", slab) if spec.names.narrow else None,
         output=linear(weights, "delta_out", slab),
         weight=weights.slab("delta_conv", slab),
         decay_bias=weights.slab("delta_bias", slab),

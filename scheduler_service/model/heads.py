@@ -1,4 +1,4 @@
-"""Score heads: what classification and reward models put on top of a pooled hidden state."""
+"""Heads: what classifiers, reward models and language models put on top of hidden states."""
 
 from collections.abc import Callable
 
@@ -18,26 +18,29 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def add_head(layout: Layout, layers: tuple[HeadLayer, ...]) -> None:
+def add_head(layout: Layout, layers: tuple[HeadLayer, ...], buffer: str = "head") -> None:
     """Give each layer of a head its buffers."""
     for place, layer in enumerate(layers):
-        layout.add(f"head_{place}", (), [(f"{layer.name}.weight", layer.outputs)], layer.inputs)
+        layout.add(f"{buffer}_{place}", (), [(f"{layer.name}.weight", layer.outputs)], layer.inputs)
         if layer.bias:
-            layout.add(f"head_{place}_bias", (), [(f"{layer.name}.bias", layer.outputs)], None)
+            layout.add(f"{buffer}_{place}_bias", (), [(f"{layer.name}.bias", layer.outputs)], None)
         if layer.norm:
-            layout.add(f"head_{place}_norm", (), [(f"{layer.norm}.weight", layer.outputs)], None)
+            layout.add(f"{buffer}_{place}_norm", (), [(f"{layer.norm}.{layer.norm_names[0]}", layer.outputs)], None)
         if layer.norm_bias:
-            layout.add(f"head_{place}_norm_bias", (), [(f"{layer.norm}.bias", layer.outputs)], None)
+            layout.add(
+                f"{buffer}_{place}_norm_bias", (), [(f"{layer.norm}.{layer.norm_names[1]}", layer.outputs)], None
+            )
 
 
 class Head:
     """Pooled states (rows, hidden) → scores (rows, labels)."""
 
-    def __init__(self, layers: tuple[HeadLayer, ...], weights: Weights) -> None:
+    def __init__(self, layers: tuple[HeadLayer, ...], weights: Weights, buffer: str = "head") -> None:
         self.layers = layers
+        self.buffer = buffer
         self.weights = weights
         self.linears: list[Linear] = [
-            linear(weights, f"head_{place}", bias=layer.bias) for place, layer in enumerate(layers)
+            linear(weights, f"{buffer}_{place}", bias=layer.bias) for place, layer in enumerate(layers)
         ]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +49,7 @@ class Head:
             if layer.activation:
                 x = ACTIVATIONS[layer.activation](x)
             if layer.norm:
-                bias = self.weights.slab(f"head_{place}_norm_bias") if layer.norm_bias else None
-                weight = self.weights.slab(f"head_{place}_norm")
+                bias = self.weights.slab(f"{self.buffer}_{place}_norm_bias") if layer.norm_bias else None
+                weight = self.weights.slab(f"{self.buffer}_{place}_norm")
                 x = F.layer_norm(x, (layer.outputs,), weight, bias, layer.norm_epsilon)
         return x

@@ -106,22 +106,27 @@ class DecoderLayer:
 
     index: int
     rope: int  # which of the model's rotations
-    mixer: Attention | LatentAttention | Mixer
-    feed_forward: Mlp | Moe
+    mixer: Attention | LatentAttention | Mixer | None
+    feed_forward: Mlp | Moe | None
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None
     after_mlp: Norm | None
     parallel: bool = False  # both blocks read the residual stream as it was
+    beside: Mixer | None = None  # a recurrence that reads what the mixer reads
 
     @property
     def attends(self) -> bool:
-        """Whether it is not recurrent."""
         return isinstance(self.mixer, Attention | LatentAttention)
 
     @property
+    def recurrence(self) -> Mixer | None:
+        """The mixer that keeps a state, if there is one."""
+        return self.beside if isinstance(self.mixer, Attention | LatentAttention) else self.mixer
+
+    @property
     def attention(self) -> Attention | LatentAttention:
-        """The mixer of a layer that is not recurrent."""
+        """The mixer of a layer that attends."""
         assert isinstance(self.mixer, Attention | LatentAttention), self.index
         return self.mixer
 
@@ -153,35 +158,37 @@ def norm_of(spec: DecoderSpec, weights: Weights, buffer: str, *index: int) -> No
 
 def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLayer:
     """The layer of that index."""
-    own = spec.layers[index]
-    recurrent = sum(before.recurrent is not None for before in spec.layers[:index])
-    same_kind = [bool(before.moe) for before in spec.layers[:index]].count(bool(own.moe))
-    mixture = moe(spec, own.moe, weights, same_kind) if own.moe else None
+    own, slabs, names = spec.layers[index], spec.slabs(index), spec.names_of(index)
+    recurrence, block = None, None
+    if own.recurrent is not None:
+        recurrence = recurrent_mixer(own.recurrent, weights, index, slabs.recurrent, linear)
+    attends = attention_of(spec, weights, index, slabs.attention) if own.attends else None
+    if own.feeds:
+        block = moe(spec, own.moe, weights, slabs.block) if own.moe else dense_mlp(spec, weights, slabs.block)
 
     def norm(place: str) -> Norm | None:
-        return norm_of(spec, weights, place, index) if getattr(spec.names, place) else None
+        is_there = own.feeds if place.endswith("mlp") else own.mixes
+        return norm_of(spec, weights, place, index) if is_there and getattr(names, place) else None
 
     return DecoderLayer(
         index=index,
         rope=own.rope,
-        mixer=mixer_of(spec, weights, index, recurrent),
-        feed_forward=mixture or dense_mlp(spec, weights, same_kind),
+        mixer=attends or recurrence,
+        feed_forward=block,
         before_attention=norm("before_attention"),
         after_attention=norm("after_attention"),
         before_mlp=norm("before_attention" if spec.parallel else "before_mlp"),
         after_mlp=norm("after_mlp"),
         parallel=spec.parallel,
+        beside=recurrence if attends else None,
     )
 
 
-def mixer_of(spec: DecoderSpec, weights: Weights, index: int, recurrent: int) -> Attention | LatentAttention | Mixer:
-    """What layer number `index`, behind so many recurrent ones, does with its tokens."""
-    own = spec.layers[index]
-    if own.recurrent:
-        return recurrent_mixer(own.recurrent, weights, index, recurrent, linear)
+def attention_of(spec: DecoderSpec, weights: Weights, index: int, slab: int) -> Attention | LatentAttention:
+    """The attention of layer number `index`, number `slab` among those with attention."""
     if spec.latent is not None:
-        return latent_attention(spec, spec.latent, weights, index)
-    return attention(spec, weights, index, index - recurrent)
+        return latent_attention(spec, spec.latent, weights, index, slab)
+    return attention(spec, weights, index, slab)
 
 
 def attention(spec: DecoderSpec, weights: Weights, layer: int, slab: int) -> Attention:
@@ -222,11 +229,11 @@ def pair_order(heads: int, kv_heads: int, head_dim: int, rotary_dim: int, device
     return columns.flatten().to(device)
 
 
-def latent_attention(spec: DecoderSpec, latent: LatentSpec, weights: Weights, layer: int) -> LatentAttention:
-    """The attention of layer number `layer`."""
+def latent_attention(spec: DecoderSpec, latent: LatentSpec, weights: Weights, layer: int, slab: int) -> LatentAttention:
+    """The attention of layer number `layer`, number `slab` among those with attention."""
 
     def norm(buffer: str) -> Norm:
-        return Norm(weights.slab(buffer, layer), LATENT_EPSILON, plus_one=False)
+        return Norm(weights.slab(buffer, slab), LATENT_EPSILON, plus_one=False)
 
     return LatentAttention(
         spec=AttentionSpec(
@@ -239,13 +246,13 @@ def latent_attention(spec: DecoderSpec, latent: LatentSpec, weights: Weights, la
         ),
         latent=latent,
         interleaved=spec.ropes[spec.layers[layer].rope].interleaved,
-        query_down=linear(weights, "query_down", layer, bias=spec.qkv_bias) if latent.query_rank else None,
+        query_down=linear(weights, "query_down", slab, bias=spec.qkv_bias) if latent.query_rank else None,
         query_down_norm=norm("query_down_norm") if latent.query_rank else None,
-        query=linear(weights, "query", layer),
-        kv_down=linear(weights, "kv_down", layer, bias=spec.qkv_bias),
+        query=linear(weights, "query", slab),
+        kv_down=linear(weights, "kv_down", slab, bias=spec.qkv_bias),
         kv_norm=norm("kv_norm"),
-        kv_up=weights.slab("kv_up", layer),
-        output=linear(weights, "output", layer, bias=spec.output_bias),
+        kv_up=weights.slab("kv_up", slab),
+        output=linear(weights, "output", slab, bias=spec.output_bias),
     )
 
 

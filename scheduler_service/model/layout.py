@@ -24,26 +24,22 @@ def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
     add_head(layout, spec.score_head)
     if own_lm_head:
         layout.add("lm_head", (), [(spec.head, tokens)], spec.hidden_size)
-    dense = sparse = recurrent = 0
     for index, layer in enumerate(spec.layers):
-        prefix = f"{spec.prefix}layers.{index}."
+        prefix, slabs, names = f"{spec.prefix}layers.{index}.", spec.slabs(index), spec.names_of(index)
         if layer.recurrent:
-            add_recurrent(layout, layer.recurrent, spec.hidden_size, recurrent, prefix)
-            recurrent += 1
-        else:
-            add_attention(layout, spec, index - recurrent, f"{prefix}self_attn.")
+            add_recurrent(layout, layer.recurrent, spec.hidden_size, slabs.recurrent, prefix)
+        if layer.attends:
+            add_attention(layout, spec, slabs.attention, f"{prefix}{names.attention}.")
         add_norms(layout, spec, index, prefix)
-        if layer.moe:
-            add_moe(layout, spec, layer.moe, sparse, f"{prefix}{layer.moe.block}.")
-            sparse += 1
-        else:
-            add_mlp(layout, spec, dense, f"{prefix}{spec.names.mlp}.")
-            dense += 1
+        if layer.feeds and layer.moe:
+            add_moe(layout, spec, layer.moe, slabs.block, prefix)
+        elif layer.feeds:
+            add_mlp(layout, spec, slabs.block, f"{prefix}{names.mlp}.")
     return layout
 
 
 def embeddings_name(spec: DecoderSpec) -> str:
-    return f"{spec.prefix}embed_tokens.weight"
+    return f"{spec.prefix}{spec.names.embeddings}.weight"
 
 
 def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str = "weight") -> list[tuple[str, int]]:
@@ -75,23 +71,27 @@ def add_attention(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) ->
 
 
 def add_norms(layout: Layout, spec: DecoderSpec, layer: int, prefix: str) -> None:
-    for place in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
-        if name := getattr(spec.names, place):
+    own, names = spec.layers[layer], spec.names_of(layer)
+    places = ("before_attention", "after_attention") if own.mixes else ()
+    for place in (*places, *(("before_mlp", "after_mlp") if own.feeds else ())):
+        if name := getattr(names, place):
             layout.add(place, (layer,), [(f"{prefix}{name}.weight", spec.hidden_size)], None)
 
 
 def add_mlp(layout: Layout, spec: DecoderSpec, slab: int, prefix: str) -> None:
     size = spec.intermediate_size
-    layout.add("gate_up", (slab,), parts(prefix, spec.names.gate_up, (size, size)), spec.hidden_size)
+    rows = (size, size) if not spec.ungated else (size,)
+    layout.add("gate_up", (slab,), parts(prefix, spec.names.gate_up, rows), spec.hidden_size)
     layout.add("down", (slab,), [(f"{prefix}{spec.names.down}.weight", spec.hidden_size)], size)
     if spec.mlp_bias:
-        layout.add("gate_up_bias", (slab,), parts(prefix, spec.names.gate_up, (size, size), "bias"), None)
+        layout.add("gate_up_bias", (slab,), parts(prefix, spec.names.gate_up, rows, "bias"), None)
         layout.add("down_bias", (slab,), [(f"{prefix}{spec.names.down}.bias", spec.hidden_size)], None)
 
 
-def add_moe(layout: Layout, spec: DecoderSpec, moe: MoeSpec, slab: int, prefix: str) -> None:
+def add_moe(layout: Layout, spec: DecoderSpec, moe: MoeSpec, slab: int, layer: str) -> None:
     """Places for the router and the experts of one layer, number `slab` among those with experts."""
-    hidden, size = spec.hidden_size, moe.intermediate_size
+    hidden, size, prefix = spec.hidden_size, moe.intermediate_size, f"{layer}{moe.block}."
+    rows = (size, size) if not moe.ungated else (size,)
     layout.add("router", (slab,), [(f"{prefix}{moe.router}.weight", moe.experts)], hidden)
     if moe.router_bias:
         layout.add("router_bias", (slab,), [(f"{prefix}{moe.router}.bias", moe.experts)], None)
@@ -100,14 +100,15 @@ def add_moe(layout: Layout, spec: DecoderSpec, moe: MoeSpec, slab: int, prefix: 
         layout.dtypes["score_bias"] = torch.float32  # small differences decide
     for expert in range(moe.experts):
         inside = f"{prefix}experts.{expert}."
-        layout.add("expert_gate_up", (slab, expert), parts(inside, moe.gate_up, (size, size)), hidden)
+        layout.add("expert_gate_up", (slab, expert), parts(inside, moe.gate_up, rows), hidden)
         layout.add("expert_down", (slab, expert), [(f"{inside}{moe.down}.weight", hidden)], size)
         if moe.expert_bias:
-            layout.add("expert_gate_up_bias", (slab, expert), parts(inside, moe.gate_up, (size, size), "bias"), None)
+            layout.add("expert_gate_up_bias", (slab, expert), parts(inside, moe.gate_up, rows, "bias"), None)
             layout.add("expert_down_bias", (slab, expert), [(f"{inside}{moe.down}.bias", hidden)], None)
     if shared := moe.shared_intermediate_size:
-        inside = f"{prefix}{moe.shared}."
-        layout.add("shared_gate_up", (slab,), parts(inside, ("gate_proj", "up_proj"), (shared, shared)), hidden)
-        layout.add("shared_down", (slab,), [(f"{inside}down_proj.weight", hidden)], shared)
+        inside = f"{layer}{moe.shared[1:]}." if moe.shared.startswith(".") else f"{prefix}{moe.shared}."
+        rows = (shared, shared) if not moe.ungated else (shared,)
+        layout.add("shared_gate_up", (slab,), parts(inside, moe.shared_gate_up, rows), hidden)
+        layout.add("shared_down", (slab,), [(f"{inside}{moe.shared_down}.weight", hidden)], shared)
         if moe.shared_gate:
             layout.add("shared_gate", (slab,), [(f"{prefix}shared_expert_gate.weight", 1)], hidden)

@@ -1,7 +1,7 @@
 """Layers that mix tokens by a recurrence instead of attention: specs, weights, and how torch computes them.
 
-Here are short convolutions and the choice between all kinds; the gated delta rule is in gated_delta.py. What a layer
-keeps of a sequence is said by its `StateSpec` (state_access.py).
+Here are short convolutions and the choice between all kinds; the gated delta rule is in gated_delta.py, the state space
+of Mamba-2 in state_space.py. What a layer keeps of a sequence is said by its `StateSpec` (state_access.py).
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.reference.recurrent import causal_convolution
 from quartet.scheduler_service.model.gated_delta import GatedDelta, GatedDeltaSpec, add_gated_delta, gated_delta
 from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
+from quartet.scheduler_service.model.state_space import StateSpace, StateSpaceSpec, add_state_space, state_space_mixer
 from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 
@@ -47,15 +48,23 @@ class ShortConv:
         return after * states.scan(self.spec.layer, compute, before * inputs)
 
 
-Mixer = ShortConv | GatedDelta
-RecurrentSpec = ShortConvSpec | GatedDeltaSpec
+Mixer = ShortConv | GatedDelta | StateSpace
+RecurrentSpec = ShortConvSpec | GatedDeltaSpec | StateSpaceSpec
 
 
 def add_recurrent(layout: Layout, spec: RecurrentSpec, hidden: int, slab: int, prefix: str) -> None:
     """Places for one recurrent layer's weights; `slab`: its number among them."""
-    if isinstance(spec, GatedDeltaSpec):
-        add_gated_delta(layout, spec, hidden, slab, prefix)
-        return
+    match spec:
+        case GatedDeltaSpec():
+            add_gated_delta(layout, spec, hidden, slab, prefix)
+        case StateSpaceSpec():
+            add_state_space(layout, spec, hidden, slab, prefix)
+        case ShortConvSpec():
+            add_short_conv(layout, spec, hidden, slab, prefix)
+
+
+def add_short_conv(layout: Layout, spec: ShortConvSpec, hidden: int, slab: int, prefix: str) -> None:
+    """The same for a short convolution."""
     inside = f"{prefix}{spec.block}."
     layout.add("conv_in", (slab,), [(f"{inside}in_proj.weight", 3 * hidden)], hidden)
     layout.add("conv", (slab,), [(f"{inside}conv.weight", hidden)], (1, spec.taps))
@@ -70,8 +79,19 @@ def recurrent_mixer(
     spec: RecurrentSpec, weights: Weights, layer: int, slab: int, linear: Callable[..., Linear]
 ) -> Mixer:
     """The mixer of a layer; `linear` makes a product of a slab that follows updates of the weights."""
-    if isinstance(spec, GatedDeltaSpec):
-        return gated_delta(spec, weights, layer, slab, linear)
+    match spec:
+        case GatedDeltaSpec():
+            return gated_delta(spec, weights, layer, slab, linear)
+        case StateSpaceSpec():
+            return state_space_mixer(spec, weights, layer, slab, linear)
+        case ShortConvSpec():
+            return short_conv(spec, weights, layer, slab, linear)
+
+
+def short_conv(
+    spec: ShortConvSpec, weights: Weights, layer: int, slab: int, linear: Callable[..., Linear]
+) -> ShortConv:
+    """The same for a short convolution."""
     channels = len(weights.slab("conv", slab))
     return ShortConv(
         spec=StateSpec(layer, ((spec.taps - 1, channels),), (weights.dtype,)),

@@ -12,6 +12,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.embedding import family_name
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.model_files.towers import language_model
+from quartet.runtime.shorten import reason
 from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.host.parallel import ALONE, Parallel
 from quartet.scheduler_service.model.backend import Backend
@@ -30,11 +31,14 @@ from quartet.scheduler_service.model.families import (
     glm,
     gpt_oss,
     granite,
+    kimi,
     lfm2,
     llama,
+    mamba,
     minimax,
     mistral,
     mixtral,
+    nemotron,
     olmo,
     phi3,
     qwen,
@@ -59,11 +63,14 @@ log = logging.getLogger(__name__)
 NOT_LATENT = "--enable-deterministic-inference is not there for the latent attention of {}; leave it out"
 
 FAMILIES: dict[str, llama.Family] = {
+    "BambaForCausalLM": mamba.bamba,
     "Cohere2ForCausalLM": cohere.cohere2,
     "DeepseekV2ForCausalLM": deepseek.v2,
     "DeepseekV3ForCausalLM": deepseek.v3,
     "Ernie4_5ForCausalLM": ernie.ernie4_5,
     "Exaone4ForCausalLM": exaone.exaone4,
+    "FalconH1ForCausalLM": mamba.falcon_h1,
+    "GemmaForCausalLM": gemma.gemma1,
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
     "Glm4ForCausalLM": glm.glm4,
@@ -71,6 +78,8 @@ FAMILIES: dict[str, llama.Family] = {
     "Glm4MoeLiteForCausalLM": deepseek.v3,
     "GptOssForCausalLM": gpt_oss.decoder_spec,
     "GraniteForCausalLM": granite.decoder_spec,
+    "GraniteMoeHybridForCausalLM": granite.hybrid,
+    "KimiLinearForCausalLM": kimi.linear,
     "Lfm2ForCausalLM": lfm2.decoder_spec,
     "LlamaForCausalLM": llama.decoder_spec,
     "MiniMaxM2ForCausalLM": minimax.m2,
@@ -78,14 +87,17 @@ FAMILIES: dict[str, llama.Family] = {
     "MinistralForCausalLM": mistral.ministral,
     "MistralForCausalLM": mistral.decoder_spec,
     "MixtralForCausalLM": mixtral.decoder_spec,
+    "NemotronHForCausalLM": nemotron.nemotron_h,
     "Olmo2ForCausalLM": olmo.olmo2,
     "Olmo3ForCausalLM": olmo.olmo3,
+    "OlmoHybridForCausalLM": olmo.hybrid,
     "Phi3ForCausalLM": phi3.decoder_spec,
     "Qwen2ForCausalLM": qwen.qwen2,
     "Qwen2MoeForCausalLM": qwen.qwen2_moe,
     "Qwen3ForCausalLM": qwen.qwen3,
     "Qwen3NextForCausalLM": qwen_hybrid.qwen3_next,
     "Qwen3_5ForCausalLM": qwen_hybrid.qwen3_5,
+    "Qwen3_5MoeForCausalLM": qwen_hybrid.qwen3_5_moe,
     "Qwen3MoeForCausalLM": qwen.qwen3_moe,
     "SeedOssForCausalLM": seed_oss.decoder_spec,
     "SmolLM3ForCausalLM": smollm.decoder_spec,
@@ -168,13 +180,17 @@ def decoder_spec(info: ModelInfo) -> DecoderSpec:
     try:
         spec = family(info.config, info.context_length)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise StartupError(f"{info.path}/config.json does not describe a {info.architecture}: {error!r}") from error
+        raise StartupError(
+            f"{info.path}/config.json does not describe a {info.architecture}: {reason(error)}"
+        ) from error
     if not all(isinstance(layer.moe.intermediate_size, int) for layer in spec.layers if layer.moe):
         raise NotNative(f"{info.architecture} whose layers' experts differ in size")
     if not (isinstance(spec.intermediate_size, int) and isinstance(spec.kv_heads, int)):
         raise NotNative(f"{info.architecture} whose layers differ in size")
     if spec.parallel and any(layer.moe for layer in spec.layers):
         raise NotNative(f"{info.architecture} with experts beside attention")
+    if not any(layer.attends for layer in spec.layers):
+        raise NotNative(f"{info.architecture} without attention")
     if spec.activation not in ACTIVATIONS:
         raise NotNative(f"{info.architecture} with the activation {spec.activation}")
     if not (spec.causal or info.embedding):

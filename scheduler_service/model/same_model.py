@@ -39,6 +39,13 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "activation": ("hidden_act", "hidden_activation", "activation"),
     "attention_softcap": ("attn_logit_softcapping",),
     "logit_softcap": ("final_logit_softcapping",),
+    "relative": (
+        "position_buckets",
+        "max_relative_positions",
+        "pos_att_type",
+        "norm_rel_ebd",
+        "max_position_embeddings",
+    ),
     "qkv_bias": ("attention_bias", "qkv_bias", "use_bias"),
     "output_bias": ("attention_bias", "attention_out_bias", "use_bias"),
     "layers": (

@@ -56,11 +56,14 @@ class MoeSpec:
     expert_bias: bool = False
     shared_intermediate_size: int = 0  # one expert that every token passes
     shared_gate: bool = True  # a sigmoid scales it
+    ungated: bool = False  # experts are down(activation(up)), else down(activation(gate) * up)
     block: str = "mlp"  # checkpoint names below the layer
     router: str = "gate"
-    shared: str = "shared_expert"
-    gate_up: tuple[str, str] = ("gate_proj", "up_proj")
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
+    shared: str = "shared_expert"  # below the block; with a dot in front, below the layer
+    shared_gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    shared_down: str = "down_proj"
 
     @property
     def chooses_plainly(self) -> bool:
@@ -69,19 +72,11 @@ class MoeSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """What one layer has of its own."""
-
-    window: int | None = None  # a query at p sees keys in (p - window, p]
-    rope: int = 0  # index into DecoderSpec.ropes
-    moe: MoeSpec | None = None  # None: a dense feed-forward block
-    recurrent: RecurrentSpec | None = None  # in place of attention
-
-
-@dataclass(frozen=True, slots=True)
 class Names:
     """Checkpoint names that differ between families, below `model.layers.N.`."""
 
+    embeddings: str = "embed_tokens"  # below `prefix`
+    attention: str = "self_attn"
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     down: str = "down_proj"
@@ -96,6 +91,42 @@ class Names:
     after_mlp: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one layer has of its own."""
+
+    window: int | None = None  # a query at p sees keys in (p - window, p]
+    rope: int = 0  # index into DecoderSpec.ropes
+    moe: MoeSpec | None = None  # None: a dense feed-forward block
+    recurrent: RecurrentSpec | None = None  # in place of attention
+    beside: bool = False  # the recurrence runs beside attention: both read the same and are added
+    mixes: bool = True  # it has attention, a recurrence or both
+    feeds: bool = True  # it has a feed-forward block
+    names: Names | None = None  # in place of the model's
+
+    @property
+    def attends(self) -> bool:
+        return self.mixes and (self.recurrent is None or self.beside)
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What parts of every layer are multiplied with."""
+
+    attention: float = 1.0  # what the output product reads
+    gate: float = 1.0  # gates, before their activation
+    down: float = 1.0  # what the down product reads
+
+
+@dataclass(frozen=True, slots=True)
+class Slabs:
+    """The numbers of a layer's parts among those of their kind in other layers."""
+
+    attention: int
+    recurrent: int
+    block: int  # among dense feed-forward blocks, or among mixtures
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadLayer:
     """norm(activation(x @ weight.T + bias)), each part where the layer has it."""
@@ -106,6 +137,7 @@ class HeadLayer:
     bias: bool = True
     activation: str | None = None
     norm: str | None = None  # in the checkpoint: a layer norm behind the activation
+    norm_names: tuple[str, str] = ("weight", "bias")  # of its tensors, in the checkpoint
     norm_bias: bool = False
     norm_epsilon: float = 1e-5
 
@@ -132,7 +164,9 @@ class DecoderSpec:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    ungated: bool = False  # dense blocks are down(activation(up)), else down(activation(gate) * up)
     activation: str = "silu"
+    factors: Factors | None = None
     embedding_scale: float = 1.0
     rounds_embedding_scale: bool = False  # to the dtype of activations
     scales_given_embeddings: bool = False  # those that a request brings are scaled too
@@ -156,6 +190,23 @@ class DecoderSpec:
     def is_recurrent(self) -> bool:
         """Whether some layers keep a state instead of keys and values."""
         return any(layer.recurrent for layer in self.layers)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer is attention with a feed-forward block behind it, and nothing is multiplied."""
+        return self.factors is None and all(layer.attends and layer.feeds for layer in self.layers)
+
+    def names_of(self, layer: int) -> Names:
+        return self.layers[layer].names or self.names
+
+    def slabs(self, layer: int) -> Slabs:
+        """Where a layer's parts are in the buffers of their kind."""
+        own, before = self.layers[layer], self.layers[:layer]
+        return Slabs(
+            attention=sum(other.attends for other in before),
+            recurrent=sum(other.recurrent is not None for other in before),
+            block=sum(other.feeds and bool(other.moe) == bool(own.moe) for other in before),
+        )
 
 
 def require(config: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": plain_layers.gelu_tanh_and_mul,
     "gelu_pytorch_tanh": plain_layers.gelu_tanh_and_mul,
     "clamped_swiglu": plain_layers.clamped_swiglu,
+    "relu2": plain_layers.squared_relu,
 }
 
 

@@ -22,6 +22,7 @@ from quartet.kernels.reference import layers as reference
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.shorten import reason
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.routers import Routers
 from quartet.scheduler_service.sampling import choose
@@ -198,7 +199,7 @@ def build(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype) -> transf
         )
         model, report = loaded
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, OSError) as error:
-        cause = " ".join(str(error).split())[:300]
+        cause = reason(error, 300)
         raise StartupError(f"transformers cannot build {info.architecture} from {info.path}: {cause}") from error
     tie_missing(model, report["missing_keys"])
     if missing := sorted(report["missing_keys"]):
@@ -274,7 +275,7 @@ def self_check(model: transformers.PreTrainedModel, served: TransformersModel, i
         model.set_attn_implementation(served.paged.name)
         found = torch.cat(run_in_chunks(served, ids))
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, AssertionError) as error:
-        cause = " ".join(str(error).split())[:300]
+        cause = reason(error, 300)
         raise StartupError(f"{info.architecture} is not served: it fails with our attention: {cause}") from error
     served.attention = [served.paged.specs[layer] for layer in sorted(served.paged.specs)]
     layers = model.config.get_text_config().num_hidden_layers

@@ -18,7 +18,7 @@ import torch
 from quartet.kernels.cpu.native.quantized import QuantizedRows, Scheme
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.files import opened, present, read_small
-from quartet.runtime.shorten import short
+from quartet.runtime.shorten import reason, short
 
 MAX_HEADER_BYTES = 8 << 20
 MAX_INDEX_BYTES = 32 << 20
@@ -188,7 +188,7 @@ def read_weight_map(path: Path, suffix: str) -> dict[str, str]:
         check_count(path, content.count(b":") // 2)  # as many as it could have, were half of them in names
         weight_map = msgspec.convert(parse_json(content)["weight_map"], dict[str, str])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not an index of {suffix[1:]} files: {short(error)}") from error
+        raise CheckpointError(f"{path} is not an index of {suffix[1:]} files: {reason(error)}") from error
     for name in set(weight_map.values()):
         if Path(name).name != name or not name.endswith(suffix):
             raise CheckpointError(f"{path} names the file {short(name)!r}, which is not a {suffix[1:]} file beside it")

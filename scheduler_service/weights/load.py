@@ -139,7 +139,12 @@ def read_weights(checkpoint: Checkpoint, weights: Weights, files: Iterable[Path]
 
 def log_quantized(checkpoint: Checkpoint, weights: Weights) -> None:
     """Log what it takes that quantized weights are expanded; nothing where there are none."""
-    expanded = [made for name, made in checkpoint.quantized.items() if not reading.stays(name, made, weights)]
+    expanded = [
+        made
+        for name, made in checkpoint.quantized.items()
+        if not reading.stays(name, made, weights)
+        and any(part.stored.dtype not in DTYPES for part in made.parts.values())
+    ]
     if expanded:
         log.info(
             "%d quantized tensors are expanded to %s: %.2f GB in the files; all weights take %.2f GB of memory.",

@@ -29,6 +29,7 @@ PRODUCTS = (
     "qkv",
     *("query_down", "query", "kv_down"),
     "output",
+    *("conv_in", "conv_out", "delta_in", "delta_out", "delta_forget", "delta_gate", "space_in", "space_out"),
     "gate_up",
     "down",
     "expert_gate_up",

@@ -17,7 +17,10 @@ MOST_GAP = 3  # times the largest gap of a quiet server
 FLOOR_S = 0.035  # costs below are noise: 4 ns a byte, as much as reading the largest body a few times from memory
 TRIES = 8  # of a measurement that looks bad: other programs run on the machine too
 QUIET_S = 6.0
-EMBEDS = ("/encode", "/classify", "/v1/embeddings", "/v1/classify", "/v1/rerank")
+EMBEDS = (
+    *("/encode", "/classify", "/v1/embeddings", "/v1/classify", "/v1/rerank"),
+    *("/embed", "/embed_all", "/embed_sparse", "/pooling", "/similarity", "/predict"),
+)
 
 
 @dataclass

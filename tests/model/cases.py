@@ -11,7 +11,6 @@ from tests.engine import ALL_LOGPROBS, Answer, Engine
 
 VOCAB_SIZE = 320  # of the tiny models
 NEW_TOKENS = 64
-GREEDY = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 FIRST_WORD = 3  # ids below are special
 
 
@@ -19,38 +18,42 @@ def prompt(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(FIRST_WORD, VOCAB_SIZE) for _ in range(length)]
 
 
-def one(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
+def greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_new_tokens=tokens, ignore_eos=True)
+
+
+def one(directory: Path, tokens: int = NEW_TOKENS, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
     prompts = [prompt(random.Random(1), 37)]
-    return prompts, Engine(directory, **settings).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
+    return prompts, Engine(directory, **settings).generate(prompts, greedy(tokens), logprobs=ALL_LOGPROBS)
 
 
-def many(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
+def many(directory: Path, tokens: int = NEW_TOKENS, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
     rng = random.Random(2)
     prompts = [prompt(rng, length) for length in (1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 50, 64, 90, 120)]
-    return prompts, Engine(directory, **settings).generate(prompts, GREEDY, logprobs=ALL_LOGPROBS)
+    return prompts, Engine(directory, **settings).generate(prompts, greedy(tokens), logprobs=ALL_LOGPROBS)
 
 
-def chunked(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
-    return many(directory, chunked_prefill_size=16, **settings)
+def chunked(directory: Path, tokens: int = NEW_TOKENS, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
+    return many(directory, tokens, chunked_prefill_size=16, **settings)
 
 
-def prefixed(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
+def prefixed(directory: Path, tokens: int = NEW_TOKENS, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
     """A first wave fills the prefix tree; the second finds its prefixes there, and its rows share them."""
     rng = random.Random(3)
     engine, common, other = Engine(directory, **settings), prompt(rng, 150), prompt(rng, 40)
-    engine.generate([common, other], GREEDY)
+    engine.generate([common, other], greedy(tokens))
     prompts = [common + prompt(rng, 3 + i) for i in range(5)] + [other + prompt(rng, 9)]
     starts = [148] * 5 + [39]  # prompt positions from here on are computed again, to be scored
     rids = [
-        engine.add(ids, GREEDY, logprobs=LogprobOptions(start=start))
+        engine.add(ids, greedy(tokens), logprobs=LogprobOptions(start=start))
         for ids, start in zip(prompts, starts, strict=True)
     ]
     engine.run()
     return prompts, [engine.answers[rid] for rid in rids]
 
 
-def retracted(directory: Path, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
-    return many(directory, max_total_tokens=320, chunked_prefill_size=64, **settings)
+def retracted(directory: Path, tokens: int = NEW_TOKENS, **settings: Any) -> tuple[list[list[int]], list[Answer]]:
+    return many(directory, tokens, max_total_tokens=320, chunked_prefill_size=64, **settings)
 
 
 CASES: dict[str, Callable[..., tuple[list[list[int]], list[Answer]]]] = {

@@ -1,19 +1,23 @@
 """Small random embedding models on disk, transformers' answers for them, and ours."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, processors
 
-from quartet.runtime.messages import Request, Tokenized, pack_ids
+from quartet.http_gateway.embedding.prompts import Prompted, choose_vectors
+from quartet.runtime.messages import Generate, Request, Tokenized, pack_ids
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.assemble import planner_config
 from quartet.scheduler_service.core.plan import Update
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.execution.worker import Worker
+from quartet.tokenizer_service.load import load_encoder
 from tests.configs import resolved
 from tests.engine import floats
 from tests.model import tiny
@@ -32,19 +36,31 @@ DISTIL = {"vocab_size": VOCAB_SIZE, "dim": 64, "hidden_dim": 96, "n_layers": 3, 
 DISTIL["max_position_embeddings"] = 200
 MODERN = {**BERT, "local_attention": 16, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0}
 MODERN |= {"sep_token_id": 2}
+MPNET = {**ROBERTA, "relative_attention_num_buckets": 32}
+DEBERTA = {**BERT, "relative_attention": True, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+DEBERTA |= {"position_buckets": 16, "max_relative_positions": -1, "pos_att_type": ["p2c", "c2p"]}
+DEBERTA |= {"position_biased_input": False, "type_vocab_size": 0}  # as v3
 CONFIGS: dict[str, dict[str, Any]] = {
     "Bert": BERT,
     "Roberta": ROBERTA,
     "XLMRoberta": ROBERTA,
     "DistilBert": DISTIL,
     "ModernBert": MODERN,
+    "DebertaV2": DEBERTA,
+    "Electra": {**BERT, "embedding_size": 64},
+    "EuroBert": {**BERT, "num_key_value_heads": 2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
+    "Gte": {**BERT, "type_vocab_size": 1, "pad_token_id": 1},
+    "JinaEmbeddingsV3": {**ROBERTA, "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+    "MPNet": MPNET,
+    "NomicBert": BERT,
     "Gemma3Text": {**tiny.SHAPE, **tiny.GEMMA},
     "Llama": tiny.SHAPE,
     "Mistral": {**tiny.SHAPE, "sliding_window": 24},
     "Qwen2": tiny.SHAPE,
     "Qwen3": {**tiny.SHAPE, "head_dim": 16},
 }
-ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert")
+NEWER = ("DebertaV2", "Electra", "EuroBert", "Gte", "JinaEmbeddingsV3", "MPNet", "NomicBert")
+ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert", *NEWER)
 DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
@@ -98,6 +114,46 @@ class Embedder:
         rids = [self.add(text, **request) for text in texts]
         self.run()
         return [torch.tensor(floats(self.updates[rid].vector)) for rid in rids]
+
+
+class Served:
+    """Tokenizer, planner and worker of a model, without a ring."""
+
+    def __init__(self, directory: Path) -> None:
+        self.encoder = load_encoder(resolved(model_path=str(directory), model_dir=str(directory), is_embedding=True))
+        self.embedder = Embedder(directory)
+        self.embedding = self.embedder.info.embedding
+
+    def ask(self, sentences: Sequence[str], name: str | None = None) -> list[Any]:
+        """The update of each text, under the prompt of that name."""
+        prefix = self.embedding.prompts[name] if name else ""
+        messages = []
+        for i, sentence in enumerate(sentences):
+            request = Request(rid=f"{name}-{i}", params=SamplingParams(max_new_tokens=0), task="embed")
+            choose_vectors(request, Prompted(prompt_name=name), self.embedding)
+            messages.append(Generate(request=request, text=prefix + sentence))
+        for tokenized in self.encoder.step(messages):
+            assert isinstance(tokenized, Tokenized), tokenized
+            self.embedder.planner.add(tokenized, 0.0)
+        self.embedder.run()
+        return [self.embedder.updates[message.request.rid] for message in messages]
+
+    def vectors(self, sentences: Sequence[str], name: str | None = None) -> list[torch.Tensor]:
+        size = self.embedding.token_size(self.embedder.info.hidden_size)
+        return [torch.tensor(floats(update.vector)).view(-1, size) for update in self.ask(sentences, name)]
+
+
+def wrap_texts(directory: Path, *, known: Sequence[str] = ()) -> None:
+    """Have the tokenizer put tokens around a text and know a mask, and words of one token."""
+    file = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(["[MASK]", "[UNK]", *known])
+    pair = [("<bos>", 0), ("<eos>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=pair)
+    tokenizer.save(str(file))
+    settings = directory / "tokenizer_config.json"
+    given = {**json.loads(settings.read_text()), "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    settings.write_text(json.dumps({**given, "cls_token": "<bos>", "sep_token": "<eos>"}))
 
 
 def texts(*lengths: int) -> list[list[int]]:

@@ -196,7 +196,7 @@ def test_a_generating_request_ends_alone_at_an_embedding_model(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["Bert", "ModernBert", "Qwen2"])
+@pytest.mark.parametrize("family", ["Bert", "DebertaV2", "EuroBert", "ModernBert", "MPNet", "Qwen2"])
 def test_half_precision_points_the_same_way(family, dtype, tmp_path):
     peer = embedders.build(f"{family}Model", tmp_path)
     given = texts(*LENGTHS)

@@ -13,14 +13,14 @@ QUICK = ("llama", "qwen3", "gemma2", "mixtral")
     scope="module",
     params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in parity.FAMILIES],
 )
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, parity.Peer]:
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, parity.Peer, int]:
     directory = tiny.build(request.param, tmp_path_factory.mktemp(request.param))
-    return directory, parity.Peer(directory)
+    return directory, parity.Peer(directory), parity.new_tokens(request.param)
 
 
-def outcome(served: tuple[Path, parity.Peer], case: str) -> parity.Outcome:
-    directory, peer = served
-    found = parity.compare(peer, *parity.CASES[case](directory))
+def outcome(served: tuple[Path, parity.Peer, int], case: str) -> parity.Outcome:
+    directory, peer, tokens = served
+    found = parity.compare(peer, case, directory, tokens)
     assert found.tokens_equal and found.error <= parity.TOLERANCE, found
     return found
 

@@ -37,6 +37,12 @@ def test_a_vector_that_is_normalised_has_length_one_also_when_it_is_cut(scale):
     assert cosine(pooler.finish(vector, cut_to(4)), vector[:4]) == pytest.approx(1.0)
 
 
+def test_a_vector_is_cut_as_the_models_config_says_unless_its_request_says_more():
+    pooler = Pooler(Embedding(pooling=("cls",), normalize=True, matryoshka=True, own_dimensions=4))
+    vector = torch.randn(16)
+    assert len(pooler.finish(vector, cut_to(None))) == 4 and len(pooler.finish(vector, cut_to(8))) == 8
+
+
 def test_a_raw_vector_is_cut_and_left_alone():
     pooler = Pooler(Embedding(pooling=("lasttoken",)))
     states = torch.randn(3, 8)

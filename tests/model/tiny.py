@@ -3,11 +3,13 @@
 `build("llama", directory, tie_word_embeddings=True)` writes config, weights, tokenizer and generation config.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.model.cases import VOCAB_SIZE
@@ -73,6 +75,60 @@ LINEAR: dict[str, Any] = {
     "num_hidden_layers": 3,
 }
 
+SPACE: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "num_hidden_layers": 3,
+}
+GRANITE: dict[str, Any] = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}
+FALCON: dict[str, Any] = {
+    "mamba_d_ssm": 96,
+    "num_hidden_layers": 2,
+    "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.8],
+    "mlp_multipliers": [0.8, 0.6],
+    "ssm_in_multiplier": 1.3,
+    "ssm_out_multiplier": 0.7,
+    "attention_in_multiplier": 1.2,
+    "attention_out_multiplier": 0.9,
+    "key_multiplier": 0.6,
+    "embedding_multiplier": 2.0,
+    "lm_head_multiplier": 0.5,
+}
+NEMOTRON: dict[str, Any] = {
+    "layer_types": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention", "moe"],
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 80,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+
+MIXED_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
+KIMI: dict[str, Any] = {
+    **{name: DEEPSEEK[name] for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "layer_types": MIXED_LAYERS,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+OLMO_HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "layer_types": MIXED_LAYERS,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+}
+
 # family → (config class of transformers, what it has besides SHAPE)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -80,6 +136,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "phi3": ("Phi3Config", {}),
+    "gemma": ("GemmaConfig", {"head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {**GEMMA, "sliding_window": 24}),
     "gemma3": ("Gemma3TextConfig", {**GEMMA, "sliding_window": 24, "sliding_window_pattern": 2}),
     "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 80}),
@@ -91,6 +148,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_next": ("Qwen3NextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
     "qwen3_5": ("Qwen3_5TextConfig", LINEAR),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
+    "kimi_linear": ("KimiLinearConfig", KIMI),
+    "olmo_hybrid": ("OlmoHybridConfig", OLMO_HYBRID),
+    "bamba": ("BambaConfig", {**SPACE, "attn_layer_indices": [1]}),
+    "falcon_h1": ("FalconH1Config", {**SPACE, **FALCON}),
+    "granite_hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **SPACE,
+            **GRANITE,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_local_experts": 4,
+            "shared_intermediate_size": 80,
+        },
+    ),
+    "nemotron_h": ("NemotronHConfig", NEMOTRON),
     "cohere2": ("Cohere2Config", {"logit_scale": 0.5, **PATTERN}),
     "deepseek_v2": ("DeepseekV2Config", {**DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False}),
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
@@ -100,7 +173,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("Glm4MoeLiteConfig", DEEPSEEK),
     "glm4_moe": ("Glm4MoeConfig", GLM4_MOE),
     "gpt_oss": ("GptOssConfig", {**SINKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}),
-    "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7}),
+    "granite": ("GraniteConfig", GRANITE),
     "minimax_m2": ("MiniMaxM2Config", MINIMAX),
     "ministral": ("MinistralConfig", {"head_dim": 16, **PATTERN}),
     "ministral3": ("Ministral3Config", {"head_dim": 16, "rope_parameters": GROWING}),
@@ -122,12 +195,36 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# family → names that transformers saves → those of released checkpoints
+RENAMED: dict[str, dict[str, str]] = {
+    "kimi_linear": {r"(layers\.0\.)block_sparse_moe": r"\1mlp"},
+    "olmo_hybrid": {r"(layers\.1\.)feedforward_layer_norm": r"\1post_attention_layernorm"},
+}
+
+
 def build(family: str, directory: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
     """Write a random model of the family with config fields overridden; returns the directory."""
     model = random_model(family, dtype=dtype, seed=seed, **overrides)
     model.save_pretrained(directory)
+    if family in RENAMED:
+        as_released(directory / "model.safetensors", RENAMED[family])
     save_tokenizer(directory, model.config.vocab_size)
     return directory
+
+
+def as_released(file: Path, renamed: dict[str, str]) -> None:
+    """Undo what transformers does to a checkpoint beyond its own inverse: names, and convolutions cut into thirds."""
+    tensors = load_file(file)
+    tensors = {
+        next((re.sub(old, new, name) for old, new in renamed.items() if re.search(old, name)), name): tensors[name]
+        for name in tensors
+    }
+    for name in [name for name in tensors if name.endswith("q_conv1d.weight")]:
+        names = [name.replace("q_conv1d", f"{part}_conv1d") for part in "qkv"]
+        sizes = [len(tensors[part.replace("conv1d", "proj")]) for part in names]
+        whole = torch.cat([tensors[part] for part in names])
+        tensors |= {part: piece.clone() for part, piece in zip(names, whole.split(sizes), strict=True)}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def random_model(

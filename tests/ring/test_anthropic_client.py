@@ -30,15 +30,16 @@ TOOLS: Any = [
     },
     {"name": "stop", "input_schema": {"type": "object", "additionalProperties": False}},
 ]
+KEY = "secret"
 
 
 def client_of(server: Server, **options: Any) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, max_retries=0, timeout=WAIT_S, **({"api_key": "k"} | options))
+    return anthropic.Anthropic(base_url=server.url, max_retries=0, timeout=WAIT_S, **({"api_key": KEY} | options))
 
 
 @pytest.fixture(scope="module")
 def server(launch_for_module: Callable[..., Server]) -> Server:
-    return launch_for_module("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")
+    return launch_for_module("--tool-call-parser", "hermes", "--reasoning-parser", "qwen3", "--api-key", KEY)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_the_beta_client_and_the_async_client(server: Server, client: anthropic.
     assert block.type == "text" and block.text == ANSWER
 
     async def streamed() -> str:
-        options: Any = {"base_url": server.url, "api_key": "k", "max_retries": 0, "timeout": WAIT_S}
+        options: Any = {"base_url": server.url, "api_key": KEY, "max_retries": 0, "timeout": WAIT_S}
         async with anthropic.AsyncAnthropic(**options) as other:
             asked: Any = {"model": "demo", "messages": QUESTION, "max_tokens": 30, "extra_body": GREEDY}
             async with other.messages.stream(**asked) as stream:
@@ -253,11 +254,10 @@ def test_a_refused_stream_is_an_error_with_its_status(client: anthropic.Anthropi
         pass
 
 
-def test_a_wrong_key_is_refused_and_a_right_one_accepted_in_both_headers(launch: Callable[..., Server]) -> None:
-    server = launch("--api-key", "secret")
+def test_a_wrong_key_is_refused_and_a_right_one_accepted_in_both_headers(server: Server) -> None:
     with pytest.raises(anthropic.AuthenticationError) as error:
         ask(client_of(server, api_key="wrong"))
     assert error.value.type == "authentication_error" and "--api-key" in str(error.value)
-    for options in ({"api_key": "secret"}, {"api_key": "no", "default_headers": {"x-api-key": "secret"}}):
+    for options in ({"api_key": KEY}, {"api_key": "no", "default_headers": {"x-api-key": KEY}}):
         assert ask(client_of(server, **options)).content
         assert client_of(server, **options).models.list().data

@@ -16,10 +16,12 @@ from tests.servers import ROOT, Server, launched
 
 CHAT = "/v1/chat/completions"
 COUNT = 60
+KEPT_S = 3600
 
 
 def request(name: str, url: str = CHAT, **body: Any) -> bytes:
-    conversation = {"messages": [{"role": "user", "content": f"Tell me about {name}"}], "max_tokens": 30}
+    said = [{"role": "user", "content": f"Tell me about {name}"}]
+    conversation = {"messages": said, "max_tokens": 30, "ignore_eos": True}
     line = {"custom_id": name, "method": "POST", "url": url, "body": {"model": "demo", **(body or conversation)}}
     return json.dumps(line).encode() + b"\n"
 
@@ -41,8 +43,17 @@ def client(server):
 
 
 def begin(client: openai.OpenAI, content: bytes) -> Any:
-    file = client.files.create(file=("requests.jsonl", content), purpose="batch")
-    return client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h", metadata={"k": "v"})
+    file = client.files.create(
+        file=("requests.jsonl", content), purpose="batch", expires_after={"anchor": "created_at", "seconds": KEPT_S}
+    )
+    assert file.expires_at == file.created_at + KEPT_S
+    return client.batches.create(
+        input_file_id=file.id,
+        endpoint=CHAT,
+        completion_window="24h",
+        metadata={"k": "v"},
+        output_expires_after={"anchor": "created_at", "seconds": 2 * KEPT_S},
+    )
 
 
 def ended(client: openai.OpenAI, batch_id: str) -> Any:
@@ -68,6 +79,8 @@ def test_the_openai_client_runs_a_batch_through_the_death_of_the_gateway(server:
     batch = ended(client, batch.id)
     assert batch.status == "completed"
     assert (batch.request_counts.total, batch.request_counts.completed) == (COUNT + 1, COUNT)
+    output = client.files.retrieve(batch.output_file_id)
+    assert output.expires_at == output.created_at + 2 * KEPT_S
     answers = results(client, batch.output_file_id)
     assert sorted(answer["custom_id"] for answer in answers) == sorted(f"r{i}" for i in range(COUNT))
     assert all(answer["response"]["body"]["choices"][0]["message"]["content"] for answer in answers)

@@ -31,7 +31,8 @@ STEP_S = "0.02"  # a token of the stand-in model, so that an answer can be stopp
 @pytest.fixture(scope="module")
 def server(launch_for_module) -> Server:
     services = {"scheduler": "tests.fake_scheduler"}
-    return launch_for_module(services=services, environment={"QUARTET_FAKE_STEP_S": STEP_S})
+    flags = ("--preferred-sampling-params", '{"ignore_eos": true, "sampling_seed": 1}')  # no answer ends by chance
+    return launch_for_module(*flags, services=services, environment={"QUARTET_FAKE_STEP_S": STEP_S})
 
 
 class Terminal:

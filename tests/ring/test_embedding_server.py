@@ -84,6 +84,17 @@ def test_the_openai_client_gets_its_base64(minilm):
     assert answer.usage.prompt_tokens == 4 + 3
 
 
+def test_the_vectors_of_tokens_make_the_texts_vector(minilm):
+    texts_given = ["one text", "another, longer one"]
+    for path, field in (("/embed_all", "inputs"), ("/pooling", "input")):
+        answer = post(minilm, path, {field: texts_given, "task": "token_embed"}).json()
+        found = answer if path == "/embed_all" else [item["data"] for item in answer["data"]]
+        whole = post(minilm, "/embed", {"inputs": texts_given}).json()
+        for tokens, vector in zip(found, whole, strict=True):
+            assert cosine(torch.tensor(tokens).mean(0), torch.tensor(vector)) >= LEAST_COSINE
+        assert [len(tokens) for tokens in found] == [4, 6]
+
+
 def test_256_texts_of_mixed_lengths_come_back_in_order(minilm):
     sentences = [f"text number {i} " + "and so on " * (i % 13) for i in range(256)]
     together = post(minilm, "/encode", {"text": sentences}).json()
@@ -110,6 +121,7 @@ def test_weights_are_updated_from_disk_like_those_of_any_model(minilm):
         ("/encode", {"text": [["a", "pair"]]}, "no cross-encoder"),
         ("/encode", {"text": "a", "dimensions": 64}, "does not support matryoshka representation"),
         ("/generate", {"text": "a"}, "use /encode"),
+        ("/embed_sparse", {"inputs": "a"}, "does not weigh words"),
         ("/v1/rerank", {"query": "q", "documents": ["a"]}, "no cross-encoder"),
         ("/v1/score", {"query": "q", "items": "a", "label_token_ids": [1]}, "use /encode"),
     ],

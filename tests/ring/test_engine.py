@@ -33,7 +33,8 @@ def run_base():
 
 @pytest.fixture(scope="module")
 def engine(run_base):
-    with Engine("demo", enable_memory_saver=True, enable_weights_cpu_backup=True, dtype="float32") as started:
+    flags = {"enable_memory_saver": True, "enable_weights_cpu_backup": True, "disable_standby": True}
+    with Engine("demo", dtype="float32", **flags) as started:
         yield started
 
 

@@ -1,4 +1,7 @@
-"""Experts through a whole server: recorded by token and returned with requests; refused where that is off."""
+"""Experts through a whole server: recorded by token and returned with requests.
+
+Where that is off they are refused, and so are hidden states.
+"""
 
 import base64
 import contextlib
@@ -21,6 +24,10 @@ pytestmark = pytest.mark.slow
 
 LAYERS, TOP_K = 2, 2
 OFF = "Please set ServerArgs.expert_distribution_recorder_mode to use ExpertDistributionRecorder."
+NO_HIDDEN_STATES = (
+    "The server is not configured to return the hidden states. "
+    "Please set `--enable-return-hidden-states` to enable this feature."
+)
 SAMPLING = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 
 
@@ -87,6 +94,8 @@ def test_a_server_without_the_flags_refuses_and_lives(model: Path) -> None:
             for method in ("GET", "POST"):
                 answer = requests.request(method, f"{server.url}/{name}_expert_distribution_record")
                 assert (answer.status_code, answer.json()) == (400, {"error": {"message": OFF}})
+        hidden = requests.post(f"{server.url}/generate", json={"text": "a", "return_hidden_states": True})
+        assert (hidden.status_code, hidden.json()["error"]["message"]) == (400, NO_HIDDEN_STATES)
         refused = requests.post(f"{server.url}/generate", json={"text": "a", "return_routed_experts": True})
         assert refused.status_code == 400 and "--enable-return-routed-experts" in refused.json()["error"]["message"]
         assert generate(server, prompts()[0])["meta_info"]["completion_tokens"] == 12

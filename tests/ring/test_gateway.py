@@ -5,7 +5,7 @@ import json
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,11 +23,18 @@ def server(launch_for_module: Callable[..., Server]) -> Server:
     return launch_for_module("--page-size", "4", services=FAKE_SCHEDULER)
 
 
+SLOW = {"QUARTET_FAKE_STEP_S": "0.02"}  # a request is still running when the test acts
+
+
+@pytest.fixture(scope="module")
+def slow(launch_for_module: Callable[..., Server]) -> Server:
+    return launch_for_module(services=FAKE_SCHEDULER, environment=SLOW)
+
+
 @pytest.fixture
-def slow_server(launch_fake: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    """Steps of 20 ms, so that a request is still running when the test acts."""
-    monkeypatch.setenv("QUARTET_FAKE_STEP_S", "0.02")
-    return launch_fake
+def slow_server(launch_fake: Callable[..., Server]) -> Callable[..., Server]:
+    """Starts one that its test ends."""
+    return lambda *flags: launch_fake(*flags, environment=SLOW)
 
 
 def generate(server: Server, body: dict[str, Any], **options: Any) -> requests.Response:
@@ -133,20 +140,18 @@ def test_the_log_reads_as_operators_know_it(server: Server) -> None:
     assert "] INFO:     Started server process" in lines
 
 
-def test_a_client_that_leaves_frees_its_place(slow_server: Callable[..., Server]) -> None:
-    server = slow_server()
-    with generate(server, {"text": "hi", "stream": True, "sampling_params": params(max_new_tokens=1500)}, stream=True):
+def test_a_client_that_leaves_frees_its_place(slow: Server) -> None:
+    with generate(slow, {"text": "hi", "stream": True, "sampling_params": params(max_new_tokens=1500)}, stream=True):
         pass  # the headers have come; leave
-    assert requests.get(f"{server.url}/flush_cache?timeout=10", timeout=WAIT_S).status_code == 200
-    assert "disconnected from the client side" in server.log
+    assert requests.get(f"{slow.url}/flush_cache?timeout=10", timeout=WAIT_S).status_code == 200
+    assert "disconnected from the client side" in slow.log
 
 
-def test_abort_returns_what_there_is(slow_server: Callable[..., Server]) -> None:
-    server = slow_server()
+def test_abort_returns_what_there_is(slow: Server) -> None:
     found: list[Any] = []
     body = {"text": "hi", "rid": "r", "stream": True, "sampling_params": params(max_new_tokens=1500)}
-    with generate(server, body, stream=True) as answer:
-        requests.post(f"{server.url}/abort_request", json={"rid": "r"}, timeout=WAIT_S)
+    with generate(slow, body, stream=True) as answer:
+        requests.post(f"{slow.url}/abort_request", json={"rid": "r"}, timeout=WAIT_S)
         found = events(answer)
     assert found[-1]["meta_info"]["finish_reason"]["type"] == "abort"
     assert found[-1]["output_ids"]

@@ -71,10 +71,8 @@ def test_the_template_of_the_file_makes_prompts_of_conversations(server: Server)
     assert answer["usage"]["prompt_tokens"] == text["count"]
 
 
-def test_an_update_by_a_file_serves_and_outlives_the_death_of_the_scheduler(
-    launch: Callable[..., Server], file: Path, tmp_path: Path
-) -> None:
-    server = launch("--model-path", str(file), *FLAGS)
+def test_an_update_by_a_file_serves_and_outlives_the_death_of_the_scheduler(server: Server, tmp_path: Path) -> None:
+    """The last test of this server: it has other weights from then on."""
     before = output(server)
     changed = gguf_files.convert(tiny.build("llama", tmp_path / "other", seed=1), tmp_path / "other.gguf")
     body = post(server, "/update_weights_from_disk", {"model_path": str(changed), "weight_version": "B"})

@@ -1,4 +1,4 @@
-"""Hidden states through a whole server: those of transformers, whole or streamed; refused where that is off."""
+"""Hidden states through a whole server: those of transformers, whole or streamed."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,10 +17,6 @@ pytestmark = pytest.mark.slow
 
 PROMPT = [(7 * i + 3) % 90 + 1 for i in range(40)]
 NEW = 6
-OFF = (
-    "The server is not configured to return the hidden states. "
-    "Please set `--enable-return-hidden-states` to enable this feature."
-)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +66,3 @@ def test_each_prompt_of_a_batch_says_for_itself(server: Server) -> None:
         f"{server.url}/generate", json=body(input_ids=[PROMPT, PROMPT], return_hidden_states=[False, True])
     ).json()
     assert ["hidden_states" in answer["meta_info"] for answer in answers] == [False, True]
-
-
-def test_a_server_without_the_flag_refuses(model: Path, launch: Callable[..., Server]) -> None:
-    server = launch("--model-path", str(model), "--max-total-tokens", "4096")
-    answer = requests.post(f"{server.url}/generate", json=body())
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, OFF)

@@ -1,6 +1,7 @@
-"""An installed Quartet, from a wheel and a source archive: outside the repository, beside Hugging Face's `kernels`.
+"""An installed Quartet, from a wheel: outside the repository, beside Hugging Face's `kernels`. The source archive makes
+the same wheel, byte for byte.
 
-The environments are fresh. What Quartet depends on is lent to them by this one, at the end of their path, which does
+The environment is fresh. What Quartet depends on is lent to it by this one, at the end of its path, which does
 not make this one's own Quartet visible: links of an editable installation work in their own environment only.
 """
 
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,14 +49,24 @@ def built(tmp_path_factory):
     kept = shutil.ignore_patterns(".*", "build", "dist", "tests", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, symlinks=True, ignore=kept)
     for kind in ("sdist", "wheel"):
-        run(sys.executable, "-c", f"from setuptools import build_meta as b; b.build_{kind}({str(out)!r})", cwd=source)
+        build(kind, source, out)
     return out
 
 
-@pytest.fixture(scope="module", params=["*.whl", "*.tar.gz"])
-def environment(request, built, tmp_path_factory):
+def build(kind: str, source: Path, out: Path) -> None:
+    run(sys.executable, "-c", f"from setuptools import build_meta as b; b.build_{kind}({str(out)!r})", cwd=source)
+
+
+def content(wheel: Path) -> dict[str, bytes]:
+    """The files of a wheel, but for the list of them, whose order may differ."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("RECORD")}
+
+
+@pytest.fixture(scope="module")
+def environment(built, tmp_path_factory):
     """The directory of a virtual environment with Quartet and the other distribution."""
-    [archive] = built.glob(request.param)
+    [archive] = built.glob("*.whl")
     tmp_path = tmp_path_factory.mktemp("installed")
     directory = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=tmp_path)
@@ -64,6 +76,16 @@ def environment(request, built, tmp_path_factory):
     install = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation")
     run(*install, OTHERS, archive, cwd=tmp_path)
     return directory
+
+
+def test_the_source_archive_makes_the_same_wheel(built, tmp_path):
+    [archive], [wheel] = built.glob("*.tar.gz"), built.glob("*.whl")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
+    [source] = (tmp_path / "unpacked").iterdir()
+    build("wheel", source, tmp_path)
+    [again] = tmp_path.glob("*.whl")
+    assert again.name == wheel.name
+    assert content(again) == content(wheel)
 
 
 def test_its_license_is_told_and_comes_along(environment, tmp_path):

@@ -22,7 +22,7 @@ from tests.servers import READY, ROOT, STAND_INS, launched
 
 HELPERS = {"quartet.scheduler_service.grammar.check", "quartet.tokenizer_service.renderer"}
 ROLES = {"gateway", "tokenizer", "scheduler", "detokenizer"}
-LEFT_OVER_S = 1.0  # how long anything may outlive the launcher
+LEFT_OVER_S = 10.0  # how long anything may outlive the launcher, on a machine that is busy
 
 
 def assert_gone(processes, run_base):
@@ -94,21 +94,29 @@ def test_sigkill_of_the_launcher_leaves_nothing_behind(launch_stand_ins):
     assert_gone(processes, server.run_base)
 
 
-@pytest.mark.parametrize("killed", ["launcher", "scheduler and tokenizer"])
-def test_processes_that_services_have_work_done_in_die_with_them(killed):
+def test_processes_that_services_have_work_done_in_die_with_them_and_with_the_launcher():
     with launched() as server:
-        answer = {"text": "x", "sampling_params": {"regex": "[ab]", "max_new_tokens": 2}}
-        assert requests.post(f"{server.url}/generate", json=answer, timeout=60).status_code == 200
-        descendants = psutil.Process(server.process.pid).children(recursive=True)
-        helpers = [process for process in descendants if HELPERS & set(process.cmdline())]
-        assert {word for process in helpers for word in process.cmdline()} >= HELPERS
-        if killed == "launcher":
-            server.signal(signal.SIGKILL)
-        else:
-            for role in ("scheduler", "tokenizer"):
-                server.children()[role].kill()
+        helpers = helpers_at_work(server, "[ab]")
+        for role in ("scheduler", "tokenizer"):
+            server.children()[role].kill()
         deadline = time.monotonic() + LEFT_OVER_S
         assert all(ends_by(deadline, process.pid) for process in helpers)
+        for role in ("scheduler", "tokenizer"):
+            server.wait_for(f"The {role} serves again")
+        helpers = helpers_at_work(server, "[cd]")
+        server.signal(signal.SIGKILL)
+        deadline = time.monotonic() + LEFT_OVER_S
+        assert all(ends_by(deadline, process.pid) for process in helpers)
+
+
+def helpers_at_work(server, regex):
+    """The processes that check grammars and render templates, after a request that needed them."""
+    answer = {"text": "x", "sampling_params": {"regex": regex, "max_new_tokens": 2}}
+    assert requests.post(f"{server.url}/generate", json=answer, timeout=60).status_code == 200
+    descendants = psutil.Process(server.process.pid).children(recursive=True)
+    helpers = [process for process in descendants if HELPERS & set(process.cmdline())]
+    assert {word for process in helpers for word in process.cmdline()} >= HELPERS
+    return helpers
 
 
 def test_sigkill_of_the_launcher_while_services_load_leaves_nothing_behind(launch_stand_ins):
@@ -150,14 +158,14 @@ def test_without_restarts_a_death_ends_the_server_and_names_the_process_and_its_
     assert_gone(children.values(), server.run_base)
 
 
-@pytest.mark.parametrize("role", sorted(ROLES))
-def test_a_process_that_died_is_started_again_and_only_that_one(launch_stand_ins, role):
+def test_a_process_that_died_is_started_again_and_only_that_one(launch_stand_ins):
     server = launch_stand_ins()
-    before = server.children()
-    before[role].kill()
-    server.wait_for(f"The {role} serves again")
-    after = server.children()
-    assert {name for name in ROLES if after[name].pid != before[name].pid} == {role}
+    for role in sorted(ROLES):
+        before = server.children()
+        before[role].kill()
+        server.wait_for(f"The {role} serves again")
+        after = server.children()
+        assert {name for name in ROLES if after[name].pid != before[name].pid} == {role}
     server.signal()
     assert server.wait() == ExitStatus.CLEAN
     assert_gone(after.values(), server.run_base)

@@ -22,6 +22,9 @@ from tests.servers import ROOT, Server, launched
 pytestmark = pytest.mark.slow
 
 
+SAMPLING = {"max_new_tokens": 5, "temperature": 0, "ignore_eos": True}
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return Certificates(tmp_path_factory.mktemp("certificates"))
@@ -58,9 +61,8 @@ def test_the_ready_file_says_the_addresses_of_a_server_on_any_free_port(server: 
 
 def test_a_client_with_a_certificate_is_served_and_one_without_is_not(server: Server, files: Certificates) -> None:
     with client(files, files["client.pem"], files["client.key"]) as known:
-        answer = known.post(
-            "/generate", json={"text": "Hello", "rid": "by-tls", "sampling_params": {"max_new_tokens": 4}}
-        )
+        sampling = {"max_new_tokens": 4, "ignore_eos": True}
+        answer = known.post("/generate", json={"text": "Hello", "rid": "by-tls", "sampling_params": sampling})
         assert (answer.status_code, answer.json()["meta_info"]["completion_tokens"]) == (200, 4)
         assert known.get("/health").status_code == 200
     with client(files) as stranger, pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError)):
@@ -132,7 +134,7 @@ def test_a_server_without_tcp_is_reached_by_its_socket_alone_traces_each_hop_and
             assert f"curl -s --unix-socket {tmp_path}/s http://localhost/generate" in server.log
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "s")), timeout=60) as near:
                 assert near.get("http://localhost/readyz").status_code == 200
-                body = {"text": "Hello", "rid": "traced", "sampling_params": {"max_new_tokens": 5, "temperature": 0}}
+                body = {"text": "Hello", "rid": "traced", "sampling_params": SAMPLING}
                 answers = [near.post("http://localhost/generate", json=body).json()["output_ids"]]
                 server.wait_for("gave back the memory of weights and KV pool")
                 while not (health := near.get("http://localhost/health")).content:  # the gateway is told a moment later

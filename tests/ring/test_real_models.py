@@ -48,6 +48,15 @@ WEATHER: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+MANY = 120  # tools, of which one is asked for
+
+
+def stand_in(number: int, words: str = "") -> dict[str, Any]:
+    """A tool that nobody asks for."""
+    name = f"path_{number}"
+    parameters = {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
+    function = {"name": f"tool_{number}", "description": words or "Does its work.", "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 class Storage(NamedTuple):
@@ -138,3 +147,26 @@ def test_a_tool_is_called_with_what_was_asked_and_its_result_is_in_the_answer(qw
     messages += [asked, {"role": "tool", "tool_call_id": call["id"], "content": result}]
     answer = chat(qwen, messages, tools=[WEATHER], tool_choice="none")
     assert str(DEGREES) in answer["content"]
+
+
+def test_one_of_many_tools_is_called_and_their_descriptions_are_computed_once(qwen: Server) -> None:
+    tools = [stand_in(number) for number in range(MANY)]
+    tools[MANY // 2] = WEATHER
+    asked: dict[str, Any] = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    body = {"model": "real", "temperature": 0, "max_tokens": 60, "return_meta_info": True, **asked}
+    for city in ("Paris", "Oslo"):
+        messages = [{"role": "user", "content": f"What is the weather in {city} right now?"}]
+        answer = requests.post(f"{qwen.url}/v1/chat/completions", json={**body, "messages": messages}, timeout=WAIT_S)
+        assert answer.status_code == 200, answer.text
+        [choice] = answer.json()["choices"]
+        [call] = choice["message"]["tool_calls"]
+        assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("get_weather", {"city": city})
+    meta = choice["meta_info"]
+    assert meta["prompt_tokens"] > 5000 and meta["prompt_tokens"] - meta["cached_tokens"] < 64
+
+
+def test_tools_beyond_the_context_are_refused_by_their_tokens(qwen: Server) -> None:
+    tools = [stand_in(number, "What it is for, when to use it, and what comes back. " * 8) for number in range(300)]
+    body = {"model": "real", "messages": [{"role": "user", "content": "Hi"}], "tools": tools}
+    answer = requests.post(f"{qwen.url}/v1/chat/completions", json=body, timeout=WAIT_S)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")

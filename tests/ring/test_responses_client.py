@@ -145,14 +145,21 @@ def test_a_deleted_response_is_gone(client: openai.OpenAI) -> None:
     assert error.value.code == "previous_response_not_found"
 
 
-def test_a_store_with_a_path_of_its_own_outlasts_the_server(tmp_path: Path) -> None:
-    flags = ("--responses-store", str(tmp_path / "responses.sqlite"))
+@pytest.fixture(scope="module")
+def restarted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Response]]:
+    """A server with a store of its own, and what the server before it has answered."""
+    flags = ("--responses-store", str(tmp_path_factory.mktemp("store") / "responses.sqlite"))
     with launched(*flags) as server:
         response = ask(client_of(server))
     with launched(*flags) as server:
-        client = client_of(server)
-        assert client.responses.retrieve(response.id) == response
-        assert ask(client, "b", previous_response_id=response.id).previous_response_id == response.id
+        yield server, response
+
+
+def test_a_store_with_a_path_of_its_own_outlasts_the_server(restarted: tuple[Server, Response]) -> None:
+    server, response = restarted
+    client = client_of(server)
+    assert client.responses.retrieve(response.id) == response
+    assert ask(client, "b", previous_response_id=response.id).previous_response_id == response.id
 
 
 def test_a_store_that_cannot_be_opened_is_named_at_start(tmp_path: Path) -> None:
@@ -202,8 +209,9 @@ def test_the_stream_of_a_background_response_is_read_again(client: openai.OpenAI
     assert rest == events[2:] and rest[-1].response.output_text == ANSWER
 
 
-def test_a_background_response_has_failed_where_its_server_has_ended() -> None:
-    with launched() as server, paused(server):
+def test_a_background_response_has_failed_where_its_server_has_ended(restarted: tuple[Server, Response]) -> None:
+    server, _ = restarted
+    with paused(server):
         client = client_of(server)
         first = ask(client, background=True)
         server.children()["gateway"].kill()

@@ -1,6 +1,6 @@
-"""Encoders: BERT, RoBERTa and XLM-R, DistilBERT, ModernBERT, as vectors or under a classification head."""
+"""Encoders: BERT, RoBERTa and XLM-R, ELECTRA, DistilBERT, ModernBERT, as vectors or under a classification head."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from quartet.scheduler_service.model.encoder_spec import EncoderLayerSpec, EncoderNames, EncoderSpec
@@ -13,7 +13,18 @@ EncoderFamily = Callable[[Config, int, Tensors], EncoderSpec]
 
 OLDEST_NORM = ("gamma", "beta")
 ROBERTA_PAD = 1
-OTHER_HEADS = ("cls.", "lm_head.", "vocab_", "head.", "decoder.", "classifier.", "pre_classifier.")
+OTHER_HEADS = (
+    "cls.",
+    "lm_head.",
+    "lm_predictions.",
+    "mask_predictions.",
+    "discriminator_predictions.",
+    "vocab_",
+    "head.",
+    "decoder.",
+    "classifier.",
+    "pre_classifier.",
+)
 
 BERT_NAMES = EncoderNames()
 DISTIL_NAMES = EncoderNames(
@@ -21,7 +32,7 @@ DISTIL_NAMES = EncoderNames(
     qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
     output="attention.out_lin",
     attention_norm="sa_layer_norm",
-    up="ffn.lin1",
+    up=("ffn.lin1",),
     down="ffn.lin2",
     mlp_norm="output_layer_norm",
 )
@@ -33,7 +44,7 @@ MODERN_NAMES = EncoderNames(
     qkv=("attn.Wqkv",),
     output="attn.Wo",
     attention_norm="attn_norm",
-    up="mlp.Wi",
+    up=("mlp.Wi",),
     down="mlp.Wo",
     mlp_norm="mlp_norm",
 )
@@ -41,7 +52,7 @@ MODERN_NAMES = EncoderNames(
 
 def bert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
     """BertModel, BertForSequenceClassification."""
-    return EncoderSpec(**bert_like(config, tensors, "bert."), head=bert_head(config, labels))
+    return EncoderSpec(**bert_like(config, tensors, "bert."), head=bert_head(config, labels, "bert."))
 
 
 def roberta(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
@@ -51,10 +62,16 @@ def roberta(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
     return EncoderSpec(**fields, first_position=first, head=roberta_head(config, labels))
 
 
+def electra(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
+    """ElectraModel, ElectraForSequenceClassification, where embeddings are as wide as hidden states."""
+    require(config, {"embedding_size": config["hidden_size"]})
+    return EncoderSpec(**bert_like(config, tensors, "electra."), head=roberta_head(config, labels, "gelu"))
+
+
 def distilbert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
     """DistilBertModel, DistilBertForSequenceClassification."""
     size = config["dim"]
-    prefix = prefix_of(tensors, "distilbert.", DISTIL_NAMES.words)
+    prefix = prefix_of(tensors, ("distilbert.",), DISTIL_NAMES.words)
     head = (
         HeadLayer(name="pre_classifier", inputs=size, outputs=size, activation="relu"),
         HeadLayer(name="classifier", inputs=size, outputs=labels),
@@ -78,7 +95,7 @@ def distilbert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
 def modernbert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
     """ModernBertModel, ModernBertForSequenceClassification: rotary positions, and local attention in most layers."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    prefix = prefix_of(tensors, "model.", MODERN_NAMES.words)
+    prefix = prefix_of(tensors, ("model.",), MODERN_NAMES.words)
     head = modern_head(config, labels)
     types = layer_types(config)
     thetas = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
@@ -103,7 +120,8 @@ def modernbert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
         norm_first=True,
         gated=True,
         attention_bias=bool(config.get("attention_bias")),
-        mlp_bias=bool(config.get("mlp_bias")),
+        up_bias=bool(config.get("mlp_bias")),
+        down_bias=bool(config.get("mlp_bias")),
         norm_bias=bool(config.get("norm_bias")),
         names=MODERN_NAMES,
         prefix=prefix,
@@ -122,7 +140,7 @@ def layer_types(config: Config) -> list[str]:
 def bert_like(config: Config, tensors: Tensors, prefix: str) -> dict[str, Any]:
     """The fields that BERT and RoBERTa read alike."""
     require(config, {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False})
-    prefix = prefix_of(tensors, prefix, BERT_NAMES.words)
+    prefix = prefix_of(tensors, (prefix,), BERT_NAMES.words)
     oldest = any(name.endswith("LayerNorm.gamma") for name in tensors)
     return {
         "vocab_size": config["vocab_size"],
@@ -140,22 +158,24 @@ def bert_like(config: Config, tensors: Tensors, prefix: str) -> dict[str, Any]:
     }
 
 
-def bert_head(config: Config, labels: int) -> tuple[HeadLayer, ...]:
+def bert_head(config: Config, labels: int, prefix: str) -> tuple[HeadLayer, ...]:
+    """BERT's classifier: its pooler belongs to the encoder. Empty for a model without labels."""
     size = config["hidden_size"]
     if not labels:
         return ()
     return (
-        HeadLayer(name="bert.pooler.dense", inputs=size, outputs=size, activation="tanh"),
+        HeadLayer(name=f"{prefix}pooler.dense", inputs=size, outputs=size, activation="tanh"),
         HeadLayer(name="classifier", inputs=size, outputs=labels),
     )
 
 
-def roberta_head(config: Config, labels: int) -> tuple[HeadLayer, ...]:
+def roberta_head(config: Config, labels: int, activation: str = "tanh") -> tuple[HeadLayer, ...]:
+    """RoBERTa's classifier; empty for a model without labels."""
     size = config["hidden_size"]
     if not labels:
         return ()
     return (
-        HeadLayer(name="classifier.dense", inputs=size, outputs=size, activation="tanh"),
+        HeadLayer(name="classifier.dense", inputs=size, outputs=size, activation=activation),
         HeadLayer(name="classifier.out_proj", inputs=size, outputs=labels),
     )
 
@@ -178,9 +198,9 @@ def modern_head(config: Config, labels: int) -> tuple[HeadLayer, ...]:
     return dense, HeadLayer(name="classifier", inputs=size, outputs=labels)
 
 
-def prefix_of(tensors: Tensors, prefix: str, words: str) -> str:
+def prefix_of(tensors: Tensors, prefixes: Sequence[str], words: str) -> str:
     """Models saved under a head name their encoder before each tensor, bare ones do not."""
-    return prefix if f"{prefix}{words}.weight" in tensors else ""
+    return next((prefix for prefix in prefixes if f"{prefix}{words}.weight" in tensors), "")
 
 
 def unused(tensors: Tensors, prefix: str) -> frozenset[str]:

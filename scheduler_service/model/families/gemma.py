@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 (text): norms around each block, scaled embeddings, alternating sliding windows."""
+"""Gemma 1 to 3 (text): scaled embeddings; in 2 and 3 norms around each block, and sliding windows."""
 
 from typing import Any
 
@@ -13,6 +13,14 @@ SANDWICH = Names(
 )
 LOCAL_THETA = 10_000.0
 GLOBAL_THETA = 1_000_000.0
+
+
+def gemma1(config: Config, context_length: int) -> DecoderSpec:
+    """GemmaForCausalLM: released configs call the activation gelu, and mean its approximation."""
+    named = config.get("hidden_act")
+    config = {**config, "hidden_activation": None if named == "gelu" else named}
+    fields = gemma(config, context_length, rope_parameters(config))
+    return DecoderSpec(**{**fields, "names": Names(), "attention_scale": fields["head_dim"] ** -0.5})
 
 
 def gemma2(config: Config, context_length: int) -> DecoderSpec:
@@ -57,7 +65,7 @@ def local_rope(config: Config) -> Parameters:
 
 
 def gemma(config: Config, context_length: int, rope: Parameters) -> dict[str, Any]:
-    """The fields that both generations read alike."""
+    """The fields that all generations read alike."""
     fields = common({"head_dim": 256, **config}, context_length, rope, tied=True)
     bias = bool(config.get("attention_bias"))
     return {

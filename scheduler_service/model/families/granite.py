@@ -1,7 +1,13 @@
-"""Granite 3 and 4 (dense): Llama with multipliers for embeddings, attention, residuals and logits."""
+"""Granite 3 and 4: Llama with multipliers for embeddings, attention, residuals and logits; state spaces in 4 H."""
 
-from quartet.scheduler_service.model.families.llama import Config, common
-from quartet.scheduler_service.model.spec import DecoderSpec
+from dataclasses import replace
+
+from quartet.scheduler_service.model.families.llama import Config, common, no_rope
+from quartet.scheduler_service.model.families.mamba import state_space
+from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec, MoeSpec, Names
+
+HYBRID_NAMES = Names(mlp="shared_mlp", gate_up=("input_linear",), down="output_linear")
+ATTENTION = ("attention", "full_attention")  # in configs of all ages
 
 
 def decoder_spec(config: Config, context_length: int) -> DecoderSpec:
@@ -26,3 +32,29 @@ def decoder_spec(config: Config, context_length: int) -> DecoderSpec:
         output_bias=bias,
         mlp_bias=bool(config.get("mlp_bias")),
     )
+
+
+def hybrid(config: Config, context_length: int) -> DecoderSpec:
+    """GraniteMoeHybridForCausalLM: a shared expert in every layer, others beside it where the config has some."""
+    size = config.get("shared_intermediate_size", 1024)
+    spec = decoder_spec({**config, "intermediate_size": size, "mlp_bias": False}, context_length)
+    moe = None
+    if experts := config.get("num_local_experts", 8):
+        moe = MoeSpec(
+            experts=experts,
+            top_k=config.get("num_experts_per_tok", 2),
+            intermediate_size=config["intermediate_size"],
+            renormalize=True,
+            block="block_sparse_moe",
+            router="router.layer",
+            shared_intermediate_size=size,
+            shared_gate=False,
+            shared=".shared_mlp",
+            shared_gate_up=("input_linear",),
+            shared_down="output_linear",
+        )
+    space = state_space(config)
+    kinds = config.get("layer_types") or config.get("layers_block_type") or [""] * config["num_hidden_layers"]
+    layers = tuple(LayerSpec(moe=moe, recurrent=None if kind in ATTENTION else space) for kind in kinds)
+    ropes = spec.ropes if config.get("position_embedding_type") == "rope" else (no_rope(spec.head_dim),)
+    return replace(spec, layers=layers, ropes=ropes, names=HYBRID_NAMES)

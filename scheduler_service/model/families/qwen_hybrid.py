@@ -5,9 +5,10 @@ from typing import Any
 
 from quartet.scheduler_service.model.families.llama import Config, common
 from quartet.scheduler_service.model.families.qwen import sparse
-from quartet.scheduler_service.model.gated_delta import GatedDeltaSpec
+from quartet.scheduler_service.model.gated_delta import DeltaNames, GatedDeltaSpec
 from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec
 
+BY_KEY_HEAD = DeltaNames(inner=("in_proj_qkvz",), rates=("in_proj_ba",))
 DEFAULTS: Config = {"head_dim": 256, "partial_rotary_factor": 0.25}
 
 
@@ -23,6 +24,12 @@ def qwen3_5(config: Config, context_length: int) -> DecoderSpec:
     return hybrid(config, common(config, context_length), by_key_head=False)
 
 
+def qwen3_5_moe(config: Config, context_length: int) -> DecoderSpec:
+    """Qwen3_5MoeForCausalLM: experts in every layer, with a gated shared one."""
+    config = {**DEFAULTS, "norm_topk_prob": True, "intermediate_size": config["moe_intermediate_size"], **config}
+    return hybrid(config, sparse(config, context_length, config["shared_expert_intermediate_size"]), by_key_head=False)
+
+
 def hybrid(config: Config, fields: dict[str, Any], by_key_head: bool) -> DecoderSpec:
     """The spec of fields whose layers all attend, with those in between that do not."""
     delta = GatedDeltaSpec(
@@ -31,8 +38,9 @@ def hybrid(config: Config, fields: dict[str, Any], by_key_head: bool) -> Decoder
         value_heads=config.get("linear_num_value_heads", 32),
         key_dim=config.get("linear_key_head_dim", 128),
         value_dim=config.get("linear_value_head_dim", 128),
-        by_key_head=by_key_head,
         epsilon=fields["norm_epsilon"],
+        by_key_head=by_key_head,
+        names=BY_KEY_HEAD if by_key_head else DeltaNames(),
     )
     period = config.get("full_attention_interval", 4)
     count = config["num_hidden_layers"]

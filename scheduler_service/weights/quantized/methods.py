@@ -28,6 +28,7 @@ from quartet.scheduler_service.weights.quantized.parts import (
     scaled,
 )
 from quartet.scheduler_service.weights.quantized.scaled_rows import scheme_of
+from quartet.scheduler_service.weights.quantized.stacked import with_stacks
 from quartet.scheduler_service.weights.quantized.torchao import NUMBERS, torchao
 
 REFUSED = (
@@ -42,7 +43,7 @@ NOT_NEEDED = (  # scales of activations, and shapes that other parts tell
 
 def with_quantized(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     """The checkpoint with its quantized tensors found. Raises CheckpointError for what cannot be read."""
-    settings, checkpoint = settings_of(directory), with_experts(checkpoint)
+    settings, checkpoint = settings_of(directory), with_stacks(with_experts(checkpoint))
     if not settings:
         return checkpoint
     method = str(settings.get("quant_method", "")).lower()

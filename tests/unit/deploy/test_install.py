@@ -1,6 +1,7 @@
 """What `make` installs: which torch, from where, how much is said, and how it fails. pip is a stand-in."""
 
 import http.server
+import importlib.util
 import json
 import os
 import shutil
@@ -52,7 +53,7 @@ def planned(choice: str, index: str = "", refused: str = "", extras: tuple[str, 
 def test_without_a_gpu_torch_comes_from_the_index_of_cpu_builds(commands):
     chosen = planned("auto")
     assert (chosen.gpu, chosen.index) == (False, install.TORCH_CPU_INDEX)
-    assert chosen.pip_arguments()[3:] == ["--extra-index-url", install.TORCH_CPU_INDEX, "-e", str(ROOT)]
+    assert chosen.pip_arguments()[4:] == ["--extra-index-url", install.TORCH_CPU_INDEX, "-e", str(ROOT)]
 
 
 def test_with_a_gpu_torch_comes_with_cuda_and_triton_beside_it(commands):
@@ -120,7 +121,7 @@ def unused_port():
 def test_every_extra_has_a_size_that_is_said():
     assert install.Plan(False, ("test", "agents"), None, "").size.download > install.CPU.download
     assert planned("1").size == install.CUDA
-    assert install.CPU.words == "about 250 MB to download, 1.3 GB on disk"
+    assert install.CPU.words == "about 250 MB to download, 1.1 GB on disk"
 
 
 def test_too_little_room_is_said_before_anything_is_fetched(tmp_path):
@@ -180,7 +181,15 @@ def test_make_install_says_how_much_shows_pip_and_ends_with_the_next_command(che
     ran, [arguments] = make(checkout, "install", "GPU=0")
     assert ran.returncode == 0, ran.stderr
     where = ["--extra-index-url", "https://mirror/cpu"]
-    assert arguments == ["install", "-c", str(checkout / "constraints.txt"), *where, "-e", str(checkout)]
+    assert arguments == [
+        "install",
+        "--no-compile",
+        "-c",
+        str(checkout / "constraints.txt"),
+        *where,
+        "-e",
+        str(checkout),
+    ]
     size, shown = ran.stdout.index("about 250 MB to download"), ran.stdout.index("Downloading torch-9.whl")
     assert size < shown < ran.stdout.index(".venv/bin/quartet serve")
     assert ". .venv/bin/activate" in ran.stdout
@@ -204,3 +213,20 @@ def test_an_environment_that_cannot_be_made_leaves_nothing_behind(checkout):
     assert ran.returncode != 0 and calls == []
     assert "apt install python3-venv" in ran.stdout
     assert not (checkout / ".venv").exists()
+
+
+def test_the_bytecode_of_what_a_server_imports_is_kept_and_no_more(tmp_path, monkeypatch):
+    for package in ("quartet", "other"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "quartet" / "used.py").touch()
+    monkeypatch.setattr(install, "IMPORTS", "quartet.used")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    install.compile_used()
+    kept = {path.name.partition(".")[0] for path in tmp_path.rglob("*.pyc")}
+    assert kept == {"__init__", "used"} and not (tmp_path / "other" / "__pycache__").exists()
+
+
+def test_what_is_compiled_can_be_imported():
+    assert all(importlib.util.find_spec(module) for module in install.IMPORTS.split(", "))

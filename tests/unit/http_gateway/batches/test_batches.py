@@ -104,7 +104,17 @@ async def test_files_are_listed_page_by_page():
         ({"body": b"--x\r\n", "headers": {"content-type": "multipart/form-data; boundary=x"}}, "file"),
         ({"body": b"", "headers": {"content-type": "multipart/form-data"}}, "file"),
         ({"body": b"not a form", "headers": {"content-type": "multipart/form-data; boundary=x"}}, "file"),
-        (form(b"x", **{"expires_after[seconds]": "60"}), None),
+        (form(b"x", **{"expires_after[seconds]": "3600"}), "expires_after[anchor]"),
+        (form(b"x", **{"expires_after[anchor]": "created_at"}), "expires_after[seconds]"),
+        (
+            form(b"x", **{"expires_after[anchor]": "created_at", "expires_after[seconds]": "60"}),
+            "expires_after[seconds]",
+        ),
+        (
+            form(b"x", **{"expires_after[anchor]": "created_at", "expires_after[seconds]": "-1"}),
+            "expires_after[seconds]",
+        ),
+        (form(b"x", colour="red"), "colour"),
         (in_charset("unicode_escape", form(b"x", name="\\ud800")), "file"),
         (in_charset("undefined", form(b"x")), "file"),
     ],
@@ -115,6 +125,36 @@ async def test_uploads_that_are_wrong_name_the_field(options, field):
         answer = await server.client.post("/v1/files", **options)
         assert (answer.status, answer.json()["param"]) == (400, field)
         assert not list(server.gateway.files.path_of("file-x").parent.glob("file-*"))
+
+
+@asynchronous
+async def test_a_file_says_when_it_goes_and_is_gone_then():
+    async with served(files_store_age=86400) as server:
+        now = 1000.0
+        server.gateway.files._now = lambda: now
+        wanted = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+        short = (await server.client.post("/v1/files", **form(b"x", **wanted))).json()
+        usual = (await server.client.post("/v1/files", **form(b"x"))).json()
+        assert (short["expires_at"], usual["expires_at"]) == (1000 + 3600, 1000 + 86400)
+        now += 3600
+        assert (await server.client.get(f"/v1/files/{short['id']}")).status == 404
+        assert [file["id"] for file in (await server.client.get("/v1/files")).json()["data"]] == [usual["id"]]
+
+
+@asynchronous
+async def test_the_results_of_a_batch_are_kept_as_long_as_was_asked_and_its_record_as_long_as_files_are():
+    async with served(words("Hello"), files_store_age=86400) as server:
+        body = {"input_file_id": await upload(server, lines(2)), "endpoint": CHAT, "completion_window": "24h"}
+        body |= {"output_expires_after": {"anchor": "created_at", "seconds": 7200}}
+        batch_id = (await server.client.post("/v1/batches", body)).json()["id"]
+        batch = await ended(server, batch_id)
+        made = (await server.client.get(f"/v1/files/{batch['output_file_id']}")).json()
+        assert made["expires_at"] - made["created_at"] == 7200
+        server.gateway.files._now = lambda: made["created_at"] + 7200.0
+        assert (await server.client.get(f"/v1/files/{batch['output_file_id']}/content")).status == 404
+        assert (await get(server, batch_id))["status"] == "completed"
+        server.gateway.files._now = lambda: made["created_at"] + 86402.0
+        assert (await server.client.get(f"/v1/batches/{batch_id}")).status == 404
 
 
 @asynchronous
@@ -205,7 +245,8 @@ async def test_a_file_that_is_wrong_fails_before_anything_is_sent(text, code, li
         ({"input_file_id": "file-x"}, "input_file_id"),
         ({"endpoint": "/generate"}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 60}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 60}}, "output_expires_after.seconds"),
+        ({"output_expires_after": {"anchor": "never", "seconds": 7200}}, "output_expires_after.anchor"),
         ({"metadata": {"k": "v" * 513}}, "metadata"),
     ],
 )

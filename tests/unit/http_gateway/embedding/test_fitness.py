@@ -1,5 +1,6 @@
 """Documents that are ranked by a model's answer: the prompts that it gets, and what they may come to."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from quartet.http_gateway.embedding import fitness
 from quartet.http_gateway.generation.intake import Rules
 from quartet.runtime.control import Tokenize
 from quartet.runtime.errors import Kind, RequestError
-from quartet.runtime.messages import Finish, Generate, Logprobs, Message, Reply, Request, pack_ids
+from quartet.runtime.messages import Finish, Generate, Logprobs, Message, Reply, Request, pack_ids, unpack_ids
 from quartet.runtime.model_files.reranker import AnswerRanking
 from quartet.runtime.sampling import SamplingParams
 from tests.unit.http_gateway.harness import asynchronous, floats, served, step
@@ -67,3 +68,47 @@ async def test_the_tokens_of_the_answers_are_asked_for_once() -> None:
         assert len([sent for sent in server.ring.sent if isinstance(sent, Tokenize)]) == 1
         prompts = [sent for sent in server.ring.sent if isinstance(sent, Generate)]
         assert all(prompt.request.logprobs.token_ids == [7, 8] for prompt in prompts if prompt.request.logprobs)
+
+
+def by_last_but_one(generate: Generate) -> list[Message]:
+    """The logit of the answer is the number of tokens."""
+    count = float(len(generate.input_ids) // 4)
+    made = Logprobs(ids=pack_ids([7]), values=floats(-0.5), asked_values=floats(count - 20))
+    finish = Finish(reason="length", length=1)
+    return [step(generate.request.rid, [7], "x", prompt_tokens=9, logprobs=made, finish=finish)]
+
+
+@asynchronous
+async def test_a_reranker_of_bge_is_scored_by_the_logit_of_yes_behind_its_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fitness, "BGE_PROMPT", "fits?")
+    async with served(by_last_but_one) as server:
+        server.gateway.answer_ranking = AnswerRanking(by_logit=True)
+        answers_commands = server.ring._answer
+
+        def answer(command: Any) -> None:
+            if isinstance(command, Tokenize):
+                ids = [[5] if text == "Yes" else [ord(letter) for letter in text] for text in command.texts]
+                begun = [[1, *one] if command.add_special_tokens else one for one in ids]
+                server.ring.push(Reply(id=command.id, body={"tokens": list(map(pack_ids, begun))}))
+            else:
+                answers_commands(command)
+
+        server.ring._answer = answer  # type: ignore[method-assign]
+        body = {"query": "q", "documents": ["short", "a longer document"], "model": "any"}
+        ranked = (await server.client.post("/v1/rerank", body)).json()
+        assert [(entry["index"], entry["score"]) for entry in ranked] == [(1, 12.0), (0, 0.0)]
+        prompts = [sent for sent in server.ring.sent if isinstance(sent, Generate)]
+        assert [bytes(unpack_ids(sent.input_ids).tolist()) for sent in prompts] == [
+            b"\x01A: q\nB: short\nfits?",
+            b"\x01A: q\nB: a longer document\nfits?",
+        ]
+        options = prompts[0].request.logprobs
+        assert options is not None and options.raw and options.token_ids == [5]
+        cut = {"query": "q", "texts": body["documents"], "truncate": True, "raw_scores": True, "instruct": "so?"}
+        server.gateway.rules = dataclasses.replace(server.gateway.rules, longest_prompt=20)
+        scores = {entry["index"]: entry["score"] for entry in (await server.client.post("/rerank", cut)).json()}
+        assert scores == {0: -2.0, 1: -1.0}
+        shares = (await server.client.post("/rerank", {"query": "q", "documents": ["short"]})).json()["results"]
+        assert shares[0]["relevance_score"] == 0.5

@@ -13,6 +13,7 @@ WITH_PROMPTS = Embedding(pooling=("mean",), prompts=PROMPTS)
 BY_DEFAULT = Embedding(pooling=("mean",), prompts=PROMPTS, default_prompt="document")
 UNPOOLED = Embedding(pooling=("mean",), prompts=PROMPTS, prompts_pooled=False)
 NONE = Embedding(pooling=("mean",))
+TASKS = Embedding(pooling=("mean",), task_adapters=True)
 
 
 def vector(generate: Generate) -> list[Message]:
@@ -54,6 +55,7 @@ async def test_the_default_prompt_leaves_token_ids_alone() -> None:
         (WITH_PROMPTS, {"input": [1, 2], "prompt_name": "query"}, "prompt_name is for texts"),
         (UNPOOLED, {"input": "x", "prompt_name": "query"}, "leave the prompt's tokens out"),
         (NONE, {"input": "x", "prompt_name": "query"}, "name no prompts"),
+        (TASKS, {"input": "x", "task": "retrieval.query"}, "task adapters are not served"),
         (NONE, {"input": ["x"] * 1000, "prompt": "p" * 4097}, "length <= 4096"),
     ],
 )

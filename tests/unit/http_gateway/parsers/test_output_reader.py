@@ -16,6 +16,7 @@ CALL = '{"name": "f", "parameters": {"a": 1}}'
 SIZES = {1: (1 << 10, 1 << 12), 1 << 20: (1 << 13, 1 << 15)}  # by the length of the pieces
 MOST_TIMES = 8.0  # for four times the text: linear is 4, quadratic 16
 LEAST_S = 0.02  # below, the clock says little
+TRIES = 4  # other work on the same core makes a measurement worse, never better
 
 
 def openings(name):
@@ -82,8 +83,12 @@ def cost(name, kind, size, step):
 @pytest.mark.parametrize("kind", sorted(hostile("hermes", 100)))
 @pytest.mark.parametrize("name", ["gpt-oss", "hermes", "llama3", "mistral", "pythonic", "qwen3_coder", "required"])
 def test_four_times_the_text_takes_four_times_the_work(name, kind, step):
-    small, large = (cost(name, kind, size, step) for size in SIZES[step])
-    assert large <= max(MOST_TIMES * small, LEAST_S), (small, large)
+    least = [float("inf")] * 2
+    for _ in range(TRIES):
+        least = [min(known, cost(name, kind, size, step)) for known, size in zip(least, SIZES[step], strict=True)]
+        if least[1] <= max(MOST_TIMES * least[0], LEAST_S):
+            return
+    raise AssertionError(least)
 
 
 def test_a_dropped_call_in_an_unclosed_thought_keeps_its_text_in_the_thought():

@@ -1,6 +1,7 @@
 """The store of files and batches: one server at a time has it, and what was half done is not found in it."""
 
 import io
+import sqlite3
 
 import pytest
 
@@ -25,6 +26,86 @@ def test_files_are_for_their_user_alone_and_outlast_the_server(tmp_path):
     path = second.path_of(kept.id)
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"abc", 0o600)
     assert second.directory.stat().st_mode & 0o777 == 0o700
+
+
+class Clock:
+    """Seconds that a test moves on."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("keep_s", "most_age_s", "expires_at"), [(60, 100, 1060), (None, 100, 1100), (500, 100, 1100)])
+def test_a_file_goes_at_its_time_and_gives_its_room_back(tmp_path, keep_s, most_age_s, expires_at):
+    clock = Clock()
+    files = FileStore(str(tmp_path / "store"), 10, most_age_s, clock)
+    kept = files.add(io.BytesIO(b"abc"), 3, "x", "batch", keep_s)
+    assert kept.expires_at == expires_at
+    clock.now = expires_at - 0.5
+    assert files.file(kept.id) == kept
+    clock.now = expires_at
+    assert (files.file(kept.id), files.files(None), files.room()) == (None, [], 10)
+    assert not files.path_of(kept.id).exists()
+
+
+def test_a_file_without_a_time_stays(tmp_path):
+    clock = Clock()
+    files = FileStore(str(tmp_path / "store"), 10, now=clock)
+    kept = files.add(io.BytesIO(b"abc"), 3, "x", "batch")
+    clock.now = 1e12
+    assert kept.expires_at is None
+    assert files.file(kept.id) == kept
+
+
+def test_a_file_that_an_unfinished_batch_reads_stays_until_its_end(tmp_path):
+    clock = Clock()
+    files = FileStore(str(tmp_path / "store"), 1000, 100, clock)
+    read = files.add(io.BytesIO(b"abc"), 3, "x", "batch")
+    batch = b'{"input_file_id": "%s"}' % read.id.encode()
+    files.put_batch("batch_1", batch, over=False)
+    clock.now += 200
+    assert files.file(read.id) == read
+    files.put_batch("batch_1", batch, over=True)
+    assert files.file(read.id) is None
+
+
+def test_a_batch_is_forgotten_an_age_after_its_end_and_never_before(tmp_path):
+    clock = Clock()
+    files = FileStore(str(tmp_path / "store"), 1000, 100, clock)
+    files.put_batch("batch_1", b"{}", over=False)
+    clock.now += 500
+    assert files.batch("batch_1") == b"{}"
+    files.put_batch("batch_1", b"ended", over=True)
+    clock.now += 99
+    assert files.batch("batch_1") == b"ended"
+    clock.now += 1
+    assert (files.batch("batch_1"), files.batches()) == (None, [])
+
+
+def test_a_store_of_the_format_before_keeps_its_files_and_counts_its_batches_from_now_on(tmp_path):
+    directory = tmp_path / "store"
+    directory.mkdir()
+    (directory / "file-1").write_bytes(b"abc")
+    with sqlite3.connect(directory / file_store.DATABASE) as database:
+        database.executescript(
+            """
+            CREATE TABLE files (id TEXT PRIMARY KEY, created_at INTEGER NOT NULL, bytes INTEGER NOT NULL,
+                filename TEXT NOT NULL, purpose TEXT NOT NULL);
+            CREATE TABLE batches (id TEXT PRIMARY KEY, over INTEGER NOT NULL, data BLOB NOT NULL);
+            INSERT INTO files VALUES ('file-1', 7, 3, 'x', 'batch');
+            INSERT INTO batches VALUES ('batch_1', 1, x'7b7d');
+            PRAGMA user_version = 1;
+            """
+        )
+    database.close()
+    files = FileStore(str(directory), 1000, 100)
+    assert files.files(None) == [StoredFile("file-1", 7, 3, "x", "batch", None)]
+    assert files.batch("batch_1") == b"{}"
+    new = files.add(io.BytesIO(b"d"), 1, "y", "batch")
+    assert files.file(new.id) == new and new.expires_at is not None
 
 
 def test_two_servers_cannot_have_one_store(tmp_path):

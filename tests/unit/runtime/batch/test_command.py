@@ -159,6 +159,9 @@ def test_results_of_another_batch_are_refused_and_kept(url, source, tmp_path, ca
         (500, b'{"error": {"message": "a bug"}}', True),
         (404, b'{"detail": "Not Found"}', False),
         (200, b"<html>", False),
+        (200, b"[]", False),
+        (200, b"null", False),
+        (500, b'"a bug"', False),
         (502, b"Bad Gateway", False),
     ],
 )

@@ -283,12 +283,12 @@ def test_every_service_that_is_stopped_is_found_within_ten_seconds(supervisor, s
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_no_service_that_computes_without_a_pulse_is_killed_before_the_time_out(
-    supervisor, service, served, monkeypatch
+    supervisor, service, served, monkeypatch, tmp_path
 ):
-    child = served(service, "sum(range(10**15))")  # in C, and holds the interpreter
-    while vitals.read_vitals(child.process.pid).state is not vitals.State.RUNNABLE:
+    begun = tmp_path / "begun"
+    child = served(service, f"open({str(begun)!r}, 'w').close(); sum(range(10**15))")  # in C, and holds the interpreter
+    while not begun.exists() or vitals.read_vitals(child.process.pid).state is not vitals.State.RUNNABLE:
         time.sleep(0.01)
-    time.sleep(0.5)  # the interpreter has started
     limit_s = supervisor.config.watchdog_timeout
     assert limit_s < look_for(supervisor, child, 2 * limit_s, monkeypatch) <= limit_s + 3 * LOOK_EVERY_S
     assert child.process.wait(60) == -signal.SIGABRT

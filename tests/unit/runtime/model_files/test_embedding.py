@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from quartet.runtime.config import ServerConfig
 from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.embedding import Embedding, embedding, is_embedder, usable_positions
 
 
@@ -43,6 +45,14 @@ def test_without_settings_an_encoder_takes_its_first_state_and_a_decoder_its_las
     assert encoder == Embedding(pooling=("cls",), normalize=True, encoder=True, causal=False)
     assert decoder == Embedding(pooling=("lasttoken",), normalize=True)
     assert encoder.whole_prompts and not decoder.whole_prompts
+
+
+@pytest.mark.parametrize("change", [{"matryoshka_dimensions": [4, 16]}, {"truncate_dim": 16}], ids=str)
+def test_vectors_cannot_be_cut_to_more_than_they_have(change, tmp_path):
+    config = {"architectures": ["BertModel"], "vocab_size": 8, "hidden_size": 8, **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match=f"{next(iter(change))} is 16, more than the 8 numbers of a vector"):
+        model_info.load(ServerConfig(model_path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ QWEN3 = ModelInfo(
         ("/data/qwen3-reranker/chat", "Qwen3ForCausalLM", False),
         ("Qwen/Qwen3-0.6B", "Qwen3ForCausalLM", False),
         ("Qwen/Qwen3-Reranker-0.6B", "Qwen2ForCausalLM", False),
+        ("BAAI/bge-reranker-v2-gemma", "GemmaForCausalLM", True),
+        ("google/gemma-2b", "GemmaForCausalLM", False),
+        ("BAAI/bge-reranker-v2-gemma", "Qwen3ForCausalLM", False),
     ],
 )
 def test_a_model_is_known_by_the_last_part_of_its_name(path, architecture, ranks):

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -38,13 +39,13 @@ def test_numbers_of_closed_streams_are_taken_at_once_so_that_no_socket_gets_them
     assert ended.returncode == 7
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["config", "show"]])
-def test_a_reader_who_has_left_is_no_traceback(arguments):
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["config", "show"], ["completion", "bash"]])
+def test_a_reader_who_has_left_is_no_traceback_and_told_by_the_status(arguments):
     read_end, write_end = os.pipe()
     os.close(read_end)
     ended = command(*arguments, stdout=write_end, stderr=subprocess.PIPE)
     os.close(write_end)
-    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize("arguments", [["serve", "--zzz"], ["serve", "--api-key", ""], ["config"], ["zzz"]])

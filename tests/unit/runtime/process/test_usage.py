@@ -8,11 +8,11 @@ from quartet.runtime.process.usage import usage_of
 
 def test_cpu_time_and_memory_are_those_that_the_process_sees_itself():
     before = usage_of(os.getpid())
-    ends_at = time.process_time() + 0.05
+    ends_at = time.process_time() + 0.1
     while time.process_time() < ends_at:
         pass
     after = usage_of(os.getpid())
-    assert after.cpu_s - before.cpu_s >= 0.03
+    assert after.cpu_s - before.cpu_s >= 0.05  # the system counts in ticks
     assert after.resident_bytes > 1 << 20
 
 

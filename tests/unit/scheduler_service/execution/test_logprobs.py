@@ -51,6 +51,17 @@ def test_each_row_gets_what_its_request_asked_for():
             check(found[row], logits[row : row + 1], [tokens[row]], option)
 
 
+def test_a_request_may_have_the_logits_of_its_ids_beside_one_that_has_logprobs():
+    logits = torch.randn(3, 700)
+    asked = {"token_ids": [9, 0]}
+    options = [LogprobOptions(**asked, raw=True), LogprobOptions(**asked), LogprobOptions(**asked, raw=True)]
+    found = output_logprobs(logits, torch.tensor([3, 1, 4]), options, rows_of(3)).by_row()
+    close(found[0].asked_values, logits[0, [9, 0]])
+    close(found[2].asked_values, logits[2, [9, 0]])
+    check(found[1], logits[1:2], [1], options[1])
+    close(found[0].values, torch.log_softmax(logits[0], 0)[3])
+
+
 def test_nobody_asking_costs_nothing_and_gives_nothing():
     assert output_logprobs(torch.empty(2, 0), torch.zeros(2), [None, None], rows_of(2)).by_row() == [None, None]
 

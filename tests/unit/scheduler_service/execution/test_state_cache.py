@@ -100,7 +100,7 @@ def test_prefix_hits_inside_the_prompt_and_after_a_branch_change_no_answer(direc
     assert [answer.cached_tokens for answer in again] == [68, 72, 72]
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5", "nemotron_h"])
 def test_deterministic_answers_have_the_same_bits_alone_in_a_batch_and_cached(family: str, tmp_path: Path) -> None:
     directory = tiny.build(family, tmp_path)
     settings = {"enable_deterministic_inference": True, "dtype": "bfloat16"}

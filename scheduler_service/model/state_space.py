@@ -1,0 +1,149 @@
+"""The state space of Mamba-2: spec, weights, and how torch computes it (Granite 4 H, Falcon-H1, Nemotron-H, Bamba)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.reference.recurrent import causal_convolution, state_space, state_space_by_chunks
+from quartet.scheduler_service.model.deterministic import silu, softplus
+from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
+from quartet.scheduler_service.weights.parameters import Layout, Weights
+
+NormPlace = Literal["behind gates", "before gates", "none"]
+FEW_TOKENS = 8  # up to so many are taken token by token
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpaceSpec:
+    """Values, keys and queries go through a short convolution, then through the state; gates scale the result."""
+
+    taps: int
+    heads: int
+    head_dim: int
+    groups: int  # of heads that share keys and queries
+    state_dim: int
+    epsilon: float
+    convolution_bias: bool = True
+    bias: bool = False  # of the product in front
+    output_bias: bool = False
+    norm: NormPlace = "behind gates"  # over a group's heads together
+    least_step: float = 0.0
+    most_step: float = math.inf
+    factors: tuple[float, ...] | None = None  # of gates, values, keys, queries and steps
+    output_factor: float = 1.0  # of what the output product reads
+    block: str = "mamba"  # checkpoint names below the layer
+
+    @property
+    def values(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.groups * self.state_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: values, keys and queries."""
+        return self.values + 2 * self.keys
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpace:
+    """The rows of `inner` are gates, values, keys, queries and steps."""
+
+    shape: StateSpaceSpec
+    spec: StateSpec
+    inner: Linear
+    output: Linear
+    factors: torch.Tensor | None  # of the rows of `inner`
+    weight: torch.Tensor  # (channels, 1, taps)
+    bias: torch.Tensor | None  # (channels,)
+    step_bias: torch.Tensor  # (heads,)
+    decay_log: torch.Tensor  # (heads,) float32
+    skip: torch.Tensor  # (heads,)
+    norm: torch.Tensor | None  # (values,)
+
+    def mix(self, x: torch.Tensor, states: StateAccess, deterministic: bool) -> torch.Tensor:
+        """x (tokens, hidden), normed, → (tokens, heads * head dim), in front of the output product."""
+        shape = self.shape
+        projected = self.inner(x)
+        if self.factors is not None:
+            projected = projected * self.factors
+        gate, mixed, steps = projected.split((shape.values, shape.channels, shape.heads), dim=-1)
+        steps = softplus(steps.float() + self.step_bias.float()).clamp(shape.least_step, shape.most_step)
+        rates, skip, weight = -self.decay_log.float().exp(), self.skip.float().unsqueeze(-1), self.weight.squeeze(1)
+
+        def compute(inputs: torch.Tensor, window: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            step = inputs[..., shape.channels :]
+            values, window = causal_convolution(inputs[..., : shape.channels].to(x.dtype), window, weight, self.bias)
+            value, key, query = (
+                silu(values.to(x.dtype)).to(x.dtype).float().split((shape.values, shape.keys, shape.keys), dim=-1)
+            )
+            value = value.unflatten(-1, (shape.heads, -1))
+            group = shape.heads // shape.groups
+            heads = [part.unflatten(-1, (shape.groups, -1)).repeat_interleave(group, dim=2) for part in (key, query)]
+            by_token = deterministic or value.shape[1] <= FEW_TOKENS
+            scan = state_space if by_token else state_space_by_chunks
+            y, state = scan(value * step.unsqueeze(-1), heads[0], heads[1], step * rates, state)
+            return (y + value * skip).flatten(2), window, state
+
+        y = states.scan(self.spec.layer, compute, torch.cat((mixed.float(), steps), dim=-1))
+        y = self.gated(y, silu(gate))
+        return (y * shape.output_factor).to(x.dtype) if shape.output_factor != 1.0 else y.to(x.dtype)
+
+    def gated(self, y: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """y (tokens, values) float32, scaled by the gates and normed by group, in the order of the family."""
+        if self.norm is None:
+            return y * gates
+        grouped = (y * gates if self.shape.norm == "behind gates" else y).unflatten(-1, (self.shape.groups, -1))
+        normed = F.rms_norm(grouped, grouped.shape[-1:], None, self.shape.epsilon).flatten(-2) * self.norm.float()
+        return normed if self.shape.norm == "behind gates" else normed * gates
+
+
+def add_state_space(layout: Layout, spec: StateSpaceSpec, hidden: int, slab: int, prefix: str) -> None:
+    """Places for one layer's weights; `slab`: its number among recurrent layers."""
+    inside, rows = f"{prefix}{spec.block}.", spec.values + spec.channels + spec.heads
+    layout.add("space_in", (slab,), [(f"{inside}in_proj.weight", rows)], hidden)
+    if spec.bias:
+        layout.add("space_in_bias", (slab,), [(f"{inside}in_proj.bias", rows)], None)
+    layout.add("space_conv", (slab,), [(f"{inside}conv1d.weight", spec.channels)], (1, spec.taps))
+    if spec.convolution_bias:
+        layout.add("space_conv_bias", (slab,), [(f"{inside}conv1d.bias", spec.channels)], None)
+    layout.add("space_step_bias", (slab,), [(f"{inside}dt_bias", spec.heads)], None)
+    layout.add("space_decay_log", (slab,), [(f"{inside}A_log", spec.heads)], None)
+    layout.dtypes["space_decay_log"] = torch.float32
+    layout.add("space_skip", (slab,), [(f"{inside}D", spec.heads)], None)
+    if spec.norm != "none":
+        layout.add("space_norm", (slab,), [(f"{inside}norm.weight", spec.values)], None)
+    layout.add("space_out", (slab,), [(f"{inside}out_proj.weight", hidden)], spec.values)
+    if spec.output_bias:
+        layout.add("space_out_bias", (slab,), [(f"{inside}out_proj.bias", hidden)], None)
+
+
+def state_space_mixer(
+    spec: StateSpaceSpec, weights: Weights, layer: int, slab: int, linear: Callable[..., Linear]
+) -> StateSpace:
+    """The mixer of a layer; `linear` makes a product of a slab that follows updates of the weights."""
+    shapes = (spec.taps - 1, spec.channels), (spec.heads, spec.state_dim, spec.head_dim)
+    factors = None
+    if spec.factors is not None:
+        counts = torch.tensor((spec.values, spec.values, spec.keys, spec.keys, spec.heads))
+        factors = torch.tensor(spec.factors).repeat_interleave(counts).to(weights.device, weights.dtype)
+    return StateSpace(
+        shape=spec,
+        spec=StateSpec(layer, shapes, (weights.dtype, torch.float32)),
+        inner=linear(weights, "space_in", slab, bias=spec.bias),
+        output=linear(weights, "space_out", slab, bias=spec.output_bias),
+        factors=factors,
+        weight=weights.slab("space_conv", slab),
+        bias=weights.slab("space_conv_bias", slab) if spec.convolution_bias else None,
+        step_bias=weights.slab("space_step_bias", slab),
+        decay_log=weights.slab("space_decay_log", slab),
+        skip=weights.slab("space_skip", slab),
+        norm=weights.slab("space_norm", slab) if spec.norm != "none" else None,
+    )

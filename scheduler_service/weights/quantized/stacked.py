@@ -1,0 +1,82 @@
+"""Takes the tensors that hold all experts of a layer apart, so that each expert has its own.
+
+    gate and up    (experts, 2 * size, hidden), or columns first: (experts, hidden, 2 * size); gate stands in front
+    down           (experts, hidden, size), or columns first: (experts, size, hidden)
+
+The model's tensors are `….experts.N.gate_proj.weight`, `up_proj` and `down_proj`. They are read in place. gpt-oss,
+whose gate and up alternate, is read by mxfp4.py.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from quartet.runtime.shorten import short
+from quartet.scheduler_service.weights.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    CheckpointError,
+    Part,
+    Quantized,
+    StoredTensor,
+)
+from quartet.scheduler_service.weights.quantized.mxfp4 import check_sizes, slice_of
+from quartet.scheduler_service.weights.quantized.parts import part_of
+
+# names of the two tensors, below the block whose experts they are
+STACKS = (("experts.gate_up_proj", "experts.down_proj"), ("input_linear.weight", "output_linear.weight"))
+MISFIT = "{}: the experts of {} have shapes {} and {}, which do not belong together"
+
+
+def with_stacks(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the experts' tensors found, if it has such. Raises CheckpointError for parts that misfit."""
+    found: dict[str, Quantized] = {}
+    spent: set[str] = set()
+    for name, stored in checkpoint.tensors.items():
+        for ends in STACKS:
+            if name.endswith(f".{ends[0]}") and len(stored.shape) == 3 and name not in checkpoint.spent:
+                block = name.removesuffix(f".{ends[0]}")
+                if stored.dtype in DTYPES:
+                    found |= experts_of(checkpoint, block, *ends)
+                    spent |= {f"{block}.{end}" for end in ends}
+    return replace(checkpoint, quantized=checkpoint.quantized | found, spent=checkpoint.spent | spent)
+
+
+def experts_of(checkpoint: Checkpoint, block: str, gate_up_name: str, down_name: str) -> dict[str, Quantized]:
+    """The matrices of all experts of one layer. Raises CheckpointError for shapes that do not belong together."""
+    gate_up = part_of(checkpoint.tensors, block, gate_up_name, DTYPES, 3)
+    down = part_of(checkpoint.tensors, block, down_name, DTYPES, 3)
+    experts, rows, columns = gate_up.shape
+    columns_first = columns == 2 * down.shape[1]  # where rows come first, `columns` is the same as down.shape[1]
+    if columns_first:
+        rows, columns = columns, rows
+    size = rows // 2
+    check_sizes(gate_up, f"{block}.{gate_up_name}", rows, 2)
+    if down.shape != ((experts, size, columns) if columns_first else (experts, columns, size)):
+        raise CheckpointError(MISFIT.format(down.shown, short(block), list(gate_up.shape), list(down.shape)))
+    matrix = columns_first_matrix if columns_first else rows_first_matrix
+    made = {}
+    for expert in range(experts):
+        inside = f"{block}.experts.{expert}"
+        both, last = slice_of(gate_up, expert), slice_of(down, expert)
+        made[f"{inside}.gate_proj.weight"] = matrix(both, 0, size)
+        made[f"{inside}.up_proj.weight"] = matrix(both, size, size)
+        made[f"{inside}.down_proj.weight"] = matrix(last, 0, columns)
+    return made
+
+
+def rows_first_matrix(stored: StoredTensor, first: int, rows: int) -> Quantized:
+    """Some rows of a stored matrix."""
+    columns = stored.shape[1]
+    row_bytes = stored.nbytes // stored.shape[0]
+    part = replace(stored, shape=(rows, columns), offset=stored.offset + first * row_bytes, nbytes=rows * row_bytes)
+    return Quantized((rows, columns), {"rows": Part(part, 0)}, lambda read, _: read["rows"])
+
+
+def columns_first_matrix(stored: StoredTensor, first: int, rows: int) -> Quantized:
+    """Some columns of a stored matrix as rows. It is read as a whole: pieces of all its lines would be many."""
+
+    def expand(read: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        return read["whole"][:, first : first + rows].T
+
+    return Quantized((rows, stored.shape[0]), {"whole": Part(stored, None)}, expand, unit_rows=rows)
