@@ -144,14 +144,15 @@ def launched(
     environment: Mapping[str, str] | None = None,
     ready: bool = True,
     directory: Path = ROOT,
-    before: tuple[str, ...] = (),
     standby: bool = False,
+    before: tuple[str, ...] = (),
 ) -> Iterator[Server]:
     """A server started with these flags and, where named, other modules as services; stopped at the end.
 
-    `ready`: wait until it serves. `directory`: where it starts, for relative paths in the flags. `before`: a command
-    that executes the launcher. `standby`: keep a second scheduler process at hand, as servers do; it takes two seconds
-    of a core that only tests of deaths need. The port is free and chosen by the kernel, see `Server.url`.
+    `ready`: wait until it serves. `directory`: where it starts, for relative paths in the flags. `standby`: keep a
+    second scheduler process at hand, as servers do; it takes two seconds of a core that only tests of deaths need.
+    `before`: a command that executes the launcher.
+    The port is free and chosen by the kernel, see `Server.url`.
     """
     run_base = Path(tempfile.mkdtemp(prefix="q", dir="/tmp"))  # short: socket paths are limited
     settings = {} if standby else {"QUARTET_DISABLE_STANDBY": "1"}

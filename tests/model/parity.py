@@ -12,10 +12,12 @@ import torch
 import transformers
 
 from tests.engine import Answer, floats
-from tests.model.cases import CASES, NEW_TOKENS
+from tests.model.cases import CASES, NEW_TOKENS, prompt
 
-FEW_TOKENS = 24  # of families whose parts others have too
+__all__ = ["CASES", "FAMILIES", "NEW_TOKENS", "TOLERANCE", "Outcome", "Peer", "compare", "prompt"]
+
 TOLERANCE = 1e-3
+FEW_TOKENS = 24  # of families whose parts others have too
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"),
     *("olmo2", "olmo3", "smollm3", "granite", "seed_oss", "exaone4", "ministral", "ministral3", "cohere2", "ernie4_5"),
@@ -53,13 +55,8 @@ class Peer:
         return torch.log_softmax(self.model(torch.tensor([ids])).logits[0].float(), -1)
 
 
-def compare(peer: Peer, case: str, directory: Path, tokens: int = NEW_TOKENS) -> Outcome:
-    """Run a case on the model of a directory, whose requests make so many tokens."""
-    return compared(peer, *CASES[case](directory, tokens), tokens)
-
-
-def compared(peer: Peer, prompts: list[list[int]], answers: list[Answer], tokens: int = NEW_TOKENS) -> Outcome:
-    """What a case has answered, with so many tokens for each prompt."""
+def compare(peer: Peer, prompts: list[list[int]], answers: list[Answer], tokens: int = NEW_TOKENS) -> Outcome:
+    """`tokens`: how many each request made."""
     equal, error = True, 0.0
     for ids, answer in zip(prompts, answers, strict=True):
         expected = peer.logprobs(ids + answer.ids)

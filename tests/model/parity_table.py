@@ -44,7 +44,7 @@ def run(family: str) -> list[parity.Outcome]:
         with open(os.devnull, "w") as quiet:  # the loader's progress bars
             stderr, sys.stderr = sys.stderr, quiet
             try:
-                return [parity.compare(peer, case, directory) for case in parity.CASES]
+                return [parity.compare(peer, *parity.CASES[case](directory)) for case in parity.CASES]
             finally:
                 sys.stderr = stderr
 
@@ -55,7 +55,7 @@ def run_divided(family: str, ranks: int) -> list[parity.Outcome]:
         directory = Path(name)
         peer = parity.Peer(tiny.build(family, directory / family))
         served, *_ = run_ranks(ranks, directory, serve_cases, directory, {family: list(parity.CASES)})
-        return [parity.compared(peer, *served[family, case]) for case in parity.CASES]
+        return [parity.compare(peer, *served[family, case]) for case in parity.CASES]
 
 
 def passed(outcome: parity.Outcome) -> bool:

@@ -20,7 +20,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def outcome(served: tuple[Path, parity.Peer, int], case: str) -> parity.Outcome:
     directory, peer, tokens = served
-    found = parity.compare(peer, case, directory, tokens)
+    found = parity.compare(peer, *parity.CASES[case](directory, tokens), tokens)
     assert found.tokens_equal and found.error <= parity.TOLERANCE, found
     return found
 

@@ -12,7 +12,7 @@ import pytest
 
 from quartet.runtime.sampling import SamplingParams
 from tests.engine import Answer, Engine
-from tests.model import cases, tiny
+from tests.model import parity, tiny
 
 REQUESTS = 64
 NEW_TOKENS = 24
@@ -37,7 +37,7 @@ def add_all(engine: Engine) -> list[str]:
 def add(engine: Engine, i: int) -> str:
     rng = random.Random(i)
     params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True, **KINDS[i % len(KINDS)])
-    return engine.add(cases.prompt(rng, rng.randint(1, 40)), params, seed=i * 0x9E3779B97F4A7C15 % 2**63)
+    return engine.add(parity.prompt(rng, rng.randint(1, 40)), params, seed=i * 0x9E3779B97F4A7C15 % 2**63)
 
 
 def tokens(engine: Engine, rids: list[str]) -> list[list[int]]:
@@ -72,7 +72,7 @@ def test_retracted_requests_draw_what_they_draw_undisturbed(directory, together)
 
 def test_other_seeds_draw_other_tokens(directory, together):
     engine = Engine(directory)
-    prompt = cases.prompt(random.Random(0), 8)
+    prompt = parity.prompt(random.Random(0), 8)
     rids = [engine.add(prompt, SamplingParams(max_new_tokens=NEW_TOKENS), seed=seed) for seed in range(20)]
     engine.run()
     assert len({tuple(ids) for ids in tokens(engine, rids)}) == 20

@@ -46,7 +46,7 @@ def of_two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 def test_two_ranks_agree_with_transformers(family: str, models: Path, of_two_ranks: list[Computed]) -> None:
     peer, (served, _) = parity.Peer(models / family), of_two_ranks[0]
     for case in CASES[family]:
-        found = parity.compared(peer, *served[family, case], parity.FEW_TOKENS)
+        found = parity.compare(peer, *served[family, case], parity.FEW_TOKENS)
         assert found.tokens_equal and found.error <= parity.TOLERANCE, found
 
 

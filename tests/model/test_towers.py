@@ -84,7 +84,7 @@ def test_text_gives_the_logits_of_the_whole_model(name: str, tmp_path: Path, cap
 def test_the_scheduler_serves_them_as_any_other_model(name: str, case: str, tmp_path: Path) -> None:
     build(name, tmp_path)
     peer = parity.Peer(tmp_path, transformers.AutoModelForImageTextToText)
-    found = parity.compare(peer, case, tmp_path)
+    found = parity.compare(peer, *parity.CASES[case](tmp_path))
     assert found.tokens_equal and found.error <= parity.TOLERANCE, found
 
 
