@@ -23,7 +23,7 @@ from quartet.scheduler_service.model.registry import load_model
 from quartet.scheduler_service.weights.update import Updates
 from tests.configs import resolved
 from tests.engine import Answer
-from tests.model.cases import CASES
+from tests.model.cases import CASES, NEW_TOKENS
 from tests.model.dense import DenseRunner
 
 Served = tuple[list[list[int]], list[Answer]]  # prompts and answers
@@ -51,14 +51,16 @@ def load(parallel: Parallel, directory: Path, dtype: str) -> ServedModel:
     return load_model(config, model_info.load(config), CPU, parallel)
 
 
-def serve_cases(parallel: Parallel, directory: Path, cases: dict[str, list[str]]) -> dict[tuple[str, str], Served]:
+def serve_cases(
+    parallel: Parallel, directory: Path, cases: dict[str, list[str]], tokens: int = NEW_TOKENS
+) -> dict[tuple[str, str], Served]:
     """Cases of the parity table by family, of models in folders of their names; rank 0 has what came of them."""
     served = {}
     for family, names in cases.items():
         place = directory / family
         with leading(parallel, load(parallel, place, "float32"), place) as make_worker:
             for name in names if make_worker else ():
-                served[family, name] = CASES[name](place, make_worker=make_worker)
+                served[family, name] = CASES[name](place, tokens, make_worker=make_worker)
     return served
 
 
@@ -69,11 +71,11 @@ def logits(parallel: Parallel, directory: Path, dtype: str, ids: list[int]) -> t
 
 
 def computed(
-    parallel: Parallel, directory: Path, cases: dict[str, list[str]], families: list[str], ids: list[int]
+    parallel: Parallel, directory: Path, cases: dict[str, list[str]], tokens: int, families: list[str], ids: list[int]
 ) -> Computed:
-    """Cases by family, and the logits of a prompt in bfloat16."""
+    """Cases by family, whose requests make so many tokens, and the logits of a prompt in bfloat16."""
     bfloat16 = {family: logits(parallel, directory / family, "bfloat16", ids) for family in families}
-    return serve_cases(parallel, directory, cases), bfloat16
+    return serve_cases(parallel, directory, cases, tokens), bfloat16
 
 
 @contextmanager

@@ -84,7 +84,11 @@ def start_followers(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> tupl
     # each rank gets its share of the cores
     threads = max(1, torch.get_num_threads() // config.ranks_here)
     torch.set_num_threads(threads)
-    place = str(Path(boot.run_dir) / f"ranks.{boot.epoch}") if config.nnodes == 1 else f"{TCP}{config.dist_init_addr}"
+    place = (
+        str(Path(boot.run_dir) / f"{boot.role}.ranks.{boot.epoch}")
+        if config.nnodes == 1
+        else f"{TCP}{config.dist_init_addr}"
+    )
     store = open_store(parallel, place)
     channels = [start_follower(boot, rank) for rank in range(1, config.ranks_here)]
     if config.nnodes > 1:

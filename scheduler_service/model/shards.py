@@ -27,11 +27,16 @@ WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
         lambda spec: any(layer.moe and layer.moe.expert_bias for layer in spec.layers),
         "this model's experts have biases",
     ),
-    (
-        lambda spec: len(spec.names.qkv) != 3 or len(spec.names.gate_up) != 2,
-        "this family stores fused projections (such as qkv_proj)",
-    ),
+    (lambda spec: is_fused(spec), "this family stores fused projections (such as qkv_proj)"),
 ]
+
+
+def is_fused(spec: DecoderSpec) -> bool:
+    """Whether a checkpoint has one tensor for what is cut into several."""
+    parts = [(spec.names.qkv, 3), (spec.names.gate_up, 1 if spec.ungated else 2)]
+    for mixture in filter(None, (layer.moe for layer in spec.layers)):
+        parts += [(names, 1 if mixture.ungated else 2) for names in (mixture.gate_up, mixture.shared_gate_up)]
+    return any(len(names) != count for names, count in parts)
 
 
 def refuse_whole(spec: DecoderSpec, ranks: int) -> None:
