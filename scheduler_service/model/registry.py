@@ -33,6 +33,7 @@ from quartet.scheduler_service.model.families import (
     kimi,
     lfm2,
     llama,
+    llama4,
     mamba,
     minimax,
     mistral,
@@ -79,6 +80,7 @@ FAMILIES: dict[str, llama.Family] = {
     "GraniteMoeHybridForCausalLM": granite.hybrid,
     "KimiLinearForCausalLM": kimi.linear,
     "Lfm2ForCausalLM": lfm2.decoder_spec,
+    "Llama4ForCausalLM": llama4.llama4,
     "LlamaForCausalLM": llama.decoder_spec,
     "MiniMaxM2ForCausalLM": minimax.m2,
     "Ministral3ForCausalLM": mistral.ministral3,
@@ -139,6 +141,7 @@ def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device
         raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
     if info.embedding is None:
         spec = decoder_spec(info)
+        check_chunks(spec, config)
         if spec.latent is not None and is_asked_for(config, device):
             raise StartupError(NOT_LATENT.format(info.architecture))
         return load_native(spec, config, info, dtype, device)
@@ -146,7 +149,16 @@ def load_own(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device
         raise StartupError(NOT_NATIVE.format(info.architecture))
     if info.embedding.encoder:
         return load_encoder(config, info, dtype, device)
-    return load_decoder_embedder(decoder_spec(info), config, info, dtype, device)
+    spec = decoder_spec(info)
+    check_chunks(spec, config)
+    return load_decoder_embedder(spec, config, info, dtype, device)
+
+
+def check_chunks(spec: DecoderSpec, config: ResolvedConfig) -> None:
+    """Raise StartupError where a chunk of attention would end within a page."""
+    for size in {layer.chunk for layer in spec.layers if layer.chunk}:
+        if size % config.page_size:
+            raise StartupError(f"--page-size {config.page_size} does not divide the attention chunks of {size} tokens")
 
 
 def decoder_spec(info: ModelInfo) -> DecoderSpec:
