@@ -277,6 +277,13 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     assert_parity(model, "deepseek_v3")
 
 
+def test_parts_of_qwen3_next_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    directory = tiny.build("qwen3_next", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, "mtp.fc.weight": torch.ones(4, 8)}, directory / "model.safetensors")
+    check_checkpoint(checkpoint_of(directory), serve(directory).weights)
+
+
 def test_latent_attention_with_deterministic_inference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="--enable-deterministic-inference is not there for the latent attention"):
         serve(tiny.build("deepseek_v3", tmp_path), enable_deterministic_inference=True)

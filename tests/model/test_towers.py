@@ -93,8 +93,9 @@ def test_the_scheduler_serves_them_as_any_other_model(name: str, case: str, tmp_
     assert found.tokens_equal and found.error <= parity.TOLERANCE, found
 
 
-def test_the_checkpoint_they_came_from_is_taken_as_an_update(tmp_path: Path) -> None:
-    build("gemma3", tmp_path)
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "qwen3_5_moe"])
+def test_the_checkpoint_they_came_from_is_taken_as_an_update(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path)
     check_checkpoint(checkpoint_of(tmp_path), serve(tmp_path).weights)
 
 
