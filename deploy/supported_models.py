@@ -33,6 +33,7 @@ MODELS = {  # architecture → models that have it
     "GraniteMoeHybridForCausalLM": "Granite 4.0 H, Granite 4.0 350M to Micro",
     "KimiLinearForCausalLM": "Kimi-Linear-48B-A3B",
     "Lfm2ForCausalLM": "LFM2 350M to 2.6B",
+    "Llama4ForCausalLM": "text models of the Llama 4 family",
     "LlamaForCausalLM": "Llama 2 to 3.3, SmolLM 2, Yi, DeepSeek-R1-Distill-Llama, TinyLlama",
     "MiniMaxM2ForCausalLM": "MiniMax-M2",
     "Ministral3ForCausalLM": "text models of the Ministral 3 family",
@@ -70,6 +71,7 @@ MODELS = {  # architecture → models that have it
 }
 TOWER_MODELS = {
     "Gemma3ForConditionalGeneration": "Gemma 3 4B, 12B and 27B",
+    "Llama4ForConditionalGeneration": "Llama 4 Scout and Maverick",
     "Mistral3ForConditionalGeneration": "Mistral Small 3.1 and 3.2, Ministral 3",
     "Qwen2VLForConditionalGeneration": "Qwen2-VL",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
@@ -89,6 +91,7 @@ PLAIN_ON_GPU = {
     "GraniteMoeHybridForCausalLM",
     "KimiLinearForCausalLM",
     "Lfm2ForCausalLM",
+    "Llama4ForCausalLM",
     "NemotronHForCausalLM",
     "OlmoHybridForCausalLM",
     "Qwen3NextForCausalLM",

@@ -35,6 +35,38 @@ class Ragged:
     batch_bytes: int = BATCH_BYTES
     schedules: dict[tuple[object, ...], "Schedule"] = field(default_factory=dict)
     table: PageTable | None = None  # the same for our own kernel
+    chunked: dict[int, "Ragged"] = field(default_factory=dict)  # by the size of chunks
+
+    def by_chunk(self, size: int) -> "Ragged":
+        """The same queries where each sees its own chunk of so many positions, as if chunks were sequences.
+
+        A chunk is whole pages.
+        """
+        if size not in self.chunked:
+            assert size % self.page_size == 0, (size, self.page_size)
+            queries, contexts, runs = list[int](), list[int](), list[list[Run]]()
+            for count, length, its_runs in zip(self.query_lengths, self.context_lengths, self.runs, strict=True):
+                first = length - count
+                while first < length:
+                    begin = first // size * size
+                    end = min(begin + size, length)
+                    queries.append(end - first)
+                    contexts.append(end - begin)
+                    runs.append(runs_between(its_runs, begin // self.page_size, -(-end // self.page_size)))
+                    first = end
+            self.chunked[size] = Ragged(queries, contexts, runs, self.page_size, self.batch_bytes)
+        return self.chunked[size]
+
+
+def runs_between(runs: list[Run], first: int, last: int) -> list[Run]:
+    """The pages number [first, last) of a sequence."""
+    found, seen = list[Run](), 0
+    for page, count in runs:
+        begin, end = max(first - seen, 0), min(last - seen, count)
+        if begin < end:
+            found.append((page + begin, end - begin))
+        seen += count
+    return found
 
 
 @dataclass(slots=True)

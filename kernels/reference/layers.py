@@ -128,16 +128,20 @@ def run_experts(
     down: Sequence[Project],
     activation: GatedActivation,
     on_rows: Callable[[torch.Tensor | None], None] | None = None,
+    scale_inputs: bool = False,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts: x (tokens, hidden) → (tokens, hidden).
 
     Tokens are grouped by expert, so that each expert that was chosen reads its weights once. A token's experts are
     summed in the order of `ids`: the result does not depend on the rest of the batch.
     `on_rows` hears before each expert which tokens it computes, and None at the end.
+    With `scale_inputs` the weights are for what experts read.
     """
     tokens, top_k = ids.shape
     order = ids.flatten().argsort(stable=True)
     grouped = x[order // top_k]  # (tokens * top_k, hidden), by expert
+    if scale_inputs:
+        grouped = grouped * weights.flatten()[order].to(x.dtype).unsqueeze(1)
     counts = ids.flatten().bincount(minlength=len(down)).tolist()
     outputs = torch.empty_like(grouped)
     start = 0
@@ -150,7 +154,9 @@ def run_experts(
             start += count
     if on_rows is not None:
         on_rows(None)
-    weighted = outputs.view(tokens, top_k, -1) * weights.to(x.dtype).unsqueeze(-1)
+    weighted = outputs.view(tokens, top_k, -1)
+    if not scale_inputs:
+        weighted = weighted * weights.to(x.dtype).unsqueeze(-1)
     return weighted.sum(dim=1)
 
 

@@ -25,6 +25,7 @@ NATIVE = (
     "GraniteMoeHybridForCausalLM",
     "KimiLinearForCausalLM",
     "Lfm2ForCausalLM",
+    "Llama4ForCausalLM",
     "LlamaForCausalLM",
     "MiniMaxM2ForCausalLM",
     "Ministral3ForCausalLM",

@@ -8,6 +8,7 @@ Config = Mapping[str, Any]
 # architecture → that of its language model by the `model_type` of its text_config; "": of any other, or without one
 TOWERS: dict[str, dict[str, str]] = {
     "Gemma3ForConditionalGeneration": {"": "Gemma3ForCausalLM"},
+    "Llama4ForConditionalGeneration": {"": "Llama4ForCausalLM"},
     "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
     "Qwen2VLForConditionalGeneration": {"": "Qwen2ForCausalLM"},
     "Qwen2_5_VLForConditionalGeneration": {"": "Qwen2ForCausalLM"},

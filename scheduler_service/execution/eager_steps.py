@@ -47,7 +47,7 @@ class PagedAttend:
     def attend_written(self, spec: AttentionSpec, q: torch.Tensor) -> torch.Tensor:
         """Attend once keys and values of the batch's tokens are written: q and result (tokens, heads, dim)."""
         return self.attention(
-            self.ragged,
+            self.ragged if spec.chunk is None else self.ragged.by_chunk(spec.chunk),
             q,
             self.cache.keys[spec.layer],
             self.cache.values[spec.layer],

@@ -22,6 +22,7 @@ class AttentionSpec:
     head_dim: int
     scale: float
     window: int | None = None  # a query at p sees keys in (p - window, p]; up to p + window where it is not causal
+    chunk: int | None = None  # positions; a query sees keys in its own chunk alone
     softcap: float | None = None
     causal: bool = True
     sinks: torch.Tensor | None = None  # (heads,)

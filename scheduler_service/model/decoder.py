@@ -158,7 +158,8 @@ class Decoder:
         """What queries at some positions are multiplied with, (tokens, 1, 1) float32; None for one."""
         if (scale := self.spec.query_scale) is None:
             return None
-        return (1 + scale.beta * torch.log1p(positions.div(scale.length, rounding_mode="floor"))).view(-1, 1, 1)
+        steps = (positions + scale.first).div(scale.length, rounding_mode="floor")
+        return (1 + scale.beta * torch.log1p(steps)).view(-1, 1, 1)
 
     def normed(self, residual: torch.Tensor) -> torch.Tensor:
         """The final norm."""

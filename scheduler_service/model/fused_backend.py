@@ -215,6 +215,6 @@ def can_fuse(spec: DecoderSpec) -> bool:
 
 def can_fuse_moe(moe: MoeSpec) -> bool:
     """Whether fused operations know this mixture: gated shared experts with a plain choice, others with scores."""
-    if moe.router_bias or moe.expert_bias or moe.ungated:
+    if moe.router_bias or moe.expert_bias or moe.ungated or moe.scales_inputs:
         return False
     return not moe.shared_intermediate_size or moe.shared_gate == moe.chooses_plainly

@@ -193,7 +193,8 @@ def attention_of(spec: DecoderSpec, weights: Weights, index: int, slab: int) -> 
 
 def attention(spec: DecoderSpec, weights: Weights, layer: int, slab: int) -> Attention:
     """The attention of layer number `layer`, number `slab` among those with attention."""
-    rope = spec.ropes[spec.layers[layer].rope]
+    own = spec.layers[layer]
+    rope = spec.ropes[own.rope]
     shape = spec.heads, spec.kv_heads, spec.head_dim, 2 * len(rope.frequencies)
     return Attention(
         spec=AttentionSpec(
@@ -202,20 +203,29 @@ def attention(spec: DecoderSpec, weights: Weights, layer: int, slab: int) -> Att
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             scale=spec.attention_scale,
-            window=spec.layers[layer].window,
+            window=own.window,
+            chunk=own.chunk,
             softcap=spec.attention_softcap,
             causal=spec.causal,
             sinks=weights.slab("sinks", slab) if spec.sinks else None,
         ),
         qkv=linear(weights, "qkv", slab, bias=spec.qkv_bias),
         output=linear(weights, "output", slab, bias=spec.output_bias),
-        query_norm=norm_of(spec, weights, "query_norm", slab) if spec.query_key_norm else None,
-        key_norm=norm_of(spec, weights, "key_norm", slab) if spec.query_key_norm else None,
+        query_norm=head_norm(spec, weights, "query_norm", own.bare_norms, slab),
+        key_norm=head_norm(spec, weights, "key_norm", own.bare_norms, slab),
         output_gate=spec.output_gate,
         norms_all_heads=spec.query_key_norm and spec.query_key_norm_over == "heads",
         pair_order=pair_order(*shape, weights.device) if rope.interleaved else None,
-        scales_queries=spec.query_scale is not None,
+        scales_queries=spec.query_scale is not None and not own.unscaled_queries,
     )
+
+
+def head_norm(spec: DecoderSpec, weights: Weights, buffer: str, bare: bool, slab: int) -> Norm | None:
+    """The norm of queries or keys, if there is one."""
+    if bare:
+        ones = torch.ones(spec.head_dim, dtype=weights.dtype, device=weights.device)
+        return Norm(ones, spec.norm_epsilon, plus_one=False)
+    return norm_of(spec, weights, buffer, slab) if spec.query_key_norm else None
 
 
 @cache

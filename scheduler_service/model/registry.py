@@ -34,6 +34,7 @@ from quartet.scheduler_service.model.families import (
     kimi,
     lfm2,
     llama,
+    llama4,
     mamba,
     minimax,
     mistral,
@@ -81,6 +82,7 @@ FAMILIES: dict[str, llama.Family] = {
     "GraniteMoeHybridForCausalLM": granite.hybrid,
     "KimiLinearForCausalLM": kimi.linear,
     "Lfm2ForCausalLM": lfm2.decoder_spec,
+    "Llama4ForCausalLM": llama4.llama4,
     "LlamaForCausalLM": llama.decoder_spec,
     "MiniMaxM2ForCausalLM": minimax.m2,
     "Ministral3ForCausalLM": mistral.ministral3,
@@ -161,6 +163,7 @@ def load_own(
         raise StartupError(f"--quantization {config.quantization} is for models that generate; leave it out")
     if info.embedding is None:
         spec = decoder_spec(info)
+        check_chunks(spec, config)
         if spec.latent is not None and is_asked_for(config, device):
             raise StartupError(NOT_LATENT.format(info.architecture))
         return load_native(spec, config, info, dtype, device, parallel)
@@ -168,7 +171,16 @@ def load_own(
         raise StartupError(NOT_NATIVE.format(info.architecture))
     if info.embedding.encoder:
         return load_encoder(config, info, dtype, device)
-    return load_decoder_embedder(decoder_spec(info), config, info, dtype, device)
+    spec = decoder_spec(info)
+    check_chunks(spec, config)
+    return load_decoder_embedder(spec, config, info, dtype, device)
+
+
+def check_chunks(spec: DecoderSpec, config: ResolvedConfig) -> None:
+    """Raise StartupError where a chunk of attention would end within a page."""
+    for size in {layer.chunk for layer in spec.layers if layer.chunk}:
+        if size % config.page_size:
+            raise StartupError(f"--page-size {config.page_size} does not divide the attention chunks of {size} tokens")
 
 
 def decoder_spec(info: ModelInfo) -> DecoderSpec:

@@ -21,10 +21,11 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class QueryScale:
-    """Queries grow with their position: times 1 + beta * log(1 + floor(position / length))."""
+    """Queries grow with their position: times 1 + beta * log(1 + floor((position + first) / length))."""
 
     beta: float
     length: int
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class MoeSpec:
     top_groups: int = 1
     group_best: int = 2  # so many of a group's best experts, added up, say how good it is
     scale: float = 1.0  # of the chosen experts' weights
+    scales_inputs: bool = False  # these are multiplied with what an expert reads, not with what it gives
     router_bias: bool = False
     expert_bias: bool = False
     shared_intermediate_size: int = 0  # one expert that every token passes
@@ -96,6 +98,9 @@ class LayerSpec:
     """What one layer has of its own."""
 
     window: int | None = None  # a query at p sees keys in (p - window, p]
+    chunk: int | None = None  # a query sees keys in its own chunk of so many positions
+    bare_norms: bool = False  # queries and keys of each head are normed without weights
+    unscaled_queries: bool = False  # DecoderSpec.query_scale is not for this layer
     rope: int = 0  # index into DecoderSpec.ropes
     moe: MoeSpec | None = None  # None: a dense feed-forward block
     recurrent: RecurrentSpec | None = None  # in place of attention
@@ -194,7 +199,8 @@ class DecoderSpec:
     @property
     def is_plain(self) -> bool:
         """Whether every layer is attention with a feed-forward block behind it, and nothing is multiplied."""
-        return self.factors is None and all(layer.attends and layer.feeds for layer in self.layers)
+        whole = (layer.attends and layer.feeds and not (layer.recurrent or layer.chunk) for layer in self.layers)
+        return self.factors is None and all(whole)
 
     def names_of(self, layer: int) -> Names:
         return self.layers[layer].names or self.names

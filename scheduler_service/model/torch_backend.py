@@ -113,7 +113,8 @@ class TorchBackend:
         x = self.normed(residual, before)
         weights, ids = self.choose_experts(x, moe)
         activation = self.activations[moe.activation]
-        y = plain_layers.run_experts(x, weights, ids, moe.gate_up, moe.down, activation, self.on_rows)
+        experts = moe.gate_up, moe.down, activation, self.on_rows, moe.spec.scales_inputs
+        y = plain_layers.run_experts(x, weights, ids, *experts)
         if moe.shared is not None and moe.shared_gate is not None:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
         elif moe.shared is not None:

@@ -35,4 +35,4 @@ def inside(spec: DecoderSpec, architecture: str, tensors: Collection[str]) -> De
 def predictors(spec: DecoderSpec) -> tuple[str, ...]:
     """What the names of layers begin with that predict tokens beyond the next one."""
     first = len(spec.layers)
-    return tuple(f"{spec.prefix}layers.{layer}." for layer in range(first, first + spec.extra_layers))
+    return ("mtp.", *(f"{spec.prefix}layers.{layer}." for layer in range(first, first + spec.extra_layers)))

@@ -45,6 +45,8 @@ def attend_one(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.T
     hidden = key_at > query_at
     if spec.window is not None:
         hidden |= key_at <= query_at - spec.window
+    if spec.chunk is not None:
+        hidden |= key_at // spec.chunk < query_at // spec.chunk
     scores = scores.masked_fill(hidden, -torch.inf)
     if spec.sinks is not None:
         scores = torch.cat((scores, spec.sinks.float().view(-1, 1, 1).expand(-1, len(q), 1)), dim=-1)

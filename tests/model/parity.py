@@ -18,14 +18,15 @@ __all__ = ["CASES", "FAMILIES", "NEW_TOKENS", "TOLERANCE", "Outcome", "Peer", "c
 
 TOLERANCE = 1e-3
 FEW_TOKENS = 24  # of families whose parts others have too
+BRIEF = (  # families that make few tokens
+    *("qwen3_5_moe", "granite_hybrid", "bamba", "falcon_h1", "nemotron_h", "olmo_hybrid", "kimi_linear", "llama4"),
+)
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"),
     *("olmo2", "olmo3", "smollm3", "granite", "seed_oss", "exaone4", "ministral", "ministral3", "cohere2", "ernie4_5"),
     *("glm4", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
-    *("lfm2", "qwen3_next", "qwen3_5", "qwen3_5_moe", "granite_hybrid", "bamba", "falcon_h1", "nemotron_h"),
-    *("olmo_hybrid", "kimi_linear", "gemma"),
+    *("lfm2", "qwen3_next", "qwen3_5", "gemma", *BRIEF),
 )
-BRIEF = ("qwen3_5_moe", "granite_hybrid", "bamba", "falcon_h1", "nemotron_h")  # make few tokens
 
 
 @dataclass

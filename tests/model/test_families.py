@@ -77,6 +77,8 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ("bamba", {"attention_bias": True, "mlp_bias": True, "mamba_n_groups": 1, "time_step_limit": (0.1, 1.0)}),
     ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
     ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "tie_word_embeddings": True}),
+    ("llama4", {"num_experts_per_tok": 2, "use_qk_norm": False, "attention_bias": True, "moe_layers": None}),
+    ("llama4", {"no_rope_layers": None, "num_hidden_layers": 5, "attn_temperature_tuning": False}),
     (
         "olmo_hybrid",
         {"linear_allow_neg_eigval": False, "rope_parameters": {"rope_type": "default", "rope_theta": None}},
@@ -275,9 +277,21 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     assert_parity(model, "deepseek_v3")
 
 
+def test_parts_of_qwen3_next_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    directory = tiny.build("qwen3_next", tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, "mtp.fc.weight": torch.ones(4, 8)}, directory / "model.safetensors")
+    check_checkpoint(checkpoint_of(directory), serve(directory).weights)
+
+
 def test_latent_attention_with_deterministic_inference_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="--enable-deterministic-inference is not there for the latent attention"):
         serve(tiny.build("deepseek_v3", tmp_path), enable_deterministic_inference=True)
+
+
+def test_attention_chunks_that_end_within_a_page_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="--page-size 5 does not divide the attention chunks of 32 tokens"):
+        serve(tiny.build("llama4", tmp_path), page_size=5)
 
 
 def test_embeddings_given_to_granite_are_multiplied_as_its_own_are(tmp_path: Path) -> None:

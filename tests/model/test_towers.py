@@ -30,6 +30,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
         {**VISION, "image_size": 28, "patch_size": 14},
     ),
+    "llama4": (
+        "Llama4",
+        tiny.LLAMA4,
+        {**VISION, "image_size": 28, "patch_size": 14, "projector_input_dim": 32, "projector_output_dim": 32},
+    ),
     "mistral3": ("Mistral3", {"model_type": "mistral"}, {**VISION, "model_type": "pixtral", "head_dim": 16}),
     "qwen2_5_vl": ("Qwen2_5_VL", {"rope_parameters": {**MROPE, "mrope_section": [2, 3, 3]}}, QWEN_VISION),
     "qwen3_vl": (
@@ -88,8 +93,9 @@ def test_the_scheduler_serves_them_as_any_other_model(name: str, case: str, tmp_
     assert found.tokens_equal and found.error <= parity.TOLERANCE, found
 
 
-def test_the_checkpoint_they_came_from_is_taken_as_an_update(tmp_path: Path) -> None:
-    build("gemma3", tmp_path)
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "qwen3_5_moe"])
+def test_the_checkpoint_they_came_from_is_taken_as_an_update(name: str, tmp_path: Path) -> None:
+    build(name, tmp_path)
     check_checkpoint(checkpoint_of(tmp_path), serve(tmp_path).weights)
 
 

@@ -110,6 +110,16 @@ NEMOTRON: dict[str, Any] = {
     "routed_scaling_factor": 1.5,
 }
 
+LLAMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 4,
+    "moe_layers": [1],
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 32,
+    "floor_scale": 16,
+}
 MIXED_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 KIMI: dict[str, Any] = {
     **{name: DEEPSEEK[name] for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
@@ -149,6 +159,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
     "qwen3_5": ("Qwen3_5TextConfig", LINEAR),
     "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 80}),
+    "llama4": ("Llama4TextConfig", LLAMA4),
     "kimi_linear": ("KimiLinearConfig", KIMI),
     "olmo_hybrid": ("OlmoHybridConfig", OLMO_HYBRID),
     "bamba": ("BambaConfig", {**SPACE, "attn_layer_indices": [1]}),

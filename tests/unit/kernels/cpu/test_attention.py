@@ -163,3 +163,11 @@ def test_merge_of_parts_is_attention_over_their_union():
     merged, merged_lse = merge(out, lse)
     torch.testing.assert_close(merged, torch.softmax(scores, 1) @ v)
     torch.testing.assert_close(merged_lse, torch.logsumexp(scores, 1))
+
+
+def test_by_chunk_each_query_sees_the_pages_of_its_own_chunk() -> None:
+    runs = [[(3, 2), (9, 3)], [(20, 1)]]
+    found = Ragged([9, 1], [17, 2], runs, 4).by_chunk(8)
+    assert found.query_lengths == [8, 1, 1]  # positions 8 to 15, position 16; position 1
+    assert found.context_lengths == [8, 1, 2]
+    assert found.runs == [[(9, 2)], [(11, 1)], [(20, 1)]]
