@@ -14,7 +14,7 @@ from math import inf
 from typing import Any, Protocol
 
 from quartet.runtime.control import ControlCommand, Probe
-from quartet.runtime.limits import MAX_DRAFTED_TOKENS
+from quartet.runtime.limits import MAX_DRAFTED_TOKENS, MAX_FILLED_TOKENS
 from quartet.runtime.messages import (
     ATTEMPT_BITS,
     GATEWAY,
@@ -187,6 +187,8 @@ def check_rows(data: bytes, rows: int, name: str) -> int:
 
 def check_request(request: Request, announced: Announced) -> None:
     check_ids(request.resume_ids, "resume_ids")
+    if not 0 <= request.fill_to <= MAX_FILLED_TOKENS:
+        raise Malformed(f"no prompt is filled up to {request.fill_to} tokens")
     check_attempt(request.attempt, announced)
     announced.check_epoch(SCHEDULER, request.epoch, request.rank)
 
@@ -206,6 +208,8 @@ def check_tokenized(message: Tokenized, announced: Announced) -> None:
     positions = check_ids(message.prompt_ids, "prompt_ids")
     if message.token_types and check_ids(message.token_types, "token_types") != positions:
         raise Malformed("token_types has another length than prompt_ids")
+    if not 0 <= message.attended <= positions:
+        raise Malformed(f"{message.attended} of {positions} tokens cannot be seen")
     check_rows(message.embeds, positions, "embeds")
 
 
@@ -227,6 +231,8 @@ def check_tokens(tokens: Tokens, announced: Announced) -> None:
         check_logprobs(tokens.input_logprobs)
     if tokens.vector:
         check_rows(tokens.vector, 1, "vector")
+    if tokens.vector_ids and check_ids(tokens.vector_ids, "vector_ids") * NUMBER_BYTES != len(tokens.vector):
+        raise Malformed("vector_ids are not of the vector's numbers")
     if tokens.hidden_states and (tokens.hidden_size <= 0 or len(tokens.hidden_states) % (4 * tokens.hidden_size)):
         raise Malformed("hidden_states are no whole rows")
     if tokens.drafts is not None and not 0 <= tokens.drafts.correct <= tokens.drafts.proposed <= MAX_DRAFTED_TOKENS:

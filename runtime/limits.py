@@ -11,6 +11,7 @@ CALL_BYTES_PER_BODY_BYTE = 4  # what all requests of a call may take on the ring
 MAX_TOKENIZED = 1 << 20  # tokens in one answer of /tokenize
 MAX_DETOKENIZED = 1 << 20  # ids of one call of /detokenize
 MAX_VECTOR_NUMBERS = 16 << 20  # in the answer of one call
+MAX_FILLED_TOKENS = 4096  # that a multi-vector model's queries are filled up to
 MAX_DETOKENIZED_CHARS = 16 << 20  # of the text that they are
 MAX_CALL_VALUES = 200_000  # ids and strings in the parameters of all requests of a call together
 MAX_PARSED_BODY_BYTES = 1 << 20  # a text to look for tool calls or a thought in

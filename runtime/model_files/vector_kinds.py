@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from quartet.runtime.errors import StartupError
+from quartet.runtime.limits import MAX_FILLED_TOKENS
 from quartet.runtime.model_files.files import MAX_SETTINGS_BYTES, present, read_small
 from quartet.runtime.shorten import short
 
@@ -20,7 +21,6 @@ COLBERT = "HF_ColBERT"  # the architecture of Stanford's checkpoints
 COLBERT_SETTINGS = "artifact.metadata"
 COLBERT_SIZE = 128  # of a vector, where the settings do not say
 QUERY_TOKENS = 32  # that queries are filled up to, likewise
-MAX_QUERY_TOKENS = 4096
 MAX_SKIPPED_WORDS = 4096
 MODEL_TYPES = ("ColBERT", "MultiVectorEncoder")  # in config_sentence_transformers.json
 PYLATE_MARKS = ("query_prefix", "document_prefix", "do_query_expansion", "query_length", "attend_to_expansion_tokens")
@@ -80,9 +80,9 @@ def expansion(file: Path, given: Json, attends: Json) -> Expansion:
         found = msgspec.convert({"attend": bool(attend), **given}, Expansion)
     except msgspec.ValidationError as error:
         raise StartupError(f"{file} does not describe how queries are filled up: {error}") from error
-    if not 1 <= found.length <= MAX_QUERY_TOKENS:
+    if not 1 <= found.length <= MAX_FILLED_TOKENS:
         raise StartupError(
-            f"{file}: queries are filled up to {found.length} tokens; served are 1 to {MAX_QUERY_TOKENS}"
+            f"{file}: queries are filled up to {found.length} tokens; served are 1 to {MAX_FILLED_TOKENS}"
         )
     return found
 

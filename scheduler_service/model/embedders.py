@@ -33,7 +33,7 @@ FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Electra": encoders.electra,
     "EuroBert": encoders_rotary.eurobert,
     "Gte": encoders_rotary.gte,
-    "HF_ColBERT": encoders.bert,
+    "HF_ColBERT": encoders.colbert,
     "JinaEmbeddingsV3": encoders_rotary.jina,
     "MPNet": encoders_relative.mpnet,
     "ModernBert": encoders.modernbert,

@@ -134,7 +134,9 @@ def test_200_texts_in_one_batch_are_as_sentence_transformers_has_them(family, tm
     peer = SentenceTransformer(modules=[body, Pooling(64, pooling_mode="mean"), Normalize()], device="cpu")
     peer.save(str(tmp_path / "saved"))
     sentences = [f"text {i} " + "and so on " * (i * 7 % 19) for i in range(200)]
-    embedder = Embedder(tmp_path / "saved", max_total_tokens=20000, max_running_requests=256)
+    limits = {"max_total_tokens": 20000, "max_prefill_tokens": 20000, "chunked_prefill_size": 20000}
+    embedder = Embedder(tmp_path / "saved", max_running_requests=256, **limits)
     ours = embedder.embed([peer.tokenizer(text)["input_ids"] for text in sentences])
+    assert len(embedder.steps) == 1
     theirs = torch.from_numpy(peer.encode(sentences))
     assert min(map(cosine, ours, theirs)) >= LEAST_COSINE

@@ -162,6 +162,14 @@ def test_settings_of_a_colbert_that_cannot_be_are_refused(file, content, words, 
         Served(tmp_path)
 
 
+def test_a_colbert_on_another_model_than_bert_is_refused_by_name(tmp_path):
+    stanford(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "xlm-roberta"}))
+    with pytest.raises(StartupError, match="model_type='xlm-roberta' is not supported"):
+        Served(tmp_path)
+
+
 def test_the_norms_of_an_old_checkpoint_are_read_in_its_head_too(tmp_path):
     embedders.build("BertForMaskedLM", tmp_path)
     (tmp_path / "1_Splade").mkdir()

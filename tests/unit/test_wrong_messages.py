@@ -139,6 +139,8 @@ MALFORMED_TOKENS = {
     "half a hidden state": {"hidden_states": bytes(6), "hidden_size": 1},
     "hidden states without a size": {"hidden_states": bytes(8)},
     "half a number of a vector": {"vector": b"abc"},
+    "words without weights": {"vector": bytes(8), "vector_ids": pack_ids([3])},
+    "a prompt filled up for ever": {"request": Request(rid="r", params=SamplingParams(), fill_to=1 << 40)},
     "a million right drafts": {"drafts": Drafts(proposed=10**6, correct=10**6)},
     "a negative count": {"prompt_tokens": -1},
 }

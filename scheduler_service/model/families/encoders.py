@@ -55,6 +55,12 @@ def bert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
     return EncoderSpec(**bert_like(config, tensors, "bert."), head=bert_head(config, labels, "bert."))
 
 
+def colbert(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
+    """Stanford's ColBERT: BERT with one more matrix, which is no part of it."""
+    require(config, {"model_type": "bert"})
+    return bert(config, labels, tensors)
+
+
 def roberta(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
     """RobertaModel, XLMRobertaModel, CamembertModel and their classifiers: positions begin behind the padding id."""
     fields = bert_like(config, tensors, "roberta.")
