@@ -31,9 +31,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def server(launch_for_module: Callable[..., Server], models: list[Path]) -> Server:
-    return launch_for_module(
-        "--model-path", str(models[0]), "--dp-size", "2", "--enable-metrics", "--enable-lora", *FLAGS
-    )
+    flags = ("--model-path", str(models[0]), "--dp-size", "2", "--enable-metrics", "--enable-lora", *FLAGS)
+    return launch_for_module(*flags, standby=True)
 
 
 def generate(server: Server, text: str, **fields: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import requests
 
+from quartet.http_gateway.admin.info import FRESH_S
 from tests.ring.test_recovery import Stream
 from tests.servers import Server
 
@@ -86,6 +87,8 @@ def servers(launch_for_module: Callable[..., Server]) -> list[Server]:
 
 
 def completed(server: Server) -> int:
+    """Requests that it has answered; not from counters that it has kept for a moment."""
+    time.sleep(1.1 * FRESH_S)
     info = requests.get(f"{server.url}/get_server_info", timeout=WAIT_S).json()
     return int(info["internal_states"][0]["num_requests_total"])
 
