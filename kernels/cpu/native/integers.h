@@ -149,8 +149,8 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
 #pragma GCC unroll 4
                     for (int block = 0; block < blocks; block++) {
                         line w_line = number_line(numbers[block], bits, number + next);
-                        if (next == 0)
-                            _mm_prefetch((const char *)numbers[block] + 2048 + number * 8 * bits, _MM_HINT_T0);
+                        if (next == 0 || bits > 4) /* two lines of 4 bits share a cache line */
+                            _mm_prefetch((const char *)numbers[block] + 2048 + (number + next) * 8 * bits, _MM_HINT_T0);
 #pragma GCC unroll 4
                         for (int r = 0; r < rows; r++) {
                             int32_t four;
