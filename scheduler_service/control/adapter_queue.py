@@ -28,6 +28,7 @@ class Waiting:
 
     message: Tokenized
     grammar: Grammar | None
+    since_s: float  # by the clock of time limits
 
     @property
     def name(self) -> str:
@@ -83,7 +84,7 @@ class AdapterQueue:
         earlier = self._waiting.get(rid)
         if earlier is None or message.request.attempt > earlier.message.request.attempt:
             self._waiting.pop(rid, None)
-            self._waiting[rid] = Waiting(message, grammar)
+            self._waiting[rid] = Waiting(message, grammar, self._planner.deadlines.clock_s)
         return True
 
     def remove(self, rid: str) -> Tokenized | None:
@@ -92,11 +93,11 @@ class AdapterQueue:
         return waiting.message if waiting else None
 
     def take_ready(self) -> list[Ready]:
-        """The first requests, as far as their adapters are in memory now, or cannot be read.
+        """The first requests, as far as their adapters are in memory now, or cannot be read; and all over their limit.
 
         Call it at every turn of the loop: the work in the background goes on.
         """
-        ready: list[Ready] = []
+        ready = self._take_expired()
         taken: set[str] = set()  # adapters of these
         while self._waiting and self._store is not None:
             rid, first = next(iter(self._waiting.items()))
@@ -110,6 +111,12 @@ class AdapterQueue:
             del self._waiting[rid]
             ready.append((first.message, outcome))
         return ready
+
+    def _take_expired(self) -> list[Ready]:
+        """The requests that have waited for too long."""
+        deadlines = self._planner.deadlines
+        ends = {rid: deadlines.waited(waiting.since_s) for rid, waiting in self._waiting.items()}
+        return [(self._waiting.pop(rid).message, error) for rid, error in ends.items() if error is not None]
 
     def _has(self, store: "AdapterStore", name: str, taken: Collection[str]) -> bool:
         """Whether an adapter is in memory; if not, go on with reading it. Raises RequestError where that cannot be."""

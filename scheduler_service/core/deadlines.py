@@ -27,6 +27,17 @@ class Deadlines:
             self._clock_s += max(0.0, now - self._last_now)
         self._last_now = now
 
+    @property
+    def clock_s(self) -> float:
+        """Seconds that were counted so far."""
+        return self._clock_s
+
+    def waited(self, since_s: float) -> RequestError | None:
+        """The end of a request that waits elsewhere since the clock showed `since_s`; None as long as it may wait."""
+        if self._waiting_s is None or self._clock_s - since_s <= self._waiting_s:
+            return None
+        return RequestError(WAITED, Kind.UNAVAILABLE)
+
     def start(self, sequence: Sequence) -> None:
         """Measure the time of a request that has arrived, or was admitted for the first time, from now on."""
         sequence.timed_from_s = self._clock_s

@@ -12,6 +12,7 @@ from quartet.runtime.errors import Kind, RequestError, StartupError
 from quartet.runtime.messages import Request, Tokenized, pack_ids
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.control.adapter_queue import AdapterQueue
+from quartet.scheduler_service.core.deadlines import WAITED, Deadlines
 
 PATIENCE_S = 20.0
 
@@ -72,7 +73,8 @@ class Case:
         self.store = Store(most, {name: Known(name) for name in "abcd"}, list(loaded))
         self.store.gate.set()
         self.live: dict[str, Any] = {}
-        planner: Any = SimpleNamespace(live=self.live, prefills_next=False)
+        self.deadlines = Deadlines(waiting_s=5.0, running_s=None)
+        planner: Any = SimpleNamespace(live=self.live, prefills_next=False, deadlines=self.deadlines)
         store: Any = self.store
         self.queue = AdapterQueue(store, planner)
 
@@ -191,3 +193,14 @@ def test_names_that_are_not_served_are_refused() -> None:
     message = Tokenized(request=Request(rid="1", params=SamplingParams(), adapter="a"), prompt_ids=b"")
     with pytest.raises(RequestError, match="--enable-lora"):
         AdapterQueue(None, planner).takes(message, None)
+
+
+def test_a_request_that_waits_for_too_long_ends_behind_one_that_may_wait():
+    case = Case("a")
+    case.runs("r0", "a")
+    assert case.put("r1", "b")
+    case.deadlines.advance(3.0, paused=False)
+    assert case.put("r2", "c")
+    case.deadlines.advance(6.0, paused=False)
+    assert [(rid, error.message, error.kind) for rid, error in case.turns(3)] == [("r1", WAITED, Kind.UNAVAILABLE)]
+    assert len(case.queue) == 1
