@@ -16,6 +16,13 @@
 #define MOST_INTEGER_ROWS 16
 #endif
 
+#define AHEAD 2048 /* bytes */
+#if defined(__AVX512F__)
+#define CROSSES_BLOCKS 1
+#else
+#define CROSSES_BLOCKS 0 /* there are too few registers for the addresses */
+#endif
+
 /* ---- sixteen sums ---- */
 
 #if defined(__AVX512F__)
@@ -115,11 +122,13 @@ INLINE void store_integers(const struct integer_rows *x, int64_t row, int64_t un
     x->sums[(row * x->units + unit) * 2 + 1] = store_rounded(second, inverse, out + LANES);
 }
 
-/* sums (rows, blocks * 16) = x @ blocks; `bits`, `rows` and `blocks` are constants of the caller. */
+/* sums (rows, blocks * 16) = x @ blocks; `bits`, `rows` and `blocks` are constants of the caller. Numbers are asked for
+ * AHEAD bytes before they are needed, behind the end of a block those of the block `after` it. */
 INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int blocks, const struct integer_rows *x,
-                              int64_t row, const int64_t *columns, float *sums, int64_t stride) {
+                              int64_t row, const int64_t *columns, const int64_t *after, float *sums, int64_t stride) {
     vec sum[4][4];
-    const uint8_t *numbers[4];
+    const uint8_t *numbers[4], *soon[4];
+    int64_t turn = x->units - AHEAD / (64 * bits); /* the unit from which on the next block is asked for */
     const uint16_t *scales[4];
     int64_t half_numbers = (1 + w->offsets) * LANES;
     int lines = UNIT_LINES / w->halves;
@@ -127,11 +136,15 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
     for (int block = 0; block < blocks; block++) {
         numbers[block] = quantized_numbers(w, x->depth, columns[block], 0);
         scales[block] = quantized_scales(w, x->depth, columns[block], 0);
+        soon[block] = numbers[block] + AHEAD / (64 * bits) * (64 * bits);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
             sum[r][block] = vec_set(0.0f);
     }
     for (int64_t unit = 0; unit < x->units; unit++) {
+        if (CROSSES_BLOCKS && unit == turn)
+            for (int block = 0; block < blocks; block++)
+                soon[block] = quantized_numbers(w, x->depth, after[block], 0);
         for (int half = 0; half < w->halves; half++) {
             integers dot[4][4];
 #pragma GCC unroll 4
@@ -149,8 +162,9 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
 #pragma GCC unroll 4
                     for (int block = 0; block < blocks; block++) {
                         line w_line = number_line(numbers[block], bits, number + next);
+                        const uint8_t *ahead = CROSSES_BLOCKS ? soon[block] : numbers[block] + AHEAD;
                         if (next == 0 || bits > 4) /* two lines of 4 bits share a cache line */
-                            _mm_prefetch((const char *)numbers[block] + 2048 + (number + next) * 8 * bits, _MM_HINT_T0);
+                            _mm_prefetch((const char *)ahead + (number + next) * 8 * bits, _MM_HINT_T0);
 #pragma GCC unroll 4
                         for (int r = 0; r < rows; r++) {
                             int32_t four;
@@ -179,8 +193,10 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
             }
         }
 #pragma GCC unroll 4
-        for (int block = 0; block < blocks; block++)
+        for (int block = 0; block < blocks; block++) {
             numbers[block] += 64 * bits;
+            soon[block] += 64 * bits;
+        }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -191,24 +207,24 @@ INLINE void multiply_integers(const struct quantized *w, int bits, int rows, int
 
 /* Up to four rows through a panel of four blocks. AVX2 has registers for half as many sums. */
 INLINE void integer_grid(const struct quantized *w, int bits, const struct integer_rows *x, int64_t row, int64_t rows,
-                         const int64_t *columns, float *sums, int64_t stride) {
+                         const int64_t *columns, const int64_t *after, float *sums, int64_t stride) {
 #if defined(__AVX512F__)
     if (rows == 1) {
-        multiply_integers(w, bits, 1, 4, x, row, columns, sums, stride);
+        multiply_integers(w, bits, 1, 4, x, row, columns, after, sums, stride);
     } else if (rows == 2) {
-        multiply_integers(w, bits, 2, 4, x, row, columns, sums, stride);
+        multiply_integers(w, bits, 2, 4, x, row, columns, after, sums, stride);
     } else {
-        multiply_integers(w, bits, 4, 2, x, row, columns, sums, stride);
-        multiply_integers(w, bits, 4, 2, x, row, columns + 2, sums + 2 * LANES, stride);
+        multiply_integers(w, bits, 4, 2, x, row, columns, after, sums, stride);
+        multiply_integers(w, bits, 4, 2, x, row, columns + 2, after + 2, sums + 2 * LANES, stride);
     }
 #else
     for (int block = 0; block < 4; block += rows == 1 ? 2 : 1) {
         if (rows == 1)
-            multiply_integers(w, bits, 1, 2, x, row, columns + block, sums + block * LANES, stride);
+            multiply_integers(w, bits, 1, 2, x, row, columns + block, after + block, sums + block * LANES, stride);
         else if (rows == 2)
-            multiply_integers(w, bits, 2, 1, x, row, columns + block, sums + block * LANES, stride);
+            multiply_integers(w, bits, 2, 1, x, row, columns + block, after + block, sums + block * LANES, stride);
         else
-            multiply_integers(w, bits, 4, 1, x, row, columns + block, sums + block * LANES, stride);
+            multiply_integers(w, bits, 4, 1, x, row, columns + block, after + block, sums + block * LANES, stride);
     }
 #endif
 }

@@ -300,16 +300,18 @@ static void compute_integers(const struct plan *plan, int64_t first, int64_t row
     float sums[4 * MOST_COLUMNS] __attribute__((aligned(CACHE_LINE)));
     const struct quantized *quantized = &plan->p->quantized;
     for (int64_t panel = begin; panel < end; panel++) {
-        int64_t blocks[FEW_BLOCKS];
-        for (int place = 0; place < plan->blocks; place++)
+        int64_t blocks[FEW_BLOCKS], after[FEW_BLOCKS], next = panel + (panel + 1 < end ? 1 : plan->p->threads);
+        for (int place = 0; place < plan->blocks; place++) {
             blocks[place] = block_of(plan, panel, place);
+            after[place] = block_of(plan, next, place);
+        }
         for (int64_t row = 0; row < rows; row += 4) {
             int64_t some = rows - row < 4 ? rows - row : 4;
             switch (quantized->bits) {
-            case 4: integer_grid(quantized, 4, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
-            case 5: integer_grid(quantized, 5, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
-            case 6: integer_grid(quantized, 6, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
-            default: integer_grid(quantized, 8, &plan->rows, row, some, blocks, sums, MOST_COLUMNS); break;
+            case 4: integer_grid(quantized, 4, &plan->rows, row, some, blocks, after, sums, MOST_COLUMNS); break;
+            case 5: integer_grid(quantized, 5, &plan->rows, row, some, blocks, after, sums, MOST_COLUMNS); break;
+            case 6: integer_grid(quantized, 6, &plan->rows, row, some, blocks, after, sums, MOST_COLUMNS); break;
+            default: integer_grid(quantized, 8, &plan->rows, row, some, blocks, after, sums, MOST_COLUMNS); break;
             }
             write_tile(plan, panel, first + row, some, sums, MOST_COLUMNS);
         }
