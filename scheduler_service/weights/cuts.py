@@ -47,6 +47,9 @@ def own_parts(checkpoint: Checkpoint, cuts: dict[str, Cut]) -> Checkpoint:
     if not cuts:
         return checkpoint
     if checkpoint.quantized:
-        raise CheckpointError("the checkpoint is quantized, which --tp-size cannot cut; serve an unquantized one")
+        raise CheckpointError(
+            "the checkpoint is quantized, or has all experts of a layer in one tensor: --tp-size cannot cut it; serve "
+            "an unquantized one with a tensor for each expert, or leave --tp-size out"
+        )
     tensors = {name: cuts[name].stored(name, t) if name in cuts else t for name, t in checkpoint.tensors.items()}
     return replace(checkpoint, tensors=tensors)
