@@ -7,7 +7,7 @@ product (linear.py), so a row's bits depend on its company no more than they do 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,27 +17,56 @@ Slab = tuple[str, tuple[int, ...]]  # names one weight
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Adds expand(shrink(x)) to some columns of a product."""
+class Addition:
+    """What one adapter adds to neighbouring columns of a product: all that it has for a weight, in two products."""
 
     first: int  # column
-    shrink: Linear  # (rank, in)
-    expand: Linear  # (columns, rank)
+    width: int
+    shrink: Linear  # (ranks, in)
+    expand: Linear  # (width, ranks)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, in) → (rows, width)."""
+        return self.expand(self.shrink(x))
 
 
-AdapterWeights = Mapping[Slab, Sequence[Piece]]
+AdapterWeights = Mapping[Slab, Addition]
+Factors = tuple[int, torch.Tensor, torch.Tensor]  # first column, a (rank, in), b (columns, rank)
 
 
-def make_piece(
-    first: int, a: torch.Tensor, b: torch.Tensor, keep_order: bool, yield_point: Callable[[], None] = no_pause
-) -> Piece:
-    """The factors a (rank, in) and b (columns, rank), packed. `keep_order`: see Linear.keep_order."""
+def make_addition(factors: Sequence[Factors], keep_order: bool, yield_point: Callable[[], None] = no_pause) -> Addition:
+    """The factors that an adapter has for parts of one weight, packed together. `keep_order`: see Linear.keep_order.
+
+    The second factors stand on the diagonal of one matrix, whose zeros change no sum: few products cost less than
+    small ones.
+    """
+    first = min(start for start, _, _ in factors)
+    width = max(start + len(b) for start, _, b in factors) - first
+    a = torch.cat([a for _, a, _ in factors])
+    b = a.new_zeros(width, len(a))
+    rank = 0
+    for start, _, its in factors:
+        b[start - first : start - first + len(its), rank : rank + its.shape[1]] = its
+        rank += its.shape[1]
     linears = Linear(a), Linear(b)
     for linear in linears:
         linear.adopt(linear.pack(linear.weight, yield_point))
         if keep_order:
             linear.keep_order()
-    return Piece(first, *linears)
+    return Addition(first, width, *linears)
+
+
+class Group(NamedTuple):
+    """The rows of a product that one adapter has."""
+
+    weights: AdapterWeights
+    rows: torch.Tensor  # (rows,) int64, ascending
+    together: slice | None  # the same where they are neighbours
+
+
+def group(weights: AdapterWeights, rows: torch.Tensor) -> Group:
+    first, last = int(rows[0]), int(rows[-1])
+    return Group(weights, rows, slice(first, last + 1) if last - first + 1 == len(rows) else None)
 
 
 class StepAdapters:
@@ -46,7 +75,7 @@ class StepAdapters:
     def __init__(self) -> None:
         self.adapters: Sequence[AdapterWeights] = ()
         self.owners: torch.Tensor | None = None  # (rows,) int64: index of a row's adapter, or -1
-        self.groups: list[tuple[AdapterWeights, torch.Tensor]] = []  # with the rows of each, of the product at hand
+        self.groups: list[Group] = []  # of the product at hand
 
     @contextmanager
     def of_step(self, adapters: Sequence[AdapterWeights], owners: torch.Tensor) -> Iterator[None]:
@@ -64,16 +93,19 @@ class StepAdapters:
             return
         owners = self.owners if rows is None else self.owners[rows]
         found = [(weights, (owners == i).nonzero().flatten()) for i, weights in enumerate(self.adapters)]
-        self.groups = [(weights, own) for weights, own in found if len(own)]
+        self.groups = [group(weights, own) for weights, own in found if len(own)]
 
     def add(self, slab: Slab, x: torch.Tensor, y: torch.Tensor) -> None:
         """y (rows, out) += what the rows' adapters have for this weight; x (rows, in)."""
-        for weights, rows in self.groups:
-            pieces = weights.get(slab, ())
-            own = x[rows] if pieces else x
-            for piece in pieces:
-                columns = y[:, piece.first : piece.first + len(piece.expand.weight)]
-                columns.index_add_(0, rows, piece.expand(piece.shrink(own)))
+        for weights, rows, together in self.groups:
+            addition = weights.get(slab)
+            if addition is None:
+                continue
+            columns = y[:, addition.first : addition.first + addition.width]
+            if together is not None:
+                columns[together] += addition(x[together])
+            else:
+                columns.index_add_(0, rows, addition(x[rows]))
 
 
 def attach(followers: Sequence[tuple[Any, str, tuple[int, ...]]]) -> StepAdapters:

@@ -28,10 +28,10 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.host.background import yield_point
+from quartet.scheduler_service.model.adapted_backend import AdaptedBackend
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
-from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.weights.adapters import adapter_identity, read_adapter
 from quartet.scheduler_service.weights.file_identity import FileIdentity
 
@@ -83,7 +83,7 @@ class AdapterStore:
         self.layout = model.weights.layout
         self.dtype = model.dtype
         self.keeps_order = is_asked_for(config, model.device)
-        backend = TorchBackend(model.spec.ropes, model.dtype, model.device, self.keeps_order)
+        backend = AdaptedBackend(model.spec.ropes, model.dtype, model.device, self.keeps_order)
         self.step = products.attach(linears_of(model))
         backend.on_rows = self.step.select
         self.model = model.on(backend)  # computes the steps that have adapters, operation by operation
@@ -141,9 +141,9 @@ class AdapterStore:
         with torch.inference_mode():
             tensors = read_adapter(directory, self.layout, self.dtype, config.max_lora_rank, config.lora_target_modules)
             weights = {
-                slab: [
-                    products.make_piece(part.start, part.a, part.b, self.keeps_order, yield_point) for part in factors
-                ]
+                slab: products.make_addition(
+                    [(part.start, part.a, part.b) for part in factors], self.keeps_order, yield_point
+                )
                 for slab, factors in tensors.slabs.items()
             }
         return Read(tensors.rank, identity, weights)
