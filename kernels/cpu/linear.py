@@ -70,8 +70,14 @@ def no_pause() -> None:
 class Adapters(Protocol):
     """What LoRA adapters add to a product, see adapters.py."""
 
-    def add(self, slab: tuple[str, tuple[int, ...]], x: torch.Tensor, y: torch.Tensor) -> None:
-        """y (rows, out) += what the rows' adapters have for this weight; x (rows, in)."""
+    def add(
+        self,
+        slab: tuple[str, tuple[int, ...]],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        norm: native.NormWeight | None = None,
+    ) -> None:
+        """y (rows, out) += what the rows' adapters have for this weight; x (rows, in), which `norm` is applied to."""
         ...
 
 

@@ -84,7 +84,7 @@ class AdapterStore:
         self.dtype = model.dtype
         self.keeps_order = is_asked_for(config, model.device)
         backend = AdaptedBackend(model.spec.ropes, model.dtype, model.device, self.keeps_order)
-        self.step = products.attach(linears_of(model))
+        self.step = products.attach(linears_of(model), combines=not self.keeps_order)
         backend.on_rows = self.step.select
         self.model = model.on(backend)  # computes the steps that have adapters, operation by operation
         self.known: dict[str, Known] = {}
@@ -161,7 +161,7 @@ class AdapterStore:
             owned=owned,
             identity=read.identity,
         )
-        self.loaded.pop(name, None)
+        self.take_out(name)
         self.loaded[name] = read.weights
         self.tell()
         remove_owned(before)
@@ -214,13 +214,18 @@ class AdapterStore:
         return all(self.known[name].pinned for name in self.loaded)
 
     def evict(self, name: str) -> None:
-        del self.loaded[name]
+        self.take_out(name)
         log.info("evicted the adapter %s", name)
+
+    def take_out(self, name: str) -> None:
+        """Free the memory of an adapter, if it is there."""
+        if (weights := self.loaded.pop(name, None)) is not None:
+            self.step.forget(weights)
 
     def forget(self, name: str) -> None:
         """Unload an adapter that no request uses any more."""
         self.leaving.discard(name)
-        self.loaded.pop(name, None)
+        self.take_out(name)
         known = self.known.pop(name)
         self.tell()
         remove_owned(known)
@@ -274,7 +279,7 @@ class AdapterStore:
     def of_step(self, plan: Plan) -> AbstractContextManager[None]:
         """Within it `model` adds what the adapters of the plan's requests have for their tokens."""
         named = [share.sequence.request.adapter for share in plan.slices]
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(filter(None, named)))}
+        numbers = {name: i for i, name in enumerate(sorted({name for name in named if name}))}
         owners = torch.tensor([numbers.get(name, -1) for name in named])
         counts = torch.tensor([share.end - share.start for share in plan.slices])
         return self.step.of_step([self.loaded[name] for name in numbers], owners.repeat_interleave(counts))

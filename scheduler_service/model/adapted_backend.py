@@ -4,6 +4,7 @@ from typing import cast
 
 import torch
 
+from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedAttend, PagedContext
@@ -15,6 +16,27 @@ from quartet.scheduler_service.model.torch_backend import TorchBackend
 
 class AdaptedBackend(TorchBackend):
     """A model.backend.Backend that computes every product by itself, so that adapters can add to it."""
+
+    def product(self, residual: torch.Tensor, norm: Norm | None, linear: Linear) -> torch.Tensor:
+        """linear(norm(residual)); with our kernels the norm is part of the products."""
+        if not linear.has_kernel or (norm is not None and norm.centred):
+            return linear(self.normed(residual, norm))
+        y, weight = residual.new_empty(len(residual), len(linear.weight)), norm_weight(norm)
+        linear.multiply_native(residual, y, "bf16", norm=weight)
+        if linear.adapters is not None:
+            linear.adapters.add(linear.slab, residual, y, weight)
+        return y
+
+    def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
+        if norm is not None or not linear.has_kernel:
+            super().add_product(residual, x, linear, norm)
+            return
+        linear.multiply_native(x, residual, "add")
+        if linear.adapters is not None:
+            linear.adapters.add(linear.slab, x, residual)
+
+    def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
+        return self.activations[activation](self.product(residual, norm, gate_up))
 
     def attend(
         self,
@@ -32,7 +54,7 @@ class AdaptedBackend(TorchBackend):
             return super().attend(residual, norm, attention, rotation, context, query_scale)
         assert kernels is not None
         paged = cast(PagedAttend, context)
-        qkv = attention.qkv(self.normed(residual, norm))
+        qkv = self.product(residual, norm, attention.qkv)
         norms = norm_weight(attention.query_norm), norm_weight(attention.key_norm)
         if not attention.is_plain:
             qkv, norms = arranged(qkv, attention, self.normed), (None, None)

@@ -107,3 +107,21 @@ def test_in_deterministic_mode_bits_do_not_depend_on_the_adapters_of_others(tmp_
         assert one.ids == mixed.ids
         assert one.logprobs is not None and mixed.logprobs is not None
         assert one.logprobs.values == mixed.logprobs.values
+
+
+def test_adapters_that_steps_share_are_combined_and_changed_as_one_by_one(tmp_path: Path) -> None:
+    served = Served("qwen2", tmp_path)
+    for _ in range(4):  # a few weights in each step
+        answers = served.ask(NAMES * 2)
+    combined = served.store.step.combined
+    assert combined is not None and all(combined.place(weights) is not None for weights in served.store.loaded.values())
+    assert all(stacked is not None and len(stacked.ranks) == len(SETTINGS) for stacked in combined.made.values())
+    for name, answer in zip(NAMES * 2, answers, strict=True):
+        served.check(answer, name)
+    for name in ("a1", "a3"):  # some of those that are combined
+        served.check(served.ask([name, "a0", ""])[0], name)
+    assert served.store.step.combined is combined
+    served.load("a2", seed=9, rank=5)
+    for name, answer in zip(NAMES, served.ask(NAMES), strict=True):
+        served.check(answer, name)
+    assert served.store.step.combined is not combined
