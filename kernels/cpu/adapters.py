@@ -149,8 +149,9 @@ class StepAdapters:
             self.adapters, self.owners, self.groups, self.members = (), None, [], None
 
     def find_places(self) -> torch.Tensor:
-        """The step's adapters among those combined; combine these from now on if one is missing."""
-        found = [self.combined.place(weights) for weights in self.adapters] if self.combined else []
+        """The step's adapters among those combined; combine these from now on if that suits badly."""
+        suits = self.combined is not None and len(self.combined.members) <= 2 * len(self.adapters)
+        found = [self.combined.place(weights) for weights in self.adapters] if suits and self.combined else []
         places = [place for place in found if place is not None]
         if len(places) < len(self.adapters):
             self.combined, places = Combined(self.adapters), list(range(len(self.adapters)))
