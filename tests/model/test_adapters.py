@@ -28,7 +28,7 @@ class Served:
     """An engine with adapters a0, a1, ..., and the tokens that transformers gives for each."""
 
     def __init__(self, family: str, directory: Path, **settings: object) -> None:
-        self.directory = directory
+        self.family, self.directory = family, directory
         self.base = build(family, directory / "base")
         self.engine = Engine(self.base, enable_lora=True, max_running_requests=16, **settings)
         store = self.engine.worker.load_adapters(self.engine.config, str(directory))
