@@ -21,7 +21,7 @@ from quartet.kernels.cpu.native.library import NormWeight
 
 Slab = tuple[str, tuple[int, ...]]  # names one weight
 
-MADE_A_STEP = 8  # weights that are combined in one step: a millisecond or two of a model of half a billion
+MADE_A_STEP = 1 << 22  # numbers that are combined in one step, and the last weight's: a few milliseconds
 MOST_ROWS = 64  # that are computed with combined adapters; more are worth a pass for each adapter
 
 
@@ -38,6 +38,11 @@ class Addition:
     def rank(self) -> int:
         """Of all parts together."""
         return len(self.shrink.weight)
+
+    @property
+    def size(self) -> int:
+        """Numbers of both factors."""
+        return self.shrink.weight.numel() + self.expand.weight.numel()
 
     def shrunk(self, x: torch.Tensor, norm: NormWeight | None) -> torch.Tensor:
         """shrink(norm(x)) (rows, ranks)."""
@@ -133,7 +138,7 @@ class StepAdapters:
         self.groups: list[Group] = []  # of the product at hand
         self.combined: Combined | None = None  # of late steps
         self.places: torch.Tensor | None = None  # of the step's adapters among its members; None: they share nothing
-        self.left_to_make = 0  # weights that may be combined in this step
+        self.left_to_make = 0  # numbers that may be combined in this step
         self.members: torch.Tensor | None = None  # (rows, 1): each row's place, or -1; None: they share nothing
         self.hidden: dict[tuple[int, ...], torch.Tensor] = {}  # by the ranks: (rows, ranks) bool, what is not a row's
 
@@ -199,9 +204,9 @@ class StepAdapters:
         assert combined is not None
         if slab in combined.made:
             stacked = combined.made[slab]
-        elif self.left_to_make:
-            self.left_to_make -= 1
+        elif self.left_to_make > 0:
             stacked = combined.make(slab)
+            self.left_to_make -= stacked.addition.size if stacked else 0
         else:
             return False
         if stacked is None:

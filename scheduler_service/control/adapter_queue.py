@@ -113,10 +113,15 @@ class AdapterQueue:
         return ready
 
     def _take_expired(self) -> list[Ready]:
-        """The requests that have waited for too long."""
-        deadlines = self._planner.deadlines
-        ends = {rid: deadlines.waited(waiting.since_s) for rid, waiting in self._waiting.items()}
-        return [(self._waiting.pop(rid).message, error) for rid, error in ends.items() if error is not None]
+        """The requests that have waited for too long: the first ones, since they are in the order of their arrival."""
+        ended: list[Ready] = []
+        while self._waiting:
+            rid, first = next(iter(self._waiting.items()))
+            if (error := self._planner.deadlines.waited(first.since_s)) is None:
+                break
+            del self._waiting[rid]
+            ended.append((first.message, error))
+        return ended
 
     def _has(self, store: "AdapterStore", name: str, taken: Collection[str]) -> bool:
         """Whether an adapter is in memory; if not, go on with reading it. Raises RequestError where that cannot be."""

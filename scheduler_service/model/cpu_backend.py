@@ -9,7 +9,7 @@
 A row's bits do not depend on the rows beside it in any of these kernels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
@@ -81,24 +81,12 @@ class CpuBackend:
         query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As the protocol has it: three calls of our kernels, or torch where one of them cannot do it."""
-        spec, kernels = attention.spec, native.library()
-        rotates = kernels is not None and kernels.can_rotate(spec.head_dim, rotation[0].shape[-1])
-        native_qkv = attention.qkv.is_native and not attention.output_gate
-        if not (rotates and native_qkv and hasattr(context, "attend_written")):
+        if not (attention.qkv.is_native and can_rotate(attention, rotation) and hasattr(context, "attend_written")):
             return self.torch.attend(residual, norm, attention, rotation, context, query_scale)
-        assert kernels is not None
         residual, norm = self.without_centring(residual, norm)
-        paged = cast(PagedAttend, context)
-        qkv = residual.new_empty(len(residual), (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
+        qkv = residual.new_empty(len(residual), len(attention.qkv.weight))
         attention.qkv.multiply_native(residual, qkv, "bf16", norm=norm_weight(norm))
-        q = residual.new_empty(len(residual), spec.heads, spec.head_dim)
-        norms = norm_weight(attention.query_norm), norm_weight(attention.key_norm)
-        if not attention.is_plain:
-            qkv, norms = arranged(qkv, attention, self.normed), (None, None)
-        kernels.rotate(qkv, *norms, *rotation, paged.places, *paged.pools(spec.layer), q)
-        if query_scale is not None:
-            q.mul_(query_scale.to(q.dtype))
-        return paged.attend_written(spec, q).view(len(residual), -1)
+        return attend_projected(qkv, attention, rotation, cast(PagedAttend, context), query_scale, self.normed)
 
     def without_centring(self, x: torch.Tensor, norm: Norm | None) -> tuple[torch.Tensor, Norm | None]:
         """x and its norm, as products with a norm before them take both: they know root-mean-square norms alone."""
@@ -149,6 +137,36 @@ class CpuBackend:
         self, logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
     ) -> Draws:
         return self.torch.sample(logits, rows, allowed, keep_logits)
+
+
+def can_rotate(attention: Attention, rotation: Rotation) -> bool:
+    """Whether `attend_projected` knows this attention."""
+    kernels = native.library()
+    rotates = kernels is not None and kernels.can_rotate(attention.spec.head_dim, rotation[0].shape[-1])
+    return rotates and not attention.output_gate
+
+
+def attend_projected(
+    qkv: torch.Tensor,
+    attention: Attention,
+    rotation: Rotation,
+    paged: PagedAttend,
+    query_scale: torch.Tensor | None,
+    normed: Callable[[torch.Tensor, Norm | None], torch.Tensor],
+) -> torch.Tensor:
+    """Attention of what was projected, (tokens, (heads + 2 * kv_heads) * dim): a kernel norms the heads, rotates and
+    writes keys and values, another one attends. Where heads are normed or clipped otherwise, `normed` is used before.
+    """
+    spec, kernels = attention.spec, native.library()
+    assert kernels is not None, "see can_rotate"
+    norms = norm_weight(attention.query_norm), norm_weight(attention.key_norm)
+    if not attention.is_plain:
+        qkv, norms = arranged(qkv, attention, normed), (None, None)
+    q = qkv.new_empty(len(qkv), spec.heads, spec.head_dim)
+    kernels.rotate(qkv, *norms, *rotation, paged.places, *paged.pools(spec.layer), q)
+    if query_scale is not None:
+        q.mul_(query_scale.to(q.dtype))
+    return paged.attend_written(spec, q).view(len(qkv), -1)
 
 
 def layers_together(layers: list[DecoderLayer], rotary_dims: Sequence[int]) -> Layers | None:
