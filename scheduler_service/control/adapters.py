@@ -91,7 +91,7 @@ def load_by(context: Context, command: Load, path: str, read: Reader, owned: boo
         directory, found = yield from run_in_background(lambda: refusing(name, read))
         try:
             check_name(store, command)
-            if name not in store.loaded:
+            if name not in store.known or (command.pinned and name not in store.loaded):  # else it needs no memory now
                 store.make_room({request.adapter for request in context.requests})
             yield from agreed(context, command)
         except CommandRefused:
@@ -101,7 +101,7 @@ def load_by(context: Context, command: Load, path: str, read: Reader, owned: boo
     finally:
         discard_payload(command)
     store.install(name, path, directory, found, command.pinned, owned)
-    if not store.has_room(0):  # others came into memory while all schedulers agreed; it is read again when it is named
+    if not store.has_room(0):  # an evicted one was replaced, or others came meanwhile; it is read when it is named
         store.evict(store.victim({request.adapter for request in context.requests}) or name)
     context.adapters_changed()
     log.info("loaded the adapter %s, version %s", name, store.version_of[name])
