@@ -89,10 +89,11 @@ def start_followers(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> tupl
         if config.nnodes == 1
         else f"{TCP}{config.dist_init_addr}"
     )
+    listener = remote_ranks.listen(config) if config.nnodes > 1 else None
     store = open_store(parallel, place)
     channels = [start_follower(boot, rank) for rank in range(1, config.ranks_here)]
-    if config.nnodes > 1:
-        channels += remote_ranks.wait_for(store, config)
+    if listener is not None:
+        channels += remote_ranks.wait_for(store, config, listener)
     for rank, channel in enumerate(channels, 1):
         channel.send(Start(rank, parallel.size, config, info, place, os.getpid(), threads))
     return Followers(parallel, channels), store

@@ -29,15 +29,19 @@ SILENT_S, PROBE_S, PROBES = 10, 5, 3  # a machine that does not answer is notice
 ABSENT = "--nnodes {}: only {} of {} ranks on other machines have come within {:.0f} s"
 
 
-def wait_for(store: Store, config: ResolvedConfig) -> list[Channel]:
-    """The channels of the ranks on other machines, in their order. Raises StartupError."""
-    ranks = range(config.ranks_here, config.tp_size)
+def listen(config: ResolvedConfig) -> socket.socket:
+    """Where ranks on other machines connect. Raises StartupError, before anybody waits."""
     host = str(config.dist_init_addr).rsplit(":", 1)[0]
-    token, found = secrets.token_hex(16), dict[int, Channel]()
     try:
-        listener = socket.create_server((host, 0))
+        return socket.create_server((host, 0))
     except OSError as error:
         raise StartupError(f"--dist-init-addr {host} is no address of this machine: {error.strerror}") from error
+
+
+def wait_for(store: Store, config: ResolvedConfig, listener: socket.socket) -> list[Channel]:
+    """The channels of the ranks on other machines, in their order. Raises StartupError."""
+    ranks = range(config.ranks_here, config.tp_size)
+    token, found = secrets.token_hex(16), dict[int, Channel]()
     with listener:
         store.set(TOKEN, token)
         store.set(PORT, str(listener.getsockname()[1]))

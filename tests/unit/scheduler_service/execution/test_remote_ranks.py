@@ -5,9 +5,11 @@ import struct
 
 import pytest
 
+from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.execution import remote_ranks
 from quartet.scheduler_service.execution.rank_messages import Channel, Commit, Hello, Message
 from quartet.scheduler_service.host.parallel import interface_towards
+from tests.configs import resolved
 
 
 @pytest.fixture
@@ -40,3 +42,9 @@ def test_what_is_no_message_is_not_a_rank(ends: tuple[socket.socket, socket.sock
 
 def test_the_interface_of_an_own_address_is_found() -> None:
     assert interface_towards("127.0.0.1") == "lo"
+
+
+def test_an_address_of_another_machine_ends_the_start_before_anybody_waits() -> None:
+    config = resolved(tp_size=2, nnodes=2, dist_init_addr="203.0.113.9:1")
+    with pytest.raises(StartupError, match=r"203\.0\.113\.9 is no address of this machine"):
+        remote_ranks.listen(config)
