@@ -163,11 +163,11 @@ class Encoder:
     # work
 
     def _work(self) -> None:
-        """Encode what fits into a step, and look after the long text."""
+        """Encode what fits into a step, at least one text, and look after the long text."""
         ends_at, chars = self._clock() + self._pace.step_s, 0
         ready: list[Piece] = []
         others = False
-        while self._waiting and chars < self._pace.step_chars and self._clock() < ends_at:
+        while self._waiting and chars < self._pace.step_chars and (not others or self._clock() < ends_at):
             piece = self._waiting.next()
             if piece.job.cancelled.is_set():
                 continue

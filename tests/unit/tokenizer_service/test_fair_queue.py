@@ -277,6 +277,13 @@ def test_a_prompt_whose_template_fails_unexpectedly_ends_alone() -> None:
     assert isinstance(fine, Tokenized)
 
 
+def test_a_step_encodes_a_text_however_slow_the_machine_is() -> None:
+    times = itertools.count(0.0, 1.0)
+    encoder = Encoder(TOKENIZER, clock=lambda: next(times))
+    assert [name_of(made) for made in encoder.step([prompt("a", call=1), prompt("b", call=2)])] == ["a"]
+    assert [name_of(made) for made in encoder.step([])] == ["b"]
+
+
 def test_a_probe_says_how_many_wait() -> None:
     encoder = Encoder(TOKENIZER, pace=ONE_TEXT)
     encoder.step([prompt("a", call=1), prompt("b", call=1), prompt("c", call=1)])
