@@ -41,6 +41,8 @@ CUSTOM = (None, "custom")  # types of the client's own tools
 # of the prompt would be found in the cache.
 BILLING = "x-anthropic-billing-header:"
 ERROR_PREFIX = "Error: "  # of a tool result with is_error: chat templates have no field for it
+PART_CHARS = 1 << 18  # of a text that are encoded at once: about a millisecond
+MOST_OPENED = 64  # members of a list or an object that is encoded member by member
 
 ChatMessage = dict[str, Any]
 
@@ -201,8 +203,34 @@ def assistant_message(blocks: Sequence[MessageBlock]) -> ChatMessage:
 
 
 def call_of(block: ToolUseBlock) -> dict[str, Any]:
-    arguments = msgspec.json.encode(block.input).decode()
+    arguments = b"".join(encoded_in_parts(block.input)).decode()
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+
+
+def encoded_in_parts(value: Any) -> Iterator[bytes]:
+    """The JSON of a value. Other threads get their turn between the parts, however long a text in the value is."""
+    match value:
+        case str() if len(value) > PART_CHARS:
+            yield b'"'
+            for start in range(0, len(value), PART_CHARS):
+                yield msgspec.json.encode(value[start : start + PART_CHARS])[1:-1]
+            yield b'"'
+        case dict() if len(value) <= MOST_OPENED:
+            yield b"{"
+            for index, (key, member) in enumerate(value.items()):
+                yield b"," if index else b""
+                yield from encoded_in_parts(key)
+                yield b":"
+                yield from encoded_in_parts(member)
+            yield b"}"
+        case list() if len(value) <= MOST_OPENED:
+            yield b"["
+            for index, member in enumerate(value):
+                yield b"," if index else b""
+                yield from encoded_in_parts(member)
+            yield b"]"
+        case _:
+            yield msgspec.json.encode(value)
 
 
 def tool_of(index: int, tool: ToolParam) -> Tool:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import Request as HTTPRequest
 
-from quartet.http_gateway.routes.endpoint import read_body
+from quartet.http_gateway.routes.endpoint import convert_body, read_body
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 
@@ -29,7 +29,7 @@ FOREIGN = frozenset({"inputs", "message", "mode", "models", "prompts", "seeds", 
 
 async def read_json_body(http: HTTPRequest, kind: type[Body]) -> Body:
     """The body of a request. Raises RequestError, msgspec.DecodeError and UnicodeDecodeError."""
-    return decode_json_body(await read_body(http), kind)
+    return await convert_body(http, decode_json_body, await read_body(http), kind)
 
 
 def decode_json_body(raw: bytes, kind: type[Body]) -> Body:

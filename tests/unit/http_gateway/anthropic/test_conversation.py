@@ -6,7 +6,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from quartet.http_gateway.anthropic.conversation import chat_body, conversation
+from quartet.http_gateway.anthropic.conversation import (
+    MOST_OPENED,
+    PART_CHARS,
+    chat_body,
+    conversation,
+    encoded_in_parts,
+)
 from quartet.http_gateway.anthropic.types import ConversationBody, MessagesBody
 from quartet.http_gateway.openai.types import ChatBody
 from quartet.runtime.errors import RequestError
@@ -276,3 +282,21 @@ def test_sampling_parameters_are_passed_on() -> None:
     assert (body.temperature, body.top_p, body.top_k, body.max_tokens, body.stream) == (0.5, 0.9, 5, 10, True)
     assert body.stop == ["a", "b"]
     assert (chat(top_k=0).top_k, chat(stop_sequences=[]).stop) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"text": '[{"\\\n é 😀' * 50_000, '"key"': "k" * (PART_CHARS + 1), "": ""},
+        {"many": {str(index): [index] for index in range(MOST_OPENED + 1)}, "few": [[], {}, None, True, 1.5, 2**70]},
+        {"end": "x" * PART_CHARS + '"', "half": "😀" * (PART_CHARS // 2) + "é" * PART_CHARS},
+        {},
+    ],
+)
+def test_arguments_that_are_encoded_in_parts_are_those_encoded_at_once(value: dict[str, Any]) -> None:
+    assert b"".join(encoded_in_parts(value)) == msgspec.json.encode(value)
+
+
+def test_a_long_text_in_the_arguments_is_encoded_part_by_part() -> None:
+    parts = list(encoded_in_parts({"text": '"' * (8 * PART_CHARS)}))
+    assert max(map(len, parts)) <= 2 * PART_CHARS
