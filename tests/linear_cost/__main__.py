@@ -16,6 +16,7 @@ MOST_RATIO = 2.3  # of the costs of a size and of half of it
 MOST_GAP = 3  # times the largest gap of a quiet server
 FLOOR_S = 0.035  # costs below are noise: 4 ns a byte, as much as reading the largest body a few times from memory
 TRIES = 8  # of a measurement that looks bad: other programs run on the machine too
+LOOKS_AGAIN = 2  # at the fields that broke the rule, when all have been measured
 QUIET_S = 6.0
 EMBEDS = (
     *("/encode", "/classify", "/v1/embeddings", "/v1/classify", "/v1/rerank"),
@@ -107,14 +108,20 @@ def main() -> None:
         chosen = [field for field in fields if (field.route.path in EMBEDS) is embeds]
         if chosen:
             with server_for(embeds) as server:
-                bad += look(server, chosen, sizes, gaps=not (options.no_gaps or embeds))
+                broken = look(server, chosen, sizes, gaps=not (options.no_gaps or embeds))
+                for _ in range(LOOKS_AGAIN):
+                    if not broken:
+                        break
+                    print(f"{len(broken)} fields once more, as the machine may have been busy:")
+                    broken = look(server, broken, sizes, gaps=not (options.no_gaps or embeds))
+                bad += len(broken)
     print(f"{len(fields)} fields, {bad} of them break the rule")
     sys.exit(bool(bad))
 
 
-def look(server: Server, fields: list[Field], sizes: list[int], *, gaps: bool) -> int:
-    """Print a row for each field; returns how many are bad."""
-    meter, bad = Meter(server), 0
+def look(server: Server, fields: list[Field], sizes: list[int], *, gaps: bool) -> list[Field]:
+    """Print a row for each field; returns those that break the rule, by the quiet gap of now."""
+    meter = Meter(server)
     rows = [measured(meter, field, sizes) for field in fields]
     quiet_s = 0.0
     if gaps:
@@ -127,8 +134,7 @@ def look(server: Server, fields: list[Field], sizes: list[int], *, gaps: bool) -
                 row.gap_s = gap_beside(meter, stream, row.field, sizes[-1], quiet_s)
     for row in rows:
         print(row.line(quiet_s), flush=True)
-        bad += row.steep or (gaps and row.gap_s > MOST_GAP * quiet_s)
-    return bad
+    return [row.field for row in rows if row.steep or (gaps and row.gap_s > MOST_GAP * quiet_s)]
 
 
 if __name__ == "__main__":
