@@ -1,6 +1,8 @@
 """The `quartet` command: a table of subcommands, each imported only when it is asked for."""
 
+import errno
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ class Command(NamedTuple):
     help: str
     server_flags: bool = False  # takes the flags of a server, so that their help needs no import of the module
     parser: str = ""  # "module:function" that makes the parser of its arguments, where that needs no slow import
+    prints: bool = False  # its output is its purpose: where it can go nowhere, the command has failed
 
 
 COMMANDS = {
@@ -35,6 +38,7 @@ COMMANDS = {
         "main",
         "how a running server and its processes are",
         parser="quartet.runtime.client.arguments:health_parser",
+        prints=True,
     ),
     "pull": Command(
         "quartet.runtime.local_models.pull",
@@ -47,6 +51,7 @@ COMMANDS = {
         "main",
         "list the models on this machine, or remove some",
         parser="quartet.runtime.local_models.arguments:models_parser",
+        prints=True,
     ),
     "bench": Command(
         "quartet.runtime.bench.main",
@@ -61,13 +66,18 @@ COMMANDS = {
         parser="quartet.runtime.batch.arguments:run_batch_parser",
     ),
     "config": Command(
-        "quartet.runtime.settings.show", "main", "config show: print each setting and where its value comes from", True
+        "quartet.runtime.settings.show",
+        "main",
+        "config show: print each setting and where its value comes from",
+        True,
+        prints=True,
     ),
     "completion": Command(
         "quartet.runtime.completion",
         "main",
         "completion bash | zsh | fish: a script for the shell's completion",
         parser="quartet.runtime.completion:completion_parser",
+        prints=True,
     ),
     "experts": Command("quartet.runtime.experts_plot", "main", "experts plot dump.pt: draw a recording of experts"),
 }
@@ -87,10 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     written, to a full disk for example, is one line on stderr and the status 1. Ctrl-C ends a command without a word,
     also while it is imported.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    closed = sys.stdout is None
     try:
         streams.keep_standard()
-        status = dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = dispatch(arguments)
         if not status:
+            if closed and only_prints(arguments):
+                return unwritten(OSError(errno.EBADF, os.strerror(errno.EBADF)))
             sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -103,6 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     finally:
         streams.settle()
+
+
+def only_prints(arguments: Sequence[str]) -> bool:
+    """Whether a command line does nothing but print: help, the version, or what a command finds out."""
+    name = arguments[0] if arguments else ""
+    return name not in COMMANDS or COMMANDS[name].prints or not set(arguments).isdisjoint((*HELP, HELP_ALL))
 
 
 def unwritten(error: OSError) -> int:

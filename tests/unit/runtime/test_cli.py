@@ -103,3 +103,14 @@ def test_the_module_forms_take_the_same_flags(module):
     command = [sys.executable, "-m", module, "--prot", "1"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stderr) == (2, "quartet: unknown flag --prot; did you mean --port?\n")
+
+
+@pytest.mark.parametrize("command", ["models", "--version", "config show", "serve --help", "completion bash"])
+def test_a_command_that_only_prints_fails_where_its_output_is_closed(command: str) -> None:
+    ran = subprocess.run(
+        ["bash", "-c", f'exec "$0" -m quartet.runtime.cli {command} >&-', sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (1, "quartet: the output could not be written: Bad file descriptor\n")
