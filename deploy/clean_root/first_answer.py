@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.clean_root.image import QUESTION, REPOSITORY, pairs
-from deploy.clean_root.root import Root, megabytes_in, until
+from deploy.clean_root.root import RELEASE, Root, megabytes_in, until
 
 PACKAGES = ("ca-certificates", "make", "gcc", "libc6-dev", "python3", "python3-venv")
 HOME = "/root"
@@ -59,13 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--root", type=Path, required=True, help="directory of the Debian root; made if it is not there"
     )
+    parser.add_argument("--release", default=RELEASE, help="of Debian: bookworm has Python 3.11, trixie 3.13")
     parser.add_argument("--wheel", type=Path, help="install this file instead of a clone")
     parser.add_argument("--pip", default="", metavar="OPTIONS", help="further options of pip, for a wheel")
     parser.add_argument("--bind", action="append", default=[], type=Path, metavar="PATH")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     given = parser.parse_args(arguments)
     wheel = given.wheel.resolve() if given.wheel else None
-    root = Root(given.root.resolve(), (*given.bind, *([wheel] if wheel else [])), pairs(given.env))
+    root = Root(given.root.resolve(), (*given.bind, *([wheel] if wheel else [])), pairs(given.env), given.release)
     began = time.monotonic()
     root.make(PACKAGES)
     print(f"Debian with {', '.join(PACKAGES)}: {time.monotonic() - began:.0f} s, {megabytes_in(root.directory):.0f} MB")

@@ -10,25 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-RELEASE = "bookworm"  # its Python is 3.11
+RELEASE = "bookworm"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STOP_S = 60
 
 
 @dataclass
 class Root:
-    """`binds`: paths of this machine that are seen in it, not to be written to; `environment`: of every command."""
+    """`binds`: paths of this machine that are seen in it, not to be written to; `environment`: of every command.
+
+    `release`: of Debian; bookworm's Python is 3.11, trixie's 3.13.
+    """
 
     directory: Path
     binds: tuple[Path, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    release: str = RELEASE
 
     def make(self, packages: Sequence[str]) -> None:
         """Fill the directory unless it is filled. Downloads Debian's packages."""
         if (self.directory / "etc/debian_version").exists():
             return
         wanted = f"--include={','.join(packages)}"
-        subprocess.run(["debootstrap", "--variant=minbase", wanted, RELEASE, str(self.directory)], check=True)
+        subprocess.run(["debootstrap", "--variant=minbase", wanted, self.release, str(self.directory)], check=True)
         (self.directory / "etc/resolv.conf").write_bytes(Path("/etc/resolv.conf").read_bytes())
 
     def command(self, line: str, environment: Mapping[str, str], directory: str, user: str = "") -> list[str]:
