@@ -230,9 +230,10 @@ class Schedulers:
         )
 
     def _would_be_behind(self, facts: Facts) -> bool:
-        one = self.all[facts.rank]
-        new = not one.heard or facts.epoch > one.epoch
-        return self.several and (new or one.levelled) and self.reference not in (None, served(facts.state, Served()))
+        """Whether these facts tell what one scheduler serves and all do not, and it has not just changed that."""
+        one, says = self.all[facts.rank], served(facts.state, Served())
+        changed = one.heard and facts.epoch == one.epoch and says != one.served and not one.levelled
+        return self.several and not changed and self.reference not in (None, says)
 
     def forget_prefixes(self) -> None:
         """The caches were emptied."""

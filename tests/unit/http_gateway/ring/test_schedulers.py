@@ -132,6 +132,18 @@ def test_facts_may_tell_of_a_change_before_its_lost_reply_is_repeated() -> None:
     assert not schedulers.is_behind(0)
 
 
+def test_who_repeats_that_it_is_behind_does_not_speak_for_all() -> None:
+    schedulers = heard()
+    schedulers.note_death(1, 0)
+    schedulers.begin_change()
+    schedulers.note_facts(facts(1, epoch=1), schedulers.common(facts(1, epoch=1)))
+    changed = Reply(id="c", rank=0, body={"weight_version": "v1"})
+    schedulers.note_reply(changed)
+    assert schedulers.common(facts(1, epoch=1)).state == {}  # said again, as a service asked for it
+    assert schedulers.common(facts(0, version="v1")).state["weight_version"] == "v1"
+    assert schedulers.common(facts(1, epoch=0)).state == {}  # of the incarnation that is dead
+
+
 def test_the_next_gateway_knows_which_weights_all_serve(tmp_path: Path) -> None:
     schedulers = heard(run_dir=str(tmp_path))
     schedulers.note_reply(Reply(id="c", rank=0, body={"weight_version": "v1"}))
