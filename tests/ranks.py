@@ -67,7 +67,12 @@ def serve_cases(
 
 def logits(parallel: Parallel, directory: Path, dtype: str, ids: list[int], **settings: Any) -> torch.Tensor:
     """(tokens, vocab), of a prompt in two chunks."""
-    runner, half = DenseRunner(load(parallel, directory, dtype, **settings)), len(ids) // 2
+    return logits_of(load(parallel, directory, dtype, **settings), ids)
+
+
+def logits_of(model: ServedModel, ids: list[int]) -> torch.Tensor:
+    """The same of a model that is loaded."""
+    runner, half = DenseRunner(model), len(ids) // 2
     return torch.cat([runner.feed([ids[:half]]), runner.feed([ids[half:]])])
 
 
