@@ -57,7 +57,7 @@ class Boot(msgspec.Struct, kw_only=True):
     parent_pid: int
     listen_fd: int = -1  # gateway: the bound HTTP socket; -1: none on TCP
     unix_fd: int = -1  # gateway: the one of --uds
-    device_number: str = ""  # the GPU that this process uses, as CUDA_VISIBLE_DEVICES has it; "": as it is
+    device_numbers: str = ""  # the GPUs that this process uses, as CUDA_VISIBLE_DEVICES has them; "": as it is
 
     @property
     def key(self) -> str:
@@ -94,8 +94,8 @@ def boot_from_stdin() -> Boot:
         boot = msgspec.msgpack.decode(file.read(), type=Boot)
     setproctitle.setproctitle(TITLE.format(role=boot.title))
     set_up_logging(boot.config, boot.title)
-    if boot.device_number:
-        os.environ["CUDA_VISIBLE_DEVICES"] = boot.device_number  # read when a device is first used
+    if boot.device_numbers:
+        os.environ["CUDA_VISIBLE_DEVICES"] = boot.device_numbers  # read when a device is first used
     Path(boot.own_dir).mkdir(mode=0o700, exist_ok=True)
     die_with_parent(boot)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides

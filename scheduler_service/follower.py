@@ -20,31 +20,41 @@ import torch
 
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.log import set_up_logging
-from quartet.runtime.messages import SCHEDULER
 from quartet.runtime.service import EXIT_STARTUP, TITLE
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import EagerSteps, choose_attention
 from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.rank_adapters import FollowingAdapters
+from quartet.scheduler_service.execution.rank_memory import FollowingMemory
 from quartet.scheduler_service.execution.rank_messages import (
+    Adapters,
     Answer,
     Channel,
     Commit,
+    DropAdapter,
+    DropSecond,
     Forward,
     GiveUp,
     Hello,
     Logits,
     Message,
     Pool,
+    ReadAdapter,
+    Release,
+    Resume,
     Start,
+    TakeAdapter,
     inputs_of,
 )
 from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
-from quartet.scheduler_service.execution.ranks import load_part
+from quartet.scheduler_service.execution.ranks import load_part, parallel_of
 from quartet.scheduler_service.host.background import run_in_background
 from quartet.scheduler_service.host.device import limit_threads
 from quartet.scheduler_service.host.parallel import LOST, Parallel, Store, open_store
 from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.decoder import Decoder
+from quartet.scheduler_service.model.deterministic import is_asked_for, keep_order
 from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
@@ -62,18 +72,17 @@ def main() -> None:
     start = channel.receive()
     if not isinstance(start, Start) or os.getppid() != start.parent_pid:
         sys.exit(NOT_BY_HAND)
-    name = f"{SCHEDULER} TP{start.rank}"
-    setproctitle.setproctitle(TITLE.format(role=name))
-    set_up_logging(start.config, name)
+    setproctitle.setproctitle(TITLE.format(role=start.title))
+    set_up_logging(start.config, start.title)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
     try:
-        parallel = Parallel(start.rank, start.size)
+        parallel = parallel_of(start.config, start.rank)
         follow(start, channel, parallel, open_store(parallel, start.place))
     except StartupError as error:
-        log.error("%s: %s", name, error)
+        log.error("%s: %s", start.title, error)
         os._exit(EXIT_STARTUP)
     except Exception:
-        log.exception("%s hit an exception:", name)
+        log.exception("%s hit an exception:", start.title)
         os._exit(LOST)
     os._exit(0)
 
@@ -114,7 +123,16 @@ class Follower:
         self.parallel = parallel
         self.updates = updates
         self.steps: EagerSteps | None = None  # once rank 0 has said how large the KV pool is
+        self.memory: FollowingMemory | None = None  # likewise
         self.job: Generator[None, bool | None, Any] | None = None  # work in the background
+        config = updates.updates.config
+        self.adapters: FollowingAdapters | None = None
+        if config.enable_lora:
+            assert isinstance(model, Decoder)
+            self.adapters = FollowingAdapters(model, config)
+        self.deterministic = is_asked_for(config, device)
+        if self.deterministic:
+            keep_order(model.weights)  # with as many threads as will compute
 
     def run(self) -> None:
         """Do what the messages say until there are no more; between them, a slice of the work in the background."""
@@ -131,13 +149,26 @@ class Follower:
         match message:
             case Pool(page_count, page_size):
                 cache = KVCache(self.model.attention, page_count, page_size, self.model.dtype, self.device)
-                attention = choose_attention(self.device, self.model, deterministic=False)
+                attention = choose_attention(self.device, self.model, self.deterministic)
+                self.memory = FollowingMemory(self.updates.updates, cache)
                 self.steps = EagerSteps(self.model, cache, SlotTokens(1, self.device), attention)
+                self.steps.adapters = self.adapters
             case Forward():
                 self.forward(message)
             case Logits(rows):
                 self.logits(rows)
+            case ReadAdapter() | TakeAdapter() | DropAdapter():
+                self.adapt(message)
+            case Release() | Resume():
+                assert self.memory is not None
+                self.finish_job()
+                self.channel.send(self.memory.do(message))
+            case DropSecond():
+                self.finish_job()
+                self.updates.updates.drop_second()
             case Commit():
+                if self.memory is not None:
+                    self.memory.weights_are_back()
                 self.begin(partial(self.updates.updates.free, self.updates.commit()), lambda _: None)
             case GiveUp():
                 self.finish_job()
@@ -147,11 +178,24 @@ class Follower:
             case task:
                 self.begin(partial(self.updates.do, task), self.channel.send)
 
+    def adapt(self, message: Adapters) -> None:
+        """Do what a message says of an adapter, or begin to."""
+        assert self.adapters is not None
+        match message:
+            case ReadAdapter():
+                self.begin(partial(self.adapters.do, message), self.channel.send)
+            case TakeAdapter(name, number):
+                self.adapters.take(name, number)
+            case DropAdapter(name):
+                self.adapters.take_out(name)
+
     @torch.inference_mode()
     def forward(self, message: Forward) -> None:
         """This rank's part of a forward pass."""
         assert self.steps is not None
         page_size = self.steps.cache.page_size
+        if self.adapters is not None:
+            self.adapters.expect(message.adapters, message.query_lengths)
         self.steps.forward(Plan(), inputs_of(message, page_size, self.model.hidden_size, self.device))
 
     @torch.inference_mode()

@@ -16,8 +16,9 @@ from quartet.runtime.service import TITLE, Boot, run
 from quartet.scheduler_service.assemble import serve
 from quartet.scheduler_service.control.idle import IdleSleep
 from quartet.scheduler_service.execution.memory_saver import MemorySaver
+from quartet.scheduler_service.execution.rank_memory import LeadingSaver
 from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
-from quartet.scheduler_service.execution.ranks import load_part, start_followers
+from quartet.scheduler_service.execution.ranks import Followers, load_part, start_followers
 from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import GrammarCompiler
 from quartet.scheduler_service.grammar.pool import GrammarPool
@@ -51,12 +52,17 @@ def main(boot: Boot) -> None:
 def lead(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> None:
     """Serve as rank 0 of several that compute the model together. Raises StartupError."""
     check_ranks(config, info)
-    setproctitle.setproctitle(TITLE.format(role=f"{boot.role} TP0"))
+    setproctitle.setproctitle(TITLE.format(role=f"{boot.title} TP0"))
     followers, store = start_followers(boot, config, info)
     worker = Worker(config, info, partial(load_part, parallel=followers.parallel, store=store), followers=followers)
+    note_size(config, boot.own_dir, worker.facts().max_total_num_tokens)
+    adapters = worker.load_adapters(boot.config, boot.own_dir)
     same_model = partial(check_same_model, info, config)
     updates = LeadingUpdates(worker.model.weights, config, boot.own_dir, same_model, followers)
-    serve(boot, info, worker, grammar_pool(config, info, worker.facts().vocab_size), updates)
+    grammars = grammar_pool(config, info, worker.facts().vocab_size)
+    saver = memory_saver(config, worker, updates, followers)
+    sleeper = idle_sleep(config, worker, updates, followers)
+    serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:
@@ -68,27 +74,31 @@ def weight_updates(config: ResolvedConfig, info: ModelInfo, worker: Worker, run_
     return Updates(worker.model.weights, config, run_dir, partial(check_same_model, info, config))
 
 
-def memory_saver(config: ResolvedConfig, worker: Worker, updates: Updates) -> MemorySaver | None:
+def saver_of(worker: Worker, updates: Updates, keep_weights: bool, followers: Followers | None) -> MemorySaver:
+    """What gives memory back and takes it again, of all ranks."""
+    if followers is not None:
+        return LeadingSaver(updates, worker.cache, keep_weights, followers)
+    return MemorySaver(updates, worker.cache, keep_weights, on_release=worker.forget_graphs, states=worker.state_cache)
+
+
+def memory_saver(
+    config: ResolvedConfig, worker: Worker, updates: Updates, followers: Followers | None = None
+) -> MemorySaver | None:
     """What gives memory back when a client asks for it; None without --enable-memory-saver."""
     if not config.enable_memory_saver:
         return None
-    return MemorySaver(
-        updates,
-        worker.cache,
-        config.enable_weights_cpu_backup,
-        on_release=worker.forget_graphs,
-        states=worker.state_cache,
-    )
+    return saver_of(worker, updates, config.enable_weights_cpu_backup, followers)
 
 
-def idle_sleep(config: ResolvedConfig, worker: Worker, updates: Updates) -> IdleSleep | None:
+def idle_sleep(
+    config: ResolvedConfig, worker: Worker, updates: Updates, followers: Followers | None = None
+) -> IdleSleep | None:
     """What gives memory back while nothing is asked; None without --sleep-when-idle-s."""
     if not config.sleep_when_idle_s:
         return None
-    saver = MemorySaver(
-        updates, worker.cache, keep_weights=False, on_release=worker.forget_graphs, states=worker.state_cache
-    )
-    return IdleSleep(config.sleep_when_idle_s, saver, updates)
+    read_again = updates.reread if isinstance(updates, LeadingUpdates) else None
+    saver = saver_of(worker, updates, keep_weights=False, followers=followers)
+    return IdleSleep(config.sleep_when_idle_s, saver, updates, read_again)
 
 
 def grammar_pool(config: ResolvedConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:

@@ -17,6 +17,7 @@ from quartet.runtime.messages import SCHEDULER
 from quartet.runtime.service import Boot, report_ready, run
 from quartet.scheduler_service.execution import remote_ranks
 from quartet.scheduler_service.execution.rank_messages import Start
+from quartet.scheduler_service.execution.ranks import parallel_of
 from quartet.scheduler_service.follower import follow
 from quartet.scheduler_service.host.parallel import LOST, TCP, Parallel, open_store
 
@@ -34,6 +35,7 @@ def main(boot: Boot) -> None:
         raise StartupError(
             f"machine 0 has --tp-size {start.size}, this one {parallel.size}; start all with the same flags"
         )
+    parallel = parallel_of(start.config, parallel.rank)
     start = msgspec.structs.replace(start, threads=max(1, torch.get_num_threads() // config.ranks_here))
     follow(start, channel, parallel, store, partial(report_ready, boot))
     raise SystemExit(LOST)

@@ -18,6 +18,13 @@ from quartet.scheduler_service.execution.worker import Worker
 from quartet.scheduler_service.grammar.matchers import Grammar, GrammarCompiler
 from tests.configs import resolved
 
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "page_size": 4,
+    "max_total_tokens": 8192,
+    "chunked_prefill_size": -1,
+}
+
 
 def floats(data: bytes) -> list[float]:
     return list(array("f", data))
@@ -68,8 +75,7 @@ class Engine:
         make_worker: Callable[..., Worker] = Worker,
         **settings: Any,
     ) -> None:
-        defaults = {"dtype": "float32", "page_size": 4, "max_total_tokens": 8192, "chunked_prefill_size": -1}
-        self.config = resolved(model_path=str(directory), model_dir=str(directory), **(defaults | settings))
+        self.config = resolved(model_path=str(directory), model_dir=str(directory), **(DEFAULTS | settings))
         info = model_info.load(self.config)
         self.worker = worker or make_worker(self.config, info)
         self.planner = Planner(

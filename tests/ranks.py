@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.execution.rank_messages import Channel
 from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
@@ -22,7 +23,7 @@ from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.registry import load_model
 from quartet.scheduler_service.weights.update import Updates
 from tests.configs import resolved
-from tests.engine import Answer
+from tests.engine import DEFAULTS, Answer, Engine
 from tests.model.cases import CASES, NEW_TOKENS
 from tests.model.dense import DenseRunner
 
@@ -45,9 +46,9 @@ def _rank(rank: int, count: int, directory: Path, function: Callable[..., Any], 
     (directory / f"result.{rank}").write_bytes(pickle.dumps(function(parallel, *arguments)))
 
 
-def load(parallel: Parallel, directory: Path, dtype: str) -> ServedModel:
+def load(parallel: Parallel, directory: Path, dtype: str, **settings: Any) -> ServedModel:
     """A rank's part of a model."""
-    config = resolved(model_path=str(directory), device="cpu", dtype=dtype)
+    config = resolved(model_path=str(directory), device="cpu", dtype=dtype, **settings)
     return load_model(config, model_info.load(config), CPU, parallel)
 
 
@@ -64,9 +65,14 @@ def serve_cases(
     return served
 
 
-def logits(parallel: Parallel, directory: Path, dtype: str, ids: list[int]) -> torch.Tensor:
+def logits(parallel: Parallel, directory: Path, dtype: str, ids: list[int], **settings: Any) -> torch.Tensor:
     """(tokens, vocab), of a prompt in two chunks."""
-    runner, half = DenseRunner(load(parallel, directory, dtype)), len(ids) // 2
+    return logits_of(load(parallel, directory, dtype, **settings), ids)
+
+
+def logits_of(model: ServedModel, ids: list[int]) -> torch.Tensor:
+    """The same of a model that is loaded."""
+    runner, half = DenseRunner(model), len(ids) // 2
     return torch.cat([runner.feed([ids[:half]]), runner.feed([ids[half:]])])
 
 
@@ -79,17 +85,31 @@ def computed(
 
 
 @contextmanager
-def leading(parallel: Parallel, model: ServedModel, directory: Path) -> Iterator[Callable[..., Worker] | None]:
+def serving(parallel: Parallel, directory: Path, **settings: Any) -> Iterator[Engine | None]:
+    """On rank 0 an engine whose model all ranks compute; the other rank of two follows meanwhile, and gets None."""
+    place = {"model_path": str(directory), "model_dir": str(directory), "device": "cpu", "tp_size": parallel.size}
+    config = resolved(**(DEFAULTS | settings | place))
+    model = load_model(config, model_info.load(config), CPU, parallel)
+    with leading(parallel, model, directory, config) as make_worker:
+        yield Engine(directory, make_worker=make_worker, **settings) if make_worker else None
+
+
+@contextmanager
+def leading(
+    parallel: Parallel, model: ServedModel, directory: Path, config: ResolvedConfig | None = None
+) -> Iterator[Callable[..., Worker] | None]:
     """On rank 0, what makes workers; the other rank of two follows meanwhile, and gets None at the end."""
-    listener = socket.socket(socket.AF_UNIX)
+    listener, place = socket.socket(socket.AF_UNIX), directory / "channel"
     if parallel.rank:
         parallel.sum(torch.zeros(1))  # rank 0 listens
-        listener.connect(str(directory / "channel"))
-        updates = FollowingUpdates(Updates(model.weights, resolved(model_path=str(directory)), str(directory)))
+        listener.connect(str(place))
+        config = config or resolved(model_path=str(directory))
+        updates = FollowingUpdates(Updates(model.weights, config, str(directory)))
         Follower(model, CPU, Channel(listener), parallel, updates).run()
         yield None
         return
-    listener.bind(str(directory / "channel"))
+    place.unlink(missing_ok=True)
+    listener.bind(str(place))
     listener.listen()
     parallel.sum(torch.zeros(1))
     with listener, listener.accept()[0] as connection:

@@ -39,7 +39,11 @@ def merge_bodies(replies: list[Reply]) -> dict[str, Any] | None:
         if name in merged:
             merged[name] = sum(body.get(name, 0) for _, body in bodies)
     if "ranks" in merged:
-        merged["ranks"] = [{**entry, "rank": rank} for rank, body in bodies for entry in body.get("ranks", [])]
+        merged["ranks"] = [
+            {**entry, "rank": rank * len(body["ranks"]) + number}
+            for rank, body in bodies
+            for number, entry in enumerate(body.get("ranks", []))
+        ]
         digests = dict.fromkeys(str(body.get("per_engine_checksum")) for _, body in bodies)
         if len(digests) > 1:
             merged["per_engine_checksum"] = BETWEEN.join(digests)

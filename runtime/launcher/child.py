@@ -159,23 +159,25 @@ def child_environment(environment: Mapping[str, str], service: Service) -> dict[
     return ours | inherited | {"PYTHONPATH": python_path(environment)}
 
 
-def device_number(service: Service, environment: Mapping[str, str]) -> str:
-    """The GPU of one process among several of its role, as CUDA_VISIBLE_DEVICES has it; "": what is visible already.
+def device_numbers(service: Service, environment: Mapping[str, str], ranks: int = 1) -> str:
+    """The GPUs of one process among several of its role, as CUDA_VISIBLE_DEVICES has them; "": what is visible already.
 
-    Raises StartupError where fewer are visible than there are processes.
+    `ranks` (--tp-size): how many each needs. Raises StartupError where fewer are visible than all need.
     """
     if service.of_role == 1:
         return ""
+    first, needed = service.rank * ranks, service.of_role * ranks
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return str(service.rank)
+        return ",".join(map(str, range(first, first + ranks)))
     numbers = [number.strip() for number in visible.split(",") if number.strip()]
-    if len(numbers) < service.of_role:
+    if len(numbers) < needed:
+        each = f" with --tp-size {ranks}" if ranks > 1 else ""
         raise StartupError(
-            f"--dp-size {service.of_role} needs as many GPUs, and CUDA_VISIBLE_DEVICES names {len(numbers)}; "
+            f"--dp-size {service.of_role}{each} needs {needed} GPUs, and CUDA_VISIBLE_DEVICES names {len(numbers)}; "
             "make more visible, or take a smaller --dp-size"
         )
-    return numbers[service.rank]
+    return ",".join(numbers[first : first + ranks])
 
 
 def usable_cores(root: Path = Path("/")) -> int:

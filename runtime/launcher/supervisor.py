@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 import msgspec
 
 from quartet.runtime.config import ResolvedConfig
-from quartet.runtime.launcher.child import Child, Service, device_number, start
+from quartet.runtime.launcher.child import Child, Service, device_numbers, start
 from quartet.runtime.launcher.watchdog import LOOK_EVERY_S, Watchdog
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import in_words, look
@@ -259,6 +259,7 @@ class Supervisor:
         """What a child needs to start; only the service that listens gets the keys."""
         run_dir = str(self.run_dir)
         roles = list(dict.fromkeys(known.role for known in self.services))
+        on_gpus = self.config.device == "cuda"
         following = roles[(roles.index(service.role) + 1) % len(roles)]
         return Boot(
             role=service.role,
@@ -268,7 +269,7 @@ class Supervisor:
             run_dir=run_dir,
             inbox=endpoint(run_dir, service.key, epoch),
             outbox=stable_path(run_dir, following),
-            device_number=device_number(service, os.environ) if self.config.device == "cuda" else "",
+            device_numbers=device_numbers(service, os.environ, self.config.tp_size) if on_gpus else "",
             config=self.config if service.listens else keys.without(self.config),
             ready_fd=ready_fd,
             lifeline_fd=self.lifeline_fd,

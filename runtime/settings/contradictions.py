@@ -56,6 +56,10 @@ def given_lora_flags(config: ServerConfig) -> list[str]:
     return [flag for flag, is_given in given.items() if is_given]
 
 
+def on_gpu(config: ServerConfig, machine: Machine) -> bool:
+    return config.device == "cuda" or (config.device == "auto" and machine.has_gpu and machine.torch_has_cuda)
+
+
 Contradiction = tuple[Callable[[ServerConfig, Machine], bool], Callable[[ServerConfig], str]]
 
 CONTRADICTIONS: list[Contradiction] = [
@@ -68,23 +72,30 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: "--device cuda needs an NVIDIA driver, and none is loaded here; use --device cpu",
     ),
     (
-        lambda c, m: (
-            (c.device == "cuda" or (c.device == "auto" and m.has_gpu and m.torch_has_cuda))
-            and c.attention_backend != "torch_native"
-            and not m.has_triton
-        ),
+        lambda c, m: on_gpu(c, m) and c.attention_backend != "torch_native" and not m.has_triton,
         lambda c: (
             "a GPU needs Triton, which is not installed: pip install 'quartet-serve[gpu]', or use "
             "--attention-backend torch_native or --device cpu"
         ),
     ),
     (
-        lambda c, m: (
-            c.tp_size > 1
-            and (c.device == "cuda" or (c.device == "auto" and m.has_gpu and m.torch_has_cuda))
-            and c.attention_backend != "torch_native"
-        ),
+        lambda c, m: c.tp_size > 1 and on_gpu(c, m) and c.attention_backend != "torch_native",
         lambda c: f"--tp-size {c.tp_size} on GPUs needs --attention-backend torch_native; add it",
+    ),
+    (
+        lambda c, m: c.tp_size > 1 and c.enable_deterministic_inference and on_gpu(c, m),
+        lambda c: (
+            f"--enable-deterministic-inference on GPUs needs the triton backend, which --tp-size {c.tp_size} does not "
+            "have; leave one out, or use --device cpu"
+        ),
+    ),
+    (
+        lambda c, m: c.tp_size > 1 and c.is_embedding,
+        lambda c: f"--is-embedding works with one process only, and --tp-size is {c.tp_size}; leave one out",
+    ),
+    (
+        lambda c, m: c.dp_size > 1 and c.nnodes > 1,
+        lambda c: f"--dp-size {c.dp_size} works on one machine, and --nnodes is {c.nnodes}; leave one out",
     ),
     (
         lambda c, m: c.tp_size % c.nnodes != 0,
@@ -218,10 +229,6 @@ CONTRADICTIONS: list[Contradiction] = [
         lambda c: "--otlp-traces-endpoint needs OpenTelemetry: pip install 'quartet-serve[otel]'",
     ),
     (
-        lambda c, m: c.dp_size > 1 and c.tp_size > 1,
-        lambda c: f"--dp-size {c.dp_size} does not go with --tp-size; run several servers behind a router instead",
-    ),
-    (
         lambda c, m: c.dp_size > 1 and bool(c.sleep_when_idle_s),
         lambda c: f"--sleep-when-idle-s works with one scheduler, and --dp-size is {c.dp_size}; leave one of them out",
     ),
@@ -244,35 +251,11 @@ CONTRADICTIONS: list[Contradiction] = [
 ]
 
 
-# What one process does alone: field, and its values where it is off
-ONE_RANK: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("lora_paths", (None, [])),
-    ("enable_lora", (None, False)),
-    ("enable_memory_saver", (False,)),
-    ("enable_weights_cpu_backup", (False,)),
-    ("sleep_when_idle_s", (None, 0)),
-    ("enable_deterministic_inference", (False,)),
-    ("quantization", ("auto", "none")),
-    ("is_embedding", (False,)),
-)
-
-
-def refuse_beside_ranks(config: ServerConfig) -> None:
-    """Raise StartupError for a setting that tensor parallel does not have."""
-    if config.tp_size == 1:
-        return
-    for name, off in ONE_RANK:
-        if getattr(config, name) not in off:
-            flag = "--" + name.replace("_", "-")
-            raise StartupError(f"{flag} works with one process only, and --tp-size is {config.tp_size}; leave one out")
-
-
 def refuse_contradictions(config: ServerConfig, machine: Machine) -> None:
     """Raise StartupError for the first contradiction, UsageError for a list that cannot be read."""
     for holds, message in CONTRADICTIONS:
         if holds(config, machine):
             raise StartupError(message(config))
-    refuse_beside_ranks(config)
     allowed_origins(config.cors_allow_origins)
     allowed_hosts(config.allowed_hosts)
     if config.preferred_sampling_params is not None:

@@ -8,7 +8,7 @@ the files are not to be had, it is tried again for a minute; then this process e
 """
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ from quartet.scheduler_service.control.context import Context
 from quartet.scheduler_service.execution.memory_saver import KV_CACHE, WEIGHTS, MemorySaver
 from quartet.scheduler_service.host.background import run_in_background
 from quartet.scheduler_service.weights import record, reread
-from quartet.scheduler_service.weights.update import Updates
+from quartet.scheduler_service.weights.update import Staged, Updates
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,18 @@ class Sleeper(Protocol):
 class IdleSleep:
     """Decides once a turn of the loop whether to sleep or to wake."""
 
-    def __init__(self, after_s: float, saver: MemorySaver, updates: Updates) -> None:
-        """`saver`: of its own; what clients release is another's business."""
+    def __init__(
+        self, after_s: float, saver: MemorySaver, updates: Updates, read_again: Callable[[], Staged] | None = None
+    ) -> None:
+        """`saver`: of its own; what clients release is another's business.
+
+        `read_again`: stages the committed weights; raises CommandRefused.
+        """
         self.sleeping = False  # something is missing: given back, or not all back yet
         self._after_s = after_s
         self._saver = saver
         self._updates = updates
+        self._read_again = read_again or partial(reread.reread, updates)
         self._files = record.files_of(Path(updates.committed.model_dir))  # as they were read, about
         self._active_at: float | None = None
         self._waking: Generator[None, bool | None, None] | None = None
@@ -116,7 +122,7 @@ class IdleSleep:
         if WEIGHTS in saver.released:
             if updates.live.device.type != "cpu":  # there the new values are copied, elsewhere memory is exchanged
                 updates.live.allocate()
-            staged = yield from run_in_background(partial(reread.reread, updates))
+            staged = yield from run_in_background(self._read_again)
             version = context.worker.weight_version
             if self._files_changed():
                 version = REWRITTEN.format(version)

@@ -11,7 +11,7 @@ the run directory, so that a restarted scheduler serves the same adapters.
 import itertools
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ class AdapterStore:
         if identity != known.identity:
             known = msgspec.structs.replace(known, identity=identity, version=self.next_version())
         if known.pinned or self.has_room():
-            self.loaded[known.name] = self.read(Path(known.directory)).weights
+            self.put(known.name, self.read(Path(known.directory)))
         self.known[known.name] = known
 
     def check_pinned(self) -> None:
@@ -162,7 +162,7 @@ class AdapterStore:
             identity=read.identity,
         )
         self.take_out(name)
-        self.loaded[name] = read.weights
+        self.put(name, read)
         self.tell()
         remove_owned(before)
 
@@ -185,7 +185,7 @@ class AdapterStore:
         """Have an evicted adapter in memory again, under a new version where its file has changed."""
         if read.identity != known.identity:
             known.version, known.identity, known.rank = self.next_version(), read.identity, read.rank
-        self.loaded[known.name] = read.weights
+        self.put(known.name, read)
         self.tell()
 
     def has_room(self, more: int = 1) -> bool:
@@ -216,6 +216,10 @@ class AdapterStore:
     def evict(self, name: str) -> None:
         self.take_out(name)
         log.info("evicted the adapter %s", name)
+
+    def put(self, name: str, read: Read) -> None:
+        """Have an adapter in memory."""
+        self.loaded[name] = read.weights
 
     def take_out(self, name: str) -> None:
         """Free the memory of an adapter, if it is there."""
@@ -278,11 +282,19 @@ class AdapterStore:
 
     def of_step(self, plan: Plan) -> AbstractContextManager[None]:
         """Within it `model` adds what the adapters of the plan's requests have for their tokens."""
-        named = [share.sequence.request.adapter for share in plan.slices]
+        return self.of_slices(named_by(plan), [share.end - share.start for share in plan.slices])
+
+    def of_slices(self, named: Sequence[str], counts: Sequence[int]) -> AbstractContextManager[None]:
+        """The same of slices with these adapters ("": none) and so many tokens."""
         numbers = {name: i for i, name in enumerate(sorted({name for name in named if name}))}
         owners = torch.tensor([numbers.get(name, -1) for name in named])
-        counts = torch.tensor([share.end - share.start for share in plan.slices])
-        return self.step.of_step([self.loaded[name] for name in numbers], owners.repeat_interleave(counts))
+        rows = owners.repeat_interleave(torch.tensor(counts))
+        return self.step.of_step([self.loaded[name] for name in numbers], rows)
+
+
+def named_by(plan: Plan) -> list[str]:
+    """The adapter of each slice; "": none."""
+    return [share.sequence.request.adapter for share in plan.slices]
 
 
 def linears_of(model: Decoder) -> list[tuple[Any, str, tuple[int, ...]]]:
@@ -296,7 +308,13 @@ def remove_owned(known: Known | None) -> None:
         shutil.rmtree(known.directory, ignore_errors=True)
 
 
-def adapter_store(model: ServedModel, architecture: str, config: ResolvedConfig, run_dir: str) -> AdapterStore | None:
+def adapter_store(
+    model: ServedModel,
+    architecture: str,
+    config: ResolvedConfig,
+    run_dir: str,
+    make: Callable[[Decoder, ResolvedConfig, str], AdapterStore] = AdapterStore,
+) -> AdapterStore | None:
     """The adapters of a server, loaded; None without --enable-lora. Raises StartupError."""
     if not config.enable_lora:
         return None
@@ -308,6 +326,6 @@ def adapter_store(model: ServedModel, architecture: str, config: ResolvedConfig,
         or model.device.type != "cpu"
     ):
         raise StartupError(NOT_ON_THIS_MODEL.format(architecture))
-    store = AdapterStore(model, config, run_dir)
+    store = make(model, config, run_dir)
     store.start()
     return store

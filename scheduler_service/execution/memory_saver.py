@@ -12,6 +12,7 @@ from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.host.device import shortage
+from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.update import Updates
 
 WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
@@ -29,17 +30,20 @@ class MemorySaver:
         keep_weights: bool,
         on_release: Callable[[], None] = lambda: None,
         states: StateCache | None = None,
+        sharing: int = 1,
     ) -> None:
         """`on_release` is called before memory is released; resumed memory has other addresses.
 
-        `states`: of a model with recurrent layers; they go and come with the KV pool.
+        `states`: of a model with recurrent layers; they go and come with the KV pool. `sharing`: how many ranks take as
+        much of the same memory at the same time.
         """
         self.released: set[str] = set()
         self._updates = updates
         self._caches: list[KVCache | StateCache] = [cache] if states is None else [cache, states]
         self._keep_weights = keep_weights
         self._on_release = on_release
-        self._backup: dict[str, torch.Tensor] = {}
+        self._sharing = sharing
+        self._backup: Weights | None = None
 
     @property
     def holds_weights(self) -> bool:
@@ -60,7 +64,7 @@ class MemorySaver:
         to_release = self._checked(tags) - self.released
         if to_release:
             self._on_release()
-        for tag in to_release:
+        for tag in sorted(to_release):  # in the same order on every rank
             if tag == WEIGHTS:
                 self._release_weights()
             elif tag == KV_CACHE:
@@ -76,7 +80,7 @@ class MemorySaver:
         to_resume = self._checked(tags) & self.released
         if WEIGHTS in to_resume:
             self._check_room()
-        for tag in to_resume:
+        for tag in sorted(to_resume):
             if tag == WEIGHTS:
                 self._resume_weights()
             elif tag == KV_CACHE:
@@ -93,13 +97,14 @@ class MemorySaver:
     def _check_room(self) -> None:
         """Raise MemoryError where the weights do not fit. (The KV pool takes its memory page by page, later.)"""
         live = self._updates.live
-        if live.device.type == "cpu" and (reason := shortage(live.served_bytes(), live.device)):
+        if live.device.type == "cpu" and (reason := shortage(self._sharing * live.served_bytes(), live.device)):
             raise MemoryError(f"there is no room for the weights: {reason}")
 
     def _release_weights(self) -> None:
         updates = self._updates
         if self._keep_weights:
-            self._backup = {name: buffer.to("cpu", copy=True) for name, buffer in updates.live.buffers.items()}
+            self._backup = updates.live.staging(torch.device("cpu"))
+            self._backup.copy_from(updates.live)
         else:
             updates.lost = set(updates.live.names())
         updates.drop_second()
@@ -108,8 +113,6 @@ class MemorySaver:
     def _resume_weights(self) -> None:
         live = self._updates.live
         live.allocate()
-        if self._backup:
-            for name, buffer in live.buffers.items():
-                buffer.copy_(self._backup[name])
-            self._backup = {}
-            live.after_update()
+        if self._backup is not None:
+            live.copy_from(self._backup)
+            self._backup = None

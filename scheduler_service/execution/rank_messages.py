@@ -16,6 +16,7 @@ import torch
 
 from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.runtime.config import ResolvedConfig
+from quartet.runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import Placement
@@ -33,6 +34,7 @@ class Start(msgspec.Struct, tag=True):
     place: str  # where the ranks meet, see parallel.open_store
     parent_pid: int
     threads: int
+    title: str  # of the process
 
 
 class Hello(msgspec.Struct, tag=True):
@@ -62,6 +64,7 @@ class Forward(msgspec.Struct, tag=True):
     runs: list[list[tuple[int, int]]]
     embeds: bytes = b""  # float32 (tokens, hidden)
     embeds_mask: bytes = b""  # bool
+    adapters: list[str] | None = None  # of each slice, "": none; None: no part of the step has to do with adapters
 
 
 class Logits(msgspec.Struct, tag=True):
@@ -75,6 +78,7 @@ class FromDisk(msgspec.Struct, tag=True):
 
     directory: str
     load_format: str
+    digests: dict[str, str] | None = None  # a manifest, of which each rank checks its share
 
 
 class Collect(msgspec.Struct, tag=True):
@@ -106,6 +110,74 @@ class Differing(msgspec.Struct, tag=True):
     names: list[str]
 
 
+class Randomize(msgspec.Struct, tag=True):
+    """Task: make random values for these tensors, the same on every rank that has them, ready for the swap."""
+
+    names: list[str]
+    seed: int
+
+
+class Reread(msgspec.Struct, tag=True):
+    """Task: stage the committed weights again, whose memory was given back. Answered with the files that were read."""
+
+
+class JoinGroup(msgspec.Struct, tag=True):
+    """Task: join a trainer's process group, as many ranks behind rank 0 as this one is in its own group."""
+
+    command: InitWeightsUpdateGroup
+
+
+class LeaveGroup(msgspec.Struct, tag=True):
+    """Task: leave a trainer's process group, if this rank is in it."""
+
+    name: str
+
+
+class Receive(msgspec.Struct, tag=True):
+    """Task: put the tensors that a trainer is about to broadcast into the update session."""
+
+    command: UpdateWeightsFromDistributed
+
+
+class ReadAdapter(msgspec.Struct, tag=True):
+    """Task: read the LoRA adapter of a directory, to be kept under a number. Answered with what identifies its file."""
+
+    directory: str
+    number: int
+    kept: list[int]  # of the adapters read before that may still be put in memory
+
+
+class TakeAdapter(msgspec.Struct, tag=True):
+    """Have in memory, under a name, what was read under a number."""
+
+    name: str
+    number: int
+
+
+class DropAdapter(msgspec.Struct, tag=True):
+    """Free the memory of an adapter."""
+
+    name: str
+
+
+class Release(msgspec.Struct, tag=True):
+    """Give back memory, and answer. `backup`: keep the values of the weights."""
+
+    tags: list[str]  # see MemorySaver
+    backup: bool
+
+
+class Resume(msgspec.Struct, tag=True):
+    """Take memory again, and answer."""
+
+    tags: list[str]
+    backup: bool
+
+
+class DropSecond(msgspec.Struct, tag=True):
+    """Free the second set of weights; nothing is staged."""
+
+
 class Commit(msgspec.Struct, tag=True):
     """Serve what was staged, from the next step on."""
 
@@ -122,8 +194,10 @@ class Answer(msgspec.Struct, tag=True):
     status: int = 400  # of the refusal
 
 
-Task = FromDisk | Collect | Finish | Part | Snapshot | Differing
-Message = Start | Hello | Pool | Forward | Logits | Task | Commit | GiveUp | Answer
+Task = FromDisk | Collect | Finish | Part | Snapshot | Differing | Randomize | Reread | JoinGroup | LeaveGroup | Receive
+Memory = Release | Resume
+Adapters = ReadAdapter | TakeAdapter | DropAdapter
+Message = Start | Hello | Pool | Forward | Logits | Task | Memory | Adapters | DropSecond | Commit | GiveUp | Answer
 DECODER = msgspec.msgpack.Decoder(Message)
 
 
@@ -172,7 +246,7 @@ class Channel:
         return data
 
 
-def forward_message(inputs: Inputs) -> Forward:
+def forward_message(inputs: Inputs, adapters: list[str] | None = None) -> Forward:
     """A step's inputs as the other ranks get them."""
     ragged, placement = inputs.ragged, inputs.placement
     return Forward(
@@ -186,6 +260,7 @@ def forward_message(inputs: Inputs) -> Forward:
         runs=ragged.runs,
         embeds=as_bytes(inputs.embeds),
         embeds_mask=as_bytes(inputs.embeds_mask),
+        adapters=adapters,
     )
 
 

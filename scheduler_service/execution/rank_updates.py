@@ -5,25 +5,34 @@ have staged. Once all agree, rank 0 exchanges its weights between two steps, as 
 at that place in the order of the steps.
 """
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 
 from quartet.runtime.config import ResolvedConfig
-from quartet.runtime.control import InitWeightsUpdateGroup
+from quartet.runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused
+from quartet.runtime.shorten import short
 from quartet.scheduler_service.execution.rank_messages import (
     Answer,
     Collect,
     Commit,
     Differing,
+    DropSecond,
     Finish,
     FromDisk,
     GiveUp,
+    JoinGroup,
+    LeaveGroup,
     Part,
+    Randomize,
+    Receive,
+    Reread,
     Snapshot,
     Task,
     as_bytes,
@@ -34,15 +43,16 @@ from quartet.scheduler_service.weights.distributed import failed_to_join
 from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights, checksum_of
+from quartet.scheduler_service.weights.reread import reread as again
 from quartet.scheduler_service.weights.staging import on_one_thread
 from quartet.scheduler_service.weights.update import NOT_LOADED, NOT_OPENED, Staged, Updates, refused_as
 
 Result = TypeVar("Result")
 
-ONE_PROCESS = "{} is done by one process only, and --tp-size is {}"
 ONE_MACHINE = "Tensors in a body reach one machine only, and --nnodes is {}: update the weights from disk."
-NO_MANIFEST = "a manifest hashes whole tensors, and each of {} ranks reads parts of them; leave the manifest out"
+NO_RANKS = "ranks {} to {} of {}: the trainer is rank 0, and --tp-size {} takes as many ranks from rank_offset on"
 CHANGED = "the files in {} were changed while the ranks read them"
+SEED_BITS = 63
 RANKS_DIFFER = "rank {} has another {} than rank 0"
 
 
@@ -66,43 +76,47 @@ class LeadingUpdates(Updates):
 
         After a refusal no rank has anything staged. Runs in the background.
         """
-        self.followers.tell(task)
         try:
-            result = own()
+            return self.followers.together(task, own)
+        except ConnectionError:
+            raise
         except BaseException:
-            self.followers.answers()
             self.followers.tell(GiveUp())
             raise
-        answers = self.followers.answers()
-        for rank, answer in enumerate(answers, 1):
-            if answer.refusal:
-                self.followers.tell(GiveUp())
-                raise CommandRefused(f"{answer.refusal} (rank {rank})", answer.status)
-        return result, [answer.value for answer in answers]
 
     def from_disk(self, model_path: str, load_format: str, digests: Manifest | None) -> Staged:
         """See Updates.from_disk."""
-        if digests is not None:
-            raise CommandRefused(NOT_LOADED.format(NO_MANIFEST.format(self.followers.parallel.size)))
         with refused_as(NOT_OPENED):
             directory = self.locate(model_path)
-        task = FromDisk(str(directory), load_format)
-        staged, read = self.together(task, partial(super().from_disk, model_path, load_format, None))
+        task = FromDisk(str(directory), load_format, None if digests is None else dict(digests))
+        return self._same_files(*self.together(task, partial(super().from_disk, model_path, load_format, digests)))
+
+    def reread(self) -> Staged:
+        """The committed checkpoint, read again by every rank: see weights.reread."""
+        return self._same_files(*self.together(Reread(), partial(again, self)))
+
+    def _same_files(self, staged: Staged, read: list[Any]) -> Staged:
+        """What was staged, if all ranks have read the same files. Raises CommandRefused."""
         assert staged.source is not None
         if any(files != staged.source.files for files in read):
             self.followers.tell(GiveUp())
-            raise CommandRefused(NOT_LOADED.format(CHANGED.format(directory)))
+            raise CommandRefused(NOT_LOADED.format(CHANGED.format(staged.source.model_dir)))
         return staged
 
     def payload(self, files: list[str], load_format: str | None) -> Callable[[], None]:
         """See Updates.payload."""
         if self.config.nnodes > 1:
             raise CommandRefused(ONE_MACHINE.format(self.config.nnodes))
-        own = super().payload(files, load_format)
+        return self._collecting(Collect(files, load_format), super().payload(files, load_format))
 
+    def broadcast(self, command: UpdateWeightsFromDistributed) -> Callable[[], None]:
+        """See Updates.broadcast: every rank receives whole tensors, and keeps its part."""
+        return self._collecting(Receive(command), super().broadcast(command))
+
+    def _collecting(self, task: Task, own: Callable[[], None]) -> Callable[[], None]:
         def collect() -> None:
             try:
-                self.together(Collect(files, load_format), own)
+                self.together(task, own)
             except CommandRefused as refusal:
                 if self.session is not None:
                     self.session.broken = refusal.message
@@ -124,15 +138,33 @@ class LeadingUpdates(Updates):
         self.followers.tell(GiveUp())
         super().close_session()
 
-    def randomized(self, names: object) -> Staged:
-        """Refused: ranks that have the same tensor would draw different values."""
-        raise CommandRefused(ONE_PROCESS.format("reset_tensors", self.followers.parallel.size) + ".")
+    def randomized(self, names: Collection[str], seed: int | None = None) -> Staged:
+        """See Updates.randomized: ranks that have the same tensor draw the same values."""
+        seed = secrets.randbits(SEED_BITS) if seed is None else seed
+        return self.together(Randomize(list(names), seed), partial(super().randomized, names, seed))[0]
+
+    def drop_second(self) -> None:
+        """See Updates.drop_second."""
+        self.followers.tell(DropSecond())
+        super().drop_second()
 
     def join_group(self, command: InitWeightsUpdateGroup) -> None:
-        """Refused."""
-        raise failed_to_join(
-            ONE_PROCESS.format("receiving weights from a trainer's group", self.followers.parallel.size)
-        )
+        """See Updates.join_group: the ranks are neighbours in the group, from the command's `rank_offset` on."""
+        first, ranks = command.rank_offset, self.followers.parallel.size
+        if not 0 < first <= command.world_size - ranks:
+            raise failed_to_join(NO_RANKS.format(first, first + ranks - 1, command.world_size, ranks))
+        if command.group_name in self.groups:
+            raise failed_to_join(f"the group {short(command.group_name)} exists already")
+        try:
+            self.followers.together(JoinGroup(command), partial(super().join_group, command))
+        except CommandRefused:
+            self.leave_group(command.group_name)
+            raise
+
+    def leave_group(self, name: str) -> None:
+        """See Updates.leave_group."""
+        own = partial(super().leave_group, name) if name in self.groups else lambda: None
+        self.followers.together(LeaveGroup(name), own)
 
 
 class LeadingInspection(Inspection):
@@ -195,9 +227,26 @@ class FollowingUpdates:
     def _do(self, task: Task) -> Any:
         updates = self.updates
         match task:
-            case FromDisk(directory, load_format):
-                self.staged = updates.from_disk(directory, load_format, None)
+            case FromDisk(directory, load_format, digests):
+                self.staged = updates.from_disk(directory, load_format, digests)
                 return self.staged.source and self.staged.source.files
+            case Reread():
+                if updates.live.device.type != "cpu":  # there its memory is exchanged, here values are copied
+                    updates.live.allocate()
+                self.staged = again(updates)
+                return self.staged.source and self.staged.source.files
+            case Randomize(names, seed):
+                self.staged = updates.randomized(names, seed)
+            case JoinGroup(command):
+                behind = command.rank_offset + updates.live.layout.parallel.rank
+                updates.join_group(msgspec.structs.replace(command, rank_offset=behind))
+            case LeaveGroup(name):
+                if name in updates.groups:
+                    updates.leave_group(name)
+            case Receive(command):
+                if updates.session is None:
+                    updates.open_session()
+                updates.broadcast(command)()
             case Collect(files, load_format):
                 if updates.session is None:
                     updates.open_session()

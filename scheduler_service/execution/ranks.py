@@ -18,17 +18,18 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from quartet.runtime.config import ResolvedConfig
-from quartet.runtime.errors import StartupError
+from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process.parent_death import arm_death_signal
 from quartet.runtime.service import EXIT_STARTUP, REPORTED, Boot, refuse
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution import remote_ranks
+from quartet.scheduler_service.execution.adapters import named_by
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps
 from quartet.scheduler_service.execution.experts import Chosen
@@ -49,6 +50,8 @@ from quartet.scheduler_service.model.registry import load_model
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 MODULE = "quartet.scheduler_service.follower"
 OWN_WORDS_S = 2.0  # rank 0 has the same cause to refuse a start as the others, and says it itself
 
@@ -60,6 +63,7 @@ class Followers:
         """`channels`: of ranks 1, 2, ..."""
         self.parallel = parallel
         self.channels = channels
+        self._asking = threading.Lock()
 
     def tell(self, message: Message) -> None:
         """Send a message to all of them, from any thread. Raises OSError when one has ended."""
@@ -74,18 +78,39 @@ class Followers:
             raise ConnectionError("a rank has ended")
         return answers
 
+    def together(self, task: Message, own: Callable[[], Result]) -> tuple[Result, list[Any]]:
+        """Have all ranks do what is answered: rank 0's result, and the answers of the others; one task at a time.
+
+        Raises what `own` raises, and CommandRefused where another rank refuses; all have done their part by then.
+        """
+        with self._asking:
+            self.tell(task)
+            try:
+                result = own()
+            finally:
+                answers = self.answers()
+        for rank, answer in enumerate(answers, 1):
+            if answer.refusal:
+                raise CommandRefused(f"{answer.refusal} (rank {rank})", answer.status)
+        return result, [answer.value for answer in answers]
+
+
+def parallel_of(config: ResolvedConfig, rank: int) -> Parallel:
+    """One rank of a model's group."""
+    return Parallel(rank, config.tp_size, in_order=config.enable_deterministic_inference)
+
 
 def start_followers(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> tuple[Followers, Store]:
     """Start the processes of the other ranks of this machine, and wait for those of others; also where all meet.
 
     Call from the main thread: they die with it. Raises StartupError.
     """
-    parallel = Parallel(0, config.tp_size)
+    parallel = parallel_of(config, 0)
     # each rank gets its share of the cores
     threads = max(1, torch.get_num_threads() // config.ranks_here)
     torch.set_num_threads(threads)
     place = (
-        str(Path(boot.run_dir) / f"{boot.role}.ranks.{boot.epoch}")
+        str(Path(boot.run_dir) / f"{boot.key}.ranks.{boot.epoch}")
         if config.nnodes == 1
         else f"{TCP}{config.dist_init_addr}"
     )
@@ -95,7 +120,8 @@ def start_followers(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> tupl
     if listener is not None:
         channels += remote_ranks.wait_for(store, config, listener)
     for rank, channel in enumerate(channels, 1):
-        channel.send(Start(rank, parallel.size, config, info, place, os.getpid(), threads))
+        title = f"{boot.title} TP{rank}"
+        channel.send(Start(rank, parallel.size, config, info, place, os.getpid(), threads, title))
     return Followers(parallel, channels), store
 
 
@@ -148,7 +174,8 @@ class LeadingSteps(EagerSteps):
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
         """See Steps.forward."""
-        return self.together(forward_message(inputs), partial(super().forward, plan, inputs, record_experts))
+        named = named_by(plan) if self.adapters is not None and self.adapters.uses(plan) else None
+        return self.together(forward_message(inputs, named), partial(super().forward, plan, inputs, record_experts))
 
     def to_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See Steps.to_logits."""

@@ -15,6 +15,7 @@ It decides nothing about requests: which run, on which pages and when they end i
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 import torch
 
@@ -37,6 +38,7 @@ from quartet.scheduler_service.execution.kv_cache import make_kv_cache
 from quartet.scheduler_service.execution.launched_step import Drawn, LaunchedStep, State
 from quartet.scheduler_service.execution.logprobs import as_bytes, output_logprobs, prompt_logprobs
 from quartet.scheduler_service.execution.pooling import make_pooler
+from quartet.scheduler_service.execution.rank_adapters import LeadingAdapters
 from quartet.scheduler_service.execution.ranks import Followers, LeadingSteps
 from quartet.scheduler_service.execution.state_cache import make_state_cache, snapshot_options
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
@@ -161,7 +163,9 @@ class Worker:
 
     def load_adapters(self, config: ResolvedConfig, run_dir: str) -> AdapterStore | None:
         """Compute with LoRA adapters from now on; None without --enable-lora. Raises StartupError."""
-        store = adapter_store(self.model, self.info.architecture, config, run_dir)
+        steps = self.steps
+        make = partial(LeadingAdapters, followers=steps.followers) if isinstance(steps, LeadingSteps) else AdapterStore
+        store = adapter_store(self.model, self.info.architecture, config, run_dir, make)
         if store is not None:
             if not isinstance(self.steps, EagerSteps):
                 raise StartupError(NOT_ON_THIS_MODEL.format(self.info.architecture))

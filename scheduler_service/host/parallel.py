@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -28,6 +28,7 @@ TIMEOUT = timedelta(seconds=600)  # of one operation; the launcher's watchdog is
 LOST = 70  # exit status of a process that has lost its group
 TCP = "tcp://"
 ADDRESS_OF_INTERFACE = 0x8915  # SIOCGIFADDR
+INTERFACE = "GLOO_SOCKET_IFNAME"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -37,13 +38,30 @@ class Parallel:
 
     rank: int = 0
     size: int = 1
+    in_order: bool = False  # every number of a sum is added up in the order of the ranks
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' parts, in the dtype of `part`; on a CPU it is added up in float32."""
+        """The sum of all ranks' parts, in the dtype of `part`; on a CPU it is added up in float32.
+
+        The order of three ranks and more depends on where in `part` a number stands, and so on the other rows, unless
+        `in_order` is set. Of two ranks there is only one order.
+        """
         total = part.float() if part.device.type == "cpu" else part
         total = total.contiguous()
-        together(lambda: dist.all_reduce(total))
+        if self.in_order and self.size > 2:
+            total = self._sum_in_order(total)
+        else:
+            together(lambda: dist.all_reduce(total))
         return total.to(part.dtype)
+
+    def _sum_in_order(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' parts, added up rank by rank. Each rank receives all parts."""
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        together(lambda: dist.all_gather(parts, part))
+        total = parts[0]
+        for other in parts[1:]:
+            total += other
+        return total
 
     def gather(self, part: torch.Tensor, out: torch.Tensor) -> None:
         """Write all ranks' columns (rows, columns / size) side by side into `out` (rows, columns)."""
@@ -74,11 +92,10 @@ def open_store(parallel: Parallel, place: str) -> Store:
     Waits for rank 0. Raises StartupError.
     """
     if not place.startswith(TCP):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks of one machine
         return c10d.FileStore(place, parallel.size)
     host, port = place.removeprefix(TCP).rsplit(":", 1)
     try:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(host))
+        interface_towards(host)  # there is one, which `join` uses
         leads = parallel.rank == 0
         return c10d.TCPStore(host, int(port), parallel.size, leads, timeout=TIMEOUT, wait_for_workers=False)
     except (OSError, RuntimeError) as error:
@@ -97,10 +114,27 @@ def interface_towards(host: str) -> str:
     raise OSError(f"no network interface leads to {host}")
 
 
+@contextlib.contextmanager
+def interface_for(store: Store) -> Iterator[None]:
+    """Within it Gloo connects ranks over the interface that leads to all of them, unless the operator has chosen one.
+
+    Groups that are made later are of other processes, a trainer's for example.
+    """
+    if INTERFACE in os.environ:
+        yield
+        return
+    os.environ[INTERFACE] = interface_towards(store.host) if isinstance(store, c10d.TCPStore) else "lo"
+    try:
+        yield
+    finally:
+        del os.environ[INTERFACE]
+
+
 def join(parallel: Parallel, device: torch.device, store: Store) -> None:
     """Meet the other ranks. Blocks until all have come."""
     log.info("Init torch distributed begin.")
-    dist.init_process_group(
-        BACKENDS[device.type], store=store, rank=parallel.rank, world_size=parallel.size, timeout=TIMEOUT
-    )
+    with interface_for(store):
+        dist.init_process_group(
+            BACKENDS[device.type], store=store, rank=parallel.rank, world_size=parallel.size, timeout=TIMEOUT
+        )
     log.info("Init torch distributed ends. rank=%d of %d", parallel.rank, parallel.size)

@@ -26,7 +26,7 @@ class AdaptedBackend(TorchBackend):
         return y
 
     def add_product(self, residual: torch.Tensor, x: torch.Tensor, linear: Linear, norm: Norm | None) -> None:
-        if norm is not None or not linear.has_kernel:
+        if norm is not None or not (linear.has_kernel and linear.is_whole):
             super().add_product(residual, x, linear, norm)
             return
         linear.multiply_native(x, residual, "add")

@@ -75,10 +75,7 @@ class Decoder:
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings, or the request's own where it brought some: (tokens, hidden)."""
-        if self.quantized_embedding is not None:
-            x = self.quantized_embedding.read(batch.input_ids.long())
-        else:
-            x = self.look_up(batch.input_ids, self.embedding)
+        x = self.look_up(batch.input_ids, self.quantized_embedding or self.embedding)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         if batch.embeds is None or batch.embeds_mask is None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.cpu.native.quantized import QuantizedWeight
 from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.batch import AttentionSpec
 from quartet.scheduler_service.model.recurrent import Mixer, recurrent_mixer
-from quartet.scheduler_service.model.sharded import GatheredLinear, ReducedLinear, look_up
+from quartet.scheduler_service.model.sharded import GatheredLinear, ReducedLinear, look_up, rows_of
 from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -145,11 +145,11 @@ def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Li
     return layer
 
 
-def embedding_of(weights: Weights) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def embedding_of(weights: Weights) -> Callable[[torch.Tensor, torch.Tensor | QuantizedWeight], torch.Tensor]:
     """What looks up rows of the embeddings: (ids (tokens,), table) → (tokens, hidden)."""
     if "embed" in weights.layout.cut_buffers:
         return partial(look_up, parallel=weights.layout.parallel)
-    return F.embedding
+    return rows_of
 
 
 def norm_of(spec: DecoderSpec, weights: Weights, buffer: str, *index: int) -> Norm:

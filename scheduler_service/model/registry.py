@@ -48,7 +48,7 @@ from quartet.scheduler_service.model.families import (
     smollm,
 )
 from quartet.scheduler_service.model.layout import embeddings_name
-from quartet.scheduler_service.model.shards import REFUSED, shard_layout, shard_spec
+from quartet.scheduler_service.model.shards import REFUSED, check_groups, shard_layout, shard_spec
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
 from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
 from quartet.scheduler_service.model.towers import inside
@@ -147,12 +147,14 @@ def check_ranks(config: ResolvedConfig, info: ModelInfo) -> None:
     if info.embedding is not None:
         raise StartupError(REFUSED.format(config.tp_size, "this is an embedding model"))
     try:
-        shard_spec(decoder_spec(info), config.tp_size)
+        layout = shard_layout(decoder_spec(info), Parallel(0, config.tp_size))
     except NotNative as reason:
         raise StartupError(REFUSED.format(config.tp_size, f"there is no native family for {reason}")) from reason
+    if config.quantization in CHOICES:
+        check_groups(layout, config.quantization)
     path = Path(info.path)
     if not is_dummy(config) and (format_of(path) == "gguf" or settings_of(path)):
-        raise StartupError(REFUSED.format(config.tp_size, "these weights are quantized"))
+        raise StartupError(REFUSED.format(config.tp_size, "these weights are quantized already"))
 
 
 def load_own(

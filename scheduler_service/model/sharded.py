@@ -20,13 +20,24 @@ class ReducedLinear(Linear):
         super().__init__(weight, bias if parallel.rank == 0 else None, quantized)  # the bias counts once
         self.parallel = parallel
 
+    def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """With what adapters add: of these, too, each rank has a part."""
+        return self.product(x, gelu)
+
     def product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
-        """The whole product: the same on every rank."""
+        """The whole product, with what adapters add: the same on every rank."""
         assert not gelu
         if not self.has_kernel:
-            return self.parallel.sum(super().product(x, gelu))
+            part = super().product(x, gelu)
+            if self.adapters is not None:
+                self.adapters.add(self.slab, x, part)
+            return self.parallel.sum(part)
         part = x.new_empty(len(x), len(self.weight), dtype=torch.float32)
         super().multiply_native(x, part, "float")
+        if self.adapters is not None:
+            added = x.new_zeros(part.shape)
+            self.adapters.add(self.slab, x, added)
+            part += added
         return self.parallel.sum(part).to(x.dtype)
 
     def multiply_native(
@@ -58,9 +69,15 @@ class GatheredLinear(Linear):
         self.parallel.gather(part, out)
 
 
-def look_up(ids: torch.Tensor, table: torch.Tensor, parallel: Parallel) -> torch.Tensor:
+def rows_of(ids: torch.Tensor, table: torch.Tensor | QuantizedWeight) -> torch.Tensor:
+    """Rows of a table: (tokens, hidden)."""
+    return table.read(ids.long()) if isinstance(table, QuantizedWeight) else F.embedding(ids, table)
+
+
+def look_up(ids: torch.Tensor, table: torch.Tensor | QuantizedWeight, parallel: Parallel) -> torch.Tensor:
     """Rows of a table of which each rank has an equal part: (tokens, hidden)."""
-    own = ids - parallel.rank * len(table)
-    here = (own >= 0) & (own < len(table))
-    rows = F.embedding(torch.where(here, own, 0), table)
+    length = table.rows if isinstance(table, QuantizedWeight) else len(table)
+    own = ids - parallel.rank * length
+    here = (own >= 0) & (own < length)
+    rows = rows_of(torch.where(here, own, 0), table)
     return parallel.sum(rows.masked_fill(~here.unsqueeze(1), 0))

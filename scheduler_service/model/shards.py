@@ -8,15 +8,21 @@ them. Embeddings and head are cut by token where the vocabulary can be divided. 
 from collections.abc import Callable
 from dataclasses import replace
 
+from quartet.kernels.cpu.native.quantized import UNIT
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec
 from quartet.scheduler_service.weights.cuts import Cut
 from quartet.scheduler_service.weights.parameters import Layout
+from quartet.scheduler_service.weights.storage import PRODUCTS
 
 UNEVEN = "--tp-size {}: {} {} cannot be divided among the ranks; use a --tp-size that divides them"
 REFUSED = "--tp-size {}: {}, which one process computes; use --tp-size 1"
+SPLIT = (
+    "--quantization {} with --tp-size {}: each rank has {} columns of the weight {}, which are not whole groups of {}; "
+    "use another --tp-size, or leave one out"
+)
 # What several ranks do not compute: whether a model has it, and what it is called
 WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
     (lambda spec: spec.latent is not None, "this model has latent attention"),
@@ -88,6 +94,14 @@ def shard_layout(spec: DecoderSpec, parallel: Parallel) -> Layout:
             layout.cuts[name] = cut
             layout.cut_buffers[place.buffer] = cut.dimension
     return layout
+
+
+def check_groups(layout: Layout, choice: str) -> None:
+    """Raise StartupError where a cut would fall into a group of numbers that share a scale (--quantization)."""
+    for buffer, dimension in layout.cut_buffers.items():
+        columns = layout.buffers[buffer][-1]
+        if buffer in PRODUCTS and dimension == 1 and columns % UNIT:
+            raise StartupError(SPLIT.format(choice, layout.parallel.size, columns, buffer, UNIT))
 
 
 def cut_of(whole: tuple[int, ...], own: tuple[int, ...], parallel: Parallel) -> Cut | None:

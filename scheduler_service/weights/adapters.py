@@ -5,7 +5,7 @@ and values must be finite.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import re2
@@ -17,6 +17,7 @@ from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights import pickled, tensor_io
 from quartet.scheduler_service.weights.adapter_config import ModuleSettings, read_settings
 from quartet.scheduler_service.weights.checkpoint import DTYPES, CheckpointError, StoredTensor, read_headers
+from quartet.scheduler_service.weights.cuts import Cut
 from quartet.scheduler_service.weights.file_identity import FileIdentity, identity_of
 from quartet.scheduler_service.weights.parameters import Layout, Place, Slab
 
@@ -85,12 +86,13 @@ def read_adapter(
     pairs = paired(stored)
     allowed = None if modules is None or set(modules).intersection(ALL_MODULES) else set(modules)
     places = {module: place_of(module, layout, allowed) for module in pairs}
-    for module, place in places.items():
-        check_shapes(module, pairs[module], place, config.rank_of(module))
+    for module in places:
+        check_shapes(module, pairs[module], layout.whole_shape(f"{module}.weight"), config.rank_of(module))
     slabs: dict[Slab, list[Factors]] = {}
     for module, place in places.items():
         factors = read_factors(module, pairs[module], place, config, dtype)
-        slabs.setdefault((place.buffer, place.index), []).append(factors)
+        own = own_part(factors, layout.cuts.get(f"{module}.weight"))
+        slabs.setdefault((place.buffer, place.index), []).append(own)
         yield_point()
     return AdapterTensors(config.largest_rank, slabs)
 
@@ -129,9 +131,18 @@ def place_of(module: str, layout: Layout, allowed: Collection[str] | None) -> Pl
     return place
 
 
-def check_shapes(module: str, pair: Pair, place: Place, rank: int) -> None:
-    """Raise CheckpointError unless both factors fit the weight and the rank that the settings name."""
-    rows, columns = place.shape
+def own_part(factors: Factors, cut: Cut | None) -> Factors:
+    """What one rank has of an adapter: the part of `b` or `a` that belongs to its part of the weight."""
+    if cut is None:
+        return factors
+    if cut.dimension == 0:
+        return replace(factors, b=cut.of(factors.b).contiguous())
+    return replace(factors, a=cut.of(factors.a).contiguous())
+
+
+def check_shapes(module: str, pair: Pair, shape: tuple[int, ...], rank: int) -> None:
+    """Raise CheckpointError unless both factors fit the weight, of this shape, and the rank that the settings name."""
+    rows, columns = shape
     for letter, expected in (("A", (rank, columns)), ("B", (rows, rank))):
         tensor = pair[letter]
         if tensor.shape != expected:

@@ -13,12 +13,16 @@ from pathlib import Path
 import xxhash
 
 from quartet.runtime.shorten import short
+from quartet.scheduler_service.host.background import yield_point
+from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.load import tensor_list
 from quartet.scheduler_service.weights.tensor_io import bytes_of, open_file, read_chunks
 
 Manifest = Mapping[str, str]
+
+CHUNK_BYTES = 1 << 20  # read between two yield points
 
 
 def check_names(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -35,6 +39,17 @@ def check_digest(manifest: Manifest, name: str, digest: str) -> None:
         raise CheckpointError(f"tensor {name} hashes to {digest}, the manifest says {short(expected)}")
 
 
+def check_share(manifest: Manifest, checkpoint: Checkpoint, ranks: Parallel) -> None:
+    """Check the digests of this rank's share of the tensors, whole ones; the other ranks check the rest.
+
+    A rank loads parts of tensors. That the hashed bytes are the loaded ones follows from the identity of the files,
+    which is the same before and after. Raises CheckpointError.
+    """
+    largest_first = sorted(checkpoint.tensors, key=lambda name: (-checkpoint.tensors[name].nbytes, name))
+    for name in largest_first[ranks.rank :: ranks.size]:
+        check_digest(manifest, name, digest_of(checkpoint.tensors[name]))
+
+
 def manifest_of(directory: Path) -> dict[str, str]:
     """The manifest of all tensors in a directory. Raises CheckpointError."""
     checkpoint = checkpoint_of(directory)
@@ -45,7 +60,8 @@ def digest_of(stored: StoredTensor) -> str:
     """The digest of a tensor's bytes in its file. Raises CheckpointError."""
     digest = xxhash.xxh3_64()
     with open_file(stored.file) as descriptor:
-        for values, _ in read_chunks(stored, None, descriptor):
+        for values, _ in read_chunks(stored, None, descriptor, CHUNK_BYTES):
+            yield_point()
             digest.update(bytes_of(values))
     return digest.hexdigest()
 

@@ -204,6 +204,9 @@ class Updates:
             return
         if digests is not None:
             manifest.check_names(digests, checkpoint)
+            if self.live.layout.cuts:
+                manifest.check_share(digests, checkpoint, self.live.layout.parallel)
+                digests = None
         checkpoint = ties.with_tied_tensors(checkpoint, self.live.layout)
         checkpoint = staging.check_checkpoint(checkpoint, self.live)
         with nullcontext() if self.live.device.type == "cpu" else unthrottled():
@@ -258,8 +261,8 @@ class Updates:
                 continue
             if name not in known:
                 raise CheckpointError(f"the model has no tensor {short(name)}")
-            if tuple(shape) != known[name][0]:
-                raise CheckpointError(f"tensor {name} has shape {short(shape)}, the model needs {list(known[name][0])}")
+            if tuple(shape) != (needed := self.live.layout.whole_shape(name)):
+                raise CheckpointError(f"tensor {name} has shape {short(shape)}, the model needs {list(needed)}")
         return wire.entries_of(command.names, command.dtypes, command.shapes)
 
     @on_one_thread
@@ -321,13 +324,16 @@ class Updates:
             return Staged(self.second, names, self.live.pack(self.second, names, yield_point), source)
 
     @on_one_thread
-    def randomized(self, names: Collection[str]) -> Staged:
-        """Random values for these tensors."""
+    def randomized(self, names: Collection[str], seed: int | None = None) -> Staged:
+        """Random values for these tensors; the same for the same seed, on every rank."""
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if seed is None else seed)
         for buffer in {self.live.layout.places[name].buffer for name in names}:
             self.second.copy_buffer(self.live, buffer)
         for name in names:
             with self.second.writing(name, yield_point) as values:
-                values.normal_()
+                whole = torch.empty(self.live.layout.whole_shape(name)).normal_(generator=generator)
+                values.copy_(self.live.layout.own_part(name, whole))
         return self.packed(frozenset(names))
 
     # swap: between two steps

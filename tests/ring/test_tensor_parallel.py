@@ -4,6 +4,7 @@ import base64
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,25 @@ from safetensors.torch import save
 
 from quartet.runtime.model_files.model_info import DEMO
 from quartet.scheduler_service.weights.inspection import digest_of
+from quartet.scheduler_service.weights.manifest import manifest_of
 from tests import checkpoints
-from tests.ring.test_recovery import BODIES, FLAGS, Stream, assert_same, wait_for_return
+from tests.adapters import write_adapter
+from tests.ring.test_recovery import BODIES, FLAGS, MANY, RETURNED, Stream, assert_same, wait_for_return
 from tests.servers import Server, command_line, launched
+from tests.unit.scheduler_service.control.test_process_groups import GROUP, trainer
 
 WAIT_S = 60
 FIRST = 100  # version v answers token FIRST + v
 STREAMS, UPDATES, TOKENS = 8, 6, 100
 PROMPT = list(range(10, 42))
+ADAPTED = {**BODIES[0], "lora_path": "a"}
 EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with launched("--model-path", "demo", "--tp-size", "2", "--device", "cpu", *FLAGS) as server:
+    own = ("--enable-memory-saver", "--enable-lora")
+    with launched("--model-path", "demo", "--tp-size", "2", "--device", "cpu", *own, *FLAGS) as server:
         yield server
 
 
@@ -132,22 +138,77 @@ def test_tensors_in_the_body_are_taken_by_all_ranks_or_by_none(server: Server) -
     assert generate(server, 2)["output_ids"] == [FIRST + 8] * 2
 
 
-def test_commands_that_only_one_process_can_follow_are_refused(server: Server) -> None:
-    group = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 3, "group_name": "g"}
-    for route, body in [
-        ("release_memory_occupation", {}),
-        ("weights_checker", {"action": "reset_tensors"}),
-        ("init_weights_update_group", {**group, "backend": "gloo"}),
-    ]:
-        answer = post(server, route, body)
-        assert answer.status_code == 400, (route, answer.text)
-    assert post(server, "flush_cache", {}).status_code == 200
+def test_a_manifest_is_checked_before_any_rank_takes_the_weights(server: Server, versions: list[Path]) -> None:
+    digests = manifest_of(versions[0])
+    body = {"model_path": str(versions[0]), "manifest": digests}
+    assert post(server, "update_weights_from_disk", body).json()["success"]
+    assert generate(server, 2)["output_ids"] == [FIRST] * 2
+    for name in digests:
+        wrong = {"model_path": str(versions[1]), "manifest": manifest_of(versions[1]) | {name: "0" * 16}}
+        refused = post(server, "update_weights_from_disk", wrong)
+        assert refused.status_code == 400 and f"tensor {name} hashes to" in refused.text
+    assert generate(server, 2)["output_ids"] == [FIRST] * 2
+
+
+def test_all_ranks_draw_the_same_random_weights(server: Server, versions: list[Path]) -> None:
+    assert post(server, "weights_checker", {"action": "snapshot"}).status_code == 200
+    assert post(server, "weights_checker", {"action": "reset_tensors"}).status_code == 200
+    assert "differ from the snapshot in" in post(server, "weights_checker", {"action": "compare"}).text
+    found = post(server, "weights_checker", {"action": "checksum"})  # copies that differ would be an error
+    assert found.status_code == 200 and found.json()["per_engine_checksum"]
+    assert post(server, "update_weights_from_disk", {"model_path": str(versions[0])}).json()["success"]
+    assert generate(server, 2)["output_ids"] == [FIRST] * 2
+
+
+def test_memory_is_given_back_by_all_ranks_and_taken_again(server: Server, versions: list[Path]) -> None:
+    assert post(server, "release_memory_occupation", {}).status_code == 200
+    assert "The memory of the weights is released" in post(server, "get_weights_by_name", {"name": EMBEDDINGS}).text
+    assert post(server, "resume_memory_occupation", {}).status_code == 200
+    assert post(server, "update_weights_from_disk", {"model_path": str(versions[1])}).json()["success"]
+    assert generate(server, 5)["output_ids"] == [FIRST + 1] * 5
+
+
+def test_all_ranks_receive_what_a_trainer_broadcasts(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "sent.safetensors").write_bytes(save({EMBEDDINGS: embeddings(FIRST + 9)}))
+    too_small = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
+    refused = post(server, "init_weights_update_group", {**too_small, "group_name": GROUP, "backend": "gloo"})
+    assert refused.status_code == 400 and "ranks 1 to 2 of 2" in refused.text
+    with trainer(tmp_path / "sent.safetensors", world_size=3) as sending, ThreadPoolExecutor() as pool:
+        group = {**too_small, "master_port": sending.port, "world_size": 3, "group_name": GROUP, "backend": "gloo"}
+        joined = pool.submit(post, server, "init_weights_update_group", group)
+        assert sending.read_line() == "joined" and joined.result().json()["success"], joined.result().text
+        names = {"names": [EMBEDDINGS], "dtypes": ["float32"], "shapes": [[2048, 256]], "group_name": GROUP}
+        taken = pool.submit(post, server, "update_weights_from_distributed", names)
+        sending.go()
+        assert taken.result().json()["success"], taken.result().text
+        assert generate(server, 2)["output_ids"] == [FIRST + 9] * 2
+        assert post(server, "destroy_weights_update_group", {"group_name": GROUP}).json()["success"]
+    checksums = post(server, "weights_checker", {"action": "checksum"}).json()["ranks"]
+    assert checksums[0]["checksums"] == checksums[1]["checksums"]
+
+
+def test_adapters_are_loaded_by_all_ranks_and_outlive_the_group(server: Server, tmp_path: Path) -> None:
+    assert post(server, "update_weights_from_disk", {"model_path": "demo"}).json()["success"]
+    place = write_adapter(DEMO, tmp_path / "adapter", seed=3)
+    assert post(server, "load_lora_adapter", {"lora_name": "a", "lora_path": str(place)}).status_code == 200
+    refused = post(server, "load_lora_adapter", {"lora_name": "b", "lora_path": str(tmp_path)})
+    assert refused.status_code == 400 and "adapter_config.json" in refused.text
+    base, adapted = [Stream(server.url, body).answers() for body in (BODIES[0], ADAPTED)]
+    assert base[0]["ids"] != adapted[0]["ids"]
+    streams = [Stream(server.url, body) for body in (BODIES[0], ADAPTED)]
+    streams[1].reach(20)
+    before = server.log.count(RETURNED.format("scheduler"))
+    rank(server, 1).kill()
+    wait_for_return(server, "scheduler", before + 1)
+    assert_same([stream.answers() for stream in streams], [base, adapted])
+    assert post(server, "unload_lora_adapter", {"lora_name": "a"}).status_code == 200
 
 
 def test_streams_go_on_when_either_rank_is_killed(server: Server) -> None:
     assert post(server, "update_weights_from_disk", {"model_path": "demo"}).status_code == 200
     before = [stream.answers() for stream in [Stream(server.url, body) for body in BODIES]]
-    for count, number in enumerate((1, 0), 1):
+    returned = server.log.count(RETURNED.format("scheduler"))
+    for count, number in enumerate((1, 0), returned + 1):
         streams = [Stream(server.url, body) for body in BODIES]
         streams[0].reach(20)
         rank(server, number).kill()
@@ -155,3 +216,57 @@ def test_streams_go_on_when_either_rank_is_killed(server: Server) -> None:
         assert_same([stream.answers() for stream in streams], before)
     assert requests.get(f"{server.url}/health", timeout=WAIT_S).status_code == 200
     assert server.log.count("Ending the group.") >= 1
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Iterator[Server]:
+    own = ("--quantization", "int8", "--dtype", "bfloat16", "--enable-deterministic-inference")
+    own = (*own, "--sleep-when-idle-s", "1", "--watchdog-timeout", "10", *MANY)
+    with launched("--model-path", "demo", "--tp-size", "2", "--device", "cpu", *own) as server:
+        yield server
+
+
+def test_ranks_that_slept_wake_with_the_same_weights(quantized: Server) -> None:
+    before = [stream.answers() for stream in [Stream(quantized.url, body) for body in BODIES]]
+    quantized.wait_for("gave back the memory of weights and KV pool")
+    assert [Stream(quantized.url, body).answers() for body in BODIES] == before
+    quantized.wait_for("Took the memory again")
+
+
+def test_streams_go_on_when_a_rank_stops_for_longer_than_the_watchdog_waits(quantized: Server) -> None:
+    before = [stream.answers() for stream in [Stream(quantized.url, body) for body in BODIES]]
+    streams = [Stream(quantized.url, body) for body in BODIES]
+    streams[0].reach(20)
+    stopped = rank(quantized, 1)
+    stopped.suspend()
+    wait_for_return(quantized, "scheduler")
+    assert [stream.answers() for stream in streams] == before
+    assert "has not moved for 10 s (--watchdog-timeout)" in quantized.log
+    assert not stopped.is_running() and rank(quantized, 1).is_running()
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[Server]:
+    own = ("--tp-size", "2", "--dp-size", "2", "--device", "cpu", *FLAGS)
+    with launched("--model-path", "demo", *own) as server:
+        yield server
+
+
+def test_a_dead_groups_requests_go_on_in_another(groups: Server) -> None:
+    before = [stream.answers() for stream in [Stream(groups.url, body) for body in BODIES]]
+    start = len(groups.log)
+    streams = [Stream(groups.url, {**body, "data_parallel_rank": 1}) for body in BODIES]
+    streams[0].reach(20)
+    [follower] = groups.children()["scheduler DP1 TP0"].children()
+    assert command_line(follower)[:1] == ["quartet::scheduler DP1 TP1"]
+    follower.kill()
+    assert_same([stream.answers() for stream in streams], before)
+    groups.wait_for_match(r"The scheduler DP1 takes requests", start, WAIT_S)
+    assert {event["meta_info"]["dp_rank"] for stream in streams for event in stream.events} == {0, 1}
+
+
+def test_an_update_reaches_all_groups(groups: Server, versions: list[Path]) -> None:
+    assert post(groups, "update_weights_from_disk", {"model_path": str(versions[1])}).json()["success"]
+    found = post(groups, "weights_checker", {"action": "checksum"}).json()["ranks"]
+    assert [entry["rank"] for entry in found] == [0, 1, 2, 3]
+    assert all(entry["checksums"] == found[0]["checksums"] for entry in found)

@@ -3,7 +3,7 @@
 import pytest
 
 from quartet.runtime.errors import StartupError
-from quartet.runtime.launcher.child import Service, child_environment, device_number, usable_cores
+from quartet.runtime.launcher.child import Service, child_environment, device_numbers, usable_cores
 from quartet.runtime.launcher.launch import SERVICES, ranked
 from quartet.runtime.launcher.supervisor import Supervisor
 from tests.configs import resolved
@@ -36,9 +36,16 @@ def test_cores_are_divided():
 
 
 def test_each_gets_a_gpu_of_those_that_are_visible():
-    assert [device_number(service, {}) for service in (FIRST, SECOND)] == ["0", "1"]
+    assert [device_numbers(service, {}) for service in (FIRST, SECOND)] == ["0", "1"]
     visible = {"CUDA_VISIBLE_DEVICES": "3, GPU-5"}
-    assert [device_number(service, visible) for service in (FIRST, SECOND)] == ["3", "GPU-5"]
-    assert device_number(Service("scheduler", "s"), visible) == ""
-    with pytest.raises(StartupError, match="--dp-size 2 needs as many GPUs, and CUDA_VISIBLE_DEVICES names 1"):
-        device_number(FIRST, {"CUDA_VISIBLE_DEVICES": "7"})
+    assert [device_numbers(service, visible) for service in (FIRST, SECOND)] == ["3", "GPU-5"]
+    assert device_numbers(Service("scheduler", "s"), visible) == ""
+    with pytest.raises(StartupError, match="--dp-size 2 needs 2 GPUs, and CUDA_VISIBLE_DEVICES names 1"):
+        device_numbers(FIRST, {"CUDA_VISIBLE_DEVICES": "7"})
+
+
+def test_each_gets_as_many_gpus_as_its_ranks_need():
+    assert [device_numbers(service, {}, 2) for service in (FIRST, SECOND)] == ["0,1", "2,3"]
+    assert device_numbers(SECOND, {"CUDA_VISIBLE_DEVICES": "a,b,c,d,e"}, 2) == "c,d"
+    with pytest.raises(StartupError, match="--dp-size 2 with --tp-size 2 needs 4 GPUs, and CUDA_VISIBLE_DEVICES names"):
+        device_numbers(FIRST, {"CUDA_VISIBLE_DEVICES": "0,1"}, 2)

@@ -45,9 +45,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def trainer(file: Path, *options: str) -> Iterator[Trainer]:
+def trainer(file: Path, *options: str, world_size: int = 2) -> Iterator[Trainer]:
     port = free_port()
-    command = [sys.executable, "-m", "tests.trainer", str(port), "2", GROUP, str(file), *options]
+    command = [sys.executable, "-m", "tests.trainer", str(port), str(world_size), GROUP, str(file), *options]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield Trainer(process, port)

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from quartet.runtime.control import InitWeightsUpdateGroup
 from quartet.runtime.errors import CommandRefused
 from quartet.scheduler_service.execution.rank_messages import (
     Answer,
@@ -11,14 +13,19 @@ from quartet.scheduler_service.execution.rank_messages import (
     Commit,
     FromDisk,
     GiveUp,
+    JoinGroup,
+    LeaveGroup,
     Message,
     Part,
+    Randomize,
+    Reread,
     as_bytes,
 )
 from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
 from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.host.parallel import Parallel
-from quartet.scheduler_service.weights import record
+from quartet.scheduler_service.weights import distributed, record
+from quartet.scheduler_service.weights.manifest import manifest_of
 from tests import checkpoints
 from tests.configs import resolved
 
@@ -91,10 +98,57 @@ def test_files_that_change_between_two_ranks_are_refused(updates: LeadingUpdates
     assert other.heard[-1] == GiveUp()
 
 
-def test_a_manifest_is_refused_before_anybody_reads(updates: LeadingUpdates, other: Scripted, new: Path) -> None:
-    with pytest.raises(CommandRefused, match="leave the manifest out"):
-        updates.from_disk(str(new), "auto", {HEAD: "00"})
+def test_all_ranks_get_the_manifest_and_one_wrong_digest_is_everybodys(
+    updates: LeadingUpdates, other: Scripted, new: Path
+) -> None:
+    digests = manifest_of(new)
+    other.script = [Answer(record.files_of(new))]
+    updates.swap(updates.from_disk(str(new), "auto", digests), "2")
+    assert other.heard == [FromDisk(str(new), "auto", digests), Commit()]
+    other.script = [Answer(record.files_of(new))]
+    with pytest.raises(CommandRefused, match=f"tensor {HEAD} hashes to"):
+        updates.from_disk(str(new), "auto", digests | {HEAD: "00"})
+    assert other.heard[-1] == GiveUp()
+
+
+def test_random_values_are_those_of_one_seed(updates: LeadingUpdates, other: Scripted) -> None:
+    other.script = [Answer(), Answer()]
+    values = []
+    for _ in range(2):
+        updates.swap(updates.randomized([HEAD], seed=7), "2")
+        values.append(updates.live.view(HEAD).clone())
+    assert torch.equal(*values) and other.heard[0] == Randomize([HEAD], 7)
+
+
+def test_files_that_change_before_they_are_read_again_are_refused(updates: LeadingUpdates, other: Scripted) -> None:
+    other.script = [Answer({"model.safetensors": [1, 2]})]
+    with pytest.raises(CommandRefused, match="were changed while the ranks read them"):
+        updates.reread()
+    assert other.heard == [Reread(), GiveUp()]
+
+
+def test_a_trainers_group_must_have_room_for_all_ranks(updates: LeadingUpdates, other: Scripted) -> None:
+    command = InitWeightsUpdateGroup(
+        id="", master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=2, group_name="g", backend="gloo"
+    )
+    with pytest.raises(CommandRefused, match="ranks 1 to 2 of 2: the trainer is rank 0, and --tp-size 2 takes"):
+        updates.join_group(command)
     assert other.heard == []
+
+
+def test_ranks_that_have_joined_leave_when_one_could_not(
+    updates: LeadingUpdates, other: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "join", lambda spec: "group")
+    left: list[str] = []
+    monkeypatch.setattr(distributed, "leave", left.append)
+    command = InitWeightsUpdateGroup(
+        id="", master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=3, group_name="g", backend="gloo"
+    )
+    other.script = [Answer(refusal="no trainer"), Answer()]
+    with pytest.raises(CommandRefused, match=r"no trainer \(rank 1\)"):
+        updates.join_group(command)
+    assert other.heard == [JoinGroup(command), LeaveGroup("g")] and left == ["group"] and not updates.groups
 
 
 def test_copies_that_differ_between_ranks_are_an_error(updates: LeadingUpdates, other: Scripted) -> None:
