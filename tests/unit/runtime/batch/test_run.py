@@ -49,6 +49,31 @@ def test_each_line_is_answered_once_and_so_many_at_once(tmp_path):
     assert 2 <= most <= 8
 
 
+def test_runs_that_share_places_have_no_more_lines_in_memory_than_places(tmp_path):
+    most, read, kept = 3, 0, 0
+
+    def counted():
+        nonlocal read
+        for line in lines.read(batch()):
+            read += 1
+            assert read - kept <= most
+            yield line
+
+    class Counting(Results):
+        def add(self, entry):
+            nonlocal kept
+            super().add(entry)
+            kept += 1
+
+    async def both() -> None:
+        places = asyncio.Semaphore(most)
+        files = [Counting(tmp_path / name) for name in ("first", "second")]
+        await asyncio.gather(*(run_batch(counted(), results, echo, COUNT, places=places) for results in files))
+
+    asyncio.run(both())
+    assert names(tmp_path / "first") == names(tmp_path / "second") == EXPECTED
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_that_dies_again_and_again_loses_and_doubles_nothing(tmp_path, seed):
     chance = random.Random(seed)
