@@ -87,6 +87,12 @@ def test_a_process_that_never_answers_is_given_up() -> None:
     guarded.close()
 
 
+def test_a_process_that_takes_long_to_start_is_waited_for() -> None:
+    guarded = Guarded(WORK, wall_s=0.0)
+    assert guarded.run(b"first", 1.0) == b"first"
+    guarded.close()
+
+
 def test_closing_leaves_no_process_behind(guarded: Guarded) -> None:
     processes = pids(guarded)
     guarded.close()
