@@ -78,7 +78,7 @@ def routed(policy: str, *servers: Server) -> Iterator[Router]:
         yield router
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_an_order_that_ends_its_worker_is_told_apart(guarded: Guarded, order: by
 def test_a_worker_that_was_killed_between_two_orders_is_replaced(guarded: Guarded) -> None:
     _, worker = pids(guarded)
     psutil.Process(worker).kill()
-    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=10)
+    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=120)
     assert guarded.run(b"next", 1.0) == b"next"
 
 
@@ -119,5 +119,5 @@ def assert_ended(*numbers: int) -> None:
             running.append(psutil.Process(number))
         except psutil.NoSuchProcess:
             continue
-    _, alive = psutil.wait_procs(running, timeout=10)
+    _, alive = psutil.wait_procs(running, timeout=120)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
