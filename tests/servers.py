@@ -79,14 +79,14 @@ class Server:
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
-    def wait_for(self, text: str, timeout_s: float = 60) -> None:
+    def wait_for(self, text: str, timeout_s: float = 120) -> None:
         """Block until the log has `text`; fail with the whole log when the server ends or time is up."""
         with self._more:
             seen = self._more.wait_for(lambda: self._ended or text in "".join(self._lines), timeout_s)
             assert seen, f"no {text!r} within {timeout_s} s:\n{''.join(self._lines)}"
             assert text in "".join(self._lines), f"the server ended before {text!r}:\n{''.join(self._lines)}"
 
-    def wait_for_match(self, pattern: str, start: int = 0, timeout_s: float = 20) -> re.Match[str]:
+    def wait_for_match(self, pattern: str, start: int = 0, timeout_s: float = 60) -> re.Match[str]:
         """Block until a line from the log's position `start` on matches; fail with what came since then."""
         line = re.compile(pattern, re.MULTILINE)
         with self._more:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 MODULE = "quartet.tokenizer_service.renderer"
 WALL_S = 10.0
+NOT_COMPILED = "the chat template of {} takes too much time or memory to compile{}"
 START_CPU_S = 1.0
 SLACK = 2.0  # the sandbox, which says more, should be the first to notice
 BYTES_PER_S = 20e6  # of a conversation, only to read it
@@ -55,7 +56,7 @@ def started_template(info: ModelInfo, config: ServerConfig) -> "GuardedTemplate 
         started = msgspec.msgpack.decode(process.run(b"", START_CPU_S), type=Started)
     except (Gone, OutOfTime, Crashed) as error:
         process.close()
-        raise StartupError(f"the chat template of {info.path} takes too much time or memory to compile") from error
+        raise StartupError(NOT_COMPILED.format(info.path, f" ({error})" if str(error) else "")) from error
     for note in started.notes:
         log.info("%s", note)
     if started.found:

@@ -6,11 +6,10 @@ import msgspec
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from quartet.http_gateway.batches import expiry
+from quartet.http_gateway.batches import expiry, pages
 from quartet.http_gateway.batches.batch import Batch, described, window_s
 from quartet.http_gateway.batches.expiry import ExpiresAfter
 from quartet.http_gateway.batches.files import PURPOSE, found_file
-from quartet.http_gateway.batches.pages import page
 from quartet.http_gateway.batches.service import runner_of
 from quartet.http_gateway.http import errors
 from quartet.http_gateway.routes import bodies
@@ -39,8 +38,11 @@ async def batches(gateway: Gateway, http: HTTPRequest) -> Response:
     """POST begins a batch, GET lists all, the newest first."""
     if http.method == "POST":
         return await begin(gateway, http)
-    found = [described(batch) for batch in await runner_of(http).all()]
-    return errors.json_response(page(http, found, DEFAULT_PAGE, MOST_PER_PAGE))
+    limit, after = pages.limit_of(http, DEFAULT_PAGE, MOST_PER_PAGE), http.query_params.get("after")
+    found = await runner_of(http).newest(limit + 1, after)  # one more, to see whether there is one
+    if found is None:
+        raise pages.not_listed(str(after))
+    return errors.json_response(pages.shown([described(batch) for batch in found], limit))
 
 
 async def begin(gateway: Gateway, http: HTTPRequest) -> Response:

@@ -5,12 +5,14 @@ the process, the next one begins where it stopped. A server that is told to stop
 """
 
 import asyncio
+import copy
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,6 +31,10 @@ log = logging.getLogger(__name__)
 TOO_MANY = f"There are {MAX_UNFINISHED_BATCHES} batches that are not over; try again later."
 EXPIRED = Failure("batch_expired", "The batch's completion window ended before this request could be executed.")
 LOOK_EVERY_S = 0.1  # whether the server is up
+AGAIN_AFTER_S = 10.0  # a disk was full
+THREADS = 2  # that read whole files, of all batches together: threads for requests are others
+
+Result = TypeVar("Result")
 
 
 class StoreFull(Exception):
@@ -47,6 +53,7 @@ class BatchRunner:
         self._is_up = is_up
         self._now = now
         self._places = asyncio.Semaphore(BATCH_REQUESTS_AT_ONCE)
+        self._threads = ThreadPoolExecutor(THREADS, "batches")
         self._live: dict[str, Batch] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._work: dict[str, asyncio.Task[None]] = {}
@@ -75,10 +82,13 @@ class BatchRunner:
         data = await self._store.run(self._store.batch, batch_id)
         return None if data is None else batches.decode(data)
 
-    async def all(self) -> list[Batch]:
-        """All batches, the newest first."""
-        stored = [batches.decode(data) for data in await self._store.run(self._store.batches)]
-        return [self._live.get(batch.id, batch) for batch in reversed(stored)]
+    async def newest(self, count: int, after: str | None) -> list[Batch] | None:
+        """So many batches, the newest first, behind this one; None where there is no such one."""
+        found = await self._store.run(self._store.newest_batches, count, after)
+        if found is None:
+            return None
+        stored = [batches.decode(data) for data in found]
+        return [self._live.get(batch.id, batch) for batch in stored]
 
     def uses(self, file_id: str) -> str | None:
         """A batch that is not over and reads this file."""
@@ -114,22 +124,36 @@ class BatchRunner:
         self._tasks.pop(batch_id, None)
         self._work.pop(batch_id, None)
 
+    async def _in_thread(self, work: Callable[..., Result], *given: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
+
     async def _run(self, batch: Batch) -> None:
-        """A batch to its end."""
+        """A batch to its end. Where a disk is full it waits, and goes on: what is answered stays."""
         while not self._is_up():
             await asyncio.sleep(LOOK_EVERY_S)
+        while not batch.over:
+            try:
+                await self._try(batch)
+            except (OSError, RequestError) as error:  # of the files, and of the store
+                log.error("Batch %s waits %d s and goes on: %s", batch.id, AGAIN_AFTER_S, error)
+                await asyncio.sleep(AGAIN_AFTER_S)
+
+    async def _try(self, batch: Batch) -> None:
+        """The same, once. Raises OSError and RequestError where something cannot be kept now."""
         try:
-            results = await asyncio.to_thread(Results, self._store.partial_of(batch.id))
+            results = await self._in_thread(Results, self._store.partial_of(batch.id))
             try:
                 await self._carry_out(batch, results)
             finally:
                 self._count(batch, results)
-                await asyncio.to_thread(results.close)
+                await self._in_thread(results.close)
         except StoreFull as error:
-            made = await asyncio.to_thread(self._split, batch)  # what was answered is not thrown away
+            made = await self._in_thread(self._split, batch)  # what was answered is not thrown away
             await self._fail(batch, [Wrong("store_full", str(error))], made)
         except FileNotFoundError:
             await self._fail(batch, [Wrong("file_deleted", "The file of the batch was deleted while it ran.")])
+        except (OSError, RequestError):
+            raise
         except Exception as error:
             log.error("Batch %s has failed.", batch.id, exc_info=error)
             await self._fail(batch, [Wrong("internal_error", f"Internal error: {type(error).__name__}")])
@@ -149,14 +173,14 @@ class BatchRunner:
                 work.result()
             elif not batch.cancelling:
                 end = "expired"
-                await asyncio.to_thread(self._expire, batch, results)
+                await self._in_thread(self._expire, batch, results)
         if not batch.over:
             await self._finish(batch, results, "cancelled" if batch.cancelling else end)
 
     async def _answer(self, batch: Batch, results: Results) -> None:
         path = self._store.path_of(batch.input_file_id)
         if batch.status == "validating":
-            total, wrong = await asyncio.to_thread(batches.check, path, batch.endpoint)
+            total, wrong = await self._in_thread(batches.check, path, batch.endpoint)
             if wrong:
                 await self._fail(batch, wrong)
                 return
@@ -166,17 +190,13 @@ class BatchRunner:
         room = await self._store.run(self._store.room)
         self._count(batch, results)
 
-        async def execute(method: str, url: str, body: bytes) -> tuple[int, bytes]:
-            async with self._places:
-                return await self._execute(method, url, body)
-
         def progress() -> None:
             self._count(batch, results)
             if results.size > room:
                 raise StoreFull("the store of files has no room for the results (--files-store-size)")
 
         requests = batches.read_batch(path, batch.endpoint)
-        await run_batch(requests, results, execute, BATCH_REQUESTS_AT_ONCE, progress)
+        await run_batch(requests, results, self._execute, BATCH_REQUESTS_AT_ONCE, progress, self._places)
 
     def _expire(self, batch: Batch, results: Results) -> None:
         """Say of each request without an answer that its time is over."""
@@ -192,14 +212,20 @@ class BatchRunner:
             batch.enter("finalizing", self._now())
             await self._keep(batch)
         self._count(batch, results)
-        made = await asyncio.to_thread(self._split, batch)
-        batch.enter(end, self._now())
-        await self._store.run(self._store.put_batch, batch.id, batches.encode(batch), True, made)
-        self._store.partial_of(batch.id).unlink(missing_ok=True)
+        await self._end(batch, end, await self._in_thread(self._split, batch))
 
     def _split(self, batch: Batch) -> list[StoredFile]:
-        """The results as two files: answers, and what has failed. An empty one is not made."""
+        """The results as two files: answers, and what has failed. An empty one is not made. Raises OSError."""
         output, errors = new_id("file"), new_id("file")
+        try:
+            return self._write(batch, output, errors)
+        except BaseException:
+            for file_id in (output, errors):
+                self._store.path_of(file_id).unlink(missing_ok=True)
+            raise
+
+    def _write(self, batch: Batch, output: str, errors: str) -> list[StoredFile]:
+        """The same under these ids."""
         with (
             open(self._store.path_of(output), "xb") as answers,
             open(self._store.path_of(errors), "xb") as failures,
@@ -223,8 +249,20 @@ class BatchRunner:
 
     async def _fail(self, batch: Batch, wrong: list[Wrong], made: Sequence[StoredFile] = ()) -> None:
         batch.errors = WrongList(wrong)
-        batch.enter("failed", self._now())
-        await self._store.run(self._store.put_batch, batch.id, batches.encode(batch), True, made)
+        await self._end(batch, "failed", made)
+
+    async def _end(self, batch: Batch, end: Status, made: Sequence[StoredFile]) -> None:
+        """Keep a batch as over, with its files. Raises RequestError, and then it is not over."""
+        ended = copy.copy(batch)
+        ended.enter(end, self._now())
+        try:
+            await self._store.run(self._store.put_batch, batch.id, batches.encode(ended), True, made)
+        except RequestError:
+            for file in made:
+                self._store.path_of(file.id).unlink(missing_ok=True)
+            batch.output_file_id = batch.error_file_id = None
+            raise
+        batch.enter(end, self._now())
         self._store.partial_of(batch.id).unlink(missing_ok=True)
 
     async def _keep(self, batch: Batch) -> None:

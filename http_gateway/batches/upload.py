@@ -35,6 +35,8 @@ async def form_of(http: HTTPRequest, most_bytes: int) -> AsyncGenerator[FormData
         raise RequestError(
             "Invalid multipart body: its text is not in the charset that it names.", field="file"
         ) from None
+    except OSError as error:  # where large uploads are kept until they are whole
+        raise RequestError(f"The file cannot be kept: {error.strerror}", Kind.UNAVAILABLE, "file") from error
     try:
         yield form
     finally:

@@ -175,7 +175,8 @@ def probabilities(scores: list[float], embedding: Embedding) -> list[float]:
         return [sigmoid(scores[0])]
     largest = max(scores)
     shares = [math.exp(score - largest) for score in scores]
-    return [share / sum(shares) for share in shares]
+    total = sum(shares)
+    return [share / total for share in shares]
 
 
 def sigmoid(score: float) -> float:

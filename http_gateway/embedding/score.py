@@ -106,7 +106,8 @@ def shares(logprobs: list[float], among_labels: bool) -> list[float]:
     if largest == -math.inf:
         return [1 / len(logprobs)] * len(logprobs)
     found = [math.exp(value - largest) for value in logprobs]
-    return [value / sum(found) for value in found] if among_labels else found
+    total = sum(found)
+    return [value / total for value in found] if among_labels else found
 
 
 SHAPE = errors.with_client_names(

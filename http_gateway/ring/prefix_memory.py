@@ -8,6 +8,7 @@ beginning of two prompts become equal ids, but for a few at the end.
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import msgspec
 import xxhash
@@ -43,6 +44,21 @@ class PrefixMemory:
 
     def forget(self) -> None:
         self._blocks.clear()
+
+
+class PromptBlocks:
+    """`blocks_of` a prompt, computed once for the copies of it that come one after the other."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._blocks: list[int] = []
+
+    def of(self, generate: Generate) -> list[int]:
+        request = generate.request
+        key = (generate.text, generate.chat, generate.input_ids, request.adapter, request.extra_key)
+        if any(one is not other for one, other in zip_longest(key, self._key)):
+            self._key, self._blocks = key, blocks_of(generate)
+        return self._blocks
 
 
 def blocks_of(generate: Generate) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, PrefixMemory, blocks_of
+from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, PrefixMemory, PromptBlocks
 from quartet.runtime import records
 from quartet.runtime.messages import SCHEDULER, Facts, Generate, Reply, title_of
 
@@ -58,6 +58,7 @@ class Schedulers:
     def __init__(self, count: int, run_dir: str = "") -> None:
         """`run_dir`: keeps what all must serve for the next gateway, where there are several."""
         self.all = [SchedulerState(rank) for rank in range(count)]
+        self._prompts = PromptBlocks()
         self.on_change: Callable[[], None] = lambda: None  # what all must serve has changed
         self._changes = 0  # of weights, that are decided and not finished
         self._run_dir = run_dir if count > 1 else ""
@@ -122,7 +123,7 @@ class Schedulers:
         if not self.several:
             return 0
         serving, wanted = self.serving(), generate.request.wanted_rank
-        blocks = blocks_of(generate)
+        blocks = self._prompts.of(generate)
         chosen = next((one for one in serving if one.rank == wanted), None) or best(serving, blocks)
         chosen.prefixes.add(blocks)
         chosen.requests += 1

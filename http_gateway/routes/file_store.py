@@ -59,6 +59,7 @@ UPDATE batches SET changed_at = CAST(strftime('%s', 'now') AS INTEGER);
 PUT = """
 INSERT INTO batches VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET over = ?2, data = ?3, changed_at = ?4
 """
+NEWEST = "SELECT data FROM batches WHERE ?1 IS NULL OR rowid < ?1 ORDER BY rowid DESC LIMIT ?2"
 FORGET = "DELETE FROM batches WHERE over AND rowid <= (SELECT max(rowid) FROM batches) - ?"
 # The oldest that are over, beyond so many bytes. The newest stay in any case: somebody waits for their end.
 TRIM = """
@@ -142,7 +143,7 @@ class FileStore:
             pass
 
     def add(self, content: BinaryIO, size: int, filename: str, purpose: str, keep_s: float | None = None) -> StoredFile:
-        """Keep a copy of a file, for `keep_s` at most. Raises RequestError (413) where there is no room."""
+        """Keep a copy of a file, for `keep_s` at most. Raises RequestError: 413 without room, 503 of a full disk."""
         if size > self.room():
             raise RequestError(FULL.format(size), Kind.TOO_LARGE, "file")
         if len(self.files(None)) >= MAX_FILES:
@@ -155,6 +156,9 @@ class FileStore:
             with self._transaction() as database:
                 insert(database, [file])
                 self._trim(database)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise RequestError(f"The file cannot be kept: {error.strerror}", Kind.UNAVAILABLE, "file") from error
         except BaseException:
             path.unlink(missing_ok=True)  # nobody would count it
             raise
@@ -203,6 +207,16 @@ class FileStore:
         with self._transaction() as database:
             rows = database.execute("SELECT data FROM batches WHERE NOT over OR NOT ? ORDER BY rowid", (unfinished,))
             return [row[0] for row in rows]
+
+    def newest_batches(self, count: int, after: str | None) -> list[bytes] | None:
+        """So many batches, the newest first, behind the one with this id; None where there is no such one."""
+        with self._transaction() as database:
+            row = None
+            if after is not None:
+                row = database.execute("SELECT rowid FROM batches WHERE id = ?", (after,)).fetchone()
+                if row is None:
+                    return None
+            return [found[0] for found in database.execute(NEWEST, (row and row[0], count))]
 
     def close(self) -> None:
         """Leave the directory to others; one that was for this process alone is removed."""

@@ -4,6 +4,7 @@ Knows nothing of HTTP: whoever calls says how a request is carried out.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 
 from quartet.runtime.batch import lines
@@ -23,26 +24,39 @@ async def run_batch(
     execute: Execute,
     at_once: int,
     progress: Callable[[], None] = lambda: None,
+    places: asyncio.Semaphore | None = None,
 ) -> None:
-    """Answer every line that has no result yet. What `execute` raises ends the run; what is done stays done."""
+    """Answer every line that has no result yet. What `execute` raises ends the run; what is done stays done.
+
+    `places`: those of several runs together; a line is read, and in memory, only while it has one.
+    """
     turn = asyncio.Lock()
+    places = places or asyncio.Semaphore(at_once)
 
     def following() -> Request | BadLine | None:
         return next((line for line in batch if not results.has(line)), None)
 
-    async def work() -> None:
-        while True:
+    def keep(line: Request | BadLine, status: int, body: bytes) -> None:
+        if isinstance(line, BadLine):
+            results.add(lines.failed(line.custom_id, line.failure))
+        else:
+            results.add(lines.answered(line.custom_id, status, body, line.result_id))
+
+    async def one() -> bool:
+        async with contextlib.AsyncExitStack() as held:
             async with turn:
+                await held.enter_async_context(places)
                 line = await asyncio.to_thread(following)
             if line is None:
-                return
-            if isinstance(line, BadLine):
-                entry = lines.failed(line.custom_id, line.failure)
-            else:
-                status, body = await patiently(execute, line)
-                entry = lines.answered(line.custom_id, status, body, line.result_id)
-            await asyncio.to_thread(results.add, entry)
-            progress()
+                return False
+            status, body = (0, b"") if isinstance(line, BadLine) else await patiently(execute, line)
+            await asyncio.to_thread(keep, line, status, body)
+        progress()
+        return True
+
+    async def work() -> None:
+        while await one():
+            pass
 
     try:
         async with asyncio.TaskGroup() as workers:

@@ -53,7 +53,11 @@ class ExitStatus(IntEnum):
 
 
 class Signals:
-    """SIGTERM and SIGINT as a count and a file descriptor to poll."""
+    """SIGTERM and SIGINT as a count and a file descriptor to poll.
+
+    Once one was counted, both are ignored from the end on: the process cleans up and ends, and whoever asks for its end
+    once more must not cut that short.
+    """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
     SAME_S = 0.1  # timeout(1) signals a process and then its group: that is one request to stop, not two
@@ -71,7 +75,7 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.count else handler)
         signal.set_wakeup_fd(self._old_wakeup_fd)
         os.close(self._read_fd)
         os.close(self._write_fd)

@@ -32,6 +32,7 @@ NUMBER = struct.Struct("<Q")
 DONE, OUT_OF_TIME, CRASHED = 0, 1, 2
 PREPARE_CPU_S = 10.0
 WALL_S = 30.0  # for one order: a process that is stopped, or that the machine never runs, is given up
+START_WALL_S = 120.0  # for the first one of a process: imports take long on a busy machine
 
 Handle = Callable[[bytes], bytes]
 Prepare = Callable[[bytes], Handle]
@@ -63,6 +64,7 @@ class Guarded:
         self._wall_s = wall_s
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = False  # the process was killed
+        self._fresh = True  # it has not answered yet
         self._lock = threading.Lock()  # of these two; never held while an answer is waited for
         self._number = 0
 
@@ -80,6 +82,7 @@ class Guarded:
             process.stdin.write(ORDER.pack(self._number, cpu_s, len(order)) + order)
             process.stdin.flush()
             verdict, answer = self._answer(process.stdout)
+            self._fresh = False
         except OSError as error:
             self.end()
             raise Gone(str(error)) from error
@@ -92,9 +95,10 @@ class Guarded:
     def _answer(self, stream: IO[bytes]) -> tuple[int, bytes]:
         """Verdict and bytes of the order that was sent last. Raises OSError where none comes."""
         while True:
-            readable, _, _ = select.select([stream], [], [], self._wall_s)
+            wall_s = max(self._wall_s, START_WALL_S) if self._fresh else self._wall_s
+            readable, _, _ = select.select([stream], [], [], wall_s)
             if not readable:
-                raise TimeoutError(f"no answer within {self._wall_s} s")
+                raise TimeoutError(f"no answer within {wall_s:g} s")
             number, verdict, length = ANSWER.unpack(read_exactly(stream, ANSWER.size))
             answer = read_exactly(stream, length)
             if number == self._number:
@@ -104,6 +108,7 @@ class Guarded:
         with self._lock:
             if self._process is None or self._ended or self._process.poll() is not None:
                 self._close()
+                self._fresh = True
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", self._module, str(os.getpid())],
                     stdin=subprocess.PIPE,

@@ -21,6 +21,9 @@ SETTINGS = "adapter_config.json"
 MAX_SETTINGS_BYTES = 4 << 20
 MAX_PATTERNS = 4096
 MAX_PATTERN_CHARS = 512
+MAX_PATTERN_MEMORY = 1 << 20  # of one when it is compiled
+MAX_PATTERN_PROGRAM = 1 << 19  # instructions of all patterns of a key: as many as thousands of modules' names have
+TOO_LARGE = f"{SETTINGS} has patterns that are too large together"
 
 # Keys that change nothing once an adapter is trained.
 INERT = {
@@ -90,22 +93,36 @@ class Patterns(Generic[Number]):
 
     def __init__(self, values: Mapping[str, Number], yield_point: Callable[[], None]) -> None:
         """Raises CheckpointError for a pattern that cannot be read."""
+        self._yield_point = yield_point
         self._compiled: list[tuple[str, Any, Number]] = []
+        left = MAX_PATTERN_PROGRAM
         for pattern, value in values.items():
             yield_point()
             whole = pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$"
             try:
-                self._compiled.append((f".{pattern}", re2.compile(whole), value))
+                compiled = re2.compile(whole, options())
             except re2.error as error:
                 raise CheckpointError(f"{SETTINGS} has the pattern {short(pattern)!r}, which cannot be read") from error
+            left -= compiled.programsize
+            if left < 0:
+                raise CheckpointError(TOO_LARGE)
+            self._compiled.append((f".{pattern}", compiled, value))
 
     def first(self, module: str, default: Number) -> Number:
         """The value of the first pattern that matches the end of a module's name, as peft has it."""
+        self._yield_point()
         name = f".{module}"
         for ending, compiled, value in self._compiled:
             if name.endswith(ending) or compiled.match(module):
                 return value
         return default
+
+
+def options() -> Any:
+    """How patterns are compiled: quietly, within so much memory."""
+    made = re2.Options()
+    made.max_mem, made.log_errors = MAX_PATTERN_MEMORY, False
+    return made
 
 
 def read_settings(directory: Path) -> AdapterConfig:

@@ -141,4 +141,4 @@ def serving(python: Path, directory: Path) -> Iterator[str]:
         yield found[1]
     finally:
         process.terminate()
-        assert process.wait(30) == 0, log.read_text()
+        assert process.wait(120) == 0, log.read_text()

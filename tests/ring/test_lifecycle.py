@@ -22,7 +22,7 @@ from tests.servers import READY, ROOT, STAND_INS, launched
 
 HELPERS = {"quartet.scheduler_service.grammar.check", "quartet.tokenizer_service.renderer"}
 ROLES = {"gateway", "tokenizer", "scheduler", "detokenizer"}
-LEFT_OVER_S = 10.0  # how long anything may outlive the launcher, on a machine that is busy
+LEFT_OVER_S = 20.0  # how long anything may outlive the launcher, on a machine that is busy
 
 
 def assert_gone(processes, run_base):
@@ -66,7 +66,7 @@ def test_ready_is_said_once_with_a_line_to_try(launch_stand_ins):
     server = launch_stand_ins()
     assert server.log.count("The server is fired up and ready to roll!") == 1
     assert f"curl -s {server.url}/generate" in server.log
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
         assert connection.recv(100).startswith(b"HTTP/1.0 200 OK")
 
 
@@ -324,7 +324,7 @@ def test_with_its_parent_a_server_ends_however_that_ends(program, through):
     assert "quartet::launcher" in {p.cmdline()[0] for p in processes if p.is_running() and p.cmdline()}
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LEFT_OVER_S
     servers = [p for p in processes if p.pid != process.pid]
     assert all(ends_by(deadline, p.pid) for p in servers)
 
@@ -357,7 +357,7 @@ def slow_steps():
 def stream(server, max_new_tokens):
     """A streaming generation whose first chunk has arrived: the response and the rest of its events."""
     body = {"text": "Hello", "sampling_params": {"max_new_tokens": max_new_tokens, "ignore_eos": True}, "stream": True}
-    response = requests.post(f"{server.url}/generate", json=body, stream=True, timeout=30)
+    response = requests.post(f"{server.url}/generate", json=body, stream=True, timeout=120)
     response.raise_for_status()
     events = (json.loads(line[6:]) for line in response.iter_lines() if line.startswith(b"data: {"))
     next(events)

@@ -77,7 +77,7 @@ def test_tls_1_1_and_plain_http_are_refused(server: Server, files: Certificates)
     old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
     with pytest.raises(ssl.SSLError), socket.create_connection((host, int(port)), 10) as raw, old.wrap_socket(raw):
         pass
-    plain = http.client.HTTPConnection(host, int(port), timeout=10)
+    plain = http.client.HTTPConnection(host, int(port), timeout=120)
     with pytest.raises((http.client.HTTPException, OSError)):
         plain.request("GET", "/health")
         plain.getresponse()

@@ -108,7 +108,7 @@ def test_mixed_traffic_leaves_every_answer_whole_and_nothing_behind(server: Serv
         agree(answer, body)
     for answer, body in done[:20]:
         assert whole(server, body)["output_ids"] == answer["output_ids"], body
-    assert requests.get(f"{server.url}/flush_cache?timeout=10", timeout=WAIT_S).status_code == 200
+    assert requests.get(f"{server.url}/flush_cache?timeout=30", timeout=WAIT_S).status_code == 200
     load = requests.get(f"{server.url}/v1/loads", timeout=WAIT_S).json()["loads"][0]
     assert (load["num_reqs"], load["num_used_tokens"]) == (0, 0)
     counters = requests.get(f"{server.url}/get_server_info", timeout=WAIT_S).json()["internal_states"][0]

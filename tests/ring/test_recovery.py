@@ -182,7 +182,7 @@ def kill(server: Server, role: str) -> None:
 def test_streams_go_on_as_if_nothing_had_happened(
     server: Server, undisturbed: list[dict[int, dict[str, Any]]], deaths: list[tuple[str, int]]
 ) -> None:
-    assert requests.post(f"{server.url}/flush_cache?timeout=10", timeout=WAIT_S).status_code == 200
+    assert requests.post(f"{server.url}/flush_cache?timeout=30", timeout=WAIT_S).status_code == 200
     before = restarts(server)
     streams = [Stream(server.url, body) for body in BODIES]
     for role, tokens in deaths:

@@ -20,7 +20,7 @@ from tests.fakes import next_token
 from tests.servers import started
 
 VOCABULARY = 1000
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 class Process:

@@ -71,14 +71,14 @@ def routed(policy: str, *servers: Server) -> Iterator[Router]:
             try:
                 requests.get(f"{router.url}/liveness", timeout=1)
                 break
-            except requests.ConnectionError:
+            except requests.RequestException:
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
         router.wait_for_healthy(len(servers))
         yield router
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ class Service:
         """The next messages, in order."""
         heard: list[Any] = []
         while len(heard) < count:
-            more = self._heard.recv(timeout_s=20)
+            more = self._heard.recv(timeout_s=120)
             assert more, f"heard {len(heard)} of {count} messages"
             heard += more
         assert len(heard) == count
@@ -78,7 +78,7 @@ class Service:
 
     def hear_some(self) -> list[Any]:
         """At least one message."""
-        heard = self._heard.recv(timeout_s=20)
+        heard = self._heard.recv(timeout_s=120)
         assert heard, "silence"
         return heard
 
@@ -191,4 +191,4 @@ def test_a_model_without_a_tokenizer_is_told_to_the_launcher(start: Callable[...
     (tmp_path / "config.json").write_bytes(msgspec.json.encode(CONFIG))
     service = start("detokenizer", tmp_path)
     assert "no tokenizer.json in" in service.ready.error
-    assert service.process.wait(timeout=20) == EXIT_STARTUP
+    assert service.process.wait(timeout=120) == EXIT_STARTUP

@@ -17,6 +17,8 @@ from quartet.detokenizer_service.stops import Cutter, stops_of
 from quartet.http_gateway.anthropic.content import ContentBlocks
 from quartet.http_gateway.anthropic.conversation import chat_body
 from quartet.http_gateway.anthropic.types import MessagesBody
+from quartet.http_gateway.embedding.embeddings import probabilities
+from quartet.http_gateway.embedding.score import shares
 from quartet.http_gateway.generation.intake import Rules, check_distinct
 from quartet.http_gateway.generation.output import Output
 from quartet.http_gateway.http.counting import ValueCounter
@@ -26,6 +28,7 @@ from quartet.http_gateway.openai.chat_turn import continued
 from quartet.runtime import limits
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, LogprobOptions, Logprobs, Request, Text, Tokens, pack_ids
+from quartet.runtime.model_files.embedding import Embedding
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.ngrams import NGrams
 from quartet.scheduler_service.core.prefix_tree import PrefixTree
@@ -205,6 +208,14 @@ def calling(size: int) -> Work:
     return work
 
 
+def scoring(size: int) -> Work:
+    scores = [-1.0] * (size // 16)
+    return lambda: (
+        shares(scores, among_labels=True),
+        probabilities(scores, Embedding(pooling=("mean",), labels=len(scores))),
+    )
+
+
 CASES: dict[str, Callable[[int], Work]] = {
     "a body's values are counted": counting,
     "ids become a request": ids_to_job,
@@ -225,6 +236,7 @@ CASES: dict[str, Callable[[int], Work]] = {
     "a body is decoded": checking_parameters,
     "blocks become a conversation": conversing,
     "a call that is cut off becomes a block": calling,
+    "scores become shares": scoring,
 }
 
 

@@ -18,7 +18,7 @@ def completed(*words: str) -> set[str]:
     line = " ".join(f"'{word}'" for word in words)
     shows = 'printf "%s\\n" "${COMPREPLY[@]}"'
     code = f"{script('bash')}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _quartet; {shows}"
-    ran = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    ran = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ran.stderr == ""
     return set(ran.stdout.split())
 
@@ -54,7 +54,7 @@ def test_the_script_is_one_that_its_shell_can_read(shell, tmp_path):
         pytest.skip(f"{shell} is not installed")
     file = tmp_path / "script"
     file.write_text(script(shell))
-    ran = subprocess.run([program, "-n", str(file)], capture_output=True, text=True, timeout=20, check=False)
+    ran = subprocess.run([program, "-n", str(file)], capture_output=True, text=True, timeout=120, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
 
 

@@ -6,10 +6,14 @@ import json
 from typing import Any
 
 import pytest
+from starlette.datastructures import UploadFile
 
+from quartet.http_gateway.batches import runner
 from quartet.http_gateway.batches.batch import OVER
 from quartet.http_gateway.batches.runner import BatchRunner
+from quartet.http_gateway.routes import file_store
 from quartet.runtime.control import Abort
+from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Generate
 from tests.unit.http_gateway.harness import Served, asynchronous, served, words
 
@@ -353,3 +357,70 @@ async def test_a_batch_whose_results_find_no_room_fails_and_says_so():
         assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "store_full")
         answered = await content(server, batch["output_file_id"])
         assert 0 < len(answered) == batch["request_counts"]["completed"]
+
+
+@pytest.mark.parametrize("place", ["results", "files", "store"])
+@asynchronous
+async def test_a_batch_waits_while_the_disk_is_full_and_loses_no_answer(monkeypatch, place):
+    """The disk is full for a while at the second result, at the files of the results, or at the end of the batch."""
+    monkeypatch.setattr(runner, "AGAIN_AFTER_S", 0.0)
+    left = 2
+
+    def full_at_first(call: Any, error: Exception, skip: int = 0) -> Any:
+        calls = 0
+
+        def wrapped(*given: Any) -> Any:
+            nonlocal left, calls
+            calls += 1
+            if left and calls > skip:
+                left -= 1
+                raise error
+            return call(*given)
+
+        return wrapped
+
+    full = OSError(28, "No space left on device")
+    async with served(words("Hello")) as server:
+        store = server.gateway.files
+        if place == "results":
+            monkeypatch.setattr(runner.Results, "add", full_at_first(runner.Results.add, full, skip=1))
+        elif place == "files":
+            monkeypatch.setattr(runner, "synchronize", full_at_first(runner.synchronize, full))
+        else:
+            refused = RequestError("The store of files has failed", Kind.UNAVAILABLE)
+            monkeypatch.setattr(store, "put_batch", full_at_first(store.put_batch, refused, skip=3))
+        batch = await ended(server, await begin(server, lines(4)))
+        assert (left, batch["status"], batch["request_counts"]["completed"]) == (0, "completed", 4)
+        results = await content(server, batch["output_file_id"])
+        assert sorted(result["custom_id"] for result in results) == ["r0", "r1", "r2", "r3"]
+        known = {file.id for file in store.files(None)}
+        assert {path.name for path in store.directory.glob("file-*")} == known
+
+
+@asynchronous
+async def test_an_upload_onto_a_full_disk_is_told_and_leaves_nothing(monkeypatch):
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with served() as server:
+        monkeypatch.setattr(file_store.shutil, "copyfileobj", full)
+        answer = await server.client.post("/v1/files", **form(b"x"))
+        assert (answer.status, answer.json()["param"], "No space left" in answer.text) == (503, "file", True)
+        monkeypatch.undo()
+        monkeypatch.setattr(UploadFile, "write", full)
+        assert (await server.client.post("/v1/files", **form(b"x"))).status == 503
+        assert not list(server.gateway.files.directory.glob("file-*"))
+
+
+@asynchronous
+async def test_batches_are_listed_page_by_page():
+    async with served(words("ok")) as server:
+        first, second, third = [await begin(server, lines(1)) for _ in range(3)]
+        newest = (await server.client.get("/v1/batches?limit=2")).json()
+        assert ([batch["id"] for batch in newest["data"]], newest["has_more"]) == ([third, second], True)
+        assert (newest["first_id"], newest["last_id"]) == (third, second)
+        rest = (await server.client.get(f"/v1/batches?limit=2&after={second}")).json()
+        assert ([batch["id"] for batch in rest["data"]], rest["has_more"]) == ([first], False)
+        assert (await server.client.get(f"/v1/batches?after={first}")).json()["data"] == []
+        refused = await server.client.get("/v1/batches?after=batch_x")
+        assert (refused.status, refused.json()["param"]) == (400, "after")

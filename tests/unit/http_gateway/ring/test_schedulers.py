@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from quartet.http_gateway.ring import prefix_memory
-from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, MOST_BLOCKS, PrefixMemory, blocks_of
+from quartet.http_gateway.ring.prefix_memory import BLOCK_BYTES, MOST_BLOCKS, PrefixMemory, PromptBlocks, blocks_of
 from quartet.http_gateway.ring.schedulers import MOST_MORE_REQUESTS, Schedulers, Served
 from quartet.runtime.messages import Chat, Facts, Generate, Reply, Request, pack_ids
 from quartet.runtime.sampling import SamplingParams
@@ -66,6 +67,22 @@ def test_another_namespace_has_other_beginnings() -> None:
     assert len(same) == 1
     others = [blocks_of(asked(LONG, extra_key="k")), blocks_of(asked(LONG, adapter="a")), blocks_of(asked("x" + LONG))]
     assert all(tuple(blocks) not in same for blocks in others)
+
+
+def test_copies_of_a_prompt_are_hashed_once_and_others_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Generate] = []
+
+    def noted(generate: Generate) -> list[int]:
+        hashed.append(generate)
+        return blocks_of(generate)
+
+    monkeypatch.setattr(prefix_memory, "blocks_of", noted)
+    prompts, first = PromptBlocks(), asked(LONG)
+    copy = msgspec.structs.replace(first, request=msgspec.structs.replace(first.request, rid="s"))
+    other = msgspec.structs.replace(first, request=msgspec.structs.replace(first.request, extra_key="k"))
+    found = [prompts.of(generate) for generate in (first, copy, other, asked("x"))]
+    assert hashed == [first, other, asked("x")]
+    assert found == [blocks_of(generate) for generate in (first, copy, other, asked("x"))]
 
 
 def test_the_client_chooses_as_long_as_that_scheduler_serves() -> None:

@@ -33,12 +33,16 @@ async def echo(method: str, url: str, body: bytes) -> tuple[int, bytes]:
 
 def test_each_line_is_answered_once_and_so_many_at_once(tmp_path):
     running = most = 0
+    full = asyncio.Event()
 
     async def execute(method: str, url: str, body: bytes) -> tuple[int, bytes]:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.001)
+        if running == 8:
+            full.set()
+        await full.wait()
+        await asyncio.sleep(0)
         running -= 1
         return 200, body
 
@@ -46,7 +50,32 @@ def test_each_line_is_answered_once_and_so_many_at_once(tmp_path):
     asyncio.run(run_batch(lines.read(batch()), results, execute, 8))
     assert names(tmp_path / "out") == EXPECTED
     assert (results.succeeded, results.failed) == (COUNT, 2)
-    assert 2 <= most <= 8
+    assert most == 8
+
+
+def test_runs_that_share_places_have_no_more_lines_in_memory_than_places(tmp_path):
+    most, read, kept = 3, 0, 0
+
+    def counted():
+        nonlocal read
+        for line in lines.read(batch()):
+            read += 1
+            assert read - kept <= most
+            yield line
+
+    class Counting(Results):
+        def add(self, entry):
+            nonlocal kept
+            super().add(entry)
+            kept += 1
+
+    async def both() -> None:
+        places = asyncio.Semaphore(most)
+        files = [Counting(tmp_path / name) for name in ("first", "second")]
+        await asyncio.gather(*(run_batch(counted(), results, echo, COUNT, places=places) for results in files))
+
+    asyncio.run(both())
+    assert names(tmp_path / "first") == names(tmp_path / "second") == EXPECTED
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -12,7 +12,14 @@ import pytest
 
 from quartet.runtime.launcher.child import Child, Service, child_environment, usable_cores
 from quartet.runtime.launcher.launch import SERVICES
-from quartet.runtime.launcher.supervisor import BUDGET_WINDOW_S, STANDBY_AGAIN_S, STANDBY_BYTES, ExitStatus, Supervisor
+from quartet.runtime.launcher.supervisor import (
+    BUDGET_WINDOW_S,
+    STANDBY_AGAIN_S,
+    STANDBY_BYTES,
+    ExitStatus,
+    Signals,
+    Supervisor,
+)
 from quartet.runtime.launcher.watchdog import FROZEN_S, LOOK_EVERY_S
 from quartet.runtime.process import vitals
 from quartet.runtime.process.memory import Memory
@@ -334,3 +341,18 @@ def test_another_process_stands_by_for_one_that_died_while_it_waited(supervisor,
     supervisor.spawn_due()
     assert started == ["scheduler"]
     supervisor._standbys.clear()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_who_asks_for_the_end_once_more_does_not_cut_the_cleaning_up_short(asked):
+    before = {number: signal.getsignal(number) for number in Signals.NUMBERS}
+    try:
+        with Signals() as signals:
+            if asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.count == asked
+        after = {number: signal.getsignal(number) for number in Signals.NUMBERS}
+        assert after == (dict.fromkeys(Signals.NUMBERS, signal.SIG_IGN) if asked else before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

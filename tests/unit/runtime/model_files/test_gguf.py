@@ -16,6 +16,7 @@ from tests.gguf_files import ARRAY, F32, INT32, Q8_0, STRING, Stored, Value
 
 VECTOR = Stored(F32, (4,), bytes(16))
 MATRIX = Stored(Q8_0, (2, 64), bytes(2 * 2 * 34))
+UNCHECKED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def write(file: Path, metadata: list[tuple[str, Any]], tensors: list[tuple[str, Stored]] = (), **counts: int) -> Path:  # type: ignore[assignment]
@@ -165,7 +166,7 @@ SOUND = gguf_files.header(
 ) + bytes(32 + 160)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, deadline=None, suppress_health_check=UNCHECKED)
 @given(
     changes=st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.binary(min_size=1, max_size=9)), max_size=4),
     cut=st.integers(0, len(SOUND)),
@@ -177,7 +178,7 @@ def test_a_damaged_header_is_read_or_refused_and_never_reaches_beyond_the_file(c
     check_any(bytes(content[:cut] if cut % 3 == 0 else content), tmp_path / "a.gguf")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=UNCHECKED)
 @given(content=st.binary(max_size=300), tensors=st.integers(0, 3), keys=st.integers(0, 3))
 def test_arbitrary_bytes_behind_a_sound_start_are_read_or_refused(content, tensors, keys, tmp_path):
     check_any(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + content, tmp_path / "a.gguf")

@@ -65,7 +65,7 @@ def test_an_order_that_ends_its_worker_is_told_apart(guarded: Guarded, order: by
 def test_a_worker_that_was_killed_between_two_orders_is_replaced(guarded: Guarded) -> None:
     _, worker = pids(guarded)
     psutil.Process(worker).kill()
-    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=10)
+    psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=120)
     assert guarded.run(b"next", 1.0) == b"next"
 
 
@@ -84,6 +84,12 @@ def test_a_process_that_never_answers_is_given_up() -> None:
     guarded._wall_s = 0.1
     with pytest.raises(Gone):
         guarded.run(b"stop", 60.0)
+    guarded.close()
+
+
+def test_a_process_that_takes_long_to_start_is_waited_for() -> None:
+    guarded = Guarded(WORK, wall_s=0.0)
+    assert guarded.run(b"first", 1.0) == b"first"
     guarded.close()
 
 
@@ -113,5 +119,5 @@ def assert_ended(*numbers: int) -> None:
             running.append(psutil.Process(number))
         except psutil.NoSuchProcess:
             continue
-    _, alive = psutil.wait_procs(running, timeout=10)
+    _, alive = psutil.wait_procs(running, timeout=120)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []

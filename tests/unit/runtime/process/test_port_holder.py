@@ -34,7 +34,7 @@ def test_of_a_server_and_the_processes_it_gave_its_socket_to_the_server_is_named
     ) as server:
         assert server.stdout is not None
         found = holder_of(int(server.stdout.readline()))
-        server.communicate("\n", timeout=30)
+        server.communicate("\n", timeout=120)
     assert found is not None and found.pid == server.pid
 
 

@@ -14,7 +14,7 @@ from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.control.adapter_queue import AdapterQueue
 from quartet.scheduler_service.core.deadlines import WAITED, Deadlines
 
-PATIENCE_S = 20.0
+PATIENCE_S = 120.0
 
 
 @dataclass

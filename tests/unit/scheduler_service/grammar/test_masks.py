@@ -35,7 +35,7 @@ def step(masks: Masks, rows: int = 4) -> Bitmask:
     matcher: Any = StandInMatcher()
     begun = masks.start([(matcher, ())] * rows)
     assert begun is not None
-    return begun.result(10)
+    return begun.result(120)
 
 
 @pytest.fixture

@@ -94,10 +94,27 @@ def test_a_torn_file_and_a_missing_one_are_refused(base: Path) -> None:
 def test_each_pattern_is_compiled_once_however_many_modules_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     compile_pattern = re2.compile
-    monkeypatch.setattr(re2, "compile", lambda pattern: compiled.append(pattern) or compile_pattern(pattern))
+    monkeypatch.setattr(
+        re2, "compile", lambda pattern, options: compiled.append(pattern) or compile_pattern(pattern, options)
+    )
     given = {"peft_type": "LORA", "r": 4, "rank_pattern": {f"m{i}": 1 + i % 8 for i in range(20)}}
     settings = ModuleSettings(settings_of(given))
     assert [settings.rank_of(f"layers.{i}.m{i % 25}") for i in range(50)] == [
         1 + i % 25 % 8 if i % 25 < 20 else 4 for i in range(50)
     ]
     assert len(compiled) == 20
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_are_small_files_and_large_programs_are_refused(key: str) -> None:
+    given = {"peft_type": "LORA", "r": 4, key: {"x{1000}" * 30 + str(i): 1 for i in range(100)}}
+    with pytest.raises(CheckpointError, match="patterns that are too large together"):
+        ModuleSettings(settings_of(given))
+    with pytest.raises(CheckpointError, match="which cannot be read"):
+        ModuleSettings(settings_of({"peft_type": "LORA", "r": 4, key: {"\\w{1000}" * 60: 1}}))
+
+
+def test_patterns_for_the_names_of_thousands_of_modules_are_read() -> None:
+    names = [f"model.layers.{i}.block_sparse_moe.experts.{j}.w1" for i in range(64) for j in range(64)]
+    settings = ModuleSettings(settings_of({"peft_type": "LORA", "r": 4, "rank_pattern": dict.fromkeys(names, 8)}))
+    assert settings.rank_of(names[-1]) == 8
