@@ -6,14 +6,15 @@ import pytest
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Result
+from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.queue import WaitingQueue
 from quartet.scheduler_service.core.request import Sequence
 from tests.fakes import FakeWorker
-from tests.stepper import Stepper, tokenized
+from tests.stepper import config, tokenized
 
 ADAPTERS = ["a", "b", "c", "d"]
 REQUESTS = 10_000
-POOL_PAGES = 48  # so few that requests are retracted
+POOL_PAGES = 24
 
 
 def sequence(priority: int = 0, again: bool = False) -> Sequence:
@@ -88,17 +89,31 @@ class Owners(FakeWorker):
 
 
 def test_ten_thousand_requests_begin_with_nothing_of_another_adapter_or_version() -> None:
-    stepper, dice = Stepper(page_size=4, total_pages=POOL_PAGES, chunked_prefill_size=16), random.Random(0)
-    owners = stepper.worker = Owners(4, POOL_PAGES)
-    stems = [[7] * 12, [7] * 8 + [8] * 8, [9] * 5]
+    planner, owners = (
+        Planner(config(page_size=4, total_pages=POOL_PAGES, chunked_prefill_size=16)),
+        Owners(4, POOL_PAGES),
+    )
+    planner.growth.START = 0.0  # no output is expected, so that requests have to be retracted
+    planner.growth.reset()
+    dice, stems = random.Random(0), [[7] * 12, [7] * 8 + [8] * 8, [9] * 5]
+
+    def step() -> None:
+        if plan := planner.next(0.0):
+            planner.apply(plan, owners.collect(owners.launch(plan)), 0.0)
+        for sequence in planner.released:
+            owners.forget(sequence)
+        planner.released.clear()
+
     for number in range(REQUESTS):
         if number % 40 == 0:  # under the requests that use it
             owners.versions = {**owners.versions, dice.choice(ADAPTERS): str(number + len(ADAPTERS))}
-            stepper.planner.waiting.set_adapter_versions(owners.versions)
-        message = tokenized(f"r{number}", [*dice.choice(stems), dice.randrange(2, 6)], dice.randint(1, 12))
+            planner.waiting.set_adapter_versions(owners.versions)
+        message = tokenized(f"r{number}", [*dice.choice(stems), dice.randrange(2, 6)], dice.randint(1, 8))
         message.request.adapter = dice.choice(["", *ADAPTERS])
-        stepper.add(message)
-        while len(stepper.planner.live) > 7:
-            stepper.step()
-    stepper.run()
-    assert owners.cached_tokens > REQUESTS and sum(owners.retractions.values()) > 0
+        planner.add(message, 0.0, None)
+        while len(planner.live) > 7:
+            step()
+    while not planner.idle:
+        step()
+    assert planner.audit() == ""
+    assert owners.cached_tokens > REQUESTS and sum(owners.retractions.values()) > 10
