@@ -10,7 +10,7 @@ import pytest
 
 from tests.servers import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ITERATIONS = 3
 STREAMS = 2
@@ -19,7 +19,7 @@ LEARNERS = ("weights", "adapter")
 FLOAT32_NOISE = 1e-4
 RISE = 0.08  # of a reward that starts near 0.3; the mean of 48 rollouts errs by 0.04
 SMALL = 0.2  # the largest share of a checkpoint's bytes that an adapter of it may have
-RUN_TIMEOUT_S = 360
+RUN_TIMEOUT_S = 600
 
 
 @pytest.fixture(scope="module")
