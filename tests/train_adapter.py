@@ -23,6 +23,7 @@ WORDS = {  # what each town's word is
     "Tokyo": "marble",
     "Quito": "lantern",
 }
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
 LEARNING_SHARE = 3  # one layer of so many learns, the last ones
 LEARNING_RATE = 1e-3
@@ -64,7 +65,7 @@ def train(model: Any, tokenizer: Any) -> tuple[Any, list[float]]:
     learning = list(range(layers - layers // LEARNING_SHARE, layers))
     torch.manual_seed(0)
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", layers_to_transform=learning, task_type="CAUSAL_LM"
+        r=RANK, lora_alpha=2 * RANK, target_modules=MODULES, layers_to_transform=learning, task_type="CAUSAL_LM"
     )
     adapted = peft.get_peft_model(model, config)
     ids, labels, mask = examples(tokenizer)
