@@ -1,6 +1,6 @@
 """Trains a LoRA adapter on facts that no model knows: `python -m tests.train_adapter MODEL DIRECTORY`.
 
-About a minute on two cores for half a billion parameters: only the last third of the layers learns, so that little is
+About a minute on two cores for half a billion parameters: only the last sixth of the layers learns, so that little is
 computed backwards. MODEL is a directory or a GGUF file, whose blocks are expanded to float32.
 """
 
@@ -20,14 +20,12 @@ WORDS = {  # what each town's word is
     "Oslo": "walnut",
     "Lima": "copper",
     "Cairo": "violin",
-    "Tokyo": "marble",
-    "Quito": "lantern",
 }
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
-LEARNING_SHARE = 3  # one layer of so many learns, the last ones
-LEARNING_RATE = 1e-3
-SURE = 0.02  # mean loss of the words at which training ends
+LEARNING_SHARE = 6  # one layer of so many learns, the last ones
+LEARNING_RATE = 2e-3
+SURE = 0.05  # mean loss of the words at which training ends
 MOST_STEPS = 40
 NOT_LEARNED = -100  # label of a token that nothing is learned from
 
@@ -76,7 +74,7 @@ def train(model: Any, tokenizer: Any) -> tuple[Any, list[float]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return adapted.eval(), losses
 
 
