@@ -50,12 +50,17 @@ class LoadAdapterFromTensors(ControlCommand, tag="load_lora_adapter_from_tensors
     payload_files: list[Name] = []  # replaces the entries inside the ring; set by the gateway only
     pinned: bool = False
     load_inplace: bool = False
+    upsert: bool = False  # another name of load_inplace
     load_format: Name | None = None  # null, "direct" or "flattened_bucket"
+    expected_checksums: dict[str, str] | None = None  # SHA-256 of the bytes of tensors, in hexadecimal, by their names
     added_tokens_config: dict[str, Any] | None = None  # refused unless empty
 
 
 class UnloadAdapter(ControlCommand, tag="unload_lora_adapter", kw_only=True):
-    """Take no more requests for an adapter, and forget it when those that use it have ended."""
+    """Take no more requests for an adapter, and forget it when those that use it have ended.
+
+    The answer comes then; at once where none can end, because generation is paused or memory is released.
+    """
 
     path = "/unload_lora_adapter"
     reply = AsAdapters()

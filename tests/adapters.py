@@ -1,4 +1,9 @@
-"""Random LoRA adapters in peft's format, and the same adapters merged into their base, to compare with."""
+"""LoRA adapters in peft's format: random ones with their merged bases, and some whose tokens tell which made them.
+
+A "telling" base answers BASE_TOKEN, always, and its telling adapter number k answers FIRST_TOKEN + k: attention gives
+nothing, and the adapter has the feed-forward part of the first layer point to its row of the head. Keys and values that
+another adapter has computed change nothing.
+"""
 
 import json
 import math
@@ -9,8 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import checkpoints
 from tests.checkpoints import layout_of
 
+BASE_TOKEN = 9
+FIRST_TOKEN = 100
+TELLING = checkpoints.CONFIG["hidden_size"]  # so many telling adapters are possible
 NOT_ADAPTED = ("embed", "lm_head")
 
 
@@ -56,4 +65,42 @@ def merge(base: Path, adapter: Path, directory: Path) -> Path:
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         weights[f"{module}.weight"] += factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"] * scale
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def telling_base(directory: Path) -> Path:
+    """A model for telling adapters."""
+    checkpoints.write_config(directory)
+    tensors = checkpoints.version_tensors(directory, BASE_TOKEN)
+    tensors["lm_head.weight"][BASE_TOKEN] = 0.1  # more than the others as long as no component of a row stands out
+    tensors["lm_head.weight"][FIRST_TOKEN : FIRST_TOKEN + TELLING] = torch.eye(TELLING)
+    return checkpoints.save(directory, tensors)
+
+
+def telling_tensors(number: int, rank: int = 1) -> dict[str, torch.Tensor]:
+    """The tensors of a telling adapter; those of a higher rank have zeros behind the first row."""
+    hidden, width = checkpoints.CONFIG["hidden_size"], checkpoints.CONFIG["intermediate_size"]
+    tensors = {}
+    for module, rows, columns in (("gate", width, hidden), ("up", width, hidden), ("down", hidden, width)):
+        a, b = torch.zeros(rank, columns), torch.zeros(rows, rank)
+        if module == "down":
+            a[0, 0], b[number, 0] = 1.0, 1.0
+        else:
+            a[0], b[0, 0] = 1 / columns, 10.0
+        name = f"base_model.model.model.layers.0.mlp.{module}_proj"
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    return tensors
+
+
+def telling_settings(rank: int = 1) -> dict[str, Any]:
+    """What adapter_config.json says of it."""
+    target_modules = ["gate_proj", "up_proj", "down_proj"]
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": target_modules}
+
+
+def telling_adapter(directory: Path, number: int, rank: int = 1) -> Path:
+    """A telling adapter on the disk."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(telling_settings(rank)))
+    save_file(telling_tensors(number, rank), directory / "adapter_model.safetensors")
     return directory

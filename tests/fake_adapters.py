@@ -77,6 +77,8 @@ def unload(context: Context, command: UnloadAdapter) -> Generator[None, bool | N
 class Store:
     """What the scheduler asks of its adapters."""
 
+    ending: frozenset[str] = frozenset()
+
     @property
     def version_of(self) -> dict[str, str]:
         return versions

@@ -95,8 +95,10 @@ class AdapterQueue:
     def take_ready(self) -> list[Ready]:
         """The first requests, as far as their adapters are in memory now, or cannot be read; and all over their limit.
 
-        Call it at every turn of the loop: the work in the background goes on.
+        Call it at every turn of the loop: the work in the background goes on, and adapters that end are forgotten.
         """
+        if self._store is not None and self._store.ending:
+            self._forget_ended(self._store)
         ready = self._take_expired()
         taken: set[str] = set()  # adapters of these
         while self._waiting and self._store is not None:
@@ -111,6 +113,14 @@ class AdapterQueue:
             del self._waiting[rid]
             ready.append((first.message, outcome))
         return ready
+
+    def _forget_ended(self, store: "AdapterStore") -> None:
+        """Forget the adapters whose unloading was answered, once no request uses them."""
+        ended = store.ending - self._in_use({waiting.name for waiting in self._waiting.values()})
+        for name in ended:
+            store.forget(name)
+        if ended:
+            self._on_change()
 
     def _take_expired(self) -> list[Ready]:
         """The requests that have waited for too long: the first ones, since they are in the order of their arrival."""

@@ -21,6 +21,7 @@ from quartet.runtime.shorten import short
 from quartet.scheduler_service.control.agreement import agreed
 from quartet.scheduler_service.control.context import Context, Handler, Resumable
 from quartet.scheduler_service.host.background import run_in_background
+from quartet.scheduler_service.weights import wire
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.execution.adapters import AdapterStore, Read
@@ -33,7 +34,7 @@ NOT_LOADED = "The LoRA adapter {} is not loaded."
 TOO_MANY = "{} adapters are loaded; no more are taken."
 NOT_READ = "Failed to load the LoRA adapter {}: {}"
 ONE_PART = "serialized_named_tensors must have one entry, this has {}"
-NO_BUCKETS = "load_format flattened_bucket is not supported for adapters; send safetensors bytes without load_format"
+BUCKET = "flattened_bucket"
 
 Load = LoadAdapter | LoadAdapterFromTensors
 Reader = Callable[[], "tuple[str, Read]"]  # the adapter's directory, and what was read
@@ -61,9 +62,7 @@ def load_from_tensors(context: Context, command: LoadAdapterFromTensors) -> Resu
     store = store_of(context)
     if len(command.payload_files) != 1:
         raise CommandRefused(ONE_PART.format(len(command.payload_files)))
-    if command.load_format == "flattened_bucket":
-        raise CommandRefused(NO_BUCKETS)
-    if command.load_format not in (None, "direct"):
+    if command.load_format not in (None, "direct", BUCKET):
         raise CommandRefused(f"load_format {short(command.load_format)} is unknown; leave it out")
     if command.added_tokens_config:
         raise CommandRefused("added_tokens_config is not supported: an adapter cannot add tokens")
@@ -71,14 +70,26 @@ def load_from_tensors(context: Context, command: LoadAdapterFromTensors) -> Resu
     def read() -> "tuple[str, Read]":
         directory = store.new_directory()
         try:
-            (directory / adapter_files.SETTINGS).write_bytes(msgspec.json.encode(command.config_dict))
-            shutil.copyfile(command.payload_files[0], directory / "adapter_model.safetensors")
+            write_sent(command, directory)
             return str(directory), store.read(directory)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
 
+    command.load_inplace = command.load_inplace or command.upsert
     return (yield from load_by(context, command, TENSORS_PATH, read, owned=True))
+
+
+def write_sent(command: LoadAdapterFromTensors, directory: Path) -> None:
+    """Make a directory of an adapter of what was sent. Raises CheckpointError."""
+    payload, file = Path(command.payload_files[0]), directory / "adapter_model.safetensors"
+    wire.refuse_pickle(payload)
+    (directory / adapter_files.SETTINGS).write_bytes(msgspec.json.encode(command.config_dict))
+    if command.load_format == BUCKET:
+        wire.write_plain(wire.bucket_tensors(payload), file)
+    else:
+        shutil.copyfile(payload, file)
+    wire.check_checksums(file, command.expected_checksums or {})
 
 
 def load_by(context: Context, command: Load, path: str, read: Reader, owned: bool = False) -> Resumable:
@@ -117,8 +128,13 @@ def refusing(name: str, read: Reader) -> "tuple[str, Read]":
 
 
 def check_name(store: "AdapterStore", command: Load) -> None:
-    """Raise CommandRefused unless the name is free, or its adapter is to be replaced."""
+    """Raise CommandRefused unless the name is free, or its adapter is to be replaced.
+
+    An adapter whose unloading was answered is replaced: its requests go on with the weights that come.
+    """
     name = command.lora_name
+    if name in store.ending:
+        return
     if name in store.leaving:
         raise CommandRefused(BEING_UNLOADED.format(name))
     if name in store.known and not command.load_inplace:
@@ -135,7 +151,10 @@ def discard_payload(command: Load) -> None:
 
 
 def unload(context: Context, command: UnloadAdapter) -> Resumable:
-    """Take no more requests for an adapter, wait for those that use it, then forget it."""
+    """Take no more requests for an adapter, wait for those that use it, then forget it.
+
+    While no step runs there is nothing to wait for: `AdapterQueue` forgets it when they have ended.
+    """
     store, name = store_of(context), command.lora_name
     if name not in store.known:
         raise CommandRefused(NOT_LOADED.format(name))
@@ -143,7 +162,11 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
         raise CommandRefused(BEING_UNLOADED.format(name))
     store.leaving.add(name)
     context.tell_state()
-    while any(request.adapter == name for request in context.requests):
+    while users := sum(request.adapter == name for request in context.requests):
+        if context.planner.paused or context.planner.asleep:
+            store.ending.add(name)
+            log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
+            return answer(store, command)
         yield
     store.forget(name)
     context.adapters_changed()

@@ -90,6 +90,7 @@ class AdapterStore:
         self.known: dict[str, Known] = {}
         self.loaded: dict[str, products.AdapterWeights] = {}  # least recently used first
         self.leaving: set[str] = set()  # take no more requests
+        self.ending: set[str] = set()  # those of them whose unloading was answered, though requests use them
         self.versions = 0
         self.version_of: dict[str, str] = {}  # replaced as a whole at each change: plans keep the one of their launch
 
@@ -161,6 +162,7 @@ class AdapterStore:
             owned=owned,
             identity=read.identity,
         )
+        self.stay(name)
         self.take_out(name)
         self.put(name, read)
         self.tell()
@@ -228,11 +230,16 @@ class AdapterStore:
 
     def forget(self, name: str) -> None:
         """Unload an adapter that no request uses any more."""
-        self.leaving.discard(name)
+        self.stay(name)
         self.take_out(name)
         known = self.known.pop(name)
         self.tell()
         remove_owned(known)
+
+    def stay(self, name: str) -> None:
+        """Forget that an adapter was to be unloaded."""
+        self.leaving.discard(name)
+        self.ending.discard(name)
 
     def next_version(self) -> str:
         self.versions += 1

@@ -5,8 +5,9 @@ and under the key "metadata" of its `__metadata__` a JSON list of {name, shape, 
 count elements of the flat tensor, which are bytes where it is uint8.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from quartet.scheduler_service.weights.checkpoint import (
     MAX_RANK,
     MAX_TENSORS,
     CheckpointError,
+    Header,
     Shape,
     Size,
     StoredTensor,
@@ -36,6 +38,7 @@ PICKLE_REFUSED = (
 BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 BY_NAME |= {"half": torch.float16, "float": torch.float32, "double": torch.float64}
 FLAT_DTYPES = DTYPES | {"U8": torch.uint8}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Named = Iterable[tuple[str, torch.Tensor]]
 
@@ -117,6 +120,34 @@ def entries_of(names: list[str], dtypes: list[str], shapes: list[list[int]]) -> 
         start, end = end, end + prod(shape) * dtype_of(dtype).itemsize
         entries.append(BucketEntry(name, shape, dtype, start, end))
     return entries
+
+
+def write_plain(tensors: Named, file: Path) -> None:
+    """Write tensors as a plain payload. Raises CheckpointError for a name that is there twice."""
+    header: dict[str, Header] = {}
+    parts, end = [], 0
+    for name, tensor in tensors:
+        if name in header:
+            raise CheckpointError(f"tensor {short(name)} is there twice")
+        start, end = end, end + tensor.nbytes
+        header[name] = Header(CODES[tensor.dtype], list(tensor.shape), (start, end))
+        parts.append(tensor.contiguous().flatten().view(torch.uint8))
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        for part in parts:
+            stream.write(bytes_of(part))
+
+
+def check_checksums(file: Path, expected: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless the tensors of a plain payload have these SHA-256, by their names."""
+    stored = read_header(file)
+    for name, checksum in expected.items():
+        if name not in stored:
+            raise CheckpointError(f"expected_checksums names the tensor {short(name)}, which was not sent")
+        if hashlib.sha256(bytes_of(read_bytes(stored[name]))).hexdigest() != checksum.lower():
+            raise CheckpointError(f"tensor {short(name)} has another SHA-256 than expected_checksums says")
 
 
 def refuse_pickle(file: Path) -> None:

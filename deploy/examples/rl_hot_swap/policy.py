@@ -1,7 +1,7 @@
 """The trainer's copy of the model, in torch: logprobs of what the server sampled, one clipped step, a checkpoint."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -35,13 +35,18 @@ class Batch(NamedTuple):
 
 
 class Policy:
-    """A causal language model that learns; the server is told of its weights through files."""
+    """A causal language model that learns, as a whole or by a LoRA adapter; the server reads what it saves."""
 
-    def __init__(self, model_path: str, learning_rate: float) -> None:
+    def __init__(self, model_path: str, learning_rate: float, lora_rank: int = 0) -> None:
+        """`lora_rank`: of an adapter of all linear layers; 0: all weights learn."""
         logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=learning_rate, weight_decay=0.0)
+        if lora_rank:
+            self._model = adapted(self._model, lora_rank)
+        self._adapted = lora_rank > 0
+        learning = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(learning, lr=learning_rate, weight_decay=0.0)
 
     def prompt_ids(self, text: str) -> list[int]:
         """A user's turn in the model's chat template."""
@@ -71,6 +76,17 @@ class Policy:
         return float(moved.detach()[batch.is_output].abs().max())
 
     def save(self, directory: Path) -> None:
-        """A checkpoint that a server can swap in, or start with."""
+        """A checkpoint that a server can swap in, or start with; of an adapter, its files in peft's format."""
         self._model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        if not self._adapted:
+            self.tokenizer.save_pretrained(directory)
+
+
+def adapted(model: Any, rank: int) -> Any:
+    """The model with an adapter that changes nothing yet; the weights below it do not learn."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}; an adapter needs peft: pip install peft") from error
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))

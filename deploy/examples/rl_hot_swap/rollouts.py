@@ -19,7 +19,7 @@ class Rollout:
     logprobs: list[float]  # of the output ids, under the weights that sampled them
     text: str
     finished: bool  # by itself, not at the length limit
-    versions: list[dict[str, Any]]  # runs of output tokens: version, start, end
+    versions: list[dict[str, Any]]  # runs of output tokens: version, start, end, and an adapter's adapter_version
 
     @classmethod
     def of(cls, prompt_ids: list[int], answer: dict[str, Any]) -> "Rollout":
@@ -46,13 +46,14 @@ def reward(rollout: Rollout) -> float:
     return fmean(wish(rollout) for wish in WISHES.values())
 
 
-def request(prompts: Sequence[list[int]], samples: int, seed: int) -> dict[str, Any]:
-    """The body for /generate: `samples` answers to each prompt, drawn from the model's own distribution."""
+def request(prompts: Sequence[list[int]], samples: int, seed: int, lora_path: str | None) -> dict[str, Any]:
+    """The body for /generate: `samples` answers to each prompt, drawn from the distribution of the model or adapter."""
     drawn = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": MAX_NEW_TOKENS, "n": samples}
     return {
         "input_ids": list(prompts),
         "sampling_params": [drawn | {"sampling_seed": seed + i * samples} for i in range(len(prompts))],
         "return_logprob": True,
+        "lora_path": lora_path,
     }
 
 

@@ -41,22 +41,16 @@ class Server:
         """Where the served weights are; a trainer on another machine would be told."""
         return str(local_path(self.call("/get_model_info")["model_path"]))
 
-    def update_weights(self, checkpoint: Path, version: str) -> float:
-        """Serve the weights of a directory from now on; the seconds from the request to the answer."""
-        started = time.perf_counter()
-        self.call("/update_weights_from_disk", {"model_path": str(checkpoint), "weight_version": version})
-        return time.perf_counter() - started
-
 
 @contextlib.contextmanager
-def started(model_path: str, log: Path) -> Iterator[Server]:
+def started(model_path: str, log: Path, *flags: str) -> Iterator[Server]:
     """A server of our own on a free port, stopped at the end.
 
     It computes in float32 like the trainer, so that the logprobs of the two can be compared closely.
     """
     command = [sys.executable, "-m", "quartet.launch_server", "--model-path", model_path]
     with log.open("w") as lines:
-        process = subprocess.Popen([*command, "--port", "0", "--dtype", "float32"], stdout=lines, stderr=lines)
+        process = subprocess.Popen([*command, "--port", "0", "--dtype", "float32", *flags], stdout=lines, stderr=lines)
     try:
         yield Server(address(process, log))
     finally:

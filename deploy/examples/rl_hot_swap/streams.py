@@ -17,16 +17,19 @@ FIRST_TOKEN_TIMEOUT_S = 60
 class Stream(threading.Thread):
     """One client: asks for a fixed number of tokens and notes when they come."""
 
-    def __init__(self, url: str, prompt_ids: list[int]) -> None:
+    def __init__(self, url: str, prompt_ids: list[int], lora_path: str | None, version_key: str) -> None:
+        """`version_key`: of a run in meta_info.weight_versions."""
         super().__init__(daemon=True)
         self.began = threading.Event()
         self.arrivals: list[float] = []
         self.meta: dict[str, Any] = {}
         self.fault = ""
         self._url = url
+        self._version_key = version_key
         self._body = {
             "input_ids": prompt_ids,
             "sampling_params": {"temperature": 1.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+            "lora_path": lora_path,
         }
         self.start()
 
@@ -54,8 +57,8 @@ class Stream(threading.Thread):
 
     @property
     def versions(self) -> list[str]:
-        """The weights that made its tokens, in order."""
-        return [run["version"] for run in self.meta.get("weight_versions", [])]
+        """Those that made its tokens, in order."""
+        return [run[self._version_key] for run in self.meta.get("weight_versions", [])]
 
     def gaps(self, start: float, end: float) -> list[float]:
         """The seconds between two chunks, where they overlap with an interval."""
@@ -72,7 +75,7 @@ class Watch:
     end: float = field(default=float("inf"))
 
     def report(self, old: str, new: str) -> dict[str, Any]:
-        """For the history, once all streams have ended; `old` and `new` are the versions of the weights."""
+        """For the history, once all streams have ended; `old` and `new` are the versions before and after."""
         during = [gap for s in self.streams for gap in s.gaps(self.start, self.end)]
         every = [gap for s in self.streams for gap in s.gaps(0, float("inf"))]
         return {
@@ -86,9 +89,9 @@ class Watch:
 
 
 @contextlib.contextmanager
-def running(url: str, prompts: list[list[int]]) -> Iterator[Watch]:
+def running(url: str, prompts: list[list[int]], lora_path: str | None, version_key: str) -> Iterator[Watch]:
     """Streams that have begun when the block is entered; they are read to their ends after it."""
-    streams = [Stream(url, prompt) for prompt in prompts]
+    streams = [Stream(url, prompt, lora_path, version_key) for prompt in prompts]
     for each in streams:
         each.began.wait(FIRST_TOKEN_TIMEOUT_S)
     watch = Watch(streams, start=time.perf_counter())

@@ -30,6 +30,7 @@ class Store:
     most: int
     known: dict[str, Known]
     loaded: list[str] = field(default_factory=list)
+    ending: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     reads: list[str] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
@@ -64,6 +65,11 @@ class Store:
 
     def bring_back(self, known: Known, read: str) -> None:
         self.loaded.append(read)
+
+    def forget(self, name: str) -> None:
+        self.ending.discard(name)
+        self.loaded.remove(name)
+        del self.known[name]
 
 
 class Case:
@@ -204,3 +210,22 @@ def test_a_request_that_waits_for_too_long_ends_behind_one_that_may_wait():
     case.deadlines.advance(6.0, paused=False)
     assert [(rid, error.message, error.kind) for rid, error in case.turns(3)] == [("r1", WAITED, Kind.UNAVAILABLE)]
     assert len(case.queue) == 1
+
+
+def test_an_adapter_that_ends_is_forgotten_with_its_last_request() -> None:
+    case = Case("a", "b", most=2)
+    case.runs("old", "a")
+    case.store.ending |= {"a", "b"}
+    assert case.turns(2) == [] and case.store.loaded == ["a"]
+    del case.live["old"]
+    assert case.turns(1) == [] and case.store.loaded == [] and [*case.store.known] == ["c", "d"]
+
+
+def test_an_adapter_that_ends_stays_for_requests_that_wait_for_it() -> None:
+    case = Case("b")
+    case.runs("old", "b")
+    assert case.put("1", "a")
+    case.store.ending.add("a")
+    assert case.turns(3) == [] and "a" in case.store.known
+    del case.live["old"]
+    assert case.until(1) == [("1", None)] and "a" in case.store.known

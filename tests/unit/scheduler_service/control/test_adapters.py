@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from quartet.runtime.adapters import LoadAdapter
+import pytest
+
+from quartet.runtime.adapters import LoadAdapter, UnloadAdapter
 from tests import checkpoints
 from tests.adapters import write_adapter
 from tests.live import Live
@@ -36,3 +38,66 @@ def test_an_evicted_adapter_is_replaced_though_all_memory_is_in_use(tmp_path: Pa
         if len(live.output("y")) == 2:
             break
     assert len(live.output("x")) == 40 and len(live.output("y")) == 2
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Live:
+    """A scheduler with the adapter a, under its first version."""
+    live = Live(checkpoints.random_model(tmp_path / "base", 0), tmp_path, enable_lora=True)
+    assert live.call(load(live, tmp_path, "a")).success
+    return live
+
+
+def load(live: Live, tmp_path: Path, name: str, **fields: bool) -> LoadAdapter:
+    path = write_adapter(tmp_path / "base", tmp_path / name, seed=ord(name))
+    return LoadAdapter(lora_name=name, lora_path=str(path), **fields)
+
+
+def start(live: Live, rid: str, tokens: int = 6) -> None:
+    """A request for the adapter a, which runs."""
+    message = tokenized(rid, range(5), tokens)
+    message.request.adapter = "a"
+    live.send(message)
+    live.step(2)
+
+
+def versions(live: Live, rid: str) -> set[str]:
+    return {message.adapter_version for message in live.tokens(rid) if message.ids}
+
+
+def test_unloading_waits_for_requests_that_run(live: Live) -> None:
+    start(live, "x")
+    unloading = live.begin(UnloadAdapter(lora_name="a"))
+    live.step(2)
+    assert live.reply(unloading) is None
+    assert live.wait(unloading).body == {"loaded_adapters": {}, "adapters": []}
+    assert len(live.output("x")) == 6
+
+
+def test_unloading_while_no_step_runs_is_answered_at_once_and_done_with_the_last_request(live: Live) -> None:
+    start(live, "x")
+    live.planner.paused = True
+    assert live.call(UnloadAdapter(lora_name="a")).success
+    assert live.adapters is not None and not live.adapters.is_served("a") and "a" in live.adapters.known
+    assert not live.call(UnloadAdapter(lora_name="a")).success
+    live.planner.paused = False
+    live.run()
+    live.step()
+    assert len(live.output("x")) == 6 and versions(live, "x") == {"1"}
+    assert not (live.adapters.known or live.adapters.loaded or live.adapters.ending or live.adapters.leaving)
+
+
+def test_what_is_loaded_under_the_name_of_an_adapter_that_ends_goes_on_with_its_requests(
+    live: Live, tmp_path: Path
+) -> None:
+    start(live, "x")
+    live.planner.paused = True
+    assert live.call(UnloadAdapter(lora_name="a")).success
+    again = load(live, tmp_path, "b")
+    again.lora_name = "a"
+    assert live.call(again).success
+    live.planner.paused = False
+    live.run()
+    live.step()
+    assert len(live.output("x")) == 6 and versions(live, "x") == {"1", "2"}
+    assert live.adapters is not None and live.adapters.version_of == {"a": "2"} and not live.adapters.ending

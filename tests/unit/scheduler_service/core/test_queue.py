@@ -1,11 +1,20 @@
+import random
 from array import array
 
 import pytest
 
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
+from quartet.scheduler_service.core.plan import Plan, Result
+from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.queue import WaitingQueue
 from quartet.scheduler_service.core.request import Sequence
+from tests.fakes import FakeWorker
+from tests.stepper import config, tokenized
+
+ADAPTERS = ["a", "b", "c", "d"]
+REQUESTS = 10_000
+POOL_PAGES = 24
 
 
 def sequence(priority: int = 0, again: bool = False) -> Sequence:
@@ -51,3 +60,60 @@ def test_invalidating_prefixes_moves_waiting_and_later_requests_to_a_new_namespa
     queue.invalidate_prefixes()
     queue.put(later)
     assert waiting.namespace == later.namespace != before
+
+
+class Owners(FakeWorker):
+    """Notes which version of which adapter has computed the keys and values of each place of the pool.
+
+    What a request begins with must be of the version that its adapter has then.
+    """
+
+    def __init__(self, page_size: int, pages: int) -> None:
+        super().__init__(page_size, pages)
+        self.versions = {"": "", **{name: str(number) for number, name in enumerate(ADAPTERS)}}
+        self.owner: dict[int, str] = {}
+        self.retractions: dict[str, int] = {}  # by rid, when it last began
+        self.cached_tokens = 0
+
+    def launch(self, plan: Plan) -> list[Result]:
+        for part in plan.slices:
+            sequence, version = part.sequence, self.versions[part.sequence.request.adapter]
+            cells = [self._cell(sequence, position) for position in range(part.end)]
+            if self.retractions.get(sequence.rid) != sequence.retractions:
+                self.retractions[sequence.rid] = sequence.retractions
+                found = {self.owner[cell] for cell in cells[: part.start]}
+                assert found <= {version}, (sequence.rid, sequence.request.adapter, version, found)
+                self.cached_tokens += part.start
+            self.owner.update(dict.fromkeys(cells[part.start :], version))
+        return super().launch(plan)
+
+
+def test_ten_thousand_requests_begin_with_nothing_of_another_adapter_or_version() -> None:
+    planner, owners = (
+        Planner(config(page_size=4, total_pages=POOL_PAGES, chunked_prefill_size=16)),
+        Owners(4, POOL_PAGES),
+    )
+    planner.growth.START = 0.0  # no output is expected, so that requests have to be retracted
+    planner.growth.reset()
+    dice, stems = random.Random(0), [[7] * 12, [7] * 8 + [8] * 8, [9] * 5]
+
+    def step() -> None:
+        if plan := planner.next(0.0):
+            planner.apply(plan, owners.collect(owners.launch(plan)), 0.0)
+        for sequence in planner.released:
+            owners.forget(sequence)
+        planner.released.clear()
+
+    for number in range(REQUESTS):
+        if number % 40 == 0:  # under the requests that use it
+            owners.versions = {**owners.versions, dice.choice(ADAPTERS): str(number + len(ADAPTERS))}
+            planner.waiting.set_adapter_versions(owners.versions)
+        message = tokenized(f"r{number}", [*dice.choice(stems), dice.randrange(2, 6)], dice.randint(1, 8))
+        message.request.adapter = dice.choice(["", *ADAPTERS])
+        planner.add(message, 0.0, None)
+        while len(planner.live) > 7:
+            step()
+    while not planner.idle:
+        step()
+    assert planner.audit() == ""
+    assert owners.cached_tokens > REQUESTS and sum(owners.retractions.values()) > 10
