@@ -20,6 +20,7 @@ TOLERANCE = 1e-3
 FEW_TOKENS = 12  # of families whose parts others have too
 BRIEF = (  # families that make few tokens
     *("qwen3_5_moe", "granite_hybrid", "bamba", "falcon_h1", "nemotron_h", "olmo_hybrid", "kimi_linear", "llama4"),
+    *("gemma3n", "gemma4", "gemma4_moe", "gemma4_unified"),
 )
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"),
