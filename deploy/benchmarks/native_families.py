@@ -32,6 +32,24 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
+GEMMA: dict[str, Any] = {
+    "head_dim": 64,
+    "sliding_window": 512,
+    "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 2,
+    "num_kv_shared_layers": 4,
+    "hidden_size_per_layer_input": 128,
+    "vocab_size_per_layer_input": 32000,
+}
+SHAPES: dict[str, dict[str, Any]] = {  # what families need besides
+    "gemma3n": {
+        **GEMMA,
+        "intermediate_size": [3072] * 8,
+        "activation_sparsity_pattern": [0.95] * 4 + [0.0] * 4,
+        "laurel_rank": 64,
+    },
+    "gemma4": {**GEMMA, "global_head_dim": 128},
+    "gemma4_moe": {**GEMMA, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "global_head_dim": 128},
+}
 LOADS = {"one stream, 48 tokens": (1, 64, 48), "16 at once, 32 tokens": (16, 64, 32), "a prompt of 1024": (1, 1024, 1)}
 ROUNDS = 5
 
@@ -43,7 +61,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     for family in parser.parse_args().families:
         with tempfile.TemporaryDirectory() as name:
-            directory = tiny.build(family, Path(name), dtype=torch.bfloat16, **SHAPE)
+            shape = {**SHAPE, **SHAPES.get(family, {})}
+            directory = tiny.build(family, Path(name), dtype=torch.bfloat16, **shape)
             compare(family, directory)
 
 
