@@ -58,15 +58,17 @@ def main() -> None:
     """Print the ratios of each family."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=["olmo2", "granite"])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     logging.disable(logging.WARNING)
-    for family in parser.parse_args().families:
+    asked = parser.parse_args()
+    for family in asked.families:
         with tempfile.TemporaryDirectory() as name:
             shape = {**SHAPE, **SHAPES.get(family, {})}
             directory = tiny.build(family, Path(name), dtype=torch.bfloat16, **shape)
-            compare(family, directory)
+            compare(family, directory, asked.rounds)
 
 
-def compare(family: str, directory: Path) -> None:
+def compare(family: str, directory: Path, rounds: int) -> None:
     """Print processor time of both ways, load by load."""
     settings: dict[str, Any] = {"dtype": "bfloat16", "disable_radix_cache": True, "max_total_tokens": 8192}
     native = Engine(directory, **settings)
@@ -78,10 +80,13 @@ def compare(family: str, directory: Path) -> None:
     assert isinstance(native.worker.model, Decoder) and not isinstance(fallback.worker.model, Decoder)
     for load, (requests, prompt, tokens) in LOADS.items():
         pairs = [(seconds(native, requests, prompt, tokens), seconds(fallback, requests, prompt, tokens))
-                 for _ in range(ROUNDS + 1)][1:]  # fmt: skip
+                 for _ in range(rounds + 1)][1:]  # fmt: skip
         ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
         ratio = statistics.median(their / own for own, their in pairs)
-        print(f"{family:>10}  {load:>22}: native {ours:.3f} s, through transformers {theirs:.3f} s, ratio {ratio:.2f}")
+        print(
+            f"{family:>10}  {load:>22}: native {ours:.3f} s, through transformers {theirs:.3f} s, ratio {ratio:.2f}",
+            flush=True,
+        )
 
 
 def seconds(engine: Engine, requests: int, prompt: int, tokens: int) -> float:
