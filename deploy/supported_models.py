@@ -25,6 +25,9 @@ MODELS = {  # architecture → models that have it
     "GemmaForCausalLM": "Gemma 2B and 7B, bge-reranker-v2-gemma",
     "Gemma2ForCausalLM": "Gemma 2",
     "Gemma3ForCausalLM": "Gemma 3 270M and 1B",
+    "Gemma3nForCausalLM": "text models of the Gemma 3n family",
+    "Gemma4ForCausalLM": "text models of the Gemma 4 family",
+    "Gemma4UnifiedForCausalLM": "text models of the unified Gemma 4 family",
     "Glm4ForCausalLM": "GLM-4-0414 9B and 32B, GLM-Z1",
     "Glm4MoeForCausalLM": "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7",
     "Glm4MoeLiteForCausalLM": "GLM-4.7-Flash",
@@ -56,6 +59,7 @@ MODELS = {  # architecture → models that have it
     "SmolLM3ForCausalLM": "SmolLM3 3B",
     "Bert": "BERT, MiniLM, BGE, E5, GTE, arctic-embed",
     "Camembert": "CamemBERT",
+    "Deberta": "DeBERTa v1",
     "DebertaV2": "DeBERTa v3, mxbai-rerank v1, NLI classifiers",
     "DistilBert": "DistilBERT",
     "Electra": "ELECTRA, ms-marco-electra",
@@ -71,6 +75,9 @@ MODELS = {  # architecture → models that have it
 }
 TOWER_MODELS = {
     "Gemma3ForConditionalGeneration": "Gemma 3 4B, 12B and 27B",
+    "Gemma3nForConditionalGeneration": "Gemma 3n E2B and E4B",
+    "Gemma4ForConditionalGeneration": "Gemma 4 E2B, E4B, 26B-A4B and 31B",
+    "Gemma4UnifiedForConditionalGeneration": "Gemma 4 12B",
     "Llama4ForConditionalGeneration": "Llama 4 Scout and Maverick",
     "Mistral3ForConditionalGeneration": "Mistral Small 3.1 and 3.2, Ministral 3",
     "Qwen2VLForConditionalGeneration": "Qwen2-VL",
@@ -86,6 +93,9 @@ PLAIN_ON_GPU = {
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "FalconH1ForCausalLM",
+    "Gemma3nForCausalLM",
+    "Gemma4ForCausalLM",
+    "Gemma4UnifiedForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "GptOssForCausalLM",
     "GraniteMoeHybridForCausalLM",
@@ -110,7 +120,8 @@ model's config.json says which one it has.
   constrained output, weight updates while they serve, and `--enable-deterministic-inference` on a CPU (but for the
   latent attention of DeepSeek, GLM-4.7-Flash and Kimi-Linear); on a CPU weights may be quantized (`--quantization int8`
   or `int4`). Models with recurrent layers (LFM2, Qwen3-Next, Qwen3.5, OLMo Hybrid, Kimi-Linear, and those with Mamba-2:
-  Bamba, Falcon-H1, Granite 4 H, Nemotron-H) go without drafts and LoRA adapters.
+  Bamba, Falcon-H1, Granite 4 H, Nemotron-H) go without drafts and LoRA adapters. Gemma 3n and 4 are computed by one
+  process (no `--tp-size`); an embedding that a request brings has no row in their second table.
 * **Through transformers**: transformers' own code with Quartet's attention. Slower, and compared with its own logits at
   each start. Weights are not kept quantized, and there is no deterministic inference.
 * **Refused**: the start ends with the reason.
@@ -134,7 +145,7 @@ Compared with sentence-transformers or transformers, on small random models: cos
 mixed lengths in one batch. Native decoders embed and score as well, with `--is-embedding`; so Qwen3-Reranker and
 bge-reranker-v2-gemma rank. A vector for each token (ColBERT): any of these under PyLate's modules or a
 `MultiVectorMask`. Weights of words (SPLADE): Bert, Camembert, DistilBert, ModernBert, MPNet, Roberta, XLMRoberta.
-Refused by name: nomic-embed-text-v2-moe, jina's own code for v3 (take the -hf copy), DeBERTa v1 and v2-xlarge.
+Refused by name: nomic-embed-text-v2-moe, jina's own code for v3 (take the -hf copy), DeBERTa v2-xlarge.
 """
 FALLBACK = """## Through transformers
 

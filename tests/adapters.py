@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from quartet.scheduler_service.weights.adapters import ADAPTED
+from quartet.scheduler_service.weights.parameters import kind_of
 from tests import checkpoints
 from tests.checkpoints import layout_of
 
 BASE_TOKEN = 9
 FIRST_TOKEN = 100
 TELLING = checkpoints.CONFIG["hidden_size"]  # so many telling adapters are possible
-NOT_ADAPTED = ("embed", "lm_head")
 
 
 def modules_of(base: Path) -> dict[str, tuple[int, ...]]:
@@ -29,7 +30,7 @@ def modules_of(base: Path) -> dict[str, tuple[int, ...]]:
     return {
         name.removesuffix(".weight"): place.shape
         for name, place in places.items()
-        if len(place.shape) == 2 and place.buffer not in NOT_ADAPTED
+        if len(place.shape) == 2 and kind_of(place.buffer) in ADAPTED
     }
 
 

@@ -32,6 +32,24 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
+GEMMA: dict[str, Any] = {
+    "head_dim": 64,
+    "sliding_window": 512,
+    "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 2,
+    "num_kv_shared_layers": 4,
+    "hidden_size_per_layer_input": 128,
+    "vocab_size_per_layer_input": 32000,
+}
+SHAPES: dict[str, dict[str, Any]] = {  # what families need besides
+    "gemma3n": {
+        **GEMMA,
+        "intermediate_size": [3072] * 8,
+        "activation_sparsity_pattern": [0.95] * 4 + [0.0] * 4,
+        "laurel_rank": 64,
+    },
+    "gemma4": {**GEMMA, "global_head_dim": 128},
+    "gemma4_moe": {**GEMMA, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "global_head_dim": 128},
+}
 LOADS = {"one stream, 48 tokens": (1, 64, 48), "16 at once, 32 tokens": (16, 64, 32), "a prompt of 1024": (1, 1024, 1)}
 ROUNDS = 5
 
@@ -40,14 +58,17 @@ def main() -> None:
     """Print the ratios of each family."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=["olmo2", "granite"])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     logging.disable(logging.WARNING)
-    for family in parser.parse_args().families:
+    asked = parser.parse_args()
+    for family in asked.families:
         with tempfile.TemporaryDirectory() as name:
-            directory = tiny.build(family, Path(name), dtype=torch.bfloat16, **SHAPE)
-            compare(family, directory)
+            shape = {**SHAPE, **SHAPES.get(family, {})}
+            directory = tiny.build(family, Path(name), dtype=torch.bfloat16, **shape)
+            compare(family, directory, asked.rounds)
 
 
-def compare(family: str, directory: Path) -> None:
+def compare(family: str, directory: Path, rounds: int) -> None:
     """Print processor time of both ways, load by load."""
     settings: dict[str, Any] = {"dtype": "bfloat16", "disable_radix_cache": True, "max_total_tokens": 8192}
     native = Engine(directory, **settings)
@@ -59,10 +80,13 @@ def compare(family: str, directory: Path) -> None:
     assert isinstance(native.worker.model, Decoder) and not isinstance(fallback.worker.model, Decoder)
     for load, (requests, prompt, tokens) in LOADS.items():
         pairs = [(seconds(native, requests, prompt, tokens), seconds(fallback, requests, prompt, tokens))
-                 for _ in range(ROUNDS + 1)][1:]  # fmt: skip
+                 for _ in range(rounds + 1)][1:]  # fmt: skip
         ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
         ratio = statistics.median(their / own for own, their in pairs)
-        print(f"{family:>10}  {load:>22}: native {ours:.3f} s, through transformers {theirs:.3f} s, ratio {ratio:.2f}")
+        print(
+            f"{family:>10}  {load:>22}: native {ours:.3f} s, through transformers {theirs:.3f} s, ratio {ratio:.2f}",
+            flush=True,
+        )
 
 
 def seconds(engine: Engine, requests: int, prompt: int, tokens: int) -> float:

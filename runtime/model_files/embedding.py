@@ -21,6 +21,7 @@ Pooling = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", 
 
 ENCODERS = (
     *("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "ModernBert", "Electra", "MPNet", "DebertaV2"),
+    "Deberta",
     *("NomicBert", "Gte", "JinaEmbeddingsV3", "EuroBert"),
 )
 WITH_TASK_ADAPTERS = "JinaEmbeddingsV3"

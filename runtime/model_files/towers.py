@@ -8,6 +8,9 @@ Config = Mapping[str, Any]
 # architecture → that of its language model by the `model_type` of its text_config; "": of any other, or without one
 TOWERS: dict[str, dict[str, str]] = {
     "Gemma3ForConditionalGeneration": {"": "Gemma3ForCausalLM"},
+    "Gemma3nForConditionalGeneration": {"": "Gemma3nForCausalLM"},
+    "Gemma4ForConditionalGeneration": {"": "Gemma4ForCausalLM"},
+    "Gemma4UnifiedForConditionalGeneration": {"": "Gemma4UnifiedForCausalLM"},
     "Llama4ForConditionalGeneration": {"": "Llama4ForCausalLM"},
     "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
     "Qwen2VLForConditionalGeneration": {"": "Qwen2ForCausalLM"},
@@ -25,8 +28,33 @@ GEMMA3 = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": True,
 }
+GEMMA3N = {
+    "vocab_size": 262400,
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 35,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+GEMMA4 = {
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
 OMITTED: dict[str, dict[str, Any]] = {  # what released configs leave to transformers' defaults
     "gemma3_text": GEMMA3,
+    "gemma3n_text": GEMMA3N,
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": {**GEMMA4, "max_position_embeddings": 262144},
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
 }
 

@@ -46,9 +46,7 @@ class AdaptedBackend(TorchBackend):
         query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See model.backend.Backend.attend; in bfloat16 one kernel norms heads, rotates and writes keys and values."""
-        if not (
-            self.dtype is torch.bfloat16 and can_rotate(attention, rotation) and hasattr(context, "attend_written")
-        ):
+        if not (self.dtype is torch.bfloat16 and can_rotate(attention, rotation) and hasattr(context, "pools")):
             return super().attend(residual, norm, attention, rotation, context, query_scale)
         qkv = self.product(residual, norm, attention.qkv)
         return attend_projected(qkv, attention, rotation, cast(PagedAttend, context), query_scale, self.normed)

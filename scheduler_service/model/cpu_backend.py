@@ -22,7 +22,7 @@ from quartet.kernels.cpu.native import library as native
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedAttend, PagedContext
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
-from quartet.scheduler_service.model.projections import arranged
+from quartet.scheduler_service.model.projections import arranged, attend_read
 from quartet.scheduler_service.model.spec import RopeSpec
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
@@ -81,7 +81,7 @@ class CpuBackend:
         query_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As the protocol has it: three calls of our kernels, or torch where one of them cannot do it."""
-        if not (attention.qkv.is_native and can_rotate(attention, rotation) and hasattr(context, "attend_written")):
+        if not (attention.qkv.is_native and can_rotate(attention, rotation) and hasattr(context, "pools")):
             return self.torch.attend(residual, norm, attention, rotation, context, query_scale)
         residual, norm = self.without_centring(residual, norm)
         qkv = residual.new_empty(len(residual), len(attention.qkv.weight))
@@ -159,6 +159,8 @@ def attend_projected(
     """
     spec, kernels = attention.spec, native.library()
     assert kernels is not None, "see can_rotate"
+    if attention.reads:
+        return attend_read(qkv, attention, rotation, paged, normed)
     norms = norm_weight(attention.query_norm), norm_weight(attention.key_norm)
     if not attention.is_plain:
         qkv, norms = arranged(qkv, attention, normed), (None, None)

@@ -10,6 +10,7 @@ from quartet.scheduler_service.model import latent
 from quartet.scheduler_service.model.backend import Backend, Rotation
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.heads import Head
+from quartet.scheduler_service.model.layer_inputs import layer_inputs_of
 from quartet.scheduler_service.model.layers import (
     Attention,
     DecoderLayer,
@@ -21,8 +22,10 @@ from quartet.scheduler_service.model.layers import (
     linear,
     norm_of,
 )
+from quartet.scheduler_service.model.sparsity import sparse
 from quartet.scheduler_service.model.spec import DecoderSpec
 from quartet.scheduler_service.model.state_access import StateSpec
+from quartet.scheduler_service.model.streams import Streams, add_halves, streams_of
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -44,10 +47,12 @@ class Decoder:
         if spec.rounds_embedding_scale:
             self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=self.dtype))
         self.layers = [decoder_layer(spec, weights, index) for index in range(len(spec.layers))]
+        self.layer_inputs = layer_inputs_of(spec, weights)
+        self.streams = streams_of(spec, weights)
         self.norm = norm_of(spec, weights, "norm")
         self.lm_head = linear(weights, "embed" if spec.tied else "lm_head") if spec.generates else None
         self.head = Head(spec.score_head, weights) if spec.score_head else None
-        self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers if layer.attends]
+        self.attention: list[AttentionSpec] = [layer.attention.spec for layer in self.layers if layer.keeps_kv]
         self.states: list[StateSpec] = [layer.recurrence.spec for layer in self.layers if layer.recurrence]
         self.backend = backend
         backend.reserve(self.layers, self.lm_head)
@@ -91,8 +96,36 @@ class Decoder:
         if together and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
             return
         scale = self.query_scale(batch.positions)
+        parts = None if self.layer_inputs is None else self.layer_inputs.parts(batch, residual, self.backend)
+        if self.streams is not None:
+            self.run_streams(self.streams, residual, rotations, batch, parts)
+            return
         for layer in self.layers:
             self.run_layer(layer, residual, rotations[layer.rope], batch, scale)
+            if self.layer_inputs is not None and parts is not None:
+                self.layer_inputs.add(layer.index, residual, parts[layer.index], self.backend)
+            if layer.scale is not None:
+                residual.mul_(layer.scale)
+
+    def run_streams(
+        self,
+        streams: Streams,
+        residual: torch.Tensor,
+        rotations: list[Rotation],
+        batch: Batch,
+        parts: torch.Tensor | None,
+    ) -> None:
+        """All layers where the residual stream is one of several; `parts`: the layers' own inputs."""
+        compute, stack = self.backend, streams.spread(residual)
+        for layer in self.layers:
+            predicted = streams.predicted(layer.index, stack, compute)
+            own = predicted[:, streams.spec.active].clone()
+            self.run_layer(layer, own, rotations[layer.rope], batch)
+            stack = streams.corrected(layer.index, predicted, own, compute)
+            if self.layer_inputs is not None and parts is not None:
+                read = streams.read_by_input(layer.index, stack)
+                streams.add_input(stack, self.layer_inputs.added(layer.index, read, parts[layer.index], compute))
+        residual.copy_(streams.joined(stack))
 
     def run_layer(
         self,
@@ -107,8 +140,11 @@ class Decoder:
         block = layer.feed_forward
         mixed = self.mixed(layer, residual, rotation, batch, query_scale)
         inner = self.inner(layer, block, residual) if layer.parallel and isinstance(block, Mlp) else None
+        beside = None if self.streams is None else self.streams.beside(layer, residual, compute)
         for part, output in mixed:
             compute.add_product(residual, part, output, layer.after_attention)
+        if beside is not None:
+            add_halves(residual, beside)
         if isinstance(block, Moe):
             chosen = compute.add_experts(residual, layer.before_mlp, block, layer.after_mlp)
             if batch.record_experts:
@@ -146,6 +182,8 @@ class Decoder:
     def inner(self, layer: DecoderLayer, block: Mlp, residual: torch.Tensor) -> torch.Tensor:
         """What the down product of a dense block reads: (tokens, size)."""
         compute, factors = self.backend, self.spec.factors
+        if block.cutoff is not None:
+            return sparse(block.gate_up(compute.normed(residual, layer.before_mlp)), block, compute.deterministic)
         if factors is None:
             return compute.gate_up(residual, layer.before_mlp, block.gate_up, block.activation)
         x = compute.normed(residual, layer.before_mlp) * factors.gate  # gates and what they scale

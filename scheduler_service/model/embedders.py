@@ -28,6 +28,7 @@ from quartet.scheduler_service.weights.parameters import Weights
 FAMILIES: dict[str, encoders.EncoderFamily] = {
     "Bert": encoders.bert,
     "Camembert": encoders.roberta,
+    "Deberta": encoders_relative.deberta1,
     "DebertaV2": encoders_relative.deberta,
     "DistilBert": encoders.distilbert,
     "Electra": encoders.electra,

@@ -16,6 +16,8 @@ from quartet.scheduler_service.model.encoder_attention import (
     AddedBias,
     AddedProducts,
     Group,
+    HeadByHead,
+    Project,
     ScoresOfLayer,
     by_length,
     near,
@@ -54,7 +56,13 @@ class EncoderLayer:
         self.window, self.rope, self.norm_first = own.window, own.rope, spec.norm_first
         self.attention_norm = Norm(spec, weights, "attention_norm", layer) if own.attention_norm else None
         self.mlp_norm = Norm(spec, weights, "mlp_norm", layer)
-        self.qkv = linear(weights, "qkv", layer, bias=spec.attention_bias)
+        self.qkv: Project
+        self.of_distances: Project
+        if spec.head_by_head:
+            self.qkv = joint = HeadByHead(spec, weights, layer)
+            self.of_distances = joint.of_distances
+        else:
+            self.qkv = self.of_distances = linear(weights, "qkv", layer, bias=spec.attention_bias)
         self.output = linear(weights, "output", layer, bias=spec.attention_bias)
         self.up = linear(weights, "up", layer, bias=spec.up_bias)
         self.down = linear(weights, "down", layer, bias=spec.down_bias)
@@ -90,7 +98,7 @@ class EncoderLayer:
         if rotation is not None:
             turned, values = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
             qkv = torch.cat((plain_layers.rotate(turned, *rotation), values), dim=1)
-        scores = added(self.qkv) if added else None
+        scores = added(self.of_distances) if added else None
         mixed = torch.empty_like(x)
         for group in groups:
             rows = slice(group.start, group.start + group.texts * group.length)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from quartet.scheduler_service.model.encoder_spec import DistanceBias, DistanceVectors, EncoderSpec
+from quartet.scheduler_service.model.layers import linear
 from quartet.scheduler_service.weights.parameters import Weights
 
 MOST_SCORES = 1 << 24  # of one call, where something is added to them: 64 MB in float32
@@ -54,6 +55,28 @@ def by_length(starts: torch.Tensor, attended: Sequence[int] | None = None) -> tu
         groups.append(Group(row, len(list(same)), length, seen))
         row += groups[-1].texts * length
     return order, groups
+
+
+class HeadByHead:
+    """Queries, keys and values of one matrix that has them head by head, as DeBERTa v1; distances have their own."""
+
+    def __init__(self, spec: EncoderSpec, weights: Weights, layer: int) -> None:
+        self.heads, self.head_dim = spec.heads, spec.head_dim
+        self.product = linear(weights, "qkv", layer)
+        self.query_bias, self.value_bias = weights.slab("query_bias", layer), weights.slab("value_bias", layer)
+        self.distance_query = linear(weights, "distance_query", layer, bias=True)
+        self.distance_key = linear(weights, "distance_key", layer)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, 3 * hidden) of x (tokens, hidden): all queries, then keys, then values."""
+        queries, keys, values = self.product(x).view(len(x), self.heads, 3, self.head_dim).unbind(2)
+        return torch.cat(
+            (queries.flatten(1) + self.query_bias, keys.flatten(1), values.flatten(1) + self.value_bias), 1
+        )
+
+    def of_distances(self, table: torch.Tensor) -> torch.Tensor:
+        """(distances, 2 * hidden) of their vectors: queries, then keys."""
+        return torch.cat((self.distance_query(table), self.distance_key(table)), 1)
 
 
 def near(window: int | None, length: int, device: torch.device) -> torch.Tensor | None:
@@ -119,8 +142,9 @@ class AddedProducts:
         return lambda project: self.of_layer(project(table), rows)
 
     def of_layer(self, projected: torch.Tensor, rows: torch.Tensor) -> Scores:
-        """`projected` (distances, 3 * hidden); `rows` (2 * longest - 1,): that of each key minus query."""
-        parts = projected.view(len(projected), 3, self.heads, self.head_dim).permute(1, 2, 3, 0)
+        """`projected` (distances, 2 or 3 * hidden), queries and keys first; `rows` (2 * longest - 1,): that of each key
+        minus query."""
+        parts = projected.view(len(projected), -1, self.heads, self.head_dim).permute(1, 2, 3, 0)
         queries, keys = parts[0], parts[1]  # each (heads, dim, distances)
 
         def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

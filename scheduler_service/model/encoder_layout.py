@@ -61,7 +61,7 @@ def add_layer(layout: Layout, spec: EncoderSpec, layer: int, prefix: str) -> Non
     key = (spec.kv_heads or spec.heads) * spec.head_dim
     up = (size, size) if spec.gated else (size,)
     linears = (
-        ("qkv", names.qkv, (hidden, key, key), hidden, spec.attention_bias),
+        ("qkv", names.qkv, (hidden, key, key), hidden, spec.attention_bias and not spec.head_by_head),
         ("output", (names.output,), (hidden,), hidden, spec.attention_bias),
         ("up", names.up, up, hidden, spec.up_bias),
         ("down", (names.down,), (hidden,), size, spec.down_bias),
@@ -71,3 +71,15 @@ def add_layer(layout: Layout, spec: EncoderSpec, layer: int, prefix: str) -> Non
         if bias:
             layout.add(f"{buffer}_bias", (layer,), parts(prefix, tensors, rows, "bias"), None)
     add_norm(layout, spec, "mlp_norm", (layer,), f"{prefix}{names.mlp_norm}")
+    if spec.head_by_head:
+        add_head_by_head(layout, spec, (layer,), f"{prefix}attention.self.")
+
+
+def add_head_by_head(layout: Layout, spec: EncoderSpec, place: tuple[int, ...], prefix: str) -> None:
+    """What stands beside the one matrix: biases of queries and values, products for distances."""
+    hidden = spec.hidden_size
+    layout.add("query_bias", place, [(f"{prefix}q_bias", hidden)], None)
+    layout.add("value_bias", place, [(f"{prefix}v_bias", hidden)], None)
+    layout.add("distance_key", place, [(f"{prefix}pos_proj.weight", hidden)], hidden)
+    layout.add("distance_query", place, [(f"{prefix}pos_q_proj.weight", hidden)], hidden)
+    layout.add("distance_query_bias", place, [(f"{prefix}pos_q_proj.bias", hidden)], None)

@@ -91,6 +91,7 @@ class EncoderSpec:
     norm_first: bool = False  # norms stand before attention and feed-forward, and one behind the last layer
     gated: bool = False  # activation(first half) * second half
     gate_last: bool = False  # first half * activation(second half)
+    head_by_head: bool = False  # one matrix has query, key and value of each head in turn; see HeadByHead
     attention_bias: bool = True
     up_bias: bool = True
     down_bias: bool = True

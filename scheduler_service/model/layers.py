@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from statistics import NormalDist
 
 import torch
 
@@ -13,7 +14,7 @@ from quartet.scheduler_service.model.batch import AttentionSpec
 from quartet.scheduler_service.model.recurrent import Mixer, recurrent_mixer
 from quartet.scheduler_service.model.sharded import GatheredLinear, ReducedLinear, look_up, rows_of
 from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpec
-from quartet.scheduler_service.weights.parameters import Weights
+from quartet.scheduler_service.weights.parameters import Weights, kind_of
 
 REDUCED = ("output", "down")  # where these buffers are cut, products are summed over the ranks
 BY_TOKEN = ("embed", "lm_head")
@@ -48,11 +49,15 @@ class Attention:
     norms_all_heads: bool = False  # these norms are over all heads together, else over each
     pair_order: torch.Tensor | None = None  # (heads + 2 * kv_heads) * head_dim, int64
     scales_queries: bool = False  # by their position, behind the rotation
+    value_norm: Norm | None = None  # of each head
+    values_from_keys: bool = False  # `qkv` has queries and keys; before their norm, keys are values too
+    reads: bool = False  # `qkv` has queries alone; keys and values are those of the layer that `spec` names
 
     @property
     def is_plain(self) -> bool:
         """Whether kernels that norm heads and rotate halves do all that there is between the product and the scores."""
-        return not self.norms_all_heads and self.pair_order is None
+        others = self.norms_all_heads or self.value_norm or self.values_from_keys or self.reads
+        return not others and self.pair_order is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class Mlp:
     gate_up: Linear
     down: Linear
     activation: str
+    cutoff: float | None = None  # gates below mean + cutoff * deviation count as zero, and others by the distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,11 @@ class Moe:
     shared: Mlp | None
     shared_gate: Linear | None  # (1, hidden); its sigmoid scales what the shared expert gives
     score_bias: torch.Tensor | None = None  # (experts,) float32
+    router_norm: Norm | None = None  # then the router reads the residual stream by this norm
+    expert_scale: torch.Tensor | None = None  # (experts,)
+    after: Norm | None = None  # of what the experts give together
+    shared_before: Norm | None = None  # then the shared expert reads the residual stream by this norm
+    shared_after: Norm | None = None
     ranks: Parallel | None = None  # those whose results are summed; None: there is one
 
 
@@ -114,10 +125,16 @@ class DecoderLayer:
     after_mlp: Norm | None
     parallel: bool = False  # both blocks read the residual stream as it was
     beside: Mixer | None = None  # a recurrence that reads what the mixer reads
+    scale: torch.Tensor | None = None  # (1,) of all that the layer leaves in the residual stream
 
     @property
     def attends(self) -> bool:
         return isinstance(self.mixer, Attention | LatentAttention)
+
+    @property
+    def keeps_kv(self) -> bool:
+        """Whether it has keys and values of its own."""
+        return self.attends and not (isinstance(self.mixer, Attention) and self.mixer.reads)
 
     @property
     def recurrence(self) -> Mixer | None:
@@ -135,7 +152,7 @@ def linear(weights: Weights, buffer: str, *index: int, bias: bool = False) -> Li
     """The linear layer of a slab, kept in step with later updates of the weights."""
     quantized, weight = weights.quantized_slab(buffer, *index), weights.slab(buffer, *index)
     offsets = weights.slab(f"{buffer}_bias", *index) if bias else None
-    if buffer in REDUCED and buffer in weights.layout.cut_buffers:
+    if kind_of(buffer) in REDUCED and buffer in weights.layout.cut_buffers:
         layer: Linear = ReducedLinear(weight, offsets, quantized, weights.layout.parallel)
     elif buffer in BY_TOKEN and buffer in weights.layout.cut_buffers:
         layer = GatheredLinear(weight, quantized, weights.layout.parallel)
@@ -164,7 +181,7 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
         recurrence = recurrent_mixer(own.recurrent, weights, index, slabs.recurrent, linear)
     attends = attention_of(spec, weights, index, slabs.attention) if own.attends else None
     if own.feeds:
-        block = moe(spec, own.moe, weights, slabs.block) if own.moe else dense_mlp(spec, weights, slabs.block)
+        block = moe(spec, own.moe, weights, slabs.block) if own.moe else dense_mlp(spec, weights, index)
 
     def norm(place: str) -> Norm | None:
         is_there = own.feeds if place.endswith("mlp") else own.mixes
@@ -181,6 +198,7 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
         after_mlp=norm("after_mlp"),
         parallel=spec.parallel,
         beside=recurrence if attends else None,
+        scale=weights.slab("layer_scale", index) if spec.layer_scales else None,
     )
 
 
@@ -193,39 +211,46 @@ def attention_of(spec: DecoderSpec, weights: Weights, index: int, slab: int) -> 
 
 def attention(spec: DecoderSpec, weights: Weights, layer: int, slab: int) -> Attention:
     """The attention of layer number `layer`, number `slab` among those with attention."""
-    own = spec.layers[layer]
-    rope = spec.ropes[own.rope]
-    shape = spec.heads, spec.kv_heads, spec.head_dim, 2 * len(rope.frequencies)
+    own, kind = spec.layers[layer], spec.layers[layer].attention_kind
+    rope, dim, kv_heads = spec.ropes[own.rope], spec.head_dim_of(layer), spec.kv_heads_of(layer)
+    shape = spec.heads, kv_heads, dim, 2 * len(rope.frequencies)
     return Attention(
         spec=AttentionSpec(
-            layer=layer,
+            layer=layer if own.reads is None else own.reads,
             heads=spec.heads,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
+            kv_heads=kv_heads,
+            head_dim=dim,
             scale=spec.attention_scale,
             window=own.window,
             chunk=own.chunk,
             softcap=spec.attention_softcap,
             causal=spec.causal,
-            sinks=weights.slab("sinks", slab) if spec.sinks else None,
+            sinks=weights.slab(f"sinks{kind}", slab) if spec.sinks else None,
         ),
-        qkv=linear(weights, "qkv", slab, bias=spec.qkv_bias),
-        output=linear(weights, "output", slab, bias=spec.output_bias),
-        query_norm=head_norm(spec, weights, "query_norm", own.bare_norms, slab),
-        key_norm=head_norm(spec, weights, "key_norm", own.bare_norms, slab),
+        qkv=linear(weights, f"qkv{kind}", slab, bias=spec.qkv_bias),
+        output=linear(weights, f"output{kind}", slab, bias=spec.output_bias),
+        query_norm=head_norm(spec, weights, f"query_norm{kind}", layer, slab),
+        key_norm=head_norm(spec, weights, f"key_norm{kind}", layer, slab) if own.reads is None else None,
         output_gate=spec.output_gate,
         norms_all_heads=spec.query_key_norm and spec.query_key_norm_over == "heads",
         pair_order=pair_order(*shape, weights.device) if rope.interleaved else None,
         scales_queries=spec.query_scale is not None and not own.unscaled_queries,
+        value_norm=bare_norm(spec, weights, dim) if spec.value_norm and own.reads is None else None,
+        values_from_keys=own.values_from_keys,
+        reads=own.reads is not None,
     )
 
 
-def head_norm(spec: DecoderSpec, weights: Weights, buffer: str, bare: bool, slab: int) -> Norm | None:
+def head_norm(spec: DecoderSpec, weights: Weights, buffer: str, layer: int, slab: int) -> Norm | None:
     """The norm of queries or keys, if there is one."""
-    if bare:
-        ones = torch.ones(spec.head_dim, dtype=weights.dtype, device=weights.device)
-        return Norm(ones, spec.norm_epsilon, plus_one=False)
+    if spec.layers[layer].bare_norms:
+        return bare_norm(spec, weights, spec.head_dim_of(layer))
     return norm_of(spec, weights, buffer, slab) if spec.query_key_norm else None
+
+
+def bare_norm(spec: DecoderSpec, weights: Weights, size: int) -> Norm:
+    """A norm without weights."""
+    return Norm(torch.ones(size, dtype=weights.dtype, device=weights.device), spec.norm_epsilon, plus_one=False)
 
 
 @cache
@@ -266,15 +291,22 @@ def latent_attention(spec: DecoderSpec, latent: LatentSpec, weights: Weights, la
     )
 
 
-def dense_mlp(spec: DecoderSpec, weights: Weights, slab: int) -> Mlp:
-    gate_up = linear(weights, "gate_up", slab, bias=spec.mlp_bias)
-    return Mlp(gate_up, linear(weights, "down", slab, bias=spec.mlp_bias), spec.activation)
+def dense_mlp(spec: DecoderSpec, weights: Weights, layer: int) -> Mlp:
+    """The dense block of layer number `layer`."""
+    own, slab = spec.layers[layer], spec.slabs(layer).block
+    gate_up = linear(weights, f"gate_up{own.block_kind}", slab, bias=spec.mlp_bias)
+    down = linear(weights, f"down{own.block_kind}", slab, bias=spec.mlp_bias)
+    return Mlp(gate_up, down, spec.activation, NormalDist().inv_cdf(own.sparsity) if own.sparsity else None)
 
 
 def moe(spec: DecoderSpec, mixture: MoeSpec, weights: Weights, slab: int) -> Moe:
     """The mixture of experts in slab number `slab` of its weights."""
     expert = partial(linear, weights, bias=mixture.expert_bias)
     has_shared = bool(mixture.shared_intermediate_size)
+
+    def norm(place: str, name: str | None) -> Norm | None:
+        return norm_of(spec, weights, place, slab) if name else None
+
     return Moe(
         spec=mixture,
         router=linear(weights, "router", slab, bias=mixture.router_bias),
@@ -286,6 +318,11 @@ def moe(spec: DecoderSpec, mixture: MoeSpec, weights: Weights, slab: int) -> Moe
         shared=shared_expert(spec, weights, slab) if has_shared else None,
         shared_gate=linear(weights, "shared_gate", slab) if has_shared and mixture.shared_gate else None,
         score_bias=weights.slab("score_bias", slab) if mixture.score_bias else None,
+        router_norm=norm("router_norm", mixture.router_norm),
+        expert_scale=weights.slab("expert_scale", slab) if mixture.expert_scale else None,
+        after=norm("after_experts", mixture.after),
+        shared_before=norm("before_shared", mixture.shared_before),
+        shared_after=norm("after_shared", mixture.shared_after),
         ranks=weights.layout.parallel if weights.layout.parallel.size > 1 else None,
     )
 

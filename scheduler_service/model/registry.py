@@ -15,6 +15,7 @@ from quartet.runtime.model_files.towers import language_model
 from quartet.runtime.shorten import reason
 from quartet.scheduler_service.host.device import available_gb
 from quartet.scheduler_service.host.parallel import ALONE, Parallel
+from quartet.scheduler_service.model.activations import ACTIVATIONS
 from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.cpu_backend import CpuBackend
@@ -28,6 +29,8 @@ from quartet.scheduler_service.model.families import (
     ernie,
     exaone,
     gemma,
+    gemma3n,
+    gemma4,
     glm,
     gpt_oss,
     granite,
@@ -50,7 +53,7 @@ from quartet.scheduler_service.model.families import (
 from quartet.scheduler_service.model.layout import embeddings_name
 from quartet.scheduler_service.model.shards import REFUSED, check_groups, shard_layout, shard_spec
 from quartet.scheduler_service.model.spec import DecoderSpec, NotNative
-from quartet.scheduler_service.model.torch_backend import ACTIVATIONS, TorchBackend
+from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.model.towers import inside
 from quartet.scheduler_service.weights import ties
 from quartet.scheduler_service.weights.formats import checkpoint_of, format_of
@@ -74,6 +77,9 @@ FAMILIES: dict[str, llama.Family] = {
     "GemmaForCausalLM": gemma.gemma1,
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
+    "Gemma3nForCausalLM": gemma3n.gemma3n,
+    "Gemma4ForCausalLM": gemma4.gemma4,
+    "Gemma4UnifiedForCausalLM": gemma4.unified,
     "Glm4ForCausalLM": glm.glm4,
     "Glm4MoeForCausalLM": glm.glm4_moe,
     "Glm4MoeLiteForCausalLM": deepseek.v3,

@@ -49,7 +49,8 @@ def rope_spec(parameters: Parameters, head_dim: int, context_length: int) -> Rop
     variant = VARIANTS.get(parameters["rope_type"])
     if variant is None:
         raise NotNative(f"rope_type={parameters['rope_type']!r}")
-    rotary_dim = int(head_dim * parameters["partial_rotary_factor"])
+    whole = parameters["rope_type"] == "proportional"
+    rotary_dim = head_dim if whole else int(head_dim * parameters["partial_rotary_factor"])
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     wavelengths = parameters["rope_theta"] ** exponents  # positions per radian
     frequencies, factor = variant(wavelengths, {**parameters, "context_length": context_length})
@@ -58,6 +59,14 @@ def rope_spec(parameters: Parameters, head_dim: int, context_length: int) -> Rop
 
 def default(wavelengths: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, float]:
     return 1.0 / wavelengths, 1.0
+
+
+def proportional(wavelengths: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, float]:
+    """Pairs of all dimensions, of which a part is turned, by the wavelengths that they have among all."""
+    turned = int(parameters["partial_rotary_factor"] * 2 * len(wavelengths) // 2)
+    frequencies = 1.0 / wavelengths / (parameters.get("factor") or 1.0)
+    frequencies[turned:] = 0.0
+    return frequencies, 1.0
 
 
 def dynamic(wavelengths: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, float]:
@@ -136,6 +145,7 @@ VARIANTS: dict[str, Callable[[torch.Tensor, Parameters], tuple[torch.Tensor, flo
     "default": default,
     "mrope": default,  # with one position for time, height and width, as text has
     "linear": linear,
+    "proportional": proportional,
     "dynamic": dynamic,
     "llama3": llama3,
     "yarn": yarn,

@@ -34,6 +34,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "embedding_scale": ("embedding_multiplier", "residual_multiplier", "hidden_size"),
     "logit_scale": ("logits_scaling", "logit_scale"),
     "query_scale": ROPES,
+    "layer_inputs": ("hidden_size_per_layer_input", "vocab_size_per_layer_input"),
+    "streams": ("altup_num_inputs", "altup_active_idx", "altup_correct_scale", "laurel_rank"),
     "ropes": ("rope_theta", *ROPES, "partial_rotary_factor", "rope_local_base_freq", "max_position_embeddings"),
     "norm_epsilon": ("rms_norm_eps", "layer_norm_eps", "norm_eps", "residual_multiplier"),
     "activation": ("hidden_act", "hidden_activation", "activation"),
@@ -61,6 +63,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "moe_intermediate_size",
         *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor"),
         *("first_k_dense_replace", "no_rope_layers", "sliding_window_pattern"),
+        *("global_head_dim", "num_global_key_value_heads", "per_layer_config", "num_kv_shared_layers"),
+        *("attention_k_eq_v", "use_double_wide_mlp", "activation_sparsity_pattern", "intermediate_size"),
     ),
 }
 FREE = ("tied", "prefix", "head", "ignored")  # the tensors tell

@@ -33,6 +33,16 @@ WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
         lambda spec: any(layer.moe and layer.moe.expert_bias for layer in spec.layers),
         "this model's experts have biases",
     ),
+    (lambda spec: spec.streams is not None, "this model has several residual streams"),
+    (lambda spec: spec.layer_inputs is not None, "this model has embeddings for each layer"),
+    (
+        lambda spec: any(layer.attention_kind or layer.block_kind for layer in spec.layers),
+        "this model's layers differ in size",
+    ),
+    (
+        lambda spec: any(layer.moe and layer.moe.shared_after for layer in spec.layers),
+        "this model norms what experts give",
+    ),
     (lambda spec: is_fused(spec), "this family stores fused projections (such as qkv_proj)"),
 ]
 

@@ -49,6 +49,11 @@ class MoeSpec:
     renormalize: bool  # the chosen experts' weights sum to one
     scoring: Literal["softmax", "sigmoid"] = "softmax"  # from a router's logits to scores
     score_bias: str | None = None  # checkpoint name below the block: added to scores for the choice, not to weights
+    router_norm: str | None = (
+        None  # checkpoint name below the block: the router reads the residual stream, normed by it
+    )
+    router_scale: float = 1.0  # of the router's logits
+    expert_scale: str | None = None  # checkpoint name below the block: a factor of each expert's weight
     groups: int = 1  # of neighbouring experts; only those of the best groups can be chosen
     top_groups: int = 1
     group_best: int = 2  # so many of a group's best experts, added up, say how good it is
@@ -66,11 +71,15 @@ class MoeSpec:
     shared: str = "shared_expert"  # below the block; with a dot in front, below the layer
     shared_gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
     shared_down: str = "down_proj"
+    after: str | None = None  # checkpoint names below the layer of norms: behind the experts' sum,
+    shared_before: str | None = None  # in front of the shared expert, which reads the residual stream then,
+    shared_after: str | None = None  # and behind it
 
     @property
     def chooses_plainly(self) -> bool:
         """Whether the experts are those with the largest logits, weighed by a softmax alone."""
-        return self.scoring == "softmax" and not self.score_bias and self.groups == 1 and self.scale == 1.0
+        others = self.score_bias or self.router_norm or self.expert_scale
+        return self.scoring == "softmax" and not others and self.groups == 1 and self.scale == 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +114,12 @@ class LayerSpec:
     moe: MoeSpec | None = None  # None: a dense feed-forward block
     recurrent: RecurrentSpec | None = None  # in place of attention
     beside: bool = False  # the recurrence runs beside attention: both read the same and are added
+    head_dim: int | None = None  # in place of the model's, as the next two
+    kv_heads: int | None = None
+    intermediate_size: int | None = None
+    reads: int | None = None  # the layer whose keys and values this one attends to; it has none of its own
+    values_from_keys: bool = False  # values are made of what keys are made of
+    sparsity: float = 0.0  # so much of a dense block's gates would be zero, if they were distributed normally
     mixes: bool = True  # it has attention, a recurrence or both
     feeds: bool = True  # it has a feed-forward block
     names: Names | None = None  # in place of the model's
@@ -112,6 +127,44 @@ class LayerSpec:
     @property
     def attends(self) -> bool:
         return self.mixes and (self.recurrent is None or self.beside)
+
+    @property
+    def attention_kind(self) -> str:
+        """What stands behind the names of attention's buffers: layers whose matrices differ in shape have others."""
+        found = (self.head_dim, self.kv_heads, self.reads is not None and "reads", self.values_from_keys and "shared")
+        return "".join(f":{part or ''}" for part in found) if any(found) else ""
+
+    @property
+    def block_kind(self) -> str:
+        """The same for dense feed-forward blocks."""
+        return f":{self.intermediate_size}" if self.intermediate_size else ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is attention of the model's sizes with a feed-forward block behind it."""
+        whole = self.attends and self.feeds and not (self.recurrent or self.chunk or self.sparsity)
+        return whole and not (self.attention_kind or self.block_kind)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputSpec:
+    """A second embedding of each token has a part for every layer, which adds what it makes of it to its result."""
+
+    size: int  # of a part
+    vocabulary: int  # tokens of the second table; all others have the part of the first
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSpec:
+    """Layers read one of several residual streams: they predict all of them before, and correct them behind (AltUp).
+
+    Beside attention stands a product of low rank (Laurel).
+    """
+
+    count: int
+    active: int  # the one that is read
+    scaled: bool  # what a layer's own input is added to has a scale for each column
+    rank: int  # of the product beside attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +178,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Slabs:
-    """The numbers of a layer's parts among those of their kind in other layers."""
+    """The numbers of a layer's parts among those of their kind and size in other layers."""
 
     attention: int
     recurrent: int
@@ -177,6 +230,10 @@ class DecoderSpec:
     scales_given_embeddings: bool = False  # those that a request brings are scaled too
     query_scale: QueryScale | None = None
     latent: LatentSpec | None = None  # then there is one head of keys, `rank + rotated_dim` wide
+    value_norm: bool = False  # values of each head are normed, without weights
+    layer_scales: bool = False  # what a layer leaves in the residual stream is multiplied with a number of its own
+    layer_inputs: LayerInputSpec | None = None
+    streams: StreamSpec | None = None
     sinks: bool = False  # a score for each head that takes a share of attention and gives nothing
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -199,8 +256,14 @@ class DecoderSpec:
     @property
     def is_plain(self) -> bool:
         """Whether every layer is attention with a feed-forward block behind it, and nothing is multiplied."""
-        whole = (layer.attends and layer.feeds and not (layer.recurrent or layer.chunk) for layer in self.layers)
-        return self.factors is None and all(whole)
+        others = self.factors or self.layer_inputs or self.streams or self.layer_scales or self.value_norm
+        return not others and all(layer.is_plain for layer in self.layers)
+
+    def head_dim_of(self, layer: int) -> int:
+        return self.layers[layer].head_dim or self.head_dim
+
+    def kv_heads_of(self, layer: int) -> int:
+        return self.layers[layer].kv_heads or self.kv_heads
 
     def names_of(self, layer: int) -> Names:
         return self.layers[layer].names or self.names
@@ -209,10 +272,15 @@ class DecoderSpec:
         """Where a layer's parts are in the buffers of their kind."""
         own, before = self.layers[layer], self.layers[:layer]
         return Slabs(
-            attention=sum(other.attends for other in before),
+            attention=sum(other.attends and other.attention_kind == own.attention_kind for other in before),
             recurrent=sum(other.recurrent is not None for other in before),
-            block=sum(other.feeds and bool(other.moe) == bool(own.moe) for other in before),
+            block=sum(other.feeds and block_of(other) == block_of(own) for other in before),
         )
+
+
+def block_of(layer: LayerSpec) -> tuple[bool, str]:
+    """Feed-forward blocks with the same are numbered together."""
+    return layer.moe is not None, "" if layer.moe else layer.block_kind
 
 
 def require(config: dict[str, Any], expected: dict[str, Any]) -> None:

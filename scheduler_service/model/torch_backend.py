@@ -7,24 +7,15 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.reference import layers as plain_layers
+from quartet.scheduler_service.model.activations import activations
 from quartet.scheduler_service.model.backend import Rotation
-from quartet.scheduler_service.model.batch import Attend, PagedContext
-from quartet.scheduler_service.model.deterministic import ACTIVATIONS as STEADY_ACTIVATIONS
+from quartet.scheduler_service.model.batch import Attend, PagedAttend, PagedContext
 from quartet.scheduler_service.model.deterministic import sigmoid as steady_sigmoid
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Mlp, Moe, Norm
-from quartet.scheduler_service.model.projections import arranged
+from quartet.scheduler_service.model.projections import arranged, attend_read
 from quartet.scheduler_service.model.spec import RopeSpec
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": plain_layers.silu_and_mul,
-    "gelu": plain_layers.gelu_and_mul,
-    "gelu_new": plain_layers.gelu_tanh_and_mul,
-    "gelu_pytorch_tanh": plain_layers.gelu_tanh_and_mul,
-    "clamped_swiglu": plain_layers.clamped_swiglu,
-    "relu2": plain_layers.squared_relu,
-}
 
 
 class TorchBackend:
@@ -36,7 +27,7 @@ class TorchBackend:
         self.deterministic = deterministic
         self.dtype = dtype
         self.ropes = [(torch.tensor(rope.frequencies, device=device), rope.factor) for rope in ropes]
-        self.activations = STEADY_ACTIVATIONS if deterministic else ACTIVATIONS
+        self.activations = activations(deterministic)
         self.sigmoid = steady_sigmoid if deterministic else torch.sigmoid
         self.on_rows: Callable[[torch.Tensor | None], None] | None = None  # see plain_layers.run_experts
 
@@ -75,6 +66,9 @@ class TorchBackend:
         """See model.backend.Backend.attend."""
         if attention.output_gate:
             return self.attend_gated(residual, norm, attention, rotation, context)
+        if attention.reads:
+            queries = attention.qkv(self.normed(residual, norm))
+            return attend_read(queries, attention, rotation, cast(PagedAttend, context), self.normed)
         spec, tokens = attention.spec, len(residual)
         heads, kv_heads = spec.heads, spec.kv_heads
         projected = arranged(attention.qkv(self.normed(residual, norm)), attention, self.normed)
@@ -111,14 +105,17 @@ class TorchBackend:
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
         """See model.backend.Backend.add_experts; ranks that have parts of the experts are summed once, behind all."""
         x = self.normed(residual, before)
-        weights, ids = self.choose_experts(x, moe)
+        weights, ids = self.choose_experts(
+            x if moe.router_norm is None else self.normed(residual, moe.router_norm), moe
+        )
         activation = self.activations[moe.activation]
         experts = moe.gate_up, moe.down, activation, self.on_rows, moe.spec.scales_inputs
-        y = plain_layers.run_experts(x, weights, ids, *experts)
+        y = self.normed(plain_layers.run_experts(x, weights, ids, *experts), moe.after)
         if moe.shared is not None and moe.shared_gate is not None:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
         elif moe.shared is not None:
-            y = y + self.mlp(x, moe.shared)
+            inner = x if moe.shared_before is None else self.normed(residual, moe.shared_before)
+            y = y + self.normed(self.mlp(inner, moe.shared), moe.shared_after)
         if moe.ranks is not None:
             y = moe.ranks.sum(y)
         residual.add_(self.normed(y, after))
@@ -131,9 +128,13 @@ class TorchBackend:
             return plain_layers.choose_experts(moe.router(x), spec.top_k, spec.renormalize)
         logits = x.new_empty(len(x), spec.experts, dtype=torch.float32)
         moe.router.write(x, logits)
+        if spec.router_scale != 1.0:
+            logits *= spec.router_scale
         scores = logits.softmax(dim=-1) if spec.scoring == "softmax" else self.sigmoid(logits)
         choice = spec.top_k, spec.renormalize, spec.groups, spec.top_groups, spec.group_best
         weights, ids = plain_layers.choose_scored_experts(scores, moe.score_bias, *choice)
+        if moe.expert_scale is not None:
+            weights = weights * moe.expert_scale.float()[ids]
         return weights * spec.scale, ids
 
     def mlp(self, x: torch.Tensor, mlp: Mlp) -> torch.Tensor:

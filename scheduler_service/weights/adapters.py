@@ -19,7 +19,7 @@ from quartet.scheduler_service.weights.adapter_config import ModuleSettings, rea
 from quartet.scheduler_service.weights.checkpoint import DTYPES, CheckpointError, StoredTensor, read_headers
 from quartet.scheduler_service.weights.cuts import Cut
 from quartet.scheduler_service.weights.file_identity import FileIdentity, identity_of
-from quartet.scheduler_service.weights.parameters import Layout, Place, Slab
+from quartet.scheduler_service.weights.parameters import Layout, Place, Slab, kind_of
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -34,6 +34,8 @@ ADAPTED = {  # buffers of weights that may have an adapter
     "shared_gate_up",
     "shared_down",
     "shared_gate",
+    *("layer_gate", "layer_projection", "layer_context"),  # of inputs by layer, and of several residual streams
+    *("beside_left", "beside_right", "stream_in", "stream_out", "stream_router"),
 }
 TENSOR_NAME = re2.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 ALL_MODULES = ("all", "all-linear")
@@ -124,7 +126,7 @@ def place_of(module: str, layout: Layout, allowed: Collection[str] | None) -> Pl
     place = layout.places.get(f"{module}.weight")
     if place is None:
         raise CheckpointError(f"the model has no linear layer {short(module)}; is the adapter of another model?")
-    if place.buffer not in ADAPTED:
+    if kind_of(place.buffer) not in ADAPTED:
         raise CheckpointError(f"an adapter of {short(module)} is not supported; only layers' linear weights have one")
     if allowed is not None and module.rpartition(".")[2] not in allowed:
         raise CheckpointError(f"{short(module)} is not among --lora-target-modules ({', '.join(sorted(allowed))})")

@@ -28,6 +28,11 @@ Slab = tuple[str, tuple[int, ...]]  # a buffer, and the index of one slab of it
 Schemes = dict[Slab, Scheme]  # of the quantized slabs; of a buffer all or none
 
 
+def kind_of(buffer: str) -> str:
+    """What the slabs of a buffer are for; behind a colon stands in which layers, where those differ in shape."""
+    return buffer.partition(":")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a checkpoint's tensor lives: some rows of one slab of a buffer."""

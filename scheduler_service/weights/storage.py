@@ -18,12 +18,12 @@ from quartet.kernels.cpu.native.quantized import INT4, INT8, QuantizedRows, Sche
 from quartet.runtime.config import WeightScheme
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
-from quartet.scheduler_service.weights.parameters import Layout, Schemes, Slab, Weights
+from quartet.scheduler_service.weights.parameters import Layout, Schemes, Slab, Weights, kind_of
 from quartet.scheduler_service.weights.tensor_io import bytes_of, read_chunks, read_exactly
 
 log = logging.getLogger(__name__)
 
-BOTH_SIDES = ("embed", "lm_head")  # buffers with a row for each token
+BOTH_SIDES = ("embed", "embed_by_layer", "lm_head")  # buffers with a row for each token
 PRODUCTS = (
     *BOTH_SIDES,
     "qkv",
@@ -36,6 +36,8 @@ PRODUCTS = (
     "expert_down",
     "shared_gate_up",
     "shared_down",
+    *("layer_gate", "layer_projection", "layer_context"),
+    *("beside_left", "beside_right", "stream_in", "stream_out"),
 )
 CHOICES = {"int8": INT8, "int4": INT4}
 
@@ -87,7 +89,7 @@ def slabs_of(layout: Layout) -> dict[Slab, list[str]]:
     """The slabs that products read, with the names of their tensors."""
     slabs: dict[Slab, list[str]] = {}
     for name, place in layout.places.items():
-        if place.buffer in PRODUCTS:
+        if kind_of(place.buffer) in PRODUCTS:
             slabs.setdefault((place.buffer, place.index), []).append(name)
     return slabs
 

@@ -23,14 +23,18 @@ class DenseAttend:
     def __call__(self, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         assert q.shape[1:] == (spec.heads, spec.head_dim), q.shape
         assert k.shape[1:] == v.shape[1:] == (spec.kv_heads, spec.head_dim), (k.shape, v.shape)
-        outputs = []
         for sequence, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
             keys, values = k[start:end], v[start:end]
             if known := self.cache.get((spec.layer, sequence)):
                 keys, values = torch.cat((known[0], keys)), torch.cat((known[1], values))
             self.cache[spec.layer, sequence] = keys, values
-            outputs.append(attend_one(spec, q[start:end], keys, values))
-        return torch.cat(outputs)
+        return self.attend_written(spec, q)
+
+    def attend_written(self, spec: AttentionSpec, q: torch.Tensor) -> torch.Tensor:
+        """The same once a layer has written its keys and values."""
+        bounds = enumerate(zip(self.starts, self.starts[1:], strict=False))
+        parts = [attend_one(spec, q[start:end], *self.cache[spec.layer, sequence]) for sequence, (start, end) in bounds]
+        return torch.cat(parts)
 
 
 def attend_one(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

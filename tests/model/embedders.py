@@ -47,6 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "DistilBert": DISTIL,
     "ModernBert": MODERN,
     "DebertaV2": DEBERTA,
+    "Deberta": {**BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False},
     "Electra": {**BERT, "embedding_size": 64},
     "EuroBert": {**BERT, "num_key_value_heads": 2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
     "Gte": {**BERT, "type_vocab_size": 1, "pad_token_id": 1},
@@ -59,7 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen2": tiny.SHAPE,
     "Qwen3": {**tiny.SHAPE, "head_dim": 16},
 }
-NEWER = ("DebertaV2", "Electra", "EuroBert", "Gte", "JinaEmbeddingsV3", "MPNet", "NomicBert")
+NEWER = ("Deberta", "DebertaV2", "Electra", "EuroBert", "Gte", "JinaEmbeddingsV3", "MPNet", "NomicBert")
 ENCODERS = ("Bert", "Roberta", "XLMRoberta", "DistilBert", "ModernBert", *NEWER)
 DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 

@@ -20,12 +20,13 @@ TOLERANCE = 1e-3
 FEW_TOKENS = 12  # of families whose parts others have too
 BRIEF = (  # families that make few tokens
     *("qwen3_5_moe", "granite_hybrid", "bamba", "falcon_h1", "nemotron_h", "olmo_hybrid", "kimi_linear", "llama4"),
+    *("gemma3n", "gemma4_moe", "gemma4_unified"),
 )
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"),
     *("olmo2", "olmo3", "smollm3", "granite", "seed_oss", "exaone4", "ministral", "ministral3", "cohere2", "ernie4_5"),
     *("glm4", "glm4_moe", "minimax_m2", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
-    *("lfm2", "qwen3_next", "qwen3_5", "gemma", *BRIEF),
+    *("lfm2", "qwen3_next", "qwen3_5", "gemma", "gemma4", *BRIEF),
 )
 
 

@@ -63,7 +63,7 @@ class Served:
         assert torch.allclose(own, expected.max(-1).values, atol=1e-3), name
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama", "qwen3_moe", "phi3"])
+@pytest.fixture(scope="module", params=["qwen2", "llama", "qwen3_moe", "phi3", "gemma3n", "gemma4"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -64,6 +64,20 @@ def test_deberta_counts_distances_as_its_config_says(settings, tmp_path):
     assert_agrees(tmp_path, peer, *LONG)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_relative_positions": 24},
+        {"pos_att_type": "p2c|c2p", "position_biased_input": True, "type_vocab_size": 2},
+    ],
+    ids=str,
+)
+def test_the_first_deberta_counts_distances_as_its_config_says(settings, tmp_path):
+    peer = embedders.build("DebertaModel", tmp_path, **settings)
+    assert_agrees(tmp_path, peer, *LONG)
+
+
 def test_mpnet_counts_far_distances_by_their_logarithm(tmp_path):
     peer = embedders.build("MPNetModel", tmp_path)
     assert_agrees(tmp_path, peer, *LONG)
@@ -112,6 +126,8 @@ def test_nomics_own_config_is_read(tmp_path):
         ("NomicBert", {"num_experts": 8, "moe_every_n_layers": 2}, "moe_every_n_layers=2"),
         ("DebertaV2", {"conv_kernel_size": 3}, "conv_kernel_size=3"),
         ("DebertaV2", {"share_att_key": False}, "share_att_key=False"),
+        ("Deberta", {"talking_head": True}, "talking_head=True"),
+        ("Deberta", {"pos_att_type": "c2p"}, "pos_att_type="),
         ("MPNet", {"relative_attention_num_buckets": 16}, "relative_attention_num_buckets=16"),
         ("Electra", {"embedding_size": 32}, "embedding_size=32"),
     ],

@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
         {**VISION, "image_size": 28, "patch_size": 14},
     ),
+    "gemma4": ("Gemma4", tiny.GEMMA4, {**VISION, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2}),
     "llama4": (
         "Llama4",
         tiny.LLAMA4,

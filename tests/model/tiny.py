@@ -120,6 +120,36 @@ LLAMA4: dict[str, Any] = {
     "attention_chunk_size": 32,
     "floor_scale": 16,
 }
+SHARING: dict[str, Any] = {  # the last two layers read keys and values of the second and the third
+    "head_dim": 16,
+    "sliding_window": 24,
+    "num_hidden_layers": 5,
+    "layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full")],
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "tie_word_embeddings": True,
+}
+GEMMA3N: dict[str, Any] = {
+    **SHARING,
+    "intermediate_size": [96, 96, 64, 96, 64],
+    "activation_sparsity_pattern": [0.8, 0.0, 0.5, 0.0, 0.0],
+    "laurel_rank": 8,
+}
+GEMMA4: dict[str, Any] = {**SHARING, "global_head_dim": 32, "use_double_wide_mlp": True}
+GEMMA4_UNIFIED: dict[str, Any] = {name: value for name, value in GEMMA4.items() if not name.endswith("per_layer_input")}
+GEMMA4_MOE: dict[str, Any] = {
+    **SHARING,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 48,
+}
 MIXED_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 KIMI: dict[str, Any] = {
     **{name: DEEPSEEK[name] for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")},
@@ -149,6 +179,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {**GEMMA, "sliding_window": 24}),
     "gemma3": ("Gemma3TextConfig", {**GEMMA, "sliding_window": 24, "sliding_window_pattern": 2}),
+    "gemma3n": ("Gemma3nTextConfig", GEMMA3N),
+    "gemma4": ("Gemma4TextConfig", GEMMA4),
+    "gemma4_moe": ("Gemma4TextConfig", GEMMA4_MOE),
+    "gemma4_unified": ("Gemma4UnifiedTextConfig", GEMMA4_UNIFIED),
     "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 80}),
     "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16, "norm_topk_prob": True}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -262,6 +296,8 @@ def randomize(model: torch.nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):  # what experts are chosen with, beside their scores
             buffer.normal_(0.0, 0.3)
+        if name.endswith("layer_scalar"):
+            buffer.normal_(1.0, 0.2)
     model.get_input_embeddings().weight.normal_(0.0, 0.5)
 
 

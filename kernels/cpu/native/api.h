@@ -41,7 +41,7 @@ struct product {
     int32_t threads;
 };
 
-#define MOST_DIM 256 /* of an attention head */
+#define MOST_DIM 512 /* of an attention head */
 
 /* Attention of queries (tokens, kv_heads * group, dim) over pools of keys and values (kv_heads, pool tokens, dim). */
 struct attention {

@@ -36,7 +36,7 @@ ONEDNN_NAMES = {
     "AVX512_CORE_FP16": "avx512_bf16",
 }
 BLOCK_COLUMNS, BLOCK_DEPTH = 16, 32  # to multiples of which a packed weight is padded
-MOST_DIM = 256  # of an attention head
+MOST_DIM = 512  # of an attention head
 PACKED_AT_ONCE = 4 << 20  # bytes
 NOT_QUANTIZED = Quantized()  # no numbers: the weight is packed bfloat16
 OUTPUTS = {"bf16": 0, "float": 1, "add": 2, "gated": 3}

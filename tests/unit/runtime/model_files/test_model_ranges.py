@@ -144,6 +144,7 @@ TEXT_MODELS = [
     "qwen3_moe",
     "gemma2",
     "gemma3n_text",
+    "gemma4_text",
     "mixtral",
     "phi3",
     "gpt2",

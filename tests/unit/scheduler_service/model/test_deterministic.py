@@ -41,7 +41,7 @@ def bits(answer: Answer) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe", "cohere2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe", "cohere2", "gpt_oss", "gemma3n", "gemma4"])
 def test_an_answer_has_the_same_bits_alone_and_in_any_company(family, dtype, tmp_path):
     assert_same_bits(tiny.build(family, tmp_path), dtype)
 

@@ -117,7 +117,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(kernels):
     assert all(torch.equal(out, results[0]) for out in results)
 
 
-@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (96, 32), (128, 128), (256, 64)])
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (96, 32), (128, 128), (256, 64), (512, 512)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_heads_are_normed_and_rotated_and_keys_and_values_written_to_their_places(kernels, dim, rotary, normed):
     tokens, heads, kv_heads = 7, 6, 2
