@@ -1,4 +1,4 @@
-"""What a server's processes take of the memory, before and after its KV pool was full.
+"""What a server's processes take of the memory: when it is ready, with a full KV pool, after a first grammar.
 
     python -m deploy.benchmarks.resident --model-path FILE.gguf [--max-total-tokens 8192] [any flag of the server]
 
@@ -21,7 +21,7 @@ from deploy.benchmarks.serve_vs_transformers import machine
 from tests.servers import launched
 
 FLAGS = ("--max-total-tokens", "8192", "--log-level", "warning")
-READY_S = 300
+READY_S = 600
 WAIT_S = 600
 PIECE_TOKENS = 1900  # of a prompt
 LAST_ID = 2000  # of the tokens that prompts are made of: every tokenizer has so many
@@ -82,13 +82,16 @@ def whole(parts: list[Resident]) -> Resident:
 
 
 def fill_pool(url: str) -> None:
-    """Have the server compute as many different tokens as its KV pool holds, and an answer of each kind."""
+    """Have the server compute as many different tokens as its KV pool holds."""
     tokens = requests.get(f"{url}/get_server_info", timeout=WAIT_S).json()["max_total_num_tokens"]
     for first in range(0, tokens, PIECE_TOKENS):
         ids = [3 + (first + place) % LAST_ID for place in range(PIECE_TOKENS)]
         send(url, "generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}})
+
+
+def ask_for_json(url: str) -> None:
+    """Have it answer by a schema, for which it loads what grammars need."""
     send(url, "generate", {"text": "Hello", "sampling_params": {"max_new_tokens": 8, "json_schema": SCHEMA}})
-    send(url, "v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8})
 
 
 def send(url: str, route: str, body: dict[str, object]) -> None:
@@ -113,7 +116,9 @@ def main() -> int:
             f"{given.model_path} {' '.join(flags)}; {machine()['cpu']}\nready:\n{table(of_server(server.process.pid))}"
         )
         fill_pool(server.url)
-        print(f"after the KV pool was full:\n{table(of_server(server.process.pid))}")
+        print(f"when the KV pool was full:\n{table(of_server(server.process.pid))}")
+        ask_for_json(server.url)
+        print(f"after an answer by a schema:\n{table(of_server(server.process.pid))}")
     return 0
 
 

@@ -43,7 +43,7 @@ def resolve(config: ServerConfig, machine: Machine) -> Resolution:
 def decide_flags(config: ServerConfig, machine: Machine, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     """Values of flags that were not given, and of those that give way to others."""
     running = config.max_running_requests or MAX_RUNNING_REQUESTS
-    usual = LOW_MEMORY_CHUNK if config.low_memory else CHUNKED_PREFILL_SIZE[device]
+    usual = LOW_MEMORY_CHUNK if config.low_memory and device == "cpu" else CHUNKED_PREFILL_SIZE[device]
     chunk = config.chunked_prefill_size or min(usual, config.max_prefill_tokens)
     decided: dict[str, Any] = {
         "device": device,
