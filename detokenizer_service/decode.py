@@ -4,7 +4,7 @@ The text of a request is `decode(prompt tail + output)` without what the prompt 
 depend on how the output was cut into messages. Two ways lead there:
 
 ByteDecoder    byte-level and byte-fallback tokenizers, where a token is a run of bytes: a table and an incremental
-               UTF-8 decoder
+               UTF-8 decoder. The table is all that is kept of the tokenizer, which takes some ten times as much
 WindowDecoder  all others: decode a short window with and without the new token and take the difference
 
 Where byte-fallback tokens spell invalid UTF-8, the characters that were whole before the fault stay (they may have
@@ -13,15 +13,18 @@ here, as with transformers' own fast tokenizers.
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from quartet.detokenizer_service.spelling import Spelling, spelling_of
+from quartet.detokenizer_service.token_strings import token_strings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
+MOST_PIECES = 1 << 14  # whose bytes are at hand
 
 
 class Decoder(Protocol):
@@ -37,15 +40,17 @@ class Decoder(Protocol):
 class Pieces(dict[int, bytes]):
     """Token id → its bytes, made when first asked for; nothing for skipped and unknown ids."""
 
-    def __init__(self, tokenizer: "Tokenizer", spelling: Spelling, skipped: frozenset[int]) -> None:
+    def __init__(self, token_of: Callable[[int], str], spelling: Spelling, skipped: frozenset[int]) -> None:
         super().__init__()
-        self._tokenizer = tokenizer
+        self._token_of = token_of
         self._spelling = spelling
         self._skipped = skipped
 
     def __missing__(self, id: int) -> bytes:
-        token = None if id in self._skipped else self._tokenizer.id_to_token(id)
-        piece = self[id] = b"" if token is None else self._spelling.bytes_of(token)
+        if len(self) >= MOST_PIECES:
+            self.clear()
+        token = "" if id in self._skipped else self._token_of(id)
+        piece = self[id] = self._spelling.bytes_of(token)
         return piece
 
 
@@ -104,38 +109,83 @@ class WindowDecoder:
         return id not in self._skipped and self._tokenizer.id_to_token(id) is not None
 
 
-class Vocabulary:
-    """A model's tokenizer, as the detokenizer sees it: makes decoders, decodes whole sequences and single tokens."""
+class Spelled:
+    """A vocabulary whose tokens are runs of bytes."""
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
-        self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(id for id, token in added.items() if token.special)
-        self._spelling = spelling_of(tokenizer)
-        self._pieces: dict[bool, Pieces] = {}
-        self._token_bytes: dict[int, bytes] = {}
+    def __init__(self, tokenizer: "Tokenizer", spelling: Spelling, special: frozenset[int]) -> None:
+        strings = token_strings(tokenizer)
+        self._spelling = spelling
+        self._pieces = Pieces(strings, spelling, frozenset())
+        self._without_special = Pieces(strings, spelling, special)
+        self._bytes = frozenset(spelling.byte_ids(tokenizer))
 
-    def decoder(self, prompt_tail: Iterable[int] = (), skip_special_tokens: bool = True) -> Decoder:
-        """A decoder for the output behind a prompt that ends with these ids."""
-        if self._spelling is None:
-            return WindowDecoder(self._tokenizer, prompt_tail, skip_special_tokens, self._special)
-        decoder = ByteDecoder(self._pieces_for(self._spelling, skip_special_tokens), self._spelling)
+    def decoder(self, prompt_tail: Iterable[int], skip: bool) -> Decoder:
+        decoder = ByteDecoder(self._pieces_for(skip), self._spelling)
         decoder.feed(prompt_tail)
         return decoder
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. Raises OverflowError on a negative id."""
-        [text] = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)  # without the lock
+    def decode(self, ids: Iterable[int], skip: bool) -> str:
+        piece = self._pieces_for(skip).__getitem__
+        if self._bytes:
+            runs = groupby(filter(piece, ids), self._bytes.__contains__)
+            text = "".join([run_text(b"".join(map(piece, run)), bytes_only) for bytes_only, run in runs])
+        else:
+            text = b"".join(map(piece, ids)).decode("utf-8", self._spelling.errors)
+        return text.removeprefix(" ") if self._spelling.strips_first else text
+
+    def token_bytes(self, id: int) -> bytes:
+        return self._pieces[id]
+
+    def _pieces_for(self, skip: bool) -> Pieces:
+        return self._without_special if skip else self._pieces
+
+
+class Unspelled:
+    """Any other vocabulary: the tokenizer decodes."""
+
+    def __init__(self, tokenizer: "Tokenizer", special: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._token_bytes: dict[int, bytes] = {}
+
+    def decoder(self, prompt_tail: Iterable[int], skip: bool) -> Decoder:
+        return WindowDecoder(self._tokenizer, prompt_tail, skip, self._special)
+
+    def decode(self, ids: Iterable[int], skip: bool) -> str:
+        [text] = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=skip)  # without Python's lock
         return text
 
     def token_bytes(self, id: int) -> bytes:
-        """What one token adds to a text, in UTF-8, special ones included. Known exactly where tokens are bytes."""
-        if self._spelling is not None:
-            return self._pieces_for(self._spelling, skip=False)[id]
         found = self._token_bytes.get(id)
         if found is None:
             found = self._token_bytes[id] = self._tokenizer.decode([id], skip_special_tokens=False).encode()
         return found
+
+
+class Vocabulary:
+    """A model's tokenizer, as the detokenizer sees it: makes decoders, decodes whole sequences and single tokens."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(id for id, token in added.items() if token.special)
+        spelling = spelling_of(tokenizer)
+        self._tokens: Spelled | Unspelled
+        if spelling is None:
+            self._tokens = Unspelled(tokenizer, self._special)
+        else:
+            self._tokens = Spelled(tokenizer, spelling, self._special)
+
+    def decoder(self, prompt_tail: Iterable[int] = (), skip_special_tokens: bool = True) -> Decoder:
+        """A decoder for the output behind a prompt that ends with these ids."""
+        return self._tokens.decoder(prompt_tail, skip_special_tokens)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence. Raises OverflowError on a negative id."""
+        return self._tokens.decode(ids, skip_special_tokens)
+
+    def token_bytes(self, id: int) -> bytes:
+        """What one token adds to a text, in UTF-8, special ones included. Known exactly where tokens are bytes."""
+        return self._tokens.token_bytes(id)
 
     def is_special(self, id: int) -> bool:
         return id in self._special
@@ -144,7 +194,11 @@ class Vocabulary:
         """The text of a sequence that goes on: a character whose bytes are not all there is left to what follows."""
         return self.decoder(skip_special_tokens=skip_special_tokens).feed(ids)
 
-    def _pieces_for(self, spelling: Spelling, skip: bool) -> Pieces:
-        if skip not in self._pieces:
-            self._pieces[skip] = Pieces(self._tokenizer, spelling, self._special if skip else frozenset())
-        return self._pieces[skip]
+
+def run_text(run: bytes, bytes_only: bool) -> str:
+    """The text of neighbouring tokens of one kind; tokens of single bytes that spell no UTF-8 are U+FFFD each."""
+    try:
+        return run.decode()
+    except UnicodeDecodeError:
+        assert bytes_only, run
+        return REPLACEMENT * len(run)

@@ -3,8 +3,10 @@
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from string import hexdigits
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +33,13 @@ class Spelling:
     bytes_of: Callable[[str], bytes]
     errors: str  # the codec error handler that makes U+FFFD of invalid UTF-8
     strips_first: bool = False  # the space at the start of a text is the tokenizer's, not the text's
+
+    def byte_ids(self, tokenizer: "Tokenizer") -> Iterator[int]:
+        """The tokens that are one byte, by its number."""
+        if self.errors == EACH_BYTE:
+            for digits in product(hexdigits, repeat=2):
+                if (id := tokenizer.token_to_id(f"<0x{''.join(digits)}>")) is not None:
+                    yield id
 
 
 def _byte_level_alphabet() -> dict[str, int]:

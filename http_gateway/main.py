@@ -29,6 +29,7 @@ from quartet.runtime.messages import ABORTED, ATTEMPT_BITS, GATEWAY, SCHEDULER, 
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.chat_templates import template_dir, template_sources
 from quartet.runtime.process import stopwatch
+from quartet.runtime.process.memory import give_back
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressReader, ProgressWord, SlowestProgress
 from quartet.runtime.service import Boot, report_ready
 from quartet.runtime.settings.tls import server_context
@@ -101,6 +102,7 @@ class GatewayServer:
             return
         if self._draining is None:
             self._gateway.phase = Phase.UP
+        give_back()
         report_ready(self._boot)
 
     def _on_terminate(self) -> None:

@@ -282,6 +282,14 @@ class ServerConfig(RanksConfig, frozen=True, kw_only=True):
             OPERATIONS,
         ),
     ] = False
+    low_memory: Annotated[
+        bool,
+        flag(
+            "take less memory: no second scheduler process, prompts in smaller pieces, embeddings read from a GGUF file "
+            "token by token where the head is apart, what grammars need loaded with the first one",
+            OPERATIONS,
+        ),
+    ] = False
     watchdog_timeout: Annotated[
         Seconds,
         flag(

@@ -26,6 +26,7 @@ from quartet.runtime.guard import Announced, Guard, Service
 from quartet.runtime.log import plain, say, set_up_logging
 from quartet.runtime.messages import Message, Restarted, process_key, title_of
 from quartet.runtime.process import streams
+from quartet.runtime.process.memory import give_back, shrink
 from quartet.runtime.process.parent_death import arm_death_signal
 from quartet.runtime.process.progress import IDLE_BEAT_S, ProgressWord
 from quartet.runtime.process.stopwatch import STOPWATCH
@@ -117,6 +118,8 @@ def die_with_parent(boot: Boot) -> None:
 
 def report_ready(boot: Boot, error: str = "") -> None:
     """Tell the launcher that this service serves, or why it cannot; the log, where the start has spent its time."""
+    if not error and boot.config.low_memory:
+        shrink()
     if not error:
         STOPWATCH.mark("the rest")
         log.info("The %s has started within %s.", boot.title, STOPWATCH.story())
@@ -177,6 +180,7 @@ def run_text_service(boot: Boot, service: Service, way_out: Callable[[Boot, Prog
     progress = ProgressWord(boot.run_dir, boot.key)
     inbox, outbox = Inbox(boot.inbox), way_out(boot, progress)
     guard = Guard(boot.role, announced(boot), service.give_up)
+    give_back()
     report_ready(boot)
     if boot.epoch:
         outbox.send([Restarted(role=boot.role)])

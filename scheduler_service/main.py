@@ -102,11 +102,12 @@ def idle_sleep(
 
 
 def grammar_pool(config: ResolvedConfig, info: ModelInfo, vocab_size: int) -> GrammarPool | None:
-    """Compiles the grammars of a generating model; loads the tokenizer in the background meanwhile."""
+    """Compiles the grammars of a generating model; loads the tokenizer in the background, or with the first of them."""
     if info.is_embedding:
         return None
     pool = GrammarPool(GrammarCompiler(model_info.tokenizer_dir(config), vocab_size, info.eos_ids))
-    pool.warm()
+    if not config.low_memory:
+        pool.warm()
     return pool
 
 

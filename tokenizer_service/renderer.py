@@ -9,6 +9,7 @@ from quartet.runtime import limits
 from quartet.runtime.errors import RequestError, StartupError
 from quartet.runtime.messages import Chat
 from quartet.runtime.process import guarded
+from quartet.runtime.process.memory import shrink
 from quartet.tokenizer_service.chat import ChatTemplate, load_template
 from quartet.tokenizer_service.guarded_template import Rendered, Setup, Started, packed
 
@@ -34,6 +35,8 @@ def prepared(setup: bytes) -> guarded.Handle:
         template = load_template(given.info, given.config)
     except StartupError as refusal:
         error = str(refusal)
+    if given.config.low_memory:
+        shrink()  # before workers are forked
     started = msgspec.msgpack.encode(Started(template is not None, error, notes.lines))
     return lambda order: rendered(template, order) if order and template else started
 

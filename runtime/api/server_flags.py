@@ -104,6 +104,7 @@ class ServerFlags(TypedDict, total=False):
     log_level_http: Literal["debug", "info", "warning", "error"] | None
     max_restarts: int
     disable_standby: bool
+    low_memory: bool
     watchdog_timeout: float
     exit_with_parent: int | None
     enable_metrics: bool

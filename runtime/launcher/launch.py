@@ -28,7 +28,7 @@ from quartet.runtime.messages import DETOKENIZER, GATEWAY, SCHEDULER, SEVERAL, T
 from quartet.runtime.model_files import hub
 from quartet.runtime.model_files.model_info import embeds
 from quartet.runtime.process import streams
-from quartet.runtime.process.memory import Memory, in_words, look
+from quartet.runtime.process.memory import Memory, in_words, look, shrink
 from quartet.runtime.process.port_holder import holder_of
 from quartet.runtime.process.system import check_system
 from quartet.runtime.service import TITLE
@@ -208,6 +208,8 @@ def check_path_length(directory: str, services: Sequence[Service]) -> None:
 def announce(config: ServerConfig, ready_file: ReadyFile) -> None:
     """Tell supervisors (the log line, the ready file, systemd) and people (what to try next) that the server serves."""
     log.info("The server is fired up and ready to roll!")
+    if config.low_memory:
+        shrink()
     try:
         ready_file.write(addresses(config))
     except OSError as error:

@@ -226,7 +226,8 @@ class Supervisor:
                 self._standby_due[role] = time.monotonic() + STANDBY_AGAIN_S
 
     def _wants_standby(self, service: Service) -> bool:
-        return bool(service.standby and self.config.max_restarts and not self.config.disable_standby)
+        disabled = self.config.disable_standby or self.config.low_memory
+        return bool(service.standby and self.config.max_restarts and not disabled)
 
     def _stand_by(self, service: Service) -> None:
         memory = look()

@@ -1,8 +1,12 @@
 """How much memory this server may still use: by the machine, its control groups and its own resource limits.
 
-Whoever sizes something or takes much at once asks `look`, and nothing else reads /proc/meminfo.
+Whoever sizes something or takes much at once asks `look`, and nothing else reads /proc/meminfo. Whoever has freed much
+calls `give_back`; `shrink` goes further, for --low-memory.
 """
 
+import ctypes
+import mmap
+import re
 import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +18,9 @@ from quartet.runtime.process.control_group import Directory
 GB = 1 << 30
 UNKNOWN = "no limit that could be found"
 PAGE_BYTES = resource.getpagesize()
+MAPPING = re.compile(  # of a file: begin, end, rights, and how much of it are pages of the process's own
+    r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ [1-9]\d* +/.*$(?:\n[A-Z].*)*?\nAnonymous: +(\d+) kB$", re.MULTILINE
+)
 RLIMITS = (("RLIMIT_AS", resource.RLIMIT_AS, 0), ("RLIMIT_DATA", resource.RLIMIT_DATA, 5))  # columns of statm
 
 
@@ -84,3 +91,22 @@ def of_the_process(root: Path, rlimit: Callable[[int], tuple[int, int]]) -> Iter
 def in_words(size: int) -> str:
     """Bytes for people: `1.25 GB`, `340 MB`."""
     return f"{size / GB:.2f} GB" if size >= GB else f"{size / (1 << 20):.0f} MB"
+
+
+def give_back() -> None:
+    """Give the system what the C library keeps though it is free: what a start has read and parsed, for example."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+def shrink() -> None:
+    """Give back what is free, and unmap the pages of libraries and other files that this process has not changed.
+
+    The start of a large library touches most of it once. What is used later comes back from the system's cache.
+    """
+    if unmap := getattr(ctypes.CDLL(None), "madvise", None):
+        unmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for begin, end, rights, own_kb in MAPPING.findall(Path("/proc/self/smaps").read_text(errors="replace")):
+            if "w" not in rights and own_kb == "0":
+                unmap(int(begin, 16), int(end, 16) - int(begin, 16), mmap.MADV_DONTNEED)
+    give_back()

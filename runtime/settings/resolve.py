@@ -16,6 +16,7 @@ from quartet.runtime.settings.machine import Machine
 MAX_RUNNING_REQUESTS = 256
 MIN_QUEUED_REQUESTS = 1024
 CHUNKED_PREFILL_SIZE = {"cpu": 512, "cuda": 8192}
+LOW_MEMORY_CHUNK = 256
 RECORDER_BUFFER_SIZE = 1000  # forward passes
 DRAFT_TOKENS = 8
 MATCH_WINDOW = (2, 8)  # tokens, at least and at most
@@ -42,7 +43,8 @@ def resolve(config: ServerConfig, machine: Machine) -> Resolution:
 def decide_flags(config: ServerConfig, machine: Machine, device: Literal["cpu", "cuda"]) -> dict[str, Any]:
     """Values of flags that were not given, and of those that give way to others."""
     running = config.max_running_requests or MAX_RUNNING_REQUESTS
-    chunk = config.chunked_prefill_size or min(CHUNKED_PREFILL_SIZE[device], config.max_prefill_tokens)
+    usual = LOW_MEMORY_CHUNK if config.low_memory and device == "cpu" else CHUNKED_PREFILL_SIZE[device]
+    chunk = config.chunked_prefill_size or min(usual, config.max_prefill_tokens)
     decided: dict[str, Any] = {
         "device": device,
         "attention_backend": "torch_native" if device == "cpu" else config.attention_backend or "triton",

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 
 from quartet.runtime.errors import CommandRefused
+from quartet.runtime.process.memory import give_back
 from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.state_cache import StateCache
-from quartet.scheduler_service.host import memory as host_memory
 from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.update import Updates
@@ -71,7 +71,7 @@ class MemorySaver:
                 for cache in self._caches:
                     cache.release()
             self.released.add(tag)
-        host_memory.give_back()
+        give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -8,7 +8,6 @@ A matcher is a function of the grammar and the output ids, so a retracted or rep
 """
 
 import hashlib
-import json
 import threading
 from array import array
 from collections import OrderedDict
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.process.guarded import Crashed, Gone, Guarded, OutOfTime
+from quartet.runtime.process.memory import give_back
 from quartet.scheduler_service.grammar import check as grammar_check
 from quartet.scheduler_service.grammar.check import CheckRequest, CheckResult
 from quartet.scheduler_service.grammar.source import needs_tokens
@@ -165,6 +165,17 @@ def bitmask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
+class AddedToken(msgspec.Struct):
+    content: str
+    id: int
+
+
+class AddedTokens(msgspec.Struct):
+    """What is read here of a tokenizer.json: of all that it has, the vocabulary and its merges would take 100 MB."""
+
+    added_tokens: list[AddedToken] | None = None
+
+
 class NeedsLongTry(Exception):
     """A grammar was not checked in its first, short try."""
 
@@ -263,10 +274,12 @@ class GrammarCompiler:
                     raise ValueError("this model has no tokenizer.json, so output cannot be constrained")
                 data = self._path.read_text(encoding="utf-8")
                 self._tokenizer = LLTokenizer(data, n_vocab=self._vocab_size, eos_token=self._eos_ids or None)
-                added = json.loads(data).get("added_tokens") or []
+                added = msgspec.json.decode(data, type=AddedTokens, strict=False).added_tokens or []
                 self._special_tokens = {
-                    token["content"]: token["id"] for token in added if self._tokenizer.is_special_token(token["id"])
+                    token.content: token.id for token in added if self._tokenizer.is_special_token(token.id)
                 }
+                del data
+                give_back()  # of what was parsed
             return self._tokenizer
 
     def _checked(self, kind: str, text: str, checker: Guarded, cpu_s: float) -> str:

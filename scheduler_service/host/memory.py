@@ -1,6 +1,5 @@
 """The process's memory, which the C library keeps when it is freed (`runtime/launcher/launch.py` says why)."""
 
-import ctypes
 from collections.abc import Callable, Iterable
 
 import torch
@@ -22,9 +21,3 @@ def warm(sizes: Iterable[int], yield_point: Callable[[], None]) -> None:
         for start in range(0, size, PIECE_BYTES):
             memory[start : start + PIECE_BYTES : PAGE_BYTES] = 0
             yield_point()
-
-
-def give_back() -> None:
-    """Give the system what is free."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)

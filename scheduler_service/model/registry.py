@@ -232,7 +232,8 @@ def load_native(
         tied = ties.is_tied(Path(info.path), spec.head, embeddings_name(spec), spec.tied)
         spec = replace(spec, tied=tied)
     layout = shard_layout(spec, parallel)
-    weights = Weights(layout, dtype, device, schemes(config, info, layout, dtype, device))
+    in_file = "embed" if config.low_memory and not spec.tied else None
+    weights = Weights(layout, dtype, device, schemes(config, info, layout, dtype, device), in_file)
     own = shard_spec(spec, parallel.size) if parallel.size > 1 else spec
     model = Decoder(own, weights, make_backend(spec, dtype, device, is_asked_for(config, device)))
     load_weights(weights, config, info)

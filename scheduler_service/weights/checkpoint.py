@@ -222,6 +222,32 @@ def read_headers(directory: Path, files: Iterable[tuple[Path, Path]]) -> dict[st
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. Raises CheckpointError unless header and data fill the file exactly."""
+    header, size = header_of(file)
+    try:
+        parsed = parse_header(header)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: bad header: {short(error)}") from error
+    data = LENGTH_BYTES + len(header)
+    check_extents(file, parsed, size - data)
+    return {
+        name: StoredTensor(file, entry.dtype, tuple(entry.shape), data + begin, end - begin)
+        for name, entry in parsed.items()
+        for begin, end in (entry.data_offsets,)
+    }
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """What a file's header says beside its tensors. Raises CheckpointError."""
+    header, _ = header_of(file)
+    try:
+        found = parse_json(header).get("__metadata__")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: bad header: {short(error)}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def header_of(file: Path) -> tuple[bytes, int]:
+    """The header of a file, and the size of the file in bytes. Raises CheckpointError."""
     try:
         with opened(file) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
             size = os.fstat(descriptor).st_size
@@ -229,20 +255,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if size < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
                 limit = min(MAX_HEADER_BYTES, max(0, size - LENGTH_BYTES))
                 raise CheckpointError(f"{file}: the header claims {length} bytes, at most {limit} are possible")
-            header = stream.read(length)
+            return stream.read(length), size
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    try:
-        parsed = parse_header(header)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: bad header: {short(error)}") from error
-    check_extents(file, parsed, size - LENGTH_BYTES - length)
-    data = LENGTH_BYTES + length
-    return {
-        name: StoredTensor(file, entry.dtype, tuple(entry.shape), data + begin, end - begin)
-        for name, entry in parsed.items()
-        for begin, end in (entry.data_offsets,)
-    }
 
 
 def parse_header(header: bytes) -> dict[str, Header]:

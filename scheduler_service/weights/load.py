@@ -15,8 +15,8 @@ from quartet.kernels.cpu.linear import no_pause
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.runtime.process.memory import give_back
 from quartet.runtime.shorten import short
-from quartet.scheduler_service.host import memory
 from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.weights import device_staging, gguf, pickled, storage, ties
 from quartet.scheduler_service.weights.checkpoint import (
@@ -53,12 +53,12 @@ def load_weights(weights: Weights, config: ResolvedConfig, info: ModelInfo) -> N
         check_tensors(checkpoint, weights)
         gguf.log_expansion(checkpoint, weights)
         log_quantized(checkpoint, weights)
-        storage.log_storage(weights, config.quantization)
         read_weights(checkpoint, weights, with_progress(checkpoint.files))
+        storage.log_storage(weights, config.quantization)
         pickled.forget_converted()
     weights.after_update()
     if weights.schemes:  # what they were made from was large
-        memory.give_back()
+        give_back()
 
 
 def check_room(needed: int, device: torch.device) -> None:

@@ -113,8 +113,15 @@ class Weights:
     """The buffers of one layout on one device, and the layers that pack parts of them."""
 
     def __init__(
-        self, layout: Layout, dtype: torch.dtype, device: torch.device, schemes: Schemes | None = None
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        schemes: Schemes | None = None,
+        in_file: str | None = None,
     ) -> None:
+        """`in_file`: a quantized buffer that only gives rows, and whose rows stay in the file where they can."""
+        self.in_file = in_file
         self.layout = layout
         self.dtype = dtype
         self.device = device
@@ -231,7 +238,7 @@ class Weights:
 
     def staging(self, device: torch.device | None = None) -> "Weights":
         """Buffers of the same layout with undefined contents, to be filled while these serve."""
-        return Weights(self.layout, self.dtype, device or self.device, self.schemes)
+        return Weights(self.layout, self.dtype, device or self.device, self.schemes, self.in_file)
 
     def follow(self, layer: Packs, buffer: str, index: tuple[int, ...]) -> None:
         """From now on `layer` gets a new packed form when the values of a slab have changed."""

@@ -1,6 +1,6 @@
 """Which weights are quantized, and how a stored tensor becomes such a weight.
 
-`--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 bits always.
+`--quantization int8` and `int4` quantize every product's weight when it is read; embeddings and head get 8 and 6 bits.
 With `auto` the blocks of a GGUF file and the numbers of GPTQ,
 AWQ and compressed-tensors stay as they are. Where tensors of one slab have different formats, the slab gets
 the smallest scheme that holds the values of all (`Scheme.joined`).
@@ -14,9 +14,10 @@ import torch
 import xxhash
 
 from quartet.kernels.cpu.native import library as native
-from quartet.kernels.cpu.native.quantized import INT4, INT8, QuantizedRows, Scheme, step_of
+from quartet.kernels.cpu.native.quantized import INT4, INT6, INT8, QuantizedRows, Scheme, step_of
 from quartet.runtime.config import WeightScheme
 from quartet.runtime.errors import StartupError
+from quartet.scheduler_service.weights import file_rows
 from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError, StoredTensor
 from quartet.scheduler_service.weights.parameters import Layout, Schemes, Slab, Weights, kind_of
 from quartet.scheduler_service.weights.tensor_io import bytes_of, read_chunks, read_exactly
@@ -40,6 +41,7 @@ PRODUCTS = (
     *("beside_left", "beside_right", "stream_in", "stream_out"),
 )
 CHOICES = {"int8": INT8, "int4": INT4}
+BOTH_SIDES_OF = {"int8": INT8, "int4": INT6}  # embeddings and head are a third of a small model
 
 
 def schemes_of(
@@ -62,7 +64,9 @@ def schemes_of(
                 f"--quantization {choice} needs the kernels that gcc compiles at the first start; leave it out to "
                 "serve the model in its own number format"
             )
-        wanted = {slab: INT8 if slab[0] in BOTH_SIDES else CHOICES[choice] for slab in slabs_of(layout)}
+        wanted = {
+            slab: BOTH_SIDES_OF[choice] if slab[0] in BOTH_SIDES else CHOICES[choice] for slab in slabs_of(layout)
+        }
     elif can and checkpoint is not None and any(stored_scheme(checkpoint, name) for name in layout.places):
         if native.library() is None:
             return {}
@@ -148,18 +152,25 @@ def read_numbers(
     """Read a tensor to its place in a quantized weight, some rows at a time. Raises CheckpointError.
 
     QuantizedRows of the file stay as they are where the slab's scheme has room for them, else the values are quantized.
+    Those of `Weights.in_file` are looked at, and stay in the file.
     """
     quantized = weights.quantized_of(name)
     assert quantized is not None, name
     scheme = None if stored.encoding is None else stored.encoding.scheme
     if scheme is not None and scheme.joined(quantized.scheme) == quantized.scheme:
+        stays = weights.layout.places[name].buffer == weights.in_file and file_rows.are_possible(stored)
         for row, memory, part in stored_numbers(stored, descriptor):
             if digest is not None:
                 digest.update(bytes_of(memory))
             joined = part.to(quantized.scheme)
             if not joined.fits():
                 raise CheckpointError(f"{stored.shown}: tensor {name} has scales that are too large or not finite")
-            weights.write(name, joined, row, yield_point)
+            if stays:
+                yield_point()
+            else:
+                weights.write(name, joined, row, yield_point)
+        if stays:
+            quantized.keep_elsewhere(file_rows.FileRows(stored, descriptor))
         return
     with weights.writing(name, yield_point) as values:
         for memory, placed in read_chunks(stored, values, descriptor):

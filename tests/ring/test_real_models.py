@@ -6,6 +6,7 @@ its KL divergence are compared with transformers' float32 model of the expanded 
 """
 
 import json
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jsonschema
 import pytest
 import requests
 
-from deploy.benchmarks import fidelity
+from deploy.benchmarks import fidelity, resident
 from tests import real_models
 from tests.real_models import GEMMA, QWEN, RealModel
 from tests.servers import Server
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.real_models]
 WAIT_S = 240
 WINDOWS = 4  # of 512 tokens, the second half of each scored
 FLAGS = ("--max-total-tokens", "8192", "--disable-standby", "--skip-server-warmup", "--log-level-http", "warning")
+LOW_MEMORY_BYTES = 900_000_000  # of all processes, with the file of 491 MB and 8,192 tokens in the KV pool
 FACTS = {
     "What is the capital of France? Answer in one word.": "Paris",
     "What is 7 times 8? Answer with the number only.": "56",
@@ -170,3 +172,13 @@ def test_tools_beyond_the_context_are_refused_by_their_tokens(qwen: Server) -> N
     body = {"model": "real", "messages": [{"role": "user", "content": "Hi"}], "tools": tools}
     answer = requests.post(f"{qwen.url}/v1/chat/completions", json=body, timeout=WAIT_S)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="smaps")
+def test_half_a_gigabyte_of_weights_and_8192_tokens_are_served_in_900_mb(server_of: Callable[..., Server]) -> None:
+    server = server_of(QWEN, "--low-memory")
+    resident.fill_pool(server.url)
+    answer = chat(server, [{"role": "user", "content": "What is the capital of France? Answer in one word."}])
+    assert "Paris" in answer["content"]
+    parts = resident.of_server(server.process.pid)
+    assert resident.whole(parts).all <= LOW_MEMORY_BYTES, resident.table(parts)

@@ -3,7 +3,8 @@
 #include "quantized.h"
 #include "pool.h"
 
-#define TRIALS 16 /* scales that are tried for a group with an offset */
+#define TRIALS 16          /* scales that are tried for a group with an offset */
+#define SYMMETRIC_TRIALS 8 /* without one, with fewer than 8 bits */
 
 /* ---- from floats ---- */
 
@@ -33,7 +34,7 @@ INLINE void store_numbers(uint8_t *out, vec numbers) {
 
 INLINE vec clamp(vec x, float least, float most) { return vec_min(vec_max(x, vec_set(least)), vec_set(most)); }
 
-/* scale * (number - zero), for numbers from 1 to 2 * zero - 1. */
+/* scale * (number - zero), for numbers from 1 to 2 * zero - 1: the largest value gets the largest number. */
 INLINE void quantize_symmetric(const struct group *g, int zero, uint8_t *out, float *scale) {
     vec largest = vec_set(0.0f);
     for (int i = 0; i < g->vecs; i++)
@@ -45,6 +46,51 @@ INLINE void quantize_symmetric(const struct group *g, int zero, uint8_t *out, fl
         vec number = clamp(vec_round(vec_mul(g->x[i], vec_set(inverse))), -most, most);
         store_numbers(out + i * LANES, vec_add(number, vec_set((float)zero)));
     }
+}
+
+/* The same with fewer bits, where rounding costs more: of several scales, each improved by least squares, the one whose
+ * error is the least, where the error of a large number counts for more (make_qx_quants of ggml does so). */
+INLINE void fit_symmetric(const struct group *g, int zero, uint8_t *out, float *best_scale) {
+    float most = (float)(zero - 1), best_error = INFINITY, span;
+    vec none = vec_set(0.0f), largest = none, squares = none, best[2] = {none, none}, weights[2], numbers[2];
+    for (int i = 0; i < g->vecs; i++) {
+        weights[i] = vec_max(g->x[i], vec_sub(none, g->x[i]));
+        largest = vec_max(largest, weights[i]);
+        squares = vec_fma(g->x[i], g->x[i], squares);
+    }
+    span = vec_largest(largest);
+    float usual = sqrtf(vec_sum(squares) / (float)(g->vecs * LANES));
+    for (int i = 0; i < g->vecs; i++)
+        weights[i] = vec_add(weights[i], vec_set(usual));
+    *best_scale = as_half(span / most); /* stays where the values are too large for float16 */
+    for (int trial = 0; trial < SYMMETRIC_TRIALS && span > 0; trial++) {
+        float scale = span / (most + ((float)trial - SYMMETRIC_TRIALS / 2) * 0.25f);
+        vec sum_nn = none, sum_nx = none, errors = none;
+        for (int again = 0; again < 2; again++) {
+            vec inverse = vec_set(scale > 0 ? 1.0f / scale : 0.0f);
+            for (int i = 0; i < g->vecs; i++) {
+                numbers[i] = clamp(vec_round(vec_mul(g->x[i], inverse)), -most, most);
+                if (again) {
+                    vec difference = vec_sub(vec_mul(numbers[i], vec_set(scale)), g->x[i]);
+                    errors = vec_fma(vec_mul(weights[i], difference), difference, errors);
+                } else {
+                    vec wn = vec_mul(weights[i], numbers[i]);
+                    sum_nn = vec_fma(wn, numbers[i], sum_nn);
+                    sum_nx = vec_fma(wn, g->x[i], sum_nx);
+                }
+            }
+            if (!again)
+                scale = as_half(vec_sum(sum_nx) / vec_sum(sum_nn));
+        }
+        float error = vec_sum(errors);
+        if (error < best_error) {
+            best_error = error;
+            *best_scale = scale;
+            memcpy(best, numbers, sizeof best);
+        }
+    }
+    for (int i = 0; i < g->vecs; i++)
+        store_numbers(out + i * LANES, vec_add(best[i], vec_set((float)zero)));
 }
 
 INLINE void numbers_of(const struct group *g, float scale, float offset, float most, vec *numbers) {
@@ -126,6 +172,8 @@ static void quantize_rows(void *argument, int thread, int threads) {
             uint8_t *out = q->numbers + place * size;
             if (q->offsets)
                 quantize_offset(&g, (float)((1 << q->bits) - 1), out, q->scales + place, q->offsets + place);
+            else if (q->bits < 8)
+                fit_symmetric(&g, q->zero, out, q->scales + place);
             else
                 quantize_symmetric(&g, q->zero, out, q->scales + place);
         }

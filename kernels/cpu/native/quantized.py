@@ -15,6 +15,7 @@ from quartet.kernels.cpu.native.structures import Quantized
 
 UNIT = 32  # numbers of a row that lie together in a block
 BITS = (4, 5, 6, 8)
+RowSource = Callable[[torch.Tensor], torch.Tensor]  # numbers of rows (count,) → (count, columns) bfloat16
 AT_ONCE = 4 << 20  # numbers that are quantized or put into blocks between two yield points
 
 
@@ -49,6 +50,7 @@ class Scheme:
 
 INT8 = Scheme(8, UNIT, offsets=False, zero_point=128)
 INT4 = Scheme(4, UNIT, offsets=True)
+INT6 = Scheme(6, UNIT, offsets=False, zero_point=32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,32 +98,42 @@ class QuantizedWeight:
         numbers, scales = self.scheme.shapes(self.rows, self.columns)
         self._keep(torch.empty(numbers, dtype=torch.uint8), torch.empty(scales, dtype=torch.float16))
 
-    def _keep(self, numbers: torch.Tensor, scales: torch.Tensor) -> None:
-        self.numbers, self.scales = numbers, scales
+    def _keep(self, numbers: torch.Tensor, scales: torch.Tensor, source: RowSource | None = None) -> None:
+        self.numbers, self.scales, self.source = numbers, scales, source
         self._arguments: dict[bool, Quantized] = {}  # made once: a product takes as long as making some of them
 
     def release(self) -> None:
         """Give the memory back; nothing may compute until `allocate`."""
-        self._keep(self.numbers.new_empty(0), self.scales.new_empty(0))
+        self.keep_elsewhere(None)
+
+    def keep_elsewhere(self, source: RowSource | None) -> None:
+        """Take no memory, and have rows read by `source` until some are written. No product may read such a weight."""
+        self._keep(self.numbers.new_empty(0), self.scales.new_empty(0), source)
 
     def exchange(self, other: "QuantizedWeight") -> None:
         """Exchange the memory with a weight of the same shape and scheme."""
         assert (self.rows, self.columns, self.scheme) == (other.rows, other.columns, other.scheme)
-        own = self.numbers, self.scales
-        self._keep(other.numbers, other.scales)
+        own = self.numbers, self.scales, self.source
+        self._keep(other.numbers, other.scales, other.source)
         other._keep(*own)
 
     def copy_from(self, other: "QuantizedWeight") -> None:
         """Copy the values of a weight of the same shape and scheme."""
+        if other.source is not None:
+            self.keep_elsewhere(other.source)
+            return
+        if self.source is not None:
+            self.allocate()
         self.numbers.copy_(other.numbers)
         self.scales.copy_(other.scales)
 
     @property
     def nbytes(self) -> int:
-        return self.scheme.nbytes(self.rows, self.columns)
+        return 0 if self.source is not None else self.scheme.nbytes(self.rows, self.columns)
 
     def argument(self, exact: bool) -> Quantized:
         """The weight as the kernels take it; `exact`: a row's bits must not depend on the other rows of a product."""
+        assert self.source is None, "its rows are not in memory"
         if (known := self._arguments.get(exact)) is not None:
             return known
         scheme = self.scheme
@@ -135,6 +147,8 @@ class QuantizedWeight:
         """Set rows from `first` on, which begins a block. What ends within a block is the end of a tensor."""
         assert first % native.BLOCK_COLUMNS == 0 and first + len(part.numbers) <= self.rows, (first, self.rows)
         assert part.scheme == self.scheme, (part.scheme, self.scheme)
+        if self.source is not None:
+            self.allocate()
         units = self.numbers.shape[1]
         assert part.numbers.shape[1] == units * UNIT, (part.numbers.shape, units)
         step = step_of(self.columns)
@@ -161,6 +175,8 @@ class QuantizedWeight:
         """The rows `ids` (count,) int64 as bfloat16 (count, columns)."""
         assert ids.dtype is torch.int64 and ids.is_contiguous(), ids.dtype
         assert not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < self.rows), self.rows
+        if self.source is not None:
+            return self.source(ids)
         out = torch.empty(len(ids), self.columns, dtype=torch.bfloat16)
         argument = self.argument(exact=True)
         functions().quartet_quantized_rows(
@@ -176,7 +192,7 @@ class QuantizedWeight:
 def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedRows:
     """The numbers that come nearest to a weight (rows, columns) bfloat16.
 
-    Without offsets the largest value of a group gets the largest integer; with offsets several scales are tried,
+    With 8 bits and no offsets the largest value of a group gets the largest integer; else several scales are tried,
     each improved by least squares, as ggml makes its K-quants.
     """
     native.check_matrix(weight)

@@ -109,6 +109,33 @@ def mxfp4(parts: Parts, first: int = 0, step: int = 1) -> ScaledRows:
     return ScaledRows(numbers[codes.long()], scales, scales * -float(MXFP4.zero_point), MXFP4_GROUP)
 
 
+def int4_with_signs(parts: Parts) -> ScaledRows:
+    """_weight_qdata (rows, columns / 2) int8: two numbers with signs, the first in the low bits.
+
+    _weight_scale, _weight_zero_point (groups, rows): value = scale * number + zero.
+    """
+    numbers = unpacked_bytes(parts["_weight_qdata"].view(torch.uint8), 4) ^ 8
+    scales, zeros = (parts[f"_weight_{name}"].T.float().contiguous() for name in ("scale", "zero_point"))
+    return ScaledRows(numbers, scales, zeros - 8 * scales, numbers.shape[1] // scales.shape[1])
+
+
+def int4_tiles(parts: Parts, columns: int) -> ScaledRows:
+    """_weight_qdata (rows / 8, k / 32 / n, 32, n) int32 as the tensor cores of tinygemm read it; k is filled up.
+
+    _weight_scale_and_zero (groups, rows, 2): value = scale * (number - 8) + zero. Of the 32 words of a tile, four
+    belong to each of eight rows. Word j of four has of 32 columns 2 j and those 8, 16 and 24 behind it, then the
+    columns next to these (`_convert_weight_to_int4pack` of PyTorch for CUDA).
+    """
+    words = parts["_weight_qdata"]
+    tiles, steps, _, runs = words.shape
+    numbers = unpacked(words, 4).view(tiles, steps, 8, 4, runs, 2, 4).permute(0, 2, 1, 4, 6, 3, 5)
+    numbers = numbers.reshape(tiles * 8, -1)
+    scales, zeros = parts["_weight_scale_and_zero"].transpose(0, 1).float().unbind(2)  # (rows, groups)
+    group = numbers.shape[1] // scales.shape[1]
+    scales, zeros = (part[:, : columns // group].contiguous() for part in (scales, zeros))
+    return ScaledRows(numbers[: len(scales), :columns].contiguous(), scales, zeros - 8 * scales, group)
+
+
 class Table(NamedTuple):
     """How the scales of a matrix in 4 bits are found."""
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from quartet.detokenizer_service.decode import Vocabulary
 from quartet.detokenizer_service.spelling import spelling_of
@@ -48,6 +49,24 @@ def test_deltas_of_random_tokens_join_to_the_whole(kind: str, data: st.DataObjec
         assert is_subsequence(whole.replace(REPLACEMENT, ""), joined)  # what was whole before the fault has been sent
         return
     assert joined == whole
+
+
+@every_kind
+@QUICK
+@given(data=st.data(), skip=st.booleans())
+def test_a_whole_sequence_decodes_as_by_the_tokenizer(kind: str, data: st.DataObject, skip: bool) -> None:
+    tokenizer = KINDS[kind]()
+    ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() + 3), max_size=30))
+    assert VOCABULARIES[kind].decode(ids, skip) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_ids_may_be_free_below_the_largest() -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 3, "c": 900_000}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    vocabulary = Vocabulary(tokenizer)
+    assert vocabulary.decode([0, 1, 900_000, 3, 4_000_000_000]) == "acb"
+    with pytest.raises(OverflowError):
+        vocabulary.decode([-1])
 
 
 @every_kind

@@ -314,6 +314,16 @@ def test_a_service_that_cannot_be_started_again_for_want_of_resources_ends_the_s
     assert "the scheduler cannot be started again: [Errno 11]" in supervisor.reason
 
 
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [({}, True), ({"disable_standby": True}, False), ({"low_memory": True}, False), ({"max_restarts": 0}, False)],
+)
+def test_a_process_stands_by_unless_the_settings_forbid_it(settings, wanted, tmp_path):
+    service = Service("scheduler", "s", threads=0, standby=True)
+    supervisor = Supervisor([GATEWAY, service], resolved(**settings), tmp_path, lifeline_fd=-1, listen_fd=9)
+    assert supervisor._wants_standby(service) is wanted
+
+
 def test_no_process_stands_by_where_memory_is_short(supervisor, monkeypatch, caplog):
     started = []
     monkeypatch.setattr("quartet.runtime.launcher.supervisor.start", lambda service, _: started.append(service.role))

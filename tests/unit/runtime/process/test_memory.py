@@ -1,11 +1,13 @@
 """How much memory may still be used, on trees of files as kernels write them."""
 
+import mmap
 import resource
+import sys
 from pathlib import Path
 
 import pytest
 
-from quartet.runtime.process.memory import look
+from quartet.runtime.process.memory import give_back, look, shrink
 
 MB = 1 << 20
 UNLIMITED = resource.RLIM_INFINITY
@@ -140,3 +142,39 @@ def test_a_file_without_a_number_is_no_limit(machine: Machine, text: str) -> Non
 def test_this_machine_has_memory() -> None:
     found = look()
     assert 0 < found.available <= found.total and found.limit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_what_is_free_goes_back_to_the_system() -> None:
+    blocks = [bytearray(b"x" * 60_000) for _ in range(2000)]  # below what malloc maps on its own
+    kept = blocks[-1]
+    held = resident_bytes()
+    del blocks
+    give_back()
+    assert held - resident_bytes() > 50_000_000 and kept[0] == ord("x")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="smaps")
+def test_pages_of_files_that_were_not_changed_are_unmapped_and_come_back(tmp_path: Path) -> None:
+    file = tmp_path / "pages"
+    file.write_bytes(b"x" * (8 << 20))
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapped:
+        assert mapped[::4096].count(b"x") == 2048
+        held = resident_bytes()
+        shrink()
+        assert held - resident_bytes() > 6 << 20
+        assert mapped[::4096] == b"x" * 2048
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="smaps")
+def test_changed_copies_of_files_stay(tmp_path: Path) -> None:
+    file = tmp_path / "pages"
+    file.write_bytes(b"x" * 8192)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
+        mapped[0] = ord("y")
+        shrink()
+        assert mapped[:2] == b"yx"

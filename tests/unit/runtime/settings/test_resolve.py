@@ -109,6 +109,12 @@ def test_the_default_chunk_stays_within_the_prefill_limit():
     assert resolve(ServerConfig(max_prefill_tokens=100), CPU).config.chunked_prefill_size == 100
 
 
+def test_little_memory_means_smaller_chunks_on_a_cpu():
+    for machine, chunk in ((CPU, 256), (GPU, 8192)):
+        assert resolve(ServerConfig(low_memory=True), machine).config.chunked_prefill_size == chunk
+    assert resolve(ServerConfig(low_memory=True, chunked_prefill_size=64), CPU).config.chunked_prefill_size == 64
+
+
 def test_triton_on_a_cpu_is_replaced_and_said_so():
     resolution = resolve(ServerConfig(attention_backend="triton"), CPU)
     assert resolution.config.attention_backend == "torch_native"

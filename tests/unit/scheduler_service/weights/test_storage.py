@@ -7,7 +7,7 @@ import torch
 
 from quartet.kernels.cpu.linear import no_pause
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.quantized import INT4, INT8, QuantizedRows, Scheme, rounded
+from quartet.kernels.cpu.native.quantized import INT4, INT6, INT8, QuantizedRows, Scheme, rounded
 from quartet.runtime.control import (
     CheckWeights,
     ReleaseMemory,
@@ -53,12 +53,12 @@ def weights_of(directory: Path, **settings):
 
 def test_int8_and_int4_keep_every_product_and_leave_norms_and_biases(tmp_path):
     directory = checkpoints.random_model(tmp_path, 0)
-    for choice, scheme in (("int8", INT8), ("int4", INT4)):
+    for choice, scheme, both_sides in (("int8", INT8, INT8), ("int4", INT4, INT6)):
         weights = weights_of(directory, quantization=choice)
         kept = {slab[0]: scheme for slab, scheme in weights.schemes.items()}
         assert kept == {
-            "embed": INT8,
-            "lm_head": INT8,
+            "embed": both_sides,
+            "lm_head": both_sides,
             "qkv": scheme,
             "output": scheme,
             "gate_up": scheme,
