@@ -31,10 +31,10 @@ from quartet.runtime.flag import (
     flag,
 )
 from quartet.runtime.format_names import ReasoningParser, ToolCallParser
-from quartet.runtime.ranks_config import RanksConfig
+from quartet.runtime.kv_tier_config import KvTierConfig
 
 
-class ServerConfig(RanksConfig, frozen=True, kw_only=True):
+class ServerConfig(KvTierConfig, frozen=True, kw_only=True):
     """All settings of a server, by their api names. Those of logs, files and traces, and of adapters, it inherits."""
 
     model_path: Annotated[
@@ -368,6 +368,7 @@ class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
     attention_backend: Literal["triton", "torch_native"]
     page_size: int
     enable_lora: bool
+    hicache_ratio: float
     max_running_requests: int
     max_queued_requests: int
     chunked_prefill_size: int  # -1: whole prompts

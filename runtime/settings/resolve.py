@@ -10,6 +10,7 @@ import msgspec
 
 from quartet.runtime.adapter_sources import read_sources
 from quartet.runtime.config import ResolvedConfig, ServerConfig, Speculation
+from quartet.runtime.kv_tier_config import HICACHE_RATIO
 from quartet.runtime.settings.contradictions import PAGE_SIZE, lora_is_on, notes_on, refuse_contradictions
 from quartet.runtime.settings.machine import Machine
 
@@ -48,6 +49,7 @@ def decide_flags(config: ServerConfig, machine: Machine, device: Literal["cpu", 
         "attention_backend": "torch_native" if device == "cpu" else config.attention_backend or "triton",
         "page_size": config.page_size or PAGE_SIZE,
         "enable_lora": lora_is_on(config),
+        "hicache_ratio": config.hicache_ratio or HICACHE_RATIO,
         "max_running_requests": running,
         "max_queued_requests": config.max_queued_requests or max(MIN_QUEUED_REQUESTS, 4 * running),
         "chunked_prefill_size": chunk,
