@@ -38,21 +38,23 @@ class FakeStore:
         self.tier.open(self.identity, b"these adapters")
 
     def turn(self) -> None:
-        """One turn of the loop: some jobs end, then all commands are carried out."""
+        """One turn of the loop: all commands are carried out, and some jobs end."""
+        self.carry_out_all()
         for _ in range(len(self.jobs) if self.draw is None else self.draw.randrange(4)):
             if self.jobs:
                 self.jobs.popleft()()
         for fetch in self.reads[:] if self.draw is None or self.draw.random() < 0.5 else []:
             self.reads.remove(fetch)
             self.read(fetch)
-        while self.tier.commands:
-            commands, self.tier.commands = self.tier.commands, []
-            for command in [c for c in commands if not isinstance(c, Fetch)] + [
-                c for c in commands if isinstance(c, Fetch)
-            ]:
-                self.carry_out(command)
+        self.carry_out_all()
         if self.draw is None and (self.jobs or self.reads):
             self.turn()
+
+    def carry_out_all(self) -> None:
+        while self.tier.commands:
+            commands, self.tier.commands = self.tier.commands, []
+            for command in sorted(commands, key=lambda command: isinstance(command, Fetch)):
+                self.carry_out(command)
 
     def carry_out(self, command: object) -> None:
         match command:
@@ -113,9 +115,7 @@ class FakeStore:
             self.stepper.worker._memory[page * size : (page + 1) * size] = content[place * size : (place + 1) * size]
         for key, block in found.items():
             if self.tier.keep(key):
-                for command in self.tier.commands:
-                    if isinstance(command, DropMemory):
-                        self.memory.pop(command.key, None)
+                self.carry_out_all()
                 self.memory[key] = block
 
     def check(self) -> None:

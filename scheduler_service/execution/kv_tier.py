@@ -102,23 +102,27 @@ class KvTierStore:
     @property
     def holds_up(self) -> bool:
         """Whether nothing runs, and what waits may wait for files."""
-        return bool(self._outstanding) and not self.planner.running
+        return not self.planner.running and any(not one.fetch.given_up for one in self._outstanding.values())
 
     def turn(self, now: float) -> None:
-        """Take what the threads have done, and carry out what the books ask for."""
+        """Carry out what the books ask for, and take what the threads have done."""
+        self._carry_out_all(now)
         for result in self._io.results() if self._io else ():
             if isinstance(result, Written):
                 self.tier.written(result.key, result.serial, result.ok)
             else:
-                self._arrived(result)
-        while self.tier.commands:
-            self._carry_out(now)
+                self._arrived(result, now)
+        self._carry_out_all(now)
         for number, waiting in list(self._outstanding.items()):
             if number not in self.tier.fetches:  # of a generation that is over
                 del self._outstanding[number]
             elif now >= waiting.until and not waiting.fetch.given_up:
                 log.warning("Reading %d blocks of KV takes too long; going on without.", len(waiting.fetch.keys))
                 self.tier.give_up(number)
+
+    def _carry_out_all(self, now: float) -> None:
+        while self.tier.commands:
+            self._carry_out(now)
 
     def _carry_out(self, now: float) -> None:
         """All that the books ask for. Fetches come last: they write to pages that stores may have to be copied from."""
@@ -164,13 +168,13 @@ class KvTierStore:
         """Begin to get blocks; where all are in memory, they are there at once."""
         files = [key for key in command.keys if key in command.files]
         if not files:
-            self._restore(command, {})
+            self._restore(command, {}, now)
         elif self._io:
             tokens = len(command.keys) * self.tier.sizes.block_tokens
             self._outstanding[command.number] = Outstanding(command, now + FETCH_S + tokens * FETCH_S_PER_TOKEN)
             self._io.read(command.number, files)
 
-    def _arrived(self, read: Read) -> None:
+    def _arrived(self, read: Read, now: float) -> None:
         waiting = self._outstanding.pop(read.number, None)
         if waiting is None:
             return
@@ -178,9 +182,11 @@ class KvTierStore:
             log.warning("A block of KV is damaged or gone; it will be computed again.")
         data = torch.frombuffer(read.data, dtype=torch.uint8).view(-1, self._blocks.block_bytes)
         rows = dict(zip(read.good, data, strict=False))
-        self._restore(waiting.fetch, rows, read.damaged)
+        self._restore(waiting.fetch, rows, now, read.damaged)
 
-    def _restore(self, command: Fetch, rows: dict[bytes, torch.Tensor], damaged: bytes | None = None) -> None:
+    def _restore(
+        self, command: Fetch, rows: dict[bytes, torch.Tensor], now: float, damaged: bytes | None = None
+    ) -> None:
         """Put blocks that were fetched into pages of the tree, and keep those that came from files in memory too."""
         found: list[torch.Tensor] = []
         for key in command.keys:
@@ -196,15 +202,8 @@ class KvTierStore:
             self._blocks.scatter(torch.stack(found), restored.skipped, restored.pages)
         for key, row in rows.items():
             if self.tier.keep(key):
-                self._carry_out_drops()
+                self._carry_out(now)  # what has to go for it; nothing else is left to do here
                 self._memory.put(key, row)
-
-    def _carry_out_drops(self) -> None:
-        """Make room in memory at once."""
-        for command in self.tier.commands:
-            if isinstance(command, DropMemory):
-                self._memory.drop(command.key)
-        self.tier.commands = [command for command in self.tier.commands if not isinstance(command, DropMemory)]
 
     def _forget(self) -> None:
         """Begin anew, under another identity where the weights have changed."""
