@@ -14,7 +14,8 @@ class KvTierConfig(RanksConfig, frozen=True, kw_only=True):
     """Where KV is kept that the pool has no room for, and how much of it."""
 
     enable_hierarchical_cache: Annotated[
-        bool, flag("keep the KV of prefixes in host memory too, from where it comes back when a prompt matches", SCHEDULER)
+        bool,
+        flag("keep the KV of prefixes in host memory too, from where it comes back when a prompt matches", SCHEDULER),
     ] = False
     hicache_ratio: Annotated[
         Annotated[float, msgspec.Meta(gt=0)] | None,

@@ -21,8 +21,8 @@ ENDPOINT = re.compile(r"https?://[^\s/:]+(:\d+)?(/\S*)?")
 MEETING = re.compile(r"[^\s/:]+:\d{1,5}")
 SPECULATIVE_ALGORITHM = "NGRAM"
 HIERARCHY_ON_A_CPU = (
-    "--enable-hierarchical-cache keeps KV in the memory in which the KV pool of a CPU lies; a larger --max-total-tokens "
-    "gives as much without copies, and --kv-cache-dir outlasts a restart"
+    "--enable-hierarchical-cache keeps KV in the memory in which the KV pool of a CPU lies; "
+    "a larger --max-total-tokens gives as much without copies, and --kv-cache-dir outlasts a restart"
 )
 
 

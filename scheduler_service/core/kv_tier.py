@@ -12,7 +12,8 @@ weights clears the tier, and what an earlier generation has computed is not stor
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence as Listed
+from collections.abc import Iterable
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
 from quartet.scheduler_service.core.block_keys import BlockKeys, digest
@@ -156,7 +157,7 @@ class KvTier:
             self._drop_files(self.files.put(key))
 
     def begin(self, generation: int, keep: bool) -> None:
-        """KV of another generation than this one is neither kept nor restored. Unless `keep`, all goes, and it closes."""
+        """KV of another generation is neither kept nor restored from now on. Unless `keep`, all goes and it closes."""
         self._generation = str(generation)
         self.fetches.clear()
         self._fetching.clear()

@@ -87,8 +87,7 @@ class BlockFiles:
         for entry in list(os.scandir(self.directory)):
             if entry.name != name and OURS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 self._remove(entry.name)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.directory / name, 0o700)
+        (self.directory / name).mkdir(mode=0o700, exist_ok=True)
         fd = os.open(self.directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with self._guard:
             old, self._fd, self._identity = self._fd, fd, identity
@@ -106,12 +105,12 @@ class BlockFiles:
         """Delete our files in a directory of DIR, and that too where nothing else is in it."""
         fd = os.open(self.directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            for entry in os.listdir(fd):
-                if OUR_FILES.fullmatch(entry):
+            for entry in list(os.scandir(fd)):
+                if OUR_FILES.fullmatch(entry.name):
                     with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                        os.unlink(entry, dir_fd=fd)
+                        os.unlink(entry.name, dir_fd=fd)
             with contextlib.suppress(OSError):
-                os.rmdir(self.directory / name)
+                (self.directory / name).rmdir()
         finally:
             os.close(fd)
 
@@ -119,15 +118,15 @@ class BlockFiles:
         """The keys of the files that look whole; others of ours are deleted, all else is ignored."""
         found: list[tuple[int, bytes]] = []
         cut = ignored = 0
-        for entry in os.listdir(fd):
-            status = os.stat(entry, dir_fd=fd, follow_symlinks=False)
-            if not (OUR_FILES.fullmatch(entry) and stat.S_ISREG(status.st_mode)):
+        for entry in list(os.scandir(fd)):
+            name, status = entry.name, entry.stat(follow_symlinks=False)
+            if not (OUR_FILES.fullmatch(name) and stat.S_ISREG(status.st_mode)):
                 ignored += 1
-            elif entry.endswith(UNFINISHED) or status.st_size != HEADER_BYTES + self.block_bytes:
-                cut += not entry.endswith(UNFINISHED)
-                os.unlink(entry, dir_fd=fd)
+            elif name.endswith(UNFINISHED) or status.st_size != HEADER_BYTES + self.block_bytes:
+                cut += not name.endswith(UNFINISHED)
+                os.unlink(name, dir_fd=fd)
             else:
-                found.append((status.st_mtime_ns, bytes.fromhex(entry.removesuffix(SUFFIX))))
+                found.append((status.st_mtime_ns, bytes.fromhex(name.removesuffix(SUFFIX))))
         if cut or ignored:
             log.warning("In %s %d files were damaged and deleted, %d ignored.", self.directory, cut, ignored)
         return [key for _, key in sorted(found)]

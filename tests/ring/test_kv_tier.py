@@ -1,4 +1,4 @@
-"""KV beyond the pool on a whole server: evicted prefixes come back, also after deaths and restarts, and never wrongly."""
+"""KV beyond the pool on a whole server: evicted prefixes come back, after deaths and restarts too, never wrongly."""
 
 import time
 from collections.abc import Callable
@@ -93,9 +93,7 @@ def test_prefixes_come_back_after_eviction_deaths_and_restarts(
     assert server.log.count("is damaged or gone") == 1
 
 
-def test_kv_of_other_weights_is_never_served(
-    launch: Callable[..., Server], models: list[Path], tmp_path: Path
-) -> None:
+def test_kv_of_other_weights_is_never_served(launch: Callable[..., Server], models: list[Path], tmp_path: Path) -> None:
     directory = tmp_path / "kv"
     server = launch(*flags(models[0], directory))
     first = ask(server, 0)[0]

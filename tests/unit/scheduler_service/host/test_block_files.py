@@ -45,6 +45,7 @@ def directory(tmp_path: Path) -> Path:
     for number in range(3):
         files.write(KEYS[number], memoryview(BLOCKS[number]))
         os.utime(path(place, KEYS[number]), (number, number))
+    os.close(files._lock)
     return place
 
 
@@ -153,7 +154,7 @@ def test_one_process_at_a_time(directory: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StartupError, match="--kv-cache-dir .*file/kv cannot be used: Not a directory"):
+    with pytest.raises(StartupError, match=r"--kv-cache-dir .*file/kv cannot be used: Not a directory"):
         BlockFiles(tmp_path / "file" / "kv", SIZE)
 
 

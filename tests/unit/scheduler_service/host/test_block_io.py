@@ -24,6 +24,10 @@ def take(io: BlockIO, count: int) -> list[Written | Read]:
     return [io._results.get(timeout=60) for _ in range(count)]
 
 
+def void(_: object) -> None:
+    """For a lambda that returns nothing."""
+
+
 def write(io: BlockIO, number: int) -> Written | Read:
     io.write(KEYS[number], number, memoryview(BLOCKS[number]), lambda: None)
     return take(io, 1)[0]
@@ -41,7 +45,7 @@ def test_blocks_come_back_side_by_side_up_to_the_first_that_is_missing(io: Block
 def test_a_read_does_not_wait_for_a_write(io: BlockIO) -> None:
     write(io, 0)
     arrived = threading.Event()
-    io.write(KEYS[1], 1, memoryview(BLOCKS[1]), lambda: None if arrived.wait(60) else None)
+    io.write(KEYS[1], 1, memoryview(BLOCKS[1]), lambda: void(arrived.wait(60)))
     io.read(1, KEYS[:1])
     assert isinstance(take(io, 1)[0], Read)
     arrived.set()
@@ -70,6 +74,6 @@ def test_a_disk_that_refuses_is_said_once(io: BlockIO, caplog: pytest.LogCapture
 
 
 def test_a_job_that_fails_in_another_way_does_not_end_the_thread(io: BlockIO) -> None:
-    io.write(KEYS[0], 0, memoryview(BLOCKS[0]), lambda: 1 // 0 and None)
+    io.write(KEYS[0], 0, memoryview(BLOCKS[0]), lambda: void(1 // 0))
     assert take(io, 1) == [Written(KEYS[0], 0, False)]
     assert write(io, 0) == Written(KEYS[0], 0, True)
