@@ -368,7 +368,6 @@ class ResolvedConfig(ServerConfig, frozen=True, kw_only=True):
     attention_backend: Literal["triton", "torch_native"]
     page_size: int
     enable_lora: bool
-    hicache_ratio: float
     max_running_requests: int
     max_queued_requests: int
     chunked_prefill_size: int  # -1: whole prompts

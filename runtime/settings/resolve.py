@@ -49,7 +49,6 @@ def decide_flags(config: ServerConfig, machine: Machine, device: Literal["cpu", 
         "attention_backend": "torch_native" if device == "cpu" else config.attention_backend or "triton",
         "page_size": config.page_size or PAGE_SIZE,
         "enable_lora": lora_is_on(config),
-        "hicache_ratio": config.hicache_ratio or HICACHE_RATIO,
         "max_running_requests": running,
         "max_queued_requests": config.max_queued_requests or max(MIN_QUEUED_REQUESTS, 4 * running),
         "chunked_prefill_size": chunk,
@@ -58,6 +57,8 @@ def decide_flags(config: ServerConfig, machine: Machine, device: Literal["cpu", 
         "expert_distribution_recorder_buffer_size": config.expert_distribution_recorder_buffer_size
         or RECORDER_BUFFER_SIZE,
     }
+    if config.enable_hierarchical_cache:
+        decided["hicache_ratio"] = config.hicache_ratio or HICACHE_RATIO
     if speculation := speculation_of(config):
         decided |= {
             "speculative_num_draft_tokens": speculation.max_draft_tokens,

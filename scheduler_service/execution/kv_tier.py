@@ -268,6 +268,7 @@ def sizes_of(config: ResolvedConfig, blocks: KvBlocks, pool_pages: int, device: 
     memory = files = 0
     if config.enable_hierarchical_cache:
         pool_bytes = pool_pages * blocks.cache.page_size * size // tokens
+        assert config.hicache_ratio is not None, "resolve decides it"
         wanted = config.hicache_size * GIGABYTE if config.hicache_size else int(config.hicache_ratio * pool_bytes)
         memory = int(wanted // size)
         if memory < 1:
