@@ -31,10 +31,10 @@ from quartet.runtime.flag import (
     flag,
 )
 from quartet.runtime.format_names import ReasoningParser, ToolCallParser
-from quartet.runtime.ranks_config import RanksConfig
+from quartet.runtime.kv_tier_config import KvTierConfig
 
 
-class ServerConfig(RanksConfig, frozen=True, kw_only=True):
+class ServerConfig(KvTierConfig, frozen=True, kw_only=True):
     """All settings of a server, by their api names. Those of logs, files and traces, and of adapters, it inherits."""
 
     model_path: Annotated[
@@ -285,8 +285,8 @@ class ServerConfig(RanksConfig, frozen=True, kw_only=True):
     low_memory: Annotated[
         bool,
         flag(
-            "take less memory: no second scheduler process, prompts in smaller pieces, embeddings read from a GGUF file "
-            "token by token where the head is apart, what grammars need loaded with the first one",
+            "take less memory: no second scheduler process, prompts in smaller pieces, embeddings read from a GGUF "
+            "file token by token where the head is apart, what grammars need loaded with the first one",
             OPERATIONS,
         ),
     ] = False

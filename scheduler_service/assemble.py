@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -24,6 +25,7 @@ from quartet.scheduler_service.scheduler import Scheduler, Worker
 if TYPE_CHECKING:
     from quartet.scheduler_service.control.idle import Sleeper
     from quartet.scheduler_service.execution.adapters import AdapterStore
+    from quartet.scheduler_service.execution.kv_tier import KvTierStore
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.weights.update import Updates
 
@@ -96,11 +98,12 @@ def serve(
     saver: "MemorySaver | None" = None,
     sleeper: "Sleeper | None" = None,
     adapters: "AdapterStore | None" = None,
+    make_tier: "Callable[[Planner], KvTierStore | None]" = lambda planner: None,
 ) -> None:
     """Report ready, send the model's facts through the ring, and run until killed.
 
     Without `grammars`, requests with a grammar are refused; without `adapters`, those that name one. Without `updates`
-    or `saver`, commands that change the weights or release memory are refused.
+    or `saver`, commands that change the weights or release memory are refused. `make_tier`: of KV beyond the pool.
     """
     planner = Planner(planner_config(boot.config, info, worker))
     durable_state = DurableState(boot.own_dir)
@@ -128,6 +131,7 @@ def serve(
         updates=updates,
         saver=saver,
         sleeper=sleeper,
+        tier=make_tier(planner),
         adapters=adapters,
         durable_state=durable_state,
         announced=announced(boot),

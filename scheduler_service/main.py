@@ -15,6 +15,7 @@ from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.service import TITLE, Boot, run
 from quartet.scheduler_service.assemble import serve
 from quartet.scheduler_service.control.idle import IdleSleep
+from quartet.scheduler_service.execution.kv_tier import tier_store
 from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from quartet.scheduler_service.execution.rank_memory import LeadingSaver
 from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
@@ -46,7 +47,8 @@ def main(boot: Boot) -> None:
     updates = weight_updates(config, info, worker, boot.own_dir)
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver, sleeper = memory_saver(config, worker, updates), idle_sleep(config, worker, updates)
-    serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
+    make_tier = partial(tier_store, boot, worker, updates)
+    serve(boot, info, worker, grammars, updates, saver, sleeper, adapters, make_tier)
 
 
 def lead(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> None:

@@ -113,6 +113,7 @@ class Report:
             "queue_time_seconds_total": stats.queue_s,
             "decode_steps_total": self._decode_steps,
             **self._speculation(),
+            **(pool.tier.counters() if pool.tier else {}),
         }
 
     def _speculation(self) -> dict[str, float]:

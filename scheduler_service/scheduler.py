@@ -6,7 +6,7 @@ the next is planned, with 1 planning overlaps the computation of the last step.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,12 +39,14 @@ from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.grammar.grammar_queue import GrammarQueue, Pool, is_complete
 from quartet.scheduler_service.grammar.matchers import Grammar
 from quartet.scheduler_service.report import Report
+from quartet.scheduler_service.ring_ends import Receiver, Sender
 from quartet.scheduler_service.step_queue import StepQueue, StepWorker
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.control.idle import Sleeper
     from quartet.scheduler_service.execution.adapters import AdapterStore
     from quartet.scheduler_service.execution.experts import ExpertRecorder
+    from quartet.scheduler_service.execution.kv_tier import KvTierStore
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
     from quartet.scheduler_service.execution.profile import Profile
     from quartet.scheduler_service.weights.update import Updates
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMMAND_POLL_S = 0.002  # how often an idle scheduler resumes unfinished commands
-GRAMMAR_POLL_S = 0.001  # how often an idle scheduler looks for compiled grammars
+GRAMMAR_POLL_S = 0.001  # how often an idle scheduler looks for compiled grammars, and for KV from files
 
 
 class Worker(StepWorker, Protocol):
@@ -64,14 +66,6 @@ class Worker(StepWorker, Protocol):
     def forget(self, sequence: request.Sequence) -> None:
         """Drop the state of a sequence that has left the batch."""
         ...
-
-
-class Receiver(Protocol):
-    def recv(self, timeout_s: float | None = 0.0) -> list[Any]: ...
-
-
-class Sender(Protocol):
-    def send(self, messages: Sequence[Message]) -> None: ...
 
 
 class Scheduler:
@@ -95,6 +89,7 @@ class Scheduler:
         durable_state: DurableState | None = None,
         adapters: "AdapterStore | None" = None,
         sleeper: "Sleeper | None" = None,
+        tier: "KvTierStore | None" = None,
         idle_work: Callable[[], bool] | None = None,
         cuda_graph: bool = False,
         announced: Announced | None = None,
@@ -116,6 +111,7 @@ class Scheduler:
             planner.waiting.set_adapter_versions(adapters.version_of)
         self.durable_state = durable_state  # None: nothing outlasts this scheduler
         self.sleeper = sleeper  # None: memory is kept while nothing is asked
+        self.tier = tier  # None: KV is kept in the pool only
         self.idle_work = idle_work  # does a piece of work while nothing is to compute; returns whether more is left
         self.has_idle_work = idle_work is not None  # as far as is known
         self.step_sleep_s = 0.0  # a test aid
@@ -239,6 +235,8 @@ class Scheduler:
     @property
     def patience_s(self) -> float:
         """How long `receive` may wait for a message."""
+        if self.tier is not None and self.tier.holds_up and not self.launched:
+            return GRAMMAR_POLL_S
         if not self.idle or self.has_idle_work:
             return 0.0
         if self.grammar_queue:
@@ -327,6 +325,8 @@ class Scheduler:
 
     def decide(self) -> Plan | None:
         """Plan the next step; the worker drops the state of requests that left the batch."""
+        if self.tier is not None:
+            self.tier.turn(self.now)
         plan = self.planner.next(self.now)
         self.report.record_plan(plan)
         self.forget_released()

@@ -56,6 +56,11 @@ class ServerFlags(TypedDict, total=False):
     tool_call_parser: ToolCallParser | None
     reasoning_parser: ReasoningParser | None
     enable_cache_report: bool
+    enable_hierarchical_cache: bool
+    hicache_ratio: float | None
+    hicache_size: int
+    kv_cache_dir: str | None
+    kv_cache_dir_size: int
     max_running_requests: int | None
     max_queued_requests: int | None
     max_total_tokens: int | None

@@ -20,6 +20,10 @@ LEAST_WATCHDOG_TIMEOUT_S = 3  # an idle scheduler moves once a second
 ENDPOINT = re.compile(r"https?://[^\s/:]+(:\d+)?(/\S*)?")
 MEETING = re.compile(r"[^\s/:]+:\d{1,5}")
 SPECULATIVE_ALGORITHM = "NGRAM"
+HIERARCHY_ON_A_CPU = (
+    "--enable-hierarchical-cache keeps KV in the memory in which the KV pool of a CPU lies; "
+    "a larger --max-total-tokens gives as much without copies, and --kv-cache-dir outlasts a restart"
+)
 
 
 def given_draft_flags(config: ServerConfig) -> list[str]:
@@ -60,6 +64,12 @@ def on_gpu(config: ServerConfig, machine: Machine) -> bool:
     return config.device == "cuda" or (config.device == "auto" and machine.has_gpu and machine.torch_has_cuda)
 
 
+def given_tier_flags(config: ServerConfig) -> list[str]:
+    """The flags that say that there is a tier behind the KV pool."""
+    given = {"--enable-hierarchical-cache": config.enable_hierarchical_cache, "--kv-cache-dir": config.kv_cache_dir}
+    return [flag for flag, is_given in given.items() if is_given]
+
+
 Contradiction = tuple[Callable[[ServerConfig, Machine], bool], Callable[[ServerConfig], str]]
 
 CONTRADICTIONS: list[Contradiction] = [
@@ -92,6 +102,10 @@ CONTRADICTIONS: list[Contradiction] = [
     (
         lambda c, m: c.tp_size > 1 and c.is_embedding,
         lambda c: f"--is-embedding works with one process only, and --tp-size is {c.tp_size}; leave one out",
+    ),
+    (
+        lambda c, m: c.tp_size > 1 and bool(given_tier_flags(c)),
+        lambda c: f"{given_tier_flags(c)[0]} works with one process only, and --tp-size is {c.tp_size}; leave one out",
     ),
     (
         lambda c, m: c.dp_size > 1 and c.nnodes > 1,
@@ -170,6 +184,22 @@ CONTRADICTIONS: list[Contradiction] = [
     (
         lambda c, m: lora_is_on(c) and c.is_embedding,
         lambda c: "--enable-lora is for models that generate, and --is-embedding asks for one that embeds",
+    ),
+    (
+        lambda c, m: not c.enable_hierarchical_cache and (c.hicache_ratio is not None or c.hicache_size > 0),
+        lambda c: "--hicache-ratio and --hicache-size have no effect without --enable-hierarchical-cache; add it",
+    ),
+    (
+        lambda c, m: c.kv_cache_dir is None and c.kv_cache_dir_size != ServerConfig().kv_cache_dir_size,
+        lambda c: "--kv-cache-dir-size has no effect without --kv-cache-dir; add it, or leave it out",
+    ),
+    (
+        lambda c, m: c.disable_radix_cache and bool(given_tier_flags(c)),
+        lambda c: f"{given_tier_flags(c)[0]} keeps what --disable-radix-cache turns off; leave one of them out",
+    ),
+    (
+        lambda c, m: c.is_embedding and bool(given_tier_flags(c)),
+        lambda c: f"{given_tier_flags(c)[0]} is for models that generate, and --is-embedding asks for one that embeds",
     ),
     (
         lambda c, m: c.speculative_algorithm not in (None, SPECULATIVE_ALGORITHM),
@@ -286,6 +316,8 @@ def notes_on(config: ServerConfig, device: str) -> list[str]:
         found.append("--schedule-low-priority-values-first has no effect without --enable-priority-scheduling")
     if device == "cpu" and config.attention_backend == "triton":
         found.append("--attention-backend triton needs a GPU; torch_native is used on this CPU")
+    if device == "cpu" and config.enable_hierarchical_cache:
+        found.append(HIERARCHY_ON_A_CPU)
     if device == "cpu" and config.cuda_graph_max_bs is not None:
         found.append("--cuda-graph-max-bs has no effect: a CPU captures no CUDA graphs")
     if device == "cpu" and config.cuda_graph_max_prefill_tokens:

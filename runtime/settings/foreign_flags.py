@@ -43,7 +43,7 @@ NO_DRAFT_MODEL = Foreign("Quartet runs no draft model; --speculative-algorithm N
 NO_QUANTIZATION = Foreign("use --quantization int8 or int4, or serve a quantized checkpoint")
 NO_OFFLOAD = Foreign("weights and KV pool are not offloaded; take a smaller model, or less --max-total-tokens", ("0",))
 NO_DISAGGREGATION = Foreign("prefill and decode run in one server; leave it out", ("null", "none"))
-NO_HIERARCHY = Foreign("the prefix cache lives in the KV pool only; leave it out", OFF)
+NO_HIERARCHY = Foreign("use --enable-hierarchical-cache or --kv-cache-dir", OFF)
 NO_MEDIA = Foreign("images and audio are not supported; leave it out", OFF)
 NO_CRASH_DUMP = Foreign("requests that run when a server dies are sent again, so none are dumped; leave it out", OFF)
 ATTENTION = detail("the attention backend is chosen by device (see --attention-backend)")
@@ -147,11 +147,11 @@ SGLANG = {
     "--speculative-num-steps": NO_DRAFT_MODEL,
     "--speculative-eagle-topk": NO_DRAFT_MODEL,
     "--speculative-token-map": NO_DRAFT_MODEL,
-    "--enable-hierarchical-cache": NO_HIERARCHY,
-    "--hicache-ratio": NO_HIERARCHY,
-    "--hicache-size": NO_HIERARCHY,
-    "--hicache-write-policy": NO_HIERARCHY,
-    "--hicache-storage-backend": NO_HIERARCHY,
+    "--hicache-write-policy": Foreign("KV is written through as soon as it is computed", ("write_through",)),
+    "--hicache-io-backend": GPU_DETAIL,
+    "--hicache-mem-layout": detail("host memory has a layout of its own"),
+    "--hicache-storage-backend": ours("--kv-cache-dir"),
+    "--hicache-storage-prefetch-policy": Foreign("a read that takes too long is given up", ("timeout",)),
     "--enable-lmcache": NO_HIERARCHY,
     "--cpu-offload-gb": NO_OFFLOAD,
     "--cuda-graph-bs": ours("--cuda-graph-max-bs"),

@@ -44,6 +44,8 @@ FIRST_PAGE = {
     "req_waiting_timeout",
     "req_running_timeout",
     "disable_radix_cache",
+    "kv_cache_dir",
+    "kv_cache_dir_size",
     "random_seed",
     "speculative_algorithm",
     "device",

@@ -10,6 +10,7 @@ import msgspec
 
 from quartet.runtime.adapter_sources import read_sources
 from quartet.runtime.config import ResolvedConfig, ServerConfig, Speculation
+from quartet.runtime.kv_tier_config import HICACHE_RATIO
 from quartet.runtime.settings.contradictions import PAGE_SIZE, lora_is_on, notes_on, refuse_contradictions
 from quartet.runtime.settings.machine import Machine
 
@@ -58,6 +59,8 @@ def decide_flags(config: ServerConfig, machine: Machine, device: Literal["cpu", 
         "expert_distribution_recorder_buffer_size": config.expert_distribution_recorder_buffer_size
         or RECORDER_BUFFER_SIZE,
     }
+    if config.enable_hierarchical_cache:
+        decided["hicache_ratio"] = config.hicache_ratio or HICACHE_RATIO
     if speculation := speculation_of(config):
         decided |= {
             "speculative_num_draft_tokens": speculation.max_draft_tokens,

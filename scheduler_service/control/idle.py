@@ -104,7 +104,7 @@ class IdleSleep:
         tags = [KV_CACHE, WEIGHTS] if self._can_read_again() else [KV_CACHE]
         self.sleeping = True
         self._saver.release(tags)
-        context.planner.forget_prefixes()
+        context.planner.forget_prefixes(keep_tier=True)
         context.pause_without_memory()
         what = "weights and KV pool" if WEIGHTS in tags else "the KV pool (the weights are on no disk)"
         log.info("Nothing was asked for %g s: gave back the memory of %s.", self._after_s, what)
@@ -127,6 +127,7 @@ class IdleSleep:
             if self._files_changed():
                 version = REWRITTEN.format(version)
                 log.error("%s was rewritten while the server slept.", updates.committed.model_dir)
+                context.planner.forget_prefixes()
             updates.swap(staged, version)
             updates.drop_second()
             context.worker.weight_version = version

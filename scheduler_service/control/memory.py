@@ -61,7 +61,7 @@ def release_now(context: Context, command: ReleaseMemory) -> list[Message]:
             saver.release(command.tags)
     finally:
         if saver.holds_kv_cache:
-            context.planner.forget_prefixes()
+            context.planner.forget_prefixes(keep_tier=True)
         context.pause_without_memory()
     return report(context, command, "released")
 

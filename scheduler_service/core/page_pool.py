@@ -5,12 +5,17 @@ sequence's `pages` may also name cached ones: those of the path that it pins. A 
 has nothing for that prefix yet; a sequence that computed the same prefix at the same time keeps its own copy until it
 leaves, because its page list only ever grows while it is admitted.
 
+Where a tier keeps KV beyond the pool (`kv_tier.py`), it hears of every cached page, and `restore` makes pages of what
+comes back from there.
+
 For a model with recurrent layers (`options`) a cached prefix ends at the deepest node that has a snapshot of the state.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum, auto
 
+from quartet.scheduler_service.core.kv_tier import Fetch, KvTier
 from quartet.scheduler_service.core.pages import PageAllocator
 from quartet.scheduler_service.core.plan import Slice
 from quartet.scheduler_service.core.prefix_tree import Node, PrefixTree
@@ -28,22 +33,36 @@ class Admission(Enum):
 
     ADMITTED = auto()
     NO_ROOM = auto()
-    AWAITS_PREFIX = auto()  # another sequence is computing the pages that this one would compute next
+    AWAITS_PREFIX = auto()  # another sequence computes the pages that this one would compute next, or they are fetched
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Pages for KV that was fetched: the first one takes what lies `skipped` pages behind the beginning of it."""
+
+    pages: list[int]
+    skipped: int = 0
 
 
 class PagePool:
     """Gives pages to sequences and takes them back."""
 
     def __init__(
-        self, page_size: int, total_pages: int, reuse_prefixes: bool, options: SnapshotOptions | None = None
+        self,
+        page_size: int,
+        total_pages: int,
+        reuse_prefixes: bool,
+        options: SnapshotOptions | None = None,
+        tier: KvTier | None = None,
     ) -> None:
-        """`options`: of a model with recurrent layers."""
+        """`options`: of a model with recurrent layers. `tier`: keeps KV beyond the pool."""
         self.page_size = page_size
         self.pages = PageAllocator(total_pages)
         self.options = options
         self.snapshots = Snapshots(options.count if options else 0)
         self.tree = PrefixTree(page_size, self.snapshots)
         self.reuse_prefixes = reuse_prefixes
+        self.tier = tier
         self._in_computation: dict[object, Sequence] = {}  # (node, next tokens) → the sequence that computes them
 
     @property
@@ -82,6 +101,9 @@ class PagePool:
             if node:
                 self.tree.unpin(node)
             return Admission.NO_ROOM
+        if self.tier and node and self.tier.awaits(sequence, len(prefix), reusable // self.page_size):
+            self.tree.unpin(node)
+            return Admission.AWAITS_PREFIX
         self._make_free(need)
         reserve = min(sequence.limit, RESERVE_TOKENS) // self.page_size
         sequence.pages = prefix + self.pages.take(need, reserve, after=prefix[-1] if prefix else 0)
@@ -93,6 +115,8 @@ class PagePool:
             self.snapshots.begin_reading(node.snapshot)
             sequence.restores = node.snapshot
         self._announce(sequence, len(sequence.ids))
+        if self.tier and node:
+            self.tier.note(sequence, len(prefix))
         return Admission.ADMITTED
 
     def missing(self, sequence: Sequence, reusable: int) -> int | None:
@@ -130,6 +154,8 @@ class PagePool:
         sequence.tree_node = deeper
         sequence.cached_pages = count
         self._announce(sequence, sequence.prefill_end)
+        if self.tier:
+            self.tier.note(sequence, count)
 
     def reserve_snapshots(self, sequence: Sequence, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """(position, snapshot) in order: where a slice [start, end) of a model with recurrent layers saves its state.
@@ -177,6 +203,36 @@ class PagePool:
             return sequence.pages[count:]
         copies = [mine for mine, theirs in zip(sequence.pages, cached, strict=False) if mine != theirs]
         return copies + sequence.pages[count:]
+
+    def restore(self, fetch: Fetch, blocks: int) -> Restored:
+        """Cache pages for the first `blocks` blocks of a fetch, as many as there is room for; they must be written now.
+
+        None where the tree has lost the prefix in front of them.
+        """
+        assert self.tier is not None
+        start, end = fetch.first * self.tier.block_pages, (fetch.first + blocks) * self.tier.block_pages
+        width = self.tree.page_bytes
+        node = self.tree.match(fetch.namespace, fetch.tokens[: end * width])
+        prefix = self.tree.path_pages(node)
+        if len(prefix) < start:
+            return Restored([])
+        self.tree.pin(node)
+        count = min(end - len(prefix), self.available)
+        self._make_free(count)
+        pages = self.pages.take(count, after=prefix[-1] if prefix else 0)
+        if pages:
+            cached = len(prefix) + count
+            self.tree.insert(fetch.namespace, fetch.tokens[: cached * width], prefix + pages)
+        self.tree.unpin(node)
+        self.tier.restored += count
+        return Restored(pages, len(prefix) - start)
+
+    def forget(self, generation: int, free: bool, keep_tier: bool) -> None:
+        """Another generation of KV has begun; `free` all cached pages that no sequence pins."""
+        if self.tier:
+            self.tier.begin(generation, keep_tier)
+        if free:
+            self.clear()
 
     def clear(self) -> None:
         """Free all cached pages that no sequence pins."""
@@ -244,6 +300,6 @@ class PagePool:
             self.pages.give(self.tree.evict(count - self.pages.free))
 
 
-def empty_pool(config: PlannerConfig) -> PagePool:
+def empty_pool(config: PlannerConfig, tier: KvTier | None = None) -> PagePool:
     """The pool that a planner begins with."""
-    return PagePool(config.page_size, config.total_pages, config.reuse_prefixes, config.snapshots)
+    return PagePool(config.page_size, config.total_pages, config.reuse_prefixes, config.snapshots, tier)

@@ -371,11 +371,12 @@ class Planner:
 
     # the prefix cache, and checks
 
-    def forget_prefixes(self, free: bool = True) -> None:
-        """Have no later request match KV computed so far; `free`: the cached pages become free at once."""
-        self.waiting.invalidate_prefixes()
-        if free:
-            self.pool.clear()
+    def forget_prefixes(self, free: bool = True, keep_tier: bool = False) -> None:
+        """Have no later request match KV computed so far, but where the weights stay, that of the tier (`keep_tier`).
+
+        `free`: the cached pages become free at once.
+        """
+        self.pool.forget(self.waiting.invalidate_prefixes(), free, keep_tier)
 
     def audit(self) -> str:
         """When idle: why the page counts do not add up, or "". Constant time; `check_invariants` checks everything."""
@@ -385,7 +386,7 @@ class Planner:
     def repair(self) -> None:
         """When idle: start with an empty pool and all slots free."""
         assert self.idle
-        self.pool = empty_pool(self.config)
+        self.pool = empty_pool(self.config, self.pool.tier)
         self.slots = list(range(self.config.max_running - 1, -1, -1))
         self.live.clear()
 

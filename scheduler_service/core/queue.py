@@ -56,11 +56,12 @@ class WaitingQueue:
                 return last
         return newcomer
 
-    def invalidate_prefixes(self) -> None:
-        """Have no request that waits, or comes later, match KV that was computed before now."""
+    def invalidate_prefixes(self) -> int:
+        """Have no request that waits, or comes later, match KV that was computed before now: a generation has begun."""
         self._generation += 1
         for sequence in self._waiting:
             self._set_namespace(sequence)
+        return self._generation
 
     def set_adapter_versions(self, versions: Mapping[str, str]) -> None:
         """Have requests that wait, or come later, match only KV of these versions of their adapters."""

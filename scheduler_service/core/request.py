@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from quartet.runtime.messages import Finish, Logprobs, Request, Timeline
+from quartet.scheduler_service.core.block_keys import BlockKeys
 from quartet.scheduler_service.core.drafts import Drafter, Grammar
 from quartet.scheduler_service.core.thought_budget import UNLIMITED, ThoughtBudget
 
@@ -69,6 +70,7 @@ class Sequence:
     cached_pages: int = 0  # leading pages that were put into the prefix tree or found there, at this admission
     branch: int = 0  # positions that the prefix tree held at this admission; more than `computed` without a snapshot
     restores: int = -1  # the snapshot of recurrent state that the next slice begins with
+    block_keys: BlockKeys | None = None  # of its blocks in the tier behind the KV pool
     announced: object | None = None  # key under which others wait for the prefix that is being computed here
     kv_invalid: bool = False  # its computation failed: its KV must not be cached
     retracting: bool = False  # goes back to the queue once no plan in flight names it

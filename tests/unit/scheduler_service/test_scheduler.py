@@ -4,7 +4,7 @@ import pytest
 
 from quartet.runtime.messages import Facts, Finish, Reply, unpack_ids
 from quartet.scheduler_service.core.drafts import DraftOptions
-from quartet.scheduler_service.scheduler import IDLE_BEAT_S
+from quartet.scheduler_service.scheduler import GRAMMAR_POLL_S, IDLE_BEAT_S
 from quartet.scheduler_service.step_queue import MOST_FAILURES
 from tests.fakes import looping_token
 from tests.rig import PROMPT, Rig
@@ -52,6 +52,23 @@ def test_an_idle_scheduler_waits_for_its_inbox_and_still_beats() -> None:
     rig.scheduler.step()
     assert rig.inbox.waits == [IDLE_BEAT_S]
     assert rig.progress.beats == [False]
+
+
+class WaitsForFiles:
+    """A tier whose requests wait for files."""
+
+    holds_up = True
+    turns = 0
+
+    def turn(self, now: float) -> None:
+        self.turns += 1
+
+
+def test_a_scheduler_whose_requests_wait_for_files_looks_for_them_often() -> None:
+    rig = Rig()
+    rig.scheduler.tier = tier = WaitsForFiles()  # type: ignore[assignment]
+    rig.scheduler.step()
+    assert rig.inbox.waits == [GRAMMAR_POLL_S] and tier.turns == 1
 
 
 def test_a_busy_scheduler_does_not_wait_and_beats_busy() -> None:

@@ -214,6 +214,13 @@ def test_preferred_parameters_take_a_schema_as_text_or_as_the_object(schema):
         ({"tp_size": 2, "nnodes": 2, "node_rank": 2, "dist_init_addr": "a:1"}, CPU, "count from 0"),
         ({"tp_size": 2, "nnodes": 2}, CPU, "--nnodes 2 needs --dist-init-addr HOST:PORT"),
         ({"tp_size": 2, "nnodes": 2, "dist_init_addr": "a"}, CPU, "not 'a'"),
+        ({"hicache_ratio": 2.0}, CPU, "no effect without --enable-hierarchical-cache; add it"),
+        ({"hicache_size": 4}, CPU, "no effect without --enable-hierarchical-cache; add it"),
+        ({"kv_cache_dir_size": 4}, CPU, "--kv-cache-dir-size has no effect without --kv-cache-dir"),
+        ({"kv_cache_dir": "d", "disable_radix_cache": True}, CPU, "keeps what --disable-radix-cache turns off"),
+        ({"kv_cache_dir": "d", "is_embedding": True}, CPU, "--kv-cache-dir is for models that generate"),
+        ({"enable_hierarchical_cache": True, "tp_size": 2}, CPU, "--enable-hierarchical-cache works with one process"),
+        ({"kv_cache_dir": "d", "tp_size": 2}, CPU, "--kv-cache-dir works with one process only"),
         ({"tp_size": 2, "dist_init_addr": "a:1"}, CPU, "--dist-init-addr has no effect on one machine"),
         ({"preferred_sampling_params": "{"}, CPU, "must be a JSON object"),
         ({"preferred_sampling_params": '{"temprature": 1}'}, CPU, "temprature"),
@@ -239,3 +246,10 @@ def test_priority_scheduling_is_the_priority_policy():
 def test_the_order_of_priorities_has_no_effect_without_their_policy_and_that_is_said(settings, noted):
     notes = resolve(ServerConfig(schedule_low_priority_values_first=True, **settings), CPU).notes
     assert any("--schedule-low-priority-values-first has no effect" in note for note in notes) is noted
+
+
+def test_the_host_tier_is_twice_the_pool_where_it_is_on_and_a_cpu_hears_of_its_use():
+    resolution = resolve(ServerConfig(enable_hierarchical_cache=True), CPU)
+    assert resolution.config.hicache_ratio == 2.0 and resolution.config.has_kv_tier
+    assert ["--enable-hierarchical-cache keeps KV in the memory" in note for note in resolution.notes] == [True]
+    assert not resolve(ServerConfig(), CPU).config.has_kv_tier

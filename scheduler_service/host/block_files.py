@@ -1,0 +1,213 @@
+"""Blocks of bytes as files of one directory: how they are named, written, checked and found again. Knows no tensors.
+
+    DIR/lock                     held by the one process that uses DIR
+    DIR/<identity>/<key>.kv      a header and the block; identity and key are 40 hex digits
+
+The header names the identity and the key, and has a checksum over itself and the block, so a file that was cut,
+damaged or renamed is recognised. A file is written under another name and renamed when it is whole. What does not look
+like ours in DIR is left alone, symbolic links are never followed, and nothing of DIR is ever executed or unpickled.
+Nothing is forced to the disk: what a crash of the machine leaves half written fails its check.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import stat
+import struct
+import threading
+import time
+from pathlib import Path
+
+import xxhash
+
+from quartet.runtime.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"QRTKV\x00\x00\x01"  # the last byte: version of the format
+HEADER = struct.Struct("<8s20s20sQ")  # magic, identity, key, bytes of the block
+CHECKSUM_BYTES = 16
+HEADER_BYTES = HEADER.size + CHECKSUM_BYTES
+DISK_BLOCK = 4096  # files take whole ones
+SUFFIX, UNFINISHED = ".kv", ".part"
+OURS = re.compile(r"[0-9a-f]{40}")
+OUR_FILES = re.compile(r"[0-9a-f]{40}\.(kv|part)")
+LOCK_WAIT_S = 5.0  # for a predecessor that is being killed
+READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+IN_USE = "--kv-cache-dir {} is in use by another server{}; give each server a directory of its own"
+NOT_USABLE = "--kv-cache-dir {} cannot be used: {}"
+
+
+def bytes_on_disk(block_bytes: int) -> int:
+    """What one block takes."""
+    return -(-(HEADER_BYTES + block_bytes) // DISK_BLOCK) * DISK_BLOCK
+
+
+class BlockFiles:
+    """The files of one directory, which this process has for itself. Raises StartupError."""
+
+    def __init__(self, directory: Path, block_bytes: int, lock_wait_s: float = LOCK_WAIT_S) -> None:
+        self.directory = directory
+        self.block_bytes = block_bytes
+        self._identity = b""
+        self._fd = -1  # of the identity's directory
+        self._guard = threading.Lock()  # of both: one thread writes, another reads
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            if directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                log.warning("Others may write to %s: whoever does can change what this server answers.", directory)
+        except OSError as error:
+            raise StartupError(NOT_USABLE.format(directory, error.strerror)) from error
+        self._take_lock(time.monotonic() + lock_wait_s)
+
+    def _take_lock(self, deadline: float) -> None:
+        """A record lock: the kernel drops it with the process, and children do not inherit it."""
+        while True:
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    holder = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
+                    process = f" (process {holder})" if holder.isdecimal() else ""
+                    raise StartupError(IN_USE.format(self.directory, process)) from error
+                time.sleep(0.05)
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def begin(self, identity: bytes) -> list[bytes]:
+        """Use the blocks of this identity, and delete those of others. Returns their keys, least recently used first.
+
+        Raises OSError.
+        """
+        name = identity.hex()
+        for entry in list(os.scandir(self.directory)):
+            if entry.name != name and OURS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                self._remove(entry.name)
+        (self.directory / name).mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(self.directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with self._guard:
+            old, self._fd, self._identity = self._fd, fd, identity
+        if old >= 0:
+            os.close(old)
+        return self._scan(fd)
+
+    def forget(self, identity: bytes) -> None:
+        """Delete all blocks, those of this identity too, and use it from now on. Raises OSError."""
+        if identity == self._identity:
+            self._remove(identity.hex())
+        self.begin(identity)
+
+    def _remove(self, name: str) -> None:
+        """Delete our files in a directory of DIR, and that too where nothing else is in it."""
+        fd = os.open(self.directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for entry in list(os.scandir(fd)):
+                if OUR_FILES.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                        os.unlink(entry.name, dir_fd=fd)
+            with contextlib.suppress(OSError):
+                (self.directory / name).rmdir()
+        finally:
+            os.close(fd)
+
+    def _scan(self, fd: int) -> list[bytes]:
+        """The keys of the files that look whole; others of ours are deleted, all else is ignored."""
+        found: list[tuple[int, bytes]] = []
+        cut = ignored = 0
+        for entry in list(os.scandir(fd)):
+            name, status = entry.name, entry.stat(follow_symlinks=False)
+            if not (OUR_FILES.fullmatch(name) and stat.S_ISREG(status.st_mode)):
+                ignored += 1
+            elif name.endswith(UNFINISHED) or status.st_size != HEADER_BYTES + self.block_bytes:
+                cut += not name.endswith(UNFINISHED)
+                os.unlink(name, dir_fd=fd)
+            else:
+                found.append((status.st_mtime_ns, bytes.fromhex(name.removesuffix(SUFFIX))))
+        if cut or ignored:
+            log.warning("In %s %d files were damaged and deleted, %d ignored.", self.directory, cut, ignored)
+        return [key for _, key in sorted(found)]
+
+    def write(self, key: bytes, block: memoryview) -> None:
+        """Raises OSError; then there is no such file."""
+        with self._guard:
+            fd, header = os.dup(self._fd), self._header(key)
+        name = key.hex()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            file = os.open(name + UNFINISHED, flags, 0o600, dir_fd=fd)
+            try:
+                write_all(file, header + checksum(header, block))
+                write_all(file, block)
+            finally:
+                os.close(file)
+            os.rename(name + UNFINISHED, name + SUFFIX, src_dir_fd=fd, dst_dir_fd=fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(name + UNFINISHED, dir_fd=fd)
+            raise
+        finally:
+            os.close(fd)
+
+    def read(self, key: bytes, block: memoryview) -> bool:
+        """Fill `block` from the file of a key; whether it is there and whole. It counts as used then."""
+        with self._guard:
+            fd, header = os.dup(self._fd), self._header(key)
+        try:
+            file = os.open(key.hex() + SUFFIX, READ_FLAGS, dir_fd=fd)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != HEADER_BYTES + len(block):
+                return False
+            head = os.pread(file, HEADER_BYTES, 0)
+            if head[: HEADER.size] != header or not read_all(file, block, HEADER_BYTES):
+                return False
+            if head[HEADER.size :] != checksum(header, block):
+                return False
+            with contextlib.suppress(OSError):
+                os.utime(file)
+            return True
+        except OSError as error:
+            log.warning("A file of %s cannot be read: %s", self.directory, error.strerror)
+            return False
+        finally:
+            os.close(file)
+
+    def delete(self, key: bytes) -> None:
+        with self._guard, contextlib.suppress(FileNotFoundError):
+            os.unlink(key.hex() + SUFFIX, dir_fd=self._fd)
+
+    def _header(self, key: bytes) -> bytes:
+        return HEADER.pack(MAGIC, self._identity, key, self.block_bytes)
+
+
+def checksum(header: bytes, block: memoryview) -> bytes:
+    """xxh3 (128 bits) of both."""
+    hash = xxhash.xxh3_128(header)
+    hash.update(block)
+    return hash.digest()
+
+
+def write_all(file: int, data: bytes | memoryview) -> None:
+    """Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def read_all(file: int, into: memoryview, offset: int) -> bool:
+    """Whether there was as much to read. Raises OSError."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(file, [into[done:]], offset + done)
+        if not count:
+            return False
+        done += count
+    return True
