@@ -79,8 +79,8 @@ class Ops(Protocol):
     def adapter_shrink(self, x: Tensor, a: Tensor, tiles: Tensor, order: Tensor, out: Tensor) -> None:
         """out[row] (ranks,) = a[slot] @ x[row] for tokens with LoRA adapters: x (tokens, in), a (slots, ranks, in).
 
-        Each of `tiles` (tiles, 3) int32 is a slot, and where its tokens begin in `order` int32, and how many they are, at
-        most 16. Other tokens are left as they are.
+        Each of `tiles` (tiles, 3) int32 is a slot, and where its tokens begin in `order` int32, and how many they are,
+        at most 16. Other tokens are left as they are.
         """
 
     def adapter_expand(

@@ -1,9 +1,9 @@
 """What LoRA adapters add to products: a shrink to their ranks and an expand from them, each by tiles of one adapter.
 
-A tile is at most 16 tokens of one adapter, the narrow side of a product on the tensor cores; the adapter's ranks, or the
-columns of the result, are the wide one. Where the tokens of a tile are is read on the device, and tiles without tokens
-end at once: so a graph has as many as a step may need. Each sum is made by one program in one order, so a token's
-result does not depend on the other tokens, nor on its place in a tile.
+A tile is at most 16 tokens of one adapter, the narrow side of a product on the tensor cores; the adapter's ranks, or
+the columns of the result, are the wide one. Where the tokens of a tile are is read on the device, and tiles without
+tokens end at once: so a graph has as many as a step may need. Each sum is made by one program in one order, so a
+token's result does not depend on the other tokens, nor on its place in a tile.
 """
 
 from functools import partial

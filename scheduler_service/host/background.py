@@ -126,9 +126,7 @@ def unthrottled() -> Iterator[None]:
         _thread.throttle = throttle
 
 
-def run_in_background(
-    work: Callable[[], Result], slice_s: float = SLICE_S
-) -> Generator[None, bool | None, Result]:
+def run_in_background(work: Callable[[], Result], slice_s: float = SLICE_S) -> Generator[None, bool | None, Result]:
     """Run `work` in a thread of its own; yields once per turn of the loop until it has ended, then returns its result.
 
     The loop may send in whether its next step is longer than others. Raises the work's CommandRefused, and one with

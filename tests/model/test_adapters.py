@@ -14,7 +14,7 @@ from quartet.scheduler_service.execution.adapters import AdapterStore
 from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from tests.adapters import merge, write_adapter
-from tests.engine import Answer, Engine, floats
+from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.model.tiny import build
 
 PROMPT = [5, 9, 200, 31, 77, 120, 14, 8, 251, 60]
@@ -127,7 +127,11 @@ class Native(Served):
         return build(self.family, self.directory / "base", **self.sizes)
 
     def logprobs(self, names: list[str]) -> list[list[float]]:
-        return [floats(answer.logprobs.values) for answer in self.ask(names) if answer.logprobs]
+        """Of the prompt and of the output."""
+        rids = [self.engine.add(PROMPT, GREEDY, adapter=name, logprobs=ALL_LOGPROBS) for name in names]
+        self.engine.run()
+        answers = [self.engine.answers[rid] for rid in rids]
+        return [floats(one.input_logprobs.values + one.logprobs.values)[1:] for one in answers]  # type: ignore[union-attr]
 
     def errors(self, answers: list[Answer], names: list[str]) -> torch.Tensor:
         """How far the logprobs of the tokens are from those of the merged models in float32."""
