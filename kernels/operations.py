@@ -76,6 +76,18 @@ class Ops(Protocol):
     ) -> None:
         """out (tokens, size) = activation(gate) * up, the halves of x @ weight.T + bias; the rest as in `skinny`."""
 
+    def adapter_shrink(self, x: Tensor, a: Tensor, tiles: Tensor, order: Tensor, out: Tensor) -> None:
+        """out[row] (ranks,) = a[slot] @ x[row] for tokens with LoRA adapters: x (tokens, in), a (slots, ranks, in).
+
+        Each of `tiles` (tiles, 3) int32 is a slot, and where its tokens begin in `order` int32, and how many they are,
+        at most 16. Other tokens are left as they are.
+        """
+
+    def adapter_expand(
+        self, x: Tensor, first: int, b: Tensor, tiles: Tensor, order: Tensor, out: Tensor, column: int
+    ) -> None:
+        """out[row, column :] += b[slot] @ x[row, first : first + rank]: b (slots, columns, rank), the rest as above."""
+
     def norm_qkv_rope_kv(
         self,
         x: Tensor,

@@ -27,6 +27,7 @@ def product(linear: Linear, output: str, norm: NormWeight | None = None, activat
         output=OUTPUTS[output],
         activation=ACTIVATIONS[activation],
         out_stride=n // 2 if output == "gated" else n,
+        number=linear.number,
     )
 
 

@@ -114,8 +114,10 @@ class ExpertsArgument:
         ids = torch.empty(rows, self.experts.top_k, dtype=torch.int64)
         run = kernels.functions.quartet_experts
         pointer = ctypes.c_void_p
-        run.argtypes = (pointer, ctypes.POINTER(structures.Experts), ctypes.c_int64, pointer, pointer, ctypes.c_int32)
-        threads = torch.get_num_threads()
-        if rows and run(kernels.kernels, self.fill(), rows, residual.data_ptr(), ids.data_ptr(), threads):
+        structure, threads = ctypes.POINTER(structures.Experts), torch.get_num_threads()
+        additions = ctypes.POINTER(structures.Additions)
+        run.argtypes = (pointer, structure, ctypes.c_int64, pointer, pointer, ctypes.c_int32, additions)
+        added = native.pointer_to(self.experts.router.additions, rows)
+        if rows and run(kernels.kernels, self.fill(), rows, residual.data_ptr(), ids.data_ptr(), threads, added):
             raise MemoryError(f"no memory for the experts of {rows} tokens")
         return ids

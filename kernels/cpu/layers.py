@@ -215,6 +215,7 @@ class Layers:
             table.pages.data_ptr(),
             table.page_starts.data_ptr(),
             torch.get_num_threads(),
+            native.pointer_to(self.layers[0].qkv.additions, rows),
         )
         functions = self.kernels.functions
         if functions.quartet_layers(self.kernels.kernels, self.structures, len(self.layers), step):

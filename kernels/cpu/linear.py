@@ -46,7 +46,7 @@ import torch.nn.functional as F
 
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native.quantized import QuantizedWeight
-from quartet.kernels.cpu.native.structures import Quantized
+from quartet.kernels.cpu.native.structures import Additions, Quantized
 
 PACKED_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 PACKED_FOR_ROWS = 64  # the hint to oneDNN that served 1 to 256 rows best
@@ -68,16 +68,15 @@ def no_pause() -> None:
 
 
 class Adapters(Protocol):
-    """What LoRA adapters add to a product, see adapters.py."""
+    """What LoRA adapters add to the products of a step, see adapters.py."""
 
-    def add(
-        self,
-        slab: tuple[str, tuple[int, ...]],
-        x: torch.Tensor,
-        y: torch.Tensor,
-        norm: native.NormWeight | None = None,
-    ) -> None:
-        """y (rows, out) += what the rows' adapters have for this weight; x (rows, in), which `norm` is applied to."""
+    @property
+    def additions(self) -> Additions | None:
+        """The same for our own kernels of bfloat16, which add to a product what they compute of it."""
+        ...
+
+    def add(self, linear: "Linear", x: torch.Tensor, y: torch.Tensor) -> None:
+        """y (rows, out) += what the rows' adapters have for a layer's weight; x (rows, in)."""
         ...
 
 
@@ -97,7 +96,7 @@ class Linear:
         self.quantized = quantized
         self.keeps_order = False
         self.adapters: Adapters | None = None  # None: the server takes none
-        self.slab: tuple[str, tuple[int, ...]] = "", ()  # under which adapters know the weight
+        self.number = 0  # under which adapters know the weight
         on_cpu = weight.device.type == "cpu"
         self.is_native = quantized is not None or (on_cpu and weight.dtype is torch.bfloat16 and native.is_expected())
         packable = self.is_native or (on_cpu and can_pack(weight.dtype))
@@ -109,13 +108,13 @@ class Linear:
     def __call__(self, x: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """`gelu`: of each number, on its way out of the product where the weight is packed."""
         y = self.product(x, gelu)
-        if self.adapters is not None:
+        if self.adapters is not None and not self.has_kernel:
             assert not gelu, "no model with adapters asks for it"
-            self.adapters.add(self.slab, x, y)
+            self.adapters.add(self, x, y)
         return y
 
     def product(self, x: torch.Tensor, gelu: bool) -> torch.Tensor:
-        """The same without adapters."""
+        """The same; without what adapters add, where that is not for our own kernel."""
         if self.has_kernel:
             y = x.new_empty(len(x), len(self.weight))
             self.multiply_native(x, y, "bf16")
@@ -136,6 +135,13 @@ class Linear:
         for part in self.products(x):
             out[:, column : column + part.shape[1]] = part
             column += part.shape[1]
+        if self.adapters is not None:
+            self.adapters.add(self, x, out)
+
+    @property
+    def additions(self) -> Additions | None:
+        """What adapters add to a product by our own kernel."""
+        return None if self.adapters is None else self.adapters.additions
 
     def multiply_native(
         self,
@@ -145,10 +151,11 @@ class Linear:
         activation: str = "silu",
         norm: native.NormWeight | None = None,
     ) -> None:
-        """The product by our own kernel, see native.Library.product."""
+        """The product by our own kernel, adapters included, see native.Library.product."""
         kernels = native.library()
         assert kernels is not None and self.has_kernel
-        kernels.product(x, self.native_weight(), len(self.weight), self.bias, out, output, activation, norm)
+        weight, added = self.native_weight(), (self.additions, self.number)
+        kernels.product(x, weight, len(self.weight), self.bias, out, output, activation, norm, *added)
 
     def native_weight(self) -> "torch.Tensor | Quantized":
         """The weight as our own kernels take it now; an update changes it."""

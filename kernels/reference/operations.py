@@ -1,5 +1,6 @@
 """All operations of kernels.operations.Ops in plain torch: the specification of the Triton kernels."""
 
+from quartet.kernels.reference.adapters import adapter_expand, adapter_shrink
 from quartet.kernels.reference.dense import (
     gated_activation,
     gemv,
@@ -25,6 +26,8 @@ from quartet.kernels.reference.prepare import prepare
 from quartet.kernels.reference.sampling import draw, lm_head_sample, process_logits, select
 
 __all__ = [
+    "adapter_expand",
+    "adapter_shrink",
     "align_experts",
     "choose_experts",
     "draw",

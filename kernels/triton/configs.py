@@ -30,6 +30,8 @@ TILES = {
     "gate_up": Tile(rows=4, columns=1024),
     "skinny": Tile(rows=64, columns=64, stages=5, splits=8),
     "skinny_gated": Tile(rows=64, columns=64, stages=4, splits=4),
+    "adapter_shrink": Tile(rows=16, columns=128, stages=4),
+    "adapter_expand": Tile(rows=64, columns=64, stages=2),
     "router": Tile(rows=8, columns=1024),
     "expert_gate_up": Tile(rows=4, columns=1024),
     "expert_down": Tile(rows=4, columns=512),

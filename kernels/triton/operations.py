@@ -1,5 +1,6 @@
 """All operations of kernels.operations.Ops as Triton kernels."""
 
+from quartet.kernels.triton.adapters import adapter_expand, adapter_shrink
 from quartet.kernels.triton.attention_decode import paged_decode
 from quartet.kernels.triton.attention_extend import paged_extend
 from quartet.kernels.triton.gemv import gemv, norm_gate_up
@@ -13,6 +14,8 @@ from quartet.kernels.triton.sampling import process_logits, select
 from quartet.kernels.triton.skinny import skinny, skinny_gated
 
 __all__ = [
+    "adapter_expand",
+    "adapter_shrink",
     "align_experts",
     "choose_experts",
     "draw",

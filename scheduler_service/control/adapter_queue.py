@@ -14,7 +14,7 @@ from quartet.runtime.errors import CommandRefused, Kind, RequestError, StartupEr
 from quartet.runtime.messages import Request, Tokenized
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.grammar.matchers import Grammar
-from quartet.scheduler_service.host.background import run_in_background
+from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_background
 
 if TYPE_CHECKING:  # it loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.adapters import AdapterStore, Known, Read
@@ -161,7 +161,7 @@ class AdapterQueue:
         reading = self._reading
         try:
             if reading is None or reading.known is not known:  # for another one, or it was replaced meanwhile
-                reading = self._reading = Reading(known, run_in_background(lambda: read(store, known)))
+                reading = self._reading = Reading(known, run_in_background(lambda: read(store, known), READING_SLICE_S))
                 next(reading.work)
             elif reading.found is None:
                 reading.work.send(self._planner.prefills_next)

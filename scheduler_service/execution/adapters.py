@@ -11,8 +11,8 @@ the run directory, so that a restarted scheduler serves the same adapters.
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.host.background import yield_point
-from quartet.scheduler_service.model.adapted_backend import AdaptedBackend
 from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
+from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.weights.adapters import adapter_identity, read_adapter
 from quartet.scheduler_service.weights.file_identity import FileIdentity
 
@@ -83,10 +84,9 @@ class AdapterStore:
         self.layout = model.weights.layout
         self.dtype = model.dtype
         self.keeps_order = is_asked_for(config, model.device)
-        backend = AdaptedBackend(model.spec.ropes, model.dtype, model.device, self.keeps_order)
-        self.step = products.attach(linears_of(model), combines=not self.keeps_order)
-        backend.on_rows = self.step.select
-        self.model = model.on(backend)  # computes the steps that have adapters, operation by operation
+        self.step = products.attach(linears_of(model), self.keeps_order)
+        assert isinstance(model.backend, CpuBackend | TorchBackend), model.backend
+        model.backend.watch_rows(self.step.select)
         self.known: dict[str, Known] = {}
         self.loaded: dict[str, products.AdapterWeights] = {}  # least recently used first
         self.leaving: set[str] = set()  # take no more requests
@@ -139,14 +139,10 @@ class AdapterStore:
         """The adapter of a directory, ready to compute; safe in another thread. Raises CheckpointError."""
         identity = adapter_identity(directory)
         config = self.config
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread():
             tensors = read_adapter(directory, self.layout, self.dtype, config.max_lora_rank, config.lora_target_modules)
-            weights = {
-                slab: products.make_addition(
-                    [(part.start, part.a, part.b) for part in factors], self.keeps_order, yield_point
-                )
-                for slab, factors in tensors.slabs.items()
-            }
+            factors = {slab: [(one.start, one.a, one.b) for one in its] for slab, its in tensors.slabs.items()}
+            weights = self.step.weights(factors, yield_point)
         return Read(tensors.rank, identity, weights)
 
     def install(self, name: str, path: str, directory: str, read: Read, pinned: bool, owned: bool = False) -> None:
@@ -225,8 +221,7 @@ class AdapterStore:
 
     def take_out(self, name: str) -> None:
         """Free the memory of an adapter, if it is there."""
-        if (weights := self.loaded.pop(name, None)) is not None:
-            self.step.forget(weights)
+        self.loaded.pop(name, None)
 
     def forget(self, name: str) -> None:
         """Unload an adapter that no request uses any more."""
@@ -284,11 +279,11 @@ class AdapterStore:
     # Steps
 
     def uses(self, plan: Plan) -> bool:
-        """Whether a step has to be computed by `model`. Bits that must not depend on company need it always."""
-        return self.keeps_order or any(share.sequence.request.adapter for share in plan.slices)
+        """Whether a step has rows with adapters."""
+        return any(share.sequence.request.adapter for share in plan.slices)
 
     def of_step(self, plan: Plan) -> AbstractContextManager[None]:
-        """Within it `model` adds what the adapters of the plan's requests have for their tokens."""
+        """Within it the model adds what the adapters of the plan's requests have for their tokens."""
         return self.of_slices(named_by(plan), [share.end - share.start for share in plan.slices])
 
     def of_slices(self, named: Sequence[str], counts: Sequence[int]) -> AbstractContextManager[None]:
@@ -302,6 +297,17 @@ class AdapterStore:
 def named_by(plan: Plan) -> list[str]:
     """The adapter of each slice; "": none."""
     return [share.sequence.request.adapter for share in plan.slices]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch computes on the calling thread alone: steps need the other cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread only
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def linears_of(model: Decoder) -> list[tuple[Any, str, tuple[int, ...]]]:

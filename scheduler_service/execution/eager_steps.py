@@ -107,5 +107,5 @@ class EagerSteps(Steps):
             return hidden
         if self.adapters is not None and self.adapters.uses(plan):
             with self.adapters.of_step(plan):
-                return self.adapters.model.forward(batch)
+                return self.model.forward(batch)
         return self.model.forward(batch)

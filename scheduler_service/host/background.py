@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 
 SWITCH_INTERVAL_S = 0.0002
 SLICE_S = 0.02  # of work in one turn of the loop
+READING_SLICE_S = 0.01  # of the reading of an adapter, which takes a tenth of a second: no stream need notice
 SHORTEST_SLICE_S = 0.005  # a shorter one is not worth the cold caches
 STEP_WEIGHT = 0.1  # of the last step in the moving average of steps
 SLOW_FACTOR = 1.15  # a step is slow from this multiple of the average on
@@ -41,7 +42,8 @@ MAX_WAIT_S = 1.0  # of the work for a slice: the loop may be busy with one long 
 class SliceLength:
     """How long a slice may be: shorter by the excess of the last step over the average of steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_s: float = SLICE_S) -> None:
+        self._longest_s = longest_s
         self._average_s: float | None = None
 
     def after_step(self, step_s: float) -> float:
@@ -50,22 +52,28 @@ class SliceLength:
             self._average_s = step_s
         excess_s = max(0.0, step_s - SLOW_FACTOR * self._average_s)
         self._average_s += STEP_WEIGHT * (step_s - self._average_s)
-        return SLICE_S - excess_s
+        return self._longest_s - excess_s
 
 
 class CooperativeThrottle:
     """Lets background work run in slices between steps. The loop calls `grant`, the work calls `yield_point`.
 
-    `clock`: seconds. `max_wait_s`: after so long without a slice the work goes on all the same; None: never.
+    `clock`: seconds. `max_wait_s`: after so long without a slice the work goes on all the same; None: never. `slice_s`:
+    the longest slice.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, max_wait_s: float | None = MAX_WAIT_S) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        max_wait_s: float | None = MAX_WAIT_S,
+        slice_s: float = SLICE_S,
+    ) -> None:
         self._clock = clock
         self._max_wait_s = max_wait_s
         self._granted = threading.Event()
         self._work_waits = threading.Event()
         self._slice_ends_at = clock()
-        self._length = SliceLength()
+        self._length = SliceLength(slice_s)
         self._granted_at = clock()
         self._skipped = 0
 
@@ -118,14 +126,14 @@ def unthrottled() -> Iterator[None]:
         _thread.throttle = throttle
 
 
-def run_in_background(work: Callable[[], Result]) -> Generator[None, bool | None, Result]:
+def run_in_background(work: Callable[[], Result], slice_s: float = SLICE_S) -> Generator[None, bool | None, Result]:
     """Run `work` in a thread of its own; yields once per turn of the loop until it has ended, then returns its result.
 
     The loop may send in whether its next step is longer than others. Raises the work's CommandRefused, and one with
     status 500 for any other exception.
     """
     done: Future[Result] = Future()
-    throttle = CooperativeThrottle()
+    throttle = CooperativeThrottle(slice_s=slice_s)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     threading.Thread(target=_run, args=(work, done, throttle), name="background", daemon=True).start()
     long_step: bool | None = False

@@ -65,6 +65,10 @@ class CpuBackend:
         self.together.run(residual, rotations, paged.places, table, pools)
         return True
 
+    def watch_rows(self, on_rows: Callable[[torch.Tensor | None], None]) -> None:
+        """As TorchBackend: our own kernels know the rows by themselves."""
+        self.torch.watch_rows(on_rows)
+
     def rotations(self, positions: torch.Tensor) -> list[Rotation]:
         return self.torch.rotations(positions)
 

@@ -30,14 +30,10 @@ class ReducedLinear(Linear):
         if not self.has_kernel:
             part = super().product(x, gelu)
             if self.adapters is not None:
-                self.adapters.add(self.slab, x, part)
+                self.adapters.add(self, x, part)
             return self.parallel.sum(part)
         part = x.new_empty(len(x), len(self.weight), dtype=torch.float32)
         super().multiply_native(x, part, "float")
-        if self.adapters is not None:
-            added = x.new_zeros(part.shape)
-            self.adapters.add(self.slab, x, added)
-            part += added
         return self.parallel.sum(part).to(x.dtype)
 
     def multiply_native(

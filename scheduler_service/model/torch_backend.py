@@ -29,10 +29,14 @@ class TorchBackend:
         self.ropes = [(torch.tensor(rope.frequencies, device=device), rope.factor) for rope in ropes]
         self.activations = activations(deterministic)
         self.sigmoid = steady_sigmoid if deterministic else torch.sigmoid
-        self.on_rows: Callable[[torch.Tensor | None], None] | None = None  # see plain_layers.run_experts
+        self.on_rows: Callable[[torch.Tensor | None], None] | None = None
 
     def reserve(self, layers: list[DecoderLayer], lm_head: Linear | None) -> None:
         """Nothing: every operation takes the memory that it needs."""
+
+    def watch_rows(self, on_rows: Callable[[torch.Tensor | None], None]) -> None:
+        """Have this hear which rows of a step the next products are of, see plain_layers.run_experts."""
+        self.on_rows = on_rows
 
     def rotations(self, positions: torch.Tensor) -> list[Rotation]:
         return [plain_layers.rotation(positions, *rope, self.dtype) for rope in self.ropes]

@@ -78,6 +78,7 @@ def read_adapter(
 
     `modules`: last parts of the names of weights that it may change; None: any. Raises CheckpointError.
     """
+    yield_point()  # all of it is for the time between two steps
     config = ModuleSettings(read_settings(directory), yield_point)
     if config.largest_rank > max_rank:
         raise CheckpointError(f"{directory}: rank {config.largest_rank} exceeds --max-lora-rank {max_rank}")
@@ -85,11 +86,13 @@ def read_adapter(
     scratches = pickled.run_converter([file]) if file.name == PICKLED else []
     source = scratches[0].path if scratches else file
     stored = read_headers(directory, [(source, file)])
+    yield_point()
     pairs = paired(stored)
     allowed = None if modules is None or set(modules).intersection(ALL_MODULES) else set(modules)
     places = {module: place_of(module, layout, allowed) for module in pairs}
     for module in places:
         check_shapes(module, pairs[module], layout.whole_shape(f"{module}.weight"), config.rank_of(module))
+        yield_point()
     slabs: dict[Slab, list[Factors]] = {}
     for module, place in places.items():
         factors = read_factors(module, pairs[module], place, config, dtype)
@@ -106,6 +109,7 @@ def paired(stored: dict[str, StoredTensor]) -> dict[str, Pair]:
     """Module → its two factors. Raises CheckpointError for any other tensor, and for one without its partner."""
     pairs: dict[str, Pair] = {}
     for name, tensor in stored.items():
+        yield_point()
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(f"tensor {short(name)} is not a factor (lora_A or lora_B) of a linear layer")

@@ -59,7 +59,8 @@ def values_of(rows: QuantizedRows) -> torch.Tensor:
     scales = rows.scales.half().float()
     offsets = -scales * rows.scheme.zero_point if rows.offsets is None else rows.offsets.half().float()
     numbers = rows.numbers.unflatten(1, (-1, rows.scheme.group_size)).float()
-    return (numbers * scales.unsqueeze(2) + offsets.unsqueeze(2)).flatten(1).bfloat16()  # the product is exact
+    values: torch.Tensor = numbers * scales.unsqueeze(2) + offsets.unsqueeze(2)  # the product is exact
+    return values.flatten(1).bfloat16()
 
 
 def are_possible(stored: StoredTensor) -> bool:

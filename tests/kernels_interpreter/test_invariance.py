@@ -1,5 +1,6 @@
 """A row's result is the same, bit for bit, whatever shares its batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from quartet.kernels.ops import resolve
 from quartet.kernels.triton.skinny import skinny_workspace
-from tests.kernels import attention, dense, moe, sampling
+from tests.kernels import adapters, attention, dense, moe, sampling
 from tests.kernels.cases import Arguments, Maker, clone
 
 OPS = resolve("cpu", "triton")
@@ -57,3 +58,17 @@ def test_a_tokens_experts_do_not_depend_on_the_other_tokens() -> None:
         by_itself = {**alone(arguments, row), "ids": arguments["ids"][row : row + 1].contiguous()}
         OPS.expert_gate_up(**by_itself)
         assert torch.equal(by_itself["out"][0], together["out"][row])
+
+
+@pytest.mark.parametrize("op", [adapters.adapter_shrink, adapters.adapter_expand])
+def test_what_adapters_add_to_a_token_does_not_depend_on_the_others(op: Callable[..., Arguments]) -> None:
+    own = {"ranks": 20} if op is adapters.adapter_shrink else {"rank": 20}
+    owners = adapters.OWNERS["long"]
+    together = op(FLOAT, owners="long", slots=2, columns=100, **own)
+    before = clone(together)
+    getattr(OPS, op.__name__)(**together)
+    for token, slot in enumerate(owners):
+        only = adapters.grouped(FLOAT, [-1] * token + [slot] + [-1] * (len(owners) - token - 1))
+        by_itself = {**clone(before), **only}
+        getattr(OPS, op.__name__)(**by_itself)
+        assert torch.equal(by_itself["out"][token], together["out"][token]), token

@@ -6,11 +6,15 @@ import pytest
 import torch
 import transformers
 
+from quartet.kernels.cpu.native import build as native_build
+from quartet.kernels.cpu.native import library
 from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.adapters import AdapterStore
+from quartet.scheduler_service.model.cpu_backend import CpuBackend
+from quartet.scheduler_service.model.torch_backend import TorchBackend
 from tests.adapters import merge, write_adapter
-from tests.engine import Answer, Engine, floats
+from tests.engine import ALL_LOGPROBS, Answer, Engine, floats
 from tests.model.tiny import build
 
 PROMPT = [5, 9, 200, 31, 77, 120, 14, 8, 251, 60]
@@ -29,7 +33,7 @@ class Served:
 
     def __init__(self, family: str, directory: Path, **settings: object) -> None:
         self.family, self.directory = family, directory
-        self.base = build(family, directory / "base")
+        self.base = self.build()
         self.engine = Engine(self.base, enable_lora=True, max_running_requests=16, **settings)
         store = self.engine.worker.load_adapters(self.engine.config, str(directory))
         assert store is not None
@@ -37,6 +41,9 @@ class Served:
         self.oracles = {"": transformers.AutoModelForCausalLM.from_pretrained(self.base).eval()}
         for i, own in enumerate(SETTINGS):
             self.load(f"a{i}", seed=i + 1, **own)
+
+    def build(self) -> Path:
+        return build(self.family, self.directory / "base")
 
     def load(self, name: str, seed: int, **settings: object) -> None:
         version = str(self.store.versions + 1)
@@ -101,7 +108,7 @@ def test_adapters_survive_retraction_and_follow_a_replacement_with_a_new_version
 
 
 def test_in_deterministic_mode_bits_do_not_depend_on_the_adapters_of_others(tmp_path: Path) -> None:
-    served = Served("qwen2", tmp_path, dtype="bfloat16", enable_deterministic_inference=True, disable_radix_cache=True)
+    served = Native("qwen2", tmp_path, enable_deterministic_inference=True)
     alone = [served.ask([name])[0] for name in NAMES]
     for one, mixed in zip(alone * 2, served.ask(NAMES * 2), strict=True):
         assert one.ids == mixed.ids
@@ -109,19 +116,78 @@ def test_in_deterministic_mode_bits_do_not_depend_on_the_adapters_of_others(tmp_
         assert one.logprobs.values == mixed.logprobs.values
 
 
-def test_adapters_that_steps_share_are_combined_and_changed_as_one_by_one(tmp_path: Path) -> None:
-    served = Served("qwen2", tmp_path)
-    for _ in range(4):  # a few weights in each step
-        answers = served.ask(NAMES * 2)
-    combined = served.store.step.combined
-    assert combined is not None and all(combined.place(weights) is not None for weights in served.store.loaded.values())
-    assert all(stacked is not None and len(stacked.ranks) == len(SETTINGS) for stacked in combined.made.values())
-    for name, answer in zip(NAMES * 2, answers, strict=True):
-        served.check(answer, name)
-    for name in ("a1", "a3"):  # some of those that are combined
-        served.check(served.ask([name, "a0", ""])[0], name)
-    assert served.store.step.combined is combined
-    served.load("a2", seed=9, rank=5)
-    for name, answer in zip(NAMES, served.ask(NAMES), strict=True):
-        served.check(answer, name)
-    assert served.store.step.combined is not combined
+class Native(Served):
+    """In bfloat16, with heads that the kernel of all layers in one call knows."""
+
+    def __init__(self, family: str, directory: Path, **settings: object) -> None:
+        self.sizes = {"hidden_size": 256} | ({} if family == "phi3" else {"head_dim": 64})
+        super().__init__(family, directory, dtype="bfloat16", disable_radix_cache=True, **settings)
+
+    def build(self) -> Path:
+        return build(self.family, self.directory / "base", **self.sizes)
+
+    def logprobs(self, names: list[str]) -> list[list[float]]:
+        """Of the prompt and of the output."""
+        rids = [self.engine.add(PROMPT, GREEDY, adapter=name, logprobs=ALL_LOGPROBS) for name in names]
+        self.engine.run()
+        answers = [self.engine.answers[rid] for rid in rids]
+        return [floats(one.input_logprobs.values + one.logprobs.values)[1:] for one in answers]  # type: ignore[union-attr]
+
+    def errors(self, answers: list[Answer], names: list[str]) -> torch.Tensor:
+        """How far the logprobs of the tokens are from those of the merged models in float32."""
+        found = []
+        for answer, name in zip(answers, names, strict=True):
+            with torch.no_grad():
+                logprobs = self.oracles[name](torch.tensor([PROMPT + answer.ids])).logits[0].float().log_softmax(-1)
+            exact = logprobs[len(PROMPT) - 1 : -1].gather(1, torch.tensor(answer.ids)[:, None]).flatten()
+            assert answer.logprobs is not None
+            found.append((torch.tensor(floats(answer.logprobs.values)) - exact).abs())
+        return torch.cat(found)
+
+
+has_kernels = pytest.mark.skipif(not native_build.is_possible(), reason="no compiler, or another kind of machine")
+
+
+@has_kernels
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "phi3", "qwen3_moe", "qwen2_moe"])
+def test_steps_with_adapters_are_one_call_with_the_bits_of_single_ones(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Native(family, tmp_path)
+    kernels, backend = library.library(), served.engine.worker.model.backend
+    assert isinstance(backend, CpuBackend)
+    together = served.logprobs(NAMES * 2)
+    assert (backend.together is not None) == (kernels is not None and kernels.has_attention)
+    assert len({tuple(each) for each in together[: len(NAMES)]}) == len(NAMES), "the adapters change something"
+    alone = [served.logprobs([name])[0] for name in NAMES]
+    assert together == alone * 2, "a row's bits do not depend on its company"
+    monkeypatch.setattr(CpuBackend, "run_layers", lambda *_: False)
+    assert served.logprobs(NAMES * 2) == together
+
+
+@has_kernels
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_adapters_in_bfloat16_are_as_near_to_the_exact_ones_as_with_torch(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Native(family, tmp_path / "ours")
+    own = ours.errors(ours.ask(NAMES * 2), NAMES * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "_loading", None)
+        patch.setenv("QUARTET_CPU_ISA", "none")
+        torchs = Native(family, tmp_path / "torch")
+        assert isinstance(torchs.engine.worker.model.backend, TorchBackend)
+        theirs = torchs.errors(torchs.ask(NAMES * 2), NAMES * 2)
+    assert own.mean() <= 1.3 * theirs.mean() < 0.2, (own.mean(), theirs.mean())
+
+
+@has_kernels
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_adapters_change_a_quantized_base(quantization: str, tmp_path: Path) -> None:
+    served = Native("qwen2", tmp_path, quantization=quantization)
+    alone = [served.ask([name])[0] for name in NAMES]
+    assert len({tuple(answer.ids) for answer in alone}) > 1
+    for answer, again in zip(alone * 2, served.ask(NAMES * 2), strict=True):
+        assert answer.logprobs is not None and again.logprobs is not None
+        ours, others = floats(answer.logprobs.values), floats(again.logprobs.values)
+        assert ours[0] == pytest.approx(others[0], abs=0.3)

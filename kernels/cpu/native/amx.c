@@ -2,8 +2,9 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx512vbmi,amx-tile,amx-bf16")
 
 #include "attention.h"
+#include "adapters_float.h"
 #include "linear.h"
 #include "rotation.h"
 #include "rows.h"
 
-const struct kernels quartet_amx = {product, rotate, attention, norm, add_normed, add_weighted};
+const struct kernels quartet_amx = {product, rotate, attention, norm, add_normed, add_weighted, add_float};

@@ -24,6 +24,33 @@ struct quantized {
     int32_t exact; /* compute with bfloat16 activations always: a row's bits do not depend on the other rows */
 };
 
+/* What LoRA adapters add to a product, see adapters.h. Numbers of both factors are bfloat16, or float for `add_float`. */
+
+/* The second factor of one part of a weight: some columns of the product. */
+struct part {
+    int64_t first, blocks; /* of 16 columns; those that are not the part's are zeros in `b` */
+    int64_t rank;          /* of bfloat16: even */
+    int64_t place;         /* where its numbers begin among those between the factors: a multiple of TILE_DEPTH */
+    const void *b;         /* (blocks, rank / 2, 16, 2), and 16 more lines of zeros; of floats (blocks, rank, 16) */
+};
+
+/* What one adapter has for a product. */
+struct addition {
+    const void *a;         /* (ranks / 16, k / 2, 16, 2), padded as a weight; of floats (ranks / 16, k, 16); null: nothing */
+    int64_t ranks;         /* of all parts together, padded to whole blocks */
+    int64_t width;         /* numbers of a row between the factors, each part's padded to TILE_DEPTH */
+    const int32_t *places; /* (ranks,): where they stand among these; -1: padding */
+    const struct part *parts;
+    int64_t count; /* of parts */
+};
+
+/* What the adapters of a step have. */
+struct additions {
+    const struct addition *const *adapters; /* each an array, by the number of a product */
+    int64_t count;
+    const int32_t *owners; /* (rows,): index of a row's adapter, or -1 */
+};
+
 /* out (rows, n) = x (rows, k) @ weight.T + bias, after a root-mean-square norm of x and before an output operation. */
 struct product {
     const uint16_t *x; /* (rows, k) bfloat16, rows `x_stride` apart */
@@ -38,6 +65,19 @@ struct product {
     int32_t activation;     /* enum activation */
     void *out;              /* rows `out_stride` numbers apart */
     int64_t out_stride;
+    int32_t threads;
+    int64_t number;                    /* of this product, as adapters know it */
+    const struct additions *additions; /* to the sums, before the output operation; or null */
+};
+
+/* out (rows, n) += what adapters add for x (rows, k), all in float. */
+struct adding {
+    const float *x;
+    int64_t rows, k, x_stride;
+    float *out;
+    int64_t n, out_stride;
+    int64_t number;
+    const struct additions *additions;
     int32_t threads;
 };
 
@@ -138,6 +178,7 @@ struct step {
     const int32_t *pages;
     const int64_t *page_starts;
     int32_t threads;
+    const struct additions *additions; /* to the products; or null */
 };
 
 struct kernels {
@@ -147,14 +188,15 @@ struct kernels {
     void (*norm)(const struct rows *);       /* out = norm(x) */
     void (*add_normed)(const struct rows *); /* out += norm(x), which is rounded before */
     void (*add_weighted)(const struct weighted *);
+    int (*add_float)(const struct adding *);
 };
 
 extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;
 
 /* residual (rows, hidden) += the mixture of its rows. `ids` (rows, top_k): the experts chosen, best first; may be null.
- * 0, or -1 where there is no memory. */
+ * So may `additions`. 0, or -1 where there is no memory. */
 int quartet_experts(const struct kernels *kernels, const struct experts *e, int64_t rows, uint16_t *residual,
-                    int64_t *ids, int32_t threads);
+                    int64_t *ids, int32_t threads, const struct additions *additions);
 
 /* Scratch memory of this thread, aligned to cache lines, kept from call to call; null where there is none. */
 void *quartet_scratch(int slot, int64_t bytes);

@@ -1,8 +1,9 @@
 /* All kernels, compiled for avx2. */
 #pragma GCC target("avx2,fma,f16c")
 
+#include "adapters_float.h"
 #include "linear.h"
 #include "rotation.h"
 #include "rows.h"
 
-const struct kernels quartet_avx2 = {product, rotate, 0, norm, add_normed, add_weighted};
+const struct kernels quartet_avx2 = {product, rotate, 0, norm, add_normed, add_weighted, add_float};

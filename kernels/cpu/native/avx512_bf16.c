@@ -1,8 +1,9 @@
 /* All kernels, compiled for avx512_bf16. */
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
 
+#include "adapters_float.h"
 #include "linear.h"
 #include "rotation.h"
 #include "rows.h"
 
-const struct kernels quartet_avx512_bf16 = {product, rotate, 0, norm, add_normed, add_weighted};
+const struct kernels quartet_avx512_bf16 = {product, rotate, 0, norm, add_normed, add_weighted, add_float};

@@ -8,7 +8,7 @@
 #include "api.h"
 #include "pool.h"
 
-#define SLOTS 6
+#define SLOTS 8
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18
 
@@ -68,6 +68,11 @@ void *quartet_scratch(int slot, int64_t bytes) {
 /* 0, or -1 where there is no memory. */
 int quartet_product(const struct kernels *kernels, const struct product *p) {
     return p->rows ? kernels->product(p) : 0;
+}
+
+/* 0, or -1 where there is no memory. */
+int quartet_add_float(const struct kernels *kernels, const struct adding *a) {
+    return a->rows ? kernels->add_float(a) : 0;
 }
 
 void quartet_rotate(const struct kernels *kernels, const struct rotation *r) { kernels->rotate(r); }

@@ -18,6 +18,7 @@ struct room {
     int64_t *starts;      /* (count + 1,): where an expert's rows begin in what follows */
     int64_t *places;      /* (rows * top_k,): the rows by expert */
     float *weights;       /* as `places` */
+    int32_t *owners;      /* of one expert's rows: their adapters */
     uint16_t *own, *inner, *out; /* of one expert, as many rows as there are: (rows, hidden), (rows, widest), (rows, hidden) */
 };
 
@@ -39,6 +40,7 @@ static int64_t divide(const struct experts *e, int64_t rows, char *memory, struc
     room->starts = take(&at, (e->count + 1) * 8);
     room->places = take(&at, all * 8);
     room->weights = take(&at, all * 4);
+    room->owners = take(&at, rows * 4);
     room->own = take(&at, rows * e->hidden * 2);
     room->inner = take(&at, rows * widest * 2);
     room->out = take(&at, rows * e->hidden * 2);
@@ -46,12 +48,13 @@ static int64_t divide(const struct experts *e, int64_t rows, char *memory, struc
 }
 
 static int run(const struct kernels *kernels, const struct product *of, int64_t rows, const void *x, void *out,
-               int32_t threads) {
+               int32_t threads, const struct additions *additions) {
     struct product product = *of;
     product.x = x;
     product.out = out;
     product.rows = rows;
     product.threads = threads;
+    product.additions = additions;
     return kernels->product(&product);
 }
 
@@ -111,9 +114,10 @@ static void group(const struct experts *e, int64_t rows, const struct room *room
 
 /* One expert's block of some rows, weighted, to the sums. */
 static int add_block(const struct kernels *kernels, const struct experts *e, const struct product *gate_up,
-                     const struct product *down, const uint16_t *x, struct weighted *to, const struct room *room) {
-    int failed = run(kernels, gate_up, to->rows, x, room->inner, to->threads);
-    failed |= run(kernels, down, to->rows, room->inner, room->out, to->threads);
+                     const struct product *down, const uint16_t *x, struct weighted *to, const struct room *room,
+                     const struct additions *additions) {
+    int failed = run(kernels, gate_up, to->rows, x, room->inner, to->threads, additions);
+    failed |= run(kernels, down, to->rows, room->inner, room->out, to->threads, additions);
     to->x = room->out;
     to->sums = room->sums;
     to->width = e->hidden;
@@ -121,8 +125,14 @@ static int add_block(const struct kernels *kernels, const struct experts *e, con
     return failed;
 }
 
-static int add_chosen(const struct kernels *kernels, const struct experts *e, const struct room *room, int32_t threads) {
+static int add_chosen(const struct kernels *kernels, const struct experts *e, const struct room *room, int32_t threads,
+                      const struct additions *additions) {
     int failed = 0;
+    struct additions own;
+    if (additions) {
+        own = *additions;
+        own.owners = room->owners;
+    }
     for (int64_t expert = 0; expert < e->count && !failed; expert++) {
         int64_t first = room->starts[expert], rows = room->starts[expert + 1] - first;
         if (!rows)
@@ -130,26 +140,29 @@ static int add_chosen(const struct kernels *kernels, const struct experts *e, co
         for (int64_t row = 0; row < rows; row++)
             memcpy(room->own + row * e->hidden, room->normed + room->places[first + row] * e->hidden,
                    (size_t)e->hidden * 2);
+        for (int64_t row = 0; additions && row < rows; row++)
+            room->owners[row] = additions->owners[room->places[first + row]];
         struct weighted to = {.weights = room->weights + first, .places = room->places + first, .rows = rows};
         to.threads = threads;
-        failed = add_block(kernels, e, e->gate_up + expert, e->down + expert, room->own, &to, room);
+        failed = add_block(kernels, e, e->gate_up + expert, e->down + expert, room->own, &to, room,
+                           additions ? &own : 0);
     }
     return failed;
 }
 
 /* The expert that every row passes. */
 static int add_shared(const struct kernels *kernels, const struct experts *e, int64_t rows, const struct room *room,
-                      int32_t threads) {
+                      int32_t threads, const struct additions *additions) {
     float *weights = room->logits; /* which nobody needs any more */
-    int failed = run(kernels, &e->shared_gate, rows, room->normed, weights, threads);
+    int failed = run(kernels, &e->shared_gate, rows, room->normed, weights, threads, additions);
     for (int64_t row = 0; row < rows; row++)
         weights[row] = 1.0f / (1.0f + expf(-weights[row]));
     struct weighted to = {.weights = weights, .rows = rows, .threads = threads};
-    return failed | add_block(kernels, e, &e->shared_gate_up, &e->shared_down, room->normed, &to, room);
+    return failed | add_block(kernels, e, &e->shared_gate_up, &e->shared_down, room->normed, &to, room, additions);
 }
 
 int quartet_experts(const struct kernels *kernels, const struct experts *e, int64_t rows, uint16_t *residual,
-                    int64_t *ids, int32_t threads) {
+                    int64_t *ids, int32_t threads, const struct additions *additions) {
     struct room room;
     char *memory = quartet_scratch(5, divide(e, rows, 0, &room));
     if (!memory)
@@ -158,16 +171,16 @@ int quartet_experts(const struct kernels *kernels, const struct experts *e, int6
     struct rows in = {.x = residual, .out = room.normed, .rows = rows, .width = e->hidden, .norm = e->before};
     in.threads = threads;
     kernels->norm(&in);
-    int failed = run(kernels, &e->router, rows, room.normed, room.logits, threads);
+    int failed = run(kernels, &e->router, rows, room.normed, room.logits, threads, additions);
     struct choosing choosing = {.e = e, .room = &room, .rows = rows};
     quartet_run(choose_some, &choosing, rows * e->count <= 1024 ? 1 : threads);
     if (ids)
         memcpy(ids, room.chosen, (size_t)(rows * e->top_k) * 8);
     group(e, rows, &room);
     memset(room.sums, 0, (size_t)(rows * e->hidden) * 4);
-    failed |= add_chosen(kernels, e, &room, threads);
+    failed |= add_chosen(kernels, e, &room, threads, additions);
     if (e->has_shared)
-        failed |= add_shared(kernels, e, rows, &room, threads);
+        failed |= add_shared(kernels, e, rows, &room, threads, additions);
     struct rows out = {.sums = room.sums, .out = residual, .rows = rows, .width = e->hidden, .norm = e->after};
     out.threads = threads;
     kernels->add_normed(&out);

@@ -8,6 +8,7 @@ static int run_product(const struct kernels *kernels, const struct step *step, c
     product.out = out;
     product.rows = step->rows;
     product.threads = step->threads;
+    product.additions = step->additions;
     return kernels->product(&product);
 }
 
@@ -52,7 +53,8 @@ static int add_product(const struct kernels *kernels, const struct step *step, c
 
 static int run_feed_forward(const struct kernels *kernels, const struct step *step, const struct layer *layer) {
     if (layer->experts)
-        return quartet_experts(kernels, layer->experts, step->rows, step->residual, 0, step->threads);
+        return quartet_experts(kernels, layer->experts, step->rows, step->residual, 0, step->threads,
+                               step->additions);
     return run_product(kernels, step, &layer->gate_up, step->residual, step->inner) |
            add_product(kernels, step, &layer->down, &layer->after_mlp, step->inner);
 }

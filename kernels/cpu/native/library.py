@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 
 from quartet.kernels.cpu.native import build
-from quartet.kernels.cpu.native.structures import Attention, Norm, Product, Quantized, Rotation, Rows
+from quartet.kernels.cpu.native.structures import Additions, Attention, Norm, Product, Quantized, Rotation, Rows
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +111,13 @@ class Library:
         output: str,
         activation: str = "silu",
         norm: NormWeight | None = None,
+        additions: Additions | None = None,
+        number: int = 0,
     ) -> None:
         """out = norm(x) (rows, k) @ weight.T + bias by one of OUTPUTS: written, added, or gated to (rows, n / 2).
 
-        The weight: what `pack` gave, or the argument that a QuantizedWeight of shape (n, k) gives.
+        The weight: what `pack` gave, or the argument that a QuantizedWeight of shape (n, k) gives. `additions`: what
+        adapters of these rows add to the product, which they know by `number`.
         """
         check_matrix(x)
         rows, k = x.shape
@@ -145,6 +148,8 @@ class Library:
             out.data_ptr(),
             out.stride(0),
             torch.get_num_threads(),
+            number,
+            pointer_to(additions, rows),
         )
         if self.functions.quartet_product(self.kernels, wanted):
             raise MemoryError(f"no memory for a product of {rows} rows of {k}")
@@ -270,6 +275,12 @@ class Library:
         )
         if self.functions.quartet_attention(self.kernels, wanted):
             raise MemoryError(f"no memory for the attention of {tokens} tokens")
+
+
+def pointer_to(additions: Additions | None, rows: int) -> "ctypes._Pointer[Additions] | None":
+    """What adapters add to products of so many rows, as an argument."""
+    assert additions is None or additions.rows == rows, rows
+    return None if additions is None else ctypes.pointer(additions)
 
 
 def can_gate(n: int) -> bool:

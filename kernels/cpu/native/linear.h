@@ -14,6 +14,7 @@
  */
 #pragma once
 
+#include "adapters.h"
 #include "api.h"
 #include "quantized.h"
 #include "integers.h"
@@ -43,6 +44,8 @@ struct plan {
     int64_t step;         /* of a piece: numbers that are summed before the next rows' turn */
     factor *x;            /* the rows of one block, normed; tiles of bfloat16 if `tiled` */
     struct integer_rows rows; /* instead, if `integers` */
+    struct added added;       /* by adapters */
+    const struct plan *plain; /* prepares the rows for adapters where they are integers; or null */
 };
 
 INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -252,6 +255,16 @@ static void write_tile(const struct plan *plan, int64_t panel, int64_t first, in
     }
 }
 
+/* What adapters add to a panel's sums of rows from `row` of the block on. */
+INLINE void add_adapters(const struct plan *plan, int64_t panel, int64_t row, int64_t rows, float *sums,
+                         int64_t stride) {
+    int64_t blocks[FEW_BLOCKS], width = plan->p->output == OUTPUT_GATED ? plan->blocks / 2 : plan->blocks;
+    for (int place = 0; place < plan->blocks; place++)
+        blocks[place] = block_of(plan, panel, place);
+    int64_t ahead = plan->added.rows > MANY_ROWS ? 0 : width * plan->p->threads;
+    expand(&plan->added, blocks, plan->blocks, ahead, row, rows, sums, stride);
+}
+
 /* The blocks of a panel from number `from` on, expanded if need be; `next`: those of the panel after it. */
 INLINE void load_panel(const struct plan *plan, int64_t panel, int64_t from, int64_t depth, bf16 *expanded,
                        const bf16 **weight, const bf16 **next) {
@@ -288,6 +301,8 @@ INLINE void compute_panels(const struct plan *plan, int64_t first, int64_t rows,
                     if (!from && !plan->tiled)
                         memset(sums, 0, (size_t)(plan->grid_rows * stride) * 4);
                     multiply_grid(plan, weight, next, row, some, from, depth, sums, stride);
+                    if (from + depth == plan->depth && plan->added.jobs)
+                        add_adapters(plan, panel, row, some, sums, stride);
                     if (from + depth == plan->depth)
                         write_tile(plan, panel, first + row, some, sums, stride);
                 }
@@ -313,6 +328,8 @@ static void compute_integers(const struct plan *plan, int64_t first, int64_t row
             case 6: integer_grid(quantized, 6, &plan->rows, row, some, blocks, after, sums, MOST_COLUMNS); break;
             default: integer_grid(quantized, 8, &plan->rows, row, some, blocks, after, sums, MOST_COLUMNS); break;
             }
+            if (plan->added.jobs)
+                add_adapters(plan, panel, row, some, sums, MOST_COLUMNS);
             write_tile(plan, panel, first + row, some, sums, MOST_COLUMNS);
         }
     }
@@ -320,7 +337,7 @@ static void compute_integers(const struct plan *plan, int64_t first, int64_t row
 
 /* One block of rows. */
 struct block {
-    const struct plan *plan;
+    struct plan *plan;
     int64_t first, rows;
     int64_t chunk;     /* panels that a thread takes at once */
     float *kept;       /* sums between pieces of k, or null */
@@ -332,7 +349,7 @@ struct block {
 
 static void compute_block(void *argument, int thread, int threads) {
     struct block *block = argument;
-    const struct plan *plan = block->plan;
+    struct plan *plan = block->plan;
     int64_t rows = plan->padded_rows;
 #if defined(__AMX_BF16__)
     unsigned state = _mm_getcsr();
@@ -340,9 +357,15 @@ static void compute_block(void *argument, int thread, int threads) {
 #endif
     for (int64_t row = rows * thread / threads; row < rows * (thread + 1) / threads; row++)
         prepare_row(plan, block->first, row);
+    for (int64_t row = rows * thread / threads; plan->plain && row < rows * (thread + 1) / threads; row++)
+        prepare_row(plan->plain, block->first, row);
     quartet_barrier(threads);
     if (plan->tiled)
         tiles_begin(block->rows);
+    if (plan->added.jobs) {
+        shrink(&plan->added);
+        quartet_barrier(threads);
+    }
     bf16 *expanded = block->expanded ? block->expanded + thread * block->expanded_size : 0;
     float *kept = block->kept ? block->kept + thread * block->kept_size : 0;
     int64_t begin;
@@ -395,12 +418,30 @@ static int run_block(struct plan *plan, int64_t first, int64_t rows) {
         if (!block.expanded)
             return -1;
     }
+    if (plan->added.from && plan_added(&plan->added, first, rows, sizeof(factor)))
+        return -1;
     quartet_run(compute_block, &block, threads);
     return 0;
 }
 
+/* Have the plan add what adapters have, for blocks of at most so many rows; `plain` is memory for another plan. */
+static int plan_adapters(struct plan *plan, struct plan *plain, int64_t rows) {
+    if (!plan->p->additions)
+        return 0;
+    plan->added = (struct added){.from = plan->p->additions, .number = plan->p->number, .depth = plan->depth};
+    plan->added.x = plan->x;
+    plan->added.tiled = plan->tiled;
+    if (!plan->integers)
+        return 0;
+    *plain = *plan;
+    plain->integers = 0;
+    plan->added.x = plain->x = quartet_scratch(7, rows * plan->depth * (int64_t)sizeof(factor));
+    plan->plain = plain;
+    return plain->x ? 0 : -1;
+}
+
 static int product(const struct product *p) {
-    struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS};
+    struct plan plan = {.p = p, .grid_rows = GRID_ROWS, .blocks = GRID_BLOCKS}, plain;
     int gated = p->output == OUTPUT_GATED;
     plan.integers = p->quantized.numbers && !p->quantized.exact && p->rows <= MOST_INTEGER_ROWS;
 #if defined(__AMX_BF16__)
@@ -428,6 +469,8 @@ static int product(const struct product *p) {
         return -1;
     if (plan.integers)
         plan.rows = integer_rows_at(plan.x, round_up(most, pad), plan.depth);
+    if (plan_adapters(&plan, &plain, round_up(most, pad)))
+        return -1;
     for (int64_t first = 0; first < p->rows; first += block) {
         int64_t rows = p->rows - first < block ? p->rows - first : block;
         plan.padded_rows = round_up(rows, pad);

@@ -19,6 +19,44 @@ class Quantized(ctypes.Structure):
     )
 
 
+class Part(ctypes.Structure):
+    """`struct part` of api.h."""
+
+    _fields_ = (
+        ("first", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("place", ctypes.c_int64),
+        ("b", ctypes.c_void_p),
+    )
+
+
+class Addition(ctypes.Structure):
+    """`struct addition` of api.h."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("ranks", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("places", ctypes.c_void_p),
+        ("parts", ctypes.POINTER(Part)),
+        ("count", ctypes.c_int64),
+    )
+
+
+class Additions(ctypes.Structure):
+    """`struct additions` of api.h."""
+
+    rows: int = 0  # that the owners are of
+    owner: object = None  # keeps the memory alive
+
+    _fields_ = (
+        ("adapters", ctypes.POINTER(ctypes.c_void_p)),
+        ("count", ctypes.c_int64),
+        ("owners", ctypes.c_void_p),
+    )
+
+
 class Product(ctypes.Structure):
     """`struct product` of api.h."""
 
@@ -38,6 +76,25 @@ class Product(ctypes.Structure):
         ("activation", ctypes.c_int32),
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
+        ("threads", ctypes.c_int32),
+        ("number", ctypes.c_int64),
+        ("additions", ctypes.POINTER(Additions)),
+    )
+
+
+class Adding(ctypes.Structure):
+    """`struct adding` of api.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("out_stride", ctypes.c_int64),
+        ("number", ctypes.c_int64),
+        ("additions", ctypes.POINTER(Additions)),
         ("threads", ctypes.c_int32),
     )
 
@@ -176,4 +233,5 @@ class Step(ctypes.Structure):
         ("pages", ctypes.c_void_p),
         ("page_starts", ctypes.c_void_p),
         ("threads", ctypes.c_int32),
+        ("additions", ctypes.POINTER(Additions)),
     )

@@ -102,6 +102,11 @@ def test_the_loop_waits_until_the_slice_is_over() -> None:
     assert done[done.index(0) : done.index(3)] == [0, 1, "step", 2]  # two pieces to a slice
 
 
+def test_a_slice_is_at_most_as_long_as_the_work_asks_for() -> None:
+    assert SliceLength(0.01).after_step(1.0) == 0.01
+    assert SliceLength().after_step(1.0) == SLICE_S
+
+
 def test_a_step_slower_than_the_average_makes_the_slice_shorter() -> None:
     length = SliceLength()
     assert [length.after_step(0.1) for _ in range(3)] == [SLICE_S] * 3
