@@ -13,7 +13,7 @@ from tests import real_models
 from tests.real_models import QWEN
 from tests.servers import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.real_models]
+pytestmark = [pytest.mark.slow, pytest.mark.real_models, pytest.mark.timeout(900)]
 
 WAIT_S = 240
 TOKENS = 16
