@@ -53,7 +53,7 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("gemma3n", {"layer_types": None, "num_kv_shared_layers": 0, "tie_word_embeddings": False}),
     ("gemma4", {"num_kv_shared_layers": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
-    ("gemma4", {"hidden_size_per_layer_input": 0, "attention_bias": True, "final_logit_softcapping": 5.0}),
+    ("gemma4", {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_bias": True}),
     ("gemma4_moe", {"attention_k_eq_v": False, "hidden_size_per_layer_input": 16}),
     ("qwen2_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2, "num_hidden_layers": 4}),
     ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [1], "num_hidden_layers": 3}),
