@@ -372,10 +372,7 @@ class Planner:
     # the prefix cache, and checks
 
     def forget_prefixes(self, free: bool = True, keep_tier: bool = False) -> None:
-        """Have no later request match KV computed so far, but where the weights stay, that of the tier (`keep_tier`).
-
-        `free`: the cached pages become free at once.
-        """
+        """Have no later request match KV computed so far (`keep_tier`: but the tier's); `free` the cached pages."""
         self.pool.forget(self.waiting.invalidate_prefixes(), free, keep_tier)
 
     def audit(self) -> str:
