@@ -8,9 +8,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from quartet.kernels.recurrent_operations import RecurrentOps
 
-class Ops(Protocol):
-    """The signatures of all fused operations.
+
+class Ops(RecurrentOps, Protocol):
+    """The signatures of all fused operations; those of recurrent layers are in recurrent_operations.py.
 
     Results are written to tensors that the caller gives. Arithmetic is float32, rounded once where a result is stored.
     Where an operation has a norm, `norm_weight` (in,), `epsilon` and `plus_one` (the weight is stored as its distance

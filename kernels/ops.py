@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, cast
 
 from quartet.kernels.operations import Ops
+from quartet.kernels.recurrent_operations import RecurrentOps
 
 if TYPE_CHECKING:
     from quartet.kernels.reference import operations as reference_operations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Implementation = Literal["auto", "torch", "triton"]
 
-OPERATIONS = tuple(name for name in vars(Ops) if not name.startswith("_"))
+OPERATIONS = tuple(name for kind in (RecurrentOps, Ops) for name in vars(kind) if not name.startswith("_"))
 MODULES = {"torch": "quartet.kernels.reference.operations", "triton": "quartet.kernels.triton.operations"}
 
 # Triton kernels of a decode step that can load weights while the kernel before them still runs.

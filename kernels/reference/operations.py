@@ -23,6 +23,7 @@ from quartet.kernels.reference.moe import (
     router,
 )
 from quartet.kernels.reference.prepare import prepare
+from quartet.kernels.reference.recurrent_updates import convolve_row, delta_update, space_update
 from quartet.kernels.reference.sampling import draw, lm_head_sample, process_logits, select
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "adapter_shrink",
     "align_experts",
     "choose_experts",
+    "convolve_row",
+    "delta_update",
     "draw",
     "expert_down",
     "expert_gate_up",
@@ -50,4 +53,5 @@ __all__ = [
     "select",
     "skinny",
     "skinny_gated",
+    "space_update",
 ]

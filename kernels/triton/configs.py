@@ -43,9 +43,12 @@ TILES = {
     "logits": Tile(columns=4096, warps=8),
     "select": Tile(columns=1024, warps=16),
     "prepare": Tile(columns=1024),
+    "convolve_row": Tile(columns=512),
+    "state_update": Tile(columns=32, warps=8),
 }
 MULTIPROCESSORS = 132  # of an H100 or H200
 KV_SPLIT = 256  # keys of one program of paged decode: fixed, so that a row's sums do not depend on the batch
+STATE_BLOCK = 4096  # numbers of a recurrent state that one program holds, at most
 EXPERT_BLOCKS = (16, 32, 64)  # tokens of one program of the grouped product: few tokens, more, prompts
 STEADY_ROWS = 512  # tokens of one launch of a deterministic product, which bounds its partial sums
 STEADY_EXPERT_BLOCK = 32  # of EXPERT_BLOCKS, where it may not follow from the number of tokens

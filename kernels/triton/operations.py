@@ -9,6 +9,7 @@ from quartet.kernels.triton.moe_batch import align_experts, expert_gemm, expert_
 from quartet.kernels.triton.moe_decode import choose_experts, expert_down, expert_gate_up, router
 from quartet.kernels.triton.norm import gated_activation, rms_norm
 from quartet.kernels.triton.prepare import prepare
+from quartet.kernels.triton.recurrent import convolve_row, delta_update, space_update
 from quartet.kernels.triton.rope import norm_qkv_rope_kv, rope_kv
 from quartet.kernels.triton.sampling import process_logits, select
 from quartet.kernels.triton.skinny import skinny, skinny_gated
@@ -18,6 +19,8 @@ __all__ = [
     "adapter_shrink",
     "align_experts",
     "choose_experts",
+    "convolve_row",
+    "delta_update",
     "draw",
     "expert_down",
     "expert_gate_up",
@@ -38,4 +41,5 @@ __all__ = [
     "select",
     "skinny",
     "skinny_gated",
+    "space_update",
 ]

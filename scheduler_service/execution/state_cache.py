@@ -11,6 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from quartet.kernels.cpu.native import library as native
+from quartet.kernels.cpu.native.library import Library
+from quartet.kernels.operations import Ops
+from quartet.kernels.ops import resolve
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.process.memory import GB
@@ -38,9 +42,19 @@ LOST = "the recurrent state of the request at position {} is lost"
 class StateCache:
     """The states of all recurrent layers, and which position each row of a slot stands at."""
 
-    def __init__(self, specs: Sequence[StateSpec], slots: int, snapshots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        specs: Sequence[StateSpec],
+        slots: int,
+        snapshots: int,
+        device: torch.device,
+        kernels: Library | None = None,
+        ops: Ops | None = None,
+    ) -> None:
+        """`kernels` and `ops`: what recurrent layers compute with beside torch, see StateAccess."""
         self.specs = list(specs)
         self.slots, self.snapshots = slots, snapshots
+        self.kernels, self.ops = kernels, ops
         self._device = device
         self.allocate()
 
@@ -97,7 +111,8 @@ class StateCache:
                 runs.append(Run(first + at - part.start, first + position - part.start, read, saved))
                 at, read = position, saved
             runs.append(Run(first + at - part.start, first + part.end - part.start, read, write))
-        return StateAccess(self.pools, self._rows(reads), self._rows(writes), runs), copies
+        rows = self._rows(reads), self._rows(writes)
+        return StateAccess(self.pools, *rows, runs, self.kernels, self.ops), copies
 
     def copy(self, rows: list[tuple[int, int]]) -> None:
         """Copy whole states, from and to these rows."""
@@ -127,6 +142,13 @@ class StateCache:
 
     def _snapshot_row(self, number: int) -> int:
         return row_count(self.slots, number)
+
+
+def implementations(config: ResolvedConfig, device: torch.device) -> tuple[Library | None, Ops | None]:
+    """What recurrent layers compute with on this device, beside torch: see StateAccess."""
+    if device.type == "cpu":
+        return native.library(), None
+    return None, resolve(device.type) if config.attention_backend != "torch_native" else None
 
 
 def row_count(slots: int, snapshots: int) -> int:
@@ -159,7 +181,7 @@ def make_state_cache(
     room = Room(look_at_memory(device), model.weights.served_bytes())
     plan = plan_states(config, need, room, bytes_per_state, ROWS_PER_SLOT)
     try:
-        states = StateCache(specs, plan.slots, plan.snapshots, device)
+        states = StateCache(specs, plan.slots, plan.snapshots, device, *implementations(config, device))
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise StartupError(f"no room for the recurrent states of {plan.slots} requests: {error}") from error
     log.info(

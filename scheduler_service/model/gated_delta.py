@@ -9,7 +9,10 @@ from typing import Literal
 
 import torch
 
+from quartet.kernels.cpu import recurrent as native
 from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.cpu.native.library import Library
+from quartet.kernels.operations import Ops
 from quartet.kernels.reference.layers import rms_norm
 from quartet.kernels.reference.recurrent import causal_convolution, gated_delta_rule, gated_delta_rule_by_chunks
 from quartet.scheduler_service.model.deterministic import sigmoid, silu, softplus
@@ -96,6 +99,8 @@ class GatedDelta:
         """x (tokens, hidden), normed, → (tokens, value heads * value dim), in front of the output product."""
         shape, tokens = self.shape, len(x)
         mixed, gate, beta, decay = self.projected(x)
+        if states.kernels is not None and native.can_run(x.dtype, shape.taps, shape.key_dim):
+            return self.mix_native(states.kernels, states, mixed, gate, beta, decay)
         beta = sigmoid(beta) * shape.beta_factor
         rate = self.decay_log.float().exp().flatten().repeat_interleave(decay.shape[-1] // shape.value_heads)
         decay = -rate * softplus(decay.float() + self.decay_bias.float())
@@ -118,11 +123,43 @@ class GatedDelta:
             y, state = rule(heads[0], heads[1], value, forgets.unflatten(-1, (shape.value_heads, -1)), betas, state)
             return y.flatten(2).to(x.dtype), window, state
 
+        def update(
+            ops: Ops, rows: torch.Tensor, reads: torch.Tensor, writes: torch.Tensor, *pools: torch.Tensor
+        ) -> torch.Tensor:
+            values, forgets, betas = rows.split((shape.channels, decays, shape.value_heads), dim=-1)
+            convolved, out = x.new_empty(values.shape), x.new_empty(len(rows), shape.values)
+            ops.convolve_row(values.to(x.dtype), weight, None, True, reads, writes, pools[0], convolved)
+            ops.delta_update(convolved, forgets.contiguous(), betas.contiguous(), reads, writes, pools[1], out)
+            return out
+
         inputs = torch.cat((mixed.float(), decay, beta), dim=-1)
-        y = states.scan(self.spec.layer, compute, inputs).view(tokens, -1, shape.value_dim)
+        y = states.scan(self.spec.layer, compute, inputs, update).view(tokens, -1, shape.value_dim)
         gating = silu if shape.gate == "silu" else sigmoid
         normed = rms_norm(y, self.norm, shape.epsilon).float() * gating(gate.reshape(y.shape))
         return normed.to(x.dtype).flatten(1)
+
+    def mix_native(
+        self,
+        kernels: Library,
+        states: StateAccess,
+        mixed: torch.Tensor,
+        gate: torch.Tensor,
+        beta: torch.Tensor,
+        decay: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same by the kernels of the CPU, from what `projected` gives."""
+        shape = self.shape
+        window, state = states.pools[self.spec.layer]
+        return native.gated_delta(
+            kernels,
+            states.table,
+            mixed,
+            native.Convolution(self.weight, None, window),
+            native.Decay(decay, self.decay_bias, self.decay_log),
+            native.Beta(beta, shape.beta_factor),
+            state,
+            native.Gates(gate, self.norm, "by head", shape.value_heads, shape.epsilon, shape.gate == "sigmoid"),
+        )
 
     def projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(queries, keys and values side by side; gates; beta and decay before their functions), by head."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from quartet.kernels.cpu import recurrent as native
 from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.operations import Ops
 from quartet.kernels.reference.recurrent import causal_convolution
 from quartet.scheduler_service.model.gated_delta import GatedDelta, GatedDeltaSpec, add_gated_delta, gated_delta
 from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
@@ -39,13 +41,24 @@ class ShortConv:
     def mix(self, x: torch.Tensor, states: StateAccess, deterministic: bool) -> torch.Tensor:
         """x (tokens, hidden), normed, → (tokens, channels), in front of the output product."""
         before, after, inputs = self.inner(x).chunk(3, dim=-1)
+        if states.kernels is not None and native.can_run(x.dtype, self.weight.shape[-1]):
+            (window,) = states.pools[self.spec.layer]
+            convolution = native.Convolution(self.weight, self.bias, window)
+            return native.short_convolution(states.kernels, states.table, inputs, before, after, convolution)
         weight = self.weight.squeeze(1)
 
         def compute(values: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
             y, state = causal_convolution(values, state, weight, self.bias)
             return y.to(x.dtype), state
 
-        return after * states.scan(self.spec.layer, compute, before * inputs)
+        def update(
+            ops: Ops, values: torch.Tensor, reads: torch.Tensor, writes: torch.Tensor, window: torch.Tensor
+        ) -> torch.Tensor:
+            out = values.new_empty(values.shape)
+            ops.convolve_row(values, weight, self.bias, False, reads, writes, window, out)
+            return out
+
+        return after * states.scan(self.spec.layer, compute, before * inputs, update)
 
 
 Mixer = ShortConv | GatedDelta | StateSpace

@@ -227,6 +227,8 @@ def load_native(
     parallel: Parallel = ALONE,
 ) -> Decoder:
     """The generic decoder of a spec, with its weights. Raises StartupError."""
+    if device.type == "cpu" and any(layer.recurrent for layer in spec.layers):
+        native.start_loading()  # recurrent layers have kernels for float32 too
     spec = inside(spec, info.architecture, tensor_names(config, info))
     if spec.generates and not is_dummy(config):
         tied = ties.is_tied(Path(info.path), spec.head, embeddings_name(spec), spec.tied)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from quartet.kernels.cpu.native.library import Library
+from quartet.kernels.operations import Ops
+
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
@@ -43,15 +46,43 @@ class StateAccess:
     reads: torch.Tensor  # (decode rows,) int64
     writes: torch.Tensor  # (decode rows,) int64
     runs: list[Run]  # in the order in which they have to be computed
+    kernels: Library | None = None  # for all tokens on a CPU; without them torch computes
+    ops: Ops | None = None  # for decode rows on another device
+    _table: torch.Tensor | None = None
 
-    def scan(self, layer: int, compute: Callable[..., tuple[torch.Tensor, ...]], x: torch.Tensor) -> torch.Tensor:
+    @property
+    def table(self) -> torch.Tensor:
+        """All of the step as the kernels take it, decode rows first: first and last token, rows to read and to write.
+
+        (decode rows + runs, 4) int64
+        """
+        if self._table is None:
+            first = torch.arange(len(self.reads))
+            decodes = torch.stack((first, first + 1, self.reads, self.writes), dim=1)
+            runs = [(run.first, run.last, run.read, run.write) for run in self.runs]
+            self._table = torch.cat((decodes, torch.tensor(runs, dtype=torch.int64).view(-1, 4)))
+            rows = {len(pool) for pools in self.pools.values() for pool in pools}
+            assert (self._table >= 0).all() and int(self._table[:, 2:].max()) < min(rows), (self._table, rows)
+            assert (self._table[:, 0] < self._table[:, 1]).all(), self._table
+        return self._table
+
+    def scan(
+        self,
+        layer: int,
+        compute: Callable[..., tuple[torch.Tensor, ...]],
+        x: torch.Tensor,
+        update: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
         """Take all tokens x (tokens, width) through their states: (tokens, width of the result).
 
-        `compute` maps x (sequences, tokens, width) and states (sequences, *shape) to y and the new states.
+        `compute` maps x (sequences, tokens, width) and states (sequences, *shape) to y and the new states. `update`
+        does the same for decode rows by `ops`: it maps these, x (rows, width), reads, writes and the pools to y.
         """
         pools, decodes = self.pools[layer], len(self.reads)
         parts: list[torch.Tensor] = []
-        if decodes:
+        if decodes and self.ops is not None:
+            parts.append(update(self.ops, x[:decodes], self.reads, self.writes, *pools))
+        elif decodes:
             y, *states = compute(x[:decodes].unsqueeze(1), *(pool[self.reads] for pool in pools))
             for pool, state in zip(pools, states, strict=True):
                 pool[self.writes] = state

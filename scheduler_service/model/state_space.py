@@ -8,7 +8,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from quartet.kernels.cpu import recurrent as native
 from quartet.kernels.cpu.linear import Linear
+from quartet.kernels.cpu.native.library import Library
+from quartet.kernels.operations import Ops
 from quartet.kernels.reference.recurrent import causal_convolution, state_space, state_space_by_chunks
 from quartet.scheduler_service.model.deterministic import silu, softplus
 from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
@@ -75,6 +78,8 @@ class StateSpace:
         if self.factors is not None:
             projected = projected * self.factors
         gate, mixed, steps = projected.split((shape.values, shape.channels, shape.heads), dim=-1)
+        if states.kernels is not None and native.can_run(x.dtype, shape.taps, shape.state_dim):
+            return self.mix_native(states.kernels, states, mixed, gate, steps)
         steps = softplus(steps.float() + self.step_bias.float()).clamp(shape.least_step, shape.most_step)
         rates, skip, weight = -self.decay_log.float().exp(), self.skip.float().unsqueeze(-1), self.weight.squeeze(1)
 
@@ -92,9 +97,37 @@ class StateSpace:
             y, state = scan(value * step.unsqueeze(-1), heads[0], heads[1], step * rates, state)
             return (y + value * skip).flatten(2), window, state
 
-        y = states.scan(self.spec.layer, compute, torch.cat((mixed.float(), steps), dim=-1))
+        def update(
+            ops: Ops, rows: torch.Tensor, reads: torch.Tensor, writes: torch.Tensor, *pools: torch.Tensor
+        ) -> torch.Tensor:
+            values, step = rows.split((shape.channels, shape.heads), dim=-1)
+            convolved, out = x.new_empty(values.shape), rows.new_empty(len(rows), shape.values)
+            ops.convolve_row(values.to(x.dtype), weight, self.bias, True, reads, writes, pools[0], convolved)
+            step = step.contiguous()
+            ops.space_update(convolved, step * rates, step, self.skip, reads, writes, pools[1], out)
+            return out
+
+        y = states.scan(self.spec.layer, compute, torch.cat((mixed.float(), steps), dim=-1), update)
         y = self.gated(y, silu(gate))
         return (y * shape.output_factor).to(x.dtype) if shape.output_factor != 1.0 else y.to(x.dtype)
+
+    def mix_native(
+        self, kernels: Library, states: StateAccess, mixed: torch.Tensor, gate: torch.Tensor, steps: torch.Tensor
+    ) -> torch.Tensor:
+        """The same by the kernels of the CPU, from the parts of the first product."""
+        shape = self.shape
+        window, state = states.pools[self.spec.layer]
+        return native.state_space(
+            kernels,
+            states.table,
+            mixed,
+            native.Convolution(self.weight, self.bias, window),
+            native.Decay(steps, self.step_bias, self.decay_log),
+            (shape.least_step, shape.most_step),
+            self.skip,
+            state,
+            native.Gates(gate, self.norm, shape.norm, shape.groups, shape.epsilon, factor=shape.output_factor),
+        )
 
     def gated(self, y: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """y (tokens, values) float32, scaled by the gates and normed by group, in the order of the family."""

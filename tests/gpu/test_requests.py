@@ -232,3 +232,15 @@ def test_running_requests_go_on_with_weights_that_were_swapped_in_place(tmp_path
     for rid in ("x", "y"):
         assert all(version in ("default", str(token)) for version, token in served.by_version(rid))
         assert {token for _, token in served.by_version(rid)} == {FIRST, SECOND}
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5", "falcon_h1"])
+def test_hybrids_answer_as_on_the_cpu_and_find_their_prefixes(family, tmp_path):
+    directory = tiny.build(family, tmp_path)
+    prompts = [[*LONG, 5], [*LONG, 6, 7], SHORT]
+    cpu, gpu = Engine(directory), Engine(directory, **SETTINGS)
+    for _ in range(2):
+        expected, found = (engine.generate(prompts, GREEDY) for engine in (cpu, gpu))
+        assert [answer.ids for answer in found] == [answer.ids for answer in expected]
+        assert [answer.cached_tokens for answer in found] == [answer.cached_tokens for answer in expected]
+    assert sum(answer.cached_tokens for answer in found) > 0

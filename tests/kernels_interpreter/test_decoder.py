@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from quartet.kernels.ops import resolve
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.worker import Worker
@@ -55,6 +56,17 @@ def test_what_the_kernels_do_not_know_is_computed_beside_them(family, overrides,
     expected = Engine(directory, **SETTINGS).generate(prompts, GREEDY, seed=7)
     found = answers(directory, "triton", prompts, GREEDY)
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5", "kimi_linear", "falcon_h1"])
+def test_recurrent_layers_decode_on_triton_as_on_torch(family, tmp_path):
+    directory = tiny.build(family, tmp_path, vocab_size=300)
+    prompts = [[5, 9, 40, 7], [6, 9]]
+    expected, found = (Engine(directory, **SETTINGS) for _ in range(2))
+    for engine, ops in ((expected, None), (found, resolve("cpu", "triton"))):
+        engine.worker.state_cache.kernels, engine.worker.state_cache.ops = None, ops
+    answers = [engine.generate(prompts, GREEDY, seed=7) for engine in (expected, found)]
+    assert [answer.ids for answer in answers[0]] == [answer.ids for answer in answers[1]]
 
 
 def test_drafts_are_verified_on_triton_as_without_them(tmp_path):

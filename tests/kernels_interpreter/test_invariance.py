@@ -8,12 +8,13 @@ import torch
 
 from quartet.kernels.ops import resolve
 from quartet.kernels.triton.skinny import skinny_workspace
-from tests.kernels import adapters, attention, dense, moe, sampling
+from tests.kernels import adapters, attention, dense, moe, recurrent, sampling
 from tests.kernels.cases import Arguments, Maker, clone
 
 OPS = resolve("cpu", "triton")
 FLOAT = Maker(torch.float32, "cpu")
 BY_ROW = {"q", "x", "residual", "lengths", "table_rows", "out", "logits", "tops", "masses", "candidates", "tokens"}
+BY_ROW |= {"mixed", "decay", "beta", "steps", "reads", "writes"}
 BY_ROW |= {"valid", "temperatures", "seeds", "positions", "top_ks", "top_ps", "min_ps"}
 
 
@@ -72,3 +73,10 @@ def test_what_adapters_add_to_a_token_does_not_depend_on_the_others(op: Callable
         by_itself = {**clone(before), **only}
         getattr(OPS, op.__name__)(**by_itself)
         assert torch.equal(by_itself["out"][token], together["out"][token]), token
+
+
+def test_a_recurrence_of_one_sequence_does_not_depend_on_the_others() -> None:
+    shape = {"heads": 4, "key_dim": 24, "value_dim": 40}
+    assert_rows_are_independent("convolve_row", recurrent.convolve_row(FLOAT, rows=3, channels=70), "out")
+    assert_rows_are_independent("delta_update", recurrent.delta_update(FLOAT, rows=3, key_heads=2, **shape), "out")
+    assert_rows_are_independent("space_update", recurrent.space_update(FLOAT, rows=3, groups=2, **shape), "out")

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from quartet.kernels.ops import resolve
-from tests.kernels import adapters, attention, dense, moe
+from tests.kernels import adapters, attention, dense, moe, recurrent
 from tests.kernels.cases import Case, assert_agree, case_id
 from tests.kernels.table import SMALL
 
 TORCH, TRITON = resolve("cpu", "torch"), resolve("cpu", "triton")
-STORED = [*dense.SMALL, *adapters.SMALL, *attention.SMALL, *moe.SMALL]
+STORED = [*dense.SMALL, *adapters.SMALL, *attention.SMALL, *moe.SMALL, *recurrent.SMALL]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=case_id)

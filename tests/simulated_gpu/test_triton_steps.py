@@ -29,3 +29,13 @@ def test_recorded_steps_of_tritons_kernels_answer_as_the_cpu_does(family, prompt
     expected = Engine(directory, **SETTINGS).generate(prompts, PARAMS, seed=3)
     found = engine.generate(prompts, PARAMS, seed=3)
     assert [answer.ids for answer in found] == [answer.ids for answer in expected]
+
+
+@pytest.mark.parametrize("family", ["lfm2", "olmo_hybrid", "falcon_h1"])
+def test_recurrent_layers_decode_by_tritons_kernels_as_the_cpu_does(family, tmp_path):
+    directory = tiny.build(family, tmp_path, vocab_size=300)
+    engine = Engine(directory, device="cuda", **SETTINGS)
+    assert engine.worker.state_cache.ops.convolve_row.__module__ == "quartet.kernels.triton.recurrent"
+    expected = Engine(directory, **SETTINGS).generate([SHORT, LONG], PARAMS, seed=3)
+    found = engine.generate([SHORT, LONG], PARAMS, seed=3)
+    assert [answer.ids for answer in found] == [answer.ids for answer in expected]

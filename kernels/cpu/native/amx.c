@@ -4,7 +4,8 @@
 #include "attention.h"
 #include "adapters_float.h"
 #include "linear.h"
+#include "recurrent.h"
 #include "rotation.h"
 #include "rows.h"
 
-const struct kernels quartet_amx = {product, rotate, attention, norm, add_normed, add_weighted, add_float};
+const struct kernels quartet_amx = {product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur};

@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "recurrences.h"
+
 #define TILE_COLUMNS 16 /* columns of a product that lie side by side in a packed weight */
 #define TILE_DEPTH 32   /* k of a packed weight is a multiple of this */
 #define CACHE_LINE 64
@@ -189,6 +191,8 @@ struct kernels {
     void (*add_normed)(const struct rows *); /* out += norm(x), which is rounded before */
     void (*add_weighted)(const struct weighted *);
     int (*add_float)(const struct adding *);
+    void (*convolve)(const struct convolution *);
+    void (*recur)(const struct recurrence *);
 };
 
 extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;

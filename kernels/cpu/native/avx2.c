@@ -3,7 +3,8 @@
 
 #include "adapters_float.h"
 #include "linear.h"
+#include "recurrent.h"
 #include "rotation.h"
 #include "rows.h"
 
-const struct kernels quartet_avx2 = {product, rotate, 0, norm, add_normed, add_weighted, add_float};
+const struct kernels quartet_avx2 = {product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur};

@@ -84,6 +84,10 @@ int quartet_has_attention(const struct kernels *kernels) { return kernels->atten
 /* 0, or -1 where there is no memory. */
 int quartet_attention(const struct kernels *kernels, const struct attention *a) { return kernels->attention(a); }
 
+void quartet_convolve(const struct kernels *kernels, const struct convolution *c) { kernels->convolve(c); }
+
+void quartet_recur(const struct kernels *kernels, const struct recurrence *r) { kernels->recur(r); }
+
 struct packing {
     const uint16_t *weight;
     int64_t n, k, stride;

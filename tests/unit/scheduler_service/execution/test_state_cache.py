@@ -16,10 +16,14 @@ from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.model.state_access import StateSpec
-from tests.engine import ALL_LOGPROBS, Engine
+from tests.engine import ALL_LOGPROBS, Engine, floats
 from tests.model import tiny
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+HYBRIDS = (
+    *("lfm2", "qwen3_next", "qwen3_5", "olmo_hybrid", "kimi_linear"),
+    *("bamba", "falcon_h1", "granite_hybrid", "nemotron_h"),
+)
 SPEC = StateSpec(layer=0, shapes=((1,),), dtypes=(torch.float32,))
 
 
@@ -39,6 +43,10 @@ def part(slot: int, start: int, end: int, **more: object) -> Slice:
     return dataclasses.replace(Slice(sequence, start, end, True), **more)
 
 
+def no_operations(*rows: object) -> torch.Tensor:
+    raise AssertionError("there are none")
+
+
 def count(cache: StateCache, *slices: Slice, decodes: int = 0) -> torch.Tensor:
     """A step of a layer that counts tokens: what it gives for each."""
     offsets = [0]
@@ -50,7 +58,7 @@ def count(cache: StateCache, *slices: Slice, decodes: int = 0) -> torch.Tensor:
         y = state.unsqueeze(1) + x.cumsum(1)
         return y, y[:, -1]
 
-    y = access.scan(0, compute, torch.ones(offsets[-1], 1))
+    y = access.scan(0, compute, torch.ones(offsets[-1], 1), no_operations)
     cache.copy(copies)
     return y.flatten()
 
@@ -113,6 +121,44 @@ def test_deterministic_answers_have_the_same_bits_alone_in_a_batch_and_cached(fa
     again = engine.generate(prompts, GREEDY, logprobs=LogprobOptions(start=-1))
     assert max(answer.cached_tokens for answer in again) > 40
     assert [answer.logprobs for answer in together] == alone == [answer.logprobs for answer in again]
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "falcon_h1", "lfm2"])
+def test_many_streams_in_a_small_pool_with_few_states_all_give_their_own_tokens(family: str, tmp_path: Path) -> None:
+    directory = tiny.build(family, tmp_path)
+    settings = {"enable_deterministic_inference": True, "dtype": "bfloat16"}
+    stem = prompt(1, 30)
+    prompts = [[*stem[: 6 * (seed % 6)], *prompt(seed, 3 + 2 * seed)] for seed in range(24)]
+    params = SamplingParams(temperature=0.0, max_new_tokens=36, ignore_eos=True)
+    roomy = Engine(directory, max_running_requests=24, **settings)
+    expected = roomy.generate(prompts, params)
+    pressed = Engine(directory, max_running_requests=6, max_total_tokens=200, chunked_prefill_size=24, **settings)
+    cache = pressed.worker.state_cache
+    assert cache is not None and cache.slots == 6 and pressed.worker.page_count == 50
+    found = pressed.generate(prompts, params)
+    assert [answer.ids for answer in found] == [answer.ids for answer in expected]
+    assert sum(answer.retractions for answer in found) > 0
+    assert sum(answer.cached_tokens for answer in found) > 0
+    assert pressed.planner.audit() == ""
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_kernels_answer_as_torch_does(family: str, tmp_path: Path) -> None:
+    directory = tiny.build(family, tmp_path)
+    prompts = [prompt(seed, 4 + 11 * seed) for seed in range(5)]
+    by_kernels, by_torch = (Engine(directory, chunked_prefill_size=32) for _ in range(2))
+    cache, other_cache = by_kernels.worker.state_cache, by_torch.worker.state_cache
+    assert cache is not None and other_cache is not None
+    if cache.kernels is None:
+        pytest.skip("no kernels on this machine")
+    other_cache.kernels = None
+    found, expected = (engine.generate(prompts, GREEDY, logprobs=ALL_LOGPROBS) for engine in (by_kernels, by_torch))
+    for own, other in zip(found, expected, strict=True):
+        assert own.ids == other.ids
+        for left, right in ((own.logprobs, other.logprobs), (own.input_logprobs, other.input_logprobs)):
+            assert left is not None and right is not None
+            values = (torch.tensor(floats(each.values)[1:]) for each in (left, right))
+            torch.testing.assert_close(*values, rtol=0, atol=1e-4)
 
 
 def test_drafts_are_refused_where_layers_are_recurrent(directory: Path) -> None:
