@@ -8,4 +8,6 @@
 #include "rotation.h"
 #include "rows.h"
 
-const struct kernels quartet_amx = {product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur};
+const struct kernels quartet_amx = {
+    product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur,
+};
