@@ -62,7 +62,12 @@ def rank(server: Server, number: int) -> psutil.Process:
     first = server.children()["scheduler TP0"]
     if not number:
         return first
-    return next(child for child in first.children() if command_line(child)[:1] == [f"quartet::scheduler TP{number}"])
+    return follower(first, f"scheduler TP{number}")
+
+
+def follower(first: psutil.Process, title: str) -> psutil.Process:
+    """The rank of that title, which rank 0 has started."""
+    return next(child for child in first.children() if command_line(child)[:1] == [f"quartet::{title}"])
 
 
 def post(server: Server, route: str, body: dict[str, Any]) -> requests.Response:
@@ -257,9 +262,7 @@ def test_a_dead_groups_requests_go_on_in_another(groups: Server) -> None:
     start = len(groups.log)
     streams = [Stream(groups.url, {**body, "data_parallel_rank": 1}) for body in BODIES]
     streams[0].reach(20)
-    [follower] = groups.children()["scheduler DP1 TP0"].children()
-    assert command_line(follower)[:1] == ["quartet::scheduler DP1 TP1"]
-    follower.kill()
+    follower(groups.children()["scheduler DP1 TP0"], "scheduler DP1 TP1").kill()
     assert_same([stream.answers() for stream in streams], before)
     groups.wait_for_match(r"The scheduler DP1 takes requests", start, WAIT_S)
     assert {event["meta_info"]["dp_rank"] for stream in streams for event in stream.events} == {0, 1}
