@@ -170,7 +170,7 @@ INLINE void multiply_rows(int rows, const factor *const *x, const bf16 *weight, 
         vec_store(sums[row], sum[row]);
 }
 
-INLINE void multiply_some(int rows, const factor *const *x, const bf16 *weight, int64_t depth, float *const *sums) {
+OUTLINE void multiply_some(int rows, const factor *const *x, const bf16 *weight, int64_t depth, float *const *sums) {
     switch (rows) {
     case 1: multiply_rows(1, x, weight, depth, sums); return;
     case 2: multiply_rows(2, x, weight, depth, sums); return;
@@ -289,7 +289,7 @@ INLINE void expand_tile(const struct added *added, int64_t tile, const int64_t *
 #endif
 
 /* The first products, by all threads of a task. */
-INLINE void shrink(struct added *added) {
+OUTLINE void shrink(struct added *added) {
     int64_t at;
     while ((at = quartet_next(&added->next) * 2) < added->jobs) {
         const struct job *jobs = added->job + at;
@@ -324,7 +324,7 @@ INLINE void expand_rows(const struct added *added, int64_t at, const struct part
 
 /* sums (rows, count * 16) of rows from `row` of the block on += the second products, for these blocks of columns.
  * `ahead`: how many blocks later the thread will probably come to next, or 0. */
-INLINE void expand(const struct added *added, const int64_t *blocks, int count, int64_t ahead, int64_t row, int64_t rows,
+OUTLINE void expand(const struct added *added, const int64_t *blocks, int count, int64_t ahead, int64_t row, int64_t rows,
                    float *sums, int64_t stride) {
     for (int64_t tile = row / TILE_ROWS; tile * TILE_ROWS < row + rows; tile++) {
         if (added->starts[tile] == added->starts[tile + 1])

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline, unused))
+#define OUTLINE static __attribute__((noinline, unused)) /* compiled once, where several places call it */
 #define LANES 16
 
 typedef uint16_t bf16;
