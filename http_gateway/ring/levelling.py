@@ -46,13 +46,18 @@ class Leveller:
         if not self._schedulers.is_behind(rank):
             self._say(rank)
         elif rank not in self._under_way:
-            self._schedulers.all[rank].levelled = True
+            one = self._schedulers.all[rank]
+            one.levelled, epoch = True, one.epoch
             task = self._under_way[rank] = asyncio.create_task(self._level(rank))
-            task.add_done_callback(lambda _: self._done(rank))
+            task.add_done_callback(lambda _: self._done(rank, epoch))
 
-    def _done(self, rank: int) -> None:
+    def _done(self, rank: int, epoch: int) -> None:
+        """Look again at a scheduler that was started again meanwhile: what it was given is lost."""
         del self._under_way[rank]
-        self._schedulers.all[rank].levelled = False
+        one = self._schedulers.all[rank]
+        one.levelled = False
+        if one.up and one.epoch != epoch:
+            self.look_at(rank)
 
     async def _level(self, rank: int) -> None:
         reference, own = self._schedulers.reference, self._schedulers.all[rank].served
