@@ -118,7 +118,7 @@ def test_the_names_of_our_families_are_those_of_the_registry():
     [
         ("Qwen3ForCausalLLM", "Qwen3ForCausalLM"),
         ("SmolLM4ForCausalLM", "SmolLM3ForCausalLM"),
-        ("Gemma3NextForConditionalGeneration", "Gemma3ForConditionalGeneration"),
+        ("Gemma3NextForConditionalGeneration", "Gemma3nForConditionalGeneration"),
         ("ZebraForCausalLM", None),
     ],
 )
