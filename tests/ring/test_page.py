@@ -580,6 +580,7 @@ def test_it_is_dark_where_the_system_is_dark_unless_the_user_says_otherwise(visi
 def test_it_is_used_with_the_keyboard_and_has_names_for_everything(visit: Callable[..., Visit]) -> None:
     seen = visit()
     page = seen.page
+    seen.answer_with([{"content": "The capital of Kenya is Nairobi."}])  # the model may err where lines are broken
     expect(page.get_by_role("textbox", name="Message")).to_be_focused()
     page.keyboard.type("What is the capital")
     page.keyboard.press("Shift+Enter")
