@@ -19,7 +19,7 @@ SUITES = {
     "tests/simulated_gpu": {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "-p tests.simulated_gpu.plugin tests/gpu"},
 }
 SETTINGS = {"TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-LONGEST_S = 580
+LONGEST_S = 1800
 
 pytestmark = [
     pytest.mark.slow,
