@@ -98,7 +98,9 @@ def test_quantized_weights_are_refused_before_a_rank_starts(tmp_path: Path) -> N
     config = resolved(model_path=str(tiny.build("llama", tmp_path)), tp_size=2)
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(StartupError, match="--tp-size 2: these weights are quantized already, which one process computes"):
+    with pytest.raises(
+        StartupError, match="--tp-size 2: these weights are quantized already, which one process computes"
+    ):
         check_ranks(config, model_info.load(config))
 
 
