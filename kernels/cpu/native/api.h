@@ -195,7 +195,9 @@ struct kernels {
     void (*recur)(const struct recurrence *);
 };
 
-extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;
+/* Of these a library has one; the addresses of the others are null. */
+#define MAYBE __attribute__((weak))
+extern const struct kernels quartet_avx2 MAYBE, quartet_avx512 MAYBE, quartet_avx512_bf16 MAYBE, quartet_amx MAYBE;
 
 /* residual (rows, hidden) += the mixture of its rows. `ids` (rows, top_k): the experts chosen, best first; may be null.
  * So may `additions`. 0, or -1 where there is no memory. */

@@ -32,7 +32,7 @@ static int has_avx512_bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
-/* The kernels for this instruction set; null where the machine does not have it. */
+/* The kernels for this instruction set; null where the machine or this library does not have it. */
 const struct kernels *quartet_kernels(const char *name) {
     __builtin_cpu_init();
     const struct {
