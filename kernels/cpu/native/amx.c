@@ -3,11 +3,12 @@
 
 #include "attention.h"
 #include "adapters_float.h"
+#include "draw.h"
 #include "linear.h"
 #include "recurrent.h"
 #include "rotation.h"
 #include "rows.h"
 
 const struct kernels quartet_amx = {
-    product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur,
+    product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur, draw, log_of_sums,
 };
