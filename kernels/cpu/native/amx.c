@@ -9,5 +9,5 @@
 #include "rows.h"
 
 const struct kernels quartet_amx = {
-    product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur,
+    product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur, gate_rows,
 };

@@ -103,18 +103,20 @@ struct attention {
     int32_t causal, threads;
 };
 
-/* Query and key heads normed, if there are weights, and rotated; keys and values go to their places in the pools. */
+/* Heads normed, if there are weights, and those of queries and keys rotated; keys and values go to their places in the
+ * pools. With no heads of keys nothing is written. */
 struct rotation {
-    const uint16_t *qkv; /* (tokens, heads + 2 * kv_heads, dim), rows `qkv_stride` apart */
+    const uint16_t *qkv; /* (tokens, heads + 2 * kv_heads, dim), rows `qkv_stride` apart; see `values_from_keys` */
     int64_t tokens, qkv_stride;
     int64_t heads, kv_heads, dim, rotary_dim;
-    const uint16_t *query_norm, *key_norm; /* (dim,) or null */
+    const uint16_t *query_norm, *key_norm, *value_norm; /* (dim,) or null */
     float epsilon, norm_offset;
     const uint16_t *cos, *sin; /* (tokens, rotary_dim); the first half of the sines is negated */
     const int64_t *slots;      /* (tokens,) */
     uint16_t *keys, *values;   /* pools (kv_heads, pool tokens, dim) */
     int64_t head_stride;
     uint16_t *q; /* (tokens, heads, dim) */
+    int32_t values_from_keys; /* there are no columns of values: they are the keys, as these are before their norm */
     int32_t threads;
 };
 
@@ -131,6 +133,16 @@ struct rows {
     uint16_t *out;
     int64_t rows, width;
     struct norm norm;
+    const uint16_t *scale; /* (1,) of what add_normed leaves, which is rounded before; or null */
+    int32_t threads;
+};
+
+/* out (rows, width) = activation(gate) * factor, which may all be one; the activation is rounded before. */
+struct gating {
+    const uint16_t *gate, *factor;
+    uint16_t *out;
+    int64_t rows, width;
+    int32_t activation; /* enum activation */
     int32_t threads;
 };
 
@@ -163,6 +175,9 @@ struct layer {
     struct product qkv, output, gate_up, down; /* with the norm before, and an output operation */
     struct norm after_attention, after_mlp;
     const struct experts *experts; /* in place of gate_up and down, or null */
+    struct product input_gate, input_projection; /* of the layer's own input; without columns: it has none */
+    struct norm after_input;
+    const uint16_t *scale; /* (1,) of what the layer leaves, whose last norm is not null then; or null */
     struct rotation rotation;
     struct attention attention;
     int64_t rope; /* which of the step's rotations */
@@ -173,6 +188,7 @@ struct step {
     int64_t rows;
     uint16_t *residual;                         /* (rows, hidden): changed in place */
     uint16_t *qkv, *q, *mixed, *inner, *branch; /* scratch memory: what goes from one operation to the next */
+    const uint16_t *inputs; /* (layers, rows, columns of `input_gate`): the layers' own; or null */
     const uint16_t *const *cosines, *const *sines; /* by rope, see struct rotation */
     const int64_t *slots;
     int64_t page_size, sequences;               /* the rest as in struct attention */
@@ -193,6 +209,7 @@ struct kernels {
     int (*add_float)(const struct adding *);
     void (*convolve)(const struct convolution *);
     void (*recur)(const struct recurrence *);
+    void (*gate_rows)(const struct gating *);
 };
 
 extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;

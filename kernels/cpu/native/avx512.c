@@ -7,4 +7,4 @@
 #include "rotation.h"
 #include "rows.h"
 
-const struct kernels quartet_avx512 = {product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur};
+const struct kernels quartet_avx512 = {product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur, gate_rows};

@@ -8,5 +8,5 @@
 #include "rows.h"
 
 const struct kernels quartet_avx512_bf16 = {
-    product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur,
+    product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur, gate_rows,
 };

@@ -38,14 +38,16 @@ static int run_attention(const struct kernels *kernels, const struct step *step,
     return kernels->attention(&attention);
 }
 
-/* residual += norm(x @ weight.T): in one go where there is no norm, whose output operation is to add. */
+/* residual += norm(x @ weight.T): in one go where there is no norm, whose output operation is to add; `scale` (or null)
+ * is of the sum. */
 static int add_product(const struct kernels *kernels, const struct step *step, const struct product *product,
-                       const struct norm *norm, const uint16_t *x) {
+                       const struct norm *norm, const uint16_t *x, const uint16_t *scale) {
     if (!norm->weight)
         return run_product(kernels, step, product, x, step->residual);
     int failed = run_product(kernels, step, product, x, step->branch);
     struct rows rows = {.x = step->branch, .out = step->residual, .rows = step->rows, .width = product->n};
     rows.norm = *norm;
+    rows.scale = scale;
     rows.threads = step->threads;
     kernels->add_normed(&rows);
     return failed;
@@ -55,8 +57,21 @@ static int run_feed_forward(const struct kernels *kernels, const struct step *st
     if (layer->experts)
         return quartet_experts(kernels, layer->experts, step->rows, step->residual, 0, step->threads,
                                step->additions);
+    const uint16_t *scale = layer->input_gate.n ? 0 : layer->scale;
     return run_product(kernels, step, &layer->gate_up, step->residual, step->inner) |
-           add_product(kernels, step, &layer->down, &layer->after_mlp, step->inner);
+           add_product(kernels, step, &layer->down, &layer->after_mlp, step->inner, scale);
+}
+
+/* residual += norm(projection(activation(gate(residual)) * input)), `input` being the layer's own. */
+static int add_input(const struct kernels *kernels, const struct step *step, const struct layer *layer,
+                     const uint16_t *input) {
+    struct gating gating = {.gate = step->inner, .factor = input, .out = step->inner, .rows = step->rows};
+    gating.width = layer->input_gate.n;
+    gating.activation = layer->input_gate.activation;
+    gating.threads = step->threads;
+    int failed = run_product(kernels, step, &layer->input_gate, step->residual, step->inner);
+    kernels->gate_rows(&gating);
+    return failed | add_product(kernels, step, &layer->input_projection, &layer->after_input, step->inner, layer->scale);
 }
 
 /* The residual stream through `count` layers; 0, or -1 where there is no memory. */
@@ -66,8 +81,10 @@ int quartet_layers(const struct kernels *kernels, const struct layer *layers, in
         failed |= run_product(kernels, step, &layer->qkv, step->residual, step->qkv);
         run_rotation(kernels, step, layer);
         failed |= run_attention(kernels, step, layer);
-        failed |= add_product(kernels, step, &layer->output, &layer->after_attention, step->mixed);
+        failed |= add_product(kernels, step, &layer->output, &layer->after_attention, step->mixed, 0);
         failed |= run_feed_forward(kernels, step, layer);
+        if (layer->input_gate.n)
+            failed |= add_input(kernels, step, layer, step->inputs + (layer - layers) * step->rows * layer->input_gate.n);
     }
     return failed;
 }

@@ -112,6 +112,7 @@ class Rotation(ctypes.Structure):
         ("rotary_dim", ctypes.c_int64),
         ("query_norm", ctypes.c_void_p),
         ("key_norm", ctypes.c_void_p),
+        ("value_norm", ctypes.c_void_p),
         ("epsilon", ctypes.c_float),
         ("norm_offset", ctypes.c_float),
         ("cos", ctypes.c_void_p),
@@ -121,6 +122,7 @@ class Rotation(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("head_stride", ctypes.c_int64),
         ("q", ctypes.c_void_p),
+        ("values_from_keys", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
 
@@ -169,6 +171,21 @@ class Rows(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("norm", Norm),
+        ("scale", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Gating(ctypes.Structure):
+    """`struct gating` of api.h."""
+
+    _fields_ = (
+        ("gate", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("activation", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
 
@@ -206,6 +223,10 @@ class Layer(ctypes.Structure):
         ("after_attention", Norm),
         ("after_mlp", Norm),
         ("experts", ctypes.POINTER(Experts)),
+        ("input_gate", Product),
+        ("input_projection", Product),
+        ("after_input", Norm),
+        ("scale", ctypes.c_void_p),
         ("rotation", Rotation),
         ("attention", Attention),
         ("rope", ctypes.c_int64),
@@ -223,6 +244,7 @@ class Step(ctypes.Structure):
         ("mixed", ctypes.c_void_p),
         ("inner", ctypes.c_void_p),
         ("branch", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
         ("cosines", ctypes.POINTER(ctypes.c_void_p)),
         ("sines", ctypes.POINTER(ctypes.c_void_p)),
         ("slots", ctypes.c_void_p),
