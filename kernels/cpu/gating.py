@@ -16,5 +16,5 @@ def gated(kernels: Library, gate: torch.Tensor, factor: torch.Tensor, activation
     out, run = torch.empty_like(gate), kernels.functions.quartet_gate_rows
     run.argtypes, run.restype = (ctypes.c_void_p, ctypes.POINTER(Gating)), None
     memory = gate.data_ptr(), factor.data_ptr(), out.data_ptr()
-    run(kernels.kernels, Gating(*memory, *gate.shape, ACTIVATIONS[activation], torch.get_num_threads()))
+    run(kernels.kernels, Gating(*memory, *gate.shape, 0.0, ACTIVATIONS[activation], torch.get_num_threads()))
     return out

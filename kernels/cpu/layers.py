@@ -1,7 +1,8 @@
 """All layers of a decoder in one call of the compiled kernels: attention, and a feed-forward block or experts, each.
 
 Called one by one from Python, the kernels of a layer take 0.2 ms more than they compute; a step has some 24 layers.
-Layers may differ in all but the width of the residual stream. The bits are those of single calls.
+Layers may differ in all but the width of the residual stream. The bits are those of single calls, but where there are
+several residual streams.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import torch
 
 from quartet.kernels.cpu import arguments
 from quartet.kernels.cpu.experts import Experts, ExpertsArgument
+from quartet.kernels.cpu.layer_parts import OwnInput, OwnStreams
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native import structures
@@ -30,6 +32,7 @@ class Mlp:
     before: NormWeight | None
     after: NormWeight | None
     activation: str  # of native.ACTIVATIONS
+    cutoff: float | None = None  # of sparse gates, in standard deviations
 
     @property
     def linears(self) -> list[Linear]:
@@ -58,22 +61,6 @@ class Mlp:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnInput:
-    """What a layer adds to its result: norm(projection(activation(gate(result)) * its part of the inputs))."""
-
-    gate: Linear  # (size, hidden)
-    projection: Linear  # (hidden, size)
-    norm: NormWeight
-    activation: str  # of native.ACTIVATIONS
-
-    def check(self, hidden: int) -> None:
-        """Raise AssertionError unless all parts belong together. C code trusts them."""
-        arguments.check_linear(self.gate, len(self.gate.weight), hidden)
-        arguments.check_linear(self.projection, hidden, len(self.gate.weight))
-        arguments.check_norm(self.norm, hidden)
-
-
-@dataclass(frozen=True, slots=True)
 class Layer:
     """What one layer computes with."""
 
@@ -96,6 +83,7 @@ class Layer:
     values_from_keys: bool = False  # `qkv` has no columns of values
     reads: bool = False  # `qkv` has queries alone, and the pools are those of an earlier layer
     own_input: OwnInput | None = None
+    streams: OwnStreams | None = None  # then it has an input of its own too, and no scale
     output_scale: torch.Tensor | None = None  # (1,) of all that the layer leaves
 
     def can_run(self, kernels: Library, rotary_dim: int) -> bool:
@@ -106,6 +94,8 @@ class Layer:
             and (self.own_input is None or self.own_input.activation in ACTIVATIONS)
             and len({norm[1:] for norm in self.head_norms if norm is not None}) <= 1
             and (self.output_scale is None or self.last_norm is not None)
+            and (self.streams is None or (self.streams.can_run() and self.output_scale is None))
+            and (self.streams is None or (self.own_input is not None and isinstance(self.feed_forward, Mlp)))
             and kernels.can_rotate(self.head_dim, rotary_dim)
             and kernels.can_attend(self.head_dim)
             and (self.causal or self.window is None)
@@ -115,7 +105,8 @@ class Layer:
     def linears(self) -> list[Linear]:
         """Its products."""
         own = [] if self.own_input is None else [self.own_input.gate, self.own_input.projection]
-        return [self.qkv, self.output, *self.feed_forward.linears, *own]
+        streams = [] if self.streams is None else self.streams.linears
+        return [self.qkv, self.output, *self.feed_forward.linears, *own, *streams]
 
     @property
     def head_norms(self) -> list[NormWeight | None]:
@@ -125,7 +116,15 @@ class Layer:
     def norms(self) -> list[NormWeight | None]:
         """Its norms."""
         own = [] if self.own_input is None else [self.own_input.norm]
-        return [self.before_attention, self.after_attention, *self.head_norms, *self.feed_forward.norms, *own]
+        streams = [] if self.streams is None else self.streams.norms
+        around = [self.before_attention, self.after_attention]
+        return [*around, *self.head_norms, *self.feed_forward.norms, *own, *streams]
+
+    @property
+    def vectors(self) -> list[torch.Tensor]:
+        """Its other weights."""
+        own = [] if self.output_scale is None else [self.output_scale]
+        return own if self.streams is None else [*own, *self.streams.vectors]
 
     @property
     def last_norm(self) -> NormWeight | None:
@@ -143,7 +142,14 @@ class Layer:
     def widest_inner(self) -> int:
         """Numbers of a row between two products behind attention; experts have memory of their own."""
         block = self.feed_forward.down.weight.shape[1] if isinstance(self.feed_forward, Mlp) else 0
-        return block if self.own_input is None else max(block, len(self.own_input.gate.weight))
+        own = 0 if self.own_input is None else len(self.own_input.gate.weight)
+        return max(block, own, 0 if self.streams is None else len(self.streams.left.weight))
+
+    @property
+    def widest_gates(self) -> int:
+        """Numbers of a row in front of sparse gates."""
+        block = self.feed_forward
+        return len(block.gate_up.weight) if isinstance(block, Mlp) and block.cutoff is not None else 0
 
     def check(self) -> None:
         """Raise AssertionError unless the weights belong together. C code trusts them."""
@@ -155,6 +161,8 @@ class Layer:
         self.feed_forward.check()
         if self.own_input is not None:
             self.own_input.check(hidden)
+        if self.streams is not None:
+            self.streams.check(hidden)
         scale = self.output_scale
         assert scale is None or (scale.shape == (1,) and scale.dtype is torch.bfloat16), scale
         for norm, width in (
@@ -184,7 +192,10 @@ class Layers:
         ]
         self.linears = [linear for layer in layers for linear in layer.linears]
         self.norms = [norm for layer in layers for norm in layer.norms]
-        self.scales = [layer.output_scale for layer in layers if layer.output_scale is not None]
+        self.vectors = [vector for layer in layers for vector in layer.vectors]
+        counts = {0 if layer.streams is None else layer.streams.count for layer in layers}
+        assert len(counts) == 1, f"as many streams everywhere, not {counts}"
+        self.streams = counts.pop()  # 0: there is one
         sizes = {0 if layer.own_input is None else len(layer.own_input.gate.weight) for layer in layers}
         assert len(sizes) == 1, f"inputs of one size, not {sizes}"
         self.input_size = sizes.pop()  # 0: layers have no inputs of their own
@@ -201,8 +212,9 @@ class Layers:
         table: PageTable,
         pools: Sequence[Pools],
         inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> None:
-        """The residual stream (rows, hidden) through all layers, in place.
+        """The residual stream (rows, hidden) through all layers, in place; or the `stack` (rows, streams, hidden).
 
         By rope: rotations as Library.rotate takes them. By layer: pools, to whose places `slots` (rows,) int64 keys and
         values go, and which `table` describes; and inputs of their own (layers, rows, size), if they have such.
@@ -218,14 +230,17 @@ class Layers:
         if self.input_size:
             assert inputs is not None and inputs.shape == (len(self.layers), rows, self.input_size), inputs
             assert inputs.dtype is torch.bfloat16 and inputs.is_contiguous(), (inputs.dtype, inputs.stride())
+        if self.streams:
+            assert stack is not None and stack.shape == (rows, self.streams, self.hidden), stack
+            assert stack.dtype is torch.bfloat16 and stack.is_contiguous(), (stack.dtype, stack.stride())
         self.fill(pools)
         assert table.most_tokens <= self.pool_tokens < 2**31, (table.most_tokens, self.pool_tokens)
-        self.call(residual, rotations, slots, table, inputs)
+        self.call(residual, rotations, slots, table, inputs, stack)
 
     def fill(self, pools: Sequence[Pools]) -> None:
         """Have `structures` describe the layers where they are now: updates of weights, for one, move them."""
         addresses = arguments.addresses(self.linears, self.norms)
-        addresses += [scale.data_ptr() for scale in self.scales]
+        addresses += [vector.data_ptr() for vector in self.vectors]
         addresses += [pool.data_ptr() for both in pools for pool in both]
         if addresses == self.addresses:
             return
@@ -244,23 +259,28 @@ class Layers:
         slots: torch.Tensor,
         table: PageTable,
         inputs: torch.Tensor | None,
+        stack: torch.Tensor | None,
     ) -> None:
         """Run the layers as `structures` describes them."""
         rows, pointers = len(residual), ctypes.c_void_p * len(rotations)
         heads = max(layer.heads * layer.head_dim for layer in self.layers)
         widest_qkv = max(len(layer.qkv.weight) for layer in self.layers)
         widest_inner = max(layer.widest_inner for layer in self.layers)
-        widths = widest_qkv, heads, heads, widest_inner, self.hidden
-        qkv, q, mixed, inner, branch = (residual.new_empty(rows, width) for width in widths)
+        widths = [widest_qkv, heads, heads, widest_inner, self.hidden, max(layer.widest_gates for layer in self.layers)]
+        widths += [self.streams * self.hidden, self.hidden if self.streams else 0]
+        memory = [residual.new_empty(rows, width) for width in widths]
+        said = residual.new_empty(rows, self.streams, dtype=torch.float32)
+        *scratch, wide, predicted, beside = (part.data_ptr() for part in memory)
         step = Step(
             rows,
             residual.data_ptr(),
-            qkv.data_ptr(),
-            q.data_ptr(),
-            mixed.data_ptr(),
-            inner.data_ptr(),
-            branch.data_ptr(),
+            *scratch,
             None if inputs is None else inputs.data_ptr(),
+            wide,
+            None if stack is None else stack.data_ptr(),
+            predicted,
+            beside,
+            said.data_ptr(),
             pointers(*(cos.data_ptr() for cos, _ in rotations)),
             pointers(*(sin.data_ptr() for _, sin in rotations)),
             slots.data_ptr(),
@@ -284,13 +304,15 @@ def fill(structure: structures.Layer, layer: Layer, rotary_dim: int, pools: Pool
     structure.output = arguments.product(layer.output, "bf16" if layer.after_attention else "add")
     structure.after_attention = arguments.norm_argument(layer.after_attention)
     if isinstance(block := layer.feed_forward, Mlp):
-        structure.gate_up = arguments.product(block.gate_up, "gated", block.before, block.activation)
+        output = "gated" if block.cutoff is None else "bf16"
+        structure.gate_up = arguments.product(block.gate_up, output, block.before, block.activation)
+        structure.sparse, structure.cutoff = block.cutoff is not None, block.cutoff or 0.0
         structure.down = arguments.product(block.down, "bf16" if block.after else "add")
         structure.after_mlp = arguments.norm_argument(block.after)
-    if (own := layer.own_input) is not None:
-        structure.input_gate = arguments.product(own.gate, "bf16", activation=own.activation)
-        structure.input_projection = arguments.product(own.projection, "bf16")
-        structure.after_input = arguments.norm_argument(own.norm)
+    if layer.own_input is not None:
+        layer.own_input.fill(structure)
+    if layer.streams is not None:
+        layer.streams.fill(structure)
     structure.scale = None if layer.output_scale is None else layer.output_scale.data_ptr()
     fill_attention(structure, layer, rotary_dim, pools)
 

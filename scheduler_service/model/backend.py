@@ -43,10 +43,12 @@ class Backend(Protocol):
         rotations: list[Rotation],
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> bool:
         """Compute all layers at once, where that is possible; False: nothing was done, compute them one by one.
 
-        `inputs`: the layers' own (layers, tokens, size), if they have such.
+        `inputs`: the layers' own (layers, tokens, size), if they have such. `stack`: all residual streams (tokens,
+        count, hidden) where there are several; it is changed then, and `residual` is of no use behind.
         """
         ...
 

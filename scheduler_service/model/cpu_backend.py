@@ -17,7 +17,8 @@ import torch
 
 from quartet.kernels.cpu.experts import Experts, ExpertsArgument
 from quartet.kernels.cpu.gating import gated
-from quartet.kernels.cpu.layers import Layer, Layers, Mlp, OwnInput
+from quartet.kernels.cpu.layer_parts import OwnInput, OwnStreams
+from quartet.kernels.cpu.layers import Layer, Layers, Mlp
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.scheduler_service.model import layers as model_layers
@@ -55,6 +56,7 @@ class CpuBackend:
         rotations: list[Rotation],
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> bool:
         """As the protocol has it: where the context attends with our kernel, and this knows all of the layers."""
         if self.looked_at is not layers:  # not before: the kernels may be compiled beside the start
@@ -67,7 +69,7 @@ class CpuBackend:
         numbers = [layer.attention.spec.layer for layer in layers]
         pools = {number: paged.pools(number) for number in set(numbers)}
         of_layers = [pools[number] for number in numbers]  # several may read one
-        self.together.run(residual, rotations, paged.places, table, of_layers, inputs)
+        self.together.run(residual, rotations, paged.places, table, of_layers, inputs, stack)
         return True
 
     def watch_rows(self, on_rows: Callable[[torch.Tensor | None], None]) -> None:
@@ -206,7 +208,7 @@ def described_layer(layer: DecoderLayer) -> Layer | None:
         return None
     if (feed_forward := described_feed_forward(layer)) is None:
         return None
-    spec, own_input = attention.spec, layer.own_input
+    spec, own_input, streams = attention.spec, layer.own_input, layer.streams
     return Layer(
         qkv=attention.qkv,
         output=attention.output,
@@ -227,6 +229,7 @@ def described_layer(layer: DecoderLayer) -> Layer | None:
         values_from_keys=attention.values_from_keys,
         reads=attention.reads,
         own_input=None if own_input is None else described_input(own_input),
+        streams=None if streams is None else described_streams(streams, layer.before_attention),
         output_scale=layer.scale,
     )
 
@@ -235,6 +238,25 @@ def described_input(own: model_layers.OwnInput) -> OwnInput:
     """The same of what a layer has for its own input."""
     norm = cast(native.NormWeight, norm_weight(own.norm))
     return OwnInput(own.gate, own.projection, norm, GATES.get(own.activation, ""))
+
+
+def described_streams(own: model_layers.OwnStreams, before: Norm | None) -> OwnStreams:
+    """The same of what a layer has for several residual streams; `before` is the norm before attention."""
+    norms = (cast(native.NormWeight, norm_weight(norm)) for norm in (own.router_norm, before, own.norm))
+    router_norm, before_left, after = norms
+    return OwnStreams(
+        count=len(own.router.weight),
+        active=own.active,
+        router=own.router,
+        router_norm=router_norm,
+        predictions=own.predictions,
+        corrections=own.corrections,
+        scale=own.scale,
+        before=before_left,
+        left=own.left,
+        right=own.right,
+        after=after,
+    )
 
 
 def described_feed_forward(layer: DecoderLayer) -> Mlp | Experts | None:
@@ -247,7 +269,7 @@ def described_feed_forward(layer: DecoderLayer) -> Mlp | Experts | None:
             return None
         case block:
             activation = GATES.get(block.activation, "")
-            return Mlp(block.gate_up, block.down, norm_weight(before), norm_weight(after), activation)
+            return Mlp(block.gate_up, block.down, norm_weight(before), norm_weight(after), activation, block.cutoff)
 
 
 def described_experts(before: Norm | None, moe: Moe, after: Norm | None) -> Experts | None:
@@ -283,6 +305,7 @@ LAYER = {
     "before_mlp",
     "after_mlp",
     "own_input",
+    "streams",
     "scale",
 }
 HEADS = {"query_norm", "key_norm", "value_norm", "values_from_keys", "reads"}
@@ -290,7 +313,8 @@ ATTENTION = {"spec", "qkv", "output", *HEADS}
 ATTENTION_SPEC = {"layer", "heads", "kv_heads", "head_dim", "scale", "window", "softcap", "causal"}
 OWN_INPUT = {"gate", "projection", "norm", "activation"}
 NORM = {"weight", "epsilon", "plus_one"}
-MLP = {"gate_up", "down", "activation"}
+STREAMS = {"active", "router", "router_norm", "predictions", "corrections", "scale", "left", "right", "norm"}
+MLP = {"gate_up", "down", "activation", "cutoff"}
 MOE = {"spec", "router", "gate_up", "down", "all_gate_up", "all_down", "activation", "shared", "shared_gate"}
 MOE_SPEC = {
     "experts",
@@ -317,6 +341,8 @@ def is_known(layer: DecoderLayer) -> bool:
         and has_only(layer.attention.spec, ATTENTION_SPEC)
         and (isinstance(layer.feed_forward, Moe) or has_only(layer.feed_forward, MLP))
         and (layer.own_input is None or has_only(layer.own_input, OWN_INPUT))
+        and (layer.streams is None or has_only(layer.streams, STREAMS))
+        and (layer.streams is None or layer.before_attention is not None)
         and all(has_only(norm, NORM) for norm in norms_of(layer) if norm is not None)
     )
 
@@ -325,7 +351,9 @@ def norms_of(layer: DecoderLayer) -> list[Norm | None]:
     attention = layer.attention
     assert isinstance(attention, Attention), attention
     around = [layer.before_attention, layer.after_attention, layer.before_mlp, layer.after_mlp]
-    return [*around, *head_norms(attention), *([] if layer.own_input is None else [layer.own_input.norm])]
+    own = [] if layer.own_input is None else [layer.own_input.norm]
+    streams = [] if layer.streams is None else [layer.streams.router_norm, layer.streams.norm]
+    return [*around, *head_norms(attention), *own, *streams]
 
 
 def head_norms(attention: Attention) -> list[Norm | None]:

@@ -1,6 +1,7 @@
 """The generic decoder: any model of the Llama kind, from its spec, its weights and a backend."""
 
 import copy
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -49,6 +50,9 @@ class Decoder:
         self.layers = [decoder_layer(spec, weights, index) for index in range(len(spec.layers))]
         self.layer_inputs = layer_inputs_of(spec, weights)
         self.streams = streams_of(spec, weights)
+        if self.streams is not None:
+            own = zip(self.layers, self.streams.layers, strict=True)
+            self.layers = [replace(layer, streams=streams) for layer, streams in own]
         self.norm = norm_of(spec, weights, "norm")
         self.lm_head = linear(weights, "embed" if spec.tied else "lm_head") if spec.generates else None
         self.head = Head(spec.score_head, weights) if spec.score_head else None
@@ -117,6 +121,9 @@ class Decoder:
     ) -> None:
         """All layers where the residual stream is one of several; `inputs`: the layers' own."""
         compute, stack = self.backend, streams.spread(residual)
+        if compute.run_layers(self.layers, residual, rotations, batch.attend, inputs, stack):
+            residual.copy_(streams.joined(stack))
+            return
         for layer in self.layers:
             predicted = streams.predicted(layer.index, stack, compute)
             own = predicted[:, streams.spec.active].clone()

@@ -95,6 +95,7 @@ class FusedBackend:
         rotations: list[Rotation],
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> bool:
         return False
 

@@ -119,6 +119,21 @@ class OwnInput:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnStreams:
+    """What one layer has where it reads one of several residual streams (streams.py)."""
+
+    active: int  # the one that is read
+    router: Linear  # (count, hidden)
+    router_norm: Norm
+    predictions: torch.Tensor  # (count * count, count)
+    corrections: torch.Tensor  # (count, count)
+    scale: torch.Tensor | None  # (hidden,) of what the layer's own input is made of
+    left: Linear  # (rank, hidden), of the product beside attention
+    right: Linear  # (hidden, rank)
+    norm: Norm  # behind both
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """One layer: a mixer, then a feed-forward block, with norms before and after each as the family has them.
 
@@ -136,6 +151,7 @@ class DecoderLayer:
     parallel: bool = False  # both blocks read the residual stream as it was
     beside: Mixer | None = None  # a recurrence that reads what the mixer reads
     own_input: OwnInput | None = None
+    streams: OwnStreams | None = None
     scale: torch.Tensor | None = None  # (1,) of all that the layer leaves in the residual stream
 
     @property

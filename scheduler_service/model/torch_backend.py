@@ -56,6 +56,7 @@ class TorchBackend:
         rotations: list[Rotation],
         context: Attend | PagedContext,
         inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> bool:
         return False
 

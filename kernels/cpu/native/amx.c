@@ -7,7 +7,9 @@
 #include "recurrent.h"
 #include "rotation.h"
 #include "rows.h"
+#include "streams.h"
 
 const struct kernels quartet_amx = {
-    product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur, gate_rows,
+    product, rotate, attention, norm, add_normed, add_weighted, add_float, convolve, recur,
+    gate_rows, gate_sparse, predict, correct, spread,
 };

@@ -133,16 +133,33 @@ struct rows {
     uint16_t *out;
     int64_t rows, width;
     struct norm norm;
-    const uint16_t *scale; /* (1,) of what add_normed leaves, which is rounded before; or null */
+    float scale; /* of what add_normed leaves, which is rounded before; 0: none */
     int32_t threads;
 };
 
-/* out (rows, width) = activation(gate) * factor, which may all be one; the activation is rounded before. */
+/* out (rows, width) = activation(gate) * factor, which may all be one; the activation is rounded before.
+ *
+ * Sparse: gate and factor are the halves of rows (rows, 2 * width) at `gate`, and a gate counts as far as it is above the
+ * mean of its row by more than `cutoff` standard deviations. */
 struct gating {
     const uint16_t *gate, *factor;
     uint16_t *out;
     int64_t rows, width;
+    float cutoff;
     int32_t activation; /* enum activation */
+    int32_t threads;
+};
+
+#define MOST_STREAMS 16
+
+/* Several residual streams of each row, which are mixed by shares: weights @ tanh(said / width). */
+struct mixing {
+    int64_t rows, count, active, width;
+    const float *said;       /* (rows, count) */
+    const uint16_t *weights; /* (count * count, count) for predictions, (count, count) for corrections */
+    uint16_t *stack, *predicted; /* (rows, count, width) */
+    uint16_t *own;           /* (rows, width) */
+    const uint16_t *scale;   /* (width,) or null */
     int32_t threads;
 };
 
@@ -169,6 +186,16 @@ struct experts {
     struct product shared_gate_up, shared_down, shared_gate; /* the sigmoid of the last, (1, hidden), is its weight */
 };
 
+/* What a layer has where it reads one of several residual streams (streams.py), and a product of low rank beside
+ * attention. */
+struct streams {
+    int64_t count, active;
+    struct product router; /* (count, hidden), with a norm before, to float */
+    const uint16_t *predictions, *corrections, *scale; /* as in struct mixing */
+    struct norm before, after; /* of the product beside attention */
+    struct product left, right;
+};
+
 /* One layer of a decoder: attention, then a gated feed-forward block or a mixture of experts. What a step decides is left
  * out: rows, threads, what comes in and what goes out. */
 struct layer {
@@ -178,6 +205,9 @@ struct layer {
     struct product input_gate, input_projection; /* of the layer's own input; without columns: it has none */
     struct norm after_input;
     const uint16_t *scale; /* (1,) of what the layer leaves, whose last norm is not null then; or null */
+    const struct streams *streams; /* or null */
+    float cutoff;
+    int32_t sparse; /* the gates of the feed-forward block are, see struct gating */
     struct rotation rotation;
     struct attention attention;
     int64_t rope; /* which of the step's rotations */
@@ -189,6 +219,10 @@ struct step {
     uint16_t *residual;                         /* (rows, hidden): changed in place */
     uint16_t *qkv, *q, *mixed, *inner, *branch; /* scratch memory: what goes from one operation to the next */
     const uint16_t *inputs; /* (layers, rows, columns of `input_gate`): the layers' own; or null */
+    uint16_t *wide;   /* scratch memory: gates and factors of sparse blocks */
+    uint16_t *stack;  /* (rows, streams, hidden): changed in place, where layers have streams; `residual` is scratch then */
+    uint16_t *predicted, *beside; /* scratch memory: as the stack, and (rows, hidden) */
+    float *said;                  /* scratch memory: (rows, streams) */
     const uint16_t *const *cosines, *const *sines; /* by rope, see struct rotation */
     const int64_t *slots;
     int64_t page_size, sequences;               /* the rest as in struct attention */
@@ -210,6 +244,10 @@ struct kernels {
     void (*convolve)(const struct convolution *);
     void (*recur)(const struct recurrence *);
     void (*gate_rows)(const struct gating *);
+    void (*gate_sparse)(const struct gating *);
+    void (*predict)(const struct mixing *); /* predicted, own = predicted[active] */
+    void (*correct)(const struct mixing *); /* stack from own; own = stack[active] * scale */
+    void (*spread)(const struct mixing *);  /* stack += own, but for the first stream */
 };
 
 extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;

@@ -6,5 +6,9 @@
 #include "recurrent.h"
 #include "rotation.h"
 #include "rows.h"
+#include "streams.h"
 
-const struct kernels quartet_avx512 = {product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur, gate_rows};
+const struct kernels quartet_avx512 = {
+    product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur,
+    gate_rows, gate_sparse, predict, correct, spread,
+};

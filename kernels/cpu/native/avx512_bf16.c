@@ -6,7 +6,9 @@
 #include "recurrent.h"
 #include "rotation.h"
 #include "rows.h"
+#include "streams.h"
 
 const struct kernels quartet_avx512_bf16 = {
-    product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur, gate_rows,
+    product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur,
+    gate_rows, gate_sparse, predict, correct, spread,
 };

@@ -162,7 +162,7 @@ class Library:
         for tensor in (x, residual, weight):
             assert tensor.dtype is torch.bfloat16 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
         own = Norm(weight.data_ptr(), epsilon, offset)
-        wanted = Rows(x.data_ptr(), None, residual.data_ptr(), rows, width, own, None, torch.get_num_threads())
+        wanted = Rows(x.data_ptr(), None, residual.data_ptr(), rows, width, own, 0.0, torch.get_num_threads())
         self.functions.quartet_add_normed(self.kernels, wanted)
 
     def rotate(

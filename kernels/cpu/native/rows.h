@@ -44,8 +44,8 @@ INLINE void norm_row(const struct rows *r, int64_t row, int adds) {
         vec_store_bf16(rounded, y);
         if (adds)
             vec_store_bf16(rounded, vec_add(vec_load_bf16(r->out + begin + i), vec_load_bf16(rounded)));
-        if (r->scale)
-            vec_store_bf16(rounded, vec_mul(vec_load_bf16(rounded), vec_set(from_bf16(*r->scale))));
+        if (r->scale != 0)
+            vec_store_bf16(rounded, vec_mul(vec_load_bf16(rounded), vec_set(r->scale)));
         memcpy(r->out + begin + i, rounded, sizeof rounded);
     }
     for (; i < r->width; i++) {
@@ -55,7 +55,7 @@ INLINE void norm_row(const struct rows *r, int64_t row, int adds) {
         bf16 rounded = to_bf16(y);
         if (adds)
             rounded = to_bf16(from_bf16(r->out[begin + i]) + from_bf16(rounded));
-        r->out[begin + i] = r->scale ? to_bf16(from_bf16(rounded) * from_bf16(*r->scale)) : rounded;
+        r->out[begin + i] = r->scale != 0 ? to_bf16(from_bf16(rounded) * r->scale) : rounded;
     }
 }
 

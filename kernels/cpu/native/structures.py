@@ -171,7 +171,7 @@ class Rows(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("norm", Norm),
-        ("scale", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
 
@@ -185,6 +185,7 @@ class Gating(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("width", ctypes.c_int64),
+        ("cutoff", ctypes.c_float),
         ("activation", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
@@ -212,6 +213,23 @@ class Experts(ctypes.Structure):
     )
 
 
+class Streams(ctypes.Structure):
+    """`struct streams` of api.h."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("active", ctypes.c_int64),
+        ("router", Product),
+        ("predictions", ctypes.c_void_p),
+        ("corrections", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("before", Norm),
+        ("after", Norm),
+        ("left", Product),
+        ("right", Product),
+    )
+
+
 class Layer(ctypes.Structure):
     """`struct layer` of api.h."""
 
@@ -227,6 +245,9 @@ class Layer(ctypes.Structure):
         ("input_projection", Product),
         ("after_input", Norm),
         ("scale", ctypes.c_void_p),
+        ("streams", ctypes.POINTER(Streams)),
+        ("cutoff", ctypes.c_float),
+        ("sparse", ctypes.c_int32),
         ("rotation", Rotation),
         ("attention", Attention),
         ("rope", ctypes.c_int64),
@@ -245,6 +266,11 @@ class Step(ctypes.Structure):
         ("inner", ctypes.c_void_p),
         ("branch", ctypes.c_void_p),
         ("inputs", ctypes.c_void_p),
+        ("wide", ctypes.c_void_p),
+        ("stack", ctypes.c_void_p),
+        ("predicted", ctypes.c_void_p),
+        ("beside", ctypes.c_void_p),
+        ("said", ctypes.c_void_p),
         ("cosines", ctypes.POINTER(ctypes.c_void_p)),
         ("sines", ctypes.POINTER(ctypes.c_void_p)),
         ("slots", ctypes.c_void_p),
