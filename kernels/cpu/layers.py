@@ -93,7 +93,7 @@ class Layer:
             and self.feed_forward.can_run()
             and (self.own_input is None or self.own_input.activation in ACTIVATIONS)
             and len({norm[1:] for norm in self.head_norms if norm is not None}) <= 1
-            and (self.output_scale is None or self.last_norm is not None)
+            and (self.output_scale is None or self.last_norm is not None or isinstance(self.feed_forward, Experts))
             and (self.streams is None or (self.streams.can_run() and self.output_scale is None))
             and (self.streams is None or (self.own_input is not None and isinstance(self.feed_forward, Mlp)))
             and kernels.can_rotate(self.head_dim, rotary_dim)

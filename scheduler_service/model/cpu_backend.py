@@ -276,21 +276,25 @@ def described_experts(before: Norm | None, moe: Moe, after: Norm | None) -> Expe
     """The same of a mixture of experts."""
     if not (has_only(moe, MOE) and has_only(moe.spec, MOE_SPEC)):
         return None
-    shared = None
-    if moe.shared is not None:
-        if moe.shared_gate is None or moe.shared.activation != moe.activation:
-            return None
-        shared = moe.shared.gate_up, moe.shared.down, moe.shared_gate
+    if moe.shared is not None and moe.shared.activation != moe.activation:
+        return None
     return Experts(
         before=norm_weight(before),
         after=norm_weight(after),
         router=moe.router,
         gate_up=moe.gate_up,
         down=moe.down,
-        shared=shared,
+        shared=None if moe.shared is None else (moe.shared.gate_up, moe.shared.down),
         activation=GATES.get(moe.activation, ""),
         top_k=moe.spec.top_k,
         renormalize=moe.spec.renormalize,
+        shared_gate=moe.shared_gate,
+        router_norm=norm_weight(moe.router_norm),
+        router_scale=moe.spec.router_scale,
+        expert_scale=moe.expert_scale,
+        after_chosen=norm_weight(moe.after),
+        shared_before=norm_weight(moe.shared_before),
+        shared_after=norm_weight(moe.shared_after),
     )
 
 
@@ -315,7 +319,11 @@ OWN_INPUT = {"gate", "projection", "norm", "activation"}
 NORM = {"weight", "epsilon", "plus_one"}
 STREAMS = {"active", "router", "router_norm", "predictions", "corrections", "scale", "left", "right", "norm"}
 MLP = {"gate_up", "down", "activation", "cutoff"}
-MOE = {"spec", "router", "gate_up", "down", "all_gate_up", "all_down", "activation", "shared", "shared_gate"}
+MOE_NORMS = {"router_norm", "after", "shared_before", "shared_after"}
+MOE = {
+    *("spec", "router", "gate_up", "down", "all_gate_up", "all_down", "activation", "shared", "shared_gate"),
+    *("expert_scale", *MOE_NORMS),
+}
 MOE_SPEC = {
     "experts",
     "top_k",
@@ -329,6 +337,9 @@ MOE_SPEC = {
     "shared",
     "shared_gate_up",
     "shared_down",
+    "router_scale",
+    "expert_scale",
+    *MOE_NORMS,
 }
 
 

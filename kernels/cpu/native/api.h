@@ -184,6 +184,11 @@ struct experts {
     int32_t has_shared;
     int64_t shared_size;
     struct product shared_gate_up, shared_down, shared_gate; /* the sigmoid of the last, (1, hidden), is its weight */
+    struct norm router_norm; /* the router reads what comes in by this norm, if it has one */
+    float router_scale;      /* of its logits; 0: none */
+    const uint16_t *expert_scale; /* (count,) of the weights of chosen experts, or null */
+    /* If there is a norm behind the chosen experts' sum, the shared expert has its own before and behind, and no gate. */
+    struct norm after_chosen, shared_before, shared_after;
 };
 
 /* What a layer has where it reads one of several residual streams (streams.py), and a product of low rank beside
@@ -252,10 +257,10 @@ struct kernels {
 
 extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;
 
-/* residual (rows, hidden) += the mixture of its rows. `ids` (rows, top_k): the experts chosen, best first; may be null.
- * So may `additions`. 0, or -1 where there is no memory. */
+/* residual (rows, hidden) += the mixture of its rows, times `scale` (0: none). `ids` (rows, top_k): the experts chosen,
+ * best first; may be null. So may `additions`. 0, or -1 where there is no memory. */
 int quartet_experts(const struct kernels *kernels, const struct experts *e, int64_t rows, uint16_t *residual,
-                    int64_t *ids, int32_t threads, const struct additions *additions);
+                    int64_t *ids, float scale, int32_t threads, const struct additions *additions);
 
 /* Scratch memory of this thread, aligned to cache lines, kept from call to call; null where there is none. */
 void *quartet_scratch(int slot, int64_t bytes);

@@ -68,10 +68,10 @@ static int add_product(const struct kernels *kernels, const struct step *step, c
 }
 
 static int run_feed_forward(const struct kernels *kernels, const struct step *step, const struct layer *layer) {
-    if (layer->experts)
-        return quartet_experts(kernels, layer->experts, step->rows, step->residual, 0, step->threads,
-                               step->additions);
     float scale = layer->input_gate.n ? 0 : scale_of(layer);
+    if (layer->experts)
+        return quartet_experts(kernels, layer->experts, step->rows, step->residual, 0, scale, step->threads,
+                               step->additions);
     int failed;
     if (layer->sparse) {
         struct gating gating = {.gate = step->wide, .out = step->inner, .rows = step->rows, .width = layer->down.k};

@@ -210,6 +210,12 @@ class Experts(ctypes.Structure):
         ("shared_gate_up", Product),
         ("shared_down", Product),
         ("shared_gate", Product),
+        ("router_norm", Norm),
+        ("router_scale", ctypes.c_float),
+        ("expert_scale", ctypes.c_void_p),
+        ("after_chosen", Norm),
+        ("shared_before", Norm),
+        ("shared_after", Norm),
     )
 
 
