@@ -79,9 +79,9 @@ class Metadata:
     def by_layer(self, key: str, layers: int) -> list[int | float | bool] | None:
         """A value for each layer, which may all have one; None: there is none. Raises GgufError."""
         value = self.header.metadata.get(f"{self.name}.{key}")
-        values = value if isinstance(value, list) else [value] * layers
         if value is None:
             return None
+        values: list[Any] = value if isinstance(value, list) else [value] * layers
         if len(values) < layers or not all(isinstance(entry, int | float) for entry in values):
             raise self.misfit(key, value)
         return values[:layers]

@@ -182,8 +182,9 @@ def attend_projected(
         qkv, query_norm, key_norm, value_norm, from_keys = arranged(qkv, attention, normed), None, None, None, False
     q = qkv.new_empty(len(qkv), spec.heads, spec.head_dim)
     # `pools` clears pages for those who write to them
-    pools = [qkv.new_empty(0, 0, spec.head_dim)] * 2 if attention.reads else paged.pools(spec.layer)
-    kernels.rotate(qkv, query_norm, key_norm, *rotation, paged.places, *pools, q, value_norm, from_keys)
+    none = qkv.new_empty(0, 0, spec.head_dim)
+    keys, values = (none, none) if attention.reads else paged.pools(spec.layer)
+    kernels.rotate(qkv, query_norm, key_norm, *rotation, paged.places, keys, values, q, value_norm, from_keys)
     if query_scale is not None:
         q.mul_(query_scale.to(q.dtype))
     return paged.attend_written(spec, q).view(len(qkv), -1)

@@ -97,6 +97,7 @@ class FusedBackend:
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
     ) -> bool:
+        """As the protocol has it: never at once."""
         return False
 
     def attend(

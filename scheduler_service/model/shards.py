@@ -58,10 +58,11 @@ def refuse_whole(spec: DecoderSpec, ranks: int) -> None:
 def shard_spec(spec: DecoderSpec, ranks: int) -> DecoderSpec:
     """The decoder that one rank computes. Raises StartupError where there is none."""
     refuse_whole(spec, ranks)
+    kv_heads = share_of_keys(spec.kv_heads, ranks)
     return replace(
         spec,
         heads=share(spec.heads, ranks, "attention heads"),
-        kv_heads=share_of_keys(spec.kv_heads, ranks),
+        kv_heads=kv_heads,
         intermediate_size=share(spec.intermediate_size, ranks, "columns of the feed-forward block"),
         layers=tuple(shard_layer(layer, ranks) for layer in spec.layers),
     )

@@ -58,6 +58,7 @@ class TorchBackend:
         inputs: torch.Tensor | None = None,
         stack: torch.Tensor | None = None,
     ) -> bool:
+        """As the protocol has it: never at once."""
         return False
 
     def attend(
