@@ -79,6 +79,8 @@ void quartet_rotate(const struct kernels *kernels, const struct rotation *r) { k
 
 void quartet_add_normed(const struct kernels *kernels, const struct rows *rows) { kernels->add_normed(rows); }
 
+void quartet_gate_rows(const struct kernels *kernels, const struct gating *g) { kernels->gate_rows(g); }
+
 int quartet_has_attention(const struct kernels *kernels) { return kernels->attention != 0; }
 
 /* 0, or -1 where there is no memory. */

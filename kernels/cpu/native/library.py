@@ -162,7 +162,7 @@ class Library:
         for tensor in (x, residual, weight):
             assert tensor.dtype is torch.bfloat16 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
         own = Norm(weight.data_ptr(), epsilon, offset)
-        wanted = Rows(x.data_ptr(), None, residual.data_ptr(), rows, width, own, torch.get_num_threads())
+        wanted = Rows(x.data_ptr(), None, residual.data_ptr(), rows, width, own, 0.0, torch.get_num_threads())
         self.functions.quartet_add_normed(self.kernels, wanted)
 
     def rotate(
@@ -176,25 +176,31 @@ class Library:
         keys: torch.Tensor,
         values: torch.Tensor,
         q: torch.Tensor,
+        value_norm: NormWeight | None = None,
+        values_from_keys: bool = False,
     ) -> None:
         """qkv (tokens, (heads + 2 * kv_heads) * dim), normed by head, rotated → q (tokens, heads, dim) and the pools.
 
         cos and sin (tokens, 1, rotary_dim) as kernels.reference.layers.rotation makes them; keys and values go to the
-        places `slots` (tokens,) int64 of the pools (kv_heads, pool tokens, dim), which must have them.
+        places `slots` (tokens,) int64 of the pools (kv_heads, pool tokens, dim), which must have them. With
+        `values_from_keys` there are no columns of values: they are made of keys before their norm.
         """
         check_matrix(qkv)
         tokens, heads, dim = q.shape
         kv_heads, rotary = keys.shape[0], cos.shape[-1]
-        assert qkv.shape == (tokens, (heads + 2 * kv_heads) * dim), (qkv.shape, q.shape, keys.shape)
+        parts = heads + (1 if values_from_keys else 2) * kv_heads
+        assert qkv.shape == (tokens, parts * dim), (qkv.shape, q.shape, keys.shape)
         assert self.can_rotate(dim, rotary), (dim, rotary)
         assert cos.shape == sin.shape == (tokens, 1, rotary), (cos.shape, sin.shape, tokens)
         assert keys.shape == values.shape and keys.shape[2] == dim, (keys.shape, values.shape, dim)
         assert slots.shape == (tokens,) and slots.dtype is torch.int64, (slots.shape, slots.dtype)
         for tensor in (cos, sin, keys, values, q):
             assert tensor.dtype is torch.bfloat16 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
-        for norm in (query_norm, key_norm):
+        norms = query_norm, key_norm, value_norm
+        for norm in norms:
             assert norm is None or (norm[0].shape == (dim,) and norm[0].dtype is torch.bfloat16), norm
         _, epsilon, offset = query_norm or key_norm or (None, 0.0, 0.0)
+        assert value_norm is None or value_norm[1:] == (epsilon, offset), (value_norm, epsilon, offset)
         self.functions.quartet_rotate(
             self.kernels,
             Rotation(
@@ -205,8 +211,7 @@ class Library:
                 kv_heads,
                 dim,
                 rotary,
-                None if query_norm is None else query_norm[0].data_ptr(),
-                None if key_norm is None else key_norm[0].data_ptr(),
+                *(None if norm is None else norm[0].data_ptr() for norm in norms),
                 epsilon,
                 offset,
                 cos.data_ptr(),
@@ -216,6 +221,7 @@ class Library:
                 values.data_ptr(),
                 keys.stride(0),
                 q.data_ptr(),
+                values_from_keys,
                 torch.get_num_threads(),
             ),
         )
