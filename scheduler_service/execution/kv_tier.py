@@ -214,7 +214,8 @@ def tier_store(
         raise StartupError(NOT_FOR_THIS_MODEL.format(flag, "this one has recurrent layers with states of their own"))
     blocks = KvBlocks(worker.cache, block_tokens(worker.page_size))
     sizes = sizes_of(config, blocks, worker.page_count, worker.device)
-    opening = OpenTier(sizes.block_tokens, sizes.memory_blocks, sizes.most_fetched, config.tp_size, directory_of(boot))
+    ranks = 1 if followers is None else followers.parallel.size
+    opening = OpenTier(sizes.block_tokens, sizes.memory_blocks, sizes.most_fetched, ranks, directory_of(boot))
     part: OwnPart | LeadingPart = own_part(opening, blocks)
     facts = [facts_of(worker.model.weights, blocks)]
     if followers is not None:
