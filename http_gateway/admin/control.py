@@ -19,6 +19,7 @@ from quartet.http_gateway.routes.endpoint import (
     Endpoint,
     Handler,
     body_parts,
+    convert_body,
     of_adapters,
     of_commands,
     of_weights,
@@ -75,7 +76,7 @@ def refuse_beside_others(command: ControlCommand) -> None:
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
     """Read the body and decode it."""
-    return decode_command(kind, http, await read_body(http))
+    return await convert_body(http, decode_command, kind, http, await read_body(http))
 
 
 def decode_command(kind: type[ControlCommand], http: HTTPRequest, body: bytes) -> ControlCommand:
@@ -108,7 +109,7 @@ async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Res
     """The tensors go into files as they arrive, the command with their paths round the ring."""
     with payloads.Upload(gateway.run_dir, gateway.config.tp_size) as upload:
         await feed(upload, gateway, http)
-        command = decode_command(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
+        command = await convert_body(http, decode_command, UpdateWeightsFromTensor, http, bytes(upload.skeleton))
         assert isinstance(command, UpdateWeightsFromTensor), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
         command.payload_files = upload.files_of(entries)
@@ -127,7 +128,7 @@ async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Resp
     """Likewise; the tensors stand in `serialized_named_tensors`, or in the older `serialized_tensors`."""
     with payloads.Upload(gateway.run_dir) as upload:
         await feed(upload, gateway, http)
-        command = decode_command(LoadAdapterFromTensors, http, bytes(upload.skeleton))
+        command = await convert_body(http, decode_command, LoadAdapterFromTensors, http, bytes(upload.skeleton))
         assert isinstance(command, LoadAdapterFromTensors), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
         if command.serialized_tensors is not None:

@@ -1,6 +1,7 @@
 /* What every instruction set offers: the table that dispatch.c chooses one of. See library.py for the callers. */
 #pragma once
 
+#include <stdatomic.h>
 #include <stdint.h>
 
 #include "recurrences.h"
@@ -238,6 +239,34 @@ struct step {
     const struct additions *additions; /* to the products; or null */
 };
 
+/* Rows of logits that a token is drawn from each, see draw.h. */
+struct drawing {
+    const float *logits; /* rows `stride` apart */
+    int64_t n, stride, count;
+    const int64_t *rows; /* (count,): those that are drawn from; the lists that follow have an item for each */
+    const float *temperatures;
+    const int64_t *top_ks; /* 0: all tokens */
+    const double *top_ps;  /* 1: all */
+    const float *min_ps;   /* 0: all */
+    const int64_t *seeds, *positions;
+    const float *best; /* by row of logits: the largest */
+    int64_t *tokens;   /* by row of logits, as are `valid`: what is drawn */
+    uint8_t *valid;    /* whether the row's largest logit is finite; if not, its token is 0 */
+    int32_t threads;
+    atomic_long next;
+    atomic_int failed;
+};
+
+/* out = log(sum(exp(x))) by row. */
+struct summing {
+    const float *x; /* (rows, n), rows `stride` apart */
+    int64_t rows, n, stride;
+    const float *best; /* (rows,) */
+    float *out;        /* (rows,) */
+    int32_t threads;
+    atomic_long next;
+};
+
 struct kernels {
     int (*product)(const struct product *);
     void (*rotate)(const struct rotation *);
@@ -248,6 +277,8 @@ struct kernels {
     int (*add_float)(const struct adding *);
     void (*convolve)(const struct convolution *);
     void (*recur)(const struct recurrence *);
+    int (*draw)(struct drawing *);
+    void (*log_of_sums)(struct summing *);
     void (*gate_rows)(const struct gating *);
     void (*gate_sparse)(const struct gating *);
     void (*predict)(const struct mixing *); /* predicted, own = predicted[active] */
@@ -255,12 +286,17 @@ struct kernels {
     void (*spread)(const struct mixing *);  /* stack += own, but for the first stream */
 };
 
-extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;
+/* Of these a library has one; the addresses of the others are null. */
+#define MAYBE __attribute__((weak))
+extern const struct kernels quartet_avx2 MAYBE, quartet_avx512 MAYBE, quartet_avx512_bf16 MAYBE, quartet_amx MAYBE;
 
 /* residual (rows, hidden) += the mixture of its rows, times `scale` (0: none). `ids` (rows, top_k): the experts chosen,
  * best first; may be null. So may `additions`. 0, or -1 where there is no memory. */
 int quartet_experts(const struct kernels *kernels, const struct experts *e, int64_t rows, uint16_t *residual,
                     int64_t *ids, float scale, int32_t threads, const struct additions *additions);
+
+/* Uniform in (0, 1), a function of both. */
+double quartet_uniform(int64_t seed, int64_t position);
 
 /* Scratch memory of this thread, aligned to cache lines, kept from call to call; null where there is none. */
 void *quartet_scratch(int slot, int64_t bytes);

@@ -23,7 +23,7 @@ from quartet.kernels.cpu.native.structures import Additions, Attention, Norm, Pr
 
 log = logging.getLogger(__name__)
 
-INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16", "amx")  # ascending
+INSTRUCTION_SETS = tuple(build.FEATURES)  # ascending
 ONEDNN_NAMES = {
     "SSE41": "none",
     "AVX": "none",
@@ -320,16 +320,17 @@ def candidates() -> list[str]:
     highest = highest_wanted()
     if highest == "none":
         return []
-    return list(reversed(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(highest) + 1]))
+    allowed = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(highest) + 1]
+    return [name for name in reversed(allowed) if build.may_have(name)]
 
 
 @lru_cache
-def functions() -> ctypes.CDLL:
-    """The loaded library. Raises CannotBuild."""
-    with contextlib.suppress(OSError), build.built() as path:
+def functions(instruction_set: str) -> ctypes.CDLL:
+    """The loaded library for an instruction set. Raises CannotBuild."""
+    with contextlib.suppress(OSError), build.built(instruction_set) as path:
         return ctypes.CDLL(str(path))
     try:
-        with build.built(afresh=True) as path:  # what lay in the cache was damaged
+        with build.built(instruction_set, afresh=True) as path:  # what lay in the cache was damaged
             return ctypes.CDLL(str(path))
     except OSError as error:
         raise build.CannotBuild(f"it cannot be loaded: {error}") from error
@@ -337,20 +338,22 @@ def functions() -> ctypes.CDLL:
 
 def load() -> Library | None:
     """Compile and load the library; None, and a log line, where that cannot be done."""
-    wanted = candidates()
-    if not wanted:
+    if highest_wanted() == "none":
         return None
-    try:
-        loaded = functions()
-    except build.CannotBuild as reason:
-        log.warning("The CPU kernels cannot be compiled, and torch's serve, which are slower: %s.", reason)
-        return None
-    for name in wanted:
-        with contextlib.suppress(LookupError):
-            found = Library(loaded, name)
-            log.info("CPU kernels: %s", name)
-            return found
-    log.warning("The CPU kernels need AVX2. torch's serve, which are slower.")
+    for name in candidates():
+        try:
+            found = Library(functions(name), name)
+        except LookupError:  # the system does not allow its use
+            continue
+        except build.CompilerRefused as reason:
+            log.warning("The CPU kernels for %s cannot be compiled; a newer compiler may: %s.", name, reason)
+            continue
+        except build.CannotBuild as reason:
+            log.warning("The CPU kernels cannot be compiled, and torch's serve, which are slower: %s.", reason)
+            return None
+        log.info("CPU kernels: %s", name)
+        return found
+    log.warning("There are no CPU kernels for this machine (they need AVX2). torch's serve, which are slower.")
     return None
 
 

@@ -289,3 +289,42 @@ class Step(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("additions", ctypes.POINTER(Additions)),
     )
+
+
+class Drawing(ctypes.Structure):
+    """`struct drawing` of api.h."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("temperatures", ctypes.c_void_p),
+        ("top_ks", ctypes.c_void_p),
+        ("top_ps", ctypes.c_void_p),
+        ("min_ps", ctypes.c_void_p),
+        ("seeds", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("best", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+        ("valid", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("next", ctypes.c_long),
+        ("failed", ctypes.c_int),
+    )
+
+
+class Summing(ctypes.Structure):
+    """`struct summing` of api.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("best", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("next", ctypes.c_long),
+    )

@@ -20,7 +20,7 @@ EPSILON = 1e-5
 @pytest.fixture(params=INSTRUCTION_SETS)
 def kernels(request, monkeypatch):
     try:
-        return Library(library.functions(), request.param)
+        return Library(library.functions(request.param), request.param)
     except LookupError:
         pytest.skip(f"this machine has no {request.param}")
 

@@ -14,7 +14,7 @@ PLAIN = {"silu": reference.silu_and_mul, "gelu_tanh": reference.gelu_tanh_and_mu
 @pytest.fixture(params=library.INSTRUCTION_SETS)
 def kernels(request):
     try:
-        return library.Library(library.functions(), request.param)
+        return library.Library(library.functions(request.param), request.param)
     except LookupError:
         pytest.skip(f"this machine has no {request.param}")
 

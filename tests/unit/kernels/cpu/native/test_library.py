@@ -21,7 +21,7 @@ ROWS = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 65, 257]
 @pytest.fixture(params=INSTRUCTION_SETS)
 def kernels(request):
     try:
-        return Library(library.functions(), request.param)
+        return Library(library.functions(request.param), request.param)
     except LookupError:
         pytest.skip(f"this machine has no {request.param}")
 
