@@ -61,6 +61,8 @@ class FakeStore:
         match command:
             case Store():
                 content = array("i", (token for page in command.pages for token in self.page(page)))
+                if command.snapshot >= 0:
+                    content = pieces_of(self.stepper.worker._snapshots[command.snapshot])[command.piece]
                 if command.memory:
                     self.memory[command.key] = content
                 if command.file:
@@ -109,7 +111,11 @@ class FakeStore:
         wanted = self.tier.arrived(fetch.number, len(blocks), damaged)
         if wanted is None:
             return
-        restored = self.stepper.planner.pool.restore(wanted, len(blocks))
+        restored = self.stepper.planner.pool.restore(wanted, min(len(blocks), fetch.blocks))
+        if restored.snapshot >= 0:
+            state = array("i", (token for piece in blocks[fetch.blocks :] for token in piece))
+            self.stepper.worker._snapshots[restored.snapshot] = state
+            blocks = blocks[: fetch.blocks]
         size = self.stepper.planner.config.page_size
         content = array("i", (token for block in blocks for token in block))[restored.skipped * size :]
         for place, page in enumerate(restored.pages):
@@ -126,6 +132,11 @@ class FakeStore:
             assert len(self.memory) == len(self.tier.memory) and all(key in self.tier.memory for key in self.memory)
             if not self.jobs:
                 assert len(self.files) == len(self.tier.files) and all(key in self.tier.files for key in self.files)
+
+
+def pieces_of(state: "array[int]") -> "list[array[int]]":
+    """The fake worker's state is the tokens that it has seen; in two pieces."""
+    return [state[: len(state) // 2], state[len(state) // 2 :]]
 
 
 def serve(stepper: Stepper, store: FakeStore, most_turns: int = 5000) -> None:

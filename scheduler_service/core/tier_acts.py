@@ -10,15 +10,22 @@ from typing import Protocol
 
 import msgspec
 
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT
+
 
 class Store(msgspec.Struct, tag=True, frozen=True):
-    """Copy a block out of these pages now: they may hold something else after the next step."""
+    """Copy a block out of these pages now: they may hold something else after the next step.
+
+    Or, of a snapshot of recurrent state, the piece of this number.
+    """
 
     key: bytes
     pages: list[int]
     serial: int
     memory: bool
     file: bool
+    snapshot: int = NO_SNAPSHOT
+    piece: int = 0
 
 
 class DropMemory(msgspec.Struct, tag=True, frozen=True):
@@ -58,6 +65,14 @@ class Put(msgspec.Struct, tag=True, frozen=True):
     pages: list[int]
 
 
+class PutState(msgspec.Struct, tag=True, frozen=True):
+    """Fill a snapshot with the recurrent state whose pieces these are."""
+
+    number: int
+    keys: list[bytes]
+    snapshot: int
+
+
 class Keep(msgspec.Struct, tag=True, frozen=True):
     """Have a block that a read has brought in memory too."""
 
@@ -77,7 +92,7 @@ class Clear(msgspec.Struct, tag=True, frozen=True):
     identity: bytes
 
 
-Act = CarryOut | ReadFiles | Put | Keep | EndRead | Clear
+Act = CarryOut | ReadFiles | Put | PutState | Keep | EndRead | Clear
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,18 @@ from quartet.scheduler_service.execution.tier_part import OwnPart
 from quartet.scheduler_service.weights.update import Updates
 from tests import checkpoints
 from tests.engine import Engine, floats
+from tests.model import tiny
 from tests.tiered import BLOCK, OUTPUT_LOGPROBS, PAGE, PARAMS, PROMPTS, SIZES, Tiered
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.random_model(tmp_path_factory.mktemp("model"), 5)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build("qwen3_5", tmp_path_factory.mktemp("hybrid"))
 
 
 class Served(Tiered):
@@ -56,6 +62,38 @@ def test_answers_are_those_of_a_server_that_computes_all(
     assert floats(again.logprobs.values) == pytest.approx(floats(computed.logprobs.values), abs=1e-5)
     if deterministic:
         assert again.logprobs.values == computed.logprobs.values, "bit for bit"
+
+
+@pytest.mark.parametrize("level", ["files", "memory", "both"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_recurrent_states_come_back_with_the_blocks(
+    hybrid: Path, tmp_path: Path, level: str, deterministic: bool
+) -> None:
+    alone = Engine(hybrid, page_size=PAGE, enable_deterministic_inference=deterministic)
+    computed = alone.generate([PROMPTS[0]], PARAMS, logprobs=OUTPUT_LOGPROBS)[0]
+    settings = levels(tmp_path)[level] | {"hicache_ratio": 40.0 if level != "files" else None}
+    served = Served(hybrid, **settings, enable_deterministic_inference=deterministic)
+    assert served.tier.sizes.state_pieces > 0
+    first = served.ask(0)
+    served.settle()
+    served.engine.planner.pool.clear()
+    again = served.ask(0)
+    assert first.cached_tokens == 0 and again.cached_tokens == 3 * BLOCK
+    assert first.ids == again.ids == computed.ids
+    assert again.logprobs is not None and computed.logprobs is not None
+    assert floats(again.logprobs.values) == pytest.approx(floats(computed.logprobs.values), abs=1e-5)
+    if deterministic:
+        assert again.logprobs.values == computed.logprobs.values, "bit for bit"
+
+
+def test_the_next_process_finds_recurrent_states_too(hybrid: Path, tmp_path: Path) -> None:
+    served = Served(hybrid, kv_cache_dir=str(tmp_path))
+    first = served.ask(0)
+    served.settle()
+    later = Served(hybrid, kv_cache_dir=str(tmp_path))
+    again = later.ask(0)
+    assert again.cached_tokens == 3 * BLOCK and again.ids == first.ids
+    assert later.ask(1).cached_tokens == 0
 
 
 def test_the_next_process_finds_them_again(model: Path, tmp_path: Path) -> None:
