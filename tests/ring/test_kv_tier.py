@@ -136,6 +136,6 @@ def test_recurrent_states_are_found_by_the_next_server(launch: Callable[..., Ser
     model, directory = tiny.build("qwen3_5", tmp_path / "model"), tmp_path / "kv"
     server = launch(*flags(model, directory), "--skip-tokenizer-init")
     answer = ask(server, 0)[0]
-    await_files(directory, LENGTH // BLOCK + 1)
+    await_files(directory, state(server)["kv_tier_stored_tokens_total"] // BLOCK)
     server.children()["scheduler"].kill()
     assert ask(server, 0) == (answer, CACHED)
