@@ -33,6 +33,7 @@ class FakeStore:
         self.draw = draw
         self.memory: dict[bytes, array[int]] = {}
         self.files: dict[bytes, array[int]] = {}
+        self.spoilt: set[bytes] = set()  # files that cannot be read
         self.jobs: deque[Callable[[], None]] = deque()  # of the writer, in order
         self.reads: list[Fetch] = []
         self.identity = b"first"
@@ -95,7 +96,7 @@ class FakeStore:
         damaged = None
         for key in fetch.keys:
             if key in fetch.files:
-                if key not in self.files or (self.draw is not None and self.draw.random() < 0.1):
+                if key not in self.files or key in self.spoilt or (self.draw is not None and self.draw.random() < 0.1):
                     damaged = key
                     break
                 found[key] = self.files[key]

@@ -79,7 +79,7 @@ def test_a_damaged_piece_of_a_state_is_forgotten() -> None:
     ask(stepper, store, "a", PROMPT)
     stepper.planner.pool.clear()
     assert len(store.files) == 5 + 2 * 2  # states behind 16 and 32 tokens
-    del store.files[next(key for key in store.files if len(store.files[key]) == 16)]  # half of the second state
+    store.spoilt.add(next(key for key in store.files if len(store.files[key]) == 16))  # half of the second state
     assert ask(stepper, store, "b", PROMPT) == 16
     assert store.tier.damaged == 1
 
