@@ -97,8 +97,9 @@ class LeadingPart:
             yield from self._count(result)
         for report in self._followers.reports():
             self._reports -= 1
-            for told in (*report.written, *report.brought):
-                yield from self._count(told)
+            told: list[Written | Brought] = [*report.written, *report.brought]
+            for result in told:
+                yield from self._count(result)
 
     def _count(self, result: Written | Brought) -> Iterator[Written | Brought]:
         """The result of all ranks, once this is the last one."""
