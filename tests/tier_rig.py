@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from quartet.scheduler_service.core.kv_tier import Fetch, Forget, KvTier, TierSizes
+from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.core.tier_acts import DropFile, DropMemory, Store
 from tests.stepper import Stepper
 
@@ -38,6 +39,13 @@ class FakeStore:
         self.reads: list[Fetch] = []
         self.identity = b"first"
         self.tier.open(self.identity, b"these adapters")
+        self._next, stepper.planner.next = stepper.planner.next, self.plan  # type: ignore[method-assign]
+
+    def plan(self, now: float) -> Plan | None:
+        """As KvTierStore.plan, behind a turn."""
+        plan = self._next(now)
+        self.carry_out_all()
+        return plan
 
     def turn(self) -> None:
         """One turn of the loop: all commands are carried out, and some jobs end."""

@@ -26,6 +26,7 @@ from quartet.runtime.service import Boot
 from quartet.runtime.version import version
 from quartet.scheduler_service.core.block_keys import KEY_BYTES, digest
 from quartet.scheduler_service.core.kv_tier import Fetch, Forget, KvTier, TierSizes
+from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.core.planner import Planner
 from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT
 from quartet.scheduler_service.core.tier_acts import (
@@ -117,6 +118,17 @@ class KvTierStore:
                 log.warning("Reading %d blocks of KV takes too long; going on without.", len(waiting.fetch.keys))
                 self.tier.give_up(number)
         self.part.flush()
+
+    def plan(self, now: float) -> Plan | None:
+        """A turn, and the next step. Planning may take a request back whose pages go to others in the same step.
+
+        So what is to be kept of them is copied before the step is launched.
+        """
+        self.turn(now)
+        plan = self.planner.next(now)
+        self._carry_out_all(now)
+        self.part.flush()
+        return plan
 
     def _carry_out_all(self, now: float) -> None:
         while self.tier.commands:

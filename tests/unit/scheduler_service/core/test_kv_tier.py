@@ -6,7 +6,7 @@ from array import array
 import pytest
 
 from quartet.runtime.errors import RequestError
-from quartet.scheduler_service.core.kv_tier import MOST_FETCHES, Fetch, KvTier
+from quartet.scheduler_service.core.kv_tier import MOST_FETCHES, KvTier
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.core.snapshots import SnapshotOptions
 from quartet.scheduler_service.core.tier_acts import Store
@@ -203,6 +203,18 @@ def test_a_disk_that_hangs_holds_nobody_up() -> None:
     assert not tier.awaits(sequence, 0, 9)
 
 
+def test_pages_of_a_request_that_is_taken_back_are_copied_before_others_write_to_them() -> None:
+    stepper, store = rig(pool_tokens=120)
+    prompts = {rid: [start + place for place in range(24)] for rid, start in (("a", 10), ("b", 200), ("c", 400))}
+    for rid, prompt in prompts.items():
+        stepper.add(tokenized(rid, prompt, 40))
+    serve(stepper, store)
+    assert sum(stepper.updates[rid][-1].sequence.retractions for rid in prompts) > 0
+    for rid, prompt in prompts.items():
+        stepper.planner.pool.clear()
+        ask(stepper, store, f"again {rid}", prompt + stepper.output(rid))
+
+
 def test_several_requests_wait_for_one_read() -> None:
     stepper, store = rig(pool_tokens=400)
     ask(stepper, store, "a", PROMPT)
@@ -210,7 +222,7 @@ def test_several_requests_wait_for_one_read() -> None:
     for rid in "bcd":
         stepper.add(tokenized(rid, PROMPT, 2))
     stepper.step()
-    assert sum(isinstance(command, Fetch) for command in store.tier.commands) == 1
+    assert len(store.tier.fetches) == 1
     serve(stepper, store)
     assert [stepper.updates[rid][0].sequence.cached_tokens for rid in "bcd"] == [32, 32, 32]
 

@@ -7,6 +7,7 @@ import pytest
 
 from quartet.runtime.errors import StartupError
 from quartet.runtime.service import Boot
+from quartet.scheduler_service.core.tier_acts import CarryOut, DropMemory
 from quartet.scheduler_service.execution import kv_tier
 from quartet.scheduler_service.execution.kv_tier import tier_store
 from quartet.scheduler_service.execution.tier_part import OwnPart
@@ -261,3 +262,14 @@ def test_files_that_cannot_be_read_do_not_stop_a_start(model: Path, tmp_path: Pa
     for file in tmp_path.glob("*/*.kv"):
         file.write_bytes(b"hostile")
     assert len(Served(model, kv_cache_dir=str(tmp_path)).tier.files) == 0
+
+
+def test_what_planning_asks_for_is_done_before_the_step(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is taken back while the next step is planned loses its pages to others of that step."""
+    served = Served(model, enable_hierarchical_cache=True)
+    part = served.store.part
+    told: list[object] = []
+    monkeypatch.setattr(part, "do", told.append)
+    monkeypatch.setattr(served.engine.planner, "next", lambda now: served.tier.commands.append(DropMemory(b"k")))
+    assert served.store.plan(0.0) is None
+    assert told == [CarryOut([DropMemory(b"k")])] and not served.tier.commands
