@@ -203,18 +203,6 @@ def test_a_disk_that_hangs_holds_nobody_up() -> None:
     assert not tier.awaits(sequence, 0, 9)
 
 
-def test_pages_of_a_request_that_is_taken_back_are_copied_before_others_write_to_them() -> None:
-    stepper, store = rig(pool_tokens=120)
-    prompts = {rid: [start + place for place in range(24)] for rid, start in (("a", 10), ("b", 200), ("c", 400))}
-    for rid, prompt in prompts.items():
-        stepper.add(tokenized(rid, prompt, 40))
-    serve(stepper, store)
-    assert sum(stepper.updates[rid][-1].sequence.retractions for rid in prompts) > 0
-    for rid, prompt in prompts.items():
-        stepper.planner.pool.clear()
-        ask(stepper, store, f"again {rid}", prompt + stepper.output(rid))
-
-
 def test_several_requests_wait_for_one_read() -> None:
     stepper, store = rig(pool_tokens=400)
     ask(stepper, store, "a", PROMPT)
