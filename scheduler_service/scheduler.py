@@ -325,9 +325,7 @@ class Scheduler:
 
     def decide(self) -> Plan | None:
         """Plan the next step; the worker drops the state of requests that left the batch."""
-        if self.tier is not None:
-            self.tier.turn(self.now)
-        plan = self.planner.next(self.now)
+        plan = self.planner.next(self.now) if self.tier is None else self.tier.plan(self.now)
         self.report.record_plan(plan)
         self.forget_released()
         self.progress.beat(busy=not self.idle)

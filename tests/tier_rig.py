@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from quartet.scheduler_service.core.kv_tier import Fetch, Forget, KvTier, TierSizes
+from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.core.tier_acts import DropFile, DropMemory, Store
 from tests.stepper import Stepper
 
@@ -33,10 +34,18 @@ class FakeStore:
         self.draw = draw
         self.memory: dict[bytes, array[int]] = {}
         self.files: dict[bytes, array[int]] = {}
+        self.spoilt: set[bytes] = set()  # files that cannot be read
         self.jobs: deque[Callable[[], None]] = deque()  # of the writer, in order
         self.reads: list[Fetch] = []
         self.identity = b"first"
         self.tier.open(self.identity, b"these adapters")
+        self._next, stepper.planner.next = stepper.planner.next, self.plan  # type: ignore[method-assign]
+
+    def plan(self, now: float) -> Plan | None:
+        """As KvTierStore.plan, behind a turn."""
+        plan = self._next(now)
+        self.carry_out_all()
+        return plan
 
     def turn(self) -> None:
         """One turn of the loop: all commands are carried out, and some jobs end."""
@@ -61,6 +70,8 @@ class FakeStore:
         match command:
             case Store():
                 content = array("i", (token for page in command.pages for token in self.page(page)))
+                if command.snapshot >= 0:
+                    content = pieces_of(self.stepper.worker._snapshots[command.snapshot])[command.piece]
                 if command.memory:
                     self.memory[command.key] = content
                 if command.file:
@@ -93,7 +104,7 @@ class FakeStore:
         damaged = None
         for key in fetch.keys:
             if key in fetch.files:
-                if key not in self.files or (self.draw is not None and self.draw.random() < 0.1):
+                if key not in self.files or key in self.spoilt or (self.draw is not None and self.draw.random() < 0.1):
                     damaged = key
                     break
                 found[key] = self.files[key]
@@ -109,7 +120,11 @@ class FakeStore:
         wanted = self.tier.arrived(fetch.number, len(blocks), damaged)
         if wanted is None:
             return
-        restored = self.stepper.planner.pool.restore(wanted, len(blocks))
+        restored = self.stepper.planner.pool.restore(wanted, min(len(blocks), fetch.blocks))
+        if restored.snapshot >= 0:
+            state = array("i", (token for piece in blocks[fetch.blocks :] for token in piece))
+            self.stepper.worker._snapshots[restored.snapshot] = state
+            blocks = blocks[: fetch.blocks]
         size = self.stepper.planner.config.page_size
         content = array("i", (token for block in blocks for token in block))[restored.skipped * size :]
         for place, page in enumerate(restored.pages):
@@ -126,6 +141,11 @@ class FakeStore:
             assert len(self.memory) == len(self.tier.memory) and all(key in self.tier.memory for key in self.memory)
             if not self.jobs:
                 assert len(self.files) == len(self.tier.files) and all(key in self.tier.files for key in self.files)
+
+
+def pieces_of(state: "array[int]") -> "list[array[int]]":
+    """The fake worker's state is the tokens that it has seen; in two pieces."""
+    return [state[: len(state) // 2], state[len(state) // 2 :]]
 
 
 def serve(stepper: Stepper, store: FakeStore, most_turns: int = 5000) -> None:

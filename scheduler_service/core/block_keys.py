@@ -23,10 +23,11 @@ def digest(*parts: bytes) -> bytes:
 class BlockKeys:
     """The keys of the blocks of one growing sequence, made as they are asked for."""
 
-    __slots__ = ("_keys", "root")
+    __slots__ = ("_keys", "fetched", "root")
 
     def __init__(self, root: bytes) -> None:
         self.root = root
+        self.fetched = b""  # the last piece of the state that was fetched last for this sequence
         self._keys: list[bytes] = []
 
     def first(self, count: int, ids: "array[int]", block_tokens: int) -> list[bytes]:
@@ -37,3 +38,8 @@ class BlockKeys:
             assert len(own) == block_tokens, (len(ids), count, block_tokens)
             keys.append(digest(keys[-1] if keys else self.root, own.tobytes()))
         return keys[:count]
+
+
+def state_keys(block: bytes, pieces: int) -> list[bytes]:
+    """The names of the pieces of the recurrent state behind a block."""
+    return [digest(block, b"state", number.to_bytes(4, "little")) for number in range(pieces)]

@@ -6,6 +6,10 @@ on here behind what the tree has waits in the queue while a `Fetch` runs; the bl
 (`PagePool.restore`), where the request finds them. A fetch that takes too long is given up: its blocks count as absent
 until its end is known.
 
+A model with recurrent layers needs the state behind the last token of a prefix too. Where a snapshot of it was saved
+at the end of a block, it is kept in pieces as large as a block, under keys of their own, and a prefix counts up to the
+last block whose state is there whole.
+
 `commands` is what whoever owns memory and disk carries out, in order. Both levels are bounded; the least recently used
 block goes first, the end of a prefix before its beginning. Blocks are never matched across generations: a change of the
 weights clears the tier, and what an earlier generation has computed is not stored any more.
@@ -16,7 +20,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 
-from quartet.scheduler_service.core.block_keys import BlockKeys, digest
+from quartet.scheduler_service.core.block_keys import BlockKeys, digest, state_keys
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.core.tier_acts import DropFile, DropMemory, Store
 
@@ -34,6 +38,7 @@ class TierSizes:
     file_blocks: int
     most_pending: int  # that wait to be written to files; beyond it, blocks are not kept
     most_fetched: int  # of one fetch; a longer prefix comes in several
+    state_pieces: int = 0  # of a snapshot of recurrent state; 0: the model has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Fetch:
     number: int
     keys: list[bytes]
     files: frozenset[bytes]
+    blocks: int  # how many of the keys, the first ones, are blocks; those behind them are pieces of the state
     first: int  # which block of the prefix keys[0] is
     namespace: bytes
     tokens: bytes  # int32 ids of the prefix, up to the last block's end
@@ -170,6 +176,22 @@ class KvTier:
         for shelf in (self.memory, self.files):
             shelf.touch(keys)
 
+    def note_state(self, sequence: Sequence, position: int, snapshot: int) -> None:
+        """The recurrent state behind so many positions, which are cached, is in a snapshot: keep it."""
+        pieces, count = self.sizes.state_pieces, position // self.sizes.block_tokens
+        if not pieces or position % self.sizes.block_tokens or not (blocks := self._keys(sequence, count)):
+            return
+        keys = state_keys(blocks[-1], pieces)
+        room = count + pieces
+        in_memory = room <= self.memory.capacity
+        in_files = room <= self.files.capacity and self.pending + pieces <= self.sizes.most_pending
+        for piece, key in enumerate(keys):
+            memory, file = in_memory and key not in self.memory, in_files and key not in self.files
+            if memory or file:
+                self._store(Store(key, [], self._next_serial(), memory, file, snapshot, piece))
+        for shelf in (self.memory, self.files):
+            shelf.touch(keys)
+
     def _next_serial(self) -> int:
         self._serial += 1
         return self._serial
@@ -220,12 +242,12 @@ class KvTier:
             return False
         if (theirs := self._fetching.get(keys[0])) is not None:
             return not theirs.given_up
-        found = self._found(keys)
+        found, state = self._with_state(sequence, self._found(keys))
         gained = (first + len(found)) * self.block_pages - cached
         if 2 * gained < self.block_pages or not found:
             return False
         if len(self.fetches) < MOST_FETCHES:
-            self._fetch(sequence, found, first)
+            self._fetch(sequence, found, state, first)
             return True
         return any(not fetch.given_up for fetch in self.fetches.values())  # else the disk hangs: go on without
 
@@ -233,16 +255,35 @@ class KvTier:
         """Those at the beginning of `keys` that can be fetched now, by one fetch."""
         found: list[bytes] = []
         for key in keys[: self.sizes.most_fetched]:
-            if key in self._fetching or not (self.memory.is_readable(key) or self.files.is_readable(key)):
+            if not self._is_readable(key):
                 break
             found.append(key)
         return found
 
-    def _fetch(self, sequence: Sequence, keys: list[bytes], first: int) -> None:
-        end = (first + len(keys)) * self.sizes.block_tokens
+    def _is_readable(self, key: bytes) -> bool:
+        return key not in self._fetching and (self.memory.is_readable(key) or self.files.is_readable(key))
+
+    def _with_state(self, sequence: Sequence, found: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Those of the blocks found that can be used, up to the last one with a state, and the pieces of that.
+
+        A state is fetched once for a sequence: where there was no room for it, it is computed.
+        """
+        if not self.sizes.state_pieces:
+            return found, []
+        assert sequence.block_keys is not None
+        for count in range(len(found), 0, -1):
+            keys = state_keys(found[count - 1], self.sizes.state_pieces)
+            if all(map(self._is_readable, keys)):
+                return ([], []) if sequence.block_keys.fetched == keys[-1] else (found[:count], keys)
+        return [], []
+
+    def _fetch(self, sequence: Sequence, blocks: list[bytes], state: list[bytes], first: int) -> None:
+        end, keys = (first + len(blocks)) * self.sizes.block_tokens, blocks + state
         files = frozenset(key for key in keys if key not in self.memory)
         tokens = sequence.ids[:end].tobytes()
-        fetch = Fetch(self._next_serial(), keys, files, first, sequence.namespace.encode(), tokens)
+        if state and sequence.block_keys is not None:
+            sequence.block_keys.fetched = state[-1]
+        fetch = Fetch(self._next_serial(), keys, files, len(blocks), first, sequence.namespace.encode(), tokens)
         self.fetches[fetch.number] = fetch
         self._fetching.update(dict.fromkeys(keys, fetch))
         self.commands.append(fetch)
@@ -266,7 +307,8 @@ class KvTier:
         if damaged is not None and self.files.discard(damaged):
             self.damaged += 1
             self.commands.append(DropFile(damaged))
-        return None if fetch.given_up or not good else fetch
+        whole = good == len(fetch.keys) or not self.sizes.state_pieces  # blocks are of no use without the state
+        return fetch if good and whole and not fetch.given_up else None
 
     def keep(self, key: bytes) -> bool:
         """A block has come from its file: whether it stays in memory too."""

@@ -42,6 +42,7 @@ class Restored:
 
     pages: list[int]
     skipped: int = 0
+    snapshot: int = NO_SNAPSHOT  # takes the recurrent state behind all of it; none where there is no room
 
 
 class PagePool:
@@ -160,12 +161,15 @@ class PagePool:
     def reserve_snapshots(self, sequence: Sequence, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """(position, snapshot) in order: where a slice [start, end) of a model with recurrent layers saves its state.
 
-        At the last page border in front of the prompt's end, where the tree branches off, and at regular distances.
+        At the last page border in front of the prompt's end, where the tree branches off, at the last border of a block
+        of the tier, and at regular distances.
         """
         if self.options is None or not isinstance(sequence.tree_node, Node):
             return ()
         last = sequence.prefill_end - 1
-        wanted = borders(start, end, (last - last % self.page_size, sequence.branch), self.options.interval)
+        block = self.tier.sizes.block_tokens if self.tier else self.page_size
+        points = (last - last % self.page_size, sequence.branch, last - last % block)
+        wanted = borders(start, end, points, self.options.interval)
         taken = ((position, self.snapshots.take()) for position in wanted)
         return tuple(sorted((position, number) for position, number in taken if number is not None))
 
@@ -180,6 +184,8 @@ class PagePool:
             if computed and sequence.cached_pages * self.page_size == position:
                 assert isinstance(sequence.tree_node, Node)
                 self.snapshots.attach(number, sequence.tree_node)
+                if self.tier:
+                    self.tier.note_state(sequence, position, sequence.tree_node.snapshot)
             else:
                 self.snapshots.give(number)
 
@@ -220,12 +226,20 @@ class PagePool:
         count = min(end - len(prefix), self.available)
         self._make_free(count)
         pages = self.pages.take(count, after=prefix[-1] if prefix else 0)
+        cached, deepest = len(prefix) + count, node
         if pages:
-            cached = len(prefix) + count
-            self.tree.insert(fetch.namespace, fetch.tokens[: cached * width], prefix + pages)
+            deepest = self.tree.insert(fetch.namespace, fetch.tokens[: cached * width], prefix + pages)
+        snapshot = self._snapshot_for(deepest) if cached == end and len(fetch.keys) > fetch.blocks else NO_SNAPSHOT
         self.tree.unpin(node)
         self.tier.restored += count
-        return Restored(pages, len(prefix) - start)
+        return Restored(pages, len(prefix) - start, snapshot)
+
+    def _snapshot_for(self, node: Node) -> int:
+        """A snapshot for the state of a node, which must be written now; none where it has one, or none is free."""
+        if node.snapshot != NO_SNAPSHOT or (number := self.snapshots.take()) is None:
+            return NO_SNAPSHOT
+        self.snapshots.attach(number, node)
+        return number
 
     def forget(self, generation: int, free: bool, keep_tier: bool) -> None:
         """Another generation of KV has begun; `free` all cached pages that no sequence pins."""

@@ -1,52 +1,63 @@
 """What one process is told to do with its part of the tier behind the KV pool, and what comes of it.
 
 Where several ranks compute a model, each has a part of every block, in memory and files of its own, and all are told
-the same in the same order. So these are structs, which can be sent.
+the same in the same order (`execution/rank_messages.py` sends it).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT
 
 
-class Store(msgspec.Struct, tag=True, frozen=True):
-    """Copy a block out of these pages now: they may hold something else after the next step."""
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Copy a block out of these pages now: they may hold something else after the next step.
+
+    Or, of a snapshot of recurrent state, the piece of this number.
+    """
 
     key: bytes
     pages: list[int]
     serial: int
     memory: bool
     file: bool
+    snapshot: int = NO_SNAPSHOT
+    piece: int = 0
 
 
-class DropMemory(msgspec.Struct, tag=True, frozen=True):
+@dataclass(frozen=True, slots=True)
+class DropMemory:
     """Forget a block of the memory level."""
 
     key: bytes
 
 
-class DropFile(msgspec.Struct, tag=True, frozen=True):
+@dataclass(frozen=True, slots=True)
+class DropFile:
     """Delete a block of the file level."""
 
     key: bytes
 
 
-class CarryOut(msgspec.Struct, tag=True, frozen=True):
+@dataclass(frozen=True, slots=True)
+class CarryOut:
     """All of this, in order; the pages may be copied together. Stores to files end in a `Written` each."""
 
     commands: list[Store | DropMemory | DropFile]
 
 
-class ReadFiles(msgspec.Struct, tag=True, frozen=True):
+@dataclass(frozen=True, slots=True)
+class ReadFiles:
     """Begin to read blocks from files; ends in a `Brought`."""
 
     number: int
     keys: list[bytes]
 
 
-class Put(msgspec.Struct, tag=True, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Put:
     """Fill pages with these blocks, from `skipped` pages behind their beginning on.
 
     They are what read `number` has brought, or in memory.
@@ -58,26 +69,38 @@ class Put(msgspec.Struct, tag=True, frozen=True):
     pages: list[int]
 
 
-class Keep(msgspec.Struct, tag=True, frozen=True):
+@dataclass(frozen=True, slots=True)
+class PutState:
+    """Fill a snapshot with the recurrent state whose pieces these are."""
+
+    number: int
+    keys: list[bytes]
+    snapshot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
     """Have a block that a read has brought in memory too."""
 
     number: int
     key: bytes
 
 
-class EndRead(msgspec.Struct, tag=True, frozen=True):
+@dataclass(frozen=True, slots=True)
+class EndRead:
     """Forget what a read has brought."""
 
     number: int
 
 
-class Clear(msgspec.Struct, tag=True, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Clear:
     """Forget all blocks of both levels; those from now on are of this identity."""
 
     identity: bytes
 
 
-Act = CarryOut | ReadFiles | Put | Keep | EndRead | Clear
+Act = CarryOut | ReadFiles | Put | PutState | Keep | EndRead | Clear
 
 
 @dataclass(frozen=True, slots=True)

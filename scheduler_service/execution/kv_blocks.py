@@ -1,24 +1,30 @@
 """Blocks of KV as bytes: copied out of the pages of the pool, and back into others; and those kept in host memory.
 
 A block holds, for every layer in order, the keys and then the values (heads, tokens of the block, dim) of its tokens;
-only the keys where the values are the same. `rows` are blocks side by side, (blocks, bytes of one) uint8.
+only the keys where the values are the same. `rows` are blocks side by side, (blocks, bytes of one) uint8. A snapshot
+of recurrent state is cut into pieces of that size.
 """
 
 import torch
 
 from quartet.scheduler_service.core.pages import runs_of
 from quartet.scheduler_service.execution.kv_cache import KVCache, untouched_zeros
+from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.host.transfer import Arrival, send
 
 
 class KvBlocks:
     """Copies blocks between the pool's pages and rows."""
 
-    def __init__(self, cache: KVCache, block_tokens: int) -> None:
+    def __init__(self, cache: KVCache, block_tokens: int, states: StateCache | None = None) -> None:
+        """`states`: of a model with recurrent layers."""
         self.cache = cache
+        self._states = states
         self.block_tokens = block_tokens
         self.device = next(iter(cache.keys.values())).device
         self.block_bytes = sum(self._bytes_of(pool) for pool in self._pools())
+        self._state_bytes = 0 if states is None else sum(spec.nbytes for spec in states.specs)
+        self.state_pieces = -(-self._state_bytes // self.block_bytes)
 
     @property
     def is_there(self) -> bool:
@@ -31,7 +37,8 @@ class KvBlocks:
         cache = self.cache
         pools = [(layer, *pool.shape[::2], cache.values[layer] is pool) for layer, pool in sorted(cache.keys.items())]
         dtype = next(iter(cache.keys.values())).dtype
-        return f"{self.block_tokens} tokens of {dtype}: {pools}"
+        states = [] if self._states is None else [str(spec) for spec in self._states.specs]
+        return f"{self.block_tokens} tokens of {dtype}: {pools} {states}"
 
     def _pools(self) -> list[torch.Tensor]:
         """The pool's tensors (heads, tokens, dim), in the order in which a block has them."""
@@ -77,6 +84,28 @@ class KvBlocks:
                 pool[:, page * size : (page + run) * size] = tokens[:, done : done + run * size]
                 done += run * size
             at += self._bytes_of(pool)
+
+    @torch.inference_mode()
+    def gather_state(self, snapshot: int) -> torch.Tensor:
+        """The pieces of a snapshot as rows on the device; behind its last byte are zeros."""
+        assert self._states is not None
+        rows = torch.zeros(self.state_pieces, self.block_bytes, dtype=torch.uint8, device=self.device)
+        flat, at = rows.view(-1), 0
+        for part in self._states.snapshot(snapshot):
+            data = part.contiguous().view(-1).view(torch.uint8)
+            flat[at : at + len(data)] = data
+            at += len(data)
+        return rows
+
+    @torch.inference_mode()
+    def scatter_state(self, rows: torch.Tensor, snapshot: int) -> None:
+        """Fill a snapshot with its pieces, rows of the host."""
+        assert self._states is not None
+        flat, at = send(rows, self.device).view(-1), 0
+        for part in self._states.snapshot(snapshot):
+            size = part.numel() * part.dtype.itemsize
+            part.copy_(flat[at : at + size].clone().view(part.dtype).view(part.shape))  # a piece may begin anywhere
+            at += size
 
 
 class MemoryBlocks:

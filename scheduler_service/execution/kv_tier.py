@@ -26,7 +26,9 @@ from quartet.runtime.service import Boot
 from quartet.runtime.version import version
 from quartet.scheduler_service.core.block_keys import KEY_BYTES, digest
 from quartet.scheduler_service.core.kv_tier import Fetch, Forget, KvTier, TierSizes
+from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.core.planner import Planner
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT
 from quartet.scheduler_service.core.tier_acts import (
     Brought,
     CarryOut,
@@ -36,6 +38,7 @@ from quartet.scheduler_service.core.tier_acts import (
     EndRead,
     Keep,
     Put,
+    PutState,
     ReadFiles,
     Store,
     TierPart,
@@ -116,6 +119,17 @@ class KvTierStore:
                 self.tier.give_up(number)
         self.part.flush()
 
+    def plan(self, now: float) -> Plan | None:
+        """A turn, and the next step. Planning may take a request back whose pages go to others in the same step.
+
+        So what is to be kept of them is copied before the step is launched.
+        """
+        self.turn(now)
+        plan = self.planner.next(now)
+        self._carry_out_all(now)
+        self.part.flush()
+        return plan
+
     def _carry_out_all(self, now: float) -> None:
         while self.tier.commands:
             self._carry_out(now)
@@ -178,9 +192,12 @@ class KvTierStore:
         wanted = self.tier.arrived(command.number, len(found), damaged)
         if wanted is None or not self.part.is_there:
             return
-        restored = self.planner.pool.restore(wanted, len(found))
+        blocks = min(len(found), command.blocks)
+        restored = self.planner.pool.restore(wanted, blocks)
         if restored.pages:
-            self.part.do(Put(command.number, found, restored.skipped, restored.pages))
+            self.part.do(Put(command.number, found[:blocks], restored.skipped, restored.pages))
+        if restored.snapshot != NO_SNAPSHOT:
+            self.part.do(PutState(command.number, found[blocks:], restored.snapshot))
         for key in brought:
             if self.tier.keep(key):
                 dropped, self.tier.commands = self.tier.commands, []  # what has to go for it, and a damaged file
@@ -210,9 +227,9 @@ def tier_store(
     flag = "--kv-cache-dir" if config.kv_cache_dir else "--enable-hierarchical-cache"
     if worker.info.is_embedding:
         raise StartupError(NOT_FOR_THIS_MODEL.format(flag, "this one embeds"))
-    if worker.state_cache is not None or not worker.cache.keys:
-        raise StartupError(NOT_FOR_THIS_MODEL.format(flag, "this one has recurrent layers with states of their own"))
-    blocks = KvBlocks(worker.cache, block_tokens(worker.page_size))
+    if not worker.cache.keys:
+        raise StartupError(NOT_FOR_THIS_MODEL.format(flag, "this one has recurrent layers only"))
+    blocks = KvBlocks(worker.cache, block_tokens(worker.page_size), worker.state_cache)
     sizes = sizes_of(config, blocks, worker.page_count, worker.device)
     ranks = 1 if followers is None else followers.parallel.size
     opening = OpenTier(sizes.block_tokens, sizes.memory_blocks, sizes.most_fetched, ranks, directory_of(boot))
@@ -280,4 +297,5 @@ def sizes_of(config: ResolvedConfig, blocks: KvBlocks, pool_pages: int, device: 
                 f"--kv-cache-dir-size {config.kv_cache_dir_size} is less than one block of {tokens} tokens "
                 f"({bytes_on_disk(size)} bytes on the disk); give it more"
             )
-    return TierSizes(tokens, size, memory, files, max(2, PENDING_BYTES // size), max(2, FETCHED_BYTES // size))
+    pending, pieces = max(2, PENDING_BYTES // size, 2 * blocks.state_pieces), blocks.state_pieces
+    return TierSizes(tokens, size, memory, files, pending, max(2, FETCHED_BYTES // size), pieces)

@@ -18,10 +18,27 @@ from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.model_files.model_info import ModelInfo
-from quartet.scheduler_service.core.tier_acts import Act, Brought, Written
+from quartet.scheduler_service.core.tier_acts import (
+    Act,
+    Brought,
+    CarryOut,
+    Clear,
+    DropFile,
+    DropMemory,
+    EndRead,
+    Keep,
+    Put,
+    PutState,
+    ReadFiles,
+    Store,
+    Written,
+)
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import Placement
 
+ACTS: dict[str, Any] = {
+    kind.__name__: kind for kind in (Store, DropMemory, DropFile, ReadFiles, Put, PutState, Keep, EndRead, Clear)
+}
 LENGTH = struct.Struct("<Q")
 
 
@@ -194,7 +211,7 @@ class UseTier(msgspec.Struct, tag=True):
 class Tier(msgspec.Struct, tag=True):
     """Do this with the tier, before the next step. `report`: answer with a `TierReport` behind it."""
 
-    acts: list[Act]
+    acts: list[tuple[str, Any]]  # see `packed`
     report: bool
 
 
@@ -277,6 +294,19 @@ class Channel:
                 return None
             done += count
         return data
+
+
+def packed(act: Act | Store | DropMemory | DropFile) -> tuple[str, Any]:
+    """An act of the tier with the name of its class, since a message cannot have a union of dataclasses."""
+    content = [packed(command) for command in act.commands] if isinstance(act, CarryOut) else act
+    return type(act).__name__, content
+
+
+def unpacked(name: str, content: Any) -> Any:
+    """The reverse of `packed`. Raises KeyError or msgspec.ValidationError for what is none."""
+    if name == CarryOut.__name__:
+        return CarryOut([unpacked(*command) for command in content])
+    return msgspec.convert(content, ACTS[name])
 
 
 def forward_message(inputs: Inputs, adapters: list[str] | None = None) -> Forward:

@@ -22,7 +22,15 @@ from quartet.scheduler_service.core.tier_acts import (
     TierPart,
     Written,
 )
-from quartet.scheduler_service.execution.rank_messages import Answer, OpenTier, Tier, TierReport, UseTier
+from quartet.scheduler_service.execution.rank_messages import (
+    Answer,
+    OpenTier,
+    Tier,
+    TierReport,
+    UseTier,
+    packed,
+    unpacked,
+)
 from quartet.scheduler_service.execution.ranks import Followers
 
 
@@ -97,8 +105,9 @@ class LeadingPart:
             yield from self._count(result)
         for report in self._followers.reports():
             self._reports -= 1
-            for told in (*report.written, *report.brought):
-                yield from self._count(told)
+            told: list[Written | Brought] = [*report.written, *report.brought]
+            for result in told:
+                yield from self._count(result)
 
     def _count(self, result: Written | Brought) -> Iterator[Written | Brought]:
         """The result of all ranks, once this is the last one."""
@@ -121,7 +130,7 @@ class LeadingPart:
             return
         acts, self._untold = self._untold, []
         self._reports += len(self._followers.channels) if report else 0
-        self._followers.tell(Tier(acts, report))
+        self._followers.tell(Tier([packed(act) for act in acts], report))
 
 
 class FollowingTier:
@@ -140,7 +149,7 @@ class FollowingTier:
     def do(self, message: Tier) -> TierReport | None:
         """Do what is said, and report if that is wanted."""
         for act in message.acts:
-            self._part.do(act)
+            self._part.do(unpacked(*act))
         if not message.report:
             return None
         results = list(self._part.results())

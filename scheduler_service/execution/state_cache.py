@@ -7,7 +7,7 @@ behind them              snapshots, by number
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -136,6 +136,12 @@ class StateCache:
         read = positions.index(part.start)
         positions[1 - read] = part.end
         return own + read, own + 1 - read
+
+    def snapshot(self, number: int) -> Iterator[torch.Tensor]:
+        """The tensors of a snapshot, layer by layer; what is written to them is its state."""
+        row = self._snapshot_row(number)
+        for layer in sorted(self.pools):
+            yield from (pool[row] for pool in self.pools[layer])
 
     def _rows(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)

@@ -4,6 +4,7 @@ Copies between the pool and host memory are made at once, so between two steps; 
 threads of `BlockIO`. It decides nothing: see `core/tier_acts.py`.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT
 from quartet.scheduler_service.core.tier_acts import (
     Act,
     Brought,
@@ -21,6 +23,7 @@ from quartet.scheduler_service.core.tier_acts import (
     EndRead,
     Keep,
     Put,
+    PutState,
     ReadFiles,
     Store,
     Written,
@@ -83,9 +86,9 @@ class OwnPart:
                 assert self._io is not None
                 self._io.read(number, keys)
             case Put(number, keys, skipped, pages):
-                brought = self._brought.get(number, {})
-                rows = [brought[key] if key in brought else self._memory.get(key) for key in keys]
-                self._blocks.scatter(torch.stack(rows), skipped, pages)
+                self._blocks.scatter(self._rows(number, keys), skipped, pages)
+            case PutState(number, keys, snapshot):
+                self._blocks.scatter_state(self._rows(number, keys), snapshot)
             case Keep(number, key):
                 self._memory.put(key, self._brought[number][key])
             case EndRead(number):
@@ -110,6 +113,11 @@ class OwnPart:
     def flush(self) -> None:
         """Nothing waits."""
 
+    def _rows(self, number: int, keys: list[bytes]) -> torch.Tensor:
+        """Blocks, or pieces of a state, that a read has brought or that are in memory."""
+        brought = self._brought.get(number, {})
+        return torch.stack([brought[key] if key in brought else self._memory.get(key) for key in keys])
+
     def _carry_out(self, commands: list[Store | DropMemory | DropFile]) -> None:
         copies = self._copies([command for command in commands if isinstance(command, Store)])
         for command in commands:
@@ -123,12 +131,21 @@ class OwnPart:
 
     def _copies(self, stores: list[Store]) -> Iterator[Copy]:
         """A copy of each block's pages, made some blocks at a time."""
-        for start in range(0, len(stores), self._most_copied):
-            some = stores[start : start + self._most_copied]
-            rows = self._blocks.gather([page for store in some for page in store.pages])
+        for some, rows in self._gathered(stores):
             host = fetch(rows) if any(store.file for store in some) else rows
             arrival = Arrival(self._blocks.device)
             yield from (Copy(*pair, arrival) for pair in zip(rows, host, strict=True))
+
+    def _gathered(self, stores: list[Store]) -> Iterator[tuple[list[Store], torch.Tensor]]:
+        """Some stores in order, and the row of each on the device."""
+        for snapshot, run in itertools.groupby(stores, lambda store: store.snapshot):
+            together = list(run)
+            if snapshot != NO_SNAPSHOT:
+                yield together, self._blocks.gather_state(snapshot)[[store.piece for store in together]]
+                continue
+            for start in range(0, len(together), self._most_copied):
+                some = together[start : start + self._most_copied]
+                yield some, self._blocks.gather([page for store in some for page in store.pages])
 
     def _store(self, command: Store, copy: Copy) -> None:
         if command.memory:

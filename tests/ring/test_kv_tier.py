@@ -132,8 +132,10 @@ def test_each_of_two_ranks_keeps_its_part(launch: Callable[..., Server], models:
     assert least < CACHED and most == CACHED, "a block of which one rank has no part is computed again by both"
 
 
-def test_a_model_with_recurrent_layers_is_refused(launch: Callable[..., Server], tmp_path: Path) -> None:
-    model = tiny.build("qwen3_5", tmp_path / "model")
-    server = launch("--model-path", str(model), "--skip-tokenizer-init", "--kv-cache-dir", str(tmp_path), ready=False)
-    assert server.wait(WAIT_S) != 0
-    assert "--kv-cache-dir keeps keys and values of models that generate" in server.output()
+def test_recurrent_states_are_found_by_the_next_server(launch: Callable[..., Server], tmp_path: Path) -> None:
+    model, directory = tiny.build("qwen3_5", tmp_path / "model"), tmp_path / "kv"
+    server = launch(*flags(model, directory), "--skip-tokenizer-init")
+    answer = ask(server, 0)[0]
+    await_files(directory, state(server)["kv_tier_stored_tokens_total"] // BLOCK)
+    server.children()["scheduler"].kill()
+    assert ask(server, 0) == (answer, CACHED)

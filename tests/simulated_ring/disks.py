@@ -13,6 +13,7 @@ from random import Random
 
 from quartet.scheduler_service.core.block_keys import digest
 from quartet.scheduler_service.core.kv_tier import TierSizes
+from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT, SnapshotOptions
 from quartet.scheduler_service.core.tier_acts import (
     Act,
     Brought,
@@ -23,6 +24,7 @@ from quartet.scheduler_service.core.tier_acts import (
     EndRead,
     Keep,
     Put,
+    PutState,
     ReadFiles,
     Store,
     Written,
@@ -32,6 +34,8 @@ from tests.simulated_ring.clock import Agenda
 
 BLOCK_TOKENS = 4
 SHARE = 0.45  # of the runs: they have a tier
+RECURRENT = 0.3  # of the runs: the model has recurrent layers
+STATE_PIECES = 2
 
 Content = tuple["array[int]", "array[int]"]  # tokens of a block, and the weights that have computed them
 
@@ -63,14 +67,28 @@ class TierSettings:
     pace: Pace
 
 
-def tier_of(seed: int) -> TierSettings | None:
-    """Whether a run has a tier, and which."""
+def tier_of(seed: int, recurrent: bool = False) -> TierSettings | None:
+    """Whether a run has a tier, and which. `recurrent`: the states of its model are kept too."""
     random = Random(f"tier {seed}")
     if random.random() >= SHARE:
         return None
     memory, files = random.choice([(0, 100), (0, 8), (6, 100), (30, 8), (6, 0), (30, 0)])
-    sizes = TierSizes(BLOCK_TOKENS, 1, memory, files, random.choice([2, 100]), random.choice([1, 2, 100]))
+    sizes = TierSizes(
+        BLOCK_TOKENS,
+        1,
+        memory,
+        files,
+        random.choice([2, 100]),
+        random.choice([1, 2, 100]),
+        STATE_PIECES if recurrent else 0,
+    )
     return TierSettings(sizes, random.choice(PACES))
+
+
+def snapshots_of(seed: int) -> SnapshotOptions | None:
+    """What the prefix cache of a model with recurrent layers has, in some of the runs."""
+    random = Random(f"recurrent {seed}")
+    return SnapshotOptions(random.choice([1, 5, 60]), 8) if random.random() < RECURRENT else None
 
 
 @dataclass
@@ -106,6 +124,15 @@ class Cells:
     def __init__(self, page_size: int, tokens: "array[int]") -> None:
         self.page_size, self.tokens = page_size, tokens
         self.marks = array("i", bytes(4 * len(tokens)))
+        self.snapshots: dict[int, array[int]] = {}  # recurrent states: the tokens that they have seen
+        self.snapshot_marks: dict[int, int] = {}
+
+    def piece(self, snapshot: int, number: int) -> Content:
+        """A part of a recurrent state, and the weights that have computed it."""
+        state = self.snapshots[snapshot]
+        half = len(state) // STATE_PIECES
+        tokens = state[half:] if number else state[:half]
+        return tokens, array("i", [self.snapshot_marks[snapshot]]) * len(tokens)
 
     def content(self, pages: list[int]) -> Content:
         tokens, marks = array("i"), array("i")
@@ -165,15 +192,12 @@ class VirtualPart:
                 patience = FETCH_S + len(keys) * BLOCK_TOKENS * FETCH_S_PER_TOKEN
                 self._agenda.after(patience, lambda: None)  # the loop looks then
             case Put(number, keys, skipped, pages):
-                brought = self.brought.get(number, {})
-                tokens, marks = array("i"), array("i")
-                for key in keys:
-                    block = brought[key] if key in brought else self.memory[key]
-                    self._check(block, "comes back")
-                    tokens += block[0]
-                    marks += block[1]
+                tokens, marks = self._together(number, keys)
                 begin = skipped * self.cells.page_size
                 self.cells.put((tokens[begin:], marks[begin:]), pages)
+            case PutState(number, keys, snapshot):
+                self.cells.snapshots[snapshot], marks = self._together(number, keys)
+                self.cells.snapshot_marks[snapshot] = marks[0]
             case Keep(number, key):
                 self.memory[key] = self.brought[number][key]
             case EndRead(number):
@@ -189,10 +213,22 @@ class VirtualPart:
     def flush(self) -> None:
         """Nothing waits."""
 
+    def _together(self, number: int, keys: list[bytes]) -> Content:
+        brought = self.brought.get(number, {})
+        tokens, marks = array("i"), array("i")
+        for key in keys:
+            block = brought[key] if key in brought else self.memory[key]
+            self._check(block, "comes back")
+            tokens += block[0]
+            marks += block[1]
+        return tokens, marks
+
     def _carry_out(self, command: Store | DropMemory | DropFile) -> None:
         match command:
             case Store():
                 content = self.cells.content(command.pages)
+                if command.snapshot != NO_SNAPSHOT:
+                    content = self.cells.piece(command.snapshot, command.piece)
                 self._check(content, "is kept")
                 if command.memory:
                     self.memory[command.key] = content

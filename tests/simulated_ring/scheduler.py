@@ -47,6 +47,7 @@ class Worker(FakeWorker):
         super().__init__(model=self._token, **settings)
         self.weight_version = version
         self.cells = Cells(self.page_size, self._memory)
+        self.cells.snapshots = self._snapshots
         self.group: Group | None = None  # of tensor parallel
         self.launches = 0
         self._point = point
@@ -75,6 +76,7 @@ class Worker(FakeWorker):
         for part in plan.slices:
             for position in range(part.start, part.end):
                 self.cells.marks[self._cell(part.sequence, position)] = mark
+            self.cells.snapshot_marks.update((number, mark) for _, number in part.saves)
         return super().launch(plan)
 
     def _token(self, prefix: "array[int]", vocab_size: int, seed: int) -> int:
@@ -151,6 +153,7 @@ class SchedulerProcess(Process):
                 self.worker.cells, disk.weight_version, tier, disk.blocks, agenda, random, lambda: on_death(self)
             )
         self.worker.group = self.group
+        self.worker.recurrent = config.snapshots is not None
         planner = Planner(config)
         self.tier = None if tier is None else self._make_tier(planner, tier)
         self._held_up = False

@@ -21,6 +21,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -37,7 +38,7 @@ from tests.fakes import AtOnce
 from tests.simulated_ring import services
 from tests.simulated_ring.checks import Fault, check
 from tests.simulated_ring.clock import Action, Agenda
-from tests.simulated_ring.disks import tier_of
+from tests.simulated_ring.disks import snapshots_of, tier_of
 from tests.simulated_ring.gateway import GatewayProcess, Watch
 from tests.simulated_ring.group import ranks_of
 from tests.simulated_ring.links import Inbox, Link
@@ -84,13 +85,17 @@ class Simulation:
         self.calls: list[Call] = []
         self.carried_out: list[tuple[str, int, str]] = []  # which scheduler has put which update in place
         self.schedulers = 1 if Random(f"schedulers {seed}").random() < ONE_SCHEDULER else 2
-        self.ranks, self.tier = ranks_of(seed), tier_of(seed)
+        self.ranks = ranks_of(seed)
+        snapshots = snapshots_of(seed) if self.ranks == 1 else None  # as `check_ranks` has it
+        self.tier = tier_of(seed, snapshots is not None)
         self.beside = Random(f"beside {seed}")  # for what these do
         self.roles = {process_key(role, rank): (role, rank) for role in ROLES for rank in range(self._count(role))}
         self.clients, self.operator = Clients(random, likes_prefixes=self.tier is not None), Operator(random)
         self.watch = Watch(self.operator)
         self.config = planner_config(random)
         self.depth = 0 if self.config.drafts else random.choice([0, 1])
+        if snapshots is not None:
+            self.config, self.depth = replace(self.config, snapshots=snapshots, drafts=None), 0
         self.links = {
             ends: Link(random, keeps=keeps(*ends, self.schedulers > 1)) for ends in self._ends()
         }  # by sender and receiver

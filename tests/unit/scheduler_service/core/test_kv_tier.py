@@ -6,21 +6,28 @@ from array import array
 import pytest
 
 from quartet.runtime.errors import RequestError
-from quartet.scheduler_service.core.kv_tier import MOST_FETCHES, Fetch, KvTier
+from quartet.scheduler_service.core.kv_tier import MOST_FETCHES, KvTier
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.snapshots import SnapshotOptions
 from quartet.scheduler_service.core.tier_acts import Store
 from tests.stepper import Stepper, expected_output, tokenized
 from tests.tier_rig import FakeStore, serve, sizes
 
 PROMPT = list(range(10, 50))  # five blocks
 OTHER = list(range(100, 140))
-OPERATIONS = 10_000
+OPERATIONS = 6_000
 
 
 def rig(draw: random.Random | None = None, pool_tokens: int = 48, **tier_sizes: int) -> tuple[Stepper, FakeStore]:
     """A pool that holds one prompt at a time, in pages of 4 tokens."""
     stepper = Stepper(page_size=4, total_pages=pool_tokens // 4, context_length=150)
     return stepper, FakeStore(stepper, sizes(**tier_sizes), draw)
+
+
+def recurrent(draw: random.Random | None = None, snapshots: int = 6, **tier_sizes: int) -> tuple[Stepper, FakeStore]:
+    """The same of a model with recurrent layers, whose states have two pieces."""
+    stepper = Stepper(page_size=4, total_pages=12, context_length=150, snapshots=SnapshotOptions(snapshots, 16))
+    return stepper, FakeStore(stepper, sizes(state_pieces=2, **tier_sizes), draw)
 
 
 def ask(stepper: Stepper, store: FakeStore, rid: str, prompt: list[int], **request: str) -> int:
@@ -39,6 +46,42 @@ def test_an_evicted_prefix_comes_back_and_counts_as_cached(levels: dict[str, int
     assert stepper.planner.pool.tree.evicted > 0
     assert ask(stepper, store, "c", PROMPT) == 32  # whole blocks in front of the last token
     assert store.tier.restored > 0
+
+
+@pytest.mark.parametrize("levels", [{}, {"memory_blocks": 30, "file_blocks": 0}, {"memory_blocks": 30}])
+def test_a_recurrent_state_comes_back_with_its_prefix(levels: dict[str, int]) -> None:
+    stepper, store = recurrent(**levels)
+    assert ask(stepper, store, "a", PROMPT) == 0
+    assert ask(stepper, store, "b", OTHER) == 0
+    assert ask(stepper, store, "c", [*PROMPT, 7, 8, 9]) == 32, "up to the last border of a block in front of the end"
+    stepper.planner.pool.clear()
+    assert ask(stepper, store, "d", [*PROMPT[:20], 7, 8, 9]) == 16, "up to the last one that has its state"
+
+
+def test_blocks_without_a_state_are_not_fetched() -> None:
+    stepper, store = recurrent()
+    ask(stepper, store, "a", PROMPT)
+    stepper.planner.pool.clear()
+    assert ask(stepper, store, "b", [*PROMPT[:10], 7, 8, 9]) == 0
+    assert store.tier.restored == 0
+
+
+def test_a_state_for_which_no_snapshot_is_free_is_computed() -> None:
+    stepper, store = recurrent()
+    ask(stepper, store, "a", PROMPT)
+    stepper.planner.pool.clear()
+    stepper.planner.pool.snapshots.take = lambda: None  # type: ignore[method-assign]
+    assert ask(stepper, store, "b", PROMPT) == 0
+
+
+def test_a_damaged_piece_of_a_state_is_forgotten() -> None:
+    stepper, store = recurrent()
+    ask(stepper, store, "a", PROMPT)
+    stepper.planner.pool.clear()
+    assert len(store.files) == 5 + 2 * 2  # states behind 16 and 32 tokens
+    store.spoilt.add(next(key for key in store.files if len(store.files[key]) == 16))  # half of the second state
+    assert ask(stepper, store, "b", PROMPT) == 16
+    assert store.tier.damaged == 1
 
 
 def test_a_prefix_longer_than_one_fetch_comes_in_several() -> None:
@@ -167,7 +210,7 @@ def test_several_requests_wait_for_one_read() -> None:
     for rid in "bcd":
         stepper.add(tokenized(rid, PROMPT, 2))
     stepper.step()
-    assert sum(isinstance(command, Fetch) for command in store.tier.commands) == 1
+    assert len(store.tier.fetches) == 1
     serve(stepper, store)
     assert [stepper.updates[rid][0].sequence.cached_tokens for rid in "bcd"] == [32, 32, 32]
 
@@ -179,13 +222,18 @@ def test_known_files_beyond_the_bound_are_dropped() -> None:
     assert len(tier.files) == 2 and tier.counters()["kv_tier_file_bytes"] == 200
 
 
-def test_the_books_are_exact_under_random_operations() -> None:
+@pytest.mark.parametrize("is_recurrent", [False, True])
+def test_the_books_are_exact_under_random_operations(is_recurrent: bool) -> None:
     """Requests, aborts, reads that fail or come late, writes that fail, changes of weights: no page is lost, no answer
     is wrong, and memory and files hold what the books say.
     """
     draw = random.Random(7)
-    stepper = Stepper(page_size=4, total_pages=40, context_length=150, chunked_prefill_size=20, max_running=4)
-    store = FakeStore(stepper, sizes(memory_blocks=9, file_blocks=23, most_pending=6, most_fetched=3), draw)
+    options = SnapshotOptions(7, 16) if is_recurrent else None
+    stepper = Stepper(
+        page_size=4, total_pages=40, context_length=150, chunked_prefill_size=20, max_running=4, snapshots=options
+    )
+    bounds = {"memory_blocks": 9, "file_blocks": 23, "most_pending": 6, "most_fetched": 3}
+    store = FakeStore(stepper, sizes(state_pieces=2 if is_recurrent else 0, **bounds), draw)
     stems = [[7] * 60, [7] * 20 + [8] * 40, list(range(100, 170)), [9] * 30]
     prompts: dict[str, list[int]] = {}
     for operation in range(OPERATIONS):

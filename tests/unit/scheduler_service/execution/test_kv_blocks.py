@@ -3,7 +3,9 @@ import torch
 
 from quartet.scheduler_service.execution.kv_blocks import KvBlocks, MemoryBlocks
 from quartet.scheduler_service.execution.kv_cache import KVCache
+from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.model.batch import AttentionSpec
+from quartet.scheduler_service.model.state_access import StateSpec
 
 PAGE, BLOCK = 4, 8
 CPU = torch.device("cpu")
@@ -88,3 +90,22 @@ def test_blocks_in_memory_take_the_place_of_dropped_ones() -> None:
     memory.clear()
     memory.put(b"3", rows[3])
     assert torch.equal(memory.get(b"3"), rows[3])
+
+
+def test_a_recurrent_state_comes_back_bit_for_bit() -> None:
+    dtypes = (torch.float32, torch.bfloat16)
+    specs = [StateSpec(1, ((2, 5, 3), (7,)), dtypes), StateSpec(2, ((101,), (3, 3)), dtypes[::-1])]
+    states = StateCache(specs, 1, 2, CPU)
+    for pools in states.pools.values():
+        for pool in pools:
+            pool.copy_(torch.randn(pool.shape))
+    blocks = KvBlocks(filled(torch.float32), BLOCK, states)
+    size = sum(spec.nbytes for spec in specs)
+    rows = blocks.gather_state(0)
+    assert (
+        rows.shape == (-(-size // blocks.block_bytes), blocks.block_bytes) == (blocks.state_pieces, blocks.block_bytes)
+    )
+    assert not same(list(states.snapshot(0)), list(states.snapshot(1)))
+    blocks.scatter_state(rows, 1)
+    assert same(list(states.snapshot(0)), list(states.snapshot(1)))
+    assert blocks.layout != KvBlocks(filled(torch.float32), BLOCK).layout

@@ -7,18 +7,25 @@ import pytest
 
 from quartet.runtime.errors import StartupError
 from quartet.runtime.service import Boot
+from quartet.scheduler_service.core.tier_acts import CarryOut, DropMemory
 from quartet.scheduler_service.execution import kv_tier
 from quartet.scheduler_service.execution.kv_tier import tier_store
 from quartet.scheduler_service.execution.tier_part import OwnPart
 from quartet.scheduler_service.weights.update import Updates
 from tests import checkpoints
 from tests.engine import Engine, floats
+from tests.model import tiny
 from tests.tiered import BLOCK, OUTPUT_LOGPROBS, PAGE, PARAMS, PROMPTS, SIZES, Tiered
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.random_model(tmp_path_factory.mktemp("model"), 5)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build("qwen3_5", tmp_path_factory.mktemp("hybrid"))
 
 
 class Served(Tiered):
@@ -56,6 +63,38 @@ def test_answers_are_those_of_a_server_that_computes_all(
     assert floats(again.logprobs.values) == pytest.approx(floats(computed.logprobs.values), abs=1e-5)
     if deterministic:
         assert again.logprobs.values == computed.logprobs.values, "bit for bit"
+
+
+@pytest.mark.parametrize("level", ["files", "memory", "both"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_recurrent_states_come_back_with_the_blocks(
+    hybrid: Path, tmp_path: Path, level: str, deterministic: bool
+) -> None:
+    alone = Engine(hybrid, page_size=PAGE, enable_deterministic_inference=deterministic)
+    computed = alone.generate([PROMPTS[0]], PARAMS, logprobs=OUTPUT_LOGPROBS)[0]
+    settings = levels(tmp_path)[level] | {"hicache_ratio": 40.0 if level != "files" else None}
+    served = Served(hybrid, **settings, enable_deterministic_inference=deterministic)
+    assert served.tier.sizes.state_pieces > 0
+    first = served.ask(0)
+    served.settle()
+    served.engine.planner.pool.clear()
+    again = served.ask(0)
+    assert first.cached_tokens == 0 and again.cached_tokens == 3 * BLOCK
+    assert first.ids == again.ids == computed.ids
+    assert again.logprobs is not None and computed.logprobs is not None
+    assert floats(again.logprobs.values) == pytest.approx(floats(computed.logprobs.values), abs=1e-5)
+    if deterministic:
+        assert again.logprobs.values == computed.logprobs.values, "bit for bit"
+
+
+def test_the_next_process_finds_recurrent_states_too(hybrid: Path, tmp_path: Path) -> None:
+    served = Served(hybrid, kv_cache_dir=str(tmp_path))
+    first = served.ask(0)
+    served.settle()
+    later = Served(hybrid, kv_cache_dir=str(tmp_path))
+    again = later.ask(0)
+    assert again.cached_tokens == 3 * BLOCK and again.ids == first.ids
+    assert later.ask(1).cached_tokens == 0
 
 
 def test_the_next_process_finds_them_again(model: Path, tmp_path: Path) -> None:
@@ -223,3 +262,14 @@ def test_files_that_cannot_be_read_do_not_stop_a_start(model: Path, tmp_path: Pa
     for file in tmp_path.glob("*/*.kv"):
         file.write_bytes(b"hostile")
     assert len(Served(model, kv_cache_dir=str(tmp_path)).tier.files) == 0
+
+
+def test_what_planning_asks_for_is_done_before_the_step(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is taken back while the next step is planned loses its pages to others of that step."""
+    served = Served(model, enable_hierarchical_cache=True)
+    part = served.store.part
+    told: list[object] = []
+    monkeypatch.setattr(part, "do", told.append)
+    monkeypatch.setattr(served.engine.planner, "next", lambda now: served.tier.commands.append(DropMemory(b"k")))
+    assert served.store.plan(0.0) is None
+    assert told == [CarryOut([DropMemory(b"k")])] and not served.tier.commands

@@ -5,6 +5,19 @@ import socket
 import torch
 
 from quartet.kernels.cpu.attention_schedule import Ragged
+from quartet.scheduler_service.core.tier_acts import (
+    Act,
+    CarryOut,
+    Clear,
+    DropFile,
+    DropMemory,
+    EndRead,
+    Keep,
+    Put,
+    PutState,
+    ReadFiles,
+    Store,
+)
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import Placement
 from quartet.scheduler_service.execution.rank_messages import (
@@ -14,8 +27,11 @@ from quartet.scheduler_service.execution.rank_messages import (
     Commit,
     Forward,
     Message,
+    Tier,
     forward_message,
     inputs_of,
+    packed,
+    unpacked,
 )
 
 
@@ -64,3 +80,21 @@ def test_the_inputs_of_a_step_arrive_on_another_rank() -> None:
     assert [[tuple(run) for run in runs] for runs in found.ragged.runs] == [[(1, 1)], [(2, 3)]]
     assert torch.equal(found.placement.slots, inputs.placement.slots)
     assert found.placement.begun is not None and found.placement.begun.tolist() == [1]
+
+
+def test_all_that_the_tier_is_told_arrives_as_it_was_said() -> None:
+    near, far = channels()
+    key = bytes(range(236, 256))
+    acts: list[Act] = [
+        CarryOut([Store(key, [3, 1], 7, True, False, 2, 1), DropMemory(key), DropFile(key)]),
+        ReadFiles(8, [key, key]),
+        Put(8, [key], 1, [4]),
+        PutState(8, [key], 5),
+        Keep(8, key),
+        EndRead(8),
+        Clear(key),
+    ]
+    near.send(Tier([packed(act) for act in acts], True))
+    message = far.receive()
+    assert isinstance(message, Tier) and message.report
+    assert [unpacked(*act) for act in message.acts] == acts

@@ -12,6 +12,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Tier,
     TierReport,
     UseTier,
+    packed,
 )
 from quartet.scheduler_service.execution.rank_tier import FollowingTier, LeadingPart
 from quartet.scheduler_service.execution.ranks import Followers
@@ -61,6 +62,10 @@ class Scripted(Channel):
         return bool(self.script)
 
 
+def told(acts: list[Act], report: bool) -> Tier:
+    return Tier([packed(act) for act in acts], report)
+
+
 def ranks(own: FakePart, others: int = 1) -> tuple[LeadingPart, list[Scripted]]:
     channels = [Scripted() for _ in range(others)]
     return LeadingPart(own, Followers(Parallel(0, others + 1), channels)), channels
@@ -73,7 +78,7 @@ def test_blocks_that_one_rank_lacks_are_dropped_by_all() -> None:
     assert part.open(b"i") == [b"c", b"b"], "in the order of rank 0"
     part.flush()
     drops = CarryOut([DropFile(b"a"), DropFile(b"d")])
-    assert own.done == [drops] and other.heard == [UseTier(b"i"), Tier([drops], False)]
+    assert own.done == [drops] and other.heard == [UseTier(b"i"), told([drops], False)]
 
 
 def test_a_rank_that_cannot_open_its_directory_ends_the_start() -> None:
@@ -88,14 +93,14 @@ def test_a_block_is_written_when_all_have_written_theirs() -> None:
     part, others = ranks(own, 2)
     part.do(CarryOut([STORE]))
     part.flush()
-    assert all(other.heard == [Tier([CarryOut([STORE])], True)] for other in others)
+    assert all(other.heard == [told([CarryOut([STORE])], True)] for other in others)
     own.ended = [Written(b"k", 7, True)]
     assert list(part.results()) == []
     others[0].script = [TierReport([Written(b"k", 7, True)], [])]
     others[1].script = [TierReport([], [])]
     assert list(part.results()) == []
     part.flush()
-    assert others[1].heard[-1] == Tier([], True), "asked again once both have reported"
+    assert others[1].heard[-1] == told([], True), "asked again once both have reported"
     others[1].script = [TierReport([Written(b"k", 7, False)], [])]
     assert list(part.results()) == [Written(b"k", 7, False)], "one that could not is enough"
 
@@ -141,6 +146,6 @@ def test_another_rank_does_what_it_is_told_and_reports_when_it_is_asked() -> Non
     tier = FollowingTier(part)
     assert tier.open(b"i") == Answer([b"a"])
     part.ended = [Written(b"k", 7, True), Brought(9, 1)]
-    assert tier.do(Tier([ReadFiles(9, [b"a"])], False)) is None
-    assert tier.do(Tier([], True)) == TierReport([Written(b"k", 7, True)], [Brought(9, 1)])
+    assert tier.do(told([ReadFiles(9, [b"a"])], False)) is None
+    assert tier.do(told([], True)) == TierReport([Written(b"k", 7, True)], [Brought(9, 1)])
     assert part.done == [ReadFiles(9, [b"a"])]
