@@ -79,16 +79,21 @@ class Ops(RecurrentOps, Protocol):
         """out (tokens, size) = activation(gate) * up, the halves of x @ weight.T + bias; the rest as in `skinny`."""
 
     def adapter_shrink(self, x: Tensor, a: Tensor, tiles: Tensor, order: Tensor, out: Tensor) -> None:
-        """out[row] (ranks,) = a[slot] @ x[row] for tokens with LoRA adapters: x (tokens, in), a (slots, ranks, in).
+        """out[row] (parts * rank,) = a[slot] @ x[row] for tokens with LoRA adapters; x (tokens, in).
 
-        Each of `tiles` (tiles, 3) int32 is a slot, and where its tokens begin in `order` int32, and how many they are,
-        at most 16. Other tokens are left as they are.
+        a (slots, parts, rank, in): the parts are weights that are fused in one product. Each of `tiles` (tiles, 4)
+        int32 is a slot, where its tokens begin in `order` int32, how many they are, at most 16, and the adapter's own
+        rank. Ranks of each part beyond that, and other tokens, are left as they are. Where `out` has several rows for
+        each of x, as for experts, these share it.
         """
 
     def adapter_expand(
         self, x: Tensor, first: int, b: Tensor, tiles: Tensor, order: Tensor, out: Tensor, column: int
     ) -> None:
-        """out[row, column :] += b[slot] @ x[row, first : first + rank]: b (slots, columns, rank), the rest as above."""
+        """out[row, column :] += b[slot] @ x[row, first : first + rank]: b (slots, columns, rank), the rest as above.
+
+        Of both only the adapter's own rank is read.
+        """
 
     def norm_qkv_rope_kv(
         self,

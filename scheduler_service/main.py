@@ -81,7 +81,14 @@ def saver_of(worker: Worker, updates: Updates, keep_weights: bool, followers: Fo
     """What gives memory back and takes it again, of all ranks."""
     if followers is not None:
         return LeadingSaver(updates, worker.cache, keep_weights, followers)
-    return MemorySaver(updates, worker.cache, keep_weights, on_release=worker.forget_graphs, states=worker.state_cache)
+    return MemorySaver(
+        updates,
+        worker.cache,
+        keep_weights,
+        on_release=worker.forget_graphs,
+        states=worker.state_cache,
+        adapters=worker.adapter_pool,
+    )
 
 
 def memory_saver(

@@ -34,13 +34,26 @@ def modules_of(base: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def write_adapter(base: Path, directory: Path, rank: int = 4, seed: int = 0, size: float = 0.5, **config: Any) -> Path:
-    """An adapter of all linear layers of a model; `rank_pattern` and so on as in adapter_config.json."""
+def write_adapter(
+    base: Path,
+    directory: Path,
+    rank: int = 4,
+    seed: int = 0,
+    size: float = 0.5,
+    without: str = "",
+    **config: Any,
+) -> Path:
+    """An adapter of all linear layers of a model; `rank_pattern` and so on as in adapter_config.json.
+
+    `without`: layers whose names have this in them are left out.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", **config}
     (directory / "adapter_config.json").write_text(json.dumps(settings))
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for module, (rows, columns) in modules_of(base).items():
+        if without and without in module:
+            continue
         own = rank_of(settings, module)
         name = f"base_model.model.{module}"
         tensors[f"{name}.lora_A.weight"] = torch.randn(own, columns, generator=generator) * columns**-0.5
@@ -61,6 +74,8 @@ def merge(base: Path, adapter: Path, directory: Path) -> Path:
     weights, factors = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
     for module in modules_of(base):
         name, last = f"base_model.model.{module}", module.rpartition(".")[2]
+        if f"{name}.lora_A.weight" not in factors:
+            continue
         rank = rank_of(settings, module)
         alpha = settings.get("alpha_pattern", {}).get(last, settings["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)

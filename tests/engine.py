@@ -90,6 +90,7 @@ class Engine:
                 reuse_prefixes=not self.config.disable_radix_cache,
                 snapshots=self.worker.snapshots,
                 drafts=draft_options(self.config),
+                max_adapters=self.config.max_loras_per_batch,
             )
         )
         self.compiler = GrammarCompiler(directory, self.worker.model.vocab_size, info.eos_ids)

@@ -1,38 +1,55 @@
 """What LoRA adapters add to products, in plain torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 TILE_TOKENS = 16  # of one adapter, which are computed together
 
 
-def tiles_of(owners: list[int]) -> tuple[list[list[int]], list[int]]:
-    """Tokens grouped by adapter: (slot, begin, count) of each tile, and the tokens in their order.
+Run = tuple[int, int, int]  # an adapter's slot, and from which token on to which one its tokens stand
 
-    owners: each token's slot, or -1.
+
+def tiles_of(runs: Iterable[Run], ranks: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """Tokens grouped by adapter: (slot, begin, count, rank) of each tile, and the tokens in their order.
+
+    ranks: by slot.
     """
-    order = sorted((token for token, slot in enumerate(owners) if slot >= 0), key=lambda token: owners[token])
+    by_slot: dict[int, list[range]] = {}
+    for slot, begin, end in runs:
+        by_slot.setdefault(slot, []).append(range(begin, end))
     tiles: list[list[int]] = []
-    for place, token in enumerate(order):
-        if not tiles or tiles[-1][0] != owners[token] or tiles[-1][2] == TILE_TOKENS:
-            tiles.append([owners[token], place, 0])
-        tiles[-1][2] += 1
+    order: list[int] = []
+    for slot, tokens in sorted(by_slot.items()):
+        first = len(order)
+        for some in tokens:
+            order.extend(some)
+        places = range(first, len(order), TILE_TOKENS)
+        tiles += [[slot, place, min(TILE_TOKENS, len(order) - place), ranks[slot]] for place in places]
     return tiles, order
 
 
-def groups(tiles: torch.Tensor, order: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """The slot and the tokens of each tile."""
-    for slot, begin, count in tiles.tolist():
-        yield slot, order[begin : begin + count].long()
+def most_tiles(tokens: int, slots: int) -> int:
+    """How many tiles so many tokens can have: of each adapter one may be filled in part."""
+    return min(tokens, tokens // TILE_TOKENS + slots)
+
+
+def groups(tiles: torch.Tensor, order: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """The slot, the tokens and the rank of each tile."""
+    for slot, begin, count, rank in tiles.tolist():
+        if count:
+            yield slot, order[begin : begin + count].long(), rank
 
 
 def adapter_shrink(
     x: torch.Tensor, a: torch.Tensor, tiles: torch.Tensor, order: torch.Tensor, out: torch.Tensor
 ) -> None:
     """See kernels.operations.Ops.adapter_shrink."""
-    for slot, tokens in groups(tiles, order):
-        out[tokens] = (x[tokens].float() @ a[slot].float().T).to(out.dtype)
+    shared = len(out) // len(x)
+    for slot, tokens, own in groups(tiles, order):
+        for part, factor in enumerate(a[slot]):  # (rank, in)
+            first = part * len(factor)
+            out[tokens, first : first + own] = (x[tokens // shared].float() @ factor[:own].float().T).to(out.dtype)
 
 
 def adapter_expand(
@@ -45,8 +62,8 @@ def adapter_expand(
     column: int,
 ) -> None:
     """See kernels.operations.Ops.adapter_expand."""
-    columns, rank = b.shape[1:]
-    for slot, tokens in groups(tiles, order):
-        added = x[tokens, first : first + rank].float() @ b[slot].float().T
+    columns = b.shape[1]
+    for slot, tokens, own in groups(tiles, order):
+        added = x[tokens, first : first + own].float() @ b[slot, :, :own].float().T
         part = out[tokens, column : column + columns].float() + added
         out[tokens, column : column + columns] = part.to(out.dtype)

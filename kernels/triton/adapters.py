@@ -2,8 +2,9 @@
 
 A tile is at most 16 tokens of one adapter, the narrow side of a product on the tensor cores; the adapter's ranks, or
 the columns of the result, are the wide one. Where the tokens of a tile are is read on the device, and tiles without
-tokens end at once: so a graph has as many as a step may need. Each sum is made by one program in one order, so a
-token's result does not depend on the other tokens, nor on its place in a tile.
+tokens end at once: so a graph has as many as a step may need. Ranks that an adapter does not have are neither read nor
+written. Each sum is made by one program in one order, so a token's result does not depend on the other tokens, nor on
+its place in a tile.
 """
 
 from functools import partial
@@ -22,8 +23,9 @@ def adapter_shrink(
 ) -> None:
     """See kernels.operations.Ops.adapter_shrink."""
     chosen = tile("adapter_shrink")
-    _, ranks, columns = a.shape
-    assert x.is_contiguous() and a.is_contiguous() and out.shape == (len(x), ranks), (x.shape, a.shape, out.shape)
+    _, parts, rank, columns = a.shape
+    ranks = parts * rank
+    assert x.is_contiguous() and a.is_contiguous() and out.shape[1] == ranks, (x.shape, a.shape, out.shape)
     _shrink[(len(tiles), blocks(ranks, chosen.rows))](
         x,
         a,
@@ -31,7 +33,9 @@ def adapter_shrink(
         order,
         out,
         ranks,
+        rank,
         columns,
+        len(out) // len(x),
         TILE_TOKENS,
         chosen.rows,
         chosen.columns,
@@ -79,27 +83,34 @@ def _shrink(
     order_ptr,
     out_ptr,
     RANKS: tl.constexpr,
+    RANK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SHARED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    one = tl.program_id(0)
-    count = tl.load(tiles_ptr + one * 3 + 2)
-    if count == 0:
+    tile_ptr = tiles_ptr + tl.program_id(0) * 4
+    count, own_rank = tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)
+    idle = count == 0
+    if RANK % ROWS == 0:  # then all ranks of a program are of one part
+        idle = idle | (tl.program_id(1) * ROWS % RANK >= own_rank)
+    if idle:
         return
-    slot = tl.load(tiles_ptr + one * 3).to(tl.int64)
+    slot = tl.load(tile_ptr).to(tl.int64)
     places = tl.arange(0, TOKENS)
     present = places < count
-    tokens = tl.load(order_ptr + tl.load(tiles_ptr + one * 3 + 1) + places, present, 0).to(tl.int64)
+    tokens = tl.load(order_ptr + tl.load(tile_ptr + 1) + places, present, 0).to(tl.int64)
     ranks = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    within = ranks < RANKS
+    within = (ranks < RANKS) & (ranks % RANK < own_rank)
     factor = a_ptr + (slot * RANKS + ranks)[:, None] * COLUMNS
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for begin in range(0, COLUMNS, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         summed = columns < COLUMNS
-        x = tl.load(x_ptr + tokens[None, :] * COLUMNS + columns[:, None], summed[:, None] & present[None, :], 0.0)
+        x = tl.load(
+            x_ptr + (tokens // SHARED)[None, :] * COLUMNS + columns[:, None], summed[:, None] & present[None, :], 0.0
+        )
         weights = tl.load(factor + columns[None, :], within[:, None] & summed[None, :], 0.0)
         sums = tl.dot(weights, x, sums, input_precision="ieee")
     place = tokens[None, :] * RANKS + ranks[:, None]
@@ -123,23 +134,24 @@ def _expand(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    one = tl.program_id(0)
-    count = tl.load(tiles_ptr + one * 3 + 2)
+    tile_ptr = tiles_ptr + tl.program_id(0) * 4
+    count, own_rank = tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)
     if count == 0:
         return
-    slot = tl.load(tiles_ptr + one * 3).to(tl.int64)
+    slot = tl.load(tile_ptr).to(tl.int64)
     places = tl.arange(0, TOKENS)
     present = places < count
-    tokens = tl.load(order_ptr + tl.load(tiles_ptr + one * 3 + 1) + places, present, 0).to(tl.int64)
+    tokens = tl.load(order_ptr + tl.load(tile_ptr + 1) + places, present, 0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     within = rows < COLUMNS
     factor = b_ptr + (slot * COLUMNS + rows)[:, None] * RANK
     inner = x_ptr + tokens[None, :] * X_STRIDE + first
+    read_rank = (own_rank + 15) // 16 * 16  # whole vectors; beyond `own_rank` x counts as zero
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for begin in range(0, RANK, BLOCK):
         ranks = begin + tl.arange(0, BLOCK)
-        summed = ranks < RANK
-        x = tl.load(inner + ranks[:, None], summed[:, None] & present[None, :], 0.0)
+        x = tl.load(inner + ranks[:, None], (ranks < own_rank)[:, None] & present[None, :], 0.0)
+        summed = (ranks < RANK) & (ranks < read_rank)
         weights = tl.load(factor + ranks[None, :], within[:, None] & summed[None, :], 0.0)
         sums = tl.dot(weights, x, sums, input_precision="ieee")
     place = out_ptr + tokens[None, :] * OUT_STRIDE + column + rows[:, None]

@@ -11,11 +11,12 @@ the run directory, so that a restarted scheduler serves the same adapters.
 import itertools
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -33,14 +34,15 @@ from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
 from quartet.scheduler_service.model.torch_backend import TorchBackend
-from quartet.scheduler_service.weights.adapters import adapter_identity, read_adapter
+from quartet.scheduler_service.weights.adapters import AdapterTensors, adapter_identity, read_adapter
 from quartet.scheduler_service.weights.file_identity import FileIdentity
 
 log = logging.getLogger(__name__)
 
 RECORD = "adapters.json"
 NOT_ON_THIS_MODEL = (
-    "--enable-lora needs a generating model of a native family, with plain attention, on a CPU, and {} is none"
+    "--enable-lora needs a generating model of a native family, with plain attention (on a GPU one that runs on the "
+    "fused operations), and {} is none"
 )
 FULL = "{} adapters are in memory, all pinned or in use; --max-loaded-loras allows no more"
 TOO_MANY_PINNED = "{} adapters are pinned, and --max-loaded-loras allows {}"
@@ -72,10 +74,10 @@ class Read:
 
     rank: int
     identity: FileIdentity
-    weights: products.AdapterWeights
+    weights: Any  # as `AdapterStore.pack` has made them
 
 
-class AdapterStore:
+class AdapterStore(ABC):
     """All adapters of one scheduler."""
 
     def __init__(self, model: Decoder, config: ResolvedConfig, run_dir: str) -> None:
@@ -83,12 +85,8 @@ class AdapterStore:
         self.run_dir = run_dir
         self.layout = model.weights.layout
         self.dtype = model.dtype
-        self.keeps_order = is_asked_for(config, model.device)
-        self.step = products.attach(linears_of(model), self.keeps_order)
-        assert isinstance(model.backend, CpuBackend | TorchBackend), model.backend
-        model.backend.watch_rows(self.step.select)
         self.known: dict[str, Known] = {}
-        self.loaded: dict[str, products.AdapterWeights] = {}  # least recently used first
+        self.loaded: dict[str, Any] = {}  # what `pack` has made; least recently used first
         self.leaving: set[str] = set()  # take no more requests
         self.ending: set[str] = set()  # those of them whose unloading was answered, though requests use them
         self.versions = 0
@@ -141,9 +139,11 @@ class AdapterStore:
         config = self.config
         with torch.inference_mode(), one_thread():
             tensors = read_adapter(directory, self.layout, self.dtype, config.max_lora_rank, config.lora_target_modules)
-            factors = {slab: [(one.start, one.a, one.b) for one in its] for slab, its in tensors.slabs.items()}
-            weights = self.step.weights(factors, yield_point)
-        return Read(tensors.rank, identity, weights)
+            return Read(tensors.rank, identity, self.pack(tensors))
+
+    @abstractmethod
+    def pack(self, tensors: AdapterTensors) -> Any:
+        """An adapter as steps take it; safe in another thread. Raises CheckpointError."""
 
     def install(self, name: str, path: str, directory: str, read: Read, pinned: bool, owned: bool = False) -> None:
         """Serve an adapter from the next step on, in place of its predecessor; between two steps only."""
@@ -276,7 +276,20 @@ class AdapterStore:
             return path
         raise AssertionError
 
-    # Steps
+
+class CpuAdapters(AdapterStore):
+    """The adapters of a model that is computed on a CPU."""
+
+    def __init__(self, model: Decoder, config: ResolvedConfig, run_dir: str) -> None:
+        super().__init__(model, config, run_dir)
+        self.step = products.attach(linears_of(model), is_asked_for(config, model.device))
+        assert isinstance(model.backend, CpuBackend | TorchBackend), model.backend
+        model.backend.watch_rows(self.step.select)
+
+    def pack(self, tensors: AdapterTensors) -> products.AdapterWeights:
+        """See AdapterStore.pack."""
+        factors = {slab: [(one.start, one.a, one.b) for one in its] for slab, its in tensors.slabs.items()}
+        return self.step.weights(factors, yield_point)
 
     def uses(self, plan: Plan) -> bool:
         """Whether a step has rows with adapters."""
@@ -321,23 +334,18 @@ def remove_owned(known: Known | None) -> None:
         shutil.rmtree(known.directory, ignore_errors=True)
 
 
+Store = TypeVar("Store", bound=AdapterStore)
+
+
 def adapter_store(
     model: ServedModel,
     architecture: str,
     config: ResolvedConfig,
     run_dir: str,
-    make: Callable[[Decoder, ResolvedConfig, str], AdapterStore] = AdapterStore,
-) -> AdapterStore | None:
-    """The adapters of a server, loaded; None without --enable-lora. Raises StartupError."""
-    if not config.enable_lora:
-        return None
-    if (
-        not isinstance(model, Decoder)
-        or not model.spec.generates
-        or model.spec.is_recurrent
-        or model.spec.latent
-        or model.device.type != "cpu"
-    ):
+    make: Callable[[Decoder, ResolvedConfig, str], Store],
+) -> Store:
+    """The adapters of a server that takes some, loaded. Raises StartupError."""
+    if not isinstance(model, Decoder) or not model.spec.generates or model.spec.is_recurrent or model.spec.latent:
         raise StartupError(NOT_ON_THIS_MODEL.format(architecture))
     store = make(model, config, run_dir)
     store.start()

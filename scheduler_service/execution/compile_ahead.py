@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -115,15 +116,31 @@ def one_of_each_layer(spec: DecoderSpec) -> DecoderSpec:
     return replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
 
 
+class BlankAdapters:
+    """LoRA adapters without content: each request that names one has that of the first slot."""
+
+    ranks = (1,)
+
+    def slots_of(self, plan: Plan) -> list[int]:
+        """See fused_steps.PlacedAdapters."""
+        owners = [0 if share.sequence.request.adapter else -1 for share in plan.slices]
+        return owners if max(owners) >= 0 else []
+
+
 def first_steps(steps: FusedSteps) -> None:
-    """Decode steps and prompts of each kind of size, and the draws that follow them."""
+    """Decode steps and prompts of each kind of size, and the draws that follow them; with LoRA adapters and without."""
     graphs = steps.graphs
-    for tokens in sizes(steps):
+    kinds = (False,) if steps.backend.adapters is None else (False, True)
+    steps.adapters = BlankAdapters()
+    for tokens, adapters in product(sizes(steps), kinds):
         if graphs is not None and graphs.covers(tokens):
-            steps.compute(graphs.key(tokens, 1))
-        draw(steps, compute_prompt(steps, tokens)[: steps.tokens.null_slot])
+            steps.compute(graphs.key(tokens, 1, adapters=adapters))
+        hidden = compute_prompt(steps, tokens, adapters)
+        if not adapters:
+            draw(steps, hidden[: steps.tokens.null_slot])
     if graphs is not None:
-        steps.compute(graphs.key(graphs.rows[-1], 1))
+        for adapters in kinds:
+            steps.compute(graphs.key(graphs.rows[-1], 1, adapters=adapters))
 
 
 def sizes(steps: FusedSteps) -> Iterator[int]:
@@ -135,9 +152,9 @@ def sizes(steps: FusedSteps) -> Iterator[int]:
             yield from (most - 1, most)  # in whole vectors of pairs or not
 
 
-def compute_prompt(steps: FusedSteps, tokens: int) -> torch.Tensor:
-    """Hidden states (tokens, hidden) of a prompt."""
-    sequence = blank_sequence(tokens)
+def compute_prompt(steps: FusedSteps, tokens: int, adapter: bool) -> torch.Tensor:
+    """Hidden states (tokens, hidden) of a prompt, whose request names a LoRA adapter or none."""
+    sequence = blank_sequence(tokens, "a" if adapter else "")
     size = steps.cache.page_size
     sequence.pages = [0] * -(-tokens // size)
     plan = Plan([Slice(sequence, 0, tokens, samples=True)])
@@ -155,5 +172,5 @@ def draw(steps: FusedSteps, hidden: torch.Tensor) -> None:
         steps.model.sample(logits, rows, allowed)
 
 
-def blank_sequence(tokens: int) -> Sequence:
-    return Sequence(Request(rid="", params=SamplingParams()), array("i", [0]) * tokens, tokens, slot=0)
+def blank_sequence(tokens: int, adapter: str) -> Sequence:
+    return Sequence(Request(rid="", params=SamplingParams(), adapter=adapter), array("i", [0]) * tokens, tokens, slot=0)

@@ -11,7 +11,7 @@ from quartet.kernels.cpu.attention_native import can_attend, page_table, paged_a
 from quartet.kernels.cpu.attention_schedule import Ragged
 from quartet.kernels.cpu.native.library import PageTable
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.execution.adapters import AdapterStore
+from quartet.scheduler_service.execution.adapters import CpuAdapters
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.inputs import Inputs
@@ -85,7 +85,7 @@ class EagerSteps(Steps):
         super().__init__(model, cache, tokens)
         self.attention = attention
         self.states = states
-        self.adapters: AdapterStore | None = None
+        self.adapters: CpuAdapters | None = None
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
         """See Steps.forward."""

@@ -7,9 +7,12 @@ out is what an unrecorded step gives: hidden states, from which the worker goes 
 A small model is what this is for: its prompts are computed faster than some hundred operations can be launched.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from quartet.scheduler_service.core.plan import Plan
+from quartet.scheduler_service.execution.adapter_tiles import TileBuffer, runs_of
 from quartet.scheduler_service.execution.device_state import PageTable
 from quartet.scheduler_service.execution.graphs import Graphs, Key, Recorder
 from quartet.scheduler_service.execution.inputs import Inputs
@@ -65,6 +68,7 @@ class FusedPrefill:
         self.input_ids, self.positions, self.places = torch.zeros(3, room, dtype=torch.int64, device=device)
         self.numbers = torch.zeros(2 * rows[-1] + 3 * CHUNKS + 1, dtype=torch.int32, device=device)
         self.hidden = torch.zeros(room, model.hidden_size, dtype=model.dtype, device=device)
+        self.tiles = None if backend.adapters is None else TileBuffer(room, backend.adapters.pool.slots, device)
         self.graphs = Graphs(self.compute, self.clear, recorder, rows, lengths, tokens)
         self.graphs.waiting.extend(Key(0, lengths[0], size) for size in reversed(tokens))
         self.clear()
@@ -75,14 +79,17 @@ class FusedPrefill:
         tokens = inputs.offsets[-1] - plan.decodes
         return 0 < prompts <= CHUNKS and inputs.embeds is None and self.graphs.covers(plan.decodes, tokens)
 
-    def forward(self, plan: Plan, inputs: Inputs) -> torch.Tensor:
+    def forward(
+        self, plan: Plan, inputs: Inputs, owners: Sequence[int] = (), ranks: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Hidden states of the step's tokens (tokens, hidden), which the next step overwrites.
 
-        The pages of the plan's sequences are in the page table already.
+        The pages of the plan's sequences are in the page table already. `owners` are the slots of the slices' LoRA
+        adapters (-1: none), empty where all have none; `ranks` are those of the slots.
         """
         rows, tokens = plan.decodes, inputs.offsets[-1] - plan.decodes
         longest = max((share.end for share in plan.slices[:rows]), default=0)
-        key = self.graphs.key(rows, longest, tokens)
+        key = self.graphs.key(rows, longest, tokens, adapters=bool(owners))
         self.graphs.prepare(key)
         self.places.zero_()
         filled = (
@@ -94,6 +101,8 @@ class FusedPrefill:
             buffer[:rows].copy_(values[:rows])
             buffer[key.rows : key.rows + tokens].copy_(values[rows:])
         self.numbers.copy_(upload(self.numbers_of(plan, inputs.offsets, key.rows), self.model.device, torch.int32))
+        if self.tiles is not None and owners:
+            self.tiles.send(key.rows + key.tokens, runs_of(owners, inputs.offsets, rows, key.rows - rows), ranks)
         self.graphs.run(key)
         if rows == key.rows:
             return self.hidden[: rows + tokens]
@@ -135,12 +144,15 @@ class FusedPrefill:
         size = key.rows + key.tokens
         context = self.context(key)
         batch = Batch(self.input_ids[:size], self.positions[:size], context, starts=context.lengths)
-        self.hidden[:size].copy_(self.model.forward(batch))
+        with self.backend.adapting(self.tiles.of(size) if self.tiles is not None and key.adapters else None):
+            self.hidden[:size].copy_(self.model.forward(batch))
 
     def clear(self) -> None:
         """No chunks, and rows without a context, whatever the size."""
         for buffer in (self.input_ids, self.positions, self.places, self.numbers):
             buffer.zero_()
+        if self.tiles is not None:
+            self.tiles.clear()
 
 
 def padded(numbers: list[int], length: int, filling: int) -> list[int]:

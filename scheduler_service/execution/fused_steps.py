@@ -6,7 +6,9 @@ position of a request whose prompt has just been computed.
 """
 
 import logging
+from collections.abc import Sequence as QuantizedRows
 from operator import is_
+from typing import Protocol
 
 import torch
 
@@ -16,6 +18,8 @@ from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.scheduler_service.core.plan import Plan, Slice
+from quartet.scheduler_service.execution.adapter_tiles import TileBuffer, runs_of, uploaded
+from quartet.scheduler_service.execution.device_adapters import adapter_pool
 from quartet.scheduler_service.execution.device_state import PageTable, SlotPositions, SlotTokens
 from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.fused_prefill import FusedPrefill
@@ -33,6 +37,7 @@ from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.step_context import Chunks, StepContext
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.host.transfer import upload
+from quartet.scheduler_service.model.adapter_pool import AdapterPool
 from quartet.scheduler_service.model.batch import Batch, ServedModel
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.fused_backend import FusedBackend, can_fuse
@@ -58,6 +63,19 @@ class Buffers:
         self.drawing: list[DrawSettings] = []  # whose temperatures and seeds are in the buffers
 
 
+class PlacedAdapters(Protocol):
+    """The LoRA adapters of steps, see device_adapters.DeviceAdapters."""
+
+    @property
+    def ranks(self) -> QuantizedRows[int]:
+        """By slot."""
+        ...
+
+    def slots_of(self, plan: Plan) -> list[int]:
+        """The slot of each slice's adapter, -1: none. Empty where all have none."""
+        ...
+
+
 class FusedSteps(Steps):
     """Runs plans on a FusedBackend: decode steps on fixed buffers, all other steps operation by operation."""
 
@@ -77,6 +95,8 @@ class FusedSteps(Steps):
         self.buffers: Buffers | None = None
         self.graphs: Graphs | None = None
         self.prefill: FusedPrefill | None = None
+        self.adapters: PlacedAdapters | None = None  # None: no request names any
+        self.tiles: TileBuffer | None = None  # of decode steps
         self.context_length = context_length
         self.reserve(max(slots, 1))
 
@@ -87,9 +107,11 @@ class FusedSteps(Steps):
         """
         self.reserve(largest)
         self.buffers = Buffers(largest, self.model.vocab_size, self.model.device)
+        adapters = self.backend.adapters
+        self.tiles = None if adapters is None else TileBuffer(largest, adapters.pool.slots, self.model.device)
         self.clear()
         rows, lengths = row_sizes(largest), length_sizes(self.context_length)
-        self.graphs = Graphs(self.compute, self.clear, recorder, rows, lengths)
+        self.graphs = Graphs(self.compute, self.clear, recorder, rows, lengths, adapters=adapters is not None)
         if prompt_tokens:
             self.prefill = FusedPrefill(
                 self.model, self.backend, self.cache, self.page_table, recorder, lengths, prompt_tokens
@@ -104,8 +126,9 @@ class FusedSteps(Steps):
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
         """See Steps.forward."""
         self.page_table.update([share.sequence for share in plan.slices])
+        owners, ranks = self.adapters_of(plan)
         if self.prefill is not None and record_experts is None and self.prefill.covers(plan, inputs):
-            return self.prefill.forward(plan, inputs)
+            return self.prefill.forward(plan, inputs, owners, ranks)
         batch = Batch(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
@@ -115,7 +138,16 @@ class FusedSteps(Steps):
             embeds_mask=inputs.embeds_mask,
             record_experts=record_experts,
         )
-        return self.model.forward(batch)
+        tiles = None
+        if owners:
+            tiles = uploaded(inputs.offsets[-1], runs_of(owners, inputs.offsets), ranks, self.model.device)
+        with self.backend.adapting(tiles):
+            return self.model.forward(batch)
+
+    def adapters_of(self, plan: Plan) -> tuple[list[int], QuantizedRows[int]]:
+        """The slots of the slices' adapters, empty where all have none, and the ranks of the slots."""
+        owners = [] if self.adapters is None else self.adapters.slots_of(plan)
+        return (owners, self.adapters.ranks) if owners and self.adapters is not None else ([], ())
 
     def context(self, plan: Plan, inputs: Inputs) -> StepContext:
         """Where a step's rows and chunks find their keys and values."""
@@ -161,13 +193,16 @@ class FusedSteps(Steps):
         """Launch a decode step. Its tokens are drawn with it by `settings`, all of them plain; None: they are not."""
         assert self.graphs is not None and self.buffers is not None
         rows, slots = len(plan.slices), [share.sequence.slot for share in plan.slices]
-        key = self.graphs.key(rows, max(share.end for share in plan.slices))
+        owners, ranks = self.adapters_of(plan)
+        key = self.graphs.key(rows, max(share.end for share in plan.slices), adapters=bool(owners))
         self.graphs.prepare(key)
         self.page_table.update([share.sequence for share in plan.slices])
         moved = self.positions.advance(slots, [share.start for share in plan.slices])
         self.send_tokens([plan.slices[i] for i in moved])
         self.send_slots(slots + [self.tokens.null_slot] * (key.rows - rows))
         self.send_settings(settings or [])
+        if self.tiles is not None and owners:
+            self.tiles.send(key.rows, runs_of(owners, range(rows + 1)), ranks)
         self.graphs.run(key)
         logits, tokens = self.buffers.logits[:rows], self.buffers.tokens[:rows]
         if settings is None:
@@ -211,6 +246,8 @@ class FusedSteps(Steps):
         assert self.buffers is not None
         self.buffers.slots.fill_(self.tokens.null_slot)
         self.buffers.running = []
+        if self.tiles is not None:
+            self.tiles.clear()
 
     def compute(self, key: Key) -> None:
         """One decode step of this size on the buffers. Nothing in it depends on the host, so it can be recorded."""
@@ -242,7 +279,8 @@ class FusedSteps(Steps):
         )
         others = (backend.rotation(rope, positions) for rope in range(1, len(backend.tables)))
         context = StepContext(backend, self.cache, self.page_table.values, places, slots, lengths, key.longest)
-        model.run_layers(residual, [(cos, sin), *others], Batch(input_ids, positions, context, starts=slots))
+        with backend.adapting(self.tiles.of(rows) if self.tiles is not None and key.adapters else None):
+            model.run_layers(residual, [(cos, sin), *others], Batch(input_ids, positions, context, starts=slots))
         plain = PlainDraws(
             temperatures=buffers.temperatures[:rows],
             seeds=buffers.seeds[:rows],
@@ -289,12 +327,17 @@ def make_fused_steps(
     context_length: int,
     implementation: Implementation,
     dependent: bool | None = None,
+    pool: AdapterPool | None = None,
 ) -> FusedSteps:
-    """Fused steps of a model, ready to record graphs as the flags say; `implementation` as in kernels/ops.py."""
+    """Fused steps of a model, ready to record graphs as the flags say; `implementation` as in kernels/ops.py.
+
+    `pool`: of its LoRA adapters; without one, a server that takes adapters gets one here.
+    """
     if dependent is None:
         dependent = implementation == "triton" and DEPENDENT_LAUNCHES
     spec, steady = model.spec, config.enable_deterministic_inference
-    backend = FusedBackend(spec.ropes, model.dtype, model.device, implementation, context_length, dependent, steady)
+    options = implementation, context_length, dependent, steady, pool or adapter_pool(config, model)
+    backend = FusedBackend(spec.ropes, model.dtype, model.device, *options)
     steps = FusedSteps(model.on(backend), backend, cache, tokens, context_length)
     if config.max_graph_rows:
         recorder = CudaRecorder() if model.device.type == "cuda" else PlainRecorder()
@@ -310,20 +353,34 @@ def fused_steps_of(
     cache: KVCache,
     tokens: SlotTokens,
     implementation: Implementation | None,
+    pool: AdapterPool | None = None,
 ) -> FusedSteps | None:
     """The fused way of running a model, ready for its first step; None where there is none. Raises StartupError.
 
-    Without an implementation: on a GPU if --attention-backend says so.
+    Without an implementation: on a GPU if --attention-backend says so. `pool`: of its LoRA adapters.
     """
-    if implementation is None and tokens.values.device.type == "cpu":
-        return None
-    plain = implementation is None and config.attention_backend == "torch_native"
-    if plain or info.embedding is not None or not isinstance(model, Decoder) or not can_fuse(model.spec):
+    device = tokens.values.device
+    if isinstance(model, Decoder) and is_fused(config, info, model, device, implementation):
+        chosen = implementation or "triton"
+        steps = make_fused_steps(config, model, cache, tokens, info.context_length, chosen, pool=pool)
+        steps.begin()
+        return steps
+    if implementation is not None or device.type != "cpu":
         if config.enable_deterministic_inference:
             raise StartupError(NOT_FUSED.format(info.architecture))
-        if not plain:
+        if implementation is not None or config.attention_backend != "torch_native":
             log.info("No fused operations for this model: it runs on plain torch, without CUDA graphs.")
-        return None
-    steps = make_fused_steps(config, model, cache, tokens, info.context_length, implementation or "triton")
-    steps.begin()
-    return steps
+    return None
+
+
+def is_fused(
+    config: ResolvedConfig,
+    info: ModelInfo,
+    model: ServedModel,
+    device: torch.device,
+    implementation: Implementation | None,
+) -> bool:
+    """Whether a model runs on fused operations: see fused_steps_of."""
+    if implementation is None and (device.type == "cpu" or config.attention_backend == "torch_native"):
+        return False
+    return info.embedding is None and isinstance(model, Decoder) and can_fuse(model.spec)

@@ -2,7 +2,8 @@
 
 A step of n decode rows runs at the next larger recorded size; the rows beyond n point at the null slot and the null
 page and harm nobody. Attention's launch grows with the longest context it must cover, so there are sizes of that, too.
-Steps with prompts (fused_prefill.py) have a size of their prompts' tokens besides.
+Steps with prompts (fused_prefill.py) have a size of their prompts' tokens besides. Steps in which a request has a LoRA
+adapter are recorded apart from those without, which cost what they cost a server that takes none.
 
 The largest sizes are recorded first, into one pool of memory, which the smaller ones then share. A few sizes are there
 before the server is ready; the rest follow while it is idle, and what is missing meanwhile runs unrecorded, by the
@@ -39,6 +40,7 @@ class Key:
     rows: int  # decode rows
     longest: int  # tokens of context that their attention covers
     tokens: int = 0  # of prompts
+    adapters: bool = False  # whether it adds what LoRA adapters have
 
 
 class Recorder(Protocol):
@@ -109,13 +111,14 @@ class Graphs:
     replays: dict[Key, Work] = field(default_factory=dict)
     waiting: deque[Key] = field(default_factory=deque)  # to be recorded when there is time
     misses: Counter[Key] = field(default_factory=Counter)
+    adapters: bool = False  # whether there will be steps with LoRA adapters
     gigabytes: float = 0.0  # that the first sizes took
 
     def covers(self, rows: int, tokens: int = 0) -> bool:
         return rows <= self.rows[-1] and tokens <= self.tokens[-1]
 
-    def key(self, rows: int, longest: int, tokens: int = 0) -> Key:
-        return Key(smallest(self.rows, rows), smallest(self.lengths, longest), smallest(self.tokens, tokens))
+    def key(self, rows: int, longest: int, tokens: int = 0, adapters: bool = False) -> Key:
+        return Key(smallest(self.rows, rows), smallest(self.lengths, longest), smallest(self.tokens, tokens), adapters)
 
     def prepare(self, key: Key) -> None:
         """Before a step's inputs are there: record its size if it was missed often enough to be worth the pause."""
@@ -148,6 +151,8 @@ class Graphs:
         """Record the first sizes, and note the others for later."""
         first = [size for size in self.rows if size in FIRST_ROWS]
         self.waiting.extend(Key(size, self.lengths[0]) for size in reversed(self.rows) if size not in first)
+        if self.adapters:
+            self.waiting.extend(Key(size, self.lengths[0], adapters=True) for size in reversed(first))
         available, begun = available_gb(device), time.monotonic()
         log.info("Capture cuda graph begin. This can take up to several minutes. avail mem=%.2f GB", available)
         log.info("Capture cuda graph bs %s", first)

@@ -12,6 +12,7 @@ from quartet.runtime.process.memory import give_back
 from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.host.device import shortage
+from quartet.scheduler_service.model.adapter_pool import AdapterPool
 from quartet.scheduler_service.weights.parameters import Weights
 from quartet.scheduler_service.weights.update import Updates
 
@@ -31,11 +32,13 @@ class MemorySaver:
         on_release: Callable[[], None] = lambda: None,
         states: StateCache | None = None,
         sharing: int = 1,
+        adapters: AdapterPool | None = None,
     ) -> None:
         """`on_release` is called before memory is released; resumed memory has other addresses.
 
         `states`: of a model with recurrent layers; they go and come with the KV pool. `sharing`: how many ranks take as
-        much of the same memory at the same time.
+        much of the same memory at the same time. `adapters`: on a GPU; they go with the weights, and are written again
+        from the host's memory by the steps that need them.
         """
         self.released: set[str] = set()
         self._updates = updates
@@ -43,6 +46,7 @@ class MemorySaver:
         self._keep_weights = keep_weights
         self._on_release = on_release
         self._sharing = sharing
+        self._adapters = adapters
         self._backup: Weights | None = None
 
     @property
@@ -102,6 +106,8 @@ class MemorySaver:
 
     def _release_weights(self) -> None:
         updates = self._updates
+        if self._adapters is not None:
+            self._adapters.release()
         if self._keep_weights:
             self._backup = updates.live.staging(torch.device("cpu"))
             self._backup.copy_from(updates.live)
@@ -113,6 +119,8 @@ class MemorySaver:
     def _resume_weights(self) -> None:
         live = self._updates.live
         live.allocate()
+        if self._adapters is not None:
+            self._adapters.allocate()
         if self._backup is not None:
             live.copy_from(self._backup)
             self._backup = None

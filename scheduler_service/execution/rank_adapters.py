@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.core.plan import Plan
-from quartet.scheduler_service.execution.adapters import AdapterStore, Read
+from quartet.scheduler_service.execution.adapters import CpuAdapters, Read
 from quartet.scheduler_service.execution.rank_messages import Answer, DropAdapter, ReadAdapter, TakeAdapter
 from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.model.decoder import Decoder
@@ -34,7 +34,7 @@ class NumberedRead(Read):
     number: int
 
 
-class LeadingAdapters(AdapterStore):
+class LeadingAdapters(CpuAdapters):
     """The adapters of rank 0, which the others have too."""
 
     def __init__(self, model: Decoder, config: ResolvedConfig, run_dir: str, followers: Followers) -> None:
@@ -72,7 +72,7 @@ class LeadingAdapters(AdapterStore):
         super().take_out(name)
 
 
-class FollowingAdapters(AdapterStore):
+class FollowingAdapters(CpuAdapters):
     """The adapters of a rank other than 0: what rank 0 says of them, and the steps' slices, which it names."""
 
     def __init__(self, model: Decoder, config: ResolvedConfig) -> None:
@@ -102,11 +102,11 @@ class FollowingAdapters(AdapterStore):
         self._named, self._counts = named, counts
 
     def uses(self, plan: Plan) -> bool:
-        """See AdapterStore.uses; the plan is rank 0's."""
+        """See CpuAdapters.uses; the plan is rank 0's."""
         return self._named is not None
 
     def of_step(self, plan: Plan) -> AbstractContextManager[None]:
-        """See AdapterStore.of_step; the plan is rank 0's."""
+        """See CpuAdapters.of_step; the plan is rank 0's."""
         assert self._named is not None
         return self.of_slices(self._named, self._counts)
 

@@ -25,14 +25,16 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.messages import Facts, Logprobs
 from quartet.runtime.model_files.model_info import ModelInfo
 from quartet.runtime.process import stopwatch
+from quartet.runtime.process.memory import GB
 from quartet.scheduler_service.core.plan import Plan, Result, Slice
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.execution.adapters import NOT_ON_THIS_MODEL, AdapterStore, adapter_store
+from quartet.scheduler_service.execution.adapters import NOT_ON_THIS_MODEL, AdapterStore, CpuAdapters, adapter_store
 from quartet.scheduler_service.execution.compile_ahead import start_compiling
+from quartet.scheduler_service.execution.device_adapters import DeviceAdapters, adapter_pool
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import Attention, EagerSteps, choose_attention
 from quartet.scheduler_service.execution.experts import Chosen, expert_shape, make_recorder
-from quartet.scheduler_service.execution.fused_steps import fused_steps_of
+from quartet.scheduler_service.execution.fused_steps import FusedSteps, fused_steps_of, is_fused
 from quartet.scheduler_service.execution.inputs import Inputs, PageRuns
 from quartet.scheduler_service.execution.kv_cache import make_kv_cache
 from quartet.scheduler_service.execution.launched_step import Drawn, LaunchedStep, State
@@ -47,7 +49,9 @@ from quartet.scheduler_service.grammar.masks import Masks
 from quartet.scheduler_service.grammar.matchers import Bitmask, Constrained, Grammar, Matcher
 from quartet.scheduler_service.host.device import available_gb, limit_threads
 from quartet.scheduler_service.host.transfer import Arrival, fetch, send, upload
+from quartet.scheduler_service.model.adapter_pool import AdapterPool
 from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for, keep_order
 from quartet.scheduler_service.model.registry import load_model
 from quartet.scheduler_service.sampling.adjust import adjust_single_tokens
@@ -95,6 +99,7 @@ class Worker:
         self.pooler = make_pooler(config, info, self.model)
         self.state_cache = make_state_cache(config, self.model, self.device, info.context_length)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
+        self.adapter_pool = self.make_adapter_pool(config, implementation)
         self.cache = make_kv_cache(
             config,
             self.model.attention,
@@ -107,8 +112,7 @@ class Worker:
             sharing=config.ranks_here if self.device.type == "cpu" else 1,
         )
         stopwatch.mark("KV pool")
-        self.page_size = self.cache.page_size
-        self.page_count = self.cache.page_count
+        self.page_size, self.page_count = self.cache.page_size, self.cache.page_count
         self.max_running_requests = min(running, self.page_count)
         if self.state_cache is not None:
             self.max_running_requests = min(self.max_running_requests, self.state_cache.slots)
@@ -125,6 +129,11 @@ class Worker:
         self.expert_recorder = make_recorder(config, self.expert_shape)
         self.log_limits(config)
 
+    def make_adapter_pool(self, config: ResolvedConfig, implementation: Implementation | None) -> AdapterPool | None:
+        """The slots of LoRA adapters on fused operations; they come before the KV pool, which gets what is left."""
+        fused = is_fused(config, self.info, self.model, self.device, implementation)
+        return adapter_pool(config, self.model) if fused and isinstance(self.model, Decoder) else None
+
     def make_steps(
         self,
         config: ResolvedConfig,
@@ -135,7 +144,8 @@ class Worker:
         """What computes the steps: see `__init__`."""
         if followers is not None:
             return LeadingSteps(self.model, self.cache, self.tokens, attention, followers)
-        fused = fused_steps_of(config, self.info, self.model, self.cache, self.tokens, implementation)
+        pool = self.adapter_pool
+        fused = fused_steps_of(config, self.info, self.model, self.cache, self.tokens, implementation, pool)
         return fused or EagerSteps(self.model, self.cache, self.tokens, attention, self.state_cache)
 
     def can_overlap(self, config: ResolvedConfig) -> bool:
@@ -163,13 +173,17 @@ class Worker:
 
     def load_adapters(self, config: ResolvedConfig, run_dir: str) -> AdapterStore | None:
         """Compute with LoRA adapters from now on; None without --enable-lora. Raises StartupError."""
-        steps = self.steps
-        make = partial(LeadingAdapters, followers=steps.followers) if isinstance(steps, LeadingSteps) else AdapterStore
-        store = adapter_store(self.model, self.info.architecture, config, run_dir, make)
-        if store is not None:
-            if not isinstance(self.steps, EagerSteps):
-                raise StartupError(NOT_ON_THIS_MODEL.format(self.info.architecture))
-            self.steps.adapters = store
+        if not config.enable_lora:
+            return None
+        steps, of = self.steps, (self.model, self.info.architecture, config, run_dir)
+        if isinstance(steps, FusedSteps) and self.adapter_pool is not None:
+            steps.adapters = placed = adapter_store(*of, partial(DeviceAdapters, pool=self.adapter_pool))
+            return placed
+        if not isinstance(steps, EagerSteps) or self.device.type != "cpu":
+            raise StartupError(NOT_ON_THIS_MODEL.format(self.info.architecture))
+        followers = steps.followers if isinstance(steps, LeadingSteps) else None
+        make = CpuAdapters if followers is None else partial(LeadingAdapters, followers=followers)
+        steps.adapters = store = adapter_store(*of, make)
         return store
 
     def idle_work(self) -> bool:
@@ -203,6 +217,7 @@ class Worker:
                 "weight": round(self.weight_gb, 2),
                 "kvcache": round(sum(self.cache.gigabytes), 2),
                 **({} if self.state_cache is None else {"state": round(self.state_cache.gigabytes, 2)}),
+                **({} if self.adapter_pool is None else {"adapters": round(self.adapter_pool.nbytes / GB, 2)}),
                 "token_capacity": tokens,
                 "graph": round(self.steps.graph_gigabytes, 2),
             },

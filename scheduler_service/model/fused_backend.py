@@ -3,11 +3,13 @@
     up to 4 tokens     norm+QKV+rotate+write, attend, output+residual, norm+gate/up+activate, down+residual
     up to 64           norm, skinny QKV, rotate+write, attend, skinny output+residual, norm, skinny gate/up, skinny down
     more               the same with cuBLAS for the four products
+    with adapters      norm, product, shrink and expand (fused_adapters.py), then what follows
 
 Nothing here waits for the device and no shape depends on a value, so a forward pass can be recorded in a graph.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -16,8 +18,10 @@ from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.ops import Implementation, resolve
 from quartet.kernels.reference.layers import layer_norm, soft_cap
 from quartet.kernels.triton.configs import SKINNY_ROWS
+from quartet.scheduler_service.model.adapter_pool import AdapterPool
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedContext
+from quartet.scheduler_service.model.fused_adapters import FusedAdapters, StepTiles
 from quartet.scheduler_service.model.fused_moe import FusedMoe
 from quartet.scheduler_service.model.fused_sampling import FusedSampling, PlainDraws
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
@@ -42,12 +46,14 @@ class FusedBackend:
         context_length: int,
         dependent: bool = False,
         deterministic: bool = False,
+        pool: AdapterPool | None = None,
     ) -> None:
-        """`implementation`, `dependent`: see quartet.kernels.ops.resolve."""
+        """`implementation`, `dependent`: see quartet.kernels.ops.resolve. `pool`: of LoRA adapters, if any."""
         self.deterministic = deterministic
         self.ops = resolve(device.type, implementation, dependent)
         self.workspace = Workspace(implementation, device, SKINNY_ROWS if deterministic else None)
-        self.products = Products(self.ops, self.workspace, deterministic)
+        self.adapters = None if pool is None else FusedAdapters(self.ops, pool)
+        self.products = Products(self.ops, self.workspace, deterministic, self.adapters)
         self.moe = FusedMoe(self.products)
         self.sampling = FusedSampling(self.products)
         self.tables = [
@@ -70,6 +76,13 @@ class FusedBackend:
                 self.products.reserve(block.down)
         if lm_head is not None:
             self.products.reserve(lm_head)
+
+    def adapting(self, step: StepTiles | None) -> AbstractContextManager[None]:
+        """Within it products add what the adapters of a step's tokens have; None: its tokens have none."""
+        if step is None:
+            return nullcontext()
+        assert self.adapters is not None
+        return self.adapters.of_step(step)
 
     def rotations(self, positions: torch.Tensor) -> list[Rotation]:
         return [self.rotation(rope, positions) for rope in range(len(self.tables))]
@@ -127,7 +140,8 @@ class FusedBackend:
         outputs = (*rotation, context.places, *context.pools(spec.layer), q)
         # A norm per head would need the whole head in one program: too few programs to read the weights at full speed.
         plain_heads = attention.query_norm is None and rotation[0].shape[2] == spec.head_dim and attention.is_plain
-        if norm is not None and not norm.centred and plain_heads and self.products.few(x):
+        fits = plain_heads and self.products.few(x) and not self.products.adds_adapters
+        if norm is not None and not norm.centred and fits:
             self.ops.norm_qkv_rope_kv(x, norm.weight, norm.epsilon, norm.plus_one, qkv.weight, qkv.bias, *outputs)
             return q
         projected = self.products(self.normed(x, norm), qkv)
@@ -148,7 +162,8 @@ class FusedBackend:
             residual.add_(self.normed(self.products(x, linear), norm))
 
     def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
-        if norm is not None and not norm.centred and self.products.few(residual):
+        fits = self.products.few(residual) and not self.products.adds_adapters
+        if norm is not None and not norm.centred and fits:
             y = residual.new_empty(len(residual), len(gate_up.weight) // 2)
             norms = norm.weight, norm.epsilon, norm.plus_one
             self.ops.norm_gate_up(residual, *norms, gate_up.weight, gate_up.bias, ACTIVATIONS[activation], y)

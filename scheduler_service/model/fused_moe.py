@@ -34,7 +34,8 @@ class FusedMoe:
 
     def add(self, residual: torch.Tensor, norm: Norm, moe: Moe, activation: str) -> torch.Tensor:
         """residual += moe(norm(residual)), in place; returns the chosen experts (tokens, top_k)."""
-        directly = residual.shape[0] * moe.spec.top_k <= DIRECT_PAIRS and not self.products.steady
+        separate = self.products.steady or self.products.adds_adapters
+        directly = residual.shape[0] * moe.spec.top_k <= DIRECT_PAIRS and not separate
         if not moe.spec.chooses_plainly:
             return self.add_scored(residual, norm, moe, activation, directly)
         return (self.add_directly if directly else self.add_grouped)(residual, norm, moe, activation)
@@ -110,10 +111,20 @@ class FusedMoe:
         pairs = torch.empty(blocks * block, dtype=torch.int32, device=x.device)
         block_experts = torch.empty(blocks, dtype=torch.int32, device=x.device)
         self.ops.align_experts(ids, experts, block, pairs, block_experts)
-        inner = x.new_empty(total, moe.all_down.shape[2])
-        self.ops.expert_gemm(x, pairs, block_experts, block, moe.all_gate_up, activation, inner)
-        y = x.new_empty(total, x.shape[1])
+        inner, y = x.new_empty(total, moe.all_down.shape[2]), x.new_empty(total, x.shape[1])
+        adapters = self.products.adapters
+        added = None if adapters is None else adapters.of_experts(ids, experts)
+        if self.products.adds_adapters:
+            gate_up = x.new_empty(total, moe.all_gate_up.shape[1])
+            self.ops.expert_gemm(x, pairs, block_experts, block, moe.all_gate_up, None, gate_up)
+            if added is not None:
+                added.add(x, moe.gate_up, gate_up)
+            self.ops.gated_activation(gate_up, activation, inner)
+        else:
+            self.ops.expert_gemm(x, pairs, block_experts, block, moe.all_gate_up, activation, inner)
         self.ops.expert_gemm(inner, pairs, block_experts, block, moe.all_down, None, y)
+        if added is not None:
+            added.add(inner, moe.down, y)
         return y
 
     def shared(self, x: torch.Tensor, moe: Moe, activation: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -2,6 +2,10 @@
 
 The routes differ in the order of their sums. Where that must not depend on the number of rows (`steady`), all rows go
 through the skinny products, in blocks of one size.
+
+What LoRA adapters have is added behind a product. So in a step with adapters nothing is fused that would go on with a
+product: norms come before it, gates behind it. With `steady` it is so in all steps: a row's bits must not depend on
+whether another row has an adapter.
 """
 
 from collections.abc import Callable
@@ -14,6 +18,7 @@ from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.operations import Ops
 from quartet.kernels.ops import Implementation
 from quartet.kernels.triton.configs import FEW_ROWS, SKINNY_ROWS, STEADY_ROWS
+from quartet.scheduler_service.model.fused_adapters import FusedAdapters
 
 Sizes = Callable[..., tuple[int, int]]  # elements of partial sums and of counters
 
@@ -50,8 +55,12 @@ def sizes_of(implementation: Implementation, block: int | None) -> tuple[Sizes, 
 class Products:
     """x @ weight.T by the route for its number of rows; with `steady`, by one route for all."""
 
-    def __init__(self, ops: Ops, workspace: Workspace, steady: bool = False) -> None:
+    def __init__(
+        self, ops: Ops, workspace: Workspace, steady: bool = False, adapters: FusedAdapters | None = None
+    ) -> None:
+        """`adapters`: what those of a step add."""
         self.ops = ops
+        self.adapters = adapters
         self.workspace = workspace
         self.steady = steady
         self.most_at_once = STEADY_ROWS if steady else SKINNY_ROWS
@@ -61,6 +70,18 @@ class Products:
         """Have room for the products with this weight."""
         size = len(linear.weight) // (2 if gated else 1)
         self.workspace.reserve(self.workspace.skinny(self.most_at_once, size, linear.weight.shape[1], gated)[1])
+        if gated and self.adapters is not None:  # which are added before the gate
+            self.reserve(linear)
+
+    @property
+    def adds_adapters(self) -> bool:
+        """Whether products are computed one by one, for adapters to be added."""
+        return self.adapters is not None and (self.steady or self.adapters.step is not None)
+
+    def adapt(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
+        """out (tokens, out) += what the tokens' adapters have for a layer's weight; x (tokens, in)."""
+        if self.adapters is not None:
+            self.adapters.add(x, linear, out)
 
     def few(self, x: torch.Tensor) -> bool:
         """Whether rows are so few that the multiply-add units do."""
@@ -77,9 +98,11 @@ class Products:
     def __call__(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """(tokens, in) → (tokens, out)."""
         if self.many(x):
-            return F.linear(x, linear.weight, linear.bias)
-        out = x.new_empty(len(x), len(linear.weight))
-        self.small(x, linear, None, out)
+            out = F.linear(x, linear.weight, linear.bias)
+        else:
+            out = x.new_empty(len(x), len(linear.weight))
+            self.small(x, linear, None, out)
+        self.adapt(x, linear, out)
         return out
 
     def write(self, x: torch.Tensor, linear: Linear, out: torch.Tensor) -> None:
@@ -88,15 +111,17 @@ class Products:
             out.copy_(F.linear(x, linear.weight, linear.bias))
         else:
             self.small(x, linear, None, out)
+        self.adapt(x, linear, out)
 
     def add(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> None:
         """residual (tokens, out) += the product."""
         if not self.many(x):
             self.small(x, linear, residual, residual)
-            return
-        residual.addmm_(x, linear.weight.t())
-        if linear.bias is not None:
-            residual.add_(linear.bias)
+        else:
+            residual.addmm_(x, linear.weight.t())
+            if linear.bias is not None:
+                residual.add_(linear.bias)
+        self.adapt(x, linear, residual)
 
     def small(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor | None, out: torch.Tensor) -> None:
         """out = linear(x) + residual, for row counts below those of cuBLAS."""
@@ -113,7 +138,9 @@ class Products:
         """activation(gate) * up of x (tokens, in)."""
         size = len(linear.weight) // 2
         out = x.new_empty(len(x), size)
-        if self.few(x):
+        if self.adds_adapters:
+            self.ops.gated_activation(self(x, linear), activation, out)
+        elif self.few(x):
             self.ops.norm_gate_up(x, None, 0.0, False, linear.weight, linear.bias, activation, out)
         elif self.many(x):
             self.ops.gated_activation(F.linear(x, linear.weight, linear.bias), activation, out)

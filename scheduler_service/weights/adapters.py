@@ -88,7 +88,7 @@ def read_adapter(
     stored = read_headers(directory, [(source, file)])
     yield_point()
     pairs = paired(stored)
-    allowed = None if modules is None or set(modules).intersection(ALL_MODULES) else set(modules)
+    allowed = allowed_modules(modules)
     places = {module: place_of(module, layout, allowed) for module in pairs}
     for module in places:
         check_shapes(module, pairs[module], layout.whole_shape(f"{module}.weight"), config.rank_of(module))
@@ -100,6 +100,11 @@ def read_adapter(
         slabs.setdefault((place.buffer, place.index), []).append(own)
         yield_point()
     return AdapterTensors(config.largest_rank, slabs)
+
+
+def allowed_modules(modules: Collection[str] | None) -> set[str] | None:
+    """The last parts of the names of weights that may be changed; None: any."""
+    return None if modules is None or set(modules).intersection(ALL_MODULES) else set(modules)
 
 
 Pair = dict[str, StoredTensor]  # "A" and "B"

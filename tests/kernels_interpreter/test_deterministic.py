@@ -8,6 +8,7 @@ import pytest
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.worker import Worker
+from tests.adapters import write_adapter
 from tests.configs import resolved
 from tests.engine import ALL_LOGPROBS, Answer, Engine
 from tests.kernels_interpreter.test_decoder import SETTINGS, SMALL
@@ -32,3 +33,33 @@ def test_an_answer_has_the_same_bits_alone_and_in_chunks_among_others(family, tm
     assert alone.ids == together[0].ids
     assert alone.logprobs.values == together[0].logprobs.values
     assert alone.input_logprobs.values == together[0].input_logprobs.values
+
+
+def test_an_answer_has_the_same_bits_whatever_adapters_the_others_have(tmp_path):
+    directory = tiny.build("qwen2", tmp_path / "base", **SMALL)
+    settings = {**SETTINGS, "enable_deterministic_inference": True, "enable_lora": True, "max_lora_rank": 16}
+    for seed, rank in ((1, 3), (2, 10)):
+        write_adapter(directory, tmp_path / f"a{seed}", seed=seed, rank=rank)
+
+    def answers(names: list[str], number: int) -> list[Answer]:
+        config = resolved(model_path=str(directory), model_dir=str(directory), max_running_requests=5, **settings)
+        worker = Worker(config, model_info.load(config), implementation="triton")
+        run_dir = tmp_path / f"run{number}"
+        run_dir.mkdir()
+        store = worker.load_adapters(config, str(run_dir))
+        for name in ("a1", "a2"):
+            store.install(name, name, str(tmp_path / name), store.read(tmp_path / name), pinned=False)
+        engine = Engine(directory, worker=worker, **settings)
+        engine.planner.waiting.set_adapter_versions(store.version_of)
+        rids = [engine.add(PROMPTS[0], PARAMS[0], adapter=name, seed=7, logprobs=ALL_LOGPROBS) for name in names]
+        engine.run()
+        return [engine.answers[rid] for rid in rids]
+
+    names = ["a1", "", "a2", "a1"]
+    together = answers(names, 0)
+    assert len({answer.logprobs.values for answer in together}) == 3
+    for number, name in enumerate(names[:2], 1):
+        (alone,) = answers([name], number)
+        expected = together[names.index(name)]
+        assert (alone.ids, alone.logprobs.values) == (expected.ids, expected.logprobs.values)
+        assert alone.input_logprobs.values == expected.input_logprobs.values

@@ -63,13 +63,12 @@ def test_a_tokens_experts_do_not_depend_on_the_other_tokens() -> None:
 
 @pytest.mark.parametrize("op", [adapters.adapter_shrink, adapters.adapter_expand])
 def test_what_adapters_add_to_a_token_does_not_depend_on_the_others(op: Callable[..., Arguments]) -> None:
-    own = {"ranks": 20} if op is adapters.adapter_shrink else {"rank": 20}
     owners = adapters.OWNERS["long"]
-    together = op(FLOAT, owners="long", slots=2, columns=100, **own)
+    together = op(FLOAT, owners="long", slots=2, columns=100, rank=20, lowest=20)
     before = clone(together)
     getattr(OPS, op.__name__)(**together)
     for token, slot in enumerate(owners):
-        only = adapters.grouped(FLOAT, [-1] * token + [slot] + [-1] * (len(owners) - token - 1))
+        only = adapters.grouped(FLOAT, [-1] * token + [slot] + [-1] * (len(owners) - token - 1), 20, 20)
         by_itself = {**clone(before), **only}
         getattr(OPS, op.__name__)(**by_itself)
         assert torch.equal(by_itself["out"][token], together["out"][token]), token

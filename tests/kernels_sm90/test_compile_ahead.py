@@ -17,11 +17,12 @@ from deploy.benchmarks.gpu.shapes import REHEARSAL, SHAPES
 from quartet.kernels.triton import compile as triton_compile
 from quartet.kernels.triton import operations
 from quartet.kernels.triton.compile import CompileError, Kernel, compiling, kernel
+from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
-from quartet.scheduler_service.execution.compile_ahead import META, start_compiling
+from quartet.scheduler_service.execution.compile_ahead import META, BlankAdapters, start_compiling
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.fused_steps import FusedSteps, make_fused_steps
 from quartet.scheduler_service.execution.inputs import make_inputs, to_device
@@ -47,6 +48,7 @@ MODELS = {
 # decode rows, and the lengths of the prompts beside them
 STEPS = [(1, []), (3, []), (7, []), (70, []), (0, [1]), (0, [21]), (3, [5, 40]), (5, [300]), (90, [9])]
 CONFIG = resolved(device="cuda", cuda_graph_max_prefill_tokens=64)
+WITH_ADAPTERS = resolved(device="cuda", cuda_graph_max_prefill_tokens=64, enable_lora=True, max_lora_rank=64)
 
 
 @pytest.fixture
@@ -63,27 +65,28 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counte
     RECORDER.loaded.clear()
 
 
-def whole_steps(config: dict[str, Any]) -> FusedSteps:
+def whole_steps(config: dict[str, Any], settings: ResolvedConfig) -> FusedSteps:
     """Steps of all layers with the first graphs recorded, on another number of pages, as a server makes them."""
     spec = decoder_spec(model_info(config, CONTEXT))
     torch_backend = TorchBackend(spec.ropes, torch.bfloat16, META)
     model = Decoder(spec, Weights(decoder_layout(spec), torch.bfloat16, META), torch_backend)
     cache = KVCache(model.attention, 1000, PAGE, torch.bfloat16, META)
-    steps = make_fused_steps(CONFIG, model, cache, SlotTokens(SLOTS, META), CONTEXT, "triton")
+    steps = make_fused_steps(settings, model, cache, SlotTokens(SLOTS, META), CONTEXT, "triton")
     steps.begin()
+    steps.adapters = BlankAdapters()
     return steps
 
 
-def sequence(slot: int, tokens: int) -> Sequence:
-    request = Request(rid=str(slot), params=SamplingParams(top_k=5))
+def sequence(slot: int, tokens: int, adapter: str = "") -> Sequence:
+    request = Request(rid=str(slot), params=SamplingParams(top_k=5), adapter=adapter)
     pages = list(range(1, 2 - -tokens // PAGE))
     return Sequence(request, array("i", [1]) * (tokens + 1), tokens, slot=slot, pages=pages)
 
 
-def step(steps: FusedSteps, rows: int, prompts: list[int]) -> None:
+def step(steps: FusedSteps, rows: int, prompts: list[int], adapter: str = "") -> None:
     """Decode rows at different positions beside prompts, then a draw of one token for each."""
-    slices = [Slice(one, 19 + i, 20 + i, True) for i, one in enumerate(sequence(i, 20 + i) for i in range(rows))]
-    slices += [Slice(sequence(rows + i, tokens), 0, tokens, True) for i, tokens in enumerate(prompts)]
+    slices = [Slice(sequence(i, 20 + i, adapter), 19 + i, 20 + i, True) for i in range(rows)]
+    slices += [Slice(sequence(rows + i, tokens, adapter), 0, tokens, True) for i, tokens in enumerate(prompts)]
     plan = Plan(slices, decodes=rows)
     params = [share.sequence.request.params for share in slices]
     rows_drawn = sampling_rows([settings_of(each, seed=0) for each in params], [1] * len(slices))
@@ -99,17 +102,23 @@ def step(steps: FusedSteps, rows: int, prompts: list[int]) -> None:
         steps.model.sample(logits, rows_drawn, allowed)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "adapters"),
+    [*((name, False) for name in MODELS), ("tiny with head norms", True), ("tiny with experts", True)],
+)
 @torch.inference_mode()
-def test_steps_find_every_kernel_compiled(name: str, compiled: Counter[str]) -> None:
-    kernels = start_compiling(CONFIG, model_info(MODELS[name], CONTEXT), torch.device("cuda"), SLOTS)
+def test_steps_find_every_kernel_compiled(name: str, adapters: bool, compiled: Counter[str]) -> None:
+    settings = WITH_ADAPTERS if adapters else CONFIG
+    kernels = start_compiling(settings, model_info(MODELS[name], CONTEXT), torch.device("cuda"), SLOTS)
     assert kernels is not None
     kernels.result()
     assert compiled.total() == len(RECORDER.loaded) > 30
+    assert ("_shrink" in compiled) == adapters
     compiled.clear()
-    steps = whole_steps(MODELS[name])
+    steps = whole_steps(MODELS[name], settings)
     for rows, prompts in STEPS:
-        step(steps, rows, prompts)
+        for adapter in ("", "a") if adapters else ("",):
+            step(steps, rows, prompts, adapter)
     while steps.idle_work():
         pass
     assert not compiled

@@ -1,6 +1,7 @@
 """LoRA adapters beside their base, against models into which they were merged, computed by transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Served:
     def __init__(self, family: str, directory: Path, **settings: object) -> None:
         self.family, self.directory = family, directory
         self.base = self.build()
-        self.engine = Engine(self.base, enable_lora=True, max_running_requests=16, **settings)
+        self.engine = self.start(enable_lora=True, max_running_requests=16, **settings)
         store = self.engine.worker.load_adapters(self.engine.config, str(directory))
         assert store is not None
         self.store: AdapterStore = store
@@ -44,6 +45,9 @@ class Served:
 
     def build(self) -> Path:
         return build(self.family, self.directory / "base")
+
+    def start(self, **settings: Any) -> Engine:
+        return Engine(self.base, **settings)
 
     def load(self, name: str, seed: int, **settings: object) -> None:
         version = str(self.store.versions + 1)

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import save_file
 
 from quartet.runtime.errors import CommandRefused, StartupError
-from quartet.scheduler_service.execution.adapters import AdapterStore, adapter_store
+from quartet.scheduler_service.execution.adapters import CpuAdapters, adapter_store
 from tests.adapters import write_adapter
 from tests.checkpoints import random_tensors, write_config
 from tests.engine import Engine
@@ -25,10 +25,8 @@ def engine(tmp_path: Path) -> Engine:
     return Engine(base, enable_lora=True, max_loaded_loras=MOST, max_loras_per_batch=MOST)
 
 
-def store_of(engine: Engine, run_dir: Path) -> AdapterStore:
-    store = adapter_store(engine.worker.model, "Llama", engine.config, str(run_dir))
-    assert store is not None
-    return store
+def store_of(engine: Engine, run_dir: Path) -> CpuAdapters:
+    return adapter_store(engine.worker.model, "Llama", engine.config, str(run_dir), CpuAdapters)
 
 
 def test_random_loads_unloads_and_requests_do_what_a_model_of_them_says(engine: Engine, tmp_path: Path) -> None:
