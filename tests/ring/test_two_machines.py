@@ -103,10 +103,11 @@ def test_a_machine_that_stands_still_is_missed_by_the_first(machines: Machines) 
     first, second = machines.first, machines.second
     before = Stream(first.url, BODIES[0]).answers()
     returned = first.log.count(RETURNED.format("scheduler"))
+    start = len(first.log)
     stopped = [psutil.Process(second.process.pid), *second.children().values()]
     for process in stopped:
         process.suspend()
-    first.wait_for("Rank 1 on another machine has not answered for")
+    first.wait_for_match("Rank 1 on another machine has not answered for", start, timeout_s=120)
     for process in stopped:
         process.resume()
     wait_for_return(first, "scheduler", returned + 1)
