@@ -335,7 +335,9 @@ def typed(values: Mapping[str, Any], *, strict: bool, label: str, spell: Callabl
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{label.format(spell(name))} takes a finite number, not {values[name]!r}")
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise UsageError(f"{label.format(spell(name))} takes {settings()[name].takes} <= {LARGEST}, not {short(value)}")
+            raise UsageError(
+                f"{label.format(spell(name))} takes {settings()[name].takes} <= {LARGEST}, not {short(value)}"
+            )
     return checked
 
 
