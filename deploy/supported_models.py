@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from quartet.runtime.model_files.gguf_config import ARCHITECTURES, MIXTRAL
+from quartet.runtime.model_files.gguf_metadata import ARCHITECTURES, MIXTRAL
 from quartet.runtime.model_files.towers import TOWERS
 from quartet.scheduler_service.model import embedders, registry
 from quartet.scheduler_service.weights.quantized.methods import METHODS

@@ -22,7 +22,7 @@ class KvTierConfig(RanksConfig, frozen=True, kw_only=True):
         flag("size of that memory, as a multiple of the KV pool's (default: 2)", SCHEDULER),
     ] = None
     hicache_size: Annotated[
-        Natural, flag("its size in gigabytes, of each scheduler, in place of the ratio; 0: by the ratio", SCHEDULER)
+        Natural, flag("its size in gigabytes, of each process, in place of the ratio; 0: by the ratio", SCHEDULER)
     ] = 0
     kv_cache_dir: Annotated[
         str | None,

@@ -24,6 +24,7 @@ from quartet.runtime.service import EXIT_STARTUP, TITLE
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.device_state import SlotTokens
 from quartet.scheduler_service.execution.eager_steps import EagerSteps, choose_attention
+from quartet.scheduler_service.execution.kv_blocks import KvBlocks
 from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.rank_adapters import FollowingAdapters
 from quartet.scheduler_service.execution.rank_memory import FollowingMemory
@@ -39,16 +40,23 @@ from quartet.scheduler_service.execution.rank_messages import (
     Hello,
     Logits,
     Message,
+    OpenTier,
     Pool,
     ReadAdapter,
     Release,
     Resume,
     Start,
     TakeAdapter,
+    Tier,
+    TierReport,
+    Tiers,
+    UseTier,
     inputs_of,
 )
+from quartet.scheduler_service.execution.rank_tier import FollowingTier
 from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
 from quartet.scheduler_service.execution.ranks import load_part, parallel_of
+from quartet.scheduler_service.execution.tier_part import facts_of, own_part
 from quartet.scheduler_service.host.background import run_in_background
 from quartet.scheduler_service.host.device import limit_threads
 from quartet.scheduler_service.host.parallel import LOST, Parallel, Store, open_store
@@ -124,6 +132,7 @@ class Follower:
         self.updates = updates
         self.steps: EagerSteps | None = None  # once rank 0 has said how large the KV pool is
         self.memory: FollowingMemory | None = None  # likewise
+        self.tier: FollowingTier | None = None  # of KV beyond the pool; None: there is none
         self.job: Generator[None, bool | None, Any] | None = None  # work in the background
         config = updates.updates.config
         self.adapters: FollowingAdapters | None = None
@@ -163,6 +172,8 @@ class Follower:
                 assert self.memory is not None
                 self.finish_job()
                 self.channel.send(self.memory.do(message))
+            case OpenTier() | UseTier() | Tier():
+                self.keep(message)
             case DropSecond():
                 self.finish_job()
                 self.updates.updates.drop_second()
@@ -173,10 +184,34 @@ class Follower:
             case GiveUp():
                 self.finish_job()
                 self.updates.give_up()
-            case Start() | Hello() | Answer():
+            case Start() | Hello() | Answer() | TierReport():
                 raise AssertionError(message)
             case task:
                 self.begin(partial(self.updates.do, task), self.channel.send)
+
+    def keep(self, message: Tiers) -> None:
+        """Do what a message says of the tier behind the KV pool."""
+        match message:
+            case OpenTier():
+                self.finish_job()
+                self.channel.send(self.open_tier(message))
+            case UseTier(identity):
+                assert self.tier is not None
+                self.channel.send(self.tier.open(identity))
+            case Tier():
+                assert self.tier is not None
+                if report := self.tier.do(message):
+                    self.channel.send(report)
+
+    def open_tier(self, message: OpenTier) -> Answer:
+        """Make this rank's part of the tier."""
+        assert self.steps is not None
+        blocks = KvBlocks(self.steps.cache, message.block_tokens)
+        try:
+            self.tier = FollowingTier(own_part(message, blocks, self.parallel.rank))
+        except StartupError as error:
+            return Answer(refusal=str(error))
+        return Answer(facts_of(self.model.weights, blocks))
 
     def adapt(self, message: Adapters) -> None:
         """Do what a message says of an adapter, or begin to."""

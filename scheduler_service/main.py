@@ -64,7 +64,8 @@ def lead(boot: Boot, config: ResolvedConfig, info: ModelInfo) -> None:
     grammars = grammar_pool(config, info, worker.facts().vocab_size)
     saver = memory_saver(config, worker, updates, followers)
     sleeper = idle_sleep(config, worker, updates, followers)
-    serve(boot, info, worker, grammars, updates, saver, sleeper, adapters)
+    make_tier = partial(tier_store, boot, worker, updates, followers=followers)
+    serve(boot, info, worker, grammars, updates, saver, sleeper, adapters, make_tier)
 
 
 def model_facts(started: ResolvedConfig, restored: ResolvedConfig) -> ModelInfo:

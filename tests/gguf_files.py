@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +108,13 @@ def q8_0(values: torch.Tensor) -> bytes:
     return torch.cat((scale.view(torch.uint8), numbers.view(torch.uint8)), 1).numpy().tobytes()
 
 
+def rounded_q8_0(values: torch.Tensor) -> torch.Tensor:
+    """What is read of such blocks."""
+    blocks = values.float().reshape(-1, 32)
+    scale = (blocks.abs().amax(1, keepdim=True) / 127).half().float()
+    return ((blocks / scale.clamp(min=1e-8)).round().clamp(-127, 127) * scale).view(values.shape)
+
+
 # models: what llama.cpp's converter makes of a directory of transformers
 
 ARCHITECTURES = {
@@ -119,6 +127,8 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "gemma3n_text": "gemma3n",
+    "gemma4_text": "gemma4",
     "phi3": "phi3",
 }
 KEYS = {
@@ -137,6 +147,11 @@ KEYS = {
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+    "num_kv_shared_layers": "attention.shared_kv_layers",
+    "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+    "altup_num_inputs": "altup.num_inputs",
+    "altup_active_idx": "altup.active_idx",
+    "top_k_experts": "expert_used_count",
 }
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -163,7 +178,44 @@ GEMMA_PARTS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+    "altup.correction_coefs": "altup_correct_coef",
+    "altup.prediction_coefs": "altup_predict_coef",
+    "altup.modality_router": "altup_router",
+    "altup.router_norm": "altup_router_norm",
+    "laurel.linear_left": "laurel_l",
+    "laurel.linear_right": "laurel_r",
+    "laurel.post_laurel_norm": "laurel_post_norm",
+    "router.proj": "ffn_gate_inp",
 }
+WHOLE_PARTS = {  # tensors whose names end otherwise
+    "altup.correct_output_scale": "altup_correct_scale.weight",
+    "layer_scalar": "layer_output_scale.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+}
+TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+}
+STACKED = {
+    "model.altup_projections": "altup_proj.weight",
+    "model.altup_unembed_projections": "altup_unembd_proj.weight",
+}
+NORMS_PLUS_ONE = ("gemma2", "gemma3_text")
+SLIDING = "sliding_attention"
+UNTURNED = 1e30  # the divisor of a frequency that is none
 EXPERTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 
 
@@ -195,7 +247,46 @@ def metadata_of(config: dict[str, Any]) -> dict[str, Any]:
     found[f"{architecture}.rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     if config.get("sliding_window") and config["model_type"] in ("gemma2", "gemma3_text", "phi3"):
         found[f"{architecture}.attention.sliding_window"] = config["sliding_window"]
-    return found
+    if architecture in ("gemma3n", "gemma4"):
+        found[f"{architecture}.attention.sliding_window"] = config["sliding_window"]
+        found[f"{architecture}.attention.sliding_window_pattern"] = [kind == SLIDING for kind in config["layer_types"]]
+        found[f"{architecture}.rope.freq_base_swa"] = float(rope[SLIDING]["rope_theta"])
+    if architecture == "gemma3n":
+        deviations = [
+            NormalDist().inv_cdf(share) if share else -math.inf for share in config["activation_sparsity_pattern"]
+        ]
+        found["gemma3n.activation_sparsity_scale"] = deviations
+    return found | (gemma4_metadata(config) if architecture == "gemma4" else {})
+
+
+def gemma4_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 4 has by layer, or for both types of layers."""
+    count, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
+    own = config["per_layer_config"]
+    full = next(iter(own.values()))["head_dim"]
+    heads = [
+        own.get(str(layer), {}).get("num_key_value_heads", config["num_key_value_heads"]) for layer in range(count)
+    ]
+    found: dict[str, Any] = {
+        "attention.key_length": full,
+        "attention.value_length": full,
+        "attention.key_length_swa": config["head_dim"],
+        "attention.value_length_swa": config["head_dim"],
+        "attention.head_count_kv": heads,
+        "rope.dimension_count": full,
+        "rope.dimension_count_swa": config["head_dim"],
+    }
+    if config["use_double_wide_mlp"]:
+        size = config["intermediate_size"]
+        found["feed_forward_length"] = [size if layer < count - shared else 2 * size for layer in range(count)]
+    return {f"gemma4.{key}": value for key, value in found.items()}
+
+
+def gemma4_divisors(config: dict[str, Any]) -> torch.Tensor:
+    """What the converter writes for pairs of a whole layer's head that are not turned."""
+    pairs = next(iter(config["per_layer_config"].values()))["head_dim"] // 2
+    turned = int(pairs * config["rope_parameters"]["full_attention"]["partial_rotary_factor"])
+    return torch.tensor([1.0] * turned + [UNTURNED] * (pairs - turned))
 
 
 def vocabulary(directory: Path) -> dict[str, Any]:
@@ -226,13 +317,19 @@ def tensors_of(config: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[s
     experts: dict[str, dict[int, torch.Tensor]] = {}
     gemma = config["model_type"].startswith("gemma")
     for name, values in state.items():
-        if gemma and name.endswith("norm.weight"):
+        if config["model_type"] in NORMS_PLUS_ONE and name.endswith("norm.weight"):
             values = values + 1
         if "layers." not in name:
-            top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-            found[top.get(name, "output.weight")] = values
+            stem, _, number = name.removesuffix(".weight").rpartition(".")
+            if stem in STACKED:
+                experts.setdefault(STACKED[stem], {})[int(number)] = values
+            else:
+                found[TOP[name]] = values
             continue
         _, _, layer, rest = name.split(".", 3)
+        if rest in WHOLE_PARTS:
+            found[f"blk.{layer}.{WHOLE_PARTS[rest]}"] = values
+            continue
         part, kind = rest.rsplit(".", 1)
         if ".experts." in part:
             number, projection = part.split(".experts.")[1].split(".")
@@ -243,6 +340,8 @@ def tensors_of(config: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[s
         if ARCHITECTURES[config["model_type"]] == "llama" and own in ("attn_q", "attn_k"):
             values = permuted(values, config["num_attention_heads" if own == "attn_q" else "num_key_value_heads"])
         found[f"blk.{layer}.{own}.{kind}"] = values.squeeze(0) if own == "ffn_gate_inp_shexp" else values
+    if config["model_type"] == "gemma4_text":
+        found["rope_freqs.weight"] = gemma4_divisors(config)
     stacks = {name: torch.stack([parts[number] for number in sorted(parts)]) for name, parts in experts.items()}
     return found | stacks
 

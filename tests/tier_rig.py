@@ -5,7 +5,8 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 
-from quartet.scheduler_service.core.kv_tier import DropFile, DropMemory, Fetch, Forget, KvTier, Store, TierSizes
+from quartet.scheduler_service.core.kv_tier import Fetch, Forget, KvTier, TierSizes
+from quartet.scheduler_service.core.tier_acts import DropFile, DropMemory, Store
 from tests.stepper import Stepper
 
 

@@ -19,6 +19,7 @@ from quartet.http_gateway.routes.endpoint import (
     Endpoint,
     Handler,
     body_parts,
+    convert_body,
     of_adapters,
     of_commands,
     of_weights,
@@ -83,7 +84,7 @@ def refuse_beside_others(command: ControlCommand) -> None:
 
 async def read_command(kind: type[ControlCommand], http: HTTPRequest) -> ControlCommand:
     """Read the body and decode it."""
-    return decode_command(kind, http, await read_body(http))
+    return await convert_body(http, decode_command, kind, http, await read_body(http))
 
 
 def decode_command(kind: type[ControlCommand], http: HTTPRequest, body: bytes) -> ControlCommand:
@@ -116,7 +117,7 @@ async def update_weights_from_tensor(gateway: Gateway, http: HTTPRequest) -> Res
     """The tensors go into files as they arrive, the command with their paths round the ring."""
     with payloads.Upload(gateway.run_dir, gateway.config.tp_size) as upload:
         await feed(upload, gateway, http)
-        command = decode_command(UpdateWeightsFromTensor, http, bytes(upload.skeleton))
+        command = await convert_body(http, decode_command, UpdateWeightsFromTensor, http, bytes(upload.skeleton))
         assert isinstance(command, UpdateWeightsFromTensor), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
         command.payload_files = upload.files_of(entries)
@@ -138,7 +139,7 @@ async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Resp
     """
     with payloads.Upload(gateway.run_dir, gateway.config.tp_size, copies=True) as upload:
         await feed(upload, gateway, http)
-        command = decode_command(LoadAdapterFromTensors, http, bytes(upload.skeleton))
+        command = await convert_body(http, decode_command, LoadAdapterFromTensors, http, bytes(upload.skeleton))
         assert isinstance(command, LoadAdapterFromTensors), command
         entries, command.serialized_named_tensors = command.serialized_named_tensors, []
         if command.serialized_tensors is not None:

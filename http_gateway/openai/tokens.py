@@ -51,12 +51,10 @@ class DetokenizeAnswer(msgspec.Struct):
 
 async def tokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     """The ids of a text, of many, or of a conversation in the model's form."""
-    raw = await read_body(http)
-    if has_messages(raw):
-        chat = bodies.decode_json_body(raw, ChatBody)
-        found, single = [await ids_of_chat(gateway, http, chat)], True
+    body = await convert_body(http, decoded, await read_body(http))
+    if isinstance(body, ChatBody):
+        found, single = [await ids_of_chat(gateway, http, body)], True
     else:
-        body = bodies.decode_json_body(raw, TokenizeBody)
         command = await convert_body(http, command_of, body)
         found, single = await tokens_of(gateway, command), not isinstance(body.prompt, list)
     tokens = found[0] if single else found
@@ -64,13 +62,13 @@ async def tokenize(gateway: Gateway, http: HTTPRequest) -> Response:
     return errors.json_response({"tokens": tokens, "count": count, "max_model_len": gateway.facts.context_length})
 
 
-def has_messages(raw: bytes) -> bool:
-    """Whether a body is a conversation. Raises RequestError for one that is a prompt too."""
+def decoded(raw: bytes) -> ChatBody | TokenizeBody:
+    """The body: a conversation, or a prompt. Raises RequestError for one that is both, and as `decode_json_body`."""
     given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
     prompt, messages = (bytes(given.get(name, NULL)) != NULL for name in ("prompt", "messages"))
     if prompt and messages:
         raise RequestError(ONE_SOURCE, field="prompt")
-    return messages
+    return bodies.decode_json_body(raw, ChatBody) if messages else bodies.decode_json_body(raw, TokenizeBody)
 
 
 async def ids_of_chat(gateway: Gateway, http: HTTPRequest, body: ChatBody) -> list[int]:

@@ -22,25 +22,43 @@ class Experts:
     router: Linear
     gate_up: Sequence[Linear]  # by expert
     down: Sequence[Linear]
-    shared: tuple[Linear, Linear, Linear] | None  # gate and up, down, and the gate of its result
+    shared: tuple[Linear, Linear] | None  # gate and up, and down
     activation: str  # of native.ACTIVATIONS
     top_k: int
     renormalize: bool
+    shared_gate: Linear | None = None  # of the shared expert's result
+    router_norm: NormWeight | None = None  # then the router reads the residual stream by it
+    router_scale: float = 1.0  # of its logits
+    expert_scale: torch.Tensor | None = None  # (experts,) of the weights of the chosen ones
+    after_chosen: NormWeight | None = None  # then the shared expert has norms around it, and no gate
+    shared_before: NormWeight | None = None
+    shared_after: NormWeight | None = None
 
     @property
     def linears(self) -> list[Linear]:
         """Its products."""
-        return [self.router, *self.gate_up, *self.down, *(self.shared or ())]
+        gate = [] if self.shared_gate is None else [self.shared_gate]
+        return [self.router, *self.gate_up, *self.down, *(self.shared or ()), *gate]
 
     @property
     def norms(self) -> list[NormWeight | None]:
-        return [self.before, self.after]
+        own = [self.router_norm, self.after_chosen, self.shared_before, self.shared_after]
+        return [self.before, self.after, *own]
+
+    @property
+    def shares_known(self) -> bool:
+        """Whether the shared expert is one with a gate, or one with norms beside chosen experts with one."""
+        norms = [self.after_chosen, self.shared_before, self.shared_after]
+        if self.shared is not None and self.shared_gate is None:
+            return all(norm is not None for norm in norms)
+        return (self.shared is None) == (self.shared_gate is None) and all(norm is None for norm in norms)
 
     def can_run(self) -> bool:
         """Whether the kernels know every operation."""
         gated = [*self.gate_up, *(self.shared or ())[:1]]
         return (
-            all(linear.has_kernel for linear in self.linears)
+            self.shares_known
+            and all(linear.has_kernel for linear in self.linears)
             and all(native.can_gate(len(linear.weight)) for linear in gated)
             and self.activation in ACTIVATIONS
         )
@@ -54,10 +72,13 @@ class Experts:
             arguments.check_linear(gate_up, 2 * size, hidden)
             arguments.check_linear(down, hidden, size)
         if self.shared is not None:
-            gate_up, down, gate = self.shared
+            gate_up, down = self.shared
             arguments.check_linear(gate_up, 2 * down.weight.shape[1], hidden)
             arguments.check_linear(down, hidden, down.weight.shape[1])
-            arguments.check_linear(gate, 1, hidden)
+        if self.shared_gate is not None:
+            arguments.check_linear(self.shared_gate, 1, hidden)
+        scale = self.expert_scale
+        assert scale is None or (scale.shape == (len(self.down),) and scale.dtype is torch.bfloat16), scale
         for norm in self.norms:
             arguments.check_norm(norm, hidden)
 
@@ -79,6 +100,8 @@ class ExpertsArgument:
         """The structure with the addresses that the weights have now."""
         experts = self.experts
         found = arguments.addresses(experts.linears, experts.norms)
+        scale = None if experts.expert_scale is None else experts.expert_scale.data_ptr()
+        found.append(scale or 0)
         if found == self.addresses:
             return self.structure
         for place, (gate_up, down) in enumerate(zip(experts.gate_up, experts.down, strict=True)):
@@ -96,13 +119,20 @@ class ExpertsArgument:
             gate_up=self.gate_up,
             down=self.down,
             has_shared=experts.shared is not None,
+            router_norm=arguments.norm_argument(experts.router_norm),
+            router_scale=experts.router_scale,
+            expert_scale=scale,
+            after_chosen=arguments.norm_argument(experts.after_chosen),
+            shared_before=arguments.norm_argument(experts.shared_before),
+            shared_after=arguments.norm_argument(experts.shared_after),
         )
         if experts.shared is not None:
-            gate_up, down, gate = experts.shared
+            gate_up, down = experts.shared
             self.structure.shared_size = down.weight.shape[1]
             self.structure.shared_gate_up = arguments.product(gate_up, "gated", activation=experts.activation)
             self.structure.shared_down = arguments.product(down, "bf16")
-            self.structure.shared_gate = arguments.product(gate, "float")
+        if experts.shared_gate is not None:
+            self.structure.shared_gate = arguments.product(experts.shared_gate, "float")
         self.addresses = found
         return self.structure
 
@@ -116,8 +146,9 @@ class ExpertsArgument:
         pointer = ctypes.c_void_p
         structure, threads = ctypes.POINTER(structures.Experts), torch.get_num_threads()
         additions = ctypes.POINTER(structures.Additions)
-        run.argtypes = (pointer, structure, ctypes.c_int64, pointer, pointer, ctypes.c_int32, additions)
+        run.argtypes = (pointer, structure, ctypes.c_int64, pointer, pointer, ctypes.c_float, ctypes.c_int32, additions)
         added = native.pointer_to(self.experts.router.additions, rows)
-        if rows and run(kernels.kernels, self.fill(), rows, residual.data_ptr(), ids.data_ptr(), threads, added):
+        memory = residual.data_ptr(), ids.data_ptr()
+        if rows and run(kernels.kernels, self.fill(), rows, *memory, 0.0, threads, added):
             raise MemoryError(f"no memory for the experts of {rows} tokens")
         return ids

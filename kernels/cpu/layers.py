@@ -1,7 +1,8 @@
 """All layers of a decoder in one call of the compiled kernels: attention, and a feed-forward block or experts, each.
 
 Called one by one from Python, the kernels of a layer take 0.2 ms more than they compute; a step has some 24 layers.
-The bits are those of single calls.
+Layers may differ in all but the width of the residual stream. The bits are those of single calls, but where there are
+several residual streams.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import torch
 
 from quartet.kernels.cpu import arguments
 from quartet.kernels.cpu.experts import Experts, ExpertsArgument
+from quartet.kernels.cpu.layer_parts import OwnInput, OwnStreams
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
 from quartet.kernels.cpu.native import structures
@@ -30,6 +32,7 @@ class Mlp:
     before: NormWeight | None
     after: NormWeight | None
     activation: str  # of native.ACTIVATIONS
+    cutoff: float | None = None  # of sparse gates, in standard deviations
 
     @property
     def linears(self) -> list[Linear]:
@@ -76,13 +79,23 @@ class Layer:
     softcap: float | None
     causal: bool
     rope: int  # which of a step's rotations
+    value_norm: NormWeight | None = None
+    values_from_keys: bool = False  # `qkv` has no columns of values
+    reads: bool = False  # `qkv` has queries alone, and the pools are those of an earlier layer
+    own_input: OwnInput | None = None
+    streams: OwnStreams | None = None  # then it has an input of its own too, and no scale
+    output_scale: torch.Tensor | None = None  # (1,) of all that the layer leaves
 
     def can_run(self, kernels: Library, rotary_dim: int) -> bool:
         """Whether the kernels know every operation of this layer."""
         return (
-            self.qkv.has_kernel
-            and self.output.has_kernel
+            all(linear.has_kernel for linear in self.linears)
             and self.feed_forward.can_run()
+            and (self.own_input is None or self.own_input.activation in ACTIVATIONS)
+            and len({norm[1:] for norm in self.head_norms if norm is not None}) <= 1
+            and (self.output_scale is None or self.last_norm is not None or isinstance(self.feed_forward, Experts))
+            and (self.streams is None or (self.streams.can_run() and self.output_scale is None))
+            and (self.streams is None or (self.own_input is not None and isinstance(self.feed_forward, Mlp)))
             and kernels.can_rotate(self.head_dim, rotary_dim)
             and kernels.can_attend(self.head_dim)
             and (self.causal or self.window is None)
@@ -91,31 +104,71 @@ class Layer:
     @property
     def linears(self) -> list[Linear]:
         """Its products."""
-        return [self.qkv, self.output, *self.feed_forward.linears]
+        own = [] if self.own_input is None else [self.own_input.gate, self.own_input.projection]
+        streams = [] if self.streams is None else self.streams.linears
+        return [self.qkv, self.output, *self.feed_forward.linears, *own, *streams]
+
+    @property
+    def head_norms(self) -> list[NormWeight | None]:
+        return [self.query_norm, self.key_norm, self.value_norm]
 
     @property
     def norms(self) -> list[NormWeight | None]:
         """Its norms."""
-        own = [self.before_attention, self.after_attention, self.query_norm, self.key_norm]
-        return [*own, *self.feed_forward.norms]
+        own = [] if self.own_input is None else [self.own_input.norm]
+        streams = [] if self.streams is None else self.streams.norms
+        around = [self.before_attention, self.after_attention]
+        return [*around, *self.head_norms, *self.feed_forward.norms, *own, *streams]
+
+    @property
+    def vectors(self) -> list[torch.Tensor]:
+        """Its other weights."""
+        own = [] if self.output_scale is None else [self.output_scale]
+        return own if self.streams is None else [*own, *self.streams.vectors]
+
+    @property
+    def last_norm(self) -> NormWeight | None:
+        """That of what is added last, if the kernels of whole rows add it: they scale the sum."""
+        if self.own_input is not None:
+            return self.own_input.norm
+        return self.feed_forward.after if isinstance(self.feed_forward, Mlp) else None
+
+    @property
+    def own_kv_heads(self) -> int:
+        """Heads of keys that `qkv` gives."""
+        return 0 if self.reads else self.kv_heads
 
     @property
     def widest_inner(self) -> int:
-        """Numbers of a row between the products of the feed-forward block; experts have memory of their own."""
-        return self.feed_forward.down.weight.shape[1] if isinstance(self.feed_forward, Mlp) else 0
+        """Numbers of a row between two products behind attention; experts have memory of their own."""
+        block = self.feed_forward.down.weight.shape[1] if isinstance(self.feed_forward, Mlp) else 0
+        own = 0 if self.own_input is None else len(self.own_input.gate.weight)
+        return max(block, own, 0 if self.streams is None else len(self.streams.left.weight))
+
+    @property
+    def widest_gates(self) -> int:
+        """Numbers of a row in front of sparse gates."""
+        block = self.feed_forward
+        return len(block.gate_up.weight) if isinstance(block, Mlp) and block.cutoff is not None else 0
 
     def check(self) -> None:
         """Raise AssertionError unless the weights belong together. C code trusts them."""
         hidden, dim = len(self.output.weight), self.head_dim
         assert self.heads % self.kv_heads == 0, (self.heads, self.kv_heads)
-        arguments.check_linear(self.qkv, (self.heads + 2 * self.kv_heads) * dim, hidden)
+        parts = self.heads + (1 if self.values_from_keys else 2) * self.own_kv_heads
+        arguments.check_linear(self.qkv, parts * dim, hidden)
         arguments.check_linear(self.output, hidden, self.heads * dim)
         self.feed_forward.check()
+        if self.own_input is not None:
+            self.own_input.check(hidden)
+        if self.streams is not None:
+            self.streams.check(hidden)
+        scale = self.output_scale
+        assert scale is None or (scale.shape == (1,) and scale.dtype is torch.bfloat16), scale
         for norm, width in (
             (self.before_attention, hidden),
             (self.after_attention, hidden),
-            (self.query_norm, dim),
-            (self.key_norm, dim),
+            *((norm, dim) for norm in self.head_norms),
         ):
             arguments.check_norm(norm, width)
 
@@ -139,6 +192,13 @@ class Layers:
         ]
         self.linears = [linear for layer in layers for linear in layer.linears]
         self.norms = [norm for layer in layers for norm in layer.norms]
+        self.vectors = [vector for layer in layers for vector in layer.vectors]
+        counts = {0 if layer.streams is None else layer.streams.count for layer in layers}
+        assert len(counts) == 1, f"as many streams everywhere, not {counts}"
+        self.streams = counts.pop()  # 0: there is one
+        sizes = {0 if layer.own_input is None else len(layer.own_input.gate.weight) for layer in layers}
+        assert len(sizes) == 1, f"inputs of one size, not {sizes}"
+        self.input_size = sizes.pop()  # 0: layers have no inputs of their own
         self.addresses: list[int] = []  # that are in `structures`
         self.pool_tokens = 0
         run = kernels.functions.quartet_layers
@@ -151,11 +211,13 @@ class Layers:
         slots: torch.Tensor,
         table: PageTable,
         pools: Sequence[Pools],
+        inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> None:
-        """The residual stream (rows, hidden) through all layers, in place.
+        """The residual stream (rows, hidden) through all layers, in place; or the `stack` (rows, streams, hidden).
 
         By rope: rotations as Library.rotate takes them. By layer: pools, to whose places `slots` (rows,) int64 keys and
-        values go, and which `table` describes.
+        values go, and which `table` describes; and inputs of their own (layers, rows, size), if they have such.
         """
         native.check_matrix(residual)
         rows = len(residual)
@@ -165,13 +227,20 @@ class Layers:
         for (cos, sin), rotary_dim in zip(rotations, self.rotary_dims, strict=True):
             assert cos.shape == sin.shape == (rows, 1, rotary_dim), (cos.shape, sin.shape, rows, rotary_dim)
             assert cos.dtype is sin.dtype is torch.bfloat16 and cos.is_contiguous() and sin.is_contiguous()
+        if self.input_size:
+            assert inputs is not None and inputs.shape == (len(self.layers), rows, self.input_size), inputs
+            assert inputs.dtype is torch.bfloat16 and inputs.is_contiguous(), (inputs.dtype, inputs.stride())
+        if self.streams:
+            assert stack is not None and stack.shape == (rows, self.streams, self.hidden), stack
+            assert stack.dtype is torch.bfloat16 and stack.is_contiguous(), (stack.dtype, stack.stride())
         self.fill(pools)
         assert table.most_tokens <= self.pool_tokens < 2**31, (table.most_tokens, self.pool_tokens)
-        self.call(residual, rotations, slots, table)
+        self.call(residual, rotations, slots, table, inputs, stack)
 
     def fill(self, pools: Sequence[Pools]) -> None:
         """Have `structures` describe the layers where they are now: updates of weights, for one, move them."""
         addresses = arguments.addresses(self.linears, self.norms)
+        addresses += [vector.data_ptr() for vector in self.vectors]
         addresses += [pool.data_ptr() for both in pools for pool in both]
         if addresses == self.addresses:
             return
@@ -189,22 +258,29 @@ class Layers:
         rotations: Sequence[tuple[torch.Tensor, torch.Tensor]],
         slots: torch.Tensor,
         table: PageTable,
+        inputs: torch.Tensor | None,
+        stack: torch.Tensor | None,
     ) -> None:
         """Run the layers as `structures` describes them."""
         rows, pointers = len(residual), ctypes.c_void_p * len(rotations)
         heads = max(layer.heads * layer.head_dim for layer in self.layers)
         widest_qkv = max(len(layer.qkv.weight) for layer in self.layers)
         widest_inner = max(layer.widest_inner for layer in self.layers)
-        widths = widest_qkv, heads, heads, widest_inner, self.hidden
-        qkv, q, mixed, inner, branch = (residual.new_empty(rows, width) for width in widths)
+        widths = [widest_qkv, heads, heads, widest_inner, self.hidden, max(layer.widest_gates for layer in self.layers)]
+        widths += [self.streams * self.hidden, self.hidden if self.streams else 0]
+        memory = [residual.new_empty(rows, width) for width in widths]
+        said = residual.new_empty(rows, self.streams, dtype=torch.float32)
+        *scratch, wide, predicted, beside = (part.data_ptr() for part in memory)
         step = Step(
             rows,
             residual.data_ptr(),
-            qkv.data_ptr(),
-            q.data_ptr(),
-            mixed.data_ptr(),
-            inner.data_ptr(),
-            branch.data_ptr(),
+            *scratch,
+            None if inputs is None else inputs.data_ptr(),
+            wide,
+            None if stack is None else stack.data_ptr(),
+            predicted,
+            beside,
+            said.data_ptr(),
             pointers(*(cos.data_ptr() for cos, _ in rotations)),
             pointers(*(sin.data_ptr() for _, sin in rotations)),
             slots.data_ptr(),
@@ -224,27 +300,41 @@ class Layers:
 
 def fill(structure: structures.Layer, layer: Layer, rotary_dim: int, pools: Pools) -> None:
     """Describe a layer with the addresses that its weights have now."""
-    keys, values = pools
-    kv_heads, dim = layer.kv_heads, layer.head_dim
-    assert keys.shape == values.shape and keys.shape[::2] == (kv_heads, dim), (keys.shape, values.shape)
-    assert keys.dtype is values.dtype is torch.bfloat16 and keys.is_contiguous() and values.is_contiguous()
     structure.qkv = arguments.product(layer.qkv, "bf16", layer.before_attention)
     structure.output = arguments.product(layer.output, "bf16" if layer.after_attention else "add")
     structure.after_attention = arguments.norm_argument(layer.after_attention)
     if isinstance(block := layer.feed_forward, Mlp):
-        structure.gate_up = arguments.product(block.gate_up, "gated", block.before, block.activation)
+        output = "gated" if block.cutoff is None else "bf16"
+        structure.gate_up = arguments.product(block.gate_up, output, block.before, block.activation)
+        structure.sparse, structure.cutoff = block.cutoff is not None, block.cutoff or 0.0
         structure.down = arguments.product(block.down, "bf16" if block.after else "add")
         structure.after_mlp = arguments.norm_argument(block.after)
-    _, epsilon, offset = layer.query_norm or layer.key_norm or (None, 0.0, 0.0)
+    if layer.own_input is not None:
+        layer.own_input.fill(structure)
+    if layer.streams is not None:
+        layer.streams.fill(structure)
+    structure.scale = None if layer.output_scale is None else layer.output_scale.data_ptr()
+    fill_attention(structure, layer, rotary_dim, pools)
+
+
+def fill_attention(structure: structures.Layer, layer: Layer, rotary_dim: int, pools: Pools) -> None:
+    """Describe what is between the products of a layer's attention."""
+    keys, values = pools
+    kv_heads, dim = layer.kv_heads, layer.head_dim
+    assert keys.shape == values.shape and keys.shape[::2] == (kv_heads, dim), (keys.shape, values.shape)
+    assert keys.dtype is values.dtype is torch.bfloat16 and keys.is_contiguous() and values.is_contiguous()
+    _, epsilon, offset = next(filter(None, layer.head_norms), (None, 0.0, 0.0))
     key_pointer, value_pointer, head_stride = keys.data_ptr(), values.data_ptr(), keys.stride(0)
     structure.rotation = Rotation(
         qkv_stride=len(layer.qkv.weight),
         heads=layer.heads,
-        kv_heads=kv_heads,
+        kv_heads=layer.own_kv_heads,
         dim=dim,
         rotary_dim=rotary_dim,
         query_norm=arguments.pointer(layer.query_norm),
         key_norm=arguments.pointer(layer.key_norm),
+        value_norm=arguments.pointer(layer.value_norm),
+        values_from_keys=layer.values_from_keys,
         epsilon=epsilon,
         norm_offset=offset,
         keys=key_pointer,

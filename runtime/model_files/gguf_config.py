@@ -1,55 +1,36 @@
 """What the metadata of a GGUF file says about the model, as the config.json and generation_config.json it came from.
 
 GGUF names its architectures after their first member: `llama` is also Mistral and, with experts, Mixtral. What the
-format leaves out because llama.cpp has it in its code (layer patterns, the scale of Gemma's queries) is added here.
+format leaves out because llama.cpp has it in its code is added here, and for Gemma in gguf_gemma.py.
 """
 
 import math
-import os
-import struct
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 from quartet.runtime.model_files import model_ranges
-from quartet.runtime.model_files.files import opened
-from quartet.runtime.model_files.gguf import GgufError, Header, LongArray, Tensor
+from quartet.runtime.model_files.gguf import GgufError, Header, Tensor
+from quartet.runtime.model_files.gguf_gemma import gemma2, gemma3, gemma3n, gemma4
+from quartet.runtime.model_files.gguf_metadata import ROPE_DIVISORS, Config, Metadata, floats, rows_of
 from quartet.runtime.model_files.model_ranges import BadValue
 from quartet.runtime.shorten import short
 
-Config = dict[str, Any]
-
 EMBEDDINGS, HEAD = "token_embd.weight", "output.weight"
-LLAMA3_FREQUENCIES, LONG_FACTORS, SHORT_FACTORS = (
-    "rope_freqs.weight",
-    "rope_factors_long.weight",
-    "rope_factors_short.weight",
-)
-MAX_FACTORS = 1 << 12
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 ENDS = frozenset(  # control tokens that end an answer, whatever the file calls its end of sequence
-    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>")
+    (
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<turn|>",
+    )
 )
-GEMMA2_27B_LAYERS, GEMMA3_27B_LAYERS = 46, 62  # the models whose queries are scaled by their width
 
 
-class Architecture(NamedTuple):
-    """A value of general.architecture that is served."""
-
-    name: str  # as config.json has it
-    model_type: str
-
-
-ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", "llama"),
-    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3"),
-    "qwen2moe": Architecture("Qwen2MoeForCausalLM", "qwen2_moe"),
-    "qwen3moe": Architecture("Qwen3MoeForCausalLM", "qwen3_moe"),
-    "gemma2": Architecture("Gemma2ForCausalLM", "gemma2"),
-    "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text"),
-    "phi3": Architecture("Phi3ForCausalLM", "phi3"),
-}
-MIXTRAL = Architecture("MixtralForCausalLM", "mixtral")
 FIELDS = {  # key below the architecture → field of config.json
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -68,67 +49,6 @@ FIELDS = {  # key below the architecture → field of config.json
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 REQUIRED = ("block_count", "context_length", "embedding_length", "attention.head_count")
-
-
-class Metadata:
-    """The keys of one architecture, and those of the tokenizer."""
-
-    def __init__(self, header: Header) -> None:
-        """Raises GgufError for an architecture that is not served."""
-        self.header = header
-        name = header.metadata.get("general.architecture")
-        if not isinstance(name, str) or name not in ARCHITECTURES:
-            raise GgufError(
-                f"{header.file} holds a model of the architecture {short(name)}, which is not supported; "
-                f"{', '.join(ARCHITECTURES)} are"
-            )
-        self.name = name
-        self.experts = self.integer("expert_count") or 0
-        self.architecture = MIXTRAL if name == "llama" and self.experts else ARCHITECTURES[name]
-
-    def get(self, key: str) -> Any:
-        """The value of a key below the architecture, one number where all layers have the same. Raises GgufError."""
-        value = self.header.metadata.get(f"{self.name}.{key}")
-        if isinstance(value, float):
-            return shortest(value)
-        if isinstance(value, LongArray):
-            raise self.misfit(key, "a long list")
-        if isinstance(value, list) and value and all(entry == value[0] for entry in value):
-            return value[0]
-        return value
-
-    def integer(self, key: str) -> int | None:
-        value = self.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise self.misfit(key, value)
-        return value
-
-    def number(self, key: str) -> float | None:
-        value = self.get(key)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-            raise self.misfit(key, value)
-        return value
-
-    def misfit(self, key: str, value: Any) -> GgufError:
-        return GgufError(f"{self.header.file}: {self.name}.{key} is {short(value)}, which cannot be")
-
-
-def shortest(value: float) -> float:
-    """The decimal number that was meant by a float32: 1e-06, not 9.999999974752427e-07."""
-    if not math.isfinite(value):
-        return value
-    for digits in range(1, 9):
-        shorter = float(f"{value:.{digits}g}")
-        if as_float32(shorter) == as_float32(value):
-            return shorter
-    return value
-
-
-def as_float32(value: float) -> bytes:
-    try:
-        return struct.pack("<f", value)
-    except OverflowError:
-        return b""
 
 
 def config_of(header: Header) -> Config:
@@ -156,13 +76,6 @@ def checked(header: Header, config: Config) -> Config:
         return model_ranges.checked(config)
     except BadValue as error:
         raise GgufError(f"{header.file}: {error}") from error
-
-
-def rows_of(header: Header, name: str) -> int:
-    """The first dimension of a tensor that must be there."""
-    if name not in header.tensors:
-        raise GgufError(f"{header.file} has no tensor {name}")
-    return header.tensors[name].shape[0]
 
 
 def dtype_of(tensors: Mapping[str, Tensor]) -> str:
@@ -211,26 +124,6 @@ def qwen_moe(metadata: Metadata, config: Config) -> Config:
     return found
 
 
-def gemma2(metadata: Metadata, config: Config) -> Config:
-    return gemma(config, period=2, wide=GEMMA2_27B_LAYERS)
-
-
-def gemma3(metadata: Metadata, config: Config) -> Config:
-    pattern = metadata.header.metadata.get("gemma3.attention.sliding_window_pattern", 6)
-    found = gemma(config, period=pattern if type(pattern) is int else 6, wide=GEMMA3_27B_LAYERS)
-    if isinstance(pattern, list):  # whether each layer slides
-        found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
-    return {**found, "rope_local_base_freq": metadata.number("rope.freq_base_swa") or 10_000.0}
-
-
-def gemma(config: Config, period: int, wide: int) -> Config:
-    """Every `period`th layer sees the whole context; in models of `wide` layers queries are scaled by the width."""
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    types = ["full_attention" if (layer + 1) % max(1, period) == 0 else "sliding_attention" for layer in range(layers)]
-    scalar = config["hidden_size"] // heads if layers == wide else config.get("head_dim", 256)
-    return {"hidden_activation": "gelu_pytorch_tanh", "layer_types": types, "query_pre_attn_scalar": scalar}
-
-
 def phi3(metadata: Metadata, config: Config) -> Config:
     """Heads that are rotated in part."""
     head_dim = config.get("head_dim") or max(1, config["hidden_size"] // config["num_attention_heads"])
@@ -243,17 +136,21 @@ ADDITIONS = {
     "Qwen3MoeForCausalLM": qwen_moe,
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
+    "Gemma3nForCausalLM": gemma3n,
+    "Gemma4ForCausalLM": gemma4,
     "Phi3ForCausalLM": phi3,
 }
 
 
 def rope(metadata: Metadata, config: Config) -> Config:
     """`rope_scaling`, from the metadata or from tensors of factors. Raises GgufError."""
+    if "rope_parameters" in config:
+        return {}
     tensors = metadata.header.tensors
     original = metadata.integer("rope.scaling.original_context_length")
     if LONG_FACTORS in tensors or SHORT_FACTORS in tensors:
         return longrope(metadata, config, original or config["max_position_embeddings"])
-    if LLAMA3_FREQUENCIES in tensors:
+    if ROPE_DIVISORS in tensors:
         return {"rope_scaling": squeezed(metadata, config)}
     kind = metadata.get("rope.scaling.type") or ("linear" if metadata.get("rope.scale_linear") else "none")
     factor = metadata.number("rope.scaling.factor") or metadata.number("rope.scale_linear")
@@ -290,7 +187,7 @@ def longrope(metadata: Metadata, config: Config, original: int) -> Config:
 
 def squeezed(metadata: Metadata, config: Config) -> Config:
     """The scaling that a tensor of divisors stands for: Llama 3's rule where it fits, else the divisors themselves."""
-    divisors = floats(metadata.header.tensors[LLAMA3_FREQUENCIES])
+    divisors = floats(metadata.header.tensors[ROPE_DIVISORS])
     rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     scaling = {"rope_type": "llama3", "factor": max(divisors), **rule}
     expected = llama3_divisors(config.get("rope_theta") or 10_000.0, len(divisors), scaling)
@@ -310,22 +207,6 @@ def llama3_divisors(theta: float, pairs: int, scaling: Config) -> list[float]:
         blend = min(1.0, max(0.0, (turns - low) / (high - low)))
         found.append(1 / ((1 - blend) / scaling["factor"] + blend))
     return found
-
-
-def floats(tensor: Tensor) -> list[float]:
-    """The values of a small vector. Raises GgufError."""
-    count = tensor.nbytes // 4
-    if tensor.type.name != "F32" or len(tensor.shape) != 1 or count > MAX_FACTORS:
-        raise GgufError(f"{tensor.file}: the factors of the rotary frequencies are no short list of F32 numbers")
-    try:
-        with opened(tensor.file) as descriptor:
-            data = os.pread(descriptor, tensor.nbytes, tensor.offset)
-        values = [shortest(value) for value in struct.unpack(f"<{count}f", data)]
-    except (OSError, struct.error) as error:
-        raise GgufError(f"cannot read {tensor.file}: {error}") from error
-    if not all(math.isfinite(value) and value > 0 for value in values):
-        raise GgufError(f"{tensor.file}: the factors of the rotary frequencies must be positive numbers")
-    return values
 
 
 def special_ids(header: Header) -> Config:

@@ -1,7 +1,7 @@
 """The tokenizer in the metadata of a GGUF file, as a tokenizer.json and tokenizer_config.json.
 
-Two kinds are served: `gpt2` (byte-level BPE, whose way of splitting text the file only names) and `llama`
-(SentencePiece BPE, whose merges follow from the scores of its pieces).
+Three kinds are served: `gpt2` (byte-level BPE, whose way of splitting text the file only names), `llama`
+(SentencePiece BPE, whose merges follow from the scores of its pieces) and `gemma4` (the same with a list of merges).
 """
 
 import math
@@ -83,10 +83,11 @@ class Vocabulary(NamedTuple):
 def tokenizer_of(header: Header) -> Json:
     """The tokenizer.json. Raises GgufError where the file holds none that is served."""
     model = header.metadata.get("tokenizer.ggml.model")
-    build = {"gpt2": byte_level, "llama": sentencepiece}.get(model if isinstance(model, str) else "")
+    kinds = {"gpt2": byte_level, "llama": sentencepiece, "gemma4": sentencepiece}
+    build = kinds.get(model if isinstance(model, str) else "")
     if build is None:
         raise GgufError(
-            f"{header.file} holds a tokenizer of the kind {short(model)}; gpt2 and llama are served; {REMEDY}"
+            f"{header.file} holds a tokenizer of the kind {short(model)}; {', '.join(kinds)} are served; {REMEDY}"
         )
     return build(header, vocabulary_of(header))
 
@@ -189,14 +190,15 @@ def sentencepiece(header: Header, vocabulary: Vocabulary) -> Json:
     vocabulary = Vocabulary(tokens, kinds)
     known = vocabulary.known()
     unknown = token_id(header, "unknown")
-    prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True) is not False
+    lists_merges = header.metadata.get("tokenizer.ggml.model") == "gemma4"
+    prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", not lists_merges) is not False
     model = {
         "type": "BPE",
         "unk_token": tokens[unknown] if unknown is not None and unknown < len(tokens) else None,
         "fuse_unk": True,
         "byte_fallback": True,
         "vocab": known,
-        "merges": merges_by_score(header, vocabulary, known),
+        "merges": merges_of(header, known) if lists_merges else merges_by_score(header, vocabulary, known),
     }
     decoders: list[Json] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},

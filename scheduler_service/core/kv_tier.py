@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from quartet.scheduler_service.core.block_keys import BlockKeys, digest
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.tier_acts import DropFile, DropMemory, Store
 
 READABLE = 0  # the serial of a block that nobody is writing
 MOST_FETCHES = 8  # at once
@@ -33,31 +34,6 @@ class TierSizes:
     file_blocks: int
     most_pending: int  # that wait to be written to files; beyond it, blocks are not kept
     most_fetched: int  # of one fetch; a longer prefix comes in several
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """Copy a block out of these pages now: they may hold something else after the next step."""
-
-    key: bytes
-    pages: list[int]
-    serial: int
-    memory: bool
-    file: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DropMemory:
-    """Forget a block of the memory level."""
-
-    key: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class DropFile:
-    """Delete a block of the file level."""
-
-    key: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class PageAllocator:
         assert 0 <= count <= self.free, (count, self.free)
         self.free -= count
         pages: list[int] = []
-        if after and self._length.get(after + 1, 0) >= count:
+        if after and self._length.get(after + 1, 0) >= max(count, 1):
             pages += self._cut(after + 1, count, reserve)
         while len(pages) < count:
             missing = count - len(pages)

@@ -17,7 +17,7 @@ class KvBlocks:
     def __init__(self, cache: KVCache, block_tokens: int) -> None:
         self.cache = cache
         self.block_tokens = block_tokens
-        self._device = next(iter(cache.keys.values())).device
+        self.device = next(iter(cache.keys.values())).device
         self.block_bytes = sum(self._bytes_of(pool) for pool in self._pools())
 
     @property
@@ -47,9 +47,9 @@ class KvBlocks:
         """The blocks in these pages as rows on the device."""
         size, first = self.cache.page_size, torch.tensor(pages, dtype=torch.int64)
         slots = (first[:, None] * size + torch.arange(size)).flatten()
-        slots = send(slots, self._device)
+        slots = send(slots, self.device)
         count = len(slots) // self.block_tokens
-        rows = torch.empty(count, self.block_bytes, dtype=torch.uint8, device=self._device)
+        rows = torch.empty(count, self.block_bytes, dtype=torch.uint8, device=self.device)
         at = 0
         for pool in self._pools():
             heads, _, dim = pool.shape
@@ -65,7 +65,7 @@ class KvBlocks:
         size = self.cache.page_size
         first, count = skipped * size // self.block_tokens, len(pages) * size
         last = -(-(skipped * size + count) // self.block_tokens)
-        rows = send(rows[first:last], self._device)
+        rows = send(rows[first:last], self.device)
         begin = skipped * size - first * self.block_tokens
         at = 0
         for pool in self._pools():

@@ -1,7 +1,7 @@
 """Carries out what the books of the tier behind the KV pool (`core/kv_tier.py`) say, once a turn of the loop.
 
-Copies between the pool and host memory are made here, between two steps; files are read and written in the threads of
-`BlockIO`. A fetch takes at most a second and a quarter for every 1024 tokens: then its request goes on without it.
+The work is done by the part of this process (`tier_part.py`), or by those of all ranks (`rank_tier.py`). A fetch takes
+at most a second and a quarter for every 1024 tokens: then its request goes on without it.
 
 KV is that of the weights that serve, so it is kept under an identity: a hash of their values, the model's config, the
 layout of the KV and the version of this program. After an update of the weights it is a random one, which no other
@@ -11,7 +11,7 @@ process finds again.
 import logging
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +25,30 @@ from quartet.runtime.process.memory import in_words
 from quartet.runtime.service import Boot
 from quartet.runtime.version import version
 from quartet.scheduler_service.core.block_keys import KEY_BYTES, digest
-from quartet.scheduler_service.core.kv_tier import DropFile, DropMemory, Fetch, Forget, KvTier, Store, TierSizes
+from quartet.scheduler_service.core.kv_tier import Fetch, Forget, KvTier, TierSizes
 from quartet.scheduler_service.core.planner import Planner
-from quartet.scheduler_service.execution.kv_blocks import KvBlocks, MemoryBlocks
+from quartet.scheduler_service.core.tier_acts import (
+    Brought,
+    CarryOut,
+    Clear,
+    DropFile,
+    DropMemory,
+    EndRead,
+    Keep,
+    Put,
+    ReadFiles,
+    Store,
+    TierPart,
+    Written,
+)
+from quartet.scheduler_service.execution.kv_blocks import KvBlocks
+from quartet.scheduler_service.execution.rank_messages import OpenTier
+from quartet.scheduler_service.execution.rank_tier import LeadingPart
+from quartet.scheduler_service.execution.ranks import Followers
+from quartet.scheduler_service.execution.tier_part import OwnPart, facts_of, own_part
 from quartet.scheduler_service.execution.worker import Worker
-from quartet.scheduler_service.host.block_files import BlockFiles, bytes_on_disk
-from quartet.scheduler_service.host.block_io import BlockIO, Read, Written
+from quartet.scheduler_service.host.block_files import NOT_USABLE, bytes_on_disk
 from quartet.scheduler_service.host.device import shortage
-from quartet.scheduler_service.host.transfer import Arrival, fetch
 from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
@@ -47,15 +63,6 @@ NOT_FOR_THIS_MODEL = "{} keeps keys and values of models that generate, and {}; 
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """A block that was copied out of the pool."""
-
-    row: torch.Tensor  # (bytes,) uint8, on the device
-    host: torch.Tensor  # the same on the host, once `arrival` was waited for; for files only
-    arrival: Arrival
-
-
-@dataclass(frozen=True, slots=True)
 class Outstanding:
     """A fetch that waits for its files."""
 
@@ -64,38 +71,26 @@ class Outstanding:
 
 
 class KvTierStore:
-    """Memory and files of the tier; the planner's pool has the books."""
+    """What the tier's part is told; the planner's pool has the books."""
 
     def __init__(
         self,
         planner: Planner,
         tier: KvTier,
-        blocks: KvBlocks,
-        device: torch.device,
-        files: BlockFiles | None,
+        part: TierPart,
         identity: bytes,
         adapters: bytes,
+        known: list[bytes],
         weights: Callable[[], object] = lambda: None,
     ) -> None:
-        """`identity`: of the weights that serve now, and of all else that KV follows from.
+        """`identity`: of the weights that serve now, and of all else that KV follows from. `known`: see KvTier.open.
 
-        `adapters`: makes their versions unique. `weights` gives another object after an update. Raises StartupError.
+        `adapters`: makes their versions unique. `weights` gives another object after an update.
         """
-        self.planner, self.tier = planner, tier
-        self._blocks = blocks
-        self._device = device
-        self._memory = MemoryBlocks(tier.sizes.memory_blocks, blocks.block_bytes, device)
+        self.planner, self.tier, self.part = planner, tier, part
         self._identity, self._adapters = identity, adapters
         self._weights, self._known_weights = weights, weights()
         self._outstanding: dict[int, Outstanding] = {}
-        self._io: BlockIO | None = None
-        known: list[bytes] = []
-        if files is not None:
-            try:
-                known = files.begin(identity)
-            except OSError as error:
-                raise StartupError(f"--kv-cache-dir {files.directory} cannot be used: {error.strerror}") from error
-            self._io = BlockIO(files)
         planner.pool.tier = tier
         tier.open(identity, adapters, known)
 
@@ -105,13 +100,13 @@ class KvTierStore:
         return not self.planner.running and any(not one.fetch.given_up for one in self._outstanding.values())
 
     def turn(self, now: float) -> None:
-        """Carry out what the books ask for, and take what the threads have done."""
+        """Carry out what the books ask for, and take what the part has done."""
         self._carry_out_all(now)
-        for result in self._io.results() if self._io else ():
+        for result in self.part.results():
             if isinstance(result, Written):
-                self.tier.written(result.key, result.serial, result.ok)
+                self._written(result)
             else:
-                self._arrived(result, now)
+                self._arrived(result)
         self._carry_out_all(now)
         for number, waiting in list(self._outstanding.items()):
             if number not in self.tier.fetches:  # of a generation that is over
@@ -119,6 +114,7 @@ class KvTierStore:
             elif now >= waiting.until and not waiting.fetch.given_up:
                 log.warning("Reading %d blocks of KV takes too long; going on without.", len(waiting.fetch.keys))
                 self.tier.give_up(number)
+        self.part.flush()
 
     def _carry_out_all(self, now: float) -> None:
         while self.tier.commands:
@@ -127,98 +123,87 @@ class KvTierStore:
     def _carry_out(self, now: float) -> None:
         """All that the books ask for. Fetches come last: they write to pages that stores may have to be copied from."""
         commands, self.tier.commands = self.tier.commands, []
-        copies = self._copies([command for command in commands if isinstance(command, Store)])
+        plain: list[Store | DropMemory | DropFile] = []
         for command in commands:
             match command:
-                case Store():
-                    self._store(command, next(copies))
-                case DropMemory(key):
-                    self._memory.drop(key)
-                case DropFile(key) if self._io:
-                    self._io.delete(key)
+                case Fetch():
+                    continue
                 case Forget():
+                    self._have_done(plain)
                     self._forget()
+                case Store() if not self.part.is_there:  # the pool has no memory
+                    self.tier.refuse(command)
+                case _:
+                    plain.append(command)
+        self._have_done(plain)
         for command in commands:
             if isinstance(command, Fetch):
                 self._fetch(command, now)
 
-    def _copies(self, stores: list[Store]) -> Iterator[Copy | None]:
-        """A copy of each block's pages, made some blocks at a time; None while the pool has no memory."""
-        most = self.tier.sizes.most_fetched
-        for start in range(0, len(stores), most):
-            some = stores[start : start + most]
-            if not self._blocks.is_there:
-                yield from [None] * len(some)
-                continue
-            rows = self._blocks.gather([page for store in some for page in store.pages])
-            host = fetch(rows) if any(store.file for store in some) else rows
-            arrival = Arrival(self._device)
-            yield from (Copy(*pair, arrival) for pair in zip(rows, host, strict=True))
+    def _have_done(self, commands: list[Store | DropMemory | DropFile]) -> None:
+        if commands:
+            self.part.do(CarryOut(list(commands)))
+            commands.clear()
 
-    def _store(self, command: Store, copy: Copy | None) -> None:
-        if copy is None:
-            self.tier.refuse(command)
-            return
-        if command.memory:
-            self._memory.put(command.key, copy.row)
-        if command.file and self._io:
-            self._io.write(command.key, command.serial, copy.host.numpy().data, copy.arrival.wait)
+    def _written(self, result: Written) -> None:
+        self.tier.written(result.key, result.serial, result.ok)
+        if not result.ok and result.key not in self.tier.files:
+            self.part.do(CarryOut([DropFile(result.key)]))  # other ranks may have written theirs
 
     def _fetch(self, command: Fetch, now: float) -> None:
         """Begin to get blocks; where all are in memory, they are there at once."""
         files = [key for key in command.keys if key in command.files]
         if not files:
-            self._restore(command, {}, now)
-        elif self._io:
-            tokens = len(command.keys) * self.tier.sizes.block_tokens
-            self._outstanding[command.number] = Outstanding(command, now + FETCH_S + tokens * FETCH_S_PER_TOKEN)
-            self._io.read(command.number, files)
-
-    def _arrived(self, read: Read, now: float) -> None:
-        waiting = self._outstanding.pop(read.number, None)
-        if waiting is None:
+            self._restore(command, [])
             return
-        if read.damaged is not None:
-            log.warning("A block of KV is damaged or gone; it will be computed again.")
-        data = torch.frombuffer(read.data, dtype=torch.uint8).view(-1, self._blocks.block_bytes)
-        rows = dict(zip(read.good, data, strict=False))
-        self._restore(waiting.fetch, rows, now, read.damaged)
+        tokens = len(command.keys) * self.tier.sizes.block_tokens
+        self._outstanding[command.number] = Outstanding(command, now + FETCH_S + tokens * FETCH_S_PER_TOKEN)
+        self.part.do(ReadFiles(command.number, files))
 
-    def _restore(
-        self, command: Fetch, rows: dict[bytes, torch.Tensor], now: float, damaged: bytes | None = None
-    ) -> None:
+    def _arrived(self, result: Brought) -> None:
+        waiting = self._outstanding.pop(result.number, None)
+        if waiting is not None:
+            files = [key for key in waiting.fetch.keys if key in waiting.fetch.files]
+            self._restore(waiting.fetch, files[: result.good], result.damaged)
+        self.part.do(EndRead(result.number))
+
+    def _restore(self, command: Fetch, brought: list[bytes], damaged: bytes | None = None) -> None:
         """Put blocks that were fetched into pages of the tree, and keep those that came from files in memory too."""
-        found: list[torch.Tensor] = []
+        there = set(brought)
+        found: list[bytes] = []
         for key in command.keys:
-            row = rows[key] if key in rows else self._memory.get(key) if key in self._memory else None
-            if row is None:
+            if key not in there and key not in self.tier.memory:
                 break
-            found.append(row)
+            found.append(key)
         wanted = self.tier.arrived(command.number, len(found), damaged)
-        if wanted is None or not self._blocks.is_there:
+        if wanted is None or not self.part.is_there:
             return
         restored = self.planner.pool.restore(wanted, len(found))
         if restored.pages:
-            self._blocks.scatter(torch.stack(found), restored.skipped, restored.pages)
-        for key, row in rows.items():
+            self.part.do(Put(command.number, found, restored.skipped, restored.pages))
+        for key in brought:
             if self.tier.keep(key):
-                self._carry_out(now)  # what has to go for it; nothing else is left to do here
-                self._memory.put(key, row)
+                dropped, self.tier.commands = self.tier.commands, []  # what has to go for it, and a damaged file
+                self._have_done([drop for drop in dropped if isinstance(drop, DropMemory | DropFile)])
+                self.part.do(Keep(command.number, key))
 
     def _forget(self) -> None:
         """Begin anew, under another identity where the weights have changed."""
-        self._memory.clear()
         self._outstanding.clear()
         weights = self._weights()
         if weights is not self._known_weights:
             self._known_weights, self._identity = weights, secrets.token_bytes(KEY_BYTES)
-        if self._io:
-            self._io.forget(self._identity)
+        self.part.do(Clear(self._identity))
         self.tier.open(self._identity, self._adapters)
 
 
-def tier_store(boot: Boot, worker: Worker, updates: Updates, planner: Planner) -> KvTierStore | None:
-    """The tier of one scheduler; None where no flag asks for one. Raises StartupError."""
+def tier_store(
+    boot: Boot, worker: Worker, updates: Updates, planner: Planner, followers: Followers | None = None
+) -> KvTierStore | None:
+    """The tier of one scheduler; None where no flag asks for one. Raises StartupError.
+
+    `followers`: the other ranks of tensor parallel.
+    """
     config = boot.config
     if not config.has_kv_tier:
         return None
@@ -228,28 +213,41 @@ def tier_store(boot: Boot, worker: Worker, updates: Updates, planner: Planner) -
     if worker.state_cache is not None or not worker.cache.keys:
         raise StartupError(NOT_FOR_THIS_MODEL.format(flag, "this one has recurrent layers with states of their own"))
     blocks = KvBlocks(worker.cache, block_tokens(worker.page_size))
-    tier = KvTier(worker.page_size, sizes_of(config, blocks, worker.page_count, worker.device))
-    files = None
-    if config.kv_cache_dir:
-        directory = Path(config.kv_cache_dir).absolute()
-        files = BlockFiles(directory / boot.key if config.dp_size > 1 else directory, blocks.block_bytes)
-    inspection = updates.inspection
-    _, values = inspection.checksums(inspection.names(None))
+    sizes = sizes_of(config, blocks, worker.page_count, worker.device)
+    ranks = 1 if followers is None else followers.parallel.size
+    opening = OpenTier(sizes.block_tokens, sizes.memory_blocks, sizes.most_fetched, ranks, directory_of(boot))
+    part: OwnPart | LeadingPart = own_part(opening, blocks)
+    facts = [facts_of(worker.model.weights, blocks)]
+    if followers is not None:
+        part = LeadingPart(part, followers)
+        facts += part.begin(opening)
     model_config = read_small(model_info.model_dir(config) / "config.json", MAX_SETTINGS_BYTES)
-    identity = identity_of(values, blocks.layout, model_config)
-    store = KvTierStore(
-        planner, tier, blocks, worker.device, files, identity, secrets.token_bytes(KEY_BYTES), lambda: updates.committed
-    )
+    identity = identity_of(facts, model_config)
+    try:
+        known = part.open(identity)
+    except OSError as error:
+        raise StartupError(NOT_USABLE.format(opening.directory, error.strerror)) from error
+    tier = KvTier(worker.page_size, sizes)
+    adapters = secrets.token_bytes(KEY_BYTES)
+    store = KvTierStore(planner, tier, part, identity, adapters, known, lambda: updates.committed)
     log.info(
         "KV beyond the pool: %d blocks of %d tokens in memory (%s), %d in files (%s), of which %d are there.",
-        tier.sizes.memory_blocks,
-        tier.sizes.block_tokens,
-        in_words(tier.sizes.memory_blocks * blocks.block_bytes),
-        tier.sizes.file_blocks,
-        in_words(tier.sizes.file_blocks * blocks.block_bytes),
+        sizes.memory_blocks,
+        sizes.block_tokens,
+        in_words(sizes.memory_blocks * blocks.block_bytes),
+        sizes.file_blocks,
+        in_words(sizes.file_blocks * blocks.block_bytes),
         len(tier.files),
     )
     return store
+
+
+def directory_of(boot: Boot) -> str | None:
+    """Where the files of one scheduler lie; None: it has none."""
+    if boot.config.kv_cache_dir is None:
+        return None
+    directory = Path(boot.config.kv_cache_dir).absolute()
+    return str(directory / boot.key if boot.config.dp_size > 1 else directory)
 
 
 def block_tokens(page_size: int) -> int:
@@ -257,9 +255,9 @@ def block_tokens(page_size: int) -> int:
     return max(1, BLOCK_TOKENS // page_size) * page_size
 
 
-def identity_of(weights: str, layout: str, model_config: bytes) -> bytes:
-    """What KV follows from, besides ids and adapters. `weights`: a hash of their values."""
-    return digest(weights.encode(), layout.encode(), model_config, version().encode(), sys.byteorder.encode())
+def identity_of(facts: list[str], model_config: bytes) -> bytes:
+    """What KV follows from, besides ids and adapters. `facts`: of each rank's part, see `facts_of`."""
+    return digest(*(fact.encode() for fact in facts), model_config, version().encode(), sys.byteorder.encode())
 
 
 def sizes_of(config: ResolvedConfig, blocks: KvBlocks, pool_pages: int, device: torch.device) -> TierSizes:
@@ -273,10 +271,10 @@ def sizes_of(config: ResolvedConfig, blocks: KvBlocks, pool_pages: int, device: 
         memory = int(wanted // size)
         if memory < 1:
             raise StartupError(f"--hicache-size: a block of {tokens} tokens has {in_words(size)}; give it more")
-        if reason := shortage(memory * size, torch.device("cpu")):
+        if reason := shortage(memory * size * config.ranks_here, torch.device("cpu")):
             raise StartupError(f"no room for --enable-hierarchical-cache: {reason}; lower --hicache-ratio")
     if config.kv_cache_dir:
-        files = config.kv_cache_dir_size // config.dp_size // bytes_on_disk(size)
+        files = config.kv_cache_dir_size // (config.dp_size * config.ranks_here) // bytes_on_disk(size)
         if files < 1:
             raise StartupError(
                 f"--kv-cache-dir-size {config.kv_cache_dir_size} is less than one block of {tokens} tokens "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quartet.kernels.cpu import draw
 from quartet.runtime.messages import LogprobOptions, Logprobs, pack_ids
 from quartet.scheduler_service.host.transfer import fetch, upload
 from quartet.scheduler_service.sampling.choose import filter_weights, largest
@@ -140,8 +141,10 @@ def log_of_sums(logits: torch.Tensor) -> torch.Tensor:
     """log(sum(exp(row))) of logits (rows, vocab): (rows, 1), the same bits for a row whatever the other rows are.
 
     torch adds up a single row with several threads, and each of several rows with one; a GPU splits rows by how
-    many there are, which float64 makes too small to be seen.
+    many there are, which float64 makes too small to be seen. On a CPU a kernel of our own takes one pass over a row.
     """
+    if draw.can_draw(logits):
+        return draw.log_of_sums(logits)
     if logits.device.type != "cpu":
         return torch.logsumexp(logits.double(), 1, keepdim=True).to(logits.dtype)
     several = logits if len(logits) > 1 else logits.expand(2, -1)

@@ -19,6 +19,7 @@ from quartet.runtime.adapters import LoadAdapterFromDistributed
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.model_files.model_info import ModelInfo
+from quartet.scheduler_service.core.tier_acts import Act, Brought, Written
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import Placement
 
@@ -182,6 +183,36 @@ class Resume(msgspec.Struct, tag=True):
     backup: bool
 
 
+class OpenTier(msgspec.Struct, tag=True):
+    """Prepare a part of the tier behind the KV pool, once there is a pool. Answered with what its KV follows from."""
+
+    block_tokens: int
+    memory_blocks: int
+    most_copied: int  # blocks at once
+    ranks: int
+    directory: str | None  # of rank 0; the others have one in it; None: no files
+
+
+class UseTier(msgspec.Struct, tag=True):
+    """Keep KV of this identity. Answered with the keys of blocks whose files are there."""
+
+    identity: bytes
+
+
+class Tier(msgspec.Struct, tag=True):
+    """Do this with the tier, before the next step. `report`: answer with a `TierReport` behind it."""
+
+    acts: list[Act]
+    report: bool
+
+
+class TierReport(msgspec.Struct, tag=True):
+    """What has ended since the report before."""
+
+    written: list[Written]
+    brought: list[Brought]
+
+
 class DropSecond(msgspec.Struct, tag=True):
     """Free the second set of weights; nothing is staged."""
 
@@ -206,7 +237,9 @@ InGroup = JoinGroup | LeaveGroup | Receive | ReceiveAdapter
 Task = FromDisk | Collect | Finish | Part | Snapshot | Differing | Randomize | Reread | InGroup
 Memory = Release | Resume
 Adapters = ReadAdapter | TakeAdapter | DropAdapter
-Message = Start | Hello | Pool | Forward | Logits | Task | Memory | Adapters | DropSecond | Commit | GiveUp | Answer
+Tiers = OpenTier | UseTier | Tier
+Told = Pool | Forward | Logits | Task | Memory | Adapters | Tiers | DropSecond | Commit | GiveUp
+Message = Start | Hello | Told | Answer | TierReport
 DECODER = msgspec.msgpack.Decoder(Message)
 
 

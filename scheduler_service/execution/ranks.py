@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -42,6 +43,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Message,
     Pool,
     Start,
+    TierReport,
     forward_message,
 )
 from quartet.scheduler_service.host.parallel import LOST, TCP, Parallel, Store, join, open_store
@@ -64,6 +66,7 @@ class Followers:
         self.parallel = parallel
         self.channels = channels
         self._asking = threading.Lock()
+        self._reports: deque[TierReport] = deque()  # that came while an answer was waited for
 
     def tell(self, message: Message) -> None:
         """Send a message to all of them, from any thread. Raises OSError when one has ended."""
@@ -72,11 +75,29 @@ class Followers:
 
     def answers(self) -> list[Answer]:
         """Wait for what came of a task, from each. Raises ConnectionError when one has ended."""
-        found = [channel.receive() for channel in self.channels]
-        answers = [answer for answer in found if isinstance(answer, Answer)]
-        if len(answers) < len(found):
-            raise ConnectionError("a rank has ended")
-        return answers
+        return [self._answer_of(channel) for channel in self.channels]
+
+    def _answer_of(self, channel: Channel) -> Answer:
+        while not isinstance(found := channel.receive(), Answer):
+            if not isinstance(found, TierReport):
+                raise ConnectionError("a rank has ended")
+            self._reports.append(found)
+        return found
+
+    def reports(self) -> Iterator[TierReport]:
+        """What the others have reported by now. Raises ConnectionError when one has ended."""
+        if self._asking.acquire(blocking=False):  # else whoever waits for an answer takes them
+            try:
+                for channel in self.channels:
+                    while channel.waits(0):
+                        found = channel.receive()
+                        if not isinstance(found, TierReport):
+                            raise ConnectionError("a rank has ended")
+                        self._reports.append(found)
+            finally:
+                self._asking.release()
+        while self._reports:
+            yield self._reports.popleft()
 
     def together(self, task: Message, own: Callable[[], Result]) -> tuple[Result, list[Any]]:
         """Have all ranks do what is answered: rank 0's result, and the answers of the others; one task at a time.

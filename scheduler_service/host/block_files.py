@@ -2,6 +2,7 @@
 
     DIR/lock                     held by the one process that uses DIR
     DIR/<identity>/<key>.kv      a header and the block; identity and key are 40 hex digits
+    DIR/rank<number>             the same of another rank of tensor parallel
 
 The header names the identity and the key, and has a checksum over itself and the block, so a file that was cut,
 damaged or renamed is recognised. A file is written under another name and renamed when it is whole. What does not look
@@ -34,6 +35,7 @@ HEADER_BYTES = HEADER.size + CHECKSUM_BYTES
 DISK_BLOCK = 4096  # files take whole ones
 SUFFIX, UNFINISHED = ".kv", ".part"
 OURS = re.compile(r"[0-9a-f]{40}")
+RANK = re.compile(r"rank(\d{1,4})")
 OUR_FILES = re.compile(r"[0-9a-f]{40}\.(kv|part)")
 LOCK_WAIT_S = 5.0  # for a predecessor that is being killed
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -105,6 +107,15 @@ class BlockFiles:
         if identity == self._identity:
             self._remove(identity.hex())
         self.begin(identity)
+
+    def drop_ranks(self, first: int) -> None:
+        """Delete the blocks of ranks from this number on, which a server before had. Raises OSError."""
+        for rank in list(os.scandir(self.directory)):
+            found = RANK.fullmatch(rank.name)
+            if found and int(found[1]) >= first and rank.is_dir(follow_symlinks=False):
+                for entry in list(os.scandir(rank.path)):
+                    if OURS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                        self._remove(f"{rank.name}/{entry.name}")
 
     def _remove(self, name: str) -> None:
         """Delete our files in a directory of DIR, and that too where nothing else is in it."""

@@ -42,8 +42,14 @@ class Backend(Protocol):
         residual: torch.Tensor,
         rotations: list[Rotation],
         context: Attend | PagedContext,
+        inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> bool:
-        """Compute all layers at once, where that is possible; False: nothing was done, compute them one by one."""
+        """Compute all layers at once, where that is possible; False: nothing was done, compute them one by one.
+
+        `inputs`: the layers' own (layers, tokens, size), if they have such. `stack`: all residual streams (tokens,
+        count, hidden) where there are several; it is changed then, and `residual` is of no use behind.
+        """
         ...
 
     def attend(
@@ -67,6 +73,10 @@ class Backend(Protocol):
 
     def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
         """activation(gate) * up, the halves of gate_up(norm(residual)): (tokens, size)."""
+        ...
+
+    def gated(self, gate: torch.Tensor, factor: torch.Tensor, activation: str) -> torch.Tensor:
+        """activation(gate) * factor, all (tokens, size)."""
         ...
 
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:

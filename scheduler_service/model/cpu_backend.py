@@ -16,13 +16,16 @@ from typing import Any, cast
 import torch
 
 from quartet.kernels.cpu.experts import Experts, ExpertsArgument
+from quartet.kernels.cpu.gating import gated
+from quartet.kernels.cpu.layer_parts import OwnInput, OwnStreams
 from quartet.kernels.cpu.layers import Layer, Layers, Mlp
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native import library as native
+from quartet.scheduler_service.model import layers as model_layers
 from quartet.scheduler_service.model.backend import Rotation
 from quartet.scheduler_service.model.batch import Attend, PagedAttend, PagedContext
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Moe, Norm
-from quartet.scheduler_service.model.projections import arranged, attend_read
+from quartet.scheduler_service.model.projections import arranged
 from quartet.scheduler_service.model.spec import RopeSpec
 from quartet.scheduler_service.model.torch_backend import TorchBackend
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
@@ -52,6 +55,8 @@ class CpuBackend:
         residual: torch.Tensor,
         rotations: list[Rotation],
         context: Attend | PagedContext,
+        inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> bool:
         """As the protocol has it: where the context attends with our kernel, and this knows all of the layers."""
         if self.looked_at is not layers:  # not before: the kernels may be compiled beside the start
@@ -61,8 +66,10 @@ class CpuBackend:
         paged = cast(PagedAttend, context)
         if (table := paged.page_table()) is None:
             return False
-        pools = [paged.pools(layer.attention.spec.layer) for layer in layers]
-        self.together.run(residual, rotations, paged.places, table, pools)
+        numbers = [layer.attention.spec.layer for layer in layers]
+        pools = {number: paged.pools(number) for number in set(numbers)}
+        of_layers = [pools[number] for number in numbers]  # several may read one
+        self.together.run(residual, rotations, paged.places, table, of_layers, inputs, stack)
         return True
 
     def watch_rows(self, on_rows: Callable[[torch.Tensor | None], None]) -> None:
@@ -116,6 +123,12 @@ class CpuBackend:
         gate_up.multiply_native(residual, out, "gated", GATES[activation], norm_weight(norm))
         return out
 
+    def gated(self, gate: torch.Tensor, factor: torch.Tensor, activation: str) -> torch.Tensor:
+        kernels = native.library()
+        if kernels is None or activation not in GATES:
+            return self.torch.gated(gate, factor, activation)
+        return gated(kernels, gate, factor, GATES[activation])
+
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
         argument = self.experts_argument(before, moe, after)
         if argument is None:
@@ -163,13 +176,15 @@ def attend_projected(
     """
     spec, kernels = attention.spec, native.library()
     assert kernels is not None, "see can_rotate"
-    if attention.reads:
-        return attend_read(qkv, attention, rotation, paged, normed)
-    norms = norm_weight(attention.query_norm), norm_weight(attention.key_norm)
-    if not attention.is_plain:
-        qkv, norms = arranged(qkv, attention, normed), (None, None)
+    query_norm, key_norm, value_norm = (norm_weight(norm) for norm in head_norms(attention))
+    from_keys = attention.values_from_keys
+    if attention.norms_all_heads or attention.pair_order is not None:
+        qkv, query_norm, key_norm, value_norm, from_keys = arranged(qkv, attention, normed), None, None, None, False
     q = qkv.new_empty(len(qkv), spec.heads, spec.head_dim)
-    kernels.rotate(qkv, *norms, *rotation, paged.places, *paged.pools(spec.layer), q)
+    # `pools` clears pages for those who write to them
+    none = qkv.new_empty(0, 0, spec.head_dim)
+    keys, values = (none, none) if attention.reads else paged.pools(spec.layer)
+    kernels.rotate(qkv, query_norm, key_norm, *rotation, paged.places, keys, values, q, value_norm, from_keys)
     if query_scale is not None:
         q.mul_(query_scale.to(q.dtype))
     return paged.attend_written(spec, q).view(len(qkv), -1)
@@ -194,7 +209,7 @@ def described_layer(layer: DecoderLayer) -> Layer | None:
         return None
     if (feed_forward := described_feed_forward(layer)) is None:
         return None
-    spec = attention.spec
+    spec, own_input, streams = attention.spec, layer.own_input, layer.streams
     return Layer(
         qkv=attention.qkv,
         output=attention.output,
@@ -211,6 +226,37 @@ def described_layer(layer: DecoderLayer) -> Layer | None:
         softcap=spec.softcap,
         causal=spec.causal,
         rope=layer.rope,
+        value_norm=norm_weight(attention.value_norm),
+        values_from_keys=attention.values_from_keys,
+        reads=attention.reads,
+        own_input=None if own_input is None else described_input(own_input),
+        streams=None if streams is None else described_streams(streams, layer.before_attention),
+        output_scale=layer.scale,
+    )
+
+
+def described_input(own: model_layers.OwnInput) -> OwnInput:
+    """The same of what a layer has for its own input."""
+    norm = cast(native.NormWeight, norm_weight(own.norm))
+    return OwnInput(own.gate, own.projection, norm, GATES.get(own.activation, ""))
+
+
+def described_streams(own: model_layers.OwnStreams, before: Norm | None) -> OwnStreams:
+    """The same of what a layer has for several residual streams; `before` is the norm before attention."""
+    norms = (cast(native.NormWeight, norm_weight(norm)) for norm in (own.router_norm, before, own.norm))
+    router_norm, before_left, after = norms
+    return OwnStreams(
+        count=len(own.router.weight),
+        active=own.active,
+        router=own.router,
+        router_norm=router_norm,
+        predictions=own.predictions,
+        corrections=own.corrections,
+        scale=own.scale,
+        before=before_left,
+        left=own.left,
+        right=own.right,
+        after=after,
     )
 
 
@@ -224,28 +270,32 @@ def described_feed_forward(layer: DecoderLayer) -> Mlp | Experts | None:
             return None
         case block:
             activation = GATES.get(block.activation, "")
-            return Mlp(block.gate_up, block.down, norm_weight(before), norm_weight(after), activation)
+            return Mlp(block.gate_up, block.down, norm_weight(before), norm_weight(after), activation, block.cutoff)
 
 
 def described_experts(before: Norm | None, moe: Moe, after: Norm | None) -> Experts | None:
     """The same of a mixture of experts."""
     if not (has_only(moe, MOE) and has_only(moe.spec, MOE_SPEC)):
         return None
-    shared = None
-    if moe.shared is not None:
-        if moe.shared_gate is None or moe.shared.activation != moe.activation:
-            return None
-        shared = moe.shared.gate_up, moe.shared.down, moe.shared_gate
+    if moe.shared is not None and moe.shared.activation != moe.activation:
+        return None
     return Experts(
         before=norm_weight(before),
         after=norm_weight(after),
         router=moe.router,
         gate_up=moe.gate_up,
         down=moe.down,
-        shared=shared,
+        shared=None if moe.shared is None else (moe.shared.gate_up, moe.shared.down),
         activation=GATES.get(moe.activation, ""),
         top_k=moe.spec.top_k,
         renormalize=moe.spec.renormalize,
+        shared_gate=moe.shared_gate,
+        router_norm=norm_weight(moe.router_norm),
+        router_scale=moe.spec.router_scale,
+        expert_scale=moe.expert_scale,
+        after_chosen=norm_weight(moe.after),
+        shared_before=norm_weight(moe.shared_before),
+        shared_after=norm_weight(moe.shared_after),
     )
 
 
@@ -259,12 +309,22 @@ LAYER = {
     "after_attention",
     "before_mlp",
     "after_mlp",
+    "own_input",
+    "streams",
+    "scale",
 }
-ATTENTION = {"spec", "qkv", "output", "query_norm", "key_norm"}
+HEADS = {"query_norm", "key_norm", "value_norm", "values_from_keys", "reads"}
+ATTENTION = {"spec", "qkv", "output", *HEADS}
 ATTENTION_SPEC = {"layer", "heads", "kv_heads", "head_dim", "scale", "window", "softcap", "causal"}
+OWN_INPUT = {"gate", "projection", "norm", "activation"}
 NORM = {"weight", "epsilon", "plus_one"}
-MLP = {"gate_up", "down", "activation"}
-MOE = {"spec", "router", "gate_up", "down", "all_gate_up", "all_down", "activation", "shared", "shared_gate"}
+STREAMS = {"active", "router", "router_norm", "predictions", "corrections", "scale", "left", "right", "norm"}
+MLP = {"gate_up", "down", "activation", "cutoff"}
+MOE_NORMS = {"router_norm", "after", "shared_before", "shared_after"}
+MOE = {
+    *("spec", "router", "gate_up", "down", "all_gate_up", "all_down", "activation", "shared", "shared_gate"),
+    *("expert_scale", *MOE_NORMS),
+}
 MOE_SPEC = {
     "experts",
     "top_k",
@@ -278,6 +338,9 @@ MOE_SPEC = {
     "shared",
     "shared_gate_up",
     "shared_down",
+    "router_scale",
+    "expert_scale",
+    *MOE_NORMS,
 }
 
 
@@ -289,6 +352,9 @@ def is_known(layer: DecoderLayer) -> bool:
         and has_only(layer.attention, ATTENTION)
         and has_only(layer.attention.spec, ATTENTION_SPEC)
         and (isinstance(layer.feed_forward, Moe) or has_only(layer.feed_forward, MLP))
+        and (layer.own_input is None or has_only(layer.own_input, OWN_INPUT))
+        and (layer.streams is None or has_only(layer.streams, STREAMS))
+        and (layer.streams is None or layer.before_attention is not None)
         and all(has_only(norm, NORM) for norm in norms_of(layer) if norm is not None)
     )
 
@@ -297,7 +363,14 @@ def norms_of(layer: DecoderLayer) -> list[Norm | None]:
     attention = layer.attention
     assert isinstance(attention, Attention), attention
     around = [layer.before_attention, layer.after_attention, layer.before_mlp, layer.after_mlp]
-    return [*around, attention.query_norm, attention.key_norm]
+    own = [] if layer.own_input is None else [layer.own_input.norm]
+    streams = [] if layer.streams is None else [layer.streams.router_norm, layer.streams.norm]
+    return [*around, *head_norms(attention), *own, *streams]
+
+
+def head_norms(attention: Attention) -> list[Norm | None]:
+    """Of queries, keys and values."""
+    return [attention.query_norm, attention.key_norm, attention.value_norm]
 
 
 def has_only(value: Any, known: set[str]) -> bool:

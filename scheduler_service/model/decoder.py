@@ -1,6 +1,7 @@
 """The generic decoder: any model of the Llama kind, from its spec, its weights and a backend."""
 
 import copy
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from quartet.scheduler_service.model import latent
 from quartet.scheduler_service.model.backend import Backend, Rotation
 from quartet.scheduler_service.model.batch import Attend, AttentionSpec, Batch, ExpertShape
 from quartet.scheduler_service.model.heads import Head
-from quartet.scheduler_service.model.layer_inputs import layer_inputs_of
+from quartet.scheduler_service.model.layer_inputs import add_input, input_of, layer_inputs_of
 from quartet.scheduler_service.model.layers import (
     Attention,
     DecoderLayer,
@@ -49,6 +50,9 @@ class Decoder:
         self.layers = [decoder_layer(spec, weights, index) for index in range(len(spec.layers))]
         self.layer_inputs = layer_inputs_of(spec, weights)
         self.streams = streams_of(spec, weights)
+        if self.streams is not None:
+            own = zip(self.layers, self.streams.layers, strict=True)
+            self.layers = [replace(layer, streams=streams) for layer, streams in own]
         self.norm = norm_of(spec, weights, "norm")
         self.lm_head = linear(weights, "embed" if spec.tied else "lm_head") if spec.generates else None
         self.head = Head(spec.score_head, weights) if spec.score_head else None
@@ -92,18 +96,18 @@ class Decoder:
 
     def run_layers(self, residual: torch.Tensor, rotations: list[Rotation], batch: Batch) -> None:
         """All layers on the residual stream (tokens, hidden), in place; `rotations` by rope."""
-        together = self.spec.is_plain and not batch.record_experts
-        if together and self.backend.run_layers(self.layers, residual, rotations, batch.attend):
+        inputs = None if self.layer_inputs is None else self.layer_inputs.parts(batch, residual, self.backend)
+        if self.streams is not None:
+            self.run_streams(self.streams, residual, rotations, batch, inputs)
+            return
+        together = self.spec.factors is None and not batch.record_experts
+        if together and self.backend.run_layers(self.layers, residual, rotations, batch.attend, inputs):
             return
         scale = self.query_scale(batch.positions)
-        parts = None if self.layer_inputs is None else self.layer_inputs.parts(batch, residual, self.backend)
-        if self.streams is not None:
-            self.run_streams(self.streams, residual, rotations, batch, parts)
-            return
         for layer in self.layers:
             self.run_layer(layer, residual, rotations[layer.rope], batch, scale)
-            if self.layer_inputs is not None and parts is not None:
-                self.layer_inputs.add(layer.index, residual, parts[layer.index], self.backend)
+            if layer.own_input is not None and inputs is not None:
+                add_input(layer.own_input, residual, inputs[layer.index], self.backend)
             if layer.scale is not None:
                 residual.mul_(layer.scale)
 
@@ -113,18 +117,21 @@ class Decoder:
         residual: torch.Tensor,
         rotations: list[Rotation],
         batch: Batch,
-        parts: torch.Tensor | None,
+        inputs: torch.Tensor | None,
     ) -> None:
-        """All layers where the residual stream is one of several; `parts`: the layers' own inputs."""
+        """All layers where the residual stream is one of several; `inputs`: the layers' own."""
         compute, stack = self.backend, streams.spread(residual)
+        if compute.run_layers(self.layers, residual, rotations, batch.attend, inputs, stack):
+            residual.copy_(streams.joined(stack))
+            return
         for layer in self.layers:
             predicted = streams.predicted(layer.index, stack, compute)
             own = predicted[:, streams.spec.active].clone()
             self.run_layer(layer, own, rotations[layer.rope], batch)
             stack = streams.corrected(layer.index, predicted, own, compute)
-            if self.layer_inputs is not None and parts is not None:
+            if layer.own_input is not None and inputs is not None:
                 read = streams.read_by_input(layer.index, stack)
-                streams.add_input(stack, self.layer_inputs.added(layer.index, read, parts[layer.index], compute))
+                streams.add_input(stack, input_of(layer.own_input, read, inputs[layer.index], compute))
         residual.copy_(streams.joined(stack))
 
     def run_layer(

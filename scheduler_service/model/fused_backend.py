@@ -94,7 +94,10 @@ class FusedBackend:
         residual: torch.Tensor,
         rotations: list[Rotation],
         context: Attend | PagedContext,
+        inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> bool:
+        """As the protocol has it: never at once."""
         return False
 
     def attend(
@@ -151,6 +154,11 @@ class FusedBackend:
             self.ops.norm_gate_up(residual, *norms, gate_up.weight, gate_up.bias, ACTIVATIONS[activation], y)
             return y
         return self.products.gated(self.normed(residual, norm), gate_up, ACTIVATIONS[activation])
+
+    def gated(self, gate: torch.Tensor, factor: torch.Tensor, activation: str) -> torch.Tensor:
+        out = torch.empty_like(gate)
+        self.ops.gated_activation(torch.cat((gate, factor), dim=1), ACTIVATIONS[activation], out)
+        return out
 
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
         assert before is not None and after is None, "see can_fuse"

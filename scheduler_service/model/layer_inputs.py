@@ -1,7 +1,7 @@
 """A second embedding of each token, with a part for every layer (per-layer embeddings of Gemma 3n and Gemma 4).
 
     part = (norm(W embedding / sqrt(hidden)) + its own row * sqrt(size)) / sqrt(2)      for all layers at once
-    layer += norm(V (activation(G layer) * part))                                       behind each layer
+    layer += norm(V (activation(G layer) * part))                                       behind each layer (OwnInput)
 
 A token whose embedding came with the request has no row of its own: its part is the norm alone, as in transformers.
 """
@@ -13,10 +13,9 @@ import torch.nn.functional as F
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native.quantized import QuantizedWeight
-from quartet.scheduler_service.model.activations import activations
 from quartet.scheduler_service.model.backend import Backend
 from quartet.scheduler_service.model.batch import Batch
-from quartet.scheduler_service.model.layers import Norm, linear, norm_of
+from quartet.scheduler_service.model.layers import Norm, OwnInput, linear, norm_of
 from quartet.scheduler_service.model.spec import DecoderSpec, LayerInputSpec
 from quartet.scheduler_service.weights.parameters import Layout, Weights
 
@@ -24,35 +23,21 @@ HALF_POWER = 2**-0.5
 
 
 @dataclass(frozen=True, slots=True)
-class OwnInput:
-    """What one layer makes of its part."""
-
-    gate: Linear
-    projection: Linear
-    norm: Norm
-
-    def inner(self, x: torch.Tensor, part: torch.Tensor, activation: str, compute: Backend) -> torch.Tensor:
-        """What the projection reads: (tokens, size) of x (tokens, hidden) and this layer's part (tokens, size)."""
-        return activations(compute.deterministic)[activation](torch.cat((self.gate(x), part), dim=1))
-
-
-@dataclass(frozen=True, slots=True)
 class LayerInputs:
     """The second embeddings of a model."""
 
     spec: LayerInputSpec
-    activation: str
+    layers: int
     table: torch.Tensor  # (vocabulary, layers * size)
     quantized_table: QuantizedWeight | None  # the same, if it is quantized
     row_scale: float
     context: Linear  # (layers * size, hidden)
     context_scale: float
     norm: Norm
-    layers: list[OwnInput]
 
     def parts(self, batch: Batch, embeddings: torch.Tensor, compute: Backend) -> torch.Tensor:
         """The parts of all layers, (layers, tokens, size), from the model's embeddings (tokens, hidden)."""
-        shape = len(self.layers), self.spec.size
+        shape = self.layers, self.spec.size
         context = (self.context(embeddings) * self.context_scale).unflatten(1, shape)
         context = compute.normed(context.contiguous(), self.norm)
         parts: torch.Tensor = (context + self.rows(batch.input_ids).unflatten(1, shape)) * HALF_POWER
@@ -68,15 +53,16 @@ class LayerInputs:
         rows: torch.Tensor = F.embedding(ids, self.table)
         return rows * self.row_scale
 
-    def add(self, layer: int, residual: torch.Tensor, part: torch.Tensor, compute: Backend) -> None:
-        """Add to the residual stream (tokens, hidden) what a layer makes of its part (tokens, size)."""
-        own = self.layers[layer]
-        compute.add_product(residual, own.inner(residual, part, self.activation, compute), own.projection, own.norm)
 
-    def added(self, layer: int, x: torch.Tensor, part: torch.Tensor, compute: Backend) -> torch.Tensor:
-        """What is to be added, made of x (tokens, hidden)."""
-        own = self.layers[layer]
-        return compute.normed(own.projection(own.inner(x, part, self.activation, compute)), own.norm)
+def add_input(own: OwnInput, residual: torch.Tensor, part: torch.Tensor, compute: Backend) -> None:
+    """Add to the residual stream (tokens, hidden) what a layer makes of its part (tokens, size)."""
+    inner = compute.gated(own.gate(residual), part, own.activation)
+    compute.add_product(residual, inner, own.projection, own.norm)
+
+
+def input_of(own: OwnInput, x: torch.Tensor, part: torch.Tensor, compute: Backend) -> torch.Tensor:
+    """What is to be added, made of x (tokens, hidden) in place of the residual stream."""
+    return compute.normed(own.projection(compute.gated(own.gate(x), part, own.activation)), own.norm)
 
 
 def layer_inputs_of(spec: DecoderSpec, weights: Weights) -> LayerInputs | None:
@@ -85,21 +71,13 @@ def layer_inputs_of(spec: DecoderSpec, weights: Weights) -> LayerInputs | None:
         return None
     return LayerInputs(
         spec=inputs,
-        activation=spec.activation,
+        layers=len(spec.layers),
         table=weights.slab("embed_by_layer"),
         quantized_table=weights.quantized_slab("embed_by_layer"),
         row_scale=float(torch.tensor(inputs.size**0.5, dtype=weights.dtype)),
         context=linear(weights, "layer_context"),
         context_scale=spec.hidden_size**-0.5,
         norm=norm_of(spec, weights, "layer_context_norm"),
-        layers=[
-            OwnInput(
-                gate=linear(weights, "layer_gate", layer),
-                projection=linear(weights, "layer_projection", layer),
-                norm=norm_of(spec, weights, "after_layer_input", layer),
-            )
-            for layer in range(len(spec.layers))
-        ],
     )
 
 

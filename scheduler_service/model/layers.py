@@ -109,6 +109,31 @@ class Moe:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnInput:
+    """What one layer has for its part of the inputs of all layers (layer_inputs.py)."""
+
+    gate: Linear  # (size, hidden)
+    projection: Linear  # (hidden, size)
+    norm: Norm  # behind both
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class OwnStreams:
+    """What one layer has where it reads one of several residual streams (streams.py)."""
+
+    active: int  # the one that is read
+    router: Linear  # (count, hidden)
+    router_norm: Norm
+    predictions: torch.Tensor  # (count * count, count)
+    corrections: torch.Tensor  # (count, count)
+    scale: torch.Tensor | None  # (hidden,) of what the layer's own input is made of
+    left: Linear  # (rank, hidden), of the product beside attention
+    right: Linear  # (hidden, rank)
+    norm: Norm  # behind both
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """One layer: a mixer, then a feed-forward block, with norms before and after each as the family has them.
 
@@ -125,6 +150,8 @@ class DecoderLayer:
     after_mlp: Norm | None
     parallel: bool = False  # both blocks read the residual stream as it was
     beside: Mixer | None = None  # a recurrence that reads what the mixer reads
+    own_input: OwnInput | None = None
+    streams: OwnStreams | None = None
     scale: torch.Tensor | None = None  # (1,) of all that the layer leaves in the residual stream
 
     @property
@@ -198,7 +225,18 @@ def decoder_layer(spec: DecoderSpec, weights: Weights, index: int) -> DecoderLay
         after_mlp=norm("after_mlp"),
         parallel=spec.parallel,
         beside=recurrence if attends else None,
+        own_input=own_input(spec, weights, index) if spec.layer_inputs else None,
         scale=weights.slab("layer_scale", index) if spec.layer_scales else None,
+    )
+
+
+def own_input(spec: DecoderSpec, weights: Weights, layer: int) -> OwnInput:
+    """What layer number `layer` has for its part of the inputs."""
+    return OwnInput(
+        gate=linear(weights, "layer_gate", layer),
+        projection=linear(weights, "layer_projection", layer),
+        norm=norm_of(spec, weights, "after_layer_input", layer),
+        activation=spec.activation,
     )
 
 

@@ -1,8 +1,9 @@
 """One rank's part of a decoder: its spec and the layout of its weights.
 
 Queries, keys, values, gates and ups are cut by output (rows of the weight), `output` and `down` by input (columns),
-whose products are summed over the ranks. Experts are cut like a dense block, each in its middle; one sum follows all of
-them. Embeddings and head are cut by token where the vocabulary can be divided. Norms and routers are whole everywhere.
+whose products are summed over the ranks. Layers of other sizes than the model's are cut by their own. Experts are cut
+like a dense block, each in its middle; one sum follows all of them. Embeddings and head are cut by token where the
+vocabulary can be divided. Norms and routers are whole everywhere.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec
 from quartet.scheduler_service.weights.cuts import Cut
-from quartet.scheduler_service.weights.parameters import Layout
+from quartet.scheduler_service.weights.parameters import Layout, kind_of
 from quartet.scheduler_service.weights.storage import PRODUCTS
 
 UNEVEN = "--tp-size {}: {} {} cannot be divided among the ranks; use a --tp-size that divides them"
@@ -35,14 +36,6 @@ WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
     ),
     (lambda spec: spec.streams is not None, "this model has several residual streams"),
     (lambda spec: spec.layer_inputs is not None, "this model has embeddings for each layer"),
-    (
-        lambda spec: any(layer.attention_kind or layer.block_kind for layer in spec.layers),
-        "this model's layers differ in size",
-    ),
-    (
-        lambda spec: any(layer.moe and layer.moe.shared_after for layer in spec.layers),
-        "this model norms what experts give",
-    ),
     (lambda spec: is_fused(spec), "this family stores fused projections (such as qkv_proj)"),
 ]
 
@@ -65,24 +58,35 @@ def refuse_whole(spec: DecoderSpec, ranks: int) -> None:
 def shard_spec(spec: DecoderSpec, ranks: int) -> DecoderSpec:
     """The decoder that one rank computes. Raises StartupError where there is none."""
     refuse_whole(spec, ranks)
-    kv_heads = spec.kv_heads
-    if kv_heads % ranks and ranks % kv_heads:
-        raise StartupError(UNEVEN.format(ranks, kv_heads, "heads of keys and values"))
+    kv_heads = share_of_keys(spec.kv_heads, ranks)
     return replace(
         spec,
         heads=share(spec.heads, ranks, "attention heads"),
-        kv_heads=max(1, kv_heads // ranks),
+        kv_heads=kv_heads,
         intermediate_size=share(spec.intermediate_size, ranks, "columns of the feed-forward block"),
         layers=tuple(shard_layer(layer, ranks) for layer in spec.layers),
     )
 
 
 def shard_layer(layer: LayerSpec, ranks: int) -> LayerSpec:
+    """The same of one layer, whose sizes may be its own."""
+    if layer.kv_heads is not None:
+        layer = replace(layer, kv_heads=share_of_keys(layer.kv_heads, ranks))
+    if layer.intermediate_size is not None:
+        size = share(layer.intermediate_size, ranks, "columns of the feed-forward block")
+        layer = replace(layer, intermediate_size=size)
     if layer.moe is None:
         return layer
     size = share(layer.moe.intermediate_size, ranks, "columns of an expert")
     shared = share(layer.moe.shared_intermediate_size, ranks, "columns of the shared expert")
     return replace(layer, moe=replace(layer.moe, intermediate_size=size, shared_intermediate_size=shared))
+
+
+def share_of_keys(heads: int, ranks: int) -> int:
+    """How many heads of keys and values a rank has; neighbours share one where there are fewer than ranks."""
+    if heads % ranks and ranks % heads:
+        raise StartupError(UNEVEN.format(ranks, heads, "heads of keys and values"))
+    return max(1, heads // ranks)
 
 
 def share(count: int, ranks: int, what: str) -> int:
@@ -110,7 +114,7 @@ def check_groups(layout: Layout, choice: str) -> None:
     """Raise StartupError where a cut would fall into a group of numbers that share a scale (--quantization)."""
     for buffer, dimension in layout.cut_buffers.items():
         columns = layout.buffers[buffer][-1]
-        if buffer in PRODUCTS and dimension == 1 and columns % UNIT:
+        if kind_of(buffer) in PRODUCTS and dimension == 1 and columns % UNIT:
             raise StartupError(SPLIT.format(choice, layout.parallel.size, columns, buffer, UNIT))
 
 

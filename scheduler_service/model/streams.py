@@ -14,26 +14,12 @@ import torch
 
 from quartet.kernels.cpu.linear import Linear
 from quartet.scheduler_service.model.backend import Backend
-from quartet.scheduler_service.model.layers import DecoderLayer, Norm, linear, norm_of
+from quartet.scheduler_service.model.layers import DecoderLayer, OwnStreams, linear, norm_of
 from quartet.scheduler_service.model.spec import DecoderSpec, StreamSpec
 from quartet.scheduler_service.weights.parameters import Layout, Weights
 
 HALF_POWER = 2**-0.5
 LEAST_SQUARE = 1e-5  # of a stream's numbers, on average
-
-
-@dataclass(frozen=True, slots=True)
-class OwnStreams:
-    """What one layer has for the streams."""
-
-    router: Linear  # (count, hidden)
-    router_norm: Norm
-    predictions: torch.Tensor  # (count * count, count)
-    corrections: torch.Tensor  # (count, count)
-    scale: torch.Tensor | None  # (hidden,) of what the layer's own input is made of
-    left: Linear  # (rank, hidden)
-    right: Linear  # (hidden, rank)
-    norm: Norm  # behind both
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +112,7 @@ def streams_of(spec: DecoderSpec, weights: Weights) -> Streams | None:
 def own_streams(spec: DecoderSpec, streams: StreamSpec, weights: Weights, layer: int) -> OwnStreams:
     """What layer number `layer` has for the streams."""
     return OwnStreams(
+        active=streams.active,
         router=linear(weights, "stream_router", layer),
         router_norm=norm_of(spec, weights, "stream_router_norm", layer),
         predictions=weights.slab("stream_predictions", layer),

@@ -55,7 +55,10 @@ class TorchBackend:
         residual: torch.Tensor,
         rotations: list[Rotation],
         context: Attend | PagedContext,
+        inputs: torch.Tensor | None = None,
+        stack: torch.Tensor | None = None,
     ) -> bool:
+        """As the protocol has it: never at once."""
         return False
 
     def attend(
@@ -106,6 +109,9 @@ class TorchBackend:
     def gate_up(self, residual: torch.Tensor, norm: Norm | None, gate_up: Linear, activation: str) -> torch.Tensor:
         return self.activations[activation](gate_up(self.normed(residual, norm)))
 
+    def gated(self, gate: torch.Tensor, factor: torch.Tensor, activation: str) -> torch.Tensor:
+        return self.activations[activation](torch.cat((gate, factor), dim=1))
+
     def add_experts(self, residual: torch.Tensor, before: Norm | None, moe: Moe, after: Norm | None) -> torch.Tensor:
         """See model.backend.Backend.add_experts; ranks that have parts of the experts are summed once, behind all."""
         x = self.normed(residual, before)
@@ -114,16 +120,22 @@ class TorchBackend:
         )
         activation = self.activations[moe.activation]
         experts = moe.gate_up, moe.down, activation, self.on_rows, moe.spec.scales_inputs
-        y = self.normed(plain_layers.run_experts(x, weights, ids, *experts), moe.after)
+        y, shared = plain_layers.run_experts(x, weights, ids, *experts), None
         if moe.shared is not None and moe.shared_gate is not None:
             y = torch.addcmul(y, self.sigmoid(moe.shared_gate(x)).to(x.dtype), self.mlp(x, moe.shared))
         elif moe.shared is not None:
-            inner = x if moe.shared_before is None else self.normed(residual, moe.shared_before)
-            y = y + self.normed(self.mlp(inner, moe.shared), moe.shared_after)
-        if moe.ranks is not None:
-            y = moe.ranks.sum(y)
-        residual.add_(self.normed(y, after))
+            shared = self.mlp(x if moe.shared_before is None else self.normed(residual, moe.shared_before), moe.shared)
+        residual.add_(self.normed(self.joined(moe, y, shared), after))
         return ids
+
+    def joined(self, moe: Moe, y: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:
+        """The sum of what the experts and the shared one give, (tokens, hidden) each; ranks are summed before norms."""
+        if shared is not None and (moe.after is not None or moe.shared_after is not None):
+            if moe.ranks is not None:
+                y, shared = moe.ranks.sum(torch.stack((y, shared))).unbind()
+            return self.normed(y, moe.after) + self.normed(shared, moe.shared_after)
+        y = y if shared is None else y + shared
+        return self.normed(y if moe.ranks is None else moe.ranks.sum(y), moe.after)
 
     def choose_experts(self, x: torch.Tensor, moe: Moe) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (float32) and ids of the experts of x (tokens, hidden), both (tokens, top_k), best first."""

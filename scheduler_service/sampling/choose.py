@@ -7,6 +7,9 @@ The draw is a pure function of (logits, parameters, seed, position): a uniform n
 (key: the seed, counter: the position) picks the token by the inverse of the cumulative distribution, in vocabulary
 order, first among blocks of `BLOCK` tokens, then inside the block. No row looks at another, so a request draws the
 same tokens alone and in company, before and after a retraction. Greedy requests take the first largest logit.
+
+On a CPU a kernel of our own draws (kernels/cpu/draw.py); what stands here in torch is for GPUs without fused operations
+and for machines without that kernel.
 """
 
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quartet.kernels.cpu.draw import RowsToDraw, can_draw, draw_rows
 from quartet.kernels.cpu.largest import largest_of_rows
 from quartet.kernels.cpu.mask import mask_rows
 from quartet.kernels.reference.philox import uniform
@@ -37,20 +41,28 @@ def sample(
     logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None, keep_logits: bool = False
 ) -> Draws:
     """One token per row of logits (rows, vocab): see model.backend.Backend.sample."""
+    if can_draw(logits) and not keep_logits:
+        mask_tokens(logits, allowed)
+        return choose(logits, rows, tempered=False)
     mask_and_temper(logits, rows, allowed)
     return choose(logits, rows, keep_logits)
 
 
 def mask_and_temper(logits: torch.Tensor, rows: SamplingRows, allowed: torch.Tensor | None = None) -> None:
-    """Allowed tokens and temperature, in place on logits (rows, vocab).
+    """Allowed tokens and temperature, in place on logits (rows, vocab)."""
+    mask_tokens(logits, allowed)
+    divisors = [temperature or 1.0 for temperature in rows.temperatures]
+    if any(divisor != 1.0 for divisor in divisors):
+        logits.div_(upload(divisors, logits.device).unsqueeze(1))
+
+
+def mask_tokens(logits: torch.Tensor, allowed: torch.Tensor | None) -> None:
+    """Set what is not allowed to -inf, in place on logits (rows, vocab).
 
     `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i.
     """
     if allowed is not None and not mask_rows(logits, allowed):
         logits.masked_fill_(unpack_bits(~allowed, logits.shape[1]), -inf)
-    divisors = [temperature or 1.0 for temperature in rows.temperatures]
-    if any(divisor != 1.0 for divisor in divisors):
-        logits.div_(upload(divisors, logits.device).unsqueeze(1))
 
 
 def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -65,25 +77,50 @@ def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
 # Choosing the tokens
 
 
-def choose(logits: torch.Tensor, rows: SamplingRows, keep_logits: bool = False) -> Draws:
-    """One token per row of adjusted logits (rows, vocab), which are overwritten unless they are to be kept."""
+def choose(logits: torch.Tensor, rows: SamplingRows, keep_logits: bool = False, tempered: bool = True) -> Draws:
+    """One token per row of adjusted logits (rows, vocab), which may be overwritten unless they are to be kept.
+
+    `tempered`: whether they have been divided by the temperatures. If not, they must be logits that `can_draw` takes.
+    """
     best, tokens = largest_of_rows(logits)  # a NaN anywhere in a row makes its largest NaN
     valid = torch.isfinite(best)
-    if drawn := rows.drawing():
-        seeds = torch.tensor([rows.seeds[i] for i in drawn])
-        numbers = send(uniform(seeds, torch.tensor([rows.positions[i] for i in drawn])), logits.device)
-        at_once = max(1, CACHE_ELEMENTS // logits.shape[1])
-        for first in range(0, len(drawn), at_once):
-            some = drawn[first : first + at_once]
-            picked = upload(some, logits.device)
-            adjacent = some[-1] - some[0] == len(some) - 1
-            own = logits[some[0] : some[-1] + 1] if adjacent and not keep_logits else logits[picked]
-            weights = weights_of(own.sub_(best[picked].unsqueeze(1)))
-            if weights.device.type == "cpu" and not (usable := valid[picked]).all():
-                weights[~usable] = 1.0  # NaN has no place in a histogram; on a GPU there is none
-            filter_weights(weights, rows, some)
-            tokens[picked] = draw(weights, numbers[first : first + at_once])
+    drawn = rows.drawing()
+    if drawn and can_draw(logits):
+        draw_rows(logits, best, rows_to_draw(rows, drawn, tempered), tokens, valid)
+    elif drawn:
+        choose_by_torch(logits, rows, drawn, keep_logits, best, tokens, valid)
     return Draws(tokens, valid)
+
+
+def rows_to_draw(rows: SamplingRows, drawn: list[int], tempered: bool) -> RowsToDraw:
+    columns = (rows.temperatures, rows.top_ks, rows.top_ps, rows.min_ps, rows.seeds, rows.positions)
+    temperatures, *others = columns if len(drawn) == len(rows) else ([c[i] for i in drawn] for c in columns)
+    return RowsToDraw(drawn, [1.0] * len(drawn) if tempered else temperatures, *others)
+
+
+def choose_by_torch(
+    logits: torch.Tensor,
+    rows: SamplingRows,
+    drawn: list[int],
+    keep_logits: bool,
+    best: torch.Tensor,
+    tokens: torch.Tensor,
+    valid: torch.Tensor,
+) -> None:
+    """Write the tokens (rows,) of the rows `drawn`; `best` and `valid` (rows,) are those of `choose`."""
+    seeds = torch.tensor([rows.seeds[i] for i in drawn])
+    numbers = send(uniform(seeds, torch.tensor([rows.positions[i] for i in drawn])), logits.device)
+    at_once = max(1, CACHE_ELEMENTS // logits.shape[1])
+    for first in range(0, len(drawn), at_once):
+        some = drawn[first : first + at_once]
+        picked = upload(some, logits.device)
+        adjacent = some[-1] - some[0] == len(some) - 1
+        own = logits[some[0] : some[-1] + 1] if adjacent and not keep_logits else logits[picked]
+        weights = weights_of(own.sub_(best[picked].unsqueeze(1)))
+        if weights.device.type == "cpu" and not (usable := valid[picked]).all():
+            weights[~usable] = 1.0  # NaN has no place in a histogram; on a GPU there is none
+        filter_weights(weights, rows, some)
+        tokens[picked] = draw(weights, numbers[first : first + at_once])
 
 
 def weights_of(distances: torch.Tensor) -> torch.Tensor:

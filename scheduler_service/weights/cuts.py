@@ -4,7 +4,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quartet.scheduler_service.weights.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointError, StoredTensor
+from quartet.scheduler_service.weights.checkpoint import (
+    DTYPE_BYTES,
+    DTYPES,
+    Checkpoint,
+    CheckpointError,
+    Quantized,
+    StoredTensor,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +53,26 @@ def own_parts(checkpoint: Checkpoint, cuts: dict[str, Cut]) -> Checkpoint:
     """The checkpoint as one rank reads it. Raises CheckpointError for tensors that cannot be cut."""
     if not cuts:
         return checkpoint
-    if checkpoint.quantized:
-        raise CheckpointError(
-            "the checkpoint is quantized, or has all experts of a layer in one tensor: --tp-size cannot cut it; serve "
-            "an unquantized one with a tensor for each expert, or leave --tp-size out"
-        )
     tensors = {name: cuts[name].stored(name, t) if name in cuts else t for name, t in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=tensors)
+    made = {name: part_of_rows(t, cuts[name]) if name in cuts else t for name, t in checkpoint.quantized.items()}
+    return replace(checkpoint, tensors=tensors, quantized=made)
+
+
+def part_of_rows(made: Quantized, cut: Cut) -> Quantized:
+    """One rank's part of a matrix that is rows of a larger tensor. Raises CheckpointError for what is anything else."""
+    part = made.parts.get("rows")
+    if len(made.parts) > 1 or part is None or part.axis != 0 or part.stored.dtype not in DTYPES:
+        raise CheckpointError(
+            "the checkpoint is quantized, or has all experts of a layer in one tensor, columns first: --tp-size cannot "
+            "cut it; serve an unquantized one with a tensor for each expert, or leave --tp-size out"
+        )
+    if made.shape != cut.whole:
+        return made  # the check of the shapes says what is wrong
+    if cut.dimension == 0:
+        own = replace(part, stored=cut.stored("", part.stored))
+        return replace(made, shape=own.stored.shape, parts={"rows": own})
+
+    def expand(read: dict[str, torch.Tensor], first: int) -> torch.Tensor:
+        return cut.of(made.expand(read, first))
+
+    return replace(made, shape=(made.shape[0], cut.length), expand=expand)

@@ -16,7 +16,8 @@ import torch
 from quartet.kernels.cpu.native.quantized import QuantizedRows
 from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files.gguf import Header, Tensor, read_header
-from quartet.runtime.model_files.gguf_config import LLAMA3_FREQUENCIES, LONG_FACTORS, SHORT_FACTORS, Metadata
+from quartet.runtime.model_files.gguf_config import LONG_FACTORS, SHORT_FACTORS
+from quartet.runtime.model_files.gguf_metadata import ROPE_DIVISORS, Metadata
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights.block_numbers import FORMATS, numbers_of
 from quartet.scheduler_service.weights.blocks import EXPAND
@@ -38,9 +39,16 @@ TOP: Names = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+    "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
+    "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
+    "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
 }
-IN_CONFIG = (LLAMA3_FREQUENCIES, LONG_FACTORS, SHORT_FACTORS)  # tensors that are settings, read with the metadata
-LAYER = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias)")
+STACKED: Names = {  # several matrices of one kind
+    "altup_proj.weight": "model.altup_projections.{}.weight",
+    "altup_unembd_proj.weight": "model.altup_unembed_projections.{}.weight",
+}
+IN_CONFIG = (ROPE_DIVISORS, LONG_FACTORS, SHORT_FACTORS)  # tensors that are settings, read with the metadata
+LAYER = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.(weight|bias|scale)")
 COMMON: Names = {  # below a layer
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -59,6 +67,36 @@ GEMMA: Names = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
+}
+GEMMA3N: Names = {
+    **GEMMA,
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "altup_correct_coef": "altup.correction_coefs",
+    "altup_predict_coef": "altup.prediction_coefs",
+    "altup_router": "altup.modality_router",
+    "altup_router_norm": "altup.router_norm",
+    "laurel_l": "laurel.linear_left",
+    "laurel_r": "laurel.linear_right",
+    "laurel_post_norm": "laurel.post_laurel_norm",
+}
+GEMMA4: Names = {
+    **{part: GEMMA3N[part] for part in (*GEMMA, "inp_gate", "proj", "post_norm")},
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_up_exps": "experts.{}.gate_up_proj",
+    "ffn_gate_exps": "experts.{}.gate_proj",
+    "ffn_up_exps": "experts.{}.up_proj",
+    "ffn_down_exps": "experts.{}.down_proj",
+}
+WHOLE_NAMES: Names = {  # below a layer; those in the model end otherwise
+    "altup_correct_scale.weight": "altup.correct_output_scale",
+    "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
 }
 QWEN_MOE: Names = {
     "ffn_gate_inp": "mlp.gate",
@@ -82,11 +120,14 @@ MIXTRAL: Names = {
 OWN: Mapping[str, Names] = {
     "Gemma2ForCausalLM": GEMMA,
     "Gemma3ForCausalLM": GEMMA,
+    "Gemma3nForCausalLM": GEMMA3N,
+    "Gemma4ForCausalLM": GEMMA4,
     "MixtralForCausalLM": MIXTRAL,
     "Phi3ForCausalLM": {"ffn_up": "mlp.gate_up_proj"},
     "Qwen2MoeForCausalLM": QWEN_MOE,
     "Qwen3MoeForCausalLM": QWEN_MOE,
 }
+SHIFTED = ("gemma2", "gemma3")  # one was added to their norms
 PERMUTED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}  # in files of Llama's kind
 
 
@@ -136,15 +177,21 @@ def translated(header: Header, metadata: Metadata) -> Iterator[tuple[str, Stored
         if name in IN_CONFIG:
             continue
         match = LAYER.fullmatch(name)
+        if name in STACKED:
+            yield from each_matrix(tensor, STACKED[name])
+            continue
         if match is None:
             yield TOP.get(name, name), finished(stored(tensor), name, metadata)
             continue
         layer, part, expert, kind = match.groups()
         own = {**COMMON, **OWN.get(metadata.architecture.name, {})}.get(part)
-        if own is None:
+        if (whole := WHOLE_NAMES.get(f"{part}.{kind}")) is not None:
+            yield f"model.layers.{layer}.{whole}", stored(tensor)
+        elif own is None or kind == "scale":
             yield name, stored(tensor)  # the model has no use for it, which others say
         elif part.endswith("_exps"):
-            yield from each_expert(tensor, f"model.layers.{layer}.{own}.{kind}")
+            matrices = each_matrix(tensor, f"model.layers.{layer}.{own}.{kind}")
+            yield from halves(matrices) if part == "ffn_gate_up_exps" else matrices
         else:
             yield f"model.layers.{layer}.{own.format(expert)}.{kind}", finished(stored(tensor), part, metadata)
 
@@ -166,22 +213,33 @@ def stored(tensor: Tensor) -> StoredTensor:
     return StoredTensor(tensor.file, "F32", tensor.shape, tensor.offset, tensor.nbytes, encoding=encoding)
 
 
-def each_expert(tensor: Tensor, name: str) -> Iterator[tuple[str, StoredTensor]]:
-    """The parts of a tensor that holds all experts of a layer, one behind the other."""
+def each_matrix(tensor: Tensor, name: str) -> Iterator[tuple[str, StoredTensor]]:
+    """The parts of a tensor that holds several matrices, such as all experts of a layer, one behind the other."""
     whole = stored(tensor)
     if len(tensor.shape) != 3:
-        raise CheckpointError(f"{tensor.file}: the experts {short(name)} have shape {list(tensor.shape)}")
+        raise CheckpointError(f"{tensor.file}: the matrices of {short(name)} have shape {list(tensor.shape)}")
     size = tensor.nbytes // tensor.shape[0]
-    for expert in range(tensor.shape[0]):
-        offset = tensor.offset + expert * size
-        yield name.format(expert), replace(whole, shape=tensor.shape[1:], offset=offset, nbytes=size)
+    for number in range(tensor.shape[0]):
+        offset = tensor.offset + number * size
+        yield name.format(number), replace(whole, shape=tensor.shape[1:], offset=offset, nbytes=size)
+
+
+def halves(matrices: Iterator[tuple[str, StoredTensor]]) -> Iterator[tuple[str, StoredTensor]]:
+    """The gates and what they scale of experts that have both in one matrix, in this order."""
+    for name, both in matrices:
+        rows, size = both.shape[0] // 2, both.nbytes // 2
+        if both.shape[0] % 2:
+            raise CheckpointError(f"{both.file}: {short(name)} has shape {list(both.shape)}, which has no halves")
+        for part, first in (("gate_proj", 0), ("up_proj", size)):
+            own = replace(both, shape=(rows, *both.shape[1:]), offset=both.offset + first, nbytes=size)
+            yield name.replace("gate_up_proj", part), own
 
 
 def finished(found: StoredTensor, part: str, metadata: Metadata) -> StoredTensor:
     """With what the conversion to GGUF has changed undone. Raises CheckpointError."""
     if metadata.name == "llama" and part in PERMUTED:
         return unpermuted(found, metadata.integer(PERMUTED[part]) or metadata.integer("attention.head_count") or 0)
-    if metadata.name.startswith("gemma") and (part.endswith("norm") or part == "output_norm.weight"):
+    if metadata.name in SHIFTED and (part.endswith("norm") or part == "output_norm.weight"):
         return minus_one(found)
     if part == "ffn_gate_inp_shexp" and len(found.shape) == 1:
         return replace(found, shape=(1, *found.shape))

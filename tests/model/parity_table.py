@@ -17,7 +17,10 @@ import transformers
 from tests.model import parity, tiny
 from tests.ranks import run_ranks, serve_cases
 
-DIVISIBLE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"]
+DIVISIBLE = [
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4_moe", "gemma4_unified"),
+    *("qwen2_moe", "qwen3_moe", "mixtral"),
+]
 
 
 def main(families: list[str], ranks: int = 1) -> int:

@@ -137,7 +137,6 @@ def test_experts_that_are_chosen_are_those_of_transformers(tmp_path: Path) -> No
     [
         ("gemma3n", "this model has several residual streams"),
         ("gemma4", "this model has embeddings for each layer"),
-        ("gemma4_moe", "this model's layers differ in size"),
     ],
 )
 def test_several_ranks_are_refused_by_name(family: str, why: str, tmp_path: Path) -> None:

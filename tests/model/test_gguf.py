@@ -14,7 +14,8 @@ from quartet.scheduler_service.model.registry import decoder_spec
 from tests import gguf_files
 from tests.configs import resolved
 from tests.model import tiny
-from tests.model.dense import serve
+from tests.model.dense import DenseRunner, serve
+from tests.model.test_families import TOLERANCE, prompt
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -28,9 +29,17 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {}),
     ("gemma2", {}),
     ("gemma3", {"sliding_window_pattern": 6, "num_hidden_layers": 7, "query_pre_attn_scalar": 16}),
+    ("gemma3n", {}),
+    ("gemma3n", {"activation_sparsity_pattern": [0.95] * 5, "intermediate_size": [96] * 5}),
+    ("gemma4", {}),
+    ("gemma4", {"num_kv_shared_layers": 0, "use_double_wide_mlp": False, "final_logit_softcapping": 30.0}),
+    ("gemma4_moe", {}),
     ("phi3", {}),
     ("phi3", {"partial_rotary_factor": 0.5}),
 ]
+
+
+SHIFTED = ("gemma2", "gemma3")  # files hold their norms with one added
 
 
 def both(family: str, directory: Path, type: int = gguf_files.F32, **overrides: Any) -> tuple[Path, Path]:
@@ -54,7 +63,7 @@ def test_a_file_of_every_family_serves_the_weights_of_the_original(
         overrides = {**overrides, "query_pre_attn_scalar": 16}  # the format does not hold another than the head's size
     original, made = both(family, tmp_path, **overrides)
     loaded = [serve(directory, dtype="float32") for directory in (original, made)]
-    names = [] if not family.startswith("gemma") else [name for name in differing(*loaded) if "norm" in name]
+    names = [name for name in differing(*loaded) if family in SHIFTED and "norm" in name]
     assert differing(*loaded) == names
     for name in names:  # one was added and taken away again
         first, second = (model.weights.view(name) for model in loaded)
@@ -167,6 +176,41 @@ def test_blocks_are_served_by_every_native_family(tmp_path: Path) -> None:
         for name in differing(*loaded):
             first, second = (model.weights.view(name) for model in loaded)
             torch.testing.assert_close(first, second, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4", "gemma4_moe"])
+def test_a_file_of_8_bits_gives_the_logits_of_transformers_with_its_values(family: str, tmp_path: Path) -> None:
+    made = both(family, tmp_path, gguf_files.Q8_0)[1]
+    peer = tiny.random_model(family)
+    with torch.no_grad():
+        for tensor in peer.state_dict().values():
+            if tensor.dim() > 1 and tensor.shape[-1] % 32 == 0:
+                tensor.copy_(gguf_files.rounded_q8_0(tensor))
+        expected = peer(torch.tensor([prompt()])).logits[0]
+    found = DenseRunner(serve(made, dtype="float32")).feed([prompt()])
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    difference = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_keys_of_layers_that_read_others_are_left_out(family: str, tmp_path: Path) -> None:
+    original = tiny.build(family, tmp_path / "original")
+    vectors = {f"blk.4.attn_{part}.weight": torch.ones(3, 5) for part in ("k", "v", "k_norm")}
+    file = gguf_files.convert(original, tmp_path / "model.gguf", vectors=vectors)
+    assert serve(gguf_directory.described(file, tmp_path, tokenizer=True), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("feed_forward_length", [96, 96, 96, 96, 64]), ("attention.head_count_kv", [2, 2, 2, 3, 2])],
+)
+def test_sizes_by_layer_that_gemma_4_cannot_have_are_refused(key: str, value: list[int], tmp_path: Path) -> None:
+    original = tiny.build("gemma4", tmp_path / "original")
+    more = {f"gemma4__{key.replace('.', '__')}": value}
+    file = gguf_files.convert(original, tmp_path / "model.gguf", **more)
+    with pytest.raises(StartupError, match=f"gemma4.{key} is"):
+        gguf_directory.described(file, tmp_path, tokenizer=True)
 
 
 @pytest.mark.parametrize(("pattern", "types"), [([True, False], "sf"), ([True, True], "ss"), (1, "ff"), (None, "ss")])

@@ -1,6 +1,7 @@
 """Ranks that have a part of the weights each give transformers' numbers, on small random models read from disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import model_info
 from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.registry import check_ranks, decoder_spec
-from quartet.scheduler_service.model.shards import shard_layout
+from quartet.scheduler_service.model.shards import shard_layout, shard_spec
 from tests.configs import resolved
 from tests.model import parity, tiny
 from tests.model.test_families import expected_logits
@@ -23,8 +24,10 @@ CASES = {  # of the parity table; `python -m tests.model.parity_table --tp-size 
     "qwen2_moe": ["chunks of 16"],
     "qwen3_moe": ["16 at once"],
     "gemma3": ["one request"],
+    "gemma4_moe": ["prefix hits"],
+    "gemma4_unified": ["chunks of 16"],
 }
-BFLOAT16 = ["llama", "qwen3_moe"]
+BFLOAT16 = ["llama", "qwen3_moe", "gemma4_moe"]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,17 @@ def test_neighbouring_ranks_share_a_head_of_keys_where_there_are_fewer(tmp_path:
     assert [(cut.start, cut.length) for cut in keys] == [
         (spec.head_dim * (rank // 2), spec.head_dim) for rank in range(4)
     ]
+
+
+def test_layers_of_other_sizes_are_cut_by_their_own(tmp_path: Path) -> None:
+    path = tiny.build("gemma4_unified", tmp_path, attention_k_eq_v=True, num_global_key_value_heads=1)
+    spec = decoder_spec(model_info.load(resolved(model_path=str(path))))
+    own = shard_spec(spec, 2)
+    assert [(spec.head_dim_of(layer), spec.kv_heads_of(layer)) for layer in (0, 1)] == [(16, 2), (32, 1)]
+    assert [(own.head_dim_of(layer), own.kv_heads_of(layer)) for layer in (0, 1)] == [(16, 1), (32, 1)]
+    assert [layer.intermediate_size for layer in own.layers] == [None, None, None, 96, 96]
+    with pytest.raises(StartupError, match="--tp-size 4: 98 columns of the feed-forward block"):
+        shard_spec(replace(spec, layers=(replace(spec.layers[0], intermediate_size=98),)), 4)
 
 
 def refusal(family: str, ranks: int, directory: Path, **overrides: object) -> str:

@@ -11,6 +11,7 @@ import requests
 from deploy.benchmarks import half_billion
 from tests import checkpoints
 from tests.model import tiny
+from tests.ring.test_tensor_parallel import follower
 from tests.servers import Server
 
 pytestmark = pytest.mark.slow
@@ -110,6 +111,25 @@ def test_kv_of_other_weights_is_never_served(launch: Callable[..., Server], mode
     server.wait()
     server = launch(*flags(models[0], directory))
     assert ask(server, 0) == (first, 0)
+
+
+def test_each_of_two_ranks_keeps_its_part(launch: Callable[..., Server], models: list[Path], tmp_path: Path) -> None:
+    directory = tmp_path / "kv"
+    server = launch(*flags(models[0], directory), "--tp-size", "2")
+    answers = [ask(server, number)[0] for number in range(2)]
+    for place in (directory, directory / "rank1"):
+        await_files(place, 2 * (LENGTH // BLOCK))
+    assert ask(server, 0) == (answers[0], CACHED), "after an eviction"
+    follower(server.children()["scheduler TP0"], "scheduler TP1").kill()
+    assert ask(server, 1) == (answers[1], CACHED), "another group reads the same files"
+    next((directory / "rank1").glob("*/*.kv")).unlink()
+    server.signal()
+    server.wait()
+    server = launch(*flags(models[0], directory), "--tp-size", "2")
+    again = [ask(server, number) for number in range(2)]
+    assert [ids for ids, _ in again] == answers
+    least, most = sorted(cached for _, cached in again)
+    assert least < CACHED and most == CACHED, "a block of which one rank has no part is computed again by both"
 
 
 def test_a_model_with_recurrent_layers_is_refused(launch: Callable[..., Server], tmp_path: Path) -> None:

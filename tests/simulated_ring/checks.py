@@ -9,9 +9,11 @@ from quartet.http_gateway.ring.quarantine import POISON_REQUEST, SUSPICIOUS_DEAT
 from quartet.runtime.control import COMMAND_LOST, UpdateWeightsFromDisk
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Generate, Reply, Text, unpack_ids
+from quartet.scheduler_service.core.kv_tier import KvTier
 from tests.fakes import FAKE_VECTOR, FakeGrammar, fake_logprob
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Order, tokenizer, vocabulary
-from tests.simulated_ring.services import ROLES, SchedulerProcess, drawn
+from tests.simulated_ring.scheduler import SchedulerProcess, drawn
+from tests.simulated_ring.services import ROLES
 from tests.wrong_messages import RID
 
 if TYPE_CHECKING:
@@ -206,9 +208,26 @@ def check_scheduler(simulation: "Simulation", process: SchedulerProcess) -> None
     hold(not process.scheduler.launched and not process.worker._sampled, "steps or states are left")
     hold(planner.audit() == "", planner.audit())
     planner.check_invariants()
+    if process.group is not None:
+        for rank in process.group.ranks:
+            hold(rank.at_rest and not rank.hung, process.key, "has a rank that does not rest")
+            hold(rank.serves == process.worker.weight_version, process.key, "rank", rank.rank, "serves", rank.serves)
+    if process.tier is not None:
+        check_tier(process, process.tier.tier)
     hold(not planner.paused and not gateway.paused, "still paused:", planner.paused, gateway.paused)
     serves, shown = process.worker.weight_version, gateway.weight_version
     hold(serves == shown == process.disk.weight_version, process.key, "serves", serves, "shows", shown)
     hold(
         simulation.watch.weight_version in (None, serves), simulation.watch.weight_version, "was promised, not", serves
     )
+
+
+def check_tier(process: SchedulerProcess, tier: KvTier) -> None:
+    """Nothing is under way, and memory and files of all ranks hold what the books say."""
+    tier.check()
+    hold(not (tier.commands or tier.fetches or tier.pending), process.key, "has a tier that waits:", tier.counters())
+    for part in process.parts:
+        hold(not (part.busy or part.ready or part.brought), process.key, "has jobs or reads left")
+        for shelf, there in ((tier.memory, part.memory), (tier.files, part.disk.blocks)):
+            same = len(shelf) == len(there) and all(key in shelf for key in there)
+            hold(same, process.key, "has", len(there), "blocks for", len(shelf))

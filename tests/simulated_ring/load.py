@@ -88,8 +88,11 @@ class Call:
 class Clients:
     """Draws calls. A rid is used again now and then, also while it is in use."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, likes_prefixes: bool = False) -> None:
+        """`likes_prefixes`: many prompts begin alike."""
         self._random = random
+        self._stems = [[2 + (place * stem) % 11 for place in range(LONGEST_PROMPT)] for stem in (1, 2, 3)]
+        self._likes_prefixes = likes_prefixes
         self._made = 0
 
     def call(self, poison: str = "") -> Call:
@@ -129,6 +132,9 @@ class Clients:
             words = random.choices(["The", " quick", " brown", "über", " 世界", "0", "\n"], k=random.randint(1, 6))
             return Generate(request=request, text="".join(words))
         prompt = [random.randint(2, 12) for _ in range(random.randint(1, LONGEST_PROMPT))]
+        if self._likes_prefixes and random.random() < 0.8:
+            shared = random.randint(0, LONGEST_PROMPT)
+            prompt = random.choice(self._stems)[:shared] + prompt[: max(1, LONGEST_PROMPT - shared)]
         if poison:
             prompt[-1] = POISON[poison]
         return Generate(request=request, input_ids=pack_ids(prompt))

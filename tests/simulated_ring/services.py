@@ -4,44 +4,24 @@ Whatever a process does to the world outside it (it reads, sends, writes a recor
 it may die: what it did before has happened, what it would have done after has not.
 """
 
-import zlib
-from array import array
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from collections.abc import Sequence as Frame
-from pathlib import Path
-from random import Random
 from typing import Any
-
-import msgspec
 
 from quartet.detokenizer_service.decode import Vocabulary
 from quartet.detokenizer_service.service import Detokenizer
-from quartet.runtime.control import UpdateWeightsFromDisk, UpdateWeightVersion
-from quartet.runtime.errors import CommandRefused
 from quartet.runtime.guard import Announced, Guard, Service
-from quartet.runtime.messages import Generate, Message, Reply, Restarted, Tokens, process_key, unpack_ids
+from quartet.runtime.messages import Generate, Message, Restarted, Tokens, process_key, unpack_ids
 from quartet.runtime.service import Sender
 from quartet.runtime.sockets import decode, encode
-from quartet.scheduler_service.control import weights as control_weights
-from quartet.scheduler_service.control.agreement import agreed
-from quartet.scheduler_service.control.context import Context
-from quartet.scheduler_service.control.durable_state import DurableState
-from quartet.scheduler_service.control.handlers import HANDLERS
-from quartet.scheduler_service.control.runner import CommandRunner
-from quartet.scheduler_service.core.plan import Plan, Result
-from quartet.scheduler_service.core.planner import Planner
-from quartet.scheduler_service.core.rules import PlannerConfig
-from quartet.scheduler_service.scheduler import Scheduler
 from quartet.tokenizer_service.encode import Encoder
 from quartet.tokenizer_service.way_out import Crossroads
-from tests.fakes import AtOnce, FakeGrammars, FakeWorker, looping_token
-from tests.simulated_ring.clock import Agenda
+from tests.fakes import AtOnce
 from tests.simulated_ring.links import Inbox, Link
 
 TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY = "tokenizer", "scheduler", "detokenizer", "gateway"
 ROLES = (TOKENIZER, SCHEDULER, DETOKENIZER, GATEWAY)
 POISON = {TOKENIZER: 397, SCHEDULER: 398, DETOKENIZER: 399}  # the last id of a prompt that ends this role
-MOST_STAGING_TURNS = 6
 FIRST_VERSION = "v0"
 ID_BYTES = 4
 
@@ -96,6 +76,14 @@ class Process:
     @property
     def at_rest(self) -> bool:
         return self.spoken and not self._inbox.waiting
+
+    @property
+    def doomed(self) -> bool:
+        """Whether its death is due."""
+        return self.points_left is not None or self.hung
+
+    def end(self) -> None:
+        """It has died: what runs beside it ends too."""
 
     def point(self) -> None:
         if self.points_left is not None:
@@ -187,152 +175,3 @@ class DetokenizerProcess(TextService):
 
 def is_poison(prompt: bytes, role: str) -> bool:
     return len(prompt) >= ID_BYTES and len(prompt) % ID_BYTES == 0 and unpack_ids(prompt)[-1] == POISON[role]
-
-
-class Worker(FakeWorker):
-    """The fake model, whose tokens depend on the weights that serve. Some prompts are too much for it."""
-
-    def __init__(self, point: Callable[[], None], version: str, **settings: Any) -> None:
-        super().__init__(model=self._token, **settings)
-        self.weight_version = version
-        self._point = point
-
-    def launch(self, plan: Plan) -> list[Result]:
-        for part in plan.slices:
-            if part.sequence.ids[part.sequence.prompt_len - 1] == POISON[SCHEDULER]:
-                raise Killed(SCHEDULER)
-        self._point()
-        self.plans.clear()
-        self.forgotten.clear()
-        return super().launch(plan)
-
-    def _token(self, prefix: "array[int]", vocab_size: int, seed: int) -> int:
-        return drawn(prefix, seed, self.weight_version, vocab_size)
-
-
-def drawn(prefix: "array[int]", seed: int, weight_version: str, vocab_size: int) -> int:
-    """The token behind a prefix, under these weights."""
-    return looping_token(prefix, vocab_size, zlib.crc32(weight_version.encode(), seed))
-
-
-class State(DurableState):
-    """State whose scheduler may die before or after it has saved it."""
-
-    def __init__(self, run_dir: str, point: Callable[[], None]) -> None:
-        super().__init__(run_dir)
-        self._point = point
-
-    def save(self, context: Context) -> None:
-        self._point()
-        super().save(context)
-        self._point()
-
-
-class Disk:
-    """What outlasts a scheduler besides its durable state: which weights were committed last."""
-
-    def __init__(self, run_dir: str) -> None:
-        Path(run_dir).mkdir()
-        self.run_dir = run_dir
-        self.weight_version = FIRST_VERSION
-
-
-class Progress:
-    def beat(self, busy: bool) -> None:
-        """Nobody looks."""
-
-
-class SchedulerProcess(Process):
-    """As `scheduler_service.assemble.serve` has it; weights are swapped by a handler without files and threads."""
-
-    def __init__(
-        self,
-        config: PlannerConfig,
-        depth: int,
-        disk: Disk,
-        agenda: Agenda,
-        random: Random,
-        carried_out: list[tuple[str, int, str]],
-        pid: int,
-        **place: Any,
-    ) -> None:
-        super().__init__(role=SCHEDULER, **place)
-        self.disk, self.random, self.carried_out, self.pid = disk, random, carried_out, pid
-        self.worker = Worker(
-            self.point,
-            disk.weight_version,
-            page_size=config.page_size,
-            page_count=config.total_pages,
-            max_running_requests=config.max_running,
-            vocab_size=config.vocab_size,
-        )
-        durable_state = State(disk.run_dir, self.point)
-        facts = msgspec.structs.replace(self.worker.facts(), epoch=self.epoch, rank=self.rank, pid=pid)
-        self.scheduler = Scheduler(
-            Planner(config),
-            self.worker,
-            self,
-            self,
-            Progress(),  # type: ignore[arg-type]
-            facts=facts,
-            depth=depth,
-            durable_state=durable_state,
-            grammars=FakeGrammars(),  # type: ignore[arg-type]
-            announced=self.announced,
-            clock=lambda: agenda.now,
-        )
-        self.scheduler.commands = CommandRunner(
-            {**HANDLERS, UpdateWeightsFromDisk: self.update_weights, UpdateWeightVersion: self.rename}
-        )
-        durable_state.restore(self.scheduler)
-
-    @property
-    def at_rest(self) -> bool:
-        scheduler = self.scheduler
-        return super().at_rest and scheduler.idle and not scheduler.commands and not scheduler.grammar_queue
-
-    def introduce(self) -> None:
-        self.scheduler.emit(self.scheduler.introduce())
-
-    def work(self) -> bool:
-        if self.at_rest:
-            return False
-        self.scheduler.step()
-        return True
-
-    def update_weights(
-        self, scheduler: Scheduler, command: UpdateWeightsFromDisk
-    ) -> Generator[None, bool | None, list[Message]]:
-        """What `control_weights.from_disk` does, without weights: staged beside the loop, swapped, then recorded."""
-        yield from self._beside()
-        control_weights.refuse_unless_expected(scheduler, command)
-        if command.model_path == "broken":
-            raise CommandRefused("nothing was changed")
-        yield from agreed(scheduler, command)
-        if command.abort_all_requests:
-            scheduler.emit(control_weights.abort_all(scheduler))
-        if command.retract:
-            scheduler.planner.retract_all()
-            scheduler.forget_released()
-        self.carried_out.append((self.key, self.epoch, command.id))
-        self.worker.weight_version = command.weight_version or self.worker.weight_version
-        scheduler.planner.forget_prefixes(free=command.flush_cache)
-        yield from self._beside()
-        self.point()
-        self.disk.weight_version = self.worker.weight_version
-        self.point()
-        reply: list[Message] = [Reply(id=command.id, body={"weight_version": self.worker.weight_version})]
-        return reply
-
-    def rename(self, scheduler: Scheduler, command: UpdateWeightVersion) -> list[Message]:
-        """How a scheduler that has come back gets the weights of the others: here the version is the weights."""
-        self.worker.weight_version = command.new_version
-        scheduler.planner.forget_prefixes()
-        self.point()
-        self.disk.weight_version = command.new_version
-        self.point()
-        return [Reply(id=command.id, body={"weight_version": command.new_version})]
-
-    def _beside(self) -> Generator[None, bool | None, None]:
-        for _ in range(self.random.randint(1, MOST_STAGING_TURNS)):
-            yield

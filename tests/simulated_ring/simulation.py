@@ -5,10 +5,12 @@ label, of which the tokens are a function) and the supervisor. Clients, an opera
 while; then everything must come to rest within a number of turns, and `checks.py` looks at what has become of each
 request and command, and at what is left behind.
 
-Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`).
+Some processes hang for a while before they die, and some say what none should (`tests/wrong_messages.py`). In some
+runs a scheduler is a group of ranks (`group.py`), one of which may die or hang, and in some it keeps KV beyond the pool
+(`disks.py`), on disks that are slow, fail and lose blocks.
 
 Left out: HTTP; the supervisor's budget and how it finds a hang; draining; the pool of threads that compiles grammars;
-work beside the scheduler's loop; released memory and updates over the wire; frames above the size limit. A process
+released memory, adapters and updates over the wire; frames above the size limit. A process
 loses what it knows with its death, and nothing else fails. News are quicker than births: before a process is started
 again, frames of the one before have arrived or are lost, and its peers have noticed its death.
 """
@@ -35,9 +37,12 @@ from tests.fakes import AtOnce
 from tests.simulated_ring import services
 from tests.simulated_ring.checks import Fault, check
 from tests.simulated_ring.clock import Action, Agenda
+from tests.simulated_ring.disks import tier_of
 from tests.simulated_ring.gateway import GatewayProcess, Watch
+from tests.simulated_ring.group import ranks_of
 from tests.simulated_ring.links import Inbox, Link
 from tests.simulated_ring.load import VOCAB_SIZE, Call, Clients, Operator, Order, tokenizer, vocabulary
+from tests.simulated_ring.scheduler import Disk, SchedulerProcess
 from tests.simulated_ring.services import (
     DETOKENIZER,
     GATEWAY,
@@ -45,10 +50,8 @@ from tests.simulated_ring.services import (
     SCHEDULER,
     TOKENIZER,
     DetokenizerProcess,
-    Disk,
     Killed,
     Process,
-    SchedulerProcess,
     TokenizerProcess,
 )
 from tests.simulated_ring.trace import line
@@ -81,8 +84,10 @@ class Simulation:
         self.calls: list[Call] = []
         self.carried_out: list[tuple[str, int, str]] = []  # which scheduler has put which update in place
         self.schedulers = 1 if Random(f"schedulers {seed}").random() < ONE_SCHEDULER else 2
+        self.ranks, self.tier = ranks_of(seed), tier_of(seed)
+        self.beside = Random(f"beside {seed}")  # for what these do
         self.roles = {process_key(role, rank): (role, rank) for role in ROLES for rank in range(self._count(role))}
-        self.clients, self.operator = Clients(random), Operator(random)
+        self.clients, self.operator = Clients(random, likes_prefixes=self.tier is not None), Operator(random)
         self.watch = Watch(self.operator)
         self.config = planner_config(random)
         self.depth = 0 if self.config.drafts else random.choice([0, 1])
@@ -101,7 +106,7 @@ class Simulation:
         """From the first process to the last check. Raises Fault, and whatever a service should not have raised."""
         with tempfile.TemporaryDirectory() as run_dir:
             self.run_dir = run_dir
-            self.disks = [Disk(str(Path(run_dir) / str(rank))) for rank in range(self.schedulers)]
+            self.disks = [Disk(str(Path(run_dir) / str(rank)), self.ranks) for rank in range(self.schedulers)]
             for key in self.roles:
                 self._start(key, 0)
             self._shuffle()
@@ -233,22 +238,26 @@ class Simulation:
         if process is None or self.deaths_are_over:
             return
         self.kills[role] += 1
+        victim = process
+        if isinstance(process, SchedulerProcess) and process.group is not None:
+            victim = self.beside.choice([process, *process.group.ranks])
         if self.random.random() < 0.2:
             self._die(key)
         elif self.random.random() < 0.15:
-            process.hung = True
-            self.agenda.after(self.random.choice(HANGS_S), lambda: self._end_hang(key, process))
+            victim.hung = True
+            self.agenda.after(self.random.choice(HANGS_S), lambda: self._end(key, process))
         else:
-            process.points_left = self.random.randint(1, MOST_POINTS)
+            victim.points_left = self.random.randint(1, MOST_POINTS)
 
-    def _end_hang(self, key: str, process: Process) -> None:
-        """The supervisor has had enough."""
+    def _end(self, key: str, process: Process) -> None:
+        """The supervisor has had enough, or a rank of a scheduler has ended."""
         if self.processes.get(key) is process:
             self._die(key)
 
     def _die(self, key: str) -> None:
         process = self.processes.pop(key)
         self.note(key, "dies", [])
+        process.end()
         self.deaths[process.role] += 1
         if isinstance(process, GatewayProcess):
             self._orphan(process)
@@ -291,12 +300,17 @@ class Simulation:
                 return TokenizerProcess(encoder(self.random), **place)
             case services.SCHEDULER:
                 place |= {"rank": rank, "pid": next(self._pids)}
-                disk, agenda, random = self.disks[rank], self.agenda, self.random
-                return SchedulerProcess(self.config, self.depth, disk, agenda, random, self.carried_out, **place)
+                disk, agenda, tier = self.disks[rank], self.agenda, self.tier
+                random = self.random if tier is None and self.ranks == 1 else self.beside
+                settings = (self.config, self.depth, disk, agenda, random, self.carried_out)
+                return SchedulerProcess(*settings, tier=tier, on_death=self._end_group, **place)
             case services.DETOKENIZER:
                 return DetokenizerProcess(vocabulary(), **place)
             case _:
                 return GatewayProcess(self.agenda, self.watch, self._is_dead, self.run_dir, **place)
+
+    def _end_group(self, process: SchedulerProcess) -> None:
+        self._end(process.key, process)
 
     def _is_dead(self, pid: int) -> bool:
         living = [process for process in self.processes.values() if isinstance(process, SchedulerProcess)]
@@ -312,7 +326,7 @@ class Simulation:
         """Whoever is about to die does so now."""
         self.deaths_are_over = True
         for key, process in list(self.processes.items()):
-            if process.points_left is not None or process.hung:
+            if process.doomed:
                 self._die(key)
 
     # time
@@ -320,7 +334,7 @@ class Simulation:
     def _actor(self, key: str) -> Callable[[], bool]:
         def turn() -> bool:
             process = self.processes.get(key)
-            if process is None or process.hung:
+            if process is None or (process.hung and not isinstance(process, SchedulerProcess)):
                 return False
             try:
                 return process.turn()

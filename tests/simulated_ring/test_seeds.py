@@ -5,7 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.simulated_ring.simulation import run
+from tests.simulated_ring.disks import tier_of
+from tests.simulated_ring.group import ranks_of
+from tests.simulated_ring.scheduler import SchedulerProcess
+from tests.simulated_ring.services import FIRST_VERSION
+from tests.simulated_ring.simulation import Simulation, run
 
 SEEDS, TOGETHER = 400, 50
 
@@ -29,3 +33,19 @@ def test_a_seed_gives_the_same_messages_each_time() -> None:
         run(11, trace.append)
     assert traces[0] == traces[1]
     assert len(traces[0]) > 100
+
+
+def test_groups_of_ranks_die_and_tiers_find_their_blocks_again() -> None:
+    groups = restored = found = updated = 0
+    for seed in range(150):
+        if ranks_of(seed) == 1 and tier_of(seed) is None:
+            continue
+        simulation = Simulation(seed)
+        simulation.run()
+        for process in simulation.processes.values():
+            if isinstance(process, SchedulerProcess):
+                groups += process.group is not None and process.epoch > 0
+                updated += process.group is not None and process.worker.weight_version != FIRST_VERSION
+                restored += process.tier.tier.restored if process.tier is not None else 0
+                found += process.found
+    assert min(groups, restored, found, updated) > 0, (groups, restored, found, updated)

@@ -1,6 +1,7 @@
 /* What every instruction set offers: the table that dispatch.c chooses one of. See library.py for the callers. */
 #pragma once
 
+#include <stdatomic.h>
 #include <stdint.h>
 
 #include "recurrences.h"
@@ -103,18 +104,20 @@ struct attention {
     int32_t causal, threads;
 };
 
-/* Query and key heads normed, if there are weights, and rotated; keys and values go to their places in the pools. */
+/* Heads normed, if there are weights, and those of queries and keys rotated; keys and values go to their places in the
+ * pools. With no heads of keys nothing is written. */
 struct rotation {
-    const uint16_t *qkv; /* (tokens, heads + 2 * kv_heads, dim), rows `qkv_stride` apart */
+    const uint16_t *qkv; /* (tokens, heads + 2 * kv_heads, dim), rows `qkv_stride` apart; see `values_from_keys` */
     int64_t tokens, qkv_stride;
     int64_t heads, kv_heads, dim, rotary_dim;
-    const uint16_t *query_norm, *key_norm; /* (dim,) or null */
+    const uint16_t *query_norm, *key_norm, *value_norm; /* (dim,) or null */
     float epsilon, norm_offset;
     const uint16_t *cos, *sin; /* (tokens, rotary_dim); the first half of the sines is negated */
     const int64_t *slots;      /* (tokens,) */
     uint16_t *keys, *values;   /* pools (kv_heads, pool tokens, dim) */
     int64_t head_stride;
     uint16_t *q; /* (tokens, heads, dim) */
+    int32_t values_from_keys; /* there are no columns of values: they are the keys, as these are before their norm */
     int32_t threads;
 };
 
@@ -131,6 +134,33 @@ struct rows {
     uint16_t *out;
     int64_t rows, width;
     struct norm norm;
+    float scale; /* of what add_normed leaves, which is rounded before; 0: none */
+    int32_t threads;
+};
+
+/* out (rows, width) = activation(gate) * factor, which may all be one; the activation is rounded before.
+ *
+ * Sparse: gate and factor are the halves of rows (rows, 2 * width) at `gate`, and a gate counts as far as it is above the
+ * mean of its row by more than `cutoff` standard deviations. */
+struct gating {
+    const uint16_t *gate, *factor;
+    uint16_t *out;
+    int64_t rows, width;
+    float cutoff;
+    int32_t activation; /* enum activation */
+    int32_t threads;
+};
+
+#define MOST_STREAMS 16
+
+/* Several residual streams of each row, which are mixed by shares: weights @ tanh(said / width). */
+struct mixing {
+    int64_t rows, count, active, width;
+    const float *said;       /* (rows, count) */
+    const uint16_t *weights; /* (count * count, count) for predictions, (count, count) for corrections */
+    uint16_t *stack, *predicted; /* (rows, count, width) */
+    uint16_t *own;           /* (rows, width) */
+    const uint16_t *scale;   /* (width,) or null */
     int32_t threads;
 };
 
@@ -155,6 +185,21 @@ struct experts {
     int32_t has_shared;
     int64_t shared_size;
     struct product shared_gate_up, shared_down, shared_gate; /* the sigmoid of the last, (1, hidden), is its weight */
+    struct norm router_norm; /* the router reads what comes in by this norm, if it has one */
+    float router_scale;      /* of its logits; 0: none */
+    const uint16_t *expert_scale; /* (count,) of the weights of chosen experts, or null */
+    /* If there is a norm behind the chosen experts' sum, the shared expert has its own before and behind, and no gate. */
+    struct norm after_chosen, shared_before, shared_after;
+};
+
+/* What a layer has where it reads one of several residual streams (streams.py), and a product of low rank beside
+ * attention. */
+struct streams {
+    int64_t count, active;
+    struct product router; /* (count, hidden), with a norm before, to float */
+    const uint16_t *predictions, *corrections, *scale; /* as in struct mixing */
+    struct norm before, after; /* of the product beside attention */
+    struct product left, right;
 };
 
 /* One layer of a decoder: attention, then a gated feed-forward block or a mixture of experts. What a step decides is left
@@ -163,6 +208,12 @@ struct layer {
     struct product qkv, output, gate_up, down; /* with the norm before, and an output operation */
     struct norm after_attention, after_mlp;
     const struct experts *experts; /* in place of gate_up and down, or null */
+    struct product input_gate, input_projection; /* of the layer's own input; without columns: it has none */
+    struct norm after_input;
+    const uint16_t *scale; /* (1,) of what the layer leaves, whose last norm is not null then; or null */
+    const struct streams *streams; /* or null */
+    float cutoff;
+    int32_t sparse; /* the gates of the feed-forward block are, see struct gating */
     struct rotation rotation;
     struct attention attention;
     int64_t rope; /* which of the step's rotations */
@@ -173,6 +224,11 @@ struct step {
     int64_t rows;
     uint16_t *residual;                         /* (rows, hidden): changed in place */
     uint16_t *qkv, *q, *mixed, *inner, *branch; /* scratch memory: what goes from one operation to the next */
+    const uint16_t *inputs; /* (layers, rows, columns of `input_gate`): the layers' own; or null */
+    uint16_t *wide;   /* scratch memory: gates and factors of sparse blocks */
+    uint16_t *stack;  /* (rows, streams, hidden): changed in place, where layers have streams; `residual` is scratch then */
+    uint16_t *predicted, *beside; /* scratch memory: as the stack, and (rows, hidden) */
+    float *said;                  /* scratch memory: (rows, streams) */
     const uint16_t *const *cosines, *const *sines; /* by rope, see struct rotation */
     const int64_t *slots;
     int64_t page_size, sequences;               /* the rest as in struct attention */
@@ -181,6 +237,34 @@ struct step {
     const int64_t *page_starts;
     int32_t threads;
     const struct additions *additions; /* to the products; or null */
+};
+
+/* Rows of logits that a token is drawn from each, see draw.h. */
+struct drawing {
+    const float *logits; /* rows `stride` apart */
+    int64_t n, stride, count;
+    const int64_t *rows; /* (count,): those that are drawn from; the lists that follow have an item for each */
+    const float *temperatures;
+    const int64_t *top_ks; /* 0: all tokens */
+    const double *top_ps;  /* 1: all */
+    const float *min_ps;   /* 0: all */
+    const int64_t *seeds, *positions;
+    const float *best; /* by row of logits: the largest */
+    int64_t *tokens;   /* by row of logits, as are `valid`: what is drawn */
+    uint8_t *valid;    /* whether the row's largest logit is finite; if not, its token is 0 */
+    int32_t threads;
+    atomic_long next;
+    atomic_int failed;
+};
+
+/* out = log(sum(exp(x))) by row. */
+struct summing {
+    const float *x; /* (rows, n), rows `stride` apart */
+    int64_t rows, n, stride;
+    const float *best; /* (rows,) */
+    float *out;        /* (rows,) */
+    int32_t threads;
+    atomic_long next;
 };
 
 struct kernels {
@@ -193,14 +277,26 @@ struct kernels {
     int (*add_float)(const struct adding *);
     void (*convolve)(const struct convolution *);
     void (*recur)(const struct recurrence *);
+    int (*draw)(struct drawing *);
+    void (*log_of_sums)(struct summing *);
+    void (*gate_rows)(const struct gating *);
+    void (*gate_sparse)(const struct gating *);
+    void (*predict)(const struct mixing *); /* predicted, own = predicted[active] */
+    void (*correct)(const struct mixing *); /* stack from own; own = stack[active] * scale */
+    void (*spread)(const struct mixing *);  /* stack += own, but for the first stream */
 };
 
-extern const struct kernels quartet_avx2, quartet_avx512, quartet_avx512_bf16, quartet_amx;
+/* Of these a library has one; the addresses of the others are null. */
+#define MAYBE __attribute__((weak))
+extern const struct kernels quartet_avx2 MAYBE, quartet_avx512 MAYBE, quartet_avx512_bf16 MAYBE, quartet_amx MAYBE;
 
-/* residual (rows, hidden) += the mixture of its rows. `ids` (rows, top_k): the experts chosen, best first; may be null.
- * So may `additions`. 0, or -1 where there is no memory. */
+/* residual (rows, hidden) += the mixture of its rows, times `scale` (0: none). `ids` (rows, top_k): the experts chosen,
+ * best first; may be null. So may `additions`. 0, or -1 where there is no memory. */
 int quartet_experts(const struct kernels *kernels, const struct experts *e, int64_t rows, uint16_t *residual,
-                    int64_t *ids, int32_t threads, const struct additions *additions);
+                    int64_t *ids, float scale, int32_t threads, const struct additions *additions);
+
+/* Uniform in (0, 1), a function of both. */
+double quartet_uniform(int64_t seed, int64_t position);
 
 /* Scratch memory of this thread, aligned to cache lines, kept from call to call; null where there is none. */
 void *quartet_scratch(int slot, int64_t bytes);

@@ -1,10 +1,6 @@
 /* All kernels, compiled for avx2. */
 #pragma GCC target("avx2,fma,f16c")
 
-#include "adapters_float.h"
-#include "linear.h"
-#include "recurrent.h"
-#include "rotation.h"
-#include "rows.h"
+#include "all.h"
 
-const struct kernels quartet_avx2 = {product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur};
+const struct kernels quartet_avx2 = ALL_KERNELS(0);

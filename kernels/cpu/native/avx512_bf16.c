@@ -1,12 +1,6 @@
 /* All kernels, compiled for avx512_bf16. */
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")
 
-#include "adapters_float.h"
-#include "linear.h"
-#include "recurrent.h"
-#include "rotation.h"
-#include "rows.h"
+#include "all.h"
 
-const struct kernels quartet_avx512_bf16 = {
-    product, rotate, 0, norm, add_normed, add_weighted, add_float, convolve, recur,
-};
+const struct kernels quartet_avx512_bf16 = ALL_KERNELS(0);

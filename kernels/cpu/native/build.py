@@ -1,8 +1,8 @@
 """Compiles the C sources beside this file with the machine's compiler, once: the result is kept in the user's cache.
 
-The compiled file holds the kernels for every instruction set, so its name follows from the sources, the flags and the
-compiler alone. It is renamed into its place as a whole; several processes may do so at once. Where the cache cannot
-be written, or belongs to somebody else, the file is compiled for this process only.
+A compiled file holds the kernels for one instruction set, as each takes several seconds to compile. Its name follows
+from that, the sources, the flags and the compiler. It is renamed into its place as a whole; several processes may do
+so at once. Where the cache cannot be written, or belongs to somebody else, the file is compiled for this process only.
 
 A file that has lost some of its bytes (a machine that went down, a full disk) would end the process that loads it. So
 its hash stands behind the library, where the loader does not look, and one that does not fit is compiled again.
@@ -25,12 +25,23 @@ FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-pthread", "-fno-strict-aliasing")
 COMPILERS = ("gcc", "cc")
 TIMEOUT_S = 600  # for each source; it takes 15 s of one core, and a machine may have other work
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-SLOWEST = ("amx.c", "avx512_bf16.c")  # to compile
+# Instruction sets, ascending, and what the kernel calls the CPU's features that are new in each.
+FEATURES = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
+CPU_INFO = Path("/proc/cpuinfo")
 HASH_BYTES = 32  # behind the library
 
 
 class CannotBuild(Exception):
     """There is no library, for this reason."""
+
+
+class CompilerRefused(CannotBuild):
+    """The compiler ran and failed: it may not know an instruction set."""
 
 
 def compiler() -> str | None:
@@ -43,8 +54,22 @@ def is_possible() -> bool:
     return platform.system() == "Linux" and platform.machine() in ("x86_64", "AMD64") and compiler() is not None
 
 
+def may_have(instruction_set: str) -> bool:
+    """Whether the CPU lists the features of an instruction set; yes where it lists nothing. The library itself looks
+    again, and whether the system allows their use."""
+    try:
+        line = next((line for line in CPU_INFO.read_text().splitlines() if line.startswith("flags")), None)
+    except OSError:
+        line = None
+    if line is None:
+        return True
+    names = list(FEATURES)
+    wanted = set().union(*(FEATURES[name] for name in names[: names.index(instruction_set) + 1]))
+    return wanted <= set(line.split())
+
+
 @contextlib.contextmanager
-def built(afresh: bool = False) -> Iterator[Path]:
+def built(instruction_set: str, afresh: bool = False) -> Iterator[Path]:
     """The compiled library, from the cache where it is there, or compiled `afresh`. Raises CannotBuild.
 
     A file that is in no cache is gone afterwards; who has loaded it keeps it.
@@ -54,11 +79,11 @@ def built(afresh: bool = False) -> Iterator[Path]:
         raise CannotBuild("they need Linux on x86-64, and gcc")
     directory = cache_directory()
     if directory is not None:
-        path = directory / f"kernels-{fingerprint(found)}.so"
-        yield path if is_whole(path) and not afresh else compiled(found, path)
+        path = directory / f"kernels-{instruction_set}-{fingerprint(found)}.so"
+        yield path if is_whole(path) and not afresh else compiled(found, instruction_set, path)
         return
     with tempfile.TemporaryDirectory(prefix="quartet-native-") as temporary:
-        yield compiled(found, Path(temporary) / "kernels.so")
+        yield compiled(found, instruction_set, Path(temporary) / "kernels.so")
 
 
 def fingerprint(found: str) -> str:
@@ -99,13 +124,18 @@ def cache_directory() -> Path | None:
     return directory if is_ours and os.access(directory, os.W_OK) else None
 
 
-def compiled(found: str, path: Path) -> Path:
+def sources_of(instruction_set: str) -> list[Path]:
+    """What a library is compiled from; what takes longest, the kernels themselves, is first."""
+    common = sorted(path for path in SOURCES.glob("*.c") if path.stem not in FEATURES)
+    return [SOURCES / f"{instruction_set}.c", *common]
+
+
+def compiled(found: str, instruction_set: str, path: Path) -> Path:
     """Compile to `path`, several sources at once. Raises CannotBuild with the compiler's first words."""
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         with tempfile.TemporaryDirectory(prefix="quartet-native-") as objects, ThreadPoolExecutor(CORES) as pool:
-            # the largest first: they decide when all are done
-            sources = sorted(SOURCES.glob("*.c"), key=lambda source: (source.name not in SLOWEST, source.name))
+            sources = sources_of(instruction_set)
             made = [f"{objects}/{source.stem}.o" for source in sources]
             commands = [[found, *FLAGS, "-c", str(s), "-o", o] for s, o in zip(sources, made, strict=True)]
             list(pool.map(run, commands))
@@ -115,7 +145,7 @@ def compiled(found: str, path: Path) -> Path:
             file.write(digest)
         part.replace(path)
     except subprocess.CalledProcessError as error:
-        raise CannotBuild(f"{found} failed: {error.stderr.strip()[:500]}") from error
+        raise CompilerRefused(f"{found} failed: {error.stderr.strip()[:500]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(f"{found} failed: {error}") from error
     finally:

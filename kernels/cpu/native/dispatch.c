@@ -8,7 +8,7 @@
 #include "api.h"
 #include "pool.h"
 
-#define SLOTS 8
+#define SLOTS 9
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18
 
@@ -32,7 +32,7 @@ static int has_avx512_bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
-/* The kernels for this instruction set; null where the machine does not have it. */
+/* The kernels for this instruction set; null where the machine or this library does not have it. */
 const struct kernels *quartet_kernels(const char *name) {
     __builtin_cpu_init();
     const struct {
@@ -78,6 +78,8 @@ int quartet_add_float(const struct kernels *kernels, const struct adding *a) {
 void quartet_rotate(const struct kernels *kernels, const struct rotation *r) { kernels->rotate(r); }
 
 void quartet_add_normed(const struct kernels *kernels, const struct rows *rows) { kernels->add_normed(rows); }
+
+void quartet_gate_rows(const struct kernels *kernels, const struct gating *g) { kernels->gate_rows(g); }
 
 int quartet_has_attention(const struct kernels *kernels) { return kernels->attention != 0; }
 

@@ -58,8 +58,17 @@ static int run(const struct kernels *kernels, const struct product *of, int64_t 
     return kernels->product(&product);
 }
 
+static float number_of(uint16_t bf16) {
+    uint32_t bits = (uint32_t)bf16 << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
 /* The `top_k` largest of a row's shares of all experts, of equal ones the first. */
 static void choose(const struct experts *e, float *logits, int64_t *chosen, float *shares) {
+    for (int64_t i = 0; e->router_scale != 0 && i < e->count; i++)
+        logits[i] *= e->router_scale;
     float most = logits[0], total = 0, kept = 0;
     for (int64_t i = 1; i < e->count; i++)
         most = logits[i] > most ? logits[i] : most;
@@ -80,6 +89,8 @@ static void choose(const struct experts *e, float *logits, int64_t *chosen, floa
     }
     for (int64_t place = 0; e->renormalize && place < e->top_k; place++)
         shares[place] /= kept;
+    for (int64_t place = 0; e->expert_scale && place < e->top_k; place++)
+        shares[place] *= number_of(e->expert_scale[chosen[place]]);
 }
 
 struct choosing {
@@ -161,17 +172,40 @@ static int add_shared(const struct kernels *kernels, const struct experts *e, in
     return failed | add_block(kernels, e, &e->shared_gate_up, &e->shared_down, room->normed, &to, room, additions);
 }
 
+static struct rows rows_of(const struct experts *e, int64_t rows, const uint16_t *x, uint16_t *out, struct norm norm,
+                           int32_t threads) {
+    return (struct rows){.x = x, .out = out, .rows = rows, .width = e->hidden, .norm = norm, .threads = threads};
+}
+
+/* room->own = norm(the chosen experts' sum) + norm(the shared expert of norm(residual)). */
+static int join_normed(const struct kernels *kernels, const struct experts *e, int64_t rows, const uint16_t *residual,
+                       const struct room *room, int32_t threads, const struct additions *additions) {
+    struct rows chosen = rows_of(e, rows, 0, room->own, e->after_chosen, threads);
+    chosen.sums = room->sums;
+    kernels->norm(&chosen);
+    struct rows in = rows_of(e, rows, residual, room->normed, e->shared_before, threads);
+    kernels->norm(&in);
+    int failed = run(kernels, &e->shared_gate_up, rows, room->normed, room->inner, threads, additions);
+    failed |= run(kernels, &e->shared_down, rows, room->inner, room->out, threads, additions);
+    struct rows shared = rows_of(e, rows, room->out, room->own, e->shared_after, threads);
+    kernels->add_normed(&shared);
+    return failed;
+}
+
 int quartet_experts(const struct kernels *kernels, const struct experts *e, int64_t rows, uint16_t *residual,
-                    int64_t *ids, int32_t threads, const struct additions *additions) {
+                    int64_t *ids, float scale, int32_t threads, const struct additions *additions) {
     struct room room;
     char *memory = quartet_scratch(5, divide(e, rows, 0, &room));
     if (!memory)
         return -1;
     divide(e, rows, memory, &room);
-    struct rows in = {.x = residual, .out = room.normed, .rows = rows, .width = e->hidden, .norm = e->before};
-    in.threads = threads;
+    struct rows in = rows_of(e, rows, residual, room.normed, e->before, threads);
     kernels->norm(&in);
-    int failed = run(kernels, &e->router, rows, room.normed, room.logits, threads, additions);
+    struct rows asked = rows_of(e, rows, residual, room.own, e->router_norm, threads);
+    if (e->router_norm.weight)
+        kernels->norm(&asked);
+    const uint16_t *reads = e->router_norm.weight ? room.own : room.normed;
+    int failed = run(kernels, &e->router, rows, reads, room.logits, threads, additions);
     struct choosing choosing = {.e = e, .room = &room, .rows = rows};
     quartet_run(choose_some, &choosing, rows * e->count <= 1024 ? 1 : threads);
     if (ids)
@@ -179,10 +213,15 @@ int quartet_experts(const struct kernels *kernels, const struct experts *e, int6
     group(e, rows, &room);
     memset(room.sums, 0, (size_t)(rows * e->hidden) * 4);
     failed |= add_chosen(kernels, e, &room, threads, additions);
-    if (e->has_shared)
-        failed |= add_shared(kernels, e, rows, &room, threads, additions);
-    struct rows out = {.sums = room.sums, .out = residual, .rows = rows, .width = e->hidden, .norm = e->after};
-    out.threads = threads;
+    struct rows out = rows_of(e, rows, room.own, residual, e->after, threads);
+    if (e->after_chosen.weight)
+        failed |= join_normed(kernels, e, rows, residual, &room, threads, additions);
+    else {
+        out.sums = room.sums;
+        if (e->has_shared)
+            failed |= add_shared(kernels, e, rows, &room, threads, additions);
+    }
+    out.scale = scale;
     kernels->add_normed(&out);
     return failed;
 }

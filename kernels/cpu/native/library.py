@@ -23,7 +23,7 @@ from quartet.kernels.cpu.native.structures import Additions, Attention, Norm, Pr
 
 log = logging.getLogger(__name__)
 
-INSTRUCTION_SETS = ("avx2", "avx512", "avx512_bf16", "amx")  # ascending
+INSTRUCTION_SETS = tuple(build.FEATURES)  # ascending
 ONEDNN_NAMES = {
     "SSE41": "none",
     "AVX": "none",
@@ -162,7 +162,7 @@ class Library:
         for tensor in (x, residual, weight):
             assert tensor.dtype is torch.bfloat16 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
         own = Norm(weight.data_ptr(), epsilon, offset)
-        wanted = Rows(x.data_ptr(), None, residual.data_ptr(), rows, width, own, torch.get_num_threads())
+        wanted = Rows(x.data_ptr(), None, residual.data_ptr(), rows, width, own, 0.0, torch.get_num_threads())
         self.functions.quartet_add_normed(self.kernels, wanted)
 
     def rotate(
@@ -176,25 +176,31 @@ class Library:
         keys: torch.Tensor,
         values: torch.Tensor,
         q: torch.Tensor,
+        value_norm: NormWeight | None = None,
+        values_from_keys: bool = False,
     ) -> None:
         """qkv (tokens, (heads + 2 * kv_heads) * dim), normed by head, rotated → q (tokens, heads, dim) and the pools.
 
         cos and sin (tokens, 1, rotary_dim) as kernels.reference.layers.rotation makes them; keys and values go to the
-        places `slots` (tokens,) int64 of the pools (kv_heads, pool tokens, dim), which must have them.
+        places `slots` (tokens,) int64 of the pools (kv_heads, pool tokens, dim), which must have them. With
+        `values_from_keys` there are no columns of values: they are made of keys before their norm.
         """
         check_matrix(qkv)
         tokens, heads, dim = q.shape
         kv_heads, rotary = keys.shape[0], cos.shape[-1]
-        assert qkv.shape == (tokens, (heads + 2 * kv_heads) * dim), (qkv.shape, q.shape, keys.shape)
+        parts = heads + (1 if values_from_keys else 2) * kv_heads
+        assert qkv.shape == (tokens, parts * dim), (qkv.shape, q.shape, keys.shape)
         assert self.can_rotate(dim, rotary), (dim, rotary)
         assert cos.shape == sin.shape == (tokens, 1, rotary), (cos.shape, sin.shape, tokens)
         assert keys.shape == values.shape and keys.shape[2] == dim, (keys.shape, values.shape, dim)
         assert slots.shape == (tokens,) and slots.dtype is torch.int64, (slots.shape, slots.dtype)
         for tensor in (cos, sin, keys, values, q):
             assert tensor.dtype is torch.bfloat16 and tensor.is_contiguous(), (tensor.dtype, tensor.stride())
-        for norm in (query_norm, key_norm):
+        norms = query_norm, key_norm, value_norm
+        for norm in norms:
             assert norm is None or (norm[0].shape == (dim,) and norm[0].dtype is torch.bfloat16), norm
         _, epsilon, offset = query_norm or key_norm or (None, 0.0, 0.0)
+        assert value_norm is None or value_norm[1:] == (epsilon, offset), (value_norm, epsilon, offset)
         self.functions.quartet_rotate(
             self.kernels,
             Rotation(
@@ -205,8 +211,7 @@ class Library:
                 kv_heads,
                 dim,
                 rotary,
-                None if query_norm is None else query_norm[0].data_ptr(),
-                None if key_norm is None else key_norm[0].data_ptr(),
+                *(None if norm is None else norm[0].data_ptr() for norm in norms),
                 epsilon,
                 offset,
                 cos.data_ptr(),
@@ -216,6 +221,7 @@ class Library:
                 values.data_ptr(),
                 keys.stride(0),
                 q.data_ptr(),
+                values_from_keys,
                 torch.get_num_threads(),
             ),
         )
@@ -314,16 +320,17 @@ def candidates() -> list[str]:
     highest = highest_wanted()
     if highest == "none":
         return []
-    return list(reversed(INSTRUCTION_SETS[: INSTRUCTION_SETS.index(highest) + 1]))
+    allowed = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(highest) + 1]
+    return [name for name in reversed(allowed) if build.may_have(name)]
 
 
 @lru_cache
-def functions() -> ctypes.CDLL:
-    """The loaded library. Raises CannotBuild."""
-    with contextlib.suppress(OSError), build.built() as path:
+def functions(instruction_set: str) -> ctypes.CDLL:
+    """The loaded library for an instruction set. Raises CannotBuild."""
+    with contextlib.suppress(OSError), build.built(instruction_set) as path:
         return ctypes.CDLL(str(path))
     try:
-        with build.built(afresh=True) as path:  # what lay in the cache was damaged
+        with build.built(instruction_set, afresh=True) as path:  # what lay in the cache was damaged
             return ctypes.CDLL(str(path))
     except OSError as error:
         raise build.CannotBuild(f"it cannot be loaded: {error}") from error
@@ -331,20 +338,22 @@ def functions() -> ctypes.CDLL:
 
 def load() -> Library | None:
     """Compile and load the library; None, and a log line, where that cannot be done."""
-    wanted = candidates()
-    if not wanted:
+    if highest_wanted() == "none":
         return None
-    try:
-        loaded = functions()
-    except build.CannotBuild as reason:
-        log.warning("The CPU kernels cannot be compiled, and torch's serve, which are slower: %s.", reason)
-        return None
-    for name in wanted:
-        with contextlib.suppress(LookupError):
-            found = Library(loaded, name)
-            log.info("CPU kernels: %s", name)
-            return found
-    log.warning("The CPU kernels need AVX2. torch's serve, which are slower.")
+    for name in candidates():
+        try:
+            found = Library(functions(name), name)
+        except LookupError:  # the system does not allow its use
+            continue
+        except build.CompilerRefused as reason:
+            log.warning("The CPU kernels for %s cannot be compiled; a newer compiler may: %s.", name, reason)
+            continue
+        except build.CannotBuild as reason:
+            log.warning("The CPU kernels cannot be compiled, and torch's serve, which are slower: %s.", reason)
+            return None
+        log.info("CPU kernels: %s", name)
+        return found
+    log.warning("There are no CPU kernels for this machine (they need AVX2). torch's serve, which are slower.")
     return None
 
 

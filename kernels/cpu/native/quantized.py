@@ -248,8 +248,9 @@ def step_of(columns: int) -> int:
 
 
 def functions() -> ctypes.CDLL:
-    """The C functions of quantized.c, with their arguments declared."""
-    loaded = native.functions()
+    """The C functions of quantized.c, with their arguments declared. Every library has them."""
+    found = native.library()
+    loaded = native.functions(native.INSTRUCTION_SETS[0]) if found is None else found.functions
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     if loaded.quartet_pack_quantized.argtypes is None:
         loaded.quartet_pack_quantized.argtypes = (*[pointer] * 3, size, size, small, small, pointer, pointer, small)

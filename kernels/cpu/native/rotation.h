@@ -1,22 +1,24 @@
-/* Rotary embedding of queries and keys, and the writing of keys and values. */
+/* Norms of heads, rotary embedding of queries and keys, and the writing of keys and values. */
 #pragma once
 
 #include "linear.h"
 
 #define FEW_TOKENS 4 /* so few are not worth a second thread */
 
-/* One head of one token, by way of float32; rounded once. cos and sin are null for values, which are copied. */
+/* Numbers of a head, from `i` on; `scale` and `norm` (or null) are those of its norm. */
+INLINE vec normed_part(const struct rotation *r, const bf16 *x, const bf16 *norm, vec scale, int64_t i) {
+    vec y = vec_mul(vec_load_bf16(x + i), scale);
+    return norm ? vec_mul(y, vec_add(vec_load_bf16(norm + i), vec_set(r->norm_offset))) : y;
+}
+
+/* One head of one token, by way of float32; rounded once. */
 INLINE void rotate_head(const struct rotation *r, const bf16 *x, const bf16 *norm, const bf16 *cos, const bf16 *sin,
                         bf16 *out) {
     float head[MOST_DIM];
     int64_t dim = r->dim, rotary = r->rotary_dim, half = rotary / 2;
     vec scale = vec_set(norm ? row_scale(x, dim, r->epsilon) : 1.0f);
-    for (int64_t i = 0; i < dim; i += LANES) {
-        vec y = vec_mul(vec_load_bf16(x + i), scale);
-        if (norm)
-            y = vec_mul(y, vec_add(vec_load_bf16(norm + i), vec_set(r->norm_offset)));
-        vec_store(head + i, y);
-    }
+    for (int64_t i = 0; i < dim; i += LANES)
+        vec_store(head + i, normed_part(r, x, norm, scale, i));
     for (int64_t i = 0; i < rotary; i += LANES) {
         vec swapped = vec_load(head + (i < half ? i + half : i - half));
         vec turned = vec_mul(swapped, vec_load_bf16(sin + i));
@@ -26,17 +28,30 @@ INLINE void rotate_head(const struct rotation *r, const bf16 *x, const bf16 *nor
         vec_store_bf16(out + i, vec_load(head + i));
 }
 
+/* The values of one head and one token, on their way to the pool. */
+INLINE void write_values(const struct rotation *r, const bf16 *x, bf16 *out) {
+    if (!r->value_norm) {
+        memcpy(out, x, (size_t)r->dim * 2);
+        return;
+    }
+    vec scale = vec_set(row_scale(x, r->dim, r->epsilon));
+    for (int64_t i = 0; i < r->dim; i += LANES)
+        vec_store_bf16(out + i, normed_part(r, x, r->value_norm, scale, i));
+}
+
 INLINE void rotate_token(const struct rotation *r, int64_t token) {
-    const bf16 *x = r->qkv + token * r->qkv_stride;
+    const bf16 *x = r->qkv + token * r->qkv_stride, *keys = x + r->heads * r->dim;
+    const bf16 *values = r->values_from_keys ? keys : keys + r->kv_heads * r->dim;
     const bf16 *cos = r->cos + token * r->rotary_dim, *sin = r->sin + token * r->rotary_dim;
     bf16 *q = r->q + token * r->heads * r->dim;
     int64_t place = r->slots[token] * r->dim;
     for (int64_t head = 0; head < r->heads; head++, x += r->dim)
         rotate_head(r, x, r->query_norm, cos, sin, q + head * r->dim);
-    for (int64_t head = 0; head < r->kv_heads; head++, x += r->dim)
-        rotate_head(r, x, r->key_norm, cos, sin, r->keys + head * r->head_stride + place);
-    for (int64_t head = 0; head < r->kv_heads; head++, x += r->dim)
-        memcpy(r->values + head * r->head_stride + place, x, (size_t)r->dim * 2);
+    for (int64_t head = 0; head < r->kv_heads; head++) {
+        int64_t to = head * r->head_stride + place;
+        rotate_head(r, keys + head * r->dim, r->key_norm, cos, sin, r->keys + to);
+        write_values(r, values + head * r->dim, r->values + to);
+    }
 }
 
 static void rotate_some(void *argument, int thread, int threads) {

@@ -1,4 +1,4 @@
-/* Operations on whole rows: norms, and weighted sums. */
+/* Operations on whole rows: norms, gates, and weighted sums. */
 #pragma once
 
 #include "linear.h"
@@ -44,6 +44,8 @@ INLINE void norm_row(const struct rows *r, int64_t row, int adds) {
         vec_store_bf16(rounded, y);
         if (adds)
             vec_store_bf16(rounded, vec_add(vec_load_bf16(r->out + begin + i), vec_load_bf16(rounded)));
+        if (r->scale != 0)
+            vec_store_bf16(rounded, vec_mul(vec_load_bf16(rounded), vec_set(r->scale)));
         memcpy(r->out + begin + i, rounded, sizeof rounded);
     }
     for (; i < r->width; i++) {
@@ -51,7 +53,9 @@ INLINE void norm_row(const struct rows *r, int64_t row, int adds) {
         if (r->norm.weight)
             y = y * scale * (from_bf16(r->norm.weight[i]) + r->norm.offset);
         bf16 rounded = to_bf16(y);
-        r->out[begin + i] = adds ? to_bf16(from_bf16(r->out[begin + i]) + from_bf16(rounded)) : rounded;
+        if (adds)
+            rounded = to_bf16(from_bf16(r->out[begin + i]) + from_bf16(rounded));
+        r->out[begin + i] = r->scale != 0 ? to_bf16(from_bf16(rounded) * r->scale) : rounded;
     }
 }
 
@@ -73,6 +77,26 @@ static void norm(const struct rows *r) {
 
 static void add_normed(const struct rows *r) {
     quartet_run(add_some, (void *)r, threads_for(r->rows, r->width, r->threads));
+}
+
+INLINE vec activated(int activation, vec x) { return activation == ACTIVATION_SILU ? vec_silu(x) : vec_gelu_tanh(x); }
+
+static void gate_some(void *argument, int thread, int threads) {
+    const struct gating *g = argument;
+    int64_t i = g->rows * thread / threads * g->width, end = g->rows * (thread + 1) / threads * g->width;
+    bf16 rounded[LANES];
+    for (; i + LANES <= end; i += LANES) {
+        vec_store_bf16(rounded, activated(g->activation, vec_load_bf16(g->gate + i)));
+        vec_store_bf16(g->out + i, vec_mul(vec_load_bf16(rounded), vec_load_bf16(g->factor + i)));
+    }
+    for (; i < end; i++) {
+        vec_store_bf16(rounded, activated(g->activation, vec_set(from_bf16(g->gate[i]))));
+        g->out[i] = to_bf16(from_bf16(rounded[0]) * from_bf16(g->factor[i]));
+    }
+}
+
+static void gate_rows(const struct gating *g) {
+    quartet_run(gate_some, (void *)g, threads_for(g->rows, g->width, g->threads));
 }
 
 static void weigh_some(void *argument, int thread, int threads) {

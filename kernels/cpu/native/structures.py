@@ -112,6 +112,7 @@ class Rotation(ctypes.Structure):
         ("rotary_dim", ctypes.c_int64),
         ("query_norm", ctypes.c_void_p),
         ("key_norm", ctypes.c_void_p),
+        ("value_norm", ctypes.c_void_p),
         ("epsilon", ctypes.c_float),
         ("norm_offset", ctypes.c_float),
         ("cos", ctypes.c_void_p),
@@ -121,6 +122,7 @@ class Rotation(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("head_stride", ctypes.c_int64),
         ("q", ctypes.c_void_p),
+        ("values_from_keys", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
 
@@ -169,6 +171,22 @@ class Rows(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("norm", Norm),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class Gating(ctypes.Structure):
+    """`struct gating` of api.h."""
+
+    _fields_ = (
+        ("gate", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("cutoff", ctypes.c_float),
+        ("activation", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
 
@@ -192,6 +210,29 @@ class Experts(ctypes.Structure):
         ("shared_gate_up", Product),
         ("shared_down", Product),
         ("shared_gate", Product),
+        ("router_norm", Norm),
+        ("router_scale", ctypes.c_float),
+        ("expert_scale", ctypes.c_void_p),
+        ("after_chosen", Norm),
+        ("shared_before", Norm),
+        ("shared_after", Norm),
+    )
+
+
+class Streams(ctypes.Structure):
+    """`struct streams` of api.h."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("active", ctypes.c_int64),
+        ("router", Product),
+        ("predictions", ctypes.c_void_p),
+        ("corrections", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("before", Norm),
+        ("after", Norm),
+        ("left", Product),
+        ("right", Product),
     )
 
 
@@ -206,6 +247,13 @@ class Layer(ctypes.Structure):
         ("after_attention", Norm),
         ("after_mlp", Norm),
         ("experts", ctypes.POINTER(Experts)),
+        ("input_gate", Product),
+        ("input_projection", Product),
+        ("after_input", Norm),
+        ("scale", ctypes.c_void_p),
+        ("streams", ctypes.POINTER(Streams)),
+        ("cutoff", ctypes.c_float),
+        ("sparse", ctypes.c_int32),
         ("rotation", Rotation),
         ("attention", Attention),
         ("rope", ctypes.c_int64),
@@ -223,6 +271,12 @@ class Step(ctypes.Structure):
         ("mixed", ctypes.c_void_p),
         ("inner", ctypes.c_void_p),
         ("branch", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
+        ("wide", ctypes.c_void_p),
+        ("stack", ctypes.c_void_p),
+        ("predicted", ctypes.c_void_p),
+        ("beside", ctypes.c_void_p),
+        ("said", ctypes.c_void_p),
         ("cosines", ctypes.POINTER(ctypes.c_void_p)),
         ("sines", ctypes.POINTER(ctypes.c_void_p)),
         ("slots", ctypes.c_void_p),
@@ -234,4 +288,43 @@ class Step(ctypes.Structure):
         ("page_starts", ctypes.c_void_p),
         ("threads", ctypes.c_int32),
         ("additions", ctypes.POINTER(Additions)),
+    )
+
+
+class Drawing(ctypes.Structure):
+    """`struct drawing` of api.h."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("temperatures", ctypes.c_void_p),
+        ("top_ks", ctypes.c_void_p),
+        ("top_ps", ctypes.c_void_p),
+        ("min_ps", ctypes.c_void_p),
+        ("seeds", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("best", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+        ("valid", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("next", ctypes.c_long),
+        ("failed", ctypes.c_int),
+    )
+
+
+class Summing(ctypes.Structure):
+    """`struct summing` of api.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("best", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("threads", ctypes.c_int32),
+        ("next", ctypes.c_long),
     )

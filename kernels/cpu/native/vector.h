@@ -42,6 +42,11 @@ INLINE float vec_largest(vec x) { return _mm512_reduce_max_ps(x); }
 INLINE vec vec_round(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vec vec_scale_exponent(vec x, vec whole) { return _mm512_scalef_ps(x, whole); }
 
+/* 0 in place of what is below `least`, or is no number. */
+INLINE vec vec_from(vec x, float least) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, vec_set(least), _CMP_GE_OQ), x);
+}
+
 INLINE vec vec_load_bf16(const bf16 *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -117,6 +122,10 @@ INLINE float vec_largest(vec x) {
 #define ROUND(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 INLINE vec vec_round(vec x) { return (vec){ROUND(x.low), ROUND(x.high)}; }
 #undef ROUND
+INLINE __m256 from8(__m256 x, __m256 least) { return _mm256_and_ps(x, _mm256_cmp_ps(x, least, _CMP_GE_OQ)); }
+INLINE vec vec_from(vec x, float least) {
+    return (vec){from8(x.low, _mm256_set1_ps(least)), from8(x.high, _mm256_set1_ps(least))};
+}
 /* x * 2^whole for whole numbers in [-126, 127]. */
 INLINE __m256 scale_exponent(__m256 x, __m256 whole) {
     __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);

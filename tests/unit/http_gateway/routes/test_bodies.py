@@ -1,5 +1,7 @@
 """What a body may hold besides the fields that are served: nothing misspelt, and no bytes that are not UTF-8."""
 
+import asyncio
+import threading
 from typing import Any
 
 import msgspec
@@ -11,6 +13,7 @@ from quartet.http_gateway.native.generate_body import GenerateBody
 from quartet.http_gateway.openai.response_types import ResponsesBody
 from quartet.http_gateway.openai.types import ChatBody, CompletionBody
 from quartet.http_gateway.routes import bodies
+from quartet.http_gateway.routes.endpoint import LARGE_BODY
 from quartet.runtime.control import ControlCommand, ReleaseMemory, UpdateWeightVersion
 from quartet.runtime.errors import RequestError
 from quartet.runtime.limits import MAX_NAME_CHARS
@@ -173,3 +176,40 @@ def test_names_that_come_back_in_answers_have_a_bound(kind, fields, name):
     assert getattr(msgspec.convert(fields | {name: "x" * MAX_NAME_CHARS}, kind), name)
     with pytest.raises(msgspec.ValidationError, match=rf"length <= {MAX_NAME_CHARS} - at `\$\.{name}`"):
         msgspec.convert(fields | {name: "x" * (MAX_NAME_CHARS + 1)}, kind)
+
+
+LARGE_BODIES = {
+    "/generate": ("text", {}),
+    "/v1/completions": ("prompt", {}),
+    "/v1/chat/completions": ("chat_template", {"messages": [{"role": "user", "content": "a"}]}),
+    "/v1/messages": ("system", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}),
+    "/v1/responses": ("input", {}),
+    "/tokenize": ("prompt", {}),
+    "/v1/tokenize": ("name", {"messages": [{"role": "user", "content": "a"}]}),
+    "/abort_request": ("rid", {}),
+    "/update_weight_version": ("new_version", {}),
+    "/load_lora_adapter": ("lora_path", {"lora_name": "a"}),
+}
+
+
+@pytest.mark.parametrize("path", LARGE_BODIES)
+@asynchronous
+async def test_a_large_body_is_decoded_beside_the_event_loop(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder keeps the interpreter for its whole call; in a thread, others run between two of its calls."""
+    field, others = LARGE_BODIES[path]
+    decode, gone = msgspec.json.decode, asyncio.Event()
+    threads: list[int] = []
+
+    def noting(raw: bytes, **options: Any) -> Any:
+        if len(raw) >= LARGE_BODY:
+            threads.append(threading.get_ident())
+        return decode(raw, **options)
+
+    async with served() as server:
+        monkeypatch.setattr(msgspec.json, "decode", noting)
+        call = server.client.start("POST", path, {field: "a" * LARGE_BODY} | others, gone=gone)
+        while not threads:
+            await asyncio.sleep(0.001)
+        gone.set()
+        await call.answer()
+    assert threading.get_ident() not in threads

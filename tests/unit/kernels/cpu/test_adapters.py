@@ -33,7 +33,7 @@ class Made(NamedTuple):
 @pytest.fixture(params=INSTRUCTION_SETS)
 def kernels(request):
     try:
-        return Library(library.functions(), request.param)
+        return Library(library.functions(request.param), request.param)
     except LookupError:
         pytest.skip(f"this machine has no {request.param}")
 

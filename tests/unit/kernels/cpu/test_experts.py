@@ -20,7 +20,7 @@ EPSILON = 1e-5
 @pytest.fixture(params=INSTRUCTION_SETS)
 def kernels(request, monkeypatch):
     try:
-        return Library(library.functions(), request.param)
+        return Library(library.functions(request.param), request.param)
     except LookupError:
         pytest.skip(f"this machine has no {request.param}")
 
@@ -39,7 +39,8 @@ def mixture(**changes: object) -> Experts:
         router=linear(COUNT, HIDDEN),
         gate_up=[linear(2 * SIZE, HIDDEN) for _ in range(COUNT)],
         down=[linear(HIDDEN, SIZE) for _ in range(COUNT)],
-        shared=(linear(2 * SHARED, HIDDEN), linear(HIDDEN, SHARED), linear(1, HIDDEN)),
+        shared=(linear(2 * SHARED, HIDDEN), linear(HIDDEN, SHARED)),
+        shared_gate=linear(1, HIDDEN),
         activation="silu",
         top_k=TOP_K,
         renormalize=False,
@@ -62,23 +63,39 @@ def expected(experts: Experts, residual: torch.Tensor) -> tuple[torch.Tensor, to
         return times(reference.silu_and_mul(times(x, gate_up)), down)
 
     x = normed(residual.double(), experts.before)
-    shares, ids = times(x, experts.router).softmax(1).topk(experts.top_k)
+    asked = x if experts.router_norm is None else normed(residual.double(), experts.router_norm)
+    shares, ids = (times(asked, experts.router) * experts.router_scale).softmax(1).topk(experts.top_k)
     if experts.renormalize:
         shares = shares / shares.sum(1, keepdim=True)
+    if experts.expert_scale is not None:
+        shares = shares * experts.expert_scale.double()[ids]
     every = torch.stack([block(x, *pair) for pair in zip(experts.gate_up, experts.down, strict=True)], 1)
     y = (every.gather(1, ids.unsqueeze(2).expand(-1, -1, HIDDEN)) * shares.unsqueeze(2)).sum(1)
+    y = normed(y, experts.after_chosen)
     if experts.shared is not None:
-        gate_up, down, gate = experts.shared
-        y = y + times(x, gate).sigmoid() * block(x, gate_up, down)
+        inner = x if experts.shared_before is None else normed(residual.double(), experts.shared_before)
+        shared = normed(block(inner, *experts.shared), experts.shared_after)
+        y = y + (shared if experts.shared_gate is None else times(x, experts.shared_gate).sigmoid() * shared)
     return residual.double() + normed(y, experts.after), ids
+
+
+def norm_weight() -> library.NormWeight:
+    return (torch.rand(HIDDEN) + 0.5).bfloat16(), EPSILON, 0.0
 
 
 VARIANTS = {
     "shared": {},
-    "renormalized": {"renormalize": True, "shared": None},
+    "renormalized": {"renormalize": True, "shared": None, "shared_gate": None},
     "all of them": {"top_k": COUNT},
     "norms": {"after": (torch.rand(HIDDEN).bfloat16(), EPSILON, 1.0)},
     "no norm": {"before": None},
+    "norms of parts": {
+        **{name: norm_weight() for name in ("router_norm", "after", "after_chosen", "shared_before", "shared_after")},
+        "renormalize": True,
+        "shared_gate": None,
+        "router_scale": 0.5,
+        "expert_scale": (torch.rand(COUNT) + 0.5).bfloat16(),
+    },
 }
 
 
@@ -121,7 +138,7 @@ def test_new_values_of_a_weight_are_computed_with(kernels):
     argument.add(kernels, rows.clone())
     for layer in experts.down:
         layer.adopt(layer.pack(torch.zeros_like(layer.weight)))
-    without = replace(experts, shared=None)
+    without = replace(experts, shared=None, shared_gate=None)
     found = rows.clone()
     ExpertsArgument(without).add(kernels, found)
     assert torch.equal(found, rows)

@@ -25,7 +25,7 @@ ROWS, TOKENS = 9, 30
 @pytest.fixture(params=INSTRUCTION_SETS)
 def kernels(request):
     try:
-        return Library(library.functions(), request.param)
+        return Library(library.functions(request.param), request.param)
     except LookupError:
         pytest.skip(f"this machine has no {request.param}")
 

@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 
 from quartet.runtime.model_files import gguf_config, gguf_tokenizer, model_ranges
 from quartet.runtime.model_files.gguf import TYPES, GgufError, Header, LongArray, Tensor
-from quartet.runtime.model_files.gguf_config import ARCHITECTURES, shortest
+from quartet.runtime.model_files.gguf_metadata import ARCHITECTURES, shortest
 
 FILE = Path("model.gguf")
 EMBEDDINGS = Tensor(FILE, TYPES[0], (8, 16), 0, 512)
+ALL_TENSORS = (gguf_config.EMBEDDINGS, "per_layer_token_embd.weight", "blk.0.laurel_l.weight")
 KEYS = (
     *gguf_config.FIELDS,
     *("attention.value_length", "rope.dimension_count", "expert_count", "attention.sliding_window_pattern"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scale_linear"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_attn_factor", "rope.freq_base_swa"),
+    *("attention.shared_kv_layers", "attention.key_length_swa", "embedding_length_per_layer_input"),
+    *("activation_sparsity_scale", "altup.num_inputs", "altup.active_idx"),
 )
 TOKENIZER_KEYS = ("model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "add_bos_token")
 NUMBERS = st.integers(-(1 << 63), 1 << 64) | st.floats(width=32) | st.sampled_from([0, 1, 2, 64, 1.0, float("nan")])
@@ -38,7 +41,7 @@ SOUND = {
 def header(architecture: str, keys: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> Header:
     metadata = {f"{architecture}.{key}": value for key, value in keys.items()}
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in (tokenizer or {}).items()}
-    return Header(FILE, {"general.architecture": architecture, **metadata}, {gguf_config.EMBEDDINGS: EMBEDDINGS})
+    return Header(FILE, {"general.architecture": architecture, **metadata}, dict.fromkeys(ALL_TENSORS, EMBEDDINGS))
 
 
 @settings(max_examples=600, deadline=None)

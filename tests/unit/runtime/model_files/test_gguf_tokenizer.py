@@ -104,6 +104,17 @@ def test_a_space_is_put_before_a_text_where_the_file_does_not_forbid_it():
     assert built(sentencepiece(add_space_prefix=False, add_bos_token=False)).encode("ab").tokens == ["ab"]
 
 
+def test_gemma_4_lists_the_merges_of_its_pieces():
+    merges = ["a b", "▁ ab", "b c"]
+    found = sentencepiece(model="gemma4", merges=merges, scores=None, add_bos_token=False)
+    tokenizer = built(found)
+    assert tokenizer.encode("ab abc").tokens == ["ab", "▁ab", "c"]
+    assert tokenizer.encode("a\né").tokens == ["a", "<0x0A>", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer.encode("ab  bc é").ids) == "ab  bc é"
+    with pytest.raises(GgufError, match="c a in tokenizer"):
+        built(sentencepiece(model="gemma4", merges=["c a"]))
+
+
 def test_a_text_begins_with_bos_unless_the_file_says_otherwise():
     assert built(sentencepiece(add_space_prefix=False)).encode("ab").tokens == ["<s>", "ab"]
     both = built(sentencepiece(add_space_prefix=False, add_eos_token=True))
@@ -128,7 +139,7 @@ def test_the_settings_name_the_special_tokens_and_the_templates():
 
 
 REFUSED: list[tuple[Header, str]] = [
-    (byte_level(model="bert"), "a tokenizer of the kind bert; gpt2 and llama are served; name a directory"),
+    (byte_level(model="bert"), "a tokenizer of the kind bert; gpt2, llama, gemma4 are served; name a directory"),
     (byte_level(model=None), "a tokenizer of the kind None"),
     (byte_level("chatglm-bpe"), "tokenizer.ggml.pre is chatglm-bpe, a way of splitting text that is not known"),
     (byte_level(pre=7), "tokenizer.ggml.pre is 7"),

@@ -219,8 +219,6 @@ def test_preferred_parameters_take_a_schema_as_text_or_as_the_object(schema):
         ({"kv_cache_dir_size": 4}, CPU, "--kv-cache-dir-size has no effect without --kv-cache-dir"),
         ({"kv_cache_dir": "d", "disable_radix_cache": True}, CPU, "keeps what --disable-radix-cache turns off"),
         ({"kv_cache_dir": "d", "is_embedding": True}, CPU, "--kv-cache-dir is for models that generate"),
-        ({"enable_hierarchical_cache": True, "tp_size": 2}, CPU, "--enable-hierarchical-cache works with one process"),
-        ({"kv_cache_dir": "d", "tp_size": 2}, CPU, "--kv-cache-dir works with one process only"),
         ({"tp_size": 2, "dist_init_addr": "a:1"}, CPU, "--dist-init-addr has no effect on one machine"),
         ({"preferred_sampling_params": "{"}, CPU, "must be a JSON object"),
         ({"preferred_sampling_params": '{"temprature": 1}'}, CPU, "temprature"),

@@ -6,8 +6,9 @@ from array import array
 import pytest
 
 from quartet.runtime.errors import RequestError
-from quartet.scheduler_service.core.kv_tier import MOST_FETCHES, Fetch, KvTier, Store
+from quartet.scheduler_service.core.kv_tier import MOST_FETCHES, Fetch, KvTier
 from quartet.scheduler_service.core.request import Sequence
+from quartet.scheduler_service.core.tier_acts import Store
 from tests.stepper import Stepper, expected_output, tokenized
 from tests.tier_rig import FakeStore, serve, sizes
 

@@ -45,6 +45,13 @@ def test_a_prefix_is_continued_by_its_neighbours_where_they_are_free() -> None:
     assert list(runs_of(elsewhere)) == [(16, 5)]
 
 
+def test_no_page_at_all_can_be_taken_behind_one_whose_neighbour_is_not_free() -> None:
+    allocator = PageAllocator(50)
+    allocator.take(10)
+    assert allocator.take(0, after=3) == [] == allocator.take(0, after=10)
+    allocator.check_invariants()
+
+
 def test_a_small_run_is_preferred_to_breaking_a_large_one() -> None:
     allocator = PageAllocator(100)
     allocator.take(100)

@@ -1,28 +1,19 @@
 """KV that left the pool comes back with the same bits: planner, worker and tier in one process, on a real model."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quartet.runtime.errors import StartupError
-from quartet.runtime.messages import LogprobOptions
-from quartet.runtime.sampling import SamplingParams
 from quartet.runtime.service import Boot
 from quartet.scheduler_service.execution import kv_tier
-from quartet.scheduler_service.execution.kv_tier import KvTierStore, tier_store
+from quartet.scheduler_service.execution.kv_tier import tier_store
+from quartet.scheduler_service.execution.tier_part import OwnPart
 from quartet.scheduler_service.weights.update import Updates
 from tests import checkpoints
-from tests.engine import Answer, Engine, floats
-
-PAGE, BLOCK = 4, 64
-LENGTH = 3 * BLOCK + 3  # so that the tree and the tier find as many tokens
-PROMPTS = [[(7 * number + 3 * place * place) % 300 + 10 for place in range(LENGTH)] for number in range(4)]
-PARAMS = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
-POOL = 240  # tokens: one prompt at a time
-WAIT_S = 60
+from tests.engine import Engine, floats
+from tests.tiered import BLOCK, OUTPUT_LOGPROBS, PAGE, PARAMS, PROMPTS, SIZES, Tiered
 
 
 @pytest.fixture(scope="module")
@@ -30,36 +21,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.random_model(tmp_path_factory.mktemp("model"), 5)
 
 
-class Served:
+class Served(Tiered):
     """An engine with a tier."""
 
     def __init__(self, model: Path, **settings: Any) -> None:
-        self.engine = Engine(model, page_size=PAGE, **({"max_total_tokens": POOL} | settings))
-        config = self.engine.config
-        boot = Boot(
-            role="scheduler", run_dir="", inbox="", outbox="", config=config, ready_fd=-1, lifeline_fd=-1, parent_pid=0
-        )
-        self.updates = Updates(self.engine.worker.model.weights, config, "/nowhere")
-        store = tier_store(boot, self.engine.worker, self.updates, self.engine.planner)
-        assert isinstance(store, KvTierStore)
-        self.store, self.tier = store, store.tier
-
-    def ask(self, number: int, **request: Any) -> Answer:
-        rid = self.engine.add(PROMPTS[number], PARAMS, logprobs=LogprobOptions(start=-1), **request)
-        self.serve(lambda: self.engine.planner.idle)
-        return self.engine.answers[rid]
-
-    def serve(self, until: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not until():
-            self.store.turn(0.0)  # by this clock no read takes too long
-            self.engine.step()
-            self.tier.check()
-            assert time.monotonic() < deadline
-
-    def settle(self) -> None:
-        """Until all that is to be written is in its file."""
-        self.serve(lambda: not (self.tier.pending or self.tier.commands))
+        engine = Engine(model, **(SIZES | settings))
+        super().__init__(engine, Updates(engine.worker.model.weights, engine.config, "/nowhere"))
 
 
 def levels(tmp_path: Path) -> dict[str, dict[str, Any]]:
@@ -77,7 +44,7 @@ def test_answers_are_those_of_a_server_that_computes_all(
     model: Path, tmp_path: Path, level: str, deterministic: bool
 ) -> None:
     alone = Engine(model, page_size=PAGE, enable_deterministic_inference=deterministic)
-    computed = alone.generate([PROMPTS[0]], PARAMS, logprobs=LogprobOptions(start=-1))[0]
+    computed = alone.generate([PROMPTS[0]], PARAMS, logprobs=OUTPUT_LOGPROBS)[0]
     served = Served(model, **levels(tmp_path)[level], enable_deterministic_inference=deterministic)
     first = served.ask(0)
     served.settle()
@@ -170,8 +137,8 @@ def test_a_read_that_takes_too_long_is_given_up(
     first = served.ask(0)
     served.settle()
     served.engine.planner.pool.clear()
-    assert served.store._io is not None
-    monkeypatch.setattr(served.store._io, "read", lambda number, keys: None)  # a disk that hangs
+    assert isinstance(served.store.part, OwnPart) and served.store.part._io is not None
+    monkeypatch.setattr(served.store.part._io, "read", lambda number, keys: None)  # a disk that hangs
     rid = served.engine.add(PROMPTS[0], PARAMS)
     served.store.turn(0.0)
     assert not served.engine.step()

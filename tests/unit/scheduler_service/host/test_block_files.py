@@ -178,3 +178,13 @@ def test_a_directory_that_others_may_write_to_is_warned_of(tmp_path: Path, caplo
     (tmp_path / "open").chmod(0o777)
     opened(tmp_path / "open")
     assert "can change what this server answers" in caplog.text
+
+
+def test_blocks_of_ranks_that_are_no_more_are_deleted(directory: Path) -> None:
+    others = [directory / name for name in ("rank1", "rank2", "rank12", "rankle")]
+    for place in others:
+        opened(place)[0].write(KEYS[0], memoryview(BLOCKS[0]))
+    files, _ = opened(directory)
+    files.drop_ranks(2)
+    assert [path(place, KEYS[0]).exists() for place in others] == [True, False, False, True]
+    assert read(files, KEYS[0]) == BLOCKS[0]

@@ -20,9 +20,17 @@ PROMPTS = [[5, 6, 7], list(range(4, 60)), [9, 8] * 70]
 PARAMS = SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True)
 
 
+BESIDES: dict[str, dict[str, object]] = {
+    "gemma3n": {"hidden_size_per_layer_input": 32},
+    "gemma4": {"hidden_size_per_layer_input": 32},
+    "gemma4_unified": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+}
+
+
 def build_model(family: str, directory: Path) -> Path:
     """A model whose heads are as wide as the attention kernel wants them."""
-    return tiny.build(family, directory, hidden_size=256, **({} if family == "phi3" else {"head_dim": 64}))
+    heads = {} if family == "phi3" else {"head_dim": 64}
+    return tiny.build(family, directory, hidden_size=256, **heads, **BESIDES.get(family, {}))
 
 
 def logprobs(engine: Engine) -> list[torch.Tensor]:
@@ -33,9 +41,10 @@ def logprobs(engine: Engine) -> list[torch.Tensor]:
 
 OLD = ["llama", "gemma2", "gemma3", "phi3", "qwen2", "qwen3", "qwen2_moe"]
 NEW = ["olmo2", "smollm3", "granite", "ministral3", "cohere2", "glm4", "glm4_moe"]  # each has something of its own
+GEMMA = ["gemma3n", "gemma4", "gemma4_moe", "gemma4_unified"]
 
 
-@pytest.mark.parametrize("family", [*OLD, *NEW])
+@pytest.mark.parametrize("family", [*OLD, *NEW, *GEMMA])
 def test_logprobs_are_those_of_the_torch_backend(family, tmp_path, monkeypatch):
     directory = build_model(family, tmp_path)
     fast = Engine(directory, dtype="bfloat16")
@@ -65,6 +74,9 @@ TOGETHER = [
     "granite",
     "smollm3",
     "exaone4",
+    "gemma4",
+    "gemma4_moe",
+    "gemma4_unified",
 ]
 
 
@@ -80,6 +92,18 @@ def test_layers_have_the_same_bits_in_one_call_and_one_by_one(family, quantizati
     monkeypatch.setattr(CpuBackend, "run_layers", lambda *_: False)
     expected = logprobs(Engine(directory, dtype="bfloat16", quantization=quantization))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_several_streams_have_one_call_whose_bits_do_not_depend_on_other_requests(quantization, tmp_path):
+    settings = {"dtype": "bfloat16", "quantization": quantization, "enable_deterministic_inference": True}
+    engine = Engine(build_model("gemma3n", tmp_path), disable_radix_cache=True, **settings)
+    together = logprobs(engine)
+    kernels = library.library()
+    assert (engine.worker.model.backend.together is not None) == (kernels is not None and kernels.has_attention)
+    for prompt, expected in zip(PROMPTS, together, strict=True):
+        (alone,) = engine.generate([prompt], PARAMS, logprobs=ALL_LOGPROBS)
+        assert floats(alone.input_logprobs.values + alone.logprobs.values)[1:] == expected.tolist()
 
 
 def test_layers_with_something_that_the_one_call_does_not_know_are_computed_one_by_one(tmp_path):
@@ -125,6 +149,7 @@ def test_recording_the_chosen_experts_changes_no_bits(tmp_path):
 
 SWAPPED = [
     *(("qwen2", "none"), ("qwen2_moe", "none"), ("mixtral", "int8"), ("olmo2", "int8"), ("cohere2", "int4")),
+    *(("gemma3n", "int8"), ("gemma4", "none"), ("gemma4_moe", "none"), ("gemma4_unified", "int8")),
     *(("gpt_oss", "int8"), ("deepseek_v3", "none"), ("deepseek_v3", "int4"), ("minimax_m2", "none")),
 ]
 

@@ -1,4 +1,7 @@
-"""The sampler against plain Python that does one request at a time, sorts everything and knows no blocks."""
+"""The sampler against plain Python that does one request at a time, sorts everything and knows no blocks.
+
+All of it twice: with torch's operations, and with the CPU kernel where there is one.
+"""
 
 import math
 import random
@@ -7,6 +10,7 @@ from array import array
 import pytest
 import torch
 
+from quartet.kernels.cpu.native import library
 from quartet.kernels.reference.philox import uniform
 from quartet.runtime.messages import Request
 from quartet.runtime.sampling import SamplingParams
@@ -18,6 +22,15 @@ from quartet.scheduler_service.sampling.rows import Draws, Row, sampling_rows
 from quartet.scheduler_service.sampling.state import make_row
 
 EOS = 3
+
+
+@pytest.fixture(params=["torch", "kernel"], autouse=True)
+def by(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(module, "can_draw", lambda logits: False)
+    elif library.library() is None:
+        pytest.skip("no CPU kernels on this machine")
+    return request.param
 
 
 def sequence(params: SamplingParams, output: list[int] = (), seed: int = 0, prompt: int = 5) -> Sequence:

@@ -21,19 +21,54 @@ def cache(tmp_path, monkeypatch):
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "one.c").write_text("int quartet_one = 1;\n")
+    (sources / "avx2.c").write_text("int quartet_kernels = 2;\n")
+    (sources / "amx.c").write_text("int quartet_kernels = 4;\n")
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "quartet" / "native"
 
 
 def test_a_second_start_finds_what_the_first_has_compiled(cache, monkeypatch):
-    with build.built() as path:
+    with build.built("avx2") as path:
         assert path.parent == cache
-        assert ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "quartet_one").value == 1
+        loaded = ctypes.CDLL(str(path))
+        assert [ctypes.c_int.in_dll(loaded, name).value for name in ("quartet_one", "quartet_kernels")] == [1, 2]
     monkeypatch.setattr(build, "compiled", lambda *_: pytest.fail("compiled again"))
-    with build.built() as again:
+    with build.built("avx2") as again:
         assert again == path
     assert list(cache.iterdir()) == [path], "parts are left"
+
+
+def test_each_instruction_set_has_a_file_without_the_others(cache):
+    for name, value in {"avx2": 2, "amx": 4}.items():
+        with build.built(name) as path:
+            assert ctypes.c_int.in_dll(ctypes.CDLL(str(path)), "quartet_kernels").value == value
+    assert len(list(cache.iterdir())) == 2
+
+
+FLAGS = "fpu fma f16c avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni amx_tile amx_bf16 amx_int8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (FLAGS, ["avx2", "avx512", "avx512_bf16", "amx"]),
+        (FLAGS.replace("amx_bf16", ""), ["avx2", "avx512", "avx512_bf16"]),
+        (FLAGS.replace("avx512_bf16", ""), ["avx2", "avx512"]),
+        (FLAGS.replace("avx512dq", ""), ["avx2"]),
+        ("fpu avx2 fma", []),
+    ],
+)
+def test_only_instruction_sets_that_the_cpu_lists_are_compiled(flags, found, tmp_path, monkeypatch):
+    listing = tmp_path / "cpuinfo"
+    listing.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: spectre_v1\n")
+    monkeypatch.setattr(build, "CPU_INFO", listing)
+    assert [name for name in build.FEATURES if build.may_have(name)] == found
+
+
+def test_where_the_cpu_lists_nothing_all_are_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "CPU_INFO", tmp_path / "missing")
+    assert all(map(build.may_have, build.FEATURES))
 
 
 def test_processes_that_compile_at_once_all_get_a_whole_file(cache):
@@ -41,7 +76,7 @@ def test_processes_that_compile_at_once_all_get_a_whole_file(cache):
 import ctypes, pathlib
 from quartet.kernels.cpu.native import build, library
 build.SOURCES = pathlib.Path({str(build.SOURCES)!r})
-with build.built() as path:
+with build.built("avx2") as path:
     assert ctypes.CDLL(str(path)).quartet_one
 """
     with ThreadPoolExecutor(3) as pool:
@@ -51,10 +86,10 @@ with build.built() as path:
 
 
 def test_a_damaged_file_is_compiled_again(cache):
-    with build.built() as path:
+    with build.built("avx2") as path:
         pass
     path.write_bytes(b"no library")
-    assert library.functions.__wrapped__().quartet_one
+    assert library.functions.__wrapped__("avx2").quartet_one
 
 
 def zeroed(content):
@@ -65,10 +100,10 @@ def zeroed(content):
 @pytest.mark.parametrize("damage", [lambda content: content[:9000], lambda content: content[:-1], zeroed])
 def test_a_file_that_lost_bytes_is_compiled_again_before_the_loader_sees_it(damage, cache):
     """The loader maps a file as it is: what is missing ends the process, by a signal."""
-    with build.built() as path:
+    with build.built("avx2") as path:
         whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    with build.built() as again:
+    with build.built("avx2") as again:
         assert again == path and build.is_whole(path)
         assert ctypes.CDLL(str(path)).quartet_one
 
@@ -76,7 +111,7 @@ def test_a_file_that_lost_bytes_is_compiled_again_before_the_loader_sees_it(dama
 def test_a_cache_that_others_can_write_to_is_not_used(cache):
     cache.mkdir(parents=True)
     cache.chmod(0o777)
-    with build.built() as path:
+    with build.built("avx2") as path:
         assert cache not in path.parents
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert not path.exists()
@@ -86,7 +121,7 @@ def test_without_a_place_for_the_cache_the_file_is_compiled_for_this_process(tmp
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    with build.built() as path:
+    with build.built("avx2") as path:
         assert path.is_file()
     assert not path.exists()
 
@@ -105,7 +140,7 @@ def test_another_compiler_or_other_sources_give_another_name(tmp_path, monkeypat
 def test_a_missing_compiler_is_the_reason_of_the_error(cache, monkeypatch):
     monkeypatch.setenv("PATH", str(cache))
     assert not build.is_possible()
-    with pytest.raises(build.CannotBuild, match="gcc"), build.built():
+    with pytest.raises(build.CannotBuild, match="gcc"), build.built("avx2"):
         pass
 
 
@@ -115,6 +150,21 @@ def test_the_error_quotes_the_compiler(cache, tmp_path, monkeypatch):
     failing.write_text("#!/bin/sh\necho 'no such instruction' >&2\nexit 1\n")
     failing.chmod(0o755)
     monkeypatch.setenv("PATH", f"{failing.parent}{os.pathsep}{os.environ['PATH']}")
-    with pytest.raises(build.CannotBuild, match="no such instruction"), build.built():
+    with pytest.raises(build.CompilerRefused, match="no such instruction"), build.built("avx2"):
         pass
     assert list(Path(cache).iterdir()) == []
+
+
+def test_a_compiler_that_does_not_know_an_instruction_set_compiles_the_one_below(monkeypatch, caplog):
+    real = library.functions
+
+    def functions(name):
+        if name == "amx":
+            raise build.CompilerRefused("unknown target: amx-tile")
+        return real(name)
+
+    monkeypatch.setattr(library, "functions", functions)
+    monkeypatch.setattr(library, "candidates", lambda: ["amx", "avx2"])
+    found = library.load()
+    assert found is not None and found.instruction_set == "avx2"
+    assert "for amx cannot be compiled" in caplog.text and "unknown target: amx-tile" in caplog.text

@@ -21,7 +21,7 @@ ROWS = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 65, 257]
 @pytest.fixture(params=INSTRUCTION_SETS)
 def kernels(request):
     try:
-        return Library(library.functions(), request.param)
+        return Library(library.functions(request.param), request.param)
     except LookupError:
         pytest.skip(f"this machine has no {request.param}")
 
@@ -138,6 +138,33 @@ def test_heads_are_normed_and_rotated_and_keys_and_values_written_to_their_place
     assert torch.equal(values[:, slots].transpose(0, 1).float(), parts[2])
     others = [1, 2, 4, 8, 10]
     assert torch.equal(keys[:, others], before[:, others])
+
+
+@pytest.mark.parametrize("from_keys", [False, True])
+def test_values_are_normed_and_may_be_made_of_keys(kernels, from_keys):
+    tokens, heads, kv_heads, dim = 5, 4, 2, 64
+    qkv = random(tokens, (heads + (1 if from_keys else 2) * kv_heads) * dim)
+    cos, sin = reference.rotation(torch.arange(tokens) * 9, torch.rand(dim // 2), 1.0, torch.bfloat16)
+    slots, q = torch.arange(tokens), torch.empty(tokens, heads, dim).bfloat16()
+    keys, values = random(kv_heads, tokens, dim), random(kv_heads, tokens, dim)
+    norms = [(random(dim), 1e-6, 0.0) for _ in range(3)]
+    kernels.rotate(qkv, *norms[:2], cos, sin, slots, keys, values, q, norms[2], from_keys)
+    raw = qkv.float().view(tokens, -1, dim)[:, -kv_heads:]
+    expected = reference.rms_norm(raw, norms[2][0].float(), 1e-6)
+    torch.testing.assert_close(values.transpose(0, 1).float(), expected, atol=1e-5, rtol=2**-8)
+    own = qkv.float().view(tokens, -1, dim)[:, heads : heads + kv_heads]
+    turned = reference.rotate(reference.rms_norm(own, norms[1][0].float(), 1e-6), cos.float(), sin.float())
+    torch.testing.assert_close(keys.transpose(0, 1).float(), turned, atol=1e-5, rtol=2**-8)
+
+
+def test_queries_alone_are_rotated_where_there_are_no_heads_of_keys(kernels):
+    tokens, heads, dim = 3, 4, 64
+    x, slots, nothing = random(tokens, heads * dim), torch.arange(tokens), torch.empty(0, 0, dim).bfloat16()
+    cos, sin = reference.rotation(torch.arange(tokens) * 9, torch.rand(dim // 2), 1.0, torch.bfloat16)
+    q = torch.empty(tokens, heads, dim).bfloat16()
+    kernels.rotate(x, None, None, cos, sin, slots, nothing, nothing, q)
+    expected = reference.rotate(x.float().view(tokens, heads, dim), cos.float(), sin.float())
+    torch.testing.assert_close(q.float(), expected, atol=1e-5, rtol=2**-8)
 
 
 def test_a_product_of_no_rows_is_nothing(kernels):

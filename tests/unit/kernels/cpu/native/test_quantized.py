@@ -29,7 +29,7 @@ SCHEMES += [Scheme(bits, group, True) for bits in BITS for group in (16, 32)]
 @pytest.fixture(params=INSTRUCTION_SETS)
 def kernels(request):
     try:
-        return Library(library.functions(), request.param)
+        return Library(library.functions(request.param), request.param)
     except LookupError:
         pytest.skip(f"this machine has no {request.param}")
 
@@ -102,7 +102,7 @@ def available() -> list[Library]:
     found = []
     for name in INSTRUCTION_SETS:
         try:
-            found.append(Library(library.functions(), name))
+            found.append(Library(library.functions(name), name))
         except LookupError:
             break
     return found

@@ -1,0 +1,154 @@
+"""One process's part of the tier behind the KV pool: its blocks in host memory and in files.
+
+Copies between the pool and host memory are made at once, so between two steps; files are read and written in the
+threads of `BlockIO`. It decides nothing: see `core/tier_acts.py`.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quartet.scheduler_service.core.tier_acts import (
+    Act,
+    Brought,
+    CarryOut,
+    Clear,
+    DropFile,
+    DropMemory,
+    EndRead,
+    Keep,
+    Put,
+    ReadFiles,
+    Store,
+    Written,
+)
+from quartet.scheduler_service.execution.kv_blocks import KvBlocks, MemoryBlocks
+from quartet.scheduler_service.execution.rank_messages import OpenTier
+from quartet.scheduler_service.host import block_io
+from quartet.scheduler_service.host.block_files import BlockFiles
+from quartet.scheduler_service.host.block_io import BlockIO
+from quartet.scheduler_service.host.transfer import Arrival, fetch
+from quartet.scheduler_service.weights.inspection import Inspection
+from quartet.scheduler_service.weights.parameters import Weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A block that was copied out of the pool."""
+
+    row: torch.Tensor  # (bytes,) uint8, on the device
+    host: torch.Tensor  # the same on the host, once `arrival` was waited for; for files only
+    arrival: Arrival
+
+
+class OwnPart:
+    """Memory and files of this process."""
+
+    def __init__(self, blocks: KvBlocks, memory_blocks: int, most_copied: int, files: BlockFiles | None) -> None:
+        """`most_copied`: blocks that are copied out of the pool at once."""
+        self._blocks = blocks
+        self._most_copied = most_copied
+        self._memory = MemoryBlocks(memory_blocks, blocks.block_bytes, blocks.device)
+        self._files = files
+        self._io: BlockIO | None = None
+        self._brought: dict[int, dict[bytes, torch.Tensor]] = {}  # by read; its blocks in memory of the host
+
+    def open(self, identity: bytes) -> list[bytes]:
+        """Begin with blocks of this identity; returns those whose files are there, least recently used first.
+
+        Raises OSError.
+        """
+        if self._files is None:
+            return []
+        known = self._files.begin(identity)
+        self._io = BlockIO(self._files)
+        return known
+
+    @property
+    def is_there(self) -> bool:
+        """See TierPart.is_there."""
+        return self._blocks.is_there
+
+    def do(self, act: Act) -> None:
+        """See TierPart.do."""
+        match act:
+            case CarryOut(commands):
+                self._carry_out(commands)
+            case ReadFiles(number, keys):
+                assert self._io is not None
+                self._io.read(number, keys)
+            case Put(number, keys, skipped, pages):
+                brought = self._brought.get(number, {})
+                rows = [brought[key] if key in brought else self._memory.get(key) for key in keys]
+                self._blocks.scatter(torch.stack(rows), skipped, pages)
+            case Keep(number, key):
+                self._memory.put(key, self._brought[number][key])
+            case EndRead(number):
+                self._brought.pop(number, None)
+            case Clear(identity):
+                self._memory.clear()
+                if self._io:
+                    self._io.forget(identity)
+
+    def results(self) -> Iterator[Written | Brought]:
+        """See TierPart.results."""
+        for result in self._io.results() if self._io else ():
+            if isinstance(result, block_io.Written):
+                yield Written(result.key, result.serial, result.ok)
+                continue
+            if result.damaged is not None:
+                log.warning("A block of KV is damaged or gone; it will be computed again.")
+            data = torch.frombuffer(result.data, dtype=torch.uint8).view(-1, self._blocks.block_bytes)
+            self._brought[result.number] = dict(zip(result.good, data, strict=False))
+            yield Brought(result.number, len(result.good), result.damaged)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def _carry_out(self, commands: list[Store | DropMemory | DropFile]) -> None:
+        copies = self._copies([command for command in commands if isinstance(command, Store)])
+        for command in commands:
+            match command:
+                case Store():
+                    self._store(command, next(copies))
+                case DropMemory(key):
+                    self._memory.drop(key)
+                case DropFile(key) if self._io:
+                    self._io.delete(key)
+
+    def _copies(self, stores: list[Store]) -> Iterator[Copy]:
+        """A copy of each block's pages, made some blocks at a time."""
+        for start in range(0, len(stores), self._most_copied):
+            some = stores[start : start + self._most_copied]
+            rows = self._blocks.gather([page for store in some for page in store.pages])
+            host = fetch(rows) if any(store.file for store in some) else rows
+            arrival = Arrival(self._blocks.device)
+            yield from (Copy(*pair, arrival) for pair in zip(rows, host, strict=True))
+
+    def _store(self, command: Store, copy: Copy) -> None:
+        if command.memory:
+            self._memory.put(command.key, copy.row)
+        if command.file and self._io:
+            self._io.write(command.key, command.serial, copy.host.numpy().data, copy.arrival.wait)
+
+
+def own_part(opening: OpenTier, blocks: KvBlocks, rank: int = 0) -> OwnPart:
+    """The part of one rank. Raises StartupError where its directory cannot be used."""
+    files = None
+    if opening.directory is not None:
+        directory = Path(opening.directory)
+        files = BlockFiles(directory / f"rank{rank}" if rank else directory, blocks.block_bytes)
+        if not rank:
+            files.drop_ranks(opening.ranks)
+    return OwnPart(blocks, opening.memory_blocks, opening.most_copied, files)
+
+
+def facts_of(weights: Weights, blocks: KvBlocks) -> str:
+    """What the KV of one rank follows from: a hash of the values of its weights, and the layout."""
+    inspection = Inspection(weights)
+    return f"{inspection.checksums(inspection.names(None))[1]} {blocks.layout}"
