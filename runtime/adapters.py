@@ -12,13 +12,14 @@ FROM_DIRECTORY = "save the adapter to a directory, and use /load_lora_adapter"
 LORA_OFF = "LoRA is not enabled. Please set `--enable-lora` to enable LoRA."
 NEVER_LOADED = "Got LoRA adapter that has never been loaded: {}."
 TENSORS_PATH = "__tensor__"  # the path of an adapter that came over the wire
+DISTRIBUTED_PATH = "__distributed__"  # of one that a trainer has broadcast
 
 
 class Adapter(msgspec.Struct, kw_only=True):
     """One adapter that requests may name. The scheduler tells all of them in `Facts.state["adapters"]`."""
 
     name: str
-    path: str  # as given; TENSORS_PATH: it came over the wire
+    path: str  # as given; TENSORS_PATH, DISTRIBUTED_PATH: it came over the wire
     version: str  # of its weights; another one after it was replaced
     rank: int
     pinned: bool = False
@@ -56,6 +57,24 @@ class LoadAdapterFromTensors(ControlCommand, tag="load_lora_adapter_from_tensors
     added_tokens_config: dict[str, Any] | None = None  # refused unless empty
 
 
+class LoadAdapterFromDistributed(ControlCommand, tag="load_lora_adapter_from_distributed", kw_only=True):
+    """Serve an adapter whose tensors the trainer of a group broadcasts, in this order, while this command runs."""
+
+    path = "/load_lora_adapter_from_distributed"
+    one_scheduler = FROM_DIRECTORY
+    reply = AsAdapters()
+    lora_name: AdapterName
+    config_dict: dict[str, Any]  # what adapter_config.json says
+    names: list[Name]
+    dtypes: list[Name]
+    shapes: list[list[int]]
+    group_name: Name = "weight_update_group"
+    pinned: bool = False
+    load_inplace: bool = False
+    upsert: bool = False  # another name of load_inplace
+    added_tokens_config: dict[str, Any] | None = None  # refused unless empty
+
+
 class UnloadAdapter(ControlCommand, tag="unload_lora_adapter", kw_only=True):
     """Take no more requests for an adapter, and forget it when those that use it have ended.
 
@@ -67,4 +86,5 @@ class UnloadAdapter(ControlCommand, tag="unload_lora_adapter", kw_only=True):
     lora_name: AdapterName
 
 
-AdapterCommand = LoadAdapter | LoadAdapterFromTensors | UnloadAdapter
+Load = LoadAdapter | LoadAdapterFromTensors | LoadAdapterFromDistributed
+AdapterCommand = Load | UnloadAdapter

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from quartet.runtime.adapters import LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
+from quartet.runtime.adapters import LoadAdapter, LoadAdapterFromDistributed, LoadAdapterFromTensors, UnloadAdapter
 from quartet.runtime.command import ControlCommand as ControlCommand
 from quartet.runtime.limits import MAX_STEP_SLEEP_S
 from quartet.runtime.messages import Chat
@@ -355,6 +355,7 @@ Command = (
     | StopProfile
     | LoadAdapter
     | LoadAdapterFromTensors
+    | LoadAdapterFromDistributed
     | UnloadAdapter
 )
 

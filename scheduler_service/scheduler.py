@@ -120,7 +120,7 @@ class Scheduler:
         self.profile: Profile | None = None  # a recording under way
         self.commands = CommandRunner(HANDLERS)
         self.grammar_queue = GrammarQueue(grammars)
-        self.adapter_queue = AdapterQueue(adapters, planner, self.adapters_changed)
+        self.adapter_queue = AdapterQueue(adapters, planner, self.adapters_changed, lambda: self.grammar_queue.requests)
         self.report = Report(planner, decode_log_interval, clock(), cuda_graph)
         self.launched = StepQueue(worker)
         self.least_attempt = 0  # of the current gateway
@@ -254,6 +254,7 @@ class Scheduler:
             log.info("dropped request %s, sent to the scheduler before: it comes again", message.request.rid)
             return []
         try:
+            self.adapter_queue.check(message.request)
             if message.request.params.grammar is None:
                 return self.queue(message)
             self.grammar_queue.put(message)
@@ -284,8 +285,7 @@ class Scheduler:
         return [ending] if ending else []
 
     def queue(self, message: Tokenized, grammar: Grammar | None = None) -> list[Message]:
-        # the gateway has checked the same, so this never raises
-        sampling.check_params(message.request.params, self.planner.config.vocab_size)
+        sampling.check_params(message.request.params, self.planner.config.vocab_size)  # so has the gateway
         check_hidden_states(message, self.hidden_size)
         if self.adapter_queue.takes(message, grammar):
             return []

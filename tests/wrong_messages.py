@@ -82,6 +82,13 @@ FIELDS: dict[str, dict[str, Any]] = {  # of commands that have fields without a 
     "GetWeightsByName": {"name": "w"},
     "LoadAdapter": {"lora_name": "a", "lora_path": "adapter"},
     "LoadAdapterFromTensors": {"lora_name": "a", "config_dict": {"r": 8}},
+    "LoadAdapterFromDistributed": {
+        "lora_name": "a",
+        "config_dict": {"r": 8},
+        "names": ["w"],
+        "dtypes": ["float32"],
+        "shapes": [[2]],
+    },
     "UnloadAdapter": {"lora_name": "a"},
     "Tokenize": {"texts": ["a"], "chat": CHAT},
     "Detokenize": {"ids": [pack_ids([3])]},

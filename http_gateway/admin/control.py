@@ -27,7 +27,15 @@ from quartet.http_gateway.routes.endpoint import (
 )
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime import control
-from quartet.runtime.adapters import LORA_OFF, AdapterCommand, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
+from quartet.runtime.adapters import (
+    LORA_OFF,
+    AdapterCommand,
+    Load,
+    LoadAdapter,
+    LoadAdapterFromDistributed,
+    LoadAdapterFromTensors,
+    UnloadAdapter,
+)
 from quartet.runtime.control import FROM_DISK, Abort, CheckWeights, ControlCommand, UpdateWeightsFromTensor
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Reply
@@ -125,8 +133,11 @@ async def feed(upload: payloads.Upload, gateway: Gateway, http: HTTPRequest) -> 
 
 
 async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Response:
-    """Likewise; the tensors stand in `serialized_named_tensors`, or in the older `serialized_tensors`."""
-    with payloads.Upload(gateway.run_dir) as upload:
+    """Likewise; the tensors stand in `serialized_named_tensors`, or in the older `serialized_tensors`.
+
+    Trainers send as many copies as there are ranks: all are the same, and the first is used.
+    """
+    with payloads.Upload(gateway.run_dir, gateway.config.tp_size, copies=True) as upload:
         await feed(upload, gateway, http)
         command = await convert_body(http, decode_command, LoadAdapterFromTensors, http, bytes(upload.skeleton))
         assert isinstance(command, LoadAdapterFromTensors), command
@@ -135,7 +146,7 @@ async def load_adapter_from_tensors(gateway: Gateway, http: HTTPRequest) -> Resp
             entries = [*entries, msgspec.Raw(msgspec.json.encode(command.serialized_tensors))]
             command.serialized_tensors = None
         try:
-            command.payload_files = upload.files_of(entries)
+            command.payload_files = [await upload.one_of(entries)]
         except RequestError as error:
             return adapter_answer(gateway, command, refusal_of(command, error))
         return await run_adapter_command(gateway, command)
@@ -155,7 +166,7 @@ async def run_adapter_command(gateway: Gateway, command: ControlCommand) -> Resp
     try:
         if not gateway.config.enable_lora:
             raise RequestError(LORA_OFF)
-        if isinstance(command, LoadAdapter | LoadAdapterFromTensors) and command.lora_name in gateway.base_names:
+        if isinstance(command, Load) and command.lora_name in gateway.base_names:
             raise RequestError(f"{short(command.lora_name)} is the name of the base model.", field="lora_name")
         reply = await send_command(gateway, command)
     except RequestError as error:
@@ -179,9 +190,13 @@ HANDLERS: dict[type[ControlCommand], Handler] = {
     UpdateWeightsFromTensor: update_weights_from_tensor,
     LoadAdapter: adapter_handler(LoadAdapter),
     LoadAdapterFromTensors: load_adapter_from_tensors,
+    LoadAdapterFromDistributed: adapter_handler(LoadAdapterFromDistributed),
     UnloadAdapter: adapter_handler(UnloadAdapter),
 }
-BOUNDS = {UpdateWeightsFromTensor: of_weights, LoadAdapterFromTensors: of_adapters}
+BOUNDS = {
+    UpdateWeightsFromTensor: of_weights,
+    LoadAdapterFromTensors: of_adapters,
+}
 
 
 def endpoint_of(path: str, kind: type[ControlCommand]) -> Endpoint:

@@ -6,6 +6,7 @@ arrive. What is left of the body, with a placeholder for each long string, is as
 
 import asyncio
 import binascii
+import filecmp
 import os
 import re
 import secrets
@@ -27,6 +28,8 @@ FIELD = "serialized_named_tensors"
 STRUCTURE = re.compile(rb'(?:[^"]++|"[^"\\]{0,256}+")*+')  # and whole short strings without escapes
 ESCAPE = re.compile(rb"\\(?:(/)|u00([0-9a-fA-F]{2}))")  # some encoders escape slash, plus or equals sign
 INVALID_BASE64 = f"{FIELD} is not valid base64: {{}}."
+ONE_OR_COPIES = f"{FIELD} needs one entry, or one for each of {{}} ranks with the same tensors; got {{}}."
+COPIES_DIFFER = f"{FIELD}: entry {{}} is not the same as the first; an adapter has the same tensors for all ranks."
 LONG_STRING_ELSEWHERE = f"Only the entries of {FIELD} may be longer than {LONG_STRING_BYTES} bytes."
 
 
@@ -39,12 +42,13 @@ def remove_leftovers(run_dir: str) -> None:
 class Upload:
     """Splits a body into a small `skeleton` and files. Leaving the `with` block removes the files."""
 
-    def __init__(self, run_dir: str, ranks: int = 1) -> None:
-        """`ranks`: of the model, each with a payload of its own."""
+    def __init__(self, run_dir: str, ranks: int = 1, copies: bool = False) -> None:
+        """`ranks`: of the model, each with a payload of its own; `copies`: all are the same, or there is one."""
         self.skeleton = bytearray()  # the body with a placeholder in place of each long string
         self.files: dict[str, Path] = {}  # by placeholder
         self._run_dir = run_dir
         self._ranks = ranks
+        self._wrong_count = ONE_OR_COPIES if copies and ranks > 1 else ONE_PAYLOAD_A_RANK
         self._name = secrets.token_hex(8)  # random: a client cannot have sent a placeholder
         self._string: bytearray | None = None  # the string being read, while it is short
         self._payload: Payload | None = None  # the string being read, once it is long
@@ -96,7 +100,7 @@ class Upload:
 
     def _begin_payload(self, string: bytearray) -> None:
         if len(self.files) == self._ranks:
-            raise RequestError(ONE_PAYLOAD_A_RANK.format(self._ranks, "more"), field=FIELD)
+            raise RequestError(self._wrong_count.format(self._ranks, "more"), field=FIELD)
         placeholder = f"{PREFIX}{self._name}.{len(self.files)}"
         file = self.files[placeholder] = Path(self._run_dir) / placeholder
         self.skeleton += placeholder.encode() + b'"'
@@ -117,10 +121,22 @@ class Upload:
     def files_of(self, entries: list[msgspec.Raw]) -> list[str]:
         """The files of a command's payloads, one a rank. Raises RequestError."""
         if len(entries) != self._ranks:
-            raise RequestError(ONE_PAYLOAD_A_RANK.format(self._ranks, len(entries)), field=FIELD)
+            raise RequestError(self._wrong_count.format(self._ranks, len(entries)), field=FIELD)
         found = [str(self.file_of(bytes(entry))) for entry in entries]
         self.check_placeholders(len(set(found)))
         return found
+
+    async def one_of(self, entries: list[msgspec.Raw]) -> str:
+        """The file of a payload that is there once, or once for each rank. Raises RequestError."""
+        if len(entries) == 1:
+            file = self.file_of(bytes(entries[0]))
+            self.check_placeholders(1)
+            return str(file)
+        first, *others = self.files_of(entries)
+        for number, other in enumerate(others, 2):
+            if not await asyncio.to_thread(filecmp.cmp, first, other, shallow=False):
+                raise RequestError(COPIES_DIFFER.format(number), field=FIELD)
+        return first
 
     def file_of(self, entry: bytes) -> Path:
         """The file of an entry of the skeleton: a placeholder, or a short base64 string, which is written now."""

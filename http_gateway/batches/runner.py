@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,9 @@ from quartet.runtime.limits import BATCH_REQUESTS_AT_ONCE, MAX_UNFINISHED_BATCHE
 log = logging.getLogger(__name__)
 
 TOO_MANY = f"There are {MAX_UNFINISHED_BATCHES} batches that are not over; try again later."
+FULL = (
+    "The store of files has no room for more results, which all files and running batches share (--files-store-size)."
+)
 EXPIRED = Failure("batch_expired", "The batch's completion window ended before this request could be executed.")
 LOOK_EVERY_S = 0.1  # whether the server is up
 AGAIN_AFTER_S = 10.0  # a disk was full
@@ -141,7 +145,7 @@ class BatchRunner:
     async def _try(self, batch: Batch) -> None:
         """The same, once. Raises OSError and RequestError where something cannot be kept now."""
         try:
-            results = await self._in_thread(Results, self._store.partial_of(batch.id))
+            results = await self._in_thread(self._results, batch)
             try:
                 await self._carry_out(batch, results)
             finally:
@@ -157,6 +161,15 @@ class BatchRunner:
         except Exception as error:
             log.error("Batch %s has failed.", batch.id, exc_info=error)
             await self._fail(batch, [Wrong("internal_error", f"Internal error: {type(error).__name__}")])
+
+    def _results(self, batch: Batch) -> Results:
+        """The results of a batch so far. They take their share of the room. Raises OSError, later StoreFull."""
+
+        def reserve(size: int) -> None:
+            if not self._store.reserve(batch.id, size):
+                raise StoreFull(FULL)
+
+        return Results(self._store.partial_of(batch.id), reserve)
 
     async def _carry_out(self, batch: Batch, results: Results) -> None:
         """Answer what has no answer, and finish the batch in the state that this comes to."""
@@ -187,14 +200,10 @@ class BatchRunner:
             batch.request_counts.total = total
             batch.enter("in_progress", self._now())
             await self._keep(batch)
-        room = await self._store.run(self._store.room)
-        self._count(batch, results)
-
-        def progress() -> None:
-            self._count(batch, results)
-            if results.size > room:
-                raise StoreFull("the store of files has no room for the results (--files-store-size)")
-
+        if not await self._store.run(self._store.reserve, batch.id, results.size):
+            raise StoreFull(FULL)
+        progress = partial(self._count, batch, results)
+        progress()
         requests = batches.read_batch(path, batch.endpoint)
         await run_batch(requests, results, self._execute, BATCH_REQUESTS_AT_ONCE, progress, self._places)
 
@@ -229,9 +238,9 @@ class BatchRunner:
         with (
             open(self._store.path_of(output), "xb") as answers,
             open(self._store.path_of(errors), "xb") as failures,
-            open(self._store.partial_of(batch.id), "rb") as partial,
+            open(self._store.partial_of(batch.id), "rb") as results,
         ):
-            for text in partial:
+            for text in results:
                 (answers if msgspec.json.decode(text, type=Entry).succeeded else failures).write(text)
         made = []
         keep_s = batch.output_expires_after.seconds if batch.output_expires_after else None

@@ -106,6 +106,8 @@ class FileStore:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
         self._database: sqlite3.Connection | None = None
+        self._file_bytes = 0  # of all files
+        self._results: dict[str, int] = {}  # bytes of the results of running batches, by the batch's id
         self.directory = Path()
         self._owned = -1  # descriptor of the lock file
 
@@ -127,7 +129,22 @@ class FileStore:
     def room(self) -> int:
         """Bytes that may still be kept."""
         with self._transaction() as database:
-            return self.most_bytes - bytes_of_files(database)
+            return self.most_bytes - bytes_of_files(database) - sum(self._results.values())
+
+    def reserve(self, batch_id: str, size: int) -> bool:
+        """Whether the results of a running batch may have so many bytes in all; if so, they are its own until its end.
+
+        Running batches share the room that files leave. Beyond a small share that each of them has for itself, the
+        first to come has it.
+        """
+        with self._lock:
+            self._opened()
+            room = self.most_bytes - self._file_bytes
+            own = room // MAX_UNFINISHED_BATCHES
+            if size > room - sum(max(own, taken) for other, taken in self._results.items() if other != batch_id):
+                return False
+            self._results[batch_id] = size
+            return True
 
     def described(
         self, file_id: str, size: int, filename: str, purpose: str, keep_s: float | None = None
@@ -195,6 +212,8 @@ class FileStore:
             insert(database, made)
             database.execute(FORGET, (MAX_BATCHES,))
             self._trim(database)
+            if over:
+                self._results.pop(batch_id, None)
 
     def batch(self, batch_id: str) -> bytes | None:
         """A batch by its id; None where there is none."""
@@ -238,10 +257,13 @@ class FileStore:
         with self._lock:
             database = self._opened()
             try:
+                changes = database.total_changes
                 database.execute("BEGIN IMMEDIATE")
                 expired = self._expire(database)
                 yield database
                 database.execute("COMMIT")
+                if database.total_changes != changes:
+                    self._file_bytes = bytes_of_files(database)
                 for file_id in expired:
                     self.path_of(file_id).unlink(missing_ok=True)
             except sqlite3.Error as error:
@@ -271,6 +293,7 @@ class FileStore:
                 fcntl.flock(self._owned, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._database = opened(self.directory / DATABASE)
                 self._sweep(self._database)
+                self._file_bytes = bytes_of_files(self._database)
             except BlockingIOError:
                 raise StartupError(f"--files-store: another server uses {str(self.directory)!r}") from None
             except (OSError, sqlite3.Error) as error:

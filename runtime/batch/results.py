@@ -7,7 +7,7 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,9 +19,13 @@ from quartet.runtime.errors import UsageError
 class Results:
     """The results so far. One process at a time may have the file."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or make it, for the user alone. Raises UsageError where another process has it, or it holds else."""
+    def __init__(self, path: Path, reserve: Callable[[int], None] = lambda size: None) -> None:
+        """Open or make it, for the user alone. Raises UsageError where another process has it, or it holds else.
+
+        `reserve` is told how many bytes the file is about to have, and raises where it must not have so many.
+        """
         self._path = path
+        self._reserve = reserve
         self._ids: dict[str, str] = {}  # custom_id of a request that is done → the id of its result
         self._lines: set[int] = set()  # numbers of lines that are wrong
         self.succeeded = 0
@@ -58,11 +62,12 @@ class Results:
         return self._ids.get(request.custom_id, request.result_id) != request.result_id
 
     def add(self, entry: Entry) -> None:
-        """Append a result. Raises OSError; a part that was written is taken back."""
+        """Append a result. Raises OSError, and what `reserve` raises; a part that was written is taken back."""
         text = msgspec.json.encode(entry) + b"\n"
         with self._lock:
             if self._file < 0:
                 return
+            self._reserve(self.size + len(text))
             written = os.write(self._file, text)
             if written < len(text):  # the disk is full
                 os.ftruncate(self._file, self.size)

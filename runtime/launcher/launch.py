@@ -139,8 +139,7 @@ def run_ranks(resolution: Resolution) -> int:
     with run_dir.private(run_dir.base(os.environ)) as (directory, lifeline_fd):
         check_path_length(str(directory), ranks)
         own = hub.locate(config, directory)
-        # rank 0 has a watchdog for all ranks
-        own = msgspec.structs.replace(own, watchdog_timeout=0, max_restarts=max(config.max_restarts, RANK_RESTARTS))
+        own = msgspec.structs.replace(own, max_restarts=max(config.max_restarts, RANK_RESTARTS))
         with Signals() as signals, Supervisor(ranks, own, directory, lifeline_fd, -1) as supervisor:
             log.info("Machine %d of %d waits for machine 0 at %s.", own.node_rank, own.nnodes, own.dist_init_addr)
             status = supervisor.run(signals, lambda: log.info("The ranks of this machine take part."), lambda: None)

@@ -207,6 +207,7 @@ NULL_IS_ABSENT = (
     "logit_scale",
     "moe_intermediate_size",
     "n_routed_experts",
+    "num_attention_heads",
     "num_local_experts",
     "routed_scaling_factor",
     "swiglu_alpha",

@@ -24,6 +24,7 @@ from quartet.runtime.settings import foreign_flags, foreign_values, keys, variab
 from quartet.runtime.shorten import short
 
 MAX_CONFIG_BYTES = 1 << 20
+LARGEST = (1 << 63) - 1  # integer that the processes can tell each other
 DEFAULT, COMMAND_LINE = "default", "command line"
 OTHERS = ("--config", "--help", "-h")  # flags that are no settings
 
@@ -333,6 +334,10 @@ def typed(values: Mapping[str, Any], *, strict: bool, label: str, spell: Callabl
     for name, value in checked.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{label.format(spell(name))} takes a finite number, not {values[name]!r}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UsageError(
+                f"{label.format(spell(name))} takes {settings()[name].takes} <= {LARGEST}, not {short(value)}"
+            )
     return checked
 
 

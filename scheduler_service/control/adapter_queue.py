@@ -19,6 +19,7 @@ from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_ba
 if TYPE_CHECKING:  # it loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.adapters import AdapterStore, Known, Read
 
+GRACE_S = 60.0  # so long requests of the previous scheduler may take to come again
 NOT_READ = "The adapter {} cannot be read: {}"
 
 
@@ -51,14 +52,24 @@ class AdapterQueue:
     """Such requests by rid, in the order of their arrival."""
 
     def __init__(
-        self, store: "AdapterStore | None", planner: Planner, on_change: Callable[[], None] = lambda: None
+        self,
+        store: "AdapterStore | None",
+        planner: Planner,
+        on_change: Callable[[], None] = lambda: None,
+        to_come: Callable[[], Collection[Request]] = list,
     ) -> None:
-        """No store: requests that name an adapter are refused. `on_change`: another adapter is in memory."""
+        """No store: requests that name an adapter are refused.
+
+        `on_change`: another adapter is in memory. `to_come`: requests that were let in and wait for something else.
+        """
         self._store = store
         self._planner = planner
         self._on_change = on_change
         self._waiting: dict[str, Waiting] = {}
         self._reading: Reading | None = None
+        self._to_come = to_come
+        self._inherited = frozenset[str]() if store is None else frozenset(store.ending)  # their requests come again
+        self._started_s: float | None = None  # by the clock of time limits, which stands still in a pause
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -67,18 +78,27 @@ class AdapterQueue:
     def requests(self) -> list[Request]:
         return [waiting.message.request for waiting in self._waiting.values()]
 
+    def check(self, request: Request) -> None:
+        """Raise RequestError for a request that arrives and names an adapter which it may not name.
+
+        A request that was there before its adapter was unloaded goes on with it, also behind a restart.
+        """
+        name = request.adapter
+        if not name:
+            return
+        if self._store is None:
+            raise RequestError(LORA_OFF, field="lora_path")
+        if not self._store.is_served(name) and not (request.again and name in self._store.ending):
+            raise RequestError(NEVER_LOADED.format(name), field="lora_path")
+
     def takes(self, message: Tokenized, grammar: Grammar | None) -> bool:
-        """Whether a request has to wait here; if not, its adapter is in memory. Raises RequestError.
+        """Whether a request, which `check` has let in, has to wait here; if not, its adapter is in memory.
 
         A later attempt replaces an earlier one.
         """
         name, rid = message.request.adapter, message.request.rid
-        if not name:
+        if not name or self._store is None:
             return False
-        if self._store is None:
-            raise RequestError(LORA_OFF, field="lora_path")
-        if not self._store.is_served(name):
-            raise RequestError(NEVER_LOADED.format(name), field="lora_path")
         if not self._waiting and self._store.use(name):
             return False
         earlier = self._waiting.get(rid)
@@ -116,7 +136,12 @@ class AdapterQueue:
 
     def _forget_ended(self, store: "AdapterStore") -> None:
         """Forget the adapters whose unloading was answered, once no request uses them."""
-        ended = store.ending - self._in_use({waiting.name for waiting in self._waiting.values()})
+        waiting = {request.adapter for request in (*self.requests, *self._to_come())}
+        ended = store.ending - self._in_use(waiting)
+        clock_s = self._planner.deadlines.clock_s
+        self._started_s = clock_s if self._started_s is None else self._started_s
+        if clock_s - self._started_s < GRACE_S:
+            ended -= self._inherited
         for name in ended:
             store.forget(name)
         if ended:

@@ -6,12 +6,22 @@ An adapter is read, checked and packed in the background, and served from one st
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from quartet.runtime.adapters import LORA_OFF, TENSORS_PATH, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
+from quartet.runtime.adapters import (
+    DISTRIBUTED_PATH,
+    LORA_OFF,
+    TENSORS_PATH,
+    Load,
+    LoadAdapter,
+    LoadAdapterFromDistributed,
+    LoadAdapterFromTensors,
+    UnloadAdapter,
+)
 from quartet.runtime.control import ControlCommand
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.runtime.limits import MAX_ADAPTERS
@@ -20,11 +30,15 @@ from quartet.runtime.model_files import adapter_files
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.control.agreement import agreed
 from quartet.scheduler_service.control.context import Context, Handler, Resumable
+from quartet.scheduler_service.control.weights import exclusive
 from quartet.scheduler_service.host.background import READING_SLICE_S, run_in_background
 from quartet.scheduler_service.weights import wire
+from quartet.scheduler_service.weights.adapters import check_count, most_tensors
+from quartet.scheduler_service.weights.parameters import Layout
 
 if TYPE_CHECKING:
     from quartet.scheduler_service.execution.adapters import AdapterStore, Read
+    from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +49,9 @@ TOO_MANY = "{} adapters are loaded; no more are taken."
 NOT_READ = "Failed to load the LoRA adapter {}: {}"
 ONE_PART = "serialized_named_tensors must have one entry, this has {}"
 BUCKET = "flattened_bucket"
+TENSORS = "adapter_model.safetensors"
 
-Load = LoadAdapter | LoadAdapterFromTensors
+LOADS: tuple[type[ControlCommand], ...] = (LoadAdapter, LoadAdapterFromTensors, LoadAdapterFromDistributed)
 Reader = Callable[[], "tuple[str, Read]"]  # the adapter's directory, and what was read
 
 
@@ -64,38 +79,59 @@ def load_from_tensors(context: Context, command: LoadAdapterFromTensors) -> Resu
         raise CommandRefused(ONE_PART.format(len(command.payload_files)))
     if command.load_format not in (None, "direct", BUCKET):
         raise CommandRefused(f"load_format {short(command.load_format)} is unknown; leave it out")
-    if command.added_tokens_config:
-        raise CommandRefused("added_tokens_config is not supported: an adapter cannot add tokens")
-
-    def read() -> "tuple[str, Read]":
-        directory = store.new_directory()
-        try:
-            write_sent(command, directory)
-            return str(directory), store.read(directory)
-        except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-
+    refuse_added_tokens(command)
+    read = partial(read_made, store, partial(write_sent, command, store.layout))
     command.load_inplace = command.load_inplace or command.upsert
     return (yield from load_by(context, command, TENSORS_PATH, read, owned=True))
 
 
-def write_sent(command: LoadAdapterFromTensors, directory: Path) -> None:
-    """Make a directory of an adapter of what was sent. Raises CheckpointError."""
-    payload, file = Path(command.payload_files[0]), directory / "adapter_model.safetensors"
+def load_from_distributed(context: Context, updates: "Updates", command: LoadAdapterFromDistributed) -> Resumable:
+    """Load an adapter whose tensors a trainer broadcasts meanwhile."""
+    store = store_of(context)
+    refuse_added_tokens(command)
+
+    def write(directory: Path) -> None:
+        tensors = store.receive(updates.groups, command)
+        (directory / adapter_files.SETTINGS).write_bytes(msgspec.json.encode(command.config_dict))
+        wire.write_plain(tensors, directory / TENSORS)
+
+    command.load_inplace = command.load_inplace or command.upsert
+    return (yield from load_by(context, command, DISTRIBUTED_PATH, partial(read_made, store, write), owned=True))
+
+
+def refuse_added_tokens(command: LoadAdapterFromTensors | LoadAdapterFromDistributed) -> None:
+    if command.added_tokens_config:
+        raise CommandRefused("added_tokens_config is not supported: an adapter cannot add tokens")
+
+
+def read_made(store: "AdapterStore", write: Callable[[Path], None]) -> "tuple[str, Read]":
+    """The adapter of a new directory, which `write` fills."""
+    directory = store.new_directory()
+    try:
+        write(directory)
+        return str(directory), store.read(directory)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def write_sent(command: LoadAdapterFromTensors, layout: Layout, directory: Path) -> None:
+    """Make a directory of an adapter of what was sent, for a model of this layout. Raises CheckpointError."""
+    payload, file = Path(command.payload_files[0]), directory / TENSORS
     wire.refuse_pickle(payload)
     (directory / adapter_files.SETTINGS).write_bytes(msgspec.json.encode(command.config_dict))
     if command.load_format == BUCKET:
-        wire.write_plain(wire.bucket_tensors(payload), file)
+        wire.write_plain(wire.bucket_tensors(payload, most_tensors(layout)), file)
     else:
         shutil.copyfile(payload, file)
+    check_count(file, layout)
     wire.check_checksums(file, command.expected_checksums or {})
 
 
 def load_by(context: Context, command: Load, path: str, read: Reader, owned: bool = False) -> Resumable:
     """Wait for earlier loads, read in the background, and serve the adapter from the next step on."""
     store, name = store_of(context), command.lora_name
-    while context.has_unfinished(LoadAdapter) or context.has_unfinished(LoadAdapterFromTensors):
+    while any(map(context.has_unfinished, LOADS)):
         yield
     check_name(store, command)
     try:
@@ -164,7 +200,7 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
     context.tell_state()
     while users := sum(request.adapter == name for request in context.requests):
         if context.planner.paused or context.planner.asleep:
-            store.ending.add(name)
+            store.end_later(name)
             log.info("the adapter %s goes with the last of %d requests that wait; no step runs now", name, users)
             return answer(store, command)
         yield
@@ -184,5 +220,6 @@ def answer(store: "AdapterStore", command: ControlCommand) -> list[Message]:
 HANDLERS: dict[type[ControlCommand], Handler] = {
     LoadAdapter: load,
     LoadAdapterFromTensors: load_from_tensors,
+    LoadAdapterFromDistributed: exclusive(load_from_distributed),
     UnloadAdapter: unload,
 }

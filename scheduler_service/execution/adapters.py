@@ -24,7 +24,7 @@ import torch
 from quartet.kernels.cpu import adapters as products
 from quartet.kernels.cpu.linear import Linear
 from quartet.runtime import records
-from quartet.runtime.adapters import Adapter
+from quartet.runtime.adapters import Adapter, LoadAdapterFromDistributed
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.core.plan import Plan
@@ -34,7 +34,8 @@ from quartet.scheduler_service.model.cpu_backend import CpuBackend
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
 from quartet.scheduler_service.model.torch_backend import TorchBackend
-from quartet.scheduler_service.weights.adapters import AdapterTensors, adapter_identity, read_adapter
+from quartet.scheduler_service.weights.adapters import AdapterTensors, adapter_identity, check_announced, read_adapter
+from quartet.scheduler_service.weights.distributed import Groups, receive_adapter
 from quartet.scheduler_service.weights.file_identity import FileIdentity
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Saved(msgspec.Struct, kw_only=True):
 
     adapters: list[Known]
     versions: int  # given so far
+    ending: list[str] = []  # names of those whose unloading was answered, though requests use them
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ class AdapterStore(ABC):
             self.check_pinned()
             return
         self.versions = saved.versions
+        self.ending |= set(saved.ending)
+        self.leaving |= self.ending
         for known in saved.adapters:
             self.known[known.name] = known
             try:
@@ -144,6 +148,18 @@ class AdapterStore(ABC):
     @abstractmethod
     def pack(self, tensors: AdapterTensors) -> Any:
         """An adapter as steps take it; safe in another thread. Raises CheckpointError."""
+
+    def receive(self, groups: Groups, command: LoadAdapterFromDistributed) -> list[tuple[str, torch.Tensor]]:
+        """The tensors of an adapter that a trainer broadcasts; safe in another thread. Raises CheckpointError.
+
+        What cannot be an adapter of this model is refused before anything is received.
+        """
+        self.check_announced(command)
+        return receive_adapter(groups, command)
+
+    def check_announced(self, command: LoadAdapterFromDistributed) -> None:
+        """Raise CheckpointError for tensors that are not those of an adapter of this model."""
+        check_announced(command.names, command.shapes, self.layout, self.config.max_lora_rank)
 
     def install(self, name: str, path: str, directory: str, read: Read, pinned: bool, owned: bool = False) -> None:
         """Serve an adapter from the next step on, in place of its predecessor; between two steps only."""
@@ -231,6 +247,11 @@ class AdapterStore(ABC):
         self.tell()
         remove_owned(known)
 
+    def end_later(self, name: str) -> None:
+        """Have an adapter that leaves be forgotten with its last request, also by a restarted scheduler."""
+        self.ending.add(name)
+        self.tell()
+
     def stay(self, name: str) -> None:
         """Forget that an adapter was to be unloaded."""
         self.leaving.discard(name)
@@ -244,7 +265,8 @@ class AdapterStore(ABC):
         """Note a change: for the next plans, and for a restarted scheduler."""
         self.version_of = {known.name: known.version for known in self.known.values()}
         try:
-            records.write(self.run_dir, RECORD, Saved(adapters=list(self.known.values()), versions=self.versions))
+            saved = Saved(adapters=list(self.known.values()), versions=self.versions, ending=sorted(self.ending))
+            records.write(self.run_dir, RECORD, saved)
         except OSError as error:
             log.error("Could not record the adapters: %s. A restarted scheduler would not know them all.", error)
 

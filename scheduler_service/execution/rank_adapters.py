@@ -14,16 +14,27 @@ from functools import partial
 from pathlib import Path
 from weakref import WeakValueDictionary
 
+import torch
+
+from quartet.runtime.adapters import LoadAdapterFromDistributed
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import CommandRefused, StartupError
 from quartet.scheduler_service.core.plan import Plan
 from quartet.scheduler_service.execution.adapters import CpuAdapters, Read
-from quartet.scheduler_service.execution.rank_messages import Answer, DropAdapter, ReadAdapter, TakeAdapter
+from quartet.scheduler_service.execution.rank_messages import (
+    Answer,
+    DropAdapter,
+    ReadAdapter,
+    ReceiveAdapter,
+    TakeAdapter,
+)
 from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
+from quartet.scheduler_service.weights.distributed import Groups, receive_adapter
 from quartet.scheduler_service.weights.file_identity import FileIdentity
 
+ONE_MACHINE = "what is broadcast is written on one machine only, and --nnodes is {}: load the adapter from a directory"
 DIFFERS = "{} is not the same file for rank {} as for rank 0"
 
 
@@ -58,6 +69,16 @@ class LeadingAdapters(CpuAdapters):
             found = NumberedRead(own.rank, own.identity, own.weights, task.number)
             self._read[task.number] = found
         return found
+
+    def receive(self, groups: Groups, command: LoadAdapterFromDistributed) -> list[tuple[str, torch.Tensor]]:
+        """See AdapterStore.receive: every rank takes part."""
+        if self.config.nnodes > 1:
+            raise CheckpointError(ONE_MACHINE.format(self.config.nnodes))
+        self.check_announced(command)  # before the others wait for what is broadcast
+        try:
+            return self._followers.together(ReceiveAdapter(command), partial(receive_adapter, groups, command))[0]
+        except CommandRefused as refusal:
+            raise CheckpointError(refusal.message) from refusal
 
     def put(self, name: str, read: Read) -> None:
         """See AdapterStore.put."""

@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from quartet.kernels.cpu.attention_schedule import Ragged
+from quartet.runtime.adapters import LoadAdapterFromDistributed
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.model_files.model_info import ModelInfo
@@ -60,6 +61,7 @@ class Hello(msgspec.Struct, tag=True):
 
     rank: int
     token: str  # from the store
+    pulses: bool = False  # the connection is for signs of life: a byte a second
 
 
 class Pool(msgspec.Struct, tag=True):
@@ -157,6 +159,12 @@ class Receive(msgspec.Struct, tag=True):
     command: UpdateWeightsFromDistributed
 
 
+class ReceiveAdapter(msgspec.Struct, tag=True):
+    """Task: take part in the broadcast of an adapter; rank 0 writes it to a directory, from which all ranks read it."""
+
+    command: LoadAdapterFromDistributed
+
+
 class ReadAdapter(msgspec.Struct, tag=True):
     """Task: read the LoRA adapter of a directory, to be kept under a number. Answered with what identifies its file."""
 
@@ -242,7 +250,8 @@ class Answer(msgspec.Struct, tag=True):
     status: int = 400  # of the refusal
 
 
-Task = FromDisk | Collect | Finish | Part | Snapshot | Differing | Randomize | Reread | JoinGroup | LeaveGroup | Receive
+InGroup = JoinGroup | LeaveGroup | Receive | ReceiveAdapter
+Task = FromDisk | Collect | Finish | Part | Snapshot | Differing | Randomize | Reread | InGroup
 Memory = Release | Resume
 Adapters = ReadAdapter | TakeAdapter | DropAdapter
 Tiers = OpenTier | UseTier | Tier

@@ -32,6 +32,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Part,
     Randomize,
     Receive,
+    ReceiveAdapter,
     Reread,
     Snapshot,
     Task,
@@ -39,7 +40,8 @@ from quartet.scheduler_service.execution.rank_messages import (
     from_bytes,
 )
 from quartet.scheduler_service.execution.ranks import Followers
-from quartet.scheduler_service.weights.distributed import failed_to_join
+from quartet.scheduler_service.weights.checkpoint import CheckpointError
+from quartet.scheduler_service.weights.distributed import failed_to_join, receive_adapter
 from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights, checksum_of
@@ -223,6 +225,8 @@ class FollowingUpdates:
             return Answer(self._do(task))
         except CommandRefused as refusal:
             return Answer(refusal=refusal.message, status=refusal.status)
+        except CheckpointError as error:
+            return Answer(refusal=str(error))
 
     def _do(self, task: Task) -> Any:
         updates = self.updates
@@ -247,6 +251,8 @@ class FollowingUpdates:
                 if updates.session is None:
                     updates.open_session()
                 updates.broadcast(command)()
+            case ReceiveAdapter(command):
+                receive_adapter(updates.groups, command)
             case Collect(files, load_format):
                 if updates.session is None:
                     updates.open_session()

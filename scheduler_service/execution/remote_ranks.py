@@ -1,22 +1,26 @@
-"""Ranks on other machines: how they find rank 0, and how it notices their end.
+"""Ranks on other machines: how they find rank 0, and how it notices their end and their silence.
 
 Rank 0 listens at the address of --dist-init-addr, on a port of its own. That port and a token are in the store in which
 all ranks meet, so whoever reaches the store can take part: it belongs on a private network. Each rank of another
-machine connects and says who it is; from then on the connection is its channel.
+machine connects and says who it is; from then on the connection is its channel. On a second one it sends a byte a
+second: a process that is stopped, or whose machine is, keeps its connections and says nothing.
 """
 
+import contextlib
 import logging
 import os
 import secrets
 import select
 import socket
 import threading
+import time
 from typing import NoReturn
 
 import msgspec
 
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
+from quartet.runtime.process.progress import PULSE_S
 from quartet.scheduler_service.execution.rank_messages import Channel, Hello
 from quartet.scheduler_service.host.parallel import LOST, TIMEOUT, Store
 
@@ -26,6 +30,8 @@ PORT, TOKEN = "quartet/port", "quartet/token"
 HELLO_BYTES = 256
 HELLO_S = 10.0  # for the first message of a connection
 SILENT_S, PROBE_S, PROBES = 10, 5, 3  # a machine that does not answer is noticed after about 25 s
+PULSE, LOOK_S = b"p", 0.5
+SILENT = "Rank %d on another machine has not answered for %.0f s (--watchdog-timeout). Ending the group."
 ABSENT = "--nnodes {}: only {} of {} ranks on other machines have come within {:.0f} s"
 
 
@@ -41,53 +47,73 @@ def listen(config: ResolvedConfig) -> socket.socket:
 def wait_for(store: Store, config: ResolvedConfig, listener: socket.socket) -> list[Channel]:
     """The channels of the ranks on other machines, in their order. Raises StartupError."""
     ranks = range(config.ranks_here, config.tp_size)
-    token, found = secrets.token_hex(16), dict[int, Channel]()
+    token, found, pulses = secrets.token_hex(16), dict[int, Channel](), dict[int, socket.socket]()
     with listener:
         store.set(TOKEN, token)
         store.set(PORT, str(listener.getsockname()[1]))
         log.info("Waiting for %d ranks on other machines.", len(ranks))
         listener.settimeout(TIMEOUT.total_seconds())
-        while len(found) < len(ranks):
+        while min(len(found), len(pulses)) < len(ranks):
             try:
                 connection, _ = listener.accept()
             except TimeoutError as error:
                 absent = ABSENT.format(config.nnodes, len(found), len(ranks), TIMEOUT.total_seconds())
                 raise StartupError(absent) from error
-            if (rank := greeted(connection, token)) in ranks:
-                found[rank] = Channel(connection)
-            else:
+            hello = greeted(connection, token)
+            if hello is None or hello.rank not in ranks:
                 connection.close()
+            elif hello.pulses:
+                pulses[hello.rank] = connection
+            else:
+                found[hello.rank] = Channel(connection)
     for rank, channel in found.items():
-        threading.Thread(target=watch, args=(rank, channel.connection), name=f"rank {rank}", daemon=True).start()
+        silence = Silence(rank, pulses[rank], config.watchdog_timeout)
+        watched = rank, channel.connection, silence
+        threading.Thread(target=watch, args=watched, name=f"rank {rank}", daemon=True).start()
     return [found[rank] for rank in ranks]
 
 
-def greeted(connection: socket.socket, token: str) -> int:
-    """The rank that has connected; -1 where the connection is not a rank's."""
+def greeted(connection: socket.socket, token: str) -> Hello | None:
+    """What a rank that has connected says; None where the connection is not a rank's."""
     connection.settimeout(HELLO_S)
     try:
         hello = Channel(connection).receive(HELLO_BYTES)
     except (OSError, msgspec.MsgspecError):  # it said nothing, or no message
-        return -1
+        return None
     connection.settimeout(None)
     keep_alive(connection)
     if not (isinstance(hello, Hello) and secrets.compare_digest(hello.token.encode(), token.encode())):
-        return -1
-    return hello.rank
+        return None
+    return hello
 
 
 def connect(store: Store, rank: int, host: str) -> Channel:
     """This rank's channel to rank 0, on another machine. Waits for it. Raises StartupError."""
     try:
         port, token = int(store.get(PORT)), store.get(TOKEN).decode()
-        connection = socket.create_connection((host, port), timeout=HELLO_S)
+        channel, pulses = (connected(host, port, Hello(rank, token, of)) for of in (False, True))
     except (OSError, RuntimeError) as error:
         raise StartupError(f"rank 0 at {host} cannot be reached: {error}") from error
+    threading.Thread(target=send_pulses, args=(pulses.connection,), name="pulses", daemon=True).start()
+    return channel
+
+
+def connected(host: str, port: int, hello: Hello) -> Channel:
+    """A connection to rank 0 that has said who it is. Raises OSError."""
+    connection = socket.create_connection((host, port), timeout=HELLO_S)
     connection.settimeout(None)
     keep_alive(connection)
     channel = Channel(connection)
-    channel.send(Hello(rank, token))
+    channel.send(hello)
     return channel
+
+
+def send_pulses(connection: socket.socket) -> None:
+    """Show that this process runs, until rank 0 has ended: that is noticed on the channel."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(PULSE)
+            time.sleep(PULSE_S)
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -100,10 +126,40 @@ def keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, (SILENT_S + PROBE_S * PROBES) * 1000)
 
 
-def watch(rank: int, connection: socket.socket) -> NoReturn:
-    """End this process, and so the group, when a rank on another machine has ended."""
+class Silence:
+    """How long a rank has sent no sign of life. Time in which nobody looked does not count: nothing ran here."""
+
+    def __init__(self, rank: int, connection: socket.socket, limit_s: float) -> None:
+        """`limit_s`: --watchdog-timeout; 0: none."""
+        connection.setblocking(False)
+        self._rank = rank
+        self._connection = connection
+        self._limit_s = limit_s
+        self._silent_s = 0.0
+
+    def look(self, passed_s: float) -> str:
+        """What is wrong, so many seconds after the last look; empty: nothing."""
+        try:
+            alive = bool(self._connection.recv(1 << 12))  # none at its end, which the channel's tells too
+        except OSError:  # there is nothing, or the connection is lost
+            alive = False
+        self._silent_s = 0.0 if alive else self._silent_s + min(passed_s, 2 * LOOK_S)
+        return SILENT % (self._rank, self._silent_s) if 0 < self._limit_s < self._silent_s else ""
+
+
+def watch(rank: int, connection: socket.socket, silence: Silence) -> NoReturn:
+    """End this process, and so the group, when a rank on another machine has ended, or says nothing any more."""
+    log.critical("%s", reason_to_end(rank, connection, silence))
+    os._exit(LOST)
+
+
+def reason_to_end(rank: int, connection: socket.socket, silence: Silence) -> str:
+    """Wait until there is one."""
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)  # errors and hang-ups are told anyway
-    poll.poll()
-    log.critical("Rank %d on another machine has ended. Ending the group.", rank)
-    os._exit(LOST)
+    looked_at = time.monotonic()
+    while not poll.poll(LOOK_S * 1000):
+        before, looked_at = looked_at, time.monotonic()
+        if wrong := silence.look(looked_at - before):
+            return wrong
+    return f"Rank {rank} on another machine has ended. Ending the group."

@@ -11,6 +11,7 @@ Nothing is forced to the disk: what a crash of the machine leaves half written f
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -59,19 +60,23 @@ class BlockFiles:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            if not stat.S_ISREG(os.fstat(self._lock).st_mode):
+                raise StartupError(NOT_USABLE.format(directory, "its lock is not a regular file"))
             if directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 log.warning("Others may write to %s: whoever does can change what this server answers.", directory)
+            self._take_lock(time.monotonic() + lock_wait_s)
         except OSError as error:
             raise StartupError(NOT_USABLE.format(directory, error.strerror)) from error
-        self._take_lock(time.monotonic() + lock_wait_s)
 
     def _take_lock(self, deadline: float) -> None:
-        """A record lock: the kernel drops it with the process, and children do not inherit it."""
+        """A record lock: the kernel drops it with the process, and children do not inherit it. Raises OSError too."""
         while True:
             try:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
                 if time.monotonic() >= deadline:
                     holder = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
                     process = f" (process {holder})" if holder.isdecimal() else ""
@@ -147,7 +152,7 @@ class BlockFiles:
         with self._guard:
             fd, header = os.dup(self._fd), self._header(key)
         name = key.hex()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             file = os.open(name + UNFINISHED, flags, 0o600, dir_fd=fd)
             try:
@@ -192,6 +197,7 @@ class BlockFiles:
             os.close(file)
 
     def delete(self, key: bytes) -> None:
+        """Raises OSError where a file stays."""
         with self._guard, contextlib.suppress(FileNotFoundError):
             os.unlink(key.hex() + SUFFIX, dir_fd=self._fd)
 

@@ -52,11 +52,11 @@ class BlockIO:
         self._writes.put(lambda: self._write(key, serial, block, wait))
 
     def delete(self, key: bytes) -> None:
-        self._writes.put(lambda: self.files.delete(key))
+        self._writes.put(lambda: self._change(lambda: self.files.delete(key)))
 
     def forget(self, identity: bytes) -> None:
         """Delete all blocks, and use this identity for those that are written from now on."""
-        self._writes.put(lambda: self.files.forget(identity))
+        self._writes.put(lambda: self._change(lambda: self.files.forget(identity)))
 
     def read(self, number: int, keys: list[bytes]) -> None:
         """Ends in a `Read`."""
@@ -76,12 +76,23 @@ class BlockIO:
             wait()
             self.files.write(key, block)
             ok = True
+            self._failing = False
         except OSError as error:
-            if not self._failing:
-                log.error("No KV can be kept in %s: %s", self.files.directory, error.strerror or error)
+            self._failed(error)
         finally:
-            self._failing = not ok
             self._results.put(Written(key, serial, ok))
+
+    def _change(self, change: Callable[[], None]) -> None:
+        try:
+            change()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        """Said once, until a block is written again."""
+        if not self._failing:
+            log.error("No KV can be kept in %s: %s", self.files.directory, error.strerror or error)
+        self._failing = True
 
     def _read(self, number: int, keys: list[bytes]) -> None:
         size = self.files.block_bytes

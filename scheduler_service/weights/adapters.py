@@ -4,7 +4,8 @@ An adapter is untrusted like a checkpoint: names, shapes and ranks are checked a
 and values must be finite.
 """
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,13 @@ from quartet.runtime.shorten import short
 from quartet.scheduler_service.host.background import yield_point
 from quartet.scheduler_service.weights import pickled, tensor_io
 from quartet.scheduler_service.weights.adapter_config import ModuleSettings, read_settings
-from quartet.scheduler_service.weights.checkpoint import DTYPES, CheckpointError, StoredTensor, read_headers
+from quartet.scheduler_service.weights.checkpoint import (
+    DTYPES,
+    CheckpointError,
+    StoredTensor,
+    header_of,
+    read_headers,
+)
 from quartet.scheduler_service.weights.cuts import Cut
 from quartet.scheduler_service.weights.file_identity import FileIdentity, identity_of
 from quartet.scheduler_service.weights.parameters import Layout, Place, Slab, kind_of
@@ -39,6 +46,12 @@ ADAPTED = {  # buffers of weights that may have an adapter
 }
 TENSOR_NAME = re2.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 ALL_MODULES = ("all", "all-linear")
+ENTRY = b'"data_offsets"'  # once in a header's entry of a tensor: within a string its quotes are escaped
+ENTRY_NAME = re.compile(rb'"((?:[^"\\]|\\.)*+)"\s*+:\s*+\{')
+SHOWN_NAMES = 3
+TOO_MANY = "{} has {} tensors, and adapters of this model have at most {}; the first are {}"
+NO_FACTOR = "tensor {} is not a factor (lora_A or lora_B) of a linear layer"
+STRAYS = "the model has no linear layers for {} of the adapter's tensors ({}); is the adapter of another model?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +98,12 @@ def read_adapter(
     file = weights_file(directory)
     scratches = pickled.run_converter([file]) if file.name == PICKLED else []
     source = scratches[0].path if scratches else file
+    check_count(source, layout, file)
+    yield_point()
     stored = read_headers(directory, [(source, file)])
     yield_point()
     pairs = paired(stored)
+    check_modules(pairs, layout)
     allowed = allowed_modules(modules)
     places = {module: place_of(module, layout, allowed) for module in pairs}
     for module in places:
@@ -107,6 +123,51 @@ def allowed_modules(modules: Collection[str] | None) -> set[str] | None:
     return None if modules is None or set(modules).intersection(ALL_MODULES) else set(modules)
 
 
+def most_tensors(layout: Layout) -> int:
+    """How many tensors an adapter of this model may have."""
+    return 2 * sum(len(place.shape) == 2 and kind_of(place.buffer) in ADAPTED for place in layout.places.values())
+
+
+def check_count(file: Path, layout: Layout, shown: Path | None = None) -> None:
+    """Raise CheckpointError for a file with far more tensors than an adapter has, before its header is taken apart.
+
+    Of fewer, each that has no use is told by its name later. `shown`: the file's name in the message.
+    """
+    header, _ = header_of(file)
+    count, most = header.count(ENTRY), most_tensors(layout)
+    if count <= 2 * most:
+        return
+    names = (found[1].decode(errors="replace") for found in ENTRY_NAME.finditer(header) if found[1] != b"__metadata__")
+    raise CheckpointError(TOO_MANY.format(shown or file, count, most, first_of(names)))
+
+
+def check_announced(names: Sequence[str], shapes: Sequence[Sequence[int]], layout: Layout, max_rank: int) -> None:
+    """Raise CheckpointError unless tensors of these names and shapes may be those of an adapter of this model."""
+    if len(names) > (most := most_tensors(layout)):
+        raise CheckpointError(TOO_MANY.format("names", len(names), most, first_of(names)))
+    for name, shape in zip(names, shapes, strict=False):
+        match = TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise CheckpointError(NO_FACTOR.format(short(name)))
+        check_modules([match.group(1)], layout)
+        rows, columns = layout.whole_shape(f"{match.group(1)}.weight")
+        wide = columns if match.group(2) == "A" else rows
+        rank_and_width = tuple(shape) if match.group(2) == "A" else tuple(shape)[::-1]
+        if len(shape) != 2 or rank_and_width[1] != wide or not 0 < rank_and_width[0] <= max_rank:
+            raise CheckpointError(f"tensor {short(name)} has the shape {short(shape)}, which does not fit the model")
+
+
+def first_of(names: Iterable[str]) -> str:
+    """The first of these names, for a message."""
+    return ", ".join(short(name) for name, _ in zip(names, range(SHOWN_NAMES), strict=False))
+
+
+def check_modules(modules: Collection[str], layout: Layout) -> None:
+    """Raise CheckpointError where the model lacks layers that the adapter is for."""
+    if strays := [module for module in modules if f"{module}.weight" not in layout.places]:
+        raise CheckpointError(STRAYS.format(2 * len(strays), first_of(strays)))
+
+
 Pair = dict[str, StoredTensor]  # "A" and "B"
 
 
@@ -117,7 +178,7 @@ def paired(stored: dict[str, StoredTensor]) -> dict[str, Pair]:
         yield_point()
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
-            raise CheckpointError(f"tensor {short(name)} is not a factor (lora_A or lora_B) of a linear layer")
+            raise CheckpointError(NO_FACTOR.format(short(name)))
         pair = pairs.setdefault(match.group(1), {})
         if match.group(2) in pair:
             raise CheckpointError(f"tensor {short(name)} is there twice, under two names")
@@ -131,10 +192,8 @@ def paired(stored: dict[str, StoredTensor]) -> dict[str, Pair]:
 
 
 def place_of(module: str, layout: Layout, allowed: Collection[str] | None) -> Place:
-    """Where the weight of a module lives. Raises CheckpointError where the model has none that can be adapted."""
-    place = layout.places.get(f"{module}.weight")
-    if place is None:
-        raise CheckpointError(f"the model has no linear layer {short(module)}; is the adapter of another model?")
+    """Where the weight of a module lives. Raises CheckpointError for one that cannot be adapted."""
+    place = layout.places[f"{module}.weight"]
     if kind_of(place.buffer) not in ADAPTED:
         raise CheckpointError(f"an adapter of {short(module)} is not supported; only layers' linear weights have one")
     if allowed is not None and module.rpartition(".")[2] not in allowed:

@@ -3,6 +3,7 @@
 All calls here block until the peers have done their part or the timeout is over, so they run in background threads.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,9 +12,14 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
+from quartet.runtime.adapters import LoadAdapterFromDistributed
 from quartet.runtime.control import InitWeightsUpdateGroup
 from quartet.runtime.errors import CommandRefused
+from quartet.runtime.shorten import short
 from quartet.scheduler_service.weights import wire
+from quartet.scheduler_service.weights.checkpoint import CheckpointError
+
+Groups = Mapping[str, "dist.ProcessGroup"]
 
 TRAINER = 0
 TIMEOUT = timedelta(seconds=300)
@@ -96,6 +102,22 @@ def receive_named(
     tensors = [torch.empty(entry.shape, dtype=wire.dtype_of(entry.dtype), device=device) for entry in entries]
     receive(group, tensors)
     return zip((entry.name for entry in entries), tensors, strict=True)
+
+
+def receive_adapter(groups: Groups, command: LoadAdapterFromDistributed) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of an adapter, in memory of the host. Raises CheckpointError.
+
+    `groups`: those that this process is in, by name.
+    """
+    if (group := groups.get(command.group_name)) is None:
+        raise CheckpointError(f"there is no group {short(command.group_name)}; initialize it first")
+    if not len(command.names) == len(command.dtypes) == len(command.shapes):
+        raise CheckpointError("names, dtypes and shapes differ in length")
+    entries = wire.entries_of(command.names, command.dtypes, command.shapes)
+    try:
+        return list(receive_named(group, entries, torch.device("cpu"), in_one=False))
+    except RuntimeError as error:  # torch: when memory is short, and when the others do not do their part
+        raise CheckpointError(first_line(error)) from error
 
 
 def leave(group: "dist.ProcessGroup") -> None:

@@ -71,8 +71,8 @@ def named_tensors(file: Path) -> Named:
         yield name, read_bytes(tensor).view(DTYPES[tensor.dtype]).view(tensor.shape)
 
 
-def bucket_tensors(file: Path) -> Named:
-    """The tensors of a flattened bucket. Raises CheckpointError."""
+def bucket_tensors(file: Path, most: int = MAX_TENSORS) -> Named:
+    """The tensors of a flattened bucket, at most so many. Raises CheckpointError."""
     refuse_pickle(file)
     stored = read_header(file)
     if len(stored) != 1:
@@ -80,11 +80,11 @@ def bucket_tensors(file: Path) -> Named:
     [flat] = stored.values()
     if flat.dtype not in FLAT_DTYPES or len(flat.shape) != 1:
         raise CheckpointError(f"the tensor of a flattened bucket is flat, this one is {flat.dtype} {list(flat.shape)}")
-    return split(read_bytes(flat).view(FLAT_DTYPES[flat.dtype]), bucket_entries(file))
+    return split(read_bytes(flat).view(FLAT_DTYPES[flat.dtype]), bucket_entries(file, most))
 
 
-def bucket_entries(file: Path) -> list[BucketEntry]:
-    """The list of tensors in a bucket's header; `read_header` has checked that header."""
+def bucket_entries(file: Path, most: int = MAX_TENSORS) -> list[BucketEntry]:
+    """The list of tensors in a bucket's header, at most so many; `read_header` has checked that header."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(min(MAX_HEADER_BYTES, int.from_bytes(stream.read(LENGTH_BYTES), "little"))))
     metadata = header.get("__metadata__")
@@ -92,8 +92,8 @@ def bucket_entries(file: Path) -> list[BucketEntry]:
     if not isinstance(described, str):
         raise CheckpointError('the payload has no "metadata" in its safetensors __metadata__')
     try:
-        if described.count("{") > MAX_TENSORS:
-            raise CheckpointError(f"the bucket describes more than {MAX_TENSORS} tensors")
+        if described.count("{") > most:
+            raise CheckpointError(f"the bucket describes more than {most} tensors")
         return msgspec.json.decode(described, type=list[BucketEntry])
     except msgspec.DecodeError as error:
         raise CheckpointError(f"the metadata of the bucket is no list of tensors: {error}") from error

@@ -69,6 +69,7 @@ LEFT_OUT = {
     "/init_weights_update_group",
     "/destroy_weights_update_group",
     "/update_weights_from_distributed",
+    "/load_lora_adapter_from_distributed",
     "/begin_weight_update",
     "/end_weight_update",
     "/slow_down",

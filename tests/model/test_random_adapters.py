@@ -70,6 +70,7 @@ class Case:
         request = Request(rid=rid, params=GREEDY, adapter=name)
         message = Tokenized(request=request, prompt_ids=pack_ids(PROMPTS[prompt]))
         try:
+            self.queue.check(request)
             waits = self.queue.takes(message, None)
         except RequestError:
             assert name not in self.content

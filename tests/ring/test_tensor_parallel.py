@@ -1,6 +1,7 @@
 """One model computed by two ranks: answers, weights that change, what is refused, the death of either rank."""
 
 import base64
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import requests
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from quartet.runtime.model_files.model_info import DEMO
 from quartet.scheduler_service.weights.inspection import digest_of
@@ -190,6 +191,56 @@ def test_all_ranks_receive_what_a_trainer_broadcasts(server: Server, tmp_path: P
         assert post(server, "destroy_weights_update_group", {"group_name": GROUP}).json()["success"]
     checksums = post(server, "weights_checker", {"action": "checksum"}).json()["ranks"]
     assert checksums[0]["checksums"] == checksums[1]["checksums"]
+
+
+def adapted_ids(server: Server) -> Any:
+    """What the adapter a answers."""
+    return Stream(server.url, ADAPTED).answers()[0]["ids"]
+
+
+def test_an_adapter_in_the_body_comes_once_or_once_for_each_rank(server: Server, tmp_path: Path) -> None:
+    place = write_adapter(DEMO, tmp_path / "adapter", seed=3)
+    assert post(server, "load_lora_adapter", {"lora_name": "a", "lora_path": str(place)}).status_code == 200
+    expected = adapted_ids(server)
+    config = json.loads((place / "adapter_config.json").read_text())
+    sent = base64.b64encode((place / "adapter_model.safetensors").read_bytes()).decode()
+    for copies in (1, 2):
+        assert post(server, "unload_lora_adapter", {"lora_name": "a"}).status_code == 200
+        body = {"lora_name": "a", "config_dict": config, "serialized_named_tensors": [sent] * copies}
+        loaded = post(server, "load_lora_adapter_from_tensors", body)
+        assert loaded.status_code == 200, loaded.text
+        assert adapted_ids(server) == expected
+    assert post(server, "unload_lora_adapter", {"lora_name": "a"}).status_code == 200
+
+
+def test_all_ranks_receive_an_adapter_that_a_trainer_broadcasts(server: Server, tmp_path: Path) -> None:
+    place = write_adapter(DEMO, tmp_path / "adapter", seed=3)
+    assert post(server, "load_lora_adapter", {"lora_name": "a", "lora_path": str(place)}).status_code == 200
+    expected = adapted_ids(server)
+    assert post(server, "unload_lora_adapter", {"lora_name": "a"}).status_code == 200
+    tensors = sorted(load_file(place / "adapter_model.safetensors").items())
+    with trainer(place / "adapter_model.safetensors", world_size=3) as sending, ThreadPoolExecutor() as pool:
+        group = {"master_address": "127.0.0.1", "master_port": sending.port, "rank_offset": 1, "world_size": 3}
+        joined = pool.submit(
+            post, server, "init_weights_update_group", {**group, "group_name": GROUP, "backend": "gloo"}
+        )
+        assert sending.read_line() == "joined" and joined.result().json()["success"], joined.result().text
+        body = {
+            "lora_name": "a",
+            "config_dict": json.loads((place / "adapter_config.json").read_text()),
+            "names": [name for name, _ in tensors],
+            "dtypes": ["float32"] * len(tensors),
+            "shapes": [list(tensor.shape) for _, tensor in tensors],
+            "group_name": GROUP,
+        }
+        refused = post(server, "load_lora_adapter_from_distributed", {**body, "names": ["x"] * len(tensors)})
+        assert refused.status_code == 400 and "not a factor" in refused.text
+        taken = pool.submit(post, server, "load_lora_adapter_from_distributed", body)
+        sending.go()
+        assert taken.result().status_code == 200, taken.result().text
+        assert post(server, "destroy_weights_update_group", {"group_name": GROUP}).json()["success"]
+    assert adapted_ids(server) == expected
+    assert post(server, "unload_lora_adapter", {"lora_name": "a"}).status_code == 200
 
 
 def test_adapters_are_loaded_by_all_ranks_and_outlive_the_group(server: Server, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
-from tests.ring.test_recovery import BODIES, FLAGS, Stream, assert_same, wait_for_return
+from tests.ring.test_recovery import BODIES, FLAGS, RETURNED, Stream, assert_same, wait_for_return
 from tests.ring.test_tensor_parallel import FIRST, generate, post, version
 from tests.servers import Server, launched
 
@@ -55,7 +56,7 @@ class Machines:
 @pytest.fixture(scope="module")
 def machines(other_machine: tuple[str, ...]) -> Iterator[Machines]:
     flags = ("--model-path", "demo", "--device", "cpu", "--tp-size", "2", "--nnodes", "2", *FLAGS)
-    flags = (*flags, "--dist-init-addr", f"{SUBNET}.1:29571")
+    flags = (*flags, "--dist-init-addr", f"{SUBNET}.1:29571", "--watchdog-timeout", "10")
     with (
         launched(*flags, "--node-rank", "1", ready=False, before=other_machine) as second,
         launched(*flags, "--node-rank", "0") as first,
@@ -85,3 +86,29 @@ def test_streams_go_on_when_the_rank_of_another_machine_is_killed(machines: Mach
     assert_same([stream.answers() for stream in streams], before)
     assert "Ending the group." in first.log
     assert requests.get(f"{first.url}/health", timeout=60).status_code == 200
+
+
+def test_streams_go_on_when_the_rank_of_another_machine_is_stopped(machines: Machines) -> None:
+    first, second = machines.first, machines.second
+    before = Stream(first.url, BODIES[0]).answers()
+    returned = first.log.count(RETURNED.format("scheduler"))
+    second.children()["scheduler TP1"].suspend()  # nothing runs meanwhile: nobody waits for this rank
+    wait_for_return(first, "scheduler", returned + 1)
+    assert Stream(first.url, BODIES[0]).answers() == before
+    assert "Ending the group." in first.log and "has not moved for 10 s" in second.log
+
+
+def test_a_machine_that_stands_still_is_missed_by_the_first(machines: Machines) -> None:
+    """Its kernel still answers, so that its connections stay, as when a container is paused."""
+    first, second = machines.first, machines.second
+    before = Stream(first.url, BODIES[0]).answers()
+    returned = first.log.count(RETURNED.format("scheduler"))
+    start = len(first.log)
+    stopped = [psutil.Process(second.process.pid), *second.children().values()]
+    for process in stopped:
+        process.suspend()
+    first.wait_for_match("Rank 1 on another machine has not answered for", start, timeout_s=120)
+    for process in stopped:
+        process.resume()
+    wait_for_return(first, "scheduler", returned + 1)
+    assert Stream(first.url, BODIES[0]).answers() == before

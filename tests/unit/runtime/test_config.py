@@ -75,6 +75,7 @@ def test_a_switch_can_be_turned_off():
         (["--port"], "--port"),
         (["--watchdog-timeout", "nan"], "--watchdog-timeout takes number >= 0.0, not 'nan'"),
         (["--drain-timeout", "inf"], "--drain-timeout takes a finite number, not 'inf'"),
+        (["--kv-cache-dir-size", "9" * 30], "--kv-cache-dir-size takes integer <= 9223372036854775807, not 9999"),
     ],
 )
 def test_a_wrong_flag_is_refused_with_the_remedy(argv, message):

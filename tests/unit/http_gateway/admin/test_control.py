@@ -57,6 +57,9 @@ async def test_every_command_reports_a_refusal_once(path: str, tmp_path: Path) -
         "/load_lora_adapter_from_tensors": {
             "lora_name": "a", "config_dict": {}, "serialized_named_tensors": ["QUJD"]
         },
+        "/load_lora_adapter_from_distributed": {
+            "lora_name": "a", "config_dict": {}, "names": [], "dtypes": [], "shapes": []
+        },
         "/unload_lora_adapter": {"lora_name": "a"},
     }  # fmt: skip
     async with served(enable_lora=True) as server:
@@ -216,6 +219,37 @@ async def test_a_body_that_holds_no_adapter_is_refused_without_the_ring(
         answer = await server.client.post("/load_lora_adapter_from_tensors", body)
         assert answer.status == 400 and said in answer.text
         assert await server.ring.sent_of(LoadAdapterFromTensors, 0) == []
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([BASE64], ""),
+        ([BASE64] * 4, ""),
+        (["QUJD"] * 4, ""),
+        ([BASE64] * 3, "serialized_named_tensors needs one entry, or one for each of 4 ranks"),
+        ([BASE64] * 5, "serialized_named_tensors needs one entry, or one for each of 4 ranks"),
+        ([], "serialized_named_tensors needs one entry, or one for each of 4 ranks"),
+        ([BASE64, BASE64, "QUJD", BASE64], "serialized_named_tensors: entry 3 is not the same as the first"),
+        (["QUJD", "QUJD", "QUJD", "QUJE"], "serialized_named_tensors: entry 4 is not the same as the first"),
+    ],
+)
+@asynchronous
+async def test_an_adapter_of_several_ranks_comes_once_or_once_for_each(
+    entries: list[str], said: str, tmp_path: Path
+) -> None:
+    async with served(enable_lora=True, tp_size=4) as server:
+        server.gateway.run_dir = str(tmp_path)
+        server.ring.answers_commands = False
+        body = {"lora_name": "policy", "config_dict": {"r": 8}, "serialized_named_tensors": entries}
+        call = server.client.start("POST", "/load_lora_adapter_from_tensors", body)
+        if not said:
+            [command] = await server.ring.sent_of(LoadAdapterFromTensors)
+            assert [Path(file).read_bytes() for file in command.payload_files] == [base64.b64decode(entries[0])]
+            server.ring.push(Reply(id=command.id, body=body_of()))
+        answer = await call.answer()
+        assert (answer.status, said in answer.text) == (400 if said else 200, True)
         assert list(tmp_path.iterdir()) == []
 
 

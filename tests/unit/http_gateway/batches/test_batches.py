@@ -352,11 +352,39 @@ async def test_requests_of_a_batch_give_way_where_there_are_priorities(low_first
 
 @asynchronous
 async def test_a_batch_whose_results_find_no_room_fails_and_says_so():
-    async with served(words("Hello"), files_store_size=800) as server:
+    async with served(words("Hello"), files_store_size=1500) as server:
         batch = await ended(server, await begin(server, lines(4)))
         assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "store_full")
         answered = await content(server, batch["output_file_id"])
         assert 0 < len(answered) == batch["request_counts"]["completed"]
+
+
+@asynchronous
+async def test_a_batch_that_takes_all_room_fails_and_the_one_beside_it_goes_on():
+    answer = words("Hello " * 100)
+    small: list[Any] = []
+
+    async with served(files_store_size=200_000) as server:
+
+        def script(generate: Any) -> list[Any]:
+            if len(server.ring.sent) > 2:
+                return answer(generate)
+            small.append(generate)
+            return []  # the small batch waits
+
+        server.ring.script = script
+        first = await begin(server, lines(2, user="small"))
+        await server.ring.sent_of(Generate, 2)
+        batch = await ended(server, await begin(server, lines(400)))
+        assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "store_full")
+        assert "--files-store-size" in batch["errors"]["data"][0]["message"]
+        kept = sum(file.bytes for file in server.gateway.files.files(None))
+        assert 150_000 < kept <= 200_000
+        for generate in small:
+            server.ring.push(*answer(generate))
+        batch = await ended(server, first)
+        assert (batch["status"], batch["request_counts"]["completed"]) == ("completed", 2)
+        assert sum(file.bytes for file in server.gateway.files.files(None)) <= 200_000
 
 
 @pytest.mark.parametrize("place", ["results", "files", "store"])

@@ -26,6 +26,20 @@ def test_what_was_written_is_known_when_the_file_is_opened_again(tmp_path):
     assert not again.has(BadLine(None, Failure("x", "", 4)))
 
 
+def test_a_result_that_must_not_be_there_is_not_written(tmp_path):
+    def reserve(size: int) -> None:
+        told.append(size)
+        if len(told) > 1:
+            raise ValueError("no room")
+
+    told: list[int] = []
+    results = Results(tmp_path / "out", reserve)
+    results.add(lines.answered("a", 200, b"{}"))
+    with pytest.raises(ValueError, match="no room"):
+        results.add(lines.answered("b", 200, b"{}"))
+    assert told[0] == results.size == (tmp_path / "out").stat().st_size and not results.has(B)
+
+
 def test_the_error_of_a_line_does_not_stand_for_the_request_of_that_name(tmp_path):
     results = Results(tmp_path / "out")
     results.add(lines.failed("a", WRONG.failure))

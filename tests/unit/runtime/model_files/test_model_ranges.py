@@ -81,8 +81,9 @@ def test_groups_of_experts_must_fit_to_each_other(changes: dict[str, Any], words
 
 
 def test_null_is_the_default_where_a_model_cannot_go_without(tmp_path: Path) -> None:
-    config = loaded(tmp_path, conv_L_cache=None, swiglu_limit=None, sliding_window=None).config
-    assert not {"conv_L_cache", "swiglu_limit"} & config.keys()
+    nulls = dict.fromkeys(("conv_L_cache", "swiglu_limit", "num_attention_heads", "sliding_window"))
+    config = loaded(tmp_path, **nulls).config
+    assert not {"conv_L_cache", "swiglu_limit", "num_attention_heads"} & config.keys()
     assert config["sliding_window"] is None
 
 

@@ -11,7 +11,7 @@ import pytest
 from quartet.runtime.errors import Kind, RequestError, StartupError
 from quartet.runtime.messages import Request, Tokenized, pack_ids
 from quartet.runtime.sampling import SamplingParams
-from quartet.scheduler_service.control.adapter_queue import AdapterQueue
+from quartet.scheduler_service.control.adapter_queue import GRACE_S, AdapterQueue
 from quartet.scheduler_service.core.deadlines import WAITED, Deadlines
 
 PATIENCE_S = 120.0
@@ -37,7 +37,7 @@ class Store:
     gate: threading.Event = field(default_factory=threading.Event)
 
     def is_served(self, name: str) -> bool:
-        return name in self.known
+        return name in self.known and name not in self.ending
 
     def use(self, name: str) -> bool:
         return name in self.loaded
@@ -75,17 +75,19 @@ class Store:
 class Case:
     """A queue on a store with adapters a to d, of which some are in memory, and a planner that has some requests."""
 
-    def __init__(self, *loaded: str, most: int = 1) -> None:
-        self.store = Store(most, {name: Known(name) for name in "abcd"}, list(loaded))
+    def __init__(self, *loaded: str, most: int = 1, ending: str = "") -> None:
+        self.store = Store(most, {name: Known(name) for name in "abcd"}, list(loaded), set(ending))
         self.store.gate.set()
         self.live: dict[str, Any] = {}
         self.deadlines = Deadlines(waiting_s=5.0, running_s=None)
         planner: Any = SimpleNamespace(live=self.live, prefills_next=False, deadlines=self.deadlines)
         store: Any = self.store
-        self.queue = AdapterQueue(store, planner)
+        self.compiling: list[Request] = []  # wait for their grammar
+        self.queue = AdapterQueue(store, planner, to_come=lambda: self.compiling)
 
-    def put(self, rid: str, adapter: str, attempt: int = 0) -> bool:
-        request = Request(rid=rid, params=SamplingParams(), adapter=adapter, attempt=attempt)
+    def put(self, rid: str, adapter: str, attempt: int = 0, again: bool = False) -> bool:
+        request = Request(rid=rid, params=SamplingParams(), adapter=adapter, attempt=attempt, again=again)
+        self.queue.check(request)
         return self.queue.takes(Tokenized(request=request, prompt_ids=pack_ids([1])), None)
 
     def runs(self, rid: str, adapter: str) -> None:
@@ -196,9 +198,8 @@ def test_names_that_are_not_served_are_refused() -> None:
     with pytest.raises(RequestError, match="never been loaded: x"):
         Case().put("1", "x")
     planner: Any = SimpleNamespace(live={}, prefills_next=False)
-    message = Tokenized(request=Request(rid="1", params=SamplingParams(), adapter="a"), prompt_ids=b"")
     with pytest.raises(RequestError, match="--enable-lora"):
-        AdapterQueue(None, planner).takes(message, None)
+        AdapterQueue(None, planner).check(Request(rid="1", params=SamplingParams(), adapter="a"))
 
 
 def test_a_request_that_waits_for_too_long_ends_behind_one_that_may_wait():
@@ -229,3 +230,45 @@ def test_an_adapter_that_ends_stays_for_requests_that_wait_for_it() -> None:
     assert case.turns(3) == [] and "a" in case.store.known
     del case.live["old"]
     assert case.until(1) == [("1", None)] and "a" in case.store.known
+
+
+def test_an_adapter_that_ends_stays_for_requests_whose_grammar_is_compiled() -> None:
+    case = Case("a")
+    case.compiling.append(Request(rid="1", params=SamplingParams(), adapter="a"))
+    case.store.ending.add("a")
+    assert case.turns(2) == [] and case.store.loaded == ["a"]
+    case.compiling.clear()
+    assert case.turns(1) == [] and case.store.loaded == []
+
+
+def test_after_a_restart_an_adapter_that_ends_waits_for_the_requests_that_come_again() -> None:
+    case = Case("a", ending="a")
+    assert case.turns(2) == [] and case.store.loaded == ["a"]
+    with pytest.raises(RequestError, match="never been loaded: a"):
+        case.put("new", "a")
+    assert not case.put("old", "a", attempt=1, again=True)
+    case.runs("old", "a")
+    case.deadlines.advance(2 * GRACE_S, paused=False)
+    assert case.turns(1) == [] and case.store.loaded == ["a"]
+    del case.live["old"]
+    assert case.turns(1) == [] and case.store.loaded == []
+
+
+def test_after_a_restart_an_adapter_that_ends_and_that_nobody_names_is_forgotten_in_time() -> None:
+    case = Case("a", ending="a")
+    case.deadlines.advance(1e6, paused=True)
+    assert case.turns(1) == [] and case.store.loaded == ["a"]
+    case.deadlines.advance(1e6 + GRACE_S / 2, paused=False)
+    assert case.turns(1) == [] and case.store.loaded == ["a"]
+    case.deadlines.advance(1e6 + GRACE_S, paused=False)
+    assert case.turns(1) == [] and case.store.loaded == []
+
+
+def test_a_request_that_was_let_in_goes_on_with_an_adapter_that_is_unloaded_meanwhile() -> None:
+    case = Case("a")
+    request = Request(rid="1", params=SamplingParams(), adapter="a")
+    case.queue.check(request)
+    case.store.ending.add("a")
+    assert not case.queue.takes(Tokenized(request=request, prompt_ids=pack_ids([1])), None)
+    with pytest.raises(RequestError, match="never been loaded: a"):
+        case.put("2", "a")

@@ -101,3 +101,20 @@ def test_what_is_loaded_under_the_name_of_an_adapter_that_ends_goes_on_with_its_
     live.step()
     assert len(live.output("x")) == 6 and versions(live, "x") == {"1", "2"}
     assert live.adapters is not None and live.adapters.version_of == {"a": "2"} and not live.adapters.ending
+
+
+def test_after_a_restart_an_adapter_that_ends_serves_its_requests_alone(live: Live, tmp_path: Path) -> None:
+    start(live, "x")
+    live.planner.paused = True
+    assert live.call(UnloadAdapter(lora_name="a")).success
+    again = Live(tmp_path / "base", tmp_path, enable_lora=True)
+    assert again.adapters is not None and again.adapters.state() == [] and again.adapters.ending == {"a"}
+    message = tokenized("x", range(5), 6)
+    message.request.adapter, message.request.again = "a", True
+    late = tokenized("y", range(5), 6)
+    late.request.adapter = "a"
+    again.send(message, late)
+    again.run()
+    finish = again.finish("y")
+    assert again.output("x") and versions(again, "x") == {"1"}
+    assert finish is not None and "never been loaded" in finish.message

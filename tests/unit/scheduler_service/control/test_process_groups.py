@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
+from quartet.runtime.adapters import LoadAdapterFromDistributed
 from quartet.runtime.control import DestroyWeightsUpdateGroup, InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from tests import checkpoints
+from tests.adapters import BASE_TOKEN, FIRST_TOKEN, telling_base, telling_settings, telling_tensors
 from tests.live import Live
 from tests.stepper import tokenized
 
@@ -146,3 +149,53 @@ def test_a_group_that_cannot_be_is_refused_at_once(live: Live, fields: dict[str,
 def test_groups_that_do_not_exist_are_named(live: Live) -> None:
     assert live.call(DestroyWeightsUpdateGroup()).message == "The group to be destroyed does not exist."
     assert "there is no group weight_update_group" in live.call(broadcast()).message
+
+
+def adapter(number: int, **fields: Any) -> LoadAdapterFromDistributed:
+    """What miles sends when it broadcasts a telling adapter."""
+    tensors = sorted(telling_tensors(number).items())
+    return LoadAdapterFromDistributed(
+        **{
+            "lora_name": "miles_lora",
+            "config_dict": telling_settings(),
+            "names": [name for name, _ in tensors],
+            "dtypes": [str(tensor.dtype) for _, tensor in tensors],
+            "shapes": [list(tensor.shape) for _, tensor in tensors],
+            "group_name": GROUP,
+            **fields,
+        }
+    )
+
+
+@pytest.mark.slow
+def test_a_trainer_broadcasts_an_adapter_while_requests_run(tmp_path: Path) -> None:
+    live = Live(telling_base(tmp_path / "base"), tmp_path, enable_lora=True)
+    assert live.adapters is not None
+    save_file(telling_tensors(3), tmp_path / "sent")
+    assert "there is no group" in live.call(adapter(3)).message
+    with trainer(tmp_path / "sent") as other:
+        assert live.call(joining(other.port)).success
+        assert other.read_line() == "joined"
+        for wrong, reason in (
+            ({"names": ["x"] * 6}, "not a factor"),
+            ({"shapes": [[1, 1]] * 6}, "does not fit the model"),
+            ({"dtypes": ["float32"]}, "differ in length"),
+            ({"added_tokens_config": {"a": 1}}, "added_tokens_config"),
+        ):
+            refused = live.call(adapter(3, **wrong))
+            assert not refused.success and reason in refused.message
+        live.send(tokenized("base", PROMPT, 40, ignore_eos=True, temperature=0.0))
+        live.step(3)
+        id = live.begin(adapter(3, upsert=True))
+        live.step(5)
+        assert live.reply(id) is None and len(live.output("base")) >= 5  # it waits, the loop does not
+        other.go()
+        reply = live.wait(id)
+        assert reply.success and reply.body["loaded_adapters"] == {"miles_lora": "__distributed__"}, reply.message
+        message = tokenized("x", PROMPT, 3, ignore_eos=True)
+        message.request.adapter = "miles_lora"
+        live.send(message)
+        live.run()
+        assert live.output("x") == [FIRST_TOKEN + 3] * 3 and set(live.output("base")) == {BASE_TOKEN}
+        restarted = Live(tmp_path / "base", tmp_path, enable_lora=True)
+        assert restarted.adapters is not None and [*restarted.adapters.loaded] == ["miles_lora"]

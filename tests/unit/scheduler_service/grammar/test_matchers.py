@@ -346,6 +346,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.usefixtures("usual_budget")
 def test_a_bomb_is_a_400(bomb, compiler):
     kind, text = BOMBS[bomb]
     with pytest.raises(RequestError, match=f"Failed to compile {kind} grammar: .") as refused:
@@ -383,6 +384,7 @@ def test_the_classes_of_a_regex_are_ascii(tools):
     assert not tools.takes("regex", r"\w", "é")
 
 
+@pytest.mark.usefixtures("usual_budget")
 def test_after_a_bomb_the_next_grammar_compiles(tools):
     kind, text = BOMBS["intersections"]
     with pytest.raises(RequestError):

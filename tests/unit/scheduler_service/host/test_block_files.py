@@ -140,6 +140,21 @@ def test_a_write_that_fails_leaves_nothing(directory: Path) -> None:
     assert not list((directory / IDENTITY.hex()).glob("*.part"))
 
 
+def test_a_pipe_in_the_way_of_a_file_holds_nobody_up(directory: Path) -> None:
+    files, _ = opened(directory)
+    os.mkfifo(path(directory, KEYS[3]).with_suffix(".part"))
+    with pytest.raises(OSError):
+        files.write(KEYS[3], memoryview(BLOCKS[3]))
+    files.write(KEYS[3], memoryview(BLOCKS[3]))
+    assert read(files, KEYS[3]) == BLOCKS[3]
+
+
+def test_a_lock_that_is_no_file_is_said(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(StartupError, match="cannot be used: its lock is not a regular file"):
+        BlockFiles(tmp_path, SIZE, lock_wait_s=0)
+
+
 def test_one_process_at_a_time(directory: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -77,3 +77,11 @@ def test_a_job_that_fails_in_another_way_does_not_end_the_thread(io: BlockIO) ->
     io.write(KEYS[0], 0, memoryview(BLOCKS[0]), lambda: void(1 // 0))
     assert take(io, 1) == [Written(KEYS[0], 0, False)]
     assert write(io, 0) == Written(KEYS[0], 0, True)
+
+
+def test_a_directory_that_takes_no_change_is_said_once(io: BlockIO, caplog: pytest.LogCaptureFixture) -> None:
+    for key in KEYS[:2]:
+        (io.files.directory / IDENTITY.hex() / f"{key.hex()}.kv").mkdir()
+        io.delete(key)
+    assert write(io, 2) == Written(KEYS[2], 2, True)
+    assert [record.levelname for record in caplog.records] == ["ERROR"] and "No KV can be kept" in caplog.text

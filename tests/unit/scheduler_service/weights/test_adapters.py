@@ -9,6 +9,7 @@ import re2
 import torch
 from safetensors.torch import load_file, save_file
 
+from quartet.scheduler_service.weights import adapters
 from quartet.scheduler_service.weights.adapter_config import ModuleSettings, settings_of
 from quartet.scheduler_service.weights.adapters import AdapterTensors, read_adapter
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
@@ -69,6 +70,56 @@ def test_tensors_that_do_not_fit_are_refused_by_name(base: Path, name: str, valu
     save_file(load_file(file) | {name: values}, file)
     with pytest.raises(CheckpointError, match=reason):
         read(base, adapter)
+
+
+def test_an_adapter_with_more_tensors_than_the_model_takes_is_refused_before_its_header_is_read(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = write_adapter(base, base.parent / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file(whole, file, metadata={"format": 'pt"data_offsets"'})
+    assert read(base, adapter).rank == 4
+    strays = {f"base_model.model.x.{i}.lora_A.weight": torch.zeros(1) for i in range(100)}
+    save_file(whole | strays, file)
+    monkeypatch.setattr(adapters, "read_headers", lambda *given: pytest.fail("the header is read"))
+    most = len(whole)
+    with pytest.raises(CheckpointError, match=f"has {most + 100} tensors, and .* at most {most}; the first are base"):
+        read(base, adapter)
+
+
+def test_tensors_of_layers_that_the_model_lacks_are_counted_and_the_first_are_named(base: Path) -> None:
+    adapter = write_adapter(base, base.parent / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    names = [f"base_model.model.x.{i}.lora_{letter}.weight" for i in range(5) for letter in "AB"]
+    save_file({name: torch.zeros(1) for name in names}, file)
+    with pytest.raises(
+        CheckpointError, match=r"no linear layers for 10 of the adapter's tensors \(x\.\d, x\.\d, x\.\d\)"
+    ):
+        read(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        (f"{MODULE}.lora_A.weight", (257, 64), "shape"),
+        (f"{MODULE}.lora_A.weight", (0, 64), "shape"),
+        (f"{MODULE}.lora_A.weight", (-1, 64), "shape"),
+        (f"{MODULE}.lora_A.weight", (4, 64, 1), "shape"),
+        (f"{MODULE}.lora_B.weight", (4, 64), "shape"),
+        (f"{MODULE}.bias", (4,), "not a factor"),
+        ("base_model.model.x.lora_A.weight", (4, 64), "no linear layers"),
+    ],
+)
+def test_what_is_announced_is_checked_before_it_is_received(
+    base: Path, name: str, shape: tuple[int, ...], reason: str
+) -> None:
+    layout = layout_of(base)
+    adapters.check_announced([f"{MODULE}.lora_B.weight"], [[64, 256]], layout, 256)
+    with pytest.raises(CheckpointError, match=reason):
+        adapters.check_announced([f"{MODULE}.lora_B.weight", name], [[64, 256], list(shape)], layout, 256)
+    with pytest.raises(CheckpointError, match="at most"):
+        adapters.check_announced([name] * 1000, [[1, 64]] * 1000, layout, 256)
 
 
 def test_ranks_and_targets_are_held_to_what_the_server_allows(base: Path) -> None:

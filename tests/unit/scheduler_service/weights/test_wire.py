@@ -1,11 +1,12 @@
 """Payloads of tensors: written as plain ones, and compared with checksums."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quartet.scheduler_service.weights import wire
 from quartet.scheduler_service.weights.checkpoint import CheckpointError
@@ -32,6 +33,14 @@ def test_tensors_are_written_as_safetensors(file: Path) -> None:
 def test_a_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tensor a is there twice"):
         wire.write_plain([*TENSORS.items(), ("a", torch.ones(1))], tmp_path / "plain")
+
+
+def test_a_bucket_of_more_tensors_than_are_taken_is_refused(tmp_path: Path) -> None:
+    entries = [{"name": str(i), "shape": [1], "dtype": "uint8", "start_idx": i, "end_idx": i + 1} for i in range(9)]
+    flat = {"flattened_tensor": torch.zeros(9, dtype=torch.uint8)}
+    save_file(flat, tmp_path / "bucket", {"metadata": json.dumps(entries)})
+    with pytest.raises(CheckpointError, match="more than 8 tensors"):
+        list(wire.bucket_tensors(tmp_path / "bucket", 8))
 
 
 def test_checksums_are_of_the_bytes_of_each_tensor(file: Path) -> None:
