@@ -114,8 +114,9 @@ def receive_adapter(groups: Groups, command: LoadAdapterFromDistributed) -> list
     if not len(command.names) == len(command.dtypes) == len(command.shapes):
         raise CheckpointError("names, dtypes and shapes differ in length")
     entries = wire.entries_of(command.names, command.dtypes, command.shapes)
+    device = torch.device("cuda" if dist.get_backend(group) in NEEDS_GPU else "cpu")
     try:
-        return list(receive_named(group, entries, torch.device("cpu"), in_one=False))
+        return [(name, tensor.cpu()) for name, tensor in receive_named(group, entries, device, in_one=False)]
     except RuntimeError as error:  # torch: when memory is short, and when the others do not do their part
         raise CheckpointError(first_line(error)) from error
 

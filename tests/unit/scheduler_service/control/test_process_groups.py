@@ -127,6 +127,7 @@ def test_a_trainer_that_dies_changes_nothing(live: Live, weights: Path) -> None:
     assert reply.status == 400 and reply.message.startswith("Failed to update parameter online: ")
     assert reply.message.endswith("Nothing was changed.")
     assert live.logits(PROMPT) == before and live.worker.weight_version == "A"
+    assert live.call(DestroyWeightsUpdateGroup()).success
 
 
 @pytest.mark.parametrize(
