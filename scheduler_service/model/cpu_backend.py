@@ -348,6 +348,7 @@ def is_known(layer: DecoderLayer) -> bool:
     """Whether the one call knows all that a layer is made of."""
     return (
         layer.attends
+        and layer.feed_forward is not None
         and has_only(layer, LAYER)
         and has_only(layer.attention, ATTENTION)
         and has_only(layer.attention.spec, ATTENTION_SPEC)

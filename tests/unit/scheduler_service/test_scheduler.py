@@ -60,6 +60,9 @@ class WaitsForFiles:
     holds_up = True
     turns = 0
 
+    def plan(self, now: float) -> None:
+        """Nothing can run yet."""
+
     def turn(self, now: float) -> None:
         self.turns += 1
 
