@@ -62,8 +62,6 @@ class WaitsForFiles:
 
     def plan(self, now: float) -> None:
         """Nothing can run yet."""
-
-    def turn(self, now: float) -> None:
         self.turns += 1
 
 
