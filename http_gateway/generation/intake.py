@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import msgspec
@@ -22,6 +23,16 @@ from quartet.runtime.sampling import SamplingParams, check_params, read_params
 from quartet.runtime.vocabulary import check_input_ids, check_logprob_options
 
 PARAMETERS = {field.name for field in msgspec.structs.fields(SamplingParams)}
+# What other servers and OpenAI's API call them.
+OTHER_NAMES = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "repeat_penalty": "repetition_penalty",
+}
+LONGEST_NAME = 64  # characters of a name that is compared with ours
 NULL_MEANS_SOMETHING = "max_new_tokens"  # there it is: until the context is full
 
 NO_BUDGET = (
@@ -190,8 +201,15 @@ def sampling_params(given: dict[str, Any] | None, rules: Rules) -> SamplingParam
     """`given` laid over what the server prefers; null means the default. Raises RequestError or ValidationError."""
     asked = {key: value for key, value in (given or {}).items() if value is not None or key == NULL_MEANS_SOMETHING}
     if unknown := sorted(asked.keys() - PARAMETERS):
-        raise RequestError(f"sampling_params has an unknown field `{unknown[0]}`.", field=unknown[0])
+        raise RequestError(unknown_parameter(unknown[0]), field=unknown[0])
     return read_params({**rules.preferred, **asked}, rules.vocab_size)
+
+
+def unknown_parameter(name: str) -> str:
+    """Says which parameter is unknown, and which one may have been meant."""
+    close = get_close_matches(name, sorted(PARAMETERS), 1, 0.8) if len(name) <= LONGEST_NAME else []
+    meant = OTHER_NAMES.get(name) or (close[0] if close else "")
+    return f"sampling_params has an unknown field `{name}`" + (f": did you mean `{meant}`?" if meant else ".")
 
 
 def check_prompt(prompt: Generate, rules: Rules) -> None:
