@@ -4,7 +4,7 @@
     python -m deploy.benchmarks.adapters [--model DIR|half-billion] [--rank 16] [--adapters 4] [--streams 16]
                                          [--tokens 64] [--rounds 5]
 
-Rounds alternate, and ratios are medians over neighbouring rounds. The adapters change all linear layers of attention
+Rounds alternate, those without adapters in turned order, and ratios are medians over neighbouring rounds. The adapters change all linear layers of attention
 and feed-forward.
 """
 
@@ -120,10 +120,11 @@ def run(model: str, rank: int, count: int, streams: int, tokens: int, rounds: in
                 run_round(server, adapters, streams, 8)
             run_round(plain, [None], streams, 8)
             bases, ratios = [], []
-            for _ in range(rounds):
-                without = run_round(plain, [None], streams, tokens)
-                base = run_round(server, [None], streams, tokens)
-                bases.append((without, base))
+            for number in range(rounds):
+                first, second = (plain, server) if number % 2 else (server, plain)
+                made_by = {one: run_round(one, [None], streams, tokens) for one in (first, second)}
+                base = made_by[server]
+                bases.append((made_by[plain], base))
                 ratios.append((base, run_round(server, names, streams, tokens)))
             compare("base with --enable-lora over without", bases)
             compare("adapters over base", ratios)
