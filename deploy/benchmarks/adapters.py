@@ -4,8 +4,8 @@
     python -m deploy.benchmarks.adapters [--model DIR|half-billion] [--rank 16] [--adapters 4] [--streams 16]
                                          [--tokens 64] [--rounds 5]
 
-Rounds alternate, those without adapters in turned order, and ratios are medians over neighbouring rounds. The adapters change all linear layers of attention
-and feed-forward.
+Rounds alternate, those without adapters in turned order, and ratios are medians over neighbouring rounds. The adapters
+change all linear layers of attention and feed-forward.
 """
 
 import argparse
