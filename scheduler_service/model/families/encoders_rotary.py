@@ -3,6 +3,7 @@
 Checkpoints are in their makers' layout, or in that of transformers; the tensors tell.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from quartet.scheduler_service.model.encoder_spec import EncoderLayerSpec, EncoderNames, EncoderSpec
@@ -64,6 +65,7 @@ JINA_NEW_NAMES = EncoderNames(
     down="mlp.fc2",
     mlp_norm="post_mlp_layernorm",
 )
+BESIDE_ADAPTERS = "parametrizations.weight.original"  # a weight, where its makers keep adapters beside it
 EURO_NAMES = EncoderNames(
     words="embed_tokens",
     final_norm="norm",
@@ -137,14 +139,19 @@ def gte(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
 
 def jina(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
     """JinaEmbeddingsV3Model, JinaEmbeddingsV3ForSequenceClassification."""
-    prefix = prefix_of(tensors, ("roberta.",), NAMES.words)
+    own = replace(JINA_NAMES, weight=BESIDE_ADAPTERS)
+    with_adapters = any(name.endswith(f"{own.words}.{own.weight}") for name in tensors)
+    words = f"{own.words}.{own.weight}" if with_adapters else f"{own.words}.weight"
+    prefix = "roberta." if f"roberta.{words}" in tensors else ""
+    theta = config.get("rotary_emb_base") or 20_000.0
+    pooler = frozenset(name for name in tensors if ".pooler." in f".{name}")
     return EncoderSpec(
-        **shape(config, 20_000.0),
+        **shape(config, theta),
         activation=config.get("hidden_act", "gelu"),
-        names=names_in(tensors, JINA_NAMES, JINA_NEW_NAMES),
+        names=own if with_adapters else names_in(tensors, JINA_NAMES, JINA_NEW_NAMES),
         prefix=prefix,
         head=roberta_head(config, labels),
-        ignored=unused(tensors, prefix),
+        ignored=unused(tensors, prefix) | pooler,
     )
 
 
