@@ -1,4 +1,4 @@
-"""jina-embeddings-v3: each text of a batch is computed with the adapter of its own task, as transformers and peft do."""
+"""jina-embeddings-v3: each text of a batch has the adapter of its own task, as transformers and peft have it."""
 
 import random
 
@@ -85,7 +85,7 @@ def test_tasks_are_those_whose_folders_are_there(tmp_path):
 def test_tasks_without_adapters_in_the_checkpoint_are_refused(tmp_path):
     embedders.build("JinaEmbeddingsV3Model", tmp_path)
     embedders.change_config(tmp_path, **jina.MAKERS, **jina.SETTINGS)
-    with pytest.raises(StartupError, match="names tasks with adapters .* the checkpoint has none"):
+    with pytest.raises(StartupError, match=r"names tasks with adapters .* the checkpoint has none"):
         Embedder(tmp_path)
 
 
