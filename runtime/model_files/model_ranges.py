@@ -161,6 +161,7 @@ FIELDS: dict[str, Kind] = {
     "num_labels": Int(1, 1 << 22),
     "matryoshka_dimensions": Each(WIDTH, 1 << 10),
     "truncate_dim": WIDTH,
+    **dict.fromkeys(("moe_every_n_layers", "moe_top_k"), Int(0, 1 << 10)),
     "lora_adaptations": Each(TEXT, 64),
     "lora_rank": Int(1, 1 << 12),
     "lora_alpha": SCALE,

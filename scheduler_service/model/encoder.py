@@ -22,6 +22,7 @@ from quartet.scheduler_service.model.encoder_attention import (
     by_length,
     near,
 )
+from quartet.scheduler_service.model.encoder_moe import Experts
 from quartet.scheduler_service.model.encoder_spec import DistanceBias, DistanceVectors, EncoderSpec
 from quartet.scheduler_service.model.heads import ACTIVATIONS, Head
 from quartet.scheduler_service.model.layers import linear
@@ -65,8 +66,11 @@ class EncoderLayer:
         else:
             self.qkv = self.of_distances = linear(weights, "qkv", layer, bias=spec.attention_bias)
         self.output = linear(weights, "output", layer, bias=spec.attention_bias)
-        self.up = linear(weights, "up", layer, bias=spec.up_bias)
-        self.down = linear(weights, "down", layer, bias=spec.down_bias)
+        place = spec.block_place(layer)
+        self.experts = Experts(spec, spec.moe, weights, place) if spec.moe and own.experts else None
+        if self.experts is None:
+            self.up = linear(weights, "up", place, bias=spec.up_bias)
+            self.down = linear(weights, "down", place, bias=spec.down_bias)
         self.activation = (GATED if spec.gated else ACTIVATIONS)[spec.activation]
         self.gate_last = spec.gate_last
         self.plain_gelu = spec.activation == "gelu" and not spec.gated
@@ -82,6 +86,8 @@ class EncoderLayer:
         return self.mlp_norm(x + self.feed_forward(x))
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.experts is not None:
+            return self.experts(x)
         if self.plain_gelu:
             return self.down(self.up(x, gelu=True))
         x = self.up(x)

@@ -1,5 +1,6 @@
 """From an encoder's spec to the layout of its weights."""
 
+from quartet.scheduler_service.model.encoder_moe import add_experts
 from quartet.scheduler_service.model.encoder_spec import DistanceBias, DistanceVectors, EncoderSpec
 from quartet.scheduler_service.model.heads import add_head
 from quartet.scheduler_service.model.layout import parts
@@ -54,11 +55,18 @@ def add_norm(layout: Layout, spec: EncoderSpec, buffer: str, index: tuple[int, .
 
 def add_layer(layout: Layout, spec: EncoderSpec, layer: int, prefix: str) -> None:
     """Places for one layer's tensors, whose names in the checkpoint begin with `prefix`."""
-    names = spec.names
+    names, experts = spec.names, spec.layers[layer].experts
     for buffer, tensors, rows, columns, bias in spec.products(names):
-        layout.add(buffer, (layer,), parts(prefix, tensors, rows, names.weight), columns)
+        in_block = buffer in ("up", "down")
+        if in_block and experts:
+            continue
+        index = (spec.block_place(layer) if in_block else layer,)
+        layout.add(buffer, index, parts(prefix, tensors, rows, names.weight), columns)
         if bias:
-            layout.add(f"{buffer}_bias", (layer,), parts(prefix, tensors, rows, "bias"), None)
+            layout.add(f"{buffer}_bias", index, parts(prefix, tensors, rows, "bias"), None)
+    if experts:
+        assert spec.moe is not None
+        add_experts(layout, spec, spec.moe, spec.block_place(layer), prefix)
     add_norm(layout, spec, "mlp_norm", (layer,), f"{prefix}{names.mlp_norm}")
     if spec.head_by_head:
         add_head_by_head(layout, spec, (layer,), f"{prefix}attention.self.")

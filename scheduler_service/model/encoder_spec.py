@@ -13,6 +13,18 @@ class EncoderLayerSpec:
     window: int | None = None  # a query at p sees keys in [p - window, p + window]
     rope: int = 0  # index into EncoderSpec.ropes
     attention_norm: bool = True
+    experts: bool = False  # the spec's mixture stands in the place of its feed-forward block
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderMoe:
+    """A mixture of experts; their weights are the shares that a softmax over all of them gives the chosen ones."""
+
+    experts: int
+    top_k: int
+    router: str = "mlp.router.layer"  # names in the checkpoint, below a layer
+    block: str = "mlp.experts"
+    bias: str = "mlp.experts.bias"  # of their weighted sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +124,7 @@ class EncoderSpec:
     embedding_norm: bool = True
     norm_first: bool = False  # norms stand before attention and feed-forward, and one behind the last layer
     gated: bool = False  # activation(first half) * second half
+    moe: EncoderMoe | None = None  # of layers with experts
     gate_last: bool = False  # first half * activation(second half)
     head_by_head: bool = False  # one matrix has query, key and value of each head in turn; see HeadByHead
     attention_bias: bool = True
@@ -128,6 +141,10 @@ class EncoderSpec:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.heads
+
+    def block_place(self, layer: int) -> int:
+        """The number of a layer's feed-forward block, or mixture, among those of its kind."""
+        return sum(before.experts == self.layers[layer].experts for before in self.layers[:layer])
 
     @property
     def tables(self) -> tuple[tuple[str, str, int], ...]:
