@@ -36,9 +36,10 @@ def task_of(body: Prompted, embedding: Embedding) -> str:
         return embedding.default_task
     if not embedding.tasks:
         raise RequestError(NO_TASKS, field="task")
-    if not isinstance(body.task, str) or body.task not in embedding.tasks:
-        raise RequestError(UNKNOWN_TASK.format(short(repr(body.task)), ", ".join(embedding.tasks)), field="task")
-    return body.task
+    if isinstance(body.task, str) and body.task in embedding.tasks:
+        return body.task
+    given = repr(short(body.task)) if isinstance(body.task, str) else f"a value of the type {type(body.task).__name__}"
+    raise RequestError(UNKNOWN_TASK.format(given, ", ".join(embedding.tasks)), field="task")
 
 
 def prefix_of(body: Prompted, embedding: Embedding, *, texts: bool) -> str:

@@ -99,7 +99,7 @@ async def test_the_default_prompt_leaves_token_ids_alone() -> None:
             {"input": "x", "task": "other"},
             "task must be one of this model's, got 'other'; they are query, document",
         ),
-        (TASKS, {"input": "x", "task": 1}, "got 1; they are query, document, cluster"),
+        (TASKS, {"input": "x", "task": 1}, "got a value of the type int; they are query, document, cluster"),
         (NONE, {"input": ["x"] * 1000, "prompt": "p" * 4097}, "length <= 4096"),
     ],
 )
