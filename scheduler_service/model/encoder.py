@@ -86,6 +86,7 @@ class EncoderLayer:
         return self.mlp_norm(x + self.feed_forward(x))
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What stands behind attention: (tokens, hidden) of x (tokens, hidden)."""
         if self.experts is not None:
             return self.experts(x)
         if self.plain_gelu:
