@@ -1,5 +1,7 @@
 """What a config.json says about tasks with adapters."""
 
+import json
+
 import pytest
 
 from quartet.runtime.model_files import servable
@@ -50,3 +52,18 @@ def test_a_model_with_tasks_pools_all_states_and_has_their_prompts(tmp_path):
     found = embedding(tmp_path, FAMILY, config)
     assert (found.pooling, found.prompts, found.default_task) == (("mean",), config["task_instructions"], "c-d")
     assert embedding(tmp_path, FAMILY, {}).pooling == ("cls",)
+
+
+def test_the_makers_modules_are_followed_without_their_code(tmp_path):
+    modules = [
+        {"idx": 0, "name": "transformer", "path": "", "type": "custom_st.Transformer", "kwargs": ["task"]},
+        {"idx": 1, "name": "pooler", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "normalizer", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    prompts = {"prompts": {"a.b": "find: "}, "default_prompt_name": None}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    found = embedding(tmp_path, FAMILY, MAKERS)
+    assert (found.pooling, found.normalize, found.prompts) == (("mean",), True, {"a.b": "find: "})
