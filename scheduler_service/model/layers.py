@@ -16,7 +16,7 @@ from quartet.scheduler_service.model.sharded import GatheredLinear, ReducedLinea
 from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Weights, kind_of
 
-REDUCED = ("output", "down")  # where these buffers are cut, products are summed over the ranks
+REDUCED = ("output", "delta_out", "space_out", "conv_out", "down")  # where these are cut, ranks' products are summed
 BY_TOKEN = ("embed", "lm_head")
 LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever the config's is
 

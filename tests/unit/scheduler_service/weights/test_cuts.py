@@ -28,8 +28,8 @@ def cuts(rank: int) -> dict[str, Cut]:
     """Of expert 1: half of the rows of its gate, half of the columns of its down projection."""
     half = SIZE // 2
     return {
-        f"{INSIDE}.1.gate_proj.weight": Cut((SIZE, HIDDEN), 0, rank * half, half),
-        f"{INSIDE}.1.down_proj.weight": Cut((HIDDEN, SIZE), 1, rank * half, half),
+        f"{INSIDE}.1.gate_proj.weight": Cut((SIZE, HIDDEN), 0, ((rank * half, half),)),
+        f"{INSIDE}.1.down_proj.weight": Cut((HIDDEN, SIZE), 1, ((rank * half, half),)),
     }
 
 
