@@ -11,10 +11,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
+import msgspec
 import setproctitle
 import torch
 
@@ -214,8 +216,12 @@ class Follower:
                     self.channel.send(report)
 
     def open_tier(self, message: OpenTier) -> Answer:
-        """Make this rank's part of the tier."""
+        """Make this rank's part of the tier; on another machine its files are where that one's flag says."""
         assert self.steps is not None
+        config = self.updates.updates.config
+        if config.nnodes > 1 and config.kv_cache_dir is not None:
+            directory = str(Path(config.kv_cache_dir).absolute())
+            message = msgspec.structs.replace(message, directory=directory)
         blocks = KvBlocks(self.steps.cache, message.block_tokens, self.steps.states)
         try:
             self.tier = FollowingTier(own_part(message, blocks, self.parallel.rank))

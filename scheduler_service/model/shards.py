@@ -1,8 +1,8 @@
 """One rank's part of a decoder: its spec and the layout of its weights.
 
 Queries, keys, values, gates and ups are cut by output (rows of the weight), `output` and `down` by input (columns),
-whose products are summed over the ranks. A recurrence is cut in the same way, by heads or channels, with its convolution
-and its state. A tensor in which several matrices lie is cut in each of them (`Place.sections`). Layers of other sizes
+whose products are summed over the ranks. A recurrence is cut in the same way, by heads or channels, with its states and
+its convolution. A tensor in which several matrices lie is cut in each of them (`Place.sections`). Layers of other sizes
 than the model's are cut by their own. Experts are cut like a dense block, each in its middle; one sum follows all of
 them. Embeddings and head are cut by token where the vocabulary can be divided. Norms and routers are whole everywhere.
 """

@@ -26,6 +26,8 @@ CASES = {  # of the parity table; `python -m tests.model.parity_table --tp-size 
     "gemma3": ["one request"],
     "gemma4_moe": ["prefix hits"],
     "gemma4_unified": ["chunks of 16"],
+    "phi3": ["16 at once"],  # its checkpoints have queries, keys and values in one tensor, gates and ups in another
+    "glm4": ["one request"],
 }
 RECURRENT = ["qwen3_next", "qwen3_5", "granite_hybrid", "nemotron_h", "falcon_h1", "bamba", "lfm2"]
 BFLOAT16 = ["llama", "qwen3_moe", "gemma4_moe"]
