@@ -144,7 +144,8 @@ def cut_of(whole: Place, own: Place, parallel: Parallel) -> Cut | None:
 
 def spans_of(sections: Iterable[tuple[int, int]], parallel: Parallel) -> tuple[tuple[int, int], ...]:
     """First place and length of a rank's part of each section, given as all that it has and what a rank has of it."""
-    spans, at = [], 0
+    spans: list[tuple[int, int]] = []
+    at = 0
     for all_of_it, length in sections:
         parts = all_of_it // length
         spans.append((at + parallel.rank * parts // parallel.size * length, length))
