@@ -31,7 +31,6 @@ SPLIT = (
 # What several ranks do not compute: whether a model has it, and what it is called
 WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
     (lambda spec: spec.latent is not None, "this model has latent attention"),
-    (lambda spec: spec.query_key_norm_over != "head", "this model norms queries and keys over all heads together"),
     (
         lambda spec: any(layer.moe and layer.moe.expert_bias for layer in spec.layers),
         "this model's experts have biases",

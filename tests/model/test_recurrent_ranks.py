@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1 with one normed group": ("falcon_h1", {"mamba_n_groups": 1, "mamba_rms_norm": True}),
     "bamba": ("bamba", {"mamba_n_groups": 1}),
     "lfm2": ("lfm2", {}),
+    "olmo_hybrid": ("olmo_hybrid", {"num_key_value_heads": 1}),
 }
 ALL = list(parity.CASES)
 CASES = {  # of the parity table
@@ -44,6 +45,7 @@ CASES = {  # of the parity table
     "falcon_h1 with one normed group": ["one request"],
     "bamba": ["16 at once"],
     "lfm2": ALL,
+    "olmo_hybrid": ["chunks of 16"],
 }
 ONE_OF_EACH_KIND = ["qwen3_5", "granite_hybrid with one group", "lfm2"]
 DTYPES = ["float32", "bfloat16"]

@@ -28,9 +28,11 @@ CASES = {  # of the parity table; `python -m tests.model.parity_table --tp-size 
     "gemma4_unified": ["chunks of 16"],
     "phi3": ["16 at once"],  # its checkpoints have queries, keys and values in one tensor, gates and ups in another
     "glm4": ["one request"],
+    "olmo2": ["prefix hits"],  # queries and keys are normed over the heads of all ranks
+    "minimax_m2": ["chunks of 16"],
 }
-RECURRENT = ["qwen3_next", "qwen3_5", "granite_hybrid", "nemotron_h", "falcon_h1", "bamba", "lfm2"]
-BFLOAT16 = ["llama", "qwen3_moe", "gemma4_moe"]
+RECURRENT = ["qwen3_next", "qwen3_5", "granite_hybrid", "nemotron_h", "falcon_h1", "bamba", "lfm2", "olmo_hybrid"]
+BFLOAT16 = ["llama", "qwen3_moe", "gemma4_moe", "olmo2"]
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,8 @@ def refusal(family: str, ranks: int, directory: Path, **overrides: object) -> st
     [
         ("deepseek_v3", "this model has latent attention"),
         ("kimi_linear", "this model has latent attention"),
-        ("olmo_hybrid", "this model norms queries and keys over all heads together"),
-        ("olmo2", "this model norms queries and keys over all heads together"),
+        ("gemma3n", "this model has several residual streams"),
+        ("gemma4", "this model has embeddings for each layer"),
         ("gpt_oss", "this model's experts have biases"),
     ],
 )
@@ -123,6 +125,7 @@ def test_sizes_that_cannot_be_divided_are_refused_by_name(tmp_path: Path) -> Non
     assert "--tp-size 3: 2 heads of keys and values" in refusal("llama", 3, tmp_path / "a")
     assert "--tp-size 8: 4 attention heads" in refusal("llama", 8, tmp_path / "b")
     assert "--tp-size 4: 98 columns" in refusal("llama", 4, tmp_path / "c", intermediate_size=98)
+    assert "--tp-size 4: 2 heads of keys of linear attention" in refusal("qwen3_next", 4, tmp_path / "d")
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "phi3", *RECURRENT])
