@@ -4,7 +4,8 @@ Queries, keys, values, gates and ups are cut by output (rows of the weight), `ou
 whose products are summed over the ranks. A recurrence is cut in the same way, by heads or channels, with its states and
 its convolution. A tensor in which several matrices lie is cut in each of them (`Place.sections`). Layers of other sizes
 than the model's are cut by their own. Experts are cut like a dense block, each in its middle; one sum follows all of
-them. Embeddings and head are cut by token where the vocabulary can be divided. Norms and routers are whole everywhere.
+them. Embeddings and head are cut by token where the vocabulary can be divided. Routers, norms of the residual stream
+and what all heads of latent attention share are whole everywhere.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,7 +31,6 @@ SPLIT = (
 )
 # What several ranks do not compute: whether a model has it, and what it is called
 WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
-    (lambda spec: spec.latent is not None, "this model has latent attention"),
     (
         lambda spec: any(layer.moe and layer.moe.expert_bias for layer in spec.layers),
         "this model's experts have biases",

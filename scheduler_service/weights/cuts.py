@@ -1,6 +1,7 @@
 """Which part of a checkpoint's tensor belongs to one rank, and a checkpoint of which only those parts are read."""
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -50,6 +51,7 @@ class Cut:
             pieces = tuple((tensor.offset + first * row_bytes, length * row_bytes) for first, length in self.spans)
             several = pieces if len(pieces) > 1 else ()
             return replace(tensor, shape=shape, offset=pieces[0][0], nbytes=self.length * row_bytes, pieces=several)
+        assert prod(self.whole[1:]) == self.whole[self.dimension], self.whole  # a row has nothing else
         size = DTYPE_BYTES[tensor.dtype]
         ((start, _),) = self.spans
         return replace(

@@ -31,6 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": ("bamba", {"mamba_n_groups": 1}),
     "lfm2": ("lfm2", {}),
     "olmo_hybrid": ("olmo_hybrid", {"num_key_value_heads": 1}),
+    "kimi_linear": ("kimi_linear", {}),
 }
 ALL = list(parity.CASES)
 CASES = {  # of the parity table
@@ -46,6 +47,7 @@ CASES = {  # of the parity table
     "bamba": ["16 at once"],
     "lfm2": ALL,
     "olmo_hybrid": ["chunks of 16"],
+    "kimi_linear": ["prefix hits"],
 }
 ONE_OF_EACH_KIND = ["qwen3_5", "granite_hybrid with one group", "lfm2"]
 DTYPES = ["float32", "bfloat16"]

@@ -30,9 +30,21 @@ CASES = {  # of the parity table; `python -m tests.model.parity_table --tp-size 
     "glm4": ["one request"],
     "olmo2": ["prefix hits"],  # queries and keys are normed over the heads of all ranks
     "minimax_m2": ["chunks of 16"],
+    "deepseek_v2": ["16 at once"],
+    "deepseek_v3": ["prefix hits"],  # each rank has all of the latent vectors
 }
-RECURRENT = ["qwen3_next", "qwen3_5", "granite_hybrid", "nemotron_h", "falcon_h1", "bamba", "lfm2", "olmo_hybrid"]
-BFLOAT16 = ["llama", "qwen3_moe", "gemma4_moe", "olmo2"]
+RECURRENT = [
+    "qwen3_next",
+    "qwen3_5",
+    "granite_hybrid",
+    "nemotron_h",
+    "falcon_h1",
+    "bamba",
+    "lfm2",
+    "olmo_hybrid",
+    "kimi_linear",
+]
+BFLOAT16 = ["llama", "qwen3_moe", "gemma4_moe", "olmo2", "deepseek_v3"]
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +109,6 @@ def refusal(family: str, ranks: int, directory: Path, **overrides: object) -> st
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("deepseek_v3", "this model has latent attention"),
-        ("kimi_linear", "this model has latent attention"),
         ("gemma3n", "this model has several residual streams"),
         ("gemma4", "this model has embeddings for each layer"),
         ("gpt_oss", "this model's experts have biases"),
@@ -128,7 +138,7 @@ def test_sizes_that_cannot_be_divided_are_refused_by_name(tmp_path: Path) -> Non
     assert "--tp-size 4: 2 heads of keys of linear attention" in refusal("qwen3_next", 4, tmp_path / "d")
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "phi3", *RECURRENT])
+@pytest.mark.parametrize("family", ["qwen2_moe", "phi3", "deepseek_v3", *RECURRENT])
 def test_the_parts_of_all_ranks_make_up_each_tensor(family: str, tmp_path: Path) -> None:
     spec = decoder_spec(model_info.load(resolved(model_path=str(tiny.build(family, tmp_path)))))
     parts = [shard_layout(spec, Parallel(rank, 2)).cuts for rank in range(2)]
