@@ -85,8 +85,7 @@ class Worker:
         self.info = info
         self.weight_version = config.weight_version
         self.device = torch.device(config.device)
-        free_gb = available_gb(self.device)
-        running = config.max_running_requests
+        free_gb, running = available_gb(self.device), config.max_running_requests
         kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
         stopwatch.mark("model")

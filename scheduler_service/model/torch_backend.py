@@ -43,6 +43,7 @@ class TorchBackend:
         return [plain_layers.rotation(positions, *rope, self.dtype) for rope in self.ropes]
 
     def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """x (tokens, …, size) by a norm over its last dimension; as it is without one."""
         if norm is None:
             return x
         if norm.ranks is not None:
