@@ -84,6 +84,17 @@ def test_a_damaged_piece_of_a_state_is_forgotten() -> None:
     assert store.tier.damaged == 1
 
 
+def test_a_prefix_whose_files_are_gone_is_written_again_at_once() -> None:
+    stepper, store = rig()
+    ask(stepper, store, "a", PROMPT)
+    stepper.planner.pool.clear()
+    store.spoilt.update(store.files)
+    assert ask(stepper, store, "b", PROMPT) == 0
+    store.spoilt.clear()
+    stepper.planner.pool.clear()
+    assert ask(stepper, store, "c", PROMPT) == 32
+
+
 def test_a_prefix_longer_than_one_fetch_comes_in_several() -> None:
     stepper, store = rig(most_fetched=1)
     ask(stepper, store, "a", PROMPT)
