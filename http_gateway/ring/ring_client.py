@@ -280,9 +280,9 @@ class RingClient:
         """Send a command through the ring and wait for its answer. Raises TimeoutError and RequestError."""
         return await self._commands.run(command, timeout_s)
 
-    async def probe(self, timeout_s: float) -> dict[str, dict[str, Any]]:
-        """The counters of every hop, by role. Raises TimeoutError and RequestError."""
-        answer = await self.command(Probe(), timeout_s)
+    async def probe(self, timeout_s: float, rank: int | None = None) -> dict[str, dict[str, Any]]:
+        """The counters of every hop, of this scheduler or of all, by title. Raises TimeoutError and RequestError."""
+        answer = await self._commands.run(Probe(), timeout_s, rank)
         if not isinstance(answer, Probe):
             return {}
         return {**answer.counters, GATEWAY: {"failed_messages_total": self.guard.failed}}

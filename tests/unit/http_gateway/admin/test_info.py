@@ -37,6 +37,17 @@ async def test_server_info_has_settings_facts_and_counters_and_no_keys(path: str
 
 
 @asynchronous
+async def test_server_info_is_there_while_the_ring_says_nothing() -> None:
+    async with served() as server:
+        assert (await server.client.get("/get_server_info")).json()["unanswered_dp_ranks"] == []
+        server.ring.answers_commands = False
+        await server.gateway.counters.read(0, 0.01)
+        body = (await server.client.get("/get_server_info")).json()
+        assert body["unanswered_dp_ranks"] == [0] and body["status"] == "ready"
+        assert body["internal_states"][0]["last_gen_throughput"] == 12.5, "as it last said"
+
+
+@asynchronous
 async def test_models_are_listed_and_found_by_names_with_slashes() -> None:
     async with served() as server:
         [card] = (await server.client.get("/v1/models")).json()["data"]
