@@ -196,7 +196,7 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
         raise CommandRefused(NOT_LOADED.format(name))
     if name in store.leaving:
         raise CommandRefused(BEING_UNLOADED.format(name))
-    store.leaving.add(name)
+    store.leave(name)
     context.tell_state()
     while users := sum(request.adapter == name for request in context.requests):
         if context.planner.paused or context.planner.asleep:
