@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.errors import FieldRefused, Kind, RequestError
 from quartet.runtime.messages import Finish
 
 RETRY_AFTER_S = 1
@@ -79,6 +79,8 @@ def with_client_names(shape: Shape, names: Mapping[str, str]) -> Shape:
 
 def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
     """The same error with the client's names of fields in place of the ring's."""
+    if isinstance(error, FieldRefused):
+        return error
     message = error.message
     for ours, theirs in names.items():
         if "_" in ours or ours == error.field:  # other names are plain words too
