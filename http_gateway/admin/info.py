@@ -97,12 +97,14 @@ async def models(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def model(gateway: Gateway, http: HTTPRequest) -> Response:
-    """One of them by its name."""
+    """One of them by its name; the base by any that it has."""
     asked = http.path_params["model"]
     if asked == gateway.name:
         return errors.json_response(model_card(gateway))
     if asked in gateway.adapters:
         return errors.json_response(adapter_card(gateway, gateway.adapters[asked]))
+    if asked in gateway.base_names:
+        return errors.json_response(model_card(gateway))
     return errors.model_not_found(asked)
 
 

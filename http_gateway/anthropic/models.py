@@ -41,7 +41,7 @@ async def model(gateway: Gateway, http: HTTPRequest) -> Response:
     if not error_responses.from_client(http.scope):
         return await info.model(gateway, http)
     asked = http.path_params["model"]
-    if asked != gateway.name and asked not in gateway.adapters:
+    if asked not in gateway.base_names and asked not in gateway.adapters:
         raise RequestError(f"model: {asked}", Kind.NOT_FOUND, "model")
     return answer(http, model_card(gateway, asked))
 

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from quartet.runtime.errors import FieldRefused, Kind, RequestError
 from quartet.runtime.messages import Finish
+from quartet.runtime.shorten import short
 
 RETRY_AFTER_S = 1
 FIELD_HEADER = "X-Error-Field"
@@ -108,6 +109,11 @@ def schema(error: Exception) -> Response:
     place = PLACE.search(str(error))
     headers = named_field(RequestError("", field=place[1])) if place else {}
     return json_response(flat(of_schema(error).message, "Bad Request", 400), 400, headers)
+
+
+def no_route(method: str, path: str) -> dict[str, Any]:
+    """What (b) says of a path that no endpoint has."""
+    return flat(f"Invalid URL ({method} {short(path)})", Kind.NOT_FOUND.type_name, Kind.NOT_FOUND.status)
 
 
 def model_not_found(model: str) -> Response:

@@ -63,6 +63,18 @@ async def test_models_are_listed_and_found_by_names_with_slashes() -> None:
         }
 
 
+@pytest.mark.parametrize("name", [None, "mine"])
+@asynchronous
+async def test_a_file_is_found_by_its_path_its_file_name_and_its_given_name(name: str | None) -> None:
+    async with served(served_model_name=name) as server:
+        server.gateway.model_path = path = "models/q4/tiny.gguf"
+        [card] = (await server.client.get("/v1/models")).json()["data"]
+        assert card["id"] == (name or path)
+        for asked in (name or path, path, "tiny.gguf"):
+            assert (await server.client.get(f"/v1/models/{asked}")).json() == card
+        assert (await server.client.get("/v1/models/q4/tiny.gguf")).status == 404
+
+
 @asynchronous
 async def test_loads_come_in_sections() -> None:
     async with served() as server:
