@@ -141,7 +141,7 @@ def test_a_path_that_cannot_be_looked_at_is_a_400(live: Live, path: str) -> None
         ("gone", None, "does not exist; it takes a directory"),
         ("gone.gguf", None, "there is no such file"),
         ("bare", {}, "no *.safetensors file in"),
-        ("torn", {"model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors"}}'}, "model-1.safetensors"),
+        ("torn", {"model.safetensors.index.json": '{"weight_map": {"a": "1.safetensors"}}'}, "torn/1.safetensors"),
     ],
 )
 def test_the_directory_and_what_is_missing_in_it_are_named(
