@@ -1,7 +1,6 @@
 """The body of POST /generate: its fields, its shapes (one prompt, many, copies), and the Job it asks for.
 
-Unknown keys are ignored and `null` means the default, as the wire contract has it. Fields of type Any are either
-checked by hand, to answer in the words that clients compare, or refused when they ask for something.
+Unknown keys are ignored, `null` is the default. Fields of type Any are refused if they ask for something, but `rid`.
 """
 
 from array import array
