@@ -43,7 +43,7 @@ async def model(gateway: Gateway, http: HTTPRequest) -> Response:
     asked = http.path_params["model"]
     if asked not in gateway.base_names and asked not in gateway.adapters:
         raise RequestError(f"model: {asked}", Kind.NOT_FOUND, "model")
-    return answer(http, model_card(gateway, asked))
+    return answer(http, model_card(gateway, asked if asked in gateway.adapters else gateway.name))
 
 
 def answer(http: HTTPRequest, content: ModelPage | ModelCard) -> Response:
