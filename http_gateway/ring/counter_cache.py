@@ -91,4 +91,5 @@ class CounterCache:
             return self.last
         freshest = min(known, key=lambda rank: there[rank].age_s)
         own = {self._title(rank): known[rank][self._title(rank)] for rank in known}
-        return {**known[freshest], SCHEDULER: added(own.values()), **own}
+        text = {title: numbers for title, numbers in known[freshest].items() if not title.startswith(SCHEDULER)}
+        return {**text, SCHEDULER: added(own.values()), **own}

@@ -32,6 +32,11 @@ async def test_each_scheduler_is_told_apart_and_all_are_added_up() -> None:
             {"num_running_reqs": 2},
         )
         assert counters["tokenizer"] == {"requests": 10}, "of the last answer"
+        assert [title for title in counters if title.startswith("scheduler")] == [
+            "scheduler",
+            "scheduler DP0",
+            "scheduler DP1",
+        ]
         assert cache.unanswered() == []
 
 
