@@ -346,7 +346,7 @@ class Worker:
         if masks is None:
             return None
         bitmask, row = masks.result(), 0
-        for i in step.drawing.sampled:
+        for i in step.drawing.sampled if step.plan.verifications else ():
             share, state = step.plan.slices[i], step.states[i]
             if share.drafts and state.matcher is not None and state.matcher.failed:
                 state.matcher = matcher = matcher_of(share.sequence)
