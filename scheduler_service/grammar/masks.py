@@ -53,6 +53,7 @@ class Masks:
     def __init__(self, vocab_size: int, threaded: bool | None = None) -> None:
         """`threaded`: whether they have a thread of their own; by default where there is a second core."""
         self._room = np.empty((0, bitmask_words(vocab_size)), np.int32)  # fresh memory in each step takes page faults
+        self._address = 0  # of the room
         self._filler = MaskFiller(THREADS)
         threaded = len(os.sched_getaffinity(0)) > 1 if threaded is None else threaded
         self._thread = ThreadPoolExecutor(1, "masks") if threaded else None
@@ -93,7 +94,7 @@ class Masks:
         bitmask = self._rows(rows)
         if rows > len(constrained):  # else each is written to
             bitmask.fill(ALL_ALLOWED)
-        self._filler.fill(constrained, bitmask)
+        self._filler.fill(constrained, bitmask, self._address)
         self._row_s += LAST_WEIGHT * ((clock() - begun_s) / rows - self._row_s)
         for matcher, row, drafts in constrained:
             if matcher.failed:
@@ -104,4 +105,5 @@ class Masks:
     def _rows(self, count: int) -> Bitmask:
         if count > len(self._room):
             self._room = np.empty((count, self._room.shape[1]), np.int32)
+            self._address = self._room.ctypes.data  # asking for it takes as long as computing a mask
         return self._room[:count]

@@ -24,7 +24,8 @@ class StandInFiller:
         self.threads: list[str] = []
         monkeypatch.setattr(time, "thread_time", lambda: self.now_s)
 
-    def fill(self, constrained: list[Constrained], bitmask: Bitmask) -> None:
+    def fill(self, constrained: list[Constrained], bitmask: Bitmask, address: int = 0) -> None:
+        assert address in (0, bitmask.ctypes.data)
         self.threads.append(threading.current_thread().name)
         self.now_s += self.takes_s
         for _, row, _ in constrained:
@@ -103,7 +104,8 @@ class ScriptedFiller:
         self.go.set()
         self.notes: list[str] = []
 
-    def fill(self, constrained: list[Constrained], bitmask: Bitmask) -> None:
+    def fill(self, constrained: list[Constrained], bitmask: Bitmask, address: int = 0) -> None:
+        assert address in (0, bitmask.ctypes.data)
         self.notes.append("begin")
         assert self.go.wait(120)
         for matcher, row, drafts in constrained:
