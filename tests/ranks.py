@@ -1,7 +1,10 @@
 """A function run by several ranks at once, each a process of its own, over Gloo; engines whose model they compute."""
 
+import faulthandler
+import os
 import pickle
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,10 +43,15 @@ def run_ranks(count: int, directory: Path, function: Callable[..., Any], *argume
 
 
 def _rank(rank: int, count: int, directory: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Ends as a service does: at once, since threads that still work can abort a Python process that ends slowly."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     parallel = Parallel(rank, count)
     join(parallel, CPU, open_store(parallel, str(directory / "store")))
     (directory / f"result.{rank}").write_bytes(pickle.dumps(function(parallel, *arguments)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def load(parallel: Parallel, directory: Path, dtype: str, **settings: Any) -> ServedModel:

@@ -288,7 +288,8 @@ struct kernels {
 
 /* Of these a library has one; the addresses of the others are null. */
 #define MAYBE __attribute__((weak))
-extern const struct kernels quartet_avx2 MAYBE, quartet_avx512 MAYBE, quartet_avx512_bf16 MAYBE, quartet_amx MAYBE;
+extern const struct kernels quartet_avx2 MAYBE, quartet_avx512 MAYBE, quartet_avx512_vnni MAYBE,
+    quartet_avx512_bf16 MAYBE, quartet_amx MAYBE;
 
 /* residual (rows, hidden) += the mixture of its rows, times `scale` (0: none). `ids` (rows, top_k): the experts chosen,
  * best first; may be null. So may `additions`. 0, or -1 where there is no memory. */

@@ -28,9 +28,9 @@ static int has_avx512(void) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-static int has_avx512_bf16(void) {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-}
+static int has_avx512_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+static int has_avx512_bf16(void) { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 /* The kernels for this instruction set; null where the machine or this library does not have it. */
 const struct kernels *quartet_kernels(const char *name) {
@@ -42,6 +42,7 @@ const struct kernels *quartet_kernels(const char *name) {
     } table[] = {
         {"avx2", has_avx2(), &quartet_avx2},
         {"avx512", has_avx512(), &quartet_avx512},
+        {"avx512_vnni", has_avx512_vnni(), &quartet_avx512_vnni},
         {"avx512_bf16", has_avx512_bf16(), &quartet_avx512_bf16},
         {"amx", has_avx512_bf16() && has_amx(), &quartet_amx},
     };

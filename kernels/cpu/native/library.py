@@ -31,7 +31,7 @@ ONEDNN_NAMES = {
     "AVX2_VNNI": "avx2",
     "AVX2_VNNI_2": "avx2",
     "AVX512_CORE": "avx512",
-    "AVX512_CORE_VNNI": "avx512",
+    "AVX512_CORE_VNNI": "avx512_vnni",
     "AVX512_CORE_BF16": "avx512_bf16",
     "AVX512_CORE_FP16": "avx512_bf16",
 }
@@ -321,7 +321,10 @@ def candidates() -> list[str]:
     if highest == "none":
         return []
     allowed = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(highest) + 1]
-    return [name for name in reversed(allowed) if build.may_have(name)]
+    found = [name for name in reversed(allowed) if build.may_have(name)]
+    if highest == INSTRUCTION_SETS[-1] and build.multiplies_pairs_slowly():
+        return [name for name in found if name != "avx512_bf16"]  # unless it was asked for
+    return found
 
 
 @lru_cache

@@ -3,6 +3,10 @@
  * A worker looks for the next operation for some microseconds before it sleeps: waking it takes longer than many an
  * operation. Between the steps of a server it sleeps. Threads that another caller has taken are not waited for: an
  * operation then runs on its caller alone.
+ *
+ * Workers stay off the caller's CPU. A kernel may wake a thread where its waker runs, and leave it there for
+ * milliseconds: short work is then done one part after the other while a CPU idles. Virtual machines whose kernels pack
+ * short work on few CPUs halve the speed so.
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
@@ -20,6 +24,9 @@
 static struct {
     pthread_mutex_t owner;
     int workers;
+    pthread_t ids[MOST_THREADS];
+    int placed;  /* so many workers have been told which CPUs are theirs, */
+    int avoided; /* and that this is the caller's */
     task run;
     void *argument;
     int threads;
@@ -27,7 +34,7 @@ static struct {
     atomic_int unfinished; /* workers that have not seen it through */
     atomic_int sleeping;
     atomic_int arrived, barriers;
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .avoided = -1};
 
 static void wait_for_next(int seen) {
     unsigned long long begin = __rdtsc();
@@ -57,7 +64,7 @@ static void *work(void *start) {
 
 /* In a child process there are no workers. */
 static void forget_workers(void) {
-    pool.workers = 0;
+    pool.workers = pool.placed = 0;
     atomic_store(&pool.unfinished, 0);
     atomic_store(&pool.sleeping, 0);
     atomic_store(&pool.arrived, 0);
@@ -69,12 +76,42 @@ static void hire(int workers) {
     if (!prepared)
         prepared = !pthread_atfork(0, 0, forget_workers);
     while (pool.workers < workers) {
-        pthread_t thread;
+        pthread_t *thread = &pool.ids[pool.workers];
         long start = (long)atomic_load(&pool.generation) << 8 | (pool.workers + 1);
-        if (pthread_create(&thread, 0, work, (void *)start))
+        if (pthread_create(thread, 0, work, (void *)start))
             return;
-        pthread_detach(thread);
+        pthread_detach(*thread);
         pool.workers++;
+    }
+}
+
+/* The number of the first CPU of a set, which is taken out. */
+static int take_cpu(cpu_set_t *cpus) {
+    int cpu = 0;
+    while (!CPU_ISSET(cpu, cpus))
+        cpu++;
+    CPU_CLR(cpu, cpus);
+    return cpu;
+}
+
+/* Keep the workers off a CPU, which the caller runs on. Where there are as many threads as CPUs each gets its own. */
+static void place_workers(int avoided) {
+    pool.placed = pool.workers;
+    pool.avoided = avoided;
+    cpu_set_t others; /* than the caller's, of those that it may use */
+    if (avoided < 0 || avoided >= CPU_SETSIZE || sched_getaffinity(0, sizeof others, &others))
+        return; /* the kernel knows more CPUs than a set has room for, or does not tell */
+    CPU_CLR(avoided, &others);
+    if (!CPU_COUNT(&others))
+        pool.placed = 0; /* look again the next time */
+    int own = CPU_COUNT(&others) == pool.workers;
+    for (int worker = 0; worker < pool.workers && CPU_COUNT(&others); worker++) {
+        cpu_set_t cpus = others;
+        if (own) {
+            CPU_ZERO(&cpus);
+            CPU_SET(take_cpu(&others), &cpus);
+        }
+        pthread_setaffinity_np(pool.ids[worker], sizeof cpus, &cpus);
     }
 }
 
@@ -105,6 +142,9 @@ void quartet_run(task run, void *argument, int threads) {
         return;
     }
     hire(threads - 1);
+    int cpu = sched_getcpu();
+    if (cpu != pool.avoided || pool.placed != pool.workers)
+        place_workers(cpu);
     pool.run = run;
     pool.argument = argument;
     pool.threads = threads = threads <= pool.workers ? threads : pool.workers + 1;

@@ -52,9 +52,10 @@ FLAGS = "fpu fma f16c avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        (FLAGS, ["avx2", "avx512", "avx512_bf16", "amx"]),
-        (FLAGS.replace("amx_bf16", ""), ["avx2", "avx512", "avx512_bf16"]),
-        (FLAGS.replace("avx512_bf16", ""), ["avx2", "avx512"]),
+        (FLAGS, ["avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]),
+        (FLAGS.replace("amx_bf16", ""), ["avx2", "avx512", "avx512_vnni", "avx512_bf16"]),
+        (FLAGS.replace("avx512_bf16", ""), ["avx2", "avx512", "avx512_vnni"]),
+        (FLAGS.replace("avx512_vnni", ""), ["avx2", "avx512"]),
         (FLAGS.replace("avx512dq", ""), ["avx2"]),
         ("fpu avx2 fma", []),
     ],
@@ -64,6 +65,24 @@ def test_only_instruction_sets_that_the_cpu_lists_are_compiled(flags, found, tmp
     listing.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: spectre_v1\n")
     monkeypatch.setattr(build, "CPU_INFO", listing)
     assert [name for name in build.FEATURES if build.may_have(name)] == found
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "limit", "found"),
+    [
+        ("GenuineIntel", FLAGS.replace("amx_bf16", ""), "", ["avx512_vnni", "avx512", "avx2"]),
+        ("GenuineIntel", FLAGS, "", ["amx", "avx512_vnni", "avx512", "avx2"]),
+        ("GenuineIntel", FLAGS, "avx512_bf16", ["avx512_bf16", "avx512_vnni", "avx512", "avx2"]),
+        ("AuthenticAMD", FLAGS.replace("amx_bf16", ""), "", ["avx512_bf16", "avx512_vnni", "avx512", "avx2"]),
+    ],
+)
+def test_intel_multiplies_in_float32_where_it_has_no_tiles(vendor, flags, limit, found, tmp_path, monkeypatch):
+    listing = tmp_path / "cpuinfo"
+    listing.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(build, "CPU_INFO", listing)
+    monkeypatch.setenv("QUARTET_CPU_ISA", limit)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert library.candidates() == found
 
 
 def test_where_the_cpu_lists_nothing_all_are_tried(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The CPU kernels against plain torch, on every instruction set that this machine has."""
 
+import os
 import subprocess
 import sys
 
@@ -191,6 +192,8 @@ def test_shapes_that_do_not_belong_together_are_refused(kernels):
         ({"QUARTET_CPU_ISA": "avx2"}, "avx2"),
         ({"QUARTET_CPU_ISA": "none"}, "none"),
         ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "avx512"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "avx512_vnni"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "avx512_bf16"),
         ({"ONEDNN_MAX_CPU_ISA": "avx2", "QUARTET_CPU_ISA": "amx"}, "avx2"),
         ({"ONEDNN_MAX_CPU_ISA": "SSE41"}, "none"),
         ({"ONEDNN_MAX_CPU_ISA": "ALL"}, "amx"),
@@ -208,6 +211,27 @@ def test_an_instruction_set_that_does_not_exist_is_refused(monkeypatch):
     monkeypatch.setenv("QUARTET_CPU_ISA", "avx3")
     with pytest.raises(ValueError, match="QUARTET_CPU_ISA is avx3"):
         library.candidates()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU")
+def test_the_other_threads_stay_off_the_cpu_of_the_caller():
+    code = """
+import os, torch
+from quartet.kernels.cpu.native import library
+kernels, allowed = library.library(), os.sched_getaffinity(0)
+threads = lambda: {int(name) for name in os.listdir("/proc/self/task")}
+torch.set_num_threads(len(allowed))
+x, weight = torch.randn(4, 64).bfloat16(), torch.randn(320, 64).bfloat16()
+before = threads()
+kernels.product(x, kernels.pack(weight, lambda: None), 320, None, torch.empty(4, 320), "float")
+masks = [os.sched_getaffinity(thread) for thread in threads() - before]
+assert len(masks) == min(len(allowed), 64) - 1, masks
+assert all(mask < allowed for mask in masks), masks
+if len(allowed) <= 64:
+    assert len(set().union(*masks)) == len(masks) and all(len(mask) == 1 for mask in masks), masks
+assert os.sched_getaffinity(0) == allowed
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_child_process_of_a_fork_can_compute_too():
