@@ -84,8 +84,7 @@ class Worker:
         self.info = info
         self.weight_version = config.weight_version
         self.device = torch.device(config.device)
-        free_gb = available_gb(self.device)
-        running = config.max_running_requests
+        free_gb, running = available_gb(self.device), config.max_running_requests
         kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
         stopwatch.mark("model")
@@ -96,7 +95,8 @@ class Worker:
             keep_order(self.model.weights)  # with as many threads as will compute
         attention = choose_attention(self.device, self.model, deterministic)
         self.pooler = make_pooler(config, info, self.model)
-        self.state_cache = make_state_cache(config, self.model, self.device, info.context_length)
+        sharing = config.ranks_here if self.device.type == "cpu" else 1  # of the same memory
+        self.state_cache = make_state_cache(config, self.model, self.device, info.context_length, sharing)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         self.adapter_pool = self.make_adapter_pool(config, implementation)
         self.cache = make_kv_cache(
@@ -107,8 +107,8 @@ class Worker:
             most_tokens=running * info.context_length,
             context_length=info.context_length,
             second_set_bytes=self.model.weights.served_bytes(),
-            state_bytes=self.state_cache.nbytes if self.state_cache else 0,
-            sharing=config.ranks_here if self.device.type == "cpu" else 1,
+            state_bytes=sharing * self.state_cache.nbytes if self.state_cache else 0,
+            sharing=sharing,
         )
         stopwatch.mark("KV pool")
         self.page_size, self.page_count = self.cache.page_size, self.cache.page_count
@@ -142,7 +142,7 @@ class Worker:
     ) -> Steps:
         """What computes the steps: see `__init__`."""
         if followers is not None:
-            return LeadingSteps(self.model, self.cache, self.tokens, attention, followers)
+            return LeadingSteps(self.model, self.cache, self.tokens, attention, followers, self.state_cache)
         pool = self.adapter_pool
         fused = fused_steps_of(config, self.info, self.model, self.cache, self.tokens, implementation, pool)
         return fused or EagerSteps(self.model, self.cache, self.tokens, attention, self.state_cache)
