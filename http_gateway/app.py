@@ -79,7 +79,10 @@ def route(endpoint: Endpoint, gateway: Gateway, keys: Keys, allowed_sites: Allow
 
 
 def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Response]:
-    """Answers what no route takes: 404, 405, or the path without its trailing slash. A key is needed here too."""
+    """Answers what no route takes: 404, 405, or the path without its trailing slash. A key is needed here too.
+
+    A client's library reads a 404 in the shape of its API; `detail` is where others look.
+    """
 
     def handle(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), error
@@ -94,6 +97,9 @@ def unmatched(keys: Keys, paths: set[str]) -> Callable[[Request, Exception], Res
             return own_shape(RequestError(error.detail, Kind.NOT_FOUND))
         if own_shape is not None:
             return error_responses.with_status(http.scope, error.status_code, error.detail, headers)
-        return errors.json_response({"detail": error.detail}, error.status_code, headers)
+        body = {"detail": error.detail}
+        if path.startswith("/v1/") and error.status_code == HTTPStatus.NOT_FOUND:
+            body |= errors.no_route(http.method, path)
+        return errors.json_response(body, error.status_code, headers)
 
     return handle

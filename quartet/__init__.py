@@ -24,13 +24,31 @@ PLACES = {
     "StartupError": "quartet.runtime.errors",
     "launch": "quartet.runtime.api.server",
 }
+ELSEWHERE = {  # what other packages call it
+    "LLM": "Engine",
+    "AsyncLLM": "Engine",
+    "Runtime": "launch",
+    "ServerArgs": "launch, whose keyword arguments are the server's flags",
+}
 __all__ = ["Engine", "EngineError", "Server", "StartupError", "launch"]
 
 
 def __getattr__(name: str) -> object:
     if name not in PLACES:
-        raise AttributeError(f"module 'quartet' has no attribute {name!r}")
+        raise AttributeError(f"module 'quartet' has no attribute {name!r}{_hint(name)}")
     return getattr(import_module(PLACES[name]), name)
+
+
+def _hint(name: str) -> str:
+    """What may have been meant by a name that is not here; nothing for those that Python itself asks for."""
+    if name.startswith("_"):
+        return ""
+    from difflib import get_close_matches  # seldom needed, and every process of a server imports this file
+
+    near = get_close_matches(name.lower(), [known.lower() for known in __all__], n=1)
+    meant = [known for known in __all__ if [known.lower()] == near]
+    meant = [ELSEWHERE[name]] if name in ELSEWHERE else meant
+    return f"; did you mean {meant[0]}?" if meant else ""
 
 
 def __dir__() -> list[str]:

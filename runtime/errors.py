@@ -45,6 +45,10 @@ class RequestError(Exception):
         self.code = code
 
 
+class FieldRefused(RequestError):
+    """A field is refused for its name; `field` and `message` have the client's names, not the ring's."""
+
+
 def too_long(message: str, field: str) -> RequestError:
     """The request cannot fit the context: clients that see the code shorten their conversation."""
     return RequestError(message, field=field, code="context_length_exceeded")

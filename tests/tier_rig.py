@@ -34,7 +34,7 @@ class FakeStore:
         self.draw = draw
         self.memory: dict[bytes, array[int]] = {}
         self.files: dict[bytes, array[int]] = {}
-        self.spoilt: set[bytes] = set()  # files that cannot be read
+        self.spoilt: set[bytes] = set()  # files that cannot be read until they are written again
         self.jobs: deque[Callable[[], None]] = deque()  # of the writer, in order
         self.reads: list[Fetch] = []
         self.identity = b"first"
@@ -97,6 +97,7 @@ class FakeStore:
         ok = self.draw is None or self.draw.random() < 0.9
         if ok:
             self.files[command.key] = content
+            self.spoilt.discard(command.key)
         self.tier.written(command.key, command.serial, ok)
 
     def read(self, fetch: Fetch) -> None:

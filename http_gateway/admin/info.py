@@ -21,7 +21,6 @@ from quartet.runtime.version import version
 
 OWNER = "quartet"
 FRESH_S = 0.1  # counters younger than this are not asked for again
-LOADS_TIMEOUT_S = 1.0
 STALE_S = 10.0  # counters older than this say nothing any more
 SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues")
 ONE_RING = {
@@ -98,12 +97,14 @@ async def models(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def model(gateway: Gateway, http: HTTPRequest) -> Response:
-    """One of them by its name."""
+    """One of them by its name; the base by any that it has."""
     asked = http.path_params["model"]
     if asked == gateway.name:
         return errors.json_response(model_card(gateway))
     if asked in gateway.adapters:
         return errors.json_response(adapter_card(gateway, gateway.adapters[asked]))
+    if asked in gateway.base_names:
+        return errors.json_response(model_card(gateway))
     return errors.model_not_found(asked)
 
 
@@ -111,9 +112,9 @@ async def model(gateway: Gateway, http: HTTPRequest) -> Response:
 
 
 async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
-    """Every setting by its name, and what the scheduler says; without that part when the ring does not answer."""
+    """Every setting by its name, and what each scheduler says; without one that has not answered for long."""
     counters = await gateway.counters.read(FRESH_S)
-    answered = gateway.counters.age_s <= STALE_S
+    gone = gateway.counters.unanswered(STALE_S)
     facts = gateway.facts
     body = {
         **ONE_RING,
@@ -129,10 +130,11 @@ async def server_info(gateway: Gateway, http: HTTPRequest) -> Response:
         "lora_adapters": list(gateway.adapters),
         "uptime_s": time.time() - gateway.started_at,
         "internal_states": [
-            internal_state(gateway, numbers, counters) for _, numbers in by_rank(counters, gateway.rules.schedulers)
-        ]
-        if answered
-        else [],
+            internal_state(gateway, numbers, counters)
+            for rank, numbers in by_rank(counters, gateway.rules.schedulers)
+            if rank not in gone
+        ],
+        "unanswered_dp_ranks": gateway.counters.unanswered(),
     }
     return errors.json_response(body)
 
@@ -190,7 +192,7 @@ async def loads(gateway: Gateway, http: HTTPRequest) -> Response:
     asked = [name.strip() for name in http.query_params.get("include", "core").split(",")]
     if unknown := [name for name in asked if name not in (*SECTIONS, "all")]:
         raise RequestError(f"Unknown section '{unknown[0]}'; known are all, {', '.join(SECTIONS)}.", field="include")
-    counters = await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S)
+    counters = await gateway.counters.read(FRESH_S)
     ranks = dict(by_rank(counters, gateway.rules.schedulers))
     cores = {rank: load(gateway, scheduler, rank) for rank, scheduler in ranks.items()}
     wanted = http.query_params.get("dp_rank")
@@ -219,7 +221,7 @@ async def loads(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def get_load(gateway: Gateway, http: HTTPRequest) -> Response:
     """A list with one entry for each scheduler, as routers read it."""
-    counters = await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S)
+    counters = await gateway.counters.read(FRESH_S)
     cores = [load(gateway, scheduler, rank) for rank, scheduler in by_rank(counters, gateway.rules.schedulers)]
     return errors.json_response(
         [
@@ -238,7 +240,7 @@ async def get_load(gateway: Gateway, http: HTTPRequest) -> Response:
 
 async def metrics(gateway: Gateway, http: HTTPRequest) -> Response:
     """Answered even when the scheduler hangs: with the counters it last said."""
-    await gateway.counters.read(FRESH_S, LOADS_TIMEOUT_S)
+    await gateway.counters.read(FRESH_S)
     text = await gateway.metrics.text(gateway.counters.last)
     return Response(text, media_type=gateway.metrics.content_type)
 

@@ -15,7 +15,7 @@ from quartet.runtime.errors import RequestError
 
 PING = Event(b'{"type":"ping"}', b"ping")
 VERSION = b"anthropic-version"
-ROUTES = ("/v1/messages", "/v1/messages/count_tokens")
+ROUTE = "/v1/messages"  # and all below it
 REQUEST_ID = "request-id"  # header
 SCOPE_KEY = "quartet.request_id"
 TYPES = {
@@ -89,8 +89,8 @@ def shape_for_clients(scope: Scope) -> errors.Shape | None:
 
 
 def shape_for_scope(scope: Scope) -> errors.Shape | None:
-    """The same for a request that no handler has: of one of this API's routes, or of a client of this API."""
-    return shape(scope) if scope["path"] in ROUTES or from_client(scope) else None
+    """The same for a request that no handler has: under this API's route, or of a client of this API."""
+    return shape(scope) if f"{scope['path']}/".startswith(f"{ROUTE}/") or from_client(scope) else None
 
 
 def stream_format(scope: Scope) -> StreamFormat:

@@ -41,9 +41,9 @@ async def model(gateway: Gateway, http: HTTPRequest) -> Response:
     if not error_responses.from_client(http.scope):
         return await info.model(gateway, http)
     asked = http.path_params["model"]
-    if asked != gateway.name and asked not in gateway.adapters:
+    if asked not in gateway.base_names and asked not in gateway.adapters:
         raise RequestError(f"model: {asked}", Kind.NOT_FOUND, "model")
-    return answer(http, model_card(gateway, asked))
+    return answer(http, model_card(gateway, asked if asked in gateway.adapters else gateway.name))
 
 
 def answer(http: HTTPRequest, content: ModelPage | ModelCard) -> Response:

@@ -1,9 +1,10 @@
 """What clients of Anthropic's API send and get. Fields that are not here are ignored; null means the default."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
+from quartet.http_gateway.generation import other_names
 from quartet.runtime.names import Name
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -124,6 +125,8 @@ class ConversationBody(msgspec.Struct, kw_only=True):
 
 class MessagesBody(ConversationBody, kw_only=True):
     """POST /v1/messages."""
+
+    OF_OTHER_APIS: ClassVar = other_names.MESSAGES
 
     max_tokens: Count
     stop_sequences: list[str] | None = None

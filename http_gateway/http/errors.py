@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from quartet.runtime.errors import Kind, RequestError
+from quartet.runtime.errors import FieldRefused, Kind, RequestError
 from quartet.runtime.messages import Finish
+from quartet.runtime.shorten import short
 
 RETRY_AFTER_S = 1
 FIELD_HEADER = "X-Error-Field"
@@ -79,6 +80,8 @@ def with_client_names(shape: Shape, names: Mapping[str, str]) -> Shape:
 
 def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
     """The same error with the client's names of fields in place of the ring's."""
+    if isinstance(error, FieldRefused):
+        return error
     message = error.message
     for ours, theirs in names.items():
         if "_" in ours or ours == error.field:  # other names are plain words too
@@ -106,6 +109,11 @@ def schema(error: Exception) -> Response:
     place = PLACE.search(str(error))
     headers = named_field(RequestError("", field=place[1])) if place else {}
     return json_response(flat(of_schema(error).message, "Bad Request", 400), 400, headers)
+
+
+def no_route(method: str, path: str) -> dict[str, Any]:
+    """What (b) says of a path that no endpoint has."""
+    return flat(f"Invalid URL ({method} {short(path)})", Kind.NOT_FOUND.type_name, Kind.NOT_FOUND.status)
 
 
 def model_not_found(model: str) -> Response:

@@ -86,7 +86,7 @@ class RestartCollector:
 
 
 class ProcessCollector:
-    """What each process of the server has used: CPU time since it began, and memory now."""
+    """Which process of the system each one of the server is, and what it has used: CPU time, and memory now."""
 
     def __init__(self, pids: Callable[[], Mapping[str, int]]) -> None:
         self._pids = pids
@@ -94,11 +94,14 @@ class ProcessCollector:
     def collect(self) -> Iterator[Metric]:
         """One sample for each process that runs."""
         cpu = CounterMetricFamily("quartet:process_cpu_seconds", "CPU time of a process.", labels=["role"])
+        ids = GaugeMetricFamily("quartet:process_pid", "Process id of a process.", labels=["role"])
         memory = GaugeMetricFamily("quartet:process_resident_memory_bytes", "Memory of a process.", labels=["role"])
         for role, pid in self._pids().items():
             if usage := usage_of(pid):
+                ids.add_metric([role], pid)
                 cpu.add_metric([role], usage.cpu_s)
                 memory.add_metric([role], usage.resident_bytes)
+        yield ids
         yield cpu
         yield memory
 

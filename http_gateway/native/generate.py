@@ -79,6 +79,8 @@ async def vertex_generate(gateway: Gateway, http: HTTPRequest) -> Response:
     given_names = {name for instance in given.instances for name in instance}
     if misplaced := sorted(given_names & GenerateBody.ELSEWHERE.keys()):
         raise RequestError(bodies.MISPLACED.format(misplaced[0], "parameters"), field=misplaced[0])
+    for instance in given.instances:
+        bodies.refuse_other_names(instance, GenerateBody)
     bodies.refuse_misspelt(given_names, GenerateBody)
     names = given_names.intersection(FIELDS)
     fields = {name: [instance.get(name) for instance in given.instances] for name in names}

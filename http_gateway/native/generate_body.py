@@ -1,7 +1,6 @@
 """The body of POST /generate: its fields, its shapes (one prompt, many, copies), and the Job it asks for.
 
-Unknown keys are ignored and `null` means the default, as the wire contract has it. Fields of type Any are either
-checked by hand, to answer in the words that clients compare, or refused when they ask for something.
+Unknown keys are ignored, `null` is the default. Fields of type Any are refused if they ask for something, but `rid`.
 """
 
 from array import array
@@ -10,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
+from quartet.http_gateway.generation import other_names
 from quartet.http_gateway.generation.intake import NO_BUDGET, Job, Rules, fan_out, sampling_params
 from quartet.http_gateway.generation.rank_choice import chosen_rank
 from quartet.http_gateway.generation.resumed import read_resumed
@@ -40,6 +40,7 @@ RIDS_MISMATCH = "The specified rids length mismatch with the batch_size for batc
 class GenerateBody(Truncating, kw_only=True):
     # No client of this API sends these at the top; whoever does would get the defaults instead.
     ELSEWHERE: ClassVar = dict.fromkeys(SamplingParams.__struct_fields__, "sampling_params")
+    OF_OTHER_APIS: ClassVar = other_names.NATIVE
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None

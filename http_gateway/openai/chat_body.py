@@ -16,6 +16,7 @@ from quartet.http_gateway.parsers import reasoning, tool_calls
 from quartet.http_gateway.parsers.call_formats import REQUIRED, CallFormat, call_id
 from quartet.http_gateway.parsers.output_reader import OutputReader
 from quartet.http_gateway.parsers.tool_events import Tool
+from quartet.http_gateway.parsers.untagged_calls import UntaggedCalls
 from quartet.http_gateway.routes.gateway import Gateway
 from quartet.runtime.errors import RequestError
 from quartet.runtime.messages import Chat, Generate, LogprobOptions, Thought
@@ -39,6 +40,7 @@ class Choosing:
     tools: Sequence[Tool] = ()  # those the template describes
     grammar: tuple[str, str] | None = None  # of the calls that are demanded, or of those that must be strict
     format: CallFormat | None = None  # how the calls are written
+    untagged: bool = False  # they may come without their tags
 
 
 def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
@@ -53,8 +55,10 @@ def choosing(body: ChatBody, tool_call_parser: str | None) -> Choosing:
     if choice == "auto":
         if own is None or not tools:
             return Choosing(tools)
-        strict = None if constrained(body) else tool_calls.strict_calls(own, tools)
-        return Choosing(tools, strict, own)
+        if constrained(body):
+            return Choosing(tools, None, own)
+        untagged = own.untagged and not answers_tool(body.messages)
+        return Choosing(tools, tool_calls.strict_calls(own, tools), own, untagged)
     name = choice.function.name if isinstance(choice, NamedTool) else None
     if name is None and not tools:
         raise RequestError(NO_TOOLS, field="tools")
@@ -73,6 +77,11 @@ def check_tool_names(tools: Sequence[Tool]) -> None:
     name, count = max(Counter(tool_calls.names_of(tools)).items(), key=itemgetter(1), default=("", 0))
     if count > 1:
         raise RequestError(f"tools: {count} tools have the name {short(name)!r}.", field="tools")
+
+
+def answers_tool(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the model is to answer a tool's result, which small models repeat in the form of a call."""
+    return bool(messages) and messages[-1].get("role") in ("tool", "function")
 
 
 def constrained(body: ChatBody) -> bool:
@@ -190,9 +199,10 @@ def make_turn(body: ChatBody, choice: Choosing, family: str | None, thought: Tho
         thought = marks = None  # it is to stay in the content, tags and all
     if marks is None and calls is None:
         return Turn()
-    known = tool_calls.names_of(choice.tools)
+    known, schemas = tool_calls.names_of(choice.tools), tool_calls.schemas_of(choice.tools)
     return Turn(
-        OutputReader(marks, thought.place if thought else "before", calls, known, tool_calls.schemas_of(choice.tools)),
+        OutputReader(marks, thought.place if thought else "before", calls, known, schemas),
+        untagged=UntaggedCalls(known, schemas) if choice.untagged else None,
         stream_reasoning=body.stream_reasoning is not False,
         separate_reasoning=separate,
         most_calls=1 if body.parallel_tool_calls is False else None,

@@ -13,6 +13,7 @@ from quartet.http_gateway.openai.answers import CalledFunction, ChatMessage, Del
 from quartet.http_gateway.parsers.call_formats import call_id
 from quartet.http_gateway.parsers.output_reader import OutputReader
 from quartet.http_gateway.parsers.tool_events import Arguments, CallStart, Content, Event, Thought
+from quartet.http_gateway.parsers.untagged_calls import UntaggedCalls
 from quartet.runtime.messages import Place
 
 USUAL_ID = re.compile("[A-Za-z0-9]{9}")  # of a call, as models write them that do: the prefix cache finds it again
@@ -25,14 +26,19 @@ class Turn:
         self,
         reader: OutputReader | None = None,
         *,
+        untagged: UntaggedCalls | None = None,
         stream_reasoning: bool = True,
         separate_reasoning: bool = True,
         most_calls: int | None = None,
         new_id: Callable[[], str] = call_id,
     ) -> None:
-        """No reader: all is content. A thought that is not streamed comes in one piece. Further calls are dropped."""
+        """No reader: all is content. A thought that is not streamed comes in one piece. Further calls are dropped.
+
+        `untagged`: finds calls that stand without their tags.
+        """
         self.called = False  # a tool call was found
         self._reader = reader
+        self._untagged = untagged
         self._stream_reasoning = stream_reasoning
         self._separate_reasoning = separate_reasoning
         self._most_calls = most_calls
@@ -64,6 +70,8 @@ class Turn:
         events = self._reader.feed(text)
         if last:
             events += self._reader.finish()
+        if self._untagged is not None:
+            events = self._untagged.read(events, last)
         deltas = [delta for event in events for delta in self._deltas_of(event)]
         return deltas + (self._whole_thought() if last else [])
 

@@ -1,9 +1,10 @@
 """What clients of /v1/responses send. Unknown fields are ignored and `null` means the default."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from quartet.http_gateway.generation import other_names
 from quartet.http_gateway.openai.response_format import ResponseFormat
 from quartet.http_gateway.openai.types import Count
 from quartet.runtime.names import Name
@@ -30,6 +31,8 @@ class ReasoningOptions(msgspec.Struct):
 
 class ResponsesBody(msgspec.Struct, kw_only=True):
     """POST /v1/responses."""
+
+    OF_OTHER_APIS: ClassVar = other_names.RESPONSES
 
     input: str | list[dict[str, Any]]
     model: Name | None = None

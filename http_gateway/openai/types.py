@@ -4,10 +4,11 @@ Routers in front of servers rewrite bodies and spell out fields with their defau
 what this server does not do is refused only when it is asked for.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
+from quartet.http_gateway.generation import other_names
 from quartet.http_gateway.generation.truncation import Truncating
 from quartet.http_gateway.openai.response_format import ResponseFormat, StructuredOutputs
 from quartet.http_gateway.parsers.tool_events import Tool
@@ -23,6 +24,8 @@ class StreamOptions(msgspec.Struct):
 
 class GenerationBody(Truncating, kw_only=True):
     """The fields that completions and chat completions share."""
+
+    OF_OTHER_APIS: ClassVar = other_names.OPENAI
 
     model: Name | None = None
     max_tokens: Count | None = None
@@ -95,6 +98,8 @@ REFUSED = NAMES[NAMES.index("session_params") :]
 
 class CompletionBody(GenerationBody, kw_only=True):
     """POST /v1/completions."""
+
+    OF_OTHER_APIS: ClassVar = other_names.COMPLETIONS
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None  # the prompt stands before the output, in text and logprobs

@@ -68,6 +68,7 @@ class CallFormat:
     wrapper: str = ""  # a function that such a call may be handed to
     shared_opening: bool = False  # the tag also leads to what is no call
     alone: bool = False  # there is nothing but calls: the beginning of one is never content
+    untagged: bool = False  # small models leave the tags out
     frame: Frame | None = None
     new_id: Callable[[], str] = call_id
 
@@ -87,6 +88,7 @@ HERMES = CallFormat(
     opening="<tool_call>",
     closing="</tool_call>",
     separators=",",
+    untagged=True,
     frame=Frame('<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>", separator="\n"),
 )
 DEEPSEEK_V3 = CallFormat(

@@ -5,6 +5,7 @@ Whatever comes back for an older attempt is dropped, so no output is sent twice.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,11 @@ def request_digest(generate: Generate) -> bytes:
     )
     content = msgspec.msgpack.encode(msgspec.structs.replace(generate, request=anonymous, times=None))
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def names_adapter(unfinished: Mapping[str, JournalEntry], rank: int, adapter: str) -> bool:
+    """Whether one of these requests is a scheduler's and names an adapter."""
+    return any(entry.rank == rank and entry.request.adapter == adapter for entry in unfinished.values())
 
 
 def is_lost(entry: JournalEntry, role: str, rank: int) -> bool:

@@ -24,9 +24,13 @@ Run = Callable[[ControlCommand, float, int], Awaitable[Message]]  # a command, i
 class Leveller:
     """Of all schedulers."""
 
-    def __init__(self, schedulers: Schedulers, run: Run) -> None:
+    def __init__(
+        self, schedulers: Schedulers, run: Run, uses: Callable[[int, str], bool] = lambda rank, adapter: False
+    ) -> None:
+        """`uses`: whether unfinished requests of a scheduler name an adapter; it is not unloaded before their end."""
         self._schedulers = schedulers
         self._run = run
+        self._uses = uses
         schedulers.on_change = self.look_soon
         self._said: dict[int, int] = {}  # rank → epoch
         self._under_way: dict[int, asyncio.Task[None]] = {}  # by rank
@@ -67,6 +71,8 @@ class Leveller:
             log.error("Its weights were rewritten on the disk since the others read them: update the weights.")
             return
         for command in what_is_missing(own, reference):
+            while isinstance(command, UnloadAdapter) and self._uses(rank, command.lora_name):
+                await asyncio.sleep(LOOK_AFTER_S)
             try:
                 answer = await self._run(command, LEVEL_TIMEOUT_S, rank)
             except (RequestError, TimeoutError) as error:

@@ -22,7 +22,7 @@ from quartet.http_gateway.ring import death_watch
 from quartet.http_gateway.ring.aborts import RelayedAborts, abort_finish, matches
 from quartet.http_gateway.ring.admission import check_each, check_room
 from quartet.http_gateway.ring.commands import Commands, UnansweredCommand
-from quartet.http_gateway.ring.journal import JournalEntry, is_lost, request_digest
+from quartet.http_gateway.ring.journal import JournalEntry, is_lost, names_adapter, request_digest
 from quartet.http_gateway.ring.levelling import Leveller
 from quartet.http_gateway.ring.quarantine import POISON_REQUEST, Quarantine
 from quartet.http_gateway.ring.request_group import RequestGroup
@@ -91,7 +91,7 @@ class RingClient:
         self.schedulers = Schedulers(schedulers, run_dir)
         self._watch = watch
         self._commands = Commands(partial(send_frame, outbox), self._serials, self.schedulers)
-        self._leveller = Leveller(self.schedulers, self._commands.run)
+        self._leveller = Leveller(self.schedulers, self._commands.run, partial(names_adapter, self._pending))
         self._idle = asyncio.Event()
         self._idle.set()
         self._receive: dict[type, Callable[[Any, float], None]] = {
@@ -212,7 +212,7 @@ class RingClient:
             if role == SCHEDULER:
                 entry.known = False
                 self.schedulers.release(rank)
-                entry.rank = self.schedulers.choose(entry.generate)
+                entry.rank = self.schedulers.choose_again(entry.generate, rank)
         self._recover_aborts(role, rank, {entry.rid for entry in lost})
         if poison:
             self._end_poison_request(poison, role)
@@ -280,9 +280,9 @@ class RingClient:
         """Send a command through the ring and wait for its answer. Raises TimeoutError and RequestError."""
         return await self._commands.run(command, timeout_s)
 
-    async def probe(self, timeout_s: float) -> dict[str, dict[str, Any]]:
-        """The counters of every hop, by role. Raises TimeoutError and RequestError."""
-        answer = await self.command(Probe(), timeout_s)
+    async def probe(self, timeout_s: float, rank: int | None = None) -> dict[str, dict[str, Any]]:
+        """The counters of every hop, of this scheduler or of all, by title. Raises TimeoutError and RequestError."""
+        answer = await self._commands.run(Probe(), timeout_s, rank)
         if not isinstance(answer, Probe):
             return {}
         return {**answer.counters, GATEWAY: {"failed_messages_total": self.guard.failed}}

@@ -130,6 +130,21 @@ class Schedulers:
         chosen.sent += 1
         return chosen.rank
 
+    def choose_again(self, generate: Generate, rank: int) -> int:
+        """The same for a request that this scheduler had when it ended.
+
+        It waits for that one where it uses an adapter that is being unloaded: the others may have forgotten it.
+        """
+        if not (self.several and self._is_unloaded(generate.request.adapter)):
+            return self.choose(generate)
+        self.all[rank].requests += 1
+        return rank
+
+    def _is_unloaded(self, adapter: str) -> bool:
+        """Whether no new request may name an adapter; "" is the base."""
+        served = self.reference.adapters if self.reference else frozenset()
+        return bool(adapter) and all(name != adapter for name, _, _ in served)
+
     def release(self, rank: int) -> None:
         """A request of this scheduler has ended, or goes elsewhere."""
         self.all[rank].requests -= self.several

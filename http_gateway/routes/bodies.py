@@ -2,24 +2,26 @@
 
 Fields that are not known are ignored, for clients of other servers send theirs. One that looks like a known field
 written wrongly is refused with both names: whoever wrote it believes that it counts. So is one that the body has in
-another place (`ELSEWHERE` of its struct).
+another place (`ELSEWHERE` of its struct), and one that another of our APIs has (`OF_OTHER_APIS`).
 """
 
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request as HTTPRequest
 
+from quartet.http_gateway.generation import other_names
 from quartet.http_gateway.routes.endpoint import convert_body, read_body
 from quartet.runtime import limits
-from quartet.runtime.errors import RequestError
+from quartet.runtime.errors import FieldRefused
 
 Body = TypeVar("Body")
 
 MISPLACED = "`{}` stands in the wrong place: put it into `{}`."
+OF_ANOTHER_API = "`{}` is no field of this endpoint: {}."
 MISSPELT = "Unknown field `{}`: did you mean `{}`?"
 SHORTEST = 4  # characters of a name that is compared; of a shorter one, only its last letter may be missing
 LONG = 8  # from here on two mistakes are seen through
@@ -38,24 +40,43 @@ def decode_json_body(raw: bytes, kind: type[Body]) -> Body:
         raw.decode()
     given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
     refuse_misplaced(given, kind)
+    refuse_other_names(given, kind)
     refuse_misspelt(given, kind)
     return msgspec.json.decode(raw, type=kind)
 
 
 def refuse_misplaced(given: Mapping[str, msgspec.Raw], kind: type) -> None:
-    """Raise RequestError for the first field that has a value and belongs into another one; null asks for nothing."""
+    """Raise FieldRefused for the first field that has a value and belongs into another one; null asks for nothing."""
     elsewhere: Mapping[str, str] = getattr(kind, "ELSEWHERE", {})
     for name, value in given.items():
         if name in elsewhere and bytes(value) != b"null":
-            raise RequestError(MISPLACED.format(name, elsewhere[name]), field=name)
+            raise FieldRefused(MISPLACED.format(name, elsewhere[name]), field=name)
+
+
+@cache
+def other_names_of(kind: type) -> Mapping[str, str]:
+    """Fields that other APIs have and this body has not, and what to do instead."""
+    found: Mapping[str, str] = getattr(kind, "OF_OTHER_APIS", {})
+    return {name: instead for name, instead in found.items() if name not in names_of(kind)}
+
+
+def refuse_other_names(given: Mapping[str, Any], kind: type) -> None:
+    """Raise FieldRefused for the first field of another API that asks for something."""
+    others = other_names_of(kind)
+    for name in sorted(others.keys() & given.keys()):
+        value = given[name]
+        if isinstance(value, msgspec.Raw):
+            value = msgspec.json.decode(value)
+        if other_names.asks(name, value):
+            raise FieldRefused(OF_ANOTHER_API.format(name, others[name]), field=name)
 
 
 def refuse_misspelt(given: Iterable[str], kind: type) -> None:
-    """Raise RequestError for the first field that is a known one written wrongly."""
+    """Raise FieldRefused for the first field that is a known one written wrongly."""
     known = names_of(kind)
     for name in islice((name for name in given if name not in known), limits.MAX_COMPARED_FIELDS):
         if name not in FOREIGN and (meant := next((own for own in known if is_misspelt(name, own)), None)):
-            raise RequestError(MISSPELT.format(name, meant), field=name)
+            raise FieldRefused(MISSPELT.format(name, meant), field=name)
 
 
 @cache

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -89,8 +90,9 @@ class Gateway:
 
     @property
     def base_names(self) -> tuple[str, ...]:
-        """What the base model is called, where adapters have names too."""
-        return self.name, self.model_path, self.config.model_path
+        """What the base model is called, where adapters have names too; a GGUF file by its file name as well."""
+        file = [Path(self.model_path).name] if self.model_path.endswith(".gguf") else []
+        return self.name, self.model_path, self.config.model_path, *file
 
     @property
     def name(self) -> str:

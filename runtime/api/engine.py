@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, Unpack, cast, overload
 
 from quartet.runtime.api import calls
 from quartet.runtime.api.calls import Call, ChatFields, GenerateFields
-from quartet.runtime.api.server import START_TIMEOUT_S, STOP_TIMEOUT_S, Server
+from quartet.runtime.api.server import START_TIMEOUT_S, STOP_TIMEOUT_S, Server, check_names
 from quartet.runtime.api.server_flags import ServerFlags
 from quartet.runtime.api.transport import Transport
 
@@ -38,7 +38,11 @@ class Engine:
         log_path: str | Path | None = None,
         **flags: Unpack[ServerFlags],
     ) -> None:
-        """Start the engine and wait until it serves. Flags are those of `quartet serve`. Raises StartupError."""
+        """Start the engine and wait until it serves. Flags are those of `quartet serve`.
+
+        Raises StartupError, and TypeError for a name that is no flag.
+        """
+        check_names("Engine", flags, ("model", "start_timeout_s", "log_path"))
         if wrong := sorted(flags.keys() & OF_PORTS):
             raise TypeError(f"an Engine listens on no port, so {wrong[0]} has no meaning; use quartet.launch")
         self._server = Server(model, flags, log_path, private=True)

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -20,10 +21,10 @@ from typing import Any, Self, Unpack
 import msgspec
 
 from quartet.runtime.api.server_flags import ServerFlags
-from quartet.runtime.errors import StartupError
+from quartet.runtime.errors import StartupError, UsageError
 from quartet.runtime.launcher.run_dir import LOCK, SERVER_PREFIX, base, locked
 from quartet.runtime.process.python_path import python_path
-from quartet.runtime.settings.flags import forget_secrets, settings
+from quartet.runtime.settings.flags import dashed, forget_secrets, settings, spelled
 
 POLL_S = 0.05
 START_TIMEOUT_S = 600.0  # a large model is read from disk, or fetched before
@@ -185,9 +186,21 @@ def launch(model: str = "demo", *, log_path: str | Path | None = None, **flags: 
 
     Flags are those of `quartet serve` with underscores. Without `with`, call `wait_ready()` and `stop()`.
     `log_path`: where the server's log goes (default: a file that is removed unless the server fails).
-    Raises StartupError.
+    Raises StartupError, and TypeError for a name that is no flag.
     """
+    check_names("launch", flags, ("model", "log_path"))
     return Server(model, flags, log_path)
+
+
+def check_names(function: str, given: Iterable[str], own: Collection[str]) -> None:
+    """Raise TypeError for a keyword that is no flag of `quartet serve`. `own`: what else the function takes."""
+    for name in given:
+        try:
+            spelled(f"--{dashed(name)}", ())
+        except UsageError as error:
+            near = get_close_matches(name, [*settings(), *own], n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; flags are those of `quartet serve --help-all`"
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}") from error
 
 
 def arguments(model: str, flags: Mapping[str, Any]) -> list[str]:

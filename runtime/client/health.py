@@ -29,7 +29,7 @@ SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 ROLE_LABEL = re.compile(r'\brole="([\w ]+)"')
 RANK_LABEL = re.compile(r'\bdp_rank="(\d+)"')
 HINTS = dict.fromkeys(("--url", "--host", "--port"), "the address comes first: quartet health http://127.0.0.1:30000")
-RESTARTS = "quartet:restarts_total"
+RESTARTS, PID = "quartet:restarts_total", "quartet:process_pid"
 
 
 class Verdict(msgspec.Struct):
@@ -125,10 +125,12 @@ def report(url: str, verdict: Verdict, ready: Verdict, samples: Mapping[str, Map
 
 
 def process(role: str, reason: str, samples: Mapping[str, Mapping[str, float]]) -> str:
-    """How one process is: the reason that names it, how often it was started again, and the scheduler's load."""
+    """How one process is: the reason that names it, how often it was started again, its id, the scheduler's load."""
     restarts = int(samples[role][RESTARTS])
     parts = [plain(reason) if f"the {role} " in f"{reason} " else "runs", f"{restarts} restart{'s' * (restarts != 1)}"]
     own = samples[role]
+    if PID in own:
+        parts.append(f"pid {own[PID]:.0f}")
     if "quartet:process_cpu_seconds_total" in own:
         parts.append(f"{own['quartet:process_cpu_seconds_total']:.1f} s of processor time")
     if "quartet:process_resident_memory_bytes" in own:

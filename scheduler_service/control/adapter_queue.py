@@ -81,14 +81,14 @@ class AdapterQueue:
     def check(self, request: Request) -> None:
         """Raise RequestError for a request that arrives and names an adapter which it may not name.
 
-        A request that was there before its adapter was unloaded goes on with it, also behind a restart.
+        One that was there before its adapter was unloaded goes on with it when it comes again, behind any restart.
         """
         name = request.adapter
         if not name:
             return
         if self._store is None:
             raise RequestError(LORA_OFF, field="lora_path")
-        if not self._store.is_served(name) and not (request.again and name in self._store.ending):
+        if not self._store.is_served(name) and not (request.again and name in self._store.known):
             raise RequestError(NEVER_LOADED.format(name), field="lora_path")
 
     def takes(self, message: Tokenized, grammar: Grammar | None) -> bool:

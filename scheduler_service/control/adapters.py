@@ -119,12 +119,12 @@ def write_sent(command: LoadAdapterFromTensors, layout: Layout, directory: Path)
     """Make a directory of an adapter of what was sent, for a model of this layout. Raises CheckpointError."""
     payload, file = Path(command.payload_files[0]), directory / TENSORS
     wire.refuse_pickle(payload)
+    check_count(payload, layout)
     (directory / adapter_files.SETTINGS).write_bytes(msgspec.json.encode(command.config_dict))
     if command.load_format == BUCKET:
         wire.write_plain(wire.bucket_tensors(payload, most_tensors(layout)), file)
     else:
         shutil.copyfile(payload, file)
-    check_count(file, layout)
     wire.check_checksums(file, command.expected_checksums or {})
 
 
@@ -196,7 +196,7 @@ def unload(context: Context, command: UnloadAdapter) -> Resumable:
         raise CommandRefused(NOT_LOADED.format(name))
     if name in store.leaving:
         raise CommandRefused(BEING_UNLOADED.format(name))
-    store.leaving.add(name)
+    store.leave(name)
     context.tell_state()
     while users := sum(request.adapter == name for request in context.requests):
         if context.planner.paused or context.planner.asleep:

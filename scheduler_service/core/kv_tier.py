@@ -297,6 +297,7 @@ class KvTier:
     def arrived(self, number: int, good: int, damaged: bytes | None = None) -> Fetch | None:
         """A fetch has ended: its first `good` blocks are there; the file of one may be `damaged` or gone.
 
+        Where one is, those behind it may be too, which nobody has read: all of them are written again.
         Returns it for `PagePool.restore`; None where nobody wants it any more.
         """
         fetch = self.fetches.pop(number, None)
@@ -304,9 +305,10 @@ class KvTier:
             return None
         for key in fetch.keys:
             del self._fetching[key]
-        if damaged is not None and self.files.discard(damaged):
-            self.damaged += 1
-            self.commands.append(DropFile(damaged))
+        if damaged is not None:
+            gone = [key for key in fetch.keys[fetch.keys.index(damaged) :] if self.files.discard(key)]
+            self.damaged += damaged in gone
+            self.commands += map(DropFile, gone)
         whole = good == len(fetch.keys) or not self.sizes.state_pieces  # blocks are of no use without the state
         return fetch if good and whole and not fetch.given_up else None
 

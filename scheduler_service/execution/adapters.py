@@ -67,7 +67,7 @@ class Saved(msgspec.Struct, kw_only=True):
 
     adapters: list[Known]
     versions: int  # given so far
-    ending: list[str] = []  # names of those whose unloading was answered, though requests use them
+    ending: list[str] = []  # names of those that go with the last of the requests that use them
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +247,14 @@ class AdapterStore(ABC):
         self.tell()
         remove_owned(known)
 
+    def leave(self, name: str) -> None:
+        """Take no more requests for an adapter. Beside other schedulers, which may have forgotten it, a restarted one
+        takes none either, and has it for those that come again.
+        """
+        self.leaving.add(name)
+        if self.config.dp_size > 1:
+            self.tell()
+
     def end_later(self, name: str) -> None:
         """Have an adapter that leaves be forgotten with its last request, also by a restarted scheduler."""
         self.ending.add(name)
@@ -265,7 +273,8 @@ class AdapterStore(ABC):
         """Note a change: for the next plans, and for a restarted scheduler."""
         self.version_of = {known.name: known.version for known in self.known.values()}
         try:
-            saved = Saved(adapters=list(self.known.values()), versions=self.versions, ending=sorted(self.ending))
+            ending = self.ending | self.leaving if self.config.dp_size > 1 else self.ending
+            saved = Saved(adapters=list(self.known.values()), versions=self.versions, ending=sorted(ending))
             records.write(self.run_dir, RECORD, saved)
         except OSError as error:
             log.error("Could not record the adapters: %s. A restarted scheduler would not know them all.", error)

@@ -103,6 +103,7 @@ class EagerSteps(Steps):
             starts=inputs.starts,
             token_types=inputs.token_types,
             attended=inputs.attended,
+            tasks=tasks_of(plan),
             embeds=inputs.embeds,
             embeds_mask=inputs.embeds_mask,
             record_experts=record_experts,
@@ -117,3 +118,9 @@ class EagerSteps(Steps):
             with self.adapters.of_step(plan):
                 return self.model.forward(batch)
         return self.model.forward(batch)
+
+
+def tasks_of(plan: Plan) -> list[str] | None:
+    """The task of each slice whose adapter it asks for; None where none does."""
+    tasks = [share.sequence.request.task_adapter for share in plan.slices]
+    return tasks if any(tasks) else None

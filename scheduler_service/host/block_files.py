@@ -7,7 +7,8 @@
 The header names the identity and the key, and has a checksum over itself and the block, so a file that was cut,
 damaged or renamed is recognised. A file is written under another name and renamed when it is whole. What does not look
 like ours in DIR is left alone, symbolic links are never followed, and nothing of DIR is ever executed or unpickled.
-Nothing is forced to the disk: what a crash of the machine leaves half written fails its check.
+Nothing is forced to the disk: what a crash of the machine leaves half written fails its check. Directories that
+somebody deletes are made again with the next block.
 """
 
 import contextlib
@@ -37,8 +38,11 @@ SUFFIX, UNFINISHED = ".kv", ".part"
 OURS = re.compile(r"[0-9a-f]{40}")
 RANK = re.compile(r"rank(\d{1,4})")
 OUR_FILES = re.compile(r"[0-9a-f]{40}\.(kv|part)")
+LOCK = "lock"
 LOCK_WAIT_S = 5.0  # for a predecessor that is being killed
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 IN_USE = "--kv-cache-dir {} is in use by another server{}; give each server a directory of its own"
 NOT_USABLE = "--kv-cache-dir {} cannot be used: {}"
 
@@ -58,32 +62,57 @@ class BlockFiles:
         self._fd = -1  # of the identity's directory
         self._guard = threading.Lock()  # of both: one thread writes, another reads
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            if not stat.S_ISREG(os.fstat(self._lock).st_mode):
-                raise StartupError(NOT_USABLE.format(directory, "its lock is not a regular file"))
-            if directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                log.warning("Others may write to %s: whoever does can change what this server answers.", directory)
-            self._take_lock(time.monotonic() + lock_wait_s)
+            self._lock = self._locked(lock_wait_s)
         except OSError as error:
             raise StartupError(NOT_USABLE.format(directory, error.strerror)) from error
 
-    def _take_lock(self, deadline: float) -> None:
+    def _locked(self, wait_s: float) -> int:
+        """Make the directory where it is missing; its lock, taken. Raises OSError and StartupError."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if not stat.S_ISREG(os.fstat(lock).st_mode):
+                raise StartupError(NOT_USABLE.format(self.directory, "its lock is not a regular file"))
+            if self.directory.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                log.warning("Others may write to %s: whoever does can change what this server answers.", self.directory)
+            self._take(lock, time.monotonic() + wait_s)
+        except (OSError, StartupError):
+            os.close(lock)
+            raise
+        return lock
+
+    def _take(self, lock: int, deadline: float) -> None:
         """A record lock: the kernel drops it with the process, and children do not inherit it. Raises OSError too."""
         while True:
             try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
                 if time.monotonic() >= deadline:
-                    holder = os.pread(self._lock, 20, 0).decode("ascii", "replace").strip()
+                    holder = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
                     process = f" (process {holder})" if holder.isdecimal() else ""
                     raise StartupError(IN_USE.format(self.directory, process)) from error
                 time.sleep(0.05)
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+
+    def _ensure(self) -> None:
+        """Make the directory and its lock again where somebody has deleted them. Raises OSError.
+
+        The lock that is held is never opened again: closing any descriptor of its file would give it up.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat((self.directory / LOCK).lstat(), os.fstat(self._lock)):
+                return
+        try:
+            lock = self._locked(0)
+        except StartupError as error:
+            raise OSError(errno.EBUSY, str(error)) from error
+        os.close(self._lock)
+        self._lock = lock
+        log.warning("%s was deleted and is made again; the KV that was in it is lost.", self.directory)
 
     def begin(self, identity: bytes) -> list[bytes]:
         """Use the blocks of this identity, and delete those of others. Returns their keys, least recently used first.
@@ -91,21 +120,28 @@ class BlockFiles:
         Raises OSError.
         """
         name = identity.hex()
+        self._ensure()
         for entry in list(os.scandir(self.directory)):
             if entry.name != name and OURS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 self._remove(entry.name)
-        (self.directory / name).mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(self.directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return self._scan(self._use(identity))
+
+    def _use(self, identity: bytes) -> int:
+        """Make the directory of this identity where it is missing, and open it. Raises OSError."""
+        place = self.directory / identity.hex()
+        place.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(place, DIRECTORY_FLAGS)
         with self._guard:
             old, self._fd, self._identity = self._fd, fd, identity
         if old >= 0:
             os.close(old)
-        return self._scan(fd)
+        return fd
 
     def forget(self, identity: bytes) -> None:
         """Delete all blocks, those of this identity too, and use it from now on. Raises OSError."""
         if identity == self._identity:
-            self._remove(identity.hex())
+            with contextlib.suppress(FileNotFoundError):
+                self._remove(identity.hex())
         self.begin(identity)
 
     def drop_ranks(self, first: int) -> None:
@@ -119,7 +155,7 @@ class BlockFiles:
 
     def _remove(self, name: str) -> None:
         """Delete our files in a directory of DIR, and that too where nothing else is in it."""
-        fd = os.open(self.directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(self.directory / name, DIRECTORY_FLAGS)
         try:
             for entry in list(os.scandir(fd)):
                 if OUR_FILES.fullmatch(entry.name):
@@ -148,13 +184,20 @@ class BlockFiles:
         return [key for _, key in sorted(found)]
 
     def write(self, key: bytes, block: memoryview) -> None:
-        """Raises OSError; then there is no such file."""
+        """Makes the directories again where somebody has deleted them. Raises OSError; then there is no such file."""
+        try:
+            self._write(key, block)
+        except FileNotFoundError:
+            self._ensure()
+            self._use(self._identity)
+            self._write(key, block)
+
+    def _write(self, key: bytes, block: memoryview) -> None:
         with self._guard:
             fd, header = os.dup(self._fd), self._header(key)
         name = key.hex()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            file = os.open(name + UNFINISHED, flags, 0o600, dir_fd=fd)
+            file = os.open(name + UNFINISHED, WRITE_FLAGS, 0o600, dir_fd=fd)
             try:
                 write_all(file, header + checksum(header, block))
                 write_all(file, block)

@@ -48,6 +48,8 @@ TENSOR_NAME = re2.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.
 ALL_MODULES = ("all", "all-linear")
 ENTRY = b'"data_offsets"'  # once in a header's entry of a tensor: within a string its quotes are escaped
 ENTRY_NAME = re.compile(rb'"((?:[^"\\]|\\.)*+)"\s*+:\s*+\{')
+OTHER_OBJECTS = 1000  # more than what a header says beside its tensors
+VALUES_OF_TENSOR, OTHER_VALUES = 16, 50_000  # commas: a tensor's entry has five
 SHOWN_NAMES = 3
 TOO_MANY = "{} has {} tensors, and adapters of this model have at most {}; the first are {}"
 NO_FACTOR = "tensor {} is not a factor (lora_A or lora_B) of a linear layer"
@@ -131,10 +133,14 @@ def most_tensors(layout: Layout) -> int:
 def check_count(file: Path, layout: Layout, shown: Path | None = None) -> None:
     """Raise CheckpointError for a file with far more tensors than an adapter has, before its header is taken apart.
 
-    Of fewer, each that has no use is told by its name later. `shown`: the file's name in the message.
+    Of fewer, each that has no use is told by its name later. Names may be escaped, braces and commas cannot be.
+    `shown`: the file's name in the message.
     """
     header, _ = header_of(file)
-    count, most = header.count(ENTRY), most_tensors(layout)
+    most = most_tensors(layout)
+    if header.count(b",") > VALUES_OF_TENSOR * most + OTHER_VALUES:
+        raise CheckpointError(f"{shown or file}: the header has more values than one of an adapter of this model")
+    count = max(header.count(ENTRY), header.count(b"{") - OTHER_OBJECTS)
     if count <= 2 * most:
         return
     names = (found[1].decode(errors="replace") for found in ENTRY_NAME.finditer(header) if found[1] != b"__metadata__")

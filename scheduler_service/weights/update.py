@@ -29,7 +29,7 @@ from quartet.runtime.control import (
     UpdateWeightsFromDistributed,
 )
 from quartet.runtime.errors import CommandRefused, StartupError
-from quartet.runtime.model_files import hub
+from quartet.runtime.model_files import hub, hub_download
 from quartet.runtime.model_files.gguf import GgufError
 from quartet.runtime.shorten import short
 from quartet.scheduler_service.host import memory as host_memory
@@ -191,11 +191,11 @@ class Updates:
             anywhere = msgspec.structs.replace(self.config, revision=None)  # the revision is that of the model at start
             patterns = (*hub.WEIGHTS, *hub.TOKENIZER)
             return hub.find("model_path", model_path, anywhere, patterns, Path(self.run_dir), with_tokenizer=False)
-        except GgufError as error:
-            raise CommandRefused(NOT_OPENED.format(error)) from error
         except StartupError as error:
             log.debug("%s", error)
-            raise CommandRefused(NOT_OPENED.format(f"{short(model_path, 500)} (repository not found)")) from error
+            of_hub = hub_download.is_hub_id(model_path) and not isinstance(error, GgufError)
+            reason = f"{short(model_path, 500)} (repository not found)" if of_hub else short(error, 1000)
+            raise CommandRefused(NOT_OPENED.format(reason)) from error
 
     def fill(self, checkpoint: Checkpoint | None, before: staging.Identities, digests: Manifest | None) -> None:
         """Fill the second set; without a checkpoint with random values. Raises CheckpointError."""
@@ -396,5 +396,5 @@ def refused_as(form: str) -> Iterator[None]:
     try:
         yield
     except REFUSED_ERRORS as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        reason = short(str(error).strip().split("\n")[0].rstrip("."), 1000) or type(error).__name__
         raise CommandRefused(form.format(reason)) from error

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,52 @@ def test_a_scheduler_that_comes_back_serves_the_weights_and_adapters_of_the_othe
     assert adapted_texts(server) == before
     answer = requests.post(f"{server.url}/unload_lora_adapter", json={"lora_name": "own"}, timeout=WAIT_S)
     assert answer.json()["loaded_adapters"] == {}
+
+
+def test_a_request_ends_with_its_adapter_though_that_is_unloaded_and_its_scheduler_dies(
+    server: Server, models: list[Path]
+) -> None:
+    assert load(server, models[0].parent / "adapter").status_code == 200
+    body = {**BODIES[0], "lora_path": "own", "data_parallel_rank": 1}
+    expected = Stream(server.url, body).answers()
+    stream, start = Stream(server.url, body), len(server.log)
+    stream.reach(5)
+    assert post(server, "/pause_generation", {"mode": "in_place"}).status_code == 200
+    assert post(server, "/unload_lora_adapter", {"lora_name": "own"}).json()["loaded_adapters"] == {}
+    server.children()["scheduler DP1"].kill()
+    server.wait_for_match(r"The scheduler DP1 takes requests", start, WAIT_S)
+    assert post(server, "/continue_generation", {}).status_code == 200
+    assert_same(stream.answers(), expected)
+    late = post(server, "/generate", {"text": "Hello", "lora_path": "own"})
+    assert late.status_code == 400 and "never been loaded" in late.text
+
+
+def post(server: Server, path: str, body: dict[str, Any]) -> requests.Response:
+    return requests.post(f"{server.url}{path}", json=body, timeout=WAIT_S)
+
+
+def test_a_scheduler_that_does_not_answer_is_named_and_the_others_are_told_of(server: Server) -> None:
+    def silent() -> list[int]:
+        body = requests.get(f"{server.url}/get_server_info", timeout=WAIT_S).json()
+        assert len(body["internal_states"]) >= 1
+        found: list[int] = body["unanswered_dp_ranks"]
+        return found
+
+    assert silent() == []
+    stopped = server.children()["scheduler DP1"]
+    stopped.suspend()
+    try:
+        wait_for(lambda: silent() == [1])
+    finally:
+        stopped.resume()
+    wait_for(lambda: silent() == [])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_changes_that_are_on_no_disk_are_refused(server: Server) -> None:

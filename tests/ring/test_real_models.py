@@ -151,6 +151,18 @@ def test_a_tool_is_called_with_what_was_asked_and_its_result_is_in_the_answer(qw
     assert str(DEGREES) in answer["content"]
 
 
+def test_a_tool_that_need_not_be_called_is_called_though_the_model_leaves_the_tags_out(qwen: Server) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is the weather in Paris right now?"}]
+    asked = chat(qwen, messages, tools=[WEATHER])
+    (call,) = asked["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("get_weather", {"city": "Paris"})
+    assert not asked["content"]
+    result = json.dumps({"temperature_celsius": DEGREES, "sky": "cloudy"})
+    messages += [asked, {"role": "tool", "tool_call_id": call["id"], "content": result}]
+    answer = chat(qwen, messages, tools=[WEATHER])
+    assert not answer.get("tool_calls") and answer["content"]
+
+
 def test_one_of_many_tools_is_called_and_their_descriptions_are_computed_once(qwen: Server) -> None:
     tools = [stand_in(number) for number in range(MANY)]
     tools[MANY // 2] = WEATHER

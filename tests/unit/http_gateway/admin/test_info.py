@@ -37,6 +37,17 @@ async def test_server_info_has_settings_facts_and_counters_and_no_keys(path: str
 
 
 @asynchronous
+async def test_server_info_is_there_while_the_ring_says_nothing() -> None:
+    async with served() as server:
+        assert (await server.client.get("/get_server_info")).json()["unanswered_dp_ranks"] == []
+        server.ring.answers_commands = False
+        await server.gateway.counters.read(0, 0.01)
+        body = (await server.client.get("/get_server_info")).json()
+        assert body["unanswered_dp_ranks"] == [0] and body["status"] == "ready"
+        assert body["internal_states"][0]["last_gen_throughput"] == 12.5, "as it last said"
+
+
+@asynchronous
 async def test_models_are_listed_and_found_by_names_with_slashes() -> None:
     async with served() as server:
         [card] = (await server.client.get("/v1/models")).json()["data"]
@@ -50,6 +61,18 @@ async def test_models_are_listed_and_found_by_names_with_slashes() -> None:
             "param": "model",
             "code": "model_not_found",
         }
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+@asynchronous
+async def test_a_file_is_found_by_its_path_its_file_name_and_its_given_name(name: str | None) -> None:
+    async with served(served_model_name=name) as server:
+        server.gateway.model_path = path = "models/q4/tiny.gguf"
+        [card] = (await server.client.get("/v1/models")).json()["data"]
+        assert card["id"] == (name or path)
+        for asked in (name or path, path, "tiny.gguf"):
+            assert (await server.client.get(f"/v1/models/{asked}")).json() == card
+        assert (await server.client.get("/v1/models/q4/tiny.gguf")).status == 404
 
 
 @asynchronous

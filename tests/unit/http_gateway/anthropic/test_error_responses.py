@@ -143,7 +143,10 @@ async def test_an_unknown_path_is_a_404_in_the_shape_of_the_client_s_api() -> No
     async with served() as server:
         answer = await server.client.post("/v1/messages/batches", BODY, headers=VERSION)
         assert error_of(answer)[:2] == (404, "not_found_error")
-        assert (await server.client.post("/v1/messages/batches", BODY)).json() == {"detail": "Not Found"}
+        for path in ("/v1/messages/batches", "/v1/messages/x/y"):
+            assert error_of(await server.client.post(path, BODY))[:2] == (404, "not_found_error")
+        assert (await server.client.post("/v1/messagesx", BODY)).json()["object"] == "error", "of OpenAI's API"
+        assert error_of(await server.client.post("/v1/nope", BODY, headers=VERSION))[:2] == (404, "not_found_error")
 
 
 @pytest.mark.parametrize("path", [PATH, COUNT])

@@ -29,6 +29,15 @@ async def test_there_is_only_one_page(cursor: str) -> None:
 
 
 @asynchronous
+async def test_another_name_of_the_model_finds_it_under_its_own() -> None:
+    async with served(served_model_name=NAME) as server:
+        server.gateway.model_path = "/models/q4/tiny.gguf"
+        for asked in ("tiny.gguf", "/models/q4/tiny.gguf"):
+            answer = await server.client.get(f"/v1/models/{asked}", headers=VERSION)
+            assert (answer.status, answer.json()["id"]) == (200, NAME)
+
+
+@asynchronous
 async def test_an_unknown_model_is_a_404() -> None:
     async with served(served_model_name=NAME) as server:
         answer = await server.client.get("/v1/models/other", headers=VERSION)

@@ -29,6 +29,7 @@ async def test_restarts_are_those_that_the_launcher_announces_so_that_a_new_gate
 async def test_each_process_shows_its_cpu_time_and_memory_and_one_that_has_ended_none() -> None:
     metrics = Metrics("m", never_again, lambda: {"gateway": os.getpid(), "scheduler": 1 << 30})
     found = samples(await metrics.text({}))
+    assert found['quartet:process_pid{role="gateway"}'] == os.getpid()
     assert found['quartet:process_cpu_seconds_total{role="gateway"}'] > 0
     assert found['quartet:process_resident_memory_bytes{role="gateway"}'] > 1 << 20
     assert not [name for name in found if "process_" in name and "scheduler" in name]

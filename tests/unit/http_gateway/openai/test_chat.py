@@ -238,6 +238,39 @@ async def test_a_streamed_call_is_announced_and_then_grows() -> None:
         assert joined(chunks, "content") == ""
 
 
+UNTAGGED = ['```json\n{"name": "weather", ', '"arguments": {"city"', ': "Ulm"}}\n```']
+ASKED = {"role": "user", "content": "hi"}
+RESULT = {"role": "tool", "tool_call_id": "c", "content": "rain"}
+
+
+@asynchronous
+async def test_a_call_without_its_tags_is_found_where_it_is_the_whole_answer() -> None:
+    async with served(says(*UNTAGGED), tool_call_parser="hermes") as server:
+        [choice] = (await ask(server, tools=[WEATHER]))["choices"]
+        [call] = choice["message"]["tool_calls"]
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+        assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("weather", {"city": "Ulm"})
+        chunks = await chunks_of(server, tools=[WEATHER])
+        assert joined(chunks, "content") == "" and chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [WEATHER], "messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": []}, RESULT]},
+        {"tools": [WEATHER], "response_format": {"type": "json_object"}},
+        {"tools": [WEATHER], "tool_choice": "none"},
+        {},
+    ],
+    ids=["behind a result", "constrained", "not to be called", "no tools"],
+)
+@asynchronous
+async def test_json_is_no_call_where_it_may_be_the_answer(body: dict[str, Any]) -> None:
+    async with served(says(*UNTAGGED), tool_call_parser="hermes") as server:
+        [choice] = (await ask(server, **body))["choices"]
+        assert choice["message"]["content"] == "".join(UNTAGGED) and choice["finish_reason"] == "stop"
+
+
 @asynchronous
 async def test_without_a_parser_a_call_stays_text() -> None:
     async with served(says(*CALL)) as server:

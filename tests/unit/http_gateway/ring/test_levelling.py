@@ -2,8 +2,12 @@
 
 import asyncio
 
+import pytest
+
+from quartet.http_gateway.ring import levelling
 from quartet.http_gateway.ring.levelling import Leveller
 from quartet.http_gateway.ring.schedulers import Schedulers
+from quartet.runtime.adapters import UnloadAdapter
 from quartet.runtime.control import COMMAND_LOST, ControlCommand, UpdateWeightVersion
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Facts, Message, Reply
@@ -19,6 +23,35 @@ def facts(rank: int, epoch: int = 0, version: str = "v0") -> Facts:
         vocab_size=10,
         state={"model_path": "m", "weight_version": version},
     )
+
+
+def test_an_adapter_is_unloaded_behind_the_requests_that_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levelling, "LOOK_AFTER_S", 0.0)
+    users = {"a"}
+
+    async def scenario() -> list[str]:
+        schedulers, given, done = Schedulers(2), list[str](), asyncio.Event()
+
+        async def run(command: ControlCommand, timeout_s: float, rank: int) -> Message:
+            assert isinstance(command, UnloadAdapter) and rank == 1 and not users
+            given.append(command.lora_name)
+            done.set()
+            return Reply(id=command.id, rank=1)
+
+        leveller = Leveller(schedulers, run, lambda rank, adapter: rank == 1 and adapter in users)
+        served = facts(1)
+        served.state["adapters"] = [{"name": "a", "path": "/a", "pinned": False}]
+        for told in (facts(0), served):
+            schedulers.note_facts(told, told)
+            leveller.look_at(told.rank)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not given
+        users.clear()
+        await done.wait()
+        return given
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == ["a"]
 
 
 def test_a_scheduler_that_is_started_again_while_it_is_levelled_is_levelled_again() -> None:

@@ -142,6 +142,23 @@ def test_a_scheduler_with_other_adapters_gets_no_requests() -> None:
     assert not schedulers.is_behind(1)
 
 
+def test_a_request_stays_where_its_adapter_is_while_that_is_unloaded() -> None:
+    schedulers = heard()
+    adapter = {"name": "a", "path": "/a", "version": "1", "rank": 4, "pinned": False, "loaded": True}
+    for rank in (0, 1):
+        schedulers.note_reply(Reply(id="c", rank=rank, body={"adapters": [adapter]}))
+    named = asked(adapter="a", wanted_rank=1)
+    assert schedulers.choose(named) == 1
+    schedulers.note_death(1, 0)
+    schedulers.release(1)
+    assert schedulers.choose_again(named, 1) == 0, "all serve it: another one goes on"
+    schedulers.release(0)
+    schedulers.note_reply(Reply(id="c", rank=0, body={"adapters": []}))
+    assert schedulers.choose_again(named, 1) == 1, "the others may have forgotten it"
+    assert schedulers.choose_again(asked("base"), 1) == 0
+    assert [one.requests for one in schedulers.all] == [1, 1]
+
+
 def test_facts_may_tell_of_a_change_before_its_lost_reply_is_repeated() -> None:
     schedulers = heard()
     schedulers.note_facts(facts(0, version="v1"), facts(0))

@@ -123,6 +123,80 @@ async def test_a_sampling_parameter_beside_the_sampling_parameters_is_a_400_that
         assert (await server.client.post("/generate", {"text": "a", name: None})).status == 200
 
 
+ROUTES: dict[str, dict[str, Any]] = {
+    "/generate": {"text": "a"},
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": CHAT,
+    "/v1/responses": {"input": "a"},
+    "/v1/messages": {**CHAT, "max_tokens": 5},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value", "instead"),
+    [
+        ("/generate", "max_tokens", 5, "use `max_new_tokens` of `sampling_params`"),
+        ("/generate", "seed", 0, "use `sampling_seed` of `sampling_params`"),
+        ("/generate", "logprobs", 1, "use `return_logprob`"),
+        ("/generate", "response_format", {"type": "json_object"}, "use `json_schema` of `sampling_params`"),
+        ("/generate", "messages", CHAT["messages"], "conversations go to /v1/chat/completions"),
+        ("/v1/completions", "max_new_tokens", 128, "use `max_tokens`"),
+        ("/v1/completions", "top_logprobs_num", 2, "use `logprobs`"),
+        ("/v1/completions", "sampling_params", {"n": 2}, "put its fields beside `model`, under the names of this API"),
+        ("/v1/chat/completions", "max_new_tokens", 5, "use `max_tokens`"),
+        ("/v1/chat/completions", "sampling_seed", 5, "use `seed`"),
+        ("/v1/chat/completions", "return_logprob", True, "use `logprobs`"),
+        ("/v1/chat/completions", "stream_interval", 5, "/generate has it, this endpoint has not"),
+        ("/v1/chat/completions", "sampling_params", {"n": 2}, "put its fields beside `model`, under the names of this"),
+        ("/v1/responses", "max_tokens", 5, "use `max_output_tokens`"),
+        ("/v1/responses", "seed", 5, "/v1/chat/completions has it, this endpoint has not"),
+        ("/v1/messages", "max_new_tokens", 5, "use `max_tokens`"),
+        ("/v1/messages", "stop", ["x"], "use `stop_sequences`"),
+        ("/v1/messages", "min_p", 0.5, "/v1/chat/completions has it, this endpoint has not"),
+    ],
+)
+@asynchronous
+async def test_a_field_of_another_api_is_a_400_that_says_what_to_write(
+    path: str, name: str, value: Any, instead: str
+) -> None:
+    async with served(says("x")) as server:
+        refused = await server.client.post(path, {**ROUTES[path], name: value})
+        assert (refused.status, f"`{name}` is no field of this endpoint: {instead}" in refused.text) == (400, True)
+        assert not server.ring.sent
+        for nothing in (None, False, "", [], {}):
+            assert (await server.client.post(path, {**ROUTES[path], name: nothing})).status == 200, nothing
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@asynchronous
+async def test_a_parameter_that_an_api_lacks_may_have_its_default(path: str) -> None:
+    async with served(says("x")) as server:
+        spelt_out = {"n": 1, "frequency_penalty": 0, "repetition_penalty": 1.0, "ignore_eos": False}
+        assert (await server.client.post(path, {**ROUTES[path], **spelt_out})).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@asynchronous
+async def test_what_openai_endpoints_have_beyond_openai_stays(path: str) -> None:
+    extensions = {
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "regex": "a+",
+        "min_tokens": 1,
+        "ignore_eos": True,
+    }
+    async with served(says("x")) as server:
+        assert (await server.client.post(path, {**ROUTES[path], **extensions})).status == 200
+
+
+@asynchronous
+async def test_an_instance_with_a_field_of_another_api_is_refused() -> None:
+    async with served(says("x")) as server:
+        refused = await server.client.post("/vertex_generate", {"instances": [{"text": "a"}, {"text": "a", "seed": 1}]})
+        assert (refused.status, "use `sampling_seed` of `sampling_params`" in refused.text) == (400, True)
+
+
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
 @asynchronous
 async def test_a_compressed_body_is_refused_by_the_name_of_its_header(path: str) -> None:

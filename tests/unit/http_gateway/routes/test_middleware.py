@@ -26,6 +26,17 @@ async def test_unknown_paths_wrong_methods_and_trailing_slashes() -> None:
         assert (await server.client.call("HEAD", "/get_load")).status == 405
 
 
+@asynchronous
+async def test_what_no_route_takes_under_v1_is_told_in_the_shape_of_openai() -> None:
+    async with served() as server:
+        missing = await server.client.post("/v1/audio/speech", {})
+        said = missing.json()
+        assert missing.status == 404 and said["detail"] == "Not Found"
+        assert said["error"]["message"] == said["message"] == "Invalid URL (POST /v1/audio/speech)"
+        assert (said["object"], said["error"]["type"], said["error"]["code"]) == ("error", "NotFoundError", 404)
+        assert len((await server.client.get("/v1/" + "x" * 5000)).text) < 2000
+
+
 @pytest.mark.parametrize(
     ("settings", "size", "status"),
     [

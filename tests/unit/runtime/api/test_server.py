@@ -114,6 +114,48 @@ def test_a_failure_is_one_exception_with_the_reason_and_leaves_the_log(stand_in,
     assert (tmp_path / "log").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_totl_tokens", "; did you mean max_total_tokens?"),
+        ("logpath", "; did you mean log_path?"),
+        ("modl", "; did you mean model?"),
+        ("qqqqq", "; flags are those of `quartet serve --help-all`"),
+    ],
+)
+def test_a_keyword_that_is_no_flag_is_refused_with_the_nearest(stand_in, name, hint):
+    stand_in("raise SystemExit('it was started')")
+    with pytest.raises(TypeError) as refused:
+        launch("demo", **{name: None})
+    assert str(refused.value) == f"launch() got an unexpected keyword argument {name!r}{hint}"
+
+
+def test_an_engine_hints_at_its_own_keywords_too():
+    with pytest.raises(TypeError, match=r"^Engine\(\) got .* 'start_timeout'; did you mean start_timeout_s\?$"):
+        quartet.Engine("demo", start_timeout=3)
+
+
+@pytest.mark.parametrize("name", ["max_total_tokens", "model_path", "tp", "disable_radix", "grammar_backend"])
+def test_flags_and_those_of_other_servers_are_keywords(name):
+    servers.check_names("launch", [name], ())
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lunch", "; did you mean launch?"),
+        ("engine", "; did you mean Engine?"),
+        ("LLM", "; did you mean Engine?"),
+        ("ServerArgs", "; did you mean launch, whose keyword arguments are the server's flags?"),
+        ("zzz", ""),
+    ],
+)
+def test_a_name_that_quartet_lacks_is_told_with_the_nearest(name, hint):
+    with pytest.raises(AttributeError) as missing:
+        getattr(quartet, name)
+    assert str(missing.value) == f"module 'quartet' has no attribute {name!r}{hint}"
+
+
 def test_an_end_without_a_reason_says_the_status_and_keeps_the_log(stand_in):
     stand_in("raise SystemExit(7)")
     server = launch("demo")

@@ -33,6 +33,12 @@ def test_a_healthy_server_has_a_line_and_one_for_each_process():
     ]
 
 
+def test_a_process_is_told_by_its_id():
+    ids = 'quartet:process_pid{role="launcher"} 4709.0\nquartet:process_pid{role="gateway"} 1.234567e+06\n'
+    lines = report("http://a", OK, OK, parse_samples(EXPOSITION + ids))
+    assert lines[1:3] == ["  gateway      runs, 0 restarts, pid 1234567", "  tokenizer    runs, 1 restart"]
+
+
 def test_a_reason_stands_at_the_process_that_it_names():
     lines = report("http://a", Verdict("unhealthy", "the tokenizer has not run for 9 s"), OK, SAMPLES)
     assert lines[0] == "http://a is unhealthy: the tokenizer has not run for 9 s"

@@ -31,13 +31,14 @@ class Store:
     known: dict[str, Known]
     loaded: list[str] = field(default_factory=list)
     ending: set[str] = field(default_factory=set)
+    leaving: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     reads: list[str] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     gate: threading.Event = field(default_factory=threading.Event)
 
     def is_served(self, name: str) -> bool:
-        return name in self.known and name not in self.ending
+        return name in self.known and name not in self.ending | self.leaving
 
     def use(self, name: str) -> bool:
         return name in self.loaded
@@ -262,6 +263,15 @@ def test_after_a_restart_an_adapter_that_ends_and_that_nobody_names_is_forgotten
     assert case.turns(1) == [] and case.store.loaded == ["a"]
     case.deadlines.advance(1e6 + GRACE_S, paused=False)
     assert case.turns(1) == [] and case.store.loaded == []
+
+
+def test_a_request_that_comes_again_goes_on_with_an_adapter_that_leaves() -> None:
+    case = Case("a")
+    case.runs("1", "a")
+    case.store.leaving.add("a")
+    with pytest.raises(RequestError, match="never been loaded: a"):
+        case.put("2", "a")
+    assert not case.put("1", "a", attempt=1, again=True)
 
 
 def test_a_request_that_was_let_in_goes_on_with_an_adapter_that_is_unloaded_meanwhile() -> None:

@@ -103,6 +103,22 @@ def test_what_is_loaded_under_the_name_of_an_adapter_that_ends_goes_on_with_its_
     assert live.adapters is not None and live.adapters.version_of == {"a": "2"} and not live.adapters.ending
 
 
+def test_beside_other_schedulers_a_restarted_one_has_what_was_being_unloaded_for_its_requests(tmp_path: Path) -> None:
+    settings = {"enable_lora": True, "dp_size": 2}
+    live = Live(checkpoints.random_model(tmp_path / "base", 0), tmp_path, **settings)
+    assert live.call(load(live, tmp_path, "a")).success
+    start(live, "x")
+    live.begin(UnloadAdapter(lora_name="a"))
+    live.step()
+    again = Live(tmp_path / "base", tmp_path, **settings)
+    assert again.adapters is not None and again.adapters.state() == []
+    message = tokenized("x", range(5), 6)
+    message.request.adapter, message.request.again = "a", True
+    again.send(message)
+    again.run()
+    assert len(again.output("x")) == 6 and versions(again, "x") == {"1"}
+
+
 def test_after_a_restart_an_adapter_that_ends_serves_its_requests_alone(live: Live, tmp_path: Path) -> None:
     start(live, "x")
     live.planner.paused = True

@@ -84,6 +84,16 @@ def test_a_damaged_piece_of_a_state_is_forgotten() -> None:
     assert store.tier.damaged == 1
 
 
+def test_a_prefix_whose_files_are_gone_is_written_again_at_once() -> None:
+    stepper, store = rig()
+    ask(stepper, store, "a", PROMPT)
+    stepper.planner.pool.clear()
+    store.spoilt.update(store.files)
+    assert ask(stepper, store, "b", PROMPT) == 0
+    stepper.planner.pool.clear()
+    assert ask(stepper, store, "c", PROMPT) == 32
+
+
 def test_a_prefix_longer_than_one_fetch_comes_in_several() -> None:
     stepper, store = rig(most_fetched=1)
     ask(stepper, store, "a", PROMPT)
@@ -227,7 +237,7 @@ def test_the_books_are_exact_under_random_operations(is_recurrent: bool) -> None
     """Requests, aborts, reads that fail or come late, writes that fail, changes of weights: no page is lost, no answer
     is wrong, and memory and files hold what the books say.
     """
-    draw = random.Random(7)
+    draw = random.Random(8)
     options = SnapshotOptions(7, 16) if is_recurrent else None
     stepper = Stepper(
         page_size=4, total_pages=40, context_length=150, chunked_prefill_size=20, max_running=4, snapshots=options

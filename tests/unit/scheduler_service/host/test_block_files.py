@@ -1,5 +1,6 @@
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,18 @@ files = BlockFiles(Path(sys.argv[1]), 1000)
 print("held", flush=True)
 sys.stdin.readline()
 """
+INTRUDER = """
+import sys
+from pathlib import Path
+from quartet.scheduler_service.host.block_files import BlockFiles
+BlockFiles(Path(sys.argv[1]), 1000, lock_wait_s=0)
+"""
+
+
+def error_of_another_server(directory: Path) -> str:
+    """What a second process says that wants the directory too."""
+    run = subprocess.run([sys.executable, "-c", INTRUDER, str(directory)], capture_output=True, text=True, check=False)
+    return run.stderr
 
 
 def opened(directory: Path, identity: bytes = IDENTITY) -> tuple[BlockFiles, list[bytes]]:
@@ -130,6 +143,46 @@ def test_forgetting_deletes_all_and_goes_on(directory: Path) -> None:
     assert not (directory / IDENTITY.hex()).exists()
     files.write(KEYS[1], memoryview(BLOCKS[1]))
     assert opened(directory, OTHER)[1] == [KEYS[1]]
+
+
+@pytest.mark.parametrize("deleted", ["all", "parent", "identity"])
+def test_a_deleted_directory_is_made_again_with_the_next_block(
+    directory: Path, caplog: pytest.LogCaptureFixture, deleted: str
+) -> None:
+    files, _ = opened(directory)
+    shutil.rmtree({"all": directory, "parent": directory.parent, "identity": directory / IDENTITY.hex()}[deleted])
+    assert read(files, KEYS[0]) is None
+    files.delete(KEYS[0])
+    files.write(KEYS[1], memoryview(BLOCKS[1]))
+    files.write(KEYS[3], memoryview(BLOCKS[3]))
+    assert [read(files, key) for key in KEYS] == [None, BLOCKS[1], None, BLOCKS[3]]
+    assert directory.stat().st_mode & 0o077 == 0
+    assert len(caplog.messages) == (deleted != "identity")
+    assert f"in use by another server (process {os.getpid()})" in error_of_another_server(directory)
+
+
+@pytest.mark.parametrize("identity", [IDENTITY, OTHER])
+def test_forgetting_needs_no_directory(directory: Path, identity: bytes) -> None:
+    files, _ = opened(directory)
+    shutil.rmtree(directory)
+    files.forget(identity)
+    files.write(KEYS[0], memoryview(BLOCKS[0]))
+    assert path(directory, KEYS[0], identity).exists() and read(files, KEYS[0]) == BLOCKS[0]
+
+
+def test_a_directory_that_another_server_has_made_again_is_left_to_it(directory: Path) -> None:
+    files, _ = opened(directory)
+    shutil.rmtree(directory)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(OSError, match=f"in use by another server .process {holder.pid}"):
+            files.write(KEYS[0], memoryview(BLOCKS[0]))
+        holder.stdin.close()
+    files.write(KEYS[0], memoryview(BLOCKS[0]))
+    assert read(files, KEYS[0]) == BLOCKS[0]
 
 
 def test_a_write_that_fails_leaves_nothing(directory: Path) -> None:

@@ -88,6 +88,45 @@ def test_an_adapter_with_more_tensors_than_the_model_takes_is_refused_before_its
         read(base, adapter)
 
 
+def header_file(directory: Path, header: bytes) -> None:
+    (directory / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (
+            b",".join(b'"\\u0061%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(5000)),
+            r"has 5000 tensors, and .* the first are \\u00610, ",
+        ),
+        (
+            b",".join(b'"\\u0061%d":{"dtype":"F32","shape":[0],"\\u0064ata_offsets":[0,0]}' % i for i in range(5000)),
+            r"has 4001 tensors, and .* the first are \\u00610, ",
+        ),
+        (
+            b'"__metadata__":{%s}' % b",".join(b'"\\u0061%d":""' % i for i in range(60_000)),
+            "more values than one of an adapter of this model",
+        ),
+    ],
+    ids=["names", "keys of entries", "metadata"],
+)
+def test_escaped_keys_do_not_hide_how_much_a_header_holds(
+    base: Path, monkeypatch: pytest.MonkeyPatch, header: bytes, reason: str
+) -> None:
+    adapter = write_adapter(base, base.parent / "adapter")
+    header_file(adapter, b"{%s}" % header)
+    monkeypatch.setattr(adapters, "read_headers", lambda *given: pytest.fail("the header is read"))
+    with pytest.raises(CheckpointError, match=reason):
+        read(base, adapter)
+
+
+def test_a_header_may_say_much_beside_its_tensors(base: Path) -> None:
+    adapter = write_adapter(base, base.parent / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps([{"a": [1, 2]}] * 900)})
+    assert read(base, adapter).rank == 4
+
+
 def test_tensors_of_layers_that_the_model_lacks_are_counted_and_the_first_are_named(base: Path) -> None:
     adapter = write_adapter(base, base.parent / "adapter")
     file = adapter / "adapter_model.safetensors"

@@ -135,6 +135,30 @@ def test_a_path_that_cannot_be_looked_at_is_a_400(live: Live, path: str) -> None
     assert reply.message.startswith("Failed to get weights iterator: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "missing"),
+    [
+        ("gone", None, "does not exist; it takes a directory"),
+        ("gone.gguf", None, "there is no such file"),
+        ("bare", {}, "no *.safetensors file in"),
+        ("torn", {"model.safetensors.index.json": '{"weight_map": {"a": "1.safetensors"}}'}, "torn/1.safetensors"),
+    ],
+)
+def test_the_directory_and_what_is_missing_in_it_are_named(
+    live: Live, tmp_path: Path, name: str, files: dict[str, str] | None, missing: str
+) -> None:
+    directory = tmp_path / name
+    if files is not None:
+        shutil.copytree(live.updates.committed.model_dir or live.updates.committed.model_path, directory)
+        for weights in directory.glob("*.safetensors"):
+            weights.unlink()
+        for file, text in files.items():
+            (directory / file).write_text(text)
+    reply = live.call(UpdateWeightsFromDisk(model_path=str(directory)))
+    assert reply.message.startswith("Failed to get weights iterator: ") and reply.status == 400
+    assert str(directory) in reply.message and missing in reply.message
+
+
 def test_an_unknown_load_format_has_no_loader(live: Live, versions: tuple[Path, Path]) -> None:
     reply = live.call(to_b(versions, load_format="pt"))
     assert reply.status == 400
