@@ -131,6 +131,7 @@ class IdleSleep:
             updates.swap(staged, version)
             updates.drop_second()
             context.worker.weight_version = version
+            saver.resume_adapters()
             saver.released.discard(WEIGHTS)
         saver.resume([KV_CACHE])
 

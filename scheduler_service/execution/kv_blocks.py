@@ -119,7 +119,7 @@ class MemoryBlocks:
             self._slab = untouched_zeros(shape, torch.uint8, device)
         self._free = list(range(capacity - 1, -1, -1))
         self._place: dict[bytes, int] = {}
-        self._arrivals: dict[bytes, Arrival] = {}
+        self._arrivals: dict[int, Arrival] = {}  # by place: of the last copy to it
         self._device = device
 
     def __contains__(self, key: bytes) -> bool:
@@ -129,19 +129,21 @@ class MemoryBlocks:
         """Keep a block, whose row is on the device or the host; the books say that there is room."""
         if key not in self._place:
             self._place[key] = self._free.pop()
-        self._slab[self._place[key]].copy_(row, non_blocking=True)
-        self._arrivals[key] = Arrival(self._device)
+        place = self._place[key]
+        if place in self._arrivals and row.device.type == "cpu":
+            self._arrivals[place].wait()  # else a copy that is under way would write over the row
+        self._slab[place].copy_(row, non_blocking=True)
+        self._arrivals[place] = Arrival(self._device)
 
     def get(self, key: bytes) -> torch.Tensor:
         """The row of a block, which stays what it is until the block is dropped."""
-        self._arrivals[key].wait()
+        self._arrivals[self._place[key]].wait()
         return self._slab[self._place[key]]
 
     def drop(self, key: bytes) -> None:
         """Nothing where it is not there."""
         place = self._place.pop(key, None)
         if place is not None:
-            del self._arrivals[key]
             self._free.append(place)
 
     def clear(self) -> None:

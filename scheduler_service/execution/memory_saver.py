@@ -116,11 +116,15 @@ class MemorySaver:
         updates.drop_second()
         updates.live.release()
 
+    def resume_adapters(self) -> None:
+        """Take the memory of adapters on the device again; they are written there when a step needs them."""
+        if self._adapters is not None:
+            self._adapters.allocate()
+
     def _resume_weights(self) -> None:
         live = self._updates.live
         live.allocate()
-        if self._adapters is not None:
-            self._adapters.allocate()
+        self.resume_adapters()
         if self._backup is not None:
             live.copy_from(self._backup)
             self._backup = None

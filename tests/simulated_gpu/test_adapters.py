@@ -1,6 +1,7 @@
 """LoRA adapters on the simulated device: what they give, against peft, where they lie, and what recorded steps know."""
 
 import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from quartet.scheduler_service.execution.adapter_tiles import TileBuffer, runs_o
 from quartet.scheduler_service.execution.graphs import Graphs, Key
 from tests import adapters
 from tests.engine import Engine
-from tests.live import Live
+from tests.live import DEADLINE_S, Live
 from tests.model import test_adapters_of_peft as of_peft
 from tests.model import tiny
 from tests.model.test_adapters import GREEDY, PROMPT
@@ -178,6 +179,27 @@ def test_slots_are_given_back_and_written_again(tmp_path, backup):
     while served.worker.idle_work():
         pass
     tell(served, "recorded", [None, 1, 3])
+
+
+def test_a_server_that_slept_has_its_slots_again(tmp_path):
+    now = [0.0]
+    more = {"sleep_when_idle_s": 60.0, "model_dir": str(tmp_path / "base"), "clock": lambda: now[0]}
+    served = live(tmp_path, enable_lora=True, **more)
+    for number in range(3):
+        load(served, tmp_path, number)
+    tell(served, "before", [None, 0, 1, 2])
+    pool, before = served.adapters.pool, Memory.used_bytes
+    now[0] = 200.0
+    served.step()
+    assert served.scheduler.sleeping and before - Memory.used_bytes > pool.nbytes and not pool.products
+    served.send(request("first", 4, "t1"))
+    deadline = time.monotonic() + DEADLINE_S
+    while served.scheduler.sleeping:
+        assert time.monotonic() < deadline
+        served.step()
+    served.run()
+    assert served.output("first") == [adapters.FIRST_TOKEN + 1] * 4
+    tell(served, "after", [2, None, 0, 1])
 
 
 def test_adapters_come_and_go_while_others_run_and_the_base_is_swapped(tmp_path):
