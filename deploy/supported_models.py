@@ -66,10 +66,10 @@ MODELS = {  # architecture → models that have it
     "EuroBert": "EuroBERT 210M to 2.1B",
     "Gte": "gte v1.5, gte-multilingual, arctic-embed-m-v2.0",
     "HF_ColBERT": "ColBERTv2, answerai-colbert-small",
-    "JinaEmbeddingsV3": "jina-embeddings-v3-hf, without its task adapters",
+    "JinaEmbeddingsV3": "jina-embeddings-v3 and its -hf copy, with the adapters of their tasks",
     "MPNet": "all-mpnet-base-v2, multi-qa-mpnet",
     "ModernBert": "ModernBERT, gte-modernbert",
-    "NomicBert": "nomic-embed-text v1 and v1.5",
+    "NomicBert": "nomic-embed-text v1, v1.5 and v2-moe",
     "Roberta": "RoBERTa",
     "XLMRoberta": "XLM-R, BGE-M3, bge-reranker-v2-m3, arctic-embed-l-v2.0",
 }
@@ -145,7 +145,7 @@ Compared with sentence-transformers or transformers, on small random models: cos
 mixed lengths in one batch. Native decoders embed and score as well, with `--is-embedding`; so Qwen3-Reranker and
 bge-reranker-v2-gemma rank. A vector for each token (ColBERT): any of these under PyLate's modules or a
 `MultiVectorMask`. Weights of words (SPLADE): Bert, Camembert, DistilBert, ModernBert, MPNet, Roberta, XLMRoberta.
-Refused by name: nomic-embed-text-v2-moe, jina's own code for v3 (take the -hf copy), DeBERTa v2-xlarge.
+Refused by name: DeBERTa v2-xlarge.
 """
 FALLBACK = """## Through transformers
 

@@ -103,6 +103,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     truncate: int | None = None  # tokens of the prompt at most: a longer one is cut, where others would be refused
     truncate_side: Literal["left", "right"] = "right"  # what is cut off
     dimensions: int | None = None  # embed: cut to this many and normalise again
+    task_adapter: str = ""  # embed: the task whose adapter of the model's own computes it; "": the base does
     normalize: bool | None = None  # embed: to length 1; None: as the model's files say
     vectors: Literal["own", "tokens", "query", "document"] = "own"  # embed: what the model is made for; one per token
     fill_to: int = 0  # embed: tokens of the model's own stand behind a query that has fewer

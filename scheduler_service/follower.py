@@ -11,10 +11,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
 
+import msgspec
 import setproctitle
 import torch
 
@@ -56,11 +58,12 @@ from quartet.scheduler_service.execution.rank_messages import (
 from quartet.scheduler_service.execution.rank_tier import FollowingTier
 from quartet.scheduler_service.execution.rank_updates import FollowingUpdates
 from quartet.scheduler_service.execution.ranks import load_part, parallel_of
+from quartet.scheduler_service.execution.state_cache import StateCache, implementations
 from quartet.scheduler_service.execution.tier_part import facts_of, own_part
 from quartet.scheduler_service.host.background import run_in_background
 from quartet.scheduler_service.host.device import limit_threads
 from quartet.scheduler_service.host.parallel import LOST, Parallel, Store, open_store
-from quartet.scheduler_service.model.batch import ServedModel
+from quartet.scheduler_service.model.batch import ServedModel, states_of
 from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for, keep_order
 from quartet.scheduler_service.weights.update import Updates
@@ -156,12 +159,8 @@ class Follower:
     def handle(self, message: Message) -> None:
         """Do what a message says, or begin to."""
         match message:
-            case Pool(page_count, page_size):
-                cache = KVCache(self.model.attention, page_count, page_size, self.model.dtype, self.device)
-                attention = choose_attention(self.device, self.model, self.deterministic)
-                self.memory = FollowingMemory(self.updates.updates, cache)
-                self.steps = EagerSteps(self.model, cache, SlotTokens(1, self.device), attention)
-                self.steps.adapters = self.adapters
+            case Pool():
+                self.take_memory(message)
             case Forward():
                 self.forward(message)
             case Logits(rows):
@@ -189,6 +188,19 @@ class Follower:
             case task:
                 self.begin(partial(self.updates.do, task), self.channel.send)
 
+    def take_memory(self, sizes: Pool) -> None:
+        """Make the KV pool, and the recurrent states where the model has some."""
+        model, device = self.model, self.device
+        cache = KVCache(model.attention, sizes.page_count, sizes.page_size, model.dtype, device)
+        states = None
+        if specs := states_of(model):
+            kernels = implementations(self.updates.updates.config, device)
+            states = StateCache(specs, sizes.state_slots, sizes.snapshots, device, *kernels)
+        attention = choose_attention(device, model, self.deterministic)
+        self.memory = FollowingMemory(self.updates.updates, cache, states)
+        self.steps = EagerSteps(model, cache, SlotTokens(1, device), attention, states)
+        self.steps.adapters = self.adapters
+
     def keep(self, message: Tiers) -> None:
         """Do what a message says of the tier behind the KV pool."""
         match message:
@@ -204,9 +216,13 @@ class Follower:
                     self.channel.send(report)
 
     def open_tier(self, message: OpenTier) -> Answer:
-        """Make this rank's part of the tier."""
+        """Make this rank's part of the tier; on another machine its files are where that one's flag says."""
         assert self.steps is not None
-        blocks = KvBlocks(self.steps.cache, message.block_tokens)
+        config = self.updates.updates.config
+        if config.nnodes > 1 and config.kv_cache_dir is not None:
+            directory = str(Path(config.kv_cache_dir).absolute())
+            message = msgspec.structs.replace(message, directory=directory)
+        blocks = KvBlocks(self.steps.cache, message.block_tokens, self.steps.states)
         try:
             self.tier = FollowingTier(own_part(message, blocks, self.parallel.rank))
         except StartupError as error:

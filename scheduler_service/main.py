@@ -80,7 +80,7 @@ def weight_updates(config: ResolvedConfig, info: ModelInfo, worker: Worker, run_
 def saver_of(worker: Worker, updates: Updates, keep_weights: bool, followers: Followers | None) -> MemorySaver:
     """What gives memory back and takes it again, of all ranks."""
     if followers is not None:
-        return LeadingSaver(updates, worker.cache, keep_weights, followers)
+        return LeadingSaver(updates, worker.cache, keep_weights, followers, worker.state_cache)
     return MemorySaver(
         updates,
         worker.cache,

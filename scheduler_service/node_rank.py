@@ -35,8 +35,11 @@ def main(boot: Boot) -> None:
         raise StartupError(
             f"machine 0 has --tp-size {start.size}, this one {parallel.size}; start all with the same flags"
         )
+    if (start.config.kv_cache_dir is None) != (config.kv_cache_dir is None):
+        raise StartupError("--kv-cache-dir is given on one machine and not on another; start all with the same flags")
     parallel = parallel_of(start.config, parallel.rank)
-    start = msgspec.structs.replace(start, threads=max(1, torch.get_num_threads() // config.ranks_here))
+    own = msgspec.structs.replace(start.config, kv_cache_dir=config.kv_cache_dir)  # a path of this machine
+    start = msgspec.structs.replace(start, config=own, threads=max(1, torch.get_num_threads() // config.ranks_here))
     follow(start, channel, parallel, store, partial(report_ready, boot))
     raise SystemExit(LOST)
 

@@ -4,6 +4,7 @@ import base64
 import math
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -11,7 +12,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from quartet.http_gateway.embedding.encode import embed, embed_request, numbers, rendered
-from quartet.http_gateway.embedding.prompts import Prompted, prefix_of
+from quartet.http_gateway.embedding.prompts import Prompted, choose_vectors, prefix_of
 from quartet.http_gateway.generation.intake import Job, Rules, fan_out
 from quartet.http_gateway.generation.truncation import Truncating, read_truncation
 from quartet.http_gateway.http import errors
@@ -30,7 +31,9 @@ EMPTY = "Input cannot be empty"
 EMPTY_AT = "Input at index {} cannot be empty or whitespace only"
 MIXED = "All items in input list must be {}"
 NO_LABELS = "This model has no labels to classify by; use /v1/embeddings."
+ONE_FORM = "encoding_format and embedding_type cannot be given at the same time."
 KINDS = {str: "strings", int: "integers", list: "lists of integers", dict: "objects with a text"}
+Form = Literal["float", "base64", "binary", "ubinary"]  # of a vector in an answer
 
 
 class TextInput(msgspec.Struct):
@@ -46,6 +49,10 @@ class EmbeddingsBody(Prompted, kw_only=True):
     input: str | list[Any]
     model: Name | None = None
     encoding_format: Literal["float", "base64"] | None = None
+    embedding_type: Form | None = None  # what Jina calls it
+    normalize: bool | None = None  # to length 1; null: as the model's files say
+    normalized: bool | None = None  # the same in Jina's words
+    late_chunking: bool | None = None
     dimensions: int | None = None
     rid: Any = None
     lora_path: Any = None
@@ -67,10 +74,15 @@ async def embeddings(gateway: Gateway, http: HTTPRequest) -> Response:
     dimensions = cut_to(gateway, embedding, body.dimensions)
     if asks(body.lora_path):
         raise RequestError("lora_path is not supported.", field="lora_path")
+    if body.late_chunking:
+        raise RequestError("late_chunking is not supported.", field="late_chunking")
+    if body.encoding_format and body.embedding_type:
+        raise RequestError(ONE_FORM, field="embedding_type")
     texts = await embed(gateway, http, await convert_body(http, vectors_job, body, dimensions, gateway))
+    form = body.embedding_type or body.encoding_format or "float"
 
     def entry(text: Text, index: int) -> dict[str, Any]:
-        return {"object": "embedding", "embedding": encoded(text, body.encoding_format), "index": index}
+        return {"object": "embedding", "embedding": encoded(text, form), "index": index}
 
     rest = msgspec.json.encode({"model": gateway.config.name, "usage": prompt_usage(texts)})
     return await rendered(texts, entry, b'{"object":"list","data":[', b"]," + rest[1:])
@@ -83,7 +95,8 @@ async def classify(gateway: Gateway, http: HTTPRequest) -> Response:
     embedding = check_embeds(gateway)
     if not embedding.labels:
         raise RequestError(NO_LABELS)
-    texts = await embed(gateway, http, await convert_body(http, to_job, body, None, gateway.rules))
+    request = embed_request(gateway.rules, truncation=read_truncation(body, "right"))
+    texts = await embed(gateway, http, await convert_body(http, to_job, body, request, gateway.rules))
     names = gateway.model.config.get("id2label") or {}
     data = [classified(index, probabilities(numbers(text), embedding), names) for index, text in enumerate(texts)]
     answer = {
@@ -104,14 +117,16 @@ def vectors_job(body: EmbeddingsBody, dimensions: int | None, gateway: Gateway) 
     """The same with the model's prompt before each text. Raises RequestError."""
     given: Any = body.input
     first = given[0] if isinstance(given, list) and given else given
-    texts = isinstance(first, str | dict)
-    return to_job(body, dimensions, gateway.rules, prefix_of(body, check_embeds(gateway), texts=texts))
+    texts, embedding = isinstance(first, str | dict), check_embeds(gateway)
+    normalize = body.normalize if body.normalized is None else body.normalized
+    request = embed_request(gateway.rules, dimensions, read_truncation(body, "right"), normalize=normalize)
+    choose_vectors(request, body, embedding)
+    return to_job(body, request, gateway.rules, prefix_of(body, embedding, texts=texts))
 
 
-def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: Rules, prefix: str = "") -> Job:
-    """One request per item of `input`, `prefix` before each text."""
+def to_job(body: EmbeddingsBody | ClassifyBody, request: Request, rules: Rules, prefix: str = "") -> Job:
+    """One request, like `request`, per item of `input`, `prefix` before each text."""
     given: Any = body.input
-    truncation = read_truncation(body, "right")
     single = isinstance(given, str) or bool(given and isinstance(given[0], int))
     items = [given] if single else given
     if not items or given == "":
@@ -123,7 +138,6 @@ def to_job(body: EmbeddingsBody | ClassifyBody, dimensions: int | None, rules: R
     kind = type(items[0])
     if kind not in KINDS or any(type(item) is not kind for item in items):
         raise RequestError(MIXED.format(KINDS.get(kind, "strings")), field="input")
-    request = embed_request(rules, dimensions, truncation)
     prompts = [to_prompt(index, item, request, rules, prefix) for index, item in enumerate(items)]
     return fan_out(prompts, rids_per_prompt(body.rid, len(prompts), single), rules)
 
@@ -157,9 +171,23 @@ def check_text(text: str, message: str) -> None:
 # answer
 
 
-def encoded(text: Text, form: str | None) -> list[float] | str:
-    """A vector as numbers, or the base64 of its little-endian float32 bytes."""
-    return base64.b64encode(text.tokens.vector).decode() if form == "base64" else numbers(text)
+def encoded(text: Text, form: Form) -> list[float] | list[int] | str:
+    """A vector as numbers, as the base64 of its little-endian float32 bytes, or as the bits of its signs."""
+    match form:
+        case "base64":
+            return base64.b64encode(text.tokens.vector).decode()
+        case "float":
+            return numbers(text)
+        case _:
+            return signs(numbers(text), signed=form == "binary")
+
+
+def signs(vector: Sequence[float], signed: bool) -> list[int]:
+    """Eight numbers in a byte, the first in its highest bit: 1 for those above zero. Signed bytes are less by 128."""
+    padded = [*vector, *[0.0] * (-len(vector) % 8)]
+    bits = (padded[start : start + 8] for start in range(0, len(padded), 8))
+    offset = 128 if signed else 0
+    return [sum((value > 0) << 7 - place for place, value in enumerate(eight)) - offset for eight in bits]
 
 
 def prompt_usage(texts: list[Text]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Draws tokens from rows of logits on a CPU, and normalizes them: see native/draw.h."""
+"""Chooses a token from each row of logits on a CPU, and normalizes rows: see native/draw.h."""
 
 import ctypes
 from array import array
@@ -15,10 +15,9 @@ SMALL = 1 << 17  # numbers that one thread is done with before another one is aw
 
 
 class RowsToDraw(NamedTuple):
-    """Of the rows that are drawn from, one item each: their places among the logits, and how they are drawn."""
+    """How a token is chosen from each row of logits."""
 
-    rows: Sequence[int]
-    temperatures: Sequence[float]  # which the logits are to be divided by
+    temperatures: Sequence[float]  # which the logits are to be divided by; 0: the first largest logit is taken
     top_ks: Sequence[int]  # 0: all tokens
     top_ps: Sequence[float]  # 1: all
     min_ps: Sequence[float]  # 0: all
@@ -33,26 +32,40 @@ def can_draw(logits: torch.Tensor) -> bool:
 
 
 def draw_rows(
-    logits: torch.Tensor, best: torch.Tensor, given: RowsToDraw, tokens: torch.Tensor, valid: torch.Tensor
-) -> None:
-    """Write the token of each row to be drawn from, and whether its largest logit is finite; if not, the token is 0.
+    logits: torch.Tensor, given: RowsToDraw, allowed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token of each row (rows,) int64, and whether its largest logit is finite (rows,) bool; else its token is 0.
 
-    logits (rows, vocab), best (rows,): their largest; tokens (rows,) int64 and valid (rows,) bool, written in place.
-    Only where `can_draw` says yes. A row's token depends on that row alone, and is the same on all machines.
+    logits (rows, vocab) stay as they are. allowed (rows, ceil(vocab / 32)) int32: bit i % 32 of word i // 32 allows
+    token i; by default all are. Only where `can_draw` says yes. A row's token depends on that row alone, and is the
+    same on all machines.
     """
-    kernels = native.library()
-    assert kernels is not None and best.dtype is torch.float32 and tokens.dtype is torch.int64
-    assert valid.dtype is torch.bool and best.shape == tokens.shape == valid.shape == logits.shape[:1], logits.shape
-    columns = [array(code, values) for code, values in zip("qfqdfqq", given, strict=True)]
-    pointers = [column.buffer_info()[0] for column in columns]
-    outputs = (best.data_ptr(), tokens.data_ptr(), valid.data_ptr())
-    shape = (logits.shape[1], logits.stride(0), len(given.rows))
-    wanted = Drawing(logits.data_ptr(), *shape, *pointers, *outputs, threads_for(len(given.rows) * logits.shape[1]))
+    kernels, (rows, vocab) = native.library(), logits.shape
+    assert kernels is not None and all(len(values) == rows for values in given), (logits.shape, given)
+    words = 0 if allowed is None else allowed.shape[1]
+    if allowed is not None:
+        assert allowed.shape == (rows, -(-vocab // 32)) and allowed.is_contiguous(), (logits.shape, allowed.shape)
+        assert allowed.dtype is torch.int32 and allowed.device.type == "cpu", (allowed.dtype, allowed.device)
+    columns = [array(code, values) for code, values in zip("fqdfqq", given, strict=True)]
+    tokens, valid = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.bool)
+    wanted = Drawing(
+        logits.data_ptr(),
+        rows,
+        vocab,
+        logits.stride(0),
+        None if allowed is None else allowed.data_ptr(),
+        words,
+        *[column.buffer_info()[0] for column in columns],
+        tokens.data_ptr(),
+        valid.data_ptr(),
+        threads_for(logits.numel()),
+    )
     draw = kernels.functions.quartet_draw
     if draw.argtypes is None:
         draw.argtypes = (ctypes.c_void_p, ctypes.POINTER(Drawing))
     if draw(kernels.kernels, wanted):
-        raise MemoryError(f"no memory for a draw from {logits.shape[1]} tokens")
+        raise MemoryError(f"no memory for a draw from {vocab} tokens")
+    return tokens, valid
 
 
 def log_of_sums(logits: torch.Tensor) -> torch.Tensor:

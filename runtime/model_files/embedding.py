@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from quartet.runtime.errors import StartupError
-from quartet.runtime.model_files import vector_kinds
+from quartet.runtime.model_files import task_adapters, vector_kinds
 from quartet.runtime.model_files.files import MAX_SETTINGS_BYTES, present, read_small
 from quartet.runtime.model_files.vector_kinds import COLBERT, MODEL_TYPES, MultiVector, Sparse
 from quartet.runtime.shorten import short
@@ -24,7 +24,6 @@ ENCODERS = (
     "Deberta",
     *("NomicBert", "Gte", "JinaEmbeddingsV3", "EuroBert"),
 )
-WITH_TASK_ADAPTERS = "JinaEmbeddingsV3"
 SCORING = ("ForSequenceClassification", "ForRewardModel")
 SUFFIXES = ("Model", "ForMaskedLM", *SCORING)  # architectures that end in these give vectors or scores
 ENDS = (*SCORING, "ForMaskedLM", "ForCausalLM", "TextModel", "Model")  # behind the name of a family
@@ -86,8 +85,9 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True):
     prompts: dict[str, str] = {}  # texts that are put before others, by what the vector is for
     default_prompt: str = ""  # a name among those: where a request names none
     prompts_pooled: bool = True  # their tokens count like others
-    task_adapters: bool = False  # its makers have an adapter for each task, none of which is served
-
+    task_adapters: bool = False  # its makers have an adapter for each task, here or elsewhere
+    tasks: dict[str, str] = {}  # those that are here, and their folders; "": in the checkpoint
+    default_task: str = ""  # among them, where a request names none
     multi_vector: MultiVector | None = None
     sparse: Sparse | None = None
 
@@ -143,8 +143,9 @@ def embedding(path: Path, architecture: str, config: Json) -> Embedding:
     """Read the settings of an embedding model. Raises StartupError for what cannot be followed."""
     encoder, scoring = is_encoder(architecture), architecture.endswith(SCORING)
     dimensions = config.get("matryoshka_dimensions") or ()
+    pools_all = task_adapters.has_tasks(architecture, config)
     found = Embedding(
-        pooling=("cls",) if encoder else ("lasttoken",),
+        pooling=("mean",) if pools_all else ("cls",) if encoder else ("lasttoken",),
         normalize=not scoring,
         encoder=encoder,
         causal=not encoder
@@ -153,13 +154,24 @@ def embedding(path: Path, architecture: str, config: Json) -> Embedding:
         matryoshka=bool(dimensions or config.get("is_matryoshka")),
         dimensions=tuple(dimensions),
         own_dimensions=config.get("truncate_dim"),
-        task_adapters=architecture.startswith(WITH_TASK_ADAPTERS),
+        task_adapters=architecture.startswith(task_adapters.FAMILY),
     )
     if scoring:
         return with_scores(found, architecture, config)
     if architecture == COLBERT:
         return colbert(found, path)
-    return with_prompts(with_modules(found, path, architecture), path)
+    return with_tasks(with_prompts(with_modules(found, path, architecture), path), path, architecture, config)
+
+
+def with_tasks(found: Embedding, path: Path, architecture: str, config: Json) -> Embedding:
+    """The task adapters of a model, and their prompts; unchanged where there are none. Raises StartupError."""
+    if not task_adapters.has_tasks(architecture, config):
+        return found
+    tasks = task_adapters.tasks_of(path, architecture, config)
+    prompts = {**task_adapters.instructions_of(path, config), **found.prompts}
+    check_prompts(path / "config.json", prompts)
+    default = task_adapters.default_of(path, config, tasks)
+    return msgspec.structs.replace(found, tasks=tasks, prompts=prompts, default_task=default)
 
 
 def check_cuts(found: Embedding, path: Path, hidden: int) -> None:
@@ -263,13 +275,18 @@ def with_prompts(found: Embedding, path: Path) -> Embedding:
         given = msgspec.json.decode(read_small(file, MAX_SETTINGS_BYTES), type=Prompts)
     except msgspec.DecodeError as error:
         raise StartupError(f"{file} does not describe prompts: {error}") from error
-    if longest := next((name for name, text in given.prompts.items() if len(text) > MAX_PROMPT_CHARS), None):
-        raise StartupError(f"{file}: the prompt {longest!r} has more than {MAX_PROMPT_CHARS} characters")
+    check_prompts(file, given.prompts)
     default = given.default_prompt_name or ""
     if default and default not in given.prompts:
         raise StartupError(f"{file}: default_prompt_name is {default!r}, which is not among its prompts")
     marked = {name: mark + given.prompts.get(name, "").removeprefix(mark) for name, mark in found.prompts.items()}
     return msgspec.structs.replace(found, prompts={**given.prompts, **marked}, default_prompt=default)
+
+
+def check_prompts(file: Path, prompts: Mapping[str, str]) -> None:
+    """Raise StartupError for a prompt that is too long."""
+    if longest := next((name for name, text in prompts.items() if len(text) > MAX_PROMPT_CHARS), None):
+        raise StartupError(f"{file}: the prompt {longest!r} has more than {MAX_PROMPT_CHARS} characters")
 
 
 def read_settings(file: Path) -> dict[str, Any]:

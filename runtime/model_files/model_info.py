@@ -12,6 +12,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import files, model_ranges
 from quartet.runtime.model_files.embedding import Embedding, check_cuts, embedding, is_embedder, usable_positions
 from quartet.runtime.model_files.model_ranges import BadValue
+from quartet.runtime.model_files.task_adapters import architecture_of
 from quartet.runtime.model_files.towers import text_config
 
 DEMO = Path(__file__).parent / "demo"
@@ -128,7 +129,7 @@ def read_config(path: Path) -> ModelConfig:
         model_ranges.check_value("architectures", architectures, model_ranges.FIELDS["architectures"])
     except BadValue as error:
         raise StartupError(f"{path / 'config.json'}: {error}") from error
-    return ModelConfig(architectures[0], text)
+    return ModelConfig(architecture_of(architectures[0], text), text)
 
 
 def positions_of(config: Mapping[str, Any]) -> int:

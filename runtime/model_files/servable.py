@@ -18,6 +18,7 @@ from quartet.runtime.errors import StartupError
 from quartet.runtime.model_files import embedding, families
 from quartet.runtime.model_files.files import opened
 from quartet.runtime.model_files.model_info import NO_CONFIG, read_json
+from quartet.runtime.model_files.task_adapters import architecture_of
 from quartet.runtime.model_files.towers import TOWERS
 from quartet.runtime.shorten import short
 
@@ -127,7 +128,7 @@ def refusal(config: Json, known: Json, is_embedding: bool = False) -> str:
     `known`: by model type, the causal language models of transformers, those that we serve ourselves among them.
     """
     named = config.get("architectures") or [""]
-    architecture = str(named[0] if isinstance(named, list) else named)
+    architecture = architecture_of(str(named[0] if isinstance(named, list) else named), config)
     model_type = str(config.get("model_type") or "")
     if not (known and architecture and model_type) or embedding.is_encoder(architecture):
         return ""  # nothing can be said here; whoever loads it will

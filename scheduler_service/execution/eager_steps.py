@@ -17,7 +17,7 @@ from quartet.scheduler_service.execution.experts import Chosen
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import KVCache, Placement
 from quartet.scheduler_service.execution.state_cache import StateCache
-from quartet.scheduler_service.execution.steps import Steps
+from quartet.scheduler_service.execution.steps import Step, Steps
 from quartet.scheduler_service.model.batch import AttentionSpec, Batch, ServedModel
 
 Attention = Callable[..., torch.Tensor]  # as quartet.kernels.cpu.attention.paged_attention
@@ -87,6 +87,13 @@ class EagerSteps(Steps):
         self.states = states
         self.adapters: CpuAdapters | None = None
 
+    def inputs(self, step: Step) -> Inputs:
+        """See Steps.inputs."""
+        inputs = super().inputs(step)
+        if self.states is not None:
+            inputs.states = self.states.places(step.plan, inputs.offsets)
+        return inputs
+
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
         """See Steps.forward."""
         batch = Batch(
@@ -96,16 +103,24 @@ class EagerSteps(Steps):
             starts=inputs.starts,
             token_types=inputs.token_types,
             attended=inputs.attended,
+            tasks=tasks_of(plan),
             embeds=inputs.embeds,
             embeds_mask=inputs.embeds_mask,
             record_experts=record_experts,
         )
         if self.states is not None:
-            batch.states, copies = self.states.access(plan, inputs.offsets)
+            assert inputs.states is not None
+            batch.states = self.states.access(inputs.states)
             hidden = self.model.forward(batch)
-            self.states.copy(copies)
+            self.states.copy(inputs.states.copies)
             return hidden
         if self.adapters is not None and self.adapters.uses(plan):
             with self.adapters.of_step(plan):
                 return self.model.forward(batch)
         return self.model.forward(batch)
+
+
+def tasks_of(plan: Plan) -> list[str] | None:
+    """The task of each slice whose adapter it asks for; None where none does."""
+    tasks = [share.sequence.request.task_adapter for share in plan.slices]
+    return tasks if any(tasks) else None

@@ -10,6 +10,7 @@ from quartet.scheduler_service.core.plan import Plan, Slice
 from quartet.scheduler_service.core.request import Sequence
 from quartet.scheduler_service.execution.kv_cache import Placement
 from quartet.scheduler_service.host.transfer import send
+from quartet.scheduler_service.model.state_access import StateRows
 
 TYPES = {"i": torch.int32, "q": torch.int64}
 
@@ -28,6 +29,7 @@ class Inputs:
     attended: list[int] | None = None  # by slice
     embeds: torch.Tensor | None = None  # (tokens, hidden)
     embeds_mask: torch.Tensor | None = None  # (tokens,) bool
+    states: StateRows | None = None  # of a model with recurrent layers
 
 
 class PageRuns:

@@ -12,6 +12,7 @@ from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.memory_saver import WEIGHTS, MemorySaver
 from quartet.scheduler_service.execution.rank_messages import Answer, Memory, Release, Resume
 from quartet.scheduler_service.execution.ranks import Followers
+from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.weights.update import Updates
 
 Act = Callable[[Iterable[str]], None]
@@ -20,8 +21,16 @@ Act = Callable[[Iterable[str]], None]
 class LeadingSaver(MemorySaver):
     """The memory of rank 0, which the others give back and take with it."""
 
-    def __init__(self, updates: Updates, cache: KVCache, keep_weights: bool, followers: Followers) -> None:
-        super().__init__(updates, cache, keep_weights, sharing=updates.config.ranks_here)
+    def __init__(
+        self,
+        updates: Updates,
+        cache: KVCache,
+        keep_weights: bool,
+        followers: Followers,
+        states: StateCache | None = None,
+    ) -> None:
+        """`states`: see MemorySaver."""
+        super().__init__(updates, cache, keep_weights, states=states, sharing=updates.config.ranks_here)
         self._followers = followers
         self._backup_kept = keep_weights
 
@@ -55,8 +64,8 @@ class LeadingSaver(MemorySaver):
 class FollowingMemory:
     """The memory of a rank other than 0."""
 
-    def __init__(self, updates: Updates, cache: KVCache) -> None:
-        self._savers = {backup: MemorySaver(updates, cache, backup) for backup in (False, True)}
+    def __init__(self, updates: Updates, cache: KVCache, states: StateCache | None = None) -> None:
+        self._savers = {backup: MemorySaver(updates, cache, backup, states=states) for backup in (False, True)}
 
     def do(self, message: Memory) -> Answer:
         """Give memory back, or take it again; between two steps."""

@@ -36,6 +36,7 @@ from quartet.scheduler_service.core.tier_acts import (
 )
 from quartet.scheduler_service.execution.inputs import Inputs
 from quartet.scheduler_service.execution.kv_cache import Placement
+from quartet.scheduler_service.model.state_access import StateRows
 
 ACTS: dict[str, Any] = {
     kind.__name__: kind for kind in (Store, DropMemory, DropFile, ReadFiles, Put, PutState, Keep, EndRead, Clear)
@@ -65,10 +66,12 @@ class Hello(msgspec.Struct, tag=True):
 
 
 class Pool(msgspec.Struct, tag=True):
-    """The size of every rank's KV pool; sent once, when the weights are loaded."""
+    """The size of every rank's KV pool, and of its recurrent states; sent once, when the weights are loaded."""
 
     page_count: int
     page_size: int
+    state_slots: int = 0
+    snapshots: int = 0
 
 
 class Forward(msgspec.Struct, tag=True):
@@ -85,6 +88,7 @@ class Forward(msgspec.Struct, tag=True):
     embeds: bytes = b""  # float32 (tokens, hidden)
     embeds_mask: bytes = b""  # bool
     adapters: list[str] | None = None  # of each slice, "": none; None: no part of the step has to do with adapters
+    states: StateRows | None = None  # of a model with recurrent layers
 
 
 class Logits(msgspec.Struct, tag=True):
@@ -333,6 +337,7 @@ def forward_message(inputs: Inputs, adapters: list[str] | None = None) -> Forwar
         embeds=as_bytes(inputs.embeds),
         embeds_mask=as_bytes(inputs.embeds_mask),
         adapters=adapters,
+        states=inputs.states,
     )
 
 
@@ -346,6 +351,7 @@ def inputs_of(message: Forward, page_size: int, hidden_size: int, device: torch.
         offsets=message.starts,
         ragged=Ragged(message.query_lengths, message.context_lengths, message.runs, page_size),
         placement=Placement(from_bytes(message.slots, torch.int64, device), begun),
+        states=message.states,
     )
     if message.embeds:
         inputs.embeds = from_bytes(message.embeds, torch.float32, device).view(-1, hidden_size)

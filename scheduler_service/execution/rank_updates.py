@@ -7,6 +7,7 @@ at that place in the order of the steps.
 
 import secrets
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -178,22 +179,23 @@ class LeadingInspection(Inspection):
 
     def whole(self, name: str) -> torch.Tensor:
         """See Inspection.whole. Raises CommandRefused where ranks have different copies of the same values."""
-        own = self._weights.view(name)
+        own = self._weights.view(name).cpu()
         mine, theirs = self._together(Part(name), partial(part_of, self._weights, name))
         cut = self._weights.layout.cuts.get(name)
-        parts = {0: own.cpu()} if cut is None else {cut.start: own.cpu()}
-        for rank, found in enumerate(theirs, 1):
-            if cut is None:
+        if cut is None:
+            for rank, found in enumerate(theirs, 1):
                 if found != mine:
                     raise CommandRefused(RANKS_DIFFER.format(rank, name), 500)
-                continue
-            start, data = found
-            part = from_bytes(data, own.dtype, torch.device("cpu")).view(own.shape)
-            if start in parts and as_bytes(parts[start]) != data:
+            return own
+        parts = [(cut, as_bytes(own))]
+        parts += [(replace(cut, spans=tuple(tuple(span) for span in spans)), data) for spans, data in theirs]
+        whole = own.new_empty(cut.whole)
+        for part, data in reversed(parts):
+            part.put(from_bytes(data, own.dtype, torch.device("cpu")).view(own.shape), whole)
+        for rank, (part, data) in enumerate(parts):
+            if as_bytes(part.of(whole)) != data:  # an earlier rank has other values in the same place
                 raise CommandRefused(RANKS_DIFFER.format(rank, name), 500)
-            parts[start] = part
-        ordered = [parts[start] for start in sorted(parts)]
-        return ordered[0] if cut is None else torch.cat(ordered, cut.dimension)
+        return whole
 
     def take_snapshot(self, names: list[str]) -> None:
         """See Inspection.take_snapshot: every rank keeps its own."""
@@ -208,7 +210,7 @@ class LeadingInspection(Inspection):
 def part_of(weights: Weights, name: str) -> Any:
     """See rank_messages.Part."""
     cut = weights.layout.cuts.get(name)
-    return checksum_of(weights.view(name)) if cut is None else (cut.start, as_bytes(weights.view(name)))
+    return checksum_of(weights.view(name)) if cut is None else (cut.spans, as_bytes(weights.view(name)))
 
 
 class FollowingUpdates:

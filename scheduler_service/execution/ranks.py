@@ -46,6 +46,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     TierReport,
     forward_message,
 )
+from quartet.scheduler_service.execution.state_cache import StateCache
 from quartet.scheduler_service.host.parallel import LOST, TCP, Parallel, Store, join, open_store
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.registry import load_model
@@ -187,11 +188,19 @@ class LeadingSteps(EagerSteps):
     """Steps of rank 0. An error leaves the others inside an operation, so it ends the group."""
 
     def __init__(
-        self, model: ServedModel, cache: KVCache, tokens: SlotTokens, attention: Attention, followers: Followers
+        self,
+        model: ServedModel,
+        cache: KVCache,
+        tokens: SlotTokens,
+        attention: Attention,
+        followers: Followers,
+        states: StateCache | None = None,
     ) -> None:
-        super().__init__(model, cache, tokens, attention)
+        """`states`: of a model with recurrent layers; the others have as many."""
+        super().__init__(model, cache, tokens, attention, states)
         self.followers = followers
-        followers.tell(Pool(cache.page_count, cache.page_size))
+        sizes = (0, 0) if states is None else (states.slots, states.snapshots)
+        followers.tell(Pool(cache.page_count, cache.page_size, *sizes))
 
     def forward(self, plan: Plan, inputs: Inputs, record_experts: Chosen | None = None) -> torch.Tensor:
         """See Steps.forward."""

@@ -24,7 +24,7 @@ from quartet.scheduler_service.execution.kv_cache import token_bytes, untouched_
 from quartet.scheduler_service.host.device import look_at_memory
 from quartet.scheduler_service.host.pool_size import Need, Room, plan_states
 from quartet.scheduler_service.model.batch import ServedModel, states_of
-from quartet.scheduler_service.model.state_access import Run, StateAccess, StateSpec
+from quartet.scheduler_service.model.state_access import Run, StateAccess, StateRows, StateSpec
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class StateCache:
         """Give the memory back; nothing may compute until `allocate`."""
         self.pools = {}
 
-    def access(self, plan: Plan, offsets: list[int]) -> tuple[StateAccess, list[tuple[int, int]]]:
-        """Where a step's slices, whose tokens begin at `offsets`, read and write; and rows to copy behind the step.
+    def places(self, plan: Plan, offsets: list[int]) -> StateRows:
+        """Where a step's slices, whose tokens begin at `offsets`, read and write.
 
         A step computes each state once: after it, the rows of its slots stand at the ends of its slices. The same step
         may be asked for again.
@@ -111,8 +111,13 @@ class StateCache:
                 runs.append(Run(first + at - part.start, first + position - part.start, read, saved))
                 at, read = position, saved
             runs.append(Run(first + at - part.start, first + part.end - part.start, read, write))
-        rows = self._rows(reads), self._rows(writes)
-        return StateAccess(self.pools, *rows, runs, self.kernels, self.ops), copies
+        return StateRows(reads, writes, runs, copies)
+
+    def access(self, rows: StateRows) -> StateAccess:
+        """The states of a step as the layers take them; `copy` its `copies` behind it."""
+        return StateAccess(
+            self.pools, self._rows(rows.reads), self._rows(rows.writes), rows.runs, self.kernels, self.ops
+        )
 
     def copy(self, rows: list[tuple[int, int]]) -> None:
         """Copy whole states, from and to these rows."""
@@ -170,11 +175,11 @@ def snapshot_options(states: StateCache | None, page_size: int) -> SnapshotOptio
 
 
 def make_state_cache(
-    config: ResolvedConfig, model: ServedModel, device: torch.device, context_length: int
+    config: ResolvedConfig, model: ServedModel, device: torch.device, context_length: int, sharing: int = 1
 ) -> StateCache | None:
     """Size and allocate the states of a model whose weights are loaded; None without recurrent layers.
 
-    Raises StartupError.
+    `sharing`: how many ranks take as much of the same memory. Raises StartupError.
     """
     specs = states_of(model)
     if not specs:
@@ -183,9 +188,10 @@ def make_state_cache(
         raise StartupError(NO_DRAFTS)
     bytes_per_state = sum(spec.nbytes for spec in specs)
     most_tokens = config.max_running_requests * context_length
-    need = Need(config.page_size, token_bytes(model.attention, model.dtype), most_tokens, context_length)
-    room = Room(look_at_memory(device), model.weights.served_bytes())
-    plan = plan_states(config, need, room, bytes_per_state, ROWS_PER_SLOT)
+    per_token = sharing * token_bytes(model.attention, model.dtype)
+    need = Need(config.page_size, per_token, most_tokens, context_length)
+    room = Room(look_at_memory(device), sharing * model.weights.served_bytes())
+    plan = plan_states(config, need, room, sharing * bytes_per_state, ROWS_PER_SLOT)
     try:
         states = StateCache(specs, plan.slots, plan.snapshots, device, *implementations(config, device))
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:

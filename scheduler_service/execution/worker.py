@@ -14,7 +14,6 @@ It decides nothing about requests: which run, on which pages and when they end i
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 
 import torch
@@ -45,8 +44,8 @@ from quartet.scheduler_service.execution.ranks import Followers, LeadingSteps
 from quartet.scheduler_service.execution.state_cache import make_state_cache, snapshot_options
 from quartet.scheduler_service.execution.steps import Computed, Step, Steps
 from quartet.scheduler_service.execution.verification import LogitRows, logit_rows
-from quartet.scheduler_service.grammar.masks import Masks
-from quartet.scheduler_service.grammar.matchers import Bitmask, Constrained, Grammar, Matcher
+from quartet.scheduler_service.grammar.masks import Begun, Masks
+from quartet.scheduler_service.grammar.matchers import Bitmask, Grammar, Matcher
 from quartet.scheduler_service.host.device import available_gb, limit_threads
 from quartet.scheduler_service.host.transfer import Arrival, fetch, send, upload
 from quartet.scheduler_service.model.adapter_pool import AdapterPool
@@ -85,8 +84,7 @@ class Worker:
         self.info = info
         self.weight_version = config.weight_version
         self.device = torch.device(config.device)
-        free_gb = available_gb(self.device)
-        running = config.max_running_requests
+        free_gb, running = available_gb(self.device), config.max_running_requests
         kernels = start_compiling(config, info, self.device, running, implementation)
         self.model = load(config, info, self.device)
         stopwatch.mark("model")
@@ -97,7 +95,8 @@ class Worker:
             keep_order(self.model.weights)  # with as many threads as will compute
         attention = choose_attention(self.device, self.model, deterministic)
         self.pooler = make_pooler(config, info, self.model)
-        self.state_cache = make_state_cache(config, self.model, self.device, info.context_length)
+        sharing = config.ranks_here if self.device.type == "cpu" else 1  # of the same memory
+        self.state_cache = make_state_cache(config, self.model, self.device, info.context_length, sharing)
         self.weight_gb = max(0.0, free_gb - available_gb(self.device))
         self.adapter_pool = self.make_adapter_pool(config, implementation)
         self.cache = make_kv_cache(
@@ -108,8 +107,8 @@ class Worker:
             most_tokens=running * info.context_length,
             context_length=info.context_length,
             second_set_bytes=self.model.weights.served_bytes(),
-            state_bytes=self.state_cache.nbytes if self.state_cache else 0,
-            sharing=config.ranks_here if self.device.type == "cpu" else 1,
+            state_bytes=sharing * self.state_cache.nbytes if self.state_cache else 0,
+            sharing=sharing,
         )
         stopwatch.mark("KV pool")
         self.page_size, self.page_count = self.cache.page_size, self.cache.page_count
@@ -143,7 +142,7 @@ class Worker:
     ) -> Steps:
         """What computes the steps: see `__init__`."""
         if followers is not None:
-            return LeadingSteps(self.model, self.cache, self.tokens, attention, followers)
+            return LeadingSteps(self.model, self.cache, self.tokens, attention, followers, self.state_cache)
         pool = self.adapter_pool
         fused = fused_steps_of(config, self.info, self.model, self.cache, self.tokens, implementation, pool)
         return fused or EagerSteps(self.model, self.cache, self.tokens, attention, self.state_cache)
@@ -337,26 +336,26 @@ class Worker:
         """Whether tokens of the last step, which the grammars of this one have to know, are still on the device."""
         return any(state.unseen and state.matcher is not None for state in step.states)
 
-    def start_masks(self, step: Step) -> "Future[Bitmask] | None":
+    def start_masks(self, step: Step) -> Begun | None:
         """Begin the masks of the rows that are drawn from; None where no grammar constrains any."""
         slices = step.plan.slices
         return self.masks.start([(step.states[i].matcher, slices[i].drafts) for i in step.drawing.sampled])
 
-    def finish_masks(self, step: Step, masks: "Future[Bitmask] | None") -> Bitmask | None:
+    def finish_masks(self, step: Step, masks: Begun | None) -> Bitmask | None:
         """Wait for the masks. Where looking at drafts was too much for a matcher, there is a new one without drafts."""
         if masks is None:
             return None
         bitmask, row = masks.result(), 0
-        for i in step.drawing.sampled:
+        for i in step.drawing.sampled if step.plan.verifications else ():
             share, state = step.plan.slices[i], step.states[i]
             if share.drafts and state.matcher is not None and state.matcher.failed:
                 state.matcher = matcher = matcher_of(share.sequence)
                 assert matcher is not None, share.sequence.rid
-                bitmask[row] = self.masks.fill([Constrained(matcher, 0)], 1)[0]
+                self.masks.refill(bitmask, row, matcher)
             row += 1 + len(share.drafts)
         return bitmask
 
-    def draw(self, step: Step, computed: Computed, masks: "Future[Bitmask] | None" = None) -> Drawn:
+    def draw(self, step: Step, computed: Computed, masks: Begun | None = None) -> Drawn:
         """Draw the tokens of a step, unless the step did it itself, and compute their logprobs.
 
         `masks`: of its rows, if they were begun already.

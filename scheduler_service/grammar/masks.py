@@ -9,7 +9,8 @@ the device computes meanwhile.
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,18 +30,37 @@ THREAD_FROM_S = 0.0003  # of work; less is not worth the two threads' waiting fo
 LAST_WEIGHT = 0.25  # of the last step in the moving average of the time for a row
 
 
+class Begun(Protocol):
+    """Masks on their way: see Masks.start."""
+
+    def result(self, timeout: float | None = None) -> Bitmask:
+        """Wait for them. They are overwritten by the masks that are begun next."""
+        ...
+
+
+class Ready(NamedTuple):
+    """Masks that were computed at once."""
+
+    bitmask: Bitmask
+
+    def result(self, timeout: float | None = None) -> Bitmask:
+        return self.bitmask
+
+
 class Masks:
     """Makes the bit masks of constrained rows."""
 
     def __init__(self, vocab_size: int, threaded: bool | None = None) -> None:
         """`threaded`: whether they have a thread of their own; by default where there is a second core."""
-        self._words = bitmask_words(vocab_size)
+        self._room = np.empty((0, bitmask_words(vocab_size)), np.int32)  # fresh memory in each step takes page faults
+        self._address = 0  # of the room
         self._filler = MaskFiller(THREADS)
         threaded = len(os.sched_getaffinity(0)) > 1 if threaded is None else threaded
         self._thread = ThreadPoolExecutor(1, "masks") if threaded else None
+        self._begun: Future[Bitmask] | None = None  # in the thread
         self._row_s = THREAD_FROM_S  # the time for a row, as it was lately
 
-    def start(self, requests: Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> "Future[Bitmask] | None":
+    def start(self, requests: Sequence[tuple[Matcher | None, tuple[int, ...]]]) -> Begun | None:
         """Begin the masks of a step's rows: for each request, one, and one more behind each of its drafts.
 
         None where no request is constrained. Until the result is there, nobody else may use the matchers.
@@ -52,22 +72,38 @@ class Masks:
             rows += 1 + len(drafts)
         if not constrained:
             return None
+        if self._begun is not None:
+            wait((self._begun,))  # of a step that has failed: nobody has asked for its masks
+            self._begun = None
         if self._thread is not None and rows * self._row_s >= THREAD_FROM_S:
-            return self._thread.submit(self.fill, constrained, rows)
-        done: Future[Bitmask] = Future()
-        done.set_result(self.fill(constrained, rows))
-        return done
+            self._begun = self._thread.submit(self._fill, constrained, rows)
+            return self._begun
+        return Ready(self._fill(constrained, rows))
 
-    def fill(self, constrained: list[Constrained], rows: int) -> Bitmask:
+    def refill(self, bitmask: Bitmask, row: int, matcher: Matcher) -> None:
+        """Compute the mask of one row anew, by another matcher and without drafts."""
+        self._filler.fill([Constrained(matcher, row)], bitmask)
+        if matcher.failed:
+            bitmask[row] = ALL_ALLOWED
+
+    def _fill(self, constrained: list[Constrained], rows: int) -> Bitmask:
         """The masks of `rows` rows, of which the others allow all. See Matcher.error afterwards."""
         # In a thread, waits for the interpreter do not count; work that is spread over threads is one wait.
         clock = time.monotonic if len(constrained) >= PARALLEL_FROM else time.thread_time
         begun_s = clock()
-        bitmask = np.full((rows, self._words), ALL_ALLOWED, dtype=np.int32)
-        self._filler.fill(constrained, bitmask)
+        bitmask = self._rows(rows)
+        if rows > len(constrained):  # else each is written to
+            bitmask.fill(ALL_ALLOWED)
+        self._filler.fill(constrained, bitmask, self._address)
         self._row_s += LAST_WEIGHT * ((clock() - begun_s) / rows - self._row_s)
         for matcher, row, drafts in constrained:
             if matcher.failed:
                 bitmask[row] = ALL_ALLOWED  # its request ends; the row must only not fail the others
                 bitmask[row + 1 : row + 1 + len(drafts)] = NONE_ALLOWED  # no draw behind the first one counts
         return bitmask
+
+    def _rows(self, count: int) -> Bitmask:
+        if count > len(self._room):
+            self._room = np.empty((count, self._room.shape[1]), np.int32)
+            self._address = self._room.ctypes.data  # asking for it takes as long as computing a mask
+        return self._room[:count]

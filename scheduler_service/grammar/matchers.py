@@ -11,7 +11,7 @@ import hashlib
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,32 +129,31 @@ class MaskFiller:
     def __init__(self, threads: int) -> None:
         self._executor = LLExecutor(num_threads=threads)
 
-    def fill(self, constrained: Iterable[Constrained], bitmask: Bitmask) -> None:
+    def fill(self, constrained: Sequence[Constrained], bitmask: Bitmask, address: int = 0) -> None:
         """Write the masks of each request to its rows; the other rows stay as they are. See Matcher.error afterwards.
 
         So do rows behind a draft that is not allowed, or that completes the output. No matcher moves on.
+        `address`: of the bitmask, where the caller knows it.
         """
-        triples = [(matcher.engine, row, list(drafts)) for matcher, row, drafts in constrained]
         count, words = bitmask.shape
         assert bitmask.flags.c_contiguous, bitmask.shape
-        assert all(row >= 0 and row + len(drafts) < count for _, row, drafts in triples), bitmask.shape
-        address, row_bytes = bitmask.ctypes.data, words * 4
-        if len(triples) >= PARALLEL_FROM:
-            self._fill_in_parallel(triples, address, row_bytes, count)
+        address, row_bytes = address or bitmask.ctypes.data, words * 4
+        for _, row, drafts in constrained:
+            assert 0 <= row < count - len(drafts), (row, drafts, bitmask.shape)
+        if len(constrained) >= PARALLEL_FROM:
+            self._fill_in_parallel(constrained, address, row_bytes, count)
             return
-        for engine, row, drafts in triples:
-            own = address + row * row_bytes
+        for matcher, row, drafts in constrained:
+            engine, own = matcher.engine, address + row * row_bytes
             if drafts:
-                engine.unsafe_compute_mask_ptr_with_draft_token(own, row_bytes, drafts)  # type: ignore[attr-defined]
+                engine.unsafe_compute_mask_ptr_with_draft_token(own, row_bytes, list(drafts))  # type: ignore[attr-defined]
             else:
                 engine.unsafe_compute_mask_ptr(own, row_bytes)
 
-    def _fill_in_parallel(
-        self, triples: list[tuple[LLMatcher, int, list[int]]], address: int, row_bytes: int, count: int
-    ) -> None:
+    def _fill_in_parallel(self, constrained: Sequence[Constrained], address: int, row_bytes: int, count: int) -> None:
         """The same on the executor's threads, which take requests with and without drafts in two calls."""
-        drafted = [(engine, row, drafts) for engine, row, drafts in triples if drafts]
-        others = [(engine, row) for engine, row, drafts in triples if not drafts]
+        drafted = [(matcher.engine, row, list(drafts)) for matcher, row, drafts in constrained if drafts]
+        others = [(matcher.engine, row) for matcher, row, drafts in constrained if not drafts]
         if others:
             self._executor.unsafe_compute_mask_ptr(others, address, row_bytes, count)
         if drafted:
@@ -219,7 +218,7 @@ class GrammarCompiler:
 
         Raises RequestError, or NeedsLongTry where the short time limit was exceeded.
         """
-        key = hashlib.sha256(f"{kind} {text}".encode()).digest()
+        key = cache_key(kind, text)
         with self._cache_lock:
             found = self._cache.get(key)
             if isinstance(found, NeedsLongTry) and long:
@@ -233,10 +232,21 @@ class GrammarCompiler:
             found = self._outcome(kind, text, checker, long)
             self._store(key, found)
         if isinstance(found, RequestError):
-            raise RequestError(found.message, found.kind, found.field)
+            raise repeated(found)
         if isinstance(found, NeedsLongTry):
             raise NeedsLongTry
         return found
+
+    def known(self, kind: str, text: str) -> Grammar | RequestError | None:
+        """The grammar that the cache has, or its refusal; None where it must be compiled. Never waits for that."""
+        key = cache_key(kind, text)
+        with self._cache_lock:
+            found = self._cache.get(key)
+            if found is None or isinstance(found, NeedsLongTry):
+                return None
+            self.hits += 1
+            self._cache.move_to_end(key)
+        return repeated(found) if isinstance(found, RequestError) else found
 
     def _store(self, key: bytes, outcome: Outcome) -> None:
         with self._cache_lock:
@@ -301,6 +311,15 @@ class GrammarCompiler:
     def close(self) -> None:
         """End the checking process."""
         self._checker.close()
+
+
+def cache_key(kind: str, text: str) -> bytes:
+    return hashlib.sha256(f"{kind} {text}".encode()).digest()
+
+
+def repeated(refusal: RequestError) -> RequestError:
+    """The same refusal for another request: one that is raised again and again would keep all their tracebacks."""
+    return RequestError(refusal.message, refusal.kind, refusal.field)
 
 
 def new_checker() -> Guarded:

@@ -2,6 +2,8 @@
 
     GrammarPool.submit ──► FairQueue ──► a worker thread and its checking process ──► GrammarPool.ready()
 
+What the compiler has in its cache is ready at once.
+
 Every grammar gets a short first try, in which nearly all are compiled; the others wait for a second, long one. One
 worker prefers first tries, another second ones, and each does the other kind when there is none. Within both kinds
 the grammars of different calls alternate, so a call with a thousand grammars delays mostly itself.
@@ -95,8 +97,12 @@ class GrammarPool:
     def submit(self, rid: str, kind: str, text: str, call: str = "") -> None:
         """Start to compile a request's grammar. `call`: the client's call; by default the request is its own."""
         job = Job(rid, kind, text, call or rid)
+        known = self._compiler.known(kind, text)
         with self._changed:
             self._jobs[rid] = job
+            if known is not None:
+                self._done.append((job, known))
+                return
             self._queue.put(job)
             self._changed.notify()
 

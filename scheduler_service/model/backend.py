@@ -94,7 +94,7 @@ class Backend(Protocol):
     ) -> Draws:
         """One token per row of logits (rows, vocab): mask, temperature, filters and the draw.
 
-        `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i. Logits are
-        masked and divided by the temperature in place; with `keep_logits` they are left as they were drawn from.
+        `allowed` is a bit mask, int32 (rows, ceil(vocab / 32)): bit i % 32 of word i // 32 allows token i. Logits may
+        be overwritten; with `keep_logits` they are left as they were drawn from: masked, divided by the temperature.
         """
         ...

@@ -88,6 +88,7 @@ class Batch:
     starts: torch.Tensor  # (sequences + 1,) int64, offsets into tokens
     token_types: torch.Tensor | None = None  # (tokens,) int64
     attended: list[int] | None = None  # by sequence: its first tokens, which others see; for encoders. None: all
+    tasks: list[str] | None = None  # by sequence: whose adapter it has, "": none; for encoders. None: all have none
     embeds: torch.Tensor | None = None  # (tokens, hidden) used where embeds_mask is set
     embeds_mask: torch.Tensor | None = None  # (tokens,) bool
     record_experts: Callable[[int, torch.Tensor], None] | None = None  # (layer, topk_ids (tokens, k))

@@ -1,6 +1,6 @@
 """Makes models of embedding architectures: encoders, and decoders without their language-model head."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from quartet.scheduler_service.model.decoder import Decoder
 from quartet.scheduler_service.model.deterministic import is_asked_for
 from quartet.scheduler_service.model.encoder import GATED, Encoder
 from quartet.scheduler_service.model.encoder_layout import encoder_layout
-from quartet.scheduler_service.model.encoder_spec import EncoderSpec
+from quartet.scheduler_service.model.encoder_spec import EncoderSpec, TaskSpec
 from quartet.scheduler_service.model.families import encoders, encoders_relative, encoders_rotary, word_heads
 from quartet.scheduler_service.model.heads import ACTIVATIONS
 from quartet.scheduler_service.model.layout import decoder_layout
 from quartet.scheduler_service.model.spec import DecoderSpec, HeadLayer
 from quartet.scheduler_service.model.torch_backend import TorchBackend
+from quartet.scheduler_service.weights.adapter_config import ModuleSettings, read_settings
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.load import is_dummy, load_weights
 from quartet.scheduler_service.weights.parameters import Weights
@@ -43,6 +44,10 @@ FAMILIES: dict[str, encoders.EncoderFamily] = {
     "XLMRoberta": encoders.roberta,
 }
 WORDS = "embed_tokens.weight"  # of decoders
+NO_ADAPTERS = (
+    "{}/config.json names tasks with adapters (lora_adaptations: {}), and the checkpoint has none; take "
+    "lora_adaptations out of it to serve the weights as they are"
+)
 
 
 def load_encoder(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> Encoder:
@@ -51,6 +56,8 @@ def load_encoder(config: ResolvedConfig, info: ModelInfo, dtype: torch.dtype, de
     weights = Weights(encoder_layout(spec), dtype, device)
     model = Encoder(spec, weights)
     load_weights(weights, config, info)
+    if model.tasks is not None:
+        model.tasks.attach()
     return model
 
 
@@ -65,6 +72,8 @@ def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
         ) from error
     if info.embedding.dense:
         spec = replace(spec, head=dense_layers(info.embedding))
+    if info.embedding.tasks:
+        spec = replace(spec, tasks=task_spec(info, info.embedding.tasks, spec, tensors))
     if info.embedding.sparse:
         spec = replace(spec, word_head=word_heads.word_head(family_name(info.architecture), info.config, tensors))
     known = GATED if spec.gated else ACTIVATIONS
@@ -73,6 +82,24 @@ def encoder_spec(info: ModelInfo, tensors: Collection[str]) -> EncoderSpec:
     if unknown := sorted({spec.activation} - set(known)) + sorted(heads - set(ACTIVATIONS)):
         raise StartupError(f"{info.path}/config.json asks for the activation {unknown[0]}, which is not supported")
     return spec
+
+
+def task_spec(info: ModelInfo, tasks: Mapping[str, str], spec: EncoderSpec, tensors: Collection[str]) -> TaskSpec:
+    """The adapters of tasks, and their folders. Raises StartupError where there are none or they differ in kind."""
+    names = tuple(tasks)
+    if not all(tasks.values()):
+        rank, alpha = info.config.get("lora_rank", 4), info.config.get("lora_alpha", 1)
+        if tensors and spec.names.weight == "weight":
+            raise StartupError(NO_ADAPTERS.format(info.path, ", ".join(names)))
+        return TaskSpec(tasks=names, rank=rank, scale=alpha / rank)
+    folders = tuple(tasks.values())
+    settings = [read_settings(Path(info.path) / folder) for folder in folders]
+    kinds = {(own.r, own.lora_alpha, own.use_rslora, *own.rank_pattern, *own.alpha_pattern) for own in settings}
+    if len(kinds) > 1 or settings[0].rank_pattern or settings[0].alpha_pattern:
+        raise StartupError(f"{info.path}: the adapters of {', '.join(names)} differ in rank or scale")
+    inside = encoders_rotary.JINA_NEW_NAMES
+    scale = ModuleSettings(settings[0]).scale_of("")
+    return TaskSpec(tasks=names, folders=folders, names=inside, rank=settings[0].r, scale=scale)
 
 
 def load_decoder_embedder(

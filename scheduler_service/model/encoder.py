@@ -22,9 +22,11 @@ from quartet.scheduler_service.model.encoder_attention import (
     by_length,
     near,
 )
+from quartet.scheduler_service.model.encoder_moe import Experts
 from quartet.scheduler_service.model.encoder_spec import DistanceBias, DistanceVectors, EncoderSpec
 from quartet.scheduler_service.model.heads import ACTIVATIONS, Head
 from quartet.scheduler_service.model.layers import linear
+from quartet.scheduler_service.model.task_adapters import TaskAdapters
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
 from quartet.scheduler_service.weights.parameters import Weights
 
@@ -64,8 +66,11 @@ class EncoderLayer:
         else:
             self.qkv = self.of_distances = linear(weights, "qkv", layer, bias=spec.attention_bias)
         self.output = linear(weights, "output", layer, bias=spec.attention_bias)
-        self.up = linear(weights, "up", layer, bias=spec.up_bias)
-        self.down = linear(weights, "down", layer, bias=spec.down_bias)
+        place = spec.block_place(layer)
+        self.experts = Experts(spec, spec.moe, weights, place) if spec.moe and own.experts else None
+        if self.experts is None:
+            self.up = linear(weights, "up", place, bias=spec.up_bias)
+            self.down = linear(weights, "down", place, bias=spec.down_bias)
         self.activation = (GATED if spec.gated else ACTIVATIONS)[spec.activation]
         self.gate_last = spec.gate_last
         self.plain_gelu = spec.activation == "gelu" and not spec.gated
@@ -81,6 +86,9 @@ class EncoderLayer:
         return self.mlp_norm(x + self.feed_forward(x))
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What stands behind attention: (tokens, hidden) of x (tokens, hidden)."""
+        if self.experts is not None:
+            return self.experts(x)
         if self.plain_gelu:
             return self.down(self.up(x, gelu=True))
         x = self.up(x)
@@ -152,12 +160,21 @@ class Encoder:
         self.head = Head(spec.head, weights) if spec.head else None
         self.word_head = Head((spec.word_head.transform,), weights, "word_head") if spec.word_head else None
         self.word_bias = weights.slab("word_bias") if spec.word_head and spec.word_head.bias else None
+        self.tasks = None if spec.tasks is None else TaskAdapters(spec, spec.tasks, weights)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states of the last layer, in the batch's order: (tokens, hidden)."""
         order, groups = by_length(batch.starts, batch.attended)
         order = order.to(self.device)
-        x = self.embed(batch)[order]
+        if self.tasks is None or batch.tasks is None:
+            return self.in_order(batch, order, groups, self.embed(batch))
+        owners = self.tasks.owners(batch.tasks, batch.starts)
+        with self.tasks.of_rows(owners[order]):
+            return self.in_order(batch, order, groups, self.embed(batch, owners))
+
+    def in_order(self, batch: Batch, order: torch.Tensor, groups: list[Group], embedded: torch.Tensor) -> torch.Tensor:
+        """The same from embeddings (tokens, hidden); the layers compute texts of one length side by side."""
+        x = embedded[order]
         added = None
         if self.added is not None:
             added = self.added.prepare(groups[-1].length)
@@ -169,13 +186,18 @@ class Encoder:
             x = self.final_norm(x)
         return torch.empty_like(x).index_copy_(0, order, x)
 
-    def embed(self, batch: Batch) -> torch.Tensor:
-        """The sum of the tables' rows for each token, normed: (tokens, hidden)."""
+    def embed(self, batch: Batch, owners: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of the tables' rows for each token, normed: (tokens, hidden). `owners`: of tokens, of their tasks."""
         x = F.embedding(batch.input_ids, self.words)
+        if self.tasks is not None and owners is not None:
+            x = x + self.tasks.of_table("words", batch.input_ids, owners)
         if batch.embeds is not None and batch.embeds_mask is not None:
             x = torch.where(batch.embeds_mask.unsqueeze(1), batch.embeds.to(x.dtype), x)
         if self.types is not None:
-            x = x + (self.types[0] if batch.token_types is None else F.embedding(batch.token_types, self.types))
+            types = torch.zeros_like(batch.input_ids) if batch.token_types is None else batch.token_types
+            x = x + (self.types[0] if batch.token_types is None else F.embedding(types, self.types))
+            if self.tasks is not None and owners is not None:
+                x = x + self.tasks.of_table("types", types, owners)
         if self.positions is not None:
             x = x + F.embedding(batch.positions + self.spec.first_position, self.positions)
         return x if self.embedding_norm is None else self.embedding_norm(x)

@@ -1,8 +1,10 @@
 """From an encoder's spec to the layout of its weights."""
 
+from quartet.scheduler_service.model.encoder_moe import add_experts
 from quartet.scheduler_service.model.encoder_spec import DistanceBias, DistanceVectors, EncoderSpec
 from quartet.scheduler_service.model.heads import add_head
 from quartet.scheduler_service.model.layout import parts
+from quartet.scheduler_service.model.task_adapters import add_tasks
 from quartet.scheduler_service.weights.parameters import Layout
 
 
@@ -10,14 +12,8 @@ def encoder_layout(spec: EncoderSpec) -> Layout:
     """Buffers by kind; query, key and value of a layer are one matrix."""
     layout = Layout()
     names, hidden = spec.names, spec.hidden_size
-    tables = (
-        ("words", names.words, spec.vocab_size),
-        ("positions", names.positions, spec.positions),
-        ("types", names.types, spec.token_types),
-    )
-    for buffer, name, rows in tables:
-        if rows:
-            layout.add(buffer, (), [(f"{spec.prefix}{name}.weight", rows)], hidden)
+    for buffer, name, rows in spec.tables:
+        layout.add(buffer, (), [(f"{spec.prefix}{name}.{names.weight}", rows)], hidden)
     if spec.embedding_norm:
         add_norm(layout, spec, "embedding_norm", (), f"{spec.prefix}{names.embedding_norm}")
     add_relative(layout, spec)
@@ -33,6 +29,8 @@ def encoder_layout(spec: EncoderSpec) -> Layout:
         add_head(layout, (spec.word_head.transform,), "word_head")
         if spec.word_head.bias:
             layout.add("word_bias", (), [(spec.word_head.bias, spec.vocab_size)], None)
+    if spec.tasks is not None:
+        add_tasks(layout, spec, spec.tasks)
     layout.ignored = spec.ignored - layout.places.keys()
     return layout
 
@@ -57,19 +55,18 @@ def add_norm(layout: Layout, spec: EncoderSpec, buffer: str, index: tuple[int, .
 
 def add_layer(layout: Layout, spec: EncoderSpec, layer: int, prefix: str) -> None:
     """Places for one layer's tensors, whose names in the checkpoint begin with `prefix`."""
-    names, hidden, size = spec.names, spec.hidden_size, spec.intermediate_size
-    key = (spec.kv_heads or spec.heads) * spec.head_dim
-    up = (size, size) if spec.gated else (size,)
-    linears = (
-        ("qkv", names.qkv, (hidden, key, key), hidden, spec.attention_bias and not spec.head_by_head),
-        ("output", (names.output,), (hidden,), hidden, spec.attention_bias),
-        ("up", names.up, up, hidden, spec.up_bias),
-        ("down", (names.down,), (hidden,), size, spec.down_bias),
-    )
-    for buffer, tensors, rows, columns, bias in linears:
-        layout.add(buffer, (layer,), parts(prefix, tensors, rows), columns)
+    names, experts = spec.names, spec.layers[layer].experts
+    for buffer, tensors, rows, columns, bias in spec.products(names):
+        in_block = buffer in ("up", "down")
+        if in_block and experts:
+            continue
+        index = (spec.block_place(layer) if in_block else layer,)
+        layout.add(buffer, index, parts(prefix, tensors, rows, names.weight), columns)
         if bias:
-            layout.add(f"{buffer}_bias", (layer,), parts(prefix, tensors, rows, "bias"), None)
+            layout.add(f"{buffer}_bias", index, parts(prefix, tensors, rows, "bias"), None)
+    if experts:
+        assert spec.moe is not None
+        add_experts(layout, spec, spec.moe, spec.block_place(layer), prefix)
     add_norm(layout, spec, "mlp_norm", (layer,), f"{prefix}{names.mlp_norm}")
     if spec.head_by_head:
         add_head_by_head(layout, spec, (layer,), f"{prefix}attention.self.")

@@ -17,7 +17,7 @@ from quartet.kernels.reference.layers import rms_norm
 from quartet.kernels.reference.recurrent import causal_convolution, gated_delta_rule, gated_delta_rule_by_chunks
 from quartet.scheduler_service.model.deterministic import sigmoid, silu, softplus
 from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
-from quartet.scheduler_service.weights.parameters import Layout, Weights
+from quartet.scheduler_service.weights.parameters import Layout, Rows, Weights
 
 FEW_TOKENS = 8  # up to so many the rule is followed token by token
 
@@ -182,8 +182,8 @@ class GatedDelta:
 def add_gated_delta(layout: Layout, spec: GatedDeltaSpec, hidden: int, slab: int, prefix: str) -> None:
     """Places for one layer's weights; `slab`: its number among recurrent layers."""
     inside, names, place = f"{prefix}{spec.block}.", spec.names, (slab,)
-    layout.add("delta_in", place, tensors(inside, names.inner, spec.inner_rows), hidden)
-    layout.add("delta_rates", place, tensors(inside, names.rates, spec.rate_rows), hidden)
+    layout.add("delta_in", place, tensors(inside, names.inner, spec.inner_rows, spec.by_key_head), hidden)
+    layout.add("delta_rates", place, tensors(inside, names.rates, spec.rate_rows, spec.by_key_head), hidden)
     layout.add("delta_conv", place, tensors(inside, names.convolution, spec.inner_rows[:3]), (1, spec.taps))
     layout.add("delta_norm", place, [(f"{inside}{names.norm}.weight", spec.value_dim)], None)
     layout.add("delta_out", place, [(f"{inside}{names.output}.weight", hidden)], spec.values)
@@ -199,10 +199,16 @@ def add_gated_delta(layout: Layout, spec: GatedDeltaSpec, hidden: int, slab: int
     layout.add("delta_log", place, [(f"{inside}A_log", 1)], (1, spec.value_heads, 1))
 
 
-def tensors(prefix: str, names: tuple[str, ...], rows: tuple[int, ...]) -> list[tuple[str, int]]:
-    """(name, rows) of each part; the first name is for all parts that have none of their own."""
+def tensors(
+    prefix: str, names: tuple[str, ...], rows: tuple[int, ...], by_head: bool = False
+) -> list[tuple[str, Rows]]:
+    """(name, rows) of each part; the first name is for all parts that have none of their own.
+
+    `by_head`: the rows of one name are ordered by heads, which ranks divide, and not by parts.
+    """
     together = len(rows) - len(names) + 1
-    sizes = (sum(rows[:together]), *rows[together:])
+    first: Rows = sum(rows[:together]) if by_head or together == 1 else rows[:together]
+    sizes = (first, *rows[together:])
     return [(f"{prefix}{name}.weight", size) for name, size in zip(names, sizes, strict=True)]
 
 

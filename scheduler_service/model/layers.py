@@ -1,7 +1,7 @@
 """What the layers of a decoder are made of: weights and sizes. A backend (backend.py) computes with them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from statistics import NormalDist
 
@@ -16,7 +16,7 @@ from quartet.scheduler_service.model.sharded import GatheredLinear, ReducedLinea
 from quartet.scheduler_service.model.spec import DecoderSpec, LatentSpec, MoeSpec
 from quartet.scheduler_service.weights.parameters import Weights, kind_of
 
-REDUCED = ("output", "down")  # where these buffers are cut, products are summed over the ranks
+REDUCED = ("output", "delta_out", "space_out", "conv_out", "down")  # where these are cut, ranks' products are summed
 BY_TOKEN = ("embed", "lm_head")
 LATENT_EPSILON = 1e-6  # of the norms inside latent attention, whatever the config's is
 
@@ -29,6 +29,7 @@ class Norm:
     epsilon: float
     plus_one: bool  # the weight is stored as its distance from one
     centred: bool = False  # the mean is subtracted first: a layer norm
+    ranks: Parallel | None = None  # those that have a part each of what is normed together; None: it is all here
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +284,11 @@ def head_norm(spec: DecoderSpec, weights: Weights, buffer: str, layer: int, slab
     """The norm of queries or keys, if there is one."""
     if spec.layers[layer].bare_norms:
         return bare_norm(spec, weights, spec.head_dim_of(layer))
-    return norm_of(spec, weights, buffer, slab) if spec.query_key_norm else None
+    if not spec.query_key_norm:
+        return None
+    norm, parallel = norm_of(spec, weights, buffer, slab), weights.layout.parallel
+    divided = spec.query_key_norm_over == "heads" and parallel.size > 1
+    return replace(norm, ranks=parallel) if divided else norm
 
 
 def bare_norm(spec: DecoderSpec, weights: Weights, size: int) -> Norm:

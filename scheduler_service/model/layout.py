@@ -8,7 +8,7 @@ from quartet.scheduler_service.model.layer_inputs import add_layer_inputs, add_o
 from quartet.scheduler_service.model.recurrent import add_recurrent
 from quartet.scheduler_service.model.spec import DecoderSpec, MoeSpec
 from quartet.scheduler_service.model.streams import add_own_streams, add_streams
-from quartet.scheduler_service.weights.parameters import Layout
+from quartet.scheduler_service.weights.parameters import Layout, Rows
 
 
 def decoder_layout(spec: DecoderSpec, vocabulary: int | None = None) -> Layout:
@@ -54,9 +54,9 @@ def embeddings_name(spec: DecoderSpec) -> str:
     return f"{spec.prefix}{spec.names.embeddings}.weight"
 
 
-def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str = "weight") -> list[tuple[str, int]]:
+def parts(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], kind: str = "weight") -> list[tuple[str, Rows]]:
     """(name, rows) of fused tensors; a family that fuses them in the checkpoint has one name for all rows."""
-    sizes = rows if len(names) == len(rows) else (sum(rows),)
+    sizes: tuple[Rows, ...] = rows if len(names) == len(rows) else (rows,)
     return [(f"{prefix}{name}.{kind}", size) for name, size in zip(names, sizes, strict=True)]
 
 

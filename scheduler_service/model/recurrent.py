@@ -23,6 +23,7 @@ from quartet.scheduler_service.weights.parameters import Layout, Weights
 class ShortConvSpec:
     """output(c * convolution(b * x)), with b, c and x from one product; the convolution is short and causal."""
 
+    channels: int
     taps: int  # tokens that the convolution reads
     bias: bool = False
     block: str = "conv"  # checkpoint names below the layer
@@ -78,13 +79,13 @@ def add_recurrent(layout: Layout, spec: RecurrentSpec, hidden: int, slab: int, p
 
 def add_short_conv(layout: Layout, spec: ShortConvSpec, hidden: int, slab: int, prefix: str) -> None:
     """The same for a short convolution."""
-    inside = f"{prefix}{spec.block}."
-    layout.add("conv_in", (slab,), [(f"{inside}in_proj.weight", 3 * hidden)], hidden)
-    layout.add("conv", (slab,), [(f"{inside}conv.weight", hidden)], (1, spec.taps))
-    layout.add("conv_out", (slab,), [(f"{inside}out_proj.weight", hidden)], hidden)
+    inside, channels = f"{prefix}{spec.block}.", spec.channels
+    layout.add("conv_in", (slab,), [(f"{inside}in_proj.weight", (channels,) * 3)], hidden)
+    layout.add("conv", (slab,), [(f"{inside}conv.weight", channels)], (1, spec.taps))
+    layout.add("conv_out", (slab,), [(f"{inside}out_proj.weight", hidden)], channels)
     if spec.bias:
-        layout.add("conv_in_bias", (slab,), [(f"{inside}in_proj.bias", 3 * hidden)], None)
-        layout.add("conv_bias", (slab,), [(f"{inside}conv.bias", hidden)], None)
+        layout.add("conv_in_bias", (slab,), [(f"{inside}in_proj.bias", (channels,) * 3)], None)
+        layout.add("conv_bias", (slab,), [(f"{inside}conv.bias", channels)], None)
         layout.add("conv_out_bias", (slab,), [(f"{inside}out_proj.bias", hidden)], None)
 
 
@@ -105,9 +106,8 @@ def short_conv(
     spec: ShortConvSpec, weights: Weights, layer: int, slab: int, linear: Callable[..., Linear]
 ) -> ShortConv:
     """The same for a short convolution."""
-    channels = len(weights.slab("conv", slab))
     return ShortConv(
-        spec=StateSpec(layer, ((spec.taps - 1, channels),), (weights.dtype,)),
+        spec=StateSpec(layer, ((spec.taps - 1, spec.channels),), (weights.dtype,)),
         inner=linear(weights, "conv_in", slab, bias=spec.bias),
         output=linear(weights, "conv_out", slab, bias=spec.bias),
         weight=weights.slab("conv", slab),

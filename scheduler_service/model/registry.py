@@ -121,8 +121,9 @@ def load_model(
     """
     check_format(config.load_format, Path(info.path))
     dtype = resolve_dtype(config.dtype, info.config, device)
-    if device.type == "cpu" and dtype is torch.bfloat16:
-        native.start_loading()  # at a first start they are compiled while the weights are read
+    if device.type == "cpu" and (dtype is torch.bfloat16 or info.embedding is None):
+        # At a first start they are compiled while the weights are read. In any dtype there are kernels for draws.
+        native.start_loading()
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)
     try:
@@ -227,8 +228,6 @@ def load_native(
     parallel: Parallel = ALONE,
 ) -> Decoder:
     """The generic decoder of a spec, with its weights. Raises StartupError."""
-    if device.type == "cpu" and any(layer.recurrent for layer in spec.layers):
-        native.start_loading()  # recurrent layers have kernels for float32 too
     spec = inside(spec, info.architecture, tensor_names(config, info))
     if spec.generates and not is_dummy(config):
         tied = ties.is_tied(Path(info.path), spec.head, embeddings_name(spec), spec.tied)

@@ -41,6 +41,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "activation": ("hidden_act", "hidden_activation", "activation"),
     "attention_softcap": ("attn_logit_softcapping",),
     "logit_softcap": ("final_logit_softcapping",),
+    "moe": ("num_experts", "moe_top_k"),
+    "tasks": ("lora_adaptations", "lora_rank", "lora_alpha"),
     "relative": (
         "position_buckets",
         "max_relative_positions",
@@ -60,7 +62,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "num_local_experts",
         "num_experts_per_tok",
         "norm_topk_prob",
-        "moe_intermediate_size",
+        *("moe_intermediate_size", "moe_every_n_layers"),
         *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor"),
         *("first_k_dense_replace", "no_rope_layers", "sliding_window_pattern"),
         *("global_head_dim", "num_global_key_value_heads", "per_layer_config", "num_kv_shared_layers"),

@@ -1,4 +1,7 @@
-"""Products and embeddings of which each rank has a part of the weight; what they give is the same on every rank."""
+"""Products, norms and embeddings of which each rank has a part of the weight.
+
+What products and embeddings give is the same on every rank.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +66,16 @@ class GatheredLinear(Linear):
         part = x.new_empty(len(x), len(self.weight), dtype=out.dtype)
         super().write(x, part)
         self.parallel.gather(part, out)
+
+
+def norm_over_ranks(x: torch.Tensor, weight: torch.Tensor, epsilon: float, parallel: Parallel) -> torch.Tensor:
+    """A root-mean-square norm over the columns of all ranks: x (tokens, size) and weight are this rank's part.
+
+    Where several ranks have the same part, as heads of keys, all parts have as many copies, and the mean is the same.
+    """
+    squares = parallel.sum(x.float().square().sum(1, keepdim=True))
+    scale = torch.rsqrt(squares / (x.shape[1] * parallel.size) + epsilon)
+    return (x.float() * scale * weight.float()).to(x.dtype)
 
 
 def rows_of(ids: torch.Tensor, table: torch.Tensor | QuantizedWeight) -> torch.Tensor:

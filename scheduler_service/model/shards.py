@@ -1,21 +1,26 @@
 """One rank's part of a decoder: its spec and the layout of its weights.
 
 Queries, keys, values, gates and ups are cut by output (rows of the weight), `output` and `down` by input (columns),
-whose products are summed over the ranks. Layers of other sizes than the model's are cut by their own. Experts are cut
-like a dense block, each in its middle; one sum follows all of them. Embeddings and head are cut by token where the
-vocabulary can be divided. Norms and routers are whole everywhere.
+whose products are summed over the ranks. A recurrence is cut in the same way, by heads or channels, with its states and
+its convolution. A tensor in which several matrices lie is cut in each of them (`Place.sections`). Layers of other sizes
+than the model's are cut by their own. Experts are cut like a dense block, each in its middle; one sum follows all of
+them. Embeddings and head are cut by token where the vocabulary can be divided. Routers, norms of the residual stream
+and what all heads of latent attention share are whole everywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from quartet.kernels.cpu.native.quantized import UNIT
 from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.host.parallel import Parallel
+from quartet.scheduler_service.model.gated_delta import GatedDeltaSpec
 from quartet.scheduler_service.model.layout import decoder_layout
+from quartet.scheduler_service.model.recurrent import RecurrentSpec, ShortConvSpec
 from quartet.scheduler_service.model.spec import DecoderSpec, LayerSpec
+from quartet.scheduler_service.model.state_space import StateSpaceSpec
 from quartet.scheduler_service.weights.cuts import Cut
-from quartet.scheduler_service.weights.parameters import Layout, kind_of
+from quartet.scheduler_service.weights.parameters import Layout, Place, kind_of
 from quartet.scheduler_service.weights.storage import PRODUCTS
 
 UNEVEN = "--tp-size {}: {} {} cannot be divided among the ranks; use a --tp-size that divides them"
@@ -26,26 +31,13 @@ SPLIT = (
 )
 # What several ranks do not compute: whether a model has it, and what it is called
 WHOLE: list[tuple[Callable[[DecoderSpec], bool], str]] = [
-    (lambda spec: spec.latent is not None, "this model has latent attention"),
-    (lambda spec: spec.is_recurrent, "this model has recurrent layers"),
-    (lambda spec: spec.output_gate, "this model has gates behind attention"),
-    (lambda spec: spec.query_key_norm_over != "head", "this model norms queries and keys over all heads together"),
     (
         lambda spec: any(layer.moe and layer.moe.expert_bias for layer in spec.layers),
         "this model's experts have biases",
     ),
     (lambda spec: spec.streams is not None, "this model has several residual streams"),
     (lambda spec: spec.layer_inputs is not None, "this model has embeddings for each layer"),
-    (lambda spec: is_fused(spec), "this family stores fused projections (such as qkv_proj)"),
 ]
-
-
-def is_fused(spec: DecoderSpec) -> bool:
-    """Whether a checkpoint has one tensor for what is cut into several."""
-    parts = [(spec.names.qkv, 3), (spec.names.gate_up, 1 if spec.ungated else 2)]
-    for mixture in filter(None, (layer.moe for layer in spec.layers)):
-        parts += [(names, 1 if mixture.ungated else 2) for names in (mixture.gate_up, mixture.shared_gate_up)]
-    return any(len(names) != count for names, count in parts)
 
 
 def refuse_whole(spec: DecoderSpec, ranks: int) -> None:
@@ -72,6 +64,8 @@ def shard_layer(layer: LayerSpec, ranks: int) -> LayerSpec:
     """The same of one layer, whose sizes may be its own."""
     if layer.kv_heads is not None:
         layer = replace(layer, kv_heads=share_of_keys(layer.kv_heads, ranks))
+    if layer.recurrent is not None:
+        layer = replace(layer, recurrent=shard_recurrent(layer.recurrent, ranks))
     if layer.intermediate_size is not None:
         size = share(layer.intermediate_size, ranks, "columns of the feed-forward block")
         layer = replace(layer, intermediate_size=size)
@@ -82,10 +76,29 @@ def shard_layer(layer: LayerSpec, ranks: int) -> LayerSpec:
     return replace(layer, moe=replace(layer.moe, intermediate_size=size, shared_intermediate_size=shared))
 
 
-def share_of_keys(heads: int, ranks: int) -> int:
+def shard_recurrent(spec: RecurrentSpec, ranks: int) -> RecurrentSpec:
+    """The same of a recurrence: heads, or channels, with their part of the convolution, of gates and of the state."""
+    match spec:
+        case ShortConvSpec():
+            return replace(spec, channels=share(spec.channels, ranks, "channels of the convolution"))
+        case StateSpaceSpec():
+            own = replace(
+                spec,
+                heads=share(spec.heads, ranks, "heads of the state space"),
+                groups=share_of_keys(spec.groups, ranks, "groups of the state space"),
+            )
+            return replace(own, norm_ranks=max(1, ranks // spec.groups))
+        case GatedDeltaSpec():
+            keys = "heads of keys of linear attention"
+            many = share if spec.by_key_head else share_of_keys  # rows that are ordered by them are not repeated
+            values = share(spec.value_heads, ranks, "heads of values of linear attention")
+            return replace(spec, value_heads=values, key_heads=many(spec.key_heads, ranks, keys))
+
+
+def share_of_keys(heads: int, ranks: int, what: str = "heads of keys and values") -> int:
     """How many heads of keys and values a rank has; neighbours share one where there are fewer than ranks."""
     if heads % ranks and ranks % heads:
-        raise StartupError(UNEVEN.format(ranks, heads, "heads of keys and values"))
+        raise StartupError(UNEVEN.format(ranks, heads, what))
     return max(1, heads // ranks)
 
 
@@ -104,7 +117,7 @@ def shard_layout(spec: DecoderSpec, parallel: Parallel) -> Layout:
     layout = decoder_layout(shard_spec(spec, parallel.size), rows)
     layout.parallel = parallel
     for name, place in layout.places.items():
-        if (cut := cut_of(whole.places[name].shape, place.shape, parallel)) is not None:
+        if (cut := cut_of(whole.places[name], place, parallel)) is not None:
             layout.cuts[name] = cut
             layout.cut_buffers[place.buffer] = cut.dimension
     return layout
@@ -118,10 +131,22 @@ def check_groups(layout: Layout, choice: str) -> None:
             raise StartupError(SPLIT.format(choice, layout.parallel.size, columns, buffer, UNIT))
 
 
-def cut_of(whole: tuple[int, ...], own: tuple[int, ...], parallel: Parallel) -> Cut | None:
+def cut_of(whole: Place, own: Place, parallel: Parallel) -> Cut | None:
     """The part of a tensor that a rank has; None: all of it. Some ranks may share one, as heads of keys."""
-    for dimension, (all_of_it, length) in enumerate(zip(whole, own, strict=True)):
+    for dimension, (all_of_it, length) in enumerate(zip(whole.shape, own.shape, strict=True)):
         if all_of_it != length:
-            parts = all_of_it // length
-            return Cut(whole, dimension, parallel.rank * parts // parallel.size * length, length)
+            by_section = dimension == 0 and whole.sections
+            sections = zip(whole.sections, own.sections, strict=True) if by_section else ((all_of_it, length),)
+            return Cut(whole.shape, dimension, spans_of(sections, parallel))
     return None
+
+
+def spans_of(sections: Iterable[tuple[int, int]], parallel: Parallel) -> tuple[tuple[int, int], ...]:
+    """First place and length of a rank's part of each section, given as all that it has and what a rank has of it."""
+    spans: list[tuple[int, int]] = []
+    at = 0
+    for all_of_it, length in sections:
+        parts = all_of_it // length
+        spans.append((at + parallel.rank * parts // parallel.size * length, length))
+        at += all_of_it
+    return tuple(spans)

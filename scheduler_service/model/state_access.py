@@ -38,6 +38,16 @@ class Run:
     write: int
 
 
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """Which rows of the state pools a step reads and writes, and which it copies behind it: the same on every rank."""
+
+    reads: list[int]  # by decode row
+    writes: list[int]  # likewise
+    runs: list[Run]  # in the order in which they have to be computed
+    copies: list[tuple[int, int]]  # from and to
+
+
 @dataclass(slots=True)
 class StateAccess:
     """Where the states of a step's sequences are. The first tokens of the step are decode rows, then come the runs."""

@@ -13,6 +13,7 @@ from quartet.kernels.cpu.linear import Linear
 from quartet.kernels.cpu.native.library import Library
 from quartet.kernels.operations import Ops
 from quartet.kernels.reference.recurrent import causal_convolution, state_space, state_space_by_chunks
+from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.deterministic import silu, softplus
 from quartet.scheduler_service.model.state_access import StateAccess, StateSpec
 from quartet.scheduler_service.weights.parameters import Layout, Weights
@@ -37,6 +38,7 @@ class StateSpaceSpec:
     norm: NormPlace = "behind gates"  # over a group's heads together
     least_step: float = 0.0
     most_step: float = math.inf
+    norm_ranks: int = 1  # neighbours that have a part of one group each: its norm is over all of them
     factors: tuple[float, ...] | None = None  # of gates, values, keys, queries and steps
     output_factor: float = 1.0  # of what the output product reads
     block: str = "mamba"  # checkpoint names below the layer
@@ -70,6 +72,7 @@ class StateSpace:
     decay_log: torch.Tensor  # (heads,) float32
     skip: torch.Tensor  # (heads,)
     norm: torch.Tensor | None  # (values,)
+    parallel: Parallel  # the ranks among which heads are divided
 
     def mix(self, x: torch.Tensor, states: StateAccess, deterministic: bool) -> torch.Tensor:
         """x (tokens, hidden), normed, → (tokens, heads * head dim), in front of the output product."""
@@ -78,7 +81,8 @@ class StateSpace:
         if self.factors is not None:
             projected = projected * self.factors
         gate, mixed, steps = projected.split((shape.values, shape.channels, shape.heads), dim=-1)
-        if states.kernels is not None and native.can_run(x.dtype, shape.taps, shape.state_dim):
+        known = native.can_run(x.dtype, shape.taps, shape.state_dim)
+        if states.kernels is not None and known and not (self.norms_together and shape.norm == "before gates"):
             return self.mix_native(states.kernels, states, mixed, gate, steps)
         steps = softplus(steps.float() + self.step_bias.float()).clamp(shape.least_step, shape.most_step)
         rates, skip, weight = -self.decay_log.float().exp(), self.skip.float().unsqueeze(-1), self.weight.squeeze(1)
@@ -117,7 +121,10 @@ class StateSpace:
         """The same by the kernels of the CPU, from the parts of the first product."""
         shape = self.shape
         window, state = states.pools[self.spec.layer]
-        return native.state_space(
+        gates = native.Gates(gate, self.norm, shape.norm, shape.groups, shape.epsilon, factor=shape.output_factor)
+        if self.norms_together:
+            gates = native.Gates(gate, None, "none", shape.groups, shape.epsilon)
+        y = native.state_space(
             kernels,
             states.table,
             mixed,
@@ -126,27 +133,49 @@ class StateSpace:
             (shape.least_step, shape.most_step),
             self.skip,
             state,
-            native.Gates(gate, self.norm, shape.norm, shape.groups, shape.epsilon, factor=shape.output_factor),
+            gates,
         )
+        return (self.normed(y.float()) * shape.output_factor).to(y.dtype) if self.norms_together else y
 
     def gated(self, y: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """y (tokens, values) float32, scaled by the gates and normed by group, in the order of the family."""
         if self.norm is None:
             return y * gates
-        grouped = (y * gates if self.shape.norm == "behind gates" else y).unflatten(-1, (self.shape.groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], None, self.shape.epsilon).flatten(-2) * self.norm.float()
-        return normed if self.shape.norm == "behind gates" else normed * gates
+        return self.normed(y * gates) if self.shape.norm == "behind gates" else self.normed(y) * gates
+
+    @property
+    def norms_together(self) -> bool:
+        """Whether a group's heads, which are normed together, are divided among ranks."""
+        return self.norm is not None and self.shape.norm_ranks > 1
+
+    def normed(self, y: torch.Tensor) -> torch.Tensor:
+        """y (tokens, values) float32, normed by group."""
+        assert self.norm is not None
+        if self.norms_together:
+            return y * torch.rsqrt(self.mean_square(y) + self.shape.epsilon) * self.norm.float()
+        grouped = y.unflatten(-1, (self.shape.groups, -1))
+        return F.rms_norm(grouped, grouped.shape[-1:], None, self.shape.epsilon).flatten(-2) * self.norm.float()
+
+    def mean_square(self, y: torch.Tensor) -> torch.Tensor:
+        """Of all numbers of the group of which y (tokens, values) is this rank's part: (tokens, 1)."""
+        together, parallel = self.shape.norm_ranks, self.parallel
+        sums = y.new_zeros(len(y), parallel.size // together)  # (tokens, groups of all ranks)
+        own = sums.narrow(1, parallel.rank // together, 1)
+        own.copy_(y.square().sum(1, keepdim=True))
+        total = parallel.sum(sums).narrow(1, parallel.rank // together, 1)
+        return total / (y.shape[1] * together)
 
 
 def add_state_space(layout: Layout, spec: StateSpaceSpec, hidden: int, slab: int, prefix: str) -> None:
     """Places for one layer's weights; `slab`: its number among recurrent layers."""
-    inside, rows = f"{prefix}{spec.block}.", spec.values + spec.channels + spec.heads
+    inside, convolved = f"{prefix}{spec.block}.", (spec.values, spec.keys, spec.keys)
+    rows = spec.values, *convolved, spec.heads
     layout.add("space_in", (slab,), [(f"{inside}in_proj.weight", rows)], hidden)
     if spec.bias:
         layout.add("space_in_bias", (slab,), [(f"{inside}in_proj.bias", rows)], None)
-    layout.add("space_conv", (slab,), [(f"{inside}conv1d.weight", spec.channels)], (1, spec.taps))
+    layout.add("space_conv", (slab,), [(f"{inside}conv1d.weight", convolved)], (1, spec.taps))
     if spec.convolution_bias:
-        layout.add("space_conv_bias", (slab,), [(f"{inside}conv1d.bias", spec.channels)], None)
+        layout.add("space_conv_bias", (slab,), [(f"{inside}conv1d.bias", convolved)], None)
     layout.add("space_step_bias", (slab,), [(f"{inside}dt_bias", spec.heads)], None)
     layout.add("space_decay_log", (slab,), [(f"{inside}A_log", spec.heads)], None)
     layout.dtypes["space_decay_log"] = torch.float32
@@ -179,4 +208,5 @@ def state_space_mixer(
         decay_log=weights.slab("space_decay_log", slab),
         skip=weights.slab("space_skip", slab),
         norm=weights.slab("space_norm", slab) if spec.norm != "none" else None,
+        parallel=weights.layout.parallel,
     )

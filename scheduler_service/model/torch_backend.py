@@ -13,6 +13,7 @@ from quartet.scheduler_service.model.batch import Attend, PagedAttend, PagedCont
 from quartet.scheduler_service.model.deterministic import sigmoid as steady_sigmoid
 from quartet.scheduler_service.model.layers import Attention, DecoderLayer, Mlp, Moe, Norm
 from quartet.scheduler_service.model.projections import arranged, attend_read
+from quartet.scheduler_service.model.sharded import norm_over_ranks
 from quartet.scheduler_service.model.spec import RopeSpec
 from quartet.scheduler_service.sampling import choose
 from quartet.scheduler_service.sampling.rows import Draws, SamplingRows
@@ -42,8 +43,11 @@ class TorchBackend:
         return [plain_layers.rotation(positions, *rope, self.dtype) for rope in self.ropes]
 
     def normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """x (tokens, …, size) by a norm over its last dimension; as it is without one."""
         if norm is None:
             return x
+        if norm.ranks is not None:
+            return norm_over_ranks(x, norm.weight, norm.epsilon, norm.ranks)
         if norm.centred:
             return plain_layers.layer_norm(x, norm.weight, norm.epsilon)
         function = plain_layers.rms_norm_plus_one if norm.plus_one else plain_layers.rms_norm

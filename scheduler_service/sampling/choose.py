@@ -42,8 +42,7 @@ def sample(
 ) -> Draws:
     """One token per row of logits (rows, vocab): see model.backend.Backend.sample."""
     if can_draw(logits) and not keep_logits:
-        mask_tokens(logits, allowed)
-        return choose(logits, rows, tempered=False)
+        return Draws(*draw_rows(logits, rows_to_draw(rows, rows.temperatures), allowed))
     mask_and_temper(logits, rows, allowed)
     return choose(logits, rows, keep_logits)
 
@@ -77,25 +76,23 @@ def unpack_bits(words: torch.Tensor, vocab: int) -> torch.Tensor:
 # Choosing the tokens
 
 
-def choose(logits: torch.Tensor, rows: SamplingRows, keep_logits: bool = False, tempered: bool = True) -> Draws:
-    """One token per row of adjusted logits (rows, vocab), which may be overwritten unless they are to be kept.
+def choose(logits: torch.Tensor, rows: SamplingRows, keep_logits: bool = False) -> Draws:
+    """One token per row of logits (rows, vocab) that were masked and divided by the temperatures.
 
-    `tempered`: whether they have been divided by the temperatures. If not, they must be logits that `can_draw` takes.
+    They may be overwritten unless they are to be kept.
     """
+    if can_draw(logits):
+        tempered = [1.0 if temperature else 0.0 for temperature in rows.temperatures]
+        return Draws(*draw_rows(logits, rows_to_draw(rows, tempered)))
     best, tokens = largest_of_rows(logits)  # a NaN anywhere in a row makes its largest NaN
     valid = torch.isfinite(best)
-    drawn = rows.drawing()
-    if drawn and can_draw(logits):
-        draw_rows(logits, best, rows_to_draw(rows, drawn, tempered), tokens, valid)
-    elif drawn:
+    if drawn := rows.drawing():
         choose_by_torch(logits, rows, drawn, keep_logits, best, tokens, valid)
     return Draws(tokens, valid)
 
 
-def rows_to_draw(rows: SamplingRows, drawn: list[int], tempered: bool) -> RowsToDraw:
-    columns = (rows.temperatures, rows.top_ks, rows.top_ps, rows.min_ps, rows.seeds, rows.positions)
-    temperatures, *others = columns if len(drawn) == len(rows) else ([c[i] for i in drawn] for c in columns)
-    return RowsToDraw(drawn, [1.0] * len(drawn) if tempered else temperatures, *others)
+def rows_to_draw(rows: SamplingRows, temperatures: list[float]) -> RowsToDraw:
+    return RowsToDraw(temperatures, rows.top_ks, rows.top_ps, rows.min_ps, rows.seeds, rows.positions)
 
 
 def choose_by_torch(

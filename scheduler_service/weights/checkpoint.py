@@ -78,6 +78,7 @@ class StoredTensor:
     origin: Path | None = None  # the file of the checkpoint that `file` was converted from
     encoding: Encoding | None = None  # None: the bytes are the values
     pitch: int = 0  # bytes from one row to the next in the file, where the tensor has a part of each; 0: rows are whole
+    pieces: tuple[tuple[int, int], ...] = ()  # offset and bytes of each, where whole rows lie in several places
 
     @property
     def unit(self) -> tuple[int, int]:

@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from quartet.runtime.errors import StartupError
+from quartet.runtime.model_files import model_info, task_adapters
 from quartet.scheduler_service.weights import gguf, pickled
-from quartet.scheduler_service.weights.checkpoint import SINGLE_NAME, Checkpoint, read_header
+from quartet.scheduler_service.weights.checkpoint import SINGLE_NAME, Checkpoint, CheckpointError, read_header
 from quartet.scheduler_service.weights.quantized.methods import with_quantized
 
 Format = Literal["safetensors", "bin", "gguf", "none"]
@@ -23,7 +25,7 @@ def format_of(directory: Path) -> Format:
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the weights."""
     found = pickled.pickled_files(directory) or sorted(directory.glob("*.safetensors"))
-    return found + dense_files(directory) if found else gguf.files_of(directory)
+    return found + dense_files(directory) + task_files(directory) if found else gguf.files_of(directory)
 
 
 def checkpoint_of(directory: Path) -> Checkpoint:
@@ -34,7 +36,8 @@ def checkpoint_of(directory: Path) -> Checkpoint:
         case "bin":
             return with_quantized(pickled.checkpoint_of(directory), directory)
         case _:
-            return with_dense_layers(with_quantized(Checkpoint.open(directory), directory), directory)
+            found = with_dense_layers(with_quantized(Checkpoint.open(directory), directory), directory)
+            return with_task_adapters(found, directory)
 
 
 def with_dense_layers(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
@@ -42,7 +45,19 @@ def with_dense_layers(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
 
     Tensor `x` of folder N_Dense is called N_Dense.x.
     """
-    files = dense_files(directory)
+    return with_folders(checkpoint, dense_files(directory))
+
+
+def with_task_adapters(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
+    """The same with the adapters that a model has in folders, one for each task. Raises CheckpointError.
+
+    Tensor `x` of folder F is called F.x.
+    """
+    return with_folders(checkpoint, task_files(directory))
+
+
+def with_folders(checkpoint: Checkpoint, files: list[Path]) -> Checkpoint:
+    """The same with the tensors of files in folders, each behind the name of its folder."""
     found = {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in read_header(file).items()}
     return replace(checkpoint, files=checkpoint.files + files, tensors={**checkpoint.tensors, **found})
 
@@ -50,3 +65,15 @@ def with_dense_layers(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
 def dense_files(directory: Path) -> list[Path]:
     """Those of the layers that sentence-transformers keeps in folders."""
     return sorted(directory.glob(f"*_Dense/{SINGLE_NAME}"))
+
+
+def task_files(directory: Path) -> list[Path]:
+    """Those of the adapters that a model has for tasks. Raises CheckpointError."""
+    if not any(directory.glob(f"*/{task_adapters.WEIGHTS}")):
+        return []
+    try:
+        architecture, config = model_info.read_config(directory)
+        tasks = task_adapters.tasks_of(directory, architecture, config)
+    except StartupError as error:
+        raise CheckpointError(str(error)) from error
+    return sorted(directory / folder / task_adapters.WEIGHTS for folder in tasks.values() if folder)

@@ -8,7 +8,7 @@ On a CPU the slabs of a buffer may be quantized (`Schemes`). Such a buffer has n
 the device "meta", `view` gives a copy of the values, and `write` and `writing` set them.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -24,6 +24,7 @@ from quartet.scheduler_service.weights.cuts import Cut
 
 META = torch.device("meta")
 
+Rows = int | tuple[int, ...]  # of a tensor; several: of the matrices that are one tensor, see Place.sections
 Slab = tuple[str, tuple[int, ...]]  # a buffer, and the index of one slab of it
 Schemes = dict[Slab, Scheme]  # of the quantized slabs; of a buffer all or none
 
@@ -41,6 +42,7 @@ class Place:
     index: tuple[int, ...]  # of the slab: (layer,) or (layer, expert)
     start: int  # first row
     shape: tuple[int, ...]  # as the checkpoint has it
+    sections: tuple[int, ...] = ()  # rows of several matrices that are one tensor; ranks have a part of each; (): one
 
 
 @dataclass(slots=True)
@@ -60,7 +62,7 @@ class Layout:
         self,
         buffer: str,
         index: tuple[int, ...],
-        tensors: list[tuple[str, int]],
+        tensors: Sequence[tuple[str, Rows]],
         columns: int | tuple[int, ...] | None,
     ) -> None:
         """Put tensors, each (name, rows), one below the other into one slab; without columns they are vectors."""
@@ -68,8 +70,10 @@ class Layout:
         start = 0
         for name, rows in tensors:
             assert name not in self.places, name
-            self.places[name] = Place(buffer, index, start, (rows, *width))
-            start += rows
+            sections = rows if isinstance(rows, tuple) else ()
+            count = sum(rows) if isinstance(rows, tuple) else rows
+            self.places[name] = Place(buffer, index, start, (count, *width), sections)
+            start += count
         slabs = tuple(i + 1 for i in index)
         known = self.buffers.get(buffer, (*slabs, start, *width))
         assert known[len(index) :] == (start, *width), (buffer, known, tensors)

@@ -65,6 +65,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def read_rows(stored: StoredTensor, descriptor: int, target: memoryview, start: int) -> None:
     """Fill `target` from byte number `start` of the tensor on, row by row where its rows are parts of longer ones."""
+    if stored.pieces:
+        read_pieces(stored, descriptor, target, start)
+        return
     if not stored.pitch:
         read_exactly(descriptor, target, stored.offset + start, stored.file)
         return
@@ -75,6 +78,18 @@ def read_rows(stored: StoredTensor, descriptor: int, target: memoryview, start: 
         place = stored.offset + row * stored.pitch + column
         read_exactly(descriptor, target[done : done + size], place, stored.file)
         done += size
+
+
+def read_pieces(stored: StoredTensor, descriptor: int, target: memoryview, start: int) -> None:
+    """The same of a tensor whose rows lie in several places."""
+    done, at = 0, 0  # bytes of `target`, and of the tensor in front of a piece
+    for offset, size in stored.pieces:
+        skipped = max(0, start + done - at)
+        wanted = min(size - skipped, len(target) - done)
+        if wanted > 0:
+            read_exactly(descriptor, target[done : done + wanted], offset + skipped, stored.file)
+            done += wanted
+        at += size
 
 
 def read_exactly(descriptor: int, target: memoryview, offset: int, file: Path) -> None:

@@ -157,6 +157,12 @@ def wrap_texts(directory: Path, *, known: Sequence[str] = ()) -> None:
     settings.write_text(json.dumps({**given, "cls_token": "<bos>", "sep_token": "<eos>"}))
 
 
+def change_config(directory: Path, **changes: Any) -> None:
+    """Change fields of a model's config.json."""
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 def texts(*lengths: int) -> list[list[int]]:
     """Random ids without special ones, of these lengths."""
     generator = torch.Generator().manual_seed(7)

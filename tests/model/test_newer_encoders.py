@@ -19,11 +19,6 @@ MOST_ERROR = 1e-4  # of a score
 LONG = (190, 5, 133, 5, 64)
 
 
-def change_config(directory: Path, **changes: Any) -> None:
-    file = directory / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 def assert_agrees(directory: Path, peer: Any, *lengths: int) -> None:
     given = texts(*lengths)
     for ids, ours in zip(given, Embedder(directory).embed(given), strict=True):
@@ -134,7 +129,7 @@ def test_nomics_own_config_is_read(tmp_path):
 )
 def test_what_a_family_does_not_compute_is_refused_by_name(family, change, words, tmp_path):
     embedders.build(f"{family}Model", tmp_path)
-    change_config(tmp_path, **change)
+    embedders.change_config(tmp_path, **change)
     with pytest.raises((StartupError, NotNative), match=words):
         Embedder(tmp_path)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 
 from quartet.runtime.model_files import tokenizer_files
-from tests.model import embedders, tiny
+from tests.model import embedders, jina, tiny
 from tests.model.embedders import cosine, texts
 from tests.servers import Server
 
@@ -130,6 +130,23 @@ def test_what_the_model_does_not_do_is_a_400_and_hurts_nobody(minilm, path, body
     answer = post(minilm, path, body)
     assert (answer.status_code, words in answer.text) == (400, True), answer.text
     assert post(minilm, "/encode", {"text": "a"}).status_code == 200
+
+
+def test_tasks_of_one_server_are_as_transformers_merges_their_adapters(launch, tmp_path):
+    models = jina.makers(tmp_path)
+    server = launch("--model-path", str(tmp_path))
+    texts_given = ["what is a panda?", "x", "The giant panda is a bear species endemic to China."]
+    for task in ("", *jina.TASKS):
+        body = {"input": texts_given, "task": task or None, "embedding_type": "base64", "late_chunking": False}
+        answer = post(server, "/v1/embeddings", body)
+        assert answer.status_code == 200, answer.text
+        for text, item in zip(texts_given, answer.json()["data"], strict=True):
+            ours = torch.tensor(array("f", base64.b64decode(item["embedding"])))
+            ids = ids_of(tmp_path, jina.INSTRUCTIONS.get(task, "") + text)
+            assert cosine(ours, jina.vector(embedders.hidden_states(models[task], ids))) >= LEAST_COSINE
+    answer = post(server, "/v1/embeddings", {"input": "a", "task": "retrieval"})
+    assert (answer.status_code, ", ".join(jina.TASKS) in answer.json()["message"]) == (400, True), answer.text
+    assert answer.json()["param"] == "task"
 
 
 def test_the_reranker_of_the_seed_document(launch, tmp_path):

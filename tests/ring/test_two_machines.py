@@ -11,6 +11,9 @@ import psutil
 import pytest
 import requests
 
+from deploy.benchmarks import half_billion
+from tests import checkpoints
+from tests.ring.test_kv_tier import BLOCK, CACHED, LENGTH, ask, await_files, flags
 from tests.ring.test_recovery import BODIES, FLAGS, RETURNED, Stream, assert_same, wait_for_return
 from tests.ring.test_tensor_parallel import FIRST, generate, post, version
 from tests.servers import Server, launched
@@ -45,6 +48,33 @@ def other_machine() -> Iterator[tuple[str, ...]]:
         pytest.skip(f"network namespaces cannot be joined here: {error.stderr.strip()}")
     finally:
         subprocess.run(["ip", "netns", "del", NAMESPACE], check=False)  # and with it both ends of the link
+
+
+def test_kv_beyond_the_pool_comes_back_on_both_machines(other_machine: tuple[str, ...], tmp_path: Path) -> None:
+    """After an eviction, after the death of a rank and after a restart; each machine has a directory of its own."""
+    model, near, far = checkpoints.random_model(tmp_path / "model", 0), tmp_path / "near", tmp_path / "far"
+    half_billion.write_tokenizer(model)
+    both = ("--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"{SUBNET}.1:29572", "--watchdog-timeout", "60")
+    both = (*both, "--enable-hierarchical-cache", "--hicache-ratio", "1")
+    first_flags = *flags(model, near), *both, "--node-rank", "0"
+    blocks = LENGTH // BLOCK
+    with launched(*flags(model, far), *both, "--node-rank", "1", ready=False, before=other_machine) as second:
+        with launched(*first_flags) as first:
+            second.wait_for(READY)
+            answers = [ask(first, number)[0] for number in range(2)]
+            for place in (near, far / "rank1"):
+                await_files(place, 2 * blocks)
+            assert not list(far.glob("[!r]*/*.kv")) and not (near / "rank1").exists()
+            assert ask(first, 0) == (answers[0], CACHED), "after an eviction"
+            second.children()["scheduler TP1"].kill()
+            wait_for_return(first, "scheduler", 1)
+            assert ask(first, 1) == (answers[1], CACHED), "another group reads the same files"
+            next((far / "rank1").glob("*/*.kv")).unlink()
+        with launched(*first_flags) as first:
+            again = [ask(first, number) for number in range(2)]
+            assert [ids for ids, _ in again] == answers
+            least, most = sorted(cached for _, cached in again)
+            assert least < CACHED and most == CACHED, "a block of which one machine has no part is computed again"
 
 
 @dataclass

@@ -239,19 +239,19 @@ struct step {
     const struct additions *additions; /* to the products; or null */
 };
 
-/* Rows of logits that a token is drawn from each, see draw.h. */
+/* Rows of logits that give a token each, see draw.h. All lists have an item for each of them. */
 struct drawing {
     const float *logits; /* rows `stride` apart */
-    int64_t n, stride, count;
-    const int64_t *rows; /* (count,): those that are drawn from; the lists that follow have an item for each */
-    const float *temperatures;
-    const int64_t *top_ks; /* 0: all tokens */
-    const double *top_ps;  /* 1: all */
-    const float *min_ps;   /* 0: all */
+    int64_t rows, n, stride;
+    const uint32_t *allowed; /* (rows, words): bit i % 32 of word i / 32 allows token i; null: all are */
+    int64_t words;
+    const float *temperatures; /* 0: the first largest logit, whatever the others say */
+    const int64_t *top_ks;     /* 0: all tokens */
+    const double *top_ps;      /* 1: all */
+    const float *min_ps;       /* 0: all */
     const int64_t *seeds, *positions;
-    const float *best; /* by row of logits: the largest */
-    int64_t *tokens;   /* by row of logits, as are `valid`: what is drawn */
-    uint8_t *valid;    /* whether the row's largest logit is finite; if not, its token is 0 */
+    int64_t *tokens; /* what is chosen */
+    uint8_t *valid;  /* whether the row's largest logit is finite; if not, its token is 0 */
     int32_t threads;
     atomic_long next;
     atomic_int failed;
@@ -295,6 +295,12 @@ extern const struct kernels quartet_avx2 MAYBE, quartet_avx512 MAYBE, quartet_av
  * best first; may be null. So may `additions`. 0, or -1 where there is no memory. */
 int quartet_experts(const struct kernels *kernels, const struct experts *e, int64_t rows, uint16_t *residual,
                     int64_t *ids, float scale, int32_t threads, const struct additions *additions);
+
+/* The largest of `count` numbers, NaN if one of them is; -INFINITY of none. */
+float quartet_largest_of(const float *x, int64_t count);
+
+/* -INFINITY in place of each of n numbers whose bit, i % 32 of word i / 32, is not set. */
+void quartet_mask_row(float *x, const uint32_t *allowed, int64_t n);
 
 /* Uniform in (0, 1), a function of both. */
 double quartet_uniform(int64_t seed, int64_t position);

@@ -1,4 +1,7 @@
-/* Draws one token from each row of logits, and sums rows up. The bits are the same on every instruction set.
+/* Chooses one token from each row of logits, and sums rows up. The bits are the same on every instruction set.
+ *
+ * A row at temperature 0 gives its first largest logit; from the others a token is drawn. What a bit mask does not allow
+ * is as if its logit were -INFINITY: of blocks without an allowed token nothing is read.
  *
  * A token's weight is exp(logit / temperature - largest / temperature). Weights below a floor count nothing; the floor
  * follows from top-k, top-p and min-p, all three on one and the same distribution. The token is where the cumulative
@@ -11,14 +14,16 @@
 #include "pool.h"
 #include "vector.h"
 
-#define DRAW_BLOCK 256           /* tokens whose weights are summed before a draw looks at them */
-#define LEAST_WEIGHT 2e-38f /* smaller ones are 0 */
-#define SAFETY 0.999        /* of a bound on weights, as sums are rounded */
-#define DRAW_SLOT 8              /* of quartet_scratch */
+#define DRAW_BLOCK 256                /* tokens whose weights are summed before a draw looks at them */
+#define DRAW_WORDS (DRAW_BLOCK / 32) /* of the bit mask */
+#define LEAST_WEIGHT 2e-38f          /* smaller ones are 0 */
+#define SAFETY 0.999                 /* of a bound on weights, as sums are rounded */
+#define DRAW_SLOT 8                  /* of quartet_scratch */
 
 /* One row, with memory for it. */
 struct draw_row {
     const float *x;
+    const uint32_t *allowed; /* bit i % 32 of word i / 32 is for token i; null: all are */
     int64_t n, blocks;
     vec temperature, best; /* the latter after the division */
     float *weights;        /* (blocks * DRAW_BLOCK,) */
@@ -26,23 +31,76 @@ struct draw_row {
     float *sums, *maxima;  /* (blocks,) */
 };
 
+/* ---- logits ---- */
+
+/* The words of a row's mask that are for one block, taken together. */
+INLINE int allows_any(const struct draw_row *row, int64_t block) {
+    const uint32_t *words = row->allowed + block * DRAW_WORDS;
+    int64_t left = (row->n + 31) / 32 - block * DRAW_WORDS, count = left < DRAW_WORDS ? left : DRAW_WORDS;
+    uint32_t any = 0;
+    for (int64_t i = 0; i < count; i++)
+        any |= words[i];
+    return any != 0;
+}
+
+INLINE int allows_all(const struct draw_row *row, int64_t block) {
+    const uint32_t *words = row->allowed + block * DRAW_WORDS;
+    uint32_t every = UINT32_MAX;
+    for (int64_t i = 0; i < DRAW_WORDS; i++)
+        every &= words[i];
+    return every == UINT32_MAX;
+}
+
+/* The logits of a block, -INFINITY where a token is not allowed and behind the last one; null where none is allowed.
+ * They stand in `own` where those of the row will not do. */
+INLINE const float *logits_of(const struct draw_row *row, int64_t block, float *own) {
+    const float *x = row->x + block * DRAW_BLOCK;
+    int64_t left = row->n - block * DRAW_BLOCK, count = left < DRAW_BLOCK ? left : DRAW_BLOCK;
+    if (row->allowed && !allows_any(row, block))
+        return 0;
+    if (count == DRAW_BLOCK && (!row->allowed || allows_all(row, block)))
+        return x;
+    memcpy(own, x, (size_t)count * sizeof *own);
+    for (int64_t i = count; i < DRAW_BLOCK; i++)
+        own[i] = -INFINITY;
+    if (row->allowed)
+        quartet_mask_row(own, row->allowed + block * DRAW_WORDS, count);
+    return own;
+}
+
+/* The largest logit, NaN where one is, and its first place. */
+static float largest_logit(const struct draw_row *row, int64_t *place) {
+    float best = -INFINITY, own[DRAW_BLOCK];
+    int64_t block = 0;
+    for (int64_t at = 0; at < row->blocks && best == best; at++) {
+        const float *x = logits_of(row, at, own);
+        float most = x ? quartet_largest_of(x, DRAW_BLOCK) : -INFINITY;
+        if (most > best || most != most) {
+            best = most;
+            block = at;
+        }
+    }
+    const float *x = logits_of(row, block, own);
+    int64_t i = 0;
+    while (x && i < DRAW_BLOCK - 1 && x[i] != best)
+        i++;
+    *place = block * DRAW_BLOCK + i;
+    return best;
+}
+
 /* ---- weights ---- */
 
-/* Weights of the tokens of a block, zeros behind the last of the vocabulary. */
-INLINE void weigh_block(const struct draw_row *row, int64_t block, float *out) {
-    const float *x = row->x + block * DRAW_BLOCK;
-    int64_t left = row->n - block * DRAW_BLOCK;
-    float padded[LANES];
-    for (int64_t i = 0; i < DRAW_BLOCK; i += LANES, x += LANES, left -= LANES) {
-        const float *some = x;
-        if (left < LANES) {
-            for (int64_t lane = 0; lane < LANES; lane++)
-                padded[lane] = lane < left ? x[lane] : -INFINITY;
-            some = padded;
-        }
-        vec w = vec_exp(vec_sub(vec_div(vec_load(some), row->temperature), row->best));
+/* Weights of the tokens of a block, 0 for those that are not allowed and behind the last; whether any is allowed. */
+INLINE int weigh_block(const struct draw_row *row, int64_t block, float *out) {
+    float own[DRAW_BLOCK];
+    const float *x = logits_of(row, block, own);
+    if (!x)
+        return 0;
+    for (int64_t i = 0; i < DRAW_BLOCK; i += LANES) {
+        vec w = vec_exp(vec_sub(vec_div(vec_load(x + i), row->temperature), row->best));
         vec_store(out + i, vec_from(w, LEAST_WEIGHT));
     }
+    return 1;
 }
 
 INLINE float sum_of_block(const float *weights) {
@@ -183,17 +241,44 @@ static int64_t draw_one(const struct draw_row *row, const struct drawing *d, int
     int filtered = d->top_ks[at] > 0 || d->top_ps[at] < 1 || d->min_ps[at] > 0;
     for (int64_t block = 0; block < row->blocks; block++) {
         float own[DRAW_BLOCK], *weights = filtered ? row->weights + block * DRAW_BLOCK : own;
-        weigh_block(row, block, weights);
-        row->sums[block] = sum_of_block(weights);
+        int any = weigh_block(row, block, weights);
+        if (!any && filtered)
+            memset(weights, 0, DRAW_BLOCK * sizeof *weights);
+        row->sums[block] = any ? sum_of_block(weights) : 0;
         if (filtered)
-            row->maxima[block] = largest_weight(weights);
+            row->maxima[block] = any ? largest_weight(weights) : 0;
     }
     if (filtered)
         apply_floor(row, smallest_kept(row, d->top_ks[at], d->top_ps[at], d->min_ps[at], total_of(row)));
     return pick(row, quartet_uniform(d->seeds[at], d->positions[at]), filtered);
 }
 
-static void draw_rows(void *argument, int thread, int threads) {
+/* The token of one row; `memory`: for what draw_row keeps of so many blocks. */
+static void choose_one(struct drawing *d, int64_t at, float *memory, int64_t blocks) {
+    struct draw_row row = {
+        .x = d->logits + at * d->stride,
+        .allowed = d->allowed ? d->allowed + at * d->words : 0,
+        .n = d->n,
+        .blocks = blocks,
+        .weights = memory,
+        .candidates = memory + blocks * DRAW_BLOCK,
+        .sums = memory + 2 * blocks * DRAW_BLOCK,
+        .maxima = memory + 2 * blocks * DRAW_BLOCK + blocks,
+    };
+    float temperature = d->temperatures[at], best = largest_logit(&row, d->tokens + at);
+    if (temperature > 0)
+        best /= temperature;
+    d->valid[at] = best - best == 0;
+    if (!d->valid[at]) {
+        d->tokens[at] = 0;
+    } else if (temperature > 0) {
+        row.temperature = vec_set(temperature);
+        row.best = vec_set(best);
+        d->tokens[at] = draw_one(&row, d, at);
+    }
+}
+
+static void choose_rows(void *argument, int thread, int threads) {
     (void)thread, (void)threads;
     struct drawing *d = argument;
     int64_t blocks = (d->n + DRAW_BLOCK - 1) / DRAW_BLOCK, at;
@@ -202,35 +287,16 @@ static void draw_rows(void *argument, int thread, int threads) {
         atomic_store(&d->failed, 1);
         return;
     }
-    while ((at = quartet_next(&d->next)) < d->count) {
-        int64_t number = d->rows[at];
-        float temperature = d->temperatures[at], best = d->best[number] / temperature;
-        d->valid[number] = best - best == 0;
-        d->tokens[number] = 0;
-        if (!d->valid[number])
-            continue;
-        struct draw_row row = {
-            .x = d->logits + number * d->stride,
-            .n = d->n,
-            .blocks = blocks,
-            .temperature = vec_set(temperature),
-            .best = vec_set(best),
-            .weights = memory,
-            .candidates = memory + blocks * DRAW_BLOCK,
-            .sums = memory + 2 * blocks * DRAW_BLOCK,
-            .maxima = memory + 2 * blocks * DRAW_BLOCK + blocks,
-        };
-        d->tokens[number] = draw_one(&row, d, at);
-    }
+    while ((at = quartet_next(&d->next)) < d->rows)
+        choose_one(d, at, memory, blocks);
 }
 
 static int draw(struct drawing *d) {
-    quartet_run(draw_rows, d, d->count < d->threads ? (int)d->count : d->threads);
+    quartet_run(choose_rows, d, d->rows < d->threads ? (int)d->rows : d->threads);
     return atomic_load(&d->failed) ? -1 : 0;
 }
 
 /* ---- sums ---- */
-
 
 static void sum_rows(void *argument, int thread, int threads) {
     (void)thread, (void)threads;

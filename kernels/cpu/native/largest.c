@@ -16,8 +16,7 @@ struct search {
     atomic_long next;
 };
 
-/* The largest of `count` numbers, NaN if one of them is. */
-static float largest_of(const float *x, int64_t count) {
+float quartet_largest_of(const float *x, int64_t count) {
     __m256 most = _mm256_set1_ps(-INFINITY), other = most, unordered = _mm256_setzero_ps();
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
@@ -42,7 +41,7 @@ static void search_row(const float *x, int64_t n, float *value, int64_t *place) 
     float best = -INFINITY;
     int64_t block = 0;
     for (int64_t from = 0; from < n; from += BLOCK) {
-        float own = largest_of(x + from, n - from < BLOCK ? n - from : BLOCK);
+        float own = quartet_largest_of(x + from, n - from < BLOCK ? n - from : BLOCK);
         if (own > best || own != own) {
             best = own;
             block = from;

@@ -27,7 +27,7 @@ static void mask_word(float *x, uint32_t word) {
     }
 }
 
-static void mask_row(float *x, const uint32_t *allowed, int64_t n) {
+void quartet_mask_row(float *x, const uint32_t *allowed, int64_t n) {
     int64_t i = 0;
     for (; i + WORD <= n; i += WORD)
         if (allowed[i / WORD] != UINT32_MAX)
@@ -42,7 +42,7 @@ static void mask_rows(void *argument, int thread, int threads) {
     struct masking *masking = argument;
     int64_t row;
     while ((row = quartet_next(&masking->next)) < masking->rows)
-        mask_row(masking->x + row * masking->stride, masking->allowed + row * masking->words, masking->n);
+        quartet_mask_row(masking->x + row * masking->stride, masking->allowed + row * masking->words, masking->n);
 }
 
 /* In place on x (rows, n). */

@@ -3,9 +3,10 @@
 Checkpoints are in their makers' layout, or in that of transformers; the tensors tell.
 """
 
+from dataclasses import replace
 from typing import Any
 
-from quartet.scheduler_service.model.encoder_spec import EncoderLayerSpec, EncoderNames, EncoderSpec
+from quartet.scheduler_service.model.encoder_spec import EncoderLayerSpec, EncoderMoe, EncoderNames, EncoderSpec
 from quartet.scheduler_service.model.families.encoders import (
     Config,
     Tensors,
@@ -37,6 +38,7 @@ NOMIC_NAMES = EncoderNames(
     down="mlp.fc2",
     mlp_norm="norm2",
 )
+NOMIC_PLAIN_NAMES = replace(NOMIC_NAMES, up=("mlp.fc1",))  # without a gate
 GTE_NAMES = EncoderNames(
     qkv=("attention.qkv_proj",),
     output="attention.o_proj",
@@ -64,6 +66,7 @@ JINA_NEW_NAMES = EncoderNames(
     down="mlp.fc2",
     mlp_norm="post_mlp_layernorm",
 )
+BESIDE_ADAPTERS = "parametrizations.weight.original"  # a weight, where its makers keep adapters beside it
 EURO_NAMES = EncoderNames(
     words="embed_tokens",
     final_norm="norm",
@@ -84,37 +87,55 @@ NOMIC_FIELDS = {  # as nomic's own configs call them
     "rotary_emb_base": "rope_theta",
 }
 NOMIC_SWITCHES = {
-    "moe_every_n_layers": 0,
-    "num_experts": 0,
     "rotary_emb_fraction": 1.0,
     "rotary_emb_interleaved": False,
     "prenorm": False,
     "use_rms_norm": False,
-    "qkv_proj_bias": False,
-    "mlp_fc1_bias": False,
-    "mlp_fc2_bias": False,
     "parallel_block": False,
+    "expert_choice_router": False,
+    "num_shared_experts": 0,
+    "moe_normalize_expert_weights": False,
 }
+NOMIC_GATED = {"qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False, "moe_every_n_layers": 0}
 
 
 def nomic(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
-    """NomicBertModel, NomicBertForSequenceClassification: nomic-embed-text v1 and v1.5."""
-    require(config, NOMIC_SWITCHES)
+    """NomicBertModel, NomicBertForSequenceClassification: nomic-embed-text v1, v1.5 and, with experts, v2."""
+    require({name: value for name, value in config.items() if value is not None}, NOMIC_SWITCHES)
     config = {**config, **{name: config[own] for own, name in NOMIC_FIELDS.items() if config.get(own) is not None}}
     activation = config.get("activation_function") or config.get("hidden_act") or "silu"
+    gated = config.get("activation_function") != "gelu"
+    if gated:
+        require(config, NOMIC_GATED)
     prefix = prefix_of(tensors, ("nomic_bert.", "bert."), NAMES.words)
+    fields = shape(config, 1000.0)
+    moe = nomic_experts(config)
+    if moe is not None:
+        step = config["moe_every_n_layers"]
+        fields["layers"] = tuple(EncoderLayerSpec(experts=layer % step == 1) for layer in range(len(fields["layers"])))
     return EncoderSpec(
-        **shape(config, 1000.0),
+        **fields,
         activation="silu" if activation == "swiglu" else activation,
-        gated=True,
-        attention_bias=False,
-        up_bias=False,
-        down_bias=False,
-        names=names_in(tensors, NOMIC_NAMES, NAMES),
+        gated=gated,
+        moe=moe,
+        attention_bias=bool(config.get("qkv_proj_bias", not gated)),
+        up_bias=bool(config.get("mlp_fc1_bias", not gated)),
+        down_bias=bool(config.get("mlp_fc2_bias", not gated)),
+        names=names_in(tensors, NOMIC_NAMES, NAMES) if gated else NOMIC_PLAIN_NAMES,
         prefix=prefix,
         head=bert_head(config, labels, prefix or "nomic_bert."),
         ignored=unused(tensors, prefix),
     )
+
+
+def nomic_experts(config: Config) -> EncoderMoe | None:
+    """The mixture of every second or so layer; None: there are no experts."""
+    if not config.get("moe_every_n_layers"):
+        return None
+    experts, top_k = config["num_experts"], config["moe_top_k"]
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"moe_top_k is {top_k}, and there are {experts} experts")
+    return EncoderMoe(experts, top_k)
 
 
 def gte(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
@@ -137,14 +158,19 @@ def gte(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
 
 def jina(config: Config, labels: int, tensors: Tensors) -> EncoderSpec:
     """JinaEmbeddingsV3Model, JinaEmbeddingsV3ForSequenceClassification."""
-    prefix = prefix_of(tensors, ("roberta.",), NAMES.words)
+    own = replace(JINA_NAMES, weight=BESIDE_ADAPTERS)
+    with_adapters = any(name.endswith(f"{own.words}.{own.weight}") for name in tensors)
+    words = f"{own.words}.{own.weight}" if with_adapters else f"{own.words}.weight"
+    prefix = "roberta." if f"roberta.{words}" in tensors else ""
+    theta = config.get("rotary_emb_base") or 20_000.0
+    pooler = frozenset(name for name in tensors if ".pooler." in f".{name}")
     return EncoderSpec(
-        **shape(config, 20_000.0),
+        **shape(config, theta),
         activation=config.get("hidden_act", "gelu"),
-        names=names_in(tensors, JINA_NAMES, JINA_NEW_NAMES),
+        names=own if with_adapters else names_in(tensors, JINA_NAMES, JINA_NEW_NAMES),
         prefix=prefix,
         head=roberta_head(config, labels),
-        ignored=unused(tensors, prefix),
+        ignored=unused(tensors, prefix) | pooler,
     )
 
 

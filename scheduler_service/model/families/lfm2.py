@@ -20,7 +20,7 @@ THETA = 1_000_000.0
 
 def decoder_spec(config: Config, context_length: int) -> DecoderSpec:
     """Lfm2ForCausalLM."""
-    convolution = ShortConvSpec(config.get("conv_L_cache", 3), bool(config.get("conv_bias")))
+    convolution = ShortConvSpec(config["hidden_size"], config.get("conv_L_cache", 3), bool(config.get("conv_bias")))
     count = config["num_hidden_layers"]
     attending = config.get("full_attn_idxs")
     attending = range(count) if attending is None else attending

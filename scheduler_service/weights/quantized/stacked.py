@@ -3,6 +3,11 @@
     gate and up    (experts, 2 * size, hidden), or columns first: (experts, hidden, 2 * size); gate stands in front
     down           (experts, hidden, size), or columns first: (experts, size, hidden)
 
+nomic's experts lie one below the other, without a gate, and the router tells how many they are:
+
+    w1    (experts * size, hidden)
+    w2    (experts * size, hidden), columns first
+
 The model's tensors are `….experts.N.gate_proj.weight`, `up_proj` and `down_proj`. They are read in place. gpt-oss,
 whose gate and up alternate, is read by mxfp4.py.
 """
@@ -25,6 +30,7 @@ from quartet.scheduler_service.weights.quantized.parts import part_of
 
 # names of the two tensors, below the block whose experts they are
 STACKS = (("experts.gate_up_proj", "experts.down_proj"), ("input_linear.weight", "output_linear.weight"))
+BELOW = ("experts.mlp.w1", "experts.mlp.w2", "router.layer.weight")  # nomic's names, likewise
 MISFIT = "{}: the experts of {} have shapes {} and {}, which do not belong together"
 
 
@@ -39,6 +45,10 @@ def with_stacks(checkpoint: Checkpoint) -> Checkpoint:
                 if stored.dtype in DTYPES:
                     found |= experts_of(checkpoint, block, *ends)
                     spent |= {f"{block}.{end}" for end in ends}
+        if name.endswith(f".{BELOW[0]}"):
+            block = name.removesuffix(f".{BELOW[0]}")
+            found |= experts_below(checkpoint, block)
+            spent |= {f"{block}.{end}" for end in BELOW[:2]}
     return replace(checkpoint, quantized=checkpoint.quantized | found, spent=checkpoint.spent | spent)
 
 
@@ -65,12 +75,32 @@ def experts_of(checkpoint: Checkpoint, block: str, gate_up_name: str, down_name:
     return made
 
 
+def experts_below(checkpoint: Checkpoint, block: str) -> dict[str, Quantized]:
+    """The same of experts that lie one below the other. Raises CheckpointError likewise."""
+    up, down, router = (part_of(checkpoint.tensors, block, end, DTYPES, 2) for end in BELOW)
+    experts, (rows, hidden) = router.shape[0], up.shape
+    check_sizes(replace(up, shape=(experts, rows, hidden)), f"{block}.{BELOW[0]}", rows, experts)
+    if down.shape != up.shape or hidden != router.shape[1]:
+        raise CheckpointError(MISFIT.format(up.shown, short(block), list(up.shape), list(down.shape)))
+    size, made = rows // experts, {}
+    for expert in range(experts):
+        inside, first = f"{block}.experts.{expert}", expert * size
+        made[f"{inside}.up_proj.weight"] = rows_first_matrix(up, first, size)
+        made[f"{inside}.down_proj.weight"] = columns_first_matrix(rows_of(down, first, size), 0, hidden)
+    return made
+
+
+def rows_of(stored: StoredTensor, first: int, rows: int) -> StoredTensor:
+    """Some rows of a stored matrix."""
+    row_bytes = stored.nbytes // stored.shape[0]
+    offset = stored.offset + first * row_bytes
+    return replace(stored, shape=(rows, stored.shape[1]), offset=offset, nbytes=rows * row_bytes)
+
+
 def rows_first_matrix(stored: StoredTensor, first: int, rows: int) -> Quantized:
     """Some rows of a stored matrix."""
-    columns = stored.shape[1]
-    row_bytes = stored.nbytes // stored.shape[0]
-    part = replace(stored, shape=(rows, columns), offset=stored.offset + first * row_bytes, nbytes=rows * row_bytes)
-    return Quantized((rows, columns), {"rows": Part(part, 0)}, lambda read, _: read["rows"])
+    part = rows_of(stored, first, rows)
+    return Quantized(part.shape, {"rows": Part(part, 0)}, lambda read, _: read["rows"])
 
 
 def columns_first_matrix(stored: StoredTensor, first: int, rows: int) -> Quantized:

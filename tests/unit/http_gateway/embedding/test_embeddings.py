@@ -5,6 +5,7 @@ import math
 from array import array
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quartet.runtime.messages import Finish, Generate, Logprobs, Message, pack_ids
@@ -66,6 +67,29 @@ async def test_base64_holds_the_float32_bytes() -> None:
         assert array("f", base64.b64decode(body["data"][0]["embedding"])).tolist() == [0.5, -0.25]
 
 
+@pytest.mark.parametrize(("form", "precision"), [("binary", "binary"), ("ubinary", "ubinary")])
+@asynchronous
+async def test_signs_are_packed_as_sentence_transformers_packs_them(form: str, precision: str) -> None:
+    from sentence_transformers.util.quantization import quantize_embeddings
+
+    vector = [0.5, -0.25, 0.0, 1.0, -1.0, 2.0, 0.1, -0.1, *[0.3] * 8]
+    expected = quantize_embeddings(np.array([vector], dtype=np.float32), precision=precision)[0].tolist()
+    async with served(vectors(*vector), is_embedding=True) as server:
+        body = (await server.client.post("/v1/embeddings", {"input": "a", "embedding_type": form})).json()
+        assert body["data"][0]["embedding"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, None), ({"normalized": False}, False), ({"normalize": False}, False), ({"late_chunking": False}, None)],
+)
+@asynchronous
+async def test_a_client_says_whether_vectors_are_of_length_one(given: dict[str, Any], expected: bool | None) -> None:
+    async with served(vectors(0.5), is_embedding=True) as server:
+        assert (await server.client.post("/v1/embeddings", {"input": "a", **given})).status == 200
+        assert server.ring.sent[0].request.normalize is expected
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -81,6 +105,9 @@ async def test_base64_holds_the_float32_bytes() -> None:
         ({"input": [{"image": "x"}]}, "image is not supported"),
         ({"input": "a", "dimensions": 2}, "does not support matryoshka representation"),
         ({"input": "a", "encoding_format": "hex"}, "Invalid enum value 'hex'"),
+        ({"input": "a", "embedding_type": "int8"}, "Invalid enum value 'int8'"),
+        ({"input": "a", "embedding_type": "float", "encoding_format": "float"}, "cannot be given at the same time"),
+        ({"input": "a", "late_chunking": True}, "late_chunking is not supported"),
         ({}, "missing required field `input`"),
     ],
 )

@@ -4,10 +4,12 @@ import ctypes
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from quartet.kernels.cpu.draw import RowsToDraw, can_draw, draw_rows, log_of_sums
+from quartet.kernels.cpu.mask import mask_rows
 from quartet.kernels.cpu.native import library
 from quartet.kernels.cpu.native.library import INSTRUCTION_SETS, Library
 from quartet.kernels.reference.philox import uniform
@@ -27,14 +29,29 @@ def kernels(request, monkeypatch):
     return found
 
 
-def drawn(logits, settings, rows=None):
-    """Tokens by row; `settings`: (temperature, top_k, top_p, min_p, seed, position) of each row that is drawn from."""
+def drawn(logits, settings, allowed=None):
+    """Tokens and whether they are valid; `settings` by row: (temperature, top_k, top_p, min_p, seed, position)."""
     assert can_draw(logits)
-    rows = list(range(len(logits))) if rows is None else rows
-    tokens, valid = torch.full((len(logits),), -1), torch.ones(len(logits), dtype=torch.bool)
-    columns = map(list, zip(*settings, strict=True))
-    draw_rows(logits, logits.amax(1), RowsToDraw(rows, *columns), tokens, valid)
-    return tokens, valid
+    return draw_rows(logits, RowsToDraw(*map(list, zip(*settings, strict=True))), allowed)
+
+
+def some_settings(count):
+    """Every combination of filters, at several temperatures."""
+    return [(0.9 if i % 7 else 0.0, 30 * (i % 2), 0.95 if i % 3 else 1.0, 0.01 * (i % 4), i, 7) for i in range(count)]
+
+
+def some_mask(rows, vocab):
+    """Rows that allow all, one, few, most and every second token; int32 (rows, words)."""
+    bits = torch.zeros(rows, -(-vocab // 32) * 32, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(vocab)
+    for row, own in enumerate(bits):
+        share = (1.0, 0.0, 8 / vocab, 0.999, 0.5)[row % 5]
+        own[:] = torch.rand(len(own), generator=generator) < share
+        own[int(torch.randint(vocab, (1,), generator=generator))] = True
+        if row % 5 == 3:
+            own[: vocab // 2] = True  # whole blocks
+    packed = np.packbits(bits.numpy(), axis=1, bitorder="little").view(np.int32)
+    return torch.from_numpy(packed)
 
 
 def kept(logits, temperature, top_k, top_p, min_p):
@@ -104,17 +121,50 @@ def test_a_row_draws_the_same_in_any_company_and_place():
 
 def test_every_instruction_set_has_the_bits_of_the_lowest(kernels, monkeypatch):
     logits = torch.randn(30, 20_011, generator=torch.Generator().manual_seed(4)) * 3
-    settings = [(0.9, 30 * (i % 2), 0.95 if i % 3 else 1.0, 0.01 * (i % 4), i, 7) for i in range(30)]
-    found = drawn(logits, settings)[0], log_of_sums(logits)
+    settings, allowed = some_settings(30), some_mask(30, 20_011)
+    found = drawn(logits, settings)[0], drawn(logits, settings, allowed)[0], log_of_sums(logits)
     lowest = Library(library.functions(INSTRUCTION_SETS[0]), INSTRUCTION_SETS[0])
     monkeypatch.setattr(library, "library", lambda: lowest)
-    assert torch.equal(drawn(logits, settings)[0], found[0]) and torch.equal(log_of_sums(logits), found[1])
+    again = drawn(logits, settings)[0], drawn(logits, settings, allowed)[0], log_of_sums(logits)
+    assert all(map(torch.equal, found, again))
 
 
-def test_rows_that_are_not_drawn_from_keep_their_tokens():
-    logits = torch.randn(5, 300)
-    tokens, _ = drawn(logits, [(1.0, 0, 1.0, 0.0, 3, 4)] * 2, rows=[1, 3])
-    assert [token == -1 for token in tokens.tolist()] == [True, False, True, False, True]
+def test_temperature_zero_takes_the_first_largest_whatever_the_filters_say():
+    logits = torch.randn(9, 1000)
+    logits[:, 40] = logits[:, 700] = logits[:, 999] = 50.0
+    tokens, _ = drawn(logits, [(0.0, 3 * (i % 2), 0.5, 0.3, i, 1) for i in range(9)])
+    assert tokens.tolist() == [40] * 9
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 255, 257, 2048, 4100, 151_936])
+def test_a_mask_gives_the_tokens_of_logits_that_were_masked(vocab):
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)) * 4
+    allowed, settings, before = some_mask(40, vocab), some_settings(40), logits.clone()
+    tokens, valid = drawn(logits, settings, allowed)
+    assert torch.equal(logits, before) and valid.all()
+    assert mask_rows(logits, allowed)
+    expected, _ = drawn(logits, settings)
+    assert torch.equal(tokens, expected)
+    assert logits.gather(1, tokens.unsqueeze(1)).isfinite().all()
+
+
+def test_only_what_is_allowed_can_break_a_row():
+    logits, settings = torch.zeros(4, 600), [(0.0, 0, 1.0, 0.0, 1, 1), (1.0, 0, 1.0, 0.0, 1, 1)] * 2
+    logits[:, 5], logits[:, 300] = math.nan, math.inf
+    allowed = torch.zeros(4, 19, dtype=torch.int32)
+    allowed[:2, 8] = 1  # token 256
+    allowed[2, 0], allowed[3, 9] = 1 << 5, 1 << 12  # the broken ones
+    tokens, valid = drawn(logits, settings, allowed)
+    assert valid.tolist() == [True, True, False, False] and tokens.tolist() == [256, 256, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_row_without_an_allowed_token_is_reported(temperature, top_k):
+    allowed = torch.zeros(1, 10, dtype=torch.int32)
+    allowed[0, 9] = -1 << 12  # bits behind the last token
+    tokens, valid = drawn(torch.randn(1, 300), [(temperature, top_k, 1.0, 0.0, 1, 1)], allowed)
+    assert (tokens.tolist(), valid.tolist()) == ([0], [False])
 
 
 def test_a_temperature_is_the_same_as_logits_that_were_divided_by_it():

@@ -33,6 +33,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     packed,
     unpacked,
 )
+from quartet.scheduler_service.model.state_access import Run, StateRows
 
 
 def channels() -> tuple[Channel, Channel]:
@@ -68,6 +69,7 @@ def test_the_inputs_of_a_step_arrive_on_another_rank() -> None:
         offsets=[0, 2, 3],
         ragged=Ragged([2, 1], [2, 9], [[(1, 1)], [(2, 3)]], 4),
         placement=Placement(torch.tensor([4, 5, 16]), torch.tensor([1])),
+        states=StateRows([1], [2], [Run(0, 2, 0, 3)], [(2, 7)]),
     )
     near.send(forward_message(inputs))
     message = far.receive()
@@ -75,7 +77,7 @@ def test_the_inputs_of_a_step_arrive_on_another_rank() -> None:
     found = inputs_of(message, 4, 8, torch.device("cpu"))
     for name in ("input_ids", "positions", "starts"):
         assert torch.equal(getattr(found, name), getattr(inputs, name)), name
-    assert found.offsets == inputs.offsets and found.embeds is None
+    assert found.offsets == inputs.offsets and found.embeds is None and found.states == inputs.states
     assert (found.ragged.query_lengths, found.ragged.context_lengths) == ([2, 1], [2, 9])
     assert [[tuple(run) for run in runs] for runs in found.ragged.runs] == [[(1, 1)], [(2, 3)]]
     assert torch.equal(found.placement.slots, inputs.placement.slots)

@@ -52,14 +52,14 @@ def count(cache: StateCache, *slices: Slice, decodes: int = 0) -> torch.Tensor:
     offsets = [0]
     for share in slices:
         offsets.append(offsets[-1] + share.end - share.start)
-    access, copies = cache.access(Plan(list(slices), decodes=decodes), offsets)
+    rows = cache.places(Plan(list(slices), decodes=decodes), offsets)
 
     def compute(x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y = state.unsqueeze(1) + x.cumsum(1)
         return y, y[:, -1]
 
-    y = access.scan(0, compute, torch.ones(offsets[-1], 1), no_operations)
-    cache.copy(copies)
+    y = cache.access(rows).scan(0, compute, torch.ones(offsets[-1], 1), no_operations)
+    cache.copy(rows.copies)
     return y.flatten()
 
 

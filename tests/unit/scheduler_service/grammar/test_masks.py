@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quartet.scheduler_service.grammar.masks import THREAD_FROM_S, Masks
-from quartet.scheduler_service.grammar.matchers import Bitmask, Constrained
+from quartet.scheduler_service.grammar.matchers import Bitmask, Constrained, Matcher
 
 
 class StandInMatcher:
@@ -24,7 +24,8 @@ class StandInFiller:
         self.threads: list[str] = []
         monkeypatch.setattr(time, "thread_time", lambda: self.now_s)
 
-    def fill(self, constrained: list[Constrained], bitmask: Bitmask) -> None:
+    def fill(self, constrained: list[Constrained], bitmask: Bitmask, address: int = 0) -> None:
+        assert address in (0, bitmask.ctypes.data)
         self.threads.append(threading.current_thread().name)
         self.now_s += self.takes_s
         for _, row, _ in constrained:
@@ -81,3 +82,81 @@ def test_many_rows_go_to_the_thread_where_few_do_not(filler: StandInFiller) -> N
 
 def test_a_step_without_a_grammar_has_no_masks(filler: StandInFiller) -> None:
     assert masks_with(filler).start([(None, ()), (None, ())]) is None and not filler.threads
+
+
+class ScriptedMatcher:
+    """Its rows get this number in each word."""
+
+    def __init__(self, number: int, failed: bool = False) -> None:
+        self.number, self.failed = number, failed
+
+
+def matcher(number: int, failed: bool = False) -> Matcher:
+    scripted: Any = ScriptedMatcher(number, failed)
+    return scripted
+
+
+class ScriptedFiller:
+    """Writes each matcher's number; waits for `go` first. Notes when it begins and ends."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.notes: list[str] = []
+
+    def fill(self, constrained: list[Constrained], bitmask: Bitmask, address: int = 0) -> None:
+        assert address in (0, bitmask.ctypes.data)
+        self.notes.append("begin")
+        assert self.go.wait(120)
+        for matcher, row, drafts in constrained:
+            bitmask[row : row + 1 + len(drafts)] = matcher.number  # type: ignore[attr-defined]
+        self.notes.append("end")
+
+
+@pytest.fixture
+def scripted() -> Masks:
+    masks: Any = Masks(64, threaded=True)
+    masks._filler = ScriptedFiller()
+    return masks
+
+
+def numbers(masks: Masks, *requests: tuple[Any, tuple[int, ...]]) -> list[int]:
+    """The first word of each row of a step."""
+    begun = masks.start(requests)
+    assert begun is not None
+    bitmask = begun.result(120)
+    assert (bitmask == bitmask[:, :1]).all()
+    first: list[int] = bitmask[:, 0].tolist()
+    return first
+
+
+def test_rows_without_a_grammar_allow_all_whatever_stood_there_before(scripted: Masks) -> None:
+    one, two = matcher(1), matcher(2)
+    assert numbers(scripted, (one, ()), (two, ()), (one, (7, 8))) == [1, 2, 1, 1, 1]
+    assert numbers(scripted, (None, ()), (two, ()), (None, (7,))) == [-1, 2, -1, -1]
+    assert numbers(scripted, (two, ())) == [2]
+
+
+def test_a_failed_request_harms_no_other_row_and_none_of_its_drafts_counts(scripted: Masks) -> None:
+    assert numbers(scripted, (matcher(1), ()), (matcher(2, failed=True), (7, 8))) == [1, -1, 0, 0]
+
+
+def test_one_row_is_computed_anew_and_the_others_stay(scripted: Masks) -> None:
+    begun = scripted.start([(matcher(1), ()), (matcher(2), (5,)), (matcher(3), ())])
+    assert begun is not None
+    bitmask = begun.result(120)
+    scripted.refill(bitmask, 1, matcher(9))
+    assert bitmask[:, 0].tolist() == [1, 9, 2, 3]
+    scripted.refill(bitmask, 3, matcher(9, failed=True))
+    assert bitmask[:, 0].tolist() == [1, 9, 2, -1]
+
+
+def test_masks_that_nobody_asked_for_are_complete_before_the_next_are_begun(scripted: Any) -> None:
+    """A step failed while its masks were being computed; its requests are computed again."""
+    filler = scripted._filler
+    filler.go.clear()
+    scripted.start([(matcher(1), ())] * 3)
+    scripted._row_s = 0.0  # the next are computed at once
+    threading.Timer(0.05, filler.go.set).start()
+    assert numbers(scripted, (matcher(2), ()), (matcher(3), ())) == [2, 3]
+    assert filler.notes == ["begin", "end"] * 2

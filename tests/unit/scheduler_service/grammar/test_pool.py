@@ -28,6 +28,10 @@ class ScriptedCompiler:
         self.go = threading.Event()
         self.begun = threading.Event()
         self.tries: list[tuple[str, bool]] = []
+        self.cache: dict[str, Any] = {}
+
+    def known(self, kind: str, text: str) -> Any:
+        return self.cache.get(text)
 
     def try_compile(self, kind: str, text: str, checker: Any, *, long: bool = False) -> Any:
         self.begun.set()
@@ -82,6 +86,28 @@ def test_the_pool_gives_back_each_request_once_with_its_grammar_or_its_refusal()
     compiler.go.set()
     found = decided(pool, 2)
     assert found["r1"] == "good" and isinstance(found["r2"], RequestError)
+    assert pool.ready() == [] and pool.pending == 0
+    pool.close()
+
+
+def test_what_was_compiled_before_is_ready_at_once_whatever_else_is_being_compiled() -> None:
+    pool, compiler = scripted()
+    compiler.cache = {"seen": "seen", "bad": RequestError("Failed to compile regex grammar: bad")}
+    for text in ("new", "seen", "bad"):
+        pool.submit(text, "regex", text)
+    found = dict(pool.ready())
+    assert found["seen"] == "seen" and isinstance(found["bad"], RequestError) and len(found) == 2
+    assert pool.pending == 1
+    compiler.go.set()
+    assert decided(pool, 1) == {"new": "new"} and [text for text, _ in compiler.tries] == ["new"]
+    pool.close()
+
+
+def test_a_known_grammar_is_not_given_to_a_request_that_was_cancelled() -> None:
+    pool, compiler = scripted()
+    compiler.cache = {"seen": "seen"}
+    pool.submit("r1", "regex", "seen")
+    pool.cancel("r1")
     assert pool.ready() == [] and pool.pending == 0
     pool.close()
 

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from quartet.scheduler_service.weights import load
-from quartet.scheduler_service.weights.checkpoint import CheckpointError
+from quartet.scheduler_service.weights.checkpoint import Checkpoint, CheckpointError
 from quartet.scheduler_service.weights.cuts import Cut, own_parts
 from quartet.scheduler_service.weights.formats import checkpoint_of
 from quartet.scheduler_service.weights.parameters import Layout, Weights
+from quartet.scheduler_service.weights.tensor_io import open_file, read_chunks
 
 SIZE, HIDDEN = 8, 12
 INSIDE = "model.layers.0.experts"
@@ -28,8 +29,8 @@ def cuts(rank: int) -> dict[str, Cut]:
     """Of expert 1: half of the rows of its gate, half of the columns of its down projection."""
     half = SIZE // 2
     return {
-        f"{INSIDE}.1.gate_proj.weight": Cut((SIZE, HIDDEN), 0, rank * half, half),
-        f"{INSIDE}.1.down_proj.weight": Cut((HIDDEN, SIZE), 1, rank * half, half),
+        f"{INSIDE}.1.gate_proj.weight": Cut((SIZE, HIDDEN), 0, ((rank * half, half),)),
+        f"{INSIDE}.1.down_proj.weight": Cut((HIDDEN, SIZE), 1, ((rank * half, half),)),
     }
 
 
@@ -47,6 +48,24 @@ def test_a_rank_reads_its_part_of_an_expert(tmp_path: Path) -> None:
         part = slice(rank * half, rank * half + half)
         assert torch.equal(weights.slab("gate"), gate_up[1, :SIZE][part])
         assert torch.equal(weights.slab("down"), down[1][:, part])
+
+
+def test_a_part_of_several_ranges_is_read_piece_by_piece_and_nothing_else(tmp_path: Path) -> None:
+    whole = torch.randn(12, 5)
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    cut = Cut((12, 5), 0, ((1, 2), (5, 3), (10, 1)))
+    stored = own_parts(Checkpoint.open(tmp_path), {"w": cut}).tensors["w"]
+    rows = [1, 2, 5, 6, 7, 10]
+    assert stored.nbytes == len(rows) * 20 == sum(size for _, size in stored.pieces)
+    for chunk_bytes in (4, 28, 1 << 20):
+        part = torch.empty(stored.shape)
+        with open_file(stored.file) as descriptor:
+            for _ in read_chunks(stored, part, descriptor, chunk_bytes):
+                pass
+        assert torch.equal(part, whole[rows])
+    assembled = torch.zeros_like(whole)
+    cut.put(cut.of(whole), assembled)
+    assert torch.equal(assembled[rows], whole[rows]) and not assembled[[0, 3, 4, 8, 9, 11]].any()
 
 
 def test_matrices_whose_columns_come_first_are_refused(tmp_path: Path) -> None:
