@@ -1,5 +1,6 @@
 """KV that left the pool comes back with the same bits: planner, worker and tier in one process, on a real model."""
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from quartet.runtime.errors import StartupError
 from quartet.runtime.service import Boot
+from quartet.scheduler_service.core.block_keys import digest
 from quartet.scheduler_service.core.tier_acts import CarryOut, DropMemory
 from quartet.scheduler_service.execution import kv_tier
 from quartet.scheduler_service.execution.kv_tier import tier_store
@@ -152,13 +154,15 @@ def test_a_damaged_block_is_computed_again(model: Path, tmp_path: Path, damage: 
     served = Served(model, kv_cache_dir=str(tmp_path))
     first = served.ask(0)
     served.settle()
-    files = sorted(tmp_path.glob("*/*.kv"), key=lambda path: path.stat().st_mtime_ns)
-    data = bytearray(files[1].read_bytes())
+    files = {bytes.fromhex(path.stem): path for path in tmp_path.glob("*/*.kv")}
+    ids = array("i", PROMPTS[0][BLOCK : 2 * BLOCK]).tobytes()
+    second = next(files[key] for key in (digest(key, ids) for key in files) if key in files)
+    data = bytearray(second.read_bytes())
     data[-1] ^= 1
     {
-        "byte": lambda: files[1].write_bytes(data),
-        "cut": lambda: files[1].write_bytes(data[:500]),
-        "gone": files[1].unlink,
+        "byte": lambda: second.write_bytes(data),
+        "cut": lambda: second.write_bytes(data[:500]),
+        "gone": second.unlink,
     }[damage]()
     served.ask(1)
     again = served.ask(0)
