@@ -60,6 +60,7 @@ Collect = Callable[[], None]
 
 NOT_OPENED = "Failed to get weights iterator: {}."
 NOT_LOADED = "Failed to update weights: {}.\nRolling back to original weights."
+INTERNAL = "Internal error: {}"
 NO_LOADER = "Failed to get model loader: {}."
 TENSOR_FORMATS = {None: wire.named_tensors, "direct": wire.named_tensors, "flattened_bucket": wire.bucket_tensors}
 BROADCAST_FORMATS = (None, "flattened_bucket")
@@ -215,6 +216,11 @@ class Updates:
     def open_session(self, broken: str = "", implicit: bool = False) -> None:
         self.session = Session(broken=broken, implicit=implicit)
 
+    def break_session(self, reason: str) -> None:
+        """An open session cannot be finished any more; the first reason stays."""
+        if self.session is not None:
+            self.session.broken = self.session.broken or reason
+
     def close_session(self) -> None:
         self.session = None
 
@@ -274,8 +280,12 @@ class Updates:
             with refused_as(NOT_LOADED):
                 self._collect(session, tensors)
         except CommandRefused as refusal:
-            session.broken = refusal.message.replace(private, "the payload") if private else refusal.message
-            raise CommandRefused(session.broken) from refusal
+            message = refusal.message.replace(private, "the payload") if private else refusal.message
+            self.break_session(message)
+            raise CommandRefused(message) from refusal
+        except BaseException as error:
+            self.break_session(INTERNAL.format(type(error).__name__))
+            raise
 
     def _collect(self, session: Session, tensors: Callable[[], wire.Named]) -> None:
         with staging.copy_stream(self.live.device):
