@@ -106,8 +106,6 @@ class MemorySaver:
 
     def _release_weights(self) -> None:
         updates = self._updates
-        if self._adapters is not None:
-            self._adapters.release()
         if self._keep_weights:
             self._backup = updates.live.staging(torch.device("cpu"))
             self._backup.copy_from(updates.live)
@@ -115,6 +113,8 @@ class MemorySaver:
             updates.lost = set(updates.live.names())
         updates.drop_second()
         updates.live.release()
+        if self._adapters is not None:  # last: what failed before has released nothing
+            self._adapters.release()
 
     def resume_adapters(self) -> None:
         """Take the memory of adapters on the device again; they are written there when a step needs them."""
