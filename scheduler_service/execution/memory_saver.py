@@ -63,6 +63,11 @@ class MemorySaver:
         """Released tags without which nothing can be computed."""
         return [tag for tag in NEEDED if tag in self.released]
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether memory cannot be released or resumed right now: other ranks are busy, perhaps with a trainer."""
+        return False
+
     def release(self, tags: Iterable[str] | None) -> None:
         """Release the memory of these tags; None: of all."""
         to_release = self._checked(tags) - self.released

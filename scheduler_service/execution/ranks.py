@@ -70,6 +70,11 @@ class Followers:
         self._asking = Turn()
         self._reports: deque[TierReport] = deque()  # that came while an answer was waited for
 
+    @property
+    def busy(self) -> bool:
+        """Whether they are asked something and have not all answered."""
+        return self._asking.taken
+
     def tell(self, message: Message) -> None:
         """Send a message to all of them, from any thread. Raises OSError when one has ended."""
         for channel in self.channels:

@@ -59,8 +59,8 @@ class SliceLength:
 class CooperativeThrottle:
     """Lets background work run in slices between steps. The loop calls `grant`, the work calls `yield_point`.
 
-    The loop lifts it where there are no steps for a while, or no more slices: the work goes on then, until it is granted
-    a slice again.
+    The loop lifts it where there are no steps for a while, or no more slices: the work goes on then, up to the next
+    slice that it is granted.
 
     `clock`: seconds. `max_wait_s`: after so long without a slice the work goes on all the same; None: never. `slice_s`:
     the longest slice.
