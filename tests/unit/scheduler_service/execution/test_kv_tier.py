@@ -297,3 +297,13 @@ def test_without_memory_for_a_read_the_prompt_is_computed(model: Path, tmp_path:
     part._files.block_bytes = 1 << 62
     again = served.ask(0)
     assert served.tier.restored == 0 and again.ids == first.ids
+
+
+def test_another_number_of_schedulers_leaves_no_files_behind(model: Path, tmp_path: Path) -> None:
+    for settings, place in (({}, ""), ({"dp_size": 2}, "scheduler"), ({}, "")):
+        served = Served(model, kv_cache_dir=str(tmp_path), **settings)
+        assert not list(tmp_path.rglob("*.kv")) and not served.tier.files
+        served.ask(0)
+        served.settle()
+        found = list(tmp_path.rglob("*.kv"))
+        assert found and {file.parent.parent for file in found} == {tmp_path / place}
