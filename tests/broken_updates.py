@@ -165,6 +165,7 @@ CASES = [
     Case("NaN", with_tensors(as_nan), UPDATE, f"tensor {NAME} holds values that are not finite"),
     Case("infinity", with_tensors(as_infinity), UPDATE, f"tensor {NAME} holds values that are not finite"),
     Case("directory missing", lambda live, new: update(live, new / "no"), ITERATOR, "(repository not found)."),
+    Case("directory missing, why", lambda live, new: update(live, new / "no"), ITERATOR, "new/no does not exist"),
     Case("hub id unknown", lambda live, new: update(live, "no-one/no-such"), ITERATOR, "(repository not found)."),
     Case("empty directory", lambda live, new: update(live, new.parent), ITERATOR, "no *.safetensors file"),
     Case("file rewritten during reading", rewritten, ITERATOR, "is being written"),

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from quartet.http_gateway.generation.adapters import Adapters
+from quartet.http_gateway.ring.transport import OUT_OF_RANGE
 from quartet.runtime import limits
 from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.limits import CALL_BYTES_PER_BODY_BYTE
@@ -125,7 +126,10 @@ def check_sum(prompts: Sequence[Generate], rules: Rules) -> None:
         request = prompt.request
         shared = (id(request.params), id(request.logprobs))
         if shared not in sizes:
-            sizes[shared] = (values_of(request), len(msgspec.msgpack.encode(request)))
+            try:
+                sizes[shared] = (values_of(request), len(msgspec.msgpack.encode(request)))
+            except OverflowError as error:
+                raise RequestError(OUT_OF_RANGE) from error
         own_values, own_size = sizes[shared]
         values += own_values * request.params.n
         size += (own_size + prompt_bytes(prompt)) * request.params.n

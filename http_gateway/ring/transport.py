@@ -8,6 +8,8 @@ from quartet.runtime.errors import Kind, RequestError
 from quartet.runtime.messages import Message, Text
 from quartet.runtime.sockets import FrameTooLarge
 
+OUT_OF_RANGE = "A number in the request is out of range."
+
 
 class Meter(Protocol):
     """What the gateway counts of each request (http_gateway/http/metrics.py)."""
@@ -30,4 +32,4 @@ def send_frame(outbox: Sender, messages: Sequence[Message]) -> None:
     except FrameTooLarge as error:
         raise RequestError(f"The request is too large: {error}.", Kind.TOO_LARGE) from error
     except OverflowError as error:  # an integer of more than 64 bits
-        raise RequestError("A number in the request is out of range.") from error
+        raise RequestError(OUT_OF_RANGE) from error

@@ -123,6 +123,10 @@ def load_model(
     dtype = resolve_dtype(config.dtype, info.config, device)
     if device.type == "cpu" and (dtype is torch.bfloat16 or info.embedding is None):
         # At a first start they are compiled while the weights are read. In any dtype there are kernels for draws.
+        try:
+            native.highest_wanted()
+        except ValueError as error:
+            raise StartupError(str(error)) from error
         native.start_loading()
     available = available_gb(device)
     log.info("Load weight begin. avail mem=%.2f GB", available)
@@ -138,6 +142,8 @@ def load_model(
                 f"--quantization {config.quantization} needs a native family, and {reason} has none; leave it out"
             ) from reason
         model = load_fallback(str(reason), config, info, dtype, device)
+    if is_asked_for(config, device) and info.embedding is None:
+        native.library()  # the same kernels from the first token on
     left = available_gb(device)
     log.info(
         "Load weight end. type=%s, dtype=%s, avail mem=%.2f GB, mem usage=%.2f GB.",

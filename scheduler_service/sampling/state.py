@@ -8,6 +8,9 @@ from quartet.scheduler_service.core.thought_budget import thought_budget_of
 from quartet.scheduler_service.sampling.adjust import ADJUSTMENTS
 from quartet.scheduler_service.sampling.rows import DrawSettings, Feature, Row
 
+MOST_TEMPERATURE = 1e38  # by which all tokens are equally likely, and which float32 has
+MOST_TOKENS = 2**31 - 1  # of a vocabulary
+
 
 def make_row(sequence: Sequence, eos_ids: list[int]) -> Row:
     """The state is a function of the request and its tokens, so it can be rebuilt after a retraction."""
@@ -31,12 +34,12 @@ def make_row(sequence: Sequence, eos_ids: list[int]) -> Row:
 
 
 def settings_of(params: SamplingParams, seed: int) -> DrawSettings:
-    """What a request's draws depend on; of `seed` the lowest 64 bits count."""
+    """What a request's draws depend on, as numbers of the device; of `seed` the lowest 64 bits count."""
     features = features_of(params)
     return DrawSettings(
         features,
-        params.temperature if features & Feature.DRAW else 0.0,
-        params.top_k if features & Feature.TOP_K else 0,
+        min(params.temperature, MOST_TEMPERATURE) if features & Feature.DRAW else 0.0,
+        min(params.top_k, MOST_TOKENS) if features & Feature.TOP_K else 0,
         params.top_p if features & Feature.TOP_P else 1.0,
         params.min_p if features & Feature.MIN_P else 0.0,
         signed(seed),

@@ -194,8 +194,8 @@ class Updates:
             return hub.find("model_path", model_path, anywhere, patterns, Path(self.run_dir), with_tokenizer=False)
         except StartupError as error:
             log.debug("%s", error)
-            of_hub = hub_download.is_hub_id(model_path) and not isinstance(error, GgufError)
-            reason = f"{short(model_path, 500)} (repository not found)" if of_hub else short(error, 1000)
+            what = short(model_path, 500) if hub_download.is_hub_id(model_path) else short(error, 1000)
+            reason = error if isinstance(error, GgufError) else f"{what} (repository not found)"
             raise CommandRefused(NOT_OPENED.format(reason)) from error
 
     def fill(self, checkpoint: Checkpoint | None, before: staging.Identities, digests: Manifest | None) -> None:

@@ -132,10 +132,14 @@ def test_each_of_two_ranks_keeps_its_part(launch: Callable[..., Server], models:
     assert least < CACHED and most == CACHED, "a block of which one rank has no part is computed again by both"
 
 
-def test_recurrent_states_are_found_by_the_next_server(launch: Callable[..., Server], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "title"), [(1, "scheduler"), (2, "scheduler TP0")])
+def test_recurrent_states_are_found_by_the_next_server(
+    ranks: int, title: str, launch: Callable[..., Server], tmp_path: Path
+) -> None:
     model, directory = tiny.build("qwen3_5", tmp_path / "model"), tmp_path / "kv"
-    server = launch(*flags(model, directory), "--skip-tokenizer-init")
+    server = launch(*flags(model, directory), "--skip-tokenizer-init", "--tp-size", str(ranks))
     answer = ask(server, 0)[0]
-    await_files(directory, state(server)["kv_tier_stored_tokens_total"] // BLOCK)
-    server.children()["scheduler"].kill()
+    for place in (directory, directory / "rank1")[:ranks]:
+        await_files(place, state(server)["kv_tier_stored_tokens_total"] // BLOCK)
+    server.children()[title].kill()
     assert ask(server, 0) == (answer, CACHED)

@@ -25,6 +25,7 @@ static struct {
     pthread_mutex_t owner;
     int workers;
     pthread_t ids[MOST_THREADS];
+    int cpus[MOST_THREADS]; /* the CPU that is a worker's own, or -1 */
     int placed;  /* so many workers have been told which CPUs are theirs, */
     int avoided; /* and that this is the caller's */
     task run;
@@ -81,6 +82,7 @@ static void hire(int workers) {
         if (pthread_create(thread, 0, work, (void *)start))
             return;
         pthread_detach(*thread);
+        pool.cpus[pool.workers] = -1;
         pool.workers++;
     }
 }
@@ -105,11 +107,21 @@ static void place_workers(int avoided) {
     if (!CPU_COUNT(&others))
         pool.placed = 0; /* look again the next time */
     int own = CPU_COUNT(&others) == pool.workers;
+    for (int worker = 0; worker < pool.workers; worker++) {
+        int cpu = own ? pool.cpus[worker] : -1;
+        if (cpu >= 0 && CPU_ISSET(cpu, &others))
+            CPU_CLR(cpu, &others); /* it stays */
+        else
+            pool.cpus[worker] = -1;
+    }
     for (int worker = 0; worker < pool.workers && CPU_COUNT(&others); worker++) {
+        if (pool.cpus[worker] >= 0)
+            continue;
         cpu_set_t cpus = others;
         if (own) {
+            pool.cpus[worker] = take_cpu(&others);
             CPU_ZERO(&cpus);
-            CPU_SET(take_cpu(&others), &cpus);
+            CPU_SET(pool.cpus[worker], &cpus);
         }
         pthread_setaffinity_np(pool.ids[worker], sizeof cpus, &cpus);
     }

@@ -133,3 +133,13 @@ async def test_what_is_made_of_a_large_body_is_made_beside_the_loop() -> None:
             assert unpack_ids(sent.input_ids).tolist() == ids
         refused = await server.client.post("/generate", {"input_ids": [*range(999), 5000] * 100})
         assert (refused.status, "[5000, 5000" in refused.text) == (400, True)
+
+
+@asynchronous
+async def test_an_integer_that_no_message_can_hold_is_refused() -> None:
+    async with served() as server:
+        params = {"top_k": 1 << 64, "n": 2}
+        answer = await server.client.post("/generate", {"text": "a", "sampling_params": params})
+        assert answer.status == 400
+        assert "A number in the request is out of range." in answer.text
+        assert not server.ring.sent

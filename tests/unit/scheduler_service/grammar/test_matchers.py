@@ -457,7 +457,7 @@ def test_a_batch_of_masks_equals_the_masks_one_by_one(tools):
     matchers = [tools.compiler.compile("regex", text).matcher() for text in sources]
     rows = [4, 0, 2, 3]
     bitmask = np.full((6, bitmask_words(tools.vocab_size)), -1, dtype=np.int32)
-    tools.filler.fill(map(Constrained, matchers, rows), bitmask)
+    tools.filler.fill(list(map(Constrained, matchers, rows)), bitmask)
     for matcher, row in zip(matchers, rows, strict=True):
         bits = np.flatnonzero(np.unpackbits(bitmask[row].view(np.uint8), bitorder="little"))
         assert set(bits.tolist()) == tools.allowed(matcher)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.model import registry
 from tests.model import embedders, tiny
 from tests.model.dense import serve
@@ -26,3 +27,21 @@ def test_an_embedding_model_in_float32_needs_none(begun: list[str], tmp_path: Pa
     embedders.build("BertModel", tmp_path)
     serve(tmp_path, model_dir=str(tmp_path), is_embedding=True)
     assert not begun
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_inference_waits_for_the_kernels(
+    deterministic: bool, begun: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else logprobs would have other bits before they are there."""
+    monkeypatch.setattr(registry.native, "library", lambda: begun.append("waited"))
+    serve(tiny.build("qwen3", tmp_path), enable_deterministic_inference=deterministic)
+    assert ("waited" in begun) == deterministic
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTET_CPU_ISA", "avx3")
+    with pytest.raises(StartupError, match="QUARTET_CPU_ISA is avx3; it may be one of avx2, "):
+        serve(tiny.build("qwen3", tmp_path))

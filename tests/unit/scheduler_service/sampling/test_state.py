@@ -35,3 +35,8 @@ def test_rows_keep_the_order_of_their_requests():
     rows = sampling_rows([settings_of(SamplingParams(top_k=k), seed=k) for k in (2, -1, 5)], [10, 20, 30])
     assert (rows.seeds, rows.positions, rows.top_ks) == ([2, -1, 5], [10, 20, 30], [2, 0, 5])
     assert rows.using(Feature.TOP_K, [1, 2]) == [1] and rows.drawing() == [0, 1, 2]
+
+
+def test_numbers_beyond_those_of_the_device_mean_the_largest_it_has():
+    settings = settings_of(SamplingParams(temperature=1e300, top_k=1 << 63), seed=0)
+    assert (settings.temperature, settings.top_k) == (1e38, 2**31 - 1)
