@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights
 from quartet.scheduler_service.weights.record import Committed
+from quartet.scheduler_service.weights.session import Session
 from quartet.scheduler_service.weights.staging import on_one_thread
 
 log = logging.getLogger(__name__)
@@ -75,17 +76,6 @@ class Staged:
     names: frozenset[str]  # the tensors that change
     packed: Packed
     source: Committed | None = None  # the checkpoint; None: they came in requests
-
-
-@dataclass(slots=True)
-class Session:
-    """The tensors collected so far; where only a part of a buffer is new, the rest was copied from what serves."""
-
-    names: set[str] = field(default_factory=set)
-    aliases: dict[str, torch.Tensor] = field(default_factory=dict)  # what must equal the tensors they are tied to
-    version: str | None = None  # the weight version that its last bucket asked for
-    broken: str = ""  # why it cannot be finished
-    implicit: bool = False  # of a single command, which swaps at once
 
 
 class Updates:
