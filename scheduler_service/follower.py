@@ -40,6 +40,8 @@ from quartet.scheduler_service.execution.rank_messages import (
     Forward,
     GiveUp,
     Hello,
+    JoinGroup,
+    LeaveGroup,
     Logits,
     Message,
     OpenTier,
@@ -69,6 +71,8 @@ from quartet.scheduler_service.model.deterministic import is_asked_for, keep_ord
 from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
+
+Work = Generator[None, bool | None, None]
 
 POLL_S = 0.001  # for a message, between two slices of work in the background
 NOT_BY_HAND = "ranks are started by the scheduler of `quartet serve --tp-size`"
@@ -136,7 +140,8 @@ class Follower:
         self.steps: EagerSteps | None = None  # once rank 0 has said how large the KV pool is
         self.memory: FollowingMemory | None = None  # likewise
         self.tier: FollowingTier | None = None  # of KV beyond the pool; None: there is none
-        self.job: Generator[None, bool | None, Any] | None = None  # work in the background
+        self.job: Work | None = None  # in the background
+        self.meeting: Work | None = None  # likewise, in process groups: it may wait for a trainer; touches no weights
         config = updates.updates.config
         self.adapters: FollowingAdapters | None = None
         if config.enable_lora:
@@ -149,7 +154,7 @@ class Follower:
     def run(self) -> None:
         """Do what the messages say until there are no more; between them, a slice of the work in the background."""
         while True:
-            if self.job is not None and not self.channel.waits(POLL_S):
+            if (self.job or self.meeting) and not self.channel.waits(POLL_S):
                 self.work_on()
             elif (message := self.channel.receive()) is None:
                 return
@@ -183,6 +188,8 @@ class Follower:
             case GiveUp():
                 self.finish_job()
                 self.updates.give_up()
+            case JoinGroup() | LeaveGroup():
+                self.meeting = finished(partial(self.updates.do, message), self.channel.send)
             case Start() | Hello() | Answer() | TierReport():
                 raise AssertionError(message)
             case task:
@@ -265,19 +272,26 @@ class Follower:
 
     def work_on(self) -> None:
         """Let the work in the background run for a slice."""
-        assert self.job is not None
-        try:
-            next(self.job)
-        except StopIteration:
-            self.job = None
+        self.job, self.meeting = resumed(self.job), resumed(self.meeting)
 
     def finish_job(self) -> None:
-        """Work on until it is done."""
+        """Work on until the job is done; who waits for a trainer waits on."""
         while self.job is not None:
             self.work_on()
 
 
-def finished(work: Callable[[], Any], then: Callable[[Any], None]) -> Generator[None, bool | None, None]:
+def resumed(work: Work | None) -> Work | None:
+    """Work after one more slice; None where it has ended."""
+    if work is None:
+        return None
+    try:
+        next(work)
+    except StopIteration:
+        return None
+    return work
+
+
+def finished(work: Callable[[], Any], then: Callable[[Any], None]) -> Work:
     """Work in the background, up to its end; an error that nobody expects is an answer too."""
     try:
         result = yield from run_in_background(work)

@@ -132,7 +132,15 @@ class AdapterQueue:
                 outcome = error
             del self._waiting[rid]
             ready.append((first.message, outcome))
+        if not self._waiting:  # nobody needs what is being read
+            self._abandon_reading()
         return ready
+
+    def _abandon_reading(self) -> None:
+        """Resume it no more; it ends by itself."""
+        if self._reading is not None:
+            self._reading.work.close()
+        self._reading = None
 
     def _forget_ended(self, store: "AdapterStore") -> None:
         """Forget the adapters whose unloading was answered, once no request uses them."""
@@ -186,6 +194,7 @@ class AdapterQueue:
         reading = self._reading
         try:
             if reading is None or reading.known is not known:  # for another one, or it was replaced meanwhile
+                self._abandon_reading()
                 reading = self._reading = Reading(known, run_in_background(lambda: read(store, known), READING_SLICE_S))
                 next(reading.work)
             elif reading.found is None:

@@ -2,8 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from quartet.runtime.control import ControlCommand, ReleaseMemory, ResumeMemory
 from quartet.runtime.errors import CommandRefused
@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # loads torch; the object comes with the scheduler
     from quartet.scheduler_service.execution.memory_saver import MemorySaver
 
 log = logging.getLogger(__name__)
+
+Act = Callable[[Context, Any], list[Message]]
 
 OFF = "Memory cannot be released: start the server with --enable-memory-saver."
 BUSY = "Memory cannot be released while requests run: wait for them, abort them or pause with the mode retract."
@@ -30,15 +32,31 @@ def saver_of(context: Context) -> "MemorySaver":
 
 def release(context: Context, command: ReleaseMemory) -> list[Message] | Resumable:
     """Release the memory of these tags. Refused while requests run or weights change."""
-    return release_together(context, command) if command.waits_for_others else release_now(context, command)
+    check_unused(context)
+    if command.waits_for_others:
+        return release_together(context, command)
+    return once_ranks_are_free(context, command, release_now)
+
+
+def once_ranks_are_free(context: Context, command: ControlCommand, act: Act) -> list[Message] | Resumable:
+    """Act at once, or at the first turn of the loop at which all ranks are free; steps go on meanwhile."""
+    saver = saver_of(context)
+
+    def act_later() -> Resumable:
+        while saver.must_wait:
+            yield
+        return act(context, command)
+
+    return act_later() if saver.must_wait else act(context, command)
 
 
 def release_together(context: Context, command: ReleaseMemory) -> Resumable:
     """Release it once all schedulers can; no request begins while they are asked."""
-    check_unused(context)
     context.planner.asleep = True
     try:
         yield from agreed(context, command)
+        while saver_of(context).must_wait:
+            yield
     finally:
         context.pause_without_memory()
     return release_now(context, command)
@@ -66,7 +84,13 @@ def release_now(context: Context, command: ReleaseMemory) -> list[Message]:
     return report(context, command, "released")
 
 
-def resume(context: Context, command: ResumeMemory) -> list[Message]:
+def resume(context: Context, command: ResumeMemory) -> list[Message] | Resumable:
+    """Take the memory of these tags again."""
+    return once_ranks_are_free(context, command, resume_now)
+
+
+def resume_now(context: Context, command: ResumeMemory) -> list[Message]:
+    """Take it between two steps."""
     saver = saver_of(context)
     try:
         with refused_on_failure("resumed"):

@@ -1,7 +1,6 @@
 """At most so many different LoRA adapters run at once: who may be admitted next."""
 
 from collections.abc import Iterable
-from functools import cached_property
 
 from quartet.scheduler_service.core.request import Sequence
 
@@ -9,17 +8,26 @@ MAX_OVERTAKEN = 64  # requests with adapters that may be admitted before an earl
 
 
 class AdapterLimit:
-    """The adapters of what runs, in one decision of the planner."""
+    """The adapters of what runs, and the request that waits for one of them to end."""
 
-    def __init__(self, most: int, running: Iterable[Sequence]) -> None:
+    def __init__(self, most: int, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
         self.most = most
-        self._running = running
-        self.held: Sequence | None = None  # the first that has to wait for an adapter of others to end
+        self._running, self._waiting = running, waiting
+        self._active: set[str] | None = None  # None: not looked for yet
+        self.held: Sequence | None = None  # over all decisions, until it is admitted or ends
 
-    @cached_property
+    def begin(self) -> None:
+        """Another decision of the planner: other requests run and wait."""
+        self._active = None
+        if self.held is not None and self.held not in self._waiting:
+            self.held = None
+
+    @property
     def active(self) -> set[str]:
         """The adapters that run; looked for when a request names one."""
-        return {sequence.request.adapter for sequence in self._running} - {""}
+        if self._active is None:
+            self._active = {sequence.request.adapter for sequence in self._running} - {""}
+        return self._active
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether the request's adapter runs already, or one more may."""
@@ -33,7 +41,7 @@ class AdapterLimit:
         """
         if not sequence.request.adapter:
             return True
-        if self.has_room(sequence) and (self.held is None or self.held.overtaken < MAX_OVERTAKEN):
+        if self.has_room(sequence) and not (self._overtakes(sequence) and self._has_waited_enough):
             return True
         self.held = self.held or sequence
         return False
@@ -42,5 +50,15 @@ class AdapterLimit:
         """The request was admitted."""
         if adapter := sequence.request.adapter:
             self.active.add(adapter)
-            if self.held is not None:
+            if sequence is self.held:
+                self.held = None
+            elif self.held is not None and self._overtakes(sequence):
                 self.held.overtaken += 1
+
+    @property
+    def _has_waited_enough(self) -> bool:
+        return self.held is not None and self.held.overtaken >= MAX_OVERTAKEN
+
+    def _overtakes(self, sequence: Sequence) -> bool:
+        """Whether a request is before the one that is held though its priority is not."""
+        return self.held is not None and sequence is not self.held and sequence.priority <= self.held.priority

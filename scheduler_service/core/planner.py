@@ -45,6 +45,7 @@ class Planner:
         self.stats = Stats()
         self.waiting = WaitingQueue(config.max_queued, by_priority=config.policy == "priority")
         self.running: dict[Sequence, None] = {}  # in order of admission; finished ones too while in flight
+        self.adapters = AdapterLimit(config.max_adapters, self.running, self.waiting)
         self.live: dict[str, Sequence] = {}  # rid → sequence without a finish
         self.slots = list(range(config.max_running - 1, -1, -1))  # free ones
         self.released: list[Sequence] = []  # the worker shall forget their state; emptied by the scheduler
@@ -206,11 +207,11 @@ class Planner:
 
     def _admit(self, plan: Plan, budget: int, now: float) -> None:
         """Admit requests in the policy's order, as long as there are slots, pages and budget."""
-        adapters = AdapterLimit(self.config.max_adapters, self.running)
+        self.adapters.begin()
         for sequence in self.order(self.waiting, self.pool):
             if budget <= 0 or not self.slots:
                 return
-            if not adapters.may_start(sequence):
+            if not self.adapters.may_start(sequence):
                 continue
             spare = self._growth_pages(sequence, self.running)
             admission = self.pool.admit(sequence, rules.reusable_tokens(sequence), spare)
@@ -218,7 +219,7 @@ class Planner:
                 return
             if admission is Admission.ADMITTED:
                 self._start(plan, sequence, now)
-                adapters.started(sequence)
+                self.adapters.started(sequence)
                 budget -= self._plan_chunk(plan, sequence, budget)
 
     def _start(self, plan: Plan, sequence: Sequence, now: float) -> None:
@@ -273,7 +274,8 @@ class Planner:
     def _preempt(self, threshold: int) -> None:
         """Retract requests of lower priority where the first of the queue could not be admitted otherwise."""
         first = min(self.waiting, key=lambda s: (-s.priority, s.serial))
-        if not AdapterLimit(self.config.max_adapters, self.running).has_room(first):
+        self.adapters.begin()
+        if not self.adapters.has_room(first):
             return
         candidates = preemptible(first, self.running, threshold)
         missing = self.pool.missing(first, rules.reusable_tokens(first)) if candidates else None

@@ -9,6 +9,8 @@ process finds again.
 """
 
 import logging
+import os
+import re
 import secrets
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import torch
 
 from quartet.runtime.config import ResolvedConfig
 from quartet.runtime.errors import StartupError
+from quartet.runtime.messages import SCHEDULER, process_key
 from quartet.runtime.model_files import model_info
 from quartet.runtime.model_files.files import MAX_SETTINGS_BYTES, read_small
 from quartet.runtime.process.memory import in_words
@@ -50,11 +53,13 @@ from quartet.scheduler_service.execution.rank_tier import LeadingPart
 from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.execution.tier_part import OwnPart, facts_of, own_part
 from quartet.scheduler_service.execution.worker import Worker
-from quartet.scheduler_service.host.block_files import NOT_USABLE, bytes_on_disk
+from quartet.scheduler_service.host.block_files import NOT_USABLE, bytes_on_disk, drop_unused
 from quartet.scheduler_service.host.device import shortage
 from quartet.scheduler_service.weights.update import Updates
 
 log = logging.getLogger(__name__)
+
+OF_SCHEDULER = re.compile(rf"{SCHEDULER}(-\d{{1,4}})?")  # a directory in --kv-cache-dir with --dp-size
 
 BLOCK_TOKENS = 64  # about: whole pages
 PENDING_BYTES = 64 << 20  # copies that may wait to be written
@@ -234,6 +239,7 @@ def tier_store(
     ranks = 1 if followers is None else followers.parallel.size
     opening = OpenTier(sizes.block_tokens, sizes.memory_blocks, sizes.most_fetched, ranks, directory_of(boot))
     part: OwnPart | LeadingPart = own_part(opening, blocks)
+    drop_former(config)
     facts = [facts_of(worker.model.weights, blocks), f"deterministic {config.enable_deterministic_inference}"]
     if followers is not None:
         part = LeadingPart(part, followers)
@@ -265,6 +271,23 @@ def directory_of(boot: Boot) -> str | None:
         return None
     directory = Path(boot.config.kv_cache_dir).absolute()
     return str(directory / boot.key if boot.config.dp_size > 1 else directory)
+
+
+def drop_former(config: ResolvedConfig) -> None:
+    """Delete what other numbers of schedulers have left in --kv-cache-dir. Raises StartupError."""
+    if config.kv_cache_dir is None:
+        return
+    directory = Path(config.kv_cache_dir).absolute()
+    several = config.dp_size > 1
+    own = {process_key(SCHEDULER, rank) for rank in range(config.dp_size)} if several else set()
+    try:
+        if several:
+            drop_unused(directory)
+        for entry in list(os.scandir(directory)):
+            if OF_SCHEDULER.fullmatch(entry.name) and entry.name not in own and entry.is_dir(follow_symlinks=False):
+                drop_unused(Path(entry.path))
+    except OSError as error:
+        raise StartupError(NOT_USABLE.format(directory, error.strerror)) from error
 
 
 def block_tokens(page_size: int) -> int:

@@ -63,6 +63,11 @@ class MemorySaver:
         """Released tags without which nothing can be computed."""
         return [tag for tag in NEEDED if tag in self.released]
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether memory cannot be released or resumed right now: other ranks are busy, perhaps with a trainer."""
+        return False
+
     def release(self, tags: Iterable[str] | None) -> None:
         """Release the memory of these tags; None: of all."""
         to_release = self._checked(tags) - self.released
@@ -106,8 +111,6 @@ class MemorySaver:
 
     def _release_weights(self) -> None:
         updates = self._updates
-        if self._adapters is not None:
-            self._adapters.release()
         if self._keep_weights:
             self._backup = updates.live.staging(torch.device("cpu"))
             self._backup.copy_from(updates.live)
@@ -115,6 +118,8 @@ class MemorySaver:
             updates.lost = set(updates.live.names())
         updates.drop_second()
         updates.live.release()
+        if self._adapters is not None:  # last: what failed before has released nothing
+            self._adapters.release()
 
     def resume_adapters(self) -> None:
         """Take the memory of adapters on the device again; they are written there when a step needs them."""

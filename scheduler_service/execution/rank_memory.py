@@ -34,6 +34,11 @@ class LeadingSaver(MemorySaver):
         self._followers = followers
         self._backup_kept = keep_weights
 
+    @property
+    def must_wait(self) -> bool:
+        """See MemorySaver.must_wait."""
+        return self._followers.busy
+
     def release(self, tags: Iterable[str] | None) -> None:
         """See MemorySaver.release. Raises CommandRefused where another rank cannot; all have their memory then."""
         named = sorted(self._checked(tags) - self.released)

@@ -48,7 +48,7 @@ from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights, checksum_of
 from quartet.scheduler_service.weights.reread import reread as again
 from quartet.scheduler_service.weights.staging import on_one_thread
-from quartet.scheduler_service.weights.update import NOT_LOADED, NOT_OPENED, Staged, Updates, refused_as
+from quartet.scheduler_service.weights.update import INTERNAL, NOT_LOADED, NOT_OPENED, Staged, Updates, refused_as
 
 Result = TypeVar("Result")
 
@@ -72,20 +72,25 @@ class LeadingUpdates(Updates):
     ) -> None:
         super().__init__(live, config, run_dir, check_config)
         self.followers = followers
-        self.inspection = LeadingInspection(live, self.together)
+        self.inspection = LeadingInspection(live, followers.together)  # it stages nothing that could be given up
 
     def together(self, task: Task, own: Callable[[], Result]) -> tuple[Result, list[Any]]:
         """Have all ranks do a task: rank 0's result, and the answers of the others. Raises CommandRefused.
 
-        After a refusal no rank has anything staged. Runs in the background.
+        After an error no rank has anything staged, and an open session is broken. Runs in the background.
         """
         try:
             return self.followers.together(task, own)
         except ConnectionError:
             raise
-        except BaseException:
-            self.followers.tell(GiveUp())
+        except BaseException as error:
+            self._give_up(error.message if isinstance(error, CommandRefused) else INTERNAL.format(type(error).__name__))
             raise
+
+    def _give_up(self, reason: str) -> None:
+        """Have the others drop what they have staged and collected: what this rank has of it must not be committed."""
+        self.break_session(reason)
+        self.followers.tell(GiveUp())
 
     def from_disk(self, model_path: str, load_format: str, digests: Manifest | None) -> Staged:
         """See Updates.from_disk."""
@@ -102,30 +107,24 @@ class LeadingUpdates(Updates):
         """What was staged, if all ranks have read the same files. Raises CommandRefused."""
         assert staged.source is not None
         if any(files != staged.source.files for files in read):
-            self.followers.tell(GiveUp())
-            raise CommandRefused(NOT_LOADED.format(CHANGED.format(staged.source.model_dir)))
+            refusal = CommandRefused(NOT_LOADED.format(CHANGED.format(staged.source.model_dir)))
+            self._give_up(refusal.message)
+            raise refusal
         return staged
 
     def payload(self, files: list[str], load_format: str | None) -> Callable[[], None]:
         """See Updates.payload."""
         if self.config.nnodes > 1:
             raise CommandRefused(ONE_MACHINE.format(self.config.nnodes))
-        return self._collecting(Collect(files, load_format), super().payload(files, load_format))
+        return partial(self.collect_together, Collect(files, load_format), super().payload(files, load_format))
 
     def broadcast(self, command: UpdateWeightsFromDistributed) -> Callable[[], None]:
         """See Updates.broadcast: every rank receives whole tensors, and keeps its part."""
-        return self._collecting(Receive(command), super().broadcast(command))
+        return partial(self.collect_together, Receive(command), super().broadcast(command))
 
-    def _collecting(self, task: Task, own: Callable[[], None]) -> Callable[[], None]:
-        def collect() -> None:
-            try:
-                self.together(task, own)
-            except CommandRefused as refusal:
-                if self.session is not None:
-                    self.session.broken = refusal.message
-                raise
-
-        return collect
+    def collect_together(self, task: Task, own: Callable[[], None]) -> None:
+        """Have all ranks put tensors into their sessions. Raises CommandRefused."""
+        self.together(task, own)
 
     def finish_session(self) -> Staged:
         """See Updates.finish_session."""

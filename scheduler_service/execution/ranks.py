@@ -47,6 +47,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     forward_message,
 )
 from quartet.scheduler_service.execution.state_cache import StateCache
+from quartet.scheduler_service.host.background import Turn
 from quartet.scheduler_service.host.parallel import LOST, TCP, Parallel, Store, join, open_store
 from quartet.scheduler_service.model.batch import ServedModel
 from quartet.scheduler_service.model.registry import load_model
@@ -66,8 +67,13 @@ class Followers:
         """`channels`: of ranks 1, 2, ..."""
         self.parallel = parallel
         self.channels = channels
-        self._asking = threading.Lock()
+        self._asking = Turn()
         self._reports: deque[TierReport] = deque()  # that came while an answer was waited for
+
+    @property
+    def busy(self) -> bool:
+        """Whether they are asked something and have not all answered."""
+        return self._asking.taken
 
     def tell(self, message: Message) -> None:
         """Send a message to all of them, from any thread. Raises OSError when one has ended."""
@@ -87,7 +93,7 @@ class Followers:
 
     def reports(self) -> Iterator[TierReport]:
         """What the others have reported by now. Raises ConnectionError when one has ended."""
-        if self._asking.acquire(blocking=False):  # else whoever waits for an answer takes them
+        if self._asking.take(wait=False):  # else whoever waits for an answer takes them
             try:
                 for channel in self.channels:
                     while channel.waits(0):
@@ -96,7 +102,7 @@ class Followers:
                             raise ConnectionError("a rank has ended")
                         self._reports.append(found)
             finally:
-                self._asking.release()
+                self._asking.leave()
         while self._reports:
             yield self._reports.popleft()
 

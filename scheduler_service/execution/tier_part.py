@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from quartet.runtime.errors import StartupError
 from quartet.scheduler_service.core.snapshots import NO_SNAPSHOT
 from quartet.scheduler_service.core.tier_acts import (
     Act,
@@ -31,7 +32,7 @@ from quartet.scheduler_service.core.tier_acts import (
 from quartet.scheduler_service.execution.kv_blocks import KvBlocks, MemoryBlocks
 from quartet.scheduler_service.execution.rank_messages import OpenTier
 from quartet.scheduler_service.host import block_io
-from quartet.scheduler_service.host.block_files import BlockFiles
+from quartet.scheduler_service.host.block_files import NOT_USABLE, BlockFiles
 from quartet.scheduler_service.host.block_io import BlockIO
 from quartet.scheduler_service.host.transfer import Arrival, fetch
 from quartet.scheduler_service.weights.inspection import Inspection
@@ -106,8 +107,9 @@ class OwnPart:
                 continue
             if result.damaged is not None:
                 log.warning("A block of KV is damaged or gone; it will be computed again.")
-            data = torch.frombuffer(result.data, dtype=torch.uint8).view(-1, self._blocks.block_bytes)
-            self._brought[result.number] = dict(zip(result.good, data, strict=False))
+            size = self._blocks.block_bytes
+            rows = torch.frombuffer(result.data, dtype=torch.uint8).view(-1, size) if result.good else ()
+            self._brought[result.number] = dict(zip(result.good, rows, strict=False))
             yield Brought(result.number, len(result.good), result.damaged)
 
     def flush(self) -> None:
@@ -161,8 +163,16 @@ def own_part(opening: OpenTier, blocks: KvBlocks, rank: int = 0) -> OwnPart:
         directory = Path(opening.directory)
         files = BlockFiles(directory / f"rank{rank}" if rank else directory, blocks.block_bytes)
         if not rank:
-            files.drop_ranks(opening.ranks)
+            drop_ranks(files, opening.ranks)
     return OwnPart(blocks, opening.memory_blocks, opening.most_copied, files)
+
+
+def drop_ranks(files: BlockFiles, first: int) -> None:
+    """See BlockFiles.drop_ranks. Raises StartupError."""
+    try:
+        files.drop_ranks(first)
+    except OSError as error:
+        raise StartupError(NOT_USABLE.format(files.directory, error.strerror)) from error
 
 
 def facts_of(weights: Weights, blocks: KvBlocks) -> str:

@@ -36,6 +36,7 @@ STEP_WEIGHT = 0.1  # of the last step in the moving average of steps
 SLOW_FACTOR = 1.15  # a step is slow from this multiple of the average on
 MAX_SKIPPED = 3  # slices in a row that long steps may cost
 MAX_OVERRUN_S = 0.06  # how long the loop waits for a piece of work that outlasts its slice
+LIFT_AGAIN_S = 0.01  # while the loop waits for work: others may have come before it
 MAX_WAIT_S = 1.0  # of the work for a slice: the loop may be busy with one long step
 
 
@@ -58,6 +59,9 @@ class SliceLength:
 class CooperativeThrottle:
     """Lets background work run in slices between steps. The loop calls `grant`, the work calls `yield_point`.
 
+    The loop lifts it where there are no steps for a while, or no more slices: the work goes on then, up to the next
+    slice that it is granted.
+
     `clock`: seconds. `max_wait_s`: after so long without a slice the work goes on all the same; None: never. `slice_s`:
     the longest slice.
     """
@@ -76,6 +80,7 @@ class CooperativeThrottle:
         self._length = SliceLength(slice_s)
         self._granted_at = clock()
         self._skipped = 0
+        self._lifted = False
 
     def grant(self, long_step: bool = False) -> None:
         """Once per turn of the loop: if the work waits at a yield point, let it run for a slice, until it waits again.
@@ -83,6 +88,7 @@ class CooperativeThrottle:
         Work that is elsewhere (it downloads, or is amid a long piece) is not waited for.
         `long_step`: the next step is longer than others, so the work gets no slice now, a few times in a row at most.
         """
+        self._lifted = False
         slice_s = self._length.after_step(self._clock() - self._granted_at)
         self._skipped = self._skipped + 1 if long_step and self._skipped < MAX_SKIPPED else 0
         if self._work_waits.is_set() and slice_s >= SHORTEST_SLICE_S and not self._skipped:
@@ -94,12 +100,18 @@ class CooperativeThrottle:
 
     def yield_point(self) -> None:
         """Return at once while the slice lasts; else wait for the next one."""
-        if self._clock() < self._slice_ends_at:
+        if self._lifted or self._clock() < self._slice_ends_at:
             return
         self._granted.clear()
         self._work_waits.set()
-        if not self._granted.wait(self._max_wait_s):
+        if self._lifted or not self._granted.wait(self._max_wait_s):  # it may have been lifted since the first look
             self._work_waits.clear()
+
+    def lift(self) -> None:
+        """Let the work go on until the next `grant`."""
+        self._lifted = True
+        self._work_waits.clear()
+        self._granted.set()
 
     def finish(self) -> None:
         """The work is done: the loop need not wait for it."""
@@ -111,15 +123,55 @@ _thread = threading.local()  # `throttle`: of the work that runs in this thread
 
 def yield_point() -> None:
     """Between two pieces of background work: wait while a step runs. In other threads it does nothing."""
-    throttle: CooperativeThrottle | None = getattr(_thread, "throttle", None)
-    if throttle is not None:
+    if (throttle := own_throttle()) is not None:
         throttle.yield_point()
+
+
+def own_throttle() -> CooperativeThrottle | None:
+    """That of the work which runs in this thread; None in the loop's."""
+    return getattr(_thread, "throttle", None)
+
+
+class Turn:
+    """A lock for work in the background, for which the loop may wait too: what has it is not throttled meanwhile."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._throttle: CooperativeThrottle | None = None  # of the work that has it
+
+    @property
+    def taken(self) -> bool:
+        """Whether some thread has it."""
+        return self._lock.locked()
+
+    def take(self, wait: bool = True) -> bool:
+        """Take it, if need be after others; whether it was taken."""
+        own = own_throttle()
+        if not self._lock.acquire(blocking=wait and own is not None):
+            if not wait:
+                return False
+            while not self._lock.acquire(timeout=LIFT_AGAIN_S):
+                if (throttle := self._throttle) is not None:
+                    throttle.lift()
+        self._throttle = own
+        return True
+
+    def leave(self) -> None:
+        """Leave it to the next."""
+        self._throttle = None
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *error: object) -> None:
+        self.leave()
 
 
 @contextlib.contextmanager
 def unthrottled() -> Iterator[None]:
     """Within it `yield_point` does nothing: for work beside steps that run on another device than the CPU."""
-    throttle, _thread.throttle = getattr(_thread, "throttle", None), None
+    throttle, _thread.throttle = own_throttle(), None
     try:
         yield
     finally:
@@ -130,16 +182,19 @@ def run_in_background(work: Callable[[], Result], slice_s: float = SLICE_S) -> G
     """Run `work` in a thread of its own; yields once per turn of the loop until it has ended, then returns its result.
 
     The loop may send in whether its next step is longer than others. Raises the work's CommandRefused, and one with
-    status 500 for any other exception.
+    status 500 for any other exception. Work whose generator is closed goes on: nobody grants it slices any more.
     """
     done: Future[Result] = Future()
     throttle = CooperativeThrottle(slice_s=slice_s)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     threading.Thread(target=_run, args=(work, done, throttle), name="background", daemon=True).start()
     long_step: bool | None = False
-    while not done.done():
-        throttle.grant(bool(long_step))
-        long_step = yield
+    try:
+        while not done.done():
+            throttle.grant(bool(long_step))
+            long_step = yield
+    finally:
+        throttle.lift()
     try:
         return done.result()
     except CommandRefused:

@@ -52,6 +52,17 @@ def bytes_on_disk(block_bytes: int) -> int:
     return -(-(HEADER_BYTES + block_bytes) // DISK_BLOCK) * DISK_BLOCK
 
 
+def drop_unused(directory: Path) -> None:
+    """Delete the blocks of a directory that a server had, unless one has it now. Raises OSError."""
+    if (directory / LOCK).exists():
+        try:
+            files = BlockFiles(directory, 0, lock_wait_s=0)
+        except StartupError as error:
+            log.warning("The blocks of KV in %s stay: %s.", directory, error)
+        else:
+            files.drop_all()
+
+
 class BlockFiles:
     """The files of one directory, which this process has for itself. Raises StartupError."""
 
@@ -119,12 +130,22 @@ class BlockFiles:
 
         Raises OSError.
         """
-        name = identity.hex()
         self._ensure()
-        for entry in list(os.scandir(self.directory)):
-            if entry.name != name and OURS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                self._remove(entry.name)
+        self._drop_identities(identity.hex())
         return self._scan(self._use(identity))
+
+    def _drop_identities(self, kept: str = "") -> None:
+        for entry in list(os.scandir(self.directory)):
+            if entry.name != kept and OURS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                self._remove(entry.name)
+
+    def drop_all(self) -> None:
+        """Delete all blocks, those of ranks too, and leave the directory to others. Raises OSError."""
+        try:
+            self._drop_identities()
+            self.drop_ranks(0)
+        finally:
+            os.close(self._lock)
 
     def _use(self, identity: bytes) -> int:
         """Make the directory of this identity where it is missing, and open it. Raises OSError."""

@@ -27,7 +27,10 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """The blocks of a read up to the first bad one, side by side in `data`; `damaged` is that one."""
+    """The blocks of a read up to the first bad one, side by side in `data`; `damaged` is that one.
+
+    Where there was no memory for them, it is the first, and `data` is empty.
+    """
 
     number: int
     good: list[bytes]
@@ -96,10 +99,10 @@ class BlockIO:
 
     def _read(self, number: int, keys: list[bytes]) -> None:
         size = self.files.block_bytes
-        data = bytearray(size * len(keys))
-        view = memoryview(data)
-        good: list[bytes] = []
+        data, good = bytearray(), list[bytes]()
         try:
+            data = bytearray(size * len(keys))
+            view = memoryview(data)
             for place, key in enumerate(keys):
                 if not self.files.read(key, view[place * size : (place + 1) * size]):
                     break

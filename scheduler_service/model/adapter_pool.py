@@ -157,8 +157,11 @@ class AdapterPool:
     def place(self, adapters: Sequence[HostAdapter]) -> list[int]:
         """The slots of different adapters; between two steps.
 
-        Those that have none are written to free slots, then to those that were not used for longest.
+        Those that have none are written to free slots, then to those that were not used for longest. Raises
+        RuntimeError while the memory is given back.
         """
+        if not self.products:
+            raise RuntimeError("the slots of adapters have no memory")
         assert len(adapters) <= self.slots, (len(adapters), self.slots)
         for adapter in adapters:
             if adapter in self.slot_of:

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +52,7 @@ from quartet.scheduler_service.weights.inspection import Inspection
 from quartet.scheduler_service.weights.manifest import Manifest
 from quartet.scheduler_service.weights.parameters import Packed, Weights
 from quartet.scheduler_service.weights.record import Committed
+from quartet.scheduler_service.weights.session import Session
 from quartet.scheduler_service.weights.staging import on_one_thread
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ Collect = Callable[[], None]
 
 NOT_OPENED = "Failed to get weights iterator: {}."
 NOT_LOADED = "Failed to update weights: {}.\nRolling back to original weights."
+INTERNAL = "Internal error: {}"
 NO_LOADER = "Failed to get model loader: {}."
 TENSOR_FORMATS = {None: wire.named_tensors, "direct": wire.named_tensors, "flattened_bucket": wire.bucket_tensors}
 BROADCAST_FORMATS = (None, "flattened_bucket")
@@ -74,17 +76,6 @@ class Staged:
     names: frozenset[str]  # the tensors that change
     packed: Packed
     source: Committed | None = None  # the checkpoint; None: they came in requests
-
-
-@dataclass(slots=True)
-class Session:
-    """The tensors collected so far; where only a part of a buffer is new, the rest was copied from what serves."""
-
-    names: set[str] = field(default_factory=set)
-    aliases: dict[str, torch.Tensor] = field(default_factory=dict)  # what must equal the tensors they are tied to
-    version: str | None = None  # the weight version that its last bucket asked for
-    broken: str = ""  # why it cannot be finished
-    implicit: bool = False  # of a single command, which swaps at once
 
 
 class Updates:
@@ -215,6 +206,11 @@ class Updates:
     def open_session(self, broken: str = "", implicit: bool = False) -> None:
         self.session = Session(broken=broken, implicit=implicit)
 
+    def break_session(self, reason: str) -> None:
+        """An open session cannot be finished any more; the first reason stays."""
+        if self.session is not None:
+            self.session.broken = self.session.broken or reason
+
     def close_session(self) -> None:
         self.session = None
 
@@ -274,8 +270,12 @@ class Updates:
             with refused_as(NOT_LOADED):
                 self._collect(session, tensors)
         except CommandRefused as refusal:
-            session.broken = refusal.message.replace(private, "the payload") if private else refusal.message
-            raise CommandRefused(session.broken) from refusal
+            message = refusal.message.replace(private, "the payload") if private else refusal.message
+            self.break_session(message)
+            raise CommandRefused(message) from refusal
+        except BaseException as error:
+            self.break_session(INTERNAL.format(type(error).__name__))
+            raise
 
     def _collect(self, session: Session, tensors: Callable[[], wire.Named]) -> None:
         with staging.copy_stream(self.live.device):

@@ -13,6 +13,7 @@ from quartet.runtime.messages import Request, Tokenized, pack_ids
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.control.adapter_queue import GRACE_S, AdapterQueue
 from quartet.scheduler_service.core.deadlines import WAITED, Deadlines
+from quartet.scheduler_service.host.background import yield_point
 
 PATIENCE_S = 120.0
 
@@ -193,6 +194,24 @@ def test_a_request_is_taken_out_and_a_later_attempt_replaces_it() -> None:
     assert [request.adapter for request in case.queue.requests] == ["c"]
     removed = case.queue.remove("1")
     assert removed is not None and not len(case.queue) and case.queue.remove("1") is None
+
+
+def test_a_read_that_nobody_needs_any_more_ends_by_itself() -> None:
+    case, ended = Case(), threading.Event()
+
+    def read_known(known: Known) -> str:
+        for _ in range(500):
+            yield_point()
+            time.sleep(0.001)
+        ended.set()
+        return known.name
+
+    case.store.read_known = read_known  # type: ignore[method-assign]
+    case.put("1", "b")
+    assert case.turns(1) == []
+    case.queue.remove("1")
+    assert case.turns(1) == []
+    assert ended.wait(PATIENCE_S) and not case.store.loaded
 
 
 def test_names_that_are_not_served_are_refused() -> None:

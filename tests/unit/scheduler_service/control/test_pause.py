@@ -17,6 +17,7 @@ from quartet.runtime.control import (
 )
 from quartet.runtime.messages import Reply, unpack_ids
 from quartet.runtime.process.memory import Memory
+from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from tests import checkpoints
 from tests.live import Live
 from tests.rig import PROMPT, Rig
@@ -207,6 +208,22 @@ def test_released_graphs_alone_stop_no_step(model: Path, tmp_path: Path) -> None
     assert live.call(ResumeMemory(tags=["weights"])).body == {"asleep": True, "lacks": ["kv_cache"]}
     assert live.call(ResumeMemory(tags=["kv_cache"])).body == AWAKE
     assert answered(live, "second") == [TOKEN] * 3
+
+
+def test_memory_is_released_and_resumed_once_other_ranks_are_free(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, busy = saving(model, tmp_path, enable_weights_cpu_backup=True), [True]
+    monkeypatch.setattr(MemorySaver, "must_wait", property(lambda saver: busy[0]))
+    for command, lacks in ((ReleaseMemory(), ["weights", "kv_cache"]), (ResumeMemory(), [])):
+        busy[0] = True
+        before = live.scheduler.saver.lacks  # type: ignore[union-attr]
+        reply = live.begin(command)
+        live.step(3)
+        assert live.scheduler.saver.lacks == before  # type: ignore[union-attr]
+        busy[0] = False
+        assert live.wait(reply).body == {"asleep": bool(lacks), "lacks": lacks}
+    assert answered(live, "x") == [TOKEN] * 3
 
 
 SUBSETS = [list(tags) for size in range(1, 4) for tags in itertools.permutations(ALL, size)]

@@ -9,7 +9,10 @@ from quartet.runtime.messages import LogprobOptions
 from quartet.runtime.model_files import model_info
 from quartet.runtime.sampling import SamplingParams
 from quartet.scheduler_service.execution.device_adapters import DeviceAdapters
+from quartet.scheduler_service.execution.memory_saver import MemorySaver
 from quartet.scheduler_service.execution.worker import Worker
+from quartet.scheduler_service.weights.parameters import Weights
+from quartet.scheduler_service.weights.update import Updates
 from tests.configs import resolved
 from tests.engine import DEFAULTS, Engine, floats
 from tests.model import test_adapters
@@ -70,3 +73,20 @@ def test_steps_without_adapters_are_those_of_a_server_without_them(tmp_path: Pat
     assert not any(key.adapters for key in served.engine.worker.steps.graphs.misses)
     expected = fused(served.base, max_running_requests=16).generate([PROMPT] * 3, GREEDY, logprobs=LogprobOptions())
     assert [floats(a.logprobs.values) for a in found] == [floats(a.logprobs.values) for a in expected]
+
+
+def test_adapters_stay_where_the_weights_could_not_be_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Fused("qwen2", tmp_path)
+    worker = served.engine.worker
+    updates = Updates(worker.model.weights, served.engine.config, str(tmp_path))
+    saver = MemorySaver(updates, worker.cache, True, worker.forget_graphs, adapters=worker.adapter_pool)
+
+    def fail(*of: object) -> None:
+        raise MemoryError("the host is full")
+
+    monkeypatch.setattr(Weights, "staging", fail)
+    with pytest.raises(MemoryError, match="the host is full"):
+        saver.release(["weights"])
+    assert not saver.released
+    for name, answer in zip(NAMES, served.ask(NAMES), strict=True):
+        served.check(answer, name)

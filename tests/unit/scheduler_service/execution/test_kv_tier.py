@@ -13,6 +13,7 @@ from quartet.scheduler_service.core.tier_acts import CarryOut, DropMemory
 from quartet.scheduler_service.execution import kv_tier
 from quartet.scheduler_service.execution.kv_tier import tier_store
 from quartet.scheduler_service.execution.tier_part import OwnPart
+from quartet.scheduler_service.host.block_files import BlockFiles
 from quartet.scheduler_service.weights.update import Updates
 from tests import checkpoints
 from tests.engine import Engine, floats
@@ -277,3 +278,36 @@ def test_what_planning_asks_for_is_done_before_the_step(model: Path, monkeypatch
     monkeypatch.setattr(served.engine.planner, "next", lambda now: served.tier.commands.append(DropMemory(b"k")))
     assert served.store.plan(0.0) is None
     assert told == [CarryOut([DropMemory(b"k")])] and not served.tier.commands
+
+
+def test_blocks_of_former_ranks_that_cannot_be_deleted_end_the_start(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(files: BlockFiles, first: int) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(BlockFiles, "drop_ranks", fail)
+    with pytest.raises(StartupError, match=r"--kv-cache-dir .* cannot be used: Permission denied"):
+        Served(model, kv_cache_dir=str(tmp_path))
+
+
+def test_without_memory_for_a_read_the_prompt_is_computed(model: Path, tmp_path: Path) -> None:
+    served = Served(model, kv_cache_dir=str(tmp_path))
+    first = served.ask(0)
+    served.settle()
+    served.ask(1)
+    part = served.store.part
+    assert isinstance(part, OwnPart) and part._files is not None
+    part._files.block_bytes = 1 << 62
+    again = served.ask(0)
+    assert served.tier.restored == 0 and again.ids == first.ids
+
+
+def test_another_number_of_schedulers_leaves_no_files_behind(model: Path, tmp_path: Path) -> None:
+    for settings, place in (({}, ""), ({"dp_size": 2}, "scheduler"), ({}, "")):
+        served = Served(model, kv_cache_dir=str(tmp_path), **settings)
+        assert not list(tmp_path.rglob("*.kv")) and not served.tier.files
+        served.ask(0)
+        served.settle()
+        found = list(tmp_path.rglob("*.kv"))
+        assert found and {file.parent.parent for file in found} == {tmp_path / place}

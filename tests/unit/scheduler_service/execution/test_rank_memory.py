@@ -8,7 +8,7 @@ import torch
 from quartet.runtime.errors import CommandRefused
 from quartet.scheduler_service.execution.kv_cache import KVCache
 from quartet.scheduler_service.execution.rank_memory import FollowingMemory, LeadingSaver
-from quartet.scheduler_service.execution.rank_messages import Answer, Release, Resume
+from quartet.scheduler_service.execution.rank_messages import Answer, GiveUp, Release, Resume
 from quartet.scheduler_service.execution.ranks import Followers
 from quartet.scheduler_service.host.parallel import Parallel
 from quartet.scheduler_service.model.batch import AttentionSpec
@@ -74,3 +74,10 @@ def test_another_rank_keeps_its_weights_where_it_is_asked_to(updates: Updates, c
     assert updates.live.buffers["lm_head"].untyped_storage().nbytes() < 64
     assert not memory.do(Resume(TAGS, True)).refusal and cache.keys
     assert torch.equal(updates.live.view(HEAD), before)
+
+
+def test_memory_waits_for_ranks_that_are_asked_something_else(saver: LeadingSaver, other: Scripted) -> None:
+    other.script = [Answer()]
+    asked: list[bool] = []
+    saver._followers.together(GiveUp(), lambda: asked.append(saver.must_wait))
+    assert asked == [True] and not saver.must_wait

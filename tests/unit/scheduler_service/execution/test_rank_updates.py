@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from quartet.runtime.control import InitWeightsUpdateGroup
+from quartet.runtime.control import InitWeightsUpdateGroup, UpdateWeightsFromDistributed
 from quartet.runtime.errors import CommandRefused
 from quartet.scheduler_service.execution.rank_messages import (
     Answer,
@@ -19,6 +20,7 @@ from quartet.scheduler_service.execution.rank_messages import (
     Part,
     Randomize,
     Reread,
+    Snapshot,
     as_bytes,
 )
 from quartet.scheduler_service.execution.rank_updates import LeadingUpdates
@@ -156,6 +158,36 @@ def test_copies_that_differ_between_ranks_are_an_error(updates: LeadingUpdates, 
     with pytest.raises(CommandRefused, match=r"rank 1 has another .* than rank 0"):
         updates.inspection.checksums([HEAD])
     assert other.heard == [Part(HEAD)]
+
+
+def test_a_session_is_broken_by_any_error_after_which_the_others_have_dropped_theirs(
+    updates: LeadingUpdates, other: Scripted, new: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_file({HEAD: checkpoints.version_tensors(new, 9)[HEAD]}, tmp_path / "bucket")
+    updates.groups["g"] = object()  # type: ignore[assignment]
+    updates.open_session()
+    other.script = [Answer(), Answer()]
+    updates.payload([str(tmp_path / "bucket")], None)()
+
+    def receive(*of: object) -> None:
+        raise TypeError("not a size")
+
+    monkeypatch.setattr(distributed, "receive_named", receive)
+    shape = list(updates.live.layout.whole_shape(HEAD))
+    command = UpdateWeightsFromDistributed(id="", names=[HEAD], dtypes=["float32"], shapes=[shape], group_name="g")
+    with pytest.raises(TypeError, match="not a size"):
+        updates.broadcast(command)()
+    assert other.heard[-1] == GiveUp()
+    assert updates.session is not None and updates.session.broken == "Internal error: TypeError"
+
+
+def test_a_refused_inspection_gives_nothing_up(updates: LeadingUpdates, other: Scripted) -> None:
+    updates.open_session()
+    other.script = [Answer(refusal="no memory", status=500)]
+    with pytest.raises(CommandRefused, match=r"no memory \(rank 1\)"):
+        updates.inspection.take_snapshot([HEAD])
+    assert other.heard == [Snapshot([HEAD])]
+    assert updates.session is not None and not updates.session.broken
 
 
 def test_a_rank_that_ends_while_it_is_asked_is_no_answer(updates: LeadingUpdates, new: Path) -> None:

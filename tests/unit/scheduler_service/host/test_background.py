@@ -13,6 +13,7 @@ from quartet.scheduler_service.host.background import (
     SLOW_FACTOR,
     CooperativeThrottle,
     SliceLength,
+    Turn,
     run_in_background,
     unthrottled,
     yield_point,
@@ -188,6 +189,63 @@ def test_unthrottled_work_waits_at_no_yield_point() -> None:
     with pytest.raises(StopIteration):
         while True:
             next(waiting)
+
+
+def pieces(done: list[int], count: int = 500) -> Callable[[], None]:
+    """Work of so many pieces: more than a slice has, and than end in time if each waits as long as it may."""
+
+    def work() -> None:
+        for piece in range(count):
+            yield_point()
+            done.append(piece)
+            time.sleep(0.001)
+
+    return work
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert condition()
+
+
+def test_work_that_nobody_resumes_goes_on() -> None:
+    done: list[int] = []
+    waiting = run_in_background(pieces(done))
+    next(waiting)
+    waiting.close()
+    wait_for(lambda: len(done) == 500)
+
+
+def test_the_loop_lifts_the_throttle_of_the_work_it_waits_for() -> None:
+    turn, done = Turn(), list[int]()
+
+    def work() -> None:
+        with turn:
+            pieces(done)()
+
+    waiting = run_in_background(work)
+    next(waiting)
+    wait_for(lambda: turn.taken)
+    assert not turn.take(wait=False)
+    with turn:  # in the loop's thread, which grants nothing meanwhile
+        assert len(done) == 500
+    assert not turn.taken
+
+
+def test_a_granted_slice_ends_what_was_lifted() -> None:
+    throttle = CooperativeThrottle(Clock(), max_wait_s=None)
+    throttle.lift()
+    throttle.yield_point()  # returns
+    throttle.grant()
+    worker = threading.Thread(target=throttle.yield_point, daemon=True)
+    worker.start()
+    worker.join(0.05)
+    assert worker.is_alive()
+    throttle.lift()
+    worker.join(120)
+    assert not worker.is_alive()
 
 
 def test_a_yield_point_in_the_loops_own_thread_does_nothing() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quartet.runtime.errors import StartupError
-from quartet.scheduler_service.host.block_files import HEADER_BYTES, BlockFiles, bytes_on_disk
+from quartet.scheduler_service.host.block_files import HEADER_BYTES, BlockFiles, bytes_on_disk, drop_unused
 
 SIZE = 1000
 IDENTITY, OTHER = b"i" * 20, b"o" * 20
@@ -215,6 +215,7 @@ def test_one_process_at_a_time(directory: Path) -> None:
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with pytest.raises(StartupError, match=rf"in use by another server \(process {holder.pid}\)"):
         BlockFiles(directory, SIZE, lock_wait_s=0)
+    drop_unused(directory)  # does nothing
     holder.kill()
     assert BlockFiles(directory, SIZE, lock_wait_s=10).begin(IDENTITY) == KEYS[:3], "the lock went with the process"
     holder.wait()
@@ -241,3 +242,16 @@ def test_blocks_of_ranks_that_are_no_more_are_deleted(directory: Path) -> None:
     files.drop_ranks(2)
     assert [path(place, KEYS[0]).exists() for place in others] == [True, False, False, True]
     assert read(files, KEYS[0]) == BLOCKS[0]
+
+
+def test_a_directory_that_nobody_has_is_emptied_of_ours(directory: Path) -> None:
+    for place in (directory, directory / "rank1"):
+        opened(place)[0].write(KEYS[0], memoryview(BLOCKS[0]))
+    (directory / "notes.kv").write_text("not ours")
+    drop_unused(directory)
+    assert [file.name for file in directory.rglob("*.kv")] == ["notes.kv"]
+
+
+def test_a_directory_that_was_never_used_gets_no_lock(tmp_path: Path) -> None:
+    drop_unused(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -42,6 +42,16 @@ def test_blocks_come_back_side_by_side_up_to_the_first_that_is_missing(io: Block
     assert result.data[:200] == BLOCKS[0] + BLOCKS[1]
 
 
+def test_a_read_for_which_there_is_no_memory_ends_too(io: BlockIO) -> None:
+    write(io, 0)
+    io.files.block_bytes = 1 << 62
+    io.read(7, KEYS)
+    assert take(io, 1) == [Read(7, [], bytearray(), KEYS[0])]
+    io.files.block_bytes = 100
+    io.read(8, KEYS[:1])
+    assert take(io, 1) == [Read(8, KEYS[:1], bytearray(BLOCKS[0]), None)]
+
+
 def test_a_read_does_not_wait_for_a_write(io: BlockIO) -> None:
     write(io, 0)
     arrived = threading.Event()

@@ -95,6 +95,8 @@ def test_memory_that_was_given_back_comes_back_empty(adapters):
     pool.place([one])
     pool.release()
     assert not pool.has_room and not pool.products
+    with pytest.raises(RuntimeError, match="have no memory"):
+        pool.place([one])
     pool.allocate()
     assert pool.has_room and pool.ranks == [0] * SLOTS
     assert pool.place([one]) == [0] and any(product.a.any() for product in pool.products.values())

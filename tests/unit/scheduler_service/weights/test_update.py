@@ -475,6 +475,24 @@ def test_a_session_with_a_bad_bucket_changes_nothing(live: Live, tmp_path: Path)
     assert live.call(BeginWeightUpdate()).success
 
 
+def test_an_error_that_nobody_expects_breaks_the_session_too(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = live.logits(PROMPT)
+    live.call(BeginWeightUpdate())
+    live.call(from_tensor(payload(tmp_path, head(B))))
+
+    def fail(*of: object) -> None:
+        raise TypeError("not a size")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "stage_tensor", fail)
+        assert live.call(from_tensor(payload(tmp_path, head(A)))).status == 500
+    reply = live.call(EndWeightUpdate())
+    assert not reply.success and reply.message.endswith("Internal error: TypeError")
+    assert live.logits(PROMPT) == before
+
+
 def test_sessions_are_opened_and_closed_in_pairs(live: Live, versions: tuple[Path, Path]) -> None:
     assert not live.call(EndWeightUpdate()).success
     assert live.call(BeginWeightUpdate()).success
